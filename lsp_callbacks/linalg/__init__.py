@@ -1,0 +1,19 @@
+"""Linear algebra on tensors; knows nothing of training."""
+
+from lsp_callbacks.linalg.cocycle import lyapunov_exponents, orthonormalise, push, spectral_radius
+from lsp_callbacks.linalg.krylov import Eigenpair, Ritz, lanczos, operator_norm
+from lsp_callbacks.linalg.operator import LinearOperator, from_matrix, identity_like
+
+__all__ = [
+    "Eigenpair",
+    "LinearOperator",
+    "Ritz",
+    "from_matrix",
+    "identity_like",
+    "lanczos",
+    "lyapunov_exponents",
+    "operator_norm",
+    "orthonormalise",
+    "push",
+    "spectral_radius",
+]
