@@ -1,0 +1,162 @@
+"""The Jacobian of a residual block at the input that it received."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.operators.curvature import double_backward
+from lsp_callbacks.snapshot import Call, Unmeasurable
+
+#: A class whose name ends like this *may* be a residual block; `has_skip_path` decides.
+BLOCK_NAME = re.compile(r".*(Residual|Bottleneck|BasicBlock|Block|Layer)(V\d)?$|Residual.*|Inverted.*")
+
+# Backward nodes through which an identity path may run: additions, and what is applied to their sum.
+_SKIP_NODES = re.compile(
+    r"(Add|Relu|LeakyRelu|Elu|Gelu|Silu|Hardtanh|Hardswish|Tanh|Softplus|Clone|Alias|ToCopy|Contiguous"
+    r"|View|UnsafeView|Reshape(Alias)?|Transpose|Permute|T|NativeLayerNorm|FusedRmsNorm|NativeGroupNorm"
+    r"|(Native|Cudnn|Mkldnn|Miopen)BatchNorm|NativeDropout|AsStrided)Backward\d*"
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block ``F`` at its captured input, and the Jacobian of ``hg = F - id`` there, per sample.
+
+    Attributes:
+        jacobian: ``hG``, a batch of ``(d, d)`` operators, one for each sample.
+        skip: whether the input reaches the output by additions alone (up to a final activation or norm).
+        samples: how many samples were taken.
+    """
+
+    jacobian: LinearOperator
+    skip: bool
+    samples: int
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """Whether the class name looks like a residual block's."""
+    return BLOCK_NAME.fullmatch(type(module).__name__) is not None
+
+
+def residual_block(module: nn.Module, call: Call, *, samples: int) -> Block:
+    """Linearises a shape-preserving block ``F = id + hg`` at what it was called with.
+
+    The block runs in eval mode (BatchNorm by its running statistics, no dropout), so that samples do not mix and
+    the Jacobian is block-diagonal over them; forward and adjoint products are taken by differentiating one graph
+    once and twice.
+
+    Args:
+        module: the block.
+        call: its captured call; the first floating-point tensor is its input.
+        samples: how many samples of the batch to keep.
+
+    Returns:
+        The block with its Jacobian.
+
+    Raises:
+        Unmeasurable: if input and output differ in shape, or the block was not called.
+
+    Cost: one forward and backward pass of the block on ``samples`` samples; a product costs one backward pass.
+    """
+    axis = _sample_axis(module)
+    leaves: list[Tensor] = []
+    size = (call.input_shape or (0,) * (axis + 1))[axis] if call.input_shape else 0
+    taken = min(samples, size)
+
+    def sample(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        along = axis if value.ndim > axis and value.shape[axis] == size else 0
+        if value.ndim and value.shape[along] == size:
+            value = value.narrow(along, 0, taken)
+        if value.is_floating_point() and not leaves:
+            value = value.detach().clone().requires_grad_()
+            leaves.append(value)
+        return value
+
+    args, kwargs = tree_map(sample, (call.args, call.kwargs))
+    if not leaves:
+        raise Unmeasurable("the block received no floating-point tensor")
+    x = leaves[0]
+    modes = {m: m.training for m in module.modules()}
+    try:
+        module.eval()
+        with double_backward(module):
+            output = module(*args, **kwargs)
+            y = output if isinstance(output, Tensor) else next((o for o in output if isinstance(o, Tensor)), None)
+            if y is None or y.shape != x.shape:
+                raise Unmeasurable(f"its output {tuple(y.shape) if y is not None else None} has not the shape of its "
+                                   f"input {tuple(x.shape)}: a residual block keeps the shape")  # fmt: skip
+            u = torch.zeros_like(y, requires_grad=True)
+            (pullback,) = torch.autograd.grad(y, x, u, create_graph=True, materialize_grads=True)
+    finally:
+        for m, training in modes.items():
+            m.training = training
+    rows = _rows(x, axis)
+
+    def forward(v: Tensor) -> Tensor:
+        if not pullback.requires_grad:  # y does not depend on x
+            return -v
+        (jvp,) = torch.autograd.grad(pullback, u, rows.back(v), retain_graph=True, materialize_grads=True)
+        return rows.flat(jvp) - v
+
+    def backward(w: Tensor) -> Tensor:
+        (vjp,) = torch.autograd.grad(y, x, rows.back(w), retain_graph=True, materialize_grads=True)
+        return rows.flat(vjp) - w
+
+    jacobian = LinearOperator(
+        (rows.length, rows.length), forward, backward, batch=(taken,), dtype=x.dtype, device=x.device
+    )
+    return Block(jacobian, has_skip_path(y, x), taken)
+
+
+def has_skip_path(output: Tensor, leaf: Tensor) -> bool:
+    """Whether ``leaf`` reaches ``output`` through at least one addition and otherwise only through what is
+    applied to the sum (an activation, a norm, a change of layout), by walking the autograd graph."""
+    seen: set[Any] = set()
+    stack: list[tuple[Any, bool]] = [(output.grad_fn, False)]
+    while stack:
+        node, added = stack.pop()
+        if node is None or (node, added) in seen:
+            continue
+        seen.add((node, added))
+        if getattr(node, "variable", None) is leaf:
+            if added:
+                return True
+            continue
+        name = node.name()
+        if _SKIP_NODES.fullmatch(name):
+            inputs = node.next_functions if name.startswith("Add") else node.next_functions[:1]
+            stack.extend((child, added or name.startswith("Add")) for child, _ in inputs)
+    return False
+
+
+@dataclass(frozen=True)
+class _Rows:
+    flat: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor], Tensor]
+    length: int
+
+
+def _rows(x: Tensor, axis: int) -> _Rows:
+    """One row a sample, whatever the position of the sample axis."""
+    shape = x.movedim(axis, 0).shape
+    return _Rows(
+        flat=lambda t: t.movedim(axis, 0).reshape(shape[0], -1),
+        back=lambda v: v.reshape(shape).movedim(0, axis),
+        length=shape[1:].numel(),
+    )
+
+
+def _sample_axis(module: nn.Module) -> int:
+    """0, but for PyTorch's transformer layers with ``batch_first=False``."""
+    attention = getattr(module, "self_attn", None)
+    return 1 if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first else 0

@@ -1,0 +1,162 @@
+"""Running a training step again without leaving a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import random
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+)
+_ATOMS = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size)
+
+
+class Shadow:
+    """A copy of a module that shares its parameters and nothing else.
+
+    Buffers, Python attributes, metrics and caches are copied when the shadow is made, which must be *before* the
+    step's forward pass, and put back to that state by `reset` before each replay. The user's own hooks (functions and
+    methods) are not copied, as their side effects could not be taken back; hook objects, such as those of
+    ``torch.nn.utils.spectral_norm``, are.
+
+    Args:
+        module: the module to copy.
+
+    Raises:
+        TypeError: where something in the module cannot be copied; the caller says what to do.
+    """
+
+    def __init__(self, module: nn.Module):
+        memo: dict[int, Any] = {id(p): p for p in module.parameters()}
+        for child in module.modules():
+            _detach_graphs(vars(child), memo)
+        self.module = copy.deepcopy(module, memo)
+        for child in self.module.modules():
+            for kind in _HOOKS:
+                hooks = getattr(child, kind, {})
+                for key in [k for k, hook in hooks.items() if _is_users(hook)]:
+                    del hooks[key]
+        self._state = [_State(child) for child in self.module.modules()]
+
+    def reset(self) -> nn.Module:
+        """The module as it was before the step."""
+        shared = {id(m): m for m in self.module.modules()} | {id(p): p for p in self.module.parameters()}
+        for state in self._state:
+            state.restore(shared)
+        return self.module
+
+
+class _State:
+    """Attributes and buffers of one module (not of its children)."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.attributes = dict(vars(module))
+        self.containers = {
+            name: dict(value)
+            for name, value in vars(module).items()
+            if name in ("_parameters", "_buffers", "_modules", *_HOOKS)
+        }
+        self.buffers = {name: None if b is None else b.detach().clone() for name, b in module._buffers.items()}
+        plain = vars(nn.Module())
+        # A deep copy for each replay is dear: only of what a training step could change in place.
+        self.mutable = {
+            name: value
+            for name, value in vars(module).items()
+            if name not in plain and not isinstance(value, (*_ATOMS, types.FunctionType, nn.Module, nn.Parameter))
+        }
+
+    def restore(self, shared: dict[int, Any]) -> None:
+        own = vars(self.module)
+        own.clear()
+        own.update(self.attributes)
+        if self.mutable:
+            memo = dict(shared)
+            own.update({name: copy.deepcopy(value, memo) for name, value in self.mutable.items()})
+        for name, entries in self.containers.items():
+            container = own[name]
+            container.clear()
+            container.update(entries)
+        for name, saved in self.buffers.items():
+            self.module._buffers[name] = None if saved is None else saved.clone()
+
+
+def _is_users(hook: Any) -> bool:
+    return isinstance(hook, types.FunctionType | types.MethodType | functools.partial | types.BuiltinFunctionType)
+
+
+def _detach_graphs(value: Any, memo: dict[int, Any], depth: int = 0) -> None:
+    """Non-leaf tensors refuse to be deep-copied: give their values to the copy."""
+    if isinstance(value, Tensor):
+        if value.grad_fn is not None:
+            memo[id(value)] = value.detach().clone()
+    elif depth < 4 and isinstance(value, dict):
+        for item in value.values():
+            _detach_graphs(item, memo, depth + 1)
+    elif depth < 4 and isinstance(value, list | tuple | set):
+        for item in value:
+            _detach_graphs(item, memo, depth + 1)
+
+
+class RandomState:
+    """The global random states of torch (CPU and the devices in use), numpy and Python."""
+
+    def __init__(self) -> None:
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self.mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+        self.numpy = np.random.get_state()
+        self.python = random.getstate()
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+        if self.mps is not None:
+            torch.mps.set_rng_state(self.mps)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+
+@contextlib.contextmanager
+def untouched() -> Iterator[None]:
+    """Whatever happens inside, the global random states are afterwards what they were."""
+    before = RandomState()
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+def replayer(
+    shadow: Shadow, random_state: RandomState, batch: Any, loss: Callable[[nn.Module, Any], Tensor]
+) -> Callable[[], Tensor]:
+    """``() -> loss`` of a step: fresh batch, buffers and random state at each call.
+
+    Args:
+        shadow: made before the step.
+        random_state: taken before the step.
+        batch: as the step received it; copied before each use.
+        loss: ``(module, batch) -> scalar``.
+    """
+
+    def replay() -> Tensor:
+        module = shadow.reset()
+        random_state.restore()
+        return loss(module, copy.deepcopy(batch))
+
+    return replay

@@ -1,0 +1,177 @@
+"""One frozen training step: all that a quantity may look at."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+T = TypeVar("T")
+
+
+class Unmeasurable(ValueError):
+    """A quantity is not defined here, or not modelled; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a module was called with, and what it returned; tensors only where they were kept."""
+
+    input_shape: tuple[int, ...] | None
+    output_shape: tuple[int, ...] | None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A training step between its backward pass and its update.
+
+    Args:
+        step: number of the optimizer step, counted from 0.
+        module: the module that ``replay`` runs. Its parameters are the real ones, shared; its buffers and
+            Python attributes should be a copy (see `lsp_callbacks.replay.Shadow`), as replays move them.
+        replay: computes the loss of the step again, at the current values of the parameters: the same batch,
+            the same random masks, the same buffers, however often it is called.
+        optimizer: holds the groups and the state *before* the update.
+        loss: the step's own loss, against which replays are checked; None takes the first replay's.
+        gradient: the step's own gradients by parameter name, unclipped; None where the step had none.
+        unmodelled: why the update is not the optimizer's step on this loss (clipping, accumulation); None if it is.
+        keep: which modules' inputs ``calls`` keeps in full, by name and module.
+        seed: of every random choice made for this step.
+    """
+
+    step: int
+    module: nn.Module
+    replay: Callable[[], Tensor]
+    optimizer: torch.optim.Optimizer | None = None
+    loss: Tensor | None = None
+    gradient: dict[str, Tensor | None] | None = None
+    unmodelled: str | None = None
+    keep: Callable[[str, nn.Module], bool] = lambda name, module: False
+    seed: int = 0
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters, each once, by name."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def once(self, key: Any, compute: Callable[[], T]) -> T:
+        """What several quantities need of the same step is computed once."""
+        if key not in self.memo:
+            self.memo[key] = compute()
+        return self.memo[key]
+
+    def generator(self, key: str) -> torch.Generator:
+        """A private random source for ``(seed, step, key)``, the same on every rank."""
+        value = self.seed
+        for number in (self.step, *key.encode()):
+            value = (value * 1_000_003 + number + 1) % (2**63)
+        return torch.Generator().manual_seed(value)
+
+    @cached_property
+    def calls(self) -> dict[str, Call]:
+        """One forward replay at the current parameters, checked, with the call of every module.
+
+        A module that is called several times is represented by its first call.
+
+        Raises:
+            Unmeasurable: if the replayed loss is not the step's.
+
+        Cost: one forward pass, about 1/3 gradient.
+        """
+        calls: dict[str, Call] = {}
+        with contextlib.ExitStack() as stack:
+            for name, module in self.module.named_modules():
+                hook = _Recorder(name, calls, self.keep(name, module))
+                # `always_call` is off: a forward that raised has nothing to tell.
+                stack.callback(module.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(hook.after).remove)
+            # With a graph, as in training: some kernels are chosen by whether a gradient is wanted. Hooks do not
+            # fire inside compiled code, so that runs eagerly and agrees up to rounding only.
+            with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+                self.check(self.replay(), tolerance=1e-4 if self.compiled else 0.0)
+        return calls
+
+    @cached_property
+    def compiled(self) -> bool:
+        """Whether ``torch.compile`` was used on any module."""
+        return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in self.module.modules())
+
+    def check(self, replayed: Tensor, *, tolerance: float = 0.0) -> None:
+        """Refuses a replay whose loss is not the step's own.
+
+        Args:
+            replayed: the loss of a replay at the unchanged parameters.
+            tolerance: relative; 0 means equal to the last bit, for replays on the same path.
+
+        Raises:
+            Unmeasurable: if they differ, or the step's loss is not finite.
+        """
+        if self.loss is None:
+            return
+        own, again = self.loss.detach().double().cpu(), replayed.detach().double().cpu()
+        if not bool(torch.isfinite(own)):
+            raise Unmeasurable(f"the loss of step {self.step} is {own.item()}")
+        if not bool((own - again).abs() <= tolerance * own.abs()):
+            raise Unmeasurable(
+                f"the loss could not be replayed: step {self.step} had {own.item():.9g}, its replay {again.item():.9g}. "
+                "Something outside the batch, the module and the random state changes it (a hook of yours, a "
+                "global variable): pass loss_fn=... which computes it from (module, batch)"
+            )
+
+
+class _Recorder:
+    def __init__(self, name: str, calls: dict[str, Call], keep: bool):
+        self.name, self.calls, self.keep = name, calls, keep
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.name in self.calls:
+            return
+        # Cloned, as the module may work in place on its input.
+        kept = tree_map(_detached, (args, kwargs)) if self.keep else ((), {})
+        self.calls[self.name] = Call(_shape((*args, *kwargs.values())), None, *kept)
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        call = self.calls[self.name]
+        if call.output_shape is None:
+            outputs = output if isinstance(output, tuple | list) else (output,)
+            self.calls[self.name] = Call(call.input_shape, _shape(outputs), call.args, call.kwargs)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _shape(values: Any) -> tuple[int, ...] | None:
+    return next((tuple(v.shape) for v in values if isinstance(v, Tensor)), None)
+
+
+@contextlib.contextmanager
+def displaced(parameters: list[nn.Parameter], direction: Tensor, distance: float) -> Iterator[None]:
+    """Moves the parameters by ``distance * direction`` (flat), and puts every bit back."""
+    saved = [p.detach().clone() for p in parameters]
+    try:
+        for p, d in zip(parameters, split(direction, parameters)):
+            p.data.add_(d.to(p.dtype), alpha=distance)
+        yield
+    finally:
+        for p, original in zip(parameters, saved):
+            p.data.copy_(original)
+
+
+def flatten(tensors: Any, like: list[nn.Parameter]) -> Tensor:
+    """One flat vector; None stands for zeros."""
+    return torch.cat([(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in zip(tensors, like)])
+
+
+def split(vector: Tensor, like: list[nn.Parameter]) -> list[Tensor]:
+    """The inverse of `flatten`: views of the vector in the shapes of the parameters."""
+    return [part.view_as(p) for part, p in zip(vector.split([p.numel() for p in like]), like)]
