@@ -120,7 +120,8 @@ def residual_block(module: nn.Module, call: Call, *, samples: int) -> Block:
 
 def has_skip_path(output: Tensor, leaf: Tensor) -> bool:
     """Whether ``leaf`` reaches ``output`` through at least one addition and otherwise only through what is
-    applied to the sum (an activation, a norm, a change of layout), by walking the autograd graph."""
+    applied to the sum (an activation, a norm, a change of layout), by walking the autograd graph.
+    """
     seen: set[Any] = set()
     stack: list[tuple[Any, bool]] = [(output.grad_fn, False)]
     while stack:

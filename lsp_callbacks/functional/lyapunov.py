@@ -1,0 +1,101 @@
+"""The sharp-mode exponent: how fast the real update map stretches the direction that the data feel most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.linalg import LinearOperator, push, spectral_radius
+
+
+def sharp_plane(mode: Tensor, root: Tensor | float, *, has_state: bool) -> Tensor:
+    """The directions to push: ``(v,)`` without momentum; ``(v, 0)`` and ``(0, v)`` with it.
+
+    Args:
+        mode: unit eigenvector of ``D^1/2 H' D^1/2``, ``(P,)``.
+        root: ``sqrt(lr)``, a number or ``(P,)``; ``v = root * mode``.
+        has_state: whether the step has a momentum buffer.
+
+    Returns:
+        ``(1, P)`` or ``(2, 2P)``.
+    """
+    v = root * mode
+    if not has_state:
+        return v[None]
+    zero = torch.zeros_like(v)
+    return torch.stack([torch.cat([v, zero]), torch.cat([zero, v])])
+
+
+def plane_exponent(frame: Tensor, log_scale: float, mode: Tensor, root: Tensor | float, steps: int) -> float:
+    """The exponent of a pushed plane, in nats a step.
+
+    Without momentum ``log(||z_w|| / ||z_0||) / w``, in the norm ``||z / root||``. With momentum the growth of a norm
+    over a short window is a transient, positive over half of the *stable* range; so the plane is compressed onto
+    itself, ``P = V0^T A_w ... A_1 V0`` (2 x 2), and ``log rho(P) / w`` is taken. Both are exact on a quadratic for every
+    ``w`` if ``mode`` is the top eigenvector.
+
+    Args:
+        frame: `sharp_plane` after the pushes, divided by ``exp(log_scale)``.
+        log_scale: see ``frame``.
+        mode: as given to `sharp_plane`.
+        root: as given to `sharp_plane`.
+        steps: ``w``.
+    """
+    inverse = torch.where(root > 0, 1 / root, 0.0) if isinstance(root, Tensor) else 1 / root
+    if len(frame) == 1:
+        growth = torch.linalg.vector_norm((inverse * frame[0]).double())
+    else:
+        halves = frame.reshape(2, 2, -1) * inverse
+        growth = spectral_radius((halves * mode).double().sum(-1))
+    return (float(growth.log()) + log_scale) / steps
+
+
+def rescale(frame: Tensor) -> tuple[Tensor, float]:
+    """The frame divided by its largest entry, and the log of that, so that no window can overflow."""
+    scale = frame.abs().max()
+    if not bool(torch.isfinite(scale)) or float(scale) == 0.0:
+        return frame, 0.0
+    return frame / scale, float(scale.double().log())
+
+
+def sharp_mode_exponent(jacobians: Iterable[LinearOperator], mode: Tensor, *, root: Tensor | float = 1.0) -> float:
+    """The exponent of the update map along its sharpest mode over a window.
+
+    It is negative below the edge of stability and positive beyond it, where the exponent over all parameters sits at
+    0. It sees the mean curvature and its change; with momentum it does *not* see batch noise, and below the edge it
+    stays at ``log(beta) / 2`` until the edge is reached: read the Courant number for a margin.
+
+    Args:
+        jacobians: ``A_1 ... A_w``, of ``P`` or (with momentum) ``2P`` dimensions.
+        mode: unit top eigenvector of the Hessian just before the window, ``(P,)``.
+        root: ``sqrt(lr)`` by parameter where rates differ.
+
+    Returns:
+        Nats a step; ``1 / exponent`` is the e-folding time in steps. ``-inf`` where a step annihilates the mode.
+
+    Raises:
+        ValueError: if there is no step.
+
+    Cost: one product a step, with momentum two. Source: MATH section 1.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks.linalg import from_matrix
+        >>> from lsp_callbacks.functional import sharp_mode_exponent
+        >>> A = from_matrix(torch.diag(torch.tensor([1.0, 1.0]) - 0.5 * torch.tensor([5.0, 1.0])))
+        >>> round(sharp_mode_exponent([A] * 4, torch.tensor([1.0, 0.0])), 4)  # log|1 - 0.5 * 5|
+        0.4055
+    """
+    steps, log_scale = 0, 0.0
+    frame: Tensor | None = None
+    for jacobian in jacobians:
+        if frame is None:
+            frame = sharp_plane(mode, root, has_state=jacobian.shape[1] == 2 * len(mode))
+        frame, log = rescale(push(jacobian, frame))
+        log_scale += log
+        steps += 1
+    if frame is None:
+        raise ValueError("no step was given: a window needs at least one Jacobian")
+    return plane_exponent(frame, log_scale, mode, root, steps)

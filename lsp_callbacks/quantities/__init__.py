@@ -1,0 +1,67 @@
+"""Quantities: torchmetrics Metrics on frozen training steps. To add one: one file, one line in ``REGISTRY``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lsp_callbacks.quantities.base import Quantity
+from lsp_callbacks.quantities.lyapunov import Lyapunov, LyapunovTrajectory
+from lsp_callbacks.quantities.residual_cfl import ResidualCFL
+from lsp_callbacks.quantities.sharpness import Sharpness
+from lsp_callbacks.quantities.spectral_norm import SpectralNorm
+
+REGISTRY: dict[str, type[Quantity]] = {
+    quantity.name: quantity for quantity in (SpectralNorm, ResidualCFL, Sharpness, Lyapunov, LyapunovTrajectory)
+}
+PRESETS: dict[str, tuple[str, ...]] = {
+    "economy": ("spectral_norm", "sharpness"),
+    "default": ("spectral_norm", "residual_cfl", "sharpness", "lyapunov"),
+    "full": ("spectral_norm", "residual_cfl", "sharpness", "lyapunov", "lyapunov_trajectory"),
+}
+
+
+def build(names: str | Quantity | Sequence[str | Quantity], **settings: Any) -> tuple[list[Quantity], set[str]]:
+    """Quantities from a preset, names or instances.
+
+    Args:
+        names: one or several.
+        settings: constructor arguments by quantity name, ``{"lyapunov": {"window": 4}}``.
+
+    Returns:
+        The quantities, and the names of those that were asked for by name or instance, not by a preset.
+
+    Raises:
+        ValueError: for an unknown or doubled name.
+    """
+    if isinstance(names, str) and names in PRESETS:
+        return [REGISTRY[name](**settings.get(name, {})) for name in PRESETS[names]], set()
+    quantities = []
+    for one in [names] if isinstance(names, str | Quantity) else names:
+        if isinstance(one, Quantity):
+            quantities.append(one)
+        elif one in REGISTRY:
+            quantities.append(REGISTRY[one](**settings.get(one, {})))
+        else:
+            raise ValueError(
+                f"quantities={one!r} is neither a preset ({', '.join(PRESETS)}) nor a quantity ({', '.join(REGISTRY)})"
+            )
+    named = [quantity.name for quantity in quantities]
+    if not named:
+        raise ValueError("quantities is empty: name at least one, or leave the callback out")
+    if len(set(named)) < len(named):
+        raise ValueError(f"quantities={named}: each quantity can be given once")
+    return quantities, set(named)
+
+
+__all__ = [
+    "PRESETS",
+    "REGISTRY",
+    "Lyapunov",
+    "LyapunovTrajectory",
+    "Quantity",
+    "ResidualCFL",
+    "Sharpness",
+    "SpectralNorm",
+    "build",
+]

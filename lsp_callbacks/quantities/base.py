@@ -1,0 +1,81 @@
+"""What every measured quantity is: a torchmetrics Metric that is fed frozen training steps."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lsp_callbacks.snapshot import Snapshot
+
+
+class Quantity(Metric):
+    """A Metric whose ``update`` takes a `Snapshot`.
+
+    A measurement takes ``prepare + window`` consecutive steps; ``complete`` says whether the last update finished one.
+    ``update`` computes first and assigns last, so that an exception leaves the state whole. States are equal on all
+    ranks, so nothing is reduced when they are computed.
+
+    Attributes:
+        name: in ``StabilityMonitor(quantities=...)``.
+        keys: the global scalars that ``compute`` can return; keys with a second "/" are per layer.
+        window: consecutive steps that are measured.
+        prepare: steps before them.
+        needs_update: whether the optimizer's update map enters.
+    """
+
+    name: str = ""
+    keys: tuple[str, ...] = ()
+    window: int = 1
+    prepare: int = 0
+    needs_update: bool = False
+    full_state_update = False
+    higher_is_better = None
+    is_differentiable = False
+
+    def __init__(self) -> None:
+        super().__init__(sync_on_compute=False)
+        self.complete = False
+
+    @abstractmethod
+    def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        """Gradients that one measurement costs, by what they are spent on; equal entries are shared."""
+
+    def check(self, snapshot: Snapshot) -> None:
+        """Raises `Unmeasurable` if the quantity cannot be measured on such steps; replays nothing."""
+
+    def keeps(self, name: str, module: nn.Module) -> bool:
+        """Whether the module's inputs are to be kept in full."""
+        return False
+
+    def vectors(self) -> dict[str, Any]:
+        """What a measurement remembers beside its scalars; saved only with ``save_vectors=True``."""
+        return {}
+
+    def load_vectors(self, vectors: dict[str, Any]) -> None:
+        """Takes back what `vectors` gave; nothing forgets it, and drops a window that is under way."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.complete = False
+        self.load_vectors({})
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The states and, unlike torchmetrics', how many updates they saw."""
+        state = super().state_dict(*args, **kwargs)
+        state[kwargs.get("prefix", "") + "_update_count"] = torch.tensor(self._update_count)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        count = state_dict.pop(prefix + "_update_count", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if count is not None:
+            self._update_count, self._computed = int(count), None
+
+
+def scalar(value: float | Tensor) -> Tensor:
+    """A number as a state: float64, on the CPU, without a graph."""
+    return torch.as_tensor(value, dtype=torch.float64).detach().cpu()

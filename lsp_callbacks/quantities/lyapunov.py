@@ -1,0 +1,197 @@
+"""Lyapunov exponents along the trajectory that training really takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_plane
+from lsp_callbacks.functional.statistics import batch_means, student_bounds
+from lsp_callbacks.linalg import orthonormalise, push
+from lsp_callbacks.operators.curvature import Method
+from lsp_callbacks.operators.training import state_weight, step_jacobian, update_rule
+from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.quantities.sharpness import edge_cost, measured_edge
+from lsp_callbacks.snapshot import Snapshot
+
+
+class _Windowed(Quantity):
+    """A frame of directions that is pushed through consecutive steps."""
+
+    needs_update = True
+
+    def __init__(self, method: Method):
+        super().__init__()
+        self.method = method
+        self._frame: dict[str, Any] = {}
+
+    def check(self, snapshot: Snapshot) -> None:
+        update_rule(snapshot)
+
+    def _continues(self, snapshot: Snapshot) -> bool:
+        """Whether the snapshot is the next step of the window under way."""
+        return bool(self._frame) and snapshot.step == self._frame["step"] + 1
+
+    def vectors(self) -> dict[str, Any]:
+        return dict(self._frame)
+
+    def load_vectors(self, vectors: dict[str, Any]) -> None:
+        self._frame = dict(vectors)
+
+
+class Lyapunov(_Windowed):
+    """The *sharp-mode* exponent of the real update map, in nats per optimizer step.
+
+    One step aligns a direction v with the top algebraic eigenvector of the Hessian; the next ``window`` steps push it
+    (with momentum: the plane of ``(v, 0)`` and ``(0, v)``) through the derivative of the real update, on the same batches,
+    masks, rates and momentum. The value is the mean of the last ``average`` windows with one-sided 90 % Student bounds.
+
+    It is negative below the edge of stability. A positive value says that the linearised update amplifies: healthy
+    full-batch training lives there for long stretches, so take it as an event, and stop when the loss confirms it. It does
+    not see batch noise under momentum. When it stays positive and the loss does not fall: lower the learning rate.
+
+    Args:
+        window: steps in a window, 1 or more.
+        average: windows in the mean.
+        method: of the Hessian products.
+
+    Keys: ``stability/lyapunov``; ``_lower`` and ``_upper`` from 3 windows on.
+
+    Raises:
+        ValueError: for a window or an average below 1.
+
+    Cost: the alignment shared with sharpness, then ``4/3`` gradients a step, with momentum ``7/3``.
+
+    Source: Chemnitz & Engel 2025 for the exponent; Benettin et al. 1980; MATH section 1.
+    """
+
+    name = "lyapunov"
+    keys = ("stability/lyapunov", "stability/lyapunov_lower", "stability/lyapunov_upper")
+    prepare = 1
+    windows: Tensor
+
+    def __init__(self, window: int = 4, average: int = 5, method: Method = "auto"):
+        super().__init__(method)
+        for argument, value in (("window", window), ("average", average)):
+            if value < 1:
+                raise ValueError(f"{argument}={value}: give a whole number of at least 1")
+        self.window, self.average = window, average
+        self._mode: Tensor | None = None
+        self.add_state("windows", default=torch.empty(0, dtype=torch.float64), persistent=True)
+
+    def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        products = 2 * self.window - 1 if update_rule(snapshot).has_state else self.window
+        return {**edge_cost(snapshot), "window": products + self.window / 3}
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Aligns, or pushes through one more step; a gap in the steps starts again."""
+        self.complete = False
+        if not self._continues(snapshot):
+            found = measured_edge(snapshot, self._mode, self.method)
+            self._mode = found.mode
+            has_state = update_rule(snapshot).has_state
+            self._frame = {
+                "frame": sharp_plane(found.mode, found.root, has_state=has_state),
+                "root": found.root,
+                "log": 0.0,
+                "count": 0,
+                "step": snapshot.step,
+            }
+            return
+        frame, log = rescale(push(step_jacobian(snapshot, method=self.method), self._frame["frame"]))
+        count, log = self._frame["count"] + 1, self._frame["log"] + log
+        if count < self.window:
+            self._frame |= {"frame": frame, "log": log, "count": count, "step": snapshot.step}
+            return
+        assert self._mode is not None
+        exponent = plane_exponent(frame, log, self._mode, self._frame["root"], count)
+        self._frame = {}
+        self.windows = torch.cat([self.windows, scalar(exponent)[None]])[-self.average :]
+        self.complete = True
+
+    def compute(self) -> dict[str, Tensor]:
+        """Mean of the last windows and its bounds, in nats a step."""
+        mean, lower, upper = student_bounds(self.windows)
+        values = {"stability/lyapunov": mean}
+        if len(self.windows) >= 3:
+            values |= {"stability/lyapunov_lower": lower, "stability/lyapunov_upper": upper}
+        return values
+
+    def vectors(self) -> dict[str, Any]:
+        return super().vectors() | ({} if self._mode is None else {"mode": self._mode})
+
+    def load_vectors(self, vectors: dict[str, Any]) -> None:
+        vectors = dict(vectors)
+        self._mode = vectors.pop("mode", None)
+        super().load_vectors(vectors)
+
+
+class LyapunovTrajectory(_Windowed):
+    """The ``k`` leading exponents over *all* parameters, the alpha_theta of the theory, in nats per optimizer step.
+
+    A random frame is pushed through ``transient`` steps unrecorded and ``window`` steps recorded, with a QR at each. Over
+    all parameters of an overparameterised model the leading exponent is held at 0 or just above by directions that no
+    sample sees: in healthy training 1e-4 to 1e-3. It is a finite-time number; its error is by batch means over the
+    recorded steps.
+
+    Args:
+        k: how many exponents.
+        transient: steps before recording.
+        window: steps recorded; at least 40, for the error bar.
+        method: of the Hessian products.
+
+    Keys: ``stability/lyapunov_trajectory`` with ``_error``; further exponents ``stability/lyapunov_spectrum/<i>``, from 1.
+
+    Raises:
+        ValueError: for a window below 40, k below 1 or a negative transient.
+
+    Cost: ``k (transient + window)`` gradients, at one (``k + 1/3``) a step.
+
+    Source: Benettin et al. 1980; Katende, alpha_theta.
+    """
+
+    name = "lyapunov_trajectory"
+    keys = ("stability/lyapunov_trajectory", "stability/lyapunov_trajectory_error")
+    growth: Tensor
+
+    def __init__(self, k: int = 1, transient: int = 100, window: int = 100, method: Method = "auto"):
+        super().__init__(method)
+        if window < 40 or k < 1 or transient < 0:
+            raise ValueError(
+                f"k={k}, transient={transient}, window={window}: need k >= 1, transient >= 0, window >= 40"
+            )
+        self.k, self.prepare, self.window = k, transient, window
+        self.add_state("growth", default=torch.empty(0, k, dtype=torch.float64), persistent=True)
+
+    def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        return {"trajectory": (self.k + 1 / 3) * (self.prepare + self.window)}
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Pushes the frame through one step; a gap in the steps starts again."""
+        self.complete = False
+        jacobian = step_jacobian(snapshot, method=self.method)
+        weight = state_weight(snapshot)
+        if self._continues(snapshot):
+            frame, logs = self._frame["frame"], self._frame["logs"]
+        else:
+            generator = snapshot.generator(self.name)
+            frame = torch.randn(self.k, jacobian.shape[1], generator=generator, dtype=jacobian.dtype)
+            frame, logs = orthonormalise(frame.to(jacobian.device), weight)[0], []
+        frame, log = orthonormalise(push(jacobian, frame), weight)
+        logs = [*logs, log.cpu()]
+        if len(logs) < self.prepare + self.window:
+            self._frame = {"frame": frame, "logs": logs, "step": snapshot.step}
+            return
+        self._frame = {}
+        self.growth = torch.stack(logs[self.prepare :])
+        self.complete = True
+
+    def compute(self) -> dict[str, Tensor]:
+        """The exponents of the last window."""
+        if not len(self.growth):
+            return {key: scalar(torch.nan) for key in self.keys}
+        mean, error = batch_means(self.growth)
+        values = {"stability/lyapunov_trajectory": mean[0], "stability/lyapunov_trajectory_error": error[0]}
+        return values | {f"stability/lyapunov_spectrum/{i + 1}": mean[i] for i in range(1, self.k)}

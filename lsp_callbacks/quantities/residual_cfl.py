@@ -1,0 +1,105 @@
+"""Stiffness, gain and CFL margin of every residual block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lsp_callbacks.functional.residual import ResidualStability, residual_stability
+from lsp_callbacks.operators.residual import is_candidate, residual_block
+from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.quantities.select import Selection, selected
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+
+STEPS = 10
+
+
+class ResidualCFL(Quantity):
+    """How the explicit Euler step ``x + h g(x)`` of each residual block stands to its largest stable step.
+
+    Blocks are found by two rules together: the class name reads like a block's (``...Block``, ``...Layer``,
+    ``Residual...``, ``Bottleneck``, ``BasicBlock``, ``InvertedResidual``; so torchvision's, timm's, transformers' and
+    ``nn.TransformerEncoderLayer``), and the autograd graph shows that the input reaches the output through additions alone,
+    up to what is applied to their sum. The same shape in and out is not enough. Of nested blocks the innermost is taken.
+    Or name them with ``blocks``.
+
+    Args:
+        blocks: class, glob, predicate, import path, or several; None finds them.
+        samples: of the batch, at whose inputs the Jacobians are taken.
+        h: the step size of the user's ``x + h g(x)``; the Courant numbers do not depend on it.
+
+    Keys, for a block and as ``_max``: ``stability/residual_stiffness`` (above 1 the block expands),
+    ``stability/residual_cfl`` (``h / h_max``; only for dissipative blocks), and by block ``residual_gain`` (nats),
+    ``residual_m`` and, where dissipative, ``residual_M``, ``residual_h_max``, ``residual_h_exact``. Global:
+    ``stability/residual_dissipative``, the share of blocks with ``m > 0``, and ``stability/residual_residual``.
+
+    Cost: ``40 samples / batch`` gradients or so. Source: Katende, Thm 4.3 and Cor. 4.4.
+
+    Stiffness above 1 in some block: scale its branch down (a smaller h, zero-initialised last layer), or normalise it.
+    """
+
+    name = "residual_cfl"
+    keys = ("stability/residual_stiffness_max", "stability/residual_dissipative")
+
+    def __init__(self, blocks: Selection = None, samples: int = 4, h: float = 1.0):
+        super().__init__()
+        if samples < 1:
+            raise ValueError(f"samples={samples}: give at least 1")
+        if not h > 0:
+            raise ValueError(f"h={h}: a step size is positive")
+        self.blocks, self.samples, self.h = blocks, samples, h
+        self.add_state("stiffness", default=scalar(torch.nan))
+        self.add_state("share", default=scalar(torch.nan))
+        self._found: dict[str, ResidualStability] = {}
+
+    def keeps(self, name: str, module: nn.Module) -> bool:
+        return bool(name) and (is_candidate(module) if self.blocks is None else selected(self.blocks, name, module))
+
+    def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        if not any(self.keeps(name, module) for name, module in snapshot.module.named_modules()):
+            return {"forward": 1 / 3}
+        return {"forward": 1 / 3, "residual blocks": 1.5}
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Measures one step."""
+        found: dict[str, ResidualStability] = {}
+        calls = snapshot.calls
+        # Children come after their parents: walking backwards meets the innermost first.
+        for name, module in reversed(list(snapshot.module.named_modules())):
+            if name not in calls or not self.keeps(name, module):
+                continue
+            if self.blocks is None and any(inner.startswith(name + ".") for inner in found):
+                continue
+            try:
+                block = residual_block(module, calls[name], samples=self.samples)
+            except Unmeasurable as error:
+                if self.blocks is None:
+                    continue
+                raise Unmeasurable(f"block {name!r}: {error}") from error
+            if self.blocks is None and not block.skip:
+                continue
+            found[name] = residual_stability(block.jacobian, h=self.h, steps=STEPS)
+        self._found = dict(reversed(found.items()))
+        if found:
+            self.stiffness = torch.stack([scalar(b.stiffness) for b in found.values()]).max()
+            self.share = scalar(sum(b.dissipative for b in found.values()) / len(found))
+        self.complete = True
+
+    def compute(self) -> dict[str, Tensor]:
+        """The numbers of the last measurement; nothing where the model has no residual block."""
+        if not self._found:
+            return {}
+        values = {
+            "stability/residual_stiffness_max": self.stiffness,
+            "stability/residual_dissipative": self.share,
+            "stability/residual_residual": torch.stack([scalar(b.residual) for b in self._found.values()]).max(),
+        }
+        margins = [scalar(b.cfl) for b in self._found.values() if b.cfl is not None]
+        if margins:
+            values["stability/residual_cfl_max"] = torch.stack(margins).max()
+        for field in ("stiffness", "gain", "cfl", "m", "M", "h_max", "h_exact"):
+            for name, block in self._found.items():
+                number = getattr(block, field)
+                if number is not None:
+                    values[f"stability/residual_{field}/{name}"] = scalar(number)
+        return values

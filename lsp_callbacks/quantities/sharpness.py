@@ -1,0 +1,109 @@
+"""Sharpness, its limit, and the Courant number of gradient descent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.functional.sharpness import Edge, edge
+from lsp_callbacks.operators.curvature import Method
+from lsp_callbacks.operators.training import update_rule
+from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.snapshot import Snapshot
+
+#: Lanczos products from the last eigenvector, and from the gradient; the cost model counts the first.
+WARM, COLD = 4, 12
+TOLERANCE = 0.05
+
+
+def measured_edge(snapshot: Snapshot, start: Tensor | None, method: Method) -> Edge:
+    """The step's `Edge`, computed once for all quantities that align with it."""
+    steps = COLD if start is None else WARM
+    return snapshot.once(
+        ("edge", method), lambda: edge(snapshot, start=start, steps=steps, tol=TOLERANCE, method=method)
+    )
+
+
+def edge_cost(snapshot: Snapshot) -> dict[str, float]:
+    """Gradients for the alignment that sharpness and exponent share."""
+    rule = update_rule(snapshot)
+    runs = 1 if len(set(zip(rule.lr, rule.weight_decay))) == 1 else 2
+    return {"forward": 1 / 3, "edge": float(WARM * runs)}
+
+
+class Sharpness(Quantity):
+    """The largest algebraic Hessian eigenvalue of the step's loss against what the optimizer can bear.
+
+    ``courant_gd = lambda_max(D^1/2 H' D^1/2) / c`` with D the rates, H' the Hessian with coupled weight decay, and c from
+    `lsp_callbacks.functional.stability_constant`: 1 is the edge of stability of full-batch steps. It is measured on one
+    mini-batch and, under momentum, blind to batch noise. When it stays above 1 and the loss does not fall: lower the
+    learning rate, or warm it up for longer.
+
+    Args:
+        method: of the Hessian products, see `lsp_callbacks.operators.hessian`.
+
+    Keys: ``stability/sharpness`` (units of loss / parameter^2), ``stability/sharpness_limit``, ``stability/courant_gd``,
+    ``stability/courant``, ``stability/sharpness_residual`` (relative).
+
+    Cost: about 4 gradients, shared with the exponent. Source: Cohen et al. 2021; MATH section 3.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks import Sharpness, Snapshot
+        >>> net = torch.nn.Linear(1, 1, bias=False)
+        >>> x = torch.tensor([[2.0]])
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> metric = Sharpness()
+        >>> metric.update(Snapshot(step=0, module=net, replay=lambda: net(x).square().mean(), optimizer=sgd))
+        >>> {key: float(value) for key, value in metric.compute().items()}
+        {'stability/sharpness': 8.0, ..., 'stability/courant_gd': 1.0, 'stability/courant': 1.0, ...}
+    """
+
+    name = "sharpness"
+    keys = ("stability/sharpness", "stability/courant_gd", "stability/courant", "stability/sharpness_residual")
+    needs_update = True
+    sharpness: Tensor
+    limit: Tensor
+    courant: Tensor
+    residual: Tensor
+
+    def __init__(self, method: Method = "auto"):
+        super().__init__()
+        self.method = method
+        self._mode: Tensor | None = None
+        for state in ("sharpness", "limit", "courant", "residual"):
+            self.add_state(state, default=scalar(torch.nan), persistent=True)
+
+    def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        return edge_cost(snapshot)
+
+    def check(self, snapshot: Snapshot) -> None:
+        update_rule(snapshot)
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Measures one step."""
+        found = measured_edge(snapshot, self._mode, self.method)
+        self.sharpness, self.courant = scalar(found.sharpness), scalar(found.courant)
+        self.limit, self.residual = scalar(found.limit), scalar(found.residual)
+        self._mode, self.complete = found.mode, True
+
+    def compute(self) -> dict[str, Tensor]:
+        """The last measurement."""
+        values = {
+            "stability/sharpness": self.sharpness,
+            "stability/sharpness_limit": self.limit,
+            "stability/courant_gd": self.courant,
+            "stability/courant": self.courant,
+            "stability/sharpness_residual": self.residual,
+        }
+        if not bool(torch.isfinite(self.limit)):  # at rate 0 there is no limit
+            del values["stability/sharpness_limit"]
+        return values
+
+    def vectors(self) -> dict[str, Any]:
+        return {} if self._mode is None else {"mode": self._mode}
+
+    def load_vectors(self, vectors: dict[str, Any]) -> None:
+        self._mode = vectors.get("mode")
