@@ -54,7 +54,7 @@ def _exact(snapshot: Snapshot) -> LinearOperator:
         # Another path than the step's (no fused attention, not compiled): equal up to its rounding.
         snapshot.check(loss, tolerance=_path_tolerance(parameters[0].dtype))
         gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-    flat = flatten(gradient, parameters)
+        flat = flatten(gradient, parameters)
 
     def product(v: Tensor) -> Tensor:
         if not flat.requires_grad or not bool(v.any()):  # a loss linear in the parameters has no graph left
