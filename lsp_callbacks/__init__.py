@@ -1,15 +1,22 @@
 """Stability of training, measured while it runs."""
 
+from lsp_callbacks.callbacks import StabilityMonitor, StopOnInstability
+from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.quantities import Lyapunov, LyapunovTrajectory, Quantity, ResidualCFL, Sharpness, SpectralNorm
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
 __all__ = [
+    "Curve",
     "Lyapunov",
     "LyapunovTrajectory",
+    "Monitor",
+    "Observation",
     "Quantity",
     "ResidualCFL",
     "Sharpness",
     "Snapshot",
     "SpectralNorm",
+    "StabilityMonitor",
+    "StopOnInstability",
     "Unmeasurable",
 ]

@@ -35,12 +35,13 @@ class Shadow:
 
     Args:
         module: the module to copy.
+        prepare: applied once to the copy, for instance to mute its logging.
 
     Raises:
-        TypeError: where something in the module cannot be copied; the caller says what to do.
+        Exception: where something in the module cannot be copied; the caller says what to do.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, prepare: Callable[[nn.Module], None] = lambda copy: None):
         memo: dict[int, Any] = {id(p): p for p in module.parameters()}
         for child in module.modules():
             _detach_graphs(vars(child), memo)
@@ -50,6 +51,7 @@ class Shadow:
                 hooks = getattr(child, kind, {})
                 for key in [k for k, hook in hooks.items() if _is_users(hook)]:
                     del hooks[key]
+        prepare(self.module)
         self._state = [_State(child) for child in self.module.modules()]
 
     def reset(self) -> nn.Module:

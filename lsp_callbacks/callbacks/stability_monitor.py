@@ -1,0 +1,238 @@
+"""The callback that measures."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+
+from lsp_callbacks.callbacks.adapter import LossFn, Pending, unmodelled, warn_sub_batch
+from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.monitor import Curve, Monitor, Observation
+from lsp_callbacks.quantities import Quantity, build
+from lsp_callbacks.quantities.select import Selection, validate
+from lsp_callbacks.replay import untouched
+from lsp_callbacks.report import verdict
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+
+
+class StabilityMonitor(Callback):
+    """Measures the stability of training while it runs, and leaves no trace in it.
+
+    Global scalars go to ``trainer.callback_metrics`` (finite ones only) and to every logger, per-layer values to the
+    loggers, all at the step number of the user's own row of that batch. ``history`` holds the curves without a logger.
+
+    Args:
+        quantities: a preset ("economy", "default", "full"), names, or `Quantity` objects. What is named here and cannot be
+            measured raises before training; what a preset brings is left out with one warning.
+        every_n_steps: start a measurement every so many optimizer steps; None keeps to ``budget``.
+        budget: share of the training cost to spend, by a deterministic model in gradients.
+        window: steps in a window of the exponent.
+        average: windows in its mean.
+        probe_samples: samples of the batch for sharpness and exponent; None takes the whole batch. The numbers are then
+            those of a sub-batch.
+        layers: whose spectral norms to measure: class, glob, predicate or import path; None takes all.
+        blocks: the residual blocks, likewise; None finds them.
+        log_layers: "all", "summary" (none), or how many of the largest of each kind to log.
+        loss_fn: ``(module, batch) -> loss``, where ``training_step`` cannot be replayed; needed under manual optimisation.
+        save_vectors: put windows under way and warm starts into checkpoints too; otherwise a checkpoint cuts them.
+        strict: raise where a measurement fails, instead of recording NaN with one warning.
+        seed: of our own random choices, which never touch the global state.
+
+    Raises:
+        ValueError: for bad arguments; in ``setup``, for a model or selection that cannot be measured.
+
+    Example:
+        >>> from lsp_callbacks import StabilityMonitor, StopOnInstability
+        >>> callbacks = [StabilityMonitor(every_n_steps=50), StopOnInstability()]  # for Trainer(callbacks=callbacks)
+    """
+
+    def __init__(
+        self,
+        quantities: str | Sequence[str | Quantity] = "default",
+        *,
+        every_n_steps: int | None = None,
+        budget: float = 0.05,
+        window: int = 4,
+        average: int = 5,
+        probe_samples: int | None = None,
+        layers: Selection = None,
+        blocks: Selection = None,
+        log_layers: Literal["all", "summary"] | int = "all",
+        loss_fn: LossFn | None = None,
+        save_vectors: bool = False,
+        strict: bool = False,
+        seed: int = 0,
+    ):
+        if probe_samples is not None and probe_samples < 1:
+            raise ValueError(f"probe_samples={probe_samples}: give at least 1, or None for the whole batch")
+        if log_layers not in ("all", "summary") and not (isinstance(log_layers, int) and log_layers > 0):
+            raise ValueError(f"log_layers={log_layers!r}: give 'all', 'summary' or a positive number")
+        built, named = build(
+            quantities,
+            lyapunov={"window": window, "average": average},
+            spectral_norm={"layers": layers},
+            residual_cfl={"blocks": blocks},
+        )
+        self.monitor = Monitor(*built, every_n_steps=every_n_steps, budget=budget, named=named, strict=strict)
+        self.probe_samples, self.layers, self.blocks = probe_samples, layers, blocks
+        self.log_layers, self.loss_fn, self.save_vectors, self.seed = log_layers, loss_fn, save_vectors, seed
+        self.subscribers: list[Callable[[Any, Observation], bool]] = []
+        self.step = 0
+        self._unmodelled: str | None = None
+        self._pending: Pending | None = None
+        self._saw_loss = False
+        self._observation: Observation | None = None
+        self._versions: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        self._measured_at: int | None = None
+        self._spent = 0.0
+        self._began: float | None = None
+
+    @property
+    def history(self) -> dict[str, Curve]:
+        """Steps and values of every key."""
+        return self.monitor.history
+
+    # -- before training -------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not any(p.requires_grad for p in pl_module.parameters()):
+            raise ValueError(
+                f"{type(pl_module).__name__} has no parameter that requires a gradient: nothing is trained"
+            )
+        if not pl_module.automatic_optimization and self.loss_fn is None:
+            raise ValueError(
+                "automatic_optimization=False: the loss of a step cannot be told from training_step; pass "
+                "StabilityMonitor(loss_fn=lambda module, batch: ...) which returns it"
+            )
+        validate(self.layers, pl_module, "layers")
+        validate(self.blocks, pl_module, "blocks")
+        self._unmodelled = unmodelled(trainer, pl_module)
+        named = [q for q in self.monitor.quantities.values() if q.needs_update and q.name in self.monitor.named]
+        if self._unmodelled and named:
+            raise Unmeasurable(f"{named[0].name} cannot be measured: {self._unmodelled}")
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._unmodelled = unmodelled(trainer, pl_module)
+        optimizer = trainer.optimizers[0] if trainer.optimizers else None
+        self.monitor.require(
+            Snapshot(self.step, pl_module, replay=_never, optimizer=optimizer, unmodelled=self._unmodelled)
+        )
+        if self.probe_samples is not None:
+            warn_sub_batch(self.probe_samples)
+        self._began, self._spent = time.perf_counter(), 0.0
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        began = time.perf_counter()
+        self._pending = None
+        if self.monitor.wants(self.step):
+            self._pending = Pending(trainer, pl_module, batch, batch_idx, self.loss_fn, self.probe_samples)
+        self._spent += time.perf_counter() - began
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
+        if self._pending is not None:
+            self._pending.saw_loss(loss)
+        self._saw_loss = True
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if not self._saw_loss:  # training_step returned None: no update happens
+            return
+        began = time.perf_counter()
+        self._saw_loss = False
+        pending, self._pending = self._pending, None
+        if pending is not None and pending.loss is not None:
+            with untouched():
+                self._observation = self._observe(pending, optimizer)
+            if pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
+                self._versions = [(p, p.grad, p.grad._version) for p in pl_module.parameters() if p.grad is not None]
+        self.step += 1
+        self._spent += time.perf_counter() - began
+
+    def _observe(self, pending: Pending, optimizer: Any) -> Observation | None:
+        snapshot = pending.snapshot(
+            self.step,
+            optimizer,
+            unmodelled=self._unmodelled,
+            keep=self.monitor.keeps,
+            seed=self.seed,
+        )
+        return self.monitor.observe(snapshot)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        began = time.perf_counter()
+        if any(p.grad is not gradient or gradient._version != version for p, gradient, version in self._versions):
+            self._observation = self.monitor.disown_update(
+                self._observation, "the gradient was changed after the on_before_optimizer_step of StabilityMonitor"
+            )
+        self._versions = []
+        if self._observation is not None:
+            observation, self._observation = self._observation, None
+            self._measured_at = observation.step
+            self._publish(trainer, observation)
+            stop = any([receive(trainer, observation) for receive in self.subscribers])
+            if self.subscribers and trainer.strategy.reduce_boolean_decision(stop, all=False):
+                trainer.should_stop = True
+        if self._measured_at is not None:
+            trainer.callback_metrics["stability/age"] = torch.tensor(float(self.step - 1 - self._measured_at))
+        self._spent += time.perf_counter() - began
+
+    def _publish(self, trainer: Any, observation: Observation) -> None:
+        values = self._visible(observation.values)
+        values["stability/overhead"] = self.overhead
+        scalars = {key: value for key, value in values.items() if key.count("/") == 1 and math.isfinite(value)}
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
+        if "stability/courant" in scalars:
+            trainer.progress_bar_metrics["courant"] = round(scalars["stability/courant"], 3)
+        # The row that Lightning itself gives to this batch.
+        row = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=row)
+
+    def _visible(self, values: dict[str, float]) -> dict[str, float]:
+        """All global keys, and those per-layer ones that ``log_layers`` asks for."""
+        if self.log_layers == "all":
+            return dict(values)
+        kept = {key: value for key, value in values.items() if key.count("/") == 1}
+        if self.log_layers == "summary":
+            return kept
+        kinds: dict[str, list[str]] = {}
+        for key in values.keys() - kept.keys():
+            kinds.setdefault(key.rsplit("/", 1)[0], []).append(key)
+        for keys in kinds.values():
+            kept |= {key: values[key] for key in sorted(keys, key=lambda k: -abs(values[k]))[: self.log_layers]}
+        return kept
+
+    @property
+    def overhead(self) -> float:
+        """Measured share of the time since training began that went into measuring."""
+        if self._began is None:
+            return 0.0
+        return self._spent / max(time.perf_counter() - self._began, 1e-9)
+
+    # -- afterwards ------------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        rank_zero_info(verdict(self.history))
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if not self.save_vectors:
+            self.monitor.drop("a checkpoint was written")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "monitor": self.monitor.state_dict(vectors=self.save_vectors)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = state_dict["step"]
+        self.monitor.load_state_dict(state_dict["monitor"])
+
+
+def _never() -> torch.Tensor:
+    raise AssertionError("no step is replayed before training")

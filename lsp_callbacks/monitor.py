@@ -1,0 +1,271 @@
+"""When to measure what; knows of no training loop."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lsp_callbacks.quantities import Quantity
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+
+#: How many points of each global curve a checkpoint carries.
+HISTORY_SAVED = 1000
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one step has completed.
+
+    Attributes:
+        step: number of the optimizer step.
+        values: by key; NaN where a measurement failed.
+        failures: the reason, by quantity.
+    """
+
+    step: int
+    values: dict[str, float]
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Curve:
+    """One key over time."""
+
+    steps: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+
+class Monitor:
+    """Feeds training steps to quantities at a cadence that respects a budget, and remembers the curves.
+
+    Args:
+        quantities: what to measure.
+        every_n_steps: start a measurement every so many steps; None derives it from ``budget``.
+        budget: gradients spent on measuring, as a share of those spent on training, by the quantities' own cost model.
+        named: names of the quantities that the user asked for; the others may be left out with a warning.
+        strict: raise where a measurement fails, instead of recording NaN.
+
+    Raises:
+        ValueError: for a cadence below 1 or a budget outside (0, 1].
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks import Monitor, Sharpness, Snapshot
+        >>> net, x = torch.nn.Linear(1, 1, bias=False), torch.tensor([[2.0]])
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> monitor = Monitor(Sharpness(), every_n_steps=1)
+        >>> for step in range(3):
+        ...     loss = lambda: net(x).square().mean()
+        ...     _ = monitor.observe(Snapshot(step=step, module=net, replay=loss, optimizer=sgd))
+        ...     sgd.zero_grad(); loss().backward(); _ = sgd.step()
+        >>> monitor.history["stability/courant_gd"].values
+        [1.0, 1.0, 1.0]
+    """
+
+    def __init__(
+        self,
+        *quantities: Quantity,
+        every_n_steps: int | None = None,
+        budget: float = 0.05,
+        named: Collection[str] = (),
+        strict: bool = False,
+    ):
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(
+                f"every_n_steps={every_n_steps}: give a whole number of at least 1, or None for the budget"
+            )
+        if not 0 < budget <= 1:
+            raise ValueError(f"budget={budget}: give a share of the training cost, in (0, 1]")
+        self.quantities = {quantity.name: quantity for quantity in quantities}
+        self.every_n_steps, self.budget, self.strict = every_n_steps, budget, strict
+        self.named = set(named)
+        self.skipped: dict[str, str] = {}
+        self.history: dict[str, Curve] = {}
+        self.period: int | None = every_n_steps
+        self.origin: int | None = None
+        self._remaining: dict[str, int] = {}
+        self._warned: set[tuple[str, str]] = set()
+
+    @property
+    def keys(self) -> set[str]:
+        """The global keys that can appear."""
+        return {key for quantity in self.quantities.values() for key in quantity.keys}
+
+    def require(self, snapshot: Snapshot) -> None:
+        """Leaves out what cannot be measured on such steps; replays nothing.
+
+        Raises:
+            Unmeasurable: if a quantity that the user named is among it.
+        """
+        for name, quantity in list(self.quantities.items()):
+            try:
+                quantity.check(snapshot)
+            except Unmeasurable as error:
+                if name in self.named or self.strict:
+                    raise Unmeasurable(f"{name} cannot be measured: {error}") from None
+                self.skipped[name] = str(error)
+                del self.quantities[name]
+        if self.skipped:
+            reasons: dict[str, list[str]] = {}
+            for name, reason in self.skipped.items():
+                reasons.setdefault(reason, []).append(name)
+            text = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in reasons.items())
+            warnings.warn(f"lsp_callbacks leaves out {text}", stacklevel=2)
+
+    def disown_update(self, observation: Observation | None, reason: str) -> Observation | None:
+        """The step did not move the parameters as the snapshot said: from now on, nothing that needs the update map.
+
+        Args:
+            observation: of that step; its numbers that depend on the update become NaN, in the history too.
+            reason: for the warning.
+
+        Returns:
+            The corrected observation.
+
+        Raises:
+            Unmeasurable: under ``strict``.
+        """
+        wrong = {name: quantity for name, quantity in self.quantities.items() if quantity.needs_update}
+        if self.strict and wrong:
+            raise Unmeasurable(f"{' and '.join(wrong)}: {reason}")
+        for name in wrong:
+            self.skipped[name] = reason
+            del self.quantities[name]
+            self._remaining.pop(name, None)
+        if wrong:
+            warnings.warn(f"lsp_callbacks leaves out {' and '.join(wrong)} ({reason})", stacklevel=2)
+        if observation is None:
+            return None
+        keys = {key for quantity in wrong.values() for key in quantity.keys} & observation.values.keys()
+        for key in keys:
+            self.history[key].values[-1] = math.nan
+        return Observation(
+            observation.step, observation.values | dict.fromkeys(keys, math.nan), dict.fromkeys(wrong, reason)
+        )
+
+    def keeps(self, name: str, module: nn.Module) -> bool:
+        """Whether any quantity wants the module's inputs in full."""
+        return any(quantity.keeps(name, module) for quantity in self.quantities.values())
+
+    def wants(self, step: int) -> bool:
+        """Whether `observe` would look at this step: if not, no snapshot needs to be made."""
+        if not self.quantities:
+            return False
+        return bool(self._remaining) or self._starts(step)
+
+    def _starts(self, step: int) -> bool:
+        return self.origin is None or self.period is None or (step - self.origin) % self.period == 0
+
+    def observe(self, snapshot: Snapshot) -> Observation | None:
+        """Measures what is due at this step.
+
+        Returns:
+            What was completed; None if nothing was.
+
+        Raises:
+            Exception: whatever a measurement raised, under ``strict``.
+        """
+        if not self.wants(snapshot.step):
+            return None
+        if self.origin is None:
+            self.origin = snapshot.step
+        if self.period is None:
+            self.period = self._period(snapshot)
+        values: dict[str, float] = {}
+        failures: dict[str, str] = {}
+        starts = self._starts(snapshot.step)
+        for name, quantity in self.quantities.items():
+            remaining = self._remaining.pop(name, 0)
+            if not remaining and not starts:
+                continue
+            remaining = remaining or quantity.prepare + quantity.window
+            try:
+                quantity.update(snapshot)
+            except Exception as error:
+                if self.strict:
+                    raise
+                quantity.load_vectors({})
+                failures[name] = f"{type(error).__name__}: {error}"
+                values |= dict.fromkeys(quantity.keys, math.nan)
+                self._warn(name, failures[name], snapshot.step)
+                continue
+            if quantity.complete:
+                values |= {key: float(value) for key, value in quantity.compute().items()}
+            elif remaining > 1:
+                self._remaining[name] = remaining - 1
+        if not values:
+            return None
+        for key, value in values.items():
+            curve = self.history.setdefault(key, Curve())
+            curve.steps.append(snapshot.step)
+            curve.values.append(value)
+        return Observation(snapshot.step, values, failures)
+
+    def _warn(self, name: str, reason: str, step: int) -> None:
+        kind = (name, reason.split(":")[0])
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(
+                f"lsp_callbacks could not measure {name} at step {step}, and says NaN: {reason}", stacklevel=3
+            )
+
+    def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        """Gradients that one measurement of everything costs, by what they are spent on."""
+        parts: dict[str, float] = {}
+        for quantity in self.quantities.values():
+            for part, gradients in quantity.cost(snapshot).items():
+                parts[part] = max(parts.get(part, 0.0), gradients)
+        return parts
+
+    def _period(self, snapshot: Snapshot) -> int:
+        longest = max(quantity.prepare + quantity.window for quantity in self.quantities.values())
+        return max(longest, math.ceil(sum(self.cost(snapshot).values()) / self.budget))
+
+    def drop(self, reason: str) -> None:
+        """Forgets windows and warm starts: the steps before are not those that come after.
+
+        Called when a checkpoint is written, so that the run that goes on and the run that resumes measure the same.
+        """
+        self._remaining.clear()
+        for quantity in self.quantities.values():
+            quantity.load_vectors({})
+
+    def state_dict(self, *, vectors: bool = False) -> dict[str, Any]:
+        """Scalars, and on request the vectors of windows that are under way."""
+        saved = {
+            key: {
+                "steps": torch.tensor(curve.steps[-HISTORY_SAVED:]),
+                "values": torch.tensor(curve.values[-HISTORY_SAVED:]),
+            }
+            for key, curve in self.history.items()
+            if key.count("/") == 1
+        }
+        state = {
+            "version": 1,
+            "origin": self.origin,
+            "period": self.period,
+            "history": saved,
+            "quantities": {name: quantity.state_dict() for name, quantity in self.quantities.items()},
+        }
+        if vectors:
+            state["vectors"] = {name: quantity.vectors() for name, quantity in self.quantities.items()}
+            state["remaining"] = dict(self._remaining)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave; quantities that are new or gone are left alone."""
+        self.origin = state["origin"]
+        self.period = self.every_n_steps or state["period"]
+        self.history = {
+            key: Curve(curve["steps"].tolist(), curve["values"].tolist()) for key, curve in state["history"].items()
+        }
+        self._remaining = {n: r for n, r in state.get("remaining", {}).items() if n in self.quantities}
+        for name, quantity in self.quantities.items():
+            quantity.load_state_dict(dict(state["quantities"].get(name, {})), strict=False)
+            quantity.load_vectors(state.get("vectors", {}).get(name, {}))
