@@ -71,7 +71,7 @@ class _State:
         self.containers = {
             name: dict(value)
             for name, value in vars(module).items()
-            if name in ("_parameters", "_buffers", "_modules", *_HOOKS)
+            if name in ("_parameters", "_buffers", "_modules")
         }
         self.buffers = {name: None if b is None else b.detach().clone() for name, b in module._buffers.items()}
         plain = vars(nn.Module())

@@ -60,7 +60,7 @@ class SpectralNorm(Quantity):
         calls = snapshot.calls
         for name, layer in snapshot.module.named_modules():
             called = calls.get(name)
-            if called is None or not self._takes(name, layer):
+            if called is None or not _has_linear_part(layer) or not self._takes(name, layer):
                 continue
             tensor = _source(layer)
             if id(tensor) in seen:
@@ -94,12 +94,10 @@ class SpectralNorm(Quantity):
         return self.layers is None or selected(self.layers, name, layer)
 
     def _norms(self, name: str, layer: nn.Module, called: Call):
-        if not _has_linear_part(layer):
-            return {}
         training = layer.training
         try:
             layer.train(False)  # so that reading a parametrised weight does not move its buffers
-            start = {k: v for k, v in self._starts.get(name, {}).items()}
+            start = self._starts.get(name)
             return spectral_norm(
                 layer, called.input_shape, output_shape=called.output_shape, start=start, steps=STEPS, tol=TOLERANCE
             )
