@@ -94,11 +94,21 @@ class Snapshot:
                 # `always_call` is off: a forward that raised has nothing to tell.
                 stack.callback(module.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(hook.after).remove)
-            # With a graph, as in training: some kernels are chosen by whether a gradient is wanted. Hooks do not
-            # fire inside compiled code, so that runs eagerly and agrees up to rounding only.
-            with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-                self.check(self.replay(), tolerance=1e-4 if self.compiled else 0.0)
+            self._verify()
+        vars(self)["faithful"] = True
         return calls
+
+    @cached_property
+    def faithful(self) -> bool:
+        """True once a replay at the unchanged parameters gave the step's own loss; see `calls` for what it raises."""
+        self._verify()
+        return True
+
+    def _verify(self) -> None:
+        # With a graph, as in training: some kernels are chosen by whether a gradient is wanted. Hooks do not fire
+        # inside compiled code, so that runs eagerly and agrees up to rounding only.
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            self.check(self.replay(), tolerance=1e-4 if self.compiled else 0.0)
 
     @cached_property
     def compiled(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lsp_callbacks.replay import RandomState, Shadow, replayer
+from lsp_callbacks.replay import RandomState, Shadow, copied, replayer
 from lsp_callbacks.snapshot import Snapshot
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -36,7 +35,7 @@ class Pending:
         self.trainer, self.batch_idx, self.loss_fn = trainer, batch_idx, loss_fn
         self.probe_samples = probe_samples
         self.random_state = RandomState()
-        self.batch = copy.deepcopy(batch)
+        self.batch = copied(batch)
         self.module = module
         self.shadow: Shadow | None = None
         self.failure: Exception | None = None
@@ -87,7 +86,7 @@ class Pending:
             return full
         sub = tree_map(lambda t: t[:count] if isinstance(t, Tensor) and t.ndim and len(t) == size else t, self.batch)
         replay = replayer(self.shadow, self.random_state, sub, self._loss)
-        _ = full.calls
+        _ = full.faithful
         names, parameters = zip(*full.parameters.items())
         with torch.enable_grad():
             loss = replay()

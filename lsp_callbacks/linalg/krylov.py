@@ -32,21 +32,20 @@ class Ritz:
         values: ``(*batch, k)``, ascending: approximate eigenvalues, all inside the true spectrum.
         residuals: ``(*batch, k)``: ``||A v - value v||`` of each, in the units of A.
         coefficients: ``(*batch, k, k)``: columns expand the Ritz vectors in ``basis``.
-        basis: ``k`` orthonormal vectors ``(*batch, n)``.
+        basis: ``(k, *batch, n)``, orthonormal.
         converged: whether each requested end met the tolerance.
     """
 
     values: Tensor
     residuals: Tensor
     coefficients: Tensor
-    basis: list[Tensor]
+    basis: Tensor
     converged: bool
 
     def pair(self, index: int) -> Eigenpair:
         """The Ritz pair at ``index``: 0 is the smallest eigenvalue, -1 the largest."""
-        weights = self.coefficients[..., index].to(self.basis[0].dtype)
-        vector = sum(weights[..., j, None] * q for j, q in enumerate(self.basis))
-        assert isinstance(vector, Tensor)
+        weights = self.coefficients[..., index].to(self.basis)
+        vector = torch.einsum("...k,k...n->...n", weights, self.basis)
         return Eigenpair(
             value=self.values[..., index],
             vector=vector / _norm(vector).clamp_min(torch.finfo(vector.dtype).tiny),
@@ -69,8 +68,9 @@ def lanczos(
 
     ``A Q = Q T + beta q e^T`` with full reorthogonalisation; the eigenvalues of the tridiagonal T are the
     Ritz values, and ``|beta s_k|`` are their exact residuals. Where an invariant subspace is found
-    (``beta = 0``) the iteration goes on in a fresh random direction with coupling 0, so that a start vector
-    which is itself an eigenvector cannot hide the rest of the spectrum.
+    (``beta = 0``) the iteration goes on in a fresh random direction with coupling 0, and the ends that must
+    converge are those of the newest block, so that a start vector which is itself an eigenvector cannot hide the
+    rest of the spectrum.
 
     Args:
         operator: symmetric, ``(*batch, n) -> (*batch, n)``.
@@ -83,36 +83,44 @@ def lanczos(
     Returns:
         Ritz values with residuals, in float64 whatever the dtype of the vectors.
 
-    Cost: one product a step. Source: Golub & Van Loan, Matrix Computations, 10.1; Parlett 1980, 13.2.
+    Cost: one product a step, and the memory of ``steps`` vectors. Source: Golub & Van Loan, Matrix Computations, 10.1; Parlett 1980, 13.2.
     """
     n = operator.shape[1]
-    generator = generator or torch.Generator(start.device).manual_seed(0)
-    tiny = torch.finfo(start.dtype).eps
-    basis = [_unit(start, generator, [])]
-    alphas: list[Tensor] = []
-    betas: list[Tensor] = []
-    while True:
-        w = operator @ basis[-1]
-        alphas.append(_dot(basis[-1], w))
-        for _ in range(2):  # once is not enough: Kahan's "twice is enough"
-            for q in basis:
-                w = w - _dot(q, w)[..., None].to(w.dtype) * q
-        betas.append(_norm(w)[..., 0].double())
-        values, coefficients = _eigh(alphas, betas)
-        residuals = (betas[-1][..., None] * coefficients[..., -1, :]).abs()
+    steps = min(steps, n)
+    # Not a seed that a caller would use for the start: a fresh direction must differ from it.
+    generator = generator or torch.Generator(start.device).manual_seed(2**31 - 1)
+    eps = torch.finfo(start.dtype).eps
+    basis = start.new_empty(steps, *start.shape)
+    tridiagonal = torch.zeros(*start.shape[:-1], steps, steps, dtype=torch.float64)
+    basis[0] = _unit(start, generator, basis[:0])
+    origin = torch.zeros(start.shape[:-1], dtype=torch.long)  # where the newest block begins
+    for k in range(steps):
+        w = operator @ basis[k]
+        w, overlap = _orthogonalise(w, basis[: k + 1])
+        w, _ = _orthogonalise(w, basis[: k + 1])  # once is not enough: Kahan's "twice is enough"
+        # The one place where a step waits for the device.
+        alpha, beta = torch.stack([overlap[k], _norm(w)[..., 0]]).double().cpu()
+        tridiagonal[..., k, k] = alpha
+        values, coefficients = _eigh(tridiagonal[..., : k + 1, : k + 1])
+        residuals = (beta[..., None] * coefficients[..., -1, :]).abs()
         scale = values.abs().amax(-1)
         finite = bool(torch.isfinite(values).all())
-        small = all(bool((residuals[..., e] <= tol * scale).all()) for e in ends)
-        exhausted = len(basis) == n
+        broken = beta <= 8 * eps * scale
+        met = torch.stack([_met(values, coefficients, residuals, origin, end, tol) for end in ends]).all(0)
+        # A first block that breaks off says nothing of what the start lacked; a random one has seen all the rest.
+        small = bool(torch.where(broken, origin > 0, met).all())
         # A single product cannot tell an eigenvector from the top one.
-        converged = finite and (exhausted or (small and len(basis) > 1))
-        if converged or not finite or len(basis) >= steps:
-            return Ritz(values, residuals, coefficients, basis, converged)
-        broken = betas[-1] <= 8 * tiny * scale
-        fresh = _unit(torch.zeros_like(w), generator, basis) if bool(broken.any()) else w
-        betas[-1] = torch.where(broken, 0.0, betas[-1])
-        w = torch.where(broken[..., None], fresh, w)
-        basis.append(w / _norm(w))
+        converged = finite and (k + 1 == n or (small and k > 0))
+        if converged or not finite or k + 1 == steps:
+            break
+        if bool(broken.any()):
+            origin = torch.where(broken, k + 1, origin)
+            fresh = _unit(torch.zeros_like(w), generator, basis[: k + 1])
+            w = torch.where(broken[..., None].to(w.device), fresh, w)
+            beta = torch.where(broken, 0.0, beta)
+        tridiagonal[..., k, k + 1] = tridiagonal[..., k + 1, k] = beta
+        basis[k + 1] = w / _norm(w)
+    return Ritz(values, residuals, coefficients, basis[: k + 1], converged)
 
 
 def operator_norm(
@@ -147,34 +155,41 @@ def operator_norm(
     top = lanczos(operator.T @ operator, start, steps=steps, tol=tol, generator=generator).pair(-1)
     value = top.value.clamp_min(0).sqrt()
     residual = top.residual / (2 * value).clamp_min(torch.finfo(torch.float64).tiny)
-    return Eigenpair(value, top.vector, torch.where(value > 0, residual, 0.0), top.products, top.converged)
+    return Eigenpair(value, top.vector, torch.where(value == 0, 0.0, residual), top.products, top.converged)
 
 
-def _eigh(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Tensor, Tensor]:
-    diagonal = torch.stack(alphas, dim=-1)
-    tridiagonal = torch.diag_embed(diagonal)
-    if len(alphas) > 1:
-        off = torch.stack(betas[:-1], dim=-1)
-        tridiagonal = tridiagonal + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
-    if not bool(torch.isfinite(tridiagonal).all()):  # LAPACK would raise: an honest NaN instead
-        return torch.full_like(diagonal, torch.nan), torch.full_like(tridiagonal, torch.nan)
-    values, vectors = torch.linalg.eigh(tridiagonal)
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    if not bool(torch.isfinite(matrix).all()):  # LAPACK would raise: an honest NaN instead
+        return torch.full_like(matrix[..., 0], torch.nan), torch.full_like(matrix, torch.nan)
+    values, vectors = torch.linalg.eigh(matrix)
     return values, vectors
 
 
-def _unit(vector: Tensor, generator: torch.Generator, basis: list[Tensor]) -> Tensor:
+def _met(values: Tensor, coefficients: Tensor, residuals: Tensor, origin: Tensor, end: int, tol: float) -> Tensor:
+    """Whether an end of the block that begins at ``origin`` has converged; the blocks before it are exact."""
+    rows = torch.arange(values.shape[-1])
+    share = (coefficients.square() * (rows >= origin[..., None])[..., None]).sum(-2)
+    newest = torch.where(share > 0.5, values, torch.nan)
+    index = newest.nan_to_num(-torch.inf).argmax(-1) if end else newest.nan_to_num(torch.inf).argmin(-1)
+    residual = residuals.gather(-1, index[..., None])[..., 0]
+    return residual <= tol * newest.abs().nan_to_num(0.0).amax(-1)
+
+
+def _unit(vector: Tensor, generator: torch.Generator, basis: Tensor) -> Tensor:
     """``vector`` normalised; where it vanishes, a random direction orthogonal to ``basis``."""
     norm = _norm(vector)
-    random = torch.randn(vector.shape, dtype=vector.dtype, device=vector.device, generator=generator)
-    for _ in range(2):
-        for q in basis:
-            random = random - _dot(q, random)[..., None].to(random.dtype) * q
-    vector = torch.where(norm == 0, random, vector)
-    return vector / _norm(vector)
+    if bool((norm == 0).any()):
+        random = torch.randn(vector.shape, dtype=vector.dtype, device=vector.device, generator=generator)
+        for _ in range(2):
+            random, _ = _orthogonalise(random, basis)
+        vector = torch.where(norm == 0, random, vector)
+        norm = _norm(vector)
+    return vector / norm
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(-1).double()
+def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    overlap = torch.einsum("k...n,...n->k...", basis, w)
+    return w - torch.einsum("k...,k...n->...n", overlap, basis), overlap
 
 
 def _norm(a: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def _exact(snapshot: Snapshot) -> LinearOperator:
 def _finite_difference(snapshot: Snapshot) -> LinearOperator:
     if snapshot.gradient is None:
         raise Unmeasurable("finite differences start from the step's gradient: pass gradient=... or method='exact'")
-    _ = snapshot.calls  # one forward at theta: the replay must be the step's, to the last bit
+    _ = snapshot.faithful  # one forward at theta: the replay must be the step's, to the last bit
     parameters = list(snapshot.parameters.values())
     own = flatten([snapshot.gradient[name] for name in snapshot.parameters], parameters).detach()
     distance = 8.7 * torch.finfo(own.dtype).eps ** 0.5
