@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -82,15 +84,22 @@ class Monitor:
             )
         if not 0 < budget <= 1:
             raise ValueError(f"budget={budget}: give a share of the training cost, in (0, 1]")
-        self.quantities = {quantity.name: quantity for quantity in quantities}
         self.every_n_steps, self.budget, self.strict = every_n_steps, budget, strict
         self.named = set(named)
+        self._all = quantities
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything, as before a first run."""
+        for quantity in self._all:
+            quantity.reset()
+        self.quantities = {quantity.name: quantity for quantity in self._all}
         self.skipped: dict[str, str] = {}
         self.history: dict[str, Curve] = {}
-        self.period: int | None = every_n_steps
+        self.period: int | None = self.every_n_steps
         self.origin: int | None = None
         self._remaining: dict[str, int] = {}
-        self._warned: set[tuple[str, str]] = set()
+        self._warned: set[str] = set()
 
     @property
     def keys(self) -> set[str]:
@@ -103,6 +112,7 @@ class Monitor:
         Raises:
             Unmeasurable: if a quantity that the user named is among it.
         """
+        reasons: dict[str, list[str]] = {}
         for name, quantity in list(self.quantities.items()):
             try:
                 quantity.check(snapshot)
@@ -110,11 +120,9 @@ class Monitor:
                 if name in self.named or self.strict:
                     raise Unmeasurable(f"{name} cannot be measured: {error}") from None
                 self.skipped[name] = str(error)
+                reasons.setdefault(str(error), []).append(name)
                 del self.quantities[name]
-        if self.skipped:
-            reasons: dict[str, list[str]] = {}
-            for name, reason in self.skipped.items():
-                reasons.setdefault(reason, []).append(name)
+        if reasons:
             text = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in reasons.items())
             warnings.warn(f"lsp_callbacks leaves out {text}", stacklevel=2)
 
@@ -142,7 +150,8 @@ class Monitor:
             warnings.warn(f"lsp_callbacks leaves out {' and '.join(wrong)} ({reason})", stacklevel=2)
         if observation is None:
             return None
-        keys = {key for quantity in wrong.values() for key in quantity.keys} & observation.values.keys()
+        own = {key for quantity in wrong.values() if quantity.complete for key in quantity.compute()}
+        keys = own & observation.values.keys()
         for key in keys:
             self.history[key].values[-1] = math.nan
         return Observation(
@@ -193,12 +202,12 @@ class Monitor:
                 quantity.load_vectors({})
                 failures[name] = f"{type(error).__name__}: {error}"
                 values |= dict.fromkeys(quantity.keys, math.nan)
-                self._warn(name, failures[name], snapshot.step)
                 continue
             if quantity.complete:
                 values |= {key: float(value) for key, value in quantity.compute().items()}
             elif remaining > 1:
                 self._remaining[name] = remaining - 1
+        self._warn(failures, snapshot.step)
         if not values:
             return None
         for key, value in values.items():
@@ -207,20 +216,24 @@ class Monitor:
             curve.values.append(value)
         return Observation(snapshot.step, values, failures)
 
-    def _warn(self, name: str, reason: str, step: int) -> None:
-        kind = (name, reason.split(":")[0])
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(
-                f"lsp_callbacks could not measure {name} at step {step}, and says NaN: {reason}", stacklevel=3
-            )
+    def _warn(self, failures: dict[str, str], step: int) -> None:
+        """Once for each kind of reason, whatever its numbers are."""
+        kinds: dict[str, list[str]] = {}
+        for name, reason in failures.items():
+            kinds.setdefault(re.sub(r"[-+.\w]*\d[-+.\w]*", "#", reason), []).append(name)
+        for kind, names in kinds.items():
+            if kind not in self._warned:
+                text = f"lsp_callbacks could not measure {', '.join(names)} at step {step}, and says NaN"
+                warnings.warn(f"{text}: {failures[names[0]]}", stacklevel=3)
+        self._warned |= kinds.keys()
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         """Gradients that one measurement of everything costs, by what they are spent on."""
         parts: dict[str, float] = {}
         for quantity in self.quantities.values():
-            for part, gradients in quantity.cost(snapshot).items():
-                parts[part] = max(parts.get(part, 0.0), gradients)
+            with contextlib.suppress(Unmeasurable):  # what cannot be measured costs nothing
+                for part, gradients in quantity.cost(snapshot).items():
+                    parts[part] = max(parts.get(part, 0.0), gradients)
         return parts
 
     def _period(self, snapshot: Snapshot) -> int:
@@ -241,7 +254,7 @@ class Monitor:
         saved = {
             key: {
                 "steps": torch.tensor(curve.steps[-HISTORY_SAVED:]),
-                "values": torch.tensor(curve.values[-HISTORY_SAVED:]),
+                "values": torch.tensor(curve.values[-HISTORY_SAVED:], dtype=torch.float64),
             }
             for key, curve in self.history.items()
             if key.count("/") == 1

@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_map
+
+from lsp_callbacks.snapshot import Unmeasurable
 
 _HOOKS = (
     "_forward_hooks",
@@ -57,9 +60,11 @@ class Shadow:
 
     def reset(self) -> nn.Module:
         """The module as it was before the step."""
-        shared = {id(m): m for m in self.module.modules()} | {id(p): p for p in self.module.parameters()}
+        # One memo for all, so that what two modules share stays one object.
+        memo: dict[int, Any] = {id(m): m for m in self.module.modules()}
+        memo |= {id(p): p for p in self.module.parameters()}
         for state in self._state:
-            state.restore(shared)
+            state.restore(memo)
         return self.module
 
 
@@ -70,9 +75,7 @@ class _State:
         self.module = module
         self.attributes = dict(vars(module))
         self.containers = {
-            name: dict(value)
-            for name, value in vars(module).items()
-            if name in ("_parameters", "_buffers", "_modules")
+            name: dict(value) for name, value in vars(module).items() if name in ("_parameters", "_buffers", "_modules")
         }
         self.buffers = {name: None if b is None else b.detach().clone() for name, b in module._buffers.items()}
         plain = vars(nn.Module())
@@ -83,13 +86,11 @@ class _State:
             if name not in plain and not isinstance(value, (*_ATOMS, types.FunctionType, nn.Module, nn.Parameter))
         }
 
-    def restore(self, shared: dict[int, Any]) -> None:
+    def restore(self, memo: dict[int, Any]) -> None:
         own = vars(self.module)
         own.clear()
         own.update(self.attributes)
-        if self.mutable:
-            memo = dict(shared)
-            own.update({name: copy.deepcopy(value, memo) for name, value in self.mutable.items()})
+        own.update({name: copy.deepcopy(value, memo) for name, value in self.mutable.items()})
         for name, entries in self.containers.items():
             container = own[name]
             container.clear()
@@ -136,12 +137,34 @@ class RandomState:
 
 
 @contextlib.contextmanager
-def untouched() -> Iterator[None]:
-    """Whatever happens inside, the global random states are afterwards what they were."""
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, the global random states are afterwards what they were, and the module unused.
+
+    Its parameters are shared with the copy, so hooks on them are off: autograd would call them. A function that a user
+    stored on the module may hold on to the module itself, in a copy too: calling the module raises. Nothing is
+    compiled, as every copy would be compiled anew.
+    """
     before = RandomState()
+    hooks = [(p, p._backward_hooks) for p in module.parameters() if p._backward_hooks]
+    own = {id(m) for m in module.modules()}
+
+    def refuse(called: nn.Module, args: tuple) -> None:
+        if id(called) in own:
+            raise Unmeasurable(
+                f"the copy of the module calls the {type(called).__name__} of the original (through a lambda or a "
+                "closure that holds it): make that function a method, or pass loss_fn=..."
+            )
+
+    handle = register_module_forward_pre_hook(refuse)
     try:
-        yield
+        for p, _ in hooks:
+            p._backward_hooks = None
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
+        handle.remove()
+        for p, kept in hooks:
+            p._backward_hooks = kept
         before.restore()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,6 +44,7 @@ class Snapshot:
         loss: the step's own loss, against which replays are checked; None takes the first replay's.
         gradient: the step's own gradients by parameter name, unclipped; None where the step had none.
         unmodelled: why the update is not the optimizer's step on this loss (clipping, accumulation); None if it is.
+        tolerance: relative difference allowed between ``loss`` and its replay; 0 is to the last bit, for the same path.
         keep: which modules' inputs ``calls`` keeps in full, by name and module.
         seed: of every random choice made for this step.
     """
@@ -54,6 +56,7 @@ class Snapshot:
     loss: Tensor | None = None
     gradient: dict[str, Tensor | None] | None = None
     unmodelled: str | None = None
+    tolerance: float = 0.0
     keep: Callable[[str, nn.Module], bool] = lambda name, module: False
     seed: int = 0
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -108,7 +111,15 @@ class Snapshot:
         # With a graph, as in training: some kernels are chosen by whether a gradient is wanted. Hooks do not fire
         # inside compiled code, so that runs eagerly and agrees up to rounding only.
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            self.check(self.replay(), tolerance=1e-4 if self.compiled else 0.0)
+            loss = self.replay()
+            self.check(loss, tolerance=1e-4 if self.compiled else 0.0)
+        vars(self)["kinked"] = has_kinks(loss)
+
+    @cached_property
+    def kinked(self) -> bool:
+        """Whether the loss is only piecewise smooth in the parameters: ReLU, max-pooling and their like."""
+        self._verify()
+        return vars(self)["kinked"]
 
     @cached_property
     def compiled(self) -> bool:
@@ -120,7 +131,7 @@ class Snapshot:
 
         Args:
             replayed: the loss of a replay at the unchanged parameters.
-            tolerance: relative; 0 means equal to the last bit, for replays on the same path.
+            tolerance: relative, where this path needs more than the snapshot's own.
 
         Raises:
             Unmeasurable: if they differ, or the step's loss is not finite.
@@ -129,13 +140,34 @@ class Snapshot:
             return
         own, again = self.loss.detach().double().cpu(), replayed.detach().double().cpu()
         if not bool(torch.isfinite(own)):
-            raise Unmeasurable(f"the loss of step {self.step} is {own.item()}")
-        if not bool((own - again).abs() <= tolerance * own.abs()):
+            raise Unmeasurable(f"the loss of step {self.step} is not finite")
+        if not bool((own - again).abs() <= max(tolerance, self.tolerance) * own.abs()):
             raise Unmeasurable(
                 f"the loss could not be replayed: step {self.step} had {own.item():.9g}, its replay {again.item():.9g}. "
                 "Something outside the batch, the module and the random state changes it (a hook of yours, a "
                 "global variable): pass loss_fn=... which computes it from (module, batch)"
             )
+
+
+# Backward nodes of functions whose derivative jumps.
+_KINKS = re.compile(
+    r"(Relu|LeakyRelu|Rrelu|Prelu|Threshold|Hardtanh|Hardswish|Hardsigmoid|Abs|Clamp|Maximum|Minimum|Max|Min|Amax|Amin"
+    r"|Maxpool|MaxPool|AdaptiveMaxPool|FractionalMaxPool|L1Loss|SmoothL1|Huber|Sign|Round|Floor|Sort|Topk|MultiMargin)"
+)
+
+
+def has_kinks(loss: Tensor) -> bool:
+    """Walks the autograd graph of a loss for functions that are not differentiable everywhere."""
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if _KINKS.match(node.name()):
+            return True
+        stack.extend(child for child, _ in node.next_functions)
+    return False
 
 
 class _Recorder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lsp_callbacks.replay import RandomState, Shadow, copied, replayer
-from lsp_callbacks.snapshot import Snapshot
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -32,18 +33,21 @@ class Pending:
     def __init__(
         self, trainer: Any, module: Any, batch: Any, batch_idx: int, loss_fn: LossFn | None, probe_samples: int | None
     ):
-        self.trainer, self.batch_idx, self.loss_fn = trainer, batch_idx, loss_fn
+        self.trainer, self.module, self.batch_idx, self.loss_fn = trainer, module, batch_idx, loss_fn
         self.probe_samples = probe_samples
         self.random_state = RandomState()
-        self.batch = copied(batch)
-        self.module = module
         self.shadow: Shadow | None = None
         self.failure: Exception | None = None
         self.loss: Tensor | None = None
         try:
+            self.batch = copied(batch)
+            self.sums = _sums(module)
             self.shadow = Shadow(module, prepare=lambda shadow: _mute(shadow, trainer))
         except Exception as error:  # whatever the user's attributes raise when they are copied
-            self.failure = error
+            self.failure = Unmeasurable(
+                f"batch or module cannot be copied for a replay ({type(error).__name__}: {error}): keep what cannot be "
+                "copied outside the module"
+            )
 
     def saw_loss(self, loss: Tensor) -> None:
         """Called before the backward pass, with the loss that is differentiated."""
@@ -52,15 +56,28 @@ class Pending:
 
     def snapshot(self, step: int, optimizer: torch.optim.Optimizer, **settings: Any) -> Snapshot:
         """The step, after its backward pass and before its update."""
-        if self.shadow is None:
-            module, replay = self.module, self._refuse
+        failure = self.failure or self._moved()
+        if failure or self.shadow is None:
+            module, replay = self.module, _raising(failure)
         else:
             module, replay = self.shadow.module, replayer(self.shadow, self.random_state, self.batch, self._loss)
-        gradient = {name: p.grad for name, p in self.module.named_parameters() if p.requires_grad}
         snapshot = Snapshot(
-            step=step, module=module, replay=replay, optimizer=optimizer, loss=self.loss, gradient=gradient, **settings
+            step=step,
+            module=module,
+            replay=replay,
+            optimizer=optimizer,
+            loss=self.loss,
+            gradient={name: p.grad for name, p in self.module.named_parameters() if p.requires_grad},
+            # Compiled code and the user's own function round in other places than the step.
+            tolerance=1e-4 if self.loss_fn is not None or _compiled(self.module) else 0.0,
+            **settings,
         )
-        return snapshot if self.probe_samples is None else self._sub_batch(snapshot)
+        if self.probe_samples is None:
+            return snapshot
+        try:
+            return self._sub_batch(snapshot, self.probe_samples)
+        except Exception as error:
+            return replace(snapshot, replay=_raising(error))
 
     def _loss(self, module: Any, batch: Any) -> Tensor:
         with self.trainer.precision_plugin.train_step_context():
@@ -71,37 +88,48 @@ class Pending:
         # Exactly what Lightning's closure does with it.
         return loss / self.trainer.accumulate_grad_batches
 
-    def _refuse(self) -> Tensor:
-        raise TypeError(
-            f"the module cannot be copied for a replay ({type(self.failure).__name__}: {self.failure}): pass "
-            "loss_fn=..., a function of (module, batch), and keep what cannot be copied outside the module"
-        )
+    def _moved(self) -> Exception | None:
+        """The step itself must leave the parameters alone: a replay, which shares them, would move them again."""
+        if self.failure is None and not all(map(torch.equal, self.sums, _sums(self.module))):
+            return Unmeasurable(
+                "the step changes parameters before its update (a moving average or a clamp in training_step), and a "
+                "replay would do so again: do it in on_train_batch_end, or pass loss_fn=..."
+            )
+        return None
 
-    def _sub_batch(self, full: Snapshot) -> Snapshot:
+    def _sub_batch(self, full: Snapshot, count: int) -> Snapshot:
         """The same step on the first samples of its batch; the whole batch's replay is checked first."""
+        _ = full.faithful
         size = _batch_size(self.batch)
-        count = self.probe_samples
-        assert count is not None and self.shadow is not None
-        if size is None or size <= count:
+        if size is None or size <= count or self.shadow is None:
             return full
         sub = tree_map(lambda t: t[:count] if isinstance(t, Tensor) and t.ndim and len(t) == size else t, self.batch)
         replay = replayer(self.shadow, self.random_state, sub, self._loss)
-        _ = full.faithful
         names, parameters = zip(*full.parameters.items())
         with torch.enable_grad():
             loss = replay()
             gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return Snapshot(
-            step=full.step,
-            module=full.module,
-            replay=replay,
-            optimizer=full.optimizer,
-            loss=loss.detach(),
-            gradient=dict(zip(names, gradient)),
-            unmodelled=full.unmodelled,
-            keep=full.keep,
-            seed=full.seed,
-        )
+        return replace(full, replay=replay, loss=loss.detach(), gradient=dict(zip(names, gradient)), memo={})
+
+
+def _raising(error: Exception | None) -> Callable[[], Tensor]:
+    def replay() -> Tensor:
+        raise error or AssertionError
+
+    return replay
+
+
+def _sums(module: nn.Module) -> list[Tensor]:
+    """A fingerprint of the parameters: in-place changes through ``.data`` leave no other mark."""
+    return [p.detach().sum(dtype=torch.float32) for p in module.parameters()]
+
+
+def _compiled(module: nn.Module) -> bool:
+    # Copies are not compiled: their attributes do not tell.
+    return any(
+        m._compiled_call_impl is not None or hasattr(m, "_orig_mod") or getattr(m, "_compiler_ctx", None)
+        for m in module.modules()
+    )
 
 
 class _Muted:
@@ -139,11 +167,14 @@ def _mute(shadow: nn.Module, trainer: Any) -> None:
     for module in shadow.modules():
         if hasattr(module, "_trainer"):  # LightningModules read the epoch and the step from it
             vars(module)["_trainer"] = muted
-            vars(module)["log"] = vars(module)["log_dict"] = _nothing
+            vars(module)["log"] = vars(module)["log_dict"] = vars(module)["print"] = _nothing
+            for name in vars(module).pop("_compiler_ctx", None) or ():
+                # Compiled methods are bound to the original.
+                vars(module).pop(name.removeprefix("original_"), None)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Instead of ``self.log``."""
+    """Instead of ``self.log`` and ``self.print``."""
 
 
 def _arguments(training_step: Callable, batch: Any, batch_idx: int) -> list[Any]:

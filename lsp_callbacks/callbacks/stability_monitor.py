@@ -44,7 +44,7 @@ class StabilityMonitor(Callback):
         seed: of our own random choices, which never touch the global state.
 
     Raises:
-        ValueError: for bad arguments; in ``setup``, for a model or selection that cannot be measured.
+        ValueError: for bad arguments; before training, for a model or selection that cannot be measured.
 
     Example:
         >>> from lsp_callbacks import StabilityMonitor, StopOnInstability
@@ -87,7 +87,8 @@ class StabilityMonitor(Callback):
         self._pending: Pending | None = None
         self._saw_loss = False
         self._observation: Observation | None = None
-        self._versions: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._updates = 0
         self._measured_at: int | None = None
         self._spent = 0.0
         self._began: float | None = None
@@ -102,6 +103,17 @@ class StabilityMonitor(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
+        if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
+            self.step, self._measured_at = 0, None
+            self.monitor.reset()
+        self.monitor.drop("the last step was in another fit")
+        self._unmodelled = unmodelled(trainer, pl_module)
+        named = [q for q in self.monitor.quantities.values() if q.needs_update and q.name in self.monitor.named]
+        if self._unmodelled and named:
+            raise Unmeasurable(f"{named[0].name} cannot be measured: {self._unmodelled}")
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        # Not in setup: the module may build itself in its own setup or configure_model, which come later.
         if not any(p.requires_grad for p in pl_module.parameters()):
             raise ValueError(
                 f"{type(pl_module).__name__} has no parameter that requires a gradient: nothing is trained"
@@ -113,10 +125,6 @@ class StabilityMonitor(Callback):
             )
         validate(self.layers, pl_module, "layers")
         validate(self.blocks, pl_module, "blocks")
-        self._unmodelled = unmodelled(trainer, pl_module)
-        named = [q for q in self.monitor.quantities.values() if q.needs_update and q.name in self.monitor.named]
-        if self._unmodelled and named:
-            raise Unmeasurable(f"{named[0].name} cannot be measured: {self._unmodelled}")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._unmodelled = unmodelled(trainer, pl_module)
@@ -126,13 +134,17 @@ class StabilityMonitor(Callback):
         )
         if self.probe_samples is not None:
             warn_sub_batch(self.probe_samples)
+        if self.history:  # resumed: stock callbacks find their key before the next measurement, too
+            self._measured_at = max(curve.steps[-1] for curve in self.history.values())
+            last = {key: [v for v in curve.values if math.isfinite(v)][-1:] for key, curve in self.history.items()}
+            self._show(trainer, {key: values[0] for key, values in last.items() if values})
         self._began, self._spent = time.perf_counter(), 0.0
 
     # -- one step --------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         began = time.perf_counter()
-        self._pending = None
+        self._pending, self._updates = None, 0
         if self.monitor.wants(self.step):
             self._pending = Pending(trainer, pl_module, batch, batch_idx, self.loss_fn, self.probe_samples)
         self._spent += time.perf_counter() - began
@@ -143,17 +155,17 @@ class StabilityMonitor(Callback):
         self._saw_loss = True
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        if not self._saw_loss:  # training_step returned None: no update happens
+        if pl_module.automatic_optimization and not self._saw_loss:  # training_step returned None: nothing moves
             return
         began = time.perf_counter()
         self._saw_loss = False
+        self._updates += 1
         pending, self._pending = self._pending, None
-        if pending is not None and pending.loss is not None:
-            with untouched():
+        if pending is not None:
+            with untouched(pl_module):
                 self._observation = self._observe(pending, optimizer)
             if pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
-                self._versions = [(p, p.grad, p.grad._version) for p in pl_module.parameters() if p.grad is not None]
-        self.step += 1
+                self._gradients = [(p, p.grad.clone()) for p in pl_module.parameters() if p.grad is not None]
         self._spent += time.perf_counter() - began
 
     def _observe(self, pending: Pending, optimizer: Any) -> Observation | None:
@@ -168,11 +180,12 @@ class StabilityMonitor(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         began = time.perf_counter()
-        if any(p.grad is not gradient or gradient._version != version for p, gradient, version in self._versions):
-            self._observation = self.monitor.disown_update(
-                self._observation, "the gradient was changed after the on_before_optimizer_step of StabilityMonitor"
-            )
-        self._versions = []
+        if any(p.grad is not None and not _equal(p.grad, gradient) for p, gradient in self._gradients):
+            self._disown("the gradient was changed after the on_before_optimizer_step of StabilityMonitor")
+        elif self._updates > 1:
+            self._disown(f"one batch made {self._updates} optimizer steps: their joint update is not modelled")
+        self._gradients = []
+        self.step += self._updates > 0
         if self._observation is not None:
             observation, self._observation = self._observation, None
             self._measured_at = observation.step
@@ -184,17 +197,23 @@ class StabilityMonitor(Callback):
             trainer.callback_metrics["stability/age"] = torch.tensor(float(self.step - 1 - self._measured_at))
         self._spent += time.perf_counter() - began
 
+    def _disown(self, reason: str) -> None:
+        self._observation = self.monitor.disown_update(self._observation, reason)
+
     def _publish(self, trainer: Any, observation: Observation) -> None:
         values = self._visible(observation.values)
         values["stability/overhead"] = self.overhead
-        scalars = {key: value for key, value in values.items() if key.count("/") == 1 and math.isfinite(value)}
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
-        if "stability/courant" in scalars:
-            trainer.progress_bar_metrics["courant"] = round(scalars["stability/courant"], 3)
+        self._show(trainer, values)
         # The row that Lightning itself gives to this batch.
         row = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             logger.log_metrics(values, step=row)
+
+    def _show(self, trainer: Any, values: dict[str, float]) -> None:
+        scalars = {key: value for key, value in values.items() if key.count("/") == 1 and math.isfinite(value)}
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
+        if "stability/courant" in scalars:
+            trainer.progress_bar_metrics["courant"] = round(scalars["stability/courant"], 3)
 
     def _visible(self, values: dict[str, float]) -> dict[str, float]:
         """All global keys, and those per-layer ones that ``log_layers`` asks for."""
@@ -232,6 +251,10 @@ class StabilityMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step = state_dict["step"]
         self.monitor.load_state_dict(state_dict["monitor"])
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a is b or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _never() -> torch.Tensor:

@@ -59,13 +59,17 @@ class StopOnInstability(Callback):
         self.monitor, self.patience, self.min_steps = monitor, patience, min_steps
         self.threshold = (0.0 if "lyapunov" in monitor else 1.0) if threshold is None else threshold
         self.confirm, self.verbose = confirm, verbose
+        self._warned = False
+        self._reset()
+
+    def _reset(self) -> None:
         self.event_step: int | None = None
         self.stop_step: int | None = None
         self._count = 0
         self._best = math.inf
+        self._loss: Tensor | None = None
         self._smoothed: Tensor | None = None
         self._seen = 0
-        self._warned = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
@@ -79,6 +83,17 @@ class StopOnInstability(Callback):
         if self.receive not in source.subscribers:
             source.subscribers.append(self.receive)
         self._source = source
+        if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
+            self._reset()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        source = next((c for c in trainer.callbacks if isinstance(c, StabilityMonitor)), None)
+        if source is not None and self.receive in source.subscribers:
+            source.subscribers.remove(self.receive)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.stop_step is not None:  # whoever goes on after a stop wants to hear of the next one
+            self._reset()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         missing = self.monitor not in self._source.monitor.keys
@@ -88,14 +103,20 @@ class StopOnInstability(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(loss, Tensor):
+        self._loss = loss.detach().float() if isinstance(loss, Tensor) else None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._smooth()
+
+    def _smooth(self) -> None:
+        """Takes in the last step's loss: not at its own end, or the order of the callbacks would matter."""
+        loss, self._loss = self._loss, None
+        if loss is None:
             return
         # Kept on its device: reading it at every step would wait for the device at every step.
         self._seen += 1
-        if self._smoothed is None:
-            self._smoothed = loss.detach().clone()
-        else:
-            self._smoothed.lerp_(loss.detach(), 1.0 / min(self._seen, SMOOTHING))
+        before = loss if self._smoothed is None else self._smoothed.to(loss.device)
+        self._smoothed = before.lerp(loss, 1.0 / min(self._seen, SMOOTHING))
 
     def receive(self, trainer: Any, observation: Observation) -> bool:
         """Takes a new observation, and says whether to stop."""
@@ -142,6 +163,7 @@ class StopOnInstability(Callback):
             rank_zero_info(f"StopOnInstability: {text}")
 
     def state_dict(self) -> dict[str, Any]:
+        self._smooth()
         smoothed = None if self._smoothed is None else float(self._smoothed)
         return {
             "event_step": self.event_step, "stop_step": self.stop_step, "count": self._count,

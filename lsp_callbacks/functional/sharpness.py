@@ -127,8 +127,8 @@ def edge(
     decay = per_parameter(rule.weight_decay, snapshot)
     maximize = rule.sign[0] < 0
     if isinstance(rates, Tensor) or isinstance(decay, Tensor):
-        root = torch.as_tensor(rates).sqrt() if any(rule.lr) else 1.0
-        own = _top(hessian(snapshot, method=method), snapshot, None, steps, tol)
+        root = rates**0.5 if any(rule.lr) else 1.0
+        own = _top(hessian(snapshot, method=method), snapshot, None, steps, tol, both=maximize)
         if isinstance(decay, Tensor):
             decayed = _top(decayed_hessian(snapshot, method=method), snapshot, None, steps, tol).values[-1]
         else:

@@ -66,8 +66,9 @@ def lanczos(
 ) -> Ritz:
     """Extreme eigenvalues of a symmetric operator, or of a batch of them at once.
 
-    ``A Q = Q T + beta q e^T`` with full reorthogonalisation; the eigenvalues of the tridiagonal T are the
-    Ritz values, and ``|beta s_k|`` are their exact residuals. Where an invariant subspace is found
+    ``A Q = Q T + beta q e^T`` with full reorthogonalisation; the eigenvalues of ``T = Q^T A Q`` are the Ritz values, and
+    ``|beta s_k|`` their residuals. T is filled with the measured overlaps of each product with all earlier vectors, not
+    with the ``beta`` that built them: with inexact products those would be biased up. Where an invariant subspace is found
     (``beta = 0``) the iteration goes on in a fresh random direction with coupling 0, and the ends that must
     converge are those of the newest block, so that a start vector which is itself an eigenvector cannot hide the
     rest of the spectrum.
@@ -91,7 +92,7 @@ def lanczos(
     generator = generator or torch.Generator(start.device).manual_seed(2**31 - 1)
     eps = torch.finfo(start.dtype).eps
     basis = start.new_empty(steps, *start.shape)
-    tridiagonal = torch.zeros(*start.shape[:-1], steps, steps, dtype=torch.float64)
+    projected = torch.zeros(*start.shape[:-1], steps, steps, dtype=torch.float64)
     basis[0] = _unit(start, generator, basis[:0])
     origin = torch.zeros(start.shape[:-1], dtype=torch.long)  # where the newest block begins
     for k in range(steps):
@@ -99,9 +100,9 @@ def lanczos(
         w, overlap = _orthogonalise(w, basis[: k + 1])
         w, _ = _orthogonalise(w, basis[: k + 1])  # once is not enough: Kahan's "twice is enough"
         # The one place where a step waits for the device.
-        alpha, beta = torch.stack([overlap[k], _norm(w)[..., 0]]).double().cpu()
-        tridiagonal[..., k, k] = alpha
-        values, coefficients = _eigh(tridiagonal[..., : k + 1, : k + 1])
+        *column, beta = torch.stack([*overlap, _norm(w)[..., 0]]).double().cpu()
+        projected[..., : k + 1, k] = projected[..., k, : k + 1] = torch.stack(column, dim=-1)
+        values, coefficients = _eigh(projected[..., : k + 1, : k + 1])
         residuals = (beta[..., None] * coefficients[..., -1, :]).abs()
         scale = values.abs().amax(-1)
         finite = bool(torch.isfinite(values).all())
@@ -117,8 +118,6 @@ def lanczos(
             origin = torch.where(broken, k + 1, origin)
             fresh = _unit(torch.zeros_like(w), generator, basis[: k + 1])
             w = torch.where(broken[..., None].to(w.device), fresh, w)
-            beta = torch.where(broken, 0.0, beta)
-        tridiagonal[..., k, k + 1] = tridiagonal[..., k + 1, k] = beta
         basis[k + 1] = w / _norm(w)
     return Ritz(values, residuals, coefficients, basis[: k + 1], converged)
 

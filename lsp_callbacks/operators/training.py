@@ -72,9 +72,8 @@ def _(optimizer: torch.optim.SGD, snapshot: Snapshot) -> SGDRule:
     if type(optimizer).step is not torch.optim.SGD.step:
         raise Unmeasurable(f"{type(optimizer).__name__} overrides SGD.step: its update is not modelled")
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    absent = {
-        "lr": 0.0, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False
-    }  # fmt: skip
+    # What another optimizer holds does not move in this step, and has no say in its betas.
+    absent = {**optimizer.param_groups[0], "lr": 0.0, "weight_decay": 0.0}
     groups = [group_of.get(id(p), absent) for p in snapshot.parameters.values()]
     gradient = snapshot.gradient
     return SGDRule(
@@ -104,9 +103,8 @@ def decayed_hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpe
 
 def preconditioned_hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
     """``D^(1/2) H' D^(1/2)`` with D the per-parameter learning rates: symmetric, with the eigenvalues of ``D H'``."""
-    root = torch.as_tensor(per_parameter(update_rule(snapshot).lr, snapshot)).sqrt()
+    root = per_parameter(update_rule(snapshot).lr, snapshot) ** 0.5
     H = decayed_hessian(snapshot, method=method)
-    root = root.to(H.device, H.dtype)
 
     def product(v: Tensor) -> Tensor:
         return root * (H @ (root * v))

@@ -10,7 +10,7 @@ from torch import Tensor
 from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_plane
 from lsp_callbacks.functional.statistics import batch_means, student_bounds
 from lsp_callbacks.linalg import orthonormalise, push
-from lsp_callbacks.operators.curvature import Method
+from lsp_callbacks.operators.curvature import Method, product_cost, resolved
 from lsp_callbacks.operators.training import state_weight, step_jacobian, update_rule
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.sharpness import edge_cost, measured_edge
@@ -62,7 +62,7 @@ class Lyapunov(_Windowed):
     Raises:
         ValueError: for a window or an average below 1.
 
-    Cost: the alignment shared with sharpness, then ``4/3`` gradients a step, with momentum ``7/3``.
+    Cost: the alignment shared with sharpness, then 1 gradient a step, with momentum 2; exact products 3.2 and 5.2.
 
     Source: Chemnitz & Engel 2025 for the exponent; Benettin et al. 1980; MATH section 1.
     """
@@ -82,8 +82,10 @@ class Lyapunov(_Windowed):
         self.add_state("windows", default=torch.empty(0, dtype=torch.float64), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        products = 2 * self.window - 1 if update_rule(snapshot).has_state else self.window
-        return {**edge_cost(snapshot), "window": products + self.window / 3}
+        method = resolved(snapshot, self.method)
+        vectors = 2 if update_rule(snapshot).has_state else 1
+        window = self.window * product_cost(method, vectors) - product_cost(method, vectors) + product_cost(method, 1)
+        return {**edge_cost(snapshot, method), "window": window}
 
     def update(self, snapshot: Snapshot) -> None:
         """Aligns, or pushes through one more step; a gap in the steps starts again."""
@@ -95,12 +97,13 @@ class Lyapunov(_Windowed):
             self._frame = {
                 "frame": sharp_plane(found.mode, found.root, has_state=has_state),
                 "root": found.root,
+                "method": resolved(snapshot, self.method),
                 "log": 0.0,
                 "count": 0,
                 "step": snapshot.step,
             }
             return
-        frame, log = rescale(push(step_jacobian(snapshot, method=self.method), self._frame["frame"]))
+        frame, log = rescale(push(step_jacobian(snapshot, method=self._frame["method"]), self._frame["frame"]))
         count, log = self._frame["count"] + 1, self._frame["log"] + log
         if count < self.window:
             self._frame |= {"frame": frame, "log": log, "count": count, "step": snapshot.step}
@@ -147,7 +150,7 @@ class LyapunovTrajectory(_Windowed):
     Raises:
         ValueError: for a window below 40, k below 1 or a negative transient.
 
-    Cost: ``k (transient + window)`` gradients, at one (``k + 1/3``) a step.
+    Cost: ``k (transient + window)`` gradients, ``(1.2 + 2 k)`` a step with exact products.
 
     Source: Benettin et al. 1980; Katende, alpha_theta.
     """
@@ -166,14 +169,16 @@ class LyapunovTrajectory(_Windowed):
         self.add_state("growth", default=torch.empty(0, k, dtype=torch.float64), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        return {"trajectory": (self.k + 1 / 3) * (self.prepare + self.window)}
+        steps = self.prepare + self.window
+        return {"trajectory": steps * product_cost(resolved(snapshot, self.method), self.k)}
 
     def update(self, snapshot: Snapshot) -> None:
         """Pushes the frame through one step; a gap in the steps starts again."""
         self.complete = False
-        jacobian = step_jacobian(snapshot, method=self.method)
-        weight = state_weight(snapshot)
-        if self._continues(snapshot):
+        going = self._continues(snapshot)
+        method = self._frame["method"] if going else resolved(snapshot, self.method)
+        jacobian, weight = step_jacobian(snapshot, method=method), state_weight(snapshot)
+        if going:
             frame, logs = self._frame["frame"], self._frame["logs"]
         else:
             generator = snapshot.generator(self.name)
@@ -182,7 +187,7 @@ class LyapunovTrajectory(_Windowed):
         frame, log = orthonormalise(push(jacobian, frame), weight)
         logs = [*logs, log.cpu()]
         if len(logs) < self.prepare + self.window:
-            self._frame = {"frame": frame, "logs": logs, "step": snapshot.step}
+            self._frame = {"frame": frame, "logs": logs, "step": snapshot.step, "method": method}
             return
         self._frame = {}
         self.growth = torch.stack(logs[self.prepare :])
