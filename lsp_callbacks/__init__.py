@@ -1,6 +1,6 @@
 """Stability of training, measured while it runs."""
 
-from lsp_callbacks.callbacks import StabilityMonitor, StopOnInstability
+from lsp_callbacks.callbacks import StabilityMonitor, StabilityReport, StopOnInstability
 from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.quantities import Lyapunov, LyapunovTrajectory, Quantity, ResidualCFL, Sharpness, SpectralNorm
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
@@ -17,6 +17,7 @@ __all__ = [
     "Snapshot",
     "SpectralNorm",
     "StabilityMonitor",
+    "StabilityReport",
     "StopOnInstability",
     "Unmeasurable",
 ]

@@ -1,8 +1,8 @@
-"""A data set and a residual network that train in half a minute on a CPU."""
+"""A data set and a residual network that train in seconds on a CPU."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -29,7 +29,7 @@ class Digits(pl.LightningDataModule):
         ((64, 1, 8, 8), 22, 360)
     """
 
-    def __init__(self, batch_size: int = 64, seed: int = 0):
+    def __init__(self, batch_size: int = 256, seed: int = 0):
         super().__init__()
         if not 1 <= batch_size <= 1437:
             raise ValueError(f"batch_size={batch_size}: give 1 to 1437, the number of training images")
@@ -63,24 +63,24 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.branch = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.Tanh(), nn.Conv2d(width, width, 3, padding=1)
-        )
+        self.branch = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.branch(x)
 
 
 class ResidualNet(pl.LightningModule):
-    """A small residual convolutional network for `Digits`, trained by SGD.
+    """A small residual network for `Digits`, trained by SGD.
 
     Args:
-        width: channels.
+        width: of the residual stream.
         depth: residual blocks.
-        lr: learning rate; of ramps, the first.
+        lr: learning rate; of a ramp, the first.
         momentum: of SGD.
-        schedule: "constant"; "cosine", down to 0 at the end of training; or "ramp", which grows exponentially.
-        ramp: of the schedule "ramp": last rate over first rate.
+        schedule: "constant"; "cosine", down to 0 at the end of training; or "ramp", exponential growth at every step.
+        ramp: the factor of the schedule "ramp" in 1,000 steps.
+        label_smoothing: of the cross-entropy. Above 0 the images cannot be memorised to a loss of 0, where the curvature
+            would vanish and any rate would be stable.
 
     Raises:
         ValueError: for a schedule that is not one of these, or a ramp that is not positive.
@@ -88,29 +88,30 @@ class ResidualNet(pl.LightningModule):
 
     def __init__(
         self,
-        width: int = 16,
+        width: int = 64,
         depth: int = 4,
         lr: float = 0.1,
         momentum: float = 0.0,
         schedule: Literal["constant", "cosine", "ramp"] = "constant",
-        ramp: float = 100.0,
+        ramp: float = 30.0,
+        label_smoothing: float = 0.1,
     ):
         super().__init__()
         if schedule not in ("constant", "cosine", "ramp"):
             raise ValueError(f"schedule={schedule!r}: give 'constant', 'cosine' or 'ramp'")
         if not ramp > 0:
-            raise ValueError(f"ramp={ramp}: give the last rate over the first, a positive number")
+            raise ValueError(f"ramp={ramp}: give a positive number, by which the rate is multiplied in 1,000 steps")
         self.save_hyperparameters()
-        self.stem = nn.Conv2d(1, width, 3, stride=2, padding=1)
+        self.stem = nn.Sequential(nn.Flatten(), nn.Linear(64, width))
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(depth)))
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(16 * width, 10))
+        self.head = nn.Linear(width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(images)))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = nn.functional.cross_entropy(self(images), labels)
+        loss = nn.functional.cross_entropy(self(images), labels, label_smoothing=self.hparams["label_smoothing"])
         self.log("train_loss", loss)
         return loss
 
@@ -120,14 +121,16 @@ class ResidualNet(pl.LightningModule):
         self.log("val_loss", nn.functional.cross_entropy(logits, labels))
         self.log("val_accuracy", (logits.argmax(1) == labels).float().mean(), prog_bar=True)
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> Any:
         settings = self.hparams
-        optimizer = torch.optim.SGD(self.parameters(), lr=settings.lr, momentum=settings.momentum)
-        if settings.schedule == "constant":
+        optimizer = torch.optim.SGD(self.parameters(), lr=settings["lr"], momentum=settings["momentum"])
+        if settings["schedule"] == "constant":
             return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if settings.schedule == "cosine":
+        scheduler: torch.optim.lr_scheduler.LRScheduler
+        if settings["schedule"] == "cosine":
+            steps = int(self.trainer.estimated_stepping_batches)
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
         else:
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: settings.ramp ** (step / steps))
+            growth = settings["ramp"] ** (1 / 1000)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: growth**step)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,6 +1,7 @@
 """Lightning callbacks; nothing else here imports Lightning."""
 
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
+from lsp_callbacks.callbacks.stability_report import StabilityReport
 from lsp_callbacks.callbacks.stop_on_instability import StopOnInstability
 
-__all__ = ["StabilityMonitor", "StopOnInstability"]
+__all__ = ["StabilityMonitor", "StabilityReport", "StopOnInstability"]

@@ -90,7 +90,7 @@ class Pending:
 
     def _moved(self) -> Exception | None:
         """The step itself must leave the parameters alone: a replay, which shares them, would move them again."""
-        if self.failure is None and not all(map(torch.equal, self.sums, _sums(self.module))):
+        if self.failure is None and not all(map(identical, self.sums, _sums(self.module))):
             return Unmeasurable(
                 "the step changes parameters before its update (a moving average or a clamp in training_step), and a "
                 "replay would do so again: do it in on_train_batch_end, or pass loss_fn=..."
@@ -122,6 +122,11 @@ def _raising(error: Exception | None) -> Callable[[], Tensor]:
 def _sums(module: nn.Module) -> list[Tensor]:
     """A fingerprint of the parameters: in-place changes through ``.data`` leave no other mark."""
     return [p.detach().sum(dtype=torch.float32) for p in module.parameters()]
+
+
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Equal to the last bit; NaN equals NaN."""
+    return torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _compiled(module: nn.Module) -> bool:
@@ -178,7 +183,10 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _arguments(training_step: Callable, batch: Any, batch_idx: int) -> list[Any]:
-    parameters = inspect.signature(training_step).parameters.values()
+    names = inspect.signature(training_step).parameters
+    if "dataloader_iter" in names:
+        raise Unmeasurable("training_step(dataloader_iter) fetches a batch of its own, which cannot be replayed")
+    parameters = names.values()
     wide = any(p.kind is p.VAR_POSITIONAL for p in parameters) or len(parameters) > 1
     return [batch, batch_idx] if wide else [batch]
 
@@ -211,5 +219,5 @@ def unmodelled(trainer: Any, module: Any) -> str | None:
 def warn_sub_batch(count: int) -> None:
     """Says once that the numbers are not the whole step's."""
     warnings.warn(
-        f"probe_samples={count}: sharpness and exponents are those of a sub-batch, not of the step", stacklevel=3
+        f"probe_samples={count}: sharpness and exponents are those of a sub-batch, not of the step", stacklevel=2
     )

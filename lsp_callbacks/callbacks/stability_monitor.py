@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 
-from lsp_callbacks.callbacks.adapter import LossFn, Pending, unmodelled, warn_sub_batch
+from lsp_callbacks.callbacks.adapter import LossFn, Pending, identical, unmodelled, warn_sub_batch
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.quantities import Quantity, build
@@ -180,7 +180,7 @@ class StabilityMonitor(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         began = time.perf_counter()
-        if any(p.grad is not None and not _equal(p.grad, gradient) for p, gradient in self._gradients):
+        if any(p.grad is not None and not identical(p.grad, gradient) for p, gradient in self._gradients):
             self._disown("the gradient was changed after the on_before_optimizer_step of StabilityMonitor")
         elif self._updates > 1:
             self._disown(f"one batch made {self._updates} optimizer steps: their joint update is not modelled")
@@ -239,7 +239,9 @@ class StabilityMonitor(Callback):
     # -- afterwards ------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        rank_zero_info(verdict(self.history))
+        # StabilityReport says it below its table.
+        if not any(getattr(callback, "says_verdict", False) for callback in trainer.callbacks):
+            rank_zero_info(verdict(self.history))
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if not self.save_vectors:
@@ -251,10 +253,6 @@ class StabilityMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step = state_dict["step"]
         self.monitor.load_state_dict(state_dict["monitor"])
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a is b or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _never() -> torch.Tensor:

@@ -11,7 +11,9 @@ from lsp_callbacks.linalg import LinearOperator, push, spectral_radius
 
 
 def sharp_plane(mode: Tensor, root: Tensor | float, *, has_state: bool) -> Tensor:
-    """The directions to push: ``(v,)`` without momentum; ``(v, 0)`` and ``(0, v)`` with it.
+    """The directions to push: ``(v,)`` without momentum; ``(v, 0)`` and ``(0, v / lr)`` with it.
+
+    m is in units of a gradient: so is ``v / lr``, and on a quadratic the plane is invariant whatever the rates.
 
     Args:
         mode: unit eigenvector of ``D^1/2 H' D^1/2``, ``(P,)``.
@@ -25,7 +27,7 @@ def sharp_plane(mode: Tensor, root: Tensor | float, *, has_state: bool) -> Tenso
     if not has_state:
         return v[None]
     zero = torch.zeros_like(v)
-    return torch.stack([torch.cat([v, zero]), torch.cat([zero, v])])
+    return torch.stack([torch.cat([v, zero]), torch.cat([zero, _inverse(root) * mode])])
 
 
 def plane_exponent(frame: Tensor, log_scale: float, mode: Tensor, root: Tensor | float, steps: int) -> float:
@@ -43,13 +45,17 @@ def plane_exponent(frame: Tensor, log_scale: float, mode: Tensor, root: Tensor |
         root: as given to `sharp_plane`.
         steps: ``w``.
     """
-    inverse = torch.where(root > 0, 1 / root, 0.0) if isinstance(root, Tensor) else 1 / root
     if len(frame) == 1:
-        growth = torch.linalg.vector_norm((inverse * frame[0]).double())
+        growth = torch.linalg.vector_norm((_inverse(root) * frame[0]).double())
     else:
-        halves = frame.reshape(2, 2, -1) * inverse
+        v, m = frame.chunk(2, dim=1)
+        halves = torch.stack([_inverse(root) * v, root * m], dim=1)
         growth = spectral_radius((halves * mode).double().sum(-1))
     return (float(growth.log()) + log_scale) / steps
+
+
+def _inverse(root: Tensor | float) -> Tensor | float:
+    return torch.where(root > 0, 1 / root, 0.0) if isinstance(root, Tensor) else 1 / root
 
 
 def rescale(frame: Tensor) -> tuple[Tensor, float]:

@@ -25,7 +25,7 @@ def spectral_norm(
         layer: Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding (its matrix norm), MultiheadAttention (parts q, k,
             v, out_proj) or Hugging Face's Conv1D. Put it into eval mode if its weight is parametrised.
         input_shape: of a convolution's input, with or without a batch axis.
-        start: right singular vectors of an earlier call, by part.
+        start: right singular vectors of an earlier call, by part; left out where the input had another size.
         output_shape: of a transposed convolution, where it was called with ``output_size``.
         steps: at most this many pairs of products.
         tol: on the relative residual of ``A^T A``.
@@ -58,9 +58,10 @@ def spectral_norm(
             f"{type(layer).__name__} is not a layer with a known linear part: pass a Linear, Conv, "
             "ConvTranspose, Embedding or MultiheadAttention"
         )
+    # The vector of a convolution on inputs of another size is of no use.
+    starts = {part: v for part, v in (start or {}).items() if v.shape[-1] == operators[part].shape[1]}
     return {
-        part: operator_norm(operator, (start or {}).get(part), steps=steps, tol=tol)
-        for part, operator in operators.items()
+        part: operator_norm(operator, starts.get(part), steps=steps, tol=tol) for part, operator in operators.items()
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature import double_backward
@@ -56,7 +56,7 @@ def residual_block(module: nn.Module, call: Call, *, samples: int) -> Block:
     Args:
         module: the block.
         call: its captured call; the first floating-point tensor is its input.
-        samples: how many samples of the batch to keep.
+        samples: how many samples of the batch to keep, at least.
 
     Returns:
         The block with its Jacobian.
@@ -69,20 +69,25 @@ def residual_block(module: nn.Module, call: Call, *, samples: int) -> Block:
     axis = _sample_axis(module)
     leaves: list[Tensor] = []
     size = (call.input_shape or (0,) * (axis + 1))[axis] if call.input_shape else 0
-    taken = min(samples, size)
+    # Of a mask that is as long as the batch is large, there is no telling which axis to cut: keep all samples.
+    tensors = [v for v in tree_leaves((call.args, call.kwargs)) if isinstance(v, Tensor)]
+    taken = size if any(tuple(v.shape) == (size, size) for v in tensors[1:]) else min(samples, size)
 
     def sample(value: Any) -> Any:
+        if _is_cache(value):  # it holds this very call already
+            return None
         if not isinstance(value, Tensor):
             return value
         along = axis if value.ndim > axis and value.shape[axis] == size else 0
         if value.ndim and value.shape[along] == size:
             value = value.narrow(along, 0, taken)
         if value.is_floating_point() and not leaves:
-            value = value.detach().clone().requires_grad_()
-            leaves.append(value)
+            leaves.append(value.detach().clone().requires_grad_())
+            return leaves[0].clone()  # the block may work in place on its input
         return value
 
-    args, kwargs = tree_map(sample, (call.args, call.kwargs))
+    with torch.enable_grad():
+        args, kwargs = tree_map(sample, (call.args, call.kwargs), is_leaf=_is_cache)
     if not leaves:
         raise Unmeasurable("the block received no floating-point tensor")
     x = leaves[0]
@@ -95,6 +100,8 @@ def residual_block(module: nn.Module, call: Call, *, samples: int) -> Block:
             if y is None or y.shape != x.shape:
                 raise Unmeasurable(f"its output {tuple(y.shape) if y is not None else None} has not the shape of its "
                                    f"input {tuple(x.shape)}: a residual block keeps the shape")  # fmt: skip
+            if not y.requires_grad:
+                raise Unmeasurable("it cannot be differentiated: its forward runs without gradients")
             u = torch.zeros_like(y, requires_grad=True)
             (pullback,) = torch.autograd.grad(y, x, u, create_graph=True, materialize_grads=True)
     finally:
@@ -155,6 +162,11 @@ def _rows(x: Tensor, axis: int) -> _Rows:
         back=lambda v: v.reshape(shape).movedim(0, axis),
         length=shape[1:].numel(),
     )
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether it is a key/value cache of transformers."""
+    return hasattr(value, "get_seq_length")
 
 
 def _sample_axis(module: nn.Module) -> int:

@@ -62,6 +62,7 @@ class ResidualCFL(Quantity):
 
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
+        self.complete = False
         found: dict[str, ResidualStability] = {}
         calls = snapshot.calls
         # Children come after their parents: walking backwards meets the innermost first.
@@ -84,6 +85,10 @@ class ResidualCFL(Quantity):
             self.stiffness = torch.stack([scalar(b.stiffness) for b in found.values()]).max()
             self.share = scalar(sum(b.dissipative for b in found.values()) / len(found))
         self.complete = True
+
+    def reset(self) -> None:
+        super().reset()
+        self._found = {}
 
     def compute(self) -> dict[str, Tensor]:
         """The numbers of the last measurement; nothing where the model has no residual block."""

@@ -84,6 +84,7 @@ class Sharpness(Quantity):
 
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
+        self.complete = False
         found = measured_edge(snapshot, self._mode, self.method)
         self.sharpness, self.courant = scalar(found.sharpness), scalar(found.courant)
         self.limit, self.residual = scalar(found.limit), scalar(found.residual)

@@ -54,6 +54,7 @@ class SpectralNorm(Quantity):
 
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
+        self.complete = False
         norms: dict[str, Tensor] = {}
         residual, rows, starts = scalar(0.0), {}, {}
         seen: set[int] = set()
@@ -119,4 +120,4 @@ def _has_linear_part(layer: nn.Module) -> bool:
 
 def _source(layer: nn.Module) -> Any:
     """The tensor behind a weight, so that tied weights are recognised: the parameter, or the parametrised one."""
-    return next(iter(layer.parameters()), layer)
+    return next((p for name, p in layer.named_parameters() if "bias" not in name), layer)

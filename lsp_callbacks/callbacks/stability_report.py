@@ -1,0 +1,146 @@
+"""The callback that shows what was measured, when training ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+
+from lsp_callbacks import report
+from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
+from lsp_callbacks.callbacks.stop_on_instability import StopOnInstability
+
+#: Points of the loss that are kept; when they are full, neighbours are averaged.
+POINTS = 8192
+SUFFIXES = (".png", ".pdf", ".svg")
+
+
+class StabilityReport(Callback):
+    """When training ends, also early: a table, one sentence, and a picture of the run beside its logs.
+
+    The picture shows the training loss of every optimizer step (of rank zero) with the curves of the `StabilityMonitor`, and
+    where the exponent turned positive, a loss alarm would have gone off, and `StopOnInstability` stopped. Reading the loss
+    never waits for the device, and takes a bounded amount of memory.
+
+    Args:
+        path: of the picture: PNG, PDF or SVG. A relative one is taken from ``trainer.log_dir``, without a logger
+            ``default_root_dir``.
+        table: print the table.
+
+    Raises:
+        ValueError: for another kind of file; in ``setup``, without a `StabilityMonitor`.
+        ImportError: in ``setup``, without matplotlib or rich: ``pip install 'lsp-callbacks[report]'``.
+    """
+
+    #: `StabilityMonitor` leaves its sentence to this callback, which prints it below the table.
+    says_verdict = True
+
+    def __init__(self, path: str | Path = "stability.png", *, table: bool = True):
+        self.path, self.table = Path(path), table
+        if self.path.suffix not in SUFFIXES:
+            raise ValueError(f"path={str(path)!r}: give the name of a picture, ending in {', '.join(SUFFIXES)}")
+        self._losses = Losses()
+        self._accumulated: Tensor | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage != "fit":
+            return
+        report.check_installed()  # now, not after hours of training
+        source = next((c for c in trainer.callbacks if isinstance(c, StabilityMonitor)), None)
+        if source is None:
+            raise ValueError("StabilityReport needs a StabilityMonitor: add one to Trainer(callbacks=[...])")
+        self._source = source
+        if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
+            self._losses, self._accumulated = Losses(), None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):  # of a micro-batch: divided by their number
+            loss = loss.detach().float().mean()
+            self._accumulated = loss if self._accumulated is None else self._accumulated + loss
+        done = self._source.step - 1
+        if self._accumulated is not None and (not self._losses.steps or done > self._losses.steps[-1]) and done >= 0:
+            self._losses.add(done, self._accumulated)
+            self._accumulated = None
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        folder = trainer.log_dir or trainer.default_root_dir  # asked on all ranks: it is broadcast
+        if not trainer.is_global_zero:
+            return
+        history = self._source.history
+        if self.table:
+            report.show(history)
+        rank_zero_info(report.verdict(history))
+        path = (Path(folder) / self.path).absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        steps, values = self._losses.read()
+        report.figure(history, (steps, values), self._events(trainer, steps, values)).savefig(path)
+        rank_zero_info(f"lsp_callbacks: the picture of this run is {path}")
+
+    def _events(self, trainer: Any, steps: list[int], values: list[float]) -> dict[str, int | None]:
+        alarm = report.loss_alarm(values, window=max(1, report.SMOOTHING // self._losses.stride))
+        events = {"loss alarm": None if alarm is None else steps[alarm]}
+        stop = next((c for c in trainer.callbacks if isinstance(c, StopOnInstability)), None)
+        if stop is not None:
+            name = stop.monitor.removeprefix("stability/")
+            sign = stop.threshold == 0 and "lyapunov" in name
+            events["exponent turned positive" if sign else f"{name} above {stop.threshold:g}"] = stop.event_step
+            events["stopped"] = stop.stop_step
+        return events
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._losses.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._losses.load_state_dict(state_dict)
+
+
+class Losses:
+    """Losses by optimizer step, in one buffer on their own device.
+
+    When the buffer is full, neighbours are averaged; from then on a point is the mean of ``stride`` steps, the last of
+    which gives it its number.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.stride = 1
+        self._values: Tensor | None = None
+        self._count = 0
+
+    def add(self, step: int, loss: Tensor) -> None:
+        if self._values is None:
+            self._values = torch.zeros(POINTS, device=loss.device)
+        if self._count in (0, self.stride):
+            if len(self.steps) == POINTS:
+                self._values[: POINTS // 2] = self._values.view(-1, 2).mean(1)
+                self.steps, self.stride = self.steps[1::2], 2 * self.stride
+            self.steps.append(step)
+            self._values[len(self.steps) - 1] = loss
+            self._count = 1
+        else:
+            self._count += 1
+            self.steps[-1] = step
+            self._values[len(self.steps) - 1].lerp_(loss, 1 / self._count)
+
+    def read(self) -> tuple[list[int], list[float]]:
+        return list(self.steps), [] if self._values is None else self._values[: len(self.steps)].tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        steps, values = self.read()
+        return {
+            "steps": torch.tensor(steps),
+            "values": torch.tensor(values),
+            "stride": self.stride,
+            "count": self._count,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.steps, self.stride = state_dict["steps"].tolist(), state_dict["stride"]
+        self._count, self._values = state_dict["count"], torch.zeros(POINTS)
+        self._values[: len(self.steps)] = state_dict["values"]

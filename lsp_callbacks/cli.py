@@ -1,0 +1,48 @@
+"""The command ``lsp-callbacks``: Lightning's command line, with the callbacks of this package at hand."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+HELP = """\
+usage: lsp-callbacks {fit,validate,test,predict} [--config FILE] [--KEY VALUE ...]
+
+Trains any LightningModule from a YAML file, and measures how stable the training is while it runs.
+
+  lsp-callbacks fit --config configs/digits.yaml            a healthy run: table, verdict and picture in half a minute
+  lsp-callbacks fit --config configs/digits_unstable.yaml   a rate that grows past the edge, and the run that is ended
+  lsp-callbacks fit --config FILE --model.lr 0.2            any setting can be changed on the way
+  lsp-callbacks fit --config FILE --print_config            all settings, and what they are now
+  lsp-callbacks fit --help                                  all options
+
+The two files are in the repository. In your own, the callbacks are listed under trainer: callbacks:, by class_path
+(lsp_callbacks.StabilityMonitor, lsp_callbacks.StabilityReport, lsp_callbacks.StopOnInstability).\
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: arguments; None takes those of the process.
+
+    Returns:
+        The exit status. Bad arguments end in ``SystemExit(2)`` with a message, as usual.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    try:
+        import jsonargparse  # noqa: F401
+        from pytorch_lightning.cli import LightningCLI
+    except ImportError as error:
+        print(f"lsp-callbacks needs jsonargparse ({error}): pip install 'lsp-callbacks[cli]'", file=sys.stderr)
+        return 1
+    LightningCLI(args=args, parser_kwargs={"prog": "lsp-callbacks"}, seed_everything_default=0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""A run that is killed and resumed measures what the run that was never killed measures."""
+
+import warnings
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from zoo import CLASSES, FEATURES, MOMENTUM, Model, Rows, fit, mlp, trainer
+
+from lsp_callbacks import LyapunovTrajectory, StabilityMonitor, StopOnInstability
+
+STEPS = 100
+
+
+class Stream(Dataset):
+    """Data that depend on their position only."""
+
+    def __len__(self):
+        return 4 * STEPS
+
+    def __getitem__(self, i):
+        x = torch.randn(FEATURES, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        return x, x[:CLASSES].argmax()
+
+
+class Repeatable(Model):
+    """Masks that depend on the step only."""
+
+    def __init__(self):
+        super().__init__(mlp(nn.Dropout(0.3)), MOMENTUM)
+        self.double()
+
+    def training_step(self, batch, batch_idx):
+        torch.manual_seed(self.global_step)
+        return super().training_step(batch, batch_idx)
+
+    def train_dataloader(self):
+        # One epoch, and the part of it that is left.
+        sampler = range(4 * self.trainer.global_step, 4 * STEPS)
+        return DataLoader(Stream(), batch_size=4, sampler=sampler)
+
+
+def monitors(**settings):
+    trajectory = LyapunovTrajectory(transient=0, window=40)
+    quantities = ["spectral_norm", "residual_cfl", "sharpness", "lyapunov", trajectory]
+    return StabilityMonitor(quantities, every_n_steps=5, window=3, **settings), StopOnInstability(threshold=1e9)
+
+
+def curves(run, rows):
+    keys = sorted({key for _, row in rows.rows for key in row if key != "stability/overhead"} - {"epoch"})
+    return {key: rows.curve(key) for key in keys}
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("cut", [1, 12, 15, 44])
+def test_a_resumed_run_measures_the_same(cut, vectors, tmp_path):
+    """Cut right after an alignment, inside windows and between them."""
+
+    def save():
+        return ModelCheckpoint(tmp_path / "one", every_n_train_steps=cut, save_top_k=1, filename="cut", monitor=None)
+
+    settings = {"max_steps": 60, "log_every_n_steps": 1, "enable_checkpointing": True}
+    rows, resumed = Rows(), Rows()
+    whole, first, second = (monitors(save_vectors=vectors) for _ in range(3))
+    once = _Once(tmp_path, cut)
+    fit(Repeatable, *whole, once, logger=rows, **settings)
+    fit(Repeatable, *first, _Once(tmp_path, cut), logger=Rows(), **settings | {"max_steps": cut})
+    fit(Repeatable, *second, logger=resumed, ckpt_path=once.path, seed=9, **settings)
+
+    expected = {key: {s: v for s, v in curve.items() if s >= cut} for key, curve in curves(whole, rows).items()}
+    got = curves(second, resumed)
+    assert {key: list(curve) for key, curve in expected.items() if curve} == {k: list(c) for k, c in got.items()}
+    for key, curve in got.items():
+        assert list(curve.values()) == pytest.approx(list(expected[key].values()), rel=1e-6, nan_ok=True), key
+    for key, curve in whole[0].history.items():  # the whole history, from both parts
+        if key.count("/") == 1:
+            assert second[0].history[key].steps == curve.steps, key
+            assert second[0].history[key].values == pytest.approx(curve.values, rel=1e-6, nan_ok=True), key
+    assert whole[1].state_dict() == pytest.approx(second[1].state_dict(), rel=1e-6)
+    if vectors:  # the windows go on as if there had been no checkpoint
+        plain = monitors()
+        fit(Repeatable, *plain, **settings | {"enable_checkpointing": False})
+        assert plain[0].history == whole[0].history
+
+
+class _Once(pl.Callback):
+    """Writes one checkpoint after so many steps, in the middle of everything."""
+
+    def __init__(self, folder, step):
+        self.path, self.step = folder / "cut.ckpt", step
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+class Wide(Model):
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(FEATURES, 1400), nn.Tanh(), nn.Linear(1400, 1400), nn.Linear(1400, 3)))
+
+    def loss(self, batch):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def size_of_ours(path):
+    checkpoint = torch.load(path, weights_only=True)
+    ours = {k: v for k, v in checkpoint["callbacks"].items() if k.startswith("Stab") or k.startswith("Stop")}
+    assert len(ours) == 2
+    torch.save(ours, path)
+    return path.stat().st_size
+
+
+def test_a_checkpoint_is_small_and_loads_as_weights(tmp_path):
+    monitor, once = StabilityMonitor(every_n_steps=5, window=2), _Once(tmp_path, 2)
+    run = fit(Wide, monitor, StopOnInstability(), once, max_steps=3)
+    assert sum(p.numel() for p in run.model.parameters()) > 1.9e6
+    assert size_of_ours(once.path) < 1e4
+    for curve in monitor.history.values():  # and after a long run
+        curve.steps, curve.values = [*range(50_000)], [0.5] * 50_000
+    run.save_checkpoint(once.path)
+    assert size_of_ours(once.path) < 1e6
+
+
+def test_stock_callbacks_find_their_key_after_a_resume(tmp_path):
+    key = "stability/courant"
+    once = _Once(tmp_path, 3)
+    fit(Repeatable, StabilityMonitor(every_n_steps=50), once, max_steps=3)
+    stop, save = EarlyStopping(key, check_on_train_epoch_end=True), ModelCheckpoint(tmp_path, monitor=key)
+    monitor = StabilityMonitor(every_n_steps=50)
+    run = fit(
+        Repeatable, stop, save, monitor, ckpt_path=once.path, enable_checkpointing=True,
+        max_epochs=1, max_steps=-1, limit_train_batches=10,
+    )  # fmt: skip
+    assert monitor.history[key].steps == [0] and stop.best_score == pytest.approx(monitor.history[key].values[0])
+    assert run.callback_metrics["stability/age"] == run.global_step - 1
+
+
+def test_a_checkpoint_without_the_callbacks_is_no_obstacle(tmp_path):
+    once = _Once(tmp_path, 3)
+    fit(Repeatable, once, max_steps=3)
+    monitor = StabilityMonitor(every_n_steps=5, window=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(Repeatable, monitor, StopOnInstability(), ckpt_path=once.path, max_steps=10)
+    assert monitor.history["stability/courant"].steps == [0, 5]
+
+
+def test_a_trainer_without_fit_can_save(tmp_path):
+    run = trainer(StabilityMonitor(), StopOnInstability())
+    run.strategy.connect(Repeatable())
+    run.save_checkpoint(tmp_path / "early.ckpt")
+    assert size_of_ours(tmp_path / "early.ckpt") < 1e4

@@ -1,0 +1,351 @@
+import cmath
+import math
+
+import numpy as np
+import pytest
+import torch
+from problems import (
+    AR1_BATCH_MEANS,
+    AR1_NAIVE,
+    AR1_STANDARD_ERROR,
+    MOMENTUM_EXPONENTS,
+    TRANSIENT_GROWTH,
+    UNDERDAMPED_EXPONENT,
+    Quadratic,
+    ar1,
+    close,
+    f64,
+    freeze,
+    matrix,
+    random,
+    regression,
+    symmetric,
+    take,
+    trajectory,
+)
+from scipy import stats
+
+from lsp_callbacks import Lyapunov, LyapunovTrajectory
+from lsp_callbacks.functional import (
+    batch_means,
+    edge,
+    plane_exponent,
+    rescale,
+    sharp_mode_exponent,
+    sharp_plane,
+    stability_constant,
+    student_bounds,
+    student_quantile,
+)
+from lsp_callbacks.linalg import from_matrix, push
+from lsp_callbacks.operators import hessian, step_jacobian
+
+SGD = torch.optim.SGD
+WINDOWS = (1, 2, 4, 8)
+RULES = [
+    *({"momentum": beta} for beta in (0.0, 0.5, 0.9, 0.99)),
+    *({"momentum": beta, "nesterov": True} for beta in (0.5, 0.9, 0.99)),
+    *({"momentum": beta, "dampening": tau} for beta in (0.0, 0.5, 0.9, 0.99) for tau in (0.3, beta)),
+]
+
+
+def started(problem, optimizer):
+    """Past the first step, where the momentum buffer exists."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    take(optimizer, problem())
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
+    return optimizer
+
+
+def spectral_exponent(x, momentum=0.0, dampening=0.0, nesterov=False):
+    """``log rho`` of the companion matrix for ``x = lr * curvature``: the roots of ``z^2 - trace z + det`` by hand."""
+    if not momentum:
+        return math.log(abs(1 - x))
+    if nesterov:
+        trace, det = (1 + momentum) * (1 - x), momentum * (1 - x)
+    else:
+        trace, det = 1 + momentum - (1 - dampening) * x, momentum
+    root = cmath.sqrt(trace**2 / 4 - det)
+    return math.log(max(abs(trace / 2 + root), abs(trace / 2 - root)))
+
+
+# The sharp mode -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_sign_and_value_on_both_sides_of_the_edge(rule):
+    """On a quadratic the exponent is the companion matrix's, for every window, and its sign is that of courant - 1."""
+    h = 2.5
+    problem = Quadratic(torch.diag(torch.tensor([0.3, h, 1.0], dtype=f64)))
+    mode = torch.tensor([0.0, 1.0, 0.0], dtype=f64)
+    constant = stability_constant(**rule)
+    optimizer = started(problem, SGD(problem.parameters(), lr=1.0, **rule))
+    for courant in (0.01, 0.2, 0.45, 0.7, 0.9, 0.98, 1.02, 1.1, 1.5, 3.0):
+        optimizer.param_groups[0]["lr"] = courant * constant / h
+        A = step_jacobian(freeze(problem, optimizer), method="exact")
+        for window in WINDOWS:
+            exponent = sharp_mode_exponent([A] * window, mode)
+            close(exponent, spectral_exponent(courant * constant, **rule), 1e-10)
+            assert (exponent > 0) == (courant > 1)
+
+
+@pytest.mark.parametrize("rule", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_rates_that_differ_by_group_leave_it_exact(rule, window):
+    """The quadratic couples the groups, so that the mode has a share in both."""
+    problem = Quadratic(symmetric([0.2, 1.0, 2.0, 6.0]), sizes=(2, 2))
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(problem.parts, (0.5, 0.02))]
+    optimizer = started(problem, SGD(groups, weight_decay=0.1, **rule))
+    snapshot = freeze(problem, optimizer)
+    found = edge(snapshot, steps=4, tol=1e-12, method="exact")
+    A = step_jacobian(snapshot, method="exact")
+    rate = torch.tensor([0.5, 0.5, 0.02, 0.02], dtype=f64)
+    curvature = torch.linalg.eigvals(rate[:, None] * (problem.curvature + 0.1 * torch.eye(4))).real.max()
+    expected = spectral_exponent(float(curvature), **rule)
+    close(sharp_mode_exponent([A] * window, found.mode, root=found.root), expected, 1e-8)
+
+
+@pytest.mark.parametrize("curvature, expected", MOMENTUM_EXPONENTS.items())
+def test_momentum_by_curvature(curvature, expected):
+    problem = Quadratic(matrix([[curvature]]))
+    A = step_jacobian(freeze(problem, started(problem, SGD(problem.parameters(), lr=0.1, momentum=0.9))))
+    for window in WINDOWS:
+        close(sharp_mode_exponent([A] * window, torch.ones(1, dtype=f64)), expected, 1e-6)
+
+
+@pytest.mark.parametrize("x, wrong", TRANSIENT_GROWTH.items())
+def test_growth_from_an_empty_buffer_is_not_the_exponent(x, wrong):
+    """The naive growth of ||(v, lr m)|| says unstable where the step is stable; the compressed plane does not."""
+    problem = Quadratic(matrix([[x]]))
+    A = step_jacobian(freeze(problem, started(problem, SGD(problem.parameters(), lr=1.0, momentum=0.9))))
+    z = matrix([[1.0, 0.0]])
+    for _ in range(4):
+        z = push(A, z)
+    close(float(torch.linalg.vector_norm(z).log()) / 4, wrong, 1e-3)
+    close(sharp_mode_exponent([A] * 4, torch.ones(1, dtype=f64)), UNDERDAMPED_EXPONENT, 1e-6)
+
+
+def test_an_unconverged_mode_biases_down():
+    """Two plain products against a flat bulk of 200 modes miss the alarm: hence Lanczos, and its residual."""
+    spectrum = torch.ones(201, dtype=f64)
+    spectrum[0] = 2.105  # log|1 - 2.105| = +0.10
+    A = from_matrix(torch.diag(1 - spectrum))
+    truth = math.log(1.105)
+    rough = spectrum**2 / torch.linalg.vector_norm(spectrum**2)
+    close(sharp_mode_exponent([A] * 4, torch.eye(201, dtype=f64)[0]), truth, 1e-12)
+    close(sharp_mode_exponent([A] * 4, rough), truth + math.log(rough[0]) / 4, 1e-12)
+    assert truth + math.log(rough[0]) / 4 < -0.2
+
+
+def test_steps_that_differ_are_multiplied():
+    factors = (0.5, -3.0, 0.1)
+    exponent = sharp_mode_exponent([from_matrix(matrix([[f]])) for f in factors], torch.ones(1, dtype=f64))
+    close(exponent, np.log(np.abs(factors)).mean(), 1e-14)
+
+
+@pytest.mark.parametrize("size", [1, 2], ids=["plain", "momentum"])
+@pytest.mark.parametrize("value, expected", [(0.0, -math.inf), (math.nan, math.nan)])
+def test_degenerate_steps(size, value, expected):
+    A = from_matrix(torch.full((size, size), value, dtype=f64))
+    assert sharp_mode_exponent([A] * 2, torch.ones(1, dtype=f64)) == pytest.approx(expected, nan_ok=True)
+
+
+def test_no_step_is_refused():
+    with pytest.raises(ValueError, match="no step"):
+        sharp_mode_exponent([], torch.ones(1))
+
+
+@pytest.mark.parametrize("factor, dtype", [(1e30, torch.float32), (1e-30, torch.float32), (1e200, f64)])
+def test_no_window_overflows(factor, dtype):
+    A = from_matrix(torch.full((1, 1), factor, dtype=dtype))
+    close(sharp_mode_exponent([A] * 8, torch.ones(1, dtype=dtype)), math.log(factor), 1e-6)
+
+
+@pytest.mark.parametrize("entry", [0.0, math.inf, math.nan])
+def test_what_cannot_be_rescaled_is_left(entry):
+    frame, log = rescale(torch.tensor([[entry, 0.0]]))
+    assert log == 0.0 and torch.equal(frame.nan_to_num(), torch.tensor([[entry, 0.0]]).nan_to_num())
+
+
+def test_a_parameter_at_rate_zero_does_not_spoil_the_exponent():
+    problem = Quadratic(torch.diag(torch.tensor([4.0, 9.0], dtype=f64)), sizes=(1, 1))
+    optimizer = SGD([{"params": [p], "lr": lr} for p, lr in zip(problem.parts, (0.1, 0.0))])
+    snapshot = freeze(problem, optimizer)
+    found = edge(snapshot, steps=2, tol=1e-12, method="exact")
+    A = step_jacobian(snapshot, method="exact")
+    close(sharp_mode_exponent([A] * 3, found.mode, root=found.root), math.log(0.6), 1e-12)
+
+
+def test_the_plane_is_pushed_in_the_units_of_the_step():
+    root = torch.tensor([0.5, 2.0], dtype=f64)
+    mode = torch.tensor([0.6, 0.8], dtype=f64)
+    for has_state in (False, True):
+        frame = sharp_plane(mode, root, has_state=has_state)
+        assert frame.shape == ((2, 4) if has_state else (1, 2))
+        close(frame[0, :2], root * mode, 1e-15)
+        close(plane_exponent(frame, math.log(3.0), mode, root, 1), math.log(3.0), 1e-14)
+
+
+# Along a real run ---------------------------------------------------------------------------------------------------
+
+
+def run(metric, problem, optimizer, steps, skip=()):
+    """The values after each measurement that was completed, by the step that completed it."""
+    found = {}
+    for snapshot in trajectory(problem, optimizer, steps):
+        if snapshot.step not in skip:
+            metric.update(snapshot)
+            if metric.complete:
+                found[snapshot.step] = {key: float(value) for key, value in metric.compute().items()}
+    return found
+
+
+@pytest.mark.parametrize("rule", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str)
+@pytest.mark.parametrize("x", [0.3, 1.3, 4.1])
+def test_lyapunov_measures_windows_of_a_real_run(rule, x):
+    problem = Quadratic(symmetric([0.1, 0.4, 5.0]))
+    found = run(Lyapunov(window=3, method="exact"), problem, SGD(problem.parameters(), lr=x / 5, **rule), 16)
+    assert list(found) == [3, 7, 11, 15]  # one step aligns, three are measured
+    expected = spectral_exponent(x, **rule)
+    for number, values in enumerate(found.values(), start=1):
+        # The mode is aligned to a residual of 5 % only: that bounds the error, not the tolerance of the arithmetic.
+        close(values["stability/lyapunov"], expected, 0.06)
+        assert values["stability/lyapunov"] * expected > 0
+        assert ("stability/lyapunov_lower" in values) == ("stability/lyapunov_upper" in values) == (number >= 3)
+
+
+def test_lyapunov_averages_the_last_windows_with_student_bounds():
+    metric, problem = Lyapunov(window=2, average=4), regression()
+    run(metric, problem, SGD(problem.parameters(), lr=0.3, momentum=0.5), 21)
+    assert len(metric.windows) == 4
+    values, windows = metric.compute(), metric.windows.numpy()
+    low, high = stats.t.interval(0.8, 3, windows.mean(), stats.sem(windows))  # 0.8 two-sided: 0.9 on each side
+    close(values["stability/lyapunov"], windows.mean(), 1e-14)
+    close(values["stability/lyapunov_lower"], low, 1e-6)
+    close(values["stability/lyapunov_upper"], high, 1e-6)
+
+
+def test_a_window_is_the_product_of_the_jacobians_of_its_own_steps():
+    """Brute force: the same window from dense Jacobians, without the metric."""
+    problem = regression()
+    optimizer = SGD(problem.parameters(), lr=0.4, momentum=0.8)
+    metric, product, mode = Lyapunov(window=3, method="exact"), torch.eye(42, dtype=f64), None
+    for snapshot in trajectory(problem, optimizer, 4):
+        metric.update(snapshot)
+        if snapshot.step == 0:
+            mode = metric.vectors()["mode"]
+            H = hessian(snapshot, method="exact").dense()
+            close(abs(mode @ torch.linalg.eigh(H).eigenvectors[:, -1]), 1.0, 1e-2)
+        else:
+            product = step_jacobian(snapshot, method="exact").dense() @ product
+    plane = torch.zeros(2, 42, dtype=f64)
+    plane[0, :21] = plane[1, 21:] = mode
+    radius = torch.linalg.eigvals(plane @ product @ plane.T).abs().max()
+    close(metric.windows, [float(radius.log()) / 3], 1e-10)
+
+
+def test_a_gap_in_the_steps_restarts_the_window():
+    problem = Quadratic(symmetric([0.1, 0.4, 5.0]))
+    found = run(Lyapunov(window=3), problem, SGD(problem.parameters(), lr=0.1), 12, skip=(2, 9))
+    assert list(found) == [6]  # 0, 1 | 3 aligns, 4, 5, 6 | 7 aligns, 8 | 10, 11
+
+
+def test_trajectory_measures_the_whole_spectrum_of_a_quadratic():
+    curvature, lr = torch.tensor([0.1, 1.0, 4.0], dtype=f64), 0.7
+    problem = Quadratic(symmetric(curvature.tolist()))
+    metric = LyapunovTrajectory(k=3, transient=60, window=40, method="exact")
+    found = run(metric, problem, SGD(problem.parameters(), lr=lr), 205)
+    expected = (1 - lr * curvature).abs().log().sort(descending=True).values
+    assert list(found) == [99, 199]
+    for values in found.values():
+        assert values["stability/lyapunov_trajectory_error"] < 1e-6
+        names = ("stability/lyapunov_trajectory", "stability/lyapunov_spectrum/2", "stability/lyapunov_spectrum/3")
+        close([values[name] for name in names], expected, 1e-6)
+
+
+def test_trajectory_sees_neutral_directions_where_the_sharp_mode_is_stable():
+    """A direction that the loss does not see holds the exponent over all parameters at 0."""
+    problem = Quadratic(symmetric([0.0, 2.0]))
+    trajectory_, sharp = LyapunovTrajectory(transient=20, window=40), Lyapunov()
+    optimizer = SGD(problem.parameters(), lr=0.3)
+    assert run(trajectory_, problem, optimizer, 60)[59]["stability/lyapunov_trajectory"] == pytest.approx(0, abs=1e-6)
+    assert run(sharp, problem, optimizer, 5)[4]["stability/lyapunov"] == pytest.approx(math.log(0.4), abs=1e-4)
+
+
+def test_trajectory_with_momentum_agrees_with_the_companion_matrix():
+    problem = Quadratic(symmetric([2.0, 39.0]))
+    metric = LyapunovTrajectory(transient=60, window=40, method="exact")
+    found = run(metric, problem, SGD(problem.parameters(), lr=0.1, momentum=0.9), 100)
+    close(found[99]["stability/lyapunov_trajectory"], MOMENTUM_EXPONENTS[39.0], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "quantity, settings, argument",
+    [
+        (Lyapunov, {"window": 0}, "window=0"),
+        (Lyapunov, {"average": 0}, "average=0"),
+        (LyapunovTrajectory, {"window": 39}, "window=39"),
+        (LyapunovTrajectory, {"k": 0}, "k=0"),
+        (LyapunovTrajectory, {"transient": -1}, "transient=-1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(quantity, settings, argument):
+    with pytest.raises(ValueError, match=argument):
+        quantity(**settings)
+
+
+# Error bars ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("confidence", [0.6, 0.9, 0.975, 0.999])
+@pytest.mark.parametrize("degrees", [2, 4, 10, 200])
+def test_student_quantile_is_scipys(confidence, degrees):
+    assert student_quantile(confidence, degrees) == pytest.approx(stats.t.ppf(confidence, degrees), rel=2e-6)
+
+
+@pytest.mark.parametrize("n", [3, 5, 50])
+def test_student_bounds_are_scipys(n):
+    values = random(n)
+    mean, lower, upper = student_bounds(values, confidence=0.9)
+    expected = stats.t.interval(0.8, n - 1, values.mean().item(), stats.sem(values.numpy()))
+    close([mean, lower, upper], [values.mean(), *expected], 1e-6)
+
+
+def test_student_bounds_cover_as_often_as_they_say():
+    """4000 samples of 5 standard normals: each bound holds in 90 % (sd 0.5 %)."""
+    bounds = [student_bounds(values) for values in random(4000, 5)]
+    for covered in ([lower < 0 for _, lower, _ in bounds], [upper > 0 for _, _, upper in bounds]):
+        assert abs(np.mean([bool(c) for c in covered]) - 0.9) < 0.02
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_below_three_values_there_is_no_bound(n):
+    mean, lower, upper = student_bounds(torch.ones(n))
+    assert lower.isnan() and upper.isnan() and (mean.isnan() if n == 0 else mean == 1.0)
+
+
+def test_not_a_number_among_the_windows_is_not_hidden():
+    assert all(value.isnan() for value in student_bounds(torch.tensor([0.1, math.nan, 0.3])))
+
+
+def test_batch_means_know_of_correlation():
+    series = ar1(300)
+    mean, error = batch_means(series)
+    close(mean, series.mean(0), 1e-14)
+    expected, spread = AR1_BATCH_MEANS
+    assert abs(error.mean() - expected) < 4 * spread / 300**0.5
+    assert abs(mean.std() - AR1_STANDARD_ERROR) < 4 * AR1_STANDARD_ERROR / 600**0.5  # that is what it estimates
+    naive = (series.std(0) / len(series) ** 0.5).mean()
+    assert abs(naive - AR1_NAIVE) < 0.001 and error.mean() > 3.5 * naive
+
+
+def test_batch_means_of_independent_values_are_the_naive_ones():
+    values = random(2000, 200)
+    _, error = batch_means(values)
+    assert error.mean() == pytest.approx(float(values.std(0).mean()) / 2000**0.5, rel=0.05)
+    close(batch_means(torch.ones(45))[1], 0.0, 0)
+    with pytest.raises(ValueError, match="blocks=20"):
+        batch_means(torch.ones(39))

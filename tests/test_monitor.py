@@ -1,0 +1,240 @@
+"""When what is measured, what failures do, and what is remembered; without Lightning."""
+
+import io
+import math
+import warnings
+
+import pytest
+import torch
+
+from lsp_callbacks import Lyapunov, Monitor, Quantity, Sharpness, Snapshot, SpectralNorm, Unmeasurable
+
+NET, X = torch.nn.Linear(1, 1, bias=False).double(), torch.tensor([[2.0]], dtype=torch.float64)
+
+
+class Fake(Quantity):
+    """Counts steps; fails where it is told to."""
+
+    needs_update = True
+
+    def __init__(self, name="fake", prepare=0, window=1, cost=None, fails=None, unfit=None):
+        super().__init__()
+        self.name, self.keys, self.prepare, self.window = name, (f"stability/{name}",), prepare, window
+        self.costs, self.fails, self.unfit = cost or {name: 1.0}, fails or {}, unfit
+        self.seen, self.under_way = [], 0
+        self.add_state("total", default=torch.tensor(0.0), persistent=True)
+
+    def check(self, snapshot):
+        if self.unfit:
+            raise Unmeasurable(self.unfit)
+
+    def cost(self, snapshot):
+        return self.costs
+
+    def update(self, snapshot):
+        self.complete = False
+        self.seen.append(snapshot.step)
+        if snapshot.step in self.fails:
+            raise self.fails[snapshot.step]
+        self.under_way += 1
+        if self.under_way == self.prepare + self.window:
+            self.total, self.under_way, self.complete = self.total + 1, 0, True
+
+    def compute(self):
+        return {f"stability/{self.name}": self.total, f"stability/{self.name}/layer": self.total}
+
+    def vectors(self):
+        return {"under_way": self.under_way} if self.under_way else {}
+
+    def load_vectors(self, vectors):
+        self.under_way = vectors.get("under_way", 0)
+
+
+def snapshot(step, optimizer=None):
+    return Snapshot(step, NET, replay=lambda: NET(X).square().mean(), optimizer=optimizer)
+
+
+def run(monitor, steps, start=0):
+    """Observes; says which steps the monitor asked for."""
+    asked = []
+    for step in range(start, start + steps):
+        if monitor.wants(step):
+            asked.append(step)
+        monitor.observe(snapshot(step))
+    return asked
+
+
+# -- cadence -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "every, prepare, window, start, seen, completed",
+    [
+        (1, 0, 1, 0, range(10), range(10)),
+        (3, 0, 1, 0, [0, 3, 6, 9], [0, 3, 6, 9]),
+        (3, 0, 1, 7, [7, 10, 13, 16], [7, 10, 13, 16]),  # from the first step there is
+        (5, 1, 2, 0, [0, 1, 2, 5, 6, 7], [2, 7]),
+        (1, 1, 2, 0, range(10), [2, 5, 8]),  # one window after the other
+        (2, 1, 2, 0, [0, 1, 2, 4, 5, 6, 8, 9], [2, 6]),  # a start inside a window is passed over
+    ],
+)
+def test_an_integer_is_obeyed(every, prepare, window, start, seen, completed):
+    quantity = Fake(prepare=prepare, window=window)
+    monitor = Monitor(quantity, every_n_steps=every)
+    asked = run(monitor, 10, start)
+    assert quantity.seen == asked == list(seen)
+    assert monitor.history["stability/fake"].steps == list(completed)
+    assert monitor.history["stability/fake"].values == [1.0 + i for i in range(len(completed))]
+
+
+@pytest.mark.parametrize(
+    "budget, quantities, period",
+    [
+        (0.05, [Fake(cost={"a": 1.0})], 20),
+        (0.1, [Fake("a", cost={"forward": 0.4, "a": 1.0}), Fake("b", cost={"forward": 0.4, "b": 1.01})], 25),
+        (1.0, [Fake(cost={"a": 0.1}, prepare=3, window=4)], 7),  # never shorter than the longest window
+    ],
+)
+def test_a_budget_gives_a_fixed_period(budget, quantities, period):
+    monitor = Monitor(*quantities, budget=budget)
+    asked = run(monitor, 60, start=2)
+    length = quantities[0].prepare + quantities[0].window
+    assert monitor.period == period
+    assert asked == [step for step in range(2, 62) if (step - 2) % period < length]
+
+
+def test_what_cannot_be_measured_costs_nothing():
+    monitor = Monitor(SpectralNorm(), Sharpness(), budget=0.1)
+    adam = torch.optim.Adam(NET.parameters())
+    with pytest.warns(UserWarning, match="sharpness at step 0.*Adam"):
+        found = monitor.observe(snapshot(0, adam))
+    assert monitor.period == 7 and found.failures.keys() == {"sharpness"}
+    assert math.isfinite(found.values["stability/spectral_norm_max"])
+
+
+@pytest.mark.parametrize("settings", [{"every_n_steps": 0}, {"every_n_steps": -1}, {"budget": 0}, {"budget": 1.5}])
+def test_bad_settings_are_refused_by_name(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        Monitor(Fake(), **settings)
+
+
+def test_no_quantity_wants_nothing():
+    assert not Monitor().wants(0) and Monitor().observe(snapshot(0)) is None
+
+
+# -- failures ------------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_is_nan_with_one_warning_and_touches_nobody_else():
+    errors = {step: RuntimeError(f"step {step} has 1e-{step}") for step in (2, 3)} | {4: KeyError("other")}
+    bad, good = Fake("bad", fails=errors), Fake("good")
+    monitor = Monitor(bad, good, every_n_steps=1)
+    with pytest.warns(UserWarning) as caught:
+        observations = [monitor.observe(snapshot(step)) for step in range(6)]
+    assert [str(w.message).split(": ")[1] for w in caught] == ["RuntimeError", "KeyError"]
+    values = monitor.history["stability/bad"].values
+    assert [math.isnan(v) for v in values] == [False, False, True, True, True, False]
+    assert values[-1] == 3.0 and monitor.history["stability/good"].values == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert observations[2].failures == {"bad": "RuntimeError: step 2 has 1e-2"} and not observations[5].failures
+
+
+def test_failures_for_one_reason_share_a_warning():
+    monitor = Monitor(*(Fake(name, fails={0: ValueError("no 1")}) for name in "abc"), every_n_steps=1)
+    with pytest.warns(UserWarning, match="measure a, b, c at step 0, and says NaN: ValueError: no 1") as caught:
+        monitor.observe(snapshot(0))
+    assert len(caught) == 1
+
+
+def test_a_failure_inside_a_window_ends_it():
+    quantity = Fake(prepare=1, window=2, fails={1: ValueError("no")})
+    monitor = Monitor(quantity, every_n_steps=5)
+    with pytest.warns(UserWarning):
+        assert run(monitor, 8) == [0, 1, 5, 6, 7]
+    assert monitor.history["stability/fake"].steps == [1, 7]
+
+
+def test_strict_raises_what_was_raised():
+    with pytest.raises(KeyError, match="why"):
+        Monitor(Fake(fails={0: KeyError("why")}), strict=True).observe(snapshot(0))
+
+
+def test_require_leaves_out_what_cannot_be_measured():
+    monitor = Monitor(Fake("a", unfit="no"), Fake("b", unfit="no"), Fake("c"), every_n_steps=1)
+    with pytest.warns(UserWarning, match=r"leaves out a and b \(no\)") as caught:
+        monitor.require(snapshot(0))
+        monitor.require(snapshot(0))
+    assert len(caught) == 1 and monitor.skipped == {"a": "no", "b": "no"}
+    assert monitor.keys == {"stability/c"} and set(monitor.observe(snapshot(0)).values) >= monitor.keys
+
+
+@pytest.mark.parametrize("settings", [{"named": ["a"]}, {"strict": True}])
+def test_require_raises_for_what_was_asked_for(settings):
+    with pytest.raises(Unmeasurable, match="a cannot be measured: no"):
+        Monitor(Fake("a", unfit="no"), **settings).require(snapshot(0))
+
+
+def test_a_disowned_update_takes_its_numbers_back():
+    update, other = Fake("update"), Fake("other")
+    other.needs_update = False
+    monitor = Monitor(update, other, every_n_steps=1)
+    run(monitor, 2)
+    with pytest.warns(UserWarning, match=r"leaves out update \(why\)") as caught:
+        corrected = monitor.disown_update(monitor.observe(snapshot(2)), "why")
+        assert monitor.disown_update(None, "why") is None
+    assert len(caught) == 1 and corrected.failures == {"update": "why"}
+    assert math.isnan(corrected.values["stability/update"]) and math.isnan(corrected.values["stability/update/layer"])
+    assert corrected.values["stability/other"] == 3.0
+    assert monitor.history["stability/update"].values[:2] == [1.0, 2.0]
+    assert math.isnan(monitor.history["stability/update"].values[2]) and set(monitor.quantities) == {"other"}
+    with pytest.raises(Unmeasurable, match="update: why"):
+        Monitor(Fake("update"), strict=True).disown_update(None, "why")
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+def round_trip(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_a_monitor_goes_on_from_its_state(cut, vectors):
+    def make():
+        return Monitor(Fake("window", prepare=1, window=2), Fake("point"), every_n_steps=4)
+
+    whole, first, second = make(), make(), make()
+    run(whole, cut), run(first, cut)
+    state = round_trip(first.state_dict(vectors=vectors))
+    if not vectors:
+        whole.drop("a checkpoint was written")
+    second.load_state_dict(state)
+    assert run(whole, 12, cut) == run(second, 12, cut)
+    for key in ("stability/window", "stability/point"):  # curves of layers start again
+        assert whole.history[key] == second.history[key]
+
+
+def test_scalars_of_real_quantities_survive():
+    sgd = torch.optim.SGD(NET.parameters(), lr=0.25)
+    first, second = (Monitor(Lyapunov(window=1), Sharpness(), every_n_steps=1) for _ in range(2))
+    for step in range(6):
+        first.observe(snapshot(step, sgd))
+    second.load_state_dict(round_trip(first.state_dict()))
+    for name, quantity in first.quantities.items():
+        restored = second.quantities[name]
+        assert restored.compute() == quantity.compute() and restored._update_count == quantity._update_count
+
+
+def test_reset_is_as_before_a_first_run():
+    monitor = Monitor(Fake("a", prepare=1, fails={9: ValueError("no")}), Fake("b", unfit="no"), budget=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        monitor.require(snapshot(0))
+        run(monitor, 3), monitor.reset()
+    assert set(monitor.quantities) == {"a", "b"} and not monitor.history and not monitor.skipped
+    assert monitor.period is None and monitor.wants(17)
+    assert monitor.quantities["a"].total == 0 and monitor.quantities["a"].under_way == 0

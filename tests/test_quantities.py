@@ -1,0 +1,207 @@
+"""What every quantity promises as a plain torchmetrics Metric, without Lightning."""
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import Regression, close, f64, freeze, random, same, seeded, trajectory
+from torch import nn
+from torchmetrics import MetricCollection
+
+from lsp_callbacks import Lyapunov, Sharpness, Unmeasurable
+from lsp_callbacks.quantities import REGISTRY
+
+SGD = torch.optim.SGD
+SETTINGS = {"lyapunov": {"window": 2}, "lyapunov_trajectory": {"k": 2, "transient": 1, "window": 40}}
+every_quantity = pytest.mark.parametrize("name", REGISTRY)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.inner(x).tanh()
+
+
+def problem():
+    """A network in which there is something to measure for all of them."""
+    net = nn.Sequential(nn.Linear(2, 4), ResidualBlock(), nn.Linear(4, 1))
+    return Regression(seeded(net), random(6, 2, seed=1), random(6, 1, seed=2))
+
+
+def metric_of(name):
+    return REGISTRY[name](**SETTINGS.get(name, {}))
+
+
+def steps(metric, n, start=problem):
+    """Frozen steps of a real run, with what the metric wants to see of them."""
+    task = start()
+    optimizer = SGD(task.parameters(), lr=0.3, momentum=0.5)
+    return trajectory(task, optimizer, n, keep=getattr(metric, "keeps", lambda name, module: name == "net.1"))
+
+
+def fed(name, measurements=1, extra=0):
+    """A metric after some measurements and a few steps more."""
+    metric = metric_of(name)
+    for snapshot in steps(metric, measurements * (metric.prepare + metric.window) + extra):
+        metric.update(snapshot)
+    return metric
+
+
+def saved(metric):
+    """All that a metric knows, but how often it was asked."""
+    state = {k: v.clone() for k, v in metric.state_dict().items() if k != "_update_count"}
+    return state, copy.deepcopy(metric.vectors())
+
+
+@every_quantity
+def test_a_measurement_takes_its_steps_and_returns_its_keys(name):
+    metric = metric_of(name)
+    period = metric.prepare + metric.window
+    completed = []
+    for snapshot in steps(metric, 3 * period):
+        metric.check(snapshot)
+        assert all(value > 0 for value in metric.cost(snapshot).values())
+        metric.update(snapshot)
+        completed += [snapshot.step] * metric.complete
+    assert completed == [period - 1, 2 * period - 1, 3 * period - 1]
+    assert metric.update_count == 3 * period
+    values = metric.compute()
+    assert set(metric.keys) <= set(values)
+    for key, value in values.items():
+        assert key.startswith("stability/") and value.shape == () and value.dtype == f64
+        assert torch.isfinite(value) and not value.requires_grad
+    assert not any(key + "/" in other for key in values for other in values)  # a name is a value or a prefix
+
+
+@every_quantity
+def test_nothing_is_known_before_the_first_measurement_and_after_a_reset(name):
+    metric = fed(name, extra=1)
+    metric.reset()
+    for empty in (metric_of(name), metric):
+        with pytest.warns(UserWarning, match="before"):
+            assert all(value.isnan() for value in empty.compute().values())
+        assert empty.vectors() == {} and empty.update_count == 0 and not empty.complete
+    again = fed(name)
+    for snapshot in steps(metric, metric.prepare + metric.window):
+        metric.update(snapshot)
+    assert same(metric.compute(), again.compute())
+
+
+@every_quantity
+def test_state_survives_a_checkpoint(name):
+    metric, fresh = fed(name, measurements=3), metric_of(name)
+    box, fresh_box = nn.ModuleDict({"inside": metric}), nn.ModuleDict({"inside": fresh})
+    state = box.state_dict()
+    assert all(value.numel() < 1000 for value in state.values())  # scalars, however large the model
+    fresh_box.load_state_dict(copy.deepcopy(state))
+    assert same(fresh_box.state_dict(), state)
+    assert fresh.update_count == metric.update_count == 3 * (metric.prepare + metric.window)
+    persistent = {"sharpness", "lyapunov", "lyapunov_trajectory"}
+    if name in persistent:
+        assert same(fresh.compute(), metric.compute())
+
+
+@pytest.mark.parametrize("name", ["lyapunov", "lyapunov_trajectory"])
+def test_a_window_under_way_goes_on_from_its_vectors(name):
+    metric, resumed = fed(name, extra=2), metric_of(name)
+    resumed.load_state_dict(metric.state_dict())
+    resumed.load_vectors(metric.vectors())
+    period = metric.prepare + metric.window
+    for snapshot in steps(metric, 2 * period):
+        if snapshot.step >= period + 2:
+            metric.update(snapshot)
+            resumed.update(snapshot)
+    assert metric.complete and resumed.complete
+    assert same(metric.compute(), resumed.compute())
+
+
+@every_quantity
+@pytest.mark.parametrize("extra", [0, 1])
+def test_an_exception_leaves_the_metric_whole(name, extra):
+    metric = fed(name, extra=extra)
+    before, values = saved(metric), metric.compute()
+    task = problem()
+
+    def fails():
+        raise KeyError("the loss of a user")
+
+    optimizer = SGD(task.parameters(), lr=0.3, momentum=0.5)
+    broken = replace(freeze(task, optimizer, step=metric.update_count, keep=metric.keeps), replay=fails)
+    with pytest.raises(KeyError):
+        metric.update(broken)
+    assert not metric.complete
+    assert same(saved(metric), before) and same(metric.compute(), values)
+
+
+def test_all_work_inside_a_collection():
+    alone = {name: fed(name) for name in REGISTRY}
+    collection = MetricCollection({name: metric_of(name) for name in REGISTRY}, compute_groups=False)
+    for snapshot in steps(None, 41):
+        collection.update(snapshot)
+    values = collection.compute()
+    for name, metric in alone.items():
+        assert collection[name].update_count == 41
+        for key, value in metric.compute().items():
+            close(value, values[key], 0 if name == "lyapunov_trajectory" else 10.0)  # the others went on
+    collection.reset()
+    assert all(metric.update_count == 0 for metric in collection.values())
+
+
+@every_quantity
+def test_copies_are_independent(name):
+    metric = fed(name, extra=1)
+    for twin in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric)), metric.clone()):
+        assert same(saved(twin), saved(metric)) and same(twin.compute(), metric.compute())
+        twin.reset()
+    assert metric.update_count > 0 and metric.compute()
+
+
+@every_quantity
+def test_leaves_no_trace(name):
+    task, metric = problem(), metric_of(name)
+    before, random_state = copy.deepcopy(task.state_dict()), torch.get_rng_state()
+    for training in (True, False):
+        task.train(training)
+        metric.update(freeze(task, SGD(task.parameters(), lr=0.3), keep=metric.keeps, step=int(not training)))
+        assert all(m.training is training for m in task.modules())
+    assert same(task.state_dict(), before) and all(p.grad is None for p in task.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state) and torch.is_grad_enabled()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in task.modules())
+
+
+@every_quantity
+def test_the_same_steps_give_the_same_numbers(name):
+    assert same(fed(name).compute(), fed(name).compute())
+
+
+def test_quantities_of_one_step_share_their_work():
+    calls = []
+    task = problem()
+    replay = lambda: calls.append(1) or task()  # noqa: E731
+    snapshot = freeze(task, SGD(task.parameters(), lr=0.3), replay=replay)
+    calls.clear()
+    Sharpness().update(snapshot)
+    first = len(calls)
+    Lyapunov().update(snapshot)
+    assert first > 1 and len(calls) == first
+
+
+@pytest.mark.parametrize("name", [name for name, quantity in REGISTRY.items() if quantity.needs_update])
+def test_what_needs_the_update_map_says_so_before_it_is_measured(name):
+    task = problem()
+    for measure in (metric_of(name).check, metric_of(name).update):
+        with pytest.raises(Unmeasurable, match="Adam"):
+            measure(freeze(task, torch.optim.Adam(task.parameters())))
+
+
+@pytest.mark.parametrize("name", [name for name, quantity in REGISTRY.items() if not quantity.needs_update])
+def test_what_does_not_need_the_optimizer_works_with_any(name):
+    task, metric = problem(), metric_of(name)
+    metric.check(freeze(task, torch.optim.Adam(task.parameters())))
+    metric.update(freeze(task, keep=metric.keeps))
+    assert metric.compute()
