@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"lsp-callbacks needs jsonargparse ({error}): pip install 'lsp-callbacks[cli]'", file=sys.stderr)
         return 1
-    LightningCLI(args=args, parser_kwargs={"prog": "lsp-callbacks"}, seed_everything_default=0)
+    # Given both argv and the process's own arguments, LightningCLI warns.
+    LightningCLI(args=None if argv is None else args, parser_kwargs={"prog": "lsp-callbacks"}, seed_everything_default=0)
     return 0
 
 

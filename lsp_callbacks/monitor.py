@@ -259,7 +259,7 @@ class Monitor:
             for key, curve in self.history.items()
             if key.count("/") == 1
         }
-        state = {
+        state: dict[str, Any] = {
             "version": 1,
             "origin": self.origin,
             "period": self.period,

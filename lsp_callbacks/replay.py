@@ -7,7 +7,7 @@ import copy
 import functools
 import random
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, Dataset
 
 from lsp_callbacks.snapshot import Unmeasurable
 
@@ -39,17 +40,25 @@ class Shadow:
 
     Args:
         module: the module to copy.
+        shared: further objects to share, as the parameters; datasets and loaders always are.
         prepare: applied once to the copy, for instance to mute its logging.
 
     Raises:
         Exception: where something in the module cannot be copied; the caller says what to do.
     """
 
-    def __init__(self, module: nn.Module, prepare: Callable[[nn.Module], None] = lambda copy: None):
-        memo: dict[int, Any] = {id(p): p for p in module.parameters()}
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        shared: Iterable[Any] = (),
+        prepare: Callable[[nn.Module], None] = lambda copy: None,
+    ):
+        memo: dict[int, Any] = {}
+        self._shared = {id(one): one for one in (*module.parameters(), *shared)}
         for child in module.modules():
-            _detach_graphs(vars(child), memo)
-        self.module = copy.deepcopy(module, memo)
+            _find_special(vars(child), self._shared, memo)
+        self.module = copy.deepcopy(module, memo | self._shared)
         for child in self.module.modules():
             for kind in _HOOKS:
                 hooks = getattr(child, kind, {})
@@ -61,8 +70,7 @@ class Shadow:
     def reset(self) -> nn.Module:
         """The module as it was before the step."""
         # One memo for all, so that what two modules share stays one object.
-        memo: dict[int, Any] = {id(m): m for m in self.module.modules()}
-        memo |= {id(p): p for p in self.module.parameters()}
+        memo = self._shared | {id(m): m for m in self.module.modules()}
         for state in self._state:
             state.restore(memo)
         return self.module
@@ -103,17 +111,16 @@ def _is_users(hook: Any) -> bool:
     return isinstance(hook, types.FunctionType | types.MethodType | functools.partial | types.BuiltinFunctionType)
 
 
-def _detach_graphs(value: Any, memo: dict[int, Any], depth: int = 0) -> None:
-    """Non-leaf tensors refuse to be deep-copied: give their values to the copy."""
+def _find_special(value: Any, shared: dict[int, Any], memo: dict[int, Any], depth: int = 0) -> None:
+    """Data are shared, not copied; non-leaf tensors refuse to be deep-copied: give their values to the copy."""
     if isinstance(value, Tensor):
         if value.grad_fn is not None:
             memo[id(value)] = value.detach().clone()
-    elif depth < 4 and isinstance(value, dict):
-        for item in value.values():
-            _detach_graphs(item, memo, depth + 1)
-    elif depth < 4 and isinstance(value, list | tuple | set):
-        for item in value:
-            _detach_graphs(item, memo, depth + 1)
+    elif isinstance(value, Dataset | DataLoader):
+        shared[id(value)] = value
+    elif depth < 4 and isinstance(value, dict | list | tuple | set):
+        for item in value.values() if isinstance(value, dict) else value:
+            _find_special(item, shared, memo, depth + 1)
 
 
 class RandomState:

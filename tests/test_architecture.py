@@ -1,8 +1,6 @@
 """Imports point one way, and the core stands alone."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +10,10 @@ import lsp_callbacks
 ROOT = Path(lsp_callbacks.__file__).parent
 #: Each layer may import itself and what is left of it.
 LAYERS = ("linalg", "snapshot", "replay", "operators", "functional", "quantities", "monitor", "report", "callbacks")
-#: Not layers: they may import everything.
-TOP = ("__init__", "demo", "cli")
+#: Programs: they may import everything, and nothing imports them.
+PROGRAMS = ("demo", "cli")
 LIGHTNING = {"lightning", "pytorch_lightning"}
-OPTIONAL = {"matplotlib", "rich", "jsonargparse", "sklearn", "scipy", "torchvision", "transformers"}
+OPTIONAL = {"matplotlib", "rich", "jsonargparse", "sklearn", "scipy", "torchvision", "transformers", "tensorboard"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -36,6 +34,8 @@ def imports(path, *, everywhere=True):
 
 def _at_import(body):
     for node in body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
         yield node
         for field in ("body", "orelse", "handlers", "finalbody"):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -45,43 +45,18 @@ def _at_import(body):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_one_way(path):
     own = layer(path)
-    if own in TOP:
-        return
+    below = LAYERS[: LAYERS.index(own) + 1] if own in LAYERS else (*LAYERS, *(PROGRAMS if own in PROGRAMS else ()))
     for name in imports(path):
         package, _, rest = name.partition(".")
-        if package == "lsp_callbacks":
-            other = rest.split(".")[0]
-            assert other in LAYERS, f"{path.name} imports {name}"
-            assert LAYERS.index(other) <= LAYERS.index(own), f"{own} imports {name}"
+        assert package != "lsp_callbacks" or rest.split(".")[0] in below, f"{own} imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_few_files_know_lightning_and_none_needs_an_extra_at_import(path):
-    if layer(path) not in ("callbacks", "cli", "demo"):
+    if layer(path) not in ("callbacks", *PROGRAMS):
         assert not LIGHTNING & {name.split(".")[0] for name in imports(path)}
-    if layer(path) not in ("cli", "demo"):
+    if layer(path) not in PROGRAMS:
         assert not OPTIONAL & {name.split(".")[0] for name in imports(path, everywhere=False)}
-
-
-@pytest.mark.parametrize(
-    "statement, absent",
-    [
-        ("import lsp_callbacks", OPTIONAL),
-        ("import lsp_callbacks.callbacks.stability_monitor, lsp_callbacks.report", OPTIONAL),
-    ],
-)
-def test_the_package_imports_without_its_extras(statement, absent):
-    """In a fresh interpreter in which the extras do not exist."""
-    code = f"""
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {absent!r}:
-            raise ModuleNotFoundError(name, name=name)
-sys.meta_path.insert(0, Absent())
-{statement}
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_public_names_exist_and_are_sorted():

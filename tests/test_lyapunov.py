@@ -217,6 +217,13 @@ def test_lyapunov_measures_windows_of_a_real_run(rule, x):
         assert ("stability/lyapunov_lower" in values) == ("stability/lyapunov_upper" in values) == (number >= 3)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_at_rate_zero_nothing_grows_or_shrinks(momentum):
+    problem = regression()
+    found = run(Lyapunov(), problem, SGD(problem.parameters(), lr=0.0, momentum=momentum), 5)
+    close(found[4]["stability/lyapunov"], 0.0, 1e-12)
+
+
 def test_lyapunov_averages_the_last_windows_with_student_bounds():
     metric, problem = Lyapunov(window=2, average=4), regression()
     run(metric, problem, SGD(problem.parameters(), lr=0.3, momentum=0.5), 21)

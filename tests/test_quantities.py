@@ -139,15 +139,21 @@ def test_an_exception_leaves_the_metric_whole(name, extra):
 
 
 def test_all_work_inside_a_collection():
-    alone = {name: fed(name) for name in REGISTRY}
     collection = MetricCollection({name: metric_of(name) for name in REGISTRY}, compute_groups=False)
-    for snapshot in steps(None, 41):
+    for snapshot in steps(None, 7):
         collection.update(snapshot)
     values = collection.compute()
-    for name, metric in alone.items():
-        assert collection[name].update_count == 41
-        for key, value in metric.compute().items():
-            close(value, values[key], 0 if name == "lyapunov_trajectory" else 10.0)  # the others went on
+    for name, member in collection.items():
+        alone = metric_of(name)
+        for snapshot in steps(alone, 7):
+            alone.update(snapshot)
+        assert member.update_count == 7
+        for key, value in alone.compute().items():
+            if name in ("sharpness", "lyapunov"):  # they share an alignment, and differ by its tolerance
+                close(values.pop(key), value, 0.03)
+            else:
+                assert same(values.pop(key), value)
+    assert not values
     collection.reset()
     assert all(metric.update_count == 0 for metric in collection.values())
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import spectral_norm
-from zoo import MEASURED, mlp
+from zoo import MEASURED, data, mlp
 
 from lsp_callbacks.replay import RandomState, Shadow, copied, replayer, untouched
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, displaced, flatten, split
@@ -85,6 +85,16 @@ def test_tensors_in_a_graph_are_copied_by_value():
     module.last = {"h": [module[0](X)]}
     last = Shadow(module).reset().last["h"][0]
     assert torch.equal(last, module.last["h"][0]) and last.grad_fn is None and module.last["h"][0].grad_fn is not None
+
+
+def test_data_are_shared():
+    module, owner = net(), object()
+    module.loaders, module.owner = {"train": data()}, owner
+    shadow = Shadow(module, shared=[owner])
+    for _ in range(2):
+        again = shadow.reset()
+        assert again.loaders["train"] is module.loaders["train"] and again.loaders is not module.loaders
+        assert again.owner is owner
 
 
 def test_what_cannot_be_copied_raises():

@@ -225,7 +225,7 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         mask = nn.Transformer.generate_square_subsequent_mask(3, dtype=x.dtype) if self.masked else None
-        padding = torch.zeros(3, 3, dtype=torch.bool) if self.masked else None
+        padding = torch.zeros(3, 3, dtype=x.dtype) if self.masked else None
         return self.layer(x, src_mask=mask, src_key_padding_mask=padding)
 
 

@@ -102,7 +102,7 @@ def fit(model, *callbacks, loader=None, seed=0, ckpt_path=None, **settings):
     run = trainer(*callbacks, **settings)
     with warnings.catch_warnings():  # Lightning's advice; ours stays visible
         warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning|torch)\b")
-        run.fit(model, loader or data(), ckpt_path=ckpt_path)
+        run.fit(model, data() if loader is None else loader, ckpt_path=ckpt_path)
     return run
 
 
@@ -257,6 +257,22 @@ class OnlyBatch(Model):
         return super().training_step(batch, 0)
 
 
+class Hyperparameters(Model):
+    """Keeps a network among its hyperparameters, and changes them."""
+
+    def __init__(self, network=None, scale=1.0):
+        network = network or mlp(nn.Dropout(0.2))
+        super().__init__(network)
+        self.save_hyperparameters({"network": network, "scale": scale})
+
+    def training_step(self, batch, batch_idx):
+        self.hparams.scale += 0.1
+        return super().training_step(batch, batch_idx) * self.hparams.scale
+
+    def memory(self):
+        return self.hparams.scale, self.hparams_initial.scale
+
+
 class Logs(Model):
     def training_step(self, batch, batch_idx):
         loss = self.loss(batch)
@@ -392,7 +408,7 @@ MEASURED = {
         kind.__name__.lower(): kind
         for kind in (
             Metric, Counter, Appends, SharedList, Progress, SideEffectHooks, PythonRandom, OwnGenerators, InPlaceBatch,
-            ReturnsDict, OnlyBatch, Logs, Features,
+            ReturnsDict, OnlyBatch, Logs, Features, Hyperparameters,
         )
     },
 }  # fmt: skip
@@ -402,6 +418,7 @@ LEFT_OUT = {
     "clip": (Model, {"gradient_clip_val": 0.1}, "gradient_clip_val"),
     "accumulate": (lambda: Model(mlp(nn.BatchNorm1d(5))), {"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
     "adam": (lambda: Model(convolutional(), partial(torch.optim.Adam, lr=1e-2)), {}, "Adam"),
+    "lbfgs": (lambda: Model(optimizer=partial(torch.optim.LBFGS, lr=0.1, max_iter=4)), {}, "LBFGS"),
     "adamw": (lambda: Model(optimizer=partial(torch.optim.AdamW, lr=1e-2)), {}, "AdamW"),
 }
 

@@ -42,7 +42,8 @@ class Pending:
         try:
             self.batch = copied(batch)
             self.sums = _sums(module)
-            self.shadow = Shadow(module, prepare=lambda shadow: _mute(shadow, trainer))
+            shared = [] if trainer.datamodule is None else [trainer.datamodule]
+            self.shadow = Shadow(module, shared=shared, prepare=lambda shadow: _mute(shadow, trainer))
         except Exception as error:  # whatever the user's attributes raise when they are copied
             self.failure = Unmeasurable(
                 f"batch or module cannot be copied for a replay ({type(error).__name__}: {error}): keep what cannot be "
@@ -173,6 +174,7 @@ def _mute(shadow: nn.Module, trainer: Any) -> None:
         if hasattr(module, "_trainer"):  # LightningModules read the epoch and the step from it
             vars(module)["_trainer"] = muted
             vars(module)["log"] = vars(module)["log_dict"] = vars(module)["print"] = _nothing
+            vars(module).pop("_hparams_initial", None)  # never changed, and as large as what it was made from
             for name in vars(module).pop("_compiler_ctx", None) or ():
                 # Compiled methods are bound to the original.
                 vars(module).pop(name.removeprefix("original_"), None)

@@ -134,6 +134,8 @@ class StabilityMonitor(Callback):
         )
         if self.probe_samples is not None:
             warn_sub_batch(self.probe_samples)
+        if not self.step:  # not 0 where a run is resumed from a checkpoint that does not know this callback
+            self.step = trainer.global_step // max(1, len(trainer.optimizers))
         if self.history:  # resumed: stock callbacks find their key before the next measurement, too
             self._measured_at = max(curve.steps[-1] for curve in self.history.values())
             last = {key: [v for v in curve.values if math.isfinite(v)][-1:] for key, curve in self.history.items()}
@@ -166,6 +168,8 @@ class StabilityMonitor(Callback):
                 self._observation = self._observe(pending, optimizer)
             if pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
                 self._gradients = [(p, p.grad.clone()) for p in pl_module.parameters() if p.grad is not None]
+        if self._updates == 1:
+            self.step += 1
         self._spent += time.perf_counter() - began
 
     def _observe(self, pending: Pending, optimizer: Any) -> Observation | None:
@@ -185,7 +189,6 @@ class StabilityMonitor(Callback):
         elif self._updates > 1:
             self._disown(f"one batch made {self._updates} optimizer steps: their joint update is not modelled")
         self._gradients = []
-        self.step += self._updates > 0
         if self._observation is not None:
             observation, self._observation = self._observation, None
             self._measured_at = observation.step

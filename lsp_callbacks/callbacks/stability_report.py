@@ -23,9 +23,9 @@ SUFFIXES = (".png", ".pdf", ".svg")
 class StabilityReport(Callback):
     """When training ends, also early: a table, one sentence, and a picture of the run beside its logs.
 
-    The picture shows the training loss of every optimizer step (of rank zero) with the curves of the `StabilityMonitor`, and
-    where the exponent turned positive, a loss alarm would have gone off, and `StopOnInstability` stopped. Reading the loss
-    never waits for the device, and takes a bounded amount of memory.
+    The picture shows the training loss of every optimizer step (on rank zero) with the curves of the
+    `StabilityMonitor`, and where the exponent turned positive, a loss alarm would have gone off, and `StopOnInstability`
+    stopped. Keeping the loss never waits for the device, and takes a bounded amount of memory.
 
     Args:
         path: of the picture: PNG, PDF or SVG. A relative one is taken from ``trainer.log_dir``, without a logger
@@ -83,13 +83,15 @@ class StabilityReport(Callback):
         rank_zero_info(f"lsp_callbacks: the picture of this run is {path}")
 
     def _events(self, trainer: Any, steps: list[int], values: list[float]) -> dict[str, int | None]:
-        alarm = report.loss_alarm(values, window=max(1, report.SMOOTHING // self._losses.stride))
-        events = {"loss alarm": None if alarm is None else steps[alarm]}
+        events: dict[str, int | None] = {}
         stop = next((c for c in trainer.callbacks if isinstance(c, StopOnInstability)), None)
         if stop is not None:
             name = stop.monitor.removeprefix("stability/")
-            sign = stop.threshold == 0 and "lyapunov" in name
+            sign = "lyapunov" in name and stop.threshold == 0
             events["exponent turned positive" if sign else f"{name} above {stop.threshold:g}"] = stop.event_step
+        alarm = report.loss_alarm(values, stride=self._losses.stride)
+        events["loss alarm"] = None if alarm is None else steps[alarm]
+        if stop is not None:
             events["stopped"] = stop.stop_step
         return events
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,19 +76,19 @@ def residual_stability(
     size = ends.values.abs().amax(-1).clamp_min(torch.finfo(torch.float64).tiny)
     residual = torch.maximum((ends.residuals[..., [0, -1]].amax(-1) / size).amax(), (gain.residual / gain.value).amax())
     dissipative = bool((growth + top_residual < 0).all())
-    common = {
-        "stiffness": (-ends.values[..., 0]).amax() / 2,
-        "gain": gain.value.amax().log(),
-        "m": -growth.amax() / h,
-        "dissipative": dissipative,
-        "residual": residual,
-    }
+    block = ResidualStability(
+        stiffness=(-ends.values[..., 0]).amax() / 2,
+        gain=gain.value.amax().log(),
+        m=-growth.amax() / h,
+        dissipative=dissipative,
+        residual=residual,
+    )
     if not dissipative:
-        return ResidualStability(**common)
+        return block
     norm = operator_norm(jacobian, start, steps=steps, tol=tol).value.amax() / h
-    limit = 2 * common["m"] / norm**2
+    limit = 2 * block.m / norm**2
     exact = h * _exact_limit(jacobian, ends.pair(-1).vector, steps, tol).amin()
-    return ResidualStability(**common, M=norm, h_max=limit, h_exact=exact, cfl=h / limit)
+    return replace(block, M=norm, h_max=limit, h_exact=exact, cfl=h / limit)
 
 
 def _exact_limit(jacobian: LinearOperator, start: Tensor, steps: int, tol: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import singledispatch
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,12 +75,12 @@ def _(layer: nn.ConvTranspose1d, call: Call) -> dict[str, LinearOperator]:
     # forward(output_size=...) may have asked for another padding than the layer's own: take the real size.
     wanted = list(call.output_shape[-dims:]) if call.output_shape else None
     like = torch.empty(1, *shape, device="meta")
-    padding = layer._output_padding(
-        like, wanted, layer.stride, layer.padding, layer.kernel_size, dims, layer.dilation  # type: ignore[arg-type]
-    )  # fmt: skip
+    padding: Any = layer.padding
+    sizes: Any = (layer.stride, padding, layer.kernel_size, dims, layer.dilation)
+    extra = layer._output_padding(like, wanted, *sizes)
 
     def forward(x: Tensor) -> Tensor:
-        return convolve(x, weight, None, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
+        return convolve(x, weight, None, layer.stride, padding, extra, layer.groups, layer.dilation)
 
     return {"": _linear_map(forward, shape, weight)}
 

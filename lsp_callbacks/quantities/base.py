@@ -63,7 +63,7 @@ class Quantity(Metric):
         self.complete = False
         self.load_vectors({})
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The states and, unlike torchmetrics', how many updates they saw."""
         state = super().state_dict(*args, **kwargs)
         state[kwargs.get("prefix", "") + "_update_count"] = torch.tensor(self._update_count)

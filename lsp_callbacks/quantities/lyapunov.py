@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from lsp_callbacks.operators.curvature import Method, product_cost, resolved
 from lsp_callbacks.operators.training import state_weight, step_jacobian, update_rule
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.sharpness import edge_cost, measured_edge
-from lsp_callbacks.snapshot import Snapshot
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
 
 class _Windowed(Quantity):
@@ -111,6 +112,8 @@ class Lyapunov(_Windowed):
         assert self._mode is not None
         exponent = plane_exponent(frame, log, self._mode, self._frame["root"], count)
         self._frame = {}
+        if math.isnan(exponent):  # one such window would hide the next ones
+            raise Unmeasurable("the pushed direction is not finite: the weights or the loss have overflowed")
         self.windows = torch.cat([self.windows, scalar(exponent)[None]])[-self.average :]
         self.complete = True
 

@@ -56,7 +56,8 @@ class SpectralNorm(Quantity):
         """Measures one step."""
         self.complete = False
         norms: dict[str, Tensor] = {}
-        residual, rows, starts = scalar(0.0), {}, {}
+        residual, rows = scalar(0.0), {}
+        starts: dict[str, dict[str, Tensor]] = {}
         seen: set[int] = set()
         calls = snapshot.calls
         for name, layer in snapshot.module.named_modules():

@@ -1,0 +1,96 @@
+"""A table of what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lsp_callbacks.monitor import Curve
+from lsp_callbacks.report.series import latest, load, readings
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: In the order of the rows; what is not here comes after these.
+MEANINGS = {
+    "courant": "rate / largest stable rate; 1 is the edge",
+    "courant_gd": "the same, by the curvature of one batch",
+    "lyapunov": "growth of the sharp mode, nats a step; > 0 amplifies",
+    "lyapunov_lower": "its one-sided 90 % bound",
+    "lyapunov_upper": "its one-sided 90 % bound",
+    "lyapunov_trajectory": "leading exponent over all parameters, nats a step",
+    "lyapunov_trajectory_error": "its standard error",
+    "sharpness": "largest Hessian eigenvalue of the step's loss",
+    "sharpness_limit": "the sharpness that this rate can bear",
+    "residual_stiffness_max": "stiffest residual block; > 1 expands",
+    "residual_cfl_max": "largest h / h_max of the dissipative blocks",
+    "residual_dissipative": "share of such blocks",
+    "spectral_norm_max": "largest norm of a layer as an operator",
+    "spectral_log_sum": "sum of the layers' log norms, nats",
+}
+_EDGES = {"courant": 1.0, "courant_gd": 1.0, "lyapunov": 0.0, "lyapunov_lower": 0.0, "residual_stiffness_max": 1.0}
+#: Errors are shown beside what they belong to.
+_ERRORS = {
+    "sharpness": "sharpness_residual",
+    "residual_stiffness_max": "residual_residual",
+    "spectral_norm_max": "spectral_norm_residual",
+}
+
+
+def table(history: Mapping[str, Curve]) -> Table:
+    """One row a quantity: its last reading, its range over the run, the step of the last measurement, its meaning.
+
+    What is measured by layer has one row a kind, with the range over the layers at their last reading and the three
+    largest.
+
+    Args:
+        history: of the `StabilityMonitor`.
+
+    Raises:
+        ImportError: without rich.
+    """
+    curves = {key.removeprefix("stability/"): curve for key, curve in history.items()}
+    if curves.get("courant") == curves.get("courant_gd"):
+        curves.pop("courant_gd", None)
+    errors = {of: latest(curves.pop(name, None)) for of, name in _ERRORS.items()}
+    rows = load("rich.table").Table(
+        title="Stability", title_justify="left", title_style="bold", box=load("rich.box").SIMPLE_HEAD
+    )
+    rows.add_column("quantity", no_wrap=True)
+    for column in ("last", "min", "max", "step"):
+        rows.add_column(column, justify="right", no_wrap=True)
+    rows.add_column("meaning")
+
+    names = [*(name for name in MEANINGS if name in curves), *(n for n in curves if n not in MEANINGS and "/" not in n)]
+    for name in names:
+        known = readings(curves[name]) or [math.nan]
+        meaning = MEANINGS.get(name, "")
+        if not math.isnan(error := errors.get(name, math.nan)):
+            meaning += f" (residual {error:.1%})"
+        if failed := sum(map(math.isnan, curves[name].values)):
+            meaning += f" [yellow]({failed} NaN)[/]"
+        style = "red" if known[-1] > _EDGES.get(name, math.inf) else "bold"
+        cells = (f"[{style}]{known[-1]:.3g}[/]", f"{min(known):.3g}", f"{max(known):.3g}", str(curves[name].steps[-1]))
+        rows.add_row(name, *cells, meaning)
+
+    kinds: dict[str, list[tuple[float, str, int]]] = {}
+    for name, curve in curves.items():
+        kind, _, layer = name.partition("/")
+        if layer and readings(curve):
+            kinds.setdefault(kind, []).append((latest(curve), layer, curve.steps[-1]))
+    for kind, layers in kinds.items():
+        layers.sort(reverse=True)
+        meaning = ", ".join(f"{layer} {value:.3g}" for value, layer, _ in layers[:3])
+        meaning += f" (of {len(layers)})" if len(layers) > 3 else ""
+        step = str(max(step for *_, step in layers))
+        rows.add_row(f"{kind}/*", "", f"{layers[-1][0]:.3g}", f"{layers[0][0]:.3g}", step, meaning, style="dim")
+    return rows
+
+
+def show(history: Mapping[str, Curve]) -> None:
+    """Prints the table; where there is no terminal to fit into, as wide as it likes."""
+    console = load("rich.console").Console()
+    if not console.is_terminal:
+        console.width = 130
+    console.print(table(history))

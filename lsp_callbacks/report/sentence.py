@@ -1,0 +1,141 @@
+"""One sentence: how stable the training was, why, and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from lsp_callbacks.monitor import Curve
+from lsp_callbacks.report.series import AVERAGE, averaged, latest, readings
+
+#: Mean Courant numbers from which a run is "at the edge", and up to which: healthy full-batch training was seen at 1.2.
+EDGE = (0.9, 1.25)
+
+
+def verdict(history: Mapping[str, Curve]) -> str:
+    """How stable the training was when it ended, why, and what to do.
+
+    It speaks of *linear* stability: whether the linearised update amplifies. The exponent decides, by its lower
+    confidence bound where there is one; the Courant number (mean of the last 5) tells the edge, where healthy training
+    may live, from what lies beyond. NaN is never stable. "Since" counts back over measurements without a break.
+
+    Args:
+        history: of the `StabilityMonitor`.
+
+    Example:
+        >>> from lsp_callbacks import Curve
+        >>> steps = [0, 50, 100]
+        >>> courant = Curve(steps, [0.2, 0.3, 0.4])
+        >>> print(verdict({"stability/courant": courant, "stability/lyapunov": Curve(steps, [-0.3, -0.25, -0.2])}))
+        lsp_callbacks: stable at step 100 (linear stability): the Courant number is 0.3 (mean of 3, the edge is at 1)
+        and the sharp mode shrinks by e in 5 steps (exponent -0.2); nothing to do.
+        >>> courant = Curve(steps, [0.8, 2.0, 3.8])
+        >>> print(verdict({"stability/courant": courant, "stability/lyapunov_lower": Curve(steps, [-0.2, 0.1, 0.25])}))
+        lsp_callbacks: unstable since step 50 (linear stability): the Courant number is 2.2 (mean of 3, the edge is at
+        1) and the sharp mode grows by e in 4 steps (exponent +0.25, lower bound); divide the learning rate by 2.7.
+        >>> print(verdict({}))
+        lsp_callbacks: stability was not measured: no measurement was completed; train longer, or measure more often.
+    """
+    return f"lsp_callbacks: {_judge(history)}."
+
+
+def _judge(history: Mapping[str, Curve]) -> str:
+    lower, plain = (history.get(f"stability/lyapunov{side}", Curve()) for side in ("_lower", ""))
+    bounded = bool(readings(lower))
+    exponent, courants = lower if bounded else plain, history.get("stability/courant", Curve())
+    x, upper, courant = latest(exponent), latest(history.get("stability/lyapunov_upper")), latest(averaged(courants))
+    if math.isnan(x) and math.isnan(courant):
+        return _not_measured(history, max(len(exponent.values), len(courants.values)))
+
+    deciding, edge = (averaged(courants), EDGE[1]) if math.isnan(x) else (exponent, 0.0)
+    since = _since(deciding, edge)
+    at = max(step for curve in (exponent, courants) for step, v in zip(curve.steps, curve.values) if not math.isnan(v))
+    # A quantity that was given up (its last value is NaN) and one that never succeeded are both unknown.
+    failed = max((_trailing_nans(curve) for curve in (exponent, courants)), key=len)
+    numbers = " and ".join(filter(None, (_courant(courant, courants), _exponent(x, bounded))))
+    ask = (
+        f"divide the learning rate by {max(courant / 0.8, 1.2):.2g}" if courant > EDGE[0] else "halve the learning rate"
+    )
+
+    if since is not None and not EDGE[0] <= courant <= EDGE[1]:
+        hidden = ", though no single batch shows it in its curvature" if courant < EDGE[0] else ""
+        after = f"; from step {failed[0]} on, measurements failed (NaN)" if failed else ""
+        return f"unstable since step {since} (linear stability): {numbers}{hidden}{after}; {ask}"
+    if failed:
+        return (
+            f"stability is unknown since step {failed[0]}: the last {_count(len(failed))} failed (NaN); the readings "
+            f"before say that {numbers}; look for the warning that names the reason"
+        )
+    if since is not None or upper > 0 >= x or courant >= EDGE[0]:
+        band = f", upper bound {upper:+.2g}" if upper > 0 >= x else ""
+        return (
+            f"at the edge of stability at step {at} (linear stability): {numbers}{band}; healthy as long as the loss "
+            f"falls, otherwise {ask}"
+        )
+    beyond = [step for step, v in zip(deciding.steps, deciding.values) if v > edge]
+    if beyond:
+        return (
+            f"stable at step {at} (linear stability), but not always between steps {beyond[0]} and {beyond[-1]}: "
+            f"{numbers}; see that the loss has recovered"
+        )
+    return f"stable at step {at} (linear stability): {numbers}; nothing to do"
+
+
+def _not_measured(history: Mapping[str, Curve], tried: int) -> str:
+    if tried:
+        return f"stability was not measured: {_count(tried)} failed (NaN); look for the warning that names the reason"
+    if not history:
+        return "stability was not measured: no measurement was completed; train longer, or measure more often"
+    kinds = {
+        "stability/spectral_norm_max": "the largest spectral norm of a layer is {:.3g}",
+        "stability/residual_stiffness_max": "the largest stiffness of a residual block is {:.2g} (above 1 it expands)",
+    }
+    known = [text.format(value) for key, text in kinds.items() if not math.isnan(value := latest(history.get(key)))]
+    return (
+        "the stability of the optimizer's steps was not measured (no Courant number, no exponent)"
+        + (f"; {' and '.join(known)}, which does not tell whether the learning rate is too large" if known else "")
+        + "; if you did not choose that, the warning at the start of training says why"
+    )
+
+
+def _courant(mean: float, courants: Curve) -> str:
+    of = min(len(readings(courants)), AVERAGE)
+    return f"the Courant number is {mean:.2g} ({f'mean of {of}, ' if of > 1 else ''}the edge is at 1)" if of else ""
+
+
+def _exponent(x: float, bounded: bool) -> str:
+    bound = ", lower bound" if bounded else ""
+    return "" if math.isnan(x) else f"the sharp mode {e_folding(x)} (exponent {x:+.2g}{bound})"
+
+
+def e_folding(exponent: float) -> str:
+    """An exponent in words.
+
+    Example:
+        >>> e_folding(0.25), e_folding(-0.001), e_folding(0.0)
+        ('grows by e in 4 steps', 'shrinks by e in 1,000 steps', 'keeps its size')
+    """
+    if abs(exponent) < 1e-6:
+        return "keeps its size"
+    steps = 1 / abs(exponent)
+    return f"{'grows' if exponent > 0 else 'shrinks'} by e in {steps:{',.0f' if steps >= 10 else '.2g'}} steps"
+
+
+def _count(measurements: int) -> str:
+    return f"{measurements} measurements" if measurements > 1 else "measurement"
+
+
+def _trailing_nans(curve: Curve) -> list[int]:
+    """The steps of the measurements that failed since the last one that did not."""
+    begin = max((i + 1 for i, value in enumerate(curve.values) if not math.isnan(value)), default=0)
+    return curve.steps[begin:]
+
+
+def _since(curve: Curve, edge: float) -> int | None:
+    """First step of the unbroken run above the edge that reaches to the last reading."""
+    since = None
+    for step, value in zip(reversed(curve.steps), reversed(curve.values)):
+        if value <= edge:
+            break
+        since = since if math.isnan(value) else step
+    return since
