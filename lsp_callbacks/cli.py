@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+COMMANDS = ("fit", "validate", "test", "predict")
 HELP = """\
 usage: lsp-callbacks {fit,validate,test,predict} [--config FILE] [--KEY VALUE ...]
 
@@ -40,8 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"lsp-callbacks needs jsonargparse ({error}): pip install 'lsp-callbacks[cli]'", file=sys.stderr)
         return 1
+    # A message about one bad argument should not drown in the list of all good ones.
+    usage = {name: {"usage": f"lsp-callbacks {name} [--config FILE] [--KEY VALUE ...]"} for name in COMMANDS}
     # Given both argv and the process's own arguments, LightningCLI warns.
-    LightningCLI(args=None if argv is None else args, parser_kwargs={"prog": "lsp-callbacks"}, seed_everything_default=0)
+    LightningCLI(args=None if argv is None else args, parser_kwargs={"prog": "lsp-callbacks", **usage})
     return 0
 
 

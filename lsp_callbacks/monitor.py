@@ -104,7 +104,7 @@ class Monitor:
     @property
     def keys(self) -> set[str]:
         """The global keys that can appear."""
-        return {key for quantity in self.quantities.values() for key in quantity.keys}
+        return {key for quantity in self.quantities.values() for key in (*quantity.keys, *quantity.optional)}
 
     def require(self, snapshot: Snapshot) -> None:
         """Leaves out what cannot be measured on such steps; replays nothing.

@@ -8,6 +8,7 @@ import functools
 import random
 import types
 from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,8 @@ class Shadow:
         for child in module.modules():
             _find_special(vars(child), self._shared, memo)
         self.module = copy.deepcopy(module, memo | self._shared)
+        if any(a is not b for a, b in zip_longest(module.parameters(), self.module.parameters())):
+            raise TypeError("its copy has parameters of its own (a scripted module, or a __deepcopy__)")
         for child in self.module.modules():
             for kind in _HOOKS:
                 hooks = getattr(child, kind, {})

@@ -93,6 +93,8 @@ class Snapshot:
         calls: dict[str, Call] = {}
         with contextlib.ExitStack() as stack:
             for name, module in self.module.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                    continue
                 hook = _Recorder(name, calls, self.keep(name, module))
                 # `always_call` is off: a forward that raised has nothing to tell.
                 stack.callback(module.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
@@ -143,7 +145,8 @@ class Snapshot:
             raise Unmeasurable(f"the loss of step {self.step} is not finite")
         if not bool((own - again).abs() <= max(tolerance, self.tolerance) * own.abs()):
             raise Unmeasurable(
-                f"the loss could not be replayed: step {self.step} had {own.item():.9g}, its replay {again.item():.9g}. "
+                f"the loss could not be replayed: step {self.step} had {own.item():.9g}, its replay "
+                f"{again.item():.9g}. "
                 "Something outside the batch, the module and the random state changes it (a hook of yours, a "
                 "global variable): pass loss_fn=... which computes it from (module, batch)"
             )

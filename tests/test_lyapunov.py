@@ -25,7 +25,7 @@ from problems import (
 )
 from scipy import stats
 
-from lsp_callbacks import Lyapunov, LyapunovTrajectory
+from lsp_callbacks import Lyapunov, LyapunovTrajectory, Unmeasurable
 from lsp_callbacks.functional import (
     batch_means,
     edge,
@@ -258,6 +258,18 @@ def test_a_gap_in_the_steps_restarts_the_window():
     problem = Quadratic(symmetric([0.1, 0.4, 5.0]))
     found = run(Lyapunov(window=3), problem, SGD(problem.parameters(), lr=0.1), 12, skip=(2, 9))
     assert list(found) == [6]  # 0, 1 | 3 aligns, 4, 5, 6 | 7 aligns, 8 | 10, 11
+
+
+def test_a_window_that_blows_up_is_refused_and_does_not_hide_the_others():
+    problem, metric = Quadratic(symmetric([0.1, 0.4, 5.0])), Lyapunov(window=2)
+    optimizer = SGD(problem.parameters(), lr=0.1)
+    run(metric, problem, optimizer, 5)
+    with torch.no_grad():
+        problem.parts[0].fill_(math.nan)
+    for snapshot in trajectory(problem, optimizer, 3):
+        with pytest.raises(Unmeasurable, match="not finite"):
+            metric.update(snapshot)
+    assert len(metric.windows) == 1 and metric.compute()["stability/lyapunov"].isfinite()
 
 
 def test_trajectory_measures_the_whole_spectrum_of_a_quadratic():

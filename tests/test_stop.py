@@ -11,7 +11,7 @@ from zoo import SGD, Losses, Model, Rows, data, fit, mlp
 
 from lsp_callbacks import Observation, StabilityMonitor, StopOnInstability
 
-KEY, COURANT = "stability/lyapunov", "stability/courant"
+KEY, COURANT, NORM = "stability/lyapunov", "stability/courant", "stability/spectral_norm_max"
 NAN = math.nan
 
 
@@ -63,12 +63,15 @@ def test_the_bare_rule(values, settings, stops):
 @pytest.mark.parametrize(
     "losses, stops",
     [
-        ([1.0] * 60, True),
+        ([1.0] * 60, False),
         ([1.0 + 0.1 * i for i in range(60)], True),
+        ([-5.0 + 0.1 * i for i in range(60)], True),
+        ([-5.0] * 60, False),
         ([1.0 - 0.015 * i for i in range(60)], False),
+        ([1.0 + 0.05 * (-1) ** i for i in range(60)], False),
         ([NAN] * 60, True),
     ],
-    ids=["flat", "growing", "falling", "nan"],
+    ids=["flat", "growing", "growing below 0", "flat below 0", "falling", "wavering", "nan"],
 )
 def test_the_loss_must_confirm(losses, stops):
     stop = StopOnInstability()
@@ -88,8 +91,8 @@ def test_the_event_is_told_once(caplog):
 
 def test_the_stop_says_why_and_what_to_do(caplog):
     with caplog.at_level(logging.INFO):
-        feed(StopOnInstability(), [0.1] * 9)
-        feed(StopOnInstability(verbose=False), [0.1] * 9)
+        feed(StopOnInstability(), [0.1] * 9, [float(i) for i in range(1, 10)])
+        feed(StopOnInstability(verbose=False), [0.1] * 9, [float(i) for i in range(1, 10)])
     (message,) = [r.message for r in caplog.records if "stop at" in r.message]
     assert "step" in message and KEY in message and "lower learning rate" in message
 
@@ -127,6 +130,13 @@ def test_bad_arguments_are_named(settings, message):
 def test_what_can_never_stop_is_refused(callbacks, message):
     with pytest.raises(ValueError, match=message):
         fit(Model, *callbacks)
+
+
+@pytest.mark.parametrize("key", ["stability/residual_cfl_max", "stability/sharpness_limit", NORM])
+def test_keys_that_may_appear_are_accepted(key):
+    stop = StopOnInstability(key)
+    fit(Model, stop, StabilityMonitor(), max_steps=1)
+    assert stop.threshold == 1.0 and (stop.event_step == 0) == (key == "stability/sharpness_limit")
 
 
 def test_what_turns_out_not_to_be_measured_is_said_once():

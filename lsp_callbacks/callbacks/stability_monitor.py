@@ -27,8 +27,8 @@ class StabilityMonitor(Callback):
     loggers, all at the step number of the user's own row of that batch. ``history`` holds the curves without a logger.
 
     Args:
-        quantities: a preset ("economy", "default", "full"), names, or `Quantity` objects. What is named here and cannot be
-            measured raises before training; what a preset brings is left out with one warning.
+        quantities: a preset ("economy", "default", "full"), names, or `Quantity` objects. What is named here and cannot
+            be measured raises before training; what a preset brings is left out with one warning.
         every_n_steps: start a measurement every so many optimizer steps; None keeps to ``budget``.
         budget: share of the training cost to spend, by a deterministic model in gradients.
         window: steps in a window of the exponent.
@@ -38,7 +38,8 @@ class StabilityMonitor(Callback):
         layers: whose spectral norms to measure: class, glob, predicate or import path; None takes all.
         blocks: the residual blocks, likewise; None finds them.
         log_layers: "all", "summary" (none), or how many of the largest of each kind to log.
-        loss_fn: ``(module, batch) -> loss``, where ``training_step`` cannot be replayed; needed under manual optimisation.
+        loss_fn: ``(module, batch) -> loss``, where ``training_step`` cannot be replayed; needed under manual
+            optimisation, where it is the loss of the batch's first optimizer step.
         save_vectors: put windows under way and warm starts into checkpoints too; otherwise a checkpoint cuts them.
         strict: raise where a measurement fails, instead of recording NaN with one warning.
         seed: of our own random choices, which never touch the global state.
@@ -166,7 +167,8 @@ class StabilityMonitor(Callback):
         if pending is not None:
             with untouched(pl_module):
                 self._observation = self._observe(pending, optimizer)
-            if pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
+            update = any(quantity.needs_update for quantity in self.monitor.quantities.values())
+            if update and pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
                 self._gradients = [(p, p.grad.clone()) for p in pl_module.parameters() if p.grad is not None]
         if self._updates == 1:
             self.step += 1

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from lsp_callbacks import report
@@ -24,8 +23,8 @@ class StabilityReport(Callback):
     """When training ends, also early: a table, one sentence, and a picture of the run beside its logs.
 
     The picture shows the training loss of every optimizer step (on rank zero) with the curves of the
-    `StabilityMonitor`, and where the exponent turned positive, a loss alarm would have gone off, and `StopOnInstability`
-    stopped. Keeping the loss never waits for the device, and takes a bounded amount of memory.
+    `StabilityMonitor`, and where the exponent turned positive, a loss alarm would have gone off, and
+    `StopOnInstability` stopped. Keeping the loss never waits for the device, and takes a bounded amount of memory.
 
     Args:
         path: of the picture: PNG, PDF or SVG. A relative one is taken from ``trainer.log_dir``, without a logger
@@ -73,14 +72,12 @@ class StabilityReport(Callback):
         if not trainer.is_global_zero:
             return
         history = self._source.history
-        if self.table:
-            report.show(history)
-        rank_zero_info(report.verdict(history))
         path = (Path(folder) / self.path).absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         steps, values = self._losses.read()
         report.figure(history, (steps, values), self._events(trainer, steps, values)).savefig(path)
-        rank_zero_info(f"lsp_callbacks: the picture of this run is {path}")
+        sentences = (report.verdict(history), f"lsp_callbacks: the picture of this run is {path}")
+        report.show(*[report.table(history)] * self.table, *sentences)
 
     def _events(self, trainer: Any, steps: list[int], values: list[float]) -> dict[str, int | None]:
         events: dict[str, int | None] = {}

@@ -16,14 +16,17 @@ from lsp_callbacks.monitor import Observation
 
 #: Steps over which the loss is smoothed.
 SMOOTHING = 50
+#: By how much it must have risen. Full-batch training at the edge of stability wavers by up to 5 %.
+RISE = 0.1
 
 
 class StopOnInstability(Callback):
     """Ends training when it has become unstable: at the step, not at the end of the epoch.
 
     Two levels. The *event*: the monitored value is above the threshold; it is logged as ``stability/event`` and printed
-    once. The *stop*: it stayed above for ``patience`` new measurements, and the smoothed loss has not reached a new minimum
-    in any of them. Healthy training at the edge of stability has events and no stop. A NaN neither counts nor resets.
+    once. The *stop*: it stayed above for ``patience`` new measurements, and the smoothed loss has not reached a new
+    minimum in any of them. Healthy training at the edge of stability has events and no stop. A NaN neither counts nor
+    resets.
 
     The value is compared, not its confidence bound: windows scatter most when a run begins to fail, so that the bound
     turned positive after the loss had gone (``benchmarks/two_populations.md``). For the stricter rule, name the bound:
@@ -132,16 +135,15 @@ class StopOnInstability(Callback):
             return False
         if self.event_step is None:
             self._event(trainer, observation, value)
-        improved = self.confirm == "loss" and loss < self._best
-        first = self._best == math.inf
-        self._best = min(self._best, loss) if not math.isnan(loss) else self._best
-        self._count = 1 if improved and not first else self._count + 1
-        if self._count < self.patience:
+        self._count += 1
+        self._best = min(self._best, loss)  # a NaN leaves it
+        confirmed = self.confirm is None or not loss <= self._best + RISE * abs(self._best)
+        if self._count < self.patience or not confirmed:
             return False
         self.stop_step = observation.step
         self._say(
             f"stop at step {observation.step}: {self._reading(observation, value)} for {self._count} measurements"
-            + (f", and the smoothed loss has not improved (now {loss:.4g})" if self.confirm else "")
+            + (f", and the smoothed loss has risen from {self._best:.4g} to {loss:.4g}" if self.confirm else "")
             + ". Try a lower learning rate, or a longer warm-up."
         )
         return True

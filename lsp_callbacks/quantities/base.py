@@ -21,7 +21,8 @@ class Quantity(Metric):
 
     Attributes:
         name: in ``StabilityMonitor(quantities=...)``.
-        keys: the global scalars that ``compute`` can return; keys with a second "/" are per layer.
+        keys: the global scalars that ``compute`` returns, NaN where a measurement fails.
+        optional: further ones, left out where they are not defined; keys with a second "/" are per layer.
         window: consecutive steps that are measured.
         prepare: steps before them.
         needs_update: whether the optimizer's update map enters.
@@ -29,6 +30,7 @@ class Quantity(Metric):
 
     name: str = ""
     keys: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     window: int = 1
     prepare: int = 0
     needs_update: bool = False

@@ -40,6 +40,7 @@ class ResidualCFL(Quantity):
 
     name = "residual_cfl"
     keys = ("stability/residual_stiffness_max", "stability/residual_dissipative")
+    optional = ("stability/residual_cfl_max", "stability/residual_residual")
 
     def __init__(self, blocks: Selection = None, samples: int = 4, h: float = 1.0):
         super().__init__()

@@ -63,6 +63,7 @@ class Sharpness(Quantity):
 
     name = "sharpness"
     keys = ("stability/sharpness", "stability/courant_gd", "stability/courant", "stability/sharpness_residual")
+    optional = ("stability/sharpness_limit",)
     needs_update = True
     sharpness: Tensor
     limit: Tensor

@@ -77,7 +77,7 @@ def figure(
     )
     end = max(ends + [curve.steps[-1] for curve in history.values() if curve.steps], default=1)
     with matplotlib.rc_context(STYLE):
-        heights = [0.11 * len(marks)] * bool(marks) + [height for height, _ in panels]
+        heights = [0.13 * len(marks)] * bool(marks) + [height for height, _ in panels]
         drawing = new(figsize=(7.6, 0.5 + 1.5 * max(sum(heights), 0.5)), dpi=150, layout="constrained")
         if not panels:
             drawing.text(0.5, 0.5, "nothing was measured", ha="center", va="center", color=GREY)
@@ -87,7 +87,7 @@ def figure(
         for ax, (_, draw) in zip(axes[bool(marks) :], panels):
             draw(ax)
         if marks:
-            _mark(axes[0], axes[1:], sorted(marks), end)
+            _mark(axes[0], axes[1:], marks, end)
         axes[-1].set_xlabel("optimizer step")
     return drawing
 
@@ -95,16 +95,19 @@ def figure(
 def _mark(strip: Axes, panels: Sequence[Axes], marks: Sequence[tuple[int, str, Any]], end: int) -> None:
     """Vertical lines through all panels, named in a strip above them, each in a row of its own."""
     strip.axis("off")
-    strip.set_in_layout(False)
     strip.set_ylim(len(marks), 0)
-    for row, (step, text, (colour, dashes)) in enumerate(marks):
+    # Names to the right of their lines come first, the rightmost of those to the left next: so few lines cross a name.
+    rows = sorted(marks, key=lambda mark: mark[0] if mark[0] < 0.6 * end else 2 * end - mark[0])
+    for row, (step, text, (colour, dashes)) in enumerate(rows):
         line = {"color": colour, "linestyle": dashes, "linewidth": 1.3}
-        left = step > 0.6 * end
-        strip.plot([step, step], [row + 0.1, len(marks) + 0.5], clip_on=False, **line)
-        strip.annotate(
-            f"{text}, step {step}", (step, row + 0.5), xytext=(-4 if left else 4, 0), textcoords="offset points",
+        left = step >= 0.6 * end
+        strip.plot([step, step], [row + 0.1, len(marks)], zorder=1, **line)
+        name = strip.annotate(
+            f"{text}, step {step}", (step, row + 0.5), xytext=(-5 if left else 5, 0), textcoords="offset points",
             ha="right" if left else "left", va="center", fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
+        name.set_in_layout(False)  # it may reach beyond the strip, which keeps its height
         for ax in panels:
             ax.axvline(step, zorder=1.5, **line)
 
@@ -210,7 +213,8 @@ def _failures(ax: Axes, curve: Curve) -> None:
     """A cross on the axis where a measurement failed: a gap alone is easily overlooked."""
     failed = [step for step, value in zip(curve.steps, curve.values) if math.isnan(value)]
     look = {"marker": "x", "markersize": 4, "linestyle": "", "color": GREY, "clip_on": False}
-    ax.plot(failed, np.zeros(len(failed)), transform=ax.get_xaxis_transform(), **look)
+    if failed:  # an empty line that is not clipped takes up room in the layout
+        ax.plot(failed, np.zeros(len(failed)), transform=ax.get_xaxis_transform(), **look)
 
 
 def _label(ax: Axes, labels: Sequence[Label]) -> None:
@@ -229,9 +233,9 @@ def _label(ax: Axes, labels: Sequence[Label]) -> None:
     places = [mean for mean, n in pools for _ in range(n)]
     for i, (_, name, colour) in enumerate(labels):
         place = places[i] + i * LINE
-        ax.plot(
-            [1.0, 1.018], [at[i], place], transform=ax.transAxes, color=colour, linewidth=0.5, clip_on=False
-        )[0].set_in_layout(False)
+        ax.plot([1.0, 1.018], [at[i], place], transform=ax.transAxes, color=colour, linewidth=0.5, clip_on=False)[
+            0
+        ].set_in_layout(False)
         ax.annotate(
             name if len(name) <= 24 else "..." + name[-22:], (1.018, place), xycoords="axes fraction", xytext=(2, 0),
             textcoords="offset points", va="center", color=colour, fontsize=7, annotation_clip=False,

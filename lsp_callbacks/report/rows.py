@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 #: In the order of the rows; what is not here comes after these.
 MEANINGS = {
-    "courant": "rate / largest stable rate; 1 is the edge",
+    "courant": "rate / largest stable rate: 1 is the edge",
     "courant_gd": "the same, by the curvature of one batch",
-    "lyapunov": "growth of the sharp mode, nats a step; > 0 amplifies",
+    "lyapunov": "sharp-mode growth, nats a step; > 0 amplifies",
     "lyapunov_lower": "its one-sided 90 % bound",
     "lyapunov_upper": "its one-sided 90 % bound",
-    "lyapunov_trajectory": "leading exponent over all parameters, nats a step",
+    "lyapunov_trajectory": "over all parameters, nats a step",
     "lyapunov_trajectory_error": "its standard error",
-    "sharpness": "largest Hessian eigenvalue of the step's loss",
+    "sharpness": "largest Hessian eigenvalue",
     "sharpness_limit": "the sharpness that this rate can bear",
-    "residual_stiffness_max": "stiffest residual block; > 1 expands",
+    "residual_stiffness_max": "above 1 a residual block expands",
     "residual_cfl_max": "largest h / h_max of the dissipative blocks",
     "residual_dissipative": "share of such blocks",
-    "spectral_norm_max": "largest norm of a layer as an operator",
+    "spectral_norm_max": "largest operator norm of a layer",
     "spectral_log_sum": "sum of the layers' log norms, nats",
 }
 _EDGES = {"courant": 1.0, "courant_gd": 1.0, "lyapunov": 0.0, "lyapunov_lower": 0.0, "residual_stiffness_max": 1.0}
@@ -88,9 +88,16 @@ def table(history: Mapping[str, Curve]) -> Table:
     return rows
 
 
-def show(history: Mapping[str, Curve]) -> None:
-    """Prints the table; where there is no terminal to fit into, as wide as it likes."""
+def show(*parts: Table | str) -> None:
+    """Prints tables and sentences, above a progress bar that is on its way.
+
+    Args:
+        parts: strings are printed as they are.
+    """
     console = load("rich.console").Console()
-    if not console.is_terminal:
+    if not console.is_terminal:  # nothing to fit into: as wide as it likes
         console.width = 130
-    console.print(table(history))
+    console.print()  # a bar leaves the cursor at its end
+    for part in parts:
+        plain = isinstance(part, str)
+        console.print(part, soft_wrap=plain, markup=not plain, highlight=False)

@@ -15,9 +15,10 @@ EDGE = (0.9, 1.25)
 def verdict(history: Mapping[str, Curve]) -> str:
     """How stable the training was when it ended, why, and what to do.
 
-    It speaks of *linear* stability: whether the linearised update amplifies. The exponent decides, by its lower
-    confidence bound where there is one; the Courant number (mean of the last 5) tells the edge, where healthy training
-    may live, from what lies beyond. NaN is never stable. "Since" counts back over measurements without a break.
+    It speaks of *linear* stability: whether the linearised update amplifies. The exponent decides: a run is stable if
+    the upper bound is not positive, unstable if the value is (not its lower bound: windows scatter most when a run
+    begins to fail). The Courant number, a mean of 5, tells the edge, where healthy training may live, from what lies
+    beyond. NaN is never stable. "Since" counts back over measurements without a break.
 
     Args:
         history: of the `StabilityMonitor`.
@@ -30,9 +31,9 @@ def verdict(history: Mapping[str, Curve]) -> str:
         lsp_callbacks: stable at step 100 (linear stability): the Courant number is 0.3 (mean of 3, the edge is at 1)
         and the sharp mode shrinks by e in 5 steps (exponent -0.2); nothing to do.
         >>> courant = Curve(steps, [0.8, 2.0, 3.8])
-        >>> print(verdict({"stability/courant": courant, "stability/lyapunov_lower": Curve(steps, [-0.2, 0.1, 0.25])}))
+        >>> print(verdict({"stability/courant": courant, "stability/lyapunov": Curve(steps, [-0.2, 0.1, 0.25])}))
         lsp_callbacks: unstable since step 50 (linear stability): the Courant number is 2.2 (mean of 3, the edge is at
-        1) and the sharp mode grows by e in 4 steps (exponent +0.25, lower bound); divide the learning rate by 2.7.
+        1) and the sharp mode grows by e in 4 steps (exponent +0.25); divide the learning rate by 2.7.
         >>> print(verdict({}))
         lsp_callbacks: stability was not measured: no measurement was completed; train longer, or measure more often.
     """
@@ -40,10 +41,9 @@ def verdict(history: Mapping[str, Curve]) -> str:
 
 
 def _judge(history: Mapping[str, Curve]) -> str:
-    lower, plain = (history.get(f"stability/lyapunov{side}", Curve()) for side in ("_lower", ""))
-    bounded = bool(readings(lower))
-    exponent, courants = lower if bounded else plain, history.get("stability/courant", Curve())
-    x, upper, courant = latest(exponent), latest(history.get("stability/lyapunov_upper")), latest(averaged(courants))
+    exponent, courants = (history.get(f"stability/{key}", Curve()) for key in ("lyapunov", "courant"))
+    x, courant = latest(exponent), latest(averaged(courants))
+    lower, upper = (latest(history.get(f"stability/lyapunov_{side}")) for side in ("lower", "upper"))
     if math.isnan(x) and math.isnan(courant):
         return _not_measured(history, max(len(exponent.values), len(courants.values)))
 
@@ -52,7 +52,7 @@ def _judge(history: Mapping[str, Curve]) -> str:
     at = max(step for curve in (exponent, courants) for step, v in zip(curve.steps, curve.values) if not math.isnan(v))
     # A quantity that was given up (its last value is NaN) and one that never succeeded are both unknown.
     failed = max((_trailing_nans(curve) for curve in (exponent, courants)), key=len)
-    numbers = " and ".join(filter(None, (_courant(courant, courants), _exponent(x, bounded))))
+    numbers = " and ".join(filter(None, (_courant(courant, courants), _exponent(x, lower, upper))))
     ask = (
         f"divide the learning rate by {max(courant / 0.8, 1.2):.2g}" if courant > EDGE[0] else "halve the learning rate"
     )
@@ -67,9 +67,8 @@ def _judge(history: Mapping[str, Curve]) -> str:
             f"before say that {numbers}; look for the warning that names the reason"
         )
     if since is not None or upper > 0 >= x or courant >= EDGE[0]:
-        band = f", upper bound {upper:+.2g}" if upper > 0 >= x else ""
         return (
-            f"at the edge of stability at step {at} (linear stability): {numbers}{band}; healthy as long as the loss "
+            f"at the edge of stability at step {at} (linear stability): {numbers}; healthy as long as the loss "
             f"falls, otherwise {ask}"
         )
     beyond = [step for step, v in zip(deciding.steps, deciding.values) if v > edge]
@@ -103,9 +102,9 @@ def _courant(mean: float, courants: Curve) -> str:
     return f"the Courant number is {mean:.2g} ({f'mean of {of}, ' if of > 1 else ''}the edge is at 1)" if of else ""
 
 
-def _exponent(x: float, bounded: bool) -> str:
-    bound = ", lower bound" if bounded else ""
-    return "" if math.isnan(x) else f"the sharp mode {e_folding(x)} (exponent {x:+.2g}{bound})"
+def _exponent(x: float, lower: float, upper: float) -> str:
+    bounds = "" if math.isnan(upper - lower) else f", 90 % bounds {lower:+.2g} and {upper:+.2g}"
+    return "" if math.isnan(x) else f"the sharp mode {e_folding(x)} (exponent {x:+.2g}{bounds})"
 
 
 def e_folding(exponent: float) -> str:
