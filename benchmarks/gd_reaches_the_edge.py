@@ -26,5 +26,5 @@ for step in range(4001):
     observation = monitor.observe(Snapshot(step=step, module=net, replay=loss, optimizer=optimizer))
     if observation and step % 1000 == 0:
         sharpness, courant = (observation.values[f"stability/{key}"] for key in ("sharpness", "courant_gd"))
-        print(f"step {step:4d}   loss {loss():.4f}   sharpness {sharpness:6.2f} of {2 / 0.2:.0f}   Courant {courant:.3f}")
+        print(f"step {step:4d}  loss {loss():.4f}  sharpness {sharpness:5.2f} of {2 / 0.2:.0f}  Courant {courant:.3f}")
     optimizer.step()

@@ -157,8 +157,8 @@ def lead(outcomes: list[Outcome], kind: str) -> str:
 
 
 def table(every: int | None) -> list[str]:
-    rows = ["| run | seeds | loss alarm | event | stop | lead of event | lead of stop | loss, start to end | positive |"]
-    rows.append("|---|---|---|---|---|---|---|---|---|")
+    head = ("run", "loss alarm", "event", "stop", "lead of event", "lead of stop", "loss, start to end", "positive")
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, problem in PROBLEMS.items():
         outcomes = [run(problem, seed, every=every) for seed in SEEDS]
         shown = [", ".join(str(getattr(o, k) if getattr(o, k) is not None else "-") for o in outcomes)
@@ -166,7 +166,7 @@ def table(every: int | None) -> list[str]:
         leads = [lead(outcomes, kind) if problem.fails else "" for kind in ("event", "stop")]
         losses = ", ".join(f"{o.start:.2g} to {o.end:.2g}" for o in outcomes)
         share = ", ".join(f"{o.positive:.0%}" for o in outcomes)
-        rows.append(f"| {name} | {len(SEEDS)} | {' | '.join(shown + leads)} | {losses} | {share} |")
+        rows.append(f"| {name} | {' | '.join(shown + leads)} | {losses} | {share} |")
         print(rows[-1], flush=True)
     return rows
 

@@ -79,8 +79,8 @@ class ResidualNet(pl.LightningModule):
         momentum: of SGD.
         schedule: "constant"; "cosine", down to 0 at the end of training; or "ramp", exponential growth at every step.
         ramp: the factor of the schedule "ramp" in 1,000 steps.
-        label_smoothing: of the cross-entropy. Above 0 the images cannot be memorised to a loss of 0, where the curvature
-            would vanish and any rate would be stable.
+        label_smoothing: of the cross-entropy. Above 0 the images cannot be memorised to a loss of 0, where the
+            curvature would vanish and any rate would be stable.
 
     Raises:
         ValueError: for a schedule that is not one of these, or a ramp that is not positive.

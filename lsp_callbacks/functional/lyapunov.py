@@ -35,8 +35,8 @@ def plane_exponent(frame: Tensor, log_scale: float, mode: Tensor, root: Tensor |
 
     Without momentum ``log(||z_w|| / ||z_0||) / w``, in the norm ``||z / root||``. With momentum the growth of a norm
     over a short window is a transient, positive over half of the *stable* range; so the plane is compressed onto
-    itself, ``P = V0^T A_w ... A_1 V0`` (2 x 2), and ``log rho(P) / w`` is taken. Both are exact on a quadratic for every
-    ``w`` if ``mode`` is the top eigenvector.
+    itself, ``P = V0^T A_w ... A_1 V0`` (2 x 2), and ``log rho(P) / w`` is taken. Both are exact on a quadratic for
+    every ``w`` if ``mode`` is the top eigenvector.
 
     Args:
         frame: `sharp_plane` after the pushes, divided by ``exp(log_scale)``.

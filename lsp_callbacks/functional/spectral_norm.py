@@ -38,8 +38,8 @@ def spectral_norm(
 
     Cost: about ``2 / (3 B)`` gradients an iteration at batch size B.
 
-    Source: the FFT formula (Sedghi et al. 2019) holds for circular padding and stride 1 only; the reshaped kernel's norm
-    is not the convolution's. Here: Golub-Kahan-Lanczos on the map itself.
+    Source: the FFT formula (Sedghi et al. 2019) holds for circular padding and stride 1 only; the reshaped kernel's
+    norm is not the convolution's. Here: Golub-Kahan-Lanczos on the map itself.
 
     Example:
         >>> import torch

@@ -66,10 +66,10 @@ def lanczos(
 ) -> Ritz:
     """Extreme eigenvalues of a symmetric operator, or of a batch of them at once.
 
-    ``A Q = Q T + beta q e^T`` with full reorthogonalisation; the eigenvalues of ``T = Q^T A Q`` are the Ritz values, and
-    ``|beta s_k|`` their residuals. T is filled with the measured overlaps of each product with all earlier vectors, not
-    with the ``beta`` that built them: with inexact products those would be biased up. Where an invariant subspace is found
-    (``beta = 0``) the iteration goes on in a fresh random direction with coupling 0, and the ends that must
+    ``A Q = Q T + beta q e^T`` with full reorthogonalisation; the eigenvalues of ``T = Q^T A Q`` are the Ritz values,
+    and ``|beta s_k|`` their residuals. T is filled with the measured overlaps of each product with all earlier vectors,
+    not with the ``beta`` that built them: with inexact products those would be biased up. Where an invariant subspace
+    is found (``beta = 0``) the iteration goes on in a fresh random direction with coupling 0, and the ends that must
     converge are those of the newest block, so that a start vector which is itself an eigenvector cannot hide the
     rest of the spectrum.
 
@@ -84,7 +84,8 @@ def lanczos(
     Returns:
         Ritz values with residuals, in float64 whatever the dtype of the vectors.
 
-    Cost: one product a step, and the memory of ``steps`` vectors. Source: Golub & Van Loan, Matrix Computations, 10.1; Parlett 1980, 13.2.
+    Cost: one product a step, and the memory of ``steps`` vectors. Source: Golub & Van Loan, Matrix Computations, 10.1;
+    Parlett 1980, 13.2.
     """
     n = operator.shape[1]
     steps = min(steps, n)

@@ -46,12 +46,13 @@ class Lyapunov(_Windowed):
     """The *sharp-mode* exponent of the real update map, in nats per optimizer step.
 
     One step aligns a direction v with the top algebraic eigenvector of the Hessian; the next ``window`` steps push it
-    (with momentum: the plane of ``(v, 0)`` and ``(0, v)``) through the derivative of the real update, on the same batches,
-    masks, rates and momentum. The value is the mean of the last ``average`` windows with one-sided 90 % Student bounds.
+    (with momentum: the plane of ``(v, 0)`` and ``(0, v)``) through the derivative of the real update, on the same
+    batches, masks, rates and momentum. The value is the mean of the last ``average`` windows with one-sided 90 %
+    Student bounds.
 
     It is negative below the edge of stability. A positive value says that the linearised update amplifies: healthy
-    full-batch training lives there for long stretches, so take it as an event, and stop when the loss confirms it. It does
-    not see batch noise under momentum. When it stays positive and the loss does not fall: lower the learning rate.
+    full-batch training lives there for long stretches, so take it as an event, and stop when the loss confirms it. It
+    does not see batch noise under momentum. When it stays positive and the loss does not fall: lower the learning rate.
 
     Args:
         window: steps in a window, 1 or more.
@@ -137,9 +138,9 @@ class Lyapunov(_Windowed):
 class LyapunovTrajectory(_Windowed):
     """The ``k`` leading exponents over *all* parameters, the alpha_theta of the theory, in nats per optimizer step.
 
-    A random frame is pushed through ``transient`` steps unrecorded and ``window`` steps recorded, with a QR at each. Over
-    all parameters of an overparameterised model the leading exponent is held at 0 or just above by directions that no
-    sample sees: in healthy training 1e-4 to 1e-3. It is a finite-time number; its error is by batch means over the
+    A random frame is pushed through ``transient`` steps unrecorded and ``window`` steps recorded, with a QR at each.
+    Over all parameters of an overparameterised model the leading exponent is held at 0 or just above by directions that
+    no sample sees: in healthy training 1e-4 to 1e-3. It is a finite-time number; its error is by batch means over the
     recorded steps.
 
     Args:
@@ -148,7 +149,7 @@ class LyapunovTrajectory(_Windowed):
         window: steps recorded; at least 40, for the error bar.
         method: of the Hessian products.
 
-    Keys: ``stability/lyapunov_trajectory`` with ``_error``; further exponents ``stability/lyapunov_spectrum/<i>``, from 1.
+    Keys: ``stability/lyapunov_trajectory`` with ``_error``; the others ``stability/lyapunov_spectrum/<i>``, i from 2.
 
     Raises:
         ValueError: for a window below 40, k below 1 or a negative transient.

@@ -19,9 +19,9 @@ class ResidualCFL(Quantity):
 
     Blocks are found by two rules together: the class name reads like a block's (``...Block``, ``...Layer``,
     ``Residual...``, ``Bottleneck``, ``BasicBlock``, ``InvertedResidual``; so torchvision's, timm's, transformers' and
-    ``nn.TransformerEncoderLayer``), and the autograd graph shows that the input reaches the output through additions alone,
-    up to what is applied to their sum. The same shape in and out is not enough. Of nested blocks the innermost is taken.
-    Or name them with ``blocks``.
+    ``nn.TransformerEncoderLayer``), and the autograd graph shows that the input reaches the output through additions
+    alone, up to what is applied to their sum. The same shape in and out is not enough. Of nested blocks the innermost
+    is taken. Or name them with ``blocks``.
 
     Args:
         blocks: class, glob, predicate, import path, or several; None finds them.

@@ -36,16 +36,16 @@ def edge_cost(snapshot: Snapshot, method: Method) -> dict[str, float]:
 class Sharpness(Quantity):
     """The largest algebraic Hessian eigenvalue of the step's loss against what the optimizer can bear.
 
-    ``courant_gd = lambda_max(D^1/2 H' D^1/2) / c`` with D the rates, H' the Hessian with coupled weight decay, and c from
-    `lsp_callbacks.functional.stability_constant`: 1 is the edge of stability of full-batch steps. It is measured on one
-    mini-batch and, under momentum, blind to batch noise. When it stays above 1 and the loss does not fall: lower the
-    learning rate, or warm it up for longer.
+    ``courant_gd = lambda_max(D^1/2 H' D^1/2) / c`` with D the rates, H' the Hessian with coupled weight decay, and c
+    from `lsp_callbacks.functional.stability_constant`: 1 is the edge of stability of full-batch steps. It is measured
+    on one mini-batch and, under momentum, blind to batch noise. When it stays above 1 and the loss does not fall: lower
+    the learning rate, or warm it up for longer.
 
     Args:
         method: of the Hessian products, see `lsp_callbacks.operators.hessian`.
 
-    Keys: ``stability/sharpness`` (units of loss / parameter^2), ``stability/sharpness_limit``, ``stability/courant_gd``,
-    ``stability/courant``, ``stability/sharpness_residual`` (relative).
+    Keys: ``stability/sharpness`` (units of loss / parameter^2), ``stability/sharpness_limit``,
+    ``stability/courant_gd``, ``stability/courant``, ``stability/sharpness_residual`` (relative).
 
     Cost: 4 gradients, or 9.2 with exact products, shared with the exponent. Source: Cohen et al. 2021; MATH section 3.
 

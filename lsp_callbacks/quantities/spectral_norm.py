@@ -19,16 +19,16 @@ STEPS, TOLERANCE = 20, 1e-2
 class SpectralNorm(Quantity):
     """The operator norm of every layer with a linear part, for the input sizes of the step.
 
-    Linear, convolutions (plain and transposed), Embedding, attention projections and Hugging Face's Conv1D. Weights that
-    are tied are measured once, parametrised weights as the step applied them, layers that the step did not call not at
-    all. The iteration starts from the last singular vector. A norm that grows without end: weight decay, a normalisation
-    layer, or a lower rate.
+    Linear, convolutions (plain and transposed), Embedding, attention projections and Hugging Face's Conv1D. Weights
+    that are tied are measured once, parametrised weights as the step applied them, layers that the step did not call
+    not at all. The iteration starts from the last singular vector. A norm that grows without end: weight decay, a
+    normalisation layer, or a lower rate.
 
     Args:
         layers: which layers: class, glob, predicate, import path, or several; None takes all.
 
-    Keys: ``stability/spectral_norm_max``, ``stability/spectral_log_sum`` (nats), ``stability/spectral_norm_residual`` (the
-    largest, relative), ``stability/spectral_norm/<layer>``, ``stability/embedding_row_norm/<layer>``.
+    Keys: ``stability/spectral_norm_max``, ``stability/spectral_log_sum`` (nats), ``stability/spectral_norm_residual``
+    (the largest, relative), ``stability/spectral_norm/<layer>``, ``stability/embedding_row_norm/<layer>``.
 
     Cost: about 0.3 gradients at batch size 64, plus the forward replay that finds the input sizes.
 
