@@ -240,7 +240,7 @@ class Monitor:
         longest = max(quantity.prepare + quantity.window for quantity in self.quantities.values())
         return max(longest, math.ceil(sum(self.cost(snapshot).values()) / self.budget))
 
-    def drop(self, reason: str) -> None:
+    def drop(self) -> None:
         """Forgets windows and warm starts: the steps before are not those that come after.
 
         Called when a checkpoint is written, so that the run that goes on and the run that resumes measure the same.

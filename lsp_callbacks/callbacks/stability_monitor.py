@@ -107,7 +107,7 @@ class StabilityMonitor(Callback):
         if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
             self.step, self._measured_at = 0, None
             self.monitor.reset()
-        self.monitor.drop("the last step was in another fit")
+        self.monitor.drop()
         self._unmodelled = unmodelled(trainer, pl_module)
         named = [q for q in self.monitor.quantities.values() if q.needs_update and q.name in self.monitor.named]
         if self._unmodelled and named:
@@ -250,7 +250,7 @@ class StabilityMonitor(Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if not self.save_vectors:
-            self.monitor.drop("a checkpoint was written")
+            self.monitor.drop()
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "monitor": self.monitor.state_dict(vectors=self.save_vectors)}
