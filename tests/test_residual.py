@@ -205,6 +205,17 @@ class Block(nn.Module):
         return x + y if self.skip else y
 
 
+class NormActivationBlock(nn.Module):
+    """Nothing but what may follow the sum in a real block: no addition, no skip."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x):
+        return torch.relu(self.norm(x))
+
+
 class ResidualGroup(nn.Module):
     """A skip over blocks that have their own."""
 
@@ -296,7 +307,11 @@ NETWORKS = {
         ["0"],
     ),
     "timm_block": (lambda: nn.Sequential(Block(4), Block(4)), on(SEQUENCES), ["0", "1"]),
-    "no_skip": (lambda: nn.Sequential(Block(4, skip=False), Block(4)), on(SEQUENCES), ["1"]),
+    "no_skip": (
+        lambda: nn.Sequential(Block(4, skip=False), Block(4), NormActivationBlock(4)),
+        on(SEQUENCES),
+        ["1"],
+    ),
     "nested": (
         lambda: nn.Sequential(ResidualGroup(Block(4), Block(4)), ResidualGroup(Block(4, skip=False))),
         on(SEQUENCES),

@@ -63,15 +63,16 @@ def test_the_bare_rule(values, settings, stops):
 @pytest.mark.parametrize(
     "losses, stops",
     [
-        ([1.0] * 60, False),
+        ([1.0] * 60, True),
         ([1.0 + 0.1 * i for i in range(60)], True),
         ([-5.0 + 0.1 * i for i in range(60)], True),
-        ([-5.0] * 60, False),
+        ([-5.0] * 60, True),
+        ([1.0 - 0.1 * i for i in range(5)] + [0.6 + 0.02 * i for i in range(15)], True),
         ([1.0 - 0.015 * i for i in range(60)], False),
         ([1.0 + 0.05 * (-1) ** i for i in range(60)], False),
         ([NAN] * 60, True),
     ],
-    ids=["flat", "growing", "growing below 0", "flat below 0", "falling", "wavering", "nan"],
+    ids=["flat", "growing", "growing below 0", "flat below 0", "falling, then rising", "falling", "wavering", "nan"],
 )
 def test_the_loss_must_confirm(losses, stops):
     stop = StopOnInstability()

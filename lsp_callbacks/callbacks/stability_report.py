@@ -114,7 +114,8 @@ class Losses:
 
     def add(self, step: int, loss: Tensor) -> None:
         if self._values is None:
-            self._values = torch.zeros(POINTS, device=loss.device)
+            self._values = torch.zeros(POINTS)
+        self._values = self._values.to(loss.device)  # once: a copy from a device at every step would wait for it
         if self._count in (0, self.stride):
             if len(self.steps) == POINTS:
                 self._values[: POINTS // 2] = self._values.view(-1, 2).mean(1)

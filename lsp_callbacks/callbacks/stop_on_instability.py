@@ -16,7 +16,7 @@ from lsp_callbacks.monitor import Observation
 
 #: Steps over which the loss is smoothed.
 SMOOTHING = 50
-#: By how much it must have risen. Full-batch training at the edge of stability wavers by up to 5 %.
+#: A rise of the smoothed loss that confirms. Full-batch training at the edge of stability wavers by up to 5 %.
 RISE = 0.1
 
 
@@ -72,7 +72,7 @@ class StopOnInstability(Callback):
         self.event_step: int | None = None
         self.stop_step: int | None = None
         self._count = 0
-        self._best = math.inf
+        self._best = self._reference = math.inf
         self._loss: Tensor | None = None
         self._smoothed: Tensor | None = None
         self._seen = 0
@@ -129,21 +129,23 @@ class StopOnInstability(Callback):
         value = observation.values.get(self.monitor, math.nan)
         if math.isnan(value) or observation.step < self.min_steps or self.stop_step is not None:
             return False
-        loss = math.nan if self._smoothed is None else float(self._smoothed)
+        loss = math.inf if self._smoothed is None else float(self._smoothed)
         if not value > self.threshold:
             self._count, self._best = 0, math.inf
             return False
         if self.event_step is None:
             self._event(trainer, observation, value)
         self._count += 1
+        if self._count == 1:
+            self._reference = loss
         self._best = min(self._best, loss)  # a NaN leaves it
-        confirmed = self.confirm is None or not loss <= self._best + RISE * abs(self._best)
-        if self._count < self.patience or not confirmed:
+        lower = loss < self._reference and loss <= self._best + RISE * abs(self._best)
+        if self._count < self.patience or (self.confirm == "loss" and lower):
             return False
         self.stop_step = observation.step
         self._say(
             f"stop at step {observation.step}: {self._reading(observation, value)} for {self._count} measurements"
-            + (f", and the smoothed loss has risen from {self._best:.4g} to {loss:.4g}" if self.confirm else "")
+            + (f", and the smoothed loss went from {self._reference:.4g} to {loss:.4g}" if self.confirm else "")
             + ". Try a lower learning rate, or a longer warm-up."
         )
         return True
@@ -171,11 +173,11 @@ class StopOnInstability(Callback):
         smoothed = None if self._smoothed is None else float(self._smoothed)
         return {
             "event_step": self.event_step, "stop_step": self.stop_step, "count": self._count,
-            "best": self._best, "smoothed": smoothed, "seen": self._seen,
+            "best": self._best, "reference": self._reference, "smoothed": smoothed, "seen": self._seen,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.event_step, self.stop_step = state_dict["event_step"], state_dict["stop_step"]
         self._count, self._best, self._seen = state_dict["count"], state_dict["best"], state_dict["seen"]
-        smoothed = state_dict["smoothed"]
+        self._reference, smoothed = state_dict["reference"], state_dict["smoothed"]
         self._smoothed = None if smoothed is None else torch.tensor(smoothed)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lsp_callbacks.monitor import Curve
 from lsp_callbacks.report.sentence import e_folding
-from lsp_callbacks.report.series import AVERAGE, INITIAL, SMOOTHING, averaged, centred_mean, latest, load, readings
+from lsp_callbacks.report.series import AVERAGE, INITIAL, SMOOTHING, averaged, centred_median, latest, load, readings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,11 +58,11 @@ def figure(
     panels: list[tuple[float, Callable[[Axes], None]]] = []
     if loss is not None and len(loss[0]):
         x, y = np.asarray(loss[0]), np.asarray(loss[1], dtype=float)
-        panels.append((1.1, lambda ax: _loss(ax, x, y)))
+        panels.append((1.1, partial(_loss, steps=x, values=y)))
     if readings(history.get("stability/courant")):
-        panels.append((1.1, lambda ax: _courant(ax, history)))
+        panels.append((1.1, partial(_courant, history=history)))
     if readings(history.get("stability/lyapunov")):
-        panels.append((1.1, lambda ax: _exponent(ax, history)))
+        panels.append((1.1, partial(_exponent, history=history)))
     for kind, title, edge in (
         ("residual_stiffness", "Stiffness of the residual blocks", 1.0),
         ("spectral_norm", "Spectral norms of the layers", None),
@@ -69,13 +70,11 @@ def figure(
         prefix = f"stability/{kind}/"
         layers = {k.removeprefix(prefix): c for k, c in history.items() if k.startswith(prefix) and readings(c)}
         if layers:
-            panels.append((1.25, lambda ax, of=(layers, title, edge): _layers(ax, *of)))
+            panels.append((1.25, partial(_layers, layers=layers, title=title, edge=edge)))
 
     marks = [(s, text, EVENTS[min(i, 3)]) for i, (text, s) in enumerate((events or {}).items()) if s is not None]
-    ends = (
-        [curve.steps[-1] for curve in history.values() if curve.steps] + [int(s) for s in loss[0][-1:]] if loss else []
-    )
-    end = max(ends + [curve.steps[-1] for curve in history.values() if curve.steps], default=1)
+    ends = [curve.steps[-1] for curve in history.values() if curve.steps]
+    end = max([1, *ends, *(loss[0][-1:] if loss is not None else [])])
     with matplotlib.rc_context(STYLE):
         heights = [0.13 * len(marks)] * bool(marks) + [height for height, _ in panels]
         drawing = new(figsize=(7.6, 0.5 + 1.5 * max(sum(heights), 0.5)), dpi=150, layout="constrained")
@@ -114,9 +113,9 @@ def _mark(strip: Axes, panels: Sequence[Axes], marks: Sequence[tuple[int, str, A
 
 def _loss(ax: Axes, steps: np.ndarray, values: np.ndarray) -> None:
     stride = max(1, round(float(np.median(np.diff(steps))))) if len(steps) > 1 else 1
-    smooth = centred_mean(values, max(1, SMOOTHING // stride))
-    ax.plot(steps, values, color=BLUE, alpha=0.35, linewidth=0.6)
-    ax.plot(steps, smooth, color=BLUE, linewidth=1.8)
+    window = max(1, SMOOTHING // stride)
+    ax.plot(steps, values, color=BLUE, alpha=0.45, linewidth=0.6)
+    ax.plot(steps, centred_median(values, window), color=BLUE, linewidth=1.8)
     known = values[np.isfinite(values)]
     if len(known):
         # An explosion to 1e20 would hide all that came before it.
@@ -127,7 +126,7 @@ def _loss(ax: Axes, steps: np.ndarray, values: np.ndarray) -> None:
         else:
             margin = 0.06 * (high - low) + 1e-9
             ax.set_ylim(low - margin, high + margin)
-    _title(ax, "Training loss", f"thick: mean of {SMOOTHING} steps, last {smooth[-1]:.3g}")
+    _title(ax, "Training loss", f"thick: median of {SMOOTHING} steps, last {np.median(values[-window:]):.3g}")
 
 
 def _courant(ax: Axes, history: Mapping[str, Curve]) -> None:
@@ -212,7 +211,7 @@ def _points(curve: Curve) -> dict[str, Any]:
 def _failures(ax: Axes, curve: Curve) -> None:
     """A cross on the axis where a measurement failed: a gap alone is easily overlooked."""
     failed = [step for step, value in zip(curve.steps, curve.values) if math.isnan(value)]
-    look = {"marker": "x", "markersize": 4, "linestyle": "", "color": GREY, "clip_on": False}
+    look: dict[str, Any] = {"marker": "x", "markersize": 4, "linestyle": "", "color": GREY, "clip_on": False}
     if failed:  # an empty line that is not clipped takes up room in the layout
         ax.plot(failed, np.zeros(len(failed)), transform=ax.get_xaxis_transform(), **look)
 

@@ -77,10 +77,10 @@ def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
     return sums / np.minimum(np.arange(1, len(values) + 1), window)
 
 
-def centred_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean around each value, over fewer where an end is near: it does not lag, and begins where the values do."""
+def centred_median(values: np.ndarray, window: int) -> np.ndarray:
+    """The median around each value, over fewer where an end is near: it lags behind no change and smears none out."""
     around = [min(i, len(values) - 1 - i, window // 2) for i in range(len(values))]
-    return np.array([values[i - n : i + n + 1].mean() for i, n in enumerate(around)])
+    return np.array([np.median(values[i - n : i + n + 1]) for i, n in enumerate(around)])
 
 
 def load(module: str) -> Any:
