@@ -108,8 +108,8 @@ def test_the_norm_of_a_convolution_depends_on_the_size_of_its_input():
 
 
 def test_a_transposed_convolution_that_was_asked_for_another_size():
-    layer = seeded(nn.ConvTranspose1d(1, 1, 3, stride=2))
-    for size in (11, 12):
+    layer = seeded(nn.ConvTranspose1d(1, 1, 3, stride=2, padding=1))
+    for size in (9, 10):
         A = torch.stack([layer(e[None, None], output_size=[size])[0, 0] for e in torch.eye(5, dtype=f64)], 1).detach()
         A = A - layer.bias.detach()
         found = spectral_norm(layer, (1, 5), output_shape=(1, 1, size), tol=1e-10)[""].value

@@ -67,7 +67,7 @@ def test_the_bare_rule(values, settings, stops):
         ([1.0 + 0.1 * i for i in range(60)], True),
         ([-5.0 + 0.1 * i for i in range(60)], True),
         ([-5.0] * 60, True),
-        ([1.0 - 0.1 * i for i in range(5)] + [0.6 + 0.02 * i for i in range(15)], True),
+        ([1.0 - 0.1 * i for i in range(5)] + [0.6 + 0.1 * i for i in range(15)], True),
         ([1.0 - 0.015 * i for i in range(60)], False),
         ([1.0 + 0.05 * (-1) ** i for i in range(60)], False),
         ([NAN] * 60, True),

@@ -136,7 +136,7 @@ class StopOnInstability(Callback):
         if self.event_step is None:
             self._event(trainer, observation, value)
         self._count += 1
-        if self._count == 1:
+        if self._count == 1 or self._reference == math.inf:
             self._reference = loss
         self._best = min(self._best, loss)  # a NaN leaves it
         lower = loss < self._reference and loss <= self._best + RISE * abs(self._best)
