@@ -110,7 +110,7 @@ class ResidualNet(pl.LightningModule):
         return self.head(self.blocks(self.stem(images)))
 
     def on_fit_start(self) -> None:
-        # Matrices this small gain nothing from threads, and on a busy machine these wait for each other: 10 times slower.
+        # Matrices this small gain nothing from threads; on a busy machine these wait for each other, 10 times slower.
         torch.set_num_threads(1)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
