@@ -2,8 +2,8 @@
 
 Two populations, three seeds each (the rule was chosen on seeds 10 and 11, and is reported on others). *Failing*: the
 rate grows 300-fold; every ramp ends above its initial loss. *Healthy*: runs that look alarming. Training goes on after
-a stop, so that the lead over the loss alarm can be read. Run ``python benchmarks/two_populations.py`` (half an hour) to
-write ``two_populations.md`` beside this file.
+a stop, so that the lead over the loss alarm can be read. ``python benchmarks/two_populations.py [every_n_steps]``
+(half an hour) prints the table of ``two_populations.md``; 0 takes the default budget.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
@@ -156,9 +155,9 @@ def lead(outcomes: list[Outcome], kind: str) -> str:
     return " / ".join(f"{q:+.0f}" for q in quantiles(leads, n=4, method="inclusive"))
 
 
-def table(every: int | None) -> list[str]:
+def table(every: int | None) -> None:
     head = ("run", "loss alarm", "event", "stop", "lead of event", "lead of stop", "loss, start to end", "positive")
-    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    print(f"| {' | '.join(head)} |", "|---" * len(head) + "|", sep="\n")
     for name, problem in PROBLEMS.items():
         outcomes = [run(problem, seed, every=every) for seed in SEEDS]
         shown = [", ".join(str(getattr(o, k) if getattr(o, k) is not None else "-") for o in outcomes)
@@ -166,12 +165,10 @@ def table(every: int | None) -> list[str]:
         leads = [lead(outcomes, kind) if problem.fails else "" for kind in ("event", "stop")]
         losses = ", ".join(f"{o.start:.2g} to {o.end:.2g}" for o in outcomes)
         share = ", ".join(f"{o.positive:.0%}" for o in outcomes)
-        rows.append(f"| {name} | {' | '.join(shown + leads)} | {losses} | {share} |")
-        print(rows[-1], flush=True)
-    return rows
+        print(f"| {name} | {' | '.join(shown + leads)} | {losses} | {share} |", flush=True)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     every = int(sys.argv[1]) if len(sys.argv) > 1 else EVERY
-    Path(__file__).with_name(f"two_populations_{every}.part").write_text("\n".join(table(every or None)) + "\n")
+    table(every or None)
