@@ -10,7 +10,7 @@ from problems import Regression, close, f64, freeze, random, same, seeded, traje
 from torch import nn
 from torchmetrics import MetricCollection
 
-from lsp_callbacks import Lyapunov, Sharpness, Unmeasurable
+from lsp_callbacks import Lyapunov, Sharpness, Snapshot, Unmeasurable
 from lsp_callbacks.quantities import REGISTRY
 
 SGD = torch.optim.SGD
@@ -211,3 +211,12 @@ def test_what_does_not_need_the_optimizer_works_with_any(name):
     metric.check(freeze(task, torch.optim.Adam(task.parameters())))
     metric.update(freeze(task, keep=metric.keeps))
     assert metric.compute()
+
+
+@pytest.mark.parametrize("quantity", [Sharpness, Lyapunov])
+def test_groups_without_a_common_edge_are_refused_before_training(quantity):
+    net = torch.nn.Linear(2, 1)
+    groups = [{"params": [net.weight], "momentum": 0.9}, {"params": [net.bias]}]
+    snapshot = Snapshot(step=0, module=net, replay=lambda: net.bias.sum(), optimizer=torch.optim.SGD(groups, lr=0.1))
+    with pytest.raises(Unmeasurable, match="no common edge"):
+        quantity().check(snapshot)

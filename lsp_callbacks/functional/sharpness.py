@@ -122,7 +122,7 @@ def edge(
     Source: MATH section 3; Cohen et al. 2021.
     """
     rule = update_rule(snapshot)
-    constant = _constant(rule)
+    constant = common_constant(rule)
     rates = per_parameter(rule.lr, snapshot)
     decay = per_parameter(rule.weight_decay, snapshot)
     maximize = rule.sign[0] < 0
@@ -155,7 +155,12 @@ def edge(
     )
 
 
-def _constant(rule: SGDRule) -> float:
+def common_constant(rule: SGDRule) -> float:
+    """The `stability_constant` of a step whose parameter groups agree on it.
+
+    Raises:
+        Unmeasurable: if they do not.
+    """
     betas = set(zip(rule.momentum, rule.dampening, rule.nesterov, rule.sign))
     if len(betas) > 1:
         raise Unmeasurable(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_plane
+from lsp_callbacks.functional.sharpness import common_constant
 from lsp_callbacks.functional.statistics import batch_means, student_bounds
 from lsp_callbacks.linalg import orthonormalise, push
 from lsp_callbacks.operators.curvature import Method, product_cost, resolved
@@ -82,6 +83,9 @@ class Lyapunov(_Windowed):
         self.window, self.average = window, average
         self._mode: Tensor | None = None
         self.add_state("windows", default=torch.empty(0, dtype=torch.float64), persistent=True)
+
+    def check(self, snapshot: Snapshot) -> None:
+        common_constant(update_rule(snapshot))  # the alignment needs an edge
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         method = resolved(snapshot, self.method)

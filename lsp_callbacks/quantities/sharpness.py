@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsp_callbacks.functional.sharpness import Edge, edge
+from lsp_callbacks.functional.sharpness import Edge, common_constant, edge
 from lsp_callbacks.operators.curvature import Method, product_cost, resolved
 from lsp_callbacks.operators.training import update_rule
 from lsp_callbacks.quantities.base import Quantity, scalar
@@ -81,7 +81,7 @@ class Sharpness(Quantity):
         return edge_cost(snapshot, self.method)
 
     def check(self, snapshot: Snapshot) -> None:
-        update_rule(snapshot)
+        common_constant(update_rule(snapshot))
 
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
