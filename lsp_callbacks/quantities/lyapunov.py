@@ -47,7 +47,7 @@ class Lyapunov(_Windowed):
     """The *sharp-mode* exponent of the real update map, in nats per optimizer step.
 
     One step aligns a direction v with the top algebraic eigenvector of the Hessian; the next ``window`` steps push it
-    (with momentum: the plane of ``(v, 0)`` and ``(0, v)``) through the derivative of the real update, on the same
+    (with momentum: the plane of ``(v, 0)`` and ``(0, v / lr)``) through the derivative of the real update, on the same
     batches, masks, rates and momentum. The value is the mean of the last ``average`` windows with one-sided 90 %
     Student bounds.
 
