@@ -66,7 +66,7 @@ def seconds(build, steps: int, batch: int, monitored: bool) -> float:
         return time.perf_counter() - began
 
 
-def main(pairs: int = 4) -> None:
+def main(pairs: int = 3) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     for name, build, steps, batch in (
