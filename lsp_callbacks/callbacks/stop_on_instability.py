@@ -25,8 +25,8 @@ class StopOnInstability(Callback):
 
     Two levels. The *event*: the monitored value is above the threshold; it is logged as ``stability/event`` and printed
     once. The *stop*: it stayed above for ``patience`` new measurements or more, and the smoothed loss has not improved
-    since it rose above, or is 10 % above its least value since. Healthy training at the edge of stability has events and
-    no stop. A NaN neither counts nor resets.
+    since it rose above, or is 10 % above its least value since. Healthy training at the edge of stability has events
+    and no stop. A NaN neither counts nor resets.
 
     The value is compared, not its confidence bound: windows scatter most when a run begins to fail, so that the bound
     turned positive after the loss had gone (``benchmarks/two_populations.md``). For the stricter rule, name the bound:
