@@ -114,6 +114,9 @@ def test_a_checkpoint_is_small_and_loads_as_weights(tmp_path):
     monitor, once = StabilityMonitor(every_n_steps=5, window=2), Once(tmp_path, 2)
     run = fit(Wide, monitor, StopOnInstability(), once, max_steps=3)
     assert sum(p.numel() for p in run.model.parameters()) > 1.9e6
+    again = StabilityMonitor()
+    again.load_state_dict(torch.load(once.path, weights_only=True)["callbacks"]["StabilityMonitor"])
+    assert again.step == 2 and again.history["stability/courant"].steps == [0]
     assert size_of_ours(once.path) < 1e4
     for curve in monitor.history.values():  # and after a long run
         curve.steps, curve.values = [*range(50_000)], [0.5] * 50_000
