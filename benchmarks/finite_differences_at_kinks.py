@@ -37,6 +37,5 @@ for activation in (nn.Tanh, nn.ReLU):
             ratios.append(difference / exact)
         optimizer.step()
     ratios.sort()
-    print(
-        f"{activation.__name__}: differences / exact {ratios[0]:.2f} ... {ratios[len(ratios) // 2]:.2f} ... {ratios[-1]:.2f}"
-    )
+    least, median, most = ratios[0], ratios[len(ratios) // 2], ratios[-1]
+    print(f"{activation.__name__}: differences / exact {least:.2f} ... {median:.2f} ... {most:.2f}")

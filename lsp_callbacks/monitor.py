@@ -113,18 +113,25 @@ class Monitor:
             Unmeasurable: if a quantity that the user named is among it.
         """
         reasons: dict[str, list[str]] = {}
-        for name, quantity in list(self.quantities.items()):
+        for name, quantity in self.quantities.items():
             try:
                 quantity.check(snapshot)
             except Unmeasurable as error:
                 if name in self.named or self.strict:
                     raise Unmeasurable(f"{name} cannot be measured: {error}") from None
-                self.skipped[name] = str(error)
                 reasons.setdefault(str(error), []).append(name)
+        self._leave_out(reasons)
+
+    def _leave_out(self, reasons: dict[str, list[str]]) -> None:
+        """Quantities by reason, with one warning for all."""
+        for reason, names in reasons.items():
+            for name in names:
+                self.skipped[name] = reason
                 del self.quantities[name]
+                self._remaining.pop(name, None)
         if reasons:
             text = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in reasons.items())
-            warnings.warn(f"lsp_callbacks leaves out {text}", stacklevel=2)
+            warnings.warn(f"lsp_callbacks leaves out {text}", stacklevel=3)
 
     def disown_update(self, observation: Observation | None, reason: str) -> Observation | None:
         """The step did not move the parameters as the snapshot said: from now on, nothing that needs the update map.
@@ -142,12 +149,7 @@ class Monitor:
         wrong = {name: quantity for name, quantity in self.quantities.items() if quantity.needs_update}
         if self.strict and wrong:
             raise Unmeasurable(f"{' and '.join(wrong)}: {reason}")
-        for name in wrong:
-            self.skipped[name] = reason
-            del self.quantities[name]
-            self._remaining.pop(name, None)
-        if wrong:
-            warnings.warn(f"lsp_callbacks leaves out {' and '.join(wrong)} ({reason})", stacklevel=2)
+        self._leave_out({reason: list(wrong)} if wrong else {})
         if observation is None:
             return None
         own = {key for quantity in wrong.values() if quantity.complete for key in quantity.compute()}

@@ -66,6 +66,14 @@ class Snapshot:
         """The trainable parameters, each once, by name."""
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
+    @cached_property
+    def flat_gradient(self) -> Tensor | None:
+        """The step's own gradient as one flat vector; zeros where a parameter had none."""
+        if self.gradient is None:
+            return None
+        own = [self.gradient[name] for name in self.parameters]
+        return flatten(own, list(self.parameters.values())).detach()
+
     def once(self, key: Any, compute: Callable[[], T]) -> T:
         """What several quantities need of the same step is computed once."""
         if key not in self.memo:

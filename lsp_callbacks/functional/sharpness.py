@@ -10,7 +10,7 @@ from torch import Tensor
 from lsp_callbacks.linalg import Eigenpair, lanczos
 from lsp_callbacks.operators.curvature import Method, hessian, per_parameter
 from lsp_callbacks.operators.training import SGDRule, decayed_hessian, preconditioned_hessian, update_rule
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
 
 @dataclass(frozen=True)
@@ -181,10 +181,8 @@ def _top(operator, snapshot: Snapshot, start: Tensor | None, steps: int, tol: fl
     generator = snapshot.generator("lanczos")
     noise = torch.randn(n, generator=generator, dtype=operator.dtype).to(operator.device)
     mixed = _unit(noise)
-    if snapshot.gradient is not None:
-        parameters = list(snapshot.parameters.values())
-        own = flatten([snapshot.gradient[name] for name in snapshot.parameters], parameters).detach()
-        mixed = 0.3 * mixed + _unit(own.to(operator.dtype))
+    if snapshot.flat_gradient is not None:
+        mixed = 0.3 * mixed + _unit(snapshot.flat_gradient.to(operator.dtype))
     if start is not None:
         mixed = 0.2 * _unit(mixed) + _unit(start)
     return lanczos(operator, mixed, steps=steps, tol=tol, ends=(0, -1) if both else (-1,))

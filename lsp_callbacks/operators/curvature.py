@@ -48,7 +48,8 @@ def resolved(snapshot: Snapshot, method: Method) -> Method:
     """What ``"auto"`` stands for: finite differences where they are right, exact products elsewhere.
 
     Finite differences need the step's gradient, full precision, and a smooth loss: across the kink of a ReLU, the jump
-    of the gradient over a small distance looks like a large curvature (measured: up to 7 times the true sharpness).
+    of the gradient over a small distance looks like a large curvature: up to 9 times the true sharpness in
+    ``benchmarks/finite_differences_at_kinks.py``.
     """
     if method != "auto":
         return method
@@ -72,8 +73,8 @@ def _exact(snapshot: Snapshot) -> LinearOperator:
         snapshot.check(loss, tolerance=_path_tolerance(parameters[0].dtype))
         gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
         flat = flatten(gradient, parameters)
-    if snapshot.gradient is not None:
-        own = flatten([snapshot.gradient[name] for name in snapshot.parameters], parameters)
+    own = snapshot.flat_gradient
+    if own is not None:
         defect = torch.linalg.vector_norm(own - flat.detach())
         if not bool(defect <= 100 * _path_tolerance(own.dtype) * torch.linalg.vector_norm(own)):
             raise Unmeasurable(
@@ -91,10 +92,10 @@ def _exact(snapshot: Snapshot) -> LinearOperator:
 
 
 def _finite_difference(snapshot: Snapshot) -> LinearOperator:
-    if snapshot.gradient is None:
+    own = snapshot.flat_gradient
+    if own is None:
         raise Unmeasurable("finite differences start from the step's gradient: pass gradient=... or method='exact'")
     parameters = list(snapshot.parameters.values())
-    own = flatten([snapshot.gradient[name] for name in snapshot.parameters], parameters).detach()
     precision = torch.finfo(own.dtype).eps
     distance = 8.7 * precision**0.5
 
