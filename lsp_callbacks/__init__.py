@@ -2,7 +2,16 @@
 
 from lsp_callbacks.callbacks import StabilityMonitor, StabilityReport, StopOnInstability
 from lsp_callbacks.monitor import Curve, Monitor, Observation
-from lsp_callbacks.quantities import Lyapunov, LyapunovTrajectory, Quantity, ResidualCFL, Sharpness, SpectralNorm
+from lsp_callbacks.probes import ProbeSet
+from lsp_callbacks.quantities import (
+    Lyapunov,
+    LyapunovTrajectory,
+    Quantity,
+    ResidualCFL,
+    SGDStability,
+    Sharpness,
+    SpectralNorm,
+)
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
 __all__ = [
@@ -11,8 +20,10 @@ __all__ = [
     "LyapunovTrajectory",
     "Monitor",
     "Observation",
+    "ProbeSet",
     "Quantity",
     "ResidualCFL",
+    "SGDStability",
     "Sharpness",
     "Snapshot",
     "SpectralNorm",

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from lsp_callbacks.quantities import Quantity
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable, Unmodelled
 
 #: How many points of each global curve a checkpoint carries.
 HISTORY_SAVED = 1000
+#: What ``stability/courant`` is: the first of these that a step completes.
+DIALS = ("stability/courant_sgd", "stability/courant_gd")
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,14 @@ class Monitor:
         self.history: dict[str, Curve] = {}
         self.period: int | None = self.every_n_steps
         self.origin: int | None = None
-        self._remaining: dict[str, int] = {}
+        self._under_way: set[str] = set()
         self._warned: set[str] = set()
 
     @property
     def keys(self) -> set[str]:
         """The global keys that can appear."""
-        return {key for quantity in self.quantities.values() for key in (*quantity.keys, *quantity.optional)}
+        own = {key for quantity in self.quantities.values() for key in (*quantity.keys, *quantity.optional)}
+        return own | ({"stability/courant"} if own.intersection(DIALS) else set())
 
     def require(self, snapshot: Snapshot) -> None:
         """Leaves out what cannot be measured on such steps; replays nothing.
@@ -128,7 +131,7 @@ class Monitor:
             for name in names:
                 self.skipped[name] = reason
                 del self.quantities[name]
-                self._remaining.pop(name, None)
+                self._under_way.discard(name)
         if reasons:
             text = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in reasons.items())
             warnings.warn(f"lsp_callbacks leaves out {text}", stacklevel=3)
@@ -168,7 +171,7 @@ class Monitor:
         """Whether `observe` would look at this step: if not, no snapshot needs to be made."""
         if not self.quantities:
             return False
-        return bool(self._remaining) or self._starts(step)
+        return bool(self._under_way) or self._starts(step)
 
     def _starts(self, step: int) -> bool:
         return self.origin is None or self.period is None or (step - self.origin) % self.period == 0
@@ -186,30 +189,37 @@ class Monitor:
             return None
         if self.origin is None:
             self.origin = snapshot.step
-        if self.period is None:
-            self.period = self._period(snapshot)
         values: dict[str, float] = {}
         failures: dict[str, str] = {}
         starts = self._starts(snapshot.step)
+        unmodelled: dict[str, list[str]] = {}
         for name, quantity in self.quantities.items():
-            remaining = self._remaining.pop(name, 0)
-            if not remaining and not starts:
+            if name not in self._under_way and not starts:
                 continue
-            remaining = remaining or quantity.prepare + quantity.window
+            self._under_way.discard(name)
             try:
                 quantity.update(snapshot)
             except Exception as error:
                 if self.strict:
                     raise
+                if isinstance(error, Unmodelled) and name not in self.named:
+                    unmodelled.setdefault(str(error), []).append(name)
+                    continue
                 quantity.load_vectors({})
                 failures[name] = f"{type(error).__name__}: {error}"
                 values |= dict.fromkeys(quantity.keys, math.nan)
                 continue
             if quantity.complete:
                 values |= {key: float(value) for key, value in quantity.compute().items()}
-            elif remaining > 1:
-                self._remaining[name] = remaining - 1
+            else:
+                self._under_way.add(name)
+        self._leave_out(unmodelled)
         self._warn(failures, snapshot.step)
+        if self.period is None:
+            self.period = self._period(snapshot)
+        dial = next((key for key in DIALS if key in values), None)
+        if dial is not None:
+            values["stability/courant"] = values[dial]
         if not values:
             return None
         for key, value in values.items():
@@ -247,7 +257,7 @@ class Monitor:
 
         Called when a checkpoint is written, so that the run that goes on and the run that resumes measure the same.
         """
-        self._remaining.clear()
+        self._under_way.clear()
         for quantity in self.quantities.values():
             quantity.load_vectors({})
 
@@ -270,7 +280,7 @@ class Monitor:
         }
         if vectors:
             state["vectors"] = {name: quantity.vectors() for name, quantity in self.quantities.items()}
-            state["remaining"] = dict(self._remaining)
+            state["under_way"] = sorted(self._under_way)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -280,7 +290,7 @@ class Monitor:
         self.history = {
             key: Curve(curve["steps"].tolist(), curve["values"].tolist()) for key, curve in state["history"].items()
         }
-        self._remaining = {n: r for n, r in state.get("remaining", {}).items() if n in self.quantities}
+        self._under_way = {name for name in state.get("under_way", ()) if name in self.quantities}
         for name, quantity in self.quantities.items():
             quantity.load_state_dict(dict(state["quantities"].get(name, {})), strict=False)
             quantity.load_vectors(state.get("vectors", {}).get(name, {}))

@@ -7,17 +7,24 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from lsp_callbacks.probes import ProbeSet
 
 T = TypeVar("T")
 
 
 class Unmeasurable(ValueError):
     """A quantity is not defined here, or not modelled; the message says why and what to do."""
+
+
+class Unmodelled(Unmeasurable):
+    """It will not be in any other step of this run either."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Snapshot:
         unmodelled: why the update is not the optimizer's step on this loss (clipping, accumulation); None if it is.
         tolerance: relative difference allowed between ``loss`` and its replay; 0 is to the last bit, for the same path.
         keep: which modules' inputs ``calls`` keeps in full, by name and module.
+        probes: training samples for the quantities that look at outputs; None where there are none.
         seed: of every random choice made for this step.
     """
 
@@ -58,6 +66,7 @@ class Snapshot:
     unmodelled: str | None = None
     tolerance: float = 0.0
     keep: Callable[[str, nn.Module], bool] = lambda name, module: False
+    probes: ProbeSet | None = None
     seed: int = 0
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 

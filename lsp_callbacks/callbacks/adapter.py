@@ -84,7 +84,7 @@ class Pending:
         with self.trainer.precision_plugin.train_step_context():
             if self.loss_fn is not None:
                 return self.loss_fn(module, batch)
-            outputs = module.training_step(*_arguments(module.training_step, batch, self.batch_idx))
+            outputs = module.training_step(*arguments(module.training_step, batch, self.batch_idx))
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         # Exactly what Lightning's closure does with it.
         return loss / self.trainer.accumulate_grad_batches
@@ -101,7 +101,7 @@ class Pending:
     def _sub_batch(self, full: Snapshot, count: int) -> Snapshot:
         """The same step on the first samples of its batch; the whole batch's replay is checked first."""
         _ = full.faithful
-        size = _batch_size(self.batch)
+        size = batch_size(self.batch)
         if size is None or size <= count or self.shadow is None:
             return full
         sub = tree_map(lambda t: t[:count] if isinstance(t, Tensor) and t.ndim and len(t) == size else t, self.batch)
@@ -184,7 +184,8 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """Instead of ``self.log`` and ``self.print``."""
 
 
-def _arguments(training_step: Callable, batch: Any, batch_idx: int) -> list[Any]:
+def arguments(training_step: Callable, batch: Any, batch_idx: int) -> list[Any]:
+    """What this ``training_step`` takes."""
     names = inspect.signature(training_step).parameters
     if "dataloader_iter" in names:
         raise Unmeasurable("training_step(dataloader_iter) fetches a batch of its own, which cannot be replayed")
@@ -193,7 +194,8 @@ def _arguments(training_step: Callable, batch: Any, batch_idx: int) -> list[Any]
     return [batch, batch_idx] if wide else [batch]
 
 
-def _batch_size(batch: Any) -> int | None:
+def batch_size(batch: Any) -> int | None:
+    """The first axis of the first tensor that has one."""
     sizes: list[int] = []
     tree_map(lambda t: sizes.append(len(t)) if isinstance(t, Tensor) and t.ndim else None, batch)
     return sizes[0] if sizes else None

@@ -12,6 +12,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from lsp_callbacks.callbacks.adapter import LossFn, Pending, identical, unmodelled, warn_sub_batch
 from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.quantities import Quantity, build
 from lsp_callbacks.quantities.select import Selection, validate
@@ -40,6 +41,9 @@ class StabilityMonitor(Callback):
         log_layers: "all", "summary" (none), or how many of the largest of each kind to log.
         loss_fn: ``(module, batch) -> loss``, where ``training_step`` cannot be replayed; needed under manual
             optimisation, where it is the loss of the batch's first optimizer step.
+        forward_fn: ``(module, batch) -> outputs`` of shape ``(samples, ..., classes)``, and
+        criterion: ``(outputs, batch) -> loss``, the mean over the samples: needed together, and only where
+            ``training_step`` does not return the value of one criterion of ``torch.nn.functional``.
         save_vectors: put windows under way and warm starts into checkpoints too; otherwise a checkpoint cuts them.
         strict: raise where a measurement fails, instead of recording NaN with one warning.
         seed: of our own random choices, which never touch the global state.
@@ -65,6 +69,8 @@ class StabilityMonitor(Callback):
         blocks: Selection = None,
         log_layers: Literal["all", "summary"] | int = "all",
         loss_fn: LossFn | None = None,
+        forward_fn: ForwardFn | None = None,
+        criterion: Criterion | None = None,
         save_vectors: bool = False,
         strict: bool = False,
         seed: int = 0,
@@ -73,6 +79,8 @@ class StabilityMonitor(Callback):
             raise ValueError(f"probe_samples={probe_samples}: give at least 1, or None for the whole batch")
         if log_layers not in ("all", "summary") and not (isinstance(log_layers, int) and log_layers > 0):
             raise ValueError(f"log_layers={log_layers!r}: give 'all', 'summary' or a positive number")
+        if (forward_fn is None) != (criterion is None):
+            raise ValueError("forward_fn and criterion belong together: pass both, or neither")
         built, named = build(
             quantities,
             lyapunov={"window": window, "average": average},
@@ -82,6 +90,8 @@ class StabilityMonitor(Callback):
         self.monitor = Monitor(*built, every_n_steps=every_n_steps, budget=budget, named=named, strict=strict)
         self.probe_samples, self.layers, self.blocks = probe_samples, layers, blocks
         self.log_layers, self.loss_fn, self.save_vectors, self.seed = log_layers, loss_fn, save_vectors, seed
+        wanted = max((getattr(quantity, "probes", 0) for quantity in built), default=0)
+        self.probes = Probes(wanted, forward_fn, criterion)
         self.subscribers: list[Callable[[Any, Observation], bool]] = []
         self.step = 0
         self._unmodelled: str | None = None
@@ -128,6 +138,7 @@ class StabilityMonitor(Callback):
         validate(self.blocks, pl_module, "blocks")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.probes.drop(population(trainer))
         self._unmodelled = unmodelled(trainer, pl_module)
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         self.monitor.require(
@@ -148,6 +159,7 @@ class StabilityMonitor(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         began = time.perf_counter()
         self._pending, self._updates = None, 0
+        self.probes.add(batch)
         if self.monitor.wants(self.step):
             self._pending = Pending(trainer, pl_module, batch, batch_idx, self.loss_fn, self.probe_samples)
         self._spent += time.perf_counter() - began
@@ -180,6 +192,7 @@ class StabilityMonitor(Callback):
             optimizer,
             unmodelled=self._unmodelled,
             keep=self.monitor.keeps,
+            probes=self.probes.probe_set(pending) if self.probes.wanted else None,
             seed=self.seed,
         )
         return self.monitor.observe(snapshot)
@@ -251,6 +264,7 @@ class StabilityMonitor(Callback):
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if not self.save_vectors:
             self.monitor.drop()
+            self.probes.drop(self.probes.population)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "monitor": self.monitor.state_dict(vectors=self.save_vectors)}

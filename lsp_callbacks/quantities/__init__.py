@@ -8,16 +8,18 @@ from typing import Any
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.lyapunov import Lyapunov, LyapunovTrajectory
 from lsp_callbacks.quantities.residual_cfl import ResidualCFL
+from lsp_callbacks.quantities.sgd_stability import SGDStability
 from lsp_callbacks.quantities.sharpness import Sharpness
 from lsp_callbacks.quantities.spectral_norm import SpectralNorm
 
 REGISTRY: dict[str, type[Quantity]] = {
-    quantity.name: quantity for quantity in (SpectralNorm, ResidualCFL, Sharpness, Lyapunov, LyapunovTrajectory)
+    quantity.name: quantity
+    for quantity in (SpectralNorm, ResidualCFL, Sharpness, SGDStability, Lyapunov, LyapunovTrajectory)
 }
 PRESETS: dict[str, tuple[str, ...]] = {
     "economy": ("spectral_norm", "sharpness"),
-    "default": ("spectral_norm", "residual_cfl", "sharpness", "lyapunov"),
-    "full": ("spectral_norm", "residual_cfl", "sharpness", "lyapunov", "lyapunov_trajectory"),
+    "default": ("spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov"),
+    "full": ("spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", "lyapunov_trajectory"),
 }
 
 
@@ -61,6 +63,7 @@ __all__ = [
     "LyapunovTrajectory",
     "Quantity",
     "ResidualCFL",
+    "SGDStability",
     "Sharpness",
     "SpectralNorm",
     "build",

@@ -45,7 +45,7 @@ class Sharpness(Quantity):
         method: of the Hessian products, see `lsp_callbacks.operators.hessian`.
 
     Keys: ``stability/sharpness`` (units of loss / parameter^2), ``stability/sharpness_limit``,
-    ``stability/courant_gd``, ``stability/courant``, ``stability/sharpness_residual`` (relative).
+    ``stability/courant_gd``, ``stability/sharpness_residual`` (relative).
 
     Cost: 4 gradients, or 9.2 with exact products, shared with the exponent. Source: Cohen et al. 2021; MATH section 3.
 
@@ -58,11 +58,11 @@ class Sharpness(Quantity):
         >>> metric = Sharpness()
         >>> metric.update(Snapshot(step=0, module=net, replay=lambda: net(x).square().mean(), optimizer=sgd))
         >>> {key: float(value) for key, value in metric.compute().items()}
-        {'stability/sharpness': 8.0, ..., 'stability/courant_gd': 1.0, 'stability/courant': 1.0, ...}
+        {'stability/sharpness': 8.0, ..., 'stability/courant_gd': 1.0, ...}
     """
 
     name = "sharpness"
-    keys = ("stability/sharpness", "stability/courant_gd", "stability/courant", "stability/sharpness_residual")
+    keys = ("stability/sharpness", "stability/courant_gd", "stability/sharpness_residual")
     optional = ("stability/sharpness_limit",)
     needs_update = True
     sharpness: Tensor
@@ -97,7 +97,6 @@ class Sharpness(Quantity):
             "stability/sharpness": self.sharpness,
             "stability/sharpness_limit": self.limit,
             "stability/courant_gd": self.courant,
-            "stability/courant": self.courant,
             "stability/sharpness_residual": self.residual,
         }
         if not bool(torch.isfinite(self.limit)):  # at rate 0 there is no limit

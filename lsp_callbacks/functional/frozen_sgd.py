@@ -1,0 +1,90 @@
+"""From one training step to the modes of its Gauss-Newton matrix and the rule that acts on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lsp_callbacks.functional.sgd_stability import Modes, UpdateRule, reduce
+from lsp_callbacks.operators.tangent_kernel import TangentKernel, tangent_kernel
+from lsp_callbacks.operators.training import FrozenRule, frozen_rule
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+
+#: Eigenvalues of a float32 Gram matrix below this share of the largest are rounding.
+ROUNDING = 1e-6
+#: Samples of a stream without end.
+ENDLESS = 10**9
+
+
+@dataclass(frozen=True)
+class FrozenSGD:
+    """All that the stability of SGD frozen at a step depends on.
+
+    Attributes:
+        modes: reduced coordinates of K, see `lsp_callbacks.functional.reduce`.
+        rule: of the optimizer.
+        lr: the step's own rate, the largest of its groups.
+        batch_size: of the step.
+        population: samples that batches are drawn from; equal to those in ``modes`` where all are probes.
+        kernel: where the modes come from.
+        frozen: whether a preconditioner is held fixed.
+    """
+
+    modes: Modes
+    rule: UpdateRule
+    lr: float
+    batch_size: int
+    population: int
+    kernel: TangentKernel
+    frozen: bool
+
+
+def frozen_sgd(
+    snapshot: Snapshot, *, outputs: Literal["top", "all"] = "top", generator: torch.Generator | None = None
+) -> FrozenSGD:
+    """Linearises a training step on ``range(J^T)``: exact at interpolation, a Gauss-Newton statement elsewhere.
+
+    Learning rates that differ between groups, and Adam's frozen preconditioner, enter as ``Z -> Z D^(1/2)``; rates are
+    those of the group with the largest. Weight decay that differs between parameters is taken at its mean over the
+    trace of K.
+
+    Args:
+        snapshot: a step with its optimizer and ``probes``.
+        outputs: rows of K, see `lsp_callbacks.operators.tangent_kernel`.
+        generator: for the random choices; None draws from the snapshot's.
+
+    Raises:
+        Unmeasurable: no probes, an optimizer that is not modelled, or a criterion without a Gauss-Newton matrix.
+
+    Cost: one forward and two backward passes over the probes.
+    """
+    probes = snapshot.probes
+    if probes is None:
+        raise Unmeasurable("no probes are known: pass Snapshot(probes=ProbeSet(...))")
+    rule: FrozenRule = frozen_rule(snapshot)
+    generator = generator or snapshot.generator("probes")
+    kernel = tangent_kernel(probes, outputs=outputs, scale=rule.scale, generator=generator)
+    trace = sum(kernel.traces.values()) or 1.0
+
+    def mean(decay: dict[str, float]) -> float:
+        return sum(decay[name] * share for name, share in kernel.traces.items()) / trace
+
+    double = all(p.dtype == torch.float64 for p in probes.parameters.values())
+    return FrozenSGD(
+        modes=reduce(kernel.gram, kernel.rows, tol=None if double else ROUNDING),
+        rule=UpdateRule(
+            momentum=rule.momentum,
+            dampening=rule.dampening,
+            nesterov=rule.nesterov,
+            weight_decay=mean(rule.weight_decay),
+            decoupled_decay=mean(rule.decoupled_decay),
+            correction=rule.correction,
+        ),
+        lr=rule.lr,
+        batch_size=probes.batch_size,
+        population=max(probes.population or ENDLESS, probes.samples),
+        kernel=kernel,
+        frozen=rule.frozen,
+    )

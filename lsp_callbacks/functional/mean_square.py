@@ -1,0 +1,242 @@
+"""The second moment of SGD frozen at one point: an exact, cheap, sufficient criterion for stability."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.functional.sgd_stability import PLAIN, Modes, UpdateRule
+from lsp_callbacks.linalg import Eigenpair, LinearOperator, lanczos
+
+Superoperator = Callable[[Tensor], Tensor]
+
+
+def second_moment(
+    modes: Modes,
+    batch_size: int,
+    replacement: bool = False,
+    population: int | None = None,
+    *,
+    weight_decay: float = 0.0,
+) -> Superoperator:
+    """``D(X) = E[H' X H']`` over batches drawn independently between steps, for symmetric ``X`` ``(r, r)``.
+
+    ``D(X) = (1 - p) H X H + p (1/N) sum_i Y_i^T (Y_i X Y_i^T) Y_i``, ``p = (N' - B) / (B (N' - 1))`` without
+    replacement from ``N'`` (``population``, or all samples), ``1 / B`` with. Coupled decay adds
+    ``wd (H X + X H) + wd^2 X``.
+
+    Raises:
+        ValueError: if a batch is larger than what it is drawn from.
+
+    Cost: ``O(N outputs r^2)`` a product. Source: Mulayoff & Michaeli 2024; MATH section 2.
+    """
+    total = modes.samples if population is None else population
+    if not modes.samples <= total:
+        raise ValueError(f"population={total} is smaller than the {modes.samples} samples drawn from it")
+    if not 1 <= batch_size <= total:
+        raise ValueError(f"batch_size={batch_size} must lie in 1 ... {total}, the number of training samples")
+    p = 1 / batch_size if replacement else (total - batch_size) / (batch_size * max(total - 1, 1))
+    n, outputs, r = modes.factor.shape
+    rows, h = modes.factor.flatten(0, 1), modes.curvatures
+    # Everything that is elementwise: (1 - p) h_i h_j + wd (h_i + h_j) + wd^2.
+    diagonal = (h + weight_decay)[:, None] * (h + weight_decay) - p * h[:, None] * h
+
+    def apply(x: Tensor) -> Tensor:
+        if not p:
+            return diagonal * x
+        half = rows @ x
+        if outputs == 1:
+            weighted = (half * rows).sum(1, keepdim=True) * rows
+        else:
+            blocks = half.view(n, outputs, r) @ modes.factor.mT
+            weighted = (blocks @ modes.factor).flatten(0, 1)
+        return torch.addmm(diagonal * x, rows.mT, weighted, alpha=p / n)
+
+    return apply
+
+
+def mean_square_lr(
+    modes: Modes,
+    *,
+    batch_size: int,
+    rule: UpdateRule = PLAIN,
+    replacement: bool = False,
+    population: int | None = None,
+    tol: float = 1e-8,
+) -> float:
+    """The largest rate up to which ``E ||v||^2`` of i.i.d. batches stays bounded; at most the critical rate of lambda.
+
+    The stationary moments ``P = E v v^T``, ``C = E v m^T``, ``M = E m m^T`` obey equations in which all but
+    ``D(P) = E u u^T`` is elementwise in the basis of ``H = diag(h)``. Without C and M they read ``D(P) = t(lr) * P``:
+    the edge is the smallest rate at which the symmetric operator ``t^-1/2 * D(t^-1/2 * X)`` has top eigenvalue 1.
+    For plain SGD and heavy ball ``t = alpha / lr + gamma``, and one Lanczos run gives ``1 / lr``.
+
+    Args:
+        modes: of `reduce`.
+        batch_size: samples of a batch.
+        rule: of the optimizer.
+        replacement: within a batch.
+        population: as in `sgd_exponent`; here exact for any ``population``.
+        tol: relative, of the rate, where the top eigenvalue is separated; its square root otherwise.
+
+    Returns:
+        The rate; inf for a collapsed network (rank 0) or where nothing pushes (``dampening = 1``).
+
+    Cost: 10 to 60 products with `second_moment`. Source: Mulayoff & Michaeli 2024 for plain SGD; MATH section 2.
+    """
+    d = second_moment(modes, batch_size, replacement, population, weight_decay=rule.weight_decay)
+    if not modes.rank or (rule.momentum and rule.dampening == 1):
+        return math.inf
+    h = modes.curvatures + rule.weight_decay
+    if not rule.nesterov and not rule.decoupled_decay:
+        beta, gain = rule.momentum, 1 - rule.dampening * bool(rule.momentum)
+        root = ((1 - beta) / gain * (h[:, None] + h)).rsqrt()
+        gamma = beta * (h[:, None] ** 2 + h**2 - 2 * beta * h[:, None] * h) / (1 - beta**2)
+        top = _top(lambda x: root * (d(root * x) - gamma * (root * x)), torch.diag(1 / root.diagonal()), tol)
+        return rule.correction / float(top.value)
+    # Below the full-batch edge t is positive, and the mean-square edge lies below it.
+    high = gd_critical_lr(modes, rule)
+    start = torch.eye(modes.rank, dtype=torch.float64)
+
+    def excess(log_lr: float) -> float:
+        nonlocal start
+        root = _source(h, math.exp(log_lr), rule).rsqrt()
+        top = _top(lambda x: root * d(root * x), start / root, tol)
+        start = top.vector.view_as(root) * root
+        return math.log(float(top.value))
+
+    return math.exp(_illinois(excess, math.log(high), tol))
+
+
+def gd_critical_lr(modes: Modes, rule: UpdateRule = PLAIN) -> float:
+    """The rate at which full-batch descent loses stability: an eigenvalue of some mode's step reaches -1; exact.
+
+    ``(1 + delta + b1 h)(1 + beta) - phi b2 h`` vanishes there, which is affine in the rate. inf at rank 0.
+    """
+    if not modes.rank:
+        return math.inf
+    h = modes.curvatures + rule.weight_decay
+    delta, phi, beta, b1, b2 = rule.coefficients(torch.ones_like(h))
+    slope = 2 * (1 + beta) - ((1 + delta + b1 * h) * (1 + beta) - phi * b2 * h)
+    return float((2 * (1 + beta) / slope).min())
+
+
+def second_moment_exponent(
+    modes: Modes,
+    lr: float,
+    *,
+    batch_size: int,
+    rule: UpdateRule = PLAIN,
+    replacement: bool = False,
+    population: int | None = None,
+    tol: float = 1e-9,
+    iterations: int = 20_000,
+) -> float:
+    """``0.5 log rho(T)``, ``T`` the second moment of one step: an upper bound of lambda, nats per step.
+
+    Args:
+        lr: one rate.
+        tol: relative residual; the value of plain SGD is then exact to its square where the top is separated.
+        iterations: at most this many, with momentum.
+
+    Returns:
+        NaN at rank 0, or where the power iteration that momentum needs did not converge.
+
+    Cost: a few dozen products with `second_moment`; with momentum one an iteration, slow near a critical rate.
+    """
+    d = second_moment(modes, batch_size, replacement, population, weight_decay=rule.weight_decay)
+    if not modes.rank:
+        return math.nan
+    h = modes.curvatures + rule.weight_decay
+    delta, phi, beta, b1, b2 = (float(c) for c in rule.coefficients(torch.tensor(lr, dtype=torch.float64)))
+    eye = torch.eye(modes.rank, dtype=torch.float64)
+    if not beta:
+        linear = delta**2 + delta * b1 * (h[:, None] + h)
+        top = _top(lambda x: linear * x + b1**2 * d(x), eye, tol, steps=400)
+        return 0.5 * math.log(max(float(top.value), 1e-300))
+    # Times the rate, m has the units of v. T preserves a cone: rho is an eigenvalue; others may share its modulus.
+    phi, b2, left = phi / lr, b2 * lr, h[:, None]
+    state, radius = torch.stack([eye, 0 * eye, eye]), 1.0
+    for _ in range(iterations):
+        p, c, m = state
+        hc, dp = left * c, d(p)
+        cross = delta * phi * (c + c.mT) + delta * b1 * (left + h) * p + phi * b1 * (hc + hc.mT)
+        image = torch.stack(
+            [
+                delta**2 * p + phi**2 * m + b1**2 * dp + cross,
+                delta * beta * c
+                + delta * b2 * p * h
+                + phi * beta * m
+                + phi * b2 * hc.mT
+                + b1 * beta * hc
+                + b1 * b2 * dp,
+                beta**2 * m + beta * b2 * (hc + hc.mT) + b2**2 * dp,
+            ]
+        )
+        radius = float((image[0].trace() + image[2].trace()) / (p.trace() + m.trace()))
+        residual = float((image - radius * state).norm() / state.norm())
+        if residual <= tol * radius:
+            return 0.5 * math.log(radius)
+        # The shift takes those others away from the circle, and oscillations with them.
+        state = image + radius * state
+        # An antisymmetric rounding error in P or M is outside of the cone, and grows.
+        state = torch.stack([state[0] + state[0].mT, 2 * state[1], state[2] + state[2].mT]) / state.norm()
+    return math.nan
+
+
+def _source(h: Tensor, lr: float, rule: UpdateRule) -> Tensor:
+    """``t`` of `mean_square_lr`, ``(r, r)``: C and M are eliminated by Cramer's rule for each pair of modes."""
+    delta, phi, beta, b1, b2 = (float(c) for c in rule.coefficients(torch.tensor(lr, dtype=torch.float64)))
+    left, right = h[:, None], h[None, :]
+    feed, square = beta * b2 / (1 - beta**2), b2**2 / (1 - beta**2)  # M = feed (h_i C_ij + h_j C_ji) + square D
+    own = 1 - delta * beta - b1 * beta * h - phi * beta * feed * h
+    other = -phi * b2 / (1 - beta**2) * h  # own_i C_ij + other_j C_ji = (delta b2 h_j) P + kick D, and its mirror
+    kick = phi * beta * square + b1 * b2
+    det = own[:, None] * own - other[:, None] * other
+    by_p = delta * b2 * (right * own[None, :] - other[None, :] * left) / det
+    by_d = kick * (own[None, :] - other[None, :]) / det
+    weight = (phi**2 * feed + phi * b1) * left + delta * phi
+    through_p, through_d = weight * by_p, weight * by_d
+    kept = 1 - delta**2 - delta * b1 * (left + right) - through_p - through_p.mT
+    return kept / (phi**2 * square + b1**2 + through_d + through_d.mT)
+
+
+def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 120) -> Eigenpair:
+    """The largest eigenvalue over symmetric matrices; the error of a Ritz value is of second order in its residual."""
+    r = len(start)
+    generic = torch.randn(r, r, dtype=start.dtype, generator=torch.Generator().manual_seed(0))
+    start = start / start.norm() + 1e-3 / r * (generic + generic.mT)
+
+    def apply(flat: Tensor) -> Tensor:
+        x = flat.view(r, r)
+        return operator((x + x.mT) / 2).flatten()
+
+    linear = LinearOperator((r * r, r * r), apply, apply, dtype=start.dtype)
+    return lanczos(linear, start.flatten(), steps=steps, tol=tol**0.6).pair(-1)
+
+
+def _illinois(f: Callable[[float], float], high: float, tol: float) -> float:
+    """The root of an increasing function below ``high`` where ``f(high) >= 0``."""
+    at_high = f(high - tol)
+    if at_high <= 0:
+        return high
+    low = high
+    at_low = at_high
+    while at_low > 0:  # f falls about as fast as its argument
+        high, at_high = low, at_low
+        low -= 1.2 * at_low + 0.1
+        at_low = f(low)
+    side = 0
+    while high - low > tol:
+        middle = high - at_high * (high - low) / (at_high - at_low)
+        at = f(middle)
+        if abs(at) <= tol:
+            return middle
+        if at > 0:
+            high, at_high, at_low, side = middle, at, at_low / (2 if side == 1 else 1), 1
+        else:
+            low, at_low, at_high, side = middle, at, at_high / (2 if side == -1 else 1), -1
+    return (low + high) / 2

@@ -1,0 +1,411 @@
+"""Linear stability of SGD frozen at one point: exponents of products of random steps, from a Gram matrix alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Sampling = Literal["iid", "reshuffle"]
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """One step with a frozen preconditioner: ``v+ = delta v + phi m + b1 u``, ``m+ = beta m + b2 u``, ``u = H' v``.
+
+    Attributes:
+        momentum: ``beta``.
+        dampening: ``tau``; ignored without momentum, as torch does. Adam-style averaging is ``tau = beta``.
+        nesterov: requires ``dampening = 0``.
+        weight_decay: coupled, ``H' = H_B + weight_decay``.
+        decoupled_decay: AdamW's, ``delta = 1 - lr decoupled_decay``.
+        correction: Adam's ``c1 = 1 - beta1^t``: the gradient part of a step is ``lr / c1``.
+    """
+
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    decoupled_decay: float = 0.0
+    correction: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum} must lie in [0, 1)")
+        if self.nesterov and self.dampening:
+            raise ValueError("Nesterov momentum has no dampening: set one of the two to its default")
+
+    def coefficients(self, lr: Tensor) -> tuple[Tensor, Tensor, float, Tensor, float]:
+        """``(delta, phi, beta, b1, b2)`` at the rates ``lr``."""
+        beta, rate = self.momentum, lr / self.correction
+        delta = 1 - lr * self.decoupled_decay
+        if not beta:
+            return delta, 0 * rate, 0.0, -rate, 0.0
+        if self.nesterov:
+            return delta, -rate * beta**2, beta, -rate * (1 + beta), 1.0
+        gain = 1 - self.dampening
+        return delta, -rate * beta, beta, -rate * gain, gain
+
+
+PLAIN = UpdateRule()
+
+
+@dataclass(frozen=True)
+class Modes:
+    """The directions that the samples feel: ``H = diag(curvatures)``, ``H_B = (1/B) sum_{i in B} Y_i^T Y_i``.
+
+    Attributes:
+        factor: ``Y``, ``(N, outputs, r)``.
+        curvatures: eigenvalues of the mean Hessian, ``(r,)``, descending.
+        owner: component of each mode, ``(r,)``. A mode is exactly zero on the samples of the others.
+        components: indices of samples that share no mode with the rest; SGD never couples them.
+        trace: of the mean Hessian. With ``rank`` it tells a stable network from a collapsed one.
+    """
+
+    factor: Tensor
+    curvatures: Tensor
+    owner: Tensor
+    components: list[Tensor]
+    trace: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.curvatures)
+
+    @property
+    def samples(self) -> int:
+        return len(self.factor)
+
+
+@dataclass(frozen=True)
+class Exponent:
+    """Nats per step with a standard error, of the shape of the rates; the error is 0 where the value is exact."""
+
+    value: Tensor
+    error: Tensor
+
+
+def reduce(gram: Tensor, outputs: int = 1, *, tol: float | None = None) -> Modes:
+    """``K = U L U^T = Y Y^T`` without its null space, component by component (MATH section 2).
+
+    Args:
+        gram: ``K = Z Z^T``, ``Z_i = S_i^{1/2} J_i``, ``(N outputs, N outputs)``, sample-major.
+        outputs: rows of a sample.
+        tol: eigenvalues up to ``tol`` times the largest are dropped; 1e-12 fits float64, a float32 K needs about 1e-6.
+
+    Raises:
+        ValueError: if ``gram`` is not a finite symmetric matrix of whole samples.
+
+    Cost: one ``eigh`` of each component.
+    """
+    gram = _checked(gram, outputs)
+    n, blocks = len(gram) // outputs, _components(gram, outputs)
+    rows = torch.arange(len(gram)).view(n, outputs)
+    pairs = [torch.linalg.eigh(gram[rows[b].flatten()][:, rows[b].flatten()]) for b in blocks]
+    floor = (1e-12 if tol is None else tol) * max((float(values[-1]) for values, _ in pairs), default=0.0)
+    factor = gram.new_zeros(n, outputs, len(gram))
+    curvatures: list[Tensor] = []
+    owner: list[Tensor] = []
+    for label, (block, (values, vectors)) in enumerate(zip(blocks, pairs)):
+        keep, start = values > max(floor, 0.0), sum(len(c) for c in curvatures)
+        part = (vectors[:, keep] * values[keep].sqrt()).view(len(block), outputs, -1)
+        factor[block, :, start : start + part.shape[-1]] = part
+        curvatures.append(values[keep] / n)
+        owner.append(torch.full((part.shape[-1],), label))
+    order = torch.cat(curvatures).argsort(descending=True)
+    # The trace of K itself, not of what was kept.
+    trace = float(gram.trace()) / n
+    return Modes(factor[..., order].contiguous(), torch.cat(curvatures)[order], torch.cat(owner)[order], blocks, trace)
+
+
+def regularity(gram: Tensor, lr: float, outputs: int = 1) -> tuple[float, int]:
+    """How far a minimum is from violating Chemnitz & Engel 2025, definition 2.2: both tell when ``lambda`` is delicate.
+
+    Returns:
+        The smallest ``|eigenvalue|`` of ``I - lr K_ii`` over samples (0: a step with that sample alone is singular),
+        and the number of components (more than 1: the samples split into parts that no step couples).
+    """
+    gram = _checked(gram, outputs)
+    n = len(gram) // outputs
+    own = gram.view(n, outputs, n, outputs).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return float((1 - lr * torch.linalg.eigvalsh(own)).abs().min()), len(_components(gram, outputs))
+
+
+def gd_exponent(modes: Modes, lr: float | Tensor, *, rule: UpdateRule = PLAIN) -> Tensor:
+    """``mu = log max_j rho(step on mode j)`` of full-batch descent, nats per step; of the shape of ``lr``; exact.
+
+    Source: Chemnitz & Engel 2025, (2.18); with momentum the companion matrix of each mode.
+    """
+    lr = torch.as_tensor(lr, dtype=torch.float64)
+    if not modes.rank:
+        return torch.full_like(lr, math.nan)
+    delta, phi, beta, b1, b2 = rule.coefficients(lr[..., None])
+    h = modes.curvatures + rule.weight_decay
+    half, det = (delta + b1 * h + beta) / 2, (delta + b1 * h) * beta - phi * b2 * h
+    root = half**2 - det
+    radius = torch.where(root >= 0, half.abs() + root.clamp_min(0).sqrt(), det.clamp_min(0).sqrt())
+    return radius.amax(-1).log()
+
+
+def sgd_exponent(
+    modes: Modes,
+    lr: float | Tensor,
+    *,
+    batch_size: int,
+    rule: UpdateRule = PLAIN,
+    sampling: Sampling = "iid",
+    replacement: bool = False,
+    population: int | None = None,
+    chains: int = 8,
+    steps: int = 1000,
+    burn_in: int = 100,
+    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
+) -> Exponent:
+    """``lambda = lim (1/n) E log ||A_n ... A_1 v||``, the top exponent of SGD frozen at one point; nats per step.
+
+    Args:
+        modes: of `reduce`.
+        lr: a rate, or several that share the same batches.
+        batch_size: at most ``population``.
+        rule: of the optimizer.
+        sampling: batches independent between steps, or consecutive in random permutations (the last incomplete batch
+            dropped). The sign of lambda can differ between the two.
+        replacement: within a batch, for ``"iid"``.
+        population: number of training samples of which those of ``modes`` are a sub-sample; None: they are all. From a
+            sub-sample draws are with replacement, their noise shrunk to the second moment of batches of the population:
+            ``H_B <- (1 - f) H + f H_B``, ``f^2 = (population - B) / (population - 1)``, or 1 with ``replacement``.
+        chains: independent runs.
+        steps: recorded, after ``burn_in`` that are not.
+        burn_in: steps in which the start turns into the leading direction.
+        generator: None draws from a fixed seed.
+        start: ``(r,)`` or ``(chains, r)``; None starts in the fast modes.
+
+    Returns:
+        The largest over components; -inf where a step annihilates the vector, NaN at rank 0. ``error`` is the standard
+        deviation over chains divided by ``sqrt(chains)``.
+
+    Raises:
+        ValueError: if the batches cannot be drawn.
+
+    Cost: ``O(chains B outputs r)`` a step and rate. Source: Chemnitz & Engel 2025, (2.19); MATH section 2.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks.functional.sgd_stability import reduce, sgd_exponent
+        >>> modes = reduce(torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
+        >>> round(float(sgd_exponent(modes, 1.0, batch_size=1).value), 2)  # log(0.8) / 2
+        -0.11
+    """
+    lrs = torch.as_tensor(lr, dtype=torch.float64)
+    draw = _Draw(modes.samples, batch_size, sampling, replacement, population, generator)
+    if not draw.noise or not modes.rank:
+        exact = gd_exponent(modes, lrs, rule=rule)
+        return Exponent(exact, torch.zeros_like(exact))
+    if start is None:
+        # Slow modes neither grow nor shrink and would hide a small growing one for hundreds of steps.
+        signs = torch.randint(0, 2, (chains, modes.rank), generator=draw.generator) * 2.0 - 1
+        start = signs * modes.curvatures
+    labels = modes.owner.unique()
+    groups = (modes.owner == labels[:, None]).double()
+    start = start.double().expand(chains, -1)
+    means = _walk(modes, lrs.reshape(-1), start, groups, rule, draw, burn_in + steps)[burn_in:].mean(0)
+    value, top = means.mean(0).max(-1)
+    spread = means.std(0) if chains > 1 else torch.full_like(means[0], math.nan)
+    error = spread.gather(-1, top[:, None])[:, 0] / chains**0.5
+    # A chain that died proves a singular step; -inf has no spread.
+    error = error.masked_fill(value == -math.inf, 0.0)
+    return Exponent(value.reshape(lrs.shape), error.reshape(lrs.shape))
+
+
+def finite_time_exponents(
+    modes: Modes,
+    lr: float | Tensor,
+    *,
+    horizon: int,
+    batch_size: int,
+    samples: int = 64,
+    rule: UpdateRule = PLAIN,
+    sampling: Sampling = "iid",
+    replacement: bool = False,
+    population: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``(1/n) log ||A_n ... A_1 v||`` from random unit ``v``, one for each of ``samples`` runs; see `sgd_exponent`.
+
+    Args:
+        horizon: ``n``, steps.
+
+    Returns:
+        ``(samples, *lr.shape)``, nats per step. Their spread is what one training run of ``n`` steps can see.
+    """
+    lrs = torch.as_tensor(lr, dtype=torch.float64)
+    if not modes.rank:
+        return torch.full((samples, *lrs.shape), math.nan, dtype=torch.float64)
+    draw = _Draw(modes.samples, batch_size, sampling, replacement, population, generator)
+    start = torch.randn(samples, modes.rank, generator=draw.generator, dtype=torch.float64)
+    logs = _walk(modes, lrs.reshape(-1), start, start.new_ones(1, modes.rank), rule, draw, horizon)
+    return logs.mean(0)[..., 0].reshape(samples, *lrs.shape)
+
+
+def sum_of_exponents(
+    modes: Modes,
+    lr: float,
+    *,
+    batch_size: int,
+    rule: UpdateRule = PLAIN,
+    replacement: bool = False,
+    generator: torch.Generator | None = None,
+    exact: int = 4096,
+    draws: int = 2048,
+) -> Exponent:
+    """``E log |det(I - (lr/B) K_BB)|``, the sum of all exponents of plain SGD; lambda is at least that over the rank.
+
+    Args:
+        modes: of all samples.
+        lr: one rate.
+        batch_size: samples of a batch.
+        rule: the plain one.
+        replacement: within a batch.
+        generator: for the draws; None draws from a fixed seed.
+        exact: enumerate every batch up to this many.
+        draws: of batches, when there are more.
+
+    Raises:
+        ValueError: for another rule, or a batch larger than the samples.
+    """
+    if rule != PLAIN:
+        raise ValueError("the determinant of a step is known in this form for plain SGD only: pass UpdateRule()")
+    n, draw = modes.samples, _Draw(modes.samples, batch_size, "iid", replacement, None, generator)
+    count = n**batch_size if replacement else math.comb(n, batch_size)
+    if count <= exact:
+        batches = (
+            itertools.product(range(n), repeat=batch_size)
+            if replacement
+            else itertools.combinations(range(n), batch_size)
+        )
+        index = torch.tensor(list(batches))
+    else:
+        index = draw.indices(1, draws)[0]
+    rows = modes.factor[index].flatten(1, 2)
+    step = torch.eye(rows.shape[1], dtype=rows.dtype) - lr / batch_size * rows @ rows.mT
+    logs = torch.linalg.slogdet(step).logabsdet
+    return Exponent(logs.mean(), logs.std() / len(logs) ** 0.5 if count > exact else torch.zeros_like(logs[0]))
+
+
+class _Draw:
+    """How batches are drawn from ``n`` samples; ``noise`` is ``f``: 0 where every batch is all of them."""
+
+    def __init__(
+        self, n: int, batch_size: int, sampling: Sampling, replacement: bool, population: int | None, generator
+    ):
+        total = n if population is None else population
+        if total < n:
+            raise ValueError(f"population={total} is smaller than the {n} samples that were drawn from it")
+        if not 1 <= batch_size <= total:
+            raise ValueError(f"batch_size={batch_size} must lie in 1 ... {total}, the number of training samples")
+        if sampling not in ("iid", "reshuffle"):
+            raise ValueError(f"sampling={sampling!r} must be 'iid' or 'reshuffle'")
+        if sampling == "reshuffle" and (total > n or replacement):
+            raise ValueError("reshuffled batches need every training sample, without replacement: use sampling='iid'")
+        self.n, self.batch_size, self.sampling = n, batch_size, sampling
+        self.replacement = replacement or total > n
+        self.noise = (
+            1.0 if replacement or batch_size < total == n else math.sqrt((total - batch_size) / max(total - 1, 1))
+        )
+        self.generator = generator or torch.Generator().manual_seed(0)
+
+    def indices(self, steps: int, chains: int) -> Tensor:
+        """Samples of the batches of at least ``steps`` steps, ``(steps, chains, B)``."""
+        n, size = self.n, self.batch_size
+        if self.sampling == "reshuffle":
+            epoch = n // size
+            shuffled = torch.rand(-(-steps // epoch), chains, n, generator=self.generator).argsort(-1)
+            return shuffled[..., : epoch * size].unflatten(-1, (epoch, size)).transpose(1, 2).flatten(0, 1)
+        if self.replacement or size == 1:
+            return torch.randint(n, (steps, chains, size), generator=self.generator)
+        return torch.rand(steps, chains, n, generator=self.generator).argsort(-1)[..., :size]
+
+    def batches(self, steps: int, chains: int) -> Iterator[Tensor]:
+        """For each step, indices ``(chains, B)``; for large batches how often each sample is drawn, ``(chains, n)``."""
+        while steps > 0:
+            index = self.indices(min(steps, 256), chains)
+            steps -= len(index)
+            if 2 * self.batch_size < self.n:
+                yield from index
+            else:
+                counts = torch.zeros(len(index), chains, self.n, dtype=torch.float64)
+                yield from counts.scatter_add_(-1, index, torch.ones(1, dtype=torch.float64).expand(index.shape))
+
+
+def _walk(
+    modes: Modes, lrs: Tensor, start: Tensor, groups: Tensor, rule: UpdateRule, draw: _Draw, steps: int
+) -> Tensor:
+    """``log`` of the growth of ``sqrt(|v|^2 + lr^2 |m|^2)`` in each step, ``(steps, chains, rates, groups)``.
+
+    ``groups`` are 0/1 rows over modes that no step mixes: each has a norm of its own, so that one run serves all.
+    """
+    lrs = lrs[:, None]
+    delta, phi, beta, b1, b2 = rule.coefficients(lrs)
+    # H' v = mean v + u: all that is diagonal goes into v+ = keep v + phi m + b1 u, m+ = beta m + feed v + b2 u.
+    mean = (1 - draw.noise) * modes.curvatures + rule.weight_decay
+    keep, feed = delta + b1 * mean, b2 * mean
+    factor = modes.factor * math.sqrt(draw.noise / draw.batch_size)
+    rows = factor.flatten(0, 1)
+    # A step that leaves less than this has left rounding errors only: the vector is dead.
+    dead = (8 * torch.finfo(rows.dtype).eps) ** 2
+    v = start[:, None].expand(-1, len(lrs), -1).contiguous()
+    v *= torch.threshold((v * v) @ groups.mT, 0.0, math.inf).rsqrt() @ groups
+    m = torch.zeros_like(v)
+    squares = torch.empty(steps, len(start), len(lrs), len(groups), dtype=v.dtype)
+    for t, batch in enumerate(itertools.islice(draw.batches(steps, len(start)), steps)):
+        if batch.is_floating_point():
+            outputs = (v @ rows.mT).unflatten(-1, factor.shape[:2]) * batch[:, None, :, None]
+            u = outputs.flatten(-2) @ rows
+        else:
+            drawn = factor.index_select(0, batch.flatten()).view(len(v), -1, rows.shape[1])
+            u = torch.bmm(torch.bmm(v, drawn.mT), drawn)
+        if beta:
+            v, m = (keep * v).addcmul_(phi, m).addcmul_(b1, u), (beta * m).addcmul_(feed, v).add_(u, alpha=b2)
+            square = (v * v).addcmul_(lrs**2 * m, m)
+        else:
+            v = (keep * v).addcmul_(b1, u)
+            square = v * v
+        square = square.sum(-1, keepdim=True) if len(groups) == 1 else square @ groups.mT
+        squares[t] = square
+        scale = torch.threshold_(square, dead, math.inf).rsqrt_()
+        scale = scale if len(groups) == 1 else scale @ groups
+        v *= scale
+        if beta:
+            m *= scale
+    return torch.threshold(squares, dead, 0.0).log_() / 2
+
+
+def _checked(gram: Tensor, outputs: int) -> Tensor:
+    gram = gram.detach().double().cpu()
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or outputs < 1 or len(gram) % outputs or not len(gram):
+        raise ValueError(f"gram has shape {tuple(gram.shape)}: pass (N outputs, N outputs) with outputs={outputs}")
+    if not bool(gram.isfinite().all()):
+        raise ValueError("gram is not finite: measure where the network still is, or skip this step")
+    if (gram - gram.mT).abs().max() > 1e-5 * gram.abs().max():
+        raise ValueError("gram is not symmetric: pass Z Z^T, rows and columns in the same order")
+    return (gram + gram.mT) / 2
+
+
+def _components(gram: Tensor, outputs: int) -> list[Tensor]:
+    n = len(gram) // outputs
+    size = gram.abs().view(n, outputs, n, outputs).amax((1, 3))
+    own = size.diagonal().sqrt()
+    linked = (size > 1e-9 * own * own[:, None]) | torch.eye(n, dtype=torch.bool)
+    labels = torch.arange(n)
+    while True:  # each sample takes the smallest label around it; following labels of labels makes long chains short
+        lowest = torch.where(linked, labels, n).amin(1)
+        lowest = lowest[lowest]
+        if torch.equal(lowest, labels):
+            return [torch.nonzero(labels == label)[:, 0] for label in labels.unique()]
+        labels = lowest

@@ -1,0 +1,264 @@
+"""The Gram matrix ``K = Z D Z^T`` of per-sample output gradients, without ``Z`` where that is dear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.operators.curvature import double_backward
+from lsp_callbacks.operators.layers import ParameterGram, Recorder, rows_alone
+from lsp_callbacks.probes import Evaluation, ProbeSet
+from lsp_callbacks.snapshot import Unmeasurable, displaced, flatten
+
+#: Positions (tokens, pixels) of a sample that are looked at; the others are taken to be like them.
+POSITIONS = 4
+#: Products that find the top eigenvector of each sample's output Hessian, and those that find the sharpest mode.
+POWER, ALIGN = 20, 4
+
+Scale = Mapping[str, "float | Tensor"]
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TangentKernel:
+    """``K`` and what it was made from.
+
+    Attributes:
+        gram: ``(N R, N R)`` in float64, sample by sample: ``R`` rows ``z = sqrt(s) u^T J`` a sample.
+        rows: ``R``.
+        path: which parameters took which path, by name: "structured", "layer", "rows".
+        traces: each parameter's share of the trace.
+        defect: the largest relative difference of ``c^T K c`` from ``||J^T c||^2`` over the parameters.
+        loss: mean over the probes.
+        stated: in words, which outputs the rows stand for.
+    """
+
+    gram: Tensor
+    rows: int
+    path: dict[str, str]
+    traces: dict[str, float]
+    defect: float
+    loss: float
+    stated: str
+
+
+def tangent_kernel(
+    probes: ProbeSet,
+    *,
+    outputs: Literal["top", "all"] = "top",
+    scale: Scale | None = None,
+    positions: int = POSITIONS,
+    generator: torch.Generator | None = None,
+    memory: int = 2**26,
+) -> TangentKernel:
+    """``K_ij = z_i D z_j^T`` with ``z_i = R_i^T J_i``, ``R_i R_i^T = S_i`` the output Hessian of sample i's loss.
+
+    ``lambda_max(K) / N`` is the sharpness of the Gauss-Newton matrix, and one SGD step on a batch acts on ``v = Z^T x``
+    through the rows of K alone. By default a sample has one row, the top eigenpair of its output Hessian; where that is
+    degenerate (squared loss with several outputs) the direction in which the sharpest mode moves the sample's outputs.
+    A sample with several positions (tokens) has one row for each of ``positions`` of them, drawn at random and weighted
+    to stand for all.
+
+    Linear layers, embeddings, normalisations and convolutions contribute from their inputs and output gradients;
+    another layer by the per-sample Jacobians of itself alone. Each parameter's share is checked against one plain
+    backward pass, ``c^T K c = ||J^T c||^2`` for random c; where it fails (a weight that is used outside of its layer)
+    the rows of Z are formed for that parameter, one backward pass each.
+
+    Args:
+        probes: the samples.
+        outputs: "top", or "all" eigenpairs of each output Hessian.
+        scale: the diagonal of D, by parameter name: relative learning rates, a frozen preconditioner. None is 1.
+        positions: how many of a sample's positions to look at.
+        generator: of positions and the check; private.
+        memory: bound on the numbers held at once in a layer's per-sample gradients.
+
+    Raises:
+        Unmeasurable: the criterion is not convex in the outputs, or flat.
+
+    Cost: one forward and ``R + 1`` backward passes over the probes; ``n^2`` memory for K beside the activations.
+    Source: Chemnitz & Engel 2025, (2.18); MATH section 2.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    parameters = probes.parameters
+    scale = dict.fromkeys(parameters, 1.0) | dict(scale or {})
+    directions = _Directions(probes, scale, outputs, positions, generator)
+    grams = {name: ParameterGram() for name in parameters}
+    backward = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    signs: list[Tensor] = []
+    loss = 0.0
+    for index in range(len(probes.parts)):
+        found, recorder, cotangents = directions.evaluate(index)
+        samples = len(found.outputs)
+        loss += float(found.criterion(found.outputs.detach())) * samples / probes.samples
+        c = torch.randn(samples, len(cotangents), generator=generator).to(found.outputs)
+        signs.append(c.reshape(-1))
+        for name, part in recorder.parts(found.outputs, cotangents, samples).items():
+            grams[name].parts.append(part)
+        total = torch.stack([w * c[:, r, None, None] for r, w in enumerate(cotangents)]).sum(0)
+        whole = torch.autograd.grad(found.outputs, list(parameters.values()), total, allow_unused=True)
+        for name, g in zip(parameters, whole):
+            if g is not None:
+                backward[name] += g
+    weights = torch.cat(signs).double()
+    gram = torch.zeros(len(weights), len(weights), dtype=torch.float64, device=weights.device)
+    path: dict[str, str] = {}
+    traces: dict[str, float] = {}
+    defect = 0.0
+    for name, g in backward.items():
+        root = torch.as_tensor(scale[name]).to(g) ** 0.5
+        expected = float((root * g).double().square().sum())
+        share = grams[name].gram(root, memory) if len(grams[name].parts) == len(probes.parts) else None
+        path[name] = grams[name].path
+        if share is None or not _agree(_form(share, weights), expected, g.dtype):
+            share, path[name] = directions.rows(name).gram(root, memory), "rows"
+        if not _agree(_form(share, weights), expected, g.dtype):
+            raise Unmeasurable(f"the per-sample gradients of {name} do not add up to its gradient: the forward pass is random")
+        defect = max(defect, abs(_form(share, weights) / expected - 1) if expected else 0.0)
+        gram += share
+        traces[name] = float(share.trace())
+    gram = (gram + gram.T).cpu() / 2
+    return TangentKernel(gram, len(gram) // probes.samples, path, traces, defect, loss, directions.stated)
+
+
+def _form(share: Tensor, c: Tensor) -> float:
+    return float(c @ (share.double() @ c))
+
+
+def _agree(value: float, expected: float, dtype: torch.dtype) -> bool:
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 5e-2)
+    return abs(value - expected) <= tolerance * expected
+
+
+class _Directions:
+    """Which combinations of a sample's outputs the rows of Z stand for."""
+
+    def __init__(self, probes: ProbeSet, scale: Scale, which: str, positions: int, generator: torch.Generator):
+        self.probes, self.scale, self.which, self.generator = probes, scale, which, generator
+        self._count = positions
+        self._chosen: Tensor | None = None
+        self._moves: list[Tensor] | None = None
+        self._cotangents: dict[int, list[Tensor]] = {}
+        self.stated = ""
+
+    def evaluate(self, index: int) -> tuple[Evaluation, Recorder, list[Tensor]]:
+        """One forward pass over a part, with the cotangents ``sqrt(s) u`` of its rows."""
+        with double_backward(self.probes.module):
+            with Recorder(self.probes.module, self.probes.parameters) as recorder:
+                found = self.probes.parts[index]()
+            if index not in self._cotangents:  # the same ones each time: they are drawn and rounded
+                self._cotangents[index] = self._choose(found, index)
+            return found, recorder, self._cotangents[index]
+
+    def rows(self, name: str) -> ParameterGram:
+        """One parameter's share by a backward pass for each row."""
+        parts = []
+        for index in range(len(self.probes.parts)):
+            found, _, cotangents = self.evaluate(index)
+            parts.append(rows_alone(found.outputs, self.probes.parameters[name], cotangents))
+        return ParameterGram(parts)
+
+    def _choose(self, found: Evaluation, index: int) -> list[Tensor]:
+        shape = found.outputs.shape
+        if self._chosen is None:
+            order = torch.randperm(shape[1], generator=self.generator)
+            self._chosen = order[: self._count].sort().values
+            some = f" at {len(self._chosen)} of {shape[1]} positions" if shape[1] > 1 else ""
+            self.stated = ("the only output" if shape[2] == 1 else f"{self.which} of {shape[2]} outputs") + some
+        if shape[1] <= int(self._chosen.max()):
+            raise Unmeasurable("samples have different numbers of positions: pad the batches to one length")
+        curvature = output_hessian(found)
+        if self.which == "all" or shape[2] == 1:
+            pairs = _all_pairs(curvature, found.outputs)
+        else:
+            pairs = [self._top(curvature, found, index)]
+        weight = (shape[1] / len(self._chosen)) ** 0.5
+        cotangents = []
+        for rows in pairs:
+            for position in self._chosen.tolist():
+                alone = torch.zeros_like(rows)
+                alone[:, position] = weight * rows[:, position]
+                cotangents.append(alone)
+        return cotangents
+
+    def _top(self, curvature: Product, found: Evaluation, index: int) -> Tensor:
+        """``sqrt(s) u`` of the top eigenpair at each position, by power iteration."""
+        # One start for all: where the eigenvalue is nearly degenerate, samples that agree keep what they have in common.
+        start = torch.randn(found.outputs.shape[-1], generator=self.generator).to(found.outputs).expand_as(found.outputs)
+        image = curvature(_unit(start))
+        value = (image * _unit(start)).sum(-1, keepdim=True)
+        if bool(((image - value * _unit(start)).norm(dim=-1) <= 1e-4 * image.norm(dim=-1)).all()):
+            # Any direction is an eigenvector: take the one in which the sharpest mode moves this sample.
+            self._moves = self._moves or _sharpest_moves(self.probes, self.scale, self.generator)
+            self.stated = self.stated.replace("top", "sharpest mode", 1)
+            start, image = self._moves[index], curvature(_unit(self._moves[index]))
+        for _ in range(POWER):
+            start, image = image, curvature(_unit(image))
+        u = _unit(start)
+        return u * _root((image * u).sum(-1, keepdim=True), image)
+
+
+def output_hessian(found: Evaluation) -> Product:
+    """``v -> S v``: the Hessian of N times the mean loss in the outputs, block by block in the samples.
+
+    Raises:
+        Unmeasurable: if the criterion is linear in the outputs.
+    """
+    f = found.outputs.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = len(f) * found.criterion(f)
+        (gradient,) = torch.autograd.grad(loss, f, create_graph=True)
+    if not gradient.requires_grad:
+        raise Unmeasurable("the criterion is linear in the outputs: it has no curvature, and no Gauss-Newton matrix")
+
+    def product(v: Tensor) -> Tensor:
+        return torch.autograd.grad(gradient, f, v.to(gradient), retain_graph=True, materialize_grads=True)[0]
+
+    return product
+
+
+def _all_pairs(curvature: Product, outputs: Tensor) -> list[Tensor]:
+    """``sqrt(s_k) u_k`` for every k: the columns of ``S^(1/2)`` at each position."""
+    classes = outputs.shape[-1]
+    basis = torch.eye(classes).to(outputs)
+    blocks = torch.stack([curvature(e.expand_as(outputs)) for e in basis], dim=-1)
+    values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
+    return list((vectors * _root(values, values)[..., None, :]).unbind(-1))
+
+
+def _root(values: Tensor, scale: Tensor) -> Tensor:
+    if bool((values < -1e-4 * scale.abs().amax()).any()):
+        raise Unmeasurable(
+            "the criterion is not convex in the outputs: its Gauss-Newton matrix is not positive, and the exponents of "
+            "SGD are not given by a Gram matrix"
+        )
+    return values.clamp_min(0) ** 0.5
+
+
+def _sharpest_moves(probes: ProbeSet, scale: Scale, generator: torch.Generator) -> list[Tensor]:
+    """How each output moves along the top eigenvector of the Gauss-Newton matrix: power iteration from differences."""
+    parameters = list(probes.parameters.values())
+    weights = [torch.as_tensor(scale[name]).to(p).expand_as(p) for name, p in probes.parameters.items()]
+    d = flatten(weights, parameters)
+    vector = torch.randn(len(d), generator=generator).to(d)
+    with torch.no_grad():
+        before = [part().outputs.detach() for part in probes.parts]
+    for _ in range(ALIGN):
+        # A small step for the outputs, a large one for their rounding.
+        distance = 1e-2 / float(torch.linalg.vector_norm(vector))
+        with torch.no_grad(), displaced(parameters, vector, distance):
+            moves = [(part().outputs.detach() - b) / distance for part, b in zip(probes.parts, before)]
+        image = torch.zeros_like(vector)
+        for part, move in zip(probes.parts, moves):
+            found = part()
+            curved = output_hessian(found)(move)
+            image += flatten(torch.autograd.grad(found.outputs, parameters, curved, materialize_grads=True), parameters)
+        vector = _unit(d * image)
+    return moves
+
+
+def _unit(v: Tensor) -> Tensor:
+    return v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)

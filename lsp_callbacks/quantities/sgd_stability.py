@@ -1,0 +1,178 @@
+"""The stability of SGD itself: its exponent at the current weights, and the largest stable learning rates."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.functional.diagram import StabilityDiagram, critical_lr, stability_diagram
+from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
+from lsp_callbacks.functional.sgd_stability import Sampling, sgd_exponent
+from lsp_callbacks.operators.training import frozen_rule
+from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+
+#: Multiplications of the random products of one measurement, and those that a step's calls are worth beside its own.
+NUMERICS, CALLS = 5e8, 2e7
+#: A network has collapsed when its rank is this share of the largest so far, and the probes' loss that of the first.
+RANK, LOSS = 0.1, 0.5
+
+
+class SGDStability(Quantity):
+    """``lr / critical_lr``: how far a step is from the learning rate at which SGD itself loses linear stability.
+
+    From the Gram matrix K of per-sample output gradients at a probe set, the optimizer's momentum and the loader's
+    batch size: the top exponent ``lambda`` of the random product of steps frozen at the current weights, the smallest
+    rate at which it turns positive, and the largest at which the second moment is bounded. Unlike sharpness it sees
+    batch noise, with momentum too. Adam and AdamW are taken with their preconditioner frozen. It is a statement of
+    *linear* stability, of the Gauss-Newton matrix, in eval mode: BatchNorm by its running statistics, no dropout.
+
+    Near 1 is where good training often lives. When it stays above 1 and the loss does not fall: lower the learning rate,
+    or take larger batches: `diagram` says which rate each batch size can bear.
+
+    Args:
+        probes: how many training samples to look at; the first that the loader gives.
+        outputs: "top" takes one row a sample, the top eigenpair of its output Hessian; "all" takes every output.
+        sampling: how batches are drawn; "reshuffle" needs all training samples as probes.
+        replacement: within a batch.
+        chains: of the random product.
+        steps: of each chain.
+
+    Keys: ``stability/courant_sgd``, ``critical_lr``, ``courant_mean_square``, ``mean_square_lr``, ``sgd_lyapunov`` (nats
+    per step); ``_error`` beside those by Monte Carlo; ``kernel_rank`` and ``kernel_trace`` of K, ``collapsed`` (0 or 1).
+
+    Raises:
+        ValueError: for bad arguments.
+
+    Cost: three passes over the probes and some ten milliseconds. Source: Chemnitz & Engel 2025, (2.18), (2.19);
+    Mulayoff & Michaeli 2024 for the second moment; MATH section 2.
+    """
+
+    name = "sgd_stability"
+    keys = (
+        "stability/courant_sgd", "stability/critical_lr", "stability/courant_mean_square", "stability/mean_square_lr",
+        "stability/sgd_lyapunov",
+    )  # fmt: skip
+    optional = (
+        "stability/critical_lr_error", "stability/sgd_lyapunov_error", "stability/kernel_rank", "stability/kernel_trace",
+        "stability/collapsed",
+    )  # fmt: skip
+    needs_update = True
+    values: Tensor
+    best_rank: Tensor
+    first_loss: Tensor
+
+    def __init__(
+        self,
+        probes: int = 128,
+        *,
+        outputs: Literal["top", "all"] = "top",
+        sampling: Sampling = "iid",
+        replacement: bool = False,
+        chains: int = 8,
+        steps: int = 150,
+    ):
+        super().__init__()
+        for argument, value in (("probes", probes), ("chains", chains), ("steps", steps)):
+            if value < 2:
+                raise ValueError(f"{argument}={value}: give at least 2")
+        if outputs not in ("top", "all"):
+            raise ValueError(f"outputs={outputs!r}: give 'top' or 'all'")
+        self.probes, self.outputs, self.sampling, self.replacement = probes, outputs, sampling, replacement
+        self.chains, self.steps = chains, steps
+        self.latest: FrozenSGD | None = None
+        self._names = (*self.keys, *self.optional)
+        self.add_state("values", default=torch.full((len(self._names),), math.nan, dtype=torch.float64), persistent=True)
+        self.add_state("best_rank", default=scalar(0.0), persistent=True)
+        self.add_state("first_loss", default=scalar(math.nan), persistent=True)
+
+    def check(self, snapshot: Snapshot) -> None:
+        frozen_rule(snapshot)
+
+    def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        """Passes over the probes, and the random products, in the gradients of one step."""
+        if snapshot.probes is None:
+            return {}
+        share = self.probes / max(snapshot.probes.batch_size, 1)
+        device = next(iter(snapshot.parameters.values())).device
+        numerics = NUMERICS / (CALLS + _multiplications(snapshot))
+        return {"forward": 1 / 3, "kernel": 2.0 * share, "products": max(numerics, 0.0 if device.type == "cpu" else 2.0)}
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Measures one step; waits while its probes are being collected."""
+        self.complete = False
+        if snapshot.probes is not None and not snapshot.probes.full:
+            return
+        if snapshot.loss is not None:
+            _ = snapshot.faithful
+        found = frozen_sgd(snapshot, outputs=self.outputs, generator=torch.Generator().manual_seed(snapshot.seed))
+        values = self._measure(found, snapshot)
+        assert snapshot.probes is not None
+        loss = scalar(found.kernel.loss)
+        first = loss if bool(self.first_loss.isnan()) else self.first_loss
+        best = torch.maximum(self.best_rank, scalar(float(found.modes.rank)))
+        values["collapsed"] = float(found.modes.rank <= RANK * float(best) and float(loss) >= LOSS * float(first))
+        self.values = torch.tensor([values[name.split("/")[1]] for name in self._names], dtype=torch.float64)
+        self.best_rank, self.first_loss, self.latest, self.complete = best, first, found, True
+
+    def _measure(self, found: FrozenSGD, snapshot: Snapshot) -> dict[str, float]:
+        generator = snapshot.generator(self.name)
+        settings: dict[str, Any] = {
+            "batch_size": min(found.batch_size, found.population),
+            "rule": found.rule,
+            "sampling": self.sampling,
+            "replacement": self.replacement,
+            "population": found.population,
+            "chains": self.chains,
+            "steps": self.steps,
+            "generator": generator,
+        }
+        critical = critical_lr(found.modes, **settings)
+        exponent = sgd_exponent(found.modes, found.lr, **settings)
+        if math.isnan(critical.value):
+            raise Unmeasurable("the Gram matrix is not finite: the weights or the outputs have overflowed")
+        return {
+            "courant_sgd": found.lr / critical.value,
+            "critical_lr": critical.value,
+            "critical_lr_error": critical.error,
+            "courant_mean_square": found.lr / critical.mean_square,
+            "mean_square_lr": critical.mean_square,
+            "sgd_lyapunov": float(exponent.value),
+            "sgd_lyapunov_error": float(exponent.error),
+            "kernel_rank": float(found.modes.rank),
+            "kernel_trace": float(found.modes.trace),
+        }
+
+    def compute(self) -> dict[str, Tensor]:
+        """The last measurement; what is infinite (nothing can become unstable) is left out."""
+        found = dict(zip(self._names, self.values))
+        return {key: value for key, value in found.items() if key in self.keys or bool(value.isfinite())}
+
+    def diagram(self, **settings: Any) -> StabilityDiagram:
+        """The (rate, batch size) diagram at the last measured weights; see `lsp_callbacks.functional.stability_diagram`.
+
+        Raises:
+            ValueError: before a measurement.
+        """
+        if self.latest is None:
+            raise ValueError("nothing has been measured yet: call update first")
+        found = self.latest
+        return stability_diagram(found.modes, rule=found.rule, population=found.population, **settings)
+
+    def load_vectors(self, vectors: dict[str, Any]) -> None:
+        self.latest = None
+
+
+def _multiplications(snapshot: Snapshot) -> float:
+    """Of a gradient, from the weights of linear maps and how often they are applied: three times those of the forward."""
+    total = 0.0
+    modules = dict(snapshot.module.named_modules())
+    for name, call in snapshot.calls.items():
+        weight = getattr(modules[name], "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim > 1 and call.output_shape:
+            axis = 1 if weight.ndim > 2 else -1
+            total += 3.0 * weight.numel() * math.prod(call.output_shape) / call.output_shape[axis]
+    return total
