@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -220,13 +220,15 @@ class Monitor:
         dial = next((key for key in DIALS if key in values), None)
         if dial is not None:
             values["stability/courant"] = values[dial]
-        if not values:
-            return None
+        return self.add(Observation(snapshot.step, {}, failures), values) if values else None
+
+    def add(self, observation: Observation, values: dict[str, float]) -> Observation:
+        """The observation with further values, which go into the history, too."""
         for key, value in values.items():
             curve = self.history.setdefault(key, Curve())
-            curve.steps.append(snapshot.step)
+            curve.steps.append(observation.step)
             curve.values.append(value)
-        return Observation(snapshot.step, values, failures)
+        return replace(observation, values=observation.values | values)
 
     def _warn(self, failures: dict[str, str], step: int) -> None:
         """Once for each kind of reason, whatever its numbers are."""

@@ -83,6 +83,30 @@ class Snapshot:
         own = [self.gradient[name] for name in self.parameters]
         return flatten(own, list(self.parameters.values())).detach()
 
+    def check_gradient(self, flat: Tensor, *, tolerance: float = 1e-2) -> None:
+        """Refuses a step whose gradient is not ``flat``, the gradient of its replayed loss.
+
+        Raises:
+            Unmeasurable: if they differ.
+        """
+        own = self.flat_gradient
+        if own is None:
+            return
+        defect = torch.linalg.vector_norm(own - flat)
+        if not bool(defect <= tolerance * torch.linalg.vector_norm(own)):
+            raise Unmeasurable(
+                "the step's gradient is not that of its loss: a hook changed it, or several backward passes were summed"
+            )
+
+    @cached_property
+    def own_gradient(self) -> bool:
+        """True if the step's gradient is that of its replayed loss; see `check_gradient` for what it raises."""
+        parameters = list(self.parameters.values())
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            gradient = torch.autograd.grad(self.replay(), parameters, allow_unused=True)
+        self.check_gradient(flatten(gradient, parameters), tolerance=1e-2 if parameters[0].element_size() > 2 else 0.1)
+        return True
+
     def once(self, key: Any, compute: Callable[[], T]) -> T:
         """What several quantities need of the same step is computed once."""
         if key not in self.memo:

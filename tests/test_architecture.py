@@ -11,7 +11,7 @@ ROOT = Path(lsp_callbacks.__file__).parent
 #: Each layer may import itself and what is left of it.
 LAYERS = ("linalg", "snapshot", "replay", "operators", "functional", "quantities", "monitor", "report", "callbacks")
 #: Programs: they may import everything, and nothing imports them.
-PROGRAMS = ("demo", "cli")
+PROGRAMS = ("demo", "cli", "diagram")
 LIGHTNING = {"lightning", "pytorch_lightning"}
 OPTIONAL = {"matplotlib", "rich", "jsonargparse", "sklearn", "scipy", "torchvision", "transformers", "tensorboard"}
 FILES = sorted(ROOT.rglob("*.py"))

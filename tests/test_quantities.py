@@ -10,11 +10,16 @@ from problems import Regression, close, f64, freeze, random, same, seeded, traje
 from torch import nn
 from torchmetrics import MetricCollection
 
-from lsp_callbacks import Lyapunov, Sharpness, Snapshot, Unmeasurable
+from lsp_callbacks import Lyapunov, ProbeSet, Sharpness, Snapshot, Unmeasurable
+from lsp_callbacks.probes import evaluation
 from lsp_callbacks.quantities import REGISTRY
 
 SGD = torch.optim.SGD
-SETTINGS = {"lyapunov": {"window": 2}, "lyapunov_trajectory": {"k": 2, "transient": 1, "window": 40}}
+SETTINGS = {
+    "lyapunov": {"window": 2},
+    "sgd_stability": {"probes": 6, "chains": 4, "steps": 40},
+    "lyapunov_trajectory": {"k": 2, "transient": 1, "window": 40},
+}
 every_quantity = pytest.mark.parametrize("name", REGISTRY)
 
 
@@ -33,6 +38,12 @@ def problem():
     return Regression(seeded(net), random(6, 2, seed=1), random(6, 1, seed=2))
 
 
+def probes_of(task):
+    """All six samples, in batches of two."""
+    part = lambda: evaluation(task.net(task.x), lambda f: 0.5 * (f - task.y).square().mean(), samples=6)  # noqa: E731
+    return ProbeSet(module=task, parts=(part,), samples=6, batch_size=2, population=6)
+
+
 def metric_of(name):
     return REGISTRY[name](**SETTINGS.get(name, {}))
 
@@ -41,7 +52,8 @@ def steps(metric, n, start=problem):
     """Frozen steps of a real run, with what the metric wants to see of them."""
     task = start()
     optimizer = SGD(task.parameters(), lr=0.3, momentum=0.5)
-    return trajectory(task, optimizer, n, keep=getattr(metric, "keeps", lambda name, module: name == "net.1"))
+    keep = getattr(metric, "keeps", lambda name, module: name == "net.1")
+    return trajectory(task, optimizer, n, keep=keep, probes=probes_of(task))
 
 
 def fed(name, measurements=1, extra=0):
@@ -101,7 +113,7 @@ def test_state_survives_a_checkpoint(name):
     fresh_box.load_state_dict(copy.deepcopy(state))
     assert same(fresh_box.state_dict(), state)
     assert fresh.update_count == metric.update_count == 3 * (metric.prepare + metric.window)
-    persistent = {"sharpness", "lyapunov", "lyapunov_trajectory"}
+    persistent = {"sharpness", "sgd_stability", "lyapunov", "lyapunov_trajectory"}
     if name in persistent:
         assert same(fresh.compute(), metric.compute())
 
@@ -131,7 +143,8 @@ def test_an_exception_leaves_the_metric_whole(name, extra):
         raise KeyError("the loss of a user")
 
     optimizer = SGD(task.parameters(), lr=0.3, momentum=0.5)
-    broken = replace(freeze(task, optimizer, step=metric.update_count, keep=metric.keeps), replay=fails)
+    frozen = freeze(task, optimizer, step=metric.update_count, keep=metric.keeps, probes=probes_of(task))
+    broken = replace(frozen, replay=fails)
     with pytest.raises(KeyError):
         metric.update(broken)
     assert not metric.complete
@@ -173,7 +186,8 @@ def test_leaves_no_trace(name):
     before, random_state = copy.deepcopy(task.state_dict()), torch.get_rng_state()
     for training in (True, False):
         task.train(training)
-        metric.update(freeze(task, SGD(task.parameters(), lr=0.3), keep=metric.keeps, step=int(not training)))
+        optimizer, settings = SGD(task.parameters(), lr=0.3), {"keep": metric.keeps, "probes": probes_of(task)}
+        metric.update(freeze(task, optimizer, step=int(not training), **settings))
         assert all(m.training is training for m in task.modules())
     assert same(task.state_dict(), before) and all(p.grad is None for p in task.parameters())
     assert torch.equal(torch.get_rng_state(), random_state) and torch.is_grad_enabled()
@@ -201,8 +215,8 @@ def test_quantities_of_one_step_share_their_work():
 def test_what_needs_the_update_map_says_so_before_it_is_measured(name):
     task = problem()
     for measure in (metric_of(name).check, metric_of(name).update):
-        with pytest.raises(Unmeasurable, match="Adam"):
-            measure(freeze(task, torch.optim.Adam(task.parameters())))
+        with pytest.raises(Unmeasurable, match="RMSprop"):
+            measure(freeze(task, torch.optim.RMSprop(task.parameters()), probes=probes_of(task)))
 
 
 @pytest.mark.parametrize("name", [name for name, quantity in REGISTRY.items() if not quantity.needs_update])

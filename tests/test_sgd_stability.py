@@ -6,7 +6,7 @@ import torch
 
 from lsp_callbacks.functional.diagram import critical_lr, stability_diagram
 from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr, second_moment, second_moment_exponent
-from lsp_callbacks.functional.sgd_stability import (
+from lsp_callbacks.functional import (
     UpdateRule,
     finite_time_exponents,
     gd_exponent,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lsp_callbacks.callbacks.adapter import Pending, arguments, batch_size
-from lsp_callbacks.probes import Criteria, Evaluation, ProbeSet, evaluating, evaluation
+from lsp_callbacks.probes import HOW, Criteria, Evaluation, ProbeSet, evaluating, evaluation
 from lsp_callbacks.replay import copied
 from lsp_callbacks.snapshot import Unmodelled
 
@@ -100,6 +100,8 @@ class Probes:
                 if self.forward_fn is not None and self.criterion is not None:
                     criterion = self.criterion
                     return evaluation(self.forward_fn(module, own), lambda f: criterion(f, own), samples=size)
+                if not getattr(module, "automatic_optimization", True):  # it would step the optimizer
+                    raise Unmodelled(f"automatic_optimization=False: training_step cannot be asked for outputs; {HOW}")
                 with Criteria() as criteria:
                     outputs: Any = module.training_step(*arguments(module.training_step, own, 0))  # type: ignore[operator]
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs

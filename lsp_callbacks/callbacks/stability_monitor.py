@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,12 +13,18 @@ from pytorch_lightning.utilities import rank_zero_info
 from lsp_callbacks.callbacks.adapter import LossFn, Pending, identical, unmodelled, warn_sub_batch
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.probing import Criterion, ForwardFn, Probes, population
+from lsp_callbacks.callbacks.schedule import Schedule, rate
 from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.quantities import Quantity, build
 from lsp_callbacks.quantities.select import Selection, validate
 from lsp_callbacks.replay import untouched
 from lsp_callbacks.report import verdict
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+
+#: Measurements whose mean is the critical rate that a scheduled rate is compared with.
+RECENT = 3
+#: How many steps of the schedule to look ahead.
+HORIZON = 1000
 
 
 class StabilityMonitor(Callback):
@@ -92,7 +98,7 @@ class StabilityMonitor(Callback):
         self.log_layers, self.loss_fn, self.save_vectors, self.seed = log_layers, loss_fn, save_vectors, seed
         wanted = max((getattr(quantity, "probes", 0) for quantity in built), default=0)
         self.probes = Probes(wanted, forward_fn, criterion)
-        self.subscribers: list[Callable[[Any, Observation], bool]] = []
+        self.subscribers: list[Any] = []
         self.step = 0
         self._unmodelled: str | None = None
         self._pending: Pending | None = None
@@ -101,8 +107,11 @@ class StabilityMonitor(Callback):
         self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._updates = 0
         self._measured_at: int | None = None
+        self._critical: list[float] = []
+        self._schedule: Schedule | None = None
         self._spent = 0.0
         self._began: float | None = None
+        self._rate_used = 0.0
 
     @property
     def history(self) -> dict[str, Curve]:
@@ -115,7 +124,7 @@ class StabilityMonitor(Callback):
         if stage != "fit":
             return
         if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
-            self.step, self._measured_at = 0, None
+            self.step, self._measured_at, self._critical = 0, None, []
             self.monitor.reset()
         self.monitor.drop()
         self._unmodelled = unmodelled(trainer, pl_module)
@@ -139,6 +148,7 @@ class StabilityMonitor(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.probes.drop(population(trainer))
+        self._schedule = Schedule(trainer)
         self._unmodelled = unmodelled(trainer, pl_module)
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         self.monitor.require(
@@ -174,6 +184,7 @@ class StabilityMonitor(Callback):
             return
         began = time.perf_counter()
         self._saw_loss = False
+        self._rate_used = rate(trainer.optimizers[0])
         self._updates += 1
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -207,10 +218,13 @@ class StabilityMonitor(Callback):
         if self._observation is not None:
             observation, self._observation = self._observation, None
             self._measured_at = observation.step
+            observation = self._look_ahead(trainer, observation)
             self._publish(trainer, observation)
-            stop = any([receive(trainer, observation) for receive in self.subscribers])
-            if self.subscribers and trainer.strategy.reduce_boolean_decision(stop, all=False):
-                trainer.should_stop = True
+            for subscriber in self.subscribers:
+                subscriber.receive(trainer, observation)
+        stop = any([subscriber.judge(trainer, self.step - 1, outputs) for subscriber in self.subscribers])
+        if self.subscribers and trainer.strategy.reduce_boolean_decision(stop, all=False):
+            trainer.should_stop = True
         if self._measured_at is not None:
             trainer.callback_metrics["stability/age"] = torch.tensor(float(self.step - 1 - self._measured_at))
         self._spent += time.perf_counter() - began
@@ -247,6 +261,34 @@ class StabilityMonitor(Callback):
             kept |= {key: values[key] for key in sorted(keys, key=lambda k: -abs(values[k]))[: self.log_layers]}
         return kept
 
+    # -- the schedule ----------------------------------------------------------------------------------------------
+
+    @property
+    def critical_rate(self) -> float:
+        """The mean of the last critical learning rates, NaN before there is one."""
+        known = self._critical[-RECENT:]
+        return sum(known) / len(known) if known else math.nan
+
+    def scheduled_courant(self, trainer: Any) -> float:
+        """The rate that the optimizer has now, before it is used, over the last critical rates."""
+        return rate(trainer.optimizers[0]) / self.critical_rate if self._critical else math.nan
+
+    def _look_ahead(self, trainer: Any, observation: Observation) -> Observation:
+        """Adds ``stability/steps_to_edge``: when the schedule crosses the critical rate, if it will."""
+        courant = observation.values.get("stability/courant", math.nan)
+        used = self._rate_used
+        critical = observation.values.get("stability/critical_lr", used / courant if courant > 0 else math.nan)
+        if not math.isfinite(critical):
+            return observation
+        self._critical = [*self._critical, critical][-RECENT:]
+        assert self._schedule is not None
+        left = max(1, int(min(HORIZON, trainer.estimated_stepping_batches - self.step)))
+        ahead = self._schedule.ahead(self.step, left)
+        crossing = next((k for k, future in enumerate(ahead) if future > self.critical_rate), None)
+        if crossing is None or used > self.critical_rate:
+            return observation
+        return self.monitor.add(observation, {"stability/steps_to_edge": float(crossing + 1)})
+
     @property
     def overhead(self) -> float:
         """Measured share of the time since training began that went into measuring."""
@@ -267,10 +309,14 @@ class StabilityMonitor(Callback):
             self.probes.drop(self.probes.population)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "monitor": self.monitor.state_dict(vectors=self.save_vectors)}
+        return {
+            "step": self.step,
+            "critical": list(self._critical),
+            "monitor": self.monitor.state_dict(vectors=self.save_vectors),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step = state_dict["step"]
+        self.step, self._critical = state_dict["step"], list(state_dict.get("critical", []))
         self.monitor.load_state_dict(state_dict["monitor"])
 
 

@@ -14,31 +14,36 @@ from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.monitor import Observation
 
-#: Steps over which the loss is smoothed.
-SMOOTHING = 50
-#: A rise of the smoothed loss that confirms. Full-batch training at the edge of stability wavers by up to 5 %.
-RISE = 0.1
+#: Steps over which the loss is smoothed, and the first steps whose mean is the initial loss.
+SMOOTHING, INITIAL = 50, 5
+#: The smoothed loss confirms when it is this much above its least value, and above this share of the initial loss:
+#: once a data set is memorised, a rise of 20 % is noise.
+RISE, SHARE = 0.2, 0.1
+#: Keys that are a rate over a critical rate, and so can be known before the rate is used.
+SCHEDULED = ("stability/courant", "stability/courant_sgd", "stability/courant_gd")
 
 
 class StopOnInstability(Callback):
     """Ends training when it has become unstable: at the step, not at the end of the epoch.
 
-    Two levels. The *event*: the monitored value is above the threshold; it is logged as ``stability/event`` and printed
-    once. The *stop*: it stayed above for ``patience`` new measurements or more, and the smoothed loss has not improved
-    since it rose above, or is 10 % above its least value since. Healthy training at the edge of stability has events
-    and no stop. A NaN neither counts nor resets.
+    Two levels. The *event*: the mean of the last ``patience`` new measurements is above the threshold; it is logged as
+    ``stability/event`` and printed once. The *stop*: it is still above, and the smoothed loss is 20 % above its least
+    value so far and above a tenth of the initial loss, or not finite. Healthy training lives at the edge of stability
+    for long stretches: it has events and no stop. A NaN neither counts nor resets.
 
-    The value is compared, not its confidence bound: windows scatter most when a run begins to fail, so that the bound
-    turned positive after the loss had gone (``benchmarks/two_populations.md``). For the stricter rule, name the bound:
-    ``monitor="stability/lyapunov_lower"``.
+    A Courant number is a learning rate over a critical one. So the rate that the schedule brings next is compared
+    *before* it is used: a jump above the edge is an event before the first bad step, and a rate above ``limit``
+    critical ones ends training there, without waiting for the loss. A collapsed network (its outputs have ceased to
+    depend on its inputs) ends training, too.
 
     Args:
         monitor: a global key of the `StabilityMonitor` beside it, in either order.
         threshold: None is 0 for exponents and 1 for Courant numbers and stiffness.
-        patience: consecutive new measurements.
+        patience: new measurements in the mean.
         min_steps: ignore measurements before this step.
         confirm: "loss", or None for the bare rule without the loss.
-        verbose: print the event and the stop.
+        limit: the scheduled Courant number that is not used; None uses any.
+        verbose: print forecast, event and stop.
 
     Raises:
         ValueError: for bad arguments; in ``setup``, without a `StabilityMonitor`, or on a key that it never measures.
@@ -50,19 +55,22 @@ class StopOnInstability(Callback):
 
     def __init__(
         self,
-        monitor: str = "stability/lyapunov",
+        monitor: str = "stability/courant",
         *,
         threshold: float | None = None,
         patience: int = 3,
         min_steps: int = 0,
         confirm: Literal["loss"] | None = "loss",
+        limit: float | None = 10.0,
         verbose: bool = True,
     ):
         if patience < 1:
             raise ValueError(f"patience={patience}: give at least 1 measurement")
         if confirm not in ("loss", None):
             raise ValueError(f"confirm={confirm!r}: give 'loss', or None for the bare rule")
-        self.monitor, self.patience, self.min_steps = monitor, patience, min_steps
+        if limit is not None and limit <= 1:
+            raise ValueError(f"limit={limit}: give a Courant number above 1, or None")
+        self.monitor, self.patience, self.min_steps, self.limit = monitor, patience, min_steps, limit
         self.threshold = (0.0 if "lyapunov" in monitor else 1.0) if threshold is None else threshold
         self.confirm, self.verbose = confirm, verbose
         self._warned = False
@@ -71,10 +79,12 @@ class StopOnInstability(Callback):
     def _reset(self) -> None:
         self.event_step: int | None = None
         self.stop_step: int | None = None
-        self._count = 0
-        self._best = self._reference = math.inf
-        self._loss: Tensor | None = None
+        self._readings: list[float] = []
+        self._scheduled = math.nan
+        self._forecast = self._collapsed = False
         self._smoothed: Tensor | None = None
+        self._least: Tensor | None = None
+        self._initial: Tensor | None = None
         self._seen = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -86,16 +96,16 @@ class StopOnInstability(Callback):
         if self.monitor not in source.monitor.keys:
             known = ", ".join(sorted(source.monitor.keys))
             raise ValueError(f"monitor={self.monitor!r} is never measured here; these are: {known}")
-        if self.receive not in source.subscribers:
-            source.subscribers.append(self.receive)
+        if self not in source.subscribers:
+            source.subscribers.append(self)
         self._source = source
         if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
             self._reset()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         source = next((c for c in trainer.callbacks if isinstance(c, StabilityMonitor)), None)
-        if source is not None and self.receive in source.subscribers:
-            source.subscribers.remove(self.receive)
+        if source is not None and self in source.subscribers:
+            source.subscribers.remove(self)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.stop_step is not None:  # whoever goes on after a stop wants to hear of the next one
@@ -107,61 +117,79 @@ class StopOnInstability(Callback):
             rank_zero_warn(f"StopOnInstability will never stop: {self.monitor} is not measured in this run")
         self._warned = missing
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    # The monitor calls these two at the end of each batch, so that the order of the callbacks does not matter.
+
+    def receive(self, trainer: Any, observation: Observation) -> None:
+        """Takes in a new observation."""
+        value = observation.values.get(self.monitor, math.nan)
+        self._collapsed = observation.values.get("stability/collapsed", 0.0) == 1.0
+        if not math.isnan(value) and observation.step >= self.min_steps:
+            self._readings = [*self._readings, value][-self.patience :]
+        steps = observation.values.get("stability/steps_to_edge", math.nan)
+        if self.monitor in SCHEDULED and not math.isnan(steps) and not self._forecast:
+            self._forecast = True
+            self._say(
+                f"forecast at step {observation.step}: the scheduled learning rate crosses today's edge of stability at "
+                f"step {observation.step + steps:.0f}"
+            )
+
+    def judge(self, trainer: Any, step: int, outputs: Any) -> bool:
+        """Whether to stop after ``step``, whose outputs are given."""
+        self._smooth(outputs)
+        if self.stop_step is not None or step < self.min_steps:
+            return False
+        mean = sum(self._readings) / len(self._readings) if self._readings else math.nan
+        scheduled = self._source.scheduled_courant(trainer) if self.monitor in SCHEDULED else math.nan
+        if self.event_step is None and mean > self.threshold:
+            self._event(trainer, step, f"{self.monitor} = {mean:.4g} > {self.threshold:g}")
+        elif self.event_step is None and scheduled > max(self.threshold, 2 * mean):  # not a slow ramp: a jump
+            self._event(trainer, step, f"the next learning rate is {scheduled:.3g} times the critical one")
+        if self._collapsed:
+            why = "the network has collapsed: its outputs have ceased to depend on its inputs"
+        elif self.limit is not None and scheduled > self.limit and scheduled > 2 * mean:
+            why = f"the next learning rate is {scheduled:.3g} times the critical one, and was not used"
+        elif not mean > self.threshold:
+            return False
+        elif self.confirm is None:
+            if len(self._readings) < self.patience:
+                return False
+            why = self._reading(mean)
+        else:
+            assert self._smoothed is not None and self._least is not None and self._initial is not None
+            loss, least, initial = (float(t) for t in (self._smoothed, self._least, self._initial))
+            # A share of the initial loss means nothing where losses can be negative.
+            if loss <= least + RISE * abs(least) or (least >= 0 and loss <= SHARE * initial):
+                return False
+            why = f"{self._reading(mean)}, and the smoothed loss rose from {least:.4g} to {loss:.4g}"
+        self.stop_step = step
+        self._say(f"stop at step {step}: {why}. Try a lower learning rate, or a longer warm-up.")
+        return True
+
+    def _smooth(self, outputs: Any) -> None:
+        """Kept on its device: reading it at every step would wait for the device at every step."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        self._loss = loss.detach().float() if isinstance(loss, Tensor) else None
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._smooth()
-
-    def _smooth(self) -> None:
-        """Takes in the last step's loss: not at its own end, or the order of the callbacks would matter."""
-        loss, self._loss = self._loss, None
-        if loss is None:
+        if not isinstance(loss, Tensor):
             return
-        # Kept on its device: reading it at every step would wait for the device at every step.
+        loss = loss.detach().float()
         self._seen += 1
         before = loss if self._smoothed is None else self._smoothed.to(loss.device)
         self._smoothed = before.lerp(loss, 1.0 / min(self._seen, SMOOTHING))
+        if self._seen <= INITIAL:
+            self._initial = self._smoothed
+        self._least = self._smoothed if self._least is None else torch.fmin(self._least.to(loss.device), self._smoothed)
 
-    def receive(self, trainer: Any, observation: Observation) -> bool:
-        """Takes a new observation, and says whether to stop."""
-        value = observation.values.get(self.monitor, math.nan)
-        if math.isnan(value) or observation.step < self.min_steps or self.stop_step is not None:
-            return False
-        loss = math.inf if self._smoothed is None else float(self._smoothed)
-        if not value > self.threshold:
-            self._count, self._best = 0, math.inf
-            return False
-        if self.event_step is None:
-            self._event(trainer, observation, value)
-        self._count += 1
-        if self._count == 1 or self._reference == math.inf:
-            self._reference = loss
-        self._best = min(self._best, loss)  # a NaN leaves it
-        lower = loss < self._reference and loss <= self._best + RISE * abs(self._best)
-        if self._count < self.patience or (self.confirm == "loss" and lower):
-            return False
-        self.stop_step = observation.step
-        self._say(
-            f"stop at step {observation.step}: {self._reading(observation, value)} for {self._count} measurements"
-            + (f", and the smoothed loss went from {self._reference:.4g} to {loss:.4g}" if self.confirm else "")
-            + ". Try a lower learning rate, or a longer warm-up."
-        )
-        return True
-
-    def _event(self, trainer: Any, observation: Observation, value: float) -> None:
-        self.event_step = observation.step
-        self._say(f"event at step {observation.step}: {self._reading(observation, value)}: linearly unstable")
-        trainer.callback_metrics["stability/event"] = torch.tensor(float(observation.step))
+    def _event(self, trainer: Any, step: int, reading: str) -> None:
+        self.event_step = step
+        self._say(f"event at step {step}: {reading}: linearly unstable")
+        trainer.callback_metrics["stability/event"] = torch.tensor(float(step))
         for logger in trainer.loggers:
             row = trainer.fit_loop.epoch_loop._batches_that_stepped
-            logger.log_metrics({"stability/event": float(observation.step)}, step=row)
+            logger.log_metrics({"stability/event": float(step)}, step=row)
 
-    def _reading(self, observation: Observation, value: float) -> str:
-        text = f"{self.monitor} = {value:.4g} > {self.threshold:g}"
+    def _reading(self, mean: float) -> str:
+        text = f"{self.monitor} = {mean:.4g} > {self.threshold:g} (mean of {len(self._readings)})"
         if "lyapunov" in self.monitor:
-            text += f" per step (grows by e in {1 / value:.3g} steps)" if value > 0 else ""
+            text += f" per step (grows by e in {1 / mean:.3g} steps)" if mean > 0 else ""
         return text
 
     def _say(self, text: str) -> None:
@@ -169,15 +197,20 @@ class StopOnInstability(Callback):
             rank_zero_info(f"StopOnInstability: {text}")
 
     def state_dict(self) -> dict[str, Any]:
-        self._smooth()
-        smoothed = None if self._smoothed is None else float(self._smoothed)
+        losses = {
+            name: None if value is None else float(value)
+            for name, value in (("smoothed", self._smoothed), ("least", self._least), ("initial", self._initial))
+        }
         return {
-            "event_step": self.event_step, "stop_step": self.stop_step, "count": self._count,
-            "best": self._best, "reference": self._reference, "smoothed": smoothed, "seen": self._seen,
+            "event_step": self.event_step, "stop_step": self.stop_step, "readings": list(self._readings),
+            "forecast": self._forecast, "seen": self._seen, **losses,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.event_step, self.stop_step = state_dict["event_step"], state_dict["stop_step"]
-        self._count, self._best, self._seen = state_dict["count"], state_dict["best"], state_dict["seen"]
-        self._reference, smoothed = state_dict["reference"], state_dict["smoothed"]
-        self._smoothed = None if smoothed is None else torch.tensor(smoothed)
+        self._readings, self._seen = list(state_dict["readings"]), state_dict["seen"]
+        self._forecast = state_dict["forecast"]
+        self._smoothed, self._least, self._initial = (
+            None if state_dict[name] is None else torch.tensor(state_dict[name])
+            for name in ("smoothed", "least", "initial")
+        )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr
-from lsp_callbacks.functional.sgd_stability import PLAIN, Modes, Sampling, UpdateRule, sgd_exponent
+from lsp_callbacks.functional.modes import PLAIN, Modes, UpdateRule
+from lsp_callbacks.functional.sgd_stability import Sampling, sgd_exponent
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def critical_lr(
     burn_in: int = 50,
     start: float | None = None,
     grid: float = 1.1,
+    tol: float = 1e-8,
     generator: torch.Generator | None = None,
 ) -> CriticalRate:
     """The smallest rate at which lambda turns positive: ``lr / critical_lr`` is the stochastic Courant number.
@@ -79,6 +81,7 @@ def critical_lr(
     Args:
         start: where lambda is known to be negative, below every crossing; None computes `mean_square_lr`.
         grid: ratio of neighbouring rates.
+        tol: of the mean-square rate.
         modes, batch_size, rule, sampling, replacement, population: see `sgd_exponent`.
         chains, steps, burn_in, generator: see `sgd_exponent`.
 
@@ -93,7 +96,8 @@ def critical_lr(
     if not grid > 1:
         raise ValueError(f"grid={grid} must be larger than 1, the ratio of neighbouring rates")
     none = torch.empty(0, dtype=torch.float64)
-    edge = mean_square_lr(modes, batch_size=batch_size, rule=rule, replacement=replacement, population=population)
+    how: dict[str, Any] = {"batch_size": batch_size, "rule": rule, "replacement": replacement, "population": population}
+    edge = mean_square_lr(modes, tol=tol, **how)
     if math.isinf(edge):
         return CriticalRate(edge, 0.0, edge, none, none)
     if batch_size == (population or modes.samples) and not replacement:
@@ -109,15 +113,12 @@ def critical_lr(
         found = sgd_exponent(
             modes,
             block,
-            batch_size=batch_size,
-            rule=rule,
             sampling=sampling,
-            replacement=replacement,
-            population=population,
             chains=chains,
             steps=steps,
             burn_in=burn_in,
             generator=draws,
+            **how,
         )
         rates, exponents = torch.cat([rates, block]), torch.cat([exponents, found.value])
         errors = torch.cat([errors, found.error])

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from lsp_callbacks.functional.sgd_stability import Modes, UpdateRule, reduce
+from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce
 from lsp_callbacks.operators.tangent_kernel import TangentKernel, tangent_kernel
 from lsp_callbacks.operators.training import FrozenRule, frozen_rule
+from lsp_callbacks.probes import ProbeSet
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
 #: Eigenvalues of a float32 Gram matrix below this share of the largest are rounding.
@@ -64,6 +66,8 @@ def frozen_sgd(
     if probes is None:
         raise Unmeasurable("no probes are known: pass Snapshot(probes=ProbeSet(...))")
     rule: FrozenRule = frozen_rule(snapshot)
+    if rule.frozen:
+        rule = frozen_rule(snapshot, foreseen=_foreseen(probes))
     generator = generator or snapshot.generator("probes")
     kernel = tangent_kernel(probes, outputs=outputs, scale=rule.scale, generator=generator)
     trace = sum(kernel.traces.values()) or 1.0
@@ -88,3 +92,17 @@ def frozen_sgd(
         kernel=kernel,
         frozen=rule.frozen,
     )
+
+
+def _foreseen(probes: ProbeSet) -> dict[str, Tensor]:
+    """The mean gradient of the probes, as large as if one sample had brought it to a batch."""
+    total = {name: torch.zeros_like(p) for name, p in probes.parameters.items()}
+    for part in probes.parts:
+        with torch.enable_grad():
+            found = part()
+            loss = found.criterion(found.outputs)
+        gradients = torch.autograd.grad(loss, list(probes.parameters.values()), allow_unused=True)
+        for name, g in zip(total, gradients):
+            if g is not None:
+                total[name] += g * (len(found.outputs) / probes.batch_size)
+    return total

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lsp_callbacks.functional.sgd_stability import PLAIN, Modes, UpdateRule
+from lsp_callbacks.functional.modes import PLAIN, Modes, UpdateRule
 from lsp_callbacks.linalg import Eigenpair, LinearOperator, lanczos
 
 Superoperator = Callable[[Tensor], Tensor]

@@ -11,75 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lsp_callbacks.functional.modes import PLAIN, Modes, UpdateRule
+
 Sampling = Literal["iid", "reshuffle"]
-
-
-@dataclass(frozen=True)
-class UpdateRule:
-    """One step with a frozen preconditioner: ``v+ = delta v + phi m + b1 u``, ``m+ = beta m + b2 u``, ``u = H' v``.
-
-    Attributes:
-        momentum: ``beta``.
-        dampening: ``tau``; ignored without momentum, as torch does. Adam-style averaging is ``tau = beta``.
-        nesterov: requires ``dampening = 0``.
-        weight_decay: coupled, ``H' = H_B + weight_decay``.
-        decoupled_decay: AdamW's, ``delta = 1 - lr decoupled_decay``.
-        correction: Adam's ``c1 = 1 - beta1^t``: the gradient part of a step is ``lr / c1``.
-    """
-
-    momentum: float = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    decoupled_decay: float = 0.0
-    correction: float = 1.0
-
-    def __post_init__(self):
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum={self.momentum} must lie in [0, 1)")
-        if self.nesterov and self.dampening:
-            raise ValueError("Nesterov momentum has no dampening: set one of the two to its default")
-
-    def coefficients(self, lr: Tensor) -> tuple[Tensor, Tensor, float, Tensor, float]:
-        """``(delta, phi, beta, b1, b2)`` at the rates ``lr``."""
-        beta, rate = self.momentum, lr / self.correction
-        delta = 1 - lr * self.decoupled_decay
-        if not beta:
-            return delta, 0 * rate, 0.0, -rate, 0.0
-        if self.nesterov:
-            return delta, -rate * beta**2, beta, -rate * (1 + beta), 1.0
-        gain = 1 - self.dampening
-        return delta, -rate * beta, beta, -rate * gain, gain
-
-
-PLAIN = UpdateRule()
-
-
-@dataclass(frozen=True)
-class Modes:
-    """The directions that the samples feel: ``H = diag(curvatures)``, ``H_B = (1/B) sum_{i in B} Y_i^T Y_i``.
-
-    Attributes:
-        factor: ``Y``, ``(N, outputs, r)``.
-        curvatures: eigenvalues of the mean Hessian, ``(r,)``, descending.
-        owner: component of each mode, ``(r,)``. A mode is exactly zero on the samples of the others.
-        components: indices of samples that share no mode with the rest; SGD never couples them.
-        trace: of the mean Hessian. With ``rank`` it tells a stable network from a collapsed one.
-    """
-
-    factor: Tensor
-    curvatures: Tensor
-    owner: Tensor
-    components: list[Tensor]
-    trace: float
-
-    @property
-    def rank(self) -> int:
-        return len(self.curvatures)
-
-    @property
-    def samples(self) -> int:
-        return len(self.factor)
 
 
 @dataclass(frozen=True)
@@ -88,52 +22,6 @@ class Exponent:
 
     value: Tensor
     error: Tensor
-
-
-def reduce(gram: Tensor, outputs: int = 1, *, tol: float | None = None) -> Modes:
-    """``K = U L U^T = Y Y^T`` without its null space, component by component (MATH section 2).
-
-    Args:
-        gram: ``K = Z Z^T``, ``Z_i = S_i^{1/2} J_i``, ``(N outputs, N outputs)``, sample-major.
-        outputs: rows of a sample.
-        tol: eigenvalues up to ``tol`` times the largest are dropped; 1e-12 fits float64, a float32 K needs about 1e-6.
-
-    Raises:
-        ValueError: if ``gram`` is not a finite symmetric matrix of whole samples.
-
-    Cost: one ``eigh`` of each component.
-    """
-    gram = _checked(gram, outputs)
-    n, blocks = len(gram) // outputs, _components(gram, outputs)
-    rows = torch.arange(len(gram)).view(n, outputs)
-    pairs = [torch.linalg.eigh(gram[rows[b].flatten()][:, rows[b].flatten()]) for b in blocks]
-    floor = (1e-12 if tol is None else tol) * max((float(values[-1]) for values, _ in pairs), default=0.0)
-    factor = gram.new_zeros(n, outputs, len(gram))
-    curvatures: list[Tensor] = []
-    owner: list[Tensor] = []
-    for label, (block, (values, vectors)) in enumerate(zip(blocks, pairs)):
-        keep, start = values > max(floor, 0.0), sum(len(c) for c in curvatures)
-        part = (vectors[:, keep] * values[keep].sqrt()).view(len(block), outputs, -1)
-        factor[block, :, start : start + part.shape[-1]] = part
-        curvatures.append(values[keep] / n)
-        owner.append(torch.full((part.shape[-1],), label))
-    order = torch.cat(curvatures).argsort(descending=True)
-    # The trace of K itself, not of what was kept.
-    trace = float(gram.trace()) / n
-    return Modes(factor[..., order].contiguous(), torch.cat(curvatures)[order], torch.cat(owner)[order], blocks, trace)
-
-
-def regularity(gram: Tensor, lr: float, outputs: int = 1) -> tuple[float, int]:
-    """How far a minimum is from violating Chemnitz & Engel 2025, definition 2.2: both tell when ``lambda`` is delicate.
-
-    Returns:
-        The smallest ``|eigenvalue|`` of ``I - lr K_ii`` over samples (0: a step with that sample alone is singular),
-        and the number of components (more than 1: the samples split into parts that no step couples).
-    """
-    gram = _checked(gram, outputs)
-    n = len(gram) // outputs
-    own = gram.view(n, outputs, n, outputs).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    return float((1 - lr * torch.linalg.eigvalsh(own)).abs().min()), len(_components(gram, outputs))
 
 
 def gd_exponent(modes: Modes, lr: float | Tensor, *, rule: UpdateRule = PLAIN) -> Tensor:
@@ -197,7 +85,7 @@ def sgd_exponent(
 
     Example:
         >>> import torch
-        >>> from lsp_callbacks.functional.sgd_stability import reduce, sgd_exponent
+        >>> from lsp_callbacks.functional import reduce, sgd_exponent
         >>> modes = reduce(torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
         >>> round(float(sgd_exponent(modes, 1.0, batch_size=1).value), 2)  # log(0.8) / 2
         -0.11
@@ -384,28 +272,3 @@ def _walk(
         if beta:
             m *= scale
     return torch.threshold(squares, dead, 0.0).log_() / 2
-
-
-def _checked(gram: Tensor, outputs: int) -> Tensor:
-    gram = gram.detach().double().cpu()
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or outputs < 1 or len(gram) % outputs or not len(gram):
-        raise ValueError(f"gram has shape {tuple(gram.shape)}: pass (N outputs, N outputs) with outputs={outputs}")
-    if not bool(gram.isfinite().all()):
-        raise ValueError("gram is not finite: measure where the network still is, or skip this step")
-    if (gram - gram.mT).abs().max() > 1e-5 * gram.abs().max():
-        raise ValueError("gram is not symmetric: pass Z Z^T, rows and columns in the same order")
-    return (gram + gram.mT) / 2
-
-
-def _components(gram: Tensor, outputs: int) -> list[Tensor]:
-    n = len(gram) // outputs
-    size = gram.abs().view(n, outputs, n, outputs).amax((1, 3))
-    own = size.diagonal().sqrt()
-    linked = (size > 1e-9 * own * own[:, None]) | torch.eye(n, dtype=torch.bool)
-    labels = torch.arange(n)
-    while True:  # each sample takes the smallest label around it; following labels of labels makes long chains short
-        lowest = torch.where(linked, labels, n).amin(1)
-        lowest = lowest[lowest]
-        if torch.equal(lowest, labels):
-            return [torch.nonzero(labels == label)[:, 0] for label in labels.unique()]
-        labels = lowest

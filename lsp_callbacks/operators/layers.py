@@ -157,7 +157,9 @@ class Recorder:
             own = [one[position : position + count] for one in passes]
             position += count
             if any(g is None for one in own for g in one):
-                own = [tuple(torch.zeros_like(t) if g is None else g for g, t in zip(one, _tensors(call))) for one in own]
+                own = [
+                    tuple(torch.zeros_like(t) if g is None else g for g, t in zip(one, _tensors(call))) for one in own
+                ]
             names = {name: self._names[id(p)] for name, p in self._own(call.module).items()}
             for name, use in _uses(call, own, samples, list(names)).items():
                 if name in names:
@@ -289,7 +291,9 @@ def _(layer: nn.BatchNorm2d, x: Tensor, g: Tensor) -> dict[str, Use] | None:
 
 def _affine(normalised: Tensor, g: Tensor, dims: int) -> dict[str, Use]:
     """Scale and shift act on the last ``dims`` axes."""
-    product, shift = (t.reshape(*g.shape[:2], -1, *g.shape[g.ndim - dims :]).sum(2) for t in (g * normalised[:, None], g))
+    product, shift = (
+        t.reshape(*g.shape[:2], -1, *g.shape[g.ndim - dims :]).sum(2) for t in (g * normalised[:, None], g)
+    )
     return {"weight": _dense(product), "bias": _dense(shift)}
 
 

@@ -116,7 +116,9 @@ def tangent_kernel(
         if share is None or not _agree(_form(share, weights), expected, g.dtype):
             share, path[name] = directions.rows(name).gram(root, memory), "rows"
         if not _agree(_form(share, weights), expected, g.dtype):
-            raise Unmeasurable(f"the per-sample gradients of {name} do not add up to its gradient: the forward pass is random")
+            raise Unmeasurable(
+                f"the per-sample gradients of {name} do not add up to its gradient: the forward pass is random"
+            )
         defect = max(defect, abs(_form(share, weights) / expected - 1) if expected else 0.0)
         gram += share
         traces[name] = float(share.trace())
@@ -187,7 +189,9 @@ class _Directions:
     def _top(self, curvature: Product, found: Evaluation, index: int) -> Tensor:
         """``sqrt(s) u`` of the top eigenpair at each position, by power iteration."""
         # One start for all: where the eigenvalue is nearly degenerate, samples that agree keep what they have in common.
-        start = torch.randn(found.outputs.shape[-1], generator=self.generator).to(found.outputs).expand_as(found.outputs)
+        start = (
+            torch.randn(found.outputs.shape[-1], generator=self.generator).to(found.outputs).expand_as(found.outputs)
+        )
         image = curvature(_unit(start))
         value = (image * _unit(start)).sum(-1, keepdim=True)
         if bool(((image - value * _unit(start)).norm(dim=-1) <= 1e-4 * image.norm(dim=-1)).all()):

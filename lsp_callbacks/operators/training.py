@@ -203,8 +203,13 @@ class FrozenRule:
     frozen: bool = False
 
 
-def frozen_rule(snapshot: Snapshot) -> FrozenRule:
+def frozen_rule(snapshot: Snapshot, *, foreseen: dict[str, Tensor] | None = None) -> FrozenRule:
     """The step's optimizer with its preconditioner held fixed.
+
+    Args:
+        snapshot: a step with its optimizer, before the update.
+        foreseen: gradients that a coming batch may bring. A preconditioner that has not met a feature yet is as good as
+            infinite there; held fixed, it must at least have met the batch that it is to act on.
 
     Raises:
         Unmeasurable: no optimizer, one that is not modelled, groups with different betas, ``maximize``, or gradients
@@ -214,11 +219,11 @@ def frozen_rule(snapshot: Snapshot) -> FrozenRule:
         raise Unmeasurable("no optimizer is known: pass optimizer=... to the Snapshot")
     if snapshot.unmodelled:
         raise Unmeasurable(snapshot.unmodelled)
-    return frozen_rule_of(snapshot.optimizer, snapshot)
+    return frozen_rule_of(snapshot.optimizer, snapshot, foreseen or {})
 
 
 @singledispatch
-def frozen_rule_of(optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> FrozenRule:
+def frozen_rule_of(optimizer: torch.optim.Optimizer, snapshot: Snapshot, foreseen: dict[str, Tensor]) -> FrozenRule:
     """Registered for each optimizer that is a fixed linear map of its gradients once its preconditioner is frozen."""
     raise Unmeasurable(
         f"the update of {type(optimizer).__name__} is not modelled (torch.optim.SGD, Adam and AdamW are): its critical "
@@ -227,7 +232,7 @@ def frozen_rule_of(optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> Froz
 
 
 @frozen_rule_of.register
-def _(optimizer: torch.optim.SGD, snapshot: Snapshot) -> FrozenRule:
+def _(optimizer: torch.optim.SGD, snapshot: Snapshot, foreseen: dict[str, Tensor]) -> FrozenRule:
     rule = rule_of(optimizer, snapshot)
     held = [k for k, p in enumerate(snapshot.parameters.values()) if any(p is q for q in _held(optimizer))]
     betas = {(rule.momentum[k], rule.dampening[k], rule.nesterov[k], rule.sign[k]) for k in held}
@@ -248,7 +253,7 @@ def _(optimizer: torch.optim.SGD, snapshot: Snapshot) -> FrozenRule:
 
 
 @frozen_rule_of.register
-def _(optimizer: torch.optim.Adam, snapshot: Snapshot) -> FrozenRule:
+def _(optimizer: torch.optim.Adam, snapshot: Snapshot, foreseen: dict[str, Tensor]) -> FrozenRule:
     if type(optimizer).step not in (torch.optim.Adam.step, torch.optim.AdamW.step):
         raise Unmeasurable(f"{type(optimizer).__name__} overrides Adam.step: its update is not modelled")
     beta, maximize = _common({(g["betas"][0], g["maximize"]) for g in optimizer.param_groups})
@@ -272,8 +277,12 @@ def _(optimizer: torch.optim.Adam, snapshot: Snapshot) -> FrozenRule:
         second = (beta2 * state["exp_avg_sq"] if state else 0) + (1 - beta2) * g.detach().square()
         if group["amsgrad"] and state:
             second = torch.maximum(second, state["max_exp_avg_sq"])
+        if name in foreseen:
+            second = torch.maximum(second, (1 - beta2) * foreseen[name].square())
         scale[name] = relative[name] / ((second / (1 - beta2**t)).sqrt() + group["eps"])
-    decay = {name: group_of.get(id(p), {"weight_decay": 0.0})["weight_decay"] for name, p in snapshot.parameters.items()}
+    decay = {
+        name: group_of.get(id(p), {"weight_decay": 0.0})["weight_decay"] for name, p in snapshot.parameters.items()
+    }
     return FrozenRule(
         lr=lr,
         scale=scale,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,10 +13,15 @@ from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.functional.sgd_stability import Sampling, sgd_exponent
 from lsp_callbacks.operators.training import frozen_rule
 from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.quantities.sgd_diagram import diagram_around, draw, matplotlib
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 #: Multiplications of the random products of one measurement, and those that a step's calls are worth beside its own.
-NUMERICS, CALLS = 5e8, 2e7
+NUMERICS, CALLS = 1.2e9, 2e7
 #: A network has collapsed when its rank is this share of the largest so far, and the probes' loss that of the first.
 RANK, LOSS = 0.1, 0.5
 
@@ -73,7 +78,7 @@ class SGDStability(Quantity):
         sampling: Sampling = "iid",
         replacement: bool = False,
         chains: int = 8,
-        steps: int = 150,
+        steps: int = 100,
     ):
         super().__init__()
         for argument, value in (("probes", probes), ("chains", chains), ("steps", steps)):
@@ -85,7 +90,9 @@ class SGDStability(Quantity):
         self.chains, self.steps = chains, steps
         self.latest: FrozenSGD | None = None
         self._names = (*self.keys, *self.optional)
-        self.add_state("values", default=torch.full((len(self._names),), math.nan, dtype=torch.float64), persistent=True)
+        self.add_state(
+            "values", default=torch.full((len(self._names),), math.nan, dtype=torch.float64), persistent=True
+        )
         self.add_state("best_rank", default=scalar(0.0), persistent=True)
         self.add_state("first_loss", default=scalar(math.nan), persistent=True)
 
@@ -99,7 +106,11 @@ class SGDStability(Quantity):
         share = self.probes / max(snapshot.probes.batch_size, 1)
         device = next(iter(snapshot.parameters.values())).device
         numerics = NUMERICS / (CALLS + _multiplications(snapshot))
-        return {"forward": 1 / 3, "kernel": 2.0 * share, "products": max(numerics, 0.0 if device.type == "cpu" else 2.0)}
+        return {
+            "forward": 1 / 3,
+            "kernel": 2.0 * share,
+            "products": max(numerics, 0.0 if device.type == "cpu" else 2.0),
+        }
 
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step; waits while its probes are being collected."""
@@ -108,6 +119,8 @@ class SGDStability(Quantity):
             return
         if snapshot.loss is not None:
             _ = snapshot.faithful
+        if snapshot.gradient is not None:
+            _ = snapshot.own_gradient
         found = frozen_sgd(snapshot, outputs=self.outputs, generator=torch.Generator().manual_seed(snapshot.seed))
         values = self._measure(found, snapshot)
         assert snapshot.probes is not None
@@ -127,11 +140,10 @@ class SGDStability(Quantity):
             "replacement": self.replacement,
             "population": found.population,
             "chains": self.chains,
-            "steps": self.steps,
             "generator": generator,
         }
-        critical = critical_lr(found.modes, **settings)
-        exponent = sgd_exponent(found.modes, found.lr, **settings)
+        critical = critical_lr(found.modes, steps=self.steps, tol=1e-4, **settings)
+        exponent = sgd_exponent(found.modes, found.lr, steps=self.steps // 2, burn_in=self.steps // 2, **settings)
         if math.isnan(critical.value):
             raise Unmeasurable("the Gram matrix is not finite: the weights or the outputs have overflowed")
         return {
@@ -161,6 +173,34 @@ class SGDStability(Quantity):
             raise ValueError("nothing has been measured yet: call update first")
         found = self.latest
         return stability_diagram(found.modes, rule=found.rule, population=found.population, **settings)
+
+    def plot(self, val: StabilityDiagram | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:  # type: ignore[override]
+        """Draws the stability diagram, in the manner of torchmetrics.
+
+        Args:
+            val: None takes the diagram at the last measured weights, with a star where the step stands.
+            ax: to draw into; None makes a figure without a window.
+
+        Returns:
+            The figure and its axes.
+
+        Raises:
+            ValueError: before a measurement, where no diagram is given.
+            ImportError: without matplotlib.
+        """
+        run: dict[str, Any] = {}
+        if val is None:
+            if self.latest is None:
+                raise ValueError("nothing has been measured yet: call update first, or pass a StabilityDiagram")
+            draws: dict[str, Any] = {"sampling": self.sampling, "replacement": self.replacement}
+            val = diagram_around(self.latest, chains=self.chains, steps=self.steps, **draws)
+            run = {"lr": self.latest.lr, "batch_size": self.latest.batch_size}
+        if ax is None:
+            ax = matplotlib("matplotlib.figure").Figure(figsize=(7.2, 4.2), layout="constrained").subplots()
+        assert ax is not None
+        draw(val, ax, **run)
+        figure: Any = ax.get_figure()
+        return figure, ax
 
     def load_vectors(self, vectors: dict[str, Any]) -> None:
         self.latest = None

@@ -1,0 +1,78 @@
+"""The learning rates that the schedule will bring, from a copy of it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+
+
+def rate(optimizer: torch.optim.Optimizer) -> float:
+    """The largest learning rate of the groups."""
+    return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
+class Schedule:
+    """Rates of the steps to come. The trainer's own schedulers are never touched; each future step is computed once.
+
+    Schedulers that wait for a metric (``ReduceLROnPlateau``) are taken to leave the rate alone.
+
+    Args:
+        trainer: Lightning's, during training.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        self._origin = 0
+        self._rates: list[float] = []
+
+    def ahead(self, step: int, horizon: int) -> list[float]:
+        """The rates of steps ``step`` to ``step + horizon - 1``; called at the end of the batch before ``step``."""
+        now = rate(self._trainer.optimizers[0])
+        known = self._rates[step - self._origin : step - self._origin + 1]
+        between = self._trainer.fit_loop.epoch_loop.batch_idx + 1 >= self._trainer.num_training_batches
+        if not known or (not between and abs(known[0] - now) > 1e-6 * abs(now)):  # somebody else set the rate
+            self._restart(step)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "step of the optimizer was not called": it never will be
+            while len(self._rates) < step - self._origin + horizon:
+                self._advance()
+        return self._rates[step - self._origin : step - self._origin + horizon]
+
+    def _restart(self, step: int) -> None:
+        self._origin = step
+        trainer = self._trainer
+        optimizer = trainer.optimizers[0]
+        # The weights and the state are shared, not copied; so is the module, whose methods may be the schedule.
+        memo: dict[int, Any] = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        memo |= {id(trainer): trainer, id(trainer.lightning_module): trainer.lightning_module}
+        memo[id(optimizer.state)] = {}
+        configs = [
+            config
+            for config in trainer.lr_scheduler_configs
+            if config.scheduler.optimizer is optimizer and not config.reduce_on_plateau
+        ]
+        self._optimizer, copies = copy.deepcopy((optimizer, [config.scheduler for config in configs]), memo)
+        self._copies = list(zip(configs, copies))
+        # Lightning has already moved the schedulers that step with the batch.
+        self._done, self._epoch = trainer.fit_loop.epoch_loop.batch_idx + 1, trainer.current_epoch
+        self._end_epoch()
+        self._rates = [rate(self._optimizer)]
+
+    def _advance(self) -> None:
+        self._done += 1
+        for config, scheduler in self._copies:
+            if config.interval == "step" and self._done % config.frequency == 0:
+                scheduler.step()
+        self._end_epoch()
+        self._rates.append(rate(self._optimizer))
+
+    def _end_epoch(self) -> None:
+        if self._done < self._trainer.num_training_batches:
+            return
+        self._done, self._epoch = 0, self._epoch + 1
+        for config, scheduler in self._copies:
+            if config.interval == "epoch" and self._epoch % config.frequency == 0:
+                scheduler.step()
