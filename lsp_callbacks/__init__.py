@@ -2,7 +2,6 @@
 
 from lsp_callbacks.callbacks import StabilityMonitor, StabilityReport, StopOnInstability
 from lsp_callbacks.monitor import Curve, Monitor, Observation
-from lsp_callbacks.probes import ProbeSet
 from lsp_callbacks.quantities import (
     Lyapunov,
     LyapunovTrajectory,
@@ -12,7 +11,7 @@ from lsp_callbacks.quantities import (
     Sharpness,
     SpectralNorm,
 )
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.snapshot import ProbeSet, Snapshot, Unmeasurable
 
 __all__ = [
     "Curve",

@@ -156,6 +156,8 @@ class Monitor:
         if observation is None:
             return None
         own = {key for quantity in wrong.values() if quantity.complete for key in quantity.compute()}
+        if own.intersection(DIALS):
+            own.add("stability/courant")
         keys = own & observation.values.keys()
         for key in keys:
             self.history[key].values[-1] = math.nan

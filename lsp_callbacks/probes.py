@@ -1,10 +1,10 @@
-"""Training samples at which the network is examined, and the criterion that tells its outputs from its loss."""
+"""The criterion that tells a network's outputs from its loss."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,60 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lsp_callbacks.snapshot import Unmodelled
+from lsp_callbacks.snapshot import Evaluation, Unmeasurable, Unmodelled
 
 HOW = (
-    "pass forward_fn=lambda module, batch: outputs, shaped (samples, ..., classes), and criterion=lambda outputs, batch: "
-    "loss, the mean over the samples (for instance forward_fn=lambda module, batch: module(batch[0]) and "
+    "pass forward_fn=lambda module, batch: outputs, shaped (samples, ..., classes), and "
+    "criterion=lambda outputs, batch: loss, the mean over the samples (for instance "
+    "forward_fn=lambda module, batch: module(batch[0]) and "
     "criterion=lambda outputs, batch: torch.nn.functional.mse_loss(outputs, batch[1]))"
 )
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One forward pass on some samples.
-
-    Attributes:
-        outputs: ``(samples, positions, classes)`` with its graph; positions are tokens or pixels, otherwise one.
-        criterion: from such outputs to the loss that training minimises, a mean over the samples.
-    """
-
-    outputs: Tensor
-    criterion: Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class ProbeSet:
-    """A fixed sample of the training set.
-
-    Args:
-        module: whose parameters are trained.
-        parts: each evaluates the module, in eval mode, at some of the samples; together they are the probes.
-        samples: how many the parts hold.
-        batch_size: how many a training step takes.
-        population: how many there are to take them from; None is a stream without end.
-        full: False while samples are still being collected.
-
-    Example:
-        >>> import torch
-        >>> from lsp_callbacks import ProbeSet
-        >>> from lsp_callbacks.probes import evaluation
-        >>> net, x, y = torch.nn.Linear(3, 2), torch.randn(8, 3), torch.zeros(8, 2)
-        >>> part = lambda: evaluation(net(x), lambda f: torch.nn.functional.mse_loss(f, y), samples=8)
-        >>> probes = ProbeSet(module=net, parts=(part,), samples=8, batch_size=4)
-    """
-
-    module: nn.Module
-    parts: tuple[Callable[[], Evaluation], ...]
-    samples: int
-    batch_size: int
-    population: int | None = None
-    full: bool = True
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters, each once, by name."""
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
 
 def evaluation(outputs: Tensor, criterion: Callable[[Tensor], Tensor], *, samples: int) -> Evaluation:
@@ -112,9 +66,12 @@ class Criteria(TorchFunctionMode):
         """Outputs and criterion behind a loss.
 
         Raises:
+            Unmeasurable: if the loss is not finite.
             Unmodelled: if no known criterion gave it, or not it alone.
         """
         for func, args, kwargs, result in reversed(self._calls):
+            if not bool(loss.isfinite()):
+                raise Unmeasurable("the loss of the probes is not finite")
             mean = result.ndim > 0  # reduction="none", and the user's own mean
             if torch.equal((result.mean() if mean else result).detach(), loss.detach()):
                 return self._evaluation(func, args, kwargs, mean, samples)
@@ -124,6 +81,8 @@ class Criteria(TorchFunctionMode):
         )
 
     def _evaluation(self, func: Callable, args: tuple, kwargs: dict, mean: bool, samples: int) -> Evaluation:
+        if inspect.signature(func).bind(*args, **kwargs).arguments.get("reduction") == "sum":
+            raise Unmodelled(f"{func.__name__} sums over the batch, which is no mean of samples: {HOW}")
         kwargs = dict(kwargs)
         outputs, rest = (args[0], args[1:]) if args else (kwargs.pop("input"), ())
         target = rest[0] if rest else kwargs.get("target")

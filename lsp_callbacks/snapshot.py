@@ -7,14 +7,11 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-
-if TYPE_CHECKING:
-    from lsp_callbacks.probes import ProbeSet
 
 T = TypeVar("T")
 
@@ -35,6 +32,53 @@ class Call:
     output_shape: tuple[int, ...] | None
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One forward pass on some samples.
+
+    Attributes:
+        outputs: ``(samples, positions, classes)`` with its graph; positions are tokens or pixels, otherwise one.
+        criterion: from such outputs to the loss that training minimises, a mean over the samples.
+    """
+
+    outputs: Tensor
+    criterion: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeSet:
+    """A fixed sample of the training set.
+
+    Args:
+        module: whose parameters are trained.
+        parts: each evaluates the module, in eval mode, at some of the samples; together they are the probes.
+        samples: how many the parts hold.
+        batch_size: how many a training step takes.
+        population: how many there are to take them from; None is a stream without end.
+        full: False while samples are still being collected.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks import ProbeSet
+        >>> from lsp_callbacks.probes import evaluation
+        >>> net, x, y = torch.nn.Linear(3, 2), torch.randn(8, 3), torch.zeros(8, 2)
+        >>> part = lambda: evaluation(net(x), lambda f: torch.nn.functional.mse_loss(f, y), samples=8)
+        >>> probes = ProbeSet(module=net, parts=(part,), samples=8, batch_size=4)
+    """
+
+    module: nn.Module
+    parts: tuple[Callable[[], Evaluation], ...]
+    samples: int
+    batch_size: int
+    population: int | None = None
+    full: bool = True
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters, each once, by name."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,18 @@ import lsp_callbacks
 
 ROOT = Path(lsp_callbacks.__file__).parent
 #: Each layer may import itself and what is left of it.
-LAYERS = ("linalg", "snapshot", "replay", "operators", "functional", "quantities", "monitor", "report", "callbacks")
+LAYERS = (
+    "linalg",
+    "snapshot",
+    "probes",
+    "replay",
+    "operators",
+    "functional",
+    "quantities",
+    "monitor",
+    "report",
+    "callbacks",
+)
 #: Programs: they may import everything, and nothing imports them.
 PROGRAMS = ("demo", "cli", "diagram")
 LIGHTNING = {"lightning", "pytorch_lightning"}

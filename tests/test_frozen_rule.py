@@ -6,10 +6,10 @@ import pytest
 import torch
 from problems import Quadratic, close, dense_hessian, f64, freeze, interpolating_tanh, same, symmetric
 
-from lsp_callbacks import Snapshot, Unmeasurable
+from lsp_callbacks import ProbeSet, Snapshot, Unmeasurable
 from lsp_callbacks.functional import frozen_sgd, gd_exponent
 from lsp_callbacks.operators.training import frozen_rule, step_jacobian
-from lsp_callbacks.probes import ProbeSet, evaluation
+from lsp_callbacks.probes import evaluation
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 H = symmetric([3.0, 2.0, 1.0, 0.5, 0.1])

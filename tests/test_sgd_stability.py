@@ -4,8 +4,6 @@ import math
 import pytest
 import torch
 
-from lsp_callbacks.functional.diagram import critical_lr, stability_diagram
-from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr, second_moment, second_moment_exponent
 from lsp_callbacks.functional import (
     UpdateRule,
     finite_time_exponents,
@@ -15,6 +13,8 @@ from lsp_callbacks.functional import (
     sgd_exponent,
     sum_of_exponents,
 )
+from lsp_callbacks.functional.diagram import critical_lr, stability_diagram
+from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr, second_moment, second_moment_exponent
 
 torch.set_num_threads(1)
 

@@ -13,16 +13,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
 import lsp_callbacks.operators.tangent_kernel as module_under_test
+from lsp_callbacks import ProbeSet
 from lsp_callbacks.functional import sharpness
 from lsp_callbacks.operators.layers import rows_alone
 from lsp_callbacks.operators.tangent_kernel import tangent_kernel
-from lsp_callbacks.probes import ProbeSet, evaluating, evaluation
+from lsp_callbacks.probes import evaluating, evaluation
 from lsp_callbacks.snapshot import Unmeasurable
 
 N = 5
 EXACT = 1e-10
-EIGH = pytest.mark.xfail(raises=NotImplementedError, strict=True, reason="torch.linalg.eigh takes no bfloat16")
-LATE = pytest.mark.xfail(strict=True, reason="the layer path runs the layer again after evaluating() has ended")
 
 
 def half_squares(f, y):
@@ -399,7 +398,6 @@ class WithNorm(nn.Module):
         return self.norm(self.scale * self.inner(x))
 
 
-@LATE
 @pytest.mark.parametrize("make, x", [(encoder, random(N, 3, 4, seed=5)), (WithNorm, VECTOR)], ids=["encoder", "norm"])
 def test_layers_that_are_run_again_are_in_eval_mode(make, x):
     with torch.random.fork_rng():
@@ -551,8 +549,8 @@ def test_where_all_directions_are_alike_it_is_that_of_the_sharpest_mode(scale, m
         assert one.rows == 1 and one.stated == "sharpest mode of 4 outputs"
         return float(torch.linalg.eigvalsh(one.gram)[-1] / torch.linalg.eigvalsh(full.gram)[-1])
 
-    assert 0.6 < share() <= 1 + 1e-9  # four products leave up to 30 % where no mode stands out
-    monkeypatch.setattr(module_under_test, "ALIGN", 40)
+    assert 0.95 < share() <= 1 + 1e-9  # where no mode stands out, ten products leave a few per cent
+    monkeypatch.setattr(module_under_test, "COLD", 40)
     assert 1 - 1e-4 < share() <= 1 + 1e-9
 
 
@@ -577,7 +575,7 @@ def test_ragged_parts_are_refused_where_a_position_is_missing():
         tangent_kernel(ProbeSet(module=net, parts=parts, samples=5, batch_size=2))
 
 
-@pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-4), pytest.param(torch.bfloat16, 0.1, marks=EIGH)])
+@pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 def test_lower_precision_is_close(dtype, tol):
     net = classifier()
     exact = tangent_kernel(probes_of(net, VECTOR, LOSSES["half_squares"][0]), outputs="all").gram

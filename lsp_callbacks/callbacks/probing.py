@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lsp_callbacks.callbacks.adapter import Pending, arguments, batch_size
-from lsp_callbacks.probes import HOW, Criteria, Evaluation, ProbeSet, evaluating, evaluation
+from lsp_callbacks.probes import HOW, Criteria, evaluating, evaluation
 from lsp_callbacks.replay import copied
-from lsp_callbacks.snapshot import Unmodelled
+from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmodelled
 
 ForwardFn = Callable[[nn.Module, Any], Tensor]
 Criterion = Callable[[Tensor, Any], Tensor]
@@ -103,7 +103,8 @@ class Probes:
                 if not getattr(module, "automatic_optimization", True):  # it would step the optimizer
                     raise Unmodelled(f"automatic_optimization=False: training_step cannot be asked for outputs; {HOW}")
                 with Criteria() as criteria:
-                    outputs: Any = module.training_step(*arguments(module.training_step, own, 0))  # type: ignore[operator]
+                    step: Any = module.training_step
+                    outputs = step(*arguments(step, own, 0))
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             return criteria.of(loss, samples=size)
 

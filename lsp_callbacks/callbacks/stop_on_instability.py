@@ -129,8 +129,8 @@ class StopOnInstability(Callback):
         if self.monitor in SCHEDULED and not math.isnan(steps) and not self._forecast:
             self._forecast = True
             self._say(
-                f"forecast at step {observation.step}: the scheduled learning rate crosses today's edge of stability at "
-                f"step {observation.step + steps:.0f}"
+                f"forecast at step {observation.step}: the scheduled learning rate crosses today's edge of stability "
+                f"at step {observation.step + steps:.0f}"
             )
 
     def judge(self, trainer: Any, step: int, outputs: Any) -> bool:

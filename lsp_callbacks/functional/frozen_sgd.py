@@ -11,8 +11,7 @@ from torch import Tensor
 from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce
 from lsp_callbacks.operators.tangent_kernel import TangentKernel, tangent_kernel
 from lsp_callbacks.operators.training import FrozenRule, frozen_rule
-from lsp_callbacks.probes import ProbeSet
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.snapshot import ProbeSet, Snapshot, Unmeasurable
 
 #: Eigenvalues of a float32 Gram matrix below this share of the largest are rounding.
 ROUNDING = 1e-6
@@ -44,7 +43,11 @@ class FrozenSGD:
 
 
 def frozen_sgd(
-    snapshot: Snapshot, *, outputs: Literal["top", "all"] = "top", generator: torch.Generator | None = None
+    snapshot: Snapshot,
+    *,
+    outputs: Literal["top", "all"] = "top",
+    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> FrozenSGD:
     """Linearises a training step on ``range(J^T)``: exact at interpolation, a Gauss-Newton statement elsewhere.
 
@@ -56,6 +59,7 @@ def frozen_sgd(
         snapshot: a step with its optimizer and ``probes``.
         outputs: rows of K, see `lsp_callbacks.operators.tangent_kernel`.
         generator: for the random choices; None draws from the snapshot's.
+        start: an earlier ``kernel.mode``.
 
     Raises:
         Unmeasurable: no probes, an optimizer that is not modelled, or a criterion without a Gauss-Newton matrix.
@@ -69,7 +73,7 @@ def frozen_sgd(
     if rule.frozen:
         rule = frozen_rule(snapshot, foreseen=_foreseen(probes))
     generator = generator or snapshot.generator("probes")
-    kernel = tangent_kernel(probes, outputs=outputs, scale=rule.scale, generator=generator)
+    kernel = tangent_kernel(probes, outputs=outputs, scale=rule.scale, generator=generator, start=start)
     trace = sum(kernel.traces.values()) or 1.0
 
     def mean(decay: dict[str, float]) -> float:

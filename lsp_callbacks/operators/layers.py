@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ class ParameterGram:
         return max((use.path for part in self.parts for use in part.uses), key=len, default="structured")
 
     def gram(self, root: Tensor, memory: int) -> Tensor:
-        """``(N R, N R)``, sample by sample, of gradients times ``root``, which is a scalar or of the parameter's shape."""
+        """``(N R, N R)``, sample by sample, of gradients times ``root``, a scalar or of the parameter's shape."""
         factors = [part.uses[0].factors for part in self.parts if len(part.uses) == 1]
         if len(factors) == len(self.parts) and all(factors) and root.ndim == 0:
             g, a = (torch.cat([pair[k] for pair in factors if pair]) for k in (0, 1))
@@ -90,6 +91,7 @@ def _ranges(part: Part, memory: int) -> Iterator[tuple[int, int]]:
 @dataclass(frozen=True)
 class _Call:
     module: nn.Module
+    modes: list[tuple[nn.Module, bool]]  # training or not, as it was called
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: list[Any]  # flat, with their graph
@@ -128,13 +130,13 @@ class Recorder:
         # Clones go on, as the next layer may work in place on what it is given.
         clones = [leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in leaves]
         kept = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        self.calls.append(_Call(module, *kept, leaves))
+        self.calls.append(_Call(module, [(m, m.training) for m in module.modules()], *kept, leaves))
         return tree_unflatten(clones, spec)
 
     def _own(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """Trainable parameters of the module itself, and of children that it never calls (an attention's projection)."""
+        """Trainable parameters of the module itself, and of children that it never calls, as attention does."""
         own = dict(module.named_parameters(recurse=False))
-        if _UNCALLED.get(type(module)):
+        if isinstance(module, nn.MultiheadAttention):  # uses its projection without calling it
             own = dict(module.named_parameters())
         return {name: p for name, p in own.items() if id(p) in self._names}
 
@@ -165,10 +167,6 @@ class Recorder:
                 if name in names:
                     found.setdefault(names[name], []).append(use)
         return {name: Part(samples, uses) for name, uses in found.items()}
-
-
-#: Modules that use their children's parameters without calling them.
-_UNCALLED = {nn.MultiheadAttention: True}
 
 
 def _tensors(call: _Call) -> list[Tensor]:
@@ -327,8 +325,8 @@ def _layer_alone(call: _Call, passes: list[tuple[Tensor, ...]], samples: int, na
     def one(i: int) -> list[Tensor]:
         """Gradients of sample i, ``(R, P)`` by parameter."""
         args, kwargs = tree_unflatten([at(t, i) for t in leaves], spec)
-        with torch.enable_grad():
-            out = tree_flatten(functional_call(module, parameters, args, kwargs))[0]
+        with torch.enable_grad(), _as_it_was(call.modes):
+            out = tree_flatten(functional_call(module, dict[str, Tensor](parameters), args, kwargs))[0]
             outputs = [t for t, d in zip(out, differentiable) if d]
         rows = []
         for g in passes:
@@ -343,6 +341,18 @@ def _layer_alone(call: _Call, passes: list[tuple[Tensor, ...]], samples: int, na
         return lambda lo, hi: torch.stack([one(i)[k] for i in range(lo, hi)])
 
     return {name: Use(gradients(k), path="layer") for k, name in enumerate(parameters)}
+
+
+@contextlib.contextmanager
+def _as_it_was(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+    now = [module.training for module, _ in modes]
+    try:
+        for module, training in modes:
+            module.training = training
+        yield
+    finally:
+        for (module, _), training in zip(modes, now):
+            module.training = training
 
 
 def rows_alone(outputs: Tensor, parameter: Tensor, cotangents: list[Tensor]) -> Part:

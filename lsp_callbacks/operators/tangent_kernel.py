@@ -11,13 +11,14 @@ from torch import Tensor
 
 from lsp_callbacks.operators.curvature import double_backward
 from lsp_callbacks.operators.layers import ParameterGram, Recorder, rows_alone
-from lsp_callbacks.probes import Evaluation, ProbeSet
-from lsp_callbacks.snapshot import Unmeasurable, displaced, flatten
+from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmeasurable, displaced, flatten
 
 #: Positions (tokens, pixels) of a sample that are looked at; the others are taken to be like them.
 POSITIONS = 4
-#: Products that find the top eigenvector of each sample's output Hessian, and those that find the sharpest mode.
-POWER, ALIGN = 20, 4
+#: Products that find the top eigenvector of each sample's output Hessian.
+POWER = 20
+#: Products that find the sharpest mode, from nothing and from the last one.
+COLD, WARM = 10, 3
 
 Scale = Mapping[str, "float | Tensor"]
 Product = Callable[[Tensor], Tensor]
@@ -35,6 +36,7 @@ class TangentKernel:
         defect: the largest relative difference of ``c^T K c`` from ``||J^T c||^2`` over the parameters.
         loss: mean over the probes.
         stated: in words, which outputs the rows stand for.
+        mode: the sharpest mode, where it was needed: the next call may start from it.
     """
 
     gram: Tensor
@@ -44,6 +46,7 @@ class TangentKernel:
     defect: float
     loss: float
     stated: str
+    mode: Tensor | None
 
 
 def tangent_kernel(
@@ -54,6 +57,7 @@ def tangent_kernel(
     positions: int = POSITIONS,
     generator: torch.Generator | None = None,
     memory: int = 2**26,
+    start: Tensor | None = None,
 ) -> TangentKernel:
     """``K_ij = z_i D z_j^T`` with ``z_i = R_i^T J_i``, ``R_i R_i^T = S_i`` the output Hessian of sample i's loss.
 
@@ -75,6 +79,7 @@ def tangent_kernel(
         positions: how many of a sample's positions to look at.
         generator: of positions and the check; private.
         memory: bound on the numbers held at once in a layer's per-sample gradients.
+        start: an earlier ``mode``.
 
     Raises:
         Unmeasurable: the criterion is not convex in the outputs, or flat.
@@ -85,7 +90,7 @@ def tangent_kernel(
     generator = generator or torch.Generator().manual_seed(0)
     parameters = probes.parameters
     scale = dict.fromkeys(parameters, 1.0) | dict(scale or {})
-    directions = _Directions(probes, scale, outputs, positions, generator)
+    directions = _Directions(probes, scale, outputs, positions, generator, start)
     grams = {name: ParameterGram() for name in parameters}
     backward = {name: torch.zeros_like(p) for name, p in parameters.items()}
     signs: list[Tensor] = []
@@ -113,32 +118,48 @@ def tangent_kernel(
         expected = float((root * g).double().square().sum())
         share = grams[name].gram(root, memory) if len(grams[name].parts) == len(probes.parts) else None
         path[name] = grams[name].path
-        if share is None or not _agree(_form(share, weights), expected, g.dtype):
+        wrong = _difference(share, weights, expected)
+        if not wrong <= tolerance(g.dtype):
             share, path[name] = directions.rows(name).gram(root, memory), "rows"
-        if not _agree(_form(share, weights), expected, g.dtype):
+            wrong = _difference(share, weights, expected)
+        if share is None or not wrong <= tolerance(g.dtype):
             raise Unmeasurable(
                 f"the per-sample gradients of {name} do not add up to its gradient: the forward pass is random"
             )
-        defect = max(defect, abs(_form(share, weights) / expected - 1) if expected else 0.0)
+        defect = max(defect, wrong)
         gram += share
         traces[name] = float(share.trace())
     gram = (gram + gram.T).cpu() / 2
-    return TangentKernel(gram, len(gram) // probes.samples, path, traces, defect, loss, directions.stated)
+    rows = len(gram) // probes.samples
+    return TangentKernel(gram, rows, path, traces, defect, loss, directions.stated, directions.mode)
 
 
-def _form(share: Tensor, c: Tensor) -> float:
-    return float(c @ (share.double() @ c))
+def _difference(share: Tensor | None, c: Tensor, expected: float) -> float:
+    """Of ``c^T K c`` from what it should be, relative to it or to its mean over c, the trace."""
+    if share is None:
+        return float("inf")
+    scale = max(expected, float(share.trace()))
+    return abs(float(c @ (share.double() @ c)) - expected) / scale if scale else 0.0
 
 
-def _agree(value: float, expected: float, dtype: torch.dtype) -> bool:
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 5e-2)
-    return abs(value - expected) <= tolerance * expected
+def tolerance(dtype: torch.dtype) -> float:
+    """How far two ways to the same number may differ by rounding."""
+    return {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 5e-2)
 
 
 class _Directions:
     """Which combinations of a sample's outputs the rows of Z stand for."""
 
-    def __init__(self, probes: ProbeSet, scale: Scale, which: str, positions: int, generator: torch.Generator):
+    def __init__(
+        self,
+        probes: ProbeSet,
+        scale: Scale,
+        which: str,
+        positions: int,
+        generator: torch.Generator,
+        mode: Tensor | None = None,
+    ):
+        self.mode = mode
         self.probes, self.scale, self.which, self.generator = probes, scale, which, generator
         self._count = positions
         self._chosen: Tensor | None = None
@@ -188,7 +209,7 @@ class _Directions:
 
     def _top(self, curvature: Product, found: Evaluation, index: int) -> Tensor:
         """``sqrt(s) u`` of the top eigenpair at each position, by power iteration."""
-        # One start for all: where the eigenvalue is nearly degenerate, samples that agree keep what they have in common.
+        # One start for all: where the eigenvalue is nearly degenerate, samples keep what they have in common.
         start = (
             torch.randn(found.outputs.shape[-1], generator=self.generator).to(found.outputs).expand_as(found.outputs)
         )
@@ -196,7 +217,8 @@ class _Directions:
         value = (image * _unit(start)).sum(-1, keepdim=True)
         if bool(((image - value * _unit(start)).norm(dim=-1) <= 1e-4 * image.norm(dim=-1)).all()):
             # Any direction is an eigenvector: take the one in which the sharpest mode moves this sample.
-            self._moves = self._moves or _sharpest_moves(self.probes, self.scale, self.generator)
+            if self._moves is None:
+                self._moves, self.mode = _sharpest(self.probes, self.scale, self.mode, self.generator)
             self.stated = self.stated.replace("top", "sharpest mode", 1)
             start, image = self._moves[index], curvature(_unit(self._moves[index]))
         for _ in range(POWER):
@@ -229,8 +251,9 @@ def _all_pairs(curvature: Product, outputs: Tensor) -> list[Tensor]:
     classes = outputs.shape[-1]
     basis = torch.eye(classes).to(outputs)
     blocks = torch.stack([curvature(e.expand_as(outputs)) for e in basis], dim=-1)
-    values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
-    return list((vectors * _root(values, values)[..., None, :]).unbind(-1))
+    wide = blocks if blocks.element_size() > 2 else blocks.float()
+    values, vectors = torch.linalg.eigh((wide + wide.mT) / 2)
+    return list((vectors * _root(values, values)[..., None, :]).to(blocks).unbind(-1))
 
 
 def _root(values: Tensor, scale: Tensor) -> Tensor:
@@ -242,15 +265,18 @@ def _root(values: Tensor, scale: Tensor) -> Tensor:
     return values.clamp_min(0) ** 0.5
 
 
-def _sharpest_moves(probes: ProbeSet, scale: Scale, generator: torch.Generator) -> list[Tensor]:
-    """How each output moves along the top eigenvector of the Gauss-Newton matrix: power iteration from differences."""
+def _sharpest(
+    probes: ProbeSet, scale: Scale, mode: Tensor | None, generator: torch.Generator
+) -> tuple[list[Tensor], Tensor]:
+    """How each output moves along the top eigenvector of the Gauss-Newton matrix, by power iteration from ``mode``."""
     parameters = list(probes.parameters.values())
     weights = [torch.as_tensor(scale[name]).to(p).expand_as(p) for name, p in probes.parameters.items()]
     d = flatten(weights, parameters)
-    vector = torch.randn(len(d), generator=generator).to(d)
+    steps = COLD if mode is None else WARM
+    vector = torch.randn(len(d), generator=generator).to(d) if mode is None else mode
     with torch.no_grad():
         before = [part().outputs.detach() for part in probes.parts]
-    for _ in range(ALIGN):
+    for _ in range(steps):
         # A small step for the outputs, a large one for their rounding.
         distance = 1e-2 / float(torch.linalg.vector_norm(vector))
         with torch.no_grad(), displaced(parameters, vector, distance):
@@ -261,7 +287,7 @@ def _sharpest_moves(probes: ProbeSet, scale: Scale, generator: torch.Generator) 
             curved = output_hessian(found)(move)
             image += flatten(torch.autograd.grad(found.outputs, parameters, curved, materialize_grads=True), parameters)
         vector = _unit(d * image)
-    return moves
+    return moves, vector
 
 
 def _unit(v: Tensor) -> Tensor:

@@ -262,9 +262,11 @@ def _(optimizer: torch.optim.Adam, snapshot: Snapshot, foreseen: dict[str, Tenso
     if any(g["weight_decay"] and not g["decoupled_weight_decay"] for g in optimizer.param_groups):
         raise Unmeasurable("Adam's coupled weight decay is not modelled with a frozen preconditioner: use AdamW's")
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    held = {name: p for name, p in snapshot.parameters.items() if id(p) in group_of}
     lr, relative = _relative(optimizer, snapshot)
     scale: dict[str, float | Tensor] = {}
-    count = 1.0
+    first = {name: 1 - beta ** (float(optimizer.state.get(p, {}).get("step", 0)) + 1) for name, p in held.items()}
+    correction = max(first.values(), default=1.0)
     for name, p in snapshot.parameters.items():
         g = None if snapshot.gradient is None else snapshot.gradient[name]
         if g is None or id(p) not in group_of:
@@ -272,14 +274,13 @@ def _(optimizer: torch.optim.Adam, snapshot: Snapshot, foreseen: dict[str, Tenso
             continue
         group, state = group_of[id(p)], optimizer.state.get(p, {})
         t = float(state["step"]) + 1 if state else 1.0
-        count = max(count, t)
         beta2 = group["betas"][1]
         second = (beta2 * state["exp_avg_sq"] if state else 0) + (1 - beta2) * g.detach().square()
         if group["amsgrad"] and state:
             second = torch.maximum(second, state["max_exp_avg_sq"])
         if name in foreseen:
             second = torch.maximum(second, (1 - beta2) * foreseen[name].square())
-        scale[name] = relative[name] / ((second / (1 - beta2**t)).sqrt() + group["eps"])
+        scale[name] = relative[name] * correction / first[name] / ((second / (1 - beta2**t)).sqrt() + group["eps"])
     decay = {
         name: group_of.get(id(p), {"weight_decay": 0.0})["weight_decay"] for name, p in snapshot.parameters.items()
     }
@@ -291,7 +292,7 @@ def _(optimizer: torch.optim.Adam, snapshot: Snapshot, foreseen: dict[str, Tenso
         nesterov=False,
         weight_decay=dict.fromkeys(snapshot.parameters, 0.0),
         decoupled_decay={name: wd * relative[name] for name, wd in decay.items()},
-        correction=1 - beta**count,
+        correction=correction,
         frozen=True,
     )
 

@@ -35,8 +35,8 @@ class SGDStability(Quantity):
     batch noise, with momentum too. Adam and AdamW are taken with their preconditioner frozen. It is a statement of
     *linear* stability, of the Gauss-Newton matrix, in eval mode: BatchNorm by its running statistics, no dropout.
 
-    Near 1 is where good training often lives. When it stays above 1 and the loss does not fall: lower the learning rate,
-    or take larger batches: `diagram` says which rate each batch size can bear.
+    Near 1 is where good training often lives. When it stays above 1 and the loss does not fall: lower the learning
+    rate, or take larger batches; `diagram` says which rate each batch size can bear.
 
     Args:
         probes: how many training samples to look at; the first that the loader gives.
@@ -46,8 +46,9 @@ class SGDStability(Quantity):
         chains: of the random product.
         steps: of each chain.
 
-    Keys: ``stability/courant_sgd``, ``critical_lr``, ``courant_mean_square``, ``mean_square_lr``, ``sgd_lyapunov`` (nats
-    per step); ``_error`` beside those by Monte Carlo; ``kernel_rank`` and ``kernel_trace`` of K, ``collapsed`` (0 or 1).
+    Keys: ``stability/courant_sgd``, ``critical_lr``, ``courant_mean_square``, ``mean_square_lr``, ``sgd_lyapunov``
+    (nats per step); ``_error`` beside those by Monte Carlo; ``kernel_rank`` and ``kernel_trace`` of K; ``collapsed``,
+    1 where rank and loss say that the outputs have ceased to depend on the inputs, otherwise 0.
 
     Raises:
         ValueError: for bad arguments.
@@ -62,8 +63,8 @@ class SGDStability(Quantity):
         "stability/sgd_lyapunov",
     )  # fmt: skip
     optional = (
-        "stability/critical_lr_error", "stability/sgd_lyapunov_error", "stability/kernel_rank", "stability/kernel_trace",
-        "stability/collapsed",
+        "stability/critical_lr_error", "stability/sgd_lyapunov_error", "stability/kernel_rank",
+        "stability/kernel_trace", "stability/collapsed",
     )  # fmt: skip
     needs_update = True
     values: Tensor
@@ -88,7 +89,10 @@ class SGDStability(Quantity):
             raise ValueError(f"outputs={outputs!r}: give 'top' or 'all'")
         self.probes, self.outputs, self.sampling, self.replacement = probes, outputs, sampling, replacement
         self.chains, self.steps = chains, steps
+        if sampling not in ("iid", "reshuffle"):
+            raise ValueError(f"sampling={sampling!r}: give 'iid' or 'reshuffle'")
         self.latest: FrozenSGD | None = None
+        self._mode: Tensor | None = None
         self._names = (*self.keys, *self.optional)
         self.add_state(
             "values", default=torch.full((len(self._names),), math.nan, dtype=torch.float64), persistent=True
@@ -121,7 +125,8 @@ class SGDStability(Quantity):
             _ = snapshot.faithful
         if snapshot.gradient is not None:
             _ = snapshot.own_gradient
-        found = frozen_sgd(snapshot, outputs=self.outputs, generator=torch.Generator().manual_seed(snapshot.seed))
+        generator = torch.Generator().manual_seed(snapshot.seed)  # the same outputs at each step
+        found = frozen_sgd(snapshot, outputs=self.outputs, generator=generator, start=self._mode)
         values = self._measure(found, snapshot)
         assert snapshot.probes is not None
         loss = scalar(found.kernel.loss)
@@ -130,6 +135,7 @@ class SGDStability(Quantity):
         values["collapsed"] = float(found.modes.rank <= RANK * float(best) and float(loss) >= LOSS * float(first))
         self.values = torch.tensor([values[name.split("/")[1]] for name in self._names], dtype=torch.float64)
         self.best_rank, self.first_loss, self.latest, self.complete = best, first, found, True
+        self._mode = found.kernel.mode
 
     def _measure(self, found: FrozenSGD, snapshot: Snapshot) -> dict[str, float]:
         generator = snapshot.generator(self.name)
@@ -159,12 +165,11 @@ class SGDStability(Quantity):
         }
 
     def compute(self) -> dict[str, Tensor]:
-        """The last measurement; what is infinite (nothing can become unstable) is left out."""
-        found = dict(zip(self._names, self.values))
-        return {key: value for key, value in found.items() if key in self.keys or bool(value.isfinite())}
+        """The last measurement; a rate that is infinite, as nothing can become unstable, is left out."""
+        return {key: value for key, value in zip(self._names, self.values) if not bool(value.isinf())}
 
     def diagram(self, **settings: Any) -> StabilityDiagram:
-        """The (rate, batch size) diagram at the last measured weights; see `lsp_callbacks.functional.stability_diagram`.
+        """The (rate, batch size) diagram at the last measured weights, by `functional.stability_diagram`.
 
         Raises:
             ValueError: before a measurement.
@@ -202,12 +207,15 @@ class SGDStability(Quantity):
         figure: Any = ax.get_figure()
         return figure, ax
 
+    def vectors(self) -> dict[str, Any]:
+        return {} if self._mode is None else {"mode": self._mode}
+
     def load_vectors(self, vectors: dict[str, Any]) -> None:
-        self.latest = None
+        self.latest, self._mode = None, vectors.get("mode")
 
 
 def _multiplications(snapshot: Snapshot) -> float:
-    """Of a gradient, from the weights of linear maps and how often they are applied: three times those of the forward."""
+    """Of a gradient: three times those of the forward pass, from how often each weight is applied."""
     total = 0.0
     modules = dict(snapshot.module.named_modules())
     for name, call in snapshot.calls.items():
