@@ -3,6 +3,7 @@
 from lsp_callbacks.callbacks import StabilityMonitor, StabilityReport, StopOnInstability
 from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.quantities import (
+    BatchSharpness,
     Lyapunov,
     LyapunovTrajectory,
     Quantity,
@@ -14,6 +15,7 @@ from lsp_callbacks.quantities import (
 from lsp_callbacks.snapshot import ProbeSet, Snapshot, Unmeasurable
 
 __all__ = [
+    "BatchSharpness",
     "Curve",
     "Lyapunov",
     "LyapunovTrajectory",

@@ -16,6 +16,7 @@ from lsp_callbacks.quantities import REGISTRY
 
 SGD = torch.optim.SGD
 SETTINGS = {
+    "batch_sharpness": {"rtol": 1e9, "most": 8},
     "lyapunov": {"window": 2},
     "sgd_stability": {"probes": 6, "chains": 4, "steps": 40},
     "lyapunov_trajectory": {"k": 2, "transient": 1, "window": 40},

@@ -313,7 +313,11 @@ class Manual(Model):
     ],
 )
 def test_manual_optimisation(settings, measured, reason, recwarn):
-    rows, monitor = Rows(), StabilityMonitor(every_n_steps=3, window=1, loss_fn=own_loss)
+    outputs = {
+        "forward_fn": lambda module, batch: module.net(batch[0]),
+        "criterion": lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1]),
+    }
+    rows, monitor = Rows(), StabilityMonitor(every_n_steps=3, window=1, loss_fn=own_loss, **outputs)
     fit(Manual(**settings), monitor, logger=rows, max_epochs=2, max_steps=-1, log_every_n_steps=1)
     said = ours(recwarn)
     assert len(said) == (reason is not None) and all(reason in message for message in said)

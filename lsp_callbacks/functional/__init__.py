@@ -1,5 +1,6 @@
 """Pure functions: the definitions of what is measured."""
 
+from lsp_callbacks.functional.batch_sharpness import BatchSharpness, batch_sharpness, curvature_along_gradient
 from lsp_callbacks.functional.diagram import CriticalRate, StabilityDiagram, critical_lr, stability_diagram
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_mode_exponent, sharp_plane
@@ -19,6 +20,7 @@ from lsp_callbacks.functional.statistics import batch_means, student_bounds, stu
 from lsp_callbacks.linalg import lyapunov_exponents
 
 __all__ = [
+    "BatchSharpness",
     "CriticalRate",
     "Edge",
     "Exponent",
@@ -28,7 +30,9 @@ __all__ = [
     "StabilityDiagram",
     "UpdateRule",
     "batch_means",
+    "batch_sharpness",
     "critical_lr",
+    "curvature_along_gradient",
     "edge",
     "finite_time_exponents",
     "frozen_sgd",

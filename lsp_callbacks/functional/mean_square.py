@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.functional.modes import PLAIN, Modes, UpdateRule
-from lsp_callbacks.linalg import Eigenpair, LinearOperator, lanczos
 
 Superoperator = Callable[[Tensor], Tensor]
+
+#: Products between two looks at whether the top eigenvalue has converged.
+CHECK = 4
 
 
 def second_moment(
@@ -95,8 +97,8 @@ def mean_square_lr(
         beta, gain = rule.momentum, 1 - rule.dampening * bool(rule.momentum)
         root = ((1 - beta) / gain * (h[:, None] + h)).rsqrt()
         gamma = beta * (h[:, None] ** 2 + h**2 - 2 * beta * h[:, None] * h) / (1 - beta**2)
-        top = _top(lambda x: root * (d(root * x) - gamma * (root * x)), torch.diag(1 / root.diagonal()), tol)
-        return rule.correction / float(top.value)
+        top, _ = _top(lambda x: root * (d(root * x) - gamma * (root * x)), torch.diag(1 / root.diagonal()), tol)
+        return rule.correction / top
     # Below the full-batch edge t is positive, and the mean-square edge lies below it.
     high = gd_critical_lr(modes, rule)
     start = torch.eye(modes.rank, dtype=torch.float64)
@@ -104,9 +106,9 @@ def mean_square_lr(
     def excess(log_lr: float) -> float:
         nonlocal start
         root = _source(h, math.exp(log_lr), rule).rsqrt()
-        top = _top(lambda x: root * d(root * x), start / root, tol)
-        start = top.vector.view_as(root) * root
-        return math.log(float(top.value))
+        top, vector = _top(lambda x: root * d(root * x), start / root, tol)
+        start = vector * root
+        return math.log(top)
 
     return math.exp(_illinois(excess, math.log(high), tol))
 
@@ -155,8 +157,8 @@ def second_moment_exponent(
     eye = torch.eye(modes.rank, dtype=torch.float64)
     if not beta:
         linear = delta**2 + delta * b1 * (h[:, None] + h)
-        top = _top(lambda x: linear * x + b1**2 * d(x), eye, tol, steps=400)
-        return 0.5 * math.log(max(float(top.value), 1e-300))
+        top, _ = _top(lambda x: linear * x + b1**2 * d(x), eye, tol, steps=400)
+        return 0.5 * math.log(max(top, 1e-300))
     # Times the rate, m has the units of v. T preserves a cone: rho is an eigenvalue; others may share its modulus.
     phi, b2, left = phi / lr, b2 * lr, h[:, None]
     state, radius = torch.stack([eye, 0 * eye, eye]), 1.0
@@ -204,18 +206,36 @@ def _source(h: Tensor, lr: float, rule: UpdateRule) -> Tensor:
     return kept / (phi**2 * square + b1**2 + through_d + through_d.mT)
 
 
-def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 120) -> Eigenpair:
-    """The largest eigenvalue over symmetric matrices; the error of a Ritz value is of second order in its residual."""
+def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 200) -> tuple[float, Tensor]:
+    """The largest eigenvalue over symmetric matrices, and its matrix; see `mean_square_lr` for ``tol``.
+
+    Lanczos by its three terms alone. Without reorthogonalisation the basis is lost only towards eigenvectors that have
+    been found, and the first at the top ends the search.
+    """
     r = len(start)
     generic = torch.randn(r, r, dtype=start.dtype, generator=torch.Generator().manual_seed(0))
-    start = start / start.norm() + 1e-3 / r * (generic + generic.mT)
-
-    def apply(flat: Tensor) -> Tensor:
-        x = flat.view(r, r)
-        return operator((x + x.mT) / 2).flatten()
-
-    linear = LinearOperator((r * r, r * r), apply, apply, dtype=start.dtype)
-    return lanczos(linear, start.flatten(), steps=steps, tol=tol**0.6).pair(-1)
+    q = start / start.norm() + 1e-3 / r * (generic + generic.mT)
+    basis, own, coupling = [q / q.norm()], [], [0.0]
+    while True:
+        q = basis[-1]
+        w = operator(q)
+        own.append(float(torch.dot(w.view(-1), q.view(-1))))
+        w.sub_(q, alpha=own[-1]).sub_(basis[-2] if len(basis) > 1 else 0, alpha=coupling[-1])
+        coupling.append(float(w.norm()))
+        k = len(own)
+        last = k == steps or not coupling[-1] > 1e-14 * max(map(abs, own))  # exhausted, or not finite
+        if last or k % CHECK == 0:
+            projected = torch.diag(start.new_tensor(own)) + torch.diag(start.new_tensor(coupling[1:-1]), -1)
+            if not math.isfinite(coupling[-1]):
+                return math.nan, q
+            values, vectors = torch.linalg.eigh(projected)  # reads the lower triangle
+            top, residual = float(values[-1]), coupling[-1] * abs(float(vectors[-1, -1]))
+            # A Ritz value errs by at most its residual, and by at most the square of that over the gap.
+            gap = top - float(values[-2]) if k > 1 else 0.0
+            if last or (residual <= tol**0.5 * top and residual**2 <= tol * top * gap):
+                return top, torch.stack(basis, -1) @ vectors[:, -1]
+        w /= coupling[-1]
+        basis.append((w + w.mT).mul_(0.5))
 
 
 def _illinois(f: Callable[[float], float], high: float, tol: float) -> float:

@@ -129,8 +129,8 @@ class Recorder:
         leaves, spec = tree_flatten(output)
         # Clones go on, as the next layer may work in place on what it is given.
         clones = [leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in leaves]
-        kept = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        self.calls.append(_Call(module, [(m, m.training) for m in module.modules()], *kept, leaves))
+        args, kwargs = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        self.calls.append(_Call(module, [(m, m.training) for m in module.modules()], args, kwargs, leaves))
         return tree_unflatten(clones, spec)
 
     def _own(self, module: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lsp_callbacks.quantities.base import Quantity
+from lsp_callbacks.quantities.batch_sharpness import BatchSharpness
 from lsp_callbacks.quantities.lyapunov import Lyapunov, LyapunovTrajectory
 from lsp_callbacks.quantities.residual_cfl import ResidualCFL
 from lsp_callbacks.quantities.sgd_stability import SGDStability
@@ -14,12 +15,28 @@ from lsp_callbacks.quantities.spectral_norm import SpectralNorm
 
 REGISTRY: dict[str, type[Quantity]] = {
     quantity.name: quantity
-    for quantity in (SpectralNorm, ResidualCFL, Sharpness, SGDStability, Lyapunov, LyapunovTrajectory)
+    for quantity in (
+        SpectralNorm,
+        ResidualCFL,
+        Sharpness,
+        SGDStability,
+        Lyapunov,
+        LyapunovTrajectory,
+        BatchSharpness,
+    )
 }
 PRESETS: dict[str, tuple[str, ...]] = {
     "economy": ("spectral_norm", "sharpness"),
     "default": ("spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov"),
-    "full": ("spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", "lyapunov_trajectory"),
+    "full": (
+        "spectral_norm",
+        "residual_cfl",
+        "sharpness",
+        "sgd_stability",
+        "lyapunov",
+        "lyapunov_trajectory",
+        "batch_sharpness",
+    ),
 }
 
 
@@ -59,6 +76,7 @@ def build(names: str | Quantity | Sequence[str | Quantity], **settings: Any) -> 
 __all__ = [
     "PRESETS",
     "REGISTRY",
+    "BatchSharpness",
     "Lyapunov",
     "LyapunovTrajectory",
     "Quantity",
