@@ -15,7 +15,18 @@ if TYPE_CHECKING:
 #: In the order of the rows; what is not here comes after these.
 MEANINGS = {
     "courant": "rate / largest stable rate: 1 is the edge",
+    "courant_sgd": "the same, by the exponent of SGD",
+    "courant_mean_square": "the same, by its second moment",
     "courant_gd": "the same, by the curvature of one batch",
+    "critical_lr": "where SGD loses linear stability",
+    "mean_square_lr": "where its second moment does",
+    "steps_to_edge": "until the schedule crosses the edge",
+    "sgd_lyapunov": "SGD frozen at the weights, nats a step",
+    "kernel_rank": "of the Gram matrix of output gradients",
+    "kernel_trace": "of the mean Gauss-Newton matrix",
+    "collapsed": "1: outputs do not depend on inputs",
+    "batch_sharpness": "curvature along the batch's gradient",
+    "batch_sharpness_of_means": "ratio of means of the same",
     "lyapunov": "sharp-mode growth, nats a step; > 0 amplifies",
     "lyapunov_lower": "its one-sided 90 % bound",
     "lyapunov_upper": "its one-sided 90 % bound",
@@ -29,9 +40,16 @@ MEANINGS = {
     "spectral_norm_max": "largest operator norm of a layer",
     "spectral_log_sum": "sum of the layers' log norms, nats",
 }
-_EDGES = {"courant": 1.0, "courant_gd": 1.0, "lyapunov": 0.0, "lyapunov_lower": 0.0, "residual_stiffness_max": 1.0}
+_EDGES = {
+    "courant": 1.0, "courant_sgd": 1.0, "courant_mean_square": 1.0, "courant_gd": 1.0, "collapsed": 0.5,
+    "lyapunov": 0.0, "lyapunov_lower": 0.0, "residual_stiffness_max": 1.0,
+}  # fmt: skip
 #: Errors are shown beside what they belong to.
 _ERRORS = {
+    "critical_lr": "critical_lr_error",
+    "sgd_lyapunov": "sgd_lyapunov_error",
+    "batch_sharpness": "batch_sharpness_error",
+    "batch_sharpness_of_means": "batch_sharpness_of_means_error",
     "sharpness": "sharpness_residual",
     "residual_stiffness_max": "residual_residual",
     "spectral_norm_max": "spectral_norm_residual",
@@ -51,8 +69,9 @@ def table(history: Mapping[str, Curve]) -> Table:
         ImportError: without rich.
     """
     curves = {key.removeprefix("stability/"): curve for key, curve in history.items()}
-    if curves.get("courant") == curves.get("courant_gd"):
-        curves.pop("courant_gd", None)
+    for name in ("courant_sgd", "courant_gd"):  # what is shown as "courant" already
+        if curves.get("courant") == curves.get(name):
+            curves.pop(name, None)
     errors = {of: latest(curves.pop(name, None)) for of, name in _ERRORS.items()}
     rows = load("rich.table").Table(
         title="Stability", title_justify="left", title_style="bold", box=load("rich.box").SIMPLE_HEAD

@@ -8,17 +8,19 @@ from collections.abc import Mapping
 from lsp_callbacks.monitor import Curve
 from lsp_callbacks.report.series import AVERAGE, averaged, latest, readings
 
-#: Mean Courant numbers from which a run is "at the edge", and up to which: healthy full-batch training reaches 1.19.
-EDGE = (0.9, 1.2)
+#: Mean Courant numbers from which a run is "at the edge", and up to which: healthy full-batch training reaches 1.19 by
+#: its curvature, and healthy training with small batches 1.8 by the stochastic number (see ``benchmarks/``).
+EDGE, EDGE_SGD = (0.9, 1.2), (0.9, 2.0)
 
 
 def verdict(history: Mapping[str, Curve]) -> str:
     """How stable the training was when it ended, why, and what to do.
 
-    It speaks of *linear* stability: whether the linearised update amplifies. The exponent decides: a run is stable if
-    the upper bound is not positive, unstable if the value is (not its lower bound: windows scatter most when a run
-    begins to fail). The Courant number, a mean of 5, tells the edge, where healthy training may live, from what lies
-    beyond. NaN is never stable. "Since" counts back over measurements without a break.
+    It speaks of *linear* stability: whether the linearised update amplifies. Where the stochastic Courant number was
+    measured, its mean of 5 decides. Otherwise the exponent does: a run is stable if the upper bound is not positive,
+    unstable if the value is (not its lower bound: windows scatter most when a run begins to fail), and the Courant
+    number of one batch tells the edge, where healthy training may live, from what lies beyond. NaN is never stable, nor
+    is a collapsed network. "Since" counts back over measurements without a break.
 
     Args:
         history: of the `StabilityMonitor`.
@@ -47,18 +49,26 @@ def _judge(history: Mapping[str, Curve]) -> str:
     if math.isnan(x) and math.isnan(courant):
         return _not_measured(history, max(len(exponent.values), len(courants.values)))
 
-    deciding, edge = (averaged(courants), EDGE[1]) if math.isnan(x) else (exponent, 0.0)
+    collapsed = history.get("stability/collapsed", Curve())
+    if (gone := _since(collapsed, 0.5)) is not None:
+        return (
+            f"collapsed since step {gone}: the outputs have ceased to depend on the inputs, and nothing can become "
+            "unstable any more; start again with a lower learning rate"
+        )
+    stochastic = not math.isnan(latest(history.get("stability/courant_sgd")))
+    near = EDGE_SGD if stochastic else EDGE
+    deciding, edge = (averaged(courants), near[1]) if stochastic or math.isnan(x) else (exponent, 0.0)
     since = _since(deciding, edge)
     at = max(step for curve in (exponent, courants) for step, v in zip(curve.steps, curve.values) if not math.isnan(v))
     # A quantity that was given up (its last value is NaN) and one that never succeeded are both unknown.
     failed = max((_trailing_nans(curve) for curve in (exponent, courants)), key=len)
     numbers = " and ".join(filter(None, (_courant(courant, courants), _exponent(x, lower, upper))))
     ask = (
-        f"divide the learning rate by {max(courant / 0.8, 1.2):.2g}" if courant > EDGE[0] else "halve the learning rate"
+        f"divide the learning rate by {max(courant / 0.8, 1.2):.2g}" if courant > near[0] else "halve the learning rate"
     )
 
-    if since is not None and not EDGE[0] <= courant <= EDGE[1]:
-        hidden = ", though no single batch shows it in its curvature" if courant < EDGE[0] else ""
+    if since is not None and not near[0] <= courant <= near[1]:
+        hidden = ", though no single batch shows it in its curvature" if courant < near[0] else ""
         after = f"; from step {failed[0]} on, measurements failed (NaN)" if failed else ""
         return f"unstable since step {since} (linear stability): {numbers}{hidden}{after}; {ask}"
     if failed:
@@ -66,7 +76,7 @@ def _judge(history: Mapping[str, Curve]) -> str:
             f"stability is unknown since step {failed[0]}: the last {_count(len(failed))} failed (NaN); the readings "
             f"before say that {numbers}; look for the warning that names the reason"
         )
-    if since is not None or upper > 0 >= x or courant >= EDGE[0]:
+    if since is not None or upper > 0 >= x or x > 0 or courant >= near[0]:
         return (
             f"at the edge of stability at step {at} (linear stability): {numbers}; healthy as long as the loss "
             f"falls, otherwise {ask}"

@@ -1,0 +1,198 @@
+"""Question (Chemnitz & Engel 2025, Sec. 2.6): does lambda hover at 0 along SGD, as sharpness does at 2 / lr along GD?
+
+FINDING_1
+FINDING_2
+``MNIST=folder python benchmarks/does_lambda_hover_at_zero.py`` prints the tables of the ``.md`` and saves the ``.png``.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from problems import Problem, digits, mnist, network
+from torch import Tensor, nn
+
+from lsp_callbacks import ProbeSet, SGDStability, Snapshot
+from lsp_callbacks.functional import critical_lr, frozen_sgd
+from lsp_callbacks.probes import evaluating, evaluation
+
+SAMPLES, STEPS, EVERY, SEEDS = 256, 6000, 150, (0, 1, 2)
+BATCHES = (None, 32, 8, 2)
+LATE = 2 * STEPS // 3
+#: Of each panel: the problem, and a lower and a higher rate of each batch size.
+PANELS: dict[str, tuple[Problem, dict[int | None, tuple[float, float]]]] = {
+    "digits, tanh, squared": (
+        Problem("mlp", nn.Tanh, 0, squared=True, data="digits"), dict.fromkeys(BATCHES, (0.5, 1.0))
+    ),
+    "MNIST, tanh, squared": (Problem("mlp", nn.Tanh, 0, squared=True), dict.fromkeys(BATCHES, (0.25, 0.5))),
+    "MNIST, ReLU, squared": (Problem("mlp", nn.ReLU, 0, squared=True), dict.fromkeys(BATCHES, (0.125, 0.25))),
+    "digits, tanh, cross-entropy": (
+        Problem("mlp", nn.Tanh, 0, data="digits"), {None: (2.0, 4.0), 32: (1.0, 2.0), 8: (0.25, 0.5), 2: (0.05, 0.1)}
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured; NaN after the loss overflowed, and ``batch_sharpness`` before the last third."""
+
+    steps: list[int]
+    courant: list[float]
+    mean_square: list[float]
+    batch_sharpness: list[float]
+    loss: float
+    at_end: Task
+
+    def late(self, name: str) -> list[float]:
+        return [v for s, v in zip(self.steps, getattr(self, name)) if s >= LATE]
+
+
+@cache
+def training_set(data: str) -> tuple[Tensor, Tensor]:
+    images, labels = (digits() if data == "digits" else mnist())[:SAMPLES]
+    return images, labels
+
+
+class Task:
+    """A network, its training set and its optimizer."""
+
+    def __init__(self, problem: Problem, seed: int):
+        torch.manual_seed(seed)
+        self.problem, self.batch = problem, problem.batch or SAMPLES
+        self.net = network(problem)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=problem.lr)
+        self.x, self.y = training_set(problem.data)
+
+    def criterion(self, outputs: Tensor, index: Tensor | slice = slice(None)) -> Tensor:
+        if self.problem.squared:
+            return nn.functional.mse_loss(outputs, nn.functional.one_hot(self.y[index], 10).float())
+        return nn.functional.cross_entropy(outputs, self.y[index])
+
+    def loss(self, index: Tensor | slice = slice(None)) -> Tensor:
+        return self.criterion(self.net(self.x[index]), index)
+
+    def _part(self) -> Any:
+        with evaluating(self.net):
+            return evaluation(self.net(self.x), self.criterion, samples=SAMPLES)
+
+    def snapshot(self, step: int) -> Snapshot:
+        """All samples are probes."""
+        probes = ProbeSet(self.net, (self._part,), SAMPLES, self.batch, SAMPLES)
+        return Snapshot(step=step, module=self.net, replay=self.loss, optimizer=self.optimizer, probes=probes)
+
+    def batch_sharpness(self, draws: int = 16) -> float:
+        """``E[g_B H_B g_B / |g_B|^2] lr / 2`` (Andreyev & Beneventano 2025)."""
+        generator, ratios = torch.Generator().manual_seed(0), []
+        parameters = list(self.net.parameters())
+        for _ in range(draws if self.batch < SAMPLES else 1):
+            index = torch.randperm(SAMPLES, generator=generator)[: self.batch]
+            gradient = torch.autograd.grad(self.loss(index), parameters, create_graph=True)
+            fixed = [g.detach() for g in gradient]
+            product = torch.autograd.grad(sum((g * v).sum() for g, v in zip(gradient, fixed)), parameters)
+            ratios.append(
+                float(sum((p * v).sum() for p, v in zip(product, fixed)) / sum(v.square().sum() for v in fixed))
+            )
+        return fmean(ratios) * self.problem.lr / 2
+
+
+def run(problem: Problem, seed: int, steps: int = STEPS) -> Outcome:
+    """Trains once, in shuffled epochs, and measures with batches drawn in the same way."""
+    task = Task(problem, seed)
+    dial = SGDStability(SAMPLES, sampling="reshuffle", steps=256)
+    epoch = SAMPLES // task.batch
+    found: dict[str, list[float]] = {"courant": [], "mean_square": [], "batch_sharpness": []}
+    measured = list(range(0, steps + 1, EVERY))
+    for step in range(steps + 1):
+        if step % epoch == 0:
+            order = torch.randperm(SAMPLES).view(epoch, -1)
+        if step % EVERY == 0:
+            with torch.no_grad():
+                loss = float(task.loss())
+            if not math.isfinite(loss):
+                break
+            dial.update(task.snapshot(step))
+            values = {key.split("/")[1]: float(value) for key, value in dial.compute().items()}
+            found["courant"].append(values["courant_sgd"])
+            found["mean_square"].append(values["courant_mean_square"])
+            found["batch_sharpness"].append(task.batch_sharpness() if step >= LATE else math.nan)
+        task.optimizer.zero_grad()
+        task.loss(order[step % epoch]).backward()
+        task.optimizer.step()
+    padded = {name: values + [math.nan] * (len(measured) - len(values)) for name, values in found.items()}
+    return Outcome(steps=measured, loss=loss, at_end=task, **padded)
+
+
+def row(name: str, batch: int | None, lr: float, outcomes: list[Outcome]) -> str:
+    cells = []
+    for kind in ("courant", "mean_square", "batch_sharpness"):
+        low, middle, high = np.nanquantile([o.late(kind) for o in outcomes], (0.1, 0.5, 0.9))
+        cells.append(f"{middle:.2f} ({low:.2f} ... {high:.2f})")
+    largest = np.nanmax([o.courant[1:] for o in outcomes])
+    loss = fmean(o.loss for o in outcomes)
+    return f"| {name} | {batch or 'all (GD)'} | {lr:g} | {' | '.join(cells)} | {largest:.2f} | {loss:.1e} |"
+
+
+def figure(results: dict[tuple[str, int | None, int], list[Outcome]]) -> Figure:
+    fig = Figure(figsize=(15, 7), layout="constrained")
+    for (which, column), ax in np.ndenumerate(fig.subplots(2, len(PANELS), sharex=True, sharey="col")):
+        name, rates = list(PANELS)[column], list(PANELS.values())[column][1]
+        for k, batch in enumerate(BATCHES):
+            outcomes = results[name, batch, which]
+            values, color = np.array([o.courant for o in outcomes]), "black" if batch is None else f"C{k - 1}"
+            label = ("GD" if batch is None else f"batch {batch}") + f", lr {rates[batch][which]:g}"
+            ax.plot(outcomes[0].steps, np.median(values, 0), color=color, label=label)
+            ax.fill_between(outcomes[0].steps, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
+        ax.axhline(1, color="gray", linestyle="--", linewidth=1)
+        ax.set(yscale="log", title=f"{name}: {('lower', 'higher')[which]} rate")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.legend(fontsize=8, loc="best")
+        if which:
+            ax.set_xlabel("step")
+        if not column:
+            ax.set_ylabel("lr / critical_lr  (below 1: lambda < 0)")
+    return fig
+
+
+def check(task: Task) -> str:
+    """The Courant number at the same weights, with other draws and with all outputs; Monte Carlo errors."""
+    lr, cells = task.problem.lr, []
+    start = None
+    for _ in range(5):  # the sharpest mode from a warm start
+        start = (top := frozen_sgd(task.snapshot(STEPS), start=start)).kernel.mode
+    every = frozen_sgd(task.snapshot(STEPS), outputs="all")
+    for modes, sampling in ((top.modes, "reshuffle"), (top.modes, "iid"), (every.modes, "reshuffle")):
+        found = critical_lr(modes, batch_size=task.batch, sampling=sampling, steps=512, tol=1e-3)
+        cells.append(f"{lr / found.value:.3f} ± {lr / found.value * found.error / found.value:.3f}")
+    return " | ".join(cells)
+
+
+def main(path: str = str(Path(__file__).with_suffix(".png"))) -> None:
+    kinds = ("lr / critical_lr", "lr / mean_square_lr", "batch sharpness x lr / 2", "largest lr / critical_lr", "loss")
+    print(f"| run | batch | lr | {' | '.join(kinds)} |", "|---" * 8 + "|", sep="\n")
+    results = {}
+    for name, (problem, rates) in PANELS.items():
+        for which in (0, 1):
+            for batch in BATCHES:
+                lr = rates[batch][which]
+                outcomes = [run(replace(problem, batch=batch, lr=lr), seed) for seed in SEEDS]
+                print(row(name, batch, lr, results.setdefault((name, batch, which), outcomes)), flush=True)
+    figure(results).savefig(path, dpi=75)
+    print("\n| at the end, seed 0 | batch | lr | top, reshuffled | top, i.i.d. | all outputs, reshuffled |\n|---|---|---|---|---|---|")
+    for (name, batch, which), outcomes in results.items():
+        if which and math.isfinite(outcomes[0].loss):
+            task = outcomes[0].at_end
+            print(f"| {name} | {batch or 'all (GD)'} | {task.problem.lr:g} | {check(task)} |", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
