@@ -15,10 +15,10 @@ from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.monitor import Observation
 
 #: Steps over which the loss is smoothed, and the first steps whose mean is the initial loss.
-SMOOTHING, INITIAL = 50, 5
+SMOOTHING, INITIAL = 30, 5
 #: The smoothed loss confirms when it is this much above its least value, and above this share of the initial loss:
-#: once a data set is memorised, a rise of 20 % is noise.
-RISE, SHARE = 0.2, 0.1
+#: once a data set is memorised, a rise of 30 % is noise.
+RISE, SHARE = 0.3, 0.15
 #: Keys that are a rate over a critical rate, and so can be known before the rate is used.
 SCHEDULED = ("stability/courant", "stability/courant_sgd", "stability/courant_gd")
 
@@ -27,8 +27,8 @@ class StopOnInstability(Callback):
     """Ends training when it has become unstable: at the step, not at the end of the epoch.
 
     Two levels. The *event*: the mean of the last ``patience`` new measurements is above the threshold; it is logged as
-    ``stability/event`` and printed once. The *stop*: it is still above, and the smoothed loss is 20 % above its least
-    value so far and above a tenth of the initial loss, or not finite. Healthy training lives at the edge of stability
+    ``stability/event`` and printed once. The *stop*: it is still above, and the smoothed loss is 30 % above its least
+    value so far and above 15 % of the initial loss, or not finite. Healthy training lives at the edge of stability
     for long stretches: it has events and no stop. A NaN neither counts nor resets.
 
     A Courant number is a learning rate over a critical one. So the rate that the schedule brings next is compared

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -107,11 +107,13 @@ def critical_lr(
     rates = exponents = errors = none
     draws = torch.Generator().manual_seed(0) if generator is None else generator
     seed = draws.get_state()
+    # Its rounding is far below the noise of the chains, which it makes twice as fast.
+    single = replace(modes, factor=modes.factor.float(), curvatures=modes.curvatures.float())
     while low <= 1000 * (start or edge):
         draws.set_state(seed)  # the same batches for every rate: the curve is smooth in the rate
         block = low * grid ** torch.arange(12, dtype=torch.float64)
         found = sgd_exponent(
-            modes,
+            single,
             block,
             sampling=sampling,
             chains=chains,

@@ -100,8 +100,8 @@ def sgd_exponent(
         signs = torch.randint(0, 2, (chains, modes.rank), generator=draw.generator) * 2.0 - 1
         start = signs * modes.curvatures
     labels = modes.owner.unique()
-    groups = (modes.owner == labels[:, None]).double()
-    start = start.double().expand(chains, -1)
+    groups = modes.owner == labels[:, None]
+    start = start.expand(chains, -1)
     means = _walk(modes, lrs.reshape(-1), start, groups, rule, draw, burn_in + steps)[burn_in:].mean(0)
     value, top = means.mean(0).max(-1)
     spread = means.std(0) if chains > 1 else torch.full_like(means[0], math.nan)
@@ -219,16 +219,16 @@ class _Draw:
             return torch.randint(n, (steps, chains, size), generator=self.generator)
         return torch.rand(steps, chains, n, generator=self.generator).argsort(-1)[..., :size]
 
-    def batches(self, steps: int, chains: int) -> Iterator[Tensor]:
-        """For each step, indices ``(chains, B)``; for large batches how often each sample is drawn, ``(chains, n)``."""
+    def batches(self, steps: int, chains: int, *, counted: bool) -> Iterator[Tensor]:
+        """For each step, indices ``(chains, B)``, or how often each sample is drawn, ``(chains, n)``."""
         while steps > 0:
             index = self.indices(min(steps, 256), chains)
             steps -= len(index)
-            if 2 * self.batch_size < self.n:
-                yield from index
-            else:
+            if counted:
                 counts = torch.zeros(len(index), chains, self.n, dtype=torch.float64)
                 yield from counts.scatter_add_(-1, index, torch.ones(1, dtype=torch.float64).expand(index.shape))
+            else:
+                yield from index
 
 
 def _walk(
@@ -237,38 +237,42 @@ def _walk(
     """``log`` of the growth of ``sqrt(|v|^2 + lr^2 |m|^2)`` in each step, ``(steps, chains, rates, groups)``.
 
     ``groups`` are 0/1 rows over modes that no step mixes: each has a norm of its own, so that one run serves all.
+    The dtype is that of the modes.
     """
-    lrs = lrs[:, None]
-    delta, phi, beta, b1, b2 = rule.coefficients(lrs)
-    # H' v = mean v + u: all that is diagonal goes into v+ = keep v + phi m + b1 u, m+ = beta m + feed v + b2 u.
-    mean = (1 - draw.noise) * modes.curvatures + rule.weight_decay
-    keep, feed = delta + b1 * mean, b2 * mean
     factor = modes.factor * math.sqrt(draw.noise / draw.batch_size)
     rows = factor.flatten(0, 1)
+    lrs, start, groups = lrs[:, None].to(rows), start.to(rows), groups.to(rows)
+    delta, _, beta, b1, b2 = rule.coefficients(lrs)
+    phi = rule.coefficients(torch.ones_like(lrs))[1]
+    # H' v = mean v + u: all that is diagonal, of v+ = delta v + phi lr m + b1 (mean v + u) and
+    # lr m+ = beta lr m + lr b2 (mean v + u). The state is v alone, or v and lr m.
+    mean = (1 - draw.noise) * modes.curvatures + rule.weight_decay
+    keep, feed, zero = delta + b1 * mean, lrs * b2 * mean, 0 * lrs * mean
+    own, cross = torch.stack([keep, zero + beta])[:, None], torch.stack([zero + phi, feed])[:, None]
+    push = torch.stack([b1, lrs * b2])[:, None]
     # A step that leaves less than this has left rounding errors only: the vector is dead.
     dead = (8 * torch.finfo(rows.dtype).eps) ** 2
-    v = start[:, None].expand(-1, len(lrs), -1).contiguous()
-    v *= torch.threshold((v * v) @ groups.mT, 0.0, math.inf).rsqrt() @ groups
-    m = torch.zeros_like(v)
+    v = start[:, None].expand(-1, len(lrs), -1)
+    v = v * (torch.threshold((v * v) @ groups.mT, 0.0, math.inf).rsqrt() @ groups)
+    state = torch.stack([v, 0 * v]) if beta else v[None]
+    own, push = own[: len(state)], push[: len(state)]
     squares = torch.empty(steps, len(start), len(lrs), len(groups), dtype=v.dtype)
-    for t, batch in enumerate(itertools.islice(draw.batches(steps, len(start)), steps)):
-        if batch.is_floating_point():
-            outputs = (v @ rows.mT).unflatten(-1, factor.shape[:2]) * batch[:, None, :, None]
+    # To gather the rows of a batch is to move memory, once for all rates; to take all rows is to multiply more.
+    moved = len(start) * draw.batch_size * factor[0].numel()
+    counted = draw.n * len(lrs) <= draw.batch_size * (len(lrs) + (10 if moved > 2**18 else 1))
+    for square, batch in zip(squares, draw.batches(steps, len(start), counted=counted)):
+        if counted:
+            outputs = (state[0] @ rows.mT).unflatten(-1, factor.shape[:2]) * batch.to(rows)[:, None, :, None]
             u = outputs.flatten(-2) @ rows
         else:
-            drawn = factor.index_select(0, batch.flatten()).view(len(v), -1, rows.shape[1])
-            u = torch.bmm(torch.bmm(v, drawn.mT), drawn)
-        if beta:
-            v, m = (keep * v).addcmul_(phi, m).addcmul_(b1, u), (beta * m).addcmul_(feed, v).add_(u, alpha=b2)
-            square = (v * v).addcmul_(lrs**2 * m, m)
+            drawn = factor.index_select(0, batch.flatten()).view(len(start), -1, rows.shape[1])
+            u = torch.bmm(torch.bmm(state[0], drawn.mT), drawn)
+        new = (own * state).addcmul_(push, u)
+        state = new.addcmul_(cross, state.flip(0)) if beta else new
+        if len(groups) == 1:
+            torch.sum(state * state, (0, -1), out=square[..., 0])
+            state *= torch.threshold(square, dead, math.inf).rsqrt_()
         else:
-            v = (keep * v).addcmul_(b1, u)
-            square = v * v
-        square = square.sum(-1, keepdim=True) if len(groups) == 1 else square @ groups.mT
-        squares[t] = square
-        scale = torch.threshold_(square, dead, math.inf).rsqrt_()
-        scale = scale if len(groups) == 1 else scale @ groups
-        v *= scale
-        if beta:
-            m *= scale
-    return torch.threshold(squares, dead, 0.0).log_() / 2
+            torch.matmul((state * state).sum(0), groups.mT, out=square)
+            state *= torch.threshold(square, dead, math.inf).rsqrt_() @ groups
+    return torch.threshold(squares, dead, 0.0).double().log_() / 2

@@ -86,7 +86,7 @@ def table(history: Mapping[str, Curve]) -> Table:
         known = readings(curves[name]) or [math.nan]
         meaning = MEANINGS.get(name, "")
         if not math.isnan(error := errors.get(name, math.nan)):
-            meaning += f" (residual {error:.1%})"
+            meaning += f" (± {error:.2g})" if _ERRORS[name].endswith("_error") else f" (residual {error:.1%})"
         if failed := sum(map(math.isnan, curves[name].values)):
             meaning += f" [yellow]({failed} NaN)[/]"
         style = "red" if known[-1] > _EDGES.get(name, math.inf) else "bold"
