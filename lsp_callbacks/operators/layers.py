@@ -65,7 +65,8 @@ class ParameterGram:
         if len(factors) == len(self.parts) and all(factors) and root.ndim == 0:
             g, a = (torch.cat([pair[k] for pair in factors if pair]) for k in (0, 1))
             n, rows, _ = g.shape
-            share = (root * g).flatten(0, 1) @ (root * g).flatten(0, 1).T
+            flat = (root * g).flatten(0, 1)
+            share = flat @ flat.T
             return share.view(n, rows, n, rows).mul_((a @ a.T)[:, None, :, None]).view(n * rows, n * rows)
         blocks = [(part, lo, hi) for part in self.parts for lo, hi in _ranges(part, memory)]
         whole = root.reshape(-1) if root.ndim else root
@@ -75,6 +76,8 @@ class ParameterGram:
             for j, (other, start, stop) in enumerate(blocks[: i + 1]):
                 second = first if i == j else (other.gradients(start, stop) * whole).flatten(0, 1)
                 table[i].append(first @ second.T)
+        if len(table) == 1:
+            return table[0][0]
         lower = [torch.cat(row, dim=1) for row in table]
         size = lower[-1].shape[1]
         square = torch.cat([F.pad(row, (0, size - row.shape[1])) for row in lower])

@@ -108,14 +108,15 @@ def tangent_kernel(
         for name, g in zip(parameters, whole):
             if g is not None:
                 backward[name] += g
-    weights = torch.cat(signs).double()
+    weights = torch.cat(signs)
+    weights = weights if weights.element_size() > 2 else weights.float()
     gram = torch.zeros(len(weights), len(weights), dtype=torch.float64, device=weights.device)
     path: dict[str, str] = {}
     traces: dict[str, float] = {}
     defect = 0.0
     for name, g in backward.items():
         root = torch.as_tensor(scale[name]).to(g) ** 0.5
-        expected = float((root * g).double().square().sum())
+        expected = float(torch.linalg.vector_norm(root * g, dtype=torch.float64)) ** 2
         share = grams[name].gram(root, memory) if len(grams[name].parts) == len(probes.parts) else None
         path[name] = grams[name].path
         wrong = _difference(share, weights, expected)
@@ -129,7 +130,7 @@ def tangent_kernel(
         defect = max(defect, wrong)
         gram += share
         traces[name] = float(share.trace())
-    gram = (gram + gram.T).cpu() / 2
+    gram = (gram + gram.T).mul_(0.5).cpu()
     rows = len(gram) // probes.samples
     return TangentKernel(gram, rows, path, traces, defect, loss, directions.stated, directions.mode)
 
@@ -139,7 +140,7 @@ def _difference(share: Tensor | None, c: Tensor, expected: float) -> float:
     if share is None:
         return float("inf")
     scale = max(expected, float(share.trace()))
-    return abs(float(c @ (share.double() @ c)) - expected) / scale if scale else 0.0
+    return abs(float(c @ (share.to(c) @ c)) - expected) / scale if scale else 0.0
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -209,6 +210,9 @@ class _Directions:
 
     def _top(self, curvature: Product, found: Evaluation, index: int) -> Tensor:
         """``sqrt(s) u`` of the top eigenpair at each position, by power iteration."""
+        if found.outputs.shape[-1] <= POWER:  # the matrix itself costs less than its power
+            blocks = _blocks(curvature, found.outputs)
+            curvature = lambda v: (blocks @ v[..., None])[..., 0]  # noqa: E731
         # One start for all: where the eigenvalue is nearly degenerate, samples keep what they have in common.
         start = (
             torch.randn(found.outputs.shape[-1], generator=self.generator).to(found.outputs).expand_as(found.outputs)
@@ -248,12 +252,15 @@ def output_hessian(found: Evaluation) -> Product:
 
 def _all_pairs(curvature: Product, outputs: Tensor) -> list[Tensor]:
     """``sqrt(s_k) u_k`` for every k: the columns of ``S^(1/2)`` at each position."""
-    classes = outputs.shape[-1]
-    basis = torch.eye(classes).to(outputs)
-    blocks = torch.stack([curvature(e.expand_as(outputs)) for e in basis], dim=-1)
+    blocks = _blocks(curvature, outputs)
     wide = blocks if blocks.element_size() > 2 else blocks.float()
     values, vectors = torch.linalg.eigh((wide + wide.mT) / 2)
     return list((vectors * _root(values, values)[..., None, :]).to(blocks).unbind(-1))
+
+
+def _blocks(curvature: Product, outputs: Tensor) -> Tensor:
+    """S of each sample and position, ``(..., classes, classes)``."""
+    return torch.stack([curvature(e.expand_as(outputs)) for e in torch.eye(outputs.shape[-1]).to(outputs)], dim=-1)
 
 
 def _root(values: Tensor, scale: Tensor) -> Tensor:
