@@ -7,6 +7,7 @@ FINDING_2
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from problems import Problem, digits, mnist, network
 from torch import Tensor, nn
 
 from lsp_callbacks import ProbeSet, SGDStability, Snapshot
-from lsp_callbacks.functional import critical_lr, frozen_sgd
+from lsp_callbacks.functional import critical_lr, frozen_sgd, gd_critical_lr
 from lsp_callbacks.probes import evaluating, evaluation
 
 SAMPLES, STEPS, EVERY, SEEDS = 256, 4000, 200, (0, 1, 2)
@@ -43,7 +44,7 @@ PANELS: dict[str, tuple[Problem, dict[int | None, tuple[float, float]]]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured; NaN after the loss overflowed, and ``batch_sharpness`` before the last third."""
+    """NaN after the loss overflowed, and for ``batch_sharpness`` before the last third."""
 
     steps: list[int]
     courant: list[float]
@@ -137,8 +138,8 @@ def row(name: str, batch: int | None, lr: float, outcomes: list[Outcome]) -> str
         low, middle, high = np.nanquantile([o.late(kind) for o in outcomes], (0.1, 0.5, 0.9))
         cells.append(f"{middle:.2f} ({low:.2f} ... {high:.2f})")
     largest = np.nanmax([o.courant[1:] for o in outcomes])
-    loss = fmean(o.loss for o in outcomes)
-    return f"| {name} | {batch or 'all (GD)'} | {lr:g} | {' | '.join(cells)} | {largest:.2f} | {loss:.1e} |"
+    end = f"{largest:.2f} | {fmean(o.loss for o in outcomes):.1e}"
+    return f"| {name} | {batch or 'all (GD)'} | {lr:g} | {' | '.join(cells)} | {end} |"
 
 
 def figure(results: dict[tuple[str, int | None, int], list[Outcome]]) -> Figure:
@@ -163,14 +164,15 @@ def figure(results: dict[tuple[str, int | None, int], list[Outcome]]) -> Figure:
 
 
 def check(task: Task) -> str:
-    """The Courant number at the same weights, with other draws and with all outputs; Monte Carlo errors."""
-    lr, cells = task.problem.lr, []
-    start = None
+    """At the same weights: the sharpness, and the Courant number on a finer grid, with other draws, and all outputs."""
+    lr, start = task.problem.lr, None
     for _ in range(5):  # the sharpest mode from a warm start
         start = (top := frozen_sgd(task.snapshot(STEPS), start=start)).kernel.mode
     every = frozen_sgd(task.snapshot(STEPS), outputs="all")
-    for modes, sampling in ((top.modes, "reshuffle"), (top.modes, "iid"), (every.modes, "reshuffle")):
-        found = critical_lr(modes, batch_size=task.batch, sampling=sampling, steps=256, tol=1e-3)
+    cells = [f"{lr / gd_critical_lr(every.modes):.3f}"]
+    for modes, sampling, steps in ((top, "reshuffle", 1000), (top, "iid", 1000), (every, "reshuffle", 250)):
+        how: dict[str, Any] = {"batch_size": task.batch, "sampling": sampling, "steps": steps, "grid": 1.01}
+        found = critical_lr(modes.modes, tol=1e-4, **how)
         cells.append(f"{lr / found.value:.3f} ± {lr / found.value * found.error / found.value:.3f}")
     return " | ".join(cells)
 
@@ -180,18 +182,17 @@ def main(path: str = str(Path(__file__).with_suffix(".png"))) -> None:
     print(f"| run | batch | lr | {' | '.join(kinds)} |", "|---" * 8 + "|", sep="\n")
     results = {}
     for name, (problem, rates) in PANELS.items():
-        for which in (0, 1):
-            for batch in BATCHES:
-                lr = rates[batch][which]
-                outcomes = [run(replace(problem, batch=batch, lr=lr), seed) for seed in SEEDS]
-                print(row(name, batch, lr, results.setdefault((name, batch, which), outcomes)), flush=True)
+        for which, batch in itertools.product((0, 1), BATCHES):
+            lr = rates[batch][which]
+            outcomes = [run(replace(problem, batch=batch, lr=lr), seed) for seed in SEEDS]
+            print(row(name, batch, lr, results.setdefault((name, batch, which), outcomes)), flush=True)
     figure(results).savefig(path, dpi=75)
-    kinds = ("top, reshuffled", "top, i.i.d.", "all outputs, reshuffled")
-    print(f"\n| at the end, seed 0 | batch | lr | {' | '.join(kinds)} |", "|---" * 6 + "|", sep="\n")
+    kinds = ("sharpness x lr / 2", "reshuffled", "i.i.d.", "reshuffled, all outputs")
+    print(f"\n| at the end, seed 0 | batch | lr | {' | '.join(kinds)} |", "|---" * 7 + "|", sep="\n")
     for (name, batch, which), outcomes in results.items():
-        if which and outcomes[0].at_end.problem.squared:
-            task = outcomes[0].at_end
-            print(f"| {name} | {batch or 'all (GD)'} | {task.problem.lr:g} | {check(task)} |", flush=True)
+        if which and batch and outcomes[0].at_end.problem.squared:
+            lr = PANELS[name][1][batch][which]
+            print(f"| {name} | {batch} | {lr:g} | {check(outcomes[0].at_end)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ def mnist(samples: int = 4000) -> TensorDataset:
     """The first images of MNIST's test file, from the folder ``$MNIST`` if that is set, otherwise from OpenML."""
     if "MNIST" in os.environ:
         folder = Path(os.environ["MNIST"])
-        images = np.frombuffer(gzip.open(folder / "t10k-images-idx3-ubyte.gz").read(), np.uint8, offset=16)
-        labels = np.frombuffer(gzip.open(folder / "t10k-labels-idx1-ubyte.gz").read(), np.uint8, offset=8)
+        names = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
+        raw = [gzip.decompress((folder / name).read_bytes()) for name in names]
+        images, labels = (np.frombuffer(file, np.uint8, offset=skip) for file, skip in zip(raw, (16, 8)))
     else:
         images, labels = fetch_openml("mnist_784", version=1, as_frame=False, return_X_y=True)
         images, labels = images[60000:], labels[60000:].astype(int)

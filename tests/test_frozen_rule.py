@@ -8,7 +8,8 @@ from problems import Quadratic, close, dense_hessian, f64, freeze, interpolating
 
 from lsp_callbacks import ProbeSet, Snapshot, Unmeasurable
 from lsp_callbacks.functional import frozen_sgd, gd_exponent
-from lsp_callbacks.operators.training import frozen_rule, step_jacobian
+from lsp_callbacks.operators.frozen import frozen_rule
+from lsp_callbacks.operators.training import step_jacobian
 from lsp_callbacks.probes import evaluation
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW

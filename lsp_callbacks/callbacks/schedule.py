@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+
+#: Measurements whose mean is the critical rate.
+RECENT = 3
 
 
 def rate(optimizer: torch.optim.Optimizer) -> float:
     """The largest learning rate of the groups."""
     return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
+class CriticalRate:
+    """The last critical learning rates, with whose mean a scheduled rate is compared.
+
+    Args:
+        known: of an earlier run.
+    """
+
+    def __init__(self, known: Sequence[float] = ()):
+        self.known = list(known)
+
+    @property
+    def mean(self) -> float:
+        """NaN before there is one."""
+        return sum(self.known) / len(self.known) if self.known else math.nan
+
+    def take(self, values: Mapping[str, float], *, used: float) -> bool:
+        """Takes in a measurement at the rate ``used``; whether it had a critical rate."""
+        courant = values.get("stability/courant", math.nan)
+        critical = values.get("stability/critical_lr", used / courant if courant > 0 else math.nan)
+        if not math.isfinite(critical):
+            return False
+        self.known = [*self.known, critical][-RECENT:]
+        return True
+
+    def crossing(self, rates: Sequence[float]) -> int | None:
+        """The first of the rates that is above the critical one."""
+        return next((k for k, future in enumerate(rates) if future > self.mean), None)
 
 
 class Schedule:

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from lsp_callbacks.callbacks.adapter import LossFn, Pending, identical, unmodelled, warn_sub_batch
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.probing import Criterion, ForwardFn, Probes, population
-from lsp_callbacks.callbacks.schedule import Schedule, rate
+from lsp_callbacks.callbacks.schedule import CriticalRate, Schedule, rate
 from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.quantities import Quantity, build
 from lsp_callbacks.quantities.select import Selection, validate
@@ -21,8 +21,6 @@ from lsp_callbacks.replay import untouched
 from lsp_callbacks.report import verdict
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
-#: Measurements whose mean is the critical rate that a scheduled rate is compared with.
-RECENT = 3
 #: How many steps of the schedule to look ahead.
 HORIZON = 1000
 
@@ -107,7 +105,7 @@ class StabilityMonitor(Callback):
         self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._updates = 0
         self._measured_at: int | None = None
-        self._critical: list[float] = []
+        self._critical = CriticalRate()
         self._schedule: Schedule | None = None
         self._spent = 0.0
         self._began: float | None = None
@@ -124,7 +122,7 @@ class StabilityMonitor(Callback):
         if stage != "fit":
             return
         if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
-            self.step, self._measured_at, self._critical = 0, None, []
+            self.step, self._measured_at, self._critical = 0, None, CriticalRate()
             self.monitor.reset()
         self.monitor.drop()
         self._unmodelled = unmodelled(trainer, pl_module)
@@ -261,33 +259,20 @@ class StabilityMonitor(Callback):
             kept |= {key: values[key] for key in sorted(keys, key=lambda k: -abs(values[k]))[: self.log_layers]}
         return kept
 
-    # -- the schedule ----------------------------------------------------------------------------------------------
-
-    @property
-    def critical_rate(self) -> float:
-        """The mean of the last critical learning rates, NaN before there is one."""
-        known = self._critical[-RECENT:]
-        return sum(known) / len(known) if known else math.nan
-
     def scheduled_courant(self, trainer: Any) -> float:
-        """The rate that the optimizer has now, before it is used, over the last critical rates."""
-        return rate(trainer.optimizers[0]) / self.critical_rate if self._critical else math.nan
+        """The rate that the optimizer has now, before it is used, over the mean of the last critical rates; or NaN."""
+        return rate(trainer.optimizers[0]) / self._critical.mean
 
     def _look_ahead(self, trainer: Any, observation: Observation) -> Observation:
-        """Adds ``stability/steps_to_edge``: when the schedule crosses the critical rate, if it will."""
-        courant = observation.values.get("stability/courant", math.nan)
-        used = self._rate_used
-        critical = observation.values.get("stability/critical_lr", used / courant if courant > 0 else math.nan)
-        if not math.isfinite(critical):
+        """Adds ``stability/steps_to_edge`` where the schedule will cross the critical rate."""
+        if not self._critical.take(observation.values, used=self._rate_used):
             return observation
-        self._critical = [*self._critical, critical][-RECENT:]
         assert self._schedule is not None
         left = max(1, int(min(HORIZON, trainer.estimated_stepping_batches - self.step)))
-        ahead = self._schedule.ahead(self.step, left)
-        crossing = next((k for k, future in enumerate(ahead) if future > self.critical_rate), None)
-        if crossing is None or used > self.critical_rate:
+        crossing = self._critical.crossing(self._schedule.ahead(self.step, left))
+        if crossing is None or self._rate_used > self._critical.mean:
             return observation
-        return self.monitor.add(observation, {"stability/steps_to_edge": float(crossing + 1)})
+        return self.monitor.add(observation, {"stability/steps_to_edge": crossing + 1.0})
 
     @property
     def overhead(self) -> float:
@@ -311,12 +296,12 @@ class StabilityMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "critical": list(self._critical),
+            "critical": self._critical.known,
             "monitor": self.monitor.state_dict(vectors=self.save_vectors),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step, self._critical = state_dict["step"], list(state_dict.get("critical", []))
+        self.step, self._critical = state_dict["step"], CriticalRate(state_dict["critical"])
         self.monitor.load_state_dict(state_dict["monitor"])
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce
+from lsp_callbacks.operators.frozen import FrozenRule, frozen_rule
 from lsp_callbacks.operators.tangent_kernel import TangentKernel, tangent_kernel
-from lsp_callbacks.operators.training import FrozenRule, frozen_rule
 from lsp_callbacks.snapshot import ProbeSet, Snapshot, Unmeasurable
 
 #: Eigenvalues of a float32 Gram matrix below this share of the largest are rounding.

@@ -223,7 +223,9 @@ def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 200) -
         w.sub_(q, alpha=own[-1]).sub_(basis[-2] if len(basis) > 1 else 0, alpha=coupling[-1])
         coupling.append(float(w.norm()))
         k = len(own)
-        last = k == steps or not coupling[-1] > 4 * torch.finfo(q.dtype).eps * max(map(abs, own))  # exhausted, or not finite
+        last = k == steps or not coupling[-1] > 4 * torch.finfo(q.dtype).eps * max(
+            map(abs, own)
+        )  # exhausted, or not finite
         if last or k % CHECK == 0:
             projected = torch.diag(start.new_tensor(own)) + torch.diag(start.new_tensor(coupling[1:-1]), -1)
             if not math.isfinite(coupling[-1]):

@@ -11,7 +11,7 @@ from torch import Tensor
 from lsp_callbacks.functional.diagram import StabilityDiagram, critical_lr, stability_diagram
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.functional.sgd_stability import Sampling, sgd_exponent
-from lsp_callbacks.operators.training import frozen_rule
+from lsp_callbacks.operators.frozen import frozen_rule
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.sgd_diagram import diagram_around, draw, matplotlib
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable

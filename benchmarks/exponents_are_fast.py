@@ -1,0 +1,85 @@
+"""Claim: lambda from K costs a hundredth of multiplying dense steps, a curve hardly more than a point, and the
+mean-square rate some twenty times one ``eigh`` of K.
+
+Medians of interleaved repetitions, one thread. The dense side forms ``I - (lr / B) M_B K`` and multiplies it into a
+product of 640 x 640 matrices, for one chain and a few steps; its time is multiplied up to 8 chains x 1000 steps.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+
+import torch
+from torch import nn
+
+from lsp_callbacks import ProbeSet
+from lsp_callbacks.functional import Modes, UpdateRule, reduce, sgd_exponent
+from lsp_callbacks.functional.mean_square import mean_square_lr
+from lsp_callbacks.operators.tangent_kernel import tangent_kernel
+from lsp_callbacks.probes import evaluation
+
+SAMPLES, CLASSES, BATCH, CHAINS, STEPS = 64, 10, 32, 8, 1000
+
+
+def gram(outputs: str, samples: int = SAMPLES) -> torch.Tensor:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(784, 100), nn.Tanh(), nn.Linear(100, 60), nn.Tanh(), nn.Linear(60, CLASSES)).double()
+    x, y = torch.randn(samples, 784).double(), torch.randn(samples, CLASSES).double()
+    part = lambda: evaluation(net(x), lambda f: nn.functional.mse_loss(f, y), samples=samples)  # noqa: E731
+    probes = ProbeSet(module=net, parts=(part,), samples=samples, batch_size=BATCH)
+    return tangent_kernel(probes, outputs=outputs).gram  # type: ignore[arg-type]
+
+
+def ratio(slow: Callable[[], object], fast: Callable[[], object], repetitions: int) -> float:
+    """Of the median times."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repetitions + 1):
+        for work, own in zip((slow, fast), times):
+            began = time.perf_counter()
+            work()
+            own.append(time.perf_counter() - began)
+    return median(times[0][1:]) / median(times[1][1:])
+
+
+def dense(K: torch.Tensor, lr: float, steps: int) -> None:
+    """The product of ``steps`` random steps of one chain, renormalised."""
+    product = torch.eye(len(K), dtype=K.dtype)
+    for _ in range(steps):
+        drawn = torch.zeros(SAMPLES, dtype=K.dtype)
+        drawn[torch.randperm(SAMPLES)[:BATCH]] = lr / BATCH
+        product = (torch.eye(len(K), dtype=K.dtype) - drawn.repeat_interleave(CLASSES)[:, None] * K) @ product
+        product /= torch.linalg.matrix_norm(product)
+
+
+def main(repetitions: int = 15, few: int = 5) -> None:
+    torch.set_num_threads(1)
+    K = gram("all")
+    modes = reduce(K, CLASSES)
+    run = {"batch_size": BATCH, "chains": CHAINS, "steps": STEPS, "burn_in": 0}
+    few_steps = ratio(lambda: dense(K, 0.1, few), lambda: sgd_exponent(modes, 0.1, **run), 3)
+    print(f"dense products, r = {modes.rank}: {few_steps * CHAINS * STEPS / few:.0f} times as long (from {few} steps)")
+    for samples in (64, 128):
+        K = gram("top", samples)
+        modes = reduce(K)
+        single = replace(modes, factor=modes.factor.float(), curvatures=modes.curvatures.float())
+        for name, rule in (("SGD", UpdateRule()), ("momentum 0.9", UpdateRule(0.9))):
+            edge = mean_square_lr(modes, batch_size=BATCH, rule=rule)
+            lrs = edge * torch.logspace(-1, 1, 32, dtype=torch.float64)
+            short = run | {"steps": 150, "rule": rule}
+
+            def curve(modes: Modes, lrs: object, short: dict = short) -> object:
+                return sgd_exponent(modes, lrs, **short)
+
+            print(
+                f"{samples} samples, one output, {name}: 32 rates cost "
+                f"{ratio(lambda: curve(modes, lrs), lambda: curve(modes, edge), repetitions):.1f} times one in float64, "
+                f"{ratio(lambda: curve(single, lrs), lambda: curve(single, edge), repetitions):.1f} times in float32; "
+                "the mean-square rate costs "
+                f"{ratio(lambda: mean_square_lr(modes, batch_size=BATCH, rule=rule), lambda: torch.linalg.eigh(K), repetitions):.0f} times one eigh",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
