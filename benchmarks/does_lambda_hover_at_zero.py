@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 from problems import Problem, digits, mnist, network
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from lsp_callbacks.probes import evaluating, evaluation
 
 SAMPLES, STEPS, EVERY, SEEDS = 256, 4000, 200, (0, 1, 2)
 BATCHES = (None, 32, 8, 2)
-LATE = 2 * STEPS // 3
+LATE, TICKS = 2 * STEPS // 3, (0.01, 0.03, 0.1, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 2, 4)
 #: Of each panel: the problem, and a lower and a higher rate of each batch size.
 PANELS: dict[str, tuple[Problem, dict[int | None, tuple[float, float]]]] = {
     "digits, tanh, squared": (
@@ -52,9 +53,6 @@ class Outcome:
     batch_sharpness: list[float]
     loss: float
     at_end: Task
-
-    def late(self, name: str) -> list[float]:
-        return [v for s, v in zip(self.steps, getattr(self, name)) if s >= LATE]
 
 
 @cache
@@ -99,9 +97,8 @@ class Task:
             gradient = torch.autograd.grad(self.loss(index), parameters, create_graph=True)
             fixed = [g.detach() for g in gradient]
             product = torch.autograd.grad(sum((g * v).sum() for g, v in zip(gradient, fixed)), parameters)
-            ratios.append(
-                float(sum((p * v).sum() for p, v in zip(product, fixed)) / sum(v.square().sum() for v in fixed))
-            )
+            square = sum(v.square().sum() for v in fixed)
+            ratios.append(float(sum((p * v).sum() for p, v in zip(product, fixed)) / square))
         return fmean(ratios) * self.problem.lr / 2
 
 
@@ -111,7 +108,6 @@ def run(problem: Problem, seed: int, steps: int = STEPS) -> Outcome:
     dial = SGDStability(SAMPLES, sampling="reshuffle", steps=256)
     epoch = SAMPLES // task.batch
     found: dict[str, list[float]] = {"courant": [], "mean_square": [], "batch_sharpness": []}
-    measured = list(range(0, steps + 1, EVERY))
     for step in range(steps + 1):
         if step % epoch == 0:
             order = torch.randperm(SAMPLES).view(epoch, -1)
@@ -128,14 +124,16 @@ def run(problem: Problem, seed: int, steps: int = STEPS) -> Outcome:
         task.optimizer.zero_grad()
         task.loss(order[step % epoch]).backward()
         task.optimizer.step()
+    measured = list(range(0, steps + 1, EVERY))
     padded = {name: values + [math.nan] * (len(measured) - len(values)) for name, values in found.items()}
-    return Outcome(steps=measured, loss=loss, at_end=task, **padded)
+    return Outcome(measured, loss=loss, at_end=task, **padded)
 
 
 def row(name: str, batch: int | None, lr: float, outcomes: list[Outcome]) -> str:
     cells = []
     for kind in ("courant", "mean_square", "batch_sharpness"):
-        low, middle, high = np.nanquantile([o.late(kind) for o in outcomes], (0.1, 0.5, 0.9))
+        late = np.array([getattr(o, kind) for o in outcomes])[:, np.array(outcomes[0].steps) >= LATE]
+        low, middle, high = np.nanquantile(late, (0.1, 0.5, 0.9))
         cells.append(f"{middle:.2f} ({low:.2f} ... {high:.2f})")
     largest = np.nanmax([o.courant[1:] for o in outcomes])
     end = f"{largest:.2f} | {fmean(o.loss for o in outcomes):.1e}"
@@ -154,6 +152,8 @@ def figure(results: dict[tuple[str, int | None, int], list[Outcome]]) -> Figure:
             ax.fill_between(outcomes[0].steps, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
         ax.axhline(1, color="gray", linestyle="--", linewidth=1)
         ax.set(yscale="log", title=f"{name}: {('lower', 'higher')[which]} rate")
+        ax.minorticks_off()
+        ax.yaxis.set_major_locator(FixedLocator(TICKS))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.legend(fontsize=8, loc="best")
         if which:

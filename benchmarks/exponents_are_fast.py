@@ -71,12 +71,12 @@ def main(repetitions: int = 15, few: int = 5) -> None:
             def curve(modes: Modes, lrs: object, short: dict = short) -> object:
                 return sgd_exponent(modes, lrs, **short)
 
+            double = ratio(lambda: curve(modes, lrs), lambda: curve(modes, edge), repetitions)
+            low = ratio(lambda: curve(single, lrs), lambda: curve(single, edge), repetitions)
+            rate = ratio(lambda: mean_square_lr(modes, batch_size=BATCH, rule=rule), lambda: torch.linalg.eigh(K), repetitions)
             print(
-                f"{samples} samples, one output, {name}: 32 rates cost "
-                f"{ratio(lambda: curve(modes, lrs), lambda: curve(modes, edge), repetitions):.1f} times one in float64, "
-                f"{ratio(lambda: curve(single, lrs), lambda: curve(single, edge), repetitions):.1f} times in float32; "
-                "the mean-square rate costs "
-                f"{ratio(lambda: mean_square_lr(modes, batch_size=BATCH, rule=rule), lambda: torch.linalg.eigh(K), repetitions):.0f} times one eigh",
+                f"{samples} samples, one output, {name}: 32 rates cost {double:.1f} times one in float64, {low:.1f} in "
+                f"float32; the mean-square rate costs {rate:.0f} times one eigh",
                 flush=True,
             )
 

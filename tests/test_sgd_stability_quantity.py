@@ -485,3 +485,21 @@ def test_a_transformer_of_one_precision_and_the_dtype_of_the_values():
     fit(lambda: Model(encoder(), MOMENTUM), StabilityMonitor(own, every_n_steps=2), max_steps=3)
     assert all(value.dtype == f64 and value.shape == () for value in own.compute().values())
     assert own.latest.kernel.gram.shape == (8, 8) and own.latest.population == 48 and own.latest.batch_size == 8
+
+
+def test_the_details_are_those_of_the_ground_truth():
+    """The tanh network at interpolation, batches of 1: lambda 0.023802, mu -0.02158, K_11 ... K_44."""
+    found = measured(SGDStability(4, horizon=200, steps=2000))
+    close(found["stability/gd_lyapunov"], -0.021580239529324852, 1e-9)
+    close(found["stability/kernel_margin"], abs(1 - 0.35 * 4.175934437557549), 1e-9)
+    assert found["stability/kernel_components"] == 1
+    least, most = found["stability/sgd_lyapunov_least"], found["stability/sgd_lyapunov_most"]
+    assert least < 0.023802 < most
+    # E log |det(I - lr K_ii)| over the four samples, by the rank.
+    own = torch.tensor([7.050322263264985, 4.175934437557549, 7.081075578155439, 4.876828221961095])
+    close(least, (1 - 0.35 * own).abs().log().mean() / 4, 1e-6)
+    finite, spread = found["stability/sgd_lyapunov_finite"], found["stability/sgd_lyapunov_finite_spread"]
+    assert abs(finite - 0.0238) < 4 * spread / 8 + 0.01 and 0 < spread < 0.1
+    assert "stability/gd_lyapunov" in measured() and "stability/kernel_margin" not in measured()
+    with pytest.raises(ValueError, match="horizon=0"):
+        SGDStability(horizon=0)

@@ -281,12 +281,11 @@ def _sharpest(
     d = flatten(weights, parameters)
     steps = COLD if mode is None else WARM
     vector = torch.randn(len(d), generator=generator).to(d) if mode is None else mode
-    with torch.no_grad():
-        before = [part().outputs.detach() for part in probes.parts]
+    before = [part().outputs.detach() for part in probes.parts]
     for _ in range(steps):
         # A small step for the outputs, a large one for their rounding.
         distance = 1e-2 / float(torch.linalg.vector_norm(vector))
-        with torch.no_grad(), displaced(parameters, vector, distance):
+        with displaced(parameters, vector, distance):
             moves = [(part().outputs.detach() - b) / distance for part, b in zip(probes.parts, before)]
         image = torch.zeros_like(vector)
         for part, move in zip(probes.parts, moves):

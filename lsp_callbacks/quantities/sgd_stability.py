@@ -10,7 +10,15 @@ from torch import Tensor
 
 from lsp_callbacks.functional.diagram import StabilityDiagram, critical_lr, stability_diagram
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
-from lsp_callbacks.functional.sgd_stability import Sampling, sgd_exponent
+from lsp_callbacks.functional.mean_square import second_moment_exponent
+from lsp_callbacks.functional.modes import UpdateRule, regularity
+from lsp_callbacks.functional.sgd_stability import (
+    Sampling,
+    finite_time_exponents,
+    gd_exponent,
+    sgd_exponent,
+    sum_of_exponents,
+)
 from lsp_callbacks.operators.frozen import frozen_rule
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.sgd_diagram import diagram_around, draw, matplotlib
@@ -22,6 +30,11 @@ if TYPE_CHECKING:
 
 #: Multiplications of the random products of one measurement, and those that a step's calls are worth beside its own.
 NUMERICS, CALLS = 1.2e9, 2e7
+#: What only comes with a horizon.
+DETAILS = (
+    "stability/sgd_lyapunov_least", "stability/sgd_lyapunov_most", "stability/sgd_lyapunov_finite",
+    "stability/sgd_lyapunov_finite_spread", "stability/kernel_margin", "stability/kernel_components",
+)  # fmt: skip
 #: A network has collapsed when its rank is this share of the largest so far, and the probes' loss that of the first.
 RANK, LOSS = 0.1, 0.5
 
@@ -45,10 +58,18 @@ class SGDStability(Quantity):
         replacement: within a batch.
         chains: of the random product.
         steps: of each chain.
+        horizon: report details beside the exponent, too: exponents over ``horizon`` steps, the bounds around it, and
+            the regularity of the point. None leaves them out.
 
     Keys: ``stability/courant_sgd``, ``critical_lr``, ``courant_mean_square``, ``mean_square_lr``, ``sgd_lyapunov``
-    (nats per step); ``_error`` beside those by Monte Carlo; ``kernel_rank`` and ``kernel_trace`` of K; ``collapsed``,
-    1 where rank and loss say that the outputs have ceased to depend on the inputs, otherwise 0.
+    and ``gd_lyapunov`` (lambda and mu, nats per step); ``_error`` beside those by Monte Carlo; ``kernel_rank`` and
+    ``kernel_trace`` of K; ``collapsed``, 1 where rank and loss say that the outputs have ceased to depend on the
+    inputs, otherwise 0. With ``horizon``: ``sgd_lyapunov_least`` (of plain SGD: the mean of all exponents) and
+    ``sgd_lyapunov_most`` (half the second moment's exponent), between which lambda lies; ``sgd_lyapunov_finite`` with
+    its ``_spread`` over runs of so many steps; ``kernel_margin``, ``min |1 - lr k_ii|``, and ``kernel_components`` of K
+    (Chemnitz & Engel, definition 2.2: at margin 0, or with more than one component, the point is not regular).
+    Theorem B, by which the sign of lambda decides, is proved there for one output, batches of one and plain SGD;
+    elsewhere it is linear stability.
 
     Raises:
         ValueError: for bad arguments.
@@ -64,7 +85,7 @@ class SGDStability(Quantity):
     )  # fmt: skip
     optional = (
         "stability/critical_lr_error", "stability/sgd_lyapunov_error", "stability/kernel_rank",
-        "stability/kernel_trace", "stability/collapsed",
+        "stability/kernel_trace", "stability/collapsed", "stability/gd_lyapunov", *DETAILS,
     )  # fmt: skip
     needs_update = True
     values: Tensor
@@ -80,6 +101,7 @@ class SGDStability(Quantity):
         replacement: bool = False,
         chains: int = 8,
         steps: int = 100,
+        horizon: int | None = None,
     ):
         super().__init__()
         for argument, value in (("probes", probes), ("chains", chains), ("steps", steps)):
@@ -88,12 +110,14 @@ class SGDStability(Quantity):
         if outputs not in ("top", "all"):
             raise ValueError(f"outputs={outputs!r}: give 'top' or 'all'")
         self.probes, self.outputs, self.sampling, self.replacement = probes, outputs, sampling, replacement
-        self.chains, self.steps = chains, steps
+        if horizon is not None and horizon < 1:
+            raise ValueError(f"horizon={horizon}: give a number of steps, or None")
+        self.chains, self.steps, self.horizon = chains, steps, horizon
         if sampling not in ("iid", "reshuffle"):
             raise ValueError(f"sampling={sampling!r}: give 'iid' or 'reshuffle'")
         self.latest: FrozenSGD | None = None
         self._mode: Tensor | None = None
-        self._names = (*self.keys, *self.optional)
+        self._names = (*self.keys, *self.optional)[: None if horizon else -len(DETAILS)]
         self.add_state(
             "values", default=torch.full((len(self._names),), math.nan, dtype=torch.float64), persistent=True
         )
@@ -162,11 +186,42 @@ class SGDStability(Quantity):
             "sgd_lyapunov_error": float(exponent.error),
             "kernel_rank": float(found.modes.rank),
             "kernel_trace": float(found.modes.trace),
+            "gd_lyapunov": float(gd_exponent(found.modes, found.lr, rule=found.rule)),
+            **({} if self.horizon is None else self._details(found, self.horizon, generator)),
+        }
+
+    def _details(self, found: FrozenSGD, horizon: int, generator: torch.Generator) -> dict[str, float]:
+        batches: dict[str, Any] = {
+            "batch_size": min(found.batch_size, found.population),
+            "rule": found.rule,
+            "replacement": self.replacement,
+            "population": found.population,
+        }
+        finite = finite_time_exponents(
+            found.modes, found.lr, horizon=horizon, sampling=self.sampling, generator=generator, **batches
+        )
+        least = math.nan
+        if found.rule == UpdateRule() and found.population == found.modes.samples:
+            logs = sum_of_exponents(found.modes, found.lr, batch_size=batches["batch_size"], generator=generator)
+            least = float(logs.value) / max(found.modes.rank, 1)
+        margin, components = regularity(found.kernel.gram, found.lr, found.kernel.rows)
+        return {
+            "sgd_lyapunov_least": least,
+            "sgd_lyapunov_most": second_moment_exponent(found.modes, found.lr, tol=1e-4, **batches),
+            "sgd_lyapunov_finite": float(finite.mean()),
+            "sgd_lyapunov_finite_spread": float(finite.std()),
+            "kernel_margin": margin,
+            "kernel_components": float(components),
         }
 
     def compute(self) -> dict[str, Tensor]:
         """The last measurement; a rate that is infinite, as nothing can become unstable, is left out."""
-        return {key: value for key, value in zip(self._names, self.values) if not bool(value.isinf())}
+        found = dict(zip(self._names, self.values))
+        return {
+            key: value
+            for key, value in found.items()
+            if not (bool(value.isinf()) or (key in DETAILS and bool(value.isnan())))
+        }
 
     def diagram(self, **settings: Any) -> StabilityDiagram:
         """The (rate, batch size) diagram at the last measured weights, by `functional.stability_diagram`.
