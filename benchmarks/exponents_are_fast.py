@@ -73,7 +73,8 @@ def main(repetitions: int = 15, few: int = 5) -> None:
 
             double = ratio(lambda: curve(modes, lrs), lambda: curve(modes, edge), repetitions)
             low = ratio(lambda: curve(single, lrs), lambda: curve(single, edge), repetitions)
-            rate = ratio(lambda: mean_square_lr(modes, batch_size=BATCH, rule=rule), lambda: torch.linalg.eigh(K), repetitions)
+            square = lambda: mean_square_lr(modes, batch_size=BATCH, rule=rule)  # noqa: B023, E731
+            rate = ratio(square, lambda: torch.linalg.eigh(K), repetitions)
             print(
                 f"{samples} samples, one output, {name}: 32 rates cost {double:.1f} times one in float64, {low:.1f} in "
                 f"float32; the mean-square rate costs {rate:.0f} times one eigh",

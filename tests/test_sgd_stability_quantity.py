@@ -26,6 +26,7 @@ KEYS = {
 }  # fmt: skip
 OPTIONAL = {
     "stability/critical_lr_error", "stability/sgd_lyapunov_error", "stability/kernel_rank", "stability/kernel_trace",
+    "stability/gd_lyapunov",
     "stability/collapsed",
 }  # fmt: skip
 

@@ -124,6 +124,6 @@ def population(trainer: Any) -> int | None:
     for holder in (getattr(loader, "sampler", None), getattr(loader, "dataset", None)):
         try:
             return len(holder)  # type: ignore[arg-type]
-        except TypeError:
+        except (TypeError, NotImplementedError):
             continue
     return None

@@ -12,9 +12,6 @@ from lsp_callbacks.functional.modes import PLAIN, Modes, UpdateRule
 
 Superoperator = Callable[[Tensor], Tensor]
 
-#: Products between two looks at whether the top eigenvalue has converged.
-CHECK = 4
-
 
 def second_moment(
     modes: Modes,
@@ -97,7 +94,8 @@ def mean_square_lr(
         beta, gain = rule.momentum, 1 - rule.dampening * bool(rule.momentum)
         root = ((1 - beta) / gain * (h[:, None] + h)).rsqrt()
         gamma = beta * (h[:, None] ** 2 + h**2 - 2 * beta * h[:, None] * h) / (1 - beta**2)
-        top, _ = _top(lambda x: root * (d(root * x) - gamma * (root * x)), torch.diag(1 / root.diagonal()), tol)
+        shift = -gamma * root**2
+        top, _ = _top(lambda x: (root * d(root * x)).addcmul_(shift, x), torch.diag(1 / root.diagonal()), tol)
         return rule.correction / top
     # Below the full-batch edge t is positive, and the mean-square edge lies below it.
     high = gd_critical_lr(modes, rule)
@@ -215,7 +213,7 @@ def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 200) -
     r = len(start)
     generic = torch.randn(r, r, dtype=start.dtype, generator=torch.Generator().manual_seed(0))
     q = start / start.norm() + 1e-3 / r * (generic + generic.mT)
-    basis, own, coupling = [q / q.norm()], [], [0.0]
+    basis, own, coupling, look = [q / q.norm()], [], [0.0], 3
     while True:
         q = basis[-1]
         w = operator(q)
@@ -226,7 +224,8 @@ def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 200) -
         last = k == steps or not coupling[-1] > 4 * torch.finfo(q.dtype).eps * max(
             map(abs, own)
         )  # exhausted, or not finite
-        if last or k % CHECK == 0:
+        if last or k == look:
+            look += 3 + k // 5
             projected = torch.diag(start.new_tensor(own)) + torch.diag(start.new_tensor(coupling[1:-1]), -1)
             if not math.isfinite(coupling[-1]):
                 return math.nan, q
@@ -236,8 +235,7 @@ def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 200) -
             gap = top - float(values[-2]) if k > 1 else 0.0
             if last or (residual <= tol**0.5 * top and residual**2 <= tol * top * gap):
                 return top, torch.stack(basis, -1) @ vectors[:, -1]
-        w /= coupling[-1]
-        basis.append((w + w.mT).mul_(0.5))
+        basis.append((w + w.mT).mul_(0.5 / coupling[-1]))
 
 
 def _illinois(f: Callable[[float], float], high: float, tol: float) -> float:
