@@ -1,7 +1,8 @@
 """Question (Chemnitz & Engel 2025, Sec. 2.6): does lambda hover at 0 along SGD, as sharpness does at 2 / lr along GD?
 
-FINDING_1
-FINDING_2
+Found: not in general. With squared loss lr / critical_lr ends at 1.0 for GD, 0.8 to 1.0 for batch 32, 0.6 to 0.9 for 8
+and 0.4 to 0.8 for 2, at rates that GD bears at its edge; with cross-entropy it falls to 0 as the samples are fitted.
+
 ``MNIST=folder python benchmarks/does_lambda_hover_at_zero.py`` prints the tables of the ``.md`` and saves the ``.png``.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,7 @@ from lsp_callbacks.probes import evaluating, evaluation
 
 SAMPLES, STEPS, EVERY, SEEDS = 256, 4000, 200, (0, 1, 2)
 BATCHES = (None, 32, 8, 2)
-LATE, TICKS = 2 * STEPS // 3, (0.01, 0.03, 0.1, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 2, 4)
+LATE, TICKS = 2 * STEPS // 3, ((0.3, 0.4, 0.5, 0.6, 0.8, 1, 2, 4), (0.01, 0.1, 1, 10))
 #: Of each panel: the problem, and a lower and a higher rate of each batch size.
 PANELS: dict[str, tuple[Problem, dict[int | None, tuple[float, float]]]] = {
     "digits, tanh, squared": (
@@ -67,9 +67,8 @@ class Task:
     def __init__(self, problem: Problem, seed: int):
         torch.manual_seed(seed)
         self.problem, self.batch = problem, problem.batch or SAMPLES
-        self.net = network(problem)
+        self.net, (self.x, self.y) = network(problem), training_set(problem.data)
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=problem.lr)
-        self.x, self.y = training_set(problem.data)
 
     def criterion(self, outputs: Tensor, index: Tensor | slice = slice(None)) -> Tensor:
         if self.problem.squared:
@@ -79,13 +78,12 @@ class Task:
     def loss(self, index: Tensor | slice = slice(None)) -> Tensor:
         return self.criterion(self.net(self.x[index]), index)
 
-    def _part(self) -> Any:
+    def part(self) -> Any:
         with evaluating(self.net):
             return evaluation(self.net(self.x), self.criterion, samples=SAMPLES)
 
     def snapshot(self, step: int) -> Snapshot:
-        """All samples are probes."""
-        probes = ProbeSet(self.net, (self._part,), SAMPLES, self.batch, SAMPLES)
+        probes = ProbeSet(self.net, (self.part,), SAMPLES, self.batch, SAMPLES)
         return Snapshot(step=step, module=self.net, replay=self.loss, optimizer=self.optimizer, probes=probes)
 
     def batch_sharpness(self, draws: int = 16) -> float:
@@ -142,51 +140,52 @@ def row(name: str, batch: int | None, lr: float, outcomes: list[Outcome]) -> str
 
 def figure(results: dict[tuple[str, int | None, int], list[Outcome]]) -> Figure:
     fig = Figure(figsize=(15, 7), layout="constrained")
-    for (which, column), ax in np.ndenumerate(fig.subplots(2, len(PANELS), sharex=True, sharey="col")):
+    axes = fig.subplots(2, len(PANELS), sharex=True, sharey="col", squeeze=False)
+    for (which, column), ax in np.ndenumerate(axes):
         name, rates = list(PANELS)[column], list(PANELS.values())[column][1]
         for k, batch in enumerate(BATCHES):
             outcomes = results[name, batch, which]
-            values, color = np.array([o.courant for o in outcomes]), "black" if batch is None else f"C{k - 1}"
+            values = np.array([o.courant for o in outcomes]).clip(0.003)
+            color = "black" if batch is None else f"C{k - 1}"
             label = ("GD" if batch is None else f"batch {batch}") + f", lr {rates[batch][which]:g}"
             ax.plot(outcomes[0].steps, np.median(values, 0), color=color, label=label)
             ax.fill_between(outcomes[0].steps, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
         ax.axhline(1, color="gray", linestyle="--", linewidth=1)
         ax.set(yscale="log", title=f"{name}: {('lower', 'higher')[which]} rate")
         ax.minorticks_off()
-        ax.yaxis.set_major_locator(FixedLocator(TICKS))
+        ax.yaxis.set_major_locator(FixedLocator(TICKS["entropy" in name]))
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.legend(fontsize=8, loc="best")
-        if which:
-            ax.set_xlabel("step")
-        if not column:
-            ax.set_ylabel("lr / critical_lr  (below 1: lambda < 0)")
+        ax.legend(fontsize=8)
+    fig.supxlabel("step")
+    fig.supylabel("lr / critical_lr  (below 1: lambda < 0)")
     return fig
 
 
 def check(task: Task) -> str:
-    """At the same weights: the sharpness, and the Courant number on a finer grid, with other draws, and all outputs."""
+    """At the same weights: the sharpness, and the Courant number on a finer grid, by other draws, of all outputs."""
     lr, start = task.problem.lr, None
     for _ in range(5):  # the sharpest mode from a warm start
         start = (top := frozen_sgd(task.snapshot(STEPS), start=start)).kernel.mode
-    every = frozen_sgd(task.snapshot(STEPS), outputs="all")
-    cells = [f"{lr / gd_critical_lr(every.modes):.3f}"]
-    for modes, sampling, steps in ((top, "reshuffle", 1000), (top, "iid", 1000), (every, "reshuffle", 250)):
+    cells, draws = [f"{lr / gd_critical_lr(top.modes):.3f}"], [(top, "reshuffle", 1000), (top, "iid", 1000)]
+    if task.problem.data == "digits":  # a minute each
+        draws += [(frozen_sgd(task.snapshot(STEPS), outputs="all"), "reshuffle", 250)]
+    for modes, sampling, steps in draws:
         how: dict[str, Any] = {"batch_size": task.batch, "sampling": sampling, "steps": steps, "grid": 1.01}
-        found = critical_lr(modes.modes, tol=1e-4, **how)
+        found = critical_lr(modes.modes, tol=1e-3, **how)
         cells.append(f"{lr / found.value:.3f} ± {lr / found.value * found.error / found.value:.3f}")
-    return " | ".join(cells)
+    return " | ".join(cells + ["-"] * (4 - len(cells)))
 
 
-def main(path: str = str(Path(__file__).with_suffix(".png"))) -> None:
+def main() -> None:
     kinds = ("lr / critical_lr", "lr / mean_square_lr", "batch sharpness x lr / 2", "largest lr / critical_lr", "loss")
     print(f"| run | batch | lr | {' | '.join(kinds)} |", "|---" * 8 + "|", sep="\n")
     results = {}
     for name, (problem, rates) in PANELS.items():
         for which, batch in itertools.product((0, 1), BATCHES):
             lr = rates[batch][which]
-            outcomes = [run(replace(problem, batch=batch, lr=lr), seed) for seed in SEEDS]
-            print(row(name, batch, lr, results.setdefault((name, batch, which), outcomes)), flush=True)
-    figure(results).savefig(path, dpi=75)
+            results[name, batch, which] = [run(replace(problem, batch=batch, lr=lr), seed) for seed in SEEDS]
+            print(row(name, batch, lr, results[name, batch, which]), flush=True)
+    figure(results).savefig(Path(__file__).with_suffix(".png"), dpi=75)
     kinds = ("sharpness x lr / 2", "reshuffled", "i.i.d.", "reshuffled, all outputs")
     print(f"\n| at the end, seed 0 | batch | lr | {' | '.join(kinds)} |", "|---" * 7 + "|", sep="\n")
     for (name, batch, which), outcomes in results.items():
@@ -197,4 +196,4 @@ def main(path: str = str(Path(__file__).with_suffix(".png"))) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(*sys.argv[1:])
+    main()

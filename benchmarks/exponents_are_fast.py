@@ -1,5 +1,5 @@
 """Claim: lambda from K costs a hundredth of multiplying dense steps, a curve hardly more than a point, and the
-mean-square rate some twenty times one ``eigh`` of K.
+mean-square rate 15 to 40 times one ``eigh`` of K.
 
 Medians of interleaved repetitions, one thread. The dense side forms ``I - (lr / B) M_B K`` and multiplies it into a
 product of 640 x 640 matrices, for one chain and a few steps; its time is multiplied up to 8 chains x 1000 steps.
@@ -60,26 +60,25 @@ def main(repetitions: int = 15, few: int = 5) -> None:
     few_steps = ratio(lambda: dense(K, 0.1, few), lambda: sgd_exponent(modes, 0.1, **run), 3)
     print(f"dense products, r = {modes.rank}: {few_steps * CHAINS * STEPS / few:.0f} times as long (from {few} steps)")
     for samples in (64, 128):
-        K = gram("top", samples)
-        modes = reduce(K)
-        single = replace(modes, factor=modes.factor.float(), curvatures=modes.curvatures.float())
         for name, rule in (("SGD", UpdateRule()), ("momentum 0.9", UpdateRule(0.9))):
-            edge = mean_square_lr(modes, batch_size=BATCH, rule=rule)
-            lrs = edge * torch.logspace(-1, 1, 32, dtype=torch.float64)
-            short = run | {"steps": 150, "rule": rule}
+            print(f"{samples} samples, one output, {name}: {one_output(gram('top', samples), rule, repetitions)}")
 
-            def curve(modes: Modes, lrs: object, short: dict = short) -> object:
-                return sgd_exponent(modes, lrs, **short)
 
-            double = ratio(lambda: curve(modes, lrs), lambda: curve(modes, edge), repetitions)
-            low = ratio(lambda: curve(single, lrs), lambda: curve(single, edge), repetitions)
-            square = lambda: mean_square_lr(modes, batch_size=BATCH, rule=rule)  # noqa: B023, E731
-            rate = ratio(square, lambda: torch.linalg.eigh(K), repetitions)
-            print(
-                f"{samples} samples, one output, {name}: 32 rates cost {double:.1f} times one in float64, {low:.1f} in "
-                f"float32; the mean-square rate costs {rate:.0f} times one eigh",
-                flush=True,
-            )
+def one_output(K: torch.Tensor, rule: UpdateRule, repetitions: int) -> str:
+    double, how = reduce(K), {"batch_size": BATCH, "rule": rule}
+    single = replace(double, factor=double.factor.float(), curvatures=double.curvatures.float())
+    edge = mean_square_lr(double, **how)
+    lrs = edge * torch.logspace(-1, 1, 32, dtype=torch.float64)
+
+    def curve(modes: Modes, lrs: float | torch.Tensor) -> object:
+        return sgd_exponent(modes, lrs, chains=CHAINS, steps=150, burn_in=0, **how)
+
+    wide, low = (ratio(lambda m=m: curve(m, lrs), lambda m=m: curve(m, edge), repetitions) for m in (double, single))
+    square = ratio(lambda: mean_square_lr(double, **how), lambda: torch.linalg.eigh(K), repetitions)
+    return (
+        f"32 rates cost {wide:.1f} times one in float64, {low:.1f} in float32; "
+        f"the mean-square rate costs {square:.0f} times one eigh"
+    )
 
 
 if __name__ == "__main__":

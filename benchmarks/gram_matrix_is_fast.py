@@ -8,7 +8,7 @@ the gradient of the network, where Jacobians hold 640 of them; a convolution hol
 
 import time
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from statistics import median
 
 import torch
@@ -25,7 +25,7 @@ SAMPLES, CLASSES = 64, 10
 
 def mlp(*widths: int) -> nn.Module:
     sizes = (784, *widths)
-    layers = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    layers = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.ReLU())]
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear(sizes[-1], CLASSES))
 
 

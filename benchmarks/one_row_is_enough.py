@@ -63,9 +63,10 @@ def main() -> None:
             top, whole = (courant(net, loss, rate, momentum, order[:64], which) for which in ("top", "all"))
             many = courant(net, loss, rate, momentum, order[:1024], "top")
             few = torch.tensor([courant(net, loss, rate, momentum, part, "top") for part in order[:1024].split(128)])
+            spread = ", ".join(f"{float(share) / many:.2f}" for share in (few.mean(), few.min(), few.max()))
             print(
-                f"{name}, momentum {momentum}: Courant {whole:.2f}; top over all {top / whole:.2f}; 128 over 1024 probes "
-                f"{float(few.mean()) / many:.2f}, from {float(few.min()) / many:.2f} to {float(few.max()) / many:.2f}",
+                f"{name}, momentum {momentum}: Courant {whole:.2f}; top over all {top / whole:.2f}; "
+                f"128 over 1024 probes (mean, least, most) {spread}",
                 flush=True,
             )
 

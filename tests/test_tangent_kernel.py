@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 import lsp_callbacks.operators.tangent_kernel as module_under_test
 from lsp_callbacks import ProbeSet
 from lsp_callbacks.functional import sharpness
-from lsp_callbacks.operators.layers import rows_alone
+from lsp_callbacks.operators.per_sample import rows_alone
 from lsp_callbacks.operators.tangent_kernel import tangent_kernel
 from lsp_callbacks.probes import evaluating, evaluation
 from lsp_callbacks.snapshot import Unmeasurable

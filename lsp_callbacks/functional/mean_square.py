@@ -219,7 +219,7 @@ def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 200) -
         w = operator(q)
         own.append(float(torch.dot(w.view(-1), q.view(-1))))
         w.sub_(q, alpha=own[-1]).sub_(basis[-2] if len(basis) > 1 else 0, alpha=coupling[-1])
-        coupling.append(float(w.norm()))
+        coupling.append(float(torch.linalg.vector_norm(w)))
         k = len(own)
         last = k == steps or not coupling[-1] > 4 * torch.finfo(q.dtype).eps * max(
             map(abs, own)

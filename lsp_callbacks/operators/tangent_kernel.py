@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.operators.curvature import double_backward
-from lsp_callbacks.operators.layers import ParameterGram, Recorder, rows_alone
+from lsp_callbacks.operators.per_sample import ParameterGram, Recorder, rows_alone
 from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmeasurable, displaced, flatten
 
 #: Positions (tokens, pixels) of a sample that are looked at; the others are taken to be like them.

@@ -172,7 +172,7 @@ class SGDStability(Quantity):
             "chains": self.chains,
             "generator": generator,
         }
-        critical = critical_lr(found.modes, steps=self.steps, tol=1e-4, **settings)
+        critical = critical_lr(found.modes, steps=self.steps, tol=1e-3, **settings)
         exponent = sgd_exponent(found.modes, found.lr, steps=self.steps // 2, burn_in=self.steps // 2, **settings)
         if math.isnan(critical.value):
             raise Unmeasurable("the Gram matrix is not finite: the weights or the outputs have overflowed")
