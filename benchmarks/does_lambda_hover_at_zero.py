@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
-from problems import Problem, digits, mnist, network
+from runs import Problem, digits, mnist, network
 from torch import Tensor, nn
 
 from lsp_callbacks import ProbeSet, SGDStability, Snapshot

@@ -8,7 +8,7 @@ and spread over 8 disjoint sets) over that by 1024. The scan's own grid is a fac
 from collections.abc import Callable
 
 import torch
-from problems import Problem, mnist, network
+from runs import Problem, mnist, network
 from torch import Tensor, nn
 
 from lsp_callbacks import ProbeSet

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
-from problems import mnist
+from runs import mnist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

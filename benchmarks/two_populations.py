@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from problems import PROBLEMS, Problem, fit
+from runs import PROBLEMS, Problem, fit
 
 from lsp_callbacks import StabilityMonitor, StopOnInstability
 from lsp_callbacks.report import loss_alarm

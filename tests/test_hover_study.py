@@ -1,7 +1,6 @@
 """Full-batch descent, the control of the study of lambda along SGD, reaches its edge: ``pytest -m slow``."""
 
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.mark.slow
 def test_full_batch_descent_reaches_the_edge(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.delitem(sys.modules, "problems", raising=False)  # the tests have one of that name
     study = runpy.run_path(str(BENCHMARKS / "does_lambda_hover_at_zero.py"))
     problem = study["Problem"]("mlp", study["nn"].Tanh, 1.0, batch=None, squared=True, data="digits")
     courant = study["run"](problem, seed=0, steps=2000).courant

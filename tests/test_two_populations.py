@@ -2,7 +2,6 @@
 
 import os
 import runpy
-import sys
 from pathlib import Path
 from statistics import median
 
@@ -15,8 +14,9 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def outcomes():
     if "MNIST" not in os.environ:
         pytest.skip("set MNIST to a folder with its t10k files")
-    sys.path.insert(0, str(BENCHMARKS))
-    study = runpy.run_path(str(BENCHMARKS / "two_populations.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        study = runpy.run_path(str(BENCHMARKS / "two_populations.py"))
     return {
         (name, seed): (problem, study["run"](problem, seed))
         for name, problem in study["PROBLEMS"].items()

@@ -197,12 +197,21 @@ def _single(modes: Modes) -> Modes:
 
 
 def _zero(rates: Tensor, exponents: Tensor, errors: Tensor, above: int) -> tuple[float, float]:
-    """The zero between rate ``above`` and its predecessor, linear in the logarithm of the rate, and its error."""
+    """The zero between rate ``above`` and its predecessor, linear in the logarithm of the rate, and its error.
+
+    Below its zero lambda may be flat, at the rate of the slowest mode, and only then rise: a line from there would lie
+    too low. So the line through the first two unstable rates is followed down, too, and the higher zero taken.
+    """
     while above and exponents[above - 1] >= 0:  # positive, but not beyond its error
         above -= 1
     if not above or exponents[above - 1] == -math.inf:  # nothing to interpolate with
         return float(rates[above]), float(rates[above] - rates[above - 1]) if above else 0.0
     top, below = float(exponents[above]), float(exponents[above - 1])
     width = math.log(float(rates[above] / rates[above - 1]))
-    value = float(rates[above]) * math.exp(-width * top / (top - below))
-    return value, value * float(errors[above - 1 : above + 1].max()) * width / (top - below)
+    slope, error = (top - below) / width, float(errors[above - 1 : above + 1].max())
+    if above + 1 < len(rates):
+        steep = float(exponents[above + 1] - exponents[above]) / math.log(float(rates[above + 1] / rates[above]))
+        if steep > slope:
+            slope, error = steep, float(errors[above : above + 2].max())
+    value = float(rates[above]) * math.exp(-top / slope)
+    return value, value * error / slope

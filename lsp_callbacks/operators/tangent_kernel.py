@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +19,7 @@ POSITIONS = 4
 #: Products that find the top eigenvector of each sample's output Hessian.
 POWER = 20
 #: Products that find the sharpest mode, from nothing and from the last one.
-COLD, WARM = 10, 3
+COLD, WARM = 20, 3
 
 Scale = Mapping[str, "float | Tensor"]
 Product = Callable[[Tensor], Tensor]
@@ -99,6 +100,8 @@ def tangent_kernel(
         found, recorder, cotangents = directions.evaluate(index)
         samples = len(found.outputs)
         loss += float(found.criterion(found.outputs.detach())) * samples / probes.samples
+        if not math.isfinite(loss):
+            raise Unmeasurable("the loss of the probes is not finite: the weights or the outputs have overflowed")
         c = torch.randn(samples, len(cotangents), generator=generator).to(found.outputs)
         signs.append(c.reshape(-1))
         for name, part in recorder.parts(found.outputs, cotangents, samples).items():

@@ -8,7 +8,7 @@ from torch import Tensor
 from lsp_callbacks.functional.batch_sharpness import batch_sharpness, curvature_along_gradient
 from lsp_callbacks.operators.curvature import Method, product_cost, resolved
 from lsp_callbacks.quantities.base import Quantity, scalar
-from lsp_callbacks.snapshot import Snapshot
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
 #: Fewer batches do not tell their own spread.
 LEAST = 8
@@ -51,6 +51,10 @@ class BatchSharpness(Quantity):
         self._window: list[Tensor] = []
         self._step = 0
         self.add_state("pairs", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
+
+    def check(self, snapshot: Snapshot) -> None:
+        if snapshot.unmodelled:  # its gradient may be that of other batches, too
+            raise Unmeasurable(snapshot.unmodelled)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         batches = min(self.most, max(LEAST, round((0.43 / self.rtol) ** 2)))
