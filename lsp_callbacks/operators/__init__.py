@@ -3,7 +3,6 @@
 from lsp_callbacks.operators.curvature import hessian
 from lsp_callbacks.operators.frozen import FrozenRule, frozen_rule
 from lsp_callbacks.operators.residual import Block, residual_block
-from lsp_callbacks.operators.tangent_kernel import TangentKernel, tangent_kernel
 from lsp_callbacks.operators.training import (
     SGDRule,
     decayed_hessian,
@@ -18,7 +17,6 @@ __all__ = [
     "Block",
     "FrozenRule",
     "SGDRule",
-    "TangentKernel",
     "decayed_hessian",
     "frozen_rule",
     "hessian",
@@ -26,7 +24,6 @@ __all__ = [
     "residual_block",
     "state_weight",
     "step_jacobian",
-    "tangent_kernel",
     "update_rule",
     "weight_operators",
 ]
