@@ -79,7 +79,7 @@ def test_the_bare_rule(values, settings, stops):
 def test_the_loss_must_confirm(losses, stops):
     stop = StopOnInstability()
     assert (feed(stop, [1.1] * len(losses), losses) is not None) == stops
-    assert stop.event_step == 0  # falling or not
+    assert stop.event_step == 2  # falling or not
     assert feed(StopOnInstability(), [0.9] * len(losses), losses) is None  # the loss alone does not stop
 
 
@@ -96,6 +96,20 @@ def test_a_jump_of_the_rate_is_seen_before_it_is_used(scheduled, event, stops, c
         # A rate that has been there for long, and was measured, is no jump.
         assert feed(StopOnInstability(), [20.0] * 9, scheduled=scheduled) is None
         assert feed(StopOnInstability("stability/lyapunov"), [-0.5], scheduled=scheduled) is None
+
+
+def test_the_first_steps_confirm_nothing_unless_the_loss_is_lost():
+    rising = [float(i) for i in range(1, 60)]
+    assert feed(StopOnInstability(), [1.1] * 59, rising) == 29
+    assert feed(StopOnInstability(), [1.1] * 9, [1.0, 2.0, 3.0, NAN, NAN, NAN, NAN, NAN, NAN]) == 3
+
+
+def test_the_dial_is_not_averaged_with_what_stood_in_for_it():
+    """While the probes are collected, the dial is the curvature of one batch, here 2.6 on a healthy run."""
+    both = [{KEY: 2.6}] * 3 + [{KEY: 0.3, "stability/courant_sgd": 0.3}] * 9
+    stop = StopOnInstability(confirm=None, patience=4)
+    assert feed(stop, both) is None and stop.event_step is None
+    assert feed(StopOnInstability(confirm=None, patience=4), [{KEY: 2.6}] * 9) == 3  # where nothing better comes
 
 
 def test_a_collapse_ends_training_as_collapse(caplog):
@@ -124,8 +138,8 @@ def test_the_event_is_told_once(caplog):
 
 def test_the_stop_says_why_and_what_to_do(caplog):
     with caplog.at_level(logging.INFO):
-        feed(StopOnInstability(), [1.1] * 9, [float(i) for i in range(1, 10)])
-        feed(StopOnInstability(verbose=False), [1.1] * 9, [float(i) for i in range(1, 10)])
+        feed(StopOnInstability(), [1.1] * 40, [float(i) for i in range(1, 41)])
+        feed(StopOnInstability(verbose=False), [1.1] * 40, [float(i) for i in range(1, 41)])
     (message,) = [r.message for r in caplog.records if "stop at" in r.message]
     assert "step" in message and KEY in message and "lower learning rate" in message and "rose from 1 to" in message
 
@@ -169,7 +183,7 @@ def test_what_can_never_stop_is_refused(callbacks, message):
 
 @pytest.mark.parametrize("key", ["stability/residual_cfl_max", "stability/sharpness_limit", NORM])
 def test_keys_that_may_appear_are_accepted(key):
-    stop = StopOnInstability(key)
+    stop = StopOnInstability(key, patience=1)
     fit(Model, stop, StabilityMonitor(), max_steps=1)
     assert stop.threshold == 1.0 and (stop.event_step == 0) == (key == "stability/sharpness_limit")
 

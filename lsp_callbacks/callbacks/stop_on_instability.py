@@ -41,7 +41,7 @@ class StopOnInstability(Callback):
         threshold: None is 0 for exponents and 1 for Courant numbers and stiffness.
         patience: new measurements in the mean.
         min_steps: ignore measurements before this step.
-        confirm: "loss", or None for the bare rule without the loss.
+        confirm: "loss", which it does from step 30 on, or None for the bare rule without the loss.
         limit: the scheduled Courant number that is not used; None uses any.
         verbose: print forecast, event and stop.
 
@@ -80,8 +80,7 @@ class StopOnInstability(Callback):
         self.event_step: int | None = None
         self.stop_step: int | None = None
         self._readings: list[float] = []
-        self._scheduled = math.nan
-        self._forecast = self._collapsed = False
+        self._forecast = self._collapsed = self._stochastic = False
         self._smoothed: Tensor | None = None
         self._least: Tensor | None = None
         self._initial: Tensor | None = None
@@ -122,6 +121,10 @@ class StopOnInstability(Callback):
     def receive(self, trainer: Any, observation: Observation) -> None:
         """Takes in a new observation."""
         value = observation.values.get(self.monitor, math.nan)
+        if self.monitor == "stability/courant" and not self._stochastic:
+            # Until the probes are complete, the dial is another number: the two have no mean.
+            self._stochastic = "stability/courant_sgd" in observation.values
+            self._readings = [] if self._stochastic else self._readings
         self._collapsed = observation.values.get("stability/collapsed", 0.0) == 1.0
         if not math.isnan(value) and observation.step >= self.min_steps:
             self._readings = [*self._readings, value][-self.patience :]
@@ -138,24 +141,25 @@ class StopOnInstability(Callback):
         self._smooth(outputs)
         if self.stop_step is not None or step < self.min_steps:
             return False
-        mean = sum(self._readings) / len(self._readings) if self._readings else math.nan
+        mean = sum(self._readings) / self.patience if len(self._readings) == self.patience else math.nan
         scheduled = self._source.scheduled_courant(trainer) if self.monitor in SCHEDULED else math.nan
         if self.event_step is None and mean > self.threshold:
             self._event(trainer, step, f"{self.monitor} = {mean:.4g} > {self.threshold:g}")
-        elif self.event_step is None and scheduled > max(self.threshold, 2 * mean):  # not a slow ramp: a jump
+        elif self.event_step is None and scheduled > self.threshold and self._jumps(scheduled):
             self._event(trainer, step, f"the next learning rate is {scheduled:.3g} times the critical one")
         if self._collapsed:
             why = "the network has collapsed: its outputs have ceased to depend on its inputs"
-        elif self.limit is not None and scheduled > self.limit and scheduled > 2 * mean:
+        elif self.limit is not None and scheduled > self.limit and self._jumps(scheduled):
             why = f"the next learning rate is {scheduled:.3g} times the critical one, and was not used"
         elif not mean > self.threshold:
             return False
         elif self.confirm is None:
-            if len(self._readings) < self.patience:
-                return False
             why = self._reading(mean)
+        elif self._smoothed is None or self._least is None or self._initial is None:
+            return False
+        elif self._seen < SMOOTHING and bool(self._smoothed.isfinite()):  # a healthy run may begin by going up
+            return False
         else:
-            assert self._smoothed is not None and self._least is not None and self._initial is not None
             loss, least, initial = (float(t) for t in (self._smoothed, self._least, self._initial))
             # A share of the initial loss means nothing where losses can be negative.
             if loss <= least + RISE * abs(least) or (least >= 0 and loss <= SHARE * initial):
@@ -164,6 +168,10 @@ class StopOnInstability(Callback):
         self.stop_step = step
         self._say(f"stop at step {step}: {why}. Try a lower learning rate, or a longer warm-up.")
         return True
+
+    def _jumps(self, scheduled: float) -> bool:
+        """Whether the rate has more than doubled since the last measurements: a jump, not a slow ramp."""
+        return bool(self._readings) and scheduled > 2 * sum(self._readings) / len(self._readings)
 
     def _smooth(self, outputs: Any) -> None:
         """Kept on its device: reading it at every step would wait for the device at every step."""
@@ -203,13 +211,13 @@ class StopOnInstability(Callback):
         }
         return {
             "event_step": self.event_step, "stop_step": self.stop_step, "readings": list(self._readings),
-            "forecast": self._forecast, "seen": self._seen, **losses,
+            "forecast": self._forecast, "stochastic": self._stochastic, "seen": self._seen, **losses,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.event_step, self.stop_step = state_dict["event_step"], state_dict["stop_step"]
         self._readings, self._seen = list(state_dict["readings"]), state_dict["seen"]
-        self._forecast = state_dict["forecast"]
+        self._forecast, self._stochastic = state_dict["forecast"], state_dict["stochastic"]
         self._smoothed, self._least, self._initial = (
             None if state_dict[name] is None else torch.tensor(state_dict[name])
             for name in ("smoothed", "least", "initial")

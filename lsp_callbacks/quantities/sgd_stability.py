@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: Multiplications of the random products of one measurement, and those that a step's calls are worth beside its own.
-NUMERICS, CALLS = 1.2e9, 2e7
+NUMERICS, CALLS = 2e9, 2e7
 #: What only comes with a horizon.
 DETAILS = (
     "stability/sgd_lyapunov_least", "stability/sgd_lyapunov_most", "stability/sgd_lyapunov_finite",
