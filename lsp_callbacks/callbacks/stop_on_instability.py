@@ -147,27 +147,32 @@ class StopOnInstability(Callback):
             self._event(trainer, step, f"{self.monitor} = {mean:.4g} > {self.threshold:g}")
         elif self.event_step is None and scheduled > self.threshold and self._jumps(scheduled):
             self._event(trainer, step, f"the next learning rate is {scheduled:.3g} times the critical one")
-        if self._collapsed:
-            why = "the network has collapsed: its outputs have ceased to depend on its inputs"
-        elif self.limit is not None and scheduled > self.limit and self._jumps(scheduled):
-            why = f"the next learning rate is {scheduled:.3g} times the critical one, and was not used"
-        elif not mean > self.threshold:
+        why = self._why(mean, scheduled)
+        if why is None:
             return False
-        elif self.confirm is None:
-            why = self._reading(mean)
-        elif self._smoothed is None or self._least is None or self._initial is None:
-            return False
-        elif self._seen < SMOOTHING and bool(self._smoothed.isfinite()):  # a healthy run may begin by going up
-            return False
-        else:
-            loss, least, initial = (float(t) for t in (self._smoothed, self._least, self._initial))
-            # A share of the initial loss means nothing where losses can be negative.
-            if loss <= least + RISE * abs(least) or (least >= 0 and loss <= SHARE * initial):
-                return False
-            why = f"{self._reading(mean)}, and the smoothed loss rose from {least:.4g} to {loss:.4g}"
         self.stop_step = step
         self._say(f"stop at step {step}: {why}. Try a lower learning rate, or a longer warm-up.")
         return True
+
+    def _why(self, mean: float, scheduled: float) -> str | None:
+        """The reason to stop, if there is one."""
+        if self._collapsed:
+            return "the network has collapsed: its outputs have ceased to depend on its inputs"
+        if self.limit is not None and scheduled > self.limit and self._jumps(scheduled):
+            return f"the next learning rate is {scheduled:.3g} times the critical one, and was not used"
+        if not mean > self.threshold:
+            return None
+        if self.confirm is None:
+            return self._reading(mean)
+        if self._smoothed is None or self._least is None or self._initial is None:
+            return None
+        loss, least, initial = (float(t) for t in (self._smoothed, self._least, self._initial))
+        if self._seen < SMOOTHING and math.isfinite(loss):  # a healthy run may begin by going up
+            return None
+        # A share of the initial loss means nothing where losses can be negative.
+        if loss <= least + RISE * abs(least) or (least >= 0 and loss <= SHARE * initial):
+            return None
+        return f"{self._reading(mean)}, and the smoothed loss rose from {least:.4g} to {loss:.4g}"
 
     def _jumps(self, scheduled: float) -> bool:
         """Whether the rate has more than doubled since the last measurements: a jump, not a slow ramp."""
