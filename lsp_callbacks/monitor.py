@@ -176,7 +176,9 @@ class Monitor:
         return bool(self._under_way) or self._starts(step)
 
     def _starts(self, step: int) -> bool:
-        return self.origin is None or self.period is None or (step - self.origin) % self.period == 0
+        if self.origin is None or self.period is None:
+            return not self._under_way
+        return (step - self.origin) % self.period == 0
 
     def observe(self, snapshot: Snapshot) -> Observation | None:
         """Measures what is due at this step.
@@ -217,7 +219,7 @@ class Monitor:
                 self._under_way.add(name)
         self._leave_out(unmodelled)
         self._warn(failures, snapshot.step)
-        if self.period is None:
+        if self.period is None and not self._under_way:  # what a first measurement shows is in the cost
             self.period = self._period(snapshot)
         dial = next((key for key in DIALS if key in values), None)
         if dial is not None:

@@ -48,6 +48,7 @@ def frozen_sgd(
     outputs: Literal["top", "all"] = "top",
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
+    most_rows: int = 10**6,
 ) -> FrozenSGD:
     """Linearises a training step on ``range(J^T)``: exact at interpolation, a Gauss-Newton statement elsewhere.
 
@@ -60,6 +61,7 @@ def frozen_sgd(
         outputs: rows of K, see `lsp_callbacks.operators.tangent_kernel`.
         generator: for the random choices; None draws from the snapshot's.
         start: an earlier ``kernel.mode``.
+        most_rows: see `lsp_callbacks.operators.tangent_kernel`.
 
     Raises:
         Unmeasurable: no probes, an optimizer that is not modelled, or a criterion without a Gauss-Newton matrix.
@@ -73,7 +75,9 @@ def frozen_sgd(
     if rule.frozen:
         rule = frozen_rule(snapshot, foreseen=_foreseen(probes))
     generator = generator or snapshot.generator("probes")
-    kernel = tangent_kernel(probes, outputs=outputs, scale=rule.scale, generator=generator, start=start)
+    kernel = tangent_kernel(
+        probes, outputs=outputs, scale=rule.scale, generator=generator, start=start, most_rows=most_rows
+    )
     trace = sum(kernel.traces.values()) or 1.0
 
     def mean(decay: dict[str, float]) -> float:

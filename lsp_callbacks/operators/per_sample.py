@@ -89,10 +89,13 @@ class Recorder:
     Args:
         module: the network.
         parameters: the trainable ones, by name.
+        spread: how many samples share what an embedding gives when it is not asked for each (of positions, say): it is
+            given to each of them apart. None leaves it alone.
     """
 
-    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter]):
-        self._module = module
+    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], *, spread: int | None = None):
+        self._module, self._spread = module, spread
+        self.spread = False
         self._names = {id(p): name for name, p in parameters.items()}
         self.calls: list[_Call] = []
         self._handles: list[Any] = []
@@ -112,6 +115,9 @@ class Recorder:
         self._entered.add(module)
         if not self._own(module):
             return None
+        if self._spread and isinstance(module, nn.Embedding) and args and len(args[0]) != self._spread:
+            args, output = (_each(args[0], self._spread),), _each(output, self._spread)
+            self.spread = True
         leaves, spec = tree_flatten(output)
         # Clones go on, as the next layer may work in place on what it is given.
         clones = [leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in leaves]
@@ -153,6 +159,12 @@ class Recorder:
                 if name in names:
                     found.setdefault(names[name], []).append(use)
         return {name: Part(samples, uses) for name, uses in found.items()}
+
+
+def _each(shared: Tensor, samples: int) -> Tensor:
+    """The same for each sample, with an axis of its own."""
+    whole = shared if shared.ndim > 1 and len(shared) == 1 else shared[None]
+    return whole.expand(samples, *whole.shape[1:]).clone()
 
 
 def _tensors(call: _Call) -> list[Tensor]:
@@ -225,17 +237,22 @@ def _as_it_was(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
             module.training = training
 
 
-def rows_alone(outputs: Tensor, parameter: Tensor, cotangents: list[Tensor]) -> Part:
-    """One backward pass for each row: what always works."""
+def rows_alone(outputs: Tensor, parameters: list[nn.Parameter], cotangents: list[Tensor]) -> list[Part]:
+    """One backward pass for each row, which serves all parameters: what always works."""
 
-    def gradients(lo: int, hi: int) -> Tensor:
-        blocks = []
+    @functools.lru_cache(maxsize=2)
+    def blocks(lo: int, hi: int) -> list[Tensor]:
+        rows: list[list[Tensor]] = [[] for _ in parameters]
         for i in range(lo, hi):
             for w in cotangents:
                 alone = torch.zeros_like(w)
                 alone[i] = w[i]
-                (g,) = torch.autograd.grad(outputs, [parameter], alone, retain_graph=True, materialize_grads=True)
-                blocks.append((g.to_dense() if g.is_sparse else g).reshape(-1))
-        return torch.stack(blocks).reshape(hi - lo, len(cotangents), -1)
+                found = torch.autograd.grad(outputs, parameters, alone, retain_graph=True, materialize_grads=True)
+                for own, g in zip(rows, found):
+                    own.append((g.to_dense() if g.is_sparse else g).reshape(-1))
+        return [torch.stack(own).reshape(hi - lo, len(cotangents), -1) for own in rows]
 
-    return Part(len(outputs), [Use(gradients, path="rows")])
+    def use(k: int) -> Use:
+        return Use(lambda lo, hi: blocks(lo, hi)[k], path="rows")
+
+    return [Part(len(outputs), [use(k)]) for k in range(len(parameters))]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lsp_callbacks.operators.curvature import double_backward
 from lsp_callbacks.operators.per_sample import ParameterGram, Recorder, rows_alone
-from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmeasurable, displaced, flatten
+from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmeasurable, Unmodelled, displaced, flatten
 
 #: Positions (tokens, pixels) of a sample that are looked at; the others are taken to be like them.
 POSITIONS = 4
@@ -38,6 +38,7 @@ class TangentKernel:
         loss: mean over the probes.
         stated: in words, which outputs the rows stand for.
         mode: the sharpest mode, where it was needed: the next call may start from it.
+        passes: backward passes that were needed for rows by themselves.
     """
 
     gram: Tensor
@@ -48,6 +49,7 @@ class TangentKernel:
     loss: float
     stated: str
     mode: Tensor | None
+    passes: int
 
 
 def tangent_kernel(
@@ -59,6 +61,7 @@ def tangent_kernel(
     generator: torch.Generator | None = None,
     memory: int = 2**26,
     start: Tensor | None = None,
+    most_rows: int = 10**6,
 ) -> TangentKernel:
     """``K_ij = z_i D z_j^T`` with ``z_i = R_i^T J_i``, ``R_i R_i^T = S_i`` the output Hessian of sample i's loss.
 
@@ -81,9 +84,11 @@ def tangent_kernel(
         generator: of positions and the check; private.
         memory: bound on the numbers held at once in a layer's per-sample gradients.
         start: an earlier ``mode``.
+        most_rows: form rows of Z by themselves only where there are at most so many.
 
     Raises:
         Unmeasurable: the criterion is not convex in the outputs, or flat.
+        Unmodelled: more rows would have to be formed than ``most_rows``.
 
     Cost: one forward and ``R + 1`` backward passes over the probes; ``n^2`` memory for K beside the activations.
     Source: Chemnitz & Engel 2025, (2.18); MATH section 2.
@@ -114,34 +119,44 @@ def tangent_kernel(
     weights = torch.cat(signs)
     weights = weights if weights.element_size() > 2 else weights.float()
     gram = torch.zeros(len(weights), len(weights), dtype=torch.float64, device=weights.device)
-    path: dict[str, str] = {}
-    traces: dict[str, float] = {}
-    defect = 0.0
-    for name, g in backward.items():
-        root = torch.as_tensor(scale[name]).to(g) ** 0.5
-        expected = float(torch.linalg.vector_norm(root * g, dtype=torch.float64)) ** 2
-        share = grams[name].gram(root, memory) if len(grams[name].parts) == len(probes.parts) else None
-        path[name] = grams[name].path
-        wrong = _difference(share, weights, expected)
-        if not wrong <= tolerance(g.dtype):
-            share, path[name] = directions.rows(name).gram(root, memory), "rows"
-            wrong = _difference(share, weights, expected)
-        if share is None or not wrong <= tolerance(g.dtype):
+    roots = {name: torch.as_tensor(scale[name]).to(g) ** 0.5 for name, g in backward.items()}
+    expected = {
+        name: float(torch.linalg.vector_norm(roots[name] * g, dtype=torch.float64)) ** 2 for name, g in backward.items()
+    }
+    shares = {name: one.gram(roots[name], memory) for name, one in grams.items() if len(one.parts) == len(probes.parts)}
+    path = {name: grams[name].path for name in grams}
+
+    def wrong(name: str) -> float:
+        if name not in shares:  # never reached, or not through a layer
+            return float("inf") if expected[name] else 0.0
+        return _difference(shares[name], weights, expected[name])
+
+    left = [name for name, g in backward.items() if not wrong(name) <= tolerance(g.dtype)]
+    if left and len(weights) > most_rows:
+        raise Unmodelled(
+            f"some weights ({', '.join(left[:3])}) are used outside of their own layer, and their per-sample gradients "
+            f"would take {len(weights)} backward passes: allow them with SGDStability(most_rows={len(weights)})"
+        )
+    for name, one in (directions.rows(left) if left else {}).items():
+        shares[name], path[name] = one.gram(roots[name], memory), "rows"
+        if not wrong(name) <= tolerance(backward[name].dtype):
             raise Unmeasurable(
                 f"the per-sample gradients of {name} do not add up to its gradient: the forward pass is random"
             )
-        defect = max(defect, wrong)
+    defect = max(map(wrong, backward), default=0.0)
+    traces = dict.fromkeys(backward, 0.0)
+    for name, share in shares.items():
         gram += share
         traces[name] = float(share.trace())
     gram = (gram + gram.T).mul_(0.5).cpu()
     rows = len(gram) // probes.samples
-    return TangentKernel(gram, rows, path, traces, defect, loss, directions.stated, directions.mode)
+    return TangentKernel(
+        gram, rows, path, traces, defect, loss, directions.stated, directions.mode, len(weights) * bool(left)
+    )
 
 
-def _difference(share: Tensor | None, c: Tensor, expected: float) -> float:
+def _difference(share: Tensor, c: Tensor, expected: float) -> float:
     """Of ``c^T K c`` from what it should be, relative to it or to its mean over c, the trace."""
-    if share is None:
-        return float("inf")
     scale = max(expected, float(share.trace()))
     return abs(float(c @ (share.to(c) @ c)) - expected) / scale if scale else 0.0
 
@@ -169,24 +184,40 @@ class _Directions:
         self._chosen: Tensor | None = None
         self._moves: list[Tensor] | None = None
         self._cotangents: dict[int, list[Tensor]] = {}
+        self._spread = True
         self.stated = ""
 
     def evaluate(self, index: int) -> tuple[Evaluation, Recorder, list[Tensor]]:
         """One forward pass over a part, with the cotangents ``sqrt(s) u`` of its rows."""
         with double_backward(self.probes.module):
-            with Recorder(self.probes.module, self.probes.parameters) as recorder:
-                found = self.probes.parts[index]()
+            found, recorder = self._record(index)
             if index not in self._cotangents:  # the same ones each time: they are drawn and rounded
                 self._cotangents[index] = self._choose(found, index)
             return found, recorder, self._cotangents[index]
 
-    def rows(self, name: str) -> ParameterGram:
-        """One parameter's share by a backward pass for each row."""
-        parts = []
+    def _record(self, index: int) -> tuple[Evaluation, Recorder]:
+        probes = self.probes
+        if self._spread and len(probes.parts) == 1:
+            try:
+                with Recorder(probes.module, probes.parameters, spread=probes.samples) as recorder:
+                    found = probes.parts[index]()
+                if not recorder.spread or torch.allclose(found.outputs, probes.parts[index]().outputs, 1e-4, 1e-5):
+                    return found, recorder
+            except (RuntimeError, ValueError, IndexError):  # what is shared cannot be given to each sample apart
+                pass
+            self._spread = False
+        with Recorder(probes.module, probes.parameters) as recorder:
+            return probes.parts[index](), recorder
+
+    def rows(self, names: list[str]) -> dict[str, ParameterGram]:
+        """Shares of parameters by a backward pass for each row."""
+        grams = {name: ParameterGram() for name in names}
         for index in range(len(self.probes.parts)):
             found, _, cotangents = self.evaluate(index)
-            parts.append(rows_alone(found.outputs, self.probes.parameters[name], cotangents))
-        return ParameterGram(parts)
+            parts = rows_alone(found.outputs, [self.probes.parameters[name] for name in names], cotangents)
+            for name, part in zip(names, parts):
+                grams[name].parts.append(part)
+        return grams
 
     def _choose(self, found: Evaluation, index: int) -> list[Tensor]:
         shape = found.outputs.shape
@@ -300,4 +331,7 @@ def _sharpest(
 
 
 def _unit(v: Tensor) -> Tensor:
-    return v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
+    # Scaled first: the squares of what a saturated softmax leaves would underflow.
+    tiny = torch.finfo(v.dtype).tiny
+    v = v / v.abs().amax(-1, keepdim=True).clamp_min(tiny)
+    return v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(tiny)

@@ -60,6 +60,8 @@ class SGDStability(Quantity):
         steps: of each chain.
         horizon: report details beside the exponent, too: exponents over ``horizon`` steps, the bounds around it, and
             the regularity of the point. None leaves them out.
+        most_rows: weights that are used outside of their own layer take a backward pass for each row of K; where that
+            would be more than so many, the quantity is left out.
 
     Keys: ``stability/courant_sgd``, ``critical_lr``, ``courant_mean_square``, ``mean_square_lr``, ``sgd_lyapunov``
     and ``gd_lyapunov`` (lambda and mu, nats per step); ``_error`` beside those by Monte Carlo; ``kernel_rank`` and
@@ -102,6 +104,7 @@ class SGDStability(Quantity):
         chains: int = 8,
         steps: int = 100,
         horizon: int | None = None,
+        most_rows: int = 256,
     ):
         super().__init__()
         for argument, value in (("probes", probes), ("chains", chains), ("steps", steps)):
@@ -112,7 +115,7 @@ class SGDStability(Quantity):
         self.probes, self.outputs, self.sampling, self.replacement = probes, outputs, sampling, replacement
         if horizon is not None and horizon < 1:
             raise ValueError(f"horizon={horizon}: give a number of steps, or None")
-        self.chains, self.steps, self.horizon = chains, steps, horizon
+        self.chains, self.steps, self.horizon, self.most_rows = chains, steps, horizon, most_rows
         if sampling not in ("iid", "reshuffle"):
             raise ValueError(f"sampling={sampling!r}: give 'iid' or 'reshuffle'")
         self.latest: FrozenSGD | None = None
@@ -132,11 +135,16 @@ class SGDStability(Quantity):
         if snapshot.probes is None:
             return {}
         share = self.probes / max(snapshot.probes.batch_size, 1)
+        # What the first measurement has shown: rows of a sample, and how they had to be found.
+        kernel = None if self.latest is None else self.latest.kernel
+        rows, passes = (1, 0) if kernel is None else (kernel.rows, kernel.passes)
+        alone = 2 * rows if kernel is not None and "layer" in kernel.path.values() else 0
         device = next(iter(snapshot.parameters.values())).device
-        numerics = NUMERICS / (CALLS + _multiplications(snapshot))
+        numerics = NUMERICS * (self.probes * rows / 128) ** 2 / (CALLS + _multiplications(snapshot))
         return {
             "forward": 1 / 3,
-            "kernel": 2.0 * share,
+            "gradient": 1.0,
+            "kernel": (1 + 2 / 3 * (rows + passes) + alone) * share,
             "products": max(numerics, 0.0 if device.type == "cpu" else 2.0),
         }
 
@@ -150,7 +158,9 @@ class SGDStability(Quantity):
         if snapshot.gradient is not None:
             _ = snapshot.own_gradient
         generator = torch.Generator().manual_seed(snapshot.seed)  # the same outputs at each step
-        found = frozen_sgd(snapshot, outputs=self.outputs, generator=generator, start=self._mode)
+        found = frozen_sgd(
+            snapshot, outputs=self.outputs, generator=generator, start=self._mode, most_rows=self.most_rows
+        )
         values = self._measure(found, snapshot)
         assert snapshot.probes is not None
         loss = scalar(found.kernel.loss)
