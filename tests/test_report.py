@@ -278,7 +278,7 @@ def test_events_and_paths(tmp_path):
     trainer = zoo.fit(zoo.Model, stop, StabilityMonitor(every_n_steps=2), picture, logger=logger)
     assert (tmp_path / "lightning_logs/version_0/plots/run.pdf").exists()
     assert trainer.global_step == 3
-    assert picture._events(trainer, [0], [1.0]) == {"courant above 0": 0, "loss alarm": None, "stopped": 2}
+    assert picture._events(trainer, [0], [1.0]) == {"courant above 0": 2, "loss alarm": None, "stopped": 2}
 
 
 def test_both_names_of_lightning(tmp_path):
