@@ -529,3 +529,15 @@ def test_what_cannot_be_measured_says_what_to_do():
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_the_critical_rate_lies_at_the_kink_and_not_before_it():
+    """Below its zero lambda is flat at -1e-3, then it rises: a line across a 10 % cell would lie several per cent low."""
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(48, 60, generator=generator, dtype=torch.float64)
+    z *= torch.logspace(0, -1.5, 60, dtype=torch.float64)
+    modes = reduce(z @ z.T)
+    found = critical_lr(modes, batch_size=16, population=4000, steps=3000, grid=1.2)
+    fine = torch.tensor([0.985, 1.015], dtype=torch.float64) * found.value
+    below, above = sgd_exponent(modes, fine, batch_size=16, population=4000, steps=20000).value
+    assert below < 0 < above

@@ -13,6 +13,9 @@ from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr
 from lsp_callbacks.functional.modes import PLAIN, Modes, UpdateRule
 from lsp_callbacks.functional.sgd_stability import Sampling, sgd_exponent
 
+#: Rates inside the cell in which lambda turns positive.
+FINE = 7
+
 
 @dataclass(frozen=True)
 class CriticalRate:
@@ -91,7 +94,8 @@ def critical_lr(
     Raises:
         ValueError: if the batches cannot be drawn, or ``grid`` is not larger than 1.
 
-    Cost: one `mean_square_lr`, and a dozen rates of `sgd_exponent` at once, one to three times. Source: MATH section 2.
+    Cost: one `mean_square_lr`, a dozen rates of `sgd_exponent` at once, one to three times, and seven more.
+    Source: MATH section 2.
     """
     if not grid > 1:
         raise ValueError(f"grid={grid} must be larger than 1, the ratio of neighbouring rates")
@@ -108,26 +112,34 @@ def critical_lr(
     rates = exponents = errors = none
     draws = torch.Generator().manual_seed(0) if generator is None else generator
     seed = draws.get_state()
-    while low <= 1000 * (start or edge):
+
+    def look(block: Tensor) -> None:
+        nonlocal rates, exponents, errors
         draws.set_state(seed)  # the same batches for every rate: the curve is smooth in the rate
-        block = low * grid ** torch.arange(12, dtype=torch.float64)
         found = sgd_exponent(
-            single,
-            block,
-            sampling=sampling,
-            chains=chains,
-            steps=steps,
-            burn_in=burn_in,
-            generator=draws,
-            **how,
+            single, block, sampling=sampling, chains=chains, steps=steps, burn_in=burn_in, generator=draws, **how
         )
-        rates, exponents = torch.cat([rates, block]), torch.cat([exponents, found.value])
-        errors = torch.cat([errors, found.error])
+        rates, order = torch.cat([rates, block]).sort()
+        exponents = torch.cat([exponents, found.value])[order]
+        errors = torch.cat([errors, found.error])[order]
+
+    def first() -> int | None:
         unstable = torch.nonzero(exponents > errors)[:, 0]
-        if len(unstable):
-            value, error = _zero(rates, exponents, errors, int(unstable[0]))
+        return int(unstable[0]) if len(unstable) else None
+
+    while low <= 1000 * (start or edge):
+        look(low * grid ** torch.arange(12, dtype=torch.float64))
+        above = first()
+        if above is not None:
+            if above:
+                # Below its zero lambda is flat, at the rate of the slowest mode, and only then rises: a straight line
+                # across a whole cell would lie too low. Look at the inside of the cell.
+                inside = torch.linspace(0, 1, FINE + 2, dtype=torch.float64)[1:-1]
+                look(rates[above - 1] * (rates[above] / rates[above - 1]) ** inside)
+                above = first() or above
+            value, error = _zero(rates, exponents, errors, above)
             return CriticalRate(value, error, edge, rates, exponents)
-        low = float(block[-1]) * grid
+        low = float(rates[-1]) * grid
     return CriticalRate(math.inf, 0.0, edge, rates, exponents)
 
 
@@ -197,21 +209,12 @@ def _single(modes: Modes) -> Modes:
 
 
 def _zero(rates: Tensor, exponents: Tensor, errors: Tensor, above: int) -> tuple[float, float]:
-    """The zero between rate ``above`` and its predecessor, linear in the logarithm of the rate, and its error.
-
-    Below its zero lambda may be flat, at the rate of the slowest mode, and only then rise: a line from there would lie
-    too low. So the line through the first two unstable rates is followed down, too, and the higher zero taken.
-    """
+    """The zero between rate ``above`` and its predecessor, linear in the logarithm of the rate, and its error."""
     while above and exponents[above - 1] >= 0:  # positive, but not beyond its error
         above -= 1
     if not above or exponents[above - 1] == -math.inf:  # nothing to interpolate with
         return float(rates[above]), float(rates[above] - rates[above - 1]) if above else 0.0
     top, below = float(exponents[above]), float(exponents[above - 1])
     width = math.log(float(rates[above] / rates[above - 1]))
-    slope, error = (top - below) / width, float(errors[above - 1 : above + 1].max())
-    if above + 1 < len(rates):
-        steep = float(exponents[above + 1] - exponents[above]) / math.log(float(rates[above + 1] / rates[above]))
-        if steep > slope:
-            slope, error = steep, float(errors[above : above + 2].max())
-    value = float(rates[above]) * math.exp(-top / slope)
-    return value, value * error / slope
+    value = float(rates[above]) * math.exp(-width * top / (top - below))
+    return value, value * float(errors[above - 1 : above + 1].max()) * width / (top - below)
