@@ -532,7 +532,7 @@ def test_what_cannot_be_measured_says_what_to_do():
 
 
 def test_the_critical_rate_lies_at_the_kink_and_not_before_it():
-    """Below its zero lambda is flat at -1e-3, then it rises: a line across a 10 % cell would lie several per cent low."""
+    """Below its zero lambda is flat at -1e-3, then it rises: a line across a 10 % cell would lie too low."""
     generator = torch.Generator().manual_seed(3)
     z = torch.randn(48, 60, generator=generator, dtype=torch.float64)
     z *= torch.logspace(0, -1.5, 60, dtype=torch.float64)
