@@ -73,7 +73,8 @@ def frozen_rule_of(optimizer: torch.optim.Optimizer, snapshot: Snapshot, foresee
 @frozen_rule_of.register
 def _(optimizer: torch.optim.SGD, snapshot: Snapshot, foreseen: dict[str, Tensor]) -> FrozenRule:
     rule = rule_of(optimizer, snapshot)
-    held = [k for k, p in enumerate(snapshot.parameters.values()) if any(p is q for q in _held(optimizer))]
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = [k for k, p in enumerate(snapshot.parameters.values()) if id(p) in own]
     betas = {(rule.momentum[k], rule.dampening[k], rule.nesterov[k], rule.sign[k]) for k in held}
     momentum, dampening, nesterov, sign = _common(betas)
     if sign < 0:
@@ -134,10 +135,6 @@ def _(optimizer: torch.optim.Adam, snapshot: Snapshot, foreseen: dict[str, Tenso
         correction=correction,
         frozen=True,
     )
-
-
-def _held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _common(betas: set[tuple]) -> tuple:

@@ -99,7 +99,6 @@ class Recorder:
         self._names = {id(p): name for name, p in parameters.items()}
         self.calls: list[_Call] = []
         self._handles: list[Any] = []
-        self._entered: set[nn.Module] = set()
 
     def __enter__(self) -> Recorder:
         for module in self._module.modules():
@@ -112,7 +111,6 @@ class Recorder:
             handle.remove()
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        self._entered.add(module)
         if not self._own(module):
             return None
         if self._spread and isinstance(module, nn.Embedding) and args and len(args[0]) != self._spread:
@@ -142,18 +140,16 @@ class Recorder:
 
         Cost: R backward passes.
         """
-        tensors = [t for call in self.calls for t in call.outputs if isinstance(t, Tensor) and t.requires_grad]
+        tensors = [t for call in self.calls for t in _tensors(call)]
         passes = [torch.autograd.grad(outputs, tensors, w, retain_graph=True, allow_unused=True) for w in cotangents]
         found: dict[str, list[Use]] = {}
         position = 0
         for call in self.calls:
-            count = sum(isinstance(t, Tensor) and t.requires_grad for t in call.outputs)
-            own = [one[position : position + count] for one in passes]
-            position += count
-            if any(g is None for one in own for g in one):
-                own = [
-                    tuple(torch.zeros_like(t) if g is None else g for g, t in zip(one, _tensors(call))) for one in own
-                ]
+            kept = _tensors(call)
+            own = [
+                tuple(torch.zeros_like(t) if g is None else g for g, t in zip(one[position:], kept)) for one in passes
+            ]
+            position += len(kept)
             names = {name: self._names[id(p)] for name, p in self._own(call.module).items()}
             for name, use in _uses(call, own, samples, list(names)).items():
                 if name in names:
