@@ -105,6 +105,7 @@ class StabilityMonitor(Callback):
         self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._updates = 0
         self._measured_at: int | None = None
+        self._age = torch.zeros(())
         self._critical = CriticalRate()
         self._schedule: Schedule | None = None
         self._spent = 0.0
@@ -223,8 +224,8 @@ class StabilityMonitor(Callback):
         stop = any([subscriber.judge(trainer, self.step - 1, outputs) for subscriber in self.subscribers])
         if self.subscribers and trainer.strategy.reduce_boolean_decision(stop, all=False):
             trainer.should_stop = True
-        if self._measured_at is not None:
-            trainer.callback_metrics["stability/age"] = torch.tensor(float(self.step - 1 - self._measured_at))
+        if self._measured_at is not None:  # the tensor that lies in callback_metrics: reading that dict is dear
+            self._age.fill_(self.step - 1 - self._measured_at)
         self._spent += time.perf_counter() - began
 
     def _disown(self, reason: str) -> None:
@@ -241,7 +242,8 @@ class StabilityMonitor(Callback):
 
     def _show(self, trainer: Any, values: dict[str, float]) -> None:
         scalars = {key: value for key, value in values.items() if key.count("/") == 1 and math.isfinite(value)}
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
+        shown = {key: torch.tensor(value) for key, value in scalars.items()}
+        trainer.callback_metrics.update(shown | {"stability/age": self._age})
         if "stability/courant" in scalars:
             trainer.progress_bar_metrics["courant"] = round(scalars["stability/courant"], 3)
 

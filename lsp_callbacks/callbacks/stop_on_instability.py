@@ -81,9 +81,9 @@ class StopOnInstability(Callback):
         self.stop_step: int | None = None
         self._readings: list[float] = []
         self._forecast = self._collapsed = self._stochastic = False
-        self._smoothed: Tensor | None = None
-        self._least: Tensor | None = None
-        self._initial: Tensor | None = None
+        self._smoothed: Tensor | float | None = None
+        self._least: Tensor | float | None = None
+        self._initial: Tensor | float | None = None
         self._seen = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -180,16 +180,22 @@ class StopOnInstability(Callback):
 
     def _smooth(self, outputs: Any) -> None:
         """Kept on its device: reading it at every step would wait for the device at every step."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(loss, Tensor):
+        found = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(found, Tensor):
             return
-        loss = loss.detach().float()
+        loss: Any = float(found) if found.device.type == "cpu" else found.detach().float()
         self._seen += 1
-        before = loss if self._smoothed is None else self._smoothed.to(loss.device)
-        self._smoothed = before.lerp(loss, 1.0 / min(self._seen, SMOOTHING))
+        before: Any = loss if self._smoothed is None else self._smoothed
+        self._smoothed = before + (loss - before) / min(self._seen, SMOOTHING)
         if self._seen <= INITIAL:
             self._initial = self._smoothed
-        self._least = self._smoothed if self._least is None else torch.fmin(self._least.to(loss.device), self._smoothed)
+        least: Any = self._smoothed if self._least is None else self._least
+        if isinstance(self._smoothed, Tensor):  # after a resume the others are numbers
+            self._least = torch.fmin(torch.as_tensor(least).to(loss), self._smoothed)
+        elif not self._smoothed >= least and not math.isnan(self._smoothed):
+            self._least = self._smoothed
+        else:
+            self._least = least
 
     def _event(self, trainer: Any, step: int, reading: str) -> None:
         self.event_step = step
@@ -224,6 +230,5 @@ class StopOnInstability(Callback):
         self._readings, self._seen = list(state_dict["readings"]), state_dict["seen"]
         self._forecast, self._stochastic = state_dict["forecast"], state_dict["stochastic"]
         self._smoothed, self._least, self._initial = (
-            None if state_dict[name] is None else torch.tensor(state_dict[name])
-            for name in ("smoothed", "least", "initial")
+            state_dict[name] for name in ("smoothed", "least", "initial")
         )
