@@ -229,6 +229,4 @@ class StopOnInstability(Callback):
         self.event_step, self.stop_step = state_dict["event_step"], state_dict["stop_step"]
         self._readings, self._seen = list(state_dict["readings"]), state_dict["seen"]
         self._forecast, self._stochastic = state_dict["forecast"], state_dict["stochastic"]
-        self._smoothed, self._least, self._initial = (
-            state_dict[name] for name in ("smoothed", "least", "initial")
-        )
+        self._smoothed, self._least, self._initial = (state_dict[name] for name in ("smoothed", "least", "initial"))

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lsp_callbacks.functional.modes import PLAIN, Modes, UpdateRule
 
+#: Step of a slope, in the logarithm of a rate.
+SLOPE = 1e-5
 Superoperator = Callable[[Tensor], Tensor]
 
 
@@ -97,18 +99,30 @@ def mean_square_lr(
         shift = -gamma * root**2
         top, _ = _top(lambda x: (root * d(root * x)).addcmul_(shift, x), torch.diag(1 / root.diagonal()), tol)
         return rule.correction / top
-    # Below the full-batch edge t is positive, and the mean-square edge lies below it.
+    # Below the full-batch edge t is positive, and the mean-square edge lies below it. The quotient <X, D X> / <X, t X>
+    # of a fixed X is at most the top eigenvalue: its rate is an upper bound, and of a top eigenvector at a rate that
+    # is e off, one that is e^2 off.
     high = gd_critical_lr(modes, rule)
-    start = torch.eye(modes.rank, dtype=h.dtype)
-
-    def excess(log_lr: float) -> float:
-        nonlocal start
+    log_lr, x, accuracy = math.log(high) - tol, torch.eye(modes.rank, dtype=h.dtype), max(tol, 1e-3)
+    for k in range(100):
         root = _source(h, math.exp(log_lr), rule).rsqrt()
-        top, vector = _top(lambda x: root * d(root * x), start / root, tol)
-        start = vector * root
-        return math.log(top)
+        top, vector = _top(lambda y: root * d(root * y), x / root, accuracy)  # noqa: B023
+        if not math.isfinite(top) or (not k and top <= 1):
+            return high if top <= 1 else math.nan
+        x = root * vector
 
-    return math.exp(_illinois(excess, math.log(high), tol))
+        def excess(at: float) -> float:
+            return math.log(top / float((_source(h, math.exp(at), rule) * x).mul_(x).sum()))  # noqa: B023
+
+        if k:  # one step of Newton's method; it would crawl out of the pole of 1 / t at the full-batch edge
+            fall = math.log(top) * SLOPE / (math.log(top) - excess(log_lr - SLOPE))
+        else:
+            fall = log_lr - _illinois(excess, log_lr, accuracy)
+        log_lr = min(log_lr - fall, math.log(high) - tol)
+        if accuracy == tol and abs(fall) <= 0.1 * tol**0.5:
+            break
+        accuracy = tol if abs(fall) <= 0.03 else accuracy
+    return math.exp(log_lr)
 
 
 def gd_critical_lr(modes: Modes, rule: UpdateRule = PLAIN) -> float:
@@ -234,8 +248,8 @@ def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 200) -
             # A Ritz value errs by at most its residual, and by at most the square of that over the gap.
             gap = top - float(values[-2]) if k > 1 else 0.0
             if last or (residual <= tol**0.5 * top and residual**2 <= tol * top * gap):
-                return top, torch.stack(basis, -1) @ vectors[:, -1]
-        basis.append((w + w.mT).mul_(0.5 / coupling[-1]))
+                return top, torch.tensordot(vectors[:, -1], torch.stack(basis), 1)
+        basis.append(w.div_(coupling[-1]))
 
 
 def _illinois(f: Callable[[float], float], high: float, tol: float) -> float:
