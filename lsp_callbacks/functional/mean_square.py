@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lsp_callbacks.functional.modes import PLAIN, Modes, UpdateRule
+from lsp_callbacks.functional.modes import PLAIN, Modes, UpdateRule, drawn_from
 
 #: Step of a slope, in the logarithm of a rate.
 SLOPE = 1e-5
@@ -34,11 +34,7 @@ def second_moment(
 
     Cost: ``O(N outputs r^2)`` a product. Source: Mulayoff & Michaeli 2024; MATH section 2.
     """
-    total = modes.samples if population is None else population
-    if not modes.samples <= total:
-        raise ValueError(f"population={total} is smaller than the {modes.samples} samples drawn from it")
-    if not 1 <= batch_size <= total:
-        raise ValueError(f"batch_size={batch_size} must lie in 1 ... {total}, the number of training samples")
+    total = drawn_from(modes.samples, batch_size, population)
     p = 1 / batch_size if replacement else (total - batch_size) / (batch_size * max(total - 1, 1))
     n, outputs, r = modes.factor.shape
     rows, h = modes.factor.flatten(0, 1), modes.curvatures
@@ -221,8 +217,9 @@ def _source(h: Tensor, lr: float, rule: UpdateRule) -> Tensor:
 def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 200) -> tuple[float, Tensor]:
     """The largest eigenvalue over symmetric matrices, and its matrix; see `mean_square_lr` for ``tol``.
 
-    Lanczos by its three terms alone. Without reorthogonalisation the basis is lost only towards eigenvectors that have
-    been found, and the first at the top ends the search.
+    Lanczos by its three terms alone. The top belongs to a symmetric matrix, as the maps are positive: antisymmetric
+    rounding errors lie below. Without reorthogonalisation the basis is lost only towards eigenvectors that have been
+    found, and the first at the top ends the search.
     """
     r = len(start)
     generic = torch.randn(r, r, dtype=start.dtype, generator=torch.Generator().manual_seed(0))

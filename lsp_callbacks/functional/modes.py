@@ -109,6 +109,20 @@ def reduce(gram: Tensor, outputs: int = 1, *, tol: float | None = None) -> Modes
     return Modes(factor[..., order].contiguous(), torch.cat(curvatures)[order], torch.cat(owner)[order], blocks, trace)
 
 
+def drawn_from(samples: int, batch_size: int, population: int | None) -> int:
+    """How many training samples batches are drawn from: ``population``, or all ``samples``.
+
+    Raises:
+        ValueError: if a batch, or the samples themselves, could not be drawn from them.
+    """
+    total = samples if population is None else population
+    if total < samples:
+        raise ValueError(f"population={total} is smaller than the {samples} samples that were drawn from it")
+    if not 1 <= batch_size <= total:
+        raise ValueError(f"batch_size={batch_size} must lie in 1 ... {total}, the number of training samples")
+    return total
+
+
 def regularity(gram: Tensor, lr: float, outputs: int = 1) -> tuple[float, int]:
     """How far a minimum is from violating Chemnitz & Engel 2025, definition 2.2: both tell when ``lambda`` is delicate.
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lsp_callbacks.functional.modes import PLAIN, Modes, UpdateRule
+from lsp_callbacks.functional.modes import PLAIN, Modes, UpdateRule, drawn_from
 
 Sampling = Literal["iid", "reshuffle"]
 
@@ -192,11 +192,7 @@ class _Draw:
     def __init__(
         self, n: int, batch_size: int, sampling: Sampling, replacement: bool, population: int | None, generator
     ):
-        total = n if population is None else population
-        if total < n:
-            raise ValueError(f"population={total} is smaller than the {n} samples that were drawn from it")
-        if not 1 <= batch_size <= total:
-            raise ValueError(f"batch_size={batch_size} must lie in 1 ... {total}, the number of training samples")
+        total = drawn_from(n, batch_size, population)
         if sampling not in ("iid", "reshuffle"):
             raise ValueError(f"sampling={sampling!r} must be 'iid' or 'reshuffle'")
         if sampling == "reshuffle" and (total > n or replacement):

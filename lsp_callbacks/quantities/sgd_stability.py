@@ -242,7 +242,8 @@ class SGDStability(Quantity):
         if self.latest is None:
             raise ValueError("nothing has been measured yet: call update first")
         found = self.latest
-        return stability_diagram(found.modes, rule=found.rule, population=found.population, **settings)
+        own = {"sampling": self.sampling, "replacement": self.replacement, "population": found.population}
+        return stability_diagram(found.modes, rule=found.rule, **(own | settings))
 
     def plot(self, val: StabilityDiagram | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:  # type: ignore[override]
         """Draws the stability diagram, in the manner of torchmetrics.
