@@ -11,7 +11,7 @@ from test_schedule import SCHEDULES, Scheduled
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from zoo import MOMENTUM, SGD, Model, Rows, convolutional, data, fit, mlp
+from zoo import MEASURED, MOMENTUM, SGD, Model, Rows, convolutional, data, fit, mlp
 
 from lsp_callbacks import StabilityMonitor, StopOnInstability
 from lsp_callbacks.callbacks.schedule import Schedule
@@ -39,9 +39,11 @@ def test_two_halves_are_measured_as_the_whole(make):
     assert halves.history.keys() == whole.history.keys() >= {SHARPNESS, COURANT, LYAPUNOV, "stability/courant_sgd"}
     for key, curve in whole.history.items():
         assert halves.history[key].steps == curve.steps
-        # The critical rate is a search among random products, which goes on until it is within 1e-3.
-        searched = "critical" in key or key in ("stability/courant", "stability/courant_sgd")
-        assert halves.history[key].values == pytest.approx(curve.values, rel=1e-3 if searched else 1e-6, abs=1e-9), key
+        if not key.endswith("_error"):
+            # The critical rate is found by a search to 1e-3; what is drawn after it depends on how far that went.
+            drawn = "critical" in key or key in ("stability/courant", "stability/courant_sgd", "stability/sgd_lyapunov")
+            tolerance = 1e-2 if drawn else 1e-6
+            assert halves.history[key].values == pytest.approx(curve.values, rel=tolerance, abs=1e-9), key
     assert whole.history[SHARPNESS].steps == [0, 2, 4, 6, 8]
 
 
@@ -53,6 +55,12 @@ def test_bit_identical_with_a_short_last_window_batch_norm_and_dropout():
     assert monitor.step == 10 and len(monitor.history[SHARPNESS].steps) == 5
     monitor = with_and_without(lambda: Model(convolutional()), accumulate_grad_batches=2)
     assert finite(monitor, SHARPNESS) and finite(monitor, "stability/residual_stiffness_max")
+
+
+@pytest.mark.parametrize("name", ["counter", "appends", "spectral_norm_hook", "owngenerators", "inplacebatch"])
+def test_what_a_micro_batch_leaves_in_the_module_is_there_for_the_next(name):
+    monitor = with_and_without(MEASURED[name], accumulate_grad_batches=4)
+    assert finite(monitor, SHARPNESS) and finite(monitor, LYAPUNOV)
 
 
 class Before(Callback):
