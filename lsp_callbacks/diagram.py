@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lsp_callbacks import report
-from lsp_callbacks.callbacks.adapter import Pending, unmodelled
+from lsp_callbacks.callbacks.adapter import pending_step, probe_set, step_loss, unmodelled
 from lsp_callbacks.callbacks.base import Callback
-from lsp_callbacks.callbacks.probing import Probes, population
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.functional.diagram import StabilityDiagram
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
+from lsp_callbacks.probing import Probes, population
 from lsp_callbacks.quantities import SGDStability
 from lsp_callbacks.quantities.sgd_diagram import diagram_around
 from lsp_callbacks.replay import untouched
@@ -270,19 +271,20 @@ class _Examiner(Callback):
         settings, steps = self.settings, max(1, len(trainer.optimizers))
         _check(trainer, pl_module, settings)
         probes = Probes(settings.probes, settings.forward_fn, settings.criterion)
-        probes.drop(population(trainer))
-        pending = Pending(trainer, pl_module, batch, batch_idx, settings.loss_fn, None)
+        probes.drop(population(trainer.train_dataloader))
+        pending = pending_step(trainer, pl_module, loss_fn=settings.loss_fn)
         with untouched(pl_module):
-            probes.add(batch)
-            for more in _rest(trainer):
-                if probes.full:
+            for number, one in enumerate(chain([batch], _rest(trainer)), start=batch_idx):
+                if number - batch_idx < trainer.accumulate_grad_batches:
+                    pending.add(one, step_loss(trainer, settings.loss_fn, number))
+                elif probes.full:
                     break
-                probes.add(more)
+                probes.add(one)
             snapshot = pending.snapshot(
                 trainer.global_step // steps,
                 trainer.optimizers[0],
                 unmodelled=unmodelled(trainer, pl_module),
-                probes=probes.probe_set(pending),
+                probes=probe_set(trainer, probes, pending),
                 seed=settings.seed,
             )
             self.found = frozen_sgd(_with_gradient(snapshot), outputs=settings.outputs)

@@ -7,7 +7,8 @@ import copy
 import functools
 import random
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -183,21 +184,50 @@ def copied(batch: Any) -> Any:
     return tree_map(lambda leaf: leaf.clone() if type(leaf) is Tensor else copy.deepcopy(leaf), batch)
 
 
-def replayer(
-    shadow: Shadow, random_state: RandomState, batch: Any, loss: Callable[[nn.Module, Any], Tensor]
-) -> Callable[[], Tensor]:
-    """``() -> loss`` of a step: fresh batch, buffers and random state at each call.
+@dataclass
+class MicroBatch:
+    """One forward pass of a step, with all that it takes to run it again.
+
+    Attributes:
+        batch: as the step received it; copied before each use.
+        loss: ``(module, batch) -> scalar``, as it is differentiated: under accumulation already divided. None is a
+            forward pass without a loss.
+        random_state: taken before it.
+        own: the loss that the step had; None where nobody saw it.
+    """
+
+    batch: Any
+    loss: Callable[[nn.Module, Any], Tensor | None]
+    random_state: RandomState = field(default_factory=RandomState)
+    own: Tensor | None = None
+
+
+def replayer(shadow: Shadow, parts: Sequence[MicroBatch]) -> Callable[[], Tensor]:
+    """``() -> loss`` of a step: at each call fresh batches, buffers and random states.
+
+    The losses of the micro-batches are summed in their order, and buffers evolve through them as they did. The graphs
+    of all of them are held at once.
 
     Args:
         shadow: made before the step.
-        random_state: taken before the step.
-        batch: as the step received it; copied before each use.
-        loss: ``(module, batch) -> scalar``.
+        parts: the micro-batches between two updates; one without accumulation.
     """
 
     def replay() -> Tensor:
         module = shadow.reset()
-        random_state.restore()
-        return loss(module, copied(batch))
+        losses = []
+        for part in parts:
+            part.random_state.restore()
+            losses.append(part.loss(module, copied(part.batch)))
+        total = summed(losses)
+        if total is None:
+            raise Unmeasurable("the replayed step has no loss")
+        return total
 
     return replay
+
+
+def summed(losses: Iterable[Tensor | None]) -> Tensor | None:
+    """The sum of those that are there, in their order; None of none."""
+    there = [loss for loss in losses if loss is not None]
+    return functools.reduce(torch.add, there) if there else None

@@ -14,11 +14,14 @@ LAYERS = (
     "snapshot",
     "probes",
     "replay",
+    "step",
+    "probing",
     "operators",
     "functional",
     "quantities",
     "monitor",
     "report",
+    "loops",
     "callbacks",
 )
 #: Programs: they may import everything, and nothing imports them.

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from zoo import CLASSES, FEATURES, Model, data, encoder, fit, mlp
 
 from lsp_callbacks import SGDStability, StabilityMonitor
-from lsp_callbacks.callbacks.probing import Probes
 from lsp_callbacks.probes import Criteria, evaluating, evaluation
+from lsp_callbacks.probing import Probes
 from lsp_callbacks.snapshot import Unmeasurable, Unmodelled
 
 N, C = 6, 4

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import spectral_norm
 from zoo import MEASURED, data, mlp
 
-from lsp_callbacks.replay import RandomState, Shadow, copied, replayer, untouched
+from lsp_callbacks.replay import MicroBatch, RandomState, Shadow, copied, replayer, untouched
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, displaced, flatten, split
 
 
@@ -167,8 +167,7 @@ def step(module, batch):
 
 def test_replays_equal_the_step_to_the_last_bit():
     module, batch = net(), X.clone()
-    shadow, state = Shadow(module), RandomState()
-    replay = replayer(shadow, state, batch.clone(), step)
+    replay = replayer(Shadow(module), [MicroBatch(batch.clone(), step)])
     loss = step(module, batch)
     for _ in range(3):
         draws()

@@ -10,7 +10,8 @@ from torch.optim import SGD, lr_scheduler
 from zoo import Losses, Model, Rows, data, fit
 
 from lsp_callbacks import StabilityMonitor, StopOnInstability
-from lsp_callbacks.callbacks.schedule import Schedule, rate
+from lsp_callbacks.callbacks.schedule import Schedule
+from lsp_callbacks.step import rate
 
 KEY, AHEAD = "stability/courant", "stability/steps_to_edge"
 

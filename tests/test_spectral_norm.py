@@ -23,7 +23,7 @@ from lsp_callbacks import Snapshot, SpectralNorm
 from lsp_callbacks.functional import log_sum, spectral_norm
 from lsp_callbacks.linalg import from_matrix, lyapunov_exponents
 from lsp_callbacks.operators import weight_operators
-from lsp_callbacks.replay import RandomState, Shadow, replayer
+from lsp_callbacks.replay import MicroBatch, Shadow, replayer
 from lsp_callbacks.snapshot import Call
 
 norm2 = torch.linalg.matrix_norm
@@ -220,7 +220,7 @@ def model(length: int = 5) -> tuple[Regression, Snapshot]:
         torch.manual_seed(0)
         problem = Regression(Model().double(), tokens, torch.zeros(3, 1, 1, dtype=f64))
     shadow = Shadow(problem)
-    replay = replayer(shadow, RandomState(), None, lambda module, batch: module())
+    replay = replayer(shadow, [MicroBatch(None, lambda module, batch: module())])
     return problem, Snapshot(step=0, module=shadow.module, replay=replay, loss=problem().detach())
 
 

@@ -415,7 +415,7 @@ def test_bad_arguments_are_named(settings, message):
         (StabilityMonitor, lambda: Model().requires_grad_(False), {}, "no parameter"),
         (StabilityMonitor, Manual, {}, "loss_fn"),
         (lambda: StabilityMonitor(["sharpness"]), Model, {"gradient_clip_val": 1.0}, "sharpness.*gradient_clip_val"),
-        (lambda: StabilityMonitor([Lyapunov()]), Model, {"accumulate_grad_batches": 2}, "lyapunov.*accumulate"),
+        (lambda: StabilityMonitor([Lyapunov()]), Model, {"gradient_clip_val": 1.0}, "lyapunov.*gradient_clip_val"),
         (lambda: StabilityMonitor(strict=True), lambda: Model(optimizer=torch.optim.Adam), {}, "Adam"),
         (lambda: StabilityMonitor("lyapunov"), lambda: Model(optimizer=torch.optim.Adam), {}, "lyapunov.*Adam"),
     ],

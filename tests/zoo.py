@@ -416,7 +416,6 @@ MEASURED = {
 #: Left out before training, with one warning: all that needs the update map. Model, Trainer arguments, the reason.
 LEFT_OUT = {
     "clip": (lambda: Model(convolutional()), {"gradient_clip_val": 0.1}, "gradient_clip_val"),
-    "accumulate": (lambda: Model(convolutional()), {"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
     "adam": (lambda: Model(convolutional(), partial(torch.optim.Adam, lr=1e-2)), {}, "Adam"),
     "lbfgs": (lambda: Model(optimizer=partial(torch.optim.LBFGS, lr=0.1, max_iter=4)), {}, "LBFGS"),
     "adamw": (lambda: Model(optimizer=partial(torch.optim.AdamW, lr=1e-2)), {}, "AdamW"),

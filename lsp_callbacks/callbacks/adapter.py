@@ -1,141 +1,84 @@
-"""From Lightning's hooks to a `Snapshot`."""
+"""From Lightning's hooks to a `PendingStep`."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from lsp_callbacks.replay import RandomState, Shadow, copied, replayer
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.probes import HOW
+from lsp_callbacks.probing import Probes
+from lsp_callbacks.snapshot import ProbeSet, Unmeasurable, Unmodelled
+from lsp_callbacks.step import PendingStep
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
-class Pending:
-    """A step that will be measured: what must be kept from before its forward pass.
+def pending_step(
+    trainer: Any, module: Any, *, loss_fn: LossFn | None = None, probe_samples: int | None = None
+) -> PendingStep:
+    """A step of Lightning's that will be measured; made in ``on_train_batch_start`` of its first micro-batch.
 
     Args:
         trainer: Lightning's.
         module: the user's LightningModule.
-        batch: on the device, as ``training_step`` will receive it.
-        batch_idx: its number.
         loss_fn: the user's own ``(module, batch) -> loss``; None replays ``training_step``.
         probe_samples: how many samples of the batch to use; None takes all.
     """
-
-    def __init__(
-        self, trainer: Any, module: Any, batch: Any, batch_idx: int, loss_fn: LossFn | None, probe_samples: int | None
-    ):
-        self.trainer, self.module, self.batch_idx, self.loss_fn = trainer, module, batch_idx, loss_fn
-        self.probe_samples = probe_samples
-        self.random_state = RandomState()
-        self.shadow: Shadow | None = None
-        self.failure: Exception | None = None
-        self.loss: Tensor | None = None
-        try:
-            self.batch = copied(batch)
-            self.sums = _sums(module)
-            shared = [] if trainer.datamodule is None else [trainer.datamodule]
-            self.shadow = Shadow(module, shared=shared, prepare=lambda shadow: _mute(shadow, trainer))
-        except Exception as error:  # whatever the user's attributes raise when they are copied
-            self.failure = Unmeasurable(
-                f"batch or module cannot be copied for a replay ({type(error).__name__}: {error}): keep what cannot be "
-                "copied outside the module"
-            )
-
-    def saw_loss(self, loss: Tensor) -> None:
-        """Called before the backward pass, with the loss that is differentiated."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        self.loss = loss.detach().clone() if scaler is None else loss.detach() / scaler.get_scale()
-
-    def snapshot(self, step: int, optimizer: torch.optim.Optimizer, **settings: Any) -> Snapshot:
-        """The step, after its backward pass and before its update."""
-        failure = self.failure or self._moved()
-        if failure or self.shadow is None:
-            module, replay = self.module, _raising(failure)
-        else:
-            module, replay = self.shadow.module, replayer(self.shadow, self.random_state, self.batch, self._loss)
-        snapshot = Snapshot(
-            step=step,
-            module=module,
-            replay=replay,
-            optimizer=optimizer,
-            loss=self.loss,
-            gradient={name: p.grad for name, p in self.module.named_parameters() if p.requires_grad},
-            # Compiled code and the user's own function round in other places than the step.
-            tolerance=1e-4 if self.loss_fn is not None or _compiled(self.module) else 0.0,
-            **settings,
-        )
-        if self.probe_samples is None:
-            return snapshot
-        try:
-            return self._sub_batch(snapshot, self.probe_samples)
-        except Exception as error:
-            return replace(snapshot, replay=_raising(error))
-
-    def _loss(self, module: Any, batch: Any) -> Tensor:
-        with self.trainer.precision_plugin.train_step_context():
-            if self.loss_fn is not None:
-                return self.loss_fn(module, batch)
-            outputs = module.training_step(*arguments(module.training_step, batch, self.batch_idx))
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        # Exactly what Lightning's closure does with it.
-        return loss / self.trainer.accumulate_grad_batches
-
-    def _moved(self) -> Exception | None:
-        """The step itself must leave the parameters alone: a replay, which shares them, would move them again."""
-        if self.failure is None and not all(map(identical, self.sums, _sums(self.module))):
-            return Unmeasurable(
-                "the step changes parameters before its update (a moving average or a clamp in training_step), and a "
-                "replay would do so again: do it in on_train_batch_end, or pass loss_fn=..."
-            )
-        return None
-
-    def _sub_batch(self, full: Snapshot, count: int) -> Snapshot:
-        """The same step on the first samples of its batch; the whole batch's replay is checked first."""
-        _ = full.faithful
-        size = batch_size(self.batch)
-        if size is None or size <= count or self.shadow is None:
-            return full
-        sub = tree_map(lambda t: t[:count] if isinstance(t, Tensor) and t.ndim and len(t) == size else t, self.batch)
-        replay = replayer(self.shadow, self.random_state, sub, self._loss)
-        names, parameters = zip(*full.parameters.items())
-        with torch.enable_grad():
-            loss = replay()
-            gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return replace(full, replay=replay, loss=loss.detach(), gradient=dict(zip(names, gradient)), memo={})
-
-
-def _raising(error: Exception | None) -> Callable[[], Tensor]:
-    def replay() -> Tensor:
-        raise error or AssertionError
-
-    return replay
-
-
-def _sums(module: nn.Module) -> list[Tensor]:
-    """A fingerprint of the parameters: in-place changes through ``.data`` leave no other mark."""
-    return [p.detach().sum(dtype=torch.float32) for p in module.parameters()]
-
-
-def identical(a: Tensor, b: Tensor) -> bool:
-    """Equal to the last bit; NaN equals NaN."""
-    return torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
-
-
-def _compiled(module: nn.Module) -> bool:
-    # Copies are not compiled: their attributes do not tell.
-    return any(
-        m._compiled_call_impl is not None or hasattr(m, "_orig_mod") or getattr(m, "_compiler_ctx", None)
-        for m in module.modules()
+    return PendingStep(
+        module,
+        shared=[] if trainer.datamodule is None else [trainer.datamodule],
+        prepare=lambda shadow: _mute(shadow, trainer),
+        # The user's own function rounds in other places than the step.
+        tolerance=0.0 if loss_fn is None else 1e-4,
+        probe_samples=probe_samples,
     )
+
+
+def step_loss(trainer: Any, loss_fn: LossFn | None, batch_idx: int) -> Callable[[nn.Module, Any], Tensor | None]:
+    """``(module, batch) -> loss`` of one micro-batch, as Lightning differentiates it."""
+
+    def loss(module: Any, batch: Any) -> Tensor | None:
+        with trainer.precision_plugin.train_step_context():
+            if loss_fn is not None:
+                outputs: Any = loss_fn(module, batch)
+            else:
+                outputs = module.training_step(*arguments(module.training_step, batch, batch_idx))
+        value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        # Exactly what Lightning's closure does with it.
+        return None if value is None else value / trainer.accumulate_grad_batches
+
+    return loss
+
+
+def unscaled(trainer: Any, loss: Tensor) -> Tensor:
+    """The loss that ``on_before_backward`` is given, without the factor of mixed precision."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return loss if scaler is None else loss.detach() / scaler.get_scale()
+
+
+def skipped(trainer: Any, optimizer: Any) -> bool:
+    """Whether the gradient scaler of mixed precision will leave this step out, as its gradients have overflowed."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None:
+        return False
+    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    return any(bool(overflow) for overflow in found.values())
+
+
+def probe_set(trainer: Any, probes: Probes, pending: PendingStep) -> ProbeSet:
+    """The probes at a step, with their outputs from ``training_step`` where the user has not named them."""
+
+    def loss(module: Any, batch: Any) -> Any:
+        if not getattr(module, "automatic_optimization", True):  # it would step the optimizer
+            raise Unmodelled(f"automatic_optimization=False: training_step cannot be asked for outputs; {HOW}")
+        return module.training_step(*arguments(module.training_step, batch, 0))
+
+    context = trainer.precision_plugin.train_step_context
+    return probes.probe_set(pending, loss, context=context, micro_batches=trainer.accumulate_grad_batches)
 
 
 class _Muted:
@@ -194,13 +137,6 @@ def arguments(training_step: Callable, batch: Any, batch_idx: int) -> list[Any]:
     return [batch, batch_idx] if wide else [batch]
 
 
-def batch_size(batch: Any) -> int | None:
-    """The first axis of the first tensor that has one."""
-    sizes: list[int] = []
-    tree_map(lambda t: sizes.append(len(t)) if isinstance(t, Tensor) and t.ndim else None, batch)
-    return sizes[0] if sizes else None
-
-
 def unmodelled(trainer: Any, module: Any) -> str | None:
     """Why the parameters will not move by the optimizer's step on the step's own loss; None if they will."""
     base = next(
@@ -208,8 +144,6 @@ def unmodelled(trainer: Any, module: Any) -> str | None:
     )
     if trainer.gradient_clip_val:
         return f"gradient_clip_val={trainer.gradient_clip_val}: the derivative of clipping is not modelled"
-    if trainer.accumulate_grad_batches > 1:
-        return f"accumulate_grad_batches={trainer.accumulate_grad_batches}: accumulated steps are not modelled"
     if trainer.world_size > 1:
         return f"world_size={trainer.world_size}: products over several processes are not modelled"
     for hook in ("configure_gradient_clipping", "optimizer_step"):

@@ -8,15 +8,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+from lsp_callbacks.step import rate
 
 #: Measurements whose mean is the critical rate.
 RECENT = 3
-
-
-def rate(optimizer: torch.optim.Optimizer) -> float:
-    """The largest learning rate of the groups."""
-    return max(float(group["lr"]) for group in optimizer.param_groups)
+#: Steps left where nobody knows.
+MANY = 2**62
 
 
 class CriticalRate:
@@ -99,7 +96,9 @@ class Schedule:
         self._rates = [rate(self._optimizer)]
 
     def _advance(self) -> None:
-        self._done += 1
+        # The batch that ends the next window: an epoch's last one may be short.
+        window = self._trainer.accumulate_grad_batches
+        self._done = min(self._done + window - self._done % window, self._trainer.num_training_batches)
         for config, scheduler in self._copies:
             if config.interval == "step" and self._done % config.frequency == 0:
                 scheduler.step()
@@ -113,3 +112,12 @@ class Schedule:
         for config, scheduler in self._copies:
             if config.interval == "epoch" and self._epoch % config.frequency == 0:
                 scheduler.step()
+
+
+def steps_left(trainer: Any, step: int) -> int:
+    """Optimizer steps from ``step`` to the end of training, as far as it is known; otherwise very many."""
+    try:
+        total = trainer.estimated_stepping_batches
+    except Exception:  # where accumulation changes between epochs, Lightning refuses to tell
+        total = trainer.max_steps
+    return int(total) - step if 0 <= total < math.inf else MANY

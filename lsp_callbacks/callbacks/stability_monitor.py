@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 
-from lsp_callbacks.callbacks.adapter import LossFn, Pending, identical, unmodelled, warn_sub_batch
+from lsp_callbacks.callbacks.adapter import (
+    LossFn,
+    pending_step,
+    probe_set,
+    skipped,
+    step_loss,
+    unmodelled,
+    unscaled,
+    warn_sub_batch,
+)
 from lsp_callbacks.callbacks.base import Callback
-from lsp_callbacks.callbacks.probing import Criterion, ForwardFn, Probes, population
-from lsp_callbacks.callbacks.schedule import CriticalRate, Schedule, rate
+from lsp_callbacks.callbacks.schedule import CriticalRate, Schedule, steps_left
 from lsp_callbacks.monitor import Curve, Monitor, Observation
+from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.quantities import Quantity, build
 from lsp_callbacks.quantities.select import Selection, validate
 from lsp_callbacks.replay import untouched
 from lsp_callbacks.report import verdict
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step import PendingStep, identical, rate, witnessed
 
 #: How many steps of the schedule to look ahead.
 HORIZON = 1000
@@ -99,8 +109,9 @@ class StabilityMonitor(Callback):
         self.subscribers: list[Any] = []
         self.step = 0
         self._unmodelled: str | None = None
-        self._pending: Pending | None = None
+        self._pending: PendingStep | None = None
         self._saw_loss = False
+        self._loss: torch.Tensor | None = None
         self._observation: Observation | None = None
         self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._updates = 0
@@ -146,7 +157,7 @@ class StabilityMonitor(Callback):
         validate(self.blocks, pl_module, "blocks")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.probes.drop(population(trainer))
+        self.probes.drop(population(trainer.train_dataloader))
         self._schedule = Schedule(trainer)
         self._unmodelled = unmodelled(trainer, pl_module)
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
@@ -167,19 +178,24 @@ class StabilityMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         began = time.perf_counter()
-        self._pending, self._updates = None, 0
+        if batch_idx % trainer.accumulate_grad_batches == 0:  # the first micro-batch of a step
+            self._pending, self._updates, self._saw_loss, self._loss = None, 0, False, None
+            if self.monitor.wants(self.step) and not trainer.fit_loop._skip_backward:  # an epoch of weight averaging
+                self._pending = pending_step(trainer, pl_module, loss_fn=self.loss_fn, probe_samples=self.probe_samples)
         self.probes.add(batch)
-        if self.monitor.wants(self.step):
-            self._pending = Pending(trainer, pl_module, batch, batch_idx, self.loss_fn, self.probe_samples)
+        if self._pending is not None:
+            self._pending.add(batch, step_loss(trainer, self.loss_fn, batch_idx))
         self._spent += time.perf_counter() - began
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
         if self._pending is not None:
-            self._pending.saw_loss(loss)
+            self._pending.saw_loss(unscaled(trainer, loss))
         self._saw_loss = True
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        if pl_module.automatic_optimization and not self._saw_loss:  # training_step returned None: nothing moves
+        no_loss = pl_module.automatic_optimization and not self._saw_loss  # training_step returned None
+        if no_loss or skipped(trainer, optimizer):  # nothing moves: it is no step
+            self._pending = None
             return
         began = time.perf_counter()
         self._saw_loss = False
@@ -188,7 +204,7 @@ class StabilityMonitor(Callback):
         pending, self._pending = self._pending, None
         if pending is not None:
             with untouched(pl_module):
-                self._observation = self._observe(pending, optimizer)
+                self._observation = self._observe(trainer, pending, optimizer)
             update = any(quantity.needs_update for quantity in self.monitor.quantities.values())
             if update and pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
                 self._gradients = [(p, p.grad.clone()) for p in pl_module.parameters() if p.grad is not None]
@@ -196,16 +212,17 @@ class StabilityMonitor(Callback):
             self.step += 1
         self._spent += time.perf_counter() - began
 
-    def _observe(self, pending: Pending, optimizer: Any) -> Observation | None:
+    def _observe(self, trainer: Any, pending: PendingStep, optimizer: Any) -> Observation | None:
         snapshot = pending.snapshot(
             self.step,
             optimizer,
             unmodelled=self._unmodelled,
             keep=self.monitor.keeps,
-            probes=self.probes.probe_set(pending) if self.probes.wanted else None,
+            probes=probe_set(trainer, self.probes, pending) if self.probes.wanted else None,
             seed=self.seed,
         )
-        return self.monitor.observe(snapshot)
+        # Under manual optimisation nobody need have told us the loss.
+        return self.monitor.observe(witnessed(snapshot) if snapshot.loss is None else snapshot)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         began = time.perf_counter()
@@ -221,12 +238,24 @@ class StabilityMonitor(Callback):
             self._publish(trainer, observation)
             for subscriber in self.subscribers:
                 subscriber.receive(trainer, observation)
-        stop = any([subscriber.judge(trainer, self.step - 1, outputs) for subscriber in self.subscribers])
-        if self.subscribers and trainer.strategy.reduce_boolean_decision(stop, all=False):
-            trainer.should_stop = True
+        if self.subscribers:
+            outputs = self._of_all_micro_batches(trainer, outputs)
+        if self.subscribers and not trainer.fit_loop._should_accumulate():
+            stop = any([subscriber.judge(trainer, self.step - 1, outputs) for subscriber in self.subscribers])
+            if trainer.strategy.reduce_boolean_decision(stop, all=False):
+                trainer.should_stop = True
         if self._measured_at is not None:  # the tensor that lies in callback_metrics: reading that dict is dear
             self._age.fill_(self.step - 1 - self._measured_at)
         self._spent += time.perf_counter() - began
+
+    def _of_all_micro_batches(self, trainer: Any, outputs: Any) -> Any:
+        """The outputs of a step: under accumulation their loss is the sum, each divided by the number already."""
+        if trainer.accumulate_grad_batches == 1:
+            return outputs
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, torch.Tensor):
+            self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        return self._loss
 
     def _disown(self, reason: str) -> None:
         self._observation = self.monitor.disown_update(self._observation, reason)
@@ -270,7 +299,7 @@ class StabilityMonitor(Callback):
         if not self._critical.take(observation.values, used=self._rate_used):
             return observation
         assert self._schedule is not None
-        left = max(1, int(min(HORIZON, trainer.estimated_stepping_batches - self.step)))
+        left = max(1, min(HORIZON, steps_left(trainer, self.step)))
         crossing = self._critical.crossing(self._schedule.ahead(self.step, left))
         if crossing is None or self._rate_used > self._critical.mean:
             return observation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lsp_callbacks.callbacks.adapter import Pending, arguments, batch_size
-from lsp_callbacks.probes import HOW, Criteria, evaluating, evaluation
+from lsp_callbacks.probes import Criteria, evaluating, evaluation
 from lsp_callbacks.replay import copied
 from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmodelled
+from lsp_callbacks.step import PendingStep, batch_size
 
 ForwardFn = Callable[[nn.Module, Any], Tensor]
 Criterion = Callable[[Tensor, Any], Tensor]
@@ -77,36 +78,51 @@ class Probes:
             joined = [torch.cat(column)[: self.needed] for column in zip(*leaves)]
             self._batches, self._sizes = [tree_unflatten(joined, spec)], [self.needed]
 
-    def probe_set(self, pending: Pending) -> ProbeSet:
-        """The probes at one step."""
+    def probe_set(
+        self,
+        pending: PendingStep,
+        loss: Callable[[nn.Module, Any], Any],
+        *,
+        context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        micro_batches: int = 1,
+    ) -> ProbeSet:
+        """The probes at one step.
+
+        Args:
+            pending: the step, with its micro-batches.
+            loss: ``(module, batch) -> loss``, or a mapping with one, whose criterion tells outputs from targets where
+                the user has not named them.
+            context: in which the module is run, of the loop's precision.
+            micro_batches: how many make a step.
+        """
         parts = tuple(
-            self._part(pending, batch, size) for batch, size in zip(self._batches, self._sizes) if self._failure is None
+            self._part(pending, loss, context, batch, size)
+            for batch, size in zip(self._batches, self._sizes)
+            if self._failure is None
         )
         if self._failure is not None:
             parts = (_failing(self._failure),)
         module = pending.module if pending.shadow is None else pending.shadow.module
-        return ProbeSet(module, parts, sum(self._sizes), max(self.batch_size, 1), self.population, self.full)
+        batch = micro_batches * max(self.batch_size, 1)
+        return ProbeSet(module, parts, sum(self._sizes), batch, self.population, self.full)
 
-    def _part(self, pending: Pending, batch: Any, size: int) -> Callable[[], Evaluation]:
+    def _part(self, pending: PendingStep, loss: Any, context: Any, batch: Any, size: int) -> Callable[[], Evaluation]:
         def part() -> Evaluation:
-            assert pending.shadow is not None
+            if pending.shadow is None or not pending.parts:
+                raise pending.failure or AssertionError
             module = pending.shadow.reset()
-            pending.random_state.restore()
+            pending.parts[0].random_state.restore()
             own = copied(batch)
             device = next(module.parameters()).device
-            context = pending.trainer.precision_plugin.train_step_context()
             # In full precision, also where training rounds to bfloat16.
-            with context, torch.autocast(device.type, enabled=False), evaluating(module):
+            with context(), torch.autocast(device.type, enabled=False), evaluating(module):
                 if self.forward_fn is not None and self.criterion is not None:
                     criterion = self.criterion
                     return evaluation(self.forward_fn(module, own), lambda f: criterion(f, own), samples=size)
-                if not getattr(module, "automatic_optimization", True):  # it would step the optimizer
-                    raise Unmodelled(f"automatic_optimization=False: training_step cannot be asked for outputs; {HOW}")
                 with Criteria() as criteria:
-                    step: Any = module.training_step
-                    outputs = step(*arguments(step, own, 0))
-            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-            return criteria.of(loss, samples=size)
+                    outputs = loss(module, own)
+            value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            return criteria.of(value, samples=size)
 
         return part
 
@@ -118,9 +134,8 @@ def _failing(error: Exception) -> Callable[[], Evaluation]:
     return part
 
 
-def population(trainer: Any) -> int | None:
+def population(loader: Any) -> int | None:
     """How many samples an epoch draws from; None where nobody knows."""
-    loader = trainer.train_dataloader
     for holder in (getattr(loader, "sampler", None), getattr(loader, "dataset", None)):
         try:
             return len(holder)  # type: ignore[arg-type]

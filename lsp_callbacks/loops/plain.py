@@ -1,0 +1,203 @@
+"""A plain PyTorch loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsp_callbacks.monitor import Curve, Monitor, Observation
+from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
+from lsp_callbacks.quantities import build
+from lsp_callbacks.replay import untouched
+from lsp_callbacks.snapshot import Snapshot
+from lsp_callbacks.step import PendingStep, identical, witnessed
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+Log = Callable[[dict[str, float], int], None]
+
+
+class Watch:
+    """Measures the stability of a loop whose only change is the iterator.
+
+    The update is seen by hooks of the optimizer, which `close` removes. The loss is not seen at all: what is measured
+    is the replay ``loss_fn(copy of the module, batch)``, after its gradient was found to be the step's own.
+
+    Args:
+        module: whose parameters are trained.
+        optimizer: that updates them; ``torch.optim``.
+        loss_fn: ``(module, batch) -> loss``: what the loop does with a batch as it comes from the loader, from its move
+            to the device on, autocast included, up to the loss before it is divided by ``accumulate`` and scaled.
+        monitor: what to measure and when; None takes the preset "default" within a budget of 5 %.
+        accumulate: batches in an update, by which the loop divides each loss.
+        forward_fn: ``(module, batch) -> outputs`` of shape ``(samples, ..., classes)``, and
+        criterion: ``(outputs, batch) -> loss``, the mean over the samples: needed together, and only where ``loss_fn``
+            does not return the value of one criterion of ``torch.nn.functional``.
+        log: called with new values and the number of the update.
+        unmodelled: why the update is not the optimizer's step on this loss, where you know it; what needs the update is
+            then left out.
+        seed: of our own random choices, which never touch the global state.
+
+    Raises:
+        ValueError: for ``accumulate`` below 1, or one of ``forward_fn`` and ``criterion`` without the other.
+
+    Cost: beside the measurements, one gradient for each measured step.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks import Monitor, Sharpness
+        >>> from lsp_callbacks.loops import Watch
+        >>> net = torch.nn.Linear(1, 1, bias=False)
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> def loss_fn(module, x):
+        ...     return module(x).square().mean()
+        >>> watch = Watch(net, sgd, loss_fn, Monitor(Sharpness(), every_n_steps=1))
+        >>> for batch in watch(torch.full((3, 1, 1), 2.0)):
+        ...     sgd.zero_grad()
+        ...     loss_fn(net, batch).backward()
+        ...     sgd.step()
+        >>> [round(value, 3) for value in watch.history["stability/courant_gd"].values]
+        [1.0, 1.0, 1.0]
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: LossFn,
+        monitor: Monitor | None = None,
+        *,
+        accumulate: int = 1,
+        forward_fn: ForwardFn | None = None,
+        criterion: Criterion | None = None,
+        log: Log | None = None,
+        unmodelled: str | None = None,
+        seed: int = 0,
+    ):
+        if accumulate < 1:
+            raise ValueError(f"accumulate={accumulate}: give the number of batches in an update, 1 or more")
+        if (forward_fn is None) != (criterion is None):
+            raise ValueError("forward_fn and criterion belong together: pass both, or neither")
+        self.module, self.optimizer, self.loss_fn, self.accumulate = module, optimizer, loss_fn, accumulate
+        self.monitor = monitor if monitor is not None else Monitor(*build("default")[0])
+        self.log, self.unmodelled, self.seed = log, unmodelled, seed
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.unmodelled = unmodelled or _several(torch.distributed.get_world_size())
+        wanted = max((getattr(quantity, "probes", 0) for quantity in self.monitor.quantities.values()), default=0)
+        self.probes = Probes(wanted, forward_fn, criterion)
+        #: Whose criterion tells outputs from targets.
+        self.probe_loss: Callable[[nn.Module, Any], Any] = loss_fn
+        self.step = 0
+        self._required = False
+        self._batches = 0
+        self._pending: PendingStep | None = None
+        self._observation: Observation | None = None
+        self._gradients: list[tuple[Tensor, Tensor]] = []
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before_update),
+            optimizer.register_step_post_hook(self._after_update),
+        )
+
+    @property
+    def history(self) -> dict[str, Curve]:
+        """Steps and values of every key."""
+        return self.monitor.history
+
+    def __call__(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The batches of the loader, unchanged: ``for batch in watch(loader): ...``."""
+        if not self.probes.batch_size:  # nothing was collected yet
+            self.probes.drop(population(loader))
+        for batch in loader:
+            self.begin(batch)
+            yield batch
+
+    def begin(self, batch: Any) -> None:
+        """Called before the forward pass on a batch, by those who do not iterate over `__call__`."""
+        if not self._required:
+            self._require()
+        if self._batches in (0, self.accumulate):  # the second: a gradient scaler left the last update out
+            self._batches, self._pending = 0, None
+            if self.monitor.wants(self.step):
+                self._pending = PendingStep(self.module)
+        self._batches += 1
+        self.probes.add(batch)
+        if self._pending is not None:
+            self._pending.add(batch, self._loss)
+
+    def measure(self) -> None:
+        """Called where the gradient is complete and not yet clipped; otherwise the hook of the optimizer does it.
+
+        Where the gradient is changed afterwards, the numbers that depend on the update become NaN.
+        """
+        if self._pending is None:
+            return
+        self._measure()
+        self._gradients = [(p, p.grad.clone()) for p in self.module.parameters() if p.grad is not None]
+
+    def close(self) -> None:
+        """Takes the hooks from the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of the next update, and the curves."""
+        return {"step": self.step, "monitor": self.monitor.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave; a window under way is cut."""
+        self.step = state["step"]
+        self.monitor.load_state_dict(state["monitor"])
+
+    def _require(self) -> None:
+        self._required = True
+        self.monitor.require(Snapshot(self.step, self.module, _never, self.optimizer, unmodelled=self.unmodelled))
+
+    def _loss(self, module: nn.Module, batch: Any) -> Tensor:
+        return self.loss_fn(module, batch) / self.accumulate
+
+    def _measure(self, unmodelled: str | None = None) -> None:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        with untouched(self.module):
+            probes = None
+            if self.probes.wanted:
+                probes = self.probes.probe_set(pending, self.probe_loss, micro_batches=self.accumulate)
+            snapshot = pending.snapshot(
+                self.step,
+                self.optimizer,
+                unmodelled=self.unmodelled or unmodelled,
+                keep=self.monitor.keeps,
+                probes=probes,
+                seed=self.seed,
+            )
+            self._observation = self.monitor.observe(witnessed(snapshot))
+
+    def _before_update(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if any(callable(one) for one in (*args[1:], *kwargs.values())):
+            self._pending = None  # its gradient comes later
+            self.monitor.disown_update(
+                None, "optimizer.step(closure) finds its gradient after our look at it: call backward before step()"
+            )
+        self._measure()
+        if any(p.grad is None or not identical(p.grad, gradient) for p, gradient in self._gradients):
+            self._observation = self.monitor.disown_update(
+                self._observation, "the gradient was changed after Watch.measure()"
+            )
+        self._gradients = []
+
+    def _after_update(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        observation, self._observation = self._observation, None
+        if observation is not None and self.log is not None:
+            self.log(dict(observation.values), observation.step)
+        self.step, self._batches = self.step + 1, 0
+
+
+def _several(processes: int) -> str | None:
+    return f"{processes} processes: products over several processes are not modelled" if processes > 1 else None
+
+
+def _never() -> Tensor:
+    raise AssertionError("no step is replayed before training")

@@ -1,0 +1,185 @@
+"""From what a training loop does to a `Snapshot`; knows of no particular loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lsp_callbacks.replay import MicroBatch, Shadow, copied, replayer, summed
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten
+
+
+class PendingStep:
+    """A step that will be measured: what must be kept from before its forward passes.
+
+    It is made before the first forward pass of an optimizer step. Each micro-batch is added before its own forward
+    pass, and the `Snapshot` is taken after the last backward pass, before the update.
+
+    Args:
+        module: whose parameters are trained.
+        shared: objects of the module that its copy shares, see `Shadow`.
+        prepare: applied once to the copy, see `Shadow`.
+        tolerance: relative difference between a replayed loss and the step's own; compiled modules have 1e-4 at least.
+        probe_samples: how many samples to use; None takes all.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        shared: Iterable[Any] = (),
+        prepare: Callable[[nn.Module], None] = lambda copy: None,
+        tolerance: float = 0.0,
+        probe_samples: int | None = None,
+    ):
+        self.module, self.tolerance, self.probe_samples = module, tolerance, probe_samples
+        self.parts: list[MicroBatch] = []
+        self.shadow: Shadow | None = None
+        self.failure: Exception | None = None
+        try:
+            self._sums = _sums(module)
+            self.shadow = Shadow(module, shared=shared, prepare=prepare)
+        except Exception as error:  # whatever the user's attributes raise when they are copied
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self.failure = Unmeasurable(
+            f"batch or module cannot be copied for a replay ({type(error).__name__}: {error}): keep what cannot be "
+            "copied outside the module"
+        )
+
+    def add(self, batch: Any, loss: Callable[[nn.Module, Any], Tensor | None]) -> None:
+        """A micro-batch whose forward pass comes next.
+
+        Args:
+            batch: on the device, as the step will receive it.
+            loss: what the step will differentiate, as a function of module and batch.
+        """
+        try:
+            self.parts.append(MicroBatch(copied(batch), loss))
+        except Exception as error:  # whatever the user's objects raise
+            self._fail(error)
+
+    def saw_loss(self, loss: Tensor) -> None:
+        """The loss of the last micro-batch, as it is differentiated; where it is seen at all, it is for all of them."""
+        if self.parts:
+            self.parts[-1].own = loss.detach().clone()
+
+    def snapshot(self, step: int, optimizer: torch.optim.Optimizer, **settings: Any) -> Snapshot:
+        """The step, after its backward passes and before its update."""
+        failure = self.failure or self._moved()
+        if failure or self.shadow is None:
+            module, replay = self.module, _raising(failure)
+        else:
+            module, replay = self.shadow.module, replayer(self.shadow, self.parts)
+        snapshot = Snapshot(
+            step=step,
+            module=module,
+            replay=replay,
+            optimizer=optimizer,
+            loss=summed(part.own for part in self.parts),
+            gradient={name: p.grad for name, p in self.module.named_parameters() if p.requires_grad},
+            # Compiled code rounds in other places than the step.
+            tolerance=max(self.tolerance, 1e-4 if _compiled(self.module) else 0.0),
+            **settings,
+        )
+        if self.probe_samples is None:
+            return snapshot
+        try:
+            return self._sub_batch(snapshot, self.probe_samples)
+        except Exception as error:
+            return replace(snapshot, replay=_raising(error))
+
+    def _moved(self) -> Exception | None:
+        """The step itself must leave the parameters alone: a replay, which shares them, would move them again."""
+        if self.failure is None and not all(map(identical, self._sums, _sums(self.module))):
+            return Unmeasurable(
+                "the step changes parameters before its update (a moving average or a clamp in training_step), and a "
+                "replay would do so again: do it after the update, or pass loss_fn=..."
+            )
+        return None
+
+    def _sub_batch(self, full: Snapshot, count: int) -> Snapshot:
+        """The same step on the first samples of its batches; the whole step's replay is checked first."""
+        _ = full.faithful
+        count = math.ceil(count / len(self.parts))
+        sizes = [batch_size(part.batch) for part in self.parts]
+        if self.shadow is None or any(size is None or size <= count for size in sizes):
+            return full
+        parts = [
+            replace(part, batch=tree_map(lambda t, size=size: _first(t, count, size), part.batch))
+            for part, size in zip(self.parts, sizes)
+        ]
+        replay = replayer(self.shadow, parts)
+        names, parameters = zip(*full.parameters.items())
+        with torch.enable_grad():
+            loss = replay()
+            gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return replace(full, replay=replay, loss=loss.detach(), gradient=dict(zip(names, gradient)), memo={})
+
+
+def witnessed(snapshot: Snapshot) -> Snapshot:
+    """A step whose loss nobody saw, checked against its gradient instead; then the replay's loss is its loss.
+
+    Where the gradient is another one (it was clipped, or the loop differentiates another loss), what needs the update
+    is not modelled. Failures to replay are left to the quantities. Cost: one gradient.
+    """
+    parameters = list(snapshot.parameters.values())
+    try:
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            loss = snapshot.replay()
+            gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
+    except Exception:
+        return snapshot
+    try:
+        snapshot.check_gradient(flatten(gradient, parameters))
+    except Unmeasurable as error:
+        return replace(snapshot, loss=loss.detach(), unmodelled=snapshot.unmodelled or str(error))
+    return replace(snapshot, loss=loss.detach())
+
+
+def _first(leaf: Any, count: int, size: int | None) -> Any:
+    return leaf[:count] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size else leaf
+
+
+def _raising(error: Exception | None) -> Callable[[], Tensor]:
+    def replay() -> Tensor:
+        raise error or AssertionError
+
+    return replay
+
+
+def _sums(module: nn.Module) -> list[Tensor]:
+    """A fingerprint of the parameters: in-place changes through ``.data`` leave no other mark."""
+    return [p.detach().sum(dtype=torch.float32) for p in module.parameters()]
+
+
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Equal to the last bit; NaN equals NaN."""
+    return torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def _compiled(module: nn.Module) -> bool:
+    # Copies are not compiled: their attributes do not tell.
+    return any(
+        m._compiled_call_impl is not None or hasattr(m, "_orig_mod") or getattr(m, "_compiler_ctx", None)
+        for m in module.modules()
+    )
+
+
+def batch_size(batch: Any) -> int | None:
+    """The first axis of the first tensor that has one."""
+    sizes: list[int] = []
+    tree_map(lambda t: sizes.append(len(t)) if isinstance(t, Tensor) and t.ndim else None, batch)
+    return sizes[0] if sizes else None
+
+
+def rate(optimizer: torch.optim.Optimizer) -> float:
+    """The largest learning rate of the groups."""
+    return max(float(group["lr"]) for group in optimizer.param_groups)
