@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import RandomState, Shadow, copied, replayer
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten, split
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -28,13 +29,21 @@ class Pending:
         batch_idx: its number.
         loss_fn: the user's own ``(module, batch) -> loss``; None replays ``training_step``.
         probe_samples: how many samples of the batch to use; None takes all.
+        ranks: the processes that take the step together; None is this one.
     """
 
     def __init__(
-        self, trainer: Any, module: Any, batch: Any, batch_idx: int, loss_fn: LossFn | None, probe_samples: int | None
+        self,
+        trainer: Any,
+        module: Any,
+        batch: Any,
+        batch_idx: int,
+        loss_fn: LossFn | None,
+        probe_samples: int | None,
+        ranks: Ranks | None = None,
     ):
         self.trainer, self.module, self.batch_idx, self.loss_fn = trainer, module, batch_idx, loss_fn
-        self.probe_samples = probe_samples
+        self.probe_samples, self.ranks = probe_samples, ranks or Ranks()
         self.random_state = RandomState()
         self.shadow: Shadow | None = None
         self.failure: Exception | None = None
@@ -49,6 +58,23 @@ class Pending:
                 f"batch or module cannot be copied for a replay ({type(error).__name__}: {error}): keep what cannot be "
                 "copied outside the module"
             )
+        if getattr(trainer.strategy.model, "will_sync_module_buffers", bool)():
+            self._take_buffers()
+
+    def _take_buffers(self) -> None:
+        """DDP's forward pass begins by giving all ranks the buffers of the first: so do the replays."""
+
+        def buffers() -> list[Tensor | None]:
+            if self.shadow is None:
+                raise self.failure or AssertionError
+            return self.shadow.buffers()
+
+        try:
+            found = self.ranks.together(lambda: self.ranks.first(buffers, "the buffers"))
+            if self.shadow is not None:
+                self.shadow.load_buffers(found)
+        except Unmeasurable as error:
+            self.failure = error
 
     def saw_loss(self, loss: Tensor) -> None:
         """Called before the backward pass, with the loss that is differentiated."""
@@ -62,6 +88,7 @@ class Pending:
             module, replay = self.module, _raising(failure)
         else:
             module, replay = self.shadow.module, replayer(self.shadow, self.random_state, self.batch, self._loss)
+            replay = self.ranks.private(replay)
         snapshot = Snapshot(
             step=step,
             module=module,
@@ -71,12 +98,14 @@ class Pending:
             gradient={name: p.grad for name, p in self.module.named_parameters() if p.requires_grad},
             # Compiled code and the user's own function round in other places than the step.
             tolerance=1e-4 if self.loss_fn is not None or _compiled(self.module) else 0.0,
+            ranks=self.ranks,
             **settings,
         )
         if self.probe_samples is None:
             return snapshot
+        count = self.probe_samples
         try:
-            return self._sub_batch(snapshot, self.probe_samples)
+            return self.ranks.together(lambda: self._sub_batch(snapshot, count))
         except Exception as error:
             return replace(snapshot, replay=_raising(error))
 
@@ -102,15 +131,24 @@ class Pending:
         """The same step on the first samples of its batch; the whole batch's replay is checked first."""
         _ = full.faithful
         size = batch_size(self.batch)
-        if size is None or size <= count or self.shadow is None:
+        whole = size is None or size <= count or self.shadow is None
+        if not self.ranks.any(lambda: not whole, "a sub-batch") or self.shadow is None:
             return full
         sub = tree_map(lambda t: t[:count] if isinstance(t, Tensor) and t.ndim and len(t) == size else t, self.batch)
         replay = replayer(self.shadow, self.random_state, sub, self._loss)
-        names, parameters = zip(*full.parameters.items())
-        with torch.enable_grad():
-            loss = replay()
-            gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return replace(full, replay=replay, loss=loss.detach(), gradient=dict(zip(names, gradient)), memo={})
+        parameters = list(full.parameters.values())
+        losses: list[Tensor] = []
+
+        def gradient() -> tuple[Tensor]:
+            with torch.enable_grad():
+                losses.append(replay())
+                return (flatten(torch.autograd.grad(losses[0], parameters, allow_unused=True), parameters),)
+
+        (mean,) = self.ranks.mean(gradient, "the gradient of a sub-batch")
+        own = full.gradient or {}
+        # None where the step had none: the optimizer passes over those parameters.
+        parts = {n: None if own.get(n) is None else g for n, g in zip(full.parameters, split(mean, parameters))}
+        return replace(full, replay=replay, loss=losses[0].detach(), gradient=parts, memo={})
 
 
 def _raising(error: Exception | None) -> Callable[[], Tensor]:
@@ -210,14 +248,56 @@ def unmodelled(trainer: Any, module: Any) -> str | None:
         return f"gradient_clip_val={trainer.gradient_clip_val}: the derivative of clipping is not modelled"
     if trainer.accumulate_grad_batches > 1:
         return f"accumulate_grad_batches={trainer.accumulate_grad_batches}: accumulated steps are not modelled"
-    if trainer.world_size > 1:
-        return f"world_size={trainer.world_size}: products over several processes are not modelled"
+    if trainer.world_size > 1 and not _is("DDPStrategy", trainer.strategy):
+        return (
+            f"{type(trainer.strategy).__name__} with {trainer.world_size} processes is not modelled: use strategy='ddp'"
+        )
+    if getattr(trainer.strategy, "_ddp_comm_hook", None) is not None:
+        return "ddp_comm_hook: gradients that are not the plain mean over the processes are not modelled"
     for hook in ("configure_gradient_clipping", "optimizer_step"):
         if getattr(type(module), hook) is not getattr(base, hook):
             return f"{type(module).__name__} overrides {hook}: what it does to the update is not known"
     if not module.automatic_optimization and len(trainer.optimizers) > 1:
         return "several optimizers take turns: their joint update is not modelled"
     return None
+
+
+#: Strategies that leave each process a shard of the parameters. DeepSpeed's is also a DDPStrategy by name.
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+
+
+def sharded(trainer: Any) -> str | None:
+    """Why no process has the parameters as a whole; None if each has."""
+    name = next((name for name in _SHARDED if _is(name, trainer.strategy)), None)
+    if name is None:
+        return None
+    return (
+        f"{name} gives each process a shard of the parameters: a replay of the step and the products of its Hessian "
+        "would have to gather them out of step with training. Use strategy='ddp', or measure a smaller model"
+    )
+
+
+def _is(name: str, strategy: Any) -> bool:
+    # By name, as both packages have one, and neither needs to be installed.
+    return any(c.__name__ == name for c in type(strategy).__mro__)
+
+
+def ranks(trainer: Any) -> Ranks:
+    """The processes that train the model together."""
+    return Ranks.joined(trainer.strategy.root_device) if trainer.world_size > 1 else Ranks()
+
+
+def mean_loss(outputs: Any, ranks: Ranks) -> Any:
+    """The mean of the ranks' losses, for decisions that all must take alike; it does not wait for the device.
+
+    Args:
+        outputs: of the rank's own ``training_step``.
+        ranks: all of which call this.
+    """
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    if ranks.world == 1 or not isinstance(loss, Tensor):  # a rank without a loss would have hung DDP before
+        return outputs
+    return ranks.average(loss.detach().float().mean())
 
 
 def warn_sub_batch(count: int) -> None:

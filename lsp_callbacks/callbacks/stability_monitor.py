@@ -10,13 +10,23 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 
-from lsp_callbacks.callbacks.adapter import LossFn, Pending, identical, unmodelled, warn_sub_batch
+from lsp_callbacks.callbacks.adapter import (
+    LossFn,
+    Pending,
+    identical,
+    mean_loss,
+    ranks,
+    sharded,
+    unmodelled,
+    warn_sub_batch,
+)
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.callbacks.schedule import CriticalRate, Schedule, rate
 from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.quantities import Quantity, build
 from lsp_callbacks.quantities.select import Selection, validate
+from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import untouched
 from lsp_callbacks.report import verdict
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
@@ -98,6 +108,7 @@ class StabilityMonitor(Callback):
         self.probes = Probes(wanted, forward_fn, criterion)
         self.subscribers: list[Any] = []
         self.step = 0
+        self._ranks = Ranks()
         self._unmodelled: str | None = None
         self._pending: Pending | None = None
         self._saw_loss = False
@@ -145,13 +156,13 @@ class StabilityMonitor(Callback):
         validate(self.blocks, pl_module, "blocks")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.probes.drop(population(trainer))
+        self._ranks = self.probes.ranks = ranks(trainer)
+        self.probes.drop(self._ranks.first(lambda: population(trainer), "the population"))
         self._schedule = Schedule(trainer)
         self._unmodelled = unmodelled(trainer, pl_module)
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
-        self.monitor.require(
-            Snapshot(self.step, pl_module, replay=_never, optimizer=optimizer, unmodelled=self._unmodelled)
-        )
+        settings: dict[str, Any] = {"unmodelled": self._unmodelled, "sharded": sharded(trainer), "ranks": self._ranks}
+        self.monitor.require(Snapshot(self.step, pl_module, replay=_never, optimizer=optimizer, **settings))
         if self.probe_samples is not None:
             warn_sub_batch(self.probe_samples)
         if not self.step:  # not 0 where a run is resumed from a checkpoint that does not know this callback
@@ -167,9 +178,10 @@ class StabilityMonitor(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         began = time.perf_counter()
         self._pending, self._updates = None, 0
-        self.probes.add(batch)
+        if self.monitor.quantities:
+            self.probes.add(batch)
         if self.monitor.wants(self.step):
-            self._pending = Pending(trainer, pl_module, batch, batch_idx, self.loss_fn, self.probe_samples)
+            self._pending = Pending(trainer, pl_module, batch, batch_idx, self.loss_fn, self.probe_samples, self._ranks)
         self._spent += time.perf_counter() - began
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
@@ -208,7 +220,7 @@ class StabilityMonitor(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         began = time.perf_counter()
-        if any(p.grad is not None and not identical(p.grad, gradient) for p, gradient in self._gradients):
+        if self._gradients and self._ranks.any(self._gradient_changed, "the gradient after the step"):
             self._disown("the gradient was changed after the on_before_optimizer_step of StabilityMonitor")
         elif self._updates > 1:
             self._disown(f"one batch made {self._updates} optimizer steps: their joint update is not modelled")
@@ -220,12 +232,17 @@ class StabilityMonitor(Callback):
             self._publish(trainer, observation)
             for subscriber in self.subscribers:
                 subscriber.receive(trainer, observation)
+        if self.subscribers:
+            outputs = mean_loss(outputs, self._ranks)
         stop = any([subscriber.judge(trainer, self.step - 1, outputs) for subscriber in self.subscribers])
         if self.subscribers and trainer.strategy.reduce_boolean_decision(stop, all=False):
             trainer.should_stop = True
         if self._measured_at is not None:
             trainer.callback_metrics["stability/age"] = torch.tensor(float(self.step - 1 - self._measured_at))
         self._spent += time.perf_counter() - began
+
+    def _gradient_changed(self) -> bool:
+        return any(p.grad is not None and not identical(p.grad, gradient) for p, gradient in self._gradients)
 
     def _disown(self, reason: str) -> None:
         self._observation = self.monitor.disown_update(self._observation, reason)
