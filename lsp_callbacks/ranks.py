@@ -122,20 +122,23 @@ class Ranks:
         return self._everybodys(own)
 
     def private(self, compute: Callable[[], T]) -> Callable[[], T]:
-        """``compute``, whose first call refuses to communicate: if a rank fails before, the others would wait for it.
+        """``compute``, refused where it communicates: if a rank fails before, the others would wait for it.
+
+        It is watched until it has succeeded once, as watching every operation takes time.
 
         Raises:
             Unmodelled: when it is called, and does communicate.
         """
-        called = self.world == 1
+        watched = self.world > 1
 
         def guarded() -> T:
-            nonlocal called
-            if called:
+            nonlocal watched
+            if not watched:
                 return compute()
-            called = True
             with _Private():
-                return compute()
+                result = compute()
+            watched = False
+            return result
 
         return guarded
 

@@ -1,20 +1,19 @@
 """What each of two processes runs for `test_ranks`: ``python two_ranks.py <folder>`` with the usual variables set."""
 
-import math
+import contextlib
 import os
 import sys
 import warnings
 from functools import partial
 from itertools import product
 
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
-from zoo import CLASSES, FEATURES, Losses, Model, ResidualBlock, fit, mlp
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from zoo import CLASSES, FEATURES, Losses, Model, fit, mlp
 
 from lsp_callbacks import BatchSharpness, Snapshot, StabilityMonitor, StopOnInstability
 from lsp_callbacks.operators import hessian
@@ -39,7 +38,7 @@ def dataset(shape=(FEATURES,), dtype=torch.float64):
 def joined():
     """The batches of both processes behind one another, as one process takes them."""
     share = [list(range(rank, SAMPLES, WORLD)) for rank in range(WORLD)]
-    batches = [sum((own[k : k + BATCH] for own in share), []) for k in range(0, SAMPLES // WORLD, BATCH)]
+    batches = [[row for own in share for row in own[k : k + BATCH]] for k in range(0, SAMPLES // WORLD, BATCH)]
     return DataLoader(dataset(), batch_sampler=batches)
 
 
@@ -59,9 +58,22 @@ def uneven(rank=None):
     return DataLoader(weighted, batch_size=None)
 
 
+class SmoothBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return x + 0.5 * torch.tanh(self.inner(x))
+
+
 def smooth():
-    net = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), ResidualBlock(5), nn.Linear(5, CLASSES)).double()
+    net = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), SmoothBlock(), nn.Linear(5, CLASSES)).double()
     return Model(net, partial(torch.optim.SGD, lr=0.2, momentum=0.9))
+
+
+def unstable():
+    return Model(mlp().double(), partial(torch.optim.SGD, lr=30.0))
 
 
 class Weighted(Model):
@@ -109,10 +121,8 @@ def rounds(rank):
             total = exchange(0)
             breaks("after 0")
             if place == "swallowed":  # the cause is caught, and the process goes on
-                try:
+                with contextlib.suppress(RuntimeError, ValueError):
                     breaks("swallowed") if rank not in who else ranks.any(lambda: breaks("swallowed"), "a question")
-                except (RuntimeError, ValueError):
-                    pass
             if place == "catches":  # all meet in the question, and one fails: the others go on, too
                 try:
                     ranks.any(lambda: breaks("catches") or True, "a question")
@@ -142,6 +152,7 @@ def rounds(rank):
 def curvature(rank):
     """The dense Hessian, by both ways and by the automatic one, where only the second process has a kink."""
     x, y = dataset().tensors
+    torch.manual_seed(0)
     net = smooth().net
     state = {name: p.detach() for name, p in net.named_parameters()}
 
@@ -159,7 +170,6 @@ def curvature(rank):
     gradient = torch.func.grad(total)(point).split([p.numel() for p in state.values()])
     parts = {name: g.view_as(p) for (name, p), g in zip(state.items(), gradient)}
     own = loss(state, rank)
-    # A rate that is small enough for no kink to be crossed.
     found = {"truth": torch.func.hessian(total)(point)}
     for method in ("exact", "finite_difference", "auto"):
         snapshot = Snapshot(
@@ -187,6 +197,7 @@ def trained(make, *callbacks, **settings):
         monitor = next((c for c in callbacks if isinstance(c, StabilityMonitor)), None)
         run = fit(make, losses, *callbacks, **settings)
     model = run.lightning_module
+    latest = getattr(monitor and monitor.monitor.quantities.get("sgd_stability"), "latest", None)
     return {
         "weights": {k: v.clone() for k, v in model.state_dict().items()} if run.strategy.model is not None else None,
         "optimizer": run.optimizers[0].state_dict() if "ModelParallel" not in type(run.strategy).__name__ else None,
@@ -197,6 +208,7 @@ def trained(make, *callbacks, **settings):
         "metrics": {k: float(v) for k, v in run.callback_metrics.items() if k != "stability/overhead"},
         "history": monitor and {key: (c.steps, c.values) for key, c in monitor.history.items()},
         "period": monitor and monitor.monitor.period,
+        "gram": None if latest is None else latest.kernel.gram,
         "said": [str(w.message) for w in caught if "lsp_callbacks" in str(w.message)],
     }
 
@@ -208,16 +220,16 @@ class ConvNet(Model):
         net = nn.Sequential(
             nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, CLASSES)
         )
-        super().__init__(net, partial(torch.optim.AdamW, lr=0.01))
+        super().__init__(net, partial(torch.optim.SGD, lr=0.05, momentum=0.9))
 
 
 class FailsOnce(Weighted):
-    """Runs out of memory on the second process, when its step 4 is replayed."""
+    """Runs out of memory on the last process, when its step 4 is replayed."""
 
     calls = 0
 
     def training_step(self, batch, batch_idx):
-        if self.global_rank == 1 and self.trainer.global_step == 4:
+        if self.global_rank == self.trainer.world_size - 1 and self.trainer.global_step == 4:
             type(self).calls += 1  # of the class: the copy's count, too
             if self.calls == 3:
                 raise RuntimeError("out of memory")
@@ -225,11 +237,17 @@ class FailsOnce(Weighted):
 
 
 class Communicates(Model):
+    def __init__(self):
+        super().__init__(mlp().double())
+
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) + 0.1 * self.all_gather(batch[0].mean()).mean()
 
 
 class Sharded(Model):
+    def __init__(self):
+        super().__init__(mlp().double())
+
     def configure_model(self):
         from torch.distributed.fsdp import fully_shard
 
@@ -240,7 +258,9 @@ def main(folder):
     rank = int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     found = {"rounds": rounds(rank), "curvature": curvature(rank)}
-    plain = {"loader": DataLoader(dataset(), batch_size=BATCH), "max_steps": 30, **DDP}
+    share = DistributedSampler(dataset(), WORLD, rank, shuffle=False)  # Lightning's own would shuffle
+    loader = DataLoader(dataset(), BATCH, sampler=share)
+    plain = {"loader": loader, "use_distributed_sampler": False, "max_steps": 30, **DDP}
     found["plain"] = trained(smooth, **plain)
     found["smooth"] = trained(smooth, StabilityMonitor(quantities(), every_n_steps=5), **plain)
     images = DataLoader(dataset((1, 6, 6), torch.float32), batch_size=BATCH, shuffle=True)
@@ -254,22 +274,17 @@ def main(folder):
     )  # fmt: skip
     stop = StopOnInstability()
     found["stopped"] = trained(
-        partial(Model, mlp().double(), partial(torch.optim.SGD, lr=30.0)),
+        unstable,
         StabilityMonitor(["sharpness"], every_n_steps=1), stop, **plain | {"max_steps": 60},
     )  # fmt: skip
     found["stopped"] |= {"event": stop.event_step, "stop": stop.stop_step}
-    found["communicates plain"] = trained(partial(Communicates, mlp().double()), **plain | {"max_steps": 4})
-    found["communicates"] = trained(
-        partial(Communicates, mlp().double()), StabilityMonitor(every_n_steps=2), **plain | {"max_steps": 4}
-    )
-    shards = ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1)
+    found["communicates plain"] = trained(Communicates, **plain | {"max_steps": 4})
+    found["communicates"] = trained(Communicates, StabilityMonitor(every_n_steps=2), **plain | {"max_steps": 4})
     for name, ours in {"sharded plain": [], "sharded": [StabilityMonitor("full", every_n_steps=2)]}.items():
-        found[name] = trained(
-            partial(Sharded, mlp().double()), *ours, **plain | {"strategy": shards, "max_steps": 4}
-        )
+        shards = ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1)
+        found[name] = trained(Sharded, *ours, **plain | {"strategy": shards, "max_steps": 4})
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
 
 
 if __name__ == "__main__":
-    assert math.isfinite(1) and pl
     main(sys.argv[1])
