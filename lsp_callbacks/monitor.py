@@ -8,12 +8,14 @@ import re
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from lsp_callbacks.quantities import Quantity
+from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, Unmodelled
 
 #: How many points of each global curve a checkpoint carries.
@@ -102,6 +104,7 @@ class Monitor:
         self.origin: int | None = None
         self._under_way: set[str] = set()
         self._warned: set[str] = set()
+        self._ranks = Ranks()
 
     @property
     def keys(self) -> set[str]:
@@ -115,9 +118,12 @@ class Monitor:
         Raises:
             Unmeasurable: if a quantity that the user named is among it.
         """
+        self._ranks = snapshot.ranks
         reasons: dict[str, list[str]] = {}
         for name, quantity in self.quantities.items():
             try:
+                if snapshot.sharded:
+                    raise Unmeasurable(snapshot.sharded)
                 quantity.check(snapshot)
             except Unmeasurable as error:
                 if name in self.named or self.strict:
@@ -132,7 +138,7 @@ class Monitor:
                 self.skipped[name] = reason
                 del self.quantities[name]
                 self._under_way.discard(name)
-        if reasons:
+        if reasons and self._ranks.rank == 0:
             text = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in reasons.items())
             warnings.warn(f"lsp_callbacks leaves out {text}", stacklevel=3)
 
@@ -188,11 +194,14 @@ class Monitor:
 
         Raises:
             Exception: whatever a measurement raised, under ``strict``.
+
+        Each measurement is one round of the snapshot's ranks: where it fails on one of them, all say NaN.
         """
         if not self.wants(snapshot.step):
             return None
         if self.origin is None:
             self.origin = snapshot.step
+        self._ranks = snapshot.ranks
         values: dict[str, float] = {}
         failures: dict[str, str] = {}
         starts = self._starts(snapshot.step)
@@ -202,7 +211,7 @@ class Monitor:
                 continue
             self._under_way.discard(name)
             try:
-                quantity.update(snapshot)
+                found = self._ranks.together(partial(self._measured, quantity, snapshot))
             except Exception as error:
                 if self.strict:
                     raise
@@ -213,10 +222,10 @@ class Monitor:
                 failures[name] = f"{type(error).__name__}: {error}"
                 values |= dict.fromkeys(quantity.keys, math.nan)
                 continue
-            if quantity.complete:
-                values |= {key: float(value) for key, value in quantity.compute().items()}
-            else:
+            if found is None:
                 self._under_way.add(name)
+            else:
+                values |= found
         self._leave_out(unmodelled)
         self._warn(failures, snapshot.step)
         if self.period is None and not self._under_way:  # what a first measurement shows is in the cost
@@ -225,6 +234,12 @@ class Monitor:
         if dial is not None:
             values["stability/courant"] = values[dial]
         return self.add(Observation(snapshot.step, {}, failures), values) if values else None
+
+    def _measured(self, quantity: Quantity, snapshot: Snapshot) -> dict[str, float] | None:
+        """What the step completes, None while it takes further steps: rank 0's word, so that all ranks go on alike."""
+        quantity.update(snapshot)
+        own = {key: float(value) for key, value in quantity.compute().items()} if quantity.complete else None
+        return snapshot.ranks.first(lambda: own, quantity.name)
 
     def add(self, observation: Observation, values: dict[str, float]) -> Observation:
         """The observation with further values, which go into the history, too."""
@@ -240,7 +255,7 @@ class Monitor:
         for name, reason in failures.items():
             kinds.setdefault(re.sub(r"[-+.\w]*\d[-+.\w]*", "#", reason), []).append(name)
         for kind, names in kinds.items():
-            if kind not in self._warned:
+            if kind not in self._warned and self._ranks.rank == 0:  # it names the rank that failed
                 text = f"lsp_callbacks could not measure {', '.join(names)} at step {step}, and says NaN"
                 warnings.warn(f"{text}: {failures[names[0]]}", stacklevel=3)
         self._warned |= kinds.keys()
@@ -250,13 +265,15 @@ class Monitor:
         parts: dict[str, float] = {}
         for quantity in self.quantities.values():
             with contextlib.suppress(Unmeasurable):  # what cannot be measured costs nothing
-                for part, gradients in quantity.cost(snapshot).items():
+                own = snapshot.ranks.together(partial(quantity.cost, snapshot))
+                for part, gradients in own.items():
                     parts[part] = max(parts.get(part, 0.0), gradients)
         return parts
 
     def _period(self, snapshot: Snapshot) -> int:
         longest = max(quantity.prepare + quantity.window for quantity in self.quantities.values())
-        return max(longest, math.ceil(sum(self.cost(snapshot).values()) / self.budget))
+        gradients = sum(self.cost(snapshot).values())  # the ranks' batches may differ in size
+        return max(longest, math.ceil(snapshot.ranks.first(lambda: gradients, "the cost") / self.budget))
 
     def drop(self) -> None:
         """Forgets windows and warm starts: the steps before are not those that come after.

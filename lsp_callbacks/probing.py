@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from lsp_callbacks.probes import Criteria, evaluating, evaluation
+from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import copied
 from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmodelled
 from lsp_callbacks.step import PendingStep, batch_size
@@ -23,6 +24,7 @@ class Probes:
     """Collects samples from the batches of training, and evaluates the module at them.
 
     The data set is left alone: reading from it could move what it remembers. A shuffled loader gives a random sample.
+    Several ranks hold the same probes: those that one process would have, if it took their batches joined.
 
     Args:
         wanted: how many samples.
@@ -32,6 +34,7 @@ class Probes:
 
     def __init__(self, wanted: int, forward_fn: ForwardFn | None, criterion: Criterion | None):
         self.wanted, self.forward_fn, self.criterion = wanted, forward_fn, criterion
+        self.ranks = Ranks()
         self.drop()
 
     def drop(self, population: int | None = None) -> None:
@@ -51,18 +54,35 @@ class Probes:
         """Takes in a batch, on the device, as ``training_step`` will receive it."""
         if self.full:
             return
+        try:
+            found = self.ranks.together(lambda: self.ranks.gather(lambda: self._cut(batch), "the probes"))
+        except Exception as error:
+            self._failure = error
+            return
+        self.batch_size = self.batch_size or sum(size for size, _, _ in found)
+        for _, held, own in found:
+            self._sizes.append(held)
+            self._batches.append(own if self.ranks.world == 1 else _to(own, self.ranks.device))
+        if self.full:
+            self._join()
+
+    def _cut(self, batch: Any) -> tuple[int, int, Any]:
+        """The size of the rank's batch, and a copy: in several processes no more samples of it than can be needed."""
         size = batch_size(batch)
         if not size:
-            self._failure = Unmodelled("the batch holds no tensor whose first axis could be the samples")
-            return
-        self.batch_size = self.batch_size or size
+            raise Unmodelled("the batch holds no tensor whose first axis could be the samples")
         try:
-            self._batches.append(copied(batch))
+            if self.ranks.world == 1:
+                return size, size, copied(batch)
         except Exception as error:  # whatever the user's objects raise
-            self._failure = Unmodelled(f"the batch cannot be copied ({type(error).__name__}: {error})")
-        self._sizes.append(size)
-        if self.full and self._failure is None:
-            self._join()
+            raise Unmodelled(f"the batch cannot be copied ({type(error).__name__}: {error})") from error
+        leaves = tree_leaves(batch)
+        if not all(type(t) is Tensor or isinstance(t, str | int | float | None) for t in leaves):
+            raise Unmodelled("the batch holds other things than plain tensors, which cannot be sent between processes")
+        wanted = self.needed - sum(self._sizes)
+        if wanted < size and all(isinstance(t, Tensor) and t.ndim and len(t) == size for t in leaves):
+            return size, wanted, _to(tree_map(lambda t: t[:wanted].clone(), batch), "cpu")
+        return size, size, _to(batch, "cpu")
 
     def _join(self) -> None:
         """One batch of exactly the wanted samples, where all leaves are tensors with the samples first."""
@@ -124,7 +144,11 @@ class Probes:
             value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             return criteria.of(value, samples=size)
 
-        return part
+        return pending.ranks.private(part)
+
+
+def _to(batch: Any, device: Any) -> Any:
+    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
 
 
 def _failing(error: Exception) -> Callable[[], Evaluation]:
@@ -134,9 +158,17 @@ def _failing(error: Exception) -> Callable[[], Evaluation]:
     return part
 
 
-def population(loader: Any) -> int | None:
-    """How many samples an epoch draws from; None where nobody knows."""
-    for holder in (getattr(loader, "sampler", None), getattr(loader, "dataset", None)):
+def population(loader: Any, world: int = 1) -> int | None:
+    """How many samples an epoch draws from, on all ranks together; None where nobody knows.
+
+    Args:
+        loader: of one rank.
+        world: how many ranks there are.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if world > 1:  # a distributed sampler's own length is one rank's share
+        sampler = getattr(sampler, "dataset", None)
+    for holder in (sampler, getattr(loader, "dataset", None)):
         try:
             return len(holder)  # type: ignore[arg-type]
         except (TypeError, NotImplementedError):

@@ -71,6 +71,17 @@ class Shadow:
         prepare(self.module)
         self._state = [_State(child) for child in self.module.modules()]
 
+    def buffers(self) -> list[Tensor | None]:
+        """The buffers that `reset` puts back, on the CPU, in the order of the modules."""
+        return [None if b is None else b.cpu() for state in self._state for b in state.buffers.values()]
+
+    def load_buffers(self, buffers: list[Tensor | None]) -> None:
+        """Takes those of another process instead."""
+        given = iter(buffers)
+        for state in self._state:
+            for (name, own), other in zip(list(state.buffers.items()), given):
+                state.buffers[name] = None if own is None or other is None else other.to(own.device)
+
     def reset(self) -> nn.Module:
         """The module as it was before the step."""
         # One memo for all, so that what two modules share stays one object.

@@ -13,15 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lsp_callbacks.ranks import Ranks
+from lsp_callbacks.unmeasurable import Unmeasurable
+from lsp_callbacks.unmeasurable import Unmodelled as Unmodelled
+
 T = TypeVar("T")
-
-
-class Unmeasurable(ValueError):
-    """A quantity is not defined here, or not modelled; the message says why and what to do."""
-
-
-class Unmodelled(Unmeasurable):
-    """It will not be in any other step of this run either."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +94,9 @@ class Snapshot:
         tolerance: relative difference allowed between ``loss`` and its replay; 0 is to the last bit, for the same path.
         keep: which modules' inputs ``calls`` keeps in full, by name and module.
         probes: training samples for the quantities that look at outputs; None where there are none.
+        ranks: the processes that take this step together, each with a batch, a loss and a replay of its own; the
+            gradient is the mean of theirs already.
+        sharded: why no process has all parameters, and nothing can be measured; None if each has.
         seed: of every random choice made for this step.
     """
 
@@ -111,6 +110,8 @@ class Snapshot:
     tolerance: float = 0.0
     keep: Callable[[str, nn.Module], bool] = lambda name, module: False
     probes: ProbeSet | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    sharded: str | None = None
     seed: int = 0
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -146,9 +147,13 @@ class Snapshot:
     def own_gradient(self) -> bool:
         """True if the step's gradient is that of its replayed loss; see `check_gradient` for what it raises."""
         parameters = list(self.parameters.values())
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            gradient = torch.autograd.grad(self.replay(), parameters, allow_unused=True)
-        self.check_gradient(flatten(gradient, parameters), tolerance=1e-2 if parameters[0].element_size() > 2 else 0.1)
+
+        def replayed() -> tuple[Tensor]:
+            with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+                return (flatten(torch.autograd.grad(self.replay(), parameters, allow_unused=True), parameters),)
+
+        (gradient,) = self.ranks.mean(replayed, "the gradient")
+        self.check_gradient(gradient, tolerance=1e-2 if parameters[0].element_size() > 2 else 0.1)
         return True
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
@@ -195,12 +200,15 @@ class Snapshot:
         return True
 
     def _verify(self) -> None:
-        # With a graph, as in training: some kernels are chosen by whether a gradient is wanted. Hooks do not fire
-        # inside compiled code, so that runs eagerly and agrees up to rounding only.
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            loss = self.replay()
-            self.check(loss, tolerance=1e-4 if self.compiled else 0.0)
-        vars(self)["kinked"] = has_kinks(loss)
+        def kinks() -> bool:
+            # With a graph, as in training: some kernels are chosen by whether a gradient is wanted. Hooks do not fire
+            # inside compiled code, so that runs eagerly and agrees up to rounding only.
+            with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+                loss = self.replay()
+                self.check(loss, tolerance=1e-4 if self.compiled else 0.0)
+            return has_kinks(loss)
+
+        vars(self)["kinked"] = self.ranks.any(kinks, "the replay")
 
     @cached_property
     def kinked(self) -> bool:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import MicroBatch, Shadow, copied, replayer, summed
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten, split
 
 
 class PendingStep:
@@ -27,6 +28,8 @@ class PendingStep:
         prepare: applied once to the copy, see `Shadow`.
         tolerance: relative difference between a replayed loss and the step's own; compiled modules have 1e-4 at least.
         probe_samples: how many samples to use; None takes all.
+        ranks: the processes that take the step together; None is this one.
+        takes_buffers: whether all ranks' forward passes begin with the buffers of the first, as under DDP.
     """
 
     def __init__(
@@ -37,8 +40,11 @@ class PendingStep:
         prepare: Callable[[nn.Module], None] = lambda copy: None,
         tolerance: float = 0.0,
         probe_samples: int | None = None,
+        ranks: Ranks | None = None,
+        takes_buffers: bool = False,
     ):
         self.module, self.tolerance, self.probe_samples = module, tolerance, probe_samples
+        self.ranks = ranks or Ranks()
         self.parts: list[MicroBatch] = []
         self.shadow: Shadow | None = None
         self.failure: Exception | None = None
@@ -47,6 +53,23 @@ class PendingStep:
             self.shadow = Shadow(module, shared=shared, prepare=prepare)
         except Exception as error:  # whatever the user's attributes raise when they are copied
             self._fail(error)
+        if takes_buffers:
+            self._take_buffers()
+
+    def _take_buffers(self) -> None:
+        """The buffers of the first rank, for all."""
+
+        def buffers() -> list[Tensor | None]:
+            if self.shadow is None:
+                raise self.failure or AssertionError
+            return self.shadow.buffers()
+
+        try:
+            found = self.ranks.together(lambda: self.ranks.first(buffers, "the buffers"))
+            if self.shadow is not None:
+                self.shadow.load_buffers(found)
+        except Unmeasurable as error:
+            self.failure = error
 
     def _fail(self, error: Exception) -> None:
         self.failure = Unmeasurable(
@@ -77,7 +100,7 @@ class PendingStep:
         if failure or self.shadow is None:
             module, replay = self.module, _raising(failure)
         else:
-            module, replay = self.shadow.module, replayer(self.shadow, self.parts)
+            module, replay = self.shadow.module, self.ranks.private(replayer(self.shadow, self.parts))
         snapshot = Snapshot(
             step=step,
             module=module,
@@ -87,12 +110,14 @@ class PendingStep:
             gradient={name: p.grad for name, p in self.module.named_parameters() if p.requires_grad},
             # Compiled code rounds in other places than the step.
             tolerance=max(self.tolerance, 1e-4 if _compiled(self.module) else 0.0),
+            ranks=self.ranks,
             **settings,
         )
         if self.probe_samples is None:
             return snapshot
+        count = self.probe_samples
         try:
-            return self._sub_batch(snapshot, self.probe_samples)
+            return self.ranks.together(lambda: self._sub_batch(snapshot, count))
         except Exception as error:
             return replace(snapshot, replay=_raising(error))
 
@@ -110,18 +135,27 @@ class PendingStep:
         _ = full.faithful
         count = math.ceil(count / len(self.parts))
         sizes = [batch_size(part.batch) for part in self.parts]
-        if self.shadow is None or any(size is None or size <= count for size in sizes):
+        whole = any(size is None or size <= count for size in sizes)
+        if not self.ranks.any(lambda: not whole, "a sub-batch") or self.shadow is None:
             return full
         parts = [
             replace(part, batch=tree_map(lambda t, size=size: _first(t, count, size), part.batch))
             for part, size in zip(self.parts, sizes)
         ]
         replay = replayer(self.shadow, parts)
-        names, parameters = zip(*full.parameters.items())
-        with torch.enable_grad():
-            loss = replay()
-            gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return replace(full, replay=replay, loss=loss.detach(), gradient=dict(zip(names, gradient)), memo={})
+        parameters = list(full.parameters.values())
+        losses: list[Tensor] = []
+
+        def gradient() -> tuple[Tensor]:
+            with torch.enable_grad():
+                losses.append(replay())
+                return (flatten(torch.autograd.grad(losses[0], parameters, allow_unused=True), parameters),)
+
+        (mean,) = self.ranks.mean(gradient, "the gradient of a sub-batch")
+        own = full.gradient or {}
+        # None where the step had none: the optimizer passes over those parameters.
+        gradients = {n: None if own.get(n) is None else g for n, g in zip(full.parameters, split(mean, parameters))}
+        return replace(full, replay=replay, loss=losses[0].detach(), gradient=gradients, memo={})
 
 
 def witnessed(snapshot: Snapshot) -> Snapshot:
@@ -131,17 +165,23 @@ def witnessed(snapshot: Snapshot) -> Snapshot:
     is not modelled. Failures to replay are left to the quantities. Cost: one gradient.
     """
     parameters = list(snapshot.parameters.values())
-    try:
+    losses: list[Tensor] = []
+
+    def replayed() -> tuple[Tensor]:
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            loss = snapshot.replay()
-            gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
+            losses.append(snapshot.replay())
+            return (flatten(torch.autograd.grad(losses[0], parameters, allow_unused=True), parameters),)
+
+    try:
+        (gradient,) = snapshot.ranks.together(lambda: snapshot.ranks.mean(replayed, "the gradient of the loss"))
     except Exception:
         return snapshot
+    loss = losses[0].detach()
     try:
-        snapshot.check_gradient(flatten(gradient, parameters))
+        snapshot.check_gradient(gradient)
     except Unmeasurable as error:
-        return replace(snapshot, loss=loss.detach(), unmodelled=snapshot.unmodelled or str(error))
-    return replace(snapshot, loss=loss.detach())
+        return replace(snapshot, loss=loss, unmodelled=snapshot.unmodelled or str(error))
+    return replace(snapshot, loss=loss)
 
 
 def _first(leaf: Any, count: int, size: int | None) -> Any:

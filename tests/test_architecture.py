@@ -11,6 +11,8 @@ ROOT = Path(lsp_callbacks.__file__).parent
 #: Each layer may import itself and what is left of it.
 LAYERS = (
     "linalg",
+    "unmeasurable",
+    "ranks",
     "snapshot",
     "probes",
     "replay",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.probes import HOW
 from lsp_callbacks.probing import Probes
+from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.snapshot import ProbeSet, Unmeasurable, Unmodelled
 from lsp_callbacks.step import PendingStep
 
@@ -18,7 +19,12 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 def pending_step(
-    trainer: Any, module: Any, *, loss_fn: LossFn | None = None, probe_samples: int | None = None
+    trainer: Any,
+    module: Any,
+    *,
+    loss_fn: LossFn | None = None,
+    probe_samples: int | None = None,
+    ranks: Ranks | None = None,
 ) -> PendingStep:
     """A step of Lightning's that will be measured; made in ``on_train_batch_start`` of its first micro-batch.
 
@@ -27,6 +33,7 @@ def pending_step(
         module: the user's LightningModule.
         loss_fn: the user's own ``(module, batch) -> loss``; None replays ``training_step``.
         probe_samples: how many samples of the batch to use; None takes all.
+        ranks: the processes that take the step together; None is this one.
     """
     return PendingStep(
         module,
@@ -35,6 +42,8 @@ def pending_step(
         # The user's own function rounds in other places than the step.
         tolerance=0.0 if loss_fn is None else 1e-4,
         probe_samples=probe_samples,
+        ranks=ranks,
+        takes_buffers=getattr(trainer.strategy.model, "will_sync_module_buffers", bool)(),
     )
 
 
@@ -144,14 +153,56 @@ def unmodelled(trainer: Any, module: Any) -> str | None:
     )
     if trainer.gradient_clip_val:
         return f"gradient_clip_val={trainer.gradient_clip_val}: the derivative of clipping is not modelled"
-    if trainer.world_size > 1:
-        return f"world_size={trainer.world_size}: products over several processes are not modelled"
+    if trainer.world_size > 1 and not _is("DDPStrategy", trainer.strategy):
+        return (
+            f"{type(trainer.strategy).__name__} with {trainer.world_size} processes is not modelled: use strategy='ddp'"
+        )
+    if getattr(trainer.strategy, "_ddp_comm_hook", None) is not None:
+        return "ddp_comm_hook: gradients that are not the plain mean over the processes are not modelled"
     for hook in ("configure_gradient_clipping", "optimizer_step"):
         if getattr(type(module), hook) is not getattr(base, hook):
             return f"{type(module).__name__} overrides {hook}: what it does to the update is not known"
     if not module.automatic_optimization and len(trainer.optimizers) > 1:
         return "several optimizers take turns: their joint update is not modelled"
     return None
+
+
+#: Strategies that leave each process a shard of the parameters. DeepSpeed's is also a DDPStrategy by name.
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+
+
+def sharded(trainer: Any) -> str | None:
+    """Why no process has the parameters as a whole; None if each has."""
+    name = next((name for name in _SHARDED if _is(name, trainer.strategy)), None)
+    if name is None:
+        return None
+    return (
+        f"{name} gives each process a shard of the parameters: a replay of the step and the products of its Hessian "
+        "would have to gather them out of step with training. Use strategy='ddp', or measure a smaller model"
+    )
+
+
+def _is(name: str, strategy: Any) -> bool:
+    # By name, as both packages have one, and neither needs to be installed.
+    return any(c.__name__ == name for c in type(strategy).__mro__)
+
+
+def ranks(trainer: Any) -> Ranks:
+    """The processes that train the model together."""
+    return Ranks.joined(trainer.strategy.root_device) if trainer.world_size > 1 else Ranks()
+
+
+def mean_loss(outputs: Any, ranks: Ranks) -> Any:
+    """The mean of the ranks' losses, for decisions that all must take alike; it does not wait for the device.
+
+    Args:
+        outputs: of the rank's own ``training_step``.
+        ranks: all of which call this.
+    """
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    if ranks.world == 1 or not isinstance(loss, Tensor):  # a rank without a loss would have hung DDP before
+        return outputs
+    return ranks.average(loss.detach().float().mean())
 
 
 def warn_sub_batch(count: int) -> None:

@@ -12,8 +12,11 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from lsp_callbacks.callbacks.adapter import (
     LossFn,
+    mean_loss,
     pending_step,
     probe_set,
+    ranks,
+    sharded,
     skipped,
     step_loss,
     unmodelled,
@@ -26,6 +29,7 @@ from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.quantities import Quantity, build
 from lsp_callbacks.quantities.select import Selection, validate
+from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import untouched
 from lsp_callbacks.report import verdict
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
@@ -108,6 +112,7 @@ class StabilityMonitor(Callback):
         self.probes = Probes(wanted, forward_fn, criterion)
         self.subscribers: list[Any] = []
         self.step = 0
+        self._ranks = Ranks()
         self._unmodelled: str | None = None
         self._pending: PendingStep | None = None
         self._saw_loss = False
@@ -157,13 +162,15 @@ class StabilityMonitor(Callback):
         validate(self.blocks, pl_module, "blocks")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.probes.drop(population(trainer.train_dataloader))
+        self._ranks = self.probes.ranks = ranks(trainer)
+        self.probes.drop(
+            self._ranks.first(lambda: population(trainer.train_dataloader, trainer.world_size), "the population")
+        )
         self._schedule = Schedule(trainer)
         self._unmodelled = unmodelled(trainer, pl_module)
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
-        self.monitor.require(
-            Snapshot(self.step, pl_module, replay=_never, optimizer=optimizer, unmodelled=self._unmodelled)
-        )
+        settings: dict[str, Any] = {"unmodelled": self._unmodelled, "sharded": sharded(trainer), "ranks": self._ranks}
+        self.monitor.require(Snapshot(self.step, pl_module, replay=_never, optimizer=optimizer, **settings))
         if self.probe_samples is not None:
             warn_sub_batch(self.probe_samples)
         if not self.step:  # not 0 where a run is resumed from a checkpoint that does not know this callback
@@ -181,8 +188,11 @@ class StabilityMonitor(Callback):
         if batch_idx % trainer.accumulate_grad_batches == 0:  # the first micro-batch of a step
             self._pending, self._updates, self._saw_loss, self._loss = None, 0, False, None
             if self.monitor.wants(self.step) and not trainer.fit_loop._skip_backward:  # an epoch of weight averaging
-                self._pending = pending_step(trainer, pl_module, loss_fn=self.loss_fn, probe_samples=self.probe_samples)
-        self.probes.add(batch)
+                self._pending = pending_step(
+                    trainer, pl_module, loss_fn=self.loss_fn, probe_samples=self.probe_samples, ranks=self._ranks
+                )
+        if self.monitor.quantities:
+            self.probes.add(batch)
         if self._pending is not None:
             self._pending.add(batch, step_loss(trainer, self.loss_fn, batch_idx))
         self._spent += time.perf_counter() - began
@@ -226,7 +236,7 @@ class StabilityMonitor(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         began = time.perf_counter()
-        if any(p.grad is not None and not identical(p.grad, gradient) for p, gradient in self._gradients):
+        if self._gradients and self._ranks.any(self._gradient_changed, "the gradient after the step"):
             self._disown("the gradient was changed after the on_before_optimizer_step of StabilityMonitor")
         elif self._updates > 1:
             self._disown(f"one batch made {self._updates} optimizer steps: their joint update is not modelled")
@@ -241,6 +251,7 @@ class StabilityMonitor(Callback):
         if self.subscribers:
             outputs = self._of_all_micro_batches(trainer, outputs)
         if self.subscribers and not trainer.fit_loop._should_accumulate():
+            outputs = mean_loss(outputs, self._ranks)
             stop = any([subscriber.judge(trainer, self.step - 1, outputs) for subscriber in self.subscribers])
             if trainer.strategy.reduce_boolean_decision(stop, all=False):
                 trainer.should_stop = True
@@ -256,6 +267,9 @@ class StabilityMonitor(Callback):
         if isinstance(loss, torch.Tensor):
             self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
         return self._loss
+
+    def _gradient_changed(self) -> bool:
+        return any(p.grad is not None and not identical(p.grad, gradient) for p, gradient in self._gradients)
 
     def _disown(self, reason: str) -> None:
         self._observation = self.monitor.disown_update(self._observation, reason)

@@ -35,7 +35,11 @@ def hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
     Raises:
         Unmeasurable: no trainable parameter; or the loss cannot be replayed.
 
-    Cost: finite difference 1.2 gradients a product; exact 3.3 for the first and 2 for each further one.
+    Under several ranks H is the Hessian of the mean of their losses: each product is the mean of the ranks' own, from
+    the same vector, and so is what each check looks at.
+
+    Cost: finite difference 1.2 gradients a product; exact 3.3 for the first and 2 for each further one. Several ranks
+    add an all-reduce of a gradient to each.
     """
     parameters = list(snapshot.parameters.values())
     if not parameters:
@@ -67,22 +71,34 @@ def product_cost(method: Method, products: int) -> float:
 
 def _exact(snapshot: Snapshot) -> LinearOperator:
     parameters = list(snapshot.parameters.values())
-    with double_backward(snapshot.module):
-        loss = snapshot.replay()
-        # Another path than the step's (no fused attention, not compiled): equal up to its rounding.
-        snapshot.check(loss, tolerance=_path_tolerance(parameters[0].dtype))
-        gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-        flat = flatten(gradient, parameters)
-    snapshot.check_gradient(flat.detach(), tolerance=100 * _path_tolerance(flat.dtype))
+    graph: list[Tensor] = []  # of the rank's own gradient
+
+    def gradient() -> tuple[Tensor]:
+        with double_backward(snapshot.module):
+            loss = snapshot.replay()
+            # Another path than the step's (no fused attention, not compiled): equal up to its rounding.
+            snapshot.check(loss, tolerance=_path_tolerance(parameters[0].dtype))
+            parts = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+            graph.append(flatten(parts, parameters))
+        return (graph[0].detach(),)
+
+    (mean,) = snapshot.ranks.mean(gradient, "the gradient with its graph")
+    snapshot.check_gradient(mean, tolerance=100 * _path_tolerance(mean.dtype))
 
     def product(v: Tensor) -> Tensor:
-        if not flat.requires_grad or not bool(v.any()):  # a loss linear in the parameters has no graph left
+        if not bool(v.any()):
             return torch.zeros_like(v)
-        with double_backward(snapshot.module):
-            parts = torch.autograd.grad(flat, parameters, v, retain_graph=True, materialize_grads=True)
-        return flatten(parts, parameters)
 
-    return _symmetric(product, flat)
+        def own() -> tuple[Tensor]:
+            if not graph[0].requires_grad:  # a loss linear in the parameters has no graph left
+                return (torch.zeros_like(v),)
+            with double_backward(snapshot.module):
+                parts = torch.autograd.grad(graph[0], parameters, v, retain_graph=True, materialize_grads=True)
+            return (flatten(parts, parameters),)
+
+        return snapshot.ranks.mean(own, "the exact product")[0]
+
+    return _symmetric(product, mean)
 
 
 def _finite_difference(snapshot: Snapshot) -> LinearOperator:
@@ -99,16 +115,22 @@ def _finite_difference(snapshot: Snapshot) -> LinearOperator:
             return torch.zeros_like(v)
         if "kink" in snapshot.memo:
             return hessian(snapshot, method="exact") @ v
-        with displaced(parameters, v, distance / norm), torch.enable_grad():
-            loss = snapshot.replay()
-            moved = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True), parameters)
+
+        def displace() -> tuple[Tensor, Tensor, Tensor]:
+            with displaced(parameters, v, distance / norm), torch.enable_grad():
+                loss = snapshot.replay()
+                moved = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True), parameters)
+            before = loss.detach() if snapshot.loss is None else snapshot.loss
+            return moved, loss.detach() - before, before.abs()
+
+        moved, rise, size = snapshot.ranks.mean(displace, "the displaced gradient")
         change = (moved - own) / distance
         if snapshot.loss is not None:
             # The trapezoidal rule, L(theta + e u) - L = e (g + g') u / 2, holds to O(e^3) on a smooth loss that was
             # replayed faithfully. The step's own loss and gradient are known, so both are checked for nothing.
             mean_slope = torch.dot(own + moved, v) / (2 * norm)
-            defect = loss.detach() - snapshot.loss - distance * mean_slope
-            rounding = 4 * precision * snapshot.loss.abs()
+            defect = rise - distance * mean_slope
+            rounding = 4 * precision * size
             if not bool(defect.abs() <= rounding + 0.05 * distance * (torch.dot(moved - own, v) / norm).abs()):
                 # A hidden kink was crossed, or the replay is not the step: the exact product tells them apart.
                 snapshot.memo["kink"] = True

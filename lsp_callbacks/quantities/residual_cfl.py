@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +12,7 @@ from lsp_callbacks.functional.residual import ResidualStability, residual_stabil
 from lsp_callbacks.operators.residual import is_candidate, residual_block
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.select import Selection, selected
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.snapshot import Call, Snapshot, Unmeasurable
 
 STEPS = 10
 
@@ -25,7 +28,7 @@ class ResidualCFL(Quantity):
 
     Args:
         blocks: class, glob, predicate, import path, or several; None finds them.
-        samples: of the batch, at whose inputs the Jacobians are taken.
+        samples: of the batch, at whose inputs the Jacobians are taken; of several ranks, that of the first.
         h: the step size of the user's ``x + h g(x)``; the Courant numbers do not depend on it.
 
     Keys, for a block and as ``_max``: ``stability/residual_stiffness`` (above 1 the block expands),
@@ -64,28 +67,36 @@ class ResidualCFL(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
         self.complete = False
-        found: dict[str, ResidualStability] = {}
         calls = snapshot.calls
+        self._found = found = snapshot.ranks.first(lambda: self._measure(snapshot.module, calls), self.name)
+        if found:
+            self.stiffness = torch.stack([scalar(b.stiffness) for b in found.values()]).max()
+            self.share = scalar(sum(b.dissipative for b in found.values()) / len(found))
+        self.complete = True
+
+    def _measure(self, module: nn.Module, calls: dict[str, Call]) -> dict[str, ResidualStability]:
+        """Every block, on the CPU."""
+        found: dict[str, ResidualStability] = {}
         # Children come after their parents: walking backwards meets the innermost first.
-        for name, module in reversed(list(snapshot.module.named_modules())):
-            if name not in calls or not self.keeps(name, module):
+        for name, child in reversed(list(module.named_modules())):
+            if name not in calls or not self.keeps(name, child):
                 continue
             if self.blocks is None and any(inner.startswith(name + ".") for inner in found):
                 continue
             try:
-                block = residual_block(module, calls[name], samples=self.samples)
+                block = residual_block(child, calls[name], samples=self.samples)
             except Unmeasurable as error:
                 if self.blocks is None:
                     continue
                 raise Unmeasurable(f"block {name!r}: {error}") from error
             if self.blocks is None and not block.skip:
                 continue
-            found[name] = residual_stability(block.jacobian, h=self.h, steps=STEPS)
-        self._found = dict(reversed(found.items()))
-        if found:
-            self.stiffness = torch.stack([scalar(b.stiffness) for b in found.values()]).max()
-            self.share = scalar(sum(b.dissipative for b in found.values()) / len(found))
-        self.complete = True
+            numbers = residual_stability(block.jacobian, h=self.h, steps=STEPS)
+            own: dict[str, Any] = {
+                key: scalar(value) for key, value in vars(numbers).items() if isinstance(value, Tensor)
+            }
+            found[name] = replace(numbers, **own)
+        return dict(reversed(found.items()))
 
     def reset(self) -> None:
         super().reset()

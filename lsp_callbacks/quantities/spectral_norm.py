@@ -21,8 +21,8 @@ class SpectralNorm(Quantity):
 
     Linear, convolutions (plain and transposed), Embedding, attention projections and Hugging Face's Conv1D. Weights
     that are tied are measured once, parametrised weights as the step applied them, layers that the step did not call
-    not at all. The iteration starts from the last singular vector. A norm that grows without end: weight decay, a
-    normalisation layer, or a lower rate.
+    not at all. Of several ranks the first one measures. The iteration starts from the last singular vector. A norm that
+    grows without end: weight decay, a normalisation layer, or a lower rate.
 
     Args:
         layers: which layers: class, glob, predicate, import path, or several; None takes all.
@@ -55,12 +55,23 @@ class SpectralNorm(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
         self.complete = False
+        calls = snapshot.calls
+        starts: dict[str, dict[str, Tensor]] = {}
+        # All ranks have the same weights; only the sizes of their inputs may differ.
+        norms, residual, rows = snapshot.ranks.first(lambda: self._measure(snapshot.module, calls, starts), self.name)
+        self._names, self._rows, self._starts = list(norms), rows, starts
+        self.norms = torch.stack(list(norms.values())) if norms else torch.empty(0, dtype=torch.float64)
+        self.residual = residual
+        self.complete = True
+
+    def _measure(
+        self, module: nn.Module, calls: dict[str, Call], starts: dict[str, dict[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        """Norms by layer, the largest residual, and row norms; ``starts`` takes up the vectors for the next time."""
         norms: dict[str, Tensor] = {}
         residual, rows = scalar(0.0), {}
-        starts: dict[str, dict[str, Tensor]] = {}
         seen: set[int] = set()
-        calls = snapshot.calls
-        for name, layer in snapshot.module.named_modules():
+        for name, layer in module.named_modules():
             called = calls.get(name)
             if called is None or not _has_linear_part(layer) or not self._takes(name, layer):
                 continue
@@ -75,10 +86,7 @@ class SpectralNorm(Quantity):
                 residual = torch.maximum(residual, scalar(pair.residual) / norms[key].clamp_min(1e-300))
             if isinstance(layer, nn.Embedding):
                 rows[name] = scalar(row_norm(layer))
-        self._names, self._rows, self._starts = list(norms), rows, starts
-        self.norms = torch.stack(list(norms.values())) if norms else torch.empty(0, dtype=torch.float64)
-        self.residual = residual
-        self.complete = True
+        return norms, residual, rows
 
     def compute(self) -> dict[str, Tensor]:
         """The norms of the last measurement; nothing where the model has no such layer."""

@@ -1,0 +1,9 @@
+"""What a measurement raises where it will not give a number."""
+
+
+class Unmeasurable(ValueError):
+    """A quantity is not defined here, or not modelled; the message says why and what to do."""
+
+
+class Unmodelled(Unmeasurable):
+    """It will not be in any other step of this run either."""

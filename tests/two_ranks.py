@@ -1,0 +1,290 @@
+"""What each of two processes runs for `test_ranks`: ``python two_ranks.py <folder>`` with the usual variables set."""
+
+import contextlib
+import os
+import sys
+import warnings
+from functools import partial
+from itertools import product
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import ModelParallelStrategy
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from zoo import CLASSES, FEATURES, Losses, Model, fit, mlp
+
+from lsp_callbacks import BatchSharpness, Snapshot, StabilityMonitor, StopOnInstability
+from lsp_callbacks.operators import hessian
+from lsp_callbacks.ranks import Ranks
+from lsp_callbacks.unmeasurable import Unmodelled
+
+WORLD, BATCH, SAMPLES = 2, 4, 48
+DDP = {"strategy": "ddp", "devices": WORLD}
+#: Of each process, by batch.
+SIZES = [[4, 4, 4], [4, 4, 2]]
+
+
+# -- data and models, for one process too ----------------------------------------------------------------------------
+
+
+def dataset(shape=(FEATURES,), dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(SAMPLES, *shape, generator=generator, dtype=dtype)
+    return TensorDataset(x, x.flatten(1)[:, :CLASSES].argmax(1))
+
+
+def joined():
+    """The batches of both processes behind one another, as one process takes them."""
+    share = [list(range(rank, SAMPLES, WORLD)) for rank in range(WORLD)]
+    batches = [[row for own in share for row in own[k : k + BATCH]] for k in range(0, SAMPLES // WORLD, BATCH)]
+    return DataLoader(dataset(), batch_sampler=batches)
+
+
+def uneven(rank=None):
+    """Batches of one process, or all with the weight that each sample has in the mean of the means."""
+    x, y = dataset().tensors
+    weighted, start = [], 0
+    for sizes in zip(*SIZES):
+        parts = []
+        for own, size in enumerate(sizes):
+            rows = slice(start, start + size)
+            start += size
+            if rank in (None, own):
+                weight = torch.full((size,), 1 / size / (WORLD if rank is None else 1), dtype=x.dtype)
+                parts.append((x[rows], y[rows], weight))
+        weighted.append(tuple(torch.cat(column) for column in zip(*parts)))
+    return DataLoader(weighted, batch_size=None)
+
+
+class SmoothBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return x + 0.5 * torch.tanh(self.inner(x))
+
+
+def smooth():
+    net = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), SmoothBlock(), nn.Linear(5, CLASSES)).double()
+    return Model(net, partial(torch.optim.SGD, lr=0.2, momentum=0.9))
+
+
+def unstable():
+    return Model(mlp().double(), partial(torch.optim.SGD, lr=30.0))
+
+
+class Weighted(Model):
+    """Its loss is a weighted sum; a layer is never used."""
+
+    def __init__(self):
+        super().__init__(mlp().double(), partial(torch.optim.SGD, lr=0.2))
+        self.spare = nn.Linear(2, 2).double()
+
+    def training_step(self, batch, batch_idx):
+        x, y, weight = batch
+        return (F.cross_entropy(self.net(x), y, reduction="none") * weight).sum()
+
+
+def quantities():
+    return ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", BatchSharpness(most=8)]
+
+
+# -- the processes ---------------------------------------------------------------------------------------------------
+
+
+def rounds(rank):
+    """A failure at every place, on either process and on both; and a healthy round after each."""
+    ranks = Ranks.joined("cpu")
+    found = {}
+    failures = {"error": RuntimeError("no memory"), "unmodelled": Unmodelled("not here")}
+    places = ["before", "in 0", "after 0", "in 1", "after 1", "swallowed", "catches", "astray", "more"]
+    for place, who, kind in product(places, ((0,), (1,), (0, 1)), failures):
+        calls = []
+
+        def breaks(where, place=place, who=who, kind=kind, calls=calls):
+            calls.append(where)
+            if where == place and rank in who:
+                raise failures[kind]
+
+        def exchange(k, breaks=breaks):
+            def own():
+                breaks(f"in {k}")
+                return (torch.tensor([float(rank), 4.0]),)
+
+            return ranks.mean(own, "numbers")[0]
+
+        def measure(place=place, who=who, breaks=breaks, exchange=exchange):
+            breaks("before")
+            total = exchange(0)
+            breaks("after 0")
+            if place == "swallowed":  # the cause is caught, and the process goes on
+                with contextlib.suppress(RuntimeError, ValueError):
+                    breaks("swallowed") if rank not in who else ranks.any(lambda: breaks("swallowed"), "a question")
+            if place == "catches":  # all meet in the question, and one fails: the others go on, too
+                try:
+                    ranks.any(lambda: breaks("catches") or True, "a question")
+                except (RuntimeError, ValueError):
+                    exchange(2)
+            if place == "astray" and rank in who:
+                ranks.first(lambda: 1, "elsewhere")
+            total = total + exchange(1)
+            if place == "more" and rank in who:
+                exchange(2)
+            breaks("after 1")
+            return total
+
+        try:
+            result = ranks.together(measure).tolist()
+        except Exception as error:
+            result = (type(error).__name__, str(error), type(error.__cause__).__name__)
+        healthy = ranks.together(lambda: ranks.mean(lambda: (torch.tensor([2.0 * rank]),), "numbers")[0]).tolist()
+        found[place, who, kind] = (result, healthy)
+    found["first"] = ranks.first(lambda: {"rank": rank}, "a dictionary")
+    found["gather"] = ranks.gather(lambda: rank, "the numbers")
+    found["half"] = ranks.mean(lambda: (torch.full((2,), 1.0 + rank / 2, dtype=torch.bfloat16),), "half")[0]
+    found["any"] = [ranks.any(lambda own=own: rank in own, "who") for own in ((), (0,), (1,), (0, 1))]
+    return found
+
+
+def curvature(rank):
+    """The dense Hessian, by both ways and by the automatic one, where only the second process has a kink."""
+    x, y = dataset().tensors
+    torch.manual_seed(0)
+    net = smooth().net
+    state = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(theta, own):
+        out = torch.func.functional_call(net, theta, x[own::WORLD])
+        value = F.cross_entropy(out, y[own::WORLD])
+        return value + 0.01 * out.abs().sum() if own else value
+
+    def total(flat):
+        parts = flat.split([p.numel() for p in state.values()])
+        theta = {name: part.view_as(p) for (name, p), part in zip(state.items(), parts)}
+        return sum(loss(theta, own) for own in range(WORLD)) / WORLD
+
+    point = torch.cat([p.reshape(-1) for p in state.values()])
+    gradient = torch.func.grad(total)(point).split([p.numel() for p in state.values()])
+    parts = {name: g.view_as(p) for (name, p), g in zip(state.items(), gradient)}
+    own = loss(state, rank)
+    found = {"truth": torch.func.hessian(total)(point)}
+    for method in ("exact", "finite_difference", "auto"):
+        snapshot = Snapshot(
+            0, net, lambda: loss(dict(net.named_parameters()), rank), loss=own, gradient=parts,
+            ranks=Ranks.joined("cpu"),
+        )  # fmt: skip
+        found[method] = snapshot.ranks.together(lambda s=snapshot, m=method: hessian(s, method=m).dense())
+        found[method, "kinked"] = snapshot.ranks.together(lambda s=snapshot: s.kinked)
+    wrong = Snapshot(
+        0, net, lambda: loss(dict(net.named_parameters()), 0) * (1 + rank), loss=loss(state, 0), gradient=parts,
+        ranks=Ranks.joined("cpu"),
+    )  # fmt: skip
+    try:
+        wrong.ranks.together(lambda: hessian(wrong, method="exact"))
+    except ValueError as error:
+        found["wrong"] = str(error)
+    return found
+
+
+def trained(make, *callbacks, **settings):
+    """What a run leaves behind, and what it said."""
+    losses = Losses()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monitor = next((c for c in callbacks if isinstance(c, StabilityMonitor)), None)
+        run = fit(make, losses, *callbacks, **settings)
+    model = run.lightning_module
+    latest = getattr(monitor and monitor.monitor.quantities.get("sgd_stability"), "latest", None)
+    return {
+        "weights": {k: v.clone() for k, v in model.state_dict().items()} if run.strategy.model is not None else None,
+        "optimizer": run.optimizers[0].state_dict() if "ModelParallel" not in type(run.strategy).__name__ else None,
+        "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "losses": losses.losses,
+        "random": torch.get_rng_state(),
+        "steps": run.global_step,
+        "metrics": {k: float(v) for k, v in run.callback_metrics.items() if k != "stability/overhead"},
+        "history": monitor and {key: (c.steps, c.values) for key, c in monitor.history.items()},
+        "period": monitor and monitor.monitor.period,
+        "gram": None if latest is None else latest.kernel.gram,
+        "said": [str(w.message) for w in caught if "lsp_callbacks" in str(w.message)],
+    }
+
+
+class ConvNet(Model):
+    """Dropout, and batch statistics that differ between the processes."""
+
+    def __init__(self):
+        net = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, CLASSES)
+        )
+        super().__init__(net, partial(torch.optim.SGD, lr=0.05, momentum=0.9))
+
+
+class FailsOnce(Weighted):
+    """Runs out of memory on the last process, when its step 4 is replayed."""
+
+    calls = 0
+
+    def training_step(self, batch, batch_idx):
+        if self.global_rank == self.trainer.world_size - 1 and self.trainer.global_step == 4:
+            type(self).calls += 1  # of the class: the copy's count, too
+            if self.calls == 3:
+                raise RuntimeError("out of memory")
+        return super().training_step(batch, batch_idx)
+
+
+class Communicates(Model):
+    def __init__(self):
+        super().__init__(mlp().double())
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 0.1 * self.all_gather(batch[0].mean()).mean()
+
+
+class Sharded(Model):
+    def __init__(self):
+        super().__init__(mlp().double())
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def main(folder):
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    found = {"rounds": rounds(rank), "curvature": curvature(rank)}
+    share = DistributedSampler(dataset(), WORLD, rank, shuffle=False)  # Lightning's own would shuffle
+    loader = DataLoader(dataset(), BATCH, sampler=share)
+    plain = {"loader": loader, "use_distributed_sampler": False, "max_steps": 30, **DDP}
+    found["plain"] = trained(smooth, **plain)
+    found["smooth"] = trained(smooth, StabilityMonitor(quantities(), every_n_steps=5), **plain)
+    images = DataLoader(dataset((1, 6, 6), torch.float32), batch_size=BATCH, shuffle=True)
+    conv = {"loader": images, "max_steps": 12, **DDP}
+    found["conv plain"] = trained(ConvNet, **conv)
+    found["conv"] = trained(ConvNet, StabilityMonitor(budget=1.0, probe_samples=3), **conv)
+    unused = {"strategy": "ddp_find_unused_parameters_true", "use_distributed_sampler": False}
+    found["uneven"] = trained(
+        FailsOnce, StabilityMonitor("sharpness", every_n_steps=2),
+        loader=uneven(rank), max_steps=10, **DDP | unused,
+    )  # fmt: skip
+    stop = StopOnInstability()
+    found["stopped"] = trained(
+        unstable,
+        StabilityMonitor(["sharpness"], every_n_steps=1), stop, **plain | {"max_steps": 60},
+    )  # fmt: skip
+    found["stopped"] |= {"event": stop.event_step, "stop": stop.stop_step}
+    found["communicates plain"] = trained(Communicates, **plain | {"max_steps": 4})
+    found["communicates"] = trained(Communicates, StabilityMonitor(every_n_steps=2), **plain | {"max_steps": 4})
+    for name, ours in {"sharded plain": [], "sharded": [StabilityMonitor("full", every_n_steps=2)]}.items():
+        shards = ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1)
+        found[name] = trained(Sharded, *ours, **plain | {"strategy": shards, "max_steps": 4})
+    torch.save(found, os.path.join(folder, f"{rank}.pt"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
