@@ -189,6 +189,13 @@ def test_orthogonal_samples_are_components_with_exponents_of_their_own():
         assert second_moment_exponent(modes, lr, batch_size=batch_size) == pytest.approx(second, abs=1e-9)
 
 
+def test_a_component_that_starts_small_is_not_hidden_by_one_that_starts_large():
+    modes = reduce(torch.diag(f64([1.0, 1e-6])))
+    # The large one shrinks by 5 % a step; 20 steps are too few for the small one to show beside it in a common norm.
+    found = sgd_exponent(modes, 0.1, batch_size=1, steps=20, burn_in=0)
+    assert -1e-6 < float(found.value) < 0
+
+
 def test_components_do_not_see_each_other():
     first, second = random(5, 4, seed=4), 0.8 * random(6, 8, seed=5)
     gram = torch.block_diag(first @ first.T, second @ second.T)
