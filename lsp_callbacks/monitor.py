@@ -55,6 +55,11 @@ class Monitor:
         named: names of the quantities that the user asked for; the others may be left out with a warning.
         strict: raise where a measurement fails, instead of recording NaN.
 
+    Attributes:
+        history: the curves by key.
+        skipped: why a quantity is left out, by its name.
+        paths: by which way each quantity was last measured: "exact", "exact, math attention", "finite difference", ...
+
     Raises:
         ValueError: for a cadence below 1 or a budget outside (0, 1].
 
@@ -98,6 +103,7 @@ class Monitor:
         self.quantities = {quantity.name: quantity for quantity in self._all}
         self.skipped: dict[str, str] = {}
         self.history: dict[str, Curve] = {}
+        self.paths: dict[str, str] = {}
         self.period: int | None = self.every_n_steps
         self.origin: int | None = None
         self._under_way: set[str] = set()
@@ -203,6 +209,7 @@ class Monitor:
             self._under_way.discard(name)
             try:
                 quantity.update(snapshot)
+                self.paths[name] = quantity.path(snapshot)
             except Exception as error:
                 if self.strict:
                     raise

@@ -11,6 +11,7 @@ ROOT = Path(lsp_callbacks.__file__).parent
 #: Each layer may import itself and what is left of it.
 LAYERS = (
     "linalg",
+    "graph",
     "snapshot",
     "probes",
     "replay",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -20,22 +20,31 @@ def hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
     """``H v``, with ``H = d^2 L / d theta^2`` at the step's parameters, batch and random masks.
 
     ``"finite_difference"`` is ``(grad L(theta + e u) - g) / e`` along the unit vector ``u``, where g is the step's
-    own gradient: one gradient a product, on the very path that training took. ``e = 8.7 sqrt(machine epsilon)`` (3e-3
-    in float32) balances the third derivative against rounding; the error is about 0.1 % of ``||H||`` for smooth
+    own gradient: one gradient a product, on the path that training took, uncompiled. ``e = 8.7 sqrt(machine epsilon)``
+    (3e-3 in float32) balances the third derivative against rounding; the error is about 0.1 % of ``||H||`` for smooth
     losses. Each product is checked by the trapezoidal rule; where that fails the exact product takes over for this
     step, and refuses unfaithful replays. ``"exact"`` is reverse-over-reverse on one graph. ``"auto"``: see `resolved`.
+
+    Where a ``torch.autograd.Function`` of the user's own, or a kernel without a second derivative, stands in the graph,
+    exact products may raise or, worse, lack a part of H without a word. With such a function one of them is compared
+    with a central difference (1 %); where exact products are wrong or raise, finite differences take over if the loss
+    is smooth and nothing is rounded to half precision, and otherwise the step is refused.
+
+    In half precision (bfloat16 parameters, or autocast) exact products carry its rounding, some 1 %; they are taken as
+    they are, in float32 vectors, and `path_taken` names the type.
 
     Args:
         snapshot: a step; ``gradient`` is needed for finite differences.
         method: see above.
 
     Returns:
-        A symmetric operator on the flat vector of the trainable parameters, ``(P,) -> (P,)``.
+        A symmetric operator on the flat vector of the trainable parameters, ``(P,) -> (P,)``, at least float32.
 
     Raises:
-        Unmeasurable: no trainable parameter; or the loss cannot be replayed.
+        Unmeasurable: no trainable parameter; the loss cannot be replayed, or not be differentiated twice.
 
-    Cost: finite difference 1.2 gradients a product; exact 3.3 for the first and 2 for each further one.
+    Cost: finite difference 1.2 gradients a product; exact 3.3 for the first and 2 for each further one, and with custom
+    functions 4 more for the comparison.
     """
     parameters = list(snapshot.parameters.values())
     if not parameters:
@@ -53,11 +62,31 @@ def resolved(snapshot: Snapshot, method: Method) -> Method:
     """
     if method != "auto":
         return method
-    parameters = list(snapshot.parameters.values())
-    full = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
-    autocast = torch.is_autocast_enabled(parameters[0].device.type)
-    smooth = snapshot.gradient is not None and full and not autocast and not snapshot.kinked
-    return "finite_difference" if smooth else "exact"
+    return "finite_difference" if snapshot.gradient is not None and _smooth(snapshot) else "exact"
+
+
+def _smooth(snapshot: Snapshot) -> bool:
+    return snapshot.graph.full and not snapshot.graph.kinked
+
+
+def path_taken(snapshot: Snapshot, method: Method) -> str:
+    """By which way the products of this step's `hessian` were found, once there was one.
+
+    "exact" or "finite difference"; then what had to be changed for it: "math attention", "uncompiled"; then the type,
+    where products are rounded to half precision.
+    """
+    return snapshot.memo.get(("path", resolved(snapshot, method)), "") or label("exact", snapshot)
+
+
+def label(path: str, snapshot: Snapshot, dtype: torch.dtype | None = None) -> str:
+    """Adds what `double_backward` has to change, and the type that products are rounded to."""
+    dtype = dtype or snapshot.graph.dtype
+    parts = {
+        "math attention": snapshot.graph.fused and path == "exact",
+        "uncompiled": snapshot.compiled,
+        str(dtype).removeprefix("torch."): dtype.itemsize <= 2,
+    }
+    return ", ".join([path, *(part for part, holds in parts.items() if holds)])
 
 
 def product_cost(method: Method, products: int) -> float:
@@ -67,52 +96,135 @@ def product_cost(method: Method, products: int) -> float:
 
 def _exact(snapshot: Snapshot) -> LinearOperator:
     parameters = list(snapshot.parameters.values())
+    dtype = snapshot.graph.dtype
     with double_backward(snapshot.module):
         loss = snapshot.replay()
         # Another path than the step's (no fused attention, not compiled): equal up to its rounding.
-        snapshot.check(loss, tolerance=_path_tolerance(parameters[0].dtype))
+        snapshot.check(loss, tolerance=_path_tolerance(dtype))
         gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
         flat = flatten(gradient, parameters)
-    snapshot.check_gradient(flat.detach(), tolerance=100 * _path_tolerance(flat.dtype))
+    snapshot.check_gradient(flat.detach(), tolerance=100 * _path_tolerance(dtype))
+    own = flat.detach().to(_vectors(flat.dtype))
 
-    def product(v: Tensor) -> Tensor:
+    def exact(v: Tensor) -> Tensor:
         if not flat.requires_grad or not bool(v.any()):  # a loss linear in the parameters has no graph left
             return torch.zeros_like(v)
         with double_backward(snapshot.module):
-            parts = torch.autograd.grad(flat, parameters, v, retain_graph=True, materialize_grads=True)
-        return flatten(parts, parameters)
+            parts = torch.autograd.grad(flat, parameters, v.to(flat.dtype), retain_graph=True, materialize_grads=True)
+        return flatten(parts, parameters).to(own.dtype)
 
-    return _symmetric(product, flat)
+    def otherwise(reason: str) -> LinearOperator:
+        """Differences from now on, where they can be trusted."""
+        if not _smooth(snapshot):
+            raise Unmeasurable(
+                f"{reason}; finite differences are no way out where the loss has kinks or is rounded to half precision:"
+                " write backward functions in operations that can be differentiated, or leave this quantity out"
+            )
+        return _finite_difference(snapshot, own, alone=True)
+
+    snapshot.memo["path", "exact"] = label("exact", snapshot)
+    names = " and ".join(snapshot.graph.custom)
+    if names and not snapshot.graph.full:
+        raise Unmeasurable(
+            f"whether the backward of {names} can be differentiated cannot be told in half precision: train some steps "
+            "in float32 to measure, or leave this quantity out"
+        )
+    if names and not _differentiated_twice(exact, own, snapshot):
+        return otherwise(
+            f"the derivative of the backward of {names} is not that of its gradients (once_differentiable, or detached "
+            "tensors)"
+        )
+
+    def product(v: Tensor) -> Tensor:
+        if "raises" in snapshot.memo:
+            return snapshot.memo["raises"] @ v
+        try:
+            return exact(v)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # no second derivative is implemented
+            snapshot.memo["raises"] = otherwise(f"the loss cannot be differentiated twice ({error})")
+            return snapshot.memo["raises"] @ v
+
+    return _symmetric(product, own)
 
 
-def _finite_difference(snapshot: Snapshot) -> LinearOperator:
-    own = snapshot.flat_gradient
+def _differentiated_twice(exact: Callable[[Tensor], Tensor], own: Tensor, snapshot: Snapshot) -> bool:
+    """Whether one exact product is that of a central difference, at one of three distances: it may cross a kink."""
+    parameters = list(snapshot.parameters.values())
+    noise = torch.randn(len(own), generator=snapshot.generator("custom"), dtype=own.dtype).to(own.device)
+    # The gradient leans towards what is sharp; noise sees the rest.
+    v = noise / torch.linalg.vector_norm(noise)
+    v = v + own / torch.linalg.vector_norm(own).clamp_min(torch.finfo(own.dtype).tiny)
+    v = v / torch.linalg.vector_norm(v)
+    try:
+        found = exact(v)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+    for distance in (_distance(own.dtype) / 8**k for k in range(3)):
+        ends = [_gradient_at(snapshot, parameters, v, sign * distance)[1] for sign in (1, -1)]
+        central = (ends[0] - ends[1]) / (2 * distance)
+        rounding = 4 * torch.finfo(own.dtype).eps * torch.linalg.vector_norm(own) / distance
+        if bool(torch.linalg.vector_norm(found - central) <= 0.01 * torch.linalg.vector_norm(central) + rounding):
+            return True
+    return False
+
+
+def _distance(dtype: torch.dtype) -> float:
+    return 8.7 * torch.finfo(dtype).eps ** 0.5
+
+
+def _gradient_at(
+    snapshot: Snapshot, parameters: list[nn.Parameter], v: Tensor, distance: float
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient at the parameters moved by ``distance * v``."""
+    with displaced(parameters, v, distance), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        loss = snapshot.replay()
+        return loss.detach(), flatten(torch.autograd.grad(loss, parameters, materialize_grads=True), parameters)
+
+
+def _finite_difference(snapshot: Snapshot, own: Tensor | None = None, *, alone: bool = False) -> LinearOperator:
+    """Differences from the gradient ``own``; ``alone``: there is no exact product to go to."""
+    own = snapshot.flat_gradient if own is None else own
     if own is None:
         raise Unmeasurable("finite differences start from the step's gradient: pass gradient=... or method='exact'")
     parameters = list(snapshot.parameters.values())
-    precision = torch.finfo(own.dtype).eps
-    distance = 8.7 * precision**0.5
+    precision, distance = torch.finfo(own.dtype).eps, _distance(own.dtype)
+    key = ("path", "exact" if alone else "finite_difference")
+    snapshot.memo[key] = label("finite difference", snapshot)
+
+    def exact(v: Tensor) -> Tensor:
+        product = hessian(snapshot, method="exact") @ v
+        snapshot.memo[key] = snapshot.memo["path", "exact"]
+        return product
 
     def product(v: Tensor) -> Tensor:
         norm = float(torch.linalg.vector_norm(v))
         if norm == 0.0:
             return torch.zeros_like(v)
-        if "kink" in snapshot.memo:
-            return hessian(snapshot, method="exact") @ v
-        with displaced(parameters, v, distance / norm), torch.enable_grad():
-            loss = snapshot.replay()
-            moved = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True), parameters)
+        if "kink" in snapshot.memo and not alone:
+            return exact(v)
+        loss, moved = _gradient_at(snapshot, parameters, v, distance / norm)
         change = (moved - own) / distance
-        if snapshot.loss is not None:
+        before = snapshot.loss
+        if before is not None:
             # The trapezoidal rule, L(theta + e u) - L = e (g + g') u / 2, holds to O(e^3) on a smooth loss that was
             # replayed faithfully. The step's own loss and gradient are known, so both are checked for nothing.
             mean_slope = torch.dot(own + moved, v) / (2 * norm)
-            defect = loss.detach() - snapshot.loss - distance * mean_slope
-            rounding = 4 * precision * snapshot.loss.abs()
+            defect = loss - before - distance * mean_slope
+            rounding = 4 * precision * before.abs()
             if not bool(defect.abs() <= rounding + 0.05 * distance * (torch.dot(moved - own, v) / norm).abs()):
+                if alone:
+                    raise Unmeasurable(
+                        "the loss cannot be differentiated twice, and its gradient is not that of a smooth function: "
+                        "write the backward of your function as the derivative of its forward, or leave this "
+                        "quantity out"
+                    )
                 # A hidden kink was crossed, or the replay is not the step: the exact product tells them apart.
                 snapshot.memo["kink"] = True
-                return hessian(snapshot, method="exact") @ v
+                return exact(v)
         return change * norm
 
     return _symmetric(product, own)
@@ -123,6 +235,11 @@ _BUILD = {"exact": _exact, "finite_difference": _finite_difference}
 
 def _symmetric(product, like: Tensor) -> LinearOperator:
     return LinearOperator((like.numel(), like.numel()), product, product, dtype=like.dtype, device=like.device)
+
+
+def _vectors(dtype: torch.dtype) -> torch.dtype:
+    """Vectors are never rounded to half precision: Lanczos could not keep them orthogonal."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _path_tolerance(dtype: torch.dtype) -> float:
@@ -146,7 +263,8 @@ def per_parameter(values: list[float], snapshot: Snapshot) -> Tensor | float:
     if len(set(values)) == 1:
         return values[0]
     parameters = list(snapshot.parameters.values())
-    like = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
+    dtype = _vectors(parameters[0].dtype)
+    like = torch.empty(sum(p.numel() for p in parameters), dtype=dtype, device=parameters[0].device)
     for part, value in zip(split(like, parameters), values):
         part.fill_(value)
     return like

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lsp_callbacks.operators.curvature import double_backward
 from lsp_callbacks.operators.per_sample import ParameterGram, Recorder, rows_alone
+from lsp_callbacks.probes import HOW
 from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmeasurable, Unmodelled, displaced, flatten
 
 #: Positions (tokens, pixels) of a sample that are looked at; the others are taken to be like them.
@@ -115,7 +116,7 @@ def tangent_kernel(
         whole = torch.autograd.grad(found.outputs, list(parameters.values()), total, allow_unused=True)
         for name, g in zip(parameters, whole):
             if g is not None:
-                backward[name] += g
+                backward[name] += g.to_dense()
     weights = torch.cat(signs)
     weights = weights if weights.element_size() > 2 else weights.float()
     gram = torch.zeros(len(weights), len(weights), dtype=torch.float64, device=weights.device)
@@ -126,10 +127,15 @@ def tangent_kernel(
     shares = {name: one.gram(roots[name], memory) for name, one in grams.items() if len(one.parts) == len(probes.parts)}
     path = {name: grams[name].path for name in grams}
 
+    if not any(expected.values()):
+        raise Unmodelled(f"the outputs, or their curvature, do not reach the parameters: {HOW}")
+    # Some gradients are zero but for rounding: the bias of attention's keys.
+    rounding = tolerance(next(iter(backward.values())).dtype) ** 2 * sum(expected.values())
+
     def wrong(name: str) -> float:
         if name not in shares:  # never reached, or not through a layer
             return float("inf") if expected[name] else 0.0
-        return _difference(shares[name], weights, expected[name])
+        return _difference(shares[name], weights, expected[name], rounding)
 
     left = [name for name, g in backward.items() if not wrong(name) <= tolerance(g.dtype)]
     if left and len(weights) > most_rows:
@@ -155,9 +161,9 @@ def tangent_kernel(
     )
 
 
-def _difference(share: Tensor, c: Tensor, expected: float) -> float:
-    """Of ``c^T K c`` from what it should be, relative to it or to its mean over c, the trace."""
-    scale = max(expected, float(share.trace()))
+def _difference(share: Tensor, c: Tensor, expected: float, rounding: float) -> float:
+    """Of ``c^T K c`` from what it should be, relative to it, to its mean over c (the trace), or to rounding."""
+    scale = max(expected, float(share.trace()), rounding)
     return abs(float(c @ (share.to(c) @ c)) - expected) / scale if scale else 0.0
 
 

@@ -148,6 +148,11 @@ class SGDStability(Quantity):
             "products": max(numerics, 0.0 if device.type == "cpu" else 2.0),
         }
 
+    def path(self, snapshot: Snapshot) -> str:
+        """Which rules gave per-sample gradients, see `TangentKernel`."""
+        kernel = None if self.latest is None else self.latest.kernel
+        return "exact" if kernel is None else " and ".join(sorted(set(kernel.path.values())))
+
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step; waits while its probes are being collected."""
         self.complete = False
