@@ -138,6 +138,7 @@ class Monitor:
                 self.skipped[name] = reason
                 del self.quantities[name]
                 self._under_way.discard(name)
+                self.paths.pop(name, None)
         if reasons:
             text = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in reasons.items())
             warnings.warn(f"lsp_callbacks leaves out {text}", stacklevel=3)
@@ -207,6 +208,7 @@ class Monitor:
             if name not in self._under_way and not starts:
                 continue
             self._under_way.discard(name)
+            self.paths.pop(name, None)
             try:
                 quantity.update(snapshot)
                 self.paths[name] = quantity.path(snapshot)

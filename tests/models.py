@@ -90,22 +90,35 @@ class LoRA(nn.Module):
         return self.layer(x) + x @ self.a.T @ self.b.T
 
 
+class FirstCheckpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh())
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=True)
+
+
 class Checkpointed(nn.Module):
+    """Re-entrant, not re-entrant, or not at all."""
+
     def __init__(self, reentrant, activation=nn.Tanh):
         super().__init__()
         self.first, self.inner = nn.Linear(FEATURES, 5), nn.Sequential(nn.Linear(5, 5), activation(), nn.Dropout(0.2))
         self.last, self.reentrant = nn.Linear(5, CLASSES), reentrant
 
     def forward(self, x):
-        return self.last(checkpoint(self.inner, self.first(x), use_reentrant=self.reentrant))
+        x = self.first(x)
+        inner = self.inner(x) if self.reentrant is None else checkpoint(self.inner, x, use_reentrant=self.reentrant)
+        return self.last(inner)
 
 
 class Bag(nn.Module):
     """Tokens from an embedding whose gradient is sparse."""
 
-    def __init__(self):
+    def __init__(self, sparse=True):
         super().__init__()
-        self.embed, self.head = nn.Embedding(8, 4, sparse=True), nn.Linear(4, CLASSES)
+        self.embed, self.head = nn.Embedding(8, 4, sparse=sparse), nn.Linear(4, CLASSES)
 
     def forward(self, x):
         return self.head(torch.tanh(self.embed(tokens(x)).mean(1)))

@@ -3,8 +3,9 @@
 import math
 
 import pytest
-from models import CASES
-from zoo import data, unchanged
+from models import CASES, Bag, Checkpointed, FirstCheckpointed, Transformer, cnn
+from torch import nn
+from zoo import CLASSES, Model, data, fit, unchanged
 
 from lsp_callbacks import StabilityMonitor
 from lsp_callbacks.quantities import PRESETS, REGISTRY, BatchSharpness, LyapunovTrajectory, SGDStability, build
@@ -70,3 +71,41 @@ def test_contract(name, recwarn):
     assert {monitor.paths[name] for name in PRODUCTS & measured} <= allowed, monitor.paths
     if "sgd_stability" in measured:
         assert monitor.paths["sgd_stability"] == case.kernel
+
+
+def measured(make, **settings):
+    """All curves of a run that is compared with another."""
+    callback = everything()
+    fit(make, callback, loader=data(), **{"max_steps": 3} | settings)
+    return callback.history
+
+
+def test_checkpointed_activations_are_measured_as_those_that_are_kept():
+    kept, plain, reentrant = (measured(lambda r=r: Model(Checkpointed(r, nn.ReLU))) for r in (None, False, True))
+    for key, curve in kept.items():
+        assert curve.values == plain[key].values == reentrant[key].values, key
+
+
+def test_a_reentrant_checkpoint_without_a_gradient_stays_without_one():
+    """Its input needs no gradient, so PyTorch gives none to what is inside."""
+    model = Model(nn.Sequential(FirstCheckpointed(), nn.Linear(5, CLASSES)))
+    history = measured(lambda: model)
+    assert model.net[0].inner[0].weight.grad is None
+    assert all(map(math.isfinite, history["stability/sharpness"].values))
+
+
+def test_sparse_gradients_are_measured_as_dense_ones():
+    sparse, dense = (measured(lambda s=s: Model(Bag(s))) for s in (True, False))
+    for key in ("sharpness", "courant_sgd", "lyapunov", "batch_sharpness", "spectral_norm_max"):
+        key = f"stability/{key}"
+        assert dense[key].values == pytest.approx(sparse[key].values, rel=1e-4), key
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("make", [Model, lambda: Model(Transformer(nn.ReLU())), lambda: Model(cnn())])
+def test_half_precision_costs_three_per_cent(make, precision):
+    full, half = (measured(make, max_steps=1, precision=one) for one in ("32-true", precision))
+    for key in ("sharpness", "courant_sgd", "spectral_norm_max", "batch_sharpness"):
+        key = f"stability/{key}"
+        if key in full:
+            assert half[key].values == pytest.approx(full[key].values, rel=0.03), key

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lsp_callbacks.graph import read
 from lsp_callbacks.operators.curvature import double_backward
 from lsp_callbacks.operators.per_sample import ParameterGram, Recorder, rows_alone
 from lsp_callbacks.probes import HOW
@@ -275,7 +276,7 @@ def output_hessian(found: Evaluation) -> Product:
     """``v -> S v``: the Hessian of N times the mean loss in the outputs, block by block in the samples.
 
     Raises:
-        Unmeasurable: if the criterion is linear in the outputs.
+        Unmeasurable: if the criterion is linear in the outputs, or cannot be differentiated twice.
     """
     f = found.outputs.detach().requires_grad_()
     with torch.enable_grad():
@@ -287,7 +288,30 @@ def output_hessian(found: Evaluation) -> Product:
     def product(v: Tensor) -> Tensor:
         return torch.autograd.grad(gradient, f, v.to(gradient), retain_graph=True, materialize_grads=True)[0]
 
+    custom = read(loss).custom
+    if custom and not _differentiated_twice(product, found.criterion, f):
+        raise Unmeasurable(
+            f"the backward of {' and '.join(custom)} in the criterion cannot be differentiated (once_differentiable, "
+            "or detached tensors): write it in operations that can, or pass criterion=... without it"
+        )
     return product
+
+
+def _differentiated_twice(product: Product, criterion: Callable[[Tensor], Tensor], f: Tensor) -> bool:
+    """Whether a product is that of a central difference of the criterion's gradients."""
+    v = torch.randn(f.shape, generator=torch.Generator().manual_seed(0)).to(f)
+    precision = torch.finfo(f.dtype).eps
+    distance = 8.7 * precision**0.5
+
+    def gradient(sign: float) -> Tensor:
+        moved = (f.detach() + sign * distance * v).requires_grad_()
+        with torch.enable_grad():
+            return len(f) * torch.autograd.grad(criterion(moved), moved)[0]
+
+    ahead, behind = gradient(1.0), gradient(-1.0)
+    central = (ahead - behind) / (2 * distance)
+    rounding = 4 * precision * torch.linalg.vector_norm(ahead) / distance
+    return bool(torch.linalg.vector_norm(product(v) - central) <= 0.01 * torch.linalg.vector_norm(central) + rounding)
 
 
 def _all_pairs(curvature: Product, outputs: Tensor) -> list[Tensor]:
