@@ -5,6 +5,7 @@ import math
 import pytest
 from models import CASES, Bag, Checkpointed, FirstCheckpointed, Transformer, cnn
 from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
 from zoo import CLASSES, Model, data, fit, unchanged
 
 from lsp_callbacks import StabilityMonitor
@@ -91,6 +92,7 @@ def test_a_reentrant_checkpoint_without_a_gradient_stays_without_one():
     model = Model(nn.Sequential(FirstCheckpointed(), nn.Linear(5, CLASSES)))
     history = measured(lambda: model)
     assert model.net[0].inner[0].weight.grad is None
+    assert "apply" not in vars(CheckpointFunction)  # training has its own back
     assert all(map(math.isfinite, history["stability/sharpness"].values))
 
 
@@ -103,9 +105,8 @@ def test_sparse_gradients_are_measured_as_dense_ones():
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("make", [Model, lambda: Model(Transformer(nn.ReLU())), lambda: Model(cnn())])
-def test_half_precision_costs_three_per_cent(make, precision):
-    full, half = (measured(make, max_steps=1, precision=one) for one in ("32-true", precision))
-    for key in ("sharpness", "courant_sgd", "spectral_norm_max", "batch_sharpness"):
+def test_half_precision_costs_two_per_cent(make, precision):
+    full, half = (measured(make, max_steps=2, precision=one) for one in ("32-true", precision))
+    for key in ("sharpness", "batch_sharpness", "spectral_norm_max", "mean_square_lr", "kernel_trace"):
         key = f"stability/{key}"
-        if key in full:
-            assert half[key].values == pytest.approx(full[key].values, rel=0.03), key
+        assert half[key].values[0] == pytest.approx(full[key].values[0], rel=0.02), key
