@@ -44,23 +44,24 @@ class Graph:
 def read(loss: Tensor) -> Graph:
     """Walks the autograd graph of a loss."""
     seen, stack = set(), [loss.grad_fn]
-    kinked = fused = False
-    dtype = loss.dtype
+    names: set[str] = set()
+    dtypes = {loss.dtype}
     custom: set[str] = set()
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        name = node.name()
-        kinked = kinked or _KINKS.match(name) is not None
-        fused = fused or _FUSED.match(name) is not None
-        for one in node._input_metadata:
-            if one.dtype.is_floating_point and one.dtype.itemsize < dtype.itemsize:
-                dtype = one.dtype
+        names.add(node.name())
+        dtypes.update(one.dtype for one in node._input_metadata)
         if isinstance(node, BackwardCFunction):
             function = node._forward_cls  # type: ignore[attr-defined]
             if not function.__module__.startswith("torch."):
                 custom.add(function.__name__)
         stack.extend(child for child, _ in node.next_functions)
-    return Graph(kinked, fused, dtype, tuple(sorted(custom)))
+    return Graph(
+        kinked=any(map(_KINKS.match, names)),
+        fused=any(map(_FUSED.match, names)),
+        dtype=min((one for one in dtypes if one.is_floating_point), key=lambda one: one.itemsize),
+        custom=tuple(sorted(custom)),
+    )

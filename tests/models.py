@@ -262,6 +262,35 @@ class Dictionary(Model):
         return {"loss": super().training_step(batch, batch_idx), "size": len(batch[0])}
 
 
+class GAN(Model):
+    """Two optimizers that take turns; the first step of a batch is the discriminator's."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, 1)))
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, FEATURES))
+
+    def discriminator_loss(self, batch):
+        fake = self.generator(torch.randn(len(batch[0]), 2)).detach()
+        return F.softplus(-self.net(batch[0])).mean() + F.softplus(self.net(fake)).mean()
+
+    def training_step(self, batch, batch_idx):
+        losses = (
+            self.discriminator_loss,
+            lambda batch: F.softplus(-self.net(self.generator(torch.randn(8, 2)))).mean(),
+        )
+        for optimizer, loss in zip(self.optimizers(), losses):
+            optimizer.zero_grad()
+            value = loss(batch)
+            self.manual_backward(value)
+            optimizer.step()
+        self.log("loss", value)
+        return {"loss": value.detach()}
+
+    def configure_optimizers(self):
+        return [self.optimizer(self.net.parameters()), self.optimizer(self.generator.parameters())]
+
+
 def compiled(backend):
     model = Model()
     model.net = torch.compile(model.net, backend=backend)
@@ -313,6 +342,7 @@ class Case:
         shape: of a sample.
         loader: further arguments of the data's loader.
         trainer: further arguments of the Trainer.
+        monitor: further arguments of the StabilityMonitor.
     """
 
     make: Callable[[], Any]
@@ -324,6 +354,7 @@ class Case:
     shape: tuple[int, ...] = (FEATURES,)
     loader: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
+    monitor: dict[str, Any] = field(default_factory=dict)
 
 
 def refused(reason: str) -> dict[str, str]:
@@ -382,6 +413,10 @@ CASES = {
     "fused_loss": Case(lambda: Fused(mlp()), left_out={"sgd_stability": "do not reach the parameters"}),
     "changed_gradient": Case(
         GradientHook, failed={"sgd_stability": "gradient is not that"} | refused("gradient is not that")
+    ),
+    "gan": Case(
+        GAN, monitor={"loss_fn": lambda module, batch: module.discriminator_loss(batch)},
+        left_out={"sgd_stability": "several optimizers"} | refused("several optimizers"), trainer={"max_steps": 8},
     ),
     "hopeless": Case(Closure, failed={"spectral_norm": "the original", "residual_cfl": "the original",
                      "sgd_stability": "the original"} | refused("the original")),

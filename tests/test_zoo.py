@@ -23,14 +23,14 @@ class Short(LyapunovTrajectory):
         return dict(zip(self.keys, (self.growth.mean(), self.growth.std())))
 
 
-def everything():
+def everything(**arguments):
     """The full preset, with windows that a short run completes; as a preset it leaves out what cannot be measured."""
     trajectory, batches = Short(transient=0), BatchSharpness(most=8)
     trajectory.window, batches.most = 2, 2
     short = {q.name: q for q in (trajectory, batches, SGDStability(probes=8, chains=2, steps=20))}
     settings = {"lyapunov": {"window": 1, "average": 3}}
     quantities = [short.get(name) or build(name, **settings)[0][0] for name in REGISTRY]
-    monitor = StabilityMonitor(quantities, every_n_steps=1)
+    monitor = StabilityMonitor(quantities, every_n_steps=1, **arguments)
     monitor.monitor.named.clear()
     return monitor
 
@@ -43,7 +43,7 @@ def test_every_quantity_is_in_the_suite():
 def test_contract(name, recwarn):
     case = CASES[name]
     loader = data(shape=case.shape, **case.loader)
-    callback = everything()
+    callback = everything(**case.monitor)
     unchanged(case.make, callback, loader=loader, **{"max_steps": 4} | case.trainer)
     monitor = callback.monitor
 
@@ -67,11 +67,11 @@ def test_contract(name, recwarn):
             assert not any(finite) if quantity.name in case.failed else all(finite), (key, curve.values)
 
     measured = set(REGISTRY) - set(case.left_out) - set(case.failed)
-    assert set(monitor.paths) == measured
+    assert set(callback.paths) == measured
     allowed = {case.hessian} if isinstance(case.hessian, str) else set(case.hessian)
-    assert {monitor.paths[name] for name in PRODUCTS & measured} <= allowed, monitor.paths
+    assert {callback.paths[name] for name in PRODUCTS & measured} <= allowed, callback.paths
     if "sgd_stability" in measured:
-        assert monitor.paths["sgd_stability"] == case.kernel
+        assert callback.paths["sgd_stability"] == case.kernel
 
 
 def measured(make, **settings):
