@@ -57,6 +57,11 @@ class Monitor:
         named: names of the quantities that the user asked for; the others may be left out with a warning.
         strict: raise where a measurement fails, instead of recording NaN.
 
+    Attributes:
+        history: the curves by key.
+        skipped: why a quantity is left out, by its name.
+        paths: by which way each quantity was last measured: "exact", "exact, math attention", "finite difference", ...
+
     Raises:
         ValueError: for a cadence below 1 or a budget outside (0, 1].
 
@@ -100,6 +105,7 @@ class Monitor:
         self.quantities = {quantity.name: quantity for quantity in self._all}
         self.skipped: dict[str, str] = {}
         self.history: dict[str, Curve] = {}
+        self.paths: dict[str, str] = {}
         self.period: int | None = self.every_n_steps
         self.origin: int | None = None
         self._under_way: set[str] = set()
@@ -138,6 +144,7 @@ class Monitor:
                 self.skipped[name] = reason
                 del self.quantities[name]
                 self._under_way.discard(name)
+                self.paths.pop(name, None)
         if reasons and self._ranks.rank == 0:
             text = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in reasons.items())
             warnings.warn(f"lsp_callbacks leaves out {text}", stacklevel=3)
@@ -210,8 +217,10 @@ class Monitor:
             if name not in self._under_way and not starts:
                 continue
             self._under_way.discard(name)
+            self.paths.pop(name, None)
             try:
                 found = self._ranks.together(partial(self._measured, quantity, snapshot))
+                self.paths[name] = quantity.path(snapshot)
             except Exception as error:
                 if self.strict:
                     raise

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from lsp_callbacks.snapshot import Unmeasurable
@@ -164,7 +165,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
 
     Its parameters are shared with the copy, so hooks on them are off: autograd would call them. A function that a user
     stored on the module may hold on to the module itself, in a copy too: calling the module raises. Nothing is
-    compiled, as every copy would be compiled anew.
+    compiled, as every copy would be compiled anew. Activations are checkpointed without re-entrance, as re-entrant
+    checkpoints take no ``torch.autograd.grad``, and hide what is inside.
     """
     before = RandomState()
     hooks = [(p, p._backward_hooks) for p in module.parameters() if p._backward_hooks]
@@ -181,13 +183,28 @@ def untouched(module: nn.Module) -> Iterator[None]:
     try:
         for p, _ in hooks:
             p._backward_hooks = None
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), _no_reentrance():
             yield
     finally:
         handle.remove()
         for p, kept in hooks:
             p._backward_hooks = kept
         before.restore()
+
+
+@contextlib.contextmanager
+def _no_reentrance() -> Iterator[None]:
+    def apply(function: Callable, preserve: bool, *args: Any) -> Any:
+        if not any(isinstance(a, Tensor) and a.requires_grad for a in args):  # then it gives no gradient at all
+            with torch.no_grad():
+                return function(*args)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+    CheckpointFunction.apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del CheckpointFunction.apply
 
 
 def copied(batch: Any) -> Any:

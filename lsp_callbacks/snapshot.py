@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lsp_callbacks.graph import Graph, joined, read
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.unmeasurable import Unmeasurable
 from lsp_callbacks.unmeasurable import Unmodelled as Unmodelled
@@ -153,7 +153,7 @@ class Snapshot:
                 return (flatten(torch.autograd.grad(self.replay(), parameters, allow_unused=True), parameters),)
 
         (gradient,) = self.ranks.mean(replayed, "the gradient")
-        self.check_gradient(gradient, tolerance=1e-2 if parameters[0].element_size() > 2 else 0.1)
+        self.check_gradient(gradient, tolerance=1e-2 if self.graph.full else 0.1)
         return True
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
@@ -200,21 +200,26 @@ class Snapshot:
         return True
 
     def _verify(self) -> None:
-        def kinks() -> bool:
+        def graph() -> Graph:
             # With a graph, as in training: some kernels are chosen by whether a gradient is wanted. Hooks do not fire
             # inside compiled code, so that runs eagerly and agrees up to rounding only.
             with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
                 loss = self.replay()
                 self.check(loss, tolerance=1e-4 if self.compiled else 0.0)
-            return has_kinks(loss)
+            return read(loss)
 
-        vars(self)["kinked"] = self.ranks.any(kinks, "the replay")
+        vars(self)["graph"] = joined(self.ranks.gather(graph, "the replay"))
 
     @cached_property
+    def graph(self) -> Graph:
+        """What the autograd graph of the replayed loss tells; see `calls` for what it raises."""
+        self._verify()
+        return vars(self)["graph"]
+
+    @property
     def kinked(self) -> bool:
         """Whether the loss is only piecewise smooth in the parameters: ReLU, max-pooling and their like."""
-        self._verify()
-        return vars(self)["kinked"]
+        return self.graph.kinked
 
     @cached_property
     def compiled(self) -> bool:
@@ -243,27 +248,6 @@ class Snapshot:
                 "Something outside the batch, the module and the random state changes it (a hook of yours, a "
                 "global variable): pass loss_fn=... which computes it from (module, batch)"
             )
-
-
-# Backward nodes of functions whose derivative jumps.
-_KINKS = re.compile(
-    r"(Relu|LeakyRelu|Rrelu|Prelu|Threshold|Hardtanh|Hardswish|Hardsigmoid|Abs|Clamp|Maximum|Minimum|Max|Min|Amax|Amin"
-    r"|Maxpool|MaxPool|AdaptiveMaxPool|FractionalMaxPool|L1Loss|SmoothL1|Huber|Sign|Round|Floor|Sort|Topk|MultiMargin)"
-)
-
-
-def has_kinks(loss: Tensor) -> bool:
-    """Walks the autograd graph of a loss for functions that are not differentiable everywhere."""
-    seen, stack = set(), [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if _KINKS.match(node.name()):
-            return True
-        stack.extend(child for child, _ in node.next_functions)
-    return False
 
 
 class _Recorder:
@@ -306,8 +290,9 @@ def displaced(parameters: list[nn.Parameter], direction: Tensor, distance: float
 
 
 def flatten(tensors: Any, like: list[nn.Parameter]) -> Tensor:
-    """One flat vector; None stands for zeros."""
-    return torch.cat([(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in zip(tensors, like)])
+    """One flat vector; None stands for zeros, and the gradient of a sparse embedding becomes dense."""
+    dense = (torch.zeros_like(p) if t is None else t.to_dense() for t, p in zip(tensors, like))
+    return torch.cat([t.reshape(-1) for t in dense])
 
 
 def split(vector: Tensor, like: list[nn.Parameter]) -> list[Tensor]:

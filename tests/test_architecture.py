@@ -13,6 +13,7 @@ LAYERS = (
     "linalg",
     "unmeasurable",
     "ranks",
+    "graph",
     "snapshot",
     "probes",
     "replay",

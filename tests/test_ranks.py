@@ -12,9 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import two_ranks
-from test_no_trace import same
 from two_ranks import WORLD
-from zoo import Model, data, fit
+from zoo import Model, data, fit, same
 
 from lsp_callbacks import StabilityMonitor, StopOnInstability, Unmeasurable
 from lsp_callbacks.callbacks.adapter import sharded, unmodelled

@@ -1,5 +1,6 @@
 """Small LightningModules, each with one habit that a replay could trip over, and the fit that all tests share."""
 
+import math
 import random
 import warnings
 from functools import partial
@@ -12,6 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
+
+from lsp_callbacks import StopOnInstability
 
 SGD, MOMENTUM = partial(torch.optim.SGD, lr=0.1), partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 FEATURES, CLASSES, BATCH = 6, 3, 8
@@ -104,6 +107,51 @@ def fit(model, *callbacks, loader=None, seed=0, ckpt_path=None, **settings):
         warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning|torch)\b")
         run.fit(model, data() if loader is None else loader, ckpt_path=ckpt_path)
     return run
+
+
+def everything(trainer, model, losses, logger):
+    """All that training leaves behind, ours excepted."""
+    ours = "stability/"
+    rows = [(step, {k: v for k, v in row.items() if not k.startswith(ours)}) for step, row in logger.rows]
+    return {
+        "weights and buffers": model.state_dict(),
+        "optimizer": [o.state_dict() for o in trainer.optimizers],
+        "gradients": [p.grad for p in model.parameters()],
+        "modes": [m.training for m in model.modules()],
+        "losses": losses.losses,
+        "rows": [row for row in rows if row[1]],
+        "callback_metrics": {k: v for k, v in trainer.callback_metrics.items() if not k.startswith(ours)},
+        "logged_metrics": {k: v for k, v in trainer.logged_metrics.items() if not k.startswith(ours)},
+        "memory": model.memory(),
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor) and a.is_sparse:
+        a, b = a.to_dense(), b.to_dense()
+    if isinstance(a, torch.Tensor | np.ndarray):
+        return type(a) is type(b) and a.shape == b.shape and a.dtype == b.dtype and bool((a == b).all())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return a == b
+
+
+def unchanged(make, monitor, **settings):
+    """Trains twice from the same seed, without and with the monitor, and compares to the last bit."""
+    left = []
+    for ours in ([], [monitor, StopOnInstability(threshold=math.inf)]):
+        torch.manual_seed(3)
+        model, losses, logger = make(), Losses(), Rows()
+        trainer = fit(model, losses, *ours, logger=logger, log_every_n_steps=1, **settings)
+        left.append(everything(trainer, model, losses, logger))
+    for what in left[0]:
+        assert same(left[0][what], left[1][what]), what
 
 
 # -- the zoo -------------------------------------------------------------------------------------------------------

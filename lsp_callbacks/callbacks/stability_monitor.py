@@ -133,6 +133,11 @@ class StabilityMonitor(Callback):
         """Steps and values of every key."""
         return self.monitor.history
 
+    @property
+    def paths(self) -> dict[str, str]:
+        """By which way each quantity was last measured, see `Monitor`."""
+        return self.monitor.paths
+
     # -- before training -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:

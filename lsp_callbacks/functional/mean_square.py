@@ -101,17 +101,18 @@ def mean_square_lr(
     high = gd_critical_lr(modes, rule)
     log_lr, x, accuracy = math.log(high) - tol, torch.eye(modes.rank, dtype=h.dtype), max(tol, 1e-3)
     for k in range(100):
-        root = _source(h, math.exp(log_lr), rule).rsqrt()
-        top, vector = _top(lambda y: root * d(root * y), x / root, accuracy)  # noqa: B023
+        root = _source(h.double(), math.exp(log_lr), rule).rsqrt().to(h)
+        top, vector = _top(lambda y: root * d(root * y), x.to(h) / root, accuracy)  # noqa: B023
         if not math.isfinite(top) or (not k and top <= 1):
             return high if top <= 1 else math.nan
-        x = root * vector
+        x = (root * vector).double()
 
         def excess(at: float) -> float:
-            return math.log(top / float((_source(h, math.exp(at), rule) * x).mul_(x).sum()))  # noqa: B023
+            return math.log(top / float((_source(h.double(), math.exp(at), rule) * x).mul_(x).sum()))  # noqa: B023
 
         if k:  # one step of Newton's method; it would crawl out of the pole of 1 / t at the full-batch edge
-            fall = math.log(top) * SLOPE / (math.log(top) - excess(log_lr - SLOPE))
+            now = excess(log_lr)
+            fall = now * SLOPE / (now - excess(log_lr - SLOPE))
         else:
             fall = log_lr - _illinois(excess, log_lr, accuracy)
         log_lr = min(log_lr - fall, math.log(high) - tol)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -20,26 +20,34 @@ def hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
     """``H v``, with ``H = d^2 L / d theta^2`` at the step's parameters, batch and random masks.
 
     ``"finite_difference"`` is ``(grad L(theta + e u) - g) / e`` along the unit vector ``u``, where g is the step's
-    own gradient: one gradient a product, on the very path that training took. ``e = 8.7 sqrt(machine epsilon)`` (3e-3
-    in float32) balances the third derivative against rounding; the error is about 0.1 % of ``||H||`` for smooth
+    own gradient: one gradient a product, on the path that training took, uncompiled. ``e = 8.7 sqrt(machine epsilon)``
+    (3e-3 in float32) balances the third derivative against rounding; the error is about 0.1 % of ``||H||`` for smooth
     losses. Each product is checked by the trapezoidal rule; where that fails the exact product takes over for this
     step, and refuses unfaithful replays. ``"exact"`` is reverse-over-reverse on one graph. ``"auto"``: see `resolved`.
+
+    Where a ``torch.autograd.Function`` of the user's own, or a kernel without a second derivative, stands in the graph,
+    exact products may raise or, worse, lack a part of H without a word. With such a function one of them is compared
+    with a central difference (1 %); where exact products are wrong or raise, finite differences take over if the loss
+    is smooth and nothing is rounded to half precision, and otherwise the step is refused.
+
+    In half precision (bfloat16 parameters, or autocast) exact products carry its rounding, some 1 %; they are taken as
+    they are, in float32 vectors, and `path_taken` names the type.
 
     Args:
         snapshot: a step; ``gradient`` is needed for finite differences.
         method: see above.
 
     Returns:
-        A symmetric operator on the flat vector of the trainable parameters, ``(P,) -> (P,)``.
+        A symmetric operator on the flat vector of the trainable parameters, ``(P,) -> (P,)``, at least float32.
 
     Raises:
-        Unmeasurable: no trainable parameter; or the loss cannot be replayed.
+        Unmeasurable: no trainable parameter; the loss cannot be replayed, or not be differentiated twice.
 
     Under several ranks H is the Hessian of the mean of their losses: each product is the mean of the ranks' own, from
     the same vector, and so is what each check looks at.
 
-    Cost: finite difference 1.2 gradients a product; exact 3.3 for the first and 2 for each further one. Several ranks
-    add an all-reduce of a gradient to each.
+    Cost: finite difference 1.2 gradients a product; exact 3.3 for the first and 2 for each further one, and with custom
+    functions 4 more for the comparison. Several ranks add an all-reduce of a gradient to each.
     """
     parameters = list(snapshot.parameters.values())
     if not parameters:
@@ -57,11 +65,31 @@ def resolved(snapshot: Snapshot, method: Method) -> Method:
     """
     if method != "auto":
         return method
-    parameters = list(snapshot.parameters.values())
-    full = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
-    autocast = torch.is_autocast_enabled(parameters[0].device.type)
-    smooth = snapshot.gradient is not None and full and not autocast and not snapshot.kinked
-    return "finite_difference" if smooth else "exact"
+    return "finite_difference" if snapshot.gradient is not None and _smooth(snapshot) else "exact"
+
+
+def _smooth(snapshot: Snapshot) -> bool:
+    return snapshot.graph.full and not snapshot.graph.kinked
+
+
+def path_taken(snapshot: Snapshot, method: Method) -> str:
+    """By which way the products of this step's `hessian` were found, once there was one.
+
+    "exact" or "finite difference"; then what had to be changed for it: "math attention", "uncompiled"; then the type,
+    where products are rounded to half precision.
+    """
+    return snapshot.memo.get(("path", resolved(snapshot, method)), "") or label("exact", snapshot)
+
+
+def label(path: str, snapshot: Snapshot, dtype: torch.dtype | None = None) -> str:
+    """Adds what `double_backward` has to change, and the type that products are rounded to."""
+    dtype = dtype or snapshot.graph.dtype
+    parts = {
+        "math attention": snapshot.graph.fused and path == "exact",
+        "uncompiled": snapshot.compiled,
+        str(dtype).removeprefix("torch."): dtype.itemsize <= 2,
+    }
+    return ", ".join([path, *(part for part, holds in parts.items() if holds)])
 
 
 def product_cost(method: Method, products: int) -> float:
@@ -71,59 +99,146 @@ def product_cost(method: Method, products: int) -> float:
 
 def _exact(snapshot: Snapshot) -> LinearOperator:
     parameters = list(snapshot.parameters.values())
+    dtype = snapshot.graph.dtype
     graph: list[Tensor] = []  # of the rank's own gradient
 
     def gradient() -> tuple[Tensor]:
         with double_backward(snapshot.module):
             loss = snapshot.replay()
             # Another path than the step's (no fused attention, not compiled): equal up to its rounding.
-            snapshot.check(loss, tolerance=_path_tolerance(parameters[0].dtype))
+            snapshot.check(loss, tolerance=_path_tolerance(dtype))
             parts = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
             graph.append(flatten(parts, parameters))
         return (graph[0].detach(),)
 
     (mean,) = snapshot.ranks.mean(gradient, "the gradient with its graph")
-    snapshot.check_gradient(mean, tolerance=100 * _path_tolerance(mean.dtype))
+    snapshot.check_gradient(mean, tolerance=100 * _path_tolerance(dtype))
+    own = mean.to(_vectors(mean.dtype))
 
-    def product(v: Tensor) -> Tensor:
+    def exact(v: Tensor) -> Tensor:
         if not bool(v.any()):
             return torch.zeros_like(v)
+        reasons: list[str] = []
 
-        def own() -> tuple[Tensor]:
+        def product() -> tuple[Tensor, Tensor]:
             if not graph[0].requires_grad:  # a loss linear in the parameters has no graph left
-                return (torch.zeros_like(v),)
-            with double_backward(snapshot.module):
-                parts = torch.autograd.grad(graph[0], parameters, v, retain_graph=True, materialize_grads=True)
-            return (flatten(parts, parameters),)
+                return torch.zeros_like(v), v.new_zeros(())
+            try:
+                with double_backward(snapshot.module):
+                    parts = torch.autograd.grad(
+                        graph[0], parameters, v.to(graph[0].dtype), retain_graph=True, materialize_grads=True
+                    )
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # no second derivative is implemented
+                reasons.append(str(error))
+                return torch.zeros_like(v), v.new_ones(())
+            return flatten(parts, parameters).to(own.dtype), v.new_zeros(())
 
-        return snapshot.ranks.mean(own, "the exact product")[0]
+        found, raised = snapshot.ranks.mean(product, "the exact product")
+        if raised > 0:
+            raise _NoSecondDerivative(reasons[0] if reasons else "on another rank")
+        return found
 
-    return _symmetric(product, mean)
+    def otherwise(reason: str) -> LinearOperator:
+        """Differences from now on, where they can be trusted."""
+        if not _smooth(snapshot):
+            raise Unmeasurable(
+                f"{reason}; finite differences are no way out where the loss has kinks or is rounded to half precision:"
+                " write backward functions in operations that can be differentiated, or leave this quantity out"
+            )
+        return _finite_difference(snapshot, own, alone=True)
+
+    snapshot.memo["path", "exact"] = label("exact", snapshot)
+    names = " and ".join(snapshot.graph.custom)
+    if names and not snapshot.graph.full:
+        raise Unmeasurable(
+            f"whether the backward of {names} can be differentiated cannot be told in half precision: train some steps "
+            "in float32 to measure, or leave this quantity out"
+        )
+    if names and not _differentiated_twice(exact, own, snapshot):
+        return otherwise(
+            f"the derivative of the backward of {names} is not that of its gradients (once_differentiable, or detached "
+            "tensors)"
+        )
+
+    def product(v: Tensor) -> Tensor:
+        if "raises" not in snapshot.memo:
+            try:
+                return exact(v)
+            except _NoSecondDerivative as error:
+                snapshot.memo["raises"] = otherwise(f"the loss cannot be differentiated twice ({error})")
+        return snapshot.memo["raises"] @ v
+
+    return _symmetric(product, own)
 
 
-def _finite_difference(snapshot: Snapshot) -> LinearOperator:
-    own = snapshot.flat_gradient
+class _NoSecondDerivative(Exception):
+    """Some backward function has none."""
+
+
+def _differentiated_twice(exact: Callable[[Tensor], Tensor], own: Tensor, snapshot: Snapshot) -> bool:
+    """Whether one exact product is that of a central difference, at one of three distances: it may cross a kink."""
+    parameters = list(snapshot.parameters.values())
+    noise = torch.randn(len(own), generator=snapshot.generator("custom"), dtype=own.dtype).to(own.device)
+    # The gradient leans towards what is sharp; noise sees the rest.
+    v = noise / torch.linalg.vector_norm(noise)
+    v = v + own / torch.linalg.vector_norm(own).clamp_min(torch.finfo(own.dtype).tiny)
+    v = v / torch.linalg.vector_norm(v)
+    try:
+        found = exact(v)
+    except _NoSecondDerivative:
+        return False
+    for distance in (_distance(own.dtype) / 8**k for k in range(3)):
+        ends = [_moved(snapshot, parameters, v, sign * distance)[2] for sign in (1, -1)]
+        central = (ends[0] - ends[1]) / (2 * distance)
+        rounding = 4 * torch.finfo(own.dtype).eps * torch.linalg.vector_norm(own) / distance
+        if bool(torch.linalg.vector_norm(found - central) <= 0.01 * torch.linalg.vector_norm(central) + rounding):
+            return True
+    return False
+
+
+def _distance(dtype: torch.dtype) -> float:
+    return 8.7 * torch.finfo(dtype).eps ** 0.5
+
+
+def _moved(
+    snapshot: Snapshot, parameters: list[nn.Parameter], v: Tensor, distance: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """At the parameters moved by ``distance * v``: the rise of the loss, its size before, and the gradient."""
+
+    def own() -> tuple[Tensor, Tensor, Tensor]:
+        with displaced(parameters, v, distance), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            loss = snapshot.replay()
+            gradient = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True), parameters)
+        before = loss.detach() if snapshot.loss is None else snapshot.loss
+        return loss.detach() - before, before.abs(), gradient
+
+    return snapshot.ranks.mean(own, "the displaced gradient")  # type: ignore[return-value]
+
+
+def _finite_difference(snapshot: Snapshot, own: Tensor | None = None, *, alone: bool = False) -> LinearOperator:
+    """Differences from the gradient ``own``; ``alone``: there is no exact product to go to."""
+    own = snapshot.flat_gradient if own is None else own
     if own is None:
         raise Unmeasurable("finite differences start from the step's gradient: pass gradient=... or method='exact'")
     parameters = list(snapshot.parameters.values())
-    precision = torch.finfo(own.dtype).eps
-    distance = 8.7 * precision**0.5
+    precision, distance = torch.finfo(own.dtype).eps, _distance(own.dtype)
+    key = ("path", "exact" if alone else "finite_difference")
+    snapshot.memo[key] = label("finite difference", snapshot)
+
+    def exact(v: Tensor) -> Tensor:
+        product = hessian(snapshot, method="exact") @ v
+        snapshot.memo[key] = snapshot.memo["path", "exact"]
+        return product
 
     def product(v: Tensor) -> Tensor:
         norm = float(torch.linalg.vector_norm(v))
         if norm == 0.0:
             return torch.zeros_like(v)
-        if "kink" in snapshot.memo:
-            return hessian(snapshot, method="exact") @ v
-
-        def displace() -> tuple[Tensor, Tensor, Tensor]:
-            with displaced(parameters, v, distance / norm), torch.enable_grad():
-                loss = snapshot.replay()
-                moved = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True), parameters)
-            before = loss.detach() if snapshot.loss is None else snapshot.loss
-            return moved, loss.detach() - before, before.abs()
-
-        moved, rise, size = snapshot.ranks.mean(displace, "the displaced gradient")
+        if "kink" in snapshot.memo and not alone:
+            return exact(v)
+        rise, size, moved = _moved(snapshot, parameters, v, distance / norm)
         change = (moved - own) / distance
         if snapshot.loss is not None:
             # The trapezoidal rule, L(theta + e u) - L = e (g + g') u / 2, holds to O(e^3) on a smooth loss that was
@@ -132,9 +247,15 @@ def _finite_difference(snapshot: Snapshot) -> LinearOperator:
             defect = rise - distance * mean_slope
             rounding = 4 * precision * size
             if not bool(defect.abs() <= rounding + 0.05 * distance * (torch.dot(moved - own, v) / norm).abs()):
+                if alone:
+                    raise Unmeasurable(
+                        "the loss cannot be differentiated twice, and its gradient is not that of a smooth function: "
+                        "write the backward of your function as the derivative of its forward, or leave this "
+                        "quantity out"
+                    )
                 # A hidden kink was crossed, or the replay is not the step: the exact product tells them apart.
                 snapshot.memo["kink"] = True
-                return hessian(snapshot, method="exact") @ v
+                return exact(v)
         return change * norm
 
     return _symmetric(product, own)
@@ -145,6 +266,11 @@ _BUILD = {"exact": _exact, "finite_difference": _finite_difference}
 
 def _symmetric(product, like: Tensor) -> LinearOperator:
     return LinearOperator((like.numel(), like.numel()), product, product, dtype=like.dtype, device=like.device)
+
+
+def _vectors(dtype: torch.dtype) -> torch.dtype:
+    """Vectors are never rounded to half precision: Lanczos could not keep them orthogonal."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _path_tolerance(dtype: torch.dtype) -> float:
@@ -168,7 +294,8 @@ def per_parameter(values: list[float], snapshot: Snapshot) -> Tensor | float:
     if len(set(values)) == 1:
         return values[0]
     parameters = list(snapshot.parameters.values())
-    like = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
+    dtype = _vectors(parameters[0].dtype)
+    like = torch.empty(sum(p.numel() for p in parameters), dtype=dtype, device=parameters[0].device)
     for part, value in zip(split(like, parameters), values):
         part.fill_(value)
     return like

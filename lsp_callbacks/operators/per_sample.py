@@ -46,7 +46,7 @@ class ParameterGram:
         """``(N R, N R)``, sample by sample, of gradients times ``root``, a scalar or of the parameter's shape."""
         factors = [part.uses[0].factors for part in self.parts if len(part.uses) == 1]
         if len(factors) == len(self.parts) and all(factors) and root.ndim == 0:
-            g, a = (torch.cat([pair[k] for pair in factors if pair]) for k in (0, 1))
+            g, a = (_wide(torch.cat([pair[k] for pair in factors if pair])) for k in (0, 1))
             n, rows, _ = g.shape
             flat = (root * g).flatten(0, 1)
             share = flat @ flat.T
@@ -55,9 +55,9 @@ class ParameterGram:
         whole = root.reshape(-1) if root.ndim else root
         table: list[list[Tensor]] = [[] for _ in blocks]
         for i, (part, lo, hi) in enumerate(blocks):
-            first = (part.gradients(lo, hi) * whole).flatten(0, 1)
+            first = _wide(part.gradients(lo, hi) * whole).flatten(0, 1)
             for j, (other, start, stop) in enumerate(blocks[: i + 1]):
-                second = first if i == j else (other.gradients(start, stop) * whole).flatten(0, 1)
+                second = first if i == j else _wide(other.gradients(start, stop) * whole).flatten(0, 1)
                 table[i].append(first @ second.T)
         if len(table) == 1:
             return table[0][0]
@@ -65,6 +65,11 @@ class ParameterGram:
         size = lower[-1].shape[1]
         square = torch.cat([F.pad(row, (0, size - row.shape[1])) for row in lower])
         return square.tril() + square.tril(-1).T
+
+
+def _wide(t: Tensor) -> Tensor:
+    """Sums over many entries are never rounded to half precision."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _ranges(part: Part, memory: int) -> Iterator[tuple[int, int]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lsp_callbacks.graph import read
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature import double_backward
 from lsp_callbacks.snapshot import Call, Unmeasurable
@@ -34,11 +35,34 @@ class Block:
         jacobian: ``hG``, a batch of ``(d, d)`` operators, one for each sample.
         skip: whether the input reaches the output by additions alone (up to a final activation or norm).
         samples: how many samples were taken.
+        custom: autograd functions of the user's own in the block, see `Graph`.
     """
 
     jacobian: LinearOperator
     skip: bool
     samples: int
+    custom: tuple[str, ...] = ()
+
+    def check(self, name: str) -> None:
+        """Forward products differentiate a backward pass: with functions of the user's own they may be wrong.
+
+        Raises:
+            Unmeasurable: if ``<w, J v>`` is not ``<J^T w, v>``.
+        """
+        if not self.custom or self.jacobian.adjoint is None:
+            return
+        generator = torch.Generator().manual_seed(0)
+        dtype = self.jacobian.dtype
+        shape = (*self.jacobian.batch, self.jacobian.shape[1])
+        v, w = (torch.randn(shape, generator=generator, dtype=dtype).to(self.jacobian.device) for _ in range(2))
+        there, back = self.jacobian @ v, self.jacobian.adjoint(w)
+        defect = ((w * there).sum(-1) - (back * v).sum(-1)).abs()
+        size = torch.linalg.vector_norm(w, dim=-1) * torch.linalg.vector_norm(there, dim=-1)
+        if not bool((defect <= 1e-3 * size).all()):
+            raise Unmeasurable(
+                f"the backward of {' and '.join(self.custom)} in block {name!r} cannot be differentiated "
+                "(once_differentiable, or detached tensors): write it in operations that can, or leave residual_cfl out"
+            )
 
 
 def is_candidate(module: nn.Module) -> bool:
@@ -67,6 +91,7 @@ def residual_block(module: nn.Module, call: Call, *, samples: int) -> Block:
     Cost: one forward and backward pass of the block on ``samples`` samples; a product costs one backward pass.
     """
     axis = _sample_axis(module)
+    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     leaves: list[Tensor] = []
     size = (call.input_shape or (0,) * (axis + 1))[axis] if call.input_shape else 0
     # Of a mask that is as long as the batch is large, there is no telling which axis to cut: keep all samples.
@@ -81,6 +106,8 @@ def residual_block(module: nn.Module, call: Call, *, samples: int) -> Block:
         along = axis if value.ndim > axis and value.shape[axis] == size else 0
         if value.ndim and value.shape[along] == size:
             value = value.narrow(along, 0, taken)
+        if value.is_floating_point() and own is not None:  # autocast had rounded it, and is off here
+            value = value.to(own)
         if value.is_floating_point() and not leaves:
             leaves.append(value.detach().clone().requires_grad_())
             return leaves[0].clone()  # the block may work in place on its input
@@ -120,9 +147,9 @@ def residual_block(module: nn.Module, call: Call, *, samples: int) -> Block:
         return rows.flat(vjp) - w
 
     jacobian = LinearOperator(
-        (rows.length, rows.length), forward, backward, batch=(taken,), dtype=x.dtype, device=x.device
+        (rows.length, rows.length), forward, backward, batch=(taken,), dtype=rows.dtype, device=x.device
     )
-    return Block(jacobian, has_skip_path(y, x), taken)
+    return Block(jacobian, has_skip_path(y, x), taken, read(y).custom)
 
 
 def has_skip_path(output: Tensor, leaf: Tensor) -> bool:
@@ -152,15 +179,18 @@ class _Rows:
     flat: Callable[[Tensor], Tensor]
     back: Callable[[Tensor], Tensor]
     length: int
+    dtype: torch.dtype
 
 
 def _rows(x: Tensor, axis: int) -> _Rows:
-    """One row a sample, whatever the position of the sample axis."""
+    """One row a sample, whatever the position of the sample axis; at least in float32."""
     shape = x.movedim(axis, 0).shape
+    dtype = torch.promote_types(x.dtype, torch.float32)
     return _Rows(
-        flat=lambda t: t.movedim(axis, 0).reshape(shape[0], -1),
-        back=lambda v: v.reshape(shape).movedim(0, axis),
+        flat=lambda t: t.movedim(axis, 0).reshape(shape[0], -1).to(dtype),
+        back=lambda v: v.reshape(shape).movedim(0, axis).to(x.dtype),
         length=shape[1:].numel(),
+        dtype=dtype,
     )
 
 

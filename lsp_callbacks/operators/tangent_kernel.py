@@ -10,8 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lsp_callbacks.graph import read
 from lsp_callbacks.operators.curvature import double_backward
 from lsp_callbacks.operators.per_sample import ParameterGram, Recorder, rows_alone
+from lsp_callbacks.probes import HOW
 from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmeasurable, Unmodelled, displaced, flatten
 
 #: Positions (tokens, pixels) of a sample that are looked at; the others are taken to be like them.
@@ -115,7 +117,7 @@ def tangent_kernel(
         whole = torch.autograd.grad(found.outputs, list(parameters.values()), total, allow_unused=True)
         for name, g in zip(parameters, whole):
             if g is not None:
-                backward[name] += g
+                backward[name] += g.to_dense()
     weights = torch.cat(signs)
     weights = weights if weights.element_size() > 2 else weights.float()
     gram = torch.zeros(len(weights), len(weights), dtype=torch.float64, device=weights.device)
@@ -126,10 +128,15 @@ def tangent_kernel(
     shares = {name: one.gram(roots[name], memory) for name, one in grams.items() if len(one.parts) == len(probes.parts)}
     path = {name: grams[name].path for name in grams}
 
+    if not any(expected.values()):
+        raise Unmodelled(f"the outputs, or their curvature, do not reach the parameters: {HOW}")
+    # Some gradients are zero but for rounding: the bias of attention's keys.
+    rounding = tolerance(next(iter(backward.values())).dtype) ** 2 * sum(expected.values())
+
     def wrong(name: str) -> float:
         if name not in shares:  # never reached, or not through a layer
             return float("inf") if expected[name] else 0.0
-        return _difference(shares[name], weights, expected[name])
+        return _difference(shares[name], weights, expected[name], rounding)
 
     left = [name for name, g in backward.items() if not wrong(name) <= tolerance(g.dtype)]
     if left and len(weights) > most_rows:
@@ -155,9 +162,9 @@ def tangent_kernel(
     )
 
 
-def _difference(share: Tensor, c: Tensor, expected: float) -> float:
-    """Of ``c^T K c`` from what it should be, relative to it or to its mean over c, the trace."""
-    scale = max(expected, float(share.trace()))
+def _difference(share: Tensor, c: Tensor, expected: float, rounding: float) -> float:
+    """Of ``c^T K c`` from what it should be, relative to it, to its mean over c (the trace), or to rounding."""
+    scale = max(expected, float(share.trace()), rounding)
     return abs(float(c @ (share.to(c) @ c)) - expected) / scale if scale else 0.0
 
 
@@ -269,7 +276,7 @@ def output_hessian(found: Evaluation) -> Product:
     """``v -> S v``: the Hessian of N times the mean loss in the outputs, block by block in the samples.
 
     Raises:
-        Unmeasurable: if the criterion is linear in the outputs.
+        Unmeasurable: if the criterion is linear in the outputs, or cannot be differentiated twice.
     """
     f = found.outputs.detach().requires_grad_()
     with torch.enable_grad():
@@ -281,7 +288,30 @@ def output_hessian(found: Evaluation) -> Product:
     def product(v: Tensor) -> Tensor:
         return torch.autograd.grad(gradient, f, v.to(gradient), retain_graph=True, materialize_grads=True)[0]
 
+    custom = read(loss).custom
+    if custom and not _differentiated_twice(product, found.criterion, f):
+        raise Unmeasurable(
+            f"the backward of {' and '.join(custom)} in the criterion cannot be differentiated (once_differentiable, "
+            "or detached tensors): write it in operations that can, or pass criterion=... without it"
+        )
     return product
+
+
+def _differentiated_twice(product: Product, criterion: Callable[[Tensor], Tensor], f: Tensor) -> bool:
+    """Whether a product is that of a central difference of the criterion's gradients."""
+    v = torch.randn(f.shape, generator=torch.Generator().manual_seed(0)).to(f)
+    precision = torch.finfo(f.dtype).eps
+    distance = 8.7 * precision**0.5
+
+    def gradient(sign: float) -> Tensor:
+        moved = (f.detach() + sign * distance * v).requires_grad_()
+        with torch.enable_grad():
+            return len(f) * torch.autograd.grad(criterion(moved), moved)[0]
+
+    ahead, behind = gradient(1.0), gradient(-1.0)
+    central = (ahead - behind) / (2 * distance)
+    rounding = 4 * precision * torch.linalg.vector_norm(ahead) / distance
+    return bool(torch.linalg.vector_norm(product(v) - central) <= 0.01 * torch.linalg.vector_norm(central) + rounding)
 
 
 def _all_pairs(curvature: Product, outputs: Tensor) -> list[Tensor]:

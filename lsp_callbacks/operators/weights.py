@@ -93,7 +93,8 @@ def row_norm(layer: nn.Embedding) -> Tensor:
 def _weight(layer: nn.Module) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return weight.detach()
+    # Half precision would round the iteration's vectors, too.
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _unbatched(shape: tuple[int, ...] | None, layer: nn.Conv1d | nn.ConvTranspose1d) -> tuple[int, ...]:

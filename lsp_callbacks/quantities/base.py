@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lsp_callbacks.operators.curvature import path_taken
 from lsp_callbacks.snapshot import Snapshot
 
 
@@ -52,6 +53,14 @@ class Quantity(Metric):
     def keeps(self, name: str, module: nn.Module) -> bool:
         """Whether the module's inputs are to be kept in full."""
         return False
+
+    def path(self, snapshot: Snapshot) -> str:
+        """By which way the numbers of an update were found, for the user to read: see `Monitor.paths`.
+
+        "exact", or the way of the Hessian products where it takes a ``method``.
+        """
+        method = getattr(self, "method", None)
+        return "exact" if method is None else path_taken(snapshot, method)
 
     def vectors(self) -> dict[str, Any]:
         """What a measurement remembers beside its scalars; saved only with ``save_vectors=True``."""

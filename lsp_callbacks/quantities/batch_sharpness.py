@@ -68,13 +68,15 @@ class BatchSharpness(Quantity):
         self._window = [*(self._window if going else []), pair]
         self._step = snapshot.step
         pairs = torch.stack(self._window)
+        if len(pairs) < min(LEAST, self.most):
+            return
         if len(pairs) < self.most:
             found = batch_sharpness(pairs)
             means = (
                 (found.mean_of_ratios, found.mean_of_ratios_error),
                 (found.ratio_of_means, found.ratio_of_means_error),
             )
-            if len(pairs) < LEAST or not all(bool(error <= self.rtol * mean.abs()) for mean, error in means):
+            if not all(bool(error <= self.rtol * mean.abs()) for mean, error in means):
                 return
         self.pairs, self._window, self.complete = pairs, [], True
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.functional.residual import ResidualStability, residual_stability
+from lsp_callbacks.operators.curvature import label
 from lsp_callbacks.operators.residual import is_candidate, residual_block
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.select import Selection, selected
@@ -64,6 +65,10 @@ class ResidualCFL(Quantity):
             return {"forward": 1 / 3}
         return {"forward": 1 / 3, "residual blocks": 1.5}
 
+    def path(self, snapshot: Snapshot) -> str:
+        # Blocks run at the precision of their parameters, without autocast.
+        return label("exact", snapshot, next(iter(snapshot.parameters.values())).dtype)
+
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
         self.complete = False
@@ -91,6 +96,7 @@ class ResidualCFL(Quantity):
                 raise Unmeasurable(f"block {name!r}: {error}") from error
             if self.blocks is None and not block.skip:
                 continue
+            block.check(name)
             numbers = residual_stability(block.jacobian, h=self.h, steps=STEPS)
             own: dict[str, Any] = {
                 key: scalar(value) for key, value in vars(numbers).items() if isinstance(value, Tensor)

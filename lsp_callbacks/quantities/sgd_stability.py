@@ -148,6 +148,11 @@ class SGDStability(Quantity):
             "products": max(numerics, 0.0 if device.type == "cpu" else 2.0),
         }
 
+    def path(self, snapshot: Snapshot) -> str:
+        """Which rules gave per-sample gradients, see `TangentKernel`."""
+        kernel = None if self.latest is None else self.latest.kernel
+        return "exact" if kernel is None else " and ".join(sorted(set(kernel.path.values())))
+
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step; waits while its probes are being collected."""
         self.complete = False
@@ -182,7 +187,7 @@ class SGDStability(Quantity):
             "chains": self.chains,
             "generator": generator,
         }
-        critical = critical_lr(found.modes, steps=self.steps, tol=1e-3, **settings)
+        critical = critical_lr(found.modes, steps=self.steps, tol=1e-4, **settings)
         exponent = sgd_exponent(found.modes, found.lr, steps=self.steps // 2, burn_in=self.steps // 2, **settings)
         if math.isnan(critical.value):
             raise Unmeasurable("the Gram matrix is not finite: the weights or the outputs have overflowed")
