@@ -76,7 +76,9 @@ def close(own, twin, tolerance=1e-5):
 
 @pytest.mark.parametrize("kind", FAILED)
 @pytest.mark.parametrize("who", [(0,), (1,), (0, 1)])
-@pytest.mark.parametrize("place", ["before", "in 0", "after 0", "in 1", "after 1", "swallowed", "catches", "masks"])
+@pytest.mark.parametrize(
+    "place", ["before", "in 0", "after 0", "in 1", "after 1", "swallowed", "catches", "quiet", "masks"]
+)
 def test_a_failure_anywhere_is_everybodys(found, place, who, kind):
     results = [own["rounds"][place, who, kind] for own in found]
     for rank, (result, healthy) in enumerate(results):
@@ -135,6 +137,8 @@ def test_the_hessian_is_that_of_the_mean(found):
         for method, tolerance in (("exact", 1e-12), ("auto", 1e-12), ("finite_difference", 1e-5)):
             assert (own[method] - truth).abs().max() < tolerance * truth.abs().max(), method
             assert torch.equal(own[method], found[0]["curvature"][method])
+            # Differences are not exact; otherwise its check of each product has failed.
+            assert method != "finite_difference" or not torch.allclose(own[method], truth, rtol=1e-12, atol=0)
             assert own[method, "kinked"]  # on the second process alone
         assert "on rank 1 of 2" in own["wrong"] and "could not be replayed" in own["wrong"]
 

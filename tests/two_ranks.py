@@ -101,7 +101,19 @@ def rounds(rank):
     ranks = Ranks.joined("cpu")
     found = {}
     failures = {"error": RuntimeError("no memory"), "unmodelled": Unmodelled("not here")}
-    places = ["before", "in 0", "after 0", "in 1", "after 1", "swallowed", "catches", "masks", "astray", "more"]
+    places = [
+        "before",
+        "in 0",
+        "after 0",
+        "in 1",
+        "after 1",
+        "swallowed",
+        "catches",
+        "quiet",
+        "masks",
+        "astray",
+        "more",
+    ]
     for place, who, kind in product(places, ((0,), (1,), (0, 1)), failures):
         calls = []
 
@@ -129,6 +141,10 @@ def rounds(rank):
                     ranks.any(lambda: breaks("catches") or True, "a question")
                 except (RuntimeError, ValueError):
                     exchange(2)
+            if place == "quiet":  # all meet in the question, and are content
+                with contextlib.suppress(RuntimeError, ValueError):
+                    ranks.any(lambda: breaks("quiet") or True, "a question")
+                return total
             if place == "masks":
                 try:
                     ranks.any(lambda: breaks("masks") or True, "a question")
