@@ -59,11 +59,13 @@ class Ranks:
     def together(self, compute: Callable[[], T]) -> T:
         """A round: ``compute`` succeeds on all ranks, and returns each rank's own result, or it raises on all.
 
+        Inside another round it is a part of that.
+
         Raises:
             Unmeasurable: where it failed on some ranks; its cause on a rank that failed is that rank's own exception.
             Exception: the rank's own, where all failed alike.
         """
-        if self.world == 1:
+        if self.world == 1 or self._round:
             return compute()
         self._round, self._over = True, None
         try:
@@ -73,6 +75,10 @@ class Ranks:
             if self._over is not None:  # caught in ``compute``, but the others have left
                 raise self._over
             return result
+        except Exception as error:
+            if self._over is None or error is self._over:
+                raise
+            raise self._over from error  # it came after the round was over: the others know nothing of it
         finally:
             self._round, self._over = False, None
 

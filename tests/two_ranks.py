@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from zoo import CLASSES, FEATURES, Losses, Model, fit, mlp
 
 from lsp_callbacks import BatchSharpness, Snapshot, StabilityMonitor, StopOnInstability
+from lsp_callbacks.callbacks.adapter import mean_loss
 from lsp_callbacks.operators import hessian
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.unmeasurable import Unmodelled
@@ -100,7 +101,19 @@ def rounds(rank):
     ranks = Ranks.joined("cpu")
     found = {}
     failures = {"error": RuntimeError("no memory"), "unmodelled": Unmodelled("not here")}
-    places = ["before", "in 0", "after 0", "in 1", "after 1", "swallowed", "catches", "astray", "more"]
+    places = [
+        "before",
+        "in 0",
+        "after 0",
+        "in 1",
+        "after 1",
+        "swallowed",
+        "catches",
+        "quiet",
+        "masks",
+        "astray",
+        "more",
+    ]
     for place, who, kind in product(places, ((0,), (1,), (0, 1)), failures):
         calls = []
 
@@ -128,6 +141,17 @@ def rounds(rank):
                     ranks.any(lambda: breaks("catches") or True, "a question")
                 except (RuntimeError, ValueError):
                     exchange(2)
+            if place == "quiet":  # all meet in the question, and are content
+                with contextlib.suppress(RuntimeError, ValueError):
+                    ranks.any(lambda: breaks("quiet") or True, "a question")
+                return total
+            if place == "masks":
+                try:
+                    ranks.any(lambda: breaks("masks") or True, "a question")
+                except (RuntimeError, ValueError):
+                    if rank in who:
+                        raise KeyError("another") from None
+                    raise
             if place == "astray" and rank in who:
                 ranks.first(lambda: 1, "elsewhere")
             total = total + exchange(1)
@@ -142,6 +166,9 @@ def rounds(rank):
             result = (type(error).__name__, str(error), type(error.__cause__).__name__)
         healthy = ranks.together(lambda: ranks.mean(lambda: (torch.tensor([2.0 * rank]),), "numbers")[0]).tolist()
         found[place, who, kind] = (result, healthy)
+    found["nested"] = ranks.together(lambda: ranks.together(lambda: exchange(0)) + exchange(1)).tolist()
+    found["losses"] = [mean_loss(own, ranks) for own in ({"loss": torch.tensor(1.0 + rank)}, torch.tensor(2.0 * rank))]
+    found["no loss"] = mean_loss(None if rank else {"loss": torch.tensor(3.0)}, ranks)
     found["first"] = ranks.first(lambda: {"rank": rank}, "a dictionary")
     found["gather"] = ranks.gather(lambda: rank, "the numbers")
     found["half"] = ranks.mean(lambda: (torch.full((2,), 1.0 + rank / 2, dtype=torch.bfloat16),), "half")[0]

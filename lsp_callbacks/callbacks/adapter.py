@@ -199,10 +199,13 @@ def mean_loss(outputs: Any, ranks: Ranks) -> Any:
         outputs: of the rank's own ``training_step``.
         ranks: all of which call this.
     """
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-    if ranks.world == 1 or not isinstance(loss, Tensor):  # a rank without a loss would have hung DDP before
+    if ranks.world == 1:
         return outputs
-    return ranks.average(loss.detach().float().mean())
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    # All ranks come here, with a loss or without.
+    own = loss.detach().float().mean() if isinstance(loss, Tensor) else torch.zeros((), device=ranks.device)
+    total, share = ranks.average(torch.stack([own, torch.full_like(own, isinstance(loss, Tensor))]))
+    return total / share if isinstance(loss, Tensor) else None
 
 
 def warn_sub_batch(count: int) -> None:

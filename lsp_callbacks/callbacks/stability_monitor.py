@@ -52,8 +52,8 @@ class StabilityMonitor(Callback):
         budget: share of the training cost to spend, by a deterministic model in gradients.
         window: steps in a window of the exponent.
         average: windows in its mean.
-        probe_samples: samples of the batch for sharpness and exponent; None takes the whole batch. The numbers are then
-            those of a sub-batch.
+        probe_samples: samples of the batch (of several processes, of each one's) for sharpness and exponent; None takes
+            the whole batch. The numbers are then those of a sub-batch.
         layers: whose spectral norms to measure: class, glob, predicate or import path; None takes all.
         blocks: the residual blocks, likewise; None finds them.
         log_layers: "all", "summary" (none), or how many of the largest of each kind to log.
