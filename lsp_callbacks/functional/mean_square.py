@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lsp_callbacks.functional.modes import PLAIN, Modes, UpdateRule, drawn_from
 
-#: Step of a slope, in the logarithm of a rate.
-SLOPE = 1e-5
+#: Tolerance of the first eigenvalues of a search.
+LOOSE = 1e-3
 Superoperator = Callable[[Tensor], Tensor]
 
 
@@ -97,29 +97,32 @@ def mean_square_lr(
         return rule.correction / top
     # Below the full-batch edge t is positive, and the mean-square edge lies below it. The quotient <X, D X> / <X, t X>
     # of a fixed X is at most the top eigenvalue: its rate is an upper bound, and of a top eigenvector at a rate that
-    # is e off, one that is e^2 off.
+    # is e off, one that is e^2 off. So the search comes down from above.
     high = gd_critical_lr(modes, rule)
-    log_lr, x, accuracy = math.log(high) - tol, torch.eye(modes.rank, dtype=h.dtype), max(tol, 1e-3)
+    most, x, accuracy = math.log(high) - tol, torch.eye(modes.rank, dtype=h.dtype), max(tol, LOOSE)
+    log_lr = most
     for k in range(100):
         root = _source(h.double(), math.exp(log_lr), rule).rsqrt().to(h)
         top, vector = _top(lambda y: root * d(root * y), x.to(h) / root, accuracy)  # noqa: B023
-        if not math.isfinite(top) or (not k and top <= 1):
-            return high if top <= 1 else math.nan
+        if not math.isfinite(top):
+            return math.nan
+        if not k and top <= 1:
+            return high
+        if top <= 1 - tol:  # a loose eigenvalue has led below
+            log_lr = min(log_lr - 4 * math.log(top), most)
+            continue
         x = (root * vector).double()
 
         def excess(at: float) -> float:
             return math.log(top / float((_source(h.double(), math.exp(at), rule) * x).mul_(x).sum()))  # noqa: B023
 
-        if k:  # one step of Newton's method; it would crawl out of the pole of 1 / t at the full-batch edge
-            now = excess(log_lr)
-            fall = now * SLOPE / (now - excess(log_lr - SLOPE))
-        else:
-            fall = log_lr - _illinois(excess, log_lr, accuracy)
-        log_lr = min(log_lr - fall, math.log(high) - tol)
-        if accuracy == tol and abs(fall) <= 0.1 * tol**0.5:
-            break
-        accuracy = tol if abs(fall) <= 0.03 else accuracy
-    return math.exp(log_lr)
+        upper = _illinois(excess, log_lr, accuracy / 10)
+        fall, log_lr = log_lr - upper, upper
+        if accuracy == tol and fall <= 0.03 * tol**0.5:
+            return math.exp(log_lr)
+        if accuracy > tol and fall <= 0.03:
+            accuracy, log_lr = tol, min(log_lr + 2 * LOOSE, most)
+    return math.nan
 
 
 def gd_critical_lr(modes: Modes, rule: UpdateRule = PLAIN) -> float:
@@ -246,7 +249,8 @@ def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 200) -
             # A Ritz value errs by at most its residual, and by at most the square of that over the gap.
             gap = top - float(values[-2]) if k > 1 else 0.0
             if last or (residual <= tol**0.5 * top and residual**2 <= tol * top * gap):
-                return top, torch.tensordot(vectors[:, -1], torch.stack(basis), 1)
+                vector = torch.tensordot(vectors[:, -1], torch.stack(basis), 1)
+                return top, vector / torch.linalg.vector_norm(vector)  # the basis has lost orthogonality
         basis.append(w.div_(coupling[-1]))
 
 
