@@ -17,7 +17,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lsp_callbacks import report
-from lsp_callbacks.callbacks.adapter import Pending, unmodelled
+from lsp_callbacks.callbacks.adapter import Pending, clipping, unmodelled
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.probing import Probes, population
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
@@ -281,6 +281,7 @@ class _Examiner(Callback):
             snapshot = pending.snapshot(
                 trainer.global_step // steps,
                 trainer.optimizers[0],
+                clipping=clipping(trainer),
                 unmodelled=unmodelled(trainer, pl_module),
                 probes=probes.probe_set(pending),
                 seed=settings.seed,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lsp_callbacks.replay import RandomState, Shadow, copied, replayer
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.snapshot import Clipping, Snapshot, Unmeasurable
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -206,8 +206,6 @@ def unmodelled(trainer: Any, module: Any) -> str | None:
     base = next(
         c for c in type(module).__mro__ if c.__module__.endswith("core.module") and c.__name__ == "LightningModule"
     )
-    if trainer.gradient_clip_val:
-        return f"gradient_clip_val={trainer.gradient_clip_val}: the derivative of clipping is not modelled"
     if trainer.accumulate_grad_batches > 1:
         return f"accumulate_grad_batches={trainer.accumulate_grad_batches}: accumulated steps are not modelled"
     if trainer.world_size > 1:
@@ -218,6 +216,34 @@ def unmodelled(trainer: Any, module: Any) -> str | None:
     if not module.automatic_optimization and len(trainer.optimizers) > 1:
         return "several optimizers take turns: their joint update is not modelled"
     return None
+
+
+def clipping(trainer: Any) -> Clipping | None:
+    """How the trainer clips the gradient after ``on_before_optimizer_step``; None if it does not."""
+    limit = trainer.gradient_clip_val
+    if not limit or limit < 0:
+        return None
+    kind = str(trainer.gradient_clip_algorithm or "norm").lower().rsplit(".")[-1]
+    return Clipping(float(limit), "value" if kind == "value" else "norm")
+
+
+def clipped(trainer: Any, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
+    """Parameters and the gradients that they will have after the step's clipping, to the last bit, by torch's own code.
+
+    Parameters that the optimizer does not hold keep theirs.
+    """
+    module = trainer.lightning_module
+    found = [(p, p.grad.clone()) for p in module.parameters() if p.grad is not None]
+    rule, gradients = clipping(trainer), {id(p): g for p, g in found}
+    if rule is not None:
+        stand_ins = []
+        for p in trainer.precision_plugin.main_params(optimizer):
+            if id(p) in gradients:
+                stand_ins.append(p.detach())
+                stand_ins[-1].grad = gradients[id(p)]
+        clip = nn.utils.clip_grad_norm_ if rule.kind == "norm" else nn.utils.clip_grad_value_
+        clip(stand_ins, rule.limit)
+    return found
 
 
 def warn_sub_batch(count: int) -> None:

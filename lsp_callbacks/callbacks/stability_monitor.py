@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 
-from lsp_callbacks.callbacks.adapter import LossFn, Pending, identical, unmodelled, warn_sub_batch
+from lsp_callbacks.callbacks.adapter import LossFn, Pending, clipped, clipping, identical, unmodelled, warn_sub_batch
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.callbacks.schedule import CriticalRate, Schedule, rate
@@ -150,7 +150,14 @@ class StabilityMonitor(Callback):
         self._unmodelled = unmodelled(trainer, pl_module)
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         self.monitor.require(
-            Snapshot(self.step, pl_module, replay=_never, optimizer=optimizer, unmodelled=self._unmodelled)
+            Snapshot(
+                self.step,
+                pl_module,
+                replay=_never,
+                optimizer=optimizer,
+                clipping=clipping(trainer),
+                unmodelled=self._unmodelled,
+            )
         )
         if self.probe_samples is not None:
             warn_sub_batch(self.probe_samples)
@@ -187,18 +194,19 @@ class StabilityMonitor(Callback):
         pending, self._pending = self._pending, None
         if pending is not None:
             with untouched(pl_module):
-                self._observation = self._observe(pending, optimizer)
+                self._observation = self._observe(trainer, pending, optimizer)
             update = any(quantity.needs_update for quantity in self.monitor.quantities.values())
             if update and pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
-                self._gradients = [(p, p.grad.clone()) for p in pl_module.parameters() if p.grad is not None]
+                self._gradients = clipped(trainer, optimizer)
         if self._updates == 1:
             self.step += 1
         self._spent += time.perf_counter() - began
 
-    def _observe(self, pending: Pending, optimizer: Any) -> Observation | None:
+    def _observe(self, trainer: Any, pending: Pending, optimizer: Any) -> Observation | None:
         snapshot = pending.snapshot(
             self.step,
             optimizer,
+            clipping=clipping(trainer),
             unmodelled=self._unmodelled,
             keep=self.monitor.keeps,
             probes=self.probes.probe_set(pending) if self.probes.wanted else None,
