@@ -128,7 +128,8 @@ def test_a_window_under_way_goes_on_from_its_vectors(name):
     for snapshot in steps(metric, 2 * period):
         if snapshot.step >= period + 2:
             metric.update(snapshot)
-            resumed.update(snapshot)
+            # As in a run of its own: what one has found out about the step does not help the other.
+            resumed.update(replace(snapshot, memo={}))
     assert metric.complete and resumed.complete
     assert same(metric.compute(), resumed.compute())
 

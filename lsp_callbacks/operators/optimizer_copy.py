@@ -63,9 +63,9 @@ class OptimizerCopy:
         for twin, g in zip(self.twins, gradients):
             if id(twin) in moving:
                 twin.grad = None if g is None else g.detach().clone()
-        # Not self.optimizer.step: a scheduler has replaced it by a function that steps the original.
+        # Of the class, without hooks: what a scheduler puts on an instance may be bound to the original.
         step: Any = type(self.optimizer).step
-        step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without hooks
+        step = step.__wrapped__ if getattr(step, "hooked", False) else step
         random_state.restore()
         try:
             step(self.optimizer)
