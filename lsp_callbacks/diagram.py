@@ -18,7 +18,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lsp_callbacks import report
-from lsp_callbacks.callbacks.adapter import pending_step, probe_set, step_loss, unmodelled
+from lsp_callbacks.callbacks.adapter import clipping, pending_step, probe_set, step_loss, unmodelled
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.functional.diagram import StabilityDiagram
@@ -283,6 +283,7 @@ class _Examiner(Callback):
             snapshot = pending.snapshot(
                 trainer.global_step // steps,
                 trainer.optimizers[0],
+                clipping=clipping(trainer),
                 unmodelled=unmodelled(trainer, pl_module),
                 probes=probe_set(trainer, probes, pending),
                 seed=settings.seed,

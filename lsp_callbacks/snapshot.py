@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,44 @@ class Evaluation:
 
     outputs: Tensor
     criterion: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """How a step's gradient is clipped before the optimizer sees it, as by ``torch.nn.utils``.
+
+    By norm ``g -> min(1, limit / (||g|| + 1e-6)) g``, over all parameters of the optimizer together; by value each
+    number to ``[-limit, limit]``.
+
+    Args:
+        limit: the largest norm, or the largest number.
+        kind: "norm" or "value".
+
+    Raises:
+        ValueError: for another kind, or a limit that is not positive.
+    """
+
+    limit: float
+    kind: Literal["norm", "value"] = "norm"
+
+    def __post_init__(self):
+        if self.kind not in ("norm", "value") or not self.limit > 0:
+            raise ValueError(f"Clipping({self.limit!r}, {self.kind!r}): give 'norm' or 'value' and a positive limit")
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """The clipped gradient, from the flat one of all parameters of the optimizer; differentiable."""
+        if self.kind == "value":
+            return gradient.clamp(-self.limit, self.limit)
+        return gradient * (self.limit / (torch.linalg.vector_norm(gradient) + 1e-6)).clamp(max=1.0)
+
+    def factor(self, gradient: Tensor) -> Tensor:
+        """What a small change of the gradient is multiplied with where this step's factor is held fixed.
+
+        By norm one number, by value 1, or 0 where the gradient is clipped.
+        """
+        if self.kind == "value":
+            return (gradient.abs() <= self.limit).to(gradient.dtype)
+        return (self.limit / (torch.linalg.vector_norm(gradient) + 1e-6)).clamp(max=1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +128,8 @@ class Snapshot:
         optimizer: holds the groups and the state *before* the update.
         loss: the step's own loss, against which replays are checked; None takes the first replay's.
         gradient: the step's own gradients by parameter name, unclipped; None where the step had none.
-        unmodelled: why the update is not the optimizer's step on this loss (clipping, accumulation); None if it is.
+        clipping: what is done to the gradient before the optimizer sees it; None leaves it as it is.
+        unmodelled: why the update is not the optimizer's step on this loss (accumulation); None if it is.
         tolerance: relative difference allowed between ``loss`` and its replay; 0 is to the last bit, for the same path.
         keep: which modules' inputs ``calls`` keeps in full, by name and module.
         probes: training samples for the quantities that look at outputs; None where there are none.
@@ -106,6 +145,7 @@ class Snapshot:
     optimizer: torch.optim.Optimizer | None = None
     loss: Tensor | None = None
     gradient: dict[str, Tensor | None] | None = None
+    clipping: Clipping | None = None
     unmodelled: str | None = None
     tolerance: float = 0.0
     keep: Callable[[str, nn.Module], bool] = lambda name, module: False

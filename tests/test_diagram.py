@@ -344,7 +344,6 @@ def test_fewer_samples_than_probes():
     ("settings", "message"),
     [
         ({"accumulate_grad_batches": 2}, "accumulate_grad_batches=2"),
-        ({"gradient_clip_val": 1.0}, "gradient_clip_val=1.0"),
         ({"limit_train_batches": 0}, "no training batch"),
     ],
 )
@@ -443,7 +442,7 @@ def test_the_command_before_training_and_at_a_checkpoint(tmp_path, capsys):
         (["--config", "no.yaml"], 2, "does not exist"),
         (["--config", DIGITS, "--model.lrr", "1"], 2, "'lrr' is not accepted"),
         ([], 2, "required"),
-        (["--config", DIGITS, "--trainer.gradient_clip_val", "1"], 1, "gradient_clip_val"),
+        (["--config", DIGITS, "--trainer.accumulate_grad_batches", "2"], 1, "accumulate_grad_batches"),
         (["--config", DIGITS, "--ckpt", DIGITS], 1, "lsp-callbacks diagram: "),
     ],
 )

@@ -105,8 +105,8 @@ def test_a_budget_gives_a_fixed_period(budget, quantities, period):
 
 def test_what_cannot_be_measured_costs_nothing():
     monitor = Monitor(SpectralNorm(), Sharpness(), budget=0.1)
-    adam = torch.optim.Adam(NET.parameters())
-    with pytest.warns(UserWarning, match="sharpness at step 0.*Adam"):
+    adam = torch.optim.NAdam(NET.parameters())
+    with pytest.warns(UserWarning, match="sharpness at step 0.*NAdam"):
         found = monitor.observe(snapshot(0, adam))
     assert monitor.period == 7 and found.failures.keys() == {"sharpness"}
     assert math.isfinite(found.values["stability/spectral_norm_max"])

@@ -128,7 +128,8 @@ def test_a_window_under_way_goes_on_from_its_vectors(name):
     for snapshot in steps(metric, 2 * period):
         if snapshot.step >= period + 2:
             metric.update(snapshot)
-            resumed.update(snapshot)
+            # As in a run of its own: what one has found out about the step does not help the other.
+            resumed.update(replace(snapshot, memo={}))
     assert metric.complete and resumed.complete
     assert same(metric.compute(), resumed.compute())
 
@@ -216,8 +217,8 @@ def test_quantities_of_one_step_share_their_work():
 def test_what_needs_the_update_map_says_so_before_it_is_measured(name):
     task = problem()
     for measure in (metric_of(name).check, metric_of(name).update):
-        with pytest.raises(Unmeasurable, match="RMSprop"):
-            measure(freeze(task, torch.optim.RMSprop(task.parameters()), probes=probes_of(task)))
+        with pytest.raises(Unmeasurable, match="Rprop"):
+            measure(freeze(task, torch.optim.Rprop(task.parameters()), probes=probes_of(task)))
 
 
 @pytest.mark.parametrize("name", [name for name, quantity in REGISTRY.items() if not quantity.needs_update])

@@ -446,6 +446,10 @@ MEASURED = {
     "weight_norm": lambda: wrapped(parametrizations.weight_norm),
     "momentum": lambda: Model(optimizer=MOMENTUM),
     "nesterov": lambda: Model(optimizer=partial(MOMENTUM, nesterov=True, weight_decay=1e-2)),
+    "adam": lambda: Model(optimizer=partial(torch.optim.Adam, lr=1e-2)),
+    "adamw": lambda: Model(optimizer=partial(torch.optim.AdamW, lr=1e-2)),
+    "rmsprop": lambda: Model(optimizer=partial(torch.optim.RMSprop, lr=1e-2, momentum=0.5)),
+    "adagrad": lambda: Model(optimizer=partial(torch.optim.Adagrad, lr=1e-2)),
     "scheduler": Scheduled,
     "frozen": frozen,
     "tied": tied,
@@ -463,10 +467,7 @@ MEASURED = {
 
 #: Left out before training, with one warning: all that needs the update map. Model, Trainer arguments, the reason.
 LEFT_OUT = {
-    "clip": (lambda: Model(convolutional()), {"gradient_clip_val": 0.1}, "gradient_clip_val"),
-    "adam": (lambda: Model(convolutional(), partial(torch.optim.Adam, lr=1e-2)), {}, "Adam"),
     "lbfgs": (lambda: Model(optimizer=partial(torch.optim.LBFGS, lr=0.1, max_iter=4)), {}, "LBFGS"),
-    "adamw": (lambda: Model(optimizer=partial(torch.optim.AdamW, lr=1e-2)), {}, "AdamW"),
 }
 
 #: NaN with a reason, for everything.

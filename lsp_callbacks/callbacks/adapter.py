@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lsp_callbacks.probes import HOW
 from lsp_callbacks.probing import Probes
 from lsp_callbacks.ranks import Ranks
-from lsp_callbacks.snapshot import ProbeSet, Unmeasurable, Unmodelled
+from lsp_callbacks.snapshot import Clipping, ProbeSet, Unmeasurable, Unmodelled
 from lsp_callbacks.step import PendingStep
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -152,8 +152,6 @@ def unmodelled(trainer: Any, module: Any) -> str | None:
     base = next(
         c for c in type(module).__mro__ if c.__module__.endswith("core.module") and c.__name__ == "LightningModule"
     )
-    if trainer.gradient_clip_val:
-        return f"gradient_clip_val={trainer.gradient_clip_val}: the derivative of clipping is not modelled"
     if trainer.world_size > 1 and not _is("DDPStrategy", trainer.strategy):
         return (
             f"{type(trainer.strategy).__name__} with {trainer.world_size} processes is not modelled: use strategy='ddp'"
@@ -207,6 +205,34 @@ def mean_loss(outputs: Any, ranks: Ranks) -> Any:
     own = loss.detach().float().mean() if isinstance(loss, Tensor) else torch.zeros((), device=ranks.device)
     total, share = ranks.average(torch.stack([own, torch.full_like(own, isinstance(loss, Tensor))]))
     return total / share if isinstance(loss, Tensor) else None
+
+
+def clipping(trainer: Any) -> Clipping | None:
+    """How the trainer clips the gradient after ``on_before_optimizer_step``; None if it does not."""
+    limit = trainer.gradient_clip_val
+    if not limit or limit < 0:
+        return None
+    kind = str(trainer.gradient_clip_algorithm or "norm").lower().rsplit(".")[-1]
+    return Clipping(float(limit), "value" if kind == "value" else "norm")
+
+
+def clipped(trainer: Any, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
+    """Parameters and the gradients that they will have after the step's clipping, to the last bit, by torch's own code.
+
+    Parameters that the optimizer does not hold keep theirs.
+    """
+    module = trainer.lightning_module
+    found = [(p, p.grad.clone()) for p in module.parameters() if p.grad is not None]
+    rule, gradients = clipping(trainer), {id(p): g for p, g in found}
+    if rule is not None:
+        stand_ins = []
+        for p in trainer.precision_plugin.main_params(optimizer):
+            if id(p) in gradients:
+                stand_ins.append(p.detach())
+                stand_ins[-1].grad = gradients[id(p)]
+        clip = nn.utils.clip_grad_norm_ if rule.kind == "norm" else nn.utils.clip_grad_value_
+        clip(stand_ins, rule.limit)
+    return found
 
 
 def warn_sub_batch(count: int) -> None:

@@ -12,6 +12,8 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from lsp_callbacks.callbacks.adapter import (
     LossFn,
+    clipped,
+    clipping,
     mean_loss,
     pending_step,
     probe_set,
@@ -175,6 +177,7 @@ class StabilityMonitor(Callback):
         self._unmodelled = unmodelled(trainer, pl_module)
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         settings: dict[str, Any] = {"unmodelled": self._unmodelled, "sharded": sharded(trainer), "ranks": self._ranks}
+        settings |= {"clipping": clipping(trainer)}
         self.monitor.require(Snapshot(self.step, pl_module, replay=_never, optimizer=optimizer, **settings))
         if self.probe_samples is not None:
             warn_sub_batch(self.probe_samples)
@@ -222,7 +225,7 @@ class StabilityMonitor(Callback):
                 self._observation = self._observe(trainer, pending, optimizer)
             update = any(quantity.needs_update for quantity in self.monitor.quantities.values())
             if update and pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
-                self._gradients = [(p, p.grad.clone()) for p in pl_module.parameters() if p.grad is not None]
+                self._gradients = clipped(trainer, optimizer)
         if self._updates == 1:
             self.step += 1
         self._spent += time.perf_counter() - began
@@ -231,6 +234,7 @@ class StabilityMonitor(Callback):
         snapshot = pending.snapshot(
             self.step,
             optimizer,
+            clipping=clipping(trainer),
             unmodelled=self._unmodelled,
             keep=self.monitor.keeps,
             probes=probe_set(trainer, self.probes, pending) if self.probes.wanted else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce
-from lsp_callbacks.operators.frozen import FrozenRule, frozen_rule
+from lsp_callbacks.operators.frozen import FrozenRule, coupled_decay, frozen_rule, require_gradient
 from lsp_callbacks.operators.tangent_kernel import TangentKernel, tangent_kernel
 from lsp_callbacks.snapshot import ProbeSet, Snapshot, Unmeasurable
 
@@ -52,9 +53,9 @@ def frozen_sgd(
 ) -> FrozenSGD:
     """Linearises a training step on ``range(J^T)``: exact at interpolation, a Gauss-Newton statement elsewhere.
 
-    Learning rates that differ between groups, and Adam's frozen preconditioner, enter as ``Z -> Z D^(1/2)``; rates are
-    those of the group with the largest. Weight decay that differs between parameters is taken at its mean over the
-    trace of K.
+    Learning rates that differ between groups, the frozen preconditioner of Adam, RMSprop or Adagrad, and the factor by
+    which this step's gradient was clipped enter as ``Z -> Z D^(1/2)``; rates are those of the group with the largest.
+    Weight decay that differs between parameters is taken at its mean over the trace of K.
 
     Args:
         snapshot: a step with its optimizer and ``probes``.
@@ -71,7 +72,8 @@ def frozen_sgd(
     probes = snapshot.probes
     if probes is None:
         raise Unmeasurable("no probes are known: pass Snapshot(probes=ProbeSet(...))")
-    rule: FrozenRule = frozen_rule(snapshot)
+    rule = critical_rule(snapshot)
+    require_gradient(snapshot)
     if rule.frozen:
         rule = frozen_rule(snapshot, foreseen=_foreseen(probes))
     generator = generator or snapshot.generator("probes")
@@ -80,8 +82,8 @@ def frozen_sgd(
     )
     trace = sum(kernel.traces.values()) or 1.0
 
-    def mean(decay: dict[str, float]) -> float:
-        return sum(decay[name] * share for name, share in kernel.traces.items()) / trace
+    def mean(decay: Mapping[str, float | Tensor]) -> float:
+        return sum(float(decay[name]) * share for name, share in kernel.traces.items()) / trace
 
     double = all(p.dtype == torch.float64 for p in probes.parameters.values())
     return FrozenSGD(
@@ -100,6 +102,22 @@ def frozen_sgd(
         kernel=kernel,
         frozen=rule.frozen,
     )
+
+
+def critical_rule(snapshot: Snapshot) -> FrozenRule:
+    """The step's `FrozenRule` where it has a critical rate on a Gauss-Newton matrix.
+
+    Raises:
+        Unmeasurable: see `frozen_rule`; for ``maximize``, and for coupled weight decay behind a preconditioner.
+    """
+    rule, decay = frozen_rule(snapshot), coupled_decay(snapshot)
+    if rule.sign < 0:
+        raise Unmeasurable("maximize=True: the Gauss-Newton matrix of a loss that is maximised is not positive")
+    if rule.frozen and (isinstance(decay, Tensor) or decay):
+        raise Unmeasurable(
+            "coupled weight decay is not modelled with a frozen preconditioner: use AdamW's, or leave sgd_stability out"
+        )
+    return rule
 
 
 def _foreseen(probes: ProbeSet) -> dict[str, Tensor]:

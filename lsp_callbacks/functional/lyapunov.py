@@ -10,33 +10,44 @@ from torch import Tensor
 from lsp_callbacks.linalg import LinearOperator, push, spectral_radius
 
 
-def sharp_plane(mode: Tensor, root: Tensor | float, *, has_state: bool) -> Tensor:
-    """The directions to push: ``(v,)`` without momentum; ``(v, 0)`` and ``(0, v / lr)`` with it.
+def sharp_plane(mode: Tensor, root: Tensor | float, *, kick: Tensor | float | None = None, size: int) -> Tensor:
+    """The directions to push: ``(v, 0)`` without momentum; with it also ``(0, m)``, the buffer that displaces by v.
 
-    m is in units of a gradient: so is ``v / lr``, and on a quadratic the plane is invariant whatever the rates.
+    On a quadratic with a fixed preconditioner the plane is invariant whatever the rates. What else the optimizer
+    remembers (second moments) starts at 0 and is pushed along.
 
     Args:
-        mode: unit eigenvector of ``D^1/2 H' D^1/2``, ``(P,)``.
-        root: ``sqrt(lr)``, a number or ``(P,)``; ``v = root * mode``.
-        has_state: whether the step has a momentum buffer.
+        mode: unit eigenvector of ``R^1/2 H' R^1/2``, ``(P,)``.
+        root: ``sqrt(R)``, a number or ``(P,)``; ``v = root * mode``.
+        kick: ``m = kick * mode``, see `lsp_callbacks.functional.Edge`; None without momentum.
+        size: of the whole state, parameters and momentum first.
 
     Returns:
-        ``(1, P)`` or ``(2, 2P)``.
+        ``(1, size)`` or ``(2, size)``.
     """
-    v = root * mode
-    if not has_state:
-        return v[None]
-    zero = torch.zeros_like(v)
-    return torch.stack([torch.cat([v, zero]), torch.cat([zero, _inverse(root) * mode])])
+    n = len(mode)
+    frame = mode.new_zeros(1 if kick is None else 2, size)
+    frame[0, :n] = root * mode
+    if kick is not None:
+        frame[1, n : 2 * n] = kick * mode
+    return frame
 
 
-def plane_exponent(frame: Tensor, log_scale: float, mode: Tensor, root: Tensor | float, steps: int) -> float:
+def plane_exponent(
+    frame: Tensor,
+    log_scale: float,
+    mode: Tensor,
+    root: Tensor | float,
+    steps: int,
+    *,
+    kick: Tensor | float | None = None,
+) -> float:
     """The exponent of a pushed plane, in nats a step.
 
-    Without momentum ``log(||z_w|| / ||z_0||) / w``, in the norm ``||z / root||``. With momentum the growth of a norm
-    over a short window is a transient, positive over half of the *stable* range; so the plane is compressed onto
-    itself, ``P = V0^T A_w ... A_1 V0`` (2 x 2), and ``log rho(P) / w`` is taken. Both are exact on a quadratic for
-    every ``w`` if ``mode`` is the top eigenvector.
+    Without momentum ``log(||v_w / root|| / ||v_0 / root||) / w``. With momentum the growth of a norm over a short
+    window is a transient, positive over half of the *stable* range; so the plane is compressed onto itself, ``P = V0^T
+    A_w ... A_1 V0`` (2 x 2), and ``log rho(P) / w`` is taken. Both are exact on a quadratic with a fixed preconditioner
+    for every ``w`` if ``mode`` is the top eigenvector.
 
     Args:
         frame: `sharp_plane` after the pushes, divided by ``exp(log_scale)``.
@@ -44,12 +55,14 @@ def plane_exponent(frame: Tensor, log_scale: float, mode: Tensor, root: Tensor |
         mode: as given to `sharp_plane`.
         root: as given to `sharp_plane`.
         steps: ``w``.
+        kick: as given to `sharp_plane`.
     """
-    if len(frame) == 1:
-        growth = torch.linalg.vector_norm((_inverse(root) * frame[0]).double())
+    n = len(mode)
+    v = _inverse(root) * frame[:, :n]
+    if kick is None:
+        growth = torch.linalg.vector_norm(v[0].double())
     else:
-        v, m = frame.chunk(2, dim=1)
-        halves = torch.stack([_inverse(root) * v, root * m], dim=1)
+        halves = torch.stack([v, _inverse(kick) * frame[:, n : 2 * n]], dim=1)
         growth = spectral_radius((halves * mode).double().sum(-1))
     return (float(growth.log()) + log_scale) / steps
 
@@ -66,7 +79,9 @@ def rescale(frame: Tensor) -> tuple[Tensor, float]:
     return frame / scale, float(scale.double().log())
 
 
-def sharp_mode_exponent(jacobians: Iterable[LinearOperator], mode: Tensor, *, root: Tensor | float = 1.0) -> float:
+def sharp_mode_exponent(
+    jacobians: Iterable[LinearOperator], mode: Tensor, *, root: Tensor | float = 1.0, kick: Tensor | float | None = None
+) -> float:
     """The exponent of the update map along its sharpest mode over a window.
 
     It is negative below the edge of stability and positive beyond it, where the exponent over all parameters sits at
@@ -74,9 +89,10 @@ def sharp_mode_exponent(jacobians: Iterable[LinearOperator], mode: Tensor, *, ro
     stays at ``log(beta) / 2`` until the edge is reached: read the Courant number for a margin.
 
     Args:
-        jacobians: ``A_1 ... A_w``, of ``P`` or (with momentum) ``2P`` dimensions.
-        mode: unit top eigenvector of the Hessian just before the window, ``(P,)``.
-        root: ``sqrt(lr)`` by parameter where rates differ.
+        jacobians: ``A_1 ... A_w``, of ``P`` dimensions or, with further state, more.
+        mode: unit top eigenvector of ``R^1/2 H' R^1/2`` just before the window, ``(P,)``.
+        root: ``sqrt(R)``, by parameter where rates differ.
+        kick: see `sharp_plane`; None without momentum.
 
     Returns:
         Nats a step; ``1 / exponent`` is the e-folding time in steps. ``-inf`` where a step annihilates the mode.
@@ -98,10 +114,10 @@ def sharp_mode_exponent(jacobians: Iterable[LinearOperator], mode: Tensor, *, ro
     frame: Tensor | None = None
     for jacobian in jacobians:
         if frame is None:
-            frame = sharp_plane(mode, root, has_state=jacobian.shape[1] == 2 * len(mode))
+            frame = sharp_plane(mode, root, kick=kick, size=jacobian.shape[1])
         frame, log = rescale(push(jacobian, frame))
         log_scale += log
         steps += 1
     if frame is None:
         raise ValueError("no step was given: a window needs at least one Jacobian")
-    return plane_exponent(frame, log_scale, mode, root, steps)
+    return plane_exponent(frame, log_scale, mode, root, steps, kick=kick)

@@ -8,8 +8,17 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.linalg import Eigenpair, lanczos
-from lsp_callbacks.operators.curvature import Method, hessian, per_parameter
-from lsp_callbacks.operators.training import SGDRule, decayed_hessian, preconditioned_hessian, update_rule
+from lsp_callbacks.operators.curvature import Method, hessian
+from lsp_callbacks.operators.frozen import (
+    FrozenRule,
+    buffer_rates,
+    coupled_decay,
+    decay_rates,
+    decayed_hessian,
+    frozen_rule,
+    preconditioned_hessian,
+    rates,
+)
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
 
@@ -20,10 +29,12 @@ class Edge:
     Attributes:
         sharpness: ``lambda_max(H)``, algebraic, of the step's loss.
         residual: ``||H v - lambda v|| / |lambda|`` of the pair behind ``courant``, relative.
-        courant: ``lambda_max(D^1/2 H' D^1/2) / c``: 1 is the edge.
+        courant: ``lambda_max(R^1/2 H' R^1/2) / c``: 1 is the edge.
         limit: ``lambda_max(H') / courant``, the sharpness at which the step would be at its edge; NaN at rate 0.
-        mode: unit eigenvector of ``D^1/2 H' D^1/2``, flat.
-        root: ``sqrt(lr)`` of each parameter, which turns ``mode`` into a displacement of the parameters.
+        mode: unit eigenvector of ``R^1/2 H' R^1/2``, flat.
+        top: unit eigenvector of H, flat; the mode itself where R is one number.
+        root: ``sqrt(R)`` of each parameter, which turns ``mode`` into a displacement of the parameters.
+        kick: turns ``mode`` into the momentum buffer that displaces by ``root * mode``; None without momentum.
         products: Hessian products spent.
         converged: whether the residual met the tolerance.
     """
@@ -33,7 +44,9 @@ class Edge:
     courant: Tensor
     limit: Tensor
     mode: Tensor
+    top: Tensor
     root: Tensor | float
+    kick: Tensor | float | None
     products: int
     converged: bool
 
@@ -96,22 +109,43 @@ def stability_constant(momentum: float = 0.0, dampening: float = 0.0, nesterov: 
     return (2 + 2 * momentum) / (1 - dampening)
 
 
+def edge_constant(rule: FrozenRule) -> float:
+    """The `stability_constant` of a rule; decoupled weight decay multiplies it by ``1 - lr wd / 2``.
+
+    With ``v+ = (1 - lr wd) v - R m+``, ``m+ = beta m + (1 - tau) h v`` an eigenvalue is -1 where ``R h (1 - tau) =
+    (2 - lr wd) (1 + beta)``. Of decays that differ the largest is taken: then the step may become unstable a little
+    later than at Courant number 1.
+
+    Raises:
+        Unmeasurable: where the decay alone is unstable.
+    """
+    decay = rule.lr * max(rule.decoupled_decay.values(), default=0.0)
+    if decay >= 2:
+        raise Unmeasurable(f"lr * weight_decay = {decay:.3g} is unstable by itself: it must stay below 2")
+    return stability_constant(rule.momentum, rule.dampening, rule.nesterov) * (1 - decay / 2)
+
+
 def edge(
     snapshot: Snapshot,
     *,
     start: Tensor | None = None,
+    top: Tensor | None = None,
     steps: int = 20,
     tol: float = 1e-3,
     method: Method = "auto",
 ) -> Edge:
-    """Sharpness, its limit, and the Courant number ``lambda_max(D^1/2 H' D^1/2) / c`` of a step.
+    """Sharpness, its limit, and the Courant number ``lambda_max(R^1/2 H' R^1/2) / c`` of a step.
 
-    With one rate and one weight decay everything follows from one Lanczos run on H; otherwise the preconditioned
-    operator gets a run of its own. It holds for full-batch steps; under momentum it is blind to batch noise.
+    R are the effective rates of the parameters: the learning rate times the preconditioner of Adam, AdamW, RMSprop or
+    Adagrad at this step, held fixed, over Adam's bias correction, times the factor by which this step's gradient was
+    clipped, held fixed too. H' is the Hessian with coupled weight decay. With one rate and one weight decay everything
+    follows from one Lanczos run on H; otherwise the preconditioned operator gets a run of its own. It holds for
+    full-batch steps; under momentum it is blind to batch noise.
 
     Args:
         snapshot: a step with its optimizer.
         start: an earlier ``mode``; None starts from the gradient.
+        top: an earlier ``top``, likewise.
         steps: at most this many products a run.
         tol: on the relative residual.
         method: of the Hessian products.
@@ -119,56 +153,48 @@ def edge(
     Raises:
         Unmeasurable: optimizer not modelled, betas that differ between groups, loss that cannot be replayed.
 
-    Source: MATH section 3; Cohen et al. 2021.
+    Source: MATH section 3; Cohen et al. 2021; Cohen et al. 2022 for preconditioned gradients.
     """
-    rule = update_rule(snapshot)
-    constant = common_constant(rule)
-    rates = per_parameter(rule.lr, snapshot)
-    decay = per_parameter(rule.weight_decay, snapshot)
-    maximize = rule.sign[0] < 0
-    if isinstance(rates, Tensor) or isinstance(decay, Tensor):
-        root = rates**0.5 if any(rule.lr) else 1.0
-        own = _top(hessian(snapshot, method=method), snapshot, None, steps, tol, both=maximize)
-        if isinstance(decay, Tensor):
+    rule = frozen_rule(snapshot)
+    constant, maximize = edge_constant(rule), rule.sign < 0
+    rate, decay = rates(snapshot), decay_rates(snapshot)
+    root = rate**0.5 if rule.lr else 1.0
+    if isinstance(rate, Tensor) or isinstance(decay, Tensor):
+        own = _top(hessian(snapshot, method=method), snapshot, top, steps, tol, both=maximize)
+        added = coupled_decay(snapshot)
+        if isinstance(added, Tensor):
             decayed = _top(decayed_hessian(snapshot, method=method), snapshot, None, steps, tol).values[-1]
         else:
-            decayed = (-own.values[0] if maximize else own.values[-1]) + decay
-        operator = preconditioned_hessian(snapshot, method=method)
-        run = _top(operator, snapshot, start, steps, tol)
-        pair, extra = run.pair(-1), len(own.basis)
+            decayed = (-own.values[0] if maximize else own.values[-1]) + added
+        run = _top(preconditioned_hessian(snapshot, method=method), snapshot, start, steps, tol)
+        pair, extra, eigenvector = run.pair(-1), len(own.basis), own.pair(-1).vector
         sharp, courant = own.values[-1], pair.value / constant
     else:
         # lambda_max(-H) is the other end of the same run.
         run = _top(hessian(snapshot, method=method), snapshot, start, steps, tol, both=maximize)
-        pair, extra, root = run.pair(0 if maximize else -1), 0, rates**0.5 or 1.0
-        decayed = (-1 if maximize else 1) * pair.value + decay
-        sharp, courant = run.values[-1], rates * decayed / constant
+        pair, extra = run.pair(0 if maximize else -1), 0
+        eigenvector = pair.vector
+        decayed = rule.sign * pair.value + (decay / rate if rate else coupled_decay(snapshot))
+        sharp, courant = run.values[-1], rate * decayed / constant
     return Edge(
         sharpness=sharp,
         residual=pair.residual / pair.value.abs().clamp_min(torch.finfo(torch.float64).tiny),
         courant=courant,
         limit=decayed / courant,
         mode=pair.vector,
+        top=eigenvector,
         root=root,
+        kick=_kick(root, buffer_rates(snapshot)) if rule.momentum else None,
         products=pair.products + extra,
         converged=pair.converged,
     )
 
 
-def common_constant(rule: SGDRule) -> float:
-    """The `stability_constant` of a step whose parameter groups agree on it.
-
-    Raises:
-        Unmeasurable: if they do not.
-    """
-    betas = set(zip(rule.momentum, rule.dampening, rule.nesterov, rule.sign))
-    if len(betas) > 1:
-        raise Unmeasurable(
-            "parameter groups with different momentum, dampening, nesterov or maximize have no common edge: "
-            "leave the sharpness out, or give all groups the same"
-        )
-    momentum, dampening, nesterov, _ = betas.pop()
-    return stability_constant(momentum, dampening, nesterov)
+def _kick(root: Tensor | float, buffer: Tensor | float) -> Tensor | float:
+    """``root / buffer``, and 0 where the buffer moves nothing."""
+    if isinstance(buffer, Tensor):
+        return torch.where(buffer > 0, root / buffer, 0.0)
+    return root / buffer if buffer else 1.0
 
 
 def _top(operator, snapshot: Snapshot, start: Tensor | None, steps: int, tol: float, both: bool = False):

@@ -21,13 +21,18 @@ def orthonormalise(frame: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor,
 
     Args:
         frame: ``(k, n)``, rows.
-        weight: positive, ``(n,)`` or a number.
+        weight: positive, a number or ``(m,)`` with ``m <= n``: the other columns have no part in the norm, and are
+            carried along by the same combinations of rows.
 
     Returns:
         The frame with ``weight * rows`` orthonormal, and ``log |R_ii|``, ``(k,)`` in float64.
     """
-    q, r = torch.linalg.qr((frame * weight).mT)
-    return q.mT / weight, r.diagonal().abs().double().log()
+    head = frame[:, : len(weight)] if isinstance(weight, Tensor) else frame
+    carried = frame[:, head.shape[1] :]
+    q, r = torch.linalg.qr((head * weight).mT)
+    if carried.shape[1]:
+        carried = torch.linalg.solve_triangular(r.mT, carried, upper=False)
+    return torch.cat([q.mT / weight, carried], dim=1), r.diagonal().abs().double().log()
 
 
 def lyapunov_exponents(

@@ -3,47 +3,57 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import singledispatch
 
 import torch
 from torch import Tensor
 
-from lsp_callbacks.operators.training import rule_of
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.operators.curvature import Method, hessian, per_parameter
+from lsp_callbacks.operators.formulas import decoupled, descent, formula
+from lsp_callbacks.operators.training import group_of, held_mask, known_optimizer
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten, split
+
+Scale = dict[str, float | Tensor]
 
 
 @dataclass(frozen=True)
 class FrozenRule:
-    """``m+ = beta m + (1 - tau) d``, ``theta+ = (1 - lr wd') theta - (lr / c) D m+``, ``d = grad L + wd theta``.
+    """``m+ = beta m + (1 - tau) d``, ``theta+ = (1 - lr wd') theta - (lr / c) D m+``, ``d = kappa grad L + wd theta``.
 
-    One step of an optimizer whose preconditioner D is held fixed: SGD (D is 1) and Adam's family. Freezing D drops what
-    a change of the gradient does to it.
+    One step of an optimizer whose preconditioner D is held fixed: SGD (D is 1), Adam and AdamW, RMSprop and Adagrad.
+    Freezing D drops what a change of the gradient does to it. Clipping is held fixed at the factor kappa that it had in
+    this step: one number by norm; by value 0 for what was clipped, 1 elsewhere. RMSprop takes its momentum after the
+    preconditioner, which is the same linear map with ``D m`` in its buffer.
 
     Attributes:
         lr: the largest rate of the groups.
-        scale: the diagonal of D times each parameter's rate relative to ``lr``; 0 for what does not move.
+        scale: the diagonal of ``kappa D`` times each parameter's rate relative to ``lr``; 0 for what does not move.
         momentum: beta, or Adam's beta1.
         dampening: tau; beta1 for Adam, which averages.
-        nesterov: see `SGDRule`.
-        weight_decay: wd of each parameter, coupled, times its relative rate.
+        nesterov: whether the update is ``d + beta m+`` instead of ``m+``.
+        weight_decay: wd of each parameter, coupled, times the diagonal of D and its relative rate.
         decoupled_decay: wd' of each parameter, as in AdamW, times its relative rate.
+        buffer_scale: how far a unit of the momentum buffer moves each parameter, in units of ``lr / c``.
         correction: c, Adam's bias correction ``1 - beta1^t``.
+        sign: -1 under ``maximize``, where ``grad L`` stands with that sign.
         frozen: whether D is a preconditioner held fixed.
     """
 
     lr: float
-    scale: dict[str, float | Tensor]
+    scale: Scale
     momentum: float
     dampening: float
     nesterov: bool
-    weight_decay: dict[str, float]
+    weight_decay: Scale
     decoupled_decay: dict[str, float]
+    buffer_scale: Scale
     correction: float = 1.0
+    sign: float = 1.0
     frozen: bool = False
 
 
 def frozen_rule(snapshot: Snapshot, *, foreseen: dict[str, Tensor] | None = None) -> FrozenRule:
-    """The step's optimizer with its preconditioner held fixed.
+    """The step's optimizer with its preconditioner and its clipping held fixed.
 
     Args:
         snapshot: a step with its optimizer, before the update.
@@ -51,99 +61,84 @@ def frozen_rule(snapshot: Snapshot, *, foreseen: dict[str, Tensor] | None = None
             infinite there; held fixed, it must at least have met the batch that it is to act on.
 
     Raises:
-        Unmeasurable: no optimizer, one that is not modelled, groups with different betas, ``maximize``, or gradients
-            that are clipped or accumulated.
+        Unmeasurable: no optimizer, one that is not modelled, or groups with different betas.
+
+    Cost: no gradient. Computed once a step where nothing is foreseen.
     """
-    if snapshot.optimizer is None:
-        raise Unmeasurable("no optimizer is known: pass optimizer=... to the Snapshot")
-    if snapshot.unmodelled:
-        raise Unmeasurable(snapshot.unmodelled)
-    return frozen_rule_of(snapshot.optimizer, snapshot, foreseen or {})
+    if foreseen is None:
+        return snapshot.once("frozen rule", lambda: _frozen(snapshot, {}))
+    return _frozen(snapshot, foreseen)
 
 
-@singledispatch
-def frozen_rule_of(optimizer: torch.optim.Optimizer, snapshot: Snapshot, foreseen: dict[str, Tensor]) -> FrozenRule:
-    """Registered for each optimizer that is a fixed linear map of its gradients once its preconditioner is frozen."""
-    raise Unmeasurable(
-        f"the update of {type(optimizer).__name__} is not modelled (torch.optim.SGD, Adam and AdamW are): its critical "
-        "learning rate is left out"
-    )
-
-
-@frozen_rule_of.register
-def _(optimizer: torch.optim.SGD, snapshot: Snapshot, foreseen: dict[str, Tensor]) -> FrozenRule:
-    rule = rule_of(optimizer, snapshot)
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    held = [k for k, p in enumerate(snapshot.parameters.values()) if id(p) in own]
-    betas = {(rule.momentum[k], rule.dampening[k], rule.nesterov[k], rule.sign[k]) for k in held}
-    momentum, dampening, nesterov, sign = _common(betas)
-    if sign < 0:
-        raise Unmeasurable("maximize=True: the Gauss-Newton matrix of a loss that is maximised is not positive")
-    lr, scale = _relative(optimizer, snapshot)
-    moved = dict(zip(snapshot.parameters, rule.moved))
-    return FrozenRule(
-        lr=lr,
-        scale={name: value * moved[name] for name, value in scale.items()},
-        momentum=momentum,
-        dampening=dampening if momentum else 0.0,
-        nesterov=bool(nesterov),
-        weight_decay={name: wd * scale[name] for name, wd in zip(snapshot.parameters, rule.weight_decay)},
-        decoupled_decay=dict.fromkeys(snapshot.parameters, 0.0),
-    )
-
-
-@frozen_rule_of.register
-def _(optimizer: torch.optim.Adam, snapshot: Snapshot, foreseen: dict[str, Tensor]) -> FrozenRule:
-    if type(optimizer).step not in (torch.optim.Adam.step, torch.optim.AdamW.step):
-        raise Unmeasurable(f"{type(optimizer).__name__} overrides Adam.step: its update is not modelled")
-    beta, maximize = _common({(g["betas"][0], g["maximize"]) for g in optimizer.param_groups})
-    if maximize:
-        raise Unmeasurable("maximize=True: the Gauss-Newton matrix of a loss that is maximised is not positive")
-    if any(g["weight_decay"] and not g["decoupled_weight_decay"] for g in optimizer.param_groups):
-        raise Unmeasurable("Adam's coupled weight decay is not modelled with a frozen preconditioner: use AdamW's")
-    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    held = {name: p for name, p in snapshot.parameters.items() if id(p) in group_of}
+def _frozen(snapshot: Snapshot, foreseen: dict[str, Tensor]) -> FrozenRule:
+    optimizer = known_optimizer(snapshot)
+    rule, groups = formula(optimizer), group_of(snapshot)
+    momentum, dampening, nesterov, maximize = _common(optimizer)
     lr, relative = _relative(optimizer, snapshot)
-    scale: dict[str, float | Tensor] = {}
-    first = {name: 1 - beta ** (float(optimizer.state.get(p, {}).get("step", 0)) + 1) for name, p in held.items()}
-    correction = max(first.values(), default=1.0)
+    factors = _clip_factors(snapshot)
+    averages = isinstance(optimizer, torch.optim.Adam)
+    counts = {name: float(optimizer.state.get(p, {}).get("step", 0)) + 1 for name, p in snapshot.parameters.items()}
+    # Adam's bias correction of the momentum; parameters that joined later have one of their own.
+    first = {name: 1 - momentum ** counts[name] if averages else 1.0 for name in counts}
+    correction = max((first[name] for name, group in groups.items() if group is not None), default=1.0)
+    scale: Scale = dict.fromkeys(groups, 0.0)
+    decay: Scale = dict.fromkeys(groups, 0.0)
+    buffer: Scale = dict.fromkeys(groups, 0.0)
     for name, p in snapshot.parameters.items():
-        g = None if snapshot.gradient is None else snapshot.gradient[name]
-        if g is None or id(p) not in group_of:
-            scale[name] = 0.0
+        group, g = groups[name], None if snapshot.gradient is None else snapshot.gradient[name]
+        if group is None or (snapshot.gradient is not None and g is None):
             continue
-        group, state = group_of[id(p)], optimizer.state.get(p, {})
-        t = float(state["step"]) + 1 if state else 1.0
-        beta2 = group["betas"][1]
-        second = (beta2 * state["exp_avg_sq"] if state else 0) + (1 - beta2) * g.detach().square()
-        if group["amsgrad"] and state:
-            second = torch.maximum(second, state["max_exp_avg_sq"])
-        if name in foreseen:
-            second = torch.maximum(second, (1 - beta2) * foreseen[name].square())
-        scale[name] = relative[name] * correction / first[name] / ((second / (1 - beta2**t)).sqrt() + group["eps"])
-    decay = {
-        name: group_of.get(id(p), {"weight_decay": 0.0})["weight_decay"] for name, p in snapshot.parameters.items()
-    }
+        rate = relative[name] * correction / first[name] / (1 + (counts[name] - 1) * float(group.get("lr_decay", 0.0)))
+        inner: float | Tensor = 1.0
+        factor = factors.get(name, 1.0)
+        if rule.second_moment is not None:
+            if g is None:  # before training nothing is known of it
+                continue
+            d = descent(p.detach(), _clipped(snapshot, g, factor), group)
+            nu, share, denominator = rule.second_moment(d, optimizer.state.get(p, {}), group, counts[name])
+            if name in foreseen:
+                nu = torch.maximum(nu, share * _clipped(snapshot, foreseen[name], factor).square())
+            inner = 1 / denominator(nu)
+        scale[name] = factor * inner * rate
+        if group["weight_decay"] and not decoupled(group):
+            decay[name] = float(group["weight_decay"]) * inner * rate
+        buffer[name] = rate if isinstance(optimizer, torch.optim.RMSprop) else inner * rate
     return FrozenRule(
         lr=lr,
         scale=scale,
-        momentum=beta,
-        dampening=beta,
-        nesterov=False,
-        weight_decay=dict.fromkeys(snapshot.parameters, 0.0),
-        decoupled_decay={name: wd * relative[name] for name, wd in decay.items()},
+        momentum=momentum,
+        dampening=dampening if momentum else 0.0,
+        nesterov=nesterov,
+        weight_decay=decay,
+        decoupled_decay={
+            name: relative[name] * float(group["weight_decay"]) if group is not None and decoupled(group) else 0.0
+            for name, group in groups.items()
+        },
+        buffer_scale=buffer,
         correction=correction,
-        frozen=True,
+        sign=-1.0 if maximize else 1.0,
+        frozen=rule.second_moment is not None,
     )
 
 
-def _common(betas: set[tuple]) -> tuple:
+def _common(optimizer: torch.optim.Optimizer) -> tuple[float, float, bool, bool]:
+    rule = formula(optimizer)
+    averages = isinstance(optimizer, torch.optim.Adam)
+    betas = {
+        (
+            rule.momentum(group),
+            rule.momentum(group) if averages else float(group.get("dampening", 0.0)),
+            bool(group.get("nesterov", False)),
+            bool(group["maximize"]),
+        )
+        for group in optimizer.param_groups
+    }
     if len(betas) > 1:
         raise Unmeasurable(
-            "parameter groups with different momentum, dampening, nesterov or maximize have no common critical rate: "
-            "leave sgd_stability out, or give all groups the same"
+            "parameter groups with different momentum, dampening, nesterov or maximize have no common edge and no "
+            "common critical rate: leave sharpness, lyapunov and sgd_stability out, or give all groups the same"
         )
-    return next(iter(betas))
+    return betas.pop()
 
 
 def _relative(optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> tuple[float, dict[str, float]]:
@@ -154,3 +149,109 @@ def _relative(optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> tuple[flo
     top = max(rates.values()) or 1.0
     relative = {name: rates.get(id(p), 0.0) / top for name, p in snapshot.parameters.items()}
     return max(float(g["lr"]) for g in groups), relative
+
+
+def _clip_factors(snapshot: Snapshot) -> Scale:
+    """The factor kappa of each parameter; empty where nothing is clipped."""
+    own = snapshot.flat_gradient
+    if snapshot.clipping is None or own is None:
+        return {}
+    held = held_mask(snapshot)
+    factor = snapshot.clipping.factor(own if held is None else held * own)
+    if factor.ndim == 0:
+        return dict.fromkeys(snapshot.parameters, float(factor))
+    return dict(zip(snapshot.parameters, split(factor, list(snapshot.parameters.values()))))
+
+
+def _clipped(snapshot: Snapshot, g: Tensor, factor: float | Tensor) -> Tensor:
+    clipping = snapshot.clipping
+    g = g.detach()
+    if clipping is None:
+        return g
+    return clipping(g) if clipping.kind == "value" else factor * g
+
+
+def spread(values: Scale, snapshot: Snapshot) -> Tensor | float:
+    """A number or tensor for each trainable parameter as one flat vector; a float where all are one number.
+
+    A parameter without a gradient has no curvature either: any number stands for it.
+    """
+    names = [n for n in values if snapshot.gradient is None or snapshot.gradient[n] is not None] or list(values)
+    if all(isinstance(values[name], float) and values[name] == values[names[0]] for name in names):
+        return values[names[0]]
+    parameters = list(snapshot.parameters.values())
+    full = [torch.as_tensor(x, dtype=p.dtype, device=p.device) for x, p in zip(values.values(), parameters)]
+    return flatten([x.expand_as(p) for x, p in zip(full, parameters)], parameters)
+
+
+def rates(snapshot: Snapshot) -> Tensor | float:
+    """``R = kappa lr D / c``: how far each parameter moves for a unit of its gradient, averaging aside; flat.
+
+    Raises:
+        Unmeasurable: where they depend on a gradient that is not known.
+    """
+    rule = frozen_rule(snapshot)
+    require_gradient(snapshot)
+    return rule.lr / rule.correction * spread(rule.scale, snapshot)
+
+
+def require_gradient(snapshot: Snapshot) -> None:
+    """Refuses a step whose preconditioner or clip factor cannot be told, as its gradient is not known.
+
+    Raises:
+        Unmeasurable: then.
+    """
+    if snapshot.gradient is None and (frozen_rule(snapshot).frozen or snapshot.clipping is not None):
+        raise Unmeasurable(
+            "the preconditioner and the clipping of a step depend on its gradient: pass gradient=... to the Snapshot"
+        )
+
+
+def decay_rates(snapshot: Snapshot) -> Tensor | float:
+    """``lr D wd / c``, the coupled decay in the units of `rates`; flat."""
+    rule = frozen_rule(snapshot)
+    return rule.lr / rule.correction * spread(rule.weight_decay, snapshot)
+
+
+def buffer_rates(snapshot: Snapshot) -> Tensor | float:
+    """How far each parameter moves for a unit of its momentum buffer; flat."""
+    rule = frozen_rule(snapshot)
+    return rule.lr / rule.correction * spread(rule.buffer_scale, snapshot)
+
+
+def coupled_decay(snapshot: Snapshot) -> Tensor | float:
+    """The decay wd of each parameter where it is coupled, over the clip factor before the gradient; flat."""
+    factors = _clip_factors(snapshot)
+    values = [
+        0.0 if group is None or decoupled(group) else float(group["weight_decay"]) / _number(factors.get(name, 1.0))
+        for name, group in group_of(snapshot).items()
+    ]
+    return per_parameter(values, snapshot)
+
+
+def _number(factor: float | Tensor) -> float:
+    return factor if isinstance(factor, float) and factor > 0 else 1.0
+
+
+def decayed_hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
+    """``H' = sign H + wd``: the derivative of what the step moves against, coupled weight decay included.
+
+    Under clipping by norm wd is divided by kappa, as it is added after the clipping.
+    """
+    H, sign, decay = hessian(snapshot, method=method), frozen_rule(snapshot).sign, coupled_decay(snapshot)
+
+    def product(v: Tensor) -> Tensor:
+        return sign * (H @ v) + decay * v
+
+    return LinearOperator(H.shape, product, product, dtype=H.dtype, device=H.device)
+
+
+def preconditioned_hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
+    """``R^(1/2) H' R^(1/2)`` with R the effective `rates`: symmetric, with the eigenvalues of ``R H'``."""
+    H, sign, decay = hessian(snapshot, method=method), frozen_rule(snapshot).sign, decay_rates(snapshot)
+    root = rates(snapshot) ** 0.5
+
+    def product(v: Tensor) -> Tensor:
+        return sign * root * (H @ (root * v)) + decay * v
+
+    return LinearOperator(H.shape, product, product, dtype=H.dtype, device=H.device)

@@ -1,173 +1,265 @@
-"""The Jacobian of one optimizer step. The only place where rates and betas are read."""
+"""The Jacobian of one optimizer step."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import singledispatch
+from typing import Any, Literal
 
 import torch
+import torch.autograd.forward_ad as forward
 from torch import Tensor
 
 from lsp_callbacks.linalg import LinearOperator
-from lsp_callbacks.operators.curvature import Method, hessian, per_parameter
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.operators.curvature import Method, hessian
+from lsp_callbacks.operators.formulas import Formula, Group, State, formula, formula_of
+from lsp_callbacks.operators.own_step import own_step_jacobian, require_smooth
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten
+
+Path = Literal["exact", "finite_difference_of_step"]
 
 
-@dataclass(frozen=True)
-class SGDRule:
-    """``m+ = beta m + (1 - tau) d``, ``theta+ = theta - eta m+`` with ``d = sign grad L + wd theta``.
-
-    Each field has one entry for each trainable parameter tensor, in the order of ``snapshot.parameters``.
-
-    Attributes:
-        lr: eta; 0 for a parameter that the optimizer does not hold.
-        momentum: beta.
-        dampening: tau.
-        weight_decay: wd, coupled.
-        nesterov: whether the update is ``d + beta m+`` instead of ``m+``.
-        sign: -1 under ``maximize``.
-        started: whether the momentum buffer exists; PyTorch's first buffer is d itself, without dampening.
-        moved: whether the parameter has a gradient in this step; the optimizer passes over the others.
-    """
-
-    lr: list[float]
-    momentum: list[float]
-    dampening: list[float]
-    weight_decay: list[float]
-    nesterov: list[bool]
-    sign: list[float]
-    started: list[bool]
-    moved: list[bool]
-
-    @property
-    def has_state(self) -> bool:
-        """Whether the step moves a momentum buffer beside the parameters."""
-        return any(self.momentum)
-
-
-def update_rule(snapshot: Snapshot) -> SGDRule:
-    """What the step's optimizer does with its gradient.
+def known_optimizer(snapshot: Snapshot) -> torch.optim.Optimizer:
+    """The step's optimizer.
 
     Raises:
-        Unmeasurable: no optimizer, one that is not modelled, or gradients that are clipped or accumulated.
+        Unmeasurable: if there is none, or the step is not that of the optimizer on the step's loss.
     """
     if snapshot.optimizer is None:
         raise Unmeasurable("no optimizer is known: pass optimizer=... to the Snapshot")
     if snapshot.unmodelled:
         raise Unmeasurable(snapshot.unmodelled)
-    return rule_of(snapshot.optimizer, snapshot)
+    return snapshot.optimizer
 
 
-@singledispatch
-def rule_of(optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> SGDRule:
-    """Registered for each optimizer whose step is modelled; subclasses with a step of their own are refused."""
-    raise Unmeasurable(
-        f"the update of {type(optimizer).__name__} is not modelled (torch.optim.SGD is): "
-        "its sharpness limit and exponent are left out"
+def group_of(snapshot: Snapshot) -> dict[str, Group | None]:
+    """The options that each trainable parameter has in this very step; None for what the optimizer does not hold."""
+    optimizer = known_optimizer(snapshot)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    return {name: groups.get(id(p)) for name, p in snapshot.parameters.items()}
+
+
+def tangent_path(snapshot: Snapshot) -> Path:
+    """How `step_jacobian` finds the derivative of the step's optimizer.
+
+    Raises:
+        Unmeasurable: where it cannot; replays nothing.
+    """
+    optimizer = known_optimizer(snapshot)
+    if formula_of(optimizer) is not None:
+        formula(optimizer)
+        return "exact"
+    require_smooth(optimizer, snapshot.generator("own step"))
+    return "finite_difference_of_step"
+
+
+def clipped_gradient(snapshot: Snapshot) -> Tensor:
+    """What the optimizer sees, flat: the step's gradient after its clipping, 0 where a parameter has none."""
+    return snapshot.once("clipped gradient", lambda: _clip(snapshot)(_own_gradient(snapshot)))
+
+
+def _own_gradient(snapshot: Snapshot) -> Tensor:
+    return (
+        snapshot.flat_gradient
+        if snapshot.flat_gradient is not None
+        else snapshot.once("gradient", lambda: _replayed(snapshot))
     )
 
 
-@rule_of.register
-def _(optimizer: torch.optim.SGD, snapshot: Snapshot) -> SGDRule:
-    if type(optimizer).step is not torch.optim.SGD.step:
-        raise Unmeasurable(f"{type(optimizer).__name__} overrides SGD.step: its update is not modelled")
-    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    # What another optimizer holds does not move in this step, and has no say in its betas.
-    absent = {**optimizer.param_groups[0], "lr": 0.0, "weight_decay": 0.0}
-    groups = [group_of.get(id(p), absent) for p in snapshot.parameters.values()]
-    gradient = snapshot.gradient
-    return SGDRule(
-        lr=[float(g["lr"]) for g in groups],
-        momentum=[float(g["momentum"]) for g in groups],
-        dampening=[float(g["dampening"]) for g in groups],
-        weight_decay=[float(g["weight_decay"]) for g in groups],
-        nesterov=[bool(g["nesterov"]) for g in groups],
-        sign=[-1.0 if g["maximize"] else 1.0 for g in groups],
-        started=[optimizer.state.get(p, {}).get("momentum_buffer") is not None for p in snapshot.parameters.values()],
-        moved=[gradient is None or gradient[name] is not None for name in snapshot.parameters],
-    )
+def _replayed(snapshot: Snapshot) -> Tensor:
+    parameters = list(snapshot.parameters.values())
+
+    def own() -> tuple[Tensor]:
+        with torch.enable_grad():
+            found = torch.autograd.grad(snapshot.replay(), parameters, allow_unused=True)
+        return (flatten(found, parameters).detach(),)
+
+    return snapshot.ranks.mean(own, "the replayed gradient")[0]
 
 
-def decayed_hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
-    """``H' = sign H + wd``: the derivative of what SGD moves against, coupled weight decay included."""
-    rule, H = update_rule(snapshot), hessian(snapshot, method=method)
-    sign, decay = per_parameter(rule.sign, snapshot), per_parameter(rule.weight_decay, snapshot)
-
-    def product(v: Tensor) -> Tensor:
-        return sign * (H @ v) + decay * v
-
-    if isinstance(sign, Tensor):
-        raise Unmeasurable("some parameter groups maximize and others minimize: H' is not symmetric")
-    return LinearOperator(H.shape, product, product, dtype=H.dtype, device=H.device)
+def _clip(snapshot: Snapshot) -> Callable[[Tensor], Tensor]:
+    clipping = snapshot.clipping
+    if clipping is None:
+        return lambda g: g
+    held = held_mask(snapshot)
+    return lambda g: clipping(g if held is None else held * g)
 
 
-def preconditioned_hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
-    """``D^(1/2) H' D^(1/2)`` with D the per-parameter learning rates: symmetric, with the eigenvalues of ``D H'``."""
-    root = per_parameter(update_rule(snapshot).lr, snapshot) ** 0.5
-    H = decayed_hessian(snapshot, method=method)
+def held_mask(snapshot: Snapshot) -> Tensor | None:
+    """1 where the optimizer holds a parameter, 0 elsewhere, flat; None if it holds all."""
+    groups = group_of(snapshot).values()
+    if all(group is not None for group in groups):
+        return None
+    parameters = list(snapshot.parameters.values())
+    return flatten([None if g is None else torch.ones_like(p) for g, p in zip(groups, parameters)], parameters)
 
-    def product(v: Tensor) -> Tensor:
-        return root * (H @ (root * v))
 
-    return LinearOperator(H.shape, product, product, dtype=H.dtype, device=H.device)
+@dataclass(frozen=True)
+class _Part:
+    """Parameters with the same options and the same history: one call of the formula moves them all.
+
+    Attributes:
+        ranges: where they lie in the flat vector.
+        group: their options; None where nothing moves.
+        t: number of this step for them.
+        present: tensors of their state that are there already.
+    """
+
+    ranges: list[tuple[int, int]]
+    group: Group | None
+    t: float
+    present: tuple[str, ...]
+
+    def of(self, flat: Tensor) -> Tensor:
+        pieces = [flat[a:b] for a, b in self.ranges]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def write(self, flat: Tensor, values: Tensor) -> None:
+        for (a, b), piece in zip(self.ranges, values.split([b - a for a, b in self.ranges])):
+            flat[a:b] = piece
 
 
 def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
-    """``A_t``, the derivative of one SGD step with respect to its state.
+    """``A_t``, the derivative of one step of the real optimizer with respect to its parameters and its state.
 
-    Without momentum the state is ``v`` (a displacement of the parameters): ``v+ = v - eta H' v``. With momentum it
-    is ``(v, m)``, m in units of a gradient: ``m+ = beta m + (1 - tau) H' v`` (``m+ = H' v`` in the first step),
-    ``v+ = v - eta m+``; Nesterov ``v+ = v - eta (H' v + beta m+)``. Parameters without a gradient do not move.
+    The state is ``z = (v, s_1, ...)``: a displacement v of the parameters, then one block for each float tensor of the
+    optimizer's state, see `state_blocks`, P numbers each. An optimizer without couplings is an elementwise map
+    ``(theta, g, s) -> (theta', s')``, here differentiated in forward mode along ``(v, dg, ds)``, with ``dg = H v``
+    after the derivative of the clipping, ``kappa (I - g g^T / ||g||^2) H v`` where it is by norm and active. Nothing is
+    frozen. Parameters without a gradient, and those that the optimizer does not hold, stay as they are; a state
+    tensor that is not there before the step has no derivative. Where nu is 0 see `operators.formulas.root`.
+
+    Any other optimizer: see `operators.own_step.own_step_jacobian`; its blocks have sizes of their own.
 
     Args:
         snapshot: a step, with its optimizer before the update.
         method: of the Hessian products.
 
     Returns:
-        An operator of shape ``(P, P)``, or ``(2P, 2P)`` with momentum. It has no adjoint.
+        A square operator. It has no adjoint.
 
     Raises:
-        Unmeasurable: see `update_rule`.
+        Unmeasurable: no optimizer, a step that is not modelled, or one without a derivative.
 
-    Cost: one Hessian product; none for ``v = 0``. Source: MATH section 1; torch.optim.SGD.
+    Cost: one Hessian product; none for ``v = 0``. A copy of parameters, gradient and state. Source: MATH section 1;
+    torch.optim.
     """
-    rule, H = update_rule(snapshot), hessian(snapshot, method=method)
-
-    def spread(values: list) -> Tensor | float:
-        return per_parameter([float(x) for x in values], snapshot)
-
-    lr = spread([eta * moved for eta, moved in zip(rule.lr, rule.moved)])
-    sign, decay = spread(rule.sign), spread(rule.weight_decay)
-    # Where a parameter does not move, its buffer stays: m+ = 1 m + 0 d.
-    beta = spread([b if moved else 1.0 for b, moved in zip(rule.momentum, rule.moved)])
-    # The first buffer is d itself; without momentum m+ = d stands for the step.
-    gain = spread(
-        [
-            0.0 if not moved else 1.0 - t * (started and b > 0)
-            for t, started, b, moved in zip(rule.dampening, rule.started, rule.momentum, rule.moved)
-        ]
-    )
-    keep = spread([float(started or not moved) for started, moved in zip(rule.started, rule.moved)])
-    nesterov = spread([n and b > 0 for n, b in zip(rule.nesterov, rule.momentum)])
+    optimizer = known_optimizer(snapshot)
+    H = hessian(snapshot, method=method)
     n = H.shape[0]
+    own = clipped_gradient(snapshot)
+    if formula_of(optimizer) is None:
+        return own_step_jacobian(snapshot, lambda v: _gradient_change(snapshot, H @ v), own)
+    rule, blocks = formula(optimizer), state_blocks(snapshot)
+    parameters = list(snapshot.parameters.values())
+    theta = flatten(parameters, parameters).detach()
+    states = {name: flatten([_state(optimizer, p).get(name) for p in parameters], parameters) for name in blocks}
+    states = {name: state.detach().to(theta.dtype) for name, state in states.items()}
+    parts = _parts(snapshot, blocks)
 
     def step(z: Tensor) -> Tensor:
-        v = z[:n]
-        d = sign * (H @ v) + decay * v
-        if not rule.has_state:
-            return v - lr * d
-        m = keep * beta * z[n:] + gain * d
-        return torch.cat([v - lr * (nesterov * (d + beta * m) + (1 - nesterov) * m), m])
+        v, *tangents = z.split(n)
+        change = _gradient_change(snapshot, H @ v)
+        moved = dict(zip(blocks, tangents))
+        new_v, new = v.clone(), {name: torch.zeros_like(v) for name in blocks}
+        for part in parts:
+            known = {name: part.of(moved[name]) for name in part.present}
+            if part.group is None:
+                for name, value in known.items():
+                    part.write(new[name], value)
+                continue
+            before = {name: part.of(states[name]) for name in part.present}
+            pushed = _push(rule, part, (part.of(theta), part.of(own), before), (part.of(v), part.of(change), known))
+            part.write(new_v, pushed[0])
+            for name, value in pushed[1].items():
+                part.write(new[name], value)
+        return torch.cat([new_v, *new.values()])
 
-    size = 2 * n if rule.has_state else n
+    size = (1 + len(blocks)) * n
     return LinearOperator((size, size), step, dtype=H.dtype, device=H.device)
 
 
-def state_weight(snapshot: Snapshot) -> Tensor | float:
-    """Weights ``(1, eta)`` of the norm ``||(v, eta m)||``, in which both halves are displacements."""
-    rule = update_rule(snapshot)
-    if not rule.has_state:
-        return 1.0
-    like = torch.cat([p.detach().reshape(-1) for p in snapshot.parameters.values()])
-    rate = per_parameter([eta or 1.0 for eta in rule.lr], snapshot)
-    return torch.cat([torch.ones_like(like), torch.as_tensor(rate).to(like).expand_as(like)])
+def _push(rule: Formula, part: _Part, at: tuple, along: tuple) -> tuple[Tensor, State]:
+    assert part.group is not None
+    with torch.no_grad(), forward.dual_level():
+        theta, g = (forward.make_dual(x, dx) for x, dx in zip(at[:2], along[:2]))
+        state = {name: forward.make_dual(x, along[2][name]) for name, x in at[2].items()}
+        new_theta, new_state = rule.step(theta, g, state, part.group, part.t)
+        return _tangent(new_theta), {name: _tangent(x) for name, x in new_state.items()}
+
+
+def _tangent(x: Tensor) -> Tensor:
+    primal, tangent = forward.unpack_dual(x)
+    return torch.zeros_like(primal) if tangent is None else tangent
+
+
+def _gradient_change(snapshot: Snapshot, change: Tensor) -> Tensor:
+    """What a change of the gradient becomes by the clipping."""
+    if snapshot.clipping is None:
+        return change
+    with torch.no_grad(), forward.dual_level():
+        return _tangent(_clip(snapshot)(forward.make_dual(_own_gradient(snapshot), change)))
+
+
+def _state(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
+    # Not optimizer.state[p], which would create an entry.
+    return optimizer.state.get(p, {})
+
+
+def _parts(snapshot: Snapshot, blocks: tuple[str, ...]) -> list[_Part]:
+    optimizer, groups = known_optimizer(snapshot), group_of(snapshot)
+    rule, end = formula(optimizer), 0
+    found: dict[tuple, _Part] = {}
+    for name, p in snapshot.parameters.items():
+        start, end = end, end + p.numel()
+        group, state = groups[name], _state(optimizer, p)
+        still = group is None or (snapshot.gradient is not None and snapshot.gradient[name] is None)
+        wanted = blocks if still or group is None else rule.blocks(group)
+        present = tuple(block for block in wanted if state.get(block) is not None)
+        t = float(state.get("step", 0.0)) + 1
+        key = (None if still else id(group), t, present)
+        part = found.setdefault(key, _Part([], None if still else group, t, present))
+        if part.ranges and part.ranges[-1][1] == start:
+            part.ranges[-1] = (part.ranges[-1][0], end)
+        else:
+            part.ranges.append((start, end))
+    return list(found.values())
+
+
+def state_blocks(snapshot: Snapshot) -> tuple[str, ...]:
+    """The float tensors of the optimizer's state that the step moves beside the parameters.
+
+    SGD ``momentum_buffer``; Adam ``exp_avg, exp_avg_sq, max_exp_avg_sq``; RMSprop ``momentum_buffer, square_avg,
+    grad_avg``; Adagrad ``sum``: those that the options of any parameter group ask for, the momentum first.
+
+    Raises:
+        Unmeasurable: no optimizer, or one without a formula.
+    """
+    optimizer = known_optimizer(snapshot)
+    rule = formula(optimizer)
+    names = dict.fromkeys(block for group in optimizer.param_groups for block in rule.blocks(group))
+    return tuple(sorted(names, key=lambda name: name not in ("momentum_buffer", "exp_avg")))
+
+
+def state_weight(snapshot: Snapshot, jacobian: LinearOperator) -> Tensor:
+    """Weights ``(1, r)`` of the norm ``||(v, r m)||``: r is how far a unit of the momentum buffer moves a parameter.
+
+    Args:
+        snapshot: the step.
+        jacobian: its `step_jacobian`.
+
+    Returns:
+        ``(P,)``, or ``(2P,)`` where there is momentum: what else the optimizer remembers has no part in the norm. r is
+        1 where the buffer moves nothing in this step.
+
+    Cost: no gradient.
+    """
+    optimizer = known_optimizer(snapshot)
+    rule = formula_of(optimizer)
+    n = sum(p.numel() for p in snapshot.parameters.values())
+    unit = torch.zeros(jacobian.shape[1], dtype=jacobian.dtype, device=jacobian.device)
+    if rule is None or not any(map(rule.momentum, optimizer.param_groups)):
+        return torch.ones_like(unit[:n])
+    unit[n : 2 * n] = 1.0
+    reach = (jacobian @ unit)[:n].abs()
+    return torch.cat([torch.ones_like(reach), torch.where(reach > 0, reach, 1.0)])

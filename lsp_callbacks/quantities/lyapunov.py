@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_plane
-from lsp_callbacks.functional.sharpness import common_constant
+from lsp_callbacks.functional.sharpness import edge_constant
 from lsp_callbacks.functional.statistics import batch_means, student_bounds
-from lsp_callbacks.linalg import orthonormalise, push
+from lsp_callbacks.linalg import LinearOperator, orthonormalise, push
 from lsp_callbacks.operators.curvature import Method, product_cost, resolved
-from lsp_callbacks.operators.training import state_weight, step_jacobian, update_rule
+from lsp_callbacks.operators.frozen import frozen_rule
+from lsp_callbacks.operators.training import Path, state_blocks, state_weight, step_jacobian, tangent_path
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.sharpness import edge_cost, measured_edge
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
@@ -30,7 +31,7 @@ class _Windowed(Quantity):
         self._frame: dict[str, Any] = {}
 
     def check(self, snapshot: Snapshot) -> None:
-        update_rule(snapshot)
+        tangent_path(snapshot)
 
     def _continues(self, snapshot: Snapshot) -> bool:
         """Whether the snapshot is the next step of the window under way."""
@@ -46,10 +47,11 @@ class _Windowed(Quantity):
 class Lyapunov(_Windowed):
     """The *sharp-mode* exponent of the real update map, in nats per optimizer step.
 
-    One step aligns a direction v with the top algebraic eigenvector of the Hessian; the next ``window`` steps push it
-    (with momentum: the plane of ``(v, 0)`` and ``(0, v / lr)``) through the derivative of the real update, on the same
-    batches, masks, rates and momentum. The value is the mean of the last ``average`` windows with one-sided 90 %
-    Student bounds.
+    One step aligns a direction v with the top algebraic eigenvector of the (preconditioned) Hessian; the next
+    ``window`` steps push it (with momentum: the plane of ``(v, 0)`` and ``(0, m)``, m the buffer that displaces by v)
+    through the derivative of the real update, on the same batches, masks, rates, momentum and clipping. The second
+    moments of Adam, AdamW, RMSprop and Adagrad are pushed along: nothing is frozen. The value is the mean of the last
+    ``average`` windows with one-sided 90 % Student bounds.
 
     It is negative below the edge of stability. A positive value says that the linearised update amplifies: healthy
     full-batch training lives there for long stretches, so take it as an event, and stop when the loss confirms it. It
@@ -82,14 +84,15 @@ class Lyapunov(_Windowed):
                 raise ValueError(f"{argument}={value}: give a whole number of at least 1")
         self.window, self.average = window, average
         self._mode: Tensor | None = None
+        self._top: Tensor | None = None
         self.add_state("windows", default=torch.empty(0, dtype=torch.float64), persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
-        common_constant(update_rule(snapshot))  # the alignment needs an edge
+        edge_constant(frozen_rule(snapshot))  # the alignment needs an edge
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         method = resolved(snapshot, self.method)
-        vectors = 2 if update_rule(snapshot).has_state else 1
+        vectors = 2 if frozen_rule(snapshot).momentum else 1
         window = self.window * product_cost(method, vectors) - product_cost(method, vectors) + product_cost(method, 1)
         return {**edge_cost(snapshot, method), "window": window}
 
@@ -97,12 +100,13 @@ class Lyapunov(_Windowed):
         """Aligns, or pushes through one more step; a gap in the steps starts again."""
         self.complete = False
         if not self._continues(snapshot):
-            found = measured_edge(snapshot, self._mode, self.method)
-            self._mode = found.mode
-            has_state = update_rule(snapshot).has_state
+            found = measured_edge(snapshot, self._mode, self._top, self.method)
+            self._mode, self._top = found.mode, found.top
+            size = (1 + len(state_blocks(snapshot))) * len(found.mode)
             self._frame = {
-                "frame": sharp_plane(found.mode, found.root, has_state=has_state),
+                "frame": sharp_plane(found.mode, found.root, kick=found.kick, size=size),
                 "root": found.root,
+                "kick": found.kick,
                 "method": resolved(snapshot, self.method),
                 "log": 0.0,
                 "count": 0,
@@ -115,7 +119,8 @@ class Lyapunov(_Windowed):
             self._frame |= {"frame": frame, "log": log, "count": count, "step": snapshot.step}
             return
         assert self._mode is not None
-        exponent = plane_exponent(frame, log, self._mode, self._frame["root"], count)
+        root, kick = self._frame["root"], self._frame["kick"]
+        exponent = plane_exponent(frame, log, self._mode, root, count, kick=kick)
         self._frame = {}
         if math.isnan(exponent):  # one such window would hide the next ones
             raise Unmeasurable("the pushed direction is not finite: the weights or the loss have overflowed")
@@ -131,11 +136,11 @@ class Lyapunov(_Windowed):
         return values
 
     def vectors(self) -> dict[str, Any]:
-        return super().vectors() | ({} if self._mode is None else {"mode": self._mode})
+        return super().vectors() | ({} if self._mode is None else {"mode": self._mode, "top": self._top})
 
     def load_vectors(self, vectors: dict[str, Any]) -> None:
         vectors = dict(vectors)
-        self._mode = vectors.pop("mode", None)
+        self._mode, self._top = vectors.pop("mode", None), vectors.pop("top", None)
         super().load_vectors(vectors)
 
 
@@ -145,7 +150,11 @@ class LyapunovTrajectory(_Windowed):
     A random frame is pushed through ``transient`` steps unrecorded and ``window`` steps recorded, with a QR at each.
     Over all parameters of an overparameterised model the leading exponent is held at 0 or just above by directions that
     no sample sees: in healthy training 1e-4 to 1e-3. It is a finite-time number; its error is by batch means over the
-    recorded steps.
+    recorded steps. The norm is that of ``(v, r m)``, both displacements of the parameters, see
+    `lsp_callbacks.operators.state_weight`; second moments are pushed along.
+
+    An optimizer whose formula is not known is differentiated by finite differences of its own ``step`` on copies;
+    `path` then ends with "finite difference of step".
 
     Args:
         k: how many exponents.
@@ -174,6 +183,7 @@ class LyapunovTrajectory(_Windowed):
                 f"k={k}, transient={transient}, window={window}: need k >= 1, transient >= 0, window >= 40"
             )
         self.k, self.prepare, self.window = k, transient, window
+        self._tangent: Path = "exact"
         self.add_state("growth", default=torch.empty(0, k, dtype=torch.float64), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
@@ -185,21 +195,33 @@ class LyapunovTrajectory(_Windowed):
         self.complete = False
         going = self._continues(snapshot)
         method = self._frame["method"] if going else resolved(snapshot, self.method)
-        jacobian, weight = step_jacobian(snapshot, method=method), state_weight(snapshot)
+        tangent = self._tangent if going else tangent_path(snapshot)
+        jacobian = step_jacobian(snapshot, method=method)
+        weight = state_weight(snapshot, jacobian)
         if going:
             frame, logs = self._frame["frame"], self._frame["logs"]
         else:
-            generator = snapshot.generator(self.name)
-            frame = torch.randn(self.k, jacobian.shape[1], generator=generator, dtype=jacobian.dtype)
-            frame, logs = orthonormalise(frame.to(jacobian.device), weight)[0], []
+            frame, logs = orthonormalise(self._start(snapshot, jacobian, weight), weight)[0], []
         frame, log = orthonormalise(push(jacobian, frame), weight)
-        logs = [*logs, log.cpu()]
+        logs, self._tangent = [*logs, log.cpu()], tangent
         if len(logs) < self.prepare + self.window:
             self._frame = {"frame": frame, "logs": logs, "step": snapshot.step, "method": method}
             return
         self._frame = {}
         self.growth = torch.stack(logs[self.prepare :])
         self.complete = True
+
+    def path(self, snapshot: Snapshot) -> str:
+        products = super().path(snapshot)
+        return products if self._tangent == "exact" else f"{products}, finite difference of step"
+
+    def _start(self, snapshot: Snapshot, jacobian: LinearOperator, weight: Tensor) -> Tensor:
+        """Random displacements; what is no displacement starts at 0."""
+        generator = snapshot.generator(self.name)
+        frame = torch.zeros(self.k, jacobian.shape[1], dtype=jacobian.dtype, device=jacobian.device)
+        random = torch.randn(self.k, len(weight), generator=generator, dtype=jacobian.dtype)
+        frame[:, : len(weight)] = random.to(jacobian.device) / weight
+        return frame
 
     def compute(self) -> dict[str, Tensor]:
         """The exponents of the last window."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.functional.diagram import StabilityDiagram, critical_lr, stability_diagram
-from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
+from lsp_callbacks.functional.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.functional.mean_square import second_moment_exponent
 from lsp_callbacks.functional.modes import UpdateRule, regularity
 from lsp_callbacks.functional.sgd_stability import (
@@ -19,7 +19,6 @@ from lsp_callbacks.functional.sgd_stability import (
     sgd_exponent,
     sum_of_exponents,
 )
-from lsp_callbacks.operators.frozen import frozen_rule
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.sgd_diagram import diagram_around, draw, matplotlib
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
@@ -45,8 +44,9 @@ class SGDStability(Quantity):
     From the Gram matrix K of per-sample output gradients at a probe set, the optimizer's momentum and the loader's
     batch size: the top exponent ``lambda`` of the random product of steps frozen at the current weights, the smallest
     rate at which it turns positive, and the largest at which the second moment is bounded. Unlike sharpness it sees
-    batch noise, with momentum too. Adam and AdamW are taken with their preconditioner frozen. It is a statement of
-    *linear* stability, of the Gauss-Newton matrix, in eval mode: BatchNorm by its running statistics, no dropout.
+    batch noise, with momentum too. Adam, AdamW, RMSprop and Adagrad are taken with their preconditioner frozen. It is a
+    statement of *linear* stability, of the Gauss-Newton matrix, in eval mode: BatchNorm by its running statistics, no
+    dropout.
 
     Near 1 is where good training often lives. When it stays above 1 and the loss does not fall: lower the learning
     rate, or take larger batches; `diagram` says which rate each batch size can bear.
@@ -128,7 +128,7 @@ class SGDStability(Quantity):
         self.add_state("first_loss", default=scalar(math.nan), persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
-        frozen_rule(snapshot)
+        critical_rule(snapshot)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         """Passes over the probes, and the random products, in the gradients of one step."""

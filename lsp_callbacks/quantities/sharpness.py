@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsp_callbacks.functional.sharpness import Edge, common_constant, edge
+from lsp_callbacks.functional.sharpness import Edge, edge, edge_constant
 from lsp_callbacks.operators.curvature import Method, product_cost, resolved
-from lsp_callbacks.operators.training import update_rule
+from lsp_callbacks.operators.frozen import coupled_decay, decay_rates, frozen_rule, rates
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.snapshot import Snapshot
 
@@ -18,28 +18,30 @@ WARM, COLD = 4, 12
 TOLERANCE = 0.05
 
 
-def measured_edge(snapshot: Snapshot, start: Tensor | None, method: Method) -> Edge:
+def measured_edge(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method) -> Edge:
     """The step's `Edge`, computed once for all quantities that align with it."""
     steps = COLD if start is None else WARM
     return snapshot.once(
-        ("edge", method), lambda: edge(snapshot, start=start, steps=steps, tol=TOLERANCE, method=method)
+        ("edge", method), lambda: edge(snapshot, start=start, top=top, steps=steps, tol=TOLERANCE, method=method)
     )
 
 
 def edge_cost(snapshot: Snapshot, method: Method) -> dict[str, float]:
     """Gradients for the alignment that sharpness and exponent share."""
-    rule = update_rule(snapshot)
-    runs = 1 if len(set(zip(rule.lr, rule.weight_decay))) == 1 else 2
-    return {"forward": 1 / 3, "edge": runs * product_cost(resolved(snapshot, method), WARM)}
+    method = resolved(snapshot, method)
+    one = all(isinstance(value, float) for value in (rates(snapshot), decay_rates(snapshot)))
+    runs = 1 if one else 2 + isinstance(coupled_decay(snapshot), Tensor)
+    return {"forward": 1 / 3, "edge": product_cost(method, runs * WARM)}
 
 
 class Sharpness(Quantity):
     """The largest algebraic Hessian eigenvalue of the step's loss against what the optimizer can bear.
 
-    ``courant_gd = lambda_max(D^1/2 H' D^1/2) / c`` with D the rates, H' the Hessian with coupled weight decay, and c
-    from `lsp_callbacks.functional.stability_constant`: 1 is the edge of stability of full-batch steps. It is measured
-    on one mini-batch and, under momentum, blind to batch noise. When it stays above 1 and the loss does not fall: lower
-    the learning rate, or warm it up for longer.
+    ``courant_gd = lambda_max(R^1/2 H' R^1/2) / c`` with R the effective rates, H' the Hessian with coupled weight
+    decay, and c from `lsp_callbacks.functional.stability_constant`: 1 is the edge of stability of full-batch steps. R
+    is the learning rate times the preconditioner of Adam, AdamW, RMSprop or Adagrad and the factor of clipping, both as
+    they are in this step. It is measured on one mini-batch and, under momentum, blind to batch noise. When it stays
+    above 1 and the loss does not fall: lower the learning rate, or warm it up for longer.
 
     Args:
         method: of the Hessian products, see `lsp_callbacks.operators.hessian`.
@@ -47,7 +49,8 @@ class Sharpness(Quantity):
     Keys: ``stability/sharpness`` (units of loss / parameter^2), ``stability/sharpness_limit``,
     ``stability/courant_gd``, ``stability/sharpness_residual`` (relative).
 
-    Cost: 4 gradients, or 9.2 with exact products, shared with the exponent. Source: Cohen et al. 2021; MATH section 3.
+    Cost: 4.8 gradients, or 9.3 with exact products, shared with the exponent; with rates that differ, as behind every
+    preconditioner, 9.6 or 17.3, for H has a run of its own. Source: Cohen et al. 2021, 2022; MATH section 3.
 
     Example:
         >>> import torch
@@ -74,6 +77,7 @@ class Sharpness(Quantity):
         super().__init__()
         self.method = method
         self._mode: Tensor | None = None
+        self._top: Tensor | None = None
         for state in ("sharpness", "limit", "courant", "residual"):
             self.add_state(state, default=scalar(torch.nan), persistent=True)
 
@@ -81,15 +85,15 @@ class Sharpness(Quantity):
         return edge_cost(snapshot, self.method)
 
     def check(self, snapshot: Snapshot) -> None:
-        common_constant(update_rule(snapshot))
+        edge_constant(frozen_rule(snapshot))
 
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
         self.complete = False
-        found = measured_edge(snapshot, self._mode, self.method)
+        found = measured_edge(snapshot, self._mode, self._top, self.method)
         self.sharpness, self.courant = scalar(found.sharpness), scalar(found.courant)
         self.limit, self.residual = scalar(found.limit), scalar(found.residual)
-        self._mode, self.complete = found.mode, True
+        self._mode, self._top, self.complete = found.mode, found.top, True
 
     def compute(self) -> dict[str, Tensor]:
         """The last measurement."""
@@ -104,7 +108,8 @@ class Sharpness(Quantity):
         return values
 
     def vectors(self) -> dict[str, Any]:
-        return {} if self._mode is None else {"mode": self._mode}
+        # One vector twice where the rates are one number.
+        return {} if self._mode is None else {"mode": self._mode, "top": self._top}
 
     def load_vectors(self, vectors: dict[str, Any]) -> None:
-        self._mode = vectors.get("mode")
+        self._mode, self._top = vectors.get("mode"), vectors.get("top")

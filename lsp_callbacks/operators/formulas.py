@@ -1,0 +1,192 @@
+"""What one step of each optimizer does to one tensor: the formulas of ``torch.optim``, as pure functions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.snapshot import Unmeasurable
+
+Group = dict[str, Any]
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Formula:
+    """One optimizer without couplings: each number of a parameter moves by itself.
+
+    Attributes:
+        blocks: of a parameter group's options, the float tensors of its state; a momentum buffer comes first.
+        momentum: of the options, beta of that buffer; 0 where the first block is no momentum.
+        step: ``(theta, g, state, group, t) -> (theta', state')``, t counted from 1. A state that is not there yet is
+            absent from ``state``.
+        second_moment: likewise, ``-> (nu, share, denominator)``: what the gradient is divided by is
+            ``denominator(nu)``, and nu holds ``share * g^2``. None for SGD.
+    """
+
+    blocks: Callable[[Group], tuple[str, ...]]
+    momentum: Callable[[Group], float]
+    step: Callable[[Tensor, Tensor, State, Group, float], tuple[Tensor, State]]
+    second_moment: Callable[[Tensor, State, Group, float], tuple[Tensor, float, Callable[[Tensor], Tensor]]] | None = (
+        None
+    )
+
+
+@singledispatch
+def formula_of(optimizer: torch.optim.Optimizer) -> Formula | None:
+    """The formula of an optimizer, by its type; None where there is none."""
+    return None
+
+
+def formula(optimizer: torch.optim.Optimizer) -> Formula:
+    """The formula of an optimizer.
+
+    Raises:
+        Unmeasurable: if its step is not one of those that are modelled, or a subclass overrides it.
+    """
+    found = formula_of(optimizer)
+    if found is None:
+        raise Unmeasurable(
+            f"the update of {type(optimizer).__name__} is not modelled (those of torch.optim.SGD, Adam, AdamW, RMSprop "
+            "and Adagrad are): its sharp mode, edge and critical rate are left out"
+        )
+    base: Any = next(c for c in type(optimizer).__mro__ if c in _KNOWN)
+    # torch wraps the step of each class when it is first used.
+    if inspect.unwrap(type(optimizer).step) is not inspect.unwrap(base.step):
+        raise Unmeasurable(
+            f"{type(optimizer).__name__} overrides {base.__name__}.step: its update is not modelled, and its sharp "
+            "mode, edge and critical rate are left out"
+        )
+    return found
+
+
+def descent(theta: Tensor, g: Tensor, group: Group) -> Tensor:
+    """What the optimizer moves against: ``sign g + wd theta``; decoupled decay is not part of it."""
+    g = -g if group["maximize"] else g
+    return g if decoupled(group) or not group["weight_decay"] else g + float(group["weight_decay"]) * theta
+
+
+def decoupled(group: Group) -> bool:
+    """Whether the weight decay acts on the parameters themselves, as in AdamW."""
+    return bool(group.get("decoupled_weight_decay", False))
+
+
+def root(nu: Tensor) -> Tensor:
+    """The square root; its derivative at 0, where no gradient has been seen yet, is taken as 0 instead of infinity.
+
+    There the gradient vanishes, and to first order nu, being its square, does not move.
+    """
+    return nu.clamp_min(torch.finfo(nu.dtype).tiny).sqrt()
+
+
+def _sgd(theta: Tensor, g: Tensor, state: State, group: Group, t: float) -> tuple[Tensor, State]:
+    d, beta, lr = descent(theta, g, group), float(group["momentum"]), float(group["lr"])
+    if not beta:
+        return theta - lr * d, {}
+    # The first buffer is the gradient itself, without dampening.
+    m = beta * state["momentum_buffer"] + (1 - float(group["dampening"])) * d if state else d
+    return theta - lr * (d + beta * m if group["nesterov"] else m), {"momentum_buffer": m}
+
+
+def _adam_moment(d: Tensor, state: State, group: Group, t: float):
+    beta = float(group["betas"][1])
+    nu = beta * state.get("exp_avg_sq", torch.zeros_like(d)) + (1 - beta) * d * d
+    return nu, 1 - beta, lambda top: root(top) / (1 - beta**t) ** 0.5 + float(group["eps"])
+
+
+def _adam(theta: Tensor, g: Tensor, state: State, group: Group, t: float) -> tuple[Tensor, State]:
+    d, beta, lr = descent(theta, g, group), float(group["betas"][0]), float(group["lr"])
+    nu, _, denominator = _adam_moment(d, state, group, t)
+    new = {"exp_avg": beta * state.get("exp_avg", torch.zeros_like(d)) + (1 - beta) * d, "exp_avg_sq": nu}
+    if group["amsgrad"]:
+        nu = new["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(nu)), nu)
+    if decoupled(group):
+        theta = (1 - lr * float(group["weight_decay"])) * theta
+    return theta - lr / (1 - beta**t) * new["exp_avg"] / denominator(nu), new
+
+
+def _amsgrad_moment(d: Tensor, state: State, group: Group, t: float):
+    nu, share, denominator = _adam_moment(d, state, group, t)
+    return torch.maximum(nu, state["max_exp_avg_sq"]) if "max_exp_avg_sq" in state else nu, share, denominator
+
+
+def _rmsprop_moment(d: Tensor, state: State, group: Group, t: float):
+    alpha, eps = float(group["alpha"]), float(group["eps"])
+    nu = alpha * state.get("square_avg", torch.zeros_like(d)) + (1 - alpha) * d * d
+    if not group["centered"]:
+        return nu, 1 - alpha, lambda nu: root(nu) + eps
+    mean = alpha * state.get("grad_avg", torch.zeros_like(d)) + (1 - alpha) * d
+    return nu, 1 - alpha, lambda nu: root(nu - mean * mean) + eps
+
+
+def _rmsprop(theta: Tensor, g: Tensor, state: State, group: Group, t: float) -> tuple[Tensor, State]:
+    d, beta, alpha = descent(theta, g, group), float(group["momentum"]), float(group["alpha"])
+    nu, _, denominator = _rmsprop_moment(d, state, group, t)
+    new = {"square_avg": nu}
+    if group["centered"]:
+        new["grad_avg"] = alpha * state.get("grad_avg", torch.zeros_like(d)) + (1 - alpha) * d
+    update = d / denominator(nu)
+    if beta > 0:
+        update = new["momentum_buffer"] = beta * state.get("momentum_buffer", torch.zeros_like(d)) + update
+    return theta - float(group["lr"]) * update, new
+
+
+def _adagrad_moment(d: Tensor, state: State, group: Group, t: float):
+    return state["sum"] + d * d, 1.0, lambda nu: root(nu) + float(group["eps"])
+
+
+def _adagrad(theta: Tensor, g: Tensor, state: State, group: Group, t: float) -> tuple[Tensor, State]:
+    d = descent(theta, g, group)
+    nu, _, denominator = _adagrad_moment(d, state, group, t)
+    return theta - float(group["lr"]) / (1 + (t - 1) * float(group["lr_decay"])) * d / denominator(nu), {"sum": nu}
+
+
+def _registered(kind: type, made: Formula) -> type:
+    formula_of.register(kind, lambda optimizer: made)
+    return kind
+
+
+_KNOWN = (
+    _registered(
+        torch.optim.SGD,
+        Formula(
+            blocks=lambda group: ("momentum_buffer",) if group["momentum"] else (),
+            momentum=lambda group: float(group["momentum"]),
+            step=_sgd,
+        ),
+    ),
+    _registered(
+        torch.optim.Adam,
+        Formula(
+            blocks=lambda group: ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ())),
+            momentum=lambda group: float(group["betas"][0]),
+            step=_adam,
+            second_moment=_amsgrad_moment,
+        ),
+    ),
+    _registered(
+        torch.optim.RMSprop,
+        Formula(
+            blocks=lambda group: (
+                *(("momentum_buffer",) if group["momentum"] > 0 else ()),
+                "square_avg",
+                *(("grad_avg",) if group["centered"] else ()),
+            ),
+            momentum=lambda group: float(group["momentum"]),
+            step=_rmsprop,
+            second_moment=_rmsprop_moment,
+        ),
+    ),
+    _registered(
+        torch.optim.Adagrad,
+        Formula(
+            blocks=lambda group: ("sum",), momentum=lambda group: 0.0, step=_adagrad, second_moment=_adagrad_moment
+        ),
+    ),
+)
