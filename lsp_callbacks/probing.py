@@ -136,6 +136,8 @@ def _failing(error: Exception) -> Callable[[], Evaluation]:
 
 def population(loader: Any) -> int | None:
     """How many samples an epoch draws from; None where nobody knows."""
+    if getattr(loader, "batch_sampler", ...) is None:  # of ready-made batches, not of samples
+        return None
     for holder in (getattr(loader, "sampler", None), getattr(loader, "dataset", None)):
         try:
             return len(holder)  # type: ignore[arg-type]
