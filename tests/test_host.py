@@ -110,6 +110,19 @@ def test_averages_of_the_weights_beside_us(name, norm):
     assert finite(callbacks[0], SHARPNESS) and finite(callbacks[0], LYAPUNOV)
 
 
+def test_no_batch_is_kept_in_the_epoch_that_weight_averaging_adds():
+    class Kept(pl.Callback):
+        epochs = ()
+
+        def on_train_batch_end(self, trainer, *args):
+            if monitor._pending is not None:
+                self.epochs = (*self.epochs, trainer.current_epoch)
+
+    monitor, kept = ours(), Kept()
+    fit(lambda: Model(mlp(nn.BatchNorm1d(5))), monitor, AVERAGES["swa"](), kept, max_epochs=3, max_steps=-1)
+    assert kept.epochs == () and monitor.step == 18
+
+
 class Scheduled(Model):
     def __init__(self, make, interval):
         super().__init__(mlp())

@@ -88,10 +88,14 @@ class Loop(trainer_file.Trainer):
         self.callback_handler.on_train_end(self.args, self.state, self.control)
 
 
-def batches(n=5):
+def batches(n=5, ragged=False):
+    """If ``ragged``, the batches have different numbers of tokens to predict."""
     torch.manual_seed(1)
     tokens = (torch.arange(12) + torch.randint(17, (4 * n, 1))) % 17
-    return [{"input_ids": rows, "labels": rows} for rows in tokens.split(4)]
+    labels = tokens.clone()
+    for number, rows in enumerate(labels.split(4)):
+        rows[:, : 2 * number * ragged] = -100
+    return [{"input_ids": i, "labels": o} for i, o in zip(tokens.split(4), labels.split(4))]
 
 
 def gpt2(**changes):
@@ -104,7 +108,7 @@ def run(callback=None, *, accumulate=2, max_grad_norm=0.0, knows_items=True, epo
     model = gpt2()
     optimizer = SGD(model.parameters())
     settings = {"accumulate": accumulate, "max_grad_norm": max_grad_norm, "knows_items": knows_items}
-    loop = Loop(model, optimizer, batches(), [callback] if callback else [], **settings)
+    loop = Loop(model, optimizer, batches(ragged=True), [callback] if callback else [], **settings)
     loop.train(epochs)
     return loop, left(model, optimizer)
 
