@@ -377,9 +377,8 @@ def test_a_hand_written_loss_of_a_named_quantity_is_nan():
         (lambda: Model(optimizer=partial(torch.optim.RMSprop, lr=1e-2)), {}, "RMSprop"),
         (lambda: Model(optimizer=partial(torch.optim.Adam, lr=1e-2, weight_decay=0.1)), {}, "coupled"),
         (Model, {"gradient_clip_val": 0.1}, "gradient_clip_val"),
-        (Model, {"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
     ],
-    ids=["rmsprop", "coupled", "clip", "accumulate"],
+    ids=["rmsprop", "coupled", "clip"],
 )
 def test_an_update_that_is_not_modelled(make, settings, reason, monkeypatch):
     with pytest.raises(Unmeasurable, match=f"(?s)sgd_stability.*{reason}"):
