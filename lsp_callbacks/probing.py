@@ -165,6 +165,8 @@ def population(loader: Any, world: int = 1) -> int | None:
         loader: of one rank.
         world: how many ranks there are.
     """
+    if getattr(loader, "batch_sampler", ...) is None:  # of ready-made batches, not of samples
+        return None
     sampler = getattr(loader, "sampler", None)
     if world > 1:  # a distributed sampler's own length is one rank's share
         sampler = getattr(sampler, "dataset", None)

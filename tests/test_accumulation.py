@@ -11,10 +11,11 @@ from test_schedule import SCHEDULES, Scheduled
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from zoo import MEASURED, MOMENTUM, SGD, Model, Rows, convolutional, data, fit, mlp
+from zoo import MEASURED, MOMENTUM, SGD, Model, Rows, convolutional, data, fit, mlp, trainer
 
 from lsp_callbacks import StabilityMonitor, StopOnInstability
 from lsp_callbacks.callbacks.schedule import Schedule
+from lsp_callbacks.diagram import examine
 from lsp_callbacks.step import rate
 
 SHARPNESS, COURANT, LYAPUNOV = "stability/sharpness", "stability/courant_gd", "stability/lyapunov"
@@ -199,3 +200,16 @@ def test_stopping_judges_each_step_once_by_the_loss_of_its_window():
     assert [step for step, _ in halves] == [*range(6)]
     assert [loss for _, loss in halves] == pytest.approx([loss for _, loss in judged], rel=1e-9)
     assert not any(math.isnan(loss) for _, loss in halves)
+
+
+def test_the_diagram_before_training_is_that_of_the_whole_window():
+    found = []
+    for accumulate, size in ((2, 8), (1, 16)):
+        torch.manual_seed(0)
+        model = Model(optimizer=partial(torch.optim.Adam, lr=1e-2)).double()
+        loader = data(batch_size=size, shuffle=False, dtype=torch.float64)
+        found.append(examine(trainer(accumulate_grad_batches=accumulate), model, train_dataloaders=loader))
+    halves, whole = found
+    assert halves.batch_size == whole.batch_size == 16
+    # Adam's preconditioner comes from the gradient of the step.
+    assert float(halves.modes.trace) == pytest.approx(float(whole.modes.trace), rel=1e-6)

@@ -343,7 +343,6 @@ def test_fewer_samples_than_probes():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"accumulate_grad_batches": 2}, "accumulate_grad_batches=2"),
         ({"limit_train_batches": 0}, "no training batch"),
     ],
 )

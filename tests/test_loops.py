@@ -77,7 +77,8 @@ LOOPS = {"plain": plain, "fabric": fabric}
 
 def left(model, optimizer):
     return [
-        *model.state_dict().values(), *(p.grad for p in model.parameters()), torch.get_rng_state(),
+        *model.state_dict().values(), torch.get_rng_state(),
+        *(p.grad for p in model.parameters() if p.grad is not None),
         *(t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)),
         torch.tensor(random.random()), torch.from_numpy(np.random.rand(1)),
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from zoo import CLASSES, FEATURES, Model, data, encoder, fit, mlp
 
 from lsp_callbacks import SGDStability, StabilityMonitor
 from lsp_callbacks.probes import Criteria, evaluating, evaluation
-from lsp_callbacks.probing import Probes
+from lsp_callbacks.probing import Probes, population
 from lsp_callbacks.snapshot import Unmeasurable, Unmodelled
 
 N, C = 6, 4
@@ -297,6 +297,12 @@ def test_batches_that_cannot_be_copied_are_said_to_be_so():
     probes = Probes(4, None, None)
     probes.add([torch.zeros(2), (i for i in range(3))])
     assert probes.full and "cannot be copied" in str(probes._failure)
+
+
+def test_a_loader_of_ready_made_batches_does_not_say_how_many_samples_there_are():
+    assert population(data()) == 48
+    assert population(DataLoader([[torch.zeros(8, 6)]] * 4, batch_size=None)) is None
+    assert population(iter([])) is None
 
 
 class Dicts(Model):

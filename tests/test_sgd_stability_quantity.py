@@ -376,9 +376,8 @@ def test_a_hand_written_loss_of_a_named_quantity_is_nan():
     [
         (lambda: Model(optimizer=partial(torch.optim.NAdam, lr=1e-2)), {}, "NAdam"),
         (lambda: Model(optimizer=partial(torch.optim.Adam, lr=1e-2, weight_decay=0.1)), {}, "coupled"),
-        (Model, {"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
     ],
-    ids=["nadam", "coupled", "accumulate"],
+    ids=["nadam", "coupled"],
 )
 def test_an_update_that_is_not_modelled(make, settings, reason, monkeypatch):
     with pytest.raises(Unmeasurable, match=f"(?s)sgd_stability.*{reason}"):

@@ -90,8 +90,9 @@ class Watch:
         #: Whose criterion tells outputs from targets.
         self.probe_loss: Callable[[nn.Module, Any], Any] = loss_fn
         self.step = 0
+        #: Seen since the last update.
+        self.batches = 0
         self._required = False
-        self._batches = 0
         self._pending: PendingStep | None = None
         self._observation: Observation | None = None
         self._gradients: list[tuple[Tensor, Tensor]] = []
@@ -117,11 +118,11 @@ class Watch:
         """Called before the forward pass on a batch, by those who do not iterate over `__call__`."""
         if not self._required:
             self._require()
-        if self._batches in (0, self.accumulate):  # the second: a gradient scaler left the last update out
-            self._batches, self._pending = 0, None
+        if self.batches in (0, self.accumulate):  # the second: a gradient scaler left the last update out
+            self.batches, self._pending = 0, None
             if self.monitor.wants(self.step):
                 self._pending = PendingStep(self.module)
-        self._batches += 1
+        self.batches += 1
         self.probes.add(batch)
         if self._pending is not None:
             self._pending.add(batch, self._loss)
@@ -192,7 +193,7 @@ class Watch:
         observation, self._observation = self._observation, None
         if observation is not None and self.log is not None:
             self.log(dict(observation.values), observation.step)
-        self.step, self._batches = self.step + 1, 0
+        self.step, self.batches = self.step + 1, 0
 
 
 def _several(processes: int) -> str | None:

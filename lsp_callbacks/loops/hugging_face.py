@@ -1,0 +1,112 @@
+"""The Trainer of Hugging Face's transformers; needs the extra ``hf``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from lsp_callbacks.loops.plain import Log, Watch
+from lsp_callbacks.monitor import Monitor
+from lsp_callbacks.probing import Criterion, ForwardFn, population
+from lsp_callbacks.snapshot import Unmodelled
+
+ITEMS = "num_items_in_batch"
+
+
+class StabilityCallback(TrainerCallback):
+    """Measures the stability of a run of ``transformers.Trainer``: ``Trainer(callbacks=[StabilityCallback()])``.
+
+    A callback is not shown the batches, so a hook before the model's forward pass notes its arguments. The loss must be
+    the model's own, without label smoothing and ``compute_loss_func``. Finite global values go to
+    ``trainer.state.log_history``; all of them are in ``watch.history``.
+
+    The Trainer clips gradients unless ``max_grad_norm=0``, which leaves out what needs the update.
+
+    Args:
+        monitor: see `Watch`, as for the others.
+        forward_fn: its batch is ``(args, kwargs)`` of the model's forward pass; so is that of
+        criterion: which belongs to it.
+        log: called with new values and ``state.global_step``.
+        seed: of our own random choices.
+    """
+
+    watch: Watch
+
+    def __init__(
+        self,
+        monitor: Monitor | None = None,
+        *,
+        forward_fn: ForwardFn | None = None,
+        criterion: Criterion | None = None,
+        log: Log | None = None,
+        seed: int = 0,
+    ):
+        self.monitor, self.log = monitor, log
+        self._settings: dict[str, Any] = {"forward_fn": forward_fn, "criterion": criterion, "seed": seed}
+        self._values: dict[str, float] = {}
+        self._items: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self.watch = Watch(
+            model,
+            getattr(optimizer, "optimizer", optimizer),  # accelerate wraps it
+            self._loss,
+            self.monitor,
+            accumulate=args.gradient_accumulation_steps,
+            log=self._keep,
+            unmodelled=f"max_grad_norm={args.max_grad_norm}: clipping is not modelled; with max_grad_norm=0 it is"
+            " measured"
+            if args.max_grad_norm
+            else None,
+            **self._settings,
+        )
+        self.watch.probe_loss = _model_loss
+        self.watch.probes.drop(population(kwargs.get("train_dataloader")))
+        self.watch.step = state.global_step
+        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        values, self._values = self._values, {}
+        shown = {key: value for key, value in values.items() if key.count("/") == 1 and math.isfinite(value)}
+        if shown:
+            state.log_history.append({**shown, "epoch": state.epoch, "step": state.global_step})
+        if values and self.log is not None:
+            self.log(values, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._hook.remove()
+        self.watch.close()
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._items = kwargs.get(ITEMS)  # of all micro-batches, the same at each
+            self.watch.begin((args, {name: value for name, value in kwargs.items() if name != ITEMS}))
+
+    def _loss(self, module: nn.Module, batch: Any) -> Tensor:
+        args, kwargs = batch
+        if self._items is not None:  # by which the model divides, otherwise the Trainer by the number of micro-batches
+            return _own_loss(module(*args, **kwargs, **{ITEMS: self._items})) * self.watch.accumulate
+        # `Watch` divides by the number in a full window.
+        return _own_loss(module(*args, **kwargs)) * (self.watch.accumulate / self.watch.batches)
+
+    def _keep(self, values: dict[str, float], step: int) -> None:
+        self._values = values
+
+
+def _model_loss(module: nn.Module, batch: Any) -> Tensor:
+    """The mean over a batch of probes, by itself."""
+    args, kwargs = batch
+    return _own_loss(module(*args, **kwargs))
+
+
+def _own_loss(outputs: Any) -> Tensor:
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+    if loss is None:
+        raise Unmodelled("the model returns no loss: one that the Trainer computes outside of it is not modelled")
+    return loss
