@@ -148,6 +148,16 @@ def test_what_can_be_differentiated_twice_is_not_refused_across_kinks(seed):
     close(sharpness(freeze(make(Custom(Twice)).float()), steps=40, tol=1e-4).value, true, 1e-3)
 
 
+def test_a_kink_between_two_far_points_is_stepped_around():
+    """Over the first distance 6 of these 10 products differ from their differences."""
+    for seed in range(10):
+        net = nn.Sequential(nn.Linear(3, 48), Custom(Twice), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 2))
+        problem = Regression(seeded(net, seed), random(64, 3, seed=seed), random(64, 2)).float()
+        snapshot = freeze(problem)
+        hessian(snapshot)
+        assert curvature.path_taken(snapshot, "auto") == "exact"
+
+
 class Straight(torch.autograd.Function):
     """A straight-through estimator: its gradient is not that of the loss."""
 
