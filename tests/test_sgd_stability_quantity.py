@@ -9,11 +9,10 @@ from functools import partial
 import pytest
 import torch
 from problems import close, f64, freeze, interpolating_tanh, matrix, random, same, seeded
-from test_no_trace import everything
-from test_no_trace import same as same_run
 from torch import nn
 from torch.nn import functional as F
-from zoo import MEASURED, MOMENTUM, SGD, Losses, Model, Rows, Sequence, data, encoder, fit, mlp
+from zoo import MEASURED, MOMENTUM, SGD, Losses, Model, Rows, Sequence, data, encoder, everything, fit, mlp
+from zoo import same as same_run
 
 from lsp_callbacks import Monitor, ProbeSet, SGDStability, StabilityMonitor, Unmeasurable
 from lsp_callbacks.functional import UpdateRule, critical_lr, reduce, sgd_exponent
