@@ -10,6 +10,7 @@ import lsp_callbacks
 ROOT = Path(lsp_callbacks.__file__).parent
 #: Each layer may import itself and what is left of it.
 LAYERS = (
+    "arguments",
     "linalg",
     "snapshot",
     "probes",
@@ -17,6 +18,8 @@ LAYERS = (
     "operators",
     "functional",
     "quantities",
+    "cadence",
+    "limits",
     "monitor",
     "report",
     "callbacks",

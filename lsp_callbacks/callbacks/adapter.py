@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lsp_callbacks.replay import RandomState, Shadow, copied, replayer
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
@@ -104,7 +104,7 @@ class Pending:
         size = batch_size(self.batch)
         if size is None or size <= count or self.shadow is None:
             return full
-        sub = tree_map(lambda t: t[:count] if isinstance(t, Tensor) and t.ndim and len(t) == size else t, self.batch)
+        sub = apply_to_collection(self.batch, Tensor, lambda t: t[:count] if t.ndim and len(t) == size else t)
         replay = replayer(self.shadow, self.random_state, sub, self._loss)
         names, parameters = zip(*full.parameters.items())
         with torch.enable_grad():
@@ -195,10 +195,19 @@ def arguments(training_step: Callable, batch: Any, batch_idx: int) -> list[Any]:
 
 
 def batch_size(batch: Any) -> int | None:
-    """The first axis of the first tensor that has one."""
-    sizes: list[int] = []
-    tree_map(lambda t: sizes.append(len(t)) if isinstance(t, Tensor) and t.ndim else None, batch)
-    return sizes[0] if sizes else None
+    """The first axis of the first tensor that has one, in lists, mappings and dataclasses.
+
+    Lightning's rule (``extract_batch_size``) but for tensors without an axis, which it takes for batches of one.
+    """
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else None
+    if is_dataclass(batch):
+        parts = [getattr(batch, field.name) for field in fields(batch)]
+    elif isinstance(batch, Mapping):
+        parts = list(batch.values())
+    else:
+        parts = list(batch) if isinstance(batch, list | tuple) else []
+    return next((size for size in map(batch_size, parts) if size is not None), None)
 
 
 def unmodelled(trainer: Any, module: Any) -> str | None:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 
-from lsp_callbacks.callbacks.adapter import LossFn, Pending, identical, unmodelled, warn_sub_batch
+from lsp_callbacks.arguments import whole
+from lsp_callbacks.callbacks.adapter import LossFn, Pending, batch_size, identical, unmodelled, warn_sub_batch
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.callbacks.schedule import CriticalRate, Schedule, rate
@@ -34,12 +35,13 @@ class StabilityMonitor(Callback):
     Args:
         quantities: a preset ("economy", "default", "full"), names, or `Quantity` objects. What is named here and cannot
             be measured raises before training; what a preset brings is left out with one warning.
-        every_n_steps: start a measurement every so many optimizer steps; None keeps to ``budget``.
+        every_n_steps: start a measurement every so many optimizer steps; None keeps to ``budget``, denser near the edge
+            of stability and sparser far from it.
         budget: share of the training cost to spend, by a deterministic model in gradients.
         window: steps in a window of the exponent.
         average: windows in its mean.
         probe_samples: samples of the batch for sharpness and exponent; None takes the whole batch. The numbers are then
-            those of a sub-batch.
+            those of a sub-batch, and ``stability/sub_batch`` says of how many samples.
         layers: whose spectral norms to measure: class, glob, predicate or import path; None takes all.
         blocks: the residual blocks, likewise; None finds them.
         log_layers: "all", "summary" (none), or how many of the largest of each kind to log.
@@ -50,6 +52,10 @@ class StabilityMonitor(Callback):
             ``training_step`` does not return the value of one criterion of ``torch.nn.functional``.
         save_vectors: put windows under way and warm starts into checkpoints too; otherwise a checkpoint cuts them.
         strict: raise where a measurement fails, instead of recording NaN with one warning.
+        max_memory: bytes, or "2GB", that a measurement may take beside training; what is predicted to take more is left
+            out with the number. None is what is free on a CUDA device, and no cap elsewhere.
+        time_limit: seconds that a measurement may take: its longest parts are left out until the rest fits. The clock
+            decides, so two runs may measure different things. None is no limit.
         seed: of our own random choices, which never touch the global state.
 
     Raises:
@@ -77,12 +83,15 @@ class StabilityMonitor(Callback):
         criterion: Criterion | None = None,
         save_vectors: bool = False,
         strict: bool = False,
+        max_memory: float | str | None = None,
+        time_limit: float | None = None,
         seed: int = 0,
     ):
-        if probe_samples is not None and probe_samples < 1:
-            raise ValueError(f"probe_samples={probe_samples}: give at least 1, or None for the whole batch")
-        if log_layers not in ("all", "summary") and not (isinstance(log_layers, int) and log_layers > 0):
-            raise ValueError(f"log_layers={log_layers!r}: give 'all', 'summary' or a positive number")
+        if probe_samples is not None:
+            whole("probe_samples", probe_samples, 1, instead=", or None for the whole batch")
+        if log_layers not in ("all", "summary"):
+            whole("log_layers", log_layers, 1, instead=", or 'all' or 'summary'")
+        whole("seed", seed, 0)
         if (forward_fn is None) != (criterion is None):
             raise ValueError("forward_fn and criterion belong together: pass both, or neither")
         built, named = build(
@@ -91,7 +100,10 @@ class StabilityMonitor(Callback):
             spectral_norm={"layers": layers},
             residual_cfl={"blocks": blocks},
         )
-        self.monitor = Monitor(*built, every_n_steps=every_n_steps, budget=budget, named=named, strict=strict)
+        self.monitor = Monitor(
+            *built, every_n_steps=every_n_steps, budget=budget, named=named, strict=strict, max_memory=max_memory,
+            time_limit=time_limit,
+        )  # fmt: skip
         self.probe_samples, self.layers, self.blocks = probe_samples, layers, blocks
         self.log_layers, self.loss_fn, self.save_vectors, self.seed = log_layers, loss_fn, save_vectors, seed
         wanted = max((getattr(quantity, "probes", 0) for quantity in built), default=0)
@@ -110,6 +122,7 @@ class StabilityMonitor(Callback):
         self._spent = 0.0
         self._began: float | None = None
         self._rate_used = 0.0
+        self._samples = 0
 
     @property
     def history(self) -> dict[str, Curve]:
@@ -168,7 +181,7 @@ class StabilityMonitor(Callback):
         began = time.perf_counter()
         self._pending, self._updates = None, 0
         self.probes.add(batch)
-        if self.monitor.wants(self.step):
+        if self.monitor.wants(self.step, scheduled=self.scheduled_courant(trainer)):
             self._pending = Pending(trainer, pl_module, batch, batch_idx, self.loss_fn, self.probe_samples)
         self._spent += time.perf_counter() - began
 
@@ -196,6 +209,8 @@ class StabilityMonitor(Callback):
         self._spent += time.perf_counter() - began
 
     def _observe(self, pending: Pending, optimizer: Any) -> Observation | None:
+        if self.probe_samples is not None:
+            self._samples = min(self.probe_samples, batch_size(pending.batch) or self.probe_samples)
         snapshot = pending.snapshot(
             self.step,
             optimizer,
@@ -233,6 +248,8 @@ class StabilityMonitor(Callback):
     def _publish(self, trainer: Any, observation: Observation) -> None:
         values = self._visible(observation.values)
         values["stability/overhead"] = self.overhead
+        if self.probe_samples is not None:
+            values["stability/sub_batch"] = float(self._samples)
         self._show(trainer, values)
         # The row that Lightning itself gives to this batch.
         row = trainer.fit_loop.epoch_loop._batches_that_stepped
@@ -261,7 +278,8 @@ class StabilityMonitor(Callback):
 
     def scheduled_courant(self, trainer: Any) -> float:
         """The rate that the optimizer has now, before it is used, over the mean of the last critical rates; or NaN."""
-        return rate(trainer.optimizers[0]) / self._critical.mean
+        critical = self._critical.mean
+        return rate(trainer.optimizers[0]) / critical if trainer.optimizers and critical > 0 else math.nan
 
     def _look_ahead(self, trainer: Any, observation: Observation) -> Observation:
         """Adds ``stability/steps_to_edge`` where the schedule will cross the critical rate."""
@@ -297,12 +315,14 @@ class StabilityMonitor(Callback):
         return {
             "step": self.step,
             "critical": self._critical.known,
+            "stochastic": self._critical.stochastic,
             "monitor": self.monitor.state_dict(vectors=self.save_vectors),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step, self._critical = state_dict["step"], CriticalRate(state_dict["critical"])
-        self.monitor.load_state_dict(state_dict["monitor"])
+        self.step = int(state_dict.get("step", 0))  # 0 is taken from the trainer
+        self._critical = CriticalRate(state_dict.get("critical", ()), state_dict.get("stochastic", False))
+        self.monitor.load_state_dict(state_dict.get("monitor", {}))
 
 
 def _never() -> torch.Tensor:
