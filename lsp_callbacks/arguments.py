@@ -23,6 +23,17 @@ def whole(name: str, value: Any, least: int, *, instead: str = "") -> int:
     return value
 
 
+def choice(name: str, value: Any, *options: str) -> Any:
+    """One of several words.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if value not in options:
+        raise ValueError(f"{name}={value!r}: give one of {', '.join(map(repr, options))}")
+    return value
+
+
 def number(name: str, value: Any, *, above: float = -math.inf, most: float = math.inf, instead: str = "") -> float:
     """A real number in ``(above, most]``.
 

@@ -32,9 +32,9 @@ def in_bytes(value: Any) -> float | None:
     """
     if value is None:
         return None
-    how = ": bytes, text such as '2GB', or None"
+    how = " of bytes, text such as '2GB', or None"
     if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?i?)B?\s*", value)
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?i?)B?\s*", value.upper().replace("I", "i"))
         if found is None or found[2] not in UNITS:
             raise ValueError(f"max_memory={value!r}: give a number of bytes, or text such as '2GB' or '500MiB'")
         return float(number("max_memory", float(found[1]) * UNITS[found[2]], above=0, instead=how))

@@ -265,12 +265,18 @@ class Monitor:
         """Once for each kind of reason, whatever its numbers are."""
         kinds: dict[str, list[str]] = {}
         for name, reason in failures.items():
-            kinds.setdefault(re.sub(r"[-+.\w]*\d[-+.\w]*", "#", reason), []).append(name)
+            kinds.setdefault(_kind(reason), []).append(name)
         for kind, names in kinds.items():
             if kind not in self._warned:
                 text = f"lsp_callbacks could not measure {', '.join(names)} at step {step}, and says NaN"
                 warnings.warn(f"{text}: {failures[names[0]]}", stacklevel=3)
         self._warned |= kinds.keys()
+
+    def warn_once(self, text: str) -> None:
+        """A warning, once for each kind of text, whatever its numbers are."""
+        if _kind(text) not in self._warned:
+            warnings.warn(f"lsp_callbacks: {text}", stacklevel=3)
+        self._warned.add(_kind(text))
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         """Gradients that one measurement of everything costs, by what they are spent on."""
@@ -282,11 +288,17 @@ class Monitor:
         return parts
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        """Bytes beside training that each quantity takes at its peak, predicted; costs one forward pass."""
+        """Bytes beside training at the peak of each quantity, predicted, with what those before it keep for the step.
+
+        Costs one forward pass. A quantity that cannot be measured is not among them.
+        """
         found: dict[str, float] = {}
+        graph = 0.0
         for name, quantity in self.quantities.items():
             with contextlib.suppress(Unmeasurable):
-                found[name] = sum(quantity.memory(snapshot).values())
+                parts = quantity.memory(snapshot)
+                graph = parts["graph"] = max(graph, parts.get("graph", 0.0))
+                found[name] = sum(parts.values())
         return found
 
     def _check_memory(self, name: str, snapshot: Snapshot) -> None:
@@ -295,8 +307,8 @@ class Monitor:
         if self.max_memory is None and device.type != "cuda":
             return
         if name not in self.predicted:
-            self.predicted[name] = sum(self.quantities[name].memory(snapshot).values())
-        check_memory(self.predicted[name], self.max_memory, device)
+            self.predicted |= self.memory(snapshot) | self.predicted
+        check_memory(self.predicted.get(name, 0.0), self.max_memory, device)
 
     def _reckon(self, snapshot: Snapshot) -> None:
         """After a measurement: what it took decides what the next ones are, and when."""
@@ -355,7 +367,7 @@ class Monitor:
             warnings.warn(
                 f"lsp_callbacks begins anew: the checkpoint's state of version {_version(state)} cannot be read "
                 f"({type(error).__name__}: {error})",
-                stacklevel=3,
+                stacklevel=2,
             )
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -374,6 +386,10 @@ class Monitor:
         else:
             last = max((curve.steps[-1] for curve in self.history.values() if curve.steps), default=None)
             self.cadence.load_first_state(state.get("origin"), state.get("period"), last)
+
+
+def _kind(reason: str) -> str:
+    return re.sub(r"[-+.\w]*\d[-+.\w]*", "#", reason)
 
 
 def _version(state: dict[str, Any]) -> int:

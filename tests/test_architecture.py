@@ -25,7 +25,7 @@ LAYERS = (
     "callbacks",
 )
 #: Programs: they may import everything, and nothing imports them.
-PROGRAMS = ("demo", "cli", "diagram")
+PROGRAMS = ("demo", "cli", "diagram", "cost")
 LIGHTNING = {"lightning", "pytorch_lightning"}
 OPTIONAL = {"matplotlib", "rich", "jsonargparse", "sklearn", "scipy", "torchvision", "transformers", "tensorboard"}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -113,7 +113,10 @@ class Probes:
 
 def _failing(error: Exception) -> Callable[[], Evaluation]:
     def part() -> Evaluation:
-        raise error
+        try:
+            raise error
+        finally:
+            error.__traceback__ = None  # it is kept, and would keep the step's tensors
 
     return part
 

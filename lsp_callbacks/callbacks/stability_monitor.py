@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -182,7 +183,8 @@ class StabilityMonitor(Callback):
         self._pending, self._updates = None, 0
         self.probes.add(batch)
         if self.monitor.wants(self.step, scheduled=self.scheduled_courant(trainer)):
-            self._pending = Pending(trainer, pl_module, batch, batch_idx, self.loss_fn, self.probe_samples)
+            with self._harmless("the step could not be kept for a replay"):
+                self._pending = Pending(trainer, pl_module, batch, batch_idx, self.loss_fn, self.probe_samples)
         self._spent += time.perf_counter() - began
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
@@ -199,11 +201,12 @@ class StabilityMonitor(Callback):
         self._updates += 1
         pending, self._pending = self._pending, None
         if pending is not None:
-            with untouched(pl_module):
+            with self._harmless("the step could not be looked at"), untouched(pl_module):
                 self._observation = self._observe(pending, optimizer)
             update = any(quantity.needs_update for quantity in self.monitor.quantities.values())
             if update and pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
-                self._gradients = [(p, p.grad.clone()) for p in pl_module.parameters() if p.grad is not None]
+                with self._harmless("whether the gradient is changed later could not be watched"):
+                    self._gradients = [(p, p.grad.clone()) for p in pl_module.parameters() if p.grad is not None]
         if self._updates == 1:
             self.step += 1
         self._spent += time.perf_counter() - began
@@ -223,7 +226,10 @@ class StabilityMonitor(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         began = time.perf_counter()
-        if any(p.grad is not None and not identical(p.grad, gradient) for p, gradient in self._gradients):
+        changed = False
+        with self._harmless("whether the gradient was changed could not be told"):
+            changed = any(p.grad is not None and not identical(p.grad, gradient) for p, gradient in self._gradients)
+        if changed:
             self._disown("the gradient was changed after the on_before_optimizer_step of StabilityMonitor")
         elif self._updates > 1:
             self._disown(f"one batch made {self._updates} optimizer steps: their joint update is not modelled")
@@ -231,7 +237,8 @@ class StabilityMonitor(Callback):
         if self._observation is not None:
             observation, self._observation = self._observation, None
             self._measured_at = observation.step
-            observation = self._look_ahead(trainer, observation)
+            with self._harmless("the schedule could not be looked ahead"):
+                observation = self._look_ahead(trainer, observation)
             self._publish(trainer, observation)
             for subscriber in self.subscribers:
                 subscriber.receive(trainer, observation)
@@ -241,6 +248,16 @@ class StabilityMonitor(Callback):
         if self._measured_at is not None:
             trainer.callback_metrics["stability/age"] = torch.tensor(float(self.step - 1 - self._measured_at))
         self._spent += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def _harmless(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong around a measurement is a warning, once; training goes on without it."""
+        try:
+            yield
+        except Exception as error:
+            if self.monitor.strict:
+                raise
+            self.monitor.warn_once(f"{what}: {type(error).__name__}: {error}")
 
     def _disown(self, reason: str) -> None:
         self._observation = self.monitor.disown_update(self._observation, reason)

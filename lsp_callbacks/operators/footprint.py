@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lsp_callbacks.operators.curvature import Method, resolved
 from lsp_callbacks.snapshot import Snapshot
 
 
@@ -54,3 +56,46 @@ def _footprint(snapshot: Snapshot) -> Footprint:
         activations=float(sum(saved.values())),
         buffers=float(sum(b.numel() * b.element_size() for b in snapshot.module.buffers())),
     )
+
+
+#: A graph that can be differentiated twice, and vectors of work beside those of the routine, in activations and vectors:
+#: measured in ``benchmarks/memory_is_predicted.py``.
+TWICE, WORK = 4.0, 7.0
+
+
+def product_memory(snapshot: Snapshot, method: Method, vectors: float) -> dict[str, float]:
+    """Bytes at the peak of Hessian products on one step.
+
+    Args:
+        snapshot: the step.
+        method: of the products, see `lsp_callbacks.operators.hessian`.
+        vectors: over all parameters, that the routine holds.
+
+    Returns:
+        By what they are for; the graph of exact products is kept until the step's measurements end.
+    """
+    found = footprint(snapshot)
+    exact = resolved(snapshot, method) == "exact"
+    activations = {"graph": TWICE * found.activations} if exact else {"activations": found.activations}
+    return {**activations, "vectors": (WORK + vectors) * found.parameters, "copies": 2 * found.buffers}
+
+
+def unfolded(snapshot: Snapshot, samples: int) -> float:
+    """Bytes of the largest convolution's input as a matrix of patches, with half the gradients of each sample.
+
+    Args:
+        snapshot: the step.
+        samples: how many.
+
+    Returns:
+        0 without a convolution.
+    """
+    largest = 0.0
+    modules = dict(snapshot.module.named_modules())
+    for name, call in snapshot.calls.items():
+        layer = modules[name]
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and call.output_shape is not None:
+            patches = layer.weight[0].numel() * layer.groups * math.prod(call.output_shape[2:])
+            numbers = samples * (patches + layer.weight.numel() / 2)
+            largest = max(largest, numbers * layer.weight.element_size())
+    return largest

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from lsp_callbacks.arguments import choice
 from lsp_callbacks.functional.sharpness import Edge, common_constant, edge
 from lsp_callbacks.operators.curvature import Method, product_cost, resolved
+from lsp_callbacks.operators.footprint import product_memory
 from lsp_callbacks.operators.training import update_rule
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.snapshot import Snapshot
@@ -31,6 +33,11 @@ def edge_cost(snapshot: Snapshot, method: Method) -> dict[str, float]:
     rule = update_rule(snapshot)
     runs = 1 if len(set(zip(rule.lr, rule.weight_decay))) == 1 else 2
     return {"forward": 1 / 3, "edge": runs * product_cost(resolved(snapshot, method), WARM)}
+
+
+def edge_memory(snapshot: Snapshot, method: Method) -> dict[str, float]:
+    """Bytes for the alignment: the basis of a Lanczos run that starts from nothing."""
+    return product_memory(snapshot, method, COLD)
 
 
 class Sharpness(Quantity):
@@ -72,13 +79,16 @@ class Sharpness(Quantity):
 
     def __init__(self, method: Method = "auto"):
         super().__init__()
-        self.method = method
+        self.method: Method = choice("method", method, *get_args(Method))
         self._mode: Tensor | None = None
         for state in ("sharpness", "limit", "courant", "residual"):
             self.add_state(state, default=scalar(torch.nan), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         return edge_cost(snapshot, self.method)
+
+    def memory(self, snapshot: Snapshot) -> dict[str, float]:
+        return edge_memory(snapshot, self.method)
 
     def check(self, snapshot: Snapshot) -> None:
         common_constant(update_rule(snapshot))
