@@ -1,7 +1,7 @@
 """Claim: the extra memory of a measurement is predicted within a factor of two, before it is made.
 
-Each quantity alone, and all default ones together, on an MLP, a CNN and a small transformer, on whose first versions the
-constants of the prediction were chosen, and on a second version of each. CPU, in the middle of training. *Measured* is the
+Each quantity alone, and all default ones together, on an MLP, a CNN and a small transformer, on whose first versions
+the constants of the prediction were chosen, and on a second version of each. CPU, while training. *Measured* is the
 highest sum of the allocations that torch's profiler sees while the quantity is updated, beside what was there before.
 """
 

@@ -13,7 +13,6 @@ from statistics import median
 from typing import Any
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from rich.table import Table
 
 from lsp_callbacks import report
 from lsp_callbacks.callbacks.base import Callback
@@ -25,10 +24,10 @@ from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 #: Steps whose time is taken, after some that only warm up.
 WARM_UP, TIMED = 3, 8
 DESCRIPTION = """\
-Trains a handful of steps of a configuration of `lsp-callbacks fit`, measures twice, and prints what that takes: gradients
-by the model of the cost, milliseconds, memory beside training (predicted), and how often the budget allows it. Nothing is
-logged or saved, callbacks of the configuration other than StabilityMonitor are left out. Other options are those of
-`lsp-callbacks fit`\
+Trains a handful of steps of a configuration of `lsp-callbacks fit`, measures twice, and prints what that takes:
+gradients by the model of the cost, milliseconds, memory beside training (predicted), and how often the budget allows
+it. Nothing is logged or saved, callbacks of the configuration other than StabilityMonitor are left out. Other options
+are those of `lsp-callbacks fit`\
 """
 
 
@@ -62,8 +61,10 @@ class Costs:
         measuring = sum(self.seconds.values()) / self.period
         return measuring / (measuring + self.step)
 
-    def table(self) -> Table:
-        """By quantity."""
+    def table(self) -> Any:
+        """By quantity, of rich."""
+        from rich.table import Table
+
         table = Table("quantity", title="lsp_callbacks: the cost of a measurement")
         for column in ("gradients", "milliseconds", "memory, predicted"):
             table.add_column(column, justify="right")
@@ -78,8 +79,9 @@ class Costs:
         """Below the table."""
         kept = math.ceil(sum(self.seconds.values()) / (self.budget * self.step))
         found = [
-            f"lsp_callbacks: a training step takes {1e3 * self.step:.3g} ms; one measurement in {self.period} steps takes "
-            f"{self.share:.1%} of the time by this machine's clock (every_n_steps={kept} would take {self.budget:.0%})"
+            f"lsp_callbacks: a training step takes {1e3 * self.step:.3g} ms; one measurement in {self.period} steps "
+            f"takes {self.share:.1%} of the time by this machine's clock "
+            f"(every_n_steps={kept} would take {self.budget:.0%})"
         ]
         return found + [f"lsp_callbacks: {name} is left out: {reason}" for name, reason in self.skipped.items()]
 
@@ -212,9 +214,10 @@ class _Meter(Callback):
         else:
             costs.seconds = {name: monitor.seconds.expected(name) for name in monitor.seconds.taken}
             costs.skipped = monitor.skipped
-            raise _Done
         return found
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.measuring:
             self.inner.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._complete > 1:
+            raise _Done

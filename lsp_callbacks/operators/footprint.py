@@ -58,7 +58,7 @@ def _footprint(snapshot: Snapshot) -> Footprint:
     )
 
 
-#: A graph that can be differentiated twice, and vectors of work beside those of the routine, in activations and vectors:
+#: A graph that can be differentiated twice, in activations, and vectors of work beside those of the routine:
 #: measured in ``benchmarks/memory_is_predicted.py``.
 TWICE, WORK = 4.0, 7.0
 

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 #: Multiplications of the random products of one measurement, and those that a step's calls are worth beside its own.
 NUMERICS, CALLS = 2e9, 2e7
-#: Memory that recording takes, in activations, and random products, in matrices of the size of the Gram matrix: measured
-#: in ``benchmarks/memory_is_predicted.py``.
+#: Memory that recording takes, in activations, and random products, in matrices of the size of the Gram matrix:
+#: measured in ``benchmarks/memory_is_predicted.py``.
 RECORDED, PRODUCTS = 1.7, 40
 #: What only comes with a horizon.
 DETAILS = (
