@@ -10,6 +10,7 @@ import textwrap
 import warnings
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -17,7 +18,8 @@ import torch
 from test_no_trace import everything
 from zoo import Losses, Model, Rows, data, fit, mlp
 
-from lsp_callbacks import Monitor, Quantity, Sharpness, Snapshot, StabilityMonitor, StopOnInstability
+from lsp_callbacks import Monitor, Quantity, Sharpness, Snapshot, StabilityMonitor, StopOnInstability, Unmeasurable
+from lsp_callbacks.callbacks.probing import Probes
 from lsp_callbacks.snapshot import displaced
 
 QUIET = pytest.mark.filterwarnings("ignore")
@@ -175,27 +177,12 @@ def test_no_memory_to_remember_the_gradient(monkeypatch):
 
 def test_a_failure_that_is_kept_holds_no_frames():
     """What the probes remember of why they cannot be used is raised at each measurement."""
-
-    class Odd:
-        """Neither a tensor nor anything that can be copied."""
-
-        def __deepcopy__(self, memo):
-            raise RuntimeError("no copy")
-
-    class WithOdd(Model):
-        def training_step(self, batch, batch_idx):
-            return self.loss(batch[:2])
-
-    class Loader:
-        def __iter__(self):
-            return iter([(torch.randn(8, 6), torch.zeros(8, dtype=torch.long), Odd()) for _ in range(6)])
-
-    loader = Loader()
-    monitor = StabilityMonitor(["sgd_stability", "spectral_norm"], every_n_steps=1)
-    with pytest.warns(UserWarning, match="no copy"):
-        fit(WithOdd, monitor, loader=loader, max_steps=4, max_epochs=1)
-    failure = monitor.probes._failure
-    assert failure is not None and failure.__traceback__ is None
+    probes = Probes(4, None, None)
+    probes.add("no tensor")
+    held = probes._failure
+    with pytest.raises(Unmeasurable, match="holds no tensor") as caught:
+        probes.probe_set(SimpleNamespace(module=torch.nn.Linear(1, 1), shadow=None)).parts[0]()
+    assert held is not None and held is not caught.value and held.__traceback__ is None
 
 
 # -- the user's own exceptions -------------------------------------------------------------------------------------

@@ -113,10 +113,7 @@ class Probes:
 
 def _failing(error: Exception) -> Callable[[], Evaluation]:
     def part() -> Evaluation:
-        try:
-            raise error
-        finally:
-            error.__traceback__ = None  # it is kept, and would keep the step's tensors
+        raise Unmodelled(str(error))  # the other one is kept: its traceback would keep the step's tensors
 
     return part
 
