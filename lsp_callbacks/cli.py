@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 COMMANDS = ("fit", "validate", "test", "predict")
 HELP = """\
-usage: lsp-callbacks {fit,validate,test,predict,diagram} [--config FILE] [--KEY VALUE ...]
+usage: lsp-callbacks {fit,validate,test,predict,diagram,cost} [--config FILE] [--KEY VALUE ...]
 
 Trains any LightningModule from a YAML file, and measures how stable the training is while it runs.
 
@@ -17,6 +17,7 @@ Trains any LightningModule from a YAML file, and measures how stable the trainin
   lsp-callbacks fit --config FILE --print_config            all settings, and what they are now
   lsp-callbacks fit --help                                  all options
   lsp-callbacks diagram --config FILE [--ckpt FILE]         the largest stable rates, drawn before a step is taken
+  lsp-callbacks cost --config FILE [--ckpt FILE]            what measuring it takes: gradients, time, memory, cadence
 
 The two files are in the repository. In your own, the callbacks are listed under trainer: callbacks:, by class_path
 (lsp_callbacks.StabilityMonitor, lsp_callbacks.StabilityReport, lsp_callbacks.StopOnInstability).\
@@ -46,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lsp_callbacks import diagram
 
         return diagram.main(args[1:])
+    if args[0] == "cost":
+        from lsp_callbacks import cost
+
+        return cost.main(args[1:])
     # A message about one bad argument should not drown in the list of all good ones.
     usage = {name: {"usage": f"lsp-callbacks {name} [--config FILE] [--KEY VALUE ...]"} for name in COMMANDS}
     # Given both argv and the process's own arguments, LightningCLI warns.

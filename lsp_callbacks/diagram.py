@@ -7,7 +7,7 @@ import logging
 import pickle
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     own, rest = _parser().parse_known_args(argv)
     try:
         report.check_installed()
-        with _quiet():
+        with quiet():
             found, base, diagram = _configured(rest, own)
     except (Unmeasurable, MisconfigurationException, ImportError, OSError, pickle.UnpicklingError) as error:
         return _fail(error)
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--ckpt", type=_file, metavar="FILE", help="a checkpoint; otherwise the initial weights")
+    parser.add_argument("--ckpt", type=existing, metavar="FILE", help="a checkpoint; otherwise the initial weights")
     parser.add_argument("--output", type=_picture, default="diagram.png", metavar="PICTURE", help="PNG, PDF or SVG")
     parser.add_argument("--probes", type=_count, metavar="N", help="samples to look at (128)")
     for name, value in (("chains", 8), ("steps", 300)):
@@ -101,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _file(text: str) -> Path:
+def existing(text: str) -> Path:
+    """A file that is there, for a command line."""
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"{text} does not exist")
     return Path(text)
@@ -120,7 +121,7 @@ def _count(text: str) -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Lightning's advice is about training."""
     loggers = [logging.getLogger(name) for name in LIGHTNING]
     levels = [logger.level for logger in loggers]
@@ -139,12 +140,36 @@ def _quiet() -> Iterator[None]:
 
 def _configured(args: list[str], own: argparse.Namespace) -> tuple[FrozenSGD, float, StabilityDiagram]:
     """What LightningCLI makes of the arguments: its first step, the schedule's base rate and the diagram."""
+    found: list[tuple[FrozenSGD, float]] = []
+
+    def look(trainer: Any, model: Any, monitor: StabilityMonitor | None, **data: Any) -> None:
+        data["ckpt_path"] = own.ckpt or data.get("ckpt_path")
+        frozen = examine(trainer, model, settings=Settings.of(monitor, own.probes), **data)
+        groups = trainer.optimizers[0].param_groups
+        found.append((frozen, max(float(group.get("initial_lr", frozen.lr)) for group in groups)))
+
+    configured(args, look, usage=_parser().usage)
+    try:
+        ((frozen, base),) = found
+        return frozen, base, diagram_around(frozen, chains=own.chains, steps=own.steps)
+    except ValueError as error:
+        raise Unmeasurable(str(error)) from error
+
+
+def configured(args: list[str], look: Callable[..., None], *, usage: str | None) -> None:
+    """Makes trainer, module and data from the arguments of the command ``fit``, and hands them over before training.
+
+    The trainer leaves no files and has no callbacks.
+
+    Args:
+        args: as they follow ``fit``.
+        look: ``(trainer, model, monitor, **data)``; the monitor is that of the configuration, or None.
+        usage: for messages.
+    """
     from pytorch_lightning.cli import LightningCLI
     from pytorch_lightning.loggers.logger import DummyLogger
 
-    found: list[tuple[FrozenSGD, float]] = []
-
-    class DiagramCLI(LightningCLI):
+    class ConfiguredCLI(LightningCLI):
         """The command ``fit`` up to its first step: any configuration that trains is understood."""
 
         def before_instantiate_classes(self) -> None:
@@ -161,26 +186,18 @@ def _configured(args: list[str], own: argparse.Namespace) -> tuple[FrozenSGD, fl
             return trainer
 
         def fit(self, model: Any, **data: Any) -> None:
-            data["ckpt_path"] = own.ckpt or data.get("ckpt_path")
-            settings = Settings.of(self.monitor, own.probes)
-            frozen = examine(self.trainer, model, settings=settings, **data)
-            groups = self.trainer.optimizers[0].param_groups
-            found.append((frozen, max(float(group.get("initial_lr", frozen.lr)) for group in groups)))
+            look(self.trainer, model, self.monitor, **data)
 
     sys_argv = sys.argv
     sys.argv = sys.argv[:1]  # given both args and the process's own arguments, LightningCLI warns
-    usage = {"usage": _parser().usage}
     try:
-        DiagramCLI(
-            args=["fit", *args], save_config_callback=None, parser_kwargs={"prog": "lsp-callbacks", "fit": usage}
+        ConfiguredCLI(
+            args=["fit", *args],
+            save_config_callback=None,
+            parser_kwargs={"prog": "lsp-callbacks", "fit": {"usage": usage}},
         )
     finally:
         sys.argv = sys_argv
-    try:
-        ((frozen, base),) = found
-        return frozen, base, diagram_around(frozen, chains=own.chains, steps=own.steps)
-    except ValueError as error:
-        raise Unmeasurable(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import time
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -14,14 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from lsp_callbacks.cadence import Cadence
+from lsp_callbacks.limits import Seconds, check_memory, in_bytes
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, Unmodelled
 
 #: How many points of each global curve a checkpoint carries.
 HISTORY_SAVED = 1000
+#: Of the cost model: what it leaves out, such as the calls of each step, copies of the module, and cold starts.
+MARGIN = 1.6
 #: What ``stability/courant`` is: the first of these that a step completes.
 DIALS = ("stability/courant_sgd", "stability/courant_gd")
+#: Of ``state_dict``. 1 knew fixed periods only.
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -52,10 +59,17 @@ class Monitor:
 
     Args:
         quantities: what to measure.
-        every_n_steps: start a measurement every so many steps; None derives it from ``budget``.
+        every_n_steps: start a measurement every so many steps; None derives it from ``budget``, denser near the edge
+            of stability and sparser far from it, see `Cadence`.
         budget: gradients spent on measuring, as a share of those spent on training, by the quantities' own cost model.
         named: names of the quantities that the user asked for; the others may be left out with a warning.
         strict: raise where a measurement fails, instead of recording NaN.
+        max_memory: bytes, or "2GB", that a measurement may take beside training. It is predicted before the first one,
+            by one more forward pass; what would take more is left out. None is what is free on a CUDA device at the
+            time, and no cap elsewhere.
+        time_limit: seconds that a measurement may take. Its parts are left out, the longest first, until the rest
+            fits; a measurement under way is never broken off. The clock decides: two runs may measure different
+            things. None is no limit.
 
     Attributes:
         history: the curves by key.
@@ -63,7 +77,7 @@ class Monitor:
         paths: by which way each quantity was last measured: "exact", "exact, math attention", "finite difference", ...
 
     Raises:
-        ValueError: for a cadence below 1 or a budget outside (0, 1].
+        ValueError: for a cadence below 1, a budget outside (0, 1], or a limit that is not positive.
 
     Example:
         >>> import torch
@@ -86,15 +100,12 @@ class Monitor:
         budget: float = 0.05,
         named: Collection[str] = (),
         strict: bool = False,
+        max_memory: float | str | None = None,
+        time_limit: float | None = None,
     ):
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(
-                f"every_n_steps={every_n_steps}: give a whole number of at least 1, or None for the budget"
-            )
-        if not 0 < budget <= 1:
-            raise ValueError(f"budget={budget}: give a share of the training cost, in (0, 1]")
-        self.every_n_steps, self.budget, self.strict = every_n_steps, budget, strict
-        self.named = set(named)
+        self.cadence = Cadence(every_n_steps, budget)
+        self.max_memory, self.seconds = in_bytes(max_memory), Seconds(time_limit)
+        self.strict, self.named = strict, set(named)
         self._all = quantities
         self.reset()
 
@@ -106,11 +117,18 @@ class Monitor:
         self.skipped: dict[str, str] = {}
         self.history: dict[str, Curve] = {}
         self.paths: dict[str, str] = {}
-        self.period: int | None = self.every_n_steps
-        self.origin: int | None = None
+        self.cadence.reset()
+        self.seconds.reset()
+        self.predicted: dict[str, float] = {}
+        self._priced: set[str] | None = None
         self._under_way: set[str] = set()
         self._warned: set[str] = set()
         self._ranks = Ranks()
+
+    @property
+    def period(self) -> int | None:
+        """Steps between measurements where nothing is known of the edge; None before the first one."""
+        return self.cadence.period
 
     @property
     def keys(self) -> set[str]:
@@ -182,16 +200,18 @@ class Monitor:
         """Whether any quantity wants the module's inputs in full."""
         return any(quantity.keeps(name, module) for quantity in self.quantities.values())
 
-    def wants(self, step: int) -> bool:
-        """Whether `observe` would look at this step: if not, no snapshot needs to be made."""
-        if not self.quantities:
-            return False
-        return bool(self._under_way) or self._starts(step)
+    def wants(self, step: int, *, scheduled: float = math.nan) -> bool:
+        """Whether `observe` would look at this step: if not, no snapshot needs to be made.
 
-    def _starts(self, step: int) -> bool:
-        if self.origin is None or self.period is None:
-            return not self._under_way
-        return (step - self.origin) % self.period == 0
+        Args:
+            step: of the optimizer.
+            scheduled: the rate that this step will use over the critical one, where the caller knows it.
+        """
+        return bool(self.quantities) and (self._starts(step, scheduled) or bool(self._under_way))
+
+    def _starts(self, step: int, scheduled: float = math.nan) -> bool:
+        first = self.period is None or self.cadence.origin is None
+        return not (first and self._under_way) and self.cadence.starts(step, scheduled=scheduled)
 
     def observe(self, snapshot: Snapshot) -> Observation | None:
         """Measures what is due at this step.
@@ -206,24 +226,28 @@ class Monitor:
         """
         if not self.wants(snapshot.step):
             return None
-        if self.origin is None:
-            self.origin = snapshot.step
+        starts = self._starts(snapshot.step)
+        if starts:
+            self.cadence.started(snapshot.step)
         self._ranks = snapshot.ranks
         values: dict[str, float] = {}
         failures: dict[str, str] = {}
-        starts = self._starts(snapshot.step)
         unmodelled: dict[str, list[str]] = {}
         for name, quantity in self.quantities.items():
             if name not in self._under_way and not starts:
                 continue
+            begins = name not in self._under_way
             self._under_way.discard(name)
             self.paths.pop(name, None)
+            began = time.perf_counter()
             try:
-                found = self._ranks.together(partial(self._measured, quantity, snapshot))
+                found = self._ranks.together(partial(self._measured, quantity, snapshot, begins))
                 self.paths[name] = quantity.path(snapshot)
             except Exception as error:
                 if self.strict:
                     raise
+                if isinstance(error, MemoryError | torch.OutOfMemoryError):
+                    snapshot.memo.clear()  # graphs that the step's other measurements would share
                 if isinstance(error, Unmodelled) and name not in self.named:
                     unmodelled.setdefault(str(error), []).append(name)
                     continue
@@ -231,21 +255,26 @@ class Monitor:
                 failures[name] = f"{type(error).__name__}: {error}"
                 values |= dict.fromkeys(quantity.keys, math.nan)
                 continue
+            self.seconds.add(name, time.perf_counter() - began, complete=found is not None)
             if found is None:
                 self._under_way.add(name)
             else:
                 values |= found
         self._leave_out(unmodelled)
         self._warn(failures, snapshot.step)
-        if self.period is None and not self._under_way:  # what a first measurement shows is in the cost
-            self.period = self._period(snapshot)
+        if not self._under_way:
+            self._reckon(snapshot)
         dial = next((key for key in DIALS if key in values), None)
         if dial is not None:
             values["stability/courant"] = values[dial]
+            self.cadence.read(values[dial])
         return self.add(Observation(snapshot.step, {}, failures), values) if values else None
 
-    def _measured(self, quantity: Quantity, snapshot: Snapshot) -> dict[str, float] | None:
+    def _measured(self, quantity: Quantity, snapshot: Snapshot, begins: bool) -> dict[str, float] | None:
         """What the step completes, None while it takes further steps: rank 0's word, so that all ranks go on alike."""
+        if begins:
+            self.seconds.begin(quantity.name)
+            self._check_memory(quantity.name, snapshot)
         quantity.update(snapshot)
         own = {key: float(value) for key, value in quantity.compute().items()} if quantity.complete else None
         return snapshot.ranks.first(lambda: own, quantity.name)
@@ -262,12 +291,18 @@ class Monitor:
         """Once for each kind of reason, whatever its numbers are."""
         kinds: dict[str, list[str]] = {}
         for name, reason in failures.items():
-            kinds.setdefault(re.sub(r"[-+.\w]*\d[-+.\w]*", "#", reason), []).append(name)
+            kinds.setdefault(_kind(reason), []).append(name)
         for kind, names in kinds.items():
             if kind not in self._warned and self._ranks.rank == 0:  # it names the rank that failed
                 text = f"lsp_callbacks could not measure {', '.join(names)} at step {step}, and says NaN"
                 warnings.warn(f"{text}: {failures[names[0]]}", stacklevel=3)
         self._warned |= kinds.keys()
+
+    def warn_once(self, text: str) -> None:
+        """A warning, once for each kind of text, whatever its numbers are."""
+        if _kind(text) not in self._warned:
+            warnings.warn(f"lsp_callbacks: {text}", stacklevel=3)
+        self._warned.add(_kind(text))
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         """Gradients that one measurement of everything costs, by what they are spent on."""
@@ -279,10 +314,42 @@ class Monitor:
                     parts[part] = max(parts.get(part, 0.0), gradients)
         return parts
 
-    def _period(self, snapshot: Snapshot) -> int:
-        longest = max(quantity.prepare + quantity.window for quantity in self.quantities.values())
-        gradients = sum(self.cost(snapshot).values())  # the ranks' batches may differ in size
-        return max(longest, math.ceil(snapshot.ranks.first(lambda: gradients, "the cost") / self.budget))
+    def memory(self, snapshot: Snapshot) -> dict[str, float]:
+        """Bytes beside training at the peak of each quantity, predicted, with what those before it keep for the step.
+
+        Costs one forward pass. A quantity that cannot be measured is not among them.
+        """
+        found: dict[str, float] = {}
+        graph = 0.0
+        for name, quantity in self.quantities.items():
+            with contextlib.suppress(Unmeasurable):
+                parts = quantity.memory(snapshot)
+                graph = parts["graph"] = max(graph, parts.get("graph", 0.0))
+                found[name] = sum(parts.values())
+        return found
+
+    def _check_memory(self, name: str, snapshot: Snapshot) -> None:
+        """Once for each quantity, so that what is measured does not depend on the length of a batch."""
+        device = next((p.device for p in snapshot.parameters.values()), torch.device("cpu"))
+        if self.max_memory is None and device.type != "cuda":
+            return
+        if name not in self.predicted:
+            self.predicted |= self.memory(snapshot) | self.predicted
+        check_memory(self.predicted.get(name, 0.0), self.max_memory, device)
+
+    def _reckon(self, snapshot: Snapshot) -> None:
+        """After a measurement: what it took decides what the next ones are, and when."""
+        slow: dict[str, list[str]] = {}
+        # Seconds differ between processes, and so may the cost, with the sizes of their batches.
+        too_long = snapshot.ranks.first(lambda: self.seconds.too_long(self.quantities), "the seconds")
+        for name, reason in too_long.items():
+            slow.setdefault(reason, []).append(name)
+        self._leave_out(slow)
+        if self.cadence.every_n_steps is None and self.quantities.keys() != self._priced:
+            longest = max((q.prepare + q.window for q in self.quantities.values()), default=1)
+            gradients = sum(self.cost(snapshot).values())
+            self.cadence.priced(MARGIN * snapshot.ranks.first(lambda: gradients, "the cost"), longest)
+            self._priced = set(self.quantities)
 
     def drop(self) -> None:
         """Forgets windows and warm starts: the steps before are not those that come after.
@@ -304,9 +371,9 @@ class Monitor:
             if key.count("/") == 1
         }
         state: dict[str, Any] = {
-            "version": 1,
-            "origin": self.origin,
-            "period": self.period,
+            "version": VERSION,
+            "cadence": self.cadence.state_dict(),
+            "priced": None if self._priced is None else sorted(self._priced),
             "history": saved,
             "quantities": {name: quantity.state_dict() for name, quantity in self.quantities.items()},
         }
@@ -316,9 +383,24 @@ class Monitor:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave; quantities that are new or gone are left alone."""
-        self.origin = state["origin"]
-        self.period = self.every_n_steps or state["period"]
+        """Takes back what `state_dict` gave, of this version or an earlier one.
+
+        Quantities that are new or gone are left alone. A state that cannot be read, as that of a later version, is
+        left aside with a warning: it is measured as in a first run.
+        """
+        try:
+            self._load(state)
+        except Exception as error:
+            self.reset()
+            warnings.warn(
+                f"lsp_callbacks begins anew: the checkpoint's state of version {_version(state)} cannot be read "
+                f"({type(error).__name__}: {error})",
+                stacklevel=2,
+            )
+
+    def _load(self, state: dict[str, Any]) -> None:
+        if _version(state) > VERSION:
+            raise ValueError(f"this release knows versions up to {VERSION}")
         self.history = {
             key: Curve(curve["steps"].tolist(), curve["values"].tolist()) for key, curve in state["history"].items()
         }
@@ -326,3 +408,18 @@ class Monitor:
         for name, quantity in self.quantities.items():
             quantity.load_state_dict(dict(state["quantities"].get(name, {})), strict=False)
             quantity.load_vectors(state.get("vectors", {}).get(name, {}))
+        if _version(state) > 1:
+            self.cadence.load_state_dict(state["cadence"])
+            self._priced = None if state["priced"] is None else set(state["priced"])
+        else:
+            last = max((curve.steps[-1] for curve in self.history.values() if curve.steps), default=None)
+            self.cadence.load_first_state(state.get("origin"), state.get("period"), last)
+
+
+def _kind(reason: str) -> str:
+    return re.sub(r"[-+.\w]*\d[-+.\w]*", "#", reason)
+
+
+def _version(state: dict[str, Any]) -> int:
+    """The first version did not always say so."""
+    return int(state.get("version", 1))

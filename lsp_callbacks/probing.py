@@ -153,7 +153,7 @@ def _to(batch: Any, device: Any) -> Any:
 
 def _failing(error: Exception) -> Callable[[], Evaluation]:
     def part() -> Evaluation:
-        raise error
+        raise Unmodelled(str(error))  # the other one is kept: its traceback would keep the step's tensors
 
     return part
 

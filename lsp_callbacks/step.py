@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import MicroBatch, Shadow, copied, replayer, summed
@@ -139,7 +139,7 @@ class PendingStep:
         if not self.ranks.any(lambda: not whole, "a sub-batch") or self.shadow is None:
             return full
         parts = [
-            replace(part, batch=tree_map(lambda t, size=size: _first(t, count, size), part.batch))
+            replace(part, batch=apply_to_collection(part.batch, Tensor, lambda t, size=size: _first(t, count, size)))
             for part, size in zip(self.parts, sizes)
         ]
         replay = replayer(self.shadow, parts)
@@ -184,8 +184,8 @@ def witnessed(snapshot: Snapshot) -> Snapshot:
     return replace(snapshot, loss=loss)
 
 
-def _first(leaf: Any, count: int, size: int | None) -> Any:
-    return leaf[:count] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size else leaf
+def _first(leaf: Tensor, count: int, size: int | None) -> Tensor:
+    return leaf[:count] if leaf.ndim and len(leaf) == size else leaf
 
 
 def _raising(error: Exception | None) -> Callable[[], Tensor]:
@@ -214,10 +214,19 @@ def _compiled(module: nn.Module) -> bool:
 
 
 def batch_size(batch: Any) -> int | None:
-    """The first axis of the first tensor that has one."""
-    sizes: list[int] = []
-    tree_map(lambda t: sizes.append(len(t)) if isinstance(t, Tensor) and t.ndim else None, batch)
-    return sizes[0] if sizes else None
+    """The first axis of the first tensor that has one, in lists, mappings and dataclasses.
+
+    Lightning's rule (``extract_batch_size``) but for tensors without an axis, which it takes for batches of one.
+    """
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else None
+    if is_dataclass(batch):
+        parts = [getattr(batch, field.name) for field in fields(batch)]
+    elif isinstance(batch, Mapping):
+        parts = list(batch.values())
+    else:
+        parts = list(batch) if isinstance(batch, list | tuple) else []
+    return next((size for size in map(batch_size, parts) if size is not None), None)
 
 
 def rate(optimizer: torch.optim.Optimizer) -> float:

@@ -10,6 +10,7 @@ import lsp_callbacks
 ROOT = Path(lsp_callbacks.__file__).parent
 #: Each layer may import itself and what is left of it.
 LAYERS = (
+    "arguments",
     "linalg",
     "unmeasurable",
     "ranks",
@@ -22,13 +23,15 @@ LAYERS = (
     "operators",
     "functional",
     "quantities",
+    "cadence",
+    "limits",
     "monitor",
     "report",
     "loops",
     "callbacks",
 )
 #: Programs: they may import everything, and nothing imports them.
-PROGRAMS = ("demo", "cli", "diagram")
+PROGRAMS = ("demo", "cli", "diagram", "cost")
 LIGHTNING = {"lightning", "pytorch_lightning"}
 OPTIONAL = {"matplotlib", "rich", "jsonargparse", "sklearn", "scipy", "torchvision", "transformers", "tensorboard"}
 #: What a file is for may be imported at its top; nothing imports the file.

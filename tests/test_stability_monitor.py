@@ -122,9 +122,10 @@ def test_stock_callbacks_find_their_key(tmp_path):
 
 def test_the_first_step_is_measured_and_the_budget_says_when_the_next():
     monitor = StabilityMonitor("economy", budget=0.5)
-    trainer = fit(Model(), monitor, max_steps=30)
-    assert monitor.history[COURANT].steps == [*range(0, 30, monitor.monitor.period)]
-    assert trainer.callback_metrics["stability/age"] == 29 - monitor.history[COURANT].steps[-1]
+    trainer = fit(Model(), monitor, max_steps=70)
+    far = 3 * monitor.monitor.period  # the rate is a hundredth of the critical one
+    assert monitor.history[COURANT].steps == [*range(0, 70, far)] and far < 40
+    assert trainer.callback_metrics["stability/age"] == 69 - monitor.history[COURANT].steps[-1]
     assert 0 < trainer.callback_metrics["stability/overhead"] < 1 and 0 < monitor.overhead < 1
 
 

@@ -21,11 +21,11 @@ class CriticalRate:
 
     Args:
         known: of an earlier run.
+        stochastic: whether those were of SGD itself, not of one batch's curvature.
     """
 
-    def __init__(self, known: Sequence[float] = ()):
-        self.known = list(known)
-        self._stochastic = False
+    def __init__(self, known: Sequence[float] = (), stochastic: bool = False):
+        self.known, self.stochastic = list(known), stochastic
 
     @property
     def mean(self) -> float:
@@ -34,9 +34,9 @@ class CriticalRate:
 
     def take(self, values: Mapping[str, float], *, used: float) -> bool:
         """Takes in a measurement at the rate ``used``; whether it had a critical rate."""
-        if "stability/critical_lr" in values and not self._stochastic:  # before, it was that of one batch's curvature
-            self.known, self._stochastic = [], True
-        courant = math.nan if self._stochastic else values.get("stability/courant", math.nan)
+        if "stability/critical_lr" in values and not self.stochastic:  # before, it was that of one batch's curvature
+            self.known, self.stochastic = [], True
+        courant = math.nan if self.stochastic else values.get("stability/courant", math.nan)
         critical = values.get("stability/critical_lr", used / courant if courant > 0 else math.nan)
         if not math.isfinite(critical):
             return False

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 
+from lsp_callbacks.arguments import whole
 from lsp_callbacks.callbacks.adapter import (
     LossFn,
     clipped,
@@ -35,7 +37,7 @@ from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import untouched
 from lsp_callbacks.report import verdict
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
-from lsp_callbacks.step import PendingStep, identical, rate, witnessed
+from lsp_callbacks.step import PendingStep, batch_size, identical, rate, witnessed
 
 #: How many steps of the schedule to look ahead.
 HORIZON = 1000
@@ -50,12 +52,14 @@ class StabilityMonitor(Callback):
     Args:
         quantities: a preset ("economy", "default", "full"), names, or `Quantity` objects. What is named here and cannot
             be measured raises before training; what a preset brings is left out with one warning.
-        every_n_steps: start a measurement every so many optimizer steps; None keeps to ``budget``.
+        every_n_steps: start a measurement every so many optimizer steps; None keeps to ``budget``, denser near the edge
+            of stability and sparser far from it.
         budget: share of the training cost to spend, by a deterministic model in gradients.
         window: steps in a window of the exponent.
         average: windows in its mean.
         probe_samples: samples of the batch (of several processes, of each one's) for sharpness and exponent; None takes
-            the whole batch. The numbers are then those of a sub-batch.
+            the whole batch. The numbers are then those of a sub-batch, and ``stability/sub_batch`` says of how many
+            samples.
         layers: whose spectral norms to measure: class, glob, predicate or import path; None takes all.
         blocks: the residual blocks, likewise; None finds them.
         log_layers: "all", "summary" (none), or how many of the largest of each kind to log.
@@ -66,6 +70,10 @@ class StabilityMonitor(Callback):
             ``training_step`` does not return the value of one criterion of ``torch.nn.functional``.
         save_vectors: put windows under way and warm starts into checkpoints too; otherwise a checkpoint cuts them.
         strict: raise where a measurement fails, instead of recording NaN with one warning.
+        max_memory: bytes, or "2GB", that a measurement may take beside training; what is predicted to take more is left
+            out with the number. None is what is free on a CUDA device, and no cap elsewhere.
+        time_limit: seconds that a measurement may take: its longest parts are left out until the rest fits. The clock
+            decides, so two runs may measure different things. None is no limit.
         seed: of our own random choices, which never touch the global state.
 
     Raises:
@@ -93,12 +101,15 @@ class StabilityMonitor(Callback):
         criterion: Criterion | None = None,
         save_vectors: bool = False,
         strict: bool = False,
+        max_memory: float | str | None = None,
+        time_limit: float | None = None,
         seed: int = 0,
     ):
-        if probe_samples is not None and probe_samples < 1:
-            raise ValueError(f"probe_samples={probe_samples}: give at least 1, or None for the whole batch")
-        if log_layers not in ("all", "summary") and not (isinstance(log_layers, int) and log_layers > 0):
-            raise ValueError(f"log_layers={log_layers!r}: give 'all', 'summary' or a positive number")
+        if probe_samples is not None:
+            whole("probe_samples", probe_samples, 1, instead=", or None for the whole batch")
+        if log_layers not in ("all", "summary"):
+            whole("log_layers", log_layers, 1, instead=", or 'all' or 'summary'")
+        whole("seed", seed, 0)
         if (forward_fn is None) != (criterion is None):
             raise ValueError("forward_fn and criterion belong together: pass both, or neither")
         built, named = build(
@@ -107,7 +118,10 @@ class StabilityMonitor(Callback):
             spectral_norm={"layers": layers},
             residual_cfl={"blocks": blocks},
         )
-        self.monitor = Monitor(*built, every_n_steps=every_n_steps, budget=budget, named=named, strict=strict)
+        self.monitor = Monitor(
+            *built, every_n_steps=every_n_steps, budget=budget, named=named, strict=strict, max_memory=max_memory,
+            time_limit=time_limit,
+        )  # fmt: skip
         self.probe_samples, self.layers, self.blocks = probe_samples, layers, blocks
         self.log_layers, self.loss_fn, self.save_vectors, self.seed = log_layers, loss_fn, save_vectors, seed
         wanted = max((getattr(quantity, "probes", 0) for quantity in built), default=0)
@@ -129,6 +143,7 @@ class StabilityMonitor(Callback):
         self._spent = 0.0
         self._began: float | None = None
         self._rate_used = 0.0
+        self._samples = 0
 
     @property
     def history(self) -> dict[str, Curve]:
@@ -195,10 +210,12 @@ class StabilityMonitor(Callback):
         began = time.perf_counter()
         if batch_idx % trainer.accumulate_grad_batches == 0:  # the first micro-batch of a step
             self._pending, self._updates, self._saw_loss, self._loss = None, 0, False, None
-            if self.monitor.wants(self.step) and not trainer.fit_loop._skip_backward:  # an epoch of weight averaging
-                self._pending = pending_step(
-                    trainer, pl_module, loss_fn=self.loss_fn, probe_samples=self.probe_samples, ranks=self._ranks
-                )
+            wanted = self.monitor.wants(self.step, scheduled=self.scheduled_courant(trainer))
+            if wanted and not trainer.fit_loop._skip_backward:  # an epoch of weight averaging
+                with self._harmless("the step could not be kept for a replay"):
+                    self._pending = pending_step(
+                        trainer, pl_module, loss_fn=self.loss_fn, probe_samples=self.probe_samples, ranks=self._ranks
+                    )
         if self.monitor.quantities:
             self.probes.add(batch)
         if self._pending is not None:
@@ -221,16 +238,20 @@ class StabilityMonitor(Callback):
         self._updates += 1
         pending, self._pending = self._pending, None
         if pending is not None:
-            with untouched(pl_module):
+            with self._harmless("the step could not be looked at"), untouched(pl_module):
                 self._observation = self._observe(trainer, pending, optimizer)
             update = any(quantity.needs_update for quantity in self.monitor.quantities.values())
             if update and pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
-                self._gradients = clipped(trainer, optimizer)
+                with self._harmless("whether the gradient is changed later could not be watched"):
+                    self._gradients = clipped(trainer, optimizer)
         if self._updates == 1:
             self.step += 1
         self._spent += time.perf_counter() - began
 
     def _observe(self, trainer: Any, pending: PendingStep, optimizer: Any) -> Observation | None:
+        if self.probe_samples is not None:
+            sizes = [batch_size(part.batch) for part in pending.parts]
+            self._samples = min(self.probe_samples, sum(size or self.probe_samples for size in sizes))
         snapshot = pending.snapshot(
             self.step,
             optimizer,
@@ -245,7 +266,10 @@ class StabilityMonitor(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         began = time.perf_counter()
-        if self._gradients and self._ranks.any(self._gradient_changed, "the gradient after the step"):
+        changed = False
+        with self._harmless("whether the gradient was changed could not be told"):
+            changed = bool(self._gradients) and self._ranks.any(self._gradient_changed, "the gradient after the step")
+        if changed:
             self._disown("the gradient was changed after the on_before_optimizer_step of StabilityMonitor")
         elif self._updates > 1:
             self._disown(f"one batch made {self._updates} optimizer steps: their joint update is not modelled")
@@ -253,7 +277,8 @@ class StabilityMonitor(Callback):
         if self._observation is not None:
             observation, self._observation = self._observation, None
             self._measured_at = observation.step
-            observation = self._look_ahead(trainer, observation)
+            with self._harmless("the schedule could not be looked ahead"):
+                observation = self._look_ahead(trainer, observation)
             self._publish(trainer, observation)
             for subscriber in self.subscribers:
                 subscriber.receive(trainer, observation)
@@ -280,12 +305,24 @@ class StabilityMonitor(Callback):
     def _gradient_changed(self) -> bool:
         return any(p.grad is not None and not identical(p.grad, gradient) for p, gradient in self._gradients)
 
+    @contextlib.contextmanager
+    def _harmless(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong around a measurement is a warning, once; training goes on without it."""
+        try:
+            yield
+        except Exception as error:
+            if self.monitor.strict:
+                raise
+            self.monitor.warn_once(f"{what}: {type(error).__name__}: {error}")
+
     def _disown(self, reason: str) -> None:
         self._observation = self.monitor.disown_update(self._observation, reason)
 
     def _publish(self, trainer: Any, observation: Observation) -> None:
         values = self._visible(observation.values)
         values["stability/overhead"] = self.overhead
+        if self.probe_samples is not None:
+            values["stability/sub_batch"] = float(self._samples)
         self._show(trainer, values)
         # The row that Lightning itself gives to this batch.
         row = trainer.fit_loop.epoch_loop._batches_that_stepped
@@ -315,7 +352,8 @@ class StabilityMonitor(Callback):
 
     def scheduled_courant(self, trainer: Any) -> float:
         """The rate that the optimizer has now, before it is used, over the mean of the last critical rates; or NaN."""
-        return rate(trainer.optimizers[0]) / self._critical.mean
+        critical = self._critical.mean
+        return rate(trainer.optimizers[0]) / critical if trainer.optimizers and critical > 0 else math.nan
 
     def _look_ahead(self, trainer: Any, observation: Observation) -> Observation:
         """Adds ``stability/steps_to_edge`` where the schedule will cross the critical rate."""
@@ -351,12 +389,14 @@ class StabilityMonitor(Callback):
         return {
             "step": self.step,
             "critical": self._critical.known,
+            "stochastic": self._critical.stochastic,
             "monitor": self.monitor.state_dict(vectors=self.save_vectors),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step, self._critical = state_dict["step"], CriticalRate(state_dict["critical"])
-        self.monitor.load_state_dict(state_dict["monitor"])
+        self.step = int(state_dict.get("step", 0))  # 0 is taken from the trainer
+        self._critical = CriticalRate(state_dict.get("critical", ()), state_dict.get("stochastic", False))
+        self.monitor.load_state_dict(state_dict.get("monitor", {}))
 
 
 def _never() -> torch.Tensor:

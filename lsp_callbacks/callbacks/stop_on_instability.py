@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lsp_callbacks.arguments import number, whole
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.monitor import Observation
@@ -64,12 +65,16 @@ class StopOnInstability(Callback):
         limit: float | None = 10.0,
         verbose: bool = True,
     ):
-        if patience < 1:
-            raise ValueError(f"patience={patience}: give at least 1 measurement")
+        if not isinstance(monitor, str):
+            raise ValueError(f"monitor={monitor!r}: give a global key, such as 'stability/courant'")
+        if threshold is not None:
+            number("threshold", threshold, instead=", or None")
+        whole("patience", patience, 1, instead=" measurement")
+        whole("min_steps", min_steps, 0)
         if confirm not in ("loss", None):
             raise ValueError(f"confirm={confirm!r}: give 'loss', or None for the bare rule")
-        if limit is not None and limit <= 1:
-            raise ValueError(f"limit={limit}: give a Courant number above 1, or None")
+        if limit is not None:
+            number("limit", limit, above=1, instead=", a Courant number, or None")
         self.monitor, self.patience, self.min_steps, self.limit = monitor, patience, min_steps, limit
         self.threshold = (0.0 if "lyapunov" in monitor else 1.0) if threshold is None else threshold
         self.confirm, self.verbose = confirm, verbose
@@ -226,7 +231,9 @@ class StopOnInstability(Callback):
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.event_step, self.stop_step = state_dict["event_step"], state_dict["stop_step"]
-        self._readings, self._seen = list(state_dict["readings"]), state_dict["seen"]
-        self._forecast, self._stochastic = state_dict["forecast"], state_dict["stochastic"]
-        self._smoothed, self._least, self._initial = (state_dict[name] for name in ("smoothed", "least", "initial"))
+        self._reset()
+        state = self.state_dict() | dict(state_dict)  # what another release did not write is as in a new run
+        self.event_step, self.stop_step = state["event_step"], state["stop_step"]
+        self._readings, self._seen = list(state["readings"]), state["seen"]
+        self._forecast, self._stochastic = state["forecast"], state["stochastic"]
+        self._smoothed, self._least, self._initial = (state[name] for name in ("smoothed", "least", "initial"))

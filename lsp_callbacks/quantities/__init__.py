@@ -55,11 +55,13 @@ def build(names: str | Quantity | Sequence[str | Quantity], **settings: Any) -> 
     """
     if isinstance(names, str) and names in PRESETS:
         return [REGISTRY[name](**settings.get(name, {})) for name in PRESETS[names]], set()
+    if not isinstance(names, str | Quantity | Sequence):
+        raise ValueError(f"quantities={names!r}: give a preset, a name, or a list of names and quantities")
     quantities = []
     for one in [names] if isinstance(names, str | Quantity) else names:
         if isinstance(one, Quantity):
             quantities.append(one)
-        elif one in REGISTRY:
+        elif isinstance(one, str) and one in REGISTRY:
             quantities.append(REGISTRY[one](**settings.get(one, {})))
         else:
             raise ValueError(

@@ -47,6 +47,13 @@ class Quantity(Metric):
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         """Gradients that one measurement costs, by what they are spent on; equal entries are shared."""
 
+    def memory(self, snapshot: Snapshot) -> dict[str, float]:
+        """Bytes beside training at the peak of a measurement, predicted, by what they are for; equal ones are shared.
+
+        Cost: one forward pass for all quantities of a step, see `lsp_callbacks.operators.footprint`.
+        """
+        return {}
+
     def check(self, snapshot: Snapshot) -> None:
         """Raises `Unmeasurable` if the quantity cannot be measured on such steps; replays nothing."""
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
+from lsp_callbacks.arguments import choice, number, whole
 from lsp_callbacks.functional.batch_sharpness import batch_sharpness, curvature_along_gradient
 from lsp_callbacks.operators.curvature import Method, product_cost, resolved
+from lsp_callbacks.operators.footprint import product_memory
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
@@ -44,9 +48,9 @@ class BatchSharpness(Quantity):
 
     def __init__(self, rtol: float = 0.1, most: int = 100, method: Method = "auto"):
         super().__init__()
-        if not rtol > 0 or most < LEAST:
-            raise ValueError(f"rtol={rtol}, most={most}: need rtol > 0 and most >= {LEAST}")
-        self.rtol, self.most, self.method = rtol, most, method
+        number("rtol", rtol, above=0), whole("most", most, LEAST)
+        self.rtol, self.most = rtol, most
+        self.method: Method = choice("method", method, *get_args(Method))
         self.window = most
         self._window: list[Tensor] = []
         self._step = 0
@@ -59,6 +63,9 @@ class BatchSharpness(Quantity):
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         batches = min(self.most, max(LEAST, round((0.43 / self.rtol) ** 2)))
         return {"batches": batches * product_cost(resolved(snapshot, self.method), 1)}
+
+    def memory(self, snapshot: Snapshot) -> dict[str, float]:
+        return product_memory(snapshot, self.method, 0)
 
     def update(self, snapshot: Snapshot) -> None:
         """Takes in one more batch; a gap in the steps starts again."""

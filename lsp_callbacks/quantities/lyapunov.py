@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from lsp_callbacks.arguments import choice, whole
 from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_plane
 from lsp_callbacks.functional.sharpness import edge_constant
 from lsp_callbacks.functional.statistics import batch_means, student_bounds
 from lsp_callbacks.linalg import LinearOperator, orthonormalise, push
 from lsp_callbacks.operators.curvature import Method, product_cost, resolved
+from lsp_callbacks.operators.footprint import footprint, product_memory
 from lsp_callbacks.operators.frozen import frozen_rule
 from lsp_callbacks.operators.training import Path, state_blocks, state_weight, step_jacobian, tangent_path
 from lsp_callbacks.quantities.base import Quantity, scalar
-from lsp_callbacks.quantities.sharpness import edge_cost, measured_edge
+from lsp_callbacks.quantities.sharpness import edge_cost, edge_memory, measured_edge
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
 
@@ -27,7 +29,7 @@ class _Windowed(Quantity):
 
     def __init__(self, method: Method):
         super().__init__()
-        self.method = method
+        self.method: Method = choice("method", method, *get_args(Method))
         self._frame: dict[str, Any] = {}
 
     def check(self, snapshot: Snapshot) -> None:
@@ -79,9 +81,7 @@ class Lyapunov(_Windowed):
 
     def __init__(self, window: int = 4, average: int = 5, method: Method = "auto"):
         super().__init__(method)
-        for argument, value in (("window", window), ("average", average)):
-            if value < 1:
-                raise ValueError(f"{argument}={value}: give a whole number of at least 1")
+        whole("window", window, 1), whole("average", average, 1)
         self.window, self.average = window, average
         self._mode: Tensor | None = None
         self._top: Tensor | None = None
@@ -95,6 +95,11 @@ class Lyapunov(_Windowed):
         vectors = 2 if frozen_rule(snapshot).momentum else 1
         window = self.window * product_cost(method, vectors) - product_cost(method, vectors) + product_cost(method, 1)
         return {**edge_cost(snapshot, method), "window": window}
+
+    def memory(self, snapshot: Snapshot) -> dict[str, float]:
+        blocks = 1 + len(state_blocks(snapshot))
+        plane = blocks * (2 if frozen_rule(snapshot).momentum else 1)
+        return {**edge_memory(snapshot, self.method), "plane": plane * footprint(snapshot).parameters}
 
     def update(self, snapshot: Snapshot) -> None:
         """Aligns, or pushes through one more step; a gap in the steps starts again."""
@@ -178,10 +183,7 @@ class LyapunovTrajectory(_Windowed):
 
     def __init__(self, k: int = 1, transient: int = 100, window: int = 100, method: Method = "auto"):
         super().__init__(method)
-        if window < 40 or k < 1 or transient < 0:
-            raise ValueError(
-                f"k={k}, transient={transient}, window={window}: need k >= 1, transient >= 0, window >= 40"
-            )
+        whole("k", k, 1), whole("transient", transient, 0), whole("window", window, 40)
         self.k, self.prepare, self.window = k, transient, window
         self._tangent: Path = "exact"
         self.add_state("growth", default=torch.empty(0, k, dtype=torch.float64), persistent=True)
@@ -189,6 +191,11 @@ class LyapunovTrajectory(_Windowed):
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         steps = self.prepare + self.window
         return {"trajectory": steps * product_cost(resolved(snapshot, self.method), self.k)}
+
+    def memory(self, snapshot: Snapshot) -> dict[str, float]:
+        known = tangent_path(snapshot) == "exact"
+        blocks = 1 + (len(state_blocks(snapshot)) if known else 2)  # of an unknown optimizer, as of Adam
+        return product_memory(snapshot, self.method, 4 * self.k * blocks)
 
     def update(self, snapshot: Snapshot) -> None:
         """Pushes the frame through one step; a gap in the steps starts again."""

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.arguments import number, whole
 from lsp_callbacks.functional.residual import ResidualStability, residual_stability
 from lsp_callbacks.operators.curvature import label
+from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.residual import is_candidate, residual_block
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.select import Selection, selected
@@ -48,10 +50,7 @@ class ResidualCFL(Quantity):
 
     def __init__(self, blocks: Selection = None, samples: int = 4, h: float = 1.0):
         super().__init__()
-        if samples < 1:
-            raise ValueError(f"samples={samples}: give at least 1")
-        if not h > 0:
-            raise ValueError(f"h={h}: a step size is positive")
+        whole("samples", samples, 1), number("h", h, above=0)
         self.blocks, self.samples, self.h = blocks, samples, h
         self.add_state("stiffness", default=scalar(torch.nan))
         self.add_state("share", default=scalar(torch.nan))
@@ -68,6 +67,10 @@ class ResidualCFL(Quantity):
     def path(self, snapshot: Snapshot) -> str:
         # Blocks run at the precision of their parameters, without autocast.
         return label("exact", snapshot, next(iter(snapshot.parameters.values())).dtype)
+
+    def memory(self, snapshot: Snapshot) -> dict[str, float]:
+        found = footprint(snapshot)
+        return {"activations": found.activations, "copies": 2 * found.buffers}
 
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from lsp_callbacks.arguments import whole
 from lsp_callbacks.functional.diagram import StabilityDiagram, critical_lr, stability_diagram
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.functional.mean_square import second_moment_exponent
@@ -19,6 +20,7 @@ from lsp_callbacks.functional.sgd_stability import (
     sgd_exponent,
     sum_of_exponents,
 )
+from lsp_callbacks.operators.footprint import footprint, unfolded
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.sgd_diagram import diagram_around, draw, matplotlib
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 #: Multiplications of the random products of one measurement, and those that a step's calls are worth beside its own.
 NUMERICS, CALLS = 2e9, 2e7
+#: Memory that recording takes, in activations, and random products, in matrices of the size of the Gram matrix:
+#: measured in ``benchmarks/memory_is_predicted.py``.
+RECORDED, PRODUCTS = 1.7, 40
 #: What only comes with a horizon.
 DETAILS = (
     "stability/sgd_lyapunov_least", "stability/sgd_lyapunov_most", "stability/sgd_lyapunov_finite",
@@ -108,13 +113,13 @@ class SGDStability(Quantity):
     ):
         super().__init__()
         for argument, value in (("probes", probes), ("chains", chains), ("steps", steps)):
-            if value < 2:
-                raise ValueError(f"{argument}={value}: give at least 2")
+            whole(argument, value, 2)
+        whole("most_rows", most_rows, 0)
         if outputs not in ("top", "all"):
             raise ValueError(f"outputs={outputs!r}: give 'top' or 'all'")
         self.probes, self.outputs, self.sampling, self.replacement = probes, outputs, sampling, replacement
-        if horizon is not None and horizon < 1:
-            raise ValueError(f"horizon={horizon}: give a number of steps, or None")
+        if horizon is not None:
+            whole("horizon", horizon, 1, instead=" of steps, or None")
         self.chains, self.steps, self.horizon, self.most_rows = chains, steps, horizon, most_rows
         if sampling not in ("iid", "reshuffle"):
             raise ValueError(f"sampling={sampling!r}: give 'iid' or 'reshuffle'")
@@ -152,6 +157,20 @@ class SGDStability(Quantity):
         """Which rules gave per-sample gradients, see `TangentKernel`."""
         kernel = None if self.latest is None else self.latest.kernel
         return "exact" if kernel is None else " and ".join(sorted(set(kernel.path.values())))
+
+    def memory(self, snapshot: Snapshot) -> dict[str, float]:
+        """Activations and per-layer gradients of the probes, and the random products on their Gram matrix."""
+        if snapshot.probes is None:
+            return {}
+        found, share = footprint(snapshot), self.probes / max(snapshot.probes.batch_size, 1)
+        rows = self.probes * (1 if self.latest is None else self.latest.kernel.rows)
+        return {
+            "activations of the probes": RECORDED * share * found.activations,
+            "patches of a convolution": 2 * unfolded(snapshot, self.probes),
+            "gradients": 3 * found.parameters,
+            "products": PRODUCTS * 8 * rows**2,
+            "copies": 2 * found.buffers,
+        }
 
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step; waits while its probes are being collected."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from lsp_callbacks.arguments import choice
 from lsp_callbacks.functional.sharpness import Edge, edge, edge_constant
 from lsp_callbacks.operators.curvature import Method, product_cost, resolved
+from lsp_callbacks.operators.footprint import product_memory
 from lsp_callbacks.operators.frozen import coupled_decay, decay_rates, frozen_rule, rates
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.snapshot import Snapshot
@@ -32,6 +34,11 @@ def edge_cost(snapshot: Snapshot, method: Method) -> dict[str, float]:
     one = all(isinstance(value, float) for value in (rates(snapshot), decay_rates(snapshot)))
     runs = 1 if one else 2 + isinstance(coupled_decay(snapshot), Tensor)
     return {"forward": 1 / 3, "edge": product_cost(method, runs * WARM)}
+
+
+def edge_memory(snapshot: Snapshot, method: Method) -> dict[str, float]:
+    """Bytes for the alignment: the basis of a Lanczos run that starts from nothing."""
+    return product_memory(snapshot, method, COLD)
 
 
 class Sharpness(Quantity):
@@ -75,7 +82,7 @@ class Sharpness(Quantity):
 
     def __init__(self, method: Method = "auto"):
         super().__init__()
-        self.method = method
+        self.method: Method = choice("method", method, *get_args(Method))
         self._mode: Tensor | None = None
         self._top: Tensor | None = None
         for state in ("sharpness", "limit", "courant", "residual"):
@@ -83,6 +90,9 @@ class Sharpness(Quantity):
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         return edge_cost(snapshot, self.method)
+
+    def memory(self, snapshot: Snapshot) -> dict[str, float]:
+        return edge_memory(snapshot, self.method)
 
     def check(self, snapshot: Snapshot) -> None:
         edge_constant(frozen_rule(snapshot))

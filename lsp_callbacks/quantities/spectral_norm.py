@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.functional.spectral_norm import log_sum, spectral_norm
+from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.weights import row_norm, weight_operators
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.select import Selection, selected
@@ -51,6 +52,10 @@ class SpectralNorm(Quantity):
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         return {"forward": 1 / 3, "spectral norms": 0.3}
+
+    def memory(self, snapshot: Snapshot) -> dict[str, float]:
+        found = footprint(snapshot)
+        return {"activations": found.activations, "copies": 2 * found.buffers}
 
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""

@@ -1,0 +1,83 @@
+"""Claim: the adaptive cadence spends no more than the budget, and puts more of its measurements near the edge.
+
+Three networks on digits under SGD, whose rate lies far below the edge and passes near it in the middle of the run.
+Prints, for the adaptive cadence and for fixed periods: gradients by the model of the cost over those that the budget
+allows (one measurement is the advance), the share of the time by the clock, and how many measurements had a Courant
+number above 0.5.
+"""
+
+import logging
+import math
+import warnings
+
+import pytorch_lightning as pl
+import torch
+from runs import digits
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lsp_callbacks import StabilityMonitor
+
+STEPS, BUDGET = 1500, 0.2
+NETS = {
+    "MLP": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)),
+    "deep MLP": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
+    ),
+    "CNN": lambda: nn.Sequential(nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(128, 10)),
+}
+
+
+def bump(step: int) -> float:
+    """Of the rate: 1 at both ends, 40 in the middle."""
+    return 40.0 ** math.exp(-(((step - STEPS / 2) / (STEPS / 8)) ** 2))
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.02)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, bump)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def run(name: str, period: int | None) -> tuple[StabilityMonitor, float]:
+    """The monitor after the run, and the gradients of its measurements."""
+    pl.seed_everything(0, verbose=False)
+    monitor = StabilityMonitor("economy", every_n_steps=period, budget=BUDGET)
+    trainer = pl.Trainer(
+        max_steps=STEPS, max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[monitor],
+    )  # fmt: skip
+    trainer.fit(Classifier(NETS[name]()), DataLoader(digits(), batch_size=32, shuffle=True))
+    return monitor, monitor.overhead
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    for package in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    for name in NETS:
+        adaptive, share = run(name, None)
+        cost, found = adaptive.monitor.cadence.cost, adaptive.history["stability/courant"]
+        # Fixed periods that measure as often.
+        fixed, fixed_share = run(name, math.ceil(STEPS / len(found.steps)))
+        for kind, monitor, time in (("adaptive", adaptive, share), ("fixed", fixed, fixed_share)):
+            courants = monitor.history["stability/courant"].values
+            near = sum(value > 0.5 for value in courants)
+            spent = len(courants) * cost / (BUDGET * STEPS + cost)
+            print(
+                f"{name:9} {kind:9} {len(courants):3} measurements, {spent:.2f} of the gradients allowed, {time:.1%} "
+                f"of the time, {near:3} near the edge (largest {max(courants):.2f})"
+            )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
