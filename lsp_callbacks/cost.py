@@ -16,7 +16,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lsp_callbacks import report
 from lsp_callbacks.callbacks.base import Callback
-from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
+from lsp_callbacks.callbacks.stability_monitor import MODELLED, StabilityMonitor
 from lsp_callbacks.diagram import configured, existing, quiet
 from lsp_callbacks.limits import readable
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
@@ -151,7 +151,7 @@ class _Meter(Callback):
     """Times steps, then lets the monitor see them until it has measured twice."""
 
     def __init__(self, monitor: StabilityMonitor):
-        self.inner, self.costs = monitor, Costs(budget=monitor.monitor.cadence.budget)
+        self.inner, self.costs = monitor, Costs(budget=monitor.monitor.cadence.budget / MODELLED)
         self.steps: list[float] = []
         self.began: float | None = None
         self.given: int | None = None

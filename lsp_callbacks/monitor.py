@@ -23,8 +23,6 @@ from lsp_callbacks.snapshot import Snapshot, Unmeasurable, Unmodelled
 
 #: How many points of each global curve a checkpoint carries.
 HISTORY_SAVED = 1000
-#: Of the cost model: what it leaves out, such as the calls of each step, copies of the module, and cold starts.
-MARGIN = 1.6
 #: What ``stability/courant`` is: the first of these that a step completes.
 DIALS = ("stability/courant_sgd", "stability/courant_gd")
 #: Of ``state_dict``. 1 knew fixed periods only.
@@ -348,7 +346,7 @@ class Monitor:
         if self.cadence.every_n_steps is None and self.quantities.keys() != self._priced:
             longest = max((q.prepare + q.window for q in self.quantities.values()), default=1)
             gradients = sum(self.cost(snapshot).values())
-            self.cadence.priced(MARGIN * snapshot.ranks.first(lambda: gradients, "the cost"), longest)
+            self.cadence.priced(snapshot.ranks.first(lambda: gradients, "the cost"), longest)
             self._priced = set(self.quantities)
 
     def drop(self) -> None:

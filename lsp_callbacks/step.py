@@ -161,27 +161,37 @@ class PendingStep:
 def witnessed(snapshot: Snapshot) -> Snapshot:
     """A step whose loss nobody saw, checked against its gradient instead; then the replay's loss is its loss.
 
-    Where the gradient is another one (it was clipped, or the loop differentiates another loss), what needs the update
-    is not modelled. Failures to replay are left to the quantities. Cost: one gradient.
+    With a ``clipping`` the gradient may be clipped already: then the replay's takes its place. Where it is another one
+    (the loop clips in another way, or differentiates another loss), what needs the update is not modelled. Failures to
+    replay are left to the quantities. Cost: one gradient.
     """
-    parameters = list(snapshot.parameters.values())
+    parameters = snapshot.parameters
     losses: list[Tensor] = []
 
     def replayed() -> tuple[Tensor]:
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             losses.append(snapshot.replay())
-            return (flatten(torch.autograd.grad(losses[0], parameters, allow_unused=True), parameters),)
+            found = torch.autograd.grad(losses[0], list(parameters.values()), allow_unused=True)
+            return (flatten(found, list(parameters.values())),)
 
     try:
         (gradient,) = snapshot.ranks.together(lambda: snapshot.ranks.mean(replayed, "the gradient of the loss"))
     except Exception:
         return snapshot
-    loss = losses[0].detach()
+    seen = replace(snapshot, loss=losses[0].detach(), memo={})
     try:
-        snapshot.check_gradient(gradient)
+        seen.check_gradient(gradient)
     except Unmeasurable as error:
-        return replace(snapshot, loss=loss, unmodelled=snapshot.unmodelled or str(error))
-    return replace(snapshot, loss=loss)
+        if snapshot.clipping is None or snapshot.gradient is None or snapshot.unmodelled:
+            return replace(seen, unmodelled=snapshot.unmodelled or str(error))
+        own = snapshot.gradient
+        try:
+            seen.check_gradient(snapshot.clipping(gradient))
+        except Unmeasurable:
+            return replace(seen, unmodelled=str(error))
+        pieces = zip(parameters, split(gradient, list(parameters.values())))
+        return replace(seen, gradient={name: None if own[name] is None else g for name, g in pieces}, memo={})
+    return seen
 
 
 def _first(leaf: Tensor, count: int, size: int | None) -> Tensor:

@@ -15,8 +15,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
-from test_no_trace import everything
-from zoo import Losses, Model, Rows, data, fit, mlp
+from zoo import Losses, Model, Rows, data, everything, fit, mlp
 
 from lsp_callbacks import Monitor, Quantity, Sharpness, Snapshot, StabilityMonitor, StopOnInstability, Unmeasurable
 from lsp_callbacks.probing import Probes

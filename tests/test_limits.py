@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from zoo import Model, Rows, data, fit, mlp
 
 from lsp_callbacks import Monitor, Quantity, Snapshot, StabilityMonitor, Unmeasurable
-from lsp_callbacks.callbacks.adapter import batch_size
 from lsp_callbacks.limits import Seconds, check_memory, in_bytes, readable
 from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.snapshot import Unmodelled
+from lsp_callbacks.step import batch_size
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "memory_is_predicted.py"
 CPU = torch.device("cpu")

@@ -15,6 +15,7 @@ from zoo import CLASSES, MOMENTUM, SGD, Model, Rows, data, fit, mlp
 
 from lsp_callbacks import Lyapunov, Monitor, SGDStability, Sharpness, SpectralNorm, StabilityMonitor
 from lsp_callbacks.loops import Watch, watch_fabric
+from lsp_callbacks.snapshot import Clipping
 
 SHARPNESS, LYAPUNOV, NORM = "stability/sharpness", "stability/lyapunov", "stability/spectral_norm_max"
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -160,6 +161,7 @@ def measure_and_clip(watch, model):
         (clip, {}, "gradient is not that of its loss"),
         (measure_and_clip, {}, "changed after Watch.measure"),
         (clip, {"unmodelled": "clipped to 1e-3"}, "clipped to 1e-3"),
+        (clip, {"clipping": Clipping(2e-3)}, "gradient is not that of its loss"),
         (None, {"closure": True}, r"step\(closure\)"),
     ],
 )
@@ -172,6 +174,20 @@ def test_an_update_that_is_another_gives_no_wrong_number(between, settings, reas
     assert all(map(math.isnan, values))
     if not settings.get("closure"):
         assert all(map(math.isfinite, watch.history[NORM].values))
+
+
+@pytest.mark.parametrize("limit", [0.05, 1e3])
+def test_clipping_that_is_known_is_measured_as_lightnings(limit):
+    def bite(watch, model):
+        nn.utils.clip_grad_norm_(model.parameters(), limit)
+
+    ours, _ = plain(
+        net(), watch=Monitor(*quantities(), every_n_steps=1, strict=True), between=bite, clipping=Clipping(limit)
+    )
+    theirs = StabilityMonitor(quantities(), every_n_steps=1)
+    fit(lambda: Model(mlp(), MOMENTUM), theirs, gradient_clip_val=limit)
+    for key in (SHARPNESS, "stability/courant_gd", LYAPUNOV, NORM):
+        assert ours.history[key].values == pytest.approx(theirs.history[key].values, rel=1e-3), key
 
 
 def test_clipping_that_does_not_bite_is_none():

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 
-from lsp_callbacks.arguments import whole
+from lsp_callbacks.arguments import number, whole
 from lsp_callbacks.callbacks.adapter import (
     LossFn,
     clipped,
@@ -41,6 +41,9 @@ from lsp_callbacks.step import PendingStep, batch_size, identical, rate, witness
 
 #: How many steps of the schedule to look ahead.
 HORIZON = 1000
+#: Share of the budget that the model of the cost may spend. The rest is for what it does not see: the calls of each step,
+#: copies of the module, cold starts.
+MODELLED = 0.6
 
 
 class StabilityMonitor(Callback):
@@ -54,7 +57,8 @@ class StabilityMonitor(Callback):
             be measured raises before training; what a preset brings is left out with one warning.
         every_n_steps: start a measurement every so many optimizer steps; None keeps to ``budget``, denser near the edge
             of stability and sparser far from it.
-        budget: share of the training cost to spend, by a deterministic model in gradients.
+        budget: share of the training cost to spend. A deterministic model in gradients spends three fifths of it; the
+            rest is for what that does not see, such as the calls of each step.
         window: steps in a window of the exponent.
         average: windows in its mean.
         probe_samples: samples of the batch (of several processes, of each one's) for sharpness and exponent; None takes
@@ -112,6 +116,7 @@ class StabilityMonitor(Callback):
         whole("seed", seed, 0)
         if (forward_fn is None) != (criterion is None):
             raise ValueError("forward_fn and criterion belong together: pass both, or neither")
+        number("budget", budget, above=0, most=1, instead=": a share of the training cost")
         built, named = build(
             quantities,
             lyapunov={"window": window, "average": average},
@@ -119,7 +124,7 @@ class StabilityMonitor(Callback):
             residual_cfl={"blocks": blocks},
         )
         self.monitor = Monitor(
-            *built, every_n_steps=every_n_steps, budget=budget, named=named, strict=strict, max_memory=max_memory,
+            *built, every_n_steps=every_n_steps, budget=MODELLED * budget, named=named, strict=strict, max_memory=max_memory,
             time_limit=time_limit,
         )  # fmt: skip
         self.probe_samples, self.layers, self.blocks = probe_samples, layers, blocks

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from lsp_callbacks.loops.plain import Log, Watch
 from lsp_callbacks.monitor import Monitor
 from lsp_callbacks.probing import Criterion, ForwardFn, population
-from lsp_callbacks.snapshot import Unmodelled
+from lsp_callbacks.snapshot import Clipping, Unmodelled
 
 ITEMS = "num_items_in_batch"
 
@@ -25,7 +25,7 @@ class StabilityCallback(TrainerCallback):
     the model's own, without label smoothing and ``compute_loss_func``. Finite global values go to
     ``trainer.state.log_history``; all of them are in ``watch.history``.
 
-    The Trainer clips gradients unless ``max_grad_norm=0``, which leaves out what needs the update.
+    The Trainer clips gradients by norm unless ``max_grad_norm=0``; what needs the update is that of the clipped step.
 
     Args:
         monitor: see `Watch`, as for the others.
@@ -60,10 +60,7 @@ class StabilityCallback(TrainerCallback):
             self.monitor,
             accumulate=args.gradient_accumulation_steps,
             log=self._keep,
-            unmodelled=f"max_grad_norm={args.max_grad_norm}: clipping is not modelled; with max_grad_norm=0 it is"
-            " measured"
-            if args.max_grad_norm
-            else None,
+            clipping=Clipping(args.max_grad_norm) if args.max_grad_norm else None,
             **self._settings,
         )
         self.watch.probe_loss = _model_loss

@@ -12,7 +12,7 @@ from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.quantities import build
 from lsp_callbacks.replay import untouched
-from lsp_callbacks.snapshot import Snapshot
+from lsp_callbacks.snapshot import Clipping, Snapshot
 from lsp_callbacks.step import PendingStep, identical, witnessed
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -36,6 +36,7 @@ class Watch:
         criterion: ``(outputs, batch) -> loss``, the mean over the samples: needed together, and only where ``loss_fn``
             does not return the value of one criterion of ``torch.nn.functional``.
         log: called with new values and the number of the update.
+        clipping: how the loop clips the gradients of all parameters together before each update.
         unmodelled: why the update is not the optimizer's step on this loss, where you know it; what needs the update is
             then left out.
         seed: of our own random choices, which never touch the global state.
@@ -73,6 +74,7 @@ class Watch:
         forward_fn: ForwardFn | None = None,
         criterion: Criterion | None = None,
         log: Log | None = None,
+        clipping: Clipping | None = None,
         unmodelled: str | None = None,
         seed: int = 0,
     ):
@@ -82,7 +84,7 @@ class Watch:
             raise ValueError("forward_fn and criterion belong together: pass both, or neither")
         self.module, self.optimizer, self.loss_fn, self.accumulate = module, optimizer, loss_fn, accumulate
         self.monitor = monitor if monitor is not None else Monitor(*build("default")[0])
-        self.log, self.unmodelled, self.seed = log, unmodelled, seed
+        self.log, self.clipping, self.unmodelled, self.seed = log, clipping, unmodelled, seed
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.unmodelled = unmodelled or _several(torch.distributed.get_world_size())
         wanted = max((getattr(quantity, "probes", 0) for quantity in self.monitor.quantities.values()), default=0)
@@ -128,9 +130,10 @@ class Watch:
             self._pending.add(batch, self._loss)
 
     def measure(self) -> None:
-        """Called where the gradient is complete and not yet clipped; otherwise the hook of the optimizer does it.
+        """Called where the gradient is complete; otherwise the hook of the optimizer does it.
 
-        Where the gradient is changed afterwards, the numbers that depend on the update become NaN.
+        Where the gradient is changed afterwards, the numbers that depend on the update become NaN. A loop that clips in
+        a way that ``clipping`` cannot say calls this before it: only those numbers are lost then.
         """
         if self._pending is None:
             return
@@ -153,7 +156,8 @@ class Watch:
 
     def _require(self) -> None:
         self._required = True
-        self.monitor.require(Snapshot(self.step, self.module, _never, self.optimizer, unmodelled=self.unmodelled))
+        known: dict[str, Any] = {"clipping": self.clipping, "unmodelled": self.unmodelled}
+        self.monitor.require(Snapshot(self.step, self.module, _never, self.optimizer, **known))
 
     def _loss(self, module: nn.Module, batch: Any) -> Tensor:
         return self.loss_fn(module, batch) / self.accumulate
@@ -169,6 +173,7 @@ class Watch:
             snapshot = pending.snapshot(
                 self.step,
                 self.optimizer,
+                clipping=self.clipping,
                 unmodelled=self.unmodelled or unmodelled,
                 keep=self.monitor.keeps,
                 probes=probes,
