@@ -41,8 +41,8 @@ from lsp_callbacks.step import PendingStep, batch_size, identical, rate, witness
 
 #: How many steps of the schedule to look ahead.
 HORIZON = 1000
-#: Share of the budget that the model of the cost may spend. The rest is for what it does not see: the calls of each step,
-#: copies of the module, cold starts.
+#: Share of the budget that the model of the cost may spend. The rest is for what it does not see: the calls of each
+#: step, copies of the module, cold starts.
 MODELLED = 0.6
 
 
@@ -124,8 +124,8 @@ class StabilityMonitor(Callback):
             residual_cfl={"blocks": blocks},
         )
         self.monitor = Monitor(
-            *built, every_n_steps=every_n_steps, budget=MODELLED * budget, named=named, strict=strict, max_memory=max_memory,
-            time_limit=time_limit,
+            *built, every_n_steps=every_n_steps, budget=MODELLED * budget, named=named, strict=strict,
+            max_memory=max_memory, time_limit=time_limit,
         )  # fmt: skip
         self.probe_samples, self.layers, self.blocks = probe_samples, layers, blocks
         self.log_layers, self.loss_fn, self.save_vectors, self.seed = log_layers, loss_fn, save_vectors, seed
