@@ -57,7 +57,7 @@ class Probes:
         try:
             found = self.ranks.together(lambda: self.ranks.gather(lambda: self._cut(batch), "the probes"))
         except Exception as error:
-            self._failure = error
+            self._failure = error.with_traceback(None)  # which would keep the step's tensors
             return
         self.batch_size = self.batch_size or sum(size for size, _, _ in found)
         for _, held, own in found:

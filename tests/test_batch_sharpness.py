@@ -90,5 +90,5 @@ def test_what_has_no_gradient_is_refused():
         with pytest.raises(Unmeasurable, match="gradient"):
             curvature_along_gradient(Snapshot(0, snapshot.module, snapshot.replay, gradient=gradient))
     for bad in ({"rtol": 0.0}, {"most": 3}):
-        with pytest.raises(ValueError, match="rtol"):
+        with pytest.raises(ValueError, match=r"rtol|most"):
             BatchSharpness(**bad)

@@ -441,7 +441,6 @@ def test_the_command_before_training_and_at_a_checkpoint(tmp_path, capsys):
         (["--config", "no.yaml"], 2, "does not exist"),
         (["--config", DIGITS, "--model.lrr", "1"], 2, "'lrr' is not accepted"),
         ([], 2, "required"),
-        (["--config", DIGITS, "--trainer.accumulate_grad_batches", "2"], 1, "accumulate_grad_batches"),
         (["--config", DIGITS, "--ckpt", DIGITS], 1, "lsp-callbacks diagram: "),
     ],
 )

@@ -17,8 +17,18 @@ import pytorch_lightning as pl
 import torch
 from zoo import Losses, Model, Rows, data, everything, fit, mlp
 
-from lsp_callbacks import Monitor, Quantity, Sharpness, Snapshot, StabilityMonitor, StopOnInstability, Unmeasurable
+from lsp_callbacks import (
+    Monitor,
+    Quantity,
+    Sharpness,
+    Snapshot,
+    StabilityMonitor,
+    StopOnInstability,
+    Unmeasurable,
+    step,
+)
 from lsp_callbacks.probing import Probes
+from lsp_callbacks.replay import RandomState
 from lsp_callbacks.snapshot import displaced
 
 QUIET = pytest.mark.filterwarnings("ignore")
@@ -142,12 +152,12 @@ def test_a_measurement_out_of_memory_is_nan_and_keeps_nothing(error):
     assert all(map(math.isfinite, monitor.history["stability/sharpness"].values))
 
 
-@pytest.mark.parametrize("where", ["Shadow", "RandomState", "copied", "_sums"])
-def test_no_memory_for_the_copy(where, monkeypatch):
+@pytest.mark.parametrize(
+    "owner, where", [(step, "Shadow"), (RandomState, "__init__"), (step, "copied"), (step, "_sums")]
+)
+def test_no_memory_for_the_copy(owner, where, monkeypatch):
     """Of the batch, the module, the random states: at every step but the first."""
-    from lsp_callbacks.callbacks import adapter
-
-    real, calls = getattr(adapter, where), []
+    real, calls = getattr(owner, where), []
 
     def short(*args, **kwargs):
         calls.append(1)
@@ -156,7 +166,7 @@ def test_no_memory_for_the_copy(where, monkeypatch):
         return real(*args, **kwargs)
 
     monitor = StabilityMonitor("economy", every_n_steps=1)
-    monkeypatch.setattr(adapter, where, short)
+    monkeypatch.setattr(owner, where, short)
     with pytest.warns(UserWarning, match="out of memory") as caught:
         assert not with_and_without(Model, monitor, max_steps=6)
     assert len([w for w in caught if "lsp_callbacks" in str(w.message)]) == 1
@@ -180,7 +190,7 @@ def test_a_failure_that_is_kept_holds_no_frames():
     probes.add("no tensor")
     held = probes._failure
     with pytest.raises(Unmeasurable, match="holds no tensor") as caught:
-        probes.probe_set(SimpleNamespace(module=torch.nn.Linear(1, 1), shadow=None)).parts[0]()
+        probes.probe_set(SimpleNamespace(module=torch.nn.Linear(1, 1), shadow=None), None).parts[0]()
     assert held is not None and held is not caught.value and held.__traceback__ is None
 
 

@@ -99,7 +99,7 @@ def test_values_are_those_of_the_functions_on_the_dense_kernel(rule, batch_size,
     found = measured(SGDStability(4, steps=60, chains=4, **settings), make=make, batch_size=batch_size)
     generator = snapshot_of().generator("sgd_stability")
     draw = {"batch_size": batch_size, "rule": own, "chains": 4, "population": 4, "generator": generator}
-    critical = critical_lr(reduce(K), steps=60, tol=1e-3, **draw, **settings)
+    critical = critical_lr(reduce(K), steps=60, tol=1e-4, **draw, **settings)
     exponent = sgd_exponent(reduce(K), RATE, steps=30, burn_in=30, **draw, **settings)
     close(found["stability/critical_lr"], critical.value, 1e-7)
     close(found["stability/critical_lr_error"], critical.error, 1e-7)

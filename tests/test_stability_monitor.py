@@ -121,7 +121,7 @@ def test_stock_callbacks_find_their_key(tmp_path):
 
 
 def test_the_first_step_is_measured_and_the_budget_says_when_the_next():
-    monitor = StabilityMonitor("economy", budget=0.5)
+    monitor = StabilityMonitor("economy", budget=0.85)
     trainer = fit(Model(), monitor, max_steps=70)
     far = 3 * monitor.monitor.period  # the rate is a hundredth of the critical one
     assert monitor.history[COURANT].steps == [*range(0, 70, far)] and far < 40
