@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import pickle
 import sys
@@ -15,8 +16,9 @@ from typing import Any
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lsp_callbacks import report
+from lsp_callbacks.cadence import MODELLED
 from lsp_callbacks.callbacks.base import Callback
-from lsp_callbacks.callbacks.stability_monitor import MODELLED, StabilityMonitor
+from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.diagram import configured, existing, quiet
 from lsp_callbacks.limits import readable
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
@@ -128,6 +130,8 @@ def measure(trainer: Any, model: Any, monitor: StabilityMonitor, **data: Any) ->
     Raises:
         Unmeasurable: if the loader gives no batch.
     """
+    if trainer.num_devices * trainer.num_nodes > 1:
+        raise Unmeasurable("several processes: predict the cost of one, with --trainer.devices 1")
     meter = _Meter(monitor)
     trainer.callbacks.append(meter)
     vars(model)["configure_callbacks"] = list
@@ -208,9 +212,11 @@ class _Meter(Callback):
         self._complete += 1
         if self._complete == 1:
             costs.step, costs.memory = median(self.steps[WARM_UP:]), monitor.memory(snapshot)
-            costs.gradients = {name: sum(q.cost(snapshot).values()) for name, q in monitor.quantities.items()}
+            for name, quantity in monitor.quantities.items():
+                with contextlib.suppress(Unmeasurable):
+                    costs.gradients[name] = sum(quantity.cost(snapshot).values())
             costs.total, costs.period = monitor.cadence.cost, self.given or monitor.cadence.period or 1
-            monitor.cadence.every_n_steps = monitor.cadence.period = 1  # the next one at once
+            monitor.cadence.every_n_steps = monitor.cadence.period = monitor.longest  # the next one at once
         else:
             costs.seconds = {name: monitor.seconds.expected(name) for name in monitor.seconds.taken}
             costs.skipped = monitor.skipped
@@ -219,5 +225,5 @@ class _Meter(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.measuring:
             self.inner.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._complete > 1:
+        if self._complete > 1 or (self.measuring and not self.inner.monitor.quantities):
             raise _Done

@@ -7,7 +7,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -129,6 +129,11 @@ class Monitor:
         return self.cadence.period
 
     @property
+    def longest(self) -> int:
+        """Steps that a measurement of everything takes."""
+        return max((quantity.prepare + quantity.window for quantity in self.quantities.values()), default=1)
+
+    @property
     def keys(self) -> set[str]:
         """The global keys that can appear."""
         own = {key for quantity in self.quantities.values() for key in (*quantity.keys, *quantity.optional)}
@@ -244,7 +249,7 @@ class Monitor:
             except Exception as error:
                 if self.strict:
                     raise
-                if isinstance(error, MemoryError | torch.OutOfMemoryError):
+                if isinstance(error, MemoryError | torch.OutOfMemoryError) or self._ranks.world > 1:
                     snapshot.memo.clear()  # graphs that the step's other measurements would share
                 if isinstance(error, Unmodelled) and name not in self.named:
                     unmodelled.setdefault(str(error), []).append(name)
@@ -296,6 +301,16 @@ class Monitor:
                 warnings.warn(f"{text}: {failures[names[0]]}", stacklevel=3)
         self._warned |= kinds.keys()
 
+    @contextlib.contextmanager
+    def harmless(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong around a measurement is a warning, once; training goes on without it."""
+        try:
+            yield
+        except Exception as error:
+            if self.strict:
+                raise
+            self.warn_once(f"{what}: {type(error).__name__}: {error}")
+
     def warn_once(self, text: str) -> None:
         """A warning, once for each kind of text, whatever its numbers are."""
         if _kind(text) not in self._warned:
@@ -306,10 +321,12 @@ class Monitor:
         """Gradients that one measurement of everything costs, by what they are spent on."""
         parts: dict[str, float] = {}
         for quantity in self.quantities.values():
-            with contextlib.suppress(Unmeasurable):  # what cannot be measured costs nothing
+            try:
                 own = snapshot.ranks.together(partial(quantity.cost, snapshot))
-                for part, gradients in own.items():
-                    parts[part] = max(parts.get(part, 0.0), gradients)
+            except Exception:  # whatever a replay raises: to find that it fails is one
+                own = {"a replay that fails": 1.0}
+            for part, gradients in own.items():
+                parts[part] = max(parts.get(part, 0.0), gradients)
         return parts
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
@@ -320,7 +337,7 @@ class Monitor:
         found: dict[str, float] = {}
         graph = 0.0
         for name, quantity in self.quantities.items():
-            with contextlib.suppress(Unmeasurable):
+            with contextlib.suppress(Exception):  # whatever a replay raises
                 parts = quantity.memory(snapshot)
                 graph = parts["graph"] = max(graph, parts.get("graph", 0.0))
                 found[name] = sum(parts.values())
@@ -344,9 +361,8 @@ class Monitor:
             slow.setdefault(reason, []).append(name)
         self._leave_out(slow)
         if self.cadence.every_n_steps is None and self.quantities.keys() != self._priced:
-            longest = max((q.prepare + q.window for q in self.quantities.values()), default=1)
             gradients = sum(self.cost(snapshot).values())
-            self.cadence.priced(snapshot.ranks.first(lambda: gradients, "the cost"), longest)
+            self.cadence.priced(snapshot.ranks.first(lambda: gradients, "the cost"), self.longest)
             self._priced = set(self.quantities)
 
     def drop(self) -> None:

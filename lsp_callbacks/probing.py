@@ -55,10 +55,12 @@ class Probes:
         if self.full:
             return
         try:
-            found = self.ranks.together(lambda: self.ranks.gather(lambda: self._cut(batch), "the probes"))
+            self.ranks.together(lambda: self._take(batch))
         except Exception as error:
             self._failure = error.with_traceback(None)  # which would keep the step's tensors
-            return
+
+    def _take(self, batch: Any) -> None:
+        found = self.ranks.gather(lambda: self._cut(batch), "the probes")
         self.batch_size = self.batch_size or sum(size for size, _, _ in found)
         for _, held, own in found:
             self._sizes.append(held)

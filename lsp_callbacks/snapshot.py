@@ -129,7 +129,7 @@ class Snapshot:
         loss: the step's own loss, against which replays are checked; None takes the first replay's.
         gradient: the step's own gradients by parameter name, unclipped; None where the step had none.
         clipping: what is done to the gradient before the optimizer sees it; None leaves it as it is.
-        unmodelled: why the update is not the optimizer's step on this loss (accumulation); None if it is.
+        unmodelled: why the update is not the optimizer's step on this loss (a hook of the user's); None if it is.
         tolerance: relative difference allowed between ``loss`` and its replay; 0 is to the last bit, for the same path.
         keep: which modules' inputs ``calls`` keeps in full, by name and module.
         probes: training samples for the quantities that look at outputs; None where there are none.

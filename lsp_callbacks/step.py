@@ -68,8 +68,8 @@ class PendingStep:
             found = self.ranks.together(lambda: self.ranks.first(buffers, "the buffers"))
             if self.shadow is not None:
                 self.shadow.load_buffers(found)
-        except Unmeasurable as error:
-            self.failure = error
+        except Exception as error:  # of this rank alone, too: it has to come to the next meeting
+            self.failure = error.with_traceback(None)
 
     def _fail(self, error: Exception) -> None:
         self.failure = Unmeasurable(
@@ -155,7 +155,12 @@ class PendingStep:
         own = full.gradient or {}
         # None where the step had none: the optimizer passes over those parameters.
         gradients = {n: None if own.get(n) is None else g for n, g in zip(full.parameters, split(mean, parameters))}
-        return replace(full, replay=replay, loss=losses[0].detach(), gradient=gradients, memo={})
+        sub = replace(full, replay=replay, loss=losses[0].detach(), gradient=gradients, memo={})
+        if full.clipping is None or full.clipping.kind == "value" or full.flat_gradient is None:
+            return sub
+        # The step is shortened by the norm of its own gradient, not by that of the sub-batch.
+        ratio = float(torch.linalg.vector_norm(mean) / torch.linalg.vector_norm(full.flat_gradient))
+        return replace(sub, clipping=replace(full.clipping, limit=full.clipping.limit * ratio)) if ratio > 0 else sub
 
 
 def witnessed(snapshot: Snapshot) -> Snapshot:
@@ -184,9 +189,14 @@ def witnessed(snapshot: Snapshot) -> Snapshot:
     except Unmeasurable as error:
         if snapshot.clipping is None or snapshot.gradient is None or snapshot.unmodelled:
             return replace(seen, unmodelled=snapshot.unmodelled or str(error))
-        own = snapshot.gradient
+        own, clipping = snapshot.gradient, snapshot.clipping
+        groups = [] if snapshot.optimizer is None else snapshot.optimizer.param_groups
+        held = {id(p) for group in groups for p in group["params"]}
+        if clipping.kind == "norm" and not all(id(p) in held for p in parameters.values()):
+            reason = "gradients are clipped together with those of parameters that the optimizer does not hold"
+            return replace(seen, unmodelled=reason)
         try:
-            seen.check_gradient(snapshot.clipping(gradient))
+            seen.check_gradient(clipping(gradient))
         except Unmeasurable:
             return replace(seen, unmodelled=str(error))
         pieces = zip(parameters, split(gradient, list(parameters.values())))
@@ -240,5 +250,6 @@ def batch_size(batch: Any) -> int | None:
 
 
 def rate(optimizer: torch.optim.Optimizer) -> float:
-    """The largest learning rate of the groups."""
-    return max(float(group["lr"]) for group in optimizer.param_groups)
+    """The largest learning rate of the groups; NaN where the optimizer has none."""
+    known = [float(group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None]
+    return max(known, default=math.nan)

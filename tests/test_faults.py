@@ -27,6 +27,7 @@ from lsp_callbacks import (
     Unmeasurable,
     step,
 )
+from lsp_callbacks.loops import Watch
 from lsp_callbacks.probing import Probes
 from lsp_callbacks.replay import RandomState
 from lsp_callbacks.snapshot import displaced
@@ -385,3 +386,110 @@ def test_the_state_survives_a_snapshot_of_a_failed_step():
     again = Monitor(Hungry(MemoryError), every_n_steps=1)
     again.load_state_dict(monitor.state_dict())
     assert again.cadence.state_dict() == monitor.cadence.state_dict()
+
+
+# -- other loops, other optimizers, other batches -------------------------------------------------------------------
+
+
+class NoRate(torch.optim.SGD):
+    """As optimizers that find their rate themselves."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1)
+        self.param_groups[0]["lr"] = None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for p in self.param_groups[0]["params"]:
+            p.sub_(0.1 * p.grad)
+        return loss
+
+
+@QUIET
+def test_an_optimizer_without_a_rate():
+    monitor = StabilityMonitor("economy", every_n_steps=2)
+    assert not with_and_without(lambda: Model(optimizer=NoRate), monitor, max_steps=5)
+    assert len(monitor.history["stability/spectral_norm_max"].steps) == 3
+
+
+def test_a_replay_that_fails_is_not_free():
+    """Otherwise it would be tried at every step."""
+    net, calls = torch.nn.Linear(1, 1), []
+
+    def replay():
+        calls.append(1)
+        raise AttributeError("mine")
+
+    monitor = Monitor(Sharpness(), budget=0.1)
+    with pytest.warns(UserWarning, match="mine"):
+        for number in range(100):
+            known = {
+                "loss": torch.ones(()),
+                "gradient": {name: torch.ones_like(p) for name, p in net.named_parameters()},
+            }
+            monitor.observe(Snapshot(number, net, replay, torch.optim.SGD(net.parameters(), lr=0.1), **known))
+    assert 5 <= len(monitor.history["stability/sharpness"].steps) <= 10
+
+
+@QUIET
+def test_batches_that_cannot_be_joined():
+    class Sparse(Model):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch[0], batch[1]), batch_idx)
+
+    def loader():
+        x, y = data().dataset.tensors
+        batches = [(x[k : k + 8], y[k : k + 8], torch.eye(8).to_sparse()) for k in range(0, 40, 8)]
+        return torch.utils.data.DataLoader(batches, batch_size=None)
+
+    monitor = StabilityMonitor("default", every_n_steps=2)
+    assert not with_and_without(Sparse, monitor, loader=loader, max_steps=5)
+    assert len(monitor.history["stability/spectral_norm_max"].steps) == 3
+
+
+@pytest.mark.parametrize("where", ["Shadow", "copied", "_sums"])
+def test_no_memory_in_a_plain_loop(where, monkeypatch):
+    net, x = torch.nn.Linear(2, 1), torch.ones(4, 2)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def short(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(step, where, short)
+    watch = Watch(net, sgd, lambda module, batch: module(batch).square().mean(), Monitor(Sharpness(), every_n_steps=1))
+    with pytest.warns(UserWarning, match="out of memory"):
+        for batch in watch([x] * 3):
+            sgd.zero_grad(), net(batch).square().mean().backward(), sgd.step()
+    assert all(math.isnan(v) for curve in watch.history.values() for v in curve.values) and watch.step == 3
+
+
+def test_a_log_of_the_users_that_fails_is_the_users_own():
+    net, x = torch.nn.Linear(2, 1), torch.ones(4, 2)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def log(values, number):
+        raise KeyError("mine")
+
+    loss_fn = lambda module, batch: module(batch).square().mean()  # noqa: E731
+    watch = Watch(net, sgd, loss_fn, Monitor(Sharpness(), every_n_steps=1), log=log)
+    with pytest.raises(KeyError, match="mine"):
+        for batch in watch([x]):
+            sgd.zero_grad(), loss_fn(net, batch).backward(), sgd.step()
+
+
+def test_a_sub_batch_is_shortened_as_the_step_is():
+    """By the norm of the whole gradient: the Courant number under clipping is the unclipped one times the factor."""
+    found = {}
+    for limit in (None, 0.05):
+        monitor = StabilityMonitor(["sharpness"], every_n_steps=1, probe_samples=4)
+        norms = Norms()
+        with pytest.warns(UserWarning, match="probe_samples=4"):
+            fit(Model, monitor, norms, max_steps=1, gradient_clip_val=limit)
+        found[limit] = monitor.history["stability/courant_gd"].values[0]
+    assert found[0.05] == pytest.approx(found[None] * 0.05 / norms.norm, rel=1e-3)
+
+
+class Norms(pl.Callback):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.norm = float(torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters()]))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 
 from lsp_callbacks.arguments import number, whole
+from lsp_callbacks.cadence import MODELLED
 from lsp_callbacks.callbacks.adapter import (
     LossFn,
     clipped,
@@ -41,9 +41,6 @@ from lsp_callbacks.step import PendingStep, batch_size, identical, rate, witness
 
 #: How many steps of the schedule to look ahead.
 HORIZON = 1000
-#: Share of the budget that the model of the cost may spend. The rest is for what it does not see: the calls of each
-#: step, copies of the module, cold starts.
-MODELLED = 0.6
 
 
 class StabilityMonitor(Callback):
@@ -140,6 +137,7 @@ class StabilityMonitor(Callback):
         self._loss: torch.Tensor | None = None
         self._observation: Observation | None = None
         self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._watching = False
         self._updates = 0
         self._measured_at: int | None = None
         self._age = torch.zeros(())
@@ -217,7 +215,7 @@ class StabilityMonitor(Callback):
             self._pending, self._updates, self._saw_loss, self._loss = None, 0, False, None
             wanted = self.monitor.wants(self.step, scheduled=self.scheduled_courant(trainer))
             if wanted and not trainer.fit_loop._skip_backward:  # an epoch of weight averaging
-                with self._harmless("the step could not be kept for a replay"):
+                with self.monitor.harmless("the step could not be kept for a replay"):
                     self._pending = pending_step(
                         trainer, pl_module, loss_fn=self.loss_fn, probe_samples=self.probe_samples, ranks=self._ranks
                     )
@@ -243,11 +241,12 @@ class StabilityMonitor(Callback):
         self._updates += 1
         pending, self._pending = self._pending, None
         if pending is not None:
-            with self._harmless("the step could not be looked at"), untouched(pl_module):
+            with self.monitor.harmless("the step could not be looked at"), untouched(pl_module):
                 self._observation = self._observe(trainer, pending, optimizer)
             update = any(quantity.needs_update for quantity in self.monitor.quantities.values())
             if update and pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
-                with self._harmless("whether the gradient is changed later could not be watched"):
+                self._watching = True  # on every rank, also where the copy fails
+                with self.monitor.harmless("whether the gradient is changed later could not be watched"):
                     self._gradients = clipped(trainer, optimizer)
         if self._updates == 1:
             self.step += 1
@@ -255,8 +254,8 @@ class StabilityMonitor(Callback):
 
     def _observe(self, trainer: Any, pending: PendingStep, optimizer: Any) -> Observation | None:
         if self.probe_samples is not None:
-            sizes = [batch_size(part.batch) for part in pending.parts]
-            self._samples = min(self.probe_samples, sum(size or self.probe_samples for size in sizes))
+            sizes = [batch_size(part.batch) or self.probe_samples for part in pending.parts]
+            self._samples = min(self.probe_samples, sum(sizes))
         snapshot = pending.snapshot(
             self.step,
             optimizer,
@@ -272,17 +271,17 @@ class StabilityMonitor(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         began = time.perf_counter()
         changed = False
-        with self._harmless("whether the gradient was changed could not be told"):
-            changed = bool(self._gradients) and self._ranks.any(self._gradient_changed, "the gradient after the step")
+        with self.monitor.harmless("whether the gradient was changed could not be told"):
+            changed = self._watching and self._ranks.any(self._gradient_changed, "the gradient after the step")
         if changed:
             self._disown("the gradient was changed after the on_before_optimizer_step of StabilityMonitor")
         elif self._updates > 1:
             self._disown(f"one batch made {self._updates} optimizer steps: their joint update is not modelled")
-        self._gradients = []
+        self._gradients, self._watching = [], False
         if self._observation is not None:
             observation, self._observation = self._observation, None
             self._measured_at = observation.step
-            with self._harmless("the schedule could not be looked ahead"):
+            with self.monitor.harmless("the schedule could not be looked ahead"):
                 observation = self._look_ahead(trainer, observation)
             self._publish(trainer, observation)
             for subscriber in self.subscribers:
@@ -309,16 +308,6 @@ class StabilityMonitor(Callback):
 
     def _gradient_changed(self) -> bool:
         return any(p.grad is not None and not identical(p.grad, gradient) for p, gradient in self._gradients)
-
-    @contextlib.contextmanager
-    def _harmless(self, what: str) -> Iterator[None]:
-        """Whatever goes wrong around a measurement is a warning, once; training goes on without it."""
-        try:
-            yield
-        except Exception as error:
-            if self.monitor.strict:
-                raise
-            self.monitor.warn_once(f"{what}: {type(error).__name__}: {error}")
 
     def _disown(self, reason: str) -> None:
         self._observation = self.monitor.disown_update(self._observation, reason)

@@ -60,7 +60,7 @@ class StabilityCallback(TrainerCallback):
             self.monitor,
             accumulate=args.gradient_accumulation_steps,
             log=self._keep,
-            clipping=Clipping(args.max_grad_norm) if args.max_grad_norm else None,
+            clipping=Clipping(args.max_grad_norm) if (args.max_grad_norm or 0) > 0 else None,
             **self._settings,
         )
         self.watch.probe_loss = _model_loss

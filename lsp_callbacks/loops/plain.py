@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.cadence import MODELLED
 from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.quantities import build
@@ -36,7 +37,7 @@ class Watch:
         criterion: ``(outputs, batch) -> loss``, the mean over the samples: needed together, and only where ``loss_fn``
             does not return the value of one criterion of ``torch.nn.functional``.
         log: called with new values and the number of the update.
-        clipping: how the loop clips the gradients of all parameters together before each update.
+        clipping: how the loop clips before each update; where it is by norm, the optimizer holds all parameters.
         unmodelled: why the update is not the optimizer's step on this loss, where you know it; what needs the update is
             then left out.
         seed: of our own random choices, which never touch the global state.
@@ -83,7 +84,7 @@ class Watch:
         if (forward_fn is None) != (criterion is None):
             raise ValueError("forward_fn and criterion belong together: pass both, or neither")
         self.module, self.optimizer, self.loss_fn, self.accumulate = module, optimizer, loss_fn, accumulate
-        self.monitor = monitor if monitor is not None else Monitor(*build("default")[0])
+        self.monitor = monitor if monitor is not None else Monitor(*build("default")[0], budget=MODELLED * 0.05)
         self.log, self.clipping, self.unmodelled, self.seed = log, clipping, unmodelled, seed
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.unmodelled = unmodelled or _several(torch.distributed.get_world_size())
@@ -123,7 +124,8 @@ class Watch:
         if self.batches in (0, self.accumulate):  # the second: a gradient scaler left the last update out
             self.batches, self._pending = 0, None
             if self.monitor.wants(self.step):
-                self._pending = PendingStep(self.module)
+                with self.monitor.harmless("the step could not be kept for a replay"):
+                    self._pending = PendingStep(self.module)
         self.batches += 1
         self.probes.add(batch)
         if self._pending is not None:
@@ -138,7 +140,8 @@ class Watch:
         if self._pending is None:
             return
         self._measure()
-        self._gradients = [(p, p.grad.clone()) for p in self.module.parameters() if p.grad is not None]
+        if self.clipping is None:  # otherwise what comes is known
+            self._gradients = [(p, p.grad.clone()) for p in self.module.parameters() if p.grad is not None]
 
     def close(self) -> None:
         """Takes the hooks from the optimizer."""
@@ -162,11 +165,11 @@ class Watch:
     def _loss(self, module: nn.Module, batch: Any) -> Tensor:
         return self.loss_fn(module, batch) / self.accumulate
 
-    def _measure(self, unmodelled: str | None = None) -> None:
+    def _measure(self) -> None:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        with untouched(self.module):
+        with self.monitor.harmless("the step could not be looked at"), untouched(self.module):
             probes = None
             if self.probes.wanted:
                 probes = self.probes.probe_set(pending, self.probe_loss, micro_batches=self.accumulate)
@@ -174,7 +177,7 @@ class Watch:
                 self.step,
                 self.optimizer,
                 clipping=self.clipping,
-                unmodelled=self.unmodelled or unmodelled,
+                unmodelled=self.unmodelled,
                 keep=self.monitor.keeps,
                 probes=probes,
                 seed=self.seed,
@@ -202,7 +205,9 @@ class Watch:
 
 
 def _several(processes: int) -> str | None:
-    return f"{processes} processes: products over several processes are not modelled" if processes > 1 else None
+    if processes == 1:
+        return None
+    return f"{processes} processes: a loop of one's own is measured in one, Lightning's Trainer with 'ddp' in several"
 
 
 def _never() -> Tensor:

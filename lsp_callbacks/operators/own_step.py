@@ -96,7 +96,10 @@ def require_smooth(optimizer: torch.optim.Optimizer, generator: torch.Generator)
     if isinstance(optimizer, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
         raise Unmeasurable(f"{kind} evaluates the loss several times in a step (closure): its update is not modelled")
 
-    own, random_state = OptimizerCopy(optimizer), RandomState()
+    try:
+        own, random_state = OptimizerCopy(optimizer), RandomState()
+    except Exception as error:  # no memory, or what the user's optimizer raises
+        raise Unmeasurable(f"{kind} cannot be copied ({type(error).__name__}: {error}): it has no derivative") from None
     for group in own.optimizer.param_groups:
         group["lr"] = group.get("lr") or 1e-3  # at rate 0 nothing could be seen
     # The second step: in its first one even Adam's update is a sign.

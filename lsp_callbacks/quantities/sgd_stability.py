@@ -34,6 +34,8 @@ NUMERICS, CALLS = 2e9, 2e7
 #: Memory that recording takes, in activations, and random products, in matrices of the size of the Gram matrix:
 #: measured in ``benchmarks/memory_is_predicted.py``.
 RECORDED, PRODUCTS = 1.7, 40
+#: Outputs of a sample before the first measurement.
+UNKNOWN = 10
 #: What only comes with a horizon.
 DETAILS = (
     "stability/sgd_lyapunov_least", "stability/sgd_lyapunov_most", "stability/sgd_lyapunov_finite",
@@ -139,7 +141,8 @@ class SGDStability(Quantity):
         """Passes over the probes, and the random products, in the gradients of one step."""
         if snapshot.probes is None:
             return {}
-        share = self.probes / max(snapshot.probes.batch_size, 1)
+        # Each rank looks at all probes, and has its part of the batch only.
+        share = self.probes * snapshot.ranks.world / max(snapshot.probes.batch_size, 1)
         # What the first measurement has shown: rows of a sample, and how they had to be found.
         kernel = None if self.latest is None else self.latest.kernel
         rows, passes = (1, 0) if kernel is None else (kernel.rows, kernel.passes)
@@ -162,8 +165,10 @@ class SGDStability(Quantity):
         """Activations and per-layer gradients of the probes, and the random products on their Gram matrix."""
         if snapshot.probes is None:
             return {}
-        found, share = footprint(snapshot), self.probes / max(snapshot.probes.batch_size, 1)
-        rows = self.probes * (1 if self.latest is None else self.latest.kernel.rows)
+        found = footprint(snapshot)
+        share = self.probes * snapshot.ranks.world / max(snapshot.probes.batch_size, 1)
+        unknown = 1 if self.outputs == "top" else UNKNOWN
+        rows = self.probes * (unknown if self.latest is None else self.latest.kernel.rows)
         return {
             "activations of the probes": RECORDED * share * found.activations,
             "patches of a convolution": 2 * unfolded(snapshot, self.probes),
