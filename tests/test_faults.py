@@ -27,7 +27,7 @@ from lsp_callbacks import (
     Unmeasurable,
     step,
 )
-from lsp_callbacks.loops import Watch
+from lsp_callbacks.loops import Watch, plain
 from lsp_callbacks.probing import Probes
 from lsp_callbacks.replay import RandomState
 from lsp_callbacks.snapshot import displaced
@@ -443,20 +443,22 @@ def test_batches_that_cannot_be_joined():
         batches = [(x[k : k + 8], y[k : k + 8], torch.eye(8).to_sparse()) for k in range(0, 40, 8)]
         return torch.utils.data.DataLoader(batches, batch_size=None)
 
-    monitor = StabilityMonitor("default", every_n_steps=2)
+    monitor = StabilityMonitor(["spectral_norm", "sharpness", SGDStability(16)], every_n_steps=2)
     assert not with_and_without(Sparse, monitor, loader=loader, max_steps=5)
     assert len(monitor.history["stability/spectral_norm_max"].steps) == 3
 
 
-@pytest.mark.parametrize("where", ["Shadow", "copied", "_sums"])
-def test_no_memory_in_a_plain_loop(where, monkeypatch):
+@pytest.mark.parametrize(
+    "owner, where", [(step, "Shadow"), (step, "copied"), (step, "_sums"), (plain, "PendingStep"), (plain, "witnessed")]
+)
+def test_no_memory_in_a_plain_loop(owner, where, monkeypatch):
     net, x = torch.nn.Linear(2, 1), torch.ones(4, 2)
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
 
     def short(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(step, where, short)
+    monkeypatch.setattr(owner, where, short)
     watch = Watch(net, sgd, lambda module, batch: module(batch).square().mean(), Monitor(Sharpness(), every_n_steps=1))
     with pytest.warns(UserWarning, match="out of memory"):
         for batch in watch([x] * 3):
