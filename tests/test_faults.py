@@ -20,6 +20,7 @@ from zoo import Losses, Model, Rows, data, everything, fit, mlp
 from lsp_callbacks import (
     Monitor,
     Quantity,
+    SGDStability,
     Sharpness,
     Snapshot,
     StabilityMonitor,
