@@ -1,4 +1,4 @@
-"""Claim: one row a sample gives the Courant number of all rows within an eighth, 128 probes that of 1024 within twice.
+"""Claim: one row a sample gives the Courant number of all rows within a seventh, 128 probes that of 1024 within twice.
 
 Networks trained on the first 4000 test images of MNIST at a rate that trains well, for `STEPS` steps of batch 32;
 Courant number ``lr / critical_lr`` by `outputs="top"` over that by "all" on the same 64 probes, and by 128 probes (mean
