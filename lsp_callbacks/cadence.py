@@ -9,7 +9,7 @@ from lsp_callbacks.arguments import number, whole
 
 #: Share of the budget that the model of the cost may spend. The rest is for what it does not see: the calls of each
 #: step, copies of the module, cold starts.
-MODELLED = 0.6
+MODELLED = 0.5
 #: Of the period: the longest gap between measurements far from the edge, and one over the shortest near it.
 SPREAD = 3.0
 #: Readings whose mean is the Courant number.

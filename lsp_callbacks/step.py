@@ -251,5 +251,5 @@ def batch_size(batch: Any) -> int | None:
 
 def rate(optimizer: torch.optim.Optimizer) -> float:
     """The largest learning rate of the groups; NaN where the optimizer has none."""
-    known = [float(group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None]
-    return max(known, default=math.nan)
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return max([float(one) for one in rates if one is not None], default=math.nan)

@@ -54,7 +54,7 @@ class StabilityMonitor(Callback):
             be measured raises before training; what a preset brings is left out with one warning.
         every_n_steps: start a measurement every so many optimizer steps; None keeps to ``budget``, denser near the edge
             of stability and sparser far from it.
-        budget: share of the training cost to spend. A deterministic model in gradients spends three fifths of it; the
+        budget: share of the training cost to spend. A deterministic model in gradients spends half of it; the
             rest is for what that does not see, such as the calls of each step.
         window: steps in a window of the exponent.
         average: windows in its mean.
@@ -213,7 +213,9 @@ class StabilityMonitor(Callback):
         began = time.perf_counter()
         if batch_idx % trainer.accumulate_grad_batches == 0:  # the first micro-batch of a step
             self._pending, self._updates, self._saw_loss, self._loss = None, 0, False, None
-            wanted = self.monitor.wants(self.step, scheduled=self.scheduled_courant(trainer))
+            known = self.monitor.cadence.every_n_steps is not None  # then the rate that comes has no say
+            scheduled = math.nan if known else self.scheduled_courant(trainer)
+            wanted = self.monitor.wants(self.step, scheduled=scheduled)
             if wanted and not trainer.fit_loop._skip_backward:  # an epoch of weight averaging
                 with self.monitor.harmless("the step could not be kept for a replay"):
                     self._pending = pending_step(
@@ -271,8 +273,9 @@ class StabilityMonitor(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         began = time.perf_counter()
         changed = False
-        with self.monitor.harmless("whether the gradient was changed could not be told"):
-            changed = self._watching and self._ranks.any(self._gradient_changed, "the gradient after the step")
+        if self._watching:
+            with self.monitor.harmless("whether the gradient was changed could not be told"):
+                changed = self._ranks.any(self._gradient_changed, "the gradient after the step")
         if changed:
             self._disown("the gradient was changed after the on_before_optimizer_step of StabilityMonitor")
         elif self._updates > 1:
@@ -287,20 +290,26 @@ class StabilityMonitor(Callback):
             for subscriber in self.subscribers:
                 subscriber.receive(trainer, observation)
         if self.subscribers:
-            outputs = self._of_all_micro_batches(trainer, outputs)
-        if self.subscribers and not trainer.fit_loop._should_accumulate():
-            outputs = mean_loss(outputs, self._ranks)
-            stop = any([subscriber.judge(trainer, self.step - 1, outputs) for subscriber in self.subscribers])
-            if trainer.strategy.reduce_boolean_decision(stop, all=False):
-                trainer.should_stop = True
+            self._judge(trainer, outputs)
         if self._measured_at is not None:  # the tensor that lies in callback_metrics: reading that dict is dear
             self._age.fill_(self.step - 1 - self._measured_at)
         self._spent += time.perf_counter() - began
 
+    def _judge(self, trainer: Any, outputs: Any) -> None:
+        # At each step: what one process without accumulation needs is next to nothing.
+        if trainer.accumulate_grad_batches > 1:
+            outputs = self._of_all_micro_batches(trainer, outputs)
+            if trainer.fit_loop._should_accumulate():
+                return
+        outputs = mean_loss(outputs, self._ranks)
+        stop = any([subscriber.judge(trainer, self.step - 1, outputs) for subscriber in self.subscribers])
+        if self._ranks.world > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
+            trainer.should_stop = True
+
     def _of_all_micro_batches(self, trainer: Any, outputs: Any) -> Any:
         """The outputs of a step: under accumulation their loss is the sum, each divided by the number already."""
-        if trainer.accumulate_grad_batches == 1:
-            return outputs
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, torch.Tensor):
             self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
