@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import MicroBatch, Shadow, copied, replayer, summed
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten, split
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable, split
+
+LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 class PendingStep:
@@ -142,20 +144,9 @@ class PendingStep:
             replace(part, batch=apply_to_collection(part.batch, Tensor, lambda t, size=size: _first(t, count, size)))
             for part, size in zip(self.parts, sizes)
         ]
-        replay = replayer(self.shadow, parts)
-        parameters = list(full.parameters.values())
-        losses: list[Tensor] = []
-
-        def gradient() -> tuple[Tensor]:
-            with torch.enable_grad():
-                losses.append(replay())
-                return (flatten(torch.autograd.grad(losses[0], parameters, allow_unused=True), parameters),)
-
-        (mean,) = self.ranks.mean(gradient, "the gradient of a sub-batch")
-        own = full.gradient or {}
-        # None where the step had none: the optimizer passes over those parameters.
-        gradients = {n: None if own.get(n) is None else g for n, g in zip(full.parameters, split(mean, parameters))}
-        sub = replace(full, replay=replay, loss=losses[0].detach(), gradient=gradients, memo={})
+        part = replace(full, replay=replayer(self.shadow, parts), memo={})
+        loss, mean = part.replayed_gradient()
+        sub = replace(part, loss=loss, gradient=_named(mean, full), memo={})
         if full.clipping is None or full.clipping.kind == "value" or full.flat_gradient is None:
             return sub
         # The step is shortened by the norm of its own gradient, not by that of the sub-batch.
@@ -170,38 +161,40 @@ def witnessed(snapshot: Snapshot) -> Snapshot:
     (the loop clips in another way, or differentiates another loss), what needs the update is not modelled. Failures to
     replay are left to the quantities. Cost: one gradient.
     """
-    parameters = snapshot.parameters
-    losses: list[Tensor] = []
-
-    def replayed() -> tuple[Tensor]:
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            losses.append(snapshot.replay())
-            found = torch.autograd.grad(losses[0], list(parameters.values()), allow_unused=True)
-            return (flatten(found, list(parameters.values())),)
-
     try:
-        (gradient,) = snapshot.ranks.together(lambda: snapshot.ranks.mean(replayed, "the gradient of the loss"))
+        loss, gradient = snapshot.ranks.together(snapshot.replayed_gradient)
     except Exception:
         return snapshot
-    seen = replace(snapshot, loss=losses[0].detach(), memo={})
+    seen = replace(snapshot, loss=loss, memo={})
     try:
         seen.check_gradient(gradient)
     except Unmeasurable as error:
         if snapshot.clipping is None or snapshot.gradient is None or snapshot.unmodelled:
             return replace(seen, unmodelled=snapshot.unmodelled or str(error))
-        own, clipping = snapshot.gradient, snapshot.clipping
+        clipping = snapshot.clipping
         groups = [] if snapshot.optimizer is None else snapshot.optimizer.param_groups
         held = {id(p) for group in groups for p in group["params"]}
-        if clipping.kind == "norm" and not all(id(p) in held for p in parameters.values()):
+        if clipping.kind == "norm" and not all(id(p) in held for p in snapshot.parameters.values()):
             reason = "gradients are clipped together with those of parameters that the optimizer does not hold"
             return replace(seen, unmodelled=reason)
         try:
             seen.check_gradient(clipping(gradient))
         except Unmeasurable:
             return replace(seen, unmodelled=str(error))
-        pieces = zip(parameters, split(gradient, list(parameters.values())))
-        return replace(seen, gradient={name: None if own[name] is None else g for name, g in pieces}, memo={})
+        return replace(seen, gradient=_named(gradient, snapshot), memo={})
     return seen
+
+
+def _named(flat: Tensor, step: Snapshot) -> dict[str, Tensor | None]:
+    """A flat gradient by name; None where the step had none: the optimizer passes over those parameters."""
+    own = step.gradient or {}
+    pieces = split(flat, list(step.parameters.values()))
+    return {name: None if own.get(name) is None else piece for name, piece in zip(step.parameters, pieces)}
+
+
+def never() -> Tensor:
+    """The replay of a step that has not been taken."""
+    raise AssertionError("no step is replayed before training")
 
 
 def _first(leaf: Tensor, count: int, size: int | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import Detached, FusedCrossEntropy, Once, Twice
+from models import Custom, Detached, FusedCrossEntropy, Once, Twice
 from problems import Regression, close, dense_hessian, f64, freeze, random, seeded
 from torch import nn
 from torch.nn import functional as F
@@ -18,15 +18,6 @@ from lsp_callbacks.snapshot import Evaluation
 class Sine(nn.Module):
     def forward(self, x):
         return x.sin()
-
-
-class Custom(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function.apply(x)
 
 
 class Plain(nn.Module):

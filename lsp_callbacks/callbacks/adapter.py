@@ -14,9 +14,7 @@ from lsp_callbacks.probes import HOW
 from lsp_callbacks.probing import Probes
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.snapshot import Clipping, ProbeSet, Unmeasurable, Unmodelled
-from lsp_callbacks.step import PendingStep
-
-LossFn = Callable[[nn.Module, Any], Tensor]
+from lsp_callbacks.step import LossFn, PendingStep
 
 
 def pending_step(

@@ -13,7 +13,6 @@ from pytorch_lightning.utilities import rank_zero_info
 from lsp_callbacks.arguments import number, whole
 from lsp_callbacks.cadence import MODELLED
 from lsp_callbacks.callbacks.adapter import (
-    LossFn,
     clipped,
     clipping,
     mean_loss,
@@ -37,7 +36,7 @@ from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import untouched
 from lsp_callbacks.report import verdict
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
-from lsp_callbacks.step import PendingStep, batch_size, identical, rate, witnessed
+from lsp_callbacks.step import LossFn, PendingStep, batch_size, identical, never, rate, witnessed
 
 #: How many steps of the schedule to look ahead.
 HORIZON = 1000
@@ -196,7 +195,7 @@ class StabilityMonitor(Callback):
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         settings: dict[str, Any] = {"unmodelled": self._unmodelled, "sharded": sharded(trainer), "ranks": self._ranks}
         settings |= {"clipping": clipping(trainer)}
-        self.monitor.require(Snapshot(self.step, pl_module, replay=_never, optimizer=optimizer, **settings))
+        self.monitor.require(Snapshot(self.step, pl_module, replay=never, optimizer=optimizer, **settings))
         if self.probe_samples is not None:
             warn_sub_batch(self.probe_samples)
         if not self.step:  # not 0 where a run is resumed from a checkpoint that does not know this callback
@@ -400,7 +399,3 @@ class StabilityMonitor(Callback):
         self.step = int(state_dict.get("step", 0))  # 0 is taken from the trainer
         self._critical = CriticalRate(state_dict.get("critical", ()), state_dict.get("stochastic", False))
         self.monitor.load_state_dict(state_dict.get("monitor", {}))
-
-
-def _never() -> torch.Tensor:
-    raise AssertionError("no step is replayed before training")

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lsp_callbacks.loops.plain import LossFn, Watch
+from lsp_callbacks.loops.plain import Watch
 from lsp_callbacks.monitor import Monitor
+from lsp_callbacks.step import LossFn
 
 
 def watch_fabric(

@@ -14,9 +14,8 @@ from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.quantities import build
 from lsp_callbacks.replay import untouched
 from lsp_callbacks.snapshot import Clipping, Snapshot
-from lsp_callbacks.step import PendingStep, identical, witnessed
+from lsp_callbacks.step import LossFn, PendingStep, identical, never, witnessed
 
-LossFn = Callable[[nn.Module, Any], Tensor]
 Log = Callable[[dict[str, float], int], None]
 
 
@@ -160,7 +159,7 @@ class Watch:
     def _require(self) -> None:
         self._required = True
         known: dict[str, Any] = {"clipping": self.clipping, "unmodelled": self.unmodelled}
-        self.monitor.require(Snapshot(self.step, self.module, _never, self.optimizer, **known))
+        self.monitor.require(Snapshot(self.step, self.module, never, self.optimizer, **known))
 
     def _loss(self, module: nn.Module, batch: Any) -> Tensor:
         return self.loss_fn(module, batch) / self.accumulate
@@ -208,7 +207,3 @@ def _several(processes: int) -> str | None:
     if processes == 1:
         return None
     return f"{processes} processes: a loop of one's own is measured in one, Lightning's Trainer with 'ddp' in several"
-
-
-def _never() -> Tensor:
-    raise AssertionError("no step is replayed before training")

@@ -62,19 +62,8 @@ def _own_gradient(snapshot: Snapshot) -> Tensor:
     return (
         snapshot.flat_gradient
         if snapshot.flat_gradient is not None
-        else snapshot.once("gradient", lambda: _replayed(snapshot))
+        else snapshot.once("gradient", lambda: snapshot.replayed_gradient()[1])
     )
-
-
-def _replayed(snapshot: Snapshot) -> Tensor:
-    parameters = list(snapshot.parameters.values())
-
-    def own() -> tuple[Tensor]:
-        with torch.enable_grad():
-            found = torch.autograd.grad(snapshot.replay(), parameters, allow_unused=True)
-        return (flatten(found, parameters).detach(),)
-
-    return snapshot.ranks.mean(own, "the replayed gradient")[0]
 
 
 def _clip(snapshot: Snapshot) -> Callable[[Tensor], Tensor]:
