@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lsp_callbacks.snapshot import Evaluation, Unmeasurable, Unmodelled
@@ -111,16 +110,3 @@ class Criteria(TorchFunctionMode):
             flat = outputs.reshape(samples, -1)
             return evaluation(flat, lambda f: criterion(f.reshape(outputs.shape)), samples=samples)
         return evaluation(outputs, criterion, samples=samples)
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode (running statistics, no dropout) with a graph; the modes are put back."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for m, training in modes:
-            m.training = training

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from lsp_callbacks.probes import Criteria, evaluating, evaluation
+from lsp_callbacks.probes import Criteria, evaluation
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import copied
-from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmodelled
+from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmodelled, evaluating
 from lsp_callbacks.step import PendingStep, batch_size
 
 ForwardFn = Callable[[nn.Module, Any], Tensor]

@@ -126,6 +126,8 @@ class Snapshot:
         replay: computes the loss of the step again, at the current values of the parameters: the same batch,
             the same random masks, the same buffers, however often it is called.
         optimizer: holds the groups and the state *before* the update.
+        sample: from n to the loss of the first n samples of the step's batch, in eval mode, and how many there are;
+            None where there is only the whole batch.
         loss: the step's own loss, against which replays are checked; None takes the first replay's.
         gradient: the step's own gradients by parameter name, unclipped; None where the step had none.
         clipping: what is done to the gradient before the optimizer sees it; None leaves it as it is.
@@ -143,6 +145,7 @@ class Snapshot:
     module: nn.Module
     replay: Callable[[], Tensor]
     optimizer: torch.optim.Optimizer | None = None
+    sample: Callable[[int], tuple[Tensor, int]] | None = None
     loss: Tensor | None = None
     gradient: dict[str, Tensor | None] | None = None
     clipping: Clipping | None = None
@@ -337,6 +340,19 @@ def displaced(parameters: list[nn.Parameter], direction: Tensor, distance: float
     finally:
         for p, original in zip(parameters, saved):
             p.data.copy_(original)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode (running statistics, no dropout) with a graph; the modes are put back."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 def flatten(tensors: Any, like: list[nn.Parameter]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import MicroBatch, Shadow, copied, replayer, summed
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable, split
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable, evaluating, split
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -108,6 +108,7 @@ class PendingStep:
             module=module,
             replay=replay,
             optimizer=optimizer,
+            sample=None if failure else self._sample,
             loss=summed(part.own for part in self.parts),
             gradient={name: p.grad for name, p in self.module.named_parameters() if p.requires_grad},
             # Compiled code rounds in other places than the step.
@@ -123,6 +124,21 @@ class PendingStep:
         except Exception as error:
             return replace(snapshot, replay=_raising(error))
 
+    def _sample(self, count: int) -> tuple[Tensor, int]:
+        """The loss of the first samples of the first micro-batch, in eval mode, and how many there are."""
+        if self.shadow is None:
+            raise self.failure or AssertionError
+        part = _cut(self.parts[0], count)
+        size = batch_size(part.batch)
+        if size is None:
+            raise Unmeasurable("the batch holds no tensor whose first axis could be the samples")
+
+        def loss(module: nn.Module, batch: Any) -> Tensor | None:
+            with evaluating(module):
+                return part.loss(module, batch)
+
+        return self.ranks.private(replayer(self.shadow, [replace(part, loss=loss)]))(), size
+
     def _moved(self) -> Exception | None:
         """The step itself must leave the parameters alone: a replay, which shares them, would move them again."""
         if self.failure is None and not all(map(identical, self._sums, _sums(self.module))):
@@ -136,15 +152,10 @@ class PendingStep:
         """The same step on the first samples of its batches; the whole step's replay is checked first."""
         _ = full.faithful
         count = math.ceil(count / len(self.parts))
-        sizes = [batch_size(part.batch) for part in self.parts]
-        whole = any(size is None or size <= count for size in sizes)
+        whole = any((batch_size(part.batch) or 0) <= count for part in self.parts)
         if not self.ranks.any(lambda: not whole, "a sub-batch") or self.shadow is None:
             return full
-        parts = [
-            replace(part, batch=apply_to_collection(part.batch, Tensor, lambda t, size=size: _first(t, count, size)))
-            for part, size in zip(self.parts, sizes)
-        ]
-        part = replace(full, replay=replayer(self.shadow, parts), memo={})
+        part = replace(full, replay=replayer(self.shadow, [_cut(part, count) for part in self.parts]), memo={})
         loss, mean = part.replayed_gradient()
         sub = replace(part, loss=loss, gradient=_named(mean, full), memo={})
         if full.clipping is None or full.clipping.kind == "value" or full.flat_gradient is None:
@@ -197,8 +208,14 @@ def never() -> Tensor:
     raise AssertionError("no step is replayed before training")
 
 
-def _first(leaf: Tensor, count: int, size: int | None) -> Tensor:
-    return leaf[:count] if leaf.ndim and len(leaf) == size else leaf
+def _cut(part: MicroBatch, count: int) -> MicroBatch:
+    """Its first samples: of all tensors whose first axis is as long as the batch."""
+    size = batch_size(part.batch)
+
+    def first(leaf: Tensor) -> Tensor:
+        return leaf[:count] if leaf.ndim and len(leaf) == size else leaf
+
+    return replace(part, batch=apply_to_collection(part.batch, Tensor, first))
 
 
 def _raising(error: Exception | None) -> Callable[[], Tensor]:

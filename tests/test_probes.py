@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 from zoo import CLASSES, FEATURES, Model, data, encoder, fit, mlp
 
 from lsp_callbacks import SGDStability, StabilityMonitor
-from lsp_callbacks.probes import Criteria, evaluating, evaluation
+from lsp_callbacks.probes import Criteria, evaluation
 from lsp_callbacks.probing import Probes, population
-from lsp_callbacks.snapshot import Unmeasurable, Unmodelled
+from lsp_callbacks.snapshot import Unmeasurable, Unmodelled, evaluating
 
 N, C = 6, 4
 X, Y, HOT = random(N, 3), torch.arange(N) % C, random(N, C, seed=1).sigmoid()

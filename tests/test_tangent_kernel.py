@@ -17,8 +17,8 @@ from lsp_callbacks import ProbeSet
 from lsp_callbacks.functional import sharpness
 from lsp_callbacks.operators.per_sample import rows_alone
 from lsp_callbacks.operators.tangent_kernel import tangent_kernel
-from lsp_callbacks.probes import evaluating, evaluation
-from lsp_callbacks.snapshot import Unmeasurable
+from lsp_callbacks.probes import evaluation
+from lsp_callbacks.snapshot import Unmeasurable, evaluating
 
 N = 5
 EXACT = 1e-10

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lsp_callbacks.graph import read
-from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.linalg import LinearOperator, identity_like
 from lsp_callbacks.operators.curvature import double_backward
-from lsp_callbacks.snapshot import Call, Unmeasurable
+from lsp_callbacks.operators.samples import jacobian
+from lsp_callbacks.snapshot import Call, Unmeasurable, evaluating
 
 #: A class whose name ends like this *may* be a residual block; `has_skip_path` decides.
 BLOCK_NAME = re.compile(r".*(Residual|Bottleneck|BasicBlock|Block|Layer)(V\d)?$|Residual.*|Inverted.*")
@@ -118,38 +118,16 @@ def residual_block(module: nn.Module, call: Call, *, samples: int) -> Block:
     if not leaves:
         raise Unmeasurable("the block received no floating-point tensor")
     x = leaves[0]
-    modes = {m: m.training for m in module.modules()}
-    try:
-        module.eval()
-        with double_backward(module):
-            output = module(*args, **kwargs)
-            y = output if isinstance(output, Tensor) else next((o for o in output if isinstance(o, Tensor)), None)
-            if y is None or y.shape != x.shape:
-                raise Unmeasurable(f"its output {tuple(y.shape) if y is not None else None} has not the shape of its "
-                                   f"input {tuple(x.shape)}: a residual block keeps the shape")  # fmt: skip
-            if not y.requires_grad:
-                raise Unmeasurable("it cannot be differentiated: its forward runs without gradients")
-            u = torch.zeros_like(y, requires_grad=True)
-            (pullback,) = torch.autograd.grad(y, x, u, create_graph=True, materialize_grads=True)
-    finally:
-        for m, training in modes.items():
-            m.training = training
-    rows = _rows(x, axis)
-
-    def forward(v: Tensor) -> Tensor:
-        if not pullback.requires_grad:  # y does not depend on x
-            return -v
-        (jvp,) = torch.autograd.grad(pullback, u, rows.back(v), retain_graph=True, materialize_grads=True)
-        return rows.flat(jvp) - v
-
-    def backward(w: Tensor) -> Tensor:
-        (vjp,) = torch.autograd.grad(y, x, rows.back(w), retain_graph=True, materialize_grads=True)
-        return rows.flat(vjp) - w
-
-    jacobian = LinearOperator(
-        (rows.length, rows.length), forward, backward, batch=(taken,), dtype=rows.dtype, device=x.device
-    )
-    return Block(jacobian, has_skip_path(y, x), taken, read(y).custom)
+    with evaluating(module), double_backward(module):
+        output = module(*args, **kwargs)
+        y = output if isinstance(output, Tensor) else next((o for o in output if isinstance(o, Tensor)), None)
+        if y is None or y.shape != x.shape:
+            raise Unmeasurable(f"its output {tuple(y.shape) if y is not None else None} has not the shape of its "
+                               f"input {tuple(x.shape)}: a residual block keeps the shape")  # fmt: skip
+        if not y.requires_grad:
+            raise Unmeasurable("it cannot be differentiated: its forward runs without gradients")
+        whole = jacobian(y, x, axes=(axis, axis))
+    return Block(whole + -1.0 * identity_like(whole), has_skip_path(y, x), taken, read(y).custom)
 
 
 def has_skip_path(output: Tensor, leaf: Tensor) -> bool:
@@ -172,26 +150,6 @@ def has_skip_path(output: Tensor, leaf: Tensor) -> bool:
             inputs = node.next_functions if name.startswith("Add") else node.next_functions[:1]
             stack.extend((child, added or name.startswith("Add")) for child, _ in inputs)
     return False
-
-
-@dataclass(frozen=True)
-class _Rows:
-    flat: Callable[[Tensor], Tensor]
-    back: Callable[[Tensor], Tensor]
-    length: int
-    dtype: torch.dtype
-
-
-def _rows(x: Tensor, axis: int) -> _Rows:
-    """One row a sample, whatever the position of the sample axis; at least in float32."""
-    shape = x.movedim(axis, 0).shape
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return _Rows(
-        flat=lambda t: t.movedim(axis, 0).reshape(shape[0], -1).to(dtype),
-        back=lambda v: v.reshape(shape).movedim(0, axis).to(x.dtype),
-        length=shape[1:].numel(),
-        dtype=dtype,
-    )
 
 
 def _is_cache(value: Any) -> bool:

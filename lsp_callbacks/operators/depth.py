@@ -1,0 +1,223 @@
+"""The states of a network on its way through depth, and the Jacobians between them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.operators.curvature import double_backward
+from lsp_callbacks.operators.residual import is_candidate
+from lsp_callbacks.operators.samples import jacobian
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable, evaluating
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One step in depth.
+
+    Attributes:
+        name: of the module that begins it; ``name#2`` at its second call.
+        modules: the names of those that belong to it, in the order of their calls: what has no weight matrix (an
+            activation, a norm, a pooling) belongs to the layer before it.
+        state: ``X_k``, what the last of them returned.
+        axis: of the samples in the state.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    state: Tensor
+    axis: int
+
+
+@dataclass(frozen=True, eq=False)
+class Depth:
+    """A network on some samples, in eval mode, with its graph.
+
+    Attributes:
+        start: ``X_0``: the input of the network, or what its first module makes of integers (an embedding).
+        axis: of the samples in it.
+        layers: ``X_1 ... X_L``. Functions called between two modules belong to the second.
+        loss: of these samples.
+    """
+
+    start: Tensor
+    axis: int
+    layers: tuple[Layer, ...]
+    loss: Tensor
+    memo: dict[tuple[int, int], LinearOperator] = field(default_factory=dict, repr=False)
+
+    @property
+    def samples(self) -> int:
+        return self.start.shape[self.axis]
+
+    def jacobian(self, k: int, j: int = 0) -> LinearOperator:
+        """``dX_k / dX_j`` with one matrix for each sample, ``0 <= j < k <= L``; see `samples.jacobian` for the cost."""
+        if (k, j) not in self.memo:
+            from_, axis = (self.start, self.axis) if j == 0 else (self.layers[j - 1].state, self.layers[j - 1].axis)
+            to = self.layers[k - 1]
+            self.memo[k, j] = jacobian(to.state, from_, axes=(to.axis, axis))
+        return self.memo[k, j]
+
+
+def depth(snapshot: Snapshot, *, samples: int = 4) -> Depth:
+    """The states of the network on the first samples of the step's batch.
+
+    The loss is replayed in eval mode (BatchNorm by its running statistics, no dropout), so that samples do not mix. A
+    layer begins with a module that holds a weight matrix, or with a residual block, told by its class name. ``X_0`` is
+    the first floating-point tensor that enters a module.
+
+    Args:
+        snapshot: a step. Without `Snapshot.sample` its whole batch is taken.
+        samples: how many, at most.
+
+    Raises:
+        Unmeasurable: no such tensor, no layer that depends on it, or samples that mix.
+
+    Cost: a forward pass, and a forward product for the check, on ``samples`` samples; shared by all quantities of the
+    step.
+    """
+    return snapshot.once(("depth", samples), lambda: _depth(snapshot, samples))
+
+
+@dataclass
+class _Call:
+    name: str
+    module: nn.Module
+    output: Any = None
+    children: list[_Call] = field(default_factory=list)
+
+
+def _depth(snapshot: Snapshot, samples: int) -> Depth:
+    start: list[Tensor] = []
+    root = _Call("", snapshot.module)
+    with evaluating(snapshot.module), double_backward(snapshot.module), _recorded(snapshot.module, root, start):
+        loss, size = (snapshot.replay(), None) if snapshot.sample is None else snapshot.sample(samples)
+    if not start:
+        raise Unmeasurable("no module received or returned a floating-point tensor: depth begins nowhere")
+    (x,) = start
+    count = x.shape[0] if size is None else size
+    axis = _axis(x, count)
+    if axis is None:
+        raise Unmeasurable(f"of {count} samples the network's first input is {tuple(x.shape)}: which are they?")
+    layers: list[Layer] = []
+    reached = _Reached(x)
+    for call, begins in _units(root):
+        y = _tensor(call.output)
+        if y is None or not reached(y):
+            continue
+        at = _axis(y, count, axis)
+        if at is None:  # rows that are no samples: tokens, windows
+            continue
+        if begins:
+            seen = sum(layer.modules[0] == call.name for layer in layers)
+            layers.append(Layer(f"{call.name}#{seen + 1}" if seen else call.name, (call.name,), y, at))
+        elif layers:
+            last = layers[-1]
+            layers[-1] = Layer(last.name, (*last.modules, call.name), y, at)
+    if not layers:
+        raise Unmeasurable("no module with a weight matrix depends on the first input: there is no depth to measure")
+    found = Depth(x, axis, tuple(layers), loss)
+    _check_samples(found)
+    return found
+
+
+def _axis(tensor: Tensor, samples: int, first: int = 0) -> int | None:
+    """Of the samples: the first, but for sequences that have them second (``batch_first=False``)."""
+    return next((a for a in (first, 0, 1) if tensor.ndim > a and tensor.shape[a] == samples), None)
+
+
+def _check_samples(found: Depth) -> None:
+    """One sample moves alone, and no other may follow."""
+    J = found.jacobian(len(found.layers))
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(found.samples, J.shape[1], generator=generator, dtype=J.dtype).to(J.device)
+    v[1:] = 0
+    moved = torch.linalg.vector_norm(J @ v, dim=-1)
+    if bool((moved[1:] > 1e-4 * moved[0]).any()):
+        raise Unmeasurable(
+            "one sample's input changes another's output, also in eval mode (a norm over the batch, or a batch axis "
+            "that is neither first nor second): the Jacobian of one sample is not defined"
+        )
+
+
+def _units(call: _Call) -> Iterator[tuple[_Call, bool]]:
+    """The modules on the way, and whether a layer begins with each."""
+    for child in call.children:
+        block = is_candidate(child.module)
+        if block or not child.children:
+            yield child, block or any(p.ndim > 1 for p in child.module.parameters())
+        else:
+            yield from _units(child)
+
+
+class _Reached:
+    """Whether a tensor depends on the leaf, by its graph."""
+
+    def __init__(self, leaf: Tensor):
+        self.leaf, self.known = leaf, dict[Any, bool]()
+
+    def __call__(self, tensor: Tensor) -> bool:
+        stack = [tensor.grad_fn]
+        while stack:  # in post-order, without recursion: graphs are deep
+            node = stack[-1]
+            if node is None or node in self.known:
+                stack.pop()
+                continue
+            if getattr(node, "variable", None) is self.leaf:
+                self.known[node] = True
+                continue
+            children = [child for child, _ in node.next_functions if child is not None]
+            fresh = [child for child in children if child not in self.known]
+            if fresh:
+                stack += fresh
+            else:
+                self.known[node] = any(self.known[child] for child in children)
+        return bool(self.known.get(tensor.grad_fn, False))
+
+
+@contextlib.contextmanager
+def _recorded(module: nn.Module, root: _Call, start: list[Tensor]) -> Iterator[None]:
+    """Keeps the tree of calls, and puts a leaf in the place of the first floating-point tensor."""
+    open_calls = [root]
+
+    def leaf(value: Any) -> Any:
+        leaves, spec = tree_flatten(value)
+        for i, one in enumerate(leaves):
+            if isinstance(one, Tensor) and one.is_floating_point() and one.ndim > 1 and not start:
+                start.append(one.detach().clone().requires_grad_())
+                leaves[i] = start[0].clone()  # what comes may work in place on it
+        return tree_unflatten(leaves, spec)
+
+    def before(name: str):
+        def hook(child: nn.Module, args: tuple, kwargs: dict) -> Any:
+            call = _Call(name, child)
+            open_calls[-1].children.append(call)
+            open_calls.append(call)
+            return None if start else leaf((args, kwargs))
+
+        return hook
+
+    def after(child: nn.Module, args: tuple, output: Any) -> Any:
+        call = open_calls.pop()
+        if start or call.children:
+            call.output = output
+            return output
+        return leaf(output)
+
+    with contextlib.ExitStack() as stack:
+        for name, child in module.named_modules():
+            if not isinstance(child, torch.jit.ScriptModule):  # takes no hooks
+                stack.callback(child.register_forward_pre_hook(before(name), with_kwargs=True).remove)
+                stack.callback(child.register_forward_hook(after).remove)
+        yield
+
+
+def _tensor(output: Any) -> Tensor | None:
+    return next((t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()), None)
