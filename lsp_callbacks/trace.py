@@ -86,7 +86,10 @@ class Trace:
         with torch.no_grad():
             found: dict[str, Any] = {"loss": math.nan if loss is None else loss, "lr": lr}
             found |= {name: energy(module) for name, energy in self.energies.items()}  # type: ignore[arg-type]
-        values = {name: torch.as_tensor(value).detach() for name, value in found.items()}
+        values = {
+            name: value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+            for name, value in found.items()
+        }
         for name, value in values.items():
             if value.numel() != 1:
                 raise ValueError(f"{name} of step {step} has shape {tuple(value.shape)}: give one number")
