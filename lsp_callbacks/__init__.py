@@ -4,19 +4,23 @@ from lsp_callbacks.callbacks import StabilityMonitor, StabilityReport, StopOnIns
 from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.quantities import (
     BatchSharpness,
+    Dissipation,
     Lyapunov,
     LyapunovTrajectory,
     Quantity,
     ResidualCFL,
+    SGDLaw,
     SGDStability,
     Sharpness,
     SpectralNorm,
 )
 from lsp_callbacks.snapshot import ProbeSet, Snapshot, Unmeasurable
+from lsp_callbacks.trace import Trace
 
 __all__ = [
     "BatchSharpness",
     "Curve",
+    "Dissipation",
     "Lyapunov",
     "LyapunovTrajectory",
     "Monitor",
@@ -24,6 +28,7 @@ __all__ = [
     "ProbeSet",
     "Quantity",
     "ResidualCFL",
+    "SGDLaw",
     "SGDStability",
     "Sharpness",
     "Snapshot",
@@ -31,5 +36,6 @@ __all__ = [
     "StabilityMonitor",
     "StabilityReport",
     "StopOnInstability",
+    "Trace",
     "Unmeasurable",
 ]

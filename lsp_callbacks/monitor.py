@@ -13,13 +13,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lsp_callbacks.cadence import Cadence
 from lsp_callbacks.limits import Seconds, check_memory, in_bytes
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, Unmodelled
+from lsp_callbacks.step import rate
+from lsp_callbacks.trace import Trace
 
 #: How many points of each global curve a checkpoint carries.
 HISTORY_SAVED = 1000
@@ -73,6 +75,7 @@ class Monitor:
         history: the curves by key.
         skipped: why a quantity is left out, by its name.
         paths: by which way each quantity was last measured: "exact", "exact, math attention", "finite difference", ...
+        trace: loss, rate and energies of the last steps; None where no quantity asks for them.
 
     Raises:
         ValueError: for a cadence below 1, a budget outside (0, 1], or a limit that is not positive.
@@ -105,6 +108,9 @@ class Monitor:
         self.max_memory, self.seconds = in_bytes(max_memory), Seconds(time_limit)
         self.strict, self.named = strict, set(named)
         self._all = quantities
+        recorded = max((quantity.recorded for quantity in quantities), default=0)
+        energies = {name: energy for quantity in quantities for name, energy in quantity.energies.items()}
+        self.trace = Trace(recorded, energies) if recorded else None
         self.reset()
 
     def reset(self) -> None:
@@ -117,6 +123,8 @@ class Monitor:
         self.paths: dict[str, str] = {}
         self.cadence.reset()
         self.seconds.reset()
+        if self.trace is not None:
+            self.trace.reset()
         self.predicted: dict[str, float] = {}
         self._priced: set[str] | None = None
         self._under_way: set[str] = set()
@@ -216,6 +224,19 @@ class Monitor:
         first = self.period is None or self.cadence.origin is None
         return not (first and self._under_way) and self.cadence.starts(step, scheduled=scheduled)
 
+    def record(
+        self, step: int, loss: Tensor | None, optimizer: torch.optim.Optimizer | None, module: nn.Module
+    ) -> None:
+        """Notes loss, rate and energies of a step, before its update, if any quantity asks for them.
+
+        A loop calls it at every step, on all ranks, with the loss of the whole step, or None where it does not see it;
+        `observe` does so with the snapshot's own loss where nobody else did. It never waits for the device.
+        """
+        if self.trace is not None and any(quantity.recorded for quantity in self.quantities.values()):
+            lr = math.nan if optimizer is None else rate(optimizer)
+            with self.harmless(f"what is recorded at each step could not be at step {step}"):
+                self.trace.record(step, loss, lr=lr, module=module)
+
     def observe(self, snapshot: Snapshot) -> Observation | None:
         """Measures what is due at this step.
 
@@ -227,6 +248,9 @@ class Monitor:
 
         Each measurement is one round of the snapshot's ranks: where it fails on one of them, all say NaN.
         """
+        if self.trace is not None:
+            self.record(snapshot.step, snapshot.loss, snapshot.optimizer, snapshot.module)
+            snapshot = replace(snapshot, trace=self.trace)
         if not self.wants(snapshot.step):
             return None
         starts = self._starts(snapshot.step)
@@ -238,6 +262,8 @@ class Monitor:
         unmodelled: dict[str, list[str]] = {}
         for name, quantity in self.quantities.items():
             if name not in self._under_way and not starts:
+                continue
+            if not self._ready(quantity, snapshot):
                 continue
             begins = name not in self._under_way
             self._under_way.discard(name)
@@ -272,6 +298,12 @@ class Monitor:
             values["stability/courant"] = values[dial]
             self.cadence.read(values[dial])
         return self.add(Observation(snapshot.step, {}, failures), values) if values else None
+
+    def _ready(self, quantity: Quantity, snapshot: Snapshot) -> bool:
+        """Rank 0's word: all ranks must take the same way."""
+        if not quantity.recorded:
+            return True
+        return self._ranks.first(lambda: quantity.ready(snapshot), "whether enough steps are known")
 
     def _measured(self, quantity: Quantity, snapshot: Snapshot, begins: bool) -> dict[str, float] | None:
         """What the step completes, None while it takes further steps: rank 0's word, so that all ranks go on alike."""
@@ -374,6 +406,11 @@ class Monitor:
         for quantity in self.quantities.values():
             quantity.load_vectors({})
 
+    def cut_trace(self) -> None:
+        """Called when a checkpoint is written: of several ranks each has a trace of its own, which no file holds."""
+        if self.trace is not None and self._ranks.world > 1:
+            self.trace.cut()
+
     def state_dict(self, *, vectors: bool = False) -> dict[str, Any]:
         """Scalars, and on request the vectors of windows that are under way."""
         saved = {
@@ -391,6 +428,8 @@ class Monitor:
             "history": saved,
             "quantities": {name: quantity.state_dict() for name, quantity in self.quantities.items()},
         }
+        if self.trace is not None:
+            state["trace"] = self.trace.state_dict(series=self._ranks.world == 1)
         if vectors:
             state["vectors"] = {name: quantity.vectors() for name, quantity in self.quantities.items()}
             state["under_way"] = sorted(self._under_way)
@@ -422,6 +461,8 @@ class Monitor:
         for name, quantity in self.quantities.items():
             quantity.load_state_dict(dict(state["quantities"].get(name, {})), strict=False)
             quantity.load_vectors(state.get("vectors", {}).get(name, {}))
+        if self.trace is not None and "trace" in state:
+            self.trace.load_state_dict(state["trace"])
         if _version(state) > 1:
             self.cadence.load_state_dict(state["cadence"])
             self._priced = None if state["priced"] is None else set(state["priced"])

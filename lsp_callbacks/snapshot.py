@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from lsp_callbacks.graph import Graph, joined, read
 from lsp_callbacks.ranks import Ranks
+from lsp_callbacks.trace import Trace
 from lsp_callbacks.unmeasurable import Unmeasurable
 from lsp_callbacks.unmeasurable import Unmodelled as Unmodelled
 
@@ -135,6 +136,8 @@ class Snapshot:
         tolerance: relative difference allowed between ``loss`` and its replay; 0 is to the last bit, for the same path.
         keep: which modules' inputs ``calls`` keeps in full, by name and module.
         probes: training samples for the quantities that look at outputs; None where there are none.
+        trace: scalars of the steps up to this one, for the quantities of a time series; `Monitor.observe` adds its own.
+        schedulers: those of ``torch.optim.lr_scheduler`` that move the optimizer's rate; None where nobody knows.
         ranks: the processes that take this step together, each with a batch, a loss and a replay of its own; the
             gradient is the mean of theirs already.
         sharded: why no process has all parameters, and nothing can be measured; None if each has.
@@ -153,6 +156,8 @@ class Snapshot:
     tolerance: float = 0.0
     keep: Callable[[str, nn.Module], bool] = lambda name, module: False
     probes: ProbeSet | None = None
+    trace: Trace | None = None
+    schedulers: tuple[Any, ...] | None = None
     ranks: Ranks = field(default_factory=Ranks)
     sharded: str | None = None
     seed: int = 0

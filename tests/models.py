@@ -359,7 +359,12 @@ class Case:
 
 def refused(reason: str) -> dict[str, str]:
     """All that takes Hessian products."""
-    return dict.fromkeys(("sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness"), reason)
+    return dict.fromkeys(("sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "sgd_law"), reason)
+
+
+def unprobed(reason: str) -> dict[str, str]:
+    """All that takes the outputs of probes."""
+    return dict.fromkeys(("sgd_stability", "sgd_law"), reason)
 
 
 image: dict[str, Any] = {"shape": (1, 8, 8), "blocks": True}
@@ -391,7 +396,7 @@ CASES = {
     "weight_norm": Case(lambda: parametrised(parametrizations.weight_norm), kernel=ROWS),
     "sparse": Case(lambda: Model(Bag())),
     "dictionary": Case(Dictionary),
-    "mixup": Case(lambda: Mixup(mlp()), left_out={"sgd_stability": "outputs and targets cannot be told"}),
+    "mixup": Case(lambda: Mixup(mlp()), left_out=unprobed("outputs and targets cannot be told")),
     "uneven_last_batch": Case(Model, loader={"n": 21, "drop_last": False}),
     "one_batch_epochs": Case(Model, loader={"n": 8}),
     "dropout": Case(lambda: Model(mlp(nn.Dropout(0.5)))),
@@ -410,7 +415,7 @@ CASES = {
     "once_differentiable": Case(lambda: custom(Once)),
     "once_differentiable_relu": Case(lambda: custom(Once, nn.ReLU()), failed=refused("backward of Once")),
     "detached_relu": Case(lambda: custom(Detached, nn.ReLU()), failed=refused("backward of Detached")),
-    "fused_loss": Case(lambda: Fused(mlp()), left_out={"sgd_stability": "do not reach the parameters"}),
+    "fused_loss": Case(lambda: Fused(mlp()), left_out=unprobed("do not reach the parameters")),
     "changed_gradient": Case(
         GradientHook, failed={"sgd_stability": "gradient is not that"} | refused("gradient is not that")
     ),

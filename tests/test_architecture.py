@@ -15,6 +15,7 @@ LAYERS = (
     "unmeasurable",
     "ranks",
     "graph",
+    "trace",
     "snapshot",
     "probes",
     "replay",

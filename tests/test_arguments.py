@@ -30,6 +30,8 @@ QUANTITIES = {
     "lyapunov": ("window", "average", "method"),
     "lyapunov_trajectory": ("k", "transient", "window", "method"),
     "batch_sharpness": ("rtol", "most", "method"),
+    "dissipation": ("length", "energies", "reference"),
+    "sgd_law": ("probes", "reference", "products", "method", "most_rows"),
 }
 
 

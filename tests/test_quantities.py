@@ -10,7 +10,7 @@ from problems import Regression, close, f64, freeze, random, same, seeded, traje
 from torch import nn
 from torchmetrics import MetricCollection
 
-from lsp_callbacks import Lyapunov, ProbeSet, Sharpness, Snapshot, Unmeasurable
+from lsp_callbacks import Lyapunov, ProbeSet, Sharpness, Snapshot, Trace, Unmeasurable
 from lsp_callbacks.probes import evaluation
 from lsp_callbacks.quantities import REGISTRY
 
@@ -20,6 +20,7 @@ SETTINGS = {
     "lyapunov": {"window": 2},
     "sgd_stability": {"probes": 6, "chains": 4, "steps": 40},
     "lyapunov_trajectory": {"k": 2, "transient": 1, "window": 40},
+    "sgd_law": {"probes": 6, "products": 8},
 }
 every_quantity = pytest.mark.parametrize("name", REGISTRY)
 
@@ -45,6 +46,19 @@ def probes_of(task):
     return ProbeSet(module=task, parts=(part,), samples=6, batch_size=2, population=6)
 
 
+def trace_of(task):
+    """A noisy series of losses, as after some steps."""
+    trace = Trace(length=100)
+    for step, noise in enumerate(random(80, seed=4)):
+        trace.record(step, 1 + 0.9**step + 0.1 * noise, lr=0.3, module=task)
+    return trace
+
+
+class NoTrace(Trace):
+    def read(self, ranks=None):
+        raise KeyError("the loss of a user")
+
+
 def metric_of(name):
     return REGISTRY[name](**SETTINGS.get(name, {}))
 
@@ -54,7 +68,7 @@ def steps(metric, n, start=problem):
     task = start()
     optimizer = SGD(task.parameters(), lr=0.3, momentum=0.5)
     keep = getattr(metric, "keeps", lambda name, module: name == "net.1")
-    return trajectory(task, optimizer, n, keep=keep, probes=probes_of(task))
+    return trajectory(task, optimizer, n, keep=keep, probes=probes_of(task), trace=trace_of(task))
 
 
 def fed(name, measurements=1, extra=0):
@@ -114,7 +128,7 @@ def test_state_survives_a_checkpoint(name):
     fresh_box.load_state_dict(copy.deepcopy(state))
     assert same(fresh_box.state_dict(), state)
     assert fresh.update_count == metric.update_count == 3 * (metric.prepare + metric.window)
-    persistent = {"sharpness", "sgd_stability", "lyapunov", "lyapunov_trajectory"}
+    persistent = {"sharpness", "sgd_stability", "lyapunov", "lyapunov_trajectory", "dissipation", "sgd_law"}
     if name in persistent:
         assert same(fresh.compute(), metric.compute())
 
@@ -146,7 +160,7 @@ def test_an_exception_leaves_the_metric_whole(name, extra):
 
     optimizer = SGD(task.parameters(), lr=0.3, momentum=0.5)
     frozen = freeze(task, optimizer, step=metric.update_count, keep=metric.keeps, probes=probes_of(task))
-    broken = replace(frozen, replay=fails)
+    broken = replace(frozen, replay=fails, trace=NoTrace(length=100))
     with pytest.raises(KeyError):
         metric.update(broken)
     assert not metric.complete
@@ -189,6 +203,7 @@ def test_leaves_no_trace(name):
     for training in (True, False):
         task.train(training)
         optimizer, settings = SGD(task.parameters(), lr=0.3), {"keep": metric.keeps, "probes": probes_of(task)}
+        settings["trace"] = trace_of(task)
         metric.update(freeze(task, optimizer, step=int(not training), **settings))
         assert all(m.training is training for m in task.modules())
     assert same(task.state_dict(), before) and all(p.grad is None for p in task.parameters())
@@ -225,7 +240,7 @@ def test_what_needs_the_update_map_says_so_before_it_is_measured(name):
 def test_what_does_not_need_the_optimizer_works_with_any(name):
     task, metric = problem(), metric_of(name)
     metric.check(freeze(task, torch.optim.Adam(task.parameters())))
-    metric.update(freeze(task, keep=metric.keeps))
+    metric.update(freeze(task, keep=metric.keeps, trace=trace_of(task)))
     assert metric.compute()
 
 

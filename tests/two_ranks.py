@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from zoo import CLASSES, FEATURES, Losses, Model, fit, mlp
 
-from lsp_callbacks import BatchSharpness, Snapshot, StabilityMonitor, StopOnInstability
+from lsp_callbacks import BatchSharpness, Dissipation, SGDLaw, Snapshot, StabilityMonitor, StopOnInstability
 from lsp_callbacks.callbacks.adapter import mean_loss
 from lsp_callbacks.operators import hessian
 from lsp_callbacks.ranks import Ranks
@@ -89,8 +89,13 @@ class Weighted(Model):
         return (F.cross_entropy(self.net(x), y, reduction="none") * weight).sum()
 
 
+class Soon(Dissipation):
+    least = 12
+
+
 def quantities():
-    return ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", BatchSharpness(most=8)]
+    own = [BatchSharpness(most=8), Soon(), SGDLaw(probes=16, products=6)]
+    return ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", *own]
 
 
 # -- the processes ---------------------------------------------------------------------------------------------------

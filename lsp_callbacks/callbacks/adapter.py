@@ -205,6 +205,11 @@ def mean_loss(outputs: Any, ranks: Ranks) -> Any:
     return total / share if isinstance(loss, Tensor) else None
 
 
+def schedulers(trainer: Any, optimizer: Any) -> tuple[Any, ...]:
+    """Those that move the rate of this optimizer."""
+    return tuple(c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer)
+
+
 def clipping(trainer: Any) -> Clipping | None:
     """How the trainer clips the gradient after ``on_before_optimizer_step``; None if it does not."""
     limit = trainer.gradient_clip_val

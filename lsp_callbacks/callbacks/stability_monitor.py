@@ -19,6 +19,7 @@ from lsp_callbacks.callbacks.adapter import (
     pending_step,
     probe_set,
     ranks,
+    schedulers,
     sharded,
     skipped,
     step_loss,
@@ -134,6 +135,7 @@ class StabilityMonitor(Callback):
         self._pending: PendingStep | None = None
         self._saw_loss = False
         self._loss: torch.Tensor | None = None
+        self._seen: torch.Tensor | None = None
         self._observation: Observation | None = None
         self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._watching = False
@@ -211,7 +213,7 @@ class StabilityMonitor(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         began = time.perf_counter()
         if batch_idx % trainer.accumulate_grad_batches == 0:  # the first micro-batch of a step
-            self._pending, self._updates, self._saw_loss, self._loss = None, 0, False, None
+            self._pending, self._updates, self._saw_loss, self._loss, self._seen = None, 0, False, None, None
             known = self.monitor.cadence.every_n_steps is not None  # then the rate that comes has no say
             scheduled = math.nan if known else self.scheduled_courant(trainer)
             wanted = self.monitor.wants(self.step, scheduled=scheduled)
@@ -229,6 +231,9 @@ class StabilityMonitor(Callback):
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
         if self._pending is not None:
             self._pending.saw_loss(unscaled(trainer, loss))
+        if self.monitor.trace is not None:
+            own = unscaled(trainer, loss).detach()
+            self._seen = own if self._seen is None else self._seen + own
         self._saw_loss = True
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -240,6 +245,8 @@ class StabilityMonitor(Callback):
         self._saw_loss = False
         self._rate_used = rate(trainer.optimizers[0])
         self._updates += 1
+        if self._updates == 1:
+            self.monitor.record(self.step, self._seen, trainer.optimizers[0], pl_module)
         pending, self._pending = self._pending, None
         if pending is not None:
             with self.monitor.harmless("the step could not be looked at"), untouched(pl_module):
@@ -264,6 +271,7 @@ class StabilityMonitor(Callback):
             unmodelled=self._unmodelled,
             keep=self.monitor.keeps,
             probes=probe_set(trainer, self.probes, pending) if self.probes.wanted else None,
+            schedulers=schedulers(trainer, optimizer),
             seed=self.seed,
         )
         # Under manual optimisation nobody need have told us the loss.
@@ -383,6 +391,7 @@ class StabilityMonitor(Callback):
             rank_zero_info(verdict(self.history))
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.monitor.cut_trace()
         if not self.save_vectors:
             self.monitor.drop()
             self.probes.drop(self.probes.population)

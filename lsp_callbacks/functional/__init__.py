@@ -2,11 +2,15 @@
 
 from lsp_callbacks.functional.batch_sharpness import BatchSharpness, batch_sharpness, curvature_along_gradient
 from lsp_callbacks.functional.diagram import CriticalRate, StabilityDiagram, critical_lr, stability_diagram
+from lsp_callbacks.functional.dissipation import Dissipation, dissipation
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
+from lsp_callbacks.functional.gradient_noise import GradientNoise, batch_variance, gradient_noise
 from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_mode_exponent, sharp_plane
 from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr, second_moment, second_moment_exponent
 from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce, regularity
 from lsp_callbacks.functional.residual import ResidualStability, residual_stability
+from lsp_callbacks.functional.robbins_monro import PowerLaw, RobbinsMonro, robbins_monro
+from lsp_callbacks.functional.sgd_law import NoiseFit, SGDLaw, fit_noise, sgd_law
 from lsp_callbacks.functional.sgd_stability import (
     Exponent,
     finite_time_exponents,
@@ -16,28 +20,39 @@ from lsp_callbacks.functional.sgd_stability import (
 )
 from lsp_callbacks.functional.sharpness import Edge, edge, sharpness, stability_constant
 from lsp_callbacks.functional.spectral_norm import log_sum, spectral_norm
-from lsp_callbacks.functional.statistics import batch_means, student_bounds, student_quantile
+from lsp_callbacks.functional.statistics import batch_means, fieller, student_bounds, student_quantile
 from lsp_callbacks.linalg import lyapunov_exponents
 
 __all__ = [
     "BatchSharpness",
     "CriticalRate",
+    "Dissipation",
     "Edge",
     "Exponent",
     "FrozenSGD",
+    "GradientNoise",
     "Modes",
+    "NoiseFit",
+    "PowerLaw",
     "ResidualStability",
+    "RobbinsMonro",
+    "SGDLaw",
     "StabilityDiagram",
     "UpdateRule",
     "batch_means",
     "batch_sharpness",
+    "batch_variance",
     "critical_lr",
     "curvature_along_gradient",
+    "dissipation",
     "edge",
+    "fieller",
     "finite_time_exponents",
+    "fit_noise",
     "frozen_sgd",
     "gd_critical_lr",
     "gd_exponent",
+    "gradient_noise",
     "log_sum",
     "lyapunov_exponents",
     "mean_square_lr",
@@ -46,9 +61,11 @@ __all__ = [
     "regularity",
     "rescale",
     "residual_stability",
+    "robbins_monro",
     "second_moment",
     "second_moment_exponent",
     "sgd_exponent",
+    "sgd_law",
     "sharp_mode_exponent",
     "sharp_plane",
     "sharpness",

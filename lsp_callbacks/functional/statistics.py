@@ -59,6 +59,40 @@ def student_bounds(values: Tensor, *, confidence: float = 0.9) -> tuple[Tensor, 
     return mean, mean - half, mean + half
 
 
+def fieller(top: Tensor, below: Tensor, covariance: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
+    """Bounds on the ratio of two means: all r that ``top - r below = 0`` is not at odds with.
+
+    ``(top - r below)^2 <= quantile^2 Var(top - r below)``. Unlike those of the delta method they are right where the
+    denominator is hardly known.
+
+    Args:
+        top: ``()``.
+        below: ``()``.
+        covariance: ``(2, 2)`` of both estimates.
+        quantile: of Student's t, one-sided for each bound.
+
+    Returns:
+        The least and the largest ratio; both NaN where the denominator cannot be told from 0: then no ratio is too
+        large.
+
+    Source: Fieller 1954.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks.functional import fieller
+        >>> least, most = fieller(torch.tensor(3.0), torch.tensor(2.0), torch.zeros(2, 2), 2.0)
+        >>> float(least), float(most)
+        (1.5, 1.5)
+    """
+    square = quantile**2
+    a = below**2 - square * covariance[1, 1]
+    b = top * below - square * covariance[0, 1]
+    c = top**2 - square * covariance[0, 0]
+    root = (b**2 - a * c).clamp_min(0).sqrt()
+    a = torch.where(a > 0, a, torch.nan)
+    return (b - root) / a, (b + root) / a
+
+
 @lru_cache
 def student_quantile(probability: float, degrees: int) -> float:
     """The quantile of Student's t, by quadrature of its density in ``x = sqrt(nu) tan(a)``: no SciPy needed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -50,6 +51,7 @@ class StabilityCallback(TrainerCallback):
         self._settings: dict[str, Any] = {"forward_fn": forward_fn, "criterion": criterion, "seed": seed}
         self._values: dict[str, float] = {}
         self._items: Any = None
+        self._losses: list[Tensor] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
@@ -66,7 +68,9 @@ class StabilityCallback(TrainerCallback):
         self.watch.probe_loss = _model_loss
         self.watch.probes.drop(population(kwargs.get("train_dataloader")))
         self.watch.step = state.global_step
-        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._hooks = [model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
+        if self.watch.monitor.trace is not None:
+            self._hooks.append(model.register_forward_hook(self._after_forward))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         values, self._values = self._values, {}
@@ -77,13 +81,24 @@ class StabilityCallback(TrainerCallback):
             self.log(values, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self.watch.close()
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():
             self._items = kwargs.get(ITEMS)  # of all micro-batches, the same at each
             self.watch.begin((args, {name: value for name, value in kwargs.items() if name != ITEMS}))
+
+    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            with contextlib.suppress(Unmodelled):
+                self._losses = [*self._losses[: self.watch.batches - 1], _own_loss(output).detach()]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._losses:
+            total = torch.stack(self._losses).sum()
+            self.watch.record(total if self._items is not None else total / len(self._losses))
 
     def _loss(self, module: nn.Module, batch: Any) -> Tensor:
         args, kwargs = batch

@@ -98,6 +98,7 @@ class Watch:
         self._pending: PendingStep | None = None
         self._observation: Observation | None = None
         self._gradients: list[tuple[Tensor, Tensor]] = []
+        self._seen: Tensor | None = None
         self._hooks = (
             optimizer.register_step_pre_hook(self._before_update),
             optimizer.register_step_post_hook(self._after_update),
@@ -121,7 +122,7 @@ class Watch:
         if not self._required:
             self._require()
         if self.batches in (0, self.accumulate):  # the second: a gradient scaler left the last update out
-            self.batches, self._pending = 0, None
+            self.batches, self._pending, self._seen = 0, None, None
             if self.monitor.wants(self.step):
                 with self.monitor.harmless("the step could not be kept for a replay"):
                     self._pending = PendingStep(self.module)
@@ -136,11 +137,19 @@ class Watch:
         Where the gradient is changed afterwards, the numbers that depend on the update become NaN. A loop that clips in
         a way that ``clipping`` cannot say calls this before it: only those numbers are lost then.
         """
+        self.monitor.record(self.step, self._seen, self.optimizer, self.module)
         if self._pending is None:
             return
         self._measure()
         if self.clipping is None:  # otherwise what comes is known
             self._gradients = [(p, p.grad.clone()) for p in self.module.parameters() if p.grad is not None]
+
+    def record(self, loss: Tensor) -> None:
+        """Tells the loss of a batch, as it is differentiated (divided by ``accumulate``), before the update.
+
+        Needed at every step, and only for quantities of a time series (``dissipation``): nothing else sees the loss.
+        """
+        self._seen = loss.detach() if self._seen is None else self._seen + loss.detach()
 
     def close(self) -> None:
         """Takes the hooks from the optimizer."""
@@ -189,6 +198,7 @@ class Watch:
             self.monitor.disown_update(
                 None, "optimizer.step(closure) finds its gradient after our look at it: call backward before step()"
             )
+        self.monitor.record(self.step, self._seen, self.optimizer, self.module)
         self._measure()
         if any(p.grad is None or not identical(p.grad, gradient) for p, gradient in self._gradients):
             self._observation = self.monitor.disown_update(
@@ -200,7 +210,7 @@ class Watch:
         observation, self._observation = self._observation, None
         if observation is not None and self.log is not None:
             self.log(dict(observation.values), observation.step)
-        self.step, self.batches = self.step + 1, 0
+        self.step, self.batches, self._seen = self.step + 1, 0, None
 
 
 def _several(processes: int) -> str | None:

@@ -57,7 +57,7 @@ class TangentKernel:
 def tangent_kernel(
     probes: ProbeSet,
     *,
-    outputs: Literal["top", "all"] = "top",
+    outputs: Literal["top", "all", "loss"] = "top",
     scale: Scale | None = None,
     positions: int = POSITIONS,
     generator: torch.Generator | None = None,
@@ -80,7 +80,8 @@ def tangent_kernel(
 
     Args:
         probes: the samples.
-        outputs: "top", or "all" eigenpairs of each output Hessian.
+        outputs: "top", or "all" eigenpairs of each output Hessian; "loss" takes the gradient ``g_i`` of each sample's
+            loss for its only row instead: ``K_ij = g_i D g_j^T``, and no curvature.
         scale: the diagonal of D, by parameter name: relative learning rates, a frozen preconditioner. None is 1.
         positions: how many of a sample's positions to look at.
         generator: of positions and the check; private.
@@ -228,6 +229,11 @@ class _Directions:
 
     def _choose(self, found: Evaluation, index: int) -> list[Tensor]:
         shape = found.outputs.shape
+        if self.which == "loss":
+            self.stated = "the loss of each sample"
+            f = found.outputs.detach().requires_grad_()
+            with torch.enable_grad():
+                return list(torch.autograd.grad(len(f) * found.criterion(f), f))
         if self._chosen is None:
             order = torch.randperm(shape[1], generator=self.generator)
             self._chosen = order[: self._count].sort().values

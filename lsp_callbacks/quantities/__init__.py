@@ -7,8 +7,10 @@ from typing import Any
 
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.batch_sharpness import BatchSharpness
+from lsp_callbacks.quantities.dissipation import Dissipation
 from lsp_callbacks.quantities.lyapunov import Lyapunov, LyapunovTrajectory
 from lsp_callbacks.quantities.residual_cfl import ResidualCFL
+from lsp_callbacks.quantities.sgd_law import SGDLaw
 from lsp_callbacks.quantities.sgd_stability import SGDStability
 from lsp_callbacks.quantities.sharpness import Sharpness
 from lsp_callbacks.quantities.spectral_norm import SpectralNorm
@@ -23,6 +25,8 @@ REGISTRY: dict[str, type[Quantity]] = {
         Lyapunov,
         LyapunovTrajectory,
         BatchSharpness,
+        Dissipation,
+        SGDLaw,
     )
 }
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -36,6 +40,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "lyapunov",
         "lyapunov_trajectory",
         "batch_sharpness",
+        "dissipation",
+        "sgd_law",
     ),
 }
 
@@ -79,10 +85,12 @@ __all__ = [
     "PRESETS",
     "REGISTRY",
     "BatchSharpness",
+    "Dissipation",
     "Lyapunov",
     "LyapunovTrajectory",
     "Quantity",
     "ResidualCFL",
+    "SGDLaw",
     "SGDStability",
     "Sharpness",
     "SpectralNorm",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torchmetrics import Metric
 
 from lsp_callbacks.operators.curvature import path_taken
 from lsp_callbacks.snapshot import Snapshot
+from lsp_callbacks.trace import Energy
 
 
 class Quantity(Metric):
@@ -27,6 +30,8 @@ class Quantity(Metric):
         window: consecutive steps that are measured.
         prepare: steps before them.
         needs_update: whether the optimizer's update map enters.
+        recorded: steps of the `Trace` that it looks back on, at most; 0 asks for none.
+        energies: what the trace is to record beside loss and rate, by name.
     """
 
     name: str = ""
@@ -35,6 +40,8 @@ class Quantity(Metric):
     window: int = 1
     prepare: int = 0
     needs_update: bool = False
+    recorded: int = 0
+    energies: Mapping[str, Energy] = MappingProxyType({})
     full_state_update = False
     higher_is_better = None
     is_differentiable = False
@@ -56,6 +63,10 @@ class Quantity(Metric):
 
     def check(self, snapshot: Snapshot) -> None:
         """Raises `Unmeasurable` if the quantity cannot be measured on such steps; replays nothing."""
+
+    def ready(self, snapshot: Snapshot) -> bool:
+        """Whether enough steps are known to measure; until then the quantity says nothing. The same on all ranks."""
+        return True
 
     def keeps(self, name: str, module: nn.Module) -> bool:
         """Whether the module's inputs are to be kept in full."""

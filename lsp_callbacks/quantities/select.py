@@ -43,7 +43,7 @@ def _as_list(selection: Selection) -> list[Any]:
 
 def _takes(selector: Any, name: str, module: nn.Module) -> bool:
     if isinstance(selector, str):
-        target = _imported(selector)
+        target = imported(selector)
         if target is None:
             return fnmatchcase(name, selector)
         selector = target
@@ -52,7 +52,8 @@ def _takes(selector: Any, name: str, module: nn.Module) -> bool:
     return bool(selector(name, module))
 
 
-def _imported(path: str) -> Any | None:
+def imported(path: str) -> Any | None:
+    """What an import path names; None where it names nothing."""
     package, _, attribute = path.rpartition(".")
     if not package or not path.replace(".", "").isidentifier():
         return None

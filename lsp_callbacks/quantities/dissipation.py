@@ -1,0 +1,177 @@
+"""How fast the loss, and other energies, fall along a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsp_callbacks.arguments import whole
+from lsp_callbacks.functional.dissipation import dissipation
+from lsp_callbacks.linalg import Sketch
+from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.quantities.reference import NOWHERE, existing_file, position, position_in, squared_distance
+from lsp_callbacks.quantities.select import imported
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.trace import Energy
+
+#: What is known of each energy, and what is always there.
+KEYS = ("dissipation", "energy_increases", "dissipation_lower", "dissipation_upper", "dissipation_floor",
+        "dissipation_floor_error")  # fmt: skip
+ALWAYS = 2
+
+
+class Dissipation(Quantity):
+    """``gamma = 1 - q`` of ``E_{t+1} = q E_t + c``: what an energy loses of its excess over the floor in each step.
+
+    The energies are those of the step before its update. One is the loss of the step; with ``reference`` another is
+    ``||theta - theta_ref||^2``, called "distance", the energy of SGD's law; ``energies`` adds the user's own. For
+    ``theta+ = theta - lr (lambda theta + noise)`` the energy ``theta^2`` has ``q = (1 - lr lambda)^2``. Positive: the
+    energy comes down to its floor, and ``1 / gamma`` steps bring it down by e. At 0 nothing dissipates: it wanders, and
+    a lower rate, or a larger one where it merely creeps, is worth a try. Below 0 it departs: lower the learning
+    rate. A floor that is too high comes down with the learning rate, or with larger batches.
+
+    The loss of a mini-batch carries the noise of its own batch, which pulls gamma to 1, the more so on a plateau: read
+    the bounds, which allow for that, and are absent where nothing can be told. See `functional.dissipation`.
+
+    Katende's Thm 3.1 asks for a coercive energy with ``E(S+) - E(S) <= -gamma (||X_L||^2 + ||theta||^2) + R``, and says
+    that it exists if and only if all sensitivities stay bounded. As printed, that bounded sensitivities are enough is
+    false: those of the identity ``theta+ = theta`` are bounded by 1, and no energy falls. It stays false with ``theta -
+    theta*`` in the place of theta, as it must be for minima that are not 0. True is: where some energy between two
+    multiples of ``||theta - theta*||^2`` falls by a factor below 1 in each step, the distance falls geometrically, to
+    the floor of the noise. That is what is measured: the factor, along this run alone; it proves nothing of others.
+
+    Args:
+        length: how many of the last steps the fit takes in, at most.
+        energies: by name, functions of the module, or their import paths: one number from the parameters, cheap, for
+            they are called at every step, without random numbers and without changing anything.
+        reference: "initial" for the parameters at the first step that is recorded, or the path of a checkpoint. The
+            distance is known to 6 %, from a random sketch; that takes a byte for each parameter, and some passes over
+            them at each step.
+
+    Keys: ``stability/dissipation`` with its one-sided 90 % bounds ``_lower`` and ``_upper``, and ``_floor`` (units of
+    the loss, where q < 1) with its error; ``stability/energy_increases``, the share of steps in which the loss rose.
+    Those of another energy have ``_of/<name>`` at their end. Nothing is said before 60 steps are known.
+
+    Raises:
+        ValueError: for bad arguments.
+
+    Cost: at each step a copy of some numbers; a measurement waits once for the device. Source: Katende 2025, Thm 3.1,
+    Assumption 4, Thm 5.2 (1); MATH sections 4 and 7.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks import Dissipation, Snapshot, Trace
+        >>> trace = Trace(length=100)
+        >>> for step in range(60):
+        ...     trace.record(step, torch.tensor(2 + 0.75**step, dtype=torch.float64))
+        >>> metric, net = Dissipation(), torch.nn.Linear(1, 1)
+        >>> metric.update(Snapshot(step=59, module=net, replay=lambda: net.bias.sum(), trace=trace))
+        >>> round(float(metric.compute()["stability/dissipation"]), 6)
+        0.25
+    """
+
+    name = "dissipation"
+    keys = tuple(f"stability/{key}" for key in KEYS[:ALWAYS])
+    optional = tuple(f"stability/{key}" for key in KEYS[ALWAYS:])
+    #: Steps that must be known.
+    least = 60
+    values: Tensor
+    origin: Tensor
+
+    def __init__(
+        self,
+        length: int = 400,
+        *,
+        energies: Mapping[str, Energy | str] | None = None,
+        reference: str | Path | None = None,
+    ):
+        super().__init__()
+        self.recorded = self.length = whole("length", length, self.least, instead=" of steps")
+        found = {name: _energy(name, one) for name, one in _mapping(energies).items()}
+        self.reference = reference if reference in (None, "initial") else existing_file("reference", reference)
+        if self.reference is not None:
+            if "distance" in found:
+                raise ValueError("energies={'distance': ...}: with a reference that is the distance to it")
+            found["distance"] = self._distance
+        self.energies = found
+        self._sketch = Sketch(keep=True)
+        self._there: Tensor | None = None
+        unknown = torch.full((1 + len(found), len(KEYS)), torch.nan, dtype=torch.float64)
+        self.add_state("values", default=unknown, persistent=True)
+        self.add_state("origin", default=NOWHERE, persistent=True)
+
+    def _distance(self, module: nn.Module) -> Tensor:
+        here = position(module, self._sketch)
+        if self._there is None:
+            if bool(self.origin.isnan().any()):
+                first = self.reference == "initial"
+                self.origin = (here if first else position_in(str(self.reference), module, self._sketch)).cpu()
+            self._there = self.origin.to(here.device)
+        return squared_distance(here, self._there)
+
+    def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        return {"trace": 1.0}  # it waits for the device
+
+    def path(self, snapshot: Snapshot) -> str:
+        return "time series"
+
+    def ready(self, snapshot: Snapshot) -> bool:
+        return snapshot.trace is None or snapshot.trace.sparse or len(snapshot.trace) >= self.least
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Fits the last steps."""
+        self.complete = False
+        trace = snapshot.trace
+        if trace is None or trace.sparse:
+            raise Unmeasurable(
+                "the steps before are not known: call Monitor.observe or Monitor.record at every optimizer step, "
+                "or pass Snapshot(trace=...)"
+            )
+        series = trace.read(snapshot.ranks)
+        rows = []
+        for name in ("loss", *self.energies):
+            if bool(series[name].isnan().all()):
+                raise Unmeasurable(f"the {name} of the steps was not seen: in your own loop call Watch.record(loss)")
+            try:
+                found = dissipation(series[name][-self.length :])
+            except Unmeasurable as error:
+                raise Unmeasurable(f"{name}: {error}") from None
+            rows.append(
+                [found.gamma, found.increases, found.lower, found.upper, found.floor, found.floor_error]
+            )  # fmt: skip
+        self.values = torch.stack([torch.stack([scalar(value) for value in row]) for row in rows])
+        self.complete = True
+
+    def compute(self) -> dict[str, Tensor]:
+        """The last fit; bounds and floors that do not exist are left out."""
+        found: dict[str, Tensor] = {}
+        for name, row in zip(("", *self.energies), self.values):
+            for index, (key, value) in enumerate(zip(KEYS, row)):
+                if index < ALWAYS or not bool(value.isnan()):
+                    found[f"stability/{key}_of/{name}" if name else f"stability/{key}"] = value
+        return found
+
+    def load_vectors(self, vectors: dict[str, Any]) -> None:
+        self._there = None  # it is what the state says
+
+
+def _mapping(energies: Any) -> Mapping[str, Any]:
+    if energies is None:
+        return {}
+    if not isinstance(energies, Mapping) or not all(isinstance(name, str) and name for name in energies):
+        raise ValueError(f"energies={energies!r}: give functions by name, {{'name': function of the module}}")
+    for name in energies:
+        if name in ("loss", "lr") or "/" in name:
+            raise ValueError(f"energies={{{name!r}: ...}}: give another name, without '/', and not loss or lr")
+    return energies
+
+
+def _energy(name: str, energy: Any) -> Energy:
+    found = imported(energy) if isinstance(energy, str) else energy
+    if not callable(found):
+        raise ValueError(f"energies={{{name!r}: {energy!r}}}: give a function of the module, or its import path")
+    return found
