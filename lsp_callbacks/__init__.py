@@ -10,6 +10,7 @@ from lsp_callbacks.quantities import (
     ResidualCFL,
     SGDStability,
     Sharpness,
+    SpectralDensity,
     SpectralNorm,
 )
 from lsp_callbacks.snapshot import ProbeSet, Snapshot, Unmeasurable
@@ -27,6 +28,7 @@ __all__ = [
     "SGDStability",
     "Sharpness",
     "Snapshot",
+    "SpectralDensity",
     "SpectralNorm",
     "StabilityMonitor",
     "StabilityReport",

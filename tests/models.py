@@ -359,7 +359,9 @@ class Case:
 
 def refused(reason: str) -> dict[str, str]:
     """All that takes Hessian products."""
-    return dict.fromkeys(("sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness"), reason)
+    return dict.fromkeys(
+        ("sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "spectral_density"), reason
+    )
 
 
 image: dict[str, Any] = {"shape": (1, 8, 8), "blocks": True}

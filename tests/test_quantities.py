@@ -114,7 +114,7 @@ def test_state_survives_a_checkpoint(name):
     fresh_box.load_state_dict(copy.deepcopy(state))
     assert same(fresh_box.state_dict(), state)
     assert fresh.update_count == metric.update_count == 3 * (metric.prepare + metric.window)
-    persistent = {"sharpness", "sgd_stability", "lyapunov", "lyapunov_trajectory"}
+    persistent = {"sharpness", "sgd_stability", "lyapunov", "lyapunov_trajectory", "spectral_density"}
     if name in persistent:
         assert same(fresh.compute(), metric.compute())
 

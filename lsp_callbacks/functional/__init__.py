@@ -4,6 +4,7 @@ from lsp_callbacks.functional.batch_sharpness import BatchSharpness, batch_sharp
 from lsp_callbacks.functional.diagram import CriticalRate, StabilityDiagram, critical_lr, stability_diagram
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_mode_exponent, sharp_plane
+from lsp_callbacks.functional.marchenko_pastur import MarchenkoPastur, cumulative, density, fit_marchenko_pastur
 from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr, second_moment, second_moment_exponent
 from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce, regularity
 from lsp_callbacks.functional.residual import ResidualStability, residual_stability
@@ -15,6 +16,7 @@ from lsp_callbacks.functional.sgd_stability import (
     sum_of_exponents,
 )
 from lsp_callbacks.functional.sharpness import Edge, edge, sharpness, stability_constant
+from lsp_callbacks.functional.spectral_density import Spectrum, spectral_density
 from lsp_callbacks.functional.spectral_norm import log_sum, spectral_norm
 from lsp_callbacks.functional.statistics import batch_means, student_bounds, student_quantile
 from lsp_callbacks.linalg import lyapunov_exponents
@@ -25,16 +27,21 @@ __all__ = [
     "Edge",
     "Exponent",
     "FrozenSGD",
+    "MarchenkoPastur",
     "Modes",
     "ResidualStability",
+    "Spectrum",
     "StabilityDiagram",
     "UpdateRule",
     "batch_means",
     "batch_sharpness",
     "critical_lr",
+    "cumulative",
     "curvature_along_gradient",
+    "density",
     "edge",
     "finite_time_exponents",
+    "fit_marchenko_pastur",
     "frozen_sgd",
     "gd_critical_lr",
     "gd_exponent",
@@ -52,6 +59,7 @@ __all__ = [
     "sharp_mode_exponent",
     "sharp_plane",
     "sharpness",
+    "spectral_density",
     "spectral_norm",
     "stability_constant",
     "stability_diagram",

@@ -3,10 +3,12 @@
 from lsp_callbacks.linalg.cocycle import lyapunov_exponents, orthonormalise, push, spectral_radius
 from lsp_callbacks.linalg.krylov import Eigenpair, Ritz, lanczos, operator_norm
 from lsp_callbacks.linalg.operator import LinearOperator, from_matrix, identity_like
+from lsp_callbacks.linalg.quadrature import Quadrature, quadratures
 
 __all__ = [
     "Eigenpair",
     "LinearOperator",
+    "Quadrature",
     "Ritz",
     "from_matrix",
     "identity_like",
@@ -15,5 +17,6 @@ __all__ = [
     "operator_norm",
     "orthonormalise",
     "push",
+    "quadratures",
     "spectral_radius",
 ]

@@ -27,6 +27,9 @@ class Quantity(Metric):
         window: consecutive steps that are measured.
         prepare: steps before them.
         needs_update: whether the optimizer's update map enters.
+        picture: what ``plot`` shows at the end of a run, as a name for files and loggers, where it is neither a key nor
+            the beginning of one; empty without a picture. Such a ``plot`` needs no argument, keeps what it shows when
+            `load_vectors` forgets, returns a figure first, and raises ValueError where there is nothing to show.
     """
 
     name: str = ""
@@ -35,6 +38,7 @@ class Quantity(Metric):
     window: int = 1
     prepare: int = 0
     needs_update: bool = False
+    picture: str = ""
     full_state_update = False
     higher_is_better = None
     is_differentiable = False
