@@ -33,6 +33,7 @@ def compare(found: Spectrum, values: torch.Tensor) -> list[float]:
 def main() -> None:
     torch.manual_seed(0)
     x, y = digits().tensors
+    x = x.flatten(1)
     net = nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     columns = ("step", "probes", "steps", "trace", "its error", "square", "distance", "outliers", "off")
@@ -44,20 +45,11 @@ def main() -> None:
             replay = lambda b=batch: nn.functional.cross_entropy(net(x[b]), y[b])  # noqa: E731
             matrix = hessian(Snapshot(step, net, replay), method="exact").dense().detach().double()
             matrix = (matrix + matrix.mT) / 2
-            values = torch.linalg.eigvalsh(matrix)
+            values, operator = torch.linalg.eigvalsh(matrix), from_matrix(matrix)
             for probes, steps in SPLITS:
-                rows = [
-                    compare(
-                        spectral_density(
-                            from_matrix(matrix),
-                            probes=probes,
-                            steps=steps,
-                            generator=torch.Generator().manual_seed(seed),
-                        ),
-                        values,
-                    )
-                    for seed in range(STARTS)
-                ]
+                seeds = [torch.Generator().manual_seed(seed) for seed in range(STARTS)]
+                settings = {"probes": probes, "steps": steps}
+                rows = [compare(spectral_density(operator, generator=seed, **settings), values) for seed in seeds]
                 mean = torch.tensor(rows).square().mean(0).sqrt().tolist()
                 print(f"{step:9d} {probes:9d} {steps:9d} " + " ".join(f"{value:9.3g}" for value in mean), flush=True)
         optimizer.zero_grad()
