@@ -12,6 +12,7 @@ from lsp_callbacks.quantities import (
     SGDLaw,
     SGDStability,
     Sharpness,
+    SpectralDensity,
     SpectralNorm,
 )
 from lsp_callbacks.snapshot import ProbeSet, Snapshot, Unmeasurable
@@ -32,6 +33,7 @@ __all__ = [
     "SGDStability",
     "Sharpness",
     "Snapshot",
+    "SpectralDensity",
     "SpectralNorm",
     "StabilityMonitor",
     "StabilityReport",

@@ -32,6 +32,7 @@ QUANTITIES = {
     "batch_sharpness": ("rtol", "most", "method"),
     "dissipation": ("length", "energies", "reference"),
     "sgd_law": ("probes", "reference", "products", "method", "most_rows"),
+    "spectral_density": ("probes", "steps", "method"),
 }
 
 

@@ -21,6 +21,13 @@ from lsp_callbacks.quantities import (
 )
 
 PRODUCTS = {"sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "sgd_law"}
+    LyapunovTrajectory,
+    SGDStability,
+    SpectralDensity,
+    build,
+)
+
+PRODUCTS = {"sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "spectral_density"}
 
 
 class Short(LyapunovTrajectory):
@@ -39,6 +46,9 @@ def everything(**arguments):
     others = (SGDStability(probes=8, chains=2, steps=20), Dissipation(), SGDLaw(probes=8, products=3))
     short = {q.name: q for q in (trajectory, batches, *others)}
     short["dissipation"].least = 3
+    short = {
+        q.name: q for q in (trajectory, batches, SGDStability(probes=8, chains=2, steps=20), SpectralDensity(steps=6))
+    }
     settings = {"lyapunov": {"window": 1, "average": 3}}
     quantities = [short.get(name) or build(name, **settings)[0][0] for name in REGISTRY]
     monitor = StabilityMonitor(quantities, every_n_steps=1, **arguments)

@@ -14,14 +14,11 @@ from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.figures import log_figure
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.callbacks.stop_on_instability import StopOnInstability
-from lsp_callbacks.functional.frozen_sgd import FrozenSGD
-from lsp_callbacks.quantities.sgd_diagram import diagram_around
+from lsp_callbacks.quantities import Quantity
 
 #: Points of the loss that are kept; when they are full, neighbours are averaged.
 POINTS = 8192
 SUFFIXES = (".png", ".pdf", ".svg")
-#: Of the diagram's random products: a picture needs no more.
-PRODUCTS = {"chains": 4, "steps": 150}
 
 
 class StabilityReport(Callback):
@@ -31,8 +28,10 @@ class StabilityReport(Callback):
     `StabilityMonitor`, and where the exponent turned positive, a loss alarm would have gone off, and
     `StopOnInstability` stopped. Keeping the loss never waits for the device, and takes a bounded amount of memory.
 
-    Where `SGDStability` was measured, the stability diagram of its last measurement lies beside the picture, as
-    ``stability_diagram.png``, and goes to the loggers that take figures, as ``stability/diagram``.
+    What quantities have to show lies beside the picture, and goes to the loggers that take figures: where
+    `SGDStability` was measured, the stability diagram of its last measurement, as ``stability_diagram.png`` and
+    ``stability/diagram``; where `SpectralDensity` was, its densities, as ``stability_spectrum.png`` and
+    ``stability/spectrum``.
 
     Args:
         path: of the picture: PNG, PDF or SVG. A relative one is taken from ``trainer.log_dir``, without a logger
@@ -53,7 +52,6 @@ class StabilityReport(Callback):
             raise ValueError(f"path={str(path)!r}: give the name of a picture, ending in {', '.join(SUFFIXES)}")
         self._losses = Losses()
         self._accumulated: Tensor | None = None
-        self._frozen: FrozenSGD | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
@@ -65,15 +63,12 @@ class StabilityReport(Callback):
         self._source = source
         if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
             self._losses, self._accumulated = Losses(), None
-        self._frozen = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):  # of a micro-batch: divided by their number
             loss = loss.detach().float().mean()
             self._accumulated = loss if self._accumulated is None else self._accumulated + loss
-        # Kept here: the quantity forgets it whenever a checkpoint is written.
-        self._frozen = getattr(self._source.monitor.quantities.get("sgd_stability"), "latest", None) or self._frozen
         done = self._source.step - 1
         if self._accumulated is not None and (not self._losses.steps or done > self._losses.steps[-1]) and done >= 0:
             self._losses.add(done, self._accumulated)
@@ -89,23 +84,21 @@ class StabilityReport(Callback):
         steps, values = self._losses.read()
         report.figure(history, (steps, values), self._events(trainer, steps, values)).savefig(path)
         sentences = (report.verdict(history), f"lsp_callbacks: the picture of this run is {path}")
-        diagram = self._diagram(trainer, path.with_name(f"{path.stem}_diagram.png"))
-        report.show(*[report.table(history)] * self.table, *sentences, *diagram)
+        drawn = [q for q in self._source.monitor.quantities.values() if q.picture and q.update_count]
+        pictures = [self._drawn(q, trainer, path.with_name(f"{path.stem}_{q.picture}.png")) for q in drawn]
+        report.show(*[report.table(history)] * self.table, *sentences, *pictures)
 
-    def _diagram(self, trainer: Any, path: Path) -> list[str]:
-        """Draws the diagram of the last measurement, saves it and logs it; returns what is to be said about it."""
-        found = self._frozen
-        if found is None:
-            return []
+    def _drawn(self, quantity: Quantity, trainer: Any, path: Path) -> str:
+        """Draws what a quantity has to show, saves it and logs it; returns what is to be said about it."""
         try:
-            diagram = diagram_around(found, **PRODUCTS)
-        except ValueError as error:  # collapsed: no reason to end a run that is over with an exception
-            return [f"lsp_callbacks: no stability diagram: {error}"]
-        figure = report.diagram_figure(diagram, lr=found.lr, batch_size=found.batch_size)
+            figure = report.drawn(quantity)
+        except Exception as error:  # the run is over: no reason to end it with an exception
+            return f"lsp_callbacks: no picture of {quantity.name}: {error}"
         figure.savefig(path)
         for logger in trainer.loggers:
-            log_figure(logger, "stability/diagram", figure, trainer.fit_loop.epoch_loop._batches_that_stepped)
-        return [f"lsp_callbacks: the stability diagram of its last measured step is {path}"]
+            key, step = f"stability/{quantity.picture}", trainer.fit_loop.epoch_loop._batches_that_stepped
+            log_figure(logger, key, figure, step)
+        return f"lsp_callbacks: the picture of {quantity.name} is {path}"
 
     def _events(self, trainer: Any, steps: list[int], values: list[float]) -> dict[str, int | None]:
         events: dict[str, int | None] = {}

@@ -6,6 +6,7 @@ from lsp_callbacks.functional.dissipation import Dissipation, dissipation
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.functional.gradient_noise import GradientNoise, batch_variance, gradient_noise
 from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_mode_exponent, sharp_plane
+from lsp_callbacks.functional.marchenko_pastur import MarchenkoPastur, cumulative, density, fit_marchenko_pastur
 from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr, second_moment, second_moment_exponent
 from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce, regularity
 from lsp_callbacks.functional.residual import ResidualStability, residual_stability
@@ -19,6 +20,7 @@ from lsp_callbacks.functional.sgd_stability import (
     sum_of_exponents,
 )
 from lsp_callbacks.functional.sharpness import Edge, edge, sharpness, stability_constant
+from lsp_callbacks.functional.spectral_density import Spectrum, spectral_density
 from lsp_callbacks.functional.spectral_norm import log_sum, spectral_norm
 from lsp_callbacks.functional.statistics import batch_means, fieller, student_bounds, student_quantile
 from lsp_callbacks.linalg import lyapunov_exponents
@@ -31,24 +33,29 @@ __all__ = [
     "Exponent",
     "FrozenSGD",
     "GradientNoise",
+    "MarchenkoPastur",
     "Modes",
     "NoiseFit",
     "PowerLaw",
     "ResidualStability",
     "RobbinsMonro",
     "SGDLaw",
+    "Spectrum",
     "StabilityDiagram",
     "UpdateRule",
     "batch_means",
     "batch_sharpness",
     "batch_variance",
     "critical_lr",
+    "cumulative",
     "curvature_along_gradient",
     "dissipation",
+    "density",
     "edge",
     "fieller",
     "finite_time_exponents",
     "fit_noise",
+    "fit_marchenko_pastur",
     "frozen_sgd",
     "gd_critical_lr",
     "gd_exponent",
@@ -69,6 +76,7 @@ __all__ = [
     "sharp_mode_exponent",
     "sharp_plane",
     "sharpness",
+    "spectral_density",
     "spectral_norm",
     "stability_constant",
     "stability_diagram",

@@ -4,10 +4,12 @@ from lsp_callbacks.linalg.cocycle import lyapunov_exponents, orthonormalise, pus
 from lsp_callbacks.linalg.krylov import Eigenpair, Ritz, lanczos, operator_norm
 from lsp_callbacks.linalg.operator import LinearOperator, from_matrix, identity_like
 from lsp_callbacks.linalg.sketch import Sketch
+from lsp_callbacks.linalg.quadrature import Quadrature, quadratures
 
 __all__ = [
     "Eigenpair",
     "LinearOperator",
+    "Quadrature",
     "Ritz",
     "Sketch",
     "from_matrix",
@@ -17,5 +19,6 @@ __all__ = [
     "operator_norm",
     "orthonormalise",
     "push",
+    "quadratures",
     "spectral_radius",
 ]

@@ -13,6 +13,7 @@ from lsp_callbacks.quantities.residual_cfl import ResidualCFL
 from lsp_callbacks.quantities.sgd_law import SGDLaw
 from lsp_callbacks.quantities.sgd_stability import SGDStability
 from lsp_callbacks.quantities.sharpness import Sharpness
+from lsp_callbacks.quantities.spectral_density import SpectralDensity
 from lsp_callbacks.quantities.spectral_norm import SpectralNorm
 
 REGISTRY: dict[str, type[Quantity]] = {
@@ -27,6 +28,7 @@ REGISTRY: dict[str, type[Quantity]] = {
         BatchSharpness,
         Dissipation,
         SGDLaw,
+        SpectralDensity,
     )
 }
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -42,6 +44,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "batch_sharpness",
         "dissipation",
         "sgd_law",
+        "spectral_density",
     ),
 }
 
@@ -93,6 +96,7 @@ __all__ = [
     "SGDLaw",
     "SGDStability",
     "Sharpness",
+    "SpectralDensity",
     "SpectralNorm",
     "build",
 ]

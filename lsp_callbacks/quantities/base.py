@@ -32,6 +32,9 @@ class Quantity(Metric):
         needs_update: whether the optimizer's update map enters.
         recorded: steps of the `Trace` that it looks back on, at most; 0 asks for none.
         energies: what the trace is to record beside loss and rate, by name.
+        picture: what ``plot`` shows at the end of a run, as a name for files and loggers, where it is neither a key nor
+            the beginning of one; empty without a picture. Such a ``plot`` needs no argument, keeps what it shows when
+            `load_vectors` forgets, returns a figure first, and raises ValueError where there is nothing to show.
     """
 
     name: str = ""
@@ -42,6 +45,7 @@ class Quantity(Metric):
     needs_update: bool = False
     recorded: int = 0
     energies: Mapping[str, Energy] = MappingProxyType({})
+    picture: str = ""
     full_state_update = False
     higher_is_better = None
     is_differentiable = False

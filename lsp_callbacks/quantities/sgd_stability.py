@@ -97,6 +97,7 @@ class SGDStability(Quantity):
         "stability/kernel_trace", "stability/collapsed", "stability/gd_lyapunov", *DETAILS,
     )  # fmt: skip
     needs_update = True
+    picture = "diagram"
     values: Tensor
     best_rank: Tensor
     first_loss: Tensor
@@ -126,6 +127,7 @@ class SGDStability(Quantity):
         if sampling not in ("iid", "reshuffle"):
             raise ValueError(f"sampling={sampling!r}: give 'iid' or 'reshuffle'")
         self.latest: FrozenSGD | None = None
+        self._shown: FrozenSGD | None = None
         self._mode: Tensor | None = None
         self._names = (*self.keys, *self.optional)[: None if horizon else -len(DETAILS)]
         self.add_state(
@@ -198,7 +200,7 @@ class SGDStability(Quantity):
         values["collapsed"] = float(found.modes.rank <= RANK * float(best) and float(loss) >= LOSS * float(first))
         self.values = torch.tensor([values[name.split("/")[1]] for name in self._names], dtype=torch.float64)
         self.best_rank, self.first_loss, self.latest, self.complete = best, first, found, True
-        self._mode = found.kernel.mode
+        self._shown, self._mode = found, found.kernel.mode
 
     def _measure(self, found: FrozenSGD, snapshot: Snapshot) -> dict[str, float]:
         generator = snapshot.generator(self.name)
@@ -290,11 +292,12 @@ class SGDStability(Quantity):
         """
         run: dict[str, Any] = {}
         if val is None:
-            if self.latest is None:
+            found = self.latest or self._shown
+            if found is None:
                 raise ValueError("nothing has been measured yet: call update first, or pass a StabilityDiagram")
             draws: dict[str, Any] = {"sampling": self.sampling, "replacement": self.replacement}
-            val = diagram_around(self.latest, chains=self.chains, steps=self.steps, **draws)
-            run = {"lr": self.latest.lr, "batch_size": self.latest.batch_size}
+            val = diagram_around(found, chains=self.chains, steps=self.steps, **draws)
+            run = {"lr": found.lr, "batch_size": found.batch_size}
         if ax is None:
             ax = matplotlib("matplotlib.figure").Figure(figsize=(7.2, 4.2), layout="constrained").subplots()
         assert ax is not None
@@ -307,6 +310,10 @@ class SGDStability(Quantity):
 
     def load_vectors(self, vectors: dict[str, Any]) -> None:
         self.latest, self._mode = None, vectors.get("mode")
+
+    def reset(self) -> None:
+        super().reset()
+        self._shown = None
 
 
 def _multiplications(snapshot: Snapshot) -> float:

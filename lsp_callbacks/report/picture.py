@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from lsp_callbacks.quantities import Quantity
+
 # Okabe & Ito's colours: safe for colour-blind readers.
 BLUE, GREEN, ORANGE, RED, PURPLE, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#6b6b6b"
 STYLE = {
@@ -89,6 +91,21 @@ def figure(
             _mark(axes[0], axes[1:], marks, end)
         axes[-1].set_xlabel("optimizer step")
     return drawing
+
+
+def drawn(quantity: Quantity) -> Figure:
+    """What a quantity has to show, in the style of the other pictures.
+
+    Args:
+        quantity: with a ``picture``.
+
+    Raises:
+        ValueError: if it has nothing to show.
+        ImportError: without matplotlib.
+    """
+    with load("matplotlib").rc_context(STYLE | {"figure.dpi": 150}):
+        figure, _ = quantity.plot()
+    return figure
 
 
 def _mark(strip: Axes, panels: Sequence[Axes], marks: Sequence[tuple[int, str, Any]], end: int) -> None:
