@@ -22,7 +22,7 @@ class Task(nn.Module):
         self.register_buffer("x", random(*shape) if dtype.is_floating_point else torch.arange(12).view(3, 4) % 5)
 
     def forward(self):
-        return self.net(self.x).square().mean()
+        return self.net(self.x.clone()).square().mean()
 
 
 class Functional(nn.Module):
@@ -41,8 +41,8 @@ class Functional(nn.Module):
 
 def chain():
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(5, 6), nn.BatchNorm1d(6),
-        nn.Tanh(), nn.Linear(6, 3),
+        nn.LeakyReLU(inplace=True), nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Dropout(0.5),
+        nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3),
     )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def test_jacobians_are_those_of_the_network(make):
     task, states = found(make(), 5, 4)
     net = task.net.eval()
     for i, x in enumerate(task.x):
-        dense = jacrev(lambda x: net(x[None])[0])(x)
+        dense = jacrev(lambda x: net(x[None].clone())[0])(x)
         J = states.jacobian(len(states.layers))
         close(J.dense()[i], dense, 1e-12)
         close(J.T.dense()[i], dense.T, 1e-12)
@@ -81,7 +81,7 @@ def test_the_loss_is_in_the_graph_of_the_input():
     (own,) = torch.autograd.grad(states.loss, states.start, retain_graph=True)
     task.eval()
     x = task.x.clone().requires_grad_()
-    (there,) = torch.autograd.grad(task.net(x).square().mean(), x)
+    (there,) = torch.autograd.grad(task.net(x.clone()).square().mean(), x)
     close(own, there, 1e-12)
 
 
