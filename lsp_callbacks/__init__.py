@@ -10,6 +10,7 @@ from lsp_callbacks.quantities import (
     ResidualCFL,
     SGDStability,
     Sharpness,
+    SignalPropagation,
     SpectralNorm,
 )
 from lsp_callbacks.snapshot import ProbeSet, Snapshot, Unmeasurable
@@ -26,6 +27,7 @@ __all__ = [
     "ResidualCFL",
     "SGDStability",
     "Sharpness",
+    "SignalPropagation",
     "Snapshot",
     "SpectralNorm",
     "StabilityMonitor",

@@ -1,9 +1,14 @@
 """Pure functions: the definitions of what is measured."""
 
 from lsp_callbacks.functional.activations import activation_lipschitz, activation_slope
+from lsp_callbacks.functional.batch_norm import Drift, batch_norm_drift
 from lsp_callbacks.functional.batch_sharpness import BatchSharpness, batch_sharpness, curvature_along_gradient
+from lsp_callbacks.functional.condition import condition, condition_lower, loss_condition_lower
 from lsp_callbacks.functional.diagram import CriticalRate, StabilityDiagram, critical_lr, stability_diagram
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
+from lsp_callbacks.functional.gains import Gains, gains
+from lsp_callbacks.functional.kurtosis import excess_kurtosis
+from lsp_callbacks.functional.lipschitz import Uncertified, layer_lipschitz, lipschitz_lower, lipschitz_upper
 from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_mode_exponent, sharp_plane
 from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr, second_moment, second_moment_exponent
 from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce, regularity
@@ -18,30 +23,44 @@ from lsp_callbacks.functional.sgd_stability import (
 from lsp_callbacks.functional.sharpness import Edge, edge, sharpness, stability_constant
 from lsp_callbacks.functional.spectral_norm import log_sum, spectral_norm
 from lsp_callbacks.functional.statistics import batch_means, student_bounds, student_quantile
+from lsp_callbacks.functional.units import Units, units
 from lsp_callbacks.linalg import lyapunov_exponents
 
 __all__ = [
     "BatchSharpness",
     "CriticalRate",
+    "Drift",
     "Edge",
     "Exponent",
     "FrozenSGD",
+    "Gains",
     "Modes",
     "ResidualStability",
     "StabilityDiagram",
+    "Uncertified",
+    "Units",
     "UpdateRule",
     "activation_lipschitz",
     "activation_slope",
     "batch_means",
+    "batch_norm_drift",
     "batch_sharpness",
+    "condition",
+    "condition_lower",
     "critical_lr",
     "curvature_along_gradient",
     "edge",
+    "excess_kurtosis",
     "finite_time_exponents",
     "frozen_sgd",
+    "gains",
     "gd_critical_lr",
     "gd_exponent",
+    "layer_lipschitz",
+    "lipschitz_lower",
+    "lipschitz_upper",
     "log_sum",
+    "loss_condition_lower",
     "lyapunov_exponents",
     "mean_square_lr",
     "plane_exponent",
@@ -61,4 +80,5 @@ __all__ = [
     "student_bounds",
     "student_quantile",
     "sum_of_exponents",
+    "units",
 ]

@@ -47,25 +47,6 @@ LIPSCHITZ: dict[str, Callable[[Any], float | None]] = {
     "SiLUActivation": lambda module: _SILU,
 }  # fmt: skip
 
-#: ``sup |phi'|`` by the name of the backward node, for activations that are called as functions.
-NODES: dict[str, float] = {
-    "CeluBackward": 1.0,
-    "EluBackward": 1.0,  # SELU and other scales: larger, so that a slope is called flat a little late
-    "GeluBackward": _GELU,
-    "HardsigmoidBackward": 1 / 6,
-    "HardswishBackward": 1.5,
-    "HardtanhBackward": 1.0,
-    "LeakyReluBackward": 1.0,
-    "LogSigmoidBackward": 1.0,
-    "MishBackward": _MISH,
-    "ReluBackward": 1.0,
-    "SigmoidBackward": 0.25,
-    "SiluBackward": _SILU,
-    "SoftplusBackward": 1.0,
-    "TanhBackward": 1.0,
-    "ThresholdBackward": 1.0,
-}
-
 
 def activation_lipschitz(module: nn.Module) -> float | None:
     """``sup |phi'|`` of an elementwise activation, which is its Lipschitz constant in every p-norm.

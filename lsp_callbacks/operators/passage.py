@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ class Passage:
         output: what it returned; None of the module that made ``X_0``.
         entry: the backward node of each tensor received, None where it needs no gradient.
         exit: the backward node of the first floating-point tensor of the output, as it was then.
+        notes: what whoever watches wants to remember of it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Passage:
     output: Any = None
     entry: tuple[Any, ...] = ()
     exit: Any = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sent(self) -> Tensor | None:
@@ -89,13 +91,21 @@ def upstream(node: Any, stops: dict[Any, T]) -> list[T]:
 
 
 @contextlib.contextmanager
-def passages(module: nn.Module, *, start: list[Tensor] | None = None) -> Iterator[Passage]:
+def passages(
+    module: nn.Module,
+    *,
+    start: list[Tensor] | None = None,
+    enter: Callable[[Passage], None] = lambda call: None,
+    leave: Callable[[Passage], None] = lambda call: None,
+) -> Iterator[Passage]:
     """Keeps the tree of the calls that are made inside.
 
     Args:
         module: all modules within it are seen; scripted ones take no hooks.
         start: an empty list asks for ``X_0``, a leaf in the place of the first floating-point tensor that enters a
             module, or that one returns; it is put into the list.
+        enter: called with each before its module runs.
+        leave: called with each after it.
     """
     root = Passage("", module)
     open_calls = [root]
@@ -118,6 +128,7 @@ def passages(module: nn.Module, *, start: list[Tensor] | None = None) -> Iterato
             call = Passage(name, child, received=tuple(tensors), entry=tuple(t.grad_fn for t in tensors))
             open_calls[-1].children.append(call)
             open_calls.append(call)
+            enter(call)
             return changed
 
         return hook
@@ -128,6 +139,7 @@ def passages(module: nn.Module, *, start: list[Tensor] | None = None) -> Iterato
             return leaf(output)
         call.output, sent = output, first_float(output)
         call.exit = None if sent is None else sent.grad_fn
+        leave(call)
         return output
 
     with contextlib.ExitStack() as stack:

@@ -11,6 +11,7 @@ from lsp_callbacks.quantities.lyapunov import Lyapunov, LyapunovTrajectory
 from lsp_callbacks.quantities.residual_cfl import ResidualCFL
 from lsp_callbacks.quantities.sgd_stability import SGDStability
 from lsp_callbacks.quantities.sharpness import Sharpness
+from lsp_callbacks.quantities.signal_propagation import SignalPropagation
 from lsp_callbacks.quantities.spectral_norm import SpectralNorm
 
 REGISTRY: dict[str, type[Quantity]] = {
@@ -23,6 +24,7 @@ REGISTRY: dict[str, type[Quantity]] = {
         Lyapunov,
         LyapunovTrajectory,
         BatchSharpness,
+        SignalPropagation,
     )
 }
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -36,6 +38,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "lyapunov",
         "lyapunov_trajectory",
         "batch_sharpness",
+        "signal_propagation",
     ),
 }
 
@@ -85,6 +88,7 @@ __all__ = [
     "ResidualCFL",
     "SGDStability",
     "Sharpness",
+    "SignalPropagation",
     "SpectralNorm",
     "build",
 ]
