@@ -101,7 +101,7 @@ def passages(
     """Keeps the tree of the calls that are made inside.
 
     Args:
-        module: all modules within it are seen; scripted ones take no hooks.
+        module: all modules within it are seen, but for parametrizations of weights, and scripted ones.
         start: an empty list asks for ``X_0``, a leaf in the place of the first floating-point tensor that enters a
             module, or that one returns; it is put into the list.
         enter: called with each before its module runs.
@@ -144,7 +144,8 @@ def passages(
 
     with contextlib.ExitStack() as stack:
         for name, child in module.named_modules():
-            if not isinstance(child, torch.jit.ScriptModule):  # takes no hooks
+            inside = "parametrizations" in name.split(".")  # of a layer, which is one with what makes its weight
+            if not inside and not isinstance(child, torch.jit.ScriptModule):  # which takes no hooks
                 stack.callback(child.register_forward_pre_hook(before(name), with_kwargs=True).remove)
                 stack.callback(child.register_forward_hook(after).remove)
         yield root
