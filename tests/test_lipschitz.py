@@ -108,7 +108,7 @@ def test_layers_as_they_are_applied(monkeypatch):
     close(values["stability/condition/net.2"], torch.linalg.cond(net[2].weight.detach()), 1e-9)
     close(values["stability/condition_max"], max(torch.linalg.cond(A), torch.linalg.cond(net[2].weight.detach())), 1e-9)
     assert all(torch.equal(b, before[name]) for name, b in task.named_buffers())
-    monkeypatch.setattr("lsp_callbacks.quantities.signal_propagation.SMALL", 10)
+    monkeypatch.setattr("lsp_callbacks.quantities.signal_parts.SMALL", 10)
     metric.update(freeze(task))
     values = metric.compute()
     assert 1 < values["stability/condition_lower/net.0"] <= torch.linalg.cond(A)

@@ -5,25 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.arguments import whole
-from lsp_callbacks.functional.batch_norm import batch_norm_drift
-from lsp_callbacks.functional.condition import SMALL, condition, condition_lower, loss_condition_lower
-from lsp_callbacks.functional.gains import gains
-from lsp_callbacks.functional.kurtosis import excess_kurtosis
+from lsp_callbacks.arguments import choice, whole
+from lsp_callbacks.functional.condition import loss_condition_lower
 from lsp_callbacks.functional.lipschitz import Uncertified, lipschitz_lower, lipschitz_upper
-from lsp_callbacks.functional.units import LEAST_ROWS, units
-from lsp_callbacks.operators.batch_statistics import outputs
 from lsp_callbacks.operators.curvature import Method, hessian, product_cost, resolved
 from lsp_callbacks.operators.depth import depth
 from lsp_callbacks.operators.footprint import product_memory
-from lsp_callbacks.operators.signals import Signals, signals
-from lsp_callbacks.operators.weights import weight_operators
+from lsp_callbacks.operators.signals import signals
 from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.quantities.signal_parts import (
+    conditions_of,
+    drift_of,
+    gains_of,
+    kurtosis_of,
+    output_change_of,
+    units_of,
+)
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, evaluating
 
 PRODUCTS = 5
@@ -92,7 +94,8 @@ class SignalPropagation(Quantity):
     def __init__(self, samples: int = 4, method: Method = "auto"):
         super().__init__()
         whole("samples", samples, 1)
-        self.samples, self.method = samples, method
+        self.samples = samples
+        self.method: Method = choice("method", method, *get_args(Method))
         self.absent: dict[str, str] = {}
         self._found: dict[str, Tensor] = {}
         self.add_state("initial", default=torch.empty(0, dtype=torch.float64), persistent=True)
@@ -119,34 +122,30 @@ class SignalPropagation(Quantity):
         ratio = _attempt("loss_condition_lower", absent, lambda: self._loss_condition(snapshot))
         if ratio is not None:
             found["loss_condition_lower"] = scalar(ratio)
-        kurtosis = torch.stack([v for k, v in found.items() if k.startswith("kurtosis/")] or [scalar(torch.nan)])
-        first = self.initial if len(self.initial) == len(kurtosis) else kurtosis
-        names = [k.removeprefix("kurtosis/") for k in found if k.startswith("kurtosis/")]
-        found |= {f"kurtosis_initial/{name}": value for name, value in zip(names, first)}
+        now = {key.removeprefix("kurtosis/"): value for key, value in found.items() if key.startswith("kurtosis/")}
+        first = self.initial if len(self.initial) == len(now) else torch.tensor(list(now.values()), dtype=torch.float64)
+        found |= {f"kurtosis_initial/{name}": value for name, value in zip(now, first)}
         self._found, self.absent, self.initial, self.complete = _finite(found), absent, first, True
 
     def _measure(self, snapshot: Snapshot, absent: dict[str, str]) -> dict[str, Tensor]:
         step = signals(snapshot)
-        found = _gains(step)
+        found = gains_of(step)
         if not any(key.startswith("forward_gain/") for key in found):
             raise Unmeasurable(
                 "no module with a weight matrix, or residual block, passes a signal on to the loss: there is no gain"
             )
-        found |= _units(step, absent)
-        for name, p in snapshot.module.named_parameters():
-            if p.ndim > 1:
-                value, error = excess_kurtosis(p)
-                found |= {f"kurtosis/{name}": scalar(value), f"kurtosis_error/{name}": scalar(error)}
+        found |= units_of(step, absent)
+        found |= kurtosis_of(snapshot.module)
         for norm in step.norms:
-            found |= _attempt(norm.name, absent, partial(_drift, norm)) or {}
+            found |= _attempt(norm.name, absent, partial(drift_of, norm)) or {}
         if step.norms:
-            change = _attempt("batch_norm_output_change", absent, lambda: _output_change(snapshot))
+            change = _attempt("batch_norm_output_change", absent, lambda: output_change_of(snapshot))
             found |= {} if change is None else {"batch_norm_output_change": change}
         states = _attempt("lipschitz", absent, lambda: depth(snapshot, samples=self.samples))
         if snapshot.sample is not None:  # puts the buffers back to where they were before the step
             snapshot.sample(1)
         with evaluating(snapshot.module), torch.no_grad():
-            found |= _conditions(snapshot.module, step)
+            found |= conditions_of(snapshot.module, step)
         if states is not None:
             lower = _attempt("lipschitz_lower", absent, lambda: lipschitz_lower(states))
             upper = _attempt("lipschitz_upper", absent, lambda: lipschitz_upper(states))
@@ -188,79 +187,12 @@ def _attempt(what: str, absent: dict[str, str], measure: Callable[[], Any]) -> A
     """What one part gives; where it does not exist, why."""
     try:
         return measure()
-    except (Unmeasurable, Uncertified) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (Unmeasurable, Uncertified, RuntimeError) as error:  # of the last kind: no second derivative is implemented
         absent[what] = str(error)
         return None
 
 
 def _finite(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in found.items() if math.isfinite(value)}
-
-
-def _gains(step: Signals) -> dict[str, Tensor]:
-    ratios = gains(step.layers, step.path)
-    logs = {"forward_log_gain": ratios.forward_log, "backward_log_gain": ratios.backward_log}
-    return {
-        **{key: scalar(value) for key, value in logs.items() if value is not None},
-        **{f"forward_gain/{name}": scalar(gain) for name, gain in ratios.forward.items()},
-        **{f"backward_gain/{name}": scalar(gain) for name, gain in ratios.backward.items()},
-    }
-
-
-def _units(step: Signals, absent: dict[str, str]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    dead = saturated = total = 0.0
-    for one in step.activations:
-        rows, width = one.values.shape
-        if rows < LEAST_ROWS or not width:
-            absent[f"units/{one.name}"] = f"{rows} rows do not tell dead units from silent ones"
-            continue
-        own = units(one.values, one.largest)
-        found |= {
-            f"dead_units/{one.name}": scalar(own.dead.double().mean()),
-            f"saturated_units/{one.name}": scalar(own.saturated.double().mean()),
-            f"flat_slopes/{one.name}": scalar(own.flat),
-        }
-        dead, saturated, total = dead + float(own.dead.sum()), saturated + float(own.saturated.sum()), total + width
-    if total:
-        found |= {"dead_share": scalar(dead / total), "saturated_share": scalar(saturated / total)}
-    return found
-
-
-def _drift(norm: Any) -> dict[str, Tensor]:
-    momentum = norm.module.momentum
-    memory = 1 / max(norm.batches, 1) if momentum is None else momentum / (2 - momentum)
-    try:
-        own = batch_norm_drift(norm.x, norm.mean, norm.var, eps=norm.module.eps, memory=memory)
-    except ValueError as error:
-        raise Unmeasurable(str(error)) from error
-    return {
-        f"batch_norm_mean_drift/{norm.name}": scalar(own.mean),
-        f"batch_norm_mean_error/{norm.name}": scalar(own.mean_error),
-        f"batch_norm_variance_drift/{norm.name}": scalar(own.variance),
-        f"batch_norm_variance_error/{norm.name}": scalar(own.variance_error),
-        f"batch_norm_excess/{norm.name}": scalar(own.excess),
-    }
-
-
-def _output_change(snapshot: Snapshot) -> Tensor:
-    running, batch = outputs(snapshot), outputs(snapshot, batch_statistics=True)
-    return scalar(torch.linalg.vector_norm(batch - running) / torch.linalg.vector_norm(batch))
-
-
-def _conditions(module: nn.Module, step: Signals) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, layer in module.named_modules():
-        call = step.calls.get(name)
-        own = next((p for key, p in layer.named_parameters() if "bias" not in key), None)
-        if call is None or own is None or id(own) in seen:
-            continue
-        for part, operator in weight_operators(layer, call).items():
-            seen.add(id(own))
-            key = f"{name}.{part}" if part else name
-            if min(operator.shape) <= SMALL:
-                found[f"condition/{key}"] = scalar(condition(operator, precision=own.dtype)[0])
-            else:
-                found[f"condition_lower/{key}"] = scalar(condition_lower(operator))
-    return found
