@@ -13,6 +13,7 @@ from lsp_callbacks.quantities import (
     SGDStability,
     Sharpness,
     SpectralDensity,
+    SignalPropagation,
     SpectralNorm,
 )
 from lsp_callbacks.snapshot import ProbeSet, Snapshot, Unmeasurable
@@ -32,6 +33,7 @@ __all__ = [
     "SGDLaw",
     "SGDStability",
     "Sharpness",
+    "SignalPropagation",
     "Snapshot",
     "SpectralDensity",
     "SpectralNorm",

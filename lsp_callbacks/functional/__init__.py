@@ -1,10 +1,16 @@
 """Pure functions: the definitions of what is measured."""
 
+from lsp_callbacks.functional.activations import activation_lipschitz, activation_slope
+from lsp_callbacks.functional.batch_norm import Drift, batch_norm_drift
 from lsp_callbacks.functional.batch_sharpness import BatchSharpness, batch_sharpness, curvature_along_gradient
+from lsp_callbacks.functional.condition import condition, condition_lower, loss_condition_lower
 from lsp_callbacks.functional.diagram import CriticalRate, StabilityDiagram, critical_lr, stability_diagram
 from lsp_callbacks.functional.dissipation import Dissipation, dissipation
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.functional.gradient_noise import GradientNoise, batch_variance, gradient_noise
+from lsp_callbacks.functional.gains import Gains, gains
+from lsp_callbacks.functional.kurtosis import excess_kurtosis
+from lsp_callbacks.functional.lipschitz import Uncertified, layer_lipschitz, lipschitz_lower, lipschitz_upper
 from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_mode_exponent, sharp_plane
 from lsp_callbacks.functional.marchenko_pastur import MarchenkoPastur, cumulative, density, fit_marchenko_pastur
 from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr, second_moment, second_moment_exponent
@@ -23,6 +29,8 @@ from lsp_callbacks.functional.sharpness import Edge, edge, sharpness, stability_
 from lsp_callbacks.functional.spectral_density import Spectrum, spectral_density
 from lsp_callbacks.functional.spectral_norm import log_sum, spectral_norm
 from lsp_callbacks.functional.statistics import batch_means, fieller, student_bounds, student_quantile
+from lsp_callbacks.functional.statistics import batch_means, student_bounds, student_quantile
+from lsp_callbacks.functional.units import Units, units
 from lsp_callbacks.linalg import lyapunov_exponents
 
 __all__ = [
@@ -34,6 +42,11 @@ __all__ = [
     "FrozenSGD",
     "GradientNoise",
     "MarchenkoPastur",
+    "Drift",
+    "Edge",
+    "Exponent",
+    "FrozenSGD",
+    "Gains",
     "Modes",
     "NoiseFit",
     "PowerLaw",
@@ -42,10 +55,17 @@ __all__ = [
     "SGDLaw",
     "Spectrum",
     "StabilityDiagram",
+    "Uncertified",
+    "Units",
     "UpdateRule",
+    "activation_lipschitz",
+    "activation_slope",
     "batch_means",
+    "batch_norm_drift",
     "batch_sharpness",
     "batch_variance",
+    "condition",
+    "condition_lower",
     "critical_lr",
     "cumulative",
     "curvature_along_gradient",
@@ -53,14 +73,20 @@ __all__ = [
     "density",
     "edge",
     "fieller",
+    "excess_kurtosis",
     "finite_time_exponents",
     "fit_noise",
     "fit_marchenko_pastur",
     "frozen_sgd",
+    "gains",
     "gd_critical_lr",
     "gd_exponent",
     "gradient_noise",
+    "layer_lipschitz",
+    "lipschitz_lower",
+    "lipschitz_upper",
     "log_sum",
+    "loss_condition_lower",
     "lyapunov_exponents",
     "mean_square_lr",
     "plane_exponent",
@@ -83,4 +109,5 @@ __all__ = [
     "student_bounds",
     "student_quantile",
     "sum_of_exponents",
+    "units",
 ]

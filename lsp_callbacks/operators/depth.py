@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch import Tensor
 
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature import double_backward
-from lsp_callbacks.operators.residual import is_candidate
+from lsp_callbacks.operators.passage import Passage, passages, units
 from lsp_callbacks.operators.samples import jacobian
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, evaluating
 
@@ -45,12 +42,14 @@ class Depth:
         axis: of the samples in it.
         layers: ``X_1 ... X_L``. Functions called between two modules belong to the second.
         loss: of these samples.
+        calls: of all modules, as a tree.
     """
 
     start: Tensor
     axis: int
     layers: tuple[Layer, ...]
     loss: Tensor
+    calls: Passage
     memo: dict[tuple[int, int], LinearOperator] = field(default_factory=dict, repr=False)
 
     @property
@@ -86,18 +85,9 @@ def depth(snapshot: Snapshot, *, samples: int = 4) -> Depth:
     return snapshot.once(("depth", samples), lambda: _depth(snapshot, samples))
 
 
-@dataclass
-class _Call:
-    name: str
-    module: nn.Module
-    output: Any = None
-    children: list[_Call] = field(default_factory=list)
-
-
 def _depth(snapshot: Snapshot, samples: int) -> Depth:
     start: list[Tensor] = []
-    root = _Call("", snapshot.module)
-    with evaluating(snapshot.module), double_backward(snapshot.module), _recorded(snapshot.module, root, start):
+    with evaluating(snapshot.module), double_backward(snapshot.module), passages(snapshot.module, start=start) as root:
         loss, size = (snapshot.replay(), None) if snapshot.sample is None else snapshot.sample(samples)
     if not start:
         raise Unmeasurable("no module received or returned a floating-point tensor: depth begins nowhere")
@@ -108,14 +98,14 @@ def _depth(snapshot: Snapshot, samples: int) -> Depth:
         raise Unmeasurable(f"of {count} samples the network's first input is {tuple(x.shape)}: which are they?")
     layers: list[Layer] = []
     reached = _Reached(x)
-    for call, begins in _units(root):
-        y = _tensor(call.output)
+    for call in units(root):
+        y = call.sent
         if y is None or not reached(y):
             continue
         at = _axis(y, count, axis)
         if at is None:  # rows that are no samples: tokens, windows
             continue
-        if begins:
+        if call.begins:
             seen = sum(layer.modules[0] == call.name for layer in layers)
             layers.append(Layer(f"{call.name}#{seen + 1}" if seen else call.name, (call.name,), y, at))
         elif layers:
@@ -123,7 +113,7 @@ def _depth(snapshot: Snapshot, samples: int) -> Depth:
             layers[-1] = Layer(last.name, (*last.modules, call.name), y, at)
     if not layers:
         raise Unmeasurable("no module with a weight matrix depends on the first input: there is no depth to measure")
-    found = Depth(x, axis, tuple(layers), loss)
+    found = Depth(x, axis, tuple(layers), loss, root)
     _check_samples(found)
     return found
 
@@ -145,16 +135,6 @@ def _check_samples(found: Depth) -> None:
             "one sample's input changes another's output, also in eval mode (a norm over the batch, or a batch axis "
             "that is neither first nor second): the Jacobian of one sample is not defined"
         )
-
-
-def _units(call: _Call) -> Iterator[tuple[_Call, bool]]:
-    """The modules on the way, and whether a layer begins with each."""
-    for child in call.children:
-        block = is_candidate(child.module)
-        if block or not child.children:
-            yield child, block or any(p.ndim > 1 for p in child.module.parameters())
-        else:
-            yield from _units(child)
 
 
 class _Reached:
@@ -180,44 +160,3 @@ class _Reached:
             else:
                 self.known[node] = any(self.known[child] for child in children)
         return bool(self.known.get(tensor.grad_fn, False))
-
-
-@contextlib.contextmanager
-def _recorded(module: nn.Module, root: _Call, start: list[Tensor]) -> Iterator[None]:
-    """Keeps the tree of calls, and puts a leaf in the place of the first floating-point tensor."""
-    open_calls = [root]
-
-    def leaf(value: Any) -> Any:
-        leaves, spec = tree_flatten(value)
-        for i, one in enumerate(leaves):
-            if isinstance(one, Tensor) and one.is_floating_point() and one.ndim > 1 and not start:
-                start.append(one.detach().clone().requires_grad_())
-                leaves[i] = start[0].clone()  # what comes may work in place on it
-        return tree_unflatten(leaves, spec)
-
-    def before(name: str):
-        def hook(child: nn.Module, args: tuple, kwargs: dict) -> Any:
-            call = _Call(name, child)
-            open_calls[-1].children.append(call)
-            open_calls.append(call)
-            return None if start else leaf((args, kwargs))
-
-        return hook
-
-    def after(child: nn.Module, args: tuple, output: Any) -> Any:
-        call = open_calls.pop()
-        if start or call.children:
-            call.output = output
-            return output
-        return leaf(output)
-
-    with contextlib.ExitStack() as stack:
-        for name, child in module.named_modules():
-            if not isinstance(child, torch.jit.ScriptModule):  # takes no hooks
-                stack.callback(child.register_forward_pre_hook(before(name), with_kwargs=True).remove)
-                stack.callback(child.register_forward_hook(after).remove)
-        yield
-
-
-def _tensor(output: Any) -> Tensor | None:
-    return next((t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()), None)

@@ -14,6 +14,7 @@ from lsp_callbacks.quantities.sgd_law import SGDLaw
 from lsp_callbacks.quantities.sgd_stability import SGDStability
 from lsp_callbacks.quantities.sharpness import Sharpness
 from lsp_callbacks.quantities.spectral_density import SpectralDensity
+from lsp_callbacks.quantities.signal_propagation import SignalPropagation
 from lsp_callbacks.quantities.spectral_norm import SpectralNorm
 
 REGISTRY: dict[str, type[Quantity]] = {
@@ -29,6 +30,7 @@ REGISTRY: dict[str, type[Quantity]] = {
         Dissipation,
         SGDLaw,
         SpectralDensity,
+        SignalPropagation,
     )
 }
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -45,6 +47,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "dissipation",
         "sgd_law",
         "spectral_density",
+        "signal_propagation",
     ),
 }
 
@@ -97,6 +100,7 @@ __all__ = [
     "SGDStability",
     "Sharpness",
     "SpectralDensity",
+    "SignalPropagation",
     "SpectralNorm",
     "build",
 ]

@@ -1,0 +1,151 @@
+"""The calls of modules in one forward pass, with their places in the autograd graph."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from lsp_callbacks.operators.residual import is_candidate
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Passage:
+    """One call of a module.
+
+    Attributes:
+        name: of the module.
+        module: itself.
+        children: the calls of modules within it.
+        received: the floating-point tensors that it was called with. What works in place may have changed them since.
+        output: what it returned; None of the module that made ``X_0``.
+        entry: the backward node of each tensor received, None where it needs no gradient.
+        exit: the backward node of the first floating-point tensor of the output, as it was then.
+        notes: what whoever watches wants to remember of it.
+    """
+
+    name: str
+    module: nn.Module
+    children: list[Passage] = field(default_factory=list)
+    received: tuple[Tensor, ...] = ()
+    output: Any = None
+    entry: tuple[Any, ...] = ()
+    exit: Any = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sent(self) -> Tensor | None:
+        """The first floating-point tensor of the output."""
+        return first_float(self.output)
+
+    @property
+    def begins(self) -> bool:
+        """Whether a layer begins with it: it holds a weight matrix, or is a residual block by its class name."""
+        return is_candidate(self.module) or any(p.ndim > 1 for p in self.module.parameters())
+
+
+def first_float(value: Any) -> Tensor | None:
+    """The first floating-point tensor in a nested value."""
+    return next((t for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()), None)
+
+
+def leaves(root: Passage) -> Iterator[Passage]:
+    """The calls of modules that call no other, in their order."""
+    for child in root.children:
+        if child.children:
+            yield from leaves(child)
+        else:
+            yield child
+
+
+def units(root: Passage) -> Iterator[Passage]:
+    """As `leaves`, but residual blocks are one each."""
+    for child in root.children:
+        if is_candidate(child.module) or not child.children:
+            yield child
+        else:
+            yield from units(child)
+
+
+def upstream(node: Any, stops: dict[Any, T]) -> list[T]:
+    """What a node depends on directly: the entries of ``stops`` that are reached without passing through another."""
+    found, seen = [], set()
+    stack = [child for child, _ in node.next_functions]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in stops:
+            found.append(stops[node])
+        else:
+            stack.extend(child for child, _ in node.next_functions)
+    return found
+
+
+@contextlib.contextmanager
+def passages(
+    module: nn.Module,
+    *,
+    start: list[Tensor] | None = None,
+    enter: Callable[[Passage], None] = lambda call: None,
+    leave: Callable[[Passage], None] = lambda call: None,
+) -> Iterator[Passage]:
+    """Keeps the tree of the calls that are made inside.
+
+    Args:
+        module: all modules within it are seen, but for parametrizations of weights, and scripted ones.
+        start: an empty list asks for ``X_0``, a leaf in the place of the first floating-point tensor that enters a
+            module, or that one returns; it is put into the list.
+        enter: called with each before its module runs.
+        leave: called with each after it.
+    """
+    root = Passage("", module)
+    open_calls = [root]
+    waiting = start is not None
+
+    def leaf(value: Any) -> Any:
+        nonlocal waiting
+        assert start is not None
+        flat, spec = tree_flatten(value)
+        for i, one in enumerate(flat):
+            if waiting and isinstance(one, Tensor) and one.is_floating_point() and one.ndim > 1:
+                start.append(one.detach().clone().requires_grad_())
+                flat[i], waiting = start[0].clone(), False  # what comes may work in place on it
+        return tree_unflatten(flat, spec)
+
+    def before(name: str):
+        def hook(child: nn.Module, args: tuple, kwargs: dict) -> Any:
+            changed = leaf((args, kwargs)) if waiting else (args, kwargs)
+            tensors = [t for t in tree_leaves(changed) if isinstance(t, Tensor) and t.is_floating_point()]
+            call = Passage(name, child, received=tuple(tensors), entry=tuple(t.grad_fn for t in tensors))
+            open_calls[-1].children.append(call)
+            open_calls.append(call)
+            enter(call)
+            return changed
+
+        return hook
+
+    def after(child: nn.Module, args: tuple, output: Any) -> Any:
+        call = open_calls.pop()
+        if waiting and not call.children:
+            return leaf(output)
+        call.output, sent = output, first_float(output)
+        call.exit = None if sent is None else sent.grad_fn
+        leave(call)
+        return output
+
+    with contextlib.ExitStack() as stack:
+        for name, child in module.named_modules():
+            inside = "parametrizations" in name.split(".")  # of a layer, which is one with what makes its weight
+            if not inside and not isinstance(child, torch.jit.ScriptModule):  # which takes no hooks
+                stack.callback(child.register_forward_pre_hook(before(name), with_kwargs=True).remove)
+                stack.callback(child.register_forward_hook(after).remove)
+        yield root
