@@ -135,6 +135,7 @@ class Snapshot:
         probes: training samples for the quantities that look at outputs; None where there are none.
         ranks: the processes that take this step together, each with a batch, a loss and a replay of its own; the
             gradient is the mean of theirs already.
+        scale: the factor that a gradient scaler puts on the loss before its backward pass; ``gradient`` is without it.
         sharded: why no process has all parameters, and nothing can be measured; None if each has.
         seed: of every random choice made for this step.
     """
@@ -151,6 +152,7 @@ class Snapshot:
     keep: Callable[[str, nn.Module], bool] = lambda name, module: False
     probes: ProbeSet | None = None
     ranks: Ranks = field(default_factory=Ranks)
+    scale: float = 1.0
     sharded: str | None = None
     seed: int = 0
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)

@@ -88,7 +88,10 @@ class StabilityReport(Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         steps, values = self._losses.read()
         report.figure(history, (steps, values), self._events(trainer, steps, values)).savefig(path)
-        sentences = (report.verdict(history), f"lsp_callbacks: the picture of this run is {path}")
+        sentences = (
+            report.verdict(history, self._source.monitor.ended_by),
+            f"lsp_callbacks: the picture of this run is {path}",
+        )
         diagram = self._diagram(trainer, path.with_name(f"{path.stem}_diagram.png"))
         report.show(*[report.table(history)] * self.table, *sentences, *diagram)
 

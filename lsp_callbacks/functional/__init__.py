@@ -2,10 +2,12 @@
 
 from lsp_callbacks.functional.batch_sharpness import BatchSharpness, batch_sharpness, curvature_along_gradient
 from lsp_callbacks.functional.diagram import CriticalRate, StabilityDiagram, critical_lr, stability_diagram
+from lsp_callbacks.functional.first_fault import Fault, first_fault
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_mode_exponent, sharp_plane
 from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr, second_moment, second_moment_exponent
 from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce, regularity
+from lsp_callbacks.functional.numerics import NumericRange, headroom, lost_share, numeric_range
 from lsp_callbacks.functional.residual import ResidualStability, residual_stability
 from lsp_callbacks.functional.sgd_stability import (
     Exponent,
@@ -24,8 +26,10 @@ __all__ = [
     "CriticalRate",
     "Edge",
     "Exponent",
+    "Fault",
     "FrozenSGD",
     "Modes",
+    "NumericRange",
     "ResidualStability",
     "StabilityDiagram",
     "UpdateRule",
@@ -35,12 +39,16 @@ __all__ = [
     "curvature_along_gradient",
     "edge",
     "finite_time_exponents",
+    "first_fault",
     "frozen_sgd",
     "gd_critical_lr",
     "gd_exponent",
+    "headroom",
     "log_sum",
+    "lost_share",
     "lyapunov_exponents",
     "mean_square_lr",
+    "numeric_range",
     "plane_exponent",
     "reduce",
     "regularity",

@@ -8,6 +8,7 @@ from typing import Any
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.batch_sharpness import BatchSharpness
 from lsp_callbacks.quantities.lyapunov import Lyapunov, LyapunovTrajectory
+from lsp_callbacks.quantities.numerics import Numerics
 from lsp_callbacks.quantities.residual_cfl import ResidualCFL
 from lsp_callbacks.quantities.sgd_stability import SGDStability
 from lsp_callbacks.quantities.sharpness import Sharpness
@@ -23,6 +24,7 @@ REGISTRY: dict[str, type[Quantity]] = {
         Lyapunov,
         LyapunovTrajectory,
         BatchSharpness,
+        Numerics,
     )
 }
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -36,6 +38,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "lyapunov",
         "lyapunov_trajectory",
         "batch_sharpness",
+        "numerics",
     ),
 }
 
@@ -81,6 +84,7 @@ __all__ = [
     "BatchSharpness",
     "Lyapunov",
     "LyapunovTrajectory",
+    "Numerics",
     "Quantity",
     "ResidualCFL",
     "SGDStability",

@@ -37,6 +37,13 @@ MEANINGS = {
     "residual_stiffness_max": "above 1 a residual block expands",
     "residual_cfl_max": "largest h / h_max of the dissipative blocks",
     "residual_dissipative": "share of such blocks",
+    "overflow_headroom": "bits to overflow, the least of the next three",
+    "activation_headroom_min": "of what the forward pass computes",
+    "gradient_headroom_min": "of what the backward pass computes",
+    "weight_headroom_min": "of the parameters",
+    "gradient_underflow": "share of the backward pass below its range",
+    "update_lost": "share of updates that rounding swallows",
+    "nonfinite_step": "the first with NaN or Inf",
     "spectral_norm_max": "largest operator norm of a layer",
     "spectral_log_sum": "sum of the layers' log norms, nats",
 }
