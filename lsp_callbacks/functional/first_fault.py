@@ -110,10 +110,10 @@ class _Tracer(Operations):
 
     def seed(self, tensors: list[tuple[str, Tensor]], where: Where, guilt: int = _GUILTY) -> None:
         """What is not finite before the first operation."""
-        for name, tensor in tensors:
+        for k, (name, tensor) in enumerate(tensors):
             for one in floats(tensor):
                 for kind in kinds(one):
-                    self._blame(one, _Origin(guilt, -1, kind, where=where, source=name))
+                    self._blame(one, _Origin(guilt, k - len(tensors), kind, where=where, source=name))
 
     def of(self, tensors: list[Tensor]) -> _Origin | None:
         """The origin of what is not finite in tensors: the guiltiest, then the earliest; None if all are finite."""

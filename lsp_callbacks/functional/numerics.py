@@ -87,8 +87,9 @@ def numeric_range(snapshot: Snapshot) -> NumericRange:
         with looked.watching():
             loss = snapshot.replay()
         snapshot.check(loss, tolerance=1e-4 if snapshot.compiled else 0.0)
+        scale = torch.full_like(loss, snapshot.scale)
         with looked.watching():
-            torch.autograd.grad(loss, parameters, torch.full_like(loss, snapshot.scale), allow_unused=True)
+            torch.autograd.grad(loss, parameters, scale, allow_unused=True)
     small, nonzero = (sum(int(pair[i]) for pair in looked.counts) for i in (0, 1))
     return NumericRange(
         activations=_least(looked.peaks[0]),
