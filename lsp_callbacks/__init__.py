@@ -1,12 +1,14 @@
 """Stability of training, measured while it runs."""
 
 from lsp_callbacks.callbacks import StabilityMonitor, StabilityReport, StopOnInstability
+from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.quantities import (
     BatchSharpness,
     Dissipation,
     Lyapunov,
     LyapunovTrajectory,
+    Numerics,
     Quantity,
     ResidualCFL,
     SGDLaw,
@@ -23,9 +25,11 @@ __all__ = [
     "BatchSharpness",
     "Curve",
     "Dissipation",
+    "Fault",
     "Lyapunov",
     "LyapunovTrajectory",
     "Monitor",
+    "Numerics",
     "Observation",
     "ProbeSet",
     "Quantity",

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.cadence import Cadence
+from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.limits import Seconds, check_memory, in_bytes
-from lsp_callbacks.quantities import Quantity
+from lsp_callbacks.quantities import Numerics, Quantity
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, Unmodelled
 from lsp_callbacks.step import rate
@@ -146,6 +147,17 @@ class Monitor:
         """The global keys that can appear."""
         own = {key for quantity in self.quantities.values() for key in (*quantity.keys, *quantity.optional)}
         return own | ({"stability/courant"} if own.intersection(DIALS) else set())
+
+    @property
+    def fault(self) -> Fault | None:
+        """What made the first NaN or Inf of the run; None before it, and where `Numerics` is not measured."""
+        return next((quantity.fault for quantity in self._all if isinstance(quantity, Numerics)), None)
+
+    @property
+    def ended_by(self) -> Fault | None:
+        """The `fault`, if loss and gradient have not been finite again since."""
+        recovered = any(isinstance(quantity, Numerics) and quantity.recovered for quantity in self._all)
+        return None if recovered else self.fault
 
     def require(self, snapshot: Snapshot) -> None:
         """Leaves out what cannot be measured on such steps; replays nothing.

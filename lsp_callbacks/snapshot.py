@@ -140,6 +140,7 @@ class Snapshot:
         schedulers: those of ``torch.optim.lr_scheduler`` that move the optimizer's rate; None where nobody knows.
         ranks: the processes that take this step together, each with a batch, a loss and a replay of its own; the
             gradient is the mean of theirs already.
+        scale: the factor that a gradient scaler puts on the loss before its backward pass; ``gradient`` is without it.
         sharded: why no process has all parameters, and nothing can be measured; None if each has.
         seed: of every random choice made for this step.
     """
@@ -159,6 +160,7 @@ class Snapshot:
     trace: Trace | None = None
     schedulers: tuple[Any, ...] | None = None
     ranks: Ranks = field(default_factory=Ranks)
+    scale: float = 1.0
     sharded: str | None = None
     seed: int = 0
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)

@@ -25,7 +25,14 @@ FAILED = {
     "unmodelled": ("Unmodelled", "on rank {} of 2: not here"),
 }
 #: Runs without and with our callbacks.
-TWINS = {"plain": "smooth", "conv plain": "conv", "communicates plain": "communicates", "sharded plain": "sharded"}
+TWINS = {
+    "forward plain": "forward",
+    "backward plain": "backward",
+    "plain": "smooth",
+    "conv plain": "conv",
+    "communicates plain": "communicates",
+    "sharded plain": "sharded",
+}
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +215,18 @@ def test_all_stop_at_the_step_at_which_one_process_would(found):
     for own in found:
         assert own["stopped"]["steps"] == run.global_step
         assert (own["stopped"]["event"], own["stopped"]["stop"]) == (stop.event_step, stop.stop_step)
+
+
+@pytest.mark.parametrize("what, operation", [("forward", "aten.log"), ("backward", "aten.div")])
+def test_the_rank_that_failed_first_is_named_on_all(found, what, operation):
+    for own in found:
+        fault = own[what]["fault"]
+        assert (fault.step, fault.rank, fault.where, fault.operation) == (4, 1, what, operation)
+        steps, values = own[what]["history"]["stability/overflow_headroom"]
+        assert steps[:2] == [0, 3] and all(map(math.isfinite, values[:2]))
+        assert own[what]["history"]["stability/nonfinite_step"] == ([4], [4.0])
+    said = [text for text in found[0][what]["said"] if "step 4 is not finite: on rank 1" in text]
+    assert len(said) == 1 and not found[1][what]["said"]
 
 
 def test_a_step_that_communicates_is_refused(found):

@@ -286,6 +286,20 @@ class Communicates(Model):
         return super().training_step(batch, batch_idx) + 0.1 * self.all_gather(batch[0].mean()).mean()
 
 
+class NaNOnOne(Model):
+    """The last process overflows, in its forward or its backward pass."""
+
+    def __init__(self, what):
+        super().__init__(mlp().double())
+        self.what = what
+
+    def loss(self, batch):
+        out = self.net(batch[0])
+        if self.global_rank == self.trainer.world_size - 1 and self.trainer.global_step == 4:
+            out = (0 * out).log() if self.what == "forward" else (0 * out).sqrt()
+        return F.cross_entropy(out, batch[1])
+
+
 class Sharded(Model):
     def __init__(self):
         super().__init__(mlp().double())
@@ -320,6 +334,10 @@ def main(folder):
         StabilityMonitor(["sharpness"], every_n_steps=1), stop, **plain | {"max_steps": 60},
     )  # fmt: skip
     found["stopped"] |= {"event": stop.event_step, "stop": stop.stop_step}
+    for what in ("forward", "backward"):
+        ours = StabilityMonitor("numerics", every_n_steps=3)
+        found[f"{what} plain"] = trained(partial(NaNOnOne, what), **plain | {"max_steps": 8})
+        found[what] = trained(partial(NaNOnOne, what), ours, **plain | {"max_steps": 8}) | {"fault": ours.fault}
     found["communicates plain"] = trained(Communicates, **plain | {"max_steps": 4})
     found["communicates"] = trained(Communicates, StabilityMonitor(every_n_steps=2), **plain | {"max_steps": 4})
     for name, ours in {"sharded plain": [], "sharded": [StabilityMonitor("full", every_n_steps=2)]}.items():

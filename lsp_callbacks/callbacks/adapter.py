@@ -64,8 +64,14 @@ def step_loss(trainer: Any, loss_fn: LossFn | None, batch_idx: int) -> Callable[
 
 def unscaled(trainer: Any, loss: Tensor) -> Tensor:
     """The loss that ``on_before_backward`` is given, without the factor of mixed precision."""
+    scale = loss_scale(trainer)
+    return loss if scale == 1.0 else loss.detach() / scale
+
+
+def loss_scale(trainer: Any) -> float:
+    """The factor of mixed precision on the loss, and on its gradient in the backward pass."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return loss if scaler is None else loss.detach() / scaler.get_scale()
+    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def skipped(trainer: Any, optimizer: Any) -> bool:

@@ -15,6 +15,7 @@ from lsp_callbacks.cadence import MODELLED
 from lsp_callbacks.callbacks.adapter import (
     clipped,
     clipping,
+    loss_scale,
     mean_loss,
     pending_step,
     probe_set,
@@ -29,6 +30,8 @@ from lsp_callbacks.callbacks.adapter import (
 )
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.schedule import CriticalRate, Schedule, steps_left
+from lsp_callbacks.functional.first_fault import Fault
+from lsp_callbacks.guard import Guard
 from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.quantities import Quantity, build
@@ -137,6 +140,8 @@ class StabilityMonitor(Callback):
         self._loss: torch.Tensor | None = None
         self._seen: torch.Tensor | None = None
         self._observation: Observation | None = None
+        self._guard = Guard(self.monitor)
+        self._fault: Observation | None = None
         self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._watching = False
         self._updates = 0
@@ -158,6 +163,11 @@ class StabilityMonitor(Callback):
     def paths(self) -> dict[str, str]:
         """By which way each quantity was last measured, see `Monitor`."""
         return self.monitor.paths
+
+    @property
+    def fault(self) -> Fault | None:
+        """What made the first NaN or Inf of the run, where "numerics" is among the quantities; see `Guard`."""
+        return self.monitor.fault
 
     # -- before training -------------------------------------------------------------------------------------------
 
@@ -214,6 +224,7 @@ class StabilityMonitor(Callback):
         began = time.perf_counter()
         if batch_idx % trainer.accumulate_grad_batches == 0:  # the first micro-batch of a step
             self._pending, self._updates, self._saw_loss, self._loss, self._seen = None, 0, False, None, None
+            self._guard.begin()
             known = self.monitor.cadence.every_n_steps is not None  # then the rate that comes has no say
             scheduled = math.nan if known else self.scheduled_courant(trainer)
             wanted = self.monitor.wants(self.step, scheduled=scheduled)
@@ -224,6 +235,7 @@ class StabilityMonitor(Callback):
                     )
         if self.monitor.quantities:
             self.probes.add(batch)
+        self._guard.add(batch, step_loss(trainer, self.loss_fn, batch_idx))
         if self._pending is not None:
             self._pending.add(batch, step_loss(trainer, self.loss_fn, batch_idx))
         self._spent += time.perf_counter() - began
@@ -234,14 +246,19 @@ class StabilityMonitor(Callback):
         if self.monitor.trace is not None:
             own = unscaled(trainer, loss).detach()
             self._seen = own if self._seen is None else self._seen + own
+        self._guard.saw_loss(loss)
         self._saw_loss = True
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        began = time.perf_counter()
         no_loss = pl_module.automatic_optimization and not self._saw_loss  # training_step returned None
-        if no_loss or skipped(trainer, optimizer):  # nothing moves: it is no step
+        left_out = not no_loss and skipped(trainer, optimizer)
+        if not no_loss:
+            with self.monitor.harmless("whether the step is finite could not be told"):
+                self._look(trainer, pl_module, left_out)
+        if no_loss or left_out:  # nothing moves: it is no step
             self._pending = None
             return
-        began = time.perf_counter()
         self._saw_loss = False
         self._rate_used = rate(trainer.optimizers[0])
         self._updates += 1
@@ -260,6 +277,20 @@ class StabilityMonitor(Callback):
             self.step += 1
         self._spent += time.perf_counter() - began
 
+    def _look(self, trainer: Any, pl_module: Any, left_out: bool) -> None:
+        again = self._updates > 0 and not pl_module.automatic_optimization  # LBFGS evaluates the loss anew
+        step = self.step - (self._updates > 0)
+        fault = self._guard.look(
+            step,
+            pl_module,
+            lambda: pending_step(trainer, pl_module, loss_fn=self.loss_fn),
+            ranks=self._ranks,
+            left_out=left_out,
+            moved="an earlier update of the same batch has moved the parameters" if again else None,
+        )
+        if fault is not None:
+            self._fault = self.monitor.add(Observation(step, {}), {"stability/nonfinite_step": float(step)})
+
     def _observe(self, trainer: Any, pending: PendingStep, optimizer: Any) -> Observation | None:
         if self.probe_samples is not None:
             sizes = [batch_size(part.batch) or self.probe_samples for part in pending.parts]
@@ -272,6 +303,7 @@ class StabilityMonitor(Callback):
             keep=self.monitor.keeps,
             probes=probe_set(trainer, self.probes, pending) if self.probes.wanted else None,
             schedulers=schedulers(trainer, optimizer),
+            scale=loss_scale(trainer),
             seed=self.seed,
         )
         # Under manual optimisation nobody need have told us the loss.
@@ -296,6 +328,9 @@ class StabilityMonitor(Callback):
             self._publish(trainer, observation)
             for subscriber in self.subscribers:
                 subscriber.receive(trainer, observation)
+        if self._fault is not None:
+            self._publish(trainer, self._fault)
+            self._fault = None
         if self.subscribers:
             self._judge(trainer, outputs)
         if self._measured_at is not None:  # the tensor that lies in callback_metrics: reading that dict is dear
@@ -388,7 +423,7 @@ class StabilityMonitor(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         # StabilityReport says it below its table.
         if not any(getattr(callback, "says_verdict", False) for callback in trainer.callbacks):
-            rank_zero_info(verdict(self.history))
+            rank_zero_info(verdict(self.history, self.monitor.ended_by))
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self.monitor.cut_trace()

@@ -83,7 +83,10 @@ class StabilityReport(Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         steps, values = self._losses.read()
         report.figure(history, (steps, values), self._events(trainer, steps, values)).savefig(path)
-        sentences = (report.verdict(history), f"lsp_callbacks: the picture of this run is {path}")
+        sentences = (
+            report.verdict(history, self._source.monitor.ended_by),
+            f"lsp_callbacks: the picture of this run is {path}",
+        )
         drawn = [q for q in self._source.monitor.quantities.values() if q.picture and q.update_count]
         pictures = [self._drawn(q, trainer, path.with_name(f"{path.stem}_{q.picture}.png")) for q in drawn]
         report.show(*[report.table(history)] * self.table, *sentences, *pictures)

@@ -6,6 +6,7 @@ from lsp_callbacks.functional.batch_sharpness import BatchSharpness, batch_sharp
 from lsp_callbacks.functional.condition import condition, condition_lower, loss_condition_lower
 from lsp_callbacks.functional.diagram import CriticalRate, StabilityDiagram, critical_lr, stability_diagram
 from lsp_callbacks.functional.dissipation import Dissipation, dissipation
+from lsp_callbacks.functional.first_fault import Fault, first_fault
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.functional.gradient_noise import GradientNoise, batch_variance, gradient_noise
 from lsp_callbacks.functional.gains import Gains, gains
@@ -15,6 +16,7 @@ from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_mod
 from lsp_callbacks.functional.marchenko_pastur import MarchenkoPastur, cumulative, density, fit_marchenko_pastur
 from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr, second_moment, second_moment_exponent
 from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce, regularity
+from lsp_callbacks.functional.numerics import NumericRange, headroom, lost_share, numeric_range
 from lsp_callbacks.functional.residual import ResidualStability, residual_stability
 from lsp_callbacks.functional.robbins_monro import PowerLaw, RobbinsMonro, robbins_monro
 from lsp_callbacks.functional.sgd_law import NoiseFit, SGDLaw, fit_noise, sgd_law
@@ -39,6 +41,7 @@ __all__ = [
     "Dissipation",
     "Edge",
     "Exponent",
+    "Fault",
     "FrozenSGD",
     "GradientNoise",
     "MarchenkoPastur",
@@ -50,6 +53,7 @@ __all__ = [
     "Modes",
     "NoiseFit",
     "PowerLaw",
+    "NumericRange",
     "ResidualStability",
     "RobbinsMonro",
     "SGDLaw",
@@ -77,6 +81,7 @@ __all__ = [
     "finite_time_exponents",
     "fit_noise",
     "fit_marchenko_pastur",
+    "first_fault",
     "frozen_sgd",
     "gains",
     "gd_critical_lr",
@@ -87,8 +92,12 @@ __all__ = [
     "lipschitz_upper",
     "log_sum",
     "loss_condition_lower",
+    "headroom",
+    "log_sum",
+    "lost_share",
     "lyapunov_exponents",
     "mean_square_lr",
+    "numeric_range",
     "plane_exponent",
     "reduce",
     "regularity",

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.cadence import MODELLED
+from lsp_callbacks.guard import Guard
 from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.quantities import build
+from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import untouched
 from lsp_callbacks.snapshot import Clipping, Snapshot
 from lsp_callbacks.step import LossFn, PendingStep, identical, never, witnessed
@@ -97,6 +99,7 @@ class Watch:
         self._required = False
         self._pending: PendingStep | None = None
         self._observation: Observation | None = None
+        self._guard = Guard(self.monitor)
         self._gradients: list[tuple[Tensor, Tensor]] = []
         self._seen: Tensor | None = None
         self._hooks = (
@@ -123,11 +126,13 @@ class Watch:
             self._require()
         if self.batches in (0, self.accumulate):  # the second: a gradient scaler left the last update out
             self.batches, self._pending, self._seen = 0, None, None
+            self._guard.begin()
             if self.monitor.wants(self.step):
                 with self.monitor.harmless("the step could not be kept for a replay"):
                     self._pending = PendingStep(self.module)
         self.batches += 1
         self.probes.add(batch)
+        self._guard.add(batch, self._loss)
         if self._pending is not None:
             self._pending.add(batch, self._loss)
 
@@ -199,7 +204,13 @@ class Watch:
                 None, "optimizer.step(closure) finds its gradient after our look at it: call backward before step()"
             )
         self.monitor.record(self.step, self._seen, self.optimizer, self.module)
+        fault = None
+        with self.monitor.harmless("whether the step is finite could not be told"):
+            fault = self._guard.look(self.step, self.module, lambda: PendingStep(self.module), ranks=Ranks())
         self._measure()
+        if fault is not None:
+            seen = self._observation or Observation(self.step, {})
+            self._observation = self.monitor.add(seen, {"stability/nonfinite_step": float(self.step)})
         if any(p.grad is None or not identical(p.grad, gradient) for p, gradient in self._gradients):
             self._observation = self.monitor.disown_update(
                 self._observation, "the gradient was changed after Watch.measure()"

@@ -9,6 +9,7 @@ from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.batch_sharpness import BatchSharpness
 from lsp_callbacks.quantities.dissipation import Dissipation
 from lsp_callbacks.quantities.lyapunov import Lyapunov, LyapunovTrajectory
+from lsp_callbacks.quantities.numerics import Numerics
 from lsp_callbacks.quantities.residual_cfl import ResidualCFL
 from lsp_callbacks.quantities.sgd_law import SGDLaw
 from lsp_callbacks.quantities.sgd_stability import SGDStability
@@ -31,6 +32,7 @@ REGISTRY: dict[str, type[Quantity]] = {
         SGDLaw,
         SpectralDensity,
         SignalPropagation,
+        Numerics,
     )
 }
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -48,6 +50,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "sgd_law",
         "spectral_density",
         "signal_propagation",
+        "numerics",
     ),
 }
 
@@ -94,6 +97,7 @@ __all__ = [
     "Dissipation",
     "Lyapunov",
     "LyapunovTrajectory",
+    "Numerics",
     "Quantity",
     "ResidualCFL",
     "SGDLaw",

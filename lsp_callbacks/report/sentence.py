@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.monitor import Curve
 from lsp_callbacks.report.series import AVERAGE, averaged, latest, readings
 
@@ -12,8 +13,17 @@ from lsp_callbacks.report.series import AVERAGE, averaged, latest, readings
 #: its curvature, and healthy training with small batches 1.8 by the stochastic number (see ``benchmarks/``).
 EDGE, EDGE_SGD = (0.9, 1.2), (0.9, 2.0)
 
+#: What to do about a fault, by where it was.
+REMEDIES = {
+    "forward": "keep that operation's input in its domain (clamp, eps, a mask before it), or compute it in float32",
+    "backward": "keep that operation's input from where its derivative is infinite, by a clamp or a mask before it",
+    "batch": "look at the data, or leave out what is not finite",
+    "weights": "the update before made it: lower the learning rate, or clip the gradient",
+    "unknown": "try torch.autograd.set_detect_anomaly(True)",
+}
 
-def verdict(history: Mapping[str, Curve]) -> str:
+
+def verdict(history: Mapping[str, Curve], fault: Fault | None = None) -> str:
     """How stable the training was when it ended, why, and what to do.
 
     It speaks of *linear* stability: whether the linearised update amplifies. Where the stochastic Courant number was
@@ -24,6 +34,7 @@ def verdict(history: Mapping[str, Curve]) -> str:
 
     Args:
         history: of the `StabilityMonitor`.
+        fault: that ended the run in NaN or Inf, if one did: it is named first.
 
     Example:
         >>> from lsp_callbacks import Curve
@@ -39,7 +50,10 @@ def verdict(history: Mapping[str, Curve]) -> str:
         >>> print(verdict({}))
         lsp_callbacks: stability was not measured: no measurement was completed; train longer, or measure more often.
     """
-    return f"lsp_callbacks: {_judge(history)}."
+    if fault is None:
+        return f"lsp_callbacks: {_judge(history)}."
+    before = f". Stability: {_judge(history)}" if history.keys() & {"stability/courant", "stability/lyapunov"} else ""
+    return f"lsp_callbacks: not finite since step {fault.step}: {fault}; {REMEDIES[fault.where]}{before}."
 
 
 def _judge(history: Mapping[str, Curve]) -> str:
