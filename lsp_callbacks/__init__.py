@@ -4,10 +4,12 @@ from lsp_callbacks.callbacks import StabilityMonitor, StabilityReport, StopOnIns
 from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.quantities import (
     BatchSharpness,
+    LeaveOneOut,
     Lyapunov,
     LyapunovTrajectory,
     Quantity,
     ResidualCFL,
+    Robustness,
     SGDStability,
     Sharpness,
     SpectralNorm,
@@ -17,6 +19,7 @@ from lsp_callbacks.snapshot import ProbeSet, Snapshot, Unmeasurable
 __all__ = [
     "BatchSharpness",
     "Curve",
+    "LeaveOneOut",
     "Lyapunov",
     "LyapunovTrajectory",
     "Monitor",
@@ -24,6 +27,7 @@ __all__ = [
     "ProbeSet",
     "Quantity",
     "ResidualCFL",
+    "Robustness",
     "SGDStability",
     "Sharpness",
     "Snapshot",

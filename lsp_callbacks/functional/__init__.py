@@ -3,10 +3,12 @@
 from lsp_callbacks.functional.batch_sharpness import BatchSharpness, batch_sharpness, curvature_along_gradient
 from lsp_callbacks.functional.diagram import CriticalRate, StabilityDiagram, critical_lr, stability_diagram
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
+from lsp_callbacks.functional.leave_one_out import LeaveOneOut, data_response, leave_one_out
 from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_mode_exponent, sharp_plane
 from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr, second_moment, second_moment_exponent
 from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce, regularity
 from lsp_callbacks.functional.residual import ResidualStability, residual_stability
+from lsp_callbacks.functional.robustness import Sensitivity, sensitivity
 from lsp_callbacks.functional.sgd_stability import (
     Exponent,
     finite_time_exponents,
@@ -25,19 +27,23 @@ __all__ = [
     "Edge",
     "Exponent",
     "FrozenSGD",
+    "LeaveOneOut",
     "Modes",
     "ResidualStability",
+    "Sensitivity",
     "StabilityDiagram",
     "UpdateRule",
     "batch_means",
     "batch_sharpness",
     "critical_lr",
     "curvature_along_gradient",
+    "data_response",
     "edge",
     "finite_time_exponents",
     "frozen_sgd",
     "gd_critical_lr",
     "gd_exponent",
+    "leave_one_out",
     "log_sum",
     "lyapunov_exponents",
     "mean_square_lr",
@@ -48,6 +54,7 @@ __all__ = [
     "residual_stability",
     "second_moment",
     "second_moment_exponent",
+    "sensitivity",
     "sgd_exponent",
     "sharp_mode_exponent",
     "sharp_plane",

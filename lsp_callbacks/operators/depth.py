@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.linalg.operator import Product
 from lsp_callbacks.operators.curvature import double_backward
 from lsp_callbacks.operators.residual import is_candidate
 from lsp_callbacks.operators.samples import jacobian
@@ -45,12 +46,15 @@ class Depth:
         axis: of the samples in it.
         layers: ``X_1 ... X_L``. Functions called between two modules belong to the second.
         loss: of these samples.
+        module: the network, where it was in eval mode: activations that are checkpointed are computed again in a
+            product, as they were.
     """
 
     start: Tensor
     axis: int
     layers: tuple[Layer, ...]
     loss: Tensor
+    module: nn.Module | None = None
     memo: dict[tuple[int, int], LinearOperator] = field(default_factory=dict, repr=False)
 
     @property
@@ -62,8 +66,28 @@ class Depth:
         if (k, j) not in self.memo:
             from_, axis = (self.start, self.axis) if j == 0 else (self.layers[j - 1].state, self.layers[j - 1].axis)
             to = self.layers[k - 1]
-            self.memo[k, j] = jacobian(to.state, from_, axes=(to.axis, axis))
+            with self.as_it_was():
+                J = jacobian(to.state, from_, axes=(to.axis, axis))
+            self.memo[k, j] = replace(J, apply=self.recomputed(J.apply), adjoint=self.recomputed(J.T.apply))
         return self.memo[k, j]
+
+    @contextlib.contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """The mode of the forward pass: replays that came after it have put back the step's."""
+        with contextlib.ExitStack() as stack:
+            if self.module is not None:
+                stack.enter_context(evaluating(self.module))
+                stack.enter_context(double_backward(self.module))
+            yield
+
+    def recomputed(self, product: Product) -> Product:
+        """A product with the graph, in the mode of its forward pass."""
+
+        def apply(v: Tensor) -> Tensor:
+            with self.as_it_was():
+                return product(v)
+
+        return apply
 
 
 def depth(snapshot: Snapshot, *, samples: int = 4) -> Depth:
@@ -95,15 +119,46 @@ class _Call:
 
 
 def _depth(snapshot: Snapshot, samples: int) -> Depth:
-    start: list[Tensor] = []
-    root = _Call("", snapshot.module)
-    with evaluating(snapshot.module), double_backward(snapshot.module), _recorded(snapshot.module, root, start):
-        loss, size = (snapshot.replay(), None) if snapshot.sample is None else snapshot.sample(samples)
+    found = states(snapshot, samples=samples)
+    _check_samples(found)
+    return found
+
+
+def states(
+    snapshot: Snapshot, *, samples: int | None = None, axis: int | None = None, start: Tensor | None = None
+) -> Depth:
+    """As `depth`, of the step as it was or with another input; whether samples mix is not checked.
+
+    Args:
+        snapshot: a step.
+        samples: None replays the whole step in its own mode: dropout, batch statistics and all.
+        axis: of the samples in ``X_0``, where it is known.
+        start: takes the place of ``X_0``.
+
+    Raises:
+        Unmeasurable: as `depth`.
+
+    Cost: a forward pass.
+    """
+    given = [] if start is None else [start.detach().clone().requires_grad_()]
+    root, found = _Call("", snapshot.module), list[Tensor]()
+    with contextlib.ExitStack() as stack:
+        if samples is not None:
+            stack.enter_context(evaluating(snapshot.module))
+        stack.enter_context(double_backward(snapshot.module))
+        stack.enter_context(_recorded(snapshot.module, root, found, given))
+        whole = samples is None or snapshot.sample is None
+        loss, size = (snapshot.replay(), None) if whole else snapshot.sample(samples)  # type: ignore[misc, arg-type]
+    module = None if samples is None else snapshot.module
+    return replace(_read(root, found, loss, size, axis), module=module, memo={})
+
+
+def _read(root: _Call, start: list[Tensor], loss: Tensor, size: int | None, axis: int | None) -> Depth:
     if not start:
         raise Unmeasurable("no module received or returned a floating-point tensor: depth begins nowhere")
     (x,) = start
-    count = x.shape[0] if size is None else size
-    axis = _axis(x, count)
+    count = x.shape[axis or 0] if size is None else size
+    axis = _axis(x, count) if axis is None else axis
     if axis is None:
         raise Unmeasurable(f"of {count} samples the network's first input is {tuple(x.shape)}: which are they?")
     layers: list[Layer] = []
@@ -123,9 +178,7 @@ def _depth(snapshot: Snapshot, samples: int) -> Depth:
             layers[-1] = Layer(last.name, (*last.modules, call.name), y, at)
     if not layers:
         raise Unmeasurable("no module with a weight matrix depends on the first input: there is no depth to measure")
-    found = Depth(x, axis, tuple(layers), loss)
-    _check_samples(found)
-    return found
+    return Depth(x, axis, tuple(layers), loss)
 
 
 def _axis(tensor: Tensor, samples: int, first: int = 0) -> int | None:
@@ -183,15 +236,15 @@ class _Reached:
 
 
 @contextlib.contextmanager
-def _recorded(module: nn.Module, root: _Call, start: list[Tensor]) -> Iterator[None]:
-    """Keeps the tree of calls, and puts a leaf in the place of the first floating-point tensor."""
+def _recorded(module: nn.Module, root: _Call, start: list[Tensor], given: list[Tensor]) -> Iterator[None]:
+    """Keeps the tree of calls, and puts a leaf (``given``, or a copy) where the first floating-point tensor was."""
     open_calls = [root]
 
     def leaf(value: Any) -> Any:
         leaves, spec = tree_flatten(value)
         for i, one in enumerate(leaves):
             if isinstance(one, Tensor) and one.is_floating_point() and one.ndim > 1 and not start:
-                start.append(one.detach().clone().requires_grad_())
+                start.extend(given or [one.detach().clone().requires_grad_()])
                 leaves[i] = start[0].clone()  # what comes may work in place on it
         return tree_unflatten(leaves, spec)
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.batch_sharpness import BatchSharpness
+from lsp_callbacks.quantities.leave_one_out import LeaveOneOut
 from lsp_callbacks.quantities.lyapunov import Lyapunov, LyapunovTrajectory
 from lsp_callbacks.quantities.residual_cfl import ResidualCFL
+from lsp_callbacks.quantities.robustness import Robustness
 from lsp_callbacks.quantities.sgd_stability import SGDStability
 from lsp_callbacks.quantities.sharpness import Sharpness
 from lsp_callbacks.quantities.spectral_norm import SpectralNorm
@@ -23,6 +25,8 @@ REGISTRY: dict[str, type[Quantity]] = {
         Lyapunov,
         LyapunovTrajectory,
         BatchSharpness,
+        Robustness,
+        LeaveOneOut,
     )
 }
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -36,6 +40,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "lyapunov",
         "lyapunov_trajectory",
         "batch_sharpness",
+        "robustness",
+        "leave_one_out",
     ),
 }
 
@@ -79,10 +85,12 @@ __all__ = [
     "PRESETS",
     "REGISTRY",
     "BatchSharpness",
+    "LeaveOneOut",
     "Lyapunov",
     "LyapunovTrajectory",
     "Quantity",
     "ResidualCFL",
+    "Robustness",
     "SGDStability",
     "Sharpness",
     "SpectralNorm",
