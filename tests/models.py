@@ -359,7 +359,7 @@ class Case:
 
 def refused(reason: str) -> dict[str, str]:
     """All that takes Hessian products."""
-    return dict.fromkeys(("sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness"), reason)
+    return dict.fromkeys(("sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "leave_one_out"), reason)
 
 
 image: dict[str, Any] = {"shape": (1, 8, 8), "blocks": True}
@@ -419,5 +419,5 @@ CASES = {
         left_out={"sgd_stability": "several optimizers"} | refused("several optimizers"), trainer={"max_steps": 8},
     ),
     "hopeless": Case(Closure, failed={"spectral_norm": "the original", "residual_cfl": "the original",
-                     "sgd_stability": "the original"} | refused("the original")),
+                     "robustness": "the original", "sgd_stability": "the original"} | refused("the original")),
 }  # fmt: skip

@@ -30,6 +30,8 @@ QUANTITIES = {
     "lyapunov": ("window", "average", "method"),
     "lyapunov_trajectory": ("k", "transient", "window", "method"),
     "batch_sharpness": ("rtol", "most", "method"),
+    "robustness": ("samples", "size"),
+    "leave_one_out": ("samples", "window", "method"),
 }
 
 

@@ -20,6 +20,7 @@ SETTINGS = {
     "lyapunov": {"window": 2},
     "sgd_stability": {"probes": 6, "chains": 4, "steps": 40},
     "lyapunov_trajectory": {"k": 2, "transient": 1, "window": 40},
+    "leave_one_out": {"samples": 2, "window": 2},
 }
 every_quantity = pytest.mark.parametrize("name", REGISTRY)
 
@@ -114,7 +115,7 @@ def test_state_survives_a_checkpoint(name):
     fresh_box.load_state_dict(copy.deepcopy(state))
     assert same(fresh_box.state_dict(), state)
     assert fresh.update_count == metric.update_count == 3 * (metric.prepare + metric.window)
-    persistent = {"sharpness", "sgd_stability", "lyapunov", "lyapunov_trajectory"}
+    persistent = {"robustness", "leave_one_out", "sharpness", "sgd_stability", "lyapunov", "lyapunov_trajectory"}
     if name in persistent:
         assert same(fresh.compute(), metric.compute())
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lsp_callbacks.arguments import choice, whole
 from lsp_callbacks.functional.leave_one_out import leave_one_out, responded
-from lsp_callbacks.operators.curvature import Method, product_cost, resolved
+from lsp_callbacks.operators.curvature import Method, label, path_taken, product_cost, resolved
 from lsp_callbacks.operators.footprint import product_memory
 from lsp_callbacks.operators.shares import Shares, shares
 from lsp_callbacks.operators.training import state_blocks, step_jacobian, step_response, tangent_path
@@ -68,6 +68,7 @@ class LeaveOneOut(Quantity):
         self.samples, self.window, self.full_batch = samples, window, full_batch
         self.method: Method = choice("method", method, *get_args(Method))
         self._frame: dict[str, Any] = {}
+        self._path = ""
         size = len(self.keys) + len(self.optional)
         self.add_state("values", default=torch.full((size,), torch.nan, dtype=torch.float64), persistent=True)
 
@@ -84,6 +85,9 @@ class LeaveOneOut(Quantity):
         blocks = 1 + (len(state_blocks(snapshot)) if tangent_path(snapshot) == "exact" else 2)
         return product_memory(snapshot, self.method, self.samples * (3 * blocks + 2))
 
+    def path(self, snapshot: Snapshot) -> str:
+        return self._path or label("exact", snapshot)
+
     def update(self, snapshot: Snapshot) -> None:
         """Takes samples out, pushes the responses through one more step, or reads them; a gap starts again."""
         self.complete = False
@@ -98,6 +102,8 @@ class LeaveOneOut(Quantity):
         share = self._again(snapshot, frame["known"]) if self.full_batch else None
         jacobian = step_jacobian(snapshot, method=frame["method"])
         state = responded(frame["state"], jacobian, step_response(snapshot), share)
+        own = ", finite difference of step" if tangent_path(snapshot) != "exact" else ""
+        self._path = path_taken(snapshot, frame["method"]) + own
         self._frame = frame | {"state": state, "count": frame["count"] + 1, "step": snapshot.step}
 
     def _begin(self, snapshot: Snapshot) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Robustness(Quantity):
 
     def __init__(self, samples: int = 4, size: float = 1e-2):
         super().__init__()
-        whole("samples", samples, 1), number("size", size, above=0)
+        whole("samples", samples, 1), number("size", size, above=0, most=1.0)
         self.samples, self.size = samples, size
         length = len(self.keys) + len(self.optional)
         self.add_state("values", default=torch.full((length,), torch.nan, dtype=torch.float64), persistent=True)
