@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models import Once, Twice
 from problems import close, f64, freeze, random, seeded
 from torch import nn
 from torch.func import functional_call, hessian, jacrev
@@ -169,6 +170,24 @@ def test_what_is_not_finite_is_refused():
     unchecked = freeze(task, loss=None)
     with pytest.raises(Unmeasurable, match="not finite"):
         Robustness().update(unchecked)
+
+
+class Halved(nn.Module):
+    """A function between the weight and its use, off the way from the input."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.function = nn.Linear(4, 3), function
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.function.apply(self.layer.weight)) + 0 * self.layer(x)
+
+
+def test_custom_functions_are_trusted_with_no_second_derivative():
+    found = measured(Task(Halved(Twice)))
+    assert "explanation" not in found and "explanation_lower" in found and found["kinked"] == 0.0
+    with pytest.raises(Unmeasurable, match="contradict its gradients"):
+        measured(Task(Halved(Once)))
 
 
 def test_half_precision_has_no_lower_bounds():

@@ -36,7 +36,7 @@ def everything(**arguments):
     trajectory, batches = Short(transient=0), BatchSharpness(most=8)
     trajectory.window, batches.most = 2, 2
     short = {
-        q.name: q for q in (trajectory, batches, SGDStability(probes=8, chains=2, steps=20), LeaveOneOut(2, window=1))
+        q.name: q for q in (trajectory, batches, SGDStability(probes=8, chains=2, steps=20), LeaveOneOut(2, window=2))
     }
     settings = {"lyapunov": {"window": 1, "average": 3}}
     quantities = [short.get(name) or build(name, **settings)[0][0] for name in REGISTRY]

@@ -15,7 +15,7 @@ from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.linalg.operator import Product
 from lsp_callbacks.operators.curvature import double_backward
 from lsp_callbacks.operators.residual import is_candidate
-from lsp_callbacks.operators.samples import jacobian
+from lsp_callbacks.operators.samples import check_adjoint, jacobian
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, evaluating
 
 
@@ -187,12 +187,15 @@ def _axis(tensor: Tensor, samples: int, first: int = 0) -> int | None:
 
 
 def _check_samples(found: Depth) -> None:
-    """One sample moves alone, and no other may follow."""
+    """One sample moves alone, and no other may follow; and forward products agree with adjoint ones."""
     J = found.jacobian(len(found.layers))
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(found.samples, J.shape[1], generator=generator, dtype=J.dtype).to(J.device)
+    w = torch.randn(found.samples, J.shape[0], generator=generator, dtype=J.dtype).to(J.device)
+    v = J.T @ w
     v[1:] = 0
-    moved = torch.linalg.vector_norm(J @ v, dim=-1)
+    y = J @ v
+    check_adjoint((w * y).sum(), v.square().sum())
+    moved = torch.linalg.vector_norm(y, dim=-1)
     if bool((moved[1:] > 1e-4 * moved[0]).any()):
         raise Unmeasurable(
             "one sample's input changes another's output, also in eval mode (a norm over the batch, or a batch axis "

@@ -10,7 +10,7 @@ from torch import Tensor
 from lsp_callbacks.graph import Graph, read
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.depth import Depth, depth, states
-from lsp_callbacks.operators.samples import Rows
+from lsp_callbacks.operators.samples import Rows, check_adjoint
 from lsp_callbacks.snapshot import Snapshot, flatten
 
 
@@ -131,6 +131,10 @@ def _by_parameters(tensor: Tensor, rows: Rows, at: Explanation) -> LinearOperato
     def adjoint(w: Tensor) -> Tensor:
         return pulled(rows.back(w.view(rows.samples, -1)), False).to(rows.dtype)
 
+    if at.graph.custom:
+        w = torch.randn(tensor.numel(), generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
+        v = adjoint(w.to(tensor.device))
+        check_adjoint((w * forward(v).cpu()).sum(), v.square().sum().cpu())
     shape = (tensor.numel(), pullback.numel())
     apply, transposed = at.states.recomputed(forward), at.states.recomputed(adjoint)
     return LinearOperator(shape, apply, transposed, dtype=rows.dtype, device=tensor.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.unmeasurable import Unmeasurable
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,20 @@ def jacobian(outputs: Tensor, inputs: Tensor, *, axes: tuple[int, int] = (0, 0))
     return LinearOperator(
         (out.length, into.length), forward, adjoint, batch=(into.samples,), dtype=into.dtype, device=inputs.device
     )
+
+
+def check_adjoint(forward: Tensor, adjoint: Tensor) -> None:
+    """``w . J v = v . v`` for ``v = J^T w``: a backward that cannot be differentiated loses J v without a word.
+
+    Args:
+        forward: the left side.
+        adjoint: the right side.
+
+    Raises:
+        Unmeasurable: where they differ by more than half precision does.
+    """
+    if bool((forward - adjoint).abs() > 0.1 * adjoint):
+        raise Unmeasurable(
+            "forward products with the network's Jacobian contradict its gradients: the backward of some custom "
+            "autograd.Function cannot be differentiated (once_differentiable); write it in operations that can"
+        )
