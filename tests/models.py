@@ -368,6 +368,7 @@ def unprobed(reason: str) -> dict[str, str]:
     return dict.fromkeys(
         ("sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "spectral_density"), reason
     )
+    return dict.fromkeys(("sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "leave_one_out"), reason)
 
 
 image: dict[str, Any] = {"shape": (1, 8, 8), "blocks": True}
@@ -397,7 +398,7 @@ CASES = {
     "compiled": Case(lambda: compiled("aot_eager"), "finite difference, uncompiled"),
     "spectral_norm": Case(lambda: parametrised(parametrizations.spectral_norm), EXACT, kernel=ROWS),
     "weight_norm": Case(lambda: parametrised(parametrizations.weight_norm), kernel=ROWS),
-    "sparse": Case(lambda: Model(Bag())),
+    "sparse": Case(lambda: Model(Bag()), failed=dict.fromkeys(("robustness", "leave_one_out"), "no depth to measure")),
     "dictionary": Case(Dictionary),
     "mixup": Case(lambda: Mixup(mlp()), left_out=unprobed("outputs and targets cannot be told")),
     "uneven_last_batch": Case(Model, loader={"n": 21, "drop_last": False}),
@@ -415,8 +416,10 @@ CASES = {
     ),
     "twice_differentiable": Case(lambda: custom(Twice)),
     "twice_differentiable_relu": Case(lambda: custom(Twice, nn.ReLU()), EXACT),
-    "once_differentiable": Case(lambda: custom(Once)),
-    "once_differentiable_relu": Case(lambda: custom(Once, nn.ReLU()), failed=refused("backward of Once")),
+    "once_differentiable": Case(lambda: custom(Once), failed={"robustness": "contradict its gradients"}),
+    "once_differentiable_relu": Case(
+        lambda: custom(Once, nn.ReLU()), failed=refused("backward of Once") | {"robustness": "contradict its gradients"}
+    ),
     "detached_relu": Case(lambda: custom(Detached, nn.ReLU()), failed=refused("backward of Detached")),
     "fused_loss": Case(lambda: Fused(mlp()), left_out=unprobed("do not reach the parameters")),
     "changed_gradient": Case(
@@ -428,4 +431,5 @@ CASES = {
     ),
     "hopeless": Case(Closure, failed={"spectral_norm": "the original", "residual_cfl": "the original",
                      "sgd_stability": "the original", "numerics": "the original"} | refused("the original")),
+                     "robustness": "the original", "sgd_stability": "the original"} | refused("the original")),
 }  # fmt: skip

@@ -33,6 +33,8 @@ QUANTITIES = {
     "dissipation": ("length", "energies", "reference"),
     "sgd_law": ("probes", "reference", "products", "method", "most_rows"),
     "spectral_density": ("probes", "steps", "method"),
+    "robustness": ("samples", "size"),
+    "leave_one_out": ("samples", "window", "method"),
 }
 
 

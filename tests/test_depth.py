@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Transformer, cnn
+from models import Checkpointed, Custom, Once, Transformer, Twice, cnn
 from problems import close, freeze, random, seeded
 from torch import nn
 from torch.func import jacrev
@@ -135,6 +135,21 @@ def test_samples_that_mix_are_refused():
         found(nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8), 1), 5, 3, 4)  # axis 0 are positions here
     with pytest.raises(Unmeasurable, match="no depth"):
         found(nn.BatchNorm1d(4), 5, 4)
+
+
+def test_forward_products_that_a_custom_function_loses_are_refused():
+    """The derivative of a once-differentiable backward is 0 without a word, also along its cotangent."""
+    net = lambda function: nn.Sequential(nn.Linear(4, 5), Custom(function), nn.Linear(5, 3))  # noqa: E731
+    task, states = found(net(Twice), 5, 4)
+    close(states.jacobian(2).dense()[0], torch.autograd.functional.jacobian(task.net, task.x[0]), 1e-12)
+    with pytest.raises(Unmeasurable, match="in the network cannot be differentiated"):
+        found(net(Once), 5, 4)
+
+
+def test_checkpointed_activations_are_computed_again_in_eval_mode():
+    """A product comes after the replay, when the network is back in the mode of training: there is dropout inside."""
+    kept, again = (found(Checkpointed(reentrant), 5, 6)[1] for reentrant in (None, False))
+    close(again.jacobian(len(again.layers)).dense(), kept.jacobian(len(kept.layers)).dense(), 1e-12)
 
 
 @pytest.mark.parametrize("make", [Model, lambda: Model(cnn()), lambda: Model(Transformer(nn.ReLU()))])

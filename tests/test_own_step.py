@@ -8,9 +8,9 @@ import torch
 from problems import Quadratic, Regression, close, f64, freeze, random, same, symmetric, take, tanh_mlp, trajectory
 
 from lsp_callbacks import Lyapunov, LyapunovTrajectory, SGDStability, Sharpness, Unmeasurable
-from lsp_callbacks.linalg import push
+from lsp_callbacks.linalg import LinearOperator, push
 from lsp_callbacks.operators import hessian, step_jacobian, tangent_path
-from lsp_callbacks.operators.own_step import own_step_jacobian
+from lsp_callbacks.operators.own_step import own_step_tangent
 from lsp_callbacks.operators.training import clipped_gradient
 from lsp_callbacks.snapshot import Clipping
 
@@ -98,7 +98,9 @@ def small():
 
 
 def own_jacobian(snapshot):
-    return own_step_jacobian(snapshot, lambda v: hessian(snapshot, method="exact") @ v, clipped_gradient(snapshot))
+    tangent, size = own_step_tangent(snapshot, clipped_gradient(snapshot))
+    H = hessian(snapshot, method="exact")
+    return LinearOperator((size, size), lambda z: tangent(z, H @ z[: H.shape[0]]), dtype=H.dtype)
 
 
 @pytest.mark.parametrize("steps", [0, 3])

@@ -21,6 +21,7 @@ SETTINGS = {
     "sgd_stability": {"probes": 6, "chains": 4, "steps": 40},
     "lyapunov_trajectory": {"k": 2, "transient": 1, "window": 40},
     "sgd_law": {"probes": 6, "products": 8},
+    "leave_one_out": {"samples": 2, "window": 2},
 }
 every_quantity = pytest.mark.parametrize("name", REGISTRY)
 
@@ -130,6 +131,7 @@ def test_state_survives_a_checkpoint(name):
     assert fresh.update_count == metric.update_count == 3 * (metric.prepare + metric.window)
     persistent = {"sharpness", "sgd_stability", "lyapunov", "lyapunov_trajectory", "dissipation", "sgd_law"}
     persistent = {"sharpness", "sgd_stability", "lyapunov", "lyapunov_trajectory", "spectral_density"}
+    persistent = {"robustness", "leave_one_out", "sharpness", "sgd_stability", "lyapunov", "lyapunov_trajectory"}
     if name in persistent:
         assert same(fresh.compute(), metric.compute())
 

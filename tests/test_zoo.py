@@ -16,6 +16,8 @@ from lsp_callbacks.quantities import (
     Dissipation,
     LyapunovTrajectory,
     SGDLaw,
+    LeaveOneOut,
+    LyapunovTrajectory,
     SGDStability,
     build,
 )
@@ -48,6 +50,8 @@ def everything(**arguments):
     short["dissipation"].least = 3
     short = {
         q.name: q for q in (trajectory, batches, SGDStability(probes=8, chains=2, steps=20), SpectralDensity(steps=6))
+    short = {
+        q.name: q for q in (trajectory, batches, SGDStability(probes=8, chains=2, steps=20), LeaveOneOut(2, window=2))
     }
     settings = {"lyapunov": {"window": 1, "average": 3}}
     quantities = [short.get(name) or build(name, **settings)[0][0] for name in REGISTRY]

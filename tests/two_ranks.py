@@ -17,6 +17,7 @@ from zoo import CLASSES, FEATURES, Losses, Model, fit, mlp
 
 from lsp_callbacks import BatchSharpness, Dissipation, SGDLaw, Snapshot, StabilityMonitor, StopOnInstability
 from lsp_callbacks import BatchSharpness, Snapshot, SpectralDensity, StabilityMonitor, StopOnInstability
+from lsp_callbacks import BatchSharpness, LeaveOneOut, Snapshot, StabilityMonitor, StopOnInstability
 from lsp_callbacks.callbacks.adapter import mean_loss
 from lsp_callbacks.operators import hessian
 from lsp_callbacks.ranks import Ranks
@@ -106,6 +107,10 @@ def quantities():
         BatchSharpness(most=8),
         SpectralDensity(steps=8),
     ]
+    return [
+        "spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", BatchSharpness(most=8), "robustness",
+        LeaveOneOut(2, window=2),
+    ]  # fmt: skip
 
 
 # -- the processes ---------------------------------------------------------------------------------------------------

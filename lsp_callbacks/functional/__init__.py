@@ -8,9 +8,10 @@ from lsp_callbacks.functional.diagram import CriticalRate, StabilityDiagram, cri
 from lsp_callbacks.functional.dissipation import Dissipation, dissipation
 from lsp_callbacks.functional.first_fault import Fault, first_fault
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
-from lsp_callbacks.functional.gradient_noise import GradientNoise, batch_variance, gradient_noise
 from lsp_callbacks.functional.gains import Gains, gains
+from lsp_callbacks.functional.gradient_noise import GradientNoise, batch_variance, gradient_noise
 from lsp_callbacks.functional.kurtosis import excess_kurtosis
+from lsp_callbacks.functional.leave_one_out import LeaveOneOut, data_response, leave_one_out
 from lsp_callbacks.functional.lipschitz import Uncertified, layer_lipschitz, lipschitz_lower, lipschitz_upper
 from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_mode_exponent, sharp_plane
 from lsp_callbacks.functional.marchenko_pastur import MarchenkoPastur, cumulative, density, fit_marchenko_pastur
@@ -19,6 +20,7 @@ from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce, regularity
 from lsp_callbacks.functional.numerics import NumericRange, headroom, lost_share, numeric_range
 from lsp_callbacks.functional.residual import ResidualStability, residual_stability
 from lsp_callbacks.functional.robbins_monro import PowerLaw, RobbinsMonro, robbins_monro
+from lsp_callbacks.functional.robustness import Sensitivity, sensitivity
 from lsp_callbacks.functional.sgd_law import NoiseFit, SGDLaw, fit_noise, sgd_law
 from lsp_callbacks.functional.sgd_stability import (
     Exponent,
@@ -31,7 +33,6 @@ from lsp_callbacks.functional.sharpness import Edge, edge, sharpness, stability_
 from lsp_callbacks.functional.spectral_density import Spectrum, spectral_density
 from lsp_callbacks.functional.spectral_norm import log_sum, spectral_norm
 from lsp_callbacks.functional.statistics import batch_means, fieller, student_bounds, student_quantile
-from lsp_callbacks.functional.statistics import batch_means, student_bounds, student_quantile
 from lsp_callbacks.functional.units import Units, units
 from lsp_callbacks.linalg import lyapunov_exponents
 
@@ -39,24 +40,23 @@ __all__ = [
     "BatchSharpness",
     "CriticalRate",
     "Dissipation",
+    "Drift",
     "Edge",
     "Exponent",
     "Fault",
     "FrozenSGD",
-    "GradientNoise",
-    "MarchenkoPastur",
-    "Drift",
-    "Edge",
-    "Exponent",
-    "FrozenSGD",
     "Gains",
+    "GradientNoise",
+    "LeaveOneOut",
+    "MarchenkoPastur",
     "Modes",
     "NoiseFit",
-    "PowerLaw",
     "NumericRange",
+    "PowerLaw",
     "ResidualStability",
     "RobbinsMonro",
     "SGDLaw",
+    "Sensitivity",
     "Spectrum",
     "StabilityDiagram",
     "Uncertified",
@@ -73,27 +73,28 @@ __all__ = [
     "critical_lr",
     "cumulative",
     "curvature_along_gradient",
-    "dissipation",
+    "data_response",
     "density",
+    "dissipation",
     "edge",
-    "fieller",
     "excess_kurtosis",
+    "fieller",
     "finite_time_exponents",
-    "fit_noise",
-    "fit_marchenko_pastur",
     "first_fault",
+    "fit_marchenko_pastur",
+    "fit_noise",
     "frozen_sgd",
     "gains",
     "gd_critical_lr",
     "gd_exponent",
     "gradient_noise",
+    "headroom",
     "layer_lipschitz",
+    "leave_one_out",
     "lipschitz_lower",
     "lipschitz_upper",
     "log_sum",
     "loss_condition_lower",
-    "headroom",
-    "log_sum",
     "lost_share",
     "lyapunov_exponents",
     "mean_square_lr",
@@ -106,6 +107,7 @@ __all__ = [
     "robbins_monro",
     "second_moment",
     "second_moment_exponent",
+    "sensitivity",
     "sgd_exponent",
     "sgd_law",
     "sharp_mode_exponent",

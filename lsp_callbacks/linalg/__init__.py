@@ -3,8 +3,8 @@
 from lsp_callbacks.linalg.cocycle import lyapunov_exponents, orthonormalise, push, spectral_radius
 from lsp_callbacks.linalg.krylov import Eigenpair, Ritz, lanczos, operator_norm
 from lsp_callbacks.linalg.operator import LinearOperator, from_matrix, identity_like
-from lsp_callbacks.linalg.sketch import Sketch
 from lsp_callbacks.linalg.quadrature import Quadrature, quadratures
+from lsp_callbacks.linalg.sketch import Sketch
 
 __all__ = [
     "Eigenpair",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.linalg.operator import Product
 from lsp_callbacks.operators.curvature import double_backward
 from lsp_callbacks.operators.passage import Passage, passages, units
-from lsp_callbacks.operators.samples import jacobian
+from lsp_callbacks.operators.samples import check_adjoint, jacobian
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, evaluating
 
 
@@ -43,6 +46,8 @@ class Depth:
         layers: ``X_1 ... X_L``. Functions called between two modules belong to the second.
         loss: of these samples.
         calls: of all modules, as a tree.
+        module: the network, where it was in eval mode: activations that are checkpointed are computed again in a
+            product, as they were.
     """
 
     start: Tensor
@@ -50,6 +55,7 @@ class Depth:
     layers: tuple[Layer, ...]
     loss: Tensor
     calls: Passage
+    module: nn.Module | None = None
     memo: dict[tuple[int, int], LinearOperator] = field(default_factory=dict, repr=False)
 
     @property
@@ -61,8 +67,28 @@ class Depth:
         if (k, j) not in self.memo:
             from_, axis = (self.start, self.axis) if j == 0 else (self.layers[j - 1].state, self.layers[j - 1].axis)
             to = self.layers[k - 1]
-            self.memo[k, j] = jacobian(to.state, from_, axes=(to.axis, axis))
+            with self.as_it_was():
+                J = jacobian(to.state, from_, axes=(to.axis, axis))
+            self.memo[k, j] = replace(J, apply=self.recomputed(J.apply), adjoint=self.recomputed(J.T.apply))
         return self.memo[k, j]
+
+    @contextlib.contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """The mode of the forward pass: replays that came after it have put back the step's."""
+        with contextlib.ExitStack() as stack:
+            if self.module is not None:
+                stack.enter_context(evaluating(self.module))
+                stack.enter_context(double_backward(self.module))
+            yield
+
+    def recomputed(self, product: Product) -> Product:
+        """A product with the graph, in the mode of its forward pass."""
+
+        def apply(v: Tensor) -> Tensor:
+            with self.as_it_was():
+                return product(v)
+
+        return apply
 
 
 def depth(snapshot: Snapshot, *, samples: int = 4) -> Depth:
@@ -70,14 +96,15 @@ def depth(snapshot: Snapshot, *, samples: int = 4) -> Depth:
 
     The loss is replayed in eval mode (BatchNorm by its running statistics, no dropout), so that samples do not mix. A
     layer begins with a module that holds a weight matrix, or with a residual block, told by its class name. ``X_0`` is
-    the first floating-point tensor that enters a module.
+    the first floating-point tensor that enters a module and that a layer depends on.
 
     Args:
         snapshot: a step. Without `Snapshot.sample` its whole batch is taken.
         samples: how many, at most.
 
     Raises:
-        Unmeasurable: no such tensor, no layer that depends on it, or samples that mix.
+        Unmeasurable: no such tensor, no layer that depends on it, samples that mix, or a function that cannot be
+            differentiated twice.
 
     Cost: a forward pass, and a forward product for the check, on ``samples`` samples; shared by all quantities of the
     step.
@@ -85,15 +112,58 @@ def depth(snapshot: Snapshot, *, samples: int = 4) -> Depth:
     return snapshot.once(("depth", samples), lambda: _depth(snapshot, samples))
 
 
+#: Floating-point tensors that are tried as the input of the network.
+TRIES = 3
+
+
 def _depth(snapshot: Snapshot, samples: int) -> Depth:
-    start: list[Tensor] = []
-    with evaluating(snapshot.module), double_backward(snapshot.module), passages(snapshot.module, start=start) as root:
-        loss, size = (snapshot.replay(), None) if snapshot.sample is None else snapshot.sample(samples)
+    found = states(snapshot, samples=samples)
+    _check_samples(found)
+    return found
+
+
+def states(
+    snapshot: Snapshot, *, samples: int | None = None, axis: int | None = None, start: Tensor | None = None
+) -> Depth:
+    """As `depth`, of the step as it was or with another input; whether samples mix is not checked.
+
+    Args:
+        snapshot: a step.
+        samples: None replays the whole step in its own mode: dropout, batch statistics and all.
+        axis: of the samples in ``X_0``, where it is known.
+        start: takes the place of ``X_0``.
+
+    Raises:
+        Unmeasurable: as `depth`.
+
+    Cost: a forward pass.
+    """
+    for skip in range(TRIES):  # what enters first may only be rounded to words
+        found = _begun(snapshot, samples, axis, start, skip)
+        if found is not None:
+            return found
+    raise Unmeasurable("no module with a weight matrix depends on the first input: there is no depth to measure")
+
+
+def _begun(
+    snapshot: Snapshot, samples: int | None, axis: int | None, given: Tensor | None, skip: int
+) -> Depth | None:
+    """The states from the first floating-point tensor on, but for ``skip``; None where no layer depends on it."""
+    module, start = snapshot.module, list[Tensor]()
+    with contextlib.ExitStack() as stack:
+        if samples is not None:
+            stack.enter_context(evaluating(module))
+        stack.enter_context(double_backward(module))
+        root = stack.enter_context(passages(module, start=start, given=given, skip=skip))
+        whole = samples is None or snapshot.sample is None
+        loss, size = (snapshot.replay(), None) if whole else snapshot.sample(samples)  # type: ignore[misc, arg-type]
+    if not start and skip:
+        return None
     if not start:
         raise Unmeasurable("no module received or returned a floating-point tensor: depth begins nowhere")
     (x,) = start
-    count = x.shape[0] if size is None else size
-    axis = _axis(x, count)
+    count = x.shape[axis or 0] if size is None else size
+    axis = _axis(x, count) if axis is None else axis
     if axis is None:
         raise Unmeasurable(f"of {count} samples the network's first input is {tuple(x.shape)}: which are they?")
     layers: list[Layer] = []
@@ -112,10 +182,8 @@ def _depth(snapshot: Snapshot, samples: int) -> Depth:
             last = layers[-1]
             layers[-1] = Layer(last.name, (*last.modules, call.name), y, at)
     if not layers:
-        raise Unmeasurable("no module with a weight matrix depends on the first input: there is no depth to measure")
-    found = Depth(x, axis, tuple(layers), loss, root)
-    _check_samples(found)
-    return found
+        return None
+    return Depth(x, axis, tuple(layers), loss, root, None if samples is None else module)
 
 
 def _axis(tensor: Tensor, samples: int, first: int = 0) -> int | None:
@@ -124,8 +192,9 @@ def _axis(tensor: Tensor, samples: int, first: int = 0) -> int | None:
 
 
 def _check_samples(found: Depth) -> None:
-    """One sample moves alone, and no other may follow."""
+    """One sample moves alone, and no other may follow; products forward are those of the derivative."""
     J = found.jacobian(len(found.layers))
+    check_adjoint(J, found.loss, "the network")
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(found.samples, J.shape[1], generator=generator, dtype=J.dtype).to(J.device)
     v[1:] = 0

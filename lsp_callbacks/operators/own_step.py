@@ -1,4 +1,4 @@
-"""The Jacobian of a step whose formula is not known: finite differences of the optimizer's own ``step`` on copies."""
+"""The derivative of a step whose formula is not known: finite differences of the optimizer's own ``step`` on copies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.optimizer_copy import OptimizerCopy
 from lsp_callbacks.replay import RandomState
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, split
@@ -18,29 +17,29 @@ from lsp_callbacks.snapshot import Snapshot, Unmeasurable, split
 #: Relative distance of the central differences, in float64: their error is about 1e-9 where the step is smooth.
 DISTANCE = 1e-5
 
-Change = Callable[[Tensor], Tensor]
+#: ``(z, dg) -> z'``.
+Tangent = Callable[[Tensor, Tensor], Tensor]
 
 
-def own_step_jacobian(snapshot: Snapshot, gradient_change: Change, gradient: Tensor) -> LinearOperator:
-    """``A_t`` of an optimizer whose formula is not known, by central differences of its own ``step``.
+def own_step_tangent(snapshot: Snapshot, gradient: Tensor) -> tuple[Tangent, int]:
+    """The derivative of the step of an optimizer without a formula, by central differences of its own ``step``.
 
-    ``A z = (step(z_0 + e z) - step(z_0 - e z)) / 2 e`` on deep copies of the optimizer in float64, with the gradients
-    ``g +- e dg``, e small against parameters, gradient and state alike. The state is ``z = (v, s)``: a displacement of
-    the parameters, then each float tensor of the optimizer's state by parameter and name, in its own shape. Counters
-    and numbers (shape ``()``) are not part of it. Random numbers that the step draws are the same in both copies.
+    ``(step(z_0 + e z, g + e dg) - step(z_0 - e z, g - e dg)) / 2 e`` on deep copies of the optimizer in float64, e
+    small against parameters, gradient and state alike. The state is ``z = (v, s)``: a displacement of the parameters,
+    then each float tensor of the optimizer's state by parameter and name, in its own shape. Counters and numbers
+    (shape ``()``) are not part of it. Random numbers that the step draws are the same in both copies.
 
     Args:
         snapshot: a step, with its optimizer before the update.
-        gradient_change: ``v -> dg``.
         gradient: what the optimizer sees, flat.
 
     Returns:
-        A square operator without adjoint.
+        ``(z, dg) -> z'``, and the length of z.
 
     Raises:
         Unmeasurable: if the optimizer cannot be copied, needs a closure, or its state changes shape.
 
-    Cost: one Hessian product and two optimizer steps in double precision, on copies of parameters and state.
+    Cost: two optimizer steps in double precision, on copies of parameters and state.
     """
     optimizer = snapshot.optimizer
     assert optimizer is not None
@@ -59,8 +58,8 @@ def own_step_jacobian(snapshot: Snapshot, gradient_change: Change, gradient: Ten
     start = OptimizerCopy(optimizer, parameters).read(layout)
     blocks = [n, *(torch.Size(shape).numel() for _, _, shape in layout)]
 
-    def product(z: Tensor) -> Tensor:
-        z, dg = z.double(), gradient_change(z[:n]).double()
+    def tangent(z: Tensor, change: Tensor) -> Tensor:
+        z, dg = z.double(), change.double()
         pairs = zip((*start.split(blocks), g), (*z.split(blocks), dg))
         e = DISTANCE * min((_ratio(x, dx) for x, dx in pairs if bool(dx.any())), default=1.0)
 
@@ -69,7 +68,7 @@ def own_step_jacobian(snapshot: Snapshot, gradient_change: Change, gradient: Ten
 
         return ((end(e) - end(-e)) / (2 * e)).to(gradient.dtype)
 
-    return LinearOperator((len(start),) * 2, product, dtype=gradient.dtype, device=gradient.device)
+    return tangent, len(start)
 
 
 def _ratio(x: Tensor, dx: Tensor) -> float:

@@ -95,6 +95,8 @@ def passages(
     module: nn.Module,
     *,
     start: list[Tensor] | None = None,
+    given: Tensor | None = None,
+    skip: int = 0,
     enter: Callable[[Passage], None] = lambda call: None,
     leave: Callable[[Passage], None] = lambda call: None,
 ) -> Iterator[Passage]:
@@ -104,12 +106,14 @@ def passages(
         module: all modules within it are seen, but for parametrizations of weights, and scripted ones.
         start: an empty list asks for ``X_0``, a leaf in the place of the first floating-point tensor that enters a
             module, or that one returns; it is put into the list.
+        given: takes the place of ``X_0``; None is a copy of what was there.
+        skip: so many floating-point tensors before it.
         enter: called with each before its module runs.
         leave: called with each after it.
     """
     root = Passage("", module)
     open_calls = [root]
-    waiting = start is not None
+    waiting, passed = start is not None, dict[int, Tensor]()
 
     def leaf(value: Any) -> Any:
         nonlocal waiting
@@ -117,7 +121,10 @@ def passages(
         flat, spec = tree_flatten(value)
         for i, one in enumerate(flat):
             if waiting and isinstance(one, Tensor) and one.is_floating_point() and one.ndim > 1:
-                start.append(one.detach().clone().requires_grad_())
+                passed[id(one)] = one
+                if len(passed) <= skip:
+                    continue
+                start.append((one if given is None else given).detach().clone().requires_grad_())
                 flat[i], waiting = start[0].clone(), False  # what comes may work in place on it
         return tree_unflatten(flat, spec)
 

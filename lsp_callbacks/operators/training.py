@@ -13,7 +13,7 @@ from torch import Tensor
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature import Method, hessian
 from lsp_callbacks.operators.formulas import Formula, Group, State, formula, formula_of
-from lsp_callbacks.operators.own_step import own_step_jacobian, require_smooth
+from lsp_callbacks.operators.own_step import own_step_tangent, require_smooth
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten
 
 Path = Literal["exact", "finite_difference_of_step"]
@@ -118,7 +118,7 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     frozen. Parameters without a gradient, and those that the optimizer does not hold, stay as they are; a state
     tensor that is not there before the step has no derivative. Where nu is 0 see `operators.formulas.root`.
 
-    Any other optimizer: see `operators.own_step.own_step_jacobian`; its blocks have sizes of their own.
+    Any other optimizer: see `operators.own_step.own_step_tangent`; its blocks have sizes of their own.
 
     Args:
         snapshot: a step, with its optimizer before the update.
@@ -133,12 +133,49 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     Cost: one Hessian product; none for ``v = 0``. A copy of parameters, gradient and state. Source: MATH section 1;
     torch.optim.
     """
-    optimizer = known_optimizer(snapshot)
+    known_optimizer(snapshot)  # before anything is replayed
     H = hessian(snapshot, method=method)
     n = H.shape[0]
+    tangent, size = _step_tangent(snapshot)
+    return LinearOperator((size, size), lambda z: tangent(z, H @ z[:n]), dtype=H.dtype, device=H.device)
+
+
+def step_response(snapshot: Snapshot) -> LinearOperator:
+    """The derivative of one step of the real optimizer with respect to the gradient that its loss has.
+
+    If the gradient were ``g + dg``, the state after the step would differ by ``R dg``, to first order: clipping and
+    formula are differentiated as in `step_jacobian`, at unchanged parameters and state. For plain SGD ``R = -lr``. A
+    perturbation of the data that changes the gradients by ``dg_t`` moves the run by ``r' = A_t r + R_t dg_t``.
+
+    Args:
+        snapshot: a step, with its optimizer before the update.
+
+    Returns:
+        From ``(P,)`` to the state of `step_jacobian`, without adjoint.
+
+    Raises:
+        Unmeasurable: as `step_jacobian`.
+
+    Cost: no gradient where the step has its own, otherwise one.
+    """
     own = clipped_gradient(snapshot)
+    tangent, size = _step_tangent(snapshot)
+    dtype = torch.promote_types(own.dtype, torch.float32)
+
+    def response(change: Tensor) -> Tensor:
+        return tangent(change.new_zeros(size), change)
+
+    return LinearOperator((size, len(own)), response, dtype=dtype, device=own.device)
+
+
+def _step_tangent(snapshot: Snapshot) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
+    """``(z, dg) -> z'``, dg before its clipping, and the length of z."""
+    optimizer = known_optimizer(snapshot)
+    own = clipped_gradient(snapshot)
+    n = len(own)
     if formula_of(optimizer) is None:
-        return own_step_jacobian(snapshot, lambda v: _gradient_change(snapshot, H @ v), own)
+        step_own, size = own_step_tangent(snapshot, own)
+        return lambda z, change: step_own(z, _gradient_change(snapshot, change)), size
     rule, blocks = formula(optimizer), state_blocks(snapshot)
     parameters = list(snapshot.parameters.values())
     theta = flatten(parameters, parameters).detach()
@@ -146,9 +183,9 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     states = {name: state.detach().to(theta.dtype) for name, state in states.items()}
     parts = _parts(snapshot, blocks)
 
-    def step(z: Tensor) -> Tensor:
+    def step(z: Tensor, change: Tensor) -> Tensor:
         v, *tangents = z.split(n)
-        change = _gradient_change(snapshot, H @ v)
+        change = _gradient_change(snapshot, change)
         moved = dict(zip(blocks, tangents))
         new_v, new = v.clone(), {name: torch.zeros_like(v) for name in blocks}
         for part in parts:
@@ -164,8 +201,7 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
                 part.write(new[name], value)
         return torch.cat([new_v, *new.values()])
 
-    size = (1 + len(blocks)) * n
-    return LinearOperator((size, size), step, dtype=H.dtype, device=H.device)
+    return step, (1 + len(blocks)) * n
 
 
 def _push(rule: Formula, part: _Part, at: tuple, along: tuple) -> tuple[Tensor, State]:

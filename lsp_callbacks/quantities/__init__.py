@@ -8,14 +8,16 @@ from typing import Any
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.batch_sharpness import BatchSharpness
 from lsp_callbacks.quantities.dissipation import Dissipation
+from lsp_callbacks.quantities.leave_one_out import LeaveOneOut
 from lsp_callbacks.quantities.lyapunov import Lyapunov, LyapunovTrajectory
 from lsp_callbacks.quantities.numerics import Numerics
 from lsp_callbacks.quantities.residual_cfl import ResidualCFL
+from lsp_callbacks.quantities.robustness import Robustness
 from lsp_callbacks.quantities.sgd_law import SGDLaw
 from lsp_callbacks.quantities.sgd_stability import SGDStability
 from lsp_callbacks.quantities.sharpness import Sharpness
-from lsp_callbacks.quantities.spectral_density import SpectralDensity
 from lsp_callbacks.quantities.signal_propagation import SignalPropagation
+from lsp_callbacks.quantities.spectral_density import SpectralDensity
 from lsp_callbacks.quantities.spectral_norm import SpectralNorm
 
 REGISTRY: dict[str, type[Quantity]] = {
@@ -33,6 +35,8 @@ REGISTRY: dict[str, type[Quantity]] = {
         SpectralDensity,
         SignalPropagation,
         Numerics,
+        Robustness,
+        LeaveOneOut,
     )
 }
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -51,6 +55,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "spectral_density",
         "signal_propagation",
         "numerics",
+        "robustness",
+        "leave_one_out",
     ),
 }
 
@@ -95,16 +101,18 @@ __all__ = [
     "REGISTRY",
     "BatchSharpness",
     "Dissipation",
+    "LeaveOneOut",
     "Lyapunov",
     "LyapunovTrajectory",
     "Numerics",
     "Quantity",
     "ResidualCFL",
+    "Robustness",
     "SGDLaw",
     "SGDStability",
     "Sharpness",
-    "SpectralDensity",
     "SignalPropagation",
+    "SpectralDensity",
     "SpectralNorm",
     "build",
 ]

@@ -1,0 +1,78 @@
+"""How much a map answers to a small displacement: to first order, and really."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.linalg import LinearOperator, operator_norm
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Of a map, at each point of a batch.
+
+    Attributes:
+        value: ``||J||_2``, the change per unit of displacement in the limit of small ones; by Lanczos, from below.
+        residual: of it, absolute.
+        lower: ``||f(x + d v) - f(x)|| / d`` for the direction v that J stretches most, less rounding: a lower bound of
+            the change per unit over all displacements of length d. It is above ``value`` where f is convex along v.
+        direction: v, of unit length.
+        converged: of Lanczos.
+    """
+
+    value: Tensor
+    residual: Tensor
+    lower: Tensor
+    direction: Tensor
+    converged: bool
+
+
+def sensitivity(
+    jacobian: LinearOperator,
+    change: Callable[[Tensor], Tensor],
+    distance: float,
+    *,
+    rounding: float | Tensor = 0.0,
+    steps: int = 20,
+    tol: float = 1e-3,
+) -> Sensitivity:
+    """The largest response of f to a displacement: first order, and evaluated at a real displacement.
+
+    Neither is an upper bound of the other: to first order the change is at most ``value * distance``, and beyond it
+    grows with the curvature of f, ``f'' distance^2 / 2``.
+
+    Args:
+        jacobian: of f, ``(m, n)``, or one for each point; Lanczos runs on its smaller side.
+        change: ``delta -> f(x + delta) - f(x)``, ``(*batch, n) -> (*batch, m)``.
+        distance: d, positive.
+        rounding: error of ``||change||``, taken off.
+        steps: of Lanczos.
+        tol: of its residual.
+
+    Raises:
+        ValueError: for a distance that is not positive.
+
+    Cost: ``2 steps`` products, and one evaluation of f.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks.linalg import from_matrix
+        >>> square = lambda v: (1 + v).square() - 1  # at x = 1
+        >>> found = sensitivity(from_matrix(torch.tensor([[2.0]])), square, 0.5)
+        >>> float(found.value), round(float(found.lower), 6) in (1.5, 2.5)  # v is 1 or -1
+        (2.0, True)
+    """
+    if not distance > 0:
+        raise ValueError(f"distance={distance!r}: give a positive length")
+    m, n = jacobian.shape
+    found = operator_norm(jacobian if n <= m else jacobian.T, steps=steps, tol=tol)
+    v = found.vector if n <= m else jacobian.T @ found.vector
+    length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    # Where J vanishes any direction will do.
+    v = torch.where(length > 0, v / torch.where(length > 0, length, 1.0), n**-0.5)
+    reached = torch.linalg.vector_norm(change(distance * v).double(), dim=-1).cpu() - rounding
+    return Sensitivity(found.value, found.residual, reached.clamp_min(0) / distance, v, found.converged)
