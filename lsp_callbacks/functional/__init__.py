@@ -1,5 +1,6 @@
 """Pure functions: the definitions of what is measured."""
 
+from lsp_callbacks.functional.activations import activation_lipschitz, activation_slope
 from lsp_callbacks.functional.batch_sharpness import BatchSharpness, batch_sharpness, curvature_along_gradient
 from lsp_callbacks.functional.diagram import CriticalRate, StabilityDiagram, critical_lr, stability_diagram
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
@@ -29,6 +30,8 @@ __all__ = [
     "ResidualStability",
     "StabilityDiagram",
     "UpdateRule",
+    "activation_lipschitz",
+    "activation_slope",
     "batch_means",
     "batch_sharpness",
     "critical_lr",

@@ -1,0 +1,114 @@
+"""Slopes of activation functions: how steep they can be, how steep they are, and where they are flat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: An activation is flat where its slope is below this share of its largest one.
+FLAT = 0.05
+
+_GELU = 0.5 * math.erfc(-1.0) + math.exp(-1.0) / math.sqrt(math.pi)  # at sqrt(2)
+_GELU_TANH = 1.1289930686587717  # near 1.4185
+_SILU = 1.0998393201288670  # x sigmoid(x), near 2.3994
+_MISH = 1.0884981612517280  # near 1.4906
+_SELU = 1.7580993408473766  # alpha times scale, at 0 from below
+
+#: ``sup |phi'|`` by class name, for the modules of PyTorch and transformers; None where phi jumps.
+LIPSCHITZ: dict[str, Callable[[Any], float | None]] = {
+    **dict.fromkeys(
+        ("CELU", "Hardtanh", "Identity", "LogSigmoid", "ReLU", "ReLU6", "Softplus", "Softshrink", "Softsign", "Tanh",
+         "Tanhshrink"),
+        lambda module: 1.0,
+    ),
+    "ELU": lambda module: max(1.0, abs(module.alpha)),
+    "GELU": lambda module: _GELU if module.approximate == "none" else _GELU_TANH,
+    "Hardshrink": lambda module: 1.0 if module.lambd == 0 else None,
+    "Hardsigmoid": lambda module: 1 / 6,
+    "Hardswish": lambda module: 1.5,
+    "LeakyReLU": lambda module: max(1.0, abs(module.negative_slope)),
+    "Mish": lambda module: _MISH,
+    "PReLU": lambda module: max(1.0, float(module.weight.detach().abs().max())),
+    "RReLU": lambda module: max(1.0, abs(module.lower), abs(module.upper)),
+    "SELU": lambda module: _SELU,
+    "SiLU": lambda module: _SILU,
+    "Sigmoid": lambda module: 0.25,
+    "Threshold": lambda module: 1.0 if module.threshold == module.value else None,
+    # transformers
+    "FastGELUActivation": lambda module: _GELU_TANH,
+    "GELUActivation": lambda module: _GELU,
+    "GELUTanh": lambda module: _GELU_TANH,
+    "NewGELUActivation": lambda module: _GELU_TANH,
+    "QuickGELUActivation": lambda module: _SILU,  # silu(1.702 x) / 1.702
+    "SiLUActivation": lambda module: _SILU,
+}  # fmt: skip
+
+#: ``sup |phi'|`` by the name of the backward node, for activations that are called as functions.
+NODES: dict[str, float] = {
+    "CeluBackward": 1.0,
+    "EluBackward": 1.0,  # SELU and other scales: larger, so that a slope is called flat a little late
+    "GeluBackward": _GELU,
+    "HardsigmoidBackward": 1 / 6,
+    "HardswishBackward": 1.5,
+    "HardtanhBackward": 1.0,
+    "LeakyReluBackward": 1.0,
+    "LogSigmoidBackward": 1.0,
+    "MishBackward": _MISH,
+    "ReluBackward": 1.0,
+    "SigmoidBackward": 0.25,
+    "SiluBackward": _SILU,
+    "SoftplusBackward": 1.0,
+    "TanhBackward": 1.0,
+    "ThresholdBackward": 1.0,
+}
+
+
+def activation_lipschitz(module: nn.Module) -> float | None:
+    """``sup |phi'|`` of an elementwise activation, which is its Lipschitz constant in every p-norm.
+
+    Args:
+        module: of PyTorch or transformers; of another class of the same name nothing is assumed.
+
+    Returns:
+        None for anything else, and for functions that jump (Hardshrink, most Thresholds).
+
+    Example:
+        >>> from torch import nn
+        >>> from lsp_callbacks.functional import activation_lipschitz
+        >>> activation_lipschitz(nn.Sigmoid()), round(activation_lipschitz(nn.GELU()), 4)
+        (0.25, 1.1289)
+    """
+    kind = type(module)
+    if kind.__module__.split(".")[0] not in ("torch", "transformers"):
+        return None
+    found = LIPSCHITZ.get(kind.__name__)
+    return None if found is None else found(module)
+
+
+def activation_slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``phi'(x)``, elementwise, as autograd defines it at kinks (0 for ReLU at 0).
+
+    Args:
+        function: elementwise; a module or a function. It may work in place.
+        x: of any shape.
+
+    Returns:
+        Slopes of the shape of ``x``, without a graph.
+    """
+    with torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        y = function(leaf.clone())
+        (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+    return slope
+
+
+def flat(slope: Tensor, lipschitz: float = 1.0) -> Tensor:
+    """Where ``|slope| < FLAT * lipschitz``: so little of the gradient passes that the unit hardly learns there.
+
+    For tanh this is ``|x| > 2.18``, for the sigmoid ``|x| > 4.36``, for ReLU the negative half.
+    """
+    return slope.abs() < FLAT * lipschitz
