@@ -2,11 +2,13 @@
 
 from lsp_callbacks.functional.activations import activation_lipschitz, activation_slope
 from lsp_callbacks.functional.batch_sharpness import BatchSharpness, batch_sharpness, curvature_along_gradient
+from lsp_callbacks.functional.depth_profile import DepthProfile, depth_profile
 from lsp_callbacks.functional.diagram import CriticalRate, StabilityDiagram, critical_lr, stability_diagram
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_mode_exponent, sharp_plane
 from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr, second_moment, second_moment_exponent
 from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce, regularity
+from lsp_callbacks.functional.norm_bound import chain_lipschitz, norm_bound
 from lsp_callbacks.functional.residual import ResidualStability, residual_stability
 from lsp_callbacks.functional.sgd_stability import (
     Exponent,
@@ -23,6 +25,7 @@ from lsp_callbacks.linalg import lyapunov_exponents
 __all__ = [
     "BatchSharpness",
     "CriticalRate",
+    "DepthProfile",
     "Edge",
     "Exponent",
     "FrozenSGD",
@@ -34,8 +37,10 @@ __all__ = [
     "activation_slope",
     "batch_means",
     "batch_sharpness",
+    "chain_lipschitz",
     "critical_lr",
     "curvature_along_gradient",
+    "depth_profile",
     "edge",
     "finite_time_exponents",
     "frozen_sgd",
@@ -44,6 +49,7 @@ __all__ = [
     "log_sum",
     "lyapunov_exponents",
     "mean_square_lr",
+    "norm_bound",
     "plane_exponent",
     "reduce",
     "regularity",

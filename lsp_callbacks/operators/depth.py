@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature import double_backward
 from lsp_callbacks.operators.residual import is_candidate
-from lsp_callbacks.operators.samples import jacobian
+from lsp_callbacks.operators.samples import check_adjoint, jacobian
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, evaluating
 
 
@@ -60,10 +60,14 @@ class Depth:
     def jacobian(self, k: int, j: int = 0) -> LinearOperator:
         """``dX_k / dX_j`` with one matrix for each sample, ``0 <= j < k <= L``; see `samples.jacobian` for the cost."""
         if (k, j) not in self.memo:
-            from_, axis = (self.start, self.axis) if j == 0 else (self.layers[j - 1].state, self.layers[j - 1].axis)
-            to = self.layers[k - 1]
-            self.memo[k, j] = jacobian(to.state, from_, axes=(to.axis, axis))
+            self.memo[k, j] = self.between(k, j)
         return self.memo[k, j]
+
+    def between(self, k: int, j: int) -> LinearOperator:
+        """As `jacobian`, but not kept: its graph is as large as that of the layers between."""
+        from_, axis = (self.start, self.axis) if j == 0 else (self.layers[j - 1].state, self.layers[j - 1].axis)
+        to = self.layers[k - 1]
+        return jacobian(to.state, from_, axes=(to.axis, axis))
 
 
 def depth(snapshot: Snapshot, *, samples: int = 4) -> Depth:
@@ -78,7 +82,8 @@ def depth(snapshot: Snapshot, *, samples: int = 4) -> Depth:
         samples: how many, at most.
 
     Raises:
-        Unmeasurable: no such tensor, no layer that depends on it, or samples that mix.
+        Unmeasurable: no such tensor, no layer that depends on it, samples that mix, or a function that cannot be
+            differentiated twice.
 
     Cost: a forward pass, and a forward product for the check, on ``samples`` samples; shared by all quantities of the
     step.
@@ -134,8 +139,9 @@ def _axis(tensor: Tensor, samples: int, first: int = 0) -> int | None:
 
 
 def _check_samples(found: Depth) -> None:
-    """One sample moves alone, and no other may follow."""
+    """One sample moves alone, and no other may follow; products forward are those of the derivative."""
     J = found.jacobian(len(found.layers))
+    check_adjoint(J, found.loss, "the network")
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(found.samples, J.shape[1], generator=generator, dtype=J.dtype).to(J.device)
     v[1:] = 0

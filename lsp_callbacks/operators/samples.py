@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lsp_callbacks.graph import read
 from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.snapshot import Unmeasurable
 
 
 @dataclass(frozen=True)
@@ -79,3 +81,43 @@ def jacobian(outputs: Tensor, inputs: Tensor, *, axes: tuple[int, int] = (0, 0))
     return LinearOperator(
         (out.length, into.length), forward, adjoint, batch=(into.samples,), dtype=into.dtype, device=inputs.device
     )
+
+
+def check_adjoint(operator: LinearOperator, loss: Tensor, what: str) -> None:
+    """Refuses forward products that may be wrong without a word.
+
+    They differentiate a backward pass, which a ``torch.autograd.Function`` of the user's own need not allow
+    (``once_differentiable``, or detached tensors).
+
+    Args:
+        operator: with an adjoint.
+        loss: whose graph holds the functions.
+        what: is measured, for the message.
+
+    Raises:
+        Unmeasurable: if there is such a function and ``<w, A v>`` is not ``<A^T w, v>`` for random v and w.
+
+    Cost: two products where there is such a function.
+    """
+    graph = read(loss)
+    if graph.custom and not _agrees(operator, 1e-3 if graph.full else 5e-2):
+        raise Unmeasurable(
+            f"the backward of {' and '.join(graph.custom)} in {what} cannot be differentiated (once_differentiable, or "
+            "detached tensors): write it in operations that can, or leave this quantity out"
+        )
+
+
+def _agrees(operator: LinearOperator, tolerance: float) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    m, n = operator.shape
+    v, w = (torch.randn(*operator.batch, k, generator=generator, dtype=operator.dtype) for k in (n, m))
+    v, w = v.to(operator.device), w.to(operator.device)
+    try:
+        there, back = operator @ v, operator.T @ w
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # no second derivative is implemented
+        return False
+    defect = ((w * there).sum(-1) - (back * v).sum(-1)).abs()
+    size = torch.linalg.vector_norm(w, dim=-1) * torch.linalg.vector_norm(there, dim=-1)
+    return bool((defect <= tolerance * size).all())

@@ -136,19 +136,59 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     optimizer = known_optimizer(snapshot)
     H = hessian(snapshot, method=method)
     n = H.shape[0]
-    own = clipped_gradient(snapshot)
     if formula_of(optimizer) is None:
-        return own_step_jacobian(snapshot, lambda v: _gradient_change(snapshot, H @ v), own)
+        change = lambda v: _gradient_change(snapshot, H @ v)  # noqa: E731
+        return own_step_jacobian(snapshot, change, clipped_gradient(snapshot))
+    moved, size = _moved(snapshot)
+    apply = lambda z: moved(z, _gradient_change(snapshot, H @ z[:n]))  # noqa: E731
+    return LinearOperator((size, size), apply, dtype=H.dtype, device=H.device)
+
+
+def noise_jacobian(snapshot: Snapshot) -> LinearOperator:
+    """``B_t = dz_(t+1) / du_t``, how what is added to a step's gradient moves parameters and state.
+
+    For plain SGD ``-eta I``. The noise enters before the clipping; the state is that of `step_jacobian`.
+
+    Args:
+        snapshot: a step, with its optimizer before the update.
+
+    Returns:
+        ``(size of the state, P)``, without an adjoint.
+
+    Raises:
+        Unmeasurable: as `step_jacobian`.
+
+    Cost: no gradient where the step has its own.
+    """
+    own = clipped_gradient(snapshot)
+    if formula_of(known_optimizer(snapshot)) is None:
+
+        def apply(xi: Tensor) -> Tensor:
+            A = own_step_jacobian(snapshot, lambda v: _gradient_change(snapshot, xi), own)
+            return A @ xi.new_zeros(A.shape[1])
+
+        size = own_step_jacobian(snapshot, torch.zeros_like, own).shape[0]
+    else:
+        moved, size = _moved(snapshot)
+        apply = lambda xi: moved(xi.new_zeros(size), _gradient_change(snapshot, xi))  # noqa: E731
+    dtype = torch.promote_types(own.dtype, torch.float32)
+    return LinearOperator((size, len(own)), apply, dtype=dtype, device=own.device)
+
+
+def _moved(snapshot: Snapshot) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
+    """``(z, dg) -> z'``, the tangent of the optimizer's formula at the step, and the size of z."""
+    optimizer = known_optimizer(snapshot)
+    own = clipped_gradient(snapshot)
     rule, blocks = formula(optimizer), state_blocks(snapshot)
     parameters = list(snapshot.parameters.values())
     theta = flatten(parameters, parameters).detach()
+    n = len(theta)
     states = {name: flatten([_state(optimizer, p).get(name) for p in parameters], parameters) for name in blocks}
     states = {name: state.detach().to(theta.dtype) for name, state in states.items()}
     parts = _parts(snapshot, blocks)
 
-    def step(z: Tensor) -> Tensor:
+    def step(z: Tensor, change: Tensor) -> Tensor:
         v, *tangents = z.split(n)
-        change = _gradient_change(snapshot, H @ v)
         moved = dict(zip(blocks, tangents))
         new_v, new = v.clone(), {name: torch.zeros_like(v) for name in blocks}
         for part in parts:
@@ -164,8 +204,7 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
                 part.write(new[name], value)
         return torch.cat([new_v, *new.values()])
 
-    size = (1 + len(blocks)) * n
-    return LinearOperator((size, size), step, dtype=H.dtype, device=H.device)
+    return step, (1 + len(blocks)) * n
 
 
 def _push(rule: Formula, part: _Part, at: tuple, along: tuple) -> tuple[Tensor, State]:
