@@ -11,6 +11,7 @@ from lsp_callbacks.quantities import (
     SGDStability,
     Sharpness,
     SpectralNorm,
+    StabilityProfile,
 )
 from lsp_callbacks.snapshot import ProbeSet, Snapshot, Unmeasurable
 
@@ -29,6 +30,7 @@ __all__ = [
     "Snapshot",
     "SpectralNorm",
     "StabilityMonitor",
+    "StabilityProfile",
     "StabilityReport",
     "StopOnInstability",
     "Unmeasurable",

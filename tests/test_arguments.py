@@ -30,6 +30,7 @@ QUANTITIES = {
     "lyapunov": ("window", "average", "method"),
     "lyapunov_trajectory": ("k", "transient", "window", "method"),
     "batch_sharpness": ("rtol", "most", "method"),
+    "stability_profile": ("horizon", "directions", "samples", "probes", "method"),
 }
 
 

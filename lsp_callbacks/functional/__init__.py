@@ -20,6 +20,14 @@ from lsp_callbacks.functional.sgd_stability import (
 from lsp_callbacks.functional.sharpness import Edge, edge, sharpness, stability_constant
 from lsp_callbacks.functional.spectral_norm import log_sum, spectral_norm
 from lsp_callbacks.functional.statistics import batch_means, student_bounds, student_quantile
+from lsp_callbacks.functional.training_profile import (
+    Tangents,
+    TrainingProfile,
+    function_growth,
+    pushed,
+    tangents,
+    training_profile,
+)
 from lsp_callbacks.linalg import lyapunov_exponents
 
 __all__ = [
@@ -32,6 +40,8 @@ __all__ = [
     "Modes",
     "ResidualStability",
     "StabilityDiagram",
+    "Tangents",
+    "TrainingProfile",
     "UpdateRule",
     "activation_lipschitz",
     "activation_slope",
@@ -44,6 +54,7 @@ __all__ = [
     "edge",
     "finite_time_exponents",
     "frozen_sgd",
+    "function_growth",
     "gd_critical_lr",
     "gd_exponent",
     "log_sum",
@@ -51,6 +62,7 @@ __all__ = [
     "mean_square_lr",
     "norm_bound",
     "plane_exponent",
+    "pushed",
     "reduce",
     "regularity",
     "rescale",
@@ -67,4 +79,6 @@ __all__ = [
     "student_bounds",
     "student_quantile",
     "sum_of_exponents",
+    "tangents",
+    "training_profile",
 ]

@@ -24,7 +24,8 @@ AFFINE = {
         nn.Upsample, nn.PixelShuffle, nn.ZeroPad2d,
     )
 }  # fmt: skip
-MAX_POOLING = {kind.forward for kind in (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)}
+#: With the number of their dimensions.
+MAX_POOLING = {nn.MaxPool1d.forward: 1, nn.MaxPool2d.forward: 2, nn.MaxPool3d.forward: 3}
 
 
 def chain_lipschitz(
@@ -98,7 +99,9 @@ def norm_bound(found: Depth, modules: Mapping[str, nn.Module], shapes: Mapping[s
             between modules, a path around it.
     """
     J = found.jacobian(len(found.layers))
-    v = image = torch.randn(*J.batch, J.shape[1], generator=torch.Generator().manual_seed(0), dtype=J.dtype).to(J.device)
+    v = image = torch.randn(*J.batch, J.shape[1], generator=torch.Generator().manual_seed(0), dtype=J.dtype).to(
+        J.device
+    )
     state, axis, total = found.start, found.axis, torch.zeros((), dtype=torch.float64)
     for k, layer in enumerate(found.layers, start=1):
         if axis or layer.axis:
@@ -131,20 +134,16 @@ def _lipschitz(module: nn.Module) -> float:
     Raises:
         Unmeasurable: where no constant is known.
     """
-    if type(module).forward in MAX_POOLING:
-        sizes = [_tuple(getattr(module, name)) for name in ("kernel_size", "stride", "dilation")]
-        dims = max(map(len, sizes))
-        kernel, stride, dilation = (size * dims if len(size) == 1 else size for size in sizes)
+    dims = MAX_POOLING.get(type(module).forward)
+    if dims is not None:
+        sizes = (getattr(module, name) for name in ("kernel_size", "stride", "dilation"))
+        each = zip(*(size if isinstance(size, tuple) else (size,) * dims for size in sizes))
         # An input is the largest of at most so many windows.
-        return math.prod(k if d > 1 else -(-k // s) for k, s, d in zip(kernel, stride, dilation)) ** 0.5
+        return math.prod(k if d > 1 else -(-k // s) for k, s, d in each) ** 0.5
     slope = activation_lipschitz(module)
     if slope is None:
         raise Unmeasurable(f"{type(module).__name__} has no Lipschitz constant that is known")
     return slope
-
-
-def _tuple(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value,)
 
 
 def _norm(end: Tensor, start: Tensor, steps: int, tol: float) -> Tensor:

@@ -75,7 +75,7 @@ def depth(snapshot: Snapshot, *, samples: int = 4) -> Depth:
 
     The loss is replayed in eval mode (BatchNorm by its running statistics, no dropout), so that samples do not mix. A
     layer begins with a module that holds a weight matrix, or with a residual block, told by its class name. ``X_0`` is
-    the first floating-point tensor that enters a module.
+    the first floating-point tensor that enters a module and that a layer depends on.
 
     Args:
         snapshot: a step. Without `Snapshot.sample` its whole batch is taken.
@@ -99,11 +99,27 @@ class _Call:
     children: list[_Call] = field(default_factory=list)
 
 
+#: Floating-point tensors that are tried as the input of the network.
+TRIES = 3
+
+
 def _depth(snapshot: Snapshot, samples: int) -> Depth:
+    for skip in range(TRIES):  # what enters first may only be rounded to words
+        found = _begun(snapshot, samples, skip)
+        if found is not None:
+            _check_samples(found)
+            return found
+    raise Unmeasurable("no module with a weight matrix depends on the first input: there is no depth to measure")
+
+
+def _begun(snapshot: Snapshot, samples: int, skip: int) -> Depth | None:
+    """The states from the first floating-point tensor on, but for ``skip``; None where no layer depends on it."""
     start: list[Tensor] = []
     root = _Call("", snapshot.module)
-    with evaluating(snapshot.module), double_backward(snapshot.module), _recorded(snapshot.module, root, start):
+    with evaluating(snapshot.module), double_backward(snapshot.module), _recorded(snapshot.module, root, start, skip):
         loss, size = (snapshot.replay(), None) if snapshot.sample is None else snapshot.sample(samples)
+    if not start and skip:
+        return None
     if not start:
         raise Unmeasurable("no module received or returned a floating-point tensor: depth begins nowhere")
     (x,) = start
@@ -126,11 +142,7 @@ def _depth(snapshot: Snapshot, samples: int) -> Depth:
         elif layers:
             last = layers[-1]
             layers[-1] = Layer(last.name, (*last.modules, call.name), y, at)
-    if not layers:
-        raise Unmeasurable("no module with a weight matrix depends on the first input: there is no depth to measure")
-    found = Depth(x, axis, tuple(layers), loss)
-    _check_samples(found)
-    return found
+    return Depth(x, axis, tuple(layers), loss) if layers else None
 
 
 def _axis(tensor: Tensor, samples: int, first: int = 0) -> int | None:
@@ -189,14 +201,17 @@ class _Reached:
 
 
 @contextlib.contextmanager
-def _recorded(module: nn.Module, root: _Call, start: list[Tensor]) -> Iterator[None]:
-    """Keeps the tree of calls, and puts a leaf in the place of the first floating-point tensor."""
-    open_calls = [root]
+def _recorded(module: nn.Module, root: _Call, start: list[Tensor], skip: int) -> Iterator[None]:
+    """Keeps the tree of calls, and puts a leaf in the place of the first floating-point tensor but for ``skip``."""
+    open_calls, passed = [root], dict[int, Tensor]()
 
     def leaf(value: Any) -> Any:
         leaves, spec = tree_flatten(value)
         for i, one in enumerate(leaves):
             if isinstance(one, Tensor) and one.is_floating_point() and one.ndim > 1 and not start:
+                passed[id(one)] = one
+                if len(passed) <= skip:
+                    continue
                 start.append(one.detach().clone().requires_grad_())
                 leaves[i] = start[0].clone()  # what comes may work in place on it
         return tree_unflatten(leaves, spec)

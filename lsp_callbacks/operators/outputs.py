@@ -12,7 +12,9 @@ from lsp_callbacks.snapshot import ProbeSet, flatten
 
 
 def output_jacobian(probes: ProbeSet, *, samples: int) -> LinearOperator:
-    """``J = d outputs / d theta`` at the first probes, in eval mode; all outputs of all positions, flat.
+    """``N^(-1/2) d outputs / d theta`` at the first N probes, in eval mode; all outputs of all positions, flat.
+
+    So ``||J v||`` is the root mean square over the probes of how far ``v`` moves the outputs of one.
 
     Forward products differentiate the adjoint, which is linear, with respect to its argument; that is checked, as a
     ``torch.autograd.Function`` whose backward cannot be differentiated would give a wrong product without a word.
@@ -44,9 +46,7 @@ def output_jacobian(probes: ProbeSet, *, samples: int) -> LinearOperator:
     dtype = torch.promote_types(values.dtype, torch.float32)
 
     def forward(v: Tensor) -> Tensor:
-        (product,) = torch.autograd.grad(
-            pullback, u, v.to(pullback.dtype), retain_graph=True, materialize_grads=True
-        )
+        (product,) = torch.autograd.grad(pullback, u, v.to(pullback.dtype), retain_graph=True, materialize_grads=True)
         return product.to(dtype)
 
     def adjoint(w: Tensor) -> Tensor:
@@ -55,4 +55,4 @@ def output_jacobian(probes: ProbeSet, *, samples: int) -> LinearOperator:
 
     J = LinearOperator((len(values), len(pullback)), forward, adjoint, dtype=dtype, device=values.device)
     check_adjoint(J, values, "the network")
-    return J
+    return sum(map(len, outputs)) ** -0.5 * J

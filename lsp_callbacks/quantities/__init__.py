@@ -12,6 +12,7 @@ from lsp_callbacks.quantities.residual_cfl import ResidualCFL
 from lsp_callbacks.quantities.sgd_stability import SGDStability
 from lsp_callbacks.quantities.sharpness import Sharpness
 from lsp_callbacks.quantities.spectral_norm import SpectralNorm
+from lsp_callbacks.quantities.stability_profile import StabilityProfile
 
 REGISTRY: dict[str, type[Quantity]] = {
     quantity.name: quantity
@@ -23,6 +24,7 @@ REGISTRY: dict[str, type[Quantity]] = {
         Lyapunov,
         LyapunovTrajectory,
         BatchSharpness,
+        StabilityProfile,
     )
 }
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -36,6 +38,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "lyapunov",
         "lyapunov_trajectory",
         "batch_sharpness",
+        "stability_profile",
     ),
 }
 
@@ -86,5 +89,6 @@ __all__ = [
     "SGDStability",
     "Sharpness",
     "SpectralNorm",
+    "StabilityProfile",
     "build",
 ]
