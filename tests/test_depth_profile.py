@@ -202,7 +202,7 @@ def test_what_has_no_constant_is_refused_by_name(module, name):
         chain_lipschitz([nn.Identity(), module.eval()], torch.randn(3, 4))
 
 
-# What the printed claims get wrong, and degenerate operators ------------------------------------------------------------
+# What the printed claims get wrong, and degenerate operators ----------------------------------------------------------
 
 
 def constant(A):

@@ -65,7 +65,8 @@ class StabilityProfile(Windowed):
 
     Args:
         horizon: T, steps that are pushed; one more step ends the measurement.
-        directions: random ones, and as many rows of noise.
+        directions: random ones, and as many rows of noise; an error from k of them is itself uncertain by the share
+            ``1 / sqrt(2 (k - 1))``.
         samples: of the step's batch, for sigma^x.
         probes: training samples for the joint form; at least so many are taken where they are known.
         method: of the Hessian products.
