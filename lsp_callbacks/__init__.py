@@ -19,6 +19,7 @@ from lsp_callbacks.quantities import (
     SignalPropagation,
     SpectralDensity,
     SpectralNorm,
+    StabilityProfile,
 )
 from lsp_callbacks.snapshot import ProbeSet, Snapshot, Unmeasurable
 from lsp_callbacks.trace import Trace
@@ -46,6 +47,7 @@ __all__ = [
     "SpectralDensity",
     "SpectralNorm",
     "StabilityMonitor",
+    "StabilityProfile",
     "StabilityReport",
     "StopOnInstability",
     "Trace",

@@ -369,6 +369,8 @@ def unprobed(reason: str) -> dict[str, str]:
         ("sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "spectral_density"), reason
     )
     return dict.fromkeys(("sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "leave_one_out"), reason)
+    names = ("sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "stability_profile")
+    return dict.fromkeys(names, reason)
 
 
 image: dict[str, Any] = {"shape": (1, 8, 8), "blocks": True}
@@ -420,6 +422,8 @@ CASES = {
     "once_differentiable_relu": Case(
         lambda: custom(Once, nn.ReLU()), failed=refused("backward of Once") | {"robustness": "contradict its gradients"}
     ),
+    "once_differentiable": Case(lambda: custom(Once), failed={"stability_profile": "backward of Once"}),
+    "once_differentiable_relu": Case(lambda: custom(Once, nn.ReLU()), failed=refused("backward of Once")),
     "detached_relu": Case(lambda: custom(Detached, nn.ReLU()), failed=refused("backward of Detached")),
     "fused_loss": Case(lambda: Fused(mlp()), left_out=unprobed("do not reach the parameters")),
     "changed_gradient": Case(

@@ -35,6 +35,7 @@ QUANTITIES = {
     "spectral_density": ("probes", "steps", "method"),
     "robustness": ("samples", "size"),
     "leave_one_out": ("samples", "window", "method"),
+    "stability_profile": ("horizon", "directions", "samples", "probes", "method"),
 }
 
 

@@ -19,6 +19,9 @@ from lsp_callbacks.quantities import (
     LeaveOneOut,
     LyapunovTrajectory,
     SGDStability,
+    LyapunovTrajectory,
+    SGDStability,
+    StabilityProfile,
     build,
 )
 
@@ -53,6 +56,8 @@ def everything(**arguments):
     short = {
         q.name: q for q in (trajectory, batches, SGDStability(probes=8, chains=2, steps=20), LeaveOneOut(2, window=2))
     }
+    profile = StabilityProfile(horizon=2, directions=2, samples=2, probes=8)
+    short = {q.name: q for q in (trajectory, batches, SGDStability(probes=8, chains=2, steps=20), profile)}
     settings = {"lyapunov": {"window": 1, "average": 3}}
     quantities = [short.get(name) or build(name, **settings)[0][0] for name in REGISTRY]
     monitor = StabilityMonitor(quantities, every_n_steps=1, **arguments)

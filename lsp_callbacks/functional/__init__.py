@@ -4,6 +4,7 @@ from lsp_callbacks.functional.activations import activation_lipschitz, activatio
 from lsp_callbacks.functional.batch_norm import Drift, batch_norm_drift
 from lsp_callbacks.functional.batch_sharpness import BatchSharpness, batch_sharpness, curvature_along_gradient
 from lsp_callbacks.functional.condition import condition, condition_lower, loss_condition_lower
+from lsp_callbacks.functional.depth_profile import DepthProfile, depth_profile
 from lsp_callbacks.functional.diagram import CriticalRate, StabilityDiagram, critical_lr, stability_diagram
 from lsp_callbacks.functional.dissipation import Dissipation, dissipation
 from lsp_callbacks.functional.first_fault import Fault, first_fault
@@ -17,6 +18,7 @@ from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_mod
 from lsp_callbacks.functional.marchenko_pastur import MarchenkoPastur, cumulative, density, fit_marchenko_pastur
 from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr, second_moment, second_moment_exponent
 from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce, regularity
+from lsp_callbacks.functional.norm_bound import chain_lipschitz, norm_bound
 from lsp_callbacks.functional.numerics import NumericRange, headroom, lost_share, numeric_range
 from lsp_callbacks.functional.residual import ResidualStability, residual_stability
 from lsp_callbacks.functional.robbins_monro import PowerLaw, RobbinsMonro, robbins_monro
@@ -33,12 +35,21 @@ from lsp_callbacks.functional.sharpness import Edge, edge, sharpness, stability_
 from lsp_callbacks.functional.spectral_density import Spectrum, spectral_density
 from lsp_callbacks.functional.spectral_norm import log_sum, spectral_norm
 from lsp_callbacks.functional.statistics import batch_means, fieller, student_bounds, student_quantile
+from lsp_callbacks.functional.training_profile import (
+    Tangents,
+    TrainingProfile,
+    function_growth,
+    pushed,
+    tangents,
+    training_profile,
+)
 from lsp_callbacks.functional.units import Units, units
 from lsp_callbacks.linalg import lyapunov_exponents
 
 __all__ = [
     "BatchSharpness",
     "CriticalRate",
+    "DepthProfile",
     "Dissipation",
     "Drift",
     "Edge",
@@ -59,6 +70,8 @@ __all__ = [
     "Sensitivity",
     "Spectrum",
     "StabilityDiagram",
+    "Tangents",
+    "TrainingProfile",
     "Uncertified",
     "Units",
     "UpdateRule",
@@ -68,6 +81,7 @@ __all__ = [
     "batch_norm_drift",
     "batch_sharpness",
     "batch_variance",
+    "chain_lipschitz",
     "condition",
     "condition_lower",
     "critical_lr",
@@ -75,6 +89,7 @@ __all__ = [
     "curvature_along_gradient",
     "data_response",
     "density",
+    "depth_profile",
     "dissipation",
     "edge",
     "excess_kurtosis",
@@ -84,6 +99,7 @@ __all__ = [
     "fit_marchenko_pastur",
     "fit_noise",
     "frozen_sgd",
+    "function_growth",
     "gains",
     "gd_critical_lr",
     "gd_exponent",
@@ -98,8 +114,10 @@ __all__ = [
     "lost_share",
     "lyapunov_exponents",
     "mean_square_lr",
+    "norm_bound",
     "numeric_range",
     "plane_exponent",
+    "pushed",
     "reduce",
     "regularity",
     "rescale",
@@ -120,5 +138,7 @@ __all__ = [
     "student_bounds",
     "student_quantile",
     "sum_of_exponents",
+    "tangents",
+    "training_profile",
     "units",
 ]

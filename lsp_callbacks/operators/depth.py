@@ -65,12 +65,16 @@ class Depth:
     def jacobian(self, k: int, j: int = 0) -> LinearOperator:
         """``dX_k / dX_j`` with one matrix for each sample, ``0 <= j < k <= L``; see `samples.jacobian` for the cost."""
         if (k, j) not in self.memo:
-            from_, axis = (self.start, self.axis) if j == 0 else (self.layers[j - 1].state, self.layers[j - 1].axis)
-            to = self.layers[k - 1]
-            with self.as_it_was():
-                J = jacobian(to.state, from_, axes=(to.axis, axis))
-            self.memo[k, j] = replace(J, apply=self.recomputed(J.apply), adjoint=self.recomputed(J.T.apply))
+            self.memo[k, j] = self.between(k, j)
         return self.memo[k, j]
+
+    def between(self, k: int, j: int) -> LinearOperator:
+        """As `jacobian`, but not kept: its graph is as large as that of the layers between."""
+        from_, axis = (self.start, self.axis) if j == 0 else (self.layers[j - 1].state, self.layers[j - 1].axis)
+        to = self.layers[k - 1]
+        with self.as_it_was():
+            J = jacobian(to.state, from_, axes=(to.axis, axis))
+        return replace(J, apply=self.recomputed(J.apply), adjoint=self.recomputed(J.T.apply))
 
     @contextlib.contextmanager
     def as_it_was(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from lsp_callbacks.quantities.sharpness import Sharpness
 from lsp_callbacks.quantities.signal_propagation import SignalPropagation
 from lsp_callbacks.quantities.spectral_density import SpectralDensity
 from lsp_callbacks.quantities.spectral_norm import SpectralNorm
+from lsp_callbacks.quantities.stability_profile import StabilityProfile
 
 REGISTRY: dict[str, type[Quantity]] = {
     quantity.name: quantity
@@ -37,6 +38,7 @@ REGISTRY: dict[str, type[Quantity]] = {
         Numerics,
         Robustness,
         LeaveOneOut,
+        StabilityProfile,
     )
 }
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -57,6 +59,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "numerics",
         "robustness",
         "leave_one_out",
+        "stability_profile",
     ),
 }
 
@@ -114,5 +117,6 @@ __all__ = [
     "SignalPropagation",
     "SpectralDensity",
     "SpectralNorm",
+    "StabilityProfile",
     "build",
 ]

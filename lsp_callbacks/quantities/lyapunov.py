@@ -22,7 +22,7 @@ from lsp_callbacks.quantities.sharpness import edge_cost, edge_memory, measured_
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
 
-class _Windowed(Quantity):
+class Windowed(Quantity):
     """A frame of directions that is pushed through consecutive steps."""
 
     needs_update = True
@@ -46,7 +46,7 @@ class _Windowed(Quantity):
         self._frame = dict(vectors)
 
 
-class Lyapunov(_Windowed):
+class Lyapunov(Windowed):
     """The *sharp-mode* exponent of the real update map, in nats per optimizer step.
 
     One step aligns a direction v with the top algebraic eigenvector of the (preconditioned) Hessian; the next
@@ -149,7 +149,7 @@ class Lyapunov(_Windowed):
         super().load_vectors(vectors)
 
 
-class LyapunovTrajectory(_Windowed):
+class LyapunovTrajectory(Windowed):
     """The ``k`` leading exponents over *all* parameters, the alpha_theta of the theory, in nats per optimizer step.
 
     A random frame is pushed through ``transient`` steps unrecorded and ``window`` steps recorded, with a QR at each.

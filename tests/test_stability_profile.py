@@ -1,0 +1,272 @@
+"""The quantity: against dense products along a real run, in Lightning, and where parts of it cannot be measured."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from models import Transformer
+from problems import MeanSquare, Regression, close, f64, freeze, random, regression, seeded, take, tanh_mlp, trajectory
+from test_quantities import probes_of, same
+from torch import nn
+from torch.optim import SGD, Adam
+from zoo import Model, fit
+
+from lsp_callbacks import StabilityMonitor, StabilityProfile, Unmeasurable
+from lsp_callbacks.operators import step_response, step_jacobian
+from lsp_callbacks.operators.outputs import output_jacobian
+from lsp_callbacks.report.rows import MEANINGS
+
+PREFIX = "stability/"
+
+
+def values_of(metric):
+    return {key.removeprefix(PREFIX): float(value) for key, value in metric.compute().items()}
+
+
+def along(metric, task, optimizer, steps, **settings):
+    """The steps of a real run, fed to the metric."""
+    for snapshot in trajectory(task, optimizer, steps, **settings):
+        metric.update(snapshot)
+        yield snapshot
+
+
+# Along a real run ---------------------------------------------------------------------------------------------------
+
+
+RULES = {"sgd": partial(SGD, lr=0.3), "momentum": partial(SGD, lr=0.1, momentum=0.9), "adam": partial(Adam, lr=0.01)}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_window_is_the_product_of_the_steps_that_were_taken(rule):
+    task = Regression(tanh_mlp(2, 2, 1), random(6, 2, seed=1), random(6, 1))
+    P = sum(p.numel() for p in task.parameters())
+    optimizer = RULES[rule](task.parameters())
+    metric, small = (StabilityProfile(horizon=4, directions=d, probes=6, method="exact") for d in (P, 2))
+    product, first, injected = None, None, 0.0
+    reach: list = []  # of the noise of each step
+    for snapshot in along(metric, task, optimizer, 5, probes=probes_of(task)):
+        small.update(replace(snapshot, memo={}))
+        J = output_jacobian(snapshot.probes, samples=6).dense()
+        first = J if first is None else first
+        if snapshot.step < 4:
+            assert not metric.complete
+            A, B = step_jacobian(snapshot, method="exact").dense(), step_response(snapshot).dense()
+            product = A if product is None else A @ product
+            injected += float(B[:P].square().sum()) / P
+            reach = [*(A @ one for one in reach), B]
+    assert metric.complete
+    whole = product[:P, :P]
+    found, part = values_of(metric), values_of(small)
+    close(found["sigma_theta"], torch.linalg.matrix_norm(whole, 2), 1e-9)
+    close(found["sigma_theta_mean_square"], whole.square().sum() / P, 1e-9)
+    close(found["alpha_theta"], torch.linalg.matrix_norm(whole, 2).log() / 4, 1e-9)
+    close(found["sigma_output"], torch.linalg.matrix_norm(J @ whole, 2), 1e-9)
+    growth = ((J @ whole).square().sum() / first.square().sum()).log() / 8
+    close(found["alpha_output"], growth, 1e-9)
+    assert found["horizon"] == 4
+    for bound in ("sigma_theta", "sigma_output"):
+        assert part[bound] <= found[bound] + 1e-9
+    driven = sum(one[:P].square().sum() for one in reach) / P
+    assert abs(found["sigma_u"] - driven**0.5) < 4 * found["sigma_u_error"] < 1.5 * driven**0.5
+    close(found["alpha_u"], math.log(found["sigma_u"] / (injected / 4) ** 0.5) / 3, 0.1)
+
+
+@pytest.mark.parametrize("x", [0.5, 1.9, 2.6])
+def test_sgd_on_a_quadratic(x):
+    """A linear layer under a squared loss: A = I - eta H at each step, H = X^T X / N."""
+    data = random(12, 3, seed=1) * torch.tensor([3.0, 1.0, 0.5], dtype=f64)
+    task = Regression(seeded(nn.Linear(3, 1, bias=False)), data, random(12, 1, seed=2))
+    h = torch.linalg.eigvalsh(data.T @ data / 12)
+    eta = float(x / h[-1])
+    metric = StabilityProfile(horizon=6, directions=3, probes=6)
+    for _ in along(metric, task, SGD(task.parameters(), lr=eta), 7):
+        norm = task.net.weight.detach().norm().log()
+    found = values_of(metric)
+    factors = (1 - eta * h).abs()
+    close(found["alpha_theta"], factors.max().log(), 1e-5)
+    close(found["sigma_theta_mean_square"], (factors**12).mean(), 1e-5)
+    driven = eta * (sum(factors ** (2 * k) for k in range(6)).mean()) ** 0.5
+    assert abs(found["sigma_u"] - driven) < 5 * found["sigma_u_error"]
+    for name in ("alpha_x", "alpha_x_median", "alpha_x_jacobian_bound", "alpha_x_norm_bound"):
+        close(found[name], norm, 1e-6)
+    assert "sigma_output" not in found and "alpha_output" not in found  # there are no probes
+
+
+def test_below_the_edge_function_space_contracts_where_parameter_space_does_not():
+    """More parameters than samples: what no sample sees neither grows nor shrinks."""
+    net = tanh_mlp(2, 24, 1)
+    x = random(6, 2, seed=1)
+    task = MeanSquare(net, x, net(x).detach())
+    metric = StabilityProfile(horizon=20, directions=6, probes=6)
+    for _ in along(metric, task, SGD(task.parameters(), lr=0.05), 21, probes=probes_of(task)):
+        pass
+    found = values_of(metric)
+    assert found["alpha_output"] + 3 * found["alpha_output_error"] < -0.005
+    assert -0.005 < found["alpha_theta"] < 1e-6
+
+
+def test_a_gap_starts_again():
+    task = regression()
+    metric, fresh = (StabilityProfile(horizon=2, directions=2) for _ in range(2))
+    for snapshot in trajectory(task, SGD(task.parameters(), lr=0.1), 6):
+        if snapshot.step != 2:  # which would have completed it
+            metric.update(snapshot)
+        if snapshot.step > 2:
+            fresh.update(replace(snapshot, memo={}))
+        assert metric.complete == (snapshot.step == 5)
+    # They started from other guesses of the sharp direction.
+    assert values_of(metric)["sigma_u"] == values_of(fresh)["sigma_u"]
+
+
+class Unknown(torch.optim.Optimizer):
+    """Plain descent, without a formula and an edge that is known."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.add_(p.grad, alpha=-group["lr"])
+
+
+def test_an_optimizer_without_a_formula_has_no_sharp_direction():
+    found = []
+    for rule in (Unknown, SGD):
+        task = regression()
+        metric = StabilityProfile(horizon=2, directions=3)
+        for snapshot in along(metric, task, rule(task.parameters(), lr=0.1), 3):
+            metric.check(snapshot)
+        found.append(values_of(metric))
+        assert metric.path(snapshot).endswith("finite difference of step") == (rule is Unknown)
+    unknown, sgd = found
+    for name in ("sigma_theta_mean_square", "sigma_u", "alpha_u", "alpha_x"):
+        close(unknown[name], sgd[name], 1e-6)
+    assert unknown["sigma_theta"] <= sgd["sigma_theta"] + 1e-6
+
+
+# What cannot be measured --------------------------------------------------------------------------------------------
+
+
+def test_outputs_that_do_not_depend_on_the_inputs_have_no_exponent():
+    task = regression()
+    task.net[2].weight.data.zero_()
+    metric = StabilityProfile(horizon=2, directions=2)
+    with torch.no_grad():
+        frozen = task.net[2].weight.requires_grad_(False)
+    for _ in along(metric, task, SGD([p for p in task.parameters() if p is not frozen], lr=0.1), 3):
+        pass
+    found = values_of(metric)
+    assert math.isnan(found["alpha_x"]) and not any(map(math.isinf, found.values()))
+    assert found["sigma_x/net.2"] == 0 and found["sigma_x_max"] > 0 and not math.isnan(found["alpha_theta"])
+
+
+class Centred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.layer(x - x.mean(0))
+
+
+def test_what_has_no_depth_is_refused_at_the_first_step():
+    task = Regression(seeded(Centred()), random(6, 2), random(6, 2, seed=1))
+    metric = StabilityProfile(horizon=2, directions=2)
+    with pytest.raises(Unmeasurable, match="one sample's input changes another's"):
+        metric.update(freeze(task, SGD(task.parameters(), lr=0.1)))
+    assert metric.vectors() == {}
+
+
+def test_what_overflows_is_refused():
+    task = Regression(seeded(nn.Linear(2, 1)), random(6, 2), random(6, 1))
+    metric, optimizer = StabilityProfile(horizon=5, directions=2), SGD(task.parameters(), lr=1e120)
+    with pytest.raises(ValueError, match="finite"):
+        for step in range(6):
+            metric.update(freeze(task, optimizer, step=step))
+            take(optimizer, task())
+    assert not metric.complete
+
+
+def test_probes_that_cannot_be_evaluated_cost_only_the_joint_form():
+    def fails():
+        raise Unmeasurable("no outputs")
+
+    task = regression()
+    broken = replace(probes_of(task), parts=(fails,))
+    for probes in (broken, replace(probes_of(task), full=False)):
+        metric = StabilityProfile(horizon=2, directions=2)
+        for _ in along(metric, task, SGD(task.parameters(), lr=0.1), 3, probes=probes):
+            pass
+        found = values_of(metric)
+        assert metric.complete and not any("output" in name for name in found) and math.isfinite(found["sigma_theta"])
+
+
+@pytest.mark.parametrize("bad", [{"horizon": 1}, {"directions": 1}, {"samples": 0}, {"probes": 0}, {"method": "x"}])
+def test_bad_arguments_are_refused_by_name(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        StabilityProfile(**bad)
+
+
+# In Lightning, and as a picture -------------------------------------------------------------------------------------
+
+
+def lightning(make, steps=9):
+    profile = StabilityProfile(horizon=2, directions=2, probes=8)
+    monitor = StabilityMonitor(profile, every_n_steps=3)
+    fit(make, monitor, max_steps=steps)
+    return profile, monitor
+
+
+def test_a_run_is_measured_again_and_again():
+    profile, monitor = lightning(Model)
+    for key in (*profile.keys, *profile.optional):
+        assert monitor.history[key].steps == [2, 5, 8] and all(map(math.isfinite, monitor.history[key].values)), key
+        assert key.endswith(("_error", "_residual")) or key.removeprefix(PREFIX) in MEANINGS, key
+    assert profile.unbounded == ""
+    rows = [[monitor.history[f"stability/sigma_x/net.{i}"].values[k] for i in (0, 2)] for k in range(3)]
+    assert [list(row) for _, row in profile._map] == rows and [step for step, _ in profile._map] == [2, 5, 8]
+
+
+def test_why_there_is_no_bound_by_weights():
+    profile, monitor = lightning(lambda: Model(Transformer()), steps=3)
+    assert "TransformerBlock has no Lipschitz constant" in profile.unbounded
+    assert not {"stability/alpha_x_norm_bound", "stability/alpha_x_norm_gap"} & monitor.history.keys()
+    assert monitor.history["stability/alpha_x_jacobian_gap"].values[0] > 0
+
+
+def test_cost_grows_with_what_is_asked_for():
+    task = regression()
+    snapshot = freeze(task, SGD(task.parameters(), lr=0.1), probes=probes_of(task))
+    cheap, dear = (sum(StabilityProfile(horizon=h, directions=d).cost(snapshot).values()) for h, d in ((2, 2), (4, 4)))
+    assert dear > 3.2 * 5 and 2 * 5 * 1.2 < cheap < dear / 2
+    memory = StabilityProfile().memory(snapshot)
+    assert set(memory) >= {"vectors", "graph of the outputs"} and min(memory.values()) >= 0
+
+
+def test_the_picture_has_depth_and_time():
+    pytest.importorskip("matplotlib")
+    profile, _ = lightning(Model)
+    figure, ax = profile.plot()
+    mesh = ax.collections[0].get_array()
+    assert mesh.shape == (2, 3) and [t.get_text() for t in ax.get_yticklabels()] == ["net.0", "net.2"]
+    close(mesh[0, 0], math.log10(profile._map[0][1][0]), 1e-12)
+    assert ax.get_ylim() == (2.5, 0.5) and ax.get_xlim()[0] < 2 < 8 < ax.get_xlim()[1]
+    own, _ = profile.plot(torch.tensor([[1.0, 0.0, 100.0]]), ax)
+    assert own is figure and ax.collections[-1].get_array().mask[1, 0]
+    profile.reset()
+    with pytest.raises(ValueError, match="nothing has been measured"):
+        profile.plot()
+
+
+def test_a_network_that_changes_starts_a_new_map():
+    profile = StabilityProfile(horizon=2, directions=2)
+    for net in (tanh_mlp(2, 3, 1), tanh_mlp(2, 3, 3, 1)):
+        task = Regression(net, random(6, 2), random(6, 1))
+        for _ in along(profile, task, SGD(task.parameters(), lr=0.1), 3):
+            pass
+        assert [step for step, _ in profile._map] == [2]
+        profile.load_vectors({})
+    assert len(profile._map) == 1 and len(profile._map[0][1]) == 3 and same(profile.compute(), profile.compute())
