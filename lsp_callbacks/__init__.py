@@ -4,10 +4,13 @@ from lsp_callbacks.callbacks import StabilityMonitor, StabilityReport, StopOnIns
 from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.quantities import (
     BatchSharpness,
+    ClarkeProfile,
     Lyapunov,
     LyapunovTrajectory,
+    ProximalStep,
     Quantity,
     ResidualCFL,
+    SecantRatio,
     SGDStability,
     Sharpness,
     SpectralNorm,
@@ -16,15 +19,18 @@ from lsp_callbacks.snapshot import ProbeSet, Snapshot, Unmeasurable
 
 __all__ = [
     "BatchSharpness",
+    "ClarkeProfile",
     "Curve",
     "Lyapunov",
     "LyapunovTrajectory",
     "Monitor",
     "Observation",
     "ProbeSet",
+    "ProximalStep",
     "Quantity",
     "ResidualCFL",
     "SGDStability",
+    "SecantRatio",
     "Sharpness",
     "Snapshot",
     "SpectralNorm",

@@ -29,6 +29,9 @@ QUANTITIES = {
     "sgd_stability": ("probes", "outputs", "sampling", "chains", "steps", "horizon", "most_rows"),
     "lyapunov": ("window", "average", "method"),
     "lyapunov_trajectory": ("k", "transient", "window", "method"),
+    "clarke_profile": ("samples", "eps", "vertices", "most"),
+    "secant_ratio": ("method",),
+    "proximal_step": ("steps", "method"),
     "batch_sharpness": ("rtol", "most", "method"),
 }
 

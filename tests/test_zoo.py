@@ -9,9 +9,17 @@ from torch.utils.checkpoint import CheckpointFunction
 from zoo import CLASSES, Model, data, fit, unchanged
 
 from lsp_callbacks import StabilityMonitor
-from lsp_callbacks.quantities import PRESETS, REGISTRY, BatchSharpness, LyapunovTrajectory, SGDStability, build
+from lsp_callbacks.quantities import (
+    PRESETS,
+    REGISTRY,
+    BatchSharpness,
+    LyapunovTrajectory,
+    ProximalStep,
+    SGDStability,
+    build,
+)
 
-PRODUCTS = {"sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness"}
+PRODUCTS = {"sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "secant_ratio", "proximal_step"}
 
 
 class Short(LyapunovTrajectory):
@@ -27,7 +35,8 @@ def everything(**arguments):
     """The full preset, with windows that a short run completes; as a preset it leaves out what cannot be measured."""
     trajectory, batches = Short(transient=0), BatchSharpness(most=8)
     trajectory.window, batches.most = 2, 2
-    short = {q.name: q for q in (trajectory, batches, SGDStability(probes=8, chains=2, steps=20))}
+    few = (trajectory, batches, SGDStability(probes=8, chains=2, steps=20), ProximalStep(steps=1))
+    short = {q.name: q for q in few}
     settings = {"lyapunov": {"window": 1, "average": 3}}
     quantities = [short.get(name) or build(name, **settings)[0][0] for name in REGISTRY]
     monitor = StabilityMonitor(quantities, every_n_steps=1, **arguments)

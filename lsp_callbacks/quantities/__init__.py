@@ -7,8 +7,11 @@ from typing import Any
 
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.batch_sharpness import BatchSharpness
+from lsp_callbacks.quantities.clarke_profile import ClarkeProfile
 from lsp_callbacks.quantities.lyapunov import Lyapunov, LyapunovTrajectory
+from lsp_callbacks.quantities.proximal_step import ProximalStep
 from lsp_callbacks.quantities.residual_cfl import ResidualCFL
+from lsp_callbacks.quantities.secant_ratio import SecantRatio
 from lsp_callbacks.quantities.sgd_stability import SGDStability
 from lsp_callbacks.quantities.sharpness import Sharpness
 from lsp_callbacks.quantities.spectral_norm import SpectralNorm
@@ -23,6 +26,9 @@ REGISTRY: dict[str, type[Quantity]] = {
         Lyapunov,
         LyapunovTrajectory,
         BatchSharpness,
+        ClarkeProfile,
+        SecantRatio,
+        ProximalStep,
     )
 }
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -36,6 +42,9 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "lyapunov",
         "lyapunov_trajectory",
         "batch_sharpness",
+        "clarke_profile",
+        "secant_ratio",
+        "proximal_step",
     ),
 }
 
@@ -79,11 +88,14 @@ __all__ = [
     "PRESETS",
     "REGISTRY",
     "BatchSharpness",
+    "ClarkeProfile",
     "Lyapunov",
     "LyapunovTrajectory",
+    "ProximalStep",
     "Quantity",
     "ResidualCFL",
     "SGDStability",
+    "SecantRatio",
     "Sharpness",
     "SpectralNorm",
     "build",
