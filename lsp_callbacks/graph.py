@@ -68,6 +68,25 @@ def read(loss: Tensor) -> Graph:
     )
 
 
+def kinks_between(output: Tensor, leaves: Iterable[Tensor]) -> tuple[str, ...]:
+    """Names of the nodes whose derivative jumps, on the ways from the leaves to the output."""
+    wanted = {id(leaf) for leaf in leaves}
+    reaches: dict[object, bool] = {None: False}
+    stack = [output.grad_fn]
+    while stack:  # children first
+        node = stack[-1]
+        children = [] if node is None else [child for child, _ in node.next_functions]
+        if node not in reaches and (below := [child for child in children if child not in reaches]):
+            stack.extend(below)
+            continue
+        stack.pop()
+        if node is not None:
+            own = id(getattr(node, "variable", None)) in wanted
+            reaches[node] = own or any(reaches[child] for child in children)
+    names = (node.name() for node, on_the_way in reaches.items() if on_the_way and node is not None)  # type: ignore
+    return tuple(sorted({name for name in names if _KINKS.match(name)}))
+
+
 def joined(graphs: Iterable[Graph]) -> Graph:
     """What holds for the mean of several losses."""
     graphs = list(graphs)

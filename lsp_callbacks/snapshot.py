@@ -20,6 +20,9 @@ from lsp_callbacks.unmeasurable import Unmodelled as Unmodelled
 
 T = TypeVar("T")
 
+#: From the name of a parameter, its value and its learning rate to its new value.
+Prox = Callable[[str, Tensor, float], Tensor]
+
 
 @dataclass(frozen=True)
 class Call:
@@ -132,6 +135,8 @@ class Snapshot:
         loss: the step's own loss, against which replays are checked; None takes the first replay's.
         gradient: the step's own gradients by parameter name, unclipped; None where the step had none.
         clipping: what is done to the gradient before the optimizer sees it; None leaves it as it is.
+        prox: what is done to each parameter after the optimizer's step, ``(name, tensor, lr) -> tensor``, in operations
+            that autograd can differentiate almost everywhere; see `lsp_callbacks.functional.proximal`.
         unmodelled: why the update is not the optimizer's step on this loss (a hook of the user's); None if it is.
         tolerance: relative difference allowed between ``loss`` and its replay; 0 is to the last bit, for the same path.
         keep: which modules' inputs ``calls`` keeps in full, by name and module.
@@ -153,6 +158,7 @@ class Snapshot:
     loss: Tensor | None = None
     gradient: dict[str, Tensor | None] | None = None
     clipping: Clipping | None = None
+    prox: Prox | None = None
     unmodelled: str | None = None
     tolerance: float = 0.0
     keep: Callable[[str, nn.Module], bool] = lambda name, module: False

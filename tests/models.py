@@ -370,6 +370,7 @@ def unprobed(reason: str) -> dict[str, str]:
     )
     return dict.fromkeys(("sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "leave_one_out"), reason)
     names = ("sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "stability_profile")
+    names = ("sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "secant_ratio", "proximal_step")
     return dict.fromkeys(names, reason)
 
 
@@ -401,6 +402,7 @@ CASES = {
     "spectral_norm": Case(lambda: parametrised(parametrizations.spectral_norm), EXACT, kernel=ROWS),
     "weight_norm": Case(lambda: parametrised(parametrizations.weight_norm), kernel=ROWS),
     "sparse": Case(lambda: Model(Bag()), failed=dict.fromkeys(("robustness", "leave_one_out"), "no depth to measure")),
+    "sparse": Case(lambda: Model(Bag()), failed={"clarke_profile": "depends on the first input"}),
     "dictionary": Case(Dictionary),
     "mixup": Case(lambda: Mixup(mlp()), left_out=unprobed("outputs and targets cannot be told")),
     "uneven_last_batch": Case(Model, loader={"n": 21, "drop_last": False}),
@@ -436,4 +438,5 @@ CASES = {
     "hopeless": Case(Closure, failed={"spectral_norm": "the original", "residual_cfl": "the original",
                      "sgd_stability": "the original", "numerics": "the original"} | refused("the original")),
                      "robustness": "the original", "sgd_stability": "the original"} | refused("the original")),
+                     "sgd_stability": "the original", "clarke_profile": "the original"} | refused("the original")),
 }  # fmt: skip

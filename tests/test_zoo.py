@@ -33,6 +33,13 @@ PRODUCTS = {"sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "
 )
 
 PRODUCTS = {"sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "spectral_density"}
+    LyapunovTrajectory,
+    ProximalStep,
+    SGDStability,
+    build,
+)
+
+PRODUCTS = {"sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "secant_ratio", "proximal_step"}
 
 
 class Short(LyapunovTrajectory):
@@ -58,6 +65,8 @@ def everything(**arguments):
     }
     profile = StabilityProfile(horizon=2, directions=2, samples=2, probes=8)
     short = {q.name: q for q in (trajectory, batches, SGDStability(probes=8, chains=2, steps=20), profile)}
+    few = (trajectory, batches, SGDStability(probes=8, chains=2, steps=20), ProximalStep(steps=1))
+    short = {q.name: q for q in few}
     settings = {"lyapunov": {"window": 1, "average": 3}}
     quantities = [short.get(name) or build(name, **settings)[0][0] for name in REGISTRY]
     monitor = StabilityMonitor(quantities, every_n_steps=1, **arguments)

@@ -151,8 +151,15 @@ def arguments(training_step: Callable, batch: Any, batch_idx: int) -> list[Any]:
     return [batch, batch_idx] if wide else [batch]
 
 
-def unmodelled(trainer: Any, module: Any) -> str | None:
-    """Why the parameters will not move by the optimizer's step on the step's own loss; None if they will."""
+def unmodelled(trainer: Any, module: Any, *, prox: bool = False) -> str | None:
+    """Why the parameters will not move by the optimizer's step on the step's own loss; None if they will.
+
+    Args:
+        trainer: Lightning's.
+        module: the user's.
+        prox: whether the user says what is done after the step: then ``optimizer_step`` may do it, as the update is
+            checked.
+    """
     base = next(
         c for c in type(module).__mro__ if c.__module__.endswith("core.module") and c.__name__ == "LightningModule"
     )
@@ -162,9 +169,10 @@ def unmodelled(trainer: Any, module: Any) -> str | None:
         )
     if getattr(trainer.strategy, "_ddp_comm_hook", None) is not None:
         return "ddp_comm_hook: gradients that are not the plain mean over the processes are not modelled"
-    for hook in ("configure_gradient_clipping", "optimizer_step"):
+    for hook in ("configure_gradient_clipping", *(() if prox else ("optimizer_step",))):
         if getattr(type(module), hook) is not getattr(base, hook):
-            return f"{type(module).__name__} overrides {hook}: what it does to the update is not known"
+            hint = "; if it maps the weights after the plain step, pass prox=..." * (hook == "optimizer_step")
+            return f"{type(module).__name__} overrides {hook}: what it does to the update is not known{hint}"
     if not module.automatic_optimization and len(trainer.optimizers) > 1:
         return "several optimizers take turns: their joint update is not modelled"
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -33,13 +34,14 @@ from lsp_callbacks.callbacks.schedule import CriticalRate, Schedule, steps_left
 from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.guard import Guard
 from lsp_callbacks.monitor import Curve, Monitor, Observation
+from lsp_callbacks.operators.proximal import Expected, expected
 from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.quantities import Quantity, build
 from lsp_callbacks.quantities.select import Selection, validate
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import untouched
 from lsp_callbacks.report import verdict
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.snapshot import Prox, Snapshot, Unmeasurable
 from lsp_callbacks.step import LossFn, PendingStep, batch_size, identical, never, rate, witnessed
 
 #: How many steps of the schedule to look ahead.
@@ -72,6 +74,11 @@ class StabilityMonitor(Callback):
         forward_fn: ``(module, batch) -> outputs`` of shape ``(samples, ..., classes)``, and
         criterion: ``(outputs, batch) -> loss``, the mean over the samples: needed together, and only where
             ``training_step`` does not return the value of one criterion of ``torch.nn.functional``.
+        prox: ``(name, tensor, lr) -> tensor``, what your code makes of each parameter after the optimizer's step:
+            weight clipping, a max-norm, a soft threshold; see `lsp_callbacks.functional.proximal`. It is not applied,
+            but enters the update map; where you apply it (``optimizer_step``, ``on_train_batch_end``, a hook of the
+            optimizer) is up to you. What the parameters really become is compared with it, and where they differ
+            nothing is told of the update any more.
         save_vectors: put windows under way and warm starts into checkpoints too; otherwise a checkpoint cuts them.
         strict: raise where a measurement fails, instead of recording NaN with one warning.
         max_memory: bytes, or "2GB", that a measurement may take beside training; what is predicted to take more is left
@@ -103,6 +110,7 @@ class StabilityMonitor(Callback):
         loss_fn: LossFn | None = None,
         forward_fn: ForwardFn | None = None,
         criterion: Criterion | None = None,
+        prox: Prox | None = None,
         save_vectors: bool = False,
         strict: bool = False,
         max_memory: float | str | None = None,
@@ -131,6 +139,10 @@ class StabilityMonitor(Callback):
         self.log_layers, self.loss_fn, self.save_vectors, self.seed = log_layers, loss_fn, save_vectors, seed
         wanted = max((getattr(quantity, "probes", 0) for quantity in built), default=0)
         self.probes = Probes(wanted, forward_fn, criterion)
+        self.prox = prox
+        self._expected: Expected | None = None
+        self._expecting = False
+        self._published: Observation | None = None
         self.subscribers: list[Any] = []
         self.step = 0
         self._ranks = Ranks()
@@ -178,7 +190,7 @@ class StabilityMonitor(Callback):
             self.step, self._measured_at, self._critical = 0, None, CriticalRate()
             self.monitor.reset()
         self.monitor.drop()
-        self._unmodelled = unmodelled(trainer, pl_module)
+        self._unmodelled = unmodelled(trainer, pl_module, prox=self.prox is not None)
         named = [q for q in self.monitor.quantities.values() if q.needs_update and q.name in self.monitor.named]
         if self._unmodelled and named:
             raise Unmeasurable(f"{named[0].name} cannot be measured: {self._unmodelled}")
@@ -203,10 +215,11 @@ class StabilityMonitor(Callback):
             self._ranks.first(lambda: population(trainer.train_dataloader, trainer.world_size), "the population")
         )
         self._schedule = Schedule(trainer)
-        self._unmodelled = unmodelled(trainer, pl_module)
+        self._unmodelled = unmodelled(trainer, pl_module, prox=self.prox is not None)
+        self._expected, self._expecting, self._published = None, False, None
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         settings: dict[str, Any] = {"unmodelled": self._unmodelled, "sharded": sharded(trainer), "ranks": self._ranks}
-        settings |= {"clipping": clipping(trainer)}
+        settings |= {"clipping": clipping(trainer), "prox": self.prox}
         self.monitor.require(Snapshot(self.step, pl_module, replay=never, optimizer=optimizer, **settings))
         if self.probe_samples is not None:
             warn_sub_batch(self.probe_samples)
@@ -222,6 +235,7 @@ class StabilityMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         began = time.perf_counter()
+        self._check_update(last=True)
         if batch_idx % trainer.accumulate_grad_batches == 0:  # the first micro-batch of a step
             self._pending, self._updates, self._saw_loss, self._loss, self._seen = None, 0, False, None, None
             self._guard.begin()
@@ -299,6 +313,7 @@ class StabilityMonitor(Callback):
             self.step,
             optimizer,
             clipping=clipping(trainer),
+            prox=self.prox,
             unmodelled=self._unmodelled,
             keep=self.monitor.keeps,
             probes=probe_set(trainer, self.probes, pending) if self.probes.wanted else None,
@@ -307,7 +322,29 @@ class StabilityMonitor(Callback):
             seed=self.seed,
         )
         # Under manual optimisation nobody need have told us the loss.
-        return self.monitor.observe(witnessed(snapshot) if snapshot.loss is None else snapshot)
+        snapshot = witnessed(snapshot) if snapshot.loss is None else snapshot
+        observation = self.monitor.observe(snapshot)
+        if self.prox is not None and any(quantity.needs_update for quantity in self.monitor.quantities.values()):
+            self._expecting = True  # on every rank, also where it fails
+            with self.monitor.harmless("where the step and prox lead could not be told"):
+                own = {name: p.grad for name, p in snapshot.parameters.items()}  # not that of a sub-batch
+                self._expected = expected(replace(snapshot, gradient=own, clipping=clipping(trainer), memo={}))
+        return observation
+
+    def _check_update(self, *, last: bool) -> None:
+        """Whether the parameters are where step and prox should have brought them; the user may still move them.
+
+        Args:
+            last: nothing comes any more before the next forward pass.
+        """
+        if not self._expecting:
+            return
+        arrived = not self._ranks.any(lambda: self._expected is None or not self._expected.met(), "the update")
+        if not arrived and not last:
+            return
+        if not arrived:
+            self._disown("the parameters after the step are not prox(step): another map, or none, was applied to them")
+        self._expected, self._expecting, self._published = None, False, None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         began = time.perf_counter()
@@ -320,11 +357,13 @@ class StabilityMonitor(Callback):
         elif self._updates > 1:
             self._disown(f"one batch made {self._updates} optimizer steps: their joint update is not modelled")
         self._gradients, self._watching = [], False
+        self._check_update(last=False)
         if self._observation is not None:
             observation, self._observation = self._observation, None
             self._measured_at = observation.step
             with self.monitor.harmless("the schedule could not be looked ahead"):
                 observation = self._look_ahead(trainer, observation)
+            self._published = observation
             self._publish(trainer, observation)
             for subscriber in self.subscribers:
                 subscriber.receive(trainer, observation)
@@ -361,7 +400,8 @@ class StabilityMonitor(Callback):
         return any(p.grad is not None and not identical(p.grad, gradient) for p, gradient in self._gradients)
 
     def _disown(self, reason: str) -> None:
-        self._observation = self.monitor.disown_update(self._observation, reason)
+        own = self.monitor.disown_update(self._observation or self._published, reason)
+        self._observation = None if self._observation is None else own
 
     def _publish(self, trainer: Any, observation: Observation) -> None:
         values = self._visible(observation.values)
@@ -421,6 +461,7 @@ class StabilityMonitor(Callback):
     # -- afterwards ------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._check_update(last=True)
         # StabilityReport says it below its table.
         if not any(getattr(callback, "says_verdict", False) for callback in trainer.callbacks):
             rank_zero_info(verdict(self.history, self.monitor.ended_by))

@@ -3,6 +3,7 @@
 from lsp_callbacks.functional.activations import activation_lipschitz, activation_slope
 from lsp_callbacks.functional.batch_norm import Drift, batch_norm_drift
 from lsp_callbacks.functional.batch_sharpness import BatchSharpness, batch_sharpness, curvature_along_gradient
+from lsp_callbacks.functional.clarke import GeneralizedNorm, generalized_norm
 from lsp_callbacks.functional.condition import condition, condition_lower, loss_condition_lower
 from lsp_callbacks.functional.depth_profile import DepthProfile, depth_profile
 from lsp_callbacks.functional.diagram import CriticalRate, StabilityDiagram, critical_lr, stability_diagram
@@ -20,9 +21,12 @@ from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr,
 from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce, regularity
 from lsp_callbacks.functional.norm_bound import chain_lipschitz, norm_bound
 from lsp_callbacks.functional.numerics import NumericRange, headroom, lost_share, numeric_range
+from lsp_callbacks.functional.proximal import Box, MaxNorm, Only, Ridge, SoftThreshold, SpectralClip
+from lsp_callbacks.functional.proximal_step import Promise, promise, proximal_gain
 from lsp_callbacks.functional.residual import ResidualStability, residual_stability
 from lsp_callbacks.functional.robbins_monro import PowerLaw, RobbinsMonro, robbins_monro
 from lsp_callbacks.functional.robustness import Sensitivity, sensitivity
+from lsp_callbacks.functional.secant import Secant, secant
 from lsp_callbacks.functional.sgd_law import NoiseFit, SGDLaw, fit_noise, sgd_law
 from lsp_callbacks.functional.sgd_stability import (
     Exponent,
@@ -48,6 +52,7 @@ from lsp_callbacks.linalg import lyapunov_exponents
 
 __all__ = [
     "BatchSharpness",
+    "Box",
     "CriticalRate",
     "DepthProfile",
     "Dissipation",
@@ -57,17 +62,25 @@ __all__ = [
     "Fault",
     "FrozenSGD",
     "Gains",
+    "GeneralizedNorm",
     "GradientNoise",
     "LeaveOneOut",
     "MarchenkoPastur",
+    "MaxNorm",
     "Modes",
     "NoiseFit",
     "NumericRange",
+    "Only",
     "PowerLaw",
+    "Promise",
     "ResidualStability",
+    "Ridge",
     "RobbinsMonro",
     "SGDLaw",
+    "Secant",
     "Sensitivity",
+    "SoftThreshold",
+    "SpectralClip",
     "Spectrum",
     "StabilityDiagram",
     "Tangents",
@@ -103,6 +116,7 @@ __all__ = [
     "gains",
     "gd_critical_lr",
     "gd_exponent",
+    "generalized_norm",
     "gradient_noise",
     "headroom",
     "layer_lipschitz",
@@ -117,12 +131,15 @@ __all__ = [
     "norm_bound",
     "numeric_range",
     "plane_exponent",
+    "promise",
+    "proximal_gain",
     "pushed",
     "reduce",
     "regularity",
     "rescale",
     "residual_stability",
     "robbins_monro",
+    "secant",
     "second_moment",
     "second_moment_exponent",
     "sensitivity",

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from lsp_callbacks.cadence import MODELLED
 from lsp_callbacks.guard import Guard
 from lsp_callbacks.monitor import Curve, Monitor, Observation
+from lsp_callbacks.operators.proximal import Expected, expected
 from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.quantities import build
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import untouched
-from lsp_callbacks.snapshot import Clipping, Snapshot
+from lsp_callbacks.snapshot import Clipping, Prox, Snapshot
 from lsp_callbacks.step import LossFn, PendingStep, identical, never, witnessed
 
 Log = Callable[[dict[str, float], int], None]
@@ -39,6 +40,9 @@ class Watch:
             does not return the value of one criterion of ``torch.nn.functional``.
         log: called with new values and the number of the update.
         clipping: how the loop clips before each update; where it is by norm, the optimizer holds all parameters.
+        prox: what the loop makes of each parameter after ``optimizer.step()`` and before the next batch,
+            ``(name, tensor, lr) -> tensor``, see `lsp_callbacks.functional.proximal`. It is not applied, but enters the
+            update map, and is compared with what the parameters really become.
         unmodelled: why the update is not the optimizer's step on this loss, where you know it; what needs the update is
             then left out.
         seed: of our own random choices, which never touch the global state.
@@ -77,6 +81,7 @@ class Watch:
         criterion: Criterion | None = None,
         log: Log | None = None,
         clipping: Clipping | None = None,
+        prox: Prox | None = None,
         unmodelled: str | None = None,
         seed: int = 0,
     ):
@@ -93,6 +98,10 @@ class Watch:
         self.probes = Probes(wanted, forward_fn, criterion)
         #: Whose criterion tells outputs from targets.
         self.probe_loss: Callable[[nn.Module, Any], Any] = loss_fn
+        self.prox = prox
+        self._expected: Expected | None = None
+        self._expecting = False
+        self._published: Observation | None = None
         self.step = 0
         #: Seen since the last update.
         self.batches = 0
@@ -119,11 +128,13 @@ class Watch:
         for batch in loader:
             self.begin(batch)
             yield batch
+        self._check_update()
 
     def begin(self, batch: Any) -> None:
         """Called before the forward pass on a batch, by those who do not iterate over `__call__`."""
         if not self._required:
             self._require()
+        self._check_update()
         if self.batches in (0, self.accumulate):  # the second: a gradient scaler left the last update out
             self.batches, self._pending, self._seen = 0, None, None
             self._guard.begin()
@@ -172,7 +183,7 @@ class Watch:
 
     def _require(self) -> None:
         self._required = True
-        known: dict[str, Any] = {"clipping": self.clipping, "unmodelled": self.unmodelled}
+        known: dict[str, Any] = {"clipping": self.clipping, "prox": self.prox, "unmodelled": self.unmodelled}
         self.monitor.require(Snapshot(self.step, self.module, never, self.optimizer, **known))
 
     def _loss(self, module: nn.Module, batch: Any) -> Tensor:
@@ -190,12 +201,26 @@ class Watch:
                 self.step,
                 self.optimizer,
                 clipping=self.clipping,
+                prox=self.prox,
                 unmodelled=self.unmodelled,
                 keep=self.monitor.keeps,
                 probes=probes,
                 seed=self.seed,
             )
-            self._observation = self.monitor.observe(witnessed(snapshot))
+            snapshot = witnessed(snapshot)
+            self._observation = self.monitor.observe(snapshot)
+            if self.prox is not None and any(q.needs_update for q in self.monitor.quantities.values()):
+                self._expecting = True  # also where it fails
+                self._expected = expected(snapshot)
+
+    def _check_update(self) -> None:
+        """Whether the parameters are where step and prox should have brought them, at the end of the loop's body."""
+        if not self._expecting or self.batches:  # the update has not been made
+            return
+        if self._expected is None or not self._expected.met():
+            reason = "the parameters after the step are not prox(step): another map, or none, was applied to them"
+            self.monitor.disown_update(self._published, reason)
+        self._expected, self._expecting, self._published = None, False, None
 
     def _before_update(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if any(callable(one) for one in (*args[1:], *kwargs.values())):
@@ -219,6 +244,7 @@ class Watch:
 
     def _after_update(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         observation, self._observation = self._observation, None
+        self._published = observation
         if observation is not None and self.log is not None:
             self.log(dict(observation.values), observation.step)
         self.step, self.batches, self._seen = self.step + 1, 0, None

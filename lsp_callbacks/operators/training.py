@@ -116,7 +116,8 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     ``(theta, g, s) -> (theta', s')``, here differentiated in forward mode along ``(v, dg, ds)``, with ``dg = H v``
     after the derivative of the clipping, ``kappa (I - g g^T / ||g||^2) H v`` where it is by norm and active. Nothing is
     frozen. Parameters without a gradient, and those that the optimizer does not hold, stay as they are; a state
-    tensor that is not there before the step has no derivative. Where nu is 0 see `operators.formulas.root`.
+    tensor that is not there before the step has no derivative. Where nu is 0 see `operators.formulas.root`. What is
+    done to the parameters after the step (`Snapshot.prox`) is not part of it: see `operators.proximal.update_jacobian`.
 
     Any other optimizer: see `operators.own_step.own_step_tangent`; its blocks have sizes of their own.
 
@@ -264,6 +265,46 @@ def state_blocks(snapshot: Snapshot) -> tuple[str, ...]:
     rule = formula(optimizer)
     names = dict.fromkeys(block for group in optimizer.param_groups for block in rule.blocks(group))
     return tuple(sorted(names, key=lambda name: name not in ("momentum_buffer", "exp_avg")))
+
+
+def parameter_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
+    """``d theta' / d theta`` of one step, the optimizer's state held as it is before it: ``diag(a) + diag(b) K H``.
+
+    The step of an optimizer with a formula is elementwise in ``(theta, g)``, with derivatives a and b; K is that of the
+    clipping, which is symmetric. So there is an adjoint, ``diag(a) + H K diag(b)``, which `step_jacobian` lacks. Of SGD
+    without momentum and clipping it is ``I - lr H'``.
+
+    Raises:
+        Unmeasurable: see `step_jacobian`; an optimizer without a formula.
+
+    Cost: one Hessian product a product.
+    """
+    optimizer = known_optimizer(snapshot)
+    rule, blocks = formula(optimizer), state_blocks(snapshot)
+    H, own = hessian(snapshot, method=method), clipped_gradient(snapshot)
+    parameters = list(snapshot.parameters.values())
+    theta = flatten(parameters, parameters).detach()
+    a, b = torch.ones_like(theta), torch.zeros_like(theta)
+    for part in _parts(snapshot, blocks):
+        if part.group is None:
+            continue
+        pieces = {
+            name: flatten([_state(optimizer, p).get(name) for p in parameters], parameters).to(theta.dtype)
+            for name in part.present
+        }
+        at = (part.of(theta), part.of(own), {name: part.of(piece.detach()) for name, piece in pieces.items()})
+        still = {name: torch.zeros_like(x) for name, x in at[2].items()}
+        one, none = torch.ones_like(at[0]), torch.zeros_like(at[0])
+        part.write(a, _push(rule, part, at, (one, none, still))[0])
+        part.write(b, _push(rule, part, at, (none, one, still))[0])
+
+    return LinearOperator(
+        H.shape,
+        lambda v: a * v + b * _gradient_change(snapshot, H @ v),
+        lambda w: a * w + H @ _gradient_change(snapshot, b * w),
+        dtype=H.dtype,
+        device=H.device,
+    )
 
 
 def state_weight(snapshot: Snapshot, jacobian: LinearOperator) -> Tensor:

@@ -7,12 +7,15 @@ from typing import Any
 
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.batch_sharpness import BatchSharpness
+from lsp_callbacks.quantities.clarke_profile import ClarkeProfile
 from lsp_callbacks.quantities.dissipation import Dissipation
 from lsp_callbacks.quantities.leave_one_out import LeaveOneOut
 from lsp_callbacks.quantities.lyapunov import Lyapunov, LyapunovTrajectory
 from lsp_callbacks.quantities.numerics import Numerics
+from lsp_callbacks.quantities.proximal_step import ProximalStep
 from lsp_callbacks.quantities.residual_cfl import ResidualCFL
 from lsp_callbacks.quantities.robustness import Robustness
+from lsp_callbacks.quantities.secant_ratio import SecantRatio
 from lsp_callbacks.quantities.sgd_law import SGDLaw
 from lsp_callbacks.quantities.sgd_stability import SGDStability
 from lsp_callbacks.quantities.sharpness import Sharpness
@@ -39,6 +42,9 @@ REGISTRY: dict[str, type[Quantity]] = {
         Robustness,
         LeaveOneOut,
         StabilityProfile,
+        ClarkeProfile,
+        SecantRatio,
+        ProximalStep,
     )
 }
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -60,6 +66,9 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "robustness",
         "leave_one_out",
         "stability_profile",
+        "clarke_profile",
+        "secant_ratio",
+        "proximal_step",
     ),
 }
 
@@ -103,16 +112,19 @@ __all__ = [
     "PRESETS",
     "REGISTRY",
     "BatchSharpness",
+    "ClarkeProfile",
     "Dissipation",
     "LeaveOneOut",
     "Lyapunov",
     "LyapunovTrajectory",
     "Numerics",
+    "ProximalStep",
     "Quantity",
     "ResidualCFL",
     "Robustness",
     "SGDLaw",
     "SGDStability",
+    "SecantRatio",
     "Sharpness",
     "SignalPropagation",
     "SpectralDensity",

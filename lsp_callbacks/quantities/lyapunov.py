@@ -16,7 +16,8 @@ from lsp_callbacks.linalg import LinearOperator, orthonormalise, push
 from lsp_callbacks.operators.curvature import Method, product_cost, resolved
 from lsp_callbacks.operators.footprint import footprint, product_memory
 from lsp_callbacks.operators.frozen import frozen_rule
-from lsp_callbacks.operators.training import Path, state_blocks, state_weight, step_jacobian, tangent_path
+from lsp_callbacks.operators.proximal import update_jacobian
+from lsp_callbacks.operators.training import Path, state_blocks, state_weight, tangent_path
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.sharpness import edge_cost, edge_memory, measured_edge
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
@@ -51,7 +52,7 @@ class Lyapunov(Windowed):
 
     One step aligns a direction v with the top algebraic eigenvector of the (preconditioned) Hessian; the next
     ``window`` steps push it (with momentum: the plane of ``(v, 0)`` and ``(0, m)``, m the buffer that displaces by v)
-    through the derivative of the real update, on the same batches, masks, rates, momentum and clipping. The second
+    through the derivative of the real update, on the same batches, masks, rates, momentum, clipping and prox. Second
     moments of Adam, AdamW, RMSprop and Adagrad are pushed along: nothing is frozen. The value is the mean of the last
     ``average`` windows with one-sided 90 % Student bounds.
 
@@ -118,7 +119,7 @@ class Lyapunov(Windowed):
                 "step": snapshot.step,
             }
             return
-        frame, log = rescale(push(step_jacobian(snapshot, method=self._frame["method"]), self._frame["frame"]))
+        frame, log = rescale(push(update_jacobian(snapshot, method=self._frame["method"]), self._frame["frame"]))
         count, log = self._frame["count"] + 1, self._frame["log"] + log
         if count < self.window:
             self._frame |= {"frame": frame, "log": log, "count": count, "step": snapshot.step}
@@ -129,6 +130,8 @@ class Lyapunov(Windowed):
         self._frame = {}
         if math.isnan(exponent):  # one such window would hide the next ones
             raise Unmeasurable("the pushed direction is not finite: the weights or the loss have overflowed")
+        if exponent == -math.inf and snapshot.prox is not None:
+            raise Unmeasurable("prox holds the sharp mode where it is: nothing of it is left to grow")
         self.windows = torch.cat([self.windows, scalar(exponent)[None]])[-self.average :]
         self.complete = True
 
@@ -203,7 +206,7 @@ class LyapunovTrajectory(Windowed):
         going = self._continues(snapshot)
         method = self._frame["method"] if going else resolved(snapshot, self.method)
         tangent = self._tangent if going else tangent_path(snapshot)
-        jacobian = step_jacobian(snapshot, method=method)
+        jacobian = update_jacobian(snapshot, method=method)
         weight = state_weight(snapshot, jacobian)
         if going:
             frame, logs = self._frame["frame"], self._frame["logs"]

@@ -1,0 +1,145 @@
+"""Proximal maps and projections that are applied to the weights after the optimizer's step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.arguments import number
+
+
+@dataclass(frozen=True)
+class Box:
+    """Weight clipping: the projection onto ``[low, high]``, number by number; ``Box(0)`` keeps weights nonnegative."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __post_init__(self):
+        if not self.low <= self.high:
+            raise ValueError(f"low={self.low!r} and high={self.high!r}: give low <= high")
+
+    def __call__(self, name: str, tensor: Tensor, lr: float) -> Tensor:
+        return tensor.clamp(self.low, self.high)
+
+    def penalty(self, name: str, tensor: Tensor) -> Tensor:
+        return _indicator(bool(((tensor >= self.low) & (tensor <= self.high)).all()), tensor)
+
+
+@dataclass(frozen=True)
+class MaxNorm:
+    """The projection of each row of a weight (its first axis; of a convolution each filter) onto ``||row|| <= limit``.
+
+    Tensors of one axis, such as biases, are left alone.
+    """
+
+    limit: float
+
+    def __post_init__(self):
+        number("limit", self.limit, above=0)
+
+    def __call__(self, name: str, tensor: Tensor, lr: float) -> Tensor:
+        if tensor.ndim < 2:
+            return tensor
+        norms = torch.linalg.vector_norm(tensor.flatten(1), dim=1)
+        outside = norms > self.limit
+        factor = torch.where(outside, self.limit / torch.where(outside, norms, 1.0), 1.0)
+        return tensor * factor.view(-1, *[1] * (tensor.ndim - 1))
+
+    def penalty(self, name: str, tensor: Tensor) -> Tensor:
+        within = tensor.ndim < 2 or bool((torch.linalg.vector_norm(tensor.flatten(1), dim=1) <= _a_little(self)).all())
+        return _indicator(within, tensor)
+
+
+@dataclass(frozen=True)
+class SpectralClip:
+    """The projection of each weight, as a matrix of rows by all else, onto ``||W||_2 <= limit``.
+
+    Singular values are clipped. Of a convolution that is the reshaped kernel, whose norm is not that of the layer.
+    """
+
+    limit: float
+
+    def __post_init__(self):
+        number("limit", self.limit, above=0)
+
+    def __call__(self, name: str, tensor: Tensor, lr: float) -> Tensor:
+        if tensor.ndim < 2:
+            return tensor
+        u, s, v = torch.linalg.svd(tensor.flatten(1), full_matrices=False)
+        if not bool((s > self.limit).any()):  # its derivative is 1 there, also where singular values coincide
+            return tensor
+        return (u * s.clamp(max=self.limit) @ v).view_as(tensor)
+
+    def penalty(self, name: str, tensor: Tensor) -> Tensor:
+        within = tensor.ndim < 2 or bool(torch.linalg.matrix_norm(tensor.flatten(1), 2) <= _a_little(self))
+        return _indicator(within, tensor)
+
+
+@dataclass(frozen=True)
+class SoftThreshold:
+    """The proximal map of ``strength ||theta||_1``: each number moves by ``lr * strength`` towards 0, no further."""
+
+    strength: float
+
+    def __post_init__(self):
+        number("strength", self.strength, above=0)
+
+    def __call__(self, name: str, tensor: Tensor, lr: float) -> Tensor:
+        threshold = lr * self.strength
+        return (tensor - threshold).relu() - (-tensor - threshold).relu()
+
+    def penalty(self, name: str, tensor: Tensor) -> Tensor:
+        return self.strength * tensor.abs().sum()
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """The proximal map of ``strength ||theta||^2 / 2``: ``theta / (1 + lr strength)``, decay after the step."""
+
+    strength: float
+
+    def __post_init__(self):
+        number("strength", self.strength, above=0)
+
+    @property
+    def modulus(self) -> float:
+        """Of strong convexity."""
+        return self.strength
+
+    def __call__(self, name: str, tensor: Tensor, lr: float) -> Tensor:
+        return tensor / (1 + lr * self.strength)
+
+    def penalty(self, name: str, tensor: Tensor) -> Tensor:
+        return self.strength / 2 * tensor.square().sum()
+
+
+@dataclass(frozen=True)
+class Only:
+    """Another one, for parameters whose name matches a glob: ``Only("*.weight", Box(-1, 1))``."""
+
+    names: str
+    prox: Any
+
+    def __call__(self, name: str, tensor: Tensor, lr: float) -> Tensor:
+        return self.prox(name, tensor, lr) if fnmatchcase(name, self.names) else tensor
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute != "penalty":  # strong convexity holds for some of the parameters only
+            raise AttributeError(attribute)
+        inner = self.prox.penalty
+        return lambda name, tensor: inner(name, tensor) if fnmatchcase(name, self.names) else tensor.new_zeros(())
+
+
+def _indicator(within: bool, like: Tensor) -> Tensor:
+    return like.new_full((), 0.0 if within else math.inf)
+
+
+def _a_little(prox: MaxNorm | SpectralClip) -> float:
+    """A projected tensor is within, whatever its rounding."""
+    return prox.limit * (1 + 1e-5)

@@ -1,0 +1,66 @@
+"""Whether the Hessian says what the gradient does along a real step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.linalg import LinearOperator
+
+
+@dataclass(frozen=True)
+class Secant:
+    """Along one step of the parameters.
+
+    Attributes:
+        secant: ``||g(theta + d) - g(theta)|| / ||d||``, in units of loss / parameter^2.
+        curvature: ``||H d|| / ||d||``, H at theta.
+        ratio: secant / curvature; None where the curvature is 0.
+        unexplained: ``||g(theta + d) - g(theta) - H d|| / ||g(theta + d) - g(theta)||``: 0 on a quadratic; 0 where the
+            gradient does not change at all.
+        error: what the gradients' rounding does to the secant.
+    """
+
+    secant: Tensor
+    curvature: Tensor
+    ratio: Tensor | None
+    unexplained: Tensor
+    error: Tensor
+
+
+def secant(before: Tensor, after: Tensor, step: Tensor, hessian: LinearOperator) -> Secant:
+    """The secant curvature of a step against the Hessian's, for the same batch.
+
+    Where the loss is smooth and the step short the two agree. Across the kink of a ReLU the gradient jumps, while the
+    Hessian, which exists almost everywhere, knows nothing of it: then a sharpness, and every learning rate derived from
+    it, misleads. ``lr * secant`` above 2 says that along its own direction the step overshoots.
+
+    Args:
+        before: the batch's gradient at theta, flat.
+        after: its gradient at ``theta + step``.
+        step: the displacement, not 0.
+        hessian: at theta.
+
+    Cost: one Hessian product. Source: Katende, arXiv 2512.22055 (the counterexample); MATH section 7.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks.linalg import from_matrix
+        >>> one = lambda *v: torch.tensor(v, dtype=torch.float64)
+        >>> found = secant(one(-1.0), one(1.0), one(0.1), from_matrix(one(0.0)[None]))  # |theta| across 0
+        >>> float(found.secant), float(found.curvature), found.ratio, float(found.unexplained)
+        (20.0, 0.0, None, 1.0)
+    """
+    length = torch.linalg.vector_norm(step.double())
+    change = (after.double() - before.double()) / length
+    along = (hessian @ (step / length.to(step)).to(hessian.dtype)).double()
+    size, curvature, rest = (torch.linalg.vector_norm(v) for v in (change, along, change - along))
+    return Secant(
+        secant=size,
+        curvature=curvature,
+        ratio=size / curvature if bool(curvature > 0) else None,
+        unexplained=rest / size if bool(size > 0) else torch.zeros_like(size),
+        error=2 * torch.finfo(before.dtype).eps * torch.linalg.vector_norm(before.double()) / length,
+    )
