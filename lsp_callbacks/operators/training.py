@@ -14,6 +14,7 @@ from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature import Method, hessian
 from lsp_callbacks.operators.formulas import Formula, Group, State, formula, formula_of
 from lsp_callbacks.operators.own_step import own_step_jacobian, require_smooth
+from lsp_callbacks.players import require_one
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten
 
 Path = Literal["exact", "finite_difference_of_step"]
@@ -121,7 +122,7 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     Any other optimizer: see `operators.own_step.own_step_jacobian`; its blocks have sizes of their own.
 
     Args:
-        snapshot: a step, with its optimizer before the update.
+        snapshot: a step of one optimizer, before the update; for several see `operators.game.joint_jacobian`.
         method: of the Hessian products.
 
     Returns:
@@ -133,22 +134,37 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     Cost: one Hessian product; none for ``v = 0``. A copy of parameters, gradient and state. Source: MATH section 1;
     torch.optim.
     """
+    require_one(snapshot.player)
     optimizer = known_optimizer(snapshot)
     H = hessian(snapshot, method=method)
     n = H.shape[0]
-    own = clipped_gradient(snapshot)
     if formula_of(optimizer) is None:
-        return own_step_jacobian(snapshot, lambda v: _gradient_change(snapshot, H @ v), own)
-    rule, blocks = formula(optimizer), state_blocks(snapshot)
+        return own_step_jacobian(snapshot, lambda v: _gradient_change(snapshot, H @ v), clipped_gradient(snapshot))
+    tangent, size = step_tangent(snapshot), (1 + len(state_blocks(snapshot))) * n
+    return LinearOperator((size, size), lambda z: tangent(z, H @ z[:n]), dtype=H.dtype, device=H.device)
+
+
+def step_tangent(snapshot: Snapshot) -> Callable[[Tensor, Tensor], Tensor]:
+    """``(z, dg) -> z'``: the derivative of the optimizer's formula alone.
+
+    z is the state of `step_jacobian`; dg the change of the step's gradient, before clipping, whatever has caused it.
+
+    Raises:
+        Unmeasurable: no optimizer, or one without a formula.
+
+    Cost: no gradient.
+    """
+    optimizer = known_optimizer(snapshot)
+    rule, blocks, own = formula(optimizer), state_blocks(snapshot), clipped_gradient(snapshot)
     parameters = list(snapshot.parameters.values())
     theta = flatten(parameters, parameters).detach()
     states = {name: flatten([_state(optimizer, p).get(name) for p in parameters], parameters) for name in blocks}
     states = {name: state.detach().to(theta.dtype) for name, state in states.items()}
     parts = _parts(snapshot, blocks)
 
-    def step(z: Tensor) -> Tensor:
-        v, *tangents = z.split(n)
-        change = _gradient_change(snapshot, H @ v)
+    def tangent(z: Tensor, dg: Tensor) -> Tensor:
+        v, *tangents = z.split(len(theta))
+        change = _gradient_change(snapshot, dg)
         moved = dict(zip(blocks, tangents))
         new_v, new = v.clone(), {name: torch.zeros_like(v) for name in blocks}
         for part in parts:
@@ -164,8 +180,7 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
                 part.write(new[name], value)
         return torch.cat([new_v, *new.values()])
 
-    size = (1 + len(blocks)) * n
-    return LinearOperator((size, size), step, dtype=H.dtype, device=H.device)
+    return tangent
 
 
 def _push(rule: Formula, part: _Part, at: tuple, along: tuple) -> tuple[Tensor, State]:
@@ -224,7 +239,11 @@ def state_blocks(snapshot: Snapshot) -> tuple[str, ...]:
     Raises:
         Unmeasurable: no optimizer, or one without a formula.
     """
-    optimizer = known_optimizer(snapshot)
+    return blocks_of(known_optimizer(snapshot))
+
+
+def blocks_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """See `state_blocks`."""
     rule = formula(optimizer)
     names = dict.fromkeys(block for group in optimizer.param_groups for block in rule.blocks(group))
     return tuple(sorted(names, key=lambda name: name not in ("momentum_buffer", "exp_avg")))

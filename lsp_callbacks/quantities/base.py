@@ -27,6 +27,7 @@ class Quantity(Metric):
         window: consecutive steps that are measured.
         prepare: steps before them.
         needs_update: whether the optimizer's update map enters.
+        plays: whether a `Player`'s step can be measured; otherwise the quantity is left out of games.
     """
 
     name: str = ""
@@ -35,6 +36,7 @@ class Quantity(Metric):
     window: int = 1
     prepare: int = 0
     needs_update: bool = False
+    plays: bool = False
     full_state_update = False
     higher_is_better = None
     is_differentiable = False
