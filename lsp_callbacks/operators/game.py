@@ -108,21 +108,18 @@ def _require_reach(snapshot: Snapshot, own: Tensor) -> None:
     noise = torch.randn(H.shape[1], generator=snapshot.generator("reach"), dtype=H.dtype).to(H.device)
     theta = flatten(parameters, parameters).detach().to(H.dtype)
     # A random direction changes little in a large network; shrinking all weights changes much.
-    v = _others(noise, own) + _others(theta, own)
+    v = _unit(_others(noise, own) + _others(theta, own))
     if not bool(v.any()):  # it holds all parameters
         return
     found, gradient = (H @ v)[own], snapshot.replayed_gradient()[1]
     for far in (8.0, 1.0, 1 / 8):  # the first sees what is small, the last crosses few kinks
-        central, distance = central_difference(joint, v / torch.linalg.vector_norm(v), far)
-        central = central[own] * torch.linalg.vector_norm(v)
-        size, defect = torch.linalg.vector_norm(central), torch.linalg.vector_norm(found - central)
+        central, distance = central_difference(joint, v, far)
+        size, defect = torch.linalg.vector_norm(central[own]), torch.linalg.vector_norm(found - central[own])
         if bool(defect <= TOLERANCE * size):
             player.trusted.add(player.name)
             return
         rounding = 4 * torch.finfo(v.dtype).eps * torch.linalg.vector_norm(gradient) / distance
-        if far > 1 and bool(
-            torch.maximum(size, torch.linalg.vector_norm(found)) <= rounding * torch.linalg.vector_norm(v)
-        ):
+        if far > 1 and bool(torch.maximum(size, torch.linalg.vector_norm(found)) <= rounding):
             raise Unmeasurable(
                 f"whether the loss of player {player.name!r} lets the other players' parameters through cannot be told "
                 "at this step: they change its gradient by less than rounding does"
@@ -136,5 +133,8 @@ def _require_reach(snapshot: Snapshot, own: Tensor) -> None:
 
 def _others(vector: Tensor, own: Tensor) -> Tensor:
     """Unit, and 0 at the player's own parameters."""
-    v = vector.index_fill(0, own, 0.0)
+    return _unit(vector.index_fill(0, own, 0.0))
+
+
+def _unit(v: Tensor) -> Tensor:
     return v / torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)
