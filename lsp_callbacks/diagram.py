@@ -7,7 +7,7 @@ import logging
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -289,7 +289,7 @@ class _Examiner(Callback):
         _check(trainer, pl_module, settings)
         probes = Probes(settings.probes, settings.forward_fn, settings.criterion)
         probes.drop(population(trainer.train_dataloader))
-        pending = pending_step(trainer, pl_module, loss_fn=settings.loss_fn)
+        pending = pending_step(trainer, pl_module, own_loss=settings.loss_fn is not None)
         with untouched(pl_module):
             for number, one in enumerate(chain([batch], _rest(trainer)), start=batch_idx):
                 if number - batch_idx < trainer.accumulate_grad_batches:
@@ -317,6 +317,10 @@ def _check(trainer: Any, module: Any, settings: Settings) -> None:
         raise Unmeasurable(
             "automatic_optimization=False: training_step would step by itself; give a StabilityMonitor with loss_fn, "
             "forward_fn and criterion in the configuration"
+        )
+    if isinstance(settings.loss_fn, Mapping):
+        raise Unmeasurable(
+            "several players take turns on losses of their own: no one learning rate has a limit that could be drawn"
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lsp_callbacks.cadence import Cadence
 from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.limits import Seconds, check_memory, in_bytes
+from lsp_callbacks.players import require_one
 from lsp_callbacks.quantities import Numerics, Quantity
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, Unmodelled
@@ -171,6 +172,8 @@ class Monitor:
             try:
                 if snapshot.sharded:
                     raise Unmeasurable(snapshot.sharded)
+                if not quantity.plays:
+                    require_one(snapshot.player)
                 quantity.check(snapshot)
             except Unmeasurable as error:
                 if name in self.named or self.strict:

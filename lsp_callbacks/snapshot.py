@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lsp_callbacks.graph import Graph, joined, read
+from lsp_callbacks.players import Player
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.trace import Trace
 from lsp_callbacks.unmeasurable import Unmeasurable
@@ -148,6 +149,7 @@ class Snapshot:
         scale: the factor that a gradient scaler puts on the loss before its backward pass; ``gradient`` is without it.
         sharded: why no process has all parameters, and nothing can be measured; None if each has.
         seed: of every random choice made for this step.
+        player: whose turn it is where several optimizers take turns on losses of their own; None is one optimizer.
     """
 
     step: int
@@ -169,12 +171,22 @@ class Snapshot:
     scale: float = 1.0
     sharded: str | None = None
     seed: int = 0
+    player: Player | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters, each once, by name."""
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        """The trainable parameters, each once, by name; in a game the player's own, or those of all, see `Player`."""
+        held = (lambda p: True) if self.player is None else self.player.holds
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad and held(p)}
+
+    @property
+    def joint(self) -> Snapshot:
+        """The same step, looking at the parameters of all players; without a game itself."""
+        player = self.player
+        if player is None or player.joint:
+            return self
+        return self.once("joint", lambda: replace(self, player=replace(player, joint=True), memo={}))
 
     @cached_property
     def flat_gradient(self) -> Tensor | None:

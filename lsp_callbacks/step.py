@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import MicroBatch, Shadow, copied, replayer, summed
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable, evaluating, split
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable, evaluating, flatten, split
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+
+#: Relative difference of a player's gradient from its replay's: rounding, but not what another player's update does.
+_PLAYED = {torch.float32: 1e-4, torch.float64: 1e-8}
 
 
 class PendingStep:
@@ -148,6 +152,17 @@ class PendingStep:
             )
         return None
 
+    def settle(self, players: Iterable[nn.Parameter]) -> bool:
+        """Whether somebody has moved these parameters since; from now on the step is where they are, moved or not.
+
+        For a player of a game, whose step begins where the step before has ended.
+        """
+        if self.failure is not None:
+            return False
+        before, self._sums, own = self._sums, _sums(self.module), {id(p) for p in players}
+        found = zip(self.module.parameters(), before, self._sums)
+        return any(id(p) in own and not identical(old, new) for p, old, new in found)
+
     def _sub_batch(self, full: Snapshot, count: int) -> Snapshot:
         """The same step on the first samples of its batches; the whole step's replay is checked first."""
         _ = full.faithful
@@ -194,6 +209,42 @@ def witnessed(snapshot: Snapshot) -> Snapshot:
             return replace(seen, unmodelled=str(error))
         return replace(seen, gradient=_named(gradient, snapshot), memo={})
     return seen
+
+
+def played(snapshot: Snapshot, *others: Callable[[], Tensor]) -> Snapshot:
+    """A player's step, by the first of several replays whose gradient is the step's own; its loss is then the step's.
+
+    The gradients of the other players' parameters, which the step does not use, become those of the replay. Where no
+    replay gives the step's gradient, what needs the update is not modelled. Cost: one gradient for each replay.
+
+    Args:
+        snapshot: with its ``player``, without a loss.
+        others: further replays.
+    """
+    assert snapshot.player is not None
+    first = None
+    for replay in (snapshot.replay, *others):
+        seen = replace(snapshot, replay=replay, memo={})
+        try:
+            loss, gradient = seen.ranks.together(seen.joint.replayed_gradient)
+        except Exception:
+            return snapshot
+        replayed = dict(zip(seen.joint.parameters, split(gradient, list(seen.joint.parameters.values()))))
+        given = seen.gradient if seen.gradient is not None else replayed
+        merged = replayed | {name: given[name] for name in seen.parameters}
+        seen = replace(seen, loss=loss, gradient=merged, memo={})
+        first = first or seen
+        own = flatten([replayed[name] for name in seen.parameters], list(seen.parameters.values()))
+        with contextlib.suppress(Unmeasurable):
+            seen.check_gradient(own, tolerance=_PLAYED.get(own.dtype, 0.1) if seen.graph.full else 0.1)
+            return seen
+    assert first is not None
+    reason = (
+        f"the gradient of player {snapshot.player.name!r} is not that of its loss_fn: it was clipped, or belongs to "
+        "parameters before another player's update, or the loss draws random numbers in another order (put the noise "
+        "into the batch, or draw it from a generator that the module keeps)"
+    )
+    return replace(first, unmodelled=snapshot.unmodelled or reason)
 
 
 def _named(flat: Tensor, step: Snapshot) -> dict[str, Tensor | None]:

@@ -13,6 +13,7 @@ LAYERS = (
     "arguments",
     "linalg",
     "unmeasurable",
+    "players",
     "ranks",
     "graph",
     "trace",

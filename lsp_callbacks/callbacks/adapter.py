@@ -21,7 +21,7 @@ def pending_step(
     trainer: Any,
     module: Any,
     *,
-    loss_fn: LossFn | None = None,
+    own_loss: bool = False,
     probe_samples: int | None = None,
     ranks: Ranks | None = None,
 ) -> PendingStep:
@@ -30,7 +30,7 @@ def pending_step(
     Args:
         trainer: Lightning's.
         module: the user's LightningModule.
-        loss_fn: the user's own ``(module, batch) -> loss``; None replays ``training_step``.
+        own_loss: whether a function of the user's own computes the loss; otherwise ``training_step`` is replayed.
         probe_samples: how many samples of the batch to use; None takes all.
         ranks: the processes that take the step together; None is this one.
     """
@@ -39,7 +39,7 @@ def pending_step(
         shared=[] if trainer.datamodule is None else [trainer.datamodule],
         prepare=lambda shadow: _mute(shadow, trainer),
         # The user's own function rounds in other places than the step.
-        tolerance=0.0 if loss_fn is None else 1e-4,
+        tolerance=1e-4 if own_loss else 0.0,
         probe_samples=probe_samples,
         ranks=ranks,
         takes_buffers=getattr(trainer.strategy.model, "will_sync_module_buffers", bool)(),
@@ -151,7 +151,7 @@ def arguments(training_step: Callable, batch: Any, batch_idx: int) -> list[Any]:
     return [batch, batch_idx] if wide else [batch]
 
 
-def unmodelled(trainer: Any, module: Any, *, prox: bool = False) -> str | None:
+def unmodelled(trainer: Any, module: Any, *, prox: bool = False, players: bool = False) -> str | None:
     """Why the parameters will not move by the optimizer's step on the step's own loss; None if they will.
 
     Args:
@@ -159,6 +159,7 @@ def unmodelled(trainer: Any, module: Any, *, prox: bool = False) -> str | None:
         module: the user's.
         prox: whether the user says what is done after the step: then ``optimizer_step`` may do it, as the update is
             checked.
+        players: whether each optimizer's own loss is known.
     """
     base = next(
         c for c in type(module).__mro__ if c.__module__.endswith("core.module") and c.__name__ == "LightningModule"
@@ -173,8 +174,11 @@ def unmodelled(trainer: Any, module: Any, *, prox: bool = False) -> str | None:
         if getattr(type(module), hook) is not getattr(base, hook):
             hint = "; if it maps the weights after the plain step, pass prox=..." * (hook == "optimizer_step")
             return f"{type(module).__name__} overrides {hook}: what it does to the update is not known{hint}"
-    if not module.automatic_optimization and len(trainer.optimizers) > 1:
-        return "several optimizers take turns: their joint update is not modelled"
+    if not module.automatic_optimization and len(trainer.optimizers) > 1 and not players:
+        return (
+            "several optimizers take turns, and one loss does not tell their joint update: pass loss_fn={name: loss, "
+            "...}, one for each optimizer"
+        )
     return None
 
 

@@ -30,6 +30,7 @@ from lsp_callbacks.callbacks.adapter import (
     warn_sub_batch,
 )
 from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.callbacks.game import Game, check_losses
 from lsp_callbacks.callbacks.schedule import CriticalRate, Schedule, steps_left
 from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.guard import Guard
@@ -70,7 +71,10 @@ class StabilityMonitor(Callback):
         blocks: the residual blocks, likewise; None finds them.
         log_layers: "all", "summary" (none), or how many of the largest of each kind to log.
         loss_fn: ``(module, batch) -> loss``, where ``training_step`` cannot be replayed; needed under manual
-            optimisation, where it is the loss of the batch's first optimizer step.
+            optimisation, where it is the loss of the batch's first optimizer step. Where several optimizers take turns
+            (a GAN), a mapping ``{name: loss}`` with one such function for each, in the order in which
+            ``configure_optimizers`` returns them. Then each optimizer step is a step, numbered as they come; each loss
+            must let the parameters of the other players through, so without ``.detach()``.
         forward_fn: ``(module, batch) -> outputs`` of shape ``(samples, ..., classes)``, and
         criterion: ``(outputs, batch) -> loss``, the mean over the samples: needed together, and only where
             ``training_step`` does not return the value of one criterion of ``torch.nn.functional``.
@@ -107,7 +111,7 @@ class StabilityMonitor(Callback):
         layers: Selection = None,
         blocks: Selection = None,
         log_layers: Literal["all", "summary"] | int = "all",
-        loss_fn: LossFn | None = None,
+        loss_fn: LossFn | dict[str, LossFn] | None = None,
         forward_fn: ForwardFn | None = None,
         criterion: Criterion | None = None,
         prox: Prox | None = None,
@@ -124,6 +128,10 @@ class StabilityMonitor(Callback):
         whole("seed", seed, 0)
         if (forward_fn is None) != (criterion is None):
             raise ValueError("forward_fn and criterion belong together: pass both, or neither")
+        if isinstance(loss_fn, Mapping):
+            check_losses(loss_fn)
+            if probe_samples is not None:
+                raise ValueError(f"probe_samples={probe_samples}: players are measured on whole batches; leave it out")
         number("budget", budget, above=0, most=1, instead=": a share of the training cost")
         built, named = build(
             quantities,
@@ -151,7 +159,8 @@ class StabilityMonitor(Callback):
         self._saw_loss = False
         self._loss: torch.Tensor | None = None
         self._seen: torch.Tensor | None = None
-        self._observation: Observation | None = None
+        self._observations: list[Observation] = []
+        self._game: Game | None = None
         self._guard = Guard(self.monitor)
         self._fault: Observation | None = None
         self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -190,10 +199,14 @@ class StabilityMonitor(Callback):
             self.step, self._measured_at, self._critical = 0, None, CriticalRate()
             self.monitor.reset()
         self.monitor.drop()
-        self._unmodelled = unmodelled(trainer, pl_module, prox=self.prox is not None)
+        self._unmodelled = self._why_unmodelled(trainer, pl_module)
         named = [q for q in self.monitor.quantities.values() if q.needs_update and q.name in self.monitor.named]
         if self._unmodelled and named:
             raise Unmeasurable(f"{named[0].name} cannot be measured: {self._unmodelled}")
+
+    def _why_unmodelled(self, trainer: Any, pl_module: Any) -> str | None:
+        players = isinstance(self.loss_fn, Mapping)
+        return unmodelled(trainer, pl_module, prox=self.prox is not None, players=players)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Not in setup: the module may build itself in its own setup or configure_model, which come later.
@@ -206,6 +219,11 @@ class StabilityMonitor(Callback):
                 "automatic_optimization=False: the loss of a step cannot be told from training_step; pass "
                 "StabilityMonitor(loss_fn=lambda module, batch: ...) which returns it"
             )
+        if pl_module.automatic_optimization and isinstance(self.loss_fn, Mapping):
+            raise ValueError(
+                "loss_fn names several players, whose optimizers take turns: that needs automatic_optimization=False; "
+                "otherwise pass one function"
+            )
         validate(self.layers, pl_module, "layers")
         validate(self.blocks, pl_module, "blocks")
 
@@ -215,16 +233,23 @@ class StabilityMonitor(Callback):
             self._ranks.first(lambda: population(trainer.train_dataloader, trainer.world_size), "the population")
         )
         self._schedule = Schedule(trainer)
-        self._unmodelled = unmodelled(trainer, pl_module, prox=self.prox is not None)
+        self._unmodelled = self._why_unmodelled(trainer, pl_module)
         self._expected, self._expecting, self._published = None, False, None
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         settings: dict[str, Any] = {"unmodelled": self._unmodelled, "sharded": sharded(trainer), "ranks": self._ranks}
         settings |= {"clipping": clipping(trainer), "prox": self.prox}
-        self.monitor.require(Snapshot(self.step, pl_module, replay=never, optimizer=optimizer, **settings))
+        if isinstance(self.loss_fn, Mapping):
+            self._leave_game()
+            self._game = Game(trainer, self.loss_fn, lambda: self._kept(trainer, pl_module), self.monitor.harmless)
+            for player in self._game.players():
+                one = player.optimizers[player.name]
+                self.monitor.require(Snapshot(self.step, pl_module, never, one, player=player, **settings))
+        else:
+            self.monitor.require(Snapshot(self.step, pl_module, replay=never, optimizer=optimizer, **settings))
         if self.probe_samples is not None:
             warn_sub_batch(self.probe_samples)
         if not self.step:  # not 0 where a run is resumed from a checkpoint that does not know this callback
-            self.step = trainer.global_step // max(1, len(trainer.optimizers))
+            self.step = trainer.global_step // (1 if self._game else max(1, len(trainer.optimizers)))
         if self.history:  # resumed: stock callbacks find their key before the next measurement, too
             self._measured_at = max(curve.steps[-1] for curve in self.history.values())
             last = {key: [v for v in curve.values if math.isfinite(v)][-1:] for key, curve in self.history.items()}
@@ -239,20 +264,32 @@ class StabilityMonitor(Callback):
         if batch_idx % trainer.accumulate_grad_batches == 0:  # the first micro-batch of a step
             self._pending, self._updates, self._saw_loss, self._loss, self._seen = None, 0, False, None, None
             self._guard.begin()
-            known = self.monitor.cadence.every_n_steps is not None  # then the rate that comes has no say
-            scheduled = math.nan if known else self.scheduled_courant(trainer)
-            wanted = self.monitor.wants(self.step, scheduled=scheduled)
-            if wanted and not trainer.fit_loop._skip_backward:  # an epoch of weight averaging
-                with self.monitor.harmless("the step could not be kept for a replay"):
-                    self._pending = pending_step(
-                        trainer, pl_module, loss_fn=self.loss_fn, probe_samples=self.probe_samples, ranks=self._ranks
-                    )
+            if self._game is not None:
+                with self.monitor.harmless("the batch could not be kept for a replay"):
+                    self._game.begin(batch)
+            else:
+                self._pending = self._kept(trainer, pl_module)
         if self.monitor.quantities:
             self.probes.add(batch)
-        self._guard.add(batch, step_loss(trainer, self.loss_fn, batch_idx))
-        if self._pending is not None:
-            self._pending.add(batch, step_loss(trainer, self.loss_fn, batch_idx))
+        if not isinstance(self.loss_fn, Mapping):
+            loss = step_loss(trainer, self.loss_fn, batch_idx)
+            self._guard.add(batch, loss)
+            if self._pending is not None:
+                self._pending.add(batch, loss)
         self._spent += time.perf_counter() - began
+
+    def _kept(self, trainer: Any, pl_module: Any) -> PendingStep | None:
+        """What the coming step must be replayed from, if it is to be measured."""
+        known = self.monitor.cadence.every_n_steps is not None  # then the rate that comes has no say
+        scheduled = math.nan if known else self.scheduled_courant(trainer)
+        wanted = self.monitor.wants(self.step, scheduled=scheduled)
+        if wanted and not trainer.fit_loop._skip_backward:  # an epoch of weight averaging
+            with self.monitor.harmless("the step could not be kept for a replay"):
+                return pending_step(
+                    trainer, pl_module, own_loss=self.loss_fn is not None, probe_samples=self.probe_samples,
+                    ranks=self._ranks,
+                )  # fmt: skip
+        return None
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
         if self._pending is not None:
@@ -272,6 +309,8 @@ class StabilityMonitor(Callback):
                 self._look(trainer, pl_module, left_out)
         if no_loss or left_out:  # nothing moves: it is no step
             self._pending = None
+            if self._game is not None:
+                self._game.drop()
             return
         self._saw_loss = False
         self._rate_used = rate(trainer.optimizers[0])
@@ -279,15 +318,18 @@ class StabilityMonitor(Callback):
         if self._updates == 1:
             self.monitor.record(self.step, self._seen, trainer.optimizers[0], pl_module)
         pending, self._pending = self._pending, None
-        if pending is not None:
+        if self._game is not None:
+            with self.monitor.harmless("the player's step could not be looked at"):
+                self._observe_player(self._game, pl_module, optimizer)
+        elif pending is not None:
             with self.monitor.harmless("the step could not be looked at"), untouched(pl_module):
-                self._observation = self._observe(trainer, pending, optimizer)
+                self._note(self._observe(trainer, pending, optimizer))
             update = any(quantity.needs_update for quantity in self.monitor.quantities.values())
             if update and pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
                 self._watching = True  # on every rank, also where the copy fails
                 with self.monitor.harmless("whether the gradient is changed later could not be watched"):
                     self._gradients = clipped(trainer, optimizer)
-        if self._updates == 1:
+        if self._updates == 1 or self._game is not None:
             self.step += 1
         self._spent += time.perf_counter() - began
 
@@ -297,13 +339,24 @@ class StabilityMonitor(Callback):
         fault = self._guard.look(
             step,
             pl_module,
-            lambda: pending_step(trainer, pl_module, loss_fn=self.loss_fn),
+            lambda: pending_step(trainer, pl_module, own_loss=self.loss_fn is not None),
             ranks=self._ranks,
             left_out=left_out,
             moved="an earlier update of the same batch has moved the parameters" if again else None,
         )
         if fault is not None:
             self._fault = self.monitor.add(Observation(step, {}), {"stability/nonfinite_step": float(step)})
+
+    def _observe_player(self, game: Game, pl_module: Any, optimizer: Any) -> None:
+        with game.turn(optimizer) as snapshot:
+            if snapshot is not None:
+                with untouched(pl_module):
+                    seen = snapshot(self.step, unmodelled=self._unmodelled, keep=self.monitor.keeps, seed=self.seed)
+                    self._note(self.monitor.observe(seen))
+
+    def _note(self, observation: Observation | None) -> None:
+        if observation is not None:
+            self._observations.append(observation)
 
     def _observe(self, trainer: Any, pending: PendingStep, optimizer: Any) -> Observation | None:
         if self.probe_samples is not None:
@@ -354,12 +407,12 @@ class StabilityMonitor(Callback):
                 changed = self._ranks.any(self._gradient_changed, "the gradient after the step")
         if changed:
             self._disown("the gradient was changed after the on_before_optimizer_step of StabilityMonitor")
-        elif self._updates > 1:
+        elif self._updates > 1 and self._game is None:
             self._disown(f"one batch made {self._updates} optimizer steps: their joint update is not modelled")
         self._gradients, self._watching = [], False
         self._check_update(last=False)
-        if self._observation is not None:
-            observation, self._observation = self._observation, None
+        observations, self._observations = self._observations, []
+        for observation in observations:
             self._measured_at = observation.step
             with self.monitor.harmless("the schedule could not be looked ahead"):
                 observation = self._look_ahead(trainer, observation)
@@ -400,8 +453,9 @@ class StabilityMonitor(Callback):
         return any(p.grad is not None and not identical(p.grad, gradient) for p, gradient in self._gradients)
 
     def _disown(self, reason: str) -> None:
-        own = self.monitor.disown_update(self._observation or self._published, reason)
-        self._observation = None if self._observation is None else own
+        found, self._observations = self._observations, []
+        own = self.monitor.disown_update(found[0] if found else self._published, reason)
+        self._note(own if found else None)
 
     def _publish(self, trainer: Any, observation: Observation) -> None:
         values = self._visible(observation.values)
@@ -436,13 +490,16 @@ class StabilityMonitor(Callback):
         return kept
 
     def scheduled_courant(self, trainer: Any) -> float:
-        """The rate that the optimizer has now, before it is used, over the mean of the last critical rates; or NaN."""
-        critical = self._critical.mean
+        """The rate that the optimizer has now, before it is used, over the mean of the last critical rates; or NaN.
+
+        Players have rates of their own, and no common schedule: NaN.
+        """
+        critical = self._critical.mean if self._game is None else math.nan
         return rate(trainer.optimizers[0]) / critical if trainer.optimizers and critical > 0 else math.nan
 
     def _look_ahead(self, trainer: Any, observation: Observation) -> Observation:
         """Adds ``stability/steps_to_edge`` where the schedule will cross the critical rate."""
-        if not self._critical.take(observation.values, used=self._rate_used):
+        if self._game is not None or not self._critical.take(observation.values, used=self._rate_used):
             return observation
         assert self._schedule is not None
         left = max(1, min(HORIZON, steps_left(trainer, self.step)))
@@ -465,6 +522,17 @@ class StabilityMonitor(Callback):
         # StabilityReport says it below its table.
         if not any(getattr(callback, "says_verdict", False) for callback in trainer.callbacks):
             rank_zero_info(verdict(self.history, self.monitor.ended_by))
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._leave_game()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._leave_game()
+
+    def _leave_game(self) -> None:
+        if self._game is not None:
+            self._game.close()
+        self._game = None
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self.monitor.cut_trace()

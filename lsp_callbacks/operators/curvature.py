@@ -179,7 +179,6 @@ class _NoSecondDerivative(Exception):
 
 def _differentiated_twice(exact: Callable[[Tensor], Tensor], own: Tensor, snapshot: Snapshot) -> bool:
     """Whether one exact product is that of a central difference, at one of three distances: it may cross a kink."""
-    parameters = list(snapshot.parameters.values())
     noise = torch.randn(len(own), generator=snapshot.generator("custom"), dtype=own.dtype).to(own.device)
     # The gradient leans towards what is sharp; noise sees the rest.
     v = noise / torch.linalg.vector_norm(noise)
@@ -190,9 +189,7 @@ def _differentiated_twice(exact: Callable[[Tensor], Tensor], own: Tensor, snapsh
     except _NoSecondDerivative:
         return False
     for k in range(3):
-        distance = _distance(own.dtype) / 8**k
-        ends = [_moved(snapshot, parameters, v, sign * distance)[2] for sign in (1, -1)]
-        central = (ends[0] - ends[1]) / (2 * distance)
+        central, distance = central_difference(snapshot, v, 1 / 8**k)
         size = torch.linalg.vector_norm(central)
         rounding = 4 * torch.finfo(own.dtype).eps * torch.linalg.vector_norm(own) / distance
         if k:  # what is nothing but rounding excuses nothing
@@ -200,6 +197,16 @@ def _differentiated_twice(exact: Callable[[Tensor], Tensor], own: Tensor, snapsh
         if bool(torch.linalg.vector_norm(found - central) <= 0.01 * size + rounding):
             return True
     return False
+
+
+def central_difference(snapshot: Snapshot, v: Tensor, far: float) -> tuple[Tensor, float]:
+    """Of the gradient along a unit vector, and the distance to either side: ``far`` times that of other differences.
+
+    Cost: two gradients.
+    """
+    parameters, distance = list(snapshot.parameters.values()), far * _distance(v.dtype)
+    ends = [_moved(snapshot, parameters, v, sign * distance)[2] for sign in (1, -1)]
+    return (ends[0] - ends[1]) / (2 * distance), distance
 
 
 def _distance(dtype: torch.dtype) -> float:

@@ -149,9 +149,7 @@ def states(
     raise Unmeasurable("no module with a weight matrix depends on the first input: there is no depth to measure")
 
 
-def _begun(
-    snapshot: Snapshot, samples: int | None, axis: int | None, given: Tensor | None, skip: int
-) -> Depth | None:
+def _begun(snapshot: Snapshot, samples: int | None, axis: int | None, given: Tensor | None, skip: int) -> Depth | None:
     """The states from the first floating-point tensor on, but for ``skip``; None where no layer depends on it."""
     module, start = snapshot.module, list[Tensor]()
     with contextlib.ExitStack() as stack:

@@ -14,6 +14,7 @@ from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature import Method, hessian
 from lsp_callbacks.operators.formulas import Formula, Group, State, formula, formula_of
 from lsp_callbacks.operators.own_step import own_step_tangent, require_smooth
+from lsp_callbacks.players import require_one
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten
 
 Path = Literal["exact", "finite_difference_of_step"]
@@ -122,7 +123,7 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     Any other optimizer: see `operators.own_step.own_step_tangent`; its blocks have sizes of their own.
 
     Args:
-        snapshot: a step, with its optimizer before the update.
+        snapshot: a step of one optimizer, before the update; for several see `operators.game.joint_jacobian`.
         method: of the Hessian products.
 
     Returns:
@@ -134,10 +135,11 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     Cost: one Hessian product; none for ``v = 0``. A copy of parameters, gradient and state. Source: MATH section 1;
     torch.optim.
     """
+    require_one(snapshot.player)
     known_optimizer(snapshot)  # before anything is replayed
     H = hessian(snapshot, method=method)
     n = H.shape[0]
-    tangent, size = _step_tangent(snapshot)
+    tangent, size = step_tangent(snapshot)
     return LinearOperator((size, size), lambda z: tangent(z, H @ z[:n]), dtype=H.dtype, device=H.device)
 
 
@@ -160,7 +162,7 @@ def step_response(snapshot: Snapshot) -> LinearOperator:
     Cost: no gradient where the step has its own, otherwise one.
     """
     own = clipped_gradient(snapshot)
-    tangent, size = _step_tangent(snapshot)
+    tangent, size = step_tangent(snapshot)
     dtype = torch.promote_types(own.dtype, torch.float32)
 
     def response(change: Tensor) -> Tensor:
@@ -169,8 +171,16 @@ def step_response(snapshot: Snapshot) -> LinearOperator:
     return LinearOperator((size, len(own)), response, dtype=dtype, device=own.device)
 
 
-def _step_tangent(snapshot: Snapshot) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
-    """``(z, dg) -> z'``, dg before its clipping, and the length of z."""
+def step_tangent(snapshot: Snapshot) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
+    """``(z, dg) -> z'``: the derivative of the optimizer's step alone, and the length of z.
+
+    z is the state of `step_jacobian`; dg the change of the step's gradient, before clipping, whatever has caused it.
+
+    Raises:
+        Unmeasurable: as `step_jacobian`.
+
+    Cost: no gradient where the step has its own.
+    """
     optimizer = known_optimizer(snapshot)
     own = clipped_gradient(snapshot)
     n = len(own)
@@ -261,7 +271,11 @@ def state_blocks(snapshot: Snapshot) -> tuple[str, ...]:
     Raises:
         Unmeasurable: no optimizer, or one without a formula.
     """
-    optimizer = known_optimizer(snapshot)
+    return blocks_of(known_optimizer(snapshot))
+
+
+def blocks_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """See `state_blocks`."""
     rule = formula(optimizer)
     names = dict.fromkeys(block for group in optimizer.param_groups for block in rule.blocks(group))
     return tuple(sorted(names, key=lambda name: name not in ("momentum_buffer", "exp_avg")))

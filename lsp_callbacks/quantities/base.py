@@ -35,6 +35,7 @@ class Quantity(Metric):
         picture: what ``plot`` shows at the end of a run, as a name for files and loggers, where it is neither a key nor
             the beginning of one; empty without a picture. Such a ``plot`` needs no argument, keeps what it shows when
             `load_vectors` forgets, returns a figure first, and raises ValueError where there is nothing to show.
+        plays: whether a `Player`'s step can be measured; otherwise the quantity is left out of games.
     """
 
     name: str = ""
@@ -46,6 +47,7 @@ class Quantity(Metric):
     recorded: int = 0
     energies: Mapping[str, Energy] = MappingProxyType({})
     picture: str = ""
+    plays: bool = False
     full_state_update = False
     higher_is_better = None
     is_differentiable = False

@@ -16,8 +16,9 @@ from lsp_callbacks.linalg import LinearOperator, orthonormalise, push
 from lsp_callbacks.operators.curvature import Method, product_cost, resolved
 from lsp_callbacks.operators.footprint import footprint, product_memory
 from lsp_callbacks.operators.frozen import frozen_rule
+from lsp_callbacks.operators.game import joint_jacobian, require_game
 from lsp_callbacks.operators.proximal import update_jacobian
-from lsp_callbacks.operators.training import Path, state_blocks, state_weight, tangent_path
+from lsp_callbacks.operators.training import Path, blocks_of, state_blocks, state_weight, tangent_path
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.sharpness import edge_cost, edge_memory, measured_edge
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
@@ -161,6 +162,13 @@ class LyapunovTrajectory(Windowed):
     recorded steps. The norm is that of ``(v, r m)``, both displacements of the parameters, see
     `lsp_callbacks.operators.state_weight`; second moments are pushed along.
 
+    Where several players take turns (a GAN), the frame holds the parameters and states of all of them, and each step's
+    `lsp_callbacks.operators.joint_jacobian` is pushed: the exponents are those of the game, in nats per *optimizer
+    step*; times the steps in a batch they are those of a turn. ``transient`` and ``window`` are rounded up to
+    whole turns, one step of each player. The norm is that of v alone. A pure rotation has exponent 0: players that
+    circle each other without end. When it is clearly positive, the players drive each other apart: lower both rates, or
+    add what damps (a gradient penalty, weight averaging).
+
     An optimizer whose formula is not known is differentiated by finite differences of its own ``step`` on copies;
     `path` then ends with "finite difference of step".
 
@@ -181,6 +189,7 @@ class LyapunovTrajectory(Windowed):
     """
 
     name = "lyapunov_trajectory"
+    plays = True
     keys = ("stability/lyapunov_trajectory", "stability/lyapunov_trajectory_error")
     growth: Tensor
 
@@ -191,11 +200,22 @@ class LyapunovTrajectory(Windowed):
         self._tangent: Path = "exact"
         self.add_state("growth", default=torch.empty(0, k, dtype=torch.float64), persistent=True)
 
+    def check(self, snapshot: Snapshot) -> None:
+        super().check(snapshot) if snapshot.player is None else require_game(snapshot)
+
+    def _lengths(self, snapshot: Snapshot) -> tuple[int, int]:
+        """Transient and window, in whole turns."""
+        turn = 1 if snapshot.player is None else len(snapshot.player.optimizers)
+        return -(-self.prepare // turn) * turn, -(-self.window // turn) * turn
+
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        steps = self.prepare + self.window
-        return {"trajectory": steps * product_cost(resolved(snapshot, self.method), self.k)}
+        steps = sum(self._lengths(snapshot))
+        return {"trajectory": steps * product_cost(resolved(snapshot.joint, self.method), self.k)}
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
+        if snapshot.player is not None:
+            blocks = max(1 + len(blocks_of(optimizer)) for optimizer in require_game(snapshot).optimizers.values())
+            return product_memory(snapshot.joint, self.method, 4 * self.k * blocks)
         known = tangent_path(snapshot) == "exact"
         blocks = 1 + (len(state_blocks(snapshot)) if known else 2)  # of an unknown optimizer, as of Adam
         return product_memory(snapshot, self.method, 4 * self.k * blocks)
@@ -204,25 +224,28 @@ class LyapunovTrajectory(Windowed):
         """Pushes the frame through one step; a gap in the steps starts again."""
         self.complete = False
         going = self._continues(snapshot)
-        method = self._frame["method"] if going else resolved(snapshot, self.method)
+        # Each player has a loss of its own.
+        player = "" if snapshot.player is None else snapshot.player.name
+        methods: dict[str, Method] = self._frame.get("methods", {}) if going else {}
+        method = methods.get(player) or resolved(snapshot.joint, self.method)
         tangent = self._tangent if going else tangent_path(snapshot)
-        jacobian = update_jacobian(snapshot, method=method)
-        weight = state_weight(snapshot, jacobian)
-        if going:
+        jacobian, weight = _step(snapshot, method)
+        if going and self._frame["frame"].shape[1] == jacobian.shape[1]:  # otherwise a player has frozen parameters
             frame, logs = self._frame["frame"], self._frame["logs"]
         else:
             frame, logs = orthonormalise(self._start(snapshot, jacobian, weight), weight)[0], []
         frame, log = orthonormalise(push(jacobian, frame), weight)
         logs, self._tangent = [*logs, log.cpu()], tangent
-        if len(logs) < self.prepare + self.window:
-            self._frame = {"frame": frame, "logs": logs, "step": snapshot.step, "method": method}
+        transient, window = self._lengths(snapshot)
+        if len(logs) < transient + window:
+            self._frame = {"frame": frame, "logs": logs, "step": snapshot.step, "methods": methods | {player: method}}
             return
         self._frame = {}
-        self.growth = torch.stack(logs[self.prepare :])
+        self.growth = torch.stack(logs[transient:])
         self.complete = True
 
     def path(self, snapshot: Snapshot) -> str:
-        products = super().path(snapshot)
+        products = super().path(snapshot.joint)
         return products if self._tangent == "exact" else f"{products}, finite difference of step"
 
     def _start(self, snapshot: Snapshot, jacobian: LinearOperator, weight: Tensor) -> Tensor:
@@ -240,3 +263,14 @@ class LyapunovTrajectory(Windowed):
         mean, error = batch_means(self.growth)
         values = {"stability/lyapunov_trajectory": mean[0], "stability/lyapunov_trajectory_error": error[0]}
         return values | {f"stability/lyapunov_spectrum/{i + 1}": mean[i] for i in range(1, self.k)}
+
+
+def _step(snapshot: Snapshot, method: Method) -> tuple[LinearOperator, Tensor]:
+    """The Jacobian of a step, over all players where there are several, and the weights of the norm."""
+    if snapshot.player is None:
+        jacobian = update_jacobian(snapshot, method=method)
+        return jacobian, state_weight(snapshot, jacobian)
+    jacobian = joint_jacobian(snapshot, method=method)
+    size = sum(p.numel() for p in snapshot.joint.parameters.values())
+    # How far the other players' buffers reach is not known before their own steps.
+    return jacobian, torch.ones(size, dtype=jacobian.dtype, device=jacobian.device)

@@ -45,6 +45,7 @@ class ResidualCFL(Quantity):
     """
 
     name = "residual_cfl"
+    plays = True
     keys = ("stability/residual_stiffness_max", "stability/residual_dissipative")
     optional = ("stability/residual_cfl_max", "stability/residual_residual")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, get_args
 
 import torch
@@ -13,11 +14,15 @@ from lsp_callbacks.operators.curvature import Method, product_cost, resolved
 from lsp_callbacks.operators.footprint import product_memory
 from lsp_callbacks.operators.frozen import coupled_decay, decay_rates, frozen_rule, rates
 from lsp_callbacks.quantities.base import Quantity, scalar
-from lsp_callbacks.snapshot import Snapshot
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
 #: Lanczos products from the last eigenvector, and from the gradient; the cost model counts the first.
 WARM, COLD = 4, 12
 TOLERANCE = 0.05
+#: Turns after which a player that has not stepped is given up.
+PATIENCE = 8
+#: Sharpness, limit, Courant number and residual of a player.
+Readings = tuple[float, ...]
 
 
 def measured_edge(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method) -> Edge:
@@ -50,11 +55,19 @@ class Sharpness(Quantity):
     they are in this step. It is measured on one mini-batch and, under momentum, blind to batch noise. When it stays
     above 1 and the loss does not fall: lower the learning rate, or warm it up for longer.
 
+    Where several players take turns, each is measured on its own loss and its own parameters; the measurement is
+    complete when all have been seen. The largest Courant number stands for all, and with it that player's sharpness,
+    limit and residual. It does not see how the players drive each other: `LyapunovTrajectory` does.
+
     Args:
         method: of the Hessian products, see `lsp_callbacks.operators.hessian`.
 
     Keys: ``stability/sharpness`` (units of loss / parameter^2), ``stability/sharpness_limit``,
-    ``stability/courant_gd``, ``stability/sharpness_residual`` (relative).
+    ``stability/courant_gd``, ``stability/sharpness_residual`` (relative). For players also
+    ``stability/player_courant/<name>`` and ``stability/player_sharpness/<name>``.
+
+    Raises:
+        Unmeasurable: with several players, if one of them does not step for a long time.
 
     Cost: 4.8 gradients, or 9.3 with exact products, shared with the exponent; with rates that differ, as behind every
     preconditioner, 9.6 or 17.3, for H has a run of its own. Source: Cohen et al. 2021, 2022; MATH section 3.
@@ -75,21 +88,30 @@ class Sharpness(Quantity):
     keys = ("stability/sharpness", "stability/courant_gd", "stability/sharpness_residual")
     optional = ("stability/sharpness_limit",)
     needs_update = True
+    plays = True
     sharpness: Tensor
     limit: Tensor
     courant: Tensor
     residual: Tensor
+    players: Tensor
 
     def __init__(self, method: Method = "auto"):
         super().__init__()
         self.method: Method = choice("method", method, *get_args(Method))
-        self._mode: Tensor | None = None
-        self._top: Tensor | None = None
+        self._starts: dict[str, tuple[Tensor, Tensor]] = {}
+        self._turn: dict[str, Readings] = {}
+        self._first = 0
+        self._names: list[str] = []
+        self.add_state("players", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
         for state in ("sharpness", "limit", "courant", "residual"):
             self.add_state(state, default=scalar(torch.nan), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        return edge_cost(snapshot, self.method)
+        players = 1 if snapshot.player is None else len(snapshot.player.optimizers)
+        return {
+            part: gradients * (players if part == "edge" else 1)
+            for part, gradients in edge_cost(snapshot, self.method).items()
+        }
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         return edge_memory(snapshot, self.method)
@@ -98,12 +120,30 @@ class Sharpness(Quantity):
         edge_constant(frozen_rule(snapshot))
 
     def update(self, snapshot: Snapshot) -> None:
-        """Measures one step."""
+        """Measures one step; in a game, until each player was measured."""
         self.complete = False
-        found = measured_edge(snapshot, self._mode, self._top, self.method)
-        self.sharpness, self.courant = scalar(found.sharpness), scalar(found.courant)
-        self.limit, self.residual = scalar(found.limit), scalar(found.residual)
-        self._mode, self._top, self.complete = found.mode, found.top, True
+        player = snapshot.player
+        name, names = ("", ("",)) if player is None else (player.name, tuple(player.optimizers))
+        turn = self._turn if player is not None else {}
+        first = self._first if turn else snapshot.step
+        if snapshot.step - first >= PATIENCE * len(names):
+            missing = ", ".join(one for one in names if one not in turn)
+            raise Unmeasurable(f"player {missing} has not stepped for {snapshot.step - first} steps of the others")
+        if name not in turn:
+            start, top = self._starts.get(name, (None, None))
+            found = measured_edge(snapshot, start, top, self.method)
+            own = tuple(map(float, (found.sharpness, found.limit, found.courant, found.residual)))
+            self._starts[name], turn = (found.mode, found.top), {**turn, name: own}
+        self._turn, self._first = turn, first
+        if turn.keys() != set(names):
+            return
+        # What is unknown may be the largest.
+        largest = max(turn.values(), key=lambda own: (math.isnan(own[2]), own[2]))
+        self.sharpness, self.limit, self.courant, self.residual = map(scalar, largest)
+        if player is not None:
+            self._names = list(names)
+            self.players = torch.tensor([(turn[name][2], turn[name][0]) for name in names], dtype=torch.float64)
+        self._turn, self.complete = {}, True
 
     def compute(self) -> dict[str, Tensor]:
         """The last measurement."""
@@ -115,11 +155,14 @@ class Sharpness(Quantity):
         }
         if not bool(torch.isfinite(self.limit)):  # at rate 0 there is no limit
             del values["stability/sharpness_limit"]
+        for name, (courant, sharpness) in zip(self._names, self.players):
+            values[f"stability/player_courant/{name}"] = scalar(courant)
+            values[f"stability/player_sharpness/{name}"] = scalar(sharpness)
         return values
 
     def vectors(self) -> dict[str, Any]:
-        # One vector twice where the rates are one number.
-        return {} if self._mode is None else {"mode": self._mode, "top": self._top}
+        return {"starts": dict(self._starts), "turn": dict(self._turn), "first": self._first} if self._starts else {}
 
     def load_vectors(self, vectors: dict[str, Any]) -> None:
-        self._mode, self._top = vectors.get("mode"), vectors.get("top")
+        self._starts, self._turn = dict(vectors.get("starts", {})), dict(vectors.get("turn", {}))
+        self._first = vectors.get("first", 0)

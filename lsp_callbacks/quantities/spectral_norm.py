@@ -37,6 +37,7 @@ class SpectralNorm(Quantity):
     """
 
     name = "spectral_norm"
+    plays = True
     keys = ("stability/spectral_norm_max", "stability/spectral_log_sum", "stability/spectral_norm_residual")
     norms: Tensor
     residual: Tensor
