@@ -130,6 +130,14 @@ FAULTS = {
         net(lambda h: (lambda t: (t[0].div_(0.0), t)[1])(h.clone())), total, "forward", "1", "aten.div_", "Inf",
         "aten.addmm",
     ),
+    "in place, without a result": (
+        net(lambda h: (lambda t: (torch._foreach_div_(t, 0.0), t[0])[1])([h.clone()])), total, "forward", "1",
+        "aten._foreach_div_", "Inf", "aten.addmm",
+    ),
+    "all masked by a constant": (
+        net(lambda h: torch.where(h < INF, torch.tensor(-INF), h).softmax(-1)), total, "forward", "1", "aten._softmax",
+        "NaN", None,
+    ),
     "statistics": (statistics_are_nan(), total, "forward", "1", "aten.div", "Inf", "aten.native_batch_norm"),
     "sqrt'(0)": (net(lambda h: (0 * h).sqrt()), total, "backward", "1", "aten.div", "Inf", "aten.mul"),
     "a norm by hand": (
@@ -208,6 +216,7 @@ def test_what_is_meant_or_masked_is_no_fault(middle):
         Bad.apply,
     ],
 )
+@pytest.mark.filterwarnings("ignore:Error detected")
 def test_anomaly_mode_blames_the_same_backward(middle):
     """An independent witness: it names the first backward function whose result is NaN."""
     module = net(middle)
