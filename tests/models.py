@@ -419,5 +419,6 @@ CASES = {
         left_out={"sgd_stability": "several optimizers"} | refused("several optimizers"), trainer={"max_steps": 8},
     ),
     "hopeless": Case(Closure, failed={"spectral_norm": "the original", "residual_cfl": "the original",
+                     "signal_propagation": "the original",
                      "sgd_stability": "the original"} | refused("the original")),
 }  # fmt: skip
