@@ -451,4 +451,6 @@ CASES = {
                      "sgd_stability": "the original", "numerics": "the original"} | refused("the original")),
                      "robustness": "the original", "sgd_stability": "the original"} | refused("the original")),
                      "sgd_stability": "the original", "clarke_profile": "the original"} | refused("the original")),
+                     "signal_propagation": "the original",
+                     "sgd_stability": "the original"} | refused("the original")),
 }  # fmt: skip

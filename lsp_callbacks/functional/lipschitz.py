@@ -66,8 +66,8 @@ def norm_upper(operator: LinearOperator, *, steps: int = 30, failure: float = FA
     """``||A||_2`` from above: exact for small operators, otherwise true with probability ``1 - failure``."""
     m, n = operator.shape
     if min(m, n) <= SMALL:
-        matrix = operator.T.dense() if m < n else operator.dense()
-        return float(torch.linalg.matrix_norm(matrix.double(), 2))
+        matrix = (operator.T.dense() if m < n else operator.dense()).double()
+        return float(torch.linalg.eigvalsh(matrix.T @ matrix)[-1].clamp_min(0).sqrt())
     found = operator_norm(operator, steps=steps, tol=0.0)
     # P(theta < (1 - e) lambda) <= 1.648 sqrt(n) exp(-sqrt(e) (2 k - 1)) after k steps on A^T A from a random start.
     defect = (math.log(1.648 * math.sqrt(n) / failure) / (2 * found.products - 1)) ** 2
