@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam
 from zoo import Model, fit
 
 from lsp_callbacks import StabilityMonitor, StabilityProfile, Unmeasurable
-from lsp_callbacks.operators import step_response, step_jacobian
+from lsp_callbacks.operators import step_jacobian, step_response
 from lsp_callbacks.operators.outputs import output_jacobian
 from lsp_callbacks.report.rows import MEANINGS
 

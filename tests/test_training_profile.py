@@ -12,7 +12,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from lsp_callbacks.functional import function_growth, pushed, tangents, training_profile
 from lsp_callbacks.linalg import from_matrix
-from lsp_callbacks.operators import step_response, step_jacobian
+from lsp_callbacks.operators import step_jacobian, step_response
 from lsp_callbacks.operators.outputs import output_jacobian
 from lsp_callbacks.probes import evaluation
 from lsp_callbacks.snapshot import Clipping, ProbeSet

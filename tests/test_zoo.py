@@ -14,32 +14,27 @@ from lsp_callbacks.quantities import (
     REGISTRY,
     BatchSharpness,
     Dissipation,
-    LyapunovTrajectory,
-    SGDLaw,
     LeaveOneOut,
     LyapunovTrajectory,
+    ProximalStep,
+    SGDLaw,
     SGDStability,
-    LyapunovTrajectory,
-    SGDStability,
+    SpectralDensity,
     StabilityProfile,
     build,
 )
 
-PRODUCTS = {"sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "sgd_law"}
-    LyapunovTrajectory,
-    SGDStability,
-    SpectralDensity,
-    build,
-)
-
-PRODUCTS = {"sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "spectral_density"}
-    LyapunovTrajectory,
-    ProximalStep,
-    SGDStability,
-    build,
-)
-
-PRODUCTS = {"sharpness", "lyapunov", "lyapunov_trajectory", "batch_sharpness", "secant_ratio", "proximal_step"}
+#: Whose path is that of the Hessian products.
+PRODUCTS = {
+    "sharpness",
+    "lyapunov",
+    "lyapunov_trajectory",
+    "batch_sharpness",
+    "sgd_law",
+    "spectral_density",
+    "secant_ratio",
+    "proximal_step",
+}
 
 
 class Short(LyapunovTrajectory):
@@ -53,20 +48,19 @@ class Short(LyapunovTrajectory):
 
 def everything(**arguments):
     """The full preset, with windows that a short run completes; as a preset it leaves out what cannot be measured."""
-    trajectory, batches = Short(transient=0), BatchSharpness(most=8)
-    trajectory.window, batches.most = 2, 2
-    others = (SGDStability(probes=8, chains=2, steps=20), Dissipation(), SGDLaw(probes=8, products=3))
-    short = {q.name: q for q in (trajectory, batches, *others)}
-    short["dissipation"].least = 3
-    short = {
-        q.name: q for q in (trajectory, batches, SGDStability(probes=8, chains=2, steps=20), SpectralDensity(steps=6))
-    short = {
-        q.name: q for q in (trajectory, batches, SGDStability(probes=8, chains=2, steps=20), LeaveOneOut(2, window=2))
-    }
-    profile = StabilityProfile(horizon=2, directions=2, samples=2, probes=8)
-    short = {q.name: q for q in (trajectory, batches, SGDStability(probes=8, chains=2, steps=20), profile)}
-    few = (trajectory, batches, SGDStability(probes=8, chains=2, steps=20), ProximalStep(steps=1))
-    short = {q.name: q for q in few}
+    small = (
+        Short(transient=0),
+        BatchSharpness(most=8),
+        SGDStability(probes=8, chains=2, steps=20),
+        Dissipation(),
+        SGDLaw(probes=8, products=3),
+        SpectralDensity(steps=6),
+        LeaveOneOut(2, window=2),
+        StabilityProfile(horizon=2, directions=2, samples=2, probes=8),
+        ProximalStep(steps=1),
+    )
+    short: dict = {q.name: q for q in small}
+    short["lyapunov_trajectory"].window, short["batch_sharpness"].most, short["dissipation"].least = 2, 2, 3
     settings = {"lyapunov": {"window": 1, "average": 3}}
     quantities = [short.get(name) or build(name, **settings)[0][0] for name in REGISTRY]
     monitor = StabilityMonitor(quantities, every_n_steps=1, **arguments)

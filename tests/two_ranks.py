@@ -15,9 +15,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from zoo import CLASSES, FEATURES, Losses, Model, fit, mlp
 
-from lsp_callbacks import BatchSharpness, Dissipation, SGDLaw, Snapshot, StabilityMonitor, StopOnInstability
-from lsp_callbacks import BatchSharpness, Snapshot, SpectralDensity, StabilityMonitor, StopOnInstability
-from lsp_callbacks import BatchSharpness, LeaveOneOut, Snapshot, StabilityMonitor, StopOnInstability
+from lsp_callbacks import (
+    BatchSharpness,
+    Dissipation,
+    LeaveOneOut,
+    SGDLaw,
+    Snapshot,
+    SpectralDensity,
+    StabilityMonitor,
+    StopOnInstability,
+)
 from lsp_callbacks.callbacks.adapter import mean_loss
 from lsp_callbacks.operators import hessian
 from lsp_callbacks.ranks import Ranks
@@ -96,21 +103,14 @@ class Soon(Dissipation):
 
 
 def quantities():
-    own = [BatchSharpness(most=8), Soon(), SGDLaw(probes=16, products=6)]
-    return ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", *own]
-    return [
-        "spectral_norm",
-        "residual_cfl",
-        "sharpness",
-        "sgd_stability",
-        "lyapunov",
+    dear = (
         BatchSharpness(most=8),
+        Soon(),
+        SGDLaw(probes=16, products=6),
         SpectralDensity(steps=8),
-    ]
-    return [
-        "spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", BatchSharpness(most=8), "robustness",
         LeaveOneOut(2, window=2),
-    ]  # fmt: skip
+    )
+    return ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", "robustness", *dear]
 
 
 # -- the processes ---------------------------------------------------------------------------------------------------
