@@ -2,6 +2,7 @@
 
 from lsp_callbacks.callbacks import StabilityMonitor, StabilityReport, StopOnInstability
 from lsp_callbacks.monitor import Curve, Monitor, Observation
+from lsp_callbacks.players import Player
 from lsp_callbacks.quantities import (
     BatchSharpness,
     Lyapunov,
@@ -21,6 +22,7 @@ __all__ = [
     "LyapunovTrajectory",
     "Monitor",
     "Observation",
+    "Player",
     "ProbeSet",
     "Quantity",
     "ResidualCFL",

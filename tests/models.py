@@ -270,14 +270,18 @@ class GAN(Model):
         self.automatic_optimization = False
         self.generator = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, FEATURES))
 
-    def discriminator_loss(self, batch):
-        fake = self.generator(torch.randn(len(batch[0]), 2)).detach()
+    def discriminator_loss(self, batch, detach=True):
+        fake = self.generator(torch.randn(len(batch[0]), 2))
+        fake = fake.detach() if detach else fake
         return F.softplus(-self.net(batch[0])).mean() + F.softplus(self.net(fake)).mean()
+
+    def generator_loss(self, batch):
+        return F.softplus(-self.net(self.generator(torch.randn(8, 2)))).mean()
 
     def training_step(self, batch, batch_idx):
         losses = (
             self.discriminator_loss,
-            lambda batch: F.softplus(-self.net(self.generator(torch.randn(8, 2)))).mean(),
+            self.generator_loss,
         )
         for optimizer, loss in zip(self.optimizers(), losses):
             optimizer.zero_grad()
@@ -417,6 +421,14 @@ CASES = {
     "gan": Case(
         GAN, monitor={"loss_fn": lambda module, batch: module.discriminator_loss(batch)},
         left_out={"sgd_stability": "several optimizers"} | refused("several optimizers"), trainer={"max_steps": 8},
+    ),
+    "players": Case(
+        GAN, monitor={"loss_fn": {
+            "discriminator": lambda module, batch: module.discriminator_loss(batch, detach=False),
+            "generator": lambda module, batch: module.generator_loss(batch),
+        }},
+        left_out=dict.fromkeys(("sgd_stability", "lyapunov", "batch_sharpness"), "several players"),
+        trainer={"max_steps": 8},
     ),
     "hopeless": Case(Closure, failed={"spectral_norm": "the original", "residual_cfl": "the original",
                      "sgd_stability": "the original"} | refused("the original")),
