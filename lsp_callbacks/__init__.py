@@ -3,6 +3,7 @@
 from lsp_callbacks.callbacks import StabilityMonitor, StabilityReport, StopOnInstability
 from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.monitor import Curve, Monitor, Observation
+from lsp_callbacks.players import Player
 from lsp_callbacks.quantities import (
     BatchSharpness,
     ClarkeProfile,
@@ -39,6 +40,7 @@ __all__ = [
     "Monitor",
     "Numerics",
     "Observation",
+    "Player",
     "ProbeSet",
     "ProximalStep",
     "Quantity",

@@ -457,4 +457,6 @@ CASES = {
         trainer={"max_steps": 8},
     ),
     "hopeless": Case(Closure, failed=dict.fromkeys(set(REGISTRY) - {"dissipation"}, "the original")),
+    "hopeless": Case(Closure, failed={"spectral_norm": "the original", "residual_cfl": "the original",
+                     "sgd_stability": "the original"} | refused("the original")),
 }  # fmt: skip

@@ -7,11 +7,12 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import FEATURES, Model, data, fit, unchanged
+from zoo import FEATURES, Model, fit, unchanged
 
 from lsp_callbacks import LyapunovTrajectory, Sharpness, Snapshot, StabilityMonitor
+from lsp_callbacks.report import verdict
 from lsp_callbacks.step import never
 
 ADAM = partial(torch.optim.Adam, lr=2e-3, betas=(0.5, 0.999))
@@ -68,10 +69,15 @@ class GAN(Model):
         return [self.optimizer(part.parameters()) for part in (self.generator, self.net)]
 
 
-LOSSES = {
-    "generator": lambda module, batch: module.generator_loss(batch),
-    "critic": lambda module, batch: module.critic_loss(batch),
-}
+def generator_loss(module, batch) -> Tensor:
+    return module.generator_loss(batch)
+
+
+def critic_loss(module, batch) -> Tensor:
+    return module.critic_loss(batch)
+
+
+LOSSES = {"generator": generator_loss, "critic": critic_loss}
 
 
 class Short(LyapunovTrajectory):
@@ -94,8 +100,7 @@ def finite(callback, key):
     return key in callback.history and all(map(math.isfinite, callback.history[key].values))
 
 
-@pytest.mark.parametrize("noise", ["twice", "once", "batch"])
-@pytest.mark.parametrize("activation", [nn.Tanh, nn.LeakyReLU])
+@pytest.mark.parametrize("noise, activation", [("twice", nn.Tanh), ("once", nn.LeakyReLU)])
 def test_a_gan_is_measured_and_unchanged(noise, activation, recwarn):
     """With the other player's gradients switched off, and without: the same numbers to the last bit."""
     found = []
@@ -340,11 +345,27 @@ def test_the_optimizers_have_their_hooks_back():
 
 
 def test_a_run_that_goes_on_counts_on(tmp_path):
-    whole, first, second = monitor(["sharpness"]), monitor(["sharpness"]), monitor(["sharpness"])
-    loader = lambda: data(shuffle=False)  # noqa: E731
-    fit(partial(GAN, "batch"), whole, loader=loader(), max_steps=24)
-    half = fit(partial(GAN, "batch"), first, loader=loader(), max_steps=12)
-    half.save_checkpoint(tmp_path / "half.ckpt")
-    fit(partial(GAN, "batch"), second, loader=loader(), max_steps=24, ckpt_path=tmp_path / "half.ckpt")
-    assert second.history[COURANT].steps == whole.history[COURANT].steps
-    assert all(map(math.isfinite, second.history[COURANT].values))
+    first, second = monitor(["sharpness"]), monitor(["sharpness"])
+    fit(GAN, first, max_steps=6).save_checkpoint(tmp_path / "half.ckpt")
+    fit(GAN, second, max_steps=12, ckpt_path=tmp_path / "half.ckpt")
+    assert second.history[COURANT].steps == [1, 3, 5, 7, 9, 11] and finite(second, COURANT)
+
+
+def test_losses_in_yaml_are_import_paths():
+    parser = pytest.importorskip("jsonargparse").ArgumentParser()
+    parser.add_class_arguments(StabilityMonitor, "monitor")
+    paths = '{"generator": "test_players.generator_loss", "critic": "test_players.critic_loss"}'
+    made = parser.instantiate_classes(parser.parse_args(["--monitor.loss_fn", paths])).monitor
+    assert [loss.__name__ for loss in made.loss_fn.values()] == ["generator_loss", "critic_loss"]
+
+
+def test_the_verdict_says_that_it_is_of_each_player():
+    fit(GAN, callback := monitor(), max_steps=12)
+    assert "That is each player by itself" in verdict(callback.history)
+    assert f"{callback.history[EXPONENT].values[-1]:+.2g} a step" in verdict(callback.history)
+
+
+def test_no_rate_is_looked_ahead_for_players():
+    fit(GAN, callback := monitor(["sharpness"]), max_steps=4)
+    assert math.isfinite(callback.history[COURANT].values[-1])
+    assert "stability/steps_to_edge" not in callback.history

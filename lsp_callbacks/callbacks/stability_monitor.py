@@ -111,7 +111,7 @@ class StabilityMonitor(Callback):
         layers: Selection = None,
         blocks: Selection = None,
         log_layers: Literal["all", "summary"] | int = "all",
-        loss_fn: LossFn | dict[str, LossFn] | None = None,
+        loss_fn: dict[str, LossFn] | LossFn | None = None,
         forward_fn: ForwardFn | None = None,
         criterion: Criterion | None = None,
         prox: Prox | None = None,

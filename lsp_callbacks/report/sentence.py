@@ -31,6 +31,7 @@ def verdict(history: Mapping[str, Curve], fault: Fault | None = None) -> str:
     unstable if the value is (not its lower bound: windows scatter most when a run begins to fail), and the Courant
     number of one batch tells the edge, where healthy training may live, from what lies beyond. NaN is never stable, nor
     is a collapsed network. "Since" counts back over measurements without a break.
+    Where several players take turns, it speaks of each by itself, and says so.
 
     Args:
         history: of the `StabilityMonitor`.
@@ -50,10 +51,20 @@ def verdict(history: Mapping[str, Curve], fault: Fault | None = None) -> str:
         >>> print(verdict({}))
         lsp_callbacks: stability was not measured: no measurement was completed; train longer, or measure more often.
     """
+    judged = _judge(history) + _players(history)
     if fault is None:
-        return f"lsp_callbacks: {_judge(history)}."
-    before = f". Stability: {_judge(history)}" if history.keys() & {"stability/courant", "stability/lyapunov"} else ""
+        return f"lsp_callbacks: {judged}."
+    before = f". Stability: {judged}" if history.keys() & {"stability/courant", "stability/lyapunov"} else ""
     return f"lsp_callbacks: not finite since step {fault.step}: {fault}; {REMEDIES[fault.where]}{before}."
+
+
+def _players(history: Mapping[str, Curve]) -> str:
+    """What the Courant number does not see where several players take turns."""
+    if not any(key.startswith("stability/player_courant/") for key in history):
+        return ""
+    exponent = latest(history.get("stability/lyapunov_trajectory"))
+    said = "" if math.isnan(exponent) else f" (exponent {exponent:+.2g} a step)"
+    return f". That is each player by itself: how they drive each other is lyapunov_trajectory{said}"
 
 
 def _judge(history: Mapping[str, Curve]) -> str:
