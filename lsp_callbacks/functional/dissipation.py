@@ -59,8 +59,7 @@ def dissipation(energy: Tensor, *, confidence: float = 0.9) -> Dissipation:
     ``cov(E_{t+1}, E_{t-1}) / cov(E_t, E_{t-1})``, with the jackknife too; it holds where each energy is read with an
     error of its own, as the loss of a mini-batch is. Such errors draw the slope to 0 and gamma to 1, and only the
     bounds say so. On a plateau, where nothing but such errors is left, the instrument is weak, and there are no bounds.
-    Coverage in ``benchmarks/dissipation_is_covered.py``: 86 to 99 % of a promised 90 % on each side, and 80 % where a
-    handful of early steps decides over 2,000.
+    Coverage in ``benchmarks/dissipation_is_covered.py``: 87 to 100 % on each side, of a promised 90 %.
 
     Args:
         energy: ``(n,)`` of consecutive steps, oldest first, three at least.
