@@ -67,7 +67,8 @@ def numeric_range(snapshot: Snapshot) -> NumericRange:
     Inf and the very largest number of a type are masks. The backward pass carries ``snapshot.scale``, the factor of a
     gradient scaler. Underflow: where an operation of the backward pass gave zeros or subnormal numbers, it is computed
     again in float64 *from the same inputs*, and ``0 < |exact| < smallest normal`` is counted; exact numbers below 1e-13
-    of the largest in their tensor are not told from zero. Operations that draw random numbers, work in place or have no
+    of the largest in their tensor are not told from zero, so that of the wide types (bfloat16, float32) whole tensors
+    must be near the end. Operations that draw random numbers, work in place or have no
     kernel for float64 are left out of that count.
 
     Args:
