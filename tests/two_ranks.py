@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from zoo import CLASSES, FEATURES, Losses, Model, fit, mlp
 
-from lsp_callbacks import BatchSharpness, Snapshot, StabilityMonitor, StopOnInstability
+from lsp_callbacks import BatchSharpness, Snapshot, StabilityMonitor, StabilityProfile, StopOnInstability
 from lsp_callbacks.callbacks.adapter import mean_loss
 from lsp_callbacks.operators import hessian
 from lsp_callbacks.ranks import Ranks
@@ -90,7 +90,8 @@ class Weighted(Model):
 
 
 def quantities():
-    return ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", BatchSharpness(most=8)]
+    profile = StabilityProfile(horizon=2, directions=2, samples=2, probes=8)
+    return ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", BatchSharpness(most=8), profile]
 
 
 # -- the processes ---------------------------------------------------------------------------------------------------
