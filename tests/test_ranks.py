@@ -175,7 +175,12 @@ def test_all_ranks_know_the_same(found, name):
 def test_curves_of_the_joined_batch(found):
     twin = alone(two_ranks.smooth, *two_ranks.quantities(), loader=two_ranks.joined(), steps=30, every_n_steps=5)
     own = found[0]["smooth"]["history"]
-    assert {"stability/courant_sgd", "stability/lyapunov", "stability/batch_sharpness"} <= own.keys()
+    assert {
+        "stability/courant_sgd",
+        "stability/lyapunov",
+        "stability/batch_sharpness",
+        "stability/alpha_x",
+    } <= own.keys()
     assert "stability/residual_stiffness_max" in own and len(own["stability/sharpness"][0]) == 6
     close(own, twin)
     assert not found[0]["smooth"]["said"]

@@ -25,6 +25,7 @@ from lsp_callbacks import (
     StabilityMonitor,
     StopOnInstability,
 )
+from lsp_callbacks import BatchSharpness, Snapshot, StabilityMonitor, StabilityProfile, StopOnInstability
 from lsp_callbacks.callbacks.adapter import mean_loss
 from lsp_callbacks.operators import hessian
 from lsp_callbacks.ranks import Ranks
@@ -111,6 +112,8 @@ def quantities():
         LeaveOneOut(2, window=2),
     )
     return ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", "robustness", *dear]
+    profile = StabilityProfile(horizon=2, directions=2, samples=2, probes=8)
+    return ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", BatchSharpness(most=8), profile]
 
 
 # -- the processes ---------------------------------------------------------------------------------------------------

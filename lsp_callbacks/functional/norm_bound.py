@@ -74,11 +74,13 @@ def chain_lipschitz(
     for module, shape in zip(modules, shapes or [None] * len(modules)):
         if shape is not None and y.shape[1:] != shape and y[:1].numel() == math.prod(shape):
             y, end = y.reshape(-1, *shape), end.reshape(-1, *shape)  # a view between two modules
+        affine = _affine(module)
+        if not affine:
+            bound = bound * _norm(end, start, steps, tol) * _lipschitz(module)
         y = module(y.clone())  # it may work in place
-        if _affine(module):
+        if affine:
             end = module(end.clone())
         else:
-            bound = bound * _norm(end, start, steps, tol) * _lipschitz(module)
             start = end = y[:1].detach().requires_grad_()
     return bound * _norm(end, start, steps, tol), y
 
@@ -112,7 +114,7 @@ def norm_bound(found: Depth, modules: Mapping[str, nn.Module], shapes: Mapping[s
             bound, y = chain_lipschitz([modules[name] for name in layer.modules], x, own)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever a module of the user's raises on what it does not expect
             raise Unmeasurable(f"layer {layer.name!r}: {error}") from None
         image, real = jacobian(y, x) @ image, found.between(k, 0) @ v
         if image.shape != real.shape or not _close(image, real):

@@ -171,7 +171,7 @@ def training_profile(found: Tangents) -> TrainingProfile:
         raise ValueError("nothing was pushed: a profile needs at least one step")
     steps, size = found.steps, found.size
     frame = found.frame[:, :size].double()
-    top = torch.linalg.matrix_norm(frame, 2).cpu().log() + found.frame_log
+    top = 0.5 * torch.linalg.eigvalsh((frame @ frame.mT).cpu())[-1].clamp_min(0).log() + found.frame_log
     mean, error = _mean(_squares(frame[: found.random], size).cpu(), 1 - found.random / size)
     growth = mean.log() + 2 * found.frame_log
     noise, noise_error = _mean(_squares(found.noise, size).cpu() / size, 1.0)
@@ -214,7 +214,7 @@ def function_growth(before: Tensor, after: Tensor, log: float, steps: int) -> tu
 
 
 def _squares(rows: Tensor, size: int) -> Tensor:
-    return rows[:, :size].double().square().sum(1)
+    return torch.linalg.vector_norm(rows[:, :size], dim=1, dtype=torch.float64).square()
 
 
 def _mean(values: Tensor, unseen: float) -> tuple[Tensor, Tensor]:

@@ -150,7 +150,7 @@ class SGDStability(Quantity):
         rows, passes = (1, 0) if kernel is None else (kernel.rows, kernel.passes)
         alone = 2 * rows if kernel is not None and "layer" in kernel.path.values() else 0
         device = next(iter(snapshot.parameters.values())).device
-        numerics = NUMERICS * (self.probes * rows / 128) ** 2 / (CALLS + _multiplications(snapshot))
+        numerics = NUMERICS * (self.probes * rows / 128) ** 2 / (CALLS + multiplications(snapshot))
         return {
             "forward": 1 / 3,
             "gradient": 1.0,
@@ -316,7 +316,7 @@ class SGDStability(Quantity):
         self._shown = None
 
 
-def _multiplications(snapshot: Snapshot) -> float:
+def multiplications(snapshot: Snapshot) -> float:
     """Of a gradient: three times those of the forward pass, from how often each weight is applied."""
     total = 0.0
     modules = dict(snapshot.module.named_modules())
