@@ -36,21 +36,18 @@ def data_response(steps: Iterable[tuple[LinearOperator, LinearOperator, Tensor |
     """
     state: Tensor | None = None
     for jacobian, response, share in steps:
-        state = responded(state, jacobian, response, share)
+        state = responded(state, jacobian, None if share is None else -push(response, share))
     if state is None:
         raise ValueError("no step has a share: there is nothing to respond to")
     return state
 
 
-def responded(
-    state: Tensor | None, jacobian: LinearOperator, response: LinearOperator, share: Tensor | None
-) -> Tensor | None:
-    """One step of `data_response`; a state of None is 0."""
+def responded(state: Tensor | None, jacobian: LinearOperator, forced: Tensor | None) -> Tensor | None:
+    """One step of `data_response`, ``A r + forced``; None is 0."""
     moved = None if state is None else push(jacobian, state)
-    if share is None:
-        return moved
-    forced = -push(response, share)
-    return forced if moved is None else moved + forced
+    if moved is None or forced is None:
+        return forced if moved is None else moved
+    return moved + forced
 
 
 @dataclass(frozen=True)
