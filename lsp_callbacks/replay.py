@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_map
@@ -215,6 +216,25 @@ def _no_reentrance() -> Iterator[None]:
         yield
     finally:
         del CheckpointFunction.apply
+
+
+@contextlib.contextmanager
+def kept_activations() -> Iterator[None]:
+    """Activations that would be checkpointed are kept: products of a graph of few samples need them again and again.
+
+    What is computed again would also be computed in another mode than the first time, as replays put it back.
+    """
+
+    def keep(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    name = "_checkpoint_without_reentrant_generator"
+    original = getattr(torch.utils.checkpoint, name)
+    setattr(torch.utils.checkpoint, name, keep)
+    try:
+        yield
+    finally:
+        setattr(torch.utils.checkpoint, name, original)
 
 
 def copied(batch: Any) -> Any:

@@ -434,10 +434,10 @@ CASES = {
     "twice_differentiable": Case(lambda: custom(Twice)),
     "twice_differentiable_relu": Case(lambda: custom(Twice, nn.ReLU()), EXACT),
     "once_differentiable": Case(
-        lambda: custom(Once), failed=dict.fromkeys(("robustness", "stability_profile"), "backward of Once")
+        lambda: custom(Once), failed=dict.fromkeys(("robustness", "stability_profile", "clarke_profile"), "backward of Once")
     ),
     "once_differentiable_relu": Case(
-        lambda: custom(Once, nn.ReLU()), failed=refused("backward of Once") | {"robustness": "backward of Once"}
+        lambda: custom(Once, nn.ReLU()), failed=refused("backward of Once") | dict.fromkeys(("robustness", "clarke_profile"), "Once in the network")
     ),
     "detached_relu": Case(lambda: custom(Detached, nn.ReLU()), failed=refused("backward of Detached")),
     "fused_loss": Case(lambda: Fused(mlp()), left_out=unprobed("do not reach the parameters")),
@@ -453,10 +453,10 @@ CASES = {
             "discriminator": lambda module, batch: module.discriminator_loss(batch, detach=False),
             "generator": lambda module, batch: module.generator_loss(batch),
         }},
-        left_out=dict.fromkeys(("sgd_stability", "lyapunov", "batch_sharpness"), "several players"),
+        left_out=dict.fromkeys(
+            set(REGISTRY) - {"spectral_norm", "residual_cfl", "sharpness", "lyapunov_trajectory"}, "several players"
+        ),
         trainer={"max_steps": 8},
     ),
     "hopeless": Case(Closure, failed=dict.fromkeys(set(REGISTRY) - {"dissipation"}, "the original")),
-    "hopeless": Case(Closure, failed={"spectral_norm": "the original", "residual_cfl": "the original",
-                     "sgd_stability": "the original"} | refused("the original")),
 }  # fmt: skip

@@ -23,9 +23,9 @@ from lsp_callbacks import (
     Snapshot,
     SpectralDensity,
     StabilityMonitor,
+    StabilityProfile,
     StopOnInstability,
 )
-from lsp_callbacks import BatchSharpness, Snapshot, StabilityMonitor, StabilityProfile, StopOnInstability
 from lsp_callbacks.callbacks.adapter import mean_loss
 from lsp_callbacks.operators import hessian
 from lsp_callbacks.ranks import Ranks

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lsp_callbacks.linalg import LinearOperator
-from lsp_callbacks.linalg.operator import Product
 from lsp_callbacks.operators.curvature import double_backward
 from lsp_callbacks.operators.passage import Passage, passages, units
 from lsp_callbacks.operators.samples import check_adjoint, jacobian
+from lsp_callbacks.replay import kept_activations
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, evaluating
 
 
@@ -46,8 +45,7 @@ class Depth:
         layers: ``X_1 ... X_L``. Functions called between two modules belong to the second.
         loss: of these samples.
         calls: of all modules, as a tree.
-        module: the network, where it was in eval mode: activations that are checkpointed are computed again in a
-            product, as they were.
+        skip: floating-point tensors that came before ``X_0``, on which no layer depends.
     """
 
     start: Tensor
@@ -55,7 +53,7 @@ class Depth:
     layers: tuple[Layer, ...]
     loss: Tensor
     calls: Passage
-    module: nn.Module | None = None
+    skip: int = 0
     memo: dict[tuple[int, int], LinearOperator] = field(default_factory=dict, repr=False)
 
     @property
@@ -72,27 +70,7 @@ class Depth:
         """As `jacobian`, but not kept: its graph is as large as that of the layers between."""
         from_, axis = (self.start, self.axis) if j == 0 else (self.layers[j - 1].state, self.layers[j - 1].axis)
         to = self.layers[k - 1]
-        with self.as_it_was():
-            J = jacobian(to.state, from_, axes=(to.axis, axis))
-        return replace(J, apply=self.recomputed(J.apply), adjoint=self.recomputed(J.T.apply))
-
-    @contextlib.contextmanager
-    def as_it_was(self) -> Iterator[None]:
-        """The mode of the forward pass: replays that came after it have put back the step's."""
-        with contextlib.ExitStack() as stack:
-            if self.module is not None:
-                stack.enter_context(evaluating(self.module))
-                stack.enter_context(double_backward(self.module))
-            yield
-
-    def recomputed(self, product: Product) -> Product:
-        """A product with the graph, in the mode of its forward pass."""
-
-        def apply(v: Tensor) -> Tensor:
-            with self.as_it_was():
-                return product(v)
-
-        return apply
+        return jacobian(to.state, from_, axes=(to.axis, axis))
 
 
 def depth(snapshot: Snapshot, *, samples: int = 4) -> Depth:
@@ -127,7 +105,12 @@ def _depth(snapshot: Snapshot, samples: int) -> Depth:
 
 
 def states(
-    snapshot: Snapshot, *, samples: int | None = None, axis: int | None = None, start: Tensor | None = None
+    snapshot: Snapshot,
+    *,
+    samples: int | None = None,
+    axis: int | None = None,
+    start: Tensor | None = None,
+    skip: int | None = None,
 ) -> Depth:
     """As `depth`, of the step as it was or with another input; whether samples mix is not checked.
 
@@ -136,14 +119,15 @@ def states(
         samples: None replays the whole step in its own mode: dropout, batch statistics and all.
         axis: of the samples in ``X_0``, where it is known.
         start: takes the place of ``X_0``.
+        skip: see `Depth`, where it is known.
 
     Raises:
         Unmeasurable: as `depth`.
 
     Cost: a forward pass.
     """
-    for skip in range(TRIES):  # what enters first may only be rounded to words
-        found = _begun(snapshot, samples, axis, start, skip)
+    for passed in range(TRIES) if skip is None else [skip]:  # what enters first may only be rounded to words
+        found = _begun(snapshot, samples, axis, start, passed)
         if found is not None:
             return found
     raise Unmeasurable("no module with a weight matrix depends on the first input: there is no depth to measure")
@@ -156,6 +140,7 @@ def _begun(snapshot: Snapshot, samples: int | None, axis: int | None, given: Ten
         if samples is not None:
             stack.enter_context(evaluating(module))
         stack.enter_context(double_backward(module))
+        stack.enter_context(kept_activations())
         root = stack.enter_context(passages(module, start=start, given=given, skip=skip))
         whole = samples is None or snapshot.sample is None
         loss, size = (snapshot.replay(), None) if whole else snapshot.sample(samples)  # type: ignore[misc, arg-type]
@@ -185,7 +170,7 @@ def _begun(snapshot: Snapshot, samples: int | None, axis: int | None, given: Ten
             layers[-1] = Layer(last.name, (*last.modules, call.name), y, at)
     if not layers:
         return None
-    return Depth(x, axis, tuple(layers), loss, root, None if samples is None else module)
+    return Depth(x, axis, tuple(layers), loss, root, skip)
 
 
 def _axis(tensor: Tensor, samples: int, first: int = 0) -> int | None:

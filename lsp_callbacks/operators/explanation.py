@@ -66,8 +66,8 @@ class Explanation:
             (found,) = torch.autograd.grad(self.saliency, x, rows.back(v), retain_graph=True, materialize_grads=True)
             return rows.flat(found)
 
-        n, own = rows.length, self.states.recomputed(product)
-        hessian = LinearOperator((n, n), own, own, batch=(rows.samples,), dtype=rows.dtype, device=x.device)
+        n = rows.length
+        hessian = LinearOperator((n, n), product, product, batch=(rows.samples,), dtype=rows.dtype, device=x.device)
         return self.states.jacobian(len(self.states.layers)), hessian
 
     def by_parameters(self) -> tuple[LinearOperator, LinearOperator]:
@@ -77,7 +77,12 @@ class Explanation:
 
 
 def explain(
-    snapshot: Snapshot, *, samples: int = 4, start: Tensor | None = None, chosen: Tensor | None = None
+    snapshot: Snapshot,
+    *,
+    samples: int = 4,
+    start: Tensor | None = None,
+    skip: int = 0,
+    chosen: Tensor | None = None,
 ) -> Explanation:
     """The prediction on the first samples of the step's batch, and its explanation.
 
@@ -89,6 +94,7 @@ def explain(
         snapshot: a step.
         samples: how many, at most.
         start: inputs other than the batch's, for the outputs that are ``chosen`` there; parameters may have moved.
+        skip: what `Depth` says of the batch's inputs.
         chosen: ``(S,)``.
 
     Raises:
@@ -96,9 +102,12 @@ def explain(
 
     Cost: a forward and a backward pass on these samples.
     """
-    found = depth(snapshot, samples=samples) if start is None else states(snapshot, samples=samples, start=start)
+    if start is None:
+        found = depth(snapshot, samples=samples)
+    else:
+        found = states(snapshot, samples=samples, start=start, skip=skip)
     last = found.layers[-1]
-    with found.as_it_was(), torch.enable_grad():
+    with torch.enable_grad():
         flat = last.state.movedim(last.axis, 0).flatten(1)
         chosen = flat.detach().argmax(1) if chosen is None else chosen
         score = flat.gather(1, chosen[:, None]).sum()
@@ -118,7 +127,7 @@ def _by_parameters(tensor: Tensor, rows: Rows, at: Explanation) -> LinearOperato
         )
         return flatten(parts, parameters)
 
-    with at.states.as_it_was(), torch.enable_grad():
+    with torch.enable_grad():
         u = torch.zeros_like(tensor, requires_grad=True)
         pullback = pulled(u, True)
 
@@ -132,8 +141,7 @@ def _by_parameters(tensor: Tensor, rows: Rows, at: Explanation) -> LinearOperato
         return pulled(rows.back(w.view(rows.samples, -1)), False).to(rows.dtype)
 
     shape = (tensor.numel(), pullback.numel())
-    apply, transposed = at.states.recomputed(forward), at.states.recomputed(adjoint)
-    operator = LinearOperator(shape, apply, transposed, dtype=rows.dtype, device=tensor.device)
+    operator = LinearOperator(shape, forward, adjoint, dtype=rows.dtype, device=tensor.device)
     check_adjoint(operator, at.score, "the network")
     return operator
 
@@ -141,14 +149,18 @@ def _by_parameters(tensor: Tensor, rows: Rows, at: Explanation) -> LinearOperato
 def change_by_input(at: Explanation, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Of prediction and explanation when the inputs move by ``delta``, ``(S, n)``. Cost: see `explain`."""
     moved = at.states.start.detach() + at.inputs.back(delta)
-    return _change(at, explain(at.snapshot, samples=at.states.samples, start=moved, chosen=at.chosen))
+    return _change(at, _moved(at, moved))
 
 
 def change_by_parameters(at: Explanation) -> tuple[Tensor, Tensor]:
     """Of prediction and explanation since the parameters moved, at the same ``X_0``; flat. Cost: see `explain`."""
     start = at.states.start.detach()
-    found = _change(at, explain(at.snapshot, samples=at.states.samples, start=start, chosen=at.chosen))
+    found = _change(at, _moved(at, start))
     return found[0].flatten(), found[1].flatten()
+
+
+def _moved(at: Explanation, start: Tensor) -> Explanation:
+    return explain(at.snapshot, samples=at.states.samples, start=start, skip=at.states.skip, chosen=at.chosen)
 
 
 def _change(at: Explanation, moved: Explanation) -> tuple[Tensor, Tensor]:
