@@ -434,10 +434,12 @@ CASES = {
     "twice_differentiable": Case(lambda: custom(Twice)),
     "twice_differentiable_relu": Case(lambda: custom(Twice, nn.ReLU()), EXACT),
     "once_differentiable": Case(
-        lambda: custom(Once), failed=dict.fromkeys(("robustness", "stability_profile", "clarke_profile"), "backward of Once")
+        lambda: custom(Once),
+        failed=dict.fromkeys(("robustness", "stability_profile", "clarke_profile"), "backward of Once"),
     ),
     "once_differentiable_relu": Case(
-        lambda: custom(Once, nn.ReLU()), failed=refused("backward of Once") | dict.fromkeys(("robustness", "clarke_profile"), "Once in the network")
+        lambda: custom(Once, nn.ReLU()),
+        failed=refused("backward of Once") | dict.fromkeys(("robustness", "clarke_profile"), "Once in the network"),
     ),
     "detached_relu": Case(lambda: custom(Detached, nn.ReLU()), failed=refused("backward of Detached")),
     "fused_loss": Case(lambda: Fused(mlp()), left_out=unprobed("do not reach the parameters")),
