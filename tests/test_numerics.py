@@ -243,11 +243,6 @@ class Faulty(Model):
         if self.global_step >= 4 and self.what == "gradient":
             self.net[0].weight.grad[0, 0] = math.nan
 
-    def on_before_optimizer_step(self, optimizer):
-        if self.what == "recovers":
-            for p in self.parameters():
-                p.grad.nan_to_num_(0.0)
-
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
         if self.what != "weights":
@@ -259,6 +254,16 @@ class Faulty(Model):
 
 class Recovers(Faulty):
     """A gradient that is not finite once, and is mended before the update."""
+
+    def loss(self, batch):
+        if self.what == "moves":
+            for p in self.parameters():
+                p.data.mul_(0.999)
+        return Model.loss(self, batch)
+
+    def on_before_optimizer_step(self, optimizer):
+        for p in self.parameters():
+            p.grad.nan_to_num_(0.0)
 
     def on_after_backward(self):
         if self.global_step == 4:
@@ -276,7 +281,9 @@ WATCHED = {
     "adam, clipped": (
         lambda: Faulty("backward", optimizer=partial(Adam, lr=0.01)), {"gradient_clip_val": 0.1}, "backward", "aten.div"
     ),
-    "accumulated": (lambda: Faulty("backward"), {"accumulate_grad_batches": 2}, "backward", "aten.div"),
+    "accumulated": (
+        lambda: Faulty("backward", nn.Dropout(0.3)), {"accumulate_grad_batches": 2}, "backward", "aten.div"
+    ),
     "bfloat16": (lambda: Faulty("forward"), {"precision": "bf16-mixed"}, "forward", "aten.log"),
     "bfloat16 weights": (lambda: Faulty("backward"), {"precision": "bf16-true"}, "backward", "aten.div"),
     "lbfgs": (lambda: Faulty("forward", optimizer=partial(torch.optim.LBFGS, max_iter=2)), {}, "forward", "aten.log"),
@@ -315,6 +322,14 @@ def test_the_step_is_logged_in_its_row_and_the_step_is_replayed_once(monkeypatch
     assert fresh.history[STEP].values == [4.0] and fresh.monitor.quantities["numerics"].nonfinite_step == 4
 
 
+def test_a_run_that_recovers_goes_on_as_without_us():
+    """Its weights stay finite, so that a parameter which a replay had moved would show."""
+    monitor = StabilityMonitor(["numerics", "sharpness"], every_n_steps=100)
+    with pytest.warns(UserWarning, match="step 4 is not finite"):
+        assert not with_and_without(lambda: Recovers("moves"), monitor, max_steps=9)
+    assert monitor.monitor.ended_by is None
+
+
 def test_a_run_that_recovers_did_not_end_so():
     monitor = StabilityMonitor(["numerics"], every_n_steps=100)
     with pytest.warns(UserWarning, match="step 4 is not finite"):
@@ -323,6 +338,17 @@ def test_a_run_that_recovers_did_not_end_so():
     assert monitor.fault.step == 4 and monitor.monitor.ended_by is None
     monitor.monitor.reset()
     assert monitor.fault is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_replay_draws_the_random_numbers_of_the_step(seed):
+    class Unlucky(Model):
+        def loss(self, batch):
+            return F.cross_entropy(self.net(batch[0]) / (torch.rand(()) > 0.1), batch[1])
+
+    monitor = StabilityMonitor(["numerics"], every_n_steps=100)
+    with pytest.warns(UserWarning, match=r"aten\.div outside of all submodules gave Inf"):
+        fit(Unlucky, monitor, max_steps=60, seed=seed)
 
 
 def test_nothing_is_kept_where_it_is_not_measured():
@@ -351,7 +377,10 @@ def test_manual_optimisation_with_two_updates():
 
 
 @pytest.mark.parametrize("what", ["gradients", "loss", "neither"])
-def test_a_step_that_a_gradient_scaler_leaves_out_is_no_fault(what):
+def test_a_step_that_a_gradient_scaler_leaves_out_is_no_fault(what, monkeypatch):
+    replays, real = [], guard.first_fault
+    monkeypatch.setattr(guard, "first_fault", lambda *args, **kwargs: replays.append(1) or real(*args, **kwargs))
+
     class Scaled(Model):
         def loss(self, batch):
             out = self.net(batch[0])
@@ -365,7 +394,7 @@ def test_a_step_that_a_gradient_scaler_leaves_out_is_no_fault(what):
     monitor = StabilityMonitor(["numerics"], every_n_steps=3)
     losses = Losses()
     fit(Scaled, monitor, losses, plugins=[plugin], max_steps=8)
-    assert (monitor.fault is not None) == (what == "loss")
+    assert (monitor.fault is not None) == (what == "loss") == bool(replays)
     if what == "loss":
         assert (monitor.fault.where, monitor.fault.operation, monitor.fault.dtype) == ("forward", "aten.mul", "float16")
     assert plugin.scaler.get_scale() == 2.0 ** (14 if what == "neither" else 13)
@@ -419,6 +448,7 @@ def test_other_loops(loop):
     assert all(map(torch.equal, *ends))
     fault = monitor.fault
     assert (fault.step, fault.where, fault.forward) == (6, "backward", "aten.sqrt")
+    assert len(watch._guard._parts) == 1  # of the last step
     assert monitor.ended_by is fault and log.curve(STEP) == {6: 6.0}
     watch.close()
 
