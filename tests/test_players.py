@@ -27,7 +27,7 @@ class GAN(Model):
         super().__init__(net, optimizer)
         self.automatic_optimization = False
         self.generator = nn.Sequential(nn.Linear(2, 5), nn.BatchNorm1d(5), activation(), nn.Linear(5, FEATURES))
-        self.noise, self.toggle = noise, toggle
+        self.noise, self.toggle, self.flags = noise, toggle, []
 
     def draw(self, batch):
         return batch[0][:, :2] if self.noise == "batch" else torch.randn(len(batch[0]), 2)
@@ -59,11 +59,15 @@ class GAN(Model):
         self.manual_backward(value)
         self.before(optimizer)
         optimizer.step()
+        self.flags.append([p.requires_grad for p in self.parameters()])
         if self.toggle:
             self.untoggle_optimizer(optimizer)
         return value
 
     def before(self, optimizer): ...
+
+    def memory(self):
+        return self.flags
 
     def configure_optimizers(self):
         return [self.optimizer(part.parameters()) for part in (self.generator, self.net)]
@@ -201,6 +205,11 @@ def test_a_player_that_steps_seldom_is_waited_for_and_one_that_never_does_is_giv
 
 
 class Simultaneous(GAN):
+    """At so small a rate that the gradients hardly differ."""
+
+    def __init__(self, noise):
+        super().__init__(noise, optimizer=partial(torch.optim.SGD, lr=1e-7))
+
     def training_step(self, batch, batch_idx):
         optimizers = self.optimizers()
         for optimizer in optimizers:
@@ -237,7 +246,7 @@ class Between(GAN):
 
 
 REFUSED = {
-    "simultaneous": (Simultaneous, "before another player's update"),
+    "simultaneous": (Simultaneous, "simultaneous steps are not modelled"),
     "stale": (Stale, "is not that of its loss_fn"),
     "clipped": (Clipped, "is not that of its loss_fn"),
     "noise": (Between, "put the noise into the batch"),
@@ -349,6 +358,10 @@ def test_a_run_that_goes_on_counts_on(tmp_path):
     fit(GAN, first, max_steps=6).save_checkpoint(tmp_path / "half.ckpt")
     fit(GAN, second, max_steps=12, ckpt_path=tmp_path / "half.ckpt")
     assert second.history[COURANT].steps == [1, 3, 5, 7, 9, 11] and finite(second, COURANT)
+
+    fit(GAN, max_steps=6).save_checkpoint(tmp_path / "without.ckpt")
+    fit(GAN, joined := monitor(["sharpness"]), max_steps=10, ckpt_path=tmp_path / "without.ckpt")
+    assert joined.history[COURANT].steps == [7, 9]
 
 
 def test_losses_in_yaml_are_import_paths():
