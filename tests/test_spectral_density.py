@@ -8,7 +8,7 @@ from problems import Quadratic, close, dense_hessian, f64, freeze, random, regre
 from problems import Regression as Problem
 from scipy.integrate import quad
 
-from lsp_callbacks import SpectralDensity, Unmeasurable
+from lsp_callbacks import Snapshot, SpectralDensity, Unmeasurable
 from lsp_callbacks.functional import MarchenkoPastur, cumulative, density, fit_marchenko_pastur, spectral_density
 from lsp_callbacks.linalg import from_matrix, quadratures
 from lsp_callbacks.quantities import spectral_density as module
@@ -127,6 +127,8 @@ def test_outliers_of_known_size_leave_only_the_bulks_error():
     plain = torch.tensor([200 * float(one.weights @ one.nodes) for one in found])
     ours = torch.tensor([one.trace for one in found])
     assert (ours - truth).std() < (plain - truth).std() / 20
+    moved = spectral_density(from_matrix(symmetric([value + 1 for value in SPIKED])), steps=40)
+    assert moved.trace_error < 0.6 and moved.trace == pytest.approx(truth + 200, abs=4 * moved.trace_error)
 
 
 def test_the_share_of_negative_eigenvalues_where_few_steps_tell_it():
@@ -152,6 +154,12 @@ def test_what_has_no_outliers(spectrum):
     """An even spectrum; one in which a tenth and more stands apart."""
     found = spectral_density(from_matrix(symmetric([float(x) for x in spectrum])), steps=60)
     assert found.outliers is None or len(found.outliers) == 0
+
+
+def test_two_clusters_are_a_bulk():
+    found = spectral_density(from_matrix(symmetric([0.0] * 270 + [5.0] * 30)), steps=2)
+    assert len(found.outliers) == 0
+    close(found.bulk, [0.0, 5.0], 1e-9)
 
 
 def test_negative_outliers_are_outliers():
@@ -218,6 +226,19 @@ def test_spikes_do_not_spoil_the_fit():
 def test_what_is_no_such_law_is_refused(spectrum):
     found = spectral_density(from_matrix(symmetric(spectrum)), probes=4)
     assert found.fit is None or not found.fit.alike
+
+
+def test_zeros_alone_make_no_law():
+    nodes, weights = torch.tensor([0.0, 1.0, 4.0], dtype=f64), torch.tensor([0.99, 0.005, 0.005], dtype=f64)
+    found = fit_marchenko_pastur(nodes, weights, width=0.1)
+    assert found.zero_mass > 0.98 and not found.alike and 0.1 < found.distance <= 1
+
+
+def test_the_share_of_zeros_is_not_negative():
+    nodes, weights = MarchenkoPastur(0.5, 1.0, 0.0, 0.0, 0.1).measure()
+    found = fit_marchenko_pastur(nodes + 0.3, weights, width=0.1)
+    assert found.zero_mass == 0
+    close([found.scale, found.scale**2 * found.ratio], [1.3, 0.5], 1e-3)  # mean and variance
 
 
 def test_no_positive_mean_no_law():
@@ -315,8 +336,9 @@ def test_a_multiple_of_the_identity():
 def test_not_a_number_is_refused(poison):
     A = torch.eye(60, dtype=f64)
     A[1, 2] = A[2, 1] = poison
-    with pytest.raises(Unmeasurable, match="not finite"):
-        measured(A, method="exact")
+    task = Quadratic(A)
+    with pytest.raises(Unmeasurable, match="products are not finite"):
+        SpectralDensity().update(Snapshot(0, task, task))
     found = spectral_density(from_matrix(A))
     assert math.isnan(found.trace) and math.isnan(found.negative) and found.fit is None
 
@@ -359,8 +381,9 @@ def test_the_picture():
     (line,) = ax.lines
     points = (torch.as_tensor(line.get_xdata().tolist()) / 0.3).asinh()  # a hundredth of the largest
     assert float(torch.trapezoid(torch.as_tensor(line.get_ydata().tolist()), points)) == pytest.approx(1, abs=1e-3)
-    metric.update(freeze(task, step=7))
+    metric.update(freeze(Quadratic(symmetric([value / 2 for value in SPIKED])), step=7))
     figure, axes = metric.plot()
+    assert axes[0].get_xlim()[1] > 30  # the first reaches further than the last
     assert len(axes) == 2 and axes[0].get_xlim() == axes[1].get_xlim()
     (mesh,) = [each for each in axes[1].collections if each.__class__.__name__ == "QuadMesh"]
     assert mesh.get_array().shape == (2, 400) and axes[1].get_ylim() == (-3.5, 10.5)

@@ -147,7 +147,9 @@ class SpectralDensity(Quantity):
             new = matplotlib("matplotlib.figure").Figure(figsize=(7.2, 6.4), layout="constrained")
             axes = list(new.subplots(2, sharex=True))
             unit = draw_course(course, axes[1])
+            limits = axes[1].get_xlim()
             draw_density(found, axes[0], unit=unit)
+            axes[1].set_xlim(limits)  # earlier densities may reach further than the last
             return new, axes
         if ax is None:
             ax = matplotlib("matplotlib.figure").Figure(figsize=(7.2, 3.6), layout="constrained").subplots()
