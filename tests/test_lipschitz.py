@@ -86,6 +86,8 @@ def test_singular_values_that_are_rounding_errors_do_not_count(dtype):
     close(value, 4.0, 1e-5)
     assert rank == 3
     close(condition_lower(from_matrix(A), steps=6), 4.0, 1e-4)
+    for steps in (2, 3, 4, 5):  # nothing outside of the range gets in
+        assert condition_lower(from_matrix(A), steps=steps) <= 4 * (1 + 1e-3)
 
 
 def test_degenerate_matrices_have_no_condition():
@@ -359,3 +361,33 @@ def test_scales_of_a_network_scale_its_bounds():
         found = states(nn.Sequential(linear(a * W, True), nn.Identity(), linear(b * W, True)), 3, 2)
         close(lipschitz_upper(found), 9 * a * b, 1e-12)
         close(lipschitz_lower(found), 9 * a * b, 1e-6)
+
+
+class Tight(nn.Module):
+    """Two layers with ones for weights around a function: the bound is attained."""
+
+    def __init__(self, function, width=1):
+        super().__init__()
+        self.first, self.last = (linear(torch.ones(1, n, dtype=f64)) for n in (1, width))
+        self.function = function
+
+    def forward(self, x):
+        return self.last(self.function(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "function, width, expected",
+    [
+        (lambda y: y + torch.zeros(6, dtype=f64), 6, 6.0), (lambda y: y * torch.ones(6, dtype=f64), 6, 6.0),
+        (lambda y: y.expand(-1, 6), 6, 6.0), (lambda y: F.elu(y, 1.7), 1, 1.7), (F.selu, 1, 1.7580993408473766),
+        (lambda y: F.leaky_relu(y, -1.5), 1, 1.5), (lambda y: y - 2 * y, 1, 3.0), (lambda y: -4 * y / 0.5, 1, 8.0),
+    ],
+)  # fmt: skip
+def test_functions_that_enlarge_are_counted(function, width, expected):
+    net = Tight(function, width)
+    task = Task(net, 4, 1)
+    task.x = -1e-9 * task.x.abs()
+    found = depth(freeze(task))
+    close(lipschitz_upper(found), expected, 1e-12)
+    true = 1.0 if expected == 3.0 else expected  # branches are summed as if they never cancelled
+    close(lipschitz_lower(found), true, 1e-6)
