@@ -382,3 +382,4 @@ def test_no_rate_is_looked_ahead_for_players():
     fit(GAN, callback := monitor(["sharpness"]), max_steps=4)
     assert math.isfinite(callback.history[COURANT].values[-1])
     assert "stability/steps_to_edge" not in callback.history
+    assert math.isnan(callback._critical.mean)  # of which player?
