@@ -14,7 +14,7 @@ import torch
 import two_ranks
 from test_faults import bits
 from two_ranks import WORLD
-from zoo import Model, data, fit
+from zoo import Model, data, fit, same
 
 from lsp_callbacks import StabilityMonitor, StopOnInstability, Unmeasurable
 from lsp_callbacks.callbacks.adapter import sharded, unmodelled
