@@ -100,7 +100,7 @@ def loss_condition_lower(hessian: LinearOperator, gradient: Tensor, *, steps: in
         >>> from lsp_callbacks.linalg import from_matrix
         >>> H = torch.diag(torch.tensor([9.0, 1.0, 0.0]))
         >>> round(float(loss_condition_lower(from_matrix(H), H @ torch.tensor([0.01, 1.0, 1.0]))), 3)
-        8.476
+        8.456
     """
     if not bool(gradient.any()) or not bool(torch.isfinite(gradient).all()):
         return None

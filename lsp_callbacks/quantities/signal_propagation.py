@@ -74,7 +74,7 @@ class SignalPropagation(Quantity):
     ``batch_norm_mean_error``, ``batch_norm_variance_drift``, ``batch_norm_variance_error``.
 
     Cost: 2 gradients for the step and its weights, 1.2 for the two outputs where there is BatchNorm, 6 for the bounds
-    and condition numbers of a CNN at batch size 64 (they take 0.1 s on an MLP of 270k parameters, whose gradients take
+    and condition numbers of a CNN at batch size 64 (they take 0.2 s on an MLP of 270k parameters, whose gradients take
     2 ms), and five Hessian products.
 
     Source: Glorot & Bengio 2010; He et al. 2015; Schoenholz et al. 2017; Pennington et al. 2017; Ioffe & Szegedy 2015;
