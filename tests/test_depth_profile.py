@@ -246,7 +246,9 @@ def test_the_vector_of_the_depth_before_does_not_hide_the_top_one():
     skew[1] = skew[:, 1] = 0.0
     turn = torch.linalg.matrix_exp(1e-5 * skew)
     steps = [torch.diag(first), torch.diag(second) @ turn]
-    found = depth_profile(lambda k, j: from_matrix(torch.linalg.multi_dot([*reversed(steps[j:k]), turn @ turn.T])), 2)
+    found = depth_profile(
+        lambda k, j: from_matrix(torch.linalg.multi_dot([*reversed(steps[j:k]), turn @ turn.T])), 2, tol=1e-9
+    )
     close(found.sigma[:, 0], [3.0, 10.0], 1e-3)
 
 

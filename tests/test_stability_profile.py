@@ -94,6 +94,18 @@ def test_sgd_on_a_quadratic(x):
     assert "sigma_output" not in found and "alpha_output" not in found  # there are no probes
 
 
+def test_the_sharp_direction_is_pushed():
+    """Two random directions of 200 would not see the one that grows."""
+    data = 0.1 * random(12, 200, seed=1)
+    data[0, 0] = 20.0
+    task = Regression(seeded(nn.Linear(200, 1, bias=False)), data, random(12, 1, seed=2))
+    h = torch.linalg.eigvalsh(data.T @ data / 12)[-1]
+    metric = StabilityProfile(horizon=4, directions=2, method="exact")
+    for _ in along(metric, task, SGD(task.parameters(), lr=float(2.6 / h)), 5):
+        pass
+    close(values_of(metric)["alpha_theta"], math.log(1.6), 1e-3)
+
+
 def test_below_the_edge_function_space_contracts_where_parameter_space_does_not():
     """More parameters than samples: what no sample sees neither grows nor shrinks."""
     net = tanh_mlp(2, 24, 1)
