@@ -102,6 +102,7 @@ class StabilityProfile(Windowed):
         "stability/alpha_x_norm_bound", "stability/alpha_x_norm_gap", "stability/sigma_output",
         "stability/alpha_output", "stability/alpha_output_error",
     )  # fmt: skip
+    picture = "profile"
     values: Tensor
 
     def __init__(
