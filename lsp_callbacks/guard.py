@@ -91,7 +91,7 @@ class Guard:
         losses = [part.own for part in self._parts if part.own is not None and ranks.world == 1]
         gradients = [] if left_out else [p.grad for p in module.parameters() if p.grad is not None]
         numerics.recovered = finite(losses + gradients)
-        if numerics.recovered or numerics.fault is not None:
+        if numerics.recovered or not bool(numerics.nonfinite_step.isnan()):
             return None
 
         def own() -> Fault:
@@ -118,6 +118,8 @@ class Guard:
     def _traced(self, step: int, module: nn.Module, pending: PendingStep) -> Fault:
         if pending.shadow is None:
             raise pending.failure or AssertionError
+        if not self._parts:
+            return Fault(step, "unknown", reason="its batches were not seen")
         saved = [(p, p.detach().clone()) for p in module.parameters()]  # a training_step may move them
         try:
             copy = pending.shadow.reset()

@@ -30,7 +30,8 @@ class Trace:
     Attributes:
         rate_sum: of the learning rates of all recorded steps, also of those that are not kept.
         rate_squares: of their squares.
-        sparse: whether two steps in a row came alone: then no series will ever come about.
+        sparse: whether two steps in a row came alone: then no series comes about.
+        failed: energies that raised, and what; they are NaN from then on.
 
     Raises:
         ValueError: for a length below 1, or an energy called "loss" or "lr".
@@ -55,6 +56,7 @@ class Trace:
     def reset(self) -> None:
         """Forgets everything."""
         self.rate_sum = self.rate_squares = 0.0
+        self.failed: dict[str, str] = {}
         self.cut()
 
     def cut(self) -> None:
@@ -85,7 +87,8 @@ class Trace:
             return
         with torch.no_grad():
             found: dict[str, Any] = {"loss": math.nan if loss is None else loss, "lr": lr}
-            found |= {name: energy(module) for name, energy in self.energies.items()}  # type: ignore[arg-type]
+            for name, energy in self.energies.items():
+                found[name] = self._energy(name, energy, module)
         values = {
             name: value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
             for name, value in found.items()
@@ -98,8 +101,20 @@ class Trace:
         for name, value in values.items():
             self._ring(name, value)[self._count % self.length] = value.reshape(())
         self._next, self._count = step + 1, self._count + 1
+        if self._count == 2:
+            self.sparse = False
         if math.isfinite(lr):
             self.rate_sum, self.rate_squares = self.rate_sum + lr, self.rate_squares + lr * lr
+
+    def _energy(self, name: str, energy: Energy, module: nn.Module | None) -> Any:
+        """NaN once it has raised: it is not asked again, and the other series go on."""
+        if name in self.failed:
+            return math.nan
+        try:
+            return energy(module)  # type: ignore[arg-type]
+        except Exception as error:  # whatever the user's function raises
+            self.failed[name] = f"{type(error).__name__}: {error}"
+            return math.nan
 
     def _ring(self, name: str, like: Tensor) -> Tensor:
         ring = self._rings.get(name)

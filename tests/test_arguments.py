@@ -38,6 +38,8 @@ QUANTITIES = {
     "spectral_density": ("probes", "steps", "method"),
     "robustness": ("samples", "size"),
     "leave_one_out": ("samples", "window", "method"),
+    "signal_propagation": ("samples", "method"),
+    "numerics": (),
     "stability_profile": ("horizon", "directions", "samples", "probes", "method"),
 }
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import Custom
 from problems import FEEDFORWARD, JORDAN, JORDAN_NORMS, close, f64, freeze, matrix, random, seeded
-from test_depth import Functional, Task, chain
+from test_depth import Functional, Task
 from torch import nn
 from torch.func import jacrev
 from zoo import Model, fit
@@ -26,6 +26,13 @@ def convolutional():
 
 def encoder():
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2, enable_nested_tensor=False)
+
+
+def chain():
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Dropout(0.5),
+        nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3),
+    )  # fmt: skip
 
 
 NETWORKS = {"mlp": (chain, (5, 4)), "cnn": (convolutional, (3, 36)), "transformer": (encoder, (3, 5, 4))}

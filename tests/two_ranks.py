@@ -110,6 +110,7 @@ def quantities():
         SGDLaw(probes=16, products=6),
         SpectralDensity(steps=8),
         LeaveOneOut(2, window=2),
+        StabilityProfile(horizon=2, directions=2, samples=2, probes=8),
     )
     return ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", "robustness", *dear]
     profile = StabilityProfile(horizon=2, directions=2, samples=2, probes=8)

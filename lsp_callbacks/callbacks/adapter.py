@@ -74,6 +74,12 @@ def loss_scale(trainer: Any) -> float:
     return 1.0 if scaler is None else float(scaler.get_scale())
 
 
+def scaled(trainer: Any, optimizer: Any) -> bool:
+    """Whether the gradients are still multiplied by the factor of mixed precision: fused optimizers divide it out."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
 def skipped(trainer: Any, optimizer: Any) -> bool:
     """Whether the gradient scaler of mixed precision will leave this step out, as its gradients have overflowed."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)

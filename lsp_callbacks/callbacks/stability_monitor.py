@@ -21,6 +21,7 @@ from lsp_callbacks.callbacks.adapter import (
     pending_step,
     probe_set,
     ranks,
+    scaled,
     schedulers,
     sharded,
     skipped,
@@ -132,6 +133,8 @@ class StabilityMonitor(Callback):
             check_losses(loss_fn)
             if probe_samples is not None:
                 raise ValueError(f"probe_samples={probe_samples}: players are measured on whole batches; leave it out")
+            if prox is not None:
+                raise ValueError("prox: what is done to the weights of players after their steps is not modelled")
         number("budget", budget, above=0, most=1, instead=": a share of the training cost")
         built, named = build(
             quantities,
@@ -306,7 +309,7 @@ class StabilityMonitor(Callback):
         left_out = not no_loss and skipped(trainer, optimizer)
         if not no_loss:
             with self.monitor.harmless("whether the step is finite could not be told"):
-                self._look(trainer, pl_module, left_out)
+                self._look(trainer, pl_module, left_out or scaled(trainer, optimizer))
         if no_loss or left_out:  # nothing moves: it is no step
             self._pending = None
             if self._game is not None:
@@ -322,9 +325,10 @@ class StabilityMonitor(Callback):
             with self.monitor.harmless("the player's step could not be looked at"):
                 self._observe_player(self._game, pl_module, optimizer)
         elif pending is not None:
+            update = any(quantity.needs_update for quantity in self.monitor.quantities.values())
+            self._expecting = update and self.prox is not None  # on every rank, also where the look fails
             with self.monitor.harmless("the step could not be looked at"), untouched(pl_module):
                 self._note(self._observe(trainer, pending, optimizer))
-            update = any(quantity.needs_update for quantity in self.monitor.quantities.values())
             if update and pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
                 self._watching = True  # on every rank, also where the copy fails
                 with self.monitor.harmless("whether the gradient is changed later could not be watched"):
@@ -377,8 +381,7 @@ class StabilityMonitor(Callback):
         # Under manual optimisation nobody need have told us the loss.
         snapshot = witnessed(snapshot) if snapshot.loss is None else snapshot
         observation = self.monitor.observe(snapshot)
-        if self.prox is not None and any(quantity.needs_update for quantity in self.monitor.quantities.values()):
-            self._expecting = True  # on every rank, also where it fails
+        if self._expecting:
             with self.monitor.harmless("where the step and prox lead could not be told"):
                 own = {name: p.grad for name, p in snapshot.parameters.items()}  # not that of a sub-batch
                 self._expected = expected(replace(snapshot, gradient=own, clipping=clipping(trainer), memo={}))
@@ -392,10 +395,11 @@ class StabilityMonitor(Callback):
         """
         if not self._expecting:
             return
-        arrived = not self._ranks.any(lambda: self._expected is None or not self._expected.met(), "the update")
-        if not arrived and not last:
+        # Where it could not be told, as the step could not be replayed, that was said: it proves no other map.
+        elsewhere = self._ranks.any(lambda: self._expected is not None and not self._expected.met(), "the update")
+        if elsewhere and not last:
             return
-        if not arrived:
+        if elsewhere:
             self._disown("the parameters after the step are not prox(step): another map, or none, was applied to them")
         self._expected, self._expecting, self._published = None, False, None
 

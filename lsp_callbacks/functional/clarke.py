@@ -66,7 +66,7 @@ def generalized_norm(free: FreeSlopes, *, vertices: int = 12) -> GeneralizedNorm
         >>> import torch
         >>> from lsp_callbacks.operators.free_slopes import free_slopes
         >>> x = torch.zeros(1, 1, dtype=torch.float64)
-        >>> found = generalized_norm(free_slopes(lambda x: x.relu() - (-x).relu(), x))
+        >>> found = generalized_norm(free_slopes(lambda x: x.relu() - (-x).relu(), x)[0])
         >>> float(found.lower), found.exact, found.near
         (2.0, True, 2)
     """

@@ -108,9 +108,12 @@ def critical_rule(snapshot: Snapshot) -> FrozenRule:
     """The step's `FrozenRule` where it has a critical rate on a Gauss-Newton matrix.
 
     Raises:
-        Unmeasurable: see `frozen_rule`; for ``maximize``, and for coupled weight decay behind a preconditioner.
+        Unmeasurable: see `frozen_rule`; for ``maximize``, with a prox, and for coupled weight decay behind a
+            preconditioner.
     """
     rule, decay = frozen_rule(snapshot), coupled_decay(snapshot)
+    if snapshot.prox is not None:
+        raise Unmeasurable("the map that prox applies after the step is not modelled: look at lyapunov instead")
     if rule.sign < 0:
         raise Unmeasurable("maximize=True: the Gauss-Newton matrix of a loss that is maximised is not positive")
     if rule.frozen and (isinstance(decay, Tensor) or decay):

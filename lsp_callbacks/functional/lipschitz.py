@@ -112,6 +112,8 @@ def _pooled(module: Any, dilation: Any = None) -> float | None:
     size, stride = _tuple(module.kernel_size, dims), _tuple(module.stride, dims)
     if getattr(module, "divisor_override", None) is not None or any(one != 1 for one in _tuple(dilation or 1, dims)):
         return None
+    if dilation is None and (module.ceil_mode or (any(_tuple(module.padding, dims)) and not module.count_include_pad)):
+        return None  # a window that is cut is divided by less
     return _overlap(size, stride) / (math.sqrt(math.prod(size)) if dilation is None else 1.0)
 
 
@@ -249,7 +251,8 @@ class _Walk:
 
     def _avgpool2d(self, node: Any, below: list[float]) -> float | None:
         size = node._saved_kernel_size
-        if node._saved_divisor_override is not None:
+        cut = node._saved_ceil_mode or (any(node._saved_padding) and not node._saved_count_include_pad)
+        if node._saved_divisor_override is not None or cut:  # a window that is cut is divided by less
             return None
         return below[0] * _overlap(size, node._saved_stride or size) / math.sqrt(math.prod(size))
 

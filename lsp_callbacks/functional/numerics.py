@@ -16,6 +16,8 @@ from lsp_callbacks.snapshot import Snapshot
 _Peaks = dict[tuple[str, torch.dtype, torch.device], Tensor]
 #: They compute nothing.
 _COPIES = ("aten.clone", "aten.detach", "aten.copy", "aten.lift_fresh", "aten.empty", "aten.new_empty", "aten.resize")
+#: What puts masks where numbers were.
+_FILLS = ("aten.masked_fill", "aten.where", "aten.fill", "aten.full", "aten.scatter", "aten.index_put")
 #: What is so much smaller than the largest number of its tensor may be the rounding of a zero in float64.
 NOISE = 1e-13
 
@@ -115,10 +117,13 @@ class _Ends(Operations):
         if func.is_view or operation.name.startswith(_COPIES):
             return out
         with torch.no_grad():
+            filled = operation.name.startswith(_FILLS)
+            made = False if filled or operation.node is not None else _made(floats((args, kwargs)))
             for tensor in floats(out) + (floats((args, kwargs)) if func._schema.is_mutable else []):
                 peaks = self.peaks[operation.node is not None]
                 key = (operation.module, tensor.dtype, tensor.device)
-                now = peak(tensor)
+                # Masks are of the forward pass.
+                now = peak(tensor, None if operation.node is not None else made)
                 peaks[key] = torch.maximum(peaks[key], now) if key in peaks else now
             random = torch.Tag.nondeterministic_seeded in func.tags
             if operation.node is not None and not func._schema.is_mutable and not random:
@@ -141,13 +146,26 @@ class _Ends(Operations):
             self.counts.append(((there & (size < torch.finfo(t.dtype).tiny)).sum(), there.sum()))
 
 
-def peak(tensor: Tensor) -> Tensor:
-    """The largest absolute number that is neither NaN nor at the end of its type, as Inf and masks are."""
+def peak(tensor: Tensor, overflown: Tensor | bool | None = None) -> Tensor:
+    """The largest absolute number that is not at the end of its type, as masks are.
+
+    Args:
+        tensor: of any floating-point type.
+        overflown: where nothing else is left in the tensor, whether that is no mask: then Inf. None takes any Inf or
+            NaN for an overflow.
+    """
     t = tensor.detach()
     t = torch.view_as_real(t) if t.is_complex() else t
     t = t.float() if t.element_size() < 2 else t
     size = t.abs()
-    return torch.where(size < torch.finfo(tensor.dtype).max, size, 0.0).amax()
+    inside = size < torch.finfo(tensor.dtype).max
+    lost = ~size.isfinite().all() if overflown is None else ~inside.any() & overflown
+    return torch.where(lost, torch.inf, torch.where(inside, size, 0.0).amax())
+
+
+def _made(inputs: list[Tensor]) -> Tensor | bool:
+    """Whether an operation had anything finite to make Inf of: what fills a tensor had not."""
+    return torch.stack([t.isfinite().any() for t in inputs]).any() if inputs else False
 
 
 def _wide(value: Any) -> Any:

@@ -54,8 +54,9 @@ class TrainingProfile:
         alpha_theta: ``(1/T) log sigma_theta``, a lower bound, nats a step.
         alpha_mean_square: ``(1/2T) log mean_square``.
         alpha_mean_square_error: its standard error.
-        alpha_u: ``log(sigma_u / root mean square of ||B_t xi_t||) / (T - 1)``: the growth of noise beyond the step
-            that brought it in, which has up to T - 1 steps left; NaN where T is 1.
+        alpha_u: ``log(sigma_u^2 / sum_t E||B_t xi_t||^2) / (T - 1)``: how the noise of a step has grown, over the
+            (T - 1) / 2 steps that it has travelled on the average. 0 where A is the identity; for ``A = c I`` it is
+            log c as c tends to 1, and nearer to 0 below. NaN where T is 1.
         alpha_u_error: its standard error.
     """
 
@@ -176,8 +177,9 @@ def training_profile(found: Tangents) -> TrainingProfile:
     growth = mean.log() + 2 * found.frame_log
     noise, noise_error = _mean(_squares(found.noise, size).cpu() / size, 1.0)
     sigma_u = 0.5 * noise.log() + found.noise_log
-    brought = 0.5 * math.log(found.driven / steps) if found.driven else math.nan
-    left = steps - 1 or math.nan
+    # As large as T kicks that do not travel; on the average they have travelled (T - 1) / 2 steps.
+    brought = 0.5 * math.log(found.driven) if found.driven else math.nan
+    left = (steps - 1) / 2 or math.nan
     return TrainingProfile(
         steps=steps,
         sigma_theta=top.exp(),

@@ -210,14 +210,14 @@ class Watch:
             snapshot = witnessed(snapshot)
             self._observation = self.monitor.observe(snapshot)
             if self.prox is not None and any(q.needs_update for q in self.monitor.quantities.values()):
-                self._expecting = True  # also where it fails
+                self._expecting = True
                 self._expected = expected(snapshot)
 
     def _check_update(self) -> None:
         """Whether the parameters are where step and prox should have brought them, at the end of the loop's body."""
         if not self._expecting or self.batches:  # the update has not been made
             return
-        if self._expected is None or not self._expected.met():
+        if self._expected is not None and not self._expected.met():
             reason = "the parameters after the step are not prox(step): another map, or none, was applied to them"
             self.monitor.disown_update(self._published, reason)
         self._expected, self._expecting, self._published = None, False, None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature import Method
 from lsp_callbacks.operators.displacement import displacement
-from lsp_callbacks.operators.training import group_of, step_jacobian
+from lsp_callbacks.operators.training import group_of, step_jacobian, step_response
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten, split
 
 
@@ -110,6 +110,20 @@ def update_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpe
         return torch.cat([(D @ moved[:n]).to(moved), moved[n:]])
 
     return LinearOperator(A.shape, product, dtype=A.dtype, device=A.device)
+
+
+def update_response(snapshot: Snapshot) -> LinearOperator:
+    """As `step_response`, of the whole update: what a change of the step's gradient makes of parameters and state."""
+    R = step_response(snapshot)
+    if snapshot.prox is None:
+        return R
+    D, n = proximal_jacobian(snapshot), sum(p.numel() for p in snapshot.parameters.values())
+
+    def product(change: Tensor) -> Tensor:
+        moved = R @ change
+        return torch.cat([(D @ moved[:n]).to(moved), moved[n:]])
+
+    return LinearOperator(R.shape, product, dtype=R.dtype, device=R.device)
 
 
 @dataclass(frozen=True)

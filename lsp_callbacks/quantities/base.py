@@ -15,6 +15,9 @@ from lsp_callbacks.operators.curvature import path_taken
 from lsp_callbacks.snapshot import Snapshot
 from lsp_callbacks.trace import Energy
 
+#: In keys, the name of what is outside of all submodules.
+ROOT = "(root)"
+
 
 class Quantity(Metric):
     """A Metric whose ``update`` takes a `Snapshot`.

@@ -17,6 +17,9 @@ from lsp_callbacks.operators.free_slopes import Freed
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.snapshot import Snapshot
 
+#: Gradients that a row takes however small the network is: a backward pass of two samples is bound by its calls.
+ROW = 0.3
+
 
 class ClarkeProfile(Quantity):
     """The generalized ``sigma^x`` of networks with kinks: ``sup ||dX_L / dX_0||`` over the slopes near them.
@@ -66,15 +69,19 @@ class ClarkeProfile(Quantity):
         self.add_state("numbers", default=torch.full((5,), math.nan, dtype=torch.float64), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        calls = list(snapshot.calls.values())
+        calls = [call for call in snapshot.calls.values() if len(call.output_shape or ()) > 1]  # no criterion
+        if not calls:
+            return {"forward": 1 / 3}
         batch = max((calls[0].input_shape or calls[-1].output_shape or (1,))[:1] or (1,))
         share = min(1.0, self.samples / batch)
         rows = math.prod(calls[-1].output_shape or (1,)) * share
-        return {"forward": 1 / 3, "slopes": share * (1 + min(1.5 * rows, self.most) * 2 / 3)}
+        return {"forward": 1 / 3, "slopes": share + min(1.5 * rows, self.most) * max(share * 2 / 3, ROW)}
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         found = footprint(snapshot)
-        return {"activations": 2 * found.activations, "copies": 2 * found.buffers}
+        inputs = max((math.prod((call.input_shape or (1,))[1:]) for call in snapshot.calls.values()), default=1)
+        rows = 8.0 * self.samples * self.most * inputs
+        return {"activations": 2 * found.activations, "copies": 2 * found.buffers, "rows": rows}
 
     def path(self, snapshot: Snapshot) -> str:
         return label("exact", snapshot, next(iter(snapshot.parameters.values())).dtype)

@@ -13,8 +13,9 @@ from lsp_callbacks.functional.leave_one_out import leave_one_out, responded
 from lsp_callbacks.linalg import push
 from lsp_callbacks.operators.curvature import Method, label, path_taken, product_cost, resolved
 from lsp_callbacks.operators.footprint import product_memory
+from lsp_callbacks.operators.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.shares import Shares, shares
-from lsp_callbacks.operators.training import state_blocks, step_jacobian, step_response, tangent_path
+from lsp_callbacks.operators.training import state_blocks, tangent_path
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
@@ -103,7 +104,7 @@ class LeaveOneOut(Quantity):
             self._frame, self.complete = {}, True
             return
         forced = self._forced(snapshot, self._again(snapshot, frame["known"])) if self.full_batch else None
-        jacobian = step_jacobian(snapshot, method=frame["method"])
+        jacobian = update_jacobian(snapshot, method=frame["method"])
         state = responded(frame["state"], jacobian, forced)
         own = ", finite difference of step" if tangent_path(snapshot) != "exact" else ""
         self._path = path_taken(snapshot, frame["method"]) + own
@@ -115,7 +116,7 @@ class LeaveOneOut(Quantity):
         method = resolved(snapshot, self.method)
         known = self._shares(snapshot)
         # The batch is needed again at the end; what was computed for the step is not.
-        first = replace(snapshot, memo={}, loss=None)
+        first = replace(snapshot, memo={}, loss=None, gradient=None, trace=None)
         vars(first)["graph"] = snapshot.graph
         state = self._forced(snapshot, known)
         return {"state": state, "known": known, "first": first, "count": 1, "step": snapshot.step, "method": method}
@@ -130,7 +131,7 @@ class LeaveOneOut(Quantity):
 
     def _forced(self, snapshot: Snapshot, found: Shares) -> Tensor:
         """By the shares in the loss of all ranks, which is the mean of their losses."""
-        response = step_response(snapshot)
+        response = update_response(snapshot)
         return -push(response, found.gradients.to(response.device) / snapshot.ranks.world)
 
     def _again(self, snapshot: Snapshot, known: Shares) -> Shares:

@@ -10,12 +10,9 @@ from lsp_callbacks.functional.numerics import NumericRange, lost_share, numeric_
 from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.optimizer_copy import OptimizerCopy
 from lsp_callbacks.operators.training import clipped_gradient
-from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.quantities.base import ROOT, Quantity, scalar
 from lsp_callbacks.replay import RandomState
 from lsp_callbacks.snapshot import Snapshot, split
-
-#: Of what is outside of all submodules, as the loss in a ``training_step``.
-ROOT = "(root)"
 
 
 class Numerics(Quantity):

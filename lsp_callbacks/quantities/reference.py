@@ -28,12 +28,15 @@ def existing_file(name: str, value: Any) -> str:
 
 
 def position(module: nn.Module, sketch: Sketch) -> Tensor:
-    """Where the trainable parameters are, as `Sketch` sees it; on their device."""
-    return sketch(p for p in module.parameters() if p.requires_grad)
+    """Where the parameters are, as `Sketch` sees it; on their device.
+
+    All of them, so that one that is frozen or unfrozen on the way does not move the point.
+    """
+    return sketch(p.detach() for p in module.parameters())
 
 
 def position_in(path: str, module: nn.Module, sketch: Sketch) -> Tensor:
-    """Where the module's trainable parameters were when the file was written.
+    """Where the module's parameters were when the file was written.
 
     Raises:
         Unmodelled: if it cannot be read, or lacks some of them.
@@ -41,7 +44,7 @@ def position_in(path: str, module: nn.Module, sketch: Sketch) -> Tensor:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         state = found.get("state_dict", found)
-        tensors = [state[name].view_as(p) for name, p in module.named_parameters() if p.requires_grad]
+        tensors = [state[name].view_as(p) for name, p in module.named_parameters()]
     except Exception as error:  # whatever a file may hold
         raise Unmodelled(
             f"reference={path!r} is no checkpoint of this model ({type(error).__name__}: {error}): save its state_dict "

@@ -31,9 +31,9 @@ class Robustness(Quantity):
     entry, the predicted class's, with respect to the input. ``||df/dx||`` and ``||dg/dx||`` are operator norms, the
     largest over the samples, in units of f and g per unit of input; ``||df/dtheta||`` and ``||dg/dtheta||`` are those
     of all samples together by ``sqrt(samples)``: the root mean square over the samples of their change, per unit of
-    parameters. With the theory's sensitivities they chain: a displacement of the parameters, ``sigma^theta`` times the
-    one that training began with or what `LeaveOneOut` finds, times ``robustness_prediction_theta`` bounds the change of
-    the predictions, to first order.
+    parameters. They are Lanczos values, from below up to ``robustness_residual``. With the theory's sensitivities they
+    chain: a displacement of the parameters, ``sigma^theta`` times the one that training began with or what
+    `LeaveOneOut` finds, times ``robustness_prediction_theta`` is what it can change the predictions, to first order.
 
     Beside each stands a lower bound without linearisation: the change at a real displacement along the direction that
     the derivative stretches most, ``size`` times as long as the input (the parameters), per unit of it.

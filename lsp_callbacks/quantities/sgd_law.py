@@ -189,7 +189,8 @@ class SGDLaw(Quantity):
         positive = mu > _rounding(snapshot, self.path(snapshot)) * L
         if not positive or mu > mu_residual:
             found["stability/sgd_law_violated"] = float(not positive)
-        if positive and mu > mu_residual and _plain(rule) and bool(fit.sigma_0_squared.isfinite()):
+        plain = _plain(rule) and snapshot.prox is None
+        if positive and mu > mu_residual and plain and bool(fit.sigma_0_squared.isfinite()):
             sigmas = {"sigma_0_squared": float(fit.sigma_0_squared), "sigma_1_squared": float(fit.sigma_1_squared)}
             law = sgd_law(rule.lr, convexity=mu, smoothness=L, **sigmas)
             found |= {

@@ -17,7 +17,7 @@ from lsp_callbacks.operators.curvature import Method, hessian, product_cost, res
 from lsp_callbacks.operators.depth import depth
 from lsp_callbacks.operators.footprint import product_memory
 from lsp_callbacks.operators.signals import signals
-from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.quantities.base import ROOT, Quantity, scalar
 from lsp_callbacks.quantities.signal_parts import (
     conditions_of,
     drift_of,
@@ -177,7 +177,8 @@ class SignalPropagation(Quantity):
         for key, (kind, extreme) in extremes.items():
             if of := [value for name, value in found.items() if name.startswith(f"{kind}/")]:
                 values[f"stability/{key}"] = extreme(of)
-        return values | {f"stability/{name}": value for name, value in found.items()}
+        rooted = {name + ROOT if name.endswith("/") else name: value for name, value in found.items()}
+        return values | {f"stability/{name}": value for name, value in rooted.items()}
 
     def reset(self) -> None:
         super().reset()

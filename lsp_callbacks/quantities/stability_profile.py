@@ -25,8 +25,9 @@ from lsp_callbacks.operators.depth import depth
 from lsp_callbacks.operators.footprint import TWICE, footprint, product_memory
 from lsp_callbacks.operators.frozen import frozen_rule
 from lsp_callbacks.operators.outputs import output_jacobian
-from lsp_callbacks.operators.training import state_blocks, step_jacobian, step_response, tangent_path
-from lsp_callbacks.quantities.base import scalar
+from lsp_callbacks.operators.proximal import update_jacobian, update_response
+from lsp_callbacks.operators.training import state_blocks, tangent_path
+from lsp_callbacks.quantities.base import ROOT, scalar
 from lsp_callbacks.quantities.depth_map import draw
 from lsp_callbacks.quantities.lyapunov import Windowed
 from lsp_callbacks.quantities.sgd_diagram import matplotlib
@@ -76,8 +77,8 @@ class StabilityProfile(Windowed):
     Keys: ``stability/alpha_x`` with ``_median`` (of the samples), ``_jacobian_bound``, ``_jacobian_gap`` (bound less
     truth) and, where all layers have one, ``_norm_bound`` and ``_norm_gap``; ``sigma_x/<layer>``, ``sigma_x_max``,
     ``sigma_x_residual`` (relative; the norms are lower bounds up to it); ``depth``; ``alpha_theta``, ``sigma_theta``;
-    ``alpha_theta_mean_square`` and ``sigma_theta_mean_square``, ``alpha_u`` (over T - 1) and ``sigma_u``, each with
-    ``_error``; ``horizon``; where outputs are told from the loss, ``sigma_output`` and ``alpha_output`` with
+    ``alpha_theta_mean_square`` and ``sigma_theta_mean_square``, ``alpha_u`` (over (T - 1) / 2 steps) and ``sigma_u``,
+    each with ``_error``; ``horizon``; where outputs are told from the loss, ``sigma_output`` and ``alpha_output`` with
     ``_error``.
 
     Raises:
@@ -154,7 +155,7 @@ class StabilityProfile(Windowed):
             self._finish(snapshot, Tangents(**self._frame["tangents"]))
             return
         method = self._frame["method"] if going else resolved(snapshot, self.method)
-        A, B = step_jacobian(snapshot, method=method), step_response(snapshot)
+        A, B = update_jacobian(snapshot, method=method), update_response(snapshot)
         generator = snapshot.generator(self.name)
         if going:
             now, before, mode, top = Tangents(**self._frame["tangents"]), self._frame["before"], self._mode, self._top
@@ -247,7 +248,7 @@ class StabilityProfile(Windowed):
         """The numbers of the last window; NaN before one."""
         named = dict(zip((*self.keys, *self.optional), self.values))
         found = {key: value for key, value in named.items() if key in self.keys or not bool(value.isnan())}
-        return found | {f"stability/sigma_x/{name}": scalar(value) for name, value in self._sigma.items()}
+        return found | {f"stability/sigma_x/{name or ROOT}": scalar(value) for name, value in self._sigma.items()}
 
     def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:  # type: ignore[override]
         """Draws sigma^x over depth and training time, of the last measurements since the run began or was resumed.
