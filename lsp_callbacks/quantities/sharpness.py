@@ -52,8 +52,9 @@ class Sharpness(Quantity):
     ``courant_gd = lambda_max(R^1/2 H' R^1/2) / c`` with R the effective rates, H' the Hessian with coupled weight
     decay, and c from `lsp_callbacks.functional.stability_constant`: 1 is the edge of stability of full-batch steps. R
     is the learning rate times the preconditioner of Adam, AdamW, RMSprop or Adagrad and the factor of clipping, both as
-    they are in this step. It is measured on one mini-batch and, under momentum, blind to batch noise. When it stays
-    above 1 and the loss does not fall: lower the learning rate, or warm it up for longer.
+    they are in this step; what a ``prox`` does to the weights after it is not in it. It is measured on one mini-batch
+    and, under momentum, blind to batch noise. When it stays above 1 and the loss does not fall: lower the learning
+    rate, or warm it up for longer.
 
     Where several players take turns, each is measured on its own loss and its own parameters; the measurement is
     complete when all have been seen. The largest Courant number stands for all, and with it that player's sharpness,
