@@ -251,6 +251,8 @@ class Monitor:
             lr = math.nan if optimizer is None else rate(optimizer)
             with self.harmless(f"what is recorded at each step could not be at step {step}"):
                 self.trace.record(step, loss, lr=lr, module=module)
+            for name, error in self.trace.failed.items():
+                self.warn_once(f"the energy {name} is not recorded any more, it raised {error}")
 
     def observe(self, snapshot: Snapshot) -> Observation | None:
         """Measures what is due at this step.

@@ -15,7 +15,7 @@ from lsp_callbacks.linalg import Sketch
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.reference import NOWHERE, existing_file, position, position_in, squared_distance
 from lsp_callbacks.quantities.select import imported
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable, Unmodelled
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 from lsp_callbacks.trace import Energy
 
 #: What is known of each energy, and what is always there.
@@ -132,10 +132,11 @@ class Dissipation(Quantity):
                 "or pass Snapshot(trace=...)"
             )
         series = trace.read(snapshot.ranks)
-        if trace.failed:
-            raise Unmodelled("; ".join(f"the energy {name} raised {error}" for name, error in trace.failed.items()))
-        rows = []
+        rows: list[list[Any]] = []
         for name in ("loss", *self.energies):
+            if name in trace.failed:  # which was said
+                rows.append([torch.nan] * len(KEYS))
+                continue
             if bool(series[name].isnan().all()):
                 raise Unmeasurable(f"the {name} of the steps was not seen: in your own loop call Watch.record(loss)")
             try:
