@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from models import CASES, Bag, Checkpointed, FirstCheckpointed, Transformer, cnn
+from models import CASES, CURVATURE, Bag, Checkpointed, FirstCheckpointed, Transformer, cnn
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 from zoo import CLASSES, Model, data, fit, unchanged
@@ -25,16 +25,7 @@ from lsp_callbacks.quantities import (
 )
 
 #: Whose path is that of the Hessian products.
-PRODUCTS = {
-    "sharpness",
-    "lyapunov",
-    "lyapunov_trajectory",
-    "batch_sharpness",
-    "sgd_law",
-    "spectral_density",
-    "secant_ratio",
-    "proximal_step",
-}
+PRODUCTS = set(CURVATURE) - {"leave_one_out", "stability_profile"}
 
 
 class Short(LyapunovTrajectory):

@@ -100,30 +100,25 @@ def update_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpe
 
     The prox acts on the parameters' block; the optimizer's state does not feel it. Cost: one Hessian product.
     """
-    A = step_jacobian(snapshot, method=method)
-    if snapshot.prox is None:
-        return A
-    D, n = proximal_jacobian(snapshot), sum(p.numel() for p in snapshot.parameters.values())
-
-    def product(z: Tensor) -> Tensor:
-        moved = A @ z
-        return torch.cat([(D @ moved[:n]).to(moved), moved[n:]])
-
-    return LinearOperator(A.shape, product, dtype=A.dtype, device=A.device)
+    return _mapped(snapshot, step_jacobian(snapshot, method=method))
 
 
 def update_response(snapshot: Snapshot) -> LinearOperator:
     """As `step_response`, of the whole update: what a change of the step's gradient makes of parameters and state."""
-    R = step_response(snapshot)
+    return _mapped(snapshot, step_response(snapshot))
+
+
+def _mapped(snapshot: Snapshot, step: LinearOperator) -> LinearOperator:
+    """What the prox makes of the parameters' block, which comes first."""
     if snapshot.prox is None:
-        return R
+        return step
     D, n = proximal_jacobian(snapshot), sum(p.numel() for p in snapshot.parameters.values())
 
-    def product(change: Tensor) -> Tensor:
-        moved = R @ change
+    def product(z: Tensor) -> Tensor:
+        moved = step @ z
         return torch.cat([(D @ moved[:n]).to(moved), moved[n:]])
 
-    return LinearOperator(R.shape, product, dtype=R.dtype, device=R.device)
+    return LinearOperator(step.shape, product, dtype=step.dtype, device=step.device)
 
 
 @dataclass(frozen=True)

@@ -100,14 +100,15 @@ def check_adjoint(operator: LinearOperator, loss: Tensor, what: str) -> None:
     Cost: two products where there is such a function.
     """
     graph = read(loss)
-    if graph.custom and not _agrees(operator, 1e-3 if graph.full else 5e-2):
+    if graph.custom and not agrees(operator, 1e-3 if graph.full else 5e-2):
         raise Unmeasurable(
             f"the backward of {' and '.join(graph.custom)} in {what} cannot be differentiated (once_differentiable, or "
             "detached tensors): write it in operations that can, or leave this quantity out"
         )
 
 
-def _agrees(operator: LinearOperator, tolerance: float) -> bool:
+def agrees(operator: LinearOperator, tolerance: float) -> bool:
+    """Whether ``<w, A v>`` is ``<A^T w, v>`` for random v and w; False where a product cannot be had."""
     generator = torch.Generator().manual_seed(0)
     m, n = operator.shape
     v, w = (torch.randn(*operator.batch, k, generator=generator, dtype=operator.dtype) for k in (n, m))

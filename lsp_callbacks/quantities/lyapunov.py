@@ -33,6 +33,9 @@ class Windowed(Quantity):
         super().__init__()
         self.method: Method = choice("method", method, *get_args(Method))
         self._frame: dict[str, Any] = {}
+        # Of those that align with the sharp mode: where the next alignment starts.
+        self._mode: Tensor | None = None
+        self._top: Tensor | None = None
 
     def check(self, snapshot: Snapshot) -> None:
         tangent_path(snapshot)
@@ -42,10 +45,12 @@ class Windowed(Quantity):
         return bool(self._frame) and snapshot.step == self._frame["step"] + 1
 
     def vectors(self) -> dict[str, Any]:
-        return dict(self._frame)
+        return self._frame | ({} if self._mode is None else {"mode": self._mode, "top": self._top})
 
     def load_vectors(self, vectors: dict[str, Any]) -> None:
-        self._frame = dict(vectors)
+        vectors = dict(vectors)
+        self._mode, self._top = vectors.pop("mode", None), vectors.pop("top", None)
+        self._frame = vectors
 
 
 class Lyapunov(Windowed):
@@ -85,8 +90,6 @@ class Lyapunov(Windowed):
         super().__init__(method)
         whole("window", window, 1), whole("average", average, 1)
         self.window, self.average = window, average
-        self._mode: Tensor | None = None
-        self._top: Tensor | None = None
         self.add_state("windows", default=torch.empty(0, dtype=torch.float64), persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
@@ -143,14 +146,6 @@ class Lyapunov(Windowed):
         if len(self.windows) >= 3:
             values |= {"stability/lyapunov_lower": lower, "stability/lyapunov_upper": upper}
         return values
-
-    def vectors(self) -> dict[str, Any]:
-        return super().vectors() | ({} if self._mode is None else {"mode": self._mode, "top": self._top})
-
-    def load_vectors(self, vectors: dict[str, Any]) -> None:
-        vectors = dict(vectors)
-        self._mode, self._top = vectors.pop("mode", None), vectors.pop("top", None)
-        super().load_vectors(vectors)
 
 
 class LyapunovTrajectory(Windowed):

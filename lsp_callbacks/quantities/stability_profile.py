@@ -118,8 +118,6 @@ class StabilityProfile(Windowed):
         self.unbounded = ""
         self._sigma: dict[str, float] = {}
         self._map: list[tuple[int, tuple[float, ...]]] = []
-        self._mode: Tensor | None = None
-        self._top: Tensor | None = None
         self._way = "exact"
         names = (*self.keys, *self.optional)
         self.add_state("values", default=torch.full((len(names),), math.nan, dtype=torch.float64), persistent=True)
@@ -281,14 +279,6 @@ class StabilityProfile(Windowed):
     def reset(self) -> None:
         super().reset()
         self._sigma, self._map, self.unbounded, self._way = {}, [], "", "exact"
-
-    def vectors(self) -> dict[str, Any]:
-        return super().vectors() | ({} if self._mode is None else {"mode": self._mode, "top": self._top})
-
-    def load_vectors(self, vectors: dict[str, Any]) -> None:
-        vectors = dict(vectors)
-        self._mode, self._top = vectors.pop("mode", None), vectors.pop("top", None)
-        super().load_vectors(vectors)
 
 
 def _has_edge(snapshot: Snapshot) -> bool:
