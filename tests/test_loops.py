@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from zoo import CLASSES, MOMENTUM, SGD, Model, Rows, data, fit, mlp
 
-from lsp_callbacks import Lyapunov, Monitor, SGDStability, Sharpness, SpectralNorm, StabilityMonitor
+from lsp_callbacks import Lyapunov, Monitor, Numerics, SGDStability, Sharpness, SpectralNorm, StabilityMonitor
 from lsp_callbacks.loops import Watch, watch_fabric
 from lsp_callbacks.snapshot import Clipping
 
@@ -198,15 +198,32 @@ def test_clipping_that_does_not_bite_is_none():
     assert len(watch.history[SHARPNESS].steps) == 10
 
 
-def test_an_update_that_a_gradient_scaler_leaves_out_is_none():
+@pytest.mark.parametrize("asked", [False, True])
+def test_an_update_that_a_gradient_scaler_leaves_out_is_none(asked):
     model, scaler = net(), torch.amp.GradScaler("cpu", init_scale=2.0**8)
     optimizer, loader = SGD(model.parameters()), data(n=80)
-    watch = Watch(model, optimizer, cross_entropy, Monitor(*quantities(), every_n_steps=1, strict=True))
+    monitor = Monitor(*quantities(), every_n_steps=1, strict=True)
+    watch = Watch(model, optimizer, cross_entropy, monitor, scaler=scaler)
     for number, batch in enumerate(watch(loader)):
         optimizer.zero_grad()
         scaler.scale(cross_entropy(model, batch) * (math.inf if number in (0, 4, 5) else 1.0)).backward()
+        if asked:
+            scaler.unscale_(optimizer), watch.measure()
         scaler.step(optimizer), scaler.update()
     assert watch.step == 7 and watch.history[SHARPNESS].steps == [*range(7)]
+
+
+def test_the_factor_of_a_gradient_scaler_takes_head_room():
+    key, found = "stability/gradient_headroom_min", {}
+    for scale in (1.0, 2.0**8):
+        model, scaler = net(), torch.amp.GradScaler("cpu", init_scale=scale)
+        optimizer = SGD(model.parameters())
+        watch = Watch(model, optimizer, cross_entropy, Monitor(Numerics(), every_n_steps=1), scaler=scaler)
+        for batch in watch(data()):
+            optimizer.zero_grad(), scaler.scale(cross_entropy(model, batch)).backward()
+            scaler.step(optimizer), scaler.update()
+        found[scale] = watch.history[key].values[0]
+    assert found[1.0] - found[2.0**8] == pytest.approx(8, abs=1e-9)
 
 
 def test_values_are_logged_the_hooks_can_be_taken_away_and_a_run_goes_on():

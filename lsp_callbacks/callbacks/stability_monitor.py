@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -32,11 +31,12 @@ from lsp_callbacks.callbacks.adapter import (
 )
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.game import Game, check_losses
+from lsp_callbacks.callbacks.publishing import Stopwatch, log, show, thinned
 from lsp_callbacks.callbacks.schedule import CriticalRate, Schedule, steps_left
+from lsp_callbacks.destination import ELSEWHERE, Destination
 from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.guard import Guard
 from lsp_callbacks.monitor import Curve, Monitor, Observation
-from lsp_callbacks.operators.proximal import Expected, expected
 from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.quantities import Quantity, build
 from lsp_callbacks.quantities.select import Selection, validate
@@ -151,8 +151,7 @@ class StabilityMonitor(Callback):
         wanted = max((getattr(quantity, "probes", 0) for quantity in built), default=0)
         self.probes = Probes(wanted, forward_fn, criterion)
         self.prox = prox
-        self._expected: Expected | None = None
-        self._expecting = False
+        self._destination = Destination()
         self._published: Observation | None = None
         self.subscribers: list[Any] = []
         self.step = 0
@@ -173,8 +172,7 @@ class StabilityMonitor(Callback):
         self._age = torch.zeros(())
         self._critical = CriticalRate()
         self._schedule: Schedule | None = None
-        self._spent = 0.0
-        self._began: float | None = None
+        self._stopwatch = Stopwatch()
         self._rate_used = 0.0
         self._samples = 0
 
@@ -231,13 +229,14 @@ class StabilityMonitor(Callback):
         validate(self.blocks, pl_module, "blocks")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._ranks = self.probes.ranks = ranks(trainer)
+        self._ranks = self.probes.ranks = self._destination.ranks = ranks(trainer)
         self.probes.drop(
             self._ranks.first(lambda: population(trainer.train_dataloader, trainer.world_size), "the population")
         )
         self._schedule = Schedule(trainer)
         self._unmodelled = self._why_unmodelled(trainer, pl_module)
-        self._expected, self._expecting, self._published = None, False, None
+        self._destination.forget()
+        self._published = None
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         settings: dict[str, Any] = {"unmodelled": self._unmodelled, "sharded": sharded(trainer), "ranks": self._ranks}
         settings |= {"clipping": clipping(trainer), "prox": self.prox}
@@ -256,30 +255,30 @@ class StabilityMonitor(Callback):
         if self.history:  # resumed: stock callbacks find their key before the next measurement, too
             self._measured_at = max(curve.steps[-1] for curve in self.history.values())
             last = {key: [v for v in curve.values if math.isfinite(v)][-1:] for key, curve in self.history.items()}
-            self._show(trainer, {key: values[0] for key, values in last.items() if values})
-        self._began, self._spent = time.perf_counter(), 0.0
+            show(trainer, {key: values[0] for key, values in last.items() if values}, age=self._age)
+        self._stopwatch.start()
 
     # -- one step --------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        began = time.perf_counter()
-        self._check_update(last=True)
-        if batch_idx % trainer.accumulate_grad_batches == 0:  # the first micro-batch of a step
-            self._pending, self._updates, self._saw_loss, self._loss, self._seen = None, 0, False, None, None
-            self._guard.begin()
-            if self._game is not None:
-                with self.monitor.harmless("the batch could not be kept for a replay"):
-                    self._game.begin(batch)
-            else:
-                self._pending = self._kept(trainer, pl_module)
-        if self.monitor.quantities:
-            self.probes.add(batch)
-        if not isinstance(self.loss_fn, Mapping):
-            loss = step_loss(trainer, self.loss_fn, batch_idx)
-            self._guard.add(batch, loss)
-            if self._pending is not None:
-                self._pending.add(batch, loss)
-        self._spent += time.perf_counter() - began
+        with self._stopwatch:
+            self._arrive()
+            self._published = None
+            if batch_idx % trainer.accumulate_grad_batches == 0:  # the first micro-batch of a step
+                self._pending, self._updates, self._saw_loss, self._loss, self._seen = None, 0, False, None, None
+                self._guard.begin()
+                if self._game is not None:
+                    with self.monitor.harmless("the batch could not be kept for a replay"):
+                        self._game.begin(batch)
+                else:
+                    self._pending = self._kept(trainer, pl_module)
+            if self.monitor.quantities:
+                self.probes.add(batch)
+            if not isinstance(self.loss_fn, Mapping):
+                loss = step_loss(trainer, self.loss_fn, batch_idx)
+                self._guard.add(batch, loss)
+                if self._pending is not None:
+                    self._pending.add(batch, loss)
 
     def _kept(self, trainer: Any, pl_module: Any) -> PendingStep | None:
         """What the coming step must be replayed from, if it is to be measured."""
@@ -304,38 +303,38 @@ class StabilityMonitor(Callback):
         self._saw_loss = True
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        began = time.perf_counter()
-        no_loss = pl_module.automatic_optimization and not self._saw_loss  # training_step returned None
-        left_out = not no_loss and skipped(trainer, optimizer)
-        if not no_loss:
-            with self.monitor.harmless("whether the step is finite could not be told"):
-                self._look(trainer, pl_module, left_out or scaled(trainer, optimizer))
-        if no_loss or left_out:  # nothing moves: it is no step
-            self._pending = None
+        with self._stopwatch:
+            no_loss = pl_module.automatic_optimization and not self._saw_loss  # training_step returned None
+            left_out = not no_loss and skipped(trainer, optimizer)
+            if not no_loss:
+                with self.monitor.harmless("whether the step is finite could not be told"):
+                    self._look(trainer, pl_module, left_out or scaled(trainer, optimizer))
+            if no_loss or left_out:  # nothing moves: it is no step
+                self._pending = None
+                if self._game is not None:
+                    self._game.drop()
+                return
+            self._saw_loss = False
+            self._rate_used = rate(trainer.optimizers[0])
+            self._updates += 1
+            if self._updates == 1:
+                self.monitor.record(self.step, self._seen, trainer.optimizers[0], pl_module)
+            pending, self._pending = self._pending, None
             if self._game is not None:
-                self._game.drop()
-            return
-        self._saw_loss = False
-        self._rate_used = rate(trainer.optimizers[0])
-        self._updates += 1
-        if self._updates == 1:
-            self.monitor.record(self.step, self._seen, trainer.optimizers[0], pl_module)
-        pending, self._pending = self._pending, None
-        if self._game is not None:
-            with self.monitor.harmless("the player's step could not be looked at"):
-                self._observe_player(self._game, pl_module, optimizer)
-        elif pending is not None:
-            update = any(quantity.needs_update for quantity in self.monitor.quantities.values())
-            self._expecting = update and self.prox is not None  # on every rank, also where the look fails
-            with self.monitor.harmless("the step could not be looked at"), untouched(pl_module):
-                self._note(self._observe(trainer, pending, optimizer))
-            if update and pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
-                self._watching = True  # on every rank, also where the copy fails
-                with self.monitor.harmless("whether the gradient is changed later could not be watched"):
-                    self._gradients = clipped(trainer, optimizer)
-        if self._updates == 1 or self._game is not None:
-            self.step += 1
-        self._spent += time.perf_counter() - began
+                with self.monitor.harmless("the player's step could not be looked at"):
+                    self._observe_player(self._game, pl_module, optimizer)
+            elif pending is not None:
+                update = any(quantity.needs_update for quantity in self.monitor.quantities.values())
+                if update and self.prox is not None:
+                    self._destination.awaited()
+                with self.monitor.harmless("the step could not be looked at"), untouched(pl_module):
+                    self._note(self._observe(trainer, pending, optimizer))
+                if update and pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
+                    self._watching = True  # on every rank, also where the copy fails
+                    with self.monitor.harmless("whether the gradient is changed later could not be watched"):
+                        self._gradients = clipped(trainer, optimizer)
+            if self._updates == 1 or self._game is not None:
+                self.step += 1
 
     def _look(self, trainer: Any, pl_module: Any, left_out: bool) -> None:
         again = self._updates > 0 and not pl_module.automatic_optimization  # LBFGS evaluates the loss anew
@@ -381,57 +380,45 @@ class StabilityMonitor(Callback):
         # Under manual optimisation nobody need have told us the loss.
         snapshot = witnessed(snapshot) if snapshot.loss is None else snapshot
         observation = self.monitor.observe(snapshot)
-        if self._expecting:
+        if self._destination.is_awaited:
             with self.monitor.harmless("where the step and prox lead could not be told"):
                 own = {name: p.grad for name, p in snapshot.parameters.items()}  # not that of a sub-batch
-                self._expected = expected(replace(snapshot, gradient=own, clipping=clipping(trainer), memo={}))
+                self._destination.expect(replace(snapshot, gradient=own, clipping=clipping(trainer), memo={}))
         return observation
 
-    def _check_update(self, *, last: bool) -> None:
-        """Whether the parameters are where step and prox should have brought them; the user may still move them.
-
-        Args:
-            last: nothing comes any more before the next forward pass.
-        """
-        if not self._expecting:
-            return
-        # Where it could not be told, as the step could not be replayed, that was said: it proves no other map.
-        elsewhere = self._ranks.any(lambda: self._expected is not None and not self._expected.met(), "the update")
-        if elsewhere and not last:
-            return
-        if elsewhere:
-            self._disown("the parameters after the step are not prox(step): another map, or none, was applied to them")
-        self._expected, self._expecting, self._published = None, False, None
+    def _arrive(self, *, last: bool = True) -> None:
+        """The parameters should be where step and prox lead, at the latest when nothing comes any more."""
+        if self._destination.missed(last=last):
+            self._disown(ELSEWHERE)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        began = time.perf_counter()
-        changed = False
-        if self._watching:
-            with self.monitor.harmless("whether the gradient was changed could not be told"):
-                changed = self._ranks.any(self._gradient_changed, "the gradient after the step")
-        if changed:
-            self._disown("the gradient was changed after the on_before_optimizer_step of StabilityMonitor")
-        elif self._updates > 1 and self._game is None:
-            self._disown(f"one batch made {self._updates} optimizer steps: their joint update is not modelled")
-        self._gradients, self._watching = [], False
-        self._check_update(last=False)
-        observations, self._observations = self._observations, []
-        for observation in observations:
-            self._measured_at = observation.step
-            with self.monitor.harmless("the schedule could not be looked ahead"):
-                observation = self._look_ahead(trainer, observation)
-            self._published = observation
-            self._publish(trainer, observation)
-            for subscriber in self.subscribers:
-                subscriber.receive(trainer, observation)
-        if self._fault is not None:
-            self._publish(trainer, self._fault)
-            self._fault = None
-        if self.subscribers:
-            self._judge(trainer, outputs)
-        if self._measured_at is not None:  # the tensor that lies in callback_metrics: reading that dict is dear
-            self._age.fill_(self.step - 1 - self._measured_at)
-        self._spent += time.perf_counter() - began
+        with self._stopwatch:
+            changed = False
+            if self._watching:
+                with self.monitor.harmless("whether the gradient was changed could not be told"):
+                    changed = self._ranks.any(self._gradient_changed, "the gradient after the step")
+            if changed:
+                self._disown("the gradient was changed after the on_before_optimizer_step of StabilityMonitor")
+            elif self._updates > 1 and self._game is None:
+                self._disown(f"one batch made {self._updates} optimizer steps: their joint update is not modelled")
+            self._gradients, self._watching = [], False
+            self._arrive(last=False)
+            observations, self._observations = self._observations, []
+            for observation in observations:
+                self._measured_at = observation.step
+                with self.monitor.harmless("the schedule could not be looked ahead"):
+                    observation = self._look_ahead(trainer, observation)
+                self._published = observation
+                self._publish(trainer, observation)
+                for subscriber in self.subscribers:
+                    subscriber.receive(trainer, observation)
+            if self._fault is not None:
+                self._publish(trainer, self._fault)
+                self._fault = None
+            if self.subscribers:
+                self._judge(trainer, outputs)
+            if self._measured_at is not None:  # the tensor that lies in callback_metrics: reading that dict is dear
+                self._age.fill_(self.step - 1 - self._measured_at)
 
     def _judge(self, trainer: Any, outputs: Any) -> None:
         # At each step: what one process without accumulation needs is next to nothing.
@@ -462,36 +449,12 @@ class StabilityMonitor(Callback):
         self._note(own if found else None)
 
     def _publish(self, trainer: Any, observation: Observation) -> None:
-        values = self._visible(observation.values)
+        values = thinned(observation.values, self.log_layers)
         values["stability/overhead"] = self.overhead
         if self.probe_samples is not None:
             values["stability/sub_batch"] = float(self._samples)
-        self._show(trainer, values)
-        # The row that Lightning itself gives to this batch.
-        row = trainer.fit_loop.epoch_loop._batches_that_stepped
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=row)
-
-    def _show(self, trainer: Any, values: dict[str, float]) -> None:
-        scalars = {key: value for key, value in values.items() if key.count("/") == 1 and math.isfinite(value)}
-        shown = {key: torch.tensor(value) for key, value in scalars.items()}
-        trainer.callback_metrics.update(shown | {"stability/age": self._age})
-        if "stability/courant" in scalars:
-            trainer.progress_bar_metrics["courant"] = round(scalars["stability/courant"], 3)
-
-    def _visible(self, values: dict[str, float]) -> dict[str, float]:
-        """All global keys, and those per-layer ones that ``log_layers`` asks for."""
-        if self.log_layers == "all":
-            return dict(values)
-        kept = {key: value for key, value in values.items() if key.count("/") == 1}
-        if self.log_layers == "summary":
-            return kept
-        kinds: dict[str, list[str]] = {}
-        for key in values.keys() - kept.keys():
-            kinds.setdefault(key.rsplit("/", 1)[0], []).append(key)
-        for keys in kinds.values():
-            kept |= {key: values[key] for key in sorted(keys, key=lambda k: -abs(values[k]))[: self.log_layers]}
-        return kept
+        show(trainer, values, age=self._age)
+        log(trainer, values)
 
     def scheduled_courant(self, trainer: Any) -> float:
         """The rate that the optimizer has now, before it is used, over the mean of the last critical rates; or NaN.
@@ -515,14 +478,12 @@ class StabilityMonitor(Callback):
     @property
     def overhead(self) -> float:
         """Measured share of the time since training began that went into measuring."""
-        if self._began is None:
-            return 0.0
-        return self._spent / max(time.perf_counter() - self._began, 1e-9)
+        return self._stopwatch.share
 
     # -- afterwards ------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._check_update(last=True)
+        self._arrive()
         # StabilityReport says it below its table.
         if not any(getattr(callback, "says_verdict", False) for callback in trainer.callbacks):
             rank_zero_info(verdict(self.history, self.monitor.ended_by))

@@ -33,7 +33,8 @@ def watch_fabric(
     forward_fn = settings.pop("forward_fn", None)
     if forward_fn is not None:
         settings["forward_fn"] = lambda copy, batch: forward_fn(_Converting(copy, precision, probed=True), batch)
-    watch = Watch(module.module, optimizer.optimizer, loss, monitor, **{"log": fabric.log_dict} | settings)
+    known = {"log": fabric.log_dict, "scaler": getattr(precision, "scaler", None)}
+    watch = Watch(module.module, optimizer.optimizer, loss, monitor, **known | settings)
     watch.probe_loss = lambda copy, batch: loss_fn(_Converting(copy, precision, probed=True), batch)
     return watch
 

@@ -62,6 +62,7 @@ class StabilityCallback(TrainerCallback):
             self.monitor,
             accumulate=args.gradient_accumulation_steps,
             log=self._keep,
+            scaler=getattr(optimizer, "scaler", None),  # of accelerate's wrapper
             clipping=Clipping(args.max_grad_norm) if (args.max_grad_norm or 0) > 0 else None,
             **self._settings,
         )

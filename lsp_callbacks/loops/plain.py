@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.cadence import MODELLED
-from lsp_callbacks.guard import Guard
+from lsp_callbacks.destination import ELSEWHERE, Destination
+from lsp_callbacks.guard import Guard, finite
 from lsp_callbacks.monitor import Curve, Monitor, Observation
-from lsp_callbacks.operators.proximal import Expected, expected
 from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.quantities import build
 from lsp_callbacks.ranks import Ranks
@@ -43,6 +43,8 @@ class Watch:
         prox: what the loop makes of each parameter after ``optimizer.step()`` and before the next batch,
             ``(name, tensor, lr) -> tensor``, see `lsp_callbacks.functional.proximal`. It is not applied, but enters the
             update map, and is compared with what the parameters really become.
+        scaler: of mixed precision, where the loop scales its loss: its factor is part of the head-room of the gradient,
+            and a gradient that has overflowed is no step.
         unmodelled: why the update is not the optimizer's step on this loss, where you know it; what needs the update is
             then left out.
         seed: of our own random choices, which never touch the global state.
@@ -82,6 +84,7 @@ class Watch:
         log: Log | None = None,
         clipping: Clipping | None = None,
         prox: Prox | None = None,
+        scaler: torch.amp.GradScaler | None = None,
         unmodelled: str | None = None,
         seed: int = 0,
     ):
@@ -98,9 +101,8 @@ class Watch:
         self.probes = Probes(wanted, forward_fn, criterion)
         #: Whose criterion tells outputs from targets.
         self.probe_loss: Callable[[nn.Module, Any], Any] = loss_fn
-        self.prox = prox
-        self._expected: Expected | None = None
-        self._expecting = False
+        self.prox, self.scaler = prox, scaler
+        self._destination = Destination()
         self._published: Observation | None = None
         self.step = 0
         #: Seen since the last update.
@@ -153,6 +155,8 @@ class Watch:
         Where the gradient is changed afterwards, the numbers that depend on the update become NaN. A loop that clips in
         a way that ``clipping`` cannot say calls this before it: only those numbers are lost then.
         """
+        if self.scaler is not None and not finite([p.grad for p in self.module.parameters() if p.grad is not None]):
+            return  # the scaler will leave this update out
         self.monitor.record(self.step, self._seen, self.optimizer, self.module)
         if self._pending is None:
             return
@@ -205,22 +209,20 @@ class Watch:
                 unmodelled=self.unmodelled,
                 keep=self.monitor.keeps,
                 probes=probes,
+                scale=1.0 if self.scaler is None else float(self.scaler.get_scale()),
                 seed=self.seed,
             )
             snapshot = witnessed(snapshot)
             self._observation = self.monitor.observe(snapshot)
             if self.prox is not None and any(q.needs_update for q in self.monitor.quantities.values()):
-                self._expecting = True
-                self._expected = expected(snapshot)
+                self._destination.awaited()
+                self._destination.expect(snapshot)
 
     def _check_update(self) -> None:
         """Whether the parameters are where step and prox should have brought them, at the end of the loop's body."""
-        if not self._expecting or self.batches:  # the update has not been made
-            return
-        if self._expected is not None and not self._expected.met():
-            reason = "the parameters after the step are not prox(step): another map, or none, was applied to them"
-            self.monitor.disown_update(self._published, reason)
-        self._expected, self._expecting, self._published = None, False, None
+        if not self.batches and self._destination.missed():  # otherwise the update has not been made
+            self.monitor.disown_update(self._published, ELSEWHERE)
+            self._published = None
 
     def _before_update(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if any(callable(one) for one in (*args[1:], *kwargs.values())):
