@@ -384,3 +384,16 @@ def test_no_rate_is_looked_ahead_for_players():
     assert math.isfinite(callback.history[COURANT].values[-1])
     assert "stability/steps_to_edge" not in callback.history
     assert math.isnan(callback._critical.mean)  # of which player?
+
+
+def test_a_gan_in_half_precision():
+    """The curvature of the first turns within a few per cent of that in full precision."""
+    unchanged(GAN, monitor(["sharpness"]), precision="bf16-mixed", max_steps=12)
+    found = {}
+    for precision in ("bf16-mixed", "32-true"):
+        callback = monitor(["sharpness"])
+        fit(GAN, callback, precision=precision, max_steps=12)
+        found[precision] = [callback.history[f"stability/player_sharpness/{name}"].values for name in LOSSES]
+    half, full = found.values()
+    assert all(map(math.isfinite, half[0] + half[1])) and len(half[0]) == 6
+    assert [one[0] for one in half] == pytest.approx([one[0] for one in full], rel=0.05)

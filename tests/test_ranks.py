@@ -30,6 +30,7 @@ TWINS = {
     "forward plain": "forward",
     "backward plain": "backward",
     "plain": "smooth",
+    "game plain": "game",
     "conv plain": "conv",
     "communicates plain": "communicates",
     "sharded plain": "sharded",
@@ -185,6 +186,15 @@ def test_curves_of_the_joined_batch(found):
     assert "stability/residual_stiffness_max" in own and len(own["stability/sharpness"][0]) == 6
     close(own, twin)
     assert not found[0]["smooth"]["said"]
+
+
+def test_players_of_the_joined_batch(found):
+    monitor = two_ranks.game()
+    fit(two_ranks.Game, monitor, loader=two_ranks.joined(), max_steps=20)
+    own, twin = found[0]["game"]["history"], {key: (c.steps, c.values) for key, c in monitor.history.items()}
+    assert {"stability/lyapunov_trajectory", "stability/player_courant/critic"} <= own.keys()
+    close(own, twin)
+    assert not found[0]["game"]["said"]
 
 
 def test_uneven_batches_an_unused_layer_and_a_failure_on_one_rank(found):

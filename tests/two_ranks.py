@@ -10,6 +10,8 @@ from itertools import product
 import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import ModelParallelStrategy
+from test_players import GAN
+from test_players import monitor as game
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -113,8 +115,6 @@ def quantities():
         StabilityProfile(horizon=2, directions=2, samples=2, probes=8),
     )
     return ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", "robustness", *dear]
-    profile = StabilityProfile(horizon=2, directions=2, samples=2, probes=8)
-    return ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", BatchSharpness(most=8), profile]
 
 
 # -- the processes ---------------------------------------------------------------------------------------------------
@@ -287,6 +287,15 @@ class FailsOnce(Weighted):
         return super().training_step(batch, batch_idx)
 
 
+class Game(GAN):
+    """Without batch statistics, which would be each process's own."""
+
+    def __init__(self):
+        super().__init__("batch")
+        self.generator = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, FEATURES))
+        self.double()
+
+
 class Communicates(Model):
     def __init__(self):
         super().__init__(mlp().double())
@@ -343,6 +352,9 @@ def main(folder):
         StabilityMonitor(["sharpness"], every_n_steps=1), stop, **plain | {"max_steps": 60},
     )  # fmt: skip
     found["stopped"] |= {"event": stop.event_step, "stop": stop.stop_step}
+    turns = plain | {"strategy": "ddp_find_unused_parameters_true", "max_steps": 20}
+    found["game plain"] = trained(Game, **turns)
+    found["game"] = trained(Game, game(), **turns)
     for what in ("forward", "backward"):
         ours = StabilityMonitor("numerics", every_n_steps=3)
         found[f"{what} plain"] = trained(partial(NaNOnOne, what), **plain | {"max_steps": 8})
