@@ -385,6 +385,7 @@ def test_the_picture():
     figure, axes = metric.plot()
     assert axes[0].get_xlim()[1] > 30  # the first reaches further than the last
     assert len(axes) == 2 and axes[0].get_xlim() == axes[1].get_xlim()
+    assert 10.0 in axes[1].get_xticks()
     (mesh,) = [each for each in axes[1].collections if each.__class__.__name__ == "QuadMesh"]
     assert mesh.get_array().shape == (2, 400) and axes[1].get_ylim() == (-3.5, 10.5)
     mine = Figure().subplots()

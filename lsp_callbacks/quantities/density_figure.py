@@ -33,7 +33,7 @@ def draw_density(found: Spectrum, ax: Axes, *, unit: float | None = None) -> Non
         ax: to draw into.
         unit: below this size the axis is linear; None takes a hundredth of the largest eigenvalue.
     """
-    unit = unit or _unit([found])
+    unit = unit or axis_unit([found])
     points = _points([found], unit)
     places, heights = unit * points.sinh(), _heights(found, points, unit)
     # As high as a single eigenvalue.
@@ -55,18 +55,15 @@ def draw_density(found: Spectrum, ax: Axes, *, unit: float | None = None) -> Non
     ax.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, frameon=False, fontsize=8, columnspacing=1.2)
 
 
-def draw_course(course: Sequence[tuple[int, Spectrum]], ax: Axes) -> float:
+def draw_course(course: Sequence[tuple[int, Spectrum]], ax: Axes) -> None:
     """Densities as colours over eigenvalue and step of training, outliers as dots.
 
     Args:
         course: by step, at least two.
         ax: to draw into.
-
-    Returns:
-        The unit of the axis: all densities have the same.
     """
     found = [each for _, each in course]
-    unit = _unit(found)
+    unit = axis_unit(found)
     points = _points(found, unit)
     rows = torch.stack([_heights(each, points, unit) for each in found])
     steps = np.array([step for step, _ in course], dtype=float)
@@ -87,10 +84,10 @@ def draw_course(course: Sequence[tuple[int, Spectrum]], ax: Axes) -> float:
     _axis(ax, unit * points.sinh(), unit)
     ax.set_xlabel("eigenvalue of the Hessian")
     ax.set_ylabel("optimizer step")
-    return unit
 
 
-def _unit(found: Sequence[Spectrum]) -> float:
+def axis_unit(found: Sequence[Spectrum]) -> float:
+    """Of one axis for all these densities, see `draw_density`."""
     return LINEAR * max(float(each.nodes.abs().max()) for each in found) or 1.0
 
 

@@ -13,7 +13,7 @@ from lsp_callbacks.functional.spectral_density import Spectrum, spectral_density
 from lsp_callbacks.operators.curvature import Method, hessian, product_cost, resolved
 from lsp_callbacks.operators.footprint import product_memory
 from lsp_callbacks.quantities.base import Quantity
-from lsp_callbacks.quantities.density_figure import draw_course, draw_density
+from lsp_callbacks.quantities.density_figure import axis_unit, draw_course, draw_density
 from lsp_callbacks.quantities.sgd_diagram import matplotlib
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
@@ -146,10 +146,8 @@ class SpectralDensity(Quantity):
         if len(course) > 1:
             new = matplotlib("matplotlib.figure").Figure(figsize=(7.2, 6.4), layout="constrained")
             axes = list(new.subplots(2, sharex=True))
-            unit = draw_course(course, axes[1])
-            limits = axes[1].get_xlim()
-            draw_density(found, axes[0], unit=unit)
-            axes[1].set_xlim(limits)  # earlier densities may reach further than the last
+            draw_density(found, axes[0], unit=axis_unit([each for _, each in course]))
+            draw_course(course, axes[1])  # its limits and ticks hold for both
             return new, axes
         if ax is None:
             ax = matplotlib("matplotlib.figure").Figure(figsize=(7.2, 3.6), layout="constrained").subplots()
