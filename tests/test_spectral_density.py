@@ -381,7 +381,7 @@ def test_the_picture():
     (line,) = ax.lines
     points = (torch.as_tensor(line.get_xdata().tolist()) / 0.3).asinh()  # a hundredth of the largest
     assert float(torch.trapezoid(torch.as_tensor(line.get_ydata().tolist()), points)) == pytest.approx(1, abs=1e-3)
-    metric.update(freeze(Quadratic(symmetric([value / 2 for value in SPIKED])), step=7))
+    metric.update(freeze(Quadratic(symmetric([value / 100 for value in SPIKED])), step=7))
     figure, axes = metric.plot()
     assert axes[0].get_xlim()[1] > 30  # the first reaches further than the last
     assert len(axes) == 2 and axes[0].get_xlim() == axes[1].get_xlim()
