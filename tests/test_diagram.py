@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from rich.console import Console
+from torch import nn
 
-from lsp_callbacks import SGDStability, StabilityMonitor, StabilityReport, Unmeasurable
+from lsp_callbacks import SGDStability, StabilityMonitor, StabilityReport, Unmeasurable, diagram
 from lsp_callbacks.callbacks.figures import log_figure
 from lsp_callbacks.cli import main
 from lsp_callbacks.demo import Digits, ResidualNet
@@ -326,6 +327,33 @@ def test_the_probes_are_the_loaders_first_samples():
         p = logits.softmax(0).detach().double()
         trace += float(((torch.diag(p) - torch.outer(p, p)) * (jacobian @ jacobian.T)).sum()) / 48
     assert found.modes.trace == pytest.approx(trace, rel=1e-4)
+
+
+class Normed(Spy):
+    def __init__(self, momentum=0.1):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8, momentum=momentum), nn.Linear(8, 10))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_before_training_batch_norm_takes_the_statistics_of_the_step(monkeypatch):
+    monkeypatch.setattr(diagram, "INITIAL", 0.1)
+    models = []
+    for momentum in (0.1, 1.0, 0.1):
+        torch.manual_seed(0)
+        models.append(Normed(momentum))
+    fresh, told, late = models
+    data = Digits(64)
+    data.setup("fit")
+    with torch.no_grad():
+        told(next(iter(data.train_dataloader()))[0])
+    late.net[2].num_batches_tracked += 100
+    before = state(fresh)
+    found = [examine(trainer_of(), m, settings=Settings(probes=40), datamodule=Digits(64)).modes.trace for m in models]
+    assert unchanged(fresh, before)
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0] != pytest.approx(found[2], rel=0.2)
 
 
 def test_both_names_of_lightning():

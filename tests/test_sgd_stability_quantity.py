@@ -17,6 +17,7 @@ from zoo import same as same_run
 from lsp_callbacks import Monitor, ProbeSet, SGDStability, StabilityMonitor, Unmeasurable
 from lsp_callbacks.functional import UpdateRule, critical_lr, reduce, sgd_exponent
 from lsp_callbacks.probes import evaluation
+from lsp_callbacks.quantities import sgd_stability
 
 SGD_COURANT, GD_COURANT, DIAL = "stability/courant_sgd", "stability/courant_gd", "stability/courant"
 KEYS = {
@@ -501,3 +502,33 @@ def test_the_details_are_those_of_the_ground_truth():
     assert "stability/gd_lyapunov" in measured() and "stability/kernel_margin" not in measured()
     with pytest.raises(ValueError, match="horizon=0"):
         SGDStability(horizon=0)
+
+
+class Normed(Model):
+    """Its first norm is never used; the last one trains, or is frozen."""
+
+    def __init__(self, momentum=0.3, frozen=False):
+        net = nn.Sequential(*mlp()[:1], nn.BatchNorm1d(mlp()[0].out_features, momentum=momentum), *mlp()[1:])
+        super().__init__(net, partial(torch.optim.SGD, lr=0.05))
+        self.spare, self.frozen = nn.BatchNorm1d(3), frozen
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.net[1].train(not self.frozen)
+
+
+@pytest.mark.parametrize(
+    "model, first",
+    [
+        (Normed, 7),  # 0.7^7 is the first below 0.1
+        (partial(Normed, None), 1),  # an average of all batches
+        (partial(Normed, 0.0), 1),  # it stays where it is
+        (partial(Normed, 0.3, True), 1),  # no step uses batch statistics
+    ],
+)
+def test_running_statistics_must_have_begun(model, first, monkeypatch):
+    """Until they have, the network in eval mode is not the one that is trained."""
+    monkeypatch.setattr(sgd_stability, "INITIAL", 0.1)
+    monitor = StabilityMonitor([SGDStability(8), "sharpness"], every_n_steps=20)
+    fit(model, monitor, loader=data(batch_size=8), max_steps=24)
+    assert monitor.history[SGD_COURANT].steps == [first, 20]
+    assert monitor.history[GD_COURANT].steps == [0, 20]

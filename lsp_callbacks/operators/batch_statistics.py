@@ -49,3 +49,14 @@ def _by_batch(norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     bias: Any = norm.bias
     eps: Any = norm.eps
     return F.batch_norm(args[0], None, None, weight, bias, training=True, eps=eps)
+
+
+def initial_share(module: nn.Module) -> float:
+    """How much the running statistics still hold of the numbers that they began with: ``(1 - momentum)^batches``.
+
+    The largest over the BatchNorms in training that have seen a batch; 1 where none has, 0 where there is none.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    counts = [(norm, int(norm.num_batches_tracked)) for norm in norms if norm.num_batches_tracked is not None]
+    shares = [0.0 if norm.momentum is None else (1 - norm.momentum) ** count for norm, count in counts if count]
+    return max(shares, default=float(bool(counts)))

@@ -20,6 +20,7 @@ from lsp_callbacks.functional.sgd_stability import (
     sgd_exponent,
     sum_of_exponents,
 )
+from lsp_callbacks.operators.batch_statistics import initial_share
 from lsp_callbacks.operators.footprint import footprint, unfolded
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.sgd_diagram import diagram_around, draw, matplotlib
@@ -43,6 +44,9 @@ DETAILS = (
 )  # fmt: skip
 #: A network has collapsed when its rank is this share of the largest so far, and the probes' loss that of the first.
 RANK, LOSS = 0.1, 0.5
+#: Share of their initial values that running statistics of BatchNorm may still hold: with a momentum of 0.1 after 22
+#: batches. Before that the network in eval mode is not the one that is trained.
+INITIAL = 0.1
 
 
 class SGDStability(Quantity):
@@ -53,7 +57,7 @@ class SGDStability(Quantity):
     rate at which it turns positive, and the largest at which the second moment is bounded. Unlike sharpness it sees
     batch noise, with momentum too. Adam, AdamW, RMSprop and Adagrad are taken with their preconditioner frozen. It is a
     statement of *linear* stability, of the Gauss-Newton matrix, in eval mode: BatchNorm by its running statistics, no
-    dropout.
+    dropout. The first measurement waits until those have forgotten nine tenths of the numbers that they began with.
 
     Near 1 is where good training often lives. When it stays above 1 and the loss does not fall: lower the learning
     rate, or take larger batches; `diagram` says which rate each batch size can bear.
@@ -180,9 +184,12 @@ class SGDStability(Quantity):
         }
 
     def update(self, snapshot: Snapshot) -> None:
-        """Measures one step; waits while its probes are being collected."""
+        """Measures one step; waits while its probes are being collected, and running statistics begin."""
         self.complete = False
         if snapshot.probes is not None and not snapshot.probes.full:
+            return
+        share = initial_share(snapshot.module)
+        if share > INITIAL and (share < 1 or not snapshot.step):  # what no batch has reached later is not in use
             return
         if snapshot.loss is not None:
             _ = snapshot.faithful
