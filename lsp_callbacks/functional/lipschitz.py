@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.functional.activations import activation_lipschitz
 from lsp_callbacks.functional.condition import SMALL
-from lsp_callbacks.linalg import LinearOperator, operator_norm
+from lsp_callbacks.linalg import LinearOperator, confidence, operator_norm
 from lsp_callbacks.operators.depth import Depth
 from lsp_callbacks.operators.passage import Passage, leaves
 from lsp_callbacks.operators.slopes import NODES, kind
@@ -69,11 +69,7 @@ def norm_upper(operator: LinearOperator, *, steps: int = 30, failure: float = FA
         matrix = (operator.T.dense() if m < n else operator.dense()).double()
         return float(torch.linalg.eigvalsh(matrix.T @ matrix)[-1].clamp_min(0).sqrt())
     found = operator_norm(operator, steps=steps, tol=0.0)
-    # P(theta < (1 - e) lambda) <= 1.648 sqrt(n) exp(-sqrt(e) (2 k - 1)) after k steps on A^T A from a random start.
-    defect = (math.log(1.648 * math.sqrt(n) / failure) / (2 * found.products - 1)) ** 2
-    if defect >= 1:
-        raise ValueError(f"steps={steps} are too few for failure={failure}: take more")
-    return float(found.value) / math.sqrt(1 - defect)
+    return float(found.value) * confidence(found.products, n, failure)
 
 
 def layer_lipschitz(module: nn.Module, call: Call) -> float | None:
