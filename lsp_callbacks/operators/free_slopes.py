@@ -101,7 +101,7 @@ class FreeWay:
     def slopes(self, y: Tensor, *, axis: int = 0, most: int | None = None) -> list[FreeSlopes]:
         """``dy / dx`` of each sample, with its free slopes.
 
-        By a backward pass for each number of y, or a forward product for each of x, whichever are fewer. Where both are
+        By a backward pass for each number of y or, where these are too many, a forward product for each of x. Where both are
         more than ``most``, J is taken on a subspace of the inputs, the rows of C and what Lanczos has met: ``||J(e)||``
         is bounded from below, and ``||J||`` from above with probability 0.999, see `lsp_callbacks.linalg.confidence`.
 
@@ -131,7 +131,7 @@ class FreeWay:
             units = [row for i in calls for row in self._of_call(i)]
             own = self._columns(calls)
             C, T = self._stacked([row[0] for row in units]), self._joined([row[1] for row in units])[:, own]
-            if out.length <= min(n, most):
+            if out.length <= most:
                 rows = [self._row(out.flat(y)[:, i].sum(), calls) for i in range(out.length)]
                 J, B = self._stacked([row[0] for row in rows]), self._joined([row[1] for row in rows])[:, own]
                 B = B.expand(self.into.samples, -1, -1)
