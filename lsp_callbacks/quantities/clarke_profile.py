@@ -102,8 +102,10 @@ class ClarkeProfile(Quantity):
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         found = footprint(snapshot)
-        inputs = max((math.prod((call.input_shape or (1,))[1:]) for call in snapshot.calls.values()), default=1)
-        rows = 8.0 * self.samples * self.most * inputs
+        shapes = [shape for call in snapshot.calls.values() for shape in (call.input_shape, call.output_shape)]
+        widest = max((math.prod(shape[1:]) for shape in shapes if shape), default=1)
+        # The units' rows by the input, and as many columns of the widest state; half of the most, as units are rare.
+        rows = 8.0 * self.samples * self.most * widest
         return {"activations": 2 * found.activations, "copies": 2 * found.buffers, "rows": rows}
 
     def path(self, snapshot: Snapshot) -> str:
