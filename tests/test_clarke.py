@@ -269,7 +269,7 @@ def test_the_quantity_takes_the_first_samples_of_the_batch():
 
 
 def of_layers(metric, bound):
-    start = f"stability/clarke_{bound}/"
+    start = f"stability/clarke_sigma_{bound}/"
     return {k.removeprefix(start): float(v) for k, v in metric.compute().items() if k.startswith(start)}
 
 

@@ -101,7 +101,7 @@ class FreeWay:
     def slopes(self, y: Tensor, *, axis: int = 0, most: int | None = None) -> list[FreeSlopes]:
         """``dy / dx`` of each sample, with its free slopes.
 
-        By a backward pass for each number of y or, where these are too many, a forward product for each of x. Where both
+        By a backward pass for each number of y or, where these are too many, a forward product for each of x. If both
         are more than ``most``, J is taken on a subspace of the inputs, the rows of C and what Lanczos has met:
         ``||J(e)||`` is bounded from below, and ``||J||`` from above with probability 0.999, see `linalg.confidence`.
 

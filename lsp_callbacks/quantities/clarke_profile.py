@@ -54,7 +54,7 @@ class ClarkeProfile(Quantity):
     Keys: ``stability/clarke_lower``, ``stability/clarke_ordinary``, ``stability/clarke_near`` (the most near-active
     units of a sample), ``stability/clarke_exact`` (the share of samples whose lower number is the sup);
     ``stability/clarke_upper``, absent where the network has kinks of another kind, which are left as they are. Of each
-    layer ``clarke_lower/<layer>`` and ``clarke_upper/<layer>``.
+    layer ``clarke_sigma_lower/<layer>`` and ``clarke_sigma_upper/<layer>``.
 
     Raises:
         Unmeasurable: if more than ``most`` near-active units stand before the first layer's state.
@@ -158,7 +158,9 @@ class ClarkeProfile(Quantity):
         """The last measurement."""
         values = dict(zip((*self.keys, *self.optional), map(scalar, self.numbers)))
         for bound, layers in self._layers.items():
-            values |= {f"stability/clarke_{bound}/{name or ROOT}": scalar(value) for name, value in layers.items()}
+            values |= {
+                f"stability/clarke_sigma_{bound}/{name or ROOT}": scalar(value) for name, value in layers.items()
+            }
         return {key: value for key, value in values.items() if key in self.keys or not bool(value.isnan())}
 
     def reset(self) -> None:
