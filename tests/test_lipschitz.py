@@ -89,7 +89,7 @@ def filled(h):
 
 class OwnLinear(nn.Linear):
     def forward(self, x):
-        return super().forward(x) * (1 + 100 * x.detach().abs())
+        return super().forward(x) * (1 + 100 * x.detach().abs()) + 1
 
 
 HIDDEN = {
