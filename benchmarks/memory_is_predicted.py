@@ -20,7 +20,7 @@ from lsp_callbacks.limits import readable
 
 QUANTITIES = (
     ["spectral_norm"], ["residual_cfl"], ["sharpness"], ["sgd_stability"], ["lyapunov"], ["batch_sharpness"],
-    ["lyapunov_trajectory"], ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov"],
+    ["lyapunov_trajectory"], ["numerics"], ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov"],
 )  # fmt: skip
 
 

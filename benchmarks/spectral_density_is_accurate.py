@@ -3,7 +3,9 @@
 An MLP of 1,810 parameters on scikit-learn's digits, at three stages of a run; against all eigenvalues of the dense
 Hessian. Root mean squares over starts: of the relative errors of ``tr H`` and ``tr H^2``, of *its error* as stated for
 the first, of Kolmogorov's *distance* between the cumulatives, both smoothed by 2 % of the range, of how many *outliers*
-are told, and of how far the furthest of them is *off* any eigenvalue, over the largest. Of 80 products, more probes of
+are told, of how many eigenvalues beyond the bulk's edges are *missed* among them, and of how far the furthest of them
+is *off* any eigenvalue, over the largest. Their number is not that of the classes (10), nor that less one: 6, 9 and 14
+at the three stages, for the bulk shrinks while the classes are learned. Of 80 products, more probes of
 fewer steps lose outliers; at the start, where the trace nearly cancels, they give it more exactly.
 """
 
@@ -27,9 +29,14 @@ def compare(found: Spectrum, values: torch.Tensor) -> list[float]:
     distance = (cumulative(found.nodes, found.weights, points, width) - dense).abs().max()
     outliers = torch.empty(0) if found.outliers is None else found.outliers
     off = max((float((values - one).abs().min()) for one in outliers), default=0.0) / float(values[-1])
+    missed = 0.0
+    if found.bulk is not None:
+        low, high = found.bulk
+        beyond = (values < low - 1e-3 * values[-1]) | (values > high + 1e-3 * values[-1])
+        missed = float(beyond.sum()) - len(outliers)
     total, square = float(values.sum()), float(values.square().sum())
     trace, frobenius = (found.trace - total) / total, (found.square - square) / square
-    return [trace, found.trace_error / total, frobenius, float(distance), float(len(outliers)), off]
+    return [trace, found.trace_error / total, frobenius, float(distance), float(len(outliers)), missed, off]
 
 
 def main() -> None:
@@ -38,7 +45,7 @@ def main() -> None:
     x = x.flatten(1)
     net = nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    columns = ("step", "probes", "steps", "trace", "its error", "square", "distance", "outliers", "off")
+    columns = ("step", "probes", "steps", "trace", "its error", "square", "distance", "outliers", "missed", "off")
     print(" ".join(f"{column:>9}" for column in columns))
     for step in range(STAGES[-1] + 1):
         batch = torch.randint(len(x), (BATCH,))

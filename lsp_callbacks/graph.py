@@ -87,6 +87,17 @@ def kinks_between(output: Tensor, leaves: Iterable[Tensor]) -> tuple[str, ...]:
     return tuple(sorted({name for name in names if _KINKS.match(name)}))
 
 
+def leaves_of(output: Tensor) -> set[int]:
+    """The ids of the leaves that a tensor depends on."""
+    seen, stack = set(), [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(child for child, _ in node.next_functions)
+    return {id(getattr(node, "variable", None)) for node in seen}
+
+
 def joined(graphs: Iterable[Graph]) -> Graph:
     """What holds for the mean of several losses."""
     graphs = list(graphs)

@@ -129,6 +129,7 @@ class Monitor:
             self.trace.reset()
         self.predicted: dict[str, float] = {}
         self._priced: set[str] | None = None
+        self._begun = False
         self._under_way: set[str] = set()
         self._warned: set[str] = set()
         self._ranks = Ranks()
@@ -180,6 +181,15 @@ class Monitor:
                     raise Unmeasurable(f"{name} cannot be measured: {error}") from None
                 reasons.setdefault(str(error), []).append(name)
         self._leave_out(reasons)
+        self._begin(snapshot)
+
+    def _begin(self, snapshot: Snapshot) -> None:
+        """At the first step of a run, before any update."""
+        if snapshot.step == 0 and not self._begun:
+            self._begun = True
+            for name, quantity in self.quantities.items():
+                with self.harmless(f"{name} could not look at the weights that the run begins with"):
+                    quantity.begin(snapshot.module)
 
     def _leave_out(self, reasons: dict[str, list[str]]) -> None:
         """Quantities by reason, with one warning for all."""
@@ -268,6 +278,7 @@ class Monitor:
         if self.trace is not None:
             self.record(snapshot.step, snapshot.loss, snapshot.optimizer, snapshot.module)
             snapshot = replace(snapshot, trace=self.trace)
+        self._begin(snapshot)
         if not self.wants(snapshot.step):
             return None
         starts = self._starts(snapshot.step)

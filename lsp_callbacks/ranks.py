@@ -82,6 +82,22 @@ class Ranks:
         finally:
             self._round, self._over = False, None
 
+    def apart(self, compute: Callable[[], T]) -> T:
+        """A round within a round: where it fails, it raises on all, and the round that it is in goes on.
+
+        Whoever catches its exception may do so on every rank, for all leave it at the same meeting.
+
+        Raises:
+            Exception: as `together`.
+        """
+        if self._over is not None:  # the others have left the outer one
+            raise self._over
+        outer, self._round = self._round, False
+        try:
+            return self.together(compute)
+        finally:
+            self._round = outer
+
     def mean(self, compute: Callable[[], tuple[Tensor, ...]], what: str) -> tuple[Tensor, ...]:
         """The mean over the ranks of each tensor that ``compute`` returns; the same bits on all ranks.
 

@@ -245,7 +245,7 @@ def test_degenerate_inputs():
     constant, _ = found(lambda x: torch.ones(1, 2, dtype=f64) + 0 * x.sum(), random(1, 3))
     assert float(constant.lower) == 0
     with pytest.raises(Unmeasurable, match="most=2"):
-        free_slopes(lambda x: x.relu(), random(1, 3), most=2)
+        free_slopes(lambda x: x.relu(), torch.zeros(1, 3, dtype=f64), most=2)
     for bad in ({"eps": 0.0}, {"samples": 0}, {"most": 0}, {"vertices": -1}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             ClarkeProfile(**bad)
@@ -263,3 +263,101 @@ def test_the_quantity_takes_the_first_samples_of_the_batch():
     close(values["ordinary"], max(one.ordinary for one in each), 1e-12)
     assert values["near"] == max(one.near for one in each) > 0 and values["exact"] == 1
     assert values["lower"] > values["ordinary"]
+
+
+# By depth ------------------------------------------------------------------------------------------------------------
+
+
+def of_layers(metric, bound):
+    start = f"stability/clarke_sigma_{bound}/"
+    return {k.removeprefix(start): float(v) for k, v in metric.compute().items() if k.startswith(start)}
+
+
+def test_each_depth_is_the_network_up_to_it():
+    net, x = chain(3, 5, 5, 4), random(1, 3, seed=1)
+    metric = ClarkeProfile(eps=0.5)
+    metric.update(freeze(Regression(net, x, random(1, 4))))
+    lower, upper = of_layers(metric, "lower"), of_layers(metric, "upper")
+    assert list(lower) == list(upper) == ["net.0", "net.2", "net.4"] and not metric.absent
+    for k, name in enumerate(lower):
+        # A state ends behind its activation.
+        truth, free = by_hand([*net[: 2 * k + 1], *([net[2 * k + 1], identity(5)] if k < 2 else [])], x, 0.0, 0.5)
+        close(lower[name], truth, 1e-12)
+        close(upper[name], truth, 1e-12)
+        assert free >= 2
+    assert lower["net.4"] == float(metric.compute()["stability/clarke_lower"])
+
+
+def identity(n):
+    layer = nn.Linear(n, n, bias=False).double()
+    layer.weight.data = torch.eye(n, dtype=f64)
+    return layer
+
+
+def convolutions():
+    """Skips, a pooling, and states that are wider than the input."""
+    return seeded(
+        nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), Skip(4), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 3)
+        )
+    )
+
+
+class Skip(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(n, n, 3, padding=1), nn.Conv2d(n, n, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.b(F.leaky_relu(self.a(x), 0.2, inplace=True)).relu()
+
+
+def at(free, e):
+    """``J(e)``, by the series that ends."""
+    through = term = free.into
+    for _ in range(len(e)):
+        term = free.between @ (e[:, None] * term)
+        through = through + term
+    return free.jacobian + free.out @ (e[:, None] * through)
+
+
+def test_products_forwards_give_the_same_matrices_as_passes_backwards():
+    net, x = convolutions()[:3], random(2, 1, 8, 8)  # 256 numbers from 64
+    for whole, forwards in zip(free_slopes(net, x, eps=0.02, most=300), free_slopes(net, x, eps=0.02, most=200)):
+        assert len(whole.radius) > 3 and whole.jacobian.shape == (256, 64)
+        for one in ("jacobian", "into", "out", "between", "radius", "real", "layer"):
+            close(getattr(whole, one), getattr(forwards, one), 1e-12)
+        assert forwards.centre is None
+
+
+def test_wide_states_are_bounded_on_a_subspace(monkeypatch):
+    net, x = convolutions()[:3], random(2, 1, 8, 8, seed=4)
+    monkeypatch.setattr("lsp_callbacks.operators.free_slopes.STEPS", 12)
+    monkeypatch.setattr("lsp_callbacks.operators.free_slopes.confidence", lambda *_: 1.03)
+    for whole, part in zip(free_slopes(net, x, eps=0.02, most=300), free_slopes(net, x, eps=0.02, most=50)):
+        assert 3 < len(whole.radius) == len(part.radius) and part.jacobian.shape[1] < 64
+        found, truth = generalized_norm(part, vertices=0), generalized_norm(whole, vertices=0)
+        assert not found.exact and not generalized_norm(part, vertices=99).exact
+        # The rows of the units are held whole, and what J does to them is.
+        close(norm(part.into), norm(whole.into), 1e-12)
+        assert 0.99 * norm(whole.jacobian) <= norm(part.jacobian) <= norm(whole.jacobian) * (1 + 1e-12) <= part.centre
+        assert 0.98 * truth.lower <= found.lower <= truth.lower * (1 + 1e-9)
+        assert 0.98 * truth.ordinary <= found.ordinary <= truth.ordinary * (1 + 1e-12)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(20):
+            e = whole.radius * (2 * torch.rand(len(whole.radius), generator=generator, dtype=f64) - 1)
+            assert norm(at(part, e)) <= norm(at(whole, e)) * (1 + 1e-12) <= found.upper
+        assert found.upper <= 1.1 * truth.upper
+
+
+def test_one_state_behind_too_many_units_takes_only_itself_along():
+    net, x = chain(3, 8, 8, 2), random(1, 3, seed=2)
+    metric, whole = ClarkeProfile(eps=1.0, most=8), ClarkeProfile(eps=1.0)
+    for one in (metric, whole):
+        one.update(freeze(Regression(net, x, random(1, 2))))
+    assert list(of_layers(metric, "lower")) == ["net.0"] and list(metric.absent) == ["net.2", "net.4"]
+    assert all("most=8" in reason for reason in metric.absent.values())
+    assert of_layers(metric, "lower")["net.0"] == of_layers(whole, "lower")["net.0"]
+    assert all(metric.compute()[key].isnan() for key in ClarkeProfile.keys)
+    with pytest.raises(Unmeasurable, match="most=1"):
+        ClarkeProfile(eps=1.0, most=1).update(freeze(Regression(net, x, random(1, 2))))

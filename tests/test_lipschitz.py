@@ -64,6 +64,82 @@ def linear(W, bias=False):
     return layer
 
 
+class Hides(nn.Module):
+    """A branch that depends on the input, and whose graph does not."""
+
+    def __init__(self, branch):
+        super().__init__()
+        self.first, self.last, self.branch = nn.Linear(4, 4), nn.Linear(4, 2), branch
+
+    def forward(self, x):
+        return self.last(self.branch(self.first(x)))
+
+
+def without_graph(h):
+    with torch.no_grad():
+        scale = 100 * h.square().mean(-1, keepdim=True)
+    return h + scale
+
+
+def filled(h):
+    other = torch.zeros_like(h)
+    other[:, 0] = 100 * h.detach()[:, 1]
+    return h + other
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * (1 + 100 * x.detach().abs()) + 1
+
+
+HIDDEN = {
+    "factor": lambda h: h * (100 * h.detach().abs()),
+    "sum": lambda h: h + 100 * h.detach(),
+    "data": lambda h: h + 100 * h.data,
+    "no_grad": without_graph,
+    "in place": filled,
+    "mask": lambda h: 100 * h + 100 * (h > 0).double(),
+    "words": lambda h: h + F.embedding(h.argmax(-1), 100 * torch.eye(4, dtype=f64)),
+    "number": lambda h: h * float(100 * h.max()),
+    "if": lambda h: 100 * h if h[0, 0] > 0 else h,
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_depends_on_the_input_without_a_graph_has_no_bound(name):
+    with pytest.raises(Uncertified, match="number" if name in ("number", "if") else "without its graph"):
+        lipschitz_upper(states(seeded(Hides(HIDDEN[name])), 5, 4))
+
+
+def test_a_layer_of_ones_own_that_hides_is_no_layer_of_torch():
+    with pytest.raises(Uncertified):
+        lipschitz_upper(states(seeded(Hides(OwnLinear(4, 4))), 5, 4))
+
+
+CONSTANTS = {
+    "weights": lambda h: h * torch.ones(4, dtype=f64).requires_grad_().detach(),
+    "shapes": lambda h: h * torch.full_like(h, 2.0) + h.new_ones(4) + torch.zeros(h.shape, dtype=f64),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_what_only_looks_like_it_keeps_its_bound(name):
+    net = seeded(Hides(CONSTANTS[name]))
+    product = norm2(net.first.weight.detach(), 2) * norm2(net.last.weight.detach(), 2)
+    close(lipschitz_upper(states(net, 5, 4)), product * (2 if name == "shapes" else 1), 1e-9)
+
+
+def test_what_is_read_at_the_end_changes_nothing_before():
+    net = seeded(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2), Last()))
+    close(lipschitz_upper(states(net, 5, 4)), norm2(net[0].weight, 2) * norm2(net[1].weight, 2), 1e-9)
+
+
+class Last(nn.Module):
+    def forward(self, h):
+        assert h.isfinite().all() and h.sum().item() < 1e9
+        return h
+
+
 # Condition numbers ----------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Head-room, underflow and lost updates against closed forms and the arithmetic of half precision; watched runs."""
 
+import itertools
 import math
 from functools import partial
 
@@ -12,6 +13,7 @@ from test_faults import with_and_without
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
+from torch.profiler import ProfilerActivity, profile
 from zoo import Losses, Model, Rows, data, fit, mlp
 
 from lsp_callbacks import Monitor, Numerics, Sharpness, Snapshot, StabilityMonitor, Unmeasurable, guard
@@ -320,6 +322,33 @@ def test_the_step_is_logged_in_its_row_and_the_step_is_replayed_once(monkeypatch
     fresh = StabilityMonitor(["numerics"])
     fresh.load_state_dict(state)
     assert fresh.history[STEP].values == [4.0] and fresh.monitor.quantities["numerics"].nonfinite_step == 4
+
+
+@pytest.mark.parametrize("make", [lambda: Faulty("gradient"), lambda: Recovers("")])
+def test_the_step_is_said_once_where_every_step_is_measured(make):
+    """Also at the step itself, whose loss is finite."""
+    logger, monitor = Rows(), StabilityMonitor(["numerics"], every_n_steps=1)
+    with pytest.warns(UserWarning, match="not finite"):
+        fit(make, monitor, logger=logger, max_steps=9)
+    assert monitor.history["stability/overflow_headroom"].steps[4] == 4
+    assert (monitor.history[STEP].steps, monitor.history[STEP].values) == ([4], [4.0])
+    assert sum(STEP in row for _, row in logger.rows) == 1
+    assert monitor.monitor.quantities["numerics"].nonfinite_step == 4
+
+
+def test_the_predicted_memory_is_what_a_step_takes():
+    """Within a factor of two: once the trial of the optimizer's step takes most, once the replay of a wide layer."""
+    for net, x in (
+        (nn.Sequential(nn.Linear(400, 500), nn.Tanh(), nn.Linear(500, 5)), torch.randn(4, 400)),
+        (nn.Sequential(nn.Conv2d(2, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 1, 3)), torch.randn(16, 2, 24, 24)),
+    ):
+        snapshot = freeze(net, Adam(net.parameters()), replay=lambda net=net, x=x: net(x).square().mean())
+        predicted = sum(Numerics().memory(snapshot).values())
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            Numerics().update(snapshot)
+        events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+        assert 0.5 < predicted / max(held) < 2
 
 
 def test_a_run_that_recovers_goes_on_as_without_us():

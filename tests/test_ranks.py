@@ -136,6 +136,19 @@ def test_one_process_meets_nobody():
         ranks.together(lambda: {}["own"])
 
 
+@pytest.mark.parametrize("who", [(0,), (1,), (0, 1)])
+def test_a_part_that_fails_leaves_the_others_alone(found, who):
+    (values, absent, after), other = (own["parts"][who] for own in found)
+    assert other == (values, absent, after) and after == 0.5  # the round goes on
+    whole, none, _ = found[0]["parts"][()]
+    key = "stability/loss_condition_lower"
+    assert values == {name: value for name, value in whole.items() if name != key} and key in whole
+    reason = absent["loss_condition_lower"]
+    assert reason == ("" if len(who) == WORLD else f"on rank {who[0]} of 2: RuntimeError: ") + "no second derivative"
+    # What only the first rank measures is absent on all for the same reason.
+    assert absent == none | {"loss_condition_lower": reason} and any(name.startswith("units/") for name in none)
+
+
 # -- products --------------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from lsp_callbacks import (
     Dissipation,
     LeaveOneOut,
     SGDLaw,
+    SignalPropagation,
     Snapshot,
     SpectralDensity,
     StabilityMonitor,
@@ -241,6 +242,40 @@ def curvature(rank):
     return found
 
 
+class Breaks(SignalPropagation):
+    """One of its parts fails, on some ranks."""
+
+    def __init__(self, who):
+        super().__init__()
+        self.who = who
+
+    def _loss_condition(self, snapshot):
+        if snapshot.ranks.rank in self.who:
+            raise RuntimeError("no second derivative")
+        return super()._loss_condition(snapshot)
+
+
+def parts(rank):
+    """What of a measurement is left where a part fails, and whether its round goes on."""
+    x, y = dataset().tensors
+    torch.manual_seed(0)
+    net = smooth().net
+    found = {}
+    for who in ((), (0,), (1,), (0, 1)):
+        snapshot = Snapshot(
+            0, net, lambda: F.cross_entropy(net(x[rank:7:WORLD]), y[rank:7:WORLD]), ranks=Ranks.joined("cpu")
+        )
+        metric = Breaks(who)
+
+        def measure(metric=metric, snapshot=snapshot):
+            metric.update(snapshot)
+            return snapshot.ranks.mean(lambda: (torch.tensor([float(rank)]),), "afterwards")[0]
+
+        after = float(snapshot.ranks.together(measure))
+        found[who] = ({key: float(value) for key, value in metric.compute().items()}, metric.absent, after)
+    return found
+
+
 def trained(make, *callbacks, **settings):
     """What a run leaves behind, and what it said."""
     losses = Losses()
@@ -333,7 +368,7 @@ def main(folder):
     rank = int(os.environ["LOCAL_RANK"])
     sgd_stability.INITIAL = 1.0  # as in conftest
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    found = {"rounds": rounds(rank), "curvature": curvature(rank)}
+    found = {"rounds": rounds(rank), "curvature": curvature(rank), "parts": parts(rank)}
     share = DistributedSampler(dataset(), WORLD, rank, shuffle=False)  # Lightning's own would shuffle
     loader = DataLoader(dataset(), BATCH, sampler=share)
     plain = {"loader": loader, "use_distributed_sampler": False, "max_steps": 30, **DDP}

@@ -238,6 +238,9 @@ class StabilityMonitor(Callback):
         self._destination.forget()
         self._published = None
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
+        if not self.step:  # not 0 where a run is resumed from a checkpoint that does not know this callback
+            takes_turns = isinstance(self.loss_fn, Mapping)
+            self.step = trainer.global_step // (1 if takes_turns else max(1, len(trainer.optimizers)))
         settings: dict[str, Any] = {"unmodelled": self._unmodelled, "sharded": sharded(trainer), "ranks": self._ranks}
         settings |= {"clipping": clipping(trainer), "prox": self.prox}
         if isinstance(self.loss_fn, Mapping):
@@ -250,8 +253,6 @@ class StabilityMonitor(Callback):
             self.monitor.require(Snapshot(self.step, pl_module, replay=never, optimizer=optimizer, **settings))
         if self.probe_samples is not None:
             warn_sub_batch(self.probe_samples)
-        if not self.step:  # not 0 where a run is resumed from a checkpoint that does not know this callback
-            self.step = trainer.global_step // (1 if self._game else max(1, len(trainer.optimizers)))
         if self.history:  # resumed: stock callbacks find their key before the next measurement, too
             self._measured_at = max(curve.steps[-1] for curve in self.history.values())
             last = {key: [v for v in curve.values if math.isfinite(v)][-1:] for key, curve in self.history.items()}

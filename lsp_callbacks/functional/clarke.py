@@ -22,7 +22,7 @@ class GeneralizedNorm:
         lower: the largest norm found at a vertex; the sup itself where ``exact``.
         upper: certified; None where kinks of other kinds were left as they are.
         exact: whether all vertices were tried.
-        ordinary: ``||J||_2`` at the slopes that the network has.
+        ordinary: ``||J||_2`` at the slopes that the network has; from below where J is known on a subspace only.
         near: how many near-active units stand between input and output.
         share: of all units.
     """
@@ -51,6 +51,9 @@ def generalized_norm(free: FreeSlopes, *, vertices: int = 12) -> GeneralizedNorm
       second entry by entry. For one hidden ReLU layer the first is
       ``||W_2 D_c W_1|| + 0.5 ||W_2[:, A]|| ||W_1[A, :]||``.
 
+    Where J is known on a subspace of the inputs only (`FreeSlopes.centre`), so is the norm from below, the bound of
+    ``||J(0)||`` is that one, and nothing is exact.
+
     The product set contains Clarke's generalized Jacobian of the network, and may be larger: ``relu(x) - relu(-x)`` is
     x, and has 2 here where the truth is 1. So ``upper`` (and ``lower`` where ``exact``) is a bound of Clarke's sup from
     above; ``lower`` otherwise bounds the sup over the product set from below, not Clarke's.
@@ -71,22 +74,22 @@ def generalized_norm(free: FreeSlopes, *, vertices: int = 12) -> GeneralizedNorm
         (2.0, True, 2)
     """
     near = len(free.radius)
-    ordinary = _norms(free, free.real[None])[0]
     small = _reduced(free)
+    ordinary = _norms(small, small.real[None])[0]
     k, d = len(small.radius), min(small.jacobian.shape)
     certified = None if free.fixed else _upper(small)
     exact = not k or (k <= vertices and 2**k * d**3 <= MOST_WORK)
     if exact:
         signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=k)), dtype=torch.float64).view(2**k, k)
         lower = torch.cat([_norms(small, part.to(small.radius) * small.radius) for part in signs.split(256)]).max()
-        certified = None if free.fixed else lower
+        certified = certified if free.fixed or free.centre is not None else lower
     else:
         lower = max(_ascended(small, start) for start in (small.real, small.radius))
     lower = torch.maximum(lower, ordinary)
     return GeneralizedNorm(
         lower=lower,
         upper=None if certified is None else torch.maximum(certified, lower),
-        exact=exact and not free.fixed,
+        exact=exact and not free.fixed and free.centre is None,
         ordinary=ordinary,
         near=near,
         share=near / max(free.units, 1),
@@ -94,12 +97,16 @@ def generalized_norm(free: FreeSlopes, *, vertices: int = 12) -> GeneralizedNorm
 
 
 def _reduced(free: FreeSlopes) -> FreeSlopes:
-    """The same norms with fewer columns: a rotation of the input's space onto that of the rows."""
-    m = len(free.jacobian)
+    """The same norms with fewer columns and rows: rotations of the input's space and of the output's."""
+    m, n = free.jacobian.shape
     rows = torch.cat([free.jacobian, free.into])
-    if rows.shape[1] > rows.shape[0]:
+    if n > len(rows):
         rows = torch.linalg.qr(rows.T, mode="r")[1].T
-    return replace(free, jacobian=rows[:m], into=rows[m:])
+        n = rows.shape[1]
+    columns = torch.cat([rows[:m], free.out], dim=1)
+    if m > columns.shape[1]:
+        columns = torch.linalg.qr(columns, mode="r")[1]
+    return replace(free, jacobian=columns[:, :n], into=rows[m:], out=columns[:, n:])
 
 
 def _resolvent(free: FreeSlopes, e: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +147,7 @@ def _ascended(free: FreeSlopes, start: Tensor) -> Tensor:
 
 def _upper(free: FreeSlopes) -> Tensor:
     norm = torch.linalg.matrix_norm
-    centre = norm(free.jacobian, 2)
+    centre = norm(free.jacobian, 2) if free.centre is None else free.centre.to(free.jacobian)
     calls = [(free.layer == call).nonzero()[:, 0] for call in free.layer.unique().tolist()]
     root = free.radius.sqrt()
     into, out = root[:, None] * free.into, free.out * root

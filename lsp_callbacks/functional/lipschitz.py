@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.functional.activations import activation_lipschitz
 from lsp_callbacks.functional.condition import SMALL
-from lsp_callbacks.linalg import LinearOperator, operator_norm
+from lsp_callbacks.linalg import LinearOperator, confidence, operator_norm
 from lsp_callbacks.operators.depth import Depth
 from lsp_callbacks.operators.passage import Passage, leaves
 from lsp_callbacks.operators.slopes import NODES, kind
@@ -51,8 +51,9 @@ def lipschitz_upper(depth: Depth) -> float:
     supremum of their slope. The bound holds for all inputs. It can be above the truth by orders of magnitude.
 
     Raises:
-        Uncertified: at a product of two signals (attention, gates), which has no constant at all, and at operations
-            that are not known here.
+        Uncertified: at a product of two signals (attention, gates), which has no constant at all, at operations that
+            are not known here, and where a signal goes on without its graph (``detach``, ``no_grad``, a mask, a number
+            that is read out of it): that branch depends on the input, and no derivative shows it.
 
     Cost: the norms, some ``60 / (3 B)`` gradients at batch size B. Norms of layers whose shorter side is above 256 are
     not exact: 30 steps of Lanczos, enlarged so that each holds with probability 0.999 (Kuczynski & Wozniakowski 1992,
@@ -69,11 +70,7 @@ def norm_upper(operator: LinearOperator, *, steps: int = 30, failure: float = FA
         matrix = (operator.T.dense() if m < n else operator.dense()).double()
         return float(torch.linalg.eigvalsh(matrix.T @ matrix)[-1].clamp_min(0).sqrt())
     found = operator_norm(operator, steps=steps, tol=0.0)
-    # P(theta < (1 - e) lambda) <= 1.648 sqrt(n) exp(-sqrt(e) (2 k - 1)) after k steps on A^T A from a random start.
-    defect = (math.log(1.648 * math.sqrt(n) / failure) / (2 * found.products - 1)) ** 2
-    if defect >= 1:
-        raise ValueError(f"steps={steps} are too few for failure={failure}: take more")
-    return float(found.value) / math.sqrt(1 - defect)
+    return float(found.value) * confidence(found.products, n, failure)
 
 
 def layer_lipschitz(module: nn.Module, call: Call) -> float | None:
@@ -147,7 +144,7 @@ class _Walk:
     """From the output of a network back to its input, node by node."""
 
     def __init__(self, depth: Depth):
-        self.start = depth.start
+        self.start, self.detached = depth.start, depth.detached
         self.calls: dict[Any, Passage] = {}
         for call in leaves(depth.calls):
             if call.exit is not None and call.exit not in call.entry:
@@ -183,14 +180,19 @@ class _Walk:
                 return entries
         return inner
 
+    def _hidden(self, node: Any) -> str | None:
+        return None if self.detached is None else self.detached.hidden(node)
+
     def _passes_by(self, node: Any, entry: Any) -> bool:
-        """Whether a module reaches the input other than by what it was called with."""
+        """Whether a module reaches the input other than by what it was called with, with a graph or without."""
         stack, seen = [node], {entry}
         while stack:
             one = stack.pop()
             if one is None or one in seen:
                 continue
             if getattr(one, "variable", None) is self.start:
+                return True
+            if getattr(one, "variable", None) is None and self._hidden(one):
                 return True
             seen.add(one)
             stack.extend(child for child, _ in one.next_functions)
@@ -199,6 +201,8 @@ class _Walk:
     def _of(self, node: Any, below: list[float]) -> float:
         if getattr(node, "variable", None) is not None:
             return 1.0 if node.variable is self.start else 0.0
+        if hidden := self._hidden(node):
+            raise Uncertified(f"{node.name()} takes in {hidden}: no bound is known of what depends on the input there")
         if not any(below):  # a constant: weights, masks
             return 0.0
         if ("module", node) in self.known:

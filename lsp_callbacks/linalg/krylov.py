@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -156,6 +157,28 @@ def operator_norm(
     value = top.value.clamp_min(0).sqrt()
     residual = top.residual / (2 * value).clamp_min(torch.finfo(torch.float64).tiny)
     return Eigenpair(value, top.vector, torch.where(value == 0, 0.0, residual), top.products, top.converged)
+
+
+def confidence(steps: int, n: int, failure: float) -> float:
+    """What a norm from Lanczos on ``A^T A`` is to be multiplied with to be a bound from above.
+
+    ``P(theta < (1 - e) lambda) <= 1.648 sqrt(n) exp(-sqrt(e) (2 k - 1))`` after k steps from a random start, whatever
+    the spectrum; a symmetric positive semidefinite operator of size n.
+
+    Args:
+        steps: k, from a start that is uniform on the sphere, without stopping early.
+        n: size of the operator.
+        failure: probability with which the norm may exceed the bound.
+
+    Raises:
+        ValueError: where so few steps bound nothing.
+
+    Source: Kuczynski & Wozniakowski 1992, Thm 4.2.
+    """
+    defect = (math.log(1.648 * math.sqrt(n) / failure) / (2 * steps - 1)) ** 2
+    if defect >= 1:
+        raise ValueError(f"steps={steps} are too few for failure={failure}: take more")
+    return 1 / math.sqrt(1 - defect)
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature import double_backward
+from lsp_callbacks.operators.detached import Detached
 from lsp_callbacks.operators.passage import Passage, passages, units
 from lsp_callbacks.operators.samples import check_adjoint, jacobian
 from lsp_callbacks.replay import kept_activations
@@ -46,6 +47,7 @@ class Depth:
         loss: of these samples.
         calls: of all modules, as a tree.
         skip: floating-point tensors that came before ``X_0``, on which no layer depends.
+        detached: what depends on ``X_0`` without a graph.
     """
 
     start: Tensor
@@ -54,6 +56,7 @@ class Depth:
     loss: Tensor
     calls: Passage
     skip: int = 0
+    detached: Detached | None = field(default=None, repr=False)
     memo: dict[tuple[int, int], LinearOperator] = field(default_factory=dict, repr=False)
 
     @property
@@ -142,6 +145,7 @@ def _begun(snapshot: Snapshot, samples: int | None, axis: int | None, given: Ten
         stack.enter_context(double_backward(module))
         stack.enter_context(kept_activations())
         root = stack.enter_context(passages(module, start=start, given=given, skip=skip))
+        detached = stack.enter_context(Detached(start))
         whole = samples is None or snapshot.sample is None
         loss, size = (snapshot.replay(), None) if whole else snapshot.sample(samples)  # type: ignore[misc, arg-type]
     if not start and skip:
@@ -170,7 +174,7 @@ def _begun(snapshot: Snapshot, samples: int | None, axis: int | None, given: Ten
             layers[-1] = Layer(last.name, (*last.modules, call.name), y, at)
     if not layers:
         return None
-    return Depth(x, axis, tuple(layers), loss, root, skip)
+    return Depth(x, axis, tuple(layers), loss, root, skip, detached)
 
 
 def _axis(tensor: Tensor, samples: int, first: int = 0) -> int | None:

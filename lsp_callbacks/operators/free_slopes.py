@@ -1,18 +1,23 @@
-"""The Jacobian of a network whose activations may take either slope where they are near a kink."""
+"""The Jacobians of a network whose activations may take either slope where they are near a kink."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from lsp_callbacks.graph import kinks_between
-from lsp_callbacks.operators.pieces import Pieces, pieces, pooled
+from lsp_callbacks.graph import kinks_between, leaves_of
+from lsp_callbacks.linalg import LinearOperator, confidence, lanczos
+from lsp_callbacks.operators.freed import Freed
+from lsp_callbacks.operators.samples import Rows, check_adjoint, jacobian
 from lsp_callbacks.snapshot import Unmeasurable
+
+#: Probability with which the norm of a wide Jacobian may exceed what is taken for its bound, and steps of Lanczos.
+FAILURE, STEPS = 1e-3, 30
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class FreeSlopes:
         layer: ``(k,)``: the number of the call that each unit belongs to.
         units: how many units there are in all.
         fixed: further kinks in the network, whose slopes were left as they are.
+        centre: None, or an upper bound of ``||J||`` where J and C are restricted to a subspace of the inputs, which
+            holds the rows of C: so ``||C||`` is whole, and ``||J(e)||`` bounded from below.
     """
 
     jacobian: Tensor
@@ -40,17 +47,7 @@ class FreeSlopes:
     layer: Tensor
     units: int
     fixed: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call of an activation: its preactivations, and a zero that stands for a change of its near-active values."""
-
-    z: Tensor
-    change: Tensor
-    near: Tensor
-    radius: Tensor
-    real: Tensor
+    centre: Tensor | None = None
 
 
 def free_slopes(
@@ -69,159 +66,167 @@ def free_slopes(
         forward: from samples to outputs, samples first and apart: in eval mode.
         x: the samples.
         eps: relative to the size of a call's preactivations; 0 takes those exactly at a kink.
-        most: rows of derivatives, one for each number of the outputs and each near-active unit.
+        most: near-active units, and numbers of the shorter side of a Jacobian that is taken whole; see `FreeWay`.
 
     Returns:
         For each sample.
 
     Raises:
-        Unmeasurable: if there are more than ``most`` rows.
+        Unmeasurable: if there are more than ``most`` near-active units.
 
-    Cost: one forward pass, and a backward pass for each row.
+    Cost: one forward pass, a backward pass for each near-active unit, and one for each number of a sample's output (or
+    a forward product for each of its input, where they are fewer); less where both are above ``most``.
     """
     x = x.detach().clone().requires_grad_()
     with torch.enable_grad(), Freed(eps) as freed:
         y = forward(x.clone())  # which may work in place on its input
-    return freed.slopes(y, x, most=most)
+    return FreeWay(freed, x, most=most).slopes(y)
 
 
-class Freed(TorchFunctionMode):
-    """Replaces the derivative of every piecewise linear call that is made inside, see `free_slopes`."""
+class FreeWay:
+    """The slopes freed on the way from an input to any state of one pass; what states share is taken once.
 
-    def __init__(self, eps: float):
-        super().__init__()
-        self.eps, self.units = eps, 0
-        self.calls: list[_Call] = []
-        self.fixed: set[str] = set()
-        # What an activation returned: itself, its version, its input, how to call it.
-        self._activated: dict[int, tuple[Tensor, int, Tensor, Any]] = {}
+    Args:
+        freed: the pass.
+        x: the input, a leaf.
+        axis: of its samples.
+        most: near-active units that are taken.
+    """
 
-    def slopes(self, y: Tensor, x: Tensor, *, most: int, axes: tuple[int, int] = (0, 0)) -> list[FreeSlopes]:
-        """What was freed on the way from x to y, sample by sample.
+    def __init__(self, freed: Freed, x: Tensor, *, axis: int = 0, most: int = 512):
+        self.freed, self.x, self.most = freed, x, most
+        self.into = Rows(x, axis)
+        self._known: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def slopes(self, y: Tensor, *, axis: int = 0, most: int | None = None) -> list[FreeSlopes]:
+        """``dy / dx`` of each sample, with its free slopes.
+
+        By a backward pass for each number of y or, where these are too many, a forward product for each of x. If both
+        are more than ``most``, J is taken on a subspace of the inputs, the rows of C and what Lanczos has met:
+        ``||J(e)||`` is bounded from below, and ``||J||`` from above with probability 0.999, see `linalg.confidence`.
 
         Args:
-            y: output, and
-            x: input, a leaf.
-            most: rows, see `free_slopes`.
-            axes: of the samples in both.
-        """
-        fixed = (*kinks_between(y, [x, *(call.change for call in self.calls)]), *sorted(self.fixed))
-        near = sum(int(call.near.sum()) for call in self.calls)
-        if y.numel() + near > most:
-            raise Unmeasurable(
-                f"{y.numel()} numbers in the outputs and {near} near-active units take a backward pass each, more than "
-                f"most={most}: lower eps, take fewer samples, or raise most"
-            )
-        with torch.enable_grad():
-            return self._slopes(y, x, axes, fixed)
+            y: a state of the pass.
+            axis: of its samples.
+            most: numbers of the shorter side of a Jacobian that is taken whole; None is that of the units.
 
-    def _slopes(self, y: Tensor, x: Tensor, axes: tuple[int, int], fixed: tuple[str, ...]) -> list[FreeSlopes]:
-        leaves = [x, *(call.change for call in self.calls)]
-        outputs = y.movedim(axes[0], 0).flatten(1) if y.ndim > 1 else y[:, None]
-        samples, m = outputs.shape
-        rows = [self._row(one, leaves) for one in outputs.flatten()]
-        rows += [self._row(one, leaves) for call in self.calls for one in call.z[call.near]]
-        by_input = torch.stack([row[0].movedim(axes[1], 0).reshape(samples, -1).double() for row in rows], dim=1)
-        by_unit = torch.stack([row[1].double() for row in rows])
-        joined = {
-            name: torch.cat([getattr(call, name)[call.near] for call in self.calls] or [x.new_zeros(0)]).double()
+        Raises:
+            Unmeasurable: if there are more near-active units before it than are taken.
+
+        Cost: a backward pass for each near-active unit that no state before had, and one for each number; for the
+        subspace 90 passes, and two for each near-active unit.
+        """
+        most = max(self.most if most is None else most, STEPS)
+        reached = leaves_of(y)
+        calls = [i for i, call in enumerate(self.freed.calls) if id(call.change) in reached]
+        near = sum(int(self.freed.calls[i].near.sum()) for i in calls)
+        if near > self.most:
+            raise Unmeasurable(
+                f"{near} near-active units take a backward pass each, more than most={self.most}: lower eps, take "
+                "fewer samples, or raise most"
+            )
+        out, n = Rows(y, axis), self.into.length
+        centre: Tensor | None = None
+        with torch.enable_grad():
+            units = [row for i in calls for row in self._of_call(i)]
+            own = self._columns(calls)
+            C, T = self._stacked([row[0] for row in units]), self._joined([row[1] for row in units])[:, own]
+            if out.length <= most:
+                rows = [self._row(out.flat(y)[:, i].sum(), calls) for i in range(out.length)]
+                J, B = self._stacked([row[0] for row in rows]), self._joined([row[1] for row in rows])[:, own]
+                B = B.expand(self.into.samples, -1, -1)
+            else:
+                A = jacobian(y, self.x, axes=(axis, self.into.axis))
+                check_adjoint(A, y, "the network")
+                V = torch.eye(n).to(C).expand(self.into.samples, -1, -1)
+                if n > most:
+                    V, centre = _subspace(A, C)
+                J = torch.stack([A @ v for v in V.to(A.dtype).unbind(-1)], dim=-1).double()
+                B, C = self._pushed(y, out, calls), C @ V
+        calls_of = [torch.full((int(self.freed.calls[i].near.sum()),), i) for i in calls]
+        radius, real = (
+            torch.cat([getattr(self.freed.calls[i], name)[self.freed.calls[i].near] for i in calls] or [C.new_zeros(0)])
             for name in ("radius", "real")
-        }
-        numbers = [torch.full((int(call.near.sum()),), i) for i, call in enumerate(self.calls)]
-        top = samples * m
+        )
+        fixed = kinks_between(y, [self.x, *(call.change for call in self.freed.calls)])
         return [
             _acting(
                 FreeSlopes(
-                    jacobian=own[i * m : (i + 1) * m].cpu(),
-                    into=own[top:].cpu(),
-                    out=by_unit[i * m : (i + 1) * m].cpu(),
+                    jacobian=J[i].cpu(),
+                    into=C[i].cpu(),
+                    out=B[i].cpu(),
                     # What lies above is zero, as a later unit changes no earlier one.
-                    between=by_unit[top:].tril(-1).cpu(),
-                    layer=torch.cat(numbers) if numbers else torch.zeros(0, dtype=torch.long),
-                    units=self.units // samples,
-                    fixed=fixed,
-                    **{name: values.cpu() for name, values in joined.items()},
+                    between=T.tril(-1).cpu(),
+                    radius=radius.double().cpu(),
+                    real=real.double().cpu(),
+                    layer=torch.cat(calls_of) if calls_of else torch.zeros(0, dtype=torch.long),
+                    units=self.freed.units // self.into.samples,
+                    fixed=(*fixed, *sorted(self.freed.fixed)),
+                    centre=None if centre is None else centre[i].cpu(),
                 )
             )
-            for i, own in enumerate(by_input)
+            for i in range(self.into.samples)
         ]
 
-    def _row(self, one: Tensor, leaves: list[Tensor]) -> tuple[Tensor, Tensor]:
-        parts = [torch.zeros_like(leaf) for leaf in leaves]
+    def _of_call(self, i: int) -> list[tuple[Tensor, Tensor]]:
+        """The rows of a call's near-active units."""
+        if i not in self._known:
+            call = self.freed.calls[i]
+            self._known[i] = [self._row(one, range(i)) for one in call.z[call.near]]
+        return self._known[i]
+
+    def _row(self, one: Tensor, calls: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """The derivatives of a number by the input and by all near-active units; of one number of each sample, too."""
+        leaves = [self.x, *(self.freed.calls[i].change for i in calls)]
+        parts: Iterable[Tensor | None] = [None] * len(leaves)
         if one.requires_grad:
-            parts = list(torch.autograd.grad(one, leaves, retain_graph=True, materialize_grads=True))
-        changes = [part[call.near] for part, call in zip(parts[1:], self.calls)]
-        return parts[0], torch.cat(changes or [one.new_zeros(0)])
+            parts = torch.autograd.grad(one, leaves, retain_graph=True, allow_unused=True)
+        first, *rest = parts
+        by_unit = self.x.new_zeros(self._ends[-1])
+        for i, part in zip(calls, rest):
+            if part is not None:
+                by_unit[self._ends[i] : self._ends[i + 1]] = part[self.freed.calls[i].near]
+        return self.into.flat(torch.zeros_like(self.x) if first is None else first), by_unit
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not args or not isinstance(args[0], Tensor) or not args[0].requires_grad:
-            return func(*args, **kwargs)
-        z = args[0]
-        windows = pooled(func, z, args[1:], kwargs)
-        if windows is not None:
-            return self._pool(func, z, args[1:], kwargs)
-        rule = pieces(func, z, args[1:], kwargs)
-        if rule is None:
-            return func(*args, **kwargs)
-        before = z.clone()
-        result = self._apply(before, rule)
-        if rule.in_place:
-            z.copy_(result)
-            result = z
-        if rule.monotone:
-            self._activated[id(result)] = (result, result._version, before, (func, args[1:], kwargs))
-        return result
+    def _pushed(self, y: Tensor, out: Rows, calls: list[int]) -> Tensor:
+        """What a change of each near-active unit does to y, ``(samples, m, k)``."""
+        leaves = [self.freed.calls[i].change for i in calls]
+        columns = []
+        if leaves:
+            u = torch.zeros_like(y, requires_grad=True)
+            back = torch.autograd.grad(y, leaves, u, create_graph=True)
+            for i, pulled in zip(calls, back):
+                for place in self.freed.calls[i].near.nonzero():
+                    one = torch.zeros_like(pulled)
+                    one[tuple(place)] = 1
+                    columns.append(out.flat(torch.autograd.grad(pulled, u, one, retain_graph=True)[0]).double())
+        return torch.stack(columns, dim=-1) if columns else y.new_zeros(out.samples, out.length, 0).double()
 
-    def _pool(self, func: Any, a: Tensor, args: Any, kwargs: Any) -> Tensor:
-        known = self._activated.get(id(a))
-        if known is None or known[0] is not a or known[1] != a._version:
-            return self._windows(func, a, args, kwargs)
-        # max(f(z)) is f(max z): between equal zeros of a ReLU there would be nothing to choose.
-        _, _, z, (activation, more, named) = known
-        top = self._windows(func, z, args, kwargs)
-        rule = pieces(activation, top, more, named)
-        assert rule is not None
-        return self._apply(top.clone(), rule)
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Where the near-active units of each call begin among all, and how many there are."""
+        return [0, *itertools.accumulate(int(call.near.sum()) for call in self.freed.calls)]
 
-    def _windows(self, func: Any, z: Tensor, args: Any, kwargs: Any) -> Tensor:
-        with torch.no_grad():
-            value = func(z, *args, **kwargs)
-        windows = pooled(func, z, args, kwargs)
-        assert windows is not None
-        largest = windows.detach().topk(min(3, windows.shape[-1]), dim=-1).indices
-        top, second, *third = windows.gather(-1, largest).unbind(-1)
-        gap = self.eps * _size(value)
-        if third and bool((top - third[0] <= gap).any()):
-            self.fixed.add("max-pooling tied three ways")
-        # max(a, b) = (a + b) / 2 + |a - b| / 2, a the larger one.
-        difference = top - second
-        sides = difference.new_ones(()).expand_as(difference)
-        half = self._slope(difference, difference.abs(), -sides, sides, sides, gap)
-        linear = (top + second + half) / 2
-        return value + (linear - linear.detach())
+    def _columns(self, calls: list[int]) -> list[int]:
+        return [k for i in calls for k in range(self._ends[i], self._ends[i + 1])]
 
-    def _apply(self, z: Tensor, rule: Pieces) -> Tensor:
-        linear = self._slope(z, rule.distance, rule.left, rule.right, rule.real, self.eps * _size(z))
-        return rule.value + (linear - linear.detach())
+    def _stacked(self, rows: list[Tensor]) -> Tensor:
+        """``(samples, rows, n)``."""
+        empty = self.x.new_zeros(self.into.samples, 0, self.into.length)
+        return (torch.stack(rows, dim=1) if rows else empty).double()
 
-    def _slope(self, z: Tensor, distance: Tensor, left: Tensor, right: Tensor, real: Tensor, gap: Tensor) -> Tensor:
-        """``slope * z``, with the slope at the centre where z is near its kink."""
-        near = (distance <= gap).detach()
-        self.units += z.numel()
-        centre, radius = (left + right) / 2, (right - left).abs() / 2
-        near = near & (radius > 0)
-        slope = torch.where(near, centre, real).detach()
-        if not bool(near.any()):
-            return slope * z
-        change = torch.zeros_like(z, requires_grad=True)
-        self.calls.append(_Call(z, change, near, radius.detach(), (real - centre).detach()))
-        return slope * z + change
+    def _joined(self, rows: list[Tensor]) -> Tensor:
+        return (torch.stack(rows) if rows else self.x.new_zeros(0, self._ends[-1])).double()
 
 
-def _size(z: Tensor) -> Tensor:
-    """Root mean square; 0 of nothing."""
-    return z.detach().square().mean().sqrt() if z.numel() else z.new_zeros(())
+def _subspace(A: LinearOperator, C: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis of the rows of C and of what Lanczos has met, ``(samples, n, q)``; a bound of ``||A||``."""
+    samples, n = A.batch[0], A.shape[1]
+    generator = torch.Generator(A.device).manual_seed(0)
+    start = torch.randn(samples, n, dtype=A.dtype, device=A.device, generator=generator)
+    found = lanczos(A.T @ A, start, steps=STEPS, tol=0.0, generator=generator)
+    basis = torch.linalg.qr(torch.cat([C.mT, found.basis.permute(1, 2, 0).to(C)], dim=-1))[0]
+    return basis, found.values[..., -1].clamp_min(0).sqrt() * confidence(len(found.basis), n, FAILURE)
 
 
 def _acting(free: FreeSlopes) -> FreeSlopes:

@@ -73,6 +73,9 @@ class Quantity(Metric):
     def check(self, snapshot: Snapshot) -> None:
         """Raises `Unmeasurable` if the quantity cannot be measured on such steps; replays nothing."""
 
+    def begin(self, module: nn.Module) -> None:
+        """Called on all ranks when a run begins, not where it is resumed: the weights have not moved yet."""
+
     def ready(self, snapshot: Snapshot) -> bool:
         """Whether enough steps are known to measure; until then the quantity says nothing. The same on all ranks."""
         return True

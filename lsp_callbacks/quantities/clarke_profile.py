@@ -1,4 +1,4 @@
-"""The generalized sensitivity of the output to the input, where slopes near a kink are free."""
+"""The generalized sensitivity of each layer to the input, where slopes near a kink are free."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from lsp_callbacks.functional.clarke import GeneralizedNorm, generalized_norm
 from lsp_callbacks.operators.curvature import label
 from lsp_callbacks.operators.depth import depth
 from lsp_callbacks.operators.footprint import footprint
-from lsp_callbacks.operators.free_slopes import Freed
-from lsp_callbacks.quantities.base import Quantity, scalar
-from lsp_callbacks.snapshot import Snapshot
+from lsp_callbacks.operators.free_slopes import FreeWay
+from lsp_callbacks.operators.freed import Freed
+from lsp_callbacks.quantities.base import ROOT, Quantity, scalar
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
 #: Gradients that a row takes however small the network is: a backward pass of two samples is bound by its calls.
 ROW = 0.3
+#: Numbers of the shorter side of the Jacobian of a layer before the last, up to which it is taken whole.
+INNER = 256
 
 
 class ClarkeProfile(Quantity):
-    """The generalized ``sigma^x`` of networks with kinks: ``sup ||dX_L / dX_0||`` over the slopes near them.
+    """The generalized ``sigma^x`` of networks with kinks: ``sup ||dX_k / dX_0||`` over the slopes near them, by depth.
 
     Each unit of a piecewise linear activation whose preactivation is within ``eps`` (of the root mean square of its
     call's) of a kink may have the slope of either side, and any between. The sup is over the whole *product* of the
@@ -30,7 +33,12 @@ class ClarkeProfile(Quantity):
     ``vertices`` units of a sample are near-active, else between a certified upper bound and a lower one: see
     `lsp_callbacks.functional.generalized_norm`. It is an upper bound of Clarke's, whose set the product set contains.
     The largest of a few samples of the batch, in eval mode, is reported. Where no unit is near a kink, and so in every
-    smooth network, it is the ordinary ``sigma^x``.
+    smooth network, it is the ordinary ``sigma^x``. The global numbers are those of the output; by layer, a state is
+    what `lsp_callbacks.operators.depth` says, and the units are those before it.
+
+    Where both a state and the input have more than ``most`` numbers (256 inside of the network), the norms are those on
+    a subspace of the inputs: ``clarke_lower`` and ``clarke_ordinary`` are from below, ``clarke_upper`` holds with
+    probability 0.999 for each layer and sample, and nothing is exact.
 
     ``clarke_upper`` far above ``clarke_ordinary``: the sensitivity to the input jumps within the data's own rounding;
     do not rely on gradients with respect to the input there, and lower the weights' norms (weight decay, spectral
@@ -40,13 +48,19 @@ class ClarkeProfile(Quantity):
         samples: of the batch; of several ranks, that of the first.
         eps: relative distance to a kink, above 0 and at most 1.
         vertices: near-active units of a sample that are enumerated.
-        most: numbers in the outputs and near-active units, a backward pass each; more are refused.
+        most: numbers in a sample's output (or input, if those are fewer) whose Jacobian is taken whole, and near-active
+            units; layers behind more of these are left out, and `absent` says so.
 
     Keys: ``stability/clarke_lower``, ``stability/clarke_ordinary``, ``stability/clarke_near`` (the most near-active
     units of a sample), ``stability/clarke_exact`` (the share of samples whose lower number is the sup);
-    ``stability/clarke_upper``, absent where the network has kinks of another kind, which are left as they are.
+    ``stability/clarke_upper``, absent where the network has kinks of another kind, which are left as they are. Of each
+    layer ``clarke_sigma_lower/<layer>`` and ``clarke_sigma_upper/<layer>``.
 
-    Cost: ``2/3 samples / batch`` gradients for each row: one for each number in the outputs and each near-active unit.
+    Raises:
+        Unmeasurable: if more than ``most`` near-active units stand before the first layer's state.
+
+    Cost: ``2/3 samples / batch`` gradients for each near-active unit, and for each number in a layer (half of it, on
+    average over the depth) or, where these are too many, for 90 products and two for each unit.
 
     Source: Katende, Def. 6.1 and Sec. 6.6; Clarke 1983; MATH sections 4 (claim 5) and 7.
     """
@@ -66,21 +80,32 @@ class ClarkeProfile(Quantity):
         whole("samples", samples, 1), whole("vertices", vertices, 0), whole("most", most, 1)
         number("eps", eps, above=0, most=1)
         self.samples, self.eps, self.vertices, self.most = samples, eps, vertices, most
+        #: Why a layer has no numbers, by its name.
+        self.absent: dict[str, str] = {}
+        self._layers: dict[str, dict[str, float]] = {}
         self.add_state("numbers", default=torch.full((5,), math.nan, dtype=torch.float64), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        calls = [call for call in snapshot.calls.values() if len(call.output_shape or ()) > 1]  # no criterion
-        if not calls:
+        modules = dict(snapshot.module.named_modules())
+        layers = [
+            call
+            for name, call in snapshot.calls.items()
+            if len(call.output_shape or ()) > 1 and any(p.ndim > 1 for p in modules[name].parameters(recurse=False))
+        ]
+        if not layers:
             return {"forward": 1 / 3}
-        batch = max((calls[0].input_shape or calls[-1].output_shape or (1,))[:1] or (1,))
+        batch = max((layers[0].input_shape or layers[-1].output_shape or (1,))[:1] or (1,))
         share = min(1.0, self.samples / batch)
-        rows = math.prod(calls[-1].output_shape or (1,)) * share
-        return {"forward": 1 / 3, "slopes": share + min(1.5 * rows, self.most) * max(share * 2 / 3, ROW)}
+        *inner, last = (math.prod(call.output_shape or (1,)) / batch for call in layers)
+        passes = min(last, self.most) * 1.5 + sum(min(one, INNER) for one in inner) / 2
+        return {"forward": 1 / 3, "slopes": share + passes * max(share * 2 / 3, ROW)}
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         found = footprint(snapshot)
-        inputs = max((math.prod((call.input_shape or (1,))[1:]) for call in snapshot.calls.values()), default=1)
-        rows = 8.0 * self.samples * self.most * inputs
+        shapes = [shape for call in snapshot.calls.values() for shape in (call.input_shape, call.output_shape)]
+        widest = max((math.prod(shape[1:]) for shape in shapes if shape), default=1)
+        # The units' rows by the input, and as many columns of the widest state; half of the most, as units are rare.
+        rows = 8.0 * self.samples * self.most * widest
         return {"activations": 2 * found.activations, "copies": 2 * found.buffers, "rows": rows}
 
     def path(self, snapshot: Snapshot) -> str:
@@ -90,27 +115,60 @@ class ClarkeProfile(Quantity):
         """Measures one step."""
         self.complete = False
         _ = snapshot.faithful
-        found = snapshot.ranks.first(lambda: self._measure(snapshot), self.name)
-        self.numbers, self.complete = torch.tensor(found, dtype=torch.float64), True
+        numbers, self._layers, self.absent = snapshot.ranks.first(lambda: self._measure(snapshot), self.name)
+        self.numbers, self.complete = torch.tensor(numbers, dtype=torch.float64), True
 
-    def _measure(self, snapshot: Snapshot) -> list[float]:
+    def _measure(self, snapshot: Snapshot) -> tuple[list[float], dict[str, dict[str, float]], dict[str, str]]:
+        """Numbers of the output, bounds by layer, and why which layers have none."""
         with Freed(self.eps) as freed:
             states = depth(replace(snapshot, memo={}), samples=self.samples)  # whose graph is ours alone
-        last = states.layers[-1]
-        free = freed.slopes(last.state, states.start, most=self.most, axes=(last.axis, states.axis))
-        found: list[GeneralizedNorm] = [generalized_norm(one, vertices=self.vertices) for one in free]
-        bounds = [math.nan if one.upper is None else float(one.upper) for one in found]
-        return [
-            max(float(one.lower) for one in found),
-            max(float(one.ordinary) for one in found),
-            float(max(one.near for one in found)),
-            sum(one.exact for one in found) / len(found),
-            math.nan if any(map(math.isnan, bounds)) else max(bounds),
-        ]
+        way = FreeWay(freed, states.start, axis=states.axis, most=self.most)
+        found: dict[str, list[GeneralizedNorm]] = {}
+        absent: dict[str, str] = {}
+        for layer in states.layers:
+            most = self.most if layer is states.layers[-1] else min(self.most, INNER)
+            try:
+                free = way.slopes(layer.state, axis=layer.axis, most=most)
+            except Unmeasurable as error:
+                absent[layer.name] = str(error)
+                continue
+            found[layer.name] = [generalized_norm(one, vertices=self.vertices) for one in free]
+        if not found:
+            raise Unmeasurable(next(iter(absent.values())))
+        of_layers = {
+            "lower": {name: max(float(one.lower) for one in own) for name, own in found.items()},
+            "upper": {name: _upper(own) for name, own in found.items()},
+        }
+        last = found.get(states.layers[-1].name)
+        if last is None:
+            return [math.nan] * 5, of_layers, absent
+        return (
+            [
+                max(float(one.lower) for one in last),
+                max(float(one.ordinary) for one in last),
+                float(max(one.near for one in last)),
+                sum(one.exact for one in last) / len(last),
+                _upper(last),
+            ],
+            of_layers,
+            absent,
+        )
 
     def compute(self) -> dict[str, Tensor]:
         """The last measurement."""
         values = dict(zip((*self.keys, *self.optional), map(scalar, self.numbers)))
-        if bool(self.numbers[-1].isnan()):
-            del values["stability/clarke_upper"]
-        return values
+        for bound, layers in self._layers.items():
+            values |= {
+                f"stability/clarke_sigma_{bound}/{name or ROOT}": scalar(value) for name, value in layers.items()
+            }
+        return {key: value for key, value in values.items() if key in self.keys or not bool(value.isnan())}
+
+    def reset(self) -> None:
+        super().reset()
+        self._layers, self.absent = {}, {}
+
+
+def _upper(samples: list[GeneralizedNorm]) -> float:
+    """Of all; NaN where one has none."""
+    bounds = [one.upper for one in samples if one.upper is not None]
+    return max(map(float, bounds)) if len(bounds) == len(samples) else math.nan

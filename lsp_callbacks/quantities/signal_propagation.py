@@ -43,9 +43,10 @@ class SignalPropagation(Quantity):
       ReLU, Glorot for tanh), a normalisation layer, or residual connections.
     - *Units* (`functional.units`): dead ones pass no gradient for any sample of the batch, saturated ones less than
       1/20. Healthy is 0; above a tenth or so: a lower rate, a smaller initialisation, or LeakyReLU.
-    - *Kurtosis* (`functional.excess_kurtosis`) of each weight with more than one axis, now and at the first
-      measurement. Far above 0 at the start, next to a large ``flat_slopes`` behind a tanh: initialise from a normal or
-      uniform distribution. When it grows in training, few weights take over.
+    - *Kurtosis* (`functional.excess_kurtosis`, whose error is ``sqrt(24 / n)`` of n numbers) of each weight with more
+      than one axis, now; of the weights before the first update the largest, absent where a resumed run did not see it.
+      Far above 0 at the start, next to a large ``flat_slopes`` behind a tanh: initialise from a normal or uniform
+      distribution. When it grows in training, few weights take over.
     - *Condition* (`functional.condition`) of each layer as it is applied: exact where its shorter side has at most 256
       numbers, a lower bound from Lanczos otherwise. 1 is orthogonal; above 1e3 some directions are lost: orthogonal
       initialisation, weight decay, fewer units. The *loss*'s (`functional.loss_condition_lower`) is a lower bound: its
@@ -70,7 +71,7 @@ class SignalPropagation(Quantity):
     ``condition_lower_max`` (of the others), ``loss_condition_lower``, ``batch_norm_drift_max`` (running standard
     deviations), ``batch_norm_excess_max``, ``batch_norm_output_change``, ``lipschitz_lower``, ``lipschitz_upper``. By
     layer: ``forward_gain``, ``backward_gain``, ``dead_units``, ``saturated_units``, ``flat_slopes``, ``kurtosis``,
-    ``kurtosis_initial``, ``kurtosis_error``, ``condition``, ``condition_lower``, ``batch_norm_mean_drift``,
+    ``condition``, ``condition_lower``, ``batch_norm_mean_drift``,
     ``batch_norm_mean_error``, ``batch_norm_variance_drift``, ``batch_norm_variance_error``.
 
     Cost: 2 gradients for the step and its weights, 1.2 for the two outputs where there is BatchNorm, 6 for the bounds
@@ -118,17 +119,24 @@ class SignalPropagation(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
         self.complete = False
-        absent: dict[str, str] = {}
-        found = snapshot.ranks.first(lambda: self._measure(snapshot, absent), self.name)
-        ratio = _attempt("loss_condition_lower", absent, lambda: self._loss_condition(snapshot))
+        found, absent = snapshot.ranks.first(lambda: self._measure(snapshot), self.name)
+        ranks = snapshot.ranks
+        ratio = _attempt("loss_condition_lower", absent, lambda: ranks.apart(lambda: self._loss_condition(snapshot)))
         if ratio is not None:
             found["loss_condition_lower"] = scalar(ratio)
-        now = {key.removeprefix("kurtosis/"): value for key, value in found.items() if key.startswith("kurtosis/")}
-        first = self.initial if len(self.initial) == len(now) else torch.tensor(list(now.values()), dtype=torch.float64)
-        found |= {f"kurtosis_initial/{name}": value for name, value in zip(now, first)}
-        self._found, self.absent, self.initial, self.complete = _finite(found), absent, first, True
+        elif ranks.world > 1:  # products that one rank has made, and another has not
+            snapshot.memo.clear()
+        if snapshot.step == 0:  # where nobody has called it
+            self.begin(snapshot.module)
+        self._found, self.absent, self.complete = _finite(found), absent, True
 
-    def _measure(self, snapshot: Snapshot, absent: dict[str, str]) -> dict[str, Tensor]:
+    def begin(self, module: nn.Module) -> None:
+        """Notes the kurtosis of the weights that the run begins with."""
+        self.initial = torch.tensor(list(kurtosis_of(module).values()), dtype=torch.float64)
+
+    def _measure(self, snapshot: Snapshot) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What one rank finds, and why which parts are absent."""
+        absent: dict[str, str] = {}
         step = signals(snapshot)
         found = gains_of(step)
         if not any(key.startswith("forward_gain/") for key in found):
@@ -152,7 +160,7 @@ class SignalPropagation(Quantity):
             upper = _attempt("lipschitz_upper", absent, lambda: lipschitz_upper(states))
             found |= {} if lower is None else {"lipschitz_lower": scalar(lower)}
             found |= {} if upper is None else {"lipschitz_upper": scalar(upper)}
-        return found
+        return found, absent
 
     def _loss_condition(self, snapshot: Snapshot) -> Tensor:
         H = hessian(snapshot, method=self.method)
@@ -169,14 +177,17 @@ class SignalPropagation(Quantity):
         extremes = {
             "forward_gain_min": ("forward_gain", min), "forward_gain_max": ("forward_gain", max),
             "backward_gain_min": ("backward_gain", min), "backward_gain_max": ("backward_gain", max),
-            "kurtosis_max": ("kurtosis", max), "kurtosis_initial_max": ("kurtosis_initial", max),
-            "condition_max": ("condition", max), "condition_lower_max": ("condition_lower", max),
+            "kurtosis_max": ("kurtosis", max), "condition_max": ("condition", max),
+            "condition_lower_max": ("condition_lower", max),
             "batch_norm_drift_max": ("batch_norm_mean_drift", max), "batch_norm_excess_max": ("batch_norm_excess", max),
         }  # fmt: skip
         values = {key: scalar(torch.nan) for key in self.keys}
         for key, (kind, extreme) in extremes.items():
             if of := [value for name, value in found.items() if name.startswith(f"{kind}/")]:
                 values[f"stability/{key}"] = extreme(of)
+        initial = self.initial[self.initial.isfinite()]
+        if found and len(initial):
+            values["stability/kurtosis_initial_max"] = initial.max()
         rooted = {name + ROOT if name.endswith("/") else name: value for name, value in found.items()}
         return values | {f"stability/{name}": value for name, value in rooted.items()}
 

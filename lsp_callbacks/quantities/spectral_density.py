@@ -47,10 +47,10 @@ class SpectralDensity(Quantity):
     ``_error``; ``hessian_zero_mass`` (undecided, or within a thousandth of the largest); ``hessian_min``, an upper
     bound of the smallest eigenvalue, and ``hessian_min_residual``, within which some eigenvalue lies, in the units of
     H. Where a bulk can be told: ``hessian_outliers``, how many single eigenvalues were resolved beyond a gap on either
-    side of it; ``hessian_bulk_edge``, a lower bound of its largest eigenvalue; ``hessian_mp_distance`` between it and a
-    Marchenko-Pastur law with its first moments, 0 to 1 (see `lsp_callbacks.functional.MarchenkoPastur`); and, where
-    that is at most 0.1, ``hessian_mp_ratio``, ``hessian_mp_scale`` and ``hessian_mp_zero_mass`` of the law. The largest
-    eigenvalue is `Sharpness`.
+    side of it (not the number of classes: it grows as the bulk shrinks); ``hessian_bulk_edge``, a lower bound of its
+    largest eigenvalue; ``hessian_mp_distance`` between it and a Marchenko-Pastur law with its first moments, 0 to 1
+    (see `lsp_callbacks.functional.MarchenkoPastur`); and, where that is at most 0.1, ``hessian_mp_ratio``,
+    ``hessian_mp_scale`` and ``hessian_mp_zero_mass`` of the law. The largest eigenvalue is `Sharpness`.
 
     Raises:
         ValueError: for bad arguments.

@@ -131,7 +131,7 @@ MEANINGS = {
     "dead_share": "of units that pass no gradient",
     "saturated_share": "of units that pass less than 1/20",
     "kurtosis_max": "largest excess kurtosis of a weight: 0 is normal",
-    "kurtosis_initial_max": "the same at the first measurement",
+    "kurtosis_initial_max": "the same before the first update",
     "condition_max": "largest condition number of a small layer",
     "condition_lower_max": "lower bound of that of a large one",
     "loss_condition_lower": "sharpest curvature / that along the gradient",

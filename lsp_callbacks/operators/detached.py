@@ -1,0 +1,72 @@
+"""What a forward pass makes of its input behind the back of autograd: detached tensors, masks, numbers read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+#: What looks at a tensor's shape and type only.
+_SHAPES = ("_like", "new_")
+#: What reads numbers out of a tensor, on which Python may go its own way.
+_READS = {
+    "item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "equal", "allclose",
+    "is_nonzero",
+}  # fmt: skip
+
+
+class Detached(TorchFunctionMode):
+    """Follows what depends on ``X_0``, with or without a graph, through every call that is made inside.
+
+    Args:
+        start: will hold ``X_0`` when it is known.
+
+    Attributes:
+        nodes: by backward node, the function that took in something which depends on ``X_0`` without a graph.
+        read: the number of the last backward node before a number was read out of what depends on ``X_0``; whatever
+            comes later may depend on it.
+    """
+
+    def __init__(self, start: list[Tensor]):
+        super().__init__()
+        self.start = start
+        self.nodes: dict[Any, str] = {}
+        self.read = math.inf
+        self._latest = -1
+        # Weakly: what nobody holds any more cannot be used.
+        self._depends: Any = WeakIdKeyDictionary()
+
+    def hidden(self, node: Any) -> str | None:
+        """What a backward node takes in that its graph does not know of; None if it knows all."""
+        if node._sequence_nr() > self.read:
+            return "a number that was read out of a signal"
+        name = self.nodes.get(node)
+        return None if name is None else f"a signal without its graph, by {name}"
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self.start:
+            return result
+        name = getattr(func, "__name__", str(func))
+        known = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and self._known(t)]
+        if not known or any(part in name for part in _SHAPES):
+            return result
+        if name in _READS:
+            self.read = min(self.read, self._latest)
+        changed = args[0] if name == "__setitem__" else (result, kwargs.get("out"))
+        for t in tree_leaves(changed):
+            if isinstance(t, Tensor):
+                self._depends[t] = True
+                if t.grad_fn is not None:
+                    self._latest = max(self._latest, t.grad_fn._sequence_nr())  # type: ignore[attr-defined]
+                    if any(not one.requires_grad for one in known):
+                        self.nodes[t.grad_fn] = name
+        return result
+
+    def _known(self, tensor: Tensor) -> bool:
+        return tensor is self.start[0] or tensor in self._depends
