@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -24,8 +25,8 @@ from lsp_callbacks.step import PendingStep, rate
 from lsp_callbacks.trace import Trace
 
 CLASSES = 10
-#: Where a measurement is so many equal steps that some of them tell the rest.
-SETTINGS = {"lyapunov_trajectory": {"transient": 0, "window": 40}}
+#: Where a measurement is so many equal steps that some of them tell the rest, or as many as the data ask for.
+SETTINGS = {"lyapunov_trajectory": {"transient": 0, "window": 40}, "batch_sharpness": {"rtol": 1e-9, "most": 18}}
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.05),
     "momentum": partial(torch.optim.SGD, lr=0.01, momentum=0.9),
@@ -46,7 +47,7 @@ class Encoder(nn.Module):
 
 
 def mlp(activation: type[nn.Module], *widths: int) -> nn.Module:
-    pairs = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), activation())]
+    pairs = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), activation())]
     return nn.Sequential(*pairs, nn.Linear(widths[-1], CLASSES))
 
 
@@ -104,12 +105,12 @@ def measure(quantity: Quantity, model: str, optimizer: str, repetitions: int) ->
         pending.saw_loss(loss)
         trace.record(step, loss.detach(), lr=rate(rule), module=net)
         found = probes.probe_set(pending, loss_of) if probes.wanted else None
-        snapshot = pending.snapshot(step, rule, probes=found, trace=trace)
+        snapshot = pending.snapshot(step, rule, probes=found, trace=trace, keep=quantity.keeps)
         if (found is None or found.full) and (not quantity.recorded or quantity.ready(snapshot)):
             # Before each step, so that both see the same machine; few of a long window are enough.
             if len(gradients) < 400:
                 gradients.append(timed(snapshot.replayed_gradient))
-            spent += timed(lambda: (quantity.update(snapshot), quantity.complete and quantity.compute()))
+            spent += timed(partial(whole, quantity, snapshot))
             if quantity.complete:
                 measured.append(spent)
                 spent, last = 0.0, predicted(quantity, snapshot)
@@ -117,6 +118,12 @@ def measure(quantity: Quantity, model: str, optimizer: str, repetitions: int) ->
         step += 1
     unit = median(gradients)
     return last, median(measured[1:]) / unit, 1e3 * unit
+
+
+def whole(quantity: Quantity, snapshot: Snapshot) -> None:
+    quantity.update(snapshot)
+    if quantity.complete:
+        quantity.compute()
 
 
 def predicted(quantity: Quantity, snapshot: Snapshot) -> float:

@@ -14,11 +14,9 @@ from lsp_callbacks.operators.curvature import label
 from lsp_callbacks.operators.depth import depth
 from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.free_slopes import Freed
+from lsp_callbacks.operators.work import forward_cost, sample_passes
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.snapshot import Snapshot
-
-#: Gradients that a row takes however small the network is: a backward pass of two samples is bound by its calls.
-ROW = 0.3
 
 
 class ClarkeProfile(Quantity):
@@ -71,11 +69,10 @@ class ClarkeProfile(Quantity):
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         calls = [call for call in snapshot.calls.values() if len(call.output_shape or ()) > 1]  # no criterion
         if not calls:
-            return {"forward": 1 / 3}
-        batch = max((calls[0].input_shape or calls[-1].output_shape or (1,))[:1] or (1,))
-        share = min(1.0, self.samples / batch)
-        rows = math.prod(calls[-1].output_shape or (1,)) * share
-        return {"forward": 1 / 3, "slopes": share + min(1.5 * rows, self.most) * max(share * 2 / 3, ROW)}
+            return {"forward": forward_cost(snapshot)}
+        rows = self.samples * math.prod((calls[-1].output_shape or (1,))[1:])
+        slopes = 0.6 + sample_passes(snapshot, self.samples, min(1.5 * rows, self.most) / 2)
+        return {"forward": forward_cost(snapshot), "slopes": slopes}
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         found = footprint(snapshot)

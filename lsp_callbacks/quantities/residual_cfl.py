@@ -13,6 +13,7 @@ from lsp_callbacks.functional.residual import ResidualStability, residual_stabil
 from lsp_callbacks.operators.curvature import label
 from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.residual import is_candidate, residual_block
+from lsp_callbacks.operators.work import forward_cost, sample_passes
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.select import Selection, selected
 from lsp_callbacks.snapshot import Call, Snapshot, Unmeasurable
@@ -62,8 +63,8 @@ class ResidualCFL(Quantity):
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         if not any(self.keeps(name, module) for name, module in snapshot.module.named_modules()):
-            return {"forward": 1 / 3}
-        return {"forward": 1 / 3, "residual blocks": 1.5}
+            return {"forward": forward_cost(snapshot)}
+        return {"forward": forward_cost(snapshot), "residual blocks": sample_passes(snapshot, self.samples, 25)}
 
     def path(self, snapshot: Snapshot) -> str:
         # Blocks run at the precision of their parameters, without autocast.
