@@ -25,6 +25,8 @@ from lsp_callbacks.step import PendingStep, rate
 from lsp_callbacks.trace import Trace
 
 CLASSES = 10
+#: Seconds after which a measurement is not repeated again.
+ENOUGH = 2.0
 #: Where a measurement is so many equal steps that some of them tell the rest, or as many as the data ask for.
 SETTINGS = {"lyapunov_trajectory": {"transient": 0, "window": 40}, "batch_sharpness": {"rtol": 1e-9, "most": 18}}
 OPTIMIZERS = {
@@ -94,8 +96,8 @@ def measure(quantity: Quantity, model: str, optimizer: str, repetitions: int) ->
     probes.population = len(x)
     gradients: list[float] = []
     measured: list[float] = []
-    spent, step, last = 0.0, 0, math.nan
-    while len(measured) <= repetitions:
+    spent, step, last, began = 0.0, 0, math.nan, time.process_time()
+    while len(measured) < 2 or (len(measured) <= repetitions and time.process_time() - began < ENOUGH):
         batch = batches[step % len(batches)]
         pending = PendingStep(net)
         probes.add(batch), pending.add(batch, loss_of)
@@ -135,7 +137,7 @@ def main() -> None:
     parser.add_argument("quantities", nargs="*", metavar="QUANTITY", help=f"all of {', '.join(REGISTRY)}")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=5, help="at most")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     print(f"{'predicted / measured, in gradients':34}" + "".join(f"{name:>24}" for name in options.models))
