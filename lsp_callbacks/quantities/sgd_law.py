@@ -66,7 +66,7 @@ class SGDLaw(Quantity):
     Raises:
         ValueError: for bad arguments.
 
-    Cost: ``products`` Hessian products at most (30: 36 gradients, 61 by exact ones) and three passes over the probes.
+    Cost: ``products`` Hessian products at most, and three passes over the probes: 75 gradients, or 70 with kinks.
     Source: Katende 2025, Assumption 1, (5.3), Thm 5.2, 5.3; McCandlish et al. 2018; MATH sections 4 and 7.
     """
 

@@ -71,8 +71,8 @@ class Sharpness(Quantity):
     Raises:
         Unmeasurable: with several players, if one of them does not step for a long time.
 
-    Cost: 4.8 gradients, or 9.3 with exact products, shared with the exponent; with rates that differ, as behind every
-    preconditioner, 9.6 or 17.3, for H has a run of its own. Source: Cohen et al. 2021, 2022; MATH section 3.
+    Cost: 9 gradients, shared with the exponent; with rates that differ, as behind every preconditioner, twice that, for
+    H has a run of its own. Source: Cohen et al. 2021, 2022; MATH section 3.
 
     Example:
         >>> import torch
