@@ -85,8 +85,9 @@ class SGDStability(Quantity):
         ValueError: for bad arguments.
 
     Cost: three passes over the probes and some 50 ms: 8 gradients, several times that on a small network. Layers that
-    are no plain linear map of their input (attention) are run sample by sample, which costs more. Source: Chemnitz & Engel 2025, (2.18), (2.19);
-    Mulayoff & Michaeli 2024 for the second moment; MATH section 2.
+    are no plain linear map of their input (attention) are run sample by sample, which costs more.
+
+    Source: Chemnitz & Engel 2025, (2.18), (2.19); Mulayoff & Michaeli 2024 for the second moment; MATH section 2.
     """
 
     name = "sgd_stability"

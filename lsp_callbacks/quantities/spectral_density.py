@@ -57,7 +57,9 @@ class SpectralDensity(Quantity):
         ValueError: for bad arguments.
 
     Cost: ``probes * steps`` Hessian products, and ``steps`` vectors over all parameters that each new one is compared
-    with: 200 gradients at the defaults, or 300 with kinks. Source: Ghorbani, Krishnan & Xiao 2019; Ubaru, Chen & Saad 2017.
+    with: 200 gradients at the defaults, or 300 with kinks.
+
+    Source: Ghorbani, Krishnan & Xiao 2019; Ubaru, Chen & Saad 2017.
     """
 
     name = "spectral_density"
