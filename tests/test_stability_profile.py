@@ -16,6 +16,7 @@ from zoo import Model, fit
 from lsp_callbacks import StabilityMonitor, StabilityProfile, Unmeasurable
 from lsp_callbacks.operators import step_jacobian, step_response
 from lsp_callbacks.operators.outputs import output_jacobian
+from lsp_callbacks.operators.work import products, sample_passes
 from lsp_callbacks.report.rows import MEANINGS
 
 PREFIX = "stability/"
@@ -253,7 +254,9 @@ def test_cost_grows_with_what_is_asked_for():
     task = regression()
     snapshot = freeze(task, SGD(task.parameters(), lr=0.1), probes=probes_of(task))
     cheap, dear = (sum(StabilityProfile(horizon=h, directions=d).cost(snapshot).values()) for h, d in ((2, 2), (4, 4)))
-    assert dear - cheap == pytest.approx((4 * 9 - 2 * 5) * 1.2 + 4 * 2 / 3)
+    pushed = [T * (1 / 3 + products(snapshot, "finite_difference", k, tangent=True)) for T, k in ((2, 5), (4, 9))]
+    assert dear - cheap == pytest.approx(pushed[1] - pushed[0] + sample_passes(snapshot, 16, 2 * 4))
+    assert dear - cheap > (4 * 9 - 2 * 5) * 1.2
     memory = StabilityProfile().memory(snapshot)
     assert set(memory) >= {"vectors", "graph of the outputs"} and min(memory.values()) >= 0
 

@@ -61,7 +61,11 @@ class Quantity(Metric):
 
     @abstractmethod
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        """Gradients that one measurement costs, by what they are spent on; equal entries are shared."""
+        """Gradients that one measurement costs, by what they are spent on; equal entries are shared.
+
+        Passes, and what is beside them: see `lsp_callbacks.operators.work`. The numbers in the docstrings of quantities
+        are those of a large MLP, as ``benchmarks/cost_of_each.py`` measures them. Cost: one forward pass.
+        """
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         """Bytes beside training at the peak of a measurement, predicted, by what they are for; equal ones are shared.

@@ -15,11 +15,10 @@ from lsp_callbacks.operators.depth import depth
 from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.free_slopes import FreeWay
 from lsp_callbacks.operators.freed import Freed
+from lsp_callbacks.operators.work import forward_cost, sample_passes
 from lsp_callbacks.quantities.base import ROOT, Quantity, scalar
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
-#: Gradients that a row takes however small the network is: a backward pass of two samples is bound by its calls.
-ROW = 0.3
 #: Numbers of the shorter side of the Jacobian of a layer before the last, up to which it is taken whole.
 INNER = 256
 
@@ -93,12 +92,12 @@ class ClarkeProfile(Quantity):
             if len(call.output_shape or ()) > 1 and any(p.ndim > 1 for p in modules[name].parameters(recurse=False))
         ]
         if not layers:
-            return {"forward": 1 / 3}
+            return {"forward": forward_cost(snapshot)}
         batch = max((layers[0].input_shape or layers[-1].output_shape or (1,))[:1] or (1,))
-        share = min(1.0, self.samples / batch)
         *inner, last = (math.prod(call.output_shape or (1,)) / batch for call in layers)
         passes = min(last, self.most) * 1.5 + sum(min(one, INNER) for one in inner) / 2
-        return {"forward": 1 / 3, "slopes": share + passes * max(share * 2 / 3, ROW)}
+        slopes = sample_passes(snapshot, self.samples, 1 + passes * 2 / 3)
+        return {"forward": forward_cost(snapshot), "slopes": slopes}
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         found = footprint(snapshot)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lsp_callbacks.arguments import whole
 from lsp_callbacks.functional.dissipation import dissipation
 from lsp_callbacks.linalg import Sketch
+from lsp_callbacks.operators.work import beside
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.reference import NOWHERE, existing_file, position, position_in, squared_distance
 from lsp_callbacks.quantities.select import imported
@@ -114,7 +115,7 @@ class Dissipation(Quantity):
         return squared_distance(here, self._there)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        return {"trace": 1.0}  # it waits for the device
+        return {"trace": beside(snapshot, calls=200)}
 
     def path(self, snapshot: Snapshot) -> str:
         return "time series"

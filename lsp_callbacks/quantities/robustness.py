@@ -15,6 +15,7 @@ from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature import label
 from lsp_callbacks.operators.explanation import Explanation, change_by_input, change_by_parameters, explain
 from lsp_callbacks.operators.footprint import TWICE, WORK, footprint
+from lsp_callbacks.operators.work import beside, forward_cost, sample_passes
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, displaced
 
@@ -84,11 +85,10 @@ class Robustness(Quantity):
         self.add_state("values", default=torch.full((length,), torch.nan, dtype=torch.float64), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        batch = 32 if snapshot.probes is None else snapshot.probes.batch_size / snapshot.ranks.world
-        share = self.samples / max(batch, 1)
-        # Measured: vectors over all parameters, and passes over the samples.
-        spent = 5 + 250 * share if snapshot.kinked else 28 + 440 * share
-        return {"forward": 1 / 3, "robustness": spent}
+        # Measured: passes over the samples, and vectors over all parameters.
+        passes, vectors = (60, 110) if snapshot.kinked else (80, 400)
+        spent = sample_passes(snapshot, self.samples, passes) + beside(snapshot, vectors=vectors)
+        return {"forward": forward_cost(snapshot), "robustness": spent}
 
     def path(self, snapshot: Snapshot) -> str:
         return label("exact", snapshot)

@@ -22,6 +22,7 @@ from lsp_callbacks.functional.sgd_stability import (
 )
 from lsp_callbacks.operators.batch_statistics import initial_share
 from lsp_callbacks.operators.footprint import footprint, unfolded
+from lsp_callbacks.operators.work import beside, forward_cost, sample_passes
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.sgd_diagram import diagram_around, draw, matplotlib
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Multiplications of the random products of one measurement, and those that a step's calls are worth beside its own.
-NUMERICS, CALLS = 2e9, 2e7
+#: Nanoseconds of the random products of one measurement, on 128 rows.
+NUMERICS = 5e7
 #: Memory that recording takes, in activations, and random products, in matrices of the size of the Gram matrix:
 #: measured in ``benchmarks/memory_is_predicted.py``.
 RECORDED, PRODUCTS = 1.7, 40
@@ -87,8 +88,10 @@ class SGDStability(Quantity):
     Raises:
         ValueError: for bad arguments.
 
-    Cost: three passes over the probes and some ten milliseconds. Source: Chemnitz & Engel 2025, (2.18), (2.19);
-    Mulayoff & Michaeli 2024 for the second moment; MATH section 2.
+    Cost: three passes over the probes and some 50 ms: 8 gradients, several times that on a small network. Layers that
+    are no plain linear map of their input (attention) are run sample by sample, which costs more.
+
+    Source: Chemnitz & Engel 2025, (2.18), (2.19); Mulayoff & Michaeli 2024 for the second moment; MATH section 2.
     """
 
     name = "sgd_stability"
@@ -152,13 +155,14 @@ class SGDStability(Quantity):
         # What the first measurement has shown: rows of a sample, and how they had to be found.
         kernel = None if self.latest is None else self.latest.kernel
         rows, passes = (1, 0) if kernel is None else (kernel.rows, kernel.passes)
-        alone = 2 * rows if kernel is not None and "layer" in kernel.path.values() else 0
+        alone = 1.5 * self.probes * rows if kernel is not None and "layer" in kernel.path.values() else 0.0
+        gram = sample_passes(snapshot, 1, alone) + beside(snapshot, vectors=100)
         device = next(iter(snapshot.parameters.values())).device
-        numerics = NUMERICS * (self.probes * rows / 128) ** 2 / (CALLS + multiplications(snapshot))
+        numerics = beside(snapshot, time=NUMERICS * (self.probes * rows / 128) ** 2)
         return {
-            "forward": 1 / 3,
+            "forward": forward_cost(snapshot),
             "gradient": 1.0,
-            "kernel": (1 + 2 / 3 * (rows + passes) + alone) * share,
+            "kernel": (3 + 2 / 3 * (rows + passes)) * share + gram,
             "products": max(numerics, 0.0 if device.type == "cpu" else 2.0),
         }
 
@@ -321,15 +325,3 @@ class SGDStability(Quantity):
     def reset(self) -> None:
         super().reset()
         self._shown = None
-
-
-def multiplications(snapshot: Snapshot) -> float:
-    """Of a gradient: three times those of the forward pass, from how often each weight is applied."""
-    total = 0.0
-    modules = dict(snapshot.module.named_modules())
-    for name, call in snapshot.calls.items():
-        weight = getattr(modules[name], "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim > 1 and call.output_shape:
-            axis = 1 if weight.ndim > 2 else -1
-            total += 3.0 * weight.numel() * math.prod(call.output_shape) / call.output_shape[axis]
-    return total

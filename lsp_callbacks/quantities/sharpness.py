@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lsp_callbacks.arguments import choice
 from lsp_callbacks.functional.sharpness import Edge, edge, edge_constant
-from lsp_callbacks.operators.curvature import Method, product_cost, resolved
+from lsp_callbacks.operators.curvature import Method, resolved
 from lsp_callbacks.operators.footprint import product_memory
 from lsp_callbacks.operators.frozen import coupled_decay, decay_rates, frozen_rule, rates
+from lsp_callbacks.operators.work import forward_cost, lanczos_cost
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
@@ -38,7 +39,7 @@ def edge_cost(snapshot: Snapshot, method: Method) -> dict[str, float]:
     method = resolved(snapshot, method)
     one = all(isinstance(value, float) for value in (rates(snapshot), decay_rates(snapshot)))
     runs = 1 if one else 2 + isinstance(coupled_decay(snapshot), Tensor)
-    return {"forward": 1 / 3, "edge": product_cost(method, runs * WARM)}
+    return {"forward": forward_cost(snapshot), "edge": lanczos_cost(snapshot, method, WARM, runs)}
 
 
 def edge_memory(snapshot: Snapshot, method: Method) -> dict[str, float]:
@@ -70,8 +71,8 @@ class Sharpness(Quantity):
     Raises:
         Unmeasurable: with several players, if one of them does not step for a long time.
 
-    Cost: 4.8 gradients, or 9.3 with exact products, shared with the exponent; with rates that differ, as behind every
-    preconditioner, 9.6 or 17.3, for H has a run of its own. Source: Cohen et al. 2021, 2022; MATH section 3.
+    Cost: 9 gradients, shared with the exponent; with rates that differ, as behind every preconditioner, twice that, for
+    H has a run of its own. Source: Cohen et al. 2021, 2022; MATH section 3.
 
     Example:
         >>> import torch

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from lsp_callbacks.arguments import choice, whole
 from lsp_callbacks.functional.condition import loss_condition_lower
 from lsp_callbacks.functional.lipschitz import Uncertified, lipschitz_lower, lipschitz_upper
-from lsp_callbacks.operators.curvature import Method, hessian, product_cost, resolved
+from lsp_callbacks.operators.curvature import Method, hessian, resolved
 from lsp_callbacks.operators.depth import depth
 from lsp_callbacks.operators.footprint import product_memory
 from lsp_callbacks.operators.signals import signals
+from lsp_callbacks.operators.work import beside, lanczos_cost
 from lsp_callbacks.quantities.base import ROOT, Quantity, scalar
 from lsp_callbacks.quantities.signal_parts import (
+    bounds_time,
     conditions_of,
     drift_of,
     gains_of,
@@ -104,10 +106,12 @@ class SignalPropagation(Quantity):
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in snapshot.module.modules())
+        modules = dict(snapshot.module.named_modules())
+        layers = [(modules[name], call) for name, call in snapshot.calls.items()]
         return {
             "signals": 2.0,
-            "bounds": 6.0,
-            "curvature along the gradient": product_cost(resolved(snapshot, self.method), PRODUCTS),
+            "bounds": beside(snapshot, time=sum(bounds_time(layer, call) for layer, call in layers)),
+            "curvature along the gradient": lanczos_cost(snapshot, resolved(snapshot, self.method), PRODUCTS),
             **({"outputs by batch statistics": 1.2} if norms else {}),
         }
 

@@ -20,18 +20,18 @@ from lsp_callbacks.functional.training_profile import (
     training_profile,
 )
 from lsp_callbacks.linalg import push
-from lsp_callbacks.operators.curvature import Method, double_backward, path_taken, product_cost, resolved
+from lsp_callbacks.operators.curvature import Method, double_backward, path_taken, resolved
 from lsp_callbacks.operators.depth import depth
 from lsp_callbacks.operators.footprint import TWICE, footprint, product_memory
 from lsp_callbacks.operators.frozen import frozen_rule
 from lsp_callbacks.operators.outputs import output_jacobian
 from lsp_callbacks.operators.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.training import state_blocks, tangent_path
+from lsp_callbacks.operators.work import forward_cost, products, sample_passes
 from lsp_callbacks.quantities.base import ROOT, scalar
 from lsp_callbacks.quantities.depth_map import draw
 from lsp_callbacks.quantities.lyapunov import Windowed
 from lsp_callbacks.quantities.sgd_diagram import matplotlib
-from lsp_callbacks.quantities.sgd_stability import CALLS, multiplications
 from lsp_callbacks.quantities.sharpness import edge_cost, measured_edge
 from lsp_callbacks.snapshot import Call, Snapshot, Unmeasurable, evaluating
 
@@ -41,10 +41,8 @@ if TYPE_CHECKING:
 
 #: Profiles that `StabilityProfile.plot` remembers.
 REMEMBERED = 300
-#: Of the cost model: layers before the first measurement, gradients that a layer's norms take where all samples of the
-#: batch are looked at, and multiplications that the calls of a layer are worth: measured on networks of 20k to 270k
-#: parameters.
-LAYERS, NORMS, LAYER_CALLS = 10, 50.0, 1.5e9
+#: Of the cost model: layers before the first measurement, and passes that the norms of a layer take.
+LAYERS, NORMS = 10, 25.0
 
 
 class StabilityProfile(Windowed):
@@ -125,15 +123,13 @@ class StabilityProfile(Windowed):
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         """Products over the window, the norms in depth, and passes over the probes."""
         method = resolved(snapshot, self.method)
-        batch = next((call.input_shape[0] for call in snapshot.calls.values() if call.input_shape), 1)
-        probes = snapshot.probes
-        known = edge_cost(snapshot, self.method) if _has_edge(snapshot) else {"forward": 1 / 3}
+        known = edge_cost(snapshot, self.method) if _has_edge(snapshot) else {"forward": forward_cost(snapshot)}
+        rows = 2 * self.directions + 1
         return {
             **known,
-            "profile in time": self.horizon * product_cost(method, 2 * self.directions + 1),
-            "profile in depth": (len(self._sigma) or LAYERS)
-            * (NORMS * min(1.0, self.samples / max(batch, 1)) + LAYER_CALLS / (CALLS + multiplications(snapshot))),
-            "outputs": 0.0 if probes is None else 4.0 + (2 * self.directions + 1) * 2 / 3,
+            "profile in time": self.horizon * (1 / 3 + products(snapshot, method, rows, tangent=True)),
+            "profile in depth": sample_passes(snapshot, self.samples, NORMS * (len(self._sigma) or LAYERS)),
+            "outputs": 0.0 if snapshot.probes is None else sample_passes(snapshot, self.probes, 2 * (3 + rows)),
         }
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
