@@ -16,6 +16,7 @@ LAYERS = (
     "players",
     "ranks",
     "graph",
+    "final_state",
     "trace",
     "operations",
     "snapshot",

@@ -135,12 +135,14 @@ class Watch:
         if not self._required:
             self._require()
         self._check_update()
-        if self.batches in (0, self.accumulate):  # the second: a gradient scaler left the last update out
+        first = self.batches in (0, self.accumulate)  # the second: a gradient scaler left the last update out
+        if first:
             self.batches, self._pending, self._seen = 0, None, None
             self._guard.begin()
             if self.monitor.wants(self.step):
                 with self.monitor.harmless("the step could not be kept for a replay"):
                     self._pending = PendingStep(self.module)
+        self.monitor.begin(self.module, first=first)
         self.batches += 1
         self.probes.add(batch)
         self._guard.add(batch, self._loss)
@@ -168,7 +170,8 @@ class Watch:
         self._seen = loss.detach() if self._seen is None else self._seen + loss.detach()
 
     def close(self) -> None:
-        """Takes the hooks from the optimizer."""
+        """Takes the hooks from the optimizer, and from the module where energies look at its state."""
+        self.monitor.close()
         for hook in self._hooks:
             hook.remove()
 
