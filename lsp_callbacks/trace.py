@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lsp_callbacks.arguments import whole
 from lsp_callbacks.final_state import FinalState
 from lsp_callbacks.ranks import Ranks
+from lsp_callbacks.rates import Rates
 
 #: A function of the module, cheap and without side effects, called at every step. Parameters called ``loss`` and
 #: ``state`` are given the step's loss and its final state.
@@ -74,8 +75,7 @@ class Trace:
         state: name of that module, see `FinalState`; "" is the root. None sees none.
 
     Attributes:
-        rate_sum: of the learning rates of all recorded steps, also of those that are not kept.
-        rate_squares: of their squares.
+        rates: what is known of the learning rates of all recorded steps, also of those that are not kept.
         sparse: whether two steps in a row came alone: then no series comes about.
         failed: energies that raised, and what; they are NaN from then on.
 
@@ -104,7 +104,7 @@ class Trace:
     def reset(self) -> None:
         """Forgets everything."""
         self.close()
-        self.rate_sum = self.rate_squares = 0.0
+        self.rates = Rates()
         self.failed: dict[str, str] = {}
         #: What all ranks knew at the last `read`, and the step after it.
         self._joined: tuple[int | None, dict[str, Tensor]] = (None, {})
@@ -169,8 +169,7 @@ class Trace:
         self._next, self._count = step + 1, self._count + 1
         if self._count == 2:
             self.sparse = False
-        if math.isfinite(lr):
-            self.rate_sum, self.rate_squares = self.rate_sum + lr, self.rate_squares + lr * lr
+        self.rates.add(step, lr)
 
     def _energy(self, name: str, module: nn.Module | None, loss: Tensor | None) -> Any:
         """NaN once it has raised: it is not asked again, and the other series go on."""
@@ -229,15 +228,17 @@ class Trace:
             "next": following,
             "series": series,
             "state": None if self.final is None else self.final.name,
-            "rate_sum": self.rate_sum,
-            "rate_squares": self.rate_squares,
+            "rates": self.rates.state_dict(),
             "sparse": self.sparse,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state; a series of other energies begins anew, with a warning."""
         self.reset()
-        self.rate_sum, self.rate_squares = state["rate_sum"], state["rate_squares"]
+        if "rates" in state:
+            self.rates.load_state_dict(state["rates"])
+        else:  # of an earlier release
+            self.rates.total, self.rates.squares = state["rate_sum"], state["rate_squares"]
         if not state["series"]:
             return
         own = (None if self.final is None else self.final.name, {"loss", "lr", *self.energies})

@@ -17,6 +17,7 @@ LAYERS = (
     "ranks",
     "graph",
     "final_state",
+    "rates",
     "trace",
     "operations",
     "snapshot",

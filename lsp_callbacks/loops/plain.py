@@ -43,12 +43,15 @@ class Watch:
         prox: what the loop makes of each parameter after ``optimizer.step()`` and before the next batch,
             ``(name, tensor, lr) -> tensor``, see `lsp_callbacks.functional.proximal`. It is not applied, but enters the
             update map, and is compared with what the parameters really become.
+        schedulers: one or several of ``torch.optim.lr_scheduler`` that move the optimizer's rate: `SGDLaw` tells their
+            form. Where none are given, nothing is taken for known.
         unmodelled: why the update is not the optimizer's step on this loss, where you know it; what needs the update is
             then left out.
         seed: of our own random choices, which never touch the global state.
 
     Raises:
-        ValueError: for ``accumulate`` below 1, or one of ``forward_fn`` and ``criterion`` without the other.
+        ValueError: for ``accumulate`` below 1, one of ``forward_fn`` and ``criterion`` without the other, a
+            scheduler that moves another optimizer.
 
     Cost: beside the measurements, one gradient for each measured step.
 
@@ -82,6 +85,7 @@ class Watch:
         log: Log | None = None,
         clipping: Clipping | None = None,
         prox: Prox | None = None,
+        schedulers: Any = (),
         unmodelled: str | None = None,
         seed: int = 0,
     ):
@@ -98,7 +102,7 @@ class Watch:
         self.probes = Probes(wanted, forward_fn, criterion)
         #: Whose criterion tells outputs from targets.
         self.probe_loss: Callable[[nn.Module, Any], Any] = loss_fn
-        self.prox = prox
+        self.prox, self.schedulers = prox, _schedulers(schedulers, optimizer)
         self._expected: Expected | None = None
         self._expecting = False
         self._published: Observation | None = None
@@ -208,6 +212,7 @@ class Watch:
                 unmodelled=self.unmodelled,
                 keep=self.monitor.keeps,
                 probes=probes,
+                schedulers=self.schedulers,
                 seed=self.seed,
             )
             snapshot = witnessed(snapshot)
@@ -257,3 +262,18 @@ def _several(processes: int) -> str | None:
     if processes == 1:
         return None
     return f"{processes} processes: a loop of one's own is measured in one, Lightning's Trainer with 'ddp' in several"
+
+
+def _schedulers(given: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, ...] | None:
+    """None where none are given: then nobody knows."""
+    found = tuple(given) if isinstance(given, list | tuple) else (given,)
+    for one in found:
+        if not moves(one, optimizer):
+            raise ValueError(f"schedulers={one!r} does not move this optimizer's rate: give those that do, or none")
+    return found or None
+
+
+def moves(scheduler: Any, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is this optimizer's, which Fabric and accelerate wrap."""
+    moved = getattr(scheduler, "optimizer", None)
+    return getattr(moved, "optimizer", moved) is optimizer
