@@ -82,7 +82,7 @@ class Costs:
 
     def sentences(self) -> list[str]:
         """Below the table."""
-        kept = math.ceil(sum(self.seconds.values()) / (self.budget * self.step))
+        kept = max(1, math.ceil(sum(self.seconds.values()) / (self.budget * self.step)))
         found = [
             f"lsp_callbacks: a training step takes {1e3 * self.step:.3g} ms; one measurement in {self.period} steps "
             f"takes {self.share:.1%} of the time by this machine's clock "
