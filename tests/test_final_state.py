@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo import SGD, Model, data, fit, mlp, trainer, unchanged
 
 from lsp_callbacks import Dissipation, Monitor, Sharpness, Snapshot, StabilityMonitor, Trace, Unmeasurable
+from lsp_callbacks.functional import dissipation
 from lsp_callbacks.loops import Watch, watch_fabric
 from lsp_callbacks.loops.hugging_face import StabilityCallback
 
@@ -134,6 +135,10 @@ class Calls(Model):
         if self.how == "target":
             with torch.no_grad():
                 self.net(x)
+        if self.how == "evaluates":
+            self.eval()
+            self.net(x)
+            self.train()
         if self.how == "twice":
             more = self.net(x).square().mean()
         if self.how == "never":
@@ -191,8 +196,9 @@ def test_checkpointed_activations_are_counted_once(how):
     assert not failed and torch.equal(found, plain)
 
 
-def test_a_look_without_gradients_is_no_call():
-    found, failed = recorded("target")
+@pytest.mark.parametrize("how", ["target", "evaluates"])
+def test_a_look_without_gradients_or_in_eval_mode_is_no_call(how):
+    found, failed = recorded(how)
     assert not failed and found.isfinite().all()
 
 
@@ -349,6 +355,26 @@ def test_the_papers_energies_in_closed_form(tmp_path):
     first = (start * x).square().sum(1).mean() / 2 * 0.8 ** (2 * 20)
     close(found["state"][0] / first, 1.0, 1e-9)
     assert set(found) == {"loss", "lr", "distance", "state", "cube"}  # the joint one follows from these
+
+
+def test_the_joint_energy_is_half_of_both():
+    """Where both fall at rates of their own, against the fit of the sum."""
+    ours, module = Soon(60, state="", reference="initial"), Scale()
+    monitor, x = Monitor(ours, every_n_steps=40), torch.tensor([[3.0, 0.1, 1]], dtype=f64)
+    expected, start, curvature = [], module.theta.detach().clone(), torch.tensor([1.0, 0.1, 0.4], dtype=f64)
+    for step in range(41):
+        monitor.begin(module)
+        out = module(x).detach()
+        away = (module.theta - start).square().sum().detach()
+        expected.append((out.square().sum() + away) / 2)
+        monitor.observe(Snapshot(step, module, lambda: None, loss=torch.tensor(0.9**step, dtype=f64)))
+        module.theta.data -= 0.2 * curvature * module.theta
+    # Of the distance a sketch is recorded, exact to 6 %: here of three numbers.
+    ratio = series(monitor)["distance"][-1] / away
+    assert 0.5 < ratio < 1.5
+    states = series(monitor)["state"]
+    exact = dissipation(states + ratio * (torch.stack(expected) - states))
+    assert monitor.history["stability/dissipation_of/joint"].values[-1] == pytest.approx(float(exact.gamma), rel=1e-6)
 
 
 def cube_of_state(module, state):

@@ -31,20 +31,21 @@ class Dissipation(Quantity):
     The energies are those of the step before its update. One is the loss of the step; with ``reference`` another is
     ``||theta - theta_ref||^2``, called "distance", the energy of SGD's law; with ``state`` another is the mean over the
     samples of ``0.5 ||X_L||^2``, called "state"; with both there is "joint", ``0.5 (||X_L||^2 + ||theta -
-    theta_ref||^2)``; ``energies`` adds the user's own. For
-    ``theta+ = theta - lr (lambda theta + noise)`` the energy ``theta^2`` has ``q = (1 - lr lambda)^2``. Positive: the
-    energy comes down to its floor, and ``1 / gamma`` steps bring it down by e. At 0 nothing dissipates: it wanders, and
-    a lower rate, or a larger one where it merely creeps, is worth a try. Below 0 it departs: lower the learning
-    rate. A floor that is too high comes down with the learning rate, or with larger batches.
+    theta_ref||^2)``; ``energies`` adds the user's own. For ``theta+ = theta - lr (lambda theta + noise)`` the energy
+    ``theta^2`` has ``q = (1 - lr lambda)^2``. Positive: the energy comes down to its floor, and ``1 / gamma`` steps
+    bring it down by e. At 0 nothing dissipates: it wanders, and a lower rate, or a larger one where it merely creeps,
+    is worth a try. Below 0 it departs: lower the learning rate. A floor that is too high comes down with the learning
+    rate, or with larger batches.
 
     The loss of a mini-batch carries the noise of its own batch, which pulls gamma to 1, the more so on a plateau: read
     the bounds, which allow for that, and are absent where nothing can be told. See `functional.dissipation`.
 
     "joint" is the quadratic energy of the state ``(X_L, theta)`` that Thm 3.1 and Assumption 3 speak of, with both
     constants 1/2, and "state" that of the forward pass in 6.6. There parameters are fixed and it falls with depth; here
-    it is a series over training, and says nothing of theta. It comes down to the outputs that the data ask for, and
-    samples differ between batches: floor and noise hold both. 6.6's objective ``Phi = L + R`` of a proximal step is a
-    user's energy, as in the example.
+    it is a series over training. It does not bound theta, so that alone it is no energy in the sense of Assumption 3,
+    for which 6.6 takes it. It comes down to the outputs that the data ask for, and samples differ between batches:
+    floor and noise hold both. 6.6's objective ``Phi = L + R`` of a proximal step is a user's energy, as in the example;
+    the paper's ``-c ||theta+ - theta||^2`` is less than Assumption 4 asks.
 
     Katende's Thm 3.1 asks for a coercive energy with ``E(S+) - E(S) <= -gamma (||X_L||^2 + ||theta||^2) + R``, and says
     that it exists if and only if all sensitivities stay bounded. As printed, that bounded sensitivities are enough is
