@@ -256,6 +256,8 @@ def test_steps_of_unequal_spacing(every):
 
 def test_nothing_is_read_too_early_or_from_the_middle():
     assert rate_decay({}).holds is None
+    dense = [rate_decay({t + 1: 0.1 for t in range(n)}).holds for n in (56, 64)]  # a mark at every step
+    assert dense == [None, False]
     assert rate_decay(rates(lambda t: 0.1, 64).marks).holds is None  # the sum before step 64 is known at it
     assert rate_decay(rates(lambda t: 0.1, 65).marks).holds is False
     late = Rates()  # recorded from step 1000 on, the schedule being 1 / t: its beginning is not known
