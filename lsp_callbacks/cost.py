@@ -9,7 +9,7 @@ import pickle
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -46,6 +46,7 @@ class Costs:
         period: steps between measurements where nothing is known of the edge.
         budget: that they keep to.
         skipped: why, by quantity.
+        waiting: quantities that look back on more steps than were taken here, and were not measured.
     """
 
     step: float = math.nan
@@ -56,6 +57,7 @@ class Costs:
     period: int = 0
     budget: float = math.nan
     skipped: dict[str, str] = field(default_factory=dict)
+    waiting: list[str] = field(default_factory=list)
 
     @property
     def share(self) -> float:
@@ -71,7 +73,8 @@ class Costs:
         for column in ("gradients", "milliseconds", "memory, predicted"):
             table.add_column(column, justify="right")
         for name in self.gradients:
-            took = f"{1e3 * self.seconds[name]:.1f}" if name in self.seconds else "failed"
+            missing = "not yet" if name in self.waiting else "failed"
+            took = f"{1e3 * self.seconds[name]:.1f}" if name in self.seconds else missing
             table.add_row(name, f"{self.gradients[name]:.1f}", took, readable(self.memory.get(name, 0.0)))
         most = readable(max(self.memory.values(), default=0.0))
         table.add_row("together", f"{self.total:.1f}", f"{1e3 * sum(self.seconds.values()):.1f}", most)
@@ -79,12 +82,15 @@ class Costs:
 
     def sentences(self) -> list[str]:
         """Below the table."""
-        kept = math.ceil(sum(self.seconds.values()) / (self.budget * self.step))
+        kept = max(1, math.ceil(sum(self.seconds.values()) / (self.budget * self.step)))
         found = [
             f"lsp_callbacks: a training step takes {1e3 * self.step:.3g} ms; one measurement in {self.period} steps "
             f"takes {self.share:.1%} of the time by this machine's clock "
             f"(every_n_steps={kept} would take {self.budget:.0%})"
         ]
+        if self.waiting:
+            names = " and ".join(self.waiting)
+            found.append(f"lsp_callbacks: {names} looks back on more steps than were taken here, and was not timed")
         return found + [f"lsp_callbacks: {name} is left out: {reason}" for name, reason in self.skipped.items()]
 
 
@@ -220,6 +226,8 @@ class _Meter(Callback):
         else:
             costs.seconds = {name: monitor.seconds.expected(name) for name in monitor.seconds.taken}
             costs.skipped = monitor.skipped
+            seen = replace(snapshot, trace=monitor.trace)
+            costs.waiting = [name for name, quantity in monitor.quantities.items() if not quantity.ready(seen)]
         return found
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -112,7 +112,8 @@ class Monitor:
         self._all = quantities
         recorded = max((quantity.recorded for quantity in quantities), default=0)
         energies = {name: energy for quantity in quantities for name, energy in quantity.energies.items()}
-        self.trace = Trace(recorded, energies) if recorded else None
+        state = next((quantity.final_state for quantity in quantities if quantity.final_state is not None), None)
+        self.trace = Trace(recorded, energies, state=state) if recorded else None
         self.reset()
 
     def reset(self) -> None:
@@ -249,6 +250,27 @@ class Monitor:
         first = self.period is None or self.cadence.origin is None
         return not (first and self._under_way) and self.cadence.starts(step, scheduled=scheduled)
 
+    def begin(self, module: nn.Module, *, first: bool = True) -> None:
+        """Called before each forward pass in training; only energies that look at the network's state need it.
+
+        Args:
+            module: that is trained.
+            first: whether it is the first micro-batch of a step.
+        """
+        if self._records:
+            assert self.trace is not None
+            with self.harmless("the final state of the step cannot be seen"):
+                self.trace.begin(module, first=first)
+
+    def close(self) -> None:
+        """Called when training ends: nothing of ours is left in the module."""
+        if self.trace is not None:
+            self.trace.close()
+
+    @property
+    def _records(self) -> bool:
+        return self.trace is not None and any(quantity.recorded for quantity in self.quantities.values())
+
     def record(
         self, step: int, loss: Tensor | None, optimizer: torch.optim.Optimizer | None, module: nn.Module
     ) -> None:
@@ -257,7 +279,8 @@ class Monitor:
         A loop calls it at every step, on all ranks, with the loss of the whole step, or None where it does not see it;
         `observe` does so with the snapshot's own loss where nobody else did. It never waits for the device.
         """
-        if self.trace is not None and any(quantity.recorded for quantity in self.quantities.values()):
+        if self._records:
+            assert self.trace is not None
             lr = math.nan if optimizer is None else rate(optimizer)
             with self.harmless(f"what is recorded at each step could not be at step {step}"):
                 self.trace.record(step, loss, lr=lr, module=module)
@@ -434,11 +457,6 @@ class Monitor:
         for quantity in self.quantities.values():
             quantity.load_vectors({})
 
-    def cut_trace(self) -> None:
-        """Called when a checkpoint is written: of several ranks each has a trace of its own, which no file holds."""
-        if self.trace is not None and self._ranks.world > 1:
-            self.trace.cut()
-
     def state_dict(self, *, vectors: bool = False) -> dict[str, Any]:
         """Scalars, and on request the vectors of windows that are under way."""
         saved = {
@@ -457,7 +475,7 @@ class Monitor:
             "quantities": {name: quantity.state_dict() for name, quantity in self.quantities.items()},
         }
         if self.trace is not None:
-            state["trace"] = self.trace.state_dict(series=self._ranks.world == 1)
+            state["trace"] = self.trace.state_dict(joined=self._ranks.world > 1)
         if vectors:
             state["vectors"] = {name: quantity.vectors() for name, quantity in self.quantities.items()}
             state["under_way"] = sorted(self._under_way)

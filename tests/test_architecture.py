@@ -16,6 +16,8 @@ LAYERS = (
     "players",
     "ranks",
     "graph",
+    "final_state",
+    "rates",
     "trace",
     "operations",
     "snapshot",

@@ -33,7 +33,7 @@ QUANTITIES = {
     "secant_ratio": ("method",),
     "proximal_step": ("steps", "method"),
     "batch_sharpness": ("rtol", "most", "method"),
-    "dissipation": ("length", "energies", "reference"),
+    "dissipation": ("length", "energies", "reference", "state"),
     "sgd_law": ("probes", "reference", "products", "method", "most_rows"),
     "spectral_density": ("probes", "steps", "method"),
     "robustness": ("samples", "size"),

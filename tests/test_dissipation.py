@@ -272,3 +272,44 @@ def test_it_costs_a_step_nothing_to_be_recorded():
     assert same(module.theta.detach(), before) and module.theta.grad is None
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not any(value.requires_grad for value in trace.read().values())
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def square(module):
+    return module.theta.square().sum()
+
+
+def test_a_state_of_other_energies_is_not_misread():
+    """As many, in another order, under other names; and one of the first version, which had no names."""
+    first = Dissipation(60, energies={"cube": cube, "square": square})
+    found = run(first)
+    second = Dissipation(60, energies={"square": square, "other": cube})
+    second.load_state_dict(first.state_dict(), strict=False)
+    loaded = second.compute()
+    for key in ("stability/dissipation", "stability/dissipation_of/square", "stability/dissipation_lower_of/square"):
+        assert torch.equal(loaded[key], found[key])
+    assert loaded["stability/dissipation_of/other"].isnan() and not any("cube" in key for key in loaded)
+    old = first.state_dict()
+    old["values"] = torch.stack([old.pop(key) for key in ("values", "values_of/cube", "values_of/square")])
+    second = Dissipation(60, energies={"square": square, "other": cube})
+    second.load_state_dict(old, strict=False)
+    assert torch.equal(second.compute()["stability/dissipation"], found["stability/dissipation"])
+    assert second.compute()["stability/dissipation_of/square"].isnan()
+
+
+@pytest.mark.parametrize(
+    "energies, state, told",
+    [({"cube": cube}, None, None), ({"other": cube}, None, "now recorded are loss, lr, other"), ({}, None, "loss, lr:"),
+     ({"cube": cube}, "", "state=''")],
+)  # fmt: skip
+def test_a_series_of_other_energies_begins_anew_with_one_warning(energies, state, told, recwarn):
+    saved = Monitor(Dissipation(energies={"cube": cube}), every_n_steps=1)
+    for step in range(5):
+        saved.record(step, torch.tensor(1.0 + step), None, Sum())
+    monitor = Monitor(Dissipation(energies=energies, state=state), every_n_steps=1)
+    monitor.load_state_dict(saved.state_dict())
+    said = [str(w.message) for w in recwarn if "lsp_callbacks" in str(w.message)]
+    assert len(said) == (told is not None) and all(told in one for one in said)
+    assert len(monitor.trace) == (5 if told is None else 0)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from test_loops import LYAPUNOV, NORM, SHARPNESS, example, left, quantities
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.optimization import get_constant_schedule, get_linear_schedule_with_warmup
 from zoo import SGD, Model, fit
 
-from lsp_callbacks import Monitor, StabilityMonitor
+from lsp_callbacks import Monitor, SGDLaw, StabilityMonitor
+from lsp_callbacks.functional import PowerLaw
 from lsp_callbacks.loops.hugging_face import StabilityCallback
 
 CONFIG = {"vocab_size": 17, "n_positions": 12, "n_embd": 8, "n_layer": 1, "n_head": 2}
@@ -122,6 +124,24 @@ def test_evaluation_in_between_is_not_measured(run):
     callback = StabilityCallback(Monitor(*quantities(), every_n_steps=1, strict=True))
     run(Evaluates(), callback, loader=batches())
     assert callback.watch.history[SHARPNESS].steps == [*range(6)]
+
+
+@pytest.mark.parametrize(
+    "make, verdict",
+    [(lambda o: get_linear_schedule_with_warmup(o, 3, 200), 0.0), (get_constant_schedule, 0.0),
+     (lambda o: torch.optim.lr_scheduler.LambdaLR(o, PowerLaw(0.6)), 1.0),
+     (lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: (1 + t) ** -0.75), None)],
+)  # fmt: skip
+def test_the_trainers_schedule_has_a_verdict(make, verdict, tmp_path):
+    callback, model = StabilityCallback(Monitor(SGDLaw(probes=8, products=3), every_n_steps=70)), gpt2()
+    loop = Loop(tmp_path, model, batches(), [callback], accumulate=1, max_grad_norm=0.0, knows_items=True, epochs=15)
+    loop.lr_scheduler = make(loop.optimizer)
+    loop.train()
+    history = {key: vars(curve) for key, curve in callback.watch.history.items() if "robbins" in key}
+    if verdict is None:
+        assert history == {"stability/robbins_monro_so_far": {"steps": [70], "values": [1.0]}}
+    else:
+        assert history == {"stability/robbins_monro": {"steps": [1, 70], "values": [verdict] * 2}}
 
 
 def test_the_example_runs():

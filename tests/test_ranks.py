@@ -210,6 +210,31 @@ def test_players_of_the_joined_batch(found):
     assert not found[0]["game"]["said"]
 
 
+def test_a_checkpoint_does_not_cut_the_series_of_several_processes(found):
+    """Those of one process at its joined batch, whether it is saved every sixth step or not."""
+    ours = two_ranks.Soon(state="net", energies={"loss twice": lambda module, loss: 2 * loss})
+    twin = alone(two_ranks.smooth, ours, loader=two_ranks.joined(), steps=36, every_n_steps=1)
+    for own in found:
+        plain, saved = own["every step"]["plain"], own["every step"]["saved"]
+        assert repr(saved["history"]) == repr(plain["history"])
+        assert saved["history"]["stability/dissipation"][0] == [*range(11, 36)]
+        healthy = {key: curve for key, curve in saved["history"].items() if "broken" not in key}
+        close(healthy, twin, 1e-4)
+        # What fails on one process is left out on both, and the others go on.
+        assert all(map(math.isnan, saved["history"]["stability/dissipation_of/broken"][1]))
+        assert [bool(own_said) for own_said in (plain["said"], saved["said"])] == [own is found[1]] * 2
+
+
+def test_a_resumed_run_of_several_processes_goes_on_from_the_last_measurement_or_begins_anew(found):
+    for own in found:
+        (steps, values), (plain, expected) = (
+            own["every step"][name]["history"]["stability/dissipation"] for name in ("resumed", "saved")
+        )
+        assert steps == plain and values == pytest.approx(expected, rel=1e-6)
+        seldom = {name: own["now and then"][name]["history"]["stability/dissipation"] for name in ("resumed", "saved")}
+        assert seldom["saved"][0] == [15, 20, 25, 30, 35] and seldom["resumed"][0] == [15, 30, 35]
+
+
 def test_uneven_batches_an_unused_layer_and_a_failure_on_one_rank(found):
     own = found[0]["uneven"]
     with pytest.warns(UserWarning, match="out of memory"):

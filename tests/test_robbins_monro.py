@@ -10,8 +10,9 @@ from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 from transformers import optimization
 
-from lsp_callbacks.functional import PowerLaw, robbins_monro
+from lsp_callbacks.functional import PowerLaw, rate_decay, robbins_monro
 from lsp_callbacks.functional.robbins_monro import _FORMS
+from lsp_callbacks.rates import Rates
 
 S, INF = schedulers, math.inf
 
@@ -132,3 +133,155 @@ def test_groups_that_differ_have_no_common_form():
     optimizer = torch.optim.SGD([{"params": [p]}, {"params": [q]}], lr=0.1)
     assert robbins_monro(S.LambdaLR(optimizer, [PowerLaw(0.7), PowerLaw(0.3)])).holds is None
     assert robbins_monro(S.LambdaLR(optimizer, [PowerLaw(0.7), PowerLaw(0.7, start=9)])).holds is True
+
+
+# -- read off partial sums -------------------------------------------------------------------------------------------
+
+
+def rates(make, n, every=1):
+    """What is remembered of a schedule of torch, or of a function of the step, seen at every so many steps."""
+    found, scheduler = Rates(), None
+    if "o" in inspect.signature(make).parameters:
+        scheduler = make(sgd(lr=1.0))
+    steps = range(0, n, every) if isinstance(every, int) else every
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(n):
+            if step in steps:
+                found.add(step, make(step) if scheduler is None else scheduler.get_last_lr()[0])
+            if scheduler is not None:
+                scheduler.step()
+    return found
+
+
+def brute(make, T):
+    """From the schedule itself."""
+    late, early = (sum(make(t) for t in range(a, b)) for a, b in ((T // 2, T), (T // 4, T // 2)))
+    return 1 - math.log2(late / early)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.5, 0.51, 0.75, 1.0, 1.01, 1.25, 2.0])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_powers_are_read_within_the_tolerance(p, shift):
+    make = lambda t: max(t + shift, 1) ** -p  # noqa: E731
+    for n in (64, 72, 80, 1024, 4096):
+        found = rates(make, n + 1)
+        decay = rate_decay(found.marks)
+        assert decay.exponent == pytest.approx(brute(make, n), abs=1e-10)
+        assert decay.before == pytest.approx(brute(make, n // 2), abs=1e-10)
+        assert abs(decay.exponent - p) <= 2 * max(p, 0.25) / n and len(found.marks) <= 25
+        if p not in (0.51, 1.01) or n == 4096:
+            assert decay.holds == (0.5 < p <= 1), n
+
+
+def test_half_the_tolerance_is_what_half_a_step_does():
+    """Its constants: the change of p by a shift, by differences of the sums of shifted powers."""
+    for p, constant in ((0.5, 0.51), (1.0, 1.04)):
+        for shift, sign in ((0, 1), (1, -1)):
+            error = brute(lambda t, p=p, shift=shift: (t + shift) ** -p, 4096) - p
+            assert error == pytest.approx(sign * constant / 4096, rel=0.02)
+
+
+FADING = {
+    "power": (lambda o: S.LambdaLR(o, lambda t: (1 + t) ** -0.75), {1024: (0.75, True), 4096: (0.75, True)}),
+    "1 / t": (lambda o: S.LambdaLR(o, lambda t: 1 / (1 + t)), {128: (1.0, True), 4096: (1.0, True)}),
+    "root": (lambda o: S.LambdaLR(o, lambda t: (1 + t) ** -0.5), {128: (0.5, False), 4096: (0.5, False)}),
+    "product": (lambda o: S.MultiplicativeLR(o, lambda t: 1 - 0.75 / t), {4096: (0.75, True)}),
+    "constant": (lambda o: S.ConstantLR(o, 1.0), {128: (0.0, False), 4096: (0.0, False)}),
+    "geometric": (lambda o: S.ExponentialLR(o, 0.999), {1024: (0.54, False), 4096: (2.03, False)}),
+    "cosine": (lambda o: S.CosineAnnealingLR(o, 4096), {1024: (0.1, False), 3584: (1.41, False), 4096: (1.92, False)}),
+    "linear": (lambda o: S.PolynomialLR(o, 4096, 1.0), {1024: (0.16, False), 4096: (1.32, False)}),
+    "halved": (lambda o: S.StepLR(o, 1024, 0.5), {1024: (0.0, False), 2048: (1.0, False), 4096: (1.42, False)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FADING)
+def test_schedules_of_torch(name):
+    make, readings = FADING[name]
+    for T, (p, holds) in readings.items():
+        decay = rate_decay(rates(make, T + 1).marks)
+        assert decay.exponent == pytest.approx(p, abs=0.02) and decay.holds is holds
+
+
+@pytest.mark.parametrize("tau", [100, 700, 3000])
+def test_a_geometric_decay_never_passes(tau):
+    """Its p, in closed form, goes through (1/2, 1] between 0.94 and 1.93 tau."""
+    found, passing = Rates(), []
+    for t in range(4 * tau):
+        found.add(t, math.exp(-t / tau))
+        decay = rate_decay(found.marks)
+        assert not decay.holds
+        if t > 64 and 0.5 < decay.exponent <= 1:
+            passing.append(t / tau)
+        y = math.exp(-max(found.marks, default=1) / 4 / tau)
+        assert math.isnan(decay.exponent) or decay.exponent == pytest.approx(1 - math.log2(y + y * y), abs=1e-6)
+    assert passing[0] == pytest.approx(0.94, abs=0.13) and passing[-1] == pytest.approx(1.93, rel=0.13)
+
+
+def test_halved_every_n_steps():
+    found, held = Rates(), []
+    for t in range(20_000):
+        found.add(t, 0.5 ** (t // 200))
+        decay = rate_decay(found.marks)
+        held += [t] * bool(decay.holds)
+        if 64 <= t < 200:
+            assert decay.exponent == 0
+        if t == 8192:
+            assert decay.exponent == pytest.approx(1 + t / 800, rel=0.02)
+    assert held and 2.8 < min(held) / 200 <= max(held) / 200 < 3.2
+    assert decay.exponent == pytest.approx(1 + max(found.marks) / 800, rel=0.02)  # where sums are 1e-20 of the first
+
+
+def test_a_warm_up_is_forgotten():
+    make = lambda t: t / 50 if t < 50 else (t - 49) ** -0.75  # noqa: E731
+    readings = {n: rate_decay(rates(make, n + 1).marks) for n in (64, 256, 1024, 8192)}
+    assert readings[64].holds is False and readings[8192].holds is True
+    assert readings[8192].exponent == pytest.approx(0.75, abs=0.02)
+
+
+@pytest.mark.parametrize("every", [5, "random"])
+def test_steps_of_unequal_spacing(every):
+    """The rate of a step that nobody saw is that of the last one seen; p stays within the wider tolerance."""
+    if every == "random":
+        import random
+
+        every = {t for t in range(4097) if random.Random(t).random() < 0.2} | {0, 4096}
+    for p in (0.0, 0.5, 0.75, 1.0):
+        found = rates(lambda t, p=p: (1 + t) ** -p, 4097, every=every)
+        assert 5 <= found.gap < 80
+        decay = rate_decay(found.marks, gap=found.gap)
+        assert abs(decay.exponent - p) <= 2 * max(p, 0.01) * found.gap / 4096
+        assert decay.holds == (0.5 < p <= 1)
+
+
+def test_nothing_is_read_too_early_or_from_the_middle():
+    assert rate_decay({}).holds is None
+    dense = [rate_decay({t + 1: 0.1 for t in range(n)}).holds for n in (56, 64)]  # a mark at every step
+    assert dense == [None, False]
+    assert rate_decay(rates(lambda t: 0.1, 64).marks).holds is None  # the sum before step 64 is known at it
+    assert rate_decay(rates(lambda t: 0.1, 65).marks).holds is False
+    late = Rates()  # recorded from step 1000 on, the schedule being 1 / t: its beginning is not known
+    for t in range(1000, 10_000):
+        late.add(t, 1 / t)
+        assert rate_decay(late.marks).holds in ((None,) if t < 8192 else (True,))
+
+
+def test_rates_that_end_vanish_or_are_not_known():
+    ended = rate_decay(rates(lambda t: float(t < 100), 1000).marks)
+    assert math.isnan(ended.exponent) and ended.holds is False
+    begun = rate_decay(rates(lambda t: float(t > 100), 129).marks)
+    assert math.isnan(begun.exponent) and begun.holds is False
+    found = rates(lambda t: 0.1, 200)
+    found.add(200, math.nan)
+    assert not found.marks and found.total == pytest.approx(20)
+
+
+def test_what_is_remembered_survives_a_checkpoint(tmp_path):
+    whole, first = rates(lambda t: 1 / (1 + t), 3000), rates(lambda t: 1 / (1 + t), 1234)
+    torch.save(first.state_dict(), tmp_path / "rates")
+    second = Rates()
+    second.load_state_dict(torch.load(tmp_path / "rates", weights_only=True))
+    first.add(1234, 1e9)
+    for t in range(1234, 3000):
+        second.add(t, 1 / (1 + t))
+    assert vars(second) == vars(whole)

@@ -6,14 +6,18 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from problems import Regression, close, dense_hessian, f64, freeze, random, regression, take
+from test_checkpoint import Once
+from test_loops import cross_entropy, net
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from zoo import MOMENTUM, Model, fit
+from zoo import MOMENTUM, Model, data, fit
 
-from lsp_callbacks import ProbeSet, SGDLaw, StabilityMonitor, Unmeasurable
+from lsp_callbacks import Monitor, ProbeSet, SGDLaw, StabilityMonitor, Unmeasurable
 from lsp_callbacks.functional import PowerLaw, batch_variance, fit_noise, gradient_noise, sgd_law
+from lsp_callbacks.loops import Watch, watch_fabric
 from lsp_callbacks.operators.tangent_kernel import tangent_kernel
 from lsp_callbacks.probes import evaluation
 
@@ -344,6 +348,76 @@ def test_a_run_of_lightning_tells_schedule_and_sums():
     plain = StabilityMonitor([SGDLaw(probes=16, products=4)], every_n_steps=2)
     fit(lambda: Model(optimizer=MOMENTUM), plain, max_steps=3)
     assert plain.history["stability/robbins_monro"].values == [0.0] * 2
+
+
+def fading(optimizer, known):
+    schedule = PowerLaw(0.75)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule if known else lambda t: schedule(t))
+
+
+def test_a_schedule_of_unknown_form_is_read_off_its_rates(tmp_path):
+    """In Lightning, step by step, and resumed in the middle."""
+
+    class Fading(Model):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [{"scheduler": fading(optimizer, False), "interval": "step"}]
+
+    law = lambda: StabilityMonitor([SGDLaw(probes=16, products=4)], every_n_steps=12)  # noqa: E731
+    whole, resumed, cut = law(), law(), Once(tmp_path, 50)
+    fit(Fading, whole, cut, max_steps=100)
+    fit(Fading, resumed, ckpt_path=cut.path, max_steps=100)
+    for monitor in (whole, resumed):
+        assert not {"stability/robbins_monro"} & monitor.history.keys()
+        steps, values = vars(monitor.history["stability/rate_decay"]).values()
+        assert steps == [72, 84, 96] and monitor.history["stability/robbins_monro_so_far"].values == [1.0] * 3
+        close(values, [0.75] * 3, 0.02)
+    assert whole.history["stability/rate_decay"].values == resumed.history["stability/rate_decay"].values
+
+
+@pytest.mark.parametrize("kind", ["plain", "fabric"])
+@pytest.mark.parametrize("known", [True, False, None])
+def test_other_loops_show_their_schedulers(kind, known):
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    scheduler = fading(optimizer, known)
+    shown = {} if known is None else {"schedulers": [scheduler] if known else scheduler}
+    monitor = Monitor(SGDLaw(probes=16, products=4), every_n_steps=72)
+    if kind == "plain":
+        watch, module, stepper = Watch(model, optimizer, cross_entropy, monitor, **shown), model, optimizer
+    else:
+        run = Fabric(accelerator="cpu", devices=1)
+        module, stepper = run.setup(model, optimizer)
+        if known:  # made with what Fabric returned
+            shown = {"schedulers": fading(stepper, True)}
+        watch = watch_fabric(run, module, stepper, cross_entropy, monitor, **shown)
+    while watch.step < 73:
+        for batch in watch(data()):
+            stepper.zero_grad()
+            cross_entropy(module, batch).backward()
+            stepper.step(), scheduler.step()
+    if known:
+        assert set(monitor.history["stability/robbins_monro"].values) == {1.0}
+        assert not {"stability/rate_decay", "stability/robbins_monro_so_far"} & monitor.history.keys()
+    else:
+        assert "stability/robbins_monro" not in monitor.history
+        assert vars(monitor.history["stability/robbins_monro_so_far"]) == {"steps": [72], "values": [1.0]}
+
+
+def test_a_scheduler_of_another_optimizer_is_refused():
+    model, other = net(), SGD(net().parameters(), lr=0.1)
+    for wrong in (fading(other, True), [fading(other, True)], 3):
+        with pytest.raises(ValueError, match="schedulers="):
+            Watch(model, SGD(model.parameters(), lr=0.1), cross_entropy, schedulers=wrong)
+
+
+def test_values_of_an_earlier_release_are_not_misread():
+    law, old = SGDLaw(), SGDLaw()
+    state = old.state_dict()
+    state["values"] = torch.arange(20.0, dtype=f64)  # before the last two keys
+    law.load_state_dict(state, strict=False)
+    found = law.compute()
+    assert found["stability/rate_square_sum"] == 19 and "stability/rate_decay" not in found
 
 
 def test_convex_training_is_promised_a_rate():

@@ -7,6 +7,7 @@ import warnings
 from functools import partial
 from itertools import product
 
+import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import ModelParallelStrategy
@@ -117,6 +118,45 @@ def quantities():
         StabilityProfile(horizon=2, directions=2, samples=2, probes=8),
     )
     return ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", "robustness", *dear]
+
+
+class Saves(pl.Callback):
+    """Checkpoints of the trainer, and states that one process alone asks for."""
+
+    def __init__(self, folder, every, rank):
+        self.folder, self.every, self.rank = folder, every, rank
+
+    def on_train_batch_end(self, trainer, module, *args):
+        monitor = next(c for c in trainer.callbacks if isinstance(c, StabilityMonitor))
+        if trainer.global_step % self.every == 0:
+            trainer.save_checkpoint(os.path.join(self.folder, f"{trainer.global_step}.ckpt"))
+        if self.rank == trainer.global_step % WORLD:
+            monitor.state_dict()
+
+
+def fails_on_one(module, rank):
+    if rank:
+        raise KeyError("mine")
+    return sum(p.square().sum() for p in module.parameters())
+
+
+def energies(rank):
+    """One of which fails on the second process."""
+    return {"broken": partial(fails_on_one, rank=rank), "loss twice": lambda module, loss: 2 * loss}
+
+
+def checkpointed(folder, rank, every_n_steps, **plain):
+    """Saved more often than the series is long, and resumed from the end of the third epoch."""
+    found = {}
+    for name, saves, settings in (
+        ("plain", (), {}), ("saved", (Saves(folder, 6, rank),), {}),
+        ("resumed", (), {"ckpt_path": os.path.join(folder, "18.ckpt")}),
+    ):  # fmt: skip
+        ours = Soon(state="net", energies=energies(rank))
+        found[name] = trained(
+            smooth, StabilityMonitor([ours], every_n_steps=every_n_steps), *saves, **plain, **settings
+        )
+    return found
 
 
 # -- the processes ---------------------------------------------------------------------------------------------------
@@ -374,6 +414,8 @@ def main(folder):
     plain = {"loader": loader, "use_distributed_sampler": False, "max_steps": 30, **DDP}
     found["plain"] = trained(smooth, **plain)
     found["smooth"] = trained(smooth, StabilityMonitor(quantities(), every_n_steps=5), **plain)
+    found["every step"] = checkpointed(folder, rank, 1, **plain | {"max_steps": 36})
+    found["now and then"] = checkpointed(folder, rank, 5, **plain | {"max_steps": 36})
     images = DataLoader(dataset((1, 6, 6), torch.float32), batch_size=BATCH, shuffle=True)
     conv = {"loader": images, "max_steps": 12, **DDP}
     found["conv plain"] = trained(ConvNet, **conv)

@@ -273,6 +273,7 @@ class StabilityMonitor(Callback):
                         self._game.begin(batch)
                 else:
                     self._pending = self._kept(trainer, pl_module)
+            self.monitor.begin(pl_module, first=batch_idx % trainer.accumulate_grad_batches == 0)
             if self.monitor.quantities:
                 self.probes.add(batch)
             if not isinstance(self.loss_fn, Mapping):
@@ -490,9 +491,13 @@ class StabilityMonitor(Callback):
             rank_zero_info(verdict(self.history, self.monitor.ended_by))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._leave_game()
+        self._let_go()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self.monitor.close()
         self._leave_game()
 
     def _leave_game(self) -> None:
@@ -501,7 +506,6 @@ class StabilityMonitor(Callback):
         self._game = None
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self.monitor.cut_trace()
         if not self.save_vectors:
             self.monitor.drop()
             self.probes.drop(self.probes.population)

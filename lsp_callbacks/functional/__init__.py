@@ -24,7 +24,7 @@ from lsp_callbacks.functional.numerics import NumericRange, headroom, lost_share
 from lsp_callbacks.functional.proximal import Box, MaxNorm, Only, Ridge, SoftThreshold, SpectralClip
 from lsp_callbacks.functional.proximal_step import Promise, promise, proximal_gain
 from lsp_callbacks.functional.residual import ResidualStability, residual_stability
-from lsp_callbacks.functional.robbins_monro import PowerLaw, RobbinsMonro, robbins_monro
+from lsp_callbacks.functional.robbins_monro import PowerLaw, RateDecay, RobbinsMonro, rate_decay, robbins_monro
 from lsp_callbacks.functional.robustness import Sensitivity, sensitivity
 from lsp_callbacks.functional.secant import Secant, secant
 from lsp_callbacks.functional.sgd_law import NoiseFit, SGDLaw, fit_noise, sgd_law
@@ -73,6 +73,7 @@ __all__ = [
     "Only",
     "PowerLaw",
     "Promise",
+    "RateDecay",
     "ResidualStability",
     "Ridge",
     "RobbinsMonro",
@@ -134,6 +135,7 @@ __all__ = [
     "promise",
     "proximal_gain",
     "pushed",
+    "rate_decay",
     "reduce",
     "regularity",
     "rescale",

@@ -1,9 +1,9 @@
-"""Whether a schedule's rates fade as Robbins and Monro ask, told from its form."""
+"""Whether a schedule's rates fade as Robbins and Monro ask, told from its form, or read off the steps so far."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,9 @@ from torch.optim import lr_scheduler as torch_schedulers
 from torch.optim.swa_utils import SWALR
 
 Exponent = float | None
+
+#: Steps below which nothing is read off the rates.
+ENOUGH = 64
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,73 @@ def robbins_monro(*schedulers: Any) -> RobbinsMonro:
     else:
         reason = f"no: the rates {'do not fade' if a == 0 else 'grow'}, and the sum of their squares is infinite"
     return RobbinsMonro(a, 0.5 < a <= 1, reason)
+
+
+@dataclass(frozen=True)
+class RateDecay:
+    """How the rates have faded over the last octaves of steps.
+
+    Attributes:
+        exponent: p where they fell like ``t^-p`` over the last two octaves; NaN where they ended, or too few are known.
+        before: p of the two octaves that end half-way.
+        holds: whether both are in (1/2, 1]; None where too few steps are known.
+    """
+
+    exponent: float
+    before: float
+    holds: bool | None
+
+
+def rate_decay(sums: Mapping[int, float], *, gap: int = 1) -> RateDecay:
+    """How fast the rates fade, from partial sums, where the form of the schedule does not tell.
+
+    This is a reading of the steps so far, not a verdict: of infinity no finite number of steps can tell. By Cauchy's
+    condensation the sum of falling rates grows without bound as their sums over octaves of steps do. For ``lr = t^-p``
+
+        ``S(T/2, T) / S(T/4, T/2) = 2^(1 - p)``,  so  ``p = 1 - log2`` of that ratio:
+
+    ``p <= 1`` where octaves do not shrink and the rates' sum is infinite, ``p > 1/2`` where those of the squares do.
+    Steps before T/8, and so a warm-up, have no say once they are over. ``(1 + t / start)^-p`` reads its own p only for
+    T far above ``start``, from below.
+
+    It ``holds`` where this is so at T and at T/2: what is no power passes through (1/2, 1] on its way. A geometric
+    decay over tau steps does so between T = 0.94 tau and 1.93 tau, but at T/2 it reads at most 0.51 meanwhile. A rate
+    that is halved every n steps reads 0 until T = n, an uneven rise after it, in which it may hold for a moment near
+    T = 3 n, and soon ``1 + T / (4 n)``, without end.
+
+    Steps are whole: whether the first is the 0th or the 1st, and whether a rate stands for the time before or after it,
+    moves t by half a step, and p by ``(gap / 2) |d log2(ratio) / dT|``, which is ``0.51 gap / T`` at p = 1/2 and
+    ``1.04 gap / T`` at 1. Twice that is the tolerance, ``2 p gap / T``: 1 passes, and 1/2 does not.
+
+    Args:
+        sums: at rising steps, those of the rates since the one before. T is the last, and T/2, T/4 and T/8 are there.
+        gap: the most steps between two whose rates were seen.
+
+    Source: Cauchy 1821; Knopp 1951, section 16; Katende 2025, Thm 5.3; MATH section 7.
+
+    Example:
+        >>> from lsp_callbacks.functional import rate_decay
+        >>> found = rate_decay({t + 1: (1 + t) ** -0.75 for t in range(1024)})
+        >>> round(found.exponent, 2), found.holds
+        (0.75, True)
+    """
+    T = max(sums, default=0)
+    now, before = _power(sums, T), _power(sums, T // 2)
+    if now is None or before is None or T < ENOUGH:
+        return RateDecay(math.nan, math.nan, None)
+    holds = all(0.5 + gap / end < p <= 1 + 2 * gap / end for p, end in ((now, T), (before, T // 2)))
+    now, before = (p if math.isfinite(p) else math.nan for p in (now, before))
+    return RateDecay(now, before, holds)
+
+
+def _power(sums: Mapping[int, float], T: int) -> float | None:
+    """The exponent of the octaves before T; infinity where the rates ended, None where not all of it is known."""
+    if T % 4 or not {T, T // 2, T // 4} <= sums.keys():
+        return None
+    late, early = (sum(one for t, one in sums.items() if end // 2 < t <= end) for end in (T, T // 2))
+    if not late > 0:
+        return math.inf
+    return 1.0 - math.log2(late / early) if early > 0 else -math.inf
 
 
 def _product(exponents: Iterable[Exponent]) -> Exponent:

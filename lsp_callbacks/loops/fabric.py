@@ -23,7 +23,7 @@ def watch_fabric(
         optimizer: as set up.
         loss_fn: ``(module, batch) -> loss``; the module that it is given converts and casts as Fabric's does.
         monitor: see `Watch`.
-        settings: see `Watch`.
+        settings: see `Watch`; ``schedulers`` may have been made with either optimizer.
     """
     precision = fabric.strategy.precision
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lsp_callbacks.loops.plain import Log, Watch
+from lsp_callbacks.loops.plain import Log, Watch, moves
 from lsp_callbacks.monitor import Monitor
 from lsp_callbacks.probing import Criterion, ForwardFn, population
 from lsp_callbacks.snapshot import Clipping, Unmodelled
@@ -25,6 +25,9 @@ class StabilityCallback(TrainerCallback):
     A callback is not shown the batches, so a hook before the model's forward pass notes its arguments. The loss must be
     the model's own, without label smoothing and ``compute_loss_func``. Finite global values go to
     ``trainer.state.log_history``; all of them are in ``watch.history``.
+
+    The Trainer's scheduler is a ``LambdaLR``, whose verdict in `SGDLaw` is that of transformers' own function: linear,
+    cosine and polynomial to 0 do not pass, nor do constant ones and the inverse root; others are read off the rates.
 
     The Trainer clips gradients by norm unless ``max_grad_norm=0``; what needs the update is that of the clipped step.
 
@@ -54,16 +57,19 @@ class StabilityCallback(TrainerCallback):
         self._losses: list[Tensor] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        model, wrapped = kwargs["model"], kwargs["optimizer"]
+        optimizer = getattr(wrapped, "optimizer", wrapped)  # accelerate wraps both
+        scheduler = getattr(kwargs.get("lr_scheduler"), "scheduler", kwargs.get("lr_scheduler"))
         self.watch = Watch(
             model,
-            getattr(optimizer, "optimizer", optimizer),  # accelerate wraps it
+            optimizer,
             self._loss,
             self.monitor,
             accumulate=args.gradient_accumulation_steps,
             log=self._keep,
-            scaler=getattr(optimizer, "scaler", None),  # of accelerate's wrapper
+            scaler=getattr(wrapped, "scaler", None),
             clipping=Clipping(args.max_grad_norm) if (args.max_grad_norm or 0) > 0 else None,
+            schedulers=(scheduler,) if moves(scheduler, optimizer) else (),
             **self._settings,
         )
         self.watch.probe_loss = _model_loss

@@ -45,12 +45,15 @@ class Watch:
             update map, and is compared with what the parameters really become.
         scaler: of mixed precision, where the loop scales its loss: its factor is part of the head-room of the gradient,
             and a gradient that has overflowed is no step.
+        schedulers: one or several of ``torch.optim.lr_scheduler`` that move the optimizer's rate: `SGDLaw` tells their
+            form. Where none are given, nothing is taken for known.
         unmodelled: why the update is not the optimizer's step on this loss, where you know it; what needs the update is
             then left out.
         seed: of our own random choices, which never touch the global state.
 
     Raises:
-        ValueError: for ``accumulate`` below 1, or one of ``forward_fn`` and ``criterion`` without the other.
+        ValueError: for ``accumulate`` below 1, one of ``forward_fn`` and ``criterion`` without the other, a
+            scheduler that moves another optimizer.
 
     Cost: beside the measurements, one gradient for each measured step.
 
@@ -85,6 +88,7 @@ class Watch:
         clipping: Clipping | None = None,
         prox: Prox | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        schedulers: Any = (),
         unmodelled: str | None = None,
         seed: int = 0,
     ):
@@ -101,7 +105,7 @@ class Watch:
         self.probes = Probes(wanted, forward_fn, criterion)
         #: Whose criterion tells outputs from targets.
         self.probe_loss: Callable[[nn.Module, Any], Any] = loss_fn
-        self.prox, self.scaler = prox, scaler
+        self.prox, self.scaler, self.schedulers = prox, scaler, _schedulers(schedulers, optimizer)
         self._destination = Destination()
         self._published: Observation | None = None
         self.step = 0
@@ -137,12 +141,14 @@ class Watch:
         if not self._required:
             self._require()
         self._check_update()
-        if self.batches in (0, self.accumulate):  # the second: a gradient scaler left the last update out
+        first = self.batches in (0, self.accumulate)  # the second: a gradient scaler left the last update out
+        if first:
             self.batches, self._pending, self._seen = 0, None, None
             self._guard.begin()
             if self.monitor.wants(self.step):
                 with self.monitor.harmless("the step could not be kept for a replay"):
                     self._pending = PendingStep(self.module)
+        self.monitor.begin(self.module, first=first)
         self.batches += 1
         self.probes.add(batch)
         self._guard.add(batch, self._loss)
@@ -172,7 +178,8 @@ class Watch:
         self._seen = loss.detach() if self._seen is None else self._seen + loss.detach()
 
     def close(self) -> None:
-        """Takes the hooks from the optimizer."""
+        """Takes the hooks from the optimizer, and from the module where energies look at its state."""
+        self.monitor.close()
         for hook in self._hooks:
             hook.remove()
 
@@ -210,6 +217,7 @@ class Watch:
                 keep=self.monitor.keeps,
                 probes=probes,
                 scale=1.0 if self.scaler is None else float(self.scaler.get_scale()),
+                schedulers=self.schedulers,
                 seed=self.seed,
             )
             snapshot = witnessed(snapshot)
@@ -256,3 +264,18 @@ def _several(processes: int) -> str | None:
     if processes == 1:
         return None
     return f"{processes} processes: a loop of one's own is measured in one, Lightning's Trainer with 'ddp' in several"
+
+
+def _schedulers(given: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, ...] | None:
+    """None where none are given: then nobody knows."""
+    found = tuple(given) if isinstance(given, list | tuple) else (given,)
+    for one in found:
+        if not moves(one, optimizer):
+            raise ValueError(f"schedulers={one!r} does not move this optimizer's rate: give those that do, or none")
+    return found or None
+
+
+def moves(scheduler: Any, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is this optimizer's, which Fabric and accelerate wrap."""
+    moved = getattr(scheduler, "optimizer", None)
+    return getattr(moved, "optimizer", moved) is optimizer

@@ -35,6 +35,7 @@ class Quantity(Metric):
         needs_update: whether the optimizer's update map enters.
         recorded: steps of the `Trace` that it looks back on, at most; 0 asks for none.
         energies: what the trace is to record beside loss and rate, by name.
+        final_state: name of the module whose output the energies see as ``state``; None where none asks for it.
         picture: what ``plot`` shows at the end of a run, as a name for files and loggers, where it is neither a key nor
             the beginning of one; empty without a picture. Such a ``plot`` needs no argument, keeps what it shows when
             `load_vectors` forgets, returns a figure first, and raises ValueError where there is nothing to show.
@@ -49,6 +50,7 @@ class Quantity(Metric):
     needs_update: bool = False
     recorded: int = 0
     energies: Mapping[str, Energy] = MappingProxyType({})
+    final_state: str | None = None
     picture: str = ""
     plays: bool = False
     full_state_update = False

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lsp_callbacks.arguments import choice, whole
 from lsp_callbacks.functional.gradient_noise import GradientNoise, batch_variance, gradient_noise
-from lsp_callbacks.functional.robbins_monro import robbins_monro
+from lsp_callbacks.functional.robbins_monro import rate_decay, robbins_monro
 from lsp_callbacks.functional.sgd_law import fit_noise, sgd_law
 from lsp_callbacks.linalg import Ritz, Sketch, lanczos
 from lsp_callbacks.operators.curvature import Method, resolved
@@ -61,7 +61,10 @@ class SGDLaw(Quantity):
     ``sgd_law_eta_max`` and ``sgd_law_floor`` (of plain SGD with one rate), ``gradient_noise_scale`` in samples with its
     one-sided 90 % bounds (absent where the probes cannot tell the gradient from its noise). ``robbins_monro`` is 1 or 0
     by the form of the schedulers, where the loop shows them and the form is known (`functional.robbins_monro` gives the
-    reason); ``rate_sum`` and ``rate_square_sum`` are partial sums over the steps so far, and say nothing of infinity.
+    reason). Where it is not known, and from 64 steps on, ``rate_decay`` is p of rates that fall like ``t^-p``, read off
+    partial sums over the last octaves of steps, and ``robbins_monro_so_far`` 1 where it is, and was half-way, in (1/2,
+    1], otherwise 0 (`functional.rate_decay`): a reading of the steps so far, no verdict. ``rate_sum`` and
+    ``rate_square_sum`` are the partial sums themselves.
 
     Raises:
         ValueError: for bad arguments.
@@ -80,7 +83,7 @@ class SGDLaw(Quantity):
         "stability/sigma_0_squared", "stability/sigma_0_squared_error", "stability/sigma_1_squared",
         "stability/sigma_1_squared_error", "stability/gradient_noise_scale", "stability/gradient_noise_scale_lower",
         "stability/gradient_noise_scale_upper", "stability/robbins_monro", "stability/rate_sum",
-        "stability/rate_square_sum",
+        "stability/rate_square_sum", "stability/rate_decay", "stability/robbins_monro_so_far",
     )  # fmt: skip
     needs_update = True
     recorded = 1
@@ -200,11 +203,16 @@ class SGDLaw(Quantity):
                 "stability/sgd_law_eta_max": law.eta_max,
                 "stability/sgd_law_floor": law.floor,
             }
-        if snapshot.schedulers is not None and (holds := robbins_monro(*snapshot.schedulers).holds) is not None:
-            found["stability/robbins_monro"] = float(holds)
+        form = None if snapshot.schedulers is None else robbins_monro(*snapshot.schedulers).holds
+        if form is not None:
+            found["stability/robbins_monro"] = float(form)
         if snapshot.trace is not None and len(snapshot.trace):
-            found["stability/rate_sum"] = snapshot.trace.rate_sum
-            found["stability/rate_square_sum"] = snapshot.trace.rate_squares
+            rates = snapshot.trace.rates
+            found["stability/rate_sum"], found["stability/rate_square_sum"] = rates.total, rates.squares
+            decay = rate_decay(rates.marks, gap=rates.gap)
+            if form is None and decay.holds is not None:
+                found["stability/rate_decay"] = decay.exponent
+                found["stability/robbins_monro_so_far"] = float(decay.holds)
         return found
 
     def compute(self) -> dict[str, Tensor]:
