@@ -161,9 +161,7 @@ def operator_norm(
         )
     if start is None:
         generator = generator or torch.Generator(operator.device).manual_seed(0)
-        start = torch.randn(
-            *operator.batch, operator.shape[1], dtype=operator.dtype, device=operator.device, generator=generator
-        )
+        start = _randn((*operator.batch, operator.shape[1]), operator.dtype, operator.device, generator)
     ritz = lanczos(operator.T @ operator, start, steps=steps, tol=tol, generator=generator)
     top = ritz.pair(-1)
     value = top.value.clamp_min(0).sqrt()
@@ -199,9 +197,9 @@ def spectrum_bounds(ritz: Ritz, *, failure: float = 1e-3) -> tuple[Tensor, Tenso
 
     Lanczos' vectors are ``q_j(A) b`` with polynomials q_j of degree ``j = 0 ... k``, so that their overlaps with the
     eigenvector u of the largest eigenvalue are ``q_j(lambda) <u, b>``, and ``<u, b>^2 sum_j q_j(lambda)^2 <= 1`` by
-    Bessel. With ``P(|<u, b>| < d sqrt(pi / 2n)) <= d`` the largest eigenvalue is, except with probability d, at most the
-    point above all Ritz values where ``sum_j q_j^2 = 2 n / (pi d^2)``. It is the same event for every k: one may stop
-    when one likes. Once a block is invariant (beta = 0, or k = n) the bound is the largest Ritz value.
+    Bessel. With ``P(|<u, b>| < d sqrt(pi / 2n)) <= d`` the largest eigenvalue is, except with probability d, at most
+    the point above all Ritz values where ``sum_j q_j^2 = 2 n / (pi d^2)``. It is the same event for every k: one may
+    stop when one likes. Once a block is invariant (beta = 0, or k = n) the bound is the largest Ritz value.
 
     Products that are not exact: rounding, and what breaks the three-term recurrence, is added. The bound is one of what
     they are products of.
@@ -244,13 +242,13 @@ def spectrum_bounds(ritz: Ritz, *, failure: float = 1e-3) -> tuple[Tensor, Tenso
 
 
 #: Points of a grid that brackets the bound, and how often it is refined.
-_POINTS, _ROUNDS = 128, 4
+_POINTS, _ROUNDS = 1024, 5
 
 
 def _reach(middle: Tensor, couplings: Tensor, top: Tensor, enough: float) -> Tensor:
     """The point above ``top`` where ``log sum_j q_j^2`` reaches ``enough``; from above."""
-    scale = torch.maximum(middle.abs().amax(-1), couplings.amax(-1)).clamp_min(torch.finfo(torch.float64).tiny)
-    below, above = torch.zeros_like(top), 4 * scale
+    size = torch.maximum(middle.abs().amax(-1), couplings.amax(-1))
+    below, above = torch.zeros_like(top), 4 * size.clamp_min(torch.finfo(torch.float64).tiny)
     # Beyond 4 scales every degree multiplies q by more than 2.
     while bool((short := _log_growth(middle, couplings, top + above) < enough).any()):
         above = torch.where(short, 2 * above, above)
@@ -261,7 +259,7 @@ def _reach(middle: Tensor, couplings: Tensor, top: Tensor, enough: float) -> Ten
         first = reached.int().argmax(-1, keepdim=True)  # the last point reaches it always
         above = points.gather(-1, first)[..., 0]
         below = torch.where(first > 0, points.gather(-1, (first - 1).clamp_min(0)), below[..., None])[..., 0]
-    return torch.where(top.isnan(), top, top + above)
+    return torch.where(size > 0, top + above, top)  # NaN stays, and nothing is no more than nothing
 
 
 def _log_growth(middle: Tensor, couplings: Tensor, at: Tensor) -> Tensor:
@@ -295,12 +293,19 @@ def _unit(vector: Tensor, generator: torch.Generator, basis: Tensor) -> Tensor:
     """``vector`` normalised; where it vanishes, a random direction orthogonal to ``basis``."""
     norm = _norm(vector)
     if bool((norm == 0).any()):
-        random = torch.randn(vector.shape, dtype=vector.dtype, device=vector.device, generator=generator)
+        random = _randn(vector.shape, vector.dtype, vector.device, generator)
         for _ in range(2):
             random, _ = _orthogonalise(random, basis)
         vector = torch.where(norm == 0, random, vector)
         norm = _norm(vector)
     return vector / norm
+
+
+def _randn(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, generator: torch.Generator
+) -> Tensor:
+    """Wherever the generator lives."""
+    return torch.randn(shape, dtype=dtype, device=generator.device, generator=generator).to(device)
 
 
 def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
