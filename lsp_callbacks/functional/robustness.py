@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lsp_callbacks.linalg import LinearOperator, operator_norm
 
-
 #: Rows or columns up to which norms are exact.
 FEW = 10
 

@@ -60,8 +60,16 @@ class StabilityProfile(Windowed):
     those of their weights times the slopes of their activations (Thm 4.1). *Training*, over ``horizon`` real steps:
     ``sigma_theta``, the norm of ``d theta_T/d theta_0`` on a frame of random directions and the sharp one, a lower
     bound; its mean square over random directions; ``sigma_u``, the displacement by noise in the gradients. *Both*:
-    ``sigma_output``, how the initial parameters move the predictions at the end, ``||J_T A_T ... A_1||`` on the frame,
-    and the growth in function space.
+    ``sigma_output`` and ``sigma_explanation``, how the initial parameters move the predictions and their input
+    gradients at the end, ``||J_T A_T ... A_1||`` on the frame, and the growth in function space.
+
+    Bounds from one-step norms: ``sigma_theta_bound = prod_t ||A_t||``, ``sigma_u_bound = (sum_s (prod_(t > s)
+    ||A_t||)^2 ||B_s||_F^2 / P)^(1/2)``, and ``||J_T||`` times the first. All of a window hold with probability 0.998,
+    over the starts of Lanczos, for the products as they are taken (differences err by 0.1 %). With momentum or a
+    preconditioner norms are those of parameters and state in the weights of `lsp_callbacks.operators.step_norm.state_scale` at
+    the window's start; they are 1 on the parameters, so that the bounds are Euclidean there. Under momentum a
+    product of norms is loose (up to 1.6 a step at beta = 0.9), under Adam in its first steps it says nothing. A real
+    displacement of the start, ``d``, moves the outputs by at most ``d sigma_output_bound``, to first order in d.
 
     All are numbers of one finite network and window: the limsup of the theory does not exist for them. Exponents are
     divided by the layers L or the steps T that were travelled, the endpoint is taken, and an exponent of 0 does not
@@ -77,19 +85,23 @@ class StabilityProfile(Windowed):
             ``1 / sqrt(2 (k - 1))``.
         samples: of the step's batch, for sigma^x.
         probes: training samples for the joint form; at least so many are taken where they are known.
+        bounds: Hessian products a step for its norm; 0 leaves out the bounds of training.
         method: of the Hessian products.
 
     Keys: ``stability/alpha_x`` with ``_median`` (of the samples), ``_jacobian_bound``, ``_jacobian_gap`` (bound less
     truth) and, where all layers have one, ``_norm_bound`` and ``_norm_gap``; ``sigma_x/<layer>``, ``sigma_x_max``,
-    ``sigma_x_residual`` (relative; the norms are lower bounds up to it); ``depth``; ``alpha_theta``, ``sigma_theta``;
+    ``sigma_x_residual`` (relative; the norms are lower bounds up to it), ``sigma_x_converged`` (1 or 0); ``depth``; all
+    these where the network has a depth, otherwise `undefined` says why; ``alpha_theta``, ``sigma_theta``;
     ``alpha_theta_mean_square`` and ``sigma_theta_mean_square``, ``alpha_u`` (over (T - 1) / 2 steps) and ``sigma_u``,
     each with ``_error``; ``horizon``; where outputs are told from the loss, ``sigma_output`` and ``alpha_output`` with
-    ``_error``.
+    ``_error``; where the network is smooth ``sigma_explanation``. ``sigma_theta_bound``, ``sigma_u_bound``,
+    ``sigma_output_bound``, ``sigma_explanation_bound``, ``alpha_theta_bound`` and ``alpha_u_bound`` with ``_gap``
+    (bound less truth): where the optimizer has a formula, else `unbounded_training` says why.
 
     Raises:
         ValueError: for a horizon or directions below 2, samples or probes below 1.
 
-    Cost: ``2 directions + 1`` Hessian products a step, the alignment shared with sharpness, and some 20 passes of a few
+    Cost: ``2 directions + 1 + bounds`` Hessian products a step, the alignment shared with sharpness, and some 20 passes of a few
     samples through half of the network for each layer.
 
     Source: Katende, Secs. 2 to 4; MATH section 4.
