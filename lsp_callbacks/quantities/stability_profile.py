@@ -66,8 +66,8 @@ class StabilityProfile(Windowed):
     Bounds from one-step norms: ``sigma_theta_bound = prod_t ||A_t||``, ``sigma_u_bound = (sum_s (prod_(t > s)
     ||A_t||)^2 ||B_s||_F^2 / P)^(1/2)``, and ``||J_T||`` times the first. All of a window hold with probability 0.998,
     over the starts of Lanczos, for the products as they are taken (differences err by 0.1 %). With momentum or a
-    preconditioner norms are those of parameters and state in the weights of `lsp_callbacks.operators.step_norm.state_scale` at
-    the window's start; they are 1 on the parameters, so that the bounds are Euclidean there. Under momentum a
+    preconditioner norms are those of parameters and state in the weights of `operators.step_norm.state_scale` at the
+    window's start; they are 1 on the parameters, so that the bounds are Euclidean there. Under momentum a
     product of norms is loose (up to 1.6 a step at beta = 0.9), under Adam in its first steps it says nothing. A real
     displacement of the start, ``d``, moves the outputs by at most ``d sigma_output_bound``, to first order in d.
 
@@ -101,8 +101,8 @@ class StabilityProfile(Windowed):
     Raises:
         ValueError: for a horizon or directions below 2, samples or probes below 1.
 
-    Cost: ``2 directions + 1 + bounds`` Hessian products a step, the alignment shared with sharpness, and some 20 passes of a few
-    samples through half of the network for each layer.
+    Cost: ``2 directions + 1 + bounds`` Hessian products a step, the alignment shared with sharpness, and some 20 passes
+    of a few samples through half of the network for each layer.
 
     Source: Katende, Secs. 2 to 4; MATH section 4.
     """
