@@ -40,7 +40,7 @@ QUANTITIES = {
     "leave_one_out": ("samples", "window", "method"),
     "signal_propagation": ("samples", "method"),
     "numerics": (),
-    "stability_profile": ("horizon", "directions", "samples", "probes", "method"),
+    "stability_profile": ("horizon", "directions", "samples", "probes", "bounds", "method"),
 }
 
 

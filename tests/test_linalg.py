@@ -25,10 +25,12 @@ from lsp_callbacks.linalg import (
     identity_like,
     lanczos,
     lyapunov_exponents,
+    norm_upper,
     operator_norm,
     orthonormalise,
     push,
     spectral_radius,
+    spectrum_bounds,
 )
 
 SPECTRA = {
@@ -171,6 +173,88 @@ def test_a_warm_start_saves_products():
     cold = operator_norm(from_matrix(A), steps=40, tol=1e-6)
     warm = operator_norm(from_matrix(A + 1e-3 * random(60, 40, seed=1)), cold.vector, steps=40, tol=1e-3)
     assert warm.converged and warm.products < cold.products / 2
+
+
+# Bounds from above ---------------------------------------------------------------------------------------------------
+
+#: What Lanczos finds hard: no gap, Chebyshev's points (the worst for a polynomial), a top one that hides.
+HARD = {
+    "uniform": torch.linspace(0, 1, 200, dtype=f64),
+    "chebyshev": 0.5 - 0.5 * torch.cos(math.pi * (torch.arange(200, dtype=f64) + 0.5) / 200),
+    "nearly hidden": torch.cat([torch.linspace(0, 0.99, 199, dtype=f64), torch.ones(1, dtype=f64)]),
+    "decaying": torch.logspace(-4, 0, 200, dtype=f64),
+    "far apart": torch.cat([torch.linspace(-0.1, 0.1, 197, dtype=f64), torch.tensor([-2.0, 5.0, 30.0], dtype=f64)]),
+}
+
+
+def family(spectrum, starts):
+    """One diagonal operator as a batch, and as many random starts."""
+    A = LinearOperator((len(spectrum),) * 2, lambda x: spectrum * x, lambda x: spectrum * x, batch=(starts,), dtype=f64)
+    return A, random(starts, len(spectrum), seed=4)
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_bounds_of_the_spectrum_fail_as_rarely_as_they_say(name):
+    spectrum = HARD[name].sort().values
+    A, start = family(spectrum, 4000)
+    for steps, failure in [(2, 1e-2), (8, 0.1), (8, 1e-2), (20, 0.1), (20, 1e-2)]:
+        ritz = lanczos(A, start, steps=steps, tol=0.0)
+        low, high = spectrum_bounds(ritz, failure=failure)
+        for missed in (high < spectrum[-1], low > spectrum[0]):
+            assert missed.double().mean() <= failure + 4 * (failure / 4000) ** 0.5
+        assert (high >= ritz.values[:, -1]).all() and (low <= ritz.values[:, 0]).all()
+        if spectrum[0] >= 0:  # never above what Kuczynski & Wozniakowski have for the worst of all spectra
+            defect = (math.log(1.648 * 200**0.5 / failure) / (2 * steps - 1)) ** 2
+            assert defect >= 1 or (high <= ritz.values[:, -1] / (1 - defect)).all()
+
+
+def test_bounds_are_missed_as_often_as_they_may_be():
+    """The probability is not a safe guess: where the top hides, one start in ten is too nearly orthogonal to it."""
+    spectrum = HARD["nearly hidden"]
+    _, high = spectrum_bounds(lanczos(*family(spectrum, 4000), steps=40, tol=0.0), failure=0.1)
+    assert 0.06 < (high < 1).double().mean() < 0.12 and high.median() < 1.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, f64])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_bounds_of_small_matrices_are_their_ends(name, dtype):
+    A = symmetric(SPECTRA[name]).to(dtype)
+    true = torch.linalg.eigvalsh(symmetric(SPECTRA[name]))
+    for steps in range(1, len(A) + 1):
+        low, high = spectrum_bounds(lanczos(from_matrix(A), random(len(A), seed=5).to(dtype), steps=steps, tol=0.0))
+        assert low <= true[0] and true[-1] <= high
+    eps = max(1e-7, 100 * torch.finfo(dtype).eps) * float(true.abs().max().clamp_min(1))
+    close(torch.stack([low, high]), true[[0, -1]], eps)
+
+
+def test_a_start_in_an_invariant_subspace_has_its_own_bounds():
+    """Lanczos goes on in a fresh direction; the bounds hold all that it has seen."""
+    A = torch.diag(torch.tensor([1.0, 2.0, 2.0, 2.0, 7.0], dtype=f64))
+    start = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0], dtype=f64)
+    low, high = spectrum_bounds(lanczos(from_matrix(A), start, steps=4, tol=0.0))
+    assert low <= 1 and high >= 7
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (3, 300), (300, 1), (200, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, f64])
+def test_norms_from_above(shape, dtype):
+    A = random(*shape).to(dtype)
+    true = torch.linalg.matrix_norm(A.double(), 2)
+    for steps in (3, 8, 30):
+        bound = norm_upper(from_matrix(A), steps=steps)
+        assert true <= bound <= true * (1 + 1e-5 if steps >= min(shape) else {3: 9, 8: 1.2, 30: 1.05}[steps])
+    pair = torch.stack([A, 2 * A])
+    close(norm_upper(from_matrix(pair)) / true, [1.0, 2.0], 0.1)
+
+
+def test_only_a_random_start_gives_a_bound():
+    A = from_matrix(random(4, 4))
+    assert operator_norm(A).upper is None and operator_norm(A, failure=0.1).upper is not None
+    with pytest.raises(ValueError, match="random start"):
+        operator_norm(A, torch.ones(4, dtype=f64), failure=0.1)
+    with pytest.raises(ValueError, match="probability"):
+        norm_upper(A, failure=0.0)
+    assert norm_upper(from_matrix(torch.full((3, 3), math.nan))).isnan() and norm_upper(0.0 * A) == 0
 
 
 def test_zero_operator_has_norm_zero():

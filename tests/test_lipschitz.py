@@ -368,8 +368,7 @@ def test_large_layers_are_bounded_from_above_by_a_few_per_cent(monkeypatch):
             patch.setattr(module_lipschitz, "SMALL", 10)
             assert exact <= norm_upper(from_matrix(A)) <= 1.04 * exact
             assert exact <= norm_upper(from_matrix(A), steps=8) <= 2 * exact  # not converged, and a bound still
-            with pytest.raises(ValueError, match="too few"):
-                norm_upper(from_matrix(A), steps=3)
+            assert exact <= norm_upper(from_matrix(A), steps=3) <= 5 * exact
 
 
 class Gate(nn.Module):

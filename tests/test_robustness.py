@@ -81,8 +81,60 @@ def test_numbers_are_norms_of_dense_derivatives():
         assert float(expected) > 1e-2
         close(found[name], expected, 1e-4)
         close(found[f"{name}_lower"], expected, 1e-3)  # a displacement so small is the derivative
+        most = 1.25 if name.endswith("theta") else 1 + 1e-6  # 3 outputs and 4 inputs are few
+        assert expected * (1 - 1e-9) <= found[f"{name}_upper"] <= most * expected
     assert found["kinked"] == 0.0 and found["residual"] < 1e-3
     assert task.net.training
+
+
+class Wide(nn.Module):
+    """Many outputs of many parameters: Lanczos cannot be exact."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(40, 30), nn.Linear(30, 60)
+
+    def forward(self, x):
+        return self.last(self.first(x).tanh())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_first_order_bounds_hold_where_norms_are_not_exact(seed):
+    task = Task(seeded(Wide(), seed), 5, 40)
+    found, truth = measured(task, samples=5), dense(task)
+    for name in KEYS:
+        expected = float(norm(name, truth[name]))
+        assert found[name] <= expected * (1 + 1e-9) <= found[f"{name}_upper"] * (1 + 1e-8)
+        assert found[f"{name}_upper"] <= 1.15 * expected
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.1, 1.0])
+def test_no_displacement_exceeds_the_certified_bound(size):
+    """A network in a flat part of its activation: the first order says little of what lies further."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    task = Task(net, samples=3)
+    with torch.no_grad():
+        net[0].bias += 3.0
+    found = measured(task, samples=3, size=size)
+    close(
+        found["prediction_certified"],
+        torch.linalg.matrix_norm(net[0].weight, 2) * torch.linalg.matrix_norm(net[2].weight, 2), 1e-6,
+    )  # fmt: skip
+    assert found["prediction_upper"] < 0.5 * found["prediction_certified"]
+    v = random(2000, 3, 4, seed=1)
+    v = v / v.norm(dim=-1, keepdim=True) * torch.logspace(-2, 1.5, 2000, dtype=f64)[:, None, None]
+    with torch.no_grad():
+        changes = (net(task.x + v) - net(task.x)).norm(dim=-1) / v.norm(dim=-1)
+    assert found["prediction_upper"] < changes.max() <= found["prediction_certified"]
+    assert found["prediction_lower"] <= found["prediction_certified"]
+
+
+def test_what_has_no_lipschitz_constant_is_not_certified():
+    task = Task(
+        nn.Sequential(nn.Unflatten(1, (2, 2)), nn.TransformerEncoderLayer(2, 1, 4, batch_first=True), nn.Flatten())
+    )
+    found = measured(task)
+    assert "prediction_certified" not in found and "prediction_upper" in found
 
 
 def test_operators_are_dense_derivatives():
@@ -193,7 +245,7 @@ def test_custom_functions_are_trusted_with_no_second_derivative():
 def test_half_precision_has_no_lower_bounds():
     task = Task(smooth()).bfloat16()
     found = measured(task)
-    assert not any(name.endswith("_lower") for name in found)
+    assert not any(name.endswith(("_lower", "_upper", "_certified")) for name in found)
     full = measured(Task(smooth()))
     assert float(found["prediction"]) == pytest.approx(float(full["prediction"]), rel=0.05)
     assert float(found["explanation"]) == pytest.approx(float(full["explanation"]), rel=0.1)
@@ -202,7 +254,12 @@ def test_half_precision_has_no_lower_bounds():
 def test_sensitivity_of_a_map_by_hand():
     A = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]], dtype=f64)
     found = sensitivity(from_matrix(A), lambda v: A @ v, 2.0)
-    close(found.value, 3.0, 1e-9), close(found.lower, 3.0, 1e-9), close(found.direction.abs(), [1.0, 0.0], 1e-6)
+    (
+        close(found.upper, 3.0, 1e-9),
+        close(found.value, 3.0, 1e-9),
+        close(found.lower, 3.0, 1e-9),
+        close(found.direction.abs(), [1.0, 0.0], 1e-6),
+    )
     close(sensitivity(from_matrix(A), lambda v: A @ v, 2.0, rounding=2.0).lower, 2.0, 1e-9)
     close(sensitivity(from_matrix(A.T), lambda v: A.T @ v, 1.0).direction.abs(), [1.0, 0.0, 0.0], 1e-6)
     pair = torch.stack([A, 2 * A])

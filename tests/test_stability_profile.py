@@ -1,6 +1,8 @@
 """The quantity: against dense products along a real run, in Lightning, and where parts of it cannot be measured."""
 
+import copy
 import math
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -14,10 +16,15 @@ from torch.optim import SGD, Adam
 from zoo import Model, fit
 
 from lsp_callbacks import StabilityMonitor, StabilityProfile, Unmeasurable
+from lsp_callbacks.functional import SoftThreshold
 from lsp_callbacks.operators import step_jacobian, step_response
+from lsp_callbacks.operators.explanation import explain
 from lsp_callbacks.operators.outputs import output_jacobian
+from lsp_callbacks.operators.proximal import update_jacobian, update_response
+from lsp_callbacks.operators.step_norm import state_scale
 from lsp_callbacks.operators.work import products, sample_passes
 from lsp_callbacks.report.rows import MEANINGS
+from lsp_callbacks.snapshot import Clipping
 
 PREFIX = "stability/"
 
@@ -160,6 +167,124 @@ def test_an_optimizer_without_a_formula_has_no_sharp_direction():
     assert unknown["sigma_theta"] <= sgd["sigma_theta"] + 1e-6
 
 
+# Bounds ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clipping", [None, Clipping(0.05), Clipping(0.02, "value")], ids=["", "norm", "value"])
+@pytest.mark.parametrize("prox", [None, SoftThreshold(0.5)], ids=["", "prox"])
+@pytest.mark.parametrize("rule", RULES)
+def test_bounds_are_above_the_dense_truth(rule, clipping, prox):
+    task = Regression(tanh_mlp(2, 3, 1), random(6, 2, seed=1), random(6, 1))
+    P = sum(p.numel() for p in task.parameters())
+    optimizer = RULES[rule](task.parameters())
+    metric = StabilityProfile(horizon=3, directions=P, probes=6, samples=6, bounds=12, method="exact")
+    product, reach, factors = None, [], []
+    for snapshot in along(metric, task, optimizer, 4, probes=probes_of(task), clipping=clipping, prox=prox):
+        if snapshot.step == 0:
+            scale = state_scale(snapshot)
+        if snapshot.step < 3:
+            A = update_jacobian(snapshot, method="exact").dense()
+            B = update_response(snapshot).dense()
+            product = A if product is None else A @ product
+            reach = [*(A @ one for one in reach), B]
+            factors.append((scale[:, None] * A / scale, scale[:, None] * B))
+        J = output_jacobian(snapshot.probes, samples=6).dense()
+        G = explain(snapshot, samples=6).by_parameters()[1].dense() / 6**0.5
+    found = values_of(metric)
+    theta = torch.linalg.matrix_norm(product[:P, :P], 2)
+    norms = [float(torch.linalg.matrix_norm(A, 2)) for A, _ in factors]
+    assert theta - 1e-9 <= found["sigma_theta"] <= found["sigma_theta_bound"]
+    assert math.prod(norms) <= found["sigma_theta_bound"] <= 2.5 * math.prod(norms)  # 12 products, once too few
+    driven = sum(one[:P].square().sum() for one in reach) / P
+    by_norms = sum((math.prod(norms[s + 1 :]) * float(B.norm())) ** 2 for s, (_, B) in enumerate(factors)) / P
+    assert max(float(driven), by_norms) ** 0.5 <= found["sigma_u_bound"] * (1 + 1e-9)
+    assert found["sigma_u_bound"] <= (4 if prox else 2.5) * by_norms**0.5
+    close(found["alpha_theta_bound"], math.log(found["sigma_theta_bound"]) / 3, 1e-9)
+    close(found["alpha_theta_gap"], found["alpha_theta_bound"] - found["alpha_theta"], 1e-9)
+    close(found["alpha_u_gap"], math.log(found["sigma_u_bound"] / found["sigma_u"]), 1e-9)
+    for name, matrix in (("output", J), ("explanation", G)):
+        close(found[f"sigma_{name}"], torch.linalg.matrix_norm(matrix @ product[:P, :P], 2), 1e-9)
+        close(found[f"sigma_{name}_bound"], torch.linalg.matrix_norm(matrix, 2) * found["sigma_theta_bound"], 1e-5)
+
+
+def test_bounds_of_a_quadratic_are_the_truth():
+    """Plain SGD on one: the steps commute, so that nothing is lost, and few products find the ends."""
+    data = random(12, 8, seed=1)
+    task = Regression(seeded(nn.Linear(8, 1, bias=False)), data, random(12, 1, seed=2))
+    h = torch.linalg.eigvalsh(data.T @ data / 12)
+    eta = float(2.2 / h[-1])
+    metric = StabilityProfile(horizon=4, directions=8, bounds=8, method="exact")
+    for _ in along(metric, task, SGD(task.parameters(), lr=eta), 5):
+        pass
+    found = values_of(metric)
+    close(found["sigma_theta_bound"], 1.2**4, 1e-6)
+    close(found["alpha_theta_gap"], 0.0, 1e-6)
+    close(found["sigma_u_bound"], eta * sum(1.2 ** (2 * k) for k in range(4)) ** 0.5, 1e-6)
+
+
+def test_a_real_displacement_of_the_start_stays_below_the_bounds():
+    """Predictions and explanations after training from weights that were a little off."""
+    task = Regression(tanh_mlp(2, 4, 1), random(6, 2, seed=1), random(6, 1))
+    start = copy.deepcopy(task)
+    metric = StabilityProfile(horizon=5, directions=3, probes=6, samples=6)
+    for _ in along(metric, task, SGD(task.parameters(), lr=0.3), 6, probes=probes_of(task)):
+        pass
+    found = values_of(metric)
+
+    def ends(run):
+        optimizer = SGD(run.parameters(), lr=0.3)
+        for _ in range(5):
+            take(optimizer, run())
+        x = run.x.clone().requires_grad_()
+        y = run.net(x)
+        return y.detach(), torch.autograd.grad(y.sum(), x)[0]
+
+    here, largest = ends(copy.deepcopy(start)), [0.0, 0.0]
+    for seed in range(60):
+        other = copy.deepcopy(start)
+        v = random(sum(p.numel() for p in other.parameters()), seed=seed)
+        with torch.no_grad():
+            theta = nn.utils.parameters_to_vector(other.parameters()) + 1e-4 * v / v.norm()
+            nn.utils.vector_to_parameters(theta, other.parameters())
+        for i, (a, b) in enumerate(zip(ends(other), here)):
+            largest[i] = max(largest[i], float((a - b).norm()) / 6**0.5 / 1e-4)
+    for size, name in zip(largest, ("output", "explanation")):
+        assert 0.2 * found[f"sigma_{name}"] < size <= found[f"sigma_{name}_bound"]
+
+
+def test_where_there_are_no_bounds_the_reason_is_given():
+    for rule, settings, reason in [
+        (Unknown, {}, "Unknown has no adjoint"), (SGD, {"bounds": 0}, "bounds=0"),
+    ]:  # fmt: skip
+        task = regression()
+        metric = StabilityProfile(horizon=2, directions=2, **settings)
+        optimizer = rule(task.parameters(), lr=0.1)
+        for _ in along(metric, task, optimizer, 3, probes=probes_of(task)):
+            pass
+        found = values_of(metric)
+        assert reason in metric.unbounded_training and metric.complete
+        assert not {name for name in found if name.endswith("_bound") and "_x_" not in name}
+        assert {"sigma_output", "sigma_explanation"} <= found.keys()
+
+
+def test_explanations_behind_kinks_have_no_sensitivity():
+    task = Regression(seeded(nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 1))), random(6, 2), random(6, 1))
+    metric = StabilityProfile(horizon=2, directions=2)
+    for _ in along(metric, task, SGD(task.parameters(), lr=0.1), 3):
+        pass
+    found = values_of(metric)
+    assert "sigma_explanation" not in found and "sigma_theta_bound" in found
+
+
+def test_the_cost_is_the_same_after_a_checkpoint():
+    task = regression()
+    metric, resumed = (StabilityProfile(horizon=2, directions=2) for _ in range(2))
+    *_, snapshot = along(metric, task, SGD(task.parameters(), lr=0.1), 3, probes=probes_of(task))
+    first = resumed.cost(snapshot)
+    resumed.load_state_dict(metric.state_dict())
+    assert resumed.cost(snapshot) == metric.cost(snapshot) != first
+
+
 # What cannot be measured --------------------------------------------------------------------------------------------
 
 
@@ -185,12 +310,25 @@ class Centred(nn.Module):
         return self.layer(x - x.mean(0))
 
 
-def test_what_has_no_depth_is_refused_at_the_first_step():
+def test_what_has_no_depth_loses_no_more_than_its_depth():
+    """It says so once, and measures what training does."""
     task = Regression(seeded(Centred()), random(6, 2), random(6, 2, seed=1))
     metric = StabilityProfile(horizon=2, directions=2)
-    with pytest.raises(Unmeasurable, match="one sample's input changes another's"):
-        metric.update(freeze(task, SGD(task.parameters(), lr=0.1)))
-    assert metric.vectors() == {}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in along(metric, task, SGD(task.parameters(), lr=0.1), 6, probes=probes_of(task)):
+            pass
+    assert [str(w.message) for w in said if "in depth" in str(w.message)] == [
+        f"stability_profile has no numbers in depth: {metric.undefined}"
+    ]
+    assert "one sample's input changes another's" in metric.undefined == metric.unbounded
+    found = values_of(metric)
+    assert not any(name.startswith(("alpha_x", "sigma_x", "depth", "sigma_explanation")) for name in found)
+    assert metric.complete and {"sigma_theta_bound", "sigma_output", "sigma_u"} <= found.keys()
+    assert all(map(math.isfinite, found.values()))
+    other = StabilityProfile(horizon=2, directions=2)
+    other.load_state_dict(metric.state_dict())
+    assert same(other.compute(), metric.compute())
 
 
 def test_what_overflows_is_refused():
@@ -217,7 +355,9 @@ def test_probes_that_cannot_be_evaluated_cost_only_the_joint_form():
         assert metric.complete and not any("output" in name for name in found) and math.isfinite(found["sigma_theta"])
 
 
-@pytest.mark.parametrize("bad", [{"horizon": 1}, {"directions": 1}, {"samples": 0}, {"probes": 0}, {"method": "x"}])
+@pytest.mark.parametrize(
+    "bad", [{"horizon": 1}, {"directions": 1}, {"samples": 0}, {"probes": 0}, {"bounds": -1}, {"method": "x"}]
+)
 def test_bad_arguments_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         StabilityProfile(**bad)
@@ -254,9 +394,9 @@ def test_cost_grows_with_what_is_asked_for():
     task = regression()
     snapshot = freeze(task, SGD(task.parameters(), lr=0.1), probes=probes_of(task))
     cheap, dear = (sum(StabilityProfile(horizon=h, directions=d).cost(snapshot).values()) for h, d in ((2, 2), (4, 4)))
-    pushed = [T * (1 / 3 + products(snapshot, "finite_difference", k, tangent=True)) for T, k in ((2, 5), (4, 9))]
+    pushed = [T * (1 / 3 + products(snapshot, "finite_difference", k, tangent=True)) for T, k in ((2, 21), (4, 25))]
     assert dear - cheap == pytest.approx(pushed[1] - pushed[0] + sample_passes(snapshot, 16, 2 * 4))
-    assert dear - cheap > (4 * 9 - 2 * 5) * 1.2
+    assert dear - cheap > (4 * 25 - 2 * 21) * 1.2
     memory = StabilityProfile().memory(snapshot)
     assert set(memory) >= {"vectors", "graph of the outputs"} and min(memory.values()) >= 0
 

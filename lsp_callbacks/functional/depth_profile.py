@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +23,8 @@ class DepthProfile:
         sigma: ``(L, samples)``, lower bounds that are exact up to the residual where Lanczos has found the top.
         residual: the largest relative residual of all norms.
         converged: whether all of them met the tolerance.
-        log_bound: ``(samples,)``, ``sum log ||dX_k / dX_j||`` over ``factors``.
+        log_bound: ``(samples,)``, ``sum log ||dX_k / dX_j||`` over ``factors``, from above; of all samples, too, with
+            the probability that was asked for.
         factors: the steps ``(j, k)`` of the bound: ``(k - 1, k)`` where all paths pass every state, longer ones around
             which a skip path goes.
     """
@@ -55,7 +57,13 @@ class DepthProfile:
 
 
 def depth_profile(
-    jacobian: Callable[[int, int], LinearOperator], depth: int, *, steps: int = 30, tol: float = 1e-2
+    jacobian: Callable[[int, int], LinearOperator],
+    depth: int,
+    *,
+    steps: int = 30,
+    tol: float = 1e-2,
+    failure: float = 1e-3,
+    generator: torch.Generator | None = None,
 ) -> DepthProfile:
     """The forward sensitivities of a network at the inputs that it received, by depth.
 
@@ -69,11 +77,13 @@ def depth_profile(
         jacobian: ``(k, j) -> dX_k / dX_j`` for ``0 <= j < k <= depth``, with an optional batch axis over samples.
         depth: L.
         steps: at most this many pairs of products a norm.
-        tol: on the relative residuals.
+        tol: on the relative residuals of sigma; the factors of the bound are taken to a tenth of it.
+        failure: probability with which ``log_bound`` is none.
+        generator: of the starts; a fixed seed otherwise.
 
     Returns:
-        Norms with their residuals. The norms in ``log_bound`` have theirs added, so that they bound if Lanczos has
-        found the largest singular value.
+        Norms with their residuals, from below. Those in ``log_bound`` start at random, never from the vector of another
+        depth, and are bounds by `lsp_callbacks.linalg.spectrum_bounds`: a small residual alone would not make them so.
 
     Raises:
         ValueError: if depth is below 1.
@@ -93,7 +103,9 @@ def depth_profile(
     """
     if depth < 1:
         raise ValueError(f"depth={depth}: a network has at least one layer")
-    v = _random(jacobian(depth, 0))
+    whole = jacobian(depth, 0)
+    v = _random(whole, generator)
+    rare = failure / (depth * max(1, math.prod(whole.batch)))
     norms: list[Eigenpair] = []
     images = [v]
     for k in range(1, depth + 1):
@@ -107,7 +119,9 @@ def depth_profile(
     k = depth
     while k:  # from the end, the shortest step whose product is the whole Jacobian: no path goes around its start
         j = next((j for j in range(k - 1, 0, -1) if _close(jacobian(k, j) @ images[j], images[k])), 0)
-        links.append(norms[k - 1] if j == 0 else operator_norm(jacobian(k, j), steps=steps, tol=tol))
+        J = jacobian(k, j)
+        side = J if J.shape[1] <= J.shape[0] else J.T
+        links.append(operator_norm(side, steps=steps, tol=tol / 10, failure=rare, generator=generator))
         factors.append((j, k))
         k = j
     everything = [*norms, *links]
@@ -115,7 +129,7 @@ def depth_profile(
         sigma=torch.stack([torch.atleast_1d(one.value) for one in norms]),
         residual=torch.stack([_relative(one) for one in everything]).max(),
         converged=all(one.converged for one in everything),
-        log_bound=torch.stack([torch.atleast_1d(one.value + one.residual) for one in links]).log().sum(0),
+        log_bound=torch.stack([torch.atleast_1d(one.upper) for one in links if one.upper is not None]).log().sum(0),
         factors=tuple(reversed(factors)),
     )
 
@@ -128,10 +142,10 @@ def _relative(pair: Eigenpair) -> Tensor:
     return torch.where(pair.value == 0, 0.0, pair.residual / pair.value).max()
 
 
-def _random(operator: LinearOperator) -> Tensor:
-    generator = torch.Generator(operator.device).manual_seed(0)
+def _random(operator: LinearOperator, generator: torch.Generator | None) -> Tensor:
+    generator = generator or torch.Generator(operator.device).manual_seed(0)
     shape = (*operator.batch, operator.shape[1])
-    return torch.randn(shape, dtype=operator.dtype, device=operator.device, generator=generator)
+    return torch.randn(shape, dtype=operator.dtype, device=generator.device, generator=generator).to(operator.device)
 
 
 def _norm(x: Tensor) -> Tensor:

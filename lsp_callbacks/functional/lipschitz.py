@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks import linalg
 from lsp_callbacks.functional.activations import activation_lipschitz
 from lsp_callbacks.functional.condition import SMALL
-from lsp_callbacks.linalg import LinearOperator, confidence, operator_norm
+from lsp_callbacks.linalg import LinearOperator, operator_norm
 from lsp_callbacks.operators.depth import Depth
 from lsp_callbacks.operators.passage import Passage, leaves
 from lsp_callbacks.operators.slopes import NODES, kind
@@ -56,8 +57,8 @@ def lipschitz_upper(depth: Depth) -> float:
             that is read out of it): that branch depends on the input, and no derivative shows it.
 
     Cost: the norms, some ``60 / (3 B)`` gradients at batch size B. Norms of layers whose shorter side is above 256 are
-    not exact: 30 steps of Lanczos, enlarged so that each holds with probability 0.999 (Kuczynski & Wozniakowski 1992,
-    Thm 4.2), by some 3 %. Source: Szegedy et al. 2014, Sec. 4.3; Katende, Thm 4.1.
+    not exact: 30 steps of Lanczos, enlarged so that each holds with probability 0.999 (`linalg.spectrum_bounds`), by at
+    most some 3 %. Source: Szegedy et al. 2014, Sec. 4.3; Katende, Thm 4.1.
     """
     with evaluating(depth.calls.module):  # so that reading a parametrised weight does not move its buffers
         return _Walk(depth).bound(depth.layers[-1].state.grad_fn)
@@ -69,8 +70,7 @@ def norm_upper(operator: LinearOperator, *, steps: int = 30, failure: float = FA
     if min(m, n) <= SMALL:
         matrix = (operator.T.dense() if m < n else operator.dense()).double()
         return float(torch.linalg.eigvalsh(matrix.T @ matrix)[-1].clamp_min(0).sqrt())
-    found = operator_norm(operator, steps=steps, tol=0.0)
-    return float(found.value) * confidence(found.products, n, failure)
+    return float(linalg.norm_upper(operator, steps=steps, failure=failure))
 
 
 def layer_lipschitz(module: nn.Module, call: Call) -> float | None:

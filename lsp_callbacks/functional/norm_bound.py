@@ -14,6 +14,8 @@ from lsp_callbacks.operators.depth import Depth
 from lsp_callbacks.operators.samples import jacobian
 from lsp_callbacks.snapshot import Unmeasurable
 
+#: Probability with which one norm may exceed its bound.
+FAILURE = 1e-3
 #: Affine in eval mode: told by their ``forward``, which subclasses may have changed.
 AFFINE = {
     kind.forward
@@ -35,6 +37,7 @@ def chain_lipschitz(
     *,
     steps: int = 50,
     tol: float = 1e-3,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A bound on the Lipschitz constant of modules applied one after another in eval mode, whatever their input.
 
@@ -48,9 +51,11 @@ def chain_lipschitz(
         shapes: what each module is called with, without the samples; None takes what the one before gives.
         steps: at most this many pairs of products a norm.
         tol: on their relative residuals.
+        generator: of the random starts; a fixed seed otherwise.
 
     Returns:
-        The bound, each norm with its residual added, and the output, with a graph where ``x`` has one.
+        The bound, each norm from above with probability 0.999 (`lsp_callbacks.linalg.spectrum_bounds`), and the output,
+        with a graph where ``x`` has one.
 
     Raises:
         Unmeasurable: a module without such a bound (attention, LayerNorm, ...); it is named.
@@ -76,16 +81,22 @@ def chain_lipschitz(
             y, end = y.reshape(-1, *shape), end.reshape(-1, *shape)  # a view between two modules
         affine = _affine(module)
         if not affine:
-            bound = bound * _norm(end, start, steps, tol) * _lipschitz(module)
+            bound = bound * _norm(end, start, steps, tol, generator) * _lipschitz(module)
         y = module(y.clone())  # it may work in place
         if affine:
             end = module(end.clone())
         else:
             start = end = y[:1].detach().requires_grad_()
-    return bound * _norm(end, start, steps, tol), y
+    return bound * _norm(end, start, steps, tol, generator), y
 
 
-def norm_bound(found: Depth, modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...] | None]) -> Tensor:
+def norm_bound(
+    found: Depth,
+    modules: Mapping[str, nn.Module],
+    shapes: Mapping[str, tuple[int, ...] | None],
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """``sum_k log (||W_k|| slope_k)`` over the layers of a network, the bound of Thm 4.1 times L.
 
     That the network is the chain of its modules is checked at the samples: a random vector, pushed through the modules
@@ -95,6 +106,7 @@ def norm_bound(found: Depth, modules: Mapping[str, nn.Module], shapes: Mapping[s
         found: the network's states.
         modules: by name, in eval mode.
         shapes: what each was called with, samples first.
+        generator: of the random starts; a fixed seed otherwise.
 
     Raises:
         Unmeasurable: a layer that has no bound, with the reason: a module (attention, LayerNorm), a function called
@@ -111,7 +123,7 @@ def norm_bound(found: Depth, modules: Mapping[str, nn.Module], shapes: Mapping[s
         own = [None if (shape := shapes.get(name)) is None else shape[1:] for name in layer.modules]
         x = state.detach().requires_grad_()
         try:
-            bound, y = chain_lipschitz([modules[name] for name in layer.modules], x, own)
+            bound, y = chain_lipschitz([modules[name] for name in layer.modules], x, own, generator=generator)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a module of the user's raises on what it does not expect
@@ -148,11 +160,14 @@ def _lipschitz(module: nn.Module) -> float:
     return slope
 
 
-def _norm(end: Tensor, start: Tensor, steps: int, tol: float) -> Tensor:
+def _norm(end: Tensor, start: Tensor, steps: int, tol: float, generator: torch.Generator | None) -> Tensor:
     if end is start:
         return torch.ones((), dtype=torch.float64)
-    found = operator_norm(jacobian(end, start), steps=steps, tol=tol)
-    return (found.value + found.residual).max()
+    J = jacobian(end, start)
+    side = J if J.shape[1] <= J.shape[0] else J.T
+    found = operator_norm(side, steps=steps, tol=tol, failure=FAILURE, generator=generator).upper
+    assert found is not None
+    return found.max()
 
 
 def _close(image: Tensor, real: Tensor) -> bool:

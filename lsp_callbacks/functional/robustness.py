@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.linalg import LinearOperator, operator_norm
+
+#: Rows or columns up to which norms are exact.
+FEW = 10
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,8 @@ class Sensitivity:
     Attributes:
         value: ``||J||_2``, the change per unit of displacement in the limit of small ones; by Lanczos, from below.
         residual: of it, absolute.
+        upper: what ``||J||_2`` is not above: exact where a side of J has at most `FEW` rows, otherwise true with the
+            probability that was asked for, of all points together.
         lower: ``||f(x + d v) - f(x)|| / d`` for the direction v that J stretches most, less rounding: a lower bound of
             the change per unit over all displacements of length d. It is above ``value`` where f is convex along v.
         direction: v, of unit length.
@@ -26,6 +32,7 @@ class Sensitivity:
 
     value: Tensor
     residual: Tensor
+    upper: Tensor
     lower: Tensor
     direction: Tensor
     converged: bool
@@ -39,11 +46,13 @@ def sensitivity(
     rounding: float | Tensor = 0.0,
     steps: int = 20,
     tol: float = 1e-3,
+    failure: float = 1e-3,
+    generator: torch.Generator | None = None,
 ) -> Sensitivity:
     """The largest response of f to a displacement: first order, and evaluated at a real displacement.
 
-    Neither is an upper bound of the other: to first order the change is at most ``value * distance``, and beyond it
-    grows with the curvature of f, ``f'' distance^2 / 2``.
+    Neither is an upper bound of the other: to first order the change is at most ``upper * distance``, and beyond it
+    grows with the curvature of f, ``f'' distance^2 / 2``; only a Lipschitz constant bounds it whatever the distance.
 
     Args:
         jacobian: of f, ``(m, n)``, or one for each point; Lanczos runs on its smaller side.
@@ -51,7 +60,9 @@ def sensitivity(
         distance: d, positive.
         rounding: error of ``||change||``, taken off.
         steps: of Lanczos.
-        tol: of its residual.
+        tol: of its residual, where it is not exact.
+        failure: probability with which any ``upper`` is none.
+        generator: of the random starts; a fixed seed otherwise.
 
     Raises:
         ValueError: for a distance that is not positive.
@@ -69,10 +80,13 @@ def sensitivity(
     if not distance > 0:
         raise ValueError(f"distance={distance!r}: give a positive length")
     m, n = jacobian.shape
-    found = operator_norm(jacobian if n <= m else jacobian.T, steps=steps, tol=tol)
+    tol = 0.0 if min(m, n) <= FEW else tol
+    side, rare = jacobian if n <= m else jacobian.T, failure / max(1, math.prod(jacobian.batch))
+    found = operator_norm(side, steps=steps, tol=tol, failure=rare, generator=generator)
+    assert found.upper is not None
     v = found.vector if n <= m else jacobian.T @ found.vector
     length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
     # Where J vanishes any direction will do.
     v = torch.where(length > 0, v / torch.where(length > 0, length, 1.0), n**-0.5)
     reached = torch.linalg.vector_norm(change(distance * v).double(), dim=-1).cpu() - rounding
-    return Sensitivity(found.value, found.residual, reached.clamp_min(0) / distance, v, found.converged)
+    return Sensitivity(found.value, found.residual, found.upper, reached.clamp_min(0) / distance, v, found.converged)

@@ -73,6 +73,45 @@ class TrainingProfile:
     alpha_u_error: Tensor
 
 
+@dataclass(frozen=True)
+class NormBounds:
+    """Bounds of the sensitivities from one-step norms, on their way through training steps.
+
+    Attributes:
+        log_theta: ``sum_t log ||A_t||``.
+        log_noise: log of ``sum_s (prod_(t > s) ||A_t||)^2 ||B_s||_F^2 / P``.
+    """
+
+    log_theta: float = 0.0
+    log_noise: float = -math.inf
+
+    def after(self, norm: float, response: float) -> NormBounds:
+        """One step further, with ``||A_t||`` and ``||B_t||_F^2 / P`` from above, in one norm of the state.
+
+        That norm has to be the Euclidean one on the parameters. The product of norms bounds the norm of the product;
+        both are equal where the steps stretch one and the same direction most.
+        """
+        grown, kick = (math.log(x) if x > 0 else -math.inf for x in (norm, response))
+        carried = self.log_noise + 2 * grown
+        top = max(carried, kick)
+        noise = top if math.isinf(top) else top + math.log(math.exp(carried - top) + math.exp(kick - top))
+        return NormBounds(self.log_theta + grown, noise)
+
+    def beside(self, found: TrainingProfile) -> dict[str, float]:
+        """The bounds and their gaps, bound less truth, of exponents that are divided as those of the profile."""
+        alpha = self.log_theta / found.steps
+        slack = self.log_noise - 2 * float(found.sigma_u.log())
+        shared = slack / (found.steps - 1) if found.steps > 1 else math.nan
+        return {
+            "sigma_theta_bound": math.exp(self.log_theta) if self.log_theta < 709 else math.inf,
+            "alpha_theta_bound": alpha,
+            "alpha_theta_gap": alpha - float(found.alpha_theta),
+            "sigma_u_bound": math.exp(self.log_noise / 2) if self.log_noise < 1418 else math.inf,
+            "alpha_u_bound": float(found.alpha_u) + shared,
+            "alpha_u_gap": shared,
+        }
+
+
 def tangents(
     state: int,
     parameters: int,

@@ -1,7 +1,7 @@
 """Linear algebra on tensors; knows nothing of training."""
 
 from lsp_callbacks.linalg.cocycle import lyapunov_exponents, orthonormalise, push, spectral_radius
-from lsp_callbacks.linalg.krylov import Eigenpair, Ritz, confidence, lanczos, operator_norm
+from lsp_callbacks.linalg.krylov import Eigenpair, Ritz, lanczos, norm_upper, operator_norm, spectrum_bounds
 from lsp_callbacks.linalg.operator import LinearOperator, from_matrix, identity_like
 from lsp_callbacks.linalg.quadrature import Quadrature, quadratures
 from lsp_callbacks.linalg.sketch import Sketch
@@ -12,14 +12,15 @@ __all__ = [
     "Quadrature",
     "Ritz",
     "Sketch",
-    "confidence",
     "from_matrix",
     "identity_like",
     "lanczos",
     "lyapunov_exponents",
+    "norm_upper",
     "operator_norm",
     "orthonormalise",
     "push",
     "quadratures",
     "spectral_radius",
+    "spectrum_bounds",
 ]

@@ -15,7 +15,8 @@ from lsp_callbacks.linalg.operator import LinearOperator
 class Eigenpair:
     """An eigenvalue, its unit vector, and ``residual = ||A v - value v||`` (absolute).
 
-    For symmetric A some exact eigenvalue lies within ``residual`` of ``value``.
+    For symmetric A some exact eigenvalue lies within ``residual`` of ``value``, which need not be the largest; what
+    bounds the largest is ``upper``, where it was asked for.
     """
 
     value: Tensor
@@ -23,6 +24,7 @@ class Eigenpair:
     residual: Tensor
     products: int
     converged: bool
+    upper: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def operator_norm(
     *,
     steps: int = 30,
     tol: float = 1e-3,
+    failure: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Eigenpair:
     """``||A||_2 = sqrt(lambda_max(A^T A))`` with the right singular vector.
@@ -140,45 +143,133 @@ def operator_norm(
         steps: at most this many pairs of products.
         tol: on the residual of ``A^T A`` relative to ``||A||^2``; the value's relative error is at most half
             of it from some singular value, and quadratically small where the largest is separated.
+        failure: asks for ``upper``, which the norm exceeds with at most this probability over the random start.
         generator: for the random start.
 
     Returns:
         The norm and its vector; ``residual`` is ``||A^T A v - s^2 v|| / (2 s)``, in the units of A. The value
         is always a lower bound.
 
+    Raises:
+        ValueError: for an upper bound from a start that is not random.
+
     Cost: one product with A and one with its transpose a step.
     """
+    if start is not None and failure is not None:
+        raise ValueError(
+            "failure=...: only a random start tells how likely it is to have missed the top: give no start"
+        )
     if start is None:
         generator = generator or torch.Generator(operator.device).manual_seed(0)
-        start = torch.randn(
-            *operator.batch, operator.shape[1], dtype=operator.dtype, device=operator.device, generator=generator
-        )
-    top = lanczos(operator.T @ operator, start, steps=steps, tol=tol, generator=generator).pair(-1)
+        start = _randn((*operator.batch, operator.shape[1]), operator.dtype, operator.device, generator)
+    ritz = lanczos(operator.T @ operator, start, steps=steps, tol=tol, generator=generator)
+    top = ritz.pair(-1)
     value = top.value.clamp_min(0).sqrt()
-    residual = top.residual / (2 * value).clamp_min(torch.finfo(torch.float64).tiny)
-    return Eigenpair(value, top.vector, torch.where(value == 0, 0.0, residual), top.products, top.converged)
+    residual = torch.where(value == 0, 0.0, top.residual / (2 * value).clamp_min(torch.finfo(torch.float64).tiny))
+    upper = None if failure is None else spectrum_bounds(ritz, failure=failure)[1].clamp_min(0).sqrt()
+    return Eigenpair(value, top.vector, residual, top.products, top.converged, upper)
 
 
-def confidence(steps: int, n: int, failure: float) -> float:
-    """What a norm from Lanczos on ``A^T A`` is to be multiplied with to be a bound from above.
+def norm_upper(
+    operator: LinearOperator,
+    *,
+    steps: int = 30,
+    failure: float = 1e-3,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``||A||_2`` from above, except with probability ``failure``: exact where the shorter side has at most ``steps``.
 
-    ``P(theta < (1 - e) lambda) <= 1.648 sqrt(n) exp(-sqrt(e) (2 k - 1))`` after k steps from a random start, whatever
-    the spectrum; a symmetric positive semidefinite operator of size n.
+    See `spectrum_bounds`. Cost: ``2 steps`` products, ``2 min(m, n)`` at most.
+    """
+    m, n = operator.shape
+    found = operator_norm(
+        operator if n <= m else operator.T, steps=steps, tol=0.0, failure=failure, generator=generator
+    ).upper
+    assert found is not None
+    return found
+
+
+def spectrum_bounds(ritz: Ritz, *, failure: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """Numbers that the smallest eigenvalue is not below, and the largest not above, by what Lanczos has seen.
+
+    Each holds with probability ``1 - failure`` over the start b, which must have been drawn uniformly from the sphere
+    (normalised Gaussian numbers), independent of A: never a warm start. Nothing is assumed of the spectrum.
+
+    Lanczos' vectors are ``q_j(A) b`` with polynomials q_j of degree ``j = 0 ... k``, so that their overlaps with the
+    eigenvector u of the largest eigenvalue are ``q_j(lambda) <u, b>``, and ``<u, b>^2 sum_j q_j(lambda)^2 <= 1`` by
+    Bessel. With ``P(|<u, b>| < d sqrt(pi / 2n)) <= d`` the largest eigenvalue is, except with probability d, at most
+    the point above all Ritz values where ``sum_j q_j^2 = 2 n / (pi d^2)``. It is the same event for every k: one may
+    stop when one likes. Once a block is invariant (beta = 0, or k = n) the bound is the largest Ritz value.
+
+    Products that are not exact: rounding, and what breaks the three-term recurrence, is added. The bound is one of what
+    they are products of.
 
     Args:
-        steps: k, from a start that is uniform on the sphere, without stopping early.
-        n: size of the operator.
-        failure: probability with which the norm may exceed the bound.
+        ritz: of `lanczos`.
+        failure: d.
 
-    Raises:
-        ValueError: where so few steps bound nothing.
+    Returns:
+        ``(*batch,)`` each, float64.
 
-    Source: Kuczynski & Wozniakowski 1992, Thm 4.2.
+    Cost: none beside the run. Source: van Dorsselaer, Hochstenbach & van der Vorst 2000, with the sum for their last
+    term; the bound of Kuczynski & Wozniakowski 1992, Thm 4.2, is what it gives for the worst spectrum.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks.linalg import from_matrix, lanczos, spectrum_bounds
+        >>> A = from_matrix(torch.diag(torch.linspace(0, 1, 500, dtype=torch.float64)))
+        >>> start = torch.randn(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        >>> low, high = spectrum_bounds(lanczos(A, start, steps=30))
+        >>> bool(-0.05 < low < 0 and 1 < high < 1.05)
+        True
     """
-    defect = (math.log(1.648 * math.sqrt(n) / failure) / (2 * steps - 1)) ** 2
-    if defect >= 1:
-        raise ValueError(f"steps={steps} are too few for failure={failure}: take more")
-    return 1 / math.sqrt(1 - defect)
+    if not 0 < failure < 1:
+        raise ValueError(f"failure={failure!r}: give a probability between 0 and 1")
+    k, n = len(ritz.basis), ritz.basis.shape[-1]
+    projected = (ritz.coefficients * ritz.values[..., None, :]) @ ritz.coefficients.mT
+    middle = projected.diagonal(dim1=-2, dim2=-1)
+    couplings = projected.diagonal(1, -2, -1).abs()
+    last = (
+        torch.linalg.vector_norm(ritz.residuals, dim=-1, keepdim=True) if k < n else torch.zeros_like(middle[..., :1])
+    )
+    couplings = torch.cat([couplings, last], dim=-1)
+    rounding = 16 * torch.finfo(ritz.basis.dtype).eps * ritz.values.abs().amax(-1)
+    defect = projected.tril(-2).square().sum((-2, -1)).mul(2).sqrt() + rounding
+    enough = math.log(2 * n / math.pi) - 2 * math.log(failure)
+    high = _reach(middle, couplings, ritz.values[..., -1], enough)
+    low = -_reach(-middle, couplings, -ritz.values[..., 0], enough)
+    return low - defect, high + defect
+
+
+#: Points of a grid that brackets the bound, and how often it is refined.
+_POINTS, _ROUNDS = 1024, 5
+
+
+def _reach(middle: Tensor, couplings: Tensor, top: Tensor, enough: float) -> Tensor:
+    """The point above ``top`` where ``log sum_j q_j^2`` reaches ``enough``; from above."""
+    size = torch.maximum(middle.abs().amax(-1), couplings.amax(-1))
+    below, above = torch.zeros_like(top), 4 * size.clamp_min(torch.finfo(torch.float64).tiny)
+    # Beyond 4 scales every degree multiplies q by more than 2.
+    while bool((short := _log_growth(middle, couplings, top + above) < enough).any()):
+        above = torch.where(short, 2 * above, above)
+    share = torch.linspace(0, 1, _POINTS + 1, dtype=top.dtype, device=top.device)[1:]
+    for _ in range(_ROUNDS):
+        points = below[..., None] + (above - below)[..., None] * share
+        reached = _log_growth(middle[..., None, :], couplings[..., None, :], top[..., None] + points) >= enough
+        first = reached.int().argmax(-1, keepdim=True)  # the last point reaches it always
+        above = points.gather(-1, first)[..., 0]
+        below = torch.where(first > 0, points.gather(-1, (first - 1).clamp_min(0)), below[..., None])[..., 0]
+    return torch.where(size > 0, top + above, top)  # NaN stays, and nothing is no more than nothing
+
+
+def _log_growth(middle: Tensor, couplings: Tensor, at: Tensor) -> Tensor:
+    """``log sum_j q_j(at)^2`` above all Ritz values, where all q_j are positive, by their ratios."""
+    logs, ratio, before = [torch.zeros_like(at)], torch.full_like(at, torch.inf), torch.zeros_like(at)
+    for j in range(middle.shape[-1]):
+        ratio = (at - middle[..., j] - before / ratio).clamp_min(0) / couplings[..., j]
+        before = couplings[..., j]
+        logs.append(logs[-1] + 2 * ratio.log())
+    return torch.logsumexp(torch.stack(logs).nan_to_num(torch.inf, torch.inf, -torch.inf), dim=0)
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,12 +293,19 @@ def _unit(vector: Tensor, generator: torch.Generator, basis: Tensor) -> Tensor:
     """``vector`` normalised; where it vanishes, a random direction orthogonal to ``basis``."""
     norm = _norm(vector)
     if bool((norm == 0).any()):
-        random = torch.randn(vector.shape, dtype=vector.dtype, device=vector.device, generator=generator)
+        random = _randn(vector.shape, vector.dtype, vector.device, generator)
         for _ in range(2):
             random, _ = _orthogonalise(random, basis)
         vector = torch.where(norm == 0, random, vector)
         norm = _norm(vector)
     return vector / norm
+
+
+def _randn(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, generator: torch.Generator
+) -> Tensor:
+    """Wherever the generator lives."""
+    return torch.randn(shape, dtype=dtype, device=generator.device, generator=generator).to(device)
 
 
 def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.graph import kinks_between, leaves_of
-from lsp_callbacks.linalg import LinearOperator, confidence, lanczos
+from lsp_callbacks.linalg import LinearOperator, lanczos, spectrum_bounds
 from lsp_callbacks.operators.freed import Freed
 from lsp_callbacks.operators.samples import Rows, check_adjoint, jacobian
 from lsp_callbacks.snapshot import Unmeasurable
@@ -103,7 +103,7 @@ class FreeWay:
 
         By a backward pass for each number of y or, where these are too many, a forward product for each of x. If both
         are more than ``most``, J is taken on a subspace of the inputs, the rows of C and what Lanczos has met:
-        ``||J(e)||`` is bounded from below, and ``||J||`` from above with probability 0.999, see `linalg.confidence`.
+        ``||J(e)||`` is bounded from below, and ``||J||`` from above with probability 0.999: `linalg.spectrum_bounds`.
 
         Args:
             y: a state of the pass.
@@ -226,7 +226,7 @@ def _subspace(A: LinearOperator, C: Tensor) -> tuple[Tensor, Tensor]:
     start = torch.randn(samples, n, dtype=A.dtype, device=A.device, generator=generator)
     found = lanczos(A.T @ A, start, steps=STEPS, tol=0.0, generator=generator)
     basis = torch.linalg.qr(torch.cat([C.mT, found.basis.permute(1, 2, 0).to(C)], dim=-1))[0]
-    return basis, found.values[..., -1].clamp_min(0).sqrt() * confidence(len(found.basis), n, FAILURE)
+    return basis, spectrum_bounds(found, failure=FAILURE)[1].clamp_min(0).sqrt()
 
 
 def _acting(free: FreeSlopes) -> FreeSlopes:

@@ -118,7 +118,11 @@ def _mapped(snapshot: Snapshot, step: LinearOperator) -> LinearOperator:
         moved = step @ z
         return torch.cat([(D @ moved[:n]).to(moved), moved[n:]])
 
-    return LinearOperator(step.shape, product, dtype=step.dtype, device=step.device)
+    def adjoint(w: Tensor) -> Tensor:
+        return step.T @ torch.cat([(D.T @ w[:n]).to(w), w[n:]])
+
+    known = None if step.adjoint is None else adjoint
+    return LinearOperator(step.shape, product, known, dtype=step.dtype, device=step.device)
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
         method: of the Hessian products.
 
     Returns:
-        A square operator. It has no adjoint.
+        A square operator, with its adjoint where the optimizer has a formula, see `step_adjoint`.
 
     Raises:
         Unmeasurable: no optimizer, a step that is not modelled, or one without a derivative.
@@ -136,11 +136,17 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     torch.optim.
     """
     require_one(snapshot.player)
-    known_optimizer(snapshot)  # before anything is replayed
+    optimizer = known_optimizer(snapshot)  # before anything is replayed
     H = hessian(snapshot, method=method)
     n = H.shape[0]
     tangent, size = step_tangent(snapshot)
-    return LinearOperator((size, size), lambda z: tangent(z, H @ z[:n]), dtype=H.dtype, device=H.device)
+
+    def adjoint(w: Tensor) -> Tensor:
+        z, change = step_adjoint(snapshot, w)
+        return torch.cat([z[:n] + H @ change, z[n:]])
+
+    known = adjoint if formula_of(optimizer) is not None else None
+    return LinearOperator((size, size), lambda z: tangent(z, H @ z[:n]), known, dtype=H.dtype, device=H.device)
 
 
 def step_response(snapshot: Snapshot) -> LinearOperator:
@@ -154,7 +160,7 @@ def step_response(snapshot: Snapshot) -> LinearOperator:
         snapshot: a step, with its optimizer before the update.
 
     Returns:
-        From ``(P,)`` to the state of `step_jacobian`, without adjoint.
+        From ``(P,)`` to the state of `step_jacobian`.
 
     Raises:
         Unmeasurable: as `step_jacobian`.
@@ -168,7 +174,8 @@ def step_response(snapshot: Snapshot) -> LinearOperator:
     def response(change: Tensor) -> Tensor:
         return tangent(change.new_zeros(size), change)
 
-    return LinearOperator((size, len(own)), response, dtype=dtype, device=own.device)
+    known = None if formula_of(known_optimizer(snapshot)) is None else lambda w: step_adjoint(snapshot, w)[1]
+    return LinearOperator((size, len(own)), response, known, dtype=dtype, device=own.device)
 
 
 def step_tangent(snapshot: Snapshot) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
@@ -181,12 +188,46 @@ def step_tangent(snapshot: Snapshot) -> tuple[Callable[[Tensor, Tensor], Tensor]
 
     Cost: no gradient where the step has its own.
     """
-    optimizer = known_optimizer(snapshot)
-    own = clipped_gradient(snapshot)
+    if formula_of(known_optimizer(snapshot)) is None:
+        step, size = own_step_tangent(snapshot, clipped_gradient(snapshot))
+    else:
+        step, size = _formula_tangent(snapshot)
+    return lambda z, change: step(z, _gradient_change(snapshot, change)), size
+
+
+def step_diagonals(snapshot: Snapshot) -> Tensor:
+    """The derivative of an elementwise step, ``(2 + s, 1 + s, P)``, without clipping: from and to.
+
+    From the parameters, the s blocks of the state and, last, the clipped gradient, to the parameters and the blocks.
+
+    Cost: no gradient where the step has its own. Computed once a step.
+    """
+
+    def found() -> Tensor:
+        step, size = _formula_tangent(snapshot)
+        n = len(clipped_gradient(snapshot))
+        like = clipped_gradient(snapshot)
+        none, one = like.new_zeros(n), like.new_ones(n)
+        units = torch.eye(size // n, dtype=like.dtype, device=like.device).repeat_interleave(n, dim=1)
+        return torch.stack([*(step(z, none) for z in units), step(like.new_zeros(size), one)]).view(-1, size // n, n)
+
+    return snapshot.once("step diagonals", found)
+
+
+def step_adjoint(snapshot: Snapshot, w: Tensor) -> tuple[Tensor, Tensor]:
+    """The transpose of `step_tangent` for an optimizer with a formula: ``(z, dg)``, dg back through the clipping.
+
+    Cost: as `step_diagonals`.
+    """
+    diagonals = step_diagonals(snapshot)
+    back = (diagonals * w.view(1, *diagonals.shape[1:])).sum(1)
+    return back[:-1].flatten(), _gradient_change(snapshot, back[-1])
+
+
+def _formula_tangent(snapshot: Snapshot) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
+    """As `step_tangent`, from the change of the clipped gradient."""
+    optimizer, own = known_optimizer(snapshot), clipped_gradient(snapshot)
     n = len(own)
-    if formula_of(optimizer) is None:
-        step_own, size = own_step_tangent(snapshot, own)
-        return lambda z, change: step_own(z, _gradient_change(snapshot, change)), size
     rule, blocks = formula(optimizer), state_blocks(snapshot)
     parameters = list(snapshot.parameters.values())
     theta = flatten(parameters, parameters).detach()
@@ -196,7 +237,6 @@ def step_tangent(snapshot: Snapshot) -> tuple[Callable[[Tensor, Tensor], Tensor]
 
     def step(z: Tensor, change: Tensor) -> Tensor:
         v, *tangents = z.split(n)
-        change = _gradient_change(snapshot, change)
         moved = dict(zip(blocks, tangents))
         new_v, new = v.clone(), {name: torch.zeros_like(v) for name in blocks}
         for part in parts:
@@ -282,43 +322,23 @@ def blocks_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
 
 
 def parameter_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
-    """``d theta' / d theta`` of one step, the optimizer's state held as it is before it: ``diag(a) + diag(b) K H``.
+    """``d theta' / d theta`` of one step, the optimizer's state held as it is before it.
 
-    The step of an optimizer with a formula is elementwise in ``(theta, g)``, with derivatives a and b; K is that of the
-    clipping, which is symmetric. So there is an adjoint, ``diag(a) + H K diag(b)``, which `step_jacobian` lacks. Of SGD
-    without momentum and clipping it is ``I - lr H'``.
+    The parameters' own block of `step_jacobian`; of SGD without momentum and clipping it is ``I - lr H'``.
 
     Raises:
         Unmeasurable: see `step_jacobian`; an optimizer without a formula.
 
     Cost: one Hessian product a product.
     """
-    optimizer = known_optimizer(snapshot)
-    rule, blocks = formula(optimizer), state_blocks(snapshot)
-    H, own = hessian(snapshot, method=method), clipped_gradient(snapshot)
-    parameters = list(snapshot.parameters.values())
-    theta = flatten(parameters, parameters).detach()
-    a, b = torch.ones_like(theta), torch.zeros_like(theta)
-    for part in _parts(snapshot, blocks):
-        if part.group is None:
-            continue
-        pieces = {
-            name: flatten([_state(optimizer, p).get(name) for p in parameters], parameters).to(theta.dtype)
-            for name in part.present
-        }
-        at = (part.of(theta), part.of(own), {name: part.of(piece.detach()) for name, piece in pieces.items()})
-        still = {name: torch.zeros_like(x) for name, x in at[2].items()}
-        one, none = torch.ones_like(at[0]), torch.zeros_like(at[0])
-        part.write(a, _push(rule, part, at, (one, none, still))[0])
-        part.write(b, _push(rule, part, at, (none, one, still))[0])
+    formula(known_optimizer(snapshot))
+    A = step_jacobian(snapshot, method=method)
+    n = sum(p.numel() for p in snapshot.parameters.values())
 
-    return LinearOperator(
-        H.shape,
-        lambda v: a * v + b * _gradient_change(snapshot, H @ v),
-        lambda w: a * w + H @ _gradient_change(snapshot, b * w),
-        dtype=H.dtype,
-        device=H.device,
-    )
+    def block(of: LinearOperator) -> Callable[[Tensor], Tensor]:
+        return lambda v: (of @ torch.cat([v, v.new_zeros(of.shape[1] - n)]))[:n]
+
+    return LinearOperator((n, n), block(A), block(A.T), dtype=A.dtype, device=A.device)
 
 
 def state_weight(snapshot: Snapshot, jacobian: LinearOperator) -> Tensor:

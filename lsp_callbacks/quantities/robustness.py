@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.arguments import number, whole
+from lsp_callbacks.functional.lipschitz import Uncertified, lipschitz_upper
 from lsp_callbacks.functional.robustness import sensitivity
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature import label
@@ -32,18 +34,26 @@ class Robustness(Quantity):
     entry, the predicted class's, with respect to the input. ``||df/dx||`` and ``||dg/dx||`` are operator norms, the
     largest over the samples, in units of f and g per unit of input; ``||df/dtheta||`` and ``||dg/dtheta||`` are those
     of all samples together by ``sqrt(samples)``: the root mean square over the samples of their change, per unit of
-    parameters. They are Lanczos values, from below up to ``robustness_residual``. With the theory's sensitivities they
-    chain: a displacement of the parameters, ``sigma^theta`` times the one that training began with or what
-    `LeaveOneOut` finds, times ``robustness_prediction_theta`` is what it can change the predictions, to first order.
+    parameters. They are Lanczos values, from below up to ``robustness_residual``; ``_upper`` beside them is from above,
+    exact for few outputs, otherwise true with probability 0.999. They chain with what moves the parameters: the
+    displacement that training began with times ``sigma_theta_bound`` of `StabilityProfile` times
+    ``robustness_prediction_theta_upper`` is the most that it can change these predictions, to first order. It is
+    first-order in both factors, and the chain of two *lower* bounds is none: the response of the predictions to the
+    initial parameters, from below and above, is measured by `StabilityProfile`: ``sigma_output``,
+    ``sigma_explanation``.
 
-    Beside each stands a lower bound without linearisation: the change at a real displacement along the direction that
-    the derivative stretches most, ``size`` times as long as the input (the parameters), per unit of it.
+    Two numbers do without linearisation. ``_lower``: the change at a real displacement along the direction that the
+    derivative stretches most, ``size`` times as long as the input (the parameters), per unit of it.
+    ``robustness_prediction_certified``: a Lipschitz constant of the network in its input, which no displacement of any
+    length exceeds; see `lsp_callbacks.functional.lipschitz_upper`. It is far above what is seen, and not there for
+    attention. The theory's claim (Sec. 7.4) that negative exponents make explanations robust needs more than it says:
+    exponents bound first derivatives, and an explanation changes with second ones, ``dg/dx``, which they leave free.
 
     Where the network has kinks (ReLU, max-pooling) its explanations jump across them and are blind to what lies
     between: ``dg/dx`` of a piecewise linear network is 0 almost everywhere. Then ``robustness_kinked`` is 1, both
     first-order numbers of the explanation are left out, and the lower bounds are those along the prediction's
     direction. They are left out, too, behind a custom ``autograd.Function``, whose second derivative nobody knows. In
-    half precision there are no lower bounds: a displacement would drown in rounding.
+    half precision there are no bounds: a displacement would drown in rounding, and products are too coarse.
 
     When ``robustness_prediction`` grows and the loss does not fall: normalise or decay the weights. When the
     explanation's lower bound times the noise of your inputs is as large as the explanation itself, do not trust
@@ -54,7 +64,8 @@ class Robustness(Quantity):
         size: of the displacements, relative to the norm of a sample's input and of the parameters.
 
     Keys: ``stability/robustness_prediction``, ``_prediction_theta``, ``_explanation``, ``_explanation_theta``, each
-    with ``_lower``; ``stability/robustness_residual``, the largest of Lanczos relative to its value;
+    with ``_upper`` and ``_lower``; ``stability/robustness_prediction_certified`` where there is one;
+    ``stability/robustness_residual``, the largest of Lanczos relative to its value;
     ``stability/robustness_kinked``. The input is the first floating-point tensor that enters a module, otherwise what
     its first module makes of integers; it is held fixed where the parameters move.
 
@@ -74,6 +85,7 @@ class Robustness(Quantity):
     optional = (
         "stability/robustness_explanation", "stability/robustness_explanation_theta",
         *(f"stability/robustness_{name}_lower" for name in FIRST),
+        *(f"stability/robustness_{name}_upper" for name in FIRST), "stability/robustness_prediction_certified",
     )  # fmt: skip
     values: Tensor
 
@@ -128,8 +140,11 @@ class Robustness(Quantity):
         shared = _changes(at.by_parameters(), by_parameters, distances[1], at, smooth)
         residual = max(by_input.pop("residual"), shared.pop("residual"))
         values = by_input | {_renamed(name): value / root for name, value in shared.items()}
-        if not graph.full:
-            values = {name: value for name, value in values.items() if not name.endswith("_lower")}
+        if graph.full:
+            with contextlib.suppress(Uncertified):
+                values["prediction_certified"] = lipschitz_upper(at.states)
+        else:
+            values = {name: value for name, value in values.items() if not name.endswith(("_lower", "_upper"))}
         return values | {"residual": residual, "kinked": float(graph.kinked)}
 
     def compute(self) -> dict[str, Tensor]:
@@ -154,15 +169,19 @@ def _changes(
         at: where.
         smooth: whether the explanation has a derivative.
     """
+    generator = at.snapshot.generator("robustness")
     rounding = [_rounding(value, operators[0].batch) for value in (at.prediction, at.explanation)]
-    prediction = sensitivity(operators[0], lambda v: change(v)[0], distance, rounding=rounding[0], steps=STEPS)
+    prediction = sensitivity(
+        operators[0], lambda v: change(v)[0], distance, rounding=rounding[0], steps=STEPS, generator=generator
+    )
     found = {"prediction": prediction}
     if smooth:
         found["explanation"] = sensitivity(
-            operators[1], lambda v: change(v)[1], distance, rounding=rounding[1], steps=STEPS
+            operators[1], lambda v: change(v)[1], distance, rounding=rounding[1], steps=STEPS, generator=generator
         )
     values = {name: float(one.value.max()) for name, one in found.items()}
     values |= {f"{name}_lower": float(one.lower.max()) for name, one in found.items()}
+    values |= {f"{name}_upper": float(one.upper.max()) for name, one in found.items()}
     if not smooth:
         jump = change(distance * prediction.direction)[1]
         size = torch.linalg.vector_norm(jump.double(), dim=-1).cpu() - rounding[1]
@@ -172,7 +191,8 @@ def _changes(
 
 
 def _renamed(name: str) -> str:
-    return f"{name.removesuffix('_lower')}_theta{'_lower' * name.endswith('_lower')}"
+    first, _, bound = name.partition("_")
+    return f"{first}_theta_{bound}".rstrip("_")
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
