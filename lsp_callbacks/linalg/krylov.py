@@ -242,7 +242,7 @@ def spectrum_bounds(ritz: Ritz, *, failure: float = 1e-3) -> tuple[Tensor, Tenso
 
 
 #: Points of a grid that brackets the bound, and how often it is refined.
-_POINTS, _ROUNDS = 16, 13
+_POINTS, _ROUNDS = 64, 6
 
 
 def _reach(middle: Tensor, couplings: Tensor, top: Tensor, enough: float) -> Tensor:

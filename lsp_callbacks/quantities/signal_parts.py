@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +14,7 @@ from lsp_callbacks.operators.batch_statistics import outputs
 from lsp_callbacks.operators.signals import NormInput, Signals
 from lsp_callbacks.operators.weights import weight_operators
 from lsp_callbacks.quantities.base import scalar
-from lsp_callbacks.snapshot import Call, Snapshot, Unmeasurable
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
 
 def gains_of(step: Signals) -> dict[str, Tensor]:
@@ -97,17 +95,3 @@ def conditions_of(module: nn.Module, step: Signals) -> dict[str, Tensor]:
             else:
                 found[f"condition_lower/{key}"] = scalar(condition_lower(operator))
     return found
-
-
-#: Nanoseconds of a layer's calls, of each of its eigenvalues' steps, and of products where it is too long for them.
-LAYER, EIGEN, LONG = 1e7, 1.2, 8e7
-
-
-def bounds_time(layer: nn.Module, call: Call) -> float:
-    """What condition number and bound of one layer take, in nanoseconds as of `lsp_callbacks.operators.work`."""
-    own = [p for p in layer.parameters(recurse=False) if p.ndim > 1]
-    if not own or call.input_shape is None or call.output_shape is None:
-        return 0.0
-    sides = own[0].shape if own[0].ndim == 2 else (math.prod(call.input_shape[1:]), math.prod(call.output_shape[1:]))
-    least, most = min(sides), max(sides)
-    return LAYER + (2 * EIGEN * least**2 * most if least <= SMALL else LONG)

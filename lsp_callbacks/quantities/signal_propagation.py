@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.arguments import choice, whole
-from lsp_callbacks.functional.condition import loss_condition_lower
+from lsp_callbacks.functional.condition import loss_condition_lower, norms_cost
 from lsp_callbacks.functional.lipschitz import Uncertified, lipschitz_lower, lipschitz_upper
 from lsp_callbacks.operators.curvature import Method, hessian, resolved
 from lsp_callbacks.operators.depth import depth
 from lsp_callbacks.operators.footprint import product_memory
 from lsp_callbacks.operators.signals import signals
-from lsp_callbacks.operators.work import beside, lanczos_cost
+from lsp_callbacks.operators.work import lanczos_cost
 from lsp_callbacks.quantities.base import ROOT, Quantity, scalar
 from lsp_callbacks.quantities.signal_parts import (
-    bounds_time,
     conditions_of,
     drift_of,
     gains_of,
@@ -76,9 +75,8 @@ class SignalPropagation(Quantity):
     ``condition``, ``condition_lower``, ``batch_norm_mean_drift``,
     ``batch_norm_mean_error``, ``batch_norm_variance_drift``, ``batch_norm_variance_error``.
 
-    Cost: 2 gradients for the step and its weights, 1.2 for the two outputs where there is BatchNorm, 6 for the bounds
-    and condition numbers of a CNN at batch size 64 (they take 0.2 s on an MLP of 270k parameters, whose gradients take
-    2 ms), and five Hessian products.
+    Cost: 2 gradients for the step and its weights, 1.2 for the two outputs where there is BatchNorm, bounds and condition
+    numbers of all layers, and five Hessian products: 28 gradients, twice that on small networks.
 
     Source: Glorot & Bengio 2010; He et al. 2015; Schoenholz et al. 2017; Pennington et al. 2017; Ioffe & Szegedy 2015;
     Szegedy et al. 2014.
@@ -106,11 +104,9 @@ class SignalPropagation(Quantity):
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in snapshot.module.modules())
-        modules = dict(snapshot.module.named_modules())
-        layers = [(modules[name], call) for name, call in snapshot.calls.items()]
         return {
             "signals": 2.0,
-            "bounds": beside(snapshot, time=sum(bounds_time(layer, call) for layer, call in layers)),
+            "bounds": norms_cost(snapshot),
             "curvature along the gradient": lanczos_cost(snapshot, resolved(snapshot, self.method), PRODUCTS),
             **({"outputs by batch statistics": 1.2} if norms else {}),
         }
