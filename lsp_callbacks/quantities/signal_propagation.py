@@ -75,8 +75,8 @@ class SignalPropagation(Quantity):
     ``condition``, ``condition_lower``, ``batch_norm_mean_drift``,
     ``batch_norm_mean_error``, ``batch_norm_variance_drift``, ``batch_norm_variance_error``.
 
-    Cost: 2 gradients for the step and its weights, 1.2 for the two outputs where there is BatchNorm, bounds and condition
-    numbers of all layers, and five Hessian products: 28 gradients, twice that on small networks.
+    Cost: 2 gradients for the step and its weights, 1.2 for the two outputs where there is BatchNorm, bounds and
+    condition numbers of all layers, and five Hessian products: 28 gradients, twice that on small networks.
 
     Source: Glorot & Bengio 2010; He et al. 2015; Schoenholz et al. 2017; Pennington et al. 2017; Ioffe & Szegedy 2015;
     Szegedy et al. 2014.

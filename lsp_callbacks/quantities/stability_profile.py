@@ -100,8 +100,8 @@ class StabilityProfile(Windowed):
         ValueError: for a horizon or directions below 2, samples or probes below 1.
 
     Cost: ``2 directions + 1 + bounds`` Hessian products a step, the alignment shared with sharpness, and some 20 passes
-    of a few samples through half of the network for each layer: 510 gradients, or 570 with kinks; without the bounds 170
-    and 230.
+    of a few samples through half of the network for each layer: 510 gradients, or 570 with kinks; without the bounds
+    170 and 230.
 
     Source: Katende, Secs. 2 to 4; MATH section 4.
     """
