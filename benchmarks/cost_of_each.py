@@ -108,7 +108,7 @@ def measure(quantity: Quantity, model: str, optimizer: str, repetitions: int) ->
         trace.record(step, loss.detach(), lr=rate(rule), module=net)
         found = probes.probe_set(pending, loss_of) if probes.wanted else None
         snapshot = pending.snapshot(step, rule, probes=found, trace=trace, keep=quantity.keeps)
-        if (found is None or found.full) and (not quantity.recorded or quantity.ready(snapshot)):
+        if (found is None or found.full) and not quantity.wait(snapshot):
             # Before each step, so that both see the same machine; few of a long window are enough.
             if len(gradients) < 400:
                 gradients.append(timed(snapshot.replayed_gradient))

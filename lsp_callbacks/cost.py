@@ -25,6 +25,8 @@ from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
 #: Steps whose time is taken, after some that only warm up.
 WARM_UP, TIMED = 3, 8
+#: Steps that a quantity which is not ready yet is waited for.
+PATIENCE = 50
 DESCRIPTION = """\
 Trains a handful of steps of a configuration of `lsp-callbacks fit`, measures twice, and prints what that takes:
 gradients by the model of the cost, milliseconds, memory beside training (predicted), and how often the budget allows
@@ -213,7 +215,8 @@ class _Meter(Callback):
 
     def _seen(self, snapshot: Snapshot, found: Any) -> Any:
         monitor, costs = self.inner.monitor, self.costs
-        if monitor.period is None or monitor._under_way:
+        soon = any(step - snapshot.step <= PATIENCE for step in monitor._later.values())
+        if monitor.period is None or monitor._under_way or soon:
             return found
         self._complete += 1
         if self._complete == 1:
@@ -227,7 +230,7 @@ class _Meter(Callback):
             costs.seconds = {name: monitor.seconds.expected(name) for name in monitor.seconds.taken}
             costs.skipped = monitor.skipped
             seen = replace(snapshot, trace=monitor.trace)
-            costs.waiting = [name for name, quantity in monitor.quantities.items() if not quantity.ready(seen)]
+            costs.waiting = [name for name, quantity in monitor.quantities.items() if quantity.wait(seen)]
         return found
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

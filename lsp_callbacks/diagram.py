@@ -24,7 +24,7 @@ from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.functional.diagram import StabilityDiagram
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
-from lsp_callbacks.operators.batch_statistics import initial_share
+from lsp_callbacks.operators.batch_statistics import batches_to_settle
 from lsp_callbacks.probing import Probes, population
 from lsp_callbacks.quantities import SGDStability
 from lsp_callbacks.quantities.sgd_diagram import diagram_around
@@ -302,7 +302,7 @@ class _Examiner(Callback):
                 elif probes.full:
                     break
                 probes.add(one)
-            if initial_share(pl_module) > INITIAL:
+            if batches_to_settle(pl_module, INITIAL):
                 _take_batch_statistics(pending)
             snapshot = pending.snapshot(
                 trainer.global_step // steps,
@@ -336,14 +336,14 @@ def _take_batch_statistics(pending: PendingStep) -> None:
     if pending.shadow is None:  # which will be said
         return
     module = pending.shadow.reset()
-    for norm in module.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain mean
-    with torch.no_grad():
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean
+    with torch.enable_grad():  # the step may differentiate
         for part in pending.parts:
             part.loss(module, copied(part.batch))
-    pending.shadow.load_buffers([buffer for child in module.modules() for buffer in child._buffers.values()])
+    pending.shadow.keep_buffers(norms)
 
 
 def _rest(trainer: Any) -> Iterator[Any]:

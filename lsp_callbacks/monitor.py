@@ -132,6 +132,7 @@ class Monitor:
         self._priced: set[str] | None = None
         self._begun = False
         self._under_way: set[str] = set()
+        self._later: dict[str, int] = {}  # what was too early, and from which step on it no longer is
         self._warned: set[str] = set()
         self._ranks = Ranks()
 
@@ -199,7 +200,13 @@ class Monitor:
                 self.skipped[name] = reason
                 del self.quantities[name]
                 self._under_way.discard(name)
+                self._later.pop(name, None)
                 self.paths.pop(name, None)
+        if reasons and self.trace is not None:
+            left = self.quantities.values()
+            asked = {name for quantity in left for name in quantity.energies}
+            unseen = all(quantity.final_state is None for quantity in left)
+            self.trace.drop(self.trace.energies.keys() - asked, state=unseen)
         if reasons and self._ranks.rank == 0:
             text = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in reasons.items())
             warnings.warn(f"lsp_callbacks leaves out {text}", stacklevel=3)
@@ -244,7 +251,8 @@ class Monitor:
             step: of the optimizer.
             scheduled: the rate that this step will use over the critical one, where the caller knows it.
         """
-        return bool(self.quantities) and (self._starts(step, scheduled) or bool(self._under_way))
+        due = bool(self._under_way) or any(step >= later for later in self._later.values())
+        return bool(self.quantities) and (self._starts(step, scheduled) or due)
 
     def _starts(self, step: int, scheduled: float = math.nan) -> bool:
         first = self.period is None or self.cadence.origin is None
@@ -312,11 +320,11 @@ class Monitor:
         failures: dict[str, str] = {}
         unmodelled: dict[str, list[str]] = {}
         for name, quantity in self.quantities.items():
-            if name not in self._under_way and not starts:
-                continue
-            if not self._ready(quantity, snapshot):
-                continue
             begins = name not in self._under_way
+            if begins and not starts and snapshot.step < self._later.get(name, math.inf):
+                continue
+            if begins and self._waits(quantity, snapshot):
+                continue
             self._under_way.discard(name)
             self.paths.pop(name, None)
             began = time.perf_counter()
@@ -350,11 +358,16 @@ class Monitor:
             self.cadence.read(values[dial])
         return self.add(Observation(snapshot.step, {}, failures), values) if values else None
 
-    def _ready(self, quantity: Quantity, snapshot: Snapshot) -> bool:
-        """Rank 0's word: all ranks must take the same way."""
-        if not quantity.recorded:
-            return True
-        return self._ranks.first(lambda: quantity.ready(snapshot), "whether enough steps are known")
+    def _waits(self, quantity: Quantity, snapshot: Snapshot) -> bool:
+        """Whether it is too early; it is measured when it no longer is. Rank 0's word: all must take the same way."""
+        if not quantity.patient:
+            return False
+        steps = self._ranks.first(lambda: quantity.wait(snapshot), "whether enough is known")
+        if steps:
+            self._later[quantity.name] = snapshot.step + steps
+        elif self._later.pop(quantity.name, None) is not None:
+            self._priced = None  # its first measurement may show what it costs
+        return bool(steps)
 
     def _measured(self, quantity: Quantity, snapshot: Snapshot, begins: bool) -> dict[str, float] | None:
         """What the step completes, None while it takes further steps: rank 0's word, so that all ranks go on alike."""
@@ -470,6 +483,7 @@ class Monitor:
         state: dict[str, Any] = {
             "version": VERSION,
             "cadence": self.cadence.state_dict(),
+            "later": dict(self._later),
             "priced": None if self._priced is None else sorted(self._priced),
             "history": saved,
             "quantities": {name: quantity.state_dict() for name, quantity in self.quantities.items()},
@@ -504,6 +518,7 @@ class Monitor:
             key: Curve(curve["steps"].tolist(), curve["values"].tolist()) for key, curve in state["history"].items()
         }
         self._under_way = {name for name in state.get("under_way", ()) if name in self.quantities}
+        self._later = {name: step for name, step in state.get("later", {}).items() if name in self.quantities}
         for name, quantity in self.quantities.items():
             quantity.load_state_dict(dict(state["quantities"].get(name, {})), strict=False)
             quantity.load_vectors(state.get("vectors", {}).get(name, {}))

@@ -92,6 +92,8 @@ class Ranks:
         """
         if self._over is not None:  # the others have left the outer one
             raise self._over
+        if self.world > 1 and self._round:  # all are here, or the outer one is over for all
+            self._meet("a round within")
         outer, self._round = self._round, False
         try:
             return self.together(compute)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -106,6 +106,8 @@ class Trace:
         self.close()
         self.rates = Rates()
         self.failed: dict[str, str] = {}
+        self._off: set[str] = set()
+        self._blind = False
         #: What all ranks knew at the last `read`, and the step after it.
         self._joined: tuple[int | None, dict[str, Tensor]] = (None, {})
         self._rings: dict[str, Tensor] = {}
@@ -123,8 +125,15 @@ class Trace:
         Raises:
             Unmeasurable: if the module whose output is the state is not there.
         """
-        if self.final is not None:
+        if self.final is not None and not self._blind:
             self.final.begin(module, first=first)
+
+    def drop(self, energies: Iterable[str], *, state: bool) -> None:
+        """Nobody asks for these any more: they are NaN from now on, and if ``state``, the final state is not seen."""
+        self._off |= set(energies)
+        if state:
+            self.close()
+            self._blind = True
 
     def close(self) -> None:
         """Takes the hook away, where one looks at the state: nothing more is recorded of this step."""
@@ -174,7 +183,7 @@ class Trace:
     def _energy(self, name: str, module: nn.Module | None, loss: Tensor | None) -> Any:
         """NaN once it has raised: it is not asked again, and the other series go on."""
         wanted = self._asked[name]
-        if name in self.failed or ("loss" in wanted and loss is None):
+        if name in self.failed or name in self._off or ("loss" in wanted and loss is None):
             return math.nan
         settings = {"loss": loss.detach()} if "loss" in wanted and loss is not None else {}
         try:
@@ -228,6 +237,7 @@ class Trace:
             "next": following,
             "series": series,
             "state": None if self.final is None else self.final.name,
+            "failed": dict(self.failed),
             "rates": self.rates.state_dict(),
             "sparse": self.sparse,
         }
@@ -251,7 +261,7 @@ class Trace:
             )
             return
         self._next, self.sparse = state["next"], state["sparse"]
-        self._joined = (state["next"], state["series"])
+        self._joined, self.failed = (state["next"], state["series"]), dict(state.get("failed", {}))
         for name, series in state["series"].items():
             kept = series[-self.length :]
             self._count = len(kept)

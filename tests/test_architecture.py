@@ -26,6 +26,7 @@ LAYERS = (
     "step",
     "probing",
     "operators",
+    "destination",
     "functional",
     "quantities",
     "cadence",

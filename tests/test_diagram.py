@@ -337,6 +337,11 @@ class Normed(Spy):
     def forward(self, x):
         return self.net(x)
 
+    def training_step(self, batch, batch_idx):
+        x = batch[0].requires_grad_()
+        torch.autograd.grad(self(x).sum(), x)  # as a penalty on the gradient does
+        return super().training_step(batch, batch_idx)
+
 
 def test_before_training_batch_norm_takes_the_statistics_of_the_step(monkeypatch):
     monkeypatch.setattr(diagram, "INITIAL", 0.1)

@@ -9,7 +9,7 @@ import torch
 from problems import close, f64, random, same
 from torch import nn
 
-from lsp_callbacks import Dissipation, Monitor, Snapshot, Trace, Unmeasurable
+from lsp_callbacks import Dissipation, Monitor, SGDLaw, Snapshot, Trace, Unmeasurable
 from lsp_callbacks.functional import dissipation, student_quantile
 
 #: ``theta+ = 0.8 theta + 0.1 xi``, ``E = theta^2``.
@@ -177,7 +177,7 @@ def run(metric, steps=100, lr=0.2, noise=0.0, module=None, **settings):
         with torch.no_grad():
             module.theta -= lr * (module.theta + noise * random(len(module.theta), seed=step))
     snapshot = Snapshot(step=steps - 1, module=module, replay=lambda: loss, trace=trace, **settings)
-    assert metric.ready(snapshot)
+    assert not metric.wait(snapshot)
     metric.update(snapshot)
     return metric.compute()
 
@@ -239,7 +239,7 @@ def test_what_is_not_known_is_refused():
     trace = Trace(60)
     for step in range(60):
         trace.record(step, None)
-        assert metric.ready(Snapshot(step=step, module=net, replay=net.theta.sum, trace=trace)) == (step == 59)
+        assert metric.wait(Snapshot(step=step, module=net, replay=net.theta.sum, trace=trace)) == 59 - step
     with pytest.raises(Unmeasurable, match=r"Watch.record"):
         metric.update(Snapshot(step=0, module=net, replay=net.theta.sum, trace=trace))
     assert all(value.isnan() for value in metric.compute().values())
@@ -313,3 +313,40 @@ def test_a_series_of_other_energies_begins_anew_with_one_warning(energies, state
     said = [str(w.message) for w in recwarn if "lsp_callbacks" in str(w.message)]
     assert len(said) == (told is not None) and all(told in one for one in said)
     assert len(monitor.trace) == (5 if told is None else 0)
+
+
+def test_an_energy_that_cannot_be_fitted_leaves_the_others_alone():
+    own = {"still": lambda module: module.theta.new_tensor(2.0), "once": lambda module: next(once)}
+    once = iter([math.inf] + [1.0 + 0.5**k for k in range(200)])
+    found = run(Dissipation(60, energies=own))
+    assert 0 < found["stability/dissipation"] < 1
+    assert found["stability/dissipation_of/still"].isnan() and found["stability/dissipation_of/once"].isnan()
+
+
+def test_an_energy_that_raised_is_not_asked_again_after_a_resume():
+    def bad(module):
+        raise RuntimeError("gone")
+
+    made = lambda energy: Monitor(Dissipation(energies={"bad": energy}), every_n_steps=1)  # noqa: E731
+    saved, resumed, asked = made(bad), made(lambda module: asked.append(1) or torch.tensor(1.0)), []
+    with pytest.warns(UserWarning, match="gone"):
+        for step in range(5):
+            saved.record(step, torch.tensor(1.0 + step), None, Sum())
+    resumed.load_state_dict(saved.state_dict())
+    resumed.record(5, torch.tensor(1.0), None, Sum())
+    assert asked == [] and "bad" in resumed.trace.failed
+
+
+def test_what_nobody_asks_for_any_more_is_not_recorded():
+    asked = []
+    own = Dissipation(energies={"own": lambda module: asked.append(1) or torch.tensor(1.0)}, state="")
+    monitor, net = Monitor(own, SGDLaw(), every_n_steps=10**6), nn.Linear(1, 1)
+    for step in range(6):
+        if step == 3:
+            with pytest.warns(UserWarning, match="leaves out dissipation"):
+                monitor._leave_out({"no reason": ["dissipation"]})
+        monitor.begin(net)
+        assert bool(net._forward_hooks) == (step < 3)
+        net(torch.ones(2, 1))
+        monitor.record(step, torch.tensor(1.0 + step), None, net)
+    assert len(asked) == 3 and len(monitor.trace) == 6

@@ -198,10 +198,13 @@ def test_clipping_that_does_not_bite_is_none():
     assert len(watch.history[SHARPNESS].steps) == 10
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_an_update_that_a_gradient_scaler_leaves_out_is_none(asked):
+@pytest.mark.parametrize(
+    "asked, settings", [(False, {}), (True, {}), (False, {"fused": True}), (True, {"fused": True})]
+)
+def test_an_update_that_a_gradient_scaler_leaves_out_is_none(asked, settings):
+    """Fused optimizers are called all the same, with the factor on the gradient if nobody has divided it out."""
     model, scaler = net(), torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    optimizer, loader = SGD(model.parameters()), data(n=80)
+    optimizer, loader = SGD(model.parameters(), **settings), data(n=80)
     monitor = Monitor(*quantities(), every_n_steps=1, strict=True)
     watch = Watch(model, optimizer, cross_entropy, monitor, scaler=scaler)
     for number, batch in enumerate(watch(loader)):

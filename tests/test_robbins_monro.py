@@ -160,7 +160,7 @@ def brute(make, T):
     return 1 - math.log2(late / early)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3, 0.5, 0.51, 0.75, 1.0, 1.01, 1.25, 2.0])
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.5, 0.51, 0.53, 0.75, 1.0, 1.01, 1.25, 2.0])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_powers_are_read_within_the_tolerance(p, shift):
     make = lambda t: max(t + shift, 1) ** -p  # noqa: E731
@@ -170,8 +170,8 @@ def test_powers_are_read_within_the_tolerance(p, shift):
         assert decay.exponent == pytest.approx(brute(make, n), abs=1e-10)
         assert decay.before == pytest.approx(brute(make, n // 2), abs=1e-10)
         assert abs(decay.exponent - p) <= 2 * max(p, 0.25) / n and len(found.marks) <= 25
-        if p not in (0.51, 1.01) or n == 4096:
-            assert decay.holds == (0.5 < p <= 1), n
+        if p not in (0.53, 1.01) or n == 4096:
+            assert decay.holds == (0.52 < p <= 1), n  # nearer to 1/2 it could be a geometric decay
 
 
 def test_half_the_tolerance_is_what_half_a_step_does():
@@ -203,7 +203,7 @@ def test_schedules_of_torch(name):
         assert decay.exponent == pytest.approx(p, abs=0.02) and decay.holds is holds
 
 
-@pytest.mark.parametrize("tau", [100, 700, 3000])
+@pytest.mark.parametrize("tau", [100, 700, 2150, 3000])
 def test_a_geometric_decay_never_passes(tau):
     """Its p, in closed form, goes through (1/2, 1] between 0.94 and 1.93 tau."""
     found, passing = Rates(), []

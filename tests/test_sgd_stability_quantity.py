@@ -9,12 +9,14 @@ from functools import partial
 import pytest
 import torch
 from problems import close, f64, freeze, interpolating_tanh, matrix, random, same, seeded
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 from zoo import MEASURED, MOMENTUM, SGD, Losses, Model, Rows, Sequence, data, encoder, everything, fit, mlp
 from zoo import same as same_run
 
 from lsp_callbacks import Monitor, ProbeSet, SGDStability, StabilityMonitor, Unmeasurable
+from lsp_callbacks.callbacks import adapter
 from lsp_callbacks.functional import UpdateRule, critical_lr, reduce, sgd_exponent
 from lsp_callbacks.probes import evaluation
 from lsp_callbacks.quantities import sgd_stability
@@ -505,30 +507,54 @@ def test_the_details_are_those_of_the_ground_truth():
 
 
 class Normed(Model):
-    """Its first norm is never used; the last one trains, or is frozen."""
+    """Norms of several momenta; that of the root is never used; all of them train, or are frozen."""
 
     def __init__(self, momentum=0.3, frozen=False):
-        net = nn.Sequential(*mlp()[:1], nn.BatchNorm1d(mlp()[0].out_features, momentum=momentum), *mlp()[1:])
-        super().__init__(net, partial(torch.optim.SGD, lr=0.05))
-        self.spare, self.frozen = nn.BatchNorm1d(3), frozen
+        norms = [nn.BatchNorm1d(mlp()[0].out_features, momentum=one) for one in (momentum, 0.0, 0.5)]
+        super().__init__(nn.Sequential(*mlp()[:1], *norms, *mlp()[1:]), partial(torch.optim.SGD, lr=0.05))
+        self.spare, self.frozen = nn.BatchNorm1d(3, momentum=0.3), frozen
 
-    def on_train_batch_start(self, batch, batch_idx):
-        self.net[1].train(not self.frozen)
+    def on_train_epoch_start(self):
+        if self.frozen:
+            self.eval()
 
 
 @pytest.mark.parametrize(
     "model, first",
     [
         (Normed, 7),  # 0.7^7 is the first below 0.1
-        (partial(Normed, None), 1),  # an average of all batches
-        (partial(Normed, 0.0), 1),  # it stays where it is
-        (partial(Normed, 0.3, True), 1),  # no step uses batch statistics
+        (partial(Normed, 0.05), 45),
+        (partial(Normed, None), 7),  # an average of all batches: the spare one may be used
+        (partial(Normed, 0.3, True), 0),  # no step uses batch statistics
     ],
 )
-def test_running_statistics_must_have_begun(model, first, monkeypatch):
-    """Until they have, the network in eval mode is not the one that is trained."""
+@pytest.mark.parametrize("period", [20, None])
+def test_running_statistics_must_have_begun(model, first, period, monkeypatch):
+    """Until they have, the network in eval mode is not the one that is trained; nothing else waits, nothing is kept."""
     monkeypatch.setattr(sgd_stability, "INITIAL", 0.1)
-    monitor = StabilityMonitor([SGDStability(8), "sharpness"], every_n_steps=20)
-    fit(model, monitor, loader=data(batch_size=8), max_steps=24)
-    assert monitor.history[SGD_COURANT].steps == [first, 20]
-    assert monitor.history[GD_COURANT].steps == [0, 20]
+    monitor, kept = StabilityMonitor([SGDStability(8), "sharpness"], every_n_steps=period, budget=1.0), []
+    pending = adapter.PendingStep
+
+    def counted(*args, **settings):
+        kept.append(monitor.step)
+        return pending(*args, **settings)
+
+    monkeypatch.setattr(adapter, "PendingStep", counted)
+    fit(model, monitor, loader=data(n=400, batch_size=8), max_steps=50)
+    sgd, gd = monitor.history[SGD_COURANT].steps, monitor.history[GD_COURANT].steps
+    assert sgd[0] == first and set(sgd) - {first} == {step for step in gd if step > first}
+    assert gd[0] == 0 and (period is None or gd == [0, 20, 40])
+    assert set(kept) <= {*sgd, *gd}
+
+
+def test_what_waits_is_measured_after_a_resume_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(sgd_stability, "INITIAL", 0.1)
+    made = lambda: StabilityMonitor([SGDStability(8), "sharpness"], every_n_steps=20)  # noqa: E731
+    whole, second = made(), made()
+    saved = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    settings = {"loader": data(n=400, batch_size=8, shuffle=False)}
+    fit(Normed, whole, saved, max_steps=25, enable_checkpointing=True, **settings)
+    fit(Normed, second, max_steps=25, ckpt_path=tmp_path / "step=5.ckpt", **settings)
+    for key in (SGD_COURANT, GD_COURANT):
+        assert second.history[key].steps == whole.history[key].steps
+    assert second.history[SGD_COURANT].steps[0] == 7

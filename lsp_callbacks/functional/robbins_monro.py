@@ -14,6 +14,8 @@ Exponent = float | None
 
 #: Steps below which nothing is read off the rates.
 ENOUGH = 64
+#: What a geometric decay can read at T/2 while it reads a power at T, with a margin.
+GEOMETRIC = 0.52
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,9 @@ def rate_decay(sums: Mapping[int, float], *, gap: int = 1) -> RateDecay:
     Steps before T/8, and so a warm-up, have no say once they are over. ``(1 + t / start)^-p`` reads its own p only for
     T far above ``start``, from below.
 
-    It ``holds`` where this is so at T and at T/2: what is no power passes through (1/2, 1] on its way. A geometric
-    decay over tau steps does so between T = 0.94 tau and 1.93 tau, but at T/2 it reads at most 0.51 meanwhile. A rate
+    It ``holds`` where this is so at T and, above 0.52, at T/2: what is no power passes through (1/2, 1] on its way. A
+    geometric decay over tau steps does so between T = 0.94 tau and 1.93 tau, but at T/2 it reads at most 0.51
+    meanwhile; powers between 1/2 and 0.52 are not told from it. A rate
     that is halved every n steps reads 0 until T = n, an uneven rise after it, in which it may hold for a moment near
     T = 3 n, and soon ``1 + T / (4 n)``, without end.
 
@@ -142,7 +145,8 @@ def rate_decay(sums: Mapping[int, float], *, gap: int = 1) -> RateDecay:
     now, before = _power(sums, T), _power(sums, T // 2)
     if now is None or before is None or T < ENOUGH:
         return RateDecay(math.nan, math.nan, None)
-    holds = all(0.5 + gap / end < p <= 1 + 2 * gap / end for p, end in ((now, T), (before, T // 2)))
+    readings = ((now, T, 0.5), (before, T // 2, GEOMETRIC))
+    holds = all(least + gap / end < p <= 1 + 2 * gap / end for p, end, least in readings)
     now, before = (p if math.isfinite(p) else math.nan for p in (now, before))
     return RateDecay(now, before, holds)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,6 +115,7 @@ class Watch:
         self._required = False
         self._pending: PendingStep | None = None
         self._observation: Observation | None = None
+        self._left_out = False
         self._guard = Guard(self.monitor)
         self._gradients: list[tuple[Tensor, Tensor]] = []
         self._seen: Tensor | None = None
@@ -220,11 +222,19 @@ class Watch:
                 schedulers=self.schedulers,
                 seed=self.seed,
             )
+            if (factor := self._factor) is not None:
+                own = (snapshot.gradient or {}).items()
+                snapshot = replace(snapshot, gradient={name: g if g is None else g / factor for name, g in own})
             snapshot = witnessed(snapshot)
             self._observation = self.monitor.observe(snapshot)
             if self.prox is not None and any(q.needs_update for q in self.monitor.quantities.values()):
                 self._destination.awaited()
                 self._destination.expect(snapshot)
+
+    @property
+    def _factor(self) -> Any:
+        """Of a gradient scaler, if the gradient still holds it: fused optimizers divide it out by themselves."""
+        return getattr(self.optimizer, "grad_scale", None)
 
     def _check_update(self) -> None:
         """Whether the parameters are where step and prox should have brought them, at the end of the loop's body."""
@@ -233,6 +243,11 @@ class Watch:
             self._published = None
 
     def _before_update(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        overflow = getattr(optimizer, "found_inf", None)  # of a gradient scaler, which leaves the update to fused ones
+        self._left_out = overflow is not None and bool(overflow)
+        if self._left_out:
+            self._pending, self._gradients = None, []
+            return
         if any(callable(one) for one in (*args[1:], *kwargs.values())):
             self._pending = None  # its gradient comes later
             self.monitor.disown_update(
@@ -241,7 +256,8 @@ class Watch:
         self.monitor.record(self.step, self._seen, self.optimizer, self.module)
         fault = None
         with self.monitor.harmless("whether the step is finite could not be told"):
-            fault = self._guard.look(self.step, self.module, lambda: PendingStep(self.module), ranks=Ranks())
+            pending, left_out = (lambda: PendingStep(self.module)), self._factor is not None
+            fault = self._guard.look(self.step, self.module, pending, ranks=Ranks(), left_out=left_out)
         self._measure()
         if fault is not None:
             seen = self._observation or Observation(self.step, {})
@@ -253,6 +269,9 @@ class Watch:
         self._gradients = []
 
     def _after_update(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._left_out:  # nothing has moved
+            self.batches, self._observation = 0, None
+            return
         observation, self._observation = self._observation, None
         self._published = observation
         if observation is not None and self.log is not None:

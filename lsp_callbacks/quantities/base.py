@@ -39,6 +39,7 @@ class Quantity(Metric):
         picture: what ``plot`` shows at the end of a run, as a name for files and loggers, where it is neither a key nor
             the beginning of one; empty without a picture. Such a ``plot`` needs no argument, keeps what it shows when
             `load_vectors` forgets, returns a figure first, and raises ValueError where there is nothing to show.
+        patient: whether `wait` is asked before a measurement.
         plays: whether a `Player`'s step can be measured; otherwise the quantity is left out of games.
     """
 
@@ -52,6 +53,7 @@ class Quantity(Metric):
     energies: Mapping[str, Energy] = MappingProxyType({})
     final_state: str | None = None
     picture: str = ""
+    patient: bool = False
     plays: bool = False
     full_state_update = False
     higher_is_better = None
@@ -82,9 +84,9 @@ class Quantity(Metric):
     def begin(self, module: nn.Module) -> None:
         """Called on all ranks when a run begins, not where it is resumed: the weights have not moved yet."""
 
-    def ready(self, snapshot: Snapshot) -> bool:
-        """Whether enough steps are known to measure; until then the quantity says nothing. The same on all ranks."""
-        return True
+    def wait(self, snapshot: Snapshot) -> int:
+        """Steps until enough is known to measure, 0 for now; until then a `patient` quantity says nothing."""
+        return 0
 
     def keeps(self, name: str, module: nn.Module) -> bool:
         """Whether the module's inputs are to be kept in full."""

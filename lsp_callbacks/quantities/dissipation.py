@@ -98,6 +98,7 @@ class Dissipation(Quantity):
     """
 
     name = "dissipation"
+    patient = True
     keys = tuple(f"stability/{key}" for key in KEYS[:ALWAYS])
     optional = tuple(f"stability/{key}" for key in KEYS[ALWAYS:])
     #: Steps that must be known.
@@ -161,8 +162,9 @@ class Dissipation(Quantity):
     def path(self, snapshot: Snapshot) -> str:
         return "time series"
 
-    def ready(self, snapshot: Snapshot) -> bool:
-        return snapshot.trace is None or snapshot.trace.sparse or len(snapshot.trace) >= self.least
+    def wait(self, snapshot: Snapshot) -> int:
+        unknown = snapshot.trace is None or snapshot.trace.sparse
+        return 0 if unknown else max(0, self.least - len(snapshot.trace or ()))
 
     def update(self, snapshot: Snapshot) -> None:
         """Fits the last steps."""
@@ -190,7 +192,10 @@ class Dissipation(Quantity):
             try:
                 fit = dissipation(series[name][-self.length :])
             except Unmeasurable as error:
-                raise Unmeasurable(f"{name}: {error}") from None
+                if name == "loss":
+                    raise Unmeasurable(f"{name}: {error}") from None
+                found[name] = torch.full((len(KEYS),), torch.nan, dtype=torch.float64)  # the others go on
+                continue
             row = [fit.gamma, fit.increases, fit.lower, fit.upper, fit.floor, fit.floor_error]
             found[name] = torch.stack([scalar(value) for value in row])
         for name, values in found.items():

@@ -143,8 +143,8 @@ def _lost(snapshot: Snapshot) -> float:
     parameters = list(snapshot.parameters.values())
     try:
         moves = split(displacement(snapshot), parameters)
-    except Unmeasurable:
+        pairs = [lost_share(p.detach(), p.detach().double() + d) for p, d in zip(parameters, moves)]
+    except (Unmeasurable, TypeError, RuntimeError):  # not every device has float64
         return torch.nan
-    pairs = [lost_share(p.detach(), p.detach().double() + d) for p, d in zip(parameters, moves)]
     moved = sum(moves for _, moves in pairs)
     return sum(lost for lost, _ in pairs) / moved if moved else 0.0

@@ -20,7 +20,7 @@ from lsp_callbacks.functional.sgd_stability import (
     sgd_exponent,
     sum_of_exponents,
 )
-from lsp_callbacks.operators.batch_statistics import initial_share
+from lsp_callbacks.operators.batch_statistics import batches_to_settle
 from lsp_callbacks.operators.footprint import footprint, unfolded
 from lsp_callbacks.operators.work import beside, forward_cost, sample_passes
 from lsp_callbacks.quantities.base import Quantity, scalar
@@ -104,6 +104,7 @@ class SGDStability(Quantity):
         "stability/kernel_trace", "stability/collapsed", "stability/gd_lyapunov", *DETAILS,
     )  # fmt: skip
     needs_update = True
+    patient = True
     picture = "diagram"
     values: Tensor
     best_rank: Tensor
@@ -166,6 +167,9 @@ class SGDStability(Quantity):
             "products": max(numerics, 0.0 if device.type == "cpu" else 2.0),
         }
 
+    def wait(self, snapshot: Snapshot) -> int:
+        return batches_to_settle(snapshot.module, INITIAL, fresh=not snapshot.step)
+
     def path(self, snapshot: Snapshot) -> str:
         """Which rules gave per-sample gradients, see `TangentKernel`."""
         kernel = None if self.latest is None else self.latest.kernel
@@ -188,12 +192,9 @@ class SGDStability(Quantity):
         }
 
     def update(self, snapshot: Snapshot) -> None:
-        """Measures one step; waits while its probes are being collected, and running statistics begin."""
+        """Measures one step; waits while its probes are being collected."""
         self.complete = False
         if snapshot.probes is not None and not snapshot.probes.full:
-            return
-        share = initial_share(snapshot.module)
-        if share > INITIAL and (share < 1 or not snapshot.step):  # what no batch has reached later is not in use
             return
         if snapshot.loss is not None:
             _ = snapshot.faithful
