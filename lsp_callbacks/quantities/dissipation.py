@@ -79,8 +79,9 @@ class Dissipation(Quantity):
     Raises:
         ValueError: for bad arguments; an energy that asks for something else, or for the state without ``state``.
 
-    Cost: at each step a copy of some numbers; a measurement waits once for the device. Source: Katende 2025, Thm 3.1,
-    Assumption 4, Thm 5.2 (1); MATH sections 4 and 7.
+    Cost: at each step a copy of some numbers and the energies, that of ``reference`` about half a gradient; a
+    measurement waits once for the device. Source: Katende 2025, Thm 3.1, Assumption 4, Thm 5.2 (1); MATH sections 4
+    and 7.
 
     Example:
         >>> import torch
