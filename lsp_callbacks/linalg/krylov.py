@@ -314,4 +314,9 @@ def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _norm(a: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a, dim=-1, keepdim=True)
+    """Of each row; scaled, as squares leave the range of float32 where the entries are below 1e-19 or above 1e19."""
+    if not a.shape[-1]:
+        return torch.linalg.vector_norm(a, dim=-1, keepdim=True)
+    scale = a.abs().amax(-1, keepdim=True)
+    scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
+    return scale * torch.linalg.vector_norm(a / scale, dim=-1, keepdim=True)
