@@ -87,6 +87,36 @@ def filled(h):
     return h + other
 
 
+def views(write):
+    """A buffer that is written through a view of it, by ``write(buffer, what depends on the input)``."""
+
+    def branch(h):
+        other = torch.zeros_like(h)
+        write(other, 100 * h.detach())
+        return h + other
+
+    return branch
+
+
+def through_a_view(g, h):
+    view = g[:, :2]
+    view += h[:, 1:3]
+
+
+def older_view(h):
+    other = torch.zeros_like(h)
+    older = other.t()
+    other[:, :2].copy_(100 * h.detach()[:, :2])
+    return h + older.t()
+
+
+def written(h):
+    """Into what has a graph, of weights, which knows nothing of the input."""
+    other = torch.zeros_like(h).requires_grad_().clone()
+    other[:, 0].copy_(100 * h.detach()[:, 1])
+    return h + other
+
+
 class OwnLinear(nn.Linear):
     def forward(self, x):
         return super().forward(x) * (1 + 100 * x.detach().abs()) + 1
@@ -98,6 +128,14 @@ HIDDEN = {
     "data": lambda h: h + 100 * h.data,
     "no_grad": without_graph,
     "in place": filled,
+    "rows": views(lambda g, h: g[: len(h)].copy_(h)),
+    "column": views(lambda g, h: g[:, 0].copy_(h[:, 1])),
+    "view": views(through_a_view),
+    "view of a view": views(lambda g, h: g[1:][:, 1:].add_(h[1:, 1:])),
+    "item of a view": views(lambda g, h: g[1:].__setitem__(0, h[0])),
+    "out": views(lambda g, h: torch.add(h[:, :2], 1.0, out=g[:, 1:3])),
+    "older view": older_view,
+    "constant with a graph": written,
     "mask": lambda h: 100 * h + 100 * (h > 0).double(),
     "words": lambda h: h + F.embedding(h.argmax(-1), 100 * torch.eye(4, dtype=f64)),
     "number": lambda h: h * float(100 * h.max()),

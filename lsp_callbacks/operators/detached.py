@@ -53,20 +53,29 @@ class Detached(TorchFunctionMode):
         if not self.start:
             return result
         name = getattr(func, "__name__", str(func))
-        known = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and self._known(t)]
+        known = [t for t in _tensors((args, kwargs)) if self._known(t)]
         if not known or any(part in name for part in _SHAPES):
             return result
         if name in _READS:
             self.read = min(self.read, self._latest)
-        changed = args[0] if name == "__setitem__" else (result, kwargs.get("out"))
-        for t in tree_leaves(changed):
-            if isinstance(t, Tensor):
-                self._depends[t] = True
-                if t.grad_fn is not None:
-                    self._latest = max(self._latest, t.grad_fn._sequence_nr())  # type: ignore[attr-defined]
-                    if any(not one.requires_grad for one in known):
-                        self.nodes[t.grad_fn] = name
+        changed = _tensors(args[0] if name == "__setitem__" else (result, kwargs.get("out")))
+        if name == "__setitem__" or _in_place(name) or kwargs.get("out") is not None:
+            changed += [t._base for t in changed if t._base is not None]  # a view writes into all that it is one of
+        for t in changed:
+            self._depends[t] = True
+            if t.grad_fn is not None:
+                self._latest = max(self._latest, t.grad_fn._sequence_nr())  # type: ignore[attr-defined]
+                if any(not one.requires_grad for one in known):
+                    self.nodes[t.grad_fn] = name
         return result
 
     def _known(self, tensor: Tensor) -> bool:
-        return tensor is self.start[0] or tensor in self._depends
+        return tensor is self.start[0] or tensor in self._depends or tensor._base in self._depends
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def _in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
