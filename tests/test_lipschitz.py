@@ -154,6 +154,24 @@ def test_a_layer_of_ones_own_that_hides_is_no_layer_of_torch():
         lipschitz_upper(states(seeded(Hides(OwnLinear(4, 4))), 5, 4))
 
 
+class Twice(nn.Module):
+    """A step that gives its input to two layers, and their sum to a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4, bias=False) for _ in range(3))
+        self.register_buffer("x", random(5, 4))
+
+    def forward(self):
+        return self.c(self.a(self.x) + self.b(self.x)).square().mean()
+
+
+def test_an_input_of_two_layers_is_one():
+    task = seeded(Twice())
+    A, B, C = (norm2(layer.weight.detach(), 2) for layer in (task.a, task.b, task.c))
+    close(lipschitz_upper(depth(freeze(task))), (A + B) * C, 1e-9)
+
+
 CONSTANTS = {
     "weights": lambda h: h * torch.ones(4, dtype=f64).requires_grad_().detach(),
     "shapes": lambda h: h * torch.full_like(h, 2.0) + h.new_ones(4) + torch.zeros(h.shape, dtype=f64),
