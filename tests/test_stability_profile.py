@@ -23,6 +23,7 @@ from lsp_callbacks.operators.outputs import output_jacobian
 from lsp_callbacks.operators.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.step_norm import state_scale
 from lsp_callbacks.operators.work import products, sample_passes
+from lsp_callbacks.quantities.sharpness import edge_memory
 from lsp_callbacks.report.rows import MEANINGS
 from lsp_callbacks.snapshot import Clipping
 
@@ -399,6 +400,17 @@ def test_cost_grows_with_what_is_asked_for():
     assert dear - cheap > (4 * 25 - 2 * 21) * 1.2
     memory = StabilityProfile().memory(snapshot)
     assert set(memory) >= {"vectors", "graph of the outputs"} and min(memory.values()) >= 0
+
+
+@pytest.mark.parametrize("momentum, blocks", [(0.0, 1), (0.9, 2)])
+def test_memory_holds_the_basis_of_the_bounds_and_that_of_the_edge(momentum, blocks):
+    task = regression()
+    snapshot = freeze(task, SGD(task.parameters(), lr=0.1, momentum=momentum))
+    vectors = [StabilityProfile(bounds=k).memory(snapshot)["vectors"] for k in (0, 40, 80)]
+    bytes_ = 8 * sum(p.numel() for p in task.parameters())
+    assert vectors[2] - vectors[1] == (40 if blocks == 1 else 20 * blocks) * bytes_
+    smallest = StabilityProfile(directions=2, bounds=0).memory(snapshot)
+    assert all(smallest[name] >= size for name, size in edge_memory(snapshot, "auto").items())
 
 
 def test_the_picture_has_depth_and_time():

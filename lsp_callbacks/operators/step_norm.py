@@ -84,6 +84,12 @@ def step_norm(
     return float(found)
 
 
+def basis_size(snapshot: Snapshot, products: int) -> int:
+    """Vectors over all parameters that `step_norm` keeps."""
+    blocks = 1 + len(state_blocks(snapshot))
+    return products if not products or _symmetric(snapshot) else products // 2 * blocks
+
+
 def response_size(snapshot: Snapshot, scale: Tensor, *, failure: float) -> float:
     """``||W B||_F^2 / P`` from above: how far, in the mean square, noise of variance 1 in the gradient moves the state.
 

@@ -24,7 +24,7 @@ from lsp_callbacks.operators.curvature import Method, path_taken, resolved
 from lsp_callbacks.operators.footprint import TWICE, footprint, product_memory
 from lsp_callbacks.operators.frozen import frozen_rule
 from lsp_callbacks.operators.proximal import update_jacobian, update_response
-from lsp_callbacks.operators.step_norm import response_size, state_scale, step_norm
+from lsp_callbacks.operators.step_norm import basis_size, response_size, state_scale, step_norm
 from lsp_callbacks.operators.training import state_blocks, tangent_path
 from lsp_callbacks.operators.work import forward_cost, products, sample_passes
 from lsp_callbacks.quantities.base import ROOT, scalar
@@ -172,7 +172,10 @@ class StabilityProfile(Windowed):
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         known = tangent_path(snapshot) == "exact"
         blocks = 1 + (len(state_blocks(snapshot)) if known else 2)  # of an unknown optimizer, as of Adam
-        parts = product_memory(snapshot, self.method, 2 * (2 * self.directions + 1) * blocks)
+        vectors = 2 * (2 * self.directions + 1) * blocks
+        if known:  # the diagonals of the step, the weights of its norm and the basis for that: more than an edge takes
+            vectors += basis_size(snapshot, self.bounds) + (1 + blocks) * blocks + blocks
+        parts = product_memory(snapshot, self.method, vectors)
         return {**parts, "graph of the outputs": TWICE * footprint(snapshot).activations}
 
     def path(self, snapshot: Snapshot) -> str:
