@@ -21,7 +21,7 @@ from lsp_callbacks.operators import step_jacobian, step_response
 from lsp_callbacks.operators.explanation import explain
 from lsp_callbacks.operators.outputs import output_jacobian
 from lsp_callbacks.operators.proximal import update_jacobian, update_response
-from lsp_callbacks.operators.step_norm import state_scale
+from lsp_callbacks.operators.step_norm import state_scale, step_norm
 from lsp_callbacks.operators.work import products, sample_passes
 from lsp_callbacks.quantities.sharpness import edge_memory
 from lsp_callbacks.report.rows import MEANINGS
@@ -206,6 +206,17 @@ def test_bounds_are_above_the_dense_truth(rule, clipping, prox):
     for name, matrix in (("output", J), ("explanation", G)):
         close(found[f"sigma_{name}"], torch.linalg.matrix_norm(matrix @ product[:P, :P], 2), 1e-9)
         close(found[f"sigma_{name}_bound"], torch.linalg.matrix_norm(matrix, 2) * found["sigma_theta_bound"], 1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_one_product_gives_a_bound_though_a_poor_one(momentum):
+    task = regression()
+    snapshot = freeze(task, SGD(task.parameters(), lr=0.1, momentum=momentum))
+    A, scale = update_jacobian(snapshot, method="exact"), state_scale(snapshot)
+    norm = torch.linalg.matrix_norm(scale[:, None] * A.dense() / scale, 2)
+    generator = snapshot.generator("one")
+    one, many = (step_norm(snapshot, A, scale, products=k, failure=1e-3, generator=generator) for k in (1, 40))
+    assert norm <= many * (1 + 1e-9) and many < one < math.inf
 
 
 def test_bounds_of_a_quadratic_are_the_truth():
