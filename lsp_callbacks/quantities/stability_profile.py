@@ -243,6 +243,8 @@ class StabilityProfile(Windowed):
             own[f"sigma_theta_{name}"], own[f"alpha_theta_{name}"] = own[name], own[f"alpha_{name}"]
         bounds = NormBounds(**self._frame["bounds"]) if "bounds" in self._frame else None
         own |= {} if bounds is None else bounds.beside(found)
+        if bounds is not None and math.isnan(bounds.log_theta + bounds.log_noise):
+            self.unbounded_training = "the norm of a step is not a number"
         log_theta, steps = (None, 0) if bounds is None else (bounds.log_theta, self.bounds)
         seen = outputs_moved(snapshot, now, samples=self.probes, steps=steps)
         if seen is not None:
