@@ -135,6 +135,9 @@ HIDDEN = {
     "item of a view": views(lambda g, h: g[1:].__setitem__(0, h[0])),
     "out": views(lambda g, h: torch.add(h[:, :2], 1.0, out=g[:, 1:3])),
     "older view": older_view,
+    "new_tensor": lambda h: h + torch.ones(1, dtype=f64).new_tensor(100 * h.detach()),
+    "full_like": lambda h: h + torch.full_like(h, 100 * h.detach().max()),
+    "to": lambda h: h + (100 * h.detach()).float().to(torch.ones(1, dtype=f64)),
     "constant with a graph": written,
     "mask": lambda h: 100 * h + 100 * (h > 0).double(),
     "words": lambda h: h + F.embedding(h.argmax(-1), 100 * torch.eye(4, dtype=f64)),
@@ -172,10 +175,21 @@ def test_an_input_of_two_layers_is_one():
     close(lipschitz_upper(depth(freeze(task))), (A + B) * C, 1e-9)
 
 
+ONES = torch.ones(4)
 CONSTANTS = {
     "weights": lambda h: h * torch.ones(4, dtype=f64).requires_grad_().detach(),
     "shapes": lambda h: h * torch.full_like(h, 2.0) + h.new_ones(4) + torch.zeros(h.shape, dtype=f64),
 }
+
+
+LOOKS = {
+    "to": lambda one, h: one.to(h),
+    "type_as": lambda one, h: one.type_as(h),
+    "expand_as": lambda one, h: one.double().expand_as(h),
+    "view_as": lambda one, h: one.double().repeat(5).view_as(h),
+    "reshape_as": lambda one, h: one.double().repeat(5).reshape_as(h),
+}
+CONSTANTS |= {name: lambda h, look=look: h + look(ONES, h.detach()) for name, look in LOOKS.items()}
 
 
 @pytest.mark.parametrize("name", CONSTANTS)

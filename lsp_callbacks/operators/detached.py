@@ -12,8 +12,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lsp_callbacks.operators.passage import overlap
 
-#: What looks at a tensor's shape and type only.
+#: What looks at a tensor's shape and type only, but takes in what else it is given.
 _SHAPES = ("_like", "new_")
+#: What takes in the tensor itself, and of what else it is given looks at shape or type only.
+_AS = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 #: What reads numbers out of a tensor, on which Python may go its own way.
 _READS = {
     "item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "equal", "allclose",
@@ -57,8 +59,13 @@ class Detached(TorchFunctionMode):
         if not self.start:
             return result
         name = getattr(func, "__name__", str(func))
-        known = [t for t in _tensors((args, kwargs)) if self._known(t)]
-        if not known or any(part in name for part in _SHAPES):
+        taken: Any = (args, kwargs)
+        if name in _AS:
+            taken = args[:1]
+        elif any(part in name for part in _SHAPES):
+            taken = (args[1:], {key: value for key, value in kwargs.items() if key != "input"})
+        known = [t for t in _tensors(taken) if self._known(t)]
+        if not known:
             return result
         if name in _READS:
             self.read = min(self.read, self._latest)
