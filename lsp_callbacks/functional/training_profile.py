@@ -98,7 +98,12 @@ class NormBounds:
         return NormBounds(self.log_theta + grown, noise)
 
     def beside(self, found: TrainingProfile) -> dict[str, float]:
-        """The bounds and their gaps, bound less truth, of exponents that are divided as those of the profile."""
+        """The bounds and their gaps, bound less truth, of exponents that are divided as those of the profile.
+
+        ``alpha_u_bound`` and ``alpha_u_gap`` are so only up to the errors of the estimates ``alpha_u`` and ``sigma_u``:
+        the noise that was driven is not known but from random rows. ``sigma_u_bound`` is a bound without them, and
+        ``alpha_theta_gap`` is one from above, as ``alpha_theta`` is from below.
+        """
         alpha = self.log_theta / found.steps
         slack = self.log_noise - 2 * float(found.sigma_u.log())
         shared = slack / (found.steps - 1) if found.steps > 1 else math.nan
