@@ -260,6 +260,14 @@ def test_norms_have_no_unit(c):
         close(bound / norm_upper(from_matrix(A), steps=steps), 1.0, 1e-3)
 
 
+def test_bounds_of_small_operators_are_exact_whatever_the_tolerance():
+    """Lanczos would stop long before, where a bound is still far above the value."""
+    A = random(40, 12)
+    true = torch.linalg.matrix_norm(A, 2)
+    close(operator_norm(from_matrix(A), steps=12, tol=0.1, failure=1e-3).upper, true, 1e-9)
+    assert operator_norm(from_matrix(A), steps=11, tol=0.1, failure=1e-3).upper > 1.01 * true
+
+
 def test_only_a_random_start_gives_a_bound():
     A = from_matrix(random(4, 4))
     assert operator_norm(A).upper is None and operator_norm(A, failure=0.1).upper is not None
