@@ -11,7 +11,7 @@ from torch import nn
 from lsp_callbacks import ClarkeProfile, Unmeasurable
 from lsp_callbacks.functional import generalized_norm
 from lsp_callbacks.functional.clarke import _upper
-from lsp_callbacks.operators.free_slopes import free_slopes
+from lsp_callbacks.operators.free_slopes import FreeWay, free_slopes
 
 
 def norm(matrix):
@@ -321,13 +321,21 @@ def at(free, e):
     return free.jacobian + free.out @ (e[:, None] * through)
 
 
-def test_products_forwards_give_the_same_matrices_as_passes_backwards():
+def test_products_forwards_give_the_same_matrices_as_passes_backwards(monkeypatch):
     net, x = convolutions()[:3], random(2, 1, 8, 8)  # 256 numbers from 64
-    for whole, forwards in zip(free_slopes(net, x, eps=0.02, most=300), free_slopes(net, x, eps=0.02, most=200)):
-        assert len(whole.radius) > 3 and whole.jacobian.shape == (256, 64)
-        for one in ("jacobian", "into", "out", "between", "radius", "real", "layer"):
+    wider = torch.cat([x.flatten(1), random(2, 300)], dim=1)  # of which the network looks at the first 64
+    backwards = free_slopes(lambda x: net(x[:, :64].view(-1, 1, 8, 8)), wider, eps=0.02)
+    rows, row = [], FreeWay._row
+    monkeypatch.setattr(FreeWay, "_row", lambda *args: rows.append(args) or row(*args))
+    for whole, forwards in zip(backwards, free_slopes(net, x, eps=0.02, most=300)):
+        assert len(whole.radius) > 3 and forwards.jacobian.shape == (256, 64)
+        for one in ("out", "between", "radius", "real", "layer"):
             close(getattr(whole, one), getattr(forwards, one), 1e-12)
+        for one in ("jacobian", "into"):
+            close(getattr(whole, one)[:, :64], getattr(forwards, one), 1e-12)
+            assert not getattr(whole, one)[:, 64:].any()
         assert forwards.centre is None
+    assert 3 < len(rows) < 256  # of the units only
 
 
 def test_wide_states_are_bounded_on_a_subspace(monkeypatch):

@@ -86,6 +86,74 @@ def test_the_loss_is_in_the_graph_of_the_input():
     close(own, there, 1e-12)
 
 
+class Branches(Task):
+    """A step that gives its input to more than one module, or function."""
+
+    def __init__(self, way):
+        super().__init__(nn.ModuleDict({name: nn.Linear(4, 3) for name in "ab"} | {"c": nn.Linear(7, 2)}), 5, 4)
+        self.way = way
+
+    def forward(self):
+        return self.way(self.net, self.x.clone()).square().mean()
+
+
+def gated(net, x):
+    y = net["a"](x)
+    return net["a"](torch.nn.functional.pad(y * net["b"](x), (0, 1)))
+
+
+def own_views(net, x):
+    return net["b"](torch.nn.functional.pad(net["a"](x.flatten(1)) * net["a"](x.flatten(1)), (0, 1)))
+
+
+def masked(net, x):
+    y = net["a"](x) * (x.sum(1, keepdim=True) > 0).double()
+    return net["b"](torch.nn.functional.pad(y, (0, 1)))
+
+
+def in_the_loss(net, x):
+    return net["b"](torch.nn.functional.pad(net["a"](x), (0, 1))) - x[:, :3]
+
+
+@pytest.mark.parametrize("way", [gated, own_views, masked, in_the_loss])
+def test_an_input_of_two_modules_is_one(way):
+    """By finite differences of the step's own last layer."""
+    task = Branches(way)
+    states = depth(freeze(task))
+    last = []
+    for module in task.net.values():
+        module.register_forward_hook(lambda module, args, y: last.append(y.detach()))
+
+    def at(x):
+        way(task.net, x)
+        return last[-1]
+
+    J, v = states.jacobian(len(states.layers)), random(5, 4, seed=1)
+    close(J @ v, (at(task.x + 1e-5 * v) - at(task.x - 1e-5 * v)) / 2e-5, 1e-8)
+
+
+def before(net, x):
+    part = x[:, 1:]
+    y = net["a"](x)
+    return net["c"](torch.cat([y, part, part[:, :1]], 1))
+
+
+USED_AGAIN = {
+    "beside": lambda net, x: net["c"](torch.cat([net["a"](x), x], 1)),
+    "made of it": lambda net, x: net["c"](torch.cat([net["a"](x), 2 * x], 1)),
+    "by weights": lambda net, x: net["c"](torch.cat([net["a"](x), x @ net["c"].weight[0, :4, None].expand(4, 4)], 1)),
+    "in a module": lambda net, x: net["c"](torch.cat([net["a"](x), net["b"](x.tanh()), x[:, :1]], 1)),
+    "whole": lambda net, x: net["c"](torch.cat([net["a"](x.view(5, 4)), x], 1)),
+    "part": before,
+}
+
+
+@pytest.mark.parametrize("name", USED_AGAIN)
+def test_an_input_that_functions_use_again_is_refused(name):
+    with pytest.raises(Unmeasurable, match="used again outside of the module that it entered first"):
+        depth(freeze(Branches(USED_AGAIN[name])))
+
+
 class Tokens(nn.Module):
     def __init__(self):
         super().__init__()

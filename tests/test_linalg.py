@@ -247,6 +247,27 @@ def test_norms_from_above(shape, dtype):
     close(norm_upper(from_matrix(pair)) / true, [1.0, 2.0], 0.1)
 
 
+@pytest.mark.parametrize("c", [10.0**k for k in range(-15, 16, 5)])
+def test_norms_have_no_unit(c):
+    """In float32, though the squares of what Lanczos on ``A^T A`` sees, ``c^4``, are out of its range."""
+    A = random(60, 40).float()
+    true = torch.linalg.matrix_norm(A.double(), 2)
+    scaled = from_matrix(c * A)
+    close(operator_norm(scaled, steps=40, tol=1e-6).value / c, true, 1e-4)
+    for steps in (3, 8, 30, 40):
+        bound = norm_upper(scaled, steps=steps) / c
+        assert true * (1 - 1e-6) <= bound
+        close(bound / norm_upper(from_matrix(A), steps=steps), 1.0, 1e-3)
+
+
+def test_bounds_of_small_operators_are_exact_whatever_the_tolerance():
+    """Lanczos would stop long before, where a bound is still far above the value."""
+    A = random(40, 12)
+    true = torch.linalg.matrix_norm(A, 2)
+    close(operator_norm(from_matrix(A), steps=12, tol=0.1, failure=1e-3).upper, true, 1e-9)
+    assert operator_norm(from_matrix(A), steps=11, tol=0.1, failure=1e-3).upper > 1.01 * true
+
+
 def test_only_a_random_start_gives_a_bound():
     A = from_matrix(random(4, 4))
     assert operator_norm(A).upper is None and operator_norm(A, failure=0.1).upper is not None

@@ -87,6 +87,36 @@ def filled(h):
     return h + other
 
 
+def views(write):
+    """A buffer that is written through a view of it, by ``write(buffer, what depends on the input)``."""
+
+    def branch(h):
+        other = torch.zeros_like(h)
+        write(other, 100 * h.detach())
+        return h + other
+
+    return branch
+
+
+def through_a_view(g, h):
+    view = g[:, :2]
+    view += h[:, 1:3]
+
+
+def older_view(h):
+    other = torch.zeros_like(h)
+    older = other.t()
+    other[:, :2].copy_(100 * h.detach()[:, :2])
+    return h + older.t()
+
+
+def written(h):
+    """Into what has a graph, of weights, which knows nothing of the input."""
+    other = torch.zeros_like(h).requires_grad_().clone()
+    other[:, 0].copy_(100 * h.detach()[:, 1])
+    return h + other
+
+
 class OwnLinear(nn.Linear):
     def forward(self, x):
         return super().forward(x) * (1 + 100 * x.detach().abs()) + 1
@@ -98,6 +128,17 @@ HIDDEN = {
     "data": lambda h: h + 100 * h.data,
     "no_grad": without_graph,
     "in place": filled,
+    "rows": views(lambda g, h: g[: len(h)].copy_(h)),
+    "column": views(lambda g, h: g[:, 0].copy_(h[:, 1])),
+    "view": views(through_a_view),
+    "view of a view": views(lambda g, h: g[1:][:, 1:].add_(h[1:, 1:])),
+    "item of a view": views(lambda g, h: g[1:].__setitem__(0, h[0])),
+    "out": views(lambda g, h: torch.add(h[:, :2], 1.0, out=g[:, 1:3])),
+    "older view": older_view,
+    "new_tensor": lambda h: h + torch.ones(1, dtype=f64).new_tensor(100 * h.detach()),
+    "full_like": lambda h: h + torch.full_like(h, 100 * h.detach().max()),
+    "to": lambda h: h + (100 * h.detach()).float().to(torch.ones(1, dtype=f64)),
+    "constant with a graph": written,
     "mask": lambda h: 100 * h + 100 * (h > 0).double(),
     "words": lambda h: h + F.embedding(h.argmax(-1), 100 * torch.eye(4, dtype=f64)),
     "number": lambda h: h * float(100 * h.max()),
@@ -116,10 +157,39 @@ def test_a_layer_of_ones_own_that_hides_is_no_layer_of_torch():
         lipschitz_upper(states(seeded(Hides(OwnLinear(4, 4))), 5, 4))
 
 
+class Twice(nn.Module):
+    """A step that gives its input to two layers, and their sum to a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4, bias=False) for _ in range(3))
+        self.register_buffer("x", random(5, 4))
+
+    def forward(self):
+        return self.c(self.a(self.x) + self.b(self.x)).square().mean()
+
+
+def test_an_input_of_two_layers_is_one():
+    task = seeded(Twice())
+    A, B, C = (norm2(layer.weight.detach(), 2) for layer in (task.a, task.b, task.c))
+    close(lipschitz_upper(depth(freeze(task))), (A + B) * C, 1e-9)
+
+
+ONES = torch.ones(4)
 CONSTANTS = {
     "weights": lambda h: h * torch.ones(4, dtype=f64).requires_grad_().detach(),
     "shapes": lambda h: h * torch.full_like(h, 2.0) + h.new_ones(4) + torch.zeros(h.shape, dtype=f64),
 }
+
+
+LOOKS = {
+    "to": lambda one, h: one.to(h),
+    "type_as": lambda one, h: one.type_as(h),
+    "expand_as": lambda one, h: one.double().expand_as(h),
+    "view_as": lambda one, h: one.double().repeat(5).view_as(h),
+    "reshape_as": lambda one, h: one.double().repeat(5).reshape_as(h),
+}
+CONSTANTS |= {name: lambda h, look=look: h + look(ONES, h.detach()) for name, look in LOOKS.items()}
 
 
 @pytest.mark.parametrize("name", CONSTANTS)

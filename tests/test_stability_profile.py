@@ -21,8 +21,9 @@ from lsp_callbacks.operators import step_jacobian, step_response
 from lsp_callbacks.operators.explanation import explain
 from lsp_callbacks.operators.outputs import output_jacobian
 from lsp_callbacks.operators.proximal import update_jacobian, update_response
-from lsp_callbacks.operators.step_norm import state_scale
+from lsp_callbacks.operators.step_norm import state_scale, step_norm
 from lsp_callbacks.operators.work import products, sample_passes
+from lsp_callbacks.quantities.sharpness import edge_memory
 from lsp_callbacks.report.rows import MEANINGS
 from lsp_callbacks.snapshot import Clipping
 
@@ -205,6 +206,17 @@ def test_bounds_are_above_the_dense_truth(rule, clipping, prox):
     for name, matrix in (("output", J), ("explanation", G)):
         close(found[f"sigma_{name}"], torch.linalg.matrix_norm(matrix @ product[:P, :P], 2), 1e-9)
         close(found[f"sigma_{name}_bound"], torch.linalg.matrix_norm(matrix, 2) * found["sigma_theta_bound"], 1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_one_product_gives_a_bound_though_a_poor_one(momentum):
+    task = regression()
+    snapshot = freeze(task, SGD(task.parameters(), lr=0.1, momentum=momentum))
+    A, scale = update_jacobian(snapshot, method="exact"), state_scale(snapshot)
+    norm = torch.linalg.matrix_norm(scale[:, None] * A.dense() / scale, 2)
+    generator = snapshot.generator("one")
+    one, many = (step_norm(snapshot, A, scale, products=k, failure=1e-3, generator=generator) for k in (1, 40))
+    assert norm <= many * (1 + 1e-9) and many < one < math.inf
 
 
 def test_bounds_of_a_quadratic_are_the_truth():
@@ -399,6 +411,17 @@ def test_cost_grows_with_what_is_asked_for():
     assert dear - cheap > (4 * 25 - 2 * 21) * 1.2
     memory = StabilityProfile().memory(snapshot)
     assert set(memory) >= {"vectors", "graph of the outputs"} and min(memory.values()) >= 0
+
+
+@pytest.mark.parametrize("momentum, blocks", [(0.0, 1), (0.9, 2)])
+def test_memory_holds_the_basis_of_the_bounds_and_that_of_the_edge(momentum, blocks):
+    task = regression()
+    snapshot = freeze(task, SGD(task.parameters(), lr=0.1, momentum=momentum))
+    vectors = [StabilityProfile(bounds=k).memory(snapshot)["vectors"] for k in (0, 40, 80)]
+    bytes_ = 8 * sum(p.numel() for p in task.parameters())
+    assert vectors[2] - vectors[1] == (40 if blocks == 1 else 20 * blocks) * bytes_
+    smallest = StabilityProfile(directions=2, bounds=0).memory(snapshot)
+    assert all(smallest[name] >= size for name, size in edge_memory(snapshot, "auto").items())
 
 
 def test_the_picture_has_depth_and_time():

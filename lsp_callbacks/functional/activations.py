@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.operators.slopes import GELU_TANH, MISH, SILU
+
 #: An activation is flat where its slope is below this share of its largest one.
 FLAT = 0.05
 
 _GELU = 0.5 * math.erfc(-1.0) + math.exp(-1.0) / math.sqrt(math.pi)  # at sqrt(2)
-_GELU_TANH = 1.1289930686587717  # near 1.4185
-_SILU = 1.0998393201288670  # x sigmoid(x), near 2.3994
-_MISH = 1.0884981612517280  # near 1.4906
 _SELU = 1.7580993408473766  # alpha times scale, at 0 from below
 
 #: ``sup |phi'|`` by class name, for the modules of PyTorch and transformers; None where phi jumps.
@@ -26,25 +25,25 @@ LIPSCHITZ: dict[str, Callable[[Any], float | None]] = {
         lambda module: 1.0,
     ),
     "ELU": lambda module: max(1.0, abs(module.alpha)),
-    "GELU": lambda module: _GELU if module.approximate == "none" else _GELU_TANH,
+    "GELU": lambda module: _GELU if module.approximate == "none" else GELU_TANH,
     "Hardshrink": lambda module: 1.0 if module.lambd == 0 else None,
     "Hardsigmoid": lambda module: 1 / 6,
     "Hardswish": lambda module: 1.5,
     "LeakyReLU": lambda module: max(1.0, abs(module.negative_slope)),
-    "Mish": lambda module: _MISH,
+    "Mish": lambda module: MISH,
     "PReLU": lambda module: max(1.0, float(module.weight.detach().abs().max())),
     "RReLU": lambda module: max(1.0, abs(module.lower), abs(module.upper)),
     "SELU": lambda module: _SELU,
-    "SiLU": lambda module: _SILU,
+    "SiLU": lambda module: SILU,
     "Sigmoid": lambda module: 0.25,
     "Threshold": lambda module: 1.0 if module.threshold == module.value else None,
     # transformers
-    "FastGELUActivation": lambda module: _GELU_TANH,
+    "FastGELUActivation": lambda module: GELU_TANH,
     "GELUActivation": lambda module: _GELU,
-    "GELUTanh": lambda module: _GELU_TANH,
-    "NewGELUActivation": lambda module: _GELU_TANH,
-    "QuickGELUActivation": lambda module: _SILU,  # silu(1.702 x) / 1.702
-    "SiLUActivation": lambda module: _SILU,
+    "GELUTanh": lambda module: GELU_TANH,
+    "NewGELUActivation": lambda module: GELU_TANH,
+    "QuickGELUActivation": lambda module: SILU,  # silu(1.702 x) / 1.702
+    "SiLUActivation": lambda module: SILU,
 }  # fmt: skip
 
 

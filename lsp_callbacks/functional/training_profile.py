@@ -91,22 +91,27 @@ class NormBounds:
         That norm has to be the Euclidean one on the parameters. The product of norms bounds the norm of the product;
         both are equal where the steps stretch one and the same direction most.
         """
-        grown, kick = (math.log(x) if x > 0 else -math.inf for x in (norm, response))
+        grown, kick = (-math.inf if x <= 0 else math.log(x) for x in (norm, response))  # NaN stays
         carried = self.log_noise + 2 * grown
-        top = max(carried, kick)
+        top = math.nan if math.isnan(carried) or math.isnan(kick) else max(carried, kick)
         noise = top if math.isinf(top) else top + math.log(math.exp(carried - top) + math.exp(kick - top))
         return NormBounds(self.log_theta + grown, noise)
 
     def beside(self, found: TrainingProfile) -> dict[str, float]:
-        """The bounds and their gaps, bound less truth, of exponents that are divided as those of the profile."""
+        """The bounds and their gaps, bound less truth, of exponents that are divided as those of the profile.
+
+        ``alpha_u_bound`` and ``alpha_u_gap`` are so only up to the errors of the estimates ``alpha_u`` and ``sigma_u``:
+        the noise that was driven is not known but from random rows. ``sigma_u_bound`` is a bound without them, and
+        ``alpha_theta_gap`` is one from above, as ``alpha_theta`` is from below.
+        """
         alpha = self.log_theta / found.steps
         slack = self.log_noise - 2 * float(found.sigma_u.log())
         shared = slack / (found.steps - 1) if found.steps > 1 else math.nan
         return {
-            "sigma_theta_bound": math.exp(self.log_theta) if self.log_theta < 709 else math.inf,
+            "sigma_theta_bound": math.inf if self.log_theta >= 709 else math.exp(self.log_theta),
             "alpha_theta_bound": alpha,
             "alpha_theta_gap": alpha - float(found.alpha_theta),
-            "sigma_u_bound": math.exp(self.log_noise / 2) if self.log_noise < 1418 else math.inf,
+            "sigma_u_bound": math.inf if self.log_noise >= 1418 else math.exp(self.log_noise / 2),
             "alpha_u_bound": float(found.alpha_u) + shared,
             "alpha_u_gap": shared,
         }

@@ -143,7 +143,8 @@ def operator_norm(
         steps: at most this many pairs of products.
         tol: on the residual of ``A^T A`` relative to ``||A||^2``; the value's relative error is at most half
             of it from some singular value, and quadratically small where the largest is separated.
-        failure: asks for ``upper``, which the norm exceeds with at most this probability over the random start.
+        failure: asks for ``upper``, which the norm exceeds with at most this probability over the random start. It is
+            exact after n steps: where those are allowed they are taken, whatever ``tol``.
         generator: for the random start.
 
     Returns:
@@ -162,6 +163,8 @@ def operator_norm(
     if start is None:
         generator = generator or torch.Generator(operator.device).manual_seed(0)
         start = _randn((*operator.batch, operator.shape[1]), operator.dtype, operator.device, generator)
+    if failure is not None and operator.shape[1] <= steps:
+        tol = 0.0
     ritz = lanczos(operator.T @ operator, start, steps=steps, tol=tol, generator=generator)
     top = ritz.pair(-1)
     value = top.value.clamp_min(0).sqrt()
@@ -314,4 +317,9 @@ def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _norm(a: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a, dim=-1, keepdim=True)
+    """Of each row; scaled, as squares leave the range of float32 where the entries are below 1e-19 or above 1e19."""
+    if not a.shape[-1]:
+        return torch.linalg.vector_norm(a, dim=-1, keepdim=True)
+    scale = a.abs().amax(-1, keepdim=True)
+    scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
+    return scale * torch.linalg.vector_norm(a / scale, dim=-1, keepdim=True)

@@ -88,8 +88,8 @@ def depth(snapshot: Snapshot, *, samples: int = 4) -> Depth:
         samples: how many, at most.
 
     Raises:
-        Unmeasurable: no such tensor, no layer that depends on it, samples that mix, or a function that cannot be
-            differentiated twice.
+        Unmeasurable: no such tensor, no layer that depends on it, samples that mix, a function that cannot be
+            differentiated twice, or one that takes in the same tensor once more, outside of all modules.
 
     Cost: a forward pass, and a forward product for the check, on ``samples`` samples; shared by all quantities of the
     step.
@@ -152,7 +152,7 @@ def _begun(snapshot: Snapshot, samples: int | None, axis: int | None, given: Ten
         return None
     if not start:
         raise Unmeasurable("no module received or returned a floating-point tensor: depth begins nowhere")
-    (x,) = start
+    x = start[0]
     count = x.shape[axis or 0] if size is None else size
     axis = _axis(x, count) if axis is None else axis
     if axis is None:
@@ -174,6 +174,7 @@ def _begun(snapshot: Snapshot, samples: int | None, axis: int | None, given: Ten
             layers[-1] = Layer(last.name, (*last.modules, call.name), y, at)
     if not layers:
         return None
+    _check_input(layers[-1].state, detached)
     return Depth(x, axis, tuple(layers), loss, root, skip, detached)
 
 
@@ -195,6 +196,22 @@ def _check_samples(found: Depth) -> None:
             "one sample's input changes another's output, also in eval mode (a norm over the batch, or a batch axis "
             "that is neither first nor second): the Jacobian of one sample is not defined"
         )
+
+
+def _check_input(state: Tensor, detached: Detached) -> None:
+    """No function may have taken in the tensor that X_0 took the place of: that path would be held fixed."""
+    stack, seen = [state.grad_fn], set[Any]()
+    while detached.again and stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if name := detached.again.get(node):
+            raise Unmeasurable(
+                f"the input is used again outside of the module that it entered first, by {name}, where its derivative "
+                "would be lost: do so in a module that is given the input"
+            )
+        seen.add(node)
+        stack.extend(child for child, _ in node.next_functions)
 
 
 class _Reached:

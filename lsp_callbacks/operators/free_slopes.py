@@ -101,7 +101,7 @@ class FreeWay:
     def slopes(self, y: Tensor, *, axis: int = 0, most: int | None = None) -> list[FreeSlopes]:
         """``dy / dx`` of each sample, with its free slopes.
 
-        By a backward pass for each number of y or, where these are too many, a forward product for each of x. If both
+        By a backward pass for each number of y or, where those of x are fewer, a forward product for each of x. If both
         are more than ``most``, J is taken on a subspace of the inputs, the rows of C and what Lanczos has met:
         ``||J(e)||`` is bounded from below, and ``||J||`` from above with probability 0.999: `linalg.spectrum_bounds`.
 
@@ -131,7 +131,7 @@ class FreeWay:
             units = [row for i in calls for row in self._of_call(i)]
             own = self._columns(calls)
             C, T = self._stacked([row[0] for row in units]), self._joined([row[1] for row in units])[:, own]
-            if out.length <= most:
+            if out.length <= min(most, n):
                 rows = [self._row(out.flat(y)[:, i].sum(), calls) for i in range(out.length)]
                 J, B = self._stacked([row[0] for row in rows]), self._joined([row[1] for row in rows])[:, own]
                 B = B.expand(self.into.samples, -1, -1)

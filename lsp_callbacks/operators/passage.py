@@ -56,6 +56,20 @@ def first_float(value: Any) -> Tensor | None:
     return next((t for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()), None)
 
 
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one and the same, or the same view of one."""
+    place = one.shape == other.shape and one.stride() == other.stride()
+    return one is other or (place and overlap(one, other) and one.data_ptr() == other.data_ptr())
+
+
+def overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, or one those of the other; not two parts that begin apart."""
+    roots = [t if t._base is None else t._base for t in (one, other)]
+    if roots[0] is not roots[1]:
+        return False
+    return any(root is t for root, t in zip(roots, (one, other))) or one.data_ptr() == other.data_ptr()
+
+
 def leaves(root: Passage) -> Iterator[Passage]:
     """The calls of modules that call no other, in their order."""
     for child in root.children:
@@ -105,7 +119,8 @@ def passages(
     Args:
         module: all modules within it are seen, but for parametrizations of weights, and scripted ones.
         start: an empty list asks for ``X_0``, a leaf in the place of the first floating-point tensor that enters a
-            module, or that one returns; it is put into the list.
+            module, or that one returns, and of the same tensor wherever it enters a later one. ``X_0`` and that tensor
+            are put into the list.
         given: takes the place of ``X_0``; None is a copy of what was there.
         skip: so many floating-point tensors before it.
         enter: called with each before its module runs.
@@ -114,23 +129,28 @@ def passages(
     root = Passage("", module)
     open_calls = [root]
     waiting, passed = start is not None, dict[int, Tensor]()
+    inside: Tensor | None = None  # what goes through the network for X_0
 
     def leaf(value: Any) -> Any:
-        nonlocal waiting
-        assert start is not None
+        nonlocal waiting, inside
+        if start is None:
+            return value
         flat, spec = tree_flatten(value)
         for i, one in enumerate(flat):
             if waiting and isinstance(one, Tensor) and one.is_floating_point() and one.ndim > 1:
                 passed[id(one)] = one
                 if len(passed) <= skip:
                     continue
-                start.append((one if given is None else given).detach().clone().requires_grad_())
-                flat[i], waiting = start[0].clone(), False  # what comes may work in place on it
+                start.extend([(one if given is None else given).detach().clone().requires_grad_(), one])
+                flat[i] = inside = start[0].clone()  # what comes may work in place on it
+                waiting = False
+            elif inside is not None and isinstance(one, Tensor) and same(one, start[1]):
+                flat[i] = inside
         return tree_unflatten(flat, spec)
 
     def before(name: str):
         def hook(child: nn.Module, args: tuple, kwargs: dict) -> Any:
-            changed = leaf((args, kwargs)) if waiting else (args, kwargs)
+            changed = leaf((args, kwargs))
             tensors = [t for t in tree_leaves(changed) if isinstance(t, Tensor) and t.is_floating_point()]
             call = Passage(name, child, received=tuple(tensors), entry=tuple(t.grad_fn for t in tensors))
             open_calls[-1].children.append(call)
@@ -151,8 +171,8 @@ def passages(
 
     with contextlib.ExitStack() as stack:
         for name, child in module.named_modules():
-            inside = "parametrizations" in name.split(".")  # of a layer, which is one with what makes its weight
-            if not inside and not isinstance(child, torch.jit.ScriptModule):  # which takes no hooks
+            of_a_layer = "parametrizations" in name.split(".")  # which is one with what makes its weight
+            if not of_a_layer and not isinstance(child, torch.jit.ScriptModule):  # which takes no hooks
                 stack.callback(child.register_forward_pre_hook(before(name), with_kwargs=True).remove)
                 stack.callback(child.register_forward_hook(after).remove)
         yield root

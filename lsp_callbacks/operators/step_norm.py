@@ -60,7 +60,7 @@ def step_norm(
         step: its A, see `update_jacobian`, with an adjoint.
         scale: the diagonal of W, see `state_scale`.
         products: Hessian products that Lanczos may take; one a step where A is symmetric, as that of plain SGD with
-            one rate, otherwise two, on ``A^T A``.
+            one rate, otherwise two, on ``A^T A``, at least one pair.
         failure: see `lsp_callbacks.linalg.spectrum_bounds`.
         generator: of the start.
 
@@ -79,9 +79,15 @@ def step_norm(
         dtype=step.dtype,
         device=step.device,
     )
-    found = operator_norm(weighted, steps=products // 2, tol=0.0, failure=failure, generator=generator).upper
+    found = operator_norm(weighted, steps=max(1, products // 2), tol=0.0, failure=failure, generator=generator).upper
     assert found is not None
     return float(found)
+
+
+def basis_size(snapshot: Snapshot, products: int) -> int:
+    """Vectors over all parameters that `step_norm` keeps."""
+    blocks = 1 + len(state_blocks(snapshot))
+    return products if not products or _symmetric(snapshot) else max(1, products // 2) * blocks
 
 
 def response_size(snapshot: Snapshot, scale: Tensor, *, failure: float) -> float:

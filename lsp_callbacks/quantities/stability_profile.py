@@ -24,7 +24,7 @@ from lsp_callbacks.operators.curvature import Method, path_taken, resolved
 from lsp_callbacks.operators.footprint import TWICE, footprint, product_memory
 from lsp_callbacks.operators.frozen import frozen_rule
 from lsp_callbacks.operators.proximal import update_jacobian, update_response
-from lsp_callbacks.operators.step_norm import response_size, state_scale, step_norm
+from lsp_callbacks.operators.step_norm import basis_size, response_size, state_scale, step_norm
 from lsp_callbacks.operators.training import state_blocks, tangent_path
 from lsp_callbacks.operators.work import forward_cost, products, sample_passes
 from lsp_callbacks.quantities.base import ROOT, scalar
@@ -62,12 +62,15 @@ class StabilityProfile(Windowed):
     gradients at the end, ``||J_T A_T ... A_1||`` on the frame, and the growth in function space.
 
     Bounds from one-step norms: ``sigma_theta_bound = prod_t ||A_t||``, ``sigma_u_bound = (sum_s (prod_(t > s)
-    ||A_t||)^2 ||B_s||_F^2 / P)^(1/2)``, and ``||J_T||`` times the first. All of a window hold with probability 0.998,
-    over the starts of Lanczos, for the products as they are taken (differences err by 0.1 %). With momentum or a
-    preconditioner norms are those of parameters and state in the weights of `operators.step_norm.state_scale` at the
-    window's start; they are 1 on the parameters, so that the bounds are Euclidean there. Under momentum a
-    product of norms is loose (up to 1.6 a step at beta = 0.9), under Adam in its first steps it says nothing. A real
-    displacement of the start, ``d``, moves the outputs by at most ``d sigma_output_bound``, to first order in d.
+    ||A_t||)^2 ||B_s||_F^2 / P)^(1/2)``, and ``||J_T||`` times the first. Over the starts of Lanczos those of training
+    fail with probability 1e-3 at most, all together, ``||J_T||`` of outputs and of explanations with 1e-3 each, and
+    ``alpha_x_jacobian_bound`` with another: all of these hold with probability 0.996. ``alpha_x_norm_bound`` fails with
+    1e-3 at most for each run of affine modules. That is for the products as they are taken (differences err by 0.1 %).
+    With momentum or a preconditioner norms are those of parameters and state in the weights of
+    `operators.step_norm.state_scale` at the window's start; they are 1 on the parameters, so that the bounds are
+    Euclidean there. Under momentum a product of norms is loose (up to 1.6 a step at beta = 0.9), under Adam in its
+    first steps it says nothing. A real displacement of the start, ``d``, moves the outputs by at most
+    ``d sigma_output_bound``, to first order in d.
 
     All are numbers of one finite network and window: the limsup of the theory does not exist for them. Exponents are
     divided by the layers L or the steps T that were travelled, the endpoint is taken, and an exponent of 0 does not
@@ -172,7 +175,10 @@ class StabilityProfile(Windowed):
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         known = tangent_path(snapshot) == "exact"
         blocks = 1 + (len(state_blocks(snapshot)) if known else 2)  # of an unknown optimizer, as of Adam
-        parts = product_memory(snapshot, self.method, 2 * (2 * self.directions + 1) * blocks)
+        vectors = 2 * (2 * self.directions + 1) * blocks
+        if known:  # the diagonals of the step, the weights of its norm and the basis for that: more than an edge takes
+            vectors += basis_size(snapshot, self.bounds) + (1 + blocks) * blocks + blocks
+        parts = product_memory(snapshot, self.method, vectors)
         return {**parts, "graph of the outputs": TWICE * footprint(snapshot).activations}
 
     def path(self, snapshot: Snapshot) -> str:
@@ -240,6 +246,8 @@ class StabilityProfile(Windowed):
             own[f"sigma_theta_{name}"], own[f"alpha_theta_{name}"] = own[name], own[f"alpha_{name}"]
         bounds = NormBounds(**self._frame["bounds"]) if "bounds" in self._frame else None
         own |= {} if bounds is None else bounds.beside(found)
+        if bounds is not None and (math.isnan(bounds.log_theta) or math.isnan(bounds.log_noise)):
+            self.unbounded_training = "the norm of a step is not a number"
         log_theta, steps = (None, 0) if bounds is None else (bounds.log_theta, self.bounds)
         seen = outputs_moved(snapshot, now, samples=self.probes, steps=steps)
         if seen is not None:
