@@ -7,7 +7,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -54,6 +54,16 @@ class Curve:
 
     steps: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
+
+
+def is_global(key: str) -> bool:
+    """Whether it is of the whole network, not of a layer: ``stability/<name>``."""
+    return key.count("/") == 1
+
+
+def scalars(values: Mapping[str, float]) -> dict[str, float]:
+    """The finite global ones: what is shown to those who might stop at a NaN."""
+    return {key: value for key, value in values.items() if is_global(key) and math.isfinite(value)}
 
 
 class Monitor:
@@ -478,7 +488,7 @@ class Monitor:
                 "values": torch.tensor(curve.values[-HISTORY_SAVED:], dtype=torch.float64),
             }
             for key, curve in self.history.items()
-            if key.count("/") == 1
+            if is_global(key)
         }
         state: dict[str, Any] = {
             "version": VERSION,

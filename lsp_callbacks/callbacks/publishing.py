@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+from lsp_callbacks.monitor import is_global, scalars
 
 
 class Stopwatch:
@@ -50,18 +51,18 @@ def show(trainer: Any, values: Mapping[str, float], **others: torch.Tensor) -> N
         values: by key.
         others: tensors that are put there as they are, by the key's last part.
     """
-    scalars = {key: value for key, value in values.items() if _is_global(key) and math.isfinite(value)}
-    shown = {key: torch.tensor(value) for key, value in scalars.items()}
+    found = scalars(values)
+    shown = {key: torch.tensor(value) for key, value in found.items()}
     trainer.callback_metrics.update(shown | {f"stability/{name}": value for name, value in others.items()})
-    if "stability/courant" in scalars:
-        trainer.progress_bar_metrics["courant"] = round(scalars["stability/courant"], 3)
+    if "stability/courant" in found:
+        trainer.progress_bar_metrics["courant"] = round(found["stability/courant"], 3)
 
 
 def thinned(values: Mapping[str, float], layers: str | int) -> dict[str, float]:
     """All global keys, and of those of layers "all", none ("summary"), or the so many largest of each kind."""
     if layers == "all":
         return dict(values)
-    kept = {key: value for key, value in values.items() if _is_global(key)}
+    kept = {key: value for key, value in values.items() if is_global(key)}
     if layers == "summary":
         return kept
     assert isinstance(layers, int)
@@ -71,7 +72,3 @@ def thinned(values: Mapping[str, float], layers: str | int) -> dict[str, float]:
     for keys in kinds.values():
         kept |= {key: values[key] for key in sorted(keys, key=lambda k: -abs(values[k]))[:layers]}
     return kept
-
-
-def _is_global(key: str) -> bool:
-    return key.count("/") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -32,53 +33,61 @@ class Box:
 
 
 @dataclass(frozen=True)
-class MaxNorm:
+class _Limited(ABC):
+    """A projection of weights, as matrices of rows by all else; tensors of one axis, such as biases, are left alone."""
+
+    limit: float
+
+    def __post_init__(self):
+        number("limit", self.limit, above=0)
+
+    def __call__(self, name: str, tensor: Tensor, lr: float) -> Tensor:
+        return tensor if tensor.ndim < 2 else self._projected(tensor.flatten(1)).view_as(tensor)
+
+    def penalty(self, name: str, tensor: Tensor) -> Tensor:
+        if tensor.ndim < 2:
+            return _indicator(True, tensor)
+        # A projected tensor is within, whatever its rounding.
+        return _indicator(bool((self._norms(tensor.flatten(1)) <= self.limit * (1 + 1e-5)).all()), tensor)
+
+    @abstractmethod
+    def _norms(self, matrix: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _projected(self, matrix: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class MaxNorm(_Limited):
     """The projection of each row of a weight (its first axis; of a convolution each filter) onto ``||row|| <= limit``.
 
     Tensors of one axis, such as biases, are left alone.
     """
 
-    limit: float
+    def _norms(self, matrix: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(matrix, dim=1)
 
-    def __post_init__(self):
-        number("limit", self.limit, above=0)
-
-    def __call__(self, name: str, tensor: Tensor, lr: float) -> Tensor:
-        if tensor.ndim < 2:
-            return tensor
-        norms = torch.linalg.vector_norm(tensor.flatten(1), dim=1)
+    def _projected(self, matrix: Tensor) -> Tensor:
+        norms = self._norms(matrix)
         outside = norms > self.limit
-        factor = torch.where(outside, self.limit / torch.where(outside, norms, 1.0), 1.0)
-        return tensor * factor.view(-1, *[1] * (tensor.ndim - 1))
-
-    def penalty(self, name: str, tensor: Tensor) -> Tensor:
-        within = tensor.ndim < 2 or bool((torch.linalg.vector_norm(tensor.flatten(1), dim=1) <= _a_little(self)).all())
-        return _indicator(within, tensor)
+        return matrix * torch.where(outside, self.limit / torch.where(outside, norms, 1.0), 1.0)[:, None]
 
 
 @dataclass(frozen=True)
-class SpectralClip:
+class SpectralClip(_Limited):
     """The projection of each weight, as a matrix of rows by all else, onto ``||W||_2 <= limit``.
 
     Singular values are clipped. Of a convolution that is the reshaped kernel, whose norm is not that of the layer.
     """
 
-    limit: float
+    def _norms(self, matrix: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(matrix, 2)
 
-    def __post_init__(self):
-        number("limit", self.limit, above=0)
-
-    def __call__(self, name: str, tensor: Tensor, lr: float) -> Tensor:
-        if tensor.ndim < 2:
-            return tensor
-        u, s, v = torch.linalg.svd(tensor.flatten(1), full_matrices=False)
+    def _projected(self, matrix: Tensor) -> Tensor:
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
         if not bool((s > self.limit).any()):  # its derivative is 1 there, also where singular values coincide
-            return tensor
-        return (u * s.clamp(max=self.limit) @ v).view_as(tensor)
-
-    def penalty(self, name: str, tensor: Tensor) -> Tensor:
-        within = tensor.ndim < 2 or bool(torch.linalg.matrix_norm(tensor.flatten(1), 2) <= _a_little(self))
-        return _indicator(within, tensor)
+            return matrix
+        return u * s.clamp(max=self.limit) @ v
 
 
 @dataclass(frozen=True)
@@ -138,8 +147,3 @@ class Only:
 
 def _indicator(within: bool, like: Tensor) -> Tensor:
     return like.new_full((), 0.0 if within else math.inf)
-
-
-def _a_little(prox: MaxNorm | SpectralClip) -> float:
-    """A projected tensor is within, whatever its rounding."""
-    return prox.limit * (1 + 1e-5)

@@ -169,7 +169,7 @@ def operator_norm(
     top = ritz.pair(-1)
     value = top.value.clamp_min(0).sqrt()
     residual = torch.where(value == 0, 0.0, top.residual / (2 * value).clamp_min(torch.finfo(torch.float64).tiny))
-    upper = None if failure is None else spectrum_bounds(ritz, failure=failure)[1].clamp_min(0).sqrt()
+    upper = None if failure is None else _beyond(ritz, failure, 1).clamp_min(0).sqrt()
     return Eigenpair(value, top.vector, residual, top.products, top.converged, upper)
 
 
@@ -226,22 +226,26 @@ def spectrum_bounds(ritz: Ritz, *, failure: float = 1e-3) -> tuple[Tensor, Tenso
         >>> bool(-0.05 < low < 0 and 1 < high < 1.05)
         True
     """
+    return -_beyond(ritz, failure, -1), _beyond(ritz, failure, 1)
+
+
+def _beyond(ritz: Ritz, failure: float, sign: int) -> Tensor:
+    """What no eigenvalue of ``sign A`` exceeds, see `spectrum_bounds`."""
     if not 0 < failure < 1:
         raise ValueError(f"failure={failure!r}: give a probability between 0 and 1")
     k, n = len(ritz.basis), ritz.basis.shape[-1]
-    projected = (ritz.coefficients * ritz.values[..., None, :]) @ ritz.coefficients.mT
+    values = sign * ritz.values
+    projected = (ritz.coefficients * values[..., None, :]) @ ritz.coefficients.mT
     middle = projected.diagonal(dim1=-2, dim2=-1)
     couplings = projected.diagonal(1, -2, -1).abs()
     last = (
         torch.linalg.vector_norm(ritz.residuals, dim=-1, keepdim=True) if k < n else torch.zeros_like(middle[..., :1])
     )
     couplings = torch.cat([couplings, last], dim=-1)
-    rounding = 16 * torch.finfo(ritz.basis.dtype).eps * ritz.values.abs().amax(-1)
+    rounding = 16 * torch.finfo(ritz.basis.dtype).eps * values.abs().amax(-1)
     defect = projected.tril(-2).square().sum((-2, -1)).mul(2).sqrt() + rounding
     enough = math.log(2 * n / math.pi) - 2 * math.log(failure)
-    high = _reach(middle, couplings, ritz.values[..., -1], enough)
-    low = -_reach(-middle, couplings, -ritz.values[..., 0], enough)
-    return low - defect, high + defect
+    return _reach(middle, couplings, values[..., -1 if sign > 0 else 0], enough) + defect
 
 
 #: Points of a grid that brackets the bound, and how often it is refined.

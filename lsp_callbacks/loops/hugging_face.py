@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lsp_callbacks.loops.plain import Log, Watch, moves
-from lsp_callbacks.monitor import Monitor
+from lsp_callbacks.monitor import Monitor, scalars
 from lsp_callbacks.probing import Criterion, ForwardFn, population
 from lsp_callbacks.snapshot import Clipping, Unmodelled
 
@@ -81,8 +80,7 @@ class StabilityCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         values, self._values = self._values, {}
-        shown = {key: value for key, value in values.items() if key.count("/") == 1 and math.isfinite(value)}
-        if shown:
+        if shown := scalars(values):
             state.log_history.append({**shown, "epoch": state.epoch, "step": state.global_step})
         if values and self.log is not None:
             self.log(values, state.global_step)
