@@ -1,0 +1,223 @@
+"""Hessian products by differences of gradients: how far to go, and which of them can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lsp_callbacks.snapshot import Snapshot, displaced, flatten, split
+
+#: Distances relative to what is moved, in square roots of the machine epsilon: at most, and at least.
+FAR, NEAR = 3.0, 0.25
+#: Errors that are accepted, relative to the largest ``||H u||`` that the step has shown.
+TOLERANCE = 0.01
+#: Bounds of the rounding of a gradient are this many times what it was on networks of several kinds.
+SAFETY = 3.0
+
+
+class Untrusted(Exception):
+    """A difference that rounding or a kink may have spoilt."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``grad L(theta + e u) - grad L(theta)`` along a unit vector u.
+
+    Attributes:
+        change: the difference itself.
+        distance: e.
+        slope: ``||change|| / e``.
+        defect: ``L(theta + e u) - L - e (g + g') u / 2``, which vanishes like ``e^3 D^3L / 12`` on a smooth loss.
+        loss: ``|L|``.
+    """
+
+    change: Tensor
+    distance: float
+    slope: float
+    defect: float
+    loss: float
+
+
+class Differences:
+    """Differences of one step's gradients, with what they tell of each other.
+
+    *Distance.* A vector u moves tensor k by ``r_k = ||u_k|| / l_k`` of its length per unit, ``l_k`` being the norm of
+    an average row (for vectors ``max |u_k|`` over the root mean square), at least a tenth of the median: tensors that
+    are 0, or as good as, have no length of their own. The farthest that is gone is ``3 sqrt(eps) / sqrt(sum r_k^2)``.
+    It scales with the parameters, so ``theta = s phi`` changes nothing, and one tensor of another size changes
+    nothing for the others. Where the curvature is large there is no need to go so far: rounding, see below, is to be
+    0.3 % of the change.
+
+    *Rounding.* A gradient is off by ``b = eps (2 ||g|| + sqrt(2 lambda |L|))``: the second term bounds what has
+    cancelled in g, ``||J^T r||^2 <= lambda ||r||^2`` for a sum of squares; both scale with the loss and the parameters.
+    The parameters themselves are rounded when they are moved, which is looked at where their size says that it may
+    matter. What neither sees, residuals that cancel (``p - 1`` of a softmax, targets far above the network's outputs),
+    is in the loss as well: by the trapezoidal rule ``6 |defect| / e^2`` is the error of ``u^T H u`` by the third
+    derivative, by rounding, or by a kink that was crossed. Where it is too large a second difference, four times as
+    far, tells the rounding of the loss from the rest.
+
+    Args:
+        snapshot: a step.
+        gradient: at its parameters, flat.
+
+    Cost: one gradient a product, on the path that training took, uncompiled; one more in a step whose curvature is
+    larger than the first distance can resolve, and one where the loss is not resolved.
+    """
+
+    def __init__(self, snapshot: Snapshot, gradient: Tensor):
+        self.snapshot, self.own = snapshot, gradient
+        self.parameters = list(snapshot.parameters.values())
+        self.eps = float(torch.finfo(gradient.dtype).eps)
+        self.gradient = float(norm(gradient))
+        self.theta = float(torch.stack([norm(p) for p in self.parameters]).norm())
+        self.lengths = lengths(self.parameters)
+        self.seen, self.referred, self.rounding, self._bound = 0.0, False, 0.0, 0.0
+
+    def product(self, v: Tensor) -> Tensor:
+        """``H v``.
+
+        Raises:
+            Untrusted: where it cannot be told from rounding, or the loss is not smooth between the two points.
+        """
+        size = float(norm(v))
+        farthest = self.farthest(v)
+        if farthest is None:
+            raise Untrusted("all parameters are 0: nothing says how far they can be moved")
+        before = self.seen
+        found = self._resolved(v, size, self._distance(farthest))
+        nearer = self._distance(farthest)
+        if nearer < found.distance / 4:  # the curvature is larger than was known
+            self.seen = before
+            found = self._resolved(v, size, nearer)
+        if not found.defect <= self._allowed(found):
+            self._compare(v, size, found)
+        return found.change * (size / found.distance)
+
+    def searched(self, v: Tensor) -> Tensor:
+        """As `product`, where there is nothing else: the first distance at which one four times as far agrees.
+
+        Raises:
+            Untrusted: where none does.
+
+        Cost: two to eight gradients.
+        """
+        size, farthest = float(norm(v)), self.farthest(v)
+        start = self.eps**0.5 * FAR if farthest is None else self._distance(farthest)
+        for factor in (1.0, 8.0, 1 / 8, 64.0):
+            near, far = (self.difference(v, size, start * factor * times) for times in (1.0, 4.0))
+            self.seen = max(self.seen, min(near.slope, far.slope))
+            if _gap(near, far) <= 2 * TOLERANCE * self.seen and 10 * self.bound(near) <= near.distance * self.seen:
+                if not far.defect <= self._allowed(far) + 2 * near.defect:
+                    raise Untrusted("its gradient is not that of a smooth function")
+                return near.change * (size / near.distance)
+        raise Untrusted("its curvature cannot be told from rounding")
+
+    def farthest(self, v: Tensor) -> float | None:
+        """The largest distance along a vector, scaled to unit length; None where all parameters are 0."""
+        if self.lengths is None:
+            return None
+        return FAR * self.eps**0.5 * float(norm(v)) / relative_move(v, self.parameters, self.lengths)
+
+    def difference(self, v: Tensor, size: float, distance: float) -> Difference:
+        """Along ``v / size``."""
+        rise, loss, moved = self._moved(v, distance / size)
+        slope = torch.dot(self.own, v) + torch.dot(moved, v)
+        change = moved - self.own
+        rose, loss, slope, length = torch.stack([t.double() for t in (rise, loss, slope, norm(change))]).tolist()
+        defect = abs(rose - 0.5 * distance * slope / size)
+        return Difference(change, distance, length / distance, defect, loss)
+
+    def bound(self, found: Difference) -> float:
+        """Of the rounding of a gradient, in norm."""
+        return self.eps * (2 * self.gradient + (2 * self.seen * found.loss) ** 0.5)
+
+    def _distance(self, farthest: float) -> float:
+        if not self.seen:
+            return farthest
+        rounded = SAFETY * self._bound / (0.3 * TOLERANCE * self.seen)
+        nearest = max(NEAR / FAR * farthest, 5 * self.eps * self.theta)
+        return min(farthest, max(nearest, rounded))
+
+    def _resolved(self, v: Tensor, size: float, distance: float) -> Difference:
+        found = self.difference(v, size, distance)
+        self.seen = max(self.seen, found.slope)
+        self._bound = self.bound(found)
+        if not self._clear(found) and not self.referred:
+            # Along most directions of a large network nothing changes: what counts is the largest curvature.
+            self.referred = True
+            far = self.farthest(self.own) if self.gradient else None
+            if far:
+                self.seen = max(self.seen, self.difference(self.own, self.gradient, far).slope)
+                self._bound = self.bound(found)
+        if not self._clear(found):
+            raise Untrusted("the change of the gradient cannot be told from its rounding")
+        if not 0.5 * self.eps * self.theta <= TOLERANCE * distance and not self._moves(v, distance / size, distance):
+            raise Untrusted("the displacement is lost in the rounding of the parameters")
+        return found
+
+    def _clear(self, found: Difference) -> bool:
+        return SAFETY * self._bound <= TOLERANCE * found.distance * self.seen < float("inf")
+
+    def _moves(self, v: Tensor, scale: float, distance: float) -> bool:
+        """Whether the parameters move as they should, but for what is rounded up or down at random."""
+        lost = []
+        for p, part in zip(self.parameters, split(v, self.parameters)):
+            wanted = part.to(p.dtype) * scale
+            missing = (p.detach() + wanted) - p.detach() - wanted
+            lost.append((missing.double() * part).sum() / norm(part).clamp_min(torch.finfo(torch.float64).tiny))
+        return bool(torch.stack(lost).norm() <= TOLERANCE * distance)
+
+    def _allowed(self, found: Difference) -> float:
+        """A defect that the loss's rounding explains, or that is small against the curvature."""
+        rounding = max(self.rounding, 4 * self.eps * found.loss) + 2 * self.eps * found.distance * self.gradient
+        return rounding + 2 * TOLERANCE / 6 * found.distance**2 * self.seen
+
+    def _compare(self, v: Tensor, size: float, near: Difference) -> None:
+        far = self.difference(v, size, 4 * near.distance)
+        if not (_gap(near, far) <= TOLERANCE * self.seen and far.defect <= self._allowed(far) + 2 * near.defect):
+            raise Untrusted("the change of the loss is not that of its gradient")
+        self.rounding = 2 * max(near.defect, far.defect)
+
+    def _moved(self, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """At the parameters moved by ``scale * v``: the rise of the loss, its size before, and the gradient."""
+        snapshot, parameters = self.snapshot, self.parameters
+
+        def own() -> tuple[Tensor, Tensor, Tensor]:
+            with displaced(parameters, v, scale), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+                loss = snapshot.replay()
+                gradient = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True), parameters)
+            before = loss.detach() if snapshot.loss is None else snapshot.loss
+            return loss.detach() - before, before.abs(), gradient
+
+        return snapshot.ranks.mean(own, "the displaced gradient")  # type: ignore[return-value]
+
+
+def lengths(parameters: Sequence[Tensor]) -> list[float] | None:
+    """Of each tensor the norm of an average row, at least a tenth of the median tensor's; None where all are 0."""
+    own = [norm(p) / max(1, p.shape[0] if p.ndim else 1) ** 0.5 for p in parameters]
+    values = torch.stack(own).tolist()
+    typical = sorted(values)[len(values) // 2] or min((x for x in values if x > 0), default=0.0)
+    return [max(x, 0.1 * typical) for x in values] if typical > 0 else None
+
+
+def relative_move(v: Tensor, parameters: list[nn.Parameter], lengths: list[float]) -> float:
+    """By how much a vector moves the tensors, relative to their lengths, root of the sum of squares."""
+    parts = [part for part in split(v, parameters)]
+    moves = torch.stack([norm(part) if part.ndim > 1 else _largest(part) for part in parts])
+    return float((moves / torch.tensor(lengths, dtype=moves.dtype, device=moves.device)).norm())
+
+
+def norm(t: Tensor) -> Tensor:
+    """In double precision: squares of small and large numbers would not fit otherwise."""
+    return torch.linalg.vector_norm(t.detach(), dtype=torch.float64)
+
+
+def _largest(t: Tensor) -> Tensor:
+    return t.abs().amax().double() if t.numel() else t.new_zeros((), dtype=torch.float64)
+
+
+def _gap(near: Difference, far: Difference) -> float:
+    return float(norm(near.change / near.distance - far.change / far.distance))
