@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lsp_callbacks.linalg import LinearOperator
-from lsp_callbacks.operators.differences import FAR, Differences, Untrusted
+from lsp_callbacks.operators.differences import FIRST, Differences, Untrusted
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten, split
 
 Method = Literal["auto", "exact", "finite_difference"]
@@ -206,7 +206,7 @@ def central_difference(snapshot: Snapshot, v: Tensor, far: float) -> tuple[Tenso
     Cost: two gradients.
     """
     differences = Differences(snapshot, torch.zeros_like(v))
-    distance = far * (differences.farthest(v) or FAR * differences.eps**0.5)
+    distance = far * FIRST * (differences.reach(v) or differences.eps**0.5)
     ends = [differences.difference(v, 1.0, sign * distance).change for sign in (1, -1)]
     return (ends[0] - ends[1]) / (2 * distance), distance
 

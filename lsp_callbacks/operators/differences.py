@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lsp_callbacks.snapshot import Snapshot, displaced, flatten, split
 
-#: Distances relative to what is moved, in square roots of the machine epsilon: at most, and at least.
-FAR, NEAR = 3.0, 0.25
+#: Distances relative to what is moved, in square roots of the machine epsilon: at least, before anything is known of
+#: the curvature, and at most.
+NEAR, FIRST, FAR = 0.25, 3.0, 15.0
 #: Errors that are accepted, relative to the largest ``||H u||`` that the step has shown.
 TOLERANCE = 0.01
 #: Bounds of the rounding of a gradient are this many times what it was on networks of several kinds.
@@ -31,14 +32,12 @@ class Difference:
         distance: e.
         slope: ``||change|| / e``.
         defect: ``L(theta + e u) - L - e (g + g') u / 2``, which vanishes like ``e^3 D^3L / 12`` on a smooth loss.
-        loss: ``|L|``.
     """
 
     change: Tensor
     distance: float
     slope: float
     defect: float
-    loss: float
 
 
 class Differences:
@@ -46,10 +45,10 @@ class Differences:
 
     *Distance.* A vector u moves tensor k by ``r_k = ||u_k|| / l_k`` of its length per unit, ``l_k`` being the norm of
     an average row (for vectors ``max |u_k|`` over the root mean square), at least a tenth of the median: tensors that
-    are 0, or as good as, have no length of their own. The farthest that is gone is ``3 sqrt(eps) / sqrt(sum r_k^2)``.
-    It scales with the parameters, so ``theta = s phi`` changes nothing, and one tensor of another size changes
-    nothing for the others. Where the curvature is large there is no need to go so far: rounding, see below, is to be
-    0.3 % of the change.
+    are 0, or as good as, have no length of their own. Distances are multiples of ``sqrt(eps) / sqrt(sum r_k^2)``: they
+    scale with the parameters, so ``theta = s phi`` changes nothing, and a tensor of another size does not matter to the
+    others. The multiple is 3 first; once something is known of the curvature it is what makes rounding, see below,
+    0.3 % of the change, between 1/4 and 15: the third derivative is felt as little as can be.
 
     *Rounding.* A gradient is off by ``b = eps (2 ||g|| + sqrt(2 lambda |L|))``: the second term bounds what has
     cancelled in g, ``||J^T r||^2 <= lambda ||r||^2`` for a sum of squares; both scale with the loss and the parameters.
@@ -74,7 +73,8 @@ class Differences:
         self.gradient = float(norm(gradient))
         self.theta = float(torch.stack([norm(p) for p in self.parameters]).norm())
         self.lengths = lengths(self.parameters)
-        self.seen, self.referred, self.rounding, self._bound = 0.0, False, 0.0, 0.0
+        self.seen, self.loss, self.rounding = 0.0, 0.0, 0.0
+        self.nearest, self.referred = NEAR, False
 
     def product(self, v: Tensor) -> Tensor:
         """``H v``.
@@ -82,44 +82,46 @@ class Differences:
         Raises:
             Untrusted: where it cannot be told from rounding, or the loss is not smooth between the two points.
         """
-        size = float(norm(v))
-        farthest = self.farthest(v)
-        if farthest is None:
+        size, reach = float(norm(v)), self.reach(v)
+        if reach is None:
             raise Untrusted("all parameters are 0: nothing says how far they can be moved")
-        before = self.seen
-        found = self._resolved(v, size, self._distance(farthest))
-        nearer = self._distance(farthest)
-        if nearer < found.distance / 4:  # the curvature is larger than was known
-            self.seen = before
-            found = self._resolved(v, size, nearer)
-        if not found.defect <= self._allowed(found):
+        found = self._resolved(v, size, reach)
+        if not 0.5 * self.eps * self.theta <= TOLERANCE * found.distance and not self._moves(v, found.distance / size):
+            raise Untrusted("the displacement is lost in the rounding of the parameters")
+        if not self._consistent(found) and found.distance < 0.5 * FIRST * reach:
+            self.nearest = FIRST  # the loss's own rounding is larger than thought
+            found = self.difference(v, size, FIRST * reach)
+        if not self._consistent(found):
             self._compare(v, size, found)
         return found.change * (size / found.distance)
 
     def searched(self, v: Tensor) -> Tensor:
-        """As `product`, where there is nothing else: the first distance at which one four times as far agrees.
+        """As `product`, where there is nothing else: the first distance at which one twice as far agrees.
 
         Raises:
             Untrusted: where none does.
 
         Cost: two to eight gradients.
         """
-        size, farthest = float(norm(v)), self.farthest(v)
-        start = self.eps**0.5 * FAR if farthest is None else self._distance(farthest)
+        size, reach = float(norm(v)), self.reach(v)
+        start = FIRST * self.eps**0.5 if reach is None else self._distance(reach)
         for factor in (1.0, 8.0, 1 / 8, 64.0):
-            near, far = (self.difference(v, size, start * factor * times) for times in (1.0, 4.0))
+            near, far = (self.difference(v, size, start * factor * times) for times in (1.0, 2.0))
             self.seen = max(self.seen, min(near.slope, far.slope))
-            if _gap(near, far) <= 2 * TOLERANCE * self.seen and 10 * self.bound(near) <= near.distance * self.seen:
-                if not far.defect <= self._allowed(far) + 2 * near.defect:
+            if _gap(near, far) <= 2 * TOLERANCE * self.seen and 10 * self.bound() <= near.distance * self.seen:
+                if not (self._consistent(near) or self._rounded(near, far)):
                     raise Untrusted("its gradient is not that of a smooth function")
                 return near.change * (size / near.distance)
         raise Untrusted("its curvature cannot be told from rounding")
 
-    def farthest(self, v: Tensor) -> float | None:
-        """The largest distance along a vector, scaled to unit length; None where all parameters are 0."""
+    def reach(self, v: Tensor) -> float | None:
+        """The distance along a vector, scaled to unit length, that moves the tensors by ``sqrt(eps)`` of their lengths.
+
+        None where all parameters are 0.
+        """
         if self.lengths is None:
             return None
-        return FAR * self.eps**0.5 * float(norm(v)) / relative_move(v, self.parameters, self.lengths)
+        return self.eps**0.5 * float(norm(v)) / relative_move(v, self.parameters, self.lengths)
 
     def difference(self, v: Tensor, size: float, distance: float) -> Difference:
         """Along ``v / size``."""
@@ -127,59 +129,73 @@ class Differences:
         slope = torch.dot(self.own, v) + torch.dot(moved, v)
         change = moved - self.own
         rose, loss, slope, length = torch.stack([t.double() for t in (rise, loss, slope, norm(change))]).tolist()
-        defect = abs(rose - 0.5 * distance * slope / size)
-        return Difference(change, distance, length / distance, defect, loss)
+        defect = rose - 0.5 * distance * slope / size
+        self.loss = loss
+        return Difference(change, distance, length / distance, defect)
 
-    def bound(self, found: Difference) -> float:
+    def bound(self) -> float:
         """Of the rounding of a gradient, in norm."""
-        return self.eps * (2 * self.gradient + (2 * self.seen * found.loss) ** 0.5)
+        return self.eps * (2 * self.gradient + (2 * self.seen * self.loss) ** 0.5)
 
-    def _distance(self, farthest: float) -> float:
-        if not self.seen:
-            return farthest
-        rounded = SAFETY * self._bound / (0.3 * TOLERANCE * self.seen)
-        nearest = max(NEAR / FAR * farthest, 5 * self.eps * self.theta)
-        return min(farthest, max(nearest, rounded))
-
-    def _resolved(self, v: Tensor, size: float, distance: float) -> Difference:
-        found = self.difference(v, size, distance)
-        self.seen = max(self.seen, found.slope)
-        self._bound = self.bound(found)
+    def _resolved(self, v: Tensor, size: float, reach: float) -> Difference:
+        """A difference whose rounding is small."""
+        before, found = self.seen, self._seen(v, size, self._distance(reach))
+        better = self._distance(reach)
+        if better < found.distance / 12 or (better > found.distance and not self._clear(found)):
+            self.seen = before  # too far for such a curvature, or too near for such a rounding
+            found = self._seen(v, size, better)
         if not self._clear(found) and not self.referred:
             # Along most directions of a large network nothing changes: what counts is the largest curvature.
-            self.referred = True
-            far = self.farthest(self.own) if self.gradient else None
+            self.referred, far = True, self.reach(self.own) if self.gradient else None
             if far:
-                self.seen = max(self.seen, self.difference(self.own, self.gradient, far).slope)
-                self._bound = self.bound(found)
+                self._seen(self.own, self.gradient, FIRST * far)
         if not self._clear(found):
             raise Untrusted("the change of the gradient cannot be told from its rounding")
-        if not 0.5 * self.eps * self.theta <= TOLERANCE * distance and not self._moves(v, distance / size, distance):
-            raise Untrusted("the displacement is lost in the rounding of the parameters")
         return found
 
-    def _clear(self, found: Difference) -> bool:
-        return SAFETY * self._bound <= TOLERANCE * found.distance * self.seen < float("inf")
+    def _seen(self, v: Tensor, size: float, distance: float) -> Difference:
+        found = self.difference(v, size, distance)
+        self.seen = max(self.seen, found.slope)
+        return found
 
-    def _moves(self, v: Tensor, scale: float, distance: float) -> bool:
+    def _distance(self, reach: float) -> float:
+        """At which rounding is 0.3 % of the largest curvature, as far as it is known."""
+        if not self.seen:
+            return FIRST * reach
+        rounded = SAFETY * self.bound() / (0.3 * TOLERANCE * self.seen)
+        return min(FAR * reach, max(self.nearest * reach, 5 * self.eps * self.theta, rounded))
+
+    def _clear(self, found: Difference) -> bool:
+        return SAFETY * self.bound() <= TOLERANCE * found.distance * self.seen < float("inf")
+
+    def _moves(self, v: Tensor, scale: float) -> bool:
         """Whether the parameters move as they should, but for what is rounded up or down at random."""
         lost = []
         for p, part in zip(self.parameters, split(v, self.parameters)):
             wanted = part.to(p.dtype) * scale
             missing = (p.detach() + wanted) - p.detach() - wanted
             lost.append((missing.double() * part).sum() / norm(part).clamp_min(torch.finfo(torch.float64).tiny))
-        return bool(torch.stack(lost).norm() <= TOLERANCE * distance)
+        return bool(torch.stack(lost).norm() <= TOLERANCE * scale * norm(v))
 
-    def _allowed(self, found: Difference) -> float:
-        """A defect that the loss's rounding explains, or that is small against the curvature."""
-        rounding = max(self.rounding, 4 * self.eps * found.loss) + 2 * self.eps * found.distance * self.gradient
-        return rounding + 2 * TOLERANCE / 6 * found.distance**2 * self.seen
+    def _consistent(self, found: Difference) -> bool:
+        """Whether the loss's rounding explains the defect, or it is small against the curvature."""
+        rounding = max(self.rounding, 4 * self.eps * self.loss) + 2 * self.eps * found.distance * self.gradient
+        return abs(found.defect) <= rounding + 2 * TOLERANCE / 6 * found.distance**2 * self.seen
 
     def _compare(self, v: Tensor, size: float, near: Difference) -> None:
-        far = self.difference(v, size, 4 * near.distance)
-        if not (_gap(near, far) <= TOLERANCE * self.seen and far.defect <= self._allowed(far) + 2 * near.defect):
+        """Whether another one, twice as far, agrees: then it is the loss that is rounded."""
+        far = self.difference(v, size, 2 * near.distance)
+        if not (_gap(near, far) <= TOLERANCE * self.seen and self._rounded(near, far)):
             raise Untrusted("the change of the loss is not that of its gradient")
-        self.rounding = 2 * max(near.defect, far.defect)
+        self.rounding = 2 * max(abs(near.defect), abs(far.defect))
+
+    def _rounded(self, near: Difference, far: Difference) -> bool:
+        """Whether the defects look like rounding: that of a gradient that is not the loss's grows with the distance."""
+        if self._consistent(far):
+            return True
+        small = max(abs(near.defect), abs(far.defect)) <= self.eps**0.5 * self.loss
+        grows = abs(far.defect) > 4 * abs(near.defect)
+        return small and not grows and abs(far.defect - 2 * near.defect) > 0.3 * abs(near.defect)
 
     def _moved(self, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """At the parameters moved by ``scale * v``: the rise of the loss, its size before, and the gradient."""
