@@ -50,7 +50,10 @@ def tangent_path(snapshot: Snapshot) -> Path:
     if formula_of(optimizer) is not None:
         formula(optimizer)
         return "exact"
-    require_smooth(optimizer, snapshot.generator("own step"))
+    gradient = snapshot.gradient or {}
+    require_smooth(
+        optimizer, snapshot.generator("own step"), [(p, gradient.get(name)) for name, p in snapshot.parameters.items()]
+    )
     return "finite_difference_of_step"
 
 
