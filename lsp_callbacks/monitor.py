@@ -185,7 +185,7 @@ class Monitor:
         """
         self._ranks = snapshot.ranks
         reasons: dict[str, list[str]] = {}
-        absent: dict[str, list[str]] = {}
+        quietly: dict[str, list[str]] = {}
         for name, quantity in self.quantities.items():
             try:
                 if snapshot.sharded:
@@ -199,10 +199,11 @@ class Monitor:
                         "shorter window"
                     )
             except Unmeasurable as error:
-                if name in self.named or self.strict:
+                absent = isinstance(error, NotApplicable)
+                if name in self.named or (self.strict and not absent):
                     raise Unmeasurable(f"{name} cannot be measured: {error}") from None
-                (absent if isinstance(error, NotApplicable) else reasons).setdefault(str(error), []).append(name)
-        self._leave_out(absent, warn=False)
+                (quietly if absent else reasons).setdefault(str(error), []).append(name)
+        self._leave_out(quietly, warn=False)
         self._leave_out(reasons)
         self._begin(snapshot)
 
@@ -340,7 +341,7 @@ class Monitor:
         values: dict[str, float] = {}
         failures: dict[str, str] = {}
         unmodelled: dict[str, list[str]] = {}
-        absent: dict[str, list[str]] = {}
+        quietly: dict[str, list[str]] = {}
         for name, quantity in self.quantities.items():
             begins = name not in self._under_way
             if begins and not starts and snapshot.step < self._later.get(name, math.inf):
@@ -354,13 +355,13 @@ class Monitor:
                 found = self._ranks.together(partial(self._measured, quantity, snapshot, begins))
                 self.paths[name] = quantity.path(snapshot)
             except Exception as error:
-                if self.strict:
+                absent = isinstance(error, NotApplicable) and name not in self.named
+                if self.strict and not absent:
                     raise
                 if isinstance(error, MemoryError | torch.OutOfMemoryError) or self._ranks.world > 1:
                     snapshot.memo.clear()  # graphs that the step's other measurements would share
                 if isinstance(error, Unmodelled) and name not in self.named:
-                    kind = absent if isinstance(error, NotApplicable) else unmodelled
-                    kind.setdefault(str(error), []).append(name)
+                    (quietly if absent else unmodelled).setdefault(str(error), []).append(name)
                     continue
                 quantity.load_vectors({})
                 failures[name] = f"{type(error).__name__}: {error}"
@@ -371,7 +372,7 @@ class Monitor:
                 self._under_way.add(name)
             else:
                 values |= found
-        self._leave_out(absent, warn=False)
+        self._leave_out(quietly, warn=False)
         self._leave_out(unmodelled)
         self._warn(failures, snapshot.step)
         if not self._under_way:
