@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,6 +84,8 @@ class Differences:
             Untrusted: where it cannot be told from rounding, or the loss is not smooth between the two points.
         """
         size, reach = float(norm(v)), self.reach(v)
+        if self.snapshot.loss is None and not math.isfinite(self.gradient):
+            return torch.full_like(v, math.nan)
         if reach is None:
             raise Untrusted("all parameters are 0: nothing says how far they can be moved")
         found = self._resolved(v, size, reach)
