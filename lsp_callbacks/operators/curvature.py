@@ -17,14 +17,17 @@ from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten, split
 Method = Literal["auto", "exact", "finite_difference"]
 
 
-def hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
+def hessian(
+    snapshot: Snapshot, *, method: Method = "auto", weight: Tensor | float | None = None, relative: bool = True
+) -> LinearOperator:
     """``H v``, with ``H = d^2 L / d theta^2`` at the step's parameters, batch and random masks.
 
     ``"finite_difference"`` is ``(grad L(theta + e u) - g) / e`` along the unit vector ``u``, where g is the step's
-    own gradient: one gradient a product, on the path that training took, uncompiled. ``e = 8.7 sqrt(machine epsilon)``
-    (3e-3 in float32) balances the third derivative against rounding; the error is about 0.1 % of ``||H||`` for smooth
-    losses. Each product is checked by the trapezoidal rule; where that fails the exact product takes over for this
-    step, and refuses unfaithful replays. ``"exact"`` is reverse-over-reverse on one graph. ``"auto"``: see `resolved`.
+    own gradient: one gradient a product, on the path that training took, uncompiled. e scales with the parameters, and
+    each product is checked: against the rounding of gradients and parameters, and by the trapezoidal rule, see
+    `lsp_callbacks.operators.differences.Differences`. Where a check fails the exact product takes over for this step,
+    and refuses unfaithful replays. ``"exact"`` is reverse-over-reverse on one graph, right at any scale. ``"auto"``:
+    see `resolved`.
 
     Where a ``torch.autograd.Function`` of the user's own, or a kernel without a second derivative, stands in the graph,
     exact products may raise or, worse, lack a part of H without a word. With such a function one of them is compared
@@ -37,6 +40,9 @@ def hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
     Args:
         snapshot: a step; ``gradient`` is needed for finite differences.
         method: see above.
+        weight: what products will be multiplied by, one number or one for each parameter: differences are as good as
+            that needs.
+        relative: False where ``weight * H u`` is added to the unit vector u.
 
     Returns:
         A symmetric operator on the flat vector of the trainable parameters, ``(P,) -> (P,)``, at least float32.
@@ -54,6 +60,8 @@ def hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
     if not parameters:
         raise Unmeasurable("no parameter requires a gradient: unfreeze some, or leave this quantity out")
     method = resolved(snapshot, method)
+    if weight is not None and method == "finite_difference":
+        return _finite_difference(snapshot, weight=weight, relative=relative)
     return snapshot.once(("hessian", method), lambda: _BUILD[method](snapshot))
 
 
@@ -211,12 +219,19 @@ def central_difference(snapshot: Snapshot, v: Tensor, far: float) -> tuple[Tenso
     return (ends[0] - ends[1]) / (2 * distance), distance
 
 
-def _finite_difference(snapshot: Snapshot, own: Tensor | None = None, *, alone: bool = False) -> LinearOperator:
+def _finite_difference(
+    snapshot: Snapshot,
+    own: Tensor | None = None,
+    *,
+    alone: bool = False,
+    weight: Tensor | float = 1.0,
+    relative: bool = True,
+) -> LinearOperator:
     """Differences from the gradient ``own``; ``alone``: there is no exact product to go to."""
     own = snapshot.flat_gradient if own is None else own
     if own is None:
         raise Unmeasurable("finite differences start from the step's gradient: pass gradient=... or method='exact'")
-    differences = Differences(snapshot, own)
+    differences = Differences(snapshot, own, weight, relative=relative)
     key = ("path", "exact" if alone else "finite_difference")
     snapshot.memo[key] = label("finite difference", snapshot)
 

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from lsp_callbacks.snapshot import Snapshot, displaced, flatten, split
 
-#: Distances relative to what is moved, in square roots of the machine epsilon: at least, before anything is known of
+#: In square roots of the machine epsilon: distances relative to what is moved, at least, before anything is known of
 #: the curvature, and at most.
 NEAR, FIRST, FAR = 0.25, 3.0, 15.0
-#: Errors that are accepted, relative to the largest ``||H u||`` that the step has shown.
-TOLERANCE = 0.01
+#: Errors that are accepted, relative to the largest ``||H u||`` that the step has shown, likewise: 1 % in float32.
+TOLERANCE = 29.0
+#: Errors that are accepted where the products are added to a unit vector, as in an update's Jacobian: 0.1 % in float32.
+LEAST = 2.9
 #: Bounds of the rounding of a gradient are this many times what it was on networks of several kinds.
 SAFETY = 3.0
 
@@ -49,7 +51,7 @@ class Differences:
     are 0, or as good as, have no length of their own. Distances are multiples of ``sqrt(eps) / sqrt(sum r_k^2)``: they
     scale with the parameters, so ``theta = s phi`` changes nothing, and a tensor of another size does not matter to the
     others. The multiple is 3 first; once something is known of the curvature it is what makes rounding, see below,
-    0.3 % of the change, between 1/4 and 15: the third derivative is felt as little as can be.
+    0.3 % of the change (in float32), between 1/4 and 15: the third derivative is felt as little as can be.
 
     *Rounding.* A gradient is off by ``b = eps (2 ||g|| + sqrt(2 lambda |L|))``: the second term bounds what has
     cancelled in g, ``||J^T r||^2 <= lambda ||r||^2`` for a sum of squares; both scale with the loss and the parameters.
@@ -59,22 +61,32 @@ class Differences:
     derivative, by rounding, or by a kink that was crossed. Where it is too large a second difference, four times as
     far, tells the rounding of the loss from the rest.
 
+    *Weights.* Where products are multiplied by the rates of an optimizer, rounding is, too: Adam divides what is
+    nothing but rounding (the bias of attention's keys, whose gradient is 0) by what is nothing but rounding. So all
+    norms are those of the product as it is used, and rounding has a share in each number that is not exactly 0.
+
     Args:
         snapshot: a step.
         gradient: at its parameters, flat.
+        weight: what products are multiplied by, one number or one for each parameter.
+        relative: False where ``weight * H u`` is added to the unit vector u: then an error that is small against 1 does
+            not matter.
 
     Cost: one gradient a product, on the path that training took, uncompiled; one more in a step whose curvature is
     larger than the first distance can resolve, and one where the loss is not resolved.
     """
 
-    def __init__(self, snapshot: Snapshot, gradient: Tensor):
+    def __init__(self, snapshot: Snapshot, gradient: Tensor, weight: Tensor | float = 1.0, *, relative: bool = True):
         self.snapshot, self.own = snapshot, gradient
         self.parameters = list(snapshot.parameters.values())
         self.eps = float(torch.finfo(gradient.dtype).eps)
         self.gradient = float(norm(gradient))
         self.theta = float(torch.stack([norm(p) for p in self.parameters]).norm())
         self.lengths = lengths(self.parameters)
-        self.seen, self.loss, self.rounding = 0.0, 0.0, 0.0
+        self.tolerance = min(TOLERANCE * self.eps**0.5, 0.01)
+        self.weight, self.least = weight, LEAST * self.eps**0.5 if not relative else 0.0
+        self.amplified = float(norm(weight)) / len(gradient) ** 0.5 if isinstance(weight, Tensor) else abs(weight)
+        self.seen, self.used, self.loss, self.rounding = 0.0, 0.0, 0.0, 0.0
         self.nearest, self.referred = NEAR, False
 
     def product(self, v: Tensor) -> Tensor:
@@ -86,10 +98,15 @@ class Differences:
         size, reach = float(norm(v)), self.reach(v)
         if self.snapshot.loss is None and not math.isfinite(self.gradient):
             return torch.full_like(v, math.nan)
+        if self.least and reach is not None:
+            hopeless = SAFETY * self.eps * self.gradient * self._amplified_where(self.own != 0)
+            if hopeless > 10 * self.least * FAR * reach:
+                raise Untrusted("the step multiplies the rounding of its gradient")
         if reach is None:
             raise Untrusted("all parameters are 0: nothing says how far they can be moved")
         found = self._resolved(v, size, reach)
-        if not 0.5 * self.eps * self.theta <= TOLERANCE * found.distance and not self._moves(v, found.distance / size):
+        coarse = not 0.5 * self.eps * self.theta <= self.tolerance * found.distance
+        if coarse and not self._moves(v, found.distance / size):
             raise Untrusted("the displacement is lost in the rounding of the parameters")
         if not self._consistent(found) and found.distance < 0.5 * FIRST * reach:
             self.nearest = FIRST  # the loss's own rounding is larger than thought
@@ -111,7 +128,8 @@ class Differences:
         for factor in (1.0, 8.0, 1 / 8, 64.0):
             near, far = (self.difference(v, size, start * factor * times) for times in (1.0, 2.0))
             self.seen = max(self.seen, min(near.slope, far.slope))
-            if _gap(near, far) <= 2 * TOLERANCE * self.seen and 10 * self.bound() <= near.distance * self.seen:
+            self.used = max(self.used, self.amplified * self.seen)
+            if self._gap(near, far) <= 2 * self._accepted and 10 * self.bound() <= near.distance * self.seen:
                 if not (self._consistent(near) or self._rounded(near, far)):
                     raise Untrusted("its gradient is not that of a smooth function")
                 return near.change * (size / near.distance)
@@ -142,10 +160,10 @@ class Differences:
 
     def _resolved(self, v: Tensor, size: float, reach: float) -> Difference:
         """A difference whose rounding is small."""
-        before, found = self.seen, self._seen(v, size, self._distance(reach))
+        before, found = (self.seen, self.used), self._seen(v, size, self._distance(reach))
         better = self._distance(reach)
         if better < found.distance / 12 or (better > found.distance and not self._clear(found)):
-            self.seen = before  # too far for such a curvature, or too near for such a rounding
+            self.seen, self.used = before  # too far for such a curvature, or too near for such a rounding
             found = self._seen(v, size, better)
         if not self._clear(found) and not self.referred:
             # Along most directions of a large network nothing changes: what counts is the largest curvature.
@@ -159,17 +177,40 @@ class Differences:
     def _seen(self, v: Tensor, size: float, distance: float) -> Difference:
         found = self.difference(v, size, distance)
         self.seen = max(self.seen, found.slope)
+        uniform = self.amplified * found.slope
+        used = float(norm(self.weight * found.change)) / found.distance if self._uneven else uniform
+        self.used = max(self.used, used)
         return found
+
+    @property
+    def _uneven(self) -> bool:
+        return isinstance(self.weight, Tensor)
+
+    @property
+    def _accepted(self) -> float:
+        """Error of ``weight * H u``."""
+        return max(self.tolerance * self.used, self.least)
 
     def _distance(self, reach: float) -> float:
         """At which rounding is 0.3 % of the largest curvature, as far as it is known."""
         if not self.seen:
             return FIRST * reach
-        rounded = SAFETY * self.bound() / (0.3 * TOLERANCE * self.seen)
+        rounded = SAFETY * self.bound() * self.amplified / (0.3 * self._accepted) if self.amplified else 0.0
         return min(FAR * reach, max(self.nearest * reach, 5 * self.eps * self.theta, rounded))
 
     def _clear(self, found: Difference) -> bool:
-        return SAFETY * self.bound() <= TOLERANCE * found.distance * self.seen < float("inf")
+        if not found.distance * self.seen < math.inf:
+            return False
+        accepted = found.distance * self._accepted / (SAFETY * self.bound()) if self.bound() else math.inf
+        if self.amplified <= accepted or not self._uneven:
+            return self.amplified <= accepted
+        return self._amplified_where((self.own != 0) | (found.change != 0)) <= accepted
+
+    def _amplified_where(self, touched: Tensor) -> float:
+        """Root mean square of the weight where a gradient is not exactly 0."""
+        if not self._uneven:
+            return self.amplified
+        return float(norm(self.weight * touched)) / max(1.0, float(touched.sum())) ** 0.5
 
     def _moves(self, v: Tensor, scale: float) -> bool:
         """Whether the parameters move as they should, but for what is rounded up or down at random."""
@@ -178,17 +219,18 @@ class Differences:
             wanted = part.to(p.dtype) * scale
             missing = (p.detach() + wanted) - p.detach() - wanted
             lost.append((missing.double() * part).sum() / norm(part).clamp_min(torch.finfo(torch.float64).tiny))
-        return bool(torch.stack(lost).norm() <= TOLERANCE * scale * norm(v))
+        return bool(torch.stack(lost).norm() <= self.tolerance * scale * norm(v))
 
     def _consistent(self, found: Difference) -> bool:
         """Whether the loss's rounding explains the defect, or it is small against the curvature."""
         rounding = max(self.rounding, 4 * self.eps * self.loss) + 2 * self.eps * found.distance * self.gradient
-        return abs(found.defect) <= rounding + 2 * TOLERANCE / 6 * found.distance**2 * self.seen
+        accepted = max(self.tolerance * self.seen, self.least / self.amplified if self.amplified else 0.0)
+        return abs(found.defect) <= rounding + accepted / 3 * found.distance**2
 
     def _compare(self, v: Tensor, size: float, near: Difference) -> None:
         """Whether another one, twice as far, agrees: then it is the loss that is rounded."""
         far = self.difference(v, size, 2 * near.distance)
-        if not (_gap(near, far) <= TOLERANCE * self.seen and self._rounded(near, far)):
+        if not (self._gap(near, far) <= self._accepted and self._rounded(near, far)):
             raise Untrusted("the change of the loss is not that of its gradient")
         self.rounding = 2 * max(abs(near.defect), abs(far.defect))
 
@@ -199,6 +241,9 @@ class Differences:
         small = max(abs(near.defect), abs(far.defect)) <= self.eps**0.5 * self.loss
         grows = abs(far.defect) > 4 * abs(near.defect)
         return small and not grows and abs(far.defect - 2 * near.defect) > 0.3 * abs(near.defect)
+
+    def _gap(self, near: Difference, far: Difference) -> float:
+        return float(norm(self.weight * (near.change / near.distance - far.change / far.distance)))
 
     def _moved(self, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """At the parameters moved by ``scale * v``: the rise of the loss, its size before, and the gradient."""
@@ -236,7 +281,3 @@ def norm(t: Tensor) -> Tensor:
 
 def _largest(t: Tensor) -> Tensor:
     return t.abs().amax().double() if t.numel() else t.new_zeros((), dtype=torch.float64)
-
-
-def _gap(near: Difference, far: Difference) -> float:
-    return float(norm(near.change / near.distance - far.change / far.distance))
