@@ -43,7 +43,7 @@ from lsp_callbacks.quantities import Quantity, build
 from lsp_callbacks.quantities.select import Selection, validate
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import untouched
-from lsp_callbacks.report import verdict
+from lsp_callbacks.report import Run, Verdict, judge, sentence
 from lsp_callbacks.snapshot import Prox, Snapshot, Unmeasurable
 from lsp_callbacks.step import LossFn, PendingStep, batch_size, identical, never, rate, witnessed
 
@@ -157,6 +157,7 @@ class StabilityMonitor(Callback):
         self._destination = Destination()
         self._published: Observation | None = None
         self.subscribers: list[Any] = []
+        self._judges: list[Any] = []
         self.step = 0
         self._ranks = Ranks()
         self._unmodelled: str | None = None
@@ -241,6 +242,7 @@ class StabilityMonitor(Callback):
         self.probes.drop(
             self._ranks.first(lambda: population(trainer.train_dataloader, trainer.world_size), "the population")
         )
+        self._judges = list(self.subscribers)  # they leave when training ends
         self._schedule = Schedule(trainer)
         self._unmodelled = self._why_unmodelled(trainer, pl_module)
         self._destination.forget()
@@ -495,11 +497,29 @@ class StabilityMonitor(Callback):
 
     # -- afterwards ------------------------------------------------------------------------------------------------
 
+    @property
+    def verdict(self) -> Verdict:
+        """How the run went so far, or went: state, cause, evidence, advice."""
+        events = [stop.event_step for stop in self._judges if stop.event_step is not None]
+        stopped = next((stop for stop in self._judges if stop.stop_step is not None), None)
+        return judge(
+            Run(
+                self.history,
+                fault=self.monitor.ended_by,
+                step=max(self.step - 1, 0),
+                losses=self.monitor.losses,
+                event=min(events, default=None),
+                stop=None if stopped is None else stopped.stop_step,
+                reason=None if stopped is None else stopped.reason,
+            )
+        )
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._arrive()
+        self.monitor.saw_loss(max(self.step - 1, 0), None, wait=True)
         # StabilityReport says it below its table.
         if not any(getattr(callback, "says_verdict", False) for callback in trainer.callbacks):
-            rank_zero_info(verdict(self.history, self.monitor.ended_by))
+            rank_zero_info(sentence(self.verdict))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._let_go()

@@ -17,6 +17,7 @@ from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.quantities import build
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import untouched
+from lsp_callbacks.report import Run, Verdict, judge
 from lsp_callbacks.snapshot import Clipping, Prox, Snapshot
 from lsp_callbacks.step import LossFn, PendingStep, identical, never, witnessed
 
@@ -179,6 +180,12 @@ class Watch:
         series (``dissipation``) need it. Otherwise the loss is known at the measured steps only.
         """
         self._seen = loss.detach() if self._seen is None else self._seen + loss.detach()
+
+    @property
+    def verdict(self) -> Verdict:
+        """How the run went so far: state, cause, evidence, advice; `lsp_callbacks.report.sentence` says it in words."""
+        step = max(self.step - 1, 0)
+        return judge(Run(self.history, self.monitor.ended_by, step=step, losses=self.monitor.losses))
 
     def close(self) -> None:
         """Takes the hooks from the optimizer, and from the module where energies look at its state."""

@@ -86,7 +86,7 @@ class Verdict:
 
     @property
     def calm(self) -> bool:
-        """Whether there is nothing to worry about: stable, measured of late, and with a loss that falls or is unknown."""
+        """Whether there is nothing to worry about: stable, and measured of late."""
         return self.state == "stable"
 
 
@@ -100,9 +100,7 @@ def judge(run: Run) -> Verdict:
     if run.fault is not None:
         return replace(told, state="not finite", cause="fault", advice=REMEDIES[run.fault.where])
     if losses is not None and not losses.finite:
-        return replace(
-            told, state="not finite", cause="loss", advice=f"{lower}; quantity 'numerics' names the operation"
-        )
+        return replace(told, state="not finite", cause="loss", advice=f"{lower}; 'numerics' names the operation")
     if told.state == "collapsed":
         return told
     if run.stop is not None:
@@ -120,8 +118,6 @@ def judge(run: Run) -> Verdict:
     age = evidence.get("age", 0)
     if told.state != "unknown" and run.step is not None and age > max(FEW, OLD * run.step):
         return replace(told, state="unknown", cause="age", advice=_more(run))
-    if told.state == "unknown":
-        return replace(told, advice=_more(run)) if not told.advice and run.step is not None else told
     if told.state == "stable" and run.event is not None:
         return replace(told, state="recovered", cause="event", advice="see that the loss has recovered")
     if told.state == "stable" and run.step is not None:
@@ -174,7 +170,7 @@ def _not_learning(told: Verdict, lower: str) -> str:
         return ""
     if told.state in ("unstable", "edge"):
         return lower
-    return "the learning rate may be too high or too low, which lsp-callbacks range tells: or look at data and loss"
+    return "the learning rate may be too high or too low: compare it with a tenth of it, or look at data and loss"
 
 
 def _more(run: Run, why: str = "") -> str:

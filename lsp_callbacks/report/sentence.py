@@ -15,7 +15,7 @@ def verdict(history: Mapping[str, Curve], fault: Fault | None = None) -> str:
     """How stable the training was when it ended, why, and what to do, by its readings alone.
 
     It speaks of *linear* stability: whether the linearised update amplifies, see `linear_state`. Where several players
-    take turns, it speaks of each by itself, and says so. `judge` knows of the loss, too, and of the age of the readings.
+    take turns, it speaks of each by itself, and says so. `judge` knows of the loss, too, and of the readings' age.
 
     Args:
         history: of the `StabilityMonitor`.
@@ -128,7 +128,8 @@ def _risen(evidence: Mapping[str, Any]) -> str:
 
 
 def _not_fallen(evidence: Mapping[str, Any]) -> str:
-    return f"the loss has not fallen: {evidence['loss_first']:.3g} at first, {evidence['loss_smoothed']:.3g} now (smoothed)"
+    first, now = evidence["loss_first"], evidence["loss_smoothed"]
+    return f"the loss has not fallen: {first:.3g} at first, {now:.3g} now (smoothed)"
 
 
 def _failed(evidence: Mapping[str, Any], numbers: str) -> str:
