@@ -395,7 +395,9 @@ class Monitor:
         self.cadence.read(self.courant.reading(values))
         if headline is not None and self.courant.key is not None:
             step, value = headline
-            told = {COURANT: value, SOURCE: CODES[self.courant.key]}
+            told = {COURANT: value}
+            if not math.isnan(value):
+                told[SOURCE] = CODES[self.courant.key]
             told = self.add(Observation(step, {}), told).values
             observation = replace(observation, values=observation.values | told)
         return self.add(observation, values) if values or observation.values else None
