@@ -15,8 +15,9 @@ SMOOTHING, INITIAL = 30, 5
 #: The smoothed loss has risen when it is this much above its least value, and above this share of the initial loss:
 #: once a data set is memorised, a rise of 30 % is noise.
 RISE, SHARE = 0.3, 0.15
-#: It is lost when it has risen above the loss at the start by this many times the size of that.
-LOST = 2.0
+#: It is lost when in three quarters of the last 200 steps it was above the loss at the start by this many times the
+#: size of that: a run may come back from an explosion of a hundred steps (``benchmarks/rate_too_high.py``).
+LOST, LOST_STEPS, LOST_SHARE = 2.0, 200, 0.75
 #: It has not fallen while it is above this share of the loss at the start.
 FALLEN = 0.95
 #: Steps after which it should have: a run that survives its first explosion has begun to fall.
@@ -160,7 +161,9 @@ class LossRecord:
         self.least = self.smoothed if self.count == 1 else min(self.least, self.smoothed)
         share, size = 1 / min(self.count, SMOOTHING), abs(self.start)
         self._high += share * ((loss > self.start - (1 - FALLEN) * size) - self._high)
-        self._far += share * ((loss > self.start + LOST * max(size, abs(self.least))) - self._far)
+        self._far += (
+            1 / min(self.count, LOST_STEPS) * ((loss > self.start + LOST * max(size, abs(self.least))) - self._far)
+        )
         if not self.risen:
             self.level_step = told.step
 
@@ -185,8 +188,8 @@ class LossRecord:
 
     @property
     def lost(self) -> bool:
-        """Whether it has risen far above the loss that the run began with, and most of the last losses lie there."""
-        return self.risen and self._far > 0.5
+        """Whether it has risen far above the loss that the run began with, for long."""
+        return self.risen and self.count >= LOST_STEPS and self._far > LOST_SHARE
 
     @property
     def fallen(self) -> bool | None:

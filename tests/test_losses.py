@@ -38,11 +38,12 @@ def test_the_means_are_those_of_their_definition():
         ([2.3 - 0.01 * k for k in range(99)], True, False, False),
         ([2.3] + [50.0] * 9 + [2.4] * 200, False, False, False),  # at chance after an explosion
         ([2.3] * 5 + [1.0] * 95 + [2.4] * 99, False, True, False),
-        ([2.3] * 5 + [1.0] * 95 + [9.0] * 99, False, True, True),
+        ([2.3] * 5 + [1.0] * 95 + [9.0] * 300, False, True, True),
         ([2.3] * 99 + [1e6] + [2.3] * 10, False, True, False),  # a spike
         ([-1.0] + [-2.0] * 99, True, False, False),
         ([-1.0] * 99, False, False, False),
-        ([-2.0] * 60 + [9.0] * 60, False, True, True),
+        ([-2.0] * 60 + [9.0] * 400, False, True, True),
+        ([2.3] * 20 + [20.0] * 130 + [2.3] * 20, False, True, False),
     ],
 )
 def test_what_the_loss_did(losses, fallen, risen, lost):
@@ -55,7 +56,7 @@ def test_what_the_loss_did(losses, fallen, risen, lost):
 def test_scaling_the_loss_changes_nothing():
     torch.manual_seed(1)
     for _ in range(20):
-        losses = (torch.rand(150).cumsum(0) * torch.randn(()) + 1 + torch.rand(150)).tolist()
+        losses = (torch.rand(400).cumsum(0) * torch.randn(()) + 1 + torch.rand(400)).tolist()
         found = [recorded([c * loss for loss in losses]) for c in (1.0, 1e-6, 1e6)]
         assert len({(r.fallen, r.risen, r.lost, r.level_step) for r in found}) == 1
 

@@ -41,7 +41,7 @@ class StopOnInstability(Callback):
       loss itself is not finite in 25 of them in a row;
     - *one* Courant number of 5 or more, if after 60 steps the loss has not fallen by 5 %: the rate was far too high
       from the beginning;
-    - most of the last 30 losses above three times the initial one, where nothing was measured since they began to rise;
+    - losses above three times the initial one for some 200 steps, where nothing was measured since they began to rise;
     - a collapse of the network: its outputs have ceased to depend on its inputs.
 
     A Courant number is a learning rate over a critical one. So the rate that the schedule brings next is compared
@@ -73,7 +73,7 @@ class StopOnInstability(Callback):
         *,
         threshold: float | None = None,
         patience: int = 3,
-        patience_steps: int = 100,
+        patience_steps: int = 200,
         min_steps: int = 0,
         confirm: Literal["loss"] | None = "loss",
         limit: float | None = 10.0,

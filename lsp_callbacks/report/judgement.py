@@ -113,11 +113,11 @@ def judge(run: Run) -> Verdict:
         return replace(told, state="risen", cause="loss", advice=_more(run, "to see whether the learning rate is why"))
     if losses is not None and losses.fallen is False:
         return replace(told, state="not learning", cause="loss", advice=_not_learning(told, lower))
-    if told.state == "contradictory":
-        return told
     age = evidence.get("age", 0)
     if told.state != "unknown" and run.step is not None and age > max(FEW, OLD * run.step):
         return replace(told, state="unknown", cause="age", advice=_more(run))
+    if told.state == "contradictory":
+        return told
     if told.state == "stable" and run.event is not None:
         return replace(told, state="recovered", cause="event", advice="see that the loss has recovered")
     if told.state == "stable" and run.step is not None:

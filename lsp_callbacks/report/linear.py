@@ -80,7 +80,7 @@ def linear_state(history: Mapping[str, Curve]) -> LinearState:
     ask = slower or "halve the learning rate"
 
     if contradict(courant, x, lower, upper, near):
-        return LinearState("contradictory", "contradiction", evidence)
+        return LinearState("contradictory", "contradiction", evidence | {"contradictory": True})
     if since is not None and not near[0] <= courant <= near[1]:
         return LinearState("unstable", cause, evidence | {"since": since}, ask, ask)
     if failed:

@@ -57,7 +57,8 @@ def _opening(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
     numbers = _numbers(evidence)
     step, since = evidence.get("step"), evidence.get("since")
     linear, said = "(linear stability)", f": {numbers}" * bool(numbers)
-    stability = f"stability at step {step}: {numbers}" if numbers else ""
+    against = ", which contradict each other" * evidence.get("contradictory", False)
+    stability = f"stability at step {step}: {numbers}{against}" if numbers else ""
     match verdict.state, verdict.cause:
         case "not finite", "fault":
             at = f"not finite since step {evidence['fault_step']}: {evidence['fault']}"
@@ -88,7 +89,7 @@ def _opening(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
             return _failed(evidence, numbers)
         case "unknown", "age":
             age = f"the last reading is {evidence['age']:,} steps old"
-            return f"stability is unknown since step {step}: {age}, and said that {numbers}"
+            return f"stability is unknown since step {step}: {age}, and said that {numbers}{against}"
         case "unknown", _:
             return _not_measured(evidence)
         case "edge", _:
@@ -112,6 +113,8 @@ def _events(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
 def _loss(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
     """What the loss did, where the opening does not say it."""
     did = evidence.get("loss_did")
+    if verdict.cause == "stop" and did != "fallen":
+        return ""  # the reason tells it
     if did == "risen" and verdict.state != "risen":
         return _risen(evidence)
     if did == "not fallen" and verdict.state != "not learning":
