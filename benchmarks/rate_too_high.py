@@ -1,10 +1,10 @@
 """Claim: one Courant number of 5, and a loss that does not fall, tell a rate that is far too high from a healthy one.
 
-Two populations at the default cadence. *Too high*: the rate is far beyond the edge from the first step on. *Healthy*: the
-constant, warmed-up and scheduled runs of ``runs.py``. ``StopOnInstability`` watches, and lets training go on. For each
-run: the largest single Courant number among those every 25 steps of a second run, what the loss did, and where the stop
-would have been. ``python benchmarks/rate_too_high.py`` prints the table of ``rate_too_high.md``; seeds 10 and 11 chose
-the constants, 0 and 1 report.
+Two populations at the default cadence. *Too high*: the rate is far beyond the edge from the first step on. *Healthy*:
+the constant, warmed-up and scheduled runs of ``runs.py``, and some that come back from an explosion.
+``StopOnInstability`` watches, and lets training go on. For each run: the largest single Courant number among those
+every 25 steps of a second run, what the loss did, and where the stop would have been.
+``python benchmarks/rate_too_high.py`` prints the table of ``rate_too_high.md``.
 """
 
 from __future__ import annotations

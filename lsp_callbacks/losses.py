@@ -161,9 +161,8 @@ class LossRecord:
         self.least = self.smoothed if self.count == 1 else min(self.least, self.smoothed)
         share, size = 1 / min(self.count, SMOOTHING), abs(self.start)
         self._high += share * ((loss > self.start - (1 - FALLEN) * size) - self._high)
-        self._far += (
-            1 / min(self.count, LOST_STEPS) * ((loss > self.start + LOST * max(size, abs(self.least))) - self._far)
-        )
+        far = loss > self.start + LOST * max(size, abs(self.least))
+        self._far += (far - self._far) / min(self.count, LOST_STEPS)
         if not self.risen:
             self.level_step = told.step
 

@@ -431,6 +431,10 @@ def main(folder):
         StabilityMonitor(["sharpness"], every_n_steps=1), stop, **plain | {"max_steps": 60},
     )  # fmt: skip
     found["stopped"] |= {"event": stop.event_step, "stop": stop.stop_step}
+    lost = StopOnInstability()  # the loss is NaN in one process, and nothing is measured then
+    found["not finite"] = trained(
+        partial(NaNOnOne, "forward"), StabilityMonitor(["sharpness"], every_n_steps=100), lost, **plain,
+    ) | {"stop": lost.stop_step, "reason": lost.reason}  # fmt: skip
     turns = plain | {"strategy": "ddp_find_unused_parameters_true", "max_steps": 20}
     found["game plain"] = trained(Game, **turns)
     found["game"] = trained(Game, game(), **turns)
