@@ -47,7 +47,7 @@ def stream(start=0):
 
 def monitors(**settings):
     trajectory = LyapunovTrajectory(transient=0, window=40)
-    quantities = ["spectral_norm", "residual_cfl", "sharpness", "lyapunov", trajectory]
+    quantities = ["spectral_norm", "sharpness", "lyapunov", trajectory]
     return StabilityMonitor(quantities, every_n_steps=5, window=3, **settings), StopOnInstability(threshold=1e9)
 
 
