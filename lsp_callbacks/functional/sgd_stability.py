@@ -241,7 +241,6 @@ class _Draw:
             else:
                 yield from index
 
-
     def _tied(self, steps: int, chains: int) -> Tensor:
         """Weights of samples in groups that are drawn as a whole, with further draws within them; sums are B."""
         g, size = self.together, self.batch_size
