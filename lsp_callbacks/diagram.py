@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch import nn
 
 from lsp_callbacks import report
 from lsp_callbacks.callbacks.adapter import clipping, pending_step, probe_set, step_loss, unmodelled
@@ -27,9 +26,8 @@ from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.probing import Probes, population
 from lsp_callbacks.quantities import SGDStability
 from lsp_callbacks.quantities.sgd_diagram import diagram_around
-from lsp_callbacks.replay import copied, untouched
+from lsp_callbacks.replay import untouched
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
-from lsp_callbacks.step import PendingStep
 
 SUFFIXES = (".png", ".pdf", ".svg")
 #: Of the trainer: what could leave files behind or take time.

@@ -13,8 +13,8 @@ BUCKETS = 509
 
 
 class Sketch:
-    """A random linear map S to few numbers, by default 509, with ``E ||S v||^2 = ||v||^2``: each entry of v, with a random sign, is
-    added to one of them.
+    """A random linear map S to few numbers, by default 509, with ``E ||S v||^2 = ||v||^2``: each entry of v, with a
+    random sign, is added to one of them.
 
     So the distance to a point of long ago is known from 509 numbers, where the point itself would be as large as the
     model. Relative standard deviation of ``||S v||^2``: ``sqrt(2 / 509)``, 6 %, if v is spread over many entries. For
