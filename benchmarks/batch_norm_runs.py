@@ -172,25 +172,13 @@ def run(problem: Problem, seed: int, steps: int = STEPS) -> Outcome:
 def row(name: str, seed: int, o: Outcome) -> str:
     shown = ["-" if step is None else str(step) for step in (o.alarm, o.event, o.stop)]
     lead = f"{o.alarm - o.event:+d}" if o.alarm is not None and o.event is not None else ""
-    above = sum(value > 1 for value in o.readings)
+    above = f"{sum(value > 1 for value in o.readings)} of {len(o.readings)}"
     loss = f"{o.start:.2g}, least {o.least:.2g}, end {o.end:.2g}"
-    return (
-        f"| {name} | {seed} | {' | '.join(shown)} | {lead} | {loss} | {o.largest:.2g} | {above} of {len(o.readings)} |"
-    )
+    return f"| {name} | {seed} | {' | '.join(shown)} | {lead} | {loss} | {o.largest:.2g} | {above} |"
 
 
 def main(seeds: list[int]) -> None:
-    head = (
-        "run",
-        "seed",
-        "loss alarm",
-        "event",
-        "stop",
-        "lead of event",
-        "loss",
-        "largest mean of 3",
-        "readings above 1",
-    )
+    head = ("run", "seed", "loss alarm", "event", "stop", "lead of event", "loss", "largest mean of 3", "above 1")
     print(f"| {' | '.join(head)} |", "|---" * len(head) + "|", sep="\n")
     for seed in seeds:
         for name, problem in PROBLEMS.items():

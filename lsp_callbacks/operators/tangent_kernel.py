@@ -94,8 +94,8 @@ def tangent_kernel(
         Unmeasurable: the criterion is not convex in the outputs, or flat.
         Unmodelled: more rows would have to be formed than ``most_rows``.
 
-    Cost: one forward and ``R + 1`` backward passes over the probes, of tied ones ``N R`` over a part; ``n^2`` memory for
-    K beside the activations.
+    Cost: one forward and ``R + 1`` backward passes over the probes, of tied ones ``N R`` over a part; ``n^2`` memory
+    for K beside the activations.
     Source: Chemnitz & Engel 2025, (2.18); MATH section 2.
     """
     generator = generator or torch.Generator().manual_seed(0)
@@ -181,8 +181,8 @@ def tangent_kernel(
 def _few(rows: int, most: int) -> int:
     if rows > most:
         raise Unmodelled(
-            f"batch statistics tie samples together, and {rows} output gradients would take a backward pass each: allow "
-            f"them with SGDStability(most_rows={rows}), or take fewer probes"
+            f"batch statistics tie samples together, and {rows} output gradients would take a backward pass each: "
+            f"allow them with SGDStability(most_rows={rows}), or take fewer probes"
         )
     return rows
 
