@@ -4,8 +4,8 @@ Two populations of networks with BatchNorm on scikit-learn's digits: an MLP, a C
 AdamW, with and without weight decay. *Failing*: the rate grows 150-fold, or is far too high from the start. *Healthy*:
 constant rates, among them high ones, warm-up and one-cycle. Learning rates were chosen on seeds 10 and 11 without
 looking at any dial, and no constant of the package was. Training goes on after a stop, so that the lead over the loss
-alarm can be read. ``python benchmarks/batch_norm_runs.py [SEED ...]`` prints the rows of ``batch_norm_runs.md`` (a
-quarter of an hour a seed).
+alarm can be read. ``python benchmarks/batch_norm_runs.py [SEED ...] [NAME ...]`` prints the rows of
+``batch_norm_runs.md`` (a quarter of an hour a seed); names are beginnings of those of the runs.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class Classifier(pl.LightningModule):
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self) -> Any:
-        problem, optimizer = self.problem, torch.optim.Optimizer
+        problem = self.problem
+        optimizer: torch.optim.Optimizer
         if problem.momentum is None:
             optimizer = torch.optim.AdamW(self.parameters(), problem.lr, weight_decay=problem.decay)
         else:
@@ -177,14 +178,17 @@ def row(name: str, seed: int, o: Outcome) -> str:
     return f"| {name} | {seed} | {' | '.join(shown)} | {lead} | {loss} | {o.largest:.2g} | {above} |"
 
 
-def main(seeds: list[int]) -> None:
+def main(arguments: list[str]) -> None:
+    seeds = [int(one) for one in arguments if one.isdecimal()] or [0]
+    names = tuple(one for one in arguments if not one.isdecimal())
     head = ("run", "seed", "loss alarm", "event", "stop", "lead of event", "loss", "largest mean of 3", "above 1")
     print(f"| {' | '.join(head)} |", "|---" * len(head) + "|", sep="\n")
     for seed in seeds:
         for name, problem in PROBLEMS.items():
-            print(row(name, seed, run(problem, seed)), flush=True)
+            if not names or name.startswith(names):
+                print(row(name, seed, run(problem, seed)), flush=True)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main([int(seed) for seed in sys.argv[1:]] or [0, 1])
+    main(sys.argv[1:])

@@ -144,8 +144,10 @@ def tangent_kernel(
     else:
         shares, path = tied.grams(), dict.fromkeys(grams, "sketched rows" if tied.defect else "rows")
 
-    # Some gradients are zero but for rounding: the bias of attention's keys.
-    rounding = tolerance(next(iter(backward.values())).dtype) ** 2 * sum(expected.values())
+    # Some gradients are zero but for rounding: the bias of attention's keys. That of a bias ahead of BatchNorm, which
+    # Adam's preconditioner magnifies, is a difference of large numbers.
+    precision = tolerance(next(iter(backward.values())).dtype)
+    rounding = (precision**2 if tied is None else precision) * sum(expected.values())
 
     def wrong(name: str) -> float:
         if name not in shares:  # never reached, or not through a layer
