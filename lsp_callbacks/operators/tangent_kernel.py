@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lsp_callbacks.graph import read
 from lsp_callbacks.operators.curvature import double_backward
+from lsp_callbacks.operators.output_differences import differentiated_twice, moved_outputs
 from lsp_callbacks.operators.per_sample import ParameterGram, Recorder, TiedRows, rows_alone
 from lsp_callbacks.probes import HOW
-from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmeasurable, Unmodelled, displaced, flatten
+from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmeasurable, Unmodelled, flatten
 
 #: Positions (tokens, pixels) of a sample that are looked at; the others are taken to be like them.
 POSITIONS = 4
@@ -323,29 +324,12 @@ def output_hessian(found: Evaluation) -> Product:
         return torch.autograd.grad(gradient, f, v.to(gradient), retain_graph=True, materialize_grads=True)[0]
 
     custom = read(loss).custom
-    if custom and not _differentiated_twice(product, found.criterion, f):
+    if custom and not differentiated_twice(product, found.criterion, f):
         raise Unmeasurable(
             f"the backward of {' and '.join(custom)} in the criterion cannot be differentiated (once_differentiable, "
             "or detached tensors): write it in operations that can, or pass criterion=... without it"
         )
     return product
-
-
-def _differentiated_twice(product: Product, criterion: Callable[[Tensor], Tensor], f: Tensor) -> bool:
-    """Whether a product is that of a central difference of the criterion's gradients."""
-    v = torch.randn(f.shape, generator=torch.Generator().manual_seed(0)).to(f)
-    precision = torch.finfo(f.dtype).eps
-    distance = 8.7 * precision**0.5
-
-    def gradient(sign: float) -> Tensor:
-        moved = (f.detach() + sign * distance * v).requires_grad_()
-        with torch.enable_grad():
-            return len(f) * torch.autograd.grad(criterion(moved), moved)[0]
-
-    ahead, behind = gradient(1.0), gradient(-1.0)
-    central = (ahead - behind) / (2 * distance)
-    rounding = 4 * precision * torch.linalg.vector_norm(ahead) / distance
-    return bool(torch.linalg.vector_norm(product(v) - central) <= 0.01 * torch.linalg.vector_norm(central) + rounding)
 
 
 def _all_pairs(curvature: Product, outputs: Tensor) -> list[Tensor]:
@@ -381,10 +365,7 @@ def _sharpest(
     vector = torch.randn(len(d), generator=generator).to(d) if mode is None else mode
     before = [part().outputs.detach() for part in probes.parts]
     for _ in range(steps):
-        # A small step for the outputs, a large one for their rounding.
-        distance = 1e-2 / float(torch.linalg.vector_norm(vector))
-        with displaced(parameters, vector, distance):
-            moves = [(part().outputs.detach() - b) / distance for part, b in zip(probes.parts, before)]
+        moves = moved_outputs(probes, before, vector)
         image = torch.zeros_like(vector)
         for part, move in zip(probes.parts, moves):
             found = part()
