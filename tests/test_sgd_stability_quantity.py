@@ -19,7 +19,6 @@ from lsp_callbacks import Monitor, ProbeSet, SGDStability, StabilityMonitor, Unm
 from lsp_callbacks.callbacks import adapter
 from lsp_callbacks.functional import UpdateRule, critical_lr, reduce, sgd_exponent
 from lsp_callbacks.probes import evaluation
-from lsp_callbacks.quantities import sgd_stability
 
 SGD_COURANT, GD_COURANT, DIAL = "stability/courant_sgd", "stability/courant_gd", "stability/courant"
 KEYS = {
@@ -512,33 +511,19 @@ def test_the_details_are_those_of_the_ground_truth():
         SGDStability(horizon=0)
 
 
-class Normed(Model):
-    """Norms of several momenta; that of the root is never used; all of them train, or are frozen."""
+class Late(SGDStability):
+    """Has to know 7 steps first."""
 
-    def __init__(self, momentum=0.3, frozen=False):
-        norms = [nn.BatchNorm1d(mlp()[0].out_features, momentum=one) for one in (momentum, 0.0, 0.5)]
-        super().__init__(nn.Sequential(*mlp()[:1], *norms, *mlp()[1:]), partial(torch.optim.SGD, lr=0.05))
-        self.spare, self.frozen = nn.BatchNorm1d(3, momentum=0.3), frozen
+    patient = True
 
-    def on_train_epoch_start(self):
-        if self.frozen:
-            self.eval()
+    def wait(self, snapshot):
+        return max(0, 7 - snapshot.step)
 
 
-@pytest.mark.parametrize(
-    "model, first",
-    [
-        (Normed, 7),  # 0.7^7 is the first below 0.1
-        (partial(Normed, 0.05), 45),
-        (partial(Normed, None), 7),  # an average of all batches: the spare one may be used
-        (partial(Normed, 0.3, True), 0),  # no step uses batch statistics
-    ],
-)
 @pytest.mark.parametrize("period", [20, None])
-def test_running_statistics_must_have_begun(model, first, period, monkeypatch):
-    """Until they have, the network in eval mode is not the one that is trained; nothing else waits, nothing is kept."""
-    monkeypatch.setattr(sgd_stability, "INITIAL", 0.1)
-    monitor, kept = StabilityMonitor([SGDStability(8), "sharpness"], every_n_steps=period, budget=1.0), []
+def test_what_waits_is_measured_when_it_need_not_wait_any_more(period, monkeypatch):
+    """Nothing else waits, nothing is kept."""
+    monitor, kept = StabilityMonitor([Late(8), "sharpness"], every_n_steps=period, budget=1.0), []
     pending = adapter.PendingStep
 
     def counted(*args, **settings):
@@ -546,21 +531,20 @@ def test_running_statistics_must_have_begun(model, first, period, monkeypatch):
         return pending(*args, **settings)
 
     monkeypatch.setattr(adapter, "PendingStep", counted)
-    fit(model, monitor, loader=data(n=400, batch_size=8), max_steps=50)
+    fit(Model, monitor, loader=data(n=400, batch_size=8), max_steps=50)
     sgd, gd = monitor.history[SGD_COURANT].steps, monitor.history[GD_COURANT].steps
-    assert sgd[0] == first and set(sgd) - {first} == {step for step in gd if step > first}
+    assert sgd[0] == 7 and set(sgd) - {7} == {step for step in gd if step > 7}
     assert gd[0] == 0 and (period is None or gd == [0, 20, 40])
     assert set(kept) <= {*sgd, *gd}
 
 
-def test_what_waits_is_measured_after_a_resume_too(monkeypatch, tmp_path):
-    monkeypatch.setattr(sgd_stability, "INITIAL", 0.1)
-    made = lambda: StabilityMonitor([SGDStability(8), "sharpness"], every_n_steps=20)  # noqa: E731
+def test_what_waits_is_measured_after_a_resume_too(tmp_path):
+    made = lambda: StabilityMonitor([Late(8), "sharpness"], every_n_steps=20)  # noqa: E731
     whole, second = made(), made()
     saved = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
     settings = {"loader": data(n=400, batch_size=8, shuffle=False)}
-    fit(Normed, whole, saved, max_steps=25, enable_checkpointing=True, **settings)
-    fit(Normed, second, max_steps=25, ckpt_path=tmp_path / "step=5.ckpt", **settings)
+    fit(Model, whole, saved, max_steps=25, enable_checkpointing=True, **settings)
+    fit(Model, second, max_steps=25, ckpt_path=tmp_path / "step=5.ckpt", **settings)
     for key in (SGD_COURANT, GD_COURANT):
         assert second.history[key].steps == whole.history[key].steps
     assert second.history[SGD_COURANT].steps[0] == 7
