@@ -56,6 +56,8 @@ class StabilityMonitor(Callback):
 
     Global scalars go to ``trainer.callback_metrics`` (finite ones only) and to every logger, per-layer values to the
     loggers, all at the step number of the user's own row of that batch. ``history`` holds the curves without a logger.
+    ``stability/courant`` is ``courant_sgd`` or, for a whole run, ``courant_gd``: ``stability/courant_source`` says 1 or
+    0, `courant_source` the name. `verdict` is what is said at the end, as data.
 
     Args:
         quantities: a preset ("economy", "default", "full"), names, or `Quantity` objects. What is named here and cannot
