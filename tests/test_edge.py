@@ -12,6 +12,7 @@ from lsp_callbacks.functional import edge, sharp_mode_exponent
 from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators import decayed_hessian, frozen_rule, preconditioned_hessian, step_jacobian
 from lsp_callbacks.operators.work import lanczos_cost
+from lsp_callbacks.quantities.sharpness import WARM
 from lsp_callbacks.snapshot import Clipping
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
@@ -238,6 +239,6 @@ def test_the_cost_counts_the_runs():
         metric.update(snapshot)
         calls.clear()
         metric.update(freeze(problem, optimizer, replay=replay))
-        one = lanczos_cost(snapshot, "finite_difference", 4)
-        assert metric.cost(snapshot)["edge"] == pytest.approx(runs * one) and one > 1.2 * 4
-        assert len(calls) <= 4 * runs + 1  # and the replay of freeze
+        one = lanczos_cost(snapshot, "finite_difference", WARM)
+        assert metric.cost(snapshot)["edge"] == pytest.approx(runs * one) and one > 1.2 * WARM
+        assert len(calls) <= WARM * runs + 1  # and the replay of freeze

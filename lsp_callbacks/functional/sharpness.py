@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg import Eigenpair, lanczos
-from lsp_callbacks.operators.curvature import Method, hessian
+from lsp_callbacks.linalg import Eigenpair, LinearOperator, lanczos, spectrum_bounds
+from lsp_callbacks.operators.curvature import Method, hessian, path_taken
 from lsp_callbacks.operators.frozen import (
     FrozenRule,
     buffer_rates,
@@ -21,6 +21,11 @@ from lsp_callbacks.operators.frozen import (
 )
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
+#: Probability, over the random part of a start, that an eigenvalue lies beyond the error bar.
+FAILURE = 0.05
+#: Accuracy of Hessian products by differences, see `lsp_callbacks.operators.hessian`: no error bar is below it.
+DIFFERENCES = 0.01
+
 
 @dataclass(frozen=True)
 class Edge:
@@ -28,7 +33,8 @@ class Edge:
 
     Attributes:
         sharpness: ``lambda_max(H)``, algebraic, of the step's loss.
-        residual: ``||H v - lambda v|| / |lambda|`` of the pair behind ``courant``, relative.
+        error: ``lambda_max(H)`` is at most ``sharpness + error |sharpness|``, see `sharpness`.
+        courant_error: the same for ``courant``; that of ``sharpness`` where one run tells both.
         courant: ``lambda_max(R^1/2 H' R^1/2) / c``: 1 is the edge.
         limit: ``lambda_max(H') / courant``, the sharpness at which the step would be at its edge; NaN at rate 0.
         mode: unit eigenvector of ``R^1/2 H' R^1/2``, flat.
@@ -36,11 +42,12 @@ class Edge:
         root: ``sqrt(R)`` of each parameter, which turns ``mode`` into a displacement of the parameters.
         kick: turns ``mode`` into the momentum buffer that displaces by ``root * mode``; None without momentum.
         products: Hessian products spent.
-        converged: whether the residual met the tolerance.
+        converged: whether the error bars met the tolerance.
     """
 
     sharpness: Tensor
-    residual: Tensor
+    error: Tensor
+    courant_error: Tensor
     courant: Tensor
     limit: Tensor
     mode: Tensor
@@ -59,17 +66,25 @@ def sharpness(
     tol: float = 1e-3,
     method: Method = "auto",
 ) -> Eigenpair:
-    """The largest *algebraic* eigenvalue of the Hessian of a step's loss.
+    """The largest *algebraic* eigenvalue of the Hessian of a step's loss, with an upper bound.
+
+    Lanczos from equal parts of an earlier eigenvector, the gradient and noise. A residual bounds the distance to *some*
+    eigenvalue: the mode of before keeps a small one while another takes over. The noise is what no mode can hide from:
+    ``upper`` is what `lsp_callbacks.linalg.spectrum_bounds` tells from its share of the start, and fails with a
+    probability of at most 5 %. Gradient and earlier vector lean towards what is sharp (Gur-Ari et al. 2018), which makes
+    it far rarer: see ``benchmarks/sharpness_error_bars.md``.
 
     Args:
         snapshot: a step; no optimizer is needed.
-        start: flat vector to start from, for instance the last eigenvector; None starts from the gradient.
-        steps: at most this many products.
-        tol: on the relative residual.
+        start: flat vector to start from, for instance the last eigenvector; None starts from gradient and noise. One
+            of another size, or that is not finite, is left out.
+        steps: at most this many products; with one for each parameter the result is exact, and they are taken.
+        tol: on ``upper - value``, relative.
         method: of the Hessian products, see `lsp_callbacks.operators.hessian`.
 
     Returns:
-        Value, unit vector and residual. The value is a lower bound, and some eigenvalue is within ``residual``.
+        Value, which is a lower bound, unit vector, residual, and ``upper``. Products by differences are accurate to 1 %:
+        both bounds hold up to that, which is added to ``upper``.
 
     Raises:
         Unmeasurable: see `lsp_callbacks.operators.hessian`.
@@ -85,8 +100,7 @@ def sharpness(
         >>> float(sharpness(Snapshot(step=0, module=net, replay=lambda: 0.5 * net(x).square().sum())).value)
         9.0...
     """
-    operator = hessian(snapshot, method=method)
-    return _top(operator, snapshot, start, steps, tol).pair(-1)
+    return _top(hessian(snapshot, method=method), snapshot, start, steps, tol, method)
 
 
 def stability_constant(momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False) -> float:
@@ -144,10 +158,10 @@ def edge(
 
     Args:
         snapshot: a step with its optimizer.
-        start: an earlier ``mode``; None starts from the gradient.
+        start: an earlier ``mode``; None starts from gradient and noise.
         top: an earlier ``top``, likewise.
         steps: at most this many products a run.
-        tol: on the relative residual.
+        tol: on the relative error bars.
         method: of the Hessian products.
 
     Raises:
@@ -159,35 +173,47 @@ def edge(
     constant, maximize = edge_constant(rule), rule.sign < 0
     rate, decay = rates(snapshot), decay_rates(snapshot)
     root = rate**0.5 if rule.lr else 1.0
+    added = coupled_decay(snapshot)
+
+    def top_of(operator: LinearOperator, start: Tensor | None) -> Eigenpair:
+        return _top(operator, snapshot, start, steps, tol, method)
+
     if isinstance(rate, Tensor) or isinstance(decay, Tensor):
-        own = _top(hessian(snapshot, method=method), snapshot, top, steps, tol, both=maximize)
-        added = coupled_decay(snapshot)
-        if isinstance(added, Tensor):
-            decayed = _top(decayed_hessian(snapshot, method=method), snapshot, None, steps, tol).values[-1]
+        own = top_of(hessian(snapshot, method=method), top)
+        pair = top_of(preconditioned_hessian(snapshot, method=method), start)
+        if maximize or isinstance(added, Tensor):
+            decayed = top_of(decayed_hessian(snapshot, method=method), own.vector).value
         else:
-            decayed = (-own.values[0] if maximize else own.values[-1]) + added
-        run = _top(preconditioned_hessian(snapshot, method=method), snapshot, start, steps, tol)
-        pair, extra, eigenvector = run.pair(-1), len(own.basis), own.pair(-1).vector
-        sharp, courant = own.values[-1], pair.value / constant
+            decayed = own.value + added
+        courant, reach = pair.value / constant, _bar(pair)
+    elif maximize:
+        own = top_of(hessian(snapshot, method=method), top)
+        pair = top_of(decayed_hessian(snapshot, method=method), start)
+        decayed, courant, reach = pair.value, rate * pair.value / constant, _bar(pair)
     else:
-        # lambda_max(-H) is the other end of the same run.
-        run = _top(hessian(snapshot, method=method), snapshot, start, steps, tol, both=maximize)
-        pair, extra = run.pair(0 if maximize else -1), 0
-        eigenvector = pair.vector
-        decayed = rule.sign * pair.value + (decay / rate if rate else coupled_decay(snapshot))
-        sharp, courant = run.values[-1], rate * decayed / constant
+        own = pair = top_of(hessian(snapshot, method=method), start)
+        decayed = own.value + (decay / rate if rate else added)
+        courant, reach = rate * decayed / constant, _bar(own, decayed)
     return Edge(
-        sharpness=sharp,
-        residual=pair.residual / pair.value.abs().clamp_min(torch.finfo(torch.float64).tiny),
+        sharpness=own.value,
+        error=_bar(own),
+        courant_error=reach,
         courant=courant,
         limit=decayed / courant,
         mode=pair.vector,
-        top=eigenvector,
+        top=own.vector,
         root=root,
         kick=_kick(root, buffer_rates(snapshot)) if rule.momentum else None,
-        products=pair.products + extra,
-        converged=pair.converged,
+        products=pair.products + (own.products if own is not pair else 0),
+        converged=own.converged and pair.converged,
     )
+
+
+def _bar(pair: Eigenpair, size: Tensor | None = None) -> Tensor:
+    """From the value to its upper bound, relative to it, or to ``size``; 0 where both are 0."""
+    assert pair.upper is not None
+    size = pair.value if size is None else size
+    return (pair.upper - pair.value) / size.abs().clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _kick(root: Tensor | float, buffer: Tensor | float) -> Tensor | float:
@@ -197,21 +223,31 @@ def _kick(root: Tensor | float, buffer: Tensor | float) -> Tensor | float:
     return root / buffer if buffer else 1.0
 
 
-def _top(operator, snapshot: Snapshot, start: Tensor | None, steps: int, tol: float, both: bool = False):
-    """Lanczos from ``start`` mixed with the gradient and some noise.
-
-    The mixture makes a warm start safe: an eigenvector that is no longer the top one would otherwise be kept
-    for ever, with a small residual. The gradient leans towards the sharp directions (Gur-Ari et al. 2018).
-    """
+def _top(
+    operator: LinearOperator, snapshot: Snapshot, start: Tensor | None, steps: int, tol: float, method: Method
+) -> Eigenpair:
+    """Lanczos from equal parts of ``start``, gradient and noise, until the noise can have missed little."""
     n = operator.shape[1]
-    generator = snapshot.generator("lanczos")
-    noise = torch.randn(n, generator=generator, dtype=operator.dtype).to(operator.device)
+    noise = torch.randn(n, generator=snapshot.generator("lanczos"), dtype=operator.dtype).to(operator.device)
     mixed = _unit(noise)
-    if snapshot.flat_gradient is not None:
-        mixed = 0.3 * mixed + _unit(snapshot.flat_gradient.to(operator.dtype))
-    if start is not None:
-        mixed = 0.2 * _unit(mixed) + _unit(start)
-    return lanczos(operator, mixed, steps=steps, tol=tol, ends=(0, -1) if both else (-1,))
+    for other in (snapshot.flat_gradient, start):
+        if other is not None and len(other) == n and bool(torch.isfinite(other).all()):
+            mixed = mixed + _unit(other.to(mixed))
+    share = 1 / float(torch.linalg.vector_norm(mixed))
+    if steps >= n:
+        tol = 0.0
+    ritz = lanczos(operator, mixed, steps=steps, tol=tol, failure=FAILURE, share=min(share, 1.0))
+    pair = ritz.pair(-1)
+    accuracy = _accuracy(snapshot, method) * ritz.values.abs().amax()
+    upper = torch.maximum(spectrum_bounds(ritz, failure=FAILURE, share=min(share, 1.0))[1], pair.value + accuracy)
+    return replace(pair, upper=upper)
+
+
+def _accuracy(snapshot: Snapshot, method: Method) -> float:
+    """Of the products, relative to the largest: of differences, and of what is rounded to half precision."""
+    path = path_taken(snapshot, method)
+    rounded = 2 * float(torch.finfo(snapshot.graph.dtype).eps) if snapshot.graph.dtype.itemsize <= 2 else 0.0
+    return max(DIFFERENCES if path.startswith("finite difference") else 0.0, rounded)
 
 
 def _unit(v: Tensor) -> Tensor:
