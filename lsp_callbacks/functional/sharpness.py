@@ -35,6 +35,8 @@ class Edge:
         sharpness: ``lambda_max(H)``, algebraic, of the step's loss.
         error: ``lambda_max(H)`` is at most ``sharpness + error |sharpness|``, see `sharpness`.
         courant_error: the same for ``courant``; that of ``sharpness`` where one run tells both.
+        accuracy: of the products behind ``courant``, relative to it: it may be too large by so much.
+        residual: ``||H v - lambda v|| / |lambda|`` of the pair behind ``courant``: of that eigenvector, not of the top.
         courant: ``lambda_max(R^1/2 H' R^1/2) / c``: 1 is the edge.
         limit: ``lambda_max(H') / courant``, the sharpness at which the step would be at its edge; NaN at rate 0.
         mode: unit eigenvector of ``R^1/2 H' R^1/2``, flat.
@@ -48,6 +50,8 @@ class Edge:
     sharpness: Tensor
     error: Tensor
     courant_error: Tensor
+    accuracy: Tensor
+    residual: Tensor
     courant: Tensor
     limit: Tensor
     mode: Tensor
@@ -71,8 +75,8 @@ def sharpness(
     Lanczos from equal parts of an earlier eigenvector, the gradient and noise. A residual bounds the distance to *some*
     eigenvalue: the mode of before keeps a small one while another takes over. The noise is what no mode can hide from:
     ``upper`` is what `lsp_callbacks.linalg.spectrum_bounds` tells from its share of the start, and fails with a
-    probability of at most 5 %. Gradient and earlier vector lean towards what is sharp (Gur-Ari et al. 2018), which makes
-    it far rarer: see ``benchmarks/sharpness_error_bars.md``.
+    probability of at most 5 %. Gradient and earlier vector lean towards what is sharp (Gur-Ari et al. 2018), which
+    makes it far rarer: see ``benchmarks/sharpness_error_bars.md``.
 
     Args:
         snapshot: a step; no optimizer is needed.
@@ -83,8 +87,8 @@ def sharpness(
         method: of the Hessian products, see `lsp_callbacks.operators.hessian`.
 
     Returns:
-        Value, which is a lower bound, unit vector, residual, and ``upper``. Products by differences are accurate to 1 %:
-        both bounds hold up to that, which is added to ``upper``.
+        Value, which is a lower bound, unit vector, residual, and ``upper``. Products by differences are accurate to
+        1 %: ``upper`` is never nearer, and the lower bound holds up to that.
 
     Raises:
         Unmeasurable: see `lsp_callbacks.operators.hessian`.
@@ -100,7 +104,7 @@ def sharpness(
         >>> float(sharpness(Snapshot(step=0, module=net, replay=lambda: 0.5 * net(x).square().sum())).value)
         9.0...
     """
-    return _top(hessian(snapshot, method=method), snapshot, start, steps, tol, method)
+    return _top(hessian(snapshot, method=method), snapshot, start, steps, tol, method).pair
 
 
 def stability_constant(momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False) -> float:
@@ -175,45 +179,46 @@ def edge(
     root = rate**0.5 if rule.lr else 1.0
     added = coupled_decay(snapshot)
 
-    def top_of(operator: LinearOperator, start: Tensor | None) -> Eigenpair:
+    def top_of(operator: LinearOperator, start: Tensor | None) -> _Top:
         return _top(operator, snapshot, start, steps, tol, method)
 
+    shift: Tensor | float
     if isinstance(rate, Tensor) or isinstance(decay, Tensor):
         own = top_of(hessian(snapshot, method=method), top)
-        pair = top_of(preconditioned_hessian(snapshot, method=method), start)
+        steepest = top_of(preconditioned_hessian(snapshot, method=method), start)
         if maximize or isinstance(added, Tensor):
-            decayed = top_of(decayed_hessian(snapshot, method=method), own.vector).value
+            decayed = top_of(decayed_hessian(snapshot, method=method), own.pair.vector).pair.value
         else:
-            decayed = own.value + added
-        courant, reach = pair.value / constant, _bar(pair)
-    elif maximize:
-        own = top_of(hessian(snapshot, method=method), top)
-        pair = top_of(decayed_hessian(snapshot, method=method), start)
-        decayed, courant, reach = pair.value, rate * pair.value / constant, _bar(pair)
+            decayed = own.pair.value + added
+        unit, shift = 1.0, 0.0
     else:
-        own = pair = top_of(hessian(snapshot, method=method), start)
-        decayed = own.value + (decay / rate if rate else added)
-        courant, reach = rate * decayed / constant, _bar(own, decayed)
+        own = steepest = top_of(hessian(snapshot, method=method), top if maximize else start)
+        if maximize:
+            steepest = top_of(decayed_hessian(snapshot, method=method), start)
+        unit, shift = rate, 0.0 if maximize else decay / rate if rate else added
+        decayed = steepest.pair.value + shift
+    pair = steepest.pair
+    courant = unit * (pair.value + shift) / constant
     return Edge(
-        sharpness=own.value,
-        error=_bar(own),
-        courant_error=reach,
+        sharpness=own.pair.value,
+        error=_relative(own.missed, own.pair.value),
+        courant_error=_relative(steepest.missed, pair.value + shift),
+        accuracy=_relative(steepest.accuracy, pair.value + shift),
+        residual=_relative(pair.residual, pair.value),
         courant=courant,
         limit=decayed / courant,
         mode=pair.vector,
-        top=own.vector,
+        top=own.pair.vector,
         root=root,
         kick=_kick(root, buffer_rates(snapshot)) if rule.momentum else None,
-        products=pair.products + (own.products if own is not pair else 0),
-        converged=own.converged and pair.converged,
+        products=pair.products + (own.pair.products if own is not steepest else 0),
+        converged=own.pair.converged and pair.converged,
     )
 
 
-def _bar(pair: Eigenpair, size: Tensor | None = None) -> Tensor:
-    """From the value to its upper bound, relative to it, or to ``size``; 0 where both are 0."""
-    assert pair.upper is not None
-    size = pair.value if size is None else size
-    return (pair.upper - pair.value) / size.abs().clamp_min(torch.finfo(torch.float64).tiny)
+def _relative(error: Tensor, value: Tensor) -> Tensor:
+    """0 where both are 0."""
+    return error / value.abs().clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _kick(root: Tensor | float, buffer: Tensor | float) -> Tensor | float:
@@ -223,9 +228,28 @@ def _kick(root: Tensor | float, buffer: Tensor | float) -> Tensor | float:
     return root / buffer if buffer else 1.0
 
 
+@dataclass(frozen=True)
+class _Top:
+    """The top of an operator.
+
+    Attributes:
+        pair: with its upper bound.
+        accuracy: of the products, in their units.
+    """
+
+    pair: Eigenpair
+    accuracy: Tensor
+
+    @property
+    def missed(self) -> Tensor:
+        """From the value to its upper bound."""
+        assert self.pair.upper is not None
+        return self.pair.upper - self.pair.value
+
+
 def _top(
     operator: LinearOperator, snapshot: Snapshot, start: Tensor | None, steps: int, tol: float, method: Method
-) -> Eigenpair:
+) -> _Top:
     """Lanczos from equal parts of ``start``, gradient and noise, until the noise can have missed little."""
     n = operator.shape[1]
     noise = torch.randn(n, generator=snapshot.generator("lanczos"), dtype=operator.dtype).to(operator.device)
@@ -233,21 +257,19 @@ def _top(
     for other in (snapshot.flat_gradient, start):
         if other is not None and len(other) == n and bool(torch.isfinite(other).all()):
             mixed = mixed + _unit(other.to(mixed))
-    share = 1 / float(torch.linalg.vector_norm(mixed))
-    if steps >= n:
-        tol = 0.0
-    ritz = lanczos(operator, mixed, steps=steps, tol=tol, failure=FAILURE, share=min(share, 1.0))
+    share = 1 / max(1.0, float(torch.linalg.vector_norm(mixed)))
+    ritz = lanczos(operator, mixed, steps=steps, tol=tol if steps < n else 0.0, failure=FAILURE, share=share)
     pair = ritz.pair(-1)
-    accuracy = _accuracy(snapshot, method) * ritz.values.abs().amax()
-    upper = torch.maximum(spectrum_bounds(ritz, failure=FAILURE, share=min(share, 1.0))[1], pair.value + accuracy)
-    return replace(pair, upper=upper)
+    accuracy = _accuracy(snapshot, operator.dtype, method) * ritz.values.abs().amax()
+    upper = torch.maximum(spectrum_bounds(ritz, failure=FAILURE, share=share)[1], pair.value + accuracy)
+    return _Top(replace(pair, upper=upper), accuracy)
 
 
-def _accuracy(snapshot: Snapshot, method: Method) -> float:
-    """Of the products, relative to the largest: of differences, and of what is rounded to half precision."""
-    path = path_taken(snapshot, method)
-    rounded = 2 * float(torch.finfo(snapshot.graph.dtype).eps) if snapshot.graph.dtype.itemsize <= 2 else 0.0
-    return max(DIFFERENCES if path.startswith("finite difference") else 0.0, rounded)
+def _accuracy(snapshot: Snapshot, dtype: torch.dtype, method: Method) -> float:
+    """Of the products, relative to the largest: of differences, and of what is rounded."""
+    if path_taken(snapshot, method).startswith("finite difference"):
+        return DIFFERENCES
+    return max(2 * torch.finfo(snapshot.graph.dtype).eps, 16 * torch.finfo(dtype).eps)
 
 
 def _unit(v: Tensor) -> Tensor:

@@ -209,13 +209,14 @@ def spectrum_bounds(ritz: Ritz, *, failure: float = 1e-3, share: float = 1.0) ->
     (normalised Gaussian numbers), independent of A. Nothing is assumed of the spectrum. A warm start w may be mixed
     with a random one, ``b = (w + s r) / ||w + s r||``, where r is a random unit vector independent of A and w: then
     ``share = s / ||w + s r||``, and the bound is the wider. The overlap of r with an eigenvector has a density that is
-    symmetric and, from n = 3 on, nowhere rises away from 0: no shift by w makes it likelier to be small (Anderson 1955).
+    symmetric and, from n = 3 on, nowhere rises away from 0: no shift by w makes it likelier to be small (Anderson
+    1955).
 
     Lanczos' vectors are ``q_j(A) b`` with polynomials q_j of degree ``j = 0 ... k``, so that their overlaps with the
     eigenvector u of the largest eigenvalue are ``q_j(lambda) <u, b>``, and ``<u, b>^2 sum_j q_j(lambda)^2 <= 1`` by
     Bessel. With ``P(|<u, b>| < share d sqrt(pi / 2n)) <= d`` the largest eigenvalue is, except with probability d, at
-    most the point above all Ritz values where ``sum_j q_j^2 = 2 n / (pi d^2 share^2)``. It is the same event for every k: one may
-    stop when one likes. Once a block is invariant (beta = 0, or k = n) the bound is the largest Ritz value.
+    most the point above all Ritz values where ``sum_j q_j^2 = 2 n / (pi d^2 share^2)``. It is the same event for every
+    k: one may stop when one likes. Once a block is invariant (beta = 0, or k = n) the bound is the largest Ritz value.
 
     Products that are not exact: rounding, and what breaks the three-term recurrence, is added. The bound is one of what
     they are products of.

@@ -66,10 +66,10 @@ class Sharpness(Quantity):
     rate, or warm it up for longer.
 
     ``sharpness_residual`` is a relative error bar: the largest eigenvalue lies between ``sharpness`` and ``sharpness +
-    sharpness_residual |sharpness|``, as it is for ``courant_gd``. It is no residual of one eigenvector, which says
-    nothing of a mode that has only now become the sharpest, but what the noise in the start of Lanczos may have missed,
-    see `lsp_callbacks.functional.sharpness`: along ten runs the truth lay outside of it in less than 1 % of the readings
-    (``benchmarks/sharpness_error_bars.md``). With at most 12 parameters Lanczos runs to its end, and nothing is missed.
+    sharpness_residual |sharpness|``; likewise ``courant_gd``. It is no residual of one eigenvector, which says nothing
+    of a mode that has only now become the sharpest, but what the noise in the start of Lanczos may have missed, see
+    `lsp_callbacks.functional.sharpness`; how often it holds along ten runs is in
+    ``benchmarks/sharpness_error_bars.md``. With at most 12 parameters Lanczos runs to its end, and nothing is missed.
 
     Where several players take turns, each is measured on its own loss and its own parameters; the measurement is
     complete when all have been seen. The largest Courant number stands for all, and with it that player's sharpness,
