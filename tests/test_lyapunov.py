@@ -357,6 +357,16 @@ def test_trajectory_with_momentum_agrees_with_the_companion_matrix():
     close(found[99]["stability/lyapunov_trajectory"], MOMENTUM_EXPONENTS[39.0], 1e-5)
 
 
+def test_the_exponents_of_a_frame_are_told_sorted():
+    """Over a finite window the directions of the frame need not come in the order of their exponents."""
+    metric = LyapunovTrajectory(k=3, transient=0, window=40)
+    metric.growth = torch.tensor([[-0.3, 0.2, -0.1]] * 40, dtype=f64) + 0.01 * random(40, 3)
+    values, (mean, error) = metric.compute(), batch_means(metric.growth)
+    names = ["trajectory", "spectrum/2", "spectrum/3"]
+    close([values[f"stability/lyapunov_{name}"] for name in names], mean[[1, 2, 0]], 1e-14)
+    close(values["stability/lyapunov_trajectory_error"], error[1], 1e-14)
+
+
 @pytest.mark.parametrize(
     "quantity, settings, argument",
     [

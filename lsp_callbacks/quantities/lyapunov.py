@@ -150,7 +150,9 @@ class Lyapunov(Windowed):
             raise Unmeasurable("the pushed direction is not finite: the weights or the loss have overflowed")
         if exponent == -math.inf and snapshot.prox is not None:
             raise Unmeasurable("prox holds the sharp mode where it is: nothing of it is left to grow")
-        span = exponent_bounds(maps, curvatures, frame["below"], frame["above"])
+        least, most = exponent_bounds(maps, curvatures, frame["below"], frame["above"])
+        rounding = 16 * torch.finfo(self._mode.dtype).eps  # of the steps' own numbers
+        span = (least - rounding, most + rounding)
         self.windows = torch.cat([self.windows, scalar(exponent)[None]])[-self.average :]
         self.spans = torch.cat([self.spans, torch.tensor([span], dtype=torch.float64)])[-self.average :]
         self.complete = True
@@ -172,9 +174,11 @@ class LyapunovTrajectory(Windowed):
 
     A random frame is pushed through ``transient`` steps unrecorded and ``window`` steps recorded, with a QR at each.
     Over all parameters of an overparameterised model the leading exponent is held at 0 or just above by directions that
-    no sample sees: in healthy training 1e-4 to 1e-3. It is a finite-time number; its error is by batch means over the
-    recorded steps. The norm is that of ``(v, r m)``, both displacements of the parameters, see
-    `lsp_callbacks.operators.state_weight`; second moments are pushed along.
+    no sample sees: in healthy training 1e-4 to 1e-3. They are finite-time numbers: each direction of the frame has one,
+    and they are told sorted, the largest first, as two that are close may have changed places; exponents closer than
+    their errors are not told apart. The error is by batch means over the recorded steps. The norm is that of ``(v, r
+    m)``, both displacements of the parameters, see `lsp_callbacks.operators.state_weight`; second moments are pushed
+    along.
 
     Where several players take turns (a GAN), the frame holds the parameters and states of all of them, and each step's
     `lsp_callbacks.operators.joint_jacobian` is pushed: the exponents are those of the game, in nats per *optimizer
@@ -277,6 +281,8 @@ class LyapunovTrajectory(Windowed):
         if not len(self.growth):
             return {key: scalar(torch.nan) for key in self.keys}
         mean, error = batch_means(self.growth)
+        order = mean.argsort(descending=True)  # over a finite window the frame may have them in another one
+        mean, error = mean[order], error[order]
         values = {"stability/lyapunov_trajectory": mean[0], "stability/lyapunov_trajectory_error": error[0]}
         return values | {f"stability/lyapunov_spectrum/{i + 1}": mean[i] for i in range(1, self.k)}
 
