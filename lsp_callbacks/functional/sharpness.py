@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lsp_callbacks.linalg import Eigenpair, LinearOperator, lanczos, spectrum_bounds
 from lsp_callbacks.operators.curvature import Method, hessian, path_taken
+from lsp_callbacks.operators.differences import TOLERANCE
 from lsp_callbacks.operators.frozen import (
     FrozenRule,
     buffer_rates,
@@ -23,8 +24,6 @@ from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
 #: Probability, over the random part of a start, that an eigenvalue lies beyond the error bar.
 FAILURE = 0.05
-#: Accuracy of Hessian products by differences, see `lsp_callbacks.operators.hessian`: no error bar is below it.
-DIFFERENCES = 0.01
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def sharpness(
 
     Returns:
         Value, which is a lower bound, unit vector, residual, and ``upper``. Products by differences are accurate to
-        1 %: ``upper`` is never nearer, and the lower bound holds up to that.
+        1 % in float32: ``upper`` is never nearer, and the lower bound holds up to that.
 
     Raises:
         Unmeasurable: see `lsp_callbacks.operators.hessian`.
@@ -268,7 +267,7 @@ def _top(
 def _accuracy(snapshot: Snapshot, dtype: torch.dtype, method: Method) -> float:
     """Of the products, relative to the largest: of differences, and of what is rounded."""
     if path_taken(snapshot, method).startswith("finite difference"):
-        return DIFFERENCES
+        return min(TOLERANCE * torch.finfo(dtype).eps ** 0.5, 0.01)
     return max(2 * torch.finfo(snapshot.graph.dtype).eps, 16 * torch.finfo(dtype).eps)
 
 

@@ -14,6 +14,7 @@ from lsp_callbacks.functional.sharpness import edge_constant
 from lsp_callbacks.functional.statistics import batch_means, student_bounds
 from lsp_callbacks.linalg import LinearOperator, orthonormalise, push
 from lsp_callbacks.operators.curvature import Method, resolved
+from lsp_callbacks.operators.differences import LEAST
 from lsp_callbacks.operators.footprint import footprint, product_memory
 from lsp_callbacks.operators.frozen import frozen_rule
 from lsp_callbacks.operators.game import joint_jacobian, require_game
@@ -151,7 +152,9 @@ class Lyapunov(Windowed):
         if exponent == -math.inf and snapshot.prox is not None:
             raise Unmeasurable("prox holds the sharp mode where it is: nothing of it is left to grow")
         least, most = exponent_bounds(maps, curvatures, frame["below"], frame["above"])
-        rounding = 16 * torch.finfo(self._mode.dtype).eps  # of the steps' own numbers
+        # Of the steps' own numbers, whatever the curvature.
+        eps = torch.finfo(self._mode.dtype).eps
+        rounding = LEAST * eps**0.5 if self.path(snapshot).startswith("finite difference") else 16 * eps
         span = (least - rounding, most + rounding)
         self.windows = torch.cat([self.windows, scalar(exponent)[None]])[-self.average :]
         self.spans = torch.cat([self.spans, torch.tensor([span], dtype=torch.float64)])[-self.average :]
