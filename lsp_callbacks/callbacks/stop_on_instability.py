@@ -39,7 +39,7 @@ class StopOnInstability(Callback):
 
     Args:
         monitor: a global key of the `StabilityMonitor` beside it, in either order.
-        threshold: None is 0 for exponents and 1 for Courant numbers and stiffness.
+        threshold: None is 0 for exponents and gains, and 1 for Courant numbers and stiffness.
         patience: new measurements in the mean.
         min_steps: ignore measurements before this step.
         confirm: "loss", which it does from step 30 on, or None for the bare rule without the loss.
@@ -75,8 +75,9 @@ class StopOnInstability(Callback):
             raise ValueError(f"confirm={confirm!r}: give 'loss', or None for the bare rule")
         if limit is not None:
             number("limit", limit, above=1, instead=", a Courant number, or None")
+        edge = 0.0 if any(kind in monitor for kind in ("lyapunov", "residual_gain")) else 1.0
         self.monitor, self.patience, self.min_steps, self.limit = monitor, patience, min_steps, limit
-        self.threshold = (0.0 if "lyapunov" in monitor else 1.0) if threshold is None else threshold
+        self.threshold = edge if threshold is None else threshold
         self.confirm, self.verbose = confirm, verbose
         self._warned = False
         self._reset()

@@ -122,7 +122,7 @@ def _not_measured(history: Mapping[str, Curve], tried: int) -> str:
         return "stability was not measured: no measurement was completed; train longer, or measure more often"
     kinds = {
         "stability/spectral_norm_max": "the largest spectral norm of a layer is {:.3g}",
-        "stability/residual_stiffness_max": "the largest stiffness of a residual block is {:.2g} (above 1 it expands)",
+        "stability/residual_gain_max": "the largest gain of a residual block is {:+.2g} (above 0 it expands)",
     }
     known = [text.format(value) for key, text in kinds.items() if not math.isnan(value := latest(history.get(key)))]
     return (
