@@ -8,6 +8,7 @@ from typing import Any
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.batch_sharpness import BatchSharpness
 from lsp_callbacks.quantities.clarke_profile import ClarkeProfile
+from lsp_callbacks.quantities.clarke_training import ClarkeTraining
 from lsp_callbacks.quantities.dissipation import Dissipation
 from lsp_callbacks.quantities.leave_one_out import LeaveOneOut
 from lsp_callbacks.quantities.lyapunov import Lyapunov, LyapunovTrajectory
@@ -43,6 +44,7 @@ REGISTRY: dict[str, type[Quantity]] = {
         LeaveOneOut,
         StabilityProfile,
         ClarkeProfile,
+        ClarkeTraining,
         SecantRatio,
         ProximalStep,
     )
@@ -113,6 +115,7 @@ __all__ = [
     "REGISTRY",
     "BatchSharpness",
     "ClarkeProfile",
+    "ClarkeTraining",
     "Dissipation",
     "LeaveOneOut",
     "Lyapunov",
