@@ -77,7 +77,9 @@ class _Calls(TorchFunctionMode):
 
     def _unit(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         name = getattr(func, "__name__", "")
-        given = inspect.signature(func).bind(*args, **kwargs).arguments if func in _UNITS else {"inplace": True}
+        given: dict[str, Any] = {"inplace": True}
+        if func in _UNITS:
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
         alpha = float(given.get("alpha", 1.0))
         if given.get("inplace") or (func is F.elu and alpha != 1.0):
             raise Unmeasurable(
@@ -85,7 +87,7 @@ class _Calls(TorchFunctionMode):
                 "calculus does not cover a training map that jumps; use elu or celu, not in place"
             )
         z: Tensor = given["input"]
-        value: Any = func(z, alpha)
+        value = func(z, alpha)
         if z.requires_grad:
             self.seen.append((z, value, z.detach().abs(), 1 / alpha, lambda x: func(x, alpha)))
         return value

@@ -49,6 +49,7 @@ REGISTRY: dict[str, type[Quantity]] = {
         ProximalStep,
     )
 }
+#: "full" is all but `ClarkeTraining`, which takes whole derivatives: for small models, by name.
 PRESETS: dict[str, tuple[str, ...]] = {
     "economy": ("spectral_norm", "sharpness"),
     "default": ("spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov"),

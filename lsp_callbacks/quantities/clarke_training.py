@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.arguments import number, whole
-from lsp_callbacks.functional.clarke_training import generalized_training, no_steps, one_more
+from lsp_callbacks.functional.clarke_training import GeneralizedSteps, generalized_training, no_steps, one_more
 from lsp_callbacks.operators.bends import loss_bends, prox_bends
 from lsp_callbacks.operators.footprint import product_memory
 from lsp_callbacks.operators.proximal import proximal_jacobian
@@ -67,7 +67,7 @@ class ClarkeTraining(Windowed):
     Raises:
         ValueError: for bad arguments.
         Unmeasurable: a gradient or a prox that jumps or is not known; too many parameters; a gradient at the kink of
-            its own clipping; amsgrad.
+            its own clipping; amsgrad; half precision; several processes.
 
     Cost: a Hessian product for each parameter (with momentum and moments nearly the same) and a backward pass for each
     near unit, a step.
@@ -108,6 +108,8 @@ class ClarkeTraining(Windowed):
         """Takes one more step into the window."""
         self.complete = False
         self.check(snapshot)
+        if not snapshot.graph.full:
+            raise Unmeasurable("products in half precision are too coarse for a bound: train some steps in float32")
         self._away_from_its_clipping(snapshot)
         loss, after = loss_bends(snapshot, eps=self.eps), prox_bends(snapshot, eps=self.eps)
         A = step_jacobian(snapshot, method="exact").dense().double().cpu()
@@ -116,12 +118,12 @@ class ClarkeTraining(Windowed):
         D = torch.eye(P, dtype=torch.float64)
         if snapshot.prox is not None:
             D = proximal_jacobian(snapshot).dense().double().cpu()
-        now = self._frame["steps"] if self._continues(snapshot) else no_steps(len(A), P)
+        now = GeneralizedSteps(**self._frame["steps"]) if self._continues(snapshot) else no_steps(len(A), P)
         now = one_more(now, A, B, D, loss, after)
         if not bool(torch.isfinite(now.theta).all()):
             raise Unmeasurable("the derivative of the steps is not finite: the weights or the loss have overflowed")
         if len(now.kicks) < self.horizon:
-            self._frame = {"steps": now, "step": snapshot.step}
+            self._frame = {"steps": vars(now), "step": snapshot.step}
             return
         found = generalized_training(now, vertices=self.vertices)
         numbers: list[Any] = [
