@@ -198,7 +198,7 @@ _ERRORS = {
     "hessian_negative_mass": "hessian_negative_mass_error",
     "prox_gain": "prox_gain_residual",
     "prox_descent": "prox_descent_error",
-    "residual_stiffness_max": "residual_residual",
+    "residual_gain_max": "residual_residual",
     "robustness_prediction": "robustness_residual",
     "leave_one_out_parameters": "leave_one_out_parameters_error",
     "leave_one_out_loss": "leave_one_out_loss_error",
@@ -219,6 +219,7 @@ def table(history: Mapping[str, Curve]) -> Table:
         ImportError: without rich.
     """
     curves = {key.removeprefix("stability/"): curve for key, curve in history.items()}
+    curves.pop("courant_source", None)
     for name in ("courant_sgd", "courant_gd"):  # what is shown as "courant" already
         if curves.get("courant") == curves.get(name):
             curves.pop(name, None)
