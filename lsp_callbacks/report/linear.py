@@ -116,7 +116,7 @@ def _not_measured(history: Mapping[str, Curve], tried: int) -> LinearState:
         return LinearState("unknown", "failed", evidence, "look for the warning that names the reason")
     if not history:
         return LinearState("unknown", "not measured", {}, "train longer, or measure more often")
-    kinds = ("spectral_norm_max", "residual_stiffness_max")
+    kinds = ("spectral_norm_max", "residual_gain_max")
     known = {name: value for name in kinds if not math.isnan(value := latest(history.get(f"stability/{name}")))}
     advice = "if you did not choose that, the warning at the start of training says why"
     return LinearState("unknown", "not measured", known | {"others": True, "players": _players(history)}, advice)

@@ -151,7 +151,7 @@ def _not_measured(evidence: Mapping[str, Any]) -> str:
         return "stability was not measured: no measurement was completed"
     kinds = {
         "spectral_norm_max": "the largest spectral norm of a layer is {:.3g}",
-        "residual_stiffness_max": "the largest stiffness of a residual block is {:.2g} (above 1 it expands)",
+        "residual_gain_max": "the largest gain of a residual block is {:+.2g} (above 0 it expands)",
     }
     known = [text.format(evidence[name]) for name, text in kinds.items() if name in evidence]
     return "the stability of the optimizer's steps was not measured (no Courant number, no exponent)" + (
