@@ -174,7 +174,8 @@ def _courant(evidence: Mapping[str, Any]) -> str:
     of = evidence.get("courant_readings", 1)
     if "courant" not in evidence:
         return ""
-    return f"the Courant number is {evidence['courant']:.2g} ({f'mean of {of}, ' if of > 1 else ''}the edge is at 1)"
+    name = "the Courant number" + " of one batch's curvature" * (evidence.get("courant_of") == "courant_gd")
+    return f"{name} is {evidence['courant']:.2g} ({f'mean of {of}, ' if of > 1 else ''}the edge is at 1)"
 
 
 def _exponent(evidence: Mapping[str, Any]) -> str:
