@@ -228,6 +228,18 @@ def test_where_the_curvature_changes_within_a_step(name, s):
     close(found.value / torch.linalg.eigvalsh(H)[-1], 1.0, 0.02)
 
 
+def test_products_that_are_not_symmetric_are_not_believed():
+    problem = NETWORKS["convolution"]()
+    with torch.no_grad():
+        for p in problem.parameters():
+            p *= 100
+    snapshot, H = freeze(problem.float()), dense(problem)
+    for v in (torch.linalg.eigh(H).eigenvectors.T[[-1, -2, -3, -1]]).float():
+        found = hessian(snapshot) @ v
+    assert path_taken(snapshot, "auto") == "exact"
+    close(found, H @ v.double(), 1e-4 * float(torch.linalg.matrix_norm(H, 2)))
+
+
 # Runs that leave, and runs that arrive ------------------------------------------------------------------------------
 
 
