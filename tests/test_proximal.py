@@ -282,7 +282,7 @@ class Tighter(Model):
 
 @pytest.mark.parametrize("make", [Model, Tighter])
 def test_a_map_that_is_not_the_one_given_is_noticed(make):
-    monitor = StabilityMonitor(UPDATE, every_n_steps=1, prox=CLIP)
+    monitor = StabilityMonitor(UPDATE, every_n_steps=1, window=1, prox=CLIP)
     with pytest.warns(UserWarning, match=r"not prox\(step\)"):
         fit(lambda: make(mlp(width=8)), monitor, max_steps=3)
     assert set(monitor.monitor.skipped) == set(UPDATE)
