@@ -38,44 +38,66 @@ def sharp_plane(mode: Tensor, root: Tensor | float, *, kick: Tensor | float | No
 
 
 def plane_map(
-    jacobian: LinearOperator, mode: Tensor, root: Tensor | float = 1.0, *, kick: Tensor | float | None = None
-) -> Tensor:
+    jacobian: LinearOperator,
+    mode: Tensor,
+    root: Tensor | float = 1.0,
+    *,
+    kick: Tensor | float | None = None,
+    rest: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """One step compressed onto the plane of its sharp mode, ``P = V^+ A V``.
 
     V is `sharp_plane` and ``V^+ V = 1``: ``v`` is read as ``mode . (v / root)``, the buffer as ``mode . (m / kick)``.
     For SGD ``P`` is the companion matrix at ``x = eta mode . H' mode``, a Rayleigh quotient: a mode that is wrong by an
-    angle ``phi`` changes x by ``phi^2``, and nothing else.
+    angle ``phi`` changes x by ``phi^2``, and nothing else. What else the optimizer remembers gets one more direction,
+    that into which a displacement along v moves it: for Adam ``g * H v`` in the second moments. Begun at 0 in each step
+    it would count twice, as the next step does not take it back.
 
     Args:
         jacobian: of the step, square.
         mode: as given to `sharp_plane`.
         root: as given to `sharp_plane`.
         kick: as given to `sharp_plane`.
+        rest: of the steps before in the same window; None finds it.
 
     Returns:
-        ``(1, 1)`` or ``(2, 2)``, in float64 on the CPU.
+        ``(k, k)``, in float64 on the CPU: parameters, buffer, rest, of which the last two need not exist. And ``rest``,
+        the blocks of the state behind the buffer, flat; empty or 0 where there is nothing.
 
-    Cost: one product; the buffer alone feels no curvature.
+    Cost: one product; buffer and rest alone feel no curvature.
     """
-    n = len(mode)
+    n, known = len(mode), len(mode) * (1 if kick is None else 2)
     moved = push(jacobian, sharp_plane(mode, root, kick=kick, size=jacobian.shape[1]))
-    parts = [_inverse(root) * moved[:, :n]]
+    if rest is None:
+        rest = moved[0, known:].clone()
+        rest = rest / torch.linalg.vector_norm(rest).clamp_min(torch.finfo(rest.dtype).tiny)
+    remembers = bool(rest.any())
+    if remembers:
+        moved = torch.cat([moved, (jacobian @ torch.cat([rest.new_zeros(known), rest]))[None]])
+    rows = [(_inverse(root) * moved[:, :n]).double() @ mode.double()]
     if kick is not None:
-        parts.append(_inverse(kick) * moved[:, n : 2 * n])
-    return torch.stack([part.double() @ mode.double() for part in parts]).cpu()
+        rows.append((_inverse(kick) * moved[:, n : 2 * n]).double() @ mode.double())
+    if remembers:
+        rows.append(moved[:, known:].double() @ rest.double())
+    return torch.stack(rows).cpu(), rest
 
 
 def _inverse(root: Tensor | float) -> Tensor | float:
     return torch.where(root > 0, 1 / root, 0.0) if isinstance(root, Tensor) else 1 / root
 
 
-def window_exponent(maps: Sequence[Tensor]) -> float:
+def window_exponent(maps: Sequence[Tensor], *, rest: bool = False) -> float:
     """``log rho(P_w ... P_1) / w``, in nats a step, of the steps' `plane_map`.
 
     The growth of a norm would be another number: with momentum a transient, positive over half of the *stable* range,
     and without it, below the edge, that of whatever else is in a mode that is not exact. Where ``|1 - eta lambda|`` is
     small, a contamination ``phi`` that stays as it is exceeds ``phi |1 - eta lambda|^w`` in a few steps, also in the
     compressed product of all steps. Compressed one by one the steps leave nothing of it.
+
+    Args:
+        maps: P of each step, in their order.
+        rest: whether their last direction is what else the optimizer remembers. Its own decay, ``beta2`` for Adam, is
+            no growth of the mode: the eigenvalue nearest to it is left out.
 
     Raises:
         ValueError: if there is no step.
@@ -86,11 +108,16 @@ def window_exponent(maps: Sequence[Tensor]) -> float:
     for step in maps:
         product, log = rescale(step @ product)
         log_scale += log
-    return (float(spectral_radius(product).log()) + log_scale) / len(maps)
+    if not rest or not bool(torch.isfinite(product).all()):
+        return (float(spectral_radius(product).log()) + log_scale) / len(maps)
+    values = torch.linalg.eigvals(product)
+    decay = math.prod(float(step[-1, -1]) for step in maps) * math.exp(min(-log_scale, 700.0))
+    values[(values - decay).abs().argmin()] = 0.0
+    return (float(values.abs().max().log()) + log_scale) / len(maps)
 
 
 def exponent_bounds(
-    maps: Sequence[Tensor], curvatures: Sequence[Tensor], below: float, above: float
+    maps: Sequence[Tensor], curvatures: Sequence[Tensor], below: float, above: float, *, rest: bool = False
 ) -> tuple[float, float]:
     """What `window_exponent` may be where the curvature along the true mode is not that along the mode at hand.
 
@@ -103,6 +130,7 @@ def exponent_bounds(
         curvatures: C of each step: the part of P that is due to the curvature, as ``P - P(fixed gradient)``.
         below: relative error of the curvature, downwards.
         above: relative error upwards, `lsp_callbacks.functional.Edge.courant_error`.
+        rest: as in `window_exponent`.
 
     Returns:
         The least and the largest exponent; NaN where an error bar is.
@@ -117,7 +145,7 @@ def exponent_bounds(
     if math.isnan(below + above):
         return math.nan, math.nan
     shifts = torch.linspace(-below, min(above, 1e30), _POINTS, dtype=torch.float64).tolist()
-    found = [window_exponent([P + d * C for P, C in zip(maps, curvatures)]) for d in shifts]
+    found = [window_exponent([P + d * C for P, C in zip(maps, curvatures)], rest=rest) for d in shifts]
     ends = [[float(P + d * C) for d in (shifts[0], shifts[-1])] for P, C in zip(maps, curvatures) if P.numel() == 1]
     lowest = -math.inf if any(a * b <= 0 for a, b in ends) else min(found)
     return lowest, max(found)
@@ -165,4 +193,9 @@ def sharp_mode_exponent(
         >>> round(sharp_mode_exponent([A] * 4, torch.tensor([1.0, 0.0])), 4)  # log|1 - 0.5 * 5|
         0.4055
     """
-    return window_exponent([plane_map(jacobian, mode, root, kick=kick) for jacobian in jacobians])
+    maps: list[Tensor] = []
+    rest: Tensor | None = None
+    for jacobian in jacobians:
+        step, rest = plane_map(jacobian, mode, root, kick=kick, rest=rest)
+        maps.append(step)
+    return window_exponent(maps, rest=rest is not None and bool(rest.any()))

@@ -62,7 +62,9 @@ class Lyapunov(Windowed):
     the real update of each of the next ``window`` steps, on the same batches, masks, rates, momentum, clipping and
     prox, is compressed onto it (with momentum: onto the plane of ``(v, 0)`` and ``(0, m)``, m the buffer that displaces
     by v), and the exponent is that of the product, see `lsp_callbacks.functional.sharp_mode_exponent`. A mode that is
-    wrong by an angle phi errs by ``phi^2`` in the curvature, and by nothing else. SECOND
+    wrong by an angle phi errs by ``phi^2`` in the curvature, and by nothing else. Second moments of Adam, AdamW,
+    RMSprop and Adagrad are not frozen: the direction into which v moves them is one more of the plane. In the first
+    twenty steps or so, while they change by large factors, the update has no such mode: read the Courant number there.
 
     The value is the mean of the last ``average`` windows. ``_lower`` and ``_upper`` are one-sided 90 % bounds: the
     means of what each window's exponent may be at the least and at the most, given the error bar of the sharpness that
@@ -73,7 +75,7 @@ class Lyapunov(Windowed):
 
     It is negative below the edge of stability. A positive value says that the linearised update amplifies: healthy
     full-batch training lives there for long stretches, so take it as an event, and stop when the loss confirms it. It
-    does not see batch noise under momentum. When it stays positive and the loss does not fall: lower the learning rate.
+    does not see batch noise. When it stays positive and the loss does not fall: lower the learning rate.
 
     Args:
         window: steps in a window, 1 or more.
@@ -116,7 +118,7 @@ class Lyapunov(Windowed):
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         blocks = 1 + len(state_blocks(snapshot))
-        plane = 2 * blocks * (2 if frozen_rule(snapshot).momentum else 1)  # before the step and after it
+        plane = 2 * blocks * (3 if frozen_rule(snapshot).momentum else 2)  # before the step and after it
         return {**edge_memory(snapshot, self.method), "plane": plane * footprint(snapshot).parameters}
 
     def update(self, snapshot: Snapshot) -> None:
@@ -131,6 +133,7 @@ class Lyapunov(Windowed):
                 "below": float(found.accuracy),
                 "above": float(found.courant_error),
                 "method": resolved(snapshot, self.method),
+                "rest": None,
                 "maps": [],
                 "curvatures": [],
                 "step": snapshot.step,
@@ -139,19 +142,20 @@ class Lyapunov(Windowed):
         frame = self._frame
         assert self._mode is not None
         plane: dict[str, Any] = {"mode": self._mode, "root": frame["root"], "kick": frame["kick"]}
-        step = plane_map(update_jacobian(snapshot, method=frame["method"]), **plane)
-        curvature = step - plane_map(update_drift(snapshot), **plane)
+        step, rest = plane_map(update_jacobian(snapshot, method=frame["method"]), **plane, rest=frame["rest"])
+        curvature = step - plane_map(update_drift(snapshot), **plane, rest=rest)[0]
         maps, curvatures = [*frame["maps"], step], [*frame["curvatures"], curvature]
         if len(maps) < self.window:
-            self._frame = frame | {"maps": maps, "curvatures": curvatures, "step": snapshot.step}
+            self._frame = frame | {"maps": maps, "curvatures": curvatures, "rest": rest, "step": snapshot.step}
             return
         self._frame = {}
-        exponent = window_exponent(maps)
+        remembers = bool(rest.any())
+        exponent = window_exponent(maps, rest=remembers)
         if math.isnan(exponent):  # one such window would hide the next ones
             raise Unmeasurable("the pushed direction is not finite: the weights or the loss have overflowed")
         if exponent == -math.inf and snapshot.prox is not None:
             raise Unmeasurable("prox holds the sharp mode where it is: nothing of it is left to grow")
-        least, most = exponent_bounds(maps, curvatures, frame["below"], frame["above"])
+        least, most = exponent_bounds(maps, curvatures, frame["below"], frame["above"], rest=remembers)
         # Of the steps' own numbers, whatever the curvature.
         eps = torch.finfo(self._mode.dtype).eps
         rounding = LEAST * eps**0.5 if self.path(snapshot).startswith("finite difference") else 16 * eps
