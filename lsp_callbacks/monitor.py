@@ -290,18 +290,25 @@ class Monitor:
         return self.trace is not None and any(quantity.recorded for quantity in self.quantities.values())
 
     def record(
-        self, step: int, loss: Tensor | None, optimizer: torch.optim.Optimizer | None, module: nn.Module
+        self,
+        step: int,
+        loss: Tensor | None,
+        optimizer: torch.optim.Optimizer | None,
+        module: nn.Module,
+        *,
+        previous: int | None = None,
     ) -> None:
         """Notes loss, rate and energies of a step, before its update, if any quantity asks for them.
 
         A loop calls it at every step, on all ranks, with the loss of the whole step, or None where it does not see it;
-        `observe` does so with the snapshot's own loss where nobody else did. It never waits for the device.
+        `observe` does so with the snapshot's own loss where nobody else did. It never waits for the device. For
+        ``previous`` see `Snapshot`.
         """
         if self._records:
             assert self.trace is not None
             lr = math.nan if optimizer is None else rate(optimizer)
             with self.harmless(f"what is recorded at each step could not be at step {step}"):
-                self.trace.record(step, loss, lr=lr, module=module)
+                self.trace.record(step, loss, lr=lr, module=module, previous=previous)
             for name, error in self.trace.failed.items():
                 self.warn_once(f"the energy {name} is not recorded any more, it raised {error}")
 
@@ -317,7 +324,7 @@ class Monitor:
         Each measurement is one round of the snapshot's ranks: where it fails on one of them, all say NaN.
         """
         if self.trace is not None:
-            self.record(snapshot.step, snapshot.loss, snapshot.optimizer, snapshot.module)
+            self.record(snapshot.step, snapshot.loss, snapshot.optimizer, snapshot.module, previous=snapshot.previous)
             snapshot = replace(snapshot, trace=self.trace)
         self._begin(snapshot)
         if not self.wants(snapshot.step):

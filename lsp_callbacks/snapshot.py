@@ -149,6 +149,8 @@ class Snapshot:
         scale: the factor that a gradient scaler puts on the loss before its backward pass; ``gradient`` is without it.
         sharded: why no process has all parameters, and nothing can be measured; None if each has.
         seed: of every random choice made for this step.
+        previous: number of the last step before this one that moved anything: batches between them may have been
+            skipped. None is ``step - 1``.
         player: whose turn it is where several optimizers take turns on losses of their own; None is one optimizer.
     """
 
@@ -171,6 +173,7 @@ class Snapshot:
     scale: float = 1.0
     sharded: str | None = None
     seed: int = 0
+    previous: int | None = None
     player: Player | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -179,6 +182,10 @@ class Snapshot:
         """The trainable parameters, each once, by name; in a game the player's own, or those of all, see `Player`."""
         held = (lambda p: True) if self.player is None else self.player.holds
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad and held(p)}
+
+    def follows(self, step: int) -> bool:
+        """Whether it begins where that step has ended."""
+        return step == (self.step - 1 if self.previous is None else self.previous)
 
     @property
     def joint(self) -> Snapshot:

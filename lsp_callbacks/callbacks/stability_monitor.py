@@ -155,6 +155,8 @@ class StabilityMonitor(Callback):
         self._published: Observation | None = None
         self.subscribers: list[Any] = []
         self.step = 0
+        self._previous: int | None = None
+        self._counted = False
         self._ranks = Ranks()
         self._unmodelled: str | None = None
         self._pending: PendingStep | None = None
@@ -197,7 +199,7 @@ class StabilityMonitor(Callback):
         if stage != "fit":
             return
         if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
-            self.step, self._measured_at, self._critical = 0, None, CriticalRate()
+            self.step, self._previous, self._measured_at, self._critical = 0, None, None, CriticalRate()
             self.monitor.reset()
         self.monitor.drop()
         self._unmodelled = self._why_unmodelled(trainer, pl_module)
@@ -264,7 +266,8 @@ class StabilityMonitor(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         with self._stopwatch:
             self._arrive()
-            self._published = None
+            self._agree(trainer)
+            self._published, self._counted = None, False
             if batch_idx % trainer.accumulate_grad_batches == 0:  # the first micro-batch of a step
                 self._pending, self._updates, self._saw_loss, self._loss, self._seen = None, 0, False, None, None
                 self._guard.begin()
@@ -311,7 +314,9 @@ class StabilityMonitor(Callback):
             if not no_loss:
                 with self.monitor.harmless("whether the step is finite could not be told"):
                     self._look(trainer, pl_module, left_out or scaled(trainer, optimizer))
-            if no_loss or left_out:  # nothing moves: it is no step
+            if no_loss or left_out:
+                # Lightning counts it. A gradient that was set to zero, not to None, moves what has momentum.
+                self._count(moved=no_loss and any(p.grad is not None for p in pl_module.parameters()))
                 self._pending = None
                 if self._game is not None:
                     self._game.drop()
@@ -320,7 +325,7 @@ class StabilityMonitor(Callback):
             self._rate_used = rate(trainer.optimizers[0])
             self._updates += 1
             if self._updates == 1:
-                self.monitor.record(self.step, self._seen, trainer.optimizers[0], pl_module)
+                self.monitor.record(self.step, self._seen, trainer.optimizers[0], pl_module, previous=self._previous)
             pending, self._pending = self._pending, None
             if self._game is not None:
                 with self.monitor.harmless("the player's step could not be looked at"):
@@ -335,8 +340,19 @@ class StabilityMonitor(Callback):
                     self._watching = True  # on every rank, also where the copy fails
                     with self.monitor.harmless("whether the gradient is changed later could not be watched"):
                         self._gradients = clipped(trainer, optimizer)
-            if self._updates == 1 or self._game is not None:
-                self.step += 1
+            self._count()
+
+    def _count(self, *, moved: bool = True) -> None:
+        """An optimizer step, as Lightning counts them: of a player each, otherwise one in a batch."""
+        if self._counted and self._game is None:
+            return
+        self._previous = self.step if moved else self._previous
+        self.step, self._counted = self.step + 1, True
+
+    def _agree(self, trainer: Any) -> None:
+        """The number of the next step is Lightning's, which also counts those that nobody shows us."""
+        if self._game is not None or len(trainer.optimizers) == 1:
+            self.step = trainer.global_step
 
     def _look(self, trainer: Any, pl_module: Any, left_out: bool) -> None:
         again = self._updates > 0 and not pl_module.automatic_optimization  # LBFGS evaluates the loss anew
@@ -357,7 +373,7 @@ class StabilityMonitor(Callback):
             if snapshot is not None:
                 with untouched(pl_module):
                     seen = snapshot(self.step, unmodelled=self._unmodelled, keep=self.monitor.keeps, seed=self.seed)
-                    self._note(self.monitor.observe(seen))
+                    self._note(self.monitor.observe(replace(seen, previous=self._previous)))
 
     def _note(self, observation: Observation | None) -> None:
         if observation is not None:
@@ -378,6 +394,7 @@ class StabilityMonitor(Callback):
             schedulers=schedulers(trainer, optimizer),
             scale=loss_scale(trainer),
             seed=self.seed,
+            previous=self._previous,
         )
         # Under manual optimisation nobody need have told us the loss.
         snapshot = witnessed(snapshot) if snapshot.loss is None else snapshot
@@ -404,6 +421,7 @@ class StabilityMonitor(Callback):
             elif self._updates > 1 and self._game is None:
                 self._disown(f"one batch made {self._updates} optimizer steps: their joint update is not modelled")
             self._gradients, self._watching = [], False
+            self._agree(trainer)
             self._arrive(last=False)
             observations, self._observations = self._observations, []
             for observation in observations:

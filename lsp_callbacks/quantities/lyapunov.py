@@ -43,7 +43,7 @@ class Windowed(Quantity):
 
     def _continues(self, snapshot: Snapshot) -> bool:
         """Whether the snapshot is the next step of the window under way."""
-        return bool(self._frame) and snapshot.step == self._frame["step"] + 1
+        return bool(self._frame) and snapshot.follows(self._frame["step"])
 
     def vectors(self) -> dict[str, Any]:
         return self._frame | ({} if self._mode is None else {"mode": self._mode, "top": self._top})
