@@ -34,9 +34,10 @@ def spacing(courant: float) -> float:
 class Cadence:
     """Decides when measurements start, from numbers that are the same in each run and on each process.
 
-    A whole ``every_n_steps`` is obeyed exactly; where such a step is skipped, the next one stands for it. Otherwise the *period* is ``cost / budget`` steps, and the next
-    measurement starts ``period * spacing(courant)`` steps after the last, if the account allows it. With n measurements
-    started in the s steps since the first, gradients by the cost model obey at any time
+    A whole ``every_n_steps`` is obeyed exactly; where such a step is skipped, the next one stands for it. Otherwise
+    the *period* is ``cost / budget`` steps, and the next measurement starts ``period * spacing(courant)`` steps after
+    the last, if the account allows it. With n measurements started in the s steps since the first, gradients by the
+    cost model obey at any time
 
         ``n * cost <= budget * s + cost``
 

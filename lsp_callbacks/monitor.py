@@ -144,7 +144,10 @@ class Monitor:
         self._under_way: set[str] = set()
         self._later: dict[str, int] = {}  # what was too early, and from which step on it no longer is
         self._warned: set[str] = set()
+        self._layouts: dict[str, tuple] = {}
         self._ranks = Ranks()
+        #: Why the update is not the optimizer's, once it was found to be another.
+        self.disowned: str | None = None
 
     @property
     def period(self) -> int | None:
@@ -160,6 +163,8 @@ class Monitor:
     def keys(self) -> set[str]:
         """The global keys that can appear."""
         own = {key for quantity in self.quantities.values() for key in (*quantity.keys, *quantity.optional)}
+        if self.disowned:
+            own -= {key for quantity in self.quantities.values() for key in _lost(quantity)}
         return own | ({"stability/courant"} if own.intersection(DIALS) else set())
 
     @property
@@ -208,7 +213,7 @@ class Monitor:
         for reason, names in reasons.items():
             for name in names:
                 self.skipped[name] = reason
-                del self.quantities[name]
+                self.quantities.pop(name, None)  # or the key of one that goes on without it
                 self._under_way.discard(name)
                 self._later.pop(name, None)
                 self.paths.pop(name, None)
@@ -237,10 +242,20 @@ class Monitor:
         wrong = {name: quantity for name, quantity in self.quantities.items() if quantity.needs_update}
         if self.strict and wrong:
             raise Unmeasurable(f"{' and '.join(wrong)}: {reason}")
-        self._leave_out({reason: list(wrong)} if wrong else {})
+        left = [name for name, quantity in wrong.items() if not quantity.without_update]
+        if self.disowned is None:
+            left += [key.removeprefix("stability/") for quantity in wrong.values() for key in _lost(quantity)]
+        self._leave_out({reason: left} if left else {})
+        self.disowned, self._priced = self.disowned or reason, None
         if observation is None:
             return None
-        own = {key for quantity in wrong.values() if quantity.complete for key in quantity.compute()}
+        own = {
+            key
+            for quantity in wrong.values()
+            if quantity.complete
+            for key in quantity.compute()
+            if key not in quantity.without_update
+        }
         if own.intersection(DIALS):
             own.add("stability/courant")
         keys = own & observation.values.keys()
@@ -327,12 +342,15 @@ class Monitor:
             self.record(snapshot.step, snapshot.loss, snapshot.optimizer, snapshot.module, previous=snapshot.previous)
             snapshot = replace(snapshot, trace=self.trace)
         self._begin(snapshot)
+        if self.disowned:
+            snapshot = replace(snapshot, disowned=self.disowned)
         if not self.wants(snapshot.step):
             return None
         starts = self._starts(snapshot.step)
         if starts:
             self.cadence.started(snapshot.step)
         self._ranks = snapshot.ranks
+        self._notice(snapshot)
         values: dict[str, float] = {}
         failures: dict[str, str] = {}
         unmodelled: dict[str, list[str]] = {}
@@ -374,6 +392,17 @@ class Monitor:
             values["stability/courant"] = values[dial]
             self.cadence.read(values[dial])
         return self.add(Observation(snapshot.step, {}, failures), values) if values else None
+
+    def _notice(self, snapshot: Snapshot) -> None:
+        """Other parameters may be trained than before (unfreezing): windows and warm starts are not of their size."""
+        player = "" if snapshot.player is None else snapshot.player.name
+        layout = tuple((name, p.shape) for name, p in snapshot.parameters.items())
+        if self._layouts.get(player, layout) != layout:
+            self._under_way.clear()
+            self._priced = None
+            for quantity in self.quantities.values():
+                quantity.restart()
+        self._layouts[player] = layout
 
     def _waits(self, quantity: Quantity, snapshot: Snapshot) -> bool:
         """Whether it is too early; it is measured when it no longer is. Rank 0's word: all must take the same way."""
@@ -547,6 +576,12 @@ class Monitor:
         else:
             last = max((curve.steps[-1] for curve in self.history.values() if curve.steps), default=None)
             self.cadence.load_first_state(state.get("origin"), state.get("period"), last)
+
+
+def _lost(quantity: Quantity) -> list[str]:
+    """What a quantity that goes on without the update does not say any more."""
+    keys = (*quantity.keys, *quantity.optional) if quantity.without_update else ()
+    return [key for key in keys if key not in quantity.without_update]
 
 
 def _kind(reason: str) -> str:

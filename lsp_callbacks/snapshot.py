@@ -139,6 +139,7 @@ class Snapshot:
         prox: what is done to each parameter after the optimizer's step, ``(name, tensor, lr) -> tensor``, in operations
             that autograd can differentiate almost everywhere; see `lsp_callbacks.functional.proximal`.
         unmodelled: why the update is not the optimizer's step on this loss (a hook of the user's); None if it is.
+        disowned: why the update has turned out to be another one in an earlier step; None if it has not.
         tolerance: relative difference allowed between ``loss`` and its replay; 0 is to the last bit, for the same path.
         keep: which modules' inputs ``calls`` keeps in full, by name and module.
         probes: training samples for the quantities that look at outputs; None where there are none.
@@ -164,6 +165,7 @@ class Snapshot:
     clipping: Clipping | None = None
     prox: Prox | None = None
     unmodelled: str | None = None
+    disowned: str | None = None
     tolerance: float = 0.0
     keep: Callable[[str, nn.Module], bool] = lambda name, module: False
     probes: ProbeSet | None = None

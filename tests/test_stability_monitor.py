@@ -436,17 +436,6 @@ def test_strict_raises_at_the_step():
         fit(Breaks(), StabilityMonitor(every_n_steps=1, strict=True))
 
 
-def test_overridden_hooks_leave_the_update_out():
-    class Overrides(Model):
-        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
-            optimizer.step(closure=optimizer_closure)
-
-    monitor = StabilityMonitor(every_n_steps=1)
-    with pytest.warns(UserWarning, match="overrides optimizer_step"):
-        fit(Overrides(), monitor, max_steps=2)
-    assert monitor.history.keys() == {*monitor.history} - {SHARPNESS, LYAPUNOV} and NORM in monitor.history
-
-
 def test_quantities_can_be_given_ready_made():
     monitor = StabilityMonitor(["sharpness", SpectralNorm(layers="net.0"), LyapunovTrajectory(transient=0, window=40)])
     fit(Model(), monitor, max_steps=40)

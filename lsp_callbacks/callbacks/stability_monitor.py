@@ -17,6 +17,7 @@ from lsp_callbacks.callbacks.adapter import (
     clipping,
     loss_scale,
     mean_loss,
+    overridden,
     pending_step,
     probe_set,
     ranks,
@@ -31,9 +32,10 @@ from lsp_callbacks.callbacks.adapter import (
 )
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.game import Game, check_losses
+from lsp_callbacks.callbacks.own_clipping import Gradients, own_clipping
 from lsp_callbacks.callbacks.publishing import Stopwatch, log, show, thinned
 from lsp_callbacks.callbacks.schedule import CriticalRate, Schedule, steps_left
-from lsp_callbacks.destination import ELSEWHERE, Destination
+from lsp_callbacks.destination import ELSEWHERE, MOVED, Destination
 from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.guard import Guard
 from lsp_callbacks.monitor import Curve, Monitor, Observation
@@ -43,7 +45,7 @@ from lsp_callbacks.quantities.select import Selection, validate
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import untouched
 from lsp_callbacks.report import verdict
-from lsp_callbacks.snapshot import Prox, Snapshot, Unmeasurable
+from lsp_callbacks.snapshot import Clipping, Prox, Snapshot, Unmeasurable
 from lsp_callbacks.step import LossFn, PendingStep, batch_size, identical, never, rate, witnessed
 
 #: How many steps of the schedule to look ahead.
@@ -159,6 +161,7 @@ class StabilityMonitor(Callback):
         self._counted = False
         self._ranks = Ranks()
         self._unmodelled: str | None = None
+        self._overrides = False
         self._pending: PendingStep | None = None
         self._saw_loss = False
         self._loss: torch.Tensor | None = None
@@ -167,7 +170,7 @@ class StabilityMonitor(Callback):
         self._game: Game | None = None
         self._guard = Guard(self.monitor)
         self._fault: Observation | None = None
-        self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._gradients: Gradients = []
         self._watching = False
         self._updates = 0
         self._measured_at: int | None = None
@@ -175,7 +178,7 @@ class StabilityMonitor(Callback):
         self._critical = CriticalRate()
         self._schedule: Schedule | None = None
         self._stopwatch = Stopwatch()
-        self._rate_used = 0.0
+        self._rate_used = self._rate_before = 0.0
         self._samples = 0
 
     @property
@@ -209,7 +212,7 @@ class StabilityMonitor(Callback):
 
     def _why_unmodelled(self, trainer: Any, pl_module: Any) -> str | None:
         players = isinstance(self.loss_fn, Mapping)
-        return unmodelled(trainer, pl_module, prox=self.prox is not None, players=players)
+        return unmodelled(trainer, pl_module, players=players)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Not in setup: the module may build itself in its own setup or configure_model, which come later.
@@ -237,6 +240,7 @@ class StabilityMonitor(Callback):
         )
         self._schedule = Schedule(trainer)
         self._unmodelled = self._why_unmodelled(trainer, pl_module)
+        self._overrides = overridden(pl_module, "optimizer_step") is not None
         self._destination.forget()
         self._published = None
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
@@ -265,12 +269,13 @@ class StabilityMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         with self._stopwatch:
-            self._arrive()
+            self._arrive(pl_module)
             self._agree(trainer)
             self._published, self._counted = None, False
             if batch_idx % trainer.accumulate_grad_batches == 0:  # the first micro-batch of a step
                 self._pending, self._updates, self._saw_loss, self._loss, self._seen = None, 0, False, None, None
                 self._guard.begin()
+                self._rate_before = rate(trainer.optimizers[0]) if self._overrides else 0.0
                 if self._game is not None:
                     with self.monitor.harmless("the batch could not be kept for a replay"):
                         self._game.begin(batch)
@@ -278,7 +283,7 @@ class StabilityMonitor(Callback):
                     self._pending = self._kept(trainer, pl_module)
             self.monitor.begin(pl_module, first=batch_idx % trainer.accumulate_grad_batches == 0)
             if self.monitor.quantities:
-                self.probes.add(batch)
+                self.probes.add(batch, pl_module)
             if not isinstance(self.loss_fn, Mapping):
                 loss = step_loss(trainer, self.loss_fn, batch_idx)
                 self._guard.add(batch, loss)
@@ -332,14 +337,14 @@ class StabilityMonitor(Callback):
                     self._observe_player(self._game, pl_module, optimizer)
             elif pending is not None:
                 update = any(quantity.needs_update for quantity in self.monitor.quantities.values())
-                if update and self.prox is not None:
+                if update and self._checks:
                     self._destination.awaited()
                 with self.monitor.harmless("the step could not be looked at"), untouched(pl_module):
                     self._note(self._observe(trainer, pending, optimizer))
                 if update and pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
                     self._watching = True  # on every rank, also where the copy fails
                     with self.monitor.harmless("whether the gradient is changed later could not be watched"):
-                        self._gradients = clipped(trainer, optimizer)
+                        self._gradients = self._gradients or clipped(trainer, optimizer)
             self._count()
 
     def _count(self, *, moved: bool = True) -> None:
@@ -383,10 +388,11 @@ class StabilityMonitor(Callback):
         if self.probe_samples is not None:
             sizes = [batch_size(part.batch) or self.probe_samples for part in pending.parts]
             self._samples = min(self.probe_samples, sum(sizes))
+        rule, self._gradients = self._clipping(trainer, pending, optimizer)
         snapshot = pending.snapshot(
             self.step,
             optimizer,
-            clipping=clipping(trainer),
+            clipping=rule,
             prox=self.prox,
             unmodelled=self._unmodelled,
             keep=self.monitor.keeps,
@@ -400,15 +406,36 @@ class StabilityMonitor(Callback):
         snapshot = witnessed(snapshot) if snapshot.loss is None else snapshot
         observation = self.monitor.observe(snapshot)
         if self._destination.is_awaited:
-            with self.monitor.harmless("where the step and prox lead could not be told"):
+            with self.monitor.harmless("where the step leads could not be told"):
                 own = {name: p.grad for name, p in snapshot.parameters.items()}  # not that of a sub-batch
-                self._destination.expect(replace(snapshot, gradient=own, clipping=clipping(trainer), memo={}))
+                self._destination.expect(replace(snapshot, gradient=own, clipping=rule, memo={}))
         return observation
 
-    def _arrive(self, *, last: bool = True) -> None:
+    @property
+    def _checks(self) -> bool:
+        """Whether something of the user's has a say in where the parameters go, so that it is checked."""
+        return self.prox is not None or self._overrides
+
+    def _clipping(self, trainer: Any, pending: PendingStep, optimizer: Any) -> tuple[Clipping | None, Gradients]:
+        """How the gradient will be clipped, and what it will be if that is up to the user's own method."""
+        module = trainer.lightning_module
+        mine = overridden(module, "configure_gradient_clipping")
+        if mine is None or not module.automatic_optimization or pending.shadow is None or self.monitor.disowned:
+            return clipping(trainer), []
+        reset = pending.shadow.reset
+        try:
+            return self._ranks.together(self._ranks.private(lambda: own_clipping(trainer, reset, optimizer)))
+        except Exception as error:  # whatever the user's method raises on a copy
+            reason = str(error) if isinstance(error, Unmeasurable) else f"{mine}: {type(error).__name__}: {error}"
+            self.monitor.disown_update(None, reason)
+            return None, []
+
+    def _arrive(self, pl_module: Any, *, last: bool = True) -> None:
         """The parameters should be where step and prox lead, at the latest when nothing comes any more."""
-        if self._destination.missed(last=last):
-            self._disown(ELSEWHERE)
+        # Where there is no prox, nothing has to be done to them after ``optimizer_step``.
+        if self._destination.missed(last=last or self.prox is None):
+            kind = type(pl_module).__name__
+            self._disown(ELSEWHERE if self.prox is not None else f"{kind}.optimizer_step {MOVED}")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         with self._stopwatch:
@@ -422,7 +449,7 @@ class StabilityMonitor(Callback):
                 self._disown(f"one batch made {self._updates} optimizer steps: their joint update is not modelled")
             self._gradients, self._watching = [], False
             self._agree(trainer)
-            self._arrive(last=False)
+            self._arrive(pl_module, last=False)
             observations, self._observations = self._observations, []
             for observation in observations:
                 self._measured_at = observation.step
@@ -491,6 +518,9 @@ class StabilityMonitor(Callback):
         assert self._schedule is not None
         left = max(1, min(HORIZON, steps_left(trainer, self.step)))
         crossing = self._critical.crossing(self._schedule.ahead(self.step, left))
+        kept = self._schedule.confirmed and self._rate_used == self._rate_before
+        if self._overrides and not kept:  # ``optimizer_step`` sets rates of its own
+            return observation
         if crossing is None or self._rate_used > self._critical.mean:
             return observation
         return self.monitor.add(observation, {"stability/steps_to_edge": crossing + 1.0})
@@ -503,10 +533,18 @@ class StabilityMonitor(Callback):
     # -- afterwards ------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._arrive()
+        self._arrive(pl_module)
+        self._tell_unseen(pl_module)
         # StabilityReport says it below its table.
         if not any(getattr(callback, "says_verdict", False) for callback in trainer.callbacks):
             rank_zero_info(verdict(self.history, self.monitor.ended_by))
+
+    def _tell_unseen(self, pl_module: Any) -> None:
+        if self._overrides and self._pending is not None and not self.history:
+            self.monitor.warn_once(
+                f"no optimizer step was seen: {type(pl_module).__name__}.optimizer_step must call "
+                "optimizer.step(closure) of the optimizer that Lightning passes in"
+            )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._let_go()

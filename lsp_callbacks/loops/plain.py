@@ -152,7 +152,7 @@ class Watch:
                     self._pending = PendingStep(self.module)
         self.monitor.begin(self.module, first=first)
         self.batches += 1
-        self.probes.add(batch)
+        self.probes.add(batch, self.module)
         self._guard.add(batch, self._loss)
         if self._pending is not None:
             self._pending.add(batch, self._loss)

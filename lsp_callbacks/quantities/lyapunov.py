@@ -142,6 +142,10 @@ class Lyapunov(Windowed):
         self.windows = torch.cat([self.windows, scalar(exponent)[None]])[-self.average :]
         self.complete = True
 
+    def restart(self) -> None:
+        super().restart()
+        self.windows = self.windows[:0]  # of another map
+
     def compute(self) -> dict[str, Tensor]:
         """Mean of the last windows and its bounds, in nats a step."""
         mean, lower, upper = student_bounds(self.windows)
