@@ -10,17 +10,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 _PLAIN = frozenset(vars(nn.Module()))
 _MISSING = object()
+#: A state is no longer, and no deeper: other containers (a list of all losses) are left alone.
+_LONGEST, _DEEPEST = 64, 3
 
 #: By the name of the module and of its attribute: None, or tensors without a graph.
 Carried = dict[tuple[str, str], Any]
 
 
 def carried(module: nn.Module) -> Carried:
-    """The attributes that hold tensors or nothing, as they are before a forward pass: not copied, but without graphs.
+    """The attributes that hold tensors, or could, as they are before a forward pass: not copied, but without graphs.
 
-    Parameters and buffers are none of them.
+    Parameters and buffers are none of them, nor what holds parameters (the weights of ``torch.nn.LSTM``).
     """
-    return {key: tree_map(_detached, value) for key, value in _attributes(module) if value is None or _tensors(value)}
+    return {key: tree_map(_detached, value) for key, value in _attributes(module)}
 
 
 def belongs(state: Carried, samples: int) -> bool:
@@ -56,17 +58,22 @@ def give_back(module: nn.Module, state: Carried, samples: int) -> list[str]:
 def _attributes(module: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:
     for prefix, child in module.named_modules():
         for name, value in vars(child).items():
-            if name not in _PLAIN:
+            if name not in _PLAIN and _plain(value):
                 yield (prefix, name), value
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    leaves = tree_leaves(value) if isinstance(value, Tensor | list | tuple | dict) else []
-    return [t for t in leaves if isinstance(t, Tensor)]
+def _plain(value: Any, depth: int = 0) -> bool:
+    """Whether it is nothing, a tensor, or a small container of such."""
+    if isinstance(value, list | tuple | dict):
+        items = list(value.values()) if isinstance(value, dict) else value
+        return depth < _DEEPEST and len(value) <= _LONGEST and all(_plain(item, depth + 1) for item in items)
+    if isinstance(value, Tensor):
+        return not isinstance(value, nn.Parameter)
+    return value is None or (depth > 0 and isinstance(value, int | float | str))
 
 
 def _per_sample(value: Any, samples: int) -> bool:
-    return any(samples in t.shape for t in _tensors(value))
+    return any(isinstance(t, Tensor) and samples in t.shape for t in tree_leaves(value))
 
 
 def _detached(value: Any) -> Any:
