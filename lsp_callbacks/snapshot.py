@@ -144,6 +144,7 @@ class Snapshot:
         keep: which modules' inputs ``calls`` keeps in full, by name and module.
         probes: training samples for the quantities that look at outputs; None where there are none.
         trace: scalars of the steps up to this one, for the quantities of a time series; `Monitor.observe` adds its own.
+        loss_of: name of the user's own function that computes the loss of a replay; None is the step's own code.
         schedulers: those of ``torch.optim.lr_scheduler`` that move the optimizer's rate; None where nobody knows.
         ranks: the processes that take this step together, each with a batch, a loss and a replay of its own; the
             gradient is the mean of theirs already.
@@ -170,6 +171,7 @@ class Snapshot:
     keep: Callable[[str, nn.Module], bool] = lambda name, module: False
     probes: ProbeSet | None = None
     trace: Trace | None = None
+    loss_of: str | None = None
     schedulers: tuple[Any, ...] | None = None
     ranks: Ranks = field(default_factory=Ranks)
     scale: float = 1.0
@@ -216,9 +218,21 @@ class Snapshot:
             return
         defect = torch.linalg.vector_norm(own - flat)
         if not bool(defect <= tolerance * torch.linalg.vector_norm(own)):
-            raise Unmeasurable(
+            raise Unmeasurable(self._other_gradient(own.double(), flat.double()))
+
+    def _other_gradient(self, own: Tensor, flat: Tensor) -> str:
+        if self.loss_of is None:
+            return (
                 "the step's gradient is not that of its loss: a hook changed it, or several backward passes were summed"
             )
+        norms = torch.linalg.vector_norm(own), torch.linalg.vector_norm(flat)
+        cosine = float((own @ flat) / (norms[0] * norms[1]))
+        return (
+            f"the step's gradient is not that of its loss: its norm is {float(norms[0]):.4g}, that of the gradient of "
+            f"{self.loss_of} {float(norms[1]):.4g}, their cosine {cosine:.4f}"
+            f"{_factor(norms[0] / norms[1]) if cosine > 0.9999 else ''}. {self.loss_of} must return what the step "
+            "differentiates, the sum where there are several backward passes; or the gradient was changed after them"
+        )
 
     @cached_property
     def own_gradient(self) -> bool:
@@ -329,12 +343,25 @@ class Snapshot:
         if not bool(torch.isfinite(own)):
             raise Unmeasurable(f"the loss of step {self.step} is not finite")
         if not bool((own - again).abs() <= max(tolerance, self.tolerance) * own.abs()):
+            if self.loss_of is not None:
+                raise Unmeasurable(
+                    f"the loss could not be replayed: at step {self.step} {self.loss_of} gives {again.item():.9g}, "
+                    f"where the step itself differentiates {own.item():.9g}{_factor(own / again)}"
+                )
             raise Unmeasurable(
                 f"the loss could not be replayed: step {self.step} had {own.item():.9g}, its replay "
                 f"{again.item():.9g}. "
                 "Something outside the batch, the module and the random state changes it (a hook of yours, a "
                 "global variable): pass loss_fn=... which computes it from (module, batch)"
             )
+
+
+def _factor(ratio: Tensor) -> str:
+    """What a ratio of one over a whole number is likely to be."""
+    whole = round(1 / float(ratio)) if 1e-4 < float(ratio) < 0.9 else 0
+    if whole < 2 or abs(whole * float(ratio) - 1) > 1e-3:
+        return ""
+    return f", {whole} times less: if the loss is divided by the number of batches in a step, pass accumulate={whole}"
 
 
 class _Recorder:

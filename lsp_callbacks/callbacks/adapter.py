@@ -46,8 +46,17 @@ def pending_step(
     )
 
 
-def step_loss(trainer: Any, loss_fn: LossFn | None, batch_idx: int) -> Callable[[nn.Module, Any], Tensor | None]:
-    """``(module, batch) -> loss`` of one micro-batch, as Lightning differentiates it."""
+def step_loss(
+    trainer: Any, loss_fn: LossFn | None, batch_idx: int, accumulate: int | None = None
+) -> Callable[[nn.Module, Any], Tensor | None]:
+    """``(module, batch) -> loss`` of one micro-batch, as Lightning differentiates it.
+
+    Args:
+        trainer: Lightning's.
+        loss_fn: the user's own; None replays ``training_step``.
+        batch_idx: of the micro-batch.
+        accumulate: by which the loss is divided; None is the trainer's.
+    """
 
     def loss(module: Any, batch: Any) -> Tensor | None:
         with trainer.precision_plugin.train_step_context():
@@ -57,7 +66,7 @@ def step_loss(trainer: Any, loss_fn: LossFn | None, batch_idx: int) -> Callable[
                 outputs = module.training_step(*arguments(module.training_step, batch, batch_idx))
         value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         # Exactly what Lightning's closure does with it.
-        return None if value is None else value / trainer.accumulate_grad_batches
+        return None if value is None else value / (accumulate or trainer.accumulate_grad_batches)
 
     return loss
 
@@ -89,7 +98,7 @@ def skipped(trainer: Any, optimizer: Any) -> bool:
     return any(bool(overflow) for overflow in found.values())
 
 
-def probe_set(trainer: Any, probes: Probes, pending: PendingStep) -> ProbeSet:
+def probe_set(trainer: Any, probes: Probes, pending: PendingStep, accumulate: int | None = None) -> ProbeSet:
     """The probes at a step, with their outputs from ``training_step`` where the user has not named them."""
 
     def loss(module: Any, batch: Any) -> Any:
@@ -98,7 +107,7 @@ def probe_set(trainer: Any, probes: Probes, pending: PendingStep) -> ProbeSet:
         return module.training_step(*arguments(module.training_step, batch, 0))
 
     context = trainer.precision_plugin.train_step_context
-    return probes.probe_set(pending, loss, context=context, micro_batches=trainer.accumulate_grad_batches)
+    return probes.probe_set(pending, loss, context=context, micro_batches=accumulate or trainer.accumulate_grad_batches)
 
 
 class _Muted:

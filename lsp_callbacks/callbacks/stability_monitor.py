@@ -78,6 +78,8 @@ class StabilityMonitor(Callback):
             (a GAN), a mapping ``{name: loss}`` with one such function for each, in the order in which
             ``configure_optimizers`` returns them. Then each optimizer step is a step, numbered as they come; each loss
             must let the parameters of the other players through, so without ``.detach()``.
+        accumulate: under manual optimisation, over how many batches ``training_step`` sums gradients before it calls
+            ``optimizer.step()``, each loss divided by that; ``loss_fn`` is that of one batch, before the division.
         forward_fn: ``(module, batch) -> outputs`` of shape ``(samples, ..., classes)``, and
         criterion: ``(outputs, batch) -> loss``, the mean over the samples: needed together, and only where
             ``training_step`` does not return the value of one criterion of ``torch.nn.functional``.
@@ -115,6 +117,7 @@ class StabilityMonitor(Callback):
         blocks: Selection = None,
         log_layers: Literal["all", "summary"] | int = "all",
         loss_fn: dict[str, LossFn] | LossFn | None = None,
+        accumulate: int | None = None,
         forward_fn: ForwardFn | None = None,
         criterion: Criterion | None = None,
         prox: Prox | None = None,
@@ -129,12 +132,16 @@ class StabilityMonitor(Callback):
         if log_layers not in ("all", "summary"):
             whole("log_layers", log_layers, 1, instead=", or 'all' or 'summary'")
         whole("seed", seed, 0)
+        if accumulate is not None:
+            whole("accumulate", accumulate, 1, instead=" batches, or None")
         if (forward_fn is None) != (criterion is None):
             raise ValueError("forward_fn and criterion belong together: pass both, or neither")
         if isinstance(loss_fn, Mapping):
             check_losses(loss_fn)
             if probe_samples is not None:
                 raise ValueError(f"probe_samples={probe_samples}: players are measured on whole batches; leave it out")
+            if accumulate is not None:
+                raise ValueError(f"accumulate={accumulate}: players that sum gradients are not modelled; leave it out")
             if prox is not None:
                 raise ValueError("prox: what is done to the weights of players after their steps is not modelled")
         number("budget", budget, above=0, most=1, instead=": a share of the training cost")
@@ -149,6 +156,7 @@ class StabilityMonitor(Callback):
             max_memory=max_memory, time_limit=time_limit,
         )  # fmt: skip
         self.probe_samples, self.layers, self.blocks = probe_samples, layers, blocks
+        self.accumulate = accumulate
         self.log_layers, self.loss_fn, self.save_vectors, self.seed = log_layers, loss_fn, save_vectors, seed
         wanted = max((getattr(quantity, "probes", 0) for quantity in built), default=0)
         self.probes = Probes(wanted, forward_fn, criterion)
@@ -158,7 +166,7 @@ class StabilityMonitor(Callback):
         self.subscribers: list[Any] = []
         self.step = 0
         self._previous: int | None = None
-        self._counted = False
+        self._counted, self._stepped = False, True
         self._ranks = Ranks()
         self._unmodelled: str | None = None
         self._overrides = False
@@ -221,9 +229,16 @@ class StabilityMonitor(Callback):
                 f"{type(pl_module).__name__} has no parameter that requires a gradient: nothing is trained"
             )
         if not pl_module.automatic_optimization and self.loss_fn is None:
+            several = len(trainer.optimizers or ()) > 1
+            form = "{'generator': lambda module, batch: ..., 'critic': ...}" if several else "lambda module, batch: ..."
+            which = ", one for each optimizer, in the order in which configure_optimizers returns them" * several
             raise ValueError(
                 "automatic_optimization=False: the loss of a step cannot be told from training_step; pass "
-                "StabilityMonitor(loss_fn=lambda module, batch: ...) which returns it"
+                f"StabilityMonitor(loss_fn={form}) which returns it{which}"
+            )
+        if pl_module.automatic_optimization and self.accumulate is not None:
+            raise ValueError(
+                f"accumulate={self.accumulate} is for manual optimisation: here Trainer(accumulate_grad_batches=...) is"
             )
         if pl_module.automatic_optimization and isinstance(self.loss_fn, Mapping):
             raise ValueError(
@@ -242,7 +257,7 @@ class StabilityMonitor(Callback):
         self._unmodelled = self._why_unmodelled(trainer, pl_module)
         self._overrides = overridden(pl_module, "optimizer_step") is not None
         self._destination.forget()
-        self._published = None
+        self._published, self._stepped = None, True
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         if not self.step:  # not 0 where a run is resumed from a checkpoint that does not know this callback
             takes_turns = isinstance(self.loss_fn, Mapping)
@@ -272,7 +287,8 @@ class StabilityMonitor(Callback):
             self._arrive(pl_module)
             self._agree(trainer)
             self._published, self._counted = None, False
-            if batch_idx % trainer.accumulate_grad_batches == 0:  # the first micro-batch of a step
+            first = self._begins(trainer, batch_idx)
+            if first:
                 self._pending, self._updates, self._saw_loss, self._loss, self._seen = None, 0, False, None, None
                 self._guard.begin()
                 self._rate_before = rate(trainer.optimizers[0]) if self._overrides else 0.0
@@ -281,14 +297,21 @@ class StabilityMonitor(Callback):
                         self._game.begin(batch)
                 else:
                     self._pending = self._kept(trainer, pl_module)
-            self.monitor.begin(pl_module, first=batch_idx % trainer.accumulate_grad_batches == 0)
+            self.monitor.begin(pl_module, first=first)
             if self.monitor.quantities:
                 self.probes.add(batch, pl_module)
             if not isinstance(self.loss_fn, Mapping):
-                loss = step_loss(trainer, self.loss_fn, batch_idx)
+                loss = step_loss(trainer, self.loss_fn, batch_idx, self.accumulate)
                 self._guard.add(batch, loss)
                 if self._pending is not None:
                     self._pending.add(batch, loss)
+
+    def _begins(self, trainer: Any, batch_idx: int) -> bool:
+        """Whether it is the first micro-batch of a step."""
+        if self.accumulate is None:
+            return batch_idx % trainer.accumulate_grad_batches == 0
+        begins, self._stepped = self._stepped, False
+        return begins
 
     def _kept(self, trainer: Any, pl_module: Any) -> PendingStep | None:
         """What the coming step must be replayed from, if it is to be measured."""
@@ -349,6 +372,7 @@ class StabilityMonitor(Callback):
 
     def _count(self, *, moved: bool = True) -> None:
         """An optimizer step, as Lightning counts them: of a player each, otherwise one in a batch."""
+        self._stepped = True
         if self._counted and self._game is None:
             return
         self._previous = self.step if moved else self._previous
@@ -356,7 +380,8 @@ class StabilityMonitor(Callback):
 
     def _agree(self, trainer: Any) -> None:
         """The number of the next step is Lightning's, which also counts those that nobody shows us."""
-        if self._game is not None or len(trainer.optimizers) == 1:
+        # Under manual optimisation with one loss a step is a batch with updates, as in Lightning's rows.
+        if self._game is not None or (trainer.lightning_module.automatic_optimization and trainer.optimizers):
             self.step = trainer.global_step
 
     def _look(self, trainer: Any, pl_module: Any, left_out: bool) -> None:
@@ -396,7 +421,8 @@ class StabilityMonitor(Callback):
             prox=self.prox,
             unmodelled=self._unmodelled,
             keep=self.monitor.keeps,
-            probes=probe_set(trainer, self.probes, pending) if self.probes.wanted else None,
+            probes=probe_set(trainer, self.probes, pending, self.accumulate) if self.probes.wanted else None,
+            loss_of=None if self.loss_fn is None else "loss_fn",
             schedulers=schedulers(trainer, optimizer),
             scale=loss_scale(trainer),
             seed=self.seed,

@@ -217,6 +217,7 @@ class Watch:
                 prox=self.prox,
                 unmodelled=self.unmodelled,
                 keep=self.monitor.keeps,
+                loss_of="loss_fn",
                 probes=probes,
                 scale=1.0 if self.scaler is None else float(self.scaler.get_scale()),
                 schedulers=self.schedulers,
