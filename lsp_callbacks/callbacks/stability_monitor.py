@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 
-from lsp_callbacks.arguments import number, whole
-from lsp_callbacks.cadence import MODELLED
+from lsp_callbacks.arguments import whole
 from lsp_callbacks.callbacks.adapter import (
     clipped,
     clipping,
@@ -35,12 +34,13 @@ from lsp_callbacks.callbacks.game import Game, check_losses
 from lsp_callbacks.callbacks.own_clipping import Gradients, own_clipping
 from lsp_callbacks.callbacks.publishing import Stopwatch, log, show, thinned
 from lsp_callbacks.callbacks.schedule import CriticalRate, Schedule, steps_left
+from lsp_callbacks.configure import configured
 from lsp_callbacks.destination import ELSEWHERE, MOVED, Destination
 from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.guard import Guard
-from lsp_callbacks.monitor import Curve, Monitor, Observation
+from lsp_callbacks.monitor import Curve, Observation
 from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
-from lsp_callbacks.quantities import Quantity, build
+from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.select import Selection, validate
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import untouched
@@ -144,21 +144,14 @@ class StabilityMonitor(Callback):
                 raise ValueError(f"accumulate={accumulate}: players that sum gradients are not modelled; leave it out")
             if prox is not None:
                 raise ValueError("prox: what is done to the weights of players after their steps is not modelled")
-        number("budget", budget, above=0, most=1, instead=": a share of the training cost")
-        built, named = build(
-            quantities,
-            lyapunov={"window": window, "average": average},
-            spectral_norm={"layers": layers},
-            residual_cfl={"blocks": blocks},
-        )
-        self.monitor = Monitor(
-            *built, every_n_steps=every_n_steps, budget=MODELLED * budget, named=named, strict=strict,
-            max_memory=max_memory, time_limit=time_limit,
+        self.monitor = configured(
+            quantities, every_n_steps=every_n_steps, budget=budget, window=window, average=average, layers=layers,
+            blocks=blocks, strict=strict, max_memory=max_memory, time_limit=time_limit,
         )  # fmt: skip
         self.probe_samples, self.layers, self.blocks = probe_samples, layers, blocks
         self.accumulate = accumulate
         self.log_layers, self.loss_fn, self.save_vectors, self.seed = log_layers, loss_fn, save_vectors, seed
-        wanted = max((getattr(quantity, "probes", 0) for quantity in built), default=0)
+        wanted = max((getattr(quantity, "probes", 0) for quantity in self.monitor.quantities.values()), default=0)
         self.probes = Probes(wanted, forward_fn, criterion)
         self.prox = prox
         self._destination = Destination()
