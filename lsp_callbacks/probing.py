@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from lsp_callbacks.carried import Carried, belongs, carried, give_back
+from lsp_callbacks.muted import muted
 from lsp_callbacks.probes import HOW, Criteria, evaluation
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import copied
@@ -150,7 +151,7 @@ class Probes:
             own = copied(batch)
             device = next(module.parameters()).device
             # In full precision, also where training rounds to bfloat16.
-            with _told(names), context(), torch.autocast(device.type, enabled=False), evaluating(module):
+            with muted(), _told(names), context(), torch.autocast(device.type, enabled=False), evaluating(module):
                 if self.forward_fn is not None and self.criterion is not None:
                     criterion = self.criterion
                     return evaluation(self.forward_fn(module, own), lambda f: criterion(f, own), samples=size)

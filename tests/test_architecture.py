@@ -22,6 +22,7 @@ LAYERS = (
     "operations",
     "snapshot",
     "probes",
+    "muted",
     "replay",
     "step",
     "carried",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.muted import muted
 from lsp_callbacks.snapshot import Clipping, Unmeasurable
 
 #: Sizes at which it is tried, relative to the step's gradient, and the relative difference that is rounding.
@@ -58,11 +59,12 @@ def own_clipping(trainer: Any, reset: Callable[[], nn.Module], optimizer: Any) -
     def apply(gradients: list[Tensor]) -> list[Tensor]:
         for p, g in zip(parameters, gradients):
             p.grad = g.clone()
-        reset().configure_gradient_clipping(  # type: ignore[operator]
-            optimizer,
-            gradient_clip_val=trainer.gradient_clip_val,
-            gradient_clip_algorithm=trainer.gradient_clip_algorithm,
-        )
+        with muted():
+            reset().configure_gradient_clipping(  # type: ignore[operator]
+                optimizer,
+                gradient_clip_val=trainer.gradient_clip_val,
+                gradient_clip_algorithm=trainer.gradient_clip_algorithm,
+            )
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
     def flat(gradients: list[Tensor]) -> Tensor:

@@ -58,6 +58,12 @@ class StabilityMonitor(Callback):
     Global scalars go to ``trainer.callback_metrics`` (finite ones only) and to every logger, per-layer values to the
     loggers, all at the step number of the user's own row of that batch. ``history`` holds the curves without a logger.
 
+    A measurement runs ``training_step`` again, on a copy of the module: what the module remembers, random numbers and
+    what it logs through Lightning stay those of training, and ``print``, ``logging`` and files opened for writing are
+    muted meanwhile. What happens elsewhere happens again and cannot be taken back: global variables, files that are
+    open already or written by ``torch.save``, calls over a network (``wandb.log`` without Lightning's logger), what is
+    printed in activations that are checkpointed. Do it in ``on_train_batch_end``, or pass ``loss_fn``.
+
     Args:
         quantities: a preset ("economy", "default", "full"), names, or `Quantity` objects. What is named here and cannot
             be measured raises before training; what a preset brings is left out with one warning.
