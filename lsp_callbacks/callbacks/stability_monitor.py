@@ -31,6 +31,7 @@ from lsp_callbacks.callbacks.adapter import (
 )
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.game import Game, check_losses
+from lsp_callbacks.callbacks.mailbox import Mailbox
 from lsp_callbacks.callbacks.own_clipping import Gradients, own_clipping
 from lsp_callbacks.callbacks.publishing import Stopwatch, log, show, thinned
 from lsp_callbacks.callbacks.schedule import CriticalRate, Schedule, steps_left
@@ -161,6 +162,7 @@ class StabilityMonitor(Callback):
         self.probes = Probes(wanted, forward_fn, criterion)
         self.prox = prox
         self._destination = Destination()
+        self._mailbox = Mailbox()
         self._published: Observation | None = None
         self.subscribers: list[Any] = []
         self.step = 0
@@ -190,13 +192,20 @@ class StabilityMonitor(Callback):
 
     @property
     def history(self) -> dict[str, Curve]:
-        """Steps and values of every key."""
+        """Steps and values of every key; after ``ddp_spawn`` and its like also in the process that called ``fit``."""
+        self._bring_home()
         return self.monitor.history
 
     @property
     def paths(self) -> dict[str, str]:
         """By which way each quantity was last measured, see `Monitor`."""
+        self._bring_home()
         return self.monitor.paths
+
+    def _bring_home(self) -> None:
+        if (found := self._mailbox.receive()) is not None:
+            self.step, self.monitor.skipped, self.monitor.paths = found["step"], found["skipped"], found["paths"]
+            self.monitor.history = {key: Curve(*curve) for key, curve in found["history"].items()}
 
     @property
     def fault(self) -> Fault | None:
@@ -573,9 +582,18 @@ class StabilityMonitor(Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._let_go()
+        if stage == "fit":
+            self._send_home(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._let_go()
+        self._send_home(trainer)
+
+    def _send_home(self, trainer: Any) -> None:
+        curves = {key: (curve.steps, curve.values) for key, curve in self.monitor.history.items()}
+        known = {"step": self.step, "skipped": self.monitor.skipped, "paths": self.monitor.paths}
+        with self.monitor.harmless("the curves could not be sent to the process that started the run"):
+            self._mailbox.send(trainer, {"history": curves, **known})
 
     def _let_go(self) -> None:
         self.monitor.close()
