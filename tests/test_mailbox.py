@@ -1,5 +1,6 @@
 """Runs in processes that Lightning launches by itself: what was measured is there where ``fit`` was called."""
 
+import gc
 import glob
 import math
 import os
@@ -16,13 +17,6 @@ from lsp_callbacks import StabilityMonitor
 from lsp_callbacks.callbacks.mailbox import Mailbox
 
 QUANTITIES = ["sharpness", "lyapunov", "spectral_norm"]
-
-
-class Fails(Model):
-    def training_step(self, batch, batch_idx):
-        if self.trainer.global_step == 3:
-            raise KeyError("why")
-        return super().training_step(batch, batch_idx)
 
 
 def run(monitor, make=Model, **settings):
@@ -58,21 +52,12 @@ def test_the_curves_come_home(strategy):
     assert twin.history.keys() == monitor.history.keys() and files() == before
 
 
-def test_a_run_that_breaks_off_leaves_what_it_had():
-    monitor = StabilityMonitor(QUANTITIES, every_n_steps=1, window=1)
-    with pytest.raises(Exception, match="why"):
-        run(monitor, Fails, strategy="ddp_fork", devices=1)  # with more, the first to fail ends the others
-    assert monitor.history["stability/sharpness"].steps == [0, 1, 2]
-
-
 def test_nothing_is_left_where_nobody_asks():
     before = files()
     monitor = StabilityMonitor(["spectral_norm"], every_n_steps=2)
     run(monitor, strategy="ddp_fork", devices=1)
     assert len(files()) == len(before) + 1
     del monitor
-    import gc
-
     gc.collect()
     assert files() == before
 

@@ -15,7 +15,8 @@ class Mailbox:
     """From rank 0 of ``ddp_spawn``, ``ddp_fork`` or ``ddp_notebook`` to the process that called ``fit``.
 
     Lightning's launcher brings home weights and ``callback_metrics`` only, and calls no hook afterwards. So there is a
-    file, which is read when somebody asks, and deleted then, or when the box is no longer needed.
+    file, which is read when somebody asks, and deleted then, or when the box is no longer needed. Of a run that raises
+    nothing comes home: Lightning calls no hook in its processes.
     """
 
     def __init__(self) -> None:

@@ -587,7 +587,6 @@ class StabilityMonitor(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._let_go()
-        self._send_home(trainer)
 
     def _send_home(self, trainer: Any) -> None:
         curves = {key: (curve.steps, curve.values) for key, curve in self.monitor.history.items()}
