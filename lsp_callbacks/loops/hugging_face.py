@@ -16,7 +16,7 @@ from lsp_callbacks.loops.plain import Log, Watch, moves
 from lsp_callbacks.monitor import Monitor, scalars
 from lsp_callbacks.probing import Criterion, ForwardFn, population
 from lsp_callbacks.quantities import Quantity
-from lsp_callbacks.quantities.select import Selection, validate
+from lsp_callbacks.quantities.select import Selection
 from lsp_callbacks.snapshot import Clipping, Prox, Unmodelled
 
 ITEMS = "num_items_in_batch"
@@ -98,7 +98,6 @@ class StabilityCallback(TrainerCallback):
         if (forward_fn is None) != (criterion is None):
             raise ValueError("forward_fn and criterion belong together: pass both, or neither")
         self.log = log
-        self._select: dict[str, Selection] = {"layers": layers, "blocks": blocks}
         self._settings: dict[str, Any] = {"forward_fn": forward_fn, "criterion": criterion, "prox": prox, "seed": seed}
         self._values: dict[str, float] = {}
         self._items: Any = None
@@ -106,8 +105,6 @@ class StabilityCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, wrapped = kwargs["model"], kwargs["optimizer"]
-        for name, selection in self._select.items():
-            validate(selection, model, name)
         optimizer = getattr(wrapped, "optimizer", wrapped)  # accelerate wraps both
         scheduler = getattr(kwargs.get("lr_scheduler"), "scheduler", kwargs.get("lr_scheduler"))
         self.watch = Watch(
