@@ -65,6 +65,11 @@ class StabilityMonitor(Callback):
     open already or written by ``torch.save``, calls over a network (``wandb.log`` without Lightning's logger), what is
     printed in activations that are checkpointed. Do it in ``on_train_batch_end``, or pass ``loss_fn``.
 
+    Where your module overrides ``optimizer_step``, the parameters after each measured step are compared with those to
+    which the optimizer's step leads, and ``configure_gradient_clipping`` is tried on copies of the gradient: warm-ups,
+    logging, clipping by norm or by value are measured as they are. What does something else loses all numbers that
+    depend on the update, and keeps the sharpness. Cost: one optimizer step on copies in double precision, ten calls.
+
     Args:
         quantities: a preset ("economy", "default", "full"), names, or `Quantity` objects. What is named here and cannot
             be measured raises before training; what a preset brings is left out with one warning.
