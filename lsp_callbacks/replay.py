@@ -291,7 +291,7 @@ def replayer(shadow: Shadow, parts: Sequence[MicroBatch]) -> Callable[[], Tensor
         total = summed(losses)
         if total is None:
             raise Unmeasurable("the replayed step has no loss")
-        return total
+        return total.reshape(()) if total.numel() == 1 else total  # backward() takes one number in any shape
 
     return replay
 

@@ -100,7 +100,7 @@ class PendingStep:
         """The loss of the last micro-batch, as it is differentiated; where it is seen at all, it is for all of them."""
         if self.parts:
             self._several |= self.parts[-1].own is not None
-            self.parts[-1].own = loss.detach().clone()
+            self.parts[-1].own = loss.detach().clone().reshape(() if loss.numel() == 1 else loss.shape)
 
     def snapshot(self, step: int, optimizer: torch.optim.Optimizer, **settings: Any) -> Snapshot:
         """The step, after its backward passes and before its update."""

@@ -572,3 +572,21 @@ def test_the_numbers_are_those_of_dense_matrices(rule, monkeypatch):
         else:
             growth = torch.linalg.vector_norm((product @ torch.cat([mode, 0 * mode]))[:n])
         assert value == pytest.approx(growth.log().item() / window, abs=2e-5)
+
+
+class OneNumber(Model):
+    """A loss of shape (1,), which ``backward`` takes as well."""
+
+    def loss(self, batch):
+        return super().loss(batch)[None]
+
+
+def test_a_loss_of_one_number_may_have_any_shape():
+    settings = {"quantities": ["sharpness", "lyapunov", "secant_ratio"], "every_n_steps": 1}
+    found = [StabilityMonitor(**settings) for _ in range(2)]
+    for make, monitor in zip((Model, OneNumber), found):
+        fit(make, monitor, max_steps=6)
+    assert found[0].history.keys() == found[1].history.keys() >= {SHARPNESS, LYAPUNOV}
+    for key, curve in found[0].history.items():
+        assert found[1].history[key].values == pytest.approx(curve.values, rel=1e-6, nan_ok=True), key
+    assert all(map(math.isfinite, found[1].history[SHARPNESS].values))
