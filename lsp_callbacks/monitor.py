@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.cadence import Cadence
+from lsp_callbacks.courant_source import CODES, COURANT, GD, SGD, SOURCE, CourantSource
 from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.limits import Seconds, check_memory, in_bytes
+from lsp_callbacks.losses import LossWatch
 from lsp_callbacks.players import require_one
 from lsp_callbacks.quantities import Numerics, Quantity
 from lsp_callbacks.ranks import Ranks
@@ -27,8 +29,6 @@ from lsp_callbacks.trace import Trace
 
 #: How many points of each global curve a checkpoint carries.
 HISTORY_SAVED = 1000
-#: What ``stability/courant`` is: the first of these that a step completes.
-DIALS = ("stability/courant_sgd", "stability/courant_gd")
 #: Of ``state_dict``. 1 knew fixed periods only.
 VERSION = 2
 
@@ -88,6 +88,8 @@ class Monitor:
         skipped: why a quantity is left out, by its name.
         paths: by which way each quantity was last measured: "exact", "exact, math attention", "finite difference", ...
         trace: loss, rate and energies of the last steps; None where no quantity asks for them.
+        courant: which number ``stability/courant`` is, see `CourantSource`.
+        losses: what the loss did so far, see `LossRecord`; a loop tells it every step's, ``losses.saw(step, loss)``.
 
     Raises:
         ValueError: for a cadence below 1, a budget outside (0, 1], or a limit that is not positive.
@@ -120,6 +122,7 @@ class Monitor:
         self.max_memory, self.seconds = in_bytes(max_memory), Seconds(time_limit)
         self.strict, self.named = strict, set(named)
         self._all = quantities
+        self.courant, self.losses = CourantSource(), LossWatch()
         recorded = max((quantity.recorded for quantity in quantities), default=0)
         energies = {name: energy for quantity in quantities for name, energy in quantity.energies.items()}
         state = next((quantity.final_state for quantity in quantities if quantity.final_state is not None), None)
@@ -138,6 +141,8 @@ class Monitor:
         self.seconds.reset()
         if self.trace is not None:
             self.trace.reset()
+        self.courant.reset()
+        self.losses.reset()
         self.predicted: dict[str, float] = {}
         self._priced: set[str] | None = None
         self._begun = False
@@ -165,7 +170,12 @@ class Monitor:
         own = {key for quantity in self.quantities.values() for key in (*quantity.keys, *quantity.optional)}
         if self.disowned:
             own -= {key for quantity in self.quantities.values() for key in _lost(quantity)}
-        return own | ({"stability/courant"} if own.intersection(DIALS) else set())
+        return own | ({COURANT, SOURCE} if own & {SGD, GD} or (self.courant.key and not self.disowned) else set())
+
+    @property
+    def courant_source(self) -> str | None:
+        """What ``stability/courant`` is: "courant_sgd" or "courant_gd" for the whole run; None before it is decided."""
+        return None if self.courant.key is None else self.courant.key.removeprefix("stability/")
 
     @property
     def fault(self) -> Fault | None:
@@ -268,8 +278,8 @@ class Monitor:
             for key in quantity.compute()
             if key not in quantity.without_update
         }
-        if own.intersection(DIALS):
-            own.add("stability/courant")
+        if self.courant.key in own:
+            own.add(COURANT)
         keys = own & observation.values.keys()
         for key in keys:
             self.history[key].values[-1] = math.nan
@@ -373,6 +383,7 @@ class Monitor:
                 continue
             if begins and self._waits(quantity, snapshot):
                 continue
+            self._later.pop(name, None)
             self._under_way.discard(name)
             self.paths.pop(name, None)
             began = time.perf_counter()
@@ -402,11 +413,23 @@ class Monitor:
         self._warn(failures, snapshot.step)
         if not self._under_way:
             self._reckon(snapshot)
-        dial = next((key for key in DIALS if key in values), None)
-        if dial is not None:
-            values["stability/courant"] = values[dial]
-            self.cadence.read(values[dial])
-        return self.add(Observation(snapshot.step, {}, failures), values) if values else None
+        return self._with_courant(Observation(snapshot.step, {}, failures), values)
+
+    def _with_courant(self, observation: Observation, values: dict[str, float]) -> Observation | None:
+        """The observation of a step with the headline number, which may be that of a step before."""
+        possible = {key for quantity in self.quantities.values() for key in quantity.keys}
+        if self.disowned:
+            possible -= {key for quantity in self.quantities.values() for key in _lost(quantity)}
+        headline = self.courant.value(observation.step, values, possible)
+        self.cadence.read(self.courant.reading(values))
+        if headline is not None and self.courant.key is not None:
+            step, value = headline
+            told = {COURANT: value}
+            if not math.isnan(value):
+                told[SOURCE] = CODES[self.courant.key]
+            told = self.add(Observation(step, {}), told).values
+            observation = replace(observation, values=observation.values | told)
+        return self.add(observation, values) if values or observation.values else None
 
     def _notice(self, snapshot: Snapshot) -> None:
         """Other parameters may be trained than before (unfreezing): windows and warm starts are not of their size."""
@@ -523,16 +546,13 @@ class Monitor:
             self._priced = set(self.quantities)
 
     def drop(self) -> None:
-        """Forgets windows and warm starts: the steps before are not those that come after.
-
-        Called when a checkpoint is written, so that the run that goes on and the run that resumes measure the same.
-        """
+        """Forgets windows and warm starts: the steps before are not those that come after."""
         self._under_way.clear()
         for quantity in self.quantities.values():
             quantity.load_vectors({})
 
     def state_dict(self, *, vectors: bool = False) -> dict[str, Any]:
-        """Scalars, and on request the vectors of windows that are under way."""
+        """Scalars, and on request the vectors of windows that are under way; it changes nothing of what is measured."""
         saved = {
             key: {
                 "steps": torch.tensor(curve.steps[-HISTORY_SAVED:]),
@@ -547,19 +567,22 @@ class Monitor:
             "later": dict(self._later),
             "priced": None if self._priced is None else sorted(self._priced),
             "history": saved,
+            "courant": self.courant.state_dict(),
+            "losses": self.losses.state_dict(),
+            "under_way": sorted(self._under_way),
             "quantities": {name: quantity.state_dict() for name, quantity in self.quantities.items()},
         }
         if self.trace is not None:
             state["trace"] = self.trace.state_dict(joined=self._ranks.world > 1)
         if vectors:
             state["vectors"] = {name: quantity.vectors() for name, quantity in self.quantities.items()}
-            state["under_way"] = sorted(self._under_way)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave, of this version or an earlier one.
 
-        Quantities that are new or gone are left alone. A state that cannot be read, as that of a later version, is
+        Quantities that are new or gone are left alone. Windows that were under way begin anew where the state does not
+        hold their vectors. A state that cannot be read, as that of a later version, is
         left aside with a warning: it is measured as in a first run.
         """
         try:
@@ -578,8 +601,15 @@ class Monitor:
         self.history = {
             key: Curve(curve["steps"].tolist(), curve["values"].tolist()) for key, curve in state["history"].items()
         }
-        self._under_way = {name for name in state.get("under_way", ()) if name in self.quantities}
+        under_way = {name for name in state.get("under_way", ()) if name in self.quantities}
+        self._under_way = under_way if "vectors" in state else set()
         self._later = {name: step for name, step in state.get("later", {}).items() if name in self.quantities}
+        self._later |= dict.fromkeys(under_way - self._under_way, 0)
+        self.courant.load_state_dict(state.get("courant"), self.history)
+        if self.courant.key not in {None, *(key for quantity in self._all for key in quantity.keys)}:
+            self.warn_once(f"stability/courant was {self.courant_source} before, which is not measured any more")
+            self.courant.reset()
+        self.losses.load_state_dict(state.get("losses", {}))
         for name, quantity in self.quantities.items():
             quantity.load_state_dict(dict(state["quantities"].get(name, {})), strict=False)
             quantity.load_vectors(state.get("vectors", {}).get(name, {}))

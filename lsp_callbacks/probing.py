@@ -15,7 +15,7 @@ from lsp_callbacks.muted import muted
 from lsp_callbacks.probes import HOW, Criteria, evaluation
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import copied
-from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmeasurable, Unmodelled, evaluating
+from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmeasurable, Unmodelled, as_trained, batch_norms
 from lsp_callbacks.step import PendingStep, batch_size
 
 ForwardFn = Callable[[nn.Module, Any], Tensor]
@@ -50,7 +50,7 @@ class Probes:
         self._sizes: list[int] = []
         self._carried: list[tuple[Carried, int]] = []  # and of how many samples
         self._failure: Exception | None = None
-        self.batch_size = 0
+        self.batch_size = self.forward_size = 0
 
     @property
     def full(self) -> bool:
@@ -68,6 +68,7 @@ class Probes:
     def _take(self, batch: Any, state: Carried) -> None:
         found = self.ranks.gather(lambda: self._cut(batch), "the probes")
         self.batch_size = self.batch_size or sum(size for size, _, _ in found)
+        self.forward_size = self.forward_size or found[0][0]  # of one rank, which normalises by itself
         for size, held, own in found:
             if self.ranks.world > 1 and belongs(state, size):
                 raise Unmodelled("the module carries a state from batch to batch: measure that in one process")
@@ -128,30 +129,61 @@ class Probes:
             context: in which the module is run, of the loop's precision.
             micro_batches: how many make a step.
         """
-        parts = tuple(
-            self._part(pending, loss, context, batch, size, *state)
-            for batch, size, state in zip(self._batches, self._sizes, self._carried)
-            if self._failure is None
-        )
-        if self._failure is not None:
-            parts = (_failing(self._failure),)
         module = pending.module if pending.shadow is None else pending.shadow.module
+        parts, batches, together = [], [], 1
+        if self._failure is not None:
+            parts = [_failing(self._failure)]
+        else:
+            parts = [self._part(pending, loss, context, *one) for one in zip(self._batches, self._sizes, self._carried)]
+        if self._failure is None and self._sizes and batch_norms(module):
+            cut = self._forward_passes()
+            batches, together = [self._part(pending, loss, context, *one, together=True) for one in cut], cut[0][1]
         batch = micro_batches * max(self.batch_size, 1)
-        return ProbeSet(module, parts, sum(self._sizes), batch, self.population, self.full)
+        return ProbeSet(
+            module, tuple(parts), sum(self._sizes), batch, self.population, self.full, tuple(batches), together
+        )
+
+    def _forward_passes(self) -> list[tuple[Any, int, tuple[Carried, int]]]:
+        """Batches of equal size, as near to that of a training step's forward pass as can be, with size and state."""
+        if len(self._batches) > 1:  # of a kind that could not be joined: as they came
+            kept = zip(self._batches, self._sizes, self._carried)
+            return [one for one in kept if one[1] == self._sizes[0]]
+        total, size, state = self._sizes[0], max(self.forward_size, 1), self._carried[0]
+        count = total // size if 2 * size <= total else max(1, round(total / size))
+        size = min(size, total // count)
+        leaves, spec = tree_flatten(self._batches[0])
+        if not all(isinstance(t, Tensor) and t.ndim and len(t) == total for t in leaves):  # a single batch of any kind
+            return [(self._batches[0], total, state)]
+        cut = [[t[k * size : (k + 1) * size] for t in leaves] for k in range(count)]
+        return [(tree_unflatten(own, spec), size, state) for own in cut]
 
     def _part(
-        self, pending: PendingStep, loss: Any, context: Any, batch: Any, size: int, state: Carried, length: int
+        self,
+        pending: PendingStep,
+        loss: Any,
+        context: Any,
+        batch: Any,
+        size: int,
+        state: tuple[Carried, int],
+        *,
+        together: bool = False,
     ) -> Callable[[], Evaluation]:
         def part() -> Evaluation:
             if pending.shadow is None or not pending.parts:
                 raise pending.failure or AssertionError
             module = pending.shadow.reset()
-            names = give_back(module, state, length)
+            names = give_back(module, *state)
             pending.parts[0].random_state.restore()
             own = copied(batch)
             device = next(module.parameters()).device
             # In full precision, also where training rounds to bfloat16.
-            with muted(), _told(names), context(), torch.autocast(device.type, enabled=False), evaluating(module):
+            with (
+                muted(),
+                _told(names),
+                context(),
+                torch.autocast(device.type, enabled=False),
+                as_trained(module, together=together),
+            ):
                 if self.forward_fn is not None and self.criterion is not None:
                     criterion = self.criterion
                     return evaluation(self.forward_fn(module, own), lambda f: criterion(f, own), samples=size)

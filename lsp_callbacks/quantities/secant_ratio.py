@@ -16,7 +16,7 @@ from lsp_callbacks.operators.proximal import update
 from lsp_callbacks.operators.training import tangent_path
 from lsp_callbacks.operators.work import beside, forward_cost, products
 from lsp_callbacks.quantities.base import Quantity, scalar
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable, displaced
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable, displaced, flatten
 
 
 class SecantRatio(Quantity):
@@ -98,6 +98,16 @@ def measured_secant(snapshot: Snapshot, *, method: Method = "auto") -> Secant:
         raise Unmeasurable("the step moves no parameter: there is no direction to measure along")
     own = snapshot.flat_gradient
     before = own if own is not None else snapshot.replayed_gradient()[1]
-    with displaced(list(snapshot.parameters.values()), step, 1.0):
-        _, after = snapshot.replayed_gradient()
-    return secant(before, after, step, H)
+    made, after = _after(snapshot, step)
+    if not bool(made.any()):
+        raise Unmeasurable("the step is lost in the rounding of the parameters: there is no direction to measure along")
+    return secant(before, after, made, H)
+
+
+def _after(snapshot: Snapshot, step: Tensor) -> tuple[Tensor, Tensor]:
+    """By how much the parameters really move, which are rounded, and the gradient there."""
+    parameters = list(snapshot.parameters.values())
+    start = flatten([p.detach().double() for p in parameters], parameters)
+    with displaced(parameters, step, 1.0):
+        made = flatten([p.detach().double() for p in parameters], parameters) - start
+        return made, snapshot.replayed_gradient()[1]
