@@ -279,7 +279,7 @@ class Monitor:
             if key not in quantity.without_update
         }
         if self.courant.key in own:
-            own.add(COURANT)
+            own |= {COURANT, SOURCE}
         keys = own & observation.values.keys()
         for key in keys:
             self.history[key].values[-1] = math.nan

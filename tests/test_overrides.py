@@ -126,7 +126,7 @@ def test_a_step_that_leads_elsewhere_takes_its_numbers_back_and_keeps_the_sharpn
     assert all(math.isfinite(v) and v > 0 for v in monitor.history[SHARPNESS].values)
     for key in monitor.history.keys() - {SHARPNESS, "stability/sharpness_residual"}:
         assert all(map(math.isnan, monitor.history[key].values)), key
-    assert set(monitor.monitor.skipped) == {"lyapunov", "courant_gd", "sharpness_limit"}
+    assert set(monitor.monitor.skipped) >= {"lyapunov", "courant_gd", "sharpness_limit"}
     assert "stability/courant" not in monitor.monitor.keys
 
 

@@ -285,7 +285,8 @@ def test_a_map_that_is_not_the_one_given_is_noticed(make):
     monitor = StabilityMonitor(UPDATE, every_n_steps=1, prox=CLIP)
     with pytest.warns(UserWarning, match=r"not prox\(step\)"):
         fit(lambda: make(mlp(width=8)), monitor, max_steps=3)
-    assert set(monitor.monitor.skipped) == {*UPDATE, "courant_gd", "sharpness_limit"} - {"sharpness"}
+    assert set(monitor.monitor.skipped) >= {*UPDATE, "courant_gd", "sharpness_limit"} - {"sharpness"}
+    assert "sharpness" not in monitor.monitor.skipped
     assert all(map(math.isfinite, monitor.history[SHARPNESS].values)) and len(monitor.history[SHARPNESS].values) == 3
     assert all(map(math.isnan, monitor.history[GAIN].values)) and len(monitor.history[GAIN].values) == 1
 

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from zoo import MOMENTUM, SGD, Model, Rows, everything, fit, same
 
 from lsp_callbacks import Snapshot, StabilityMonitor
+from lsp_callbacks.trace import Trace
 
 SHARPNESS, LYAPUNOV, NORM = "stability/sharpness", "stability/lyapunov", "stability/spectral_norm_max"
 
@@ -64,7 +65,7 @@ def test_the_exponent_is_that_of_the_steps_that_were_taken(optimizer, monkeypatc
         ("skips", every(4, 3), batches),
         ("never", lambda batch_idx: False, [batch for k, batch in enumerate(batches) if k % 4 != 3]),
     ):
-        monitor = StabilityMonitor(["sharpness", "lyapunov", "dissipation"], every_n_steps=1, window=3)
+        monitor = StabilityMonitor(["sharpness", "lyapunov"], every_n_steps=1, window=3)
         model = Returns(skips, optimizer)
         model.configure_optimizers = lambda model=model: model.optimizer(model.parameters())
         torch.manual_seed(2)
@@ -101,3 +102,12 @@ def test_the_run_stays_what_it_is():
         run = fit(lambda: Returns(every(4, 1)), *monitor, logger=rows, log_every_n_steps=1, max_steps=20)
         left.append(everything(run, run.lightning_module, SimpleNamespace(losses=None), rows))
     assert same(*left)
+
+
+def test_a_series_goes_on_over_steps_that_moved_nothing():
+    trace = Trace(10, {})
+    for step, previous in ((0, None), (1, None), (4, 1), (5, 4)):
+        trace.record(step, torch.tensor(float(step)), previous=previous)
+    assert trace.read()["loss"].tolist() == [0, 1, 4, 5]
+    trace.record(8, torch.tensor(8.0), previous=7)  # step 7 was taken, and not seen
+    assert trace.read()["loss"].tolist() == [8]
