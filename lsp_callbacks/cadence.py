@@ -34,9 +34,10 @@ def spacing(courant: float) -> float:
 class Cadence:
     """Decides when measurements start, from numbers that are the same in each run and on each process.
 
-    A whole ``every_n_steps`` is obeyed exactly. Otherwise the *period* is ``cost / budget`` steps, and the next
-    measurement starts ``period * spacing(courant)`` steps after the last, if the account allows it. With n measurements
-    started in the s steps since the first, gradients by the cost model obey at any time
+    A whole ``every_n_steps`` is obeyed exactly; where such a step is skipped, the next one stands for it. Otherwise
+    the *period* is ``cost / budget`` steps, and the next measurement starts ``period * spacing(courant)`` steps after
+    the last, if the account allows it. With n measurements started in the s steps since the first, gradients by the
+    cost model obey at any time
 
         ``n * cost <= budget * s + cost``
 
@@ -87,12 +88,17 @@ class Cadence:
             self._asked = (step, self._starts(step, scheduled))
         return self._asked[1]
 
+    @property
+    def _missed(self) -> bool:
+        """Whether the last step that was asked for was due and never came: `training_step` returned None."""
+        return self._asked is not None and self._asked[1] and self._started != self._asked[0]
+
     def _starts(self, step: int, scheduled: float) -> bool:
         if self.origin is None or self.period is None or self._started is None:
             return True
         since = step - self.origin
         if self.every_n_steps is not None:
-            return since % self.period == 0
+            return since % self.period == 0 or self._missed
         gap = max(self._longest, self.period * spacing(self._nearest(scheduled)))
         affordable = self.spent <= self.budget * since * (1 + 1e-9)
         return affordable and step - self._started >= gap

@@ -6,6 +6,10 @@ from lsp_callbacks.operators.proximal import Expected, expected
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.snapshot import Snapshot
 
+MOVED = (
+    "leaves the parameters elsewhere than the optimizer's step on this gradient does: what else is done to them is not "
+    "known; if it maps the weights after the plain step, pass prox=..."
+)
 ELSEWHERE = "the parameters after the step are not prox(step): another map, or none, was applied to them"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.functional.first_fault import Fault, first_fault
 from lsp_callbacks.monitor import Monitor
+from lsp_callbacks.muted import muted
 from lsp_callbacks.quantities.numerics import Numerics
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import MicroBatch, TorchRandomState, copied, untouched
@@ -126,7 +127,8 @@ class Guard:
             for part in self._parts:
                 part.random_state.restore()
                 batch = copied(part.batch)
-                fault = first_fault(partial(part.loss, copy, batch), copy, batch, step=step)
+                with muted():
+                    fault = first_fault(partial(part.loss, copy, batch), copy, batch, step=step)
                 if fault is not None:
                     return fault
         finally:

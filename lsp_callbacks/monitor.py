@@ -149,7 +149,10 @@ class Monitor:
         self._under_way: set[str] = set()
         self._later: dict[str, int] = {}  # what was too early, and from which step on it no longer is
         self._warned: set[str] = set()
+        self._layouts: dict[str, tuple] = {}
         self._ranks = Ranks()
+        #: Why the update is not the optimizer's, once it was found to be another.
+        self.disowned: str | None = None
 
     @property
     def period(self) -> int | None:
@@ -165,7 +168,9 @@ class Monitor:
     def keys(self) -> set[str]:
         """The global keys that can appear."""
         own = {key for quantity in self.quantities.values() for key in (*quantity.keys, *quantity.optional)}
-        return own | ({COURANT, SOURCE} if own & {SGD, GD} or self.courant.key is not None else set())
+        if self.disowned:
+            own -= {key for quantity in self.quantities.values() for key in _lost(quantity)}
+        return own | ({COURANT, SOURCE} if own & {SGD, GD} or (self.courant.key and not self.disowned) else set())
 
     @property
     def courant_source(self) -> str | None:
@@ -230,7 +235,7 @@ class Monitor:
         for reason, names in reasons.items():
             for name in names:
                 self.skipped[name] = reason
-                del self.quantities[name]
+                self.quantities.pop(name, None)  # or the key of one that goes on without it
                 self._under_way.discard(name)
                 self._later.pop(name, None)
                 self.paths.pop(name, None)
@@ -259,12 +264,22 @@ class Monitor:
         wrong = {name: quantity for name, quantity in self.quantities.items() if quantity.needs_update}
         if self.strict and wrong:
             raise Unmeasurable(f"{' and '.join(wrong)}: {reason}")
-        self._leave_out({reason: list(wrong)} if wrong else {})
+        left = [name for name, quantity in wrong.items() if not quantity.without_update]
+        if self.disowned is None:
+            left += [key.removeprefix("stability/") for quantity in wrong.values() for key in _lost(quantity)]
+        self._leave_out({reason: left} if left else {})
+        self.disowned, self._priced = self.disowned or reason, None
         if observation is None:
             return None
-        own = {key for quantity in wrong.values() if quantity.complete for key in quantity.compute()}
+        own = {
+            key
+            for quantity in wrong.values()
+            if quantity.complete
+            for key in quantity.compute()
+            if key not in quantity.without_update
+        }
         if self.courant.key in own:
-            own.add(COURANT)
+            own |= {COURANT, SOURCE}
         keys = own & observation.values.keys()
         for key in keys:
             self.history[key].values[-1] = math.nan
@@ -312,18 +327,25 @@ class Monitor:
         return self.trace is not None and any(quantity.recorded for quantity in self.quantities.values())
 
     def record(
-        self, step: int, loss: Tensor | None, optimizer: torch.optim.Optimizer | None, module: nn.Module
+        self,
+        step: int,
+        loss: Tensor | None,
+        optimizer: torch.optim.Optimizer | None,
+        module: nn.Module,
+        *,
+        previous: int | None = None,
     ) -> None:
         """Notes loss, rate and energies of a step, before its update, if any quantity asks for them.
 
         A loop calls it at every step, on all ranks, with the loss of the whole step, or None where it does not see it;
-        `observe` does so with the snapshot's own loss where nobody else did. It never waits for the device.
+        `observe` does so with the snapshot's own loss where nobody else did. It never waits for the device. For
+        ``previous`` see `Snapshot`.
         """
         if self._records:
             assert self.trace is not None
             lr = math.nan if optimizer is None else rate(optimizer)
             with self.harmless(f"what is recorded at each step could not be at step {step}"):
-                self.trace.record(step, loss, lr=lr, module=module)
+                self.trace.record(step, loss, lr=lr, module=module, previous=previous)
             for name, error in self.trace.failed.items():
                 self.warn_once(f"the energy {name} is not recorded any more, it raised {error}")
 
@@ -339,15 +361,18 @@ class Monitor:
         Each measurement is one round of the snapshot's ranks: where it fails on one of them, all say NaN.
         """
         if self.trace is not None:
-            self.record(snapshot.step, snapshot.loss, snapshot.optimizer, snapshot.module)
+            self.record(snapshot.step, snapshot.loss, snapshot.optimizer, snapshot.module, previous=snapshot.previous)
             snapshot = replace(snapshot, trace=self.trace)
         self._begin(snapshot)
+        if self.disowned:
+            snapshot = replace(snapshot, disowned=self.disowned)
         if not self.wants(snapshot.step):
             return None
         starts = self._starts(snapshot.step)
         if starts:
             self.cadence.started(snapshot.step)
         self._ranks = snapshot.ranks
+        self._notice(snapshot)
         values: dict[str, float] = {}
         failures: dict[str, str] = {}
         unmodelled: dict[str, list[str]] = {}
@@ -393,6 +418,8 @@ class Monitor:
     def _with_courant(self, observation: Observation, values: dict[str, float]) -> Observation | None:
         """The observation of a step with the headline number, which may be that of a step before."""
         possible = {key for quantity in self.quantities.values() for key in quantity.keys}
+        if self.disowned:
+            possible -= {key for quantity in self.quantities.values() for key in _lost(quantity)}
         headline = self.courant.value(observation.step, values, possible)
         self.cadence.read(self.courant.reading(values))
         if headline is not None and self.courant.key is not None:
@@ -403,6 +430,17 @@ class Monitor:
             told = self.add(Observation(step, {}), told).values
             observation = replace(observation, values=observation.values | told)
         return self.add(observation, values) if values or observation.values else None
+
+    def _notice(self, snapshot: Snapshot) -> None:
+        """Other parameters may be trained than before (unfreezing): windows and warm starts are not of their size."""
+        player = "" if snapshot.player is None else snapshot.player.name
+        layout = tuple((name, p.shape) for name, p in snapshot.parameters.items())
+        if self._layouts.get(player, layout) != layout:
+            self._under_way.clear()
+            self._priced = None
+            for quantity in self.quantities.values():
+                quantity.restart()
+        self._layouts[player] = layout
 
     def _waits(self, quantity: Quantity, snapshot: Snapshot) -> bool:
         """Whether it is too early; it is measured when it no longer is. Rank 0's word: all must take the same way."""
@@ -583,6 +621,12 @@ class Monitor:
         else:
             last = max((curve.steps[-1] for curve in self.history.values() if curve.steps), default=None)
             self.cadence.load_first_state(state.get("origin"), state.get("period"), last)
+
+
+def _lost(quantity: Quantity) -> list[str]:
+    """What a quantity that goes on without the update does not say any more."""
+    keys = (*quantity.keys, *quantity.optional) if quantity.without_update else ()
+    return [key for key in keys if key not in quantity.without_update]
 
 
 def _kind(reason: str) -> str:

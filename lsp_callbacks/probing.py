@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from lsp_callbacks.probes import Criteria, evaluation
+from lsp_callbacks.carried import Carried, belongs, carried, give_back
+from lsp_callbacks.muted import muted
+from lsp_callbacks.probes import HOW, Criteria, evaluation
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import copied
-from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmodelled, as_trained, batch_norms
+from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmeasurable, Unmodelled, as_trained, batch_norms
 from lsp_callbacks.step import PendingStep, batch_size
 
 ForwardFn = Callable[[nn.Module, Any], Tensor]
@@ -25,6 +27,9 @@ class Probes:
 
     The data set is left alone: reading from it could move what it remembers. A shuffled loader gives a random sample.
     Several ranks hold the same probes: those that one process would have, if it took their batches joined.
+
+    What the module carries from batch to batch for each sample (a hidden state) is kept with the samples, as part of
+    them: so each is seen again with the state that it was trained with, and no gradient flows into that.
 
     Args:
         wanted: how many samples.
@@ -43,6 +48,7 @@ class Probes:
         self.needed = self.wanted if population is None else min(self.wanted, population)
         self._batches: list[Any] = []
         self._sizes: list[int] = []
+        self._carried: list[tuple[Carried, int]] = []  # and of how many samples
         self._failure: Exception | None = None
         self.batch_size = self.forward_size = 0
 
@@ -50,21 +56,24 @@ class Probes:
     def full(self) -> bool:
         return sum(self._sizes) >= self.needed or self._failure is not None
 
-    def add(self, batch: Any) -> None:
-        """Takes in a batch, on the device, as ``training_step`` will receive it."""
+    def add(self, batch: Any, module: nn.Module | None = None) -> None:
+        """Takes in a batch, on the device, as ``training_step`` of the module will receive it."""
         if self.full:
             return
         try:
-            self.ranks.together(lambda: self._take(batch))
+            self.ranks.together(lambda: self._take(batch, {} if module is None else carried(module)))
         except Exception as error:
             self._failure = error.with_traceback(None)  # which would keep the step's tensors
 
-    def _take(self, batch: Any) -> None:
+    def _take(self, batch: Any, state: Carried) -> None:
         found = self.ranks.gather(lambda: self._cut(batch), "the probes")
         self.batch_size = self.batch_size or sum(size for size, _, _ in found)
         self.forward_size = self.forward_size or found[0][0]  # of one rank, which normalises by itself
-        for _, held, own in found:
+        for size, held, own in found:
+            if self.ranks.world > 1 and belongs(state, size):
+                raise Unmodelled("the module carries a state from batch to batch: measure that in one process")
             self._sizes.append(held)
+            self._carried.append((state, size))
             self._batches.append(own if self.ranks.world == 1 else _to(own, self.ranks.device))
         if self.full:
             self._join()
@@ -91,6 +100,8 @@ class Probes:
         """One batch of exactly the wanted samples, where all leaves are tensors with the samples first."""
         flat = [tree_flatten(batch) for batch in self._batches]
         leaves, spec = [f[0] for f in flat], flat[0][1]
+        if any(belongs(state, size) for state, size in self._carried):
+            return  # each batch has a state of its own
         alike = all(
             isinstance(t, Tensor) and t.ndim and len(t) == size and t.shape[1:] == first.shape[1:]
             for own, size in zip(leaves, self._sizes)
@@ -99,7 +110,7 @@ class Probes:
         ) and all(isinstance(t, Tensor) for own in leaves for t in own)
         if alike and all(f[1] == spec for f in flat):
             joined = [torch.cat(column)[: self.needed] for column in zip(*leaves)]
-            self._batches, self._sizes = [tree_unflatten(joined, spec)], [self.needed]
+            self._batches, self._sizes, self._carried = [tree_unflatten(joined, spec)], [self.needed], self._carried[:1]
 
     def probe_set(
         self,
@@ -123,7 +134,7 @@ class Probes:
         if self._failure is not None:
             parts = [_failing(self._failure)]
         else:
-            parts = [self._part(pending, loss, context, *one) for one in zip(self._batches, self._sizes)]
+            parts = [self._part(pending, loss, context, *one) for one in zip(self._batches, self._sizes, self._carried)]
         if self._failure is None and self._sizes and batch_norms(module):
             cut = self._forward_passes()
             batches, together = [self._part(pending, loss, context, *one, together=True) for one in cut], cut[0][1]
@@ -132,30 +143,47 @@ class Probes:
             module, tuple(parts), sum(self._sizes), batch, self.population, self.full, tuple(batches), together
         )
 
-    def _forward_passes(self) -> list[tuple[Any, int]]:
-        """Batches of equal size, as near to that of a training step's forward pass as can be, with that size."""
+    def _forward_passes(self) -> list[tuple[Any, int, tuple[Carried, int]]]:
+        """Batches of equal size, as near to that of a training step's forward pass as can be, with size and state."""
         if len(self._batches) > 1:  # of a kind that could not be joined: as they came
-            return [(batch, size) for batch, size in zip(self._batches, self._sizes) if size == self._sizes[0]]
-        total, size = self._sizes[0], max(self.forward_size, 1)
+            kept = zip(self._batches, self._sizes, self._carried)
+            return [one for one in kept if one[1] == self._sizes[0]]
+        total, size, state = self._sizes[0], max(self.forward_size, 1), self._carried[0]
         count = total // size if 2 * size <= total else max(1, round(total / size))
         size = min(size, total // count)
         leaves, spec = tree_flatten(self._batches[0])
         if not all(isinstance(t, Tensor) and t.ndim and len(t) == total for t in leaves):  # a single batch of any kind
-            return [(self._batches[0], total)]
-        return [(tree_unflatten([t[k * size : (k + 1) * size] for t in leaves], spec), size) for k in range(count)]
+            return [(self._batches[0], total, state)]
+        cut = [[t[k * size : (k + 1) * size] for t in leaves] for k in range(count)]
+        return [(tree_unflatten(own, spec), size, state) for own in cut]
 
     def _part(
-        self, pending: PendingStep, loss: Any, context: Any, batch: Any, size: int, *, together: bool = False
+        self,
+        pending: PendingStep,
+        loss: Any,
+        context: Any,
+        batch: Any,
+        size: int,
+        state: tuple[Carried, int],
+        *,
+        together: bool = False,
     ) -> Callable[[], Evaluation]:
         def part() -> Evaluation:
             if pending.shadow is None or not pending.parts:
                 raise pending.failure or AssertionError
             module = pending.shadow.reset()
+            names = give_back(module, *state)
             pending.parts[0].random_state.restore()
             own = copied(batch)
             device = next(module.parameters()).device
             # In full precision, also where training rounds to bfloat16.
-            with context(), torch.autocast(device.type, enabled=False), as_trained(module, together=together):
+            with (
+                muted(),
+                _told(names),
+                context(),
+                torch.autocast(device.type, enabled=False),
+                as_trained(module, together=together),
+            ):
                 if self.forward_fn is not None and self.criterion is not None:
                     criterion = self.criterion
                     return evaluation(self.forward_fn(module, own), lambda f: criterion(f, own), samples=size)
@@ -165,6 +193,22 @@ class Probes:
             return criteria.of(value, samples=size)
 
         return pending.ranks.private(part)
+
+
+@contextlib.contextmanager
+def _told(names: list[str]) -> Iterator[None]:
+    """An error where the module carries a state names that, and not the shapes that did not fit."""
+    try:
+        yield
+    except Unmeasurable:
+        raise
+    except Exception as error:
+        if not names:
+            raise
+        raise Unmodelled(
+            f"{' and '.join(names)}, which the module carries from batch to batch, does not let the probes be seen "
+            f"again ({type(error).__name__}: {error}): {HOW}"
+        ) from error
 
 
 def _to(batch: Any, device: Any) -> Any:

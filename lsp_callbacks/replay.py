@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 from torch.utils.data import DataLoader, Dataset
 
+from lsp_callbacks.muted import muted
 from lsp_callbacks.snapshot import Unmeasurable
 
 _HOOKS = (
@@ -261,7 +262,7 @@ class MicroBatch:
 
 
 def replayer(shadow: Shadow, parts: Sequence[MicroBatch]) -> Callable[[], Tensor]:
-    """``() -> loss`` of a step: at each call fresh batches, buffers and random states.
+    """``() -> loss`` of a step: at each call fresh batches, buffers and random states, see also `muted`.
 
     The losses of the micro-batches are summed in their order, and buffers evolve through them as they did. The graphs
     of all of them are held at once.
@@ -276,11 +277,12 @@ def replayer(shadow: Shadow, parts: Sequence[MicroBatch]) -> Callable[[], Tensor
         losses = []
         for part in parts:
             part.random_state.restore()
-            losses.append(part.loss(module, copied(part.batch)))
+            with muted():
+                losses.append(part.loss(module, copied(part.batch)))
         total = summed(losses)
         if total is None:
             raise Unmeasurable("the replayed step has no loss")
-        return total
+        return total.reshape(()) if total.numel() == 1 else total  # backward() takes one number in any shape
 
     return replay
 

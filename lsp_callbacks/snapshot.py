@@ -157,16 +157,20 @@ class Snapshot:
         prox: what is done to each parameter after the optimizer's step, ``(name, tensor, lr) -> tensor``, in operations
             that autograd can differentiate almost everywhere; see `lsp_callbacks.functional.proximal`.
         unmodelled: why the update is not the optimizer's step on this loss (a hook of the user's); None if it is.
+        disowned: why the update has turned out to be another one in an earlier step; None if it has not.
         tolerance: relative difference allowed between ``loss`` and its replay; 0 is to the last bit, for the same path.
         keep: which modules' inputs ``calls`` keeps in full, by name and module.
         probes: training samples for the quantities that look at outputs; None where there are none.
         trace: scalars of the steps up to this one, for the quantities of a time series; `Monitor.observe` adds its own.
+        loss_of: name of the user's own function that computes the loss of a replay; None is the step's own code.
         schedulers: those of ``torch.optim.lr_scheduler`` that move the optimizer's rate; None where nobody knows.
         ranks: the processes that take this step together, each with a batch, a loss and a replay of its own; the
             gradient is the mean of theirs already.
         scale: the factor that a gradient scaler puts on the loss before its backward pass; ``gradient`` is without it.
         sharded: why no process has all parameters, and nothing can be measured; None if each has.
         seed: of every random choice made for this step.
+        previous: number of the last step before this one that moved anything: batches between them may have been
+            skipped. None is ``step - 1``.
         player: whose turn it is where several optimizers take turns on losses of their own; None is one optimizer.
     """
 
@@ -180,15 +184,18 @@ class Snapshot:
     clipping: Clipping | None = None
     prox: Prox | None = None
     unmodelled: str | None = None
+    disowned: str | None = None
     tolerance: float = 0.0
     keep: Callable[[str, nn.Module], bool] = lambda name, module: False
     probes: ProbeSet | None = None
     trace: Trace | None = None
+    loss_of: str | None = None
     schedulers: tuple[Any, ...] | None = None
     ranks: Ranks = field(default_factory=Ranks)
     scale: float = 1.0
     sharded: str | None = None
     seed: int = 0
+    previous: int | None = None
     player: Player | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -197,6 +204,10 @@ class Snapshot:
         """The trainable parameters, each once, by name; in a game the player's own, or those of all, see `Player`."""
         held = (lambda p: True) if self.player is None else self.player.holds
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad and held(p)}
+
+    def follows(self, step: int) -> bool:
+        """Whether it begins where that step has ended."""
+        return step == (self.step - 1 if self.previous is None else self.previous)
 
     @property
     def joint(self) -> Snapshot:
@@ -225,9 +236,21 @@ class Snapshot:
             return
         defect = torch.linalg.vector_norm(own - flat)
         if not bool(defect <= tolerance * torch.linalg.vector_norm(own)):
-            raise Unmeasurable(
+            raise Unmeasurable(self._other_gradient(own.double(), flat.double()))
+
+    def _other_gradient(self, own: Tensor, flat: Tensor) -> str:
+        if self.loss_of is None:
+            return (
                 "the step's gradient is not that of its loss: a hook changed it, or several backward passes were summed"
             )
+        norms = torch.linalg.vector_norm(own), torch.linalg.vector_norm(flat)
+        cosine = float((own @ flat) / (norms[0] * norms[1]))
+        return (
+            f"the step's gradient is not that of its loss: its norm is {float(norms[0]):.4g}, that of the gradient of "
+            f"{self.loss_of} {float(norms[1]):.4g}, their cosine {cosine:.4f}"
+            f"{_factor(norms[0] / norms[1]) if cosine > 0.9999 else ''}. {self.loss_of} must return what the step "
+            "differentiates, the sum where there are several backward passes; or the gradient was changed after them"
+        )
 
     @cached_property
     def own_gradient(self) -> bool:
@@ -338,12 +361,25 @@ class Snapshot:
         if not bool(torch.isfinite(own)):
             raise Unmeasurable(f"the loss of step {self.step} is not finite")
         if not bool((own - again).abs() <= max(tolerance, self.tolerance) * own.abs()):
+            if self.loss_of is not None:
+                raise Unmeasurable(
+                    f"the loss could not be replayed: at step {self.step} {self.loss_of} gives {again.item():.9g}, "
+                    f"where the step itself differentiates {own.item():.9g}{_factor(own / again)}"
+                )
             raise Unmeasurable(
                 f"the loss could not be replayed: step {self.step} had {own.item():.9g}, its replay "
                 f"{again.item():.9g}. "
                 "Something outside the batch, the module and the random state changes it (a hook of yours, a "
                 "global variable): pass loss_fn=... which computes it from (module, batch)"
             )
+
+
+def _factor(ratio: Tensor) -> str:
+    """What a ratio of one over a whole number is likely to be."""
+    whole = round(1 / float(ratio)) if 1e-4 < float(ratio) < 0.9 else 0
+    if whole < 2 or abs(whole * float(ratio) - 1) > 1e-3:
+        return ""
+    return f", {whole} times less: if the loss is divided by the number of batches in a step, pass accumulate={whole}"
 
 
 class _Recorder:

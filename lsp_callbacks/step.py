@@ -53,6 +53,7 @@ class PendingStep:
         self.ranks = ranks or Ranks()
         self.parts: list[MicroBatch] = []
         self.shadow: Shadow | None = None
+        self._several = False  # backward passes of a batch: only their gradients tell which losses count
         self.failure: Exception | None = None
         try:
             self._sums = _sums(module)
@@ -98,7 +99,8 @@ class PendingStep:
     def saw_loss(self, loss: Tensor) -> None:
         """The loss of the last micro-batch, as it is differentiated; where it is seen at all, it is for all of them."""
         if self.parts:
-            self.parts[-1].own = loss.detach().clone()
+            self._several |= self.parts[-1].own is not None
+            self.parts[-1].own = loss.detach().clone().reshape(() if loss.numel() == 1 else loss.shape)
 
     def snapshot(self, step: int, optimizer: torch.optim.Optimizer, **settings: Any) -> Snapshot:
         """The step, after its backward passes and before its update."""
@@ -113,7 +115,7 @@ class PendingStep:
             replay=replay,
             optimizer=optimizer,
             sample=None if failure else self._sample,
-            loss=summed(part.own for part in self.parts),
+            loss=None if self._several else summed(part.own for part in self.parts),
             gradient={name: p.grad for name, p in self.module.named_parameters() if p.requires_grad},
             # Compiled code rounds in other places than the step.
             tolerance=max(self.tolerance, 1e-4 if _compiled(self.module) else 0.0),

@@ -143,7 +143,15 @@ class Trace:
     def __len__(self) -> int:
         return min(self._count, self.length)
 
-    def record(self, step: int, loss: Tensor | None, *, lr: float = math.nan, module: nn.Module | None = None) -> None:
+    def record(
+        self,
+        step: int,
+        loss: Tensor | None,
+        *,
+        lr: float = math.nan,
+        module: nn.Module | None = None,
+        previous: int | None = None,
+    ) -> None:
         """One more step, before its update; a step that is recorded already is passed over.
 
         Args:
@@ -151,6 +159,7 @@ class Trace:
             loss: of the whole step; None where nobody saw it.
             lr: the rate that the step uses.
             module: for the energies.
+            previous: the last step before it that moved anything; None is ``step - 1``.
 
         Raises:
             ValueError: if the loss or an energy is not one number.
@@ -171,7 +180,7 @@ class Trace:
         for name, value in values.items():
             if value.numel() != 1:
                 raise ValueError(f"{name} of step {step} has shape {tuple(value.shape)}: give one number")
-        if step != self._next:
+        if (step if previous is None else previous + 1) != self._next:
             self.sparse, self._count = self._count == 1, 0
         for name, value in values.items():
             self._ring(name, value)[self._count % self.length] = value.reshape(())

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 from transformers.optimization import get_constant_schedule, get_linear_schedule_with_warmup
 from zoo import SGD, Model, fit
 
-from lsp_callbacks import Monitor, SGDLaw, StabilityMonitor
+from lsp_callbacks import Monitor, SGDLaw, Sharpness, StabilityMonitor, Unmeasurable
 from lsp_callbacks.functional import PowerLaw
 from lsp_callbacks.loops.hugging_face import StabilityCallback
 
@@ -148,3 +148,54 @@ def test_the_example_runs():
     stability = example("hugging_face_trainer").train()
     assert stability.watch.history[SHARPNESS].steps == [0, 4, 8]
     assert all(map(math.isfinite, stability.watch.history["stability/courant"].values))
+
+
+def test_it_takes_what_the_stability_monitor_takes(run):
+    settings = {"every_n_steps": 3, "window": 1, "average": 2, "layers": "transformer.h.*", "strict": True}
+    names = ["sharpness", "lyapunov", "spectral_norm"]
+    ours, theirs = StabilityCallback(names, **settings), Monitor(*quantities(), every_n_steps=3, strict=True)
+    run(ours, accumulate=1)
+    run(StabilityCallback(theirs), accumulate=1)
+    assert ours.watch.history[SHARPNESS].steps == [0, 3, 6, 9]
+    assert ours.watch.history[SHARPNESS].values == pytest.approx(theirs.history[SHARPNESS].values, rel=1e-6)
+    layers = [key for key in ours.watch.history if key.startswith("stability/spectral_norm/")]
+    assert layers and all(key.startswith("stability/spectral_norm/transformer.h.") for key in layers)
+
+
+def test_a_preset_and_a_budget(run):
+    callback = StabilityCallback("economy", budget=0.5)
+    run(callback, accumulate=1)
+    assert callback.monitor.period is not None and callback.monitor.cadence.budget == 0.25
+
+
+@pytest.mark.parametrize(
+    "arguments, settings, message",
+    [
+        ((Monitor(),), {"every_n_steps": 2, "strict": True}, "every_n_steps and strict: a Monitor is given"),
+        ((), {"every_n_steps": 0}, "every_n_steps=0"),
+        ((), {"budget": 0}, "budget=0"),
+        ((), {"window": 0}, "window=0"),
+        (("nothing",), {}, "nothing"),
+        ((), {"forward_fn": len}, "belong together"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, settings, message):
+    with pytest.raises(ValueError, match=message):
+        StabilityCallback(*arguments, **settings)
+
+
+class Never(Sharpness):
+    name = "never"
+
+    def check(self, snapshot):
+        raise Unmeasurable("why")
+
+
+def test_what_was_named_and_cannot_be_measured_raises_before_the_first_step(run):
+    model = gpt2(**NO_DROPOUT)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="layers='nowhere'"):
+        run(StabilityCallback(layers="nowhere"), model=model)
+    with pytest.raises(ValueError, match="never cannot be measured: why"):
+        run(StabilityCallback([Never()]), model=model)
+    assert all(map(torch.equal, before, model.parameters()))

@@ -285,13 +285,17 @@ def test_a_map_that_is_not_the_one_given_is_noticed(make):
     monitor = StabilityMonitor(UPDATE, every_n_steps=1, window=1, prox=CLIP)
     with pytest.warns(UserWarning, match=r"not prox\(step\)"):
         fit(lambda: make(mlp(width=8)), monitor, max_steps=3)
-    assert set(monitor.monitor.skipped) == set(UPDATE)
+    assert set(monitor.monitor.skipped) >= {*UPDATE, "courant_gd", "sharpness_limit"} - {"sharpness"}
+    assert "sharpness" not in monitor.monitor.skipped
+    assert all(map(math.isfinite, monitor.history[SHARPNESS].values)) and len(monitor.history[SHARPNESS].values) == 3
     assert all(map(math.isnan, monitor.history[GAIN].values)) and len(monitor.history[GAIN].values) == 1
 
 
-def test_without_it_an_own_optimizer_step_stays_refused():
-    with pytest.raises(Unmeasurable, match="prox="):
-        fit(lambda: InStep(mlp()), StabilityMonitor(UPDATE), max_steps=1)
+def test_without_it_an_own_optimizer_step_is_found_to_lead_elsewhere():
+    monitor = StabilityMonitor(["sharpness", "lyapunov"], every_n_steps=1)
+    with pytest.warns(UserWarning, match="prox="):
+        fit(lambda: InStep(mlp(width=8)), monitor, max_steps=1)
+    assert all(map(math.isnan, monitor.history["stability/courant_gd"].values))
 
 
 @pytest.mark.parametrize("limit", [0.2, 0.1])

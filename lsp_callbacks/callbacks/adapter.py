@@ -46,8 +46,17 @@ def pending_step(
     )
 
 
-def step_loss(trainer: Any, loss_fn: LossFn | None, batch_idx: int) -> Callable[[nn.Module, Any], Tensor | None]:
-    """``(module, batch) -> loss`` of one micro-batch, as Lightning differentiates it."""
+def step_loss(
+    trainer: Any, loss_fn: LossFn | None, batch_idx: int, accumulate: int | None = None
+) -> Callable[[nn.Module, Any], Tensor | None]:
+    """``(module, batch) -> loss`` of one micro-batch, as Lightning differentiates it.
+
+    Args:
+        trainer: Lightning's.
+        loss_fn: the user's own; None replays ``training_step``.
+        batch_idx: of the micro-batch.
+        accumulate: by which the loss is divided; None is the trainer's.
+    """
 
     def loss(module: Any, batch: Any) -> Tensor | None:
         with trainer.precision_plugin.train_step_context():
@@ -57,7 +66,7 @@ def step_loss(trainer: Any, loss_fn: LossFn | None, batch_idx: int) -> Callable[
                 outputs = module.training_step(*arguments(module.training_step, batch, batch_idx))
         value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         # Exactly what Lightning's closure does with it.
-        return None if value is None else value / trainer.accumulate_grad_batches
+        return None if value is None else value / (accumulate or trainer.accumulate_grad_batches)
 
     return loss
 
@@ -89,7 +98,7 @@ def skipped(trainer: Any, optimizer: Any) -> bool:
     return any(bool(overflow) for overflow in found.values())
 
 
-def probe_set(trainer: Any, probes: Probes, pending: PendingStep) -> ProbeSet:
+def probe_set(trainer: Any, probes: Probes, pending: PendingStep, accumulate: int | None = None) -> ProbeSet:
     """The probes at a step, with their outputs from ``training_step`` where the user has not named them."""
 
     def loss(module: Any, batch: Any) -> Any:
@@ -98,7 +107,7 @@ def probe_set(trainer: Any, probes: Probes, pending: PendingStep) -> ProbeSet:
         return module.training_step(*arguments(module.training_step, batch, 0))
 
     context = trainer.precision_plugin.train_step_context
-    return probes.probe_set(pending, loss, context=context, micro_batches=trainer.accumulate_grad_batches)
+    return probes.probe_set(pending, loss, context=context, micro_batches=accumulate or trainer.accumulate_grad_batches)
 
 
 class _Muted:
@@ -157,29 +166,31 @@ def arguments(training_step: Callable, batch: Any, batch_idx: int) -> list[Any]:
     return [batch, batch_idx] if wide else [batch]
 
 
-def unmodelled(trainer: Any, module: Any, *, prox: bool = False, players: bool = False) -> str | None:
+def overridden(module: Any, *hooks: str) -> str | None:
+    """The first of these hooks that the module does not have from Lightning."""
+    base = next(
+        c for c in type(module).__mro__ if c.__module__.endswith("core.module") and c.__name__ == "LightningModule"
+    )
+    changed = (hook for hook in hooks if hook in vars(module) or getattr(type(module), hook) is not getattr(base, hook))
+    return next(changed, None)
+
+
+def unmodelled(trainer: Any, module: Any, *, players: bool = False) -> str | None:
     """Why the parameters will not move by the optimizer's step on the step's own loss; None if they will.
+
+    What an override of ``optimizer_step`` or ``configure_gradient_clipping`` does is looked at step by step.
 
     Args:
         trainer: Lightning's.
         module: the user's.
-        prox: whether the user says what is done after the step: then ``optimizer_step`` may do it, as the update is
-            checked.
         players: whether each optimizer's own loss is known.
     """
-    base = next(
-        c for c in type(module).__mro__ if c.__module__.endswith("core.module") and c.__name__ == "LightningModule"
-    )
     if trainer.world_size > 1 and not _is("DDPStrategy", trainer.strategy):
         return (
             f"{type(trainer.strategy).__name__} with {trainer.world_size} processes is not modelled: use strategy='ddp'"
         )
     if getattr(trainer.strategy, "_ddp_comm_hook", None) is not None:
         return "ddp_comm_hook: gradients that are not the plain mean over the processes are not modelled"
-    for hook in ("configure_gradient_clipping", *(() if prox else ("optimizer_step",))):
-        if getattr(type(module), hook) is not getattr(base, hook):
-            hint = "; if it maps the weights after the plain step, pass prox=..." * (hook == "optimizer_step")
-            return f"{type(module).__name__} overrides {hook}: what it does to the update is not known{hint}"
     if not module.automatic_optimization and len(trainer.optimizers) > 1 and not players:
         return (
             "several optimizers take turns, and one loss does not tell their joint update: pass loss_fn={name: loss, "

@@ -59,6 +59,8 @@ class Schedule:
 
     def __init__(self, trainer: Any):
         self._trainer = trainer
+        #: Whether the rate was what was foreseen when it was last looked at.
+        self.confirmed = False
         self._origin = 0
         self._rates: list[float] = []
 
@@ -67,6 +69,7 @@ class Schedule:
         now = rate(self._trainer.optimizers[0])
         known = self._rates[step - self._origin : step - self._origin + 1]
         between = self._trainer.fit_loop.epoch_loop.batch_idx + 1 >= self._trainer.num_training_batches
+        self.confirmed = bool(known) and abs(known[0] - now) <= 1e-6 * abs(now)
         if not known or (not between and abs(known[0] - now) > 1e-6 * abs(now)):  # somebody else set the rate
             self._restart(step)
         with warnings.catch_warnings():

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 
-from lsp_callbacks.arguments import number, whole
-from lsp_callbacks.cadence import MODELLED
+from lsp_callbacks.arguments import whole
 from lsp_callbacks.callbacks.adapter import (
     clipped,
     clipping,
     loss_scale,
     mean_loss,
+    overridden,
     pending_step,
     probe_set,
     ranks,
@@ -31,20 +31,23 @@ from lsp_callbacks.callbacks.adapter import (
 )
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.game import Game, check_losses
+from lsp_callbacks.callbacks.mailbox import Mailbox
+from lsp_callbacks.callbacks.own_clipping import Gradients, own_clipping
 from lsp_callbacks.callbacks.publishing import Stopwatch, log, show, thinned
 from lsp_callbacks.callbacks.schedule import CriticalRate, Schedule, steps_left
 from lsp_callbacks.callbacks.step_loss import StepLoss
-from lsp_callbacks.destination import ELSEWHERE, Destination
+from lsp_callbacks.configure import configured
+from lsp_callbacks.destination import ELSEWHERE, MOVED, Destination
 from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.guard import Guard
-from lsp_callbacks.monitor import Curve, Monitor, Observation
+from lsp_callbacks.monitor import Curve, Observation
 from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
-from lsp_callbacks.quantities import Quantity, build
+from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.select import Selection
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import untouched
 from lsp_callbacks.report import Run, Verdict, judge, sentence
-from lsp_callbacks.snapshot import Prox, Snapshot, Unmeasurable
+from lsp_callbacks.snapshot import Clipping, Prox, Snapshot, Unmeasurable
 from lsp_callbacks.step import LossFn, PendingStep, batch_size, identical, never, rate, witnessed
 
 #: How many steps of the schedule to look ahead.
@@ -58,6 +61,17 @@ class StabilityMonitor(Callback):
     loggers, all at the step number of the user's own row of that batch. ``history`` holds the curves without a logger.
     ``stability/courant`` is ``courant_sgd`` or, for a whole run, ``courant_gd``: ``stability/courant_source`` says 1 or
     0, `courant_source` the name. `verdict` is what is said at the end, as data.
+
+    A measurement runs ``training_step`` again, on a copy of the module: what the module remembers, random numbers and
+    what it logs through Lightning stay those of training, and ``print``, ``logging`` and files opened for writing are
+    muted meanwhile. What happens elsewhere happens again and cannot be taken back: global variables, files that are
+    open already or written by ``torch.save``, calls over a network (``wandb.log`` without Lightning's logger), what is
+    printed in activations that are checkpointed. Do it in ``on_train_batch_end``, or pass ``loss_fn``.
+
+    Where your module overrides ``optimizer_step``, the parameters after each measured step are compared with those to
+    which the optimizer's step leads, and ``configure_gradient_clipping`` is tried on copies of the gradient: warm-ups,
+    logging, clipping by norm or by value are measured as they are. What does something else loses all numbers that
+    depend on the update, and keeps the sharpness. Cost: one optimizer step on copies in double precision, ten calls.
 
     Args:
         quantities: a preset ("economy", "default", "full"), names, or `Quantity` objects. What is named here and cannot
@@ -79,6 +93,8 @@ class StabilityMonitor(Callback):
             (a GAN), a mapping ``{name: loss}`` with one such function for each, in the order in which
             ``configure_optimizers`` returns them. Then each optimizer step is a step, numbered as they come; each loss
             must let the parameters of the other players through, so without ``.detach()``.
+        accumulate: under manual optimisation, over how many batches ``training_step`` sums gradients before it calls
+            ``optimizer.step()``, each loss divided by that; ``loss_fn`` is that of one batch, before the division.
         forward_fn: ``(module, batch) -> outputs`` of shape ``(samples, ..., classes)``, and
         criterion: ``(outputs, batch) -> loss``, the mean over the samples: needed together, and only where
             ``training_step`` does not return the value of one criterion of ``torch.nn.functional``.
@@ -118,6 +134,7 @@ class StabilityMonitor(Callback):
         blocks: Selection = None,
         log_layers: Literal["all", "summary"] | int = "all",
         loss_fn: dict[str, LossFn] | LossFn | None = None,
+        accumulate: int | None = None,
         forward_fn: ForwardFn | None = None,
         criterion: Criterion | None = None,
         prox: Prox | None = None,
@@ -132,37 +149,39 @@ class StabilityMonitor(Callback):
         if log_layers not in ("all", "summary"):
             whole("log_layers", log_layers, 1, instead=", or 'all' or 'summary'")
         whole("seed", seed, 0)
+        if accumulate is not None:
+            whole("accumulate", accumulate, 1, instead=" batches, or None")
         if (forward_fn is None) != (criterion is None):
             raise ValueError("forward_fn and criterion belong together: pass both, or neither")
         if isinstance(loss_fn, Mapping):
             check_losses(loss_fn)
             if probe_samples is not None:
                 raise ValueError(f"probe_samples={probe_samples}: players are measured on whole batches; leave it out")
+            if accumulate is not None:
+                raise ValueError(f"accumulate={accumulate}: players that sum gradients are not modelled; leave it out")
             if prox is not None:
                 raise ValueError("prox: what is done to the weights of players after their steps is not modelled")
-        number("budget", budget, above=0, most=1, instead=": a share of the training cost")
-        built, named = build(
-            quantities,
-            lyapunov={"window": window, "average": average},
-            spectral_norm={"layers": layers},
-            residual_cfl={"blocks": blocks},
-        )
-        self.monitor = Monitor(
-            *built, every_n_steps=every_n_steps, budget=MODELLED * budget, named=named, strict=strict,
-            max_memory=max_memory, time_limit=time_limit,
+        self.monitor = configured(
+            quantities, every_n_steps=every_n_steps, budget=budget, window=window, average=average, layers=layers,
+            blocks=blocks, strict=strict, max_memory=max_memory, time_limit=time_limit,
         )  # fmt: skip
         self.probe_samples, self.layers, self.blocks = probe_samples, layers, blocks
+        self.accumulate = accumulate
         self.log_layers, self.loss_fn, self.save_vectors, self.seed = log_layers, loss_fn, save_vectors, seed
-        wanted = max((getattr(quantity, "probes", 0) for quantity in built), default=0)
+        wanted = max((getattr(quantity, "probes", 0) for quantity in self.monitor.quantities.values()), default=0)
         self.probes = Probes(wanted, forward_fn, criterion)
         self.prox = prox
         self._destination = Destination()
+        self._mailbox = Mailbox()
         self._published: Observation | None = None
         self.subscribers: list[Any] = []
         self._judges: list[Any] = []
         self.step = 0
+        self._previous: int | None = None
+        self._counted, self._stepped = False, True
         self._ranks = Ranks()
         self._unmodelled: str | None = None
+        self._overrides = False
         self._pending: PendingStep | None = None
         self._saw_loss = False
         self._step_loss = StepLoss()
@@ -171,7 +190,7 @@ class StabilityMonitor(Callback):
         self._game: Game | None = None
         self._guard = Guard(self.monitor)
         self._fault: Observation | None = None
-        self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._gradients: Gradients = []
         self._watching = False
         self._updates = 0
         self._measured_at: int | None = None
@@ -179,23 +198,31 @@ class StabilityMonitor(Callback):
         self._critical = CriticalRate()
         self._schedule: Schedule | None = None
         self._stopwatch = Stopwatch()
-        self._rate_used = 0.0
+        self._rate_used = self._rate_before = 0.0
         self._samples = 0
 
     @property
     def history(self) -> dict[str, Curve]:
-        """Steps and values of every key."""
+        """Steps and values of every key; after ``ddp_spawn`` and its like also in the process that called ``fit``."""
+        self._bring_home()
         return self.monitor.history
 
     @property
     def skipped(self) -> dict[str, str]:
         """Why quantities are not measured in this run, by their names: all that a preset or a limit left out."""
+        self._bring_home()
         return self.monitor.skipped
 
     @property
     def paths(self) -> dict[str, str]:
         """By which way each quantity was last measured, see `Monitor`."""
+        self._bring_home()
         return self.monitor.paths
+
+    def _bring_home(self) -> None:
+        if (found := self._mailbox.receive()) is not None:
+            self.step, self.monitor.skipped, self.monitor.paths = found["step"], found["skipped"], found["paths"]
+            self.monitor.history = {key: Curve(*curve) for key, curve in found["history"].items()}
 
     @property
     def courant_source(self) -> str | None:
@@ -213,7 +240,7 @@ class StabilityMonitor(Callback):
         if stage != "fit":
             return
         if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
-            self.step, self._measured_at, self._critical = 0, None, CriticalRate()
+            self.step, self._previous, self._measured_at, self._critical = 0, None, None, CriticalRate()
             self.monitor.reset()
         self.monitor.drop()
         self._unmodelled = self._why_unmodelled(trainer, pl_module)
@@ -223,7 +250,7 @@ class StabilityMonitor(Callback):
 
     def _why_unmodelled(self, trainer: Any, pl_module: Any) -> str | None:
         players = isinstance(self.loss_fn, Mapping)
-        return unmodelled(trainer, pl_module, prox=self.prox is not None, players=players)
+        return unmodelled(trainer, pl_module, players=players)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Not in setup: the module may build itself in its own setup or configure_model, which come later.
@@ -232,9 +259,16 @@ class StabilityMonitor(Callback):
                 f"{type(pl_module).__name__} has no parameter that requires a gradient: nothing is trained"
             )
         if not pl_module.automatic_optimization and self.loss_fn is None:
+            several = len(trainer.optimizers or ()) > 1
+            form = "{'generator': lambda module, batch: ..., 'critic': ...}" if several else "lambda module, batch: ..."
+            which = ", one for each optimizer, in the order in which configure_optimizers returns them" * several
             raise ValueError(
                 "automatic_optimization=False: the loss of a step cannot be told from training_step; pass "
-                "StabilityMonitor(loss_fn=lambda module, batch: ...) which returns it"
+                f"StabilityMonitor(loss_fn={form}) which returns it{which}"
+            )
+        if pl_module.automatic_optimization and self.accumulate is not None:
+            raise ValueError(
+                f"accumulate={self.accumulate} is for manual optimisation: here Trainer(accumulate_grad_batches=...) is"
             )
         if pl_module.automatic_optimization and isinstance(self.loss_fn, Mapping):
             raise ValueError(
@@ -250,8 +284,9 @@ class StabilityMonitor(Callback):
         self._judges = list(self.subscribers)  # they leave when training ends
         self._schedule = Schedule(trainer)
         self._unmodelled = self._why_unmodelled(trainer, pl_module)
+        self._overrides = overridden(pl_module, "optimizer_step") is not None
         self._destination.forget()
-        self._published = None
+        self._published, self._stepped = None, True
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         if not self.step:  # not 0 where a run is resumed from a checkpoint that does not know this callback
             takes_turns = isinstance(self.loss_fn, Mapping)
@@ -283,25 +318,35 @@ class StabilityMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         with self._stopwatch:
-            self._arrive()
-            self._published = None
-            if batch_idx % trainer.accumulate_grad_batches == 0:  # the first micro-batch of a step
+            self._arrive(pl_module)
+            self._agree(trainer)
+            self._published, self._counted = None, False
+            first = self._begins(trainer, batch_idx)
+            if first:
                 self._pending, self._updates, self._saw_loss, self._seen = None, 0, False, None
                 self._step_loss.begin()
                 self._guard.begin()
+                self._rate_before = rate(trainer.optimizers[0]) if self._overrides else 0.0
                 if self._game is not None:
                     with self.monitor.harmless("the batch could not be kept for a replay"):
                         self._game.begin(batch)
                 else:
                     self._pending = self._kept(trainer, pl_module)
-            self.monitor.begin(pl_module, first=batch_idx % trainer.accumulate_grad_batches == 0)
+            self.monitor.begin(pl_module, first=first)
             if self.monitor.quantities:
-                self.probes.add(batch)
+                self.probes.add(batch, pl_module)
             if not isinstance(self.loss_fn, Mapping):
-                loss = step_loss(trainer, self.loss_fn, batch_idx)
+                loss = step_loss(trainer, self.loss_fn, batch_idx, self.accumulate)
                 self._guard.add(batch, loss)
                 if self._pending is not None:
                     self._pending.add(batch, loss)
+
+    def _begins(self, trainer: Any, batch_idx: int) -> bool:
+        """Whether it is the first micro-batch of a step."""
+        if self.accumulate is None:
+            return batch_idx % trainer.accumulate_grad_batches == 0
+        begins, self._stepped = self._stepped, False
+        return begins
 
     def _kept(self, trainer: Any, pl_module: Any) -> PendingStep | None:
         """What the coming step must be replayed from, if it is to be measured."""
@@ -335,7 +380,9 @@ class StabilityMonitor(Callback):
             if not no_loss:
                 with self.monitor.harmless("whether the step is finite could not be told"):
                     self._look(trainer, pl_module, left_out or scaled(trainer, optimizer))
-            if no_loss or left_out:  # nothing moves: it is no step
+            if no_loss or left_out:
+                # Lightning counts it. A gradient that was set to zero, not to None, moves what has momentum.
+                self._count(moved=no_loss and any(p.grad is not None for p in pl_module.parameters()))
                 self._pending = None
                 if self._game is not None:
                     self._game.drop()
@@ -344,23 +391,36 @@ class StabilityMonitor(Callback):
             self._rate_used = rate(trainer.optimizers[0])
             self._updates += 1
             if self._updates == 1:
-                self.monitor.record(self.step, self._seen, trainer.optimizers[0], pl_module)
+                self.monitor.record(self.step, self._seen, trainer.optimizers[0], pl_module, previous=self._previous)
             pending, self._pending = self._pending, None
             if self._game is not None:
                 with self.monitor.harmless("the player's step could not be looked at"):
                     self._observe_player(self._game, pl_module, optimizer)
             elif pending is not None:
                 update = any(quantity.needs_update for quantity in self.monitor.quantities.values())
-                if update and self.prox is not None:
+                if update and self._checks:
                     self._destination.awaited()
                 with self.monitor.harmless("the step could not be looked at"), untouched(pl_module):
                     self._note(self._observe(trainer, pending, optimizer))
                 if update and pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
                     self._watching = True  # on every rank, also where the copy fails
                     with self.monitor.harmless("whether the gradient is changed later could not be watched"):
-                        self._gradients = clipped(trainer, optimizer)
-            if self._updates == 1 or self._game is not None:
-                self.step += 1
+                        self._gradients = self._gradients or clipped(trainer, optimizer)
+            self._count()
+
+    def _count(self, *, moved: bool = True) -> None:
+        """An optimizer step, as Lightning counts them: of a player each, otherwise one in a batch."""
+        self._stepped = True
+        if self._counted and self._game is None:
+            return
+        self._previous = self.step if moved else self._previous
+        self.step, self._counted = self.step + 1, True
+
+    def _agree(self, trainer: Any) -> None:
+        """The number of the next step is Lightning's, which also counts those that nobody shows us."""
+        # Under manual optimisation with one loss a step is a batch with updates, as in Lightning's rows.
+        if self._game is not None or (trainer.lightning_module.automatic_optimization and trainer.optimizers):
+            self.step = trainer.global_step
 
     def _look(self, trainer: Any, pl_module: Any, left_out: bool) -> None:
         again = self._updates > 0 and not pl_module.automatic_optimization  # LBFGS evaluates the loss anew
@@ -381,7 +441,7 @@ class StabilityMonitor(Callback):
             if snapshot is not None:
                 with untouched(pl_module):
                     seen = snapshot(self.step, unmodelled=self._unmodelled, keep=self.monitor.keeps, seed=self.seed)
-                    self._note(self.monitor.observe(seen))
+                    self._note(self.monitor.observe(replace(seen, previous=self._previous)))
 
     def _note(self, observation: Observation | None) -> None:
         if observation is not None:
@@ -391,31 +451,55 @@ class StabilityMonitor(Callback):
         if self.probe_samples is not None:
             sizes = [batch_size(part.batch) or self.probe_samples for part in pending.parts]
             self._samples = min(self.probe_samples, sum(sizes))
+        rule, self._gradients = self._clipping(trainer, pending, optimizer)
         snapshot = pending.snapshot(
             self.step,
             optimizer,
-            clipping=clipping(trainer),
+            clipping=rule,
             prox=self.prox,
             unmodelled=self._unmodelled,
             keep=self.monitor.keeps,
-            probes=probe_set(trainer, self.probes, pending) if self.probes.wanted else None,
+            probes=probe_set(trainer, self.probes, pending, self.accumulate) if self.probes.wanted else None,
+            loss_of=None if self.loss_fn is None else "loss_fn",
             schedulers=schedulers(trainer, optimizer),
             scale=loss_scale(trainer),
             seed=self.seed,
+            previous=self._previous,
         )
         # Under manual optimisation nobody need have told us the loss.
         snapshot = witnessed(snapshot) if snapshot.loss is None else snapshot
         observation = self.monitor.observe(snapshot)
         if self._destination.is_awaited:
-            with self.monitor.harmless("where the step and prox lead could not be told"):
+            with self.monitor.harmless("where the step leads could not be told"):
                 own = {name: p.grad for name, p in snapshot.parameters.items()}  # not that of a sub-batch
-                self._destination.expect(replace(snapshot, gradient=own, clipping=clipping(trainer), memo={}))
+                self._destination.expect(replace(snapshot, gradient=own, clipping=rule, memo={}))
         return observation
 
-    def _arrive(self, *, last: bool = True) -> None:
+    @property
+    def _checks(self) -> bool:
+        """Whether something of the user's has a say in where the parameters go, so that it is checked."""
+        return self.prox is not None or self._overrides
+
+    def _clipping(self, trainer: Any, pending: PendingStep, optimizer: Any) -> tuple[Clipping | None, Gradients]:
+        """How the gradient will be clipped, and what it will be if that is up to the user's own method."""
+        module = trainer.lightning_module
+        mine = overridden(module, "configure_gradient_clipping")
+        if mine is None or not module.automatic_optimization or pending.shadow is None or self.monitor.disowned:
+            return clipping(trainer), []
+        reset = pending.shadow.reset
+        try:
+            return self._ranks.together(self._ranks.private(lambda: own_clipping(trainer, reset, optimizer)))
+        except Exception as error:  # whatever the user's method raises on a copy
+            reason = str(error) if isinstance(error, Unmeasurable) else f"{mine}: {type(error).__name__}: {error}"
+            self.monitor.disown_update(None, reason)
+            return None, []
+
+    def _arrive(self, pl_module: Any, *, last: bool = True) -> None:
         """The parameters should be where step and prox lead, at the latest when nothing comes any more."""
-        if self._destination.missed(last=last):
-            self._disown(ELSEWHERE)
+        # Where there is no prox, nothing has to be done to them after ``optimizer_step``.
+        if self._destination.missed(last=last or self.prox is None):
+            kind = type(pl_module).__name__
+            self._disown(ELSEWHERE if self.prox is not None else f"{kind}.optimizer_step {MOVED}")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         with self._stopwatch:
@@ -428,7 +512,8 @@ class StabilityMonitor(Callback):
             elif self._updates > 1 and self._game is None:
                 self._disown(f"one batch made {self._updates} optimizer steps: their joint update is not modelled")
             self._gradients, self._watching = [], False
-            self._arrive(last=False)
+            self._agree(trainer)
+            self._arrive(pl_module, last=False)
             observations, self._observations = self._observations, []
             for observation in observations:
                 self._measured_at = observation.step
@@ -494,6 +579,9 @@ class StabilityMonitor(Callback):
         assert self._schedule is not None
         left = max(1, min(HORIZON, steps_left(trainer, self.step)))
         crossing = self._critical.crossing(self._schedule.ahead(self.step, left))
+        kept = self._schedule.confirmed and self._rate_used == self._rate_before
+        if self._overrides and not kept:  # ``optimizer_step`` sets rates of its own
+            return observation
         if crossing is None or self._rate_used > self._critical.mean:
             return observation
         return self.monitor.add(observation, {"stability/steps_to_edge": crossing + 1.0})
@@ -511,17 +599,33 @@ class StabilityMonitor(Callback):
         return judge(Run.of(self.monitor, self.step, self._judges))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._arrive()
+        self._arrive(pl_module)
+        self._tell_unseen(pl_module)
         self.monitor.losses.saw(max(self.step - 1, 0), None, wait=True)
         # StabilityReport says it below its table.
         if not any(getattr(callback, "says_verdict", False) for callback in trainer.callbacks):
             rank_zero_info(sentence(self.verdict))
 
+    def _tell_unseen(self, pl_module: Any) -> None:
+        if self._overrides and self._pending is not None and not self.history:
+            self.monitor.warn_once(
+                f"no optimizer step was seen: {type(pl_module).__name__}.optimizer_step must call "
+                "optimizer.step(closure) of the optimizer that Lightning passes in"
+            )
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._let_go()
+        if stage == "fit":
+            self._send_home(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._let_go()
+
+    def _send_home(self, trainer: Any) -> None:
+        curves = {key: (curve.steps, curve.values) for key, curve in self.monitor.history.items()}
+        known = {"step": self.step, "skipped": self.monitor.skipped, "paths": self.monitor.paths}
+        with self.monitor.harmless("the curves could not be sent to the process that started the run"):
+            self._mailbox.send(trainer, {"history": curves, **known})
 
     def _let_go(self) -> None:
         self.monitor.close()

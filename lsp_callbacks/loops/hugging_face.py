@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from lsp_callbacks.configure import configured
 from lsp_callbacks.loops.plain import Log, Watch, moves
 from lsp_callbacks.monitor import Monitor, scalars
 from lsp_callbacks.probing import Criterion, ForwardFn, population
-from lsp_callbacks.snapshot import Clipping, Unmodelled
+from lsp_callbacks.quantities import Quantity
+from lsp_callbacks.quantities.select import Selection
+from lsp_callbacks.snapshot import Clipping, Prox, Unmodelled
 
 ITEMS = "num_items_in_batch"
 
@@ -30,27 +34,71 @@ class StabilityCallback(TrainerCallback):
 
     The Trainer clips gradients by norm unless ``max_grad_norm=0``; what needs the update is that of the clipped step.
 
+    What `StabilityMonitor` takes beside these has no place here: the loss and the number of batches in a step are the
+    Trainer's, whole batches are measured, and the Trainer's checkpoints hold nothing of ours.
+
     Args:
-        monitor: see `Watch`, as for the others.
+        quantities: a preset ("economy", "default", "full"), names, or `Quantity` objects; or a `Monitor`, which has the
+            settings up to ``time_limit`` itself.
+        every_n_steps: as of `StabilityMonitor`; so are
+        budget: of the training cost,
+        window: steps in a window of the exponent,
+        average: windows in its mean,
+        layers: whose spectral norms to measure,
+        blocks: the residual blocks,
+        strict: raise where a measurement fails,
+        max_memory: bytes that a measurement may take beside training,
+        time_limit: seconds that one may take, and
+        prox: what is done to each parameter after the optimizer's step.
         forward_fn: its batch is ``(args, kwargs)`` of the model's forward pass; so is that of
         criterion: which belongs to it.
         log: called with new values and ``state.global_step``.
         seed: of our own random choices.
+
+    Raises:
+        ValueError: for bad arguments, or settings beside a `Monitor`.
+
+    Example:
+        >>> from lsp_callbacks.loops.hugging_face import StabilityCallback
+        >>> callbacks = [StabilityCallback(["sharpness", "lyapunov"], every_n_steps=50)]  # for Trainer(callbacks=...)
     """
 
     watch: Watch
 
     def __init__(
         self,
-        monitor: Monitor | None = None,
+        quantities: str | Sequence[str | Quantity] | Monitor = "default",
         *,
+        every_n_steps: int | None = None,
+        budget: float = 0.05,
+        window: int = 4,
+        average: int = 5,
+        layers: Selection = None,
+        blocks: Selection = None,
+        strict: bool = False,
+        max_memory: float | str | None = None,
+        time_limit: float | None = None,
+        prox: Prox | None = None,
         forward_fn: ForwardFn | None = None,
         criterion: Criterion | None = None,
         log: Log | None = None,
         seed: int = 0,
     ):
-        self.monitor, self.log = monitor, log
-        self._settings: dict[str, Any] = {"forward_fn": forward_fn, "criterion": criterion, "seed": seed}
+        settings: dict[str, Any] = {
+            "every_n_steps": every_n_steps, "budget": budget, "window": window, "average": average, "layers": layers,
+            "blocks": blocks, "strict": strict, "max_memory": max_memory, "time_limit": time_limit,
+        }  # fmt: skip
+        if isinstance(quantities, Monitor):
+            known = inspect.signature(configured).parameters
+            if given := [name for name, value in settings.items() if value != known[name].default]:
+                raise ValueError(f"{' and '.join(given)}: a Monitor is given, give it to that")
+            self.monitor = quantities
+        else:
+            self.monitor = configured(quantities, **settings)
+        if (forward_fn is None) != (criterion is None):
+            raise ValueError("forward_fn and criterion belong together: pass both, or neither")
+        self.log = log
+        self._settings: dict[str, Any] = {"forward_fn": forward_fn, "criterion": criterion, "prox": prox, "seed": seed}
         self._values: dict[str, float] = {}
         self._items: Any = None
         self._losses: list[Tensor] = []
@@ -78,6 +126,9 @@ class StabilityCallback(TrainerCallback):
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward),
         ]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.step = state.global_step  # which counts steps that a gradient scaler leaves out
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         values, self._values = self._values, {}

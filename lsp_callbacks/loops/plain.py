@@ -153,7 +153,7 @@ class Watch:
                     self._pending = PendingStep(self.module)
         self.monitor.begin(self.module, first=first)
         self.batches += 1
-        self.probes.add(batch)
+        self.probes.add(batch, self.module)
         self._guard.add(batch, self._loss)
         if self._pending is not None:
             self._pending.add(batch, self._loss)
@@ -224,6 +224,7 @@ class Watch:
                 prox=self.prox,
                 unmodelled=self.unmodelled,
                 keep=self.monitor.keeps,
+                loss_of="loss_fn",
                 probes=probes,
                 scale=1.0 if self.scaler is None else float(self.scaler.get_scale()),
                 schedulers=self.schedulers,

@@ -28,8 +28,8 @@ def known_optimizer(snapshot: Snapshot) -> torch.optim.Optimizer:
     """
     if snapshot.optimizer is None:
         raise Unmeasurable("no optimizer is known: pass optimizer=... to the Snapshot")
-    if snapshot.unmodelled:
-        raise Unmeasurable(snapshot.unmodelled)
+    if why := snapshot.unmodelled or snapshot.disowned:
+        raise Unmeasurable(why)
     return snapshot.optimizer
 
 

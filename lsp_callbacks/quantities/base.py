@@ -39,6 +39,8 @@ class Quantity(Metric):
         window: consecutive steps that are measured.
         prepare: steps before them.
         needs_update: whether the optimizer's update map enters.
+        without_update: keys that stay right where the update turns out to be another one: then the quantity goes on
+            with them alone, on snapshots that are `Snapshot.disowned`. Without any it is left out.
         recorded: steps of the `Trace` that it looks back on, at most; 0 asks for none.
         energies: what the trace is to record beside loss and rate, by name.
         final_state: name of the module whose output the energies see as ``state``; None where none asks for it.
@@ -55,6 +57,7 @@ class Quantity(Metric):
     window: int = 1
     prepare: int = 0
     needs_update: bool = False
+    without_update: tuple[str, ...] = ()
     recorded: int = 0
     energies: Mapping[str, Energy] = MappingProxyType({})
     final_state: str | None = None
@@ -152,6 +155,10 @@ class Quantity(Metric):
 
     def load_vectors(self, vectors: dict[str, Any]) -> None:
         """Takes back what `vectors` gave; nothing forgets it, and drops a window that is under way."""
+
+    def restart(self) -> None:
+        """Called where other parameters are trained from now on: what was remembered of the earlier ones is let go."""
+        self.load_vectors({})
 
     def reset(self) -> None:
         super().reset()

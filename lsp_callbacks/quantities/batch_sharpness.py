@@ -78,7 +78,7 @@ class BatchSharpness(Quantity):
         """Takes in one more batch; a gap in the steps starts again."""
         self.complete = False
         pair = curvature_along_gradient(snapshot, method=self.method)
-        going = bool(self._window) and snapshot.step == self._step + 1
+        going = bool(self._window) and snapshot.follows(self._step)
         self._window = [*(self._window if going else []), pair]
         self._step = snapshot.step
         pairs = torch.stack(self._window)

@@ -96,7 +96,7 @@ class LeaveOneOut(Quantity):
         """Takes samples out, pushes the responses through one more step, or reads them; a gap starts again."""
         self.complete = False
         frame = self._frame
-        if not frame or snapshot.step != frame["step"] + 1:
+        if not frame or not snapshot.follows(frame["step"]):
             self._frame = self._begin(snapshot)
             return
         if frame["count"] == self.window:

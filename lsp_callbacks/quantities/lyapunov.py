@@ -44,7 +44,7 @@ class Windowed(Quantity):
 
     def _continues(self, snapshot: Snapshot) -> bool:
         """Whether the snapshot is the next step of the window under way."""
-        return bool(self._frame) and snapshot.step == self._frame["step"] + 1
+        return bool(self._frame) and snapshot.follows(self._frame["step"])
 
     def vectors(self) -> dict[str, Any]:
         return self._frame | ({} if self._mode is None else {"mode": self._mode, "top": self._top})
@@ -163,6 +163,10 @@ class Lyapunov(Windowed):
         self.windows = torch.cat([self.windows, scalar(exponent)[None]])[-self.average :]
         self.spans = torch.cat([self.spans, torch.tensor([span], dtype=torch.float64)])[-self.average :]
         self.complete = True
+
+    def restart(self) -> None:
+        super().restart()
+        self.windows = self.windows[:0]  # of another map
 
     def compute(self) -> dict[str, Tensor]:
         """Mean of the last windows and its bounds, in nats a step."""

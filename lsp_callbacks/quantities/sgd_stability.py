@@ -267,6 +267,10 @@ class SGDStability(Quantity):
             "kernel_components": float(components),
         }
 
+    def restart(self) -> None:
+        super().restart()
+        self.best_rank = scalar(0.0)  # K has another rank
+
     def compute(self) -> dict[str, Tensor]:
         """The last measurement; a rate that is infinite, as nothing can become unstable, is left out."""
         found = dict(zip(self._names, self.values))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lsp_callbacks.arguments import choice
 from lsp_callbacks.functional.sharpness import Edge, edge, edge_constant
+from lsp_callbacks.functional.sharpness import sharpness as top_eigenvalue
 from lsp_callbacks.operators.curvature import Method, resolved
 from lsp_callbacks.operators.footprint import product_memory
 from lsp_callbacks.operators.frozen import coupled_decay, decay_rates, frozen_rule, rates
@@ -75,6 +76,8 @@ class Sharpness(Quantity):
     complete when all have been seen. The largest Courant number stands for all, and with it that player's sharpness,
     limit and residual. It does not see how the players drive each other: `LyapunovTrajectory` does.
 
+    Where the update is not what the optimizer makes of the gradient, sharpness and residual are all that is measured.
+
     Args:
         method: of the Hessian products, see `lsp_callbacks.operators.hessian`.
 
@@ -106,6 +109,7 @@ class Sharpness(Quantity):
     keys = ("stability/sharpness", "stability/courant_gd", "stability/sharpness_residual")
     optional = ("stability/sharpness_limit", "stability/courant_gd_residual")
     needs_update = True
+    without_update = ("stability/sharpness", "stability/sharpness_residual")
     plays = True
     sharpness: Tensor
     limit: Tensor
@@ -120,12 +124,16 @@ class Sharpness(Quantity):
         self._starts: dict[str, tuple[Tensor, Tensor]] = {}
         self._turn: dict[str, Readings] = {}
         self._first = 0
+        self._alone = False
         self._names: list[str] = []
         self.add_state("players", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
         for state in ("sharpness", "limit", "courant", "residual", "courant_residual"):
             self.add_state(state, default=scalar(torch.nan), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        if snapshot.disowned:
+            method = resolved(snapshot, self.method)
+            return {"forward": forward_cost(snapshot), "edge": lanczos_cost(snapshot, method, WARM, 1)}
         players = 1 if snapshot.player is None else len(snapshot.player.optimizers)
         return {
             part: gradients * (players if part == "edge" else 1)
@@ -140,7 +148,10 @@ class Sharpness(Quantity):
 
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step; in a game, until each player was measured."""
-        self.complete = False
+        self.complete, self._alone = False, snapshot.disowned is not None
+        if self._alone:
+            self._without_update(snapshot)
+            return
         player = snapshot.player
         name, names = ("", ("",)) if player is None else (player.name, tuple(player.optimizers))
         turn = self._turn if player is not None else {}
@@ -165,6 +176,16 @@ class Sharpness(Quantity):
             self.players = torch.tensor([(turn[name][2], turn[name][0]) for name in names], dtype=torch.float64)
         self._turn, self.complete = {}, True
 
+    def _without_update(self, snapshot: Snapshot) -> None:
+        """The Hessian's own eigenvalue, without the optimizer."""
+        _, top = self._starts.get("", (None, None))
+        steps = COLD if top is None else WARM
+        pair = top_eigenvalue(snapshot, start=top, steps=steps, tol=TOLERANCE, method=self.method)
+        residual = pair.residual / pair.value.abs().clamp_min(torch.finfo(torch.float64).tiny)
+        self._starts[""] = (pair.vector, pair.vector)
+        self.sharpness, self.residual, self.complete = scalar(pair.value), scalar(residual), True
+        self.limit = self.courant = scalar(math.nan)
+
     def compute(self) -> dict[str, Tensor]:
         """The last measurement."""
         values = {
@@ -177,6 +198,8 @@ class Sharpness(Quantity):
             values["stability/courant_gd_residual"] = self.courant_residual
         if not bool(torch.isfinite(self.limit)):  # at rate 0 there is no limit
             del values["stability/sharpness_limit"]
+        if self._alone:
+            del values["stability/courant_gd"]
         for name, (courant, sharpness) in zip(self._names, self.players):
             values[f"stability/player_courant/{name}"] = scalar(courant)
             values[f"stability/player_sharpness/{name}"] = scalar(sharpness)

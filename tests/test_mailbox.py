@@ -1,0 +1,69 @@
+"""Runs in processes that Lightning launches by itself: what was measured is there where ``fit`` was called."""
+
+import gc
+import glob
+import math
+import os
+import pickle
+import tempfile
+import warnings
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+from zoo import Model, data
+
+from lsp_callbacks import StabilityMonitor
+from lsp_callbacks.callbacks.mailbox import Mailbox
+
+QUANTITIES = ["sharpness", "lyapunov", "spectral_norm"]
+
+
+def run(monitor, make=Model, **settings):
+    torch.manual_seed(0)
+    trainer = Trainer(
+        accelerator="cpu", callbacks=[monitor], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, max_steps=6, max_epochs=10, **settings,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(make(), data(shuffle=False))
+    return trainer
+
+
+def files():
+    return glob.glob(os.path.join(tempfile.gettempdir(), "lsp_callbacks-*"))
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
+def test_the_curves_come_home(strategy):
+    before = files()
+    monitor, twin = (StabilityMonitor(QUANTITIES, every_n_steps=2, window=1) for _ in range(2))
+    trainer = run(monitor, strategy=strategy, devices=2)
+    assert monitor.history["stability/sharpness"].steps == [0, 2, 4]
+    assert monitor.history["stability/lyapunov"].steps == [1, 3, 5]
+    assert all(math.isfinite(v) for curve in monitor.history.values() for v in curve.values)
+    assert set(monitor.paths) == set(QUANTITIES) and monitor.step == 6 and not monitor.monitor.skipped
+    for key, curve in monitor.history.items():  # what Lightning itself brings home is the last value
+        if key in trainer.callback_metrics and math.isfinite(curve.values[-1]):
+            assert float(trainer.callback_metrics[key]) == pytest.approx(curve.values[-1], rel=1e-6)
+    assert files() == before
+    run(twin)  # in this process
+    assert twin.history.keys() == monitor.history.keys() and files() == before
+
+
+def test_nothing_is_left_where_nobody_asks():
+    before = files()
+    monitor = StabilityMonitor(["spectral_norm"], every_n_steps=2)
+    run(monitor, strategy="ddp_fork", devices=1)
+    assert len(files()) == len(before) + 1
+    del monitor
+    gc.collect()
+    assert files() == before
+
+
+def test_a_box_belongs_to_the_process_that_made_it():
+    box = Mailbox()
+    assert box.receive() is None
+    copy = pickle.loads(pickle.dumps(box))
+    assert copy.receive() is None and vars(copy) == vars(box)

@@ -1,0 +1,139 @@
+"""What a user's code prints, logs and writes while it is replayed: once in training, and never again."""
+
+import builtins
+import contextlib
+import io
+import logging
+import pathlib
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+from zoo import Model, data, fit, mlp
+
+from lsp_callbacks import Monitor, Sharpness, StabilityMonitor
+from lsp_callbacks.loops import Watch
+from lsp_callbacks.muted import muted
+
+SHARPNESS = "stability/sharpness"
+log = logging.getLogger("users")
+
+
+class Loud(Model):
+    """Says in all ways which batch it sees."""
+
+    def __init__(self, folder):
+        super().__init__(mlp(nn.Dropout(0.2)))
+        self.folder = pathlib.Path(folder)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.say(f"batch {batch_idx} {loss.item():.4f}\n")
+        return loss
+
+    def say(self, text):
+        print(text, end="")
+        print(text, end="", file=sys.stderr)
+        sys.stdout.writelines([text])
+        log.warning(text.strip())
+        with open(self.folder / "appended", "a") as file:
+            file.write(text)
+        with (self.folder / "pathlib").open("ab") as file:
+            file.write(text.encode())
+        (self.folder / "last").write_text(text)
+        with contextlib.suppress(FileExistsError), open(self.folder / text.split()[1], "x") as file:
+            print(text, file=file)
+
+
+class Clips(Loud):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        self.say("clips here\n")
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+
+def heard(make, folder, *callbacks, **settings):
+    folder.mkdir()
+    out, err, records = io.StringIO(), io.StringIO(), []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    log.addHandler(handler)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run = fit(lambda: make(folder), *callbacks, max_steps=10, **settings)
+    finally:
+        log.removeHandler(handler)
+    files = {path.name: path.read_text() for path in sorted(folder.iterdir())}
+    weights = [p.tolist() for p in run.model.parameters()]
+    return out.getvalue().count("batch"), err.getvalue().count("batch"), records, files, weights
+
+
+@pytest.mark.parametrize("make", [Loud, Clips])
+@pytest.mark.parametrize("quantities", ["default", "full", ["numerics"]])
+def test_it_is_said_once(make, quantities, tmp_path):
+    monitor = StabilityMonitor(quantities, every_n_steps=1 if quantities == "default" else 5)
+    settings = {"gradient_clip_val": 0.5} if make is Clips else {}
+    left = [heard(make, tmp_path / name, *ours, **settings) for name, ours in (("without", []), ("with", [monitor]))]
+    assert left[0] == left[1]
+    assert monitor.history and left[0][0] == 20  # on stdout by print and writelines
+
+
+def test_a_plain_loop(tmp_path, capsys):
+    model = Loud(tmp_path)
+    model._trainer = None
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss_fn(module, batch):
+        loss = module.loss(batch)
+        Loud.say(model, "batch 0\n")
+        return loss
+
+    watch = Watch(model, sgd, loss_fn, Monitor(Sharpness(), every_n_steps=1))
+    for batch in watch(data()):
+        sgd.zero_grad()
+        loss_fn(model, batch).backward()
+        sgd.step()
+    assert len(watch.history[SHARPNESS].steps) == 6
+    assert capsys.readouterr().out.count("batch") == 12 and (tmp_path / "appended").read_text().count("batch") == 6
+
+
+def test_our_own_warnings_are_heard(capsys):
+    """They come between replays."""
+
+    class Wanders(Model):
+        calls = 0
+
+        def training_step(self, batch, batch_idx):
+            Wanders.calls += 1
+            return super().training_step(batch, batch_idx) * Wanders.calls
+
+    with pytest.warns(UserWarning, match="could not be replayed"):
+        fit(Wanders, StabilityMonitor(["sharpness"], every_n_steps=1), max_steps=1)
+
+
+def test_other_threads_notice_nothing_and_everything_is_put_back(tmp_path, capsys):
+    before = sys.stdout, sys.stderr, builtins.open, io.open, logging.Logger.handle
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    log.addHandler(handler)
+
+    def others():
+        print("other")
+        log.warning("other")
+        with open(tmp_path / "other", "w") as file:
+            file.write("other")
+
+    with pytest.raises(KeyError), muted():
+        thread = threading.Thread(target=others)
+        thread.start(), thread.join()
+        print("mine"), log.warning("mine")
+        with open(tmp_path / "mine", "w") as file:
+            file.write("mine")
+        assert (tmp_path / "other").read_text() == "other"  # reading goes on
+        raise KeyError
+    log.removeHandler(handler)
+    assert (sys.stdout, sys.stderr, builtins.open, io.open, logging.Logger.handle) == before
+    assert capsys.readouterr().out == "other\n" and records == ["other"]
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
