@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.linalg import Eigenpair, lanczos
+from lsp_callbacks.operators.coming import coming_rule
 from lsp_callbacks.operators.curvature import Method, hessian
 from lsp_callbacks.operators.frozen import (
     FrozenRule,
@@ -15,7 +16,6 @@ from lsp_callbacks.operators.frozen import (
     coupled_decay,
     decay_rates,
     decayed_hessian,
-    frozen_rule,
     preconditioned_hessian,
     rates,
 )
@@ -136,11 +136,12 @@ def edge(
 ) -> Edge:
     """Sharpness, its limit, and the Courant number ``lambda_max(R^1/2 H' R^1/2) / c`` of a step.
 
-    R are the effective rates of the parameters: the learning rate times the preconditioner of Adam, AdamW, RMSprop or
-    Adagrad at this step, held fixed, over Adam's bias correction, times the factor by which this step's gradient was
-    clipped, held fixed too. H' is the Hessian with coupled weight decay. With one rate and one weight decay everything
-    follows from one Lanczos run on H; otherwise the preconditioned operator gets a run of its own. It holds for
-    full-batch steps; under momentum it is blind to batch noise.
+    R are the effective rates of the parameters: the learning rate times the preconditioner of Adam, AdamW, RMSprop
+    or Adagrad over Adam's bias correction, held fixed as they will be some ten steps later (`coming_rule`), times
+    the factor by which this step's gradient was clipped, held fixed too. H' is the Hessian with coupled weight
+    decay. With one rate and one weight decay everything follows from one Lanczos run on H; otherwise the
+    preconditioned operator gets a run of its own. It holds for full-batch steps; under momentum it is blind to
+    batch noise.
 
     Args:
         snapshot: a step with its optimizer.
@@ -155,9 +156,9 @@ def edge(
 
     Source: MATH section 3; Cohen et al. 2021; Cohen et al. 2022 for preconditioned gradients.
     """
-    rule = frozen_rule(snapshot)
+    rule = coming_rule(snapshot)
     constant, maximize = edge_constant(rule), rule.sign < 0
-    rate, decay = rates(snapshot), decay_rates(snapshot)
+    rate, decay = rates(snapshot, rule), decay_rates(snapshot, rule)
     root = rate**0.5 if rule.lr else 1.0
     if isinstance(rate, Tensor) or isinstance(decay, Tensor):
         own = _top(hessian(snapshot, method=method), snapshot, top, steps, tol, both=maximize)
@@ -166,7 +167,7 @@ def edge(
             decayed = _top(decayed_hessian(snapshot, method=method), snapshot, None, steps, tol).values[-1]
         else:
             decayed = (-own.values[0] if maximize else own.values[-1]) + added
-        run = _top(preconditioned_hessian(snapshot, method=method), snapshot, start, steps, tol)
+        run = _top(preconditioned_hessian(snapshot, method=method, rule=rule), snapshot, start, steps, tol)
         pair, extra, eigenvector = run.pair(-1), len(own.basis), own.pair(-1).vector
         sharp, courant = own.values[-1], pair.value / constant
     else:
@@ -184,7 +185,7 @@ def edge(
         mode=pair.vector,
         top=eigenvector,
         root=root,
-        kick=_kick(root, buffer_rates(snapshot)) if rule.momentum else None,
+        kick=_kick(root, buffer_rates(snapshot, rule)) if rule.momentum else None,
         products=pair.products + extra,
         converged=pair.converged,
     )

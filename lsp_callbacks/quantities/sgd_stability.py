@@ -21,7 +21,9 @@ from lsp_callbacks.functional.sgd_stability import (
     sum_of_exponents,
 )
 from lsp_callbacks.operators.batch_statistics import batches_to_settle
+from lsp_callbacks.operators.coming import DRAWS, gradients_missing
 from lsp_callbacks.operators.footprint import footprint, unfolded
+from lsp_callbacks.operators.frozen import frozen_rule
 from lsp_callbacks.operators.work import beside, forward_cost, sample_passes
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.sgd_diagram import diagram_around, draw, matplotlib
@@ -164,11 +166,12 @@ class SGDStability(Quantity):
             "forward": forward_cost(snapshot),
             "gradient": 1.0,
             "kernel": (3 + 2 / 3 * (rows + passes)) * share + gram,
+            "signs of the probes": (1 + 2 * (1 + DRAWS)) / 3 * share * frozen_rule(snapshot).frozen,
             "products": max(numerics, 0.0 if device.type == "cpu" else 2.0),
         }
 
     def wait(self, snapshot: Snapshot) -> int:
-        return batches_to_settle(snapshot.module, INITIAL, fresh=not snapshot.step)
+        return max(batches_to_settle(snapshot.module, INITIAL, fresh=not snapshot.step), gradients_missing(snapshot))
 
     def path(self, snapshot: Snapshot) -> str:
         """Which rules gave per-sample gradients, see `TangentKernel`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lsp_callbacks.arguments import choice
 from lsp_callbacks.functional.sharpness import Edge, edge, edge_constant
+from lsp_callbacks.operators.coming import DRAWS, gradients_missing
 from lsp_callbacks.operators.curvature import Method, resolved
 from lsp_callbacks.operators.footprint import product_memory
 from lsp_callbacks.operators.frozen import coupled_decay, decay_rates, frozen_rule, rates
@@ -39,7 +40,8 @@ def edge_cost(snapshot: Snapshot, method: Method) -> dict[str, float]:
     method = resolved(snapshot, method)
     one = all(isinstance(value, float) for value in (rates(snapshot), decay_rates(snapshot)))
     runs = 1 if one else 2 + isinstance(coupled_decay(snapshot), Tensor)
-    return {"forward": forward_cost(snapshot), "edge": lanczos_cost(snapshot, method, WARM, runs)}
+    scatter = {"signs": (1 + 2 * DRAWS) / 3} if frozen_rule(snapshot).frozen else {}
+    return {"forward": forward_cost(snapshot), "edge": lanczos_cost(snapshot, method, WARM, runs)} | scatter
 
 
 def edge_memory(snapshot: Snapshot, method: Method) -> dict[str, float]:
@@ -51,11 +53,13 @@ class Sharpness(Quantity):
     """The largest algebraic Hessian eigenvalue of the step's loss against what the optimizer can bear.
 
     ``courant_gd = lambda_max(R^1/2 H' R^1/2) / c`` with R the effective rates, H' the Hessian with coupled weight
-    decay, and c from `lsp_callbacks.functional.stability_constant`: 1 is the edge of stability of full-batch steps. R
-    is the learning rate times the preconditioner of Adam, AdamW, RMSprop or Adagrad and the factor of clipping, both as
-    they are in this step; what a ``prox`` does to the weights after it is not in it. It is measured on one mini-batch
-    and, under momentum, blind to batch noise. When it stays above 1 and the loss does not fall: lower the learning
-    rate, or warm it up for longer.
+    decay, and c from `lsp_callbacks.functional.stability_constant`: 1 is the edge of stability of full-batch steps.
+    R is the learning rate times the preconditioner of Adam, AdamW, RMSprop or Adagrad, as it will be some ten steps
+    later (`lsp_callbacks.operators.coming_rule`), and the factor of clipping, as it is in this step; what a
+    ``prox`` does to the weights after it is not in it. Behind a preconditioner it is first measured when that holds
+    two gradients, which a single step does not. It is measured on one mini-batch and, under momentum, blind to
+    batch noise. When it stays above 1 and the loss does not fall: lower the learning rate, or warm it up for
+    longer.
 
     Where several players take turns, each is measured on its own loss and its own parameters; the measurement is
     complete when all have been seen. The largest Courant number stands for all, and with it that player's sharpness,
@@ -90,6 +94,7 @@ class Sharpness(Quantity):
     keys = ("stability/sharpness", "stability/courant_gd", "stability/sharpness_residual")
     optional = ("stability/sharpness_limit",)
     needs_update = True
+    patient = True
     plays = True
     sharpness: Tensor
     limit: Tensor
@@ -117,6 +122,10 @@ class Sharpness(Quantity):
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         return edge_memory(snapshot, self.method)
+
+    def wait(self, snapshot: Snapshot) -> int:
+        """A preconditioner that has met one batch only is that of none: one step."""
+        return gradients_missing(snapshot)
 
     def check(self, snapshot: Snapshot) -> None:
         edge_constant(frozen_rule(snapshot))
