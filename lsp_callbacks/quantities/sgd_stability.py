@@ -233,10 +233,10 @@ class SGDStability(Quantity):
         if math.isnan(critical.value):
             raise Unmeasurable("the Gram matrix is not finite: the weights or the outputs have overflowed")
         return {
-            "courant_sgd": found.lr / critical.value,
+            "courant_sgd": _ratio(found.lr, critical.value),
             "critical_lr": critical.value,
             "critical_lr_error": critical.error,
-            "courant_mean_square": found.lr / critical.mean_square,
+            "courant_mean_square": _ratio(found.lr, critical.mean_square),
             "mean_square_lr": critical.mean_square,
             "sgd_lyapunov": float(exponent.value),
             "sgd_lyapunov_error": float(exponent.error),
@@ -276,7 +276,7 @@ class SGDStability(Quantity):
         return {
             key: value
             for key, value in found.items()
-            if not (bool(value.isinf()) or (key in DETAILS and bool(value.isnan())))
+            if not ((bool(value.isinf()) and "courant" not in key) or (key in DETAILS and bool(value.isnan())))
         }
 
     def diagram(self, **settings: Any) -> StabilityDiagram:
@@ -329,3 +329,8 @@ class SGDStability(Quantity):
     def reset(self) -> None:
         super().reset()
         self._shown = None
+
+
+def _ratio(lr: float, critical: float) -> float:
+    """A Courant number; 0 at an infinite critical rate, infinite at one that is too small to be told from 0."""
+    return lr / critical if critical else math.inf
