@@ -3,8 +3,8 @@
 Four networks on scikit-learn's digits (ReLU and tanh MLPs, a CNN with BatchNorm, a small transformer) under Adam,
 AdamW, RMSprop and Adagrad, batch 64; the definition (`coming_rule`) was chosen on seeds 10 to 13. A run is *healthy* if
 no loss of its first 50 steps is above 1.1 times the first and it falls to a quarter of that in 400; *failing* if it
-does not fall to half of it; otherwise it had a *bad start*. Measured every third step, which asks more of a rule against
-false events than a budget does. An event is `StopOnInstability`'s: the mean of three readings is above 1.
+does not fall to half of it; otherwise it had a *bad start*. Measured every third step, which asks more of a rule
+against false events than a budget does. An event is `StopOnInstability`'s: the mean of three readings is above 1.
 ``python benchmarks/adam_first_steps.py`` prints the table of ``adam_first_steps.md`` (half an hour); names of
 optimizers and seeds ask for a part of it.
 """
@@ -151,7 +151,8 @@ def run(net: str, optimizer: str, lr: float, seed: int) -> Outcome:
         known = [(step, value) for step, value in zip(curve.steps, curve.values) if not math.isnan(value)]
         means = [(known[i + 2][0], sum(value for _, value in known[i : i + 3]) / 3) for i in range(len(known) - 2)]
         event = next((step for step, mean in means if mean > 1), None)
-        readings.append((known[0][1], max(mean for _, mean in means), event))
+        first = known[0][1] if known else math.nan
+        readings.append((first, max((mean for _, mean in means), default=math.nan), event))
     return Outcome(
         readings=tuple(readings),
         forecast="stability/steps_to_edge" in monitor.history,
@@ -188,8 +189,8 @@ def main(names: list[str], seeds: list[int]) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     head = (
-        "", "run", "seed", "courant_gd: first", "largest", "event", "courant_sgd: first", "largest", "event", "forecast",
-        "loss: first", "largest of 50", "at 400",
+        "", "run", "seed", "courant_gd: first", "largest", "event", "courant_sgd: first", "largest", "event",
+        "forecast", "loss: first", "largest of 50", "at 400",
     )  # fmt: skip
     print(f"| {' | '.join(head)} |", "|---" * len(head) + "|", sep="\n")
     outcomes = []

@@ -44,12 +44,7 @@ class CriticalRate:
         return True
 
     def crossing(self, rates: Sequence[float]) -> int | None:
-        """The first of the rates that is above the critical one; None before there are enough to tell a mean.
-
-        In the first steps of training a critical rate can double from one reading to the next.
-        """
-        if len(self.known) < RECENT:
-            return None
+        """The first of the rates that is above the critical one."""
         return next((k for k, future in enumerate(rates) if future > self.mean), None)
 
 

@@ -137,10 +137,11 @@ def gd_critical_lr(modes: Modes, rule: UpdateRule = PLAIN) -> float:
     """
     if not modes.rank:
         return math.inf
+    modes, rule, unit = in_units(modes, rule)
     h = modes.curvatures + rule.weight_decay
     delta, phi, beta, b1, b2 = rule.coefficients(torch.ones_like(h))
     slope = 2 * (1 + beta) - ((1 + delta + b1 * h) * (1 + beta) - phi * b2 * h)
-    return float((2 * (1 + beta) / slope).min())
+    return float((2 * (1 + beta) / slope).min()) / unit
 
 
 def second_moment_exponent(

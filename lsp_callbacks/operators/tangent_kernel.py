@@ -41,6 +41,7 @@ class TangentKernel:
         stated: in words, which outputs the rows stand for.
         mode: the sharpest mode, where it was needed: the next call may start from it.
         passes: backward passes that were needed for rows by themselves.
+        alike: share of the samples with the same outputs, but for their rounding.
     """
 
     gram: Tensor
@@ -52,6 +53,7 @@ class TangentKernel:
     stated: str
     mode: Tensor | None
     passes: int
+    alike: float = 0.0
 
 
 def tangent_kernel(
@@ -103,10 +105,12 @@ def tangent_kernel(
     grams = {name: ParameterGram() for name in parameters}
     backward = {name: torch.zeros_like(p) for name, p in parameters.items()}
     signs: list[Tensor] = []
-    loss = 0.0
+    loss, like, alike = 0.0, None, 0.0
     for index in range(len(probes.parts)):
         found, recorder, cotangents = directions.evaluate(index)
         samples = len(found.outputs)
+        like = found.outputs[:3].detach() if like is None else like  # one of three is among the many, if there are
+        alike = alike + _alike(found.outputs.detach(), like)
         loss += float(found.criterion(found.outputs.detach())) * samples / probes.samples
         if not math.isfinite(loss):
             raise Unmeasurable("the loss of the probes is not finite: the weights or the outputs have overflowed")
@@ -159,8 +163,17 @@ def tangent_kernel(
     gram = (gram + gram.T).mul_(0.5).cpu()
     rows = len(gram) // probes.samples
     return TangentKernel(
-        gram, rows, path, traces, defect, loss, directions.stated, directions.mode, len(weights) * bool(left)
-    )
+        gram, rows, path, traces, defect, loss, directions.stated, directions.mode, len(weights) * bool(left),
+        float(torch.as_tensor(alike).max()) / probes.samples if probes.samples > 1 else 0.0,
+    )  # fmt: skip
+
+
+def _alike(outputs: Tensor, like: Tensor) -> Tensor:
+    """How many samples have the outputs of each row of ``like``, to a few units of rounding of the largest."""
+    if outputs.shape[1:] != like.shape[1:]:
+        return torch.zeros(len(like))
+    rounding = 4 * torch.finfo(outputs.dtype).eps * like.abs().amax()
+    return torch.tensor([float(((outputs - row).abs().amax((1, 2)) <= rounding).sum()) for row in like])
 
 
 def _difference(share: Tensor, c: Tensor, expected: float, rounding: float) -> float:
@@ -350,6 +363,9 @@ def _sharpest(
     weights = [torch.as_tensor(scale[name]).to(p).expand_as(p) for name, p in probes.parameters.items()]
     d = flatten(weights, parameters)
     steps = COLD if mode is None else WARM
+    if mode is not None and not bool(mode.any()):
+        mode = None
+    steps = COLD if mode is None else WARM
     vector = torch.randn(len(d), generator=generator).to(d) if mode is None else mode
     before = [part().outputs.detach() for part in probes.parts]
     for _ in range(steps):
@@ -362,6 +378,8 @@ def _sharpest(
             found = part()
             curved = output_hessian(found)(move)
             image += flatten(torch.autograd.grad(found.outputs, parameters, curved, materialize_grads=True), parameters)
+        if not bool((d * image).any()):  # dead, or saturated: no direction is felt, and any will do
+            break
         vector = _unit(d * image)
     return moves, vector
 

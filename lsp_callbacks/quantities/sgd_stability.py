@@ -45,8 +45,11 @@ DETAILS = (
     "stability/sgd_lyapunov_least", "stability/sgd_lyapunov_most", "stability/sgd_lyapunov_finite",
     "stability/sgd_lyapunov_finite_spread", "stability/kernel_margin", "stability/kernel_components",
 )  # fmt: skip
-#: A network has collapsed when its rank is this share of the largest so far, and the probes' loss that of the first.
-RANK, LOSS = 0.1, 0.5
+#: A network has collapsed when so large a share of the probes has the same outputs, the rank is that share of the
+#: largest so far, and the probes' loss that of the first;
+ALIKE, RANK, LOSS = 0.9, 0.1, 0.5
+#: or when in so many readings in a row they had the same outputs, at this share of the first loss.
+READINGS, UNFIT = 3, 0.01
 #: Share of their initial values that running statistics of BatchNorm may still hold: with a momentum of 0.1 after 22
 #: batches. Before that the network in eval mode is not the one that is trained.
 INITIAL = 0.1
@@ -79,13 +82,16 @@ class SGDStability(Quantity):
 
     Keys: ``stability/courant_sgd``, ``critical_lr``, ``courant_mean_square``, ``mean_square_lr``, ``sgd_lyapunov``
     and ``gd_lyapunov`` (lambda and mu, nats per step); ``_error`` beside those by Monte Carlo; ``kernel_rank`` and
-    ``kernel_trace`` of K; ``collapsed``, 1 where rank and loss say that the outputs have ceased to depend on the
-    inputs, otherwise 0. With ``horizon``: ``sgd_lyapunov_least`` (of plain SGD: the mean of all exponents) and
-    ``sgd_lyapunov_most`` (half the second moment's exponent), between which lambda lies; ``sgd_lyapunov_finite`` with
-    its ``_spread`` over runs of so many steps; ``kernel_margin``, ``min |1 - lr k_ii|``, and ``kernel_components`` of K
-    (Chemnitz & Engel, definition 2.2: at margin 0, or with more than one component, the point is not regular).
-    Theorem B, by which the sign of lambda decides, is proved there for one output, batches of one and plain SGD;
-    elsewhere it is linear stability.
+    ``kernel_trace`` of K; ``collapsed``, 1 where the outputs have ceased to depend on the inputs, otherwise 0: nine
+    of ten probes have the same outputs to the last digits (dead ReLUs, saturated units), while the rank has fallen
+    to a tenth of its largest and the loss not to half of the first, or in three readings in a row at rates above 0,
+    the loss above a hundredth of the first. It does not tell a network that is bad but still moves: outputs that
+    exploded have a saturated softmax and a low rank, too, and may come back. With ``horizon``:
+    ``sgd_lyapunov_least`` (of plain SGD: the mean of all exponents) and ``sgd_lyapunov_most`` (half the second
+    moment's exponent), between which lambda lies; ``sgd_lyapunov_finite`` with its ``_spread`` over runs of so many
+    steps; ``kernel_margin``, ``min |1 - lr k_ii|``, and ``kernel_components`` of K (Chemnitz & Engel, definition
+    2.2: at margin 0, or with more than one component, the point is not regular). Theorem B, by which the sign of
+    lambda decides, is proved there for one output, batches of one and plain SGD; elsewhere it is linear stability.
 
     Raises:
         ValueError: for bad arguments.
@@ -111,6 +117,7 @@ class SGDStability(Quantity):
     values: Tensor
     best_rank: Tensor
     first_loss: Tensor
+    constant: Tensor
 
     def __init__(
         self,
@@ -145,6 +152,7 @@ class SGDStability(Quantity):
         )
         self.add_state("best_rank", default=scalar(0.0), persistent=True)
         self.add_state("first_loss", default=scalar(math.nan), persistent=True)
+        self.add_state("constant", default=scalar(0.0), persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
         critical_rule(snapshot)
@@ -212,9 +220,15 @@ class SGDStability(Quantity):
         loss = scalar(found.kernel.loss)
         first = loss if bool(self.first_loss.isnan()) else self.first_loss
         best = torch.maximum(self.best_rank, scalar(float(found.modes.rank)))
-        values["collapsed"] = float(found.modes.rank <= RANK * float(best) and float(loss) >= LOSS * float(first))
+        # At rate 0 a network whose last layer begins with zeros would be the same for ever.
+        alike = found.kernel.alike >= ALIKE
+        constant = self.constant + float(found.lr > 0) if alike else scalar(0.0)
+        lost = alike and found.modes.rank <= RANK * float(best) and float(loss) >= LOSS * float(first)
+        dead = float(constant) >= READINGS and float(loss) >= UNFIT * float(first)
+        values["collapsed"] = float(lost or dead)
         self.values = torch.tensor([values[name.split("/")[1]] for name in self._names], dtype=torch.float64)
-        self.best_rank, self.first_loss, self.latest, self.complete = best, first, found, True
+        self.best_rank, self.first_loss, self.constant = best, first, constant
+        self.latest, self.complete = found, True
         self._shown, self._mode = found, found.kernel.mode
 
     def _measure(self, found: FrozenSGD, snapshot: Snapshot) -> dict[str, float]:
