@@ -270,8 +270,8 @@ def preconditioned_hessian(
     snapshot: Snapshot, *, method: Method = "auto", rule: FrozenRule | None = None
 ) -> LinearOperator:
     """``R^(1/2) H' R^(1/2)`` with R the effective `rates`: symmetric, with the eigenvalues of ``R H'``."""
-    H, sign, decay = hessian(snapshot, method=method), frozen_rule(snapshot).sign, decay_rates(snapshot, rule)
-    root = rates(snapshot, rule) ** 0.5
+    sign, decay, root = frozen_rule(snapshot).sign, decay_rates(snapshot, rule), rates(snapshot, rule) ** 0.5
+    H = hessian(snapshot, method=method, weight=root)
 
     def product(v: Tensor) -> Tensor:
         return sign * root * (H @ (root * v)) + decay * v
