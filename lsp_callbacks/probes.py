@@ -61,8 +61,8 @@ class Criteria(TorchFunctionMode):
             self._logits[id(result)] = (result, args[0])
         return result
 
-    def of(self, loss: Tensor, *, samples: int) -> Evaluation:
-        """Outputs and criterion behind a loss.
+    def of(self, loss: Tensor, *, samples: int | None) -> Evaluation:
+        """Outputs and criterion behind a loss; without ``samples`` those are the rows of the outputs.
 
         Raises:
             Unmeasurable: if the loss is not finite.
@@ -79,11 +79,12 @@ class Criteria(TorchFunctionMode):
             f"torch.nn.functional (cross_entropy, mse_loss, ...) on the network's outputs; {HOW}"
         )
 
-    def _evaluation(self, func: Callable, args: tuple, kwargs: dict, mean: bool, samples: int) -> Evaluation:
+    def _evaluation(self, func: Callable, args: tuple, kwargs: dict, mean: bool, samples: int | None) -> Evaluation:
         if inspect.signature(func).bind(*args, **kwargs).arguments.get("reduction") == "sum":
             raise Unmodelled(f"{func.__name__} sums over the batch, which is no mean of samples: {HOW}")
         kwargs = dict(kwargs)
         outputs, rest = (args[0], args[1:]) if args else (kwargs.pop("input"), ())
+        samples = samples or (len(outputs) if outputs.ndim else 1)
         target = rest[0] if rest else kwargs.get("target")
         if not outputs.requires_grad and isinstance(target, Tensor) and target.requires_grad:
             raise Unmodelled(f"{func.__name__} is called with the target first: call it as (outputs, target)")

@@ -17,6 +17,7 @@ from zoo import MOMENTUM, Model, data, fit
 
 from lsp_callbacks import Monitor, ProbeSet, SGDLaw, StabilityMonitor, Unmeasurable
 from lsp_callbacks.functional import PowerLaw, batch_variance, fit_noise, gradient_noise, sgd_law
+from lsp_callbacks.functional.sgd_law import contraction_factor
 from lsp_callbacks.loops import Watch, watch_fabric
 from lsp_callbacks.operators.tangent_kernel import tangent_kernel
 from lsp_callbacks.probes import evaluation
@@ -282,8 +283,22 @@ def test_where_the_loss_is_not_convex_nothing_is_promised():
     assert torch.linalg.eigvalsh(dense_hessian(task))[0] < 0
     found = measured(task, steps=4).compute()
     assert float(found["stability/sgd_law_violated"]) == 1 and float(found["stability/strong_convexity"]) < 0
-    assert not any(f"stability/{name}" in found for name in LAW)
-    assert "stability/sigma_0_squared" in found
+    assert not any(f"stability/{name}" in found for name in LAW[1:])
+    assert "stability/sigma_0_squared" in found and float(found["stability/sgd_law_q"]) >= 1
+
+
+@pytest.mark.parametrize("mu", [-1.0, 0.0, 0.3])
+def test_the_factor_bounds_the_energy_of_a_scalar_step_with_noise(mu):
+    """Curvatures mu and 2, noise of size ``s ||e||``: over a circle of e the mean energy is at most q."""
+    lr, s = 0.2, 0.5
+    q = contraction_factor(lr, convexity=mu, smoothness=2.0, sigma_1_squared=s**2)
+    for angle in torch.linspace(0, 3.14, 20, dtype=torch.float64):
+        e = torch.stack([angle.cos(), angle.sin()])
+        mean = e - lr * torch.tensor([mu, 2.0]) * e
+        assert float(mean.square().sum()) + lr**2 * s**2 <= q + 1e-12
+    assert (q >= 1) == (mu <= 0 or lr >= 2 * mu / (4 + s**2))
+    if mu > 0:
+        assert q == sgd_law(lr, convexity=mu, smoothness=2.0, sigma_1_squared=s**2).q
 
 
 def test_a_flat_direction_is_no_convexity():
@@ -295,7 +310,7 @@ def test_a_run_that_has_not_converged_says_neither():
     task = linear(40, spread=0.05)
     found = measured(task, metric=SGDLaw(probes=40, products=2)).compute()
     assert float(found["stability/strong_convexity_residual"]) > 0
-    assert "stability/sgd_law_violated" not in found and not any(f"stability/{name}" in found for name in LAW)
+    assert "stability/sgd_law_violated" not in found and not any(f"stability/{name}" in found for name in LAW[1:])
 
 
 @pytest.mark.parametrize(

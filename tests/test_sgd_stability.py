@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -548,3 +549,32 @@ def test_the_critical_rate_lies_at_the_kink_and_not_before_it():
     fine = torch.tensor([0.985, 1.015], dtype=torch.float64) * found.value
     below, above = sgd_exponent(modes, fine, batch_size=16, population=4000, steps=20000).value
     assert below < 0 < above
+
+
+@pytest.mark.parametrize("power", [-300, -120, -60, 60, 250])
+@pytest.mark.parametrize(
+    "rule",
+    [UpdateRule(), UpdateRule(momentum=0.9), UpdateRule(momentum=0.9, nesterov=True), UpdateRule(decoupled_decay=0.1)],
+    ids=str,
+)
+def test_critical_rates_scale_with_the_curvature_however_small_or_large(rule, power):
+    """Of a saturated network it is 1e-60, whose squares are 0 in any precision, and itself in single."""
+    scale = 2.0**power
+    scaled = replace(rule, decoupled_decay=rule.decoupled_decay * scale)
+    how = {"batch_size": 2, "steps": 60, "chains": 4}
+    one, other = critical_lr(reduce(TANH), rule=rule, **how), critical_lr(reduce(TANH * scale), rule=scaled, **how)
+    assert one.value < math.inf and one.mean_square < math.inf
+    for name in ("value", "error", "mean_square"):
+        assert getattr(other, name) * scale == pytest.approx(getattr(one, name), rel=1e-9)
+    assert gd_critical_lr(reduce(TANH * scale), scaled) * scale == pytest.approx(gd_critical_lr(reduce(TANH), rule))
+    lrs = one.value * f64([0.5, 1.5])
+    tables = [
+        stability_diagram(reduce(TANH * s), lrs=lrs / s, batch_sizes=[2], rule=r, chains=4, steps=60)
+        for s, r in ((1.0, rule), (scale, scaled))
+    ]
+    assert torch.allclose(tables[0].lyapunov, tables[1].lyapunov, 1e-6, 1e-9)
+
+
+@pytest.mark.parametrize("rule", [UpdateRule(), UpdateRule(momentum=0.9), UpdateRule(momentum=0.9, dampening=0.9)])
+def test_at_rate_zero_nothing_moves(rule):
+    assert abs(second_moment_exponent(reduce(TANH), 0.0, batch_size=2, rule=rule)) < 1e-8

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr
-from lsp_callbacks.functional.modes import PLAIN, Modes, UpdateRule
+from lsp_callbacks.functional.modes import PLAIN, Modes, UpdateRule, in_units
 from lsp_callbacks.functional.sgd_stability import Sampling, sgd_exponent
 
 #: Rates inside the cell in which lambda turns positive.
@@ -100,6 +100,7 @@ def critical_lr(
     if not grid > 1:
         raise ValueError(f"grid={grid} must be larger than 1, the ratio of neighbouring rates")
     none = torch.empty(0, dtype=torch.float64)
+    modes, rule, unit = in_units(modes, rule)  # in which single precision suffices
     how: dict[str, Any] = {"batch_size": batch_size, "rule": rule, "replacement": replacement, "population": population}
     single = _single(modes)
     edge = mean_square_lr(single if tol > 1e-6 else modes, tol=tol, **how)
@@ -107,8 +108,8 @@ def critical_lr(
         return CriticalRate(edge, 0.0, edge, none, none)
     if batch_size == (population or modes.samples) and not replacement:
         exact = gd_critical_lr(modes, rule)
-        return CriticalRate(exact, 0.0, edge, none, none)
-    low = start or edge
+        return CriticalRate(exact / unit, 0.0, edge / unit, none, none)
+    lowest = low = start * unit if start else edge
     rates = exponents = errors = none
     draws = torch.Generator().manual_seed(0) if generator is None else generator
     seed = draws.get_state()
@@ -127,7 +128,7 @@ def critical_lr(
         unstable = torch.nonzero(exponents > errors)[:, 0]
         return int(unstable[0]) if len(unstable) else None
 
-    while low <= 1000 * (start or edge):
+    while low <= 1000 * lowest:
         look(low * grid ** torch.arange(12, dtype=torch.float64))
         above = first()
         if above is not None:
@@ -138,9 +139,9 @@ def critical_lr(
                 look(rates[above - 1] * (rates[above] / rates[above - 1]) ** inside)
                 above = first() or above
             value, error = _zero(rates, exponents, errors, above)
-            return CriticalRate(value, error, edge, rates, exponents)
+            return CriticalRate(value / unit, error / unit, edge / unit, rates / unit, exponents)
         low = float(rates[-1]) * grid
-    return CriticalRate(math.inf, 0.0, edge, rates, exponents)
+    return CriticalRate(math.inf, 0.0, edge / unit, rates / unit, exponents)
 
 
 def stability_diagram(
@@ -190,8 +191,9 @@ def stability_diagram(
         lrs = torch.logspace(
             float((finite.min() / 2).log10()), float((finite.max() * 2).log10()), 24, dtype=torch.float64
         )
-    single = _single(modes)
-    rows = [sgd_exponent(single, lrs, batch_size=size, **draw) for size in batch_sizes]
+    scaled, draw["rule"], unit = in_units(modes, rule)
+    single = _single(scaled)
+    rows = [sgd_exponent(single, lrs * unit, batch_size=size, **draw) for size in batch_sizes]
     return StabilityDiagram(
         lrs=lrs,
         batch_sizes=torch.tensor(batch_sizes),

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce
+from lsp_callbacks.operators.coming import coming_rule, probe_squares
 from lsp_callbacks.operators.frozen import FrozenRule, coupled_decay, frozen_rule, require_gradient
 from lsp_callbacks.operators.tangent_kernel import TangentKernel, tangent_kernel
-from lsp_callbacks.snapshot import ProbeSet, Snapshot, Unmeasurable
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
 #: Eigenvalues of a float32 Gram matrix below this share of the largest are rounding.
 ROUNDING = 1e-6
@@ -53,8 +54,9 @@ def frozen_sgd(
 ) -> FrozenSGD:
     """Linearises a training step on ``range(J^T)``: exact at interpolation, a Gauss-Newton statement elsewhere.
 
-    Learning rates that differ between groups, the frozen preconditioner of Adam, RMSprop or Adagrad, and the factor by
-    which this step's gradient was clipped enter as ``Z -> Z D^(1/2)``; rates are those of the group with the largest.
+    Learning rates that differ between groups, the frozen preconditioner of Adam, RMSprop or Adagrad, as it will be once
+    some more batches were met (`coming_rule`), and the factor by which this step's gradient was clipped enter as ``Z ->
+    Z D^(1/2)``; rates are those of the group with the largest.
     Weight decay that differs between parameters is taken at its mean over the trace of K.
 
     Under BatchNorm the outputs of a batch depend on all of its samples, ``f_i(theta, X_b)``, and a step on batch b acts
@@ -73,16 +75,17 @@ def frozen_sgd(
     Raises:
         Unmeasurable: no probes, an optimizer that is not modelled, or a criterion without a Gauss-Newton matrix.
 
-    Cost: one forward and two backward passes over the probes; under BatchNorm a backward pass over its batch for each.
+    Cost: one forward and two backward passes over the probes, with a preconditioner one and three more; under BatchNorm
+    a backward pass over its batch for each.
     """
     if snapshot.probes is None:
         raise Unmeasurable("no probes are known: pass Snapshot(probes=ProbeSet(...))")
     probes = snapshot.probes.trained
     rule = critical_rule(snapshot)
     require_gradient(snapshot)
-    if rule.frozen:
-        rule = frozen_rule(snapshot, foreseen=_foreseen(probes))
     generator = generator or snapshot.generator("probes")
+    if rule.frozen:
+        rule = coming_rule(snapshot, squares=probe_squares(probes, snapshot.generator("signs")))
     kernel = tangent_kernel(
         probes, outputs=outputs, scale=rule.scale, generator=generator, start=start, most_rows=most_rows
     )
@@ -132,17 +135,3 @@ def critical_rule(snapshot: Snapshot) -> FrozenRule:
             "coupled weight decay is not modelled with a frozen preconditioner: use AdamW's, or leave sgd_stability out"
         )
     return rule
-
-
-def _foreseen(probes: ProbeSet) -> dict[str, Tensor]:
-    """The mean gradient of the probes, as large as if one sample had brought it to a batch."""
-    total = {name: torch.zeros_like(p) for name, p in probes.parameters.items()}
-    for part in probes.parts:
-        with torch.enable_grad():
-            found = part()
-            loss = found.criterion(found.outputs)
-        gradients = torch.autograd.grad(loss, list(probes.parameters.values()), allow_unused=True)
-        for name, g in zip(total, gradients):
-            if g is not None:
-                total[name] += g * (len(found.outputs) / probes.batch_size)
-    return total

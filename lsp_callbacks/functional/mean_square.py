@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lsp_callbacks.functional.modes import PLAIN, Modes, UpdateRule, drawn_from
+from lsp_callbacks.functional.modes import PLAIN, Modes, UpdateRule, drawn_from, in_units
 
 #: Tolerance of the first eigenvalues of a search.
 LOOSE = 1e-3
@@ -93,9 +93,14 @@ def mean_square_lr(
 
     Cost: 10 to 60 products with `second_moment`. Source: Mulayoff & Michaeli 2024 for plain SGD; MATH section 2.
     """
+    modes, rule, unit = in_units(modes, rule)
     d = second_moment(modes, batch_size, replacement, population, weight_decay=rule.weight_decay)
     if not modes.rank or (rule.momentum and rule.dampening == 1):
         return math.inf
+    return _mean_square_lr(modes, d, rule, tol) / unit
+
+
+def _mean_square_lr(modes: Modes, d: Superoperator, rule: UpdateRule, tol: float) -> float:
     h = modes.curvatures + rule.weight_decay
     if not rule.nesterov and not rule.decoupled_decay:
         beta, gain = rule.momentum, 1 - rule.dampening * bool(rule.momentum)
@@ -141,10 +146,11 @@ def gd_critical_lr(modes: Modes, rule: UpdateRule = PLAIN) -> float:
     """
     if not modes.rank:
         return math.inf
+    modes, rule, unit = in_units(modes, rule)
     h = modes.curvatures + rule.weight_decay
     delta, phi, beta, b1, b2 = rule.coefficients(torch.ones_like(h))
     slope = 2 * (1 + beta) - ((1 + delta + b1 * h) * (1 + beta) - phi * b2 * h)
-    return float((2 * (1 + beta) / slope).min())
+    return float((2 * (1 + beta) / slope).min()) / unit
 
 
 def second_moment_exponent(
@@ -181,7 +187,8 @@ def second_moment_exponent(
         top, _ = _top(lambda x: linear * x + b1**2 * d(x), eye, tol, steps=400)
         return 0.5 * math.log(max(top, 1e-300))
     # Times the rate, m has the units of v. T preserves a cone: rho is an eigenvalue; others may share its modulus.
-    phi, b2, left = phi / lr, b2 * lr, h[:, None]
+    phi = float(rule.coefficients(torch.ones((), dtype=torch.float64))[1])
+    b2, left = b2 * lr, h[:, None]
     state, radius = torch.stack([eye, 0 * eye, eye]), 1.0
     for _ in range(iterations):
         p, c, m = state

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -123,6 +124,27 @@ def reduce(gram: Tensor, outputs: int = 1, *, tol: float | None = None, together
     trace = float(gram.trace()) / n
     values, labels = torch.cat(curvatures)[order], torch.cat(owner)[order]
     return Modes(factor[..., order].contiguous(), values, labels, blocks, trace, together)
+
+
+def in_units(modes: Modes, rule: UpdateRule) -> tuple[Modes, UpdateRule, float]:
+    """The same problem with its largest curvature, or decay, near 1: a rate there is ``unit`` times the rate here.
+
+    A saturated or a dying network has curvatures whose squares, or which themselves in float32, are 0. The unit is a
+    power of two: nothing is rounded.
+
+    Returns:
+        Modes, rule and ``unit``, which is 1 at rank 0.
+    """
+    if not modes.rank:
+        return modes, rule, 1.0
+    largest = max(float(modes.curvatures.max()) + rule.weight_decay, rule.decoupled_decay)
+    exponent = 2 * round(math.frexp(largest)[1] / 2)  # even, as the factor is divided by its root
+    unit = math.ldexp(1.0, max(-1000, min(1000, exponent)))
+    scaled = replace(
+        modes, factor=modes.factor / unit**0.5, curvatures=modes.curvatures / unit, trace=modes.trace / unit
+    )
+    coupled, decoupled = rule.weight_decay / unit, rule.decoupled_decay / unit
+    return scaled, replace(rule, weight_decay=coupled, decoupled_decay=decoupled), unit
 
 
 def drawn_from(samples: int, batch_size: int, population: int | None) -> int:

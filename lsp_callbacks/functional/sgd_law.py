@@ -24,6 +24,20 @@ class SGDLaw:
     floor: float
 
 
+def contraction_factor(lr: float, *, convexity: float, smoothness: float, sigma_1_squared: float = 0.0) -> float:
+    """``q = 1 - 2 lr mu + lr^2 (L^2 + sigma_1^2)`` of `sgd_law`, for mu of any sign; at mu <= 0 it is at least 1.
+
+    ``<grad f(theta), e> >= mu ||e||^2`` needs a lower bound of the curvature, not convexity, so that ``E ||e+||^2 <= q
+    ||e||^2 + lr^2 sigma_0^2`` holds without it; but from q = 1 on it says nothing of a contraction.
+
+    Example:
+        >>> from lsp_callbacks.functional.sgd_law import contraction_factor
+        >>> contraction_factor(0.5, convexity=-1.0, smoothness=2.0)
+        3.0
+    """
+    return 1 - 2 * lr * convexity + lr**2 * (smoothness**2 + sigma_1_squared)
+
+
 def sgd_law(
     lr: float, *, convexity: float, smoothness: float, sigma_0_squared: float = 0.0, sigma_1_squared: float = 0.0
 ) -> SGDLaw:
@@ -60,7 +74,7 @@ def sgd_law(
     if not 0 < convexity <= smoothness:
         raise ValueError(f"convexity={convexity!r}: the law needs 0 < mu <= L, and L is {smoothness!r}")
     square = smoothness**2 + sigma_1_squared
-    q = 1 - 2 * lr * convexity + lr**2 * square
+    q = contraction_factor(lr, convexity=convexity, smoothness=smoothness, sigma_1_squared=sigma_1_squared)
     return SGDLaw(q, 2 * convexity / square, lr**2 * sigma_0_squared / (1 - q) if q < 1 else float("nan"))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.linalg import Eigenpair, LinearOperator, lanczos, spectrum_bounds
+from lsp_callbacks.operators.coming import coming_rule
 from lsp_callbacks.operators.curvature import Method, hessian, path_taken
 from lsp_callbacks.operators.differences import TOLERANCE
 from lsp_callbacks.operators.frozen import (
@@ -16,7 +17,6 @@ from lsp_callbacks.operators.frozen import (
     coupled_decay,
     decay_rates,
     decayed_hessian,
-    frozen_rule,
     preconditioned_hessian,
     rates,
 )
@@ -153,11 +153,12 @@ def edge(
 ) -> Edge:
     """Sharpness, its limit, and the Courant number ``lambda_max(R^1/2 H' R^1/2) / c`` of a step.
 
-    R are the effective rates of the parameters: the learning rate times the preconditioner of Adam, AdamW, RMSprop or
-    Adagrad at this step, held fixed, over Adam's bias correction, times the factor by which this step's gradient was
-    clipped, held fixed too. H' is the Hessian with coupled weight decay. With one rate and one weight decay everything
-    follows from one Lanczos run on H; otherwise the preconditioned operator gets a run of its own. It holds for
-    full-batch steps; under momentum it is blind to batch noise.
+    R are the effective rates of the parameters: the learning rate times the preconditioner of Adam, AdamW, RMSprop
+    or Adagrad over Adam's bias correction, held fixed as they will be some ten steps later (`coming_rule`), times
+    the factor by which this step's gradient was clipped, held fixed too. H' is the Hessian with coupled weight
+    decay. With one rate and one weight decay everything follows from one Lanczos run on H; otherwise the
+    preconditioned operator gets a run of its own. It holds for full-batch steps; under momentum it is blind to
+    batch noise.
 
     Args:
         snapshot: a step with its optimizer.
@@ -172,9 +173,9 @@ def edge(
 
     Source: MATH section 3; Cohen et al. 2021; Cohen et al. 2022 for preconditioned gradients.
     """
-    rule = frozen_rule(snapshot)
+    rule = coming_rule(snapshot)
     constant, maximize = edge_constant(rule), rule.sign < 0
-    rate, decay = rates(snapshot), decay_rates(snapshot)
+    rate, decay = rates(snapshot, rule), decay_rates(snapshot, rule)
     root = rate**0.5 if rule.lr else 1.0
     added = coupled_decay(snapshot)
 
@@ -184,7 +185,7 @@ def edge(
     shift: Tensor | float
     if isinstance(rate, Tensor) or isinstance(decay, Tensor):
         own = top_of(hessian(snapshot, method=method), top)
-        steepest = top_of(preconditioned_hessian(snapshot, method=method), start)
+        steepest = top_of(preconditioned_hessian(snapshot, method=method, rule=rule), start)
         if maximize or isinstance(added, Tensor):
             decayed = top_of(decayed_hessian(snapshot, method=method), own.pair.vector).pair.value
         else:
@@ -209,7 +210,7 @@ def edge(
         mode=pair.vector,
         top=own.pair.vector,
         root=root,
-        kick=_kick(root, buffer_rates(snapshot)) if rule.momentum else None,
+        kick=_kick(root, buffer_rates(snapshot, rule)) if rule.momentum else None,
         products=pair.products + (own.pair.products if own is not steepest else 0),
         converged=own.pair.converged and pair.converged,
     )

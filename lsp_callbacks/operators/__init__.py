@@ -1,5 +1,6 @@
 """From one frozen training step to linear operators."""
 
+from lsp_callbacks.operators.coming import coming_rule
 from lsp_callbacks.operators.curvature import hessian
 from lsp_callbacks.operators.frozen import FrozenRule, decayed_hessian, frozen_rule, preconditioned_hessian
 from lsp_callbacks.operators.game import joint_jacobian
@@ -10,6 +11,7 @@ from lsp_callbacks.operators.weights import weight_operators
 __all__ = [
     "Block",
     "FrozenRule",
+    "coming_rule",
     "decayed_hessian",
     "frozen_rule",
     "hessian",

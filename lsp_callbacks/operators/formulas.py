@@ -18,6 +18,51 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Moment:
+    """What a gradient is divided by in step t: ``denominator(nu, t)``, with ``nu+ = keep nu + share d^2``.
+
+    Attributes:
+        nu: after step t.
+        keep: what a step leaves of nu; 1 for a sum.
+        share: what it adds of ``d^2``.
+        begin: nu before the first step.
+        denominator: ``(nu, t, steps)``; its own running mean, of a centered one, is taken ``steps`` further.
+        floor: nu is at least this: the largest so far, of amsgrad; 0 elsewhere.
+    """
+
+    nu: Tensor
+    keep: float
+    share: float
+    denominator: Callable[[Tensor, float, int], Tensor]
+    begin: float = 0.0
+    floor: float | Tensor = 0.0
+
+    def now(self, t: float) -> Tensor:
+        """What this step's gradient is divided by."""
+        return self.denominator(self._least(self.nu), t, 0)
+
+    def ahead(self, t: float, steps: int, square: Tensor | None) -> Tensor:
+        """Likewise ``steps`` later, if the mean of ``d^2`` is ``square``, or what it was so far.
+
+        ``nu_(t + n) = keep^n nu_t + share (1 + keep + ... + keep^(n - 1)) square``.
+        """
+        if square is None:
+            square = (self.nu - self.keep**t * self.begin).clamp_min(0) / (self.share * self._terms(t))
+        later = self.keep**steps * self.nu + self.share * self._terms(steps) * square
+        return self.denominator(self._least(torch.maximum(self.nu, later) if self._grows else later), t + steps, steps)
+
+    @property
+    def _grows(self) -> bool:
+        return isinstance(self.floor, Tensor)
+
+    def _least(self, nu: Tensor) -> Tensor:
+        return torch.maximum(nu, self.floor) if isinstance(self.floor, Tensor) else nu
+
+    def _terms(self, n: float) -> float:
+        return float(n) if self.keep == 1 else (1 - self.keep**n) / (1 - self.keep)
+
+
+@dataclass(frozen=True)
 class Formula:
     """One optimizer without couplings: each number of a parameter moves by itself.
 
@@ -26,16 +71,13 @@ class Formula:
         momentum: of the options, beta of that buffer; 0 where the first block is no momentum.
         step: ``(theta, g, state, group, t) -> (theta', state')``, t counted from 1. A state that is not there yet is
             absent from ``state``.
-        second_moment: likewise, ``-> (nu, share, denominator)``: what the gradient is divided by is
-            ``denominator(nu)``, and nu holds ``share * g^2``. None for SGD.
+        second_moment: ``(d, state, group, t) -> Moment``, d what the step moves against. None for SGD.
     """
 
     blocks: Callable[[Group], tuple[str, ...]]
     momentum: Callable[[Group], float]
     step: Callable[[Tensor, Tensor, State, Group, float], tuple[Tensor, State]]
-    second_moment: Callable[[Tensor, State, Group, float], tuple[Tensor, float, Callable[[Tensor], Tensor]]] | None = (
-        None
-    )
+    second_moment: Callable[[Tensor, State, Group, float], Moment] | None = None
 
 
 @singledispatch
@@ -94,57 +136,60 @@ def _sgd(theta: Tensor, g: Tensor, state: State, group: Group, t: float) -> tupl
     return theta - lr * (d + beta * m if group["nesterov"] else m), {"momentum_buffer": m}
 
 
-def _adam_moment(d: Tensor, state: State, group: Group, t: float):
-    beta = float(group["betas"][1])
+def _adam_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
+    beta, eps = float(group["betas"][1]), float(group["eps"])
     nu = beta * state.get("exp_avg_sq", torch.zeros_like(d)) + (1 - beta) * d * d
-    return nu, 1 - beta, lambda top: root(top) / (1 - beta**t) ** 0.5 + float(group["eps"])
+    floor = state.get("max_exp_avg_sq", torch.zeros_like(d)) if group["amsgrad"] else 0.0
+    return Moment(nu, beta, 1 - beta, lambda nu, t, steps: root(nu) / (1 - beta**t) ** 0.5 + eps, floor=floor)
 
 
 def _adam(theta: Tensor, g: Tensor, state: State, group: Group, t: float) -> tuple[Tensor, State]:
     d, beta, lr = descent(theta, g, group), float(group["betas"][0]), float(group["lr"])
-    nu, _, denominator = _adam_moment(d, state, group, t)
-    new = {"exp_avg": beta * state.get("exp_avg", torch.zeros_like(d)) + (1 - beta) * d, "exp_avg_sq": nu}
+    moment = _adam_moment(d, state, group, t)
+    new = {"exp_avg": beta * state.get("exp_avg", torch.zeros_like(d)) + (1 - beta) * d, "exp_avg_sq": moment.nu}
     if group["amsgrad"]:
-        nu = new["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(nu)), nu)
+        new["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(moment.nu)), moment.nu)
     if decoupled(group):
         theta = (1 - lr * float(group["weight_decay"])) * theta
-    return theta - lr / (1 - beta**t) * new["exp_avg"] / denominator(nu), new
+    return theta - lr / (1 - beta**t) * new["exp_avg"] / moment.now(t), new
 
 
-def _amsgrad_moment(d: Tensor, state: State, group: Group, t: float):
-    nu, share, denominator = _adam_moment(d, state, group, t)
-    return torch.maximum(nu, state["max_exp_avg_sq"]) if "max_exp_avg_sq" in state else nu, share, denominator
-
-
-def _rmsprop_moment(d: Tensor, state: State, group: Group, t: float):
+def _rmsprop_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
     alpha, eps = float(group["alpha"]), float(group["eps"])
     nu = alpha * state.get("square_avg", torch.zeros_like(d)) + (1 - alpha) * d * d
     if not group["centered"]:
-        return nu, 1 - alpha, lambda nu: root(nu) + eps
+        return Moment(nu, alpha, 1 - alpha, lambda nu, t, steps: root(nu) + eps)
     mean = alpha * state.get("grad_avg", torch.zeros_like(d)) + (1 - alpha) * d
-    return nu, 1 - alpha, lambda nu: root(nu - mean * mean) + eps
+
+    def denominator(nu: Tensor, t: float, steps: int) -> Tensor:
+        later = alpha**steps * mean + (1 - alpha**steps) * d if steps else mean
+        return root(nu - later * later) + eps
+
+    return Moment(nu, alpha, 1 - alpha, denominator)
 
 
 def _rmsprop(theta: Tensor, g: Tensor, state: State, group: Group, t: float) -> tuple[Tensor, State]:
     d, beta, alpha = descent(theta, g, group), float(group["momentum"]), float(group["alpha"])
-    nu, _, denominator = _rmsprop_moment(d, state, group, t)
-    new = {"square_avg": nu}
+    moment = _rmsprop_moment(d, state, group, t)
+    new = {"square_avg": moment.nu}
     if group["centered"]:
         new["grad_avg"] = alpha * state.get("grad_avg", torch.zeros_like(d)) + (1 - alpha) * d
-    update = d / denominator(nu)
+    update = d / moment.now(t)
     if beta > 0:
         update = new["momentum_buffer"] = beta * state.get("momentum_buffer", torch.zeros_like(d)) + update
     return theta - float(group["lr"]) * update, new
 
 
-def _adagrad_moment(d: Tensor, state: State, group: Group, t: float):
-    return state["sum"] + d * d, 1.0, lambda nu: root(nu) + float(group["eps"])
+def _adagrad_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
+    eps, begin = float(group["eps"]), float(group["initial_accumulator_value"])
+    return Moment(state["sum"] + d * d, 1.0, 1.0, lambda nu, t, steps: root(nu) + eps, begin=begin)
 
 
 def _adagrad(theta: Tensor, g: Tensor, state: State, group: Group, t: float) -> tuple[Tensor, State]:
     d = descent(theta, g, group)
-    nu, _, denominator = _adagrad_moment(d, state, group, t)
-    return theta - float(group["lr"]) / (1 + (t - 1) * float(group["lr_decay"])) * d / denominator(nu), {"sum": nu}
+    moment = _adagrad_moment(d, state, group, t)
+    rate = float(group["lr"]) / (1 + (t - 1) * float(group["lr_decay"]))
+    return theta - rate * d / moment.now(t), {"sum": moment.nu}
 
 
 def _registered(kind: type, made: Formula) -> type:
@@ -167,7 +212,7 @@ _KNOWN = (
             blocks=lambda group: ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ())),
             momentum=lambda group: float(group["betas"][0]),
             step=_adam,
-            second_moment=_amsgrad_moment,
+            second_moment=_adam_moment,
         ),
     ),
     _registered(

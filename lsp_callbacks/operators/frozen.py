@@ -21,9 +21,11 @@ class FrozenRule:
     """``m+ = beta m + (1 - tau) d``, ``theta+ = (1 - lr wd') theta - (lr / c) D m+``, ``d = kappa grad L + wd theta``.
 
     One step of an optimizer whose preconditioner D is held fixed: SGD (D is 1), Adam and AdamW, RMSprop and Adagrad.
-    Freezing D drops what a change of the gradient does to it. Clipping is held fixed at the factor kappa that it had in
-    this step: one number by norm; by value 0 for what was clipped, 1 elsewhere. RMSprop takes its momentum after the
-    preconditioner, which is the same linear map with ``D m`` in its buffer.
+    Freezing D drops what a change of the gradient does to it. D and c are those of this step (`frozen_rule`) or, for a
+    statement about the steps that follow it, those that the optimizer will have some steps later (`coming_rule`).
+    Clipping is held fixed at the factor kappa that it had in this step: one number by norm; by value 0 for what was
+    clipped, 1 elsewhere. RMSprop takes its momentum after the preconditioner, which is the same linear map with ``D m``
+    in its buffer.
 
     Attributes:
         lr: the largest rate of the groups.
@@ -52,25 +54,31 @@ class FrozenRule:
     frozen: bool = False
 
 
-def frozen_rule(snapshot: Snapshot, *, foreseen: dict[str, Tensor] | None = None) -> FrozenRule:
-    """The step's optimizer with its preconditioner and its clipping held fixed.
+def frozen_rule(snapshot: Snapshot) -> FrozenRule:
+    """The step's optimizer with its preconditioner and its clipping held fixed, as they are in this step.
 
     Args:
         snapshot: a step with its optimizer, before the update.
-        foreseen: gradients that a coming batch may bring. A preconditioner that has not met a feature yet is as good as
-            infinite there; held fixed, it must at least have met the batch that it is to act on.
 
     Raises:
         Unmeasurable: no optimizer, one that is not modelled, or groups with different betas.
 
-    Cost: no gradient. Computed once a step where nothing is foreseen.
+    Cost: no gradient. Computed once a step.
     """
-    if foreseen is None:
-        return snapshot.once("frozen rule", lambda: _frozen(snapshot, {}))
-    return _frozen(snapshot, foreseen)
+    return snapshot.once("frozen rule", lambda: rule_ahead(snapshot))
 
 
-def _frozen(snapshot: Snapshot, foreseen: dict[str, Tensor]) -> FrozenRule:
+def rule_ahead(snapshot: Snapshot, steps: int = 0, squares: dict[str, Tensor] | None = None) -> FrozenRule:
+    """The rule ``steps`` later, if the gradients in between have the given ``squares`` in the mean.
+
+    Args:
+        snapshot: a step with its optimizer, before the update.
+        steps: 0 is this step's own rule.
+        squares: of unclipped gradients, by parameter; a parameter that is not in it goes on as it did so far.
+
+    Raises:
+        Unmeasurable: see `frozen_rule`.
+    """
     optimizer = known_optimizer(snapshot)
     rule, groups = formula(optimizer), group_of(snapshot)
     momentum, dampening, nesterov, maximize = _common(optimizer)
@@ -79,7 +87,7 @@ def _frozen(snapshot: Snapshot, foreseen: dict[str, Tensor]) -> FrozenRule:
     averages = isinstance(optimizer, torch.optim.Adam)
     counts = {name: float(optimizer.state.get(p, {}).get("step", 0)) + 1 for name, p in snapshot.parameters.items()}
     # Adam's bias correction of the momentum; parameters that joined later have one of their own.
-    first = {name: 1 - momentum ** counts[name] if averages else 1.0 for name in counts}
+    first = {name: 1 - momentum ** (counts[name] + steps) if averages else 1.0 for name in counts}
     correction = max((first[name] for name, group in groups.items() if group is not None), default=1.0)
     scale: Scale = dict.fromkeys(groups, 0.0)
     decay: Scale = dict.fromkeys(groups, 0.0)
@@ -88,17 +96,20 @@ def _frozen(snapshot: Snapshot, foreseen: dict[str, Tensor]) -> FrozenRule:
         group, g = groups[name], None if snapshot.gradient is None else snapshot.gradient[name]
         if group is None or (snapshot.gradient is not None and g is None):
             continue
-        rate = relative[name] * correction / first[name] / (1 + (counts[name] - 1) * float(group.get("lr_decay", 0.0)))
+        past = counts[name] + steps - 1
+        rate = relative[name] * correction / first[name] / (1 + past * float(group.get("lr_decay", 0.0)))
         inner: float | Tensor = 1.0
         factor = factors.get(name, 1.0)
         if rule.second_moment is not None:
             if g is None:  # before training nothing is known of it
                 continue
-            d = descent(p.detach(), _clipped(snapshot, g, factor), group)
-            nu, share, denominator = rule.second_moment(d, optimizer.state.get(p, {}), group, counts[name])
-            if name in foreseen:
-                nu = torch.maximum(nu, share * _clipped(snapshot, foreseen[name], factor).square())
-            inner = 1 / denominator(nu)
+            g = _clipped(snapshot, g, factor)
+            d = descent(p.detach(), g, group)
+            moment = rule.second_moment(d, optimizer.state.get(p, {}), group, counts[name])
+            square = None
+            if squares is not None and name in squares:  # d has the mean of g, and coupled decay that is in d only
+                square = d * d + (_clipped(snapshot, squares[name].sqrt(), factor).square() - g * g)
+            inner = 1 / (moment.ahead(counts[name], steps, square) if steps else moment.now(counts[name]))
         scale[name] = factor * inner * rate
         if group["weight_decay"] and not decoupled(group):
             decay[name] = float(group["weight_decay"]) * inner * rate
@@ -189,13 +200,17 @@ def spread(values: Scale, snapshot: Snapshot) -> Tensor | float:
     return flatten([x.expand_as(p) for x, p in zip(full, parameters)], parameters)
 
 
-def rates(snapshot: Snapshot) -> Tensor | float:
+def rates(snapshot: Snapshot, rule: FrozenRule | None = None) -> Tensor | float:
     """``R = kappa lr D / c``: how far each parameter moves for a unit of its gradient, averaging aside; flat.
+
+    Args:
+        snapshot: a step with its optimizer.
+        rule: None takes the `frozen_rule` of the step.
 
     Raises:
         Unmeasurable: where they depend on a gradient that is not known.
     """
-    rule = frozen_rule(snapshot)
+    rule = rule or frozen_rule(snapshot)
     require_gradient(snapshot)
     return rule.lr / rule.correction * spread(rule.scale, snapshot)
 
@@ -212,15 +227,15 @@ def require_gradient(snapshot: Snapshot) -> None:
         )
 
 
-def decay_rates(snapshot: Snapshot) -> Tensor | float:
+def decay_rates(snapshot: Snapshot, rule: FrozenRule | None = None) -> Tensor | float:
     """``lr D wd / c``, the coupled decay in the units of `rates`; flat."""
-    rule = frozen_rule(snapshot)
+    rule = rule or frozen_rule(snapshot)
     return rule.lr / rule.correction * spread(rule.weight_decay, snapshot)
 
 
-def buffer_rates(snapshot: Snapshot) -> Tensor | float:
+def buffer_rates(snapshot: Snapshot, rule: FrozenRule | None = None) -> Tensor | float:
     """How far each parameter moves for a unit of its momentum buffer; flat."""
-    rule = frozen_rule(snapshot)
+    rule = rule or frozen_rule(snapshot)
     return rule.lr / rule.correction * spread(rule.buffer_scale, snapshot)
 
 
@@ -251,9 +266,11 @@ def decayed_hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpe
     return LinearOperator(H.shape, product, product, dtype=H.dtype, device=H.device)
 
 
-def preconditioned_hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
+def preconditioned_hessian(
+    snapshot: Snapshot, *, method: Method = "auto", rule: FrozenRule | None = None
+) -> LinearOperator:
     """``R^(1/2) H' R^(1/2)`` with R the effective `rates`: symmetric, with the eigenvalues of ``R H'``."""
-    sign, decay, root = frozen_rule(snapshot).sign, decay_rates(snapshot), rates(snapshot) ** 0.5
+    sign, decay, root = frozen_rule(snapshot).sign, decay_rates(snapshot, rule), rates(snapshot, rule) ** 0.5
     H = hessian(snapshot, method=method, weight=root)
 
     def product(v: Tensor) -> Tensor:

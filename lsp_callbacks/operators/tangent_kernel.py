@@ -42,6 +42,7 @@ class TangentKernel:
         stated: in words, which outputs the rows stand for.
         mode: the sharpest mode, where it was needed: the next call may start from it.
         passes: backward passes that were needed for rows by themselves.
+        alike: share of the samples with the same outputs, but for their rounding.
     """
 
     gram: Tensor
@@ -53,6 +54,7 @@ class TangentKernel:
     stated: str
     mode: Tensor | None
     passes: int
+    alike: float = 0.0
 
 
 def tangent_kernel(
@@ -110,10 +112,13 @@ def tangent_kernel(
     roots = {name: torch.as_tensor(scale[name]).to(p) ** 0.5 for name, p in parameters.items()}
     signs: list[Tensor] = []
     tied: TiedRows | None = None
-    loss = 0.0
+    loss, like = 0.0, None
+    alike = torch.zeros(1)
     for index in range(len(probes.parts)):
         found, recorder, cotangents = directions.evaluate(index)
         samples = len(found.outputs)
+        like = found.outputs[:3].detach() if like is None else like  # one of three is among the many, if there are
+        alike = alike + _alike(found.outputs.detach(), like)
         loss += float(found.criterion(found.outputs.detach())) * samples / probes.samples
         if not math.isfinite(loss):
             raise Unmeasurable("the loss of the probes is not finite: the weights or the outputs have overflowed")
@@ -178,7 +183,10 @@ def tangent_kernel(
     gram = (gram + gram.T).mul_(0.5).cpu()
     rows = len(gram) // probes.samples
     passes = len(weights) if left or tied is not None else 0
-    return TangentKernel(gram, rows, path, traces, defect, loss, directions.stated, directions.mode, passes)
+    return TangentKernel(
+        gram, rows, path, traces, defect, loss, directions.stated, directions.mode, passes,
+        float(alike.max()) / probes.samples if probes.samples > 1 else 0.0,
+    )  # fmt: skip
 
 
 def _few(rows: int, most: int) -> int:
@@ -188,6 +196,14 @@ def _few(rows: int, most: int) -> int:
             f"allow them with SGDStability(most_rows={rows}), or take fewer probes"
         )
     return rows
+
+
+def _alike(outputs: Tensor, like: Tensor) -> Tensor:
+    """How many samples have the outputs of each row of ``like``, to a few units of rounding of the largest."""
+    if outputs.shape[1:] != like.shape[1:]:
+        return torch.zeros(len(like))
+    rounding = 4 * torch.finfo(outputs.dtype).eps * like.abs().amax()
+    return torch.tensor([float(((outputs - row).abs().amax((1, 2)) <= rounding).sum()) for row in like])
 
 
 def _difference(share: Tensor, c: Tensor, expected: float, rounding: float) -> float:
@@ -362,6 +378,9 @@ def _sharpest(
     weights = [torch.as_tensor(scale[name]).to(p).expand_as(p) for name, p in probes.parameters.items()]
     d = flatten(weights, parameters)
     steps = COLD if mode is None else WARM
+    if mode is not None and not bool(mode.any()):
+        mode = None
+    steps = COLD if mode is None else WARM
     vector = torch.randn(len(d), generator=generator).to(d) if mode is None else mode
     before = [part().outputs.detach() for part in probes.parts]
     for _ in range(steps):
@@ -371,6 +390,8 @@ def _sharpest(
             found = part()
             curved = output_hessian(found)(move)
             image += flatten(torch.autograd.grad(found.outputs, parameters, curved, materialize_grads=True), parameters)
+        if not bool((d * image).any()):  # dead, or saturated: no direction is felt, and any will do
+            break
         vector = _unit(d * image)
     return moves, vector
 

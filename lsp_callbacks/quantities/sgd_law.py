@@ -12,7 +12,7 @@ from torch import Tensor
 from lsp_callbacks.arguments import choice, whole
 from lsp_callbacks.functional.gradient_noise import GradientNoise, batch_variance, gradient_noise
 from lsp_callbacks.functional.robbins_monro import rate_decay, robbins_monro
-from lsp_callbacks.functional.sgd_law import fit_noise, sgd_law
+from lsp_callbacks.functional.sgd_law import contraction_factor, fit_noise, sgd_law
 from lsp_callbacks.linalg import Ritz, Sketch, lanczos
 from lsp_callbacks.operators.curvature import Method, resolved
 from lsp_callbacks.operators.footprint import footprint, product_memory
@@ -39,12 +39,13 @@ class SGDLaw(Quantity):
     weights, and optimistic. ``sigma_0^2 + sigma_1^2 ||theta - theta_ref||^2`` is fitted to the variance of the
     mini-batch gradient over the measurements of the run; theta_ref ought to be the minimum, which nobody knows.
 
-    In ordinary training mu is not positive. Then ``sgd_law_violated`` is 1 and there is no q, rate and floor: do not
-    plan by this theorem, look at ``courant_sgd``. Where it is 0 and ``sgd_law_q`` is above 1, the rate is above
-    ``sgd_law_eta_max``: that is cautious by L / mu or less, and no alarm by itself. A floor that is too high comes down
-    with the rate or with larger batches. For what q means and what it does not, see `functional.sgd_law`: the exponent
-    is at most ``log(q) / 2``, and the sensitivity is not bounded by it. Where the *gradient noise scale* is far above
-    your batch size, larger batches make more of each step; far below it, they are wasted.
+    In ordinary training mu is not positive. Then ``sgd_law_violated`` is 1, ``sgd_law_q`` at least 1, and there is
+    no rate and no floor: do not plan by this theorem, look at ``courant_sgd``. Where it is 0 and ``sgd_law_q`` is
+    above 1, the rate is above ``sgd_law_eta_max``: that is cautious by L / mu or less, and no alarm by itself. A
+    floor that is too high comes down with the rate or with larger batches. For what q means and what it does not,
+    see `functional.sgd_law`: the exponent is at most ``log(q) / 2``, and the sensitivity is not bounded by it.
+    Where the *gradient noise scale* is far above your batch size, larger batches make more of each step; far below
+    it, they are wasted.
 
     Args:
         probes: how many training samples to take gradients of; the first that the loader gives. In eval mode.
@@ -54,17 +55,18 @@ class SGDLaw(Quantity):
         method: of the products, see `lsp_callbacks.operators.hessian`.
         most_rows: see `SGDStability`.
 
-    Keys: ``stability/smoothness`` and ``strong_convexity``, each with ``_residual`` (units of the loss / parameter^2);
-    ``gradient_variance``, ``E ||g_B - G||^2`` of the run's batch size, with ``_error``. Where they are known:
-    ``sgd_law_violated`` (0 only where the lowest eigenpair has converged above 0; absent where it has not),
-    ``sigma_0_squared`` and ``sigma_1_squared`` with ``_error`` (from the third measurement on), ``sgd_law_q``,
-    ``sgd_law_eta_max`` and ``sgd_law_floor`` (of plain SGD with one rate), ``gradient_noise_scale`` in samples with its
-    one-sided 90 % bounds (absent where the probes cannot tell the gradient from its noise). ``robbins_monro`` is 1 or 0
-    by the form of the schedulers, where the loop shows them and the form is known (`functional.robbins_monro` gives the
-    reason). Where it is not known, and from 64 steps on, ``rate_decay`` is p of rates that fall like ``t^-p``, read off
-    partial sums over the last octaves of steps, and ``robbins_monro_so_far`` 1 where it is, and was half-way, in (1/2,
-    1], otherwise 0 (`functional.rate_decay`): a reading of the steps so far, no verdict. ``rate_sum`` and
-    ``rate_square_sum`` are the partial sums themselves.
+    Keys: ``stability/smoothness`` and ``strong_convexity``, each with ``_residual`` (units of the loss /
+    parameter^2); ``gradient_variance``, ``E ||g_B - G||^2`` of the run's batch size, with ``_error``. Where they
+    are known: ``sgd_law_violated`` (0 only where the lowest eigenpair has converged above 0; absent where it has
+    not), ``sigma_0_squared`` and ``sigma_1_squared`` with ``_error`` (from the third measurement on), ``sgd_law_q``
+    with them, ``sgd_law_eta_max`` and ``sgd_law_floor`` only where mu is positive (all three of plain SGD with one
+    rate), ``gradient_noise_scale`` in samples with its one-sided 90 % bounds (absent where the probes cannot tell
+    the gradient from its noise). ``robbins_monro`` is 1 or 0 by the form of the schedulers, where the loop shows
+    them and the form is known (`functional.robbins_monro` gives the reason). Where it is not known, and from 64
+    steps on, ``rate_decay`` is p of rates that fall like ``t^-p``, read off partial sums over the last octaves of
+    steps, and ``robbins_monro_so_far`` 1 where it is, and was half-way, in (1/2, 1], otherwise 0
+    (`functional.rate_decay`): a reading of the steps so far, no verdict. ``rate_sum`` and ``rate_square_sum`` are
+    the partial sums themselves.
 
     Raises:
         ValueError: for bad arguments.
@@ -195,14 +197,14 @@ class SGDLaw(Quantity):
         if not positive or mu > mu_residual:
             found["stability/sgd_law_violated"] = float(not positive)
         plain = _plain(rule) and snapshot.prox is None
-        if positive and mu > mu_residual and plain and bool(fit.sigma_0_squared.isfinite()):
-            sigmas = {"sigma_0_squared": float(fit.sigma_0_squared), "sigma_1_squared": float(fit.sigma_1_squared)}
-            law = sgd_law(rule.lr, convexity=mu, smoothness=L, **sigmas)
-            found |= {
-                "stability/sgd_law_q": law.q,
-                "stability/sgd_law_eta_max": law.eta_max,
-                "stability/sgd_law_floor": law.floor,
-            }
+        if plain and bool(fit.sigma_0_squared.isfinite()):
+            squares = {"smoothness": L, "sigma_1_squared": float(fit.sigma_1_squared)}
+            # Where the lowest eigenpair has not converged, by what its residual leaves of mu: q must not be flattered.
+            lowest = mu if positive and mu > mu_residual else min(mu, mu - mu_residual)
+            found["stability/sgd_law_q"] = contraction_factor(rule.lr, convexity=lowest, **squares)
+            if positive and mu > mu_residual:
+                law = sgd_law(rule.lr, convexity=mu, sigma_0_squared=float(fit.sigma_0_squared), **squares)
+                found |= {"stability/sgd_law_eta_max": law.eta_max, "stability/sgd_law_floor": law.floor}
         form = None if snapshot.schedulers is None else robbins_monro(*snapshot.schedulers).holds
         if form is not None:
             found["stability/robbins_monro"] = float(form)

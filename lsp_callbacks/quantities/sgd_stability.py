@@ -20,7 +20,9 @@ from lsp_callbacks.functional.sgd_stability import (
     sgd_exponent,
     sum_of_exponents,
 )
+from lsp_callbacks.operators.coming import DRAWS, gradients_missing
 from lsp_callbacks.operators.footprint import footprint, unfolded
+from lsp_callbacks.operators.frozen import frozen_rule
 from lsp_callbacks.operators.work import beside, forward_cost, sample_passes
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.sgd_diagram import diagram_around, draw, matplotlib
@@ -42,8 +44,11 @@ DETAILS = (
     "stability/sgd_lyapunov_least", "stability/sgd_lyapunov_most", "stability/sgd_lyapunov_finite",
     "stability/sgd_lyapunov_finite_spread", "stability/kernel_margin", "stability/kernel_components",
 )  # fmt: skip
-#: A network has collapsed when its rank is this share of the largest so far, and the probes' loss that of the first.
-RANK, LOSS = 0.1, 0.5
+#: A network has collapsed when so large a share of the probes has the same outputs, the rank is that share of the
+#: largest so far, and the probes' loss that of the first;
+ALIKE, RANK, LOSS = 0.9, 0.1, 0.5
+#: or when in so many readings in a row they had the same outputs, at this share of the first loss.
+READINGS, UNFIT = 3, 0.01
 
 
 class SGDStability(Quantity):
@@ -77,13 +82,16 @@ class SGDStability(Quantity):
 
     Keys: ``stability/courant_sgd``, ``critical_lr``, ``courant_mean_square``, ``mean_square_lr``, ``sgd_lyapunov``
     and ``gd_lyapunov`` (lambda and mu, nats per step); ``_error`` beside those by Monte Carlo; ``kernel_rank`` and
-    ``kernel_trace`` of K; ``collapsed``, 1 where rank and loss say that the outputs have ceased to depend on the
-    inputs, otherwise 0. With ``horizon``: ``sgd_lyapunov_least`` (of plain SGD: the mean of all exponents) and
-    ``sgd_lyapunov_most`` (half the second moment's exponent), between which lambda lies; ``sgd_lyapunov_finite`` with
-    its ``_spread`` over runs of so many steps; ``kernel_margin``, ``min |1 - lr k_ii|``, and ``kernel_components`` of K
-    (Chemnitz & Engel, definition 2.2: at margin 0, or with more than one component, the point is not regular).
-    Theorem B, by which the sign of lambda decides, is proved there for one output, batches of one and plain SGD;
-    elsewhere it is linear stability.
+    ``kernel_trace`` of K; ``collapsed``, 1 where the outputs have ceased to depend on the inputs, otherwise 0: nine
+    of ten probes have the same outputs to the last digits (dead ReLUs, saturated units), while the rank has fallen
+    to a tenth of its largest and the loss not to half of the first, or in three readings in a row at rates above 0,
+    the loss above a hundredth of the first. It does not tell a network that is bad but still moves: outputs that
+    exploded have a saturated softmax and a low rank, too, and may come back. With ``horizon``:
+    ``sgd_lyapunov_least`` (of plain SGD: the mean of all exponents) and ``sgd_lyapunov_most`` (half the second
+    moment's exponent), between which lambda lies; ``sgd_lyapunov_finite`` with its ``_spread`` over runs of so many
+    steps; ``kernel_margin``, ``min |1 - lr k_ii|``, and ``kernel_components`` of K (Chemnitz & Engel, definition
+    2.2: at margin 0, or with more than one component, the point is not regular). Theorem B, by which the sign of
+    lambda decides, is proved there for one output, batches of one and plain SGD; elsewhere it is linear stability.
 
     Raises:
         ValueError: for bad arguments.
@@ -105,10 +113,12 @@ class SGDStability(Quantity):
         "stability/kernel_trace", "stability/collapsed", "stability/gd_lyapunov", *DETAILS,
     )  # fmt: skip
     needs_update = True
+    patient = True
     picture = "diagram"
     values: Tensor
     best_rank: Tensor
     first_loss: Tensor
+    constant: Tensor
 
     def __init__(
         self,
@@ -143,6 +153,7 @@ class SGDStability(Quantity):
         )
         self.add_state("best_rank", default=scalar(0.0), persistent=True)
         self.add_state("first_loss", default=scalar(math.nan), persistent=True)
+        self.add_state("constant", default=scalar(0.0), persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
         critical_rule(snapshot)
@@ -167,8 +178,13 @@ class SGDStability(Quantity):
             "forward": forward_cost(snapshot),
             "gradient": 1.0,
             "kernel": (3 + 2 / 3 * (rows + passes)) * share + gram,
+            "signs of the probes": (1 + 2 * (1 + DRAWS)) / 3 * share * frozen_rule(snapshot).frozen,
             "products": max(numerics, 0.0 if device.type == "cpu" else 2.0),
         }
+
+    def wait(self, snapshot: Snapshot) -> int:
+        """A preconditioner that has met one batch only is that of none: one step."""
+        return gradients_missing(snapshot)
 
     def path(self, snapshot: Snapshot) -> str:
         """Which rules gave per-sample gradients, see `TangentKernel`."""
@@ -209,9 +225,15 @@ class SGDStability(Quantity):
         loss = scalar(found.kernel.loss)
         first = loss if bool(self.first_loss.isnan()) else self.first_loss
         best = torch.maximum(self.best_rank, scalar(float(found.modes.rank)))
-        values["collapsed"] = float(found.modes.rank <= RANK * float(best) and float(loss) >= LOSS * float(first))
+        # At rate 0 a network whose last layer begins with zeros would be the same for ever.
+        alike = found.kernel.alike >= ALIKE
+        constant = self.constant + float(found.lr > 0) if alike else scalar(0.0)
+        lost = alike and found.modes.rank <= RANK * float(best) and float(loss) >= LOSS * float(first)
+        dead = float(constant) >= READINGS and float(loss) >= UNFIT * float(first)
+        values["collapsed"] = float(lost or dead)
         self.values = torch.tensor([values[name.split("/")[1]] for name in self._names], dtype=torch.float64)
-        self.best_rank, self.first_loss, self.latest, self.complete = best, first, found, True
+        self.best_rank, self.first_loss, self.constant = best, first, constant
+        self.latest, self.complete = found, True
         self._shown, self._mode = found, found.kernel.mode
 
     def _measure(self, found: FrozenSGD, snapshot: Snapshot) -> dict[str, float]:
@@ -230,10 +252,10 @@ class SGDStability(Quantity):
         if math.isnan(critical.value):
             raise Unmeasurable("the Gram matrix is not finite: the weights or the outputs have overflowed")
         return {
-            "courant_sgd": found.lr / critical.value,
+            "courant_sgd": _ratio(found.lr, critical.value),
             "critical_lr": critical.value,
             "critical_lr_error": critical.error,
-            "courant_mean_square": found.lr / critical.mean_square,
+            "courant_mean_square": _ratio(found.lr, critical.mean_square),
             "mean_square_lr": critical.mean_square,
             "sgd_lyapunov": float(exponent.value),
             "sgd_lyapunov_error": float(exponent.error),
@@ -277,7 +299,7 @@ class SGDStability(Quantity):
         return {
             key: value
             for key, value in found.items()
-            if not (bool(value.isinf()) or (key in DETAILS and bool(value.isnan())))
+            if not ((bool(value.isinf()) and "courant" not in key) or (key in DETAILS and bool(value.isnan())))
         }
 
     def diagram(self, **settings: Any) -> StabilityDiagram:
@@ -330,3 +352,8 @@ class SGDStability(Quantity):
     def reset(self) -> None:
         super().reset()
         self._shown = None
+
+
+def _ratio(lr: float, critical: float) -> float:
+    """A Courant number; 0 at an infinite critical rate, infinite at one that is too small to be told from 0."""
+    return lr / critical if critical else math.inf

@@ -11,6 +11,7 @@ from torch import Tensor
 from lsp_callbacks.arguments import choice
 from lsp_callbacks.functional.sharpness import Edge, edge, edge_constant
 from lsp_callbacks.functional.sharpness import sharpness as top_eigenvalue
+from lsp_callbacks.operators.coming import DRAWS, gradients_missing
 from lsp_callbacks.operators.curvature import Method, resolved
 from lsp_callbacks.operators.footprint import product_memory
 from lsp_callbacks.operators.frozen import coupled_decay, decay_rates, frozen_rule, rates
@@ -44,7 +45,9 @@ def edge_cost(snapshot: Snapshot, method: Method) -> dict[str, float]:
     one = all(isinstance(value, float) for value in (rates(snapshot), decay_rates(snapshot)))
     maximize = frozen_rule(snapshot).sign < 0
     runs = 1 + maximize if one else 2 + (maximize or isinstance(coupled_decay(snapshot), Tensor))
-    return {"forward": forward_cost(snapshot), "edge": lanczos_cost(snapshot, method, WARM if n > COLD else n, runs)}
+    scatter = {"signs": (1 + 2 * DRAWS) / 3} if frozen_rule(snapshot).frozen else {}
+    products = lanczos_cost(snapshot, method, WARM if n > COLD else n, runs)
+    return {"forward": forward_cost(snapshot), "edge": products} | scatter
 
 
 def _size(snapshot: Snapshot) -> int:
@@ -60,11 +63,13 @@ class Sharpness(Quantity):
     """The largest algebraic Hessian eigenvalue of the step's loss against what the optimizer can bear.
 
     ``courant_gd = lambda_max(R^1/2 H' R^1/2) / c`` with R the effective rates, H' the Hessian with coupled weight
-    decay, and c from `lsp_callbacks.functional.stability_constant`: 1 is the edge of stability of full-batch steps. R
-    is the learning rate times the preconditioner of Adam, AdamW, RMSprop or Adagrad and the factor of clipping, both as
-    they are in this step; what a ``prox`` does to the weights after it is not in it. It is measured on one mini-batch
-    and, under momentum, blind to batch noise. When it stays above 1 and the loss does not fall: lower the learning
-    rate, or warm it up for longer.
+    decay, and c from `lsp_callbacks.functional.stability_constant`: 1 is the edge of stability of full-batch steps.
+    R is the learning rate times the preconditioner of Adam, AdamW, RMSprop or Adagrad, as it will be some ten steps
+    later (`lsp_callbacks.operators.coming_rule`), and the factor of clipping, as it is in this step; what a
+    ``prox`` does to the weights after it is not in it. Behind a preconditioner it is first measured when that holds
+    two gradients, which a single step does not. It is measured on one mini-batch and, under momentum, blind to
+    batch noise. When it stays above 1 and the loss does not fall: lower the learning rate, or warm it up for
+    longer.
 
     ``sharpness_residual`` is a relative error bar: the largest eigenvalue lies between ``sharpness`` and ``sharpness +
     sharpness_residual |sharpness|``; likewise ``courant_gd``. It is no residual of one eigenvector, which says nothing
@@ -110,6 +115,7 @@ class Sharpness(Quantity):
     optional = ("stability/sharpness_limit", "stability/courant_gd_residual")
     needs_update = True
     without_update = ("stability/sharpness", "stability/sharpness_residual")
+    patient = True
     plays = True
     sharpness: Tensor
     limit: Tensor
@@ -142,6 +148,10 @@ class Sharpness(Quantity):
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         return edge_memory(snapshot, self.method)
+
+    def wait(self, snapshot: Snapshot) -> int:
+        """A preconditioner that has met one batch only is that of none: one step."""
+        return gradients_missing(snapshot)
 
     def check(self, snapshot: Snapshot) -> None:
         edge_constant(frozen_rule(snapshot))
