@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lsp_callbacks.graph import Graph, joined, read
+from lsp_callbacks.linalg import norm
 from lsp_callbacks.players import Player
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.trace import Trace
@@ -200,13 +201,15 @@ class Snapshot:
         """Refuses a step whose gradient is not ``flat``, the gradient of its replayed loss.
 
         Raises:
-            Unmeasurable: if they differ.
+            Unmeasurable: if they differ, or it is not finite.
         """
         own = self.flat_gradient
         if own is None:
             return
-        defect = torch.linalg.vector_norm(own - flat)
-        if not bool(defect <= tolerance * torch.linalg.vector_norm(own)):
+        size = norm(own)
+        if not bool(size.isfinite()):
+            raise Unmeasurable(f"the gradient of step {self.step} is not finite")
+        if not bool(norm(own - flat) <= tolerance * size):
             raise Unmeasurable(
                 "the step's gradient is not that of its loss: a hook changed it, or several backward passes were summed"
             )

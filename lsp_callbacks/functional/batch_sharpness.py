@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lsp_callbacks.linalg import norm, unit
 from lsp_callbacks.operators.curvature import Method, hessian
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
@@ -46,10 +47,12 @@ def curvature_along_gradient(snapshot: Snapshot, *, method: Method = "auto") -> 
     g = snapshot.flat_gradient
     if g is None:
         raise Unmeasurable("batch sharpness is the curvature along the step's own gradient: pass gradient=...")
-    square = g.double().square().sum()
-    if not bool(square > 0):
+    size = norm(g)
+    if not bool(size > 0):
         raise Unmeasurable("the step's gradient vanishes: there is no direction to measure along")
-    return torch.stack([torch.dot(g.double(), (hessian(snapshot, method=method) @ g).double()), square]).cpu()
+    along = unit(g)
+    curvature = torch.dot(along.double(), (hessian(snapshot, method=method) @ along).double())
+    return torch.stack([curvature * size.square(), size.square()]).cpu()
 
 
 def batch_sharpness(pairs: Tensor) -> BatchSharpness:

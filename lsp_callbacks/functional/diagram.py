@@ -101,8 +101,10 @@ def critical_lr(
         raise ValueError(f"grid={grid} must be larger than 1, the ratio of neighbouring rates")
     none = torch.empty(0, dtype=torch.float64)
     how: dict[str, Any] = {"batch_size": batch_size, "rule": rule, "replacement": replacement, "population": population}
-    single = _single(modes)
-    edge = mean_square_lr(single if tol > 1e-6 else modes, tol=tol, **how)
+    unit, single, own = _single(modes, rule)
+    edge = mean_square_lr(single, tol=tol, **(how | {"rule": own})) / unit if tol > 1e-6 else mean_square_lr(
+        modes, tol=tol, **how
+    )
     if math.isinf(edge):
         return CriticalRate(edge, 0.0, edge, none, none)
     if batch_size == (population or modes.samples) and not replacement:
@@ -117,7 +119,14 @@ def critical_lr(
         nonlocal rates, exponents, errors
         draws.set_state(seed)  # the same batches for every rate: the curve is smooth in the rate
         found = sgd_exponent(
-            single, block, sampling=sampling, chains=chains, steps=steps, burn_in=burn_in, generator=draws, **how
+            single,
+            unit * block,
+            sampling=sampling,
+            chains=chains,
+            steps=steps,
+            burn_in=burn_in,
+            generator=draws,
+            **(how | {"rule": own}),
         )
         rates, order = torch.cat([rates, block]).sort()
         exponents = torch.cat([exponents, found.value])[order]
@@ -190,8 +199,8 @@ def stability_diagram(
         lrs = torch.logspace(
             float((finite.min() / 2).log10()), float((finite.max() * 2).log10()), 24, dtype=torch.float64
         )
-    single = _single(modes)
-    rows = [sgd_exponent(single, lrs, batch_size=size, **draw) for size in batch_sizes]
+    unit, single, own = _single(modes, rule)
+    rows = [sgd_exponent(single, unit * lrs, batch_size=size, **(draw | {"rule": own})) for size in batch_sizes]
     return StabilityDiagram(
         lrs=lrs,
         batch_sizes=torch.tensor(batch_sizes),
@@ -203,9 +212,16 @@ def stability_diagram(
     )
 
 
-def _single(modes: Modes) -> Modes:
-    """In float32: its rounding is far below the noise of the chains, which it makes twice as fast."""
-    return replace(modes, factor=modes.factor.float(), curvatures=modes.curvatures.float())
+def _single(modes: Modes, rule: UpdateRule) -> tuple[float, Modes, UpdateRule]:
+    """The sharpest curvature, and modes and rule in units of it, with the rates times it; the modes in float32.
+
+    Its rounding is far below the noise of the chains, which it makes twice as fast. The squares of curvatures enter,
+    which in other units need not be float32 numbers.
+    """
+    unit = float(modes.curvatures[0]) if modes.rank else 1.0
+    factor, curvatures = (modes.factor / unit**0.5).float(), (modes.curvatures / unit).float()
+    decays = {"weight_decay": rule.weight_decay / unit, "decoupled_decay": rule.decoupled_decay / unit}
+    return unit, replace(modes, factor=factor, curvatures=curvatures), replace(rule, **decays)
 
 
 def _zero(rates: Tensor, exponents: Tensor, errors: Tensor, above: int) -> tuple[float, float]:

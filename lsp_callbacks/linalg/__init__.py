@@ -2,6 +2,7 @@
 
 from lsp_callbacks.linalg.cocycle import lyapunov_exponents, orthonormalise, push, spectral_radius
 from lsp_callbacks.linalg.krylov import Eigenpair, Ritz, lanczos, norm_upper, operator_norm, spectrum_bounds
+from lsp_callbacks.linalg.norms import norm, unit
 from lsp_callbacks.linalg.operator import LinearOperator, from_matrix, identity_like
 from lsp_callbacks.linalg.quadrature import Quadrature, quadratures
 from lsp_callbacks.linalg.sketch import Sketch
@@ -16,6 +17,7 @@ __all__ = [
     "identity_like",
     "lanczos",
     "lyapunov_exponents",
+    "norm",
     "norm_upper",
     "operator_norm",
     "orthonormalise",
@@ -23,4 +25,5 @@ __all__ = [
     "quadratures",
     "spectral_radius",
     "spectrum_bounds",
+    "unit",
 ]
