@@ -201,7 +201,7 @@ class Snapshot:
         """Refuses a step whose gradient is not ``flat``, the gradient of its replayed loss.
 
         Raises:
-            Unmeasurable: if they differ, or it is not finite.
+            Unmeasurable: if they differ, or it is not finite or below the normal range.
         """
         own = self.flat_gradient
         if own is None:
@@ -209,6 +209,8 @@ class Snapshot:
         size = norm(own)
         if not bool(size.isfinite()):
             raise Unmeasurable(f"the gradient of step {self.step} is not finite")
+        if 0 < float(size) < torch.finfo(own.dtype).tiny:  # numbers that have lost their digits
+            raise Unmeasurable(f"the gradient of step {self.step} is below the range of {own.dtype}: scale the loss")
         if not bool(norm(own - flat) <= tolerance * size):
             raise Unmeasurable(
                 "the step's gradient is not that of its loss: a hook changed it, or several backward passes were summed"

@@ -7,6 +7,7 @@ says. ``UNITS`` says it for every key; `factors` says what each law does to the 
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -436,21 +437,46 @@ def probes_of(task: Loss) -> ProbeSet:
 
 def measured(name: str, law: Law, *, model: str, optimizer: str, dtype: torch.dtype, method: str) -> dict[str, float]:
     """What the quantity says at the end of a short run, its batches in turn."""
-    metric: Quantity = REGISTRY[name](**settings_of(name, method))
     task = task_of(model, law, dtype)
     descent = optimizer_of(optimizer, task, factors(law, model, optimizer))
-    measurements, before = MEASUREMENTS.get(name, 1), BURN_IN.get(name, 4)
+    return read(name, task, descent, method=method, before=BURN_IN.get(name, 4))
+
+
+def read(
+    name: str, task: Loss, optimizer: torch.optim.Optimizer, *, method: str = "auto", before: int = 0
+) -> dict[str, float]:
+    """What the quantity says of a run that goes on from here.
+
+    Args:
+        name: of the quantity.
+        task: that is trained.
+        optimizer: that trains it.
+        method: of the Hessian products.
+        before: steps before the first measurement.
+    """
+    metric: Quantity = REGISTRY[name](**settings_of(name, method))
     trace = Trace(length=200, energies=getattr(metric, "energies", None))
     metric.begin(task)
-    for step, rows in zip(range(before + measurements * (metric.prepare + metric.window)), batches()):
+    steps = before + MEASUREMENTS.get(name, 1) * (metric.prepare + metric.window)
+    for step, rows in zip(range(steps), batches()):
         replay = lambda rows=rows: task(rows)  # noqa: E731
-        trace.record(step, replay().detach(), lr=descent.param_groups[0]["lr"], module=task)
+        trace.record(step, replay().detach(), lr=optimizer.param_groups[0]["lr"], module=task)
         if step >= before:
             metric.update(
-                freeze(task, descent, replay, step=step, keep=metric.keeps, probes=probes_of(task), trace=trace)
+                freeze(task, optimizer, replay, step=step, keep=metric.keeps, probes=probes_of(task), trace=trace)
             )
-        take(descent, replay())
+        take(optimizer, replay())
     return {key: float(value) for key, value in metric.compute().items()}
+
+
+def copied(
+    task: Loss, optimizer: torch.optim.Optimizer, dtype: torch.dtype | None = None
+) -> tuple[Loss, torch.optim.Optimizer]:
+    """The same state of the same run, in another type where one is given."""
+    twin = copy.deepcopy(task).to(dtype)
+    other = type(optimizer)(twin.parameters())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # with its settings, in the parameters' type
+    return twin, other
 
 
 def batches() -> Iterator[slice]:

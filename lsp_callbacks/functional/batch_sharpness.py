@@ -48,6 +48,8 @@ def curvature_along_gradient(snapshot: Snapshot, *, method: Method = "auto") -> 
     if g is None:
         raise Unmeasurable("batch sharpness is the curvature along the step's own gradient: pass gradient=...")
     size = norm(g)
+    if not bool(size.isfinite()):
+        raise Unmeasurable(f"the gradient of step {snapshot.step} is not finite")
     if not bool(size > 0):
         raise Unmeasurable("the step's gradient vanishes: there is no direction to measure along")
     along = unit(g)
@@ -74,11 +76,11 @@ def batch_sharpness(pairs: Tensor) -> BatchSharpness:
     """
     top, below = pairs.double().unbind(-1)
     n = len(pairs)
-    ratios, ratio = top / below, top.sum() / below.sum()
+    ratios, ratio, mean = top / below, top.sum() / below.sum(), below.mean()
     return BatchSharpness(
         mean_of_ratios=ratios.mean(),
         mean_of_ratios_error=ratios.std() / n**0.5,
         ratio_of_means=ratio,
-        ratio_of_means_error=(top - ratio * below).std() / below.mean() / n**0.5,
+        ratio_of_means_error=((top - ratio * below) / mean).std() / n**0.5,
         batches=n,
     )

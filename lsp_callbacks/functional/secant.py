@@ -44,8 +44,7 @@ def secant(
         after: its gradient at ``theta + step``.
         step: the displacement as it was, rounding included; not 0.
         hessian: at theta.
-        theta: the parameters, for ``error``: a gradient that is small because its parts cancel has their rounding. It
-            is taken to be that of parameters which are rounded once, each up or down by chance.
+        theta: the parameters, for ``error``: see `gradient_rounding`.
 
     Cost: one Hessian product, two with ``theta``. Source: Katende, arXiv 2512.22055 (the counterexample); MATH section 7.
 
@@ -61,14 +60,30 @@ def secant(
     change = (after.double() - before.double()) / length
     along = (hessian @ (step / length.to(step)).to(hessian.dtype)).double()
     size, curvature, rest = (norm(v) for v in (change, along, change - along))
-    noise = norm(before)
-    if theta is not None:
-        signs = torch.randint(0, 2, theta.shape, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(theta)
-        noise = noise + norm(hessian @ (signs * theta).to(hessian.dtype))
     return Secant(
         secant=size,
         curvature=curvature,
         ratio=size / curvature if bool(curvature > 0) else None,
         unexplained=rest / size if bool(size > 0) else torch.zeros_like(size),
-        error=2 * torch.finfo(before.dtype).eps * noise / length,
+        error=2 * gradient_rounding(before, hessian, theta) / length,
     )
+
+
+def gradient_rounding(gradient: Tensor, hessian: LinearOperator, theta: Tensor | None = None) -> Tensor:
+    """``eps (||g|| + ||H (+-theta)||)``: what rounding does to a gradient, about.
+
+    The second term is what parameters that are rounded once, each up or down by chance, do to it: a gradient that is
+    small because its parts cancel, as near a minimum, has their rounding.
+
+    Args:
+        gradient: in the type in which it was computed.
+        hessian: at theta.
+        theta: flat; None leaves the second term out.
+
+    Cost: a Hessian product with theta.
+    """
+    noise = norm(gradient)
+    if theta is not None:
+        signs = torch.randint(0, 2, theta.shape, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(theta)
+        noise = noise + norm(hessian @ (signs * theta).to(hessian.dtype))
+    return torch.finfo(gradient.dtype).eps * noise

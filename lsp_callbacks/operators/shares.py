@@ -98,7 +98,10 @@ def _check_rows(slope: Tensor, last: Layer) -> None:
 
 
 def _check_whole(through: Tensor, whole: Tensor, snapshot: Snapshot) -> None:
-    if not bool(norm(through - whole) <= (1e-3 if snapshot.graph.full else 0.1) * norm(whole)):
+    size = norm(whole)
+    if not bool(size.isfinite()):
+        raise Unmeasurable(f"the gradient of step {snapshot.step} is not finite")
+    if not bool(norm(through - whole) <= (1e-3 if snapshot.graph.full else 0.1) * size):
         raise Unmeasurable(
             "the loss depends on the parameters not only through the outputs of the network's last module "
             "(accumulated batches, a penalty, several networks): what one sample has in it cannot be told"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lsp_callbacks.arguments import choice, whole
 from lsp_callbacks.functional.proximal_step import Promise, descent, promise, proximal_gain
+from lsp_callbacks.functional.secant import gradient_rounding
 from lsp_callbacks.linalg import LinearOperator, norm
 from lsp_callbacks.operators.curvature import Method, resolved
 from lsp_callbacks.operators.footprint import product_memory
@@ -149,11 +150,14 @@ def _measured(snapshot: Snapshot, method: Method) -> tuple[Promise, tuple[float,
     distance = norm(step)
     if not bool(distance > 0):
         return promise(H, lr, modulus=modulus), (math.nan, math.nan)
-    along = torch.dot(step, (moved - own).double() + decay * step) / distance.square()
+    turned = (moved - own).double()
+    along = float(torch.dot(step, turned + decay * step) / distance.square())
     # The rounding of the loss, and of a small one whose parts cancel: that of parameters which are rounded once.
     noise = before.abs() + norm(own.double() * theta)
     error = 4 * torch.finfo(own.dtype).eps * noise / distance.square()
-    promised = promise(H, lr, modulus=modulus, along=float(along))
+    # A change of the gradient within its rounding is no curvature.
+    clear = bool(norm(turned) > 4 * gradient_rounding(own, H, theta))
+    promised = promise(H, lr, modulus=modulus, along=along if clear else None)
     return promised, (float(descent(before, after, distance)), float(error))
 
 
