@@ -21,7 +21,7 @@ from lsp_callbacks.limits import Seconds, check_memory, in_bytes
 from lsp_callbacks.players import require_one
 from lsp_callbacks.quantities import Numerics, Quantity
 from lsp_callbacks.ranks import Ranks
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable, Unmodelled
+from lsp_callbacks.snapshot import NotApplicable, Snapshot, Unmeasurable, Unmodelled
 from lsp_callbacks.step import rate
 from lsp_callbacks.trace import Trace
 
@@ -173,14 +173,19 @@ class Monitor:
         recovered = any(isinstance(quantity, Numerics) and quantity.recovered for quantity in self._all)
         return None if recovered else self.fault
 
-    def require(self, snapshot: Snapshot) -> None:
-        """Leaves out what cannot be measured on such steps; replays nothing.
+    def require(self, snapshot: Snapshot, *, steps: float = math.inf) -> None:
+        """Leave out what cannot be measured on such steps; nothing is replayed.
+
+        Args:
+            snapshot: a step of the run that begins.
+            steps: how many the run will take, as far as that is known.
 
         Raises:
             Unmeasurable: if a quantity that the user named is among it.
         """
         self._ranks = snapshot.ranks
         reasons: dict[str, list[str]] = {}
+        quietly: dict[str, list[str]] = {}
         for name, quantity in self.quantities.items():
             try:
                 if snapshot.sharded:
@@ -188,10 +193,17 @@ class Monitor:
                 if not quantity.plays:
                     require_one(snapshot.player)
                 quantity.check(snapshot)
+                if quantity.least_steps > steps:
+                    raise NotApplicable(
+                        f"it takes {quantity.least_steps} steps, and the run has {steps}: train longer, or give it a "
+                        "shorter window"
+                    )
             except Unmeasurable as error:
-                if name in self.named or self.strict:
+                absent = isinstance(error, NotApplicable)
+                if name in self.named or (self.strict and not absent):
                     raise Unmeasurable(f"{name} cannot be measured: {error}") from None
-                reasons.setdefault(str(error), []).append(name)
+                (quietly if absent else reasons).setdefault(str(error), []).append(name)
+        self._leave_out(quietly, warn=False)
         self._leave_out(reasons)
         self._begin(snapshot)
 
@@ -203,7 +215,7 @@ class Monitor:
                 with self.harmless(f"{name} could not look at the weights that the run begins with"):
                     quantity.begin(snapshot.module)
 
-    def _leave_out(self, reasons: dict[str, list[str]]) -> None:
+    def _leave_out(self, reasons: dict[str, list[str]], *, warn: bool = True) -> None:
         """Quantities by reason, with one warning for all."""
         for reason, names in reasons.items():
             for name in names:
@@ -217,7 +229,7 @@ class Monitor:
             asked = {name for quantity in left for name in quantity.energies}
             unseen = all(quantity.final_state is None for quantity in left)
             self.trace.drop(self.trace.energies.keys() - asked, state=unseen)
-        if reasons and self._ranks.rank == 0:
+        if reasons and warn and self._ranks.rank == 0:
             text = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in reasons.items())
             warnings.warn(f"lsp_callbacks leaves out {text}", stacklevel=3)
 
@@ -329,6 +341,7 @@ class Monitor:
         values: dict[str, float] = {}
         failures: dict[str, str] = {}
         unmodelled: dict[str, list[str]] = {}
+        quietly: dict[str, list[str]] = {}
         for name, quantity in self.quantities.items():
             begins = name not in self._under_way
             if begins and not starts and snapshot.step < self._later.get(name, math.inf):
@@ -342,12 +355,13 @@ class Monitor:
                 found = self._ranks.together(partial(self._measured, quantity, snapshot, begins))
                 self.paths[name] = quantity.path(snapshot)
             except Exception as error:
-                if self.strict:
+                absent = isinstance(error, NotApplicable) and name not in self.named
+                if self.strict and not absent:
                     raise
                 if isinstance(error, MemoryError | torch.OutOfMemoryError) or self._ranks.world > 1:
                     snapshot.memo.clear()  # graphs that the step's other measurements would share
                 if isinstance(error, Unmodelled) and name not in self.named:
-                    unmodelled.setdefault(str(error), []).append(name)
+                    (quietly if absent else unmodelled).setdefault(str(error), []).append(name)
                     continue
                 quantity.load_vectors({})
                 failures[name] = f"{type(error).__name__}: {error}"
@@ -358,6 +372,7 @@ class Monitor:
                 self._under_way.add(name)
             else:
                 values |= found
+        self._leave_out(quietly, warn=False)
         self._leave_out(unmodelled)
         self._warn(failures, snapshot.step)
         if not self._under_way:

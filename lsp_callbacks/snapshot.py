@@ -17,6 +17,7 @@ from lsp_callbacks.linalg import norm
 from lsp_callbacks.players import Player
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.trace import Trace
+from lsp_callbacks.unmeasurable import NotApplicable as NotApplicable
 from lsp_callbacks.unmeasurable import Unmeasurable
 from lsp_callbacks.unmeasurable import Unmodelled as Unmodelled
 

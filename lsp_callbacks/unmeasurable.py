@@ -7,3 +7,7 @@ class Unmeasurable(ValueError):
 
 class Unmodelled(Unmeasurable):
     """It will not be in any other step of this run either."""
+
+
+class NotApplicable(Unmodelled):
+    """There is nothing in this model that the quantity measures; from a preset it is skipped without a warning."""

@@ -12,7 +12,7 @@ from torchmetrics import MetricCollection
 
 from lsp_callbacks import Lyapunov, ProbeSet, Sharpness, Snapshot, Trace, Unmeasurable
 from lsp_callbacks.probes import evaluation
-from lsp_callbacks.quantities import REGISTRY
+from lsp_callbacks.quantities import REGISTRY, Quantity
 
 SGD = torch.optim.SGD
 SETTINGS = {
@@ -122,6 +122,51 @@ def test_nothing_is_known_before_the_first_measurement_and_after_a_reset(name):
 
 
 @every_quantity
+def test_forward_is_an_update_that_returns_the_last_measurement(name):
+    """As torchmetrics' users call it; its own would begin each measurement anew and stack the states."""
+    called, updated = metric_of(name), metric_of(name)
+    values = {}
+    for snapshot in steps(called, 2 * (called.prepare + called.window)):
+        values = called(snapshot)
+        updated.update(replace(snapshot, memo={}))
+        assert called.complete == updated.complete
+    assert same(values, updated.compute()) and same(called.compute(), values) and same(called.compute(), values)
+    assert called.update_count == updated.update_count and same(saved(called), saved(updated))
+    assert all(value.shape == () for value in called.compute().values())
+
+
+@every_quantity
+def test_one_key_is_a_metric_of_its_own(name):
+    """``self.log(name, metric[key])`` in a LightningModule."""
+    metric = metric_of(name)
+    key = metric.keys[0]
+    top = metric[key]
+    for snapshot in steps(metric, metric.prepare + metric.window):
+        value = top(snapshot)
+    assert same(value, metric.compute()[key]) and same(top.compute(), value) and same(top._forward_cache, value)
+
+
+@every_quantity
+def test_every_quantity_can_be_drawn(name):
+    metric = fed(name)
+    figure, axes = metric.plot()
+    assert axes in figure.axes and axes.has_data()
+    if not metric.picture and type(metric).plot is Quantity.plot:
+        _, axes = metric.plot([metric.compute(), metric.compute()])
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+            key.split("/")[1] for key in metric.compute() if key.count("/") == 1
+        ]
+        assert all(len(line.get_xdata()) == 2 for line in axes.get_lines())
+
+
+@every_quantity
+@pytest.mark.parametrize("argument", [nn.Linear(1, 1), torch.zeros(2), None])
+def test_what_is_no_snapshot_is_told_what_is_wanted(name, argument):
+    with pytest.raises(TypeError, match=rf"takes a lsp_callbacks.Snapshot, not a {type(argument).__name__}: .*replay="):
+        metric_of(name).update(argument)
+
+
+@every_quantity
 def test_state_survives_a_checkpoint(name):
     metric, fresh = fed(name, measurements=3), metric_of(name)
     box, fresh_box = nn.ModuleDict({"inside": metric}), nn.ModuleDict({"inside": fresh})
@@ -172,10 +217,12 @@ def test_an_exception_leaves_the_metric_whole(name, extra):
     assert same(saved(metric), before) and same(metric.compute(), values)
 
 
-def test_all_work_inside_a_collection():
-    collection = MetricCollection({name: metric_of(name) for name in REGISTRY}, compute_groups=False)
+@pytest.mark.parametrize("compute_groups", [True, False])
+def test_all_work_inside_a_collection(compute_groups):
+    collection = MetricCollection({name: metric_of(name) for name in REGISTRY}, compute_groups=compute_groups)
     for snapshot in steps(None, 7):
-        collection.update(snapshot)
+        shown = collection(snapshot)
+    assert same(shown, collection.compute())
     values = collection.compute()
     for name, member in collection.items():
         alone = metric_of(name)

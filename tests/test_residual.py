@@ -12,6 +12,7 @@ from lsp_callbacks.functional import residual_stability
 from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators import residual_block
 from lsp_callbacks.operators.residual import is_candidate
+from lsp_callbacks.snapshot import NotApplicable
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -448,8 +449,9 @@ def test_what_is_no_block_is_passed_over_unless_the_user_named_it(module, x, rea
     model = nn.Sequential(module)
     metric = ResidualCFL()
     snapshot = Snapshot(step=0, module=model, replay=lambda: model(x).double().mean(), keep=metric.keeps)
-    metric.update(snapshot)
-    assert metric.complete and metric.compute() == {}
+    with pytest.raises(NotApplicable, match="no residual block"):
+        metric.update(snapshot)
+    assert not metric.complete and metric.compute() == {}
     with pytest.raises(Unmeasurable, match=f"block '0'.*{reason}"):
         ResidualCFL(blocks="0").update(snapshot)
 

@@ -153,7 +153,11 @@ class Acts(nn.Module):
         return self.last(h.mean((2, 3)) if self.convolution else h)
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(inplace=True), F.relu_, torch.relu, nn.ReLU6()], ids=str)
+@pytest.mark.parametrize(
+    "activation",
+    [nn.ReLU(), nn.ReLU(inplace=True), F.relu_, torch.relu, nn.ReLU6()],
+    ids=lambda a: str(a).split(" at ")[0],
+)
 @pytest.mark.parametrize("convolution", [False, True])
 def test_planted_dead_units_are_found(activation, convolution):
     net = seeded(Acts(activation, convolution))

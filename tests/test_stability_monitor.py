@@ -15,7 +15,14 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from zoo import MOMENTUM, SGD, Model, Progress, ResidualBlock, Rows, Scheduled, data, encoder, fit, mlp
 
-from lsp_callbacks import LyapunovTrajectory, SpectralNorm, StabilityMonitor, StopOnInstability, Unmeasurable
+from lsp_callbacks import (
+    LyapunovTrajectory,
+    ResidualCFL,
+    SpectralNorm,
+    StabilityMonitor,
+    StopOnInstability,
+    Unmeasurable,
+)  # fmt: skip
 
 SHARPNESS, COURANT, LYAPUNOV = "stability/sharpness", "stability/courant", "stability/lyapunov"
 NORM = "stability/spectral_norm_max"
@@ -417,6 +424,11 @@ def test_bad_arguments_are_named(settings, message):
         (StabilityMonitor, Manual, {}, "loss_fn"),
         (lambda: StabilityMonitor(strict=True), lambda: Model(optimizer=torch.optim.NAdam), {}, "NAdam"),
         (lambda: StabilityMonitor("lyapunov"), lambda: Model(optimizer=torch.optim.NAdam), {}, "lyapunov.*NAdam"),
+        (lambda: StabilityMonitor([SpectralNorm(layers="nothing.*")]), Model, {}, "layers='nothing"),
+        (lambda: StabilityMonitor([ResidualCFL()]), Model, {}, "residual_cfl cannot be measured: no residual block"),
+        (lambda: StabilityMonitor("spectral_norm"), lambda: Model(Scale()), {}, "no layer has a linear part"),
+        (lambda: StabilityMonitor([LyapunovTrajectory()]), Model, {"max_steps": 9}, "takes 200 steps, and the run"),
+        (lambda: StabilityMonitor("dissipation"), Model, {"max_steps": 9}, "takes 60 steps, and the run has 9"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_training(monitor, make, trainer, message):
@@ -429,6 +441,29 @@ def test_what_cannot_be_measured_is_refused_before_training(monitor, make, train
         model.configure_optimizers = lambda: None
     with pytest.raises(ValueError, match=message):
         fit(model, monitor(), Untouched(), **trainer)
+
+
+def test_what_a_preset_brings_and_does_not_apply_is_skipped_without_a_warning(recwarn):
+    """Not even under strict: nothing has failed. One place says it afterwards."""
+    monitor = StabilityMonitor(every_n_steps=1, strict=True)
+    fit(Model, monitor, max_steps=4)
+    assert not ours(recwarn)
+    assert {name: why.split(":")[0] for name, why in monitor.skipped.items()} == {
+        "residual_cfl": "no residual block x + g(x) was recognised in this network",
+        "lyapunov": "it takes 5 steps, and the run has 4",
+    }
+    assert "stability/residual_stiffness_max" not in monitor.history
+
+
+class Scale(nn.Module):
+    """A trained factor and no layer that is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return x[:, :3] * self.factor
 
 
 def test_strict_raises_at_the_step():

@@ -39,7 +39,7 @@ from lsp_callbacks.guard import Guard
 from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.quantities import Quantity, build
-from lsp_callbacks.quantities.select import Selection, validate
+from lsp_callbacks.quantities.select import Selection
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import untouched
 from lsp_callbacks.report import verdict
@@ -182,6 +182,11 @@ class StabilityMonitor(Callback):
         return self.monitor.history
 
     @property
+    def skipped(self) -> dict[str, str]:
+        """Why quantities are not measured in this run, by their names: all that a preset or a limit left out."""
+        return self.monitor.skipped
+
+    @property
     def paths(self) -> dict[str, str]:
         """By which way each quantity was last measured, see `Monitor`."""
         return self.monitor.paths
@@ -225,8 +230,6 @@ class StabilityMonitor(Callback):
                 "loss_fn names several players, whose optimizers take turns: that needs automatic_optimization=False; "
                 "otherwise pass one function"
             )
-        validate(self.layers, pl_module, "layers")
-        validate(self.blocks, pl_module, "blocks")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._ranks = self.probes.ranks = self._destination.ranks = ranks(trainer)
@@ -250,7 +253,10 @@ class StabilityMonitor(Callback):
                 one = player.optimizers[player.name]
                 self.monitor.require(Snapshot(self.step, pl_module, never, one, player=player, **settings))
         else:
-            self.monitor.require(Snapshot(self.step, pl_module, replay=never, optimizer=optimizer, **settings))
+            self.monitor.require(
+                Snapshot(self.step, pl_module, replay=never, optimizer=optimizer, **settings),
+                steps=steps_left(trainer, 0) if self.step == 0 else math.inf,  # a resumed run goes on with what it has
+            )
         if self.probe_samples is not None:
             warn_sub_batch(self.probe_samples)
         if self.history:  # resumed: stock callbacks find their key before the next measurement, too

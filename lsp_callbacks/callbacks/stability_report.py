@@ -88,8 +88,9 @@ class StabilityReport(Callback):
             f"lsp_callbacks: the picture of this run is {path}",
         )
         drawn = [q for q in self._source.monitor.quantities.values() if q.picture and q.update_count]
+        skipped = [f"lsp_callbacks: {name} was not measured: {why}" for name, why in self._source.skipped.items()]
         pictures = [self._drawn(q, trainer, path.with_name(f"{path.stem}_{q.picture}.png")) for q in drawn]
-        report.show(*[report.table(history)] * self.table, *sentences, *pictures)
+        report.show(*[report.table(history)] * self.table, *sentences, *skipped, *pictures)
 
     def _drawn(self, quantity: Quantity, trainer: Any, path: Path) -> str:
         """Draws what a quantity has to show, saves it and logs it; returns what is to be said about it."""

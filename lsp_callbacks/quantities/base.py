@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lsp_callbacks.operators.curvature import path_taken
+from lsp_callbacks.quantities.sgd_diagram import matplotlib
 from lsp_callbacks.snapshot import Snapshot
 from lsp_callbacks.trace import Energy
 
@@ -25,6 +27,10 @@ class Quantity(Metric):
     A measurement takes ``prepare + window`` consecutive steps; ``complete`` says whether the last update finished one.
     ``update`` computes first and assigns last, so that an exception leaves the state whole. States are equal on all
     ranks, so nothing is reduced when they are computed.
+
+    ``compute`` returns a dict of the last measurement, and so does ``metric(snapshot)``. Lightning logs it by
+    ``self.log_dict(metric(snapshot))``, and one key by ``self.log("sharpness", metric["stability/sharpness"])``, where
+    ``metric[key]`` is a metric of its own, made once in ``__init__``.
 
     Attributes:
         name: in ``StabilityMonitor(quantities=...)``.
@@ -59,9 +65,28 @@ class Quantity(Metric):
     higher_is_better = None
     is_differentiable = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "update" in vars(cls):
+            cls.update = _takes_a_snapshot(cls.update)  # type: ignore[method-assign]
+
     def __init__(self) -> None:
         super().__init__(sync_on_compute=False)
         self.complete = False
+
+    def forward(self, snapshot: Snapshot) -> dict[str, Tensor]:  # type: ignore[override]
+        """Update with one step, and return the last measurement: of a step there is nothing to accumulate.
+
+        torchmetrics' own would measure from an empty state, which forgets warm starts and windows under way.
+        """
+        self.update(snapshot)
+        self._forward_cache = values = self.compute()
+        return values
+
+    @property
+    def least_steps(self) -> int:
+        """Optimizer steps that the first measurement takes."""
+        return self.prepare + self.window
 
     @abstractmethod
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
@@ -100,6 +125,27 @@ class Quantity(Metric):
         method = getattr(self, "method", None)
         return "exact" if method is None else path_taken(snapshot, method)
 
+    def plot(self, val: Any = None, ax: Any = None) -> tuple[Any, Any]:
+        """Draw the global numbers of a measurement, or of several, as torchmetrics draws a dict.
+
+        Args:
+            val: a result of ``compute`` or of ``metric(snapshot)``, or a list of such; None takes the last measurement.
+            ax: to draw into; None makes a figure.
+
+        Returns:
+            The figure and its axes.
+
+        Raises:
+            ModuleNotFoundError: without matplotlib.
+        """
+        if ax is None:  # without pyplot, which would keep the figure
+            ax = matplotlib("matplotlib.figure").Figure(layout="constrained").subplots()
+        values = self.compute() if val is None else val
+        self._plot([_global(v) for v in values] if isinstance(values, Sequence) else _global(values), ax)
+        if ax.get_legend() is not None:  # torchmetrics puts it across the curves
+            ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        return ax.get_figure(), ax
+
     def vectors(self) -> dict[str, Any]:
         """What a measurement remembers beside its scalars; saved only with ``save_vectors=True``."""
         return {}
@@ -123,6 +169,25 @@ class Quantity(Metric):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if count is not None:
             self._update_count, self._computed = int(count), None
+
+
+def _takes_a_snapshot(update: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(update)
+    def checked(self: Quantity, snapshot: Snapshot) -> None:
+        if not isinstance(snapshot, Snapshot):
+            raise TypeError(
+                f"{type(self).__name__}.update takes a lsp_callbacks.Snapshot, not a {type(snapshot).__name__}: "
+                "Snapshot(step=0, module=module, replay=lambda: loss, optimizer=optimizer), where replay computes the "
+                "loss of the step anew"
+            )
+        update(self, snapshot)
+
+    return checked
+
+
+def _global(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values without those of single layers, as one axis cannot show a hundred, by the last part of their keys."""
+    return {key.split("/")[1]: value for key, value in values.items() if key.count("/") == 1}
 
 
 def scalar(value: float | Tensor) -> Tensor:

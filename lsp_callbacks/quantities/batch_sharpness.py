@@ -63,6 +63,10 @@ class BatchSharpness(Quantity):
         if snapshot.unmodelled:  # its gradient may be that of other batches, too
             raise Unmeasurable(snapshot.unmodelled)
 
+    @property
+    def least_steps(self) -> int:
+        return min(LEAST, self.most)
+
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         batches = min(self.most, max(LEAST, round((0.43 / self.rtol) ** 2)))
         return {"batches": batches * (1 / 3 + products(snapshot, resolved(snapshot, self.method), 1))}

@@ -157,6 +157,10 @@ class Dissipation(Quantity):
                 "leave state out"
             )
 
+    @property
+    def least_steps(self) -> int:
+        return self.least
+
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         return {"trace": beside(snapshot, calls=200)}
 

@@ -15,10 +15,11 @@ from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.residual import is_candidate, residual_block
 from lsp_callbacks.operators.work import forward_cost, sample_passes
 from lsp_callbacks.quantities.base import Quantity, scalar
-from lsp_callbacks.quantities.select import Selection, selected
-from lsp_callbacks.snapshot import Call, Snapshot, Unmeasurable
+from lsp_callbacks.quantities.select import Selection, selected, validate
+from lsp_callbacks.snapshot import Call, NotApplicable, Snapshot, Unmeasurable
 
 STEPS = 10
+NO_BLOCK = "no residual block x + g(x) was recognised in this network: name yours with blocks=... if there are any"
 
 
 class ResidualCFL(Quantity):
@@ -63,9 +64,12 @@ class ResidualCFL(Quantity):
     def keeps(self, name: str, module: nn.Module) -> bool:
         return bool(name) and (is_candidate(module) if self.blocks is None else selected(self.blocks, name, module))
 
-    def cost(self, snapshot: Snapshot) -> dict[str, float]:
+    def check(self, snapshot: Snapshot) -> None:
+        validate(self.blocks, snapshot.module, "blocks")
         if not any(self.keeps(name, module) for name, module in snapshot.module.named_modules()):
-            return {"forward": forward_cost(snapshot)}
+            raise NotApplicable(NO_BLOCK)
+
+    def cost(self, snapshot: Snapshot) -> dict[str, float]:
         return {"forward": forward_cost(snapshot), "residual blocks": sample_passes(snapshot, self.samples, 25)}
 
     def path(self, snapshot: Snapshot) -> str:
@@ -80,10 +84,12 @@ class ResidualCFL(Quantity):
         """Measures one step."""
         self.complete = False
         calls = snapshot.calls
-        self._found = found = snapshot.ranks.first(lambda: self._measure(snapshot.module, calls), self.name)
-        if found:
-            self.stiffness = torch.stack([scalar(b.stiffness) for b in found.values()]).max()
-            self.share = scalar(sum(b.dissipative for b in found.values()) / len(found))
+        found = snapshot.ranks.first(lambda: self._measure(snapshot.module, calls), self.name)
+        if not found:
+            raise NotApplicable(NO_BLOCK)
+        self._found = found
+        self.stiffness = torch.stack([scalar(b.stiffness) for b in found.values()]).max()
+        self.share = scalar(sum(b.dissipative for b in found.values()) / len(found))
         self.complete = True
 
     def _measure(self, module: nn.Module, calls: dict[str, Call]) -> dict[str, ResidualStability]:
@@ -116,7 +122,7 @@ class ResidualCFL(Quantity):
         self._found = {}
 
     def compute(self) -> dict[str, Tensor]:
-        """The numbers of the last measurement; nothing where the model has no residual block."""
+        """Return the numbers of the last measurement, nothing before it."""
         if not self._found:
             return {}
         values = {

@@ -12,8 +12,8 @@ from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.weights import row_norm, weight_operators
 from lsp_callbacks.operators.work import beside, forward_cost
 from lsp_callbacks.quantities.base import Quantity, scalar
-from lsp_callbacks.quantities.select import Selection, selected
-from lsp_callbacks.snapshot import Call, Snapshot
+from lsp_callbacks.quantities.select import Selection, selected, validate
+from lsp_callbacks.snapshot import Call, NotApplicable, Snapshot
 
 STEPS, TOLERANCE = 20, 1e-2
 
@@ -51,6 +51,14 @@ class SpectralNorm(Quantity):
         self._starts: dict[str, dict[str, Tensor]] = {}
         self.add_state("norms", default=torch.empty(0, dtype=torch.float64))
         self.add_state("residual", default=scalar(torch.nan))
+
+    def check(self, snapshot: Snapshot) -> None:
+        validate(self.layers, snapshot.module, "layers")
+        layers = (layer for name, layer in snapshot.module.named_modules() if self._takes(name, layer))
+        if not any(map(_has_linear_part, layers)):
+            raise NotApplicable(
+                "no layer has a linear part whose norm is known (Linear, convolutions, Embedding, attention)"
+            )
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         modules = dict(snapshot.module.named_modules())
