@@ -11,7 +11,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from problems import Regression, freeze, random, seeded, take
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lsp_callbacks import ProbeSet, Trace
+from lsp_callbacks import ProbeSet, Trace, Unmeasurable
 from lsp_callbacks.probes import evaluation
 from lsp_callbacks.quantities import REGISTRY, Quantity
 
@@ -525,7 +525,7 @@ def deviations(name: str, old: dict[str, float], new: dict[str, float], law: Law
         passed = factor["weight"] ** PASSED.get((model, key.rpartition("/")[2]), 1)
         if unit.least or unit.most:
             same = [number for other, number in new.items() if (unit.least or unit.most) in other and other != key]
-            expected = min(same) if unit.least else max(same)
+            expected = (min if unit.least else max)(same, default=value)
         else:
             expected = unit.expected(value, factor | {"passed": passed})
         size = abs(expected)
@@ -546,3 +546,67 @@ PASSED = {("relu", "net.2"): 2}
 def _plain(key: str) -> str:
     """The name that a parameter has without parametrisations."""
     return key.replace(".parametrizations", "").replace(".original", "")
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+SCALES = (1e-6, 1e-3, 1e3, 1e6)
+OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
+#: In float32 products and differences are rounded, and what has converged in one run may go on in another.
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 2e-2}
+
+
+@dataclass
+class Row:
+    """Of one quantity, law and type: what became of its numbers.
+
+    Attributes:
+        numbers: how many there were.
+        worst: the largest relative deviation, and where.
+        missing: numbers that were there in the old units and not in the new ones.
+        reasons: why, where a measurement was refused.
+    """
+
+    numbers: int = 0
+    worst: tuple[float, str] = (0.0, "")
+    missing: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    def add(self, found: list[Deviation], where: str) -> None:
+        for one in found:
+            self.numbers += 1
+            if math.isnan(one.relative):
+                self.missing += 1
+                self.reasons[f"{one.key} {where}"] = 1
+            else:
+                self.worst = max(self.worst, (one.relative, f"{one.key} {where}"))
+
+
+def compared(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    laws: tuple[str, ...] = tuple(LAWS),
+    scales: tuple[float, ...] = SCALES,
+    optimizers: tuple[str, ...] = OPTIMIZERS,
+    models: tuple[str, ...] = tuple(MODELS),
+    method: str = "auto",
+) -> dict[str, Row]:
+    """By law, what a quantity's numbers became in other units, over models, optimizers and scales."""
+    rows = {law: Row() for law in laws}
+    for model in models:
+        for kind in optimizers:
+            how: dict[str, Any] = {"model": model, "optimizer": kind, "dtype": dtype, "method": method}
+            try:
+                old = measured(name, Law("loss", 1.0), **how)
+            except Unmeasurable:
+                continue  # nothing to compare with
+            for law in (Law(one, scale) for one in laws for scale in scales if model in LAWS[one]):
+                where = f"{model} {kind} {law.scale:g}"
+                try:
+                    new = measured(name, law, **how)
+                except Unmeasurable as error:
+                    new = {}
+                    rows[law.name].reasons[f"{where}: {error}"] = 1
+                rows[law.name].add(deviations(name, old, new, law, model, kind), where)
+    return rows
