@@ -11,19 +11,23 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lsp_callbacks.linalg import LinearOperator
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable, displaced, flatten, split
+from lsp_callbacks.operators.differences import FIRST, Differences, Untrusted
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten, split
 
 Method = Literal["auto", "exact", "finite_difference"]
 
 
-def hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
+def hessian(
+    snapshot: Snapshot, *, method: Method = "auto", weight: Tensor | float | None = None, relative: bool = True
+) -> LinearOperator:
     """``H v``, with ``H = d^2 L / d theta^2`` at the step's parameters, batch and random masks.
 
     ``"finite_difference"`` is ``(grad L(theta + e u) - g) / e`` along the unit vector ``u``, where g is the step's
-    own gradient: one gradient a product, on the path that training took, uncompiled. ``e = 8.7 sqrt(machine epsilon)``
-    (3e-3 in float32) balances the third derivative against rounding; the error is about 0.1 % of ``||H||`` for smooth
-    losses. Each product is checked by the trapezoidal rule; where that fails the exact product takes over for this
-    step, and refuses unfaithful replays. ``"exact"`` is reverse-over-reverse on one graph. ``"auto"``: see `resolved`.
+    own gradient: one gradient a product, on the path that training took, uncompiled. e scales with the parameters, and
+    each product is checked: against the rounding of gradients and parameters, and by the trapezoidal rule, see
+    `lsp_callbacks.operators.differences.Differences`. Where a check fails the exact product takes over for this step,
+    and refuses unfaithful replays. ``"exact"`` is reverse-over-reverse on one graph, right at any scale. ``"auto"``:
+    see `resolved`.
 
     Where a ``torch.autograd.Function`` of the user's own, or a kernel without a second derivative, stands in the graph,
     exact products may raise or, worse, lack a part of H without a word. With such a function one of them is compared
@@ -36,6 +40,9 @@ def hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
     Args:
         snapshot: a step; ``gradient`` is needed for finite differences.
         method: see above.
+        weight: what products will be multiplied by, one number or one for each parameter: differences are as good as
+            that needs.
+        relative: False where ``weight * H u`` is added to the unit vector u.
 
     Returns:
         A symmetric operator on the flat vector of the trainable parameters, ``(P,) -> (P,)``, at least float32.
@@ -53,6 +60,8 @@ def hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
     if not parameters:
         raise Unmeasurable("no parameter requires a gradient: unfreeze some, or leave this quantity out")
     method = resolved(snapshot, method)
+    if weight is not None and method == "finite_difference":
+        return _finite_difference(snapshot, weight=weight, relative=relative)
     return snapshot.once(("hessian", method), lambda: _BUILD[method](snapshot))
 
 
@@ -204,70 +213,52 @@ def central_difference(snapshot: Snapshot, v: Tensor, far: float) -> tuple[Tenso
 
     Cost: two gradients.
     """
-    parameters, distance = list(snapshot.parameters.values()), far * _distance(v.dtype)
-    ends = [_moved(snapshot, parameters, v, sign * distance)[2] for sign in (1, -1)]
+    differences = Differences(snapshot, torch.zeros_like(v))
+    distance = far * FIRST * (differences.reach(v) or differences.eps**0.5)
+    ends = [differences.difference(v, 1.0, sign * distance).change for sign in (1, -1)]
     return (ends[0] - ends[1]) / (2 * distance), distance
 
 
-def _distance(dtype: torch.dtype) -> float:
-    return 8.7 * torch.finfo(dtype).eps ** 0.5
-
-
-def _moved(
-    snapshot: Snapshot, parameters: list[nn.Parameter], v: Tensor, distance: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """At the parameters moved by ``distance * v``: the rise of the loss, its size before, and the gradient."""
-
-    def own() -> tuple[Tensor, Tensor, Tensor]:
-        with displaced(parameters, v, distance), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            loss = snapshot.replay()
-            gradient = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True), parameters)
-        before = loss.detach() if snapshot.loss is None else snapshot.loss
-        return loss.detach() - before, before.abs(), gradient
-
-    return snapshot.ranks.mean(own, "the displaced gradient")  # type: ignore[return-value]
-
-
-def _finite_difference(snapshot: Snapshot, own: Tensor | None = None, *, alone: bool = False) -> LinearOperator:
+def _finite_difference(
+    snapshot: Snapshot,
+    own: Tensor | None = None,
+    *,
+    alone: bool = False,
+    weight: Tensor | float = 1.0,
+    relative: bool = True,
+) -> LinearOperator:
     """Differences from the gradient ``own``; ``alone``: there is no exact product to go to."""
     own = snapshot.flat_gradient if own is None else own
     if own is None:
         raise Unmeasurable("finite differences start from the step's gradient: pass gradient=... or method='exact'")
-    parameters = list(snapshot.parameters.values())
-    precision, distance = torch.finfo(own.dtype).eps, _distance(own.dtype)
+    differences = Differences(snapshot, own, weight, relative=relative)
     key = ("path", "exact" if alone else "finite_difference")
     snapshot.memo[key] = label("finite difference", snapshot)
 
-    def exact(v: Tensor) -> Tensor:
-        product = hessian(snapshot, method="exact") @ v
-        snapshot.memo[key] = snapshot.memo["path", "exact"]
-        return product
-
     def product(v: Tensor) -> Tensor:
-        norm = float(torch.linalg.vector_norm(v))
-        if norm == 0.0:
+        if not bool(v.any()):
             return torch.zeros_like(v)
-        if "kink" in snapshot.memo and not alone:
+        if "untrusted" in snapshot.memo and not alone:
             return exact(v)
-        rise, size, moved = _moved(snapshot, parameters, v, distance / norm)
-        change = (moved - own) / distance
-        if snapshot.loss is not None:
-            # The trapezoidal rule, L(theta + e u) - L = e (g + g') u / 2, holds to O(e^3) on a smooth loss that was
-            # replayed faithfully. The step's own loss and gradient are known, so both are checked for nothing.
-            mean_slope = torch.dot(own + moved, v) / (2 * norm)
-            defect = rise - distance * mean_slope
-            rounding = 4 * precision * size
-            if not bool(defect.abs() <= rounding + 0.05 * distance * (torch.dot(moved - own, v) / norm).abs()):
-                if alone:
-                    raise Unmeasurable(
-                        "the loss cannot be differentiated twice, and its gradient is not that of a smooth function: "
-                        "write the backward of your function as the derivative of its forward, or leave this "
-                        "quantity out"
-                    )
-                # A hidden kink was crossed, or the replay is not the step: the exact product tells them apart.
-                snapshot.memo["kink"] = True
+        try:
+            return differences.product(v)
+        except Untrusted:
+            if not alone:
+                # Exact products right at any scale; they tell a kink from a replay that is not the step, too.
+                snapshot.memo["untrusted"] = True
                 return exact(v)
-        return change * norm
+        try:
+            return differences.searched(v)
+        except Untrusted as error:
+            raise Unmeasurable(
+                f"the loss cannot be differentiated twice, and {error}: write the backward of your function as the "
+                "derivative of its forward, in operations that can be differentiated, or leave this quantity out"
+            ) from None
+
+    def exact(v: Tensor) -> Tensor:
+        found = hessian(snapshot, method="exact") @ v
+        snapshot.memo[key] = snapshot.memo["path", "exact"]
+        return found
 
     return _symmetric(product, own)
 

@@ -253,8 +253,8 @@ def decayed_hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpe
 
 def preconditioned_hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
     """``R^(1/2) H' R^(1/2)`` with R the effective `rates`: symmetric, with the eigenvalues of ``R H'``."""
-    H, sign, decay = hessian(snapshot, method=method), frozen_rule(snapshot).sign, decay_rates(snapshot)
-    root = rates(snapshot) ** 0.5
+    sign, decay, root = frozen_rule(snapshot).sign, decay_rates(snapshot), rates(snapshot) ** 0.5
+    H = hessian(snapshot, method=method, weight=root)
 
     def product(v: Tensor) -> Tensor:
         return sign * root * (H @ (root * v)) + decay * v

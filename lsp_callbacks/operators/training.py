@@ -50,7 +50,10 @@ def tangent_path(snapshot: Snapshot) -> Path:
     if formula_of(optimizer) is not None:
         formula(optimizer)
         return "exact"
-    require_smooth(optimizer, snapshot.generator("own step"))
+    gradient = snapshot.gradient or {}
+    require_smooth(
+        optimizer, snapshot.generator("own step"), [(p, gradient.get(name)) for name, p in snapshot.parameters.items()]
+    )
     return "finite_difference_of_step"
 
 
@@ -137,7 +140,7 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     """
     require_one(snapshot.player)
     optimizer = known_optimizer(snapshot)  # before anything is replayed
-    H = hessian(snapshot, method=method)
+    H = used_hessian(snapshot, method)
     n = H.shape[0]
     tangent, size = step_tangent(snapshot)
 
@@ -147,6 +150,29 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
 
     known = adjoint if formula_of(optimizer) is not None else None
     return LinearOperator((size, size), lambda z: tangent(z, H @ z[:n]), known, dtype=H.dtype, device=H.device)
+
+
+def used_hessian(snapshot: Snapshot, method: Method) -> LinearOperator:
+    """The Hessian as accurate as the step's Jacobian needs it: what Adam divides by its second moments is divided too.
+
+    Where the formula is not known neither is what the step makes of rounding: ``"auto"`` is exact there.
+    """
+    rule = formula_of(known_optimizer(snapshot))
+    if rule is None or method == "exact":
+        return hessian(snapshot, method="exact" if method == "auto" else method)
+    weight: Tensor | float
+    if rule.second_moment is None:
+        weight = max((float(group["lr"]) for group in group_of(snapshot).values() if group), default=0.0)
+    else:
+        weight = snapshot.once("response", lambda: _response(snapshot))
+    return hessian(snapshot, method=method, weight=weight, relative=False)
+
+
+def _response(snapshot: Snapshot) -> Tensor:
+    """``|d theta' / d g|``, of each parameter, without clipping."""
+    step, size = _formula_tangent(snapshot)
+    like = clipped_gradient(snapshot)
+    return step(like.new_zeros(size), torch.ones_like(like))[: len(like)].abs()
 
 
 def step_response(snapshot: Snapshot) -> LinearOperator:
