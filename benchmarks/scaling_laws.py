@@ -15,9 +15,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from scaling import LAWS, Row, compared  # noqa: E402
+from scaling import LAWS, Row, compared
 
-from lsp_callbacks.quantities import REGISTRY  # noqa: E402
+from lsp_callbacks.quantities import REGISTRY
 
 DEAR = ("sgd_stability", "lyapunov_trajectory", "stability_profile")
 NEAR, FAR = (1e-3, 1e3), (1e-6, 1e6)

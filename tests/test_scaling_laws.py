@@ -1,10 +1,8 @@
 """No number depends on the units of a run but by the power that its own unit says: see `scaling.UNITS`."""
 
-import math
-
 import pytest
 import torch
-from scaling import LAWS, MODELS, OPTIMIZERS, TOLERANCE, UNITS, Law, compared, deviations, unit_of
+from scaling import LOOSE, TOLERANCE, UNITS, compared, unit_of
 
 from lsp_callbacks.quantities import REGISTRY
 
@@ -22,16 +20,17 @@ def test_every_number_of_every_quantity_has_a_law():
 
 def held(name, *, dtype, **which):
     for law, row in compared(name, dtype=dtype, **which).items():
-        assert row.worst[0] <= TOLERANCE[dtype], (law, row.worst)
+        most = max(TOLERANCE[dtype], LOOSE.get(name, 0) * (dtype == f32))
+        assert row.worst[0] <= most, (law, row.worst)
         assert row.missing <= MISSING * row.numbers, (law, row.reasons)
         yield law, row.numbers
 
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_a_quantity_in_other_units(name):
-    numbers = dict(held(name, dtype=f64, scales=(1e3,), models=("tanh",), optimizers=("momentum",), laws=("loss",)))
-    numbers |= held(name, dtype=f32, scales=(1e-3,), models=("tanh",), optimizers=("momentum",), laws=("inside",))
-    numbers |= held(name, dtype=f64, scales=(1e6,), models=("relu",), optimizers=("momentum",), laws=("homogeneous",))
+    kinds = ("sgd",) if name == "sgd_stability" else ("momentum",)
+    numbers = dict(held(name, dtype=f64, scales=(1e3,), models=("tanh",), optimizers=kinds, laws=("loss", "inside")))
+    numbers |= held(name, dtype=f32, scales=(1e-3,), models=("relu",), optimizers=("adamw",), laws=("homogeneous",))
     assert numbers["loss"] and numbers["inside"]
 
 

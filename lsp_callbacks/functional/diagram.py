@@ -102,8 +102,10 @@ def critical_lr(
     none = torch.empty(0, dtype=torch.float64)
     how: dict[str, Any] = {"batch_size": batch_size, "rule": rule, "replacement": replacement, "population": population}
     unit, single, own = _single(modes, rule)
-    edge = mean_square_lr(single, tol=tol, **(how | {"rule": own})) / unit if tol > 1e-6 else mean_square_lr(
-        modes, tol=tol, **how
+    edge = (
+        mean_square_lr(single, tol=tol, **(how | {"rule": own})) / unit
+        if tol > 1e-6
+        else mean_square_lr(modes, tol=tol, **how)
     )
     if math.isinf(edge):
         return CriticalRate(edge, 0.0, edge, none, none)
@@ -220,8 +222,8 @@ def _single(modes: Modes, rule: UpdateRule) -> tuple[float, Modes, UpdateRule]:
     """
     unit = float(modes.curvatures[0]) if modes.rank else 1.0
     factor, curvatures = (modes.factor / unit**0.5).float(), (modes.curvatures / unit).float()
-    decays = {"weight_decay": rule.weight_decay / unit, "decoupled_decay": rule.decoupled_decay / unit}
-    return unit, replace(modes, factor=factor, curvatures=curvatures), replace(rule, **decays)
+    own = replace(rule, weight_decay=rule.weight_decay / unit, decoupled_decay=rule.decoupled_decay / unit)
+    return unit, replace(modes, factor=factor, curvatures=curvatures), own
 
 
 def _zero(rates: Tensor, exponents: Tensor, errors: Tensor, above: int) -> tuple[float, float]:

@@ -46,7 +46,9 @@ def secant(
         hessian: at theta.
         theta: the parameters, for ``error``: see `gradient_rounding`.
 
-    Cost: one Hessian product, two with ``theta``. Source: Katende, arXiv 2512.22055 (the counterexample); MATH section 7.
+    Cost: one Hessian product, two with ``theta``.
+
+    Source: Katende, arXiv 2512.22055 (the counterexample); MATH section 7.
 
     Example:
         >>> import torch
