@@ -280,7 +280,7 @@ def secant_in_float64(task, optimizer):
     before = flat_parameters(snapshot)
     with displaced(list(task.parameters()), update(snapshot), 1.0):
         taken = flat_parameters(snapshot) - before
-    twin, other = copied(task, optimizer, f64)
+    twin, _ = copied(task, optimizer, f64)
     gradient = lambda: torch.cat([g.reshape(-1) for g in torch.autograd.grad(twin(), list(twin.parameters()))])  # noqa: E731
     start = gradient()
     with displaced(list(twin.parameters()), taken, 1.0):
