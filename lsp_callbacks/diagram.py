@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch import nn
 
 from lsp_callbacks import report
 from lsp_callbacks.callbacks.adapter import clipping, pending_step, probe_set, step_loss, unmodelled
@@ -24,14 +23,11 @@ from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.functional.diagram import StabilityDiagram
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
-from lsp_callbacks.operators.batch_statistics import batches_to_settle
 from lsp_callbacks.probing import Probes, population
 from lsp_callbacks.quantities import SGDStability
 from lsp_callbacks.quantities.sgd_diagram import diagram_around
-from lsp_callbacks.quantities.sgd_stability import INITIAL
-from lsp_callbacks.replay import copied, untouched
+from lsp_callbacks.replay import untouched
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
-from lsp_callbacks.step import PendingStep
 
 SUFFIXES = (".png", ".pdf", ".svg")
 #: Of the trainer: what could leave files behind or take time.
@@ -242,8 +238,7 @@ def examine(
     """Freezes the first step that a trainer would take, and takes none.
 
     Everything is set up as for training: device, precision, loaders, optimizers, and the checkpoint with their states.
-    Then the trainer is left by an exception, so that no hook believes that training has ended. A BatchNorm that has
-    seen hardly any batch takes the statistics of the step's own.
+    Then the trainer is left by an exception, so that no hook believes that training has ended.
 
     Args:
         trainer: of either name of Lightning; it is used up.
@@ -302,8 +297,6 @@ class _Examiner(Callback):
                 elif probes.full:
                     break
                 probes.add(one)
-            if batches_to_settle(pl_module, INITIAL):
-                _take_batch_statistics(pending)
             snapshot = pending.snapshot(
                 trainer.global_step // steps,
                 trainer.optimizers[0],
@@ -329,21 +322,6 @@ def _check(trainer: Any, module: Any, settings: Settings) -> None:
         raise Unmeasurable(
             "several players take turns on losses of their own: no one learning rate has a limit that could be drawn"
         )
-
-
-def _take_batch_statistics(pending: PendingStep) -> None:
-    """Before training, running statistics are those of no data: the replays get those of the step's own batches."""
-    if pending.shadow is None:  # which will be said
-        return
-    module = pending.shadow.reset()
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean
-    with torch.enable_grad():  # the step may differentiate
-        for part in pending.parts:
-            part.loss(module, copied(part.batch))
-    pending.shadow.keep_buffers(norms)
 
 
 def _rest(trainer: Any) -> Iterator[Any]:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.cadence import Cadence
+from lsp_callbacks.courant_source import CODES, COURANT, GD, SGD, SOURCE, CourantSource
 from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.limits import Seconds, check_memory, in_bytes
+from lsp_callbacks.losses import Arrivals, LossRecord, Told
 from lsp_callbacks.players import require_one
 from lsp_callbacks.quantities import Numerics, Quantity
 from lsp_callbacks.ranks import Ranks
@@ -27,8 +29,6 @@ from lsp_callbacks.trace import Trace
 
 #: How many points of each global curve a checkpoint carries.
 HISTORY_SAVED = 1000
-#: What ``stability/courant`` is: the first of these that a step completes.
-DIALS = ("stability/courant_sgd", "stability/courant_gd")
 #: Of ``state_dict``. 1 knew fixed periods only.
 VERSION = 2
 
@@ -88,6 +88,8 @@ class Monitor:
         skipped: why a quantity is left out, by its name.
         paths: by which way each quantity was last measured: "exact", "exact, math attention", "finite difference", ...
         trace: loss, rate and energies of the last steps; None where no quantity asks for them.
+        courant: which number ``stability/courant`` is, see `CourantSource`.
+        losses: what the loss did so far, see `LossRecord`.
 
     Raises:
         ValueError: for a cadence below 1, a budget outside (0, 1], or a limit that is not positive.
@@ -120,6 +122,7 @@ class Monitor:
         self.max_memory, self.seconds = in_bytes(max_memory), Seconds(time_limit)
         self.strict, self.named = strict, set(named)
         self._all = quantities
+        self.courant, self.losses = CourantSource(), LossRecord()
         recorded = max((quantity.recorded for quantity in quantities), default=0)
         energies = {name: energy for quantity in quantities for name, energy in quantity.energies.items()}
         state = next((quantity.final_state for quantity in quantities if quantity.final_state is not None), None)
@@ -138,6 +141,9 @@ class Monitor:
         self.seconds.reset()
         if self.trace is not None:
             self.trace.reset()
+        self.courant.reset()
+        self.losses.reset()
+        self._arrivals = Arrivals()
         self.predicted: dict[str, float] = {}
         self._priced: set[str] | None = None
         self._begun = False
@@ -160,7 +166,12 @@ class Monitor:
     def keys(self) -> set[str]:
         """The global keys that can appear."""
         own = {key for quantity in self.quantities.values() for key in (*quantity.keys, *quantity.optional)}
-        return own | ({"stability/courant"} if own.intersection(DIALS) else set())
+        return own | ({COURANT, SOURCE} if own & {SGD, GD} or self.courant.key is not None else set())
+
+    @property
+    def courant_source(self) -> str | None:
+        """What ``stability/courant`` is: "courant_sgd" or "courant_gd" for the whole run; None before it is decided."""
+        return None if self.courant.key is None else self.courant.key.removeprefix("stability/")
 
     @property
     def fault(self) -> Fault | None:
@@ -253,8 +264,8 @@ class Monitor:
         if observation is None:
             return None
         own = {key for quantity in wrong.values() if quantity.complete for key in quantity.compute()}
-        if own.intersection(DIALS):
-            own.add("stability/courant")
+        if self.courant.key in own:
+            own.add(COURANT)
         keys = own & observation.values.keys()
         for key in keys:
             self.history[key].values[-1] = math.nan
@@ -317,6 +328,18 @@ class Monitor:
             for name, error in self.trace.failed.items():
                 self.warn_once(f"the energy {name} is not recorded any more, it raised {error}")
 
+    def saw_loss(
+        self, step: int, loss: Tensor | float | None, *, left_out: bool = False, wait: bool = False
+    ) -> list[Told]:
+        """Takes in the loss of a step for `losses`, and returns those that have arrived from their device.
+
+        A loop calls it at the end of every step; it never waits for the device, see `Arrivals` for the arguments.
+        """
+        told = self._arrivals.take(step, loss, left_out=left_out, wait=wait)
+        for each in told:
+            self.losses.add(each)
+        return told
+
     def observe(self, snapshot: Snapshot) -> Observation | None:
         """Measures what is due at this step.
 
@@ -348,6 +371,7 @@ class Monitor:
                 continue
             if begins and self._waits(quantity, snapshot):
                 continue
+            self._later.pop(name, None)
             self._under_way.discard(name)
             self.paths.pop(name, None)
             began = time.perf_counter()
@@ -377,11 +401,21 @@ class Monitor:
         self._warn(failures, snapshot.step)
         if not self._under_way:
             self._reckon(snapshot)
-        dial = next((key for key in DIALS if key in values), None)
-        if dial is not None:
-            values["stability/courant"] = values[dial]
-            self.cadence.read(values[dial])
-        return self.add(Observation(snapshot.step, {}, failures), values) if values else None
+        return self._with_courant(Observation(snapshot.step, {}, failures), values)
+
+    def _with_courant(self, observation: Observation, values: dict[str, float]) -> Observation | None:
+        """The observation of a step with the headline number, which may be that of a step before."""
+        possible = {key for quantity in self.quantities.values() for key in quantity.keys}
+        headline = self.courant.value(observation.step, values, possible)
+        self.cadence.read(self.courant.reading(values))
+        if headline is not None and self.courant.key is not None:
+            step, value = headline
+            told = {COURANT: value}
+            if not math.isnan(value):
+                told[SOURCE] = CODES[self.courant.key]
+            told = self.add(Observation(step, {}), told).values
+            observation = replace(observation, values=observation.values | told)
+        return self.add(observation, values) if values or observation.values else None
 
     def _waits(self, quantity: Quantity, snapshot: Snapshot) -> bool:
         """Whether it is too early; it is measured when it no longer is. Rank 0's word: all must take the same way."""
@@ -487,16 +521,13 @@ class Monitor:
             self._priced = set(self.quantities)
 
     def drop(self) -> None:
-        """Forgets windows and warm starts: the steps before are not those that come after.
-
-        Called when a checkpoint is written, so that the run that goes on and the run that resumes measure the same.
-        """
+        """Forgets windows and warm starts: the steps before are not those that come after."""
         self._under_way.clear()
         for quantity in self.quantities.values():
             quantity.load_vectors({})
 
     def state_dict(self, *, vectors: bool = False) -> dict[str, Any]:
-        """Scalars, and on request the vectors of windows that are under way."""
+        """Scalars, and on request the vectors of windows that are under way; it changes nothing of what is measured."""
         saved = {
             key: {
                 "steps": torch.tensor(curve.steps[-HISTORY_SAVED:]),
@@ -511,19 +542,22 @@ class Monitor:
             "later": dict(self._later),
             "priced": None if self._priced is None else sorted(self._priced),
             "history": saved,
+            "courant": self.courant.state_dict(),
+            "losses": self.losses.state_dict(),
+            "under_way": sorted(self._under_way),
             "quantities": {name: quantity.state_dict() for name, quantity in self.quantities.items()},
         }
         if self.trace is not None:
             state["trace"] = self.trace.state_dict(joined=self._ranks.world > 1)
         if vectors:
             state["vectors"] = {name: quantity.vectors() for name, quantity in self.quantities.items()}
-            state["under_way"] = sorted(self._under_way)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave, of this version or an earlier one.
 
-        Quantities that are new or gone are left alone. A state that cannot be read, as that of a later version, is
+        Quantities that are new or gone are left alone. Windows that were under way begin anew where the state does not
+        hold their vectors. A state that cannot be read, as that of a later version, is
         left aside with a warning: it is measured as in a first run.
         """
         try:
@@ -542,8 +576,12 @@ class Monitor:
         self.history = {
             key: Curve(curve["steps"].tolist(), curve["values"].tolist()) for key, curve in state["history"].items()
         }
-        self._under_way = {name for name in state.get("under_way", ()) if name in self.quantities}
+        under_way = {name for name in state.get("under_way", ()) if name in self.quantities}
+        self._under_way = under_way if "vectors" in state else set()
         self._later = {name: step for name, step in state.get("later", {}).items() if name in self.quantities}
+        self._later |= dict.fromkeys(under_way - self._under_way, 0)
+        self._load_courant(state.get("courant"))
+        self.losses.load_state_dict(state.get("losses", {}))
         for name, quantity in self.quantities.items():
             quantity.load_state_dict(dict(state["quantities"].get(name, {})), strict=False)
             quantity.load_vectors(state.get("vectors", {}).get(name, {}))
@@ -555,6 +593,16 @@ class Monitor:
         else:
             last = max((curve.steps[-1] for curve in self.history.values() if curve.steps), default=None)
             self.cadence.load_first_state(state.get("origin"), state.get("period"), last)
+
+    def _load_courant(self, state: dict[str, Any] | None) -> None:
+        """Goes on with the same number, unless it is not among the quantities any more; earlier releases had none."""
+        if state is not None:
+            self.courant.load_state_dict(state)
+        else:
+            self.courant.key = next((key for key in (SGD, GD) if key in self.history), None)
+        if self.courant.key is not None and not any(self.courant.key in quantity.keys for quantity in self._all):
+            self.warn_once(f"stability/courant was {self.courant.key} before, which is not measured any more")
+            self.courant.reset()
 
 
 def _kind(reason: str) -> str:

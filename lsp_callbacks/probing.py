@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from lsp_callbacks.probes import Criteria, evaluation
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import copied
-from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmodelled, evaluating
+from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmodelled, as_trained, batch_norms
 from lsp_callbacks.step import PendingStep, batch_size
 
 ForwardFn = Callable[[nn.Module, Any], Tensor]
@@ -44,7 +44,7 @@ class Probes:
         self._batches: list[Any] = []
         self._sizes: list[int] = []
         self._failure: Exception | None = None
-        self.batch_size = 0
+        self.batch_size = self.forward_size = 0
 
     @property
     def full(self) -> bool:
@@ -62,6 +62,7 @@ class Probes:
     def _take(self, batch: Any) -> None:
         found = self.ranks.gather(lambda: self._cut(batch), "the probes")
         self.batch_size = self.batch_size or sum(size for size, _, _ in found)
+        self.forward_size = self.forward_size or found[0][0]  # of one rank, which normalises by itself
         for _, held, own in found:
             self._sizes.append(held)
             self._batches.append(own if self.ranks.world == 1 else _to(own, self.ranks.device))
@@ -117,18 +118,35 @@ class Probes:
             context: in which the module is run, of the loop's precision.
             micro_batches: how many make a step.
         """
-        parts = tuple(
-            self._part(pending, loss, context, batch, size)
-            for batch, size in zip(self._batches, self._sizes)
-            if self._failure is None
-        )
-        if self._failure is not None:
-            parts = (_failing(self._failure),)
         module = pending.module if pending.shadow is None else pending.shadow.module
+        parts, batches, together = [], [], 1
+        if self._failure is not None:
+            parts = [_failing(self._failure)]
+        else:
+            parts = [self._part(pending, loss, context, *one) for one in zip(self._batches, self._sizes)]
+        if self._failure is None and self._sizes and batch_norms(module):
+            cut = self._forward_passes()
+            batches, together = [self._part(pending, loss, context, *one, together=True) for one in cut], cut[0][1]
         batch = micro_batches * max(self.batch_size, 1)
-        return ProbeSet(module, parts, sum(self._sizes), batch, self.population, self.full)
+        return ProbeSet(
+            module, tuple(parts), sum(self._sizes), batch, self.population, self.full, tuple(batches), together
+        )
 
-    def _part(self, pending: PendingStep, loss: Any, context: Any, batch: Any, size: int) -> Callable[[], Evaluation]:
+    def _forward_passes(self) -> list[tuple[Any, int]]:
+        """Batches of equal size, as near to that of a training step's forward pass as can be, with that size."""
+        if len(self._batches) > 1:  # of a kind that could not be joined: as they came
+            return [(batch, size) for batch, size in zip(self._batches, self._sizes) if size == self._sizes[0]]
+        total, size = self._sizes[0], max(self.forward_size, 1)
+        count = total // size if 2 * size <= total else max(1, round(total / size))
+        size = min(size, total // count)
+        leaves, spec = tree_flatten(self._batches[0])
+        if not all(isinstance(t, Tensor) and t.ndim and len(t) == total for t in leaves):  # a single batch of any kind
+            return [(self._batches[0], total)]
+        return [(tree_unflatten([t[k * size : (k + 1) * size] for t in leaves], spec), size) for k in range(count)]
+
+    def _part(
+        self, pending: PendingStep, loss: Any, context: Any, batch: Any, size: int, *, together: bool = False
+    ) -> Callable[[], Evaluation]:
         def part() -> Evaluation:
             if pending.shadow is None or not pending.parts:
                 raise pending.failure or AssertionError
@@ -137,7 +155,7 @@ class Probes:
             own = copied(batch)
             device = next(module.parameters()).device
             # In full precision, also where training rounds to bfloat16.
-            with context(), torch.autocast(device.type, enabled=False), evaluating(module):
+            with context(), torch.autocast(device.type, enabled=False), as_trained(module, together=together):
                 if self.forward_fn is not None and self.criterion is not None:
                     criterion = self.criterion
                     return evaluation(self.forward_fn(module, own), lambda f: criterion(f, own), samples=size)

@@ -84,15 +84,6 @@ class Shadow:
             for (name, own), other in zip(list(state.buffers.items()), given):
                 state.buffers[name] = None if own is None or other is None else other.to(own.device)
 
-    def keep_buffers(self, modules: Iterable[nn.Module]) -> None:
-        """Those of these modules of the copy, as they are now, are what `reset` puts back from now on."""
-        kept = set(modules)
-        for state in self._state:
-            if state.module in kept:
-                state.buffers = {
-                    name: None if b is None else b.detach().clone() for name, b in state.module._buffers.items()
-                }
-
     def reset(self) -> nn.Module:
         """The module as it was before the step."""
         # One memo for all, so that what two modules share stays one object.

@@ -99,6 +99,9 @@ class ProbeSet:
         batch_size: how many a training step takes.
         population: how many there are to take them from; None is a stream without end.
         full: False while samples are still being collected.
+        batches: where samples depend on each other in training, by the statistics of their batch: each evaluates
+            ``together`` of the samples as a step does that takes them in one forward pass, and has no dropout.
+        together: samples of each of those.
 
     Example:
         >>> import torch
@@ -115,11 +118,25 @@ class ProbeSet:
     batch_size: int
     population: int | None = None
     full: bool = True
+    batches: tuple[Callable[[], Evaluation], ...] = ()
+    together: int = 1
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters, each once, by name."""
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    @property
+    def trained(self) -> ProbeSet:
+        """The same samples as a step sees them: in batches of their own statistics, where those tie them together."""
+        if not self.batches:
+            return self
+        return replace(self, parts=self.batches, samples=self.together * len(self.batches))
+
+    @property
+    def tied(self) -> bool:
+        """Whether the samples of a part depend on each other."""
+        return bool(self.batches) and self.parts == self.batches
 
 
 @dataclass(frozen=True, eq=False)
@@ -384,6 +401,40 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in modes:
             m.training = training
+
+
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """The normalisations that make samples depend on each other in a training step, by the statistics of their batch.
+
+    Those of torch and their subclasses, unless frozen (in eval mode, with running statistics, inside of training), and
+    those of the user's own that keep running statistics under torch's names.
+    """
+    batch, instance = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
+
+    def ties(m: nn.Module) -> bool:
+        if isinstance(m, batch):
+            return m.training or m.running_mean is None
+        return m.training and not isinstance(m, instance) and {"running_mean", "running_var"} <= m._buffers.keys()
+
+    return [m for m in module.modules() if ties(m)]
+
+
+@contextlib.contextmanager
+def as_trained(module: nn.Module, *, together: bool) -> Iterator[None]:
+    """Eval mode (no dropout) with a graph, but normalisations that a step takes in training mode stay in it.
+
+    They move their running statistics: let them be those of a copy.
+
+    Args:
+        module: as a step begins with it.
+        together: also those over the batch, see `batch_norms`; otherwise those of a sample alone.
+    """
+    alone = (m for m in module.modules() if isinstance(m, nn.modules.instancenorm._InstanceNorm))
+    modes = [(m, m.training) for m in (*alone, *(batch_norms(module) if together else ()))]
+    with evaluating(module):
+        for m, training in modes:
+            m.training = training
+        yield
 
 
 def flatten(tensors: Any, like: list[nn.Parameter]) -> Tensor:

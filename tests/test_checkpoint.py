@@ -1,4 +1,4 @@
-"""A run that is killed and resumed measures what the run that was never killed measures."""
+"""Saving changes nothing of the run that goes on, and a run that is resumed measures the same numbers."""
 
 import warnings
 
@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from zoo import CLASSES, FEATURES, MOMENTUM, Model, Rows, fit, mlp, trainer
 
-from lsp_callbacks import LyapunovTrajectory, StabilityMonitor, StopOnInstability
+from lsp_callbacks import LyapunovTrajectory, SGDStability, StabilityMonitor, StopOnInstability
 
+KEY = "stability/courant"
 STEPS = 200
 
 
@@ -46,8 +47,13 @@ def stream(start=0):
 
 def monitors(**settings):
     trajectory = LyapunovTrajectory(transient=0, window=40)
-    quantities = ["spectral_norm", "residual_cfl", "sharpness", "lyapunov", trajectory]
+    quantities = ["spectral_norm", "sharpness", "lyapunov", trajectory]
     return StabilityMonitor(quantities, every_n_steps=5, window=3, **settings), StopOnInstability(threshold=1e9)
+
+
+def kinds(monitor):
+    """What the dial is, and how often it was read."""
+    return monitor.courant_source, set(monitor.history["stability/courant_source"].values)
 
 
 def curves(rows, start):
@@ -56,15 +62,55 @@ def curves(rows, start):
     return {key: {s: float(v) for s, v in rows.curve(key).items() if s >= start} for key in keys}
 
 
-@pytest.mark.parametrize(
-    "cut, vectors, order", [(1, False, 1), (12, False, 1), (15, False, -1), (12, True, 1), (43, True, 1)]
-)
-def test_a_resumed_run_measures_the_same(cut, vectors, order, tmp_path):
-    """Cut right after an alignment, inside windows and between them; by a callback after and before ours."""
+@pytest.mark.parametrize("cut, vectors, order", [(1, False, 1), (12, False, 1), (15, False, -1), (12, True, 1)])
+def test_saving_changes_nothing(cut, vectors, order, tmp_path):
+    """Right after an alignment, inside windows and between them; while probes are collected; before and after ours."""
+    settings = {"loader": stream(), "max_steps": 24}
+
+    def both():
+        return StabilityMonitor(["lyapunov", "sharpness", SGDStability(10)], every_n_steps=5, save_vectors=vectors)
+
+    plain, saved = ([both(), StopOnInstability()] for _ in range(2))
+    fit(Repeatable, *plain, **settings)
+    once = Once(tmp_path, cut), Once(tmp_path, cut + 1)
+    fit(Repeatable, *[*saved, *once][::order], **settings)
+    assert all(path.path.exists() for path in once)
+    assert plain[0].history == saved[0].history and plain[1].state_dict() == saved[1].state_dict()
+    assert len(plain[0].history["stability/courant"].steps) >= 5 and plain[0].courant_source == "courant_sgd"
+
+
+def test_a_resumed_run_measures_the_same_kind_of_numbers(tmp_path):
+    """Windows begin anew, from cold starts; probes are other samples; the headline number stays what it was."""
+    settings = {"max_steps": 60}
+    whole, second = (
+        StabilityMonitor(["lyapunov", "sharpness", SGDStability(16)], every_n_steps=5, window=3) for _ in range(2)
+    )
+    once = Once(tmp_path, 12)
+    fit(Repeatable, whole, once, loader=stream(), **settings)
+    fit(Repeatable, second, loader=stream(12), ckpt_path=once.path, seed=9, **settings)
+    before, after = (dict(zip(m.history[KEY].steps, m.history[KEY].values)) for m in (whole, second))
+    assert {step: value for step, value in after.items() if step < 12} == {s: v for s, v in before.items() if s < 12}
+    assert kinds(whole) == kinds(second) == ("courant_sgd", {1.0})
+    assert list(after) == list(before)  # the step after its four batches is in time
+    assert all(run.history[KEY] == run.history["stability/courant_sgd"] for run in (whole, second))
+    later = [step for step in before if step >= 12]
+    assert all(after[step] != before[step] and 1 / 4 < after[step] / before[step] < 4 for step in later)
+    # The window from step 10 on is cut, and begins anew at once.
+    assert whole.history["stability/lyapunov"].steps[:4] == [3, 8, 13, 18]
+    assert second.history["stability/lyapunov"].steps[:4] == [3, 8, 15, 23]
+    sharpness = [dict(zip(*vars(m.history["stability/sharpness"]).values())) for m in (whole, second)]
+    assert [sharpness[1][step] for step in range(20, 60, 5)] == pytest.approx(
+        [sharpness[0][step] for step in range(20, 60, 5)], rel=0.1
+    )
+
+
+@pytest.mark.parametrize("cut", [12, 43])
+def test_with_its_vectors_a_resumed_run_measures_the_same(cut, tmp_path):
+    """Cut inside windows and between them."""
     settings = {"max_steps": 50, "log_every_n_steps": 1}
     rows, resumed, once = Rows(), Rows(), Once(tmp_path, cut)
-    whole, second = monitors(save_vectors=vectors), monitors(save_vectors=vectors)
-    fit(Repeatable, *[*whole, once][::order], loader=stream(), logger=rows, **settings)
+    whole, second = monitors(save_vectors=True), monitors(save_vectors=True)
+    fit(Repeatable, *whole, once, loader=stream(), logger=rows, **settings)
     fit(Repeatable, *second, loader=stream(cut), logger=resumed, ckpt_path=once.path, seed=9, **settings)
 
     expected, got = curves(rows, cut), curves(resumed, cut)
@@ -75,12 +121,7 @@ def test_a_resumed_run_measures_the_same(cut, vectors, order, tmp_path):
         if key.count("/") == 1:
             assert second[0].history[key].steps == curve.steps, key
             assert second[0].history[key].values == pytest.approx(curve.values, rel=1e-6, nan_ok=True), key
-    if order == 1:
-        assert whole[1].state_dict() == second[1].state_dict()
-    if vectors:  # the windows go on as if there had been no checkpoint
-        plain = monitors()
-        fit(Repeatable, *plain, loader=stream(), **settings)
-        assert plain[0].history == whole[0].history
+    assert whole[1].state_dict() == second[1].state_dict()
 
 
 class Once(pl.Callback):
@@ -116,7 +157,7 @@ def test_a_checkpoint_is_small_and_loads_as_weights(tmp_path):
     assert sum(p.numel() for p in run.model.parameters()) > 1.9e6
     again = StabilityMonitor()
     again.load_state_dict(torch.load(once.path, weights_only=True)["callbacks"]["StabilityMonitor"])
-    assert again.step == 2 and again.history["stability/courant"].steps == [0]
+    assert again.step == 2 and again.history["stability/courant_gd"].steps == [0]
     assert size_of_ours(once.path) < 1e4
     for curve in monitor.history.values():  # and after a long run
         curve.steps, curve.values = [*range(50_000)], [0.5] * 50_000
@@ -125,7 +166,7 @@ def test_a_checkpoint_is_small_and_loads_as_weights(tmp_path):
 
 
 def test_stock_callbacks_find_their_key_after_a_resume(tmp_path):
-    key = "stability/courant"
+    key = "stability/courant_gd"
     once = Once(tmp_path, 3)
     fit(Repeatable, StabilityMonitor(every_n_steps=50), once, loader=stream(), max_steps=3)
     stop, save = EarlyStopping(key, check_on_train_epoch_end=True), ModelCheckpoint(tmp_path, monitor=key)
@@ -135,7 +176,8 @@ def test_stock_callbacks_find_their_key_after_a_resume(tmp_path):
         max_epochs=1, max_steps=-1, limit_train_batches=10,
     )  # fmt: skip
     assert monitor.history[key].steps == [0] and stop.best_score == pytest.approx(monitor.history[key].values[0])
-    assert run.callback_metrics["stability/age"] == run.global_step - 1
+    assert monitor.history["stability/lyapunov"].steps == [7]  # its window was cut, and began anew at step 3
+    assert run.callback_metrics["stability/age"] == run.global_step - 1 - 7
 
 
 def test_a_checkpoint_without_the_callbacks_is_no_obstacle(tmp_path):
@@ -145,7 +187,7 @@ def test_a_checkpoint_without_the_callbacks_is_no_obstacle(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(Repeatable, monitor, StopOnInstability(), loader=stream(3), ckpt_path=once.path, max_steps=10)
-    assert monitor.history["stability/courant"].steps == [3, 8]
+    assert monitor.history["stability/courant_gd"].steps == [3, 8]
 
 
 def test_a_trainer_without_fit_can_save(tmp_path):

@@ -17,7 +17,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from rich.console import Console
 from torch import nn
 
-from lsp_callbacks import SGDStability, StabilityMonitor, StabilityReport, Unmeasurable, diagram
+from lsp_callbacks import SGDStability, StabilityMonitor, StabilityReport, Unmeasurable
 from lsp_callbacks.callbacks.figures import log_figure
 from lsp_callbacks.cli import main
 from lsp_callbacks.demo import Digits, ResidualNet
@@ -343,22 +343,21 @@ class Normed(Spy):
         return super().training_step(batch, batch_idx)
 
 
-def test_before_training_batch_norm_takes_the_statistics_of_the_step(monkeypatch):
-    monkeypatch.setattr(diagram, "INITIAL", 0.1)
+def test_running_statistics_do_not_enter_where_training_does_not_use_them():
     models = []
-    for momentum in (0.1, 1.0, 0.1):
+    for frozen in (False, False, True, True):
         torch.manual_seed(0)
-        models.append(Normed(momentum))
-    fresh, told, late = models
-    data = Digits(64)
-    data.setup("fit")
-    with torch.no_grad():
-        told(next(iter(data.train_dataloader()))[0])
-    late.net[2].num_batches_tracked += 100
-    before = state(fresh)
-    found = [examine(trainer_of(), m, settings=Settings(probes=40), datamodule=Digits(64)).modes.trace for m in models]
-    assert unchanged(fresh, before)
-    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0] != pytest.approx(found[2], rel=0.2)
+        models.append(Normed())
+        if frozen:
+            models[-1].on_train_epoch_start = models[-1].net[2].eval
+    for told in models[1::2]:
+        told.net[2].running_mean.fill_(2.0), told.net[2].running_var.fill_(30.0)
+    before = [state(m) for m in models]
+    found = [examine(trainer_of(), m, settings=Settings(probes=40), datamodule=Digits(64)) for m in models]
+    assert all(unchanged(m, b) for m, b in zip(models, before))
+    fresh, other, frozen, strange = (one.modes.trace for one in found)
+    assert fresh == other and frozen != pytest.approx(strange, rel=0.2)
+    assert [one.modes.together for one in found] == [40, 40, 1, 1]
 
 
 def test_both_names_of_lightning():

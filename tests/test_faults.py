@@ -47,10 +47,21 @@ def bits(value):
     return repr(value)
 
 
-def with_and_without(make, monitor, loader=None, **settings):
+class GoesOn(StopOnInstability):
+    """Says when it would have stopped, and lets training go on."""
+
+    def __init__(self):
+        super().__init__(threshold=math.inf, limit=None)
+
+    def judge(self, *args):
+        super().judge(*args)
+        return False
+
+
+def with_and_without(make, monitor, loader=None, stop=None, **settings):
     """Trains twice from the same seed; returns what is different."""
     left = []
-    for ours in ([], [monitor, StopOnInstability(threshold=math.inf, limit=None)]):
+    for ours in ([], [monitor, stop or StopOnInstability(threshold=math.inf, limit=None)]):
         losses, logger = Losses(), Rows()
         trainer = fit(make, losses, *ours, loader=None if loader is None else loader(), logger=logger, **settings)
         left.append(everything(trainer, trainer.model, losses, logger))
@@ -91,7 +102,10 @@ class Poisoned(Model):
 @pytest.mark.parametrize("what", ["loss", "gradient", "weights", "inputs"])
 def test_numbers_that_are_not_finite(what, value):
     monitor = StabilityMonitor("full", every_n_steps=2, window=2)
-    assert not with_and_without(lambda: Poisoned(what, value), monitor, max_steps=9)
+    stop = GoesOn()
+    assert not with_and_without(lambda: Poisoned(what, value), monitor, stop=stop, max_steps=9)
+    assert stop.stop_step == (4 if what == "gradient" else 3)  # the first loss that is not finite
+    assert monitor.verdict.state == "not finite" and monitor.verdict.advice
     sharpness = monitor.history["stability/sharpness"]
     assert math.isfinite(sharpness.values[0]) and math.isnan(sharpness.values[-1])
 
@@ -321,7 +335,7 @@ def test_a_checkpoint_of_another_release(how, anew, tmp_path):
 def test_a_stop_rule_of_another_release_goes_on_with_what_is_there():
     stop = StopOnInstability()
     stop.load_state_dict({"event_step": 7, "readings": [1.0], "flux": 3})
-    assert stop.event_step == 7 and stop.state_dict()["seen"] == 0 and stop.stop_step is None
+    assert stop.event_step == 7 and stop.state_dict()["losses"]["count"] == 0 and stop.stop_step is None
 
 
 SCRIPT = """
@@ -375,7 +389,13 @@ def test_a_run_killed_in_the_middle_of_a_measurement_resumes(tmp_path):
             assert (folder / "last.ckpt").exists()
         ends[name] = torch.load(folder / "end.pt")
     assert bits(ends["whole"]["weights"]) == bits(ends["killed"]["weights"])
-    assert bits(ends["whole"]["curves"]) == bits(ends["killed"]["curves"])
+    whole, killed = (ends[name]["curves"] for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys() and whole["stability/sharpness"][0] == killed["stability/sharpness"][0]
+    # A resumed run has lost its warm starts, and collects its probes again: all samples that there are.
+    assert killed["stability/courant_sgd"][0][0] == whole["stability/courant_sgd"][0][0]
+    assert killed["stability/courant"] == killed["stability/courant_sgd"]
+    assert killed["stability/kernel_trace"][1][-1] == pytest.approx(whole["stability/kernel_trace"][1][-1], rel=1e-5)
+    assert killed["stability/sharpness"][1][-1] == pytest.approx(whole["stability/sharpness"][1][-1], rel=0.2)
 
 
 def test_the_state_survives_a_snapshot_of_a_failed_step():

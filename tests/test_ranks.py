@@ -272,6 +272,12 @@ def test_all_stop_at_the_step_at_which_one_process_would(found):
         assert (own["stopped"]["event"], own["stopped"]["stop"]) == (stop.event_step, stop.stop_step)
 
 
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_at_that_step(found):
+    for own in found:
+        assert own["not finite"]["steps"] == 5 and own["not finite"]["stop"] == 4
+        assert "nan since step 4" in own["not finite"]["reason"]
+
+
 @pytest.mark.parametrize("what, operation", [("forward", "aten.log"), ("backward", "aten.div")])
 def test_the_rank_that_failed_first_is_named_on_all(found, what, operation):
     for own in found:

@@ -19,7 +19,6 @@ from lsp_callbacks import Monitor, ProbeSet, SGDStability, StabilityMonitor, Unm
 from lsp_callbacks.callbacks import adapter
 from lsp_callbacks.functional import UpdateRule, critical_lr, reduce, sgd_exponent
 from lsp_callbacks.probes import evaluation
-from lsp_callbacks.quantities import sgd_stability
 
 SGD_COURANT, GD_COURANT, DIAL = "stability/courant_sgd", "stability/courant_gd", "stability/courant"
 KEYS = {
@@ -320,7 +319,9 @@ def test_keys_go_everywhere_and_wait_for_the_samples():
     assert monitor.history[GD_COURANT].steps == [0, 3, 6, 9]
     assert monitor.history.keys() >= KEYS | OPTIONAL and run.callback_metrics.keys() >= KEYS | {DIAL}
     dial, sgd, gd = (monitor.history[key] for key in (DIAL, SGD_COURANT, GD_COURANT))
-    assert dial.steps == [0, *steps] and dial.values == [gd.values[0], *sgd.values]
+    assert dial == sgd  # one number for the whole run: it waits, too
+    assert set(monitor.history["stability/courant_source"].values) == {1.0}
+    assert monitor.courant_source == "courant_sgd"
     assert not set(sgd.values) & set(gd.values)
     assert list(rows.curve(SGD_COURANT).values()) == monitor.history[SGD_COURANT].values
     assert all(0 < v < 10 for v in monitor.history[SGD_COURANT].values)
@@ -343,13 +344,12 @@ def preset(monkeypatch, **settings):
     return StabilityMonitor(every_n_steps=1, **settings)
 
 
-def test_the_dial_is_the_best_that_is_measured(monkeypatch, recwarn):
+def test_the_headline_number_is_the_best_that_is_measured(monkeypatch, recwarn):
     monitor = preset(monkeypatch)
     fit(Model, monitor, max_steps=4)
     assert not ours(recwarn)
-    assert monitor.history[SGD_COURANT].steps == [1, 2, 3] and monitor.history[DIAL].steps == [0, 1, 2, 3]
-    assert monitor.history[DIAL].values[1:] == monitor.history[SGD_COURANT].values
-    assert monitor.history[DIAL].values[0] == monitor.history[GD_COURANT].values[0]
+    assert monitor.history[SGD_COURANT].steps == [1, 2, 3] and monitor.history[GD_COURANT].steps == [0, 1, 2, 3]
+    assert monitor.history[DIAL] == monitor.history[SGD_COURANT]
 
 
 def test_a_hand_written_loss_leaves_it_out_with_the_way_out(monkeypatch):
@@ -361,6 +361,8 @@ def test_a_hand_written_loss_leaves_it_out_with_the_way_out(monkeypatch):
     gd = dict(zip(monitor.history[GD_COURANT].steps, monitor.history[GD_COURANT].values))
     dial = dict(zip(monitor.history[DIAL].steps, monitor.history[DIAL].values))
     assert dial.items() <= gd.items() and {1, 2, 3, 4} <= dial.keys()
+    assert monitor.courant_source == "courant_gd"
+    assert set(monitor.history["stability/courant_source"].values) == {0.0}
 
 
 def test_a_hand_written_loss_of_a_named_quantity_is_nan():
@@ -458,7 +460,8 @@ def test_all_outputs_and_the_top_one_tell_the_same_edge():
     assert found["top"] == pytest.approx(found["all"], rel=0.35) and len(found["top"]) == 2
 
 
-def test_a_run_that_is_resumed_measures_what_the_whole_run_measures(tmp_path):
+def test_a_run_that_is_resumed_draws_its_probes_again(tmp_path):
+    """At the end of an epoch, and from a loader that does not shuffle: so they are the same samples."""
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     def run(ckpt=None, monitor=None):
@@ -477,8 +480,10 @@ def test_a_run_that_is_resumed_measures_what_the_whole_run_measures(tmp_path):
     assert len(file.getvalue()) < 1e6
     resumed = run(path)
     for key in (SGD_COURANT, "stability/collapsed", "stability/kernel_trace", "stability/sgd_lyapunov"):
-        assert resumed.history[key].steps == whole.history[key].steps
-        assert resumed.history[key].values == pytest.approx(whole.history[key].values, rel=1e-6)
+        before, after = (dict(zip(run.history[key].steps, run.history[key].values)) for run in (whole, resumed))
+        assert list(before) == [1, 2, 4, 6, 8, 10] and list(after) == [1, 2, 4, 7, 8, 10]  # at step 6 it collects
+        both = before.keys() & after.keys()
+        assert [after[step] for step in both] == pytest.approx([before[step] for step in both], rel=1e-6)
 
 
 def test_a_transformer_of_one_precision_and_the_dtype_of_the_values():
@@ -506,33 +511,19 @@ def test_the_details_are_those_of_the_ground_truth():
         SGDStability(horizon=0)
 
 
-class Normed(Model):
-    """Norms of several momenta; that of the root is never used; all of them train, or are frozen."""
+class Late(SGDStability):
+    """Has to know 7 steps first."""
 
-    def __init__(self, momentum=0.3, frozen=False):
-        norms = [nn.BatchNorm1d(mlp()[0].out_features, momentum=one) for one in (momentum, 0.0, 0.5)]
-        super().__init__(nn.Sequential(*mlp()[:1], *norms, *mlp()[1:]), partial(torch.optim.SGD, lr=0.05))
-        self.spare, self.frozen = nn.BatchNorm1d(3, momentum=0.3), frozen
+    patient = True
 
-    def on_train_epoch_start(self):
-        if self.frozen:
-            self.eval()
+    def wait(self, snapshot):
+        return max(0, 7 - snapshot.step)
 
 
-@pytest.mark.parametrize(
-    "model, first",
-    [
-        (Normed, 7),  # 0.7^7 is the first below 0.1
-        (partial(Normed, 0.05), 45),
-        (partial(Normed, None), 7),  # an average of all batches: the spare one may be used
-        (partial(Normed, 0.3, True), 0),  # no step uses batch statistics
-    ],
-)
 @pytest.mark.parametrize("period", [20, None])
-def test_running_statistics_must_have_begun(model, first, period, monkeypatch):
-    """Until they have, the network in eval mode is not the one that is trained; nothing else waits, nothing is kept."""
-    monkeypatch.setattr(sgd_stability, "INITIAL", 0.1)
-    monitor, kept = StabilityMonitor([SGDStability(8), "sharpness"], every_n_steps=period, budget=1.0), []
+def test_what_waits_is_measured_when_it_need_not_wait_any_more(period, monkeypatch):
+    """Nothing else waits, nothing is kept."""
+    monitor, kept = StabilityMonitor([Late(8), "sharpness"], every_n_steps=period, budget=1.0), []
     pending = adapter.PendingStep
 
     def counted(*args, **settings):
@@ -540,21 +531,20 @@ def test_running_statistics_must_have_begun(model, first, period, monkeypatch):
         return pending(*args, **settings)
 
     monkeypatch.setattr(adapter, "PendingStep", counted)
-    fit(model, monitor, loader=data(n=400, batch_size=8), max_steps=50)
+    fit(Model, monitor, loader=data(n=400, batch_size=8), max_steps=50)
     sgd, gd = monitor.history[SGD_COURANT].steps, monitor.history[GD_COURANT].steps
-    assert sgd[0] == first and set(sgd) - {first} == {step for step in gd if step > first}
+    assert sgd[0] == 7 and set(sgd) - {7} == {step for step in gd if step > 7}
     assert gd[0] == 0 and (period is None or gd == [0, 20, 40])
     assert set(kept) <= {*sgd, *gd}
 
 
-def test_what_waits_is_measured_after_a_resume_too(monkeypatch, tmp_path):
-    monkeypatch.setattr(sgd_stability, "INITIAL", 0.1)
-    made = lambda: StabilityMonitor([SGDStability(8), "sharpness"], every_n_steps=20)  # noqa: E731
+def test_what_waits_is_measured_after_a_resume_too(tmp_path):
+    made = lambda: StabilityMonitor([Late(8), "sharpness"], every_n_steps=20)  # noqa: E731
     whole, second = made(), made()
     saved = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
     settings = {"loader": data(n=400, batch_size=8, shuffle=False)}
-    fit(Normed, whole, saved, max_steps=25, enable_checkpointing=True, **settings)
-    fit(Normed, second, max_steps=25, ckpt_path=tmp_path / "step=5.ckpt", **settings)
+    fit(Model, whole, saved, max_steps=25, enable_checkpointing=True, **settings)
+    fit(Model, second, max_steps=25, ckpt_path=tmp_path / "step=5.ckpt", **settings)
     for key in (SGD_COURANT, GD_COURANT):
         assert second.history[key].steps == whole.history[key].steps
     assert second.history[SGD_COURANT].steps[0] == 7

@@ -18,11 +18,12 @@ from zoo import MOMENTUM, SGD, Model, Progress, ResidualBlock, Rows, Scheduled, 
 from lsp_callbacks import (
     LyapunovTrajectory,
     ResidualCFL,
+    SGDStability,
     SpectralNorm,
     StabilityMonitor,
     StopOnInstability,
     Unmeasurable,
-)  # fmt: skip
+)
 
 SHARPNESS, COURANT, LYAPUNOV = "stability/sharpness", "stability/courant", "stability/lyapunov"
 NORM = "stability/spectral_norm_max"
@@ -104,7 +105,8 @@ class Breaks(Model):
 
 @pytest.mark.parametrize("settings", [{}, {"probe_samples": 4}])
 def test_nan_goes_to_the_loggers_only(settings):
-    rows, monitor = Rows(), StabilityMonitor(every_n_steps=1, window=1, **settings)
+    quantities = ["spectral_norm", "sharpness", SGDStability(8), "lyapunov"]  # the probes are one batch
+    rows, monitor = Rows(), StabilityMonitor(quantities, every_n_steps=1, window=1, **settings)
     with pytest.warns(UserWarning) as caught:
         trainer = fit(Breaks(), monitor, logger=rows)
     said = [message for message in ours(caught) if "sub-batch" not in message]
@@ -123,7 +125,8 @@ def test_stock_callbacks_find_their_key(tmp_path):
     save = ModelCheckpoint(tmp_path, monitor=COURANT, filename="{stability/courant:.4f}")
     monitor = StabilityMonitor(every_n_steps=1)
     fit(Model(), stop, save, monitor, loader=data(), max_epochs=2, max_steps=-1, enable_checkpointing=True)
-    values = monitor.history[COURANT].values
+    values = dict(zip(monitor.history[COURANT].steps, monitor.history[COURANT].values))
+    assert list(values) == [*range(5, 12)]  # from when all samples have been seen
     assert stop.best_score == pytest.approx(min(values[5], values[11])) == save.best_model_score
 
 

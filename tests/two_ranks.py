@@ -32,7 +32,6 @@ from lsp_callbacks import (
 )
 from lsp_callbacks.callbacks.adapter import mean_loss
 from lsp_callbacks.operators import hessian
-from lsp_callbacks.quantities import sgd_stability
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.unmeasurable import Unmodelled
 
@@ -406,7 +405,6 @@ class Sharded(Model):
 
 def main(folder):
     rank = int(os.environ["LOCAL_RANK"])
-    sgd_stability.INITIAL = 1.0  # as in conftest
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     found = {"rounds": rounds(rank), "curvature": curvature(rank), "parts": parts(rank)}
     share = DistributedSampler(dataset(), WORLD, rank, shuffle=False)  # Lightning's own would shuffle
@@ -431,6 +429,10 @@ def main(folder):
         StabilityMonitor(["sharpness"], every_n_steps=1), stop, **plain | {"max_steps": 60},
     )  # fmt: skip
     found["stopped"] |= {"event": stop.event_step, "stop": stop.stop_step}
+    lost = StopOnInstability()  # the loss is NaN in one process, and nothing is measured then
+    found["not finite"] = trained(
+        partial(NaNOnOne, "forward"), StabilityMonitor(["sharpness"], every_n_steps=100), lost, **plain,
+    ) | {"stop": lost.stop_step, "reason": lost.reason}  # fmt: skip
     turns = plain | {"strategy": "ddp_find_unused_parameters_true", "max_steps": 20}
     found["game plain"] = trained(Game, **turns)
     found["game"] = trained(Game, game(), **turns)

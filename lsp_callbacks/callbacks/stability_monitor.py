@@ -33,6 +33,7 @@ from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.game import Game, check_losses
 from lsp_callbacks.callbacks.publishing import Stopwatch, log, show, thinned
 from lsp_callbacks.callbacks.schedule import CriticalRate, Schedule, steps_left
+from lsp_callbacks.callbacks.step_loss import StepLoss
 from lsp_callbacks.destination import ELSEWHERE, Destination
 from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.guard import Guard
@@ -42,7 +43,7 @@ from lsp_callbacks.quantities import Quantity, build
 from lsp_callbacks.quantities.select import Selection
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import untouched
-from lsp_callbacks.report import verdict
+from lsp_callbacks.report import Run, Verdict, judge, sentence
 from lsp_callbacks.snapshot import Prox, Snapshot, Unmeasurable
 from lsp_callbacks.step import LossFn, PendingStep, batch_size, identical, never, rate, witnessed
 
@@ -84,7 +85,9 @@ class StabilityMonitor(Callback):
             but enters the update map; where you apply it (``optimizer_step``, ``on_train_batch_end``, a hook of the
             optimizer) is up to you. What the parameters really become is compared with it, and where they differ
             nothing is told of the update any more.
-        save_vectors: put windows under way and warm starts into checkpoints too; otherwise a checkpoint cuts them.
+        save_vectors: put windows under way and warm starts into checkpoints too; otherwise a run that is resumed begins
+            them anew. A run that goes on after a checkpoint measures the same as without it, either way; one that is
+            resumed collects its probes anew.
         strict: raise where a measurement fails, instead of recording NaN with one warning.
         max_memory: bytes, or "2GB", that a measurement may take beside training; what is predicted to take more is left
             out with the number. None is what is free on a CUDA device, and no cap elsewhere.
@@ -154,12 +157,13 @@ class StabilityMonitor(Callback):
         self._destination = Destination()
         self._published: Observation | None = None
         self.subscribers: list[Any] = []
+        self._judges: list[Any] = []
         self.step = 0
         self._ranks = Ranks()
         self._unmodelled: str | None = None
         self._pending: PendingStep | None = None
         self._saw_loss = False
-        self._loss: torch.Tensor | None = None
+        self._step_loss = StepLoss()
         self._seen: torch.Tensor | None = None
         self._observations: list[Observation] = []
         self._game: Game | None = None
@@ -190,6 +194,11 @@ class StabilityMonitor(Callback):
     def paths(self) -> dict[str, str]:
         """By which way each quantity was last measured, see `Monitor`."""
         return self.monitor.paths
+
+    @property
+    def courant_source(self) -> str | None:
+        """What ``stability/courant`` is: "courant_sgd" or "courant_gd" for the whole run; None before it is decided."""
+        return self.monitor.courant_source
 
     @property
     def fault(self) -> Fault | None:
@@ -236,6 +245,7 @@ class StabilityMonitor(Callback):
         self.probes.drop(
             self._ranks.first(lambda: population(trainer.train_dataloader, trainer.world_size), "the population")
         )
+        self._judges = list(self.subscribers)  # they leave when training ends
         self._schedule = Schedule(trainer)
         self._unmodelled = self._why_unmodelled(trainer, pl_module)
         self._destination.forget()
@@ -246,6 +256,8 @@ class StabilityMonitor(Callback):
             self.step = trainer.global_step // (1 if takes_turns else max(1, len(trainer.optimizers)))
         settings: dict[str, Any] = {"unmodelled": self._unmodelled, "sharded": sharded(trainer), "ranks": self._ranks}
         settings |= {"clipping": clipping(trainer), "prox": self.prox}
+        # The sum of several players' losses need not fall.
+        self.monitor.losses.comparable = len(trainer.optimizers) <= 1
         if isinstance(self.loss_fn, Mapping):
             self._leave_game()
             self._game = Game(trainer, self.loss_fn, lambda: self._kept(trainer, pl_module), self.monitor.harmless)
@@ -272,7 +284,8 @@ class StabilityMonitor(Callback):
             self._arrive()
             self._published = None
             if batch_idx % trainer.accumulate_grad_batches == 0:  # the first micro-batch of a step
-                self._pending, self._updates, self._saw_loss, self._loss, self._seen = None, 0, False, None, None
+                self._pending, self._updates, self._saw_loss, self._seen = None, 0, False, None
+                self._step_loss.begin()
                 self._guard.begin()
                 if self._game is not None:
                     with self.monitor.harmless("the batch could not be kept for a replay"):
@@ -307,6 +320,8 @@ class StabilityMonitor(Callback):
         if self.monitor.trace is not None:
             own = unscaled(trainer, loss).detach()
             self._seen = own if self._seen is None else self._seen + own
+        if not pl_module.automatic_optimization:  # otherwise training_step returns it, at no cost
+            self._step_loss.saw(unscaled(trainer, loss))
         self._guard.saw_loss(loss)
         self._saw_loss = True
 
@@ -314,6 +329,7 @@ class StabilityMonitor(Callback):
         with self._stopwatch:
             no_loss = pl_module.automatic_optimization and not self._saw_loss  # training_step returned None
             left_out = not no_loss and skipped(trainer, optimizer)
+            self._step_loss.left_out |= left_out
             if not no_loss:
                 with self.monitor.harmless("whether the step is finite could not be told"):
                     self._look(trainer, pl_module, left_out or scaled(trainer, optimizer))
@@ -423,30 +439,27 @@ class StabilityMonitor(Callback):
             if self._fault is not None:
                 self._publish(trainer, self._fault)
                 self._fault = None
-            if self.subscribers:
-                self._judge(trainer, outputs)
+            self._step_loss.returned(outputs)
+            if not trainer.fit_loop._should_accumulate():
+                self._judge(trainer)
             if self._measured_at is not None:  # the tensor that lies in callback_metrics: reading that dict is dear
                 self._age.fill_(self.step - 1 - self._measured_at)
 
-    def _judge(self, trainer: Any, outputs: Any) -> None:
-        # At each step: what one process without accumulation needs is next to nothing.
-        if trainer.accumulate_grad_batches > 1:
-            outputs = self._of_all_micro_batches(trainer, outputs)
-            if trainer.fit_loop._should_accumulate():
-                return
-        outputs = mean_loss(outputs, self._ranks)
-        stop = any([subscriber.judge(trainer, self.step - 1, outputs) for subscriber in self.subscribers])
-        if self._ranks.world > 1:
+    def _judge(self, trainer: Any) -> None:
+        # At each step: what one process needs is next to nothing.
+        loss, several = self._step_loss.value, self._ranks.world > 1
+        if self.subscribers:
+            loss = mean_loss(loss, self._ranks)
+        told = self.monitor.saw_loss(
+            max(self.step - 1, 0), loss, left_out=self._step_loss.left_out, wait=several and bool(self.subscribers)
+        )
+        if not self.subscribers:
+            return
+        stop = any([subscriber.judge(trainer, self.step - 1, told) for subscriber in self.subscribers])
+        if several:
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop:
             trainer.should_stop = True
-
-    def _of_all_micro_batches(self, trainer: Any, outputs: Any) -> Any:
-        """The outputs of a step: under accumulation their loss is the sum, each divided by the number already."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, torch.Tensor):
-            self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
-        return self._loss
 
     def _gradient_changed(self) -> bool:
         return any(p.grad is not None and not identical(p.grad, gradient) for p, gradient in self._gradients)
@@ -490,11 +503,29 @@ class StabilityMonitor(Callback):
 
     # -- afterwards ------------------------------------------------------------------------------------------------
 
+    @property
+    def verdict(self) -> Verdict:
+        """How the run went so far, or went: state, cause, evidence, advice."""
+        events = [stop.event_step for stop in self._judges if stop.event_step is not None]
+        stopped = next((stop for stop in self._judges if stop.stop_step is not None), None)
+        return judge(
+            Run(
+                self.history,
+                fault=self.monitor.ended_by,
+                step=max(self.step - 1, 0),
+                losses=self.monitor.losses,
+                event=min(events, default=None),
+                stop=None if stopped is None else stopped.stop_step,
+                reason=None if stopped is None else stopped.reason,
+            )
+        )
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._arrive()
+        self.monitor.saw_loss(max(self.step - 1, 0), None, wait=True)
         # StabilityReport says it below its table.
         if not any(getattr(callback, "says_verdict", False) for callback in trainer.callbacks):
-            rank_zero_info(verdict(self.history, self.monitor.ended_by))
+            rank_zero_info(sentence(self.verdict))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._let_go()
@@ -510,11 +541,6 @@ class StabilityMonitor(Callback):
         if self._game is not None:
             self._game.close()
         self._game = None
-
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if not self.save_vectors:
-            self.monitor.drop()
-            self.probes.drop(self.probes.population)
 
     def state_dict(self) -> dict[str, Any]:
         return {

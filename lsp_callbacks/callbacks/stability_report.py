@@ -84,7 +84,7 @@ class StabilityReport(Callback):
         steps, values = self._losses.read()
         report.figure(history, (steps, values), self._events(trainer, steps, values)).savefig(path)
         sentences = (
-            report.verdict(history, self._source.monitor.ended_by),
+            report.sentence(self._source.verdict),
             f"lsp_callbacks: the picture of this run is {path}",
         )
         drawn = [q for q in self._source.monitor.quantities.values() if q.picture and q.update_count]

@@ -3,44 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
 from lsp_callbacks.arguments import number, whole
 from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.callbacks.readings import Readings
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
+from lsp_callbacks.courant_source import COURANT, GD, SGD
+from lsp_callbacks.losses import LossRecord, Told
 from lsp_callbacks.monitor import Observation
 
-#: Steps over which the loss is smoothed, and the first steps whose mean is the initial loss.
-SMOOTHING, INITIAL = 30, 5
-#: The smoothed loss confirms when it is this much above its least value, and above this share of the initial loss:
-#: once a data set is memorised, a rise of 30 % is noise.
-RISE, SHARE = 0.3, 0.15
 #: Keys that are a rate over a critical rate, and so can be known before the rate is used.
-SCHEDULED = ("stability/courant", "stability/courant_sgd", "stability/courant_gd")
+SCHEDULED = (COURANT, SGD, GD)
+#: A single Courant number that is far above the edge: healthy training, also while the rate of AdamW warms up, was read
+#: at less in every run of ``benchmarks/rate_too_high.py``.
+FAR = 5.0
 
 
 class StopOnInstability(Callback):
     """Ends training when it has become unstable: at the step, not at the end of the epoch.
 
-    Two levels. The *event*: the mean of the last ``patience`` new measurements is above the threshold; it is logged as
-    ``stability/event`` and printed once. The *stop*: it is still above, and the smoothed loss is 30 % above its least
-    value so far and above 15 % of the initial loss, or not finite. Healthy training lives at the edge of stability
-    for long stretches: it has events and no stop. A NaN neither counts nor resets.
+    Two levels. The *event*: the mean of the last ``patience`` new measurements is above the threshold, or all have been
+    above it for ``patience_steps`` steps; it is logged as ``stability/event`` and printed once. The *stop*: it is still
+    above, and the smoothed loss is 30 % above its least value so far and above 15 % of the initial loss. Healthy
+    training lives at the edge of stability for long stretches: it has events and no stop. A NaN neither counts nor
+    resets. Where ``stability/courant`` fails, or is not decided yet, ``stability/courant_gd`` stands in for it; the two
+    have no mean.
+
+    Training ends, too, after
+
+    - a *loss that is not finite*, whatever was measured: at that step on the CPU, on a GPU when its number has arrived,
+      one step later, and on all processes together. Steps that a gradient scaler leaves out do not count, unless the
+      loss itself is not finite in 25 of them in a row;
+    - *one* Courant number of 5 or more, if after 60 steps the loss has not fallen by 5 %: the rate was far too high
+      from the beginning;
+    - losses above three times the initial one for some 200 steps, where nothing was measured since they began to rise;
+    - a collapse of the network: its outputs have ceased to depend on its inputs.
 
     A Courant number is a learning rate over a critical one. So the rate that the schedule brings next is compared
     *before* it is used: a jump above the edge is an event before the first bad step, and a rate above ``limit``
-    critical ones ends training there, without waiting for the loss. A collapsed network (its outputs have ceased to
-    depend on its inputs) ends training, too.
+    critical ones ends training there, without waiting for the loss.
 
     Args:
         monitor: a global key of the `StabilityMonitor` beside it, in either order.
         threshold: None is 0 for exponents and 1 for Courant numbers and stiffness.
         patience: new measurements in the mean.
+        patience_steps: steps after which fewer measurements suffice, if none of them is below the threshold.
         min_steps: ignore measurements before this step.
         confirm: "loss", which it does from step 30 on, or None for the bare rule without the loss.
         limit: the scheduled Courant number that is not used; None uses any.
@@ -52,14 +64,16 @@ class StopOnInstability(Callback):
     Attributes:
         event_step: step of the event, or None.
         stop_step: step of the stop, or None.
+        reason: why it stopped, or None.
     """
 
     def __init__(
         self,
-        monitor: str = "stability/courant",
+        monitor: str = COURANT,
         *,
         threshold: float | None = None,
         patience: int = 3,
+        patience_steps: int = 200,
         min_steps: int = 0,
         confirm: Literal["loss"] | None = "loss",
         limit: float | None = 10.0,
@@ -70,12 +84,14 @@ class StopOnInstability(Callback):
         if threshold is not None:
             number("threshold", threshold, instead=", or None")
         whole("patience", patience, 1, instead=" measurement")
+        whole("patience_steps", patience_steps, 0)
         whole("min_steps", min_steps, 0)
         if confirm not in ("loss", None):
             raise ValueError(f"confirm={confirm!r}: give 'loss', or None for the bare rule")
         if limit is not None:
             number("limit", limit, above=1, instead=", a Courant number, or None")
-        self.monitor, self.patience, self.min_steps, self.limit = monitor, patience, min_steps, limit
+        self.monitor, self.patience, self.patience_steps = monitor, patience, patience_steps
+        self.min_steps, self.limit = min_steps, limit
         self.threshold = (0.0 if "lyapunov" in monitor else 1.0) if threshold is None else threshold
         self.confirm, self.verbose = confirm, verbose
         self._warned = False
@@ -84,12 +100,11 @@ class StopOnInstability(Callback):
     def _reset(self) -> None:
         self.event_step: int | None = None
         self.stop_step: int | None = None
-        self._readings: list[float] = []
-        self._forecast = self._collapsed = self._stochastic = False
-        self._smoothed: Tensor | float | None = None
-        self._least: Tensor | float | None = None
-        self._initial: Tensor | float | None = None
-        self._seen = 0
+        self.reason: str | None = None
+        self._readings = Readings(self.patience, self.patience_steps)
+        self._others = Readings(self.patience, self.patience_steps)  # of what stands in
+        self._stands_in = self._forecast = self._collapsed = False
+        self._losses = LossRecord()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
@@ -114,26 +129,34 @@ class StopOnInstability(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.stop_step is not None:  # whoever goes on after a stop wants to hear of the next one
             self._reset()
+        self._losses.comparable = len(trainer.optimizers) <= 1
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        missing = self.monitor not in self._source.monitor.keys
+        measured = self._source.monitor.keys
+        missing = self.monitor not in measured or (self.monitor == COURANT and not measured & {SGD, GD})
         if missing and not self._warned:
-            rank_zero_warn(f"StopOnInstability will never stop: {self.monitor} is not measured in this run")
+            rank_zero_warn(
+                f"StopOnInstability will never stop by {self.monitor}, which this run does not measure, but by the loss"
+            )
         self._warned = missing
 
     # The monitor calls these two at the end of each batch, so that the order of the callbacks does not matter.
 
     def receive(self, trainer: Any, observation: Observation) -> None:
         """Takes in a new observation."""
-        value = observation.values.get(self.monitor, math.nan)
-        if self.monitor == "stability/courant" and not self._stochastic:
-            # Until the probes are complete, the dial is another number: the two have no mean.
-            self._stochastic = "stability/courant_sgd" in observation.values
-            self._readings = [] if self._stochastic else self._readings
-        self._collapsed = observation.values.get("stability/collapsed", 0.0) == 1.0
-        if not math.isnan(value) and observation.step >= self.min_steps:
-            self._readings = [*self._readings, value][-self.patience :]
-        steps = observation.values.get("stability/steps_to_edge", math.nan)
+        values = observation.values
+        value = values.get(self.monitor, math.nan)
+        self._collapsed = values.get("stability/collapsed", 0.0) == 1.0
+        if observation.step >= self.min_steps:
+            self._readings.add(observation.step, value)
+            if self.monitor == COURANT and math.isnan(value):
+                # Not yet decided, or failing; it may also be complete some steps later.
+                if COURANT in values or not len(self._readings):
+                    self._others.add(observation.step, values.get(GD, math.nan))
+                    self._stands_in = True
+            elif not math.isnan(value):
+                self._stands_in, self._others = False, Readings(self.patience, self.patience_steps)
+        steps = values.get("stability/steps_to_edge", math.nan)
         if self.monitor in SCHEDULED and not math.isnan(steps) and not self._forecast:
             self._forecast = True
             self._say(
@@ -141,68 +164,77 @@ class StopOnInstability(Callback):
                 f"at step {observation.step + steps:.0f}"
             )
 
-    def judge(self, trainer: Any, step: int, outputs: Any) -> bool:
-        """Whether to stop after ``step``, whose outputs are given."""
-        self._smooth(outputs)
-        if self.stop_step is not None or step < self.min_steps:
+    def judge(self, trainer: Any, step: int, told: Sequence[Told]) -> bool:
+        """Whether to stop after ``step``, with the losses that have arrived since the step before."""
+        for each in told:
+            self._losses.add(each)
+        if self.stop_step is not None:
             return False
-        mean = sum(self._readings) / self.patience if len(self._readings) == self.patience else math.nan
-        scheduled = self._source.scheduled_courant(trainer) if self.monitor in SCHEDULED else math.nan
-        if self.event_step is None and mean > self.threshold:
-            self._event(trainer, step, f"{self.monitor} = {mean:.4g} > {self.threshold:g}")
-        elif self.event_step is None and scheduled > self.threshold and self._jumps(scheduled):
-            self._event(trainer, step, f"the next learning rate is {scheduled:.3g} times the critical one")
-        why = self._why(mean, scheduled)
+        why = self._not_finite()
+        if why is None and step >= self.min_steps:
+            scheduled = self._source.scheduled_courant(trainer) if self.monitor in SCHEDULED else math.nan
+            above = self._known.above(self.threshold, step)
+            if not math.isnan(above):
+                self._event(trainer, step, f"{self._name} = {above:.4g} > {self.threshold:g}")
+            elif scheduled > self.threshold and self._jumps(scheduled):
+                self._event(trainer, step, f"the next learning rate is {scheduled:.3g} times the critical one")
+            why = self._why(above, scheduled)
         if why is None:
             return False
-        self.stop_step = step
+        self.stop_step, self.reason = step, why
         self._say(f"stop at step {step}: {why}. Try a lower learning rate, or a longer warm-up.")
         return True
 
-    def _why(self, mean: float, scheduled: float) -> str | None:
+    @property
+    def _known(self) -> Readings:
+        """The readings to go by."""
+        return self._others if self._stands_in and len(self._others) else self._readings
+
+    @property
+    def _name(self) -> str:
+        return f"{GD} (in place of {self.monitor})" if self._known is self._others else self.monitor
+
+    def _not_finite(self) -> str | None:
+        if self._losses.finite:
+            return None
+        return f"the loss is {self._losses.last:g} since step {self._losses.nonfinite_step}"
+
+    def _why(self, above: float, scheduled: float) -> str | None:
         """The reason to stop, if there is one."""
+        losses = self._losses
         if self._collapsed:
             return "the network has collapsed: its outputs have ceased to depend on its inputs"
-        if self.limit is not None and scheduled > self.limit and self._jumps(scheduled):
+        jumped = scheduled > self.threshold and self._jumps(scheduled)
+        if self.limit is not None and scheduled > self.limit and jumped:
             return f"the next learning rate is {scheduled:.3g} times the critical one, and was not used"
-        if not mean > self.threshold:
-            return None
+        if not math.isnan(above) and self.confirm is None:
+            return self._reading(above)
         if self.confirm is None:
-            return self._reading(mean)
-        if self._smoothed is None or self._least is None or self._initial is None:
             return None
-        loss, least, initial = (float(t) for t in (self._smoothed, self._least, self._initial))
-        if self._seen < SMOOTHING and math.isfinite(loss):  # a healthy run may begin by going up
-            return None
-        # A share of the initial loss means nothing where losses can be negative.
-        if loss <= least + RISE * abs(least) or (least >= 0 and loss <= SHARE * initial):
-            return None
-        return f"{self._reading(mean)}, and the smoothed loss rose from {least:.4g} to {loss:.4g}"
+        rose = f"the smoothed loss rose from {losses.least:.4g} to {losses.smoothed:.4g}"
+        if losses.risen and not math.isnan(above):
+            return f"{self._reading(above)}, and {rose}"
+        if losses.risen and jumped:
+            return f"the learning rate is {scheduled:.3g} times the critical one, and {rose}"
+        # The rate may have come down since.
+        least = min(self._known.latest, self._known.latest if math.isnan(scheduled) else scheduled)
+        if self.monitor in SCHEDULED and least >= FAR * self.threshold and losses.fallen is False:
+            return (
+                f"{self._name} = {self._known.latest:.4g} at step {self._known.latest_step}, far above "
+                f"{self.threshold:g}, and the loss has not fallen: {losses.first:.4g} at first, smoothed "
+                f"{losses.smoothed:.4g}"
+            )
+        if losses.lost and self._known.latest_step <= losses.level_step:
+            return f"{rose}, and {self.monitor} is unknown: nothing was measured since"
+        return None
 
     def _jumps(self, scheduled: float) -> bool:
         """Whether the rate has more than doubled since the last measurements: a jump, not a slow ramp."""
-        return bool(self._readings) and scheduled > 2 * sum(self._readings) / len(self._readings)
-
-    def _smooth(self, outputs: Any) -> None:
-        """Kept on its device: reading it at every step would wait for the device at every step."""
-        found = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(found, Tensor):
-            return
-        loss: Any = float(found) if found.device.type == "cpu" else found.detach().float()
-        self._seen += 1
-        before: Any = loss if self._smoothed is None else self._smoothed
-        self._smoothed = before + (loss - before) / min(self._seen, SMOOTHING)
-        if self._seen <= INITIAL:
-            self._initial = self._smoothed
-        least: Any = self._smoothed if self._least is None else self._least
-        if isinstance(self._smoothed, Tensor):  # after a resume the others are numbers
-            self._least = torch.fmin(torch.as_tensor(least).to(loss), self._smoothed)
-        elif not self._smoothed >= least and not math.isnan(self._smoothed):
-            self._least = self._smoothed
-        else:
-            self._least = least
+        return scheduled > 2 * self._known.mean
 
     def _event(self, trainer: Any, step: int, reading: str) -> None:
+        if self.event_step is not None:
+            return
         self.event_step = step
         self._say(f"event at step {step}: {reading}: linearly unstable")
         trainer.callback_metrics["stability/event"] = torch.tensor(float(step))
@@ -211,7 +243,8 @@ class StopOnInstability(Callback):
             logger.log_metrics({"stability/event": float(step)}, step=row)
 
     def _reading(self, mean: float) -> str:
-        text = f"{self.monitor} = {mean:.4g} > {self.threshold:g} (mean of {len(self._readings)})"
+        text = f"{self._name} = {mean:.4g} > {self.threshold:g}"
+        text += f" (mean of {len(self._known)})" * (len(self._known) > 1)
         if "lyapunov" in self.monitor:
             text += f" per step (grows by e in {1 / mean:.3g} steps)" if mean > 0 else ""
         return text
@@ -221,19 +254,18 @@ class StopOnInstability(Callback):
             rank_zero_info(f"StopOnInstability: {text}")
 
     def state_dict(self) -> dict[str, Any]:
-        losses = {
-            name: None if value is None else float(value)
-            for name, value in (("smoothed", self._smoothed), ("least", self._least), ("initial", self._initial))
-        }
         return {
-            "event_step": self.event_step, "stop_step": self.stop_step, "readings": list(self._readings),
-            "forecast": self._forecast, "stochastic": self._stochastic, "seen": self._seen, **losses,
+            "event_step": self.event_step, "stop_step": self.stop_step, "reason": self.reason,
+            "readings": self._readings.state_dict(), "others": self._others.state_dict(),
+            "stands_in": self._stands_in, "forecast": self._forecast, "losses": self._losses.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._reset()
         state = self.state_dict() | dict(state_dict)  # what another release did not write is as in a new run
-        self.event_step, self.stop_step = state["event_step"], state["stop_step"]
-        self._readings, self._seen = list(state["readings"]), state["seen"]
-        self._forecast, self._stochastic = state["forecast"], state["stochastic"]
-        self._smoothed, self._least, self._initial = (state[name] for name in ("smoothed", "least", "initial"))
+        self.event_step, self.stop_step, self.reason = state["event_step"], state["stop_step"], state["reason"]
+        self._stands_in, self._forecast = state["stands_in"], state["forecast"]
+        if isinstance(state["readings"], dict):  # the first releases kept no steps
+            self._readings.load_state_dict(state["readings"])
+            self._others.load_state_dict(state["others"])
+        self._losses.load_state_dict(state["losses"])

@@ -30,7 +30,7 @@ class FrozenSGD:
         lr: the step's own rate, the largest of its groups.
         batch_size: of the step.
         population: samples that batches are drawn from; equal to those in ``modes`` where all are probes.
-        kernel: where the modes come from.
+        kernel: where the modes come from; of the samples in batches, where their statistics tie them together.
         frozen: whether a preconditioner is held fixed.
     """
 
@@ -57,6 +57,12 @@ def frozen_sgd(
     which this step's gradient was clipped enter as ``Z -> Z D^(1/2)``; rates are those of the group with the largest.
     Weight decay that differs between parameters is taken at its mean over the trace of K.
 
+    Under BatchNorm the outputs of a batch depend on all of its samples, ``f_i(theta, X_b)``, and a step on batch b acts
+    by ``I - lr H_b``, ``H_b = (1/B) sum_i J_i^T S_i J_i`` with ``J_i = d f_i(theta, X_b) / d theta`` *through* the
+    statistics. So scaling or shifting a weight ahead of BatchNorm moves no output, as in training; running statistics,
+    or those of the batch held fixed, lose that, and give the matrix of a training that nobody runs. The rows of K are
+    those of whole batches, ``probes.batches``, and steps draw whole batches, see `sgd_exponent`.
+
     Args:
         snapshot: a step with its optimizer and ``probes``.
         outputs: rows of K, see `lsp_callbacks.operators.tangent_kernel`.
@@ -67,11 +73,11 @@ def frozen_sgd(
     Raises:
         Unmeasurable: no probes, an optimizer that is not modelled, or a criterion without a Gauss-Newton matrix.
 
-    Cost: one forward and two backward passes over the probes.
+    Cost: one forward and two backward passes over the probes; under BatchNorm a backward pass over its batch for each.
     """
-    probes = snapshot.probes
-    if probes is None:
+    if snapshot.probes is None:
         raise Unmeasurable("no probes are known: pass Snapshot(probes=ProbeSet(...))")
+    probes = snapshot.probes.trained
     rule = critical_rule(snapshot)
     require_gradient(snapshot)
     if rule.frozen:
@@ -87,7 +93,12 @@ def frozen_sgd(
 
     double = all(p.dtype == torch.float64 for p in probes.parameters.values())
     return FrozenSGD(
-        modes=reduce(kernel.gram, kernel.rows, tol=None if double else ROUNDING),
+        modes=reduce(
+            kernel.gram,
+            kernel.rows,
+            tol=None if double else ROUNDING,
+            together=probes.together if probes.batches else 1,
+        ),
         rule=UpdateRule(
             momentum=rule.momentum,
             dampening=rule.dampening,

@@ -27,7 +27,8 @@ def second_moment(
 
     ``D(X) = (1 - p) H X H + p (1/N) sum_i Y_i^T (Y_i X Y_i^T) Y_i``, ``p = (N' - B) / (B (N' - 1))`` without
     replacement from ``N'`` (``population``, or all samples), ``1 / B`` with. Coupled decay adds
-    ``wd (H X + X H) + wd^2 X``.
+    ``wd (H X + X H) + wd^2 X``. Of samples that batch statistics tie together p falls to ``p w^2``, and whole groups
+    are a second such sum of weight ``p B / G - p w^2``, see `sgd_exponent`.
 
     Raises:
         ValueError: if a batch is larger than what it is drawn from.
@@ -37,12 +38,16 @@ def second_moment(
     total = drawn_from(modes.samples, batch_size, population)
     p = 1 / batch_size if replacement else (total - batch_size) / (batch_size * max(total - 1, 1))
     n, outputs, r = modes.factor.shape
-    rows, h = modes.factor.flatten(0, 1), modes.curvatures
+    rows, h, tied = modes.factor.flatten(0, 1), modes.curvatures, 0.0
+    whole = modes.factor.reshape(n // modes.together, modes.together * outputs, r)
+    if modes.together > 1:
+        groups, share = modes.shares(batch_size)
+        p, tied = p * share, p * (batch_size / groups - share)
     # Everything that is elementwise: (1 - p) h_i h_j + wd (h_i + h_j) + wd^2.
-    diagonal = (h + weight_decay)[:, None] * (h + weight_decay) - p * h[:, None] * h
+    diagonal = (h + weight_decay)[:, None] * (h + weight_decay) - (p + tied) * h[:, None] * h
 
     def apply(x: Tensor) -> Tensor:
-        if not p:
+        if not p and not tied:
             return diagonal * x
         half = rows @ x
         if outputs == 1:
@@ -50,6 +55,10 @@ def second_moment(
         else:
             blocks = half.view(n, outputs, r) @ modes.factor.mT
             weighted = (blocks @ modes.factor).flatten(0, 1)
+        if tied:
+            pushed = ((half.view(whole.shape) @ whole.mT) @ whole).flatten(0, 1)
+            weighted = p * weighted + tied / modes.together * pushed
+            return torch.addmm(diagonal * x, rows.mT, weighted, alpha=1 / n)
         return torch.addmm(diagonal * x, rows.mT, weighted, alpha=p / n)
 
     return apply

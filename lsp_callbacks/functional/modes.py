@@ -59,6 +59,8 @@ class Modes:
         owner: component of each mode, ``(r,)``. A mode is exactly zero on the samples of the others.
         components: indices of samples that share no mode with the rest; SGD never couples them.
         trace: of the mean Hessian. With ``rank`` it tells a stable network from a collapsed one.
+        together: samples that batch statistics tie together, ``g``; 1 where no sample depends on another. Each ``g``
+            consecutive samples are a batch that was normalised by itself.
     """
 
     factor: Tensor
@@ -66,6 +68,7 @@ class Modes:
     owner: Tensor
     components: list[Tensor]
     trace: float
+    together: int = 1
 
     @property
     def rank(self) -> int:
@@ -75,22 +78,34 @@ class Modes:
     def samples(self) -> int:
         return len(self.factor)
 
+    def shares(self, batch_size: int) -> tuple[int, float]:
+        """How the noise of a batch of tied samples is put together: ``(G, w^2)``, see `sgd_exponent`.
 
-def reduce(gram: Tensor, outputs: int = 1, *, tol: float | None = None) -> Modes:
+        Of M groups G whole ones are drawn, ``G g >= B``. That has the variance of a batch of G g samples, less the
+        share 1 / M that is lost to the mean of M; what is missing for B samples is that of samples drawn within them.
+        """
+        groups = -(-batch_size // self.together)
+        return groups, 1 - (1 - self.together / self.samples) * batch_size / (groups * self.together)
+
+
+def reduce(gram: Tensor, outputs: int = 1, *, tol: float | None = None, together: int = 1) -> Modes:
     """``K = U L U^T = Y Y^T`` without its null space, component by component (MATH section 2).
 
     Args:
         gram: ``K = Z Z^T``, ``Z_i = S_i^{1/2} J_i``, ``(N outputs, N outputs)``, sample-major.
         outputs: rows of a sample.
         tol: eigenvalues up to ``tol`` times the largest are dropped; 1e-12 fits float64, a float32 K needs about 1e-6.
+        together: samples of a batch with statistics of its own, see `Modes`.
 
     Raises:
-        ValueError: if ``gram`` is not a finite symmetric matrix of whole samples.
+        ValueError: if ``gram`` is not a finite symmetric matrix of whole samples, or of whole such batches.
 
     Cost: one ``eigh`` of each component.
     """
     gram = _checked(gram, outputs)
     n, blocks = len(gram) // outputs, _components(gram, outputs)
+    if together < 1 or n % together:
+        raise ValueError(f"together={together} must divide the {n} samples")
     rows = torch.arange(len(gram)).view(n, outputs)
     pairs = [torch.linalg.eigh(gram[rows[b].flatten()][:, rows[b].flatten()]) for b in blocks]
     floor = (1e-12 if tol is None else tol) * max((float(values[-1]) for values, _ in pairs), default=0.0)
@@ -106,7 +121,8 @@ def reduce(gram: Tensor, outputs: int = 1, *, tol: float | None = None) -> Modes
     order = torch.cat(curvatures).argsort(descending=True)
     # The trace of K itself, not of what was kept.
     trace = float(gram.trace()) / n
-    return Modes(factor[..., order].contiguous(), torch.cat(curvatures)[order], torch.cat(owner)[order], blocks, trace)
+    values, labels = torch.cat(curvatures)[order], torch.cat(owner)[order]
+    return Modes(factor[..., order].contiguous(), values, labels, blocks, trace, together)
 
 
 def drawn_from(samples: int, batch_size: int, population: int | None) -> int:

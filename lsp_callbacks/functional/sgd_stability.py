@@ -68,6 +68,10 @@ def sgd_exponent(
         population: number of training samples of which those of ``modes`` are a sub-sample; None: they are all. From a
             sub-sample draws are with replacement, their noise shrunk to the second moment of batches of the population:
             ``H_B <- (1 - f) H + f H_B``, ``f^2 = (population - B) / (population - 1)``, or 1 with ``replacement``.
+            Samples that batch statistics tie together are drawn as whole groups, ``H_B = H_G + w (H_S - H_G)``: G
+            groups of the M, and B samples S within them, ``w^2 = 1 - (1 - 1 / M) B / (G g)``. Of many groups those are
+            true batches (w is 0), of one they are samples (w is 1); the noise of the first kind and of the second add
+            up to that of a batch.
         chains: independent runs.
         steps: recorded, after ``burn_in`` that are not.
         burn_in: steps in which the start turns into the leading direction.
@@ -91,7 +95,7 @@ def sgd_exponent(
         -0.11
     """
     lrs = torch.as_tensor(lr, dtype=torch.float64)
-    draw = _Draw(modes.samples, batch_size, sampling, replacement, population, generator)
+    draw = _Draw(modes, batch_size, sampling, replacement, population, generator)
     if not draw.noise or not modes.rank:
         exact = gd_exponent(modes, lrs, rule=rule)
         return Exponent(exact, torch.zeros_like(exact))
@@ -135,7 +139,7 @@ def finite_time_exponents(
     lrs = torch.as_tensor(lr, dtype=torch.float64)
     if not modes.rank:
         return torch.full((samples, *lrs.shape), math.nan, dtype=torch.float64)
-    draw = _Draw(modes.samples, batch_size, sampling, replacement, population, generator)
+    draw = _Draw(modes, batch_size, sampling, replacement, population, generator)
     start = torch.randn(samples, modes.rank, generator=draw.generator, dtype=torch.float64)
     logs = _walk(modes, lrs.reshape(-1), start, start.new_ones(1, modes.rank), rule, draw, horizon)
     return logs.mean(0)[..., 0].reshape(samples, *lrs.shape)
@@ -165,11 +169,13 @@ def sum_of_exponents(
         draws: of batches, when there are more.
 
     Raises:
-        ValueError: for another rule, or a batch larger than the samples.
+        ValueError: for another rule, a batch larger than the samples, or samples that batch statistics tie together.
     """
     if rule != PLAIN:
         raise ValueError("the determinant of a step is known in this form for plain SGD only: pass UpdateRule()")
-    n, draw = modes.samples, _Draw(modes.samples, batch_size, "iid", replacement, None, generator)
+    if modes.together > 1:
+        raise ValueError("batch statistics tie the samples of a batch together: batches cannot be enumerated")
+    n, draw = modes.samples, _Draw(modes, batch_size, "iid", replacement, None, generator)
     count = n**batch_size if replacement else math.comb(n, batch_size)
     if count <= exact:
         batches = (
@@ -190,17 +196,23 @@ class _Draw:
     """How batches are drawn from ``n`` samples; ``noise`` is ``f``: 0 where every batch is all of them."""
 
     def __init__(
-        self, n: int, batch_size: int, sampling: Sampling, replacement: bool, population: int | None, generator
+        self, modes: Modes, batch_size: int, sampling: Sampling, replacement: bool, population: int | None, generator
     ):
+        n = modes.samples
         total = drawn_from(n, batch_size, population)
         if sampling not in ("iid", "reshuffle"):
             raise ValueError(f"sampling={sampling!r} must be 'iid' or 'reshuffle'")
         if sampling == "reshuffle" and (total > n or replacement):
             raise ValueError("reshuffled batches need every training sample, without replacement: use sampling='iid'")
-        self.n, self.batch_size, self.sampling = n, batch_size, sampling
-        self.replacement = replacement or total > n
+        if sampling == "reshuffle" and modes.together > 1:
+            raise ValueError("the batches of a permutation have batch statistics that are not known: use 'iid'")
+        self.n, self.batch_size, self.sampling, self.together = n, batch_size, sampling, modes.together
+        self.whole, self.share = modes.shares(batch_size)
+        self.replacement = replacement or total > n or modes.together > 1
         self.noise = (
-            1.0 if replacement or batch_size < total == n else math.sqrt((total - batch_size) / max(total - 1, 1))
+            1.0
+            if replacement or (batch_size < total and not self.replacement)
+            else math.sqrt((total - batch_size) / max(total - 1, 1))
         )
         self.generator = generator or torch.Generator().manual_seed(0)
 
@@ -217,6 +229,9 @@ class _Draw:
 
     def batches(self, steps: int, chains: int, *, counted: bool) -> Iterator[Tensor]:
         """For each step, indices ``(chains, B)``, or how often each sample is drawn, ``(chains, n)``."""
+        while steps > 0 and self.together > 1:
+            yield from self._tied(min(steps, 256), chains)
+            steps -= 256
         while steps > 0:
             index = self.indices(min(steps, 256), chains)
             steps -= len(index)
@@ -225,6 +240,20 @@ class _Draw:
                 yield from counts.scatter_add_(-1, index, torch.ones(1, dtype=torch.float64).expand(index.shape))
             else:
                 yield from index
+
+    def _tied(self, steps: int, chains: int) -> Tensor:
+        """Weights of samples in groups that are drawn as a whole, with further draws within them; sums are B."""
+        g, size = self.together, self.batch_size
+        drawn = torch.randint(self.n // g, (steps, chains, self.whole), generator=self.generator)
+        within = torch.randint(g, (steps, chains, size), generator=self.generator)
+        # As many samples in each group as the others, but for the last ones.
+        samples = drawn[..., torch.arange(size) % self.whole] * g + within
+        one = torch.ones(1, dtype=torch.float64)
+        groups = torch.zeros(steps, chains, self.n // g, dtype=torch.float64)
+        groups.scatter_add_(-1, drawn, one.expand(drawn.shape)).mul_(size / (g * self.whole))
+        weight = self.share**0.5
+        whole = groups.repeat_interleave(g, -1) * (1 - weight)
+        return whole.scatter_add_(-1, samples, (weight * one).expand(samples.shape))
 
 
 def _walk(
@@ -255,7 +284,7 @@ def _walk(
     squares = torch.empty(steps, len(start), len(lrs), len(groups), dtype=v.dtype)
     # To gather the rows of a batch is to move memory, once for all rates; to take all rows is to multiply more.
     moved = len(start) * draw.batch_size * factor[0].numel()
-    counted = draw.n * len(lrs) <= draw.batch_size * (len(lrs) + (10 if moved > 2**18 else 1))
+    counted = draw.n * len(lrs) <= draw.batch_size * (len(lrs) + (10 if moved > 2**18 else 1)) or draw.together > 1
     for square, batch in zip(squares, draw.batches(steps, len(start), counted=counted)):
         if counted:
             outputs = (state[0] @ rows.mT).unflatten(-1, factor.shape[:2]) * batch.to(rows)[:, None, :, None]

@@ -13,8 +13,8 @@ BUCKETS = 509
 
 
 class Sketch:
-    """A random linear map S to 509 numbers with ``E ||S v||^2 = ||v||^2``: each entry of v, with a random sign, is
-    added to one of them.
+    """A random linear map S to few numbers, by default 509, with ``E ||S v||^2 = ||v||^2``: each entry of v, with a
+    random sign, is added to one of them.
 
     So the distance to a point of long ago is known from 509 numbers, where the point itself would be as large as the
     model. Relative standard deviation of ``||S v||^2``: ``sqrt(2 / 509)``, 6 %, if v is spread over many entries. For
@@ -23,6 +23,7 @@ class Sketch:
     Args:
         seed: of the signs, which are the same on every device.
         keep: hold the signs, a byte for each entry, for the next call; otherwise they are drawn anew.
+        buckets: how many numbers.
 
     Source: Charikar, Chen & Farach-Colton 2002 (count sketch); Alon, Matias & Szegedy 1996.
 
@@ -36,27 +37,27 @@ class Sketch:
         True
     """
 
-    def __init__(self, seed: int = 0, *, keep: bool = False):
-        self.seed, self.keep = seed, keep
+    def __init__(self, seed: int = 0, *, keep: bool = False, buckets: int = BUCKETS):
+        self.seed, self.keep, self.buckets = seed, keep, buckets
         self._kept: dict[int, tuple[Tensor, int]] = {}
 
     def __call__(self, tensors: Iterable[Tensor]) -> Tensor:
-        """``S v`` of the vector that the tensors make up, ``(509,)`` in float64 on the device of the first."""
+        """``S v`` of the vector that the tensors make up, ``(buckets,)`` in float64 on the device of the first."""
         total: Tensor | None = None
         for index, tensor in enumerate(tensors):
             flat = tensor.detach().reshape(-1)
             signs, shift = self._signs(index, flat)
-            padded = F.pad(flat * signs, (0, -len(flat) % BUCKETS))
-            own = padded.view(-1, BUCKETS).sum(0, dtype=torch.float64).roll(shift)
+            padded = F.pad(flat * signs, (0, -len(flat) % self.buckets))
+            own = padded.view(-1, self.buckets).sum(0, dtype=torch.float64).roll(shift)
             total = own if total is None else total + own.to(total.device)
-        return torch.zeros(BUCKETS, dtype=torch.float64) if total is None else total
+        return torch.zeros(self.buckets, dtype=torch.float64) if total is None else total
 
     def _signs(self, index: int, like: Tensor) -> tuple[Tensor, int]:
         kept = self._kept.get(index)
         if kept is not None and len(kept[0]) == len(like) and kept[0].device == like.device:
             return kept
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        shift = int(torch.randint(BUCKETS, (), generator=generator))
+        shift = int(torch.randint(self.buckets, (), generator=generator))
         found = torch.randint(2, (len(like),), generator=generator, dtype=torch.int8).mul_(2).sub_(1).to(like.device)
         if self.keep:
             self._kept[index] = (found, shift)

@@ -74,9 +74,10 @@ class StabilityCallback(TrainerCallback):
         self.watch.probe_loss = _model_loss
         self.watch.probes.drop(population(kwargs.get("train_dataloader")))
         self.watch.step = state.global_step
-        self._hooks = [model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
-        if self.watch.monitor.trace is not None:
-            self._hooks.append(model.register_forward_hook(self._after_forward))
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward),
+        ]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         values, self._values = self._values, {}
@@ -98,7 +99,9 @@ class StabilityCallback(TrainerCallback):
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module.training and torch.is_grad_enabled():
             with contextlib.suppress(Unmodelled):
-                self._losses = [*self._losses[: self.watch.batches - 1], _own_loss(output).detach()]
+                loss = _own_loss(output).detach()
+                if loss.ndim == 0:  # otherwise these are outputs, and the loss is computed from them
+                    self._losses = [*self._losses[: self.watch.batches - 1], loss]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._losses:

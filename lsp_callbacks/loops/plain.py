@@ -17,6 +17,7 @@ from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.quantities import build
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import untouched
+from lsp_callbacks.report import Run, Verdict, judge
 from lsp_callbacks.snapshot import Clipping, Prox, Snapshot
 from lsp_callbacks.step import LossFn, PendingStep, identical, never, witnessed
 
@@ -175,9 +176,16 @@ class Watch:
     def record(self, loss: Tensor) -> None:
         """Tells the loss of a batch, as it is differentiated (divided by ``accumulate``), before the update.
 
-        Needed at every step, and only for quantities of a time series (``dissipation``): nothing else sees the loss.
+        Called at every step it costs next to nothing, and `verdict` can say what the loss did; quantities of a time
+        series (``dissipation``) need it. Otherwise the loss is known at the measured steps only.
         """
         self._seen = loss.detach() if self._seen is None else self._seen + loss.detach()
+
+    @property
+    def verdict(self) -> Verdict:
+        """How the run went so far: state, cause, evidence, advice; `lsp_callbacks.report.sentence` says it in words."""
+        step = max(self.step - 1, 0)
+        return judge(Run(self.history, self.monitor.ended_by, step=step, losses=self.monitor.losses))
 
     def close(self) -> None:
         """Takes the hooks from the optimizer, and from the module where energies look at its state."""
@@ -226,6 +234,8 @@ class Watch:
                 own = (snapshot.gradient or {}).items()
                 snapshot = replace(snapshot, gradient={name: g if g is None else g / factor for name, g in own})
             snapshot = witnessed(snapshot)
+            if self._seen is None and snapshot.loss is not None:  # nobody tells it
+                self.monitor.saw_loss(self.step, snapshot.loss)
             self._observation = self.monitor.observe(snapshot)
             if self.prox is not None and any(q.needs_update for q in self.monitor.quantities.values()):
                 self._destination.awaited()
@@ -254,6 +264,8 @@ class Watch:
                 None, "optimizer.step(closure) finds its gradient after our look at it: call backward before step()"
             )
         self.monitor.record(self.step, self._seen, self.optimizer, self.module)
+        if self._seen is not None:
+            self.monitor.saw_loss(self.step, self._seen)
         fault = None
         with self.monitor.harmless("whether the step is finite could not be told"):
             pending, left_out = (lambda: PendingStep(self.module)), self._factor is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from typing import Any
 
@@ -50,26 +49,3 @@ def _by_batch(norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     bias: Any = norm.bias
     eps: Any = norm.eps
     return F.batch_norm(args[0], None, None, weight, bias, training=True, eps=eps)
-
-
-def batches_to_settle(module: nn.Module, share: float, *, fresh: bool = True) -> int:
-    """Batches until all running statistics hold at most ``share`` of the numbers that they began with.
-
-    After n batches that is ``(1 - momentum)^n``. Only BatchNorms in training count, and those that move at all.
-
-    Args:
-        module: with its statistics.
-        share: below 1; from 1 on nothing is asked.
-        fresh: whether those that have seen no batch are counted: after the first step they are not in use.
-    """
-    left = 0
-    for norm in module.modules():
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or not norm.training or share >= 1:
-            continue
-        if norm.num_batches_tracked is None or norm.momentum == 0:
-            continue
-        seen = int(norm.num_batches_tracked)
-        forgets = norm.momentum is None or norm.momentum >= 1
-        needed = 1 if forgets else math.ceil(math.log(share) / math.log1p(-norm.momentum))  # type: ignore[operator]
-        left = max(left, needed - seen if seen or fresh else 0)
-    return left

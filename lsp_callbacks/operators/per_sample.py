@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from lsp_callbacks.linalg import Sketch
 from lsp_callbacks.operators.layers import Gradients, Use, layer_uses
 
 
@@ -236,6 +237,53 @@ def _as_it_was(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
     finally:
         for (module, _), training in zip(modes, now):
             module.training = training
+
+
+class TiedRows:
+    """Rows of Z through the statistics of a batch: each is a backward pass over all of its samples.
+
+    Where they are more numbers than ``memory``, the gradients of large parameters are sketched: ``K_ij`` is then right
+    to ``sqrt(2 / width)`` of ``|z_i| |z_j|``, `defect`, without bias.
+
+    Args:
+        roots: of the diagonal of D, by name.
+        parameters: by name.
+        rows: how many there will be.
+        memory: bound on the numbers held.
+    """
+
+    def __init__(self, roots: dict[str, Tensor], parameters: dict[str, nn.Parameter], rows: int, memory: int):
+        self._roots, self._parameters = roots, parameters
+        sizes = [p.numel() for p in parameters.values()]
+        width = max(sizes)
+        while rows * sum(min(size, width) for size in sizes) > memory and width > 2**12:
+            width = width // 2 + 1
+        self._sketches = {
+            name: Sketch(seed, keep=True, buckets=width)
+            for seed, (name, p) in enumerate(parameters.items())
+            if p.numel() > width
+        }
+        self.defect = (2 / width) ** 0.5 if self._sketches else 0.0
+        self._rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
+
+    def add(self, outputs: Tensor, cotangents: list[Tensor]) -> None:
+        """The rows of one batch. Cost: a backward pass for each."""
+        for i in range(len(outputs)):
+            for w in cotangents:
+                alone = torch.zeros_like(w)
+                alone[i] = w[i]
+                found = torch.autograd.grad(
+                    outputs, list(self._parameters.values()), alone, retain_graph=True, materialize_grads=True
+                )
+                for name, g in zip(self._parameters, found):
+                    row = _wide(g.to_dense() * self._roots[name])
+                    sketch = self._sketches.get(name)
+                    self._rows[name].append(row.reshape(-1) if sketch is None else sketch([row]).to(row.dtype))
+
+    def grams(self) -> dict[str, Tensor]:
+        """Each parameter's share of K."""
+        stacked = {name: torch.stack(rows) for name, rows in self._rows.items()}
+        return {name: rows @ rows.T for name, rows in stacked.items()}
 
 
 def rows_alone(outputs: Tensor, parameters: list[nn.Parameter], cotangents: list[Tensor]) -> list[Part]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lsp_callbacks.graph import read
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.curvature import double_backward
-from lsp_callbacks.operators.per_sample import ParameterGram, Recorder, rows_alone
+from lsp_callbacks.operators.per_sample import ParameterGram, Recorder, TiedRows, rows_alone
 from lsp_callbacks.probes import HOW
 from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmeasurable, Unmodelled, displaced, flatten
 
@@ -80,7 +80,8 @@ def tangent_kernel(
     Linear layers, embeddings, normalisations and convolutions contribute from their inputs and output gradients;
     another layer by the per-sample Jacobians of itself alone. Each parameter's share is checked against one plain
     backward pass, ``c^T K c = ||J^T c||^2`` for random c; where it fails (a weight that is used outside of its layer)
-    the rows of Z are formed for that parameter, one backward pass each.
+    the rows of Z are formed for that parameter, one backward pass each. Where the statistics of a batch tie its samples
+    together (``probes.tied``), all rows are, as each sample moves the outputs of all others in every layer before.
 
     Args:
         probes: the samples.
@@ -97,16 +98,21 @@ def tangent_kernel(
         Unmeasurable: the criterion is not convex in the outputs, or flat.
         Unmodelled: more rows would have to be formed than ``most_rows``.
 
-    Cost: one forward and ``R + 1`` backward passes over the probes; ``n^2`` memory for K beside the activations.
+    Cost: one forward and ``R + 1`` backward passes over the probes, of tied ones ``N R`` over a part; ``n^2`` memory
+    for K beside the activations.
     Source: Chemnitz & Engel 2025, (2.18); MATH section 2.
     """
     generator = generator or torch.Generator().manual_seed(0)
     parameters = probes.parameters
     scale = dict.fromkeys(parameters, 1.0) | dict(scale or {})
+    if probes.tied:  # a pass for each row
+        positions = max(1, min(positions, most_rows // probes.samples))
     directions = _Directions(probes, scale, outputs, positions, generator, start)
     grams = {name: ParameterGram() for name in parameters}
     backward = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    roots = {name: torch.as_tensor(scale[name]).to(p) ** 0.5 for name, p in parameters.items()}
     signs: list[Tensor] = []
+    tied: TiedRows | None = None
     loss = 0.0
     for index in range(len(probes.parts)):
         found, recorder, cotangents = directions.evaluate(index)
@@ -116,8 +122,12 @@ def tangent_kernel(
             raise Unmeasurable("the loss of the probes is not finite: the weights or the outputs have overflowed")
         c = torch.randn(samples, len(cotangents), generator=generator).to(found.outputs)
         signs.append(c.reshape(-1))
-        for name, part in recorder.parts(found.outputs, cotangents, samples).items():
-            grams[name].parts.append(part)
+        if recorder is None:
+            tied = tied or TiedRows(roots, parameters, _few(probes.samples * len(cotangents), most_rows), memory)
+            tied.add(found.outputs, cotangents)
+        else:
+            for name, part in recorder.parts(found.outputs, cotangents, samples).items():
+                grams[name].parts.append(part)
         total = torch.stack([w * c[:, r, None, None] for r, w in enumerate(cotangents)]).sum(0)
         whole = torch.autograd.grad(found.outputs, list(parameters.values()), total, allow_unused=True)
         if all(g is None for g in whole):  # a copy of them, made inside a function of the user's own
@@ -128,22 +138,30 @@ def tangent_kernel(
     weights = torch.cat(signs)
     weights = weights if weights.element_size() > 2 else weights.float()
     gram = torch.zeros(len(weights), len(weights), dtype=torch.float64, device=weights.device)
-    roots = {name: torch.as_tensor(scale[name]).to(g) ** 0.5 for name, g in backward.items()}
     expected = {
         name: float(torch.linalg.vector_norm(roots[name] * g, dtype=torch.float64)) ** 2 for name, g in backward.items()
     }
-    shares = {name: one.gram(roots[name], memory) for name, one in grams.items() if len(one.parts) == len(probes.parts)}
-    path = {name: grams[name].path for name in grams}
+    if tied is None:
+        whole_parts = {name: one for name, one in grams.items() if len(one.parts) == len(probes.parts)}
+        shares = {name: one.gram(roots[name], memory) for name, one in whole_parts.items()}
+        path = {name: grams[name].path for name in grams}
+    else:
+        shares, path = tied.grams(), dict.fromkeys(grams, "sketched rows" if tied.defect else "rows")
 
-    # Some gradients are zero but for rounding: the bias of attention's keys.
-    rounding = tolerance(next(iter(backward.values())).dtype) ** 2 * sum(expected.values())
+    # Some gradients are zero but for rounding: the bias of attention's keys. That of a bias ahead of BatchNorm, which
+    # Adam's preconditioner magnifies, is a difference of large numbers.
+    precision = tolerance(next(iter(backward.values())).dtype)
+    rounding = (precision**2 if tied is None else precision) * sum(expected.values())
 
     def wrong(name: str) -> float:
         if name not in shares:  # never reached, or not through a layer
             return float("inf") if expected[name] else 0.0
         return _difference(shares[name], weights, expected[name], rounding)
 
-    left = [name for name, g in backward.items() if not wrong(name) <= tolerance(g.dtype)]
+    allowed = 10 * tied.defect if tied is not None else 0.0
+    left = [name for name, g in backward.items() if not wrong(name) <= max(tolerance(g.dtype), allowed)]
+    if left and tied is not None:
+        raise Unmeasurable(f"the per-sample gradients of {left[0]} do not add up to its gradient")
     if left and len(weights) > most_rows:
         raise Unmodelled(
             f"some weights ({', '.join(left[:3])}) are used outside of their own layer, and their per-sample gradients "
@@ -164,9 +182,17 @@ def tangent_kernel(
         traces[name] = float(share.trace())
     gram = (gram + gram.T).mul_(0.5).cpu()
     rows = len(gram) // probes.samples
-    return TangentKernel(
-        gram, rows, path, traces, defect, loss, directions.stated, directions.mode, len(weights) * bool(left)
-    )
+    passes = len(weights) if left or tied is not None else 0
+    return TangentKernel(gram, rows, path, traces, defect, loss, directions.stated, directions.mode, passes)
+
+
+def _few(rows: int, most: int) -> int:
+    if rows > most:
+        raise Unmodelled(
+            f"batch statistics tie samples together, and {rows} output gradients would take a backward pass each: "
+            f"allow them with SGDStability(most_rows={rows}), or take fewer probes"
+        )
+    return rows
 
 
 def _difference(share: Tensor, c: Tensor, expected: float, rounding: float) -> float:
@@ -202,7 +228,7 @@ class _Directions:
         self._spread = True
         self.stated = ""
 
-    def evaluate(self, index: int) -> tuple[Evaluation, Recorder, list[Tensor]]:
+    def evaluate(self, index: int) -> tuple[Evaluation, Recorder | None, list[Tensor]]:
         """One forward pass over a part, with the cotangents ``sqrt(s) u`` of its rows."""
         with double_backward(self.probes.module):
             found, recorder = self._record(index)
@@ -210,8 +236,10 @@ class _Directions:
                 self._cotangents[index] = self._choose(found, index)
             return found, recorder, self._cotangents[index]
 
-    def _record(self, index: int) -> tuple[Evaluation, Recorder]:
+    def _record(self, index: int) -> tuple[Evaluation, Recorder | None]:
         probes = self.probes
+        if probes.tied:
+            return probes.parts[index](), None
         if self._spread and len(probes.parts) == 1:
             try:
                 with Recorder(probes.module, probes.parameters, spread=probes.samples) as recorder:

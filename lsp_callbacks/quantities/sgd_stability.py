@@ -20,7 +20,6 @@ from lsp_callbacks.functional.sgd_stability import (
     sgd_exponent,
     sum_of_exponents,
 )
-from lsp_callbacks.operators.batch_statistics import batches_to_settle
 from lsp_callbacks.operators.footprint import footprint, unfolded
 from lsp_callbacks.operators.work import beside, forward_cost, sample_passes
 from lsp_callbacks.quantities.base import Quantity, scalar
@@ -45,9 +44,6 @@ DETAILS = (
 )  # fmt: skip
 #: A network has collapsed when its rank is this share of the largest so far, and the probes' loss that of the first.
 RANK, LOSS = 0.1, 0.5
-#: Share of their initial values that running statistics of BatchNorm may still hold: with a momentum of 0.1 after 22
-#: batches. Before that the network in eval mode is not the one that is trained.
-INITIAL = 0.1
 
 
 class SGDStability(Quantity):
@@ -57,8 +53,12 @@ class SGDStability(Quantity):
     batch size: the top exponent ``lambda`` of the random product of steps frozen at the current weights, the smallest
     rate at which it turns positive, and the largest at which the second moment is bounded. Unlike sharpness it sees
     batch noise, with momentum too. Adam, AdamW, RMSprop and Adagrad are taken with their preconditioner frozen. It is a
-    statement of *linear* stability, of the Gauss-Newton matrix, in eval mode: BatchNorm by its running statistics, no
-    dropout. The first measurement waits until those have forgotten nine tenths of the numbers that they began with.
+    statement of *linear* stability, of the Gauss-Newton matrix, without dropout.
+
+    Under BatchNorm the probes are cut into batches of the size that training normalises, each differentiated through
+    its own statistics, and steps draw whole batches (`functional.frozen_sgd`); frozen BatchNorm (in eval mode inside of
+    training) takes its running statistics, as the step does. A normalisation over the batch that is written by hand is
+    seen where it keeps buffers ``running_mean`` and ``running_var``.
 
     Near 1 is where good training often lives. When it stays above 1 and the loss does not fall: lower the learning
     rate, or take larger batches; `diagram` says which rate each batch size can bear.
@@ -72,8 +72,8 @@ class SGDStability(Quantity):
         steps: of each chain.
         horizon: report details beside the exponent, too: exponents over ``horizon`` steps, the bounds around it, and
             the regularity of the point. None leaves them out.
-        most_rows: weights that are used outside of their own layer take a backward pass for each row of K; where that
-            would be more than so many, the quantity is left out.
+        most_rows: weights that are used outside of their own layer, and all under BatchNorm, take a backward pass for
+            each row of K; where that would be more than so many, the quantity is left out.
 
     Keys: ``stability/courant_sgd``, ``critical_lr``, ``courant_mean_square``, ``mean_square_lr``, ``sgd_lyapunov``
     and ``gd_lyapunov`` (lambda and mu, nats per step); ``_error`` beside those by Monte Carlo; ``kernel_rank`` and
@@ -89,7 +89,8 @@ class SGDStability(Quantity):
         ValueError: for bad arguments.
 
     Cost: three passes over the probes and some 50 ms: 8 gradients, several times that on a small network. Layers that
-    are no plain linear map of their input (attention) are run sample by sample, which costs more.
+    are no plain linear map of their input (attention) are run sample by sample, which costs more. Under BatchNorm two
+    thirds of a gradient for each probe, 85 gradients of 128 (of batches larger than the probes fewer).
 
     Source: Chemnitz & Engel 2025, (2.18), (2.19); Mulayoff & Michaeli 2024 for the second moment; MATH section 2.
     """
@@ -104,7 +105,6 @@ class SGDStability(Quantity):
         "stability/kernel_trace", "stability/collapsed", "stability/gd_lyapunov", *DETAILS,
     )  # fmt: skip
     needs_update = True
-    patient = True
     picture = "diagram"
     values: Tensor
     best_rank: Tensor
@@ -155,9 +155,12 @@ class SGDStability(Quantity):
         share = self.probes * snapshot.ranks.world / max(snapshot.probes.batch_size, 1)
         # What the first measurement has shown: rows of a sample, and how they had to be found.
         kernel = None if self.latest is None else self.latest.kernel
-        rows, passes = (1, 0) if kernel is None else (kernel.rows, kernel.passes)
+        rows, passes = (1, 0.0) if kernel is None else (kernel.rows, float(kernel.passes))
         alone = 1.5 * self.probes * rows if kernel is not None and "layer" in kernel.path.values() else 0.0
         gram = sample_passes(snapshot, 1, alone) + beside(snapshot, vectors=100)
+        probes = snapshot.probes
+        if probes.batches:  # a pass over the sample's batch for each row
+            passes = rows * probes.together * len(probes.batches) * probes.together / max(probes.samples, 1)
         device = next(iter(snapshot.parameters.values())).device
         numerics = beside(snapshot, time=NUMERICS * (self.probes * rows / 128) ** 2)
         return {
@@ -166,9 +169,6 @@ class SGDStability(Quantity):
             "kernel": (3 + 2 / 3 * (rows + passes)) * share + gram,
             "products": max(numerics, 0.0 if device.type == "cpu" else 2.0),
         }
-
-    def wait(self, snapshot: Snapshot) -> int:
-        return batches_to_settle(snapshot.module, INITIAL, fresh=not snapshot.step)
 
     def path(self, snapshot: Snapshot) -> str:
         """Which rules gave per-sample gradients, see `TangentKernel`."""
@@ -254,7 +254,7 @@ class SGDStability(Quantity):
             found.modes, found.lr, horizon=horizon, sampling=self.sampling, generator=generator, **batches
         )
         least = math.nan
-        if found.rule == UpdateRule() and found.population == found.modes.samples:
+        if found.rule == UpdateRule() and found.population == found.modes.samples and found.modes.together == 1:
             logs = sum_of_exponents(found.modes, found.lr, batch_size=batches["batch_size"], generator=generator)
             least = float(logs.value) / max(found.modes.rank, 1)
         margin, components = regularity(found.kernel.gram, found.lr, found.kernel.rows)

@@ -152,7 +152,8 @@ def _courant(ax: Axes, history: Mapping[str, Curve]) -> None:
     ax.plot(dial.steps, dial.values, color=BLUE, alpha=0.4, linewidth=0.7, marker="o", markersize=2)
     ax.plot(mean.steps, mean.values, color=BLUE, linewidth=1.8)
     prefix = "stability/courant_"
-    others = {k.removeprefix(prefix): c for k, c in history.items() if k.startswith(prefix) and c != dial}
+    shown = {k: c for k, c in history.items() if k.startswith(prefix) and k != "stability/courant_source"}
+    others = {k.removeprefix(prefix): c for k, c in shown.items() if c != dial}
     labels: list[Label] = []
     for (name, curve), colour in zip(others.items(), (GREEN, PURPLE, ORANGE)):
         ax.plot(curve.steps, curve.values, color=colour, linewidth=1.2)

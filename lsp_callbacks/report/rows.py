@@ -204,6 +204,7 @@ def table(history: Mapping[str, Curve]) -> Table:
         ImportError: without rich.
     """
     curves = {key.removeprefix("stability/"): curve for key, curve in history.items()}
+    curves.pop("courant_source", None)
     for name in ("courant_sgd", "courant_gd"):  # what is shown as "courant" already
         if curves.get("courant") == curves.get(name):
             curves.pop(name, None)

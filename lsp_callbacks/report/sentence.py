@@ -1,37 +1,21 @@
-"""One sentence: how stable the training was, why, and what to do."""
+"""A verdict in words: how a run went, why, and what to do."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.monitor import Curve
-from lsp_callbacks.report.series import AVERAGE, averaged, latest, readings
-
-#: Mean Courant numbers from which a run is "at the edge", and up to which: healthy full-batch training reaches 1.19 by
-#: its curvature, and healthy training with small batches 1.8 by the stochastic number (see ``benchmarks/``).
-EDGE, EDGE_SGD = (0.9, 1.2), (0.9, 2.0)
-
-#: What to do about a fault, by where it was.
-REMEDIES = {
-    "forward": "keep that operation's input in its domain (clamp, eps, a mask before it), or compute it in float32",
-    "backward": "keep that operation's input from where its derivative is infinite, by a clamp or a mask before it",
-    "batch": "look at the data, or leave out what is not finite",
-    "weights": "the update before made it: lower the learning rate, or clip the gradient",
-    "unknown": "try torch.autograd.set_detect_anomaly(True)",
-}
+from lsp_callbacks.report.judgement import Run, Verdict, judge
 
 
 def verdict(history: Mapping[str, Curve], fault: Fault | None = None) -> str:
-    """How stable the training was when it ended, why, and what to do.
+    """How stable the training was when it ended, why, and what to do, by its readings alone.
 
-    It speaks of *linear* stability: whether the linearised update amplifies. Where the stochastic Courant number was
-    measured, its mean of 5 decides. Otherwise the exponent does: a run is stable if the upper bound is not positive,
-    unstable if the value is (not its lower bound: windows scatter most when a run begins to fail), and the Courant
-    number of one batch tells the edge, where healthy training may live, from what lies beyond. NaN is never stable, nor
-    is a collapsed network. "Since" counts back over measurements without a break.
-    Where several players take turns, it speaks of each by itself, and says so.
+    It speaks of *linear* stability: whether the linearised update amplifies, see `linear_state`. Where several players
+    take turns, it speaks of each by itself, and says so. `judge` knows of the loss, too, and of the readings' age.
 
     Args:
         history: of the `StabilityMonitor`.
@@ -51,93 +35,150 @@ def verdict(history: Mapping[str, Curve], fault: Fault | None = None) -> str:
         >>> print(verdict({}))
         lsp_callbacks: stability was not measured: no measurement was completed; train longer, or measure more often.
     """
-    judged = _judge(history) + _players(history)
-    if fault is None:
-        return f"lsp_callbacks: {judged}."
-    before = f". Stability: {judged}" if history.keys() & {"stability/courant", "stability/lyapunov"} else ""
-    return f"lsp_callbacks: not finite since step {fault.step}: {fault}; {REMEDIES[fault.where]}{before}."
+    return sentence(judge(Run(history, fault)))
 
 
-def _players(history: Mapping[str, Curve]) -> str:
-    """What the Courant number does not see where several players take turns."""
-    if not any(key.startswith("stability/player_courant/") for key in history):
-        return ""
-    exponent = latest(history.get("stability/lyapunov_trajectory"))
-    said = "" if math.isnan(exponent) else f" (exponent {exponent:+.2g} a step)"
-    return f". That is each player by itself: how they drive each other is lyapunov_trajectory{said}"
+def sentence(verdict: Verdict) -> str:
+    """One sentence, from the verdict's own data.
+
+    Example:
+        >>> print(sentence(Verdict("not learning", "loss", {"loss_first": 2.3, "loss_smoothed": 2.4, "losses": 600})))
+        lsp_callbacks: the loss has not fallen: 2.3 at first, 2.4 now (smoothed); no advice.
+    """
+    evidence = dict(verdict.evidence)
+    parts = [_opening(verdict, evidence), _events(verdict, evidence), _loss(verdict, evidence), verdict.advice]
+    if not verdict.advice:
+        parts.append("no advice")
+    told = "; ".join(filter(None, parts))
+    return f"lsp_callbacks: {told}{_players(evidence)}."
 
 
-def _judge(history: Mapping[str, Curve]) -> str:
-    exponent, courants = (history.get(f"stability/{key}", Curve()) for key in ("lyapunov", "courant"))
-    x, courant = latest(exponent), latest(averaged(courants))
-    lower, upper = (latest(history.get(f"stability/lyapunov_{side}")) for side in ("lower", "upper"))
-    if math.isnan(x) and math.isnan(courant):
-        return _not_measured(history, max(len(exponent.values), len(courants.values)))
+def _opening(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
+    numbers = _numbers(evidence)
+    step, since = evidence.get("step"), evidence.get("since")
+    linear, said = "(linear stability)", f": {numbers}" * bool(numbers)
+    against = ", which contradict each other" * evidence.get("contradictory", False)
+    stability = f"stability at step {step}: {numbers}{against}" if numbers else ""
+    match verdict.state, verdict.cause:
+        case "not finite", "fault":
+            at = f"not finite since step {evidence['fault_step']}: {evidence['fault']}"
+            return "; ".join(filter(None, (at, stability)))
+        case "not finite", _:
+            at = f"not finite since step {evidence['loss_nonfinite_step']}: the loss is {evidence['loss_last']:g}"
+            return "; ".join(filter(None, (at, stability)))
+        case "collapsed", _:
+            return (
+                f"collapsed since step {since}: the outputs have ceased to depend on the inputs, and nothing can "
+                "become unstable any more"
+            )
+        case "unstable", "stop":
+            return f"unstable, and stopped at step {evidence['stop']}: {evidence['reason']}"
+        case "unstable", "loss":
+            return f"unstable: the loss rises at the edge of stability{said}"
+        case "unstable", _:
+            failed = evidence.get("failed_since")
+            after = "" if failed is None else f"; from step {failed} on, measurements failed (NaN)"
+            return f"unstable since step {since} {linear}{said}{after}"
+        case "risen", _:
+            return "; ".join(filter(None, (_risen(evidence), stability)))
+        case "not learning", _:
+            return "; ".join(filter(None, (_not_fallen(evidence), stability)))
+        case "contradictory", _:
+            return f"the readings at step {step} contradict each other {linear}{said}"
+        case "unknown", "failed":
+            return _failed(evidence, numbers)
+        case "unknown", "age":
+            age = f"the last reading is {evidence['age']:,} steps old"
+            return f"stability is unknown since step {step}: {age}, and said that {numbers}{against}"
+        case "unknown", _:
+            return _not_measured(evidence)
+        case "edge", _:
+            return f"at the edge of stability at step {step} {linear}{said}"
+        case "recovered", "readings":
+            between = f"but not always between steps {evidence['beyond_from']} and {evidence['beyond_to']}"
+            return f"stable at step {step} {linear}, {between}{said}"
+        case "recovered", _:
+            return f"stable at step {step} {linear}, after an event{said}"
+    return f"stable at step {step} {linear}{said}"
 
-    collapsed = history.get("stability/collapsed", Curve())
-    if (gone := _since(collapsed, 0.5)) is not None:
-        return (
-            f"collapsed since step {gone}: the outputs have ceased to depend on the inputs, and nothing can become "
-            "unstable any more; start again with a lower learning rate"
-        )
-    stochastic = not math.isnan(latest(history.get("stability/courant_sgd")))
-    near = EDGE_SGD if stochastic else EDGE
-    deciding, edge = (averaged(courants), near[1]) if stochastic or math.isnan(x) else (exponent, 0.0)
-    since = _since(deciding, edge)
-    at = max(step for curve in (exponent, courants) for step, v in zip(curve.steps, curve.values) if not math.isnan(v))
-    # A quantity that was given up (its last value is NaN) and one that never succeeded are both unknown.
-    failed = max((_trailing_nans(curve) for curve in (exponent, courants)), key=len)
-    numbers = " and ".join(filter(None, (_courant(courant, courants), _exponent(x, lower, upper))))
-    ask = (
-        f"divide the learning rate by {max(courant / 0.8, 1.2):.2g}" if courant > near[0] else "halve the learning rate"
-    )
 
-    if since is not None and not near[0] <= courant <= near[1]:
-        hidden = ", though no single batch shows it in its curvature" if courant < near[0] else ""
-        after = f"; from step {failed[0]} on, measurements failed (NaN)" if failed else ""
-        return f"unstable since step {since} (linear stability): {numbers}{hidden}{after}; {ask}"
-    if failed:
-        return (
-            f"stability is unknown since step {failed[0]}: the last {_count(len(failed))} failed (NaN); the readings "
-            f"before say that {numbers}; look for the warning that names the reason"
-        )
-    if since is not None or upper > 0 >= x or x > 0 or courant >= near[0]:
-        return (
-            f"at the edge of stability at step {at} (linear stability): {numbers}; healthy as long as the loss "
-            f"falls, otherwise {ask}"
-        )
-    beyond = [step for step, v in zip(deciding.steps, deciding.values) if v > edge]
-    if beyond:
-        return (
-            f"stable at step {at} (linear stability), but not always between steps {beyond[0]} and {beyond[-1]}: "
-            f"{numbers}; see that the loss has recovered"
-        )
-    return f"stable at step {at} (linear stability): {numbers}; nothing to do"
+def _events(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
+    event, stop = evidence.get("event"), evidence.get("stop")
+    told = [] if event is None else [f"event at step {event}"]
+    if stop is not None and verdict.cause != "stop":
+        told.append(f"stopped at step {stop}")
+    return ", ".join(told)
 
 
-def _not_measured(history: Mapping[str, Curve], tried: int) -> str:
-    if tried:
-        return f"stability was not measured: {_count(tried)} failed (NaN); look for the warning that names the reason"
-    if not history:
-        return "stability was not measured: no measurement was completed; train longer, or measure more often"
-    kinds = {
-        "stability/spectral_norm_max": "the largest spectral norm of a layer is {:.3g}",
-        "stability/residual_stiffness_max": "the largest stiffness of a residual block is {:.2g} (above 1 it expands)",
-    }
-    known = [text.format(value) for key, text in kinds.items() if not math.isnan(value := latest(history.get(key)))]
+def _loss(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
+    """What the loss did, where the opening does not say it."""
+    did = evidence.get("loss_did")
+    if verdict.cause == "stop" and did != "fallen":
+        return ""  # the reason tells it
+    if did == "risen" and verdict.state != "risen":
+        return _risen(evidence)
+    if did == "not fallen" and verdict.state != "not learning":
+        return _not_fallen(evidence)
+    if did == "fallen":
+        lost = evidence.get("loss_nonfinite_step")
+        broken = "" if lost is None else f", and was not finite at step {lost}"
+        return f"the loss fell from {evidence['loss_first']:.3g} to {evidence['loss_smoothed']:.3g}{broken}"
+    return "the loss was not seen" if did == "not seen" else ""
+
+
+def _risen(evidence: Mapping[str, Any]) -> str:
+    return f"the smoothed loss rose from {evidence['loss_least']:.3g} to {evidence['loss_smoothed']:.3g}"
+
+
+def _not_fallen(evidence: Mapping[str, Any]) -> str:
+    first, now = evidence["loss_first"], evidence["loss_smoothed"]
+    return f"the loss has not fallen: {first:.3g} at first, {now:.3g} now (smoothed)"
+
+
+def _failed(evidence: Mapping[str, Any], numbers: str) -> str:
+    failed = evidence["failed"]
+    count = f"{failed} measurements" if failed > 1 else "measurement"
+    if "failed_since" not in evidence:
+        return f"stability was not measured: {count} failed (NaN)"
     return (
-        "the stability of the optimizer's steps was not measured (no Courant number, no exponent)"
-        + (f"; {' and '.join(known)}, which does not tell whether the learning rate is too large" if known else "")
-        + "; if you did not choose that, the warning at the start of training says why"
+        f"stability is unknown since step {evidence['failed_since']}: the last {count} failed (NaN); the readings "
+        f"before say that {numbers}"
     )
 
 
-def _courant(mean: float, courants: Curve) -> str:
-    of = min(len(readings(courants)), AVERAGE)
-    return f"the Courant number is {mean:.2g} ({f'mean of {of}, ' if of > 1 else ''}the edge is at 1)" if of else ""
+def _not_measured(evidence: Mapping[str, Any]) -> str:
+    if not evidence.get("others"):
+        return "stability was not measured: no measurement was completed"
+    kinds = {
+        "spectral_norm_max": "the largest spectral norm of a layer is {:.3g}",
+        "residual_stiffness_max": "the largest stiffness of a residual block is {:.2g} (above 1 it expands)",
+    }
+    known = [text.format(evidence[name]) for name, text in kinds.items() if name in evidence]
+    return "the stability of the optimizer's steps was not measured (no Courant number, no exponent)" + (
+        f"; {' and '.join(known)}, which does not tell whether the learning rate is too large" if known else ""
+    )
 
 
-def _exponent(x: float, lower: float, upper: float) -> str:
+def _players(evidence: Mapping[str, Any]) -> str:
+    players = evidence.get("players")
+    if players is None:
+        return ""
+    return f". That is each player by itself: how they drive each other is lyapunov_trajectory{players}"
+
+
+def _numbers(evidence: Mapping[str, Any]) -> str:
+    return " and ".join(filter(None, (_courant(evidence), _exponent(evidence))))
+
+
+def _courant(evidence: Mapping[str, Any]) -> str:
+    of = evidence.get("courant_readings", 1)
+    if "courant" not in evidence:
+        return ""
+    return f"the Courant number is {evidence['courant']:.2g} ({f'mean of {of}, ' if of > 1 else ''}the edge is at 1)"
+
+
+def _exponent(evidence: Mapping[str, Any]) -> str:
+    x, lower, upper = (evidence.get(name, math.nan) for name in ("exponent", "lower", "upper"))
     bounds = "" if math.isnan(upper - lower) else f", 90 % bounds {lower:+.2g} and {upper:+.2g}"
     return "" if math.isnan(x) else f"the sharp mode {e_folding(x)} (exponent {x:+.2g}{bounds})"
 
@@ -153,23 +194,3 @@ def e_folding(exponent: float) -> str:
         return "keeps its size"
     steps = 1 / abs(exponent)
     return f"{'grows' if exponent > 0 else 'shrinks'} by e in {steps:{',.0f' if steps >= 10 else '.2g'}} steps"
-
-
-def _count(measurements: int) -> str:
-    return f"{measurements} measurements" if measurements > 1 else "measurement"
-
-
-def _trailing_nans(curve: Curve) -> list[int]:
-    """The steps of the measurements that failed since the last one that did not."""
-    begin = max((i + 1 for i, value in enumerate(curve.values) if not math.isnan(value)), default=0)
-    return curve.steps[begin:]
-
-
-def _since(curve: Curve, edge: float) -> int | None:
-    """First step of the unbroken run above the edge that reaches to the last reading."""
-    since = None
-    for step, value in zip(reversed(curve.steps), reversed(curve.values)):
-        if value <= edge:
-            break
-        since = since if math.isnan(value) else step
-    return since

@@ -1,0 +1,211 @@
+"""What the loss of a run did, in a few numbers that are kept at every step; knows of no training loop."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Steps over which the loss is smoothed, and the first steps whose mean is the initial loss.
+SMOOTHING, INITIAL = 30, 5
+#: The smoothed loss has risen when it is this much above its least value, and above this share of the initial loss:
+#: once a data set is memorised, a rise of 30 % is noise.
+RISE, SHARE = 0.3, 0.15
+#: It is lost when in three quarters of the last 200 steps it was above the loss at the start by this many times the
+#: size of that: a run may come back from an explosion of a hundred steps (``benchmarks/rate_too_high.py``).
+LOST, LOST_STEPS, LOST_SHARE = 2.0, 200, 0.75
+#: It has not fallen while it is above this share of the loss at the start.
+FALLEN = 0.95
+#: Steps after which it should have: a run that survives its first explosion has begun to fall.
+SETTLED = 60
+#: Steps in a row that a gradient scaler leaves out with a loss that is not finite, after which it counts. Halving its
+#: factor helps gradients that overflow, never the loss itself.
+LEFT_OUT = 25
+
+
+class Told(NamedTuple):
+    """The loss of one step, as a number on this machine.
+
+    Attributes:
+        step: of the optimizer.
+        loss: of the whole step.
+        left_out: whether a gradient scaler left the update out.
+    """
+
+    step: int
+    loss: float
+    left_out: bool = False
+
+
+class Arrivals:
+    """Brings losses from their device without waiting for it.
+
+    On the CPU a loss is there at once. From a CUDA device it is copied to pinned memory behind the work of its step,
+    and told when the copy has arrived, so one step later or as soon as the device has caught up. After ``most`` steps
+    the oldest is waited for. Other devices are asked for the loss of the step before.
+
+    Args:
+        most: losses on their way, at most.
+
+    Cost: a copy of one number a step.
+    """
+
+    def __init__(self, most: int = 10):
+        self.most = most
+        self._on_their_way: deque[tuple[int, Tensor, Any, bool]] = deque()
+        self._free: list[Tensor] = []
+
+    def take(self, step: int, loss: Tensor | float | None, *, left_out: bool = False, wait: bool = False) -> list[Told]:
+        """What has arrived, oldest first.
+
+        Args:
+            step: number of the optimizer step.
+            loss: of the whole step; None where it is not known.
+            left_out: whether a gradient scaler left the update out.
+            wait: until all have arrived: several processes must know the same.
+        """
+        if loss is not None and not isinstance(loss, Tensor):
+            self._on_their_way.append((step, torch.tensor(float(loss)), None, left_out))
+        elif loss is not None:
+            own = loss.detach()
+            own = own if own.ndim == 0 else own.float().mean()
+            if own.device.type == "cpu" and not self._on_their_way:
+                return [Told(step, float(own), left_out)]
+            self._on_their_way.append((step, *self._sent(own), left_out))
+        told = []
+        while self._on_their_way:
+            at, number, event, skipped = self._on_their_way[0]
+            if not (wait or len(self._on_their_way) > self.most or self._arrived(number, event)):
+                break
+            if event is not None:
+                event.synchronize()
+            told.append(Told(at, float(number), skipped))
+            self._on_their_way.popleft()
+            if event is not None:
+                self._free.append(number)
+        return told
+
+    def _arrived(self, number: Tensor, event: Any) -> bool:
+        if event is not None:
+            return bool(event.query())
+        return number.device.type == "cpu" or len(self._on_their_way) > 1
+
+    def _sent(self, own: Tensor) -> tuple[Tensor, Any]:
+        if own.device.type != "cuda":
+            return own, None
+        number = self._free.pop() if self._free else torch.empty((), dtype=torch.float32, pin_memory=True)
+        number.copy_(own.float(), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(own.device))
+        return number, event
+
+
+class LossRecord:
+    """The loss of a run: at first, smoothed, at its least, now; and whether it is finite.
+
+    Attributes:
+        count: finite losses that were seen.
+        first: the loss of the first step, before any update; None before it.
+        initial: the mean of the first 5.
+        smoothed: the running mean over 30 steps, of the finite ones.
+        least: the least smoothed loss.
+        last: the last one, finite or not.
+        last_step: its step.
+        level_step: the last step at which the smoothed loss had not risen.
+        nonfinite_step: the first step at which it was not finite.
+        comparable: False where the losses of several players are summed: then only whether they are finite counts.
+
+    Example:
+        >>> record = LossRecord()
+        >>> for step in range(100):
+        ...     record.add(Told(step, 2.0 if step < 60 else 5.0))
+        >>> record.risen, record.nonfinite_step, round(record.smoothed, 1)
+        (True, None, 4.2)
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """As before a first run."""
+        self.count = 0
+        self.first: float | None = None
+        self.initial = self.smoothed = self.least = self.last = math.nan
+        self.last_step = self.level_step = -1
+        self.nonfinite_step: int | None = None
+        self.comparable = True
+        self._left_out = 0
+        self._high = self._far = 0.0  # shares of the last losses that are above what `fallen` and `lost` compare with
+
+    def add(self, told: Told) -> None:
+        """Takes in the loss of one step."""
+        loss = told.loss
+        if not math.isfinite(loss):
+            self._left_out = self._left_out + 1 if told.left_out else LEFT_OUT
+            if self._left_out >= LEFT_OUT:
+                self.last, self.last_step = loss, told.step
+                self.nonfinite_step = told.step if self.nonfinite_step is None else self.nonfinite_step
+            return
+        self._left_out = 0
+        self.count += 1
+        self.last, self.last_step = loss, told.step
+        self.first = loss if self.first is None else self.first
+        before = loss if self.count == 1 else self.smoothed
+        self.smoothed = before + (loss - before) / min(self.count, SMOOTHING)
+        if self.count <= INITIAL:
+            self.initial = self.smoothed
+        self.least = self.smoothed if self.count == 1 else min(self.least, self.smoothed)
+        share, size = 1 / min(self.count, SMOOTHING), abs(self.start)
+        self._high += share * ((loss > self.start - (1 - FALLEN) * size) - self._high)
+        far = loss > self.start + LOST * max(size, abs(self.least))
+        self._far += (far - self._far) / min(self.count, LOST_STEPS)
+        if not self.risen:
+            self.level_step = told.step
+
+    @property
+    def finite(self) -> bool:
+        """Whether the last loss was; True before the first."""
+        return self.last_step < 0 or math.isfinite(self.last)
+
+    @property
+    def start(self) -> float:
+        """The lower of the first loss and the mean of the first 5: a rate far too high lifts the mean at once."""
+        return math.nan if self.first is None else min(self.first, self.initial)
+
+    @property
+    def risen(self) -> bool:
+        """Whether the smoothed loss is well above its least value, after the first 30 steps."""
+        if self.count < SMOOTHING or not self.comparable:  # a healthy run may begin by going up
+            return False
+        # A share of the initial loss means nothing where losses can be negative.
+        memorised = self.least >= 0 and self.smoothed <= SHARE * self.initial
+        return self.smoothed > self.least + RISE * abs(self.least) and not memorised
+
+    @property
+    def lost(self) -> bool:
+        """Whether it has risen far above the loss that the run began with, for long."""
+        return self.risen and self.count >= LOST_STEPS and self._far > LOST_SHARE
+
+    @property
+    def fallen(self) -> bool | None:
+        """Whether most of the last losses are 5 % below the one at the start; None before 60 steps,
+        and where it has no say.
+
+        A mean would lag behind for long after a spike.
+        """
+        return None if self.count < SETTLED or not self.comparable else self._high < 0.5
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers only."""
+        return {name.lstrip("_"): value for name, value in vars(self).items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave; what another release did not write is as in a new run."""
+        self.reset()
+        for name in vars(self):
+            if name.lstrip("_") in state:
+                setattr(self, name, state[name.lstrip("_")])
