@@ -7,6 +7,7 @@ from lsp_callbacks.players import Player
 from lsp_callbacks.quantities import (
     BatchSharpness,
     ClarkeProfile,
+    ClarkeTraining,
     Dissipation,
     LeaveOneOut,
     Lyapunov,
@@ -31,6 +32,7 @@ from lsp_callbacks.trace import Trace
 __all__ = [
     "BatchSharpness",
     "ClarkeProfile",
+    "ClarkeTraining",
     "Curve",
     "Dissipation",
     "Fault",

@@ -13,7 +13,7 @@ from torch.autograd.function import BackwardCFunction
 # Backward nodes of functions whose derivative jumps.
 _KINKS = re.compile(
     r"(Relu|LeakyRelu|Rrelu|Prelu|Threshold|Hardtanh|Hardswish|Hardsigmoid|Abs|Clamp|Maximum|Minimum|Max|Min|Amax|Amin"
-    r"|Maxpool|MaxPool|AdaptiveMaxPool|FractionalMaxPool|L1Loss|SmoothL1|Huber|Sign|Round|Floor|Sort|Topk|MultiMargin)"
+    r"|Maxpool|MaxPool|AdaptiveMaxPool|FractionalMaxPool|L1Loss|SmoothL1|Huber|Softshrink|Hardshrink|Sign|Round|Floor|Sort|Topk|MultiMargin)"
 )
 # Attention in one kernel, which cannot be differentiated twice.
 _FUSED = re.compile(r"ScaledDotProduct(Flash|Efficient|Cudnn|FusedAttention)")

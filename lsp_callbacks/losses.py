@@ -201,7 +201,7 @@ class LossRecord:
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers only."""
-        return {name.lstrip("_"): value for name, value in vars(self).items()}
+        return {name.lstrip("_"): value for name, value in vars(self).items() if not isinstance(value, Arrivals)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave; what another release did not write is as in a new run."""
@@ -209,3 +209,21 @@ class LossRecord:
         for name in vars(self):
             if name.lstrip("_") in state:
                 setattr(self, name, state[name.lstrip("_")])
+
+
+class LossWatch(LossRecord):
+    """A record that is told losses on their device."""
+
+    def reset(self) -> None:
+        super().reset()
+        self._arrivals = Arrivals()
+
+    def saw(self, step: int, loss: Tensor | float | None, *, left_out: bool = False, wait: bool = False) -> list[Told]:
+        """Takes in the loss of a step, and returns those that have arrived; see `Arrivals` for the arguments.
+
+        A loop calls it at the end of every step; it never waits for the device, unless told so.
+        """
+        told = self._arrivals.take(step, loss, left_out=left_out, wait=wait)
+        for each in told:
+            self.add(each)
+        return told

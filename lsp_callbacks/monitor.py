@@ -19,7 +19,7 @@ from lsp_callbacks.cadence import Cadence
 from lsp_callbacks.courant_source import CODES, COURANT, GD, SGD, SOURCE, CourantSource
 from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.limits import Seconds, check_memory, in_bytes
-from lsp_callbacks.losses import Arrivals, LossRecord, Told
+from lsp_callbacks.losses import LossWatch
 from lsp_callbacks.players import require_one
 from lsp_callbacks.quantities import Numerics, Quantity
 from lsp_callbacks.ranks import Ranks
@@ -89,7 +89,7 @@ class Monitor:
         paths: by which way each quantity was last measured: "exact", "exact, math attention", "finite difference", ...
         trace: loss, rate and energies of the last steps; None where no quantity asks for them.
         courant: which number ``stability/courant`` is, see `CourantSource`.
-        losses: what the loss did so far, see `LossRecord`.
+        losses: what the loss did so far, see `LossRecord`; a loop tells it every step's, ``losses.saw(step, loss)``.
 
     Raises:
         ValueError: for a cadence below 1, a budget outside (0, 1], or a limit that is not positive.
@@ -122,7 +122,7 @@ class Monitor:
         self.max_memory, self.seconds = in_bytes(max_memory), Seconds(time_limit)
         self.strict, self.named = strict, set(named)
         self._all = quantities
-        self.courant, self.losses = CourantSource(), LossRecord()
+        self.courant, self.losses = CourantSource(), LossWatch()
         recorded = max((quantity.recorded for quantity in quantities), default=0)
         energies = {name: energy for quantity in quantities for name, energy in quantity.energies.items()}
         state = next((quantity.final_state for quantity in quantities if quantity.final_state is not None), None)
@@ -143,7 +143,6 @@ class Monitor:
             self.trace.reset()
         self.courant.reset()
         self.losses.reset()
-        self._arrivals = Arrivals()
         self.predicted: dict[str, float] = {}
         self._priced: set[str] | None = None
         self._begun = False
@@ -327,18 +326,6 @@ class Monitor:
                 self.trace.record(step, loss, lr=lr, module=module)
             for name, error in self.trace.failed.items():
                 self.warn_once(f"the energy {name} is not recorded any more, it raised {error}")
-
-    def saw_loss(
-        self, step: int, loss: Tensor | float | None, *, left_out: bool = False, wait: bool = False
-    ) -> list[Told]:
-        """Takes in the loss of a step for `losses`, and returns those that have arrived from their device.
-
-        A loop calls it at the end of every step; it never waits for the device, see `Arrivals` for the arguments.
-        """
-        told = self._arrivals.take(step, loss, left_out=left_out, wait=wait)
-        for each in told:
-            self.losses.add(each)
-        return told
 
     def observe(self, snapshot: Snapshot) -> Observation | None:
         """Measures what is due at this step.
@@ -580,7 +567,10 @@ class Monitor:
         self._under_way = under_way if "vectors" in state else set()
         self._later = {name: step for name, step in state.get("later", {}).items() if name in self.quantities}
         self._later |= dict.fromkeys(under_way - self._under_way, 0)
-        self._load_courant(state.get("courant"))
+        self.courant.load_state_dict(state.get("courant"), self.history)
+        if self.courant.key not in {None, *(key for quantity in self._all for key in quantity.keys)}:
+            self.warn_once(f"stability/courant was {self.courant_source} before, which is not measured any more")
+            self.courant.reset()
         self.losses.load_state_dict(state.get("losses", {}))
         for name, quantity in self.quantities.items():
             quantity.load_state_dict(dict(state["quantities"].get(name, {})), strict=False)
@@ -593,16 +583,6 @@ class Monitor:
         else:
             last = max((curve.steps[-1] for curve in self.history.values() if curve.steps), default=None)
             self.cadence.load_first_state(state.get("origin"), state.get("period"), last)
-
-    def _load_courant(self, state: dict[str, Any] | None) -> None:
-        """Goes on with the same number, unless it is not among the quantities any more; earlier releases had none."""
-        if state is not None:
-            self.courant.load_state_dict(state)
-        else:
-            self.courant.key = next((key for key in (SGD, GD) if key in self.history), None)
-        if self.courant.key is not None and not any(self.courant.key in quantity.keys for quantity in self._all):
-            self.warn_once(f"stability/courant was {self.courant.key} before, which is not measured any more")
-            self.courant.reset()
 
 
 def _kind(reason: str) -> str:

@@ -27,7 +27,7 @@ from zoo import (
     tied,
 )  # fmt: skip
 
-from lsp_callbacks.quantities import REGISTRY
+from lsp_callbacks.quantities import PRESETS
 
 # -- networks ------------------------------------------------------------------------------------------------------
 
@@ -389,6 +389,7 @@ def unprobed(reason: str) -> dict[str, str]:
 
 
 image: dict[str, Any] = {"shape": (1, 8, 8), "blocks": True}
+FULL = set(PRESETS["full"])
 LAYER, ROWS = "layer and structured", "rows and structured"
 CASES = {
     "mlp": Case(Model),
@@ -456,9 +457,9 @@ CASES = {
             "generator": lambda module, batch: module.generator_loss(batch),
         }},
         left_out=dict.fromkeys(
-            set(REGISTRY) - {"spectral_norm", "residual_cfl", "sharpness", "lyapunov_trajectory"}, "several players"
+            FULL - {"spectral_norm", "residual_cfl", "sharpness", "lyapunov_trajectory"}, "several players"
         ),
         trainer={"max_steps": 8},
     ),
-    "hopeless": Case(Closure, failed=dict.fromkeys(set(REGISTRY) - {"dissipation", "residual_cfl"}, "the original")),
+    "hopeless": Case(Closure, failed=dict.fromkeys(FULL - {"dissipation", "residual_cfl"}, "the original")),
 }  # fmt: skip

@@ -91,6 +91,8 @@ UNITS: dict[str, dict[str, Unit]] = {
         "residual_cfl_max": ONE,
         "residual_residual": error(ONE, "1"),
         "residual_gain_max": ONE,
+        "residual_gain_bound_max": ONE,
+        "residual_gain_bound/*": ONE,
         "residual_stiffness/*": ONE,
         "residual_cfl/*": ONE,
         "residual_gain/*": ONE,
@@ -104,6 +106,7 @@ UNITS: dict[str, dict[str, Unit]] = {
         "sharpness_limit": CURVATURE,
         "courant_gd": ONE,
         "sharpness_residual": error(ONE, "1"),
+        "courant_gd_residual": error(ONE, "1"),
     },
     "sgd_stability": {
         **_with_errors(Unit(rate=1), "critical_lr"),
@@ -248,6 +251,7 @@ UNITS: dict[str, dict[str, Unit]] = {
         "alpha_theta_bound": ONE,
         "alpha_theta_gap": error(ONE, "1"),
         "sigma_u_bound": Unit(loss=-1, parameter=2),
+        "sigma_u_lower": Unit(loss=-1, parameter=2),
         "alpha_u_bound": ONE,
         "alpha_u_gap": error(ONE, "1"),
         **{
@@ -264,6 +268,13 @@ UNITS: dict[str, dict[str, Unit]] = {
         "clarke_exact": ONE,
         "clarke_sigma_lower/*": Unit(passed=1),
         "clarke_sigma_upper/*": Unit(passed=1),
+    },
+    "clarke_training": {
+        **{f"clarke_theta_{end}": ONE for end in ("lower", "upper", "ordinary")},
+        **{f"clarke_u_{end}": Unit(loss=-1, parameter=2) for end in ("lower", "upper", "ordinary")},
+        **{f"clarke_alpha_{of}_{end}": ONE for of in ("theta", "u") for end in ("lower", "upper")},
+        "clarke_training_near": ONE,
+        "clarke_training_exact": ONE,
     },
     "secant_ratio": {
         "secant": CURVATURE,
@@ -428,6 +439,7 @@ def settings_of(name: str, method: str, optimizer: torch.optim.Optimizer) -> dic
         "lyapunov_trajectory": {"k": 2, "transient": 1, "window": 40},
         "sgd_law": {"probes": SAMPLES, "products": 8},
         "leave_one_out": {"samples": 2, "window": 2},
+        "clarke_training": {"horizon": 3},
         "stability_profile": {"horizon": 3, "directions": 3, "samples": 2, "probes": SAMPLES},
         "dissipation": {"reference": "initial"},
     }.get(name, {})

@@ -30,6 +30,7 @@ QUANTITIES = {
     "lyapunov": ("window", "average", "method"),
     "lyapunov_trajectory": ("k", "transient", "window", "method"),
     "clarke_profile": ("samples", "eps", "vertices", "most"),
+    "clarke_training": ("horizon", "eps", "vertices", "most"),
     "secant_ratio": ("method",),
     "proximal_step": ("steps", "method"),
     "batch_sharpness": ("rtol", "most", "method"),
@@ -40,7 +41,7 @@ QUANTITIES = {
     "leave_one_out": ("samples", "window", "method"),
     "signal_propagation": ("samples", "method"),
     "numerics": (),
-    "stability_profile": ("horizon", "directions", "samples", "probes", "bounds", "method"),
+    "stability_profile": ("horizon", "directions", "noise", "samples", "probes", "bounds", "method"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
-from zoo import CLASSES, FEATURES, Model, data, fit
+from zoo import CLASSES, FEATURES, SGD, Model, data, fit
 
 from lsp_callbacks import ProbeSet, SGDStability, StabilityMonitor
 from lsp_callbacks.functional import UpdateRule, gd_exponent, reduce, sgd_exponent, sum_of_exponents
@@ -241,8 +242,8 @@ def test_probes_are_cut_into_batches_of_the_training_size(batch, count, size):
 class Normed(Model):
     """One norm in the middle, in training or frozen."""
 
-    def __init__(self, norm, frozen=False):
-        super().__init__(nn.Sequential(nn.Linear(FEATURES, 4), norm, nn.Tanh(), nn.Linear(4, CLASSES)))
+    def __init__(self, norm, frozen=False, optimizer=SGD):
+        super().__init__(nn.Sequential(nn.Linear(FEATURES, 4), norm, nn.Tanh(), nn.Linear(4, CLASSES)), optimizer)
         self.frozen = frozen
 
     def on_train_epoch_start(self):
@@ -267,10 +268,12 @@ class Handmade(nn.Module):
         return (x - mean) / (var + 1e-5).sqrt()
 
 
-def values(norm, frozen=False, **settings):
+def values(norm, frozen=False, optimizer=SGD, **settings):
     own = SGDStability(16, chains=4, steps=20)
     monitor = StabilityMonitor(own, every_n_steps=2)
-    fit(lambda: Normed(norm(), frozen), monitor, **{"max_steps": 7, "loader": data(shuffle=False)} | settings)
+    fit(
+        lambda: Normed(norm(), frozen, optimizer), monitor, **{"max_steps": 7, "loader": data(shuffle=False)} | settings
+    )
     curve = monitor.history["stability/courant_sgd"]
     assert all(0 < value < math.inf for value in curve.values)
     return curve.values, curve.steps, own.latest
@@ -292,6 +295,14 @@ def test_batch_norm_is_measured_from_the_first_full_probes_on_by_its_batches():
 def test_micro_batches_are_normalised_apart():
     _, _, latest = values(lambda: nn.BatchNorm1d(4), accumulate_grad_batches=2)
     assert (latest.modes.together, latest.batch_size) == (8, 16)
+
+
+def test_a_preconditioner_that_magnifies_the_rounding_of_a_bias_without_effect():
+    """Adam divides by the size of the gradient: of a bias ahead of BatchNorm, that is rounding."""
+    adam = partial(torch.optim.AdamW, lr=0.02)
+    found, _, latest = values(lambda: nn.BatchNorm1d(4), optimizer=adam, max_steps=41)
+    traces = latest.kernel.traces
+    assert len(found) == 21 and traces["net.0.bias"] < 1e-5 * sum(traces.values())
 
 
 @pytest.mark.parametrize(

@@ -363,5 +363,5 @@ def test_a_number_that_is_not_finite_stands_for_all():
     metric = Sharpness()
     for snapshot in snapshots(module, module.optimizers(MAKERS["sgd"]), 1):
         metric.update(snapshot)
-        metric._turn = {name: (1.0, 1.0, math.nan, 0.0) for name in metric._turn}
+        metric._turn = {name: (1.0, 1.0, math.nan, 0.0, 0.0) for name in metric._turn}
     assert metric.compute()["stability/courant_gd"].isnan()

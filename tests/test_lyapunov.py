@@ -29,13 +29,15 @@ from lsp_callbacks import Lyapunov, LyapunovTrajectory, Unmeasurable
 from lsp_callbacks.functional import (
     batch_means,
     edge,
-    plane_exponent,
+    exponent_bounds,
+    plane_map,
     rescale,
     sharp_mode_exponent,
     sharp_plane,
     stability_constant,
     student_bounds,
     student_quantile,
+    window_exponent,
 )
 from lsp_callbacks.linalg import from_matrix, push
 from lsp_callbacks.operators import hessian, step_jacobian
@@ -131,15 +133,52 @@ def test_growth_from_an_empty_buffer_is_not_the_exponent(x, wrong):
 
 
 def test_an_unconverged_mode_biases_down():
-    """Two plain products against a flat bulk of 200 modes miss the alarm: hence Lanczos, and its residual."""
+    """Two plain products against a flat bulk of 200 modes miss the alarm: hence Lanczos, and its error bar."""
     spectrum = torch.ones(201, dtype=f64)
     spectrum[0] = 2.105  # log|1 - 2.105| = +0.10
     A = from_matrix(torch.diag(1 - spectrum))
     truth = math.log(1.105)
     rough = spectrum**2 / torch.linalg.vector_norm(spectrum**2)
     close(sharp_mode_exponent([A] * 4, torch.eye(201, dtype=f64)[0]), truth, 1e-12)
-    close(sharp_mode_exponent([A] * 4, rough), truth + math.log(rough[0]) / 4, 1e-12)
-    assert truth + math.log(rough[0]) / 4 < -0.2
+    curvature = 1 + 1.105 * rough[0] ** 2  # along the rough mode
+    close(sharp_mode_exponent([A] * 4, rough), math.log(curvature - 1), 1e-12)
+    assert math.log(curvature - 1) < -0.2
+    P, C = matrix([[1 - curvature]]), matrix([[-curvature]])
+    low, high = exponent_bounds([P] * 4, [C] * 4, 0.0, 2.105 / curvature - 1)
+    close([low, high], [math.log(curvature - 1), truth], 1e-12)
+
+
+def test_what_is_wrong_by_an_angle_errs_by_its_square():
+    """Below the edge, where the rest shrinks more slowly, a norm would tell the rest: -1.24 for -1.61."""
+    spectrum = torch.tensor([1.2, 0.01, 0.1, 0.3, 0.5], dtype=f64)  # log|1 - 1.2| = -1.609
+    A = from_matrix(torch.diag(1 - spectrum))
+    errors = []
+    for angle in (0.02, 0.04, 0.08):
+        mode = torch.tensor([math.cos(angle), *[math.sin(angle) / 2] * 4], dtype=f64)
+        for window in WINDOWS:
+            errors.append(sharp_mode_exponent([A] * window, mode) - math.log(0.2))
+        assert abs(errors[-1]) < 6 * angle**2
+        norm = torch.linalg.vector_norm((1 - spectrum) ** 8 * mode).log() / 8
+        assert norm - math.log(0.2) > 10 * abs(errors[-1])
+    close(errors[::4], errors[3::4], 1e-12)  # whatever the window
+    assert 3.9 < errors[8] / errors[4] < 4.1 or 3.9 < errors[4] / errors[0] < 4.1
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_bounds_hold_the_exponents_of_all_curvatures_between(momentum):
+    def step(x):
+        return matrix([[1 - x]]) if not momentum else matrix([[1 - x, -momentum], [x, momentum]])
+
+    for x in (0.02, 0.3, 0.9, 1.5, 1.9, 2.5, 3.6, 3.79, 3.9):
+        for below, above in ((0.0, 0.0), (0.01, 0.05), (0.0, 0.3)):
+            low, high = exponent_bounds([step(x)] * 4, [step(x) - step(0.0)] * 4, below, above)
+            inside = [window_exponent([step(y)]) for y in np.linspace(x * (1 - below), x * (1 + above), 200)]
+            assert low <= min(inside) + 1e-9 and high >= max(inside) - 1e-9
+            assert high <= max(inside) + 1e-9  # and no wider
+            assert low >= min(inside) - 1e-3 or low == -math.inf
+    if not momentum:  # a number that passes 0
+        assert exponent_bounds([step(0.9)] * 2, [step(0.9) - step(0.0)] * 2, 0.0, 0.2)[0] == -math.inf
+    assert all(map(math.isnan, exponent_bounds([step(1.0)], [step(1.0)], 0.0, math.nan)))
 
 
 def test_steps_that_differ_are_multiplied():
@@ -190,7 +229,8 @@ def test_the_plane_is_pushed_in_the_units_of_the_step():
             frame = sharp_plane(mode, root, kick=kick, size=size)
             assert frame.shape == (1 if kick is None else 2, size)
             close(frame[0], torch.cat([root * mode, torch.zeros(size - 2)]), 1e-15)
-            close(plane_exponent(frame, math.log(3.0), mode, root, 1, kick=kick), math.log(3.0), 1e-14)
+            A = from_matrix(3 * torch.eye(size, dtype=f64))
+            close(plane_map(A, mode, root, kick=kick), 3 * torch.eye(len(frame)), 1e-14)
             if kick is not None:
                 close(frame[1], torch.cat([torch.zeros(2), kick * mode, torch.zeros(size - 4)]), 1e-15)
 
@@ -235,28 +275,38 @@ def test_lyapunov_averages_the_last_windows_with_student_bounds():
     run(metric, problem, SGD(problem.parameters(), lr=0.3, momentum=0.5), 21)
     assert len(metric.windows) == 4
     values, windows = metric.compute(), metric.windows.numpy()
-    low, high = stats.t.interval(0.8, 3, windows.mean(), stats.sem(windows))  # 0.8 two-sided: 0.9 on each side
+    low, high = stats.t.interval(0.8, 3, 0.0, stats.sem(windows))  # 0.8 two-sided: 0.9 on each side
+    least, most = metric.spans.numpy().mean(0)
     close(values["stability/lyapunov"], windows.mean(), 1e-14)
-    close(values["stability/lyapunov_lower"], low, 1e-6)
-    close(values["stability/lyapunov_upper"], high, 1e-6)
+    close(values["stability/lyapunov_lower"], least + low, 1e-6)
+    close(values["stability/lyapunov_upper"], most + high, 1e-6)
+    assert bool(((metric.spans[:, 0] <= metric.windows) & (metric.windows <= metric.spans[:, 1])).all())
+
+
+def test_windows_of_a_state_without_spans_have_no_bounds():
+    metric = Lyapunov()
+    metric.windows = torch.zeros(4, dtype=f64)
+    values = metric.compute()
+    assert values["stability/lyapunov"] == 0 and values["stability/lyapunov_lower"].isnan()
+    assert values["stability/lyapunov_upper"].isnan()
 
 
 def test_a_window_is_the_product_of_the_jacobians_of_its_own_steps():
-    """Brute force: the same window from dense Jacobians, without the metric."""
+    """Brute force: the same window from dense Jacobians, each restricted to the plane, without the metric."""
     problem = regression()
     optimizer = SGD(problem.parameters(), lr=0.4, momentum=0.8)
-    metric, product, mode = Lyapunov(window=3, method="exact"), torch.eye(42, dtype=f64), None
+    metric, product, mode = Lyapunov(window=3, method="exact"), torch.eye(2, dtype=f64), None
     for snapshot in trajectory(problem, optimizer, 4):
         metric.update(snapshot)
         if snapshot.step == 0:
             mode = metric.vectors()["mode"]
             H = hessian(snapshot, method="exact").dense()
             close(abs(mode @ torch.linalg.eigh(H).eigenvectors[:, -1]), 1.0, 1e-2)
+            plane = torch.zeros(2, 42, dtype=f64)
+            plane[0, :21] = plane[1, 21:] = mode
         else:
-            product = step_jacobian(snapshot, method="exact").dense() @ product
-    plane = torch.zeros(2, 42, dtype=f64)
-    plane[0, :21] = plane[1, 21:] = mode
-    radius = torch.linalg.eigvals(plane @ product @ plane.T).abs().max()
+            product = plane @ step_jacobian(snapshot, method="exact").dense() @ plane.T @ product
+    radius = torch.linalg.eigvals(product).abs().max()
     close(metric.windows, [float(radius.log()) / 3], 1e-10)
 
 
@@ -305,6 +355,16 @@ def test_trajectory_with_momentum_agrees_with_the_companion_matrix():
     metric = LyapunovTrajectory(transient=60, window=40, method="exact")
     found = run(metric, problem, SGD(problem.parameters(), lr=0.1, momentum=0.9), 100)
     close(found[99]["stability/lyapunov_trajectory"], MOMENTUM_EXPONENTS[39.0], 1e-5)
+
+
+def test_the_exponents_of_a_frame_are_told_sorted():
+    """Over a finite window the directions of the frame need not come in the order of their exponents."""
+    metric = LyapunovTrajectory(k=3, transient=0, window=40)
+    metric.growth = torch.tensor([[-0.3, 0.2, -0.1]] * 40, dtype=f64) + 0.01 * random(40, 3)
+    values, (mean, error) = metric.compute(), batch_means(metric.growth)
+    names = ["trajectory", "spectrum/2", "spectrum/3"]
+    close([values[f"stability/lyapunov_{name}"] for name in names], mean[[1, 2, 0]], 1e-14)
+    close(values["stability/lyapunov_trajectory_error"], error[1], 1e-14)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ SETTINGS = {
     "sgd_law": {"probes": 6, "products": 8},
     "leave_one_out": {"samples": 2, "window": 2},
     "stability_profile": {"horizon": 2, "directions": 2, "samples": 2, "probes": 6},
+    "clarke_training": {"horizon": 2},
 }
 every_quantity = pytest.mark.parametrize("name", REGISTRY)
 

@@ -49,7 +49,7 @@ HISTORIES = {
     "NaN in the middle": history([0.4, NAN, 0.4, 0.4], [-0.2, NAN, -0.2, -0.2], 0.1),
     "all NaN": history([NAN] * 4, [NAN] * 4),
     "nothing": {},
-    "Adam": history(spectral_norm_max=[1.0, 2.0], spectral_norm__a=[1.0, 2.0], residual_stiffness_max=[0.5, 0.6]),
+    "Adam": history(spectral_norm_max=[1.0, 2.0], spectral_norm__a=[1.0, 2.0], residual_gain_max=[0.5, 0.6]),
     "other quantities": history(lyapunov_trajectory=[1e-3]),
 }
 VERDICTS = {
@@ -144,8 +144,8 @@ EVERYTHING = history(
     courant_gd=[0.1, 0.5, NAN, 1.5],
     sharpness=[1.0] * 4,
     sharpness_residual=[0.021] * 4,
-    residual_stiffness__one=[0.5, 0.6, 0.7, 1.2],
-    residual_stiffness__two=[0.1] * 4,
+    residual_gain__one=[-0.5, 0.6, 0.7, 1.2],
+    residual_gain__two=[0.1] * 4,
     **{f"spectral_norm__layer{i}": [1.0 + i] * 4 for i in range(12)},
 )
 
@@ -165,7 +165,7 @@ def test_table():
     assert "residual 2.1%" in rows["sharpness"]
     assert rows["spectral_norm/*"].split()[1:4] == ["1", "12", "30"]
     assert "layer11 12, layer10 11, layer9 10 (of 12)" in rows["spectral_norm/*"]
-    assert "one 1.2, two 0.1" in rows["residual_stiffness/*"]
+    assert "one 1.2, two 0.1" in rows["residual_gain/*"]
     assert not {"courant_gd", "sharpness_residual"} & rows.keys()  # the dial's twin; an error beside its value
 
 
@@ -185,7 +185,8 @@ def test_figure(tmp_path):
         picture.savefig(tmp_path / "all.png")
     strip, *panels = picture.axes
     titles = [ax.get_title("left") for ax in panels]
-    assert [title.split()[0] for title in titles] == ["Training", "Courant", "Sharp-mode", "Stiffness", "Spectral"]
+    assert [title.split()[0] for title in titles] == ["Training", "Courant", "Sharp-mode", "Gains", "Spectral"]
+    assert "above 0 a block stretches" in panels[3].get_title("right")
     assert {t.get_text() for t in strip.texts} == {"exponent turned positive, step 25", "stopped, step 30"}
     for ax in panels:  # lines through all panels, on one axis of steps
         assert {25, 30} <= {line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 2}

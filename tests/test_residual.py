@@ -55,6 +55,60 @@ def test_numbers_in_closed_form(name, h):
         assert found.M is found.h_max is found.h_exact is found.cfl is None
 
 
+# x + 2x; and x + W2 tanh(W1 x) / 2 at 0, where G = W2 W1 / 2 = [[p, q], [0, p]] has the norm of I + G in closed form.
+CALM_STIFFNESS = {
+    "x + 2x": (torch.tensor([[2.0]], dtype=f64), -1.0, 3.0),
+    "a branch": (torch.tensor([[-0.08, 0.34], [0.0, -0.08]], dtype=f64), 0.125, 0.17 + (0.17**2 + 0.92**2) ** 0.5),
+}
+
+
+class HalfTanh(nn.Module):
+    """``x + W2 tanh(W1 x) / 2``."""
+
+    def __init__(self, G):
+        super().__init__()
+        self.first = nn.Parameter(torch.tensor([[2.0, 0.0], [1.0, 0.5]], dtype=f64))
+        self.last = nn.Parameter(2 * G @ torch.linalg.inv(self.first.detach()))
+
+    def forward(self, x):
+        return x + 0.5 * (x @ self.first.T).tanh() @ self.last.T
+
+
+class Triple(nn.Module):
+    def __init__(self, G):
+        super().__init__()
+        self.weight = nn.Parameter(G.clone())
+
+    def forward(self, x):
+        return x + x @ self.weight.T
+
+
+@pytest.mark.parametrize("name, block", list(zip(CALM_STIFFNESS, (Triple, HalfTanh))), ids=CALM_STIFFNESS)
+def test_a_stiffness_below_1_does_not_hide_a_block_that_expands(name, block):
+    """The gain says so, first of the keys."""
+    G, stiffness, norm = CALM_STIFFNESS[name]
+    close(torch.linalg.matrix_norm(torch.eye(len(G), dtype=f64) + G, 2), norm, 1e-12)
+    metric = ResidualCFL(blocks=block)
+    x = torch.zeros(3, len(G), dtype=f64)
+    metric.update(step(Regression(nn.Sequential(block(G)), x, x), metric))
+    values = metric.compute()
+    assert next(iter(values)) == metric.keys[0] == "stability/residual_gain_max"
+    close(values["stability/residual_gain_max"], math.log(norm), 1e-9)
+    close(values["stability/residual_gain_bound_max"], math.log(norm), 1e-9)
+    close(values["stability/residual_gain/net.0"], math.log(norm), 1e-9)
+    close(values["stability/residual_stiffness_max"], stiffness, 1e-9)
+    assert values["stability/residual_dissipative"] == 0 and "stability/residual_cfl_max" not in values
+
+
+def test_the_gain_lies_between_its_ends():
+    """Of large blocks after few products, too."""
+    for seed in range(10):
+        G = 0.1 * random(2, 60, 60, seed=seed)
+        found = residual_stability(from_matrix(G), steps=4)
+        truth = torch.linalg.matrix_norm(torch.eye(60, dtype=f64) + G, 2).max().log()
+        assert found.gain <= truth + 1e-12 and truth <= found.gain_bound < truth + 0.7
+
+
 def test_gain_of_half_a_step():
     found = residual_stability(from_matrix(0.5 * RESIDUAL["not_dissipative"].G))
     close(found.gain, math.log(NORM_I_PLUS_HALF_G), 1e-12)
@@ -82,12 +136,14 @@ def test_with_the_defaults_the_error_is_below_its_tolerance():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_what_the_numbers_promise(seed):
-    """h_max is sufficient, h_exact is exact, and a stiffness above 1 expands."""
+    """h_max is sufficient, h_exact is exact, a stiffness above 1 expands, and so does each h where m is below 0."""
     G = random(5, 5, seed=seed) - 2 * torch.eye(5, dtype=f64)
     found = residual_stability(from_matrix(G), steps=5, tol=1e-10)
     one = torch.eye(5, dtype=f64)
-    if found.stiffness > 1:
+    if found.stiffness > 1 or found.m < 0:
         assert found.gain > 0
+    if found.cfl is not None and found.cfl < 1:
+        assert found.gain < 0
     if found.dissipative:
         assert found.h_max <= found.h_exact * (1 + 1e-9)
         for h, contracts in ((found.h_max, True), (0.999 * found.h_exact, True), (1.001 * found.h_exact, False)):
@@ -473,9 +529,9 @@ def test_numbers_over_all_blocks():
     metric.update(step(model, metric, on(TanhBranch.point)))
     values = metric.compute()
     assert values["stability/residual_dissipative"] == 0.5
-    for number in ("stiffness", "cfl"):
+    for number in ("gain", "stiffness", "cfl"):
         by_block = {k: v for k, v in values.items() if k.startswith(f"stability/residual_{number}/")}
-        assert len(by_block) == (2 if number == "stiffness" else 1)
+        assert len(by_block) == (1 if number == "cfl" else 2)
         close(values[f"stability/residual_{number}_max"], max(by_block.values()), 0)
     close(values["stability/residual_cfl_max"], 1 / case.h_max, 1e-8)
     assert values["stability/residual_residual"] < 1e-2

@@ -11,7 +11,6 @@ from torch.func import functional_call, jacrev
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from lsp_callbacks.functional import function_growth, pushed, tangents, training_profile
-from lsp_callbacks.functional.training_profile import NormBounds
 from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators import step_jacobian, step_response
 from lsp_callbacks.operators.outputs import output_jacobian
@@ -142,29 +141,6 @@ def test_degenerate_steps():
     assert one.alpha_u.isnan()  # noise had no step to grow in
     with pytest.raises(ValueError, match="nothing was pushed"):
         training_profile(tangents(3, 3, vectors=2, generator=generator()))
-
-
-def test_bounds_by_norms_are_their_sums_and_a_nan_among_them_stays():
-    steps = [(2.0, 0.5), (0.5, 0.25), (3.0, 1.0)]
-    found = training_profile(run(*chain(T=3), vectors=3))
-
-    def bounds(steps):
-        now = NormBounds()
-        for norm, response in steps:
-            now = now.after(norm, response)
-        return now.beside(found)
-
-    right = bounds(steps)
-    close(right["sigma_theta_bound"], 3.0, 1e-12)
-    close(right["sigma_u_bound"], (0.5 * 1.5**2 + 0.25 * 3**2 + 1) ** 0.5, 1e-12)
-    for t in range(3):
-        broken = bounds([*steps[:t], (math.nan, steps[t][1]), *steps[t + 1 :]])
-        assert all(math.isnan(value) for value in broken.values())
-        broken = bounds([*steps[:t], (steps[t][0], math.nan), *steps[t + 1 :]])
-        assert math.isnan(broken["sigma_u_bound"]) and math.isnan(broken["alpha_u_gap"])
-        close(broken["sigma_theta_bound"], 3.0, 1e-12)
-    assert bounds([(0.0, 0.0)])["sigma_theta_bound"] == 0.0 == bounds([(0.0, 0.0)])["sigma_u_bound"]
-    assert bounds([(1e300, 1.0)] * 3)["sigma_theta_bound"] == math.inf == bounds([(1e300, 1.0)] * 4)["sigma_u_bound"]
 
 
 def test_growth_in_function_space():

@@ -63,6 +63,9 @@ EARLY = history([0.4], [-0.2])
         (EARLY, FALLS, {"event": 9}, "unknown", "age", "every_n_steps=20"),
         (EARLY, RISES, {}, "risen", "loss", "measure more often"),
         ({}, FALLS, {}, "unknown", "not measured", "measure more often"),
+        (history([], courant_gd=[0.4] * 4), FALLS, {}, "stable", "courant", "nothing to do"),  # the probes never full
+        (history([], courant_gd=[4.0] * 4), FALLS, {}, "unstable", "courant", "divide"),
+        (history([NAN], courant_gd=[4.0] * 4), FALLS, {}, "unstable", "courant", "divide"),
         (history([0.4, 0.4, NAN, NAN], [-0.2] * 4), FALLS, {}, "unknown", "failed", "warning"),
         (history([0.4] * 4, collapsed=[0.0, 0.0, 1.0, 1.0]), FLAT, {}, "collapsed", "collapse", "lower learning rate"),
     ],

@@ -56,6 +56,8 @@ class StabilityMonitor(Callback):
 
     Global scalars go to ``trainer.callback_metrics`` (finite ones only) and to every logger, per-layer values to the
     loggers, all at the step number of the user's own row of that batch. ``history`` holds the curves without a logger.
+    ``stability/courant`` is ``courant_sgd`` or, for a whole run, ``courant_gd``: ``stability/courant_source`` says 1 or
+    0, `courant_source` the name. `verdict` is what is said at the end, as data.
 
     Args:
         quantities: a preset ("economy", "default", "full"), names, or `Quantity` objects. What is named here and cannot
@@ -450,7 +452,7 @@ class StabilityMonitor(Callback):
         loss, several = self._step_loss.value, self._ranks.world > 1
         if self.subscribers:
             loss = mean_loss(loss, self._ranks)
-        told = self.monitor.saw_loss(
+        told = self.monitor.losses.saw(
             max(self.step - 1, 0), loss, left_out=self._step_loss.left_out, wait=several and bool(self.subscribers)
         )
         if not self.subscribers:
@@ -506,23 +508,11 @@ class StabilityMonitor(Callback):
     @property
     def verdict(self) -> Verdict:
         """How the run went so far, or went: state, cause, evidence, advice."""
-        events = [stop.event_step for stop in self._judges if stop.event_step is not None]
-        stopped = next((stop for stop in self._judges if stop.stop_step is not None), None)
-        return judge(
-            Run(
-                self.history,
-                fault=self.monitor.ended_by,
-                step=max(self.step - 1, 0),
-                losses=self.monitor.losses,
-                event=min(events, default=None),
-                stop=None if stopped is None else stopped.stop_step,
-                reason=None if stopped is None else stopped.reason,
-            )
-        )
+        return judge(Run.of(self.monitor, self.step, self._judges))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._arrive()
-        self.monitor.saw_loss(max(self.step - 1, 0), None, wait=True)
+        self.monitor.losses.saw(max(self.step - 1, 0), None, wait=True)
         # StabilityReport says it below its table.
         if not any(getattr(callback, "says_verdict", False) for callback in trainer.callbacks):
             rank_zero_info(sentence(self.verdict))

@@ -50,7 +50,7 @@ class StopOnInstability(Callback):
 
     Args:
         monitor: a global key of the `StabilityMonitor` beside it, in either order.
-        threshold: None is 0 for exponents and 1 for Courant numbers and stiffness.
+        threshold: None is 0 for exponents and gains, and 1 for Courant numbers and stiffness.
         patience: new measurements in the mean.
         patience_steps: steps after which fewer measurements suffice, if none of them is below the threshold.
         min_steps: ignore measurements before this step.
@@ -92,7 +92,8 @@ class StopOnInstability(Callback):
             number("limit", limit, above=1, instead=", a Courant number, or None")
         self.monitor, self.patience, self.patience_steps = monitor, patience, patience_steps
         self.min_steps, self.limit = min_steps, limit
-        self.threshold = (0.0 if "lyapunov" in monitor else 1.0) if threshold is None else threshold
+        edge = 0.0 if any(kind in monitor for kind in ("lyapunov", "residual_gain")) else 1.0
+        self.threshold = edge if threshold is None else threshold
         self.confirm, self.verbose = confirm, verbose
         self._warned = False
         self._reset()

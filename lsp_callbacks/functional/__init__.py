@@ -15,7 +15,14 @@ from lsp_callbacks.functional.gradient_noise import GradientNoise, batch_varianc
 from lsp_callbacks.functional.kurtosis import excess_kurtosis
 from lsp_callbacks.functional.leave_one_out import LeaveOneOut, data_response, leave_one_out
 from lsp_callbacks.functional.lipschitz import Uncertified, layer_lipschitz, lipschitz_lower, lipschitz_upper
-from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_mode_exponent, sharp_plane
+from lsp_callbacks.functional.lyapunov import (
+    exponent_bounds,
+    plane_map,
+    rescale,
+    sharp_mode_exponent,
+    sharp_plane,
+    window_exponent,
+)
 from lsp_callbacks.functional.marchenko_pastur import MarchenkoPastur, cumulative, density, fit_marchenko_pastur
 from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr, second_moment, second_moment_exponent
 from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce, regularity
@@ -107,6 +114,7 @@ __all__ = [
     "dissipation",
     "edge",
     "excess_kurtosis",
+    "exponent_bounds",
     "fieller",
     "finite_time_exponents",
     "first_fault",
@@ -131,7 +139,7 @@ __all__ = [
     "mean_square_lr",
     "norm_bound",
     "numeric_range",
-    "plane_exponent",
+    "plane_map",
     "promise",
     "proximal_gain",
     "pushed",
@@ -160,4 +168,5 @@ __all__ = [
     "tangents",
     "training_profile",
     "units",
+    "window_exponent",
 ]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from lsp_callbacks.linalg import LinearOperator, push, spectral_radius
 
+#: Curvatures within the error bars at which `exponent_bounds` looks.
+_POINTS = 17
+
 
 def sharp_plane(mode: Tensor, root: Tensor | float, *, kick: Tensor | float | None = None, size: int) -> Tensor:
     """The directions to push: ``(v, 0)`` without momentum; with it also ``(0, m)``, the buffer that displaces by v.
 
     On a quadratic with a fixed preconditioner the plane is invariant whatever the rates. What else the optimizer
-    remembers (second moments) starts at 0 and is pushed along.
+    remembers (second moments) is 0 in it.
 
     Args:
         mode: unit eigenvector of ``R^1/2 H' R^1/2``, ``(P,)``.
@@ -33,42 +37,90 @@ def sharp_plane(mode: Tensor, root: Tensor | float, *, kick: Tensor | float | No
     return frame
 
 
-def plane_exponent(
-    frame: Tensor,
-    log_scale: float,
-    mode: Tensor,
-    root: Tensor | float,
-    steps: int,
-    *,
-    kick: Tensor | float | None = None,
-) -> float:
-    """The exponent of a pushed plane, in nats a step.
+def plane_map(
+    jacobian: LinearOperator, mode: Tensor, root: Tensor | float = 1.0, *, kick: Tensor | float | None = None
+) -> Tensor:
+    """One step compressed onto the plane of its sharp mode, ``P = V^+ A V``.
 
-    Without momentum ``log(||v_w / root|| / ||v_0 / root||) / w``. With momentum the growth of a norm over a short
-    window is a transient, positive over half of the *stable* range; so the plane is compressed onto itself, ``P = V0^T
-    A_w ... A_1 V0`` (2 x 2), and ``log rho(P) / w`` is taken. Both are exact on a quadratic with a fixed preconditioner
-    for every ``w`` if ``mode`` is the top eigenvector.
+    V is `sharp_plane` and ``V^+ V = 1``: ``v`` is read as ``mode . (v / root)``, the buffer as ``mode . (m / kick)``.
+    For SGD ``P`` is the companion matrix at ``x = eta mode . H' mode``, a Rayleigh quotient: a mode that is wrong by an
+    angle ``phi`` changes x by ``phi^2``, and nothing else.
 
     Args:
-        frame: `sharp_plane` after the pushes, divided by ``exp(log_scale)``.
-        log_scale: see ``frame``.
+        jacobian: of the step, square.
         mode: as given to `sharp_plane`.
         root: as given to `sharp_plane`.
-        steps: ``w``.
         kick: as given to `sharp_plane`.
+
+    Returns:
+        ``(1, 1)`` or ``(2, 2)``, in float64 on the CPU.
+
+    Cost: one product; the buffer alone feels no curvature.
     """
     n = len(mode)
-    v = _inverse(root) * frame[:, :n]
-    if kick is None:
-        growth = torch.linalg.vector_norm(v[0].double())
-    else:
-        halves = torch.stack([v, _inverse(kick) * frame[:, n : 2 * n]], dim=1)
-        growth = spectral_radius((halves * mode).double().sum(-1))
-    return (float(growth.log()) + log_scale) / steps
+    moved = push(jacobian, sharp_plane(mode, root, kick=kick, size=jacobian.shape[1]))
+    parts = [_inverse(root) * moved[:, :n]]
+    if kick is not None:
+        parts.append(_inverse(kick) * moved[:, n : 2 * n])
+    return torch.stack([part.double() @ mode.double() for part in parts]).cpu()
 
 
 def _inverse(root: Tensor | float) -> Tensor | float:
     return torch.where(root > 0, 1 / root, 0.0) if isinstance(root, Tensor) else 1 / root
+
+
+def window_exponent(maps: Sequence[Tensor]) -> float:
+    """``log rho(P_w ... P_1) / w``, in nats a step, of the steps' `plane_map`.
+
+    The growth of a norm would be another number: with momentum a transient, positive over half of the *stable* range,
+    and without it, below the edge, that of whatever else is in a mode that is not exact. Where ``|1 - eta lambda|`` is
+    small, a contamination ``phi`` that stays as it is exceeds ``phi |1 - eta lambda|^w`` in a few steps, also in the
+    compressed product of all steps. Compressed one by one the steps leave nothing of it.
+
+    Raises:
+        ValueError: if there is no step.
+    """
+    if not len(maps):
+        raise ValueError("no step was given: a window needs at least one Jacobian")
+    product, log_scale = torch.eye(len(maps[0]), dtype=torch.float64), 0.0
+    for step in maps:
+        product, log = rescale(step @ product)
+        log_scale += log
+    return (float(spectral_radius(product).log()) + log_scale) / len(maps)
+
+
+def exponent_bounds(
+    maps: Sequence[Tensor], curvatures: Sequence[Tensor], below: float, above: float
+) -> tuple[float, float]:
+    """What `window_exponent` may be where the curvature along the true mode is not that along the mode at hand.
+
+    The largest eigenvalue lies between ``(1 - below)`` and ``(1 + above)`` times the curvature that was found; a step
+    is linear in it, ``P + d C`` with ``-below <= d <= above``. The exponent is not monotone in d, so it is looked at
+    all along. One number that passes 0 in between can be anything down to ``-inf``.
+
+    Args:
+        maps: P of each step.
+        curvatures: C of each step: the part of P that is due to the curvature, as ``P - P(fixed gradient)``.
+        below: relative error of the curvature, downwards.
+        above: relative error upwards, `lsp_callbacks.functional.Edge.courant_error`.
+
+    Returns:
+        The least and the largest exponent; NaN where an error bar is.
+
+    Example:
+        >>> import torch
+        >>> P, C = torch.tensor([[-0.5]]), torch.tensor([[-1.5]])  # eta lambda = 1.5, or 10 % more
+        >>> low, high = exponent_bounds([P.double()] * 4, [C.double()] * 4, 0.0, 0.1)
+        >>> round(low, 3), round(high, 3)  # log 0.5, log 0.65
+        (-0.693, -0.431)
+    """
+    if math.isnan(below + above):
+        return math.nan, math.nan
+    shifts = torch.linspace(-below, min(above, 1e30), _POINTS, dtype=torch.float64).tolist()
+    found = [window_exponent([P + d * C for P, C in zip(maps, curvatures)]) for d in shifts]
+    ends = [[float(P + d * C) for d in (shifts[0], shifts[-1])] for P, C in zip(maps, curvatures) if P.numel() == 1]
+    lowest = -math.inf if any(a * b <= 0 for a, b in ends) else min(found)
+    return lowest, max(found)
 
 
 def rescale(frame: Tensor) -> tuple[Tensor, float]:
@@ -84,9 +136,12 @@ def sharp_mode_exponent(
 ) -> float:
     """The exponent of the update map along its sharpest mode over a window.
 
-    It is negative below the edge of stability and positive beyond it, where the exponent over all parameters sits at
-    0. It sees the mean curvature and its change; with momentum it does *not* see batch noise, and below the edge it
-    stays at ``log(beta) / 2`` until the edge is reached: read the Courant number for a margin.
+    Each step is compressed onto the plane of the mode, see `plane_map`, and the small matrices are multiplied: exact on
+    a quadratic with a fixed preconditioner for every window, if ``mode`` is the top eigenvector; otherwise the exponent
+    of a curvature that is too small by the square of the angle between them. It is negative below the edge of stability
+    and positive beyond it, where the exponent over all parameters sits at 0. It sees the mean curvature and its change,
+    *not* batch noise, and with momentum it stays at ``log(beta) / 2`` until the edge is reached: read the Courant
+    number for a margin.
 
     Args:
         jacobians: ``A_1 ... A_w``, of ``P`` dimensions or, with further state, more.
@@ -100,7 +155,7 @@ def sharp_mode_exponent(
     Raises:
         ValueError: if there is no step.
 
-    Cost: one product a step, with momentum two. Source: MATH section 1.
+    Cost: one product a step. Source: MATH section 1.
 
     Example:
         >>> import torch
@@ -110,14 +165,4 @@ def sharp_mode_exponent(
         >>> round(sharp_mode_exponent([A] * 4, torch.tensor([1.0, 0.0])), 4)  # log|1 - 0.5 * 5|
         0.4055
     """
-    steps, log_scale = 0, 0.0
-    frame: Tensor | None = None
-    for jacobian in jacobians:
-        if frame is None:
-            frame = sharp_plane(mode, root, kick=kick, size=jacobian.shape[1])
-        frame, log = rescale(push(jacobian, frame))
-        log_scale += log
-        steps += 1
-    if frame is None:
-        raise ValueError("no step was given: a window needs at least one Jacobian")
-    return plane_exponent(frame, log_scale, mode, root, steps, kick=kick)
+    return window_exponent([plane_map(jacobian, mode, root, kick=kick) for jacobian in jacobians])

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from lsp_callbacks.arguments import number
 @dataclass(frozen=True)
 class Box:
     """Weight clipping: the projection onto ``[low, high]``, number by number; ``Box(0)`` keeps weights nonnegative."""
+
+    #: Each number is moved by itself.
+    elementwise: ClassVar[bool] = True
 
     low: float = -math.inf
     high: float = math.inf
@@ -94,6 +97,9 @@ class SpectralClip(_Limited):
 class SoftThreshold:
     """The proximal map of ``strength ||theta||_1``: each number moves by ``lr * strength`` towards 0, no further."""
 
+    #: Each number is moved by itself.
+    elementwise: ClassVar[bool] = True
+
     strength: float
 
     def __post_init__(self):
@@ -110,6 +116,9 @@ class SoftThreshold:
 @dataclass(frozen=True)
 class Ridge:
     """The proximal map of ``strength ||theta||^2 / 2``: ``theta / (1 + lr strength)``, decay after the step."""
+
+    #: Each number is moved by itself.
+    elementwise: ClassVar[bool] = True
 
     strength: float
 
@@ -139,6 +148,8 @@ class Only:
         return self.prox(name, tensor, lr) if fnmatchcase(name, self.names) else tensor
 
     def __getattr__(self, attribute: str) -> Any:
+        if attribute == "elementwise":
+            return self.prox.elementwise
         if attribute != "penalty":  # strong convexity holds for some of the parameters only
             raise AttributeError(attribute)
         inner = self.prox.penalty

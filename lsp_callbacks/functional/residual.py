@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,25 +10,34 @@ from torch import Tensor
 
 from lsp_callbacks.linalg import LinearOperator, identity_like, lanczos, operator_norm
 
+#: Probability that ``gain_bound`` does not hold.
+FAILURE = 1e-3
+
 
 @dataclass(frozen=True)
 class ResidualStability:
     """One block at the inputs that it received; extremes are over the samples.
 
+    The gain is how much the block stretches a small difference of its input at most: it expands where that is above 0,
+    and contracts below. Each other number proves one of the two, and the opposite of what it proves does not follow:
+    ``x + 2x`` has stiffness -1 and gain log 3, and where ``m > 0`` a block may contract though ``cfl`` is above 1.
+
     Attributes:
-        stiffness: ``h lambda_max(-(G + G^T)/2) / 2``; above 1 the block expands.
-        gain: ``log ||I + hG||_2``.
-        m: ``-lambda_max((G + G^T)/2)``, the least over samples; the block is dissipative where ``m > 0``.
-        dissipative: ``m`` exceeds its residual.
+        gain: ``log ||I + hG||_2`` in nats, from below.
+        gain_bound: and at most, except with probability 1e-3.
+        stiffness: ``h lambda_max(-(G + G^T)/2) / 2``; above 1 the block expands, at most 1 proves nothing.
+        m: ``-lambda_max((G + G^T)/2)``, the least over samples; below 0 the block expands, whatever h is.
+        dissipative: ``m`` exceeds its residual: some h > 0 contracts, which need not be this one.
         M: ``||G||_2``, the largest over samples; only where dissipative, as are the following.
-        h_max: ``2 m / M^2``, sufficient for contraction (Katende, Cor. 4.4).
-        h_exact: the largest h with ``||I + hG|| <= 1`` for each sample.
-        cfl: ``h / h_max``.
+        h_max: ``2 m / M^2``: each h below contracts (Katende, Cor. 4.4).
+        h_exact: the largest h with ``||I + hG|| <= 1`` for each sample: above it the block expands.
+        cfl: ``h / h_max``; below 1 the block contracts, above 1 proves nothing.
         residual: the largest relative residual of the iterations behind the numbers.
     """
 
-    stiffness: Tensor
     gain: Tensor
+    gain_bound: Tensor
+    stiffness: Tensor
     m: Tensor
     dissipative: bool
     residual: Tensor
@@ -60,6 +70,9 @@ def residual_stability(
         >>> import torch
         >>> from lsp_callbacks.linalg import from_matrix
         >>> from lsp_callbacks.functional import residual_stability
+        >>> block = residual_stability(from_matrix(torch.tensor([[2.0]])))  # x + 2x triples
+        >>> round(float(block.stiffness), 6), round(float(block.gain.exp()), 6)
+        (-1.0, 3.0)
         >>> G = torch.tensor([[-0.5, 2.0], [-2.0, -0.5]], dtype=torch.float64)
         >>> block = residual_stability(from_matrix(G))
         >>> round(float(block.m), 6), round(float(block.h_max), 6), round(float(block.h_exact), 6)
@@ -72,13 +85,16 @@ def residual_stability(
     symmetric = 0.5 * (jacobian + jacobian.T)
     ends = lanczos(symmetric, start, steps=steps, tol=tol, ends=(0, -1))
     growth, top_residual = ends.values[..., -1], ends.residuals[..., -1]
-    gain = operator_norm(identity_like(jacobian) + jacobian, start, steps=steps, tol=tol)
+    step, failure = identity_like(jacobian) + jacobian, FAILURE / math.prod(jacobian.batch)
+    gain = operator_norm(step, steps=steps, tol=tol, failure=failure, generator=generator.manual_seed(0))
+    assert gain.upper is not None
     size = ends.values.abs().amax(-1).clamp_min(torch.finfo(torch.float64).tiny)
     residual = torch.maximum((ends.residuals[..., [0, -1]].amax(-1) / size).amax(), (gain.residual / gain.value).amax())
     dissipative = bool((growth + top_residual < 0).all())
     block = ResidualStability(
-        stiffness=(-ends.values[..., 0]).amax() / 2,
         gain=gain.value.amax().log(),
+        gain_bound=gain.upper.amax().log(),
+        stiffness=(-ends.values[..., 0]).amax() / 2,
         m=-growth.amax() / h,
         dissipative=dissipative,
         residual=residual,

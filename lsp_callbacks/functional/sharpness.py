@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg import Eigenpair, lanczos
-from lsp_callbacks.operators.curvature import Method, hessian
+from lsp_callbacks.linalg import Eigenpair, LinearOperator, lanczos, spectrum_bounds
+from lsp_callbacks.operators.curvature import Method, hessian, path_taken
+from lsp_callbacks.operators.differences import TOLERANCE
 from lsp_callbacks.operators.frozen import (
     FrozenRule,
     buffer_rates,
@@ -21,6 +22,9 @@ from lsp_callbacks.operators.frozen import (
 )
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
+#: Probability, over the random part of a start, that an eigenvalue lies beyond the error bar.
+FAILURE = 0.05
+
 
 @dataclass(frozen=True)
 class Edge:
@@ -28,7 +32,10 @@ class Edge:
 
     Attributes:
         sharpness: ``lambda_max(H)``, algebraic, of the step's loss.
-        residual: ``||H v - lambda v|| / |lambda|`` of the pair behind ``courant``, relative.
+        error: ``lambda_max(H)`` is at most ``sharpness + error |sharpness|``, see `sharpness`.
+        courant_error: the same for ``courant``; that of ``sharpness`` where one run tells both.
+        accuracy: of the products behind ``courant``, relative to it: it may be too large by so much.
+        residual: ``||H v - lambda v|| / |lambda|`` of the pair behind ``courant``: of that eigenvector, not of the top.
         courant: ``lambda_max(R^1/2 H' R^1/2) / c``: 1 is the edge.
         limit: ``lambda_max(H') / courant``, the sharpness at which the step would be at its edge; NaN at rate 0.
         mode: unit eigenvector of ``R^1/2 H' R^1/2``, flat.
@@ -36,10 +43,13 @@ class Edge:
         root: ``sqrt(R)`` of each parameter, which turns ``mode`` into a displacement of the parameters.
         kick: turns ``mode`` into the momentum buffer that displaces by ``root * mode``; None without momentum.
         products: Hessian products spent.
-        converged: whether the residual met the tolerance.
+        converged: whether the error bars met the tolerance.
     """
 
     sharpness: Tensor
+    error: Tensor
+    courant_error: Tensor
+    accuracy: Tensor
     residual: Tensor
     courant: Tensor
     limit: Tensor
@@ -59,17 +69,25 @@ def sharpness(
     tol: float = 1e-3,
     method: Method = "auto",
 ) -> Eigenpair:
-    """The largest *algebraic* eigenvalue of the Hessian of a step's loss.
+    """The largest *algebraic* eigenvalue of the Hessian of a step's loss, with an upper bound.
+
+    Lanczos from equal parts of an earlier eigenvector, the gradient and noise. A residual bounds the distance to *some*
+    eigenvalue: the mode of before keeps a small one while another takes over. The noise is what no mode can hide from:
+    ``upper`` is what `lsp_callbacks.linalg.spectrum_bounds` tells from its share of the start, and fails with a
+    probability of at most 5 %. Gradient and earlier vector lean towards what is sharp (Gur-Ari et al. 2018), which
+    makes it far rarer: see ``benchmarks/sharpness_error_bars.md``.
 
     Args:
         snapshot: a step; no optimizer is needed.
-        start: flat vector to start from, for instance the last eigenvector; None starts from the gradient.
-        steps: at most this many products.
-        tol: on the relative residual.
+        start: flat vector to start from, for instance the last eigenvector; None starts from gradient and noise. One
+            of another size, or that is not finite, is left out.
+        steps: at most this many products; with one for each parameter the result is exact, and they are taken.
+        tol: on ``upper - value``, relative.
         method: of the Hessian products, see `lsp_callbacks.operators.hessian`.
 
     Returns:
-        Value, unit vector and residual. The value is a lower bound, and some eigenvalue is within ``residual``.
+        Value, which is a lower bound, unit vector, residual, and ``upper``. Products by differences are accurate to
+        1 % in float32: ``upper`` is never nearer, and the lower bound holds up to that.
 
     Raises:
         Unmeasurable: see `lsp_callbacks.operators.hessian`.
@@ -85,8 +103,7 @@ def sharpness(
         >>> float(sharpness(Snapshot(step=0, module=net, replay=lambda: 0.5 * net(x).square().sum())).value)
         9.0...
     """
-    operator = hessian(snapshot, method=method)
-    return _top(operator, snapshot, start, steps, tol).pair(-1)
+    return _top(hessian(snapshot, method=method), snapshot, start, steps, tol, method).pair
 
 
 def stability_constant(momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False) -> float:
@@ -144,10 +161,10 @@ def edge(
 
     Args:
         snapshot: a step with its optimizer.
-        start: an earlier ``mode``; None starts from the gradient.
+        start: an earlier ``mode``; None starts from gradient and noise.
         top: an earlier ``top``, likewise.
         steps: at most this many products a run.
-        tol: on the relative residual.
+        tol: on the relative error bars.
         method: of the Hessian products.
 
     Raises:
@@ -159,35 +176,48 @@ def edge(
     constant, maximize = edge_constant(rule), rule.sign < 0
     rate, decay = rates(snapshot), decay_rates(snapshot)
     root = rate**0.5 if rule.lr else 1.0
+    added = coupled_decay(snapshot)
+
+    def top_of(operator: LinearOperator, start: Tensor | None) -> _Top:
+        return _top(operator, snapshot, start, steps, tol, method)
+
+    shift: Tensor | float
     if isinstance(rate, Tensor) or isinstance(decay, Tensor):
-        own = _top(hessian(snapshot, method=method), snapshot, top, steps, tol, both=maximize)
-        added = coupled_decay(snapshot)
-        if isinstance(added, Tensor):
-            decayed = _top(decayed_hessian(snapshot, method=method), snapshot, None, steps, tol).values[-1]
+        own = top_of(hessian(snapshot, method=method), top)
+        steepest = top_of(preconditioned_hessian(snapshot, method=method), start)
+        if maximize or isinstance(added, Tensor):
+            decayed = top_of(decayed_hessian(snapshot, method=method), own.pair.vector).pair.value
         else:
-            decayed = (-own.values[0] if maximize else own.values[-1]) + added
-        run = _top(preconditioned_hessian(snapshot, method=method), snapshot, start, steps, tol)
-        pair, extra, eigenvector = run.pair(-1), len(own.basis), own.pair(-1).vector
-        sharp, courant = own.values[-1], pair.value / constant
+            decayed = own.pair.value + added
+        unit, shift = 1.0, 0.0
     else:
-        # lambda_max(-H) is the other end of the same run.
-        run = _top(hessian(snapshot, method=method), snapshot, start, steps, tol, both=maximize)
-        pair, extra = run.pair(0 if maximize else -1), 0
-        eigenvector = pair.vector
-        decayed = rule.sign * pair.value + (decay / rate if rate else coupled_decay(snapshot))
-        sharp, courant = run.values[-1], rate * decayed / constant
+        own = steepest = top_of(hessian(snapshot, method=method), top if maximize else start)
+        if maximize:
+            steepest = top_of(decayed_hessian(snapshot, method=method), start)
+        unit, shift = rate, 0.0 if maximize else decay / rate if rate else added
+        decayed = steepest.pair.value + shift
+    pair = steepest.pair
+    courant = unit * (pair.value + shift) / constant
     return Edge(
-        sharpness=sharp,
-        residual=pair.residual / pair.value.abs().clamp_min(torch.finfo(torch.float64).tiny),
+        sharpness=own.pair.value,
+        error=_relative(own.missed, own.pair.value),
+        courant_error=_relative(steepest.missed, pair.value + shift),
+        accuracy=_relative(steepest.accuracy, pair.value + shift),
+        residual=_relative(pair.residual, pair.value),
         courant=courant,
         limit=decayed / courant,
         mode=pair.vector,
-        top=eigenvector,
+        top=own.pair.vector,
         root=root,
         kick=_kick(root, buffer_rates(snapshot)) if rule.momentum else None,
-        products=pair.products + extra,
-        converged=pair.converged,
+        products=pair.products + (own.pair.products if own is not steepest else 0),
+        converged=own.pair.converged and pair.converged,
     )
+
+
+def _relative(error: Tensor, value: Tensor) -> Tensor:
+    """0 where both are 0."""
+    return error / value.abs().clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _kick(root: Tensor | float, buffer: Tensor | float) -> Tensor | float:
@@ -197,21 +227,48 @@ def _kick(root: Tensor | float, buffer: Tensor | float) -> Tensor | float:
     return root / buffer if buffer else 1.0
 
 
-def _top(operator, snapshot: Snapshot, start: Tensor | None, steps: int, tol: float, both: bool = False):
-    """Lanczos from ``start`` mixed with the gradient and some noise.
+@dataclass(frozen=True)
+class _Top:
+    """The top of an operator.
 
-    The mixture makes a warm start safe: an eigenvector that is no longer the top one would otherwise be kept
-    for ever, with a small residual. The gradient leans towards the sharp directions (Gur-Ari et al. 2018).
+    Attributes:
+        pair: with its upper bound.
+        accuracy: of the products, in their units.
     """
+
+    pair: Eigenpair
+    accuracy: Tensor
+
+    @property
+    def missed(self) -> Tensor:
+        """From the value to its upper bound."""
+        assert self.pair.upper is not None
+        return self.pair.upper - self.pair.value
+
+
+def _top(
+    operator: LinearOperator, snapshot: Snapshot, start: Tensor | None, steps: int, tol: float, method: Method
+) -> _Top:
+    """Lanczos from equal parts of ``start``, gradient and noise, until the noise can have missed little."""
     n = operator.shape[1]
-    generator = snapshot.generator("lanczos")
-    noise = torch.randn(n, generator=generator, dtype=operator.dtype).to(operator.device)
+    noise = torch.randn(n, generator=snapshot.generator("lanczos"), dtype=operator.dtype).to(operator.device)
     mixed = _unit(noise)
-    if snapshot.flat_gradient is not None:
-        mixed = 0.3 * mixed + _unit(snapshot.flat_gradient.to(operator.dtype))
-    if start is not None:
-        mixed = 0.2 * _unit(mixed) + _unit(start)
-    return lanczos(operator, mixed, steps=steps, tol=tol, ends=(0, -1) if both else (-1,))
+    for other in (snapshot.flat_gradient, start):
+        if other is not None and len(other) == n and bool(torch.isfinite(other).all()):
+            mixed = mixed + _unit(other.to(mixed))
+    share = 1 / max(1.0, float(torch.linalg.vector_norm(mixed)))
+    ritz = lanczos(operator, mixed, steps=steps, tol=tol if steps < n else 0.0, failure=FAILURE, share=share)
+    pair = ritz.pair(-1)
+    accuracy = _accuracy(snapshot, operator.dtype, method) * ritz.values.abs().amax()
+    upper = torch.maximum(spectrum_bounds(ritz, failure=FAILURE, share=share)[1], pair.value + accuracy)
+    return _Top(replace(pair, upper=upper), accuracy)
+
+
+def _accuracy(snapshot: Snapshot, dtype: torch.dtype, method: Method) -> float:
+    """Of the products, relative to the largest: of differences, and of what is rounded."""
+    if path_taken(snapshot, method).startswith("finite difference"):
+        return min(TOLERANCE * torch.finfo(dtype).eps ** 0.5, 0.01)
+    return max(2 * torch.finfo(snapshot.graph.dtype).eps, 16 * torch.finfo(dtype).eps)
 
 
 def _unit(v: Tensor) -> Tensor:

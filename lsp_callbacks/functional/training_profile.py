@@ -8,8 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lsp_callbacks.functional.intervals import gaussian_form_interval, norm_by_random_rows
 from lsp_callbacks.functional.lyapunov import rescale
 from lsp_callbacks.linalg import LinearOperator, push
+
+#: Probability with which an interval may fail.
+FAILURE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,15 @@ class TrainingProfile:
     Attributes:
         steps: T.
         sigma_theta: the norm of ``d theta_T / d theta_0`` on the frame: a lower bound of its norm.
+        sigma_theta_bound: one from above, by random directions alone: wide.
         mean_square: ``||d theta_T / d theta_0||_F^2 / P``, by which a random perturbation grows in the mean square; an
             unbiased estimate.
         mean_square_error: its standard error.
         sigma_u: ``||d theta_T / d(u_1 ... u_T)||_F / sqrt P``: root mean square displacement of a parameter at the end
             where each entry of each step's gradient had noise of variance 1, independently.
         sigma_u_error: its standard error.
+        sigma_u_lower: an end of its interval, which fails with `FAILURE`.
+        sigma_u_bound: the other one.
         alpha_theta: ``(1/T) log sigma_theta``, a lower bound, nats a step.
         alpha_mean_square: ``(1/2T) log mean_square``.
         alpha_mean_square_error: its standard error.
@@ -62,10 +69,13 @@ class TrainingProfile:
 
     steps: int
     sigma_theta: Tensor
+    sigma_theta_bound: Tensor
     mean_square: Tensor
     mean_square_error: Tensor
     sigma_u: Tensor
     sigma_u_error: Tensor
+    sigma_u_lower: Tensor
+    sigma_u_bound: Tensor
     alpha_theta: Tensor
     alpha_mean_square: Tensor
     alpha_mean_square_error: Tensor
@@ -74,47 +84,18 @@ class TrainingProfile:
 
 
 @dataclass(frozen=True)
-class NormBounds:
-    """Bounds of the sensitivities from one-step norms, on their way through training steps.
+class NoiseSeen:
+    """What is known of ``K = sum_s S_s S_s^T``, with ``S_s = A_T ... A_(s+1) B_s``, on a subspace of the parameters.
 
     Attributes:
-        log_theta: ``sum_t log ||A_t||``.
-        log_noise: log of ``sum_s (prod_(t > s) ||A_t||)^2 ||B_s||_F^2 / P``.
+        basis: ``(k, n)``, orthonormal, ``n >= P``; found without the rows of `Tangents.noise`.
+        trace: ``tr(Q K Q^T)``, Q the basis, divided by ``exp(2 noise_log)``, as K is in the next.
+        largest: a bound of the largest eigenvalue of K.
     """
 
-    log_theta: float = 0.0
-    log_noise: float = -math.inf
-
-    def after(self, norm: float, response: float) -> NormBounds:
-        """One step further, with ``||A_t||`` and ``||B_t||_F^2 / P`` from above, in one norm of the state.
-
-        That norm has to be the Euclidean one on the parameters. The product of norms bounds the norm of the product;
-        both are equal where the steps stretch one and the same direction most.
-        """
-        grown, kick = (-math.inf if x <= 0 else math.log(x) for x in (norm, response))  # NaN stays
-        carried = self.log_noise + 2 * grown
-        top = math.nan if math.isnan(carried) or math.isnan(kick) else max(carried, kick)
-        noise = top if math.isinf(top) else top + math.log(math.exp(carried - top) + math.exp(kick - top))
-        return NormBounds(self.log_theta + grown, noise)
-
-    def beside(self, found: TrainingProfile) -> dict[str, float]:
-        """The bounds and their gaps, bound less truth, of exponents that are divided as those of the profile.
-
-        ``alpha_u_bound`` and ``alpha_u_gap`` are so only up to the errors of the estimates ``alpha_u`` and ``sigma_u``:
-        the noise that was driven is not known but from random rows. ``sigma_u_bound`` is a bound without them, and
-        ``alpha_theta_gap`` is one from above, as ``alpha_theta`` is from below.
-        """
-        alpha = self.log_theta / found.steps
-        slack = self.log_noise - 2 * float(found.sigma_u.log())
-        shared = slack / (found.steps - 1) if found.steps > 1 else math.nan
-        return {
-            "sigma_theta_bound": math.inf if self.log_theta >= 709 else math.exp(self.log_theta),
-            "alpha_theta_bound": alpha,
-            "alpha_theta_gap": alpha - float(found.alpha_theta),
-            "sigma_u_bound": math.inf if self.log_noise >= 1418 else math.exp(self.log_noise / 2),
-            "alpha_u_bound": float(found.alpha_u) + shared,
-            "alpha_u_gap": shared,
-        }
+    basis: Tensor
+    trace: float
+    largest: float
 
 
 def tangents(
@@ -122,6 +103,7 @@ def tangents(
     parameters: int,
     *,
     vectors: int,
+    noise: int | None = None,
     generator: torch.Generator,
     sharp: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
@@ -132,7 +114,8 @@ def tangents(
     Args:
         state: size of the optimizer's state, the parameters included.
         parameters: P.
-        vectors: how many random directions, and how many rows of noise; no more than P.
+        vectors: how many random directions; no more than P.
+        noise: how many rows of noise; None is as many.
         generator: on the CPU.
         sharp: a further direction, ``(P,)``.
         dtype: of the vectors.
@@ -147,7 +130,7 @@ def tangents(
     if len(q) > k and not bool(r.diagonal()[k].abs() > 1e-6 * torch.linalg.vector_norm(rows[k])):
         q = q[:k]
     frame = torch.cat([q, q.new_zeros(len(q), state - parameters)], dim=1)
-    return Tangents(frame, q.new_zeros(vectors, state), 0.0, 0.0, k, parameters, 0.0, 0)
+    return Tangents(frame, q.new_zeros(noise or vectors, state), 0.0, 0.0, k, parameters, 0.0, 0)
 
 
 def pushed(now: Tangents, step: LinearOperator, noise: LinearOperator, generator: torch.Generator) -> Tangents:
@@ -177,12 +160,14 @@ def pushed(now: Tangents, step: LinearOperator, noise: LinearOperator, generator
     )
 
 
-def training_profile(found: Tangents) -> TrainingProfile:
+def training_profile(found: Tangents, seen: NoiseSeen | None = None) -> TrainingProfile:
     """The sensitivities of the parameters to their start and to the noise, from what was pushed.
 
-    ``A_T ... A_1`` goes forward only, as the parameters have moved on, so its norm is bounded from below, by that on
-    the frame; its Frobenius norm is estimated without bias, ``E ||A q||^2 = ||A||_F^2 / P`` for a random unit q. The
-    noise likewise: ``E ||v_T||^2 = sum_s ||A_T ... A_(s+1) B_s||_F^2``. Where each step contracts by c, and
+    What was pushed went forward only, so the norm of ``A_T ... A_1`` is bounded from below by that on the frame, and
+    from above by what random directions leave open (`norm_by_random_rows`), which is far; both ends are near each
+    other where products with its adjoint are taken, see `lsp_callbacks.operators.window`. Its Frobenius norm is
+    estimated without bias, ``E ||A q||^2 = ||A||_F^2 / P`` for a random unit q. The noise likewise:
+    ``E ||v_T||^2 = tr K``, of which a part may be known exactly. Where each step contracts by c, and
     ``B = -eta I``, ``sigma_u`` is ``eta sqrt((1 - c^(2T)) / (1 - c^2))``; what a gradient that is off by the *same*
     vector at each step can do is more, up to ``eta (1 - c^T) / (1 - c)``.
 
@@ -194,6 +179,7 @@ def training_profile(found: Tangents) -> TrainingProfile:
 
     Args:
         found: after at least one step.
+        seen: what is known of the noise beside its rows.
 
     Raises:
         ValueError: before the first one.
@@ -219,7 +205,10 @@ def training_profile(found: Tangents) -> TrainingProfile:
     top = 0.5 * torch.linalg.eigvalsh((frame @ frame.mT).cpu())[-1].clamp_min(0).log() + found.frame_log
     mean, error = _mean(_squares(frame[: found.random], size).cpu(), 1 - found.random / size)
     growth = mean.log() + 2 * found.frame_log
-    noise, noise_error = _mean(_squares(found.noise, size).cpu() / size, 1.0)
+    noise, noise_error, *ends = _noise(found, seen)
+    lower, upper = (0.5 * end.log() + found.noise_log for end in ends)
+    random = frame[: found.random]
+    widest = float(torch.linalg.eigvalsh((random @ random.mT).cpu())[-1].clamp_min(0).sqrt())
     sigma_u = 0.5 * noise.log() + found.noise_log
     # As large as T kicks that do not travel; on the average they have travelled (T - 1) / 2 steps.
     brought = 0.5 * math.log(found.driven) if found.driven else math.nan
@@ -227,10 +216,13 @@ def training_profile(found: Tangents) -> TrainingProfile:
     return TrainingProfile(
         steps=steps,
         sigma_theta=top.exp(),
+        sigma_theta_bound=_times(norm_by_random_rows(widest, found.random, size, failure=FAILURE), found.frame_log),
         mean_square=growth.exp(),
         mean_square_error=growth.exp() * error,
         sigma_u=sigma_u.exp(),
         sigma_u_error=sigma_u.exp() * noise_error / 2,
+        sigma_u_lower=lower.exp(),
+        sigma_u_bound=upper.exp(),
         alpha_theta=top / steps,
         alpha_mean_square=growth / (2 * steps),
         alpha_mean_square_error=error / (2 * steps),
@@ -257,6 +249,25 @@ def function_growth(before: Tensor, after: Tensor, log: float, steps: int) -> tu
     ratio, k = after.sum() / before.sum(), len(after)
     error = ((after - ratio * before).square().sum() / (k * max(k - 1, 1))).sqrt() / before.mean()
     return (0.5 * ratio.log() + log) / steps, error / ratio / (2 * steps)
+
+
+def _noise(found: Tangents, seen: NoiseSeen | None) -> tuple[Tensor, ...]:
+    """``tr K / P``, divided by ``exp(2 noise_log)``, its relative standard error and the ends of its interval."""
+    rows, known, largest = found.noise[:, : found.size], 0.0, math.inf
+    if seen is not None:
+        known, largest = seen.trace, seen.largest
+        basis = seen.basis[:, : found.size].to(rows)
+        for _ in range(2):  # to rounding
+            rows = rows - (rows @ basis.mT) @ basis
+    squares = _squares(rows, found.size).cpu()
+    mean = known + squares.mean()
+    error = (squares.var() / len(squares)).sqrt() / mean
+    ends = gaussian_form_interval(squares, largest=largest, failure=FAILURE)
+    return mean / found.size, error, *((known + torch.tensor(ends, dtype=torch.float64)) / found.size)
+
+
+def _times(value: float, log: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64) * torch.tensor(log, dtype=torch.float64).exp()
 
 
 def _squares(rows: Tensor, size: int) -> Tensor:

@@ -1,7 +1,15 @@
 """Linear algebra on tensors; knows nothing of training."""
 
 from lsp_callbacks.linalg.cocycle import lyapunov_exponents, orthonormalise, push, spectral_radius
-from lsp_callbacks.linalg.krylov import Eigenpair, Ritz, lanczos, norm_upper, operator_norm, spectrum_bounds
+from lsp_callbacks.linalg.krylov import (
+    Eigenpair,
+    Ritz,
+    lanczos,
+    norm_upper,
+    operator_norm,
+    spectrum_bounds,
+    top_between,
+)
 from lsp_callbacks.linalg.norms import norm, unit
 from lsp_callbacks.linalg.operator import LinearOperator, from_matrix, identity_like
 from lsp_callbacks.linalg.quadrature import Quadrature, quadratures
@@ -25,5 +33,6 @@ __all__ = [
     "quadratures",
     "spectral_radius",
     "spectrum_bounds",
+    "top_between",
     "unit",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +66,10 @@ def lanczos(
     steps: int,
     tol: float = 1e-3,
     ends: tuple[int, ...] = (-1,),
+    failure: float | None = None,
+    share: float = 1.0,
     generator: torch.Generator | None = None,
+    enough: Callable[[Ritz], bool] | None = None,
 ) -> Ritz:
     """Extreme eigenvalues of a symmetric operator, or of a batch of them at once.
 
@@ -82,7 +86,11 @@ def lanczos(
         steps: at most this many products.
         tol: stop when the residual of every end in ``ends`` is at most ``tol`` times the largest |value|.
         ends: which ends must converge: -1 the algebraically largest, 0 the smallest.
+        failure: asks for more than a residual, which bounds the distance to *some* eigenvalue: the bound of
+            `spectrum_bounds` beyond each end, which fails with this probability, must be within the tolerance.
+        share: of the start, random; see there.
         generator: for the fresh directions; None draws from a fixed seed, never from the global state.
+        enough: whether to stop at what is known, asked after each product from the second on.
 
     Returns:
         Ritz values with residuals, in float64 whatever the dtype of the vectors.
@@ -111,12 +119,19 @@ def lanczos(
         scale = values.abs().amax(-1)
         finite = bool(torch.isfinite(values).all())
         broken = beta <= 8 * eps * scale
-        met = torch.stack([_met(values, coefficients, residuals, origin, end, tol) for end in ends]).all(0)
-        # A first block that breaks off says nothing of what the start lacked; a random one has seen all the rest.
-        small = bool(torch.where(broken, origin > 0, met).all())
+        if failure is None:
+            met = torch.stack([_met(values, coefficients, residuals, origin, end, tol) for end in ends]).all(0)
+            # A first block that breaks off says nothing of what the start lacked; a random one has seen all the rest.
+            met = torch.where(broken, origin > 0, met)
+        else:
+            seen = Ritz(values, residuals, coefficients, basis[: k + 1], False)
+            met = torch.stack([_bounded(seen, failure, share, 1 if end else -1, tol) for end in ends]).all(0)
+        small = bool(met.all())
         # A single product cannot tell an eigenvector from the top one.
         converged = finite and (k + 1 == n or (small and k > 0))
         if converged or not finite or k + 1 == steps:
+            break
+        if k and enough is not None and enough(Ritz(values, residuals, coefficients, basis[: k + 1], False)):
             break
         if bool(broken.any()):
             origin = torch.where(broken, k + 1, origin)
@@ -192,17 +207,58 @@ def norm_upper(
     return found
 
 
-def spectrum_bounds(ritz: Ritz, *, failure: float = 1e-3) -> tuple[Tensor, Tensor]:
+def top_between(
+    operator: LinearOperator,
+    *,
+    steps: int,
+    ratio: float = 1.0,
+    failure: float = 1e-3,
+    generator: torch.Generator | None = None,
+) -> tuple[Ritz, Tensor]:
+    """The largest eigenvalue of a positive semidefinite operator, or of each of a batch, from both sides.
+
+    Lanczos from a random start, until the upper end is at most ``ratio`` times the lower one, the largest Ritz value.
+
+    Args:
+        operator: symmetric.
+        steps: at most this many products.
+        ratio: of the ends.
+        failure: probability with which an upper end, of each in the batch, does not hold; see `spectrum_bounds`.
+        generator: of the start.
+
+    Returns:
+        What Lanczos has seen, and the upper ends, ``(*batch,)`` in float64.
+
+    Cost: at most ``steps`` products, ``n`` where the operator is smaller; it is exact then.
+    """
+    generator = generator or torch.Generator(operator.device).manual_seed(0)
+    start = _randn((*operator.batch, operator.shape[1]), operator.dtype, operator.device, generator)
+
+    def upper(ritz: Ritz) -> Tensor:
+        return _beyond(ritz, failure, 1)
+
+    def enough(ritz: Ritz) -> bool:
+        return bool((upper(ritz) <= ratio * ritz.values[..., -1]).all())
+
+    ritz = lanczos(operator, start, steps=steps, tol=0.0, generator=generator, enough=enough)
+    return ritz, upper(ritz)
+
+
+def spectrum_bounds(ritz: Ritz, *, failure: float = 1e-3, share: float = 1.0) -> tuple[Tensor, Tensor]:
     """Numbers that the smallest eigenvalue is not below, and the largest not above, by what Lanczos has seen.
 
     Each holds with probability ``1 - failure`` over the start b, which must have been drawn uniformly from the sphere
-    (normalised Gaussian numbers), independent of A: never a warm start. Nothing is assumed of the spectrum.
+    (normalised Gaussian numbers), independent of A. Nothing is assumed of the spectrum. A warm start w may be mixed
+    with a random one, ``b = (w + s r) / ||w + s r||``, where r is a random unit vector independent of A and w: then
+    ``share = s / ||w + s r||``, and the bound is the wider. The overlap of r with an eigenvector has a density that is
+    symmetric and, from n = 3 on, nowhere rises away from 0: no shift by w makes it likelier to be small (Anderson
+    1955).
 
     Lanczos' vectors are ``q_j(A) b`` with polynomials q_j of degree ``j = 0 ... k``, so that their overlaps with the
     eigenvector u of the largest eigenvalue are ``q_j(lambda) <u, b>``, and ``<u, b>^2 sum_j q_j(lambda)^2 <= 1`` by
-    Bessel. With ``P(|<u, b>| < d sqrt(pi / 2n)) <= d`` the largest eigenvalue is, except with probability d, at most
-    the point above all Ritz values where ``sum_j q_j^2 = 2 n / (pi d^2)``. It is the same event for every k: one may
-    stop when one likes. Once a block is invariant (beta = 0, or k = n) the bound is the largest Ritz value.
+    Bessel. With ``P(|<u, b>| < share d sqrt(pi / 2n)) <= d`` the largest eigenvalue is, except with probability d, at
+    most the point above all Ritz values where ``sum_j q_j^2 = 2 n / (pi d^2 share^2)``. It is the same event for every
+    k: one may stop when one likes. Once a block is invariant (beta = 0, or k = n) the bound is the largest Ritz value.
 
     Products that are not exact: rounding, and what breaks the three-term recurrence, is added. The bound is one of what
     they are products of.
@@ -210,6 +266,7 @@ def spectrum_bounds(ritz: Ritz, *, failure: float = 1e-3) -> tuple[Tensor, Tenso
     Args:
         ritz: of `lanczos`.
         failure: d.
+        share: norm of the random part of the start, a unit vector; 1 is all of it.
 
     Returns:
         ``(*batch,)`` each, float64.
@@ -226,13 +283,32 @@ def spectrum_bounds(ritz: Ritz, *, failure: float = 1e-3) -> tuple[Tensor, Tenso
         >>> bool(-0.05 < low < 0 and 1 < high < 1.05)
         True
     """
-    return -_beyond(ritz, failure, -1), _beyond(ritz, failure, 1)
+    return -_beyond(ritz, failure, -1, share), _beyond(ritz, failure, 1, share)
 
 
-def _beyond(ritz: Ritz, failure: float, sign: int) -> Tensor:
+def _beyond(ritz: Ritz, failure: float, sign: int, share: float = 1.0) -> Tensor:
     """What no eigenvalue of ``sign A`` exceeds, see `spectrum_bounds`."""
+    middle, couplings, defect = _recurrence(ritz, sign)
+    enough = _enough(ritz.basis.shape[-1], failure, share)
+    return _reach(middle, couplings, sign * ritz.values[..., -1 if sign > 0 else 0], enough) + defect
+
+
+def _bounded(ritz: Ritz, failure: float, share: float, sign: int, tol: float) -> Tensor:
+    """Whether `_beyond` is within ``tol``, relative to the largest |value|; at the price of one point of it."""
+    middle, couplings, defect = _recurrence(ritz, sign)
+    away = tol * ritz.values.abs().amax(-1) - defect
+    reached = _log_growth(middle, couplings, sign * ritz.values[..., -1 if sign > 0 else 0] + away)
+    return (away >= 0) & (reached >= _enough(ritz.basis.shape[-1], failure, share))
+
+
+def _enough(n: int, failure: float, share: float) -> float:
     if not 0 < failure < 1:
         raise ValueError(f"failure={failure!r}: give a probability between 0 and 1")
+    return math.log(2 * n / math.pi) - 2 * math.log(failure * share)
+
+
+def _recurrence(ritz: Ritz, sign: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Diagonal and couplings of the three-term recurrence of ``sign A``, and what it leaves out of the products."""
     k, n = len(ritz.basis), ritz.basis.shape[-1]
     values = sign * ritz.values
     projected = (ritz.coefficients * values[..., None, :]) @ ritz.coefficients.mT
@@ -244,8 +320,7 @@ def _beyond(ritz: Ritz, failure: float, sign: int) -> Tensor:
     couplings = torch.cat([couplings, last], dim=-1)
     rounding = 16 * torch.finfo(ritz.basis.dtype).eps * values.abs().amax(-1)
     defect = projected.tril(-2).square().sum((-2, -1)).mul(2).sqrt() + rounding
-    enough = math.log(2 * n / math.pi) - 2 * math.log(failure)
-    return _reach(middle, couplings, values[..., -1 if sign > 0 else 0], enough) + defect
+    return middle, couplings, defect
 
 
 #: Points of a grid that brackets the bound, and how often it is refined.

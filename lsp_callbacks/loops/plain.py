@@ -184,8 +184,7 @@ class Watch:
     @property
     def verdict(self) -> Verdict:
         """How the run went so far: state, cause, evidence, advice; `lsp_callbacks.report.sentence` says it in words."""
-        step = max(self.step - 1, 0)
-        return judge(Run(self.history, self.monitor.ended_by, step=step, losses=self.monitor.losses))
+        return judge(Run.of(self.monitor, self.step))
 
     def close(self) -> None:
         """Takes the hooks from the optimizer, and from the module where energies look at its state."""
@@ -235,7 +234,7 @@ class Watch:
                 snapshot = replace(snapshot, gradient={name: g if g is None else g / factor for name, g in own})
             snapshot = witnessed(snapshot)
             if self._seen is None and snapshot.loss is not None:  # nobody tells it
-                self.monitor.saw_loss(self.step, snapshot.loss)
+                self.monitor.losses.saw(self.step, snapshot.loss)
             self._observation = self.monitor.observe(snapshot)
             if self.prox is not None and any(q.needs_update for q in self.monitor.quantities.values()):
                 self._destination.awaited()
@@ -265,7 +264,7 @@ class Watch:
             )
         self.monitor.record(self.step, self._seen, self.optimizer, self.module)
         if self._seen is not None:
-            self.monitor.saw_loss(self.step, self._seen)
+            self.monitor.losses.saw(self.step, self._seen)
         fault = None
         with self.monitor.harmless("whether the step is finite could not be told"):
             pending, left_out = (lambda: PendingStep(self.module)), self._factor is not None

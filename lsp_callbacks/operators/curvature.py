@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lsp_callbacks.linalg import LinearOperator
-from lsp_callbacks.operators.differences import FIRST, Differences, Untrusted
+from lsp_callbacks.operators.differences import FIRST, Differences, Untrusted, norm
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten, split
 
 Method = Literal["auto", "exact", "finite_difference"]
@@ -187,25 +187,31 @@ class _NoSecondDerivative(Exception):
 
 
 def _differentiated_twice(exact: Callable[[Tensor], Tensor], own: Tensor, snapshot: Snapshot) -> bool:
-    """Whether one exact product is that of a central difference, at one of three distances: it may cross a kink."""
+    """Whether one exact product is that of a central difference, at one of some distances: it may cross a kink.
+
+    Where rounding hides the difference, those farther away have a say.
+    """
     noise = torch.randn(len(own), generator=snapshot.generator("custom"), dtype=own.dtype).to(own.device)
     # The gradient leans towards what is sharp; noise sees the rest.
-    v = noise / torch.linalg.vector_norm(noise)
-    v = v + own / torch.linalg.vector_norm(own).clamp_min(torch.finfo(own.dtype).tiny)
-    v = v / torch.linalg.vector_norm(v)
+    v = (noise / norm(noise) + own / norm(own).clamp_min(torch.finfo(torch.float64).tiny)).to(own.dtype)
+    v = (v / norm(v)).to(own.dtype)
     try:
         found = exact(v)
     except _NoSecondDerivative:
         return False
-    for k in range(3):
-        central, distance = central_difference(snapshot, v, 1 / 8**k)
-        size = torch.linalg.vector_norm(central)
-        rounding = 4 * torch.finfo(own.dtype).eps * torch.linalg.vector_norm(own) / distance
-        if k:  # what is nothing but rounding excuses nothing
-            rounding = torch.minimum(rounding, 0.02 * size)
-        if bool(torch.linalg.vector_norm(found - central) <= 0.01 * size + rounding):
-            return True
-    return False
+
+    def compared(far: float) -> tuple[bool, bool, bool]:
+        """Whether they agree, whether rounding matters, and whether all is rounding."""
+        central, distance = central_difference(snapshot, v, far)
+        size, defect = float(norm(central)), float(norm(found - central))
+        rounding = 4 * torch.finfo(own.dtype).eps * float(norm(own)) / distance
+        agree = defect <= 0.01 * size + min(rounding, 0.02 * size)
+        return agree, rounding > 0.02 * size, max(size, float(norm(found))) <= rounding
+
+    first = compared(1.0)
+    if first[0] or any(compared(far)[0] for far in (1 / 8, 1 / 64)):
+        return True
+    return first[1] and (compared(8.0)[0] or any(compared(64.0)[::2]))
 
 
 def central_difference(snapshot: Snapshot, v: Tensor, far: float) -> tuple[Tensor, float]:
@@ -244,7 +250,7 @@ def _finite_difference(
             return differences.product(v)
         except Untrusted:
             if not alone:
-                # Exact products right at any scale; they tell a kink from a replay that is not the step, too.
+                # Exact products are right at any scale; they tell a kink from a replay that is not the step, too.
                 snapshot.memo["untrusted"] = True
                 return exact(v)
         try:

@@ -16,8 +16,8 @@ from lsp_callbacks.snapshot import Snapshot, displaced, flatten, split
 NEAR, FIRST, FAR = 0.25, 3.0, 15.0
 #: Errors that are accepted, relative to the largest ``||H u||`` that the step has shown, likewise: 1 % in float32.
 TOLERANCE = 29.0
-#: Errors that are accepted where the products are added to a unit vector, as in an update's Jacobian: 0.1 % in float32.
-LEAST = 2.9
+#: Errors that are accepted where the products are added to a unit vector, as in an update's Jacobian: 1e-4 in float32.
+LEAST = 0.3
 #: Bounds of the rounding of a gradient are this many times what it was on networks of several kinds.
 SAFETY = 3.0
 
@@ -88,6 +88,7 @@ class Differences:
         self.amplified = float(norm(weight)) / len(gradient) ** 0.5 if isinstance(weight, Tensor) else abs(weight)
         self.seen, self.used, self.loss, self.rounding = 0.0, 0.0, 0.0, 0.0
         self.nearest, self.referred = NEAR, False
+        self.last: tuple[Tensor, float, Tensor] | None = None
 
     def product(self, v: Tensor) -> Tensor:
         """``H v``.
@@ -113,7 +114,17 @@ class Differences:
             found = self.difference(v, size, FIRST * reach)
         if not self._consistent(found):
             self._compare(v, size, found)
-        return found.change * (size / found.distance)
+        product = found.change * (size / found.distance)
+        self._require_symmetry(v, size, product)
+        return product
+
+    def _require_symmetry(self, v: Tensor, size: float, product: Tensor) -> None:
+        if self.last is not None:
+            other, length, image = self.last
+            defect = abs(float((other * product).sum(dtype=torch.float64) - (v * image).sum(dtype=torch.float64)))
+            if not defect <= self.tolerance * self.seen * size * length:
+                raise Untrusted("products are not symmetric: the third derivative is felt")
+        self.last = (v.clone(), size, product.clone())
 
     def searched(self, v: Tensor) -> Tensor:
         """As `product`, where there is nothing else: the first distance at which one twice as far agrees.
@@ -194,7 +205,8 @@ class Differences:
     def _distance(self, reach: float) -> float:
         """At which rounding is 0.3 % of the largest curvature, as far as it is known."""
         if not self.seen:
-            return FIRST * reach
+            known = SAFETY * self.bound() * self.amplified / (0.3 * self.least) if self.least else 0.0
+            return min(FAR, max(FIRST, known / reach)) * reach
         rounded = SAFETY * self.bound() * self.amplified / (0.3 * self._accepted) if self.amplified else 0.0
         return min(FAR * reach, max(self.nearest * reach, 5 * self.eps * self.theta, rounded))
 

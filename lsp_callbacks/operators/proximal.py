@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature import Method
 from lsp_callbacks.operators.displacement import displacement
-from lsp_callbacks.operators.training import group_of, step_jacobian, step_response
+from lsp_callbacks.operators.training import (
+    clipped_gradient,
+    group_of,
+    step_jacobian,
+    step_response,
+    step_tangent,
+)
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten, split
 
 
@@ -106,6 +112,21 @@ def update_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpe
 def update_response(snapshot: Snapshot) -> LinearOperator:
     """As `step_response`, of the whole update: what a change of the step's gradient makes of parameters and state."""
     return _mapped(snapshot, step_response(snapshot))
+
+
+def update_drift(snapshot: Snapshot) -> LinearOperator:
+    """As `update_jacobian`, if the step's gradient did not change: what is left is due to the curvature.
+
+    Cost: no gradient where the step has its own.
+    """
+    own = clipped_gradient(snapshot)
+    tangent, size = step_tangent(snapshot)
+    dtype = torch.promote_types(own.dtype, torch.float32)
+
+    def drift(z: Tensor) -> Tensor:
+        return tangent(z, z.new_zeros(len(own)))
+
+    return _mapped(snapshot, LinearOperator((size, size), drift, dtype=dtype, device=own.device))
 
 
 def _mapped(snapshot: Snapshot, step: LinearOperator) -> LinearOperator:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lsp_callbacks.graph import read
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.curvature import double_backward
+from lsp_callbacks.operators.output_differences import differentiated_twice
 from lsp_callbacks.operators.per_sample import ParameterGram, Recorder, TiedRows, rows_alone
 from lsp_callbacks.probes import HOW
 from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmeasurable, Unmodelled, displaced, flatten
@@ -335,29 +336,12 @@ def output_hessian(found: Evaluation) -> Product:
         return torch.autograd.grad(gradient, f, v.to(gradient), retain_graph=True, materialize_grads=True)[0]
 
     custom = read(loss).custom
-    if custom and not _differentiated_twice(product, found.criterion, f):
+    if custom and not differentiated_twice(product, found.criterion, f):
         raise Unmeasurable(
             f"the backward of {' and '.join(custom)} in the criterion cannot be differentiated (once_differentiable, "
             "or detached tensors): write it in operations that can, or pass criterion=... without it"
         )
     return product
-
-
-def _differentiated_twice(product: Product, criterion: Callable[[Tensor], Tensor], f: Tensor) -> bool:
-    """Whether a product is that of a central difference of the criterion's gradients."""
-    v = torch.randn(f.shape, generator=torch.Generator().manual_seed(0)).to(f)
-    precision = torch.finfo(f.dtype).eps
-    distance = 8.7 * precision**0.5
-
-    def gradient(sign: float) -> Tensor:
-        moved = (f.detach() + sign * distance * v).requires_grad_()
-        with torch.enable_grad():
-            return len(f) * torch.autograd.grad(criterion(moved), moved)[0]
-
-    ahead, behind = gradient(1.0), gradient(-1.0)
-    central = (ahead - behind) / (2 * distance)
-    rounding = 4 * precision * torch.linalg.vector_norm(ahead) / distance
-    return bool(torch.linalg.vector_norm(product(v) - central) <= 0.01 * torch.linalg.vector_norm(central) + rounding)
 
 
 def _all_pairs(curvature: Product, outputs: Tensor) -> list[Tensor]:

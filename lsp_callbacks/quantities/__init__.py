@@ -8,6 +8,7 @@ from typing import Any
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.batch_sharpness import BatchSharpness
 from lsp_callbacks.quantities.clarke_profile import ClarkeProfile
+from lsp_callbacks.quantities.clarke_training import ClarkeTraining
 from lsp_callbacks.quantities.dissipation import Dissipation
 from lsp_callbacks.quantities.leave_one_out import LeaveOneOut
 from lsp_callbacks.quantities.lyapunov import Lyapunov, LyapunovTrajectory
@@ -43,10 +44,12 @@ REGISTRY: dict[str, type[Quantity]] = {
         LeaveOneOut,
         StabilityProfile,
         ClarkeProfile,
+        ClarkeTraining,
         SecantRatio,
         ProximalStep,
     )
 }
+#: "full" is all but `ClarkeTraining`, which takes whole derivatives: for small models, by name.
 PRESETS: dict[str, tuple[str, ...]] = {
     "economy": ("spectral_norm", "sharpness"),
     "default": ("spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov"),
@@ -113,6 +116,7 @@ __all__ = [
     "REGISTRY",
     "BatchSharpness",
     "ClarkeProfile",
+    "ClarkeTraining",
     "Dissipation",
     "LeaveOneOut",
     "Lyapunov",

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.arguments import choice, whole
-from lsp_callbacks.functional.lyapunov import plane_exponent, rescale, sharp_plane
+from lsp_callbacks.functional.lyapunov import exponent_bounds, plane_map, window_exponent
 from lsp_callbacks.functional.sharpness import edge_constant
 from lsp_callbacks.functional.statistics import batch_means, student_bounds
 from lsp_callbacks.linalg import LinearOperator, orthonormalise, push
 from lsp_callbacks.operators.curvature import Method, resolved
+from lsp_callbacks.operators.differences import LEAST
 from lsp_callbacks.operators.footprint import footprint, product_memory
 from lsp_callbacks.operators.frozen import frozen_rule
 from lsp_callbacks.operators.game import joint_jacobian, require_game
-from lsp_callbacks.operators.proximal import update_jacobian
+from lsp_callbacks.operators.proximal import update_drift, update_jacobian
 from lsp_callbacks.operators.training import Path, blocks_of, state_blocks, state_weight, tangent_path
 from lsp_callbacks.operators.work import beside, products
 from lsp_callbacks.quantities.base import Quantity, scalar
@@ -57,11 +58,18 @@ class Windowed(Quantity):
 class Lyapunov(Windowed):
     """The *sharp-mode* exponent of the real update map, in nats per optimizer step.
 
-    One step aligns a direction v with the top algebraic eigenvector of the (preconditioned) Hessian; the next
-    ``window`` steps push it (with momentum: the plane of ``(v, 0)`` and ``(0, m)``, m the buffer that displaces by v)
-    through the derivative of the real update, on the same batches, masks, rates, momentum, clipping and prox. Second
-    moments of Adam, AdamW, RMSprop and Adagrad are pushed along: nothing is frozen. The value is the mean of the last
-    ``average`` windows with one-sided 90 % Student bounds.
+    One step aligns a direction v with the top algebraic eigenvector of the (preconditioned) Hessian; the derivative of
+    the real update of each of the next ``window`` steps, on the same batches, masks, rates, momentum, clipping and
+    prox, is compressed onto it (with momentum: onto the plane of ``(v, 0)`` and ``(0, m)``, m the buffer that displaces
+    by v), and the exponent is that of the product, see `lsp_callbacks.functional.sharp_mode_exponent`. A mode that is
+    wrong by an angle phi errs by ``phi^2`` in the curvature, and by nothing else. SECOND
+
+    The value is the mean of the last ``average`` windows. ``_lower`` and ``_upper`` are one-sided 90 % bounds: the
+    means of what each window's exponent may be at the least and at the most, given the error bar of the sharpness that
+    it was aligned with (on a fixed quadratic all windows coincide, and that is all), less and plus Student's width,
+    which is the spread of the windows. Where ``|1 - courant_gd|`` is above that error bar the sign is that of the
+    step's own quadratic. Below the edge, near ``eta lambda = 1``, nothing is left of the mode after a step, and
+    ``_lower`` is ``-inf`` where that lies within the bar.
 
     It is negative below the edge of stability. A positive value says that the linearised update amplifies: healthy
     full-batch training lives there for long stretches, so take it as an event, and stop when the loss confirms it. It
@@ -77,8 +85,8 @@ class Lyapunov(Windowed):
     Raises:
         ValueError: for a window or an average below 1.
 
-    Cost: the alignment shared with sharpness, then a product with the Jacobian of each step, with momentum two: with
-    the alignment 18 gradients, or 26 with kinks, under plain SGD.
+    Cost: the alignment shared with sharpness, then a product with the Jacobian of each step, whatever the momentum:
+    with the alignment 15 gradients, or 30 with kinks, under SGD.
 
     Source: Chemnitz & Engel 2025 for the exponent; Benettin et al. 1980; MATH section 1.
     """
@@ -87,26 +95,28 @@ class Lyapunov(Windowed):
     keys = ("stability/lyapunov", "stability/lyapunov_lower", "stability/lyapunov_upper")
     prepare = 1
     windows: Tensor
+    spans: Tensor
 
     def __init__(self, window: int = 4, average: int = 5, method: Method = "auto"):
         super().__init__(method)
         whole("window", window, 1), whole("average", average, 1)
         self.window, self.average = window, average
         self.add_state("windows", default=torch.empty(0, dtype=torch.float64), persistent=True)
+        self.add_state("spans", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
         edge_constant(frozen_rule(snapshot))  # the alignment needs an edge
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         method = resolved(snapshot, self.method)
-        vectors = 2 if frozen_rule(snapshot).momentum else 1
-        steps = (self.window - 1) * (1 / 3 + products(snapshot, method, vectors, tangent=True))
-        window = steps + 1 / 3 + products(snapshot, method, 1, tangent=True)
-        return {**edge_cost(snapshot, method), "window": window}
+        # The push of the buffer, and what a step does at a fixed gradient, take no pass through the network.
+        free = 1 + 2 * bool(frozen_rule(snapshot).momentum)
+        step = products(snapshot, method, 1, tangent=True) + beside(snapshot, calls=50 * free, vectors=18 * free)
+        return {**edge_cost(snapshot, method), "window": self.window * (1 / 3 + step)}
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         blocks = 1 + len(state_blocks(snapshot))
-        plane = blocks * (2 if frozen_rule(snapshot).momentum else 1)
+        plane = 2 * blocks * (2 if frozen_rule(snapshot).momentum else 1)  # before the step and after it
         return {**edge_memory(snapshot, self.method), "plane": plane * footprint(snapshot).parameters}
 
     def update(self, snapshot: Snapshot) -> None:
@@ -115,31 +125,39 @@ class Lyapunov(Windowed):
         if not self._continues(snapshot):
             found = measured_edge(snapshot, self._mode, self._top, self.method)
             self._mode, self._top = found.mode, found.top
-            size = (1 + len(state_blocks(snapshot))) * len(found.mode)
             self._frame = {
-                "frame": sharp_plane(found.mode, found.root, kick=found.kick, size=size),
                 "root": found.root,
                 "kick": found.kick,
+                "below": float(found.accuracy),
+                "above": float(found.courant_error),
                 "method": resolved(snapshot, self.method),
-                "log": 0.0,
-                "count": 0,
+                "maps": [],
+                "curvatures": [],
                 "step": snapshot.step,
             }
             return
-        frame, log = rescale(push(update_jacobian(snapshot, method=self._frame["method"]), self._frame["frame"]))
-        count, log = self._frame["count"] + 1, self._frame["log"] + log
-        if count < self.window:
-            self._frame |= {"frame": frame, "log": log, "count": count, "step": snapshot.step}
-            return
+        frame = self._frame
         assert self._mode is not None
-        root, kick = self._frame["root"], self._frame["kick"]
-        exponent = plane_exponent(frame, log, self._mode, root, count, kick=kick)
+        plane: dict[str, Any] = {"mode": self._mode, "root": frame["root"], "kick": frame["kick"]}
+        step = plane_map(update_jacobian(snapshot, method=frame["method"]), **plane)
+        curvature = step - plane_map(update_drift(snapshot), **plane)
+        maps, curvatures = [*frame["maps"], step], [*frame["curvatures"], curvature]
+        if len(maps) < self.window:
+            self._frame = frame | {"maps": maps, "curvatures": curvatures, "step": snapshot.step}
+            return
         self._frame = {}
+        exponent = window_exponent(maps)
         if math.isnan(exponent):  # one such window would hide the next ones
             raise Unmeasurable("the pushed direction is not finite: the weights or the loss have overflowed")
         if exponent == -math.inf and snapshot.prox is not None:
             raise Unmeasurable("prox holds the sharp mode where it is: nothing of it is left to grow")
+        least, most = exponent_bounds(maps, curvatures, frame["below"], frame["above"])
+        # Of the steps' own numbers, whatever the curvature.
+        eps = torch.finfo(self._mode.dtype).eps
+        rounding = LEAST * eps**0.5 if self.path(snapshot).startswith("finite difference") else 16 * eps
+        span = (least - rounding, most + rounding)
         self.windows = torch.cat([self.windows, scalar(exponent)[None]])[-self.average :]
+        self.spans = torch.cat([self.spans, torch.tensor([span], dtype=torch.float64)])[-self.average :]
         self.complete = True
 
     def compute(self) -> dict[str, Tensor]:
@@ -147,7 +165,10 @@ class Lyapunov(Windowed):
         mean, lower, upper = student_bounds(self.windows)
         values = {"stability/lyapunov": mean}
         if len(self.windows) >= 3:
-            values |= {"stability/lyapunov_lower": lower, "stability/lyapunov_upper": upper}
+            # NaN where the windows are those of a state that had no spans.
+            least, most = self.spans.mean(0) + (0.0 if len(self.spans) == len(self.windows) else torch.nan)
+            values["stability/lyapunov_lower"] = least - (mean - lower)
+            values["stability/lyapunov_upper"] = most + (upper - mean)
         return values
 
 
@@ -156,9 +177,11 @@ class LyapunovTrajectory(Windowed):
 
     A random frame is pushed through ``transient`` steps unrecorded and ``window`` steps recorded, with a QR at each.
     Over all parameters of an overparameterised model the leading exponent is held at 0 or just above by directions that
-    no sample sees: in healthy training 1e-4 to 1e-3. It is a finite-time number; its error is by batch means over the
-    recorded steps. The norm is that of ``(v, r m)``, both displacements of the parameters, see
-    `lsp_callbacks.operators.state_weight`; second moments are pushed along.
+    no sample sees: in healthy training 1e-4 to 1e-3. They are finite-time numbers: each direction of the frame has one,
+    and they are told sorted, the largest first, as two that are close may have changed places; exponents closer than
+    their errors are not told apart. The error is by batch means over the recorded steps. The norm is that of ``(v, r
+    m)``, both displacements of the parameters, see `lsp_callbacks.operators.state_weight`; second moments are pushed
+    along.
 
     Where several players take turns (a GAN), the frame holds the parameters and states of all of them, and each step's
     `lsp_callbacks.operators.joint_jacobian` is pushed: the exponents are those of the game, in nats per *optimizer
@@ -261,6 +284,8 @@ class LyapunovTrajectory(Windowed):
         if not len(self.growth):
             return {key: scalar(torch.nan) for key in self.keys}
         mean, error = batch_means(self.growth)
+        order = mean.argsort(descending=True)  # over a finite window the frame may have them in another one
+        mean, error = mean[order], error[order]
         values = {"stability/lyapunov_trajectory": mean[0], "stability/lyapunov_trajectory_error": error[0]}
         return values | {f"stability/lyapunov_spectrum/{i + 1}": mean[i] for i in range(1, self.k)}
 

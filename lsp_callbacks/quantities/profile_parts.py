@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from lsp_callbacks.functional.depth_profile import depth_profile
+from lsp_callbacks.functional.intervals import norm_by_random_rows
 from lsp_callbacks.functional.norm_bound import norm_bound
-from lsp_callbacks.functional.training_profile import Tangents
-from lsp_callbacks.linalg import LinearOperator, norm_upper, push
+from lsp_callbacks.functional.training_profile import FAILURE, NoiseSeen, Tangents
+from lsp_callbacks.linalg import LinearOperator, push, top_between
 from lsp_callbacks.operators.curvature import double_backward
 from lsp_callbacks.operators.depth import depth
 from lsp_callbacks.operators.explanation import explain
 from lsp_callbacks.operators.outputs import output_jacobian
+from lsp_callbacks.operators.window import Window, squares
 from lsp_callbacks.snapshot import Call, Snapshot, Unmeasurable, evaluating
 
-#: Probability with which a bound of a measurement may fail.
-FAILURE = 1e-3
+#: Of the ends of an interval, within which no further product is asked for.
+RATIO = 1.2
 
 
 @dataclass(frozen=True)
@@ -71,58 +74,121 @@ def in_depth(snapshot: Snapshot, calls: dict[str, Call], *, samples: int) -> InD
     return InDepth({name: float(v) for name, v in values.items()}, dict(zip(names, sigma.tolist())), "", reason)
 
 
-@dataclass(frozen=True)
-class Moved:
-    """What pushed directions do to something that depends on the parameters.
-
-    Attributes:
-        gram: ``(r, r)``, of their images.
-        norm: of its Jacobian, from above; NaN where nobody asked.
-    """
-
-    gram: torch.Tensor
-    norm: float
-
-    def sensitivity(self, now: Tangents, log_theta: float | None) -> tuple[float, float]:
-        """``||J A_T ... A_1||`` on the frame, a lower bound, and ``||J|| prod ||A_t||``, one from above."""
-        lower = float(torch.linalg.eigvalsh(self.gram)[-1].clamp_min(0).sqrt()) * math.exp(now.frame_log)
-        return lower, math.nan if log_theta is None or log_theta > 709 else self.norm * math.exp(log_theta)
-
-
-def outputs_moved(snapshot: Snapshot, now: Tangents, *, samples: int, steps: int = 0) -> Moved | None:
-    """The outputs of the probes; None where they are not told from the loss."""
+def output_reader(snapshot: Snapshot, *, samples: int) -> LinearOperator | None:
+    """`output_jacobian` of the probes, the same on all ranks; None where outputs are not told from the loss."""
     probes = snapshot.probes
     if probes is None or not probes.full:
         return None
+    return _of_first(snapshot, lambda: output_jacobian(probes, samples=samples), "the outputs")
 
-    def found() -> Moved | None:
+
+def explanation_reader(snapshot: Snapshot, *, samples: int) -> LinearOperator | None:
+    """``N^(-1/2) d explanations / d theta`` of the first samples; None where they have no derivative, or no depth."""
+
+    def build() -> LinearOperator | None:
+        at = explain(snapshot, samples=samples)
+        return None if at.graph.kinked or at.graph.custom else at.states.samples**-0.5 * at.by_parameters()[1]
+
+    return _of_first(snapshot, build, "the explanations")
+
+
+def _of_first(snapshot: Snapshot, build: Callable[[], LinearOperator | None], what: str) -> LinearOperator | None:
+    """An operator of the first rank, whose products all ranks get."""
+    held: list[LinearOperator] = []
+
+    def own() -> tuple[tuple[int, int], torch.dtype] | None:
         try:
-            return _moved(output_jacobian(probes, samples=samples), snapshot, now, steps)
+            built = build()
         except Unmeasurable:  # the rest of the profile does without
             return None
-
-    return snapshot.ranks.first(found, "the outputs")
-
-
-def explanations_moved(snapshot: Snapshot, now: Tangents, *, samples: int, steps: int = 0) -> Moved | None:
-    """The input gradients of the first samples, see `explain`; None where they have no derivative, or no depth."""
-
-    def found() -> Moved | None:
-        try:
-            at = explain(snapshot, samples=samples)
-            if at.graph.kinked or at.graph.custom:
-                return None
-            _, J = at.by_parameters()
-            return _moved(at.states.samples**-0.5 * J, snapshot, now, steps)
-        except Unmeasurable:
+        if built is None:
             return None
+        held.append(built)
+        return built.shape, built.dtype
 
-    return snapshot.ranks.first(found, "the explanations")
+    ranks = snapshot.ranks
+    told = ranks.first(own, what)
+    if told is None or ranks.world == 1:
+        return held[0] if told else None
+    device = next(iter(snapshot.parameters.values())).device
+
+    def product(vector: torch.Tensor) -> torch.Tensor:
+        return ranks.first(lambda: (held[0] @ vector).cpu(), what).to(device)
+
+    def adjoint(vector: torch.Tensor) -> torch.Tensor:
+        return ranks.first(lambda: (held[0].T @ vector).cpu(), what).to(device)
+
+    return LinearOperator(told[0], product, adjoint, dtype=told[1], device=device)
 
 
-def _moved(J: LinearOperator, snapshot: Snapshot, now: Tangents, steps: int) -> Moved:
+def seen_by(J: LinearOperator, now: Tangents) -> torch.Tensor:
+    """``(r, r)``: the Gram matrix of what J makes of the pushed directions."""
     images = push(J, now.frame[:, : now.size].to(J.dtype)).double()
-    norm = math.nan
-    if steps:
-        norm = float(norm_upper(J, steps=steps, failure=FAILURE, generator=snapshot.generator("sensitivity bound")))
-    return Moved((images @ images.mT).cpu(), norm)
+    return (images @ images.mT).cpu()
+
+
+def sensitivity(gram: torch.Tensor, now: Tangents) -> tuple[float, float]:
+    """Ends of ``||J A_T ... A_1||``, by the frame from below, and by its random directions from above: wide."""
+    lower, seen = (
+        float(torch.linalg.eigvalsh(g)[-1].clamp_min(0).sqrt()) for g in (gram, gram[: now.random, : now.random])
+    )
+    grown = math.exp(now.frame_log)
+    return lower * grown, norm_by_random_rows(seen, now.random, now.size, failure=FAILURE) * grown
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What products in both directions tell of a window.
+
+    Attributes:
+        norms: ends of ``||A_T ... A_1||``, and of that times each reader of the parameters.
+        noise: of the noise.
+    """
+
+    norms: list[tuple[float, float]]
+    noise: NoiseSeen
+
+
+def window_ends(
+    snapshot: Snapshot, window: Window, now: Tangents, readers: Sequence[LinearOperator], *, pairs: int
+) -> Ends:
+    """Norms of a window, of how its readers see it, and of its noise, by one block Lanczos of `squares`.
+
+    Each upper end fails with probability `FAILURE` at most, that of the noise with half of it.
+
+    Args:
+        snapshot: of the step after the window.
+        window: the steps.
+        now: what was pushed through it.
+        readers: of the parameters at its end.
+        pairs: of passes, at most; fewer where the ends are within `RATIO` of each other.
+
+    Raises:
+        Unmeasurable: steps that cannot be replayed as they were.
+
+    Cost: two passes through the window a pair.
+    """
+    generator = snapshot.generator("window ends")
+    ritz, upper = top_between(
+        squares(window, readers), steps=pairs, ratio=RATIO**2, failure=FAILURE / 2, generator=generator
+    )
+    values = ritz.values[..., -1].clamp_min(0)
+    if not bool(torch.isfinite(upper).all()):
+        raise Unmeasurable("products with the window are not finite")
+    grown = math.exp(now.frame_log)
+    norms = [(float(low.sqrt()) * grown, float(high.clamp_min(0).sqrt()) * grown) for low, high in zip(values, upper)]
+    noise = NoiseSeen(ritz.basis[:, -1], float(ritz.values[-1].sum()), float(upper[-1]))
+    return Ends(norms[:-1], noise)
+
+
+def check_replays(window: Window, start: torch.Tensor, now: Tangents) -> None:
+    """The first direction of the frame must become what it became when the steps were taken.
+
+    Raises:
+        Unmeasurable: if it does not, to 1 %.
+
+    Cost: a pass.
+    """
+    again, first = window.forward(start[None])[0], now.frame[0, : now.size]
+    if not bool(torch.linalg.vector_norm(again - first) <= 1e-2 * torch.linalg.vector_norm(first)):
+        raise Unmeasurable("the steps of the window, replayed at its end, are not what they were")

@@ -1,4 +1,4 @@
-"""Stiffness, gain and CFL margin of every residual block."""
+"""Gain, stiffness and CFL margin of every residual block."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NO_BLOCK = "no residual block x + g(x) was recognised in this network: name your
 
 
 class ResidualCFL(Quantity):
-    """How the explicit Euler step ``x + h g(x)`` of each residual block stands to its largest stable step.
+    """How much each residual block ``x + h g(x)`` stretches, and how its step h stands to the largest stable one.
 
     Blocks are found by two rules together: the class name reads like a block's (``...Block``, ``...Layer``,
     ``Residual...``, ``Bottleneck``, ``BasicBlock``, ``InvertedResidual``; so torchvision's, timm's, transformers' and
@@ -36,22 +36,29 @@ class ResidualCFL(Quantity):
         samples: of the batch, at whose inputs the Jacobians are taken; of several ranks, that of the first.
         h: the step size of the user's ``x + h g(x)``; the Courant numbers do not depend on it.
 
-    Keys, for a block and as ``_max``: ``stability/residual_stiffness`` (above 1 the block expands),
-    ``stability/residual_cfl`` (``h / h_max``; only for dissipative blocks), and by block ``residual_gain`` (nats),
-    ``residual_m`` and, where dissipative, ``residual_M``, ``residual_h_max``, ``residual_h_exact``. Global:
+    Keys, for a block and as ``_max``: ``stability/residual_gain``, ``log ||I + hG||`` in nats, the thing itself (above
+    0 the block stretches some small difference; from below, up to the residual), with ``stability/residual_gain_bound``
+    (at most, except with probability 1e-3 a block); ``stability/residual_stiffness`` (above 1 proves that the block
+    expands; at most 1 proves nothing); ``stability/residual_cfl`` (``h / h_max``, only for dissipative blocks: below 1
+    proves that the block contracts; above 1 proves nothing). By block ``residual_m`` (below 0 proves that it expands,
+    whatever h is) and, where dissipative, ``residual_M``, ``residual_h_max``, ``residual_h_exact``. Global:
     ``stability/residual_dissipative``, the share of blocks with ``m > 0``, and ``stability/residual_residual``.
+
+    Most blocks of healthy networks stretch some differences, and few are dissipative: a gain above 0 is a fact about
+    the network, no alarm. Gains add up over depth at most.
 
     Cost: some 25 passes over the samples, as if all blocks were one network: 5 gradients on a small transformer.
 
     Source: Katende, Thm 4.3 and Cor. 4.4.
 
-    Stiffness above 1 in some block: scale its branch down (a smaller h, zero-initialised last layer), or normalise it.
+    A gain that is far above those of the other blocks, or grows: scale that branch down (a smaller h, zero-initialised
+    last layer), or normalise it; where its stiffness is above 1, too, the branch overshoots.
     """
 
     name = "residual_cfl"
     plays = True
-    keys = ("stability/residual_stiffness_max", "stability/residual_dissipative")
-    optional = ("stability/residual_cfl_max", "stability/residual_residual")
+    keys = ("stability/residual_gain_max", "stability/residual_stiffness_max", "stability/residual_dissipative")
+    optional = ("stability/residual_gain_bound_max", "stability/residual_cfl_max", "stability/residual_residual")
 
     def __init__(self, blocks: Selection = None, samples: int = 4, h: float = 1.0):
         super().__init__()
@@ -59,6 +66,7 @@ class ResidualCFL(Quantity):
         self.blocks, self.samples, self.h = blocks, samples, h
         self.add_state("stiffness", default=scalar(torch.nan))
         self.add_state("share", default=scalar(torch.nan))
+        self.add_state("gain", default=scalar(torch.nan))
         self._found: dict[str, ResidualStability] = {}
 
     def keeps(self, name: str, module: nn.Module) -> bool:
@@ -88,7 +96,7 @@ class ResidualCFL(Quantity):
         if not found:
             raise NotApplicable(NO_BLOCK)
         self._found = found
-        self.stiffness = torch.stack([scalar(b.stiffness) for b in found.values()]).max()
+        self.gain, self.stiffness = (_largest(name, found) for name in ("gain", "stiffness"))
         self.share = scalar(sum(b.dissipative for b in found.values()) / len(found))
         self.complete = True
 
@@ -126,16 +134,23 @@ class ResidualCFL(Quantity):
         if not self._found:
             return {}
         values = {
+            "stability/residual_gain_max": self.gain,
+            "stability/residual_gain_bound_max": _largest("gain_bound", self._found),
             "stability/residual_stiffness_max": self.stiffness,
             "stability/residual_dissipative": self.share,
-            "stability/residual_residual": torch.stack([scalar(b.residual) for b in self._found.values()]).max(),
+            "stability/residual_residual": _largest("residual", self._found),
         }
-        margins = [scalar(b.cfl) for b in self._found.values() if b.cfl is not None]
-        if margins:
-            values["stability/residual_cfl_max"] = torch.stack(margins).max()
-        for field in ("stiffness", "gain", "cfl", "m", "M", "h_max", "h_exact"):
+        dissipative = {name: block for name, block in self._found.items() if block.cfl is not None}
+        if dissipative:
+            values["stability/residual_cfl_max"] = _largest("cfl", dissipative)
+        for field in ("gain", "gain_bound", "stiffness", "cfl", "m", "M", "h_max", "h_exact"):
             for name, block in self._found.items():
                 number = getattr(block, field)
                 if number is not None:
                     values[f"stability/residual_{field}/{name}"] = scalar(number)
         return values
+
+
+def _largest(field: str, blocks: dict[str, ResidualStability]) -> Tensor:
+    """Over the blocks; NaN where one of them is."""
+    return torch.stack([scalar(getattr(block, field)) for block in blocks.values()]).max()

@@ -17,18 +17,21 @@ from lsp_callbacks.operators.work import forward_cost, lanczos_cost
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
-#: Lanczos products from the last eigenvector, and from the gradient; the cost model counts the first.
-WARM, COLD = 4, 12
-TOLERANCE = 0.05
+#: Lanczos products at most, from the last eigenvector and without one; the cost model counts the first. With no more
+#: parameters than the second, as many as there are parameters.
+WARM, COLD = 7, 12
+#: On the relative error bars: fewer products are taken where they are enough.
+TOLERANCE = 0.1
 #: Turns after which a player that has not stepped is given up.
 PATIENCE = 8
-#: Sharpness, limit, Courant number and residual of a player.
+#: Sharpness, limit, Courant number and the error bars of the first and of the last, of a player.
 Readings = tuple[float, ...]
 
 
 def measured_edge(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method) -> Edge:
     """The step's `Edge`, computed once for all quantities that align with it."""
-    steps = COLD if start is None else WARM
+    n = _size(snapshot)
+    steps = WARM if start is not None and len(start) == n and n > COLD else COLD
     return snapshot.once(
         ("edge", method), lambda: edge(snapshot, start=start, top=top, steps=steps, tol=TOLERANCE, method=method)
     )
@@ -36,10 +39,15 @@ def measured_edge(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, 
 
 def edge_cost(snapshot: Snapshot, method: Method) -> dict[str, float]:
     """Gradients for the alignment that sharpness and exponent share."""
-    method = resolved(snapshot, method)
+    method, n = resolved(snapshot, method), _size(snapshot)
     one = all(isinstance(value, float) for value in (rates(snapshot), decay_rates(snapshot)))
-    runs = 1 if one else 2 + isinstance(coupled_decay(snapshot), Tensor)
-    return {"forward": forward_cost(snapshot), "edge": lanczos_cost(snapshot, method, WARM, runs)}
+    maximize = frozen_rule(snapshot).sign < 0
+    runs = 1 + maximize if one else 2 + (maximize or isinstance(coupled_decay(snapshot), Tensor))
+    return {"forward": forward_cost(snapshot), "edge": lanczos_cost(snapshot, method, WARM if n > COLD else n, runs)}
+
+
+def _size(snapshot: Snapshot) -> int:
+    return sum(p.numel() for p in snapshot.parameters.values())
 
 
 def edge_memory(snapshot: Snapshot, method: Method) -> dict[str, float]:
@@ -57,6 +65,12 @@ class Sharpness(Quantity):
     and, under momentum, blind to batch noise. When it stays above 1 and the loss does not fall: lower the learning
     rate, or warm it up for longer.
 
+    ``sharpness_residual`` is a relative error bar: the largest eigenvalue lies between ``sharpness`` and ``sharpness +
+    sharpness_residual |sharpness|``; likewise ``courant_gd``. It is no residual of one eigenvector, which says nothing
+    of a mode that has only now become the sharpest, but what the noise in the start of Lanczos may have missed, see
+    `lsp_callbacks.functional.sharpness`; how often it holds along ten runs is in
+    ``benchmarks/sharpness_error_bars.md``. With at most 12 parameters Lanczos runs to its end, and nothing is missed.
+
     Where several players take turns, each is measured on its own loss and its own parameters; the measurement is
     complete when all have been seen. The largest Courant number stands for all, and with it that player's sharpness,
     limit and residual. It does not see how the players drive each other: `LyapunovTrajectory` does.
@@ -65,14 +79,16 @@ class Sharpness(Quantity):
         method: of the Hessian products, see `lsp_callbacks.operators.hessian`.
 
     Keys: ``stability/sharpness`` (units of loss / parameter^2), ``stability/sharpness_limit``,
-    ``stability/courant_gd``, ``stability/sharpness_residual`` (relative). For players also
+    ``stability/courant_gd``, ``stability/sharpness_residual`` (relative). Where ``courant_gd`` has a run of its own, as
+    behind a preconditioner, its error bar is ``stability/courant_gd_residual``. For players also
     ``stability/player_courant/<name>`` and ``stability/player_sharpness/<name>``.
 
     Raises:
         Unmeasurable: with several players, if one of them does not step for a long time.
 
-    Cost: 9 gradients, shared with the exponent; with rates that differ, as behind every preconditioner, twice that, for
-    H has a run of its own. Source: Cohen et al. 2021, 2022; MATH section 3.
+    Cost: at most 7 products, shared with the exponent: 8 gradients by differences, 15 where exact products are taken;
+    fewer where the error bar is below 10 % before; 12 products at the first reading. With rates that differ, as behind
+    every preconditioner, twice that, for H has a run of its own. Source: Cohen et al. 2021, 2022; MATH section 3.
 
     Example:
         >>> import torch
@@ -88,13 +104,14 @@ class Sharpness(Quantity):
 
     name = "sharpness"
     keys = ("stability/sharpness", "stability/courant_gd", "stability/sharpness_residual")
-    optional = ("stability/sharpness_limit",)
+    optional = ("stability/sharpness_limit", "stability/courant_gd_residual")
     needs_update = True
     plays = True
     sharpness: Tensor
     limit: Tensor
     courant: Tensor
     residual: Tensor
+    courant_residual: Tensor
     players: Tensor
 
     def __init__(self, method: Method = "auto"):
@@ -105,7 +122,7 @@ class Sharpness(Quantity):
         self._first = 0
         self._names: list[str] = []
         self.add_state("players", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
-        for state in ("sharpness", "limit", "courant", "residual"):
+        for state in ("sharpness", "limit", "courant", "residual", "courant_residual"):
             self.add_state(state, default=scalar(torch.nan), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
@@ -134,14 +151,15 @@ class Sharpness(Quantity):
         if name not in turn:
             start, top = self._starts.get(name, (None, None))
             found = measured_edge(snapshot, start, top, self.method)
-            own = tuple(map(float, (found.sharpness, found.limit, found.courant, found.residual)))
+            parts = (found.sharpness, found.limit, found.courant, found.error, found.courant_error)
+            own = tuple(map(float, parts))
             self._starts[name], turn = (found.mode, found.top), {**turn, name: own}
         self._turn, self._first = turn, first
         if turn.keys() != set(names):
             return
         # What is unknown may be the largest.
         largest = max(turn.values(), key=lambda own: (math.isnan(own[2]), own[2]))
-        self.sharpness, self.limit, self.courant, self.residual = map(scalar, largest)
+        self.sharpness, self.limit, self.courant, self.residual, self.courant_residual = map(scalar, largest)
         if player is not None:
             self._names = list(names)
             self.players = torch.tensor([(turn[name][2], turn[name][0]) for name in names], dtype=torch.float64)
@@ -155,6 +173,8 @@ class Sharpness(Quantity):
             "stability/courant_gd": self.courant,
             "stability/sharpness_residual": self.residual,
         }
+        if not bool(self.courant_residual == self.residual) and not bool(self.courant_residual.isnan()):
+            values["stability/courant_gd_residual"] = self.courant_residual
         if not bool(torch.isfinite(self.limit)):  # at rate 0 there is no limit
             del values["stability/sharpness_limit"]
         for name, (courant, sharpness) in zip(self._names, self.players):

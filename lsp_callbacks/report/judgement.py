@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
 from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.losses import SETTLED, LossRecord
-from lsp_callbacks.monitor import Curve
+from lsp_callbacks.monitor import Curve, Monitor
 from lsp_callbacks.report.linear import linear_state
 
 State = Literal[
@@ -52,6 +52,16 @@ class Run:
     event: int | None = None
     stop: int | None = None
     reason: str | None = None
+
+    @classmethod
+    def of(cls, monitor: Monitor, step: int, stops: Sequence[Any] = ()) -> Run:
+        """What a `Monitor` and those who judge its observations know after the steps before ``step``."""
+        events = [each.event_step for each in stops if each.event_step is not None]
+        stopped = next((each for each in stops if each.stop_step is not None), None)
+        told = {} if stopped is None else {"stop": stopped.stop_step, "reason": stopped.reason}
+        return cls(
+            monitor.history, monitor.ended_by, max(step - 1, 0), monitor.losses, min(events, default=None), **told
+        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,9 @@ def _of_the_run(run: Run) -> dict[str, Any]:
         "fault": None if run.fault is None else str(run.fault),
         "fault_step": None if run.fault is None else run.fault.step,
     }  # fmt: skip
-    steps = [step for key in ("courant", "lyapunov") for step in _read(run.history.get(f"stability/{key}"))]
+    steps = [
+        step for key in ("courant", "courant_gd", "lyapunov") for step in _read(run.history.get(f"stability/{key}"))
+    ]
     if run.step is not None and steps:
         told["age"] = run.step - max(steps)
     losses = run.losses

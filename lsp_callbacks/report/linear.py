@@ -46,13 +46,16 @@ def linear_state(history: Mapping[str, Curve]) -> LinearState:
     their edges, they contradict each other.
     """
     exponent, courants = (history.get(f"stability/{key}", Curve()) for key in ("lyapunov", "courant"))
+    name = "courant"
+    if not readings(courants) and readings(history.get("stability/courant_gd")):  # the probes were never complete
+        name, courants = "courant_gd", history["stability/courant_gd"]
     x, courant = latest(exponent), latest(averaged(courants))
     lower, upper = (latest(history.get(f"stability/lyapunov_{side}")) for side in ("lower", "upper"))
     if math.isnan(x) and math.isnan(courant):
         return _not_measured(history, max(len(exponent.values), len(courants.values)))
     evidence = {
         "courant": courant, "courant_readings": min(len(readings(courants)), AVERAGE), "exponent": x, "lower": lower,
-        "upper": upper, "players": _players(history),
+        "upper": upper, "courant_of": name, "players": _players(history),
     }  # fmt: skip
     evidence = {name: v for name, v in evidence.items() if v is not None and not (isinstance(v, float) and v != v)}
     collapsed = history.get("stability/collapsed", Curve())
@@ -113,7 +116,7 @@ def _not_measured(history: Mapping[str, Curve], tried: int) -> LinearState:
         return LinearState("unknown", "failed", evidence, "look for the warning that names the reason")
     if not history:
         return LinearState("unknown", "not measured", {}, "train longer, or measure more often")
-    kinds = ("spectral_norm_max", "residual_stiffness_max")
+    kinds = ("spectral_norm_max", "residual_gain_max")
     known = {name: value for name in kinds if not math.isnan(value := latest(history.get(f"stability/{name}")))}
     advice = "if you did not choose that, the warning at the start of training says why"
     return LinearState("unknown", "not measured", known | {"others": True, "players": _players(history)}, advice)

@@ -43,7 +43,7 @@ def figure(
     loss: tuple[Sequence[int], Sequence[float]] | None = None,
     events: Mapping[str, int | None] | None = None,
 ) -> Figure:
-    """The curves of a run over its optimizer steps: loss, Courant number, exponent, stiffness and spectral norms.
+    """The curves of a run over its optimizer steps: loss, Courant number, exponent, gains and spectral norms.
 
     Args:
         history: of the `StabilityMonitor`; panels without data are left out, a failed measurement is a grey cross.
@@ -65,14 +65,14 @@ def figure(
         panels.append((1.1, partial(_courant, history=history)))
     if readings(history.get("stability/lyapunov")):
         panels.append((1.1, partial(_exponent, history=history)))
-    for kind, title, edge in (
-        ("residual_stiffness", "Stiffness of the residual blocks", 1.0),
+    for kind, title, level in (
+        ("residual_gain", "Gains of the residual blocks, nats", 0.0),
         ("spectral_norm", "Spectral norms of the layers", None),
     ):
         prefix = f"stability/{kind}/"
         layers = {k.removeprefix(prefix): c for k, c in history.items() if k.startswith(prefix) and readings(c)}
         if layers:
-            panels.append((1.25, partial(_layers, layers=layers, title=title, edge=edge)))
+            panels.append((1.25, partial(_layers, layers=layers, title=title, level=level)))
 
     marks = [(s, text, EVENTS[min(i, 3)]) for i, (text, s) in enumerate((events or {}).items()) if s is not None]
     ends = [curve.steps[-1] for curve in history.values() if curve.steps]
@@ -185,7 +185,8 @@ def _exponent(ax: Axes, history: Mapping[str, Curve]) -> None:
     _title(ax, "Sharp-mode exponent, nats per step", f"{band}at the end it {e_folding(latest(curve))}")
 
 
-def _layers(ax: Axes, layers: Mapping[str, Curve], title: str, edge: float | None) -> None:
+def _layers(ax: Axes, layers: Mapping[str, Curve], title: str, level: float | None) -> None:
+    """Curves by layer, and where given the level above which one expands: a mark, no alarm."""
     largest = sorted(layers, key=lambda layer: -latest(layers[layer]))[:NAMED]
     named = [layer for layer in layers if layer in largest]  # colours follow the depth
     shades = dict(zip(named, load("matplotlib").colormaps["viridis"](np.linspace(0.0, 0.85, max(len(named), 2)))))
@@ -194,17 +195,19 @@ def _layers(ax: Axes, layers: Mapping[str, Curve], title: str, edge: float | Non
         ax.plot(curve.steps, curve.values, **look, zorder=2.5 if layer in shades else 2, **_points(curve))
     known = [v for curve in layers.values() for v in curve.values if math.isfinite(v)] or [0.0]
     low, high = min(known), max(known)
-    if low > 0 and high > 30 * max(low, edge or 0.0):
+    if level is not None:
+        low, high = min(low, level), max(high, level)
+        ax.axhline(level, color=GREY, linewidth=0.9, zorder=1)
+    if level is None and low > 0 and high > 30 * low:
         ax.set_yscale("log")
-    elif edge is not None:
-        ax.set_ylim(min(0.0, 1.05 * low), max(1.25 * edge, 1.08 * high))
     else:
         margin = 0.1 * max(high - low, 0.1 * abs(high), 1e-6)
         ax.set_ylim(low - margin, high + margin)
     labels: list[Label] = [(latest(layers[layer]), layer, shades[layer]) for layer in named]
-    _label(ax, labels + ([] if edge is None else _edge(ax, edge)))
+    _label(ax, labels)
     rest = f"the {NAMED} largest of {len(layers)}" if len(named) < len(layers) else ""
-    _title(ax, title, "above 1 a block expands" + (f"; {rest}" if rest else "") if edge is not None else rest)
+    meaning = [] if level is None else [f"above {level:g} a block stretches some difference, as most do"]
+    _title(ax, title, "; ".join([*meaning, rest] if rest else meaning))
 
 
 def _title(ax: Axes, title: str, remark: str) -> None:

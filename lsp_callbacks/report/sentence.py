@@ -151,7 +151,7 @@ def _not_measured(evidence: Mapping[str, Any]) -> str:
         return "stability was not measured: no measurement was completed"
     kinds = {
         "spectral_norm_max": "the largest spectral norm of a layer is {:.3g}",
-        "residual_stiffness_max": "the largest stiffness of a residual block is {:.2g} (above 1 it expands)",
+        "residual_gain_max": "the largest gain of a residual block is {:+.2g} (above 0 it expands)",
     }
     known = [text.format(evidence[name]) for name, text in kinds.items() if name in evidence]
     return "the stability of the optimizer's steps was not measured (no Courant number, no exponent)" + (
@@ -174,7 +174,8 @@ def _courant(evidence: Mapping[str, Any]) -> str:
     of = evidence.get("courant_readings", 1)
     if "courant" not in evidence:
         return ""
-    return f"the Courant number is {evidence['courant']:.2g} ({f'mean of {of}, ' if of > 1 else ''}the edge is at 1)"
+    name = "the Courant number" + " of one batch's curvature" * (evidence.get("courant_of") == "courant_gd")
+    return f"{name} is {evidence['courant']:.2g} ({f'mean of {of}, ' if of > 1 else ''}the edge is at 1)"
 
 
 def _exponent(evidence: Mapping[str, Any]) -> str:
