@@ -45,7 +45,7 @@ def update(snapshot: Snapshot) -> Tensor:
     step = displacement(snapshot)
     if snapshot.prox is None:
         return step
-    theta = _flat(snapshot)
+    theta = flat_parameters(snapshot)
     with torch.no_grad():
         return proximal(snapshot, theta + step) - theta
 
@@ -68,7 +68,7 @@ def proximal_jacobian(snapshot: Snapshot) -> LinearOperator:
 
 def _jacobian(snapshot: Snapshot) -> LinearOperator:
     with torch.no_grad():
-        half = (_flat(snapshot) + displacement(snapshot)).detach()
+        half = (flat_parameters(snapshot) + displacement(snapshot)).detach()
     with torch.enable_grad():
         half.requires_grad_()
         after = proximal(snapshot, half)
@@ -172,11 +172,12 @@ def expected(snapshot: Snapshot) -> Expected:
     move = update(snapshot)
     held = [group is not None for group in group_of(snapshot).values()]
     parameters = list(snapshot.parameters.values())
-    parts = [part for part, own in zip(split(_flat(snapshot) + move, parameters), held) if own]
+    parts = [part for part, own in zip(split(flat_parameters(snapshot) + move, parameters), held) if own]
     own = [p for p, held_too in zip(parameters, held) if held_too]
     return Expected(own, flatten(parts, own), float(torch.linalg.vector_norm(move)))
 
 
-def _flat(snapshot: Snapshot) -> Tensor:
+def flat_parameters(snapshot: Snapshot) -> Tensor:
+    """theta, flat, in float64."""
     parameters = list(snapshot.parameters.values())
     return flatten([p.detach().double() for p in parameters], parameters)
