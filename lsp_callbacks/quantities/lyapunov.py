@@ -301,8 +301,7 @@ class LyapunovTrajectory(Windowed):
 def _step(snapshot: Snapshot, method: Method) -> tuple[LinearOperator, Tensor]:
     """The Jacobian of a step, over all players where there are several, and the weights of the norm."""
     if snapshot.player is None:
-        jacobian = update_jacobian(snapshot, method=method)
-        return jacobian, state_weight(snapshot, jacobian)
+        return update_jacobian(snapshot, method=method), state_weight(snapshot)
     jacobian = joint_jacobian(snapshot, method=method)
     size = sum(p.numel() for p in snapshot.joint.parameters.values())
     # How far the other players' buffers reach is not known before their own steps.
