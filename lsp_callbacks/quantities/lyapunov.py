@@ -166,7 +166,7 @@ class Lyapunov(Windowed):
 
     def restart(self) -> None:
         super().restart()
-        self.windows = self.windows[:0]  # of another map
+        self.windows, self.spans = self.windows[:0], self.spans[:0]  # of another map
 
     def compute(self) -> dict[str, Tensor]:
         """Mean of the last windows and its bounds, in nats a step."""
