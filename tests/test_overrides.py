@@ -122,7 +122,7 @@ def test_a_step_that_leads_elsewhere_takes_its_numbers_back_and_keeps_the_sharpn
         monitor = measured(lambda: stepping(step)(mlp(), optimizer), steps=6, silent=False)
     assert len([w for w in caught if "lsp_callbacks" in str(w.message)]) == 1
     # What does not depend on the update is that of a run whose replays differ in nothing.
-    assert monitor.history[SHARPNESS].steps == [*range(6)]
+    assert monitor.history[SHARPNESS].steps == [*range(optimizer is ADAM, 6)]  # Adam waits for a second gradient
     assert all(math.isfinite(v) and v > 0 for v in monitor.history[SHARPNESS].values)
     for key in monitor.history.keys() - {SHARPNESS, "stability/sharpness_residual"}:
         assert all(map(math.isnan, monitor.history[key].values)), key
