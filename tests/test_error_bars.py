@@ -100,6 +100,25 @@ def test_the_error_bar_is_the_same_where_the_update_is_another_one():
         assert all(alone[key] == known[key] for key in alone)
 
 
+def test_the_bar_counts_the_noise_in_the_start_and_the_accuracy_of_the_products(monkeypatch):
+    module, seen = sys.modules["lsp_callbacks.functional.sharpness"], {}
+
+    def watched(A, start, **how):
+        seen.update(start=start, **how)
+        return lanczos(A, start, **how)
+
+    monkeypatch.setattr(module, "lanczos", watched)
+    problem = Quadratic(sharp(60, 2.0, seed=1))
+    snapshot, warm = freeze(problem, torch.optim.SGD(problem.parameters(), lr=0.1)), random(60, seed=9)
+    found = edge(snapshot, start=warm, steps=4, method="exact")
+    assert found.courant_error == found.error
+    rest = warm / warm.norm() + snapshot.flat_gradient / snapshot.flat_gradient.norm()
+    close(seen["share"], (seen["start"] - rest).norm() / seen["start"].norm(), 1e-12)
+    exact, rough = (sharpness(snapshot, steps=60, method=m) for m in ("exact", "finite_difference"))
+    for pair, least in ((exact, 0.0), (rough, 29 * torch.finfo(f64).eps ** 0.5 * 2)):
+        assert pair.upper - pair.value >= 0.99 * least
+
+
 def test_a_courant_number_that_is_not_told_has_no_error_bar():
     problem = Quadratic(sharp(20, 2.0, seed=1), sizes=(12, 8))
     groups = [{"params": [part], "lr": lr} for part, lr in zip(problem.parts, (0.1, 0.01))]
