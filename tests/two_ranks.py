@@ -105,6 +105,7 @@ class Weighted(Model):
 
 class Soon(Dissipation):
     least = 12
+    least_steps = 1  # runs are shorter, and what is recorded is looked at
 
 
 def quantities():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def moment_exponent(
         return math.nan
     if batch_size == total and not replacement and modes.together == 1:  # no noise: all moments are powers
         return p * float(gd_exponent(modes, lr, rule=rule))
-    draw = {"batch_size": batch_size, "replacement": replacement, "population": population}
+    draw: dict[str, Any] = {"batch_size": batch_size, "replacement": replacement, "population": population}
     if p == 2:
         return 2 * second_moment_exponent(modes, lr, rule=rule, tol=tol, iterations=max(iterations, 20_000), **draw)
     if modes.together > 1:
