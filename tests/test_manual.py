@@ -54,6 +54,9 @@ def test_declared_accumulation_is_lightnings(k, told, optimizer):
     fit(lambda: Model(mlp(), optimizer), theirs, max_steps=-1, max_epochs=3, accumulate_grad_batches=k)
     ours, run = measured(lambda: Accumulates(k, told, optimizer), loss_fn=cross_entropy, accumulate=k)
     assert ours.step == run.global_step == theirs.step
+    if told:  # one loss a step, of all its batches
+        assert ours.monitor.losses.count == theirs.monitor.losses.count
+        assert ours.monitor.losses.first == pytest.approx(theirs.monitor.losses.first, rel=1e-6)
     for key in KEYS:
         assert ours.history[key].steps == theirs.history[key].steps
         assert ours.history[key].values == pytest.approx(theirs.history[key].values, rel=2e-2, abs=1e-4), key

@@ -527,7 +527,7 @@ class StabilityMonitor(Callback):
                 self._publish(trainer, self._fault)
                 self._fault = None
             self._step_loss.returned(outputs)
-            if not trainer.fit_loop._should_accumulate():
+            if self._stepped if self.accumulate is not None else not trainer.fit_loop._should_accumulate():
                 self._judge(trainer)
             if self._measured_at is not None:  # the tensor that lies in callback_metrics: reading that dict is dear
                 self._age.fill_(self.step - 1 - self._measured_at)
