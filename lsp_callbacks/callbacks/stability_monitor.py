@@ -286,7 +286,9 @@ class StabilityMonitor(Callback):
         self._unmodelled = self._why_unmodelled(trainer, pl_module)
         self._overrides = overridden(pl_module, "optimizer_step") is not None
         self._destination.forget()
-        self._published, self._stepped = None, True
+        # A run that was interrupted within a step has left its own.
+        self._published, self._stepped, self._fault = None, True, None
+        self._observations, self._gradients, self._watching = [], [], False
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         if not self.step:  # not 0 where a run is resumed from a checkpoint that does not know this callback
             takes_turns = isinstance(self.loss_fn, Mapping)
