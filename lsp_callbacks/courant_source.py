@@ -17,8 +17,8 @@ class CourantSource:
 
     It is the stochastic one if that can be measured; while its probes are collected there is no headline number. It is
     the one of full-batch steps for the whole run where the other is not asked for, is left out, or fails at its first
-    measurement. Where the chosen one fails later, or is given up, the headline number is NaN; when it is back, it goes on. It never
-    becomes the other one: the two differ by factors.
+    measurement. Where the chosen one fails later, or is given up, the headline number is NaN; when it is back, it goes
+    on. It never becomes the other one: the two differ by factors.
 
     Attributes:
         key: the key that it is; None before the decision.

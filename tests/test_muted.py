@@ -175,7 +175,8 @@ def test_what_is_written_can_be_read_back(tmp_path):
     with muted():
         (tmp_path / "new").write_text("new")
         assert (tmp_path / "new").read_text() == "new"
-        torch.save(torch.ones(2), file := open(tmp_path / "weights", "wb")), file.close()
+        with open(tmp_path / "weights", "wb") as file:
+            torch.save(torch.ones(2), file)
         with open(tmp_path / "weights", "rb") as file:
             assert torch.load(file).tolist() == [1, 1]
         with open(tmp_path / "kept", "r+") as file:
