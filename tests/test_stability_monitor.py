@@ -602,12 +602,13 @@ def test_a_run_that_was_broken_off_within_a_step_leaves_nothing_to_the_next():
             if self.global_step == 3:
                 raise KeyError("in the middle of step 2")
 
+    heard = []
+
     class Hears:
-        heard: list = []
         event_step = stop_step = reason = None
 
         def receive(self, trainer, observation):
-            self.heard.append(observation.step)
+            heard.append(observation.step)
 
         def judge(self, trainer, step, told):
             return False
@@ -617,4 +618,4 @@ def test_a_run_that_was_broken_off_within_a_step_leaves_nothing_to_the_next():
         fit(Breaks, monitor, max_steps=5)
     monitor.subscribers.append(Hears())
     fit(Model, monitor, max_steps=3)
-    assert Hears.heard == [0, 1, 2]
+    assert heard == [0, 1, 2]
