@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torchmetrics import Metric
 
 _PLAIN = frozenset(vars(nn.Module()))
 _MISSING = object()
@@ -20,7 +21,8 @@ Carried = dict[tuple[str, str], Any]
 def carried(module: nn.Module) -> Carried:
     """The attributes that hold tensors, or could, as they are before a forward pass: not copied, but without graphs.
 
-    Parameters and buffers are none of them, nor what holds parameters (the weights of ``torch.nn.LSTM``).
+    Parameters and buffers are none of them, nor what holds parameters (the weights of ``torch.nn.LSTM``), nor what
+    torchmetrics' metrics collect.
     """
     return {key: tree_map(_detached, value) for key, value in _attributes(module)}
 
@@ -28,6 +30,11 @@ def carried(module: nn.Module) -> Carried:
 def belongs(state: Carried, samples: int) -> bool:
     """Whether any of it has one entry for each sample of a batch."""
     return any(_per_sample(value, samples) for value in state.values())
+
+
+def kept(state: Carried, samples: int) -> Carried:
+    """The same, to be held for later: what belongs to the samples is copied, as a module may change it in place."""
+    return {key: _copied(value) if _per_sample(value, samples) else value for key, value in state.items()}
 
 
 def give_back(module: nn.Module, state: Carried, samples: int) -> list[str]:
@@ -51,12 +58,14 @@ def give_back(module: nn.Module, state: Carried, samples: int) -> list[str]:
         if before is _MISSING:
             delattr(modules[key[0]], key[1])
         else:
-            setattr(modules[key[0]], key[1], tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, before))
+            setattr(modules[key[0]], key[1], _copied(before))
     return names
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:
     for prefix, child in module.named_modules():
+        if isinstance(child, Metric):
+            continue
         for name, value in vars(child).items():
             if name not in _PLAIN and _plain(value):
                 yield (prefix, name), value
@@ -78,3 +87,7 @@ def _per_sample(value: Any, samples: int) -> bool:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _copied(value: Any) -> Any:
+    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, value)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from lsp_callbacks.carried import Carried, belongs, carried, give_back
+from lsp_callbacks.carried import Carried, belongs, carried, give_back, kept
 from lsp_callbacks.muted import muted
 from lsp_callbacks.probes import HOW, Criteria, evaluation
 from lsp_callbacks.ranks import Ranks
@@ -73,7 +73,7 @@ class Probes:
             if self.ranks.world > 1 and belongs(state, size):
                 raise Unmodelled("the module carries a state from batch to batch: measure that in one process")
             self._sizes.append(held)
-            self._carried.append((state, size))
+            self._carried.append((kept(state, size), size))
             self._batches.append(own if self.ranks.world == 1 else _to(own, self.ranks.device))
         if self.full:
             self._join()
@@ -146,8 +146,8 @@ class Probes:
     def _forward_passes(self) -> list[tuple[Any, int, tuple[Carried, int]]]:
         """Batches of equal size, as near to that of a training step's forward pass as can be, with size and state."""
         if len(self._batches) > 1:  # of a kind that could not be joined: as they came
-            kept = zip(self._batches, self._sizes, self._carried)
-            return [one for one in kept if one[1] == self._sizes[0]]
+            held = zip(self._batches, self._sizes, self._carried)
+            return [batch for batch in held if batch[1] == self._sizes[0]]
         total, size, state = self._sizes[0], max(self.forward_size, 1), self._carried[0]
         count = total // size if 2 * size <= total else max(1, round(total / size))
         size = min(size, total // count)

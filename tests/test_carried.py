@@ -6,6 +6,7 @@ import warnings
 import pytest
 import pytorch_lightning as pl
 import torch
+import torchmetrics
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -47,6 +48,9 @@ class Language(pl.LightningModule):
     def state(self, value):
         if self.where == "child":
             self.cell.kept = {"h": value}
+        elif self.where == "in place" and getattr(self, "h", None) is not None:
+            self.h = self.h.detach()
+            self.h.copy_(value.detach())
         else:
             self.h = value
 
@@ -54,7 +58,7 @@ class Language(pl.LightningModule):
         x, y = batch[:2]
         before = batch[2] if len(batch) > 2 else self.state
         if isinstance(before, torch.Tensor):
-            before = before.detach()
+            before = before.detach().clone()
         elif before is not None:
             before = tuple(t.detach() for t in before)
         outputs, after = self.cell(self.embed(x), before)
@@ -76,7 +80,8 @@ class States(pl.Callback):
         self.states = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.states.append(pl_module.state)
+        state = pl_module.state
+        self.states.append(state.clone() if pl_module.where == "in place" and state is not None else state)
 
 
 def measure(make, loader, probes=18, **settings):
@@ -92,9 +97,13 @@ def zeros(cell, batch):
     return (h, h.clone()) if cell is nn.LSTM else h
 
 
-@pytest.mark.parametrize("where", ["attribute", "absent", "child"])
-@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
-@pytest.mark.parametrize("probes", [18, 6, 3])
+@pytest.mark.parametrize(
+    "where, cell, probes",
+    [
+        ("attribute", nn.LSTM, 18), ("absent", nn.GRU, 18), ("child", nn.LSTM, 18), ("in place", nn.GRU, 18),
+        ("attribute", nn.GRU, 6), ("absent", nn.LSTM, 6), ("child", nn.GRU, 3),
+    ],
+)  # fmt: skip
 def test_a_twin_that_gets_the_state_with_its_batches_says_the_same(where, cell, probes):
     """With as many probes as a batch or fewer, the state that the module has by now would fit in shape."""
     loader = texts(6)
@@ -133,6 +142,14 @@ def test_a_state_that_does_not_fit_is_named():
     with pytest.warns(UserWarning, match="h, which the module carries from batch to batch.*forward_fn"):
         fit(Strict, StabilityMonitor(every_n_steps=1), loader=DataLoader(texts(24), batch_size=None), max_steps=24)
     assert monitor.history == {}
+
+
+def test_what_a_metric_collects_is_no_state():
+    """It holds an entry for each sample, and has no say in the loss: probes are one batch, and of any process."""
+    net = nn.Linear(2, 2)
+    net.auroc = torchmetrics.AUROC(task="binary")
+    net.auroc.update(torch.rand(6), torch.tensor([0, 1] * 3))
+    assert not belongs(carried(net), 6)
 
 
 def test_what_is_no_state_of_the_samples_is_left_alone():

@@ -13,7 +13,7 @@ import torch
 from pytorch_lightning import Trainer
 from zoo import Model, data
 
-from lsp_callbacks import StabilityMonitor
+from lsp_callbacks import StabilityMonitor, StopOnInstability
 from lsp_callbacks.callbacks.mailbox import Mailbox
 
 QUANTITIES = ["sharpness", "lyapunov", "spectral_norm"]
@@ -22,8 +22,8 @@ QUANTITIES = ["sharpness", "lyapunov", "spectral_norm"]
 def run(monitor, make=Model, **settings):
     torch.manual_seed(0)
     trainer = Trainer(
-        accelerator="cpu", callbacks=[monitor], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, max_steps=6, max_epochs=10, **settings,
+        accelerator="cpu", callbacks=monitor, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, max_epochs=10, **{"max_steps": 6} | settings,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -67,3 +67,29 @@ def test_a_box_belongs_to_the_process_that_made_it():
     assert box.receive() is None
     copy = pickle.loads(pickle.dumps(box))
     assert copy.receive() is None and vars(copy) == vars(box)
+
+
+def test_the_verdict_comes_home_first_and_whole():
+    """It knows of the loss and of the stop, and is the same before and after somebody has asked for the curves."""
+
+    class Explodes(Model):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (math.nan if self.global_step == 3 else 1.0)
+
+    monitor = StabilityMonitor(["spectral_norm"], every_n_steps=2)
+    stop = StopOnInstability("stability/spectral_norm_max", threshold=1e9, verbose=False)
+    run([monitor, stop], Explodes, strategy="ddp_fork", devices=1)
+    told = monitor.verdict
+    assert (told.state, told.cause, told.evidence["loss_nonfinite_step"], told.evidence["stop"]) == (
+        "not finite", "loss", 3, 3,
+    )  # fmt: skip
+    assert monitor.history and monitor.verdict == told and monitor.step == 4
+    run(monitor, max_steps=2)
+    assert monitor.verdict.state != "not finite"
+
+
+def test_what_was_broken_off_is_no_letter():
+    box = Mailbox()
+    with open(box._path, "w") as file:
+        file.write('{"history": {"stab')
+    assert box.receive() is None and box.receive() is None and not os.path.exists(box._path)

@@ -75,7 +75,7 @@ def heard(make, folder, *callbacks, **settings):
 
 
 @pytest.mark.parametrize("make", [Loud, Clips])
-@pytest.mark.parametrize("quantities", ["default", "full", ["numerics"]])
+@pytest.mark.parametrize("quantities", ["default", pytest.param("full", marks=pytest.mark.slow), ["numerics"]])
 def test_it_is_said_once(make, quantities, tmp_path):
     monitor = StabilityMonitor(quantities, every_n_steps=1 if quantities == "default" else 5)
     settings = {"gradient_clip_val": 0.5} if make is Clips else {}

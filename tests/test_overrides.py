@@ -79,8 +79,9 @@ def by_hand(model, optimizer, closure):
     optimizer.step()
 
 
-@pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ADAM])
-@pytest.mark.parametrize("step", [plain, warm, warm_afterwards])
+@pytest.mark.parametrize(
+    "step, optimizer", [(plain, MOMENTUM), (plain, ADAM), (warm, SGD), (warm, ADAM), (warm_afterwards, MOMENTUM)]
+)
 def test_a_step_that_is_plain_is_measured_at_the_rate_that_it_used(step, optimizer):
     later = type("Later", (Scheduled,), {"first": optimizer.keywords["lr"]})
     twin = {plain: Model, warm: Scheduled, warm_afterwards: later}[step]
@@ -115,8 +116,7 @@ def doubles(model, optimizer, closure):
             p.add_(p - old)
 
 
-@pytest.mark.parametrize("optimizer", [SGD, ADAM])
-@pytest.mark.parametrize("step", [clamps, averages, doubles])
+@pytest.mark.parametrize("step, optimizer", [(clamps, SGD), (clamps, ADAM), (averages, SGD), (doubles, ADAM)])
 def test_a_step_that_leads_elsewhere_takes_its_numbers_back_and_keeps_the_sharpness(step, optimizer):
     with pytest.warns(UserWarning, match=r"Own\.optimizer_step leaves the parameters elsewhere.*prox=") as caught:
         monitor = measured(lambda: stepping(step)(mlp(), optimizer), steps=6, silent=False)

@@ -593,3 +593,29 @@ def test_a_loss_of_one_number_may_have_any_shape():
     for key, curve in found[0].history.items():
         assert found[1].history[key].values == pytest.approx(curve.values, rel=1e-6, nan_ok=True), key
     assert all(map(math.isfinite, found[1].history[SHARPNESS].values))
+
+
+def test_a_run_that_was_broken_off_within_a_step_leaves_nothing_to_the_next():
+    class Breaks(Model):
+        def optimizer_step(self, *args, **kwargs):
+            super().optimizer_step(*args, **kwargs)
+            if self.global_step == 3:
+                raise KeyError("in the middle of step 2")
+
+    heard = []
+
+    class Hears:
+        event_step = stop_step = reason = None
+
+        def receive(self, trainer, observation):
+            heard.append(observation.step)
+
+        def judge(self, trainer, step, told):
+            return False
+
+    monitor = StabilityMonitor(["spectral_norm"], every_n_steps=1)
+    with pytest.raises(KeyError):
+        fit(Breaks, monitor, max_steps=5)
+    monitor.subscribers.append(Hears())
+    fit(Model, monitor, max_steps=3)
+    assert heard == [0, 1, 2]

@@ -29,9 +29,10 @@ class Mailbox:
         launched = any(c.__name__ == "_MultiProcessingLauncher" for c in type(trainer.strategy.launcher).__mro__)
         if not launched or os.getpid() == self._home or not trainer.is_global_zero:
             return
+        text = json.dumps(contents)  # in whole, or not at all
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)  # nobody else's to read
         with os.fdopen(descriptor, "w") as file:
-            json.dump(contents, file)
+            file.write(text)
 
     def receive(self) -> dict[str, Any] | None:
         """What has come since the last call; None in the processes of the run."""
@@ -42,6 +43,8 @@ class Mailbox:
                 contents = json.load(file)
         except FileNotFoundError:
             return None
+        except ValueError:  # the disk was full, or the process was killed while it wrote
+            contents = None
         _remove(self._path, self._home)
         return contents
 

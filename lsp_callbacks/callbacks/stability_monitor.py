@@ -173,6 +173,7 @@ class StabilityMonitor(Callback):
         self.prox = prox
         self._destination = Destination()
         self._mailbox = Mailbox()
+        self._verdict: Verdict | None = None  # of a run in other processes, which knew more than comes home
         self._published: Observation | None = None
         self.subscribers: list[Any] = []
         self._judges: list[Any] = []
@@ -220,13 +221,17 @@ class StabilityMonitor(Callback):
         return self.monitor.paths
 
     def _bring_home(self) -> None:
-        if (found := self._mailbox.receive()) is not None:
-            self.step, self.monitor.skipped, self.monitor.paths = found["step"], found["skipped"], found["paths"]
-            self.monitor.history = {key: Curve(*curve) for key, curve in found["history"].items()}
+        if (sent := self._mailbox.receive()) is not None:
+            self.step, self.monitor.skipped, self.monitor.paths = sent["step"], sent["skipped"], sent["paths"]
+            self.monitor.history = {key: Curve(*curve) for key, curve in sent["history"].items()}
+            self.monitor.courant.load_state_dict(sent["courant"])
+            self.monitor.losses.load_state_dict(sent["losses"])
+            self._verdict = Verdict(**sent["verdict"])
 
     @property
     def courant_source(self) -> str | None:
         """What ``stability/courant`` is: "courant_sgd" or "courant_gd" for the whole run; None before it is decided."""
+        self._bring_home()
         return self.monitor.courant_source
 
     @property
@@ -239,6 +244,7 @@ class StabilityMonitor(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
+        self._verdict = None
         if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
             self.step, self._previous, self._measured_at, self._critical = 0, None, None, CriticalRate()
             self.monitor.reset()
@@ -286,7 +292,9 @@ class StabilityMonitor(Callback):
         self._unmodelled = self._why_unmodelled(trainer, pl_module)
         self._overrides = overridden(pl_module, "optimizer_step") is not None
         self._destination.forget()
-        self._published, self._stepped = None, True
+        # A run that was interrupted within a step has left its own.
+        self._published, self._stepped, self._fault = None, True, None
+        self._observations, self._gradients, self._watching = [], [], False
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         if not self.step:  # not 0 where a run is resumed from a checkpoint that does not know this callback
             takes_turns = isinstance(self.loss_fn, Mapping)
@@ -527,7 +535,7 @@ class StabilityMonitor(Callback):
                 self._publish(trainer, self._fault)
                 self._fault = None
             self._step_loss.returned(outputs)
-            if not trainer.fit_loop._should_accumulate():
+            if self._stepped if self.accumulate is not None else not trainer.fit_loop._should_accumulate():
                 self._judge(trainer)
             if self._measured_at is not None:  # the tensor that lies in callback_metrics: reading that dict is dear
                 self._age.fill_(self.step - 1 - self._measured_at)
@@ -596,7 +604,8 @@ class StabilityMonitor(Callback):
     @property
     def verdict(self) -> Verdict:
         """How the run went so far, or went: state, cause, evidence, advice."""
-        return judge(Run.of(self.monitor, self.step, self._judges))
+        self._bring_home()
+        return self._verdict or judge(Run.of(self.monitor, self.step, self._judges))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._arrive(pl_module)
@@ -623,9 +632,14 @@ class StabilityMonitor(Callback):
 
     def _send_home(self, trainer: Any) -> None:
         curves = {key: (curve.steps, curve.values) for key, curve in self.monitor.history.items()}
-        known = {"step": self.step, "skipped": self.monitor.skipped, "paths": self.monitor.paths}
+        contents = {
+            "history": curves, "step": self.step, "skipped": self.monitor.skipped, "paths": self.monitor.paths,
+            "courant": self.monitor.courant.state_dict(), "losses": self.monitor.losses.state_dict(),
+        }  # fmt: skip
         with self.monitor.harmless("the curves could not be sent to the process that started the run"):
-            self._mailbox.send(trainer, {"history": curves, **known})
+            told = self.verdict
+            verdict = vars(told) | {"evidence": dict(told.evidence)}
+            self._mailbox.send(trainer, {**contents, "verdict": verdict})
 
     def _let_go(self) -> None:
         self.monitor.close()
