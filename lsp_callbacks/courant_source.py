@@ -64,6 +64,11 @@ class CourantSource:
         self.failing = math.isnan(values[self.key])
         return step, values[self.key]
 
+    def disown(self) -> None:
+        """Forget the number that waits: the step did not move the parameters as it was measured."""
+        if self._waiting is not None:
+            self._waiting = (self._waiting[0], math.nan)
+
     def reading(self, values: Mapping[str, float]) -> float:
         """The headline number; before it is decided and while it fails, what stands in for it; NaN without either."""
         value = values.get(self.key or COURANT, math.nan)

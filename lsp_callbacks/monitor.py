@@ -281,6 +281,8 @@ class Monitor:
         if self.courant.key in own:
             own |= {COURANT, SOURCE}
         keys = own & observation.values.keys()
+        if GD in keys:
+            self.courant.disown()
         for key in keys:
             self.history[key].values[-1] = math.nan
         return Observation(

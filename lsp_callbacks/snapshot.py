@@ -450,7 +450,7 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
     def ties(m: nn.Module) -> bool:
         if isinstance(m, batch):
             return m.training or m.running_mean is None
-        return m.training and not isinstance(m, instance) and {"running_mean", "running_var"} <= m._buffers.keys()
+        return m.training and not isinstance(m, instance) and {"running_mean", "running_var"} <= {*m._buffers.keys()}
 
     return [m for m in module.modules() if ties(m)]
 
