@@ -102,10 +102,10 @@ def adam(lr):
 
 
 DEAD = {
-    "relu": (lambda: mlp(depth=4), adam(3.0), {"steps": 80, "every": 8}),
-    "deeper": (lambda: mlp(depth=6), adam(1.0), {"steps": 80, "every": 8}),
-    "rectified_logits": (lambda: nn.Sequential(*mlp(depth=3), nn.ReLU()), adam(3.0), {"steps": 80, "every": 8}),
-    "before_the_first_reading": (lambda: mlp(depth=4), adam(3.0), {"before": 40, "steps": 60}),
+    "relu": (lambda: mlp(depth=4), adam(3.0), {"steps": 128, "every": 12}),
+    "deeper": (lambda: mlp(depth=6), adam(1.0), {"steps": 128, "every": 12}),
+    "rectified_logits": (lambda: nn.Sequential(*mlp(depth=3), nn.ReLU()), adam(3.0), {"steps": 128, "every": 12}),
+    "before_the_first_reading": (lambda: mlp(depth=4), adam(3.0), {"before": 40, "steps": 110, "every": 12}),
 }
 HEALTHY = {
     "first_steps": (mlp, adam(1e-3), {"every": 1, "steps": 12}),

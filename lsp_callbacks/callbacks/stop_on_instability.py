@@ -43,7 +43,7 @@ class StopOnInstability(Callback):
       from the beginning;
     - losses above three times the initial one for some 200 steps, where nothing was measured since they began to rise;
     - a collapse of the network: its outputs have ceased to depend on its inputs (``stability/collapsed`` is 1, or 0.5
-      and after 60 steps the loss has not fallen by 5 %).
+      and after 60 steps the loss has not fallen by 5 %, or has risen as above).
 
     A Courant number is a learning rate over a critical one. So the rate that the schedule brings next is compared
     *before* it is used: a jump above the edge is an event before the first bad step, and a rate above ``limit``
@@ -206,7 +206,7 @@ class StopOnInstability(Callback):
     def _why(self, above: float, scheduled: float) -> str | None:
         """The reason to stop, if there is one."""
         losses = self._losses
-        if self._collapsed == 1 or (self._collapsed and losses.fallen is False):
+        if self._collapsed == 1 or (self._collapsed and (losses.risen or losses.fallen is False)):
             return "the network has collapsed: its outputs have ceased to depend on its inputs"
         jumped = scheduled > self.threshold and self._jumps(scheduled)
         if self.limit is not None and scheduled > self.limit and jumped:

@@ -44,11 +44,9 @@ DETAILS = (
     "stability/sgd_lyapunov_least", "stability/sgd_lyapunov_most", "stability/sgd_lyapunov_finite",
     "stability/sgd_lyapunov_finite_spread", "stability/kernel_margin", "stability/kernel_components",
 )  # fmt: skip
-#: A network whose probes have become alike has collapsed when the rank is at most this share of the largest so far, and
-#: their loss at least that of the first;
-RANK, LOSS = 0.1, 0.5
-#: or when it was so in so many readings in a row.
-READINGS = 3
+#: A network has collapsed when its probes were alike in so many readings in a row, over so many steps at least: a few
+#: samples beside the probes may bring it back.
+READINGS, STEPS = 3, 50
 
 
 class SGDStability(Quantity):
@@ -84,9 +82,8 @@ class SGDStability(Quantity):
     and ``gd_lyapunov`` (lambda and mu, nats per step); ``_error`` beside those by Monte Carlo; ``kernel_rank`` and
     ``kernel_trace`` of K; ``collapsed``, above 0 where the outputs have ceased to depend on the inputs: nine of ten
     probes, of different inputs, have the same outputs to the last digits and the same gradient (dead ReLUs, saturated
-    units), though their targets want others, and no lower a loss than a constant has. It is 1 where the rank has fallen
-    to a tenth of its largest and the loss not to half of the first, or where it was so in three readings in a row;
-    before that 0.5, which proves nothing alone. A last layer that begins with zeros has another gradient for each
+    units), though their targets want others, and no lower a loss than a constant has. It is 1 where it was so in three
+    readings in a row and for 50 steps; before that 0.5, which proves nothing alone. A last layer that begins with zeros has another gradient for each
     input: 0. So has a network that is bad but still moves: outputs that exploded have a saturated softmax and a low
     rank, too, and may come back. With ``horizon``:
     ``sgd_lyapunov_least`` (of plain SGD: the mean of all exponents) and ``sgd_lyapunov_most`` (half the second
@@ -118,9 +115,8 @@ class SGDStability(Quantity):
     patient = True
     picture = "diagram"
     values: Tensor
-    best_rank: Tensor
-    first_loss: Tensor
-    constant: Tensor
+    alike: Tensor
+    alike_since: Tensor
 
     def __init__(
         self,
@@ -153,9 +149,8 @@ class SGDStability(Quantity):
         self.add_state(
             "values", default=torch.full((len(self._names),), math.nan, dtype=torch.float64), persistent=True
         )
-        self.add_state("best_rank", default=scalar(0.0), persistent=True)
-        self.add_state("first_loss", default=scalar(math.nan), persistent=True)
-        self.add_state("constant", default=scalar(0.0), persistent=True)
+        self.add_state("alike", default=scalar(0.0), persistent=True)
+        self.add_state("alike_since", default=scalar(math.nan), persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
         critical_rule(snapshot)
@@ -224,14 +219,12 @@ class SGDStability(Quantity):
         )
         values = self._measure(found, snapshot)
         assert snapshot.probes is not None
-        loss = scalar(found.kernel.loss)
-        first = loss if bool(self.first_loss.isnan()) else self.first_loss
-        best = torch.maximum(self.best_rank, scalar(float(found.modes.rank)))
-        constant = self.constant + 1 if found.kernel.alike else scalar(0.0)
-        lost = found.modes.rank <= RANK * float(best) and float(loss) >= LOSS * float(first)
-        values["collapsed"] = 0.0 if not constant else 1.0 if lost or float(constant) >= READINGS else 0.5
+        alike = self.alike + 1 if found.kernel.alike else scalar(0.0)
+        since = self.alike_since if float(alike) > 1 else scalar(float(snapshot.step))
+        gone = float(alike) >= READINGS and snapshot.step - float(since) >= STEPS
+        values["collapsed"] = 0.0 if not alike else 1.0 if gone else 0.5
         self.values = torch.tensor([values[name.split("/")[1]] for name in self._names], dtype=torch.float64)
-        self.best_rank, self.first_loss, self.constant = best, first, constant
+        self.alike, self.alike_since = alike, since
         self.latest, self.complete = found, True
         self._shown, self._mode = found, found.kernel.mode
 
@@ -290,7 +283,7 @@ class SGDStability(Quantity):
 
     def restart(self) -> None:
         super().restart()
-        self.best_rank = scalar(0.0)  # K has another rank
+        self.alike = scalar(0.0)
 
     def compute(self) -> dict[str, Tensor]:
         """The last measurement; a rate that is infinite, as nothing can become unstable, is left out."""

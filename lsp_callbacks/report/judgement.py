@@ -115,7 +115,7 @@ def judge(run: Run) -> Verdict:
     if told.state == "collapsed":
         return told
     alike = unbroken(run.history.get("stability/collapsed", Curve()), 0.0)  # not for good, as far as the readings say
-    if alike is not None and losses is not None and losses.fallen is False:
+    if alike is not None and losses is not None and (losses.risen or losses.fallen is False):
         told = replace(told, evidence=MappingProxyType(evidence | {"since": alike}))
         return replace(told, state="collapsed", cause="collapse", advice="start again with a lower learning rate")
     if run.stop is not None:
