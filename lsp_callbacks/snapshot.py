@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lsp_callbacks.graph import Graph, joined, read
+from lsp_callbacks.linalg import norm
 from lsp_callbacks.players import Player
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.trace import Trace
@@ -229,13 +230,17 @@ class Snapshot:
         """Refuses a step whose gradient is not ``flat``, the gradient of its replayed loss.
 
         Raises:
-            Unmeasurable: if they differ.
+            Unmeasurable: if they differ, or it is not finite or below the normal range.
         """
         own = self.flat_gradient
         if own is None:
             return
-        defect = torch.linalg.vector_norm(own - flat)
-        if not bool(defect <= tolerance * torch.linalg.vector_norm(own)):
+        size = norm(own)
+        if not bool(size.isfinite()):
+            raise Unmeasurable(f"the gradient of step {self.step} is not finite")
+        if 0 < float(size) < torch.finfo(own.dtype).tiny:  # numbers that have lost their digits
+            raise Unmeasurable(f"the gradient of step {self.step} is below the range of {own.dtype}: scale the loss")
+        if not bool(norm(own - flat) <= tolerance * size):
             raise Unmeasurable(self._other_gradient(own.double(), flat.double()))
 
     def _other_gradient(self, own: Tensor, flat: Tensor) -> str:

@@ -236,7 +236,7 @@ def test_probes_are_cut_into_batches_of_the_training_size(batch, count, size):
     while not probes.full:
         probes.add((torch.zeros(batch, 2), torch.zeros(batch)))
     found = probes._forward_passes()
-    assert len(found) == count and all(one == size and len(x) == len(y) == size for (x, y), one in found)
+    assert len(found) == count and all(one == size and len(x) == len(y) == size for (x, y), one, _ in found)
 
 
 class Normed(Model):

@@ -2,13 +2,14 @@
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from problems import Quadratic, close, f64, freeze, random, symmetric
+from problems import Quadratic, close, f64, freeze, random, symmetric, take
 
-from lsp_callbacks import Sharpness
+from lsp_callbacks import Lyapunov, Sharpness
 from lsp_callbacks.functional import edge, sharpness
 from lsp_callbacks.linalg import from_matrix, lanczos, spectrum_bounds
 
@@ -82,6 +83,52 @@ def test_a_mode_that_takes_over_is_within_the_error_bar(method):
     assert worst < 0.2
 
 
+def test_the_error_bar_is_the_same_where_the_update_is_another_one():
+    """Without the optimizer it is still no residual, which would be told for whatever mode is at hand."""
+    q, _ = torch.linalg.qr(random(60, 60, seed=1))
+    spectrum = torch.cat([torch.tensor([1.0, 0.2], dtype=f64), torch.linspace(-0.2, 0.6, 58, dtype=f64)])
+    problem = Quadratic(q @ torch.diag(spectrum) @ q.T)
+    optimizer, metrics = torch.optim.SGD(problem.parameters(), lr=0.1), (Sharpness("exact"), Sharpness("exact"))
+    for step, second in enumerate((0.2, 1.01, 1.02)):
+        spectrum[1] = second
+        problem.curvature.copy_(q @ torch.diag(spectrum) @ q.T)
+        snapshot = freeze(problem, optimizer, step=step)
+        for metric, step_ in zip(metrics, (snapshot, replace(snapshot, disowned="the update is another one", memo={}))):
+            metric.update(step_)
+        known, alone = (metric.compute() for metric in metrics)
+        assert alone.keys() == {"stability/sharpness", "stability/sharpness_residual"}
+        assert all(alone[key] == known[key] for key in alone)
+
+
+def test_the_bar_counts_the_noise_in_the_start_and_the_accuracy_of_the_products(monkeypatch):
+    module, seen = sys.modules["lsp_callbacks.functional.sharpness"], {}
+
+    def watched(A, start, **how):
+        seen.update(start=start, **how)
+        return lanczos(A, start, **how)
+
+    monkeypatch.setattr(module, "lanczos", watched)
+    problem = Quadratic(sharp(60, 2.0, seed=1))
+    snapshot, warm = freeze(problem, torch.optim.SGD(problem.parameters(), lr=0.1)), random(60, seed=9)
+    found = edge(snapshot, start=warm, steps=4, method="exact")
+    assert found.courant_error == found.error
+    rest = warm / warm.norm() + snapshot.flat_gradient / snapshot.flat_gradient.norm()
+    close(seen["share"], (seen["start"] - rest).norm() / seen["start"].norm(), 1e-12)
+    exact, rough = (sharpness(snapshot, steps=60, method=m) for m in ("exact", "finite_difference"))
+    for pair, least in ((exact, 0.0), (rough, 29 * torch.finfo(f64).eps ** 0.5 * 2)):
+        assert pair.upper - pair.value >= 0.99 * least
+
+
+def test_a_courant_number_that_is_not_told_has_no_error_bar():
+    problem = Quadratic(sharp(20, 2.0, seed=1), sizes=(12, 8))
+    groups = [{"params": [part], "lr": lr} for part, lr in zip(problem.parts, (0.1, 0.01))]
+    optimizer, metric = torch.optim.SGD(groups), Sharpness("exact")
+    metric.update(freeze(problem, optimizer))
+    assert "stability/courant_gd_residual" in metric.compute()
+    metric.update(freeze(problem, optimizer, step=1, disowned="the update is another one"))
+    assert metric.compute().keys() == {"stability/sharpness", "stability/sharpness_residual"}
+
+
 @pytest.mark.parametrize("n", [1, 2, 5, 12])
 @pytest.mark.parametrize("dtype", [torch.float32, f64])
 def test_few_parameters_are_measured_to_the_end(n, dtype):
@@ -123,6 +170,43 @@ def test_the_bounds_of_the_exponent_hold_the_truth(kind):
     for one in held:
         if abs(1 - one["courant_gd"]) > one["sharpness_residual"]:
             assert (one["lyapunov"] > 0) == (one["truth"] > 0)
+
+
+def hidden(problem, mode):
+    """The gradient knows nothing of a mode in which the parameters are 0."""
+    with torch.no_grad():
+        problem.parts[0].sub_((mode @ problem.parts[0]) * mode)
+
+
+def test_a_mode_that_gradient_and_earlier_vector_do_not_know_of_is_found_by_noise():
+    for seed in range(6):
+        q, _ = torch.linalg.qr(random(100, 100, seed=seed))
+        spectrum = torch.cat([torch.tensor([1.0, 2.0], dtype=f64), torch.linspace(-0.2, 0.6, 98, dtype=f64)])
+        problem = Quadratic(q @ torch.diag(spectrum) @ q.T)
+        hidden(problem, q[:, 1])
+        found = sharpness(freeze(problem), start=q[:, 0], steps=12, tol=0.1, method="exact")
+        close(found.value, 2.0, 0.05)
+        assert found.upper >= 2.0
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_bounds_of_the_exponent_hold_what_the_alignment_has_missed(momentum):
+    """On a fixed quadratic whose top is close to its bulk; all windows fall on one side of the truth."""
+    outside = 0
+    for seed in range(3):
+        problem, metric = Quadratic(sharp(200, 1.02, seed)), Lyapunov(window=1, average=3, method="exact")
+        hidden(problem, torch.linalg.eigh(problem.curvature).eigenvectors[:, -1])
+        optimizer = torch.optim.SGD(problem.parameters(), lr=2.0 + 2 * momentum, momentum=momentum)
+        take(optimizer, problem())  # there is a buffer
+        for step in range(6):
+            metric.update(freeze(problem, optimizer, step=step))
+        x = optimizer.param_groups[0]["lr"] * 1.02
+        plane = torch.tensor([[1 - x, -momentum], [x, momentum]])
+        truth = float(torch.linalg.eigvals(plane).abs().max().log())
+        lower, upper = (metric.compute()[f"stability/lyapunov_{end}"] for end in ("lower", "upper"))
+        assert lower <= truth <= upper
+        outside += bool((metric.windows < truth - 0.005).all())
+    assert outside >= 2
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from test_loops import cross_entropy, net
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from zoo import SGD, Model, data, fit, mlp, trainer, unchanged
+from zoo import SGD, Model, Recorded, data, fit, mlp, trainer, unchanged
 
 from lsp_callbacks import Dissipation, Monitor, Sharpness, Snapshot, StabilityMonitor, Trace, Unmeasurable
 from lsp_callbacks.functional import dissipation
@@ -79,7 +79,7 @@ class Watches(pl.Callback):
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_lightning_sees_each_step(accumulate, recwarn):
     """Among validation passes and replays; an epoch's last window and batch are short."""
-    ours = Dissipation(state="net", energies=ENERGIES, reference="initial")
+    ours = Recorded(state="net", energies=ENERGIES, reference="initial")
     monitor = StabilityMonitor([ours, "sharpness", "lyapunov"], every_n_steps=2, window=2)
     model, loader = Noted(nn.BatchNorm1d(5)), data(n=46)
     watches = Watches()
@@ -115,7 +115,7 @@ class Copies(Noted):
 
 
 def test_copies_and_files_are_free_of_it_and_training_is_the_same():
-    monitor = StabilityMonitor([Dissipation(state="net"), "sharpness", "lyapunov"], every_n_steps=3)
+    monitor = StabilityMonitor([Recorded(state="net"), "sharpness", "lyapunov"], every_n_steps=3)
     unchanged(Copies, monitor)
     assert series(monitor.monitor)["state"].isfinite().all()
 
@@ -216,11 +216,11 @@ def test_what_cannot_be_told_is_refused_with_the_reason(how, state, reason):
 
 def test_a_module_that_is_not_there_or_compiled_raises_before_training():
     with pytest.raises(Unmeasurable, match=r"state='nose' names no module; those here are 'net'"):
-        fit(Model, StabilityMonitor([Dissipation(state="nose")]))
+        fit(Model, StabilityMonitor([Recorded(state="nose")]))
     model = Model()
     model.net.compile(backend="eager")
     with pytest.raises(Unmeasurable, match="compiled"):
-        fit(model, StabilityMonitor([Dissipation(state="net")]))
+        fit(model, StabilityMonitor([Recorded(state="net")]))
 
 
 def test_inside_of_compiled_code_nothing_is_seen_and_nothing_breaks():
@@ -259,7 +259,7 @@ def test_an_exception_in_training_leaves_no_hook():
 
     model = Breaks()
     with pytest.raises(KeyError, match="mine"):
-        fit(model, StabilityMonitor([Dissipation(state="net")]))
+        fit(model, StabilityMonitor([Recorded(state="net")]))
     assert hooks(model) == 0
 
 

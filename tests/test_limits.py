@@ -56,7 +56,7 @@ def test_a_footprint_in_closed_form():
     [
         ("MLP", ["sharpness"]),
         ("CNN", ["sharpness"]),
-        ("CNN", ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov"]),
+        ("CNN", ["spectral_norm", "sharpness", "sgd_stability", "lyapunov"]),
         ("transformer", ["sharpness"]),
     ],
 )

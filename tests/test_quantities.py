@@ -233,6 +233,8 @@ def test_all_work_inside_a_collection(compute_groups):
         for key, value in alone.compute().items():
             if name in ("sharpness", "lyapunov", "stability_profile"):  # they share an alignment up to its tolerance
                 close(values.pop(key), value, 0.03)
+            elif hasattr(member, "method"):  # a difference goes as far as the products before it of the step advise
+                close(values.pop(key), value, 1e-5)
             else:
                 assert same(values.pop(key), value)
     assert not values

@@ -10,7 +10,7 @@ import torch
 from test_checkpoint import Once, Repeatable, curves, stream
 from test_hugging_face import Callback, Loop, batches, gpt2
 from test_loops import cross_entropy, net, plain
-from zoo import Losses, Model, Rows, fit
+from zoo import Losses, Model, Recorded, Rows, fit
 
 from lsp_callbacks import Dissipation, Monitor, Sharpness, SpectralNorm, StabilityMonitor, Trace
 from lsp_callbacks.linalg import Sketch
@@ -102,7 +102,7 @@ def test_nothing_is_recorded_for_nobody():
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_lightning_records_the_loss_of_each_step(accumulate):
-    losses, monitor = Losses(), StabilityMonitor([Dissipation(energies={"square": square})], every_n_steps=5)
+    losses, monitor = Losses(), StabilityMonitor([Recorded(energies={"square": square})], every_n_steps=5)
     fit(Model, losses, monitor, max_steps=12, accumulate_grad_batches=accumulate)
     series = monitor.monitor.trace.read()
     # What `training_step` returned is divided by the number of micro-batches; an epoch of six holds two windows.
@@ -119,7 +119,7 @@ def test_steps_without_a_loss_are_no_steps():
             self.losses = [*getattr(self, "losses", []), float(loss)] if batch_idx % 2 else getattr(self, "losses", [])
             return loss if batch_idx % 2 else None
 
-    monitor = StabilityMonitor([Dissipation()], every_n_steps=50)
+    monitor = StabilityMonitor([Recorded()], every_n_steps=50)
     run = fit(Sometimes, monitor, max_steps=6)
     assert monitor.monitor.trace.read()["loss"].tolist() == run.lightning_module.losses
 
@@ -177,7 +177,7 @@ def test_a_plain_loop_tells_its_loss():
 
 @pytest.mark.parametrize("knows_items", [True, False])
 def test_transformers_records_what_lightning_does(knows_items, tmp_path):
-    theirs, loader = StabilityMonitor([Dissipation()]), torch.utils.data.DataLoader(batches(5), batch_size=None)
+    theirs, loader = StabilityMonitor([Recorded()]), torch.utils.data.DataLoader(batches(5), batch_size=None)
     still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     if knows_items:  # otherwise Lightning divides a short window by two, and transformers by one
         loader = torch.utils.data.DataLoader(batches(4), batch_size=None)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
-from lsp_callbacks import StopOnInstability
+from lsp_callbacks import Dissipation, StopOnInstability
 
 SGD, MOMENTUM = partial(torch.optim.SGD, lr=0.1), partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 FEATURES, CLASSES, BATCH = 6, 3, 8
@@ -40,6 +40,12 @@ class Rows(Logger):
 
     def curve(self, key):
         return {step: row[key] for step, row in self.rows if key in row}
+
+
+class Recorded(Dissipation):
+    """For runs that are shorter than its first measurement, where what is recorded is looked at."""
+
+    least_steps = 1
 
 
 class Losses(pl.Callback):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lsp_callbacks.linalg import norm, unit
 from lsp_callbacks.operators.curvature import Method, hessian
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable
 
@@ -46,10 +47,14 @@ def curvature_along_gradient(snapshot: Snapshot, *, method: Method = "auto") -> 
     g = snapshot.flat_gradient
     if g is None:
         raise Unmeasurable("batch sharpness is the curvature along the step's own gradient: pass gradient=...")
-    square = g.double().square().sum()
-    if not bool(square > 0):
+    size = norm(g)
+    if not bool(size.isfinite()):
+        raise Unmeasurable(f"the gradient of step {snapshot.step} is not finite")
+    if not bool(size > 0):
         raise Unmeasurable("the step's gradient vanishes: there is no direction to measure along")
-    return torch.stack([torch.dot(g.double(), (hessian(snapshot, method=method) @ g).double()), square]).cpu()
+    along = unit(g)
+    curvature = torch.dot(along.double(), (hessian(snapshot, method=method) @ along).double())
+    return torch.stack([curvature * size.square(), size.square()]).cpu()
 
 
 def batch_sharpness(pairs: Tensor) -> BatchSharpness:
@@ -71,11 +76,11 @@ def batch_sharpness(pairs: Tensor) -> BatchSharpness:
     """
     top, below = pairs.double().unbind(-1)
     n = len(pairs)
-    ratios, ratio = top / below, top.sum() / below.sum()
+    ratios, ratio, mean = top / below, top.sum() / below.sum(), below.mean()
     return BatchSharpness(
         mean_of_ratios=ratios.mean(),
         mean_of_ratios_error=ratios.std() / n**0.5,
         ratio_of_means=ratio,
-        ratio_of_means_error=(top - ratio * below).std() / below.mean() / n**0.5,
+        ratio_of_means_error=((top - ratio * below) / mean).std() / n**0.5,
         batches=n,
     )

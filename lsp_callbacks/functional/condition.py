@@ -108,8 +108,7 @@ def loss_condition_lower(hessian: LinearOperator, gradient: Tensor, *, steps: in
     """
     if not bool(gradient.any()) or not bool(torch.isfinite(gradient).all()):
         return None
-    g = gradient / torch.linalg.vector_norm(gradient)
-    found = lanczos(hessian, g, steps=steps, tol=0.0)
+    found = lanczos(hessian, gradient, steps=steps, tol=0.0)
     along = (found.coefficients[0].square() * found.values).sum()  # g^T H g, in the basis that begins with g
     return found.values[-1] / along if bool(along > 0) else None
 

@@ -64,13 +64,15 @@ def gradient_noise(gram: Tensor, *, population: int | None = None, confidence: f
         raise Unmeasurable(f"{n} samples do not tell the noise of their gradients: take two probes at least")
     if not bool(gram.isfinite().all()):
         raise Unmeasurable("the gradients of the probes are not finite")
-    q = gram.double()
+    size = gram.double().abs().max()
+    q = gram.double() / torch.where(size > 0, size, 1.0)  # the squares of what follows are numbers then
     own, rows, total = q.diagonal(), q.sum(1), q.sum()
     variance, signal = _unbiased(torch.tensor(float(n)).double(), own.sum(), total, population)
     nan = torch.full_like(variance, torch.nan)
     if n < 3:  # nothing can be left out
         known = torch.zeros_like(variance) if n == population else nan
         scale = torch.where(signal > 0, variance / signal, nan)
+        variance, signal, known = size * variance, size * signal, size * known
         return GradientNoise(variance, known, signal, scale, *((scale, scale) if n == population else (nan, nan)))
     left = torch.stack(_unbiased(torch.tensor(n - 1.0).double(), own.sum() - own, total - 2 * rows + own, population))
     moves = left - left.mean(1, keepdim=True)
@@ -79,9 +81,9 @@ def gradient_noise(gram: Tensor, *, population: int | None = None, confidence: f
     lower, upper = fieller(variance, signal, covariance, student_quantile(confidence, n - 1))
     positive = signal > 0
     return GradientNoise(
-        variance=variance,
-        variance_error=covariance[0, 0].sqrt(),
-        signal=signal,
+        variance=size * variance,
+        variance_error=size * covariance[0, 0].sqrt(),
+        signal=size * signal,
         scale=torch.where(positive, variance / signal, nan),
         lower=torch.where(positive, lower, nan),
         upper=torch.where(positive, upper, nan),

@@ -33,9 +33,11 @@ def excess_kurtosis(values: Tensor) -> tuple[Tensor, float]:
     if n < 4:
         return torch.tensor(torch.nan, dtype=torch.float64), math.nan
     centred = values.detach().double()
+    size = centred.abs().max()
+    centred = centred / torch.where(size > 0, size, 1.0)  # in units of the largest, whose fourth power is a number
     centred = centred - centred.mean()
     m2 = centred.square().mean()
     error = math.sqrt(24 * n * (n - 2) * (n - 3) / ((n + 1) ** 2 * (n + 3) * (n + 5)))
     # Constant up to the rounding of their mean.
-    constant = m2 <= (torch.finfo(values.dtype).eps * values.detach().double().abs().max()) ** 2
+    constant = (m2 <= torch.finfo(values.dtype).eps ** 2) | (size == 0)
     return torch.where(constant, torch.nan, centred.pow(4).mean() / m2**2 - 3), error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lsp_callbacks import linalg
 from lsp_callbacks.functional.activations import activation_lipschitz
 from lsp_callbacks.functional.condition import SMALL
-from lsp_callbacks.linalg import LinearOperator, operator_norm
+from lsp_callbacks.linalg import LinearOperator, norm, operator_norm, unit
 from lsp_callbacks.operators.depth import Depth
 from lsp_callbacks.operators.passage import Passage, leaves
 from lsp_callbacks.operators.slopes import NODES, kind
@@ -37,10 +37,9 @@ def lipschitz_lower(depth: Depth, *, steps: int = 8) -> Tensor:
     Cost: ``2 steps + 2`` backward passes on the samples.
     """
     J = depth.jacobian(len(depth.layers))
-    u = J @ operator_norm(J, steps=steps, tol=1e-3).vector
-    u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)
+    u = unit(J @ operator_norm(J, steps=steps, tol=1e-3).vector)
     # By backward passes alone: forward products are wrong behind functions that cannot be differentiated twice.
-    return torch.linalg.vector_norm(J.T @ u, dim=-1).double().amax()
+    return norm(J.T @ u, -1).amax()
 
 
 def lipschitz_upper(depth: Depth) -> float:

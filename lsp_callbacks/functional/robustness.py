@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg import LinearOperator, operator_norm
+from lsp_callbacks.linalg import LinearOperator, norm, operator_norm, unit
 
 #: Rows or columns up to which norms are exact.
 FEW = 10
@@ -85,8 +85,7 @@ def sensitivity(
     found = operator_norm(side, steps=steps, tol=tol, failure=rare, generator=generator)
     assert found.upper is not None
     v = found.vector if n <= m else jacobian.T @ found.vector
-    length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
     # Where J vanishes any direction will do.
-    v = torch.where(length > 0, v / torch.where(length > 0, length, 1.0), n**-0.5)
-    reached = torch.linalg.vector_norm(change(distance * v).double(), dim=-1).cpu() - rounding
+    v = torch.where((v != 0).any(-1, keepdim=True), unit(v), n**-0.5)
+    reached = norm(change(distance * v), -1).cpu() - rounding
     return Sensitivity(found.value, found.residual, found.upper, reached.clamp_min(0) / distance, v, found.converged)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.linalg import LinearOperator, norm
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class Secant:
     error: Tensor
 
 
-def secant(before: Tensor, after: Tensor, step: Tensor, hessian: LinearOperator) -> Secant:
+def secant(
+    before: Tensor, after: Tensor, step: Tensor, hessian: LinearOperator, *, theta: Tensor | None = None
+) -> Secant:
     """The secant curvature of a step against the Hessian's, for the same batch.
 
     Where the loss is smooth and the step short the two agree. Across the kink of a ReLU the gradient jumps, while the
@@ -40,10 +42,13 @@ def secant(before: Tensor, after: Tensor, step: Tensor, hessian: LinearOperator)
     Args:
         before: the batch's gradient at theta, flat.
         after: its gradient at ``theta + step``.
-        step: the displacement, not 0.
+        step: the displacement as it was, rounding included; not 0.
         hessian: at theta.
+        theta: the parameters, for ``error``: see `gradient_rounding`.
 
-    Cost: one Hessian product. Source: Katende, arXiv 2512.22055 (the counterexample); MATH section 7.
+    Cost: one Hessian product, two with ``theta``.
+
+    Source: Katende, arXiv 2512.22055 (the counterexample); MATH section 7.
 
     Example:
         >>> import torch
@@ -53,14 +58,34 @@ def secant(before: Tensor, after: Tensor, step: Tensor, hessian: LinearOperator)
         >>> float(found.secant), float(found.curvature), found.ratio, float(found.unexplained)
         (20.0, 0.0, None, 1.0)
     """
-    length = torch.linalg.vector_norm(step.double())
+    length = norm(step)
     change = (after.double() - before.double()) / length
     along = (hessian @ (step / length.to(step)).to(hessian.dtype)).double()
-    size, curvature, rest = (torch.linalg.vector_norm(v) for v in (change, along, change - along))
+    size, curvature, rest = (norm(v) for v in (change, along, change - along))
     return Secant(
         secant=size,
         curvature=curvature,
         ratio=size / curvature if bool(curvature > 0) else None,
         unexplained=rest / size if bool(size > 0) else torch.zeros_like(size),
-        error=2 * torch.finfo(before.dtype).eps * torch.linalg.vector_norm(before.double()) / length,
+        error=2 * gradient_rounding(before, hessian, theta) / length,
     )
+
+
+def gradient_rounding(gradient: Tensor, hessian: LinearOperator, theta: Tensor | None = None) -> Tensor:
+    """``eps (||g|| + ||H (+-theta)||)``: what rounding does to a gradient, about.
+
+    The second term is what parameters that are rounded once, each up or down by chance, do to it: a gradient that is
+    small because its parts cancel, as near a minimum, has their rounding.
+
+    Args:
+        gradient: in the type in which it was computed.
+        hessian: at theta.
+        theta: flat; None leaves the second term out.
+
+    Cost: a Hessian product with theta.
+    """
+    noise = norm(gradient)
+    if theta is not None:
+        signs = torch.randint(0, 2, theta.shape, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(theta)
+        noise = noise + norm(hessian @ (signs * theta).to(hessian.dtype))
+    return torch.finfo(gradient.dtype).eps * noise

@@ -117,6 +117,10 @@ def fit_noise(distances: Tensor, variances: Tensor, errors: Tensor | None = None
     nan = torch.full((), torch.nan, dtype=torch.float64)
     if len(d.unique()) < 3:
         return NoiseFit(nan, nan, nan, nan)
+    # In units of the largest, so that no square leaves the range of float64.
+    far, loud = (x.abs().max() for x in (d, v))
+    loud = torch.where(loud > 0, loud, 1.0)
+    d, v = d / far, v / loud
     n, away = len(d), d - d.mean()
     slope = (away * v).sum() / away.square().sum()
     level = v.mean() - slope * d.mean()
@@ -128,5 +132,9 @@ def fit_noise(distances: Tensor, variances: Tensor, errors: Tensor | None = None
         slope, level, level_error = torch.zeros_like(slope), v.mean(), v.std() / n**0.5
     elif level < 0:
         slope, level = (d * v).sum() / d.square().sum(), torch.zeros_like(level)
-    shared = torch.zeros_like(level) if errors is None else (errors.double() / v.clamp_min(1e-300)).mean()
-    return NoiseFit(level, torch.hypot(level_error, shared * level), slope, torch.hypot(slope_error, shared * slope))
+    shared = torch.zeros_like(level)
+    if errors is not None and bool((v > 0).any()):
+        shared = (errors.double() / loud / v)[v > 0].mean()
+    level_error, slope_error = torch.hypot(level_error, shared * level), torch.hypot(slope_error, shared * slope)
+    per = loud / far
+    return NoiseFit(loud * level, loud * level_error, per * slope, per * slope_error)

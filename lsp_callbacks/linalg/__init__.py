@@ -10,6 +10,7 @@ from lsp_callbacks.linalg.krylov import (
     spectrum_bounds,
     top_between,
 )
+from lsp_callbacks.linalg.norms import norm, unit
 from lsp_callbacks.linalg.operator import LinearOperator, from_matrix, identity_like
 from lsp_callbacks.linalg.quadrature import Quadrature, quadratures
 from lsp_callbacks.linalg.sketch import Sketch
@@ -24,6 +25,7 @@ __all__ = [
     "identity_like",
     "lanczos",
     "lyapunov_exponents",
+    "norm",
     "norm_upper",
     "operator_norm",
     "orthonormalise",
@@ -32,4 +34,5 @@ __all__ = [
     "spectral_radius",
     "spectrum_bounds",
     "top_between",
+    "unit",
 ]

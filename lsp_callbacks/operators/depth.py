@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.linalg import LinearOperator, norm
 from lsp_callbacks.operators.curvature import double_backward
 from lsp_callbacks.operators.detached import Detached
 from lsp_callbacks.operators.passage import Passage, passages, units
@@ -190,7 +190,7 @@ def _check_samples(found: Depth) -> None:
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(found.samples, J.shape[1], generator=generator, dtype=J.dtype).to(J.device)
     v[1:] = 0
-    moved = torch.linalg.vector_norm(J @ v, dim=-1)
+    moved = norm(J @ v, -1)
     if bool((moved[1:] > 1e-4 * moved[0]).any()):
         raise Unmeasurable(
             "one sample's input changes another's output, also in eval mode (a norm over the batch, or a batch axis "

@@ -281,8 +281,7 @@ def lengths(parameters: Sequence[Tensor]) -> list[float] | None:
 
 def relative_move(v: Tensor, parameters: list[nn.Parameter], lengths: list[float]) -> float:
     """By how much a vector moves the tensors, relative to their lengths, root of the sum of squares."""
-    parts = [part for part in split(v, parameters)]
-    moves = torch.stack([norm(part) if part.ndim > 1 else _largest(part) for part in parts])
+    moves = torch.stack([norm(part) if part.ndim > 1 else _largest(part) for part in split(v, parameters)])
     return float((moves / torch.tensor(lengths, dtype=moves.dtype, device=moves.device)).norm())
 
 

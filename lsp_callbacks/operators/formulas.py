@@ -124,7 +124,8 @@ def root(nu: Tensor) -> Tensor:
 
     There the gradient vanishes, and to first order nu, being its square, does not move.
     """
-    return nu.clamp_min(torch.finfo(nu.dtype).tiny).sqrt()
+    positive = nu > 0  # however small: eps may be smaller still
+    return torch.where(positive, torch.where(positive, nu, 1.0).sqrt(), 0.0)
 
 
 def _sgd(theta: Tensor, g: Tensor, state: State, group: Group, t: float) -> tuple[Tensor, State]:

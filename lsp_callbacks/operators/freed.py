@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.pieces import Pieces, pieces, pooled
 
 
@@ -116,4 +117,4 @@ class Freed(TorchFunctionMode):
 
 def _size(z: Tensor) -> Tensor:
     """Root mean square; 0 of nothing."""
-    return z.detach().square().mean().sqrt() if z.numel() else z.new_zeros(())
+    return (norm(z.detach()) / max(z.numel(), 1) ** 0.5).to(z.dtype)

@@ -1,47 +1,13 @@
-"""Differences of outputs, and of the criterion's gradient with respect to them."""
+"""Differences of the criterion's gradient with respect to the outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lsp_callbacks.operators.curvature import double_backward
-from lsp_callbacks.operators.differences import lengths, norm, relative_move
-from lsp_callbacks.snapshot import Evaluation, ProbeSet, displaced, flatten
-
-#: Moves of the parameters, relative to their lengths: small for the outputs, large for their rounding.
-MOVE = 0.02
-
-
-def moved_outputs(probes: ProbeSet, before: list[Tensor], vector: Tensor) -> list[Tensor]:
-    """``d outputs / d theta`` times a vector, for each part: by a difference, and exactly where rounding hides that.
-
-    Args:
-        probes: samples.
-        before: the outputs of each part.
-        vector: flat.
-
-    Cost: a forward pass over the probes; with exact products it, another one and two backward passes.
-    """
-    parameters = list(probes.parameters.values())
-    known, eps = lengths(parameters), torch.finfo(vector.dtype).eps
-    if known is not None and bool(vector.any()):
-        distance = MOVE / relative_move(vector, parameters, known)
-        with displaced(parameters, vector, distance):
-            changes = [part().outputs.detach() - b for part, b in zip(probes.parts, before)]
-        if all(4 * eps * float(norm(b)) <= MOVE * float(norm(change)) for b, change in zip(before, changes)):
-            return [change / distance for change in changes]
-    with double_backward(probes.module):
-        return [_exact(part, parameters, vector) for part in probes.parts]
-
-
-def _exact(part: Callable[[], Evaluation], parameters: list[nn.Parameter], vector: Tensor) -> Tensor:
-    outputs = part().outputs
-    u = torch.zeros_like(outputs, requires_grad=True)
-    pulled = flatten(torch.autograd.grad(outputs, parameters, u, create_graph=True, materialize_grads=True), parameters)
-    return torch.autograd.grad(pulled, u, vector.to(pulled.dtype), materialize_grads=True)[0]
+from lsp_callbacks.operators.differences import norm
 
 
 def differentiated_twice(product: Callable[[Tensor], Tensor], criterion: Callable[[Tensor], Tensor], f: Tensor) -> bool:

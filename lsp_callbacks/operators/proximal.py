@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,7 @@ def update(snapshot: Snapshot) -> Tensor:
     step = displacement(snapshot)
     if snapshot.prox is None:
         return step
-    theta = _flat(snapshot)
+    theta = flat_parameters(snapshot)
     with torch.no_grad():
         return proximal(snapshot, theta + step) - theta
 
@@ -68,7 +69,7 @@ def proximal_jacobian(snapshot: Snapshot) -> LinearOperator:
 
 def _jacobian(snapshot: Snapshot) -> LinearOperator:
     with torch.no_grad():
-        half = (_flat(snapshot) + displacement(snapshot)).detach()
+        half = (flat_parameters(snapshot) + displacement(snapshot)).detach()
     with torch.enable_grad():
         half.requires_grad_()
         after = proximal(snapshot, half)
@@ -161,7 +162,9 @@ class Expected:
     distance: float
 
     def met(self) -> bool:
-        """Whether they are there now, to 0.1 % of the update, and its rounding."""
+        """Whether they are there now, to 0.1 % of the update, and its rounding; True where it is not finite."""
+        if not math.isfinite(self.distance):  # one gradient with an infinity proves no other map
+            return True
         now = flatten([p.detach().double() for p in self.parameters], self.parameters)
         rounding = 4 * torch.finfo(self.parameters[0].dtype).eps * float(torch.linalg.vector_norm(self.after))
         return float(torch.linalg.vector_norm(now - self.after)) <= 1e-3 * self.distance + rounding
@@ -172,11 +175,12 @@ def expected(snapshot: Snapshot) -> Expected:
     move = update(snapshot)
     held = [group is not None for group in group_of(snapshot).values()]
     parameters = list(snapshot.parameters.values())
-    parts = [part for part, own in zip(split(_flat(snapshot) + move, parameters), held) if own]
+    parts = [part for part, own in zip(split(flat_parameters(snapshot) + move, parameters), held) if own]
     own = [p for p, held_too in zip(parameters, held) if held_too]
     return Expected(own, flatten(parts, own), float(torch.linalg.vector_norm(move)))
 
 
-def _flat(snapshot: Snapshot) -> Tensor:
+def flat_parameters(snapshot: Snapshot) -> Tensor:
+    """theta, flat, in float64."""
     parameters = list(snapshot.parameters.values())
     return flatten([p.detach().double() for p in parameters], parameters)

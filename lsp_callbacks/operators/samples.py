@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.graph import read
-from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.linalg import LinearOperator, norm
 from lsp_callbacks.snapshot import Unmeasurable
 
 
@@ -119,6 +119,6 @@ def agrees(operator: LinearOperator, tolerance: float) -> bool:
         raise
     except RuntimeError:  # no second derivative is implemented
         return False
-    defect = ((w * there).sum(-1) - (back * v).sum(-1)).abs()
-    size = torch.linalg.vector_norm(w, dim=-1) * torch.linalg.vector_norm(there, dim=-1)
+    defect = ((w.double() * there).sum(-1) - (back.double() * v).sum(-1)).abs()
+    size = norm(w, -1) * norm(there, -1)
     return bool((defect <= tolerance * size).all())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.depth import Layer, states
 from lsp_callbacks.operators.samples import Rows
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten
@@ -88,7 +89,7 @@ def _check_rows(slope: Tensor, last: Layer) -> None:
         raise Unmeasurable(
             f"the criterion cannot be differentiated twice, so that nobody knows whether samples mix in it ({error})"
         ) from None
-    size = torch.linalg.vector_norm(rows.flat(moved), dim=-1)
+    size = norm(rows.flat(moved), -1)
     if bool((size[1:] > 1e-4 * size[0]).any()):
         raise Unmeasurable(
             "the loss is no sum over the samples of the batch (a contrastive loss, or a norm over the batch behind the "
@@ -97,8 +98,10 @@ def _check_rows(slope: Tensor, last: Layer) -> None:
 
 
 def _check_whole(through: Tensor, whole: Tensor, snapshot: Snapshot) -> None:
-    defect = torch.linalg.vector_norm(through - whole)
-    if not bool(defect <= (1e-3 if snapshot.graph.full else 0.1) * torch.linalg.vector_norm(whole)):
+    size = norm(whole)
+    if not bool(size.isfinite()):
+        raise Unmeasurable(f"the gradient of step {snapshot.step} is not finite")
+    if not bool(norm(through - whole) <= (1e-3 if snapshot.graph.full else 0.1) * size):
         raise Unmeasurable(
             "the loss depends on the parameters not only through the outputs of the network's last module "
             "(accumulated batches, a penalty, several networks): what one sample has in it cannot be told"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.passage import Passage, leaves, passages, units, upstream
 from lsp_callbacks.operators.slopes import Slopes, slopes
 from lsp_callbacks.snapshot import Call, Snapshot, Unmeasurable
@@ -154,8 +155,7 @@ def _leave(call: Passage) -> None:
 
 def _square(tensor: Tensor) -> Tensor:
     """Mean square, left on its device."""
-    tensor = tensor.detach()
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square().mean()
+    return norm(tensor.detach()).square() / max(tensor.numel(), 1)
 
 
 def _layers(root: Passage, repeats: int) -> tuple[tuple[Sizes, ...], tuple[Sizes, ...]]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lsp_callbacks.graph import read
+from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.alike import Alike, FirstInputs
 from lsp_callbacks.operators.curvature import double_backward
-from lsp_callbacks.operators.output_differences import differentiated_twice, moved_outputs
+from lsp_callbacks.operators.output_differences import differentiated_twice
 from lsp_callbacks.operators.per_sample import ParameterGram, Recorder, TiedRows, rows_alone
 from lsp_callbacks.probes import HOW
-from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmeasurable, Unmodelled, flatten
+from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmeasurable, Unmodelled, displaced, flatten
 
 #: Positions (tokens, pixels) of a sample that are looked at; the others are taken to be like them.
 POSITIONS = 4
@@ -24,6 +26,8 @@ POSITIONS = 4
 POWER = 20
 #: Products that find the sharpest mode, from nothing and from the last one.
 COLD, WARM = 20, 3
+#: Of the parameters, by which a difference displaces them: a small step for outputs, a large one for their rounding.
+SHARE = 1e-3
 
 Scale = Mapping[str, "float | Tensor"]
 Product = Callable[[Tensor], Tensor]
@@ -171,6 +175,8 @@ def tangent_kernel(
         )
     for name, one in (directions.rows(left) if left else {}).items():
         shares[name], path[name] = one.gram(roots[name], memory), "rows"
+        if not math.isfinite(expected[name]) or not bool(shares[name].isfinite().all()):
+            raise Unmeasurable(f"the per-sample gradients of {name} leave the range of {backward[name].dtype}")
         if not wrong(name) <= tolerance(backward[name].dtype):
             raise Unmeasurable(
                 f"the per-sample gradients of {name} do not add up to its gradient: the forward pass is random"
@@ -201,7 +207,8 @@ def _few(rows: int, most: int) -> int:
 def _difference(share: Tensor, c: Tensor, expected: float, rounding: float) -> float:
     """Of ``c^T K c`` from what it should be, relative to it, to its mean over c (the trace), or to rounding."""
     scale = max(expected, float(share.trace()), rounding)
-    return abs(float(c @ (share.to(c) @ c)) - expected) / scale if scale else 0.0
+    c = c.double()
+    return abs(float(c @ (share.double() @ c)) - expected) / scale if scale else 0.0
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -246,7 +253,7 @@ class _Directions:
             try:
                 with Recorder(probes.module, probes.parameters, spread=probes.samples) as recorder:
                     found = probes.parts[index]()
-                if not recorder.spread or torch.allclose(found.outputs, probes.parts[index]().outputs, 1e-4, 1e-5):
+                if not recorder.spread or _alike(found.outputs, probes.parts[index]().outputs):
                     return found, recorder
             except (RuntimeError, ValueError, IndexError):  # what is shared cannot be given to each sample apart
                 pass
@@ -315,6 +322,11 @@ class _Directions:
         return u * _root((image * u).sum(-1, keepdim=True), image)
 
 
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the rounding of the largest."""
+    return a.shape == b.shape and bool(((a - b).abs() <= 1e-4 * b.abs().amax()).all())
+
+
 def output_hessian(found: Evaluation) -> Product:
     """``v -> S v``: the Hessian of N times the mean loss in the outputs, block by block in the samples.
 
@@ -369,23 +381,48 @@ def _sharpest(
     parameters = list(probes.parameters.values())
     weights = [torch.as_tensor(scale[name]).to(p).expand_as(p) for name, p in probes.parameters.items()]
     d = flatten(weights, parameters)
-    steps = COLD if mode is None else WARM
     if mode is not None and not bool(mode.any()):
         mode = None
     steps = COLD if mode is None else WARM
     vector = torch.randn(len(d), generator=generator).to(d) if mode is None else mode
-    before = [part().outputs.detach() for part in probes.parts]
+    kept = [_moved(probes.parts[0], parameters)] if len(probes.parts) == 1 else []  # not all graphs at once
     for _ in range(steps):
-        moves = moved_outputs(probes, before, vector)
-        image = torch.zeros_like(vector)
-        for part, move in zip(probes.parts, moves):
-            found = part()
-            curved = output_hessian(found)(move)
-            image += flatten(torch.autograd.grad(found.outputs, parameters, curved, materialize_grads=True), parameters)
+        moves, image = [], torch.zeros_like(vector)
+        for found, moved in kept or (_moved(part, parameters) for part in probes.parts):
+            moves.append(moved(vector))
+            curved = output_hessian(found)(moves[-1])
+            pulled = torch.autograd.grad(
+                found.outputs, parameters, curved, retain_graph=bool(kept), materialize_grads=True
+            )
+            image += flatten(pulled, parameters)
         if not bool((d * image).any()):  # dead, or saturated: no direction is felt, and any will do
             break
         vector = _unit(d * image)
     return moves, vector
+
+
+def _moved(part: Callable[[], Evaluation], parameters: list[nn.Parameter]) -> tuple[Evaluation, Product]:
+    """A forward pass, and ``v -> J v`` of its outputs.
+
+    The pull-back of the outputs is linear in what it is given: its own derivative is J. Behind functions whose backward
+    has no derivative it is a difference, over a share of the parameters' size.
+    """
+    found = part()
+    f, w = found.outputs, torch.zeros_like(found.outputs, requires_grad=True)
+    if not read(f.sum()).custom:
+        with contextlib.suppress(RuntimeError):  # no second derivative is implemented
+            pulled = torch.autograd.grad(f, parameters, w, create_graph=True, materialize_grads=True)
+            flat = flatten(pulled, parameters)
+            _ = torch.autograd.grad(flat, w, torch.zeros_like(flat), retain_graph=True, materialize_grads=True)
+            return found, lambda v: torch.autograd.grad(flat, w, v, retain_graph=True, materialize_grads=True)[0]
+    size = float(norm(flatten([p.detach() for p in parameters], parameters))) or 1.0
+
+    def difference(v: Tensor) -> Tensor:
+        distance = SHARE * size / float(norm(v))
+        with displaced(parameters, v, distance):
+            return (part().outputs.detach() - f.detach()) / distance
+
+    return found, difference
 
 
 def _unit(v: Tensor) -> Tensor:

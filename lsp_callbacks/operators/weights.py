@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsp_callbacks.linalg import LinearOperator, from_matrix
+from lsp_callbacks.linalg import LinearOperator, from_matrix, norm
 from lsp_callbacks.snapshot import Call
 
 
@@ -87,7 +87,7 @@ def _(layer: nn.ConvTranspose1d, call: Call) -> dict[str, LinearOperator]:
 
 def row_norm(layer: nn.Embedding) -> Tensor:
     """``max_i ||W_i||``: the operator norm from one-hot vectors, which is how an embedding is used."""
-    return torch.linalg.vector_norm(_weight(layer), dim=1).max()
+    return norm(_weight(layer), 1).max()
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -147,7 +147,7 @@ def squares(window: Window, readers: Sequence[LinearOperator]) -> LinearOperator
     P = sum(p.numel() for p in window.parameters)
     p = window.parameters[0]
     dtype = torch.promote_types(p.dtype, torch.float32)
-    n = max(P, *(J.shape[0] for J in readers), P)
+    n = max([P, *(J.shape[0] for J in readers)])
 
     def apply(u: Tensor) -> Tensor:
         ends = [u[0, :P], *(_as(J.T @ x[: J.shape[0]].to(J.dtype), u) for J, x in zip(readers, u[1:])), u[-1, :P]]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lsp_callbacks.arguments import whole
 from lsp_callbacks.final_state import submodule
 from lsp_callbacks.functional.dissipation import dissipation
-from lsp_callbacks.linalg import Sketch
+from lsp_callbacks.linalg import Sketch, norm
 from lsp_callbacks.operators.work import beside
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.reference import NOWHERE, existing_file, position, position_in, squared_distance
@@ -233,8 +233,7 @@ def _row(energy: str) -> str:
 
 def _of_state(module: nn.Module, state: Tensor) -> Tensor:
     """``0.5 ||X_L||^2``, the mean over samples."""
-    wide = state.to(torch.promote_types(state.dtype, torch.float32))
-    return wide.square().sum() / (2 * len(wide))
+    return norm(state.float() if state.element_size() < 4 else state).square() / (2 * len(state))
 
 
 def _mapping(energies: Any) -> Mapping[str, Any]:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from lsp_callbacks.arguments import choice, whole
 from lsp_callbacks.functional.proximal_step import Promise, descent, promise, proximal_gain
-from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.functional.secant import gradient_rounding
+from lsp_callbacks.linalg import LinearOperator, norm
 from lsp_callbacks.operators.curvature import Method, resolved
 from lsp_callbacks.operators.footprint import product_memory
 from lsp_callbacks.operators.formulas import decoupled, formula
 from lsp_callbacks.operators.frozen import coupled_decay, decayed_hessian
-from lsp_callbacks.operators.proximal import proximal_jacobian, update
+from lsp_callbacks.operators.proximal import flat_parameters, proximal_jacobian, update
 from lsp_callbacks.operators.training import group_of, known_optimizer, parameter_jacobian
 from lsp_callbacks.operators.work import forward_cost, products
 from lsp_callbacks.quantities.base import Quantity, scalar
@@ -131,26 +132,32 @@ def _why_none(snapshot: Snapshot) -> str | None:
 
 def _measured(snapshot: Snapshot, method: Method) -> tuple[Promise, tuple[float, float]]:
     step = update(snapshot)
-    distance = torch.linalg.vector_norm(step)
     lr = next(float(group["lr"]) for group in group_of(snapshot).values() if group is not None)
     H = decayed_hessian(snapshot, method=method)
     decay, parameters = coupled_decay(snapshot), list(snapshot.parameters.values())
 
     def objective(loss: Tensor) -> Tensor:
-        theta = torch.cat([p.detach().double().reshape(-1) for p in parameters])
+        theta = flat_parameters(snapshot)
         return loss.double() + 0.5 * (decay * theta.square()).sum() + _penalty(snapshot, theta)
 
     modulus: Any = getattr(snapshot.prox, "modulus", 0.0)
-    if not bool(distance > 0):
-        return promise(H, lr, modulus=modulus), (math.nan, math.nan)
     loss, own = snapshot.replayed_gradient()
-    before = objective(_mean(snapshot, loss))
+    before, theta = objective(_mean(snapshot, loss)), flat_parameters(snapshot)
     with displaced(parameters, step, 1.0):
+        step = flat_parameters(snapshot) - theta  # rounded, as the weights are
         loss, moved = snapshot.replayed_gradient()
         after = objective(_mean(snapshot, loss))
-    along = torch.dot(step, (moved - own).double() + decay * step) / distance.square()
-    error = 4 * torch.finfo(own.dtype).eps * before.abs() / distance.square()
-    promised = promise(H, lr, modulus=modulus, along=float(along))
+    distance = norm(step)
+    if not bool(distance > 0):
+        return promise(H, lr, modulus=modulus), (math.nan, math.nan)
+    turned = (moved - own).double()
+    along = float(torch.dot(step, turned + decay * step) / distance.square())
+    # The rounding of the loss, and of a small one whose parts cancel: that of parameters which are rounded once.
+    noise = before.abs() + norm(own.double() * theta)
+    error = 4 * torch.finfo(own.dtype).eps * noise / distance.square()
+    # A change of the gradient within its rounding is no curvature.
+    clear = bool(norm(turned) > 4 * gradient_rounding(own, H, theta))
+    promised = promise(H, lr, modulus=modulus, along=along if clear else None)
     return promised, (float(descent(before, after, distance)), float(error))
 
 

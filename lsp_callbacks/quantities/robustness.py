@@ -14,7 +14,7 @@ from lsp_callbacks.arguments import number, whole
 from lsp_callbacks.functional.condition import norms_cost
 from lsp_callbacks.functional.lipschitz import Uncertified, lipschitz_upper
 from lsp_callbacks.functional.robustness import sensitivity
-from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.linalg import LinearOperator, norm
 from lsp_callbacks.operators.curvature import label
 from lsp_callbacks.operators.explanation import Explanation, change_by_input, change_by_parameters, explain
 from lsp_callbacks.operators.footprint import TWICE, WORK, footprint
@@ -185,7 +185,7 @@ def _changes(
     values |= {f"{name}_upper": float(one.upper.max()) for name, one in found.items()}
     if not smooth:
         jump = change(distance * prediction.direction)[1]
-        size = torch.linalg.vector_norm(jump.double(), dim=-1).cpu() - rounding[1]
+        size = norm(jump, -1).cpu() - rounding[1]
         values["explanation_lower"] = float(size.clamp_min(0).max()) / distance
     tiny = torch.finfo(torch.float64).tiny
     return values | {"residual": max(float((one.residual / one.value.clamp_min(tiny)).max()) for one in found.values())}
@@ -202,5 +202,5 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 def _rounding(rows: Tensor, batch: tuple[int, ...]) -> Tensor:
     """Of the norm of a difference between two evaluations, for each sample or for all together."""
-    size = torch.linalg.vector_norm(rows if batch else rows.flatten(), dim=-1).double().cpu()
+    size = norm(rows if batch else rows.flatten(), -1).cpu()
     return ROUNDING * torch.finfo(rows.dtype).eps * size

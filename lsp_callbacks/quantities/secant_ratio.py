@@ -12,11 +12,14 @@ from lsp_callbacks.arguments import choice
 from lsp_callbacks.functional.secant import Secant, secant
 from lsp_callbacks.operators.curvature import Method, hessian, resolved
 from lsp_callbacks.operators.footprint import product_memory
-from lsp_callbacks.operators.proximal import update
+from lsp_callbacks.operators.proximal import flat_parameters, update
 from lsp_callbacks.operators.training import tangent_path
 from lsp_callbacks.operators.work import beside, forward_cost, products
 from lsp_callbacks.quantities.base import Quantity, scalar
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable, displaced, flatten
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable, displaced
+
+#: Of the secant or the curvature, the most that its error may be.
+CLEAR = 0.5
 
 
 class SecantRatio(Quantity):
@@ -35,7 +38,7 @@ class SecantRatio(Quantity):
     ``stability/secant_unexplained``, ``stability/secant_error`` (of the secant, by rounding);
     ``stability/secant_ratio``, absent where the curvature is 0, as on ``|theta|``: look at ``secant_unexplained``.
 
-    Cost: one gradient, one Hessian product, and an optimizer step on a copy: 4 gradients, or 6 with kinks.
+    Cost: one gradient, two Hessian products, and an optimizer step on a copy: 4 gradients, or 6 with kinks.
 
     Source: Katende, arXiv 2512.22055; MATH section 7.
     """
@@ -59,7 +62,7 @@ class SecantRatio(Quantity):
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         # A gradient, and an optimizer step on copies in double precision.
         own = 1 + beside(snapshot, calls=150, vectors=40)
-        product = products(snapshot, resolved(snapshot, self.method), 1)
+        product = products(snapshot, resolved(snapshot, self.method), 2)
         return {"forward": forward_cost(snapshot), "secant": own + product}
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
@@ -89,7 +92,8 @@ def measured_secant(snapshot: Snapshot, *, method: Method = "auto") -> Secant:
     """The `Secant` of the step that the optimizer is about to take.
 
     Raises:
-        Unmeasurable: a step that moves nothing, or that is not modelled.
+        Unmeasurable: a step that moves nothing, that is not modelled, or whose change of the gradient is lost in
+            rounding.
     """
     H = hessian(snapshot, method=method)
     _ = snapshot.faithful
@@ -98,16 +102,19 @@ def measured_secant(snapshot: Snapshot, *, method: Method = "auto") -> Secant:
         raise Unmeasurable("the step moves no parameter: there is no direction to measure along")
     own = snapshot.flat_gradient
     before = own if own is not None else snapshot.replayed_gradient()[1]
-    made, after = _after(snapshot, step)
-    if not bool(made.any()):
-        raise Unmeasurable("the step is lost in the rounding of the parameters: there is no direction to measure along")
-    return secant(before, after, made, H)
-
-
-def _after(snapshot: Snapshot, step: Tensor) -> tuple[Tensor, Tensor]:
-    """By how much the parameters really move, which are rounded, and the gradient there."""
-    parameters = list(snapshot.parameters.values())
-    start = flatten([p.detach().double() for p in parameters], parameters)
-    with displaced(parameters, step, 1.0):
-        made = flatten([p.detach().double() for p in parameters], parameters) - start
-        return made, snapshot.replayed_gradient()[1]
+    theta = flat_parameters(snapshot)
+    with displaced(list(snapshot.parameters.values()), step, 1.0):
+        taken = flat_parameters(snapshot) - theta  # rounded, as the weights are
+        _, after = snapshot.replayed_gradient()
+    if not bool(taken.any()):
+        raise Unmeasurable("the step is lost in the rounding of the parameters: see update_lost of Numerics")
+    found = secant(before, after, taken, H, theta=theta)
+    if not all(bool(number.isfinite()) for number in (found.secant, found.curvature, found.error)):
+        raise Unmeasurable("the gradients or their change leave the range of the parameters' numbers")
+    seen = torch.maximum(found.secant, found.curvature)  # both 0: the gradient is constant, and says so
+    if bool(seen > 0) and not bool(found.error <= CLEAR * seen):
+        raise Unmeasurable(
+            f"the gradient changes so little along this step that rounding hides it: a secant of {found.secant:.3g} "
+            f"with an error of {found.error:.3g}; look again at a larger rate, or in float64"
+        )
+    return found

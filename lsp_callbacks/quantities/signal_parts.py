@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from lsp_callbacks import linalg
 from lsp_callbacks.functional.batch_norm import batch_norm_drift
 from lsp_callbacks.functional.condition import SMALL, condition, condition_lower
 from lsp_callbacks.functional.gains import gains
@@ -75,7 +75,7 @@ def drift_of(norm: NormInput) -> dict[str, Tensor]:
 def output_change_of(snapshot: Snapshot) -> Tensor:
     """By batch statistics in the place of running ones, relative to the output with those of the batch."""
     running, batch = outputs(snapshot), outputs(snapshot, batch_statistics=True)
-    return scalar(torch.linalg.vector_norm(batch - running) / torch.linalg.vector_norm(batch))
+    return scalar(linalg.norm(batch - running) / linalg.norm(batch))
 
 
 def conditions_of(module: nn.Module, step: Signals) -> dict[str, Tensor]:

@@ -1,0 +1,42 @@
+"""Norms whose squares stay within the range of their numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Norms of float32 vectors between these have lost nothing to squares that left the range.
+LOW, HIGH = 1e-12, 1e18
+
+
+def norm(v: Tensor, dim: int | None = None, *, keepdim: bool = False) -> Tensor:
+    """``||v||`` in float64: the squares of float32 numbers below 1e-19 or above 1e19 are no float32 numbers.
+
+    Cost: on a CPU one pass in the type of v, and one in float64 where that does not do.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks.linalg import norm
+        >>> v = torch.tensor([3e-30, 4e-30])
+        >>> round(1e30 * float(norm(v)), 6), float(torch.linalg.vector_norm(v))
+        (5.0, 0.0)
+    """
+    if v.dtype == torch.float32 and v.device.type == "cpu":  # a sum in float64 takes ten times as long there
+        size = torch.linalg.vector_norm(v, dim=dim, keepdim=keepdim)
+        if bool(((size > LOW) & (size < HIGH)).all()):
+            return size.double()
+    return torch.linalg.vector_norm(v, dim=dim, keepdim=keepdim, dtype=torch.float64)
+
+
+def unit(v: Tensor) -> Tensor:
+    """Each row over its `norm`, in its own type; zeros stay zeros.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks.linalg import unit
+        >>> unit(torch.tensor([[3e-30, 4e-30], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    size = norm(v, -1, keepdim=True)
+    return (v / torch.where(size > 0, size, 1.0)).to(v.dtype)

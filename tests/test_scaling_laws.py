@@ -1,0 +1,49 @@
+"""No number depends on the units of a run but by the power that its own unit says: see `scaling.UNITS`."""
+
+import pytest
+import torch
+from scaling import LOOSE, TOLERANCE, UNITS, compared, unit_of
+
+from lsp_callbacks.quantities import REGISTRY
+
+f32, f64 = torch.float32, torch.float64
+#: A few thousandths of the numbers may be missing.
+MISSING = 0.01
+
+
+def test_every_number_of_every_quantity_has_a_law():
+    assert UNITS.keys() == REGISTRY.keys()
+    for name, quantity in REGISTRY.items():
+        for key in (*quantity.keys, *quantity.optional):
+            assert unit_of(name, key)
+
+
+def held(name, *, dtype, **which):
+    for law, row in compared(name, dtype=dtype, **which).items():
+        most = max(TOLERANCE[dtype], LOOSE.get(name, 0) * (dtype == f32))
+        assert row.worst[0] <= most, (law, row.worst)
+        assert row.missing <= MISSING * row.numbers, (law, row.reasons)
+        yield law, row.numbers
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_quantity_in_other_units(name):
+    kinds = ("sgd",) if name == "sgd_stability" else ("momentum",)
+    numbers = dict(held(name, dtype=f64, scales=(1e3,), models=("tanh",), optimizers=kinds, laws=("loss", "inside")))
+    numbers |= held(name, dtype=f32, scales=(1e-3,), models=("relu",), optimizers=("adamw",), laws=("homogeneous",))
+    assert numbers["loss"] and numbers["inside"]
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adamw"])
+@pytest.mark.parametrize("name", ["lyapunov", "lyapunov_trajectory"])
+def test_the_first_steps_of_a_run_in_other_units(name, kind):
+    """The optimizer has no buffer yet: what is pushed must not be weighed by a number without its unit."""
+    how = {"scales": (1e6,), "models": ("tanh",), "optimizers": (kind,), "laws": ("inside",), "before": 0}
+    assert all(numbers for _, numbers in held(name, dtype=f64, **how))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [f32, f64], ids=str)
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_quantity_at_all_scales(name, dtype):
+    assert sum(numbers for _, numbers in held(name, dtype=dtype))
