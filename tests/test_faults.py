@@ -395,7 +395,11 @@ def test_a_run_killed_in_the_middle_of_a_measurement_resumes(tmp_path):
     assert killed["stability/courant_sgd"][0][0] == whole["stability/courant_sgd"][0][0]
     assert killed["stability/courant"] == killed["stability/courant_sgd"]
     assert killed["stability/kernel_trace"][1][-1] == pytest.approx(whole["stability/kernel_trace"][1][-1], rel=1e-5)
-    assert killed["stability/sharpness"][1][-1] == pytest.approx(whole["stability/sharpness"][1][-1], rel=0.2)
+    # The truth lies between each reading and its error bar, so the bar of the lower one reaches up to the other.
+    low, high = sorted(
+        (ends["stability/sharpness"][1][-1], ends["stability/sharpness_residual"][1][-1]) for ends in (whole, killed)
+    )
+    assert high[0] <= low[0] * (1 + min(low[1], 0.2)) + 1e-6 * low[0]
 
 
 def test_the_state_survives_a_snapshot_of_a_failed_step():

@@ -193,7 +193,7 @@ def test_a_collapsed_network_is_told_from_a_stable_one():
         problem.net[0].bias.data.fill_(-100)
 
     history = broken_from(Monitor(SGDStability(24), every_n_steps=1), die)
-    assert history["stability/collapsed"] == [0, 0, 1, 1]
+    assert history["stability/collapsed"] == [0, 0, 0.5, 0.5]  # not for good yet
     assert history["stability/kernel_rank"][0] > 20 and history["stability/kernel_rank"][2:] == [1, 1]
     assert history[SGD_COURANT][2] < history[SGD_COURANT][0]
 

@@ -210,6 +210,14 @@ def test_a_collapse_ends_training_as_collapse(caplog):
     assert "collapsed" in caplog.text
 
 
+def test_outputs_that_are_alike_once_end_training_where_the_loss_has_not_fallen():
+    values = [{KEY: 0.01, "stability/collapsed": 0.5}] + [{}] * 99
+    assert feed(StopOnInstability(), values, [2.3] * 100) == 59
+    assert feed(StopOnInstability(), values, [2.3 * 0.98**i for i in range(100)]) is None
+    back = [{KEY: 0.01, "stability/collapsed": 0.5}, {KEY: 0.01, "stability/collapsed": 0.0}] + [{}] * 98
+    assert feed(StopOnInstability(), back, [2.3] * 100) is None
+
+
 def test_a_forecast_is_told_once(caplog):
     with caplog.at_level(logging.INFO):
         feed(StopOnInstability(), [{KEY: 0.5, "stability/steps_to_edge": 40.0}] * 3)

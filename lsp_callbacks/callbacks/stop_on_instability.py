@@ -42,7 +42,8 @@ class StopOnInstability(Callback):
     - *one* Courant number of 5 or more, if after 60 steps the loss has not fallen by 5 %: the rate was far too high
       from the beginning;
     - losses above three times the initial one for some 200 steps, where nothing was measured since they began to rise;
-    - a collapse of the network: its outputs have ceased to depend on its inputs.
+    - a collapse of the network: its outputs have ceased to depend on its inputs (``stability/collapsed`` is 1, or 0.5
+      and after 60 steps the loss has not fallen by 5 %, or has risen as above).
 
     A Courant number is a learning rate over a critical one. So the rate that the schedule brings next is compared
     *before* it is used: a jump above the edge is an event before the first bad step, and a rate above ``limit``
@@ -104,7 +105,8 @@ class StopOnInstability(Callback):
         self.reason: str | None = None
         self._readings = Readings(self.patience, self.patience_steps)
         self._others = Readings(self.patience, self.patience_steps)  # of what stands in
-        self._stands_in = self._forecast = self._collapsed = False
+        self._stands_in = self._forecast = False
+        self._collapsed = 0.0  # the last reading
         self._losses = LossRecord()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -147,7 +149,8 @@ class StopOnInstability(Callback):
         """Takes in a new observation."""
         values = observation.values
         value = values.get(self.monitor, math.nan)
-        self._collapsed = values.get("stability/collapsed", 0.0) == 1.0
+        collapsed = values.get("stability/collapsed", math.nan)
+        self._collapsed = self._collapsed if math.isnan(collapsed) else collapsed
         if observation.step >= self.min_steps:
             self._readings.add(observation.step, value)
             if self.monitor == COURANT and math.isnan(value):
@@ -203,7 +206,7 @@ class StopOnInstability(Callback):
     def _why(self, above: float, scheduled: float) -> str | None:
         """The reason to stop, if there is one."""
         losses = self._losses
-        if self._collapsed:
+        if self._collapsed == 1 or (self._collapsed and (losses.risen or losses.fallen is False)):
             return "the network has collapsed: its outputs have ceased to depend on its inputs"
         jumped = scheduled > self.threshold and self._jumps(scheduled)
         if self.limit is not None and scheduled > self.limit and jumped:
@@ -258,7 +261,8 @@ class StopOnInstability(Callback):
         return {
             "event_step": self.event_step, "stop_step": self.stop_step, "reason": self.reason,
             "readings": self._readings.state_dict(), "others": self._others.state_dict(),
-            "stands_in": self._stands_in, "forecast": self._forecast, "losses": self._losses.state_dict(),
+            "stands_in": self._stands_in, "forecast": self._forecast, "collapsed": self._collapsed,
+            "losses": self._losses.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -266,6 +270,7 @@ class StopOnInstability(Callback):
         state = self.state_dict() | dict(state_dict)  # what another release did not write is as in a new run
         self.event_step, self.stop_step, self.reason = state["event_step"], state["stop_step"], state["reason"]
         self._stands_in, self._forecast = state["stands_in"], state["forecast"]
+        self._collapsed = state["collapsed"]
         if isinstance(state["readings"], dict):  # the first releases kept no steps
             self._readings.load_state_dict(state["readings"])
             self._others.load_state_dict(state["others"])

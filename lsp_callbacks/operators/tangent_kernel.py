@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.graph import read
 from lsp_callbacks.linalg import norm
+from lsp_callbacks.operators.alike import Alike, FirstInputs
 from lsp_callbacks.operators.curvature import double_backward
 from lsp_callbacks.operators.output_differences import differentiated_twice
 from lsp_callbacks.operators.per_sample import ParameterGram, Recorder, TiedRows, rows_alone
@@ -46,7 +47,7 @@ class TangentKernel:
         stated: in words, which outputs the rows stand for.
         mode: the sharpest mode, where it was needed: the next call may start from it.
         passes: backward passes that were needed for rows by themselves.
-        alike: share of the samples with the same outputs, but for their rounding.
+        alike: share of the samples with the same outputs and gradients, if it is nine of ten; otherwise 0, see `Alike`.
     """
 
     gram: Tensor
@@ -116,13 +117,12 @@ def tangent_kernel(
     roots = {name: torch.as_tensor(scale[name]).to(p) ** 0.5 for name, p in parameters.items()}
     signs: list[Tensor] = []
     tied: TiedRows | None = None
-    loss, like = 0.0, None
-    alike = torch.zeros(1)
+    loss, alike = 0.0, Alike(probes.samples)
     for index in range(len(probes.parts)):
-        found, recorder, cotangents = directions.evaluate(index)
+        with FirstInputs(probes.module) as first:
+            found, recorder, cotangents = directions.evaluate(index)
         samples = len(found.outputs)
-        like = found.outputs[:3].detach() if like is None else like  # one of three is among the many, if there are
-        alike = alike + _same_outputs(found.outputs.detach(), like)
+        alike.add(found, first.tensors)
         loss += float(found.criterion(found.outputs.detach())) * samples / probes.samples
         if not math.isfinite(loss):
             raise Unmeasurable("the loss of the probes is not finite: the weights or the outputs have overflowed")
@@ -191,7 +191,7 @@ def tangent_kernel(
     passes = len(weights) if left or tied is not None else 0
     return TangentKernel(
         gram, rows, path, traces, defect, loss, directions.stated, directions.mode, passes,
-        float(alike.max()) / probes.samples if probes.samples > 1 else 0.0,
+        alike.share(gram, precision),
     )  # fmt: skip
 
 
@@ -202,14 +202,6 @@ def _few(rows: int, most: int) -> int:
             f"allow them with SGDStability(most_rows={rows}), or take fewer probes"
         )
     return rows
-
-
-def _same_outputs(outputs: Tensor, like: Tensor) -> Tensor:
-    """How many samples have the outputs of each row of ``like``, to a few units of rounding of the largest."""
-    if outputs.shape[1:] != like.shape[1:]:
-        return torch.zeros(len(like))
-    rounding = 4 * torch.finfo(outputs.dtype).eps * like.abs().amax()
-    return torch.tensor([float(((outputs - row).abs().amax((1, 2)) <= rounding).sum()) for row in like])
 
 
 def _difference(share: Tensor, c: Tensor, expected: float, rounding: float) -> float:

@@ -44,11 +44,9 @@ DETAILS = (
     "stability/sgd_lyapunov_least", "stability/sgd_lyapunov_most", "stability/sgd_lyapunov_finite",
     "stability/sgd_lyapunov_finite_spread", "stability/kernel_margin", "stability/kernel_components",
 )  # fmt: skip
-#: A network has collapsed when so large a share of the probes has the same outputs, the rank is that share of the
-#: largest so far, and the probes' loss that of the first;
-ALIKE, RANK, LOSS = 0.9, 0.1, 0.5
-#: or when in so many readings in a row they had the same outputs, at this share of the first loss.
-READINGS, UNFIT = 3, 0.01
+#: A network has collapsed when its probes were alike in so many readings in a row, over so many steps at least: a few
+#: samples beside the probes may bring it back.
+READINGS, STEPS = 3, 50
 
 
 class SGDStability(Quantity):
@@ -82,11 +80,12 @@ class SGDStability(Quantity):
 
     Keys: ``stability/courant_sgd``, ``critical_lr``, ``courant_mean_square``, ``mean_square_lr``, ``sgd_lyapunov``
     and ``gd_lyapunov`` (lambda and mu, nats per step); ``_error`` beside those by Monte Carlo; ``kernel_rank`` and
-    ``kernel_trace`` of K; ``collapsed``, 1 where the outputs have ceased to depend on the inputs, otherwise 0: nine
-    of ten probes have the same outputs to the last digits (dead ReLUs, saturated units), while the rank has fallen
-    to a tenth of its largest and the loss not to half of the first, or in three readings in a row at rates above 0,
-    the loss above a hundredth of the first. It does not tell a network that is bad but still moves: outputs that
-    exploded have a saturated softmax and a low rank, too, and may come back. With ``horizon``:
+    ``kernel_trace`` of K; ``collapsed``, above 0 where the outputs have ceased to depend on the inputs: nine of ten
+    probes, of different inputs, have the same outputs to the last digits and the same gradient (dead ReLUs, saturated
+    units), though their targets want others, and no lower a loss than a constant has. It is 1 where it was so in three
+    readings in a row and for 50 steps; before that 0.5, which proves nothing alone. A last layer that begins with zeros has another gradient for each
+    input: 0. So has a network that is bad but still moves: outputs that exploded have a saturated softmax and a low
+    rank, too, and may come back. With ``horizon``:
     ``sgd_lyapunov_least`` (of plain SGD: the mean of all exponents) and ``sgd_lyapunov_most`` (half the second
     moment's exponent), between which lambda lies; ``sgd_lyapunov_finite`` with its ``_spread`` over runs of so many
     steps; ``kernel_margin``, ``min |1 - lr k_ii|``, and ``kernel_components`` of K (Chemnitz & Engel, definition
@@ -116,9 +115,8 @@ class SGDStability(Quantity):
     patient = True
     picture = "diagram"
     values: Tensor
-    best_rank: Tensor
-    first_loss: Tensor
-    constant: Tensor
+    alike: Tensor
+    alike_since: Tensor
 
     def __init__(
         self,
@@ -151,9 +149,8 @@ class SGDStability(Quantity):
         self.add_state(
             "values", default=torch.full((len(self._names),), math.nan, dtype=torch.float64), persistent=True
         )
-        self.add_state("best_rank", default=scalar(0.0), persistent=True)
-        self.add_state("first_loss", default=scalar(math.nan), persistent=True)
-        self.add_state("constant", default=scalar(0.0), persistent=True)
+        self.add_state("alike", default=scalar(0.0), persistent=True)
+        self.add_state("alike_since", default=scalar(math.nan), persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
         critical_rule(snapshot)
@@ -222,17 +219,12 @@ class SGDStability(Quantity):
         )
         values = self._measure(found, snapshot)
         assert snapshot.probes is not None
-        loss = scalar(found.kernel.loss)
-        first = loss if bool(self.first_loss.isnan()) else self.first_loss
-        best = torch.maximum(self.best_rank, scalar(float(found.modes.rank)))
-        # At rate 0 a network whose last layer begins with zeros would be the same for ever.
-        alike = found.kernel.alike >= ALIKE
-        constant = self.constant + float(found.lr > 0) if alike else scalar(0.0)
-        lost = alike and found.modes.rank <= RANK * float(best) and float(loss) >= LOSS * float(first)
-        dead = float(constant) >= READINGS and float(loss) >= UNFIT * float(first)
-        values["collapsed"] = float(lost or dead)
+        alike = self.alike + 1 if found.kernel.alike else scalar(0.0)
+        since = self.alike_since if float(alike) > 1 else scalar(float(snapshot.step))
+        gone = float(alike) >= READINGS and snapshot.step - float(since) >= STEPS
+        values["collapsed"] = 0.0 if not alike else 1.0 if gone else 0.5
         self.values = torch.tensor([values[name.split("/")[1]] for name in self._names], dtype=torch.float64)
-        self.best_rank, self.first_loss, self.constant = best, first, constant
+        self.alike, self.alike_since = alike, since
         self.latest, self.complete = found, True
         self._shown, self._mode = found, found.kernel.mode
 
@@ -291,7 +283,7 @@ class SGDStability(Quantity):
 
     def restart(self) -> None:
         super().restart()
-        self.best_rank = scalar(0.0)  # K has another rank
+        self.alike = scalar(0.0)
 
     def compute(self) -> dict[str, Tensor]:
         """The last measurement; a rate that is infinite, as nothing can become unstable, is left out."""

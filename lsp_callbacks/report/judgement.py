@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lsp_callbacks.functional.first_fault import Fault
 from lsp_callbacks.losses import SETTLED, LossRecord
 from lsp_callbacks.monitor import Curve, Monitor
-from lsp_callbacks.report.linear import linear_state
+from lsp_callbacks.report.linear import linear_state, unbroken
 
 State = Literal[
     "not finite", "collapsed", "unstable", "risen", "not learning", "contradictory", "unknown", "edge", "recovered",
@@ -77,7 +77,8 @@ class Verdict:
             - "risen": the loss has risen well above its least value, and no reading says why;
             - "not learning": the loss has never fallen;
             - "contradictory": the Courant number and the exponent of the real step say opposite things;
-            - "unknown": nothing was measured, the last measurements failed, or the last reading is old;
+            - "unknown": nothing was measured, the last measurements failed, the last reading is old, or in the last one
+              the outputs did not depend on the inputs, and it takes more to say that it has collapsed;
             - "edge": at the edge of stability, where healthy training may live;
             - "recovered": stable at the end, but not always, or after an event;
             - "stable".
@@ -113,6 +114,10 @@ def judge(run: Run) -> Verdict:
         return replace(told, state="not finite", cause="loss", advice=f"{lower}; 'numerics' names the operation")
     if told.state == "collapsed":
         return told
+    alike = unbroken(run.history.get("stability/collapsed", Curve()), 0.0)  # not for good, as far as the readings say
+    if alike is not None and losses is not None and (losses.risen or losses.fallen is False):
+        told = replace(told, evidence=MappingProxyType(evidence | {"since": alike}))
+        return replace(told, state="collapsed", cause="collapse", advice="start again with a lower learning rate")
     if run.stop is not None:
         return replace(told, state="unstable", cause="stop", advice=lower)
     if losses is not None and losses.risen:
@@ -128,6 +133,9 @@ def judge(run: Run) -> Verdict:
         return replace(told, state="unknown", cause="age", advice=_more(run))
     if told.state == "contradictory":
         return told
+    if alike is not None and told.state not in ("unstable", "unknown"):
+        told = replace(told, state="unknown", cause="collapse", evidence=MappingProxyType(evidence | {"since": alike}))
+        return replace(told, advice=_more(run, "to see whether the network has collapsed"))
     if told.state == "stable" and run.event is not None:
         return replace(told, state="recovered", cause="event", advice="see that the loss has recovered")
     if told.state == "stable" and run.step is not None:

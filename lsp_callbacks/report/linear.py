@@ -59,7 +59,7 @@ def linear_state(history: Mapping[str, Curve]) -> LinearState:
     }  # fmt: skip
     evidence = {name: v for name, v in evidence.items() if v is not None and not (isinstance(v, float) and v != v)}
     collapsed = history.get("stability/collapsed", Curve())
-    if (gone := _since(collapsed, 0.5)) is not None:
+    if (gone := unbroken(collapsed, 0.5)) is not None:
         return LinearState(
             "collapsed", "collapse", evidence | {"since": gone}, "start again with a lower learning rate"
         )
@@ -68,7 +68,7 @@ def linear_state(history: Mapping[str, Curve]) -> LinearState:
     by_courant = stochastic or math.isnan(x)
     deciding, edge = (averaged(courants), near[1]) if by_courant else (exponent, 0.0)
     cause = "courant" if by_courant else "exponent"
-    since = _since(deciding, edge)
+    since = unbroken(deciding, edge)
     evidence["step"] = max(
         step for curve in (exponent, courants) for step, v in zip(curve.steps, curve.values) if not math.isnan(v)
     )
@@ -136,7 +136,7 @@ def _trailing_nans(curve: Curve) -> list[int]:
     return curve.steps[begin:]
 
 
-def _since(curve: Curve, edge: float) -> int | None:
+def unbroken(curve: Curve, edge: float) -> int | None:
     """First step of the unbroken run above the edge that reaches to the last reading."""
     since = None
     for step, value in zip(reversed(curve.steps), reversed(curve.values)):

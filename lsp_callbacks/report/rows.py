@@ -24,7 +24,7 @@ MEANINGS = {
     "sgd_lyapunov": "SGD frozen at the weights, nats a step",
     "kernel_rank": "of the Gram matrix of output gradients",
     "kernel_trace": "of the mean Gauss-Newton matrix",
-    "collapsed": "1: outputs do not depend on inputs",
+    "collapsed": "1: outputs do not depend on inputs, for good",
     "batch_sharpness": "curvature along the batch's gradient",
     "batch_sharpness_of_means": "ratio of means of the same",
     "robustness_prediction": "outputs, per unit of the input, first order",

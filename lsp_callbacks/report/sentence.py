@@ -87,6 +87,8 @@ def _opening(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
             return f"the readings at step {step} contradict each other {linear}{said}"
         case "unknown", "failed":
             return _failed(evidence, numbers)
+        case "unknown", "collapse":
+            return f"stability is unknown since step {since}: the outputs did not depend on the inputs"
         case "unknown", "age":
             age = f"the last reading is {evidence['age']:,} steps old"
             return f"stability is unknown since step {step}: {age}, and said that {numbers}{against}"
