@@ -4,7 +4,7 @@ Found: along ten runs of a hundred readings each, against scipy's eigsh in float
 outside of ``sharpness (1 +- residual)``, and none by more than twice the bar; the value itself is seldom far off.
 The constants of `lsp_callbacks.quantities.sharpness` were chosen on seed 0; the table is of seed 1.
 
-``python benchmarks/sharpness_error_bars.py`` prints the table of the ``.md``.
+``python benchmarks/sharpness_error_bars.py`` prints the table of the ``.md``; seed and readings of a run may be given.
 """
 
 from __future__ import annotations
@@ -69,4 +69,4 @@ def table(seed: int, count: int = 100) -> list[str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print("\n".join(table(seed=1)))
+    print("\n".join(table(*map(int, sys.argv[1:] or "1"))))

@@ -96,9 +96,10 @@ class SGDStability(Quantity):
     Raises:
         ValueError: for bad arguments.
 
-    Cost: three passes over the probes and some 50 ms: 8 gradients, several times that on a small network. Layers that
-    are no plain linear map of their input (attention) are run sample by sample, which costs more. Under BatchNorm two
-    thirds of a gradient for each probe, 85 gradients of 128 (of batches larger than the probes fewer).
+    Cost: three passes over the probes and some 50 ms: 6 gradients, several times that on a small network. Behind a
+    preconditioner each two probes meet in each weight: 33 gradients. Layers that are no plain linear map of their
+    input (attention) are run sample by sample, which costs more. Under BatchNorm two thirds of a gradient for each
+    probe, 85 gradients of 128 (of batches larger than the probes fewer).
 
     Source: Chemnitz & Engel 2025, (2.18), (2.19); Mulayoff & Michaeli 2024 for the second moment; MATH section 2.
     """
