@@ -18,6 +18,7 @@ from sharpness_runs import RUNS, exact_top, readings
 from lsp_callbacks import Sharpness
 from lsp_callbacks.functional.sharpness import edge_constant
 from lsp_callbacks.operators import frozen
+from lsp_callbacks.operators.coming import coming_rule
 from lsp_callbacks.quantities.sharpness import measured_edge
 
 HEAD = "| run | low by, median | 95 % of readings | most | bar, median | products | outside | by more than twice |"
@@ -34,10 +35,11 @@ def errors(name: str, seed: int, count: int = 100) -> tuple[np.ndarray, np.ndarr
         loss_of = snapshot.memo["loss of"]
         (truth,) = exact_top(snapshot.module, loss_of)
         rows.append((truth / values["sharpness"] - 1, values["sharpness_residual"], edge.products))
-        rate = frozen.rates(snapshot)
+        rule = coming_rule(snapshot)
+        rate = frozen.rates(snapshot, rule)
         if isinstance(rate, torch.Tensor):  # behind a preconditioner the Courant number has a run of its own
             (top,) = exact_top(snapshot.module, loss_of, rate**0.5)
-            truth = top / edge_constant(frozen.frozen_rule(snapshot))
+            truth = top / edge_constant(rule)
             courant.append((truth / values["courant_gd"] - 1, values["courant_gd_residual"], 0))
         torch.random.set_rng_state(state)
     return np.array(rows), np.array(courant)
