@@ -17,8 +17,8 @@ class CourantSource:
 
     It is the stochastic one if that can be measured; while its probes are collected there is no headline number. It is
     the one of full-batch steps for the whole run where the other is not asked for, is left out, or fails at its first
-    measurement. Where the chosen one fails later, the headline number is NaN; when it is back, it goes on. It never
-    becomes the other one: the two differ by factors.
+    measurement. Where the chosen one fails later, or is given up, the headline number is NaN; when it is back, it goes
+    on. It never becomes the other one: the two differ by factors.
 
     Attributes:
         key: the key that it is; None before the decision.
@@ -57,8 +57,10 @@ class CourantSource:
                 self.key = GD if GD in possible or waiting is not None else None
                 return waiting
         if self.key not in values:
-            self.failing = self.failing or self.key not in possible
-            return None
+            given_up = self.key not in possible
+            self.failing = self.failing or given_up
+            # Otherwise an old reading would stand for the present, while the other number goes on.
+            return (step, math.nan) if given_up and GD in values else None
         self.failing = math.isnan(values[self.key])
         return step, values[self.key]
 

@@ -446,7 +446,14 @@ class Monitor:
         """Whether it is too early; it is measured when it no longer is. Rank 0's word: all must take the same way."""
         if not quantity.patient:
             return False
-        steps = self._ranks.first(lambda: quantity.wait(snapshot), "whether enough is known")
+
+        def missing() -> int:
+            try:
+                return quantity.wait(snapshot)
+            except Exception:  # the measurement will say why
+                return 0
+
+        steps = self._ranks.first(missing, "whether enough is known")
         if steps:
             self._later[quantity.name] = snapshot.step + steps
         elif self._later.pop(quantity.name, None) is not None:

@@ -453,11 +453,13 @@ def probes_of(task: Loss) -> ProbeSet:
     return ProbeSet(module=task, parts=(part,), samples=SAMPLES, batch_size=BATCH, population=SAMPLES)
 
 
-def measured(name: str, law: Law, *, model: str, optimizer: str, dtype: torch.dtype, method: str) -> dict[str, float]:
-    """What the quantity says at the end of a short run, its batches in turn."""
+def measured(
+    name: str, law: Law, *, model: str, optimizer: str, dtype: torch.dtype, method: str, before: int | None = None
+) -> dict[str, float]:
+    """What the quantity says at the end of a short run, its batches in turn; ``before``: see `read`."""
     task = task_of(model, law, dtype)
     descent = optimizer_of(optimizer, task, factors(law, model, optimizer))
-    return read(name, task, descent, method=method, before=BURN_IN.get(name, 4))
+    return read(name, task, descent, method=method, before=BURN_IN.get(name, 4) if before is None else before)
 
 
 def read(
@@ -613,12 +615,14 @@ def compared(
     optimizers: tuple[str, ...] = OPTIMIZERS,
     models: tuple[str, ...] = tuple(MODELS),
     method: str = "auto",
+    before: int | None = None,
 ) -> dict[str, Row]:
     """By law, what a quantity's numbers became in other units, over models, optimizers and scales."""
     rows = {law: Row() for law in laws}
     for model in models:
         for kind in optimizers:
-            how: dict[str, Any] = {"model": model, "optimizer": kind, "dtype": dtype, "method": method}
+            how: dict[str, Any] = {"model": model, "optimizer": kind, "dtype": dtype}
+            how |= {"method": method, "before": before}
             try:
                 old = measured(name, Law("loss", 1.0), **how)
             except Unmeasurable:

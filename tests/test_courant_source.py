@@ -9,6 +9,7 @@ import torch
 from lsp_callbacks import Monitor, Snapshot, Unmeasurable
 from lsp_callbacks.courant_source import COURANT, GD, SGD, SOURCE, CourantSource
 from lsp_callbacks.quantities import Quantity
+from lsp_callbacks.report import Run, judge
 from lsp_callbacks.snapshot import Unmodelled
 
 NAN, NET = math.nan, torch.nn.Linear(1, 1)
@@ -63,7 +64,8 @@ def curve(monitor, key):
          {0: 0.1, 3: 0.4, 4: 0.5, 5: 0.6}),
         ([0.1, None, None, 0.4, 0.5, 0.6], [None, None, ValueError(), 7.0, 7.0, 7.0], "courant_gd",
          {0: 0.1, 3: 0.4, 4: 0.5, 5: 0.6}),
-        ([0.1] * 6, [None, 0.7, Unmodelled("no"), 0.7, 0.7, 0.7], "courant_sgd", {1: 0.7}),
+        ([0.1] * 6, [None, 0.7, Unmodelled("no"), 0.7, 0.7, 0.7], "courant_sgd",
+         {1: 0.7, 2: NAN, 3: NAN, 4: NAN, 5: NAN}),
         ([0.1, ValueError(), 0.3, 0.4, 0.5, 0.6], None, "courant_gd", {0: 0.1, 1: NAN, 2: 0.3, 3: 0.4, 4: 0.5, 5: 0.6}),
         (None, [None, 0.7, NAN, 0.7, 0.7, 0.7], "courant_sgd", {1: 0.7, 2: NAN, 3: 0.7, 4: 0.7, 5: 0.7}),
         ([0.1] * 6, [None] * 6, None, {}),
@@ -106,6 +108,13 @@ def test_states_of_other_runs():
         other.load_state_dict(state)
     observed(steps=range(6, 9), monitor=other)
     assert other.courant_source == "courant_gd" and curve(other, COURANT)[8] == pytest.approx(0.1)
+
+
+def test_a_number_that_was_given_up_does_not_speak_for_the_end():
+    """Left out in mid-run, as by a time limit, while the curvature goes on and says something else."""
+    monitor = observed([0.2, 0.2, 4.0, 6.0, 8.0, 8.0], [0.2, 0.2, Unmodelled("no"), 0.2, 0.2, 0.2])
+    told = judge(Run(monitor.history, step=5))
+    assert told.state == "unknown" and told.cause == "failed"
 
 
 def test_what_stands_in_is_never_the_headline_number():

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,33 @@ def test_a_mode_that_takes_over_is_within_the_error_bar(method):
             assert value <= truth * 1.01 and truth <= value * (1 + bar) + 1e-9
             worst = max(worst, float(1 - value / truth))
     assert worst < 0.2
+
+
+def test_the_error_bar_is_the_same_where_the_update_is_another_one():
+    """Without the optimizer it is still no residual, which would be told for whatever mode is at hand."""
+    q, _ = torch.linalg.qr(random(60, 60, seed=1))
+    spectrum = torch.cat([torch.tensor([1.0, 0.2], dtype=f64), torch.linspace(-0.2, 0.6, 58, dtype=f64)])
+    problem = Quadratic(q @ torch.diag(spectrum) @ q.T)
+    optimizer, metrics = torch.optim.SGD(problem.parameters(), lr=0.1), (Sharpness("exact"), Sharpness("exact"))
+    for step, second in enumerate((0.2, 1.01, 1.02)):
+        spectrum[1] = second
+        problem.curvature.copy_(q @ torch.diag(spectrum) @ q.T)
+        snapshot = freeze(problem, optimizer, step=step)
+        for metric, step_ in zip(metrics, (snapshot, replace(snapshot, disowned="the update is another one", memo={}))):
+            metric.update(step_)
+        known, alone = (metric.compute() for metric in metrics)
+        assert alone.keys() == {"stability/sharpness", "stability/sharpness_residual"}
+        assert all(alone[key] == known[key] for key in alone)
+
+
+def test_a_courant_number_that_is_not_told_has_no_error_bar():
+    problem = Quadratic(sharp(20, 2.0, seed=1), sizes=(12, 8))
+    groups = [{"params": [part], "lr": lr} for part, lr in zip(problem.parts, (0.1, 0.01))]
+    optimizer, metric = torch.optim.SGD(groups), Sharpness("exact")
+    metric.update(freeze(problem, optimizer))
+    assert "stability/courant_gd_residual" in metric.compute()
+    metric.update(freeze(problem, optimizer, step=1, disowned="the update is another one"))
+    assert metric.compute().keys() == {"stability/sharpness", "stability/sharpness_residual"}
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 12])

@@ -283,6 +283,19 @@ def test_lyapunov_averages_the_last_windows_with_student_bounds():
     assert bool(((metric.spans[:, 0] <= metric.windows) & (metric.windows <= metric.spans[:, 1])).all())
 
 
+def test_bounds_after_a_restart_are_those_of_the_new_windows():
+    problem, metric = Quadratic(symmetric([0.1, 0.4, 5.0])), Lyapunov(window=1, average=5)
+    optimizer = SGD(problem.parameters(), lr=0.1)
+    run(metric, problem, optimizer, 12)
+    metric.restart()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.3
+    run(metric, problem, optimizer, 6)
+    values = metric.compute()
+    for end in ("", "_lower", "_upper"):
+        close(values[f"stability/lyapunov{end}"], math.log(0.5), 1e-3)
+
+
 def test_windows_of_a_state_without_spans_have_no_bounds():
     metric = Lyapunov()
     metric.windows = torch.zeros(4, dtype=f64)

@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import io
 import logging
+import os
 import pathlib
 import sys
 import threading
@@ -51,6 +52,10 @@ class Clips(Loud):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         self.say("clips here\n")
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+
+def patched():
+    return sys.stdout, sys.stderr, builtins.open, io.open, logging.Logger.handle
 
 
 def heard(make, folder, *callbacks, **settings):
@@ -113,7 +118,7 @@ def test_our_own_warnings_are_heard(capsys):
 
 
 def test_other_threads_notice_nothing_and_everything_is_put_back(tmp_path, capsys):
-    before = sys.stdout, sys.stderr, builtins.open, io.open, logging.Logger.handle
+    before = patched()
     records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
@@ -134,6 +139,65 @@ def test_other_threads_notice_nothing_and_everything_is_put_back(tmp_path, capsy
         assert (tmp_path / "other").read_text() == "other"  # reading goes on
         raise KeyError
     log.removeHandler(handler)
-    assert (sys.stdout, sys.stderr, builtins.open, io.open, logging.Logger.handle) == before
+    assert patched() == before
     assert capsys.readouterr().out == "other\n" and records == ["other"]
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_threads_that_overlap_may_end_in_any_order(tmp_path, capsys):
+    """Two trainers in two threads: the first to begin is the first to end."""
+    before = patched()
+    begun, over = threading.Event(), threading.Event()
+
+    def second():
+        with muted():
+            begun.set()
+            over.wait(10)
+            print("second")
+
+    thread = threading.Thread(target=second)
+    with muted():
+        thread.start()
+        begun.wait(10)
+    (tmp_path / "after").write_text("after")  # while the second thread still is muted
+    print("after")
+    over.set()
+    thread.join()
+    assert patched() == before
+    print("at last")
+    assert capsys.readouterr().out == "after\nat last\n" and (tmp_path / "after").read_text() == "after"
+
+
+def test_what_is_written_can_be_read_back(tmp_path):
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / "log").write_text("of the step\n")
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    with muted():
+        (tmp_path / "new").write_text("new")
+        assert (tmp_path / "new").read_text() == "new"
+        with open(tmp_path / "weights", "wb") as file:
+            torch.save(torch.ones(2), file)
+        with open(tmp_path / "weights", "rb") as file:
+            assert torch.load(file).tolist() == [1, 1]
+        with open(tmp_path / "kept", "r+") as file:
+            assert file.read() == "kept" and file.fileno() > 2 and file.name
+            file.write(" and changed")
+        assert (tmp_path / "kept").read_text() == "kept and changed"
+        with open(tmp_path / "log", "a", encoding="utf-8") as file:
+            file.write("of the step\n")
+        assert (tmp_path / "log").read_text() == "of the step\n"  # as the step itself saw it
+        with muted(), open(tmp_path / "new") as file:  # of a replay in a replay
+            assert file.read() == "new"
+        with open(os.devnull, "w") as file:
+            assert file.name == os.devnull
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_streams_that_are_not_there_or_outlive_it(monkeypatch, capsys):
+    with muted():
+        kept = sys.stdout
+    print("heard", file=kept)
+    assert capsys.readouterr().out == "heard\n"
+    monkeypatch.setattr(sys, "stdout", None)  # a process without a console
+    with muted():
+        print("nobody hears it", flush=True)

@@ -34,6 +34,14 @@ def test_a_quantity_in_other_units(name):
     assert numbers["loss"] and numbers["inside"]
 
 
+@pytest.mark.parametrize("kind", ["momentum", "adamw"])
+@pytest.mark.parametrize("name", ["lyapunov", "lyapunov_trajectory"])
+def test_the_first_steps_of_a_run_in_other_units(name, kind):
+    """The optimizer has no buffer yet: what is pushed must not be weighed by a number without its unit."""
+    how = {"scales": (1e6,), "models": ("tanh",), "optimizers": (kind,), "laws": ("inside",), "before": 0}
+    assert all(numbers for _, numbers in held(name, dtype=f64, **how))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [f32, f64], ids=str)
 @pytest.mark.parametrize("name", REGISTRY)

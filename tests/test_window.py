@@ -11,7 +11,7 @@ from torch.optim import SGD, Adam
 
 from lsp_callbacks.functional import SoftThreshold
 from lsp_callbacks.functional.intervals import gaussian_form_interval, norm_by_random_rows
-from lsp_callbacks.linalg import from_matrix, lanczos, top_between
+from lsp_callbacks.linalg import from_matrix, top_between
 from lsp_callbacks.operators.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.window import Window, keep, squares
 from lsp_callbacks.snapshot import Clipping
@@ -75,12 +75,6 @@ def test_the_largest_eigenvalue_lies_between_its_ends(n, rank):
         assert bool((upper <= 1.3 * ritz.values[..., -1] * (1 + 1e-9)).all()) and len(ritz.basis) < 30
         missed += int((upper < true * (1 - 1e-9)).sum())
     assert missed <= 2 + 3 * 2**0.5  # of 40, each with probability 0.05 at most
-
-
-def test_lanczos_may_stop_when_enough_is_known():
-    seen = []
-    ritz = lanczos(from_matrix(random(50, 50)), random(50), steps=20, enough=lambda r: seen.append(r) or len(seen) == 3)
-    assert len(ritz.basis) == 4  # it is asked from the second product on
 
 
 @pytest.mark.parametrize("size, rows", [(3, 2), (10, 4), (300, 4), (40, 39), (4, 4)])

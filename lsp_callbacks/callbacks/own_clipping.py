@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -71,7 +72,7 @@ def own_clipping(trainer: Any, reset: Callable[[], nn.Module], optimizer: Any) -
         parts = [g.to_dense().double().reshape(-1) for g, moves in zip(gradients, moving) if moves]
         return torch.cat(parts) if parts else torch.zeros(0)
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # the global one is left alone
     noise = [torch.randn(g.shape, generator=generator).to(g.device, g.dtype) for g in own]
     length = float(torch.linalg.vector_norm(flat(own)))
     across = [(length or 1.0) / max(float(torch.linalg.vector_norm(flat(noise))), 1e-30) * g for g in noise]
@@ -79,6 +80,8 @@ def own_clipping(trainer: Any, reset: Callable[[], nn.Module], optimizer: Any) -
     most = 1e4 if any(g.dtype == torch.float16 for g in own) else 1e8
     huge = [most / max(top, 1e-30) * g for g in across]
     with _put_back(parameters, optimizer):
+        if not math.isfinite(length):  # it cannot be tried on this step, and that is no fault of the method
+            return None, list(zip(parameters, apply(own)))
         rule = _limit(flat(huge), flat(apply(huge)))
         for gradients in (huge, across, *([size * g for g in own] for size in SIZES)):
             before, after = flat(gradients), flat(apply(gradients))

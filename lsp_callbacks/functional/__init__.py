@@ -26,6 +26,7 @@ from lsp_callbacks.functional.lyapunov import (
 from lsp_callbacks.functional.marchenko_pastur import MarchenkoPastur, cumulative, density, fit_marchenko_pastur
 from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr, second_moment, second_moment_exponent
 from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce, regularity
+from lsp_callbacks.functional.moments import moment_exponent
 from lsp_callbacks.functional.norm_bound import chain_lipschitz, norm_bound
 from lsp_callbacks.functional.numerics import NumericRange, headroom, lost_share, numeric_range
 from lsp_callbacks.functional.proximal import Box, MaxNorm, Only, Ridge, SoftThreshold, SpectralClip
@@ -137,6 +138,7 @@ __all__ = [
     "lost_share",
     "lyapunov_exponents",
     "mean_square_lr",
+    "moment_exponent",
     "norm_bound",
     "numeric_range",
     "plane_map",

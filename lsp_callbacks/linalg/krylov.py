@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +68,6 @@ def lanczos(
     failure: float | None = None,
     share: float = 1.0,
     generator: torch.Generator | None = None,
-    enough: Callable[[Ritz], bool] | None = None,
 ) -> Ritz:
     """Extreme eigenvalues of a symmetric operator, or of a batch of them at once.
 
@@ -90,7 +88,6 @@ def lanczos(
             `spectrum_bounds` beyond each end, which fails with this probability, must be within the tolerance.
         share: of the start, random; see there.
         generator: for the fresh directions; None draws from a fixed seed, never from the global state.
-        enough: whether to stop at what is known, asked after each product from the second on.
 
     Returns:
         Ritz values with residuals, in float64 whatever the dtype of the vectors.
@@ -130,8 +127,6 @@ def lanczos(
         # A single product cannot tell an eigenvector from the top one.
         converged = finite and (k + 1 == n or (small and k > 0))
         if converged or not finite or k + 1 == steps:
-            break
-        if k and enough is not None and enough(Ritz(values, residuals, coefficients, basis[: k + 1], False)):
             break
         if bool(broken.any()):
             origin = torch.where(broken, k + 1, origin)
@@ -233,15 +228,8 @@ def top_between(
     """
     generator = generator or torch.Generator(operator.device).manual_seed(0)
     start = _randn((*operator.batch, operator.shape[1]), operator.dtype, operator.device, generator)
-
-    def upper(ritz: Ritz) -> Tensor:
-        return _beyond(ritz, failure, 1)
-
-    def enough(ritz: Ritz) -> bool:
-        return bool((upper(ritz) <= ratio * ritz.values[..., -1]).all())
-
-    ritz = lanczos(operator, start, steps=steps, tol=0.0, generator=generator, enough=enough)
-    return ritz, upper(ritz)
+    ritz = lanczos(operator, start, steps=steps, tol=ratio - 1, failure=failure, generator=generator)
+    return ritz, _beyond(ritz, failure, 1)
 
 
 def spectrum_bounds(ritz: Ritz, *, failure: float = 1e-3, share: float = 1.0) -> tuple[Tensor, Tensor]:

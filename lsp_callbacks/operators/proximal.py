@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -161,7 +162,9 @@ class Expected:
     distance: float
 
     def met(self) -> bool:
-        """Whether they are there now, to 0.1 % of the update, and its rounding."""
+        """Whether they are there now, to 0.1 % of the update, and its rounding; True where it is not finite."""
+        if not math.isfinite(self.distance):  # one gradient with an infinity proves no other map
+            return True
         now = flatten([p.detach().double() for p in self.parameters], self.parameters)
         rounding = 4 * torch.finfo(self.parameters[0].dtype).eps * float(torch.linalg.vector_norm(self.after))
         return float(torch.linalg.vector_norm(now - self.after)) <= 1e-3 * self.distance + rounding

@@ -250,8 +250,8 @@ def step_adjoint(snapshot: Snapshot, w: Tensor) -> tuple[Tensor, Tensor]:
     return back[:-1].flatten(), _gradient_change(snapshot, back[-1])
 
 
-def _formula_tangent(snapshot: Snapshot) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
-    """As `step_tangent`, from the change of the clipped gradient."""
+def _formula_tangent(snapshot: Snapshot, *, begun: bool = False) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
+    """As `step_tangent`, from the change of the clipped gradient; ``begun``: see `_parts`."""
     optimizer, own = known_optimizer(snapshot), clipped_gradient(snapshot)
     n = len(own)
     rule, blocks = formula(optimizer), state_blocks(snapshot)
@@ -259,7 +259,7 @@ def _formula_tangent(snapshot: Snapshot) -> tuple[Callable[[Tensor, Tensor], Ten
     theta = flatten(parameters, parameters).detach()
     states = {name: flatten([_state(optimizer, p).get(name) for p in parameters], parameters) for name in blocks}
     states = {name: state.detach().to(theta.dtype) for name, state in states.items()}
-    parts = _parts(snapshot, blocks)
+    parts = _parts(snapshot, blocks, begun)
 
     def step(z: Tensor, change: Tensor) -> Tensor:
         v, *tangents = z.split(n)
@@ -308,7 +308,8 @@ def _state(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
     return optimizer.state.get(p, {})
 
 
-def _parts(snapshot: Snapshot, blocks: tuple[str, ...]) -> list[_Part]:
+def _parts(snapshot: Snapshot, blocks: tuple[str, ...], begun: bool) -> list[_Part]:
+    """The parameters by options and history; ``begun``: as if each state were there already, and no rate were 0."""
     optimizer, groups = known_optimizer(snapshot), group_of(snapshot)
     rule, end = formula(optimizer), 0
     found: dict[tuple, _Part] = {}
@@ -317,9 +318,11 @@ def _parts(snapshot: Snapshot, blocks: tuple[str, ...]) -> list[_Part]:
         group, state = groups[name], _state(optimizer, p)
         still = group is None or (snapshot.gradient is not None and snapshot.gradient[name] is None)
         wanted = blocks if still or group is None else rule.blocks(group)
-        present = tuple(block for block in wanted if state.get(block) is not None)
+        present = tuple(block for block in wanted if begun or state.get(block) is not None)
         t = float(state.get("step", 0.0)) + 1
         key = (None if still else id(group), t, present)
+        if begun and group is not None:
+            group = group | {"lr": float(group["lr"]) or float(group.get("initial_lr", 0.0))}
         part = found.setdefault(key, _Part([], None if still else group, t, present))
         if part.ranges and part.ranges[-1][1] == start:
             part.ranges[-1] = (part.ranges[-1][0], end)
@@ -367,25 +370,30 @@ def parameter_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> Linear
     return LinearOperator((n, n), block(A), block(A.T), dtype=A.dtype, device=A.device)
 
 
-def state_weight(snapshot: Snapshot, jacobian: LinearOperator) -> Tensor:
+def state_weight(snapshot: Snapshot) -> Tensor:
     """Weights ``(1, r)`` of the norm ``||(v, r m)||``: r is how far a unit of the momentum buffer moves a parameter.
+
+    By the optimizer's own step alone, also where no buffer is there yet, and at rate 0 as at the group's
+    ``initial_lr``: a weight without the units of the parameters would make the norm depend on their scale, and jump
+    when the buffer appears.
 
     Args:
         snapshot: the step.
-        jacobian: its `step_jacobian`.
 
     Returns:
         ``(P,)``, or ``(2P,)`` where there is momentum: what else the optimizer remembers has no part in the norm. r is
-        1 where the buffer moves nothing in this step.
+        1 where a buffer would never move anything.
 
     Cost: no gradient.
     """
     optimizer = known_optimizer(snapshot)
     rule = formula_of(optimizer)
-    n = sum(p.numel() for p in snapshot.parameters.values())
-    unit = torch.zeros(jacobian.shape[1], dtype=jacobian.dtype, device=jacobian.device)
+    like = clipped_gradient(snapshot)
+    like = like.to(torch.promote_types(like.dtype, torch.float32))
     if rule is None or not any(map(rule.momentum, optimizer.param_groups)):
-        return torch.ones_like(unit[:n])
-    unit[n : 2 * n] = 1.0
-    reach = (jacobian @ unit)[:n].abs()
-    return torch.cat([torch.ones_like(reach), torch.where(reach > 0, reach, 1.0)])
+        return torch.ones_like(like)
+    step, size = _formula_tangent(snapshot, begun=True)
+    unit = like.new_zeros(size)
+    unit[len(like) : 2 * len(like)] = 1.0
+    reach = step(unit, torch.zeros_like(like))[: len(like)].abs()
+    return torch.cat([torch.ones_like(like), torch.where(reach > 0, reach, 1.0)])

@@ -168,7 +168,7 @@ class Lyapunov(Windowed):
 
     def restart(self) -> None:
         super().restart()
-        self.windows = self.windows[:0]  # of another map
+        self.windows, self.spans = self.windows[:0], self.spans[:0]  # of another map
 
     def compute(self) -> dict[str, Tensor]:
         """Mean of the last windows and its bounds, in nats a step."""
@@ -303,8 +303,7 @@ class LyapunovTrajectory(Windowed):
 def _step(snapshot: Snapshot, method: Method) -> tuple[LinearOperator, Tensor]:
     """The Jacobian of a step, over all players where there are several, and the weights of the norm."""
     if snapshot.player is None:
-        jacobian = update_jacobian(snapshot, method=method)
-        return jacobian, state_weight(snapshot, jacobian)
+        return update_jacobian(snapshot, method=method), state_weight(snapshot)
     jacobian = joint_jacobian(snapshot, method=method)
     size = sum(p.numel() for p in snapshot.joint.parameters.values())
     # How far the other players' buffers reach is not known before their own steps.

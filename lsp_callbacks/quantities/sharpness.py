@@ -32,11 +32,15 @@ Readings = tuple[float, ...]
 
 def measured_edge(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method) -> Edge:
     """The step's `Edge`, computed once for all quantities that align with it."""
-    n = _size(snapshot)
-    steps = WARM if start is not None and len(start) == n and n > COLD else COLD
+    steps = _steps(snapshot, start)
     return snapshot.once(
         ("edge", method), lambda: edge(snapshot, start=start, top=top, steps=steps, tol=TOLERANCE, method=method)
     )
+
+
+def _steps(snapshot: Snapshot, start: Tensor | None) -> int:
+    n = _size(snapshot)
+    return WARM if start is not None and len(start) == n and n > COLD else COLD
 
 
 def edge_cost(snapshot: Snapshot, method: Method) -> dict[str, float]:
@@ -191,12 +195,12 @@ class Sharpness(Quantity):
     def _without_update(self, snapshot: Snapshot) -> None:
         """The Hessian's own eigenvalue, without the optimizer."""
         _, top = self._starts.get("", (None, None))
-        steps = COLD if top is None else WARM
-        pair = top_eigenvalue(snapshot, start=top, steps=steps, tol=TOLERANCE, method=self.method)
-        residual = pair.residual / pair.value.abs().clamp_min(torch.finfo(torch.float64).tiny)
+        pair = top_eigenvalue(snapshot, start=top, steps=_steps(snapshot, top), tol=TOLERANCE, method=self.method)
+        assert pair.upper is not None
+        error = (pair.upper - pair.value) / pair.value.abs().clamp_min(torch.finfo(torch.float64).tiny)
         self._starts[""] = (pair.vector, pair.vector)
-        self.sharpness, self.residual, self.complete = scalar(pair.value), scalar(residual), True
-        self.limit = self.courant = scalar(math.nan)
+        self.sharpness, self.residual, self.complete = scalar(pair.value), scalar(error), True
+        self.limit = self.courant = self.courant_residual = scalar(math.nan)
 
     def compute(self) -> dict[str, Tensor]:
         """The last measurement."""
