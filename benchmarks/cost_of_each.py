@@ -3,7 +3,8 @@
 One complete measurement of each quantity, alone, all steps of its window summed, in units of a gradient of the same
 replay (forward and backward pass), which is timed in turn with it: by the processor's time, one thread, the median of
 several. The first measurement is not among them: later ones start from it. Prints what `Quantity.cost` predicts, what
-was measured and the ratio. Random data, SGD without momentum; ``--optimizer`` takes another.
+was measured and the ratio. Random data, SGD without momentum; ``--optimizer`` takes another. A dash
+stands where the network has nothing to measure.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from lsp_callbacks.quantities import REGISTRY, Quantity
 from lsp_callbacks.snapshot import Snapshot
 from lsp_callbacks.step import PendingStep, rate
 from lsp_callbacks.trace import Trace
+from lsp_callbacks.unmeasurable import NotApplicable
 
 CLASSES = 10
 #: Seconds after which a measurement is not repeated again.
@@ -146,10 +148,16 @@ def main() -> None:
         print(f"{name:34}", end="", flush=True)
         for model in options.models:
             quantity = REGISTRY[name](**SETTINGS.get(name, {}))
-            told, took, units[model] = measure(quantity, model, options.optimizer, options.repetitions)
-            print(f"{f'{told:.1f} / {took:.1f} = {told / took:.2f}':>24}", end="", flush=True)
+            try:
+                told, took, units[model] = measure(quantity, model, options.optimizer, options.repetitions)
+                shown = f"{told:.1f} / {took:.1f} = {told / took:.2f}"
+            except NotApplicable:
+                shown = "-"
+            print(f"{shown:>24}", end="", flush=True)
         print()
-    print(f"{'milliseconds of a gradient':34}" + "".join(f"{units[name]:24.2f}" for name in options.models))
+    print(
+        f"{'milliseconds of a gradient':34}" + "".join(f"{units.get(name, math.nan):24.2f}" for name in options.models)
+    )
 
 
 if __name__ == "__main__":

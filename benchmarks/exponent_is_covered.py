@@ -11,12 +11,14 @@ sharpest mode of the step before the window; ``log rho`` of the product over the
 the quantity averages. Where the Hessian hardly moves (60 steps later) it is also compared with what knows of no mode at
 all: the product of the companion matrices at each step's own largest eigenvalue.
 
-``python benchmarks/exponent_is_covered.py`` prints the table of the ``.md``.
+``python benchmarks/exponent_is_covered.py`` prints the table of the ``.md``; the first seed and the number of
+quadratics, three times that of the networks, may be given.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -180,9 +182,11 @@ def row(name: str, found: list[dict[str, float]]) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    first, most = (int(a) for a in (*sys.argv[1:], *("0", "300")[len(sys.argv) - 1 :]))
+    many, few = range(first, first + most), range(first, first + most // 3)
     print(HEAD, "|---" * (HEAD.count("|") - 1) + "|", sep="\n")
     for method in ("exact", "finite_difference"):
-        print(row(f"300 quadratics, {method}", [quadratic(seed, method) for seed in range(300)]), flush=True)
-        print(row(f"100 networks, {method}", [network(seed, method) for seed in range(100)]), flush=True)
-        late = [network(seed, method, late=True) for seed in range(100)]
-        print(row(f"100 networks, 60 steps later, {method}", late), flush=True)
+        print(row(f"{len(many)} quadratics, {method}", [quadratic(seed, method) for seed in many]), flush=True)
+        print(row(f"{len(few)} networks, {method}", [network(seed, method) for seed in few]), flush=True)
+        late = [network(seed, method, late=True) for seed in few]
+        print(row(f"{len(few)} networks, 60 steps later, {method}", late), flush=True)

@@ -4,7 +4,7 @@ Found: along ten runs of a hundred readings each, against scipy's eigsh in float
 outside of ``sharpness (1 +- residual)``, and none by more than twice the bar; the value itself is seldom far off.
 The constants of `lsp_callbacks.quantities.sharpness` were chosen on seed 0; the table is of seed 1.
 
-``python benchmarks/sharpness_error_bars.py`` prints the table of the ``.md``.
+``python benchmarks/sharpness_error_bars.py`` prints the table of the ``.md``; seed and readings of a run may be given.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sharpness_runs import RUNS, exact_top, readings
 from lsp_callbacks import Sharpness
 from lsp_callbacks.functional.sharpness import edge_constant
 from lsp_callbacks.operators import frozen
+from lsp_callbacks.operators.coming import coming_rule
 from lsp_callbacks.quantities.sharpness import measured_edge
 
 HEAD = "| run | low by, median | 95 % of readings | most | bar, median | products | outside | by more than twice |"
@@ -34,10 +35,11 @@ def errors(name: str, seed: int, count: int = 100) -> tuple[np.ndarray, np.ndarr
         loss_of = snapshot.memo["loss of"]
         (truth,) = exact_top(snapshot.module, loss_of)
         rows.append((truth / values["sharpness"] - 1, values["sharpness_residual"], edge.products))
-        rate = frozen.rates(snapshot)
+        rule = coming_rule(snapshot)
+        rate = frozen.rates(snapshot, rule)
         if isinstance(rate, torch.Tensor):  # behind a preconditioner the Courant number has a run of its own
             (top,) = exact_top(snapshot.module, loss_of, rate**0.5)
-            truth = top / edge_constant(frozen.frozen_rule(snapshot))
+            truth = top / edge_constant(rule)
             courant.append((truth / values["courant_gd"] - 1, values["courant_gd_residual"], 0))
         torch.random.set_rng_state(state)
     return np.array(rows), np.array(courant)
@@ -69,4 +71,4 @@ def table(seed: int, count: int = 100) -> list[str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print("\n".join(table(seed=1)))
+    print("\n".join(table(*map(int, sys.argv[1:] or "1"))))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from torch.nn.utils import parametrizations
 import lsp_callbacks.operators.tangent_kernel as module_under_test
 from lsp_callbacks import ProbeSet
 from lsp_callbacks.functional import sharpness
-from lsp_callbacks.operators.per_sample import rows_alone
+from lsp_callbacks.operators import per_sample
+from lsp_callbacks.operators.layers import layer_uses
+from lsp_callbacks.operators.per_sample import ParameterGram, Part, rows_alone
 from lsp_callbacks.operators.tangent_kernel import tangent_kernel
 from lsp_callbacks.probes import evaluation
 from lsp_callbacks.snapshot import Unmeasurable, evaluating
@@ -354,6 +357,22 @@ def test_parts_of_different_sizes_tiny_memory_and_a_preconditioner(name):
     scalars = {n: 0.5 + i for i, n in enumerate(parameters)}
     flat = torch.cat([torch.full((p.numel(),), scalars[n], dtype=f64) for n, p in parameters.items()])
     agree(tangent_kernel(probes_of(module, x, squares(module, x)), outputs="all", scale=scalars), dense(J, D=flat), N)
+
+
+class Conv1D(nn.Module):
+    nf = 4  # as in transformers: y = x W
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), Conv1D()])
+@pytest.mark.parametrize("block", [1, 2**19])
+def test_a_preconditioned_linear_layer_needs_no_gradient_of_a_sample(layer, block, monkeypatch):
+    monkeypatch.setattr(per_sample, "BLOCK", block)
+    x, g, root = random(N, 4, seed=1), random(N, 3, 4, seed=2), random(4, 4, seed=3).abs()
+    use = layer_uses(layer, x, g)["weight"]
+    rows = (use.gradients(0, N) * root.reshape(-1)).flatten(0, 1)
+    none = replace(use, gradients=lambda lo, hi: pytest.fail("a gradient was formed"))
+    parts = [Part(2, [replace(none, factors=(g[:2], x[:2]))]), Part(3, [replace(none, factors=(g[2:], x[2:]))])]
+    close(ParameterGram(parts).gram(root, 2**26), rows @ rows.T, EXACT)
 
 
 def test_one_output_gives_the_matrix_itself():

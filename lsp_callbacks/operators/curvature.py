@@ -53,8 +53,9 @@ def hessian(
     Under several ranks H is the Hessian of the mean of their losses: each product is the mean of the ranks' own, from
     the same vector, and so is what each check looks at.
 
-    Cost: finite difference 1.2 gradients a product; exact 3.3 for the first and 2 for each further one, and with custom
-    functions 4 more for the comparison. Several ranks add an all-reduce of a gradient to each.
+    Cost: finite difference 1.2 gradients a product, and one or two more in a step whose curvature is small; exact 3.3
+    for the first and 2 for each further one, both within 40 %, and with custom functions 4 more for the comparison.
+    Several ranks add an all-reduce of a gradient to each.
     """
     parameters = list(snapshot.parameters.values())
     if not parameters:
@@ -69,8 +70,8 @@ def resolved(snapshot: Snapshot, method: Method) -> Method:
     """What ``"auto"`` stands for: finite differences where they are right, exact products elsewhere.
 
     Finite differences need the step's gradient, full precision, and a smooth loss: across the kink of a ReLU, the jump
-    of the gradient over a small distance looks like a large curvature: up to 9 times the true sharpness in
-    ``benchmarks/finite_differences_at_kinks.py``.
+    of the gradient over a small distance looks like a large curvature: up to 23 times the true sharpness in
+    ``benchmarks/finite_differences_at_kinks.py``, where it is not checked.
     """
     if method != "auto":
         return method
@@ -102,7 +103,7 @@ def label(path: str, snapshot: Snapshot, dtype: torch.dtype | None = None) -> st
 
 
 def product_cost(method: Method, products: int) -> float:
-    """Gradients that ``products`` Hessian products on one step cost; measured in ``benchmarks/``."""
+    """Gradients that ``products`` Hessian products on one step cost; see ``benchmarks/hessian_product_costs.py``."""
     return 1.2 * products if method == "finite_difference" else 3.3 + 2.0 * (products - 1)
 
 

@@ -21,11 +21,13 @@ class Use:
     Attributes:
         gradients: see `Gradients`.
         factors: ``g`` of ``(N, R, o)`` and ``a`` of ``(N, i)`` where each gradient is the outer product of the two.
+        transposed: whether the parameter is ``(i, o)`` instead of ``(o, i)``.
         path: "structured", or "layer" where the layer itself was differentiated sample by sample.
     """
 
     gradients: Gradients
     factors: tuple[Tensor, Tensor] | None = None
+    transposed: bool = False
     path: str = "structured"
 
 
@@ -57,6 +59,7 @@ def _outer(a: Tensor, g: Tensor, *, transposed: bool = False) -> Use:
     return Use(
         lambda lo, hi: torch.einsum(order, g[lo:hi], a[lo:hi]).flatten(2),
         factors=(g[:, :, 0], a[:, 0]) if single else None,
+        transposed=transposed,
     )
 
 

@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from lsp_callbacks.linalg import Sketch
 from lsp_callbacks.operators.layers import Gradients, Use, layer_uses
 
+#: Numbers at a time that stay in the cache.
+BLOCK = 2**19
+
 
 @dataclass(frozen=True)
 class Part:
@@ -46,8 +49,10 @@ class ParameterGram:
     def gram(self, root: Tensor, memory: int) -> Tensor:
         """``(N R, N R)``, sample by sample, of gradients times ``root``, a scalar or of the parameter's shape."""
         factors = [part.uses[0].factors for part in self.parts if len(part.uses) == 1]
-        if len(factors) == len(self.parts) and all(factors) and root.ndim == 0:
+        if len(factors) == len(self.parts) and all(factors):
             g, a = (_wide(torch.cat([pair[k] for pair in factors if pair])) for k in (0, 1))
+            if root.ndim:
+                return _weighted(g, a, root.T if self.parts[0].uses[0].transposed else root)
             n, rows, _ = g.shape
             flat = (root * g).flatten(0, 1)
             share = flat @ flat.T
@@ -66,6 +71,21 @@ class ParameterGram:
         size = lower[-1].shape[1]
         square = torch.cat([F.pad(row, (0, size - row.shape[1])) for row in lower])
         return square.tril() + square.tril(-1).T
+
+
+def _weighted(g: Tensor, a: Tensor, root: Tensor) -> Tensor:
+    """``sum_o g_io g_jo sum_k root_ok^2 a_ik a_jk``, some of the outputs o at a time: no gradient is ever formed."""
+    n, rows, _ = g.shape
+    share = g.new_zeros(n, rows, n, rows)
+    step = max(1, BLOCK // (n * (a.shape[1] + 3 * n)))
+    for some, weights in zip(g.permute(2, 1, 0).split(step), root.to(a).split(step)):
+        weighted = a * weights[:, None]  # (o, n, k)
+        inner = weighted @ weighted.mT
+        for r in range(rows):
+            left = inner * some[:, r, :, None]
+            for s in range(rows):
+                share[:, r, :, s] += (left * some[:, s, None]).sum(0)
+    return share.view(n * rows, n * rows)
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lsp_callbacks.operators.curvature import Method, product_cost
+from lsp_callbacks.operators.formulas import formula_of
 from lsp_callbacks.snapshot import Snapshot
 
 
@@ -105,9 +106,20 @@ def sample_passes(snapshot: Snapshot, samples: int, count: float) -> float:
 
 def products(snapshot: Snapshot, method: Method, count: int, *, tangent: bool = False) -> float:
     """Gradients of Hessian products on one step; ``tangent``: inside the Jacobian of the optimizer's step."""
-    vectors = (6 if method == "finite_difference" else 3) + 15 * tangent
-    own = beside(snapshot, calls=count * (20 + 30 * tangent), vectors=count * vectors)
-    return product_cost(method, count) + own
+    calls, vectors = (60, 6) if method == "finite_difference" else (20, 3)
+    own = beside(snapshot, calls=count * calls, vectors=count * vectors)
+    return product_cost(method, count) + own + (push_cost(snapshot, count) if tangent else 0.0)
+
+
+def push_cost(snapshot: Snapshot, count: int) -> float:
+    """Gradients of vectors pushed through the optimizer's step at a gradient that does not change."""
+    rule = None if snapshot.optimizer is None else formula_of(snapshot.optimizer)
+    if rule is None or snapshot.optimizer is None:
+        vectors = 39  # as of Adam
+    else:
+        blocks = {block for group in snapshot.optimizer.param_groups for block in rule.blocks(group)}
+        vectors = 15 + 6 * len(blocks) + 12 * (rule.second_moment is not None)
+    return beside(snapshot, calls=30 * count, vectors=vectors * count)
 
 
 def lanczos_cost(snapshot: Snapshot, method: Method, steps: int, runs: int = 1, *, tangent: bool = False) -> float:

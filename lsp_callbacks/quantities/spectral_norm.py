@@ -32,7 +32,7 @@ class SpectralNorm(Quantity):
     Keys: ``stability/spectral_norm_max``, ``stability/spectral_log_sum`` (nats), ``stability/spectral_norm_residual``
     (the largest, relative), ``stability/spectral_norm/<layer>``, ``stability/embedding_row_norm/<layer>``.
 
-    Cost: 0.8 gradients on a large MLP, the forward replay that finds the input sizes included; 4 on a small one.
+    Cost: 0.8 gradients on a large MLP, the forward replay that finds the input sizes included; 3 on a small one.
 
     Source: Katende, Thm 4.1; Miyato et al. 2018 for the iteration.
     """
