@@ -8,7 +8,7 @@ import torch
 from test_sgd_stability import FOUR, RULES, TANH, f64, random, scalar, seeded, step_matrices
 
 from lsp_callbacks.functional import UpdateRule, moment_exponent, reduce, second_moment_exponent, sgd_exponent
-from lsp_callbacks.functional.moments import COORDINATES
+from lsp_callbacks.functional.moments import COORDINATES, MODES
 
 torch.set_num_threads(1)
 DRAWS = ((1, False), (2, False), (2, True), (3, False), (3, True))
@@ -183,13 +183,14 @@ def test_other_moments_are_refused(p):
 
 
 def test_what_is_too_large_is_refused():
-    y = random(40, COORDINATES + 1)
+    y = random(40, MODES + 1)
     modes = reduce(y @ y.T)
     assert math.isfinite(moment_exponent(modes, 1e-3, p=2, batch_size=1))
-    with pytest.raises(ValueError, match=r"33 coordinates.*fewer probes"):
+    with pytest.raises(ValueError, match=r"25 coordinates.*fewer probes"):
         moment_exponent(modes, 1e-3, p=4, batch_size=1)
-    with pytest.raises(ValueError, match="34 coordinates"):
-        moment_exponent(reduce(y[:, :17] @ y[:, :17].T), 1e-3, p=4, batch_size=1, rule=UpdateRule(0.9))
+    with pytest.raises(ValueError, match="18 coordinates"):
+        moment_exponent(reduce(y[:, :9] @ y[:, :9].T), 1e-3, p=4, batch_size=1, rule=UpdateRule(0.9))
+    assert (MODES, COORDINATES) == (24, 16)
     with pytest.raises(ValueError, match="batch_size=5"):
         moment_exponent(reduce(TANH), 0.3, p=4, batch_size=5)
     with pytest.raises(ValueError, match="batch statistics"):

@@ -22,6 +22,8 @@ MEANINGS = {
     "mean_square_lr": "where its second moment does",
     "steps_to_edge": "until the schedule crosses the edge",
     "sgd_lyapunov": "SGD frozen at the weights, nats a step",
+    "sgd_moment_2": "growth of E |v|^2, nats a step",
+    "sgd_moment_4": "of E |v|^4: above 0 rare runs explode",
     "kernel_rank": "of the Gram matrix of output gradients",
     "kernel_trace": "of the mean Gauss-Newton matrix",
     "collapsed": "1: outputs do not depend on inputs",
