@@ -162,6 +162,9 @@ UNITS: dict[str, dict[str, Unit]] = {
         "rate_square_sum": Unit(rate=2),
         "rate_decay": ONE,
         "robbins_monro_so_far": ONE,
+        "gradient_lipschitz": CURVATURE,
+        "noise_lipschitz": Unit(loss=1, parameter=-1),
+        "noise_gain": ONE,
     },
     "spectral_density": {
         **_with_errors(CURVATURE, "hessian_trace"),
