@@ -120,6 +120,8 @@ UNITS: dict[str, dict[str, Unit]] = {
         "gd_lyapunov": ONE,
         "sgd_lyapunov_least": ONE,
         "sgd_lyapunov_most": ONE,
+        "sgd_moment_2": ONE,
+        "sgd_moment_4": ONE,
         "sgd_lyapunov_finite": ONE,
         "sgd_lyapunov_finite_spread": ONE,
         "kernel_margin": ONE,
@@ -160,6 +162,9 @@ UNITS: dict[str, dict[str, Unit]] = {
         "rate_square_sum": Unit(rate=2),
         "rate_decay": ONE,
         "robbins_monro_so_far": ONE,
+        "gradient_lipschitz": CURVATURE,
+        "noise_lipschitz": Unit(loss=1, parameter=-1),
+        "noise_gain": ONE,
     },
     "spectral_density": {
         **_with_errors(CURVATURE, "hessian_trace"),
@@ -435,7 +440,13 @@ def settings_of(name: str, method: str, optimizer: torch.optim.Optimizer) -> dic
         "batch_sharpness": {"rtol": 1e9, "most": 8},
         "lyapunov": {"window": 2},
         # The second moment of momentum takes long.
-        "sgd_stability": {"probes": SAMPLES, "chains": 4, "steps": 40, "horizon": 20 if plain else None},
+        "sgd_stability": {
+            "probes": SAMPLES,
+            "chains": 4,
+            "steps": 40,
+            "horizon": 20 if plain else None,
+            "moments": (2, 4) if plain else (),
+        },
         "lyapunov_trajectory": {"k": 2, "transient": 1, "window": 40},
         "sgd_law": {"probes": SAMPLES, "products": 8},
         "leave_one_out": {"samples": 2, "window": 2},

@@ -26,7 +26,7 @@ QUANTITIES = {
     "sharpness": ("method",),
     "spectral_norm": (),
     "residual_cfl": ("samples", "h"),
-    "sgd_stability": ("probes", "outputs", "sampling", "chains", "steps", "horizon", "most_rows"),
+    "sgd_stability": ("probes", "outputs", "sampling", "chains", "steps", "horizon", "moments", "most_rows"),
     "lyapunov": ("window", "average", "method"),
     "lyapunov_trajectory": ("k", "transient", "window", "method"),
     "clarke_profile": ("samples", "eps", "vertices", "most"),

@@ -16,7 +16,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from zoo import MOMENTUM, Model, data, fit
 
 from lsp_callbacks import Monitor, ProbeSet, SGDLaw, StabilityMonitor, Unmeasurable
-from lsp_callbacks.functional import PowerLaw, batch_variance, fit_noise, gradient_noise, sgd_law
+from lsp_callbacks.functional import (
+    PowerLaw,
+    batch_variance,
+    fit_noise,
+    gradient_noise,
+    noise_gain,
+    noise_lipschitz,
+    sgd_law,
+)
 from lsp_callbacks.functional.sgd_law import contraction_factor
 from lsp_callbacks.loops import Watch, watch_fabric
 from lsp_callbacks.operators.tangent_kernel import tangent_kernel
@@ -116,6 +124,87 @@ def test_the_fit_of_the_noise():
     close(through.sigma_1_squared, (d**3).sum() / d.square().sum(), 1e-12)
     for few in (d[:2], d.new_ones(9), d[:0]):
         assert fit_noise(few, few).sigma_0_squared.isnan()
+
+
+# -- the constants of Thm 5.2 (3) ------------------------------------------------------------------------------------
+
+
+def response(steps, lr, pushes):
+    """The largest norm of ``theta_t`` over unit pushes in each step of ``v+ = A v - lr B u``, as scalars."""
+    v = 0.0
+    for a, b in zip(steps, pushes):
+        v = abs(a) * v + lr * b
+    return v
+
+
+def test_noise_displaces_a_quadratic_by_no_more_than_the_gain_and_as_far():
+    curvatures, lr, size = random(400, seed=5).abs().clamp(0.3, 1.9).tolist(), 0.9, 0.7
+    bound = noise_gain(lr, convexity=0.3, smoothness=1.9) * lr * size
+    assert response([1 - lr * a for a in curvatures], lr, [size] * 400) <= bound
+    worst = [1 - lr * 0.3] * 400  # |1 - 0.27| is above |1 - 1.71|
+    close(response(worst, lr, [size] * 400), bound, 1e-9)
+    close(bound, size / 0.3, 1e-9)
+
+
+def test_convexity_of_the_mean_bounds_no_sensitivity_to_noise():
+    """``theta+ = theta - lr (theta + sin(k theta + u))``: Thm 5.2 (3) as printed has no constant."""
+    lr, k, logs = 0.5, 10.0, []
+    assert sgd_law(lr, convexity=1.0, smoothness=1.0, sigma_0_squared=0.5).q < 1
+    generator = torch.Generator().manual_seed(0)
+    theta = torch.zeros(2000, dtype=f64)
+    phase = 2 * math.pi * torch.rand(2000, generator=generator, dtype=f64)
+    log = (lr * phase.cos().abs()).log()  # d theta_1 / d u_0
+    theta = theta - lr * (theta + phase.sin())
+    for _ in range(40):
+        phase = k * theta + 2 * math.pi * torch.rand(2000, generator=generator, dtype=f64)
+        log = log + (1 - lr * (1 + k * phase.cos())).abs().log()
+        theta = theta - lr * (theta + phase.sin())
+        logs.append(float(log.mean()))
+    close((logs[-1] - logs[9]) / 30, math.log(k / 4), 0.02)
+    with pytest.raises(ValueError, match="contract"):  # the least curvature of G(., u) is 1 - k
+        noise_gain(lr, convexity=1 - k, smoothness=1 + k)
+
+
+@pytest.mark.parametrize(
+    "lr, m, L", [(0.0, 1, 2), (1.0, 1, 2), (0.5, 0, 2), (0.5, -1, 2), (-1, 1, 2), (0.5, math.nan, 2)]
+)
+def test_where_no_step_need_contract_there_is_no_gain(lr, m, L):
+    with pytest.raises(ValueError, match=r"convexity="):
+        noise_gain(lr, convexity=m, smoothness=L)
+
+
+def test_the_constant_of_the_noise_is_reached():
+    g = random(6, 4, seed=6) + 3
+    found = noise_lipschitz(g @ g.T)
+    close(found, torch.linalg.matrix_norm(g - g.mean(0), 2), 1e-10)
+    ways = random(20000, 6, seed=7)
+    ways = ways - ways.mean(1, keepdim=True)
+    ratios = (ways @ g).norm(dim=1) / ways.norm(dim=1)
+    assert 0.9 * found < ratios.max() <= found * (1 + 1e-12)
+
+
+def test_the_constants_of_a_run_with_batches_in_turn():
+    """A linear model, batches of four of its three weights: the extremes over all Hessians seen."""
+    task = linear(12)
+    metric, optimizer = SGDLaw(probes=12, products=30), SGD(task.parameters(), lr=0.05)
+    parts, spectra = [slice(0, 4), slice(4, 8), slice(8, 12)], []
+    for step, rows in enumerate(parts):
+        x = task.x[rows]
+        spectra.append(torch.linalg.eigvalsh(x.T @ x / 4))
+        probes = probes_of(task, samples=12, batch_size=4, population=12)
+        metric.update(freeze(task, optimizer, lambda rows=rows: task(rows), step=step, probes=probes))
+        found = {key.split("/")[1]: float(value) for key, value in metric.compute().items()}
+        least, most = min(float(s[0]) for s in spectra), max(float(s[-1]) for s in spectra)
+        close(found["gradient_lipschitz"], most, 1e-6)
+        close(found["noise_gain"], noise_gain(0.05, convexity=least, smoothness=most), 1e-4)
+    r = task.net(task.x) - task.y
+    g = (r * task.x).detach()
+    close(found["noise_lipschitz"], torch.linalg.matrix_norm(g - g.mean(0), 2), 1e-8)
+    for other in (measured(linear(), lr=20.0, steps=1), measured(linear(), make=partial(SGD, momentum=0.5), steps=1)):
+        assert "stability/noise_gain" not in other.compute() and "stability/gradient_lipschitz" in other.compute()
+    assert "stability/noise_gain" not in measured(linear(2), samples=2, population=2, batch_size=1).compute()
+    metric.restart()
+    assert metric.curvatures.tolist() == [math.inf, 0.0, 0.0]
 
 
 # -- the noise of the gradient ---------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 from functools import partial
 
 import pytest
@@ -17,7 +18,8 @@ from zoo import same as same_run
 
 from lsp_callbacks import Monitor, ProbeSet, SGDStability, StabilityMonitor, Unmeasurable
 from lsp_callbacks.callbacks import adapter
-from lsp_callbacks.functional import UpdateRule, critical_lr, reduce, sgd_exponent
+from lsp_callbacks.functional import UpdateRule, critical_lr, moment_exponent, reduce, sgd_exponent
+from lsp_callbacks.functional.moments import MODES
 from lsp_callbacks.probes import evaluation
 
 SGD_COURANT, GD_COURANT, DIAL = "stability/courant_sgd", "stability/courant_gd", "stability/courant"
@@ -509,6 +511,35 @@ def test_the_details_are_those_of_the_ground_truth():
     assert "stability/gd_lyapunov" in measured() and "stability/kernel_margin" not in measured()
     with pytest.raises(ValueError, match="horizon=0"):
         SGDStability(horizon=0)
+
+
+def test_moments_are_those_of_the_function():
+    keys = {p: f"stability/sgd_moment_{p}" for p in (2, 4)}
+    for make, own in ((SGD, UpdateRule()), (partial(SGD, momentum=0.9), UpdateRule(0.9))):
+        found = measured(SGDStability(4, steps=60, chains=4, moments=(4, 2)), make=make)
+        for p, key in keys.items():
+            close(found[key], moment_exponent(reduce(K), RATE, p=p, batch_size=1, rule=own), 1e-7)
+    assert not set(keys.values()) & measured().keys()
+    assert keys[4] not in measured(SGDStability(4, steps=60, chains=4, moments=[2]))
+
+
+def test_a_moment_that_is_too_large_leaves_the_dial():
+    monitor = StabilityMonitor(SGDStability(MODES + 8, steps=20, chains=2, moments=(2, 4)), every_n_steps=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(lambda: Model(mlp(), SGD), monitor, max_steps=8)
+    said = [str(w.message) for w in caught if "sgd_moment_4" in str(w.message)]
+    assert len(said) == 1 and "too large" in said[0] and "fewer probes" in said[0]
+    assert monitor.history[SGD_COURANT].values and "stability/sgd_moment_4" not in monitor.history
+    assert all(math.isfinite(value) for value in monitor.history["stability/sgd_moment_2"].values)
+
+
+@pytest.mark.parametrize("moments", [(3,), (2, 6), "24", 2, (2.5,), None])
+def test_moments_that_are_not_exact_are_refused(moments):
+    with pytest.raises(ValueError, match="moments="):
+        SGDStability(moments=moments)
+    with pytest.raises(ValueError, match=r"moments=.*independent"):
+        SGDStability(moments=(2,), sampling="reshuffle")
 
 
 class Late(SGDStability):

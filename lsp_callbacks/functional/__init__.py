@@ -35,7 +35,7 @@ from lsp_callbacks.functional.residual import ResidualStability, residual_stabil
 from lsp_callbacks.functional.robbins_monro import PowerLaw, RateDecay, RobbinsMonro, rate_decay, robbins_monro
 from lsp_callbacks.functional.robustness import Sensitivity, sensitivity
 from lsp_callbacks.functional.secant import Secant, secant
-from lsp_callbacks.functional.sgd_law import NoiseFit, SGDLaw, fit_noise, sgd_law
+from lsp_callbacks.functional.sgd_law import NoiseFit, SGDLaw, fit_noise, noise_gain, noise_lipschitz, sgd_law
 from lsp_callbacks.functional.sgd_stability import (
     Exponent,
     finite_time_exponents,
@@ -139,6 +139,8 @@ __all__ = [
     "lyapunov_exponents",
     "mean_square_lr",
     "moment_exponent",
+    "noise_gain",
+    "noise_lipschitz",
     "norm_bound",
     "numeric_range",
     "plane_map",

@@ -14,8 +14,8 @@ from lsp_callbacks.functional.mean_square import second_moment_exponent
 from lsp_callbacks.functional.modes import PLAIN, Modes, UpdateRule, drawn_from
 from lsp_callbacks.functional.sgd_stability import gd_exponent
 
-#: Coordinates of a fourth moment, at most: a tensor of these has 8 MiB;
-COORDINATES = 32
+#: Coordinates of a fourth moment, at most, without and with momentum, which takes more products;
+MODES, COORDINATES = 24, 16
 #: and ``N outputs^2 d^4``, a sixth of the multiplications of a product.
 WORK = 2**28
 #: Entries of what is held of some samples at a time.
@@ -34,7 +34,7 @@ def moment_exponent(
     replacement: bool = False,
     population: int | None = None,
     tol: float = 1e-9,
-    iterations: int = 4000,
+    iterations: int = 1024,
 ) -> float:
     """``Lambda(p) = lim (1/n) log E ||A_n ... A_1||^p``, the p-th moment exponent, nats per step; exact for p = 2, 4.
 
@@ -53,13 +53,14 @@ def moment_exponent(
     Args:
         modes: of `reduce`.
         lr: one rate.
-        p: 2 or 4. 4 takes the d modes of each component, with momentum twice as many coordinates, d at most 32.
+        p: 2 or 4. 4 takes d coordinates, the modes of a component, of which there may be 24, or twice the modes with
+            momentum, of which there may be 8.
         batch_size: samples of a batch.
         rule: of the optimizer.
         replacement: within a batch.
         population: as in `sgd_exponent`; here exact for any ``population``.
         tol: relative residual.
-        iterations: products at most.
+        iterations: products at most, for p = 4.
 
     Returns:
         -inf where every product vanishes in the end, NaN at rank 0 or where the iteration did not converge.
@@ -89,19 +90,20 @@ def moment_exponent(
         return math.nan
     if batch_size == total and not replacement and modes.together == 1:  # no noise: all moments are powers
         return p * float(gd_exponent(modes, lr, rule=rule))
-    draw: dict[str, Any] = {"batch_size": batch_size, "replacement": replacement, "population": population}
     if p == 2:
-        return 2 * second_moment_exponent(modes, lr, rule=rule, tol=tol, iterations=max(iterations, 20_000), **draw)
+        draw: dict[str, Any] = {"batch_size": batch_size, "replacement": replacement, "population": population}
+        return 2 * second_moment_exponent(modes, lr, rule=rule, tol=tol, **draw)
     if modes.together > 1:
         raise ValueError("p=4: fourth moments of samples that batch statistics tie together are not known: take p=2")
     mix = _Mix.of(batch_size, math.inf if replacement else total)
     parts = [_part(modes, label) for label in modes.owner.unique()]
     for part in parts:
         d = part.rank * (2 if rule.momentum else 1)
-        if d > COORDINATES or len(part.factor) * part.factor.shape[1] ** 2 * d**4 > WORK:
+        most = COORDINATES if rule.momentum else MODES
+        if d > most or len(part.factor) * part.factor.shape[1] ** 2 * d**4 > WORK:
             raise ValueError(
                 f"p=4: a fourth moment of {d} coordinates and {len(part.factor)} samples is too large "
-                f"({COORDINATES} coordinates at most): take fewer probes, or p=2"
+                f"({most} coordinates at most): take fewer probes, or p=2"
             )
     return max(_fourth_exponent(part, lr, rule, modes.samples, mix, tol, iterations) for part in parts)
 

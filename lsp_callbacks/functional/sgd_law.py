@@ -78,6 +78,67 @@ def sgd_law(
     return SGDLaw(q, 2 * convexity / square, lr**2 * sigma_0_squared / (1 - q) if q < 1 else float("nan"))
 
 
+def noise_gain(lr: float, *, convexity: float, smoothness: float) -> float:
+    """``C_u = 1 / (1 - c)``, ``c = max(|1 - lr m|, |1 - lr L_G|)``: ``||d theta_t / d u|| <= C_u lr L_u`` for all t.
+
+    For ``theta+ = theta - lr G(theta, u)`` where *every* ``G(., u)`` is the gradient of an m-strongly convex function
+    and L_G-Lipschitz, and G is L_u-Lipschitz in u: each step contracts by c and adds at most ``lr L_u`` times its own
+    perturbation. The norm of a history ``u_0 ... u_(t-1)`` is the largest of its steps'. It is reached where c is ``1 -
+    lr m``: ``C_u lr L_u = L_u / m``.
+
+    Thm 5.2 (3) promises a C_u of ``(L_G, L_u, mu, L)`` with mu and L of the *mean* gradient, which is false: ``G =
+    theta + sin(k theta + u)`` has mu = L = 1, L_u = 1, L_G = 1 + k and, at lr = 1/2, q = 1/4, and the sensitivity to
+    ``u_0`` grows like ``(k / 4)^t``. Convexity of the mean bounds no pair of runs that see the same noise.
+
+    Args:
+        lr: the learning rate, plain SGD's.
+        convexity: m, the least curvature of any batch.
+        smoothness: L_G, the largest.
+
+    Raises:
+        ValueError: where no step need contract, c >= 1: then no such constant follows.
+
+    Source: Katende 2025, (5.2), Thm 5.2 (3), as corrected here.
+
+    Example:
+        >>> from lsp_callbacks.functional import noise_gain
+        >>> noise_gain(0.25, convexity=1.0, smoothness=2.0)
+        4.0
+    """
+    if not convexity <= smoothness:
+        raise ValueError(f"convexity={convexity!r}: must be at most smoothness={smoothness!r}")
+    contraction = max(abs(1 - lr * convexity), abs(1 - lr * smoothness))
+    if not contraction < 1:
+        raise ValueError(
+            f"lr={lr!r}: steps contract at rates between 0 and 2 / L_G only, with convexity={convexity!r} above 0 and "
+            f"smoothness={smoothness!r}"
+        )
+    return 1 / (1 - contraction)
+
+
+def noise_lipschitz(gram: Tensor) -> Tensor:
+    """``L_u`` of ``G(theta, u) = sum_i u_i g_i``, u the weights of the samples in a batch; exact at one theta.
+
+    ``||G(theta, u) - G(theta, u')|| <= L_u ||u - u'||``: weights sum to 1, so the largest singular value of the
+    gradients less their mean. What the gradients have in common, weight decay too, is no noise.
+
+    Args:
+        gram: ``(N, N)``, products of the samples' gradients.
+
+    Source: Katende 2025, (5.2).
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks.functional import noise_lipschitz
+        >>> g = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+        >>> round(float(noise_lipschitz(g @ g.T)), 6)  # (0, -1) and (0, 1) from the mean
+        1.414214
+    """
+    gram = gram.detach().double()
+    centred = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
+    return torch.linalg.eigvalsh((centred + centred.mT) / 2)[-1].clamp_min(0).sqrt()
+
+
 @dataclass(frozen=True)
 class NoiseFit:
     """``sigma_0^2`` and ``sigma_1^2``, neither negative, each with its standard error."""

@@ -20,6 +20,8 @@ from lsp_callbacks.operators.per_sample import ParameterGram, Recorder, TiedRows
 from lsp_callbacks.probes import HOW
 from lsp_callbacks.snapshot import Evaluation, ProbeSet, Unmeasurable, Unmodelled, displaced, flatten
 
+#: Numbers that are held at once, at most.
+HELD = 2**26
 #: Positions (tokens, pixels) of a sample that are looked at; the others are taken to be like them.
 POSITIONS = 4
 #: Products that find the top eigenvector of each sample's output Hessian.
@@ -69,7 +71,7 @@ def tangent_kernel(
     scale: Scale | None = None,
     positions: int = POSITIONS,
     generator: torch.Generator | None = None,
-    memory: int = 2**26,
+    memory: int = HELD,
     start: Tensor | None = None,
     most_rows: int = 10**6,
 ) -> TangentKernel:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lsp_callbacks.arguments import choice, whole
 from lsp_callbacks.functional.gradient_noise import GradientNoise, batch_variance, gradient_noise
 from lsp_callbacks.functional.robbins_monro import rate_decay, robbins_monro
-from lsp_callbacks.functional.sgd_law import contraction_factor, fit_noise, sgd_law
+from lsp_callbacks.functional.sgd_law import contraction_factor, fit_noise, noise_gain, noise_lipschitz, sgd_law
 from lsp_callbacks.linalg import Ritz, Sketch, lanczos
 from lsp_callbacks.operators.curvature import Method, resolved
 from lsp_callbacks.operators.footprint import footprint, product_memory
@@ -26,6 +26,8 @@ from lsp_callbacks.snapshot import ProbeSet, Snapshot, Unmeasurable
 
 #: Measurements that the noise is regressed on, the last ones.
 MOST = 100
+#: The curvatures of no batch.
+UNSEEN = torch.tensor([math.inf, 0.0, 0.0], dtype=torch.float64)
 #: On both ends of the spectrum, relative to the larger one.
 TOLERANCE = 0.01
 
@@ -66,7 +68,11 @@ class SGDLaw(Quantity):
     steps on, ``rate_decay`` is p of rates that fall like ``t^-p``, read off partial sums over the last octaves of
     steps, and ``robbins_monro_so_far`` 1 where it is, and was half-way, in (1/2, 1], otherwise 0
     (`functional.rate_decay`): a reading of the steps so far, no verdict. ``rate_sum`` and ``rate_square_sum`` are
-    the partial sums themselves.
+    the partial sums themselves. The constants of (5.2) and Thm 5.2 (3): ``gradient_lipschitz``, L_G, the largest
+    ``|eigenvalue|`` over the batches and weights measured so far, a lower bound; ``noise_lipschitz``, L_u at these
+    weights, where u are the weights of samples in a batch, of the probes alone a lower bound, too; ``noise_gain``, C_u
+    of plain SGD at this rate, of the batches measured so far and thus a lower bound of the constant, absent where one
+    of them does not contract. As printed, with mu of the mean gradient, (3) is false, see `functional.noise_gain`.
 
     Raises:
         ValueError: for bad arguments.
@@ -86,12 +92,14 @@ class SGDLaw(Quantity):
         "stability/sigma_1_squared_error", "stability/gradient_noise_scale", "stability/gradient_noise_scale_lower",
         "stability/gradient_noise_scale_upper", "stability/robbins_monro", "stability/rate_sum",
         "stability/rate_square_sum", "stability/rate_decay", "stability/robbins_monro_so_far",
+        "stability/gradient_lipschitz", "stability/noise_lipschitz", "stability/noise_gain",
     )  # fmt: skip
     needs_update = True
     recorded = 1
     values: Tensor
     pairs: Tensor
     origin: Tensor
+    curvatures: Tensor
 
     def __init__(
         self,
@@ -112,6 +120,8 @@ class SGDLaw(Quantity):
         #: Squared distance, variance, its error.
         self.add_state("pairs", default=torch.empty(0, 3, dtype=torch.float64), persistent=True)
         self.add_state("origin", default=NOWHERE, persistent=True)
+        #: Over the batches so far: the least curvature less its residual, L_G, and L_G with its residual.
+        self.add_state("curvatures", default=UNSEEN, persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
         frozen_rule(snapshot)
@@ -144,7 +154,9 @@ class SGDLaw(Quantity):
         rule = frozen_rule(snapshot)
         ends = self._ends(snapshot)
         population = None if probes.population is None else max(probes.population, probes.samples)
-        noise = snapshot.ranks.first(lambda: self._noise(probes, population, snapshot), "the noise of the gradient")
+        noise, lipschitz = snapshot.ranks.first(
+            lambda: self._noise(probes, population, snapshot), "the noise of the gradient"
+        )
         share = batch_variance(1.0, probes.batch_size, population)
 
         sketch = Sketch()
@@ -155,8 +167,16 @@ class SGDLaw(Quantity):
         pair = torch.stack([squared_distance(here, origin), share * noise.variance, share * noise.variance_error])
         pairs = torch.cat([self.pairs, pair[None]])[-MOST:]
         found = self._found(ends, noise, pairs, rule, snapshot)
+        curvatures = _extended(self.curvatures, ends)
+        found |= {"stability/gradient_lipschitz": curvatures[1], "stability/noise_lipschitz": lipschitz}
+        if _plain(rule) and snapshot.prox is None:
+            found["stability/noise_gain"] = _gain(rule.lr, curvatures, _rounding(snapshot, self.path(snapshot)))
         self.values = torch.stack([scalar(found.get(key, math.nan)) for key in (*self.keys, *self.optional)])
-        self.origin, self.pairs, self.complete = origin, pairs, True
+        self.origin, self.pairs, self.curvatures, self.complete = origin, pairs, curvatures, True
+
+    def restart(self) -> None:
+        super().restart()
+        self.curvatures = UNSEEN.clone()  # of the parameters that were trained before
 
     def _ends(self, snapshot: Snapshot) -> Ritz:
         operator = decayed_hessian(snapshot, method=self.method)
@@ -164,10 +184,10 @@ class SGDLaw(Quantity):
         start = torch.randn(n, generator=snapshot.generator(self.name), dtype=operator.dtype).to(operator.device)
         return lanczos(operator, start, steps=self.products, tol=TOLERANCE, ends=(0, -1))
 
-    def _noise(self, probes: ProbeSet, population: int | None, snapshot: Snapshot) -> GradientNoise:
+    def _noise(self, probes: ProbeSet, population: int | None, snapshot: Snapshot) -> tuple[GradientNoise, Tensor]:
         generator = snapshot.generator("noise")
         kernel = tangent_kernel(probes, outputs="loss", generator=generator, most_rows=self.most_rows)
-        return gradient_noise(kernel.gram, population=population)
+        return gradient_noise(kernel.gram, population=population), noise_lipschitz(kernel.gram)
 
     def _found(
         self, ends: Ritz, noise: GradientNoise, pairs: Tensor, rule: FrozenRule, snapshot: Snapshot
@@ -221,6 +241,23 @@ class SGDLaw(Quantity):
         """The last measurement; what is not known is left out."""
         found = dict(zip((*self.keys, *self.optional), self.values))
         return {key: value for key, value in found.items() if key in self.keys or not bool(value.isnan())}
+
+
+def _extended(curvatures: Tensor, ends: Ritz) -> Tensor:
+    """The least and the largest curvatures with those of one more batch."""
+    values, residuals = ends.values.double().cpu(), ends.residuals.double().cpu()
+    top = values.abs().argmax()
+    least = values[0] - residuals[0]
+    largest = torch.stack([values[top].abs(), values[top].abs() + residuals[top]])
+    return torch.cat([torch.minimum(curvatures[:1], least[None]), torch.maximum(curvatures[1:], largest)])
+
+
+def _gain(lr: float, curvatures: Tensor, rounding: float) -> float:
+    """C_u; NaN where some batch's step does not contract."""
+    least, _, largest = curvatures.tolist()
+    if not (rounding * largest < least and lr * largest < 2):
+        return math.nan
+    return noise_gain(lr, convexity=least, smoothness=largest)
 
 
 def _plain(rule: FrozenRule) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,6 +15,7 @@ from lsp_callbacks.functional.diagram import StabilityDiagram, critical_lr, stab
 from lsp_callbacks.functional.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.functional.mean_square import second_moment_exponent
 from lsp_callbacks.functional.modes import UpdateRule, regularity
+from lsp_callbacks.functional.moments import moment_exponent
 from lsp_callbacks.functional.sgd_stability import (
     Sampling,
     finite_time_exponents,
@@ -23,6 +26,7 @@ from lsp_callbacks.functional.sgd_stability import (
 from lsp_callbacks.operators.coming import DRAWS, gradients_missing
 from lsp_callbacks.operators.footprint import footprint, unfolded
 from lsp_callbacks.operators.frozen import frozen_rule
+from lsp_callbacks.operators.tangent_kernel import HELD
 from lsp_callbacks.operators.work import MULTIPLICATION, beside, forward_cost, sample_passes, work
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.sgd_diagram import diagram_around, draw, matplotlib
@@ -44,6 +48,9 @@ DETAILS = (
     "stability/sgd_lyapunov_least", "stability/sgd_lyapunov_most", "stability/sgd_lyapunov_finite",
     "stability/sgd_lyapunov_finite_spread", "stability/kernel_margin", "stability/kernel_components",
 )  # fmt: skip
+#: And these for each of the moments asked for.
+MOMENTS = {p: f"stability/sgd_moment_{p}" for p in (2, 4)}
+UNSURE = (*DETAILS, *MOMENTS.values())
 #: A network has collapsed when its probes were alike in so many readings in a row, over so many steps at least: a few
 #: samples beside the probes may bring it back.
 READINGS, STEPS = 3, 50
@@ -75,6 +82,8 @@ class SGDStability(Quantity):
         steps: of each chain.
         horizon: report details beside the exponent, too: exponents over ``horizon`` steps, the bounds around it, and
             the regularity of the point. None leaves them out.
+        moments: p of the moment exponents to report, of 2 and 4; others are refused, and 4 is left out with a warning
+            where K has more than 24 modes, 8 with momentum (`functional.moment_exponent`): take few probes.
         most_rows: weights that are used outside of their own layer, and all under BatchNorm, take a backward pass for
             each row of K; where that would be more than so many, the quantity is left out.
 
@@ -89,7 +98,9 @@ class SGDStability(Quantity):
     ``sgd_lyapunov_least`` (of plain SGD: the mean of all exponents) and ``sgd_lyapunov_most`` (half the second
     moment's exponent), between which lambda lies; ``sgd_lyapunov_finite`` with its ``_spread`` over runs of so many
     steps; ``kernel_margin``, ``min |1 - lr k_ii|``, and ``kernel_components`` of K (Chemnitz & Engel, definition
-    2.2: at margin 0, or with more than one component, the point is not regular). Theorem B, by which the sign of
+    2.2: at margin 0, or with more than one component, the point is not regular). With ``moments``: ``sgd_moment_2`` and
+    ``sgd_moment_4``, ``Lambda(p) = lim (1/n) log E ||A_n ... A_1||^p`` (there definition A.2), exact for these probes;
+    where lambda is negative and ``Lambda(p)`` positive, rare runs explode. Theorem B, by which the sign of
     lambda decides, is proved there for one output, batches of one and plain SGD; elsewhere it is linear stability.
 
     Raises:
@@ -100,7 +111,7 @@ class SGDStability(Quantity):
     input (attention) are run sample by sample, which costs more. Under BatchNorm two thirds of a gradient for each
     probe, 85 gradients of 128 (of batches larger than the probes fewer).
 
-    Source: Chemnitz & Engel 2025, (2.18), (2.19); Mulayoff & Michaeli 2024 for the second moment; MATH section 2.
+    Source: Chemnitz & Engel 2025, (2.18), (2.19), App. A; Mulayoff & Michaeli 2024 (second moment); MATH section 2.
     """
 
     name = "sgd_stability"
@@ -111,6 +122,7 @@ class SGDStability(Quantity):
     optional = (
         "stability/critical_lr_error", "stability/sgd_lyapunov_error", "stability/kernel_rank",
         "stability/kernel_trace", "stability/collapsed", "stability/gd_lyapunov", *DETAILS,
+        *MOMENTS.values(),
     )  # fmt: skip
     needs_update = True
     patient = True
@@ -129,6 +141,7 @@ class SGDStability(Quantity):
         chains: int = 8,
         steps: int = 100,
         horizon: int | None = None,
+        moments: Collection[int] = (),
         most_rows: int = 256,
     ):
         super().__init__()
@@ -143,10 +156,18 @@ class SGDStability(Quantity):
         self.chains, self.steps, self.horizon, self.most_rows = chains, steps, horizon, most_rows
         if sampling not in ("iid", "reshuffle"):
             raise ValueError(f"sampling={sampling!r}: give 'iid' or 'reshuffle'")
+        if not isinstance(moments, Collection) or not all(p in tuple(MOMENTS) for p in moments):
+            raise ValueError(f"moments={moments!r}: give some of 2 and 4, the others are not exact")
+        if moments and sampling != "iid":
+            raise ValueError(f"moments={moments!r}: those of independent steps are exact only, take sampling='iid'")
+        self.moments = tuple(p for p in MOMENTS if p in moments)
+        #: Why a moment is not known, once that is so.
+        self.without = ""
         self.latest: FrozenSGD | None = None
         self._shown: FrozenSGD | None = None
         self._mode: Tensor | None = None
-        self._names = (*self.keys, *self.optional)[: None if horizon else -len(DETAILS)]
+        left_out = {*(() if horizon else DETAILS), *(key for p, key in MOMENTS.items() if p not in self.moments)}
+        self._names = tuple(name for name in (*self.keys, *self.optional) if name not in left_out)
         self.add_state(
             "values", default=torch.full((len(self._names),), math.nan, dtype=torch.float64), persistent=True
         )
@@ -199,12 +220,15 @@ class SGDStability(Quantity):
         share = self.probes * snapshot.ranks.world / max(snapshot.probes.batch_size, 1)
         unknown = 1 if self.outputs == "top" else UNKNOWN
         rows = self.probes * (unknown if self.latest is None else self.latest.kernel.rows)
-        return {
+        common = {"gradients": 3 * found.parameters, "products": PRODUCTS * 8 * rows**2, "copies": 2 * found.buffers}
+        probes = snapshot.probes
+        if probes.batches:  # one batch at a time, and the rows of all
+            at_once = probes.together / max(probes.batch_size, 1)
+            stored = min(rows * found.parameters, 4.0 * HELD)
+            return {"activations of the probes": at_once * found.activations, "rows": 2 * stored} | common
+        return common | {
             "activations of the probes": RECORDED * share * found.activations,
             "patches of a convolution": 2 * unfolded(snapshot, self.probes),
-            "gradients": 3 * found.parameters,
-            "products": PRODUCTS * 8 * rows**2,
-            "copies": 2 * found.buffers,
         }
 
     def update(self, snapshot: Snapshot) -> None:
@@ -231,17 +255,16 @@ class SGDStability(Quantity):
         self.latest, self.complete = found, True
         self._shown, self._mode = found, found.kernel.mode
 
+    def _batches(self, found: FrozenSGD) -> dict[str, Any]:
+        size = min(found.batch_size, found.population)
+        return {
+            "batch_size": size, "rule": found.rule, "replacement": self.replacement, "population": found.population
+        }  # fmt: skip
+
     def _measure(self, found: FrozenSGD, snapshot: Snapshot) -> dict[str, float]:
         generator = snapshot.generator(self.name)
-        settings: dict[str, Any] = {
-            "batch_size": min(found.batch_size, found.population),
-            "rule": found.rule,
-            "sampling": self.sampling,
-            "replacement": self.replacement,
-            "population": found.population,
-            "chains": self.chains,
-            "generator": generator,
-        }
+        settings = self._batches(found)
+        settings |= {"sampling": self.sampling, "chains": self.chains, "generator": generator}
         critical = critical_lr(found.modes, steps=self.steps, tol=1e-4, **settings)
         exponent = sgd_exponent(found.modes, found.lr, steps=self.steps // 2, burn_in=self.steps // 2, **settings)
         if math.isnan(critical.value):
@@ -258,15 +281,24 @@ class SGDStability(Quantity):
             "kernel_trace": float(found.modes.trace),
             "gd_lyapunov": float(gd_exponent(found.modes, found.lr, rule=found.rule)),
             **({} if self.horizon is None else self._details(found, self.horizon, generator)),
+            **{MOMENTS[p].split("/")[1]: self._moment(found, p, snapshot) for p in self.moments},
         }
 
+    def _moment(self, found: FrozenSGD, p: int, snapshot: Snapshot) -> float:
+        """NaN with one warning where it is refused: the dial does not depend on it."""
+        batches = self._batches(found)
+        try:
+            value = moment_exponent(found.modes, found.lr, p=p, **batches)
+            reason = "its iteration did not converge" if math.isnan(value) and found.modes.rank else ""
+        except ValueError as error:
+            value, reason = math.nan, str(error)
+        if reason and not self.without and snapshot.ranks.rank == 0:
+            warnings.warn(f"sgd_stability leaves out {MOMENTS[p]}: {reason}", stacklevel=2)
+        self.without = reason or self.without
+        return value
+
     def _details(self, found: FrozenSGD, horizon: int, generator: torch.Generator) -> dict[str, float]:
-        batches: dict[str, Any] = {
-            "batch_size": min(found.batch_size, found.population),
-            "rule": found.rule,
-            "replacement": self.replacement,
-            "population": found.population,
-        }
+        batches = self._batches(found)
         finite = finite_time_exponents(
             found.modes, found.lr, horizon=horizon, sampling=self.sampling, generator=generator, **batches
         )
@@ -294,7 +326,7 @@ class SGDStability(Quantity):
         return {
             key: value
             for key, value in found.items()
-            if not ((bool(value.isinf()) and "courant" not in key) or (key in DETAILS and bool(value.isnan())))
+            if not ((bool(value.isinf()) and "courant" not in key) or (key in UNSURE and bool(value.isnan())))
         }
 
     def diagram(self, **settings: Any) -> StabilityDiagram:
