@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -32,7 +33,7 @@ class StepLoss:
         """What ``training_step`` gave back for a micro-batch, its loss divided by their number already."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
-            loss = loss.detach().float().mean()
+            loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32)).mean()
             self._returned = loss if self._returned is None else self._returned + loss
 
     @property
