@@ -191,16 +191,18 @@ def test_stopping_judges_each_step_once_by_the_loss_of_its_window():
     judged = []
 
     class Judge(StopOnInstability):
-        def judge(self, trainer, step, outputs):
-            judged.append((step, float(outputs["loss"] if isinstance(outputs, dict) else outputs)))
-            return super().judge(trainer, step, outputs)
+        def judge(self, trainer, step, told):
+            judged.append((step, told))
+            return super().judge(trainer, step, told)
 
     run(2, 8, Judge(), max_steps=6)
     halves, judged = judged, []
     run(1, 16, Judge(), max_steps=6)
     assert [step for step, _ in halves] == [*range(6)]
-    assert [loss for _, loss in halves] == pytest.approx([loss for _, loss in judged], rel=1e-9)
-    assert not any(math.isnan(loss) for _, loss in halves)
+    told, whole = ([each for _, arrived in steps for each in arrived] for steps in (halves, judged))
+    assert [each.step for each in told] == [each.step for each in whole] == [*range(6)]
+    assert [each.loss for each in told] == pytest.approx([each.loss for each in whole], rel=1e-9)
+    assert not any(each.left_out or math.isnan(each.loss) for each in told)
 
 
 def test_the_diagram_before_training_is_that_of_the_whole_window():

@@ -168,7 +168,7 @@ def test_the_trainer_resumes_the_schedule_of_measurements(tmp_path):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def monitor():
-        return StabilityMonitor("economy", budget=0.5)
+        return StabilityMonitor("economy", budget=0.75)
 
     class Save(pl.Callback):
         def on_train_batch_end(self, trainer, *args):
@@ -183,6 +183,8 @@ def test_the_trainer_resumes_the_schedule_of_measurements(tmp_path):
     gaps = [b - a for a, b in pairwise(steps)]
     assert resumed.history["stability/courant"].steps == steps
     assert min(gaps) < whole.monitor.period < max(gaps)
+    account = whole.monitor.cadence
+    assert all(n * account.cost <= account.budget * (step - steps[0]) for n, step in enumerate(steps))
     own, expected = (run.monitor.cadence.state_dict() for run in (resumed, whole))
     del own["readings"], expected["readings"]  # a resumed run has lost its warm starts
     assert own == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -32,8 +33,8 @@ class StepLoss:
         """What ``training_step`` gave back for a micro-batch, its loss divided by their number already."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
-            loss = loss.detach()
-            loss = loss if loss.ndim == 0 else loss.float().mean()  # a kernel less at every step
+            loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
+            loss = loss if loss.ndim == 0 else loss.mean()  # a kernel less at every step
             self._returned = loss if self._returned is None else self._returned + loss
 
     @property

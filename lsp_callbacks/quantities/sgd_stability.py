@@ -92,9 +92,9 @@ class SGDStability(Quantity):
     ``kernel_trace`` of K; ``collapsed``, above 0 where the outputs have ceased to depend on the inputs: nine of ten
     probes, of different inputs, have the same outputs to the last digits and the same gradient (dead ReLUs, saturated
     units), though their targets want others, and no lower a loss than a constant has. It is 1 where it was so in three
-    readings in a row and for 50 steps; before that 0.5, which proves nothing alone. A last layer that begins with zeros has another gradient for each
-    input: 0. So has a network that is bad but still moves: outputs that exploded have a saturated softmax and a low
-    rank, too, and may come back. With ``horizon``:
+    readings in a row and for 50 steps; before that 0.5, which proves nothing alone. A last layer that begins with
+    zeros has another gradient for each input: 0. So has a network that is bad but still moves: outputs that exploded
+    have a saturated softmax and a low rank, too, and may come back. With ``horizon``:
     ``sgd_lyapunov_least`` (of plain SGD: the mean of all exponents) and ``sgd_lyapunov_most`` (half the second
     moment's exponent), between which lambda lies; ``sgd_lyapunov_finite`` with its ``_spread`` over runs of so many
     steps; ``kernel_margin``, ``min |1 - lr k_ii|``, and ``kernel_components`` of K (Chemnitz & Engel, definition
@@ -199,9 +199,8 @@ class SGDStability(Quantity):
             "forward": forward_cost(snapshot),
             "gradient": 1.0,
             "kernel": (3 + 2 / 3 * (rows + passes)) * share + gram,
-            "signs of the probes": (1 + 2 * (1 + DRAWS)) / 3 * share * frozen_rule(snapshot).frozen,
             "products": max(numerics, 0.0 if device.type == "cpu" else 2.0),
-        }
+        } | ({"signs of the probes": (3 + 2 * DRAWS) / 3 * share} if frozen_rule(snapshot).frozen else {})
 
     def wait(self, snapshot: Snapshot) -> int:
         """A preconditioner that has met one batch only is that of none: one step."""
