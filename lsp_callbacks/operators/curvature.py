@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -201,18 +202,50 @@ def _differentiated_twice(exact: Callable[[Tensor], Tensor], own: Tensor, snapsh
     except _NoSecondDerivative:
         return False
 
-    def compared(far: float) -> tuple[bool, bool, bool]:
-        """Whether they agree, whether rounding matters, and whether all is rounding."""
+    def compared(far: float) -> _Look:
         central, distance = central_difference(snapshot, v, far)
         size, defect = float(norm(central)), float(norm(found - central))
         rounding = 4 * torch.finfo(own.dtype).eps * float(norm(own)) / distance
         agree = defect <= 0.01 * size + min(rounding, 0.02 * size)
-        return agree, rounding > 0.02 * size, max(size, float(norm(found))) <= rounding
+        return _Look(central, defect, agree, rounding > 0.02 * size, max(size, float(norm(found))) <= rounding)
 
     first = compared(1.0)
-    if first[0] or any(compared(far)[0] for far in (1 / 8, 1 / 64)):
+    if first.agrees:
         return True
-    return first[1] and (compared(8.0)[0] or any(compared(64.0)[::2]))
+    before = first
+    for far in (1 / 8, 1 / 64):
+        look = compared(far)
+        # Of a kink nothing would be left here, or eight times as much: what stays as it is lacks in the exact product.
+        if not before.rounded and float(norm(look.central - before.central)) <= 0.5 * before.defect:
+            return False
+        if look.agrees:
+            return True
+        before = look
+    if not first.rounded:
+        return False
+    if compared(8.0).agrees:
+        return True
+    farthest = compared(64.0)
+    return farthest.agrees or farthest.lost
+
+
+@dataclass(frozen=True)
+class _Look:
+    """An exact product against a central difference.
+
+    Attributes:
+        central: the difference.
+        defect: norm of what it differs by.
+        agrees: whether that is 1 %, or what rounding may have added.
+        rounded: whether rounding matters.
+        lost: whether all is rounding.
+    """
+
+    central: Tensor
+    defect: float
+    agrees: bool
+    rounded: bool
+    lost: bool
 
 
 def central_difference(snapshot: Snapshot, v: Tensor, far: float) -> tuple[Tensor, float]:
