@@ -92,15 +92,16 @@ class SGDStability(Quantity):
     ``kernel_trace`` of K; ``collapsed``, above 0 where the outputs have ceased to depend on the inputs: nine of ten
     probes, of different inputs, have the same outputs to the last digits and the same gradient (dead ReLUs, saturated
     units), though their targets want others, and no lower a loss than a constant has. It is 1 where it was so in three
-    readings in a row and for 50 steps; before that 0.5, which proves nothing alone. A last layer that begins
-    with zeros has another gradient for each input: 0. So has a network that is bad but still moves: outputs that
-    exploded have a saturated softmax and a low rank, too, and may come back. With ``horizon``: ``sgd_lyapunov_least``
-    (of plain SGD: the mean of all exponents) and ``sgd_lyapunov_most`` (half the second moment's exponent), between
-    which lambda lies; ``sgd_lyapunov_finite`` with its ``_spread`` over runs of so many steps; ``kernel_margin``, ``min
-    |1 - lr k_ii|``, and ``kernel_components`` of K (Chemnitz & Engel, definition 2.2: at margin 0, or with more than one
-    component, the point is not regular). With ``moments``: ``sgd_moment_2`` and ``sgd_moment_4``, ``Lambda(p) = lim
-    (1/n) log E ||A_n ... A_1||^p`` (there definition A.2), exact for these probes; where lambda is negative and
-    ``Lambda(p)`` positive, rare runs explode. Theorem B, by which the sign of lambda decides, is proved there for one output, batches of one and plain SGD; elsewhere it is linear stability.
+    readings in a row and for 50 steps; before that 0.5, which proves nothing alone. A last layer that begins with zeros
+    has another gradient for each input: 0. So has a network that is bad but still moves: outputs that exploded have a
+    saturated softmax and a low rank, too, and may come back. With ``horizon``: ``sgd_lyapunov_least`` (of plain SGD:
+    the mean of all exponents) and ``sgd_lyapunov_most`` (half the second moment's exponent), between which lambda lies;
+    ``sgd_lyapunov_finite`` with its ``_spread`` over runs of so many steps; ``kernel_margin``, ``min |1 - lr k_ii|``,
+    and ``kernel_components`` of K (Chemnitz & Engel, definition 2.2: at margin 0, or with more than one component, the
+    point is not regular). With ``moments``: ``sgd_moment_2`` and ``sgd_moment_4``, ``Lambda(p) = lim (1/n) log E ||A_n
+    ... A_1||^p`` (there definition A.2), exact for these probes; where lambda is negative and ``Lambda(p)`` positive,
+    rare runs explode. Theorem B, by which the sign of lambda decides, is proved there for one output, batches of one
+    and plain SGD; elsewhere it is linear stability.
 
     Raises:
         ValueError: for bad arguments.
