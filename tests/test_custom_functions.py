@@ -154,7 +154,7 @@ def test_two_per_cent_that_a_product_lacks_are_not_taken_for_rounding(activation
 
         H = dense_hessian(make()).float()
         snapshot = freeze(make().float())
-        right = curvature._differentiated_twice(lambda v: (1 - lost) * (H @ v), snapshot.flat_gradient, snapshot)
+        right = curvature._differentiated_twice(lambda v, H=H: (1 - lost) * (H @ v), snapshot.flat_gradient, snapshot)
         assert right == (lost == 0), seed
 
 
