@@ -362,7 +362,12 @@ class Casts(Model):
 
 
 @pytest.mark.parametrize("precision, kind", [("bf16-mixed", Model), ("32-true", Casts), ("64-true", Model)])
-def test_other_precisions(precision, kind):
+def test_other_precisions(precision, kind, monkeypatch):
+    from lsp_callbacks.quantities import sharpness as lanczos
+
+    # Lanczos to its end: it starts from other noise in each precision, which is no part of what is compared.
+    monkeypatch.setattr(lanczos, "TOLERANCE", 1e-3), monkeypatch.setattr(lanczos, "WARM", 40)
+    monkeypatch.setattr(lanczos, "COLD", 40)
     found = []
     for model, settings in ((Model, {}), (kind, {"precision": precision})):
         monitor = StabilityMonitor(every_n_steps=1, window=2)

@@ -121,10 +121,11 @@ def test_a_reentrant_checkpoint_without_a_gradient_stays_without_one():
 
 
 def test_sparse_gradients_are_measured_as_dense_ones():
-    sparse, dense = (measured(lambda s=s: Model(Bag(s))) for s in (True, False))
+    """In double precision: their rounding differs, and that of single precision is in differences of gradients."""
+    sparse, dense = (measured(lambda s=s: Model(Bag(s)), precision="64-true") for s in (True, False))
     for key in ("sharpness", "courant_sgd", "lyapunov", "batch_sharpness", "spectral_norm_max"):
         key = f"stability/{key}"
-        assert dense[key].values == pytest.approx(sparse[key].values, rel=1e-4), key
+        assert dense[key].values == pytest.approx(sparse[key].values, rel=1e-6), key
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
