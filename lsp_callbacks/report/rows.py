@@ -194,6 +194,7 @@ _ERRORS = {
     "batch_sharpness_of_means": "batch_sharpness_of_means_error",
     "secant": "secant_error",
     "sharpness": "sharpness_residual",
+    "courant_gd": "courant_gd_residual",
     "dissipation_floor": "dissipation_floor_error",
     "gradient_variance": "gradient_variance_error",
     "sigma_0_squared": "sigma_0_squared_error",
@@ -242,7 +243,10 @@ def table(history: Mapping[str, Curve]) -> Table:
         known = readings(curves[name]) or [math.nan]
         meaning = MEANINGS.get(name, "")
         if not math.isnan(error := errors.get(name, math.nan)):
-            meaning += f" (± {error:.2g})" if _ERRORS[name].endswith("_error") else f" (residual {error:.1%})"
+            if name in ("sharpness", "courant_gd"):  # one-sided
+                meaning += f" (at most {error:.1%} more)"
+            else:
+                meaning += f" (± {error:.2g})" if _ERRORS[name].endswith("_error") else f" (residual {error:.1%})"
         if failed := sum(map(math.isnan, curves[name].values)):
             meaning += f" [yellow]({failed} NaN)[/]"
         style = "red" if known[-1] > _EDGES.get(name, math.inf) else "bold"
