@@ -164,11 +164,11 @@ def test_the_trainer_resumes_the_schedule_of_measurements(tmp_path):
 
         def configure_optimizers(self):
             optimizer = torch.optim.SGD(self.parameters(), lr=0.02)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.04**step)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.018**step)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def monitor():
-        return StabilityMonitor("economy", budget=0.75)
+        return StabilityMonitor("economy", budget=1.0)
 
     class Save(pl.Callback):
         def on_train_batch_end(self, trainer, *args):
@@ -177,8 +177,8 @@ def test_the_trainer_resumes_the_schedule_of_measurements(tmp_path):
 
     loader = {"loader": torch.utils.data.DataLoader(data_in_order(), batch_size=8)}
     whole, resumed = monitor(), monitor()
-    fit(Growing, whole, Save(), max_steps=150, **loader)
-    fit(Growing, resumed, max_steps=150, ckpt_path=tmp_path / "cut.ckpt", **loader)
+    fit(Growing, whole, Save(), max_steps=330, **loader)
+    fit(Growing, resumed, max_steps=330, ckpt_path=tmp_path / "cut.ckpt", **loader)
     steps = whole.history["stability/courant"].steps
     gaps = [b - a for a, b in pairwise(steps)]
     assert resumed.history["stability/courant"].steps == steps

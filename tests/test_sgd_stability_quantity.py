@@ -256,11 +256,11 @@ def test_checkpoint_copies_and_reset():
     fresh = SGDStability(4)
     fresh.load_state_dict(copy.deepcopy(state))
     assert same(fresh.compute(), quantity.compute())
-    assert same([fresh.best_rank, fresh.first_loss], [quantity.best_rank, quantity.first_loss])
+    assert same([fresh.alike, fresh.alike_since], [quantity.alike, quantity.alike_since])
     for twin in (copy.deepcopy(quantity), pickle.loads(pickle.dumps(quantity)), quantity.clone()):
         assert same(twin.compute(), quantity.compute())
         twin.reset()
-        assert float(twin.best_rank) == 0 and bool(twin.first_loss.isnan()) and not twin.complete
+        assert float(twin.alike) == 0 and bool(twin.alike_since.isnan()) and not twin.complete
     assert measured(quantity) == values  # the same step, the same numbers
     with pytest.warns(UserWarning, match="before"):
         assert all(value.isnan() for value in SGDStability(4).compute().values())

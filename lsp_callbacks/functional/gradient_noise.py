@@ -56,8 +56,8 @@ def gradient_noise(gram: Tensor, *, population: int | None = None, confidence: f
         >>> from lsp_callbacks.functional import gradient_noise
         >>> g = torch.tensor([[1.0], [3.0]])  # all there are: G = 2, variance 2
         >>> found = gradient_noise(g @ g.T, population=2)
-        >>> float(found.variance), float(found.signal), float(found.scale)
-        (2.0, 4.0, 0.5)
+        >>> [round(float(number), 6) for number in (found.variance, found.signal, found.scale)]
+        [2.0, 4.0, 0.5]
     """
     n = len(gram)
     if n < 2:
