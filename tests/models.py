@@ -432,7 +432,9 @@ CASES = {
         lambda: Model(Transformer(), MOMENTUM), "exact, math attention, bfloat16", blocks=True,
         trainer={"precision": "bf16-mixed"},
     ),
-    "bf16_true": Case(lambda: Model(optimizer=partial(MOMENTUM, lr=0.5)), "exact, bfloat16", trainer={"precision": "bf16-true"}),
+    "bf16_true": Case(  # at a rate whose steps are not lost in the rounding of the weights
+        lambda: Model(optimizer=partial(MOMENTUM, lr=0.5)), "exact, bfloat16", trainer={"precision": "bf16-true"}
+    ),
     "bf16_true_custom": Case(
         lambda: custom(Twice), failed=refused("half precision"), trainer={"precision": "bf16-true"}
     ),

@@ -202,7 +202,7 @@ def test_a_player_that_steps_seldom_is_waited_for_and_one_that_never_does_is_giv
 
     with pytest.warns(UserWarning, match="player generator has not stepped for 16 steps"):
         fit(Never, never_complete := monitor(["sharpness"]), max_steps=20)
-    assert never_complete.history[COURANT].steps == [16] and math.isnan(never_complete.history[COURANT].values[0])
+    assert never_complete.history[COURANT].steps == [17] and math.isnan(never_complete.history[COURANT].values[0])
 
 
 class Simultaneous(GAN):
