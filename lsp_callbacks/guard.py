@@ -16,6 +16,7 @@ from lsp_callbacks.muted import muted
 from lsp_callbacks.quantities.numerics import Numerics
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import MicroBatch, TorchRandomState, copied, untouched
+from lsp_callbacks.snapshot import restored
 from lsp_callbacks.step import PendingStep
 
 
@@ -121,8 +122,7 @@ class Guard:
             raise pending.failure or AssertionError
         if not self._parts:
             return Fault(step, "unknown", reason="its batches were not seen")
-        saved = [(p, p.detach().clone()) for p in module.parameters()]  # a training_step may move them
-        try:
+        with restored(list(module.parameters())):  # a training_step may move them
             copy = pending.shadow.reset()
             for part in self._parts:
                 part.random_state.restore()
@@ -131,9 +131,6 @@ class Guard:
                     fault = first_fault(partial(part.loss, copy, batch), copy, batch, step=step)
                 if fault is not None:
                     return fault
-        finally:
-            for p, original in saved:
-                p.data.copy_(original)
         return Fault(
             step,
             "unknown",

@@ -414,16 +414,23 @@ def _shape(values: Any) -> tuple[int, ...] | None:
 
 
 @contextlib.contextmanager
-def displaced(parameters: list[nn.Parameter], direction: Tensor, distance: float) -> Iterator[None]:
-    """Moves the parameters by ``distance * direction`` (flat), and puts every bit back."""
+def restored(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Whatever moves the parameters inside, every bit is put back."""
     saved = [p.detach().clone() for p in parameters]
     try:
-        for p, d in zip(parameters, split(direction, parameters)):
-            p.data.add_(d.to(p.dtype), alpha=distance)
         yield
     finally:
         for p, original in zip(parameters, saved):
             p.data.copy_(original)
+
+
+@contextlib.contextmanager
+def displaced(parameters: list[nn.Parameter], direction: Tensor, distance: float) -> Iterator[None]:
+    """Moves the parameters by ``distance * direction`` (flat), and puts every bit back."""
+    with restored(parameters):
+        for p, d in zip(parameters, split(direction, parameters)):
+            p.data.add_(d.to(p.dtype), alpha=distance)
+        yield
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.muted import muted
-from lsp_callbacks.snapshot import Clipping, Unmeasurable
+from lsp_callbacks.snapshot import Clipping, Unmeasurable, restored
 
 #: Sizes at which it is tried, relative to the step's gradient, and the relative difference that is rounding.
 SIZES, TOLERANCE = (1.0, 0.5, 2.0, 0.01, 100.0), 1e-4
@@ -21,14 +21,14 @@ Gradients = list[tuple[Tensor, Tensor]]
 
 @contextlib.contextmanager
 def _put_back(parameters: list[nn.Parameter], optimizer: Any) -> Iterator[None]:
-    saved = [(p, p.grad, p.detach().clone()) for p in parameters]
+    gradients = [(p, p.grad) for p in parameters]
     options = [(group, dict(group)) for group in optimizer.param_groups]
     try:
-        yield
+        with restored(parameters):
+            yield
     finally:
-        for p, gradient, value in saved:
+        for p, gradient in gradients:
             p.grad = gradient
-            p.data.copy_(value)
         for group, before in options:
             group.clear()
             group.update(before)

@@ -17,7 +17,7 @@ from lsp_callbacks.operators.formulas import formula_of
 from lsp_callbacks.operators.optimizer_copy import held
 from lsp_callbacks.operators.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.training import known_optimizer
-from lsp_callbacks.snapshot import Snapshot, Unmeasurable, split
+from lsp_callbacks.snapshot import Snapshot, Unmeasurable, restored, split
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,16 +163,13 @@ def squares(window: Window, readers: Sequence[LinearOperator]) -> LinearOperator
 @contextlib.contextmanager
 def placed(parameters: list[nn.Parameter]) -> Iterator[Callable[[list[Tensor]], None]]:
     """Gives a function that puts other values in the place of the parameters'; every bit is put back at the end."""
-    saved = [p.detach().clone() for p in parameters]
 
     def place(values: list[Tensor]) -> None:
         for p, value in zip(parameters, values):
             p.data.copy_(value)
 
-    try:
+    with restored(parameters):
         yield place
-    finally:
-        place(saved)
 
 
 def _padded(rows: Tensor, length: int) -> Tensor:
