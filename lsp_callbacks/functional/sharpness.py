@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg import Eigenpair, LinearOperator, lanczos, spectrum_bounds
+from lsp_callbacks.linalg import Eigenpair, LinearOperator, lanczos, spectrum_bounds, unit
 from lsp_callbacks.operators.coming import coming_rule
 from lsp_callbacks.operators.curvature import Method, hessian, path_taken
 from lsp_callbacks.operators.differences import TOLERANCE
@@ -190,15 +190,15 @@ def edge(
             decayed = top_of(decayed_hessian(snapshot, method=method), own.pair.vector).pair.value
         else:
             decayed = own.pair.value + added
-        unit, shift = 1.0, 0.0
+        scale, shift = 1.0, 0.0
     else:
         own = steepest = top_of(hessian(snapshot, method=method), top if maximize else start)
         if maximize:
             steepest = top_of(decayed_hessian(snapshot, method=method), start)
-        unit, shift = rate, 0.0 if maximize else decay / rate if rate else added
+        scale, shift = rate, 0.0 if maximize else decay / rate if rate else added
         decayed = steepest.pair.value + shift
     pair = steepest.pair
-    courant = unit * (pair.value + shift) / constant
+    courant = scale * (pair.value + shift) / constant
     return Edge(
         sharpness=own.pair.value,
         error=_relative(own.missed, own.pair.value),
@@ -253,10 +253,10 @@ def _top(
     """Lanczos from equal parts of ``start``, gradient and noise, until the noise can have missed little."""
     n = operator.shape[1]
     noise = torch.randn(n, generator=snapshot.generator("lanczos"), dtype=operator.dtype).to(operator.device)
-    mixed = _unit(noise)
+    mixed = unit(noise)
     for other in (snapshot.flat_gradient, start):
         if other is not None and len(other) == n and bool(torch.isfinite(other).all()):
-            mixed = mixed + _unit(other.to(mixed))
+            mixed = mixed + unit(other.to(mixed))
     share = 1 / max(1.0, float(torch.linalg.vector_norm(mixed)))
     ritz = lanczos(operator, mixed, steps=steps, tol=tol if steps < n else 0.0, failure=FAILURE, share=share)
     pair = ritz.pair(-1)
@@ -270,7 +270,3 @@ def _accuracy(snapshot: Snapshot, dtype: torch.dtype, method: Method) -> float:
     if path_taken(snapshot, method).startswith("finite difference"):
         return min(TOLERANCE * torch.finfo(dtype).eps ** 0.5, 0.01)
     return max(2 * torch.finfo(snapshot.graph.dtype).eps, 16 * torch.finfo(dtype).eps)
-
-
-def _unit(v: Tensor) -> Tensor:
-    return v / torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)

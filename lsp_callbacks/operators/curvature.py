@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lsp_callbacks.linalg import LinearOperator
-from lsp_callbacks.operators.differences import FIRST, Differences, Untrusted, norm
+from lsp_callbacks.linalg import LinearOperator, norm
+from lsp_callbacks.operators.differences import FIRST, Differences, Untrusted
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, flatten, split
 
 Method = Literal["auto", "exact", "finite_difference"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.linalg import norm
 from lsp_callbacks.snapshot import Snapshot, displaced, flatten, split
 
 #: In square roots of the machine epsilon: distances relative to what is moved, at least, before anything is known of
@@ -81,7 +82,7 @@ class Differences:
         self.parameters = list(snapshot.parameters.values())
         self.eps = float(torch.finfo(gradient.dtype).eps)
         self.gradient = float(norm(gradient))
-        self.theta = float(torch.stack([norm(p) for p in self.parameters]).norm())
+        self.theta = float(torch.stack([norm(p.detach()) for p in self.parameters]).norm())
         self.lengths = lengths(self.parameters)
         self.tolerance = min(TOLERANCE * self.eps**0.5, 0.01)
         self.weight, self.least = weight, LEAST * self.eps**0.5 if not relative else 0.0
@@ -273,7 +274,7 @@ class Differences:
 
 def lengths(parameters: Sequence[Tensor]) -> list[float] | None:
     """Of each tensor the norm of an average row, at least a tenth of the median tensor's; None where all are 0."""
-    own = [norm(p) / max(1, p.shape[0] if p.ndim else 1) ** 0.5 for p in parameters]
+    own = [norm(p.detach()) / max(1, p.shape[0] if p.ndim else 1) ** 0.5 for p in parameters]
     values = torch.stack(own).tolist()
     typical = sorted(values)[len(values) // 2] or min((x for x in values if x > 0), default=0.0)
     return [max(x, 0.1 * typical) for x in values] if typical > 0 else None
@@ -283,11 +284,6 @@ def relative_move(v: Tensor, parameters: list[nn.Parameter], lengths: list[float
     """By how much a vector moves the tensors, relative to their lengths, root of the sum of squares."""
     moves = torch.stack([norm(part) if part.ndim > 1 else _largest(part) for part in split(v, parameters)])
     return float((moves / torch.tensor(lengths, dtype=moves.dtype, device=moves.device)).norm())
-
-
-def norm(t: Tensor) -> Tensor:
-    """In double precision: squares of small and large numbers would not fit otherwise."""
-    return torch.linalg.vector_norm(t.detach(), dtype=torch.float64)
 
 
 def _largest(t: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.linalg import LinearOperator, unit
 from lsp_callbacks.operators.curvature import Method, central_difference, hessian
 from lsp_callbacks.operators.formulas import formula
 from lsp_callbacks.operators.training import blocks_of, known_optimizer, step_tangent
@@ -108,7 +108,7 @@ def _require_reach(snapshot: Snapshot, own: Tensor) -> None:
     noise = torch.randn(H.shape[1], generator=snapshot.generator("reach"), dtype=H.dtype).to(H.device)
     theta = flatten(parameters, parameters).detach().to(H.dtype)
     # A random direction changes little in a large network; shrinking all weights changes much.
-    v = _unit(_others(noise, own) + _others(theta, own))
+    v = unit(_others(noise, own) + _others(theta, own))
     if not bool(v.any()):  # it holds all parameters
         return
     found, gradient = (H @ v)[own], snapshot.replayed_gradient()[1]
@@ -133,8 +133,4 @@ def _require_reach(snapshot: Snapshot, own: Tensor) -> None:
 
 def _others(vector: Tensor, own: Tensor) -> Tensor:
     """Unit, and 0 at the player's own parameters."""
-    return _unit(vector.index_fill(0, own, 0.0))
-
-
-def _unit(v: Tensor) -> Tensor:
-    return v / torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)
+    return unit(vector.index_fill(0, own, 0.0))

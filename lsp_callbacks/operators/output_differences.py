@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lsp_callbacks.operators.differences import norm
+from lsp_callbacks.linalg import norm
 
 
 def differentiated_twice(product: Callable[[Tensor], Tensor], criterion: Callable[[Tensor], Tensor], f: Tensor) -> bool:
@@ -16,7 +16,7 @@ def differentiated_twice(product: Callable[[Tensor], Tensor], criterion: Callabl
     Outputs near 0, or far from their targets, say little of how far to go: the first is relative to their size.
     """
     v = torch.randn(f.shape, generator=torch.Generator().manual_seed(0)).to(f)
-    precision, size = torch.finfo(f.dtype).eps, float(norm(f)) / f.numel() ** 0.5 or 1.0
+    precision, size = torch.finfo(f.dtype).eps, float(norm(f.detach())) / f.numel() ** 0.5 or 1.0
     found = product(v)
 
     def gradient(moved: Tensor) -> Tensor:

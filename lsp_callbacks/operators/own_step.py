@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lsp_callbacks.operators.differences import norm
+from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.optimizer_copy import OptimizerCopy, held
 from lsp_callbacks.replay import RandomState
 from lsp_callbacks.snapshot import Snapshot, Unmeasurable, split

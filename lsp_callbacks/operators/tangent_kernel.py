@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.graph import read
-from lsp_callbacks.linalg import norm
+from lsp_callbacks.linalg import norm, unit
 from lsp_callbacks.operators.alike import Alike, FirstInputs
 from lsp_callbacks.operators.curvature import double_backward
 from lsp_callbacks.operators.output_differences import differentiated_twice
@@ -310,17 +310,17 @@ class _Directions:
         start = (
             torch.randn(found.outputs.shape[-1], generator=self.generator).to(found.outputs).expand_as(found.outputs)
         )
-        image = curvature(_unit(start))
-        value = (image * _unit(start)).sum(-1, keepdim=True)
-        if bool(((image - value * _unit(start)).norm(dim=-1) <= 1e-4 * image.norm(dim=-1)).all()):
+        image = curvature(unit(start))
+        value = (image * unit(start)).sum(-1, keepdim=True)
+        if bool(((image - value * unit(start)).norm(dim=-1) <= 1e-4 * image.norm(dim=-1)).all()):
             # Any direction is an eigenvector: take the one in which the sharpest mode moves this sample.
             if self._moves is None:
                 self._moves, self.mode = _sharpest(self.probes, self.scale, self.mode, self.generator)
             self.stated = self.stated.replace("top", "sharpest mode", 1)
-            start, image = self._moves[index], curvature(_unit(self._moves[index]))
+            start, image = self._moves[index], curvature(unit(self._moves[index]))
         for _ in range(POWER):
-            start, image = image, curvature(_unit(image))
-        u = _unit(start)
+            start, image = image, curvature(unit(image))
+        u = unit(start)
         return u * _root((image * u).sum(-1, keepdim=True), image)
 
 
@@ -399,7 +399,7 @@ def _sharpest(
             image += flatten(pulled, parameters)
         if not bool((d * image).any()):  # dead, or saturated: no direction is felt, and any will do
             break
-        vector = _unit(d * image)
+        vector = unit(d * image)
     return moves, vector
 
 
@@ -425,10 +425,3 @@ def _moved(part: Callable[[], Evaluation], parameters: list[nn.Parameter]) -> tu
             return (part().outputs.detach() - f.detach()) / distance
 
     return found, difference
-
-
-def _unit(v: Tensor) -> Tensor:
-    # Scaled first: the squares of what a saturated softmax leaves would underflow.
-    tiny = torch.finfo(v.dtype).tiny
-    v = v / v.abs().amax(-1, keepdim=True).clamp_min(tiny)
-    return v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(tiny)
