@@ -22,6 +22,7 @@ from lsp_callbacks.limits import Seconds, check_memory, in_bytes
 from lsp_callbacks.losses import LossWatch
 from lsp_callbacks.players import require_one
 from lsp_callbacks.quantities import Numerics, Quantity
+from lsp_callbacks.quantities.base import is_global
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.snapshot import NotApplicable, Snapshot, Unmeasurable, Unmodelled
 from lsp_callbacks.step import rate
@@ -54,11 +55,6 @@ class Curve:
 
     steps: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
-
-
-def is_global(key: str) -> bool:
-    """Whether it is of the whole network, not of a layer: ``stability/<name>``."""
-    return key.count("/") == 1
 
 
 def scalars(values: Mapping[str, float]) -> dict[str, float]:

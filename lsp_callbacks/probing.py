@@ -22,6 +22,12 @@ ForwardFn = Callable[[nn.Module, Any], Tensor]
 Criterion = Callable[[Tensor, Any], Tensor]
 
 
+def check_pair(forward_fn: ForwardFn | None, criterion: Criterion | None) -> None:
+    """Raise ValueError where only one of the two is given."""
+    if (forward_fn is None) != (criterion is None):
+        raise ValueError("forward_fn and criterion belong together: pass both, or neither")
+
+
 class Probes:
     """Collects samples from the batches of training, and evaluates the module at them.
 
@@ -38,6 +44,7 @@ class Probes:
     """
 
     def __init__(self, wanted: int, forward_fn: ForwardFn | None, criterion: Criterion | None):
+        check_pair(forward_fn, criterion)
         self.wanted, self.forward_fn, self.criterion = wanted, forward_fn, criterion
         self.ranks = Ranks()
         self.drop()

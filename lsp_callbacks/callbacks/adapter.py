@@ -224,16 +224,15 @@ def ranks(trainer: Any) -> Ranks:
     return Ranks.joined(trainer.strategy.root_device) if trainer.world_size > 1 else Ranks()
 
 
-def mean_loss(outputs: Any, ranks: Ranks) -> Any:
+def mean_loss(loss: Tensor | None, ranks: Ranks) -> Tensor | None:
     """The mean of the ranks' losses, for decisions that all must take alike; it does not wait for the device.
 
     Args:
-        outputs: of the rank's own ``training_step``.
+        loss: of the rank's own step; None where it has none.
         ranks: all of which call this.
     """
     if ranks.world == 1:
-        return outputs
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        return loss
     # All ranks come here, with a loss or without.
     own = loss.detach().float().mean() if isinstance(loss, Tensor) else torch.zeros((), device=ranks.device)
     total, share = ranks.average(torch.stack([own, torch.full_like(own, isinstance(loss, Tensor))]))

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lsp_callbacks.monitor import is_global, scalars
+from lsp_callbacks.monitor import scalars
+from lsp_callbacks.quantities.base import is_global
 
 
 class Stopwatch:

@@ -151,8 +151,6 @@ class StabilityMonitor(Callback):
         whole("seed", seed, 0)
         if accumulate is not None:
             whole("accumulate", accumulate, 1, instead=" batches, or None")
-        if (forward_fn is None) != (criterion is None):
-            raise ValueError("forward_fn and criterion belong together: pass both, or neither")
         if isinstance(loss_fn, Mapping):
             check_losses(loss_fn)
             if probe_samples is not None:

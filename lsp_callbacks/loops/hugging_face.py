@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from lsp_callbacks.configure import configured
 from lsp_callbacks.loops.plain import Log, Watch, moves
 from lsp_callbacks.monitor import Monitor, scalars
-from lsp_callbacks.probing import Criterion, ForwardFn, population
+from lsp_callbacks.probing import Criterion, ForwardFn, check_pair, population
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.select import Selection
 from lsp_callbacks.snapshot import Clipping, Prox, Unmodelled
@@ -95,8 +95,7 @@ class StabilityCallback(TrainerCallback):
             self.monitor = quantities
         else:
             self.monitor = configured(quantities, **settings)
-        if (forward_fn is None) != (criterion is None):
-            raise ValueError("forward_fn and criterion belong together: pass both, or neither")
+        check_pair(forward_fn, criterion)  # now, not when training begins
         self.log = log
         self._settings: dict[str, Any] = {"forward_fn": forward_fn, "criterion": criterion, "prox": prox, "seed": seed}
         self._values: dict[str, float] = {}

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.cadence import MODELLED
+from lsp_callbacks.configure import configured
 from lsp_callbacks.destination import ELSEWHERE, Destination
 from lsp_callbacks.guard import Guard, finite
 from lsp_callbacks.monitor import Curve, Monitor, Observation
 from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
-from lsp_callbacks.quantities import build
 from lsp_callbacks.ranks import Ranks
 from lsp_callbacks.replay import untouched
 from lsp_callbacks.report import Run, Verdict, judge
@@ -96,10 +95,8 @@ class Watch:
     ):
         if accumulate < 1:
             raise ValueError(f"accumulate={accumulate}: give the number of batches in an update, 1 or more")
-        if (forward_fn is None) != (criterion is None):
-            raise ValueError("forward_fn and criterion belong together: pass both, or neither")
         self.module, self.optimizer, self.loss_fn, self.accumulate = module, optimizer, loss_fn, accumulate
-        self.monitor = monitor if monitor is not None else Monitor(*build("default")[0], budget=MODELLED * 0.05)
+        self.monitor = monitor if monitor is not None else configured()
         self.log, self.clipping, self.unmodelled, self.seed = log, clipping, unmodelled, seed
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.unmodelled = unmodelled or _several(torch.distributed.get_world_size())

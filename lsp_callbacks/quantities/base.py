@@ -192,9 +192,14 @@ def _takes_a_snapshot(update: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
+def is_global(key: str) -> bool:
+    """Whether it is of the whole network, not of a layer: ``stability/<name>``."""
+    return key.count("/") == 1
+
+
 def _global(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The values without those of single layers, as one axis cannot show a hundred, by the last part of their keys."""
-    return {key.split("/")[1]: value for key, value in values.items() if key.count("/") == 1}
+    return {key.split("/")[1]: value for key, value in values.items() if is_global(key)}
 
 
 def scalar(value: float | Tensor) -> Tensor:
