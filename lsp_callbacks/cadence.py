@@ -153,22 +153,3 @@ class Cadence:
         self.period = self.every_n_steps or state["period"]
         if self.every_n_steps is None and self.cost:  # the budget may be another one now
             self.period = max(self._longest, math.ceil(self.cost / self.budget))
-
-    def load_first_state(self, origin: int | None, period: int | None, last: int | None) -> None:
-        """Goes on from a state of version 1, which knew fixed periods only.
-
-        Args:
-            origin: step of the first measurement.
-            period: steps between measurements.
-            last: the last step that was measured.
-        """
-        self.reset()
-        if origin is None:
-            return
-        self.origin, self._started = origin, origin
-        self.period = self.every_n_steps or period
-        if self.every_n_steps is None and period is not None:
-            starts = max(0, (last or origin) - origin) // period
-            self._started = origin + starts * period
-            self.cost = self.budget * period
-            self.spent = (1 + starts) * self.cost

@@ -78,11 +78,7 @@ class CourantSource:
         """Numbers and names only."""
         return {"key": self.key, "failing": self.failing, "waiting": self._waiting}
 
-    def load_state_dict(self, state: Mapping[str, Any] | None, history: Collection[str] = ()) -> None:
-        """Goes on from a state; where there is none, as in earlier releases, from the keys of what was measured."""
-        if state is None:
-            self.reset()
-            self.key = next((key for key in (SGD, GD) if key in history), None)
-            return
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state."""
         self.key, self.failing = state["key"], bool(state["failing"])
         self._waiting = None if state["waiting"] is None else tuple(state["waiting"])

@@ -584,48 +584,44 @@ class Monitor:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave, of this version or an earlier one.
+        """Takes back what `state_dict` gave, of this version.
 
         Quantities that are new or gone are left alone. Windows that were under way begin anew where the state does not
-        hold their vectors. A state that cannot be read, as that of a later version, is
-        left aside with a warning: it is measured as in a first run.
+        hold their vectors. A state that cannot be read, as that of another version, is left aside with a warning: it is
+        measured as in a first run.
         """
         try:
             self._load(state)
         except Exception as error:
             self.reset()
             warnings.warn(
-                f"lsp_callbacks begins anew: the checkpoint's state of version {_version(state)} cannot be read "
+                f"lsp_callbacks begins anew: the checkpoint's state of version {state.get('version')} cannot be read "
                 f"({type(error).__name__}: {error})",
                 stacklevel=2,
             )
 
     def _load(self, state: dict[str, Any]) -> None:
-        if _version(state) > VERSION:
-            raise ValueError(f"this release knows versions up to {VERSION}")
+        if state.get("version") != VERSION:
+            raise ValueError(f"this release reads version {VERSION}")
         self.history = {
             key: Curve(curve["steps"].tolist(), curve["values"].tolist()) for key, curve in state["history"].items()
         }
-        under_way = {name for name in state.get("under_way", ()) if name in self.quantities}
+        under_way = {name for name in state["under_way"] if name in self.quantities}
         self._under_way = under_way if "vectors" in state else set()
-        self._later = {name: step for name, step in state.get("later", {}).items() if name in self.quantities}
+        self._later = {name: step for name, step in state["later"].items() if name in self.quantities}
         self._later |= dict.fromkeys(under_way - self._under_way, 0)
-        self.courant.load_state_dict(state.get("courant"), self.history)
+        self.courant.load_state_dict(state["courant"])
         if self.courant.key not in {None, *(key for quantity in self._all for key in quantity.keys)}:
             self.warn_once(f"stability/courant was {self.courant_source} before, which is not measured any more")
             self.courant.reset()
-        self.losses.load_state_dict(state.get("losses", {}))
+        self.losses.load_state_dict(state["losses"])
         for name, quantity in self.quantities.items():
             quantity.load_state_dict(dict(state["quantities"].get(name, {})), strict=False)
             quantity.load_vectors(state.get("vectors", {}).get(name, {}))
         if self.trace is not None and "trace" in state:
             self.trace.load_state_dict(state["trace"])
-        if _version(state) > 1:
-            self.cadence.load_state_dict(state["cadence"])
-            self._priced = None if state["priced"] is None else set(state["priced"])
-        else:
-            last = max((curve.steps[-1] for curve in self.history.values() if curve.steps), default=None)
-            self.cadence.load_first_state(state.get("origin"), state.get("period"), last)
+        self.cadence.load_state_dict(state["cadence"])
+        self._priced = None if state["priced"] is None else set(state["priced"])
 
 
 def _lost(quantity: Quantity) -> list[str]:
@@ -636,8 +632,3 @@ def _lost(quantity: Quantity) -> list[str]:
 
 def _kind(reason: str) -> str:
     return re.sub(r"[-+.\w]*\d[-+.\w]*", "#", reason)
-
-
-def _version(state: dict[str, Any]) -> int:
-    """The first version did not always say so."""
-    return int(state.get("version", 1))

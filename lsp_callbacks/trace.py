@@ -254,10 +254,7 @@ class Trace:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state; a series of other energies begins anew, with a warning."""
         self.reset()
-        if "rates" in state:
-            self.rates.load_state_dict(state["rates"])
-        else:  # of an earlier release
-            self.rates.total, self.rates.squares = state["rate_sum"], state["rate_squares"]
+        self.rates.load_state_dict(state["rates"])
         if not state["series"]:
             return
         own = (None if self.final is None else self.final.name, {"loss", "lr", *self.energies})

@@ -196,20 +196,6 @@ def data_in_order():
     return torch.utils.data.TensorDataset(x, x[:, :3].argmax(1))
 
 
-def test_a_state_of_fixed_periods_goes_on():
-    """Version 1, as it was written before the edge entered."""
-    monitor = Monitor(Dial(lambda step: math.nan), budget=0.1)
-    starts(monitor, 35, 4)
-    old = {
-        "version": 1, "origin": 4, "period": 10,
-        **{key: value for key, value in monitor.state_dict().items() if key in ("history", "quantities")},
-    }  # fmt: skip
-    again = Monitor(Dial(lambda step: math.nan), budget=0.1)
-    again.load_state_dict(round_trip(old))
-    assert starts(again, 60, 39) == [44, 54, 64, 74, 84, 94]
-    assert again.cadence.spent == pytest.approx(10.0)
-
-
 @pytest.mark.parametrize(
     "before, after, expected",
     [

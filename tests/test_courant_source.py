@@ -97,12 +97,8 @@ def test_it_is_the_same_after_a_resume(cut):
 
 
 def test_states_of_other_runs():
-    """An earlier release without the state; a run that does not measure the number any more."""
+    """A run that does not measure the number any more."""
     state = observed([0.1] * 6, [None, 0.7, 0.7, 0.7, 0.7, 0.7]).state_dict()
-    old = {key: value for key, value in state.items() if key != "courant"}
-    again = observed([0.1] * 6, [None] * 6, steps=())
-    again.load_state_dict(old)
-    assert again.courant_source == "courant_sgd"
     other = observed([0.1] * 9, steps=())
     with pytest.warns(UserWarning, match="courant_sgd before"):
         other.load_state_dict(state)

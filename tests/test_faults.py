@@ -288,8 +288,6 @@ def spoilt(state, how):
     monitor = state["monitor"]
     if how == "version missing":
         del monitor["version"]
-        monitor |= {"origin": 0, "period": 5}
-        del monitor["cadence"], monitor["priced"]
     elif how == "unknown quantity":
         monitor["quantities"] |= {"flux": {"value": torch.tensor(3.0), "_update_count": torch.tensor(2)}}
     elif how == "unknown state of a known quantity":
@@ -307,7 +305,7 @@ def spoilt(state, how):
 @pytest.mark.parametrize(
     "how, anew",
     [
-        ("version missing", False), ("unknown quantity", False), ("unknown state of a known quantity", False),
+        ("version missing", True), ("unknown quantity", False), ("unknown state of a known quantity", False),
         ("fewer quantities", False), ("newer version", True), ("other shape", True), ("before the look-ahead", False),
     ],
 )  # fmt: skip

@@ -219,12 +219,6 @@ class Dissipation(Quantity):
     def load_vectors(self, vectors: dict[str, Any]) -> None:
         self._there = None  # it is what the state says
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        rows = state_dict.get(prefix + "values")
-        if rows is not None and rows.ndim == 2:  # of all energies, without their names
-            state_dict[prefix + "values"] = rows[0]
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 def _row(energy: str) -> str:
     """The state that holds what is known of an energy."""
