@@ -31,7 +31,7 @@ from lsp_callbacks import (
     StopOnInstability,
 )
 from lsp_callbacks.callbacks.lightning_step import mean_loss
-from lsp_callbacks.errors import Unmodelled
+from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.operators import hessian
 from lsp_callbacks.step.ranks import Ranks
 
@@ -166,7 +166,7 @@ def rounds(rank):
     """A failure at every place, on either process and on both; and a healthy round after each."""
     ranks = Ranks.joined("cpu")
     found = {}
-    failures = {"error": RuntimeError("no memory"), "unmodelled": Unmodelled("not here")}
+    failures = {"error": RuntimeError("no memory"), "unsupported": Unsupported("not here")}
     places = [
         "before",
         "in 0",

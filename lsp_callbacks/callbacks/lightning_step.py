@@ -14,7 +14,7 @@ from lsp_callbacks.step.criterion import Probes
 from lsp_callbacks.step.pending_step import LossFn, PendingStep
 from lsp_callbacks.step.probes import HOW
 from lsp_callbacks.step.ranks import Ranks
-from lsp_callbacks.step.snapshot import Clipping, ProbeSet, Unmeasurable, Unmodelled
+from lsp_callbacks.step.snapshot import Clipping, ProbeSet, Unmeasurable, Unsupported
 
 
 def pending_step(
@@ -37,7 +37,7 @@ def pending_step(
     return PendingStep(
         module,
         shared=[] if trainer.datamodule is None else [trainer.datamodule],
-        prepare=lambda shadow: _mute(shadow, trainer),
+        prepare=lambda module_copy: _mute(module_copy, trainer),
         # The user's own function rounds in other places than the step.
         tolerance=1e-4 if own_loss else 0.0,
         probe_samples=probe_samples,
@@ -103,7 +103,7 @@ def probe_set(trainer: Any, probes: Probes, pending: PendingStep, accumulate: in
 
     def loss(module: Any, batch: Any) -> Any:
         if not getattr(module, "automatic_optimization", True):  # it would step the optimizer
-            raise Unmodelled(f"automatic_optimization=False: training_step cannot be asked for outputs; {HOW}")
+            raise Unsupported(f"automatic_optimization=False: training_step cannot be asked for outputs; {HOW}")
         return module.training_step(*arguments(module.training_step, batch, 0))
 
     context = trainer.precision_plugin.train_step_context
@@ -111,7 +111,7 @@ def probe_set(trainer: Any, probes: Probes, pending: PendingStep, accumulate: in
 
 
 class _Muted:
-    """The trainer as the shadow sees it: everything can be read, nothing is logged."""
+    """The trainer as the copy sees it: everything can be read, nothing is logged."""
 
     logger: Any
     loggers: tuple[Any, ...] = ()
@@ -140,9 +140,9 @@ class _Silence:
         return self
 
 
-def _mute(shadow: nn.Module, trainer: Any) -> None:
+def _mute(module_copy: nn.Module, trainer: Any) -> None:
     muted = _Muted(trainer)
-    for module in shadow.modules():
+    for module in module_copy.modules():
         if hasattr(module, "_trainer"):  # LightningModules read the epoch and the step from it
             vars(module)["_trainer"] = muted
             vars(module)["log"] = vars(module)["log_dict"] = vars(module)["print"] = _nothing
@@ -175,7 +175,7 @@ def overridden(module: Any, *hooks: str) -> str | None:
     return next(changed, None)
 
 
-def unmodelled(trainer: Any, module: Any, *, players: bool = False) -> str | None:
+def unsupported(trainer: Any, module: Any, *, players: bool = False) -> str | None:
     """Why the parameters will not move by the optimizer's step on the step's own loss; None if they will.
 
     What an override of ``optimizer_step`` or ``configure_gradient_clipping`` does is looked at step by step.

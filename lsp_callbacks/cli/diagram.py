@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lsp_callbacks import report
 from lsp_callbacks.callbacks.base import Callback
-from lsp_callbacks.callbacks.lightning_step import clipping, pending_step, probe_set, step_loss, unmodelled
+from lsp_callbacks.callbacks.lightning_step import clipping, pending_step, probe_set, step_loss, unsupported
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.functional.sgd.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram
@@ -301,7 +301,7 @@ class _Examiner(Callback):
                 trainer.global_step // steps,
                 trainer.optimizers[0],
                 clipping=clipping(trainer),
-                unmodelled=unmodelled(trainer, pl_module),
+                unsupported=unsupported(trainer, pl_module),
                 probes=probe_set(trainer, probes, pending),
                 seed=settings.seed,
             )

@@ -118,12 +118,12 @@ class Guard:
         return fault
 
     def _traced(self, step: int, module: nn.Module, pending: PendingStep) -> Fault:
-        if pending.shadow is None:
+        if pending.module_copy is None:
             raise pending.failure or AssertionError
         if not self._parts:
             return Fault(step, "unknown", reason="its batches were not seen")
         with restored(list(module.parameters())):  # a training_step may move them
-            copy = pending.shadow.reset()
+            copy = pending.module_copy.reset()
             for part in self._parts:
                 part.random_state.restore()
                 batch = copied(part.batch)

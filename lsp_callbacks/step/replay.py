@@ -35,10 +35,10 @@ _HOOKS = (
 _ATOMS = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size)
 
 
-class Shadow:
+class ModuleCopy:
     """A copy of a module that shares its parameters and nothing else.
 
-    Buffers, Python attributes, metrics and caches are copied when the shadow is made, which must be *before* the
+    Buffers, Python attributes, metrics and caches are copied when the copy is made, which must be *before* the
     step's forward pass, and put back to that state by `reset` before each replay. The user's own hooks (functions and
     methods) are not copied, as their side effects could not be taken back; hook objects, such as those of
     ``torch.nn.utils.spectral_norm``, are.
@@ -261,19 +261,19 @@ class MicroBatch:
     own: Tensor | None = None
 
 
-def replayer(shadow: Shadow, parts: Sequence[MicroBatch]) -> Callable[[], Tensor]:
+def replayer(module_copy: ModuleCopy, parts: Sequence[MicroBatch]) -> Callable[[], Tensor]:
     """``() -> loss`` of a step: at each call fresh batches, buffers and random states, see also `muted`.
 
     The losses of the micro-batches are summed in their order, and buffers evolve through them as they did. The graphs
     of all of them are held at once.
 
     Args:
-        shadow: made before the step.
+        module_copy: made before the step.
         parts: the micro-batches between two updates; one without accumulation.
     """
 
     def replay() -> Tensor:
-        module = shadow.reset()
+        module = module_copy.reset()
         losses = []
         for part in parts:
             part.random_state.restore()

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from lsp_callbacks.autograd.graph import Graph, joined, read
 from lsp_callbacks.errors import NotApplicable as NotApplicable
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.errors import Unmodelled as Unmodelled
+from lsp_callbacks.errors import Unsupported as Unsupported
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.step.players import Player
 from lsp_callbacks.step.ranks import Ranks
@@ -146,7 +146,7 @@ class Snapshot:
     Args:
         step: number of the optimizer step, counted from 0.
         module: the module that ``replay`` runs. Its parameters are the real ones, shared; its buffers and
-            Python attributes should be a copy (see `lsp_callbacks.step.replay.Shadow`), as replays move them.
+            Python attributes should be a copy (see `lsp_callbacks.step.replay.ModuleCopy`), as replays move them.
         replay: computes the loss of the step again, at the current values of the parameters: the same batch,
             the same random masks, the same buffers, however often it is called.
         optimizer: holds the groups and the state *before* the update.
@@ -157,8 +157,8 @@ class Snapshot:
         clipping: what is done to the gradient before the optimizer sees it; None leaves it as it is.
         prox: what is done to each parameter after the optimizer's step, ``(name, tensor, lr) -> tensor``, in operations
             that autograd can differentiate almost everywhere; see `lsp_callbacks.functional.trajectory.proximal`.
-        unmodelled: why the update is not the optimizer's step on this loss (a hook of the user's); None if it is.
-        disowned: why the update has turned out to be another one in an earlier step; None if it has not.
+        unsupported: why the update is not the optimizer's step on this loss (a hook of the user's); None if it is.
+        invalidated: why the update has turned out to be another one in an earlier step; None if it has not.
         tolerance: relative difference allowed between ``loss`` and its replay; 0 is to the last bit, for the same path.
         keep: which modules' inputs ``calls`` keeps in full, by name and module.
         probes: training samples for the quantities that look at outputs; None where there are none.
@@ -184,8 +184,8 @@ class Snapshot:
     gradient: dict[str, Tensor | None] | None = None
     clipping: Clipping | None = None
     prox: Prox | None = None
-    unmodelled: str | None = None
-    disowned: str | None = None
+    unsupported: str | None = None
+    invalidated: str | None = None
     tolerance: float = 0.0
     keep: Callable[[str, nn.Module], bool] = lambda name, module: False
     probes: ProbeSet | None = None

@@ -18,7 +18,7 @@ from lsp_callbacks.operators.curvature.output_differences import differentiated_
 from lsp_callbacks.operators.sgd.collapsed_outputs import Alike, FirstInputs
 from lsp_callbacks.operators.sgd.per_sample_gradients import ParameterGram, Recorder, TiedRows, rows_alone
 from lsp_callbacks.step.probes import HOW
-from lsp_callbacks.step.snapshot import Evaluation, ProbeSet, Unmeasurable, Unmodelled, displaced, flatten
+from lsp_callbacks.step.snapshot import Evaluation, ProbeSet, Unmeasurable, Unsupported, displaced, flatten
 
 #: Numbers that are held at once, at most.
 HELD = 2**26
@@ -102,7 +102,7 @@ def tangent_kernel(
 
     Raises:
         Unmeasurable: the criterion is not convex in the outputs, or flat.
-        Unmodelled: more rows would have to be formed than ``most_rows``.
+        Unsupported: more rows would have to be formed than ``most_rows``.
 
     Cost: one forward and ``R + 1`` backward passes over the probes, of tied ones ``N R`` over a part; ``n^2`` memory
     for K beside the activations.
@@ -139,7 +139,7 @@ def tangent_kernel(
         total = torch.stack([w * c[:, r, None, None] for r, w in enumerate(cotangents)]).sum(0)
         whole = torch.autograd.grad(found.outputs, list(parameters.values()), total, allow_unused=True)
         if all(g is None for g in whole):  # a copy of them, made inside a function of the user's own
-            raise Unmodelled(f"the outputs that the criterion takes do not reach the parameters: {HOW}")
+            raise Unsupported(f"the outputs that the criterion takes do not reach the parameters: {HOW}")
         for name, g in zip(parameters, whole):
             if g is not None:
                 backward[name] += g.to_dense()
@@ -171,7 +171,7 @@ def tangent_kernel(
     if left and tied is not None:
         raise Unmeasurable(f"the per-sample gradients of {left[0]} do not add up to its gradient")
     if left and len(weights) > most_rows:
-        raise Unmodelled(
+        raise Unsupported(
             f"some weights ({', '.join(left[:3])}) are used outside of their own layer, and their per-sample gradients "
             f"would take {len(weights)} backward passes: allow them with SGDStability(most_rows={len(weights)})"
         )
@@ -199,7 +199,7 @@ def tangent_kernel(
 
 def _few(rows: int, most: int) -> int:
     if rows > most:
-        raise Unmodelled(
+        raise Unsupported(
             f"batch statistics tie samples together, and {rows} output gradients would take a backward pass each: "
             f"allow them with SGDStability(most_rows={rows}), or take fewer probes"
         )

@@ -28,7 +28,7 @@ def known_optimizer(snapshot: Snapshot) -> torch.optim.Optimizer:
     """
     if snapshot.optimizer is None:
         raise Unmeasurable("no optimizer is known: pass optimizer=... to the Snapshot")
-    if why := snapshot.unmodelled or snapshot.disowned:
+    if why := snapshot.unsupported or snapshot.invalidated:
         raise Unmeasurable(why)
     return snapshot.optimizer
 

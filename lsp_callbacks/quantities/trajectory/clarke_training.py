@@ -28,7 +28,7 @@ from lsp_callbacks.operators.trajectory.step_jacobian import (
 )
 from lsp_callbacks.quantities.base import scalar
 from lsp_callbacks.quantities.trajectory.lyapunov import Windowed
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, Unmodelled
+from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, Unsupported
 
 #: Of the numbers that a state holds, in its order.
 _NAMES = (
@@ -96,9 +96,9 @@ class ClarkeTraining(Windowed):
     def check(self, snapshot: Snapshot) -> None:
         P = sum(p.numel() for p in snapshot.parameters.values())
         if self.most < P:
-            raise Unmodelled(f"{P:,} parameters are trained, and most={self.most} derivatives are taken whole")
+            raise Unsupported(f"{P:,} parameters are trained, and most={self.most} derivatives are taken whole")
         if "max_exp_avg_sq" in state_blocks(snapshot):
-            raise Unmodelled("amsgrad takes a maximum, whose kinks are not modelled")
+            raise Unsupported("amsgrad takes a maximum, whose kinks are not modelled")
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         P = sum(p.numel() for p in snapshot.parameters.values())
