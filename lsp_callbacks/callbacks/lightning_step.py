@@ -14,6 +14,7 @@ from lsp_callbacks.step.criterion import Probes
 from lsp_callbacks.step.pending_step import LossFn, PendingStep
 from lsp_callbacks.step.probes import HOW
 from lsp_callbacks.step.ranks import Ranks
+from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Clipping, ProbeSet, Unmeasurable, Unsupported
 
 
@@ -23,7 +24,7 @@ def pending_step(
     *,
     own_loss: bool = False,
     probe_samples: int | None = None,
-    ranks: Ranks | None = None,
+    run: RunContext | None = None,
 ) -> PendingStep:
     """A step of Lightning's that will be measured; made in ``on_train_batch_start`` of its first micro-batch.
 
@@ -32,7 +33,7 @@ def pending_step(
         module: the user's LightningModule.
         own_loss: whether a function of the user's own computes the loss; otherwise ``training_step`` is replayed.
         probe_samples: how many samples of the batch to use; None takes all.
-        ranks: the processes that take the step together; None is this one.
+        run: what all steps of the run share; None is a run of this process alone.
     """
     return PendingStep(
         module,
@@ -41,7 +42,7 @@ def pending_step(
         # The user's own function rounds in other places than the step.
         tolerance=1e-4 if own_loss else 0.0,
         probe_samples=probe_samples,
-        ranks=ranks,
+        run=run,
         takes_buffers=getattr(trainer.strategy.model, "will_sync_module_buffers", bool)(),
     )
 

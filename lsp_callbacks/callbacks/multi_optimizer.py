@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ class Game:
     def turn(self, optimizer: torch.optim.Optimizer) -> Iterator[Callable[..., Snapshot] | None]:
         """While one player's step is measured, the parameters of all players can be differentiated.
 
-        Gives a function of the step's number and further settings to its `Snapshot`, or None if nothing was kept.
+        Gives a function of the step's number and the ``previous`` one to its `Snapshot`, or None if nothing was kept.
         """
         name = next(name for name, one in self.optimizers.items() if one is optimizer)
         self._moving[name] = {id(p) for p in _held(optimizer) if p.requires_grad}
@@ -127,27 +128,23 @@ class Game:
         try:
             for p, _ in before:
                 p.requires_grad_(id(p) in moving)
-            yield None if pending is None else lambda step, **settings: self._snapshot(name, pending, step, **settings)
+            yield None if pending is None else partial(self._snapshot, name, pending)
         finally:
             for p, required in before:
                 p.requires_grad_(required)
 
-    def _snapshot(
-        self, name: str, pending: PendingStep, step: int, *, unsupported: str | None, **settings: Any
-    ) -> Snapshot:
+    def _snapshot(self, name: str, pending: PendingStep, step: int, *, previous: int | None) -> Snapshot:
         moved = pending.settle(self._parameters()) or self._interrupted
         player = Player(name, self.optimizers, interrupted=INTERRUPTED if moved else None, trusted=self._trusted)
-        if not unsupported and self._simultaneous(name):
-            unsupported = f"player {name!r}: {SIMULTANEOUS}"
+        mismatch = f"player {name!r}: {SIMULTANEOUS}" if self._simultaneous(name) else None
         loss = step_loss(self._trainer, self._losses[name], 0)
         parts = pending.parts = [replace(part, loss=loss) for part in pending.parts]
-        settings |= {"unsupported": unsupported, "player": player}
-        snapshot = pending.snapshot(step, self.optimizers[name], **settings)
+        snapshot = pending.snapshot(step, self.optimizers[name], mismatch=mismatch, player=player, previous=previous)
         # Noise may have been drawn once for all players.
         if pending.module_copy is None or self._start is None or not self._later:
             return verified_player_step(snapshot)
         earlier = [replace(part, random_state=self._start) for part in parts]
-        return verified_player_step(snapshot, pending.ranks.private(replayer(pending.module_copy, earlier)))
+        return verified_player_step(snapshot, pending.run.ranks.private(replayer(pending.module_copy, earlier)))
 
     def _simultaneous(self, name: str) -> bool:
         own = [p for p in _held(self.optimizers[name]) if p.grad is not None and id(p) in self._marks]
