@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lsp_callbacks import Snapshot
+from lsp_callbacks.step.run_context import RunContext
 
 f64 = torch.float64
 
@@ -150,13 +151,17 @@ def dense_hessian(problem: nn.Module) -> Tensor:
 # Training steps -----------------------------------------------------------------------------------------------------
 
 
+RUN = {field.name for field in fields(RunContext)}
+
+
 def freeze(
     problem: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     replay: Callable[[], Tensor] | None = None,
     **settings: Any,
 ) -> Snapshot:
-    """The step that the optimizer is about to take, with its loss and gradient."""
+    """The step that the optimizer is about to take, with its loss and gradient; settings of the run go into it."""
+    run = RunContext(**{name: settings.pop(name) for name in RUN & settings.keys()})
     replay = replay or problem
     loss = replay()
     parameters = {name: p for name, p in problem.named_parameters() if p.requires_grad}
@@ -164,7 +169,7 @@ def freeze(
     named = {name: g for name, g in zip(parameters, gradient)}
     return Snapshot(
         **{"step": 0, "module": problem, "replay": replay, "optimizer": optimizer, "loss": loss.detach()}
-        | {"gradient": named}
+        | {"gradient": named, "run": run}
         | settings
     )
 

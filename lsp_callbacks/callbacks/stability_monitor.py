@@ -48,7 +48,8 @@ from lsp_callbacks.step.criterion import Criterion, ForwardFn, Probes, populatio
 from lsp_callbacks.step.pending_step import LossFn, PendingStep, batch_size, identical, never, rate, verified
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.replay import untouched
-from lsp_callbacks.step.snapshot import Clipping, Prox, Snapshot, Unmeasurable
+from lsp_callbacks.step.run_context import Prox, RunContext
+from lsp_callbacks.step.snapshot import Clipping, Snapshot, Unmeasurable
 
 #: How many steps of the schedule to look ahead.
 HORIZON = 1000
@@ -179,7 +180,7 @@ class StabilityMonitor(Callback):
         self._previous: int | None = None
         self._counted, self._stepped = False, True
         self._ranks = Ranks()
-        self._unmodelled: str | None = None
+        self._run = RunContext()
         self._overrides = False
         self._pending: PendingStep | None = None
         self._saw_loss = False
@@ -247,10 +248,10 @@ class StabilityMonitor(Callback):
             self.step, self._previous, self._measured_at, self._critical = 0, None, None, CriticalRate()
             self.monitor.reset()
         self.monitor.drop()
-        self._unmodelled = self._why_unsupported(trainer, pl_module)
+        unsupported = self._why_unsupported(trainer, pl_module)
         named = [q for q in self.monitor.quantities.values() if q.needs_update and q.name in self.monitor.named]
-        if self._unmodelled and named:
-            raise Unmeasurable(f"{named[0].name} cannot be measured: {self._unmodelled}")
+        if unsupported and named:
+            raise Unmeasurable(f"{named[0].name} cannot be measured: {unsupported}")
 
     def _why_unsupported(self, trainer: Any, pl_module: Any) -> str | None:
         players = isinstance(self.loss_fn, Mapping)
@@ -287,7 +288,6 @@ class StabilityMonitor(Callback):
         )
         self._judges = list(self.subscribers)  # they leave when training ends
         self._schedule = Schedule(trainer)
-        self._unmodelled = self._why_unsupported(trainer, pl_module)
         self._overrides = overridden(pl_module, "optimizer_step") is not None
         self._destination.forget()
         # A run that was interrupted within a step has left its own.
@@ -297,8 +297,18 @@ class StabilityMonitor(Callback):
         if not self.step:  # not 0 where a run is resumed from a checkpoint that does not know this callback
             takes_turns = isinstance(self.loss_fn, Mapping)
             self.step = trainer.global_step // (1 if takes_turns else max(1, len(trainer.optimizers)))
-        settings: dict[str, Any] = {"unsupported": self._unmodelled, "sharded": sharded(trainer), "ranks": self._ranks}
-        settings |= {"clipping": clipping(trainer), "prox": self.prox}
+        one_loss = not isinstance(self.loss_fn, Mapping)
+        self._run = RunContext(
+            ranks=self._ranks,
+            seed=self.seed,
+            prox=self.prox,
+            schedulers=schedulers(trainer, optimizer) if one_loss else None,
+            loss_name="loss_fn" if one_loss and self.loss_fn is not None else None,
+            captures_inputs=self.monitor.captures_inputs,
+            unsupported=self._why_unsupported(trainer, pl_module),
+            sharded=sharded(trainer),
+        )
+        settings: dict[str, Any] = {"run": self._run, "clipping": clipping(trainer)}
         # The sum of several players' losses need not fall.
         self.monitor.losses.comparable = len(trainer.optimizers) <= 1
         if isinstance(self.loss_fn, Mapping):
@@ -365,7 +375,7 @@ class StabilityMonitor(Callback):
             with self.monitor.warn_instead_of_raise("the step could not be kept for a replay"):
                 return pending_step(
                     trainer, pl_module, own_loss=self.loss_fn is not None, probe_samples=self.probe_samples,
-                    ranks=self._ranks,
+                    run=self._run,
                 )  # fmt: skip
         return None
 
@@ -450,8 +460,7 @@ class StabilityMonitor(Callback):
         with game.turn(optimizer) as snapshot:
             if snapshot is not None:
                 with untouched(pl_module):
-                    seen = snapshot(self.step, unsupported=self._unmodelled, keep=self.monitor.keeps, seed=self.seed)
-                    self._note(self.monitor.observe(replace(seen, previous=self._previous)))
+                    self._note(self.monitor.observe(snapshot(self.step, previous=self._previous)))
 
     def _note(self, observation: Observation | None) -> None:
         if observation is not None:
@@ -466,14 +475,8 @@ class StabilityMonitor(Callback):
             self.step,
             optimizer,
             clipping=rule,
-            prox=self.prox,
-            unsupported=self._unmodelled,
-            keep=self.monitor.keeps,
             probes=probe_set(trainer, self.probes, pending, self.accumulate) if self.probes.wanted else None,
-            loss_of=None if self.loss_fn is None else "loss_fn",
-            schedulers=schedulers(trainer, optimizer),
             scale=loss_scale(trainer),
-            seed=self.seed,
             previous=self._previous,
         )
         # Under manual optimisation nobody need have told us the loss.

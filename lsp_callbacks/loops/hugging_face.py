@@ -17,7 +17,8 @@ from lsp_callbacks.monitor.monitor import Monitor, scalars
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.module_filter import Selection
 from lsp_callbacks.step.criterion import Criterion, ForwardFn, check_pair, population
-from lsp_callbacks.step.snapshot import Clipping, Prox, Unsupported
+from lsp_callbacks.step.run_context import Prox
+from lsp_callbacks.step.snapshot import Clipping, Unsupported
 
 ITEMS = "num_items_in_batch"
 

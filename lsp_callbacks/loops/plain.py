@@ -18,7 +18,8 @@ from lsp_callbacks.step.criterion import Criterion, ForwardFn, Probes, populatio
 from lsp_callbacks.step.pending_step import LossFn, PendingStep, identical, never, verified
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.replay import untouched
-from lsp_callbacks.step.snapshot import Clipping, Prox, Snapshot
+from lsp_callbacks.step.run_context import Prox, RunContext
+from lsp_callbacks.step.snapshot import Clipping, Snapshot
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -97,14 +98,21 @@ class Watch:
             raise ValueError(f"accumulate={accumulate}: give the number of batches in an update, 1 or more")
         self.module, self.optimizer, self.loss_fn, self.accumulate = module, optimizer, loss_fn, accumulate
         self.monitor = monitor if monitor is not None else configured()
-        self.log, self.clipping, self.unsupported, self.seed = log, clipping, unsupported, seed
+        self.log, self.clipping, self.scaler = log, clipping, scaler
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self.unsupported = unsupported or _several(torch.distributed.get_world_size())
+            unsupported = unsupported or _several(torch.distributed.get_world_size())
+        self.run = RunContext(
+            seed=seed,
+            prox=prox,
+            schedulers=_schedulers(schedulers, optimizer),
+            loss_name="loss_fn",
+            captures_inputs=self.monitor.captures_inputs,
+            unsupported=unsupported,
+        )
         wanted = max((getattr(quantity, "probes", 0) for quantity in self.monitor.quantities.values()), default=0)
         self.probes = Probes(wanted, forward_fn, criterion)
         #: Whose criterion tells outputs from targets.
         self.probe_loss: Callable[[nn.Module, Any], Any] = loss_fn
-        self.prox, self.scaler, self.schedulers = prox, scaler, _schedulers(schedulers, optimizer)
         self._destination = Destination()
         self._published: Observation | None = None
         self.step = 0
@@ -147,7 +155,7 @@ class Watch:
             self._guard.begin()
             if self.monitor.wants(self.step):
                 with self.monitor.warn_instead_of_raise("the step could not be kept for a replay"):
-                    self._pending = PendingStep(self.module)
+                    self._pending = PendingStep(self.module, run=self.run)
         self.monitor.begin(self.module, first=first)
         self.batches += 1
         self.probes.add(batch, self.module)
@@ -200,8 +208,8 @@ class Watch:
 
     def _require(self) -> None:
         self._required = True
-        known: dict[str, Any] = {"clipping": self.clipping, "prox": self.prox, "unsupported": self.unsupported}
-        self.monitor.require(Snapshot(self.step, self.module, never, self.optimizer, **known))
+        step = Snapshot(self.step, self.module, never, self.optimizer, run=self.run, clipping=self.clipping)
+        self.monitor.require(step)
 
     def _loss(self, module: nn.Module, batch: Any) -> Tensor:
         return self.loss_fn(module, batch) / self.accumulate
@@ -218,14 +226,8 @@ class Watch:
                 self.step,
                 self.optimizer,
                 clipping=self.clipping,
-                prox=self.prox,
-                unsupported=self.unsupported,
-                keep=self.monitor.keeps,
-                loss_of="loss_fn",
                 probes=probes,
                 scale=1.0 if self.scaler is None else float(self.scaler.get_scale()),
-                schedulers=self.schedulers,
-                seed=self.seed,
             )
             if (factor := self._factor) is not None:
                 own = (snapshot.gradient or {}).items()
@@ -234,7 +236,7 @@ class Watch:
             if self._seen is None and snapshot.loss is not None:  # nobody tells it
                 self.monitor.losses.saw(self.step, snapshot.loss)
             self._observation = self.monitor.observe(snapshot)
-            if self.prox is not None and any(q.needs_update for q in self.monitor.quantities.values()):
+            if self.run.prox is not None and any(q.needs_update for q in self.monitor.quantities.values()):
                 self._destination.awaited()
                 self._destination.expect(snapshot)
 
@@ -265,7 +267,7 @@ class Watch:
             self.monitor.losses.saw(self.step, self._seen)
         fault = None
         with self.monitor.warn_instead_of_raise("whether the step is finite could not be told"):
-            pending, left_out = (lambda: PendingStep(self.module)), self._factor is not None
+            pending, left_out = (lambda: PendingStep(self.module, run=self.run)), self._factor is not None
             fault = self._guard.look(self.step, self.module, pending, ranks=Ranks(), left_out=left_out)
         self._measure()
         if fault is not None:

@@ -25,6 +25,7 @@ from lsp_callbacks.quantities.base import is_global
 from lsp_callbacks.step.pending_step import rate
 from lsp_callbacks.step.players import require_one
 from lsp_callbacks.step.ranks import Ranks
+from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.series import Trace
 from lsp_callbacks.step.snapshot import NotApplicable, Snapshot, Unmeasurable, Unsupported
 
@@ -194,13 +195,13 @@ class Monitor:
         Raises:
             Unmeasurable: if a quantity that the user named is among it.
         """
-        self._ranks = snapshot.ranks
+        self._ranks = snapshot.run.ranks
         reasons: dict[str, list[str]] = {}
         quietly: dict[str, list[str]] = {}
         for name, quantity in self.quantities.items():
             try:
-                if snapshot.sharded:
-                    raise Unmeasurable(snapshot.sharded)
+                if snapshot.run.sharded:
+                    raise Unmeasurable(snapshot.run.sharded)
                 if not quantity.plays:
                     require_one(snapshot.player)
                 quantity.check(snapshot)
@@ -285,7 +286,7 @@ class Monitor:
             observation.step, observation.values | dict.fromkeys(keys, math.nan), dict.fromkeys(wrong, reason)
         )
 
-    def keeps(self, name: str, module: nn.Module) -> bool:
+    def captures_inputs(self, name: str, module: nn.Module) -> bool:
         """Whether any quantity wants the module's inputs in full."""
         return any(quantity.keeps(name, module) for quantity in self.quantities.values())
 
@@ -360,16 +361,15 @@ class Monitor:
         """
         if self.trace is not None:
             self.record(snapshot.step, snapshot.loss, snapshot.optimizer, snapshot.module, previous=snapshot.previous)
-            snapshot = replace(snapshot, trace=self.trace)
         self._begin(snapshot)
-        if self.invalidated:
-            snapshot = replace(snapshot, invalidated=self.invalidated)
+        if self.trace is not None or self.invalidated:  # otherwise what is cached of the snapshot stays
+            snapshot = replace(snapshot, run=self._run_of(snapshot.run))
         if not self.wants(snapshot.step):
             return None
         starts = self._starts(snapshot.step)
         if starts:
             self.cadence.started(snapshot.step)
-        self._ranks = snapshot.ranks
+        self._ranks = snapshot.run.ranks
         self._notice(snapshot)
         values: dict[str, float] = {}
         failures: dict[str, str] = {}
@@ -429,6 +429,11 @@ class Monitor:
             observation = replace(observation, values=observation.values | told)
         return self.add(observation, values) if values or observation.values else None
 
+    def _run_of(self, run: RunContext) -> RunContext:
+        """The facts of the run, with those that are known here."""
+        series = run.series if self.trace is None else self.trace
+        return replace(run, series=series, invalidated=self.invalidated or run.invalidated)
+
     def _notice(self, snapshot: Snapshot) -> None:
         """Other parameters may be trained than before (unfreezing): windows and warm starts are not of their size."""
         player = "" if snapshot.player is None else snapshot.player.name
@@ -465,7 +470,7 @@ class Monitor:
             self._check_memory(quantity.name, snapshot)
         quantity.update(snapshot)
         own = {key: float(value) for key, value in quantity.compute().items()} if quantity.complete else None
-        return snapshot.ranks.first(lambda: own, quantity.name)
+        return snapshot.run.ranks.first(lambda: own, quantity.name)
 
     def add(self, observation: Observation, values: dict[str, float]) -> Observation:
         """The observation with further values, which go into the history, too."""
@@ -507,7 +512,7 @@ class Monitor:
         parts: dict[str, float] = {}
         for quantity in self.quantities.values():
             try:
-                own = snapshot.ranks.together(partial(quantity.cost, snapshot))
+                own = snapshot.run.ranks.together(partial(quantity.cost, snapshot))
             except Exception:  # whatever a replay raises: to find that it fails is one
                 own = {"a replay that fails": 1.0}
             for part, gradients in own.items():
@@ -541,13 +546,13 @@ class Monitor:
         """After a measurement: what it took decides what the next ones are, and when."""
         slow: dict[str, list[str]] = {}
         # Seconds differ between processes, and so may the cost, with the sizes of their batches.
-        too_long = snapshot.ranks.first(lambda: self.seconds.too_long(self.quantities), "the seconds")
+        too_long = snapshot.run.ranks.first(lambda: self.seconds.too_long(self.quantities), "the seconds")
         for name, reason in too_long.items():
             slow.setdefault(reason, []).append(name)
         self._leave_out(slow)
         if self.cadence.every_n_steps is None and self.quantities.keys() != self._priced:
             gradients = sum(self.cost(snapshot).values())
-            self.cadence.priced(snapshot.ranks.first(lambda: gradients, "the cost"), self.longest)
+            self.cadence.priced(snapshot.run.ranks.first(lambda: gradients, "the cost"), self.longest)
             self._priced = set(self.quantities)
 
     def drop(self) -> None:

@@ -199,7 +199,7 @@ class Probes:
             value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             return criteria.of(value, samples=size)
 
-        return pending.ranks.private(part)
+        return pending.run.ranks.private(part)
 
 
 @contextlib.contextmanager

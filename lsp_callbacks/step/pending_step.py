@@ -12,8 +12,8 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.replay import MicroBatch, ModuleCopy, copied, replayer, summed
+from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, evaluating, flatten, split
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -34,7 +34,7 @@ class PendingStep:
         prepare: applied once to the copy, see `ModuleCopy`.
         tolerance: relative difference between a replayed loss and the step's own; compiled modules have 1e-4 at least.
         probe_samples: how many samples to use; None takes all.
-        ranks: the processes that take the step together; None is this one.
+        run: what all steps of the run share; None is a run of this process alone.
         takes_buffers: whether all ranks' forward passes begin with the buffers of the first, as under DDP.
     """
 
@@ -46,11 +46,11 @@ class PendingStep:
         prepare: Callable[[nn.Module], None] = lambda copy: None,
         tolerance: float = 0.0,
         probe_samples: int | None = None,
-        ranks: Ranks | None = None,
+        run: RunContext | None = None,
         takes_buffers: bool = False,
     ):
         self.module, self.tolerance, self.probe_samples = module, tolerance, probe_samples
-        self.ranks = ranks or Ranks()
+        self.run = run or RunContext()
         self.parts: list[MicroBatch] = []
         self.module_copy: ModuleCopy | None = None
         self._several = False  # backward passes of a batch: only their gradients tell which losses count
@@ -72,7 +72,7 @@ class PendingStep:
             return self.module_copy.buffers()
 
         try:
-            found = self.ranks.together(lambda: self.ranks.first(buffers, "the buffers"))
+            found = self.run.ranks.together(lambda: self.run.ranks.first(buffers, "the buffers"))
             if self.module_copy is not None:
                 self.module_copy.load_buffers(found)
         except Exception as error:  # of this rank alone, too: it has to come to the next meeting
@@ -108,7 +108,7 @@ class PendingStep:
         if failure or self.module_copy is None:
             module, replay = self.module, _raising(failure)
         else:
-            module, replay = self.module_copy.module, self.ranks.private(replayer(self.module_copy, self.parts))
+            module, replay = self.module_copy.module, self.run.ranks.private(replayer(self.module_copy, self.parts))
         snapshot = Snapshot(
             step=step,
             module=module,
@@ -119,14 +119,14 @@ class PendingStep:
             gradient={name: p.grad for name, p in self.module.named_parameters() if p.requires_grad},
             # Compiled code rounds in other places than the step.
             tolerance=max(self.tolerance, 1e-4 if _compiled(self.module) else 0.0),
-            ranks=self.ranks,
+            run=self.run,
             **settings,
         )
         if self.probe_samples is None:
             return snapshot
         count = self.probe_samples
         try:
-            return self.ranks.together(lambda: self._sub_batch(snapshot, count))
+            return self.run.ranks.together(lambda: self._sub_batch(snapshot, count))
         except Exception as error:
             return replace(snapshot, replay=_raising(error))
 
@@ -143,7 +143,7 @@ class PendingStep:
             with evaluating(module):
                 return part.loss(module, batch)
 
-        return self.ranks.private(replayer(self.module_copy, [replace(part, loss=loss)]))(), size
+        return self.run.ranks.private(replayer(self.module_copy, [replace(part, loss=loss)]))(), size
 
     def _moved(self) -> Exception | None:
         """The step itself must leave the parameters alone: a replay, which shares them, would move them again."""
@@ -170,7 +170,7 @@ class PendingStep:
         _ = full.faithful
         count = math.ceil(count / len(self.parts))
         whole = any((batch_size(part.batch) or 0) <= count for part in self.parts)
-        if not self.ranks.any(lambda: not whole, "a sub-batch") or self.module_copy is None:
+        if not self.run.ranks.any(lambda: not whole, "a sub-batch") or self.module_copy is None:
             return full
         part = replace(full, replay=replayer(self.module_copy, [_cut(part, count) for part in self.parts]), memo={})
         loss, mean = part.replayed_gradient()
@@ -190,7 +190,7 @@ def verified(snapshot: Snapshot) -> Snapshot:
     replay are left to the quantities. Cost: one gradient.
     """
     try:
-        loss, gradient = snapshot.ranks.together(snapshot.replayed_gradient)
+        loss, gradient = snapshot.run.ranks.together(snapshot.replayed_gradient)
     except Exception:
         return snapshot
     seen = replace(snapshot, loss=loss, memo={})
@@ -198,17 +198,17 @@ def verified(snapshot: Snapshot) -> Snapshot:
         seen.check_gradient(gradient)
     except Unmeasurable as error:
         if snapshot.clipping is None or snapshot.gradient is None or snapshot.unsupported:
-            return replace(seen, unsupported=snapshot.unsupported or str(error))
+            return replace(seen, mismatch=snapshot.mismatch or str(error))
         clipping = snapshot.clipping
         groups = [] if snapshot.optimizer is None else snapshot.optimizer.param_groups
         held = {id(p) for group in groups for p in group["params"]}
         if clipping.kind == "norm" and not all(id(p) in held for p in snapshot.parameters.values()):
             reason = "gradients are clipped together with those of parameters that the optimizer does not hold"
-            return replace(seen, unsupported=reason)
+            return replace(seen, mismatch=reason)
         try:
             seen.check_gradient(clipping(gradient))
         except Unmeasurable:
-            return replace(seen, unsupported=str(error))
+            return replace(seen, mismatch=str(error))
         return replace(seen, gradient=_named(gradient, snapshot), memo={})
     return seen
 
@@ -228,7 +228,7 @@ def verified_player_step(snapshot: Snapshot, *others: Callable[[], Tensor]) -> S
     for replay in (snapshot.replay, *others):
         seen = replace(snapshot, replay=replay, memo={})
         try:
-            loss, gradient = seen.ranks.together(seen.joint.replayed_gradient)
+            loss, gradient = seen.run.ranks.together(seen.joint.replayed_gradient)
         except Exception:
             return snapshot
         replayed = dict(zip(seen.joint.parameters, split(gradient, list(seen.joint.parameters.values()))))
@@ -246,7 +246,7 @@ def verified_player_step(snapshot: Snapshot, *others: Callable[[], Tensor]) -> S
         "parameters before another player's update, or the loss draws random numbers in another order (put the noise "
         "into the batch, or draw it from a generator that the module keeps)"
     )
-    return replace(first, unsupported=snapshot.unsupported or reason)
+    return replace(first, mismatch=snapshot.mismatch or reason)
 
 
 def _named(flat: Tensor, step: Snapshot) -> dict[str, Tensor | None]:

@@ -12,6 +12,7 @@ from problems import Quadratic, close, f64, freeze, random, symmetric, take
 from lsp_callbacks import Lyapunov, Sharpness
 from lsp_callbacks.functional import edge, sharpness
 from lsp_callbacks.linalg import from_matrix, lanczos, spectrum_bounds
+from lsp_callbacks.step.run_context import RunContext
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import exponent_is_covered
@@ -94,7 +95,7 @@ def test_the_error_bar_is_the_same_where_the_update_is_another_one():
         problem.curvature.copy_(q @ torch.diag(spectrum) @ q.T)
         snapshot = freeze(problem, optimizer, step=step)
         for metric, step_ in zip(
-            metrics, (snapshot, replace(snapshot, invalidated="the update is another one", memo={}))
+            metrics, (snapshot, replace(snapshot, run=RunContext(invalidated="the update is another one"), memo={}))
         ):
             metric.update(step_)
         known, alone = (metric.compute() for metric in metrics)

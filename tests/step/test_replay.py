@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import spectral_norm
 
 from lsp_callbacks.step.replay import MicroBatch, ModuleCopy, RandomState, copied, replayer, untouched
+from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, displaced, flatten, split
 
 
@@ -209,7 +210,9 @@ def test_a_replay_must_give_the_loss_of_the_step(snap, reason, access):
 
 def test_calls_keep_what_is_asked_for_and_leave_no_hook():
     module = net()
-    snap = Snapshot(0, module, replay=lambda: module(X).sum(), keep=lambda name, m: name == "0")
+    snap = Snapshot(
+        0, module, replay=lambda: module(X).sum(), run=RunContext(captures_inputs=lambda name, m: name == "0")
+    )
     assert snap.calls["0"].args[0].equal(X) and snap.calls["0"].output_shape == (8, 5)
     assert snap.calls["1"].args == () and snap.calls["1"].input_shape == (8, 5)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
@@ -219,7 +222,9 @@ def test_generators_are_private_and_keyed():
     module = nn.Linear(1, 1)
 
     def draw(seed, step, key):
-        return torch.rand(4, generator=Snapshot(step, module, lambda: None, seed=seed).generator(key)).tolist()
+        return torch.rand(
+            4, generator=Snapshot(step, module, lambda: None, run=RunContext(seed=seed)).generator(key)
+        ).tolist()
 
     before = torch.get_rng_state()
     keys = [(0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b")]

@@ -269,7 +269,7 @@ class Differences:
             before = loss.detach() if snapshot.loss is None else snapshot.loss
             return loss.detach() - before, before.abs(), gradient
 
-        return snapshot.ranks.mean(own, "the displaced gradient")  # type: ignore[return-value]
+        return snapshot.run.ranks.mean(own, "the displaced gradient")  # type: ignore[return-value]
 
 
 def lengths(parameters: Sequence[Tensor]) -> list[float] | None:

@@ -107,7 +107,7 @@ def loss_bends(snapshot: Snapshot, *, eps: float) -> Slopes:
     Cost: a replay with its gradient, and a backward pass for each unit that is near.
     """
     parameters = list(snapshot.parameters.values())
-    if snapshot.ranks.world > 1:
+    if snapshot.run.ranks.world > 1:
         raise Unmeasurable("the kinks of several processes' losses are not modelled: measure with one process")
     with double_backward(snapshot.module), _Calls() as calls:
         loss = snapshot.replay()
@@ -148,11 +148,11 @@ def prox_bends(snapshot: Snapshot, *, eps: float) -> Slopes:
     """
     parameters = list(snapshot.parameters.values())
     size = sum(p.numel() for p in parameters)
-    if snapshot.prox is None:
+    if snapshot.run.prox is None:
         return _slopes([], [], [], size)
-    if not getattr(snapshot.prox, "elementwise", False):
+    if not getattr(snapshot.run.prox, "elementwise", False):
         raise Unmeasurable(
-            f"where the derivative of {snapshot.prox!r} jumps is known for maps of each number by itself (Box, "
+            f"where the derivative of {snapshot.run.prox!r} jumps is known for maps of each number by itself (Box, "
             "SoftThreshold, Ridge, Only of them, and what says elementwise = True): leave clarke_training out"
         )
     step = displacement(snapshot)

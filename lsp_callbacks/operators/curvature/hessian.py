@@ -122,7 +122,7 @@ def _exact(snapshot: Snapshot) -> LinearOperator:
             graph.append(flatten(parts, parameters))
         return (graph[0].detach(),)
 
-    (mean,) = snapshot.ranks.mean(gradient, "the gradient with its graph")
+    (mean,) = snapshot.run.ranks.mean(gradient, "the gradient with its graph")
     snapshot.check_gradient(mean, tolerance=100 * _path_tolerance(dtype))
     own = mean.to(_vectors(mean.dtype))
 
@@ -146,7 +146,7 @@ def _exact(snapshot: Snapshot) -> LinearOperator:
                 return torch.zeros_like(v), v.new_ones(())
             return flatten(parts, parameters).to(own.dtype), v.new_zeros(())
 
-        found, raised = snapshot.ranks.mean(product, "the exact product")
+        found, raised = snapshot.run.ranks.mean(product, "the exact product")
         if raised > 0:
             raise _NoSecondDerivative(reasons[0] if reasons else "on another rank")
         return found

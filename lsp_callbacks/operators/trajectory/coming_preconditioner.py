@@ -70,13 +70,13 @@ def batch_squares(snapshot: Snapshot) -> dict[str, Tensor] | None:
             with Criteria() as criteria:
                 loss = snapshot.replay()
             evaluation = criteria.of(loss, samples=None)
-            seed = snapshot.generator("signs").initial_seed() + snapshot.ranks.rank
+            seed = snapshot.generator("signs").initial_seed() + snapshot.run.ranks.rank
             generator = torch.Generator().manual_seed(seed)
             return tuple(t for draw in range(DRAWS) for t in _signed(evaluation, parameters, generator))
 
     parameters = list(snapshot.parameters.values())
     try:
-        signed = snapshot.ranks.apart(lambda: snapshot.ranks.mean(own, "gradients of random signs"))
+        signed = snapshot.run.ranks.apart(lambda: snapshot.run.ranks.mean(own, "gradients of random signs"))
     except Unsupported:
         return None
     assert snapshot.gradient is not None

@@ -22,16 +22,16 @@ from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten, split
 
 
 def proximal(snapshot: Snapshot, theta: Tensor) -> Tensor:
-    """``prox(theta)``, flat, by the step's `Snapshot.prox` and each parameter's own learning rate; differentiable.
+    """``prox(theta)``, flat, by the step's `RunContext.prox` and each parameter's own learning rate; differentiable.
 
     Parameters that the optimizer does not hold stay as they are.
     """
-    if snapshot.prox is None:
+    if snapshot.run.prox is None:
         return theta
     parameters = list(snapshot.parameters.values())
     parts = []
     for (name, group), part in zip(group_of(snapshot).items(), split(theta, parameters)):
-        moved = part if group is None else snapshot.prox(name, part, float(group.get("lr") or 0.0))
+        moved = part if group is None else snapshot.run.prox(name, part, float(group.get("lr") or 0.0))
         if not isinstance(moved, Tensor) or moved.shape != part.shape:
             raise Unmeasurable(f"prox({name!r}, tensor, lr) did not return a tensor of the shape {tuple(part.shape)}")
         parts.append(moved)
@@ -44,7 +44,7 @@ def update(snapshot: Snapshot) -> Tensor:
     Cost: see `displacement`.
     """
     step = displacement(snapshot)
-    if snapshot.prox is None:
+    if snapshot.run.prox is None:
         return step
     theta = flat_parameters(snapshot)
     with torch.no_grad():
@@ -132,7 +132,7 @@ def update_drift(snapshot: Snapshot) -> LinearOperator:
 
 def _mapped(snapshot: Snapshot, step: LinearOperator) -> LinearOperator:
     """What the prox makes of the parameters' block, which comes first."""
-    if snapshot.prox is None:
+    if snapshot.run.prox is None:
         return step
     D, n = proximal_jacobian(snapshot), sum(p.numel() for p in snapshot.parameters.values())
 

@@ -114,7 +114,7 @@ class ClarkeProfile(Quantity):
         """Measures one step."""
         self.complete = False
         _ = snapshot.faithful
-        numbers, self._layers, self.absent = snapshot.ranks.first(lambda: self._measure(snapshot), self.name)
+        numbers, self._layers, self.absent = snapshot.run.ranks.first(lambda: self._measure(snapshot), self.name)
         self.numbers, self.complete = torch.tensor(numbers, dtype=torch.float64), True
 
     def _measure(self, snapshot: Snapshot) -> tuple[list[float], dict[str, dict[str, float]], dict[str, str]]:

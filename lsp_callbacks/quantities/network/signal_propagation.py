@@ -119,8 +119,8 @@ class SignalPropagation(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
         self.complete = False
-        found, absent = snapshot.ranks.first(lambda: self._measure(snapshot), self.name)
-        ranks = snapshot.ranks
+        found, absent = snapshot.run.ranks.first(lambda: self._measure(snapshot), self.name)
+        ranks = snapshot.run.ranks
         ratio = _attempt("loss_condition_lower", absent, lambda: ranks.apart(lambda: self._loss_condition(snapshot)))
         if ratio is not None:
             found["loss_condition_lower"] = scalar(ratio)

@@ -121,7 +121,7 @@ class ClarkeTraining(Windowed):
         B = step_response(snapshot).dense().double().cpu()
         P = B.shape[1]
         D = torch.eye(P, dtype=torch.float64)
-        if snapshot.prox is not None:
+        if snapshot.run.prox is not None:
             D = proximal_jacobian(snapshot).dense().double().cpu()
         now = GeneralizedSteps(**self._frame["steps"]) if self._continues(snapshot) else no_steps(len(A), P)
         now = one_more(now, A, B, D, loss, after)

@@ -116,7 +116,7 @@ class LeaveOneOut(Quantity):
         method = resolved(snapshot, self.method)
         known = self._shares(snapshot)
         # The batch is needed again at the end; what was computed for the step is not.
-        first = replace(snapshot, memo={}, loss=None, gradient=None, trace=None)
+        first = replace(snapshot, memo={}, loss=None, gradient=None)
         vars(first)["graph"] = snapshot.graph
         state = self._forced(snapshot, known)
         return {"state": state, "known": known, "first": first, "count": 1, "step": snapshot.step, "method": method}
@@ -127,12 +127,12 @@ class LeaveOneOut(Quantity):
             return replace(found, gradients=found.gradients.cpu(), inputs=found.inputs.cpu())
 
         _ = snapshot.graph  # of all ranks
-        return snapshot.ranks.first(own, "the shares")
+        return snapshot.run.ranks.first(own, "the shares")
 
     def _forced(self, snapshot: Snapshot, found: Shares) -> Tensor:
         """By the shares in the loss of all ranks, which is the mean of their losses."""
         response = update_response(snapshot)
-        return -push(response, found.gradients.to(response.device) / snapshot.ranks.world)
+        return -push(response, found.gradients.to(response.device) / snapshot.run.ranks.world)
 
     def _again(self, snapshot: Snapshot, known: Shares) -> Shares:
         found = self._shares(snapshot)
