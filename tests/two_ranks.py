@@ -30,7 +30,7 @@ from lsp_callbacks import (
     StabilityProfile,
     StopOnInstability,
 )
-from lsp_callbacks.callbacks.lightning_step import mean_loss
+from lsp_callbacks.step.step_loss import mean_over_ranks
 from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.operators import hessian
 from lsp_callbacks.step.ranks import Ranks
@@ -234,8 +234,8 @@ def rounds(rank):
         healthy = ranks.together(lambda: ranks.mean(lambda: (torch.tensor([2.0 * rank]),), "numbers")[0]).tolist()
         found[place, who, kind] = (result, healthy)
     found["nested"] = ranks.together(lambda: ranks.together(lambda: exchange(0)) + exchange(1)).tolist()
-    found["losses"] = [mean_loss(own, ranks) for own in (torch.tensor(1.0 + rank), torch.tensor(2.0 * rank))]
-    found["no loss"] = mean_loss(None if rank else torch.tensor(3.0), ranks)
+    found["losses"] = [mean_over_ranks(own, ranks) for own in (torch.tensor(1.0 + rank), torch.tensor(2.0 * rank))]
+    found["no loss"] = mean_over_ranks(None if rank else torch.tensor(3.0), ranks)
     found["first"] = ranks.first(lambda: {"rank": rank}, "a dictionary")
     found["gather"] = ranks.gather(lambda: rank, "the numbers")
     found["half"] = ranks.mean(lambda: (torch.full((2,), 1.0 + rank / 2, dtype=torch.bfloat16),), "half")[0]

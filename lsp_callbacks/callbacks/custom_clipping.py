@@ -34,7 +34,7 @@ def _put_back(parameters: list[nn.Parameter], optimizer: Any) -> Iterator[None]:
 
 
 def custom_clipping(trainer: Any, reset: Callable[[], nn.Module], optimizer: Any) -> tuple[Clipping | None, Gradients]:
-    """Return the rule by which ``configure_gradient_clipping`` clips, and the gradients that the step will have after it.
+    """Return how ``configure_gradient_clipping`` clips, and the gradients that the step will have after it.
 
     The limit is read off a very large gradient, and the rule is then compared with what the method makes of gradients
     of several sizes and of another direction. It is called on a copy of the module, whose parameters are the real ones:

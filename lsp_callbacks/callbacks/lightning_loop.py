@@ -106,9 +106,7 @@ class LightningLoop(TrainingLoop):
             return self.clipping
         ranks, reset = self.run.ranks, pending.module_copy.reset
         try:
-            rule, self._clipped = ranks.together(
-                ranks.private(lambda: custom_clipping(self.trainer, reset, optimizer))
-            )
+            rule, self._clipped = ranks.together(ranks.private(lambda: custom_clipping(self.trainer, reset, optimizer)))
         except Unmeasurable:
             raise
         except Exception as error:  # whatever the user's method raises on a copy

@@ -137,7 +137,7 @@ class Schedule:
         self._rates: list[float] = []
 
     def ahead(self, step: int, horizon: int) -> list[float]:
-        """Return the rates of steps ``step`` to ``step + horizon - 1``; called at the end of the batch before ``step``."""
+        """Return the rates of steps ``step`` to ``step + horizon - 1``, at the end of the batch before."""
         now = rate(self._trainer.optimizers[0])
         foreseen = self._rates[step - self._origin : step - self._origin + 1]
         between = self._trainer.fit_loop.epoch_loop.batch_idx + 1 >= self._trainer.num_training_batches

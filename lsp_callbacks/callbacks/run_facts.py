@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from lsp_callbacks.callbacks._lightning_internals import has_communication_hook, is_kind_of
+from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.step.ranks import Ranks
+from lsp_callbacks.step.run_context import Prox, RunContext
 from lsp_callbacks.step.snapshot import Clipping
 
 #: Strategies that leave each process a shard of the parameters. DeepSpeed's is also a DDPStrategy by name.
@@ -64,7 +66,32 @@ def ranks(trainer: Any) -> Ranks:
     return Ranks.joined(trainer.strategy.root_device) if trainer.world_size > 1 else Ranks()
 
 
-def schedulers(trainer: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, ...]:
+def run_context(
+    trainer: Any, module: Any, monitor: Monitor, *, loss_fn: Any = None, prox: Prox | None = None, seed: int = 0
+) -> RunContext:
+    """Return what all steps of a run share, when training begins.
+
+    Args:
+        trainer: Lightning's.
+        module: the user's.
+        monitor: that measures.
+        loss_fn, prox, seed: see `StabilityMonitor`.
+    """
+    is_game = isinstance(loss_fn, Mapping)
+    optimizer = trainer.optimizers[0] if trainer.optimizers else None
+    return RunContext(
+        ranks=ranks(trainer),
+        seed=seed,
+        prox=prox,
+        schedulers=None if is_game else schedulers(trainer, optimizer),
+        loss_name=None if is_game or loss_fn is None else "loss_fn",
+        captures_inputs=monitor.captures_inputs,
+        unsupported=unsupported(trainer, module, players=is_game),
+        sharded=sharded(trainer),
+    )
+
+
+def schedulers(trainer: Any, optimizer: torch.optim.Optimizer | None) -> tuple[Any, ...]:
     """Return the schedulers that set the rate of this optimizer."""
     return tuple(c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer)
 

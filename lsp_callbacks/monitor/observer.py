@@ -82,7 +82,9 @@ class StepObserver:
         self.sub_batch: int | None = None
         self.game: Game | None = None
         self._pending: PendingStep | None = None
-        self._forget_observations()
+        self._observations: list[Observation] = []
+        self._fault: Observation | None = None
+        self._published: Observation | None = None
 
     # -- a run -----------------------------------------------------------------------------------------------------
 
@@ -109,8 +111,8 @@ class StepObserver:
         self.loop, ranks = loop, loop.run.ranks
         self.probes.ranks = self._gradient_check.ranks = self._update_check.ranks = ranks
         # A run that was interrupted within a step has left its own.
-        self._pending = None
-        self._forget_observations()
+        self._pending = self._fault = self._published = None
+        self._observations = []
         self._gradient_check.forget()
         self._update_check.forget()
         self.close()
@@ -125,9 +127,7 @@ class StepObserver:
         self, optimizer: torch.optim.Optimizer | None, *, player: Player | None = None, steps: float = math.inf
     ) -> None:
         loop = self.loop
-        coming = Snapshot(
-            self.step, loop.module, never, optimizer, run=loop.run, clipping=loop.clipping, player=player
-        )
+        coming = Snapshot(self.step, loop.module, never, optimizer, run=loop.run, clipping=loop.clipping, player=player)
         self.monitor.require(coming, steps=steps)
 
     def close(self) -> None:
@@ -179,6 +179,7 @@ class StepObserver:
         """Forget the step before; `begin_batch` does so at the first micro-batch of the next one."""
         self._pending, self.updates, self.replayed_loss = None, 0, None
         self.step_loss.begin()
+        self._gradient_check.forget()
 
     def _new_pending(self, scheduled: float = math.nan, has_backward: bool = True) -> PendingStep | None:
         """Return what the coming step must be replayed from, if it is to be measured."""
@@ -187,20 +188,26 @@ class StepObserver:
                 return self.loop.new_step()
         return None
 
-    def loss(self, loss: Tensor, *, scale: Callable[[], float] | None = None) -> None:
+    @property
+    def is_pending(self) -> bool:
+        """Whether the step under way will be measured."""
+        return self._pending is not None
+
+    def loss(self, loss: Tensor, *, scale: Callable[[], float] | None = None, is_returned: bool = False) -> None:
         """Take in a loss that is differentiated next.
 
         Args:
             loss: of one micro-batch, divided by their number already.
-            scale: the factor that it holds by mixed precision; asked only where the loss is needed. None is 1.
+            scale: returns the factor that it holds by mixed precision, which may wait for the device; None is 1.
+            is_returned: whether the loop adds what the micro-batch returns to `step_loss`, too. Then this one is only
+                taken where a replay or a series needs it before the update.
         """
         if self.loop.shows_losses:
             self.nan_finder.saw_loss(loss)
-        if scale is None:
-            self.step_loss.add(loss)
-        elif self._pending is not None or self.monitor.trace is not None:  # otherwise what the batch returns will do
-            factor = scale()
-            self.step_loss.add(loss if factor == 1.0 else loss.detach() / factor)
+        if is_returned and not self.is_pending and self.monitor.trace is None:
+            return
+        factor = 1.0 if scale is None else scale()
+        self.step_loss.add(loss if factor == 1.0 else loss.detach() / factor)
 
     def before_update(
         self,
@@ -300,8 +307,8 @@ class StepObserver:
         self.replayed_loss = snapshot.loss
         return snapshot
 
-    def check_gradient(self, reason: str, *, is_gone_allowed: bool) -> None:
-        """Invalidate the update if the optimizer's gradients are not those that were foreseen.
+    def check_gradient(self, reason: str, *, is_gone_allowed: bool) -> bool:
+        """Invalidate the update if the optimizer's gradients are not those that were foreseen; return True then.
 
         Args:
             reason: for the warning.
@@ -312,6 +319,7 @@ class StepObserver:
             changed = self._gradient_check.is_changed(is_gone_allowed=is_gone_allowed)
         if changed:
             self.invalidate_update(reason)
+        return changed
 
     def check_update(self, *, last: bool = True) -> None:
         """Invalidate the update if the parameters are not where it should have brought them.
@@ -338,11 +346,6 @@ class StepObserver:
             self._published = completed.observations[-1]
         self._observations, self._fault = [], None
         return completed
-
-    def _forget_observations(self) -> None:
-        self._observations: list[Observation] = []
-        self._fault: Observation | None = None
-        self._published: Observation | None = None
 
     def _find_fault(self, optimizer: torch.optim.Optimizer, overflowed: bool) -> None:
         """Look for the first NaN of the run; of a batch that makes several updates, in those after the first, too."""

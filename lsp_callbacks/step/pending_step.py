@@ -12,7 +12,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lsp_callbacks.step.replay import MicroBatch, ModuleCopy, copied, replayer, summed
+from lsp_callbacks.step.replay import MicroBatch, ModuleCopy, copied, replayer
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, evaluating, flatten, split
 
@@ -53,7 +53,6 @@ class PendingStep:
         self.run = run or RunContext()
         self.parts: list[MicroBatch] = []
         self.module_copy: ModuleCopy | None = None
-        self._several = False  # backward passes of a batch: only their gradients tell which losses count
         self.failure: Exception | None = None
         try:
             self._sums = _sums(module)
@@ -96,11 +95,12 @@ class PendingStep:
         except Exception as error:  # whatever the user's objects raise
             self._fail(error)
 
-    def saw_loss(self, loss: Tensor) -> None:
-        """The loss of the last micro-batch, as it is differentiated; where it is seen at all, it is for all of them."""
-        if self.parts:
-            self._several |= self.parts[-1].own is not None
-            self.parts[-1].own = loss.detach().clone().reshape(() if loss.numel() == 1 else loss.shape)
+    @property
+    def samples(self) -> int | None:
+        """How many samples of the rank's micro-batches are used; None where all are."""
+        if self.probe_samples is None:
+            return None
+        return min(self.probe_samples, sum(batch_size(part.batch) or self.probe_samples for part in self.parts))
 
     def snapshot(self, step: int, optimizer: torch.optim.Optimizer, **settings: Any) -> Snapshot:
         """The step, after its backward passes and before its update."""
@@ -115,7 +115,6 @@ class PendingStep:
             replay=replay,
             optimizer=optimizer,
             sample=None if failure else self._sample,
-            loss=None if self._several else summed(part.own for part in self.parts),
             gradient={name: p.grad for name, p in self.module.named_parameters() if p.requires_grad},
             # Compiled code rounds in other places than the step.
             tolerance=max(self.tolerance, 1e-4 if _compiled(self.module) else 0.0),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.replay import summed
 
 
@@ -54,7 +55,7 @@ class StepLoss:
             self._returned.append(loss if loss.ndim == 0 else loss.mean())
 
     def average(self) -> None:
-        """Take the mean of the losses before backward passes in place of their sum: the loop divides by their number."""
+        """Take the mean of the differentiated losses in place of their sum: the loop divides by their number."""
         if self._differentiated:
             self._differentiated = [torch.stack(self._differentiated).sum() / len(self._differentiated)]
 
@@ -67,3 +68,18 @@ class StepLoss:
     def returned(self) -> Tensor | None:
         """The sum of the losses that the micro-batches returned; None where none was seen."""
         return summed(self._returned)
+
+
+def mean_over_ranks(loss: Tensor | None, ranks: Ranks) -> Tensor | None:
+    """Return the mean of the ranks' losses, for decisions that all must take alike; it does not wait for the device.
+
+    Args:
+        loss: of the rank's own step; None where it has none.
+        ranks: all of which call this.
+    """
+    if ranks.world == 1:
+        return loss
+    # All ranks come here, with a loss or without.
+    summand = loss.detach().float().mean() if isinstance(loss, Tensor) else torch.zeros((), device=ranks.device)
+    total, share = ranks.average(torch.stack([summand, torch.full_like(summand, isinstance(loss, Tensor))]))
+    return total / share if isinstance(loss, Tensor) else None

@@ -369,7 +369,7 @@ def test_a_run_that_goes_on_counts_on(tmp_path):
 def test_losses_in_yaml_are_import_paths():
     parser = pytest.importorskip("jsonargparse").ArgumentParser()
     parser.add_class_arguments(StabilityMonitor, "monitor")
-    paths = '{"generator": "test_players.generator_loss", "critic": "test_players.critic_loss"}'
+    paths = '{"generator": "test_multi_optimizer.generator_loss", "critic": "test_multi_optimizer.critic_loss"}'
     made = parser.instantiate_classes(parser.parse_args(["--monitor.loss_fn", paths])).monitor
     assert [loss.__name__ for loss in made.loss_fn.values()] == ["generator_loss", "critic_loss"]
 
@@ -384,7 +384,7 @@ def test_no_rate_is_looked_ahead_for_players():
     fit(GAN, callback := monitor(["sharpness"]), max_steps=4)
     assert math.isfinite(callback.history[COURANT].values[-1])
     assert "stability/steps_to_edge" not in callback.history
-    assert math.isnan(callback._critical.mean)  # of which player?
+    assert math.isnan(callback.forecast.critical.mean)  # of which player?
 
 
 def test_a_gan_in_half_precision():
