@@ -30,11 +30,11 @@ from lsp_callbacks import (
     StabilityProfile,
     StopOnInstability,
 )
-from lsp_callbacks.step.step_loss import mean_over_ranks
 from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.operators import hessian
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.run_context import RunContext
+from lsp_callbacks.step.step_loss import mean_over_ranks
 
 WORLD, BATCH, SAMPLES = 2, 4, 48
 DDP = {"strategy": "ddp", "devices": WORLD}

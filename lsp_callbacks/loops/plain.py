@@ -193,8 +193,8 @@ class Watch:
 
     def _begin_run(self) -> None:
         if not self._is_begun:
+            self._is_begun = True  # also where it raises: once is enough
             self.observer.begin_run(self.loop, [self.optimizer])
-            self._is_begun = True
 
     def _check_update(self) -> None:
         if self._is_begun and not self.batches:  # otherwise the update has not been made

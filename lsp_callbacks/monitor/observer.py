@@ -108,20 +108,22 @@ class StepObserver:
             Unmeasurable: if a quantity that the user named cannot be measured.
             ValueError: if there are not as many losses as optimizers.
         """
-        self.loop, ranks = loop, loop.run.ranks
-        self.probes.ranks = self._gradient_check.ranks = self._update_check.ranks = ranks
-        # A run that was interrupted within a step has left its own.
-        self._pending = self._fault = self._published = None
-        self._observations = []
-        self._gradient_check.forget()
-        self._update_check.forget()
-        self.close()
+        self.attach(loop)
         if losses is not None:
             self.game = Game(optimizers, losses, self._new_pending, self.monitor.warn_instead_of_raise)
             for player in self.game.players():
                 self._require(player.optimizers[player.name], player=player)
         else:
             self._require(optimizers[0] if optimizers else None, steps=steps)
+
+    def attach(self, loop: TrainingLoop) -> None:
+        """Observe a loop from now on, and forget what a run before, which may have been interrupted, has left."""
+        self.close()
+        self.loop, ranks = loop, loop.run.ranks
+        self.probes.ranks = self._gradient_check.ranks = self._update_check.ranks = ranks
+        self.forget_step()
+        self._update_check.forget()
+        self._observations, self._fault, self._published = [], None, None
 
     def _require(
         self, optimizer: torch.optim.Optimizer | None, *, player: Player | None = None, steps: float = math.inf
@@ -265,9 +267,16 @@ class StepObserver:
             with monitor.warn_instead_of_raise("the player's step could not be looked at"):
                 self._measure_player(self.game, optimizer)
             return
-        pending, self._pending = self._pending, None
-        if pending is None:
+        if self._pending is None:
             return
+        try:
+            self._measure(optimizer, coming_gradients)
+        finally:
+            self._pending = None
+
+    def _measure(self, optimizer: torch.optim.Optimizer, coming_gradients: Callable[[], Gradients] | None) -> None:
+        monitor, pending = self.monitor, self._pending
+        assert pending is not None
         needs_update = any(quantity.needs_update for quantity in monitor.quantities.values())
         is_compared = needs_update and self.loop.moves_parameters
         if is_compared:
@@ -275,7 +284,10 @@ class StepObserver:
         with monitor.warn_instead_of_raise("the step could not be looked at"), untouched(self.loop.module):
             self.sub_batch = pending.samples
             clipping = self._clipping(pending, optimizer)
-            snapshot = self.snapshot(optimizer, pending, clipping)
+            snapshot = self.snapshot(optimizer, clipping)
+            if snapshot.loss is None:
+                snapshot = verified(snapshot)
+                self.replayed_loss = snapshot.loss
             self._observe(snapshot)
             if is_compared:
                 with monitor.warn_instead_of_raise("where the step leads could not be told"):
@@ -284,10 +296,18 @@ class StepObserver:
             with monitor.warn_instead_of_raise("whether the gradient is changed later could not be watched"):
                 self._gradient_check.expect(coming_gradients)
 
-    def snapshot(
-        self, optimizer: torch.optim.Optimizer, pending: PendingStep, clipping: Clipping | None = None
-    ) -> Snapshot:
-        """Return the step that was begun, after its backward passes and before its update."""
+    def snapshot(self, optimizer: torch.optim.Optimizer, clipping: Clipping | None = None) -> Snapshot:
+        """Return the step under way, whose forward and backward passes are over, before its update.
+
+        Args:
+            optimizer: that will make the update.
+            clipping: what is done to the gradient before.
+
+        Raises:
+            AssertionError: if it is not to be measured, see `is_pending`.
+        """
+        pending = self._pending
+        assert pending is not None, "no step was begun that is to be measured"
         loop = self.loop
         snapshot = pending.snapshot(
             self.step,
@@ -301,10 +321,6 @@ class StepObserver:
         if (factor := loop.gradient_scale(optimizer)) is not None:
             gradient = (snapshot.gradient or {}).items()
             snapshot = replace(snapshot, gradient={name: g if g is None else g / factor for name, g in gradient})
-        if snapshot.loss is not None:
-            return snapshot
-        snapshot = verified(snapshot)
-        self.replayed_loss = snapshot.loss
         return snapshot
 
     def check_gradient(self, reason: str, *, is_gone_allowed: bool) -> bool:

@@ -28,7 +28,8 @@ from lsp_callbacks import (
     Unmeasurable,
     step,
 )
-from lsp_callbacks.loops import Watch, plain
+from lsp_callbacks.loops import Watch
+from lsp_callbacks.monitor import gradient_check, observer, training_loop
 from lsp_callbacks.step.criterion import Probes
 from lsp_callbacks.step.replay import RandomState
 from lsp_callbacks.step.snapshot import displaced
@@ -190,12 +191,10 @@ def test_no_memory_for_the_copy(owner, where, monkeypatch):
 
 
 def test_no_memory_to_remember_the_gradient(monkeypatch):
-    from lsp_callbacks.callbacks import stability_monitor
-
     def short(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(stability_monitor, "identical", short)
+    monkeypatch.setattr(gradient_check, "identical", short)
     with pytest.warns(UserWarning, match="out of memory"):
         assert not with_and_without(Model, StabilityMonitor("economy", every_n_steps=1), max_steps=4)
 
@@ -473,7 +472,7 @@ def test_batches_that_cannot_be_joined():
 
 @pytest.mark.parametrize(
     "owner, where",
-    [(step, "ModuleCopy"), (step, "copied"), (step, "_sums"), (plain, "PendingStep"), (plain, "verified")],
+    [(step, "ModuleCopy"), (step, "copied"), (step, "_sums"), (training_loop, "PendingStep"), (observer, "verified")],
 )
 def test_no_memory_in_a_plain_loop(owner, where, monkeypatch):
     net, x = torch.nn.Linear(2, 1), torch.ones(4, 2)

@@ -309,7 +309,9 @@ def test_the_fault_of_a_run_is_named_at_its_step_and_nothing_is_changed(name):
     assert "changed after the backward" in fault.reason or where != "unknown"
     said = verdict(monitor.history, monitor.monitor.ended_by)
     assert said.startswith("lsp_callbacks: not finite since step 4: ") and str(fault) in said
-    assert not monitor.observer.nan_finder._parts or len(monitor.observer.nan_finder._parts) == settings.get("accumulate_grad_batches", 1)
+    assert not monitor.observer.nan_finder._parts or len(monitor.observer.nan_finder._parts) == settings.get(
+        "accumulate_grad_batches", 1
+    )
 
 
 def test_the_step_is_logged_in_its_row_and_the_step_is_replayed_once(monkeypatch):
