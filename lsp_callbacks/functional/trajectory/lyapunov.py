@@ -23,7 +23,7 @@ def sharp_plane(mode: Tensor, root: Tensor | float, *, kick: Tensor | float | No
     Args:
         mode: unit eigenvector of ``R^1/2 H' R^1/2``, ``(P,)``.
         root: ``sqrt(R)``, a number or ``(P,)``; ``v = root * mode``.
-        kick: ``m = kick * mode``, see `lsp_callbacks.functional.Edge`; None without momentum.
+        kick: ``m = kick * mode``, see `StabilityThreshold`; None without momentum.
         size: of the whole state, parameters and momentum first.
 
     Returns:
@@ -129,7 +129,7 @@ def exponent_bounds(
         maps: P of each step.
         curvatures: C of each step: the part of P that is due to the curvature, as ``P - P(fixed gradient)``.
         below: relative error of the curvature, downwards.
-        above: relative error upwards, `lsp_callbacks.functional.Edge.courant_error`.
+        above: relative error upwards, `StabilityThreshold.courant_error`.
         rest: as in `window_exponent`.
 
     Returns:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
+from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.linalg import LinearOperator, norm
 from lsp_callbacks.operators.curvature.finite_differences import FIRST, Differences, Untrusted
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten, split
@@ -317,18 +316,6 @@ def _vectors(dtype: torch.dtype) -> torch.dtype:
 
 def _path_tolerance(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 2e-2)
-
-
-@contextlib.contextmanager
-def double_backward(module: nn.Module) -> Iterator[None]:
-    """The kernels that can be differentiated twice: math attention, no compilation, no cuDNN recurrence."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if any(isinstance(m, nn.RNNBase) for m in module.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        yield
 
 
 def per_parameter(values: list[float], snapshot: Snapshot) -> Tensor | float:

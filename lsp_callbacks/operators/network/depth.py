@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd.double_backward import check_adjoint, double_backward, jacobian
 from lsp_callbacks.autograd.module_calls import Passage, passages, units
 from lsp_callbacks.autograd.untracked import Detached
 from lsp_callbacks.linalg import LinearOperator, norm
-from lsp_callbacks.operators.curvature.hessian import double_backward
-from lsp_callbacks.operators.sgd.sample_rows import check_adjoint, jacobian
 from lsp_callbacks.step.replay import kept_activations
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, evaluating
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd.double_backward import check_adjoint, double_backward
 from lsp_callbacks.linalg import LinearOperator
-from lsp_callbacks.operators.curvature.hessian import double_backward
-from lsp_callbacks.operators.sgd.sample_rows import check_adjoint
 from lsp_callbacks.step.snapshot import ProbeSet, flatten
 
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lsp_callbacks.autograd.double_backward import agrees, double_backward, jacobian
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.linalg import LinearOperator, identity_like
-from lsp_callbacks.operators.curvature.hessian import double_backward
-from lsp_callbacks.operators.sgd.sample_rows import agrees, jacobian
 from lsp_callbacks.step.snapshot import Call, Unmeasurable, evaluating
 
 # Backward nodes through which an identity path may run: additions, and what is applied to their sum.

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd.double_backward import Rows, check_adjoint
 from lsp_callbacks.autograd.graph import Graph, read
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.network.depth import Depth, depth, states
-from lsp_callbacks.operators.sgd.sample_rows import Rows, check_adjoint
 from lsp_callbacks.step.snapshot import Snapshot, flatten
 
 

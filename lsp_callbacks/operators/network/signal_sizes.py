@@ -11,28 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd.module_calls import Passage, leaves, passages, units, upstream
+from lsp_callbacks.functional.network.gains import Sizes
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.network.activation_slopes import Slopes, slopes
 from lsp_callbacks.step.snapshot import Call, Snapshot, Unmeasurable
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of one layer, on the way that the last layer's signal came.
-
-    Attributes:
-        name: of the module that begins it.
-        received: root mean square of the state that it received.
-        sent: of the state that it made of it.
-        back: of the gradient of the loss by what it sent.
-        returned: of the gradient by what it received; NaN of the first layer.
-    """
-
-    name: str
-    received: float
-    sent: float
-    back: float
-    returned: float = math.nan
 
 
 @dataclass(frozen=True)

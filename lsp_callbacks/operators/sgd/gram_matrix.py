@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.linalg import norm, unit
-from lsp_callbacks.operators.curvature.hessian import double_backward
 from lsp_callbacks.operators.curvature.output_differences import differentiated_twice
 from lsp_callbacks.operators.sgd.collapsed_outputs import Alike, FirstInputs
 from lsp_callbacks.operators.sgd.per_sample_gradients import ParameterGram, Recorder, TiedRows, rows_alone

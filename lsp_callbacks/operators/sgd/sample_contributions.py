@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd.double_backward import Rows
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.network.depth import Layer, states
-from lsp_callbacks.operators.sgd.sample_rows import Rows
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsp_callbacks.step.replay import RandomState
+from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.step.snapshot import Unmeasurable
 
 #: Number of the parameter, name and shape of each float tensor of a state.

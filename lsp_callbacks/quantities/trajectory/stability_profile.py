@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import whole
-from lsp_callbacks.functional.curvature.sharpness import edge_constant
 from lsp_callbacks.functional.trajectory.training_profile import (
     Tangents,
     TrainingProfile,
@@ -22,6 +21,7 @@ from lsp_callbacks.functional.trajectory.training_profile import (
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.cost import forward_cost, products, sample_passes
 from lsp_callbacks.operators.curvature.hessian import Method, path_taken, resolved
+from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.memory import TWICE, footprint, product_memory
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
@@ -368,7 +368,7 @@ class StabilityProfile(Windowed):
 
 def _has_edge(snapshot: Snapshot) -> bool:
     try:
-        edge_constant(frozen_rule(snapshot))
+        threshold_constant(frozen_rule(snapshot))
     except Unmeasurable:
         return False
     return True

@@ -1,15 +1,30 @@
-"""A tensor of several samples as one row for each, and the Jacobian between two such tensors."""
+"""Derivatives of derivatives: the kernels that have them, and Jacobians of samples by backward passes alone."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lsp_callbacks.autograd.graph import read
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, norm
-from lsp_callbacks.step.snapshot import Unmeasurable
+
+
+@contextlib.contextmanager
+def double_backward(module: nn.Module) -> Iterator[None]:
+    """The kernels that can be differentiated twice: math attention, no compilation, no cuDNN recurrence."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(isinstance(m, nn.RNNBase) for m in module.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
 
 
 @dataclass(frozen=True)
