@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import Regression, close, f64, freeze, random, same, seeded, trajectory
+from problems import Regression, close, f64, freeze, probes_of, random, same, seeded, trajectory
 from torch import nn
 from torchmetrics import MetricCollection
 
-from lsp_callbacks import Lyapunov, ProbeSet, Sharpness, Snapshot, Trace, Unmeasurable
+from lsp_callbacks import Lyapunov, Sharpness, Snapshot, Trace, Unmeasurable
 from lsp_callbacks.quantities import REGISTRY, Quantity
-from lsp_callbacks.step.probes import evaluation
 
 SGD = torch.optim.SGD
 SETTINGS = {
@@ -41,12 +40,6 @@ def problem():
     """A network in which there is something to measure for all of them."""
     net = nn.Sequential(nn.Linear(2, 4), ResidualBlock(), nn.Linear(4, 1))
     return Regression(seeded(net), random(6, 2, seed=1), random(6, 1, seed=2))
-
-
-def probes_of(task):
-    """All six samples, in batches of two."""
-    part = lambda: evaluation(task.net(task.x), lambda f: 0.5 * (f - task.y).square().mean(), samples=6)  # noqa: E731
-    return ProbeSet(module=task, parts=(part,), samples=6, batch_size=2, population=6)
 
 
 def trace_of(task):

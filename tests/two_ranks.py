@@ -10,10 +10,10 @@ from itertools import product
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from games import GAN
+from games import monitor as game
 from harness import CLASSES, FEATURES, Losses, Model, fit, mlp
 from pytorch_lightning.strategies import ModelParallelStrategy
-from test_multi_optimizer import GAN
-from test_multi_optimizer import monitor as game
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset

@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import two_ranks
-from harness import Model, data, fit, same
-from test_faults import bits
+from harness import Model, bits, data, fit, same
 from two_ranks import WORLD
 
 from lsp_callbacks import StabilityMonitor, StopOnInstability, Unmeasurable
@@ -47,7 +46,7 @@ def found(tmp_path_factory):
     here = Path(__file__).parents[1]
     shared = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD), "NODE_RANK": "0",
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here, here / "callbacks"))),
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here))),
     }  # fmt: skip
     command = [sys.executable, str(here / "two_ranks.py"), str(folder)]
     with contextlib.ExitStack() as stack:
