@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd._torch_internals import overflowed, unscales_gradients
 from lsp_callbacks.step.criterion import Probes
 from lsp_callbacks.step.pending_step import LossFn, PendingStep
 from lsp_callbacks.step.probes import HOW
@@ -87,16 +88,13 @@ def loss_scale(trainer: Any) -> float:
 def scaled(trainer: Any, optimizer: Any) -> bool:
     """Whether the gradients are still multiplied by the factor of mixed precision: fused optimizers divide it out."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler is not None and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    return scaler is not None and unscales_gradients(optimizer)
 
 
 def skipped(trainer: Any, optimizer: Any) -> bool:
     """Whether the gradient scaler of mixed precision will leave this step out, as its gradients have overflowed."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None:
-        return False
-    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-    return any(bool(overflow) for overflow in found.values())
+    return scaler is not None and overflowed(scaler, optimizer)
 
 
 def probe_set(trainer: Any, probes: Probes, pending: PendingStep, accumulate: int | None = None) -> ProbeSet:

@@ -12,6 +12,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd._torch_internals import is_compiled
 from lsp_callbacks.step.replay import MicroBatch, ModuleCopy, copied, replayer, summed
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, evaluating, flatten, split
@@ -290,10 +291,7 @@ def identical(a: Tensor, b: Tensor) -> bool:
 
 def _compiled(module: nn.Module) -> bool:
     # Copies are not compiled: their attributes do not tell.
-    return any(
-        m._compiled_call_impl is not None or hasattr(m, "_orig_mod") or getattr(m, "_compiler_ctx", None)
-        for m in module.modules()
-    )
+    return any(is_compiled(m) or getattr(m, "_compiler_ctx", None) for m in module.modules())
 
 
 def batch_size(batch: Any) -> int | None:

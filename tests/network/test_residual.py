@@ -495,7 +495,7 @@ class TokenBlock(nn.Identity):
 
 
 NOT_BLOCKS = {
-    "changes the shape": (BasicBlock(4, 6, 2).double(), IMAGES, "has not the shape"),
+    "changes the shape": (BasicBlock(4, 6, 2).double(), IMAGES, "keeps the shape"),
     "cannot be differentiated": (FrozenBlock(), SEQUENCES, "cannot be differentiated"),
     "has no floating-point input": (TokenBlock(), TOKENS, "no floating-point tensor"),
 }
