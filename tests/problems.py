@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lsp_callbacks import ProbeSet, Snapshot
 from lsp_callbacks.step.probes import evaluation
+from lsp_callbacks.step.run_context import RunContext
 
 f64 = torch.float64
 
@@ -152,13 +153,17 @@ def dense_hessian(problem: nn.Module) -> Tensor:
 # Training steps -----------------------------------------------------------------------------------------------------
 
 
+RUN = {field.name for field in fields(RunContext)}
+
+
 def freeze(
     problem: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     replay: Callable[[], Tensor] | None = None,
     **settings: Any,
 ) -> Snapshot:
-    """The step that the optimizer is about to take, with its loss and gradient."""
+    """The step that the optimizer is about to take, with its loss and gradient; settings of the run go into it."""
+    run = RunContext(**{name: settings.pop(name) for name in RUN & settings.keys()})
     replay = replay or problem
     loss = replay()
     parameters = {name: p for name, p in problem.named_parameters() if p.requires_grad}
@@ -166,7 +171,7 @@ def freeze(
     named = {name: g for name, g in zip(parameters, gradient)}
     return Snapshot(
         **{"step": 0, "module": problem, "replay": replay, "optimizer": optimizer, "loss": loss.detach()}
-        | {"gradient": named}
+        | {"gradient": named, "run": run}
         | settings
     )
 

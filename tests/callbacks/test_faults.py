@@ -135,7 +135,7 @@ def test_a_measurement_out_of_memory_is_nan_and_keeps_nothing(error):
 
 
 @pytest.mark.parametrize(
-    "owner, where", [(step, "Shadow"), (RandomState, "__init__"), (step, "copied"), (step, "_sums")]
+    "owner, where", [(step, "ModuleCopy"), (RandomState, "__init__"), (step, "copied"), (step, "_sums")]
 )
 def test_no_memory_for_the_copy(owner, where, monkeypatch):
     """Of the batch, the module, the random states: at every step but the first."""
@@ -172,7 +172,7 @@ def test_a_failure_that_is_kept_holds_no_frames():
     probes.add("no tensor")
     held = probes._failure
     with pytest.raises(Unmeasurable, match="holds no tensor") as caught:
-        probes.probe_set(SimpleNamespace(module=torch.nn.Linear(1, 1), shadow=None), None).parts[0]()
+        probes.probe_set(SimpleNamespace(module=torch.nn.Linear(1, 1), module_copy=None), None).parts[0]()
     assert held is not None and held is not caught.value and held.__traceback__ is None
 
 
@@ -438,7 +438,8 @@ def test_batches_that_cannot_be_joined():
 
 
 @pytest.mark.parametrize(
-    "owner, where", [(step, "Shadow"), (step, "copied"), (step, "_sums"), (plain, "PendingStep"), (plain, "witnessed")]
+    "owner, where",
+    [(step, "ModuleCopy"), (step, "copied"), (step, "_sums"), (plain, "PendingStep"), (plain, "verified")],
 )
 def test_no_memory_in_a_plain_loop(owner, where, monkeypatch):
     net, x = torch.nn.Linear(2, 1), torch.ones(4, 2)

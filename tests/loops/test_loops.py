@@ -109,7 +109,7 @@ def measure_and_clip(watch, model):
     [
         (clip, {}, "gradient is not that of its loss"),
         (measure_and_clip, {}, "changed after Watch.measure"),
-        (clip, {"unmodelled": "clipped to 1e-3"}, "clipped to 1e-3"),
+        (clip, {"unsupported": "clipped to 1e-3"}, "clipped to 1e-3"),
         (clip, {"clipping": Clipping(2e-3)}, "gradient is not that of its loss"),
         (None, {"closure": True}, r"step\(closure\)"),
     ],

@@ -216,7 +216,7 @@ def test_a_step_gives_its_first_samples_in_eval_mode(make):
         def _observe(self, trainer, pending, optimizer):
             snapshot = pending.snapshot(self.step, optimizer)
             one = depth(snapshot, samples=3)
-            seen.append((one, [m.training for m in pending.shadow.module.modules()]))
+            seen.append((one, [m.training for m in pending.module_copy.module.modules()]))
             return None
 
     fit(make, Looks("sharpness", every_n_steps=1), loader=data(), max_steps=1)

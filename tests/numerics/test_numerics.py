@@ -188,7 +188,7 @@ def test_lost_share_on_both_sides_of_half_a_step():
 def test_no_update_no_share(without):
     net, x = line(1.0), torch.ones(1, 1)
     optimizer = SGD(net.parameters(), lr=0.1)
-    settings = {"optimizer": {"optimizer": None}, "gradient": {"gradient": None}, "step": {"unmodelled": "a hook"}}
+    settings = {"optimizer": {"optimizer": None}, "gradient": {"gradient": None}, "step": {"unsupported": "a hook"}}
     metric = Numerics()
     metric.update(freeze(net, optimizer, replay=lambda: net(x).sum(), **settings[without]) if without != "optimizer"
                   else freeze(net, None, replay=lambda: net(x).sum()))  # fmt: skip

@@ -16,13 +16,13 @@ from harness import Model, bits, data, fit, same
 from two_ranks import WORLD
 
 from lsp_callbacks import StabilityMonitor, StopOnInstability, Unmeasurable
-from lsp_callbacks.callbacks.lightning_step import sharded, unmodelled
+from lsp_callbacks.callbacks.lightning_step import sharded, unsupported
 from lsp_callbacks.step.ranks import Ranks
 
-ALIKE = {"error": ("RuntimeError", "no memory"), "unmodelled": ("Unmodelled", "not here")}
+ALIKE = {"error": ("RuntimeError", "no memory"), "unsupported": ("Unsupported", "not here")}
 FAILED = {
     "error": ("Unmeasurable", "on rank {} of 2: RuntimeError: no memory"),
-    "unmodelled": ("Unmodelled", "on rank {} of 2: not here"),
+    "unsupported": ("Unsupported", "on rank {} of 2: not here"),
 }
 #: Runs without and with our callbacks.
 TWINS = {
@@ -90,7 +90,7 @@ def test_a_failure_anywhere_is_everybodys(found, place, who, kind):
     results = [own["rounds"][place, who, kind] for own in found]
     for rank, (result, healthy) in enumerate(results):
         name, text = ALIKE[kind] if len(who) == WORLD else FAILED[kind]
-        own = {"error": "RuntimeError", "unmodelled": "Unmodelled"}[kind]
+        own = {"error": "RuntimeError", "unsupported": "Unsupported"}[kind]
         cause = "NoneType"
         if rank in who and (len(who) < WORLD or place == "masks"):
             cause = "KeyError" if place == "masks" else own
@@ -331,9 +331,9 @@ def test_updates_that_are_not_those_of_ddp(names, hook, reason):
         strategy=strategy(*names, hook=hook), world_size=2, gradient_clip_val=None, accumulate_grad_batches=1,
         optimizers=[1],
     )  # fmt: skip
-    assert reason in unmodelled(own, Model())
+    assert reason in unsupported(own, Model())
     own.strategy = strategy("DDPStrategy")
-    assert unmodelled(own, Model()) is None
+    assert unsupported(own, Model()) is None
 
 
 def test_what_is_named_and_sharded_raises(monkeypatch):

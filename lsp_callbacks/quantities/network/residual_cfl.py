@@ -95,7 +95,7 @@ class ResidualCFL(Quantity):
         """Measures one step."""
         self.complete = False
         calls = snapshot.calls
-        found = snapshot.ranks.first(lambda: self._measure(snapshot.module, calls), self.name)
+        found = snapshot.run.ranks.first(lambda: self._measure(snapshot.module, calls), self.name)
         if not found:
             raise NotApplicable(NO_BLOCK)
         self._found = found
