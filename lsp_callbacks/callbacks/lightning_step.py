@@ -22,7 +22,7 @@ def pending_step(
     module: Any,
     *,
     own_loss: bool = False,
-    probe_samples: int | None = None,
+    sub_batch: int | None = None,
     ranks: Ranks | None = None,
 ) -> PendingStep:
     """A step of Lightning's that will be measured; made in ``on_train_batch_start`` of its first micro-batch.
@@ -31,7 +31,7 @@ def pending_step(
         trainer: Lightning's.
         module: the user's LightningModule.
         own_loss: whether a function of the user's own computes the loss; otherwise ``training_step`` is replayed.
-        probe_samples: how many samples of the batch to use; None takes all.
+        sub_batch: how many samples of the batch to use; None takes all.
         ranks: the processes that take the step together; None is this one.
     """
     return PendingStep(
@@ -40,7 +40,7 @@ def pending_step(
         prepare=lambda shadow: _mute(shadow, trainer),
         # The user's own function rounds in other places than the step.
         tolerance=1e-4 if own_loss else 0.0,
-        probe_samples=probe_samples,
+        sub_batch=sub_batch,
         ranks=ranks,
         takes_buffers=getattr(trainer.strategy.model, "will_sync_module_buffers", bool)(),
     )
@@ -274,6 +274,4 @@ def clipped(trainer: Any, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor
 
 def warn_sub_batch(count: int) -> None:
     """Says once that the numbers are not the whole step's."""
-    warnings.warn(
-        f"probe_samples={count}: sharpness and exponents are those of a sub-batch, not of the step", stacklevel=2
-    )
+    warnings.warn(f"sub_batch={count}: sharpness and exponents are those of a sub-batch, not of the step", stacklevel=2)

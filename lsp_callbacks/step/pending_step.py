@@ -33,7 +33,7 @@ class PendingStep:
         shared: objects of the module that its copy shares, see `Shadow`.
         prepare: applied once to the copy, see `Shadow`.
         tolerance: relative difference between a replayed loss and the step's own; compiled modules have 1e-4 at least.
-        probe_samples: how many samples to use; None takes all.
+        sub_batch: how many samples to use; None takes all.
         ranks: the processes that take the step together; None is this one.
         takes_buffers: whether all ranks' forward passes begin with the buffers of the first, as under DDP.
     """
@@ -45,11 +45,11 @@ class PendingStep:
         shared: Iterable[Any] = (),
         prepare: Callable[[nn.Module], None] = lambda copy: None,
         tolerance: float = 0.0,
-        probe_samples: int | None = None,
+        sub_batch: int | None = None,
         ranks: Ranks | None = None,
         takes_buffers: bool = False,
     ):
-        self.module, self.tolerance, self.probe_samples = module, tolerance, probe_samples
+        self.module, self.tolerance, self.sub_batch = module, tolerance, sub_batch
         self.ranks = ranks or Ranks()
         self.parts: list[MicroBatch] = []
         self.shadow: Shadow | None = None
@@ -122,9 +122,9 @@ class PendingStep:
             ranks=self.ranks,
             **settings,
         )
-        if self.probe_samples is None:
+        if self.sub_batch is None:
             return snapshot
-        count = self.probe_samples
+        count = self.sub_batch
         try:
             return self.ranks.together(lambda: self._sub_batch(snapshot, count))
         except Exception as error:
