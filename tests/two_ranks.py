@@ -422,7 +422,7 @@ def main(folder):
     images = DataLoader(dataset((1, 6, 6), torch.float32), batch_size=BATCH, shuffle=True)
     conv = {"loader": images, "max_steps": 12, **DDP}
     found["conv plain"] = trained(ConvNet, **conv)
-    found["conv"] = trained(ConvNet, StabilityMonitor(budget=1.0, probe_samples=3), **conv)
+    found["conv"] = trained(ConvNet, StabilityMonitor(budget=1.0, sub_batch=3), **conv)
     unused = {"strategy": "ddp_find_unused_parameters_true", "use_distributed_sampler": False}
     found["uneven"] = trained(
         FailsOnce, StabilityMonitor("sharpness", every_n_steps=2),

@@ -83,7 +83,7 @@ class StabilityMonitor(Callback):
             rest is for what that does not see, such as the calls of each step.
         window: steps in a window of the exponent.
         average: windows in its mean.
-        probe_samples: samples of the batch (of several processes, of each one's) for sharpness and exponent; None takes
+        sub_batch: samples of the batch (of several processes, of each one's) for sharpness and exponent; None takes
             the whole batch. The numbers are then those of a sub-batch, and ``stability/sub_batch`` says of how many
             samples.
         layers: whose spectral norms to measure: class, glob, predicate or import path; None takes all.
@@ -130,7 +130,7 @@ class StabilityMonitor(Callback):
         budget: float = 0.05,
         window: int = 4,
         average: int = 5,
-        probe_samples: int | None = None,
+        sub_batch: int | None = None,
         layers: Selection = None,
         blocks: Selection = None,
         log_layers: Literal["all", "summary"] | int = "all",
@@ -145,8 +145,8 @@ class StabilityMonitor(Callback):
         time_limit: float | None = None,
         seed: int = 0,
     ):
-        if probe_samples is not None:
-            whole("probe_samples", probe_samples, 1, instead=", or None for the whole batch")
+        if sub_batch is not None:
+            whole("sub_batch", sub_batch, 1, instead=", or None for the whole batch")
         if log_layers not in ("all", "summary"):
             whole("log_layers", log_layers, 1, instead=", or 'all' or 'summary'")
         whole("seed", seed, 0)
@@ -154,8 +154,8 @@ class StabilityMonitor(Callback):
             whole("accumulate", accumulate, 1, instead=" batches, or None")
         if isinstance(loss_fn, Mapping):
             check_losses(loss_fn)
-            if probe_samples is not None:
-                raise ValueError(f"probe_samples={probe_samples}: players are measured on whole batches; leave it out")
+            if sub_batch is not None:
+                raise ValueError(f"sub_batch={sub_batch}: players are measured on whole batches; leave it out")
             if accumulate is not None:
                 raise ValueError(f"accumulate={accumulate}: players that sum gradients are not modelled; leave it out")
             if prox is not None:
@@ -164,7 +164,7 @@ class StabilityMonitor(Callback):
             quantities, every_n_steps=every_n_steps, budget=budget, window=window, average=average, layers=layers,
             blocks=blocks, strict=strict, max_memory=max_memory, time_limit=time_limit,
         )  # fmt: skip
-        self.probe_samples, self.layers, self.blocks = probe_samples, layers, blocks
+        self.sub_batch, self.layers, self.blocks = sub_batch, layers, blocks
         self.accumulate = accumulate
         self.log_layers, self.loss_fn, self.save_vectors, self.seed = log_layers, loss_fn, save_vectors, seed
         wanted = max((getattr(quantity, "probes", 0) for quantity in self.monitor.quantities.values()), default=0)
@@ -324,8 +324,8 @@ class StabilityMonitor(Callback):
                 Snapshot(self.step, pl_module, replay=never, optimizer=optimizer, **settings),
                 steps=steps_left(trainer, 0) if self.step == 0 else math.inf,  # a resumed run goes on with what it has
             )
-        if self.probe_samples is not None:
-            warn_sub_batch(self.probe_samples)
+        if self.sub_batch is not None:
+            warn_sub_batch(self.sub_batch)
         if self.history:  # resumed: stock callbacks find their key before the next measurement, too
             self._measured_at = max(curve.steps[-1] for curve in self.history.values())
             last = {key: [v for v in curve.values if math.isfinite(v)][-1:] for key, curve in self.history.items()}
@@ -374,7 +374,7 @@ class StabilityMonitor(Callback):
         if wanted and not trainer.fit_loop._skip_backward:  # an epoch of weight averaging
             with self.monitor.warn_instead_of_raise("the step could not be kept for a replay"):
                 return pending_step(
-                    trainer, pl_module, own_loss=self.loss_fn is not None, probe_samples=self.probe_samples,
+                    trainer, pl_module, own_loss=self.loss_fn is not None, sub_batch=self.sub_batch,
                     run=self._run,
                 )  # fmt: skip
         return None
@@ -467,9 +467,9 @@ class StabilityMonitor(Callback):
             self._observations.append(observation)
 
     def _observe(self, trainer: Any, pending: PendingStep, optimizer: Any) -> Observation | None:
-        if self.probe_samples is not None:
-            sizes = [batch_size(part.batch) or self.probe_samples for part in pending.parts]
-            self._samples = min(self.probe_samples, sum(sizes))
+        if self.sub_batch is not None:
+            sizes = [batch_size(part.batch) or self.sub_batch for part in pending.parts]
+            self._samples = min(self.sub_batch, sum(sizes))
         rule, self._gradients = self._clipping(trainer, pending, optimizer)
         snapshot = pending.snapshot(
             self.step,
@@ -572,7 +572,7 @@ class StabilityMonitor(Callback):
     def _publish(self, trainer: Any, observation: Observation) -> None:
         values = thinned(observation.values, self.log_layers)
         values["stability/overhead"] = self.overhead
-        if self.probe_samples is not None:
+        if self.sub_batch is not None:
             values["stability/sub_batch"] = float(self._samples)
         show(trainer, values, age=self._age)
         log(trainer, values)

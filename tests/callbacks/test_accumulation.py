@@ -157,7 +157,7 @@ def test_the_accumulation_may_change_between_epochs():
 
 def test_a_sub_batch_is_of_all_micro_batches():
     with pytest.warns(UserWarning, match="sub-batch"):
-        monitor = StabilityMonitor(["sharpness"], every_n_steps=1, probe_samples=8)
+        monitor = StabilityMonitor(["sharpness"], every_n_steps=1, sub_batch=8)
         fit(Model, monitor, loader=data(shuffle=False), accumulate_grad_batches=2, max_steps=1)
     small = data(shuffle=False)
     first = [torch.cat([t[:4], t[8:12]]) for t in small.dataset.tensors]

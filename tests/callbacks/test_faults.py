@@ -474,9 +474,9 @@ def test_a_sub_batch_is_shortened_as_the_step_is():
     """By the norm of the whole gradient: the Courant number under clipping is the unclipped one times the factor."""
     found = {}
     for limit in (None, 0.05):
-        monitor = StabilityMonitor(["sharpness"], every_n_steps=1, probe_samples=4)
+        monitor = StabilityMonitor(["sharpness"], every_n_steps=1, sub_batch=4)
         norms = Norms()
-        with pytest.warns(UserWarning, match="probe_samples=4"):
+        with pytest.warns(UserWarning, match="sub_batch=4"):
             fit(Model, monitor, norms, max_steps=1, gradient_clip_val=limit)
         found[limit] = monitor.history["stability/courant_gd"].values[0]
     assert found[0.05] == pytest.approx(found[None] * 0.05 / norms.norm, rel=1e-3)

@@ -256,8 +256,8 @@ def test_losses_that_do_not_fit_the_run():
         fit(GAN, StabilityMonitor(loss_fn=THREE))
     with pytest.raises(ValueError, match="automatic_optimization=False"):
         fit(Model, StabilityMonitor(loss_fn=LOSSES))
-    with pytest.raises(ValueError, match="probe_samples"):
-        StabilityMonitor(loss_fn=LOSSES, probe_samples=4)
+    with pytest.raises(ValueError, match="sub_batch"):
+        StabilityMonitor(loss_fn=LOSSES, sub_batch=4)
 
 
 def test_the_optimizers_have_their_hooks_back():

@@ -253,7 +253,7 @@ def test_uneven_batches_an_unused_layer_and_a_failure_on_one_rank(found):
     assert "rank 1 of 2: RuntimeError: out of memory" in said and "step 4" in said
 
 
-def test_batch_statistics_and_probe_samples(found):
+def test_batch_statistics_and_a_sub_batch(found):
     own = found[0]["conv"]["history"]
     for key in ("sharpness", "courant_sgd", "spectral_norm_max"):
         assert own[f"stability/{key}"][1] and all(map(math.isfinite, own[f"stability/{key}"][1])), key

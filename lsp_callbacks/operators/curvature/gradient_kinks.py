@@ -97,9 +97,10 @@ def loss_kinks(snapshot: Snapshot, *, eps: float) -> UncertainSlopes:
     """The units of a loss whose second derivative jumps within ``eps`` of where they are.
 
     With ``w_i = dL / d phi_i`` of an elementwise function ``phi_i(z_i)`` whose second derivative jumps by j, the
-    Hessian jumps by ``w_i j a_i a_i^T``, ``a_i = d z_i / d theta``, and by nothing else: `UncertainSlopes` holds ``a_i``
-    and ``w_i j``. Such functions are ``huber_loss``, ``smooth_l1_loss`` (of the residuals), ``elu`` and ``celu``. Near is
-    within ``eps`` times the root mean square of the call's inputs. What is written with ``torch.where`` is not seen.
+    Hessian jumps by ``w_i j a_i a_i^T``, ``a_i = d z_i / d theta``, and by nothing else: `UncertainSlopes` holds
+    ``a_i`` and ``w_i j``. Such functions are ``huber_loss``, ``smooth_l1_loss`` (of the residuals), ``elu`` and
+    ``celu``. Near is within ``eps`` times the root mean square of the call's inputs. What is written with
+    ``torch.where`` is not seen.
 
     Raises:
         Unmeasurable: a loss whose gradient jumps: the training map is not continuous; several processes.
