@@ -1,23 +1,24 @@
-"""Derivatives of derivatives: the kernels that have them, and Jacobians of samples by backward passes alone."""
+"""Jacobians by differentiating a backward pass, and the check that backward passes may be differentiated."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lsp_callbacks.autograd.graph import read
+from lsp_callbacks.autograd.graph import Graph
+from lsp_callbacks.autograd.sample_rows import Rows
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, norm
 
 
 @contextlib.contextmanager
 def double_backward(module: nn.Module) -> Iterator[None]:
-    """The kernels that can be differentiated twice: math attention, no compilation, no cuDNN recurrence."""
+    """Select kernels that can be differentiated twice: math attention, no compilation, no cuDNN recurrence."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -27,103 +28,100 @@ def double_backward(module: nn.Module) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Rows:
-    """One row a sample, whatever the position of the sample axis; at least in float32.
-
-    Args:
-        like: a tensor of the shape and type that `back` returns.
-        axis: of the samples.
-    """
-
-    like: Tensor
-    axis: int = 0
-
-    @property
-    def samples(self) -> int:
-        return self.like.shape[self.axis]
-
-    @property
-    def length(self) -> int:
-        """Numbers a sample."""
-        return self.like.numel() // max(1, self.samples)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.promote_types(self.like.dtype, torch.float32)
-
-    def flat(self, tensor: Tensor) -> Tensor:
-        """``(samples, length)``."""
-        return tensor.movedim(self.axis, 0).reshape(self.samples, -1).to(self.dtype)
-
-    def back(self, rows: Tensor) -> Tensor:
-        """The inverse of `flat`."""
-        shape = self.like.movedim(self.axis, 0).shape
-        return rows.reshape(shape).movedim(0, self.axis).to(self.like.dtype)
-
-
-def jacobian(outputs: Tensor, inputs: Tensor, *, axes: tuple[int, int] = (0, 0)) -> LinearOperator:
-    """``d outputs / d inputs`` for each sample, from a graph in which samples do not mix.
+def jacobian(
+    outputs: Tensor, inputs: Tensor | Sequence[Tensor], *, axes: tuple[int, int] | None = None
+) -> LinearOperator:
+    """Return ``J = d outputs / d inputs`` from one graph, by its products.
 
     Adjoint products differentiate the graph once. Forward products differentiate the adjoint ``u -> J^T u``, which is
-    linear in u, with respect to u.
+    linear in u, with respect to u: they need backward functions that can be differentiated, see `check_adjoint`.
 
     Args:
         outputs: with a graph that holds ``inputs``.
-        inputs: a leaf, or a tensor within the graph.
-        axes: of the samples, in outputs and inputs.
+        inputs: leaves, or tensors within the graph, of any shapes.
+        axes: of the samples in outputs and in the input, for a graph in which samples do not mix. None treats all
+            numbers of the outputs, and those of all inputs, as one vector each.
 
     Returns:
-        ``(m, n)`` with one matrix for each sample; 0 where the outputs do not depend on the inputs.
+        ``(m, n)``; with ``axes`` a batch of one matrix for each sample. Zero where the outputs do not depend on the
+        inputs. Vectors are at least float32.
 
-    Cost: one backward pass each product, and one when it is made.
+    Raises:
+        RuntimeError: outputs without a graph, or (by a product) a function without a second derivative.
+
+    Cost: one backward pass for each product, and one when the operator is made.
     """
-    out, into = Rows(outputs, axes[0]), Rows(inputs, axes[1])
+    tensors = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+
+    def flat(parts: Sequence[Tensor]) -> Tensor:
+        return _vector(parts) if axes is None else Rows(tensors[0], axes[1]).flat(parts[0])
+
     with torch.enable_grad():
-        u = torch.zeros_like(outputs, requires_grad=True)
-        (pullback,) = torch.autograd.grad(outputs, inputs, u, create_graph=True, materialize_grads=True)
+        values = _vector([outputs]) if axes is None else Rows(outputs, axes[0]).flat(outputs)
+        cotangent = torch.zeros_like(values, requires_grad=True)
+        pullback = flat(torch.autograd.grad(values, tensors, cotangent, create_graph=True, materialize_grads=True))
 
     def forward(v: Tensor) -> Tensor:
         if not pullback.requires_grad:  # outputs do not depend on inputs
-            return v.new_zeros(out.samples, out.length)
-        (jvp,) = torch.autograd.grad(pullback, u, into.back(v), retain_graph=True, materialize_grads=True)
-        return out.flat(jvp)
+            return torch.zeros_like(values)
+        v = v.to(pullback.dtype)
+        return torch.autograd.grad(pullback, cotangent, v, retain_graph=True, materialize_grads=True)[0]
 
     def adjoint(w: Tensor) -> Tensor:
-        (vjp,) = torch.autograd.grad(outputs, inputs, out.back(w), retain_graph=True, materialize_grads=True)
-        return into.flat(vjp)
+        w = w.to(values.dtype)
+        return flat(torch.autograd.grad(values, tensors, w, retain_graph=True, materialize_grads=True))
 
     return LinearOperator(
-        (out.length, into.length), forward, adjoint, batch=(into.samples,), dtype=into.dtype, device=inputs.device
+        (values.shape[-1], pullback.shape[-1]),
+        forward,
+        adjoint,
+        batch=tuple(pullback.shape[:-1]),
+        dtype=pullback.dtype,
+        device=pullback.device,
     )
 
 
-def check_adjoint(operator: LinearOperator, loss: Tensor, what: str) -> None:
-    """Refuses forward products that may be wrong without a word.
+def _vector(parts: Sequence[Tensor]) -> Tensor:
+    vector = torch.cat([part.to_dense().reshape(-1) for part in parts])
+    return vector.to(torch.promote_types(vector.dtype, torch.float32))
 
-    They differentiate a backward pass, which a ``torch.autograd.Function`` of the user's own need not allow
+
+def check_adjoint(operator: LinearOperator, graph: Graph, where: str) -> None:
+    """Raise an error where forward products of a `jacobian` may be wrong without an error of their own.
+
+    They differentiate a backward pass, which a ``torch.autograd.Function`` written by the user need not allow
     (``once_differentiable``, or detached tensors).
 
     Args:
         operator: with an adjoint.
-        loss: whose graph holds the functions.
-        what: is measured, for the message.
+        graph: from which the operator was made.
+        where: the functions stand, for the message, such as "the network".
 
     Raises:
         Unmeasurable: if there is such a function and ``<w, A v>`` is not ``<A^T w, v>`` for random v and w.
 
     Cost: two products where there is such a function.
     """
-    graph = read(loss)
     if graph.custom and not agrees(operator, 1e-3 if graph.full else 5e-2):
-        raise Unmeasurable(
-            f"the backward of {' and '.join(graph.custom)} in {what} cannot be differentiated (once_differentiable, or "
-            "detached tensors): write it in operations that can, or leave this quantity out"
-        )
+        raise once_differentiable(graph, where)
+
+
+def once_differentiable(graph: Graph, where: str, otherwise: str = "leave this quantity out") -> Unmeasurable:
+    """Return the error for custom functions whose backward cannot be differentiated.
+
+    Args:
+        graph: that holds the functions.
+        where: they stand, such as "the network".
+        otherwise: what to do instead of rewriting them.
+    """
+    return Unmeasurable(
+        f"the backward of {' and '.join(graph.custom)} in {where} cannot be differentiated (it is marked "
+        f"once_differentiable, or detaches tensors): write it in operations that can be differentiated, or {otherwise}"
+    )
 
 
 def agrees(operator: LinearOperator, tolerance: float) -> bool:
-    """Whether ``<w, A v>`` is ``<A^T w, v>`` for random v and w; False where a product cannot be had."""
+    """Return whether ``<w, A v>`` is ``<A^T w, v>`` for random v and w; False where a product cannot be computed."""
     generator = torch.Generator().manual_seed(0)
     m, n = operator.shape
     v, w = (torch.randn(*operator.batch, k, generator=generator, dtype=operator.dtype) for k in (n, m))
@@ -137,3 +135,41 @@ def agrees(operator: LinearOperator, tolerance: float) -> bool:
     defect = ((w.double() * there).sum(-1) - (back.double() * v).sum(-1)).abs()
     size = norm(w, -1) * norm(there, -1)
     return bool((defect <= tolerance * size).all())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A product with a second derivative beside a central difference of first derivatives, by their norms.
+
+    Attributes:
+        size: of the difference.
+        defect: of what the product differs by.
+        product: of the product.
+        rounding: that the difference may carry: ``4 eps ||gradient|| / distance``.
+    """
+
+    size: float
+    defect: float
+    product: float
+    rounding: float
+
+    @classmethod
+    def of(cls, product: Tensor, central: Tensor, gradient: Tensor, distance: float) -> Comparison:
+        """Return the comparison of a product with a difference of gradients, ``distance`` away to either side."""
+        rounding = 4 * torch.finfo(gradient.dtype).eps * float(norm(gradient)) / distance
+        return cls(float(norm(central)), float(norm(product - central)), float(norm(product)), rounding)
+
+    @property
+    def agrees(self) -> bool:
+        """Return whether the two differ by at most 1 %, and by what rounding may have added, at most 2 % more."""
+        return self.defect <= 0.01 * self.size + min(self.rounding, 0.02 * self.size)
+
+    @property
+    def rounded(self) -> bool:
+        """Return whether rounding may hide a difference of 2 %."""
+        return self.rounding > 0.02 * self.size
+
+    @property
+    def lost(self) -> bool:
+        """Return whether product and difference are no larger than rounding."""
+        return max(self.size, self.product) <= self.rounding

@@ -1,6 +1,10 @@
 """Pure functions: the definitions of what is measured."""
 
-from lsp_callbacks.functional.curvature.batch_sharpness import BatchSharpness, batch_sharpness, curvature_along_gradient
+from lsp_callbacks.functional.curvature.batch_sharpness import (
+    BatchSharpnessResult,
+    batch_sharpness,
+    curvature_along_gradient,
+)
 from lsp_callbacks.functional.curvature.condition import condition, condition_lower, loss_condition_lower
 from lsp_callbacks.functional.curvature.loss_hessian import loss_hessian
 from lsp_callbacks.functional.curvature.marchenko_pastur import (
@@ -16,9 +20,9 @@ from lsp_callbacks.functional.curvature.stability_constant import stability_cons
 from lsp_callbacks.functional.network.activations import activation_lipschitz, activation_slope
 from lsp_callbacks.functional.network.batch_norm import Drift, batch_norm_drift
 from lsp_callbacks.functional.network.chain_lipschitz import chain_lipschitz
-from lsp_callbacks.functional.network.clarke import FreeSlopes, GeneralizedNorm, generalized_norm
+from lsp_callbacks.functional.network.clarke import GeneralizedNorm, RelaxedJacobian, generalized_norm
 from lsp_callbacks.functional.network.depth_profile import DepthProfile, depth_profile
-from lsp_callbacks.functional.network.gains import Gains, Sizes, gains
+from lsp_callbacks.functional.network.gains import Gains, LayerSizes, gains
 from lsp_callbacks.functional.network.kurtosis import excess_kurtosis
 from lsp_callbacks.functional.network.lipschitz import layer_lipschitz, lipschitz_lower
 from lsp_callbacks.functional.network.residual import ResidualStability, residual_stability
@@ -37,7 +41,7 @@ from lsp_callbacks.functional.sgd.mean_square import (
 from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduce, regularity
 from lsp_callbacks.functional.sgd.moment_exponent import moment_exponent
 from lsp_callbacks.functional.sgd.robbins_monro import PowerLaw, RateDecay, RobbinsMonro, rate_decay, robbins_monro
-from lsp_callbacks.functional.sgd.sgd_law import NoiseFit, SGDLaw, fit_noise, noise_gain, noise_lipschitz, sgd_law
+from lsp_callbacks.functional.sgd.sgd_law import NoiseFit, SGDLawResult, fit_noise, noise_gain, noise_lipschitz, sgd_law
 from lsp_callbacks.functional.sgd.sgd_stability import (
     Exponent,
     finite_time_exponents,
@@ -51,8 +55,8 @@ from lsp_callbacks.functional.sgd.stability_diagram import (
     critical_lr,
     stability_diagram,
 )
-from lsp_callbacks.functional.trajectory.dissipation import Dissipation, dissipation
-from lsp_callbacks.functional.trajectory.leave_one_out import LeaveOneOut, data_response, leave_one_out
+from lsp_callbacks.functional.trajectory.dissipation import DissipationResult, dissipation
+from lsp_callbacks.functional.trajectory.leave_one_out import LeaveOneOutResult, data_response, leave_one_out
 from lsp_callbacks.functional.trajectory.lyapunov import (
     exponent_bounds,
     plane_map,
@@ -76,19 +80,19 @@ from lsp_callbacks.functional.trajectory.training_profile import (
 from lsp_callbacks.linalg import lyapunov_exponents
 
 __all__ = [
-    "BatchSharpness",
+    "BatchSharpnessResult",
     "Box",
     "CriticalRate",
     "DepthProfile",
-    "Dissipation",
+    "DissipationResult",
     "Drift",
     "Exponent",
     "Fault",
-    "FreeSlopes",
     "Gains",
     "GeneralizedNorm",
     "GradientNoise",
-    "LeaveOneOut",
+    "LayerSizes",
+    "LeaveOneOutResult",
     "MarchenkoPastur",
     "MaxNorm",
     "Modes",
@@ -98,13 +102,13 @@ __all__ = [
     "PowerLaw",
     "Promise",
     "RateDecay",
+    "RelaxedJacobian",
     "ResidualStability",
     "Ridge",
     "RobbinsMonro",
-    "SGDLaw",
+    "SGDLawResult",
     "Secant",
     "Sensitivity",
-    "Sizes",
     "SoftThreshold",
     "SpectralClip",
     "Spectrum",

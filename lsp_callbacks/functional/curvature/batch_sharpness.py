@@ -12,7 +12,7 @@ from lsp_callbacks.linalg import LinearOperator, norm, unit
 
 
 @dataclass(frozen=True)
-class BatchSharpness:
+class BatchSharpnessResult:
     """Two means over batches of ``g^T H_B g`` and ``||g||^2``, with standard errors.
 
     Attributes:
@@ -63,7 +63,7 @@ def curvature_along_gradient(hessian: LinearOperator, gradient: Tensor) -> Tenso
     return torch.stack([curvature * size.square(), size.square()]).cpu()
 
 
-def batch_sharpness(pairs: Tensor) -> BatchSharpness:
+def batch_sharpness(pairs: Tensor) -> BatchSharpnessResult:
     """Means over batches of `curvature_along_gradient`.
 
     Neither mean is the mean-square edge of SGD: for curvatures 1 and 3 at batch size 1 that is 2 / lr = 2.5, and these
@@ -83,7 +83,7 @@ def batch_sharpness(pairs: Tensor) -> BatchSharpness:
     top, below = pairs.double().unbind(-1)
     n = len(pairs)
     ratios, ratio, mean = top / below, top.sum() / below.sum(), below.mean()
-    return BatchSharpness(
+    return BatchSharpnessResult(
         mean_of_ratios=ratios.mean(),
         mean_of_ratios_error=ratios.std() / n**0.5,
         ratio_of_means=ratio,

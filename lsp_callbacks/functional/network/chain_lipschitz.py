@@ -116,7 +116,7 @@ def _lipschitz(module: nn.Module) -> float:
 def _norm(end: Tensor, start: Tensor, steps: int, tol: float, generator: torch.Generator | None) -> Tensor:
     if end is start:
         return torch.ones((), dtype=torch.float64)
-    J = jacobian(end, start)
+    J = jacobian(end, start, axes=(0, 0))
     side = J if J.shape[1] <= J.shape[0] else J.T
     found = operator_norm(side, steps=steps, tol=tol, failure=FAILURE, generator=generator).upper
     assert found is not None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks import linalg
+from lsp_callbacks.autograd._torch_internals import BatchNorm, Dropout
 from lsp_callbacks.functional.curvature.condition import SMALL
 from lsp_callbacks.functional.network.activations import activation_lipschitz
 from lsp_callbacks.functional.network.layer_operators import Shape, weight_operators
@@ -98,9 +99,9 @@ def overlap(size: Sequence[int], stride: Sequence[int]) -> float:
 
 
 _RULES: tuple[tuple[Any, Callable[[Any], float | None]], ...] = (
-    (nn.modules.dropout._DropoutNd, lambda module: 1.0),
+    (Dropout, lambda module: 1.0),
     ((nn.Flatten, nn.Unflatten, nn.ZeroPad2d), lambda module: 1.0),
-    (nn.modules.batchnorm._BatchNorm, _running),
+    (BatchNorm, _running),
     ((nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), _normalised),
     ((nn.Softmax, nn.Softmax2d), lambda module: 0.5),  # diag(p) - p p^T
     ((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), lambda module: _pooled(module, module.dilation)),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks._validation import number, whole
+from lsp_callbacks.autograd._torch_internals import Convolution
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.condition import SMALL
 from lsp_callbacks.functional.network.layer_operators import in_eval_mode, weight_operators
@@ -123,7 +124,7 @@ def weight_norms(
         >>> round(float(weight_norms(layer)[""].value), 4)
         3.0
     """
-    convolution = isinstance(layer, nn.modules.conv._ConvNd)
+    convolution = isinstance(layer, Convolution)
     if convolution and input_shape is None:
         raise ValueError("a convolution's norm depends on the size of its input: pass input_shape=(C, H, W)")
     operators = weight_operators(layer, input_shape, output_shape)

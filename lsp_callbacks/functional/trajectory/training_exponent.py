@@ -151,9 +151,9 @@ class _Runs:
             raise Unmeasurable(f"the run is not finite after step {step}: lower the learning rate or the distance")
         if even > max(NONLINEAR * odd, rounding * size):
             raise Unmeasurable(
-                f"step {step} is not linear over distance={self.share:.3g}: the runs on either side are no mirror images, "
-                f"their mean is off by {even:.3g} and half of their distance {odd:.3g}. Give a smaller distance, or "
-                "float64 parameters"
+                f"step {step} is not linear over distance={self.share:.3g}: the runs on either side are no mirror "
+                f"images, their mean is off by {even:.3g} and half of their distance {odd:.3g}. Give a smaller distance, "
+                "or float64 parameters"
             )
         if not odd:
             return -math.inf

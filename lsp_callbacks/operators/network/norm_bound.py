@@ -52,7 +52,7 @@ def norm_bound(
             raise
         except Exception as error:  # whatever a module of the user's raises on what it does not expect
             raise Unmeasurable(f"layer {layer.name!r}: {error}") from None
-        image, real = jacobian(y, x) @ image, found.between(k, 0) @ v
+        image, real = jacobian(y, x, axes=(0, 0)) @ image, found.between(k, 0) @ v
         if image.shape != real.shape or not _close(image, real):
             raise Unmeasurable(f"layer {layer.name!r} does more than its modules: functions between them, or a sum")
         total = total + bound.log()

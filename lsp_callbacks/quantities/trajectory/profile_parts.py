@@ -106,7 +106,7 @@ def _of_first(snapshot: Snapshot, build: Callable[[], LinearOperator | None], wh
         held.append(built)
         return built.shape, built.dtype
 
-    ranks = snapshot.ranks
+    ranks = snapshot.run.ranks
     told = ranks.first(own, what)
     if told is None or ranks.world == 1:
         return held[0] if told else None
