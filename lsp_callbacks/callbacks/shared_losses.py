@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lsp_callbacks.losses import Told
-from lsp_callbacks.ranks import Ranks
+from lsp_callbacks.monitor.losses import Told
+from lsp_callbacks.step.ranks import Ranks
 
 #: Steps in an exchange. On a GPU its numbers are read at the next one, so a loss is known after nine steps at most.
 EVERY = 5
