@@ -38,6 +38,7 @@ from lsp_callbacks.callbacks.spawned_history import Mailbox
 from lsp_callbacks.callbacks.step_loss import StepLoss
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.monitor.configure import configured
+from lsp_callbacks.monitor.losses import Told
 from lsp_callbacks.monitor.monitor import Curve, Observation
 from lsp_callbacks.monitor.nan_finder import Guard
 from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED, Destination
