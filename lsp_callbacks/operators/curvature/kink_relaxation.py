@@ -221,14 +221,13 @@ class KinkRelaxation:
 
 
 def _subspace(A: LinearOperator, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an orthonormal basis of the rows of C and of Lanczos vectors, ``(samples, n, q)``; a bound of
-    ``||A||``."""
+    """Return an orthonormal basis of the rows of C and of Lanczos vectors, ``(samples, n, q)``, and a bound of A."""
     samples, n = A.batch[0], A.shape[1]
     generator = torch.Generator(A.device).manual_seed(0)
     start = torch.randn(samples, n, dtype=A.dtype, device=A.device, generator=generator)
     ritz = lanczos(A.T @ A, start, steps=STEPS, tol=0.0, generator=generator)
-    basis = torch.linalg.qr(torch.cat([C.mT, ritz.basis.permute(1, 2, 0).to(C)], dim=-1))[0] return basis,
-    spectrum_bounds(ritz, failure=FAILURE)[1].clamp_min(0).sqrt()
+    basis = torch.linalg.qr(torch.cat([C.mT, ritz.basis.permute(1, 2, 0).to(C)], dim=-1))[0]
+    return basis, spectrum_bounds(ritz, failure=FAILURE)[1].clamp_min(0).sqrt()
 
 
 def _effective(relaxed: RelaxedJacobian) -> RelaxedJacobian:
