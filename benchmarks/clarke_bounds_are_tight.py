@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lsp_callbacks.functional import generalized_norm
-from lsp_callbacks.operators.free_slopes import free_slopes
+from lsp_callbacks.operators.curvature.kink_relaxation import free_slopes
 
 
 def ratios(widths: tuple[int, ...], seeds: int = 40) -> list[tuple[float, float, float]]:

@@ -19,12 +19,12 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.probing import Probes
+from lsp_callbacks.errors import NotApplicable
 from lsp_callbacks.quantities import REGISTRY, Quantity
-from lsp_callbacks.snapshot import Snapshot
-from lsp_callbacks.step import PendingStep, rate
-from lsp_callbacks.trace import Trace
-from lsp_callbacks.unmeasurable import NotApplicable
+from lsp_callbacks.step.criterion import Probes
+from lsp_callbacks.step.pending_step import PendingStep, rate
+from lsp_callbacks.step.series import Trace
+from lsp_callbacks.step.snapshot import Snapshot
 
 CLASSES = 10
 #: Seconds after which a measurement is not repeated again.

@@ -17,8 +17,8 @@ from torch.func import functional_call, jacrev, vmap
 from torch.profiler import ProfilerActivity, profile
 
 from lsp_callbacks import ProbeSet
-from lsp_callbacks.operators.tangent_kernel import tangent_kernel
-from lsp_callbacks.probes import evaluation
+from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
+from lsp_callbacks.step.probes import evaluation
 
 SAMPLES, CLASSES = 64, 10
 

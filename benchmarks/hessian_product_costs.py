@@ -1,9 +1,9 @@
 """Claim: in gradients, a Hessian product by a difference costs 1.2, an exact one 3.3, the next on the same step 2.
 
-These are the numbers of the cost model (`lsp_callbacks.operators.curvature.product_cost`); exact products keep within
-40 % of them. The first difference of a step takes one or two gradients more, which tell how far to go, and along random
-directions of a network with little curvature (here the MLP) the next ones take one more, too. Medians of interleaved
-repetitions, of the processor's time, as ratios to a gradient of the same step.
+These are the numbers of the cost model (`lsp_callbacks.operators.curvature.hessian.product_cost`); exact products
+keep within 40 % of them. The first difference of a step takes one or two gradients more, which tell how far to go, and
+along random directions of a network with little curvature (here the MLP) the next ones take one more, too. Medians of
+interleaved repetitions, of the processor's time, as ratios to a gradient of the same step.
 """
 
 import time
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks import Snapshot
 from lsp_callbacks.operators import hessian
-from lsp_callbacks.operators.curvature import Method
+from lsp_callbacks.operators.curvature.hessian import Method
 
 MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "MLP 784-256-256-10, batch 128": (

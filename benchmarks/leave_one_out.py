@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lsp_callbacks import Snapshot
 from lsp_callbacks.functional import data_response
 from lsp_callbacks.operators import step_jacobian, step_response
-from lsp_callbacks.operators.shares import shares
+from lsp_callbacks.operators.sgd.sample_contributions import shares
 
 STEPS, SAMPLES = 200, 12
 x = torch.randn(40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 from lsp_callbacks import Snapshot, StabilityMonitor
-from lsp_callbacks.limits import readable
+from lsp_callbacks.monitor.limits import readable
 
 QUANTITIES = (
     ["spectral_norm"], ["residual_cfl"], ["sharpness"], ["sgd_stability"], ["lyapunov"], ["batch_sharpness"],

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lsp_callbacks import ProbeSet
 from lsp_callbacks.functional import UpdateRule, reduce
-from lsp_callbacks.functional.diagram import critical_lr
-from lsp_callbacks.operators.tangent_kernel import tangent_kernel
-from lsp_callbacks.probes import evaluation
+from lsp_callbacks.functional.sgd.stability_diagram import critical_lr
+from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
+from lsp_callbacks.step.probes import evaluation
 
 STEPS, BATCH, POPULATION = 1000, 32, 4000
 Loss = Callable[[Tensor, Tensor], Tensor]

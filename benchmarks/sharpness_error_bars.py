@@ -2,7 +2,7 @@
 
 Found: along ten runs of a hundred readings each, against scipy's eigsh in float64, at most 5 % of the truths lie
 outside of ``sharpness (1 +- residual)``, and none by more than twice the bar; the value itself is seldom far off.
-The constants of `lsp_callbacks.quantities.sharpness` were chosen on seed 0; the table is of seed 1.
+The constants of `lsp_callbacks.quantities.curvature.sharpness` were chosen on seed 0; the table is of seed 1.
 
 ``python benchmarks/sharpness_error_bars.py`` prints the table of the ``.md``; seed and readings of a run may be given.
 """
@@ -16,10 +16,10 @@ import torch
 from sharpness_runs import RUNS, exact_top, readings
 
 from lsp_callbacks import Sharpness
-from lsp_callbacks.functional.sharpness import edge_constant
-from lsp_callbacks.operators import frozen
-from lsp_callbacks.operators.coming import coming_rule
-from lsp_callbacks.quantities.sharpness import measured_edge
+from lsp_callbacks.functional.curvature.sharpness import edge_constant
+from lsp_callbacks.operators.trajectory import frozen_preconditioner as frozen
+from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule
+from lsp_callbacks.quantities.curvature.sharpness import measured_edge
 
 HEAD = "| run | low by, median | 95 % of readings | most | bar, median | products | outside | by more than twice |"
 

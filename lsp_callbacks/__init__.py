@@ -1,9 +1,8 @@
 """Stability of training, measured while it runs."""
 
 from lsp_callbacks.callbacks import StabilityMonitor, StabilityReport, StopOnInstability
-from lsp_callbacks.functional.first_fault import Fault
-from lsp_callbacks.monitor import Curve, Monitor, Observation
-from lsp_callbacks.players import Player
+from lsp_callbacks.functional.numerics.first_fault import Fault
+from lsp_callbacks.monitor.monitor import Curve, Monitor, Observation
 from lsp_callbacks.quantities import (
     BatchSharpness,
     ClarkeProfile,
@@ -26,8 +25,9 @@ from lsp_callbacks.quantities import (
     SpectralNorm,
     StabilityProfile,
 )
-from lsp_callbacks.snapshot import ProbeSet, Snapshot, Unmeasurable
-from lsp_callbacks.trace import Trace
+from lsp_callbacks.step.players import Player
+from lsp_callbacks.step.series import Trace
+from lsp_callbacks.step.snapshot import ProbeSet, Snapshot, Unmeasurable
 
 __all__ = [
     "BatchSharpness",

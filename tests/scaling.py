@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lsp_callbacks import ProbeSet, Trace, Unmeasurable
-from lsp_callbacks.probes import evaluation
 from lsp_callbacks.quantities import REGISTRY, Quantity
+from lsp_callbacks.step.probes import evaluation
 
 # -- units ---------------------------------------------------------------------------------------------------------
 

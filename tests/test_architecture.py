@@ -10,40 +10,22 @@ import lsp_callbacks
 ROOT = Path(lsp_callbacks.__file__).parent
 #: Each layer may import itself and what is left of it.
 LAYERS = (
-    "arguments",
+    "_validation",
+    "errors",
     "linalg",
-    "unmeasurable",
-    "players",
-    "ranks",
-    "graph",
-    "final_state",
-    "rates",
-    "trace",
-    "operations",
-    "snapshot",
-    "probes",
-    "muted",
-    "replay",
+    "autograd",
     "step",
-    "carried",
-    "probing",
     "operators",
-    "destination",
     "functional",
+    "plots",
     "quantities",
-    "cadence",
-    "courant_source",
-    "limits",
-    "losses",
     "monitor",
-    "configure",
-    "guard",
     "report",
     "loops",
     "callbacks",
 )
 #: Programs: they may import everything, and nothing imports them.
-PROGRAMS = ("demo", "cli", "diagram", "cost")
+PROGRAMS = ("demo", "cli")
 LIGHTNING = {"lightning", "pytorch_lightning"}
 OPTIONAL = {"matplotlib", "rich", "jsonargparse", "sklearn", "scipy", "torchvision", "transformers", "tensorboard"}
 #: What a file is for may be imported at its top; nothing imports the file.

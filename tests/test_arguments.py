@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
+from harness import Model, fit
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zoo import Model, fit
 
 from lsp_callbacks import StabilityMonitor, StopOnInstability
 from lsp_callbacks.quantities import REGISTRY

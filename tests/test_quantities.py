@@ -11,8 +11,8 @@ from torch import nn
 from torchmetrics import MetricCollection
 
 from lsp_callbacks import Lyapunov, ProbeSet, Sharpness, Snapshot, Trace, Unmeasurable
-from lsp_callbacks.probes import evaluation
 from lsp_callbacks.quantities import REGISTRY, Quantity
+from lsp_callbacks.step.probes import evaluation
 
 SGD = torch.optim.SGD
 SETTINGS = {

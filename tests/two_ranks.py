@@ -10,13 +10,13 @@ from itertools import product
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from harness import CLASSES, FEATURES, Losses, Model, fit, mlp
 from pytorch_lightning.strategies import ModelParallelStrategy
-from test_players import GAN
-from test_players import monitor as game
+from test_multi_optimizer import GAN
+from test_multi_optimizer import monitor as game
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from zoo import CLASSES, FEATURES, Losses, Model, fit, mlp
 
 from lsp_callbacks import (
     BatchSharpness,
@@ -30,10 +30,10 @@ from lsp_callbacks import (
     StabilityProfile,
     StopOnInstability,
 )
-from lsp_callbacks.callbacks.adapter import mean_loss
+from lsp_callbacks.callbacks.lightning_step import mean_loss
+from lsp_callbacks.errors import Unmodelled
 from lsp_callbacks.operators import hessian
-from lsp_callbacks.ranks import Ranks
-from lsp_callbacks.unmeasurable import Unmodelled
+from lsp_callbacks.step.ranks import Ranks
 
 WORLD, BATCH, SAMPLES = 2, 4, 48
 DDP = {"strategy": "ddp", "devices": WORLD}

@@ -10,8 +10,10 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 
-from lsp_callbacks.arguments import whole
-from lsp_callbacks.callbacks.adapter import (
+from lsp_callbacks._validation import whole
+from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.callbacks.custom_clipping import Gradients, own_clipping
+from lsp_callbacks.callbacks.lightning_step import (
     clipped,
     clipping,
     loss_scale,
@@ -29,26 +31,24 @@ from lsp_callbacks.callbacks.adapter import (
     unscaled,
     warn_sub_batch,
 )
-from lsp_callbacks.callbacks.base import Callback
-from lsp_callbacks.callbacks.game import Game, check_losses
-from lsp_callbacks.callbacks.mailbox import Mailbox
-from lsp_callbacks.callbacks.own_clipping import Gradients, own_clipping
-from lsp_callbacks.callbacks.publishing import Stopwatch, log, show, thinned
-from lsp_callbacks.callbacks.schedule import CriticalRate, Schedule, steps_left
+from lsp_callbacks.callbacks.logging import Stopwatch, log, show, thinned
+from lsp_callbacks.callbacks.lr_forecast import CriticalRate, Schedule, steps_left
+from lsp_callbacks.callbacks.multi_optimizer import Game, check_losses
+from lsp_callbacks.callbacks.spawned_history import Mailbox
 from lsp_callbacks.callbacks.step_loss import StepLoss
-from lsp_callbacks.configure import configured
-from lsp_callbacks.destination import ELSEWHERE, MOVED, Destination
-from lsp_callbacks.functional.first_fault import Fault
-from lsp_callbacks.guard import Guard
-from lsp_callbacks.monitor import Curve, Observation
-from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
+from lsp_callbacks.functional.numerics.first_fault import Fault
+from lsp_callbacks.monitor.configure import configured
+from lsp_callbacks.monitor.monitor import Curve, Observation
+from lsp_callbacks.monitor.nan_finder import Guard
+from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED, Destination
 from lsp_callbacks.quantities import Quantity
-from lsp_callbacks.quantities.select import Selection
-from lsp_callbacks.ranks import Ranks
-from lsp_callbacks.replay import untouched
+from lsp_callbacks.quantities.module_filter import Selection
 from lsp_callbacks.report import Run, Verdict, judge, sentence
-from lsp_callbacks.snapshot import Clipping, Prox, Snapshot, Unmeasurable
-from lsp_callbacks.step import LossFn, PendingStep, batch_size, identical, never, rate, witnessed
+from lsp_callbacks.step.criterion import Criterion, ForwardFn, Probes, population
+from lsp_callbacks.step.pending_step import LossFn, PendingStep, batch_size, identical, never, rate, witnessed
+from lsp_callbacks.step.ranks import Ranks
+from lsp_callbacks.step.replay import untouched
+from lsp_callbacks.step.snapshot import Clipping, Prox, Snapshot, Unmeasurable
 
 #: How many steps of the schedule to look ahead.
 HORIZON = 1000
@@ -99,9 +99,9 @@ class StabilityMonitor(Callback):
         criterion: ``(outputs, batch) -> loss``, the mean over the samples: needed together, and only where
             ``training_step`` does not return the value of one criterion of ``torch.nn.functional``.
         prox: ``(name, tensor, lr) -> tensor``, what your code makes of each parameter after the optimizer's step:
-            weight clipping, a max-norm, a soft threshold; see `lsp_callbacks.functional.proximal`. It is not applied,
-            but enters the update map; where you apply it (``optimizer_step``, ``on_train_batch_end``, a hook of the
-            optimizer) is up to you. What the parameters really become is compared with it, and where they differ
+            weight clipping, a max-norm, a soft threshold; see `lsp_callbacks.functional.trajectory.proximal`. It is not
+            applied, but enters the update map; where you apply it (``optimizer_step``, ``on_train_batch_end``, a hook
+            of the optimizer) is up to you. What the parameters really become is compared with it, and where they differ
             nothing is told of the update any more.
         save_vectors: put windows under way and warm starts into checkpoints too; otherwise a run that is resumed begins
             them anew. A run that goes on after a checkpoint measures the same as without it, either way; one that is

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lsp_callbacks import report
 from lsp_callbacks.callbacks.base import Callback
-from lsp_callbacks.callbacks.figures import log_figure
+from lsp_callbacks.callbacks.log_figure import log_figure
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.callbacks.stop_on_instability import StopOnInstability
 from lsp_callbacks.quantities import Quantity

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from lsp_callbacks.arguments import number, whole
+from lsp_callbacks._validation import number, whole
 from lsp_callbacks.callbacks.base import Callback
-from lsp_callbacks.callbacks.readings import Readings
+from lsp_callbacks.callbacks.recent_readings import Readings
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
-from lsp_callbacks.courant_source import COURANT, GD, SGD
-from lsp_callbacks.losses import LossRecord, Told
-from lsp_callbacks.monitor import Observation
+from lsp_callbacks.monitor.courant_source import COURANT, GD, SGD
+from lsp_callbacks.monitor.losses import LossRecord, Told
+from lsp_callbacks.monitor.monitor import Observation
 
 #: Keys that are a rate over a critical rate, and so can be known before the rate is used.
 SCHEDULED = (COURANT, SGD, GD)

@@ -1,21 +1,58 @@
 """Pure functions: the definitions of what is measured."""
 
-from lsp_callbacks.functional.activations import activation_lipschitz, activation_slope
-from lsp_callbacks.functional.batch_norm import Drift, batch_norm_drift
-from lsp_callbacks.functional.batch_sharpness import BatchSharpness, batch_sharpness, curvature_along_gradient
-from lsp_callbacks.functional.clarke import GeneralizedNorm, generalized_norm
-from lsp_callbacks.functional.condition import condition, condition_lower, loss_condition_lower
-from lsp_callbacks.functional.depth_profile import DepthProfile, depth_profile
-from lsp_callbacks.functional.diagram import CriticalRate, StabilityDiagram, critical_lr, stability_diagram
-from lsp_callbacks.functional.dissipation import Dissipation, dissipation
-from lsp_callbacks.functional.first_fault import Fault, first_fault
-from lsp_callbacks.functional.frozen_sgd import FrozenSGD, frozen_sgd
-from lsp_callbacks.functional.gains import Gains, gains
-from lsp_callbacks.functional.gradient_noise import GradientNoise, batch_variance, gradient_noise
-from lsp_callbacks.functional.kurtosis import excess_kurtosis
-from lsp_callbacks.functional.leave_one_out import LeaveOneOut, data_response, leave_one_out
-from lsp_callbacks.functional.lipschitz import Uncertified, layer_lipschitz, lipschitz_lower, lipschitz_upper
-from lsp_callbacks.functional.lyapunov import (
+from lsp_callbacks.functional.curvature.batch_sharpness import BatchSharpness, batch_sharpness, curvature_along_gradient
+from lsp_callbacks.functional.curvature.condition import condition, condition_lower, loss_condition_lower
+from lsp_callbacks.functional.curvature.marchenko_pastur import (
+    MarchenkoPastur,
+    cumulative,
+    density,
+    fit_marchenko_pastur,
+)
+from lsp_callbacks.functional.curvature.secant import Secant, secant
+from lsp_callbacks.functional.curvature.sharpness import Edge, edge, sharpness, stability_constant
+from lsp_callbacks.functional.curvature.spectral_density import Spectrum, spectral_density
+from lsp_callbacks.functional.network.activations import activation_lipschitz, activation_slope
+from lsp_callbacks.functional.network.batch_norm import Drift, batch_norm_drift
+from lsp_callbacks.functional.network.clarke import GeneralizedNorm, generalized_norm
+from lsp_callbacks.functional.network.depth_profile import DepthProfile, depth_profile
+from lsp_callbacks.functional.network.gains import Gains, gains
+from lsp_callbacks.functional.network.kurtosis import excess_kurtosis
+from lsp_callbacks.functional.network.lipschitz import Uncertified, layer_lipschitz, lipschitz_lower, lipschitz_upper
+from lsp_callbacks.functional.network.norm_bound import chain_lipschitz, norm_bound
+from lsp_callbacks.functional.network.residual import ResidualStability, residual_stability
+from lsp_callbacks.functional.network.robustness import Sensitivity, sensitivity
+from lsp_callbacks.functional.network.spectral_norm import log_sum, spectral_norm
+from lsp_callbacks.functional.network.units import Units, units
+from lsp_callbacks.functional.numerics.first_fault import Fault, first_fault
+from lsp_callbacks.functional.numerics.numeric_range import NumericRange, headroom, lost_share, numeric_range
+from lsp_callbacks.functional.sgd.frozen_sgd import FrozenSGD, frozen_sgd
+from lsp_callbacks.functional.sgd.gradient_noise import GradientNoise, batch_variance, gradient_noise
+from lsp_callbacks.functional.sgd.mean_square import (
+    gd_critical_lr,
+    mean_square_lr,
+    second_moment,
+    second_moment_exponent,
+)
+from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduce, regularity
+from lsp_callbacks.functional.sgd.moment_exponent import moment_exponent
+from lsp_callbacks.functional.sgd.robbins_monro import PowerLaw, RateDecay, RobbinsMonro, rate_decay, robbins_monro
+from lsp_callbacks.functional.sgd.sgd_law import NoiseFit, SGDLaw, fit_noise, noise_gain, noise_lipschitz, sgd_law
+from lsp_callbacks.functional.sgd.sgd_stability import (
+    Exponent,
+    finite_time_exponents,
+    gd_exponent,
+    sgd_exponent,
+    sum_of_exponents,
+)
+from lsp_callbacks.functional.sgd.stability_diagram import (
+    CriticalRate,
+    StabilityDiagram,
+    critical_lr,
+    stability_diagram,
+)
+from lsp_callbacks.functional.trajectory.dissipation import Dissipation, dissipation
+from lsp_callbacks.functional.trajectory.leave_one_out import LeaveOneOut, data_response, leave_one_out
+from lsp_callbacks.functional.trajectory.lyapunov import (
     exponent_bounds,
     plane_map,
     rescale,
@@ -23,31 +60,10 @@ from lsp_callbacks.functional.lyapunov import (
     sharp_plane,
     window_exponent,
 )
-from lsp_callbacks.functional.marchenko_pastur import MarchenkoPastur, cumulative, density, fit_marchenko_pastur
-from lsp_callbacks.functional.mean_square import gd_critical_lr, mean_square_lr, second_moment, second_moment_exponent
-from lsp_callbacks.functional.modes import Modes, UpdateRule, reduce, regularity
-from lsp_callbacks.functional.moments import moment_exponent
-from lsp_callbacks.functional.norm_bound import chain_lipschitz, norm_bound
-from lsp_callbacks.functional.numerics import NumericRange, headroom, lost_share, numeric_range
-from lsp_callbacks.functional.proximal import Box, MaxNorm, Only, Ridge, SoftThreshold, SpectralClip
-from lsp_callbacks.functional.proximal_step import Promise, promise, proximal_gain
-from lsp_callbacks.functional.residual import ResidualStability, residual_stability
-from lsp_callbacks.functional.robbins_monro import PowerLaw, RateDecay, RobbinsMonro, rate_decay, robbins_monro
-from lsp_callbacks.functional.robustness import Sensitivity, sensitivity
-from lsp_callbacks.functional.secant import Secant, secant
-from lsp_callbacks.functional.sgd_law import NoiseFit, SGDLaw, fit_noise, noise_gain, noise_lipschitz, sgd_law
-from lsp_callbacks.functional.sgd_stability import (
-    Exponent,
-    finite_time_exponents,
-    gd_exponent,
-    sgd_exponent,
-    sum_of_exponents,
-)
-from lsp_callbacks.functional.sharpness import Edge, edge, sharpness, stability_constant
-from lsp_callbacks.functional.spectral_density import Spectrum, spectral_density
-from lsp_callbacks.functional.spectral_norm import log_sum, spectral_norm
-from lsp_callbacks.functional.statistics import batch_means, fieller, student_bounds, student_quantile
-from lsp_callbacks.functional.training_profile import (
+from lsp_callbacks.functional.trajectory.proximal import Box, MaxNorm, Only, Ridge, SoftThreshold, SpectralClip
+from lsp_callbacks.functional.trajectory.proximal_step import Promise, promise, proximal_gain
+from lsp_callbacks.functional.trajectory.statistics import batch_means, fieller, student_bounds, student_quantile
+from lsp_callbacks.functional.trajectory.training_profile import (
     Tangents,
     TrainingProfile,
     function_growth,
@@ -55,7 +71,6 @@ from lsp_callbacks.functional.training_profile import (
     tangents,
     training_profile,
 )
-from lsp_callbacks.functional.units import Units, units
 from lsp_callbacks.linalg import lyapunov_exponents
 
 __all__ = [

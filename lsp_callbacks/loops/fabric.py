@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lsp_callbacks.loops.plain import Watch
-from lsp_callbacks.monitor import Monitor
-from lsp_callbacks.step import LossFn
+from lsp_callbacks.monitor.monitor import Monitor
+from lsp_callbacks.step.pending_step import LossFn
 
 
 def watch_fabric(

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lsp_callbacks.configure import configured
 from lsp_callbacks.loops.plain import Log, Watch, moves
-from lsp_callbacks.monitor import Monitor, scalars
-from lsp_callbacks.probing import Criterion, ForwardFn, check_pair, population
+from lsp_callbacks.monitor.configure import configured
+from lsp_callbacks.monitor.monitor import Monitor, scalars
 from lsp_callbacks.quantities import Quantity
-from lsp_callbacks.quantities.select import Selection
-from lsp_callbacks.snapshot import Clipping, Prox, Unmodelled
+from lsp_callbacks.quantities.module_filter import Selection
+from lsp_callbacks.step.criterion import Criterion, ForwardFn, check_pair, population
+from lsp_callbacks.step.snapshot import Clipping, Prox, Unmodelled
 
 ITEMS = "num_items_in_batch"
 

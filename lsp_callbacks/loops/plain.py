@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.configure import configured
-from lsp_callbacks.destination import ELSEWHERE, Destination
-from lsp_callbacks.guard import Guard, finite
-from lsp_callbacks.monitor import Curve, Monitor, Observation
-from lsp_callbacks.probing import Criterion, ForwardFn, Probes, population
-from lsp_callbacks.ranks import Ranks
-from lsp_callbacks.replay import untouched
+from lsp_callbacks.monitor.configure import configured
+from lsp_callbacks.monitor.monitor import Curve, Monitor, Observation
+from lsp_callbacks.monitor.nan_finder import Guard, finite
+from lsp_callbacks.monitor.update_check import ELSEWHERE, Destination
 from lsp_callbacks.report import Run, Verdict, judge
-from lsp_callbacks.snapshot import Clipping, Prox, Snapshot
-from lsp_callbacks.step import LossFn, PendingStep, identical, never, witnessed
+from lsp_callbacks.step.criterion import Criterion, ForwardFn, Probes, population
+from lsp_callbacks.step.pending_step import LossFn, PendingStep, identical, never, witnessed
+from lsp_callbacks.step.ranks import Ranks
+from lsp_callbacks.step.replay import untouched
+from lsp_callbacks.step.snapshot import Clipping, Prox, Snapshot
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -42,8 +42,8 @@ class Watch:
         log: called with new values and the number of the update.
         clipping: how the loop clips before each update; where it is by norm, the optimizer holds all parameters.
         prox: what the loop makes of each parameter after ``optimizer.step()`` and before the next batch,
-            ``(name, tensor, lr) -> tensor``, see `lsp_callbacks.functional.proximal`. It is not applied, but enters the
-            update map, and is compared with what the parameters really become.
+            ``(name, tensor, lr) -> tensor``, see `lsp_callbacks.functional.trajectory.proximal`. It is not
+            applied, but enters the update map, and is compared with what the parameters really become.
         scaler: of mixed precision, where the loop scales its loss: its factor is part of the head-room of the gradient,
             and a gradient that has overflowed is no step.
         schedulers: one or several of ``torch.optim.lr_scheduler`` that move the optimizer's rate: `SGDLaw` tells their

@@ -1,12 +1,23 @@
 """From one frozen training step to linear operators."""
 
-from lsp_callbacks.operators.coming import coming_rule
-from lsp_callbacks.operators.curvature import hessian
-from lsp_callbacks.operators.frozen import FrozenRule, decayed_hessian, frozen_rule, preconditioned_hessian
-from lsp_callbacks.operators.game import joint_jacobian
-from lsp_callbacks.operators.residual import Block, residual_block
-from lsp_callbacks.operators.training import state_blocks, state_weight, step_jacobian, step_response, tangent_path
-from lsp_callbacks.operators.weights import weight_operators
+from lsp_callbacks.operators.curvature.hessian import hessian
+from lsp_callbacks.operators.network.residual_block import Block, residual_block
+from lsp_callbacks.operators.network.weights import weight_operators
+from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule
+from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
+    FrozenRule,
+    decayed_hessian,
+    frozen_rule,
+    preconditioned_hessian,
+)
+from lsp_callbacks.operators.trajectory.multi_optimizer import joint_jacobian
+from lsp_callbacks.operators.trajectory.step_jacobian import (
+    state_blocks,
+    state_weight,
+    step_jacobian,
+    step_response,
+    tangent_path,
+)
 
 __all__ = [
     "Block",

@@ -6,24 +6,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from lsp_callbacks.quantities.base import Quantity
-from lsp_callbacks.quantities.batch_sharpness import BatchSharpness
-from lsp_callbacks.quantities.clarke_profile import ClarkeProfile
-from lsp_callbacks.quantities.clarke_training import ClarkeTraining
-from lsp_callbacks.quantities.dissipation import Dissipation
-from lsp_callbacks.quantities.leave_one_out import LeaveOneOut
-from lsp_callbacks.quantities.lyapunov import Lyapunov, LyapunovTrajectory
-from lsp_callbacks.quantities.numerics import Numerics
-from lsp_callbacks.quantities.proximal_step import ProximalStep
-from lsp_callbacks.quantities.residual_cfl import ResidualCFL
-from lsp_callbacks.quantities.robustness import Robustness
-from lsp_callbacks.quantities.secant_ratio import SecantRatio
-from lsp_callbacks.quantities.sgd_law import SGDLaw
-from lsp_callbacks.quantities.sgd_stability import SGDStability
-from lsp_callbacks.quantities.sharpness import Sharpness
-from lsp_callbacks.quantities.signal_propagation import SignalPropagation
-from lsp_callbacks.quantities.spectral_density import SpectralDensity
-from lsp_callbacks.quantities.spectral_norm import SpectralNorm
-from lsp_callbacks.quantities.stability_profile import StabilityProfile
+from lsp_callbacks.quantities.curvature.batch_sharpness import BatchSharpness
+from lsp_callbacks.quantities.curvature.secant_ratio import SecantRatio
+from lsp_callbacks.quantities.curvature.sharpness import Sharpness
+from lsp_callbacks.quantities.curvature.spectral_density import SpectralDensity
+from lsp_callbacks.quantities.network.clarke_profile import ClarkeProfile
+from lsp_callbacks.quantities.network.residual_cfl import ResidualCFL
+from lsp_callbacks.quantities.network.robustness import Robustness
+from lsp_callbacks.quantities.network.signal_propagation import SignalPropagation
+from lsp_callbacks.quantities.network.spectral_norm import SpectralNorm
+from lsp_callbacks.quantities.numerics.numerics import Numerics
+from lsp_callbacks.quantities.sgd.sgd_law import SGDLaw
+from lsp_callbacks.quantities.sgd.sgd_stability import SGDStability
+from lsp_callbacks.quantities.trajectory.clarke_training import ClarkeTraining
+from lsp_callbacks.quantities.trajectory.dissipation import Dissipation
+from lsp_callbacks.quantities.trajectory.leave_one_out import LeaveOneOut
+from lsp_callbacks.quantities.trajectory.lyapunov import Lyapunov, LyapunovTrajectory
+from lsp_callbacks.quantities.trajectory.proximal_step import ProximalStep
+from lsp_callbacks.quantities.trajectory.stability_profile import StabilityProfile
 
 REGISTRY: dict[str, type[Quantity]] = {
     quantity.name: quantity

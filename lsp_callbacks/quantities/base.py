@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lsp_callbacks.operators.curvature import path_taken
-from lsp_callbacks.quantities.sgd_diagram import matplotlib
-from lsp_callbacks.snapshot import Snapshot
-from lsp_callbacks.trace import Energy
+from lsp_callbacks.operators.curvature.hessian import path_taken
+from lsp_callbacks.plots.stability_diagram import matplotlib
+from lsp_callbacks.step.series import Energy
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: In keys, the name of what is outside of all submodules.
 ROOT = "(root)"
@@ -95,14 +95,14 @@ class Quantity(Metric):
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         """Gradients that one measurement costs, by what they are spent on; equal entries are shared.
 
-        Passes, and what is beside them: see `lsp_callbacks.operators.work`. The numbers in the docstrings of quantities
+        Passes, and what is beside them: see `lsp_callbacks.operators.cost`. The numbers in the docstrings of quantities
         are those of a large MLP, as ``benchmarks/cost_of_each.py`` measures them. Cost: one forward pass.
         """
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         """Bytes beside training at the peak of a measurement, predicted, by what they are for; equal ones are shared.
 
-        Cost: one forward pass for all quantities of a step, see `lsp_callbacks.operators.footprint`.
+        Cost: one forward pass for all quantities of a step, see `lsp_callbacks.operators.memory`.
         """
         return {}
 

@@ -1,11 +1,11 @@
 """What a run's curves say: one sentence, a table, a picture."""
 
-from lsp_callbacks.report.diagram import diagram_figure, diagram_sentence, diagram_table
+from lsp_callbacks.report.curves import check_installed, loss_alarm
 from lsp_callbacks.report.judgement import Run, Verdict, judge
-from lsp_callbacks.report.picture import drawn, figure
-from lsp_callbacks.report.rows import show, table
+from lsp_callbacks.report.run_figure import drawn, figure
 from lsp_callbacks.report.sentence import e_folding, sentence, verdict
-from lsp_callbacks.report.series import check_installed, loss_alarm
+from lsp_callbacks.report.stability_diagram import diagram_figure, diagram_sentence, diagram_table
+from lsp_callbacks.report.table import show, table
 
 __all__ = [
     "Run",

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from lsp_callbacks.functional.first_fault import Fault
-from lsp_callbacks.losses import SETTLED, LossRecord
-from lsp_callbacks.monitor import Curve, Monitor
-from lsp_callbacks.report.linear import linear_state, unbroken
+from lsp_callbacks.functional.numerics.first_fault import Fault
+from lsp_callbacks.monitor.losses import SETTLED, LossRecord
+from lsp_callbacks.monitor.monitor import Curve, Monitor
+from lsp_callbacks.report.linear_stability import linear_state, unbroken
 
 State = Literal[
     "not finite", "collapsed", "unstable", "risen", "not learning", "contradictory", "unknown", "edge", "recovered",

@@ -1,0 +1,1 @@
+"""Autograd: graphs, calls of modules, operations; all that torch keeps to itself."""

@@ -1,0 +1,1 @@
+"""The network as a map from layer to layer."""

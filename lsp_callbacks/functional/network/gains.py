@@ -1,0 +1,66 @@
+"""How signals and gradients grow or fade from layer to layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lsp_callbacks.operators.network.signal_sizes import Sizes
+
+
+@dataclass(frozen=True)
+class Gains:
+    """Ratios of root mean squares; layers whose ratio is not defined (nothing came) are left out.
+
+    Attributes:
+        forward: ``rms(X_k) / rms(X_(k-1))`` by layer.
+        backward: ``rms(dL/dX_(k-1)) / rms(dL/dX_k)`` by layer, but for the first.
+        forward_log: sum of the logs of the forward gains along the path, ``log rms(X_L) / rms(X_0)``; None where a
+            signal vanishes.
+        backward_log: likewise, ``log rms(dL/dX_1) / rms(dL/dX_L)``.
+    """
+
+    forward: dict[str, float]
+    backward: dict[str, float]
+    forward_log: float | None
+    backward_log: float | None
+
+
+def gains(layers: Sequence[Sizes], path: Sequence[Sizes] | None = None) -> Gains:
+    """Forward and backward gain of each layer, and of the way through all of them.
+
+    A gain of 1 keeps the size. Over L layers a gain of g makes ``g^L``: beyond a factor of 1e3 or so, signals vanish
+    or explode. What one number a layer hides is how unequally directions are treated (Pennington et al. 2017): see
+    the condition numbers.
+
+    Args:
+        layers: their sizes, see `lsp_callbacks.operators.network.signal_sizes.signals`.
+        path: those on one chain from input to output; None takes all.
+
+    Source: Glorot & Bengio 2010, (5) and (6): forward ``n_in Var W = 1``, backward ``n_out Var W = 1``; He et al. 2015,
+    (10) and (14): half of that for ReLU; Schoenholz et al. 2017: the backward gain squared is ``chi``, at the edge of
+    chaos 1.
+
+    Example:
+        >>> from lsp_callbacks.functional import gains
+        >>> from lsp_callbacks.operators.network.signal_sizes import Sizes
+        >>> found = gains([Sizes("a", 1.0, 2.0, 0.3), Sizes("b", 2.0, 1.0, 0.1, 0.3)])
+        >>> found.forward["a"], round(found.backward["b"], 6), found.forward_log
+        (2.0, 3.0, 0.0)
+    """
+    path = layers if path is None else path
+    forward = {one.name: one.sent / one.received for one in layers if one.received > 0}
+    backward = {one.name: one.returned / one.back for one in layers if one.back > 0 and not math.isnan(one.returned)}
+    return Gains(
+        {name: gain for name, gain in forward.items() if math.isfinite(gain)},
+        {name: gain for name, gain in backward.items() if math.isfinite(gain)},
+        _log_sum([one.sent / one.received if one.received > 0 else 0.0 for one in path]),
+        _log_sum([one.returned / one.back if one.back > 0 else 0.0 for one in path[1:]]),
+    )
+
+
+def _log_sum(ratios: list[float]) -> float | None:
+    if not ratios or not all(ratio > 0 and math.isfinite(ratio) for ratio in ratios):
+        return None
+    return sum(map(math.log, ratios))

@@ -1,0 +1,142 @@
+"""From one training step to the modes of its Gauss-Newton matrix and the rule that acts on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduce
+from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tangent_kernel
+from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule, probe_squares
+from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
+    FrozenRule,
+    coupled_decay,
+    frozen_rule,
+    require_gradient,
+)
+from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+
+#: Eigenvalues of a float32 Gram matrix below this share of the largest are rounding.
+ROUNDING = 1e-6
+#: Samples of a stream without end.
+ENDLESS = 10**9
+
+
+@dataclass(frozen=True)
+class FrozenSGD:
+    """All that the stability of SGD frozen at a step depends on.
+
+    Attributes:
+        modes: reduced coordinates of K, see `lsp_callbacks.functional.reduce`.
+        rule: of the optimizer.
+        lr: the step's own rate, the largest of its groups.
+        batch_size: of the step.
+        population: samples that batches are drawn from; equal to those in ``modes`` where all are probes.
+        kernel: where the modes come from; of the samples in batches, where their statistics tie them together.
+        frozen: whether a preconditioner is held fixed.
+    """
+
+    modes: Modes
+    rule: UpdateRule
+    lr: float
+    batch_size: int
+    population: int
+    kernel: TangentKernel
+    frozen: bool
+
+
+def frozen_sgd(
+    snapshot: Snapshot,
+    *,
+    outputs: Literal["top", "all"] = "top",
+    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
+    most_rows: int = 10**6,
+) -> FrozenSGD:
+    """Linearises a training step on ``range(J^T)``: exact at interpolation, a Gauss-Newton statement elsewhere.
+
+    Learning rates that differ between groups, the frozen preconditioner of Adam, RMSprop or Adagrad, as it will be once
+    some more batches were met (`coming_rule`), and the factor by which this step's gradient was clipped enter as ``Z ->
+    Z D^(1/2)``; rates are those of the group with the largest.
+    Weight decay that differs between parameters is taken at its mean over the trace of K.
+
+    Under BatchNorm the outputs of a batch depend on all of its samples, ``f_i(theta, X_b)``, and a step on batch b acts
+    by ``I - lr H_b``, ``H_b = (1/B) sum_i J_i^T S_i J_i`` with ``J_i = d f_i(theta, X_b) / d theta`` *through* the
+    statistics. So scaling or shifting a weight ahead of BatchNorm moves no output, as in training; running statistics,
+    or those of the batch held fixed, lose that, and give the matrix of a training that nobody runs. The rows of K are
+    those of whole batches, ``probes.batches``, and steps draw whole batches, see `sgd_exponent`.
+
+    Args:
+        snapshot: a step with its optimizer and ``probes``.
+        outputs: rows of K, see `lsp_callbacks.operators.sgd.gram_matrix`.
+        generator: for the random choices; None draws from the snapshot's.
+        start: an earlier ``kernel.mode``.
+        most_rows: see `lsp_callbacks.operators.sgd.gram_matrix`.
+
+    Raises:
+        Unmeasurable: no probes, an optimizer that is not modelled, or a criterion without a Gauss-Newton matrix.
+
+    Cost: one forward and two backward passes over the probes, with a preconditioner one and three more; under BatchNorm
+    a backward pass over its batch for each.
+    """
+    if snapshot.probes is None:
+        raise Unmeasurable("no probes are known: pass Snapshot(probes=ProbeSet(...))")
+    probes = snapshot.probes.trained
+    rule = critical_rule(snapshot)
+    require_gradient(snapshot)
+    generator = generator or snapshot.generator("probes")
+    if rule.frozen:
+        rule = coming_rule(snapshot, squares=probe_squares(probes, snapshot.generator("signs")))
+    kernel = tangent_kernel(
+        probes, outputs=outputs, scale=rule.scale, generator=generator, start=start, most_rows=most_rows
+    )
+    trace = sum(kernel.traces.values()) or 1.0
+
+    def mean(decay: Mapping[str, float | Tensor]) -> float:
+        return sum(float(decay[name]) * share for name, share in kernel.traces.items()) / trace
+
+    double = all(p.dtype == torch.float64 for p in probes.parameters.values())
+    return FrozenSGD(
+        modes=reduce(
+            kernel.gram,
+            kernel.rows,
+            tol=None if double else ROUNDING,
+            together=probes.together if probes.batches else 1,
+        ),
+        rule=UpdateRule(
+            momentum=rule.momentum,
+            dampening=rule.dampening,
+            nesterov=rule.nesterov,
+            weight_decay=mean(rule.weight_decay),
+            decoupled_decay=mean(rule.decoupled_decay),
+            correction=rule.correction,
+        ),
+        lr=rule.lr,
+        batch_size=probes.batch_size,
+        population=max(probes.population or ENDLESS, probes.samples),
+        kernel=kernel,
+        frozen=rule.frozen,
+    )
+
+
+def critical_rule(snapshot: Snapshot) -> FrozenRule:
+    """The step's `FrozenRule` where it has a critical rate on a Gauss-Newton matrix.
+
+    Raises:
+        Unmeasurable: see `frozen_rule`; for ``maximize``, with a prox, and for coupled weight decay behind a
+            preconditioner.
+    """
+    rule, decay = frozen_rule(snapshot), coupled_decay(snapshot)
+    if snapshot.prox is not None:
+        raise Unmeasurable("the map that prox applies after the step is not modelled: look at lyapunov instead")
+    if rule.sign < 0:
+        raise Unmeasurable("maximize=True: the Gauss-Newton matrix of a loss that is maximised is not positive")
+    if rule.frozen and (isinstance(decay, Tensor) or decay):
+        raise Unmeasurable(
+            "coupled weight decay is not modelled with a frozen preconditioner: use AdamW's, or leave sgd_stability out"
+        )
+    return rule

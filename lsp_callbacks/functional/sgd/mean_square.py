@@ -1,0 +1,294 @@
+"""The second moment of SGD frozen at one point: an exact, cheap, sufficient criterion for stability."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.functional.sgd.modes import PLAIN, Modes, UpdateRule, drawn_from, in_units
+
+#: Tolerance of the first eigenvalues of a search.
+LOOSE = 1e-3
+Superoperator = Callable[[Tensor], Tensor]
+
+
+def second_moment(
+    modes: Modes,
+    batch_size: int,
+    replacement: bool = False,
+    population: int | None = None,
+    *,
+    weight_decay: float = 0.0,
+) -> Superoperator:
+    """``D(X) = E[H' X H']`` over batches drawn independently between steps, for symmetric ``X`` ``(r, r)``.
+
+    ``D(X) = (1 - p) H X H + p (1/N) sum_i Y_i^T (Y_i X Y_i^T) Y_i``, ``p = (N' - B) / (B (N' - 1))`` without
+    replacement from ``N'`` (``population``, or all samples), ``1 / B`` with. Coupled decay adds
+    ``wd (H X + X H) + wd^2 X``. Of samples that batch statistics tie together p falls to ``p w^2``, and whole groups
+    are a second such sum of weight ``p B / G - p w^2``, see `sgd_exponent`.
+
+    Raises:
+        ValueError: if a batch is larger than what it is drawn from.
+
+    Cost: ``O(N outputs r^2)`` a product. Source: Mulayoff & Michaeli 2024; MATH section 2.
+    """
+    total = drawn_from(modes.samples, batch_size, population)
+    p = 1 / batch_size if replacement else (total - batch_size) / (batch_size * max(total - 1, 1))
+    n, outputs, r = modes.factor.shape
+    rows, h, tied = modes.factor.flatten(0, 1), modes.curvatures, 0.0
+    whole = modes.factor.reshape(n // modes.together, modes.together * outputs, r)
+    if modes.together > 1:
+        groups, share = modes.shares(batch_size)
+        p, tied = p * share, p * (batch_size / groups - share)
+    # Everything that is elementwise: (1 - p) h_i h_j + wd (h_i + h_j) + wd^2.
+    diagonal = (h + weight_decay)[:, None] * (h + weight_decay) - (p + tied) * h[:, None] * h
+
+    def apply(x: Tensor) -> Tensor:
+        if not p and not tied:
+            return diagonal * x
+        half = rows @ x
+        if outputs == 1:
+            weighted = (half * rows).sum(1, keepdim=True) * rows
+        else:
+            blocks = half.view(n, outputs, r) @ modes.factor.mT
+            weighted = (blocks @ modes.factor).flatten(0, 1)
+        if tied:
+            pushed = ((half.view(whole.shape) @ whole.mT) @ whole).flatten(0, 1)
+            weighted = p * weighted + tied / modes.together * pushed
+            return torch.addmm(diagonal * x, rows.mT, weighted, alpha=1 / n)
+        return torch.addmm(diagonal * x, rows.mT, weighted, alpha=p / n)
+
+    return apply
+
+
+def mean_square_lr(
+    modes: Modes,
+    *,
+    batch_size: int,
+    rule: UpdateRule = PLAIN,
+    replacement: bool = False,
+    population: int | None = None,
+    tol: float = 1e-8,
+) -> float:
+    """The largest rate up to which ``E ||v||^2`` of i.i.d. batches stays bounded; at most the critical rate of lambda.
+
+    The stationary moments ``P = E v v^T``, ``C = E v m^T``, ``M = E m m^T`` obey equations in which all but
+    ``D(P) = E u u^T`` is elementwise in the basis of ``H = diag(h)``. Without C and M they read ``D(P) = t(lr) * P``:
+    the edge is the smallest rate at which the symmetric operator ``t^-1/2 * D(t^-1/2 * X)`` has top eigenvalue 1.
+    For plain SGD and heavy ball ``t = alpha / lr + gamma``, and one Lanczos run gives ``1 / lr``.
+
+    Args:
+        modes: of `reduce`.
+        batch_size: samples of a batch.
+        rule: of the optimizer.
+        replacement: within a batch.
+        population: as in `sgd_exponent`; here exact for any ``population``.
+        tol: relative, of the rate, where the top eigenvalue is separated; its square root otherwise.
+
+    Returns:
+        The rate; inf for a collapsed network (rank 0) or where nothing pushes (``dampening = 1``).
+
+    Cost: 10 to 60 products with `second_moment`. Source: Mulayoff & Michaeli 2024 for plain SGD; MATH section 2.
+    """
+    modes, rule, unit = in_units(modes, rule)
+    d = second_moment(modes, batch_size, replacement, population, weight_decay=rule.weight_decay)
+    if not modes.rank or (rule.momentum and rule.dampening == 1):
+        return math.inf
+    return _mean_square_lr(modes, d, rule, tol) / unit
+
+
+def _mean_square_lr(modes: Modes, d: Superoperator, rule: UpdateRule, tol: float) -> float:
+    h = modes.curvatures + rule.weight_decay
+    if not rule.nesterov and not rule.decoupled_decay:
+        beta, gain = rule.momentum, 1 - rule.dampening * bool(rule.momentum)
+        root = ((1 - beta) / gain * (h[:, None] + h)).rsqrt()
+        gamma = beta * (h[:, None] ** 2 + h**2 - 2 * beta * h[:, None] * h) / (1 - beta**2)
+        shift = -gamma * root**2
+        top, _ = _top(lambda x: (root * d(root * x)).addcmul_(shift, x), torch.diag(1 / root.diagonal()), tol)
+        return rule.correction / top
+    # Below the full-batch edge t is positive, and the mean-square edge lies below it. The quotient <X, D X> / <X, t X>
+    # of a fixed X is at most the top eigenvalue: its rate is an upper bound, and of a top eigenvector at a rate that
+    # is e off, one that is e^2 off. So the search comes down from above.
+    high = gd_critical_lr(modes, rule)
+    most, x, accuracy = math.log(high) - tol, torch.eye(modes.rank, dtype=h.dtype), max(tol, LOOSE)
+    log_lr = most
+    for k in range(100):
+        root = _source(h.double(), math.exp(log_lr), rule).rsqrt().to(h)
+        top, vector = _top(lambda y: root * d(root * y), x.to(h) / root, accuracy)  # noqa: B023
+        if not math.isfinite(top):
+            return math.nan
+        if not k and top <= 1:
+            return high
+        if top <= 1 - tol:  # a loose eigenvalue has led below
+            log_lr = min(log_lr - 4 * math.log(top), most)
+            continue
+        x = (root * vector).double()
+
+        def excess(at: float) -> float:
+            return math.log(top / float((_source(h.double(), math.exp(at), rule) * x).mul_(x).sum()))  # noqa: B023
+
+        upper = _illinois(excess, log_lr, accuracy / 10)
+        fall, log_lr = log_lr - upper, upper
+        if accuracy == tol and fall <= 0.03 * tol**0.5:
+            return math.exp(log_lr)
+        if accuracy > tol and fall <= 0.03:
+            accuracy, log_lr = tol, min(log_lr + 2 * LOOSE, most)
+    return math.nan
+
+
+def gd_critical_lr(modes: Modes, rule: UpdateRule = PLAIN) -> float:
+    """The rate at which full-batch descent loses stability: an eigenvalue of some mode's step reaches -1; exact.
+
+    ``(1 + delta + b1 h)(1 + beta) - phi b2 h`` vanishes there, which is affine in the rate. inf at rank 0.
+    """
+    if not modes.rank:
+        return math.inf
+    modes, rule, unit = in_units(modes, rule)
+    h = modes.curvatures + rule.weight_decay
+    delta, phi, beta, b1, b2 = rule.coefficients(torch.ones_like(h))
+    slope = 2 * (1 + beta) - ((1 + delta + b1 * h) * (1 + beta) - phi * b2 * h)
+    return float((2 * (1 + beta) / slope).min()) / unit
+
+
+def second_moment_exponent(
+    modes: Modes,
+    lr: float,
+    *,
+    batch_size: int,
+    rule: UpdateRule = PLAIN,
+    replacement: bool = False,
+    population: int | None = None,
+    tol: float = 1e-9,
+    iterations: int = 20_000,
+) -> float:
+    """``0.5 log rho(T)``, ``T`` the second moment of one step: an upper bound of lambda, nats per step.
+
+    Args:
+        lr: one rate.
+        tol: relative residual; the value of plain SGD is then exact to its square where the top is separated.
+        iterations: at most this many, with momentum.
+
+    Returns:
+        NaN at rank 0, or where the power iteration that momentum needs did not converge.
+
+    Cost: a few dozen products with `second_moment`; with momentum one an iteration, slow near a critical rate.
+    """
+    d = second_moment(modes, batch_size, replacement, population, weight_decay=rule.weight_decay)
+    if not modes.rank:
+        return math.nan
+    h = modes.curvatures + rule.weight_decay
+    delta, phi, beta, b1, b2 = (float(c) for c in rule.coefficients(torch.tensor(lr, dtype=torch.float64)))
+    eye = torch.eye(modes.rank, dtype=torch.float64)
+    if not beta:
+        linear = delta**2 + delta * b1 * (h[:, None] + h)
+        top, _ = _top(lambda x: linear * x + b1**2 * d(x), eye, tol, steps=400)
+        return 0.5 * math.log(max(top, 1e-300))
+    # Times the rate, m has the units of v. T preserves a cone: rho is an eigenvalue; others may share its modulus.
+    phi = float(rule.coefficients(torch.ones((), dtype=torch.float64))[1])
+    b2, left = b2 * lr, h[:, None]
+    state, radius = torch.stack([eye, 0 * eye, eye]), 1.0
+    for _ in range(iterations):
+        p, c, m = state
+        hc, dp = left * c, d(p)
+        cross = delta * phi * (c + c.mT) + delta * b1 * (left + h) * p + phi * b1 * (hc + hc.mT)
+        image = torch.stack(
+            [
+                delta**2 * p + phi**2 * m + b1**2 * dp + cross,
+                delta * beta * c
+                + delta * b2 * p * h
+                + phi * beta * m
+                + phi * b2 * hc.mT
+                + b1 * beta * hc
+                + b1 * b2 * dp,
+                beta**2 * m + beta * b2 * (hc + hc.mT) + b2**2 * dp,
+            ]
+        )
+        radius = float((image[0].trace() + image[2].trace()) / (p.trace() + m.trace()))
+        residual = float((image - radius * state).norm() / state.norm())
+        if residual <= tol * radius:
+            return 0.5 * math.log(radius)
+        # The shift takes those others away from the circle, and oscillations with them.
+        state = image + radius * state
+        # An antisymmetric rounding error in P or M is outside of the cone, and grows.
+        state = torch.stack([state[0] + state[0].mT, 2 * state[1], state[2] + state[2].mT]) / state.norm()
+    return math.nan
+
+
+def _source(h: Tensor, lr: float, rule: UpdateRule) -> Tensor:
+    """``t`` of `mean_square_lr`, ``(r, r)``: C and M are eliminated by Cramer's rule for each pair of modes."""
+    delta, phi, beta, b1, b2 = (float(c) for c in rule.coefficients(torch.tensor(lr, dtype=torch.float64)))
+    left, right = h[:, None], h[None, :]
+    feed, square = beta * b2 / (1 - beta**2), b2**2 / (1 - beta**2)  # M = feed (h_i C_ij + h_j C_ji) + square D
+    own = 1 - delta * beta - b1 * beta * h - phi * beta * feed * h
+    other = -phi * b2 / (1 - beta**2) * h  # own_i C_ij + other_j C_ji = (delta b2 h_j) P + kick D, and its mirror
+    kick = phi * beta * square + b1 * b2
+    det = own[:, None] * own - other[:, None] * other
+    by_p = delta * b2 * (right * own[None, :] - other[None, :] * left) / det
+    by_d = kick * (own[None, :] - other[None, :]) / det
+    weight = (phi**2 * feed + phi * b1) * left + delta * phi
+    through_p, through_d = weight * by_p, weight * by_d
+    kept = 1 - delta**2 - delta * b1 * (left + right) - through_p - through_p.mT
+    return kept / (phi**2 * square + b1**2 + through_d + through_d.mT)
+
+
+def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 200) -> tuple[float, Tensor]:
+    """The largest eigenvalue over symmetric matrices, and its matrix; see `mean_square_lr` for ``tol``.
+
+    Lanczos by its three terms alone. The top belongs to a symmetric matrix, as the maps are positive: antisymmetric
+    rounding errors lie below. Without reorthogonalisation the basis is lost only towards eigenvectors that have been
+    found, and the first at the top ends the search.
+    """
+    r = len(start)
+    generic = torch.randn(r, r, dtype=start.dtype, generator=torch.Generator().manual_seed(0))
+    q = start / start.norm() + 1e-3 / r * (generic + generic.mT)
+    basis, own, coupling, look = [q / q.norm()], [], [0.0], 3
+    while True:
+        q = basis[-1]
+        w = operator(q)
+        own.append(float(torch.dot(w.view(-1), q.view(-1))))
+        w.sub_(q, alpha=own[-1]).sub_(basis[-2] if len(basis) > 1 else 0, alpha=coupling[-1])
+        coupling.append(float(torch.linalg.vector_norm(w)))
+        k = len(own)
+        last = k == steps or not coupling[-1] > 4 * torch.finfo(q.dtype).eps * max(
+            map(abs, own)
+        )  # exhausted, or not finite
+        if last or k == look:
+            look += 3 + k // 5
+            projected = torch.diag(start.new_tensor(own)) + torch.diag(start.new_tensor(coupling[1:-1]), -1)
+            if not math.isfinite(coupling[-1]):
+                return math.nan, q
+            values, vectors = torch.linalg.eigh(projected)  # reads the lower triangle
+            top, residual = float(values[-1]), coupling[-1] * abs(float(vectors[-1, -1]))
+            # A Ritz value errs by at most its residual, and by at most the square of that over the gap.
+            gap = top - float(values[-2]) if k > 1 else 0.0
+            if last or (residual <= tol**0.5 * top and residual**2 <= tol * top * gap):
+                vector = torch.tensordot(vectors[:, -1], torch.stack(basis), 1)
+                return top, vector / torch.linalg.vector_norm(vector)  # the basis has lost orthogonality
+        basis.append(w.div_(coupling[-1]))
+
+
+def _illinois(f: Callable[[float], float], high: float, tol: float) -> float:
+    """The root of an increasing function below ``high`` where ``f(high) >= 0``."""
+    at_high = f(high - tol)
+    if at_high <= 0:
+        return high
+    low = high
+    at_low = at_high
+    while at_low > 0:  # f falls about as fast as its argument
+        high, at_high = low, at_low
+        low -= 1.2 * at_low + 0.1
+        at_low = f(low)
+    side = 0
+    while high - low > tol:
+        middle = high - at_high * (high - low) / (at_high - at_low)
+        at = f(middle)
+        if abs(at) <= tol:
+            return middle
+        if at > 0:
+            high, at_high, at_low, side = middle, at, at_low / (2 if side == 1 else 1), 1
+        else:
+            low, at_low, at_high, side = middle, at, at_high / (2 if side == -1 else 1), -1
+    return (low + high) / 2

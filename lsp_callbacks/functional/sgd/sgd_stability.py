@@ -1,0 +1,303 @@
+"""Linear stability of SGD frozen at one point: exponents of products of random steps, from a Gram matrix alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.functional.sgd.modes import PLAIN, Modes, UpdateRule, drawn_from
+
+Sampling = Literal["iid", "reshuffle"]
+
+
+@dataclass(frozen=True)
+class Exponent:
+    """Nats per step with a standard error, of the shape of the rates; the error is 0 where the value is exact."""
+
+    value: Tensor
+    error: Tensor
+
+
+def gd_exponent(modes: Modes, lr: float | Tensor, *, rule: UpdateRule = PLAIN) -> Tensor:
+    """``mu = log max_j rho(step on mode j)`` of full-batch descent, nats per step; of the shape of ``lr``; exact.
+
+    Source: Chemnitz & Engel 2025, (2.18); with momentum the companion matrix of each mode.
+    """
+    lr = torch.as_tensor(lr, dtype=torch.float64)
+    if not modes.rank:
+        return torch.full_like(lr, math.nan)
+    delta, phi, beta, b1, b2 = rule.coefficients(lr[..., None])
+    h = modes.curvatures + rule.weight_decay
+    half, det = (delta + b1 * h + beta) / 2, (delta + b1 * h) * beta - phi * b2 * h
+    root = half**2 - det
+    radius = torch.where(root >= 0, half.abs() + root.clamp_min(0).sqrt(), det.clamp_min(0).sqrt())
+    return radius.amax(-1).log()
+
+
+def sgd_exponent(
+    modes: Modes,
+    lr: float | Tensor,
+    *,
+    batch_size: int,
+    rule: UpdateRule = PLAIN,
+    sampling: Sampling = "iid",
+    replacement: bool = False,
+    population: int | None = None,
+    chains: int = 8,
+    steps: int = 1000,
+    burn_in: int = 100,
+    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
+) -> Exponent:
+    """``lambda = lim (1/n) E log ||A_n ... A_1 v||``, the top exponent of SGD frozen at one point; nats per step.
+
+    Args:
+        modes: of `reduce`.
+        lr: a rate, or several that share the same batches.
+        batch_size: at most ``population``.
+        rule: of the optimizer.
+        sampling: batches independent between steps, or consecutive in random permutations (the last incomplete batch
+            dropped). The sign of lambda can differ between the two.
+        replacement: within a batch, for ``"iid"``.
+        population: number of training samples of which those of ``modes`` are a sub-sample; None: they are all. From a
+            sub-sample draws are with replacement, their noise shrunk to the second moment of batches of the population:
+            ``H_B <- (1 - f) H + f H_B``, ``f^2 = (population - B) / (population - 1)``, or 1 with ``replacement``.
+            Samples that batch statistics tie together are drawn as whole groups, ``H_B = H_G + w (H_S - H_G)``: G
+            groups of the M, and B samples S within them, ``w^2 = 1 - (1 - 1 / M) B / (G g)``. Of many groups those are
+            true batches (w is 0), of one they are samples (w is 1); the noise of the first kind and of the second add
+            up to that of a batch.
+        chains: independent runs.
+        steps: recorded, after ``burn_in`` that are not.
+        burn_in: steps in which the start turns into the leading direction.
+        generator: None draws from a fixed seed.
+        start: ``(r,)`` or ``(chains, r)``; None starts in the fast modes.
+
+    Returns:
+        The largest over components; -inf where a step annihilates the vector, NaN at rank 0. ``error`` is the standard
+        deviation over chains divided by ``sqrt(chains)``.
+
+    Raises:
+        ValueError: if the batches cannot be drawn.
+
+    Cost: ``O(chains B outputs r)`` a step and rate. Source: Chemnitz & Engel 2025, (2.19); MATH section 2.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks.functional import reduce, sgd_exponent
+        >>> modes = reduce(torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
+        >>> round(float(sgd_exponent(modes, 1.0, batch_size=1).value), 2)  # log(0.8) / 2
+        -0.11
+    """
+    lrs = torch.as_tensor(lr, dtype=torch.float64)
+    draw = _Draw(modes, batch_size, sampling, replacement, population, generator)
+    if not draw.noise or not modes.rank:
+        exact = gd_exponent(modes, lrs, rule=rule)
+        return Exponent(exact, torch.zeros_like(exact))
+    if start is None:
+        # Slow modes neither grow nor shrink and would hide a small growing one for hundreds of steps.
+        signs = torch.randint(0, 2, (chains, modes.rank), generator=draw.generator) * 2.0 - 1
+        start = signs * modes.curvatures
+    labels = modes.owner.unique()
+    groups = modes.owner == labels[:, None]
+    start = start.expand(chains, -1)
+    means = _walk(modes, lrs.reshape(-1), start, groups, rule, draw, burn_in + steps)[burn_in:].mean(0)
+    value, top = means.mean(0).max(-1)
+    spread = means.std(0) if chains > 1 else torch.full_like(means[0], math.nan)
+    error = spread.gather(-1, top[:, None])[:, 0] / chains**0.5
+    # A chain that died proves a singular step; -inf has no spread.
+    error = error.masked_fill(value == -math.inf, 0.0)
+    return Exponent(value.reshape(lrs.shape), error.reshape(lrs.shape))
+
+
+def finite_time_exponents(
+    modes: Modes,
+    lr: float | Tensor,
+    *,
+    horizon: int,
+    batch_size: int,
+    samples: int = 64,
+    rule: UpdateRule = PLAIN,
+    sampling: Sampling = "iid",
+    replacement: bool = False,
+    population: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``(1/n) log ||A_n ... A_1 v||`` from random unit ``v``, one for each of ``samples`` runs; see `sgd_exponent`.
+
+    Args:
+        horizon: ``n``, steps.
+
+    Returns:
+        ``(samples, *lr.shape)``, nats per step. Their spread is what one training run of ``n`` steps can see.
+    """
+    lrs = torch.as_tensor(lr, dtype=torch.float64)
+    if not modes.rank:
+        return torch.full((samples, *lrs.shape), math.nan, dtype=torch.float64)
+    draw = _Draw(modes, batch_size, sampling, replacement, population, generator)
+    start = torch.randn(samples, modes.rank, generator=draw.generator, dtype=torch.float64)
+    logs = _walk(modes, lrs.reshape(-1), start, start.new_ones(1, modes.rank), rule, draw, horizon)
+    return logs.mean(0)[..., 0].reshape(samples, *lrs.shape)
+
+
+def sum_of_exponents(
+    modes: Modes,
+    lr: float,
+    *,
+    batch_size: int,
+    rule: UpdateRule = PLAIN,
+    replacement: bool = False,
+    generator: torch.Generator | None = None,
+    exact: int = 4096,
+    draws: int = 2048,
+) -> Exponent:
+    """``E log |det(I - (lr/B) K_BB)|``, the sum of all exponents of plain SGD; lambda is at least that over the rank.
+
+    Args:
+        modes: of all samples.
+        lr: one rate.
+        batch_size: samples of a batch.
+        rule: the plain one.
+        replacement: within a batch.
+        generator: for the draws; None draws from a fixed seed.
+        exact: enumerate every batch up to this many.
+        draws: of batches, when there are more.
+
+    Raises:
+        ValueError: for another rule, a batch larger than the samples, or samples that batch statistics tie together.
+    """
+    if rule != PLAIN:
+        raise ValueError("the determinant of a step is known in this form for plain SGD only: pass UpdateRule()")
+    if modes.together > 1:
+        raise ValueError("batch statistics tie the samples of a batch together: batches cannot be enumerated")
+    n, draw = modes.samples, _Draw(modes, batch_size, "iid", replacement, None, generator)
+    count = n**batch_size if replacement else math.comb(n, batch_size)
+    if count <= exact:
+        batches = (
+            itertools.product(range(n), repeat=batch_size)
+            if replacement
+            else itertools.combinations(range(n), batch_size)
+        )
+        index = torch.tensor(list(batches))
+    else:
+        index = draw.indices(1, draws)[0]
+    rows = modes.factor[index].flatten(1, 2)
+    step = torch.eye(rows.shape[1], dtype=rows.dtype) - lr / batch_size * rows @ rows.mT
+    logs = torch.linalg.slogdet(step).logabsdet
+    return Exponent(logs.mean(), logs.std() / len(logs) ** 0.5 if count > exact else torch.zeros_like(logs[0]))
+
+
+class _Draw:
+    """How batches are drawn from ``n`` samples; ``noise`` is ``f``: 0 where every batch is all of them."""
+
+    def __init__(
+        self, modes: Modes, batch_size: int, sampling: Sampling, replacement: bool, population: int | None, generator
+    ):
+        n = modes.samples
+        total = drawn_from(n, batch_size, population)
+        if sampling not in ("iid", "reshuffle"):
+            raise ValueError(f"sampling={sampling!r} must be 'iid' or 'reshuffle'")
+        if sampling == "reshuffle" and (total > n or replacement):
+            raise ValueError("reshuffled batches need every training sample, without replacement: use sampling='iid'")
+        if sampling == "reshuffle" and modes.together > 1:
+            raise ValueError("the batches of a permutation have batch statistics that are not known: use 'iid'")
+        self.n, self.batch_size, self.sampling, self.together = n, batch_size, sampling, modes.together
+        self.whole, self.share = modes.shares(batch_size)
+        self.replacement = replacement or total > n or modes.together > 1
+        self.noise = (
+            1.0
+            if replacement or (batch_size < total and not self.replacement)
+            else math.sqrt((total - batch_size) / max(total - 1, 1))
+        )
+        self.generator = generator or torch.Generator().manual_seed(0)
+
+    def indices(self, steps: int, chains: int) -> Tensor:
+        """Samples of the batches of at least ``steps`` steps, ``(steps, chains, B)``."""
+        n, size = self.n, self.batch_size
+        if self.sampling == "reshuffle":
+            epoch = n // size
+            shuffled = torch.rand(-(-steps // epoch), chains, n, generator=self.generator).argsort(-1)
+            return shuffled[..., : epoch * size].unflatten(-1, (epoch, size)).transpose(1, 2).flatten(0, 1)
+        if self.replacement or size == 1:
+            return torch.randint(n, (steps, chains, size), generator=self.generator)
+        return torch.rand(steps, chains, n, generator=self.generator).argsort(-1)[..., :size]
+
+    def batches(self, steps: int, chains: int, *, counted: bool) -> Iterator[Tensor]:
+        """For each step, indices ``(chains, B)``, or how often each sample is drawn, ``(chains, n)``."""
+        while steps > 0 and self.together > 1:
+            yield from self._tied(min(steps, 256), chains)
+            steps -= 256
+        while steps > 0:
+            index = self.indices(min(steps, 256), chains)
+            steps -= len(index)
+            if counted:
+                counts = torch.zeros(len(index), chains, self.n, dtype=torch.float64)
+                yield from counts.scatter_add_(-1, index, torch.ones(1, dtype=torch.float64).expand(index.shape))
+            else:
+                yield from index
+
+    def _tied(self, steps: int, chains: int) -> Tensor:
+        """Weights of samples in groups that are drawn as a whole, with further draws within them; sums are B."""
+        g, size = self.together, self.batch_size
+        drawn = torch.randint(self.n // g, (steps, chains, self.whole), generator=self.generator)
+        within = torch.randint(g, (steps, chains, size), generator=self.generator)
+        # As many samples in each group as the others, but for the last ones.
+        samples = drawn[..., torch.arange(size) % self.whole] * g + within
+        one = torch.ones(1, dtype=torch.float64)
+        groups = torch.zeros(steps, chains, self.n // g, dtype=torch.float64)
+        groups.scatter_add_(-1, drawn, one.expand(drawn.shape)).mul_(size / (g * self.whole))
+        weight = self.share**0.5
+        whole = groups.repeat_interleave(g, -1) * (1 - weight)
+        return whole.scatter_add_(-1, samples, (weight * one).expand(samples.shape))
+
+
+def _walk(
+    modes: Modes, lrs: Tensor, start: Tensor, groups: Tensor, rule: UpdateRule, draw: _Draw, steps: int
+) -> Tensor:
+    """``log`` of the growth of ``sqrt(|v|^2 + lr^2 |m|^2)`` in each step, ``(steps, chains, rates, groups)``.
+
+    ``groups`` are 0/1 rows over modes that no step mixes: each has a norm of its own, so that one run serves all.
+    The dtype is that of the modes.
+    """
+    factor = modes.factor * math.sqrt(draw.noise / draw.batch_size)
+    rows = factor.flatten(0, 1)
+    lrs, start, groups = lrs[:, None].to(rows), start.to(rows), groups.to(rows)
+    delta, _, beta, b1, b2 = rule.coefficients(lrs)
+    phi = rule.coefficients(torch.ones_like(lrs))[1]
+    # H' v = mean v + u: all that is diagonal, of v+ = delta v + phi lr m + b1 (mean v + u) and
+    # lr m+ = beta lr m + lr b2 (mean v + u). The state is v alone, or v and lr m.
+    mean = (1 - draw.noise) * modes.curvatures + rule.weight_decay
+    keep, feed, zero = delta + b1 * mean, lrs * b2 * mean, 0 * lrs * mean
+    own, cross = torch.stack([keep, zero + beta])[:, None], torch.stack([zero + phi, feed])[:, None]
+    push = torch.stack([b1, lrs * b2])[:, None]
+    # A step that leaves less than this has left rounding errors only: the vector is dead.
+    dead = (8 * torch.finfo(rows.dtype).eps) ** 2
+    v = start[:, None].expand(-1, len(lrs), -1)
+    v = v * (torch.threshold((v * v) @ groups.mT, 0.0, math.inf).rsqrt() @ groups)
+    state = torch.stack([v, 0 * v]) if beta else v[None]
+    own, push = own[: len(state)], push[: len(state)]
+    squares = torch.empty(steps, len(start), len(lrs), len(groups), dtype=v.dtype)
+    # To gather the rows of a batch is to move memory, once for all rates; to take all rows is to multiply more.
+    moved = len(start) * draw.batch_size * factor[0].numel()
+    counted = draw.n * len(lrs) <= draw.batch_size * (len(lrs) + (10 if moved > 2**18 else 1)) or draw.together > 1
+    for square, batch in zip(squares, draw.batches(steps, len(start), counted=counted)):
+        if counted:
+            outputs = (state[0] @ rows.mT).unflatten(-1, factor.shape[:2]) * batch.to(rows)[:, None, :, None]
+            u = outputs.flatten(-2) @ rows
+        else:
+            drawn = factor.index_select(0, batch.flatten()).view(len(start), -1, rows.shape[1])
+            u = torch.bmm(torch.bmm(state[0], drawn.mT), drawn)
+        new = (own * state).addcmul_(push, u)
+        state = new.addcmul_(cross, state.flip(0)) if beta else new
+        if len(groups) == 1:
+            torch.sum(state * state, (0, -1), out=square[..., 0])
+            state *= torch.threshold(square, dead, math.inf).rsqrt_()
+        else:
+            torch.matmul((state * state).sum(0), groups.mT, out=square)
+            state *= torch.threshold(square, dead, math.inf).rsqrt_() @ groups
+    return torch.threshold(squares, dead, 0.0).double().log_() / 2

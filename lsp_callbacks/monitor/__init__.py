@@ -1,0 +1,1 @@
+"""When quantities are measured, what is remembered, and what failures do."""

@@ -1,0 +1,42 @@
+"""A Monitor from the settings that a user gives to a callback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lsp_callbacks._validation import number
+from lsp_callbacks.monitor.cadence import MODELLED
+from lsp_callbacks.monitor.monitor import Monitor
+from lsp_callbacks.quantities import Quantity, build
+from lsp_callbacks.quantities.module_filter import Selection
+
+
+def configured(
+    quantities: str | Sequence[str | Quantity] = "default",
+    *,
+    every_n_steps: int | None = None,
+    budget: float = 0.05,
+    window: int = 4,
+    average: int = 5,
+    layers: Selection = None,
+    blocks: Selection = None,
+    strict: bool = False,
+    max_memory: float | str | None = None,
+    time_limit: float | None = None,
+) -> Monitor:
+    """A `Monitor` with the meaning that these settings have in `StabilityMonitor`.
+
+    Raises:
+        ValueError: for bad arguments.
+    """
+    number("budget", budget, above=0, most=1, instead=": a share of the training cost")
+    built, named = build(
+        quantities,
+        lyapunov={"window": window, "average": average},
+        spectral_norm={"layers": layers},
+        residual_cfl={"blocks": blocks},
+    )
+    return Monitor(
+        *built, every_n_steps=every_n_steps, budget=MODELLED * budget, named=named, strict=strict,
+        max_memory=max_memory, time_limit=time_limit,
+    )  # fmt: skip

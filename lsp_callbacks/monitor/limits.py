@@ -1,0 +1,133 @@
+"""What a measurement may take: bytes, known before it starts, and seconds, known after it ended."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from lsp_callbacks._validation import number
+from lsp_callbacks.step.snapshot import Unmeasurable, Unmodelled
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+#: A first measurement starts from nothing, and takes this many times what the next ones do.
+COLD = 3.0
+
+
+def in_bytes(value: Any) -> float | None:
+    """``max_memory`` as a number of bytes.
+
+    Args:
+        value: bytes, or text such as "2GB", "500 MiB"; None is no cap.
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> from lsp_callbacks.monitor.limits import in_bytes
+        >>> in_bytes("1.5 GB"), in_bytes("2KiB"), in_bytes(7)
+        (1500000000.0, 2048.0, 7.0)
+    """
+    if value is None:
+        return None
+    how = " of bytes, text such as '2GB', or None"
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?i?)B?\s*", value.upper().replace("I", "i"))
+        if found is None or found[2] not in UNITS:
+            raise ValueError(f"max_memory={value!r}: give a number of bytes, or text such as '2GB' or '500MiB'")
+        return float(number("max_memory", float(found[1]) * UNITS[found[2]], above=0, instead=how))
+    return float(number("max_memory", value, above=0, instead=how))
+
+
+def readable(count: float) -> str:
+    """Bytes in the unit that fits.
+
+    Example:
+        >>> from lsp_callbacks.monitor.limits import readable
+        >>> readable(300), readable(2.345e9)
+        ('300 B', '2.3 GB')
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2g} {unit}" if count < 10 * size else f"{count / size:,.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def check_memory(predicted: float, cap: float | None, device: torch.device) -> None:
+    """Refuses a measurement that would need too much memory beside training.
+
+    Args:
+        predicted: bytes at its peak.
+        cap: bytes; None is what is free at the moment on a CUDA device, and no cap elsewhere.
+        device: of the parameters.
+
+    Raises:
+        Unmodelled: above ``cap``, as it will be at every step.
+        Unmeasurable: above what is free now.
+    """
+    if cap is not None and predicted > cap:
+        raise Unmodelled(
+            f"it would take {readable(predicted)} beside training, more than max_memory={readable(cap)}: allow more, "
+            "or measure a sub-batch with probe_samples"
+        )
+    if cap is None and device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + reserved
+        if predicted > free:
+            raise Unmeasurable(
+                f"it would take {readable(predicted)} beside training, and {readable(free)} are free: measure a "
+                "sub-batch with probe_samples, or train with a smaller batch"
+            )
+
+
+class Seconds:
+    """How long measurements took, and which of them fit into a limit.
+
+    The clock is not the same in two runs: with a limit, what is measured may differ between them.
+
+    Args:
+        limit: seconds for one measurement of everything; None is no limit.
+
+    Raises:
+        ValueError: for a limit that is not positive.
+    """
+
+    def __init__(self, limit: float | None):
+        if limit is not None:
+            number("time_limit", limit, above=0, instead=" of seconds, or None")
+        self.limit = limit
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._now: dict[str, float] = {}
+        self.taken: dict[str, list[float]] = {}
+
+    def begin(self, name: str) -> None:
+        """A measurement starts, whatever became of the one before."""
+        self._now.pop(name, None)
+
+    def add(self, name: str, seconds: float, *, complete: bool) -> None:
+        """Of one step of a measurement, which counts when it is complete."""
+        self._now[name] = self._now.get(name, 0.0) + seconds
+        if complete:
+            self.taken.setdefault(name, []).append(self._now.pop(name))
+
+    def expected(self, name: str) -> float:
+        """Of the next measurement: the least so far, where the first, which starts cold, counts a third."""
+        taken = self.taken.get(name, [])
+        return min(taken[1:], default=taken[0] / COLD) if taken else 0.0
+
+    def too_long(self, names: Collection[str]) -> dict[str, str]:
+        """Which to leave out, the longest first, so that the rest fits; and why."""
+        left = sorted(names, key=self.expected)
+        reasons: dict[str, str] = {}
+        while self.limit is not None and left and sum(map(self.expected, left)) > self.limit:
+            total, name = sum(map(self.expected, left)), left.pop()
+            reasons[name] = (
+                f"a measurement takes {total:.3g} seconds, {self.expected(name):.3g} of them for this, more than "
+                f"time_limit={self.limit:g}"
+            )
+        return reasons

@@ -1,0 +1,290 @@
+"""Hessian products by differences of gradients: how far to go, and which of them can be trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lsp_callbacks.linalg import norm
+from lsp_callbacks.step.snapshot import Snapshot, displaced, flatten, split
+
+#: In square roots of the machine epsilon: distances relative to what is moved, at least, before anything is known of
+#: the curvature, and at most.
+NEAR, FIRST, FAR = 0.25, 3.0, 15.0
+#: Errors that are accepted, relative to the largest ``||H u||`` that the step has shown, likewise: 1 % in float32.
+TOLERANCE = 29.0
+#: Errors that are accepted where the products are added to a unit vector, as in an update's Jacobian: 1e-4 in float32.
+LEAST = 0.3
+#: Bounds of the rounding of a gradient are this many times what it was on networks of several kinds.
+SAFETY = 3.0
+
+
+class Untrusted(Exception):
+    """A difference that rounding or a kink may have spoilt."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``grad L(theta + e u) - grad L(theta)`` along a unit vector u.
+
+    Attributes:
+        change: the difference itself.
+        distance: e.
+        slope: ``||change|| / e``.
+        defect: ``L(theta + e u) - L - e (g + g') u / 2``, which vanishes like ``e^3 D^3L / 12`` on a smooth loss.
+    """
+
+    change: Tensor
+    distance: float
+    slope: float
+    defect: float
+
+
+class Differences:
+    """Differences of one step's gradients, with what they tell of each other.
+
+    *Distance.* A vector u moves tensor k by ``r_k = ||u_k|| / l_k`` of its length per unit, ``l_k`` being the norm of
+    an average row (for vectors ``max |u_k|`` over the root mean square), at least a tenth of the median: tensors that
+    are 0, or as good as, have no length of their own. Distances are multiples of ``sqrt(eps) / sqrt(sum r_k^2)``: they
+    scale with the parameters, so ``theta = s phi`` changes nothing, and a tensor of another size does not matter to the
+    others. The multiple is 3 first; once something is known of the curvature it is what makes rounding, see below,
+    0.3 % of the change (in float32), between 1/4 and 15: the third derivative is felt as little as can be.
+
+    *Rounding.* A gradient is off by ``b = eps (2 ||g|| + sqrt(2 lambda |L|))``: the second term bounds what has
+    cancelled in g, ``||J^T r||^2 <= lambda ||r||^2`` for a sum of squares; both scale with the loss and the parameters.
+    The parameters themselves are rounded when they are moved, which is looked at where their size says that it may
+    matter. What neither sees, residuals that cancel (``p - 1`` of a softmax, targets far above the network's outputs),
+    is in the loss as well: by the trapezoidal rule ``6 |defect| / e^2`` is the error of ``u^T H u`` by the third
+    derivative, by rounding, or by a kink that was crossed. Where it is too large a second difference, four times as
+    far, tells the rounding of the loss from the rest.
+
+    *Weights.* Where products are multiplied by the rates of an optimizer, rounding is, too: Adam divides what is
+    nothing but rounding (the bias of attention's keys, whose gradient is 0) by what is nothing but rounding. So all
+    norms are those of the product as it is used, and rounding has a share in each number that is not exactly 0.
+
+    Args:
+        snapshot: a step.
+        gradient: at its parameters, flat.
+        weight: what products are multiplied by, one number or one for each parameter.
+        relative: False where ``weight * H u`` is added to the unit vector u: then an error that is small against 1 does
+            not matter.
+
+    Cost: one gradient a product, on the path that training took, uncompiled; one more in a step whose curvature is
+    larger than the first distance can resolve, and one where the loss is not resolved.
+    """
+
+    def __init__(self, snapshot: Snapshot, gradient: Tensor, weight: Tensor | float = 1.0, *, relative: bool = True):
+        self.snapshot, self.own = snapshot, gradient
+        self.parameters = list(snapshot.parameters.values())
+        self.eps = float(torch.finfo(gradient.dtype).eps)
+        self.gradient = float(norm(gradient))
+        self.theta = float(torch.stack([norm(p.detach()) for p in self.parameters]).norm())
+        self.lengths = lengths(self.parameters)
+        self.tolerance = min(TOLERANCE * self.eps**0.5, 0.01)
+        self.weight, self.least = weight, LEAST * self.eps**0.5 if not relative else 0.0
+        self.amplified = float(norm(weight)) / len(gradient) ** 0.5 if isinstance(weight, Tensor) else abs(weight)
+        self.seen, self.used, self.loss, self.rounding = 0.0, 0.0, 0.0, 0.0
+        self.nearest, self.referred = NEAR, False
+        self.last: tuple[Tensor, float, Tensor] | None = None
+
+    def product(self, v: Tensor) -> Tensor:
+        """``H v``.
+
+        Raises:
+            Untrusted: where it cannot be told from rounding, or the loss is not smooth between the two points.
+        """
+        size, reach = float(norm(v)), self.reach(v)
+        if self.snapshot.loss is None and not math.isfinite(self.gradient):
+            return torch.full_like(v, math.nan)
+        if self.least and reach is not None:
+            hopeless = SAFETY * self.eps * self.gradient * self._amplified_where(self.own != 0)
+            if hopeless > 10 * self.least * FAR * reach:
+                raise Untrusted("the step multiplies the rounding of its gradient")
+        if reach is None:
+            raise Untrusted("all parameters are 0: nothing says how far they can be moved")
+        found = self._resolved(v, size, reach)
+        coarse = not 0.5 * self.eps * self.theta <= self.tolerance * found.distance
+        if coarse and not self._moves(v, found.distance / size):
+            raise Untrusted("the displacement is lost in the rounding of the parameters")
+        if not self._consistent(found) and found.distance < 0.5 * FIRST * reach:
+            self.nearest = FIRST  # the loss's own rounding is larger than thought
+            found = self.difference(v, size, FIRST * reach)
+        if not self._consistent(found):
+            self._compare(v, size, found)
+        product = found.change * (size / found.distance)
+        self._require_symmetry(v, size, product)
+        return product
+
+    def _require_symmetry(self, v: Tensor, size: float, product: Tensor) -> None:
+        if self.last is not None:
+            other, length, image = self.last
+            defect = abs(float((other * product).sum(dtype=torch.float64) - (v * image).sum(dtype=torch.float64)))
+            if not defect <= self.tolerance * self.seen * size * length:
+                raise Untrusted("products are not symmetric: the third derivative is felt")
+        self.last = (v.clone(), size, product.clone())
+
+    def searched(self, v: Tensor) -> Tensor:
+        """As `product`, where there is nothing else: the first distance at which one twice as far agrees.
+
+        Raises:
+            Untrusted: where none does.
+
+        Cost: two to eight gradients.
+        """
+        size, reach = float(norm(v)), self.reach(v)
+        start = FIRST * self.eps**0.5 if reach is None else self._distance(reach)
+        for factor in (1.0, 8.0, 1 / 8, 64.0):
+            near, far = (self.difference(v, size, start * factor * times) for times in (1.0, 2.0))
+            self.seen = max(self.seen, min(near.slope, far.slope))
+            self.used = max(self.used, self.amplified * self.seen)
+            if self._gap(near, far) <= 2 * self._accepted and 10 * self.bound() <= near.distance * self.seen:
+                if not (self._consistent(near) or self._rounded(near, far)):
+                    raise Untrusted("its gradient is not that of a smooth function")
+                return near.change * (size / near.distance)
+        raise Untrusted("its curvature cannot be told from rounding")
+
+    def reach(self, v: Tensor) -> float | None:
+        """The distance along a vector, scaled to unit length, that moves the tensors by ``sqrt(eps)`` of their lengths.
+
+        None where all parameters are 0.
+        """
+        if self.lengths is None:
+            return None
+        return self.eps**0.5 * float(norm(v)) / relative_move(v, self.parameters, self.lengths)
+
+    def difference(self, v: Tensor, size: float, distance: float) -> Difference:
+        """Along ``v / size``."""
+        rise, loss, moved = self._moved(v, distance / size)
+        slope = torch.dot(self.own, v) + torch.dot(moved, v)
+        change = moved - self.own
+        rose, loss, slope, length = torch.stack([t.double() for t in (rise, loss, slope, norm(change))]).tolist()
+        defect = rose - 0.5 * distance * slope / size
+        self.loss = loss
+        return Difference(change, distance, length / distance, defect)
+
+    def bound(self) -> float:
+        """Of the rounding of a gradient, in norm."""
+        return self.eps * (2 * self.gradient + (2 * self.seen * self.loss) ** 0.5)
+
+    def _resolved(self, v: Tensor, size: float, reach: float) -> Difference:
+        """A difference whose rounding is small."""
+        before, found = (self.seen, self.used), self._seen(v, size, self._distance(reach))
+        better = self._distance(reach)
+        if better < found.distance / 12 or (better > found.distance and not self._clear(found)):
+            self.seen, self.used = before  # too far for such a curvature, or too near for such a rounding
+            found = self._seen(v, size, better)
+        if not self._clear(found) and not self.referred:
+            # Along most directions of a large network nothing changes: what counts is the largest curvature.
+            self.referred, far = True, self.reach(self.own) if self.gradient else None
+            if far:
+                self._seen(self.own, self.gradient, FIRST * far)
+        if not self._clear(found):
+            raise Untrusted("the change of the gradient cannot be told from its rounding")
+        return found
+
+    def _seen(self, v: Tensor, size: float, distance: float) -> Difference:
+        found = self.difference(v, size, distance)
+        self.seen = max(self.seen, found.slope)
+        uniform = self.amplified * found.slope
+        used = float(norm(self.weight * found.change)) / found.distance if self._uneven else uniform
+        self.used = max(self.used, used)
+        return found
+
+    @property
+    def _uneven(self) -> bool:
+        return isinstance(self.weight, Tensor)
+
+    @property
+    def _accepted(self) -> float:
+        """Error of ``weight * H u``."""
+        return max(self.tolerance * self.used, self.least)
+
+    def _distance(self, reach: float) -> float:
+        """At which rounding is 0.3 % of the largest curvature, as far as it is known."""
+        if not self.seen:
+            known = SAFETY * self.bound() * self.amplified / (0.3 * self.least) if self.least else 0.0
+            return min(FAR, max(FIRST, known / reach)) * reach
+        rounded = SAFETY * self.bound() * self.amplified / (0.3 * self._accepted) if self.amplified else 0.0
+        return min(FAR * reach, max(self.nearest * reach, 5 * self.eps * self.theta, rounded))
+
+    def _clear(self, found: Difference) -> bool:
+        if not found.distance * self.seen < math.inf:
+            return False
+        accepted = found.distance * self._accepted / (SAFETY * self.bound()) if self.bound() else math.inf
+        if self.amplified <= accepted or not self._uneven:
+            return self.amplified <= accepted
+        return self._amplified_where((self.own != 0) | (found.change != 0)) <= accepted
+
+    def _amplified_where(self, touched: Tensor) -> float:
+        """Root mean square of the weight where a gradient is not exactly 0."""
+        if not self._uneven:
+            return self.amplified
+        return float(norm(self.weight * touched)) / max(1.0, float(touched.sum())) ** 0.5
+
+    def _moves(self, v: Tensor, scale: float) -> bool:
+        """Whether the parameters move as they should, but for what is rounded up or down at random."""
+        lost = []
+        for p, part in zip(self.parameters, split(v, self.parameters)):
+            wanted = part.to(p.dtype) * scale
+            missing = (p.detach() + wanted) - p.detach() - wanted
+            lost.append((missing.double() * part).sum() / norm(part).clamp_min(torch.finfo(torch.float64).tiny))
+        return bool(torch.stack(lost).norm() <= self.tolerance * scale * norm(v))
+
+    def _consistent(self, found: Difference) -> bool:
+        """Whether the loss's rounding explains the defect, or it is small against the curvature."""
+        rounding = max(self.rounding, 4 * self.eps * self.loss) + 2 * self.eps * found.distance * self.gradient
+        accepted = max(self.tolerance * self.seen, self.least / self.amplified if self.amplified else 0.0)
+        return abs(found.defect) <= rounding + accepted / 3 * found.distance**2
+
+    def _compare(self, v: Tensor, size: float, near: Difference) -> None:
+        """Whether another one, twice as far, agrees: then it is the loss that is rounded."""
+        far = self.difference(v, size, 2 * near.distance)
+        if not (self._gap(near, far) <= self._accepted and self._rounded(near, far)):
+            raise Untrusted("the change of the loss is not that of its gradient")
+        self.rounding = 2 * max(abs(near.defect), abs(far.defect))
+
+    def _rounded(self, near: Difference, far: Difference) -> bool:
+        """Whether the defects look like rounding: that of a gradient that is not the loss's grows with the distance."""
+        if self._consistent(far):
+            return True
+        small = max(abs(near.defect), abs(far.defect)) <= self.eps**0.5 * self.loss
+        grows = abs(far.defect) > 4 * abs(near.defect)
+        return small and not grows and abs(far.defect - 2 * near.defect) > 0.3 * abs(near.defect)
+
+    def _gap(self, near: Difference, far: Difference) -> float:
+        return float(norm(self.weight * (near.change / near.distance - far.change / far.distance)))
+
+    def _moved(self, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """At the parameters moved by ``scale * v``: the rise of the loss, its size before, and the gradient."""
+        snapshot, parameters = self.snapshot, self.parameters
+
+        def own() -> tuple[Tensor, Tensor, Tensor]:
+            with displaced(parameters, v, scale), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+                loss = snapshot.replay()
+                gradient = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True), parameters)
+            before = loss.detach() if snapshot.loss is None else snapshot.loss
+            return loss.detach() - before, before.abs(), gradient
+
+        return snapshot.ranks.mean(own, "the displaced gradient")  # type: ignore[return-value]
+
+
+def lengths(parameters: Sequence[Tensor]) -> list[float] | None:
+    """Of each tensor the norm of an average row, at least a tenth of the median tensor's; None where all are 0."""
+    own = [norm(p.detach()) / max(1, p.shape[0] if p.ndim else 1) ** 0.5 for p in parameters]
+    values = torch.stack(own).tolist()
+    typical = sorted(values)[len(values) // 2] or min((x for x in values if x > 0), default=0.0)
+    return [max(x, 0.1 * typical) for x in values] if typical > 0 else None
+
+
+def relative_move(v: Tensor, parameters: list[nn.Parameter], lengths: list[float]) -> float:
+    """By how much a vector moves the tensors, relative to their lengths, root of the sum of squares."""
+    moves = torch.stack([norm(part) if part.ndim > 1 else _largest(part) for part in split(v, parameters)])
+    return float((moves / torch.tensor(lengths, dtype=moves.dtype, device=moves.device)).norm())
+
+
+def _largest(t: Tensor) -> Tensor:
+    return t.abs().amax().double() if t.numel() else t.new_zeros((), dtype=torch.float64)

@@ -1,0 +1,51 @@
+"""What the network would return in eval mode, and what with the statistics of the batch instead."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lsp_callbacks.autograd.module_calls import leaves, passages
+from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, evaluating
+
+
+def outputs(snapshot: Snapshot, *, batch_statistics: bool = False) -> Tensor:
+    """What the last module with a weight matrix returns on the step's batch, in eval mode (no dropout).
+
+    Args:
+        snapshot: a step; of accumulated batches the first is taken.
+        batch_statistics: BatchNorm normalises by those of the batch, as in training; running ones do not move.
+
+    Raises:
+        Unmeasurable: without such a module.
+
+    Cost: one forward pass.
+    """
+    norms = [m for m in snapshot.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(snapshot.module))
+        for norm in norms if batch_statistics else []:
+            # Taken before any other hook of ours sees what the layer returns.
+            stack.callback(norm.register_forward_hook(_by_batch).remove)
+        root = stack.enter_context(passages(snapshot.module))
+        stack.enter_context(torch.no_grad())
+        if snapshot.sample is None:
+            snapshot.replay()
+        else:
+            snapshot.sample(sys.maxsize)
+    found = [call.sent for call in leaves(root) if call.begins and call.sent is not None]
+    if not found:
+        raise Unmeasurable("no module with a weight matrix was called")
+    return found[-1].double()
+
+
+def _by_batch(norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    weight: Any = norm.weight
+    bias: Any = norm.bias
+    eps: Any = norm.eps
+    return F.batch_norm(args[0], None, None, weight, bias, training=True, eps=eps)

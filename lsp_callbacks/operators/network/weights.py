@@ -1,0 +1,118 @@
+"""A layer's weight as the operator that the layer applies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import singledispatch
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lsp_callbacks.linalg import LinearOperator, from_matrix, norm
+from lsp_callbacks.step.snapshot import Call
+
+
+@singledispatch
+def weight_operators(layer: nn.Module, call: Call) -> dict[str, LinearOperator]:
+    """The linear part of a layer, by the name of its part ("" where it has only one).
+
+    Registered for Linear, Bilinear-free attention projections, Embedding, convolutions and Hugging Face's Conv1D.
+
+    Args:
+        layer: in eval mode, so that reading a parametrised weight does not move its buffers.
+        call: gives the input size of a convolution.
+
+    Returns:
+        Operators on flat vectors; empty for a module that is not such a layer.
+    """
+    if type(layer).__name__ == "Conv1D" and getattr(layer, "nf", None) is not None:  # transformers, y = x W
+        return {"": from_matrix(_weight(layer).T)}
+    return {}
+
+
+@weight_operators.register
+def _(layer: nn.Linear, call: Call) -> dict[str, LinearOperator]:
+    return {"": from_matrix(_weight(layer))}
+
+
+@weight_operators.register
+def _(layer: nn.Embedding, call: Call) -> dict[str, LinearOperator]:
+    return {"": from_matrix(_weight(layer).T)}
+
+
+@weight_operators.register
+def _(layer: nn.MultiheadAttention, call: Call) -> dict[str, LinearOperator]:
+    # The output projection is called as a function: its module fires no hooks, so it is read here.
+    if layer.in_proj_weight is not None:
+        parts = layer.in_proj_weight.detach().chunk(3)
+    else:
+        parts = tuple(w.detach() for w in (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight))
+    return {
+        **{name: from_matrix(part) for name, part in zip("qkv", parts)},
+        "out_proj": from_matrix(_weight(layer.out_proj)),
+    }
+
+
+@weight_operators.register(nn.Conv1d)
+@weight_operators.register(nn.Conv2d)
+@weight_operators.register(nn.Conv3d)
+def _(layer: nn.Conv1d, call: Call) -> dict[str, LinearOperator]:
+    weight = _weight(layer)
+    shape = _unbatched(call.input_shape, layer)
+    return {"": _linear_map(lambda x: layer._conv_forward(x, weight, None), shape, weight)}
+
+
+@weight_operators.register(nn.ConvTranspose1d)
+@weight_operators.register(nn.ConvTranspose2d)
+@weight_operators.register(nn.ConvTranspose3d)
+def _(layer: nn.ConvTranspose1d, call: Call) -> dict[str, LinearOperator]:
+    weight = _weight(layer)
+    dims = len(layer.kernel_size)
+    shape = _unbatched(call.input_shape, layer)
+    convolve = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[dims]
+    # forward(output_size=...) may have asked for another padding than the layer's own: take the real size.
+    wanted = list(call.output_shape[-dims:]) if call.output_shape else None
+    like = torch.empty(1, *shape, device="meta")
+    padding: Any = layer.padding
+    sizes: Any = (layer.stride, padding, layer.kernel_size, dims, layer.dilation)
+    extra = layer._output_padding(like, wanted, *sizes)
+
+    def forward(x: Tensor) -> Tensor:
+        return convolve(x, weight, None, layer.stride, padding, extra, layer.groups, layer.dilation)
+
+    return {"": _linear_map(forward, shape, weight)}
+
+
+def row_norm(layer: nn.Embedding) -> Tensor:
+    """``max_i ||W_i||``: the operator norm from one-hot vectors, which is how an embedding is used."""
+    return norm(_weight(layer), 1).max()
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    # Half precision would round the iteration's vectors, too.
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _unbatched(shape: tuple[int, ...] | None, layer: nn.Conv1d | nn.ConvTranspose1d) -> tuple[int, ...]:
+    assert shape is not None
+    return (layer.in_channels, *shape[-len(layer.kernel_size) :])
+
+
+def _linear_map(forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], weight: Tensor) -> LinearOperator:
+    """A linear function of one unbatched input, with its adjoint from one retained graph."""
+    with torch.enable_grad():
+        x = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+        y = forward(x)
+
+    def apply(v: Tensor) -> Tensor:
+        with torch.no_grad():
+            return forward(v.reshape(x.shape)).reshape(-1)
+
+    def adjoint(u: Tensor) -> Tensor:
+        return torch.autograd.grad(y, x, u.reshape(y.shape), retain_graph=True)[0].reshape(-1)
+
+    return LinearOperator((y.numel(), x.numel()), apply, adjoint, dtype=weight.dtype, device=weight.device)

@@ -1,0 +1,153 @@
+"""Whether a network has ceased to tell its samples apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from lsp_callbacks.step.snapshot import Evaluation
+
+#: Samples that the others are compared with: one of three is among the many, if nine of ten are. As many layers.
+FEW = 3
+#: Share of the samples that must be the same.
+MOST = 0.9
+#: Below this share of a constant's loss, the samples that are told apart are of use.
+USE = 0.99
+#: Samples want outputs that differ by more than this share of what they are.
+WANTED = 1e-3
+
+
+class FirstInputs:
+    """The arguments of the first layers with parameters that are called inside of it."""
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+        self._handles: list[Any] = []
+        self._calls = 0
+        self.tensors: list[Tensor] = []
+
+    def __enter__(self) -> FirstInputs:
+        for module in self._module.modules():
+            if not isinstance(module, torch.jit.ScriptModule) and any(True for _ in module.parameters(recurse=False)):
+                self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._calls += 1
+        if self._calls <= FEW:
+            self.tensors += [leaf.detach() for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+
+
+class Alike:
+    """Counts samples of different inputs that have the same outputs and the same gradient.
+
+    The same outputs alone say little: a last layer that begins with zeros gives them, and still learns; so do the same
+    inputs; and where all targets or most of them are the same, good outputs are, too.
+
+    Args:
+        samples: in all parts.
+    """
+
+    def __init__(self, samples: int):
+        self._samples = samples
+        self._outputs: Tensor | None = None
+        self._inputs: list[Tensor] = []
+        self._same: list[Tensor] = []
+        self._apart = torch.zeros(FEW, dtype=torch.bool)
+        self._loss = self._constant = torch.zeros(FEW, dtype=torch.float64)
+        self._wanted: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, found: Evaluation, inputs: list[Tensor]) -> None:
+        """Takes in a part, with the `FirstInputs` of its forward pass."""
+        outputs = found.outputs.detach()
+        by_sample = [_by_sample(tensor, len(outputs)) for tensor in inputs]
+        if self._outputs is None:
+            self._outputs, self._inputs = outputs[:FEW], [tensor[:FEW] for tensor in by_sample]
+        same = torch.stack([_same(outputs, row) for row in self._outputs])
+        self._same.append(same.cpu())
+        if not bool(self._candidates.any()):
+            return
+        apart = torch.zeros_like(same)
+        for tensor, rows in zip(by_sample, self._inputs):
+            apart |= torch.stack([_differ(tensor, row) for row in rows]) if len(rows) == len(same) else False
+        self._apart = self._apart[: len(same)] | (apart & same).any(1).cpu()
+        share = len(outputs) / self._samples
+        with torch.no_grad():
+            constant = [float(found.criterion(row.expand_as(outputs))) for row in self._outputs]
+            self._constant = self._constant[: len(same)] + share * torch.tensor(constant, dtype=torch.float64)
+            self._loss = self._loss[: len(same)] + share * float(found.criterion(outputs))
+        wanted = _slope(found, outputs)
+        self._wanted.append((wanted, _slope(found, (1 + WANTED) * outputs) - wanted))
+
+    @property
+    def _candidates(self) -> Tensor:
+        """Which of the few have not been too many samples unlike them."""
+        unlike = torch.stack([(~same).sum(1) for same in self._same]).sum(0)
+        return unlike <= (1 - MOST) * self._samples
+
+    def share(self, gram: Tensor, tolerance: float) -> float:
+        """The largest share of the samples that are the same in all; 0 where it is less than nine of ten.
+
+        Args:
+            gram: of the gradients, sample by sample.
+            tolerance: relative, of its entries.
+        """
+        if self._samples < 2 or not bool(self._candidates.any()):
+            return 0.0
+        use = self._loss < self._constant - (1 - USE) * self._constant.abs()
+        wanted, noise = (torch.cat(parts) for parts in zip(*self._wanted))
+        rows = len(gram) // self._samples
+        shares = [0.0]
+        for k in (self._candidates & self._apart & ~use).nonzero().flatten().tolist():
+            same = torch.cat([part[k] for part in self._same])
+            if (wanted[same] - wanted[same].mean(0)).norm() <= noise[same].norm():
+                continue
+            blocks = gram.view(self._samples, rows, self._samples, rows)[same][:, :, same].diagonal(dim1=1, dim2=3)
+            each = blocks.diagonal(dim1=0, dim2=1).mean()
+            if blocks.mean() >= (1 - tolerance) * each:  # the mean of the gradients is as long as they are
+                shares.append(float(same.sum()) / self._samples)
+        return max(shares)
+
+
+def _same(outputs: Tensor, row: Tensor) -> Tensor:
+    """Which samples have the outputs of ``row``, to a few units of rounding.
+
+    Products in half precision are rounded once, and then are the same to the bit. Some outputs may be masked by numbers
+    that are far larger than the others, or infinite.
+    """
+    if outputs.shape[1:] != row.shape:
+        return torch.zeros(len(outputs), dtype=torch.bool, device=outputs.device)
+    size = row.abs().nan_to_num(0.0, 0.0, 0.0)
+    eps = torch.finfo(outputs.dtype).eps if outputs.element_size() > 2 else 0.0
+    rounding = 4 * eps * torch.minimum(size.amax(), 1e3 * size)
+    return ((outputs == row) | ((outputs - row).abs() <= rounding)).all(2).all(1)
+
+
+def _slope(found: Evaluation, outputs: Tensor) -> Tensor:
+    """The gradient of each sample's loss in its outputs, on the CPU."""
+    f = outputs.detach().requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(len(f) * found.criterion(f), f)
+    return slope.flatten(1).double().cpu()
+
+
+def _by_sample(tensor: Tensor, samples: int) -> Tensor:
+    """One row a sample; none where the axis of the samples cannot be told."""
+    if tensor.ndim and len(tensor) and len(tensor) % samples == 0:
+        return tensor.reshape(samples, -1)
+    if tensor.ndim > 1 and tensor.shape[1] == samples:
+        return tensor.movedim(1, 0).reshape(samples, -1)
+    return tensor.new_zeros(0)
+
+
+def _differ(tensor: Tensor, row: Tensor) -> Tensor:
+    if tensor.shape[1:] != row.shape:
+        return torch.ones(len(tensor), dtype=torch.bool, device=tensor.device)
+    return (tensor != row).any(1)

@@ -1,0 +1,1 @@
+"""The training map and its products along the run."""

@@ -1,0 +1,144 @@
+"""An optimizer's rule in the steps to come: its preconditioner once it has met some more batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.operators.trajectory.frozen_preconditioner import FrozenRule, frozen_rule, rule_ahead
+from lsp_callbacks.step.probes import Criteria
+from lsp_callbacks.step.snapshot import Evaluation, ProbeSet, Snapshot, Unmodelled
+
+#: Steps that a preconditioner is looked at ahead, at least; and one over ``1 - beta``, the memory of the momentum.
+AHEAD = 10
+#: Gradients that a second moment must hold. One alone is as good as 0 somewhere: the smallest of P numbers is about
+#: their size over P.
+GRADIENTS = 2
+#: Random signs of the samples.
+DRAWS = 2
+
+
+def coming_rule(snapshot: Snapshot, *, squares: dict[str, Tensor] | None = None) -> FrozenRule:
+    """The step's rule as it will be n steps later, n = 10 or more with a momentum of more than 0.9, at today's weights.
+
+    Stability is a statement about the steps that follow, and the preconditioner of a first step is not theirs: with
+    ``nu = g^2``, a number whose gradient happened to be small moves ``lr / |g|`` for a unit of it, and Adam's bias
+    correction ``c = 1 - beta1^t`` multiplies all rates by ten. Both are over as soon as some more batches were met.
+    So, with ``c = 1 - beta1^(t + n)`` and s the mean square of the coming gradients, D is that of
+
+        ``nu_(t + n) = beta2^n nu_t + (1 - beta2^n) s``  over  ``1 - beta2^(t + n)``
+
+    and likewise for RMSprop, which has no correction, and for the growing sum of Adagrad. Later in training hardly
+    anything of nu changes in n steps, and the rule is that of the step. A rate that is far too high stays so: lr 1
+    has ten times the rates of lr 0.1 here, too.
+
+    Args:
+        snapshot: a step with its optimizer, before the update.
+        squares: s by parameter. None estimates it from the step's own batch, see `batch_squares`; where the loss is not
+            the value of one criterion, s is what nu has held so far.
+
+    Raises:
+        Unmeasurable: see `frozen_rule`.
+
+    Cost: nothing without a preconditioner; from the own batch 1.7 gradients, once a step.
+    """
+    rule = frozen_rule(snapshot)
+    if not rule.frozen or snapshot.gradient is None:
+        return rule
+    steps = max(AHEAD, round(1 / (1 - rule.momentum)))
+    if squares is not None:
+        return rule_ahead(snapshot, steps, squares)
+    return snapshot.once("coming rule", lambda: rule_ahead(snapshot, steps, batch_squares(snapshot)))
+
+
+def batch_squares(snapshot: Snapshot) -> dict[str, Tensor] | None:
+    """``max(g_B^2, sum_i g_i^2)`` of the step's own batch, by parameter; g_i is the part of sample i in ``g_B``.
+
+    ``E g_B^2`` over batches is the square of the mean and the variance of ``g_B``, of which ``sum_i g_i^2`` is an
+    estimate where the samples are independent: where ``g_B`` is small by chance, the coming ones are not. It is the
+    mean of ``(sum_i e_i g_i)^2`` over random signs e, of which two are drawn. Where outputs are told for each token
+    only, tokens stand for samples.
+
+    Returns:
+        None where the loss is not the value of one criterion (`lsp_callbacks.step.probes.Criteria`).
+
+    Cost: one forward and two backward passes.
+    """
+
+    def own() -> tuple[Tensor, ...]:
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            with Criteria() as criteria:
+                loss = snapshot.replay()
+            evaluation = criteria.of(loss, samples=None)
+            seed = snapshot.generator("signs").initial_seed() + snapshot.ranks.rank
+            generator = torch.Generator().manual_seed(seed)
+            return tuple(t for draw in range(DRAWS) for t in _signed(evaluation, parameters, generator))
+
+    parameters = list(snapshot.parameters.values())
+    try:
+        signed = snapshot.ranks.apart(lambda: snapshot.ranks.mean(own, "gradients of random signs"))
+    except Unmodelled:
+        return None
+    assert snapshot.gradient is not None
+    squares = {}
+    for k, name in enumerate(snapshot.parameters):
+        g = snapshot.gradient[name]
+        if g is not None:
+            scatter = torch.stack([t.square() for t in signed[k :: len(parameters)]]).mean(0)
+            squares[name] = torch.maximum(g.detach().to_dense().square(), scatter.to(g.dtype))
+    return squares
+
+
+def probe_squares(probes: ProbeSet, generator: torch.Generator) -> dict[str, Tensor]:
+    """``E g_B^2 = g^2 + (N - B) / (N - 1) (E g_i^2 - g^2) / B`` over batches, from the probes, by parameter.
+
+    Args:
+        probes: samples of the training set.
+        generator: of the random signs, which give ``E g_i^2`` as in `batch_squares`.
+
+    Cost: one forward and three backward passes over the probes.
+    """
+    parameters = list(probes.parameters.values())
+    totals = [[torch.zeros_like(p) for p in parameters] for _ in range(1 + DRAWS)]
+    for part in probes.parts:
+        with torch.enable_grad():
+            evaluation = part()
+        share = len(evaluation.outputs) / probes.samples
+        for k, total in enumerate(totals):
+            for sum_, g in zip(total, _signed(evaluation, parameters, generator if k else None)):
+                sum_ += share * g
+    size, population = probes.batch_size, probes.population
+    noise = (1 - size / population) / (1 - 1 / population) if population and population > 1 else 1.0
+    squares = {}
+    for name, mean, *signed in zip(probes.parameters, *totals):
+        each = probes.samples * torch.stack([t.square() for t in signed]).mean(0)
+        squares[name] = mean.square() + max(noise, 0.0) / size * (each - mean.square()).clamp_min(0)
+    return squares
+
+
+def gradients_missing(snapshot: Snapshot) -> int:
+    """Steps until the second moments hold enough gradients, 2, to say what they will be; 0 for SGD.
+
+    Raises:
+        Unmeasurable: see `frozen_rule`.
+    """
+    if snapshot.optimizer is None or not frozen_rule(snapshot).frozen:
+        return 0
+    state = snapshot.optimizer.state
+    moved = [p for name, p in snapshot.parameters.items() if (snapshot.gradient or {}).get(name) is not None]
+    held = {id(p) for group in snapshot.optimizer.param_groups for p in group["params"]}
+    counts = [1 + int(state.get(p, {}).get("step", 0)) for p in moved if id(p) in held]
+    return max(0, GRADIENTS - min(counts, default=GRADIENTS))
+
+
+def _signed(evaluation: Evaluation, parameters: list, generator: torch.Generator | None) -> list[Tensor]:
+    """``sum_i e_i g_i`` for random signs e, 1 without a generator: the gradient of the loss."""
+    outputs = evaluation.outputs
+    leaf = outputs.detach().requires_grad_()
+    with torch.enable_grad():
+        (cotangent,) = torch.autograd.grad(evaluation.criterion(leaf), leaf)
+    if generator is not None:
+        signs = torch.randint(0, 2, (len(outputs), 1, 1), generator=generator) * 2 - 1
+        cotangent = cotangent * signs.to(cotangent)
+    found = torch.autograd.grad(outputs, parameters, cotangent, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g.to_dense().detach() for g, p in zip(found, parameters)]

@@ -1,0 +1,279 @@
+"""One step of an optimizer whose preconditioner is held fixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.operators.curvature.hessian import Method, hessian, per_parameter
+from lsp_callbacks.operators.trajectory.step_jacobian import group_of, held_mask, known_optimizer
+from lsp_callbacks.operators.trajectory.update_rules import decoupled, descent, formula
+from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten, split
+
+Scale = dict[str, float | Tensor]
+
+
+@dataclass(frozen=True)
+class FrozenRule:
+    """``m+ = beta m + (1 - tau) d``, ``theta+ = (1 - lr wd') theta - (lr / c) D m+``, ``d = kappa grad L + wd theta``.
+
+    One step of an optimizer whose preconditioner D is held fixed: SGD (D is 1), Adam and AdamW, RMSprop and Adagrad.
+    Freezing D drops what a change of the gradient does to it. D and c are those of this step (`frozen_rule`) or, for a
+    statement about the steps that follow it, those that the optimizer will have some steps later (`coming_rule`).
+    Clipping is held fixed at the factor kappa that it had in this step: one number by norm; by value 0 for what was
+    clipped, 1 elsewhere. RMSprop takes its momentum after the preconditioner, which is the same linear map with ``D m``
+    in its buffer.
+
+    Attributes:
+        lr: the largest rate of the groups.
+        scale: the diagonal of ``kappa D`` times each parameter's rate relative to ``lr``; 0 for what does not move.
+        momentum: beta, or Adam's beta1.
+        dampening: tau; beta1 for Adam, which averages.
+        nesterov: whether the update is ``d + beta m+`` instead of ``m+``.
+        weight_decay: wd of each parameter, coupled, times the diagonal of D and its relative rate.
+        decoupled_decay: wd' of each parameter, as in AdamW, times its relative rate.
+        buffer_scale: how far a unit of the momentum buffer moves each parameter, in units of ``lr / c``.
+        correction: c, Adam's bias correction ``1 - beta1^t``.
+        sign: -1 under ``maximize``, where ``grad L`` stands with that sign.
+        frozen: whether D is a preconditioner held fixed.
+    """
+
+    lr: float
+    scale: Scale
+    momentum: float
+    dampening: float
+    nesterov: bool
+    weight_decay: Scale
+    decoupled_decay: dict[str, float]
+    buffer_scale: Scale
+    correction: float = 1.0
+    sign: float = 1.0
+    frozen: bool = False
+
+
+def frozen_rule(snapshot: Snapshot) -> FrozenRule:
+    """The step's optimizer with its preconditioner and its clipping held fixed, as they are in this step.
+
+    Args:
+        snapshot: a step with its optimizer, before the update.
+
+    Raises:
+        Unmeasurable: no optimizer, one that is not modelled, or groups with different betas.
+
+    Cost: no gradient. Computed once a step.
+    """
+    return snapshot.once("frozen rule", lambda: rule_ahead(snapshot))
+
+
+def rule_ahead(snapshot: Snapshot, steps: int = 0, squares: dict[str, Tensor] | None = None) -> FrozenRule:
+    """The rule ``steps`` later, if the gradients in between have the given ``squares`` in the mean.
+
+    Args:
+        snapshot: a step with its optimizer, before the update.
+        steps: 0 is this step's own rule.
+        squares: of unclipped gradients, by parameter; a parameter that is not in it goes on as it did so far.
+
+    Raises:
+        Unmeasurable: see `frozen_rule`.
+    """
+    optimizer = known_optimizer(snapshot)
+    rule, groups = formula(optimizer), group_of(snapshot)
+    momentum, dampening, nesterov, maximize = _common(optimizer)
+    lr, relative = _relative(optimizer, snapshot)
+    factors = _clip_factors(snapshot)
+    averages = isinstance(optimizer, torch.optim.Adam)
+    counts = {name: float(optimizer.state.get(p, {}).get("step", 0)) + 1 for name, p in snapshot.parameters.items()}
+    # Adam's bias correction of the momentum; parameters that joined later have one of their own.
+    first = {name: 1 - momentum ** (counts[name] + steps) if averages else 1.0 for name in counts}
+    correction = max((first[name] for name, group in groups.items() if group is not None), default=1.0)
+    scale: Scale = dict.fromkeys(groups, 0.0)
+    decay: Scale = dict.fromkeys(groups, 0.0)
+    buffer: Scale = dict.fromkeys(groups, 0.0)
+    for name, p in snapshot.parameters.items():
+        group, g = groups[name], None if snapshot.gradient is None else snapshot.gradient[name]
+        if group is None or (snapshot.gradient is not None and g is None):
+            continue
+        past = counts[name] + steps - 1
+        rate = relative[name] * correction / first[name] / (1 + past * float(group.get("lr_decay", 0.0)))
+        inner: float | Tensor = 1.0
+        factor = factors.get(name, 1.0)
+        if rule.second_moment is not None:
+            if g is None:  # before training nothing is known of it
+                continue
+            g = _clipped(snapshot, g, factor)
+            d = descent(p.detach(), g, group)
+            moment = rule.second_moment(d, optimizer.state.get(p, {}), group, counts[name])
+            square = None
+            if squares is not None and name in squares:  # d has the mean of g, and coupled decay that is in d only
+                square = d * d + (_clipped(snapshot, squares[name].sqrt(), factor).square() - g * g)
+            inner = 1 / (moment.ahead(counts[name], steps, square) if steps else moment.now(counts[name]))
+        scale[name] = factor * inner * rate
+        if group["weight_decay"] and not decoupled(group):
+            decay[name] = float(group["weight_decay"]) * inner * rate
+        buffer[name] = rate if isinstance(optimizer, torch.optim.RMSprop) else inner * rate
+    return FrozenRule(
+        lr=lr,
+        scale=scale,
+        momentum=momentum,
+        dampening=dampening if momentum else 0.0,
+        nesterov=nesterov,
+        weight_decay=decay,
+        decoupled_decay={
+            name: relative[name] * float(group["weight_decay"]) if group is not None and decoupled(group) else 0.0
+            for name, group in groups.items()
+        },
+        buffer_scale=buffer,
+        correction=correction,
+        sign=-1.0 if maximize else 1.0,
+        frozen=rule.second_moment is not None,
+    )
+
+
+def _common(optimizer: torch.optim.Optimizer) -> tuple[float, float, bool, bool]:
+    rule = formula(optimizer)
+    averages = isinstance(optimizer, torch.optim.Adam)
+    betas = {
+        (
+            rule.momentum(group),
+            rule.momentum(group) if averages else float(group.get("dampening", 0.0)),
+            bool(group.get("nesterov", False)),
+            bool(group["maximize"]),
+        )
+        for group in optimizer.param_groups
+    }
+    if len(betas) > 1:
+        raise Unmeasurable(
+            "parameter groups with different momentum, dampening, nesterov or maximize have no common edge and no "
+            "common critical rate: leave sharpness, lyapunov and sgd_stability out, or give all groups the same"
+        )
+    return betas.pop()
+
+
+def _relative(optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> tuple[float, dict[str, float]]:
+    """The largest rate, and each parameter's relative to it; from ``initial_lr`` where a warm-up begins at 0."""
+    groups = optimizer.param_groups
+    own = "lr" if any(float(g["lr"]) for g in groups) else "initial_lr"
+    rates = {id(p): float(g.get(own, 1.0)) for g in groups for p in g["params"]}
+    top = max(rates.values()) or 1.0
+    relative = {name: rates.get(id(p), 0.0) / top for name, p in snapshot.parameters.items()}
+    return max(float(g["lr"]) for g in groups), relative
+
+
+def _clip_factors(snapshot: Snapshot) -> Scale:
+    """The factor kappa of each parameter; empty where nothing is clipped."""
+    own = snapshot.flat_gradient
+    if snapshot.clipping is None or own is None:
+        return {}
+    held = held_mask(snapshot)
+    factor = snapshot.clipping.factor(own if held is None else held * own)
+    if factor.ndim == 0:
+        return dict.fromkeys(snapshot.parameters, float(factor))
+    return dict(zip(snapshot.parameters, split(factor, list(snapshot.parameters.values()))))
+
+
+def clip_factor(snapshot: Snapshot) -> Tensor | float:
+    """The factor kappa of each parameter, flat; 1 where nothing is clipped."""
+    return spread(_clip_factors(snapshot) or {"": 1.0}, snapshot) if snapshot.clipping else 1.0
+
+
+def _clipped(snapshot: Snapshot, g: Tensor, factor: float | Tensor) -> Tensor:
+    clipping = snapshot.clipping
+    g = g.detach()
+    if clipping is None:
+        return g
+    return clipping(g) if clipping.kind == "value" else factor * g
+
+
+def spread(values: Scale, snapshot: Snapshot) -> Tensor | float:
+    """A number or tensor for each trainable parameter as one flat vector; a float where all are one number.
+
+    A parameter without a gradient has no curvature either: any number stands for it.
+    """
+    names = [n for n in values if snapshot.gradient is None or snapshot.gradient[n] is not None] or list(values)
+    if all(isinstance(values[name], float) and values[name] == values[names[0]] for name in names):
+        return values[names[0]]
+    parameters = list(snapshot.parameters.values())
+    full = [torch.as_tensor(x, dtype=p.dtype, device=p.device) for x, p in zip(values.values(), parameters)]
+    return flatten([x.expand_as(p) for x, p in zip(full, parameters)], parameters)
+
+
+def rates(snapshot: Snapshot, rule: FrozenRule | None = None) -> Tensor | float:
+    """``R = kappa lr D / c``: how far each parameter moves for a unit of its gradient, averaging aside; flat.
+
+    Args:
+        snapshot: a step with its optimizer.
+        rule: None takes the `frozen_rule` of the step.
+
+    Raises:
+        Unmeasurable: where they depend on a gradient that is not known.
+    """
+    rule = rule or frozen_rule(snapshot)
+    require_gradient(snapshot)
+    return rule.lr / rule.correction * spread(rule.scale, snapshot)
+
+
+def require_gradient(snapshot: Snapshot) -> None:
+    """Refuses a step whose preconditioner or clip factor cannot be told, as its gradient is not known.
+
+    Raises:
+        Unmeasurable: then.
+    """
+    if snapshot.gradient is None and (frozen_rule(snapshot).frozen or snapshot.clipping is not None):
+        raise Unmeasurable(
+            "the preconditioner and the clipping of a step depend on its gradient: pass gradient=... to the Snapshot"
+        )
+
+
+def decay_rates(snapshot: Snapshot, rule: FrozenRule | None = None) -> Tensor | float:
+    """``lr D wd / c``, the coupled decay in the units of `rates`; flat."""
+    rule = rule or frozen_rule(snapshot)
+    return rule.lr / rule.correction * spread(rule.weight_decay, snapshot)
+
+
+def buffer_rates(snapshot: Snapshot, rule: FrozenRule | None = None) -> Tensor | float:
+    """How far each parameter moves for a unit of its momentum buffer; flat."""
+    rule = rule or frozen_rule(snapshot)
+    return rule.lr / rule.correction * spread(rule.buffer_scale, snapshot)
+
+
+def coupled_decay(snapshot: Snapshot) -> Tensor | float:
+    """The decay wd of each parameter where it is coupled, over the clip factor before the gradient; flat."""
+    factors = _clip_factors(snapshot)
+    values = [
+        0.0 if group is None or decoupled(group) else float(group["weight_decay"]) / _number(factors.get(name, 1.0))
+        for name, group in group_of(snapshot).items()
+    ]
+    return per_parameter(values, snapshot)
+
+
+def _number(factor: float | Tensor) -> float:
+    return factor if isinstance(factor, float) and factor > 0 else 1.0
+
+
+def decayed_hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
+    """``H' = sign H + wd``: the derivative of what the step moves against, coupled weight decay included.
+
+    Under clipping by norm wd is divided by kappa, as it is added after the clipping.
+    """
+    H, sign, decay = hessian(snapshot, method=method), frozen_rule(snapshot).sign, coupled_decay(snapshot)
+
+    def product(v: Tensor) -> Tensor:
+        return sign * (H @ v) + decay * v
+
+    return LinearOperator(H.shape, product, product, dtype=H.dtype, device=H.device)
+
+
+def preconditioned_hessian(
+    snapshot: Snapshot, *, method: Method = "auto", rule: FrozenRule | None = None
+) -> LinearOperator:
+    """``R^(1/2) H' R^(1/2)`` with R the effective `rates`: symmetric, with the eigenvalues of ``R H'``."""
+    sign, decay, root = frozen_rule(snapshot).sign, decay_rates(snapshot, rule), rates(snapshot, rule) ** 0.5
+    H = hessian(snapshot, method=method, weight=root)
+
+    def product(v: Tensor) -> Tensor:
+        return sign * root * (H @ (root * v)) + decay * v
+
+    return LinearOperator(H.shape, product, product, dtype=H.dtype, device=H.device)

@@ -1,0 +1,97 @@
+"""Copies of an optimizer whose own ``step`` can be tried without a trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.step.replay import RandomState
+from lsp_callbacks.step.snapshot import Unmeasurable
+
+#: Number of the parameter, name and shape of each float tensor of a state.
+Layout = list[tuple[int, str, tuple[int, ...]]]
+
+
+class OptimizerCopy:
+    """A copy of an optimizer with the parameters that it holds, in float64; the original is never touched."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor] | None = None):
+        self.optimizer = _copied(optimizer)
+        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            getattr(self.optimizer, hooks, {}).clear()
+        twins = {id(p): twin for p, twin in zip(held(optimizer), held(self.optimizer))}
+        for twin in twins.values():
+            twin.data, twin.grad = twin.data.double(), None
+            state = self.optimizer.state.get(twin, {})
+            state.update({name: state[name].double() for name in float_names(state)})
+        self.moving = list(twins.values())
+        # Those that the optimizer does not hold stay where they are.
+        self.twins = [twins.get(id(p), p.detach().double()) for p in (parameters or held(optimizer))]
+
+    def layout(self) -> Layout:
+        """Number of the parameter, name and shape of each float tensor of the state."""
+        states = [self.optimizer.state.get(twin, {}) for twin in self.twins]
+        return [(k, name, tuple(state[name].shape)) for k, state in enumerate(states) for name in float_names(state)]
+
+    def read(self, layout: Layout) -> Tensor:
+        """``(theta, s)``, flat; zeros for what is not there yet."""
+        values = [twin.detach().reshape(-1) for twin in self.twins]
+        for k, name, shape in layout:
+            found = self.optimizer.state.get(self.twins[k], {}).get(name)
+            if found is not None and tuple(found.shape) != shape:
+                kind = type(self.optimizer).__name__
+                raise Unmeasurable(f"{kind} changes the shape of its state: its step has no derivative")
+            values.append(values[0].new_zeros(shape).reshape(-1) if found is None else found.detach().reshape(-1))
+        return torch.cat(values)
+
+    def displace(self, layout: Layout, z: Tensor) -> None:
+        """Moves parameters and state by ``z``; what is not there yet stays away."""
+        parts = iter(z.split([t.numel() for t in self.twins] + [torch.Size(shape).numel() for _, _, shape in layout]))
+        self.twins = [_added(twin, next(parts)) for twin in self.twins]
+        for k, name, _ in layout:
+            state, part = self.optimizer.state.get(self.twins[k], {}), next(parts)
+            if name in state:
+                state[name] = state[name] + part.view_as(state[name])
+
+    def step(self, gradients: Sequence[Tensor | None], random_state: RandomState) -> None:
+        """One real step of the copy; the global random state is left as it was."""
+        moving = {id(twin) for twin in self.moving}
+        for twin, g in zip(self.twins, gradients):
+            if id(twin) in moving:
+                twin.grad = None if g is None else g.detach().clone()
+        # Of the class, without hooks: what a scheduler puts on an instance may be bound to the original.
+        step: Any = type(self.optimizer).step
+        step = step.__wrapped__ if getattr(step, "hooked", False) else step
+        random_state.restore()
+        try:
+            step(self.optimizer)
+        finally:
+            random_state.restore()
+
+
+def _added(twin: Tensor, change: Tensor) -> Tensor:
+    twin.data = twin.data + change.view_as(twin)
+    return twin
+
+
+def _copied(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    try:
+        return copy.deepcopy(optimizer)
+    except Exception as error:
+        raise Unmeasurable(
+            f"{type(optimizer).__name__} cannot be copied ({type(error).__name__}: {error}): its step has no derivative"
+        ) from None
+
+
+def held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters of an optimizer, in the order of its groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def float_names(state: dict[str, Any]) -> list[str]:
+    """Of what an optimizer remembers of a parameter, that which has a derivative; counters and numbers have none."""
+    return sorted(name for name, x in state.items() if isinstance(x, Tensor) and x.is_floating_point() and x.ndim)

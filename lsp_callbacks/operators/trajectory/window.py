@@ -1,0 +1,180 @@
+"""A window of past training steps as one linear operator, in both directions."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lsp_callbacks.linalg import LinearOperator, push
+from lsp_callbacks.operators.curvature.hessian import Method
+from lsp_callbacks.operators.trajectory.optimizer_copy import held
+from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
+from lsp_callbacks.operators.trajectory.step_jacobian import known_optimizer
+from lsp_callbacks.operators.trajectory.update_rules import formula_of
+from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, restored, split
+
+
+@dataclass(frozen=True, eq=False)
+class KeptStep:
+    """A step that can be looked at again when parameters and optimizer have moved on.
+
+    Attributes:
+        snapshot: with copies of its gradient and of the optimizer's state.
+        theta: copies of its parameters.
+        method: of its Hessian products.
+    """
+
+    snapshot: Snapshot
+    theta: list[Tensor]
+    method: Method
+
+    def maps(self) -> tuple[LinearOperator, LinearOperator]:
+        """Its `update_jacobian` and `update_response`, from a new replay, while the parameters are ``theta``."""
+        again = replace(self.snapshot, memo={})
+        return update_jacobian(again, method=self.method), update_response(again)
+
+
+def keep(snapshot: Snapshot, method: Method) -> KeptStep:
+    """All that a step's derivative takes, for later.
+
+    Its replay is checked later against the loss and the gradient that it has now.
+
+    Args:
+        snapshot: a step, before its update.
+        method: of the Hessian products, resolved.
+
+    Raises:
+        Unmeasurable: an optimizer without a formula, whose step has no adjoint; one that cannot be copied; products in
+            half precision, which are too coarse for bounds.
+
+    Cost: memory of the parameters, their gradient and the optimizer's state; one gradient where the step's loss or its
+    gradient are not known.
+    """
+    optimizer = known_optimizer(snapshot)
+    kind = type(optimizer).__name__
+    if formula_of(optimizer) is None:
+        raise Unmeasurable(f"the step of {kind} has no adjoint: it is known by differences only")
+    if not snapshot.graph.full:
+        raise Unmeasurable("products in half precision are too coarse for a bound: train some steps in float32")
+    try:
+        frozen = copy.deepcopy(optimizer, {id(p): p for p in held(optimizer)})
+    except Exception as error:  # whatever a subclass holds
+        raise Unmeasurable(f"{kind} cannot be copied ({type(error).__name__}: {error})") from None
+    loss, gradient = snapshot.loss, snapshot.gradient
+    if loss is None or gradient is None:
+        replayed, flat = snapshot.replayed_gradient()
+        parts = split(flat, list(snapshot.parameters.values()))
+        loss = replayed if loss is None else loss
+        gradient = dict(zip(snapshot.parameters, parts)) if gradient is None else gradient
+    kept = replace(
+        snapshot,
+        optimizer=frozen,
+        loss=loss.detach().clone(),
+        gradient={name: None if g is None else g.detach().clone() for name, g in gradient.items()},
+        memo={},
+        probes=None,
+        trace=None,
+    )
+    return KeptStep(kept, [p.detach().clone() for p in snapshot.parameters.values()], method)
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """``M = A_T ... A_1`` from the parameters at the start to those at the end, and ``L`` from the noise of each step.
+
+    ``L (xi_1, ..., xi_T) = sum_s A_T ... A_(s+1) B_s xi_s``, see `update_jacobian` and `update_response`. Each pass
+    puts the parameters of one step after the other in their place, replays it, and puts every bit back at its end.
+
+    Attributes:
+        steps: in their order.
+        logs: each ``A_t`` is divided by ``exp(logs[t])``, so that no window overflows.
+        noise_log: L is divided by its exponential.
+
+    Cost: a replay and a Hessian product a row, for each step and direction.
+    """
+
+    steps: Sequence[KeptStep]
+    logs: Sequence[float]
+    noise_log: float = 0.0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.steps[0].snapshot.parameters.values())
+
+    def forward(self, rows: Tensor, noise: Sequence[Tensor] = ()) -> Tensor:
+        """``M`` of each row, ``(r, P)``; where there is noise, L of it is added to the last one."""
+        z = rows
+        with placed(self.parameters) as place:
+            for t, step in enumerate(self.steps):
+                place(step.theta)
+                A, B = step.maps()
+                z = math.exp(-self.logs[t]) * push(A, _padded(z, A.shape[1]))
+                if noise:
+                    z[-1] += self._reach(t) * (B @ noise[t])
+        return z[:, : rows.shape[1]]
+
+    def backward(self, rows: Tensor, driven: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """``M^T`` of each row; and, if ``driven``, ``L^T`` of the last, step by step."""
+        a, noise = rows, []
+        with placed(self.parameters) as place:
+            for t, step in reversed(list(enumerate(self.steps))):
+                place(step.theta)
+                A, B = step.maps()
+                a = _padded(a, A.shape[0])
+                if driven:
+                    noise.append(self._reach(t) * (B.T @ a[-1]))
+                a = math.exp(-self.logs[t]) * push(A.T, a)
+        return a[:, : rows.shape[1]], noise[::-1]
+
+    def _reach(self, t: int) -> float:
+        """What the scaling of the steps after t has taken from its noise, less ``noise_log``."""
+        return math.exp(sum(self.logs[t + 1 :]) - self.noise_log)
+
+
+def squares(window: Window, readers: Sequence[LinearOperator]) -> LinearOperator:
+    """``M M^T``, ``J M M^T J^T`` for each reader J of the parameters at the end, and ``L L^T``: a batch.
+
+    Vectors are as long as the longest of them, ``max(P, m_1, ...)``: the others are 0 beyond their length.
+
+    Cost: two passes through the window, of all rows together.
+    """
+    P = sum(p.numel() for p in window.parameters)
+    p = window.parameters[0]
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    n = max([P, *(J.shape[0] for J in readers)])
+
+    def apply(u: Tensor) -> Tensor:
+        ends = [u[0, :P], *(_as(J.T @ x[: J.shape[0]].to(J.dtype), u) for J, x in zip(readers, u[1:])), u[-1, :P]]
+        starts, noise = window.backward(torch.stack(ends), driven=True)
+        starts[-1] = 0.0  # noise begins in the steps
+        z = window.forward(starts, noise)
+        images = [z[0], *(_as(J @ row.to(J.dtype), u) for J, row in zip(readers, z[1:])), z[-1]]
+        return torch.stack([_padded(image, n) for image in images])
+
+    return LinearOperator((n, n), apply, apply, batch=(len(readers) + 2,), dtype=dtype, device=p.device)
+
+
+@contextlib.contextmanager
+def placed(parameters: list[nn.Parameter]) -> Iterator[Callable[[list[Tensor]], None]]:
+    """Gives a function that puts other values in the place of the parameters'; every bit is put back at the end."""
+
+    def place(values: list[Tensor]) -> None:
+        for p, value in zip(parameters, values):
+            p.data.copy_(value)
+
+    with restored(parameters):
+        yield place
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, length - rows.shape[-1]))
+
+
+def _as(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.to(like)

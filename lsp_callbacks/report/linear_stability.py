@@ -1,0 +1,146 @@
+"""What the readings of a run say of its linear stability."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lsp_callbacks.monitor.monitor import Curve
+from lsp_callbacks.report.curves import AVERAGE, averaged, latest, readings
+
+#: Mean Courant numbers from which a run is "at the edge", and up to which: healthy full-batch training reaches 1.19 by
+#: its curvature, and healthy training with small batches 1.8 by the stochastic number (see ``benchmarks/``).
+EDGE, EDGE_SGD = (0.9, 1.2), (0.9, 2.0)
+
+Linear = Literal["stable", "recovered", "edge", "unstable", "collapsed", "contradictory", "unknown"]
+
+
+@dataclass(frozen=True)
+class LinearState:
+    """Whether the linearised update amplifies, at the last readings.
+
+    Attributes:
+        state: see `Verdict`.
+        cause: likewise.
+        evidence: likewise.
+        advice: likewise.
+        slower: what would bring the rate below the edge; empty where nothing is known of it.
+    """
+
+    state: Linear
+    cause: str
+    evidence: dict[str, Any]
+    advice: str = ""
+    slower: str = ""
+
+
+def linear_state(history: Mapping[str, Curve]) -> LinearState:
+    """Where the stochastic Courant number was measured, its mean of 5 decides; otherwise the exponent does.
+
+    A run is stable if the upper bound of the exponent is not positive, unstable if the value is (not its lower bound:
+    windows scatter most when a run begins to fail), and the Courant number of one batch tells the edge, where healthy
+    training may live, from what lies beyond. NaN is never stable, nor is a collapsed network. "Since" counts back over
+    measurements without a break. Where the bounds of the exponent and the Courant number lie on opposite sides of
+    their edges, they contradict each other.
+    """
+    exponent, courants = (history.get(f"stability/{key}", Curve()) for key in ("lyapunov", "courant"))
+    name = "courant"
+    if not readings(courants) and readings(history.get("stability/courant_gd")):  # the probes were never complete
+        name, courants = "courant_gd", history["stability/courant_gd"]
+    x, courant = latest(exponent), latest(averaged(courants))
+    lower, upper = (latest(history.get(f"stability/lyapunov_{side}")) for side in ("lower", "upper"))
+    if math.isnan(x) and math.isnan(courant):
+        return _not_measured(history, max(len(exponent.values), len(courants.values)))
+    evidence = {
+        "courant": courant, "courant_readings": min(len(readings(courants)), AVERAGE), "exponent": x, "lower": lower,
+        "upper": upper, "courant_of": name, "players": _players(history),
+    }  # fmt: skip
+    evidence = {name: v for name, v in evidence.items() if v is not None and not (isinstance(v, float) and v != v)}
+    collapsed = history.get("stability/collapsed", Curve())
+    if (gone := unbroken(collapsed, 0.5)) is not None:
+        return LinearState(
+            "collapsed", "collapse", evidence | {"since": gone}, "start again with a lower learning rate"
+        )
+    stochastic = not math.isnan(latest(history.get("stability/courant_sgd")))
+    near = EDGE_SGD if stochastic else EDGE
+    by_courant = stochastic or math.isnan(x)
+    deciding, edge = (averaged(courants), near[1]) if by_courant else (exponent, 0.0)
+    cause = "courant" if by_courant else "exponent"
+    since = unbroken(deciding, edge)
+    evidence["step"] = max(
+        step for curve in (exponent, courants) for step, v in zip(curve.steps, curve.values) if not math.isnan(v)
+    )
+    # A quantity that was given up (its last value is NaN) and one that never succeeded are both unknown.
+    failed = max((_trailing_nans(curve) for curve in (exponent, courants)), key=len)
+    if failed:
+        evidence |= {"failed_since": failed[0], "failed": len(failed)}
+    slower = ""
+    if courant > near[0]:
+        evidence["divide_by"] = max(courant / 0.8, 1.2)
+        slower = f"divide the learning rate by {evidence['divide_by']:.2g}"
+    ask = slower or "halve the learning rate"
+
+    if contradict(courant, x, lower, upper, near):
+        return LinearState("contradictory", "contradiction", evidence | {"contradictory": True})
+    if since is not None and not near[0] <= courant <= near[1]:
+        return LinearState("unstable", cause, evidence | {"since": since}, ask, ask)
+    if failed:
+        return LinearState("unknown", "failed", evidence, "look for the warning that names the reason", slower)
+    if since is not None or upper > 0 >= x or x > 0 or courant >= near[0]:
+        return LinearState("edge", cause, evidence, f"healthy as long as the loss falls, otherwise {ask}", ask)
+    beyond = [step for step, v in zip(deciding.steps, deciding.values) if v > edge]
+    if beyond:
+        evidence |= {"beyond_from": beyond[0], "beyond_to": beyond[-1]}
+        return LinearState("recovered", "readings", evidence, "see that the loss has recovered")
+    return LinearState("stable", cause, evidence, "nothing to do")
+
+
+def contradict(courant: float, x: float, lower: float, upper: float, near: tuple[float, float]) -> bool:
+    """Whether the Courant number is on one side of the edge, and the exponent of the real step on the other.
+
+    Example:
+        >>> nan = float("nan")
+        >>> [contradict(c, x, nan, nan, (0.9, 2.0)) for c, x in ((0.1, 0.2), (25.0, -0.1), (1.5, 0.2), (0.1, -0.2))]
+        [True, True, False, False]
+    """
+    grows = (x if math.isnan(lower) else lower) > 0
+    shrinks = (x if math.isnan(upper) else upper) < 0
+    return (grows and courant < near[0]) or (shrinks and courant > near[1])
+
+
+def _not_measured(history: Mapping[str, Curve], tried: int) -> LinearState:
+    if tried:
+        evidence = {"failed": tried}
+        return LinearState("unknown", "failed", evidence, "look for the warning that names the reason")
+    if not history:
+        return LinearState("unknown", "not measured", {}, "train longer, or measure more often")
+    kinds = ("spectral_norm_max", "residual_gain_max")
+    known = {name: value for name in kinds if not math.isnan(value := latest(history.get(f"stability/{name}")))}
+    advice = "if you did not choose that, the warning at the start of training says why"
+    return LinearState("unknown", "not measured", known | {"others": True, "players": _players(history)}, advice)
+
+
+def _players(history: Mapping[str, Curve]) -> str | None:
+    """What the Courant number does not see where several players take turns."""
+    if not any(key.startswith("stability/player_courant/") for key in history):
+        return None
+    exponent = latest(history.get("stability/lyapunov_trajectory"))
+    return "" if math.isnan(exponent) else f" (exponent {exponent:+.2g} a step)"
+
+
+def _trailing_nans(curve: Curve) -> list[int]:
+    """The steps of the measurements that failed since the last one that did not."""
+    begin = max((i + 1 for i, value in enumerate(curve.values) if not math.isnan(value)), default=0)
+    return curve.steps[begin:]
+
+
+def unbroken(curve: Curve, edge: float) -> int | None:
+    """First step of the unbroken run above the edge that reaches to the last reading."""
+    since = None
+    for step, value in zip(reversed(curve.steps), reversed(curve.values)):
+        if value <= edge:
+            break
+        since = since if math.isnan(value) else step
+    return since

@@ -1,0 +1,1 @@
+"""One training step, held still: what it was, and how it is computed again."""

@@ -1,0 +1,249 @@
+"""The first samples that the loader gives, kept as probes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from lsp_callbacks.step.carried_state import Carried, belongs, carried, give_back, kept
+from lsp_callbacks.step.muted import muted
+from lsp_callbacks.step.pending_step import PendingStep, batch_size
+from lsp_callbacks.step.probes import HOW, Criteria, evaluation
+from lsp_callbacks.step.ranks import Ranks
+from lsp_callbacks.step.replay import copied
+from lsp_callbacks.step.snapshot import Evaluation, ProbeSet, Unmeasurable, Unmodelled, as_trained, batch_norms
+
+ForwardFn = Callable[[nn.Module, Any], Tensor]
+Criterion = Callable[[Tensor, Any], Tensor]
+
+
+def check_pair(forward_fn: ForwardFn | None, criterion: Criterion | None) -> None:
+    """Raise ValueError where only one of the two is given."""
+    if (forward_fn is None) != (criterion is None):
+        raise ValueError("forward_fn and criterion belong together: pass both, or neither")
+
+
+class Probes:
+    """Collects samples from the batches of training, and evaluates the module at them.
+
+    The data set is left alone: reading from it could move what it remembers. A shuffled loader gives a random sample.
+    Several ranks hold the same probes: those that one process would have, if it took their batches joined.
+
+    What the module carries from batch to batch for each sample (a hidden state) is kept with the samples, as part of
+    them: so each is seen again with the state that it was trained with, and no gradient flows into that.
+
+    Args:
+        wanted: how many samples.
+        forward_fn: ``(module, batch) -> outputs``; None takes them from the criterion that ``training_step`` calls.
+        criterion: ``(outputs, batch) -> loss``.
+    """
+
+    def __init__(self, wanted: int, forward_fn: ForwardFn | None, criterion: Criterion | None):
+        check_pair(forward_fn, criterion)
+        self.wanted, self.forward_fn, self.criterion = wanted, forward_fn, criterion
+        self.ranks = Ranks()
+        self.drop()
+
+    def drop(self, population: int | None = None) -> None:
+        """Starts to collect anew; of a smaller population, all."""
+        self.population = population
+        self.needed = self.wanted if population is None else min(self.wanted, population)
+        self._batches: list[Any] = []
+        self._sizes: list[int] = []
+        self._carried: list[tuple[Carried, int]] = []  # and of how many samples
+        self._failure: Exception | None = None
+        self.batch_size = self.forward_size = 0
+
+    @property
+    def full(self) -> bool:
+        return sum(self._sizes) >= self.needed or self._failure is not None
+
+    def add(self, batch: Any, module: nn.Module | None = None) -> None:
+        """Takes in a batch, on the device, as ``training_step`` of the module will receive it."""
+        if self.full:
+            return
+        try:
+            self.ranks.together(lambda: self._take(batch, {} if module is None else carried(module)))
+        except Exception as error:
+            self._failure = error.with_traceback(None)  # which would keep the step's tensors
+
+    def _take(self, batch: Any, state: Carried) -> None:
+        found = self.ranks.gather(lambda: self._cut(batch), "the probes")
+        self.batch_size = self.batch_size or sum(size for size, _, _ in found)
+        self.forward_size = self.forward_size or found[0][0]  # of one rank, which normalises by itself
+        for size, held, own in found:
+            if self.ranks.world > 1 and belongs(state, size):
+                raise Unmodelled("the module carries a state from batch to batch: measure that in one process")
+            self._sizes.append(held)
+            self._carried.append((kept(state, size), size))
+            self._batches.append(own if self.ranks.world == 1 else _to(own, self.ranks.device))
+        if self.full:
+            self._join()
+
+    def _cut(self, batch: Any) -> tuple[int, int, Any]:
+        """The size of the rank's batch, and a copy: in several processes no more samples of it than can be needed."""
+        size = batch_size(batch)
+        if not size:
+            raise Unmodelled("the batch holds no tensor whose first axis could be the samples")
+        try:
+            if self.ranks.world == 1:
+                return size, size, copied(batch)
+        except Exception as error:  # whatever the user's objects raise
+            raise Unmodelled(f"the batch cannot be copied ({type(error).__name__}: {error})") from error
+        leaves = tree_leaves(batch)
+        if not all(type(t) is Tensor or isinstance(t, str | int | float | None) for t in leaves):
+            raise Unmodelled("the batch holds other things than plain tensors, which cannot be sent between processes")
+        wanted = self.needed - sum(self._sizes)
+        if wanted < size and all(isinstance(t, Tensor) and t.ndim and len(t) == size for t in leaves):
+            return size, wanted, _to(tree_map(lambda t: t[:wanted].clone(), batch), "cpu")
+        return size, size, _to(batch, "cpu")
+
+    def _join(self) -> None:
+        """One batch of exactly the wanted samples, where all leaves are tensors with the samples first."""
+        flat = [tree_flatten(batch) for batch in self._batches]
+        leaves, spec = [f[0] for f in flat], flat[0][1]
+        if any(belongs(state, size) for state, size in self._carried):
+            return  # each batch has a state of its own
+        alike = all(
+            isinstance(t, Tensor) and t.ndim and len(t) == size and t.shape[1:] == first.shape[1:]
+            for own, size in zip(leaves, self._sizes)
+            for t, first in zip(own, leaves[0])
+            if isinstance(first, Tensor)
+        ) and all(isinstance(t, Tensor) for own in leaves for t in own)
+        if alike and all(f[1] == spec for f in flat):
+            joined = [torch.cat(column)[: self.needed] for column in zip(*leaves)]
+            self._batches, self._sizes, self._carried = [tree_unflatten(joined, spec)], [self.needed], self._carried[:1]
+
+    def probe_set(
+        self,
+        pending: PendingStep,
+        loss: Callable[[nn.Module, Any], Any],
+        *,
+        context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        micro_batches: int = 1,
+    ) -> ProbeSet:
+        """The probes at one step.
+
+        Args:
+            pending: the step, with its micro-batches.
+            loss: ``(module, batch) -> loss``, or a mapping with one, whose criterion tells outputs from targets where
+                the user has not named them.
+            context: in which the module is run, of the loop's precision.
+            micro_batches: how many make a step.
+        """
+        module = pending.module if pending.shadow is None else pending.shadow.module
+        parts, batches, together = [], [], 1
+        if self._failure is not None:
+            parts = [_failing(self._failure)]
+        else:
+            parts = [self._part(pending, loss, context, *one) for one in zip(self._batches, self._sizes, self._carried)]
+        if self._failure is None and self._sizes and batch_norms(module):
+            cut = self._forward_passes()
+            batches, together = [self._part(pending, loss, context, *one, together=True) for one in cut], cut[0][1]
+        batch = micro_batches * max(self.batch_size, 1)
+        return ProbeSet(
+            module, tuple(parts), sum(self._sizes), batch, self.population, self.full, tuple(batches), together
+        )
+
+    def _forward_passes(self) -> list[tuple[Any, int, tuple[Carried, int]]]:
+        """Batches of equal size, as near to that of a training step's forward pass as can be, with size and state."""
+        if len(self._batches) > 1:  # of a kind that could not be joined: as they came
+            held = zip(self._batches, self._sizes, self._carried)
+            return [batch for batch in held if batch[1] == self._sizes[0]]
+        total, size, state = self._sizes[0], max(self.forward_size, 1), self._carried[0]
+        count = total // size if 2 * size <= total else max(1, round(total / size))
+        size = min(size, total // count)
+        leaves, spec = tree_flatten(self._batches[0])
+        if not all(isinstance(t, Tensor) and t.ndim and len(t) == total for t in leaves):  # a single batch of any kind
+            return [(self._batches[0], total, state)]
+        cut = [[t[k * size : (k + 1) * size] for t in leaves] for k in range(count)]
+        return [(tree_unflatten(own, spec), size, state) for own in cut]
+
+    def _part(
+        self,
+        pending: PendingStep,
+        loss: Any,
+        context: Any,
+        batch: Any,
+        size: int,
+        state: tuple[Carried, int],
+        *,
+        together: bool = False,
+    ) -> Callable[[], Evaluation]:
+        def part() -> Evaluation:
+            if pending.shadow is None or not pending.parts:
+                raise pending.failure or AssertionError
+            module = pending.shadow.reset()
+            names = give_back(module, *state)
+            pending.parts[0].random_state.restore()
+            own = copied(batch)
+            device = next(module.parameters()).device
+            # In full precision, also where training rounds to bfloat16.
+            with (
+                muted(),
+                _told(names),
+                context(),
+                torch.autocast(device.type, enabled=False),
+                as_trained(module, together=together),
+            ):
+                if self.forward_fn is not None and self.criterion is not None:
+                    criterion = self.criterion
+                    return evaluation(self.forward_fn(module, own), lambda f: criterion(f, own), samples=size)
+                with Criteria() as criteria:
+                    outputs = loss(module, own)
+            value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            return criteria.of(value, samples=size)
+
+        return pending.ranks.private(part)
+
+
+@contextlib.contextmanager
+def _told(names: list[str]) -> Iterator[None]:
+    """An error where the module carries a state names that, and not the shapes that did not fit."""
+    try:
+        yield
+    except Unmeasurable:
+        raise
+    except Exception as error:
+        if not names:
+            raise
+        raise Unmodelled(
+            f"{' and '.join(names)}, which the module carries from batch to batch, does not let the probes be seen "
+            f"again ({type(error).__name__}: {error}): {HOW}"
+        ) from error
+
+
+def _to(batch: Any, device: Any) -> Any:
+    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
+
+
+def _failing(error: Exception) -> Callable[[], Evaluation]:
+    def part() -> Evaluation:
+        raise Unmodelled(str(error))  # the other one is kept: its traceback would keep the step's tensors
+
+    return part
+
+
+def population(loader: Any, world: int = 1) -> int | None:
+    """How many samples an epoch draws from, on all ranks together; None where nobody knows.
+
+    Args:
+        loader: of one rank.
+        world: how many ranks there are.
+    """
+    if getattr(loader, "batch_sampler", ...) is None:  # of ready-made batches, not of samples
+        return None
+    sampler = getattr(loader, "sampler", None)
+    if world > 1:  # a distributed sampler's own length is one rank's share
+        sampler = getattr(sampler, "dataset", None)
+    for holder in (sampler, getattr(loader, "dataset", None)):
+        try:
+            return len(holder)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):
+            continue
+    return None

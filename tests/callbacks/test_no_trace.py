@@ -1,0 +1,94 @@
+"""Training with the callbacks is, to the last bit, training without them."""
+
+import math
+
+import pytest
+from harness import GRADIENT_CHANGED, LEFT_OUT, MEASURED, REFUSED, unchanged
+
+from lsp_callbacks import StabilityMonitor
+
+UPDATE = {"stability/sharpness", "stability/courant", "stability/courant_gd", "stability/lyapunov"}
+#: Losses that are not the value of one criterion.
+OWN_LOSS = ("metric", "counter", "appends", "sharedlist", "progress", "inplacebatch", "features", "hyperparameters")
+
+
+def with_and_without(make, **settings):
+    monitor = StabilityMonitor("full", every_n_steps=2, window=2)
+    monitor.monitor.quantities["spectral_density"].steps = 6  # its 40 only take time
+    monitor.monitor.quantities["leave_one_out"].window = 4  # of its 20 a run of ten steps has none
+    unchanged(make, monitor, **settings)
+    return monitor
+
+
+def finite(monitor, key):
+    return key in monitor.history and all(map(math.isfinite, monitor.history[key].values))
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_measured_and_unchanged(name, recwarn):
+    monitor = with_and_without(MEASURED[name])
+    for key in (*UPDATE, "stability/spectral_norm_max"):
+        assert finite(monitor, key), key
+    assert len(monitor.history["stability/sharpness"].steps) == 5
+    assert ("stability/residual_stiffness_max" in monitor.history) == (name in ("residual", "transformer"))
+    said = [str(w.message) for w in recwarn if "lsp_callbacks" in str(w.message)]
+    penalised = [one for one in said if "not only through the outputs" in one]
+    assert len(penalised) == (name == "features") and all("leave_one_out" in one for one in penalised)
+    said = [one for one in said if one not in penalised]
+    # Where the loss is not the value of one criterion, nobody can tell outputs from targets.
+    assert len(said) == (name in OWN_LOSS) and all("sgd_stability" in s and "forward_fn" in s for s in said)
+    assert ("stability/courant_sgd" in monitor.history) == (name not in OWN_LOSS)
+    assert name in OWN_LOSS or finite(monitor, "stability/courant_sgd")
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_left_out_and_unchanged(name):
+    make, settings, reason = LEFT_OUT[name]
+    with pytest.warns(UserWarning) as caught:
+        monitor = with_and_without(make, **settings)
+    ours = [str(w.message) for w in caught if "lsp_callbacks" in str(w.message)]
+    assert len(ours) == 1 and reason in ours[0]
+    assert not UPDATE & monitor.history.keys() and "stability/courant_sgd" not in monitor.history
+    assert finite(monitor, "stability/spectral_norm_max")
+    assert not finite(monitor, "stability/residual_stiffness_max")  # the model has no block
+
+
+@pytest.mark.parametrize("algorithm, limit", [("norm", 0.05), ("norm", 1e3), ("value", 0.01), (None, 0.05)])
+@pytest.mark.parametrize("name", ["dropout", "adamw"])
+def test_clipped_and_unchanged(name, algorithm, limit, recwarn):
+    monitor = with_and_without(MEASURED[name], gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
+    for key in (*UPDATE, "stability/courant_sgd"):
+        assert finite(monitor, key), key
+    assert not [w for w in recwarn if "lsp_callbacks" in str(w.message)]
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("name", GRADIENT_CHANGED)
+def test_a_changed_gradient_is_noticed_behind_the_clipping(name, algorithm):
+    with pytest.warns(UserWarning, match="lsp_callbacks.*gradient"):
+        monitor = with_and_without(GRADIENT_CHANGED[name], gradient_clip_val=0.05, gradient_clip_algorithm=algorithm)
+    # The curvature of the loss is known all the same, where the loss's own gradient was seen.
+    keys = (UPDATE | {"stability/courant_gd"}) - {"stability/sharpness"}
+    assert all(math.isnan(v) for key in keys & monitor.history.keys() for v in monitor.history[key].values)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_and_unchanged(name):
+    make, reason = REFUSED[name]
+    with pytest.warns(UserWarning) as caught:
+        monitor = with_and_without(make)
+    ours = [str(w.message) for w in caught if "lsp_callbacks" in str(w.message)]
+    assert len(ours) == 1 and reason in ours[0]
+    assert all(math.isnan(v) for curve in monitor.history.values() for v in curve.values)
+    assert monitor.history
+
+
+@pytest.mark.parametrize("name", GRADIENT_CHANGED)
+def test_a_changed_gradient_is_noticed(name):
+    with pytest.warns(UserWarning) as caught:
+        monitor = with_and_without(GRADIENT_CHANGED[name])
+    ours = [str(w.message) for w in caught if "lsp_callbacks" in str(w.message)]
+    assert len(ours) == 1 and "gradient" in ours[0]
+    keys = (UPDATE | {"stability/courant_gd"}) - {"stability/sharpness"}
+    assert all(math.isnan(v) for key in keys & monitor.history.keys() for v in monitor.history[key].values)
+    assert finite(monitor, "stability/spectral_norm_max")

@@ -1,0 +1,334 @@
+"""The callback that stops: what it counts, what it waits for, and how it sits in Lightning."""
+
+import logging
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import SGD, Losses, Model, Rows, data, fit, mlp
+
+from lsp_callbacks import Observation, StabilityMonitor, StopOnInstability
+from lsp_callbacks.monitor.losses import LEFT_OUT, Told
+
+KEY, LYAPUNOV, NORM = "stability/courant", "stability/lyapunov", "stability/spectral_norm_max"
+NAN = math.nan
+
+
+def stage(*callbacks):
+    """As much of a trainer as the callback looks at."""
+    epoch_loop = SimpleNamespace(_batches_that_stepped=7)
+    return SimpleNamespace(
+        callbacks=list(callbacks), callback_metrics={}, loggers=[Rows()], global_step=0,
+        fit_loop=SimpleNamespace(epoch_loop=epoch_loop),
+    )  # fmt: skip
+
+
+def feed(stop, values, losses=None, trainer=None, key=None, start=0, scheduled=NAN):
+    """One observation and one loss a step; returns the step of the stop, if any."""
+    trainer = trainer or stage()
+    stop._source = SimpleNamespace(scheduled_courant=lambda trainer: scheduled)
+    for step, value in enumerate(values, start):
+        loss = 1.0 if losses is None else losses[step - start]
+        values = value if isinstance(value, dict) else {key or stop.monitor: value}
+        stop.receive(trainer, Observation(step, values))
+        if stop.judge(trainer, step, [Told(step, float(loss))]):
+            return step
+    return None
+
+
+@pytest.mark.parametrize(
+    "values, settings, stops",
+    [
+        ([1.1] * 5, {}, 2),
+        ([1.1] * 5, {"patience": 1}, 0),
+        ([1.1, 0.5, 1.1, 1.1, 1.1], {}, 4),  # the mean of the last three
+        ([1.1, 0.5, 1.6], {}, 2),
+        ([1.1, NAN, 1.1, NAN, 1.1], {}, 4),  # NaN neither counts nor resets
+        ([1.1, {"stability/other": 9.0}, 1.1, 1.1], {}, 3),  # another quantity's observation
+        ([1.1] * 9, {"min_steps": 4}, 6),
+        ([1.0] * 9, {}, None),  # the threshold itself is stable
+        ([1.1] * 9, {"threshold": 1.2}, None),
+        ([{LYAPUNOV: 0.1, f"{LYAPUNOV}_lower": -0.1}] * 9, {"monitor": LYAPUNOV}, 2),
+        ([{LYAPUNOV: 0.1, f"{LYAPUNOV}_lower": -0.1}] * 9, {"monitor": f"{LYAPUNOV}_lower"}, None),
+        ([math.inf] * 9, {}, 2),
+    ],
+)
+def test_the_bare_rule(values, settings, stops):
+    stop = StopOnInstability(**{"confirm": None} | settings)
+    assert feed(stop, values) == stops == stop.stop_step
+
+
+@pytest.mark.parametrize(
+    "losses, stops",
+    [
+        ([1.0] * 99, False),
+        ([1.0 + 0.1 * i for i in range(99)], True),
+        ([-5.0 + 0.1 * i for i in range(99)], True),
+        ([-5.0] * 99, False),
+        ([1.0 - 0.1 * i for i in range(5)] + [0.6 + 0.1 * i for i in range(94)], True),
+        ([1.0 - 0.01 * i for i in range(99)], False),
+        ([1.0 + 0.1 * (-1) ** i for i in range(99)], False),
+        ([1.0] * 9 + [0.001] * 900 + [0.06] * 90, False),  # memorised: a rise from nothing is noise
+        ([1.0] * 9 + [0.001] * 900 + [0.9] * 90, True),
+    ],
+    ids=["flat", "growing", "growing below 0", "flat below 0", "falling, then rising", "falling", "wavering",
+         "noise", "lost again"],
+)  # fmt: skip
+def test_the_loss_must_confirm(losses, stops):
+    stop = StopOnInstability()
+    assert (feed(stop, [1.1] * len(losses), losses) is not None) == stops
+    assert stop.event_step == 2  # falling or not
+    assert feed(StopOnInstability(), [0.9] * len(losses), losses) is None  # the loss alone does not stop
+
+
+@pytest.mark.parametrize("scheduled, event, stops", [(0.9, False, False), (1.5, True, False), (30.0, True, True)])
+def test_a_jump_of_the_rate_is_seen_before_it_is_used(scheduled, event, stops, caplog):
+    stop = StopOnInstability()
+    with caplog.at_level(logging.INFO):
+        assert (feed(stop, [0.5], scheduled=scheduled) == 0) == stops
+    assert (stop.event_step == 0) == event
+    if stops:
+        assert "was not used" in caplog.text and "30 times" in caplog.text
+        assert feed(StopOnInstability(limit=None), [0.5], scheduled=scheduled) is None
+        assert feed(StopOnInstability(limit=40.0), [0.5], scheduled=scheduled) is None
+        # A rate that has been there for long, and was measured, is no jump.
+        assert feed(StopOnInstability(), [20.0] * 9, scheduled=scheduled) is None
+        assert feed(StopOnInstability("stability/lyapunov"), [-0.5], scheduled=scheduled) is None
+
+
+def test_the_first_steps_confirm_nothing_unless_the_loss_is_lost():
+    rising = [float(i) for i in range(1, 60)]
+    assert feed(StopOnInstability(), [1.1] * 59, rising) == 29
+    assert feed(StopOnInstability(), [1.1] * 9, [1.0, 2.0, 3.0, NAN, NAN, NAN, NAN, NAN, NAN]) == 3
+
+
+GD = "stability/courant_gd"
+
+
+def test_the_headline_number_is_not_averaged_with_what_stands_in_for_it():
+    """While the probes are collected, there is only the curvature of one batch, here 2.6 on a healthy run."""
+    both = [{GD: 2.6}] * 3 + [{KEY: 0.3, GD: 2.6}] * 9
+    stop = StopOnInstability(confirm=None, patience=4)
+    assert feed(stop, both) is None and stop.event_step is None
+    assert feed(StopOnInstability(confirm=None, patience=4), [{GD: 2.6}] * 9) == 3  # where nothing better comes
+
+
+def test_where_the_headline_number_fails_the_other_one_goes_on():
+    failing = [{KEY: 0.3, GD: 0.2}] * 5 + [{KEY: NAN, GD: 1.5}] * 9
+    assert feed(StopOnInstability(confirm=None), failing) == 7
+    assert feed(StopOnInstability(GD, confirm=None), failing) == 6  # (0.2 + 1.5 + 1.5) / 3
+    back = [{KEY: 0.3, GD: 0.2}] * 5 + [{KEY: NAN, GD: 1.5}] * 2 + [{KEY: 0.3, GD: 1.5}] * 9
+    assert feed(StopOnInstability(confirm=None), back) is None
+    late = [{KEY: 0.3, GD: 0.2}] * 5 + [{GD: 1.5}, {KEY: 0.3}] * 9  # complete some steps later: nothing has failed
+    assert feed(StopOnInstability(confirm=None), late) is None
+    assert feed(StopOnInstability("stability/lyapunov", confirm=None), failing) is None
+
+
+@pytest.mark.parametrize("values", [[0.9] * 40, [NAN] * 40, [{}] * 40, [{"stability/spectral_norm_max": 9.0}] * 40])
+@pytest.mark.parametrize("lost", [NAN, math.inf, -math.inf])
+@pytest.mark.parametrize("settings", [{}, {"confirm": None}, {"min_steps": 1000}, {"monitor": LYAPUNOV}])
+def test_a_loss_that_is_not_finite_ends_training_whatever_was_measured(values, lost, settings, caplog):
+    for at in (0, 1, 17):
+        stop = StopOnInstability(**settings)
+        with caplog.at_level(logging.INFO):
+            assert feed(stop, values, [1.0] * at + [lost] + [1.0] * 39) == at == stop.stop_step
+        assert f"since step {at}" in stop.reason and stop.reason in caplog.text
+
+
+def test_steps_that_a_gradient_scaler_leaves_out_do_not_count_but_not_for_ever():
+    stop, trainer = StopOnInstability(), stage()
+    stop._source = SimpleNamespace(scheduled_courant=lambda trainer: NAN)
+    for step in range(100):
+        left_out = step % 20 < 15
+        assert not stop.judge(trainer, step, [Told(step, math.inf if left_out else 1.0, left_out)])
+    stopped = [step for step in range(100, 130) if stop.judge(trainer, step, [Told(step, NAN, True)])]
+    assert stopped == [100 + LEFT_OUT - 1]
+
+
+@pytest.mark.parametrize(
+    "readings, losses, stops",
+    [
+        ([60.0], [2.3] * 5 + [2.4] * 200, 59),  # it sits at chance
+        ([60.0], [2.3] + [30.0] * 4 + [2.35] * 200, 59),  # after an explosion
+        ([60.0], [2.3] + [300.0] * 9 + [2.35 - 0.02 * i for i in range(100)], None),  # that it survives
+        ([5.0], [2.3] * 200, 59),
+        ([4.5], [2.3] * 200, None),  # AdamW, while its rate warms up
+        ([60.0, 2.0], [2.3] * 200, None),  # the next reading is another one
+        ([60.0], [2.3 - 0.01 * i for i in range(200)], None),  # it falls
+        ([60.0], [-2.3] * 200, 59),
+        ([60.0], [-2.3 - 0.01 * i for i in range(200)], None),
+    ],
+)
+def test_one_reading_far_above_the_edge_is_enough_where_the_loss_does_not_fall(readings, losses, stops):
+    values = [*readings, *[{}] * (len(losses) - len(readings))]
+    stop = StopOnInstability(patience_steps=10_000)
+    assert feed(stop, values, losses) == stops
+    if stops is not None:
+        assert "has not fallen" in stop.reason
+        assert feed(StopOnInstability(patience_steps=10_000), values, losses, scheduled=0.9) is None  # it has come down
+
+
+def test_few_readings_suffice_after_some_steps():
+    rising = [2.0] * 40 + [min(2.0 + 0.1 * i, 5.0) for i in range(260)]
+    values = [1.2, *[{}] * 299]
+    stop = StopOnInstability()
+    late = feed(stop, values, rising)
+    assert stop.event_step == 200 == late
+    assert feed(StopOnInstability(patience_steps=150), values, rising) == 150
+    assert feed(StopOnInstability(patience_steps=1000), values, rising) is None
+    assert feed(StopOnInstability(), [1.2, {}, 0.9, *[{}] * 297], rising) is None
+    below = StopOnInstability()  # what is above must itself be that old
+    feed(below, [0.5, *[{}] * 89, 3.0, *[{}] * 209])
+    assert below.event_step == 290
+
+
+@pytest.mark.parametrize("values", [[{}] * 600, [NAN] * 600, [0.3] * 9 + [{}] * 591])
+def test_a_loss_far_above_the_first_one_ends_training_where_nothing_was_measured_since(values):
+    rising = [3.0 - 0.02 * i for i in range(100)] + [min(1.02**i, 30.0) for i in range(500)]
+    stop = StopOnInstability()
+    at = feed(stop, values, rising)
+    assert at is not None and "unknown" in stop.reason and 300 < at < 500
+    assert feed(StopOnInstability(), [0.9] * 600, rising) is None  # a reading below the edge has its say
+    assert feed(StopOnInstability(), values, [min(loss, 8.0) for loss in rising]) is None
+    spike = [3.0] * 100 + [1e4] * 100 + [3.0] * 400
+    assert feed(StopOnInstability(), values, spike) is None
+
+
+def test_after_a_jump_of_the_rate_the_loss_confirms():
+    rising = [2.0 - 0.01 * i for i in range(100)] + [1.0 + 0.05 * i for i in range(100)]
+    jumped = feed(StopOnInstability(), [0.1, *[{}] * 199], rising, scheduled=1.5)
+    assert jumped is not None and 100 < jumped < 150
+    assert feed(StopOnInstability(), [0.1, *[{}] * 199], rising, scheduled=0.15) is None
+
+
+def test_a_collapse_ends_training_as_collapse(caplog):
+    values = [{KEY: 0.01, "stability/collapsed": 0.0}] * 3 + [{KEY: 0.001, "stability/collapsed": 1.0}] * 3
+    with caplog.at_level(logging.INFO):
+        assert feed(StopOnInstability(), values) == 3
+    assert "collapsed" in caplog.text
+
+
+def test_outputs_that_are_alike_once_end_training_where_the_loss_has_not_fallen():
+    values = [{KEY: 0.01, "stability/collapsed": 0.5}] + [{}] * 99
+    assert feed(StopOnInstability(), values, [2.3] * 100) == 59
+    assert feed(StopOnInstability(), values, [2.3 * 0.98**i for i in range(100)]) is None
+    back = [{KEY: 0.01, "stability/collapsed": 0.5}, {KEY: 0.01, "stability/collapsed": 0.0}] + [{}] * 98
+    assert feed(StopOnInstability(), back, [2.3] * 100) is None
+
+
+def test_a_forecast_is_told_once(caplog):
+    with caplog.at_level(logging.INFO):
+        feed(StopOnInstability(), [{KEY: 0.5, "stability/steps_to_edge": 40.0}] * 3)
+    (message,) = [r.message for r in caplog.records if "forecast" in r.message]
+    assert "step 0" in message and "step 40" in message
+
+
+def test_the_event_is_told_once(caplog):
+    trainer, stop = stage(), StopOnInstability("stability/lyapunov", patience=1)
+    with caplog.at_level(logging.INFO):
+        feed(stop, [-0.1, 0.1, 0.2, -0.1, 0.1], trainer=trainer)
+    (message,) = [r.message for r in caplog.records if "event" in r.message]
+    assert "step 1" in message and "lyapunov = 0.1 > 0" in message
+    assert trainer.callback_metrics["stability/event"] == 1.0
+    assert trainer.loggers[0].rows == [(7, {"stability/event": 1.0})]
+
+
+def test_the_stop_says_why_and_what_to_do(caplog):
+    with caplog.at_level(logging.INFO):
+        feed(StopOnInstability(), [1.1] * 40, [float(i) for i in range(1, 41)])
+        feed(StopOnInstability(verbose=False), [1.1] * 40, [float(i) for i in range(1, 41)])
+    (message,) = [r.message for r in caplog.records if "stop at" in r.message]
+    assert "step" in message and KEY in message and "lower learning rate" in message and "rose from 1 to" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_it_goes_on_from_its_state(cut, dtype):
+    values, losses = [1.1, 1.1, 0.5, 1.1, 1.1, 1.1], [torch.tensor(1.0 - 0.1 * i, dtype=dtype) for i in range(6)]
+    whole, first, second = (StopOnInstability(patience=4, confirm=None, threshold=1.2) for _ in range(3))
+    feed(whole, values, losses), feed(first, values[:cut], losses[:cut])
+    second.load_state_dict(first.state_dict())
+    feed(second, values[cut:], losses[cut:], start=cut)
+    assert second.state_dict() == whole.state_dict()
+
+
+def test_it_goes_on_from_the_state_of_an_earlier_release():
+    stop = StopOnInstability()
+    stop.load_state_dict({"event_step": 3, "stop_step": None, "readings": [1.1], "stochastic": True, "smoothed": 2.0})
+    assert stop.event_step == 3 and feed(stop, [1.1] * 3, start=4) is None
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [({"patience": 0}, "patience=0"), ({"confirm": "accuracy"}, "confirm='accuracy'"), ({"limit": 0.5}, "limit=0.5")],
+)
+def test_bad_arguments_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        StopOnInstability(**settings)
+
+
+# -- inside Lightning ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "callbacks, message",
+    [
+        ([StopOnInstability()], "needs a StabilityMonitor"),
+        ([StopOnInstability("stability/lyapunow"), StabilityMonitor()], "stability/lyapunow.*stability/lyapunov"),
+        ([StabilityMonitor(["spectral_norm"]), StopOnInstability()], "never measured"),
+    ],
+)
+def test_what_can_never_stop_is_refused(callbacks, message):
+    with pytest.raises(ValueError, match=message):
+        fit(Model, *callbacks)
+
+
+@pytest.mark.parametrize("key", ["stability/residual_cfl_max", "stability/sharpness_limit", NORM])
+def test_keys_that_may_appear_are_accepted(key):
+    stop = StopOnInstability(key, patience=1)
+    fit(Model, stop, StabilityMonitor(), max_steps=1)
+    assert stop.threshold == 1.0 and (stop.event_step == 0) == (key == "stability/sharpness_limit")
+
+
+def test_what_turns_out_not_to_be_measured_is_said_once():
+    other = partial(Model, optimizer=torch.optim.NAdam)
+    with pytest.warns(UserWarning, match="will never stop") as caught:
+        fit(other, StopOnInstability(), StabilityMonitor(), max_epochs=3, max_steps=-1)
+    assert len([w for w in caught if "will never stop" in str(w.message)]) == 1
+
+
+def unstable():
+    return Model(mlp(width=20), partial(SGD, lr=30.0))
+
+
+@pytest.mark.parametrize("key", [KEY, LYAPUNOV])
+def test_either_order_stops_at_the_same_step(key):
+    found = []
+    for order in (1, -1):
+        monitor, stop, losses = StabilityMonitor(every_n_steps=1, window=1), StopOnInstability(key), Losses()
+        trainer = fit(unstable, *[monitor, stop][::order], losses, max_steps=200)
+        assert trainer.global_step == stop.stop_step + 1 == len(losses.losses) < 200  # at the step, not the epoch
+        assert stop.event_step <= stop.stop_step
+        found.append(stop.state_dict())
+    assert found[0] == found[1]
+
+
+def test_a_stable_run_has_no_event():
+    stop = StopOnInstability()
+    fit(partial(Model, optimizer=partial(SGD, lr=1e-3)), stop, StabilityMonitor(every_n_steps=1), max_steps=20)
+    assert stop.event_step is stop.stop_step is None
+
+
+def test_a_stopped_run_can_go_on_and_a_new_one_is_free():
+    monitor = StabilityMonitor("economy", every_n_steps=1)
+    first = StopOnInstability(KEY, threshold=-9, confirm=None)
+    trainer = fit(Model, monitor, first)
+    assert first.stop_step == 2
+    trainer.fit(trainer.model, data())  # whoever goes on is told again
+    assert first.stop_step == 5
+    second = StopOnInstability(KEY, threshold=1e9)
+    assert fit(Model, monitor, second).global_step == 10  # the first one does not listen any more
+    assert not monitor.subscribers
+    assert fit(Model, monitor, first).global_step == 3 and first.stop_step == 2

@@ -1,0 +1,126 @@
+"""The command line, its configurations, and what they train."""
+
+import csv
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from lsp_callbacks.cli.main import main
+from lsp_callbacks.demo import Digits, ResidualBlock, ResidualNet
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lsp-callbacks"])  # LightningCLI warns when pytest's arguments are there too
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help(argv, capsys):
+    assert main(argv) == 0
+    text = capsys.readouterr().out
+    assert "lsp-callbacks fit --config configs/digits.yaml" in text and "stable" in text
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["fti"], "invalid choice: 'fti'"),
+        (["fit"], "required: fit.model"),
+        (["fit", "--config", "no.yaml"], "does not exist"),
+        (["fit", "--config", str(CONFIGS[0]), "--model.lrr", "1"], "'lrr' is not accepted"),
+        (["fit", "--config", str(CONFIGS[0]), "--trainer.max_stepz", "1"], "max_stepz"),
+        (["fit", "--config", str(CONFIGS[0]), "--model.schedule", "linear"], "'constant', 'cosine', 'ramp'"),
+    ],
+)
+def test_bad_arguments(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and message.lower() in text.lower()
+    assert len(text) < 2000 and "Traceback" not in text
+
+
+def test_without_jsonargparse(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert main(["fit", "--config", str(CONFIGS[0])]) == 1
+    assert "pip install 'lsp-callbacks[cli]'" in capsys.readouterr().err
+
+
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'lsp-callbacks\[demo\]'"):
+        Digits().setup("fit")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_configurations_train(config, tmp_path, capsys):
+    assert main(["fit", "--config", str(config), "--trainer.max_steps", "12"]) == 0
+    (run,) = tmp_path.glob(f"runs/{config.stem}/*")
+    assert {"stability.png", "metrics.csv", "config.yaml"} <= {path.name for path in run.iterdir()}
+    assert "stability/courant" in (run / "metrics.csv").read_text()
+    assert os.listdir(tmp_path) == ["runs"]  # which git ignores
+    assert "lsp_callbacks: stable at step" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_unstable_run_ends_before_the_loss_has_moved(tmp_path, capsys):
+    main(["fit", "--config", str(CONFIGS[0].with_name("digits_unstable.yaml"))])
+    assert "lsp_callbacks: unstable since step" in capsys.readouterr().out
+    (table,) = tmp_path.glob("runs/*/*/metrics.csv")
+    losses = [float(row["train_loss"]) for row in csv.DictReader(table.open()) if row["train_loss"]]
+    assert len(losses) < 120 and np.mean(losses[-10:]) < 1.5 * min(losses)  # one row in 5 steps, of at most 800
+
+
+def test_digits():
+    first, again = Digits(), Digits()
+    for data in (first, again):
+        data.setup("fit")
+    batches, others = list(first.train_dataloader()), list(again.train_dataloader())
+    assert [tuple(images.shape) for images, _ in batches] == [(256, 1, 8, 8)] * 5
+    assert all(torch.equal(a, b) for one, other in zip(batches, others) for a, b in zip(one, other))
+    everything = torch.cat([first.train.tensors[0], first.validation.tensors[0]])
+    assert len(everything) == 1797 and everything.min() == 0 and everything.max() == 1
+    counts = torch.bincount(first.validation.tensors[1])
+    assert counts.min() >= 34 and counts.max() <= 37  # stratified
+    with pytest.raises(ValueError, match="batch_size=0"):
+        Digits(batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "last"), [("constant", 0.1), ("cosine", 0.1 * 0.00616), ("ramp", 0.1 * 30 ** (19 / 1000))]
+)
+def test_schedules(schedule, last):
+    rates = []
+
+    class Rates(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    trainer = pl.Trainer(
+        max_steps=20, max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[Rates()], accelerator="cpu", num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(ResidualNet(schedule=schedule), Digits())
+    assert len(rates) == 20 and rates[0] == 0.1 and rates[-1] == pytest.approx(last, rel=1e-2)
+
+
+def test_residual_block():
+    x = torch.randn(3, 8)
+    block = ResidualBlock(8)
+    assert torch.equal(block(x), x + block.branch(x))
+
+
+@pytest.mark.parametrize("settings", [{"schedule": "linear"}, {"ramp": 0.0}])
+def test_bad_settings(settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=name):
+        ResidualNet(**settings)

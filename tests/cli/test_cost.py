@@ -1,0 +1,91 @@
+"""What ``lsp-callbacks cost`` says, and that it leaves nothing behind."""
+
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+from harness import Model, data, trainer
+
+from lsp_callbacks import StabilityMonitor, Unmeasurable
+from lsp_callbacks.cli.cost import Costs, measure
+from lsp_callbacks.cli.main import main
+
+CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lsp-callbacks"])
+
+
+def test_the_command_prints_a_table_and_leaves_no_file(tmp_path, capsys):
+    assert main(["cost", "--config", str(CONFIG)]) == 0
+    text = capsys.readouterr().out
+    for name in ("spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", "together"):
+        assert re.search(rf"{name}.*\d\.\d.*\d\.\d.*B", text), name
+    assert "one measurement in 10 steps" in text  # of the configuration
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_cannot_be_found_is_said_in_one_line(capsys):
+    assert (
+        main(["cost", "--config", str(CONFIG), "--data.batch_size", "1000", "--trainer.limit_train_batches", "0"]) == 1
+    )
+    assert capsys.readouterr().err.startswith("lsp-callbacks cost: ")
+
+
+def test_costs_agree_with_the_monitors_own():
+    """The period that a real run finds."""
+    found = measure(trainer(), Model(), StabilityMonitor("default"), train_dataloaders=data())
+    real = StabilityMonitor("default")
+    trainer(real, max_steps=30).fit(Model(), data())
+    assert found.period == real.monitor.period and found.total == pytest.approx(real.monitor.cadence.cost)
+    assert found.gradients.keys() == found.seconds.keys() == found.memory.keys() == real.monitor.quantities.keys()
+    assert sum(found.gradients.values()) > found.total > max(found.gradients.values())  # they share
+    assert 0 < found.step < 1 and all(0 < one < 5 for one in found.seconds.values())
+    assert found.memory["sharpness"] > found.memory["spectral_norm"] > 0
+
+
+def test_what_needs_more_steps_has_not_failed():
+    monitor = StabilityMonitor(["dissipation", "spectral_norm"])
+    costs = measure(trainer(), Model(), monitor, train_dataloaders=data())
+    assert costs.waiting == ["dissipation"] and costs.seconds.keys() == {"spectral_norm"}
+    assert 0 < costs.gradients["dissipation"] < 10 and "dissipation looks back" in costs.sentences()[1]
+    assert [*costs.table().columns[2].cells][:2] == ["not yet", f"{1e3 * costs.seconds['spectral_norm']:.1f}"]
+    failed = Costs(gradients={"sharpness": 1.0})
+    assert next(iter(failed.table().columns[2].cells)) == "failed"
+
+
+def test_no_hook_believes_that_training_has_ended():
+    class Ends(Model):
+        ended = False
+
+        def on_train_end(self):
+            self.ended = True
+
+        def configure_callbacks(self):
+            return [Loud()]
+
+    class Loud(pl.Callback):
+        def on_fit_start(self, *args):
+            raise AssertionError("not wanted")
+
+    model = Ends()
+    measure(trainer(), model, StabilityMonitor("economy"), train_dataloaders=data())
+    assert not model.ended and "configure_callbacks" not in vars(model)
+
+
+def test_a_loader_without_batches():
+    with pytest.raises(Unmeasurable, match="too few batches"):
+        measure(trainer(limit_train_batches=0), Model(), StabilityMonitor("economy"), train_dataloaders=data())
+
+
+def test_the_share_of_the_time():
+    costs = Costs(step=0.01, seconds={"a": 0.03, "b": 0.07}, period=100, budget=0.05)
+    assert costs.share == pytest.approx(0.1 / 1.1) and not math.isnan(costs.share)
+    assert "every_n_steps=200 would take 5%" in costs.sentences()[0]

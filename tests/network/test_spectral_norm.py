@@ -1,0 +1,270 @@
+import math
+
+import pytest
+import torch
+from problems import (
+    CONVOLUTION_NORM,
+    FEEDFORWARD,
+    KERNEL,
+    RESHAPED_KERNEL_NORM,
+    Regression,
+    close,
+    f64,
+    random,
+    seeded,
+)
+from scipy.sparse.linalg import svds
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils import spectral_norm as hooked_spectral_norm
+from transformers.pytorch_utils import Conv1D
+
+from lsp_callbacks import Snapshot, SpectralNorm
+from lsp_callbacks.functional import log_sum, spectral_norm
+from lsp_callbacks.linalg import from_matrix, lyapunov_exponents
+from lsp_callbacks.operators import weight_operators
+from lsp_callbacks.step.replay import MicroBatch, Shadow, replayer
+from lsp_callbacks.step.snapshot import Call
+
+norm2 = torch.linalg.matrix_norm
+
+#: layer and the shape of one input.
+MAPS = {
+    "linear": (nn.Linear(5, 3), (5,)),
+    "linear_wide": (nn.Linear(3, 7, bias=False), (3,)),
+    "one_number": (nn.Linear(1, 1), (1,)),
+    "transformers_conv1d": (Conv1D(4, 6), (6,)),
+    "conv1d": (nn.Conv1d(2, 3, 3), (2, 7)),
+    "conv1d_same": (nn.Conv1d(2, 3, 3, padding="same", dilation=2), (2, 7)),
+    "conv2d": (nn.Conv2d(2, 3, 3, stride=2, padding=1), (2, 6, 5)),
+    "conv2d_groups": (nn.Conv2d(4, 6, 3, groups=2, padding=(1, 0)), (4, 5, 5)),
+    "conv2d_dilated": (nn.Conv2d(1, 2, 2, dilation=(2, 1), bias=False), (1, 6, 5)),
+    "conv2d_depthwise": (nn.Conv2d(3, 3, 3, groups=3, padding=1), (3, 4, 4)),
+    "conv2d_pointwise": (nn.Conv2d(3, 5, 1), (3, 4, 4)),
+    "conv3d": (nn.Conv3d(1, 2, 2, stride=(1, 2, 1)), (1, 3, 4, 3)),
+    **{
+        f"conv2d_{mode}": (nn.Conv2d(2, 2, 3, padding=1, stride=2, padding_mode=mode), (2, 5, 5))
+        for mode in ("reflect", "replicate", "circular")
+    },
+    "transposed1d": (nn.ConvTranspose1d(2, 3, 3, stride=2), (2, 5)),
+    "transposed2d": (nn.ConvTranspose2d(4, 2, 3, stride=2, padding=1, output_padding=1, groups=2), (4, 4, 4)),
+    "transposed3d": (nn.ConvTranspose3d(1, 2, 2, dilation=2), (1, 3, 3, 2)),
+}
+
+
+def materialised(layer: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
+    """Brute force: the layer itself on every unit vector, less what it makes of zero."""
+    units = torch.eye(math.prod(shape), dtype=f64).reshape(-1, *shape)
+    with torch.no_grad():
+        return (layer(units) - layer(torch.zeros_like(units))).flatten(1).T
+
+
+# One layer ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_norm_is_that_of_the_map_that_the_layer_applies(name):
+    layer, shape = MAPS[name]
+    layer = seeded(layer)
+    A = materialised(layer, shape)
+    operator = weight_operators(layer, Call(shape, None))[""]
+    close(operator.dense(), A, 1e-13)
+    x, y = random(A.shape[1], seed=1), random(A.shape[0], seed=2)
+    close((operator @ x) @ y, x @ (operator.T @ y), 1e-12)
+
+    found = spectral_norm(layer, shape, steps=200, tol=1e-8)[""]
+    assert found.converged
+    close(found.value, norm2(A, 2), 1e-12)
+    if min(A.shape) > 1:
+        (theirs,) = svds(A.numpy(), k=1, return_singular_vectors=False)
+        close(found.value, theirs, 1e-10)
+    close(spectral_norm(layer, (9, *shape))[""].value, found.value, 1e-2)  # a batch axis changes nothing
+
+
+@pytest.mark.parametrize("mode, stride", CONVOLUTION_NORM)
+def test_a_convolution_is_not_its_reshaped_kernel(mode, stride):
+    layer = nn.Conv2d(1, 1, 3, padding=1, stride=stride, padding_mode=mode, bias=False).double()
+    layer.weight.data[0, 0] = KERNEL
+    value = spectral_norm(layer, (1, 8, 8), steps=64, tol=1e-10)[""].value
+    close(value, CONVOLUTION_NORM[mode, stride], 1e-9)
+    close(norm2(KERNEL.reshape(1, 9), 2), RESHAPED_KERNEL_NORM, 1e-12)
+    assert value > 1.1 * RESHAPED_KERNEL_NORM
+
+
+def test_circular_padding_agrees_with_the_transfer_function():
+    """Sedghi et al. 2019: at stride 1 the singular values are those of the kernel's 2-D Fourier transform."""
+    layer = seeded(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"))
+    transfer = torch.fft.fft2(layer.weight.detach(), s=(8, 8)).permute(2, 3, 0, 1)
+    expected = torch.linalg.svdvals(transfer).max()
+    close(spectral_norm(layer, (3, 8, 8), steps=192, tol=1e-10)[""].value, expected, 1e-10)
+
+
+def test_the_norm_of_a_convolution_depends_on_the_size_of_its_input():
+    layer = seeded(nn.Conv2d(1, 1, 3, padding=1))
+    small, large = (spectral_norm(layer, (1, n, n), tol=1e-8)[""].value for n in (2, 12))
+    assert abs(small - large) > 0.05 * large
+    with pytest.raises(ValueError, match="input_shape"):
+        spectral_norm(layer)
+
+
+def test_a_transposed_convolution_that_was_asked_for_another_size():
+    layer = seeded(nn.ConvTranspose1d(1, 1, 3, stride=2, padding=1))
+    for size in (9, 10):
+        A = torch.stack([layer(e[None, None], output_size=[size])[0, 0] for e in torch.eye(5, dtype=f64)], 1).detach()
+        A = A - layer.bias.detach()
+        found = spectral_norm(layer, (1, 5), output_shape=(1, 1, size), tol=1e-10)[""].value
+        close(found, norm2(A, 2), 1e-12)
+
+
+@pytest.mark.parametrize("dims", [{}, {"kdim": 3, "vdim": 5}], ids=["packed", "separate"])
+def test_attention_projections(dims):
+    layer = seeded(nn.MultiheadAttention(4, 2, batch_first=True, **dims))
+    separate = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+    weights = separate if dims else layer.in_proj_weight.split(4)
+    found = spectral_norm(layer, steps=10, tol=1e-10)
+    assert list(found) == ["q", "k", "v", "out_proj"]
+    for pair, weight in zip(found.values(), [*weights, layer.out_proj.weight]):
+        close(pair.value, norm2(weight.detach(), 2), 1e-12)
+
+
+def test_embedding_is_the_transpose_of_its_table():
+    layer = seeded(nn.Embedding(7, 3))
+    (operator,) = weight_operators(layer, Call((4,), None)).values()
+    one_hot = torch.eye(7, dtype=f64)
+    for i in range(7):
+        close(operator @ one_hot[i], layer(torch.tensor(i)).detach(), 0)
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.spectral_norm, hooked_spectral_norm, parametrizations.weight_norm])
+@pytest.mark.parametrize("kind, sizes, shape", [(nn.Linear, (4, 3), (4,)), (nn.Conv2d, (1, 2, 3), (1, 5, 5))])
+def test_parametrised_weights_are_read_as_applied_and_not_moved(wrap, kind, sizes, shape):
+    layer = wrap(kind(*sizes)).double()
+    for _ in range(3):
+        layer(random(2, *shape))
+    layer.eval()
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    found = spectral_norm(layer, shape, steps=50, tol=1e-10)[""].value
+    close(found, norm2(materialised(layer, shape), 2), 1e-12)
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("layer, shape", [(nn.Linear(3, 2), (3,)), (nn.Conv2d(1, 1, 3), (1, 4, 4))], ids=repr)
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_degenerate_weights(layer, shape, value):
+    nn.init.constant_(layer.weight, value)
+    found = spectral_norm(layer, shape)[""]
+    assert float(found.value) == pytest.approx(value, nan_ok=True)
+    assert float(found.residual) == pytest.approx(value, nan_ok=True)
+    assert found.converged is (value == 0.0)
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_lower_precision(dtype, tol):
+    layer = seeded(nn.Linear(20, 10)).to(dtype)
+    exact = norm2(layer.weight.detach().double(), 2)
+    close(spectral_norm(layer, steps=20, tol=1e-4)[""].value, exact, tol * exact)
+
+
+def test_a_module_without_a_linear_part_is_refused():
+    for module in (nn.ReLU(), nn.LayerNorm(3), nn.LSTM(2, 2)):
+        with pytest.raises(ValueError, match=type(module).__name__):
+            spectral_norm(module)
+
+
+# All layers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FEEDFORWARD)
+def test_the_product_bound_and_what_really_happens(name):
+    case = FEEDFORWARD[name]
+    layers = []
+    for W in case.layers:
+        layers.append(nn.Linear(2, 2, bias=False).double())
+        layers[-1].weight.data = W
+    norms = [spectral_norm(layer, tol=1e-10)[""].value for layer in layers]
+    close(log_sum(norms) / len(layers), case.bound, 1e-12)
+    product = torch.linalg.multi_dot(case.layers[::-1])
+    close(norm2(product, 2).log() / len(layers), case.actual, 1e-12)
+    rates = lyapunov_exponents([from_matrix(W) for W in case.layers], torch.eye(2, dtype=f64)).mean(0)
+    close(rates.sum(), torch.linalg.det(product).abs().log() / len(layers), 1e-12)
+    assert rates.max() <= case.actual + 1e-12 <= case.bound + 2e-12
+
+
+class Model(nn.Module):
+    """Every kind of layer that needs care: tied, not called, wrapped, called as a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(6, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.normed = parametrizations.spectral_norm(nn.Linear(4, 4))
+        self.hooked = hooked_spectral_norm(nn.Linear(4, 4))
+        self.convolution = nn.Conv1d(4, 4, 3, padding=1)
+        self.unused = nn.Linear(2, 2)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.table.weight
+        self.twin = parametrizations.spectral_norm(nn.Linear(4, 4))
+        self.twin.parametrizations.weight.original = self.normed.parametrizations.weight.original
+
+    def forward(self, tokens):
+        x = self.table(tokens)
+        x = self.twin(self.hooked(self.normed(self.attention(x, x, x, need_weights=False)[0])))
+        return self.head(self.convolution(x.mT).mT)
+
+
+def model(length: int = 5) -> tuple[Regression, Snapshot]:
+    """The model after a forward pass, which moved the vectors of its power iterations, and that step."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(6, (3, length), generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        problem = Regression(Model().double(), tokens, torch.zeros(3, 1, 1, dtype=f64))
+    shadow = Shadow(problem)
+    replay = replayer(shadow, [MicroBatch(None, lambda module, batch: module())])
+    return problem, Snapshot(step=0, module=shadow.module, replay=replay, loss=problem().detach())
+
+
+def test_every_layer_that_the_step_called_is_measured_once():
+    (problem, snapshot), metric = model(), SpectralNorm()
+    metric.update(snapshot)
+    values, net = metric.compute(), problem.net
+    expected = {
+        "table": net.table.weight,
+        **{f"attention.{k}": w for k, w in zip("qkv", net.attention.in_proj_weight.chunk(3))},
+        "attention.out_proj": net.attention.out_proj.weight,
+        "normed": net.eval().normed.weight,
+        "hooked": net.hooked.weight,
+        "convolution": materialised(net.convolution, (4, 5)),
+    }
+    prefix = "stability/spectral_norm/net."
+    assert {k.removeprefix(prefix) for k in values if k.startswith(prefix)} == set(expected)
+    norms = {name: norm2(w.detach(), 2) for name, w in expected.items()}
+    for name, norm in norms.items():
+        close(values[prefix + name], norm, 1e-2)
+        assert values[prefix + name] <= norm * (1 + 1e-9)
+    close(values["stability/spectral_norm_max"], max(norms.values()), 1e-2)
+    close(values["stability/spectral_log_sum"], log_sum(list(norms.values())), 1e-2)
+    close(values["stability/embedding_row_norm/net.table"], net.table.weight.detach().norm(dim=1).max(), 1e-12)
+    assert 0 <= values["stability/spectral_norm_residual"] < 1e-2
+
+
+def test_a_measurement_starts_from_the_last_and_survives_another_input_size():
+    metric = SpectralNorm()
+    for length in (5, 5, 8):
+        problem, snapshot = model(length)
+        metric.update(snapshot)
+        A = materialised(problem.net.convolution, (4, length))
+        close(metric.compute()["stability/spectral_norm/net.convolution"], norm2(A, 2), 1e-2)
+
+
+def test_layers_can_be_chosen():
+    metric = SpectralNorm(layers=["net.h*", nn.Conv1d])
+    metric.update(model()[1])
+    chosen = {k.split(".")[-1] for k in metric.compute() if "spectral_norm/" in k}
+    assert chosen == {"hooked", "head", "convolution"}
+
+
+def test_nothing_to_measure_gives_nothing():
+    problem, metric = Regression(nn.Tanh(), random(2, 2), random(2, 2)), SpectralNorm()
+    metric.update(Snapshot(step=0, module=problem, replay=problem))
+    assert metric.compute() == {}

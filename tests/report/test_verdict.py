@@ -1,0 +1,201 @@
+"""What is said at the end of a run, as data: of made-up runs, and of real ones at the default cadence."""
+
+import math
+from functools import partial
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from harness import fit
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lsp_callbacks import Curve, Fault, StabilityMonitor, StopOnInstability
+from lsp_callbacks.monitor.losses import LossRecord, Told
+from lsp_callbacks.report import Run, Verdict, judge, sentence
+
+NAN = math.nan
+FALLS, FLAT = [2.3 * 0.98**k for k in range(400)], [2.3] * 400
+RISES = [1.0] * 200 + [1.0 + 0.02 * k for k in range(200)]
+
+
+def history(courant, exponent=(), steps=(0, 130, 260, 390), **others):
+    curves = {"courant": courant, "lyapunov": exponent} | others
+    return {f"stability/{k}": Curve(list(steps[: len(v)]), list(v)) for k, v in curves.items() if v}
+
+
+def losses(values):
+    record = LossRecord()
+    for step, value in enumerate(values):
+        record.add(Told(step, value))
+    return record
+
+
+STABLE, ABOVE = history([0.4] * 4, [-0.2] * 4), history([0.5, 1.5, 2.0, 4.0], [-0.2, 0.1, 0.2, 0.3])
+EDGE, APART = history([1.0] * 4, [-0.05] * 4), history([0.2] * 4, [0.3] * 4)
+EARLY = history([0.4], [-0.2])
+
+
+@pytest.mark.parametrize(
+    "curves, values, settings, state, cause, advice",
+    [
+        (STABLE, FALLS, {}, "stable", "exponent", "nothing to do"),
+        (STABLE, FALLS, {"event": 100}, "recovered", "event", "see that the loss has recovered"),
+        (STABLE, FALLS, {"event": 100, "stop": 200, "reason": "why"}, "unstable", "stop", "lower the learning rate"),
+        (STABLE, FLAT, {}, "not learning", "loss", "compare it with a tenth"),
+        (STABLE, RISES, {}, "risen", "loss", "every_n_steps=20"),
+        (STABLE, [*FALLS[:-1], NAN], {}, "not finite", "loss", "lower the learning rate"),
+        (STABLE, [*FALLS[:-9], math.inf, *FALLS[-8:]], {}, "stable", "exponent", "has recovered"),
+        (STABLE, FALLS[:40], {"step": 40}, "stable", "exponent", "60 steps are too few"),
+        (STABLE, [], {}, "stable", "exponent", "nobody has told it"),
+        (STABLE, FALLS, {"fault": Fault(7, "forward", operation="aten.log")}, "not finite", "fault", "clamp"),
+        (ABOVE, FALLS, {}, "unstable", "exponent", "divide the learning rate by 2.5"),
+        (ABOVE, FLAT, {}, "not learning", "loss", "divide the learning rate by 2.5"),
+        (ABOVE, RISES, {}, "unstable", "exponent", "divide the learning rate by 2.5"),
+        (ABOVE, [*FALLS[:-1], NAN], {}, "not finite", "loss", "divide the learning rate by 2.5"),
+        (EDGE, FALLS, {}, "edge", "exponent", "as long as the loss falls"),
+        (EDGE, RISES, {}, "unstable", "loss", "divide the learning rate by 1.2"),
+        (APART, FALLS, {}, "contradictory", "contradiction", None),
+        (APART, FLAT, {}, "not learning", "loss", None),
+        (EARLY, FALLS, {}, "unknown", "age", "every_n_steps=20"),
+        (EARLY, FALLS, {"event": 9}, "unknown", "age", "every_n_steps=20"),
+        (EARLY, RISES, {}, "risen", "loss", "measure more often"),
+        ({}, FALLS, {}, "unknown", "not measured", "measure more often"),
+        (history([], courant_gd=[0.4] * 4), FALLS, {}, "stable", "courant", "nothing to do"),  # the probes never full
+        (history([], courant_gd=[4.0] * 4), FALLS, {}, "unstable", "courant", "divide"),
+        (history([NAN], courant_gd=[4.0] * 4), FALLS, {}, "unstable", "courant", "divide"),
+        (history([0.4, 0.4, NAN, NAN], [-0.2] * 4), FALLS, {}, "unknown", "failed", "warning"),
+        (history([0.4] * 4, collapsed=[0.0, 0.0, 1.0, 1.0]), FLAT, {}, "collapsed", "collapse", "lower learning rate"),
+        (history([0.4], collapsed=[0.5]), FLAT, {}, "collapsed", "collapse", "lower learning rate"),
+        (history([0.4] * 4, [-0.2] * 4, collapsed=[0.0, 0.0, 0.0, 0.5]), FALLS, {}, "unknown", "collapse", "measure"),
+        (history([0.4] * 4, [-0.2] * 4, collapsed=[0.0, 0.5, 0.0, 0.0]), FLAT, {}, "not learning", "loss", "compare"),
+    ],
+)  # fmt: skip
+def test_the_state_by_gravity(curves, values, settings, state, cause, advice):
+    verdict = judge(Run(curves, **{"step": 399, "losses": losses(values)} | settings))
+    assert (verdict.state, verdict.cause) == (state, cause)
+    assert not verdict.advice if advice is None else advice in verdict.advice
+    said = sentence(verdict)
+    assert said.startswith("lsp_callbacks: ") and said.endswith(".") and "\n" not in said and "nan," not in said
+    assert (verdict.advice or "no advice") in said
+    calm = not settings and state == "stable" and values == FALLS
+    assert ("nothing to do" in said) == calm and (not calm or verdict.calm)
+    for step in (settings.get("event"), settings.get("stop")):
+        assert step is None or f"step {step}" in said
+    assert ("contradict" in said) == (curves is APART)
+
+
+def test_nothing_is_calm_that_could_be_worse():
+    """Each fact that is added to a calm run makes it graver, never calmer."""
+    calm = Run(STABLE, step=399, losses=losses(FALLS))
+    assert judge(calm).calm
+    seen = [{"losses": losses(values)} for values in (FLAT, RISES, [NAN])]
+    for worse in ({"event": 3}, {"stop": 3, "reason": "why"}, {"step": 9999}, {"history": {}},
+                  {"fault": Fault(3, "batch")}, *seen):  # fmt: skip
+        verdict = judge(Run(**{**vars(calm), **worse}))
+        assert not verdict.calm and "nothing to do" not in sentence(verdict)
+
+
+def test_a_verdict_cannot_be_changed():
+    verdict = judge(Run(STABLE))
+    with pytest.raises(AttributeError):
+        verdict.state = "stable"
+    with pytest.raises(TypeError):
+        verdict.evidence["courant"] = 0.1
+    assert Verdict("stable", "courant").advice == ""
+
+
+# -- real runs, at the default cadence ------------------------------------------------------------------------------
+
+torch.manual_seed(3)
+X = torch.randn(8, 5)
+Y = X @ torch.randn(5, 1)
+SHARPNESS = float(torch.linalg.eigvalsh(2 / 8 * X.T @ X)[-1])
+T, R = nn.Tanh, nn.ReLU
+
+
+class Task(pl.LightningModule):
+    def __init__(self, net, optimizer, loss, schedule=None):
+        super().__init__()
+        self.net, self.optimizer, self.criterion, self.schedule = net, optimizer, loss, schedule
+
+    def training_step(self, batch, batch_idx):
+        return self.criterion(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        optimizer = self.optimizer(self.parameters())
+        if self.schedule is None:
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def quadratic(factor, schedule=None):
+    sgd = partial(torch.optim.SGD, lr=factor / SHARPNESS)
+    return lambda: Task(nn.Linear(5, 1, bias=False), sgd, F.mse_loss, schedule), DataLoader(TensorDataset(X, Y), 8)
+
+
+def one_hot(outputs, target):
+    return F.mse_loss(outputs, F.one_hot(target, 10).float())
+
+
+def digits(act, optimizer, loss=F.cross_entropy, schedule=None):
+    def make():
+        net = nn.Sequential(nn.Linear(64, 64), act(), nn.Linear(64, 64), act(), nn.Linear(64, 10))
+        return Task(net, optimizer, loss, schedule)
+
+    images, labels = load_digits(return_X_y=True)
+    data = TensorDataset(torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels))
+    return make, DataLoader(data, 64, shuffle=True)
+
+
+def sgd(lr, momentum=0.0):
+    return partial(torch.optim.SGD, lr=lr, momentum=momentum)
+
+
+#: What is run, for how many steps, until when it must have been stopped (None: must not), and states that are true.
+ENDS = {
+    "GD, 1.5 / L": (quadratic(1.5), 300, None, {"unknown"}),
+    "GD, 2.05 / L": (quadratic(2.05), 300, 210, {"unstable"}),
+    "GD, 2.5 / L": (quadratic(2.5), 300, 210, {"unstable", "not finite"}),
+    "GD, 10 / L": (quadratic(10.0), 300, 60, {"unstable", "not finite"}),
+    "tanh, SGD 3": (digits(T, sgd(3.0)), 300, 60, {"unstable"}),
+    "tanh, SGD 10": (digits(T, sgd(10.0)), 300, 60, {"unstable"}),
+    "ReLU, SGD 10": (digits(R, sgd(10.0)), 300, 60, {"unstable"}),
+    "tanh, squared loss, SGD 10": (digits(T, sgd(10.0), one_hot), 300, 60, {"unstable", "not finite"}),
+}
+SLOW = {
+    "tanh, SGD 1": (digits(T, sgd(1.0)), 600, None, {"unknown"}),  # comes back from a loss of 25
+    "ReLU, SGD 1": (digits(R, sgd(1.0)), 600, None, {"risen", "not learning", "unknown"}),
+    "ReLU, SGD 3": (digits(R, sgd(3.0)), 600, None, {"not learning", "unstable"}),  # at chance: 2.3
+    "ReLU, momentum, SGD 0.3": (digits(R, sgd(0.3, 0.9)), 600, None, {"unknown", "risen"}),
+    "ReLU, momentum, SGD 1": (digits(R, sgd(1.0, 0.9)), 600, None, {"not learning"}),  # at chance
+    "ReLU, Adam 0.1": (digits(R, partial(torch.optim.Adam, lr=0.1)), 600, None, {"unknown", "risen"}),
+    "ReLU, Adam 1": (digits(R, partial(torch.optim.Adam, lr=1.0)), 600, None, {"not learning"}),  # read once, at step 1
+    "tanh, squared loss, SGD 1": (digits(T, sgd(1.0), one_hot), 600, None, {"unknown"}),
+    "ramp over 600": (digits(R, sgd(0.05), schedule=lambda t: 1000 ** (t / 600)), 600, 590, {"unstable", "not finite"}),
+    "quadratic ramp": (quadratic(0.5, lambda t: 20 ** (t / 1000)), 1000, 990, {"unstable", "not finite"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*ENDS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_the_end_of_a_real_run(name):
+    (make, loader), steps, until, states = (ENDS | SLOW)[name]
+    monitor, stop = StabilityMonitor(), StopOnInstability(verbose=False)
+    run = fit(make, monitor, stop, loader=loader, max_steps=steps, max_epochs=-1)
+    verdict = monitor.verdict
+    assert verdict.state in states, verdict
+    assert (stop.stop_step is None) == (until is None)
+    assert until is None or run.global_step <= until
+    said = sentence(verdict)
+    assert "nothing to do" not in said  # the last reading is some hundred steps old, or the run has failed
+    assert verdict.state != "unknown" or "every_n_steps=" in verdict.advice
+
+
+def test_a_network_that_died_at_once_is_told_where_it_is_measured():
+    make, loader = digits(R, partial(torch.optim.Adam, lr=1.0))
+    monitor, stop = StabilityMonitor(["sgd_stability"], every_n_steps=20), StopOnInstability(verbose=False)
+    fit(make, monitor, stop, loader=loader, max_steps=120, max_epochs=-1)
+    assert monitor.verdict.state == "collapsed" and stop.stop_step <= 80 and "collapsed" in stop.reason

@@ -1,0 +1,245 @@
+"""A step can be run again, from the same state, and nothing of the original moves."""
+
+import copy
+import random
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from harness import MEASURED, data, mlp
+from torch import nn
+from torch.nn.utils import spectral_norm
+
+from lsp_callbacks.step.replay import MicroBatch, RandomState, Shadow, copied, replayer, untouched
+from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, displaced, flatten, split
+
+
+def net():
+    torch.manual_seed(0)
+    module = mlp(nn.BatchNorm1d(5), nn.Dropout(0.5))
+    module.calls, module.plain = [], {"depth": [1, 2]}
+    return module
+
+
+def draws():
+    return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+
+
+X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+
+
+# -- Shadow --------------------------------------------------------------------------------------------------------
+
+
+def test_a_shadow_shares_the_parameters_and_nothing_else():
+    module = net()
+    shadow = Shadow(module).reset()
+    assert all(a is b for a, b in zip(module.parameters(), shadow.parameters(), strict=True))
+    before = copy.deepcopy(module.state_dict())
+    shadow(X), shadow.calls.append(1), shadow.plain["depth"].append(3), shadow.eval()
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), module.state_dict().values()))
+    assert (module.calls, module.plain, module.training) == ([], {"depth": [1, 2]}, True)
+
+
+def test_reset_takes_everything_back():
+    shadow = Shadow(net())
+    module = shadow.reset()
+    before = copy.deepcopy(module.state_dict())
+    module(X), module.calls.append(1), module.plain["depth"].append(3), module.eval()
+    module.new, module.calls = "attribute", None
+    module.register_buffer("late", torch.ones(1))
+    module[3] = nn.Identity()
+    again = shadow.reset()
+    assert again is module and again.state_dict().keys() == before.keys()
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), again.state_dict().values()))
+    assert (again.calls, again.plain, again.training) == ([], {"depth": [1, 2]}, True)
+    assert not hasattr(again, "new") and isinstance(again[3], nn.Tanh)
+
+
+def test_what_modules_share_stays_shared():
+    module = net()
+    module[0].calls = module.calls
+    module[0].owner = [module]
+    shadow = Shadow(module)
+    for _ in range(2):
+        again = shadow.reset()
+        assert again[0].calls is again.calls == [] and again[0].owner[0] is again
+        again.calls.append(1)
+
+
+def test_function_hooks_stay_behind_and_hook_objects_come_along():
+    calls = []
+    module = nn.Sequential(spectral_norm(nn.Linear(6, 5)))
+    module[0].register_forward_hook(lambda *_: calls.append(1))
+    module[0].register_full_backward_hook(lambda *_: calls.append(1))
+    shadow = Shadow(module).reset()
+    shadow(X).sum().backward()
+    assert not calls and [type(h).__name__ for h in shadow[0]._forward_pre_hooks.values()] == ["SpectralNorm"]
+    assert len(module[0]._forward_hooks) == 1
+
+
+def test_tensors_in_a_graph_are_copied_by_value():
+    module = net()
+    module.last = {"h": [module[0](X)]}
+    last = Shadow(module).reset().last["h"][0]
+    assert torch.equal(last, module.last["h"][0]) and last.grad_fn is None and module.last["h"][0].grad_fn is not None
+
+
+def test_data_are_shared():
+    module, owner = net(), object()
+    module.loaders, module.owner = {"train": data()}, owner
+    shadow = Shadow(module, shared=[owner])
+    for _ in range(2):
+        again = shadow.reset()
+        assert again.loaders["train"] is module.loaders["train"] and again.loaders is not module.loaders
+        assert again.owner is owner
+
+
+def test_what_cannot_be_copied_raises():
+    module = net()
+    module.lock = threading.Lock()
+    with pytest.raises(TypeError, match="lock"):
+        Shadow(module)
+
+
+# -- random state --------------------------------------------------------------------------------------------------
+
+
+def test_random_state_restores_every_source():
+    state = RandomState()
+    first = draws()
+    state.restore()
+    assert draws() == first
+
+
+def test_untouched_restores_the_random_state_after_an_error():
+    module, state = net(), RandomState()
+    expected = draws()
+    state.restore()
+    with pytest.raises(KeyError), untouched(module):
+        draws()
+        raise KeyError
+    assert draws() == expected
+
+
+def test_untouched_switches_parameter_hooks_off_and_on_again():
+    module, calls = net(), []
+    module[0].weight.register_hook(lambda gradient: calls.append(1))
+    with untouched(module):
+        torch.autograd.grad(module[0].weight.sum(), module[0].weight)
+    assert not calls
+    torch.autograd.grad(module[0].weight.sum(), module[0].weight)
+    assert calls == [1]
+
+
+def test_untouched_forbids_the_original():
+    module = net()
+    with untouched(module):
+        Shadow(module).reset()(X)
+        with pytest.raises(Unmeasurable, match="the original"):
+            module[0](X)
+    module(X)
+
+
+# -- the replay ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [[X, 1], {"x": X, "more": (X, None)}, SimpleNamespace(x=X), X])
+def test_batches_are_copied_in_depth(batch):
+    def leaf(b):
+        return b if isinstance(b, torch.Tensor) else b.x if isinstance(b, SimpleNamespace) else next(
+            v for v in (b.values() if isinstance(b, dict) else b) if isinstance(v, torch.Tensor)
+        )  # fmt: skip
+
+    copy_of = copied(batch)
+    assert type(copy_of) is type(batch) and torch.equal(leaf(copy_of), X)
+    assert leaf(copy_of).data_ptr() != X.data_ptr()
+
+
+def step(module, batch):
+    batch.mul_(0.5)
+    module.calls.append(1)
+    noise = float(np.random.rand()) + random.random()
+    return (module(batch) + noise).square().mean() * len(module.calls)
+
+
+def test_replays_equal_the_step_to_the_last_bit():
+    module, batch = net(), X.clone()
+    replay = replayer(Shadow(module), [MicroBatch(batch.clone(), step)])
+    loss = step(module, batch)
+    for _ in range(3):
+        draws()
+        assert torch.equal(replay(), loss)
+
+
+# -- Snapshot ------------------------------------------------------------------------------------------------------
+
+
+def snapshot(loss=1.0, replayed=1.0, **settings):
+    module = nn.Linear(2, 1, bias=False)
+    return Snapshot(
+        step=3, module=module, loss=None if loss is None else torch.tensor(loss),
+        replay=lambda: module.weight.sum() * 0 + replayed, **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "snap, reason",
+    [
+        (snapshot(), None),
+        (snapshot(loss=None, replayed=2.0), None),
+        (snapshot(replayed=1.0 + 1e-6), "could not be replayed: step 3"),
+        (snapshot(replayed=1.0 + 1e-6, tolerance=1e-5), None),
+        (snapshot(replayed=1.001, tolerance=1e-5), "could not be replayed"),
+        (snapshot(replayed=float("nan"), tolerance=1e-5), "could not be replayed"),
+        (snapshot(loss=float("nan")), "not finite"),
+        (snapshot(loss=float("inf"), replayed=float("inf")), "not finite"),
+    ],
+)
+@pytest.mark.parametrize("access", ["calls", "faithful"])
+def test_a_replay_must_give_the_loss_of_the_step(snap, reason, access):
+    if reason is None:
+        getattr(snap, access)
+    else:
+        with pytest.raises(Unmeasurable, match=reason):
+            getattr(snap, access)
+
+
+def test_calls_keep_what_is_asked_for_and_leave_no_hook():
+    module = net()
+    snap = Snapshot(0, module, replay=lambda: module(X).sum(), keep=lambda name, m: name == "0")
+    assert snap.calls["0"].args[0].equal(X) and snap.calls["0"].output_shape == (8, 5)
+    assert snap.calls["1"].args == () and snap.calls["1"].input_shape == (8, 5)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def test_generators_are_private_and_keyed():
+    module = nn.Linear(1, 1)
+
+    def draw(seed, step, key):
+        return torch.rand(4, generator=Snapshot(step, module, lambda: None, seed=seed).generator(key)).tolist()
+
+    before = torch.get_rng_state()
+    keys = [(0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b")]
+    assert len({tuple(draw(*key)) for key in keys}) == 4 and draw(*keys[0]) == draw(*keys[0])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_tied_and_frozen_parameters_count_once_or_not():
+    module = MEASURED["tied"]().net
+    module[0].bias.requires_grad_(False)
+    parameters = Snapshot(0, module, lambda: None).parameters
+    assert list(parameters) == ["0.weight", "2.bias", "3.weight", "3.bias"]
+
+
+def test_displaced_puts_every_bit_back():
+    parameters = list(net().parameters())
+    before, versions = [p.detach().clone() for p in parameters], [p._version for p in parameters]
+    direction = torch.randn(sum(p.numel() for p in parameters))
+    with pytest.raises(KeyError), displaced(parameters, direction, 0.1):
+        assert not torch.equal(before[0], parameters[0])
+        raise KeyError
+    assert all(map(torch.equal, before, parameters)) and versions == [p._version for p in parameters]
+    assert torch.equal(flatten(split(direction, parameters), parameters), direction)

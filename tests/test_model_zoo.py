@@ -1,0 +1,137 @@
+"""Each model of the zoo, with every quantity: training unchanged, finite values or a stated reason, the path told."""
+
+import math
+
+import pytest
+from harness import CLASSES, Model, data, fit, unchanged
+from model_zoo import CASES, CURVATURE, Bag, Checkpointed, FirstCheckpointed, Transformer, cnn
+from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
+
+from lsp_callbacks import StabilityMonitor
+from lsp_callbacks.quantities import (
+    PRESETS,
+    REGISTRY,
+    BatchSharpness,
+    Dissipation,
+    LeaveOneOut,
+    LyapunovTrajectory,
+    ProximalStep,
+    SGDLaw,
+    SGDStability,
+    SpectralDensity,
+    StabilityProfile,
+    build,
+)
+
+#: Whose path is that of the Hessian products.
+PRODUCTS = set(CURVATURE) - {"leave_one_out", "stability_profile"}
+
+
+class Short(LyapunovTrajectory):
+    """Two steps, too few for an error bar."""
+
+    window = 2
+
+    def compute(self):
+        return dict(zip(self.keys, (self.growth.mean(), self.growth.std())))
+
+
+def everything(**arguments):
+    """The full preset, with windows that a short run completes; as a preset it leaves out what cannot be measured."""
+    small = (
+        Short(transient=0),
+        BatchSharpness(most=8),
+        SGDStability(probes=8, chains=2, steps=20),
+        Dissipation(),
+        SGDLaw(probes=8, products=3),
+        SpectralDensity(steps=6),
+        LeaveOneOut(2, window=2),
+        StabilityProfile(horizon=2, directions=2, samples=2, probes=8),
+        ProximalStep(steps=1),
+    )
+    short: dict = {q.name: q for q in small}
+    short["lyapunov_trajectory"].window, short["batch_sharpness"].most, short["dissipation"].least = 2, 2, 3
+    settings = {"lyapunov": {"window": 1, "average": 3}}
+    quantities = [short.get(name) or build(name, **settings)[0][0] for name in PRESETS["full"]]
+    monitor = StabilityMonitor(quantities, every_n_steps=1, **arguments)
+    monitor.monitor.named.clear()
+    return monitor
+
+
+def test_every_quantity_is_in_the_suite():
+    """But for that of whole derivatives, which is for small models: see test_clarke_training."""
+    assert set(everything().monitor.quantities) == set(PRESETS["full"]) == set(REGISTRY) - {"clarke_training"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_contract(name, recwarn):
+    case = CASES[name]
+    loader = data(shape=case.shape, **case.loader)
+    callback = everything(**case.monitor)
+    unchanged(case.make, callback, loader=loader, **{"max_steps": 4} | case.trainer)
+    monitor = callback.monitor
+
+    block_free = not case.blocks and "residual_cfl" not in {**case.left_out, **case.failed}
+    left_out = case.left_out | ({"residual_cfl": "no residual block"} if block_free else {})
+    assert {name: reason in callback.skipped.get(name, "") for name, reason in left_out.items()} == dict.fromkeys(
+        callback.skipped, True
+    ), callback.skipped
+    said = [str(w.message) for w in recwarn if "lsp_callbacks" in str(w.message)]
+    reasons = [*case.left_out.values(), *case.failed.values()]
+    assert len(said) == len(set(reasons)) and all(any(reason in one for one in said) for reason in reasons), said
+
+    for quantity in monitor.quantities.values():
+        for key in quantity.keys:
+            curve = callback.history.get(key)
+            if key.endswith(("_lower", "_upper")) and curve is None:  # a bound needs three windows
+                continue
+            assert curve is not None, key
+            finite = [math.isfinite(value) for value in curve.values]
+            assert not any(finite) if quantity.name in case.failed else all(finite), (key, curve.values)
+
+    measured = set(PRESETS["full"]) - set(left_out) - set(case.failed)
+    assert set(callback.paths) == measured
+    allowed = {case.hessian} if isinstance(case.hessian, str) else set(case.hessian)
+    assert {callback.paths[name] for name in PRODUCTS & measured} <= allowed, callback.paths
+    if "sgd_stability" in measured:
+        assert callback.paths["sgd_stability"] == case.kernel
+
+
+def measured(make, **settings):
+    """All curves of a run that is compared with another."""
+    callback = everything()
+    fit(make, callback, loader=data(), **{"max_steps": 3} | settings)
+    return callback.history
+
+
+def test_checkpointed_activations_are_measured_as_those_that_are_kept():
+    kept, plain, reentrant = (measured(lambda r=r: Model(Checkpointed(r, nn.ReLU))) for r in (None, False, True))
+    for key, curve in kept.items():
+        assert curve.values == plain[key].values == reentrant[key].values, key
+
+
+def test_a_reentrant_checkpoint_without_a_gradient_stays_without_one():
+    """Its input needs no gradient, so PyTorch gives none to what is inside."""
+    model = Model(nn.Sequential(FirstCheckpointed(), nn.Linear(5, CLASSES)))
+    history = measured(lambda: model)
+    assert model.net[0].inner[0].weight.grad is None
+    assert "apply" not in vars(CheckpointFunction)  # training has its own back
+    assert all(map(math.isfinite, history["stability/sharpness"].values))
+
+
+def test_sparse_gradients_are_measured_as_dense_ones():
+    """In double precision: their rounding differs, and that of single precision is in differences of gradients."""
+    sparse, dense = (measured(lambda s=s: Model(Bag(s)), precision="64-true") for s in (True, False))
+    for key in ("sharpness", "courant_sgd", "lyapunov", "batch_sharpness", "spectral_norm_max"):
+        key = f"stability/{key}"
+        assert dense[key].values == pytest.approx(sparse[key].values, rel=1e-6), key
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("make", [Model, lambda: Model(Transformer(nn.ReLU())), lambda: Model(cnn())])
+def test_half_precision_costs_two_per_cent(make, precision):
+    full, half = (measured(make, max_steps=2, precision=one) for one in ("32-true", precision))
+    for key in ("sharpness", "batch_sharpness", "spectral_norm_max", "mean_square_lr", "kernel_trace"):
+        key = f"stability/{key}"
+        assert half[key].values[0] == pytest.approx(full[key].values[0], rel=0.02), key
