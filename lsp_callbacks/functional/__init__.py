@@ -1,6 +1,10 @@
 """Pure functions: the definitions of what is measured."""
 
-from lsp_callbacks.functional.curvature.batch_sharpness import BatchSharpness, batch_sharpness, curvature_along_gradient
+from lsp_callbacks.functional.curvature.batch_sharpness import (
+    BatchSharpnessResult,
+    batch_sharpness,
+    curvature_along_gradient,
+)
 from lsp_callbacks.functional.curvature.condition import condition, condition_lower, loss_condition_lower
 from lsp_callbacks.functional.curvature.marchenko_pastur import (
     MarchenkoPastur,
@@ -36,7 +40,7 @@ from lsp_callbacks.functional.sgd.mean_square import (
 from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduce, regularity
 from lsp_callbacks.functional.sgd.moment_exponent import moment_exponent
 from lsp_callbacks.functional.sgd.robbins_monro import PowerLaw, RateDecay, RobbinsMonro, rate_decay, robbins_monro
-from lsp_callbacks.functional.sgd.sgd_law import NoiseFit, SGDLaw, fit_noise, noise_gain, noise_lipschitz, sgd_law
+from lsp_callbacks.functional.sgd.sgd_law import NoiseFit, SGDLawResult, fit_noise, noise_gain, noise_lipschitz, sgd_law
 from lsp_callbacks.functional.sgd.sgd_stability import (
     Exponent,
     finite_time_exponents,
@@ -50,8 +54,8 @@ from lsp_callbacks.functional.sgd.stability_diagram import (
     critical_lr,
     stability_diagram,
 )
-from lsp_callbacks.functional.trajectory.dissipation import Dissipation, dissipation
-from lsp_callbacks.functional.trajectory.leave_one_out import LeaveOneOut, data_response, leave_one_out
+from lsp_callbacks.functional.trajectory.dissipation import DissipationResult, dissipation
+from lsp_callbacks.functional.trajectory.leave_one_out import LeaveOneOutResult, data_response, leave_one_out
 from lsp_callbacks.functional.trajectory.lyapunov import (
     exponent_bounds,
     plane_map,
@@ -74,11 +78,11 @@ from lsp_callbacks.functional.trajectory.training_profile import (
 from lsp_callbacks.linalg import lyapunov_exponents
 
 __all__ = [
-    "BatchSharpness",
+    "BatchSharpnessResult",
     "Box",
     "CriticalRate",
     "DepthProfile",
-    "Dissipation",
+    "DissipationResult",
     "Drift",
     "Edge",
     "Exponent",
@@ -87,7 +91,7 @@ __all__ = [
     "Gains",
     "GeneralizedNorm",
     "GradientNoise",
-    "LeaveOneOut",
+    "LeaveOneOutResult",
     "MarchenkoPastur",
     "MaxNorm",
     "Modes",
@@ -100,7 +104,7 @@ __all__ = [
     "ResidualStability",
     "Ridge",
     "RobbinsMonro",
-    "SGDLaw",
+    "SGDLawResult",
     "Secant",
     "Sensitivity",
     "SoftThreshold",

@@ -17,7 +17,8 @@ from lsp_callbacks.monitor.monitor import Monitor, scalars
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.module_filter import Selection
 from lsp_callbacks.step.criterion import Criterion, ForwardFn, check_pair, population
-from lsp_callbacks.step.snapshot import Clipping, Prox, Unmodelled
+from lsp_callbacks.step.run_context import Prox
+from lsp_callbacks.step.snapshot import Clipping, Unsupported
 
 ITEMS = "num_items_in_batch"
 
@@ -148,7 +149,7 @@ class StabilityCallback(TrainerCallback):
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module.training and torch.is_grad_enabled():
-            with contextlib.suppress(Unmodelled):
+            with contextlib.suppress(Unsupported):
                 loss = _own_loss(output).detach()
                 if loss.ndim == 0:  # otherwise these are outputs, and the loss is computed from them
                     self._losses = [*self._losses[: self.watch.batches - 1], loss]
@@ -178,5 +179,5 @@ def _model_loss(module: nn.Module, batch: Any) -> Tensor:
 def _own_loss(outputs: Any) -> Tensor:
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
     if loss is None:
-        raise Unmodelled("the model returns no loss: one that the Trainer computes outside of it is not modelled")
+        raise Unsupported("the model returns no loss: one that the Trainer computes outside of it is not modelled")
     return loss

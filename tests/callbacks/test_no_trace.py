@@ -3,25 +3,11 @@
 import math
 
 import pytest
-from harness import GRADIENT_CHANGED, LEFT_OUT, MEASURED, REFUSED, unchanged
-
-from lsp_callbacks import StabilityMonitor
+from harness import GRADIENT_CHANGED, LEFT_OUT, MEASURED, REFUSED, finite, with_and_without
 
 UPDATE = {"stability/sharpness", "stability/courant", "stability/courant_gd", "stability/lyapunov"}
 #: Losses that are not the value of one criterion.
 OWN_LOSS = ("metric", "counter", "appends", "sharedlist", "progress", "inplacebatch", "features", "hyperparameters")
-
-
-def with_and_without(make, **settings):
-    monitor = StabilityMonitor("full", every_n_steps=2, window=2)
-    monitor.monitor.quantities["spectral_density"].steps = 6  # its 40 only take time
-    monitor.monitor.quantities["leave_one_out"].window = 4  # of its 20 a run of ten steps has none
-    unchanged(make, monitor, **settings)
-    return monitor
-
-
-def finite(monitor, key):
-    return key in monitor.history and all(map(math.isfinite, monitor.history[key].values))
 
 
 @pytest.mark.parametrize("name", MEASURED)

@@ -12,6 +12,7 @@ from problems import Quadratic, close, f64, freeze, random, symmetric, take
 from lsp_callbacks import Lyapunov, Sharpness
 from lsp_callbacks.functional import edge, sharpness
 from lsp_callbacks.linalg import from_matrix, lanczos, spectrum_bounds
+from lsp_callbacks.step.run_context import RunContext
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import exponent_is_covered
@@ -93,7 +94,9 @@ def test_the_error_bar_is_the_same_where_the_update_is_another_one():
         spectrum[1] = second
         problem.curvature.copy_(q @ torch.diag(spectrum) @ q.T)
         snapshot = freeze(problem, optimizer, step=step)
-        for metric, step_ in zip(metrics, (snapshot, replace(snapshot, disowned="the update is another one", memo={}))):
+        for metric, step_ in zip(
+            metrics, (snapshot, replace(snapshot, run=RunContext(invalidated="the update is another one"), memo={}))
+        ):
             metric.update(step_)
         known, alone = (metric.compute() for metric in metrics)
         assert alone.keys() == {"stability/sharpness", "stability/sharpness_residual"}
@@ -125,7 +128,7 @@ def test_a_courant_number_that_is_not_told_has_no_error_bar():
     optimizer, metric = torch.optim.SGD(groups), Sharpness("exact")
     metric.update(freeze(problem, optimizer))
     assert "stability/courant_gd_residual" in metric.compute()
-    metric.update(freeze(problem, optimizer, step=1, disowned="the update is another one"))
+    metric.update(freeze(problem, optimizer, step=1, invalidated="the update is another one"))
     assert metric.compute().keys() == {"stability/sharpness", "stability/sharpness_residual"}
 
 

@@ -22,7 +22,7 @@ from lsp_callbacks.functional import (
     stability_diagram,
 )
 from lsp_callbacks.linalg import from_matrix, norm, unit
-from lsp_callbacks.operators.network.signal_sizes import signals
+from lsp_callbacks.operators.network.signal_sizes import signal_sizes
 from lsp_callbacks.operators.trajectory.proximal import flat_parameters, update
 from lsp_callbacks.operators.trajectory.update_rules import root
 from lsp_callbacks.quantities import REGISTRY
@@ -93,7 +93,7 @@ def test_cross_entropy_against_dense_matrices(weights, inputs, dtype):
     for name in {name for name, _ in found}:
         metric = REGISTRY[name](**SETTINGS.get(name, {}))
         for step in range(metric.prepare + (8 if name == "batch_sharpness" else metric.window) + 2):
-            metric.update(freeze(task, optimizer, step=step, keep=metric.keeps, probes=probes_of(task)))
+            metric.update(freeze(task, optimizer, step=step, captures_inputs=metric.keeps, probes=probes_of(task)))
             if metric.complete:
                 break
         values = metric.compute()
@@ -258,7 +258,7 @@ def test_signals_and_conditions_in_float32_keep_their_range(scale):
     g = torch.tensor([0.01, 1.0, 1.0])
     close(loss_condition_lower(from_matrix(H), scale * g), loss_condition_lower(from_matrix(H), g), 1e-4)
     task = task_of("tanh", Law("loss", scale), f32)
-    found, plain = signals(freeze(task)), signals(freeze(task_of("tanh", Law("loss", 1.0), f32)))
+    found, plain = signal_sizes(freeze(task)), signal_sizes(freeze(task_of("tanh", Law("loss", 1.0), f32)))
     for one, other in zip(found.layers, plain.layers):
         close(one.back / scale, other.back, 1e-5)
 

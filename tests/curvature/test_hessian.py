@@ -332,7 +332,7 @@ class Halved(SGD):
         (lambda p: torch.optim.NAdam(p), {}, "NAdam is not modelled"),
         (lambda p: Halved(p), {}, "overrides SGD.step"),
         (lambda p: None, {}, "no optimizer"),
-        (lambda p: SGD(p), {"unmodelled": "gradients are clipped"}, "clipped"),
+        (lambda p: SGD(p), {"unsupported": "gradients are clipped"}, "clipped"),
     ],
 )
 def test_what_is_not_modelled_is_refused(optimizer, settings, reason):

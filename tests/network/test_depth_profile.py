@@ -6,8 +6,7 @@ import pytest
 import torch
 from harness import Model, fit
 from model_zoo import Custom
-from problems import FEEDFORWARD, JORDAN, JORDAN_NORMS, close, f64, freeze, matrix, random, seeded
-from test_depth import Functional, Task
+from problems import FEEDFORWARD, JORDAN, JORDAN_NORMS, Functional, Task, close, f64, freeze, matrix, random, seeded
 from torch import nn
 from torch.func import jacrev
 

@@ -23,7 +23,7 @@ from lsp_callbacks import Snapshot, SpectralNorm
 from lsp_callbacks.functional import log_sum, spectral_norm
 from lsp_callbacks.linalg import from_matrix, lyapunov_exponents
 from lsp_callbacks.operators import weight_operators
-from lsp_callbacks.step.replay import MicroBatch, Shadow, replayer
+from lsp_callbacks.step.replay import MicroBatch, ModuleCopy, replayer
 from lsp_callbacks.step.snapshot import Call
 
 norm2 = torch.linalg.matrix_norm
@@ -219,9 +219,9 @@ def model(length: int = 5) -> tuple[Regression, Snapshot]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         problem = Regression(Model().double(), tokens, torch.zeros(3, 1, 1, dtype=f64))
-    shadow = Shadow(problem)
-    replay = replayer(shadow, [MicroBatch(None, lambda module, batch: module())])
-    return problem, Snapshot(step=0, module=shadow.module, replay=replay, loss=problem().detach())
+    module_copy = ModuleCopy(problem)
+    replay = replayer(module_copy, [MicroBatch(None, lambda module, batch: module())])
+    return problem, Snapshot(step=0, module=module_copy.module, replay=replay, loss=problem().detach())
 
 
 def test_every_layer_that_the_step_called_is_measured_once():

@@ -6,11 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from harness import Losses, Model, Rows, data, fit, mlp
+from harness import GoesOn, Losses, Model, Rows, changed_by, data, fit, mlp
 from lightning.fabric import Fabric
 from problems import freeze
 from pytorch_lightning.plugins.precision import MixedPrecision
-from test_faults import GoesOn, with_and_without
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
@@ -189,7 +188,7 @@ def test_lost_share_on_both_sides_of_half_a_step():
 def test_no_update_no_share(without):
     net, x = line(1.0), torch.ones(1, 1)
     optimizer = SGD(net.parameters(), lr=0.1)
-    settings = {"optimizer": {"optimizer": None}, "gradient": {"gradient": None}, "step": {"unmodelled": "a hook"}}
+    settings = {"optimizer": {"optimizer": None}, "gradient": {"gradient": None}, "step": {"unsupported": "a hook"}}
     metric = Numerics()
     metric.update(freeze(net, optimizer, replay=lambda: net(x).sum(), **settings[without]) if without != "optimizer"
                   else freeze(net, None, replay=lambda: net(x).sum()))  # fmt: skip
@@ -300,7 +299,7 @@ def test_the_fault_of_a_run_is_named_at_its_step_and_nothing_is_changed(name):
     monitor = StabilityMonitor(["numerics", "sharpness"], every_n_steps=100)
     monitor.monitor.named.clear()  # as from a preset: LBFGS has no edge
     with pytest.warns(UserWarning, match="lsp_callbacks: step 4 is not finite") as caught:
-        assert not with_and_without(make, monitor, stop=GoesOn(), max_steps=7, **settings)
+        assert not changed_by(make, monitor, stop=GoesOn(), max_steps=7, **settings)
     assert len([w for w in caught if "lsp_callbacks: step" in str(w.message)]) == 1
     fault = monitor.fault
     assert (fault.step, fault.where, fault.operation) == (4, where, operation)
@@ -356,7 +355,7 @@ def test_a_run_that_recovers_goes_on_as_without_us():
     """Its weights stay finite, so that a parameter which a replay had moved would show."""
     monitor = StabilityMonitor(["numerics", "sharpness"], every_n_steps=100)
     with pytest.warns(UserWarning, match="step 4 is not finite"):
-        assert not with_and_without(lambda: Recovers("moves"), monitor, stop=GoesOn(), max_steps=9)
+        assert not changed_by(lambda: Recovers("moves"), monitor, stop=GoesOn(), max_steps=9)
     assert monitor.monitor.ended_by is None
 
 

@@ -285,7 +285,7 @@ def test_refused_without_an_optimizer_or_with_clipping():
     with pytest.raises(Unmeasurable, match="optimizer="):
         frozen_rule(freeze(task))
     with pytest.raises(Unmeasurable, match="clipped"):
-        frozen_rule(freeze(task, SGD(task.parameters(), lr=0.1), unmodelled="gradients are clipped"))
+        frozen_rule(freeze(task, SGD(task.parameters(), lr=0.1), unsupported="gradients are clipped"))
 
 
 def test_before_training_there_is_no_gradient():

@@ -10,8 +10,21 @@ import pytest
 import torch
 from harness import Model, fit
 from model_zoo import Transformer
-from problems import MeanSquare, Regression, close, f64, freeze, random, regression, seeded, take, tanh_mlp, trajectory
-from test_quantities import probes_of, same
+from problems import (
+    MeanSquare,
+    Regression,
+    close,
+    f64,
+    freeze,
+    probes_of,
+    random,
+    regression,
+    same,
+    seeded,
+    take,
+    tanh_mlp,
+    trajectory,
+)
 from torch import nn
 from torch.optim import SGD, Adam
 

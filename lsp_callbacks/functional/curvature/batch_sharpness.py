@@ -13,7 +13,7 @@ from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
 
 
 @dataclass(frozen=True)
-class BatchSharpness:
+class BatchSharpnessResult:
     """Two means over batches of ``g^T H_B g`` and ``||g||^2``, with standard errors.
 
     Attributes:
@@ -57,7 +57,7 @@ def curvature_along_gradient(snapshot: Snapshot, *, method: Method = "auto") -> 
     return torch.stack([curvature * size.square(), size.square()]).cpu()
 
 
-def batch_sharpness(pairs: Tensor) -> BatchSharpness:
+def batch_sharpness(pairs: Tensor) -> BatchSharpnessResult:
     """Means over batches of `curvature_along_gradient`.
 
     Neither mean is the mean-square edge of SGD: for curvatures 1 and 3 at batch size 1 that is 2 / lr = 2.5, and these
@@ -77,7 +77,7 @@ def batch_sharpness(pairs: Tensor) -> BatchSharpness:
     top, below = pairs.double().unbind(-1)
     n = len(pairs)
     ratios, ratio, mean = top / below, top.sum() / below.sum(), below.mean()
-    return BatchSharpness(
+    return BatchSharpnessResult(
         mean_of_ratios=ratios.mean(),
         mean_of_ratios_error=ratios.std() / n**0.5,
         ratio_of_means=ratio,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lsp_callbacks.operators.network.signal_sizes import Sizes
+from lsp_callbacks.operators.network.signal_sizes import LayerSizes
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Gains:
     backward_log: float | None
 
 
-def gains(layers: Sequence[Sizes], path: Sequence[Sizes] | None = None) -> Gains:
+def gains(layers: Sequence[LayerSizes], path: Sequence[LayerSizes] | None = None) -> Gains:
     """Forward and backward gain of each layer, and of the way through all of them.
 
     A gain of 1 keeps the size. Over L layers a gain of g makes ``g^L``: beyond a factor of 1e3 or so, signals vanish
@@ -35,7 +35,7 @@ def gains(layers: Sequence[Sizes], path: Sequence[Sizes] | None = None) -> Gains
     the condition numbers.
 
     Args:
-        layers: their sizes, see `lsp_callbacks.operators.network.signal_sizes.signals`.
+        layers: their sizes, see `lsp_callbacks.operators.network.signal_sizes.signal_sizes`.
         path: those on one chain from input to output; None takes all.
 
     Source: Glorot & Bengio 2010, (5) and (6): forward ``n_in Var W = 1``, backward ``n_out Var W = 1``; He et al. 2015,
@@ -44,8 +44,8 @@ def gains(layers: Sequence[Sizes], path: Sequence[Sizes] | None = None) -> Gains
 
     Example:
         >>> from lsp_callbacks.functional import gains
-        >>> from lsp_callbacks.operators.network.signal_sizes import Sizes
-        >>> found = gains([Sizes("a", 1.0, 2.0, 0.3), Sizes("b", 2.0, 1.0, 0.1, 0.3)])
+        >>> from lsp_callbacks.operators.network.signal_sizes import LayerSizes
+        >>> found = gains([LayerSizes("a", 1.0, 2.0, 0.3), LayerSizes("b", 2.0, 1.0, 0.1, 0.3)])
         >>> found.forward["a"], round(found.backward["b"], 6), found.forward_log
         (2.0, 3.0, 0.0)
     """

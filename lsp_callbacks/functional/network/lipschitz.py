@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks import linalg
-from lsp_callbacks.autograd.module_calls import Passage, leaves
+from lsp_callbacks.autograd._torch_internals import BatchNorm, Dropout, metadata, saved
+from lsp_callbacks.autograd.graph import inputs_of, leaf_of, walk
+from lsp_callbacks.autograd.module_calls import ModuleCall, leaves
 from lsp_callbacks.functional.curvature.condition import SMALL
 from lsp_callbacks.functional.network.activations import activation_lipschitz
 from lsp_callbacks.linalg import LinearOperator, norm, operator_norm, unit
@@ -123,9 +125,9 @@ def _overlap(size: Sequence[int], stride: Sequence[int]) -> float:
 
 
 _RULES: tuple[tuple[Any, Callable[[Any], float | None]], ...] = (
-    (nn.modules.dropout._DropoutNd, lambda module: 1.0),
+    (Dropout, lambda module: 1.0),
     ((nn.Flatten, nn.Unflatten, nn.ZeroPad2d), lambda module: 1.0),
-    (nn.modules.batchnorm._BatchNorm, _running),
+    (BatchNorm, _running),
     ((nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), _normalised),
     ((nn.Softmax, nn.Softmax2d), lambda module: 0.5),  # diag(p) - p p^T
     ((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), lambda module: _pooled(module, module.dilation)),
@@ -144,7 +146,7 @@ class _Walk:
 
     def __init__(self, depth: Depth):
         self.start, self.detached = depth.start, depth.detached
-        self.calls: dict[Any, Passage] = {}
+        self.calls: dict[Any, ModuleCall] = {}
         for call in leaves(depth.calls):
             if call.exit is not None and call.exit not in call.entry:
                 self.calls[call.exit] = call
@@ -167,7 +169,7 @@ class _Walk:
 
     def _children(self, node: Any) -> list[Any]:
         """What it depends on; a module that is known as one stands for all that is inside of it."""
-        inner = [child for child, _ in node.next_functions]
+        inner = inputs_of(node)
         call = self.calls.get(node)
         if call is None:
             return inner
@@ -184,22 +186,16 @@ class _Walk:
 
     def _passes_by(self, node: Any, entry: Any) -> bool:
         """Whether a module reaches the input other than by what it was called with, with a graph or without."""
-        stack, seen = [node], {entry}
-        while stack:
-            one = stack.pop()
-            if one is None or one in seen:
-                continue
-            if getattr(one, "variable", None) is self.start:
-                return True
-            if getattr(one, "variable", None) is None and self._hidden(one):
-                return True
-            seen.add(one)
-            stack.extend(child for child, _ in one.next_functions)
+        for inner in walk([node], stop=(entry,)):
+            if inner is not entry:
+                leaf = leaf_of(inner)
+                if leaf is self.start or (leaf is None and self._hidden(inner)):
+                    return True
         return False
 
     def _of(self, node: Any, below: list[float]) -> float:
-        if getattr(node, "variable", None) is not None:
-            return 1.0 if node.variable is self.start else 0.0
+        if leaf_of(node) is not None:
+            return 1.0 if leaf_of(node) is self.start else 0.0
         if hidden := self._hidden(node):
             raise Uncertified(f"{node.name()} takes in {hidden}: no bound is known of what depends on the input there")
         if not any(below):  # a constant: weights, masks
@@ -218,7 +214,7 @@ class _Walk:
         return found
 
     def _add(self, node: Any, below: list[float]) -> float:
-        scales = (1.0, abs(float(node._saved_alpha)))
+        scales = (1.0, abs(float(saved(node, "alpha"))))
         return sum(s * b * self._spread(node, i) for i, (s, b) in enumerate(zip(scales, below)))
 
     _sub = _add
@@ -227,13 +223,13 @@ class _Walk:
         if all(below):
             return None
         signal = 0 if below[0] else 1
-        factor = node._saved_other if signal == 0 else node._saved_self
+        factor = saved(node, "other") if signal == 0 else saved(node, "self")
         return _largest(factor) * below[signal] * self._spread(node, signal)
 
     def _div(self, node: Any, below: list[float]) -> float | None:
         if len(below) > 1 and below[1]:
             return None
-        return _largest(1 / torch.as_tensor(node._saved_other)) * below[0] * self._spread(node, 0)
+        return _largest(1 / torch.as_tensor(saved(node, "other"))) * below[0] * self._spread(node, 0)
 
     def _mean(self, node: Any, below: list[float]) -> float:
         return below[0] * math.sqrt(self._ratio(node, 0))
@@ -248,23 +244,23 @@ class _Walk:
         return math.hypot(*below)
 
     def _maxpool2dwithindices(self, node: Any, below: list[float]) -> float | None:
-        if any(one != 1 for one in node._saved_dilation):
+        if any(one != 1 for one in saved(node, "dilation")):
             return None
-        return below[0] * _overlap(node._saved_kernel_size, node._saved_stride or node._saved_kernel_size)
+        return below[0] * _overlap(saved(node, "kernel_size"), saved(node, "stride") or saved(node, "kernel_size"))
 
     def _avgpool2d(self, node: Any, below: list[float]) -> float | None:
-        size = node._saved_kernel_size
-        cut = node._saved_ceil_mode or (any(node._saved_padding) and not node._saved_count_include_pad)
-        if node._saved_divisor_override is not None or cut:  # a window that is cut is divided by less
+        size = saved(node, "kernel_size")
+        cut = saved(node, "ceil_mode") or (any(saved(node, "padding")) and not saved(node, "count_include_pad"))
+        if saved(node, "divisor_override") is not None or cut:  # a window that is cut is divided by less
             return None
-        return below[0] * _overlap(size, node._saved_stride or size) / math.sqrt(math.prod(size))
+        return below[0] * _overlap(size, saved(node, "stride") or size) / math.sqrt(math.prod(size))
 
     def _ratio(self, node: Any, i: int) -> float:
         """Numbers that come out over numbers that go in."""
         child, index = node.next_functions[i]
-        inside = getattr(child, "variable", None)
-        shape = child._input_metadata[index].shape if inside is None else inside.shape
-        return math.prod(node._input_metadata[0].shape) / math.prod(shape)
+        inside = leaf_of(child)
+        shape = metadata(child)[index].shape if inside is None else inside.shape
+        return math.prod(metadata(node)[0].shape) / math.prod(shape)
 
     def _spread(self, node: Any, i: int) -> float:
         """What copies of a number in several places, by broadcasting, add to the norm."""
@@ -275,6 +271,6 @@ def _largest(factor: Any) -> float:
     return float(torch.as_tensor(factor).detach().abs().max())
 
 
-def _shapes(call: Passage) -> Call:
+def _shapes(call: ModuleCall) -> Call:
     sent = call.sent
     return Call(tuple(call.received[0].shape), None if sent is None else tuple(sent.shape))

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd.double_backward import jacobian
 from lsp_callbacks.functional.network.activations import activation_lipschitz
 from lsp_callbacks.linalg import norm, operator_norm
 from lsp_callbacks.operators.network.depth import Depth
-from lsp_callbacks.operators.sgd.sample_rows import jacobian
 from lsp_callbacks.step.snapshot import Unmeasurable
 
 #: Probability with which one norm may exceed its bound.
@@ -128,7 +128,7 @@ def norm_bound(
             raise
         except Exception as error:  # whatever a module of the user's raises on what it does not expect
             raise Unmeasurable(f"layer {layer.name!r}: {error}") from None
-        image, real = jacobian(y, x) @ image, found.between(k, 0) @ v
+        image, real = jacobian(y, x, axes=(0, 0)) @ image, found.between(k, 0) @ v
         if image.shape != real.shape or not _close(image, real):
             raise Unmeasurable(f"layer {layer.name!r} does more than its modules: functions between them, or a sum")
         total = total + bound.log()
@@ -163,7 +163,7 @@ def _lipschitz(module: nn.Module) -> float:
 def _norm(end: Tensor, start: Tensor, steps: int, tol: float, generator: torch.Generator | None) -> Tensor:
     if end is start:
         return torch.ones((), dtype=torch.float64)
-    J = jacobian(end, start)
+    J = jacobian(end, start, axes=(0, 0))
     side = J if J.shape[1] <= J.shape[0] else J.T
     found = operator_norm(side, steps=steps, tol=tol, failure=FAILURE, generator=generator).upper
     assert found is not None

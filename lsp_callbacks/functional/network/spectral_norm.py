@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd._torch_internals import Convolution
 from lsp_callbacks.linalg import Eigenpair, operator_norm
 from lsp_callbacks.operators.network.weights import weight_operators
 from lsp_callbacks.step.snapshot import Call
@@ -49,7 +50,7 @@ def spectral_norm(
         >>> round(float(spectral_norm(layer)[""].value), 4)
         3.0
     """
-    convolution = isinstance(layer, nn.modules.conv._ConvNd)
+    convolution = isinstance(layer, Convolution)
     if convolution and input_shape is None:
         raise ValueError("a convolution's norm depends on the size of its input: pass input_shape=(C, H, W)")
     operators = weight_operators(layer, Call(input_shape, output_shape))

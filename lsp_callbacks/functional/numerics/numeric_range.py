@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from lsp_callbacks.autograd._torch_internals import tree_map, works_in_place
 from lsp_callbacks.autograd.op_mode import Operation, Operations, floats
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -119,14 +119,14 @@ class _Ends(Operations):
         with torch.no_grad():
             filled = operation.name.startswith(_FILLS)
             made = False if filled or operation.node is not None else _made(floats((args, kwargs)))
-            for tensor in floats(out) + (floats((args, kwargs)) if func._schema.is_mutable else []):
+            for tensor in floats(out) + (floats((args, kwargs)) if works_in_place(func) else []):
                 peaks = self.peaks[operation.node is not None]
                 key = (operation.module, tensor.dtype, tensor.device)
                 # Masks are of the forward pass.
                 now = peak(tensor, None if operation.node is not None else made)
                 peaks[key] = torch.maximum(peaks[key], now) if key in peaks else now
             random = torch.Tag.nondeterministic_seeded in func.tags
-            if operation.node is not None and not func._schema.is_mutable and not random:
+            if operation.node is not None and not works_in_place(func) and not random:
                 self._count(floats(out), func, args, kwargs)
         return out
 

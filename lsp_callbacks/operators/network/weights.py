@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd._torch_internals import convolve, output_padding
 from lsp_callbacks.linalg import LinearOperator, from_matrix, norm
 from lsp_callbacks.step.snapshot import Call
 
@@ -61,7 +62,7 @@ def _(layer: nn.MultiheadAttention, call: Call) -> dict[str, LinearOperator]:
 def _(layer: nn.Conv1d, call: Call) -> dict[str, LinearOperator]:
     weight = _weight(layer)
     shape = _unbatched(call.input_shape, layer)
-    return {"": _linear_map(lambda x: layer._conv_forward(x, weight, None), shape, weight)}
+    return {"": _linear_map(lambda x: convolve(layer, x, weight), shape, weight)}
 
 
 @weight_operators.register(nn.ConvTranspose1d)
@@ -71,16 +72,14 @@ def _(layer: nn.ConvTranspose1d, call: Call) -> dict[str, LinearOperator]:
     weight = _weight(layer)
     dims = len(layer.kernel_size)
     shape = _unbatched(call.input_shape, layer)
-    convolve = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[dims]
+    transposed: Any = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[dims]
     # forward(output_size=...) may have asked for another padding than the layer's own: take the real size.
     wanted = list(call.output_shape[-dims:]) if call.output_shape else None
     like = torch.empty(1, *shape, device="meta")
-    padding: Any = layer.padding
-    sizes: Any = (layer.stride, padding, layer.kernel_size, dims, layer.dilation)
-    extra = layer._output_padding(like, wanted, *sizes)
+    extra = output_padding(layer, like, wanted)
 
     def forward(x: Tensor) -> Tensor:
-        return convolve(x, weight, None, layer.stride, padding, extra, layer.groups, layer.dilation)
+        return transposed(x, weight, None, layer.stride, layer.padding, extra, layer.groups, layer.dilation)
 
     return {"": _linear_map(forward, shape, weight)}
 

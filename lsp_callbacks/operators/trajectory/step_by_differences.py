@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from lsp_callbacks.autograd._torch_internals import tree_leaves
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.trajectory.optimizer_copy import OptimizerCopy, held
 from lsp_callbacks.step.replay import RandomState

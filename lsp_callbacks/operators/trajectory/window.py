@@ -79,7 +79,6 @@ def keep(snapshot: Snapshot, method: Method) -> KeptStep:
         gradient={name: None if g is None else g.detach().clone() for name, g in gradient.items()},
         memo={},
         probes=None,
-        trace=None,
     )
     return KeptStep(kept, [p.detach().clone() for p in snapshot.parameters.values()], method)
 

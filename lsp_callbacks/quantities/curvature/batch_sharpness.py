@@ -60,8 +60,8 @@ class BatchSharpness(Quantity):
         self.add_state("pairs", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
-        if snapshot.unmodelled:  # its gradient may be that of other batches, too
-            raise Unmeasurable(snapshot.unmodelled)
+        if snapshot.unsupported:  # its gradient may be that of other batches, too
+            raise Unmeasurable(snapshot.unsupported)
 
     @property
     def least_steps(self) -> int:

@@ -143,7 +143,7 @@ class Sharpness(Quantity):
             self.add_state(state, default=scalar(torch.nan), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        if snapshot.disowned:
+        if snapshot.run.invalidated:
             method = resolved(snapshot, self.method)
             return {"forward": forward_cost(snapshot), "edge": lanczos_cost(snapshot, method, WARM, 1)}
         players = 1 if snapshot.player is None else len(snapshot.player.optimizers)
@@ -164,7 +164,7 @@ class Sharpness(Quantity):
 
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step; in a game, until each player was measured."""
-        self.complete, self._alone = False, snapshot.disowned is not None
+        self.complete, self._alone = False, snapshot.run.invalidated is not None
         if self._alone:
             self._without_update(snapshot)
             return

@@ -118,7 +118,7 @@ class Robustness(Quantity):
         """Measures one step."""
         self.complete = False
         _ = snapshot.faithful
-        found = snapshot.ranks.first(lambda: self._measure(snapshot), self.name)
+        found = snapshot.run.ranks.first(lambda: self._measure(snapshot), self.name)
         names = (key.removeprefix("stability/robustness_") for key in (*self.keys, *self.optional))
         self.values = torch.tensor([found.get(name, math.nan) for name in names], dtype=torch.float64)
         self.complete = True

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks._validation import choice, whole
+from lsp_callbacks.autograd._torch_internals import BatchNorm
 from lsp_callbacks.functional.curvature.condition import loss_condition_lower, norms_cost
 from lsp_callbacks.functional.network.lipschitz import Uncertified, lipschitz_lower, lipschitz_upper
 from lsp_callbacks.operators.cost import lanczos_cost
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.network.depth import depth
-from lsp_callbacks.operators.network.signal_sizes import signals
+from lsp_callbacks.operators.network.signal_sizes import signal_sizes
 from lsp_callbacks.quantities.base import ROOT, Quantity, scalar
 from lsp_callbacks.quantities.network.signal_parts import (
     conditions_of,
@@ -103,7 +104,7 @@ class SignalPropagation(Quantity):
         self.add_state("initial", default=torch.empty(0, dtype=torch.float64), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in snapshot.module.modules())
+        norms = any(isinstance(m, BatchNorm) for m in snapshot.module.modules())
         return {
             "signals": 2.0,
             "bounds": norms_cost(snapshot),
@@ -119,8 +120,8 @@ class SignalPropagation(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
         self.complete = False
-        found, absent = snapshot.ranks.first(lambda: self._measure(snapshot), self.name)
-        ranks = snapshot.ranks
+        found, absent = snapshot.run.ranks.first(lambda: self._measure(snapshot), self.name)
+        ranks = snapshot.run.ranks
         ratio = _attempt("loss_condition_lower", absent, lambda: ranks.apart(lambda: self._loss_condition(snapshot)))
         if ratio is not None:
             found["loss_condition_lower"] = scalar(ratio)
@@ -137,7 +138,7 @@ class SignalPropagation(Quantity):
     def _measure(self, snapshot: Snapshot) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What one rank finds, and why which parts are absent."""
         absent: dict[str, str] = {}
-        step = signals(snapshot)
+        step = signal_sizes(snapshot)
         found = gains_of(step)
         if not any(key.startswith("forward_gain/") for key in found):
             raise Unmeasurable(

@@ -75,7 +75,9 @@ class SpectralNorm(Quantity):
         calls = snapshot.calls
         starts: dict[str, dict[str, Tensor]] = {}
         # All ranks have the same weights; only the sizes of their inputs may differ.
-        norms, residual, rows = snapshot.ranks.first(lambda: self._measure(snapshot.module, calls, starts), self.name)
+        norms, residual, rows = snapshot.run.ranks.first(
+            lambda: self._measure(snapshot.module, calls, starts), self.name
+        )
         self._names, self._rows, self._starts = list(norms), rows, starts
         self.norms = torch.stack(list(norms.values())) if norms else torch.empty(0, dtype=torch.float64)
         self.residual = residual

@@ -101,8 +101,8 @@ class Numerics(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
         self.complete = False
-        found = snapshot.ranks.gather(lambda: numeric_range(snapshot), self.name)
-        lost = snapshot.ranks.first(lambda: _lost(snapshot), "the update")
+        found = snapshot.run.ranks.gather(lambda: numeric_range(snapshot), self.name)
+        lost = snapshot.run.ranks.first(lambda: _lost(snapshot), "the update")
         least = (min(min(getattr(own, of).values(), default=torch.nan) for own in found) for of in _PARTS)
         self.activations, self.gradients, self.weights = map(scalar, least)
         nonzero = sum(own.nonzero for own in found)

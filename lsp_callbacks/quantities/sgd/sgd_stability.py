@@ -182,7 +182,7 @@ class SGDStability(Quantity):
         if snapshot.probes is None:
             return {}
         # Each rank looks at all probes, and has its part of the batch only.
-        share = self.probes * snapshot.ranks.world / max(snapshot.probes.batch_size, 1)
+        share = self.probes * snapshot.run.ranks.world / max(snapshot.probes.batch_size, 1)
         # What the first measurement has shown: rows of a sample, and how they had to be found.
         kernel = None if self.latest is None else self.latest.kernel
         rows, passes = (1, 0.0) if kernel is None else (kernel.rows, float(kernel.passes))
@@ -216,7 +216,7 @@ class SGDStability(Quantity):
         if snapshot.probes is None:
             return {}
         found = footprint(snapshot)
-        share = self.probes * snapshot.ranks.world / max(snapshot.probes.batch_size, 1)
+        share = self.probes * snapshot.run.ranks.world / max(snapshot.probes.batch_size, 1)
         unknown = 1 if self.outputs == "top" else UNKNOWN
         rows = self.probes * (unknown if self.latest is None else self.latest.kernel.rows)
         common = {"gradients": 3 * found.parameters, "products": PRODUCTS * 8 * rows**2, "copies": 2 * found.buffers}
@@ -239,7 +239,7 @@ class SGDStability(Quantity):
             _ = snapshot.faithful
         if snapshot.gradient is not None:
             _ = snapshot.own_gradient
-        generator = torch.Generator().manual_seed(snapshot.seed)  # the same outputs at each step
+        generator = torch.Generator().manual_seed(snapshot.run.seed)  # the same outputs at each step
         found = frozen_sgd(
             snapshot, outputs=self.outputs, generator=generator, start=self._mode, most_rows=self.most_rows
         )
@@ -291,7 +291,7 @@ class SGDStability(Quantity):
             reason = "its iteration did not converge" if math.isnan(value) and found.modes.rank else ""
         except ValueError as error:
             value, reason = math.nan, str(error)
-        if reason and not self.without and snapshot.ranks.rank == 0:
+        if reason and not self.without and snapshot.run.ranks.rank == 0:
             warnings.warn(f"sgd_stability leaves out {MOMENTS[p]}: {reason}", stacklevel=2)
         self.without = reason or self.without
         return value

@@ -155,7 +155,7 @@ class Lyapunov(Windowed):
         exponent = window_exponent(maps, rest=remembers)
         if math.isnan(exponent):  # one such window would hide the next ones
             raise Unmeasurable("the pushed direction is not finite: the weights or the loss have overflowed")
-        if exponent == -math.inf and snapshot.prox is not None:
+        if exponent == -math.inf and snapshot.run.prox is not None:
             raise Unmeasurable("prox holds the sharp mode where it is: nothing of it is left to grow")
         least, most = exponent_bounds(maps, curvatures, frame["below"], frame["above"], rest=remembers)
         # Of the steps' own numbers, whatever the curvature.

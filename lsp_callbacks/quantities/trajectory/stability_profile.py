@@ -265,7 +265,7 @@ class StabilityProfile(Windowed):
         if self.wide:
             return None
         try:
-            step = snapshot.ranks.apart(lambda: keep(snapshot, method))
+            step = snapshot.run.ranks.apart(lambda: keep(snapshot, method))
         except Unmeasurable as error:
             self.wide = str(error)
             return None
@@ -273,8 +273,8 @@ class StabilityProfile(Windowed):
 
     def _finish(self, snapshot: Snapshot, now: Tangents) -> None:
         calls = snapshot.calls
-        deep = snapshot.ranks.first(lambda: in_depth(snapshot, calls, samples=self.samples), self.name)
-        if deep.undefined and not self.undefined and snapshot.ranks.rank == 0:
+        deep = snapshot.run.ranks.first(lambda: in_depth(snapshot, calls, samples=self.samples), self.name)
+        if deep.undefined and not self.undefined and snapshot.run.ranks.rank == 0:
             warnings.warn(f"stability_profile has no numbers in depth: {deep.undefined}", stacklevel=2)
         values, sigma, self.undefined, self.unbounded = deep.values, deep.sigma, deep.undefined, deep.unbounded
         readers = {
@@ -320,7 +320,7 @@ class StabilityProfile(Windowed):
             return window_ends(snapshot, window, now, readers, pairs=pairs)
 
         try:
-            return snapshot.ranks.apart(found)
+            return snapshot.run.ranks.apart(found)
         except Unmeasurable as error:
             self.wide = str(error)
             return None
