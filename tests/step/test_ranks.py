@@ -1,6 +1,7 @@
 """Several processes: no place at which one may fail hangs the others, and the curves are those of the joined batch."""
 
 import contextlib
+import itertools
 import math
 import os
 import socket
@@ -17,6 +18,7 @@ from two_ranks import WORLD
 
 from lsp_callbacks import StabilityMonitor, StopOnInstability, Unmeasurable
 from lsp_callbacks.callbacks.lightning_step import sharded, unsupported
+from lsp_callbacks.quantities import PRESETS, REGISTRY
 from lsp_callbacks.step.ranks import Ranks
 
 ALIKE = {"error": ("RuntimeError", "no memory"), "unsupported": ("Unsupported", "not here")}
@@ -309,6 +311,32 @@ def test_shards_are_refused(found):
     assert not found[0]["sharded"]["history"]
     (said,) = found[0]["sharded"]["said"]
     assert "ModelParallelStrategy" in said and "lyapunov_trajectory" in said and "strategy='ddp'" in said
+
+
+#: Runs, and a part of the reason for which they are refused.
+RUNS = {
+    "DDP, two processes": (("smooth", "conv", "game"), None),
+    "a step that communicates (SyncBatchNorm)": (("communicates",), "communicates between processes"),
+    "ModelParallel (FSDP2)": (("sharded",), "ModelParallelStrategy"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_support_of_strategies(found, name, support):
+    """What the runs above ask for is measured under DDP, and refused with the reason elsewhere."""
+    runs, refused = RUNS[name]
+    results = {}
+    for run in (found[0][run] for run in runs):
+        for quantity in PRESETS["full"]:
+            curves = [run["history"][key][1] for key in REGISTRY[quantity].keys if key in run["history"]]
+            if curves and all(map(math.isfinite, itertools.chain(*curves))):
+                results[quantity] = {"state": "measured"}
+        for quantity, reason in run["skipped"].items():
+            if refused and refused in reason:
+                results[quantity] = {"state": "left out", "reason": reason}
+    assert {result["state"] for result in results.values()} == {"left out" if refused else "measured"}, results
+    assert {"spectral_norm", "sharpness"} <= results.keys()
+    support("strategy", name, list(RUNS).index(name), results)
 
 
 # -- strategies, by their names --------------------------------------------------------------------------------------
