@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.linalg import LinearOperator, push, spectral_radius
+from lsp_callbacks.linalg.logs import exp, rescale
 
 #: Curvatures within the error bars at which `exponent_bounds` looks.
 _POINTS = 17
@@ -111,7 +112,7 @@ def window_exponent(maps: Sequence[Tensor], *, rest: bool = False) -> float:
     if not rest or not bool(torch.isfinite(product).all()):
         return (float(spectral_radius(product).log()) + log_scale) / len(maps)
     values = torch.linalg.eigvals(product)
-    decay = math.prod(float(step[-1, -1]) for step in maps) * math.exp(min(-log_scale, 700.0))
+    decay = math.prod(float(step[-1, -1]) for step in maps) * exp(-log_scale)
     values[(values - decay).abs().argmin()] = 0.0
     return (float(values.abs().max().log()) + log_scale) / len(maps)
 
@@ -149,14 +150,6 @@ def exponent_bounds(
     ends = [[float(P + d * C) for d in (shifts[0], shifts[-1])] for P, C in zip(maps, curvatures) if P.numel() == 1]
     lowest = -math.inf if any(a * b <= 0 for a, b in ends) else min(found)
     return lowest, max(found)
-
-
-def rescale(frame: Tensor) -> tuple[Tensor, float]:
-    """The frame divided by its largest entry, and the log of that, so that no window can overflow."""
-    scale = frame.abs().max()
-    if not bool(torch.isfinite(scale)) or float(scale) == 0.0:
-        return frame, 0.0
-    return frame / scale, float(scale.double().log())
 
 
 def sharp_mode_exponent(

@@ -152,8 +152,8 @@ class _Runs:
         if even > max(NONLINEAR * odd, rounding * size):
             raise Unmeasurable(
                 f"step {step} is not linear over distance={self.share:.3g}: the runs on either side are no mirror "
-                f"images, their mean is off by {even:.3g} and half of their distance {odd:.3g}. Give a smaller distance, "
-                "or float64 parameters"
+                f"images, their mean is off by {even:.3g} and half of their distance {odd:.3g}. Give a smaller "
+                "distance, or float64 parameters"
             )
         if not odd:
             return -math.inf

@@ -317,7 +317,7 @@ class SGDStability(Quantity):
 
     def restart(self) -> None:
         super().restart()
-        self.alike = scalar(0.0)
+        self.alike, self.alike_since = scalar(0.0), scalar(math.nan)
 
     def compute(self) -> dict[str, Tensor]:
         """The last measurement; a rate that is infinite, as nothing can become unstable, is left out."""
