@@ -33,7 +33,7 @@ class LightningLoop(TrainingLoop):
         run: what all steps of the run share.
         has_loss_fn: whether functions of the user's compute the losses; otherwise ``training_step`` is replayed.
         accumulate: under manual optimisation, by which each loss is divided; None is the trainer's number.
-        probe_samples: how many samples of the batch to use; None takes all.
+        sub_batch: how many samples of the batch to use; None takes all.
     """
 
     shows_losses = True
@@ -46,11 +46,11 @@ class LightningLoop(TrainingLoop):
         *,
         has_loss_fn: bool = False,
         accumulate: int | None = None,
-        probe_samples: int | None = None,
+        sub_batch: int | None = None,
     ):
         super().__init__(module, run)
-        self.trainer, self.has_loss_fn, self.probe_samples = trainer, has_loss_fn, probe_samples
-        self._accumulate = accumulate
+        self.trainer, self.has_loss_fn = trainer, has_loss_fn
+        self._sub_batch, self._accumulate = sub_batch, accumulate
         self.repeats_forward = module.automatic_optimization
         self.overrides_step = overridden(module, "optimizer_step") is not None
         self.moves_parameters |= self.overrides_step
@@ -75,7 +75,7 @@ class LightningLoop(TrainingLoop):
             prepare=lambda module_copy: mute(module_copy, trainer),
             # The user's own function rounds in other places than the step.
             tolerance=1e-4 if self.has_loss_fn else 0.0,
-            probe_samples=self.probe_samples,
+            sub_batch=self._sub_batch,
             run=self.run if is_shared else None,
             takes_buffers=getattr(trainer.strategy.model, "will_sync_module_buffers", bool)(),
         )

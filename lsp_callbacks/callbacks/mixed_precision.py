@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from lsp_callbacks.autograd._torch_internals import overflowed, unscales_gradients
+
 
 def loss_scale(trainer: Any) -> float:
     """Return the factor of mixed precision on the loss, and on its gradient in the backward pass."""
@@ -15,16 +17,13 @@ def loss_scale(trainer: Any) -> float:
 
 def is_scaled(trainer: Any, optimizer: torch.optim.Optimizer) -> bool:
     """Return True if the gradients are still multiplied by that factor: fused optimizers divide it out."""
-    return _scaler(trainer) is not None and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    return _scaler(trainer) is not None and unscales_gradients(optimizer)
 
 
 def is_overflowed(trainer: Any, optimizer: torch.optim.Optimizer) -> bool:
     """Return True if the scaler will leave this step out, as its gradients have overflowed."""
     scaler = _scaler(trainer)
-    if scaler is None:
-        return False
-    overflows = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-    return any(bool(overflow) for overflow in overflows.values())
+    return scaler is not None and overflowed(scaler, optimizer)
 
 
 def _scaler(trainer: Any) -> Any:

@@ -18,6 +18,7 @@ from lsp_callbacks.callbacks.lr_forecast import LRForecast, steps_left
 from lsp_callbacks.callbacks.mixed_precision import is_overflowed, loss_scale
 from lsp_callbacks.callbacks.publisher import Publisher
 from lsp_callbacks.callbacks.run_facts import check_trains, run_context, unsupported
+from lsp_callbacks.callbacks.shared_losses import LossFeed
 from lsp_callbacks.callbacks.spawned_history import Mailbox, packed, unpack
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.monitor.configure import configured
@@ -28,10 +29,9 @@ from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.module_filter import Selection
 from lsp_callbacks.report import Run, Verdict, judge, sentence
 from lsp_callbacks.step.criterion import Criterion, ForwardFn, population
-from lsp_callbacks.step.pending_step import LossFn
+from lsp_callbacks.step.pending_step import LossFn, rate
 from lsp_callbacks.step.run_context import Prox
 from lsp_callbacks.step.snapshot import Unmeasurable
-from lsp_callbacks.step.step_loss import mean_over_ranks
 
 CHANGED_GRADIENT = "the gradient was changed after the on_before_optimizer_step of StabilityMonitor"
 
@@ -64,7 +64,7 @@ class StabilityMonitor(Callback):
             rest is for what that does not see, such as the calls of each step.
         window: steps in a window of the exponent.
         average: windows in its mean.
-        probe_samples: samples of the batch (of several processes, of each one's) for sharpness and exponent; None takes
+        sub_batch: samples of the batch (of several processes, of each one's) for sharpness and exponent; None takes
             the whole batch. The numbers are then those of a sub-batch, and ``stability/sub_batch`` says of how many
             samples.
         layers: whose spectral norms to measure: class, glob, predicate or import path; None takes all.
@@ -111,7 +111,7 @@ class StabilityMonitor(Callback):
         budget: float = 0.05,
         window: int = 4,
         average: int = 5,
-        probe_samples: int | None = None,
+        sub_batch: int | None = None,
         layers: Selection = None,
         blocks: Selection = None,
         log_layers: Literal["all", "summary"] | int = "all",
@@ -126,12 +126,12 @@ class StabilityMonitor(Callback):
         time_limit: float | None = None,
         seed: int = 0,
     ):
-        _check_settings(probe_samples, log_layers, seed, accumulate, loss_fn, prox)
+        _check_settings(sub_batch, log_layers, seed, accumulate, loss_fn, prox)
         self.monitor = configured(
             quantities, every_n_steps=every_n_steps, budget=budget, window=window, average=average, layers=layers,
             blocks=blocks, strict=strict, max_memory=max_memory, time_limit=time_limit,
         )  # fmt: skip
-        self.probe_samples, self.accumulate, self.loss_fn, self.prox = probe_samples, accumulate, loss_fn, prox
+        self.sub_batch, self.accumulate, self.loss_fn, self.prox = sub_batch, accumulate, loss_fn, prox
         self.save_vectors, self.seed = save_vectors, seed
         self.observer = StepObserver(self.monitor, forward_fn=forward_fn, criterion=criterion)
         self.forecast, self._publisher = LRForecast(), Publisher(log_layers)
@@ -192,7 +192,7 @@ class StabilityMonitor(Callback):
 
     def scheduled_courant(self, trainer: Any) -> float:
         """Return the rate that the optimizer has now, before it is used, over the critical rate; NaN if not known."""
-        return self.forecast.scheduled_courant(trainer)
+        return self.forecast.scheduled_courant(trainer) if self._loss_feed.has_same_rates else math.nan
 
     def _bring_home(self) -> None:
         if (contents := self._mailbox.receive()) is not None:
@@ -224,13 +224,14 @@ class StabilityMonitor(Callback):
         run = run_context(trainer, pl_module, self.monitor, loss_fn=self.loss_fn, prox=self.prox, seed=self.seed)
         loop = self._loop = LightningLoop(
             trainer, pl_module, run, has_loss_fn=self.loss_fn is not None, accumulate=self.accumulate,
-            probe_samples=self.probe_samples,
+            sub_batch=self.sub_batch,
         )  # fmt: skip
         observer.probes.drop(
             run.ranks.first(lambda: population(trainer.train_dataloader, trainer.world_size), "the population")
         )
         self._judges = list(self.subscribers)  # they leave when training ends
         self.forecast.begin_run(trainer, is_game=losses is not None, is_overridden=loop.overrides_step)
+        self._loss_feed = LossFeed(self.monitor, run.ranks, is_shared=bool(self.subscribers))
         self._is_step_over = True  # also where the run before was interrupted within a step
         if not observer.step:  # not 0 where a run is resumed from a checkpoint that does not know this callback
             observer.step = trainer.global_step // (1 if losses is not None else max(1, len(trainer.optimizers)))
@@ -242,10 +243,9 @@ class StabilityMonitor(Callback):
             losses=None if losses is None else {name: loop.loss(0, loss) for name, loss in losses.items()},
             steps=steps_left(trainer, 0) if observer.step == 0 else math.inf,  # a resumed run goes on with what it has
         )
-        if self.probe_samples is not None:
+        if self.sub_batch is not None:
             warnings.warn(
-                f"probe_samples={self.probe_samples}: "
-                "sharpness and exponents are those of a sub-batch, not of the step",
+                f"sub_batch={self.sub_batch}: sharpness and exponents are those of a sub-batch, not of the step",
                 stacklevel=2,
             )
         if self.history:
@@ -266,7 +266,7 @@ class StabilityMonitor(Callback):
                 self._has_loss = self._is_overflowed = False
                 self.forecast.begin_step(trainer)
                 if self.monitor.cadence.every_n_steps is None:  # otherwise the rate that comes has no say
-                    scheduled = self.forecast.scheduled_courant(trainer)
+                    scheduled = self.scheduled_courant(trainer)
             loss = self._loop.loss(batch_idx, None if isinstance(self.loss_fn, Mapping) else self.loss_fn)
             observer.begin_batch(batch, loss, first=first, scheduled=scheduled, has_backward=has_backward(trainer))
 
@@ -325,7 +325,7 @@ class StabilityMonitor(Callback):
             self._agree(trainer)
             observer.check_update(last=False)
             completed = observer.after_update()
-            sub_batch = None if self.probe_samples is None else observer.sub_batch or 0
+            sub_batch = None if self.sub_batch is None else observer.sub_batch or 0
             for observation in completed.observations:
                 publisher.measured(observation.step)
                 with self.monitor.warn_instead_of_raise("the schedule could not be looked ahead"):
@@ -342,20 +342,15 @@ class StabilityMonitor(Callback):
 
     def _end_step(self, trainer: Any) -> None:
         """Tell the loss of a step to everybody, at each step: what one process needs for that is next to nothing."""
-        observer, ranks = self.observer, self._loop.run.ranks
+        observer = self.observer
         returned, differentiated = observer.step_loss.returned, observer.step_loss.differentiated
         if returned is not None:
             for listener in self.loss_listeners:
                 listener(observer.step - 1, returned)
         loss = returned if trainer.lightning_module.automatic_optimization or differentiated is None else differentiated
-        if self.subscribers:
-            loss = mean_over_ranks(loss, ranks)
-        arrived = self.monitor.losses.saw(
-            max(observer.step - 1, 0),
-            loss,
-            left_out=self._is_overflowed,
-            wait=ranks.world > 1 and bool(self.subscribers),
-        )
+        lr = rate(trainer.optimizers[0]) if trainer.optimizers else 0.0
+        step = max(observer.step - 1, 0)
+        arrived = self._loss_feed.add(step, loss, lr=lr, left_out=self._is_overflowed)
         for subscriber in self.subscribers:
             subscriber.end_step(trainer, observer.step - 1, arrived)
 
@@ -369,7 +364,7 @@ class StabilityMonitor(Callback):
                 f"no optimizer step was seen: {type(pl_module).__name__}.optimizer_step must call "
                 "optimizer.step(closure) of the optimizer that Lightning passes in"
             )
-        self.monitor.losses.saw(max(observer.step - 1, 0), None, wait=True)
+        self._loss_feed.finish(max(observer.step - 1, 0))
         # StabilityReport says it below its table.
         if not any(getattr(callback, "says_verdict", False) for callback in trainer.callbacks):
             rank_zero_info(sentence(self.verdict))
@@ -398,7 +393,7 @@ class StabilityMonitor(Callback):
 
 
 def _check_settings(
-    probe_samples: int | None,
+    sub_batch: int | None,
     log_layers: Any,
     seed: int,
     accumulate: int | None,
@@ -406,8 +401,8 @@ def _check_settings(
     prox: Prox | None,
 ) -> None:
     """Raise ValueError for settings that are wrong, or do not go together."""
-    if probe_samples is not None:
-        whole("probe_samples", probe_samples, 1, instead=", or None for the whole batch")
+    if sub_batch is not None:
+        whole("sub_batch", sub_batch, 1, instead=", or None for the whole batch")
     if log_layers not in ("all", "summary"):
         whole("log_layers", log_layers, 1, instead=", or 'all' or 'summary'")
     whole("seed", seed, 0)
@@ -415,8 +410,8 @@ def _check_settings(
         whole("accumulate", accumulate, 1, instead=" batches, or None")
     if isinstance(loss_fn, Mapping):
         check_losses(loss_fn)
-        if probe_samples is not None:
-            raise ValueError(f"probe_samples={probe_samples}: players are measured on whole batches; leave it out")
+        if sub_batch is not None:
+            raise ValueError(f"sub_batch={sub_batch}: players are measured on whole batches; leave it out")
         if accumulate is not None:
             raise ValueError(f"accumulate={accumulate}: players that sum gradients are not modelled; leave it out")
         if prox is not None:

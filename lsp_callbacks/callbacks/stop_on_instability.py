@@ -38,8 +38,9 @@ class StopOnInstability(Callback):
     Training ends, too, after
 
     - a *loss that is not finite*, whatever was measured: at that step on the CPU, on a GPU when its number has arrived,
-      one step later, and on all processes together. Steps that a gradient scaler leaves out do not count, unless the
-      loss itself is not finite in 25 of them in a row;
+      one step later. Several processes stop together, at most nine steps later: their losses are exchanged every fifth
+      step. Steps that a gradient scaler leaves out do not count, unless the loss itself is not finite in 25 of them in
+      a row;
     - *one* Courant number of 5 or more, if after 60 steps the loss has not fallen by 5 %: the rate was far too high
       from the beginning;
     - losses above three times the initial one for some 200 steps, where nothing was measured since they began to rise;
@@ -170,11 +171,9 @@ class StopOnInstability(Callback):
             )
 
     def end_step(self, trainer: Any, step: int, told: Sequence[Told]) -> None:
-        """End training after ``step`` where one of the processes has to; for the arguments see `judge`."""
-        stop = self.judge(trainer, step, told)
-        if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop:
+        """End training after ``step`` if it has to; for the arguments see `judge`."""
+        # Losses and measurements are the same numbers on all processes, so all of them stop at the same step.
+        if self.judge(trainer, step, told):
             trainer.should_stop = True
 
     def judge(self, trainer: Any, step: int, told: Sequence[Told]) -> bool:

@@ -28,10 +28,10 @@ from lsp_callbacks.cli.configured import (
     train_without_end,
     with_configuration,
 )
-from lsp_callbacks.functional.sgd.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.observer import StepObserver
+from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.plots.stability_diagram import diagram_around
 from lsp_callbacks.quantities import SGDStability
 from lsp_callbacks.step.criterion import population
@@ -176,7 +176,7 @@ def examine(
         data: other arguments of ``trainer.fit``: ``datamodule`` or ``train_dataloaders``.
 
     Raises:
-        Unmeasurable: if the step cannot be frozen; see `lsp_callbacks.functional.sgd.frozen_sgd.frozen_sgd`.
+        Unmeasurable: if the step cannot be frozen; see `lsp_callbacks.operators.sgd.frozen_sgd.frozen_sgd`.
     """
     if trainer.world_size > 1:
         raise Unmeasurable(

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from lsp_callbacks.autograd._torch_internals import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from lsp_callbacks.step.carried_state import Carried, belongs, carried, give_back, kept
 from lsp_callbacks.step.muted import muted
 from lsp_callbacks.step.pending_step import PendingStep, batch_size

@@ -12,6 +12,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd._torch_internals import is_compiled
 from lsp_callbacks.step.replay import MicroBatch, ModuleCopy, copied, replayer
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, evaluating, flatten, split
@@ -33,7 +34,7 @@ class PendingStep:
         shared: objects of the module that its copy shares, see `ModuleCopy`.
         prepare: applied once to the copy, see `ModuleCopy`.
         tolerance: relative difference between a replayed loss and the step's own; compiled modules have 1e-4 at least.
-        probe_samples: how many samples to use; None takes all.
+        sub_batch: how many samples to use; None takes all.
         run: what all steps of the run share; None is a run of this process alone.
         takes_buffers: whether all ranks' forward passes begin with the buffers of the first, as under DDP.
     """
@@ -45,11 +46,11 @@ class PendingStep:
         shared: Iterable[Any] = (),
         prepare: Callable[[nn.Module], None] = lambda copy: None,
         tolerance: float = 0.0,
-        probe_samples: int | None = None,
+        sub_batch: int | None = None,
         run: RunContext | None = None,
         takes_buffers: bool = False,
     ):
-        self.module, self.tolerance, self.probe_samples = module, tolerance, probe_samples
+        self.module, self.tolerance, self.sub_batch = module, tolerance, sub_batch
         self.run = run or RunContext()
         self.parts: list[MicroBatch] = []
         self.module_copy: ModuleCopy | None = None
@@ -98,9 +99,9 @@ class PendingStep:
     @property
     def samples(self) -> int | None:
         """How many samples of the rank's micro-batches are used; None where all are."""
-        if self.probe_samples is None:
+        if self.sub_batch is None:
             return None
-        return min(self.probe_samples, sum(batch_size(part.batch) or self.probe_samples for part in self.parts))
+        return min(self.sub_batch, sum(batch_size(part.batch) or self.sub_batch for part in self.parts))
 
     def snapshot(self, step: int, optimizer: torch.optim.Optimizer, **settings: Any) -> Snapshot:
         """The step, after its backward passes and before its update."""
@@ -121,9 +122,9 @@ class PendingStep:
             run=self.run,
             **settings,
         )
-        if self.probe_samples is None:
+        if self.sub_batch is None:
             return snapshot
-        count = self.probe_samples
+        count = self.sub_batch
         try:
             return self.run.ranks.together(lambda: self._sub_batch(snapshot, count))
         except Exception as error:
@@ -289,10 +290,7 @@ def identical(a: Tensor, b: Tensor) -> bool:
 
 def _compiled(module: nn.Module) -> bool:
     # Copies are not compiled: their attributes do not tell.
-    return any(
-        m._compiled_call_impl is not None or hasattr(m, "_orig_mod") or getattr(m, "_compiler_ctx", None)
-        for m in module.modules()
-    )
+    return any(is_compiled(m) or getattr(m, "_compiler_ctx", None) for m in module.modules())
 
 
 def batch_size(batch: Any) -> int | None:

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lsp_callbacks.autograd._torch_internals import TorchDispatchMode
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from lsp_callbacks.autograd._torch_internals import BatchNorm, InstanceNorm, buffers, is_compiled, tree_map
 from lsp_callbacks.autograd.graph import Graph, joined, read
 from lsp_callbacks.errors import NotApplicable as NotApplicable
 from lsp_callbacks.errors import Unmeasurable
@@ -333,7 +333,7 @@ class Snapshot:
     @cached_property
     def compiled(self) -> bool:
         """Whether ``torch.compile`` was used on any module."""
-        return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in self.module.modules())
+        return any(is_compiled(m) for m in self.module.modules())
 
     def check(self, replayed: Tensor, *, tolerance: float = 0.0) -> None:
         """Refuses a replay whose loss is not the step's own.
@@ -437,12 +437,11 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
     Those of torch and their subclasses, unless frozen (in eval mode, with running statistics, inside of training), and
     those of the user's own that keep running statistics under torch's names.
     """
-    batch, instance = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
 
     def ties(m: nn.Module) -> bool:
-        if isinstance(m, batch):
+        if isinstance(m, BatchNorm):
             return m.training or m.running_mean is None
-        return m.training and not isinstance(m, instance) and {"running_mean", "running_var"} <= {*m._buffers.keys()}
+        return m.training and not isinstance(m, InstanceNorm) and {"running_mean", "running_var"} <= {*buffers(m)}
 
     return [m for m in module.modules() if ties(m)]
 
@@ -457,7 +456,7 @@ def as_trained(module: nn.Module, *, together: bool) -> Iterator[None]:
         module: as a step begins with it.
         together: also those over the batch, see `batch_norms`; otherwise those of a sample alone.
     """
-    alone = (m for m in module.modules() if isinstance(m, nn.modules.instancenorm._InstanceNorm))
+    alone = (m for m in module.modules() if isinstance(m, InstanceNorm))
     modes = [(m, m.training) for m in (*alone, *(batch_norms(module) if together else ()))]
     with evaluating(module):
         for m, training in modes:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.replay import summed
 
 
@@ -68,18 +67,3 @@ class StepLoss:
     def returned(self) -> Tensor | None:
         """The sum of the losses that the micro-batches returned; None where none was seen."""
         return summed(self._returned)
-
-
-def mean_over_ranks(loss: Tensor | None, ranks: Ranks) -> Tensor | None:
-    """Return the mean of the ranks' losses, for decisions that all must take alike; it does not wait for the device.
-
-    Args:
-        loss: of the rank's own step; None where it has none.
-        ranks: all of which call this.
-    """
-    if ranks.world == 1:
-        return loss
-    # All ranks come here, with a loss or without.
-    summand = loss.detach().float().mean() if isinstance(loss, Tensor) else torch.zeros((), device=ranks.device)
-    total, share = ranks.average(torch.stack([summand, torch.full_like(summand, isinstance(loss, Tensor))]))
-    return total / share if isinstance(loss, Tensor) else None

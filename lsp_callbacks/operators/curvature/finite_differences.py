@@ -272,6 +272,22 @@ class Differences:
         return snapshot.run.ranks.mean(own, "the displaced gradient")  # type: ignore[return-value]
 
 
+def central_difference(snapshot: Snapshot, v: Tensor, far: float) -> tuple[Tensor, float]:
+    """Return the central difference of gradients along a unit vector, and the distance to either side.
+
+    Args:
+        snapshot: a step.
+        v: the unit vector, flat.
+        far: multiple of the first distance of `Differences`.
+
+    Cost: two gradients.
+    """
+    differences = Differences(snapshot, torch.zeros_like(v))
+    distance = far * FIRST * (differences.reach(v) or differences.eps**0.5)
+    ends = [differences.difference(v, 1.0, sign * distance).change for sign in (1, -1)]
+    return (ends[0] - ends[1]) / (2 * distance), distance
+
+
 def lengths(parameters: Sequence[Tensor]) -> list[float] | None:
     """Of each tensor the norm of an average row, at least a tenth of the median tensor's; None where all are 0."""
     own = [norm(p.detach()) / max(1, p.shape[0] if p.ndim else 1) ** 0.5 for p in parameters]

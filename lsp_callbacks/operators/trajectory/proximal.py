@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd.double_backward import jacobian
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method
 from lsp_callbacks.operators.trajectory.step_jacobian import (
@@ -73,13 +74,12 @@ def _jacobian(snapshot: Snapshot) -> LinearOperator:
     with torch.enable_grad():
         half.requires_grad_()
         after = proximal(snapshot, half)
-        cotangent = torch.zeros_like(half, requires_grad=True)
         if not after.requires_grad:
             raise Unmeasurable(
                 "prox returns numbers without a graph (torch.no_grad, .data, numpy): write it in operations that "
                 "autograd can differentiate"
             )
-        (pullback,) = torch.autograd.grad(after, half, cotangent, create_graph=True, materialize_grads=True)
+        D = jacobian(after, half)
 
     def finite(t: Tensor) -> Tensor:
         if not bool(torch.isfinite(t).all()):
@@ -88,18 +88,7 @@ def _jacobian(snapshot: Snapshot) -> LinearOperator:
             )
         return t
 
-    def forward(v: Tensor) -> Tensor:
-        if not pullback.requires_grad:  # a constant
-            return torch.zeros_like(v)
-        (found,) = torch.autograd.grad(pullback, cotangent, v.double(), retain_graph=True, materialize_grads=True)
-        return finite(found)
-
-    def adjoint(w: Tensor) -> Tensor:
-        (found,) = torch.autograd.grad(after, half, w.double(), retain_graph=True, materialize_grads=True)
-        return finite(found)
-
-    size = len(half)
-    return LinearOperator((size, size), forward, adjoint, dtype=torch.float64, device=half.device)
+    return replace(D, apply=lambda v: finite(D @ v), adjoint=lambda w: finite(D.T @ w))
 
 
 def update_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:

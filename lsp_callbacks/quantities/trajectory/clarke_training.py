@@ -16,7 +16,7 @@ from lsp_callbacks.functional.trajectory.clarke_training import (
     one_more,
 )
 from lsp_callbacks.operators.cost import forward_cost, products
-from lsp_callbacks.operators.curvature.gradient_kinks import loss_bends, prox_bends
+from lsp_callbacks.operators.curvature.gradient_kinks import loss_kinks, prox_kinks
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.proximal import proximal_jacobian
 from lsp_callbacks.operators.trajectory.step_jacobian import (
@@ -116,7 +116,7 @@ class ClarkeTraining(Windowed):
         if not snapshot.graph.full:
             raise Unmeasurable("products in half precision are too coarse for a bound: train some steps in float32")
         self._away_from_its_clipping(snapshot)
-        loss, after = loss_bends(snapshot, eps=self.eps), prox_bends(snapshot, eps=self.eps)
+        loss, after = loss_kinks(snapshot, eps=self.eps), prox_kinks(snapshot, eps=self.eps)
         A = step_jacobian(snapshot, method="exact").dense().double().cpu()
         B = step_response(snapshot).dense().double().cpu()
         P = B.shape[1]

@@ -14,7 +14,7 @@ from lsp_callbacks.linalg import push
 from lsp_callbacks.operators.cost import products
 from lsp_callbacks.operators.curvature.hessian import Method, label, path_taken, resolved
 from lsp_callbacks.operators.memory import product_memory
-from lsp_callbacks.operators.sgd.sample_contributions import Shares, shares
+from lsp_callbacks.operators.sgd.sample_contributions import SampleContributions, sample_contributions
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.trajectory.step_jacobian import state_blocks, tangent_path
 from lsp_callbacks.quantities.base import Quantity, scalar
@@ -121,20 +121,20 @@ class LeaveOneOut(Quantity):
         state = self._forced(snapshot, known)
         return {"state": state, "known": known, "first": first, "count": 1, "step": snapshot.step, "method": method}
 
-    def _shares(self, snapshot: Snapshot) -> Shares:
-        def own() -> Shares:
-            found = shares(snapshot, self.samples)
+    def _shares(self, snapshot: Snapshot) -> SampleContributions:
+        def own() -> SampleContributions:
+            found = sample_contributions(snapshot, self.samples)
             return replace(found, gradients=found.gradients.cpu(), inputs=found.inputs.cpu())
 
         _ = snapshot.graph  # of all ranks
         return snapshot.run.ranks.first(own, "the shares")
 
-    def _forced(self, snapshot: Snapshot, found: Shares) -> Tensor:
+    def _forced(self, snapshot: Snapshot, found: SampleContributions) -> Tensor:
         """By the shares in the loss of all ranks, which is the mean of their losses."""
         response = update_response(snapshot)
         return -push(response, found.gradients.to(response.device) / snapshot.run.ranks.world)
 
-    def _again(self, snapshot: Snapshot, known: Shares) -> Shares:
+    def _again(self, snapshot: Snapshot, known: SampleContributions) -> SampleContributions:
         found = self._shares(snapshot)
         if not torch.equal(found.inputs, known.inputs):
             raise Unmeasurable(
