@@ -81,8 +81,8 @@ def test_few_files_know_lightning_and_none_needs_an_extra_at_import(path):
 
 #: The files that may touch what torch and Lightning keep to themselves.
 INTERNALS = {"autograd/_torch_internals.py", "callbacks/_lightning_internals.py"}
-#: What other files touch: the name of a method of ``nn.Module`` that is overridden; Lightning's mark of a compiled module,
-#: which `step` must know, and which may not import `callbacks`.
+#: What other files touch: the name of a method of ``nn.Module`` that is overridden; Lightning's mark of a compiled
+#: module, which `step` must know, and which may not import `callbacks`.
 STILL_PRIVATE = {
     "quantities/base.py": {"_load_from_state_dict"},
     "step/pending_step.py": {"_compiler_ctx"},

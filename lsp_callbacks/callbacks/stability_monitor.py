@@ -246,7 +246,7 @@ class StabilityMonitor(Callback):
         if self.sub_batch is not None:
             warnings.warn(
                 f"sub_batch={self.sub_batch}: sharpness and exponents are those of a sub-batch, not of the step",
-                stacklevel=2,
+                stacklevel=1,  # Lightning's, which calls us, may be filtered
             )
         if self.history:
             self._publisher.resume(trainer, self.history)
