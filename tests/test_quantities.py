@@ -177,6 +177,34 @@ def test_state_survives_a_checkpoint(name):
         assert same(fresh.compute(), metric.compute())
 
 
+#: What a quantity remembers of the run, whichever parameters are trained in it: keys, and states.
+OF_THE_RUN = {"stability/kurtosis_initial_max", "initial"}
+
+
+@every_quantity
+def test_after_a_restart_nothing_of_the_parameters_before_enters(name):
+    """Unfreezing: the numbers of a metric that begins with the parameters that are trained now."""
+
+    def frozen():
+        task = problem()
+        task.net[0].requires_grad_(False)
+        return task
+
+    metric, fresh = metric_of(name), metric_of(name)
+    period = metric.prepare + metric.window
+    for snapshot in steps(metric, 3 * period + 1, start=frozen):
+        metric.update(snapshot)
+    metric.restart()
+    for snapshot in steps(metric, period):
+        later = replace(snapshot, step=3 * period + 1 + snapshot.step)
+        metric.update(later)
+        fresh.update(replace(later, memo={}))
+    assert metric.complete and fresh.complete and same(metric.vectors(), fresh.vectors())
+    for values in (lambda m: m.compute(), lambda m: saved(m)[0]):
+        ours, theirs = ({k: v for k, v in values(m).items() if k not in OF_THE_RUN} for m in (metric, fresh))
+        assert same(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["lyapunov", "lyapunov_trajectory"])
 def test_a_window_under_way_goes_on_from_its_vectors(name):
     metric, resumed = fed(name, extra=2), metric_of(name)

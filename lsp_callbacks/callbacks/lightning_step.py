@@ -223,21 +223,6 @@ def ranks(trainer: Any) -> Ranks:
     return Ranks.joined(trainer.strategy.root_device) if trainer.world_size > 1 else Ranks()
 
 
-def mean_loss(loss: Tensor | None, ranks: Ranks) -> Tensor | None:
-    """The mean of the ranks' losses, for decisions that all must take alike; it does not wait for the device.
-
-    Args:
-        loss: of the rank's own step; None where it has none.
-        ranks: all of which call this.
-    """
-    if ranks.world == 1:
-        return loss
-    # All ranks come here, with a loss or without.
-    own = loss.detach().float().mean() if isinstance(loss, Tensor) else torch.zeros((), device=ranks.device)
-    total, share = ranks.average(torch.stack([own, torch.full_like(own, isinstance(loss, Tensor))]))
-    return total / share if isinstance(loss, Tensor) else None
-
-
 def schedulers(trainer: Any, optimizer: Any) -> tuple[Any, ...]:
     """Those that move the rate of this optimizer."""
     return tuple(c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.callbacks.lightning_step import step_loss
 from lsp_callbacks.step.pending_step import LossFn, PendingStep, identical, verified_player_step
 from lsp_callbacks.step.players import Player
-from lsp_callbacks.step.replay import RandomState, copied, replayer
+from lsp_callbacks.step.replay import copied, replayer
 from lsp_callbacks.step.snapshot import Snapshot
 
 INTERRUPTED = (

@@ -17,7 +17,6 @@ from lsp_callbacks.callbacks.lightning_step import (
     clipped,
     clipping,
     loss_scale,
-    mean_loss,
     overridden,
     pending_step,
     probe_set,
@@ -34,10 +33,12 @@ from lsp_callbacks.callbacks.lightning_step import (
 from lsp_callbacks.callbacks.logging import Stopwatch, log, show, thinned
 from lsp_callbacks.callbacks.lr_forecast import CriticalRate, Schedule, steps_left
 from lsp_callbacks.callbacks.multi_optimizer import Game, check_losses
+from lsp_callbacks.callbacks.shared_losses import SharedLosses
 from lsp_callbacks.callbacks.spawned_history import Mailbox
 from lsp_callbacks.callbacks.step_loss import StepLoss
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.monitor.configure import configured
+from lsp_callbacks.monitor.losses import Told
 from lsp_callbacks.monitor.monitor import Curve, Observation
 from lsp_callbacks.monitor.nan_finder import Guard
 from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED, Destination
@@ -185,6 +186,7 @@ class StabilityMonitor(Callback):
         self._pending: PendingStep | None = None
         self._saw_loss = False
         self._step_loss = StepLoss()
+        self._shared: SharedLosses | None = None
         self._seen: torch.Tensor | None = None
         self._observations: list[Observation] = []
         self._game: Game | None = None
@@ -287,6 +289,7 @@ class StabilityMonitor(Callback):
             self._ranks.first(lambda: population(trainer.train_dataloader, trainer.world_size), "the population")
         )
         self._judges = list(self.subscribers)  # they leave when training ends
+        self._shared = SharedLosses(self._ranks) if self._ranks.world > 1 and self.subscribers else None
         self._schedule = Schedule(trainer)
         self._overrides = overridden(pl_module, "optimizer_step") is not None
         self._destination.forget()
@@ -547,19 +550,27 @@ class StabilityMonitor(Callback):
 
     def _judge(self, trainer: Any) -> None:
         # At each step: what one process needs is next to nothing.
-        loss, several = self._step_loss.value, self._ranks.world > 1
-        if self.subscribers:
-            loss = mean_loss(loss, self._ranks)
-        told = self.monitor.losses.saw(
-            max(self.step - 1, 0), loss, left_out=self._step_loss.left_out, wait=several and bool(self.subscribers)
-        )
-        if not self.subscribers:
-            return
-        stop = any([subscriber.judge(trainer, self.step - 1, told) for subscriber in self.subscribers])
-        if several:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop:
+        step, loss, left_out = self.step - 1, self._step_loss.value, self._step_loss.left_out
+        if self._shared is None:
+            told = self.monitor.losses.saw(max(step, 0), loss, left_out=left_out)
+        else:
+            lr = rate(trainer.optimizers[0]) if trainer.optimizers else 0.0
+            told = self._shared.take(max(step, 0), loss, lr=lr, left_out=left_out)
+            self._tell(told)
+        # Losses and measurements are the same numbers on all processes, so all of them stop at the same step.
+        if any([subscriber.judge(trainer, step, told) for subscriber in self.subscribers]):
             trainer.should_stop = True
+
+    def _tell(self, told: Sequence[Told]) -> None:
+        """Note losses that have arrived from all processes."""
+        for each in told:
+            self.monitor.losses.add(each)
+        if self._shared is not None and not self._shared.same_rates:
+            self.monitor.warn_once(
+                "the learning rates of the processes differ, so that StopOnInstability does not look at the rate that "
+                "the schedule brings next: give all of them the same (a metric that a scheduler watches needs "
+                "sync_dist=True)"
+            )
 
     def _gradient_changed(self) -> bool:
         return any(p.grad is not None and not identical(p.grad, gradient) for p, gradient in self._gradients)
@@ -582,7 +593,8 @@ class StabilityMonitor(Callback):
 
         Players have rates of their own, and no common schedule: NaN.
         """
-        critical = self._critical.mean if self._game is None else math.nan
+        differ = self._shared is not None and not self._shared.same_rates
+        critical = math.nan if differ or self._game is not None else self._critical.mean
         return rate(trainer.optimizers[0]) / critical if trainer.optimizers and critical > 0 else math.nan
 
     def _look_ahead(self, trainer: Any, observation: Observation) -> Observation:
@@ -615,7 +627,10 @@ class StabilityMonitor(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._arrive(pl_module)
         self._tell_unseen(pl_module)
-        self.monitor.losses.saw(max(self.step - 1, 0), None, wait=True)
+        if self._shared is None:
+            self.monitor.losses.saw(max(self.step - 1, 0), None, wait=True)
+        else:
+            self._tell(self._shared.rest())
         # StabilityReport says it below its table.
         if not any(getattr(callback, "says_verdict", False) for callback in trainer.callbacks):
             rank_zero_info(sentence(self.verdict))

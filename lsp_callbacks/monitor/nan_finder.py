@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import foreach_norm, sparse_values
+from lsp_callbacks.autograd.random_state import TorchRandomState
 from lsp_callbacks.functional.numerics.first_fault import Fault, first_fault
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.quantities.numerics.numerics import Numerics
 from lsp_callbacks.step.muted import muted
 from lsp_callbacks.step.pending_step import PendingStep
 from lsp_callbacks.step.ranks import Ranks
-from lsp_callbacks.step.replay import MicroBatch, TorchRandomState, copied, untouched
+from lsp_callbacks.step.replay import MicroBatch, copied, untouched
 from lsp_callbacks.step.snapshot import restored
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import random
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -26,6 +24,7 @@ from lsp_callbacks.autograd._torch_internals import (
     tree_map,
     without_hooks,
 )
+from lsp_callbacks.autograd.random_state import RandomState, TorchRandomState
 from lsp_callbacks.step.muted import muted
 from lsp_callbacks.step.snapshot import Unmeasurable
 
@@ -134,36 +133,6 @@ def _find_special(value: Any, shared: dict[int, Any], memo: dict[int, Any], dept
     elif depth < 4 and isinstance(value, dict | list | tuple | set):
         for item in value.values() if isinstance(value, dict) else value:
             _find_special(item, shared, memo, depth + 1)
-
-
-class TorchRandomState:
-    """The global random states of torch (CPU and the devices in use): a copy takes a microsecond on the CPU."""
-
-    def __init__(self) -> None:
-        self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        self.mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
-        if self.mps is not None:
-            torch.mps.set_rng_state(self.mps)
-
-
-class RandomState(TorchRandomState):
-    """The global random states of torch, numpy and Python."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numpy = np.random.get_state()
-        self.python = random.getstate()
-
-    def restore(self) -> None:
-        super().restore()
-        np.random.set_state(self.numpy)
-        random.setstate(self.python)
 
 
 @contextlib.contextmanager

@@ -28,9 +28,9 @@ from lsp_callbacks import (
     Unmeasurable,
     step,
 )
+from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.loops import Watch, plain
 from lsp_callbacks.step.criterion import Probes
-from lsp_callbacks.step.replay import RandomState
 from lsp_callbacks.step.snapshot import displaced
 
 QUIET = pytest.mark.filterwarnings("ignore")

@@ -288,7 +288,7 @@ def test_a_run_that_goes_on_counts_on(tmp_path):
 def test_losses_in_yaml_are_import_paths():
     parser = pytest.importorskip("jsonargparse").ArgumentParser()
     parser.add_class_arguments(StabilityMonitor, "monitor")
-    paths = '{"generator": "test_players.generator_loss", "critic": "test_players.critic_loss"}'
+    paths = '{"generator": "games.generator_loss", "critic": "games.critic_loss"}'
     made = parser.instantiate_classes(parser.parse_args(["--monitor.loss_fn", paths])).monitor
     assert [loss.__name__ for loss in made.loss_fn.values()] == ["generator_loss", "critic_loss"]
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from harness import fit
+from harness import SGD, fit
 from hugging_face_harness import Callback, Loop, batches, gpt2
 from loop_harness import LYAPUNOV, NORM, SHARPNESS, example, left, quantities
 from transformers import TrainerCallback
@@ -101,6 +101,34 @@ def test_the_trainers_schedule_has_a_verdict(make, verdict, tmp_path):
         assert history == {"stability/robbins_monro_so_far": {"steps": [70], "values": [1.0]}}
     else:
         assert history == {"stability/robbins_monro": {"steps": [1, 70], "values": [verdict] * 2}}
+
+
+def test_a_second_run_begins_anew(run):
+    """Also after one that was interrupted, whose hooks are still there."""
+    callback = StabilityCallback(Monitor(*quantities(), every_n_steps=2, strict=True))
+    loop, _ = run(callback)
+    first = {key: ([*curve.steps], [*curve.values]) for key, curve in callback.watch.history.items()}
+    state = {name: p.clone() for name, p in gpt2().state_dict().items()}
+
+    class Interrupts(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    for interrupts in (True, False):
+        loop.model.load_state_dict(state)
+        loop.optimizer = SGD(loop.model.parameters())
+        loop.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda step: 1.0)
+        torch.manual_seed(2)
+        if interrupts:
+            loop.add_callback(Interrupts)
+            with pytest.raises(KeyboardInterrupt):
+                loop.train()
+            loop.remove_callback(Interrupts)
+        else:
+            loop.train()
+    second = {key: (curve.steps, curve.values) for key, curve in callback.watch.history.items()}
+    assert second == first and not loop.model._forward_pre_hooks and not loop.model._forward_hooks
 
 
 def test_the_example_runs():

@@ -117,13 +117,21 @@ def test_exchanges(found):
         assert own["rounds"]["first"] == {"rank": 0} and own["rounds"]["gather"] == [0, 1]
         assert own["rounds"]["any"] == [False, True, True, True]
         assert own["rounds"]["nested"] == [1.0, 8.0]
-        assert own["rounds"]["losses"] == [1.5, 1.0]
         half = own["rounds"]["half"]
         assert half.dtype == torch.bfloat16 and half.tolist() == [1.25, 1.25]
 
 
-def test_a_rank_without_a_loss_hangs_nobody(found):
-    assert float(found[0]["rounds"]["no loss"]) == 3.0 and found[1]["rounds"]["no loss"] is None
+def test_losses_are_exchanged_every_fifth_step_and_are_the_same_on_all(found):
+    """A step without a loss in one process has that of the other, one without any is left out."""
+    first, second = (own["rounds"]["losses"] for own in found)
+    assert repr(first) == repr(second)
+    steps = [[step for step, *_ in known] for known, *_ in first]
+    assert steps == [[], [], [], [], [0, 1, 2, 4], [], [], [], [], [5, 6, 7, 8, 9], [], [], [10, 11]]
+    losses = {step: (loss, left_out) for known, *_ in first for step, loss, left_out in known}
+    assert math.isnan(losses[6][0]) and losses.pop(6)[1]
+    assert losses == {step: (step + 0.5 * (step != 2), False) for step in (0, 1, 2, 4, 5, 7, 8, 9, 10, 11)}
+    assert [same for _, same, _ in first] == [True] * 9 + [False] * 4
+    assert [calls for *_, calls in first] == [0] * 4 + [1] * 5 + [2] * 3 + [3]
 
 
 def test_one_process_meets_nobody():
@@ -273,10 +281,12 @@ def test_all_stop_at_the_step_at_which_one_process_would(found):
         assert (own["stopped"]["event"], own["stopped"]["stop"]) == (stop.event_step, stop.stop_step)
 
 
-def test_a_loss_that_is_not_finite_in_one_process_stops_all_at_that_step(found):
+@pytest.mark.parametrize("at, stop", [(4, 4), (5, 9)])
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_at_one_step(found, at, stop):
+    """When the losses are exchanged next, every fifth step."""
     for own in found:
-        assert own["not finite"]["steps"] == 5 and own["not finite"]["stop"] == 4
-        assert "nan since step 4" in own["not finite"]["reason"]
+        assert own["not finite", at]["steps"] == stop + 1 and own["not finite", at]["stop"] == stop
+        assert f"nan since step {at}" in own["not finite", at]["reason"]
 
 
 @pytest.mark.parametrize("what, operation", [("forward", "aten.log"), ("backward", "aten.div")])

@@ -12,7 +12,8 @@ from harness import MEASURED, data, mlp
 from torch import nn
 from torch.nn.utils import spectral_norm
 
-from lsp_callbacks.step.replay import MicroBatch, ModuleCopy, RandomState, copied, replayer, untouched
+from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.step.replay import MicroBatch, ModuleCopy, copied, replayer, untouched
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, displaced, flatten, split
 

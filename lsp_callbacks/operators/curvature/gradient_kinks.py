@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.autograd.graph import kinks_between
+from lsp_callbacks.functional.trajectory.clarke_training import UncertainSlopes
 from lsp_callbacks.operators.trajectory.proximal import proximal
 from lsp_callbacks.operators.trajectory.step_size import displacement
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten
@@ -22,21 +22,6 @@ _LOSSES = {F.huber_loss: "delta", F.smooth_l1_loss: "beta"}
 _UNITS = {F.elu: "alpha", F.celu: "alpha"}
 #: Of autograd's nodes: kinks whose gradient is continuous.
 _BENDS = ("HuberLoss", "SmoothL1Loss")
-
-
-@dataclass(frozen=True)
-class UncertainSlopes:
-    """Units whose slope may be anything between two numbers.
-
-    Attributes:
-        rows: ``(k, P)``: what each unit sees of a displacement of the parameters.
-        jump: ``(k,)``: its largest slope less the smallest.
-        above: ``(k,)``: its slope at the step, less the smallest, as a share of the jump.
-    """
-
-    rows: Tensor
-    jump: Tensor
-    above: Tensor
 
 
 class _Calls(TorchFunctionMode):

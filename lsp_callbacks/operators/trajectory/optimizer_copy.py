@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import forget_step_hooks
-from lsp_callbacks.step.replay import RandomState
+from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.step.snapshot import Unmeasurable
 
 #: Number of the parameter, name and shape of each float tensor of a state.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.operators.trajectory.optimizer_copy import OptimizerCopy
 from lsp_callbacks.operators.trajectory.step_jacobian import clipped_gradient, known_optimizer
-from lsp_callbacks.step.replay import RandomState
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, split
 
 

@@ -101,7 +101,7 @@ class Numerics(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
         self.complete = False
-        found = snapshot.run.ranks.gather(lambda: numeric_range(snapshot), self.name)
+        found = snapshot.run.ranks.gather(lambda: range_of_step(snapshot), self.name)
         lost = snapshot.run.ranks.first(lambda: _lost(snapshot), "the update")
         least = (min(min(getattr(own, of).values(), default=torch.nan) for own in found) for of in _PARTS)
         self.activations, self.gradients, self.weights = map(scalar, least)
@@ -148,3 +148,21 @@ def _lost(snapshot: Snapshot) -> float:
         return torch.nan
     moved = sum(moves for _, moves in pairs)
     return sum(lost for lost, _ in pairs) / moved if moved else 0.0
+
+
+def range_of_step(snapshot: Snapshot) -> NumericRange:
+    """Return the `numeric_range` of one step, under the scale of its gradient scaler.
+
+    Args:
+        snapshot: a step; of several ranks each looks at its own part of it.
+
+    Raises:
+        Unmeasurable: if the replayed loss is not the step's.
+    """
+    return numeric_range(
+        snapshot.replay,
+        snapshot.module,
+        parameters=snapshot.parameters,
+        scale=snapshot.scale,
+        check=lambda loss: snapshot.check(loss, tolerance=1e-4 if snapshot.compiled else 0.0),
+    )
