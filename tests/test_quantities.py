@@ -12,7 +12,7 @@ from torchmetrics import MetricCollection
 
 from lsp_callbacks import Lyapunov, ProbeSet, Sharpness, Snapshot, Trace, Unmeasurable
 from lsp_callbacks.quantities import REGISTRY, Quantity
-from lsp_callbacks.step.probes import evaluation
+from lsp_callbacks.step.criterion import evaluation
 
 SGD = torch.optim.SGD
 SETTINGS = {
@@ -129,7 +129,7 @@ def test_forward_is_an_update_that_returns_the_last_measurement(name):
     values = {}
     for snapshot in steps(called, 2 * (called.prepare + called.window)):
         values = called(snapshot)
-        updated.update(replace(snapshot, memo={}))
+        updated.update(replace(snapshot))
         assert called.complete == updated.complete
     assert same(values, updated.compute()) and same(called.compute(), values) and same(called.compute(), values)
     assert called.update_count == updated.update_count and same(saved(called), saved(updated))
@@ -194,7 +194,7 @@ def test_a_window_under_way_goes_on_from_its_vectors(name):
         if snapshot.step >= period + 2:
             metric.update(snapshot)
             # As in a run of its own: what one has found out about the step does not help the other.
-            resumed.update(replace(snapshot, memo={}))
+            resumed.update(replace(snapshot))
     assert metric.complete and resumed.complete
     assert same(metric.compute(), resumed.compute())
 

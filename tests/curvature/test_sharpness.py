@@ -13,7 +13,7 @@ from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators import coming_rule, decayed_hessian, frozen_rule, preconditioned_hessian, step_jacobian
 from lsp_callbacks.operators.cost import lanczos_cost
 from lsp_callbacks.quantities.curvature.sharpness import WARM
-from lsp_callbacks.step.snapshot import Clipping
+from lsp_callbacks.step.clipping import Clipping
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 RMSprop, Adagrad = torch.optim.RMSprop, torch.optim.Adagrad

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lsp_callbacks import Lyapunov, Monitor, Numerics, SGDStability, Sharpness, SpectralNorm, StabilityMonitor
 from lsp_callbacks.loops import Watch, watch_fabric
-from lsp_callbacks.step.snapshot import Clipping
+from lsp_callbacks.step.clipping import Clipping
 
 SHARPNESS, LYAPUNOV, NORM = "stability/sharpness", "stability/lyapunov", "stability/spectral_norm_max"
 EXAMPLES = Path(__file__).parents[2] / "examples"

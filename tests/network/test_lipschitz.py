@@ -37,7 +37,7 @@ from lsp_callbacks.functional.network.lipschitz import norm_upper
 from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators.network.depth import depth
 from lsp_callbacks.operators.network.weights import weight_operators
-from lsp_callbacks.step.snapshot import Call
+from lsp_callbacks.step.replay_checks import Call
 
 norm2 = torch.linalg.matrix_norm
 

@@ -23,8 +23,10 @@ from lsp_callbacks import Snapshot, SpectralNorm
 from lsp_callbacks.functional import log_sum, spectral_norm
 from lsp_callbacks.linalg import from_matrix, lyapunov_exponents
 from lsp_callbacks.operators import weight_operators
-from lsp_callbacks.step.replay import MicroBatch, ModuleCopy, replayer
-from lsp_callbacks.step.snapshot import Call
+from lsp_callbacks.step.batch import MicroBatch
+from lsp_callbacks.step.module_copy import ModuleCopy
+from lsp_callbacks.step.replay import replayer
+from lsp_callbacks.step.replay_checks import Call
 
 norm2 = torch.linalg.matrix_norm
 

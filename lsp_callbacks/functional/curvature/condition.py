@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lsp_callbacks.linalg import LinearOperator, lanczos
 from lsp_callbacks.operators.cost import beside
-from lsp_callbacks.step.snapshot import Call, Snapshot
+from lsp_callbacks.step.replay_checks import Call
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Up to this many rows or columns, whichever are fewer, a layer is made dense.
 SMALL = 256

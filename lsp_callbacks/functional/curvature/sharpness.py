@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import Eigenpair, LinearOperator, lanczos, spectrum_bounds, unit
 from lsp_callbacks.operators.curvature.finite_differences import TOLERANCE
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, path_taken
@@ -20,7 +21,7 @@ from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
     preconditioned_hessian,
     rates,
 )
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Probability, over the random part of a start, that an eigenvalue lies beyond the error bar.
 FAILURE = 0.05

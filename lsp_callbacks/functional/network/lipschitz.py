@@ -19,7 +19,8 @@ from lsp_callbacks.linalg import LinearOperator, norm, operator_norm, unit
 from lsp_callbacks.operators.network.activation_slopes import NODES, kind
 from lsp_callbacks.operators.network.depth import Depth
 from lsp_callbacks.operators.network.weights import weight_operators
-from lsp_callbacks.step.snapshot import Call, evaluating
+from lsp_callbacks.step.module_modes import evaluating
+from lsp_callbacks.step.replay_checks import Call
 
 #: Probability with which the norm of a large layer may exceed what is taken for its bound.
 FAILURE = 1e-3

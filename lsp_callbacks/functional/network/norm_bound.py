@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd.double_backward import jacobian
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.network.activations import activation_lipschitz
 from lsp_callbacks.linalg import norm, operator_norm
 from lsp_callbacks.operators.network.depth import Depth
-from lsp_callbacks.step.snapshot import Unmeasurable
 
 #: Probability with which one norm may exceed its bound.
 FAILURE = 1e-3

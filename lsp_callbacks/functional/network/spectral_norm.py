@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lsp_callbacks.autograd._torch_internals import Convolution
 from lsp_callbacks.linalg import Eigenpair, operator_norm
 from lsp_callbacks.operators.network.weights import weight_operators
-from lsp_callbacks.step.snapshot import Call
+from lsp_callbacks.step.replay_checks import Call
 
 
 def spectral_norm(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import tree_map, works_in_place
 from lsp_callbacks.autograd.op_mode import Operation, Operations, floats
+from lsp_callbacks.step.replay_checks import check_loss
 from lsp_callbacks.step.snapshot import Snapshot
 
 _Peaks = dict[tuple[str, torch.dtype, torch.device], Tensor]
@@ -89,7 +90,7 @@ def numeric_range(snapshot: Snapshot) -> NumericRange:
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         with looked.watching():
             loss = snapshot.replay()
-        snapshot.check(loss, tolerance=1e-4 if snapshot.compiled else 0.0)
+        check_loss(snapshot, loss, tolerance=1e-4 if snapshot.compiled else 0.0)
         scale = torch.full_like(loss, snapshot.scale)
         with looked.watching():
             torch.autograd.grad(loss, parameters, scale, allow_unused=True)

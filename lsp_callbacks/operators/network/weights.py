@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import convolve, output_padding
 from lsp_callbacks.linalg import LinearOperator, from_matrix, norm
-from lsp_callbacks.step.snapshot import Call
+from lsp_callbacks.step.replay_checks import Call
 
 
 @singledispatch

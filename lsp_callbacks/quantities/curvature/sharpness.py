@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import choice
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.sharpness import Edge, edge, edge_constant
 from lsp_callbacks.functional.curvature.sharpness import sharpness as top_eigenvalue
 from lsp_callbacks.operators.cost import forward_cost, lanczos_cost
@@ -17,7 +18,7 @@ from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, decay_rates, frozen_rule, rates
 from lsp_callbacks.quantities.base import Quantity, scalar
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 #: Lanczos products at most, from the last eigenvector and without one; the cost model counts the first. With no more
 #: parameters than the second, as many as there are parameters.
@@ -33,9 +34,16 @@ Readings = tuple[float, ...]
 def measured_edge(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method) -> Edge:
     """The step's `Edge`, computed once for all quantities that align with it."""
     steps = _steps(snapshot, start)
-    return snapshot.once(
-        ("edge", method), lambda: edge(snapshot, start=start, top=top, steps=steps, tol=TOLERANCE, method=method)
-    )
+    edges = _edges(snapshot)
+    if method not in edges:
+        edges[method] = edge(snapshot, start=start, top=top, steps=steps, tol=TOLERANCE, method=method)
+    return edges[method]
+
+
+@computed_once
+def _edges(snapshot: Snapshot) -> dict[Method, Edge]:
+    """Return the edges of the step by method; they depend on where the first caller started, too."""
+    return {}
 
 
 def _steps(snapshot: Snapshot, start: Tensor | None) -> int:
