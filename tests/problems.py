@@ -13,12 +13,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.autograd.functional import hessian
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lsp_callbacks import Snapshot
+from lsp_callbacks import ProbeSet, Snapshot
+from lsp_callbacks.step.criterion import evaluation
 from lsp_callbacks.step.run_context import RunContext
 
 f64 = torch.float64
@@ -305,3 +307,53 @@ def ar1(series: int, n: int = 2000, rho: float = 0.9) -> Tensor:
     for innovation in noise[1:]:
         values.append(rho * values[-1] + innovation)
     return torch.stack(values)
+
+
+class Task(nn.Module):
+    """A mean square of a network's outputs."""
+
+    def __init__(self, net, *shape, dtype=torch.float64):
+        super().__init__()
+        self.net = seeded(net)
+        self.register_buffer("x", random(*shape) if dtype.is_floating_point else torch.arange(12).view(3, 4) % 5)
+
+    def forward(self):
+        return self.net(self.x.clone()).square().mean()
+
+
+class Functional(nn.Module):
+    """Activations that are no modules, and one layer twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = F.relu_(self.first(x))
+        for _ in range(2):
+            x = torch.tanh(self.again(x))
+        return self.last(x)
+
+
+class Written(optim.Optimizer):
+    """By a user: plain momentum, with a state of its own name; ``update`` is what a subclass changes."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    def update(self, p, state):
+        m = state["speed"] = 0.5 * state.get("speed", torch.zeros_like(p)) + p.grad
+        return m
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] * self.update(p, self.state[p]))
+
+
+def probes_of(task):
+    """All six samples, in batches of two."""
+    part = lambda: evaluation(task.net(task.x), lambda f: 0.5 * (f - task.y).square().mean(), samples=6)  # noqa: E731
+    return ProbeSet(module=task, parts=(part,), samples=6, batch_size=2, population=6)

@@ -89,7 +89,7 @@ UNITS: dict[str, dict[str, Unit]] = {
         "residual_stiffness_max": ONE,
         "residual_dissipative": ONE,
         "residual_cfl_max": ONE,
-        "residual_residual": error(ONE, "1"),
+        "residual_lanczos_error": error(ONE, "1"),
         "residual_gain_max": ONE,
         "residual_gain_bound_max": ONE,
         "residual_gain_bound/*": ONE,

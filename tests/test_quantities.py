@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import Regression, close, f64, freeze, random, same, seeded, trajectory
+from problems import Regression, close, f64, freeze, probes_of, random, same, seeded, trajectory
 from torch import nn
 from torchmetrics import MetricCollection
 
-from lsp_callbacks import Lyapunov, ProbeSet, Sharpness, Snapshot, Trace, Unmeasurable
+from lsp_callbacks import Lyapunov, Sharpness, Snapshot, Trace, Unmeasurable
 from lsp_callbacks.quantities import REGISTRY, Quantity
-from lsp_callbacks.step.criterion import evaluation
 
 SGD = torch.optim.SGD
 SETTINGS = {
@@ -41,12 +40,6 @@ def problem():
     """A network in which there is something to measure for all of them."""
     net = nn.Sequential(nn.Linear(2, 4), ResidualBlock(), nn.Linear(4, 1))
     return Regression(seeded(net), random(6, 2, seed=1), random(6, 1, seed=2))
-
-
-def probes_of(task):
-    """All six samples, in batches of two."""
-    part = lambda: evaluation(task.net(task.x), lambda f: 0.5 * (f - task.y).square().mean(), samples=6)  # noqa: E731
-    return ProbeSet(module=task, parts=(part,), samples=6, batch_size=2, population=6)
 
 
 def trace_of(task):
@@ -182,6 +175,34 @@ def test_state_survives_a_checkpoint(name):
     }  # fmt: skip
     if name in persistent:
         assert same(fresh.compute(), metric.compute())
+
+
+#: What a quantity remembers of the run, whichever parameters are trained in it: keys, and states.
+OF_THE_RUN = {"stability/kurtosis_initial_max", "initial"}
+
+
+@every_quantity
+def test_after_a_restart_nothing_of_the_parameters_before_enters(name):
+    """Unfreezing: the numbers of a metric that begins with the parameters that are trained now."""
+
+    def frozen():
+        task = problem()
+        task.net[0].requires_grad_(False)
+        return task
+
+    metric, fresh = metric_of(name), metric_of(name)
+    period = metric.prepare + metric.window
+    for snapshot in steps(metric, 3 * period + 1, start=frozen):
+        metric.update(snapshot)
+    metric.restart()
+    for snapshot in steps(metric, period):
+        later = replace(snapshot, step=3 * period + 1 + snapshot.step)
+        metric.update(later)
+        fresh.update(replace(later))
+    assert metric.complete and fresh.complete and same(metric.vectors(), fresh.vectors())
+    for values in (lambda m: m.compute(), lambda m: saved(m)[0]):
+        ours, theirs = ({k: v for k, v in values(m).items() if k not in OF_THE_RUN} for m in (metric, fresh))
+        assert same(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["lyapunov", "lyapunov_trajectory"])

@@ -26,7 +26,7 @@ def pending_step(
     module: Any,
     *,
     own_loss: bool = False,
-    probe_samples: int | None = None,
+    sub_batch: int | None = None,
     run: RunContext | None = None,
 ) -> PendingStep:
     """A step of Lightning's that will be measured; made in ``on_train_batch_start`` of its first micro-batch.
@@ -35,7 +35,7 @@ def pending_step(
         trainer: Lightning's.
         module: the user's LightningModule.
         own_loss: whether a function of the user's own computes the loss; otherwise ``training_step`` is replayed.
-        probe_samples: how many samples of the batch to use; None takes all.
+        sub_batch: how many samples of the batch to use; None takes all.
         run: what all steps of the run share; None is a run of this process alone.
     """
     return PendingStep(
@@ -44,7 +44,7 @@ def pending_step(
         prepare=lambda module_copy: _mute(module_copy, trainer),
         # The user's own function rounds in other places than the step.
         tolerance=1e-4 if own_loss else 0.0,
-        probe_samples=probe_samples,
+        sub_batch=sub_batch,
         run=run,
         takes_buffers=getattr(trainer.strategy.model, "will_sync_module_buffers", bool)(),
     )
@@ -225,21 +225,6 @@ def ranks(trainer: Any) -> Ranks:
     return Ranks.joined(trainer.strategy.root_device) if trainer.world_size > 1 else Ranks()
 
 
-def mean_loss(loss: Tensor | None, ranks: Ranks) -> Tensor | None:
-    """The mean of the ranks' losses, for decisions that all must take alike; it does not wait for the device.
-
-    Args:
-        loss: of the rank's own step; None where it has none.
-        ranks: all of which call this.
-    """
-    if ranks.world == 1:
-        return loss
-    # All ranks come here, with a loss or without.
-    own = loss.detach().float().mean() if isinstance(loss, Tensor) else torch.zeros((), device=ranks.device)
-    total, share = ranks.average(torch.stack([own, torch.full_like(own, isinstance(loss, Tensor))]))
-    return total / share if isinstance(loss, Tensor) else None
-
-
 def schedulers(trainer: Any, optimizer: Any) -> tuple[Any, ...]:
     """Those that move the rate of this optimizer."""
     return tuple(c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer)
@@ -275,6 +260,4 @@ def clipped(trainer: Any, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor
 
 def warn_sub_batch(count: int) -> None:
     """Says once that the numbers are not the whole step's."""
-    warnings.warn(
-        f"probe_samples={count}: sharpness and exponents are those of a sub-batch, not of the step", stacklevel=2
-    )
+    warnings.warn(f"sub_batch={count}: sharpness and exponents are those of a sub-batch, not of the step", stacklevel=2)

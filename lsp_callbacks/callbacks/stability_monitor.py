@@ -17,7 +17,6 @@ from lsp_callbacks.callbacks.lightning_step import (
     clipped,
     clipping,
     loss_scale,
-    mean_loss,
     overridden,
     pending_step,
     probe_set,
@@ -34,11 +33,13 @@ from lsp_callbacks.callbacks.lightning_step import (
 from lsp_callbacks.callbacks.logging import Stopwatch, log, show, thinned
 from lsp_callbacks.callbacks.lr_forecast import CriticalRate, Schedule, steps_left
 from lsp_callbacks.callbacks.multi_optimizer import Game, check_losses
+from lsp_callbacks.callbacks.shared_losses import SharedLosses
 from lsp_callbacks.callbacks.spawned_history import Mailbox
 from lsp_callbacks.callbacks.step_loss import StepLoss
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.monitor.configure import configured
+from lsp_callbacks.monitor.losses import Told
 from lsp_callbacks.monitor.monitor import Curve, Observation
 from lsp_callbacks.monitor.nan_finder import Guard
 from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED, Destination
@@ -89,7 +90,7 @@ class StabilityMonitor(Callback):
             rest is for what that does not see, such as the calls of each step.
         window: steps in a window of the exponent.
         average: windows in its mean.
-        probe_samples: samples of the batch (of several processes, of each one's) for sharpness and exponent; None takes
+        sub_batch: samples of the batch (of several processes, of each one's) for sharpness and exponent; None takes
             the whole batch. The numbers are then those of a sub-batch, and ``stability/sub_batch`` says of how many
             samples.
         layers: whose spectral norms to measure: class, glob, predicate or import path; None takes all.
@@ -136,7 +137,7 @@ class StabilityMonitor(Callback):
         budget: float = 0.05,
         window: int = 4,
         average: int = 5,
-        probe_samples: int | None = None,
+        sub_batch: int | None = None,
         layers: Selection = None,
         blocks: Selection = None,
         log_layers: Literal["all", "summary"] | int = "all",
@@ -151,8 +152,8 @@ class StabilityMonitor(Callback):
         time_limit: float | None = None,
         seed: int = 0,
     ):
-        if probe_samples is not None:
-            whole("probe_samples", probe_samples, 1, instead=", or None for the whole batch")
+        if sub_batch is not None:
+            whole("sub_batch", sub_batch, 1, instead=", or None for the whole batch")
         if log_layers not in ("all", "summary"):
             whole("log_layers", log_layers, 1, instead=", or 'all' or 'summary'")
         whole("seed", seed, 0)
@@ -160,8 +161,8 @@ class StabilityMonitor(Callback):
             whole("accumulate", accumulate, 1, instead=" batches, or None")
         if isinstance(loss_fn, Mapping):
             check_losses(loss_fn)
-            if probe_samples is not None:
-                raise ValueError(f"probe_samples={probe_samples}: players are measured on whole batches; leave it out")
+            if sub_batch is not None:
+                raise ValueError(f"sub_batch={sub_batch}: players are measured on whole batches; leave it out")
             if accumulate is not None:
                 raise ValueError(f"accumulate={accumulate}: players that sum gradients are not modelled; leave it out")
             if prox is not None:
@@ -170,7 +171,7 @@ class StabilityMonitor(Callback):
             quantities, every_n_steps=every_n_steps, budget=budget, window=window, average=average, layers=layers,
             blocks=blocks, strict=strict, max_memory=max_memory, time_limit=time_limit,
         )  # fmt: skip
-        self.probe_samples, self.layers, self.blocks = probe_samples, layers, blocks
+        self.sub_batch, self.layers, self.blocks = sub_batch, layers, blocks
         self.accumulate = accumulate
         self.log_layers, self.loss_fn, self.save_vectors, self.seed = log_layers, loss_fn, save_vectors, seed
         wanted = max((getattr(quantity, "probes", 0) for quantity in self.monitor.quantities.values()), default=0)
@@ -191,6 +192,7 @@ class StabilityMonitor(Callback):
         self._pending: PendingStep | None = None
         self._saw_loss = False
         self._step_loss = StepLoss()
+        self._shared: SharedLosses | None = None
         self._seen: torch.Tensor | None = None
         self._observations: list[Observation] = []
         self._game: Game | None = None
@@ -293,6 +295,7 @@ class StabilityMonitor(Callback):
             self._ranks.first(lambda: population(trainer.train_dataloader, trainer.world_size), "the population")
         )
         self._judges = list(self.subscribers)  # they leave when training ends
+        self._shared = SharedLosses(self._ranks) if self._ranks.world > 1 and self.subscribers else None
         self._schedule = Schedule(trainer)
         self._overrides = overridden(pl_module, "optimizer_step") is not None
         self._destination.forget()
@@ -330,8 +333,8 @@ class StabilityMonitor(Callback):
                 Snapshot(self.step, pl_module, replay=never, optimizer=optimizer, **settings),
                 steps=steps_left(trainer, 0) if self.step == 0 else math.inf,  # a resumed run goes on with what it has
             )
-        if self.probe_samples is not None:
-            warn_sub_batch(self.probe_samples)
+        if self.sub_batch is not None:
+            warn_sub_batch(self.sub_batch)
         if self.history:  # resumed: stock callbacks find their key before the next measurement, too
             self._measured_at = max(curve.steps[-1] for curve in self.history.values())
             last = {key: [v for v in curve.values if math.isfinite(v)][-1:] for key, curve in self.history.items()}
@@ -380,7 +383,7 @@ class StabilityMonitor(Callback):
         if wanted and not trainer.fit_loop._skip_backward:  # an epoch of weight averaging
             with self.monitor.warn_instead_of_raise("the step could not be kept for a replay"):
                 return pending_step(
-                    trainer, pl_module, own_loss=self.loss_fn is not None, probe_samples=self.probe_samples,
+                    trainer, pl_module, own_loss=self.loss_fn is not None, sub_batch=self.sub_batch,
                     run=self._run,
                 )  # fmt: skip
         return None
@@ -473,9 +476,9 @@ class StabilityMonitor(Callback):
             self._observations.append(observation)
 
     def _observe(self, trainer: Any, pending: PendingStep, optimizer: Any) -> Observation | None:
-        if self.probe_samples is not None:
-            sizes = [batch_size(part.batch) or self.probe_samples for part in pending.parts]
-            self._samples = min(self.probe_samples, sum(sizes))
+        if self.sub_batch is not None:
+            sizes = [batch_size(part.batch) or self.sub_batch for part in pending.parts]
+            self._samples = min(self.sub_batch, sum(sizes))
         rule, self._gradients = self._clipping(trainer, pending, optimizer)
         snapshot = pending.snapshot(
             self.step,
@@ -553,19 +556,27 @@ class StabilityMonitor(Callback):
 
     def _judge(self, trainer: Any) -> None:
         # At each step: what one process needs is next to nothing.
-        loss, several = self._step_loss.value, self._ranks.world > 1
-        if self.subscribers:
-            loss = mean_loss(loss, self._ranks)
-        told = self.monitor.losses.saw(
-            max(self.step - 1, 0), loss, left_out=self._step_loss.left_out, wait=several and bool(self.subscribers)
-        )
-        if not self.subscribers:
-            return
-        stop = any([subscriber.judge(trainer, self.step - 1, told) for subscriber in self.subscribers])
-        if several:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop:
+        step, loss, left_out = self.step - 1, self._step_loss.value, self._step_loss.left_out
+        if self._shared is None:
+            told = self.monitor.losses.saw(max(step, 0), loss, left_out=left_out)
+        else:
+            lr = largest_learning_rate(trainer.optimizers[0]) if trainer.optimizers else 0.0
+            told = self._shared.take(max(step, 0), loss, lr=lr, left_out=left_out)
+            self._tell(told)
+        # Losses and measurements are the same numbers on all processes, so all of them stop at the same step.
+        if any([subscriber.judge(trainer, step, told) for subscriber in self.subscribers]):
             trainer.should_stop = True
+
+    def _tell(self, told: Sequence[Told]) -> None:
+        """Note losses that have arrived from all processes."""
+        for each in told:
+            self.monitor.losses.add(each)
+        if self._shared is not None and not self._shared.same_rates:
+            self.monitor.warn_once(
+                "the learning rates of the processes differ, so that StopOnInstability does not look at the rate that "
+                "the schedule brings next: give all of them the same (a metric that a scheduler watches needs "
+                "sync_dist=True)"
+            )
 
     def _gradient_changed(self) -> bool:
         return any(p.grad is not None and not identical(p.grad, gradient) for p, gradient in self._gradients)
@@ -578,7 +589,7 @@ class StabilityMonitor(Callback):
     def _publish(self, trainer: Any, observation: Observation) -> None:
         values = thinned(observation.values, self.log_layers)
         values["stability/overhead"] = self.overhead
-        if self.probe_samples is not None:
+        if self.sub_batch is not None:
             values["stability/sub_batch"] = float(self._samples)
         show(trainer, values, age=self._age)
         log(trainer, values)
@@ -588,7 +599,8 @@ class StabilityMonitor(Callback):
 
         Players have rates of their own, and no common schedule: NaN.
         """
-        critical = self._critical.mean if self._game is None else math.nan
+        differ = self._shared is not None and not self._shared.same_rates
+        critical = math.nan if differ or self._game is not None else self._critical.mean
         return (
             largest_learning_rate(trainer.optimizers[0]) / critical if trainer.optimizers and critical > 0 else math.nan
         )
@@ -623,7 +635,10 @@ class StabilityMonitor(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._arrive(pl_module)
         self._tell_unseen(pl_module)
-        self.monitor.losses.saw(max(self.step - 1, 0), None, wait=True)
+        if self._shared is None:
+            self.monitor.losses.saw(max(self.step - 1, 0), None, wait=True)
+        else:
+            self._tell(self._shared.rest())
         # StabilityReport says it below its table.
         if not any(getattr(callback, "says_verdict", False) for callback in trainer.callbacks):
             rank_zero_info(sentence(self.verdict))

@@ -22,8 +22,8 @@ from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.lightning_step import clipping, pending_step, probe_set, step_loss, unsupported
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.functional.sgd.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram
+from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.plots.stability_diagram import diagram_around
 from lsp_callbacks.quantities import SGDStability
 from lsp_callbacks.step.probes import Probes, population
@@ -250,7 +250,7 @@ def examine(
         data: other arguments of ``trainer.fit``: ``datamodule`` or ``train_dataloaders``.
 
     Raises:
-        Unmeasurable: if the step cannot be frozen; see `lsp_callbacks.functional.sgd.frozen_sgd.frozen_sgd`.
+        Unmeasurable: if the step cannot be frozen; see `lsp_callbacks.operators.sgd.frozen_sgd.frozen_sgd`.
     """
     if trainer.world_size > 1:
         raise Unmeasurable(

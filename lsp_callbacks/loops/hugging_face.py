@@ -103,8 +103,13 @@ class StabilityCallback(TrainerCallback):
         self._values: dict[str, float] = {}
         self._items: Any = None
         self._losses: list[Tensor] = []
+        self._hooks: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._let_go()  # of a run that was interrupted
+        if state.global_step == 0:  # a new run; one that is resumed goes on with the curves, if it is in this process
+            self.monitor.reset()
+        self.monitor.drop()
         model, wrapped = kwargs["model"], kwargs["optimizer"]
         optimizer = getattr(wrapped, "optimizer", wrapped)  # accelerate wraps both
         scheduler = getattr(kwargs.get("lr_scheduler"), "scheduler", kwargs.get("lr_scheduler"))
@@ -139,9 +144,14 @@ class StabilityCallback(TrainerCallback):
             self.log(values, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self.watch.close()
+        if self._hooks:
+            self.watch.close()
+        self._hooks, self._values, self._items, self._losses = [], {}, None, []
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():

@@ -70,15 +70,15 @@ def check_memory(predicted: float, cap: float | None, device: torch.device) -> N
     if cap is not None and predicted > cap:
         raise Unsupported(
             f"it would take {readable(predicted)} beside training, more than max_memory={readable(cap)}: allow more, "
-            "or measure a sub-batch with probe_samples"
+            "or measure part of the batch with sub_batch=..."
         )
     if cap is None and device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + reserved
         if predicted > free:
             raise Unmeasurable(
-                f"it would take {readable(predicted)} beside training, and {readable(free)} are free: measure a "
-                "sub-batch with probe_samples, or train with a smaller batch"
+                f"it would take {readable(predicted)} beside training, and {readable(free)} are free: measure "
+                "part of the batch with sub_batch=..., or train with a smaller batch"
             )
 
 

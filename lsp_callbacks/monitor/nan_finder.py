@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import foreach_norm, sparse_values
+from lsp_callbacks.autograd.random_state import TorchRandomState
 from lsp_callbacks.functional.numerics.first_fault import Fault, first_fault
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.quantities.numerics.numerics import Numerics
@@ -18,7 +19,6 @@ from lsp_callbacks.step.batch import MicroBatch, copied
 from lsp_callbacks.step.flat import restored
 from lsp_callbacks.step.muted import muted
 from lsp_callbacks.step.pending_step import PendingStep
-from lsp_callbacks.step.random_state import TorchRandomState
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.replay import untouched
 

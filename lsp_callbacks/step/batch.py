@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import tree_map
-from lsp_callbacks.step.random_state import RandomState, TorchRandomState
+from lsp_callbacks.autograd.random_state import RandomState, TorchRandomState
 
 
 @dataclass

@@ -36,7 +36,7 @@ class PendingStep:
         shared: objects of the module that its copy shares, see `ModuleCopy`.
         prepare: applied once to the copy, see `ModuleCopy`.
         tolerance: relative difference between a replayed loss and the step's own; compiled modules have 1e-4 at least.
-        probe_samples: how many samples of the batch to use; None takes all.
+        sub_batch: how many samples to use; None takes all.
         run: what all steps of the run share; None is a run of this process alone.
         takes_buffers: whether all ranks' forward passes begin with the buffers of the first, as under DDP.
     """
@@ -48,11 +48,11 @@ class PendingStep:
         shared: Iterable[Any] = (),
         prepare: Callable[[nn.Module], None] = lambda copy: None,
         tolerance: float = 0.0,
-        probe_samples: int | None = None,
+        sub_batch: int | None = None,
         run: RunContext | None = None,
         takes_buffers: bool = False,
     ):
-        self.module, self.tolerance, self.probe_samples = module, tolerance, probe_samples
+        self.module, self.tolerance, self.sub_batch = module, tolerance, sub_batch
         self.run = run or RunContext()
         self.parts: list[MicroBatch] = []
         self.module_copy: ModuleCopy | None = None
@@ -132,9 +132,9 @@ class PendingStep:
             tolerance=max(self.tolerance, 1e-4 if _compiled(self.module) else 0.0),
             **settings,
         )
-        if self.probe_samples is None:
+        if self.sub_batch is None:
             return snapshot
-        count = self.probe_samples
+        count = self.sub_batch
         try:
             return self.run.ranks.together(lambda: self._sub_batch(snapshot, count))
         except Exception as error:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lsp_callbacks.autograd._torch_internals import checkpoints_without_reentrance, without_hooks
+from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.batch import MicroBatch, copied, summed
 from lsp_callbacks.step.module_copy import ModuleCopy
 from lsp_callbacks.step.muted import muted
-from lsp_callbacks.step.random_state import RandomState
 
 
 @contextlib.contextmanager

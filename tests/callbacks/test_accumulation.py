@@ -5,10 +5,22 @@ from functools import partial
 
 import pytest
 import torch
-from harness import MEASURED, MOMENTUM, SGD, Model, Rows, convolutional, data, fit, mlp, trainer
+from harness import (
+    MEASURED,
+    MOMENTUM,
+    SGD,
+    Model,
+    Rows,
+    convolutional,
+    data,
+    finite,
+    fit,
+    mlp,
+    trainer,
+    with_and_without,
+)
 from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler
-from test_lr_forecast import SCHEDULES, Scheduled
-from test_no_trace import finite, with_and_without
+from schedules import SCHEDULES, Scheduled
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -145,7 +157,7 @@ def test_the_accumulation_may_change_between_epochs():
 
 def test_a_sub_batch_is_of_all_micro_batches():
     with pytest.warns(UserWarning, match="sub-batch"):
-        monitor = StabilityMonitor(["sharpness"], every_n_steps=1, probe_samples=8)
+        monitor = StabilityMonitor(["sharpness"], every_n_steps=1, sub_batch=8)
         fit(Model, monitor, loader=data(shuffle=False), accumulate_grad_batches=2, max_steps=1)
     small = data(shuffle=False)
     first = [torch.cat([t[:4], t[8:12]]) for t in small.dataset.tensors]

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
-from harness import Losses, Model, Rows, data, everything, fit, mlp
+from harness import GoesOn, Model, bits, changed_by, data, fit, mlp
 
 from lsp_callbacks import (
     Monitor,
@@ -28,47 +28,13 @@ from lsp_callbacks import (
     Unmeasurable,
     step,
 )
+from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.loops import Watch, plain
 from lsp_callbacks.step.flat import displaced
 from lsp_callbacks.step.probes import Probes
-from lsp_callbacks.step.random_state import RandomState
 from lsp_callbacks.step.snapshot import computed_once
 
 QUIET = pytest.mark.filterwarnings("ignore")
-
-
-def bits(value):
-    """NaN equals NaN: by the bits."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().contiguous().view(torch.uint8).tolist() if value.numel() and value.ndim else repr(value)
-    if isinstance(value, dict):
-        return {key: bits(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [bits(one) for one in value]
-    return repr(value)
-
-
-class GoesOn(StopOnInstability):
-    """Says when it would have stopped, and lets training go on."""
-
-    def __init__(self):
-        super().__init__(threshold=math.inf, limit=None)
-
-    def judge(self, *args):
-        super().judge(*args)
-        return False
-
-
-def with_and_without(make, monitor, loader=None, stop=None, **settings):
-    """Trains twice from the same seed; returns what is different."""
-    left = []
-    for ours in ([], [monitor, stop or StopOnInstability(threshold=math.inf, limit=None)]):
-        losses, logger = Losses(), Rows()
-        trainer = fit(make, losses, *ours, loader=None if loader is None else loader(), logger=logger, **settings)
-        left.append(everything(trainer, trainer.model, losses, logger))
-        if ours:
-            assert all(bool(torch.isfinite(v).all()) for k, v in trainer.callback_metrics.items() if "stability" in k)
-    return [what for what in left[0] if bits(left[0][what]) != bits(left[1][what])]
 
 
 # -- NaN and Inf ---------------------------------------------------------------------------------------------------
@@ -104,7 +70,7 @@ class Poisoned(Model):
 def test_numbers_that_are_not_finite(what, value):
     monitor = StabilityMonitor("full", every_n_steps=2, window=2)
     stop = GoesOn()
-    assert not with_and_without(lambda: Poisoned(what, value), monitor, stop=stop, max_steps=9)
+    assert not changed_by(lambda: Poisoned(what, value), monitor, stop=stop, max_steps=9)
     assert stop.stop_step == (4 if what == "gradient" else 3)  # the first loss that is not finite
     assert monitor.verdict.state == "not finite" and monitor.verdict.advice
     sharpness = monitor.history["stability/sharpness"]
@@ -168,7 +134,7 @@ def test_a_measurement_out_of_memory_is_nan_and_keeps_nothing(error):
 
     monitor = StabilityMonitor([hungry, Next(error), "sharpness"], every_n_steps=1)
     with pytest.warns(UserWarning, match=f"could not measure hungry at step 2, and says NaN: {error.__name__}"):
-        assert not with_and_without(Model, monitor, max_steps=5)
+        assert not changed_by(Model, monitor, max_steps=5)
     assert after and all(one is None for one in after)
     assert [math.isnan(v) for v in monitor.history["stability/hungry"].values] == [False, False, True, False, False]
     assert all(map(math.isfinite, monitor.history["stability/sharpness"].values))
@@ -190,7 +156,7 @@ def test_no_memory_for_the_copy(owner, where, monkeypatch):
     monitor = StabilityMonitor("economy", every_n_steps=1)
     monkeypatch.setattr(owner, where, short)
     with pytest.warns(UserWarning, match="out of memory") as caught:
-        assert not with_and_without(Model, monitor, max_steps=6)
+        assert not changed_by(Model, monitor, max_steps=6)
     assert len([w for w in caught if "lsp_callbacks" in str(w.message)]) == 1
     assert math.isfinite(monitor.history["stability/sharpness"].values[0])
 
@@ -203,7 +169,7 @@ def test_no_memory_to_remember_the_gradient(monkeypatch):
 
     monkeypatch.setattr(stability_monitor, "identical", short)
     with pytest.warns(UserWarning, match="out of memory"):
-        assert not with_and_without(Model, StabilityMonitor("economy", every_n_steps=1), max_steps=4)
+        assert not changed_by(Model, StabilityMonitor("economy", every_n_steps=1), max_steps=4)
 
 
 def test_a_failure_that_is_kept_holds_no_frames():
@@ -236,7 +202,7 @@ class Raises(Model):
 def test_an_exception_in_a_replay_is_nan_and_the_run_goes_on():
     monitor = StabilityMonitor("economy", every_n_steps=1)
     with pytest.warns(UserWarning, match="RuntimeError: mine") as caught:
-        assert not with_and_without(lambda: Raises("replay"), monitor, max_steps=6)
+        assert not changed_by(lambda: Raises("replay"), monitor, max_steps=6)
     assert len([w for w in caught if "lsp_callbacks" in str(w.message)]) == 1
     assert [math.isnan(v) for v in monitor.history["stability/sharpness"].values] == [0, 0, 0, 1, 0, 0]
 
@@ -281,7 +247,7 @@ def test_a_schedule_that_cannot_be_looked_ahead_is_no_obstacle():
 
     monitor = StabilityMonitor("economy", every_n_steps=2)
     with pytest.warns(UserWarning, match="IndexError: no rate") as caught:
-        assert not with_and_without(Brittle, monitor, max_steps=6, max_epochs=10)
+        assert not changed_by(Brittle, monitor, max_steps=6, max_epochs=10)
     assert len([w for w in caught if "lsp_callbacks" in str(w.message)]) == 1
     assert all(map(math.isfinite, monitor.history["stability/sharpness"].values))
 
@@ -438,7 +404,7 @@ class NoRate(torch.optim.SGD):
 @QUIET
 def test_an_optimizer_without_a_rate():
     monitor = StabilityMonitor("economy", every_n_steps=2)
-    assert not with_and_without(lambda: Model(optimizer=NoRate), monitor, max_steps=5)
+    assert not changed_by(lambda: Model(optimizer=NoRate), monitor, max_steps=5)
     assert len(monitor.history["stability/spectral_norm_max"].steps) == 3
 
 
@@ -473,7 +439,7 @@ def test_batches_that_cannot_be_joined():
         return torch.utils.data.DataLoader(batches, batch_size=None)
 
     monitor = StabilityMonitor(["spectral_norm", "sharpness", SGDStability(16)], every_n_steps=2)
-    assert not with_and_without(Sparse, monitor, loader=loader, max_steps=5)
+    assert not changed_by(Sparse, monitor, loader=loader, max_steps=5)
     assert len(monitor.history["stability/spectral_norm_max"].steps) == 3
 
 
@@ -514,9 +480,9 @@ def test_a_sub_batch_is_shortened_as_the_step_is():
     """By the norm of the whole gradient: the Courant number under clipping is the unclipped one times the factor."""
     found = {}
     for limit in (None, 0.05):
-        monitor = StabilityMonitor(["sharpness"], every_n_steps=1, probe_samples=4)
+        monitor = StabilityMonitor(["sharpness"], every_n_steps=1, sub_batch=4)
         norms = Norms()
-        with pytest.warns(UserWarning, match="probe_samples=4"):
+        with pytest.warns(UserWarning, match="sub_batch=4"):
             fit(Model, monitor, norms, max_steps=1, gradient_clip_val=limit)
         found[limit] = monitor.history["stability/courant_gd"].values[0]
     assert found[0.05] == pytest.approx(found[None] * 0.05 / norms.norm, rel=1e-3)

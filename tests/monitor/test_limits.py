@@ -183,7 +183,7 @@ def test_a_tensor_without_an_axis_is_no_batch():
 
 @pytest.mark.parametrize("samples, said", [(3, 3.0), (100, 8.0), (None, None)])
 def test_a_sub_batch_is_labelled_in_the_loggers(samples, said):
-    rows, monitor = Rows(), StabilityMonitor("sharpness", every_n_steps=2, probe_samples=samples)
+    rows, monitor = Rows(), StabilityMonitor("sharpness", every_n_steps=2, sub_batch=samples)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(Model, monitor, logger=rows, max_steps=3, loader=data())

@@ -7,8 +7,8 @@ import torch
 from problems import Quadratic, close, dense_hessian, f64, freeze, interpolating_tanh, same, symmetric
 
 from lsp_callbacks import ProbeSet, Snapshot, Unmeasurable
-from lsp_callbacks.functional import frozen_sgd, gd_exponent
-from lsp_callbacks.functional.sgd.frozen_sgd import critical_rule
+from lsp_callbacks.functional import gd_exponent
+from lsp_callbacks.operators.sgd.frozen_sgd import critical_rule, frozen_sgd
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.step_jacobian import step_jacobian
 from lsp_callbacks.step.clipping import Clipping

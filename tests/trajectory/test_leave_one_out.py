@@ -5,8 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import Regression, close, f64, freeze, random, same, seeded, take, tanh_mlp
-from test_step_by_differences import Written
+from problems import Regression, Written, close, f64, freeze, random, same, seeded, take, tanh_mlp
 from torch import nn
 
 from lsp_callbacks import LeaveOneOut, Unmeasurable

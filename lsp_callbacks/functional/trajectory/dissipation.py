@@ -22,7 +22,7 @@ _NAN = torch.full((), torch.nan, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
-class Dissipation:
+class DissipationResult:
     """Of ``E_{t+1} = q E_t + c + noise``.
 
     Attributes:
@@ -44,7 +44,7 @@ class Dissipation:
     slope: Tensor
 
 
-def dissipation(energy: Tensor, *, confidence: float = 0.9) -> Dissipation:
+def dissipation(energy: Tensor, *, confidence: float = 0.9) -> DissipationResult:
     """The rate at which an energy dissipates, and the floor that noise holds it at, by least squares.
 
     ``E_{t+1} = q E_t + c`` is fitted over all pairs of consecutive steps, ``gamma = 1 - q``. (The slope of ``log E``
@@ -94,7 +94,7 @@ def dissipation(energy: Tensor, *, confidence: float = 0.9) -> Dissipation:
     if len(x) - 1 >= BLOCKS * LEAST:
         q, rest, floor_error, (lower, upper) = _jackknife(x, y, confidence)
     stable = bool(q < 1)
-    return Dissipation(
+    return DissipationResult(
         gamma=1 - q,
         lower=lower,
         upper=upper,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.autograd.graph import kinks_between
 from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.functional.trajectory.clarke_training import UncertainSlopes
 from lsp_callbacks.operators.trajectory.proximal import proximal
 from lsp_callbacks.operators.trajectory.step_size import displacement
 from lsp_callbacks.step.flat import flatten
@@ -25,21 +25,6 @@ _LOSSES = {F.huber_loss: "delta", F.smooth_l1_loss: "beta"}
 _UNITS = {F.elu: "alpha", F.celu: "alpha"}
 #: Of autograd's nodes: kinks whose gradient is continuous.
 _BENDS = ("HuberLoss", "SmoothL1Loss")
-
-
-@dataclass(frozen=True)
-class UncertainSlopes:
-    """Units whose slope may be anything between two numbers.
-
-    Attributes:
-        rows: ``(k, P)``: what each unit sees of a displacement of the parameters.
-        jump: ``(k,)``: its largest slope less the smallest.
-        above: ``(k,)``: its slope at the step, less the smallest, as a share of the jump.
-    """
-
-    rows: Tensor
-    jump: Tensor
-    above: Tensor
 
 
 class _Calls(TorchFunctionMode):
@@ -100,9 +85,10 @@ def loss_kinks(snapshot: Snapshot, *, eps: float) -> UncertainSlopes:
     """The units of a loss whose second derivative jumps within ``eps`` of where they are.
 
     With ``w_i = dL / d phi_i`` of an elementwise function ``phi_i(z_i)`` whose second derivative jumps by j, the
-    Hessian jumps by ``w_i j a_i a_i^T``, ``a_i = d z_i / d theta``, and by nothing else: `UncertainSlopes` holds ``a_i``
-    and ``w_i j``. Such functions are ``huber_loss``, ``smooth_l1_loss`` (of the residuals), ``elu`` and ``celu``. Near is
-    within ``eps`` times the root mean square of the call's inputs. What is written with ``torch.where`` is not seen.
+    Hessian jumps by ``w_i j a_i a_i^T``, ``a_i = d z_i / d theta``, and by nothing else: `UncertainSlopes` holds
+    ``a_i`` and ``w_i j``. Such functions are ``huber_loss``, ``smooth_l1_loss`` (of the residuals), ``elu`` and
+    ``celu``. Near is within ``eps`` times the root mean square of the call's inputs. What is written with
+    ``torch.where`` is not seen.
 
     Raises:
         Unmeasurable: a loss whose gradient jumps: the training map is not continuous; several processes.

@@ -13,29 +13,11 @@ from torch import Tensor
 from lsp_callbacks.autograd._torch_internals import BatchNorm
 from lsp_callbacks.autograd.module_calls import ModuleCall, leaves, record_calls, units, upstream
 from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.functional.network.gains import LayerSizes
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.network.activation_slopes import ActivationSlopes, activation_slopes
 from lsp_callbacks.step.replay_checks import Call, check_loss
 from lsp_callbacks.step.snapshot import Snapshot
-
-
-@dataclass(frozen=True)
-class LayerSizes:
-    """Of one layer, on the way that the last layer's signal came.
-
-    Attributes:
-        name: of the module that begins it.
-        received: root mean square of the state that it received.
-        sent: of the state that it made of it.
-        back: of the gradient of the loss by what it sent.
-        returned: of the gradient by what it received; NaN of the first layer.
-    """
-
-    name: str
-    received: float
-    sent: float
-    back: float
-    returned: float = math.nan
 
 
 @dataclass(frozen=True)

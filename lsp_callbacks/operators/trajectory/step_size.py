@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.trajectory.optimizer_copy import OptimizerCopy
 from lsp_callbacks.operators.trajectory.step_jacobian import clipped_gradient, known_optimizer
 from lsp_callbacks.step.flat import split
-from lsp_callbacks.step.random_state import RandomState
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 

@@ -10,10 +10,14 @@ from torch import Tensor
 
 from lsp_callbacks._validation import choice
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.functional.curvature.sharpness import Edge, edge, edge_constant
-from lsp_callbacks.functional.curvature.sharpness import sharpness as top_eigenvalue
 from lsp_callbacks.operators.cost import forward_cost, lanczos_cost
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
+from lsp_callbacks.operators.curvature.stability_threshold import (
+    StabilityThreshold,
+    stability_threshold,
+    threshold_constant,
+    top_eigenvalue,
+)
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, decay_rates, frozen_rule, rates
@@ -31,18 +35,20 @@ PATIENCE = 8
 Readings = tuple[float, ...]
 
 
-def measured_edge(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method) -> Edge:
-    """The step's `Edge`, computed once for all quantities that align with it."""
+def measured_edge(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method) -> StabilityThreshold:
+    """The step's `StabilityThreshold`, computed once for all quantities that align with it."""
     steps = _steps(snapshot, start)
-    edges = _edges(snapshot)
-    if method not in edges:
-        edges[method] = edge(snapshot, start=start, top=top, steps=steps, tol=TOLERANCE, method=method)
-    return edges[method]
+    thresholds = _thresholds(snapshot)
+    if method not in thresholds:
+        thresholds[method] = stability_threshold(
+            snapshot, start=start, top=top, steps=steps, tol=TOLERANCE, method=method
+        )
+    return thresholds[method]
 
 
 @computed_once
-def _edges(snapshot: Snapshot) -> dict[Method, Edge]:
-    """Return the edges of the step by method; they depend on where the first caller started, too."""
+def _thresholds(snapshot: Snapshot) -> dict[Method, StabilityThreshold]:
+    """Return the thresholds of the step by method; they also depend on where the first caller started."""
     return {}
 
 
@@ -86,7 +92,7 @@ class Sharpness(Quantity):
     ``sharpness_residual`` is a relative error bar: the largest eigenvalue lies between ``sharpness`` and ``sharpness +
     sharpness_residual |sharpness|``; likewise ``courant_gd``. It is no residual of one eigenvector, which says nothing
     of a mode that has only now become the sharpest, but what the noise in the start of Lanczos may have missed, see
-    `lsp_callbacks.functional.curvature.sharpness`; how often it holds along ten runs is in
+    `lsp_callbacks.operators.curvature.stability_threshold`; how often it holds along ten runs is in
     ``benchmarks/sharpness_error_bars.md``. With at most 12 parameters Lanczos runs to its end, and nothing is missed.
 
     Where several players take turns, each is measured on its own loss and its own parameters; the measurement is
@@ -168,7 +174,7 @@ class Sharpness(Quantity):
         return gradients_missing(snapshot)
 
     def check(self, snapshot: Snapshot) -> None:
-        edge_constant(frozen_rule(snapshot))
+        threshold_constant(frozen_rule(snapshot))
 
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step; in a game, until each player was measured."""

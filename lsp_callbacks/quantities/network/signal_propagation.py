@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from lsp_callbacks._validation import choice, whole
 from lsp_callbacks.autograd._torch_internals import BatchNorm
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.functional.curvature.condition import loss_condition_lower, norms_cost
-from lsp_callbacks.functional.network.lipschitz import Uncertified, lipschitz_lower, lipschitz_upper
+from lsp_callbacks.functional.curvature.condition import loss_condition_lower
+from lsp_callbacks.functional.network.lipschitz import lipschitz_lower
 from lsp_callbacks.operators.cost import lanczos_cost
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.network.depth import depth
+from lsp_callbacks.operators.network.lipschitz import Uncertified, lipschitz_upper
+from lsp_callbacks.operators.network.norms_cost import norms_cost
 from lsp_callbacks.operators.network.signal_sizes import signal_sizes
 from lsp_callbacks.quantities.base import ROOT, Quantity, scalar
 from lsp_callbacks.quantities.network.signal_parts import (
@@ -62,7 +64,8 @@ class SignalPropagation(Quantity):
       output when batch statistics take the place of running ones. When both are large (the trap of GANs, whose
       batches are drawn from a moving distribution): a larger momentum of the running statistics, real and generated
       samples in one batch, or GroupNorm.
-    - *Lipschitz* (`functional.lipschitz_lower`, `functional.lipschitz_upper`) from the first floating-point tensor
+    - *Lipschitz* (`functional.lipschitz_lower`, `lsp_callbacks.operators.network.lipschitz`) from the first
+      floating-point tensor
       (or the embedding) to the last layer, per sample, in eval mode. The upper one holds for every input, but can be
       far above the truth; attention and gates have none. Large: weight decay, spectral normalisation.
 
@@ -160,7 +163,7 @@ class SignalPropagation(Quantity):
         with evaluating(snapshot.module), torch.no_grad():
             found |= conditions_of(snapshot.module, step)
         if states is not None:
-            lower = _attempt("lipschitz_lower", absent, lambda: lipschitz_lower(states))
+            lower = _attempt("lipschitz_lower", absent, lambda: lipschitz_lower(states.jacobian(len(states.layers))))
             upper = _attempt("lipschitz_upper", absent, lambda: lipschitz_upper(states))
             found |= {} if lower is None else {"lipschitz_lower": scalar(lower)}
             found |= {} if upper is None else {"lipschitz_upper": scalar(upper)}

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.errors import NotApplicable
-from lsp_callbacks.functional.network.spectral_norm import log_sum, spectral_norm
+from lsp_callbacks.functional.network.layer_operators import row_norm, weight_operators
+from lsp_callbacks.functional.network.spectral_norm import log_sum, weight_norms
 from lsp_callbacks.operators.cost import beside, forward_cost
 from lsp_callbacks.operators.memory import footprint
-from lsp_callbacks.operators.network.weights import row_norm, weight_operators
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.module_filter import Selection, selected, validate
 from lsp_callbacks.step.replay_checks import Call
@@ -129,7 +129,7 @@ class SpectralNorm(Quantity):
         try:
             layer.train(False)  # so that reading a parametrised weight does not move its buffers
             start = self._starts.get(name)
-            return spectral_norm(
+            return weight_norms(
                 layer, called.input_shape, output_shape=called.output_shape, start=start, steps=STEPS, tol=TOLERANCE
             )
         finally:

@@ -184,7 +184,7 @@ class SGDLaw(Quantity):
 
     def restart(self) -> None:
         super().restart()
-        self.curvatures = UNSEEN.clone()  # of the parameters that were trained before
+        self.curvatures, self.pairs = UNSEEN.clone(), self.pairs[:0]  # of the parameters that were trained before
 
     def _ends(self, snapshot: Snapshot) -> Ritz:
         operator = decayed_hessian(snapshot, method=self.method)

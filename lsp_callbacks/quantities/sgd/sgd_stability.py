@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.functional.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.functional.sgd.mean_square import second_moment_exponent
 from lsp_callbacks.functional.sgd.modes import UpdateRule, regularity
 from lsp_callbacks.functional.sgd.moment_exponent import moment_exponent
@@ -26,6 +25,7 @@ from lsp_callbacks.functional.sgd.sgd_stability import (
 from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram, critical_lr, stability_diagram
 from lsp_callbacks.operators.cost import MULTIPLICATION, beside, forward_cost, sample_passes, work
 from lsp_callbacks.operators.memory import footprint, unfolded
+from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.operators.sgd.gram_matrix import HELD
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
@@ -319,7 +319,7 @@ class SGDStability(Quantity):
 
     def restart(self) -> None:
         super().restart()
-        self.alike = scalar(0.0)
+        self.alike, self.alike_since = scalar(0.0), scalar(math.nan)
 
     def compute(self) -> dict[str, Tensor]:
         """The last measurement; a rate that is infinite, as nothing can become unstable, is left out."""

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lsp_callbacks._validation import choice, whole
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.functional.curvature.sharpness import edge_constant
 from lsp_callbacks.functional.trajectory.lyapunov import exponent_bounds, plane_map, window_exponent
 from lsp_callbacks.functional.trajectory.statistics import batch_means, student_bounds
 from lsp_callbacks.linalg import LinearOperator, orthonormalise, push
 from lsp_callbacks.operators.cost import beside, products, push_cost
 from lsp_callbacks.operators.curvature.finite_differences import LEAST
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
+from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.memory import footprint, product_memory
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.multi_optimizer import joint_jacobian, require_game
@@ -109,7 +109,7 @@ class Lyapunov(Windowed):
         self.add_state("spans", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
-        edge_constant(frozen_rule(snapshot))  # the alignment needs an edge
+        threshold_constant(frozen_rule(snapshot))  # the alignment needs an edge
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         method = resolved(snapshot, self.method)

@@ -1,4 +1,4 @@
-"""The global random states, saved and restored."""
+"""The global random states, kept and put back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TorchRandomState:
         self.mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
 
     def restore(self) -> None:
-        """Make them the global states again."""
+        """Put them back."""
         torch.set_rng_state(self.cpu)
         if self.cuda:
             torch.cuda.set_rng_state_all(self.cuda)
@@ -34,7 +34,7 @@ class RandomState(TorchRandomState):
         self.python = random.getstate()
 
     def restore(self) -> None:
-        """Make them the global states again."""
+        """Put them back."""
         super().restore()
         np.random.set_state(self.numpy)
         random.setstate(self.python)
