@@ -13,14 +13,16 @@ from lsp_callbacks.callbacks.custom_clipping import custom_clipping
 from lsp_callbacks.callbacks.mixed_precision import is_scaled, loss_scale
 from lsp_callbacks.callbacks.muted_trainer import mute
 from lsp_callbacks.callbacks.run_facts import clipping, overridden
+from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.monitor.gradient_check import Gradients, copies_of_gradients
 from lsp_callbacks.monitor.training_loop import MicroBatchLoss, TrainingLoop
 from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED
-from lsp_callbacks.step.criterion import Probes
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.criterion import HOW
 from lsp_callbacks.step.pending_step import LossFn, PendingStep
-from lsp_callbacks.step.probes import HOW
+from lsp_callbacks.step.probe_set import ProbeSet
+from lsp_callbacks.step.probes import Probes
 from lsp_callbacks.step.run_context import RunContext
-from lsp_callbacks.step.snapshot import Clipping, ProbeSet, Unmeasurable, Unsupported
 from lsp_callbacks.step.step_loss import loss_of
 
 

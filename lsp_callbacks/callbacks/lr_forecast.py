@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lsp_callbacks.monitor.monitor import Monitor, Observation
-from lsp_callbacks.step.pending_step import rate
+from lsp_callbacks.step.flat import largest_learning_rate
 
 #: Measurements whose mean is the critical rate.
 RECENT = 3
@@ -47,16 +47,18 @@ class LRForecast:
 
     def begin_step(self, trainer: Any) -> None:
         """Note the rate before the step's forward pass."""
-        self._rate_before = rate(trainer.optimizers[0]) if self._is_overridden else 0.0
+        self._rate_before = largest_learning_rate(trainer.optimizers[0]) if self._is_overridden else 0.0
 
     def before_update(self, trainer: Any) -> None:
         """Note the rate that the step uses."""
-        self._rate_used = rate(trainer.optimizers[0])
+        self._rate_used = largest_learning_rate(trainer.optimizers[0])
 
     def scheduled_courant(self, trainer: Any) -> float:
         """Return the rate that the optimizer has now over the critical rate; NaN where that is not known."""
         critical = math.nan if self._is_game else self.critical.mean
-        return rate(trainer.optimizers[0]) / critical if trainer.optimizers and critical > 0 else math.nan
+        return (
+            largest_learning_rate(trainer.optimizers[0]) / critical if trainer.optimizers and critical > 0 else math.nan
+        )
 
     def look_ahead(self, trainer: Any, monitor: Monitor, observation: Observation, step: int) -> Observation:
         """Add ``stability/steps_to_edge`` to an observation, where the schedule will cross the critical rate.
@@ -138,7 +140,7 @@ class Schedule:
 
     def ahead(self, step: int, horizon: int) -> list[float]:
         """Return the rates of steps ``step`` to ``step + horizon - 1``, at the end of the batch before."""
-        now = rate(self._trainer.optimizers[0])
+        now = largest_learning_rate(self._trainer.optimizers[0])
         foreseen = self._rates[step - self._origin : step - self._origin + 1]
         between = self._trainer.fit_loop.epoch_loop.batch_idx + 1 >= self._trainer.num_training_batches
         self.confirmed = bool(foreseen) and abs(foreseen[0] - now) <= 1e-6 * abs(now)
@@ -168,7 +170,7 @@ class Schedule:
         # Lightning has already moved the schedulers that step with the batch.
         self._done, self._epoch = trainer.fit_loop.epoch_loop.batch_idx + 1, trainer.current_epoch
         self._end_epoch()
-        self._rates = [rate(self._optimizer)]
+        self._rates = [largest_learning_rate(self._optimizer)]
 
     def _advance(self) -> None:
         # The batch that ends the next window: an epoch's last one may be short.
@@ -178,7 +180,7 @@ class Schedule:
             if config.interval == "step" and self._done % config.frequency == 0:
                 scheduler.step()
         self._end_epoch()
-        self._rates.append(rate(self._optimizer))
+        self._rates.append(largest_learning_rate(self._optimizer))
 
     def _end_epoch(self) -> None:
         if self._done < self._trainer.num_training_batches:

@@ -9,9 +9,9 @@ import torch
 
 from lsp_callbacks.callbacks._lightning_internals import has_communication_hook, is_kind_of
 from lsp_callbacks.monitor.monitor import Monitor
+from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.run_context import Prox, RunContext
-from lsp_callbacks.step.snapshot import Clipping
 
 #: Strategies that leave each process a shard of the parameters. DeepSpeed's is also a DDPStrategy by name.
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")

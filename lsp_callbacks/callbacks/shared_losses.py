@@ -21,7 +21,8 @@ class SharedLosses:
 
     Every fifth step one all-gather of a few numbers is queued behind the work of the step. On the CPU they are there at
     once; from a GPU they are copied to pinned memory and read at the next exchange, when they have long arrived. Every
-    process reads the same bits at the same step: whoever decides by them alone decides as the others do.
+    process reads the same bits at the same step: whoever decides by them alone decides as the others do. A measured
+    step, in which the processes have waited for each other anyway, exchanges and reads them at once.
 
     Args:
         ranks: the processes, all of which call `take` at the same steps.
@@ -38,7 +39,9 @@ class SharedLosses:
         self._rows: list[Tensor] = []
         self._sent: tuple[list[tuple[int, bool]], Tensor, Any] | None = None
 
-    def take(self, step: int, loss: Tensor | None, *, lr: float, left_out: bool = False) -> list[Told]:
+    def take(
+        self, step: int, loss: Tensor | None, *, lr: float, left_out: bool = False, wait: bool = False
+    ) -> list[Told]:
         """Add the loss of a step, and return the mean losses that are known since the last call, oldest first.
 
         Args:
@@ -46,16 +49,19 @@ class SharedLosses:
             loss: of this process, None where it has none; the mean is that of the processes that have one.
             lr: learning rate of this process.
             left_out: whether a gradient scaler left the update out.
+            wait: for all that is not known yet; the same on all processes.
         """
         has_loss = isinstance(loss, Tensor)
         mean = loss.detach().double().mean() if isinstance(loss, Tensor) else torch.zeros((), dtype=torch.float64)
         mean = mean.to(self._ranks.device, non_blocking=True)
         self._rows.append(torch.stack([mean, torch.full_like(mean, has_loss), torch.full_like(mean, lr)]))
         self._steps.append((step, left_out))
+        if wait:
+            return self.rest()
         return self._exchange() if len(self._steps) == EVERY else []
 
     def rest(self) -> list[Told]:
-        """Return what is not known yet; called by all processes when training ends, it waits for the device."""
+        """Return what is not known yet; called by all processes, as when training ends, it waits for the device."""
         return (self._exchange() if self._steps else []) + self._read()
 
     def _exchange(self) -> list[Told]:
@@ -109,11 +115,13 @@ class LossFeed:
         """Whether all processes have had the same learning rates, as far as that is known."""
         return self._shared is None or self._shared.same_rates
 
-    def add(self, step: int, loss: Tensor | None, *, lr: float, left_out: bool = False) -> list[Told]:
+    def add(
+        self, step: int, loss: Tensor | None, *, lr: float, left_out: bool = False, wait: bool = False
+    ) -> list[Told]:
         """Take in the loss of a step, and return those that have arrived; for the arguments see `SharedLosses.take`."""
         if self._shared is None:
             return self._monitor.losses.saw(step, loss, left_out=left_out)
-        return self._record(self._shared.take(step, loss, lr=lr, left_out=left_out))
+        return self._record(self._shared.take(step, loss, lr=lr, left_out=left_out, wait=wait))
 
     def finish(self, step: int) -> None:
         """Wait for the losses up to ``step`` that have not arrived."""

@@ -20,6 +20,7 @@ from lsp_callbacks.callbacks.publisher import Publisher
 from lsp_callbacks.callbacks.run_facts import check_trains, run_context, unsupported
 from lsp_callbacks.callbacks.shared_losses import LossFeed
 from lsp_callbacks.callbacks.spawned_history import Mailbox, packed, unpack
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.monitor.configure import configured
 from lsp_callbacks.monitor.monitor import Curve
@@ -28,10 +29,10 @@ from lsp_callbacks.monitor.observer import StepObserver
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.module_filter import Selection
 from lsp_callbacks.report import Run, Verdict, judge, sentence
-from lsp_callbacks.step.criterion import Criterion, ForwardFn, population
-from lsp_callbacks.step.pending_step import LossFn, rate
+from lsp_callbacks.step.flat import largest_learning_rate
+from lsp_callbacks.step.pending_step import LossFn
+from lsp_callbacks.step.probes import Criterion, ForwardFn, population
 from lsp_callbacks.step.run_context import Prox
-from lsp_callbacks.step.snapshot import Unmeasurable
 
 CHANGED_GRADIENT = "the gradient was changed after the on_before_optimizer_step of StabilityMonitor"
 
@@ -337,10 +338,10 @@ class StabilityMonitor(Callback):
                 publisher.publish(trainer, completed.fault, sub_batch=sub_batch)
             observer.step_loss.add_returned(outputs)
             if self._is_step_over if self.accumulate is not None else not is_accumulating(trainer):
-                self._end_step(trainer)
+                self._end_step(trainer, is_measured=bool(completed.observations))
             publisher.update_age(observer.step - 1)
 
-    def _end_step(self, trainer: Any) -> None:
+    def _end_step(self, trainer: Any, *, is_measured: bool) -> None:
         """Tell the loss of a step to everybody, at each step: what one process needs for that is next to nothing."""
         observer = self.observer
         returned, differentiated = observer.step_loss.returned, observer.step_loss.differentiated
@@ -348,9 +349,9 @@ class StabilityMonitor(Callback):
             for listener in self.loss_listeners:
                 listener(observer.step - 1, returned)
         loss = returned if trainer.lightning_module.automatic_optimization or differentiated is None else differentiated
-        lr = rate(trainer.optimizers[0]) if trainer.optimizers else 0.0
+        lr = largest_learning_rate(trainer.optimizers[0]) if trainer.optimizers else 0.0
         step = max(observer.step - 1, 0)
-        arrived = self._loss_feed.add(step, loss, lr=lr, left_out=self._is_overflowed)
+        arrived = self._loss_feed.add(step, loss, lr=lr, left_out=self._is_overflowed, wait=is_measured)
         for subscriber in self.subscribers:
             subscriber.end_step(trainer, observer.step - 1, arrived)
 

@@ -26,9 +26,10 @@ from lsp_callbacks.cli.configured import (
     train_without_end,
     with_configuration,
 )
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.cadence import MODELLED
 from lsp_callbacks.monitor.limits import readable
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Steps whose time is taken, after some that only warm up.
 WARM_UP, TIMED = 3, 8

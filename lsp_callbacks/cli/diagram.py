@@ -28,15 +28,16 @@ from lsp_callbacks.cli.configured import (
     train_without_end,
     with_configuration,
 )
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.observer import StepObserver
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.plots.stability_diagram import diagram_around
 from lsp_callbacks.quantities import SGDStability
-from lsp_callbacks.step.criterion import population
+from lsp_callbacks.step.probes import population
 from lsp_callbacks.step.replay import untouched
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 SUFFIXES = (".png", ".pdf", ".svg")
 DESCRIPTION = """\
@@ -244,4 +245,4 @@ def _with_gradient(snapshot: Snapshot) -> Snapshot:
     with torch.enable_grad():
         loss = snapshot.replay()
         gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return replace(snapshot, loss=loss.detach(), gradient=dict(zip(names, gradient)), memo={})
+    return replace(snapshot, loss=loss.detach(), gradient=dict(zip(names, gradient)))

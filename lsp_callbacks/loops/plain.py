@@ -15,10 +15,10 @@ from lsp_callbacks.monitor.monitor import Curve, Monitor
 from lsp_callbacks.monitor.nan_finder import finite
 from lsp_callbacks.monitor.observer import StepObserver
 from lsp_callbacks.report import Run, Verdict, judge
-from lsp_callbacks.step.criterion import Criterion, ForwardFn, population
+from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import LossFn
+from lsp_callbacks.step.probes import Criterion, ForwardFn, population
 from lsp_callbacks.step.run_context import Prox, RunContext
-from lsp_callbacks.step.snapshot import Clipping
 
 Log = Callable[[dict[str, float], int], None]
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.monitor.training_loop import TrainingLoop
-from lsp_callbacks.step.criterion import Probes
+from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import LossFn, PendingStep
+from lsp_callbacks.step.probe_set import ProbeSet
+from lsp_callbacks.step.probes import Probes
 from lsp_callbacks.step.run_context import RunContext
-from lsp_callbacks.step.snapshot import Clipping, ProbeSet
 
 
 class PlainLoop(TrainingLoop):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from lsp_callbacks.step.pending_step import identical
+from lsp_callbacks.step.fingerprint import identical
 from lsp_callbacks.step.ranks import Ranks
 
 #: Parameters, each with the gradient that it should have.

@@ -10,18 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.gradient_check import GradientCheck, Gradients
 from lsp_callbacks.monitor.monitor import Monitor, Observation
 from lsp_callbacks.monitor.multi_optimizer import Game
 from lsp_callbacks.monitor.nan_finder import Guard
 from lsp_callbacks.monitor.training_loop import MicroBatchLoss, TrainingLoop
 from lsp_callbacks.monitor.update_check import Destination
-from lsp_callbacks.step.criterion import Criterion, ForwardFn, Probes
-from lsp_callbacks.step.pending_step import PendingStep, never, verified
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.pending_step import PendingStep, never
 from lsp_callbacks.step.players import Player
+from lsp_callbacks.step.probes import Criterion, ForwardFn, Probes
 from lsp_callbacks.step.replay import untouched
-from lsp_callbacks.step.snapshot import Clipping, Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 from lsp_callbacks.step.step_loss import StepLoss
+from lsp_callbacks.step.verified_step import verified
 
 MOVED_BEFORE = "an earlier update of the same batch has moved the parameters"
 
@@ -405,4 +408,4 @@ class StepObserver:
 def _whole(sub_batch: Snapshot, clipping: Clipping | None) -> Snapshot:
     """Return the step of the whole batch, whose gradient the optimizer is given, from that of a sub-batch."""
     gradient = {name: p.grad for name, p in sub_batch.parameters.items()}
-    return replace(sub_batch, gradient=gradient, clipping=clipping, memo={})
+    return replace(sub_batch, gradient=gradient, clipping=clipping)

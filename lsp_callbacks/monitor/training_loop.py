@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.monitor.update_check import ELSEWHERE
-from lsp_callbacks.step.criterion import Probes
+from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import PendingStep
+from lsp_callbacks.step.probe_set import ProbeSet
+from lsp_callbacks.step.probes import Probes
 from lsp_callbacks.step.run_context import RunContext
-from lsp_callbacks.step.snapshot import Clipping, ProbeSet
 
 #: The loss of one micro-batch as it is differentiated, from the module and the batch.
 MicroBatchLoss = Callable[[nn.Module, Any], Tensor | None]
