@@ -17,9 +17,9 @@ from lsp_callbacks.step.snapshot import Call
 
 @singledispatch
 def weight_operators(layer: nn.Module, call: Call) -> dict[str, LinearOperator]:
-    """The linear part of a layer, by the name of its part ("" where it has only one).
+    """Return the linear maps that a layer applies, by the name of the part ("" where it has only one).
 
-    Registered for Linear, Bilinear-free attention projections, Embedding, convolutions and Hugging Face's Conv1D.
+    Supported are Linear, the projections of attention, Embedding, convolutions and Hugging Face's Conv1D.
 
     Args:
         layer: in eval mode, so that reading a parametrised weight does not move its buffers.
@@ -45,7 +45,7 @@ def _(layer: nn.Embedding, call: Call) -> dict[str, LinearOperator]:
 
 @weight_operators.register
 def _(layer: nn.MultiheadAttention, call: Call) -> dict[str, LinearOperator]:
-    # The output projection is called as a function: its module fires no hooks, so it is read here.
+    # The output projection is called as a function: its module runs no hooks, so it is read here.
     if layer.in_proj_weight is not None:
         parts = layer.in_proj_weight.detach().chunk(3)
     else:
@@ -73,7 +73,7 @@ def _(layer: nn.ConvTranspose1d, call: Call) -> dict[str, LinearOperator]:
     dims = len(layer.kernel_size)
     shape = _unbatched(call.input_shape, layer)
     transposed: Any = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[dims]
-    # forward(output_size=...) may have asked for another padding than the layer's own: take the real size.
+    # forward(output_size=...) may have requested another padding than the layer's: use the real size.
     wanted = list(call.output_shape[-dims:]) if call.output_shape else None
     like = torch.empty(1, *shape, device="meta")
     extra = output_padding(layer, like, wanted)
@@ -85,7 +85,7 @@ def _(layer: nn.ConvTranspose1d, call: Call) -> dict[str, LinearOperator]:
 
 
 def row_norm(layer: nn.Embedding) -> Tensor:
-    """``max_i ||W_i||``: the operator norm from one-hot vectors, which is how an embedding is used."""
+    """Return ``max_i ||W_i||``: the operator norm from one-hot vectors, which is how an embedding is used."""
     return norm(_weight(layer), 1).max()
 
 
@@ -102,7 +102,7 @@ def _unbatched(shape: tuple[int, ...] | None, layer: nn.Conv1d | nn.ConvTranspos
 
 
 def _linear_map(forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], weight: Tensor) -> LinearOperator:
-    """A linear function of one unbatched input, with its adjoint from one retained graph."""
+    """Return a linear function of one unbatched input as an operator, with its adjoint from one retained graph."""
     with torch.enable_grad():
         x = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
         y = forward(x)
