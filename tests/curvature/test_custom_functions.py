@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 from lsp_callbacks import Monitor, ResidualCFL, Sharpness, Unmeasurable
 from lsp_callbacks.autograd.graph import read
-from lsp_callbacks.functional import sharpness
 from lsp_callbacks.operators import hessian
 from lsp_callbacks.operators.curvature import exact_hessian
 from lsp_callbacks.operators.curvature.hessian import path_taken
 from lsp_callbacks.operators.curvature.second_derivative_check import hessian_agrees
+from lsp_callbacks.operators.curvature.stability_threshold import top_eigenvalue
 from lsp_callbacks.operators.sgd.output_hessian import output_hessian
-from lsp_callbacks.step.snapshot import Evaluation
+from lsp_callbacks.step.criterion import Evaluation
 
 
 class Sine(nn.Module):
@@ -63,7 +63,7 @@ def test_sharpness_is_wrong_without_the_comparison_and_right_with_it(name, metho
     true = torch.linalg.eigvalsh(dense_hessian(twin()))[-1]
 
     def measured():
-        return float(sharpness(freeze(make(), **BARE), steps=40, tol=1e-8, method=method).value)
+        return float(top_eigenvalue(freeze(make(), **BARE), steps=40, tol=1e-8, method=method).value)
 
     assert abs(measured() / true - 1) < 0.01
     monkeypatch.setattr(exact_hessian, "hessian_agrees", lambda *_: True)
@@ -83,7 +83,7 @@ class Tilted(nn.Module):
 
 def test_rounding_excuses_nothing():
     true = torch.linalg.eigvalsh(dense_hessian(regression(Sine())))[-1]
-    found = sharpness(freeze(Tilted(regression(Custom(Detached)).float()), **BARE), steps=40)
+    found = top_eigenvalue(freeze(Tilted(regression(Custom(Detached)).float()), **BARE), steps=40)
     close(found.value / true, 1.0, 0.02)
 
 
@@ -139,7 +139,7 @@ def test_what_can_be_differentiated_twice_is_not_refused_across_kinks(seed):
         return Regression(seeded(net, seed), random(64, 3, seed=seed), random(64, 2))
 
     true = torch.linalg.eigvalsh(dense_hessian(make(Sine())))[-1]
-    close(sharpness(freeze(make(Custom(Twice)).float()), steps=40, tol=1e-4).value, true, 1e-3)
+    close(top_eigenvalue(freeze(make(Custom(Twice)).float()), steps=40, tol=1e-4).value, true, 1e-3)
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
@@ -186,7 +186,7 @@ class Straight(torch.autograd.Function):
 def test_a_gradient_that_is_not_the_loss_s_is_refused():
     problem = regression(Sine(), Custom(Straight))
     with pytest.raises(Unmeasurable, match="not that of a smooth function"):
-        sharpness(freeze(problem))
+        top_eigenvalue(freeze(problem))
 
 
 def test_in_half_precision_nobody_can_tell():
@@ -209,7 +209,7 @@ def test_what_raises_when_differentiated_twice_goes_another_way():
     close(hessian(snapshot).dense(), H, 1e-5 * torch.linalg.matrix_norm(H, 2))
     assert path_taken(snapshot, "auto") == "finite difference"
     with pytest.raises(Unmeasurable, match="cannot be differentiated twice"):
-        sharpness(freeze(regression(nn.ReLU(), NoSecond())))
+        top_eigenvalue(freeze(regression(nn.ReLU(), NoSecond())))
 
 
 def test_the_graph_names_what_it_holds():
@@ -234,7 +234,7 @@ class BranchBlock(nn.Module):
 def test_residual_blocks_with_such_functions_are_refused():
     def measured(middle):
         metric = ResidualCFL()
-        snapshot = freeze(regression(Sine(), middle), keep=metric.keeps)
+        snapshot = freeze(regression(Sine(), middle), captures_inputs=metric.keeps)
         metric.update(snapshot)
         return float(metric.compute()["stability/residual_stiffness_max"])
 

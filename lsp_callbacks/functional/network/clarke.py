@@ -8,10 +8,39 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lsp_callbacks.operators.curvature.kink_relaxation import RelaxedJacobian
-
 #: Of ``2^k d^3``, d the shorter side of the Jacobian, up to which vertices are enumerated.
 MOST_WORK = 2e8
+
+
+@dataclass(frozen=True)
+class RelaxedJacobian:
+    """``J(e) = J + B E (I - T E)^-1 C``, E the diagonal of the k near-active units' slopes less their centres.
+
+    Attributes:
+        jacobian: J, ``(m, n)``, with the slopes of all near-active units at their centre.
+        into: C, ``(k, n)``: derivatives of the units' preactivations by the input.
+        out: B, ``(m, k)``: derivatives of the output by the units' values.
+        between: T, ``(k, k)``, strictly lower triangular in the order of the calls: derivatives of preactivations by
+            earlier values.
+        radius: ``(k,)``: half of the jump of each unit's slope; ``|e| <= radius``.
+        real: ``(k,)``: e of the slopes that the network really has.
+        layer: ``(k,)``: the number of the call that each unit belongs to.
+        units: how many units there are in all.
+        fixed: further kinks in the network, whose slopes were left as they are.
+        centre: None, or an upper bound of ``||J||`` where J and C are restricted to a subspace of the inputs, which
+            holds the rows of C: so ``||C||`` is complete, and ``||J(e)||`` bounded from below.
+    """
+
+    jacobian: Tensor
+    into: Tensor
+    out: Tensor
+    between: Tensor
+    radius: Tensor
+    real: Tensor
+    layer: Tensor
+    units: int
+    fixed: tuple[str, ...] = ()
+    centre: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lsp_callbacks.operators.network.signal_sizes import LayerSizes
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Of one layer, on the way that the last layer's signal came.
+
+    Attributes:
+        name: of the module that begins it.
+        received: root mean square of the state that it received.
+        sent: of the state that it made of it.
+        back: of the gradient of the loss by what it sent.
+        returned: of the gradient by what it received; NaN of the first layer.
+    """
+
+    name: str
+    received: float
+    sent: float
+    back: float
+    returned: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -43,8 +60,7 @@ def gains(layers: Sequence[LayerSizes], path: Sequence[LayerSizes] | None = None
     chaos 1.
 
     Example:
-        >>> from lsp_callbacks.functional import gains
-        >>> from lsp_callbacks.operators.network.signal_sizes import LayerSizes
+        >>> from lsp_callbacks.functional import LayerSizes, gains
         >>> found = gains([LayerSizes("a", 1.0, 2.0, 0.3), LayerSizes("b", 2.0, 1.0, 0.1, 0.3)])
         >>> found.forward["a"], round(found.backward["b"], 6), found.forward_log
         (2.0, 3.0, 0.0)

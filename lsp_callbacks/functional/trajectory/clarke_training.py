@@ -8,9 +8,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lsp_callbacks.functional.network.clarke import GeneralizedNorm, generalized_norm
-from lsp_callbacks.operators.curvature.gradient_kinks import UncertainSlopes
-from lsp_callbacks.operators.curvature.kink_relaxation import RelaxedJacobian
+from lsp_callbacks.functional.network.clarke import GeneralizedNorm, RelaxedJacobian, generalized_norm
+
+
+@dataclass(frozen=True)
+class UncertainSlopes:
+    """Units whose slope may be anything between two numbers.
+
+    Attributes:
+        rows: ``(k, P)``: what each unit sees of a displacement of the parameters.
+        jump: ``(k,)``: its largest slope less the smallest.
+        above: ``(k,)``: its slope at the step, less the smallest, as a share of the jump.
+    """
+
+    rows: Tensor
+    jump: Tensor
+    above: Tensor
 
 
 @dataclass(frozen=True)
@@ -146,8 +159,8 @@ def generalized_training(steps: GeneralizedSteps, *, vertices: int = 12) -> Gene
 
     Example:
         >>> import torch
-        >>> from lsp_callbacks.functional.trajectory.clarke_training import generalized_training, no_steps, one_more
-        >>> from lsp_callbacks.operators.curvature.gradient_kinks import UncertainSlopes
+        >>> from lsp_callbacks.functional.trajectory.clarke_training import UncertainSlopes, no_steps, one_more
+        >>> from lsp_callbacks.functional.trajectory.clarke_training import generalized_training
         >>> one = torch.eye(1, dtype=torch.float64)
         >>> bend = UncertainSlopes(one, one[0], one[0])  # a residual at the bend of a Huber loss: curvature 0 or 1
         >>> flat = UncertainSlopes(one[:0], one[0, :0], one[0, :0])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.linalg import norm
-from lsp_callbacks.step.snapshot import Snapshot, displaced, flatten, split
+from lsp_callbacks.step.flat import displaced, flatten, split
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Distances relative to the displaced tensors, in square roots of the machine epsilon: the smallest, the first (before
 #: the curvature is known), and the largest.
@@ -269,7 +270,7 @@ class Differences:
             before = loss.detach() if snapshot.loss is None else snapshot.loss
             return loss.detach() - before, before.abs(), gradient
 
-        return snapshot.ranks.mean(of_rank, "the displaced gradient")  # type: ignore[return-value]
+        return snapshot.run.ranks.mean(of_rank, "the displaced gradient")  # type: ignore[return-value]
 
 
 def central_difference(snapshot: Snapshot, v: Tensor, far: float) -> tuple[Tensor, float]:

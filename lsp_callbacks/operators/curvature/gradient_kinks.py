@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,29 +13,18 @@ from torch.overrides import TorchFunctionMode
 
 from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.autograd.graph import kinks_between
+from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.functional.trajectory.clarke_training import UncertainSlopes
 from lsp_callbacks.operators.trajectory.proximal import proximal
 from lsp_callbacks.operators.trajectory.step_size import displacement
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten
+from lsp_callbacks.step.flat import flatten
+from lsp_callbacks.step.replay_checks import check_loss
+from lsp_callbacks.step.snapshot import Snapshot
 
 _LOSSES = {F.huber_loss: "delta", F.smooth_l1_loss: "beta"}
 _ACTIVATIONS = {F.elu: "alpha", F.celu: "alpha"}
 #: Backward nodes of functions whose gradient is continuous, and has a kink.
 _SMOOTH_KINKS = ("HuberLoss", "SmoothL1Loss")
-
-
-@dataclass(frozen=True)
-class UncertainSlopes:
-    """Units whose slope may be anything between two numbers.
-
-    Attributes:
-        rows: ``(k, P)``: the derivative of each unit's input by the parameters.
-        jump: ``(k,)``: its largest slope less the smallest.
-        above: ``(k,)``: its slope at the step, less the smallest, as a share of the jump.
-    """
-
-    rows: Tensor
-    jump: Tensor
-    above: Tensor
 
 
 class _Calls(TorchFunctionMode):
@@ -111,11 +99,11 @@ def loss_kinks(snapshot: Snapshot, *, eps: float) -> UncertainSlopes:
     Cost: a replay with its gradient, and a backward pass for each unit that is near.
     """
     parameters = list(snapshot.parameters.values())
-    if snapshot.ranks.world > 1:
+    if snapshot.run.ranks.world > 1:
         raise Unmeasurable("kinks of the loss cannot be measured on several processes: measure with one process")
     with double_backward(snapshot.module), _Calls() as calls:
         loss = snapshot.replay()
-    snapshot.check(loss, tolerance=1e-10 if loss.dtype == torch.float64 else 1e-4)
+    check_loss(snapshot, loss, tolerance=1e-10 if loss.dtype == torch.float64 else 1e-4)
     jumps = [name for name in kinks_between(loss, parameters) if not name.startswith(_SMOOTH_KINKS)]
     if jumps:
         raise Unmeasurable(
@@ -156,11 +144,11 @@ def prox_kinks(snapshot: Snapshot, *, eps: float) -> UncertainSlopes:
     """
     parameters = list(snapshot.parameters.values())
     size = sum(p.numel() for p in parameters)
-    if snapshot.prox is None:
+    if snapshot.run.prox is None:
         return _slopes([], [], [], size)
-    if not getattr(snapshot.prox, "elementwise", False):
+    if not getattr(snapshot.run.prox, "elementwise", False):
         raise Unmeasurable(
-            f"the points where the derivative of {snapshot.prox!r} jumps are unknown: give it the attribute "
+            f"the points where the derivative of {snapshot.run.prox!r} jumps are unknown: give it the attribute "
             "elementwise = True if it maps each number by itself (as Box, SoftThreshold, Ridge, and Only of them), or "
             "leave clarke_training out"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -13,43 +13,13 @@ from torch import Tensor
 from lsp_callbacks.autograd.double_backward import check_adjoint, jacobian
 from lsp_callbacks.autograd.graph import kinks_between, leaves_of, read
 from lsp_callbacks.autograd.sample_rows import Rows
+from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.functional.network.clarke import RelaxedJacobian
 from lsp_callbacks.linalg import LinearOperator, lanczos, spectrum_bounds
 from lsp_callbacks.operators.curvature.kink_mode import KinkMode
-from lsp_callbacks.step.snapshot import Unmeasurable
 
 #: Probability with which the norm of a wide Jacobian may exceed its bound, and steps of Lanczos.
 FAILURE, STEPS = 1e-3, 30
-
-
-@dataclass(frozen=True)
-class RelaxedJacobian:
-    """``J(e) = J + B E (I - T E)^-1 C``, E the diagonal of the k near-active units' slopes less their centres.
-
-    Attributes:
-        jacobian: J, ``(m, n)``, with the slopes of all near-active units at their centre.
-        into: C, ``(k, n)``: derivatives of the units' preactivations by the input.
-        out: B, ``(m, k)``: derivatives of the output by the units' values.
-        between: T, ``(k, k)``, strictly lower triangular in the order of the calls: derivatives of preactivations by
-            earlier values.
-        radius: ``(k,)``: half of the jump of each unit's slope; ``|e| <= radius``.
-        real: ``(k,)``: e of the slopes that the network really has.
-        layer: ``(k,)``: the number of the call that each unit belongs to.
-        units: how many units there are in all.
-        fixed: further kinks in the network, whose slopes were left as they are.
-        centre: None, or an upper bound of ``||J||`` where J and C are restricted to a subspace of the inputs, which
-            holds the rows of C: so ``||C||`` is complete, and ``||J(e)||`` bounded from below.
-    """
-
-    jacobian: Tensor
-    into: Tensor
-    out: Tensor
-    between: Tensor
-    radius: Tensor
-    real: Tensor
-    layer: Tensor
-    units: int
-    fixed: tuple[str, ...] = ()
-    centre: Tensor | None = None
 
 
 def relax_kinks(

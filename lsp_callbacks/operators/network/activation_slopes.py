@@ -12,10 +12,7 @@ from torch import Tensor
 from lsp_callbacks.autograd._torch_internals import metadata, saved
 from lsp_callbacks.autograd.graph import walk
 from lsp_callbacks.autograd.module_calls import ModuleCall, leaves, upstream
-
-GELU_TANH = 1.1289930686587717  # near 1.4185; that of the exact GELU is 9e-5 below
-SILU = 1.0998393201288670  # x sigmoid(x), near 2.3994
-MISH = 1.0884981612517280  # near 1.4906
+from lsp_callbacks.functional.network.activations import GELU_TANH, MISH, SILU
 
 
 def _elu(node: Any) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import tree_flatten
-from lsp_callbacks.step.snapshot import Evaluation
+from lsp_callbacks.step.criterion import Evaluation
 
 #: How many samples the others are compared with, and layers whose inputs are: if nine of ten samples are the same, one
 #: of three is among them.

@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.operators.sgd.collapsed_outputs import FirstInputs, SameOutputs
 from lsp_callbacks.operators.sgd.output_directions import OutputDirections
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram
 from lsp_callbacks.operators.sgd.rows_by_backward import TiedRows, add_rows
-from lsp_callbacks.step.probes import HOW
-from lsp_callbacks.step.snapshot import ProbeSet, Unmeasurable, Unmodelled
+from lsp_callbacks.step.criterion import HOW
+from lsp_callbacks.step.probe_set import ProbeSet
 
 #: How many numbers are held at once, at most.
 HELD = 2**26
@@ -93,7 +94,7 @@ def tangent_kernel(
 
     Raises:
         Unmeasurable: the criterion is not convex in the outputs, or flat.
-        Unmodelled: more rows would have to be formed than ``most_rows``.
+        Unsupported: more rows would have to be formed than ``most_rows``.
 
     Cost: one forward and ``R + 1`` backward passes over the probes, of tied ones ``N R`` over a part; ``n^2`` memory
     for K beside the activations.
@@ -130,7 +131,7 @@ def tangent_kernel(
         total = torch.stack([w * c[:, r, None, None] for r, w in enumerate(cotangents)]).sum(0)
         whole = torch.autograd.grad(evaluation.outputs, list(parameters.values()), total, allow_unused=True)
         if all(g is None for g in whole):  # a copy of them, made inside a custom function
-            raise Unmodelled(f"the outputs that the criterion takes do not reach the parameters: {HOW}")
+            raise Unsupported(f"the outputs that the criterion takes do not reach the parameters: {HOW}")
         for name, g in zip(parameters, whole):
             if g is not None:
                 backward[name] += g.to_dense()
@@ -162,7 +163,7 @@ def tangent_kernel(
     if unexplained and tied is not None:
         raise Unmeasurable(f"the per-sample gradients of {unexplained[0]} do not add up to its gradient")
     if unexplained and len(weights) > most_rows:
-        raise Unmodelled(
+        raise Unsupported(
             f"some weights ({', '.join(unexplained[:3])}) are used outside of their own layer, and their per-sample "
             f"gradients would take {len(weights)} backward passes: allow them with "
             f"SGDStability(most_rows={len(weights)})"
@@ -195,7 +196,7 @@ def tangent_kernel(
 
 def _affordable(rows: int, most: int) -> int:
     if rows > most:
-        raise Unmodelled(
+        raise Unsupported(
             f"batch statistics tie samples together, and {rows} output gradients would take a backward pass each: "
             f"allow them with SGDStability(most_rows={rows}), or take fewer probes"
         )

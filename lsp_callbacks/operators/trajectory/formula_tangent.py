@@ -17,7 +17,8 @@ from lsp_callbacks.operators.trajectory.optimizer_input import (
     tangent_of,
 )
 from lsp_callbacks.operators.trajectory.update_rules import Formula, Group, State, formula
-from lsp_callbacks.step.snapshot import Snapshot, flatten
+from lsp_callbacks.step.flat import flatten
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def _push(rule: Formula, part: _Part, at: tuple, along: tuple) -> tuple[Tensor, 
         return tangent_of(new_theta), {name: tangent_of(x) for name, x in new_state.items()}
 
 
+@computed_once
 def formula_diagonals(snapshot: Snapshot) -> Tensor:
     """Return the derivative of an elementwise step, without clipping, as diagonals ``(2 + s, 1 + s, P)``: from, to.
 
@@ -102,17 +104,13 @@ def formula_diagonals(snapshot: Snapshot) -> Tensor:
 
     Cost: no gradient where the step has one. Computed once a step.
     """
-
-    def diagonals() -> Tensor:
-        step, size = formula_tangent(snapshot)
-        like = clipped_gradient(snapshot)
-        n = len(like)
-        zeros, ones = like.new_zeros(n), like.new_ones(n)
-        units = torch.eye(size // n, dtype=like.dtype, device=like.device).repeat_interleave(n, dim=1)
-        rows = [*(step(z, zeros) for z in units), step(like.new_zeros(size), ones)]
-        return torch.stack(rows).view(-1, size // n, n)
-
-    return snapshot.once("step diagonals", diagonals)
+    step, size = formula_tangent(snapshot)
+    like = clipped_gradient(snapshot)
+    n = len(like)
+    zeros, ones = like.new_zeros(n), like.new_ones(n)
+    units = torch.eye(size // n, dtype=like.dtype, device=like.device).repeat_interleave(n, dim=1)
+    rows = [*(step(z, zeros) for z in units), step(like.new_zeros(size), ones)]
+    return torch.stack(rows).view(-1, size // n, n)
 
 
 def state_blocks(snapshot: Snapshot) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd.double_backward import Comparison
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, unit
 from lsp_callbacks.operators.curvature.finite_differences import central_difference
 from lsp_callbacks.operators.curvature.hessian import Method, hessian
@@ -13,8 +14,10 @@ from lsp_callbacks.operators.trajectory.formula_tangent import blocks_of
 from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer
 from lsp_callbacks.operators.trajectory.step_jacobian import step_tangent
 from lsp_callbacks.operators.trajectory.update_rules import formula
+from lsp_callbacks.step.flat import flatten
 from lsp_callbacks.step.players import Player
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten
+from lsp_callbacks.step.replay_checks import replayed_gradient
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Relative defect of an exact product that kinks can explain, which a difference crosses; a detached path lacks more.
 TOLERANCE = 0.1
@@ -116,7 +119,7 @@ def _require_coupling(snapshot: Snapshot, places: Tensor) -> None:
     v = unit(_others(noise, places) + _others(theta, places))
     if not bool(v.any()):  # it holds all parameters
         return
-    image, gradient = (H @ v)[places], snapshot.replayed_gradient()[1]
+    image, gradient = (H @ v)[places], replayed_gradient(snapshot)[1]
     for far in (8.0, 1.0, 1 / 8):  # the first resolves small couplings, the last crosses few kinks
         central, distance = central_difference(joint, v, far)
         comparison = Comparison.of(image, central[places], gradient, distance)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import forget_step_hooks
-from lsp_callbacks.step.replay import RandomState
-from lsp_callbacks.step.snapshot import Unmeasurable
+from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.errors import Unmeasurable
 
 #: Index of the parameter, name and shape of each float tensor of a state.
 Layout = list[tuple[int, str, tuple[int, ...]]]

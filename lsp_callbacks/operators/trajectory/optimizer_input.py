@@ -8,8 +8,11 @@ import torch
 import torch.autograd.forward_ad as forward
 from torch import Tensor
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.trajectory.update_rules import Group
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten
+from lsp_callbacks.step.flat import flatten
+from lsp_callbacks.step.replay_checks import replayed_gradient
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 
 def require_optimizer(snapshot: Snapshot) -> torch.optim.Optimizer:
@@ -20,7 +23,7 @@ def require_optimizer(snapshot: Snapshot) -> torch.optim.Optimizer:
     """
     if snapshot.optimizer is None:
         raise Unmeasurable("the snapshot has no optimizer: pass optimizer=... to the Snapshot")
-    if why := snapshot.unmodelled or snapshot.disowned:
+    if why := snapshot.unsupported or snapshot.run.invalidated:
         raise Unmeasurable(why)
     return snapshot.optimizer
 
@@ -41,9 +44,10 @@ def held_mask(snapshot: Snapshot) -> Tensor | None:
     return flatten([None if g is None else torch.ones_like(p) for g, p in zip(groups, parameters)], parameters)
 
 
+@computed_once
 def clipped_gradient(snapshot: Snapshot) -> Tensor:
     """Return the gradient that the optimizer receives, flat: clipped, and 0 where a parameter has none."""
-    return snapshot.once("clipped gradient", lambda: _clip(snapshot)(_gradient(snapshot)))
+    return _clip(snapshot)(_gradient(snapshot))
 
 
 def clipped_change(snapshot: Snapshot, change: Tensor) -> Tensor:
@@ -61,9 +65,12 @@ def tangent_of(x: Tensor) -> Tensor:
 
 
 def _gradient(snapshot: Snapshot) -> Tensor:
-    if snapshot.flat_gradient is not None:
-        return snapshot.flat_gradient
-    return snapshot.once("gradient", lambda: snapshot.replayed_gradient()[1])
+    return snapshot.flat_gradient if snapshot.flat_gradient is not None else _replayed_gradient(snapshot)
+
+
+@computed_once
+def _replayed_gradient(snapshot: Snapshot) -> Tensor:
+    return replayed_gradient(snapshot)[1]
 
 
 def _clip(snapshot: Snapshot) -> Callable[[Tensor], Tensor]:

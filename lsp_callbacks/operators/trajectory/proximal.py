@@ -9,25 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd.double_backward import jacobian
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method
 from lsp_callbacks.operators.trajectory.optimizer_input import clipped_gradient, group_of
 from lsp_callbacks.operators.trajectory.step_jacobian import step_jacobian, step_response, step_tangent
 from lsp_callbacks.operators.trajectory.step_size import displacement
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten, split
+from lsp_callbacks.step.flat import flatten, split
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 
 def proximal(snapshot: Snapshot, theta: Tensor) -> Tensor:
-    """Return ``prox(theta)``, flat, by the step's `Snapshot.prox` with each parameter's learning rate; differentiable.
+    """Return ``prox(theta)``, flat, by `RunContext.prox` with each parameter's learning rate; differentiable.
 
     Parameters that the optimizer does not hold stay as they are.
     """
-    if snapshot.prox is None:
+    if snapshot.run.prox is None:
         return theta
     parameters = list(snapshot.parameters.values())
     parts = []
     for (name, group), part in zip(group_of(snapshot).items(), split(theta, parameters)):
-        moved = part if group is None else snapshot.prox(name, part, float(group.get("lr") or 0.0))
+        moved = part if group is None else snapshot.run.prox(name, part, float(group.get("lr") or 0.0))
         if not isinstance(moved, Tensor) or moved.shape != part.shape:
             raise Unmeasurable(f"prox({name!r}, tensor, lr) must return a tensor of the shape {tuple(part.shape)}")
         parts.append(moved)
@@ -40,13 +42,14 @@ def update(snapshot: Snapshot) -> Tensor:
     Cost: see `displacement`.
     """
     step = displacement(snapshot)
-    if snapshot.prox is None:
+    if snapshot.run.prox is None:
         return step
     theta = flat_parameters(snapshot)
     with torch.no_grad():
         return proximal(snapshot, theta + step) - theta
 
 
+@computed_once
 def proximal_jacobian(snapshot: Snapshot) -> LinearOperator:
     """Return ``D prox`` at the point where the optimizer's step ends, in float64, with its adjoint.
 
@@ -59,10 +62,6 @@ def proximal_jacobian(snapshot: Snapshot) -> LinearOperator:
 
     Cost: no gradient of the loss.
     """
-    return snapshot.once("proximal jacobian", lambda: _jacobian(snapshot))
-
-
-def _jacobian(snapshot: Snapshot) -> LinearOperator:
     with torch.no_grad():
         half = (flat_parameters(snapshot) + displacement(snapshot)).detach()
     with torch.enable_grad():
@@ -116,7 +115,7 @@ def update_drift(snapshot: Snapshot) -> LinearOperator:
 
 def _mapped(snapshot: Snapshot, step: LinearOperator) -> LinearOperator:
     """Apply the prox to the parameters' block of a step, which comes first."""
-    if snapshot.prox is None:
+    if snapshot.run.prox is None:
         return step
     D, n = proximal_jacobian(snapshot), sum(p.numel() for p in snapshot.parameters.values())
 

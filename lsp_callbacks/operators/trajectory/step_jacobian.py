@@ -20,7 +20,7 @@ from lsp_callbacks.operators.trajectory.optimizer_input import (
 from lsp_callbacks.operators.trajectory.step_by_differences import difference_tangent, require_smooth
 from lsp_callbacks.operators.trajectory.update_rules import formula, formula_of
 from lsp_callbacks.step.players import require_one
-from lsp_callbacks.step.snapshot import Snapshot
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 Path = Literal["exact", "finite_difference_of_step"]
 
@@ -51,7 +51,7 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     after the derivative of the clipping, ``kappa (I - g g^T / ||g||^2) H v`` where it is by norm and active. Nothing is
     frozen. Parameters without a gradient, and those that the optimizer does not hold, stay as they are; a state
     tensor that does not exist before the step has no derivative. For nu = 0 see `update_rules.root`. What is done to
-    the parameters after the step (`Snapshot.prox`) is not part of it: see `proximal.update_jacobian`.
+    the parameters after the step (`RunContext.prox`) is not part of it: see `proximal.update_jacobian`.
 
     Any other optimizer: see `step_by_differences.difference_tangent`; its blocks have sizes of their own.
 
@@ -94,10 +94,11 @@ def _accurate_hessian(snapshot: Snapshot, method: Method) -> LinearOperator:
     if rule.second_moment is None:
         weight = max((float(group["lr"]) for group in group_of(snapshot).values() if group), default=0.0)
     else:
-        weight = snapshot.once("response", lambda: _response(snapshot))
+        weight = _response(snapshot)
     return hessian(snapshot, method=method, weight=weight, relative=False)
 
 
+@computed_once
 def _response(snapshot: Snapshot) -> Tensor:
     """Return ``|d theta' / d g|`` of each parameter, without clipping."""
     step, size = formula_tangent(snapshot)

@@ -5,27 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.trajectory.optimizer_copy import OptimizerCopy
 from lsp_callbacks.operators.trajectory.optimizer_input import clipped_gradient, require_optimizer
-from lsp_callbacks.step.replay import RandomState
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, split
+from lsp_callbacks.step.flat import split
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 
+@computed_once
 def displacement(snapshot: Snapshot) -> Tensor:
     """Return ``theta_half - theta``: the change of the parameters by the optimizer's ``step``, flat, in float64.
 
-    The step runs on a copy of the optimizer, with the step's clipped gradient. `Snapshot.prox`, which is applied after
-    the step, is not part of it.
+    The step runs on a copy of the optimizer, with the clipped gradient. `RunContext.prox`, which is applied after the
+    step, is not part of it.
 
     Raises:
         Unmeasurable: no optimizer, a step that is not supported, or one that cannot be tried on a copy.
 
     Cost: one optimizer step, on copies of parameters and state in double precision. Computed once a step.
     """
-    return snapshot.once("displacement", lambda: _displacement(snapshot))
-
-
-def _displacement(snapshot: Snapshot) -> Tensor:
     optimizer = require_optimizer(snapshot)
     parameters = list(snapshot.parameters.values())
     gradients = split(clipped_gradient(snapshot).double(), parameters)

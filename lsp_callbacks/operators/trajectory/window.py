@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, push
+from lsp_callbacks.linalg.logs import exp
 from lsp_callbacks.operators.curvature.hessian import Method
 from lsp_callbacks.operators.trajectory.optimizer_copy import held
 from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.trajectory.update_rules import formula_of
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, restored, split
+from lsp_callbacks.step.flat import restored, split
+from lsp_callbacks.step.replay_checks import replayed_gradient
+from lsp_callbacks.step.snapshot import Snapshot
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +39,7 @@ class KeptStep:
 
     def maps(self) -> tuple[LinearOperator, LinearOperator]:
         """Return `update_jacobian` and `update_response` by a new replay, while the parameters are ``theta``."""
-        again = replace(self.snapshot, memo={})
+        again = replace(self.snapshot)
         return update_jacobian(again, method=self.method), update_response(again)
 
 
@@ -68,7 +71,7 @@ def keep(snapshot: Snapshot, method: Method) -> KeptStep:
         raise Unmeasurable(f"{kind} cannot be copied ({type(error).__name__}: {error})") from None
     loss, gradient = snapshot.loss, snapshot.gradient
     if loss is None or gradient is None:
-        replayed, flat = snapshot.replayed_gradient()
+        replayed, flat = replayed_gradient(snapshot)
         parts = split(flat, list(snapshot.parameters.values()))
         loss = replayed if loss is None else loss
         gradient = dict(zip(snapshot.parameters, parts)) if gradient is None else gradient
@@ -77,9 +80,7 @@ def keep(snapshot: Snapshot, method: Method) -> KeptStep:
         optimizer=frozen,
         loss=loss.detach().clone(),
         gradient={name: None if g is None else g.detach().clone() for name, g in gradient.items()},
-        memo={},
         probes=None,
-        trace=None,
     )
     return KeptStep(kept, [p.detach().clone() for p in snapshot.parameters.values()], method)
 
@@ -115,7 +116,7 @@ class Window:
             for t, step in enumerate(self.steps):
                 place(step.theta)
                 A, B = step.maps()
-                z = math.exp(-self.logs[t]) * push(A, _padded(z, A.shape[1]))
+                z = exp(-self.logs[t]) * push(A, _padded(z, A.shape[1]))
                 if noise:
                     z[-1] += self._reach(t) * (B @ noise[t])
         return z[:, : rows.shape[1]]
@@ -130,12 +131,12 @@ class Window:
                 a = _padded(a, A.shape[0])
                 if driven:
                     noise.append(self._reach(t) * (B.T @ a[-1]))
-                a = math.exp(-self.logs[t]) * push(A.T, a)
+                a = exp(-self.logs[t]) * push(A.T, a)
         return a[:, : rows.shape[1]], noise[::-1]
 
     def _reach(self, t: int) -> float:
         """Return the factor that undoes the scaling of the steps after t for its noise, less ``noise_log``."""
-        return math.exp(sum(self.logs[t + 1 :]) - self.noise_log)
+        return exp(sum(self.logs[t + 1 :]) - self.noise_log)
 
 
 def squares(window: Window, readers: Sequence[LinearOperator]) -> LinearOperator:

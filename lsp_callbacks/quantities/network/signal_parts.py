@@ -5,16 +5,17 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lsp_callbacks import linalg
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.condition import SMALL, condition, condition_lower
 from lsp_callbacks.functional.network.batch_norm import batch_norm_drift
 from lsp_callbacks.functional.network.gains import gains
 from lsp_callbacks.functional.network.kurtosis import excess_kurtosis
+from lsp_callbacks.functional.network.layer_operators import weight_operators
 from lsp_callbacks.functional.network.units import LEAST_ROWS, units
 from lsp_callbacks.operators.network.batch_statistics import outputs
 from lsp_callbacks.operators.network.signal_sizes import NormInput, SignalSizes
-from lsp_callbacks.operators.network.weights import weight_operators
 from lsp_callbacks.quantities.base import scalar
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 
 def gains_of(step: SignalSizes) -> dict[str, Tensor]:
@@ -87,7 +88,7 @@ def conditions_of(module: nn.Module, step: SignalSizes) -> dict[str, Tensor]:
         own = next((p for key, p in layer.named_parameters() if "bias" not in key), None)
         if call is None or own is None or id(own) in seen:
             continue
-        for part, operator in weight_operators(layer, call).items():
+        for part, operator in weight_operators(layer, call.input_shape, call.output_shape).items():
             seen.add(id(own))
             key = f"{name}.{part}" if part else name
             if min(operator.shape) <= SMALL:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import choice, whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.leave_one_out import leave_one_out, responded
 from lsp_callbacks.linalg import push
 from lsp_callbacks.operators.cost import products
@@ -19,7 +20,8 @@ from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.trajectory.step_jacobian import tangent_path
 from lsp_callbacks.quantities.base import Quantity, scalar
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.replay_checks import replayed_gradient, verify, verify_gradient, without_step_values
+from lsp_callbacks.step.snapshot import Snapshot
 
 
 class LeaveOneOut(Quantity):
@@ -113,12 +115,11 @@ class LeaveOneOut(Quantity):
 
     def _begin(self, snapshot: Snapshot) -> dict[str, Any]:
         tangent_path(snapshot)
-        _ = snapshot.own_gradient
+        verify_gradient(snapshot)
         method = resolved(snapshot, self.method)
         known = self._shares(snapshot)
         # The batch is needed again at the end; what was computed for the step is not.
-        first = replace(snapshot, memo={}, loss=None, gradient=None, trace=None)
-        vars(first)["graph"] = snapshot.graph
+        first = without_step_values(snapshot)
         state = self._forced(snapshot, known)
         return {"state": state, "known": known, "first": first, "count": 1, "step": snapshot.step, "method": method}
 
@@ -127,13 +128,13 @@ class LeaveOneOut(Quantity):
             found = sample_contributions(snapshot, self.samples)
             return replace(found, gradients=found.gradients.cpu(), inputs=found.inputs.cpu())
 
-        _ = snapshot.graph  # of all ranks
-        return snapshot.ranks.first(own, "the shares")
+        verify(snapshot)  # on all ranks
+        return snapshot.run.ranks.first(own, "the shares")
 
     def _forced(self, snapshot: Snapshot, found: SampleContributions) -> Tensor:
         """By the shares in the loss of all ranks, which is the mean of their losses."""
         response = update_response(snapshot)
-        return -push(response, found.gradients.to(response.device) / snapshot.ranks.world)
+        return -push(response, found.gradients.to(response.device) / snapshot.run.ranks.world)
 
     def _again(self, snapshot: Snapshot, known: SampleContributions) -> SampleContributions:
         found = self._shares(snapshot)
@@ -148,7 +149,7 @@ class LeaveOneOut(Quantity):
         found = self._shares(frame["first"])
         gradient = snapshot.flat_gradient
         if gradient is None:
-            _, gradient = snapshot.replayed_gradient()
+            _, gradient = replayed_gradient(snapshot)
         moved = frame["state"][:, : len(gradient)].cpu()
         if not bool(torch.isfinite(moved).all()):
             raise Unmeasurable("the response is not finite: the weights or the loss have overflowed")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,16 +9,20 @@ from typing import Any
 import torch
 
 from lsp_callbacks.autograd.double_backward import double_backward
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.network.depth_profile import depth_profile
-from lsp_callbacks.functional.network.norm_bound import norm_bound
 from lsp_callbacks.functional.trajectory.norm_intervals import norm_by_random_rows
 from lsp_callbacks.functional.trajectory.training_profile import FAILURE, NoiseSeen, Tangents
 from lsp_callbacks.linalg import LinearOperator, push, top_between
+from lsp_callbacks.linalg.logs import log
 from lsp_callbacks.operators.network.depth import depth
+from lsp_callbacks.operators.network.norm_bound import norm_bound
 from lsp_callbacks.operators.network.outputs import output_jacobian
 from lsp_callbacks.operators.network.saliency import explain
 from lsp_callbacks.operators.trajectory.window import Window, squares
-from lsp_callbacks.step.snapshot import Call, Snapshot, Unmeasurable, evaluating
+from lsp_callbacks.step.module_modes import evaluating
+from lsp_callbacks.step.replay_checks import Call
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Of the ends of an interval, within which no further product is asked for.
 RATIO = 1.2
@@ -106,7 +109,7 @@ def _of_first(snapshot: Snapshot, build: Callable[[], LinearOperator | None], wh
         held.append(built)
         return built.shape, built.dtype
 
-    ranks = snapshot.ranks
+    ranks = snapshot.run.ranks
     told = ranks.first(own, what)
     if told is None or ranks.world == 1:
         return held[0] if told else None
@@ -127,13 +130,13 @@ def seen_by(J: LinearOperator, now: Tangents) -> torch.Tensor:
     return (images @ images.mT).cpu()
 
 
-def sensitivity(gram: torch.Tensor, now: Tangents) -> tuple[float, float]:
-    """Ends of ``||J A_T ... A_1||``, by the frame from below, and by its random directions from above: wide."""
+def log_sensitivity(gram: torch.Tensor, now: Tangents) -> tuple[float, float]:
+    """Logs of ends of ``||J A_T ... A_1||``, by the frame from below, and by its random directions from above: wide."""
     lower, seen = (
         float(torch.linalg.eigvalsh(g)[-1].clamp_min(0).sqrt()) for g in (gram, gram[: now.random, : now.random])
     )
-    grown = math.exp(now.frame_log)
-    return lower * grown, norm_by_random_rows(seen, now.random, now.size, failure=FAILURE) * grown
+    upper = norm_by_random_rows(seen, now.random, now.size, failure=FAILURE)
+    return log(lower) + now.frame_log, log(upper) + now.frame_log
 
 
 @dataclass(frozen=True)
@@ -141,11 +144,11 @@ class Ends:
     """What products in both directions tell of a window.
 
     Attributes:
-        norms: ends of ``||A_T ... A_1||``, and of that times each reader of the parameters.
+        log_norms: logs of the ends of ``||A_T ... A_1||``, and of that times each reader of the parameters.
         noise: of the noise.
     """
 
-    norms: list[tuple[float, float]]
+    log_norms: list[tuple[float, float]]
     noise: NoiseSeen
 
 
@@ -175,8 +178,8 @@ def window_ends(
     values = ritz.values[..., -1].clamp_min(0)
     if not bool(torch.isfinite(upper).all()):
         raise Unmeasurable("products with the window are not finite")
-    grown = math.exp(now.frame_log)
-    norms = [(float(low.sqrt()) * grown, float(high.clamp_min(0).sqrt()) * grown) for low, high in zip(values, upper)]
+    ends = zip(values.tolist(), upper.clamp_min(0).tolist())
+    norms = [(log(low) / 2 + now.frame_log, log(high) / 2 + now.frame_log) for low, high in ends]
     noise = NoiseSeen(ritz.basis[:, -1], float(ritz.values[-1].sum()), float(upper[-1]))
     return Ends(norms[:-1], noise)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import whole
-from lsp_callbacks.functional.curvature.sharpness import edge_constant
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.training_profile import (
     Tangents,
     TrainingProfile,
@@ -20,8 +20,10 @@ from lsp_callbacks.functional.trajectory.training_profile import (
     training_profile,
 )
 from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.linalg.logs import exp
 from lsp_callbacks.operators.cost import forward_cost, products, sample_passes
 from lsp_callbacks.operators.curvature.hessian import Method, path_taken, resolved
+from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.memory import TWICE, footprint, product_memory
 from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
@@ -38,12 +40,12 @@ from lsp_callbacks.quantities.trajectory.profile_parts import (
     check_replays,
     explanation_reader,
     in_depth,
+    log_sensitivity,
     output_reader,
     seen_by,
-    sensitivity,
     window_ends,
 )
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -266,7 +268,7 @@ class StabilityProfile(Windowed):
         if self.wide:
             return None
         try:
-            step = snapshot.ranks.apart(lambda: keep(snapshot, method))
+            step = snapshot.run.ranks.apart(lambda: keep(snapshot, method))
         except Unmeasurable as error:
             self.wide = str(error)
             return None
@@ -274,8 +276,8 @@ class StabilityProfile(Windowed):
 
     def _finish(self, snapshot: Snapshot, now: Tangents) -> None:
         calls = snapshot.calls
-        deep = snapshot.ranks.first(lambda: in_depth(snapshot, calls, samples=self.samples), self.name)
-        if deep.undefined and not self.undefined and snapshot.ranks.rank == 0:
+        deep = snapshot.run.ranks.first(lambda: in_depth(snapshot, calls, samples=self.samples), self.name)
+        if deep.undefined and not self.undefined and snapshot.run.ranks.rank == 0:
             warnings.warn(f"stability_profile has no numbers in depth: {deep.undefined}", stacklevel=2)
         values, sigma, self.undefined, self.unbounded = deep.values, deep.sigma, deep.undefined, deep.unbounded
         readers = {
@@ -289,13 +291,14 @@ class StabilityProfile(Windowed):
         own: dict[str, Any] = vars(found) | {"horizon": float(found.steps)}
         for name in ("mean_square", "mean_square_error"):
             own[f"sigma_theta_{name}"], own[f"alpha_theta_{name}"] = own[name], own[f"alpha_{name}"]
-        norms = {"theta": (float(found.sigma_theta), float(found.sigma_theta_bound))}
-        norms |= {name: sensitivity(gram, now) for name, gram in grams.items()}
-        for i, (name, (lower, upper)) in enumerate(norms.items()):
-            low, high = (0.0, upper) if ends is None else ends.norms[i]
-            lower = max(lower, low)
-            own[f"sigma_{name}"], own[f"sigma_{name}_bound"] = lower, max(lower, high)
-        own |= _exponents(own, found)
+        steps = found.steps  # logs, as a window that explodes has exponents where its norms have overflowed
+        logs = {"theta": (steps * float(found.alpha_theta), steps * float(found.alpha_theta_bound))}
+        logs |= {name: log_sensitivity(gram, now) for name, gram in grams.items()}
+        for i, (name, (lower, upper)) in enumerate(logs.items()):
+            low, high = (-math.inf, upper) if ends is None else ends.log_norms[i]
+            logs[name] = lower, upper = max(lower, low), max(lower, low, high)
+            own[f"sigma_{name}"], own[f"sigma_{name}_bound"] = exp(lower), exp(upper)
+        own |= _exponents(*logs["theta"], found)
         if "output" in grams and self._frame["before"] is not None:
             own["alpha_output"], own["alpha_output_error"] = function_growth(
                 self._frame["before"], grams["output"].diagonal()[: now.random], now.frame_log, now.steps
@@ -321,7 +324,7 @@ class StabilityProfile(Windowed):
             return window_ends(snapshot, window, now, readers, pairs=pairs)
 
         try:
-            return snapshot.ranks.apart(found)
+            return snapshot.run.ranks.apart(found)
         except Unmeasurable as error:
             self.wide = str(error)
             return None
@@ -369,25 +372,21 @@ class StabilityProfile(Windowed):
 
 def _has_edge(snapshot: Snapshot) -> bool:
     try:
-        edge_constant(frozen_rule(snapshot))
+        threshold_constant(frozen_rule(snapshot))
     except Unmeasurable:
         return False
     return True
 
 
-def _exponents(own: dict[str, Any], found: TrainingProfile) -> dict[str, float]:
-    """Of the ends of sigma_theta and sigma_u, and their gaps, bound less value."""
-    lower, upper = (_log(own[f"sigma_theta{end}"]) / found.steps for end in ("", "_bound"))
-    # The noise that was driven is known from random rows: up to the error of alpha_u.
-    gap = (float(found.sigma_u_bound.log()) - float(found.sigma_u.log())) * 2 / (found.steps - 1)
+def _exponents(lower: float, upper: float, found: TrainingProfile) -> dict[str, float]:
+    """Return the exponents of the ends of log sigma_theta, the upper one of sigma_u, and their gaps, bound less value.
+
+    The noise that was driven is known from random rows: up to the error of alpha_u.
+    """
+    lower, upper = lower / found.steps, upper / found.steps
     return {
         "alpha_theta": lower,
         "alpha_theta_bound": upper,
         "alpha_theta_gap": upper - lower if math.isfinite(lower) else math.nan,
-        "alpha_u_bound": float(found.alpha_u) + gap,
-        "alpha_u_gap": gap,
+        "alpha_u_gap": float(found.alpha_u_bound - found.alpha_u),
     }
-
-
-def _log(value: float) -> float:
-    return math.log(value) if value > 0 else -math.inf if value == 0 else math.nan
