@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lsp_callbacks.autograd.graph import Graph, joined, read
+from lsp_callbacks.autograd.stop_gradients import StopGradients
 from lsp_callbacks.errors import NotApplicable as NotApplicable
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.errors import Unmodelled as Unmodelled
@@ -328,9 +329,10 @@ class Snapshot:
             # With a graph, as in training: some kernels are chosen by whether a gradient is wanted. Hooks do not fire
             # inside compiled code, so that runs eagerly and agrees up to rounding only.
             with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-                loss = self.replay()
+                with StopGradients() as stopped:
+                    loss = self.replay()
                 self.check(loss, tolerance=1e-4 if self.compiled else 0.0)
-            return read(loss)
+            return replace(read(loss), stopped=tuple(sorted(stopped.names)))
 
         vars(self)["graph"] = joined(self.ranks.gather(graph, "the replay"))
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lsp_callbacks.linalg import LinearOperator, norm
 from lsp_callbacks.operators.curvature.finite_differences import FIRST, Differences, Untrusted
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten, split
+from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, Unmodelled, flatten, split
 
 Method = Literal["auto", "exact", "finite_difference"]
 
@@ -34,6 +34,11 @@ def hessian(
     exact products may raise or, worse, lack a part of H without a word. With such a function one of them is compared
     with a central difference (1 %); where exact products are wrong or raise, finite differences take over if the loss
     is smooth and nothing is rounded to half precision, and otherwise the step is refused.
+
+    Where the loss depends on the parameters by way of tensors without a graph (the power iteration of
+    ``torch.nn.utils.spectral_norm`` in training, ``detach``), training moves by a gradient whose change no second
+    backward pass knows, and which is no symmetric matrix: compared with a central difference in the same way, and
+    refused unless they agree.
 
     In half precision (bfloat16 parameters, or autocast) exact products carry its rounding, some 1 %; they are taken as
     they are, in float32 vectors, and `path_taken` names the type.
@@ -62,6 +67,8 @@ def hessian(
     if not parameters:
         raise Unmeasurable("no parameter requires a gradient: unfreeze some, or leave this quantity out")
     method = resolved(snapshot, method)
+    if snapshot.graph.stopped:
+        snapshot.once("stop gradients", lambda: _refuse_stop_gradients(snapshot))
     if weight is not None and method == "finite_difference":
         return _finite_difference(snapshot, weight=weight, relative=relative)
     return snapshot.once(("hessian", method), lambda: _BUILD[method](snapshot))
@@ -108,7 +115,26 @@ def product_cost(method: Method, products: int) -> float:
     return 1.2 * products if method == "finite_difference" else 3.3 + 2.0 * (products - 1)
 
 
-def _exact(snapshot: Snapshot) -> LinearOperator:
+def _refuse_stop_gradients(snapshot: Snapshot) -> None:
+    """Raise `Unmodelled` where the gradient changes with the parameters in ways that its graph does not know.
+
+    Training moves by that gradient, so its derivative is the one that counts; it is no Hessian, and not symmetric.
+    """
+    names = ", ".join(snapshot.graph.stopped)
+    reason = (
+        f"the loss depends on the parameters by way of tensors without a graph (made by {names}; so do detach(), "
+        "no_grad() and the power iteration of spectral_norm), "
+    )
+    what = "; leave this quantity out, or compute these tensors with a graph or from the data alone"
+    if not snapshot.graph.full:
+        raise Unmodelled(f"{reason}and whether that matters cannot be told in half precision{what}")
+    product, own = snapshot.once("exact product", lambda: _exact_product(snapshot))
+    if not _differentiated_twice(product, own, snapshot):
+        raise Unmodelled(f"{reason}so that the change of its gradient is not what two backward passes say{what}")
+
+
+def _exact_product(snapshot: Snapshot) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Return ``v -> H v`` by a second backward pass, as autograd has it, and the gradient."""
     parameters = list(snapshot.parameters.values())
     dtype = snapshot.graph.dtype
     graph: list[Tensor] = []  # of the rank's own gradient
@@ -150,6 +176,12 @@ def _exact(snapshot: Snapshot) -> LinearOperator:
         if raised > 0:
             raise _NoSecondDerivative(reasons[0] if reasons else "on another rank")
         return found
+
+    return exact, own
+
+
+def _exact(snapshot: Snapshot) -> LinearOperator:
+    exact, own = snapshot.once("exact product", lambda: _exact_product(snapshot))
 
     def otherwise(reason: str) -> LinearOperator:
         """Differences from now on, where they can be trusted."""
