@@ -16,7 +16,7 @@ import torch
 from sharpness_runs import RUNS, exact_top, readings
 
 from lsp_callbacks import Sharpness
-from lsp_callbacks.functional.curvature.sharpness import edge_constant
+from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.trajectory import frozen_preconditioner as frozen
 from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule
 from lsp_callbacks.quantities.curvature.sharpness import measured_edge
@@ -27,19 +27,18 @@ HEAD = "| run | low by, median | 95 % of readings | most | bar, median | product
 def errors(name: str, seed: int, count: int = 100) -> tuple[np.ndarray, np.ndarray]:
     """Of sharpness and of ``courant_gd``: ``(truth / value - 1, bar, products)`` of each reading."""
     metric, rows, courant = Sharpness(), [], []
-    for snapshot in readings(RUNS[name], seed, count):
+    for snapshot, loss_of in readings(RUNS[name], seed, count):
         state = torch.random.get_rng_state()
         metric.update(snapshot)
         values = {key.split("/")[1]: float(value) for key, value in metric.compute().items()}
         edge = measured_edge(snapshot, None, None, metric.method)
-        loss_of = snapshot.memo["loss of"]
         (truth,) = exact_top(snapshot.module, loss_of)
         rows.append((truth / values["sharpness"] - 1, values["sharpness_residual"], edge.products))
         rule = coming_rule(snapshot)
         rate = frozen.rates(snapshot, rule)
         if isinstance(rate, torch.Tensor):  # behind a preconditioner the Courant number has a run of its own
             (top,) = exact_top(snapshot.module, loss_of, rate**0.5)
-            truth = top / edge_constant(rule)
+            truth = top / threshold_constant(rule)
             courant.append((truth / values["courant_gd"] - 1, values["courant_gd_residual"], 0))
         torch.random.set_rng_state(state)
     return np.array(rows), np.array(courant)

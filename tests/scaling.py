@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from lsp_callbacks import ProbeSet, Trace, Unmeasurable
 from lsp_callbacks.quantities import REGISTRY, Quantity
-from lsp_callbacks.step.probes import evaluation
+from lsp_callbacks.step.criterion import evaluation
 
 # -- units ---------------------------------------------------------------------------------------------------------
 
@@ -89,7 +89,7 @@ UNITS: dict[str, dict[str, Unit]] = {
         "residual_stiffness_max": ONE,
         "residual_dissipative": ONE,
         "residual_cfl_max": ONE,
-        "residual_residual": error(ONE, "1"),
+        "residual_lanczos_error": error(ONE, "1"),
         "residual_gain_max": ONE,
         "residual_gain_bound_max": ONE,
         "residual_gain_bound/*": ONE,
@@ -494,7 +494,15 @@ def read(
         trace.record(step, replay().detach(), lr=optimizer.param_groups[0]["lr"], module=task)
         if step >= before:
             metric.update(
-                freeze(task, optimizer, replay, step=step, keep=metric.keeps, probes=probes_of(task), trace=trace)
+                freeze(
+                    task,
+                    optimizer,
+                    replay,
+                    step=step,
+                    captures_inputs=metric.keeps,
+                    probes=probes_of(task),
+                    series=trace,
+                )
             )
         take(optimizer, replay())
     return {key: float(value) for key, value in metric.compute().items()}

@@ -18,7 +18,7 @@ ANYTHING = st.one_of(
     st.sampled_from(["all", "summary", "top", "auto", "exact", "loss", "iid", "default", "1GB"]), st.just([]),
 )  # fmt: skip
 MONITOR = (
-    "quantities", "every_n_steps", "budget", "window", "average", "probe_samples", "log_layers", "max_memory",
+    "quantities", "every_n_steps", "budget", "window", "average", "sub_batch", "log_layers", "max_memory",
     "time_limit", "seed",
 )  # fmt: skip
 STOP = ("monitor", "threshold", "patience", "min_steps", "confirm", "limit")

@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import Regression, close, f64, freeze, random, same, seeded, trajectory
+from problems import Regression, close, f64, freeze, probes_of, random, same, seeded, trajectory
 from torch import nn
 from torchmetrics import MetricCollection
 
-from lsp_callbacks import Lyapunov, ProbeSet, Sharpness, Snapshot, Trace, Unmeasurable
+from lsp_callbacks import Lyapunov, Sharpness, Snapshot, Trace, Unmeasurable
 from lsp_callbacks.quantities import REGISTRY, Quantity
-from lsp_callbacks.step.probes import evaluation
 
 SGD = torch.optim.SGD
 SETTINGS = {
@@ -43,12 +42,6 @@ def problem():
     return Regression(seeded(net), random(6, 2, seed=1), random(6, 1, seed=2))
 
 
-def probes_of(task):
-    """All six samples, in batches of two."""
-    part = lambda: evaluation(task.net(task.x), lambda f: 0.5 * (f - task.y).square().mean(), samples=6)  # noqa: E731
-    return ProbeSet(module=task, parts=(part,), samples=6, batch_size=2, population=6)
-
-
 def trace_of(task):
     """A noisy series of losses, as after some steps."""
     trace = Trace(length=100)
@@ -71,7 +64,7 @@ def steps(metric, n, start=problem):
     task = start()
     optimizer = SGD(task.parameters(), lr=0.3, momentum=0.5)
     keep = getattr(metric, "keeps", lambda name, module: name == "net.1")
-    return trajectory(task, optimizer, n, keep=keep, probes=probes_of(task), trace=trace_of(task))
+    return trajectory(task, optimizer, n, captures_inputs=keep, probes=probes_of(task), series=trace_of(task))
 
 
 def fed(name, measurements=1, extra=0):
@@ -129,7 +122,7 @@ def test_forward_is_an_update_that_returns_the_last_measurement(name):
     values = {}
     for snapshot in steps(called, 2 * (called.prepare + called.window)):
         values = called(snapshot)
-        updated.update(replace(snapshot, memo={}))
+        updated.update(replace(snapshot))
         assert called.complete == updated.complete
     assert same(values, updated.compute()) and same(called.compute(), values) and same(called.compute(), values)
     assert called.update_count == updated.update_count and same(saved(called), saved(updated))
@@ -205,7 +198,7 @@ def test_after_a_restart_nothing_of_the_parameters_before_enters(name):
     for snapshot in steps(metric, period):
         later = replace(snapshot, step=3 * period + 1 + snapshot.step)
         metric.update(later)
-        fresh.update(replace(later, memo={}))
+        fresh.update(replace(later))
     assert metric.complete and fresh.complete and same(metric.vectors(), fresh.vectors())
     for values in (lambda m: m.compute(), lambda m: saved(m)[0]):
         ours, theirs = ({k: v for k, v in values(m).items() if k not in OF_THE_RUN} for m in (metric, fresh))
@@ -222,7 +215,7 @@ def test_a_window_under_way_goes_on_from_its_vectors(name):
         if snapshot.step >= period + 2:
             metric.update(snapshot)
             # As in a run of its own: what one has found out about the step does not help the other.
-            resumed.update(replace(snapshot, memo={}))
+            resumed.update(replace(snapshot))
     assert metric.complete and resumed.complete
     assert same(metric.compute(), resumed.compute())
 
@@ -238,8 +231,8 @@ def test_an_exception_leaves_the_metric_whole(name, extra):
         raise KeyError("the loss of a user")
 
     optimizer = SGD(task.parameters(), lr=0.3, momentum=0.5)
-    frozen = freeze(task, optimizer, step=metric.update_count, keep=metric.keeps, probes=probes_of(task))
-    broken = replace(frozen, replay=fails, trace=NoTrace(length=100))
+    frozen = freeze(task, optimizer, step=metric.update_count, captures_inputs=metric.keeps, probes=probes_of(task))
+    broken = replace(frozen, replay=fails, run=replace(frozen.run, series=NoTrace(length=100)))
     with pytest.raises(KeyError):
         metric.update(broken)
     assert not metric.complete
@@ -286,8 +279,11 @@ def test_leaves_no_trace(name):
     before, random_state = copy.deepcopy(task.state_dict()), torch.get_rng_state()
     for training in (True, False):
         task.train(training)
-        optimizer, settings = SGD(task.parameters(), lr=0.3), {"keep": metric.keeps, "probes": probes_of(task)}
-        settings["trace"] = trace_of(task)
+        optimizer, settings = (
+            SGD(task.parameters(), lr=0.3),
+            {"captures_inputs": metric.keeps, "probes": probes_of(task)},
+        )
+        settings["series"] = trace_of(task)
         metric.update(freeze(task, optimizer, step=int(not training), **settings))
         assert all(m.training is training for m in task.modules())
     assert same(task.state_dict(), before) and all(p.grad is None for p in task.parameters())
@@ -324,7 +320,7 @@ def test_what_needs_the_update_map_says_so_before_it_is_measured(name):
 def test_what_does_not_need_the_optimizer_works_with_any(name):
     task, metric = problem(), metric_of(name)
     metric.check(freeze(task, torch.optim.Adam(task.parameters())))
-    metric.update(freeze(task, keep=metric.keeps, trace=trace_of(task)))
+    metric.update(freeze(task, captures_inputs=metric.keeps, series=trace_of(task)))
     assert metric.compute()
 
 

@@ -10,10 +10,10 @@ from itertools import product
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from games import GAN
+from games import monitor as game
 from harness import CLASSES, FEATURES, Losses, Model, fit, mlp
 from pytorch_lightning.strategies import ModelParallelStrategy
-from test_multi_optimizer import GAN
-from test_multi_optimizer import monitor as game
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -31,9 +31,10 @@ from lsp_callbacks import (
     StopOnInstability,
 )
 from lsp_callbacks.callbacks.shared_losses import SharedLosses
-from lsp_callbacks.errors import Unmodelled
+from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.operators import hessian
 from lsp_callbacks.step.ranks import Ranks
+from lsp_callbacks.step.run_context import RunContext
 
 WORLD, BATCH, SAMPLES = 2, 4, 48
 DDP = {"strategy": "ddp", "devices": WORLD}
@@ -166,7 +167,7 @@ def rounds(rank):
     """A failure at every place, on either process and on both; and a healthy round after each."""
     ranks = Ranks.joined("cpu")
     found = {}
-    failures = {"error": RuntimeError("no memory"), "unmodelled": Unmodelled("not here")}
+    failures = {"error": RuntimeError("no memory"), "unsupported": Unsupported("not here")}
     places = [
         "before",
         "in 0",
@@ -286,16 +287,16 @@ def curvature(rank):
     for method in ("exact", "finite_difference", "auto"):
         snapshot = Snapshot(
             0, net, lambda: loss(dict(net.named_parameters()), rank), loss=own, gradient=parts,
-            ranks=Ranks.joined("cpu"),
+            run=RunContext(ranks=Ranks.joined("cpu")),
         )  # fmt: skip
-        found[method] = snapshot.ranks.together(lambda s=snapshot, m=method: hessian(s, method=m).dense())
-        found[method, "kinked"] = snapshot.ranks.together(lambda s=snapshot: s.kinked)
+        found[method] = snapshot.run.ranks.together(lambda s=snapshot, m=method: hessian(s, method=m).dense())
+        found[method, "kinked"] = snapshot.run.ranks.together(lambda s=snapshot: s.kinked)
     wrong = Snapshot(
         0, net, lambda: loss(dict(net.named_parameters()), 0) * (1 + rank), loss=loss(state, 0), gradient=parts,
-        ranks=Ranks.joined("cpu"),
+        run=RunContext(ranks=Ranks.joined("cpu")),
     )  # fmt: skip
     try:
-        wrong.ranks.together(lambda: hessian(wrong, method="exact"))
+        wrong.run.ranks.together(lambda: hessian(wrong, method="exact"))
     except ValueError as error:
         found["wrong"] = str(error)
     return found
@@ -309,7 +310,7 @@ class Breaks(SignalPropagation):
         self.who = who
 
     def _loss_condition(self, snapshot):
-        if snapshot.ranks.rank in self.who:
+        if snapshot.run.ranks.rank in self.who:
             raise RuntimeError("no second derivative")
         return super()._loss_condition(snapshot)
 
@@ -322,15 +323,18 @@ def parts(rank):
     found = {}
     for who in ((), (0,), (1,), (0, 1)):
         snapshot = Snapshot(
-            0, net, lambda: F.cross_entropy(net(x[rank:7:WORLD]), y[rank:7:WORLD]), ranks=Ranks.joined("cpu")
+            0,
+            net,
+            lambda: F.cross_entropy(net(x[rank:7:WORLD]), y[rank:7:WORLD]),
+            run=RunContext(ranks=Ranks.joined("cpu")),
         )
         metric = Breaks(who)
 
         def measure(metric=metric, snapshot=snapshot):
             metric.update(snapshot)
-            return snapshot.ranks.mean(lambda: (torch.tensor([float(rank)]),), "afterwards")[0]
+            return snapshot.run.ranks.mean(lambda: (torch.tensor([float(rank)]),), "afterwards")[0]
 
-        after = float(snapshot.ranks.together(measure))
+        after = float(snapshot.run.ranks.together(measure))
         found[who] = ({key: float(value) for key, value in metric.compute().items()}, metric.absent, after)
     return found
 
@@ -355,6 +359,7 @@ def trained(make, *callbacks, **settings):
         "history": monitor and {key: (c.steps, c.values) for key, c in monitor.history.items()},
         "period": monitor and monitor.monitor.period,
         "gram": None if latest is None else latest.kernel.gram,
+        "skipped": {} if monitor is None else dict(monitor.skipped),
         "said": [str(w.message) for w in caught if "lsp_callbacks" in str(w.message)],
     }
 
@@ -437,7 +442,7 @@ def main(folder):
     images = DataLoader(dataset((1, 6, 6), torch.float32), batch_size=BATCH, shuffle=True)
     conv = {"loader": images, "max_steps": 12, **DDP}
     found["conv plain"] = trained(ConvNet, **conv)
-    found["conv"] = trained(ConvNet, StabilityMonitor(budget=1.0, probe_samples=3), **conv)
+    found["conv"] = trained(ConvNet, StabilityMonitor(budget=1.0, sub_batch=3), **conv)
     unused = {"strategy": "ddp_find_unused_parameters_true", "use_distributed_sampler": False}
     found["uneven"] = trained(
         FailsOnce, StabilityMonitor("sharpness", every_n_steps=2),

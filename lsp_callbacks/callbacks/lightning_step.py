@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.step.criterion import Probes
+from lsp_callbacks.autograd._torch_internals import overflowed, unscales_gradients
+from lsp_callbacks.errors import Unmeasurable, Unsupported
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.criterion import HOW
 from lsp_callbacks.step.pending_step import LossFn, PendingStep
-from lsp_callbacks.step.probes import HOW
+from lsp_callbacks.step.probe_set import ProbeSet
+from lsp_callbacks.step.probes import Probes
 from lsp_callbacks.step.ranks import Ranks
-from lsp_callbacks.step.snapshot import Clipping, ProbeSet, Unmeasurable, Unmodelled
+from lsp_callbacks.step.run_context import RunContext
 
 
 def pending_step(
@@ -22,8 +26,8 @@ def pending_step(
     module: Any,
     *,
     own_loss: bool = False,
-    probe_samples: int | None = None,
-    ranks: Ranks | None = None,
+    sub_batch: int | None = None,
+    run: RunContext | None = None,
 ) -> PendingStep:
     """A step of Lightning's that will be measured; made in ``on_train_batch_start`` of its first micro-batch.
 
@@ -31,17 +35,17 @@ def pending_step(
         trainer: Lightning's.
         module: the user's LightningModule.
         own_loss: whether a function of the user's own computes the loss; otherwise ``training_step`` is replayed.
-        probe_samples: how many samples of the batch to use; None takes all.
-        ranks: the processes that take the step together; None is this one.
+        sub_batch: how many samples of the batch to use; None takes all.
+        run: what all steps of the run share; None is a run of this process alone.
     """
     return PendingStep(
         module,
         shared=[] if trainer.datamodule is None else [trainer.datamodule],
-        prepare=lambda shadow: _mute(shadow, trainer),
+        prepare=lambda module_copy: _mute(module_copy, trainer),
         # The user's own function rounds in other places than the step.
         tolerance=1e-4 if own_loss else 0.0,
-        probe_samples=probe_samples,
-        ranks=ranks,
+        sub_batch=sub_batch,
+        run=run,
         takes_buffers=getattr(trainer.strategy.model, "will_sync_module_buffers", bool)(),
     )
 
@@ -86,16 +90,13 @@ def loss_scale(trainer: Any) -> float:
 def scaled(trainer: Any, optimizer: Any) -> bool:
     """Whether the gradients are still multiplied by the factor of mixed precision: fused optimizers divide it out."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler is not None and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    return scaler is not None and unscales_gradients(optimizer)
 
 
 def skipped(trainer: Any, optimizer: Any) -> bool:
     """Whether the gradient scaler of mixed precision will leave this step out, as its gradients have overflowed."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None:
-        return False
-    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-    return any(bool(overflow) for overflow in found.values())
+    return scaler is not None and overflowed(scaler, optimizer)
 
 
 def probe_set(trainer: Any, probes: Probes, pending: PendingStep, accumulate: int | None = None) -> ProbeSet:
@@ -103,7 +104,7 @@ def probe_set(trainer: Any, probes: Probes, pending: PendingStep, accumulate: in
 
     def loss(module: Any, batch: Any) -> Any:
         if not getattr(module, "automatic_optimization", True):  # it would step the optimizer
-            raise Unmodelled(f"automatic_optimization=False: training_step cannot be asked for outputs; {HOW}")
+            raise Unsupported(f"automatic_optimization=False: training_step cannot be asked for outputs; {HOW}")
         return module.training_step(*arguments(module.training_step, batch, 0))
 
     context = trainer.precision_plugin.train_step_context
@@ -111,7 +112,7 @@ def probe_set(trainer: Any, probes: Probes, pending: PendingStep, accumulate: in
 
 
 class _Muted:
-    """The trainer as the shadow sees it: everything can be read, nothing is logged."""
+    """The trainer as the copy sees it: everything can be read, nothing is logged."""
 
     logger: Any
     loggers: tuple[Any, ...] = ()
@@ -140,9 +141,9 @@ class _Silence:
         return self
 
 
-def _mute(shadow: nn.Module, trainer: Any) -> None:
+def _mute(module_copy: nn.Module, trainer: Any) -> None:
     muted = _Muted(trainer)
-    for module in shadow.modules():
+    for module in module_copy.modules():
         if hasattr(module, "_trainer"):  # LightningModules read the epoch and the step from it
             vars(module)["_trainer"] = muted
             vars(module)["log"] = vars(module)["log_dict"] = vars(module)["print"] = _nothing
@@ -175,7 +176,7 @@ def overridden(module: Any, *hooks: str) -> str | None:
     return next(changed, None)
 
 
-def unmodelled(trainer: Any, module: Any, *, players: bool = False) -> str | None:
+def unsupported(trainer: Any, module: Any, *, players: bool = False) -> str | None:
     """Why the parameters will not move by the optimizer's step on the step's own loss; None if they will.
 
     What an override of ``optimizer_step`` or ``configure_gradient_clipping`` does is looked at step by step.
@@ -259,6 +260,4 @@ def clipped(trainer: Any, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor
 
 def warn_sub_batch(count: int) -> None:
     """Says once that the numbers are not the whole step's."""
-    warnings.warn(
-        f"probe_samples={count}: sharpness and exponents are those of a sub-batch, not of the step", stacklevel=2
-    )
+    warnings.warn(f"sub_batch={count}: sharpness and exponents are those of a sub-batch, not of the step", stacklevel=2)

@@ -19,9 +19,10 @@ from lsp_callbacks import report
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.cli.diagram import configured, existing, quiet
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.cadence import MODELLED
 from lsp_callbacks.monitor.limits import readable
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Steps whose time is taken, after some that only warm up.
 WARM_UP, TIMED = 3, 8
@@ -229,7 +230,7 @@ class _Meter(Callback):
         else:
             costs.seconds = {name: monitor.seconds.expected(name) for name in monitor.seconds.taken}
             costs.skipped = monitor.skipped
-            seen = replace(snapshot, trace=monitor.trace)
+            seen = replace(snapshot, run=replace(snapshot.run, series=monitor.trace))
             costs.waiting = [name for name, quantity in monitor.quantities.items() if quantity.wait(seen)]
         return found
 

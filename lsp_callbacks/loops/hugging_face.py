@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.loops.plain import Log, Watch, moves
 from lsp_callbacks.monitor.configure import configured
 from lsp_callbacks.monitor.monitor import Monitor, scalars
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.module_filter import Selection
-from lsp_callbacks.step.criterion import Criterion, ForwardFn, check_pair, population
-from lsp_callbacks.step.snapshot import Clipping, Prox, Unmodelled
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.probes import Criterion, ForwardFn, check_pair, population
+from lsp_callbacks.step.run_context import Prox
 
 ITEMS = "num_items_in_batch"
 
@@ -158,7 +160,7 @@ class StabilityCallback(TrainerCallback):
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module.training and torch.is_grad_enabled():
-            with contextlib.suppress(Unmodelled):
+            with contextlib.suppress(Unsupported):
                 loss = _own_loss(output).detach()
                 if loss.ndim == 0:  # otherwise these are outputs, and the loss is computed from them
                     self._losses = [*self._losses[: self.watch.batches - 1], loss]
@@ -188,5 +190,5 @@ def _model_loss(module: nn.Module, batch: Any) -> Tensor:
 def _own_loss(outputs: Any) -> Tensor:
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
     if loss is None:
-        raise Unmodelled("the model returns no loss: one that the Trainer computes outside of it is not modelled")
+        raise Unsupported("the model returns no loss: one that the Trainer computes outside of it is not modelled")
     return loss

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd._torch_internals import foreach_norm, sparse_values
+from lsp_callbacks.autograd.random_state import TorchRandomState
 from lsp_callbacks.functional.numerics.first_fault import Fault, first_fault
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.quantities.numerics.numerics import Numerics
+from lsp_callbacks.step.batch import MicroBatch, copied
+from lsp_callbacks.step.flat import restored
 from lsp_callbacks.step.muted import muted
 from lsp_callbacks.step.pending_step import PendingStep
 from lsp_callbacks.step.ranks import Ranks
-from lsp_callbacks.step.replay import MicroBatch, TorchRandomState, copied, untouched
-from lsp_callbacks.step.snapshot import restored
+from lsp_callbacks.step.replay import untouched
 
 
 class Guard:
@@ -61,7 +64,7 @@ class Guard:
     def saw_loss(self, loss: Tensor) -> None:
         """The loss of the last micro-batch; a factor on it does no harm."""
         if self._parts:
-            self._parts[-1].own = loss.detach()
+            self._parts[-1].step_loss = loss.detach()
 
     def look(
         self,
@@ -90,7 +93,7 @@ class Guard:
         numerics = self.numerics
         if numerics is None:
             return None
-        losses = [part.own for part in self._parts if part.own is not None and ranks.world == 1]
+        losses = [part.step_loss for part in self._parts if part.step_loss is not None and ranks.world == 1]
         gradients = [] if left_out else [p.grad for p in module.parameters() if p.grad is not None]
         numerics.recovered = finite(losses + gradients)
         if numerics.recovered or not bool(numerics.nonfinite_step.isnan()):
@@ -118,12 +121,12 @@ class Guard:
         return fault
 
     def _traced(self, step: int, module: nn.Module, pending: PendingStep) -> Fault:
-        if pending.shadow is None:
+        if pending.module_copy is None:
             raise pending.failure or AssertionError
         if not self._parts:
             return Fault(step, "unknown", reason="its batches were not seen")
         with restored(list(module.parameters())):  # a training_step may move them
-            copy = pending.shadow.reset()
+            copy = pending.module_copy.reset()
             for part in self._parts:
                 part.random_state.restore()
                 batch = copied(part.batch)
@@ -141,10 +144,10 @@ class Guard:
 
 def finite(tensors: list[Tensor]) -> bool:
     """Whether all numbers are finite; reads from the device once, unless they are not or nearly overflow."""
-    dense = [t._values() if t.layout is torch.sparse_coo else t for t in tensors if t.numel()]
+    dense = [sparse_values(t) if t.layout is torch.sparse_coo else t for t in tensors if t.numel()]
     if not dense:
         return True
-    norms = torch._foreach_norm(dense)
+    norms = foreach_norm(dense)
     if len({norm.device for norm in norms}) > 1:
         norms = tuple(norm.cpu() for norm in norms)
     if bool(torch.stack(norms).sum().isfinite()):

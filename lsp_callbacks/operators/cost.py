@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lsp_callbacks.autograd._torch_internals import TorchDispatchMode, packet, tree_leaves
 from lsp_callbacks.operators.curvature.hessian import Method, product_cost
 from lsp_callbacks.operators.trajectory.update_rules import formula_of
-from lsp_callbacks.step.snapshot import Snapshot
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,9 @@ class Work:
     parameters: int
 
 
+@computed_once
 def work(snapshot: Snapshot) -> Work:
     """Replays the loss once and counts. Cost: one forward pass."""
-    return snapshot.once("work", lambda: _work(snapshot))
-
-
-def _work(snapshot: Snapshot) -> Work:
     counter = _Counter()
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"), counter:
         snapshot.replay()
@@ -57,7 +53,7 @@ class _Counter(TorchDispatchMode):
         self.calls += 1
         if not func.is_view:
             self.elements += sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+        if (formula := flop_registry.get(packet(func))) is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         return out
 

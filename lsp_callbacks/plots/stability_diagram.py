@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lsp_callbacks.functional.sgd.frozen_sgd import FrozenSGD
 from lsp_callbacks.functional.sgd.mean_square import gd_critical_lr, mean_square_lr
 from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram, stability_diagram
+from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ def diagram_around(found: FrozenSGD, **settings: Any) -> StabilityDiagram:
     """The stability diagram of a frozen step, with rates and batch sizes that have the step's own among them.
 
     Args:
-        found: of `lsp_callbacks.functional.sgd.frozen_sgd.frozen_sgd`.
+        found: of `lsp_callbacks.operators.sgd.frozen_sgd.frozen_sgd`.
         settings: of `lsp_callbacks.functional.sgd.stability_diagram.stability_diagram`.
 
     Raises:

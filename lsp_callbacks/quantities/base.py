@@ -40,7 +40,7 @@ class Quantity(Metric):
         prepare: steps before them.
         needs_update: whether the optimizer's update map enters.
         without_update: keys that stay right where the update turns out to be another one: then the quantity goes on
-            with them alone, on snapshots that are `Snapshot.disowned`. Without any it is left out.
+            with them alone, on snapshots that are `RunContext.invalidated`. Without any it is left out.
         recorded: steps of the `Trace` that it looks back on, at most; 0 asks for none.
         energies: what the trace is to record beside loss and rate, by name.
         final_state: name of the module whose output the energies see as ``state``; None where none asks for it.

@@ -204,7 +204,7 @@ _ERRORS = {
     "hessian_negative_mass": "hessian_negative_mass_error",
     "prox_gain": "prox_gain_residual",
     "prox_descent": "prox_descent_error",
-    "residual_gain_max": "residual_residual",
+    "residual_gain_max": "residual_lanczos_error",
     "robustness_prediction": "robustness_residual",
     "leave_one_out_parameters": "leave_one_out_parameters_error",
     "leave_one_out_loss": "leave_one_out_loss_error",

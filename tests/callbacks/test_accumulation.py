@@ -5,10 +5,22 @@ from functools import partial
 
 import pytest
 import torch
-from harness import MEASURED, MOMENTUM, SGD, Model, Rows, convolutional, data, fit, mlp, trainer
+from harness import (
+    MEASURED,
+    MOMENTUM,
+    SGD,
+    Model,
+    Rows,
+    convolutional,
+    data,
+    finite,
+    fit,
+    mlp,
+    trainer,
+    with_and_without,
+)
 from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler
-from test_lr_forecast import SCHEDULES, Scheduled
-from test_no_trace import finite, with_and_without
+from schedules import SCHEDULES, Scheduled
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -16,7 +28,7 @@ from torch.nn import functional as F
 from lsp_callbacks import StabilityMonitor, StopOnInstability
 from lsp_callbacks.callbacks.lr_forecast import Schedule
 from lsp_callbacks.cli.diagram import examine
-from lsp_callbacks.step.pending_step import rate
+from lsp_callbacks.step.flat import largest_learning_rate
 
 SHARPNESS, COURANT, LYAPUNOV = "stability/sharpness", "stability/courant_gd", "stability/lyapunov"
 
@@ -145,7 +157,7 @@ def test_the_accumulation_may_change_between_epochs():
 
 def test_a_sub_batch_is_of_all_micro_batches():
     with pytest.warns(UserWarning, match="sub-batch"):
-        monitor = StabilityMonitor(["sharpness"], every_n_steps=1, probe_samples=8)
+        monitor = StabilityMonitor(["sharpness"], every_n_steps=1, sub_batch=8)
         fit(Model, monitor, loader=data(shuffle=False), accumulate_grad_batches=2, max_steps=1)
     small = data(shuffle=False)
     first = [torch.cat([t[:4], t[8:12]]) for t in small.dataset.tensors]
@@ -168,7 +180,7 @@ class Look(Callback):
         self.schedule = Schedule(trainer)
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.used.append(rate(optimizer))
+        self.used.append(largest_learning_rate(optimizer))
 
     def on_train_batch_end(self, trainer, *args):
         if not trainer.fit_loop._should_accumulate():

@@ -7,27 +7,14 @@ import math
 import pytest
 import torch
 from harness import Losses, Model, Rows, data, fit
+from schedules import SCHEDULES, Scheduled
 from torch.optim import SGD, lr_scheduler
 
 from lsp_callbacks import StabilityMonitor, StopOnInstability
 from lsp_callbacks.callbacks.lr_forecast import Schedule
-from lsp_callbacks.step.pending_step import rate
+from lsp_callbacks.step.flat import largest_learning_rate
 
 KEY, AHEAD = "stability/courant", "stability/steps_to_edge"
-
-
-class Scheduled(Model):
-    def __init__(self, make, interval="step", frequency=1, lr=0.1):
-        super().__init__()
-        self.make, self.interval, self.frequency, self.lr = make, interval, frequency, lr
-
-    def configure_optimizers(self):
-        optimizer = SGD(self.parameters(), lr=self.lr, momentum=0.9)
-        config = {"scheduler": self.make(self, optimizer), "interval": self.interval, "frequency": self.frequency}
-        return {"optimizer": optimizer, "lr_scheduler": config | {"monitor": "loss", "strict": False}}
-
-    def factor(self, step):
-        return 1.0 + self.lr * step
 
 
 class Look(Losses):
@@ -41,7 +28,7 @@ class Look(Losses):
         self.schedule = Schedule(trainer)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.used.append(rate(trainer.optimizers[0]))
+        self.used.append(largest_learning_rate(trainer.optimizers[0]))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         before = [copy.deepcopy(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs]
@@ -50,23 +37,6 @@ class Look(Losses):
         assert [b | {"_get_lr_called_within_step": 0} for b in before] == [
             a | {"_get_lr_called_within_step": 0} for a in after
         ]
-
-
-SCHEDULES = {
-    "lambda": (lambda m, o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step), {}),
-    "a method of the module": (lambda m, o: lr_scheduler.LambdaLR(o, m.factor), {}),
-    "one cycle": (lambda m, o: lr_scheduler.OneCycleLR(o, 1.0, total_steps=40), {}),
-    "warm-up, then cosine": (
-        lambda m, o: lr_scheduler.SequentialLR(
-            o, [lr_scheduler.LinearLR(o, 0.1, total_iters=4), lr_scheduler.CosineAnnealingLR(o, 20)], [4]
-        ),
-        {},
-    ),
-    "every third step": (lambda m, o: lr_scheduler.ExponentialLR(o, 0.5), {"frequency": 3}),
-    "by epochs": (lambda m, o: lr_scheduler.StepLR(o, 1, 0.5), {"interval": "epoch"}),
-    "every other epoch": (lambda m, o: lr_scheduler.StepLR(o, 1, 0.5), {"interval": "epoch", "frequency": 2}),
-    "plateau": (lambda m, o: lr_scheduler.ReduceLROnPlateau(o, patience=99), {"interval": "epoch"}),
-}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -103,7 +103,7 @@ class Breaks(Model):
         return super().training_step(batch, batch_idx) * (math.nan if self.global_step >= self.at else 1.0)
 
 
-@pytest.mark.parametrize("settings", [{}, {"probe_samples": 4}])
+@pytest.mark.parametrize("settings", [{}, {"sub_batch": 4}])
 def test_nan_goes_to_the_loggers_only(settings):
     quantities = ["spectral_norm", "sharpness", SGDStability(8), "lyapunov"]  # the probes are one batch
     rows, monitor = Rows(), StabilityMonitor(quantities, every_n_steps=1, window=1, **settings)
@@ -265,7 +265,7 @@ class Uncopyable(Model):
         self.open = (i for i in range(3))
 
 
-@pytest.mark.parametrize("settings", [{}, {"loss_fn": own_loss}, {"probe_samples": 2}])
+@pytest.mark.parametrize("settings", [{}, {"loss_fn": own_loss}, {"sub_batch": 2}])
 def test_a_module_that_cannot_be_copied_is_trained_all_the_same(settings):
     monitor = StabilityMonitor(every_n_steps=1, **settings)
     with pytest.warns(UserWarning) as caught:
@@ -342,14 +342,14 @@ def test_manual_optimisation(settings, measured, reason, recwarn):
 
 
 def test_a_sub_batch_is_announced_and_measured():
-    full, part = (StabilityMonitor(["sharpness"], every_n_steps=1, probe_samples=n) for n in (None, 4))
+    full, part = (StabilityMonitor(["sharpness"], every_n_steps=1, sub_batch=n) for n in (None, 4))
     fit(Model, full, max_steps=3)
-    with pytest.warns(UserWarning, match="probe_samples=4"):
+    with pytest.warns(UserWarning, match="sub_batch=4"):
         fit(Model, part, max_steps=3)
     values = full.history[SHARPNESS].values, part.history[SHARPNESS].values
     assert all(map(math.isfinite, values[1])) and values[0] != pytest.approx(values[1], rel=1e-3)
-    with pytest.warns(UserWarning, match="probe_samples=8"):
-        fit(Model, same := StabilityMonitor(["sharpness"], every_n_steps=1, probe_samples=8), max_steps=3)
+    with pytest.warns(UserWarning, match="sub_batch=8"):
+        fit(Model, same := StabilityMonitor(["sharpness"], every_n_steps=1, sub_batch=8), max_steps=3)
     assert same.history[SHARPNESS].values == values[0]
 
 
@@ -414,7 +414,7 @@ def test_a_gradient_that_is_only_looked_at_is_fine(recwarn):
         ({"budget": 0}, "budget=0"),
         ({"window": 0}, "window=0"),
         ({"average": 0}, "average=0"),
-        ({"probe_samples": 0}, "probe_samples=0"),
+        ({"sub_batch": 0}, "sub_batch=0"),
         ({"log_layers": "none"}, "log_layers='none'"),
         ({"log_layers": 0}, "log_layers=0"),
     ],

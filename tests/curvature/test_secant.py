@@ -11,7 +11,7 @@ from torch import nn
 from lsp_callbacks import SecantRatio, Unmeasurable
 from lsp_callbacks.operators.trajectory.step_size import displacement
 from lsp_callbacks.quantities.curvature.secant_ratio import measured_secant
-from lsp_callbacks.step.snapshot import Clipping
+from lsp_callbacks.step.clipping import Clipping
 
 SGD = torch.optim.SGD
 
@@ -145,6 +145,6 @@ def test_a_step_that_moves_nothing_and_steps_that_are_not_known_are_refused():
     with pytest.raises(Unmeasurable, match="no optimizer"):
         measured_secant(freeze(task))
     with pytest.raises(Unmeasurable, match="a hook"):
-        measured_secant(freeze(task, SGD(task.parameters(), lr=0.1), unmodelled="a hook"))
+        measured_secant(freeze(task, SGD(task.parameters(), lr=0.1), unsupported="a hook"))
     with pytest.raises(ValueError, match="method"):
         SecantRatio(method="best")

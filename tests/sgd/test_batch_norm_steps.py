@@ -14,13 +14,14 @@ from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
 from lsp_callbacks import ProbeSet, SGDStability, StabilityMonitor
+from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.functional import UpdateRule, gd_exponent, reduce, sgd_exponent, sum_of_exponents
 from lsp_callbacks.functional.sgd.mean_square import mean_square_lr, second_moment
 from lsp_callbacks.functional.sgd.sgd_stability import _Draw
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
-from lsp_callbacks.step.criterion import Probes
-from lsp_callbacks.step.probes import evaluation
-from lsp_callbacks.step.snapshot import Unmodelled, as_trained, batch_norms
+from lsp_callbacks.step.criterion import evaluation
+from lsp_callbacks.step.module_modes import as_trained, batch_norms
+from lsp_callbacks.step.probes import Probes
 
 # -- rows ------------------------------------------------------------------------------------------------------------
 
@@ -119,7 +120,7 @@ def test_large_gradients_are_sketched_without_bias():
     defect = (rough.gram - exact.gram) / (size * size[:, None])
     width = 4096  # sqrt(2 / width) is 2 %
     assert 0 < defect.abs().max() < 5 * math.sqrt(2 / width) and defect.square().mean().sqrt() < math.sqrt(2 / width)
-    with pytest.raises(Unmodelled, match="most_rows=16"):
+    with pytest.raises(Unsupported, match="most_rows=16"):
         tangent_kernel(probes, outputs="all", most_rows=15)
 
 

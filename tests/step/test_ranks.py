@@ -1,6 +1,7 @@
 """Several processes: no place at which one may fail hangs the others, and the curves are those of the joined batch."""
 
 import contextlib
+import itertools
 import math
 import os
 import socket
@@ -12,18 +13,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import two_ranks
-from harness import Model, data, fit, same
-from test_faults import bits
+from harness import Model, bits, data, fit, same
 from two_ranks import WORLD
 
 from lsp_callbacks import StabilityMonitor, StopOnInstability, Unmeasurable
-from lsp_callbacks.callbacks.lightning_step import sharded, unmodelled
+from lsp_callbacks.callbacks.lightning_step import sharded, unsupported
+from lsp_callbacks.quantities import PRESETS, REGISTRY
 from lsp_callbacks.step.ranks import Ranks
 
-ALIKE = {"error": ("RuntimeError", "no memory"), "unmodelled": ("Unmodelled", "not here")}
+ALIKE = {"error": ("RuntimeError", "no memory"), "unsupported": ("Unsupported", "not here")}
 FAILED = {
     "error": ("Unmeasurable", "on rank {} of 2: RuntimeError: no memory"),
-    "unmodelled": ("Unmodelled", "on rank {} of 2: not here"),
+    "unsupported": ("Unsupported", "on rank {} of 2: not here"),
 }
 #: Runs without and with our callbacks.
 TWINS = {
@@ -47,7 +48,7 @@ def found(tmp_path_factory):
     here = Path(__file__).parents[1]
     shared = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD), "NODE_RANK": "0",
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here, here / "callbacks"))),
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here))),
     }  # fmt: skip
     command = [sys.executable, str(here / "two_ranks.py"), str(folder)]
     with contextlib.ExitStack() as stack:
@@ -91,7 +92,7 @@ def test_a_failure_anywhere_is_everybodys(found, place, who, kind):
     results = [own["rounds"][place, who, kind] for own in found]
     for rank, (result, healthy) in enumerate(results):
         name, text = ALIKE[kind] if len(who) == WORLD else FAILED[kind]
-        own = {"error": "RuntimeError", "unmodelled": "Unmodelled"}[kind]
+        own = {"error": "RuntimeError", "unsupported": "Unsupported"}[kind]
         cause = "NoneType"
         if rank in who and (len(who) < WORLD or place == "masks"):
             cause = "KeyError" if place == "masks" else own
@@ -262,7 +263,7 @@ def test_uneven_batches_an_unused_layer_and_a_failure_on_one_rank(found):
     assert "rank 1 of 2: RuntimeError: out of memory" in said and "step 4" in said
 
 
-def test_batch_statistics_and_probe_samples(found):
+def test_batch_statistics_and_a_sub_batch(found):
     own = found[0]["conv"]["history"]
     for key in ("sharpness", "courant_sgd", "spectral_norm_max"):
         assert own[f"stability/{key}"][1] and all(map(math.isfinite, own[f"stability/{key}"][1])), key
@@ -312,6 +313,32 @@ def test_shards_are_refused(found):
     assert "ModelParallelStrategy" in said and "lyapunov_trajectory" in said and "strategy='ddp'" in said
 
 
+#: Runs, and a part of the reason for which they are refused.
+RUNS = {
+    "DDP, two processes": (("smooth", "conv", "game"), None),
+    "a step that communicates (SyncBatchNorm)": (("communicates",), "communicates between processes"),
+    "ModelParallel (FSDP2)": (("sharded",), "ModelParallelStrategy"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_support_of_strategies(found, name, support):
+    """What the runs above ask for is measured under DDP, and refused with the reason elsewhere."""
+    runs, refused = RUNS[name]
+    results = {}
+    for run in (found[0][run] for run in runs):
+        for quantity in PRESETS["full"]:
+            curves = [run["history"][key][1] for key in REGISTRY[quantity].keys if key in run["history"]]
+            if curves and all(map(math.isfinite, itertools.chain(*curves))):
+                results[quantity] = {"state": "measured"}
+        for quantity, reason in run["skipped"].items():
+            if refused and refused in reason:
+                results[quantity] = {"state": "left out", "reason": reason}
+    assert {result["state"] for result in results.values()} == {"left out" if refused else "measured"}, results
+    assert {"spectral_norm", "sharpness"} <= results.keys()
+    support("strategy", name, list(RUNS).index(name), results)
+
+
 # -- strategies, by their names --------------------------------------------------------------------------------------
 
 
@@ -342,9 +369,9 @@ def test_updates_that_are_not_those_of_ddp(names, hook, reason):
         strategy=strategy(*names, hook=hook), world_size=2, gradient_clip_val=None, accumulate_grad_batches=1,
         optimizers=[1],
     )  # fmt: skip
-    assert reason in unmodelled(own, Model())
+    assert reason in unsupported(own, Model())
     own.strategy = strategy("DDPStrategy")
-    assert unmodelled(own, Model()) is None
+    assert unsupported(own, Model()) is None
 
 
 def test_what_is_named_and_sharded_raises(monkeypatch):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lsp_callbacks import LyapunovTrajectory, Player, Sharpness, Snapshot, Unmeasurable
 from lsp_callbacks.operators import joint_jacobian, state_blocks, step_jacobian
-from lsp_callbacks.step.pending_step import played
+from lsp_callbacks.step.verified_step import verified_player_step
 
 SGD, Adam = torch.optim.SGD, torch.optim.Adam
 
@@ -84,7 +84,7 @@ def snapshots(module, optimizers, turns, *, losses=None, start=0, **settings):
             replay().backward()
             gradient = {n: p.grad for n, p in module.named_parameters()}
             frozen = Snapshot(step, module, replay, optimizer, gradient=gradient, player=player, **settings)
-            yield played(frozen)
+            yield verified_player_step(frozen)
             optimizer.step()
             step += 1
 
@@ -224,7 +224,7 @@ def test_each_player_has_its_own_edge(maker):
     metric, expected = Sharpness(), {}
     beta, decay = (0.8, 0.1) if maker == "momentum" else (0.0, 0.0)
     for snapshot in snapshots(module, optimizers, 1):
-        metric.update(replace(snapshot, memo={}))
+        metric.update(replace(snapshot))
         name, lr = snapshot.player.name, snapshot.optimizer.param_groups[0]["lr"]
         top = torch.linalg.eigvalsh(dense_block(module, getattr(module, name), module.losses()[name]))[-1]
         expected[name] = float(top), float(lr * (top + decay) / (2 + 2 * beta))
@@ -258,7 +258,7 @@ def test_a_players_step_is_no_step_of_one_optimizer():
     with pytest.raises(Unmeasurable, match=r"several players \(critic, generator\)"):
         step_jacobian(first(Duel()))
     with pytest.raises(Unmeasurable, match="no game is known"):
-        joint_jacobian(replace(first(Duel()), player=None, memo={}))
+        joint_jacobian(replace(first(Duel()), player=None))
     with pytest.raises(ValueError, match="the players are a, b"):
         Player("c", {"a": None, "b": None})
 
@@ -292,10 +292,10 @@ def test_a_detached_loss_is_found_where_its_product_would_be_wrong(part):
         return loss + (0.3 * module.critic(fake()).square().mean() if part == "half" else 0.0)
 
     snapshot = first(module, losses=module.losses() | {"critic": critic})
-    assert snapshot.unmodelled is None
+    assert snapshot.unsupported is None
     for method in ("exact", "finite_difference"):
         with pytest.raises(Unmeasurable, match=r"'critic' does not let .* through \(.detach"):
-            joint_jacobian(replace(snapshot, memo={}), method=method)
+            joint_jacobian(replace(snapshot), method=method)
     assert not snapshot.player.trusted
 
 
@@ -326,17 +326,17 @@ def test_a_gradient_that_is_not_the_players_is_not_modelled():
     loss().backward()
     gradient = {n: 1.001 * p.grad for n, p in module.named_parameters()}
     settings = {"optimizer": optimizers[name], "gradient": gradient, "player": Player(name, optimizers)}
-    other = played(Snapshot(0, module, loss, **settings))
-    assert "is not that of its loss_fn" in other.unmodelled
-    right = played(Snapshot(0, module, loss, **settings), lambda: 1.001 * loss())
-    assert right.unmodelled is None and float(right.loss) == pytest.approx(1.001 * float(loss()))
+    other = verified_player_step(Snapshot(0, module, loss, **settings))
+    assert "is not that of its loss_fn" in other.unsupported
+    right = verified_player_step(Snapshot(0, module, loss, **settings), lambda: 1.001 * loss())
+    assert right.unsupported is None and float(right.loss) == pytest.approx(1.001 * float(loss()))
     with pytest.raises(Unmeasurable, match="is not that of its loss_fn"):
         Sharpness().update(other)
 
 
 def test_parameters_that_were_moved_break_the_product_alone():
     snapshot = first(Duel())
-    moved = replace(snapshot, player=replace(snapshot.player, interrupted="they were moved"), memo={})
+    moved = replace(snapshot, player=replace(snapshot.player, interrupted="they were moved"))
     with pytest.raises(Unmeasurable, match="they were moved"):
         LyapunovTrajectory().update(moved)
     Sharpness().update(moved)
@@ -350,7 +350,7 @@ def test_a_window_under_way_goes_on_from_its_vectors():
         if snapshot.step == 3:
             resumed.load_state_dict(whole.state_dict())
             resumed.load_vectors(copy.deepcopy(whole.vectors()))
-            resumed.update(replace(snapshot, memo={}))
+            resumed.update(replace(snapshot))
         whole.update(snapshot)
     assert whole.complete and resumed.complete and same(whole.compute(), resumed.compute())
     whole.reset()

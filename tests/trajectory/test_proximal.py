@@ -15,7 +15,8 @@ from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.loops import Watch
 from lsp_callbacks.operators.trajectory.proximal import expected, proximal_jacobian, update, update_jacobian
 from lsp_callbacks.operators.trajectory.step_jacobian import parameter_jacobian
-from lsp_callbacks.step.snapshot import Clipping, flatten
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.flat import flatten
 
 SGD = torch.optim.SGD
 PROXES = {
@@ -258,7 +259,7 @@ GAIN, SHARPNESS = "stability/prox_gain", "stability/sharpness"
 
 
 @pytest.mark.parametrize("make", [InStep, AtEnd, Hooked])
-@pytest.mark.parametrize("settings", [{}, {"probe_samples": 4}])
+@pytest.mark.parametrize("settings", [{}, {"sub_batch": 4}])
 def test_wherever_the_map_is_applied_it_is_measured_and_training_unchanged(make, settings):
     monitor = StabilityMonitor(UPDATE, every_n_steps=2, window=2, prox=CLIP, **settings)
     unchanged(lambda: make(mlp(width=8)), monitor, max_steps=8)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class SGDLaw:
+class SGDLawResult:
     """What Thm 5.2 says at one learning rate.
 
     Attributes:
@@ -40,7 +40,7 @@ def contraction_factor(lr: float, *, convexity: float, smoothness: float, sigma_
 
 def sgd_law(
     lr: float, *, convexity: float, smoothness: float, sigma_0_squared: float = 0.0, sigma_1_squared: float = 0.0
-) -> SGDLaw:
+) -> SGDLawResult:
     """``q = 1 - 2 lr mu + lr^2 (L^2 + sigma_1^2)``, ``eta_max = 2 mu / (L^2 + sigma_1^2)``.
 
     For ``theta+ = theta - lr G`` with ``E G = grad f``, f mu-strongly convex and L-smooth, and ``E ||G - grad f||^2 <=
@@ -69,13 +69,13 @@ def sgd_law(
     Example:
         >>> from lsp_callbacks.functional import sgd_law
         >>> sgd_law(0.25, convexity=1.0, smoothness=2.0, sigma_0_squared=3.0)
-        SGDLaw(q=0.75, eta_max=0.5, floor=0.75)
+        SGDLawResult(q=0.75, eta_max=0.5, floor=0.75)
     """
     if not 0 < convexity <= smoothness:
         raise ValueError(f"convexity={convexity!r}: the law needs 0 < mu <= L, and L is {smoothness!r}")
     square = smoothness**2 + sigma_1_squared
     q = contraction_factor(lr, convexity=convexity, smoothness=smoothness, sigma_1_squared=sigma_1_squared)
-    return SGDLaw(q, 2 * convexity / square, lr**2 * sigma_0_squared / (1 - q) if q < 1 else float("nan"))
+    return SGDLawResult(q, 2 * convexity / square, lr**2 * sigma_0_squared / (1 - q) if q < 1 else float("nan"))
 
 
 def noise_gain(lr: float, *, convexity: float, smoothness: float) -> float:

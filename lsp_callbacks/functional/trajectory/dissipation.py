@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.statistics import student_quantile
-from lsp_callbacks.step.snapshot import Unmeasurable
 
 #: Runs of consecutive steps that the jackknife leaves out in turn, and the steps that each must have.
 BLOCKS, LEAST = 10, 5
@@ -22,7 +22,7 @@ _NAN = torch.full((), torch.nan, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
-class Dissipation:
+class DissipationResult:
     """Of ``E_{t+1} = q E_t + c + noise``.
 
     Attributes:
@@ -44,7 +44,7 @@ class Dissipation:
     slope: Tensor
 
 
-def dissipation(energy: Tensor, *, confidence: float = 0.9) -> Dissipation:
+def dissipation(energy: Tensor, *, confidence: float = 0.9) -> DissipationResult:
     """The rate at which an energy dissipates, and the floor that noise holds it at, by least squares.
 
     ``E_{t+1} = q E_t + c`` is fitted over all pairs of consecutive steps, ``gamma = 1 - q``. (The slope of ``log E``
@@ -94,7 +94,7 @@ def dissipation(energy: Tensor, *, confidence: float = 0.9) -> Dissipation:
     if len(x) - 1 >= BLOCKS * LEAST:
         q, rest, floor_error, (lower, upper) = _jackknife(x, y, confidence)
     stable = bool(q < 1)
-    return Dissipation(
+    return DissipationResult(
         gamma=1 - q,
         lower=lower,
         upper=upper,

@@ -51,7 +51,7 @@ def responded(state: Tensor | None, jacobian: LinearOperator, forced: Tensor | N
 
 
 @dataclass(frozen=True)
-class LeaveOneOut:
+class LeaveOneOutResult:
     """What down-weighting one sample does, over some of the samples; per unit of weight: 1 removes it.
 
     Attributes:
@@ -71,7 +71,7 @@ class LeaveOneOut:
     loss_max: Tensor
 
 
-def leave_one_out(displacements: Tensor, gradients: Tensor) -> LeaveOneOut:
+def leave_one_out(displacements: Tensor, gradients: Tensor) -> LeaveOneOutResult:
     """Summary of the responses of some samples.
 
     Args:
@@ -86,7 +86,7 @@ def leave_one_out(displacements: Tensor, gradients: Tensor) -> LeaveOneOut:
     """
     size = torch.linalg.vector_norm(displacements.double(), dim=-1)
     rise = (displacements.double() * gradients.double()).sum(-1)
-    return LeaveOneOut(size.mean(), _error(size), size.max(), rise.mean(), _error(rise), rise.abs().max())
+    return LeaveOneOutResult(size.mean(), _error(size), size.max(), rise.mean(), _error(rise), rise.abs().max())
 
 
 def _error(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg import LinearOperator, push, spectral_radius
+from lsp_callbacks.linalg import LinearOperator, push, spectral_radius, unit
 from lsp_callbacks.linalg.logs import exp, rescale
 
 #: Curvatures within the error bars at which `exponent_bounds` looks.
@@ -24,7 +24,7 @@ def sharp_plane(mode: Tensor, root: Tensor | float, *, kick: Tensor | float | No
     Args:
         mode: unit eigenvector of ``R^1/2 H' R^1/2``, ``(P,)``.
         root: ``sqrt(R)``, a number or ``(P,)``; ``v = root * mode``.
-        kick: ``m = kick * mode``, see `lsp_callbacks.functional.Edge`; None without momentum.
+        kick: ``m = kick * mode``, see `StabilityThreshold`; None without momentum.
         size: of the whole state, parameters and momentum first.
 
     Returns:
@@ -71,7 +71,7 @@ def plane_map(
     moved = push(jacobian, sharp_plane(mode, root, kick=kick, size=jacobian.shape[1]))
     if rest is None:
         rest = moved[0, known:].clone()
-        rest = rest / torch.linalg.vector_norm(rest).clamp_min(torch.finfo(rest.dtype).tiny)
+        rest = unit(rest)
     remembers = bool(rest.any())
     if remembers:
         moved = torch.cat([moved, (jacobian @ torch.cat([rest.new_zeros(known), rest]))[None]])
@@ -130,7 +130,7 @@ def exponent_bounds(
         maps: P of each step.
         curvatures: C of each step: the part of P that is due to the curvature, as ``P - P(fixed gradient)``.
         below: relative error of the curvature, downwards.
-        above: relative error upwards, `lsp_callbacks.functional.Edge.courant_error`.
+        above: relative error upwards, `StabilityThreshold.courant_error`.
         rest: as in `window_exponent`.
 
     Returns:

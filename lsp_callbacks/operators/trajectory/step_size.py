@@ -5,27 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.trajectory.optimizer_copy import OptimizerCopy
 from lsp_callbacks.operators.trajectory.step_jacobian import clipped_gradient, known_optimizer
-from lsp_callbacks.step.replay import RandomState
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, split
+from lsp_callbacks.step.flat import split
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 
+@computed_once
 def displacement(snapshot: Snapshot) -> Tensor:
     """``theta_half - theta``: what the optimizer's own ``step`` does to the parameters, flat, in float64.
 
     It is taken on a copy of the optimizer, with the step's clipped gradient. What is done to the parameters after the
-    step (`Snapshot.prox`) is not part of it.
+    step (`RunContext.prox`) is not part of it.
 
     Raises:
         Unmeasurable: no optimizer, a step that is not modelled, or one that cannot be tried on a copy.
 
     Cost: one optimizer step, on copies of parameters and state in double precision. Computed once a step.
     """
-    return snapshot.once("displacement", lambda: _displacement(snapshot))
-
-
-def _displacement(snapshot: Snapshot) -> Tensor:
     optimizer = known_optimizer(snapshot)
     parameters = list(snapshot.parameters.values())
     gradients = split(clipped_gradient(snapshot).double(), parameters)

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import choice
-from lsp_callbacks.functional.curvature.sharpness import Edge, edge, edge_constant
-from lsp_callbacks.functional.curvature.sharpness import sharpness as top_eigenvalue
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.cost import forward_cost, lanczos_cost
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
+from lsp_callbacks.operators.curvature.stability_threshold import (
+    StabilityThreshold,
+    stability_threshold,
+    threshold_constant,
+    top_eigenvalue,
+)
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, decay_rates, frozen_rule, rates
 from lsp_callbacks.quantities.base import Quantity, scalar
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 #: Lanczos products at most, from the last eigenvector and without one; the cost model counts the first. With no more
 #: parameters than the second, as many as there are parameters.
@@ -30,12 +35,21 @@ PATIENCE = 8
 Readings = tuple[float, ...]
 
 
-def measured_edge(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method) -> Edge:
-    """The step's `Edge`, computed once for all quantities that align with it."""
+def measured_edge(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method) -> StabilityThreshold:
+    """The step's `StabilityThreshold`, computed once for all quantities that align with it."""
     steps = _steps(snapshot, start)
-    return snapshot.once(
-        ("edge", method), lambda: edge(snapshot, start=start, top=top, steps=steps, tol=TOLERANCE, method=method)
-    )
+    thresholds = _thresholds(snapshot)
+    if method not in thresholds:
+        thresholds[method] = stability_threshold(
+            snapshot, start=start, top=top, steps=steps, tol=TOLERANCE, method=method
+        )
+    return thresholds[method]
+
+
+@computed_once
+def _thresholds(snapshot: Snapshot) -> dict[Method, StabilityThreshold]:
+    """Return the thresholds of the step by method; they also depend on where the first caller started."""
+    return {}
 
 
 def _steps(snapshot: Snapshot, start: Tensor | None) -> int:
@@ -78,7 +92,7 @@ class Sharpness(Quantity):
     ``sharpness_residual`` is a relative error bar: the largest eigenvalue lies between ``sharpness`` and ``sharpness +
     sharpness_residual |sharpness|``; likewise ``courant_gd``. It is no residual of one eigenvector, which says nothing
     of a mode that has only now become the sharpest, but what the noise in the start of Lanczos may have missed, see
-    `lsp_callbacks.functional.curvature.sharpness`; how often it holds along ten runs is in
+    `lsp_callbacks.operators.curvature.stability_threshold`; how often it holds along ten runs is in
     ``benchmarks/sharpness_error_bars.md``. With at most 12 parameters Lanczos runs to its end, and nothing is missed.
 
     Where several players take turns, each is measured on its own loss and its own parameters; the measurement is
@@ -143,7 +157,7 @@ class Sharpness(Quantity):
             self.add_state(state, default=scalar(torch.nan), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        if snapshot.disowned:
+        if snapshot.run.invalidated:
             method = resolved(snapshot, self.method)
             return {"forward": forward_cost(snapshot), "edge": lanczos_cost(snapshot, method, WARM, 1)}
         players = 1 if snapshot.player is None else len(snapshot.player.optimizers)
@@ -160,11 +174,11 @@ class Sharpness(Quantity):
         return gradients_missing(snapshot)
 
     def check(self, snapshot: Snapshot) -> None:
-        edge_constant(frozen_rule(snapshot))
+        threshold_constant(frozen_rule(snapshot))
 
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step; in a game, until each player was measured."""
-        self.complete, self._alone = False, snapshot.disowned is not None
+        self.complete, self._alone = False, snapshot.run.invalidated is not None
         if self._alone:
             self._without_update(snapshot)
             return

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks._validation import number, whole
 from lsp_callbacks.autograd.module_calls import is_residual_block
+from lsp_callbacks.errors import NotApplicable, Unmeasurable
 from lsp_callbacks.functional.network.residual import ResidualStability, residual_stability
 from lsp_callbacks.operators.cost import forward_cost, sample_passes
 from lsp_callbacks.operators.curvature.hessian import label
@@ -17,7 +18,8 @@ from lsp_callbacks.operators.memory import footprint
 from lsp_callbacks.operators.network.residual_block import residual_block
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.module_filter import Selection, selected, validate
-from lsp_callbacks.step.snapshot import Call, NotApplicable, Snapshot, Unmeasurable
+from lsp_callbacks.step.replay_checks import Call
+from lsp_callbacks.step.snapshot import Snapshot
 
 STEPS = 10
 NO_BLOCK = "no residual block x + g(x) was recognised in this network: name yours with blocks=... if there are any"
@@ -43,7 +45,7 @@ class ResidualCFL(Quantity):
     expands; at most 1 proves nothing); ``stability/residual_cfl`` (``h / h_max``, only for dissipative blocks: below 1
     proves that the block contracts; above 1 proves nothing). By block ``residual_m`` (below 0 proves that it expands,
     whatever h is) and, where dissipative, ``residual_M``, ``residual_h_max``, ``residual_h_exact``. Global:
-    ``stability/residual_dissipative``, the share of blocks with ``m > 0``, and ``stability/residual_residual``.
+    ``stability/residual_dissipative``, the share of blocks with ``m > 0``, and ``stability/residual_lanczos_error``.
 
     Most blocks of healthy networks stretch some differences, and few are dissipative: a gain above 0 is a fact about
     the network, no alarm. Gains add up over depth at most.
@@ -59,7 +61,7 @@ class ResidualCFL(Quantity):
     name = "residual_cfl"
     plays = True
     keys = ("stability/residual_gain_max", "stability/residual_stiffness_max", "stability/residual_dissipative")
-    optional = ("stability/residual_gain_bound_max", "stability/residual_cfl_max", "stability/residual_residual")
+    optional = ("stability/residual_gain_bound_max", "stability/residual_cfl_max", "stability/residual_lanczos_error")
 
     def __init__(self, blocks: Selection = None, samples: int = 4, h: float = 1.0):
         super().__init__()
@@ -95,7 +97,7 @@ class ResidualCFL(Quantity):
         """Measures one step."""
         self.complete = False
         calls = snapshot.calls
-        found = snapshot.ranks.first(lambda: self._measure(snapshot.module, calls), self.name)
+        found = snapshot.run.ranks.first(lambda: self._measure(snapshot.module, calls), self.name)
         if not found:
             raise NotApplicable(NO_BLOCK)
         self._found = found
@@ -141,7 +143,7 @@ class ResidualCFL(Quantity):
             "stability/residual_gain_bound_max": _largest("gain_bound", self._found),
             "stability/residual_stiffness_max": self.stiffness,
             "stability/residual_dissipative": self.share,
-            "stability/residual_residual": _largest("residual", self._found),
+            "stability/residual_lanczos_error": _largest("residual", self._found),
         }
         dissipative = {name: block for name, block in self._found.items() if block.cfl is not None}
         if dissipative:

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import number, whole
-from lsp_callbacks.functional.curvature.condition import norms_cost
-from lsp_callbacks.functional.network.lipschitz import Uncertified, lipschitz_upper
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.network.robustness import sensitivity
 from lsp_callbacks.linalg import LinearOperator, norm
 from lsp_callbacks.operators.cost import beside, forward_cost, sample_passes
 from lsp_callbacks.operators.curvature.hessian import label
 from lsp_callbacks.operators.memory import TWICE, WORK, footprint
+from lsp_callbacks.operators.network.lipschitz import Uncertified, lipschitz_upper
+from lsp_callbacks.operators.network.norms_cost import norms_cost
 from lsp_callbacks.operators.network.saliency import Explanation, change_by_input, change_by_parameters, explain
 from lsp_callbacks.quantities.base import Quantity
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, displaced
+from lsp_callbacks.step.flat import displaced
+from lsp_callbacks.step.replay_checks import verify
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Of the units in the last place of a number that went through a network.
 ROUNDING = 16.0
@@ -46,7 +49,7 @@ class Robustness(Quantity):
     Two numbers do without linearisation. ``_lower``: the change at a real displacement along the direction that the
     derivative stretches most, ``size`` times as long as the input (the parameters), per unit of it.
     ``robustness_prediction_certified``: a Lipschitz constant of the network in its input, which no displacement of any
-    length exceeds; see `lsp_callbacks.functional.lipschitz_upper`. It is far above what is seen, and not there for
+    length exceeds; see `lsp_callbacks.operators.network.lipschitz`. It is far above what is seen, and not there for
     attention. The theory's claim (Sec. 7.4) that negative exponents make explanations robust needs more than it says:
     exponents bound first derivatives, and an explanation changes with second ones, ``dg/dx``, which they leave free.
 
@@ -117,8 +120,8 @@ class Robustness(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
         self.complete = False
-        _ = snapshot.faithful
-        found = snapshot.ranks.first(lambda: self._measure(snapshot), self.name)
+        verify(snapshot)
+        found = snapshot.run.ranks.first(lambda: self._measure(snapshot), self.name)
         names = (key.removeprefix("stability/robustness_") for key in (*self.keys, *self.optional))
         self.values = torch.tensor([found.get(name, math.nan) for name in names], dtype=torch.float64)
         self.complete = True

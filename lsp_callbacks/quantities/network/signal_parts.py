@@ -5,19 +5,20 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lsp_callbacks import linalg
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.condition import SMALL, condition, condition_lower
 from lsp_callbacks.functional.network.batch_norm import batch_norm_drift
 from lsp_callbacks.functional.network.gains import gains
 from lsp_callbacks.functional.network.kurtosis import excess_kurtosis
+from lsp_callbacks.functional.network.layer_operators import weight_operators
 from lsp_callbacks.functional.network.units import LEAST_ROWS, units
 from lsp_callbacks.operators.network.batch_statistics import outputs
-from lsp_callbacks.operators.network.signal_sizes import NormInput, Signals
-from lsp_callbacks.operators.network.weights import weight_operators
+from lsp_callbacks.operators.network.signal_sizes import NormInput, SignalSizes
 from lsp_callbacks.quantities.base import scalar
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 
-def gains_of(step: Signals) -> dict[str, Tensor]:
+def gains_of(step: SignalSizes) -> dict[str, Tensor]:
     """Forward and backward gains, and their logs along the path."""
     ratios = gains(step.layers, step.path)
     logs = {"forward_log_gain": ratios.forward_log, "backward_log_gain": ratios.backward_log}
@@ -28,7 +29,7 @@ def gains_of(step: Signals) -> dict[str, Tensor]:
     }
 
 
-def units_of(step: Signals, absent: dict[str, str]) -> dict[str, Tensor]:
+def units_of(step: SignalSizes, absent: dict[str, str]) -> dict[str, Tensor]:
     """Shares of dead and saturated units, of each activation and of all together; ``absent`` takes up why not."""
     found: dict[str, Tensor] = {}
     dead = saturated = total = 0.0
@@ -78,7 +79,7 @@ def output_change_of(snapshot: Snapshot) -> Tensor:
     return scalar(linalg.norm(batch - running) / linalg.norm(batch))
 
 
-def conditions_of(module: nn.Module, step: Signals) -> dict[str, Tensor]:
+def conditions_of(module: nn.Module, step: SignalSizes) -> dict[str, Tensor]:
     """Of each layer's weight as it is applied: exact, or from below."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -87,7 +88,7 @@ def conditions_of(module: nn.Module, step: Signals) -> dict[str, Tensor]:
         own = next((p for key, p in layer.named_parameters() if "bias" not in key), None)
         if call is None or own is None or id(own) in seen:
             continue
-        for part, operator in weight_operators(layer, call).items():
+        for part, operator in weight_operators(layer, call.input_shape, call.output_shape).items():
             seen.add(id(own))
             key = f"{name}.{part}" if part else name
             if min(operator.shape) <= SMALL:

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks._validation import choice, whole
-from lsp_callbacks.functional.curvature.condition import loss_condition_lower, norms_cost
-from lsp_callbacks.functional.network.lipschitz import Uncertified, lipschitz_lower, lipschitz_upper
+from lsp_callbacks.autograd._torch_internals import BatchNorm
+from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.functional.curvature.condition import loss_condition_lower
+from lsp_callbacks.functional.network.lipschitz import lipschitz_lower
 from lsp_callbacks.operators.cost import lanczos_cost
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.network.depth import depth
-from lsp_callbacks.operators.network.signal_sizes import signals
+from lsp_callbacks.operators.network.lipschitz import Uncertified, lipschitz_upper
+from lsp_callbacks.operators.network.norms_cost import norms_cost
+from lsp_callbacks.operators.network.signal_sizes import signal_sizes
 from lsp_callbacks.quantities.base import ROOT, Quantity, scalar
 from lsp_callbacks.quantities.network.signal_parts import (
     conditions_of,
@@ -27,7 +31,9 @@ from lsp_callbacks.quantities.network.signal_parts import (
     output_change_of,
     units_of,
 )
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, evaluating
+from lsp_callbacks.step.module_modes import evaluating
+from lsp_callbacks.step.replay_checks import replayed_gradient
+from lsp_callbacks.step.snapshot import Snapshot
 
 PRODUCTS = 5
 
@@ -58,7 +64,8 @@ class SignalPropagation(Quantity):
       output when batch statistics take the place of running ones. When both are large (the trap of GANs, whose
       batches are drawn from a moving distribution): a larger momentum of the running statistics, real and generated
       samples in one batch, or GroupNorm.
-    - *Lipschitz* (`functional.lipschitz_lower`, `functional.lipschitz_upper`) from the first floating-point tensor
+    - *Lipschitz* (`functional.lipschitz_lower`, `lsp_callbacks.operators.network.lipschitz`) from the first
+      floating-point tensor
       (or the embedding) to the last layer, per sample, in eval mode. The upper one holds for every input, but can be
       far above the truth; attention and gates have none. Large: weight decay, spectral normalisation.
 
@@ -103,7 +110,7 @@ class SignalPropagation(Quantity):
         self.add_state("initial", default=torch.empty(0, dtype=torch.float64), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in snapshot.module.modules())
+        norms = any(isinstance(m, BatchNorm) for m in snapshot.module.modules())
         return {
             "signals": 2.0,
             "bounds": norms_cost(snapshot),
@@ -119,13 +126,13 @@ class SignalPropagation(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
         self.complete = False
-        found, absent = snapshot.ranks.first(lambda: self._measure(snapshot), self.name)
-        ranks = snapshot.ranks
+        found, absent = snapshot.run.ranks.first(lambda: self._measure(snapshot), self.name)
+        ranks = snapshot.run.ranks
         ratio = _attempt("loss_condition_lower", absent, lambda: ranks.apart(lambda: self._loss_condition(snapshot)))
         if ratio is not None:
             found["loss_condition_lower"] = scalar(ratio)
         elif ranks.world > 1:  # products that one rank has made, and another has not
-            snapshot.memo.clear()
+            snapshot.forget()
         if snapshot.step == 0:  # where nobody has called it
             self.begin(snapshot.module)
         self._found, self.absent, self.complete = _finite(found), absent, True
@@ -137,7 +144,7 @@ class SignalPropagation(Quantity):
     def _measure(self, snapshot: Snapshot) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What one rank finds, and why which parts are absent."""
         absent: dict[str, str] = {}
-        step = signals(snapshot)
+        step = signal_sizes(snapshot)
         found = gains_of(step)
         if not any(key.startswith("forward_gain/") for key in found):
             raise Unmeasurable(
@@ -156,7 +163,7 @@ class SignalPropagation(Quantity):
         with evaluating(snapshot.module), torch.no_grad():
             found |= conditions_of(snapshot.module, step)
         if states is not None:
-            lower = _attempt("lipschitz_lower", absent, lambda: lipschitz_lower(states))
+            lower = _attempt("lipschitz_lower", absent, lambda: lipschitz_lower(states.jacobian(len(states.layers))))
             upper = _attempt("lipschitz_upper", absent, lambda: lipschitz_upper(states))
             found |= {} if lower is None else {"lipschitz_lower": scalar(lower)}
             found |= {} if upper is None else {"lipschitz_upper": scalar(upper)}
@@ -165,7 +172,7 @@ class SignalPropagation(Quantity):
     def _loss_condition(self, snapshot: Snapshot) -> Tensor:
         H = hessian(snapshot, method=self.method)
         g = snapshot.flat_gradient
-        g = snapshot.replayed_gradient()[1] if g is None else g
+        g = replayed_gradient(snapshot)[1] if g is None else g
         found = loss_condition_lower(H, g.to(H.dtype), steps=PRODUCTS)
         if found is None:
             raise Unmeasurable("the gradient vanishes, or points along negative curvature")

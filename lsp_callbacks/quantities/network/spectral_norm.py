@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.functional.network.spectral_norm import log_sum, spectral_norm
+from lsp_callbacks.errors import NotApplicable
+from lsp_callbacks.functional.network.layer_operators import row_norm, weight_operators
+from lsp_callbacks.functional.network.spectral_norm import log_sum, weight_norms
 from lsp_callbacks.operators.cost import beside, forward_cost
 from lsp_callbacks.operators.memory import footprint
-from lsp_callbacks.operators.network.weights import row_norm, weight_operators
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.module_filter import Selection, selected, validate
-from lsp_callbacks.step.snapshot import Call, NotApplicable, Snapshot
+from lsp_callbacks.step.replay_checks import Call
+from lsp_callbacks.step.snapshot import Snapshot
 
 STEPS, TOLERANCE = 20, 1e-2
 
@@ -75,7 +77,9 @@ class SpectralNorm(Quantity):
         calls = snapshot.calls
         starts: dict[str, dict[str, Tensor]] = {}
         # All ranks have the same weights; only the sizes of their inputs may differ.
-        norms, residual, rows = snapshot.ranks.first(lambda: self._measure(snapshot.module, calls, starts), self.name)
+        norms, residual, rows = snapshot.run.ranks.first(
+            lambda: self._measure(snapshot.module, calls, starts), self.name
+        )
         self._names, self._rows, self._starts = list(norms), rows, starts
         self.norms = torch.stack(list(norms.values())) if norms else torch.empty(0, dtype=torch.float64)
         self.residual = residual
@@ -125,7 +129,7 @@ class SpectralNorm(Quantity):
         try:
             layer.train(False)  # so that reading a parametrised weight does not move its buffers
             start = self._starts.get(name)
-            return spectral_norm(
+            return weight_norms(
                 layer, called.input_shape, output_shape=called.output_shape, start=start, steps=STEPS, tol=TOLERANCE
             )
         finally:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.functional.numerics.numeric_range import NumericRange, lost_share, numeric_range
 from lsp_callbacks.operators.cost import beside, work
@@ -15,7 +16,9 @@ from lsp_callbacks.operators.trajectory.step_jacobian import blocks_of
 from lsp_callbacks.operators.trajectory.step_size import displacement
 from lsp_callbacks.operators.trajectory.update_rules import formula_of
 from lsp_callbacks.quantities.base import ROOT, Quantity, scalar
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, split
+from lsp_callbacks.step.flat import split
+from lsp_callbacks.step.replay_checks import check_loss
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Vectors in float64 that the trial of a step holds, and those for each of the optimizer's states; copies in float64 of
 #: the widest call: measured in ``benchmarks/memory_is_predicted.py``.
@@ -101,8 +104,8 @@ class Numerics(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
         self.complete = False
-        found = snapshot.ranks.gather(lambda: numeric_range(snapshot), self.name)
-        lost = snapshot.ranks.first(lambda: _lost(snapshot), "the update")
+        found = snapshot.run.ranks.gather(lambda: range_of_step(snapshot), self.name)
+        lost = snapshot.run.ranks.first(lambda: _lost(snapshot), "the update")
         least = (min(min(getattr(own, of).values(), default=torch.nan) for own in found) for of in _PARTS)
         self.activations, self.gradients, self.weights = map(scalar, least)
         nonzero = sum(own.nonzero for own in found)
@@ -148,3 +151,21 @@ def _lost(snapshot: Snapshot) -> float:
         return torch.nan
     moved = sum(moves for _, moves in pairs)
     return sum(lost for lost, _ in pairs) / moved if moved else 0.0
+
+
+def range_of_step(snapshot: Snapshot) -> NumericRange:
+    """Return the `numeric_range` of one step, under the scale of its gradient scaler.
+
+    Args:
+        snapshot: a step; of several ranks each looks at its own part of it.
+
+    Raises:
+        Unmeasurable: if the replayed loss is not the step's.
+    """
+    return numeric_range(
+        snapshot.replay,
+        snapshot.module,
+        parameters=snapshot.parameters,
+        scale=snapshot.scale,
+        check=lambda loss: check_loss(snapshot, loss, tolerance=1e-4 if snapshot.compiled else 0.0),
+    )

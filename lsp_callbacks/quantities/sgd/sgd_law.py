@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import choice, whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.gradient_noise import GradientNoise, batch_variance, gradient_noise
 from lsp_callbacks.functional.sgd.robbins_monro import rate_decay, robbins_monro
 from lsp_callbacks.functional.sgd.sgd_law import contraction_factor, fit_noise, noise_gain, noise_lipschitz, sgd_law
@@ -28,7 +29,8 @@ from lsp_callbacks.quantities.trajectory.reference_point import (
     position_in,
     squared_distance,
 )
-from lsp_callbacks.step.snapshot import ProbeSet, Snapshot, Unmeasurable
+from lsp_callbacks.step.probe_set import ProbeSet
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Measurements that the noise is regressed on, the last ones.
 MOST = 100
@@ -147,7 +149,7 @@ class SGDLaw(Quantity):
 
     def _share(self, snapshot: Snapshot, probes: ProbeSet) -> float:
         """All probes, in batches of one rank."""
-        return self.probes * snapshot.ranks.world / max(probes.batch_size, 1)
+        return self.probes * snapshot.run.ranks.world / max(probes.batch_size, 1)
 
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step; waits while its probes are being collected."""
@@ -160,7 +162,7 @@ class SGDLaw(Quantity):
         rule = frozen_rule(snapshot)
         ends = self._ends(snapshot)
         population = None if probes.population is None else max(probes.population, probes.samples)
-        noise, lipschitz = snapshot.ranks.first(
+        noise, lipschitz = snapshot.run.ranks.first(
             lambda: self._noise(probes, population, snapshot), "the noise of the gradient"
         )
         share = batch_variance(1.0, probes.batch_size, population)
@@ -175,7 +177,7 @@ class SGDLaw(Quantity):
         found = self._found(ends, noise, pairs, rule, snapshot)
         curvatures = _extended(self.curvatures, ends)
         found |= {"stability/gradient_lipschitz": curvatures[1], "stability/noise_lipschitz": lipschitz}
-        if _plain(rule) and snapshot.prox is None:
+        if _plain(rule) and snapshot.run.prox is None:
             found["stability/noise_gain"] = _gain(rule.lr, curvatures, _rounding(snapshot, self.path(snapshot)))
         self.values = torch.stack([scalar(found.get(key, math.nan)) for key in (*self.keys, *self.optional)])
         self.origin, self.pairs, self.curvatures, self.complete = origin, pairs, curvatures, True
@@ -222,7 +224,7 @@ class SGDLaw(Quantity):
         positive = mu > _rounding(snapshot, self.path(snapshot)) * L
         if not positive or mu > mu_residual:
             found["stability/sgd_law_violated"] = float(not positive)
-        plain = _plain(rule) and snapshot.prox is None
+        plain = _plain(rule) and snapshot.run.prox is None
         if plain and bool(fit.sigma_0_squared.isfinite()):
             squares = {"smoothness": L, "sigma_1_squared": float(fit.sigma_1_squared)}
             # Where the lowest eigenpair has not converged, by what its residual leaves of mu: q must not be flattered.
@@ -231,11 +233,11 @@ class SGDLaw(Quantity):
             if positive and mu > mu_residual:
                 law = sgd_law(rule.lr, convexity=mu, sigma_0_squared=float(fit.sigma_0_squared), **squares)
                 found |= {"stability/sgd_law_eta_max": law.eta_max, "stability/sgd_law_floor": law.floor}
-        form = None if snapshot.schedulers is None else robbins_monro(*snapshot.schedulers).holds
+        form = None if snapshot.run.schedulers is None else robbins_monro(*snapshot.run.schedulers).holds
         if form is not None:
             found["stability/robbins_monro"] = float(form)
-        if snapshot.trace is not None and len(snapshot.trace):
-            rates = snapshot.trace.rates
+        if snapshot.run.series is not None and len(snapshot.run.series):
+            rates = snapshot.run.series.rates
             found["stability/rate_sum"], found["stability/rate_square_sum"] = rates.total, rates.squares
             decay = rate_decay(rates.marks, gap=rates.gap)
             if form is None and decay.holds is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import whole
-from lsp_callbacks.functional.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.mean_square import second_moment_exponent
 from lsp_callbacks.functional.sgd.modes import UpdateRule, regularity
 from lsp_callbacks.functional.sgd.moment_exponent import moment_exponent
@@ -25,12 +25,14 @@ from lsp_callbacks.functional.sgd.sgd_stability import (
 from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram, critical_lr, stability_diagram
 from lsp_callbacks.operators.cost import MULTIPLICATION, beside, forward_cost, sample_passes, work
 from lsp_callbacks.operators.memory import footprint, unfolded
+from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.operators.sgd.gram_matrix import HELD
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.plots.stability_diagram import diagram_around, draw, matplotlib
 from lsp_callbacks.quantities.base import Quantity, scalar
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.replay_checks import verify, verify_gradient
+from lsp_callbacks.step.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -182,7 +184,7 @@ class SGDStability(Quantity):
         if snapshot.probes is None:
             return {}
         # Each rank looks at all probes, and has its part of the batch only.
-        share = self.probes * snapshot.ranks.world / max(snapshot.probes.batch_size, 1)
+        share = self.probes * snapshot.run.ranks.world / max(snapshot.probes.batch_size, 1)
         # What the first measurement has shown: rows of a sample, and how they had to be found.
         kernel = None if self.latest is None else self.latest.kernel
         rows, passes = (1, 0.0) if kernel is None else (kernel.rows, float(kernel.passes))
@@ -216,7 +218,7 @@ class SGDStability(Quantity):
         if snapshot.probes is None:
             return {}
         found = footprint(snapshot)
-        share = self.probes * snapshot.ranks.world / max(snapshot.probes.batch_size, 1)
+        share = self.probes * snapshot.run.ranks.world / max(snapshot.probes.batch_size, 1)
         unknown = 1 if self.outputs == "top" else UNKNOWN
         rows = self.probes * (unknown if self.latest is None else self.latest.kernel.rows)
         common = {"gradients": 3 * found.parameters, "products": PRODUCTS * 8 * rows**2, "copies": 2 * found.buffers}
@@ -236,10 +238,10 @@ class SGDStability(Quantity):
         if snapshot.probes is not None and not snapshot.probes.full:
             return
         if snapshot.loss is not None:
-            _ = snapshot.faithful
+            verify(snapshot)
         if snapshot.gradient is not None:
-            _ = snapshot.own_gradient
-        generator = torch.Generator().manual_seed(snapshot.seed)  # the same outputs at each step
+            verify_gradient(snapshot)
+        generator = torch.Generator().manual_seed(snapshot.run.seed)  # the same outputs at each step
         found = frozen_sgd(
             snapshot, outputs=self.outputs, generator=generator, start=self._mode, most_rows=self.most_rows
         )
@@ -291,7 +293,7 @@ class SGDStability(Quantity):
             reason = "its iteration did not converge" if math.isnan(value) and found.modes.rank else ""
         except ValueError as error:
             value, reason = math.nan, str(error)
-        if reason and not self.without and snapshot.ranks.rank == 0:
+        if reason and not self.without and snapshot.run.ranks.rank == 0:
             warnings.warn(f"sgd_stability leaves out {MOMENTS[p]}: {reason}", stacklevel=2)
         self.without = reason or self.without
         return value

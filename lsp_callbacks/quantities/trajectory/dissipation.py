@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks._validation import whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.dissipation import dissipation
 from lsp_callbacks.linalg import Sketch, norm
 from lsp_callbacks.operators.cost import beside
@@ -24,7 +25,7 @@ from lsp_callbacks.quantities.trajectory.reference_point import (
 )
 from lsp_callbacks.step.module_output import submodule
 from lsp_callbacks.step.series import Energy, asked
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: What is known of each energy, and what is always there.
 KEYS = ("dissipation", "energy_increases", "dissipation_lower", "dissipation_upper", "dissipation_floor",
@@ -91,12 +92,12 @@ class Dissipation(Quantity):
 
     Example:
         >>> import torch
-        >>> from lsp_callbacks import Dissipation, Snapshot, Trace
+        >>> from lsp_callbacks import Dissipation, RunContext, Snapshot, Trace
         >>> trace = Trace(length=100)
         >>> for step in range(60):
         ...     trace.record(step, torch.tensor(2 + 0.75**step, dtype=torch.float64))
         >>> metric, net = Dissipation(), torch.nn.Linear(1, 1)
-        >>> metric.update(Snapshot(step=59, module=net, replay=lambda: net.bias.sum(), trace=trace))
+        >>> metric.update(Snapshot(step=59, module=net, replay=lambda: net.bias.sum(), run=RunContext(series=trace)))
         >>> round(float(metric.compute()["stability/dissipation"]), 6)
         0.25
         >>> def penalty(module):
@@ -174,21 +175,21 @@ class Dissipation(Quantity):
         return "time series"
 
     def wait(self, snapshot: Snapshot) -> int:
-        unknown = snapshot.trace is None or snapshot.trace.sparse
-        return 0 if unknown else max(0, self.least - len(snapshot.trace or ()))
+        unknown = snapshot.run.series is None or snapshot.run.series.sparse
+        return 0 if unknown else max(0, self.least - len(snapshot.run.series or ()))
 
     def update(self, snapshot: Snapshot) -> None:
         """Fits the last steps."""
         self.complete = False
-        trace = snapshot.trace
+        trace = snapshot.run.series
         if trace is None or trace.sparse:
             raise Unmeasurable(
                 "the steps before are not known: call Monitor.observe or Monitor.record at every optimizer step, "
-                "or pass Snapshot(trace=...)"
+                "or pass Snapshot(run=RunContext(series=...))"
             )
-        series = trace.read(snapshot.ranks)
+        series = trace.read(snapshot.run.ranks)
         failed = set().union(
-            *snapshot.ranks.gather(lambda: set(trace.failed), "energies that failed")
+            *snapshot.run.ranks.gather(lambda: set(trace.failed), "energies that failed")
         )  # which was said
         if "joint" in self.derived:
             series["joint"] = series["state"] + series["distance"] / 2

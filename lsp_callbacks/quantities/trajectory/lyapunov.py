@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import choice, whole
-from lsp_callbacks.functional.curvature.sharpness import edge_constant
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.lyapunov import exponent_bounds, plane_map, window_exponent
 from lsp_callbacks.functional.trajectory.statistics import batch_means, student_bounds
 from lsp_callbacks.linalg import LinearOperator, orthonormalise, push
 from lsp_callbacks.operators.cost import beside, products, push_cost
 from lsp_callbacks.operators.curvature.finite_differences import LEAST
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
+from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.memory import footprint, product_memory
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.multi_optimizer import joint_jacobian, require_game
@@ -23,7 +24,7 @@ from lsp_callbacks.operators.trajectory.proximal import update_drift, update_jac
 from lsp_callbacks.operators.trajectory.step_jacobian import Path, blocks_of, state_blocks, state_weight, tangent_path
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.curvature.sharpness import edge_cost, edge_memory, measured_edge
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 
 class Windowed(Quantity):
@@ -108,7 +109,7 @@ class Lyapunov(Windowed):
         self.add_state("spans", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
-        edge_constant(frozen_rule(snapshot))  # the alignment needs an edge
+        threshold_constant(frozen_rule(snapshot))  # the alignment needs an edge
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         method = resolved(snapshot, self.method)
@@ -155,7 +156,7 @@ class Lyapunov(Windowed):
         exponent = window_exponent(maps, rest=remembers)
         if math.isnan(exponent):  # one such window would hide the next ones
             raise Unmeasurable("the pushed direction is not finite: the weights or the loss have overflowed")
-        if exponent == -math.inf and snapshot.prox is not None:
+        if exponent == -math.inf and snapshot.run.prox is not None:
             raise Unmeasurable("prox holds the sharp mode where it is: nothing of it is left to grow")
         least, most = exponent_bounds(maps, curvatures, frame["below"], frame["above"], rest=remembers)
         # Of the steps' own numbers, whatever the curvature.

@@ -20,7 +20,9 @@ from lsp_callbacks.operators.trajectory.proximal import flat_parameters, proxima
 from lsp_callbacks.operators.trajectory.step_jacobian import group_of, known_optimizer, parameter_jacobian
 from lsp_callbacks.operators.trajectory.update_rules import decoupled, formula
 from lsp_callbacks.quantities.base import Quantity, scalar
-from lsp_callbacks.step.snapshot import Snapshot, displaced, split
+from lsp_callbacks.step.flat import displaced, split
+from lsp_callbacks.step.replay_checks import replayed_gradient
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Of the numbers that a state holds, in its order.
 _NAMES = ("gain", "gain_residual", "gain_bound", "descent", "descent_promised", "descent_error")
@@ -40,7 +42,7 @@ class ProximalStep(Quantity):
     measured c below the promised one by more than ``prox_descent_error``: the curvature along the step is larger than
     at its start; lower the rate. A gain above 1 without a promise is usual; one that stays far above 1: the rate is
     too large.
-    Without a `Snapshot.prox` the prox is the identity and R is 0.
+    Without a `RunContext.prox` the prox is the identity and R is 0.
 
     Args:
         steps: of Lanczos for the gain, two Hessian products each.
@@ -88,7 +90,7 @@ class ProximalStep(Quantity):
         """Measures one step."""
         self.complete = False
         self.check(snapshot)
-        D = proximal_jacobian(snapshot) if snapshot.prox is not None else _identity(snapshot)
+        D = proximal_jacobian(snapshot) if snapshot.run.prox is not None else _identity(snapshot)
         gain = proximal_gain(parameter_jacobian(snapshot, method=self.method), D, steps=self.steps)
         refused, promised, measured = _why_none(snapshot), None, (math.nan, math.nan)
         if refused is None:
@@ -125,7 +127,7 @@ def _why_none(snapshot: Snapshot) -> str | None:
         own = snapshot.flat_gradient
         if own is None or not torch.equal(snapshot.clipping(own), own):
             return "the gradient is clipped"
-    if snapshot.prox is not None and not hasattr(snapshot.prox, "penalty"):
+    if snapshot.run.prox is not None and not hasattr(snapshot.run.prox, "penalty"):
         return (
             "R is not known: give one of lsp_callbacks.functional.trajectory.proximal, or a prox with "
             "penalty(name, tensor)"
@@ -143,12 +145,12 @@ def _measured(snapshot: Snapshot, method: Method) -> tuple[Promise, tuple[float,
         theta = flat_parameters(snapshot)
         return loss.double() + 0.5 * (decay * theta.square()).sum() + _penalty(snapshot, theta)
 
-    modulus: Any = getattr(snapshot.prox, "modulus", 0.0)
-    loss, own = snapshot.replayed_gradient()
+    modulus: Any = getattr(snapshot.run.prox, "modulus", 0.0)
+    loss, own = replayed_gradient(snapshot)
     before, theta = objective(_mean(snapshot, loss)), flat_parameters(snapshot)
     with displaced(parameters, step, 1.0):
         step = flat_parameters(snapshot) - theta  # rounded, as the weights are
-        loss, moved = snapshot.replayed_gradient()
+        loss, moved = replayed_gradient(snapshot)
         after = objective(_mean(snapshot, loss))
     distance = norm(step)
     if not bool(distance > 0):
@@ -165,12 +167,12 @@ def _measured(snapshot: Snapshot, method: Method) -> tuple[Promise, tuple[float,
 
 
 def _mean(snapshot: Snapshot, loss: Tensor) -> Tensor:
-    (mean,) = snapshot.ranks.mean(lambda: (loss.detach(),), "the loss of the objective")
+    (mean,) = snapshot.run.ranks.mean(lambda: (loss.detach(),), "the loss of the objective")
     return mean
 
 
 def _penalty(snapshot: Snapshot, theta: Tensor) -> Tensor:
-    prox: Any = snapshot.prox
+    prox: Any = snapshot.run.prox
     if prox is None:
         return theta.new_zeros(())
     parts = zip(snapshot.parameters, split(theta, list(snapshot.parameters.values())))

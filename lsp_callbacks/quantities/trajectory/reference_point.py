@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.linalg import Sketch
 from lsp_callbacks.linalg.sketch import BUCKETS
-from lsp_callbacks.step.snapshot import Unmodelled
 
 #: Before there is a point.
 NOWHERE = torch.full((BUCKETS,), torch.nan, dtype=torch.float64)
@@ -39,14 +39,14 @@ def position_in(path: str, module: nn.Module, sketch: Sketch) -> Tensor:
     """Where the module's parameters were when the file was written.
 
     Raises:
-        Unmodelled: if it cannot be read, or lacks some of them.
+        Unsupported: if it cannot be read, or lacks some of them.
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         state = found.get("state_dict", found)
         tensors = [state[name].view_as(p) for name, p in module.named_parameters()]
     except Exception as error:  # whatever a file may hold
-        raise Unmodelled(
+        raise Unsupported(
             f"reference={path!r} is no checkpoint of this model ({type(error).__name__}: {error}): save its state_dict "
             "alone, or measure from the first parameters"
         ) from None
