@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import overflowed, unscales_gradients
-from lsp_callbacks.step.criterion import Probes
+from lsp_callbacks.errors import Unmeasurable, Unsupported
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.criterion import HOW
 from lsp_callbacks.step.pending_step import LossFn, PendingStep
-from lsp_callbacks.step.probes import HOW
+from lsp_callbacks.step.probe_set import ProbeSet
+from lsp_callbacks.step.probes import Probes
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.run_context import RunContext
-from lsp_callbacks.step.snapshot import Clipping, ProbeSet, Unmeasurable, Unsupported
 
 
 def pending_step(

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lsp_callbacks.step.pending_step import rate
+from lsp_callbacks.step.flat import largest_learning_rate
 
 #: Measurements whose mean is the critical rate.
 RECENT = 3
@@ -66,7 +66,7 @@ class Schedule:
 
     def ahead(self, step: int, horizon: int) -> list[float]:
         """The rates of steps ``step`` to ``step + horizon - 1``; called at the end of the batch before ``step``."""
-        now = rate(self._trainer.optimizers[0])
+        now = largest_learning_rate(self._trainer.optimizers[0])
         known = self._rates[step - self._origin : step - self._origin + 1]
         between = self._trainer.fit_loop.epoch_loop.batch_idx + 1 >= self._trainer.num_training_batches
         self.confirmed = bool(known) and abs(known[0] - now) <= 1e-6 * abs(now)
@@ -96,7 +96,7 @@ class Schedule:
         # Lightning has already moved the schedulers that step with the batch.
         self._done, self._epoch = trainer.fit_loop.epoch_loop.batch_idx + 1, trainer.current_epoch
         self._end_epoch()
-        self._rates = [rate(self._optimizer)]
+        self._rates = [largest_learning_rate(self._optimizer)]
 
     def _advance(self) -> None:
         # The batch that ends the next window: an epoch's last one may be short.
@@ -106,7 +106,7 @@ class Schedule:
             if config.interval == "step" and self._done % config.frequency == 0:
                 scheduler.step()
         self._end_epoch()
-        self._rates.append(rate(self._optimizer))
+        self._rates.append(largest_learning_rate(self._optimizer))
 
     def _end_epoch(self) -> None:
         if self._done < self._trainer.num_training_batches:

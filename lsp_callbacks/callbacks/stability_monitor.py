@@ -36,6 +36,7 @@ from lsp_callbacks.callbacks.multi_optimizer import Game, check_losses
 from lsp_callbacks.callbacks.shared_losses import SharedLosses
 from lsp_callbacks.callbacks.spawned_history import Mailbox
 from lsp_callbacks.callbacks.step_loss import StepLoss
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.monitor.configure import configured
 from lsp_callbacks.monitor.losses import Told
@@ -45,12 +46,17 @@ from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED, Destination
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.module_filter import Selection
 from lsp_callbacks.report import Run, Verdict, judge, sentence
-from lsp_callbacks.step.criterion import Criterion, ForwardFn, Probes, population
-from lsp_callbacks.step.pending_step import LossFn, PendingStep, batch_size, identical, never, rate, verified
+from lsp_callbacks.step.batch import batch_size
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.fingerprint import identical
+from lsp_callbacks.step.flat import largest_learning_rate
+from lsp_callbacks.step.pending_step import LossFn, PendingStep, never
+from lsp_callbacks.step.probes import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.run_context import Prox, RunContext
-from lsp_callbacks.step.snapshot import Clipping, Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
+from lsp_callbacks.step.verified_step import verified
 
 #: How many steps of the schedule to look ahead.
 HORIZON = 1000
@@ -347,7 +353,7 @@ class StabilityMonitor(Callback):
                 self._pending, self._updates, self._saw_loss, self._seen = None, 0, False, None
                 self._step_loss.begin()
                 self._guard.begin()
-                self._rate_before = rate(trainer.optimizers[0]) if self._overrides else 0.0
+                self._rate_before = largest_learning_rate(trainer.optimizers[0]) if self._overrides else 0.0
                 if self._game is not None:
                     with self.monitor.warn_instead_of_raise("the batch could not be kept for a replay"):
                         self._game.begin(batch)
@@ -409,7 +415,7 @@ class StabilityMonitor(Callback):
                     self._game.drop()
                 return
             self._saw_loss = False
-            self._rate_used = rate(trainer.optimizers[0])
+            self._rate_used = largest_learning_rate(trainer.optimizers[0])
             self._updates += 1
             if self._updates == 1:
                 self.monitor.record(self.step, self._seen, trainer.optimizers[0], pl_module, previous=self._previous)
@@ -488,7 +494,7 @@ class StabilityMonitor(Callback):
         if self._destination.is_awaited:
             with self.monitor.warn_instead_of_raise("where the step leads could not be told"):
                 own = {name: p.grad for name, p in snapshot.parameters.items()}  # not that of a sub-batch
-                self._destination.expect(replace(snapshot, gradient=own, clipping=rule, memo={}))
+                self._destination.expect(replace(snapshot, gradient=own, clipping=rule))
         return observation
 
     @property
@@ -554,7 +560,7 @@ class StabilityMonitor(Callback):
         if self._shared is None:
             told = self.monitor.losses.saw(max(step, 0), loss, left_out=left_out)
         else:
-            lr = rate(trainer.optimizers[0]) if trainer.optimizers else 0.0
+            lr = largest_learning_rate(trainer.optimizers[0]) if trainer.optimizers else 0.0
             told = self._shared.take(max(step, 0), loss, lr=lr, left_out=left_out, wait=measured)
             self._tell(told)
         # Losses and measurements are the same numbers on all processes, so all of them stop at the same step.
@@ -595,7 +601,9 @@ class StabilityMonitor(Callback):
         """
         differ = self._shared is not None and not self._shared.same_rates
         critical = math.nan if differ or self._game is not None else self._critical.mean
-        return rate(trainer.optimizers[0]) / critical if trainer.optimizers and critical > 0 else math.nan
+        return (
+            largest_learning_rate(trainer.optimizers[0]) / critical if trainer.optimizers and critical > 0 else math.nan
+        )
 
     def _look_ahead(self, trainer: Any, observation: Observation) -> Observation:
         """Adds ``stability/steps_to_edge`` where the schedule will cross the critical rate."""

@@ -19,9 +19,10 @@ from lsp_callbacks import report
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.cli.diagram import configured, existing, quiet
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.cadence import MODELLED
 from lsp_callbacks.monitor.limits import readable
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Steps whose time is taken, after some that only warm up.
 WARM_UP, TIMED = 3, 8

@@ -21,14 +21,15 @@ from lsp_callbacks import report
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.lightning_step import clipping, pending_step, probe_set, step_loss, unsupported
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.plots.stability_diagram import diagram_around
 from lsp_callbacks.quantities import SGDStability
-from lsp_callbacks.step.criterion import Probes, population
+from lsp_callbacks.step.probes import Probes, population
 from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.run_context import RunContext
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 SUFFIXES = (".png", ".pdf", ".svg")
 #: Of the trainer: what could leave files behind or take time.
@@ -343,4 +344,4 @@ def _with_gradient(snapshot: Snapshot) -> Snapshot:
     with torch.enable_grad():
         loss = snapshot.replay()
         gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return replace(snapshot, loss=loss.detach(), gradient=dict(zip(names, gradient)), memo={})
+    return replace(snapshot, loss=loss.detach(), gradient=dict(zip(names, gradient)))

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.loops.plain import Log, Watch, moves
 from lsp_callbacks.monitor.configure import configured
 from lsp_callbacks.monitor.monitor import Monitor, scalars
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.module_filter import Selection
-from lsp_callbacks.step.criterion import Criterion, ForwardFn, check_pair, population
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.probes import Criterion, ForwardFn, check_pair, population
 from lsp_callbacks.step.run_context import Prox
-from lsp_callbacks.step.snapshot import Clipping, Unsupported
 
 ITEMS = "num_items_in_batch"
 

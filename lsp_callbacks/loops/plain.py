@@ -14,12 +14,15 @@ from lsp_callbacks.monitor.monitor import Curve, Monitor, Observation
 from lsp_callbacks.monitor.nan_finder import Guard, finite
 from lsp_callbacks.monitor.update_check import ELSEWHERE, Destination
 from lsp_callbacks.report import Run, Verdict, judge
-from lsp_callbacks.step.criterion import Criterion, ForwardFn, Probes, population
-from lsp_callbacks.step.pending_step import LossFn, PendingStep, identical, never, verified
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.fingerprint import identical
+from lsp_callbacks.step.pending_step import LossFn, PendingStep, never
+from lsp_callbacks.step.probes import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.run_context import Prox, RunContext
-from lsp_callbacks.step.snapshot import Clipping, Snapshot
+from lsp_callbacks.step.snapshot import Snapshot
+from lsp_callbacks.step.verified_step import verified
 
 Log = Callable[[dict[str, float], int], None]
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 from lsp_callbacks.autograd._torch_internals import TorchDispatchMode, packet, tree_leaves
 from lsp_callbacks.operators.curvature.hessian import Method, product_cost
 from lsp_callbacks.operators.trajectory.update_rules import formula_of
-from lsp_callbacks.step.snapshot import Snapshot
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,9 @@ class Work:
     parameters: int
 
 
+@computed_once
 def work(snapshot: Snapshot) -> Work:
     """Replays the loss once and counts. Cost: one forward pass."""
-    return snapshot.once("work", lambda: _work(snapshot))
-
-
-def _work(snapshot: Snapshot) -> Work:
     counter = _Counter()
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"), counter:
         snapshot.replay()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
-from lsp_callbacks.step.snapshot import Snapshot
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,12 @@ class Footprint:
     buffers: float
 
 
+@computed_once
 def footprint(snapshot: Snapshot) -> Footprint:
     """Replays the loss once, and counts what autograd saves: each storage once, parameters not.
 
     Cost: one forward pass. Memory: what the step's own forward pass took.
     """
-    return snapshot.once("footprint", lambda: _footprint(snapshot))
-
-
-def _footprint(snapshot: Snapshot) -> Footprint:
     known = {p.untyped_storage().data_ptr() for p in snapshot.module.parameters()}
     saved: dict[int, int] = {}
 

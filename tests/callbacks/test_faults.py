@@ -30,8 +30,9 @@ from lsp_callbacks import (
 )
 from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.loops import Watch, plain
-from lsp_callbacks.step.criterion import Probes
-from lsp_callbacks.step.snapshot import displaced
+from lsp_callbacks.step.flat import displaced
+from lsp_callbacks.step.probes import Probes
+from lsp_callbacks.step.snapshot import computed_once
 
 QUIET = pytest.mark.filterwarnings("ignore")
 
@@ -86,6 +87,11 @@ def test_a_cadence_of_nan_readings_is_the_fixed_one():
 # -- memory --------------------------------------------------------------------------------------------------------
 
 
+@computed_once
+def replayed(snapshot):
+    return snapshot.replay()
+
+
 class Hungry(Quantity):
     """Runs out of memory with a graph in its hands, at the steps that it is told."""
 
@@ -101,7 +107,7 @@ class Hungry(Quantity):
     def update(self, snapshot):
         self.complete = False
         if snapshot.step in self.steps:
-            graph = snapshot.once("graph", lambda: snapshot.replay())
+            graph = replayed(snapshot)
             self.held.append(weakref.ref(graph))
             raise self.error("CUDA out of memory. Tried to allocate 20.00 GiB.")
         self.complete = True
@@ -135,7 +141,7 @@ def test_a_measurement_out_of_memory_is_nan_and_keeps_nothing(error):
 
 
 @pytest.mark.parametrize(
-    "owner, where", [(step, "ModuleCopy"), (RandomState, "__init__"), (step, "copied"), (step, "_sums")]
+    "owner, where", [(step, "ModuleCopy"), (RandomState, "__init__"), (step, "copied"), (step, "fingerprint")]
 )
 def test_no_memory_for_the_copy(owner, where, monkeypatch):
     """Of the batch, the module, the random states: at every step but the first."""
@@ -308,7 +314,7 @@ SCRIPT = """
     import pytorch_lightning as pl, torch
     from harness import Model, data, fit
     from lsp_callbacks import StabilityMonitor, StopOnInstability
-    from lsp_callbacks.step.snapshot import displaced
+    from lsp_callbacks.step.flat import displaced
 
     torch.set_num_threads(1)
     folder, kill = sys.argv[1], int(sys.argv[2])
@@ -439,7 +445,7 @@ def test_batches_that_cannot_be_joined():
 
 @pytest.mark.parametrize(
     "owner, where",
-    [(step, "ModuleCopy"), (step, "copied"), (step, "_sums"), (plain, "PendingStep"), (plain, "verified")],
+    [(step, "ModuleCopy"), (step, "copied"), (step, "fingerprint"), (plain, "PendingStep"), (plain, "verified")],
 )
 def test_no_memory_in_a_plain_loop(owner, where, monkeypatch):
     net, x = torch.nn.Linear(2, 1), torch.ones(4, 2)

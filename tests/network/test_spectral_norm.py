@@ -24,7 +24,9 @@ from lsp_callbacks.functional import log_sum
 from lsp_callbacks.functional.network.spectral_norm import weight_norms
 from lsp_callbacks.linalg import from_matrix, lyapunov_exponents
 from lsp_callbacks.operators import weight_operators
-from lsp_callbacks.step.replay import MicroBatch, ModuleCopy, replayer
+from lsp_callbacks.step.batch import MicroBatch
+from lsp_callbacks.step.module_copy import ModuleCopy
+from lsp_callbacks.step.replay import replayer
 
 norm2 = torch.linalg.matrix_norm
 

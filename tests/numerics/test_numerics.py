@@ -22,7 +22,7 @@ from lsp_callbacks.monitor import nan_finder as guard
 from lsp_callbacks.monitor.nan_finder import finite
 from lsp_callbacks.quantities.numerics.numerics import ROOT, range_of_step
 from lsp_callbacks.report import verdict
-from lsp_callbacks.step.snapshot import Clipping
+from lsp_callbacks.step.clipping import Clipping
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 HALVES = DTYPES[:2]

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from lsp_callbacks import SGDStability, StabilityMonitor
-from lsp_callbacks.step.criterion import Probes, population
-from lsp_callbacks.step.probes import Criteria, evaluation
-from lsp_callbacks.step.snapshot import Unmeasurable, Unsupported, evaluating
+from lsp_callbacks.errors import Unmeasurable, Unsupported
+from lsp_callbacks.step.criterion import Criteria, evaluation
+from lsp_callbacks.step.module_modes import evaluating
+from lsp_callbacks.step.probes import Probes, population
 
 N, C = 6, 4
 X, Y, HOT = random(N, 3), torch.arange(N) % C, random(N, C, seed=1).sigmoid()

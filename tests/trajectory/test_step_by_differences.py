@@ -25,7 +25,7 @@ from lsp_callbacks.linalg import LinearOperator, push
 from lsp_callbacks.operators import hessian, step_jacobian, tangent_path
 from lsp_callbacks.operators.trajectory.step_by_differences import own_step_tangent
 from lsp_callbacks.operators.trajectory.step_jacobian import clipped_gradient
-from lsp_callbacks.step.snapshot import Clipping
+from lsp_callbacks.step.clipping import Clipping
 
 optim = torch.optim
 

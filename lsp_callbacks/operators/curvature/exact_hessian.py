@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd.double_backward import double_backward
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.second_derivative_check import hessian_agrees
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten
+from lsp_callbacks.step.flat import flatten
+from lsp_callbacks.step.replay_checks import check_gradient, check_loss
+from lsp_callbacks.step.snapshot import Snapshot
 
 
 class NoSecondDerivative(Exception):
@@ -36,13 +39,13 @@ def exact_hessian(snapshot: Snapshot, otherwise: Callable[[Tensor, str], LinearO
         with double_backward(snapshot.module):
             loss = snapshot.replay()
             # Another path than the step's (no fused attention, not compiled): equal up to its rounding.
-            snapshot.check(loss, tolerance=_path_tolerance(dtype))
+            check_loss(snapshot, loss, tolerance=_path_tolerance(dtype))
             parts = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
             graph.append(flatten(parts, parameters))
         return (graph[0].detach(),)
 
     (mean,) = snapshot.run.ranks.mean(rank_gradient, "the gradient with its graph")
-    snapshot.check_gradient(mean, tolerance=100 * _path_tolerance(dtype))
+    check_gradient(snapshot, mean, tolerance=100 * _path_tolerance(dtype))
     gradient = mean.to(vector_dtype(mean.dtype))
 
     def exact(v: Tensor) -> Tensor:
@@ -83,14 +86,16 @@ def exact_hessian(snapshot: Snapshot, otherwise: Callable[[Tensor, str], LinearO
             "tensors)",
         )
 
+    fallback: LinearOperator | None = None  # once exact products have raised
+
     def product(v: Tensor) -> Tensor:
-        if "raises" not in snapshot.memo:
+        nonlocal fallback
+        if fallback is None:
             try:
                 return exact(v)
             except NoSecondDerivative as error:
-                reason = f"the loss cannot be differentiated twice ({error})"
-                snapshot.memo["raises"] = otherwise(gradient, reason)
-        return snapshot.memo["raises"] @ v
+                fallback = otherwise(gradient, f"the loss cannot be differentiated twice ({error})")
+        return fallback @ v
 
     return LinearOperator((len(gradient),) * 2, product, product, dtype=gradient.dtype, device=gradient.device)
 

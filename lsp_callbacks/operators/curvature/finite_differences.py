@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.linalg import norm
-from lsp_callbacks.step.snapshot import Snapshot, displaced, flatten, split
+from lsp_callbacks.step.flat import displaced, flatten, split
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: In square roots of the machine epsilon: distances relative to what is moved, at least, before anything is known of
 #: the curvature, and at most.

@@ -13,10 +13,13 @@ from torch.overrides import TorchFunctionMode
 
 from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.autograd.graph import kinks_between
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.clarke_training import UncertainSlopes
 from lsp_callbacks.operators.trajectory.proximal import proximal
 from lsp_callbacks.operators.trajectory.step_size import displacement
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten
+from lsp_callbacks.step.flat import flatten
+from lsp_callbacks.step.replay_checks import check_loss
+from lsp_callbacks.step.snapshot import Snapshot
 
 _LOSSES = {F.huber_loss: "delta", F.smooth_l1_loss: "beta"}
 _UNITS = {F.elu: "alpha", F.celu: "alpha"}
@@ -97,7 +100,7 @@ def loss_kinks(snapshot: Snapshot, *, eps: float) -> UncertainSlopes:
         raise Unmeasurable("the kinks of several processes' losses are not modelled: measure with one process")
     with double_backward(snapshot.module), _Calls() as calls:
         loss = snapshot.replay()
-    snapshot.check(loss, tolerance=1e-10 if loss.dtype == torch.float64 else 1e-4)
+    check_loss(snapshot, loss, tolerance=1e-10 if loss.dtype == torch.float64 else 1e-4)
     jumps = [name for name in kinks_between(loss, parameters) if not name.startswith(_BENDS)]
     if jumps:
         raise Unmeasurable(

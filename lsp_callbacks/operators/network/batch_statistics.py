@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import BatchNorm
 from lsp_callbacks.autograd.module_calls import leaves, record_calls
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, evaluating
+from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.step.module_modes import evaluating
+from lsp_callbacks.step.snapshot import Snapshot
 
 
 def outputs(snapshot: Snapshot, *, batch_statistics: bool = False) -> Tensor:

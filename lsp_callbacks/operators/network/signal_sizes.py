@@ -12,10 +12,12 @@ from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import BatchNorm
 from lsp_callbacks.autograd.module_calls import ModuleCall, leaves, record_calls, units, upstream
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.network.gains import LayerSizes
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.network.activation_slopes import ActivationSlopes, activation_slopes
-from lsp_callbacks.step.snapshot import Call, Snapshot, Unmeasurable
+from lsp_callbacks.step.replay_checks import Call, check_loss
+from lsp_callbacks.step.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def signal_sizes(snapshot: Snapshot) -> SignalSizes:
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         with record_calls(snapshot.module, enter=_enter, leave=_leave) as root:
             loss = snapshot.replay()
-        snapshot.check(loss, tolerance=1e-4 if snapshot.compiled else 0.0)
+        check_loss(snapshot, loss, tolerance=1e-4 if snapshot.compiled else 0.0)
         repeats = _repeats([call.name for call in leaves(root)])
         found = activation_slopes(root, repeats)
         parameters = list(snapshot.parameters.values())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import tree_flatten
-from lsp_callbacks.step.snapshot import Evaluation
+from lsp_callbacks.step.criterion import Evaluation
 
 #: Samples that the others are compared with: one of three is among the many, if nine of ten are. As many layers.
 FEW = 3

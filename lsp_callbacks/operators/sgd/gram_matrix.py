@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.operators.sgd.collapsed_outputs import FirstInputs, SameOutputs
 from lsp_callbacks.operators.sgd.output_directions import OutputDirections
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram
 from lsp_callbacks.operators.sgd.rows_by_backward import TiedRows, add_rows
-from lsp_callbacks.step.probes import HOW
-from lsp_callbacks.step.snapshot import ProbeSet, Unmeasurable, Unsupported
+from lsp_callbacks.step.criterion import HOW
+from lsp_callbacks.step.probe_set import ProbeSet
 
 #: How many numbers are held at once, at most.
 HELD = 2**26

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd.sample_rows import Rows
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.network.depth import Layer, states
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten
+from lsp_callbacks.step.flat import flatten
+from lsp_callbacks.step.snapshot import Snapshot
 
 
 @dataclass(frozen=True)

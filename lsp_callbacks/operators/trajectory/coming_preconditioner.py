@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import FrozenRule, frozen_rule, rule_ahead
-from lsp_callbacks.step.probes import Criteria
-from lsp_callbacks.step.snapshot import Evaluation, ProbeSet, Snapshot, Unsupported
+from lsp_callbacks.step.criterion import Criteria, Evaluation
+from lsp_callbacks.step.probe_set import ProbeSet
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 #: Steps that a preconditioner is looked at ahead, at least; and one over ``1 - beta``, the memory of the momentum.
 AHEAD = 10
@@ -48,7 +50,12 @@ def coming_rule(snapshot: Snapshot, *, squares: dict[str, Tensor] | None = None)
     steps = max(AHEAD, round(1 / (1 - rule.momentum)))
     if squares is not None:
         return rule_ahead(snapshot, steps, squares)
-    return snapshot.once("coming rule", lambda: rule_ahead(snapshot, steps, batch_squares(snapshot)))
+    return _rule_from_batch(snapshot, steps)
+
+
+@computed_once
+def _rule_from_batch(snapshot: Snapshot, steps: int) -> FrozenRule:
+    return rule_ahead(snapshot, steps, batch_squares(snapshot))
 
 
 def batch_squares(snapshot: Snapshot) -> dict[str, Tensor] | None:

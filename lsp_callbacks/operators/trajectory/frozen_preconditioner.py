@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, per_parameter
 from lsp_callbacks.operators.trajectory.step_jacobian import group_of, held_mask, known_optimizer
 from lsp_callbacks.operators.trajectory.update_rules import decoupled, descent, formula
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten, split
+from lsp_callbacks.step.flat import flatten, split
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 Scale = dict[str, float | Tensor]
 
@@ -54,6 +56,7 @@ class FrozenRule:
     frozen: bool = False
 
 
+@computed_once
 def frozen_rule(snapshot: Snapshot) -> FrozenRule:
     """The step's optimizer with its preconditioner and its clipping held fixed, as they are in this step.
 
@@ -65,7 +68,7 @@ def frozen_rule(snapshot: Snapshot) -> FrozenRule:
 
     Cost: no gradient. Computed once a step.
     """
-    return snapshot.once("frozen rule", lambda: rule_ahead(snapshot))
+    return rule_ahead(snapshot)
 
 
 def rule_ahead(snapshot: Snapshot, steps: int = 0, squares: dict[str, Tensor] | None = None) -> FrozenRule:

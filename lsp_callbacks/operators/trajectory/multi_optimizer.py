@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd.double_backward import Comparison
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, unit
 from lsp_callbacks.operators.curvature.finite_differences import central_difference
 from lsp_callbacks.operators.curvature.hessian import Method, hessian
 from lsp_callbacks.operators.trajectory.step_jacobian import blocks_of, known_optimizer, step_tangent
 from lsp_callbacks.operators.trajectory.update_rules import formula
+from lsp_callbacks.step.flat import flatten
 from lsp_callbacks.step.players import Player
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten
+from lsp_callbacks.step.replay_checks import replayed_gradient
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: How much an exact product may miss of a difference: the kinks that the difference crosses, not a detached path.
 TOLERANCE = 0.1
@@ -113,7 +116,7 @@ def _require_reach(snapshot: Snapshot, own: Tensor) -> None:
     v = unit(_others(noise, own) + _others(theta, own))
     if not bool(v.any()):  # it holds all parameters
         return
-    image, gradient = (H @ v)[own], snapshot.replayed_gradient()[1]
+    image, gradient = (H @ v)[own], replayed_gradient(snapshot)[1]
     for far in (8.0, 1.0, 1 / 8):  # the first sees what is small, the last crosses few kinks
         central, distance = central_difference(joint, v, far)
         comparison = Comparison.of(image, central[own], gradient, distance)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import forget_step_hooks
 from lsp_callbacks.autograd.random_state import RandomState
-from lsp_callbacks.step.snapshot import Unmeasurable
+from lsp_callbacks.errors import Unmeasurable
 
 #: Number of the parameter, name and shape of each float tensor of a state.
 Layout = list[tuple[int, str, tuple[int, ...]]]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd.double_backward import jacobian
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method
 from lsp_callbacks.operators.trajectory.step_jacobian import (
@@ -19,7 +20,8 @@ from lsp_callbacks.operators.trajectory.step_jacobian import (
     step_tangent,
 )
 from lsp_callbacks.operators.trajectory.step_size import displacement
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten, split
+from lsp_callbacks.step.flat import flatten, split
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 
 def proximal(snapshot: Snapshot, theta: Tensor) -> Tensor:
@@ -52,6 +54,7 @@ def update(snapshot: Snapshot) -> Tensor:
         return proximal(snapshot, theta + step) - theta
 
 
+@computed_once
 def proximal_jacobian(snapshot: Snapshot) -> LinearOperator:
     """``D prox`` at the point where the optimizer's step ends, in float64, with its adjoint.
 
@@ -65,10 +68,6 @@ def proximal_jacobian(snapshot: Snapshot) -> LinearOperator:
 
     Cost: no gradient of the loss.
     """
-    return snapshot.once("proximal jacobian", lambda: _jacobian(snapshot))
-
-
-def _jacobian(snapshot: Snapshot) -> LinearOperator:
     with torch.no_grad():
         half = (flat_parameters(snapshot) + displacement(snapshot)).detach()
     with torch.enable_grad():

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import tree_leaves
 from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.trajectory.optimizer_copy import OptimizerCopy, held
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, split
+from lsp_callbacks.step.flat import split
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Relative distance of the differences, in float64: their error is about 1e-9 where the step is smooth.
 DISTANCE = 1e-5

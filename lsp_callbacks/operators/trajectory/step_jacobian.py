@@ -10,12 +10,15 @@ import torch
 import torch.autograd.forward_ad as forward
 from torch import Tensor
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method, hessian
 from lsp_callbacks.operators.trajectory.step_by_differences import own_step_tangent, require_smooth
 from lsp_callbacks.operators.trajectory.update_rules import Formula, Group, State, formula, formula_of
+from lsp_callbacks.step.flat import flatten
 from lsp_callbacks.step.players import require_one
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten
+from lsp_callbacks.step.replay_checks import replayed_gradient
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 Path = Literal["exact", "finite_difference_of_step"]
 
@@ -57,17 +60,19 @@ def tangent_path(snapshot: Snapshot) -> Path:
     return "finite_difference_of_step"
 
 
+@computed_once
 def clipped_gradient(snapshot: Snapshot) -> Tensor:
     """What the optimizer sees, flat: the step's gradient after its clipping, 0 where a parameter has none."""
-    return snapshot.once("clipped gradient", lambda: _clip(snapshot)(_own_gradient(snapshot)))
+    return _clip(snapshot)(_own_gradient(snapshot))
 
 
 def _own_gradient(snapshot: Snapshot) -> Tensor:
-    return (
-        snapshot.flat_gradient
-        if snapshot.flat_gradient is not None
-        else snapshot.once("gradient", lambda: snapshot.replayed_gradient()[1])
-    )
+    return snapshot.flat_gradient if snapshot.flat_gradient is not None else _replayed_gradient(snapshot)
+
+
+@computed_once
+def _replayed_gradient(snapshot: Snapshot) -> Tensor:
+    return replayed_gradient(snapshot)[1]
 
 
 def _clip(snapshot: Snapshot) -> Callable[[Tensor], Tensor]:
@@ -165,10 +170,11 @@ def used_hessian(snapshot: Snapshot, method: Method) -> LinearOperator:
     if rule.second_moment is None:
         weight = max((float(group["lr"]) for group in group_of(snapshot).values() if group), default=0.0)
     else:
-        weight = snapshot.once("response", lambda: _response(snapshot))
+        weight = _response(snapshot)
     return hessian(snapshot, method=method, weight=weight, relative=False)
 
 
+@computed_once
 def _response(snapshot: Snapshot) -> Tensor:
     """``|d theta' / d g|``, of each parameter, without clipping."""
     step, size = _formula_tangent(snapshot)
@@ -222,6 +228,7 @@ def step_tangent(snapshot: Snapshot) -> tuple[Callable[[Tensor, Tensor], Tensor]
     return lambda z, change: step(z, _gradient_change(snapshot, change)), size
 
 
+@computed_once
 def step_diagonals(snapshot: Snapshot) -> Tensor:
     """The derivative of an elementwise step, ``(2 + s, 1 + s, P)``, without clipping: from and to.
 
@@ -229,16 +236,12 @@ def step_diagonals(snapshot: Snapshot) -> Tensor:
 
     Cost: no gradient where the step has its own. Computed once a step.
     """
-
-    def found() -> Tensor:
-        step, size = _formula_tangent(snapshot)
-        n = len(clipped_gradient(snapshot))
-        like = clipped_gradient(snapshot)
-        none, one = like.new_zeros(n), like.new_ones(n)
-        units = torch.eye(size // n, dtype=like.dtype, device=like.device).repeat_interleave(n, dim=1)
-        return torch.stack([*(step(z, none) for z in units), step(like.new_zeros(size), one)]).view(-1, size // n, n)
-
-    return snapshot.once("step diagonals", found)
+    step, size = _formula_tangent(snapshot)
+    n = len(clipped_gradient(snapshot))
+    like = clipped_gradient(snapshot)
+    none, one = like.new_zeros(n), like.new_ones(n)
+    units = torch.eye(size // n, dtype=like.dtype, device=like.device).repeat_interleave(n, dim=1)
+    return torch.stack([*(step(z, none) for z in units), step(like.new_zeros(size), one)]).view(-1, size // n, n)
 
 
 def step_adjoint(snapshot: Snapshot, w: Tensor) -> tuple[Tensor, Tensor]:

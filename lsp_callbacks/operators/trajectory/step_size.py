@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.trajectory.optimizer_copy import OptimizerCopy
 from lsp_callbacks.operators.trajectory.step_jacobian import clipped_gradient, known_optimizer
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, split
+from lsp_callbacks.step.flat import split
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 
+@computed_once
 def displacement(snapshot: Snapshot) -> Tensor:
     """``theta_half - theta``: what the optimizer's own ``step`` does to the parameters, flat, in float64.
 
@@ -22,10 +25,6 @@ def displacement(snapshot: Snapshot) -> Tensor:
 
     Cost: one optimizer step, on copies of parameters and state in double precision. Computed once a step.
     """
-    return snapshot.once("displacement", lambda: _displacement(snapshot))
-
-
-def _displacement(snapshot: Snapshot) -> Tensor:
     optimizer = known_optimizer(snapshot)
     parameters = list(snapshot.parameters.values())
     gradients = split(clipped_gradient(snapshot).double(), parameters)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsp_callbacks.step.snapshot import Unmeasurable
+from lsp_callbacks.errors import Unmeasurable
 
 Group = dict[str, Any]
 State = dict[str, Tensor]

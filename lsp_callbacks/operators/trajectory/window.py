@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, push
 from lsp_callbacks.linalg.logs import exp
 from lsp_callbacks.operators.curvature.hessian import Method
@@ -17,7 +18,9 @@ from lsp_callbacks.operators.trajectory.optimizer_copy import held
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.trajectory.step_jacobian import known_optimizer
 from lsp_callbacks.operators.trajectory.update_rules import formula_of
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, restored, split
+from lsp_callbacks.step.flat import restored, split
+from lsp_callbacks.step.replay_checks import replayed_gradient
+from lsp_callbacks.step.snapshot import Snapshot
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +39,7 @@ class KeptStep:
 
     def maps(self) -> tuple[LinearOperator, LinearOperator]:
         """Its `update_jacobian` and `update_response`, from a new replay, while the parameters are ``theta``."""
-        again = replace(self.snapshot, memo={})
+        again = replace(self.snapshot)
         return update_jacobian(again, method=self.method), update_response(again)
 
 
@@ -68,7 +71,7 @@ def keep(snapshot: Snapshot, method: Method) -> KeptStep:
         raise Unmeasurable(f"{kind} cannot be copied ({type(error).__name__}: {error})") from None
     loss, gradient = snapshot.loss, snapshot.gradient
     if loss is None or gradient is None:
-        replayed, flat = snapshot.replayed_gradient()
+        replayed, flat = replayed_gradient(snapshot)
         parts = split(flat, list(snapshot.parameters.values()))
         loss = replayed if loss is None else loss
         gradient = dict(zip(snapshot.parameters, parts)) if gradient is None else gradient
@@ -77,7 +80,6 @@ def keep(snapshot: Snapshot, method: Method) -> KeptStep:
         optimizer=frozen,
         loss=loss.detach().clone(),
         gradient={name: None if g is None else g.detach().clone() for name, g in gradient.items()},
-        memo={},
         probes=None,
     )
     return KeptStep(kept, [p.detach().clone() for p in snapshot.parameters.values()], method)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import number, whole
+from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.functional.trajectory.clarke_training import (
     GeneralizedSteps,
     generalized_training,
@@ -28,7 +29,7 @@ from lsp_callbacks.operators.trajectory.step_jacobian import (
 )
 from lsp_callbacks.quantities.base import scalar
 from lsp_callbacks.quantities.trajectory.lyapunov import Windowed
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, Unsupported
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Of the numbers that a state holds, in its order.
 _NAMES = (

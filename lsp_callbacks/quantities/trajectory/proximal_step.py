@@ -20,7 +20,9 @@ from lsp_callbacks.operators.trajectory.proximal import flat_parameters, proxima
 from lsp_callbacks.operators.trajectory.step_jacobian import group_of, known_optimizer, parameter_jacobian
 from lsp_callbacks.operators.trajectory.update_rules import decoupled, formula
 from lsp_callbacks.quantities.base import Quantity, scalar
-from lsp_callbacks.step.snapshot import Snapshot, displaced, split
+from lsp_callbacks.step.flat import displaced, split
+from lsp_callbacks.step.replay_checks import replayed_gradient
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Of the numbers that a state holds, in its order.
 _NAMES = ("gain", "gain_residual", "gain_bound", "descent", "descent_promised", "descent_error")
@@ -144,11 +146,11 @@ def _measured(snapshot: Snapshot, method: Method) -> tuple[Promise, tuple[float,
         return loss.double() + 0.5 * (decay * theta.square()).sum() + _penalty(snapshot, theta)
 
     modulus: Any = getattr(snapshot.run.prox, "modulus", 0.0)
-    loss, own = snapshot.replayed_gradient()
+    loss, own = replayed_gradient(snapshot)
     before, theta = objective(_mean(snapshot, loss)), flat_parameters(snapshot)
     with displaced(parameters, step, 1.0):
         step = flat_parameters(snapshot) - theta  # rounded, as the weights are
-        loss, moved = snapshot.replayed_gradient()
+        loss, moved = replayed_gradient(snapshot)
         after = objective(_mean(snapshot, loss))
     distance = norm(step)
     if not bool(distance > 0):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.training_profile import (
     Tangents,
     TrainingProfile,
@@ -43,7 +44,7 @@ from lsp_callbacks.quantities.trajectory.profile_parts import (
     seen_by,
     window_ends,
 )
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
