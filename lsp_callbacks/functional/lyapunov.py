@@ -151,9 +151,17 @@ def exponent_bounds(
     return lowest, max(found)
 
 
-def rescale(frame: Tensor) -> tuple[Tensor, float]:
-    """The frame divided by its largest entry, and the log of that, so that no window can overflow."""
-    scale = frame.abs().max()
+def rescale(frame: Tensor, size: int | None = None) -> tuple[Tensor, float]:
+    """The frame divided by its largest entry, and the log of that, so that no window can overflow.
+
+    Args:
+        frame: ``(k, n)``.
+        size: look for it among so many columns, those of the parameters, unless they are 0. Second moments move by
+            ``g * H v``, in units of their own: beside them the parameters' share may be so small that its square
+            is no number.
+    """
+    scale = frame[:, :size].abs().max()
+    scale = scale if float(scale) else frame.abs().max()
     if not bool(torch.isfinite(scale)) or float(scale) == 0.0:
         return frame, 0.0
     return frame / scale, float(scale.double().log())

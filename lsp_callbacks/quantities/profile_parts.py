@@ -175,6 +175,9 @@ def window_ends(
     values = ritz.values[..., -1].clamp_min(0)
     if not bool(torch.isfinite(upper).all()):
         raise Unmeasurable("products with the window are not finite")
+    for rows, high in ((now.frame, upper[0]), (now.noise, upper[-1])):
+        if bool(rows[:, : now.size].any()) and not float(high) > 0:
+            raise Unmeasurable("products with the window and back are too small for the type of the parameters")
     grown = math.exp(now.frame_log)
     norms = [(float(low.sqrt()) * grown, float(high.clamp_min(0).sqrt()) * grown) for low, high in zip(values, upper)]
     noise = NoiseSeen(ritz.basis[:, -1], float(ritz.values[-1].sum()), float(upper[-1]))
