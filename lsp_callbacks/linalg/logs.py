@@ -46,7 +46,7 @@ def rescale(rows: Tensor, size: int | None = None) -> tuple[Tensor, float]:
 def add(
     first: Tensor, first_log: float, second: Tensor, second_log: float = 0.0, *, size: int | None = None
 ) -> tuple[Tensor, float]:
-    """Return ``e^first_log first + e^second_log second``, rescaled as `rescale`, and the log by which it was divided."""
+    """Return ``e^first_log first + e^second_log second``, rescaled, and the log by which it was divided."""
     first, own = rescale(first, size)
     second, other = rescale(second, size)
     logs = [
