@@ -84,7 +84,7 @@ def check_schedulers(schedulers: Any, optimizer: torch.optim.Optimizer) -> tuple
     for scheduler in several:
         if not is_scheduler_of(optimizer, scheduler):
             raise ValueError(
-                f"schedulers={scheduler!r} does not move this optimizer's rate: give those that do, or none"
+                f"schedulers={scheduler!r} does not set this optimizer's rate: give those that do, or none"
             )
     return several or None
 

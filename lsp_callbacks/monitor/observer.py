@@ -271,7 +271,7 @@ class StepObserver:
         """Measure the step now, if it is due; a second time nothing happens. For the arguments see `before_update`."""
         monitor = self.monitor
         if self.game is not None:
-            with monitor.warn_instead_of_raise("the player's step could not be looked at"):
+            with monitor.warn_instead_of_raise("the player's step could not be measured"):
                 self._measure_player(self.game, optimizer)
             return
         if self._pending is None:
@@ -288,7 +288,7 @@ class StepObserver:
         is_compared = needs_update and self.loop.moves_parameters
         if is_compared:
             self._update_check.awaited()
-        with monitor.warn_instead_of_raise("the step could not be looked at"), untouched(self.loop.module):
+        with monitor.warn_instead_of_raise("the step could not be measured"), untouched(self.loop.module):
             self.sub_batch = pending.samples
             clipping = self._clipping(pending, optimizer)
             snapshot = self.snapshot(optimizer, clipping)
@@ -297,10 +297,10 @@ class StepObserver:
                 self.replayed_loss = snapshot.loss
             self._observe(snapshot)
             if is_compared:
-                with monitor.warn_instead_of_raise("where the step leads could not be told"):
+                with monitor.warn_instead_of_raise("the parameters after the step could not be predicted"):
                     self._update_check.expect(_whole(snapshot, clipping) if pending.samples else snapshot)
         if needs_update and coming_gradients is not None:
-            with monitor.warn_instead_of_raise("whether the gradient is changed later could not be watched"):
+            with monitor.warn_instead_of_raise("the gradient could not be copied to see whether it is changed later"):
                 self._gradient_check.expect(coming_gradients)
 
     def snapshot(self, optimizer: torch.optim.Optimizer, clipping: Clipping | None = None) -> Snapshot:
@@ -338,7 +338,7 @@ class StepObserver:
             is_gone_allowed: whether gradients may have been set to None, as after the update.
         """
         changed = False
-        with self.monitor.warn_instead_of_raise("whether the gradient was changed could not be told"):
+        with self.monitor.warn_instead_of_raise("the gradient could not be compared with the measured one"):
             changed = self._gradient_check.is_changed(is_gone_allowed=is_gone_allowed)
         if changed:
             self.invalidate_update(reason)
@@ -374,7 +374,7 @@ class StepObserver:
         """Look for the first NaN of the run; of a batch that makes several updates, in those after the first, too."""
         again = self.updates > 0
         step = self.step - again
-        with self.monitor.warn_instead_of_raise("whether the step is finite could not be told"):
+        with self.monitor.warn_instead_of_raise("the step could not be checked for NaN and Inf"):
             fault = self.nan_finder.look(
                 step,
                 self.loop.module,
