@@ -109,10 +109,9 @@ def measure(quantity: Quantity, model: str, optimizer: str, repetitions: int) ->
         loss = loss_of(net, batch)
         rule.zero_grad()
         loss.backward()
-        pending.saw_loss(loss)
         trace.record(step, loss.detach(), lr=largest_learning_rate(rule), module=net)
         found = probes.probe_set(pending, loss_of) if probes.wanted else None
-        snapshot = pending.snapshot(step, rule, probes=found)
+        snapshot = pending.snapshot(step, rule, loss=loss.detach().clone(), probes=found)
         if (found is None or found.full) and not quantity.wait(snapshot):
             # Before each step, so that both see the same machine; few of a long window are enough.
             if len(gradients) < 400:

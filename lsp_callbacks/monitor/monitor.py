@@ -305,6 +305,15 @@ class Monitor:
         first = self.period is None or self.cadence.origin is None
         return not (first and self._under_way) and self.cadence.starts(step, scheduled=scheduled)
 
+    def is_complete(self, step: int, *, within: int = 0) -> bool:
+        """Return True if no measurement is under way, and none is postponed to ``within`` the next steps.
+
+        Args:
+            step: that was observed last.
+            within: a number of steps.
+        """
+        return not self._under_way and all(later - step > within for later in self._later.values())
+
     def begin(self, module: nn.Module, *, first: bool = True) -> None:
         """Called before each forward pass in training; only energies that look at the network's state need it.
 

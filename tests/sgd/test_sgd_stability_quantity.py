@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lsp_callbacks import Monitor, ProbeSet, SGDStability, StabilityMonitor, Unmeasurable
-from lsp_callbacks.callbacks import lightning_step as adapter
+from lsp_callbacks.callbacks import lightning_loop as adapter
 from lsp_callbacks.functional import UpdateRule, critical_lr, moment_exponent, reduce, sgd_exponent
 from lsp_callbacks.functional.sgd.moment_exponent import MODES
 from lsp_callbacks.step.criterion import evaluation

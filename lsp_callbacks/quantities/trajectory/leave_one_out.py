@@ -16,8 +16,9 @@ from lsp_callbacks.operators.cost import products
 from lsp_callbacks.operators.curvature.hessian import Method, label, path_taken, resolved
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.sgd.sample_contributions import SampleContributions, sample_contributions
+from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
-from lsp_callbacks.operators.trajectory.step_jacobian import state_blocks, tangent_path
+from lsp_callbacks.operators.trajectory.step_jacobian import tangent_path
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.step.replay_checks import replayed_gradient, verify, verify_gradient, without_step_values
 from lsp_callbacks.step.snapshot import Snapshot

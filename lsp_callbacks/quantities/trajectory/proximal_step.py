@@ -16,8 +16,9 @@ from lsp_callbacks.operators.cost import forward_cost, products
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, decayed_hessian
+from lsp_callbacks.operators.trajectory.optimizer_input import group_of, require_optimizer
 from lsp_callbacks.operators.trajectory.proximal import flat_parameters, proximal_jacobian, update
-from lsp_callbacks.operators.trajectory.step_jacobian import group_of, known_optimizer, parameter_jacobian
+from lsp_callbacks.operators.trajectory.step_jacobian import parameter_jacobian
 from lsp_callbacks.operators.trajectory.update_rules import decoupled, formula
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.step.flat import displaced, split
@@ -84,7 +85,7 @@ class ProximalStep(Quantity):
         return product_memory(snapshot, self.method, self.steps + 16)
 
     def check(self, snapshot: Snapshot) -> None:
-        formula(known_optimizer(snapshot))
+        formula(require_optimizer(snapshot))
 
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
@@ -115,7 +116,7 @@ def _identity(snapshot: Snapshot) -> LinearOperator:
 
 def _why_none(snapshot: Snapshot) -> str | None:
     """Why this step is no proximal gradient step of the theory."""
-    optimizer = known_optimizer(snapshot)
+    optimizer = require_optimizer(snapshot)
     groups = [group for group in group_of(snapshot).values() if group is not None]
     if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] or group["maximize"] for group in groups):
         return "the step is not that of plain SGD: with momentum or a preconditioner nothing is promised"
