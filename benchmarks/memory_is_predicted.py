@@ -93,7 +93,7 @@ def compare(name: str, quantities: list[str]) -> tuple[float, int]:
     def profiled(snapshot: Snapshot) -> Any:
         if monitor.monitor.wants(snapshot.step):
             predicted.append(max(monitor.monitor.memory(snapshot).values()))
-        snapshot.memo.clear()
+        snapshot.forget()
         vars(snapshot).pop("calls", None), vars(snapshot).pop("flat_gradient", None)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
             found = observe(snapshot)

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from lsp_callbacks import ProbeSet, Trace, Unmeasurable
 from lsp_callbacks.quantities import REGISTRY, Quantity
-from lsp_callbacks.step.probes import evaluation
+from lsp_callbacks.step.criterion import evaluation
 
 # -- units ---------------------------------------------------------------------------------------------------------
 

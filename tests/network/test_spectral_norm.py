@@ -26,7 +26,9 @@ from transformers.pytorch_utils import Conv1D
 from lsp_callbacks import Snapshot, SpectralNorm, Unmeasurable
 from lsp_callbacks.functional import log_sum, spectral_norm, weight_norms, weight_operators
 from lsp_callbacks.linalg import from_matrix, lyapunov_exponents
-from lsp_callbacks.step.replay import MicroBatch, ModuleCopy, replayer
+from lsp_callbacks.step.batch import MicroBatch
+from lsp_callbacks.step.module_copy import ModuleCopy
+from lsp_callbacks.step.replay import replayer
 
 norm2 = torch.linalg.matrix_norm
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import choice
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.cost import forward_cost, lanczos_cost
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import (
@@ -21,7 +22,7 @@ from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, decay_rates, frozen_rule, rates
 from lsp_callbacks.quantities.base import Quantity, scalar
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 #: Lanczos products at most, from the last eigenvector and without one; the cost model counts the first. With no more
 #: parameters than the second, as many as there are parameters.
@@ -37,10 +38,18 @@ Readings = tuple[float, ...]
 def measured_edge(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method) -> StabilityThreshold:
     """The step's `StabilityThreshold`, computed once for all quantities that align with it."""
     steps = _steps(snapshot, start)
-    return snapshot.once(
-        ("edge", method),
-        lambda: stability_threshold(snapshot, start=start, top=top, steps=steps, tol=TOLERANCE, method=method),
-    )
+    thresholds = _thresholds(snapshot)
+    if method not in thresholds:
+        thresholds[method] = stability_threshold(
+            snapshot, start=start, top=top, steps=steps, tol=TOLERANCE, method=method
+        )
+    return thresholds[method]
+
+
+@computed_once
+def _thresholds(snapshot: Snapshot) -> dict[Method, StabilityThreshold]:
+    """Return the thresholds of the step by method; they also depend on where the first caller started."""
+    return {}
 
 
 def _steps(snapshot: Snapshot, start: Tensor | None) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import choice, whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.spectral_density import Spectrum, spectral_density
 from lsp_callbacks.operators.cost import forward_cost, lanczos_cost
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
@@ -16,7 +17,7 @@ from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.plots.density import axis_unit, draw_course, draw_density
 from lsp_callbacks.plots.stability_diagram import matplotlib
 from lsp_callbacks.quantities.base import Quantity
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

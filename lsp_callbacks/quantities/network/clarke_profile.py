@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import number, whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.network.clarke import GeneralizedNorm, generalized_norm
 from lsp_callbacks.operators.cost import beside, forward_cost, sample_passes
 from lsp_callbacks.operators.curvature.hessian import label
@@ -17,7 +18,8 @@ from lsp_callbacks.operators.curvature.kink_relaxation import KinkRelaxation
 from lsp_callbacks.operators.memory import footprint
 from lsp_callbacks.operators.network.depth import depth
 from lsp_callbacks.quantities.base import ROOT, Quantity, scalar
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.replay_checks import verify
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Numbers of the shorter side of the Jacobian of a layer before the last, up to which it is taken whole.
 INNER = 256
@@ -113,14 +115,14 @@ class ClarkeProfile(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
         self.complete = False
-        _ = snapshot.faithful
+        verify(snapshot)
         numbers, self._layers, self.absent = snapshot.run.ranks.first(lambda: self._measure(snapshot), self.name)
         self.numbers, self.complete = torch.tensor(numbers, dtype=torch.float64), True
 
     def _measure(self, snapshot: Snapshot) -> tuple[list[float], dict[str, dict[str, float]], dict[str, str]]:
         """Numbers of the output, bounds by layer, and why which layers have none."""
         with KinkMode(self.eps) as freed:
-            states = depth(replace(snapshot, memo={}), samples=self.samples)  # whose graph is ours alone
+            states = depth(replace(snapshot), samples=self.samples)  # whose graph is ours alone
         way = KinkRelaxation(freed, states.start, axis=states.axis, most=self.most)
         found: dict[str, list[GeneralizedNorm]] = {}
         absent: dict[str, str] = {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import number, whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.network.robustness import sensitivity
 from lsp_callbacks.linalg import LinearOperator, norm
 from lsp_callbacks.operators.cost import beside, forward_cost, sample_passes
@@ -20,7 +21,9 @@ from lsp_callbacks.operators.network.lipschitz import Uncertified, lipschitz_upp
 from lsp_callbacks.operators.network.norms_cost import norms_cost
 from lsp_callbacks.operators.network.saliency import Explanation, change_by_input, change_by_parameters, explain
 from lsp_callbacks.quantities.base import Quantity
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, displaced
+from lsp_callbacks.step.flat import displaced
+from lsp_callbacks.step.replay_checks import verify
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Of the units in the last place of a number that went through a network.
 ROUNDING = 16.0
@@ -117,7 +120,7 @@ class Robustness(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measures one step."""
         self.complete = False
-        _ = snapshot.faithful
+        verify(snapshot)
         found = snapshot.run.ranks.first(lambda: self._measure(snapshot), self.name)
         names = (key.removeprefix("stability/robustness_") for key in (*self.keys, *self.optional))
         self.values = torch.tensor([found.get(name, math.nan) for name in names], dtype=torch.float64)

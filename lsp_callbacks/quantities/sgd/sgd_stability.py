@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.mean_square import second_moment_exponent
 from lsp_callbacks.functional.sgd.modes import UpdateRule, regularity
 from lsp_callbacks.functional.sgd.moment_exponent import moment_exponent
@@ -30,7 +31,8 @@ from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, grad
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.plots.stability_diagram import diagram_around, draw, matplotlib
 from lsp_callbacks.quantities.base import Quantity, scalar
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.replay_checks import verify, verify_gradient
+from lsp_callbacks.step.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -236,9 +238,9 @@ class SGDStability(Quantity):
         if snapshot.probes is not None and not snapshot.probes.full:
             return
         if snapshot.loss is not None:
-            _ = snapshot.faithful
+            verify(snapshot)
         if snapshot.gradient is not None:
-            _ = snapshot.own_gradient
+            verify_gradient(snapshot)
         generator = torch.Generator().manual_seed(snapshot.run.seed)  # the same outputs at each step
         found = frozen_sgd(
             snapshot, outputs=self.outputs, generator=generator, start=self._mode, most_rows=self.most_rows

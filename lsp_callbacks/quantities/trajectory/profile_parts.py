@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lsp_callbacks.autograd.double_backward import double_backward
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.network.depth_profile import depth_profile
 from lsp_callbacks.functional.trajectory.norm_intervals import norm_by_random_rows
 from lsp_callbacks.functional.trajectory.training_profile import FAILURE, NoiseSeen, Tangents
@@ -19,7 +20,9 @@ from lsp_callbacks.operators.network.norm_bound import norm_bound
 from lsp_callbacks.operators.network.outputs import output_jacobian
 from lsp_callbacks.operators.network.saliency import explain
 from lsp_callbacks.operators.trajectory.window import Window, squares
-from lsp_callbacks.step.snapshot import Call, Snapshot, Unmeasurable, evaluating
+from lsp_callbacks.step.module_modes import evaluating
+from lsp_callbacks.step.replay_checks import Call
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Of the ends of an interval, within which no further product is asked for.
 RATIO = 1.2

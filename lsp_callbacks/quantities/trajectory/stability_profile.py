@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.training_profile import (
     Tangents,
     TrainingProfile,
@@ -24,9 +25,10 @@ from lsp_callbacks.operators.cost import forward_cost, products, sample_passes
 from lsp_callbacks.operators.curvature.hessian import Method, path_taken, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.memory import TWICE, footprint, product_memory
+from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
-from lsp_callbacks.operators.trajectory.step_jacobian import state_blocks, tangent_path
+from lsp_callbacks.operators.trajectory.step_jacobian import tangent_path
 from lsp_callbacks.operators.trajectory.window import KeptStep, Window, keep
 from lsp_callbacks.plots.depth_map import draw
 from lsp_callbacks.plots.stability_diagram import matplotlib
@@ -43,7 +45,7 @@ from lsp_callbacks.quantities.trajectory.profile_parts import (
     seen_by,
     window_ends,
 )
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
