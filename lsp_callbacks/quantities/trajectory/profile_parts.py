@@ -178,6 +178,9 @@ def window_ends(
     values = ritz.values[..., -1].clamp_min(0)
     if not bool(torch.isfinite(upper).all()):
         raise Unmeasurable("products with the window are not finite")
+    for rows, high in ((now.frame, upper[0]), (now.noise, upper[-1])):
+        if bool(rows[:, : now.size].any()) and not float(high) > 0:
+            raise Unmeasurable("products with the window and back are too small for the type of the parameters")
     ends = zip(values.tolist(), upper.clamp_min(0).tolist())
     norms = [(log(low) / 2 + now.frame_log, log(high) / 2 + now.frame_log) for low, high in ends]
     noise = NoiseSeen(ritz.basis[:, -1], float(ritz.values[-1].sum()), float(upper[-1]))

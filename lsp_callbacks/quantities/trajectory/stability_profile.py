@@ -244,7 +244,7 @@ class StabilityProfile(Windowed):
         logs = self._frame.get("logs", []) if going else []
         log = now.frame_log
         now = pushed(now, A, B, generator)
-        if not math.isfinite(float(now.frame.sum() + now.noise.sum())):  # no entry is above 1
+        if not (bool(now.frame.isfinite().all()) and bool(now.noise.isfinite().all())):
             raise Unmeasurable("the pushed directions are not finite: the weights or the loss have overflowed")
         tangent = "" if tangent_path(snapshot) == "exact" else ", finite difference of step"
         self._frame = {"tangents": vars(now), "before": before, "step": snapshot.step, "method": method}
