@@ -109,8 +109,8 @@ def measure(quantity: Quantity, model: str, optimizer: str, repetitions: int) ->
         pending.saw_loss(loss)
         trace.record(step, loss.detach(), lr=rate(rule), module=net)
         found = probes.probe_set(pending, loss_of) if probes.wanted else None
-        snapshot = pending.snapshot(step, rule, probes=found, trace=trace, keep=quantity.keeps)
-        if (found is None or found.full) and not quantity.wait(snapshot):
+        snapshot = pending.snapshot(step, rule, probes=found, trace=trace, keep=quantity.captures_inputs)
+        if (found is None or found.full) and not quantity.warm_up(snapshot):
             # Before each step, so that both see the same machine; few of a long window are enough.
             if len(gradients) < 400:
                 gradients.append(timed(snapshot.replayed_gradient))

@@ -494,7 +494,9 @@ def read(
         trace.record(step, replay().detach(), lr=optimizer.param_groups[0]["lr"], module=task)
         if step >= before:
             metric.update(
-                freeze(task, optimizer, replay, step=step, keep=metric.keeps, probes=probes_of(task), trace=trace)
+                freeze(
+                    task, optimizer, replay, step=step, keep=metric.captures_inputs, probes=probes_of(task), trace=trace
+                )
             )
         take(optimizer, replay())
     return {key: float(value) for key, value in metric.compute().items()}

@@ -446,7 +446,9 @@ class StabilityMonitor(Callback):
         with game.turn(optimizer) as snapshot:
             if snapshot is not None:
                 with untouched(pl_module):
-                    seen = snapshot(self.step, unmodelled=self._unmodelled, keep=self.monitor.keeps, seed=self.seed)
+                    seen = snapshot(
+                        self.step, unmodelled=self._unmodelled, keep=self.monitor.captures_inputs, seed=self.seed
+                    )
                     self._note(self.monitor.observe(replace(seen, previous=self._previous)))
 
     def _note(self, observation: Observation | None) -> None:
@@ -464,7 +466,7 @@ class StabilityMonitor(Callback):
             clipping=rule,
             prox=self.prox,
             unmodelled=self._unmodelled,
-            keep=self.monitor.keeps,
+            keep=self.monitor.captures_inputs,
             probes=probe_set(trainer, self.probes, pending, self.accumulate) if self.probes.wanted else None,
             loss_of=None if self.loss_fn is None else "loss_fn",
             schedulers=schedulers(trainer, optimizer),

@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
     except (Unmeasurable, MisconfigurationException, ImportError, OSError, pickle.UnpicklingError) as error:
         print(f"lsp-callbacks cost: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    report.show(found[0].table(), *found[0].sentences())
+    report.print_report(found[0].table(), *found[0].sentences())
     return 0
 
 
@@ -230,7 +230,7 @@ class _Meter(Callback):
             costs.seconds = {name: monitor.seconds.expected(name) for name in monitor.seconds.taken}
             costs.skipped = monitor.skipped
             seen = replace(snapshot, trace=monitor.trace)
-            costs.waiting = [name for name, quantity in monitor.quantities.items() if quantity.wait(seen)]
+            costs.waiting = [name for name, quantity in monitor.quantities.items() if quantity.warm_up(seen)]
         return found
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

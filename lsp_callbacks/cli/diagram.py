@@ -23,8 +23,8 @@ from lsp_callbacks.callbacks.lightning_step import clipping, pending_step, probe
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.functional.sgd.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram
-from lsp_callbacks.plots.stability_diagram import diagram_around
 from lsp_callbacks.quantities import SGDStability
+from lsp_callbacks.quantities.sgd.diagram_around_step import diagram_around_step
 from lsp_callbacks.step.criterion import Probes, population
 from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         later = report.diagram_sentence(diagram, lr=base, batch_size=size)
         sentence += f". At the rate from which the schedule is reckoned, {later}"
     frozen = ", with the optimizer's preconditioner held fixed" if found.frozen else ""
-    report.show(
+    report.print_report(
         report.diagram_table(diagram),
         f"lsp_callbacks: {sentence} (seen at {found.modes.samples} samples{frozen})",
         f"lsp_callbacks: the diagram is {own.output.absolute()}",
@@ -151,7 +151,7 @@ def _configured(args: list[str], own: argparse.Namespace) -> tuple[FrozenSGD, fl
     configured(args, look, usage=_parser().usage)
     try:
         ((frozen, base),) = found
-        return frozen, base, diagram_around(frozen, chains=own.chains, steps=own.steps)
+        return frozen, base, diagram_around_step(frozen, chains=own.chains, steps=own.steps)
     except ValueError as error:
         raise Unmeasurable(str(error)) from error
 

@@ -220,7 +220,7 @@ class Watch:
                 clipping=self.clipping,
                 prox=self.prox,
                 unmodelled=self.unmodelled,
-                keep=self.monitor.keeps,
+                keep=self.monitor.captures_inputs,
                 loss_of="loss_fn",
                 probes=probes,
                 scale=1.0 if self.scaler is None else float(self.scaler.get_scale()),

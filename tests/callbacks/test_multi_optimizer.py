@@ -311,7 +311,7 @@ def test_clipped_weights_break_the_product_and_an_average_does_not():
 def test_what_belongs_to_one_loss_is_left_out():
     with pytest.warns(UserWarning, match="several players") as caught:
         fit(GAN, callback := StabilityMonitor("full", every_n_steps=1, loss_fn=LOSSES), max_steps=8)
-    single = {name for name in PRESETS["full"] if not REGISTRY[name].plays}
+    single = {name for name in PRESETS["full"] if not REGISTRY[name].supports_multiple_optimizers}
     assert set(callback.skipped) == single | {"residual_cfl"}  # there is no residual block
     assert len([w for w in caught if "lsp_callbacks" in str(w.message)]) == 1
     assert finite(callback, COURANT) and finite(callback, "stability/spectral_norm_max")

@@ -177,7 +177,7 @@ def run(metric, steps=100, lr=0.2, noise=0.0, module=None, **settings):
         with torch.no_grad():
             module.theta -= lr * (module.theta + noise * random(len(module.theta), seed=step))
     snapshot = Snapshot(step=steps - 1, module=module, replay=lambda: loss, trace=trace, **settings)
-    assert not metric.wait(snapshot)
+    assert not metric.warm_up(snapshot)
     metric.update(snapshot)
     return metric.compute()
 
@@ -239,7 +239,7 @@ def test_what_is_not_known_is_refused():
     trace = Trace(60)
     for step in range(60):
         trace.record(step, None)
-        assert metric.wait(Snapshot(step=step, module=net, replay=net.theta.sum, trace=trace)) == 59 - step
+        assert metric.warm_up(Snapshot(step=step, module=net, replay=net.theta.sum, trace=trace)) == 59 - step
     with pytest.raises(Unmeasurable, match=r"Watch.record"):
         metric.update(Snapshot(step=0, module=net, replay=net.theta.sum, trace=trace))
     assert all(value.isnan() for value in metric.compute().values())
