@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lsp_callbacks.functional import generalized_norm
-from lsp_callbacks.operators.curvature.kink_relaxation import free_slopes
+from lsp_callbacks.operators.curvature.kink_relaxation import relax_kinks
 
 
 def ratios(widths: tuple[int, ...], seeds: int = 40) -> list[tuple[float, float, float]]:
@@ -16,7 +16,7 @@ def ratios(widths: tuple[int, ...], seeds: int = 40) -> list[tuple[float, float,
         torch.manual_seed(seed)
         layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())][:-1]
         net = nn.Sequential(*layers).double().requires_grad_(False)
-        (free,) = free_slopes(net, torch.randn(1, widths[0], dtype=torch.float64), eps=0.4 / (len(widths) - 2))
+        (free,) = relax_kinks(net, torch.randn(1, widths[0], dtype=torch.float64), eps=0.4 / (len(widths) - 2))
         if 2 <= len(free.radius) <= 12:
             sup, bounds = generalized_norm(free).lower, generalized_norm(free, vertices=0)
             product = torch.stack([torch.linalg.matrix_norm(one.weight, 2) for one in net[::2]]).prod()

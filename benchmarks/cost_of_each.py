@@ -23,6 +23,7 @@ from lsp_callbacks.errors import NotApplicable
 from lsp_callbacks.quantities import REGISTRY, Quantity
 from lsp_callbacks.step.criterion import Probes
 from lsp_callbacks.step.pending_step import PendingStep, rate
+from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.series import Trace
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -101,7 +102,7 @@ def measure(quantity: Quantity, model: str, optimizer: str, repetitions: int) ->
     spent, step, last, began = 0.0, 0, math.nan, time.process_time()
     while len(measured) < 2 or (len(measured) <= repetitions and time.process_time() - began < ENOUGH):
         batch = batches[step % len(batches)]
-        pending = PendingStep(net)
+        pending = PendingStep(net, run=RunContext(series=trace, captures_inputs=quantity.captures_inputs))
         probes.add(batch), pending.add(batch, loss_of)
         loss = loss_of(net, batch)
         rule.zero_grad()
@@ -109,7 +110,7 @@ def measure(quantity: Quantity, model: str, optimizer: str, repetitions: int) ->
         pending.saw_loss(loss)
         trace.record(step, loss.detach(), lr=rate(rule), module=net)
         found = probes.probe_set(pending, loss_of) if probes.wanted else None
-        snapshot = pending.snapshot(step, rule, probes=found, trace=trace, keep=quantity.captures_inputs)
+        snapshot = pending.snapshot(step, rule, probes=found)
         if (found is None or found.full) and not quantity.warm_up(snapshot):
             # Before each step, so that both see the same machine; few of a long window are enough.
             if len(gradients) < 400:

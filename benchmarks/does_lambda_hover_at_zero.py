@@ -24,7 +24,8 @@ from runs import Problem, digits, mnist, network
 from torch import Tensor, nn
 
 from lsp_callbacks import ProbeSet, SGDStability, Snapshot
-from lsp_callbacks.functional import critical_lr, frozen_sgd, gd_critical_lr
+from lsp_callbacks.functional import critical_lr, gd_critical_lr
+from lsp_callbacks.operators.sgd.frozen_sgd import frozen_sgd
 from lsp_callbacks.step.probes import evaluation
 from lsp_callbacks.step.snapshot import evaluating
 

@@ -10,10 +10,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lsp_callbacks import Snapshot
-from lsp_callbacks.functional import sharpness
 from lsp_callbacks.linalg import LinearOperator, lanczos
 from lsp_callbacks.operators import hessian
 from lsp_callbacks.operators.curvature.finite_differences import FIRST, Differences
+from lsp_callbacks.operators.curvature.stability_threshold import top_eigenvalue
 
 
 def unchecked(snapshot: Snapshot) -> float:
@@ -52,7 +52,7 @@ def main() -> None:
                 gradient = {name: p.grad for name, p in net.named_parameters()}
                 snapshot = Snapshot(step, net, replay, loss=loss.detach(), gradient=gradient)
                 checked, exact = (
-                    float(sharpness(snapshot, steps=8, tol=0.0, method=method).value)
+                    float(top_eigenvalue(snapshot, steps=8, tol=0.0, method=method).value)
                     for method in ("finite_difference", "exact")
                 )
                 own = snapshot.flat_gradient

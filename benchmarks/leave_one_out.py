@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lsp_callbacks import Snapshot
 from lsp_callbacks.functional import data_response
 from lsp_callbacks.operators import step_jacobian, step_response
-from lsp_callbacks.operators.sgd.sample_contributions import shares
+from lsp_callbacks.operators.sgd.sample_contributions import sample_contributions
 
 STEPS, SAMPLES = 200, 12
 x = torch.randn(40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -52,7 +52,7 @@ def steps(net: nn.Module, optimizer):
         yield (
             step_jacobian(snapshot, method="exact"),
             step_response(snapshot),
-            shares(snapshot, SAMPLES).gradients,
+            sample_contributions(snapshot, SAMPLES).gradients,
         )
         rule.step()
 

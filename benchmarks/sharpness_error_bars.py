@@ -16,7 +16,7 @@ import torch
 from sharpness_runs import RUNS, exact_top, readings
 
 from lsp_callbacks import Sharpness
-from lsp_callbacks.functional.curvature.sharpness import edge_constant
+from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.trajectory import frozen_preconditioner as frozen
 from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule
 from lsp_callbacks.quantities.curvature.sharpness import measured_edge
@@ -39,7 +39,7 @@ def errors(name: str, seed: int, count: int = 100) -> tuple[np.ndarray, np.ndarr
         rate = frozen.rates(snapshot, rule)
         if isinstance(rate, torch.Tensor):  # behind a preconditioner the Courant number has a run of its own
             (top,) = exact_top(snapshot.module, loss_of, rate**0.5)
-            truth = top / edge_constant(rule)
+            truth = top / threshold_constant(rule)
             courant.append((truth / values["courant_gd"] - 1, values["courant_gd_residual"], 0))
         torch.random.set_rng_state(state)
     return np.array(rows), np.array(courant)

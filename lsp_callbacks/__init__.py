@@ -26,6 +26,7 @@ from lsp_callbacks.quantities import (
     StabilityProfile,
 )
 from lsp_callbacks.step.players import Player
+from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.series import Trace
 from lsp_callbacks.step.snapshot import ProbeSet, Snapshot, Unmeasurable
 
@@ -48,6 +49,7 @@ __all__ = [
     "Quantity",
     "ResidualCFL",
     "Robustness",
+    "RunContext",
     "SGDLaw",
     "SGDStability",
     "SecantRatio",

@@ -5,9 +5,9 @@ class Unmeasurable(ValueError):
     """A quantity is not defined here, or not modelled; the message says why and what to do."""
 
 
-class Unmodelled(Unmeasurable):
+class Unsupported(Unmeasurable):
     """It will not be in any other step of this run either."""
 
 
-class NotApplicable(Unmodelled):
+class NotApplicable(Unsupported):
     """There is nothing in this model that the quantity measures; from a preset it is skipped without a warning."""

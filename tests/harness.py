@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
-from lsp_callbacks import Dissipation, StopOnInstability
+from lsp_callbacks import Dissipation, StabilityMonitor, StopOnInstability
 
 SGD, MOMENTUM = partial(torch.optim.SGD, lr=0.1), partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 FEATURES, CLASSES, BATCH = 6, 3, 8
@@ -488,3 +488,49 @@ REFUSED = {
 
 #: NaN or left out with a reason, for what needs the update map.
 GRADIENT_CHANGED = {"gradient_hook": GradientHook, "after_backward": AfterBackward, "before_step": BeforeStep}
+
+
+def with_and_without(make, **settings):
+    monitor = StabilityMonitor("full", every_n_steps=2, window=2)
+    monitor.monitor.quantities["spectral_density"].steps = 6  # its 40 only take time
+    monitor.monitor.quantities["leave_one_out"].window = 4  # of its 20 a run of ten steps has none
+    unchanged(make, monitor, **settings)
+    return monitor
+
+
+def finite(monitor, key):
+    return key in monitor.history and all(map(math.isfinite, monitor.history[key].values))
+
+
+def bits(value):
+    """NaN equals NaN: by the bits."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().contiguous().view(torch.uint8).tolist() if value.numel() and value.ndim else repr(value)
+    if isinstance(value, dict):
+        return {key: bits(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [bits(one) for one in value]
+    return repr(value)
+
+
+class GoesOn(StopOnInstability):
+    """Says when it would have stopped, and lets training go on."""
+
+    def __init__(self):
+        super().__init__(threshold=math.inf, limit=None)
+
+    def judge(self, *args):
+        super().judge(*args)
+        return False
+
+
+def changed_by(make, monitor, loader=None, stop=None, **settings):
+    """Trains twice from the same seed; returns what is different."""
+    left = []
+    for ours in ([], [monitor, stop or StopOnInstability(threshold=math.inf, limit=None)]):
+        losses, logger = Losses(), Rows()
+        trainer = fit(make, losses, *ours, loader=None if loader is None else loader(), logger=logger, **settings)
+        left.append(everything(trainer, trainer.model, losses, logger))
+        if ours:
+            assert all(bool(torch.isfinite(v).all()) for k, v in trainer.callback_metrics.items() if "stability" in k)
+    return [what for what in left[0] if bits(left[0][what]) != bits(left[1][what])]

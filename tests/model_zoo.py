@@ -13,6 +13,7 @@ from harness import (
     CLASSES,
     FEATURES,
     MOMENTUM,
+    SGD,
     Closure,
     GradientHook,
     Model,
@@ -469,3 +470,24 @@ CASES = {
     ),
     "hopeless": Case(Closure, failed=dict.fromkeys(FULL - {"dissipation", "residual_cfl"}, "the original")),
 }  # fmt: skip
+
+
+# -- optimizers ------------------------------------------------------------------------------------------------------
+
+
+#: What takes the formula of the update, and what takes its derivative alone.
+RULE = dict.fromkeys(("sharpness", "sgd_stability", "lyapunov", "sgd_law", "proximal_step"), "not modelled")
+STEP = ("lyapunov_trajectory", "leave_one_out", "stability_profile", "secant_ratio")
+#: How each is made, and what is left out with it, for a part of the reason.
+OPTIMIZERS = {
+    "SGD": (SGD, {}),
+    "SGD, momentum": (MOMENTUM, {}),
+    "SGD, Nesterov": (partial(MOMENTUM, nesterov=True, weight_decay=1e-2), {}),
+    "Adam": (partial(torch.optim.Adam, lr=1e-2), {}),
+    "AdamW": (partial(torch.optim.AdamW, lr=1e-2), {}),
+    "RMSprop": (partial(torch.optim.RMSprop, lr=1e-2, momentum=0.5), {}),
+    "Adagrad": (partial(torch.optim.Adagrad, lr=1e-2), {}),
+    "NAdam": (partial(torch.optim.NAdam, lr=1e-2), RULE),
+    "Rprop": (partial(torch.optim.Rprop, lr=1e-2), RULE | dict.fromkeys(STEP, "takes signs")),
+    "LBFGS": (partial(torch.optim.LBFGS, lr=0.1, max_iter=4), RULE | dict.fromkeys(STEP, "several times in a step")),
+}

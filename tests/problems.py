@@ -9,16 +9,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.autograd.functional import hessian
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lsp_callbacks import Snapshot
+from lsp_callbacks import ProbeSet, Snapshot
+from lsp_callbacks.step.probes import evaluation
+from lsp_callbacks.step.run_context import RunContext
 
 f64 = torch.float64
 
@@ -150,13 +153,17 @@ def dense_hessian(problem: nn.Module) -> Tensor:
 # Training steps -----------------------------------------------------------------------------------------------------
 
 
+RUN = {field.name for field in fields(RunContext)}
+
+
 def freeze(
     problem: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     replay: Callable[[], Tensor] | None = None,
     **settings: Any,
 ) -> Snapshot:
-    """The step that the optimizer is about to take, with its loss and gradient."""
+    """The step that the optimizer is about to take, with its loss and gradient; settings of the run go into it."""
+    run = RunContext(**{name: settings.pop(name) for name in RUN & settings.keys()})
     replay = replay or problem
     loss = replay()
     parameters = {name: p for name, p in problem.named_parameters() if p.requires_grad}
@@ -164,7 +171,7 @@ def freeze(
     named = {name: g for name, g in zip(parameters, gradient)}
     return Snapshot(
         **{"step": 0, "module": problem, "replay": replay, "optimizer": optimizer, "loss": loss.detach()}
-        | {"gradient": named}
+        | {"gradient": named, "run": run}
         | settings
     )
 
@@ -300,3 +307,53 @@ def ar1(series: int, n: int = 2000, rho: float = 0.9) -> Tensor:
     for innovation in noise[1:]:
         values.append(rho * values[-1] + innovation)
     return torch.stack(values)
+
+
+class Task(nn.Module):
+    """A mean square of a network's outputs."""
+
+    def __init__(self, net, *shape, dtype=torch.float64):
+        super().__init__()
+        self.net = seeded(net)
+        self.register_buffer("x", random(*shape) if dtype.is_floating_point else torch.arange(12).view(3, 4) % 5)
+
+    def forward(self):
+        return self.net(self.x.clone()).square().mean()
+
+
+class Functional(nn.Module):
+    """Activations that are no modules, and one layer twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = F.relu_(self.first(x))
+        for _ in range(2):
+            x = torch.tanh(self.again(x))
+        return self.last(x)
+
+
+class Written(optim.Optimizer):
+    """By a user: plain momentum, with a state of its own name; ``update`` is what a subclass changes."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    def update(self, p, state):
+        m = state["speed"] = 0.5 * state.get("speed", torch.zeros_like(p)) + p.grad
+        return m
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] * self.update(p, self.state[p]))
+
+
+def probes_of(task):
+    """All six samples, in batches of two."""
+    part = lambda: evaluation(task.net(task.x), lambda f: 0.5 * (f - task.y).square().mean(), samples=6)  # noqa: E731
+    return ProbeSet(module=task, parts=(part,), samples=6, batch_size=2, population=6)

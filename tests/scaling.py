@@ -495,7 +495,13 @@ def read(
         if step >= before:
             metric.update(
                 freeze(
-                    task, optimizer, replay, step=step, keep=metric.captures_inputs, probes=probes_of(task), trace=trace
+                    task,
+                    optimizer,
+                    replay,
+                    step=step,
+                    captures_inputs=metric.captures_inputs,
+                    probes=probes_of(task),
+                    series=trace,
                 )
             )
         take(optimizer, replay())

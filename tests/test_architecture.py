@@ -1,9 +1,12 @@
 """Imports point one way, and the core stands alone."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import lsp_callbacks
 
@@ -14,9 +17,9 @@ LAYERS = (
     "errors",
     "linalg",
     "autograd",
+    "functional",
     "step",
     "operators",
-    "functional",
     "plots",
     "quantities",
     "monitor",
@@ -74,6 +77,102 @@ def test_few_files_know_lightning_and_none_needs_an_extra_at_import(path):
     if layer(path) not in PROGRAMS:
         extra = OPTIONAL - ITS_OWN.get(str(path.relative_to(ROOT)), set())
         assert not extra & {name.split(".")[0] for name in imports(path, everywhere=False)}
+
+
+#: The files that may touch what torch and Lightning keep to themselves.
+INTERNALS = {"autograd/_torch_internals.py", "callbacks/_lightning_internals.py"}
+#: What other files still touch: Lightning's private attributes, which move to the second of these files; the name of a
+#: method of ``nn.Module`` that is overridden; private attributes of the package itself.
+STILL_PRIVATE = {
+    "callbacks/lightning_step.py": {"_compiler_ctx", "_ddp_comm_hook", "_hparams_initial", "_trainer"},
+    "callbacks/logging.py": {"_batches_that_stepped"},
+    "callbacks/stability_monitor.py": {"_should_accumulate", "_skip_backward"},
+    "callbacks/stability_report.py": {"_batches_that_stepped"},
+    "callbacks/stop_on_instability.py": {"_batches_that_stepped"},
+    "cli/cost.py": {"_later", "_under_way"},
+    "cli/diagram.py": {"_data_fetcher", "_on_before_batch_transfer"},
+    "quantities/base.py": {"_load_from_state_dict"},
+    "step/pending_step.py": {"_compiler_ctx"},
+}
+PRIVATE = re.compile(r"_(?!_)\w+")
+
+
+def private_names_of_torch():
+    """Private attributes of the objects that the package handles: names that may hide in strings, or behind self."""
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter])
+    compiled = torch.compile(nn.Identity())
+    things = (
+        nn.Module(), nn.Conv2d(1, 1, 1), compiled, parameter, (2 * parameter).grad_fn, optimizer, torch, torch.autograd,
+        torch.utils.checkpoint, torch.optim.lr_scheduler.ConstantLR(optimizer), torch.amp.GradScaler("cpu"),
+    )  # fmt: skip
+    names = {name for thing in things for name in (*dir(thing), *getattr(thing, "__dict__", {}))}
+    known = {"_orig_mod", "_step_supports_amp_scaling", "_checkpoint_without_reentrant_generator", "_trainer"}
+    return {name for name in names if PRIVATE.fullmatch(name)} | known
+
+
+def foreign_private_names(path, names_of_torch):
+    """Private names that a file takes from others: by attribute, by import, or as a string.
+
+    Attributes of ``self`` and ``cls`` are the file's own, unless torch has one of that name that it does not define.
+    """
+    tree = ast.parse(path.read_text())
+    nodes = list(ast.walk(tree))
+    defined = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    defined |= {
+        n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and _own(n.value)
+    }
+    defined |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and PRIVATE.fullmatch(node.attr):
+            if not _own(node.value) or (node.attr in names_of_torch and node.attr not in defined):
+                yield node.attr
+        elif isinstance(node, ast.Constant) and node.value in names_of_torch:
+            yield node.value
+    for name in imports(path):
+        if not name.startswith("lsp_callbacks."):
+            yield from filter(PRIVATE.fullmatch, name.split("."))
+
+
+def _own(node):
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def test_private_attributes_of_others_stand_in_one_file_each():
+    names_of_torch = private_names_of_torch()
+    touched = {
+        str(path.relative_to(ROOT)): names
+        for path in FILES
+        if (names := set(foreign_private_names(path, names_of_torch))) and str(path.relative_to(ROOT)) not in INTERNALS
+    }
+    more = {file: names - STILL_PRIVATE.get(file, set()) for file, names in touched.items()}
+    assert not {file: names for file, names in more.items() if names}, "move them to autograd/_torch_internals.py"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch\ntorch._foreach_norm([])",
+        "import torch.utils._pytree",
+        "from torch.utils._pytree import tree_map",
+        "from torch.nn.modules.batchnorm import _BatchNorm",
+        "def f(node): return node.grad_fn._saved_self",
+        "def f(tensor): return tensor._version",
+        "def f(module): return getattr(module, '_orig_mod')",
+        "HOOKS = ('_forward_hooks',)",
+        "class A(Module):\n    def f(self): return self._buffers",
+        "class A(Module):\n    def f(self): return super()._apply(len)",
+    ],
+)
+def test_private_attributes_are_found(line, tmp_path):
+    path = tmp_path / "file.py"
+    path.write_text(line)
+    assert list(foreign_private_names(path, private_names_of_torch()))
+
+
+def test_no_file_is_long():
+    long = {str(path.relative_to(ROOT)) for path in FILES if len(path.read_text().splitlines()) > 400}
+    assert long <= {"callbacks/stability_monitor.py", "monitor/monitor.py", "step/snapshot.py"}  # they are being cut
 
 
 def test_public_names_exist_and_are_sorted():

@@ -1,10 +1,13 @@
 """Each model of the zoo, with every quantity: training unchanged, finite values or a stated reason, the path told."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 from harness import CLASSES, Model, data, fit, unchanged
-from model_zoo import CASES, CURVATURE, Bag, Checkpointed, FirstCheckpointed, Transformer, cnn
+from model_zoo import CASES, CURVATURE, OPTIMIZERS, Bag, Checkpointed, FirstCheckpointed, Transformer, cnn
+from support import path, results
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -65,7 +68,7 @@ def test_every_quantity_is_in_the_suite():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_contract(name, recwarn):
+def test_contract(name, recwarn, support):
     case = CASES[name]
     loader = data(shape=case.shape, **case.loader)
     callback = everything(**case.monitor)
@@ -96,6 +99,43 @@ def test_contract(name, recwarn):
     assert {callback.paths[name] for name in PRODUCTS & measured} <= allowed, callback.paths
     if "sgd_stability" in measured:
         assert callback.paths["sgd_stability"] == case.kernel
+    recorded = results(callback, case.failed)
+    assert {name for name, result in recorded.items() if result["state"] == "measured"} == measured
+    support(
+        "precision" if "precision" in case.trainer else "model", name, list(CASES).index(name), recorded, path(callback)
+    )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name, support):
+    """Each optimizer on one model: what is measured is finite, what is not is left out for its reason."""
+    make, left_out = OPTIMIZERS[name]
+    left_out = left_out | {"residual_cfl": "no residual block"}
+    callback = everything()
+    fit(lambda: Model(optimizer=make), callback, loader=data(), max_steps=4)
+    recorded = results(callback, {})
+    assert {name for name, result in recorded.items() if result["state"] != "measured"} == set(left_out), recorded
+    for quantity, reason in left_out.items():
+        assert reason in recorded[quantity]["reason"], quantity
+    assert set(recorded) == set(PRESETS["full"])
+    support("optimizer", name, list(OPTIMIZERS).index(name), recorded, path(callback))
+
+
+def test_the_support_matrix_of_the_documentation_is_that_of_this_suite():
+    """Its rows and columns; record it anew with ``pytest --support-matrix`` when this fails."""
+    recorded = json.loads((Path(__file__).parents[1] / "docs" / "support_matrix.json").read_text())
+    assert recorded["quantities"] == list(PRESETS["full"])
+    rows = [(row["axis"], row["name"]) for row in recorded["rows"]]
+    assert len(rows) == len(set(rows))
+    assert {name for axis, name in rows if axis in ("model", "precision")} == set(CASES)
+    assert {name for axis, name in rows if axis == "optimizer"} == set(OPTIMIZERS)
+    for row in recorded["rows"]:
+        left_out = {name for name, result in row["results"].items() if result["state"] != "measured"}
+        case = CASES.get(row["name"])
+        if row["axis"] in ("model", "precision"):
+            assert left_out - {"residual_cfl"} == {*case.left_out, *case.failed} - {"residual_cfl"}, row["name"]
+        elif row["axis"] == "optimizer":
+            assert left_out == {*OPTIMIZERS[row["name"]][1], "residual_cfl"}, row["name"]
 
 
 def measured(make, **settings):

@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import Regression, close, f64, freeze, random, same, seeded, trajectory
+from problems import Regression, close, f64, freeze, probes_of, random, same, seeded, trajectory
 from torch import nn
 from torchmetrics import MetricCollection
 
-from lsp_callbacks import Lyapunov, ProbeSet, Sharpness, Snapshot, Trace, Unmeasurable
+from lsp_callbacks import Lyapunov, Sharpness, Snapshot, Trace, Unmeasurable
 from lsp_callbacks.quantities import REGISTRY, Quantity
-from lsp_callbacks.step.probes import evaluation
 
 SGD = torch.optim.SGD
 SETTINGS = {
@@ -43,12 +42,6 @@ def problem():
     return Regression(seeded(net), random(6, 2, seed=1), random(6, 1, seed=2))
 
 
-def probes_of(task):
-    """All six samples, in batches of two."""
-    part = lambda: evaluation(task.net(task.x), lambda f: 0.5 * (f - task.y).square().mean(), samples=6)  # noqa: E731
-    return ProbeSet(module=task, parts=(part,), samples=6, batch_size=2, population=6)
-
-
 def trace_of(task):
     """A noisy series of losses, as after some steps."""
     trace = Trace(length=100)
@@ -71,7 +64,7 @@ def steps(metric, n, start=problem):
     task = start()
     optimizer = SGD(task.parameters(), lr=0.3, momentum=0.5)
     keep = getattr(metric, "captures_inputs", lambda name, module: name == "net.1")
-    return trajectory(task, optimizer, n, keep=keep, probes=probes_of(task), trace=trace_of(task))
+    return trajectory(task, optimizer, n, captures_inputs=keep, probes=probes_of(task), series=trace_of(task))
 
 
 def fed(name, measurements=1, extra=0):
@@ -184,6 +177,34 @@ def test_state_survives_a_checkpoint(name):
         assert same(fresh.compute(), metric.compute())
 
 
+#: What a quantity remembers of the run, whichever parameters are trained in it: keys, and states.
+OF_THE_RUN = {"stability/kurtosis_initial_max", "initial"}
+
+
+@every_quantity
+def test_after_a_restart_nothing_of_the_parameters_before_enters(name):
+    """Unfreezing: the numbers of a metric that begins with the parameters that are trained now."""
+
+    def frozen():
+        task = problem()
+        task.net[0].requires_grad_(False)
+        return task
+
+    metric, fresh = metric_of(name), metric_of(name)
+    period = metric.prepare + metric.window
+    for snapshot in steps(metric, 3 * period + 1, start=frozen):
+        metric.update(snapshot)
+    metric.restart()
+    for snapshot in steps(metric, period):
+        later = replace(snapshot, step=3 * period + 1 + snapshot.step)
+        metric.update(later)
+        fresh.update(replace(later, memo={}))
+    assert metric.complete and fresh.complete and same(metric.vectors(), fresh.vectors())
+    for values in (lambda m: m.compute(), lambda m: saved(m)[0]):
+        ours, theirs = ({k: v for k, v in values(m).items() if k not in OF_THE_RUN} for m in (metric, fresh))
+        assert same(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["lyapunov", "lyapunov_trajectory"])
 def test_a_window_under_way_goes_on_from_its_vectors(name):
     metric, resumed = fed(name, extra=2), metric_of(name)
@@ -210,8 +231,10 @@ def test_an_exception_leaves_the_metric_whole(name, extra):
         raise KeyError("the loss of a user")
 
     optimizer = SGD(task.parameters(), lr=0.3, momentum=0.5)
-    frozen = freeze(task, optimizer, step=metric.update_count, keep=metric.captures_inputs, probes=probes_of(task))
-    broken = replace(frozen, replay=fails, trace=NoTrace(length=100))
+    frozen = freeze(
+        task, optimizer, step=metric.update_count, captures_inputs=metric.captures_inputs, probes=probes_of(task)
+    )
+    broken = replace(frozen, replay=fails, run=replace(frozen.run, series=NoTrace(length=100)))
     with pytest.raises(KeyError):
         metric.update(broken)
     assert not metric.complete
@@ -260,9 +283,9 @@ def test_leaves_no_trace(name):
         task.train(training)
         optimizer, settings = (
             SGD(task.parameters(), lr=0.3),
-            {"keep": metric.captures_inputs, "probes": probes_of(task)},
+            {"captures_inputs": metric.captures_inputs, "probes": probes_of(task)},
         )
-        settings["trace"] = trace_of(task)
+        settings["series"] = trace_of(task)
         metric.update(freeze(task, optimizer, step=int(not training), **settings))
         assert all(m.training is training for m in task.modules())
     assert same(task.state_dict(), before) and all(p.grad is None for p in task.parameters())
@@ -299,7 +322,7 @@ def test_what_needs_the_update_map_says_so_before_it_is_measured(name):
 def test_what_does_not_need_the_optimizer_works_with_any(name):
     task, metric = problem(), metric_of(name)
     metric.check(freeze(task, torch.optim.Adam(task.parameters())))
-    metric.update(freeze(task, keep=metric.captures_inputs, trace=trace_of(task)))
+    metric.update(freeze(task, captures_inputs=metric.captures_inputs, series=trace_of(task)))
     assert metric.compute()
 
 

@@ -10,10 +10,10 @@ from itertools import product
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from games import GAN
+from games import monitor as game
 from harness import CLASSES, FEATURES, Losses, Model, fit, mlp
 from pytorch_lightning.strategies import ModelParallelStrategy
-from test_multi_optimizer import GAN
-from test_multi_optimizer import monitor as game
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -30,10 +30,11 @@ from lsp_callbacks import (
     StabilityProfile,
     StopOnInstability,
 )
-from lsp_callbacks.callbacks.lightning_step import mean_loss
-from lsp_callbacks.errors import Unmodelled
+from lsp_callbacks.callbacks.shared_losses import SharedLosses
+from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.operators import hessian
 from lsp_callbacks.step.ranks import Ranks
+from lsp_callbacks.step.run_context import RunContext
 
 WORLD, BATCH, SAMPLES = 2, 4, 48
 DDP = {"strategy": "ddp", "devices": WORLD}
@@ -166,7 +167,7 @@ def rounds(rank):
     """A failure at every place, on either process and on both; and a healthy round after each."""
     ranks = Ranks.joined("cpu")
     found = {}
-    failures = {"error": RuntimeError("no memory"), "unmodelled": Unmodelled("not here")}
+    failures = {"error": RuntimeError("no memory"), "unsupported": Unsupported("not here")}
     places = [
         "before",
         "in 0",
@@ -233,13 +234,32 @@ def rounds(rank):
         healthy = ranks.together(lambda: ranks.mean(lambda: (torch.tensor([2.0 * rank]),), "numbers")[0]).tolist()
         found[place, who, kind] = (result, healthy)
     found["nested"] = ranks.together(lambda: ranks.together(lambda: exchange(0)) + exchange(1)).tolist()
-    found["losses"] = [mean_loss(own, ranks) for own in (torch.tensor(1.0 + rank), torch.tensor(2.0 * rank))]
-    found["no loss"] = mean_loss(None if rank else torch.tensor(3.0), ranks)
+    found["losses"] = exchanged(rank, ranks)
     found["first"] = ranks.first(lambda: {"rank": rank}, "a dictionary")
     found["gather"] = ranks.gather(lambda: rank, "the numbers")
     found["half"] = ranks.mean(lambda: (torch.full((2,), 1.0 + rank / 2, dtype=torch.bfloat16),), "half")[0]
     found["any"] = [ranks.any(lambda own=own: rank in own, "who") for own in ((), (0,), (1,), (0, 1))]
     return found
+
+
+def exchanged(rank, ranks):
+    """What is known of the losses after each step, the number of collectives, and whether the rates are the same."""
+    shared, calls, gather = SharedLosses(ranks), [], dist.all_gather
+    dist.all_gather = lambda *args: (calls.append(1), gather(*args))
+    told = []
+    try:
+        for step in range(12):
+            loss = (
+                None
+                if (step == 2 and rank) or step == 3
+                else torch.tensor(float("nan") if rank and step == 6 else step + rank)
+            )
+            known = shared.take(step, loss, lr=0.1 if step < 8 else 0.1 + rank, left_out=step == 6)
+            told.append(([tuple(each) for each in known], shared.same_rates, len(calls)))
+        told.append(([tuple(each) for each in shared.rest()], shared.same_rates, len(calls)))
+    finally:
+        dist.all_gather = gather
+    return told
 
 
 def curvature(rank):
@@ -267,16 +287,16 @@ def curvature(rank):
     for method in ("exact", "finite_difference", "auto"):
         snapshot = Snapshot(
             0, net, lambda: loss(dict(net.named_parameters()), rank), loss=own, gradient=parts,
-            ranks=Ranks.joined("cpu"),
+            run=RunContext(ranks=Ranks.joined("cpu")),
         )  # fmt: skip
-        found[method] = snapshot.ranks.together(lambda s=snapshot, m=method: hessian(s, method=m).dense())
-        found[method, "kinked"] = snapshot.ranks.together(lambda s=snapshot: s.kinked)
+        found[method] = snapshot.run.ranks.together(lambda s=snapshot, m=method: hessian(s, method=m).dense())
+        found[method, "kinked"] = snapshot.run.ranks.together(lambda s=snapshot: s.kinked)
     wrong = Snapshot(
         0, net, lambda: loss(dict(net.named_parameters()), 0) * (1 + rank), loss=loss(state, 0), gradient=parts,
-        ranks=Ranks.joined("cpu"),
+        run=RunContext(ranks=Ranks.joined("cpu")),
     )  # fmt: skip
     try:
-        wrong.ranks.together(lambda: hessian(wrong, method="exact"))
+        wrong.run.ranks.together(lambda: hessian(wrong, method="exact"))
     except ValueError as error:
         found["wrong"] = str(error)
     return found
@@ -290,7 +310,7 @@ class Breaks(SignalPropagation):
         self.who = who
 
     def _loss_condition(self, snapshot):
-        if snapshot.ranks.rank in self.who:
+        if snapshot.run.ranks.rank in self.who:
             raise RuntimeError("no second derivative")
         return super()._loss_condition(snapshot)
 
@@ -303,15 +323,18 @@ def parts(rank):
     found = {}
     for who in ((), (0,), (1,), (0, 1)):
         snapshot = Snapshot(
-            0, net, lambda: F.cross_entropy(net(x[rank:7:WORLD]), y[rank:7:WORLD]), ranks=Ranks.joined("cpu")
+            0,
+            net,
+            lambda: F.cross_entropy(net(x[rank:7:WORLD]), y[rank:7:WORLD]),
+            run=RunContext(ranks=Ranks.joined("cpu")),
         )
         metric = Breaks(who)
 
         def measure(metric=metric, snapshot=snapshot):
             metric.update(snapshot)
-            return snapshot.ranks.mean(lambda: (torch.tensor([float(rank)]),), "afterwards")[0]
+            return snapshot.run.ranks.mean(lambda: (torch.tensor([float(rank)]),), "afterwards")[0]
 
-        after = float(snapshot.ranks.together(measure))
+        after = float(snapshot.run.ranks.together(measure))
         found[who] = ({key: float(value) for key, value in metric.compute().items()}, metric.absent, after)
     return found
 
@@ -336,6 +359,7 @@ def trained(make, *callbacks, **settings):
         "history": monitor and {key: (c.steps, c.values) for key, c in monitor.history.items()},
         "period": monitor and monitor.monitor.period,
         "gram": None if latest is None else latest.kernel.gram,
+        "skipped": {} if monitor is None else dict(monitor.skipped),
         "said": [str(w.message) for w in caught if "lsp_callbacks" in str(w.message)],
     }
 
@@ -383,13 +407,13 @@ class Communicates(Model):
 class NaNOnOne(Model):
     """The last process overflows, in its forward or its backward pass."""
 
-    def __init__(self, what):
+    def __init__(self, what, step=4):
         super().__init__(mlp().double())
-        self.what = what
+        self.what, self.step = what, step
 
     def loss(self, batch):
         out = self.net(batch[0])
-        if self.global_rank == self.trainer.world_size - 1 and self.trainer.global_step == 4:
+        if self.global_rank == self.trainer.world_size - 1 and self.trainer.global_step == self.step:
             out = (0 * out).log() if self.what == "forward" else (0 * out).sqrt()
         return F.cross_entropy(out, batch[1])
 
@@ -430,10 +454,11 @@ def main(folder):
         StabilityMonitor(["sharpness"], every_n_steps=1), stop, **plain | {"max_steps": 60},
     )  # fmt: skip
     found["stopped"] |= {"event": stop.event_step, "stop": stop.stop_step}
-    lost = StopOnInstability()  # the loss is NaN in one process, and nothing is measured then
-    found["not finite"] = trained(
-        partial(NaNOnOne, "forward"), StabilityMonitor(["sharpness"], every_n_steps=100), lost, **plain,
-    ) | {"stop": lost.stop_step, "reason": lost.reason}  # fmt: skip
+    for at in (4, 5):  # the loss is NaN in one process, and nothing is measured then
+        lost = StopOnInstability()
+        found["not finite", at] = trained(
+            partial(NaNOnOne, "forward", at), StabilityMonitor(["sharpness"], every_n_steps=100), lost, **plain,
+        ) | {"stop": lost.stop_step, "reason": lost.reason}  # fmt: skip
     turns = plain | {"strategy": "ddp_find_unused_parameters_true", "max_steps": 20}
     found["game plain"] = trained(Game, **turns)
     found["game"] = trained(Game, game(), **turns)

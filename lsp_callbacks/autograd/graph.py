@@ -1,14 +1,16 @@
-"""What the autograd graph of a loss tells of its derivatives."""
+"""What the autograd graph of a loss says about its derivatives, and the one walk through such graphs."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
+
+from lsp_callbacks.autograd._torch_internals import custom_function, metadata
 
 # Backward nodes of functions whose derivative jumps.
 _KINKS = re.compile(
@@ -19,16 +21,68 @@ _KINKS = re.compile(
 _FUSED = re.compile(r"ScaledDotProduct(Flash|Efficient|Cudnn|FusedAttention)")
 
 
+def walk(roots: Iterable[Any], stop: Container[Any] = ()) -> Iterator[Any]:
+    """Yield the backward nodes that some roots depend on, the roots included: each once, inputs before outputs.
+
+    Args:
+        roots: backward nodes, such as ``loss.grad_fn``; None is skipped.
+        stop: nodes that are yielded, but whose inputs are not visited through them.
+    """
+    seen: set[Any] = {None}
+    for root in roots:
+        stack = [root]
+        while stack:  # without recursion: graphs are deep
+            node = stack[-1]
+            waiting = [] if node in seen or node in stop else [c for c in inputs_of(node) if c not in seen]
+            if waiting:
+                stack.extend(reversed(waiting))
+                continue
+            stack.pop()
+            if node not in seen:
+                seen.add(node)
+                yield node
+
+
+def inputs_of(node: Any) -> list[Any]:
+    """Return the backward nodes that a node passes gradients to; None where an argument needs no gradient."""
+    return [child for child, _ in node.next_functions]
+
+
+def leaf_of(node: Any) -> Tensor | None:
+    """Return the leaf tensor whose gradient a node accumulates; None for the node of an operation."""
+    return getattr(node, "variable", None)
+
+
+def leaves_of(output: Tensor) -> set[int]:
+    """Return the ids of the leaf tensors that a tensor depends on."""
+    return {id(leaf_of(node)) for node in walk([output.grad_fn])}
+
+
+def nodes_between(outputs: Iterable[Tensor], leaves: Iterable[Tensor]) -> set[Any]:
+    """Return the backward nodes on the paths from any of the leaves to any of the outputs."""
+    wanted = {id(leaf) for leaf in leaves}
+    on_path: set[Any] = set()
+    for node in walk(output.grad_fn for output in outputs):
+        if id(leaf_of(node)) in wanted or any(child in on_path for child in inputs_of(node)):
+            on_path.add(node)
+    return on_path
+
+
+def kinks_between(output: Tensor, leaves: Iterable[Tensor]) -> tuple[str, ...]:
+    """Return the names of the nodes whose derivative jumps, on the paths from the leaves to the output."""
+    return tuple(sorted({name for node in nodes_between([output], leaves) if _KINKS.match(name := node.name())}))
+
+
 @dataclass(frozen=True)
 class Graph:
     """Properties of all nodes between a loss and its parameters.
 
     Attributes:
-        kinked: whether the loss is only piecewise smooth: ReLU, max-pooling and their like.
+        kinked: whether the loss is only piecewise smooth: ReLU, max-pooling and similar functions.
         fused: whether attention ran in a kernel that cannot be differentiated twice.
-        dtype: the least precise floating type on the way.
-        custom: names of ``torch.autograd.Function`` classes that are not PyTorch's own. Nobody knows whether their
-            backward can be differentiated: ``once_differentiable`` may give a wrong second derivative without a word.
+        dtype: the least precise floating-point type among the nodes.
+        custom: names of ``torch.autograd.Function`` classes that are not PyTorch's own. Whether their backward can be
+            differentiated is unknown: ``once_differentiable`` may give a wrong second derivative without an error.
     """
 
     kinked: bool
@@ -38,72 +92,30 @@ class Graph:
 
     @property
     def full(self) -> bool:
-        """Whether nothing is rounded to half precision."""
+        """Return whether nothing is rounded to half precision."""
         return self.dtype.itemsize > 2
 
 
 def read(loss: Tensor) -> Graph:
-    """Walks the autograd graph of a loss."""
-    seen, stack = set(), [loss.grad_fn]
-    names: set[str] = set()
-    dtypes = {loss.dtype}
-    custom: set[str] = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        names.add(node.name())
-        dtypes.update(one.dtype for one in node._input_metadata)
-        if isinstance(node, BackwardCFunction):
-            function = node._forward_cls  # type: ignore[attr-defined]
-            if not function.__module__.startswith("torch."):
-                custom.add(function.__name__)
-        stack.extend(child for child, _ in node.next_functions)
+    """Return the properties of the autograd graph of a loss."""
+    nodes = list(walk([loss.grad_fn]))
+    names = {node.name() for node in nodes}
+    dtypes = {loss.dtype, *(entry.dtype for node in nodes for entry in metadata(node))}
+    functions = [function for node in nodes if (function := custom_function(node)) is not None]
     return Graph(
         kinked=any(map(_KINKS.match, names)),
         fused=any(map(_FUSED.match, names)),
-        dtype=min((one for one in dtypes if one.is_floating_point), key=lambda one: one.itemsize),
-        custom=tuple(sorted(custom)),
+        dtype=min((dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: dtype.itemsize),
+        custom=tuple(sorted({f.__name__ for f in functions if not f.__module__.startswith("torch.")})),
     )
 
 
-def kinks_between(output: Tensor, leaves: Iterable[Tensor]) -> tuple[str, ...]:
-    """Names of the nodes whose derivative jumps, on the ways from the leaves to the output."""
-    wanted = {id(leaf) for leaf in leaves}
-    reaches: dict[object, bool] = {None: False}
-    stack = [output.grad_fn]
-    while stack:  # children first
-        node = stack[-1]
-        children = [] if node is None else [child for child, _ in node.next_functions]
-        if node not in reaches and (below := [child for child in children if child not in reaches]):
-            stack.extend(below)
-            continue
-        stack.pop()
-        if node is not None:
-            own = id(getattr(node, "variable", None)) in wanted
-            reaches[node] = own or any(reaches[child] for child in children)
-    names = (node.name() for node, on_the_way in reaches.items() if on_the_way and node is not None)  # type: ignore
-    return tuple(sorted({name for name in names if _KINKS.match(name)}))
-
-
-def leaves_of(output: Tensor) -> set[int]:
-    """The ids of the leaves that a tensor depends on."""
-    seen, stack = set(), [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack.extend(child for child, _ in node.next_functions)
-    return {id(getattr(node, "variable", None)) for node in seen}
-
-
 def joined(graphs: Iterable[Graph]) -> Graph:
-    """What holds for the mean of several losses."""
+    """Return the properties that hold for the mean of several losses."""
     graphs = list(graphs)
     return Graph(
         kinked=any(graph.kinked for graph in graphs),
         fused=any(graph.fused for graph in graphs),
-        dtype=min((graph.dtype for graph in graphs), key=lambda one: one.itemsize),
+        dtype=min((graph.dtype for graph in graphs), key=lambda dtype: dtype.itemsize),
         custom=tuple(sorted({name for graph in graphs for name in graph.custom})),
     )

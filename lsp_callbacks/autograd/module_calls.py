@@ -10,36 +10,38 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from lsp_callbacks.autograd._torch_internals import base, tree_flatten, tree_leaves, tree_unflatten
+from lsp_callbacks.autograd.graph import inputs_of, walk
 
 T = TypeVar("T")
-#: A class whose name ends like this *may* be a residual block; `has_skip_path` decides.
+#: A class whose name matches *may* be a residual block; `has_skip_path` decides.
 BLOCK_NAME = re.compile(r".*(Residual|Bottleneck|BasicBlock|Block|Layer)(V\d)?$|Residual.*|Inverted.*")
 
 
 def is_residual_block(module: nn.Module) -> bool:
-    """Return whether the class name looks like a residual block's."""
+    """Return whether the class name looks like that of a residual block."""
     return BLOCK_NAME.fullmatch(type(module).__name__) is not None
 
 
 @dataclass(eq=False)
-class Passage:
+class ModuleCall:
     """One call of a module.
 
     Attributes:
         name: of the module.
-        module: itself.
+        module: the module itself.
         children: the calls of modules within it.
-        received: the floating-point tensors that it was called with. What works in place may have changed them since.
-        output: what it returned; None of the module that made ``X_0``.
+        received: the floating-point tensors among its arguments. Operations in place may have changed them since.
+        output: what it returned; None for the module whose output became ``X_0``.
         entry: the backward node of each tensor received, None where it needs no gradient.
-        exit: the backward node of the first floating-point tensor of the output, as it was then.
-        notes: what whoever watches wants to remember of it.
+        exit: the backward node of the first floating-point tensor of the output, as it was at the return.
+        notes: free for the code that records the calls.
     """
 
     name: str
     module: nn.Module
-    children: list[Passage] = field(default_factory=list)
+    children: list[ModuleCall] = field(default_factory=list)
     received: tuple[Tensor, ...] = ()
     output: Any = None
     entry: tuple[Any, ...] = ()
@@ -48,36 +50,36 @@ class Passage:
 
     @property
     def sent(self) -> Tensor | None:
-        """The first floating-point tensor of the output."""
+        """Return the first floating-point tensor of the output."""
         return first_float(self.output)
 
     @property
-    def begins(self) -> bool:
-        """Whether a layer begins with it: it holds a weight matrix, or is a residual block by its class name."""
+    def begins_layer(self) -> bool:
+        """Return whether a layer begins with it: it holds a weight matrix, or looks like a residual block."""
         return is_residual_block(self.module) or any(p.ndim > 1 for p in self.module.parameters())
 
 
 def first_float(value: Any) -> Tensor | None:
-    """The first floating-point tensor in a nested value."""
+    """Return the first floating-point tensor in nested containers."""
     return next((t for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()), None)
 
 
-def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one and the same, or the same view of one."""
-    place = one.shape == other.shape and one.stride() == other.stride()
-    return one is other or (place and overlap(one, other) and one.data_ptr() == other.data_ptr())
+def same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are one object, or the same view of one tensor."""
+    layout = a.shape == b.shape and a.stride() == b.stride()
+    return a is b or (layout and overlap(a, b) and a.data_ptr() == b.data_ptr())
 
 
-def overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, or one those of the other; not two parts that begin apart."""
-    roots = [t if t._base is None else t._base for t in (one, other)]
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors share numbers: one is the other's base, or both are views that begin at one place."""
+    roots = [t if base(t) is None else base(t) for t in (a, b)]
     if roots[0] is not roots[1]:
         return False
-    return any(root is t for root, t in zip(roots, (one, other))) or one.data_ptr() == other.data_ptr()
+    return any(root is t for root, t in zip(roots, (a, b))) or a.data_ptr() == b.data_ptr()
 
 
-def leaves(root: Passage) -> Iterator[Passage]:
-    """The calls of modules that call no other, in their order."""
+def leaves(root: ModuleCall) -> Iterator[ModuleCall]:
+    """Yield the calls of modules that call no other module, in their order."""
     for child in root.children:
         if child.children:
             yield from leaves(child)
@@ -85,8 +87,8 @@ def leaves(root: Passage) -> Iterator[Passage]:
             yield child
 
 
-def units(root: Passage) -> Iterator[Passage]:
-    """As `leaves`, but residual blocks are one each."""
+def units(root: ModuleCall) -> Iterator[ModuleCall]:
+    """Yield the calls of `leaves`, with each residual block as one call."""
     for child in root.children:
         if is_residual_block(child.module) or not child.children:
             yield child
@@ -95,44 +97,33 @@ def units(root: Passage) -> Iterator[Passage]:
 
 
 def upstream(node: Any, stops: dict[Any, T]) -> list[T]:
-    """What a node depends on directly: the entries of ``stops`` that are reached without passing through another."""
-    found, seen = [], set()
-    stack = [child for child, _ in node.next_functions]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in stops:
-            found.append(stops[node])
-        else:
-            stack.extend(child for child, _ in node.next_functions)
-    return found
+    """Return the entries of ``stops`` whose nodes a node depends on without another of them in between."""
+    return [stops[other] for other in walk(inputs_of(node), stop=stops) if other in stops]
 
 
 @contextlib.contextmanager
-def passages(
+def record_calls(
     module: nn.Module,
     *,
     start: list[Tensor] | None = None,
     given: Tensor | None = None,
     skip: int = 0,
-    enter: Callable[[Passage], None] = lambda call: None,
-    leave: Callable[[Passage], None] = lambda call: None,
-) -> Iterator[Passage]:
-    """Keeps the tree of the calls that are made inside.
+    enter: Callable[[ModuleCall], None] = lambda call: None,
+    leave: Callable[[ModuleCall], None] = lambda call: None,
+) -> Iterator[ModuleCall]:
+    """Record the calls that are made inside, as a tree under a call without a name.
 
     Args:
-        module: all modules within it are seen, but for parametrizations of weights, and scripted ones.
-        start: an empty list asks for ``X_0``, a leaf in the place of the first floating-point tensor that enters a
-            module, or that one returns, and of the same tensor wherever it enters a later one. ``X_0`` and that tensor
-            are put into the list.
-        given: takes the place of ``X_0``; None is a copy of what was there.
-        skip: so many floating-point tensors before it.
-        enter: called with each before its module runs.
-        leave: called with each after it.
+        module: all modules within it are recorded, except parametrizations of weights and scripted modules.
+        start: an empty list asks for ``X_0``, a leaf that replaces the first floating-point tensor that enters a
+            module, or that one returns, and the same tensor wherever it enters a later one. ``X_0`` and the tensor that
+            it replaced are put into the list.
+        given: the value of ``X_0``; None copies the tensor that it replaces.
+        skip: how many floating-point tensors to pass over before it.
+        enter: called with each call before its module runs.
+        leave: called with each call after it.
     """
-    root = Passage("", module)
+    root = ModuleCall("", module)
     open_calls = [root]
     waiting, passed = start is not None, dict[int, Tensor]()
     inside: Tensor | None = None  # what goes through the network for X_0
@@ -142,15 +133,15 @@ def passages(
         if start is None:
             return value
         flat, spec = tree_flatten(value)
-        for i, one in enumerate(flat):
-            if waiting and isinstance(one, Tensor) and one.is_floating_point() and one.ndim > 1:
-                passed[id(one)] = one
+        for i, item in enumerate(flat):
+            if waiting and isinstance(item, Tensor) and item.is_floating_point() and item.ndim > 1:
+                passed[id(item)] = item
                 if len(passed) <= skip:
                     continue
-                start.extend([(one if given is None else given).detach().clone().requires_grad_(), one])
-                flat[i] = inside = start[0].clone()  # what comes may work in place on it
+                start.extend([(item if given is None else given).detach().clone().requires_grad_(), item])
+                flat[i] = inside = start[0].clone()  # later operations may work in place on it
                 waiting = False
-            elif inside is not None and isinstance(one, Tensor) and same(one, start[1]):
+            elif inside is not None and isinstance(item, Tensor) and same(item, start[1]):
                 flat[i] = inside
         return tree_unflatten(flat, spec)
 
@@ -158,7 +149,7 @@ def passages(
         def hook(child: nn.Module, args: tuple, kwargs: dict) -> Any:
             changed = leaf((args, kwargs))
             tensors = [t for t in tree_leaves(changed) if isinstance(t, Tensor) and t.is_floating_point()]
-            call = Passage(name, child, received=tuple(tensors), entry=tuple(t.grad_fn for t in tensors))
+            call = ModuleCall(name, child, received=tuple(tensors), entry=tuple(t.grad_fn for t in tensors))
             open_calls[-1].children.append(call)
             open_calls.append(call)
             enter(call)
@@ -177,8 +168,8 @@ def passages(
 
     with contextlib.ExitStack() as stack:
         for name, child in module.named_modules():
-            of_a_layer = "parametrizations" in name.split(".")  # which is one with what makes its weight
-            if not of_a_layer and not isinstance(child, torch.jit.ScriptModule):  # which takes no hooks
+            in_parametrization = "parametrizations" in name.split(".")  # part of the layer whose weight it makes
+            if not in_parametrization and not isinstance(child, torch.jit.ScriptModule):  # which takes no hooks
                 stack.callback(child.register_forward_pre_hook(before(name), with_kwargs=True).remove)
                 stack.callback(child.register_forward_hook(after).remove)
         yield root

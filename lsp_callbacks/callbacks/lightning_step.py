@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd._torch_internals import overflowed, unscales_gradients
 from lsp_callbacks.step.criterion import Probes
 from lsp_callbacks.step.pending_step import LossFn, PendingStep
 from lsp_callbacks.step.probes import HOW
 from lsp_callbacks.step.ranks import Ranks
-from lsp_callbacks.step.snapshot import Clipping, ProbeSet, Unmeasurable, Unmodelled
+from lsp_callbacks.step.run_context import RunContext
+from lsp_callbacks.step.snapshot import Clipping, ProbeSet, Unmeasurable, Unsupported
 
 
 def pending_step(
@@ -23,7 +25,7 @@ def pending_step(
     *,
     own_loss: bool = False,
     sub_batch: int | None = None,
-    ranks: Ranks | None = None,
+    run: RunContext | None = None,
 ) -> PendingStep:
     """A step of Lightning's that will be measured; made in ``on_train_batch_start`` of its first micro-batch.
 
@@ -32,16 +34,16 @@ def pending_step(
         module: the user's LightningModule.
         own_loss: whether a function of the user's own computes the loss; otherwise ``training_step`` is replayed.
         sub_batch: how many samples of the batch to use; None takes all.
-        ranks: the processes that take the step together; None is this one.
+        run: what all steps of the run share; None is a run of this process alone.
     """
     return PendingStep(
         module,
         shared=[] if trainer.datamodule is None else [trainer.datamodule],
-        prepare=lambda shadow: _mute(shadow, trainer),
+        prepare=lambda module_copy: _mute(module_copy, trainer),
         # The user's own function rounds in other places than the step.
         tolerance=1e-4 if own_loss else 0.0,
         sub_batch=sub_batch,
-        ranks=ranks,
+        run=run,
         takes_buffers=getattr(trainer.strategy.model, "will_sync_module_buffers", bool)(),
     )
 
@@ -86,16 +88,13 @@ def loss_scale(trainer: Any) -> float:
 def scaled(trainer: Any, optimizer: Any) -> bool:
     """Whether the gradients are still multiplied by the factor of mixed precision: fused optimizers divide it out."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler is not None and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    return scaler is not None and unscales_gradients(optimizer)
 
 
 def skipped(trainer: Any, optimizer: Any) -> bool:
     """Whether the gradient scaler of mixed precision will leave this step out, as its gradients have overflowed."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None:
-        return False
-    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-    return any(bool(overflow) for overflow in found.values())
+    return scaler is not None and overflowed(scaler, optimizer)
 
 
 def probe_set(trainer: Any, probes: Probes, pending: PendingStep, accumulate: int | None = None) -> ProbeSet:
@@ -103,7 +102,7 @@ def probe_set(trainer: Any, probes: Probes, pending: PendingStep, accumulate: in
 
     def loss(module: Any, batch: Any) -> Any:
         if not getattr(module, "automatic_optimization", True):  # it would step the optimizer
-            raise Unmodelled(f"automatic_optimization=False: training_step cannot be asked for outputs; {HOW}")
+            raise Unsupported(f"automatic_optimization=False: training_step cannot be asked for outputs; {HOW}")
         return module.training_step(*arguments(module.training_step, batch, 0))
 
     context = trainer.precision_plugin.train_step_context
@@ -111,7 +110,7 @@ def probe_set(trainer: Any, probes: Probes, pending: PendingStep, accumulate: in
 
 
 class _Muted:
-    """The trainer as the shadow sees it: everything can be read, nothing is logged."""
+    """The trainer as the copy sees it: everything can be read, nothing is logged."""
 
     logger: Any
     loggers: tuple[Any, ...] = ()
@@ -140,9 +139,9 @@ class _Silence:
         return self
 
 
-def _mute(shadow: nn.Module, trainer: Any) -> None:
+def _mute(module_copy: nn.Module, trainer: Any) -> None:
     muted = _Muted(trainer)
-    for module in shadow.modules():
+    for module in module_copy.modules():
         if hasattr(module, "_trainer"):  # LightningModules read the epoch and the step from it
             vars(module)["_trainer"] = muted
             vars(module)["log"] = vars(module)["log_dict"] = vars(module)["print"] = _nothing
@@ -175,7 +174,7 @@ def overridden(module: Any, *hooks: str) -> str | None:
     return next(changed, None)
 
 
-def unmodelled(trainer: Any, module: Any, *, players: bool = False) -> str | None:
+def unsupported(trainer: Any, module: Any, *, players: bool = False) -> str | None:
     """Why the parameters will not move by the optimizer's step on the step's own loss; None if they will.
 
     What an override of ``optimizer_step`` or ``configure_gradient_clipping`` does is looked at step by step.
@@ -222,21 +221,6 @@ def _is(name: str, strategy: Any) -> bool:
 def ranks(trainer: Any) -> Ranks:
     """The processes that train the model together."""
     return Ranks.joined(trainer.strategy.root_device) if trainer.world_size > 1 else Ranks()
-
-
-def mean_loss(loss: Tensor | None, ranks: Ranks) -> Tensor | None:
-    """The mean of the ranks' losses, for decisions that all must take alike; it does not wait for the device.
-
-    Args:
-        loss: of the rank's own step; None where it has none.
-        ranks: all of which call this.
-    """
-    if ranks.world == 1:
-        return loss
-    # All ranks come here, with a loss or without.
-    own = loss.detach().float().mean() if isinstance(loss, Tensor) else torch.zeros((), device=ranks.device)
-    total, share = ranks.average(torch.stack([own, torch.full_like(own, isinstance(loss, Tensor))]))
-    return total / share if isinstance(loss, Tensor) else None
 
 
 def schedulers(trainer: Any, optimizer: Any) -> tuple[Any, ...]:

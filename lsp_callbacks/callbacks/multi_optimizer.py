@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.callbacks.lightning_step import step_loss
-from lsp_callbacks.step.pending_step import LossFn, PendingStep, identical, played
+from lsp_callbacks.step.pending_step import LossFn, PendingStep, identical, verified_player_step
 from lsp_callbacks.step.players import Player
-from lsp_callbacks.step.replay import RandomState, copied, replayer
+from lsp_callbacks.step.replay import copied, replayer
 from lsp_callbacks.step.snapshot import Snapshot
 
 INTERRUPTED = (
@@ -50,7 +52,7 @@ class Game:
         trainer: Lightning's, when training begins.
         losses: of the players, in the order in which ``configure_optimizers`` returns their optimizers.
         pending: a new `PendingStep` if the coming step is to be measured, otherwise None; it raises nothing.
-        harmless: within which nothing is raised.
+        warn_instead_of_raise: within which nothing is raised.
 
     Raises:
         ValueError: if there are not as many losses as optimizers.
@@ -61,7 +63,7 @@ class Game:
         trainer: Any,
         losses: Mapping[str, LossFn],
         pending: Callable[[], PendingStep | None],
-        harmless: Callable[[str], contextlib.AbstractContextManager[None]],
+        warn_instead_of_raise: Callable[[str], contextlib.AbstractContextManager[None]],
     ):
         if len(losses) != len(trainer.optimizers):
             raise ValueError(
@@ -69,7 +71,7 @@ class Game:
                 f"{len(trainer.optimizers)} optimizers: name one for each, in their order"
             )
         self.optimizers: dict[str, torch.optim.Optimizer] = dict(zip(losses, trainer.optimizers))
-        self._trainer, self._losses, self._new, self._harmless = trainer, losses, pending, harmless
+        self._trainer, self._losses, self._new, self._harmless = trainer, losses, pending, warn_instead_of_raise
         self._moving = {name: {id(p) for p in _held(one) if p.requires_grad} for name, one in self.optimizers.items()}
         self._trusted: set[str] = set()
         self._pending: PendingStep | None = None
@@ -117,7 +119,7 @@ class Game:
     def turn(self, optimizer: torch.optim.Optimizer) -> Iterator[Callable[..., Snapshot] | None]:
         """While one player's step is measured, the parameters of all players can be differentiated.
 
-        Gives a function of the step's number and further settings to its `Snapshot`, or None if nothing was kept.
+        Gives a function of the step's number and the ``previous`` one to its `Snapshot`, or None if nothing was kept.
         """
         name = next(name for name, one in self.optimizers.items() if one is optimizer)
         self._moving[name] = {id(p) for p in _held(optimizer) if p.requires_grad}
@@ -127,27 +129,23 @@ class Game:
         try:
             for p, _ in before:
                 p.requires_grad_(id(p) in moving)
-            yield None if pending is None else lambda step, **settings: self._snapshot(name, pending, step, **settings)
+            yield None if pending is None else partial(self._snapshot, name, pending)
         finally:
             for p, required in before:
                 p.requires_grad_(required)
 
-    def _snapshot(
-        self, name: str, pending: PendingStep, step: int, *, unmodelled: str | None, **settings: Any
-    ) -> Snapshot:
+    def _snapshot(self, name: str, pending: PendingStep, step: int, *, previous: int | None) -> Snapshot:
         moved = pending.settle(self._parameters()) or self._interrupted
         player = Player(name, self.optimizers, interrupted=INTERRUPTED if moved else None, trusted=self._trusted)
-        if not unmodelled and self._simultaneous(name):
-            unmodelled = f"player {name!r}: {SIMULTANEOUS}"
+        mismatch = f"player {name!r}: {SIMULTANEOUS}" if self._simultaneous(name) else None
         loss = step_loss(self._trainer, self._losses[name], 0)
         parts = pending.parts = [replace(part, loss=loss) for part in pending.parts]
-        settings |= {"unmodelled": unmodelled, "player": player}
-        snapshot = pending.snapshot(step, self.optimizers[name], **settings)
+        snapshot = pending.snapshot(step, self.optimizers[name], mismatch=mismatch, player=player, previous=previous)
         # Noise may have been drawn once for all players.
-        if pending.shadow is None or self._start is None or not self._later:
-            return played(snapshot)
+        if pending.module_copy is None or self._start is None or not self._later:
+            return verified_player_step(snapshot)
         earlier = [replace(part, random_state=self._start) for part in parts]
-        return played(snapshot, pending.ranks.private(replayer(pending.shadow, earlier)))
+        return verified_player_step(snapshot, pending.run.ranks.private(replayer(pending.module_copy, earlier)))
 
     def _simultaneous(self, name: str) -> bool:
         own = [p for p in _held(self.optimizers[name]) if p.grad is not None and id(p) in self._marks]

@@ -17,7 +17,6 @@ from lsp_callbacks.callbacks.lightning_step import (
     clipped,
     clipping,
     loss_scale,
-    mean_loss,
     overridden,
     pending_step,
     probe_set,
@@ -27,17 +26,19 @@ from lsp_callbacks.callbacks.lightning_step import (
     sharded,
     skipped,
     step_loss,
-    unmodelled,
     unscaled,
+    unsupported,
     warn_sub_batch,
 )
 from lsp_callbacks.callbacks.logging import Stopwatch, log, show, thinned
 from lsp_callbacks.callbacks.lr_forecast import CriticalRate, Schedule, steps_left
 from lsp_callbacks.callbacks.multi_optimizer import Game, check_losses
+from lsp_callbacks.callbacks.shared_losses import SharedLosses
 from lsp_callbacks.callbacks.spawned_history import Mailbox
 from lsp_callbacks.callbacks.step_loss import StepLoss
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.monitor.configure import configured
+from lsp_callbacks.monitor.losses import Told
 from lsp_callbacks.monitor.monitor import Curve, Observation
 from lsp_callbacks.monitor.nan_finder import Guard
 from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED, Destination
@@ -45,10 +46,11 @@ from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.module_filter import Selection
 from lsp_callbacks.report import Run, Verdict, judge, sentence
 from lsp_callbacks.step.criterion import Criterion, ForwardFn, Probes, population
-from lsp_callbacks.step.pending_step import LossFn, PendingStep, batch_size, identical, never, rate, witnessed
+from lsp_callbacks.step.pending_step import LossFn, PendingStep, batch_size, identical, never, rate, verified
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.replay import untouched
-from lsp_callbacks.step.snapshot import Clipping, Prox, Snapshot, Unmeasurable
+from lsp_callbacks.step.run_context import Prox, RunContext
+from lsp_callbacks.step.snapshot import Clipping, Snapshot, Unmeasurable
 
 #: How many steps of the schedule to look ahead.
 HORIZON = 1000
@@ -179,11 +181,12 @@ class StabilityMonitor(Callback):
         self._previous: int | None = None
         self._counted, self._stepped = False, True
         self._ranks = Ranks()
-        self._unmodelled: str | None = None
+        self._run = RunContext()
         self._overrides = False
         self._pending: PendingStep | None = None
         self._saw_loss = False
         self._step_loss = StepLoss()
+        self._shared: SharedLosses | None = None
         self._seen: torch.Tensor | None = None
         self._observations: list[Observation] = []
         self._game: Game | None = None
@@ -247,14 +250,14 @@ class StabilityMonitor(Callback):
             self.step, self._previous, self._measured_at, self._critical = 0, None, None, CriticalRate()
             self.monitor.reset()
         self.monitor.drop()
-        self._unmodelled = self._why_unmodelled(trainer, pl_module)
+        unsupported = self._why_unsupported(trainer, pl_module)
         named = [q for q in self.monitor.quantities.values() if q.needs_update and q.name in self.monitor.named]
-        if self._unmodelled and named:
-            raise Unmeasurable(f"{named[0].name} cannot be measured: {self._unmodelled}")
+        if unsupported and named:
+            raise Unmeasurable(f"{named[0].name} cannot be measured: {unsupported}")
 
-    def _why_unmodelled(self, trainer: Any, pl_module: Any) -> str | None:
+    def _why_unsupported(self, trainer: Any, pl_module: Any) -> str | None:
         players = isinstance(self.loss_fn, Mapping)
-        return unmodelled(trainer, pl_module, players=players)
+        return unsupported(trainer, pl_module, players=players)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Not in setup: the module may build itself in its own setup or configure_model, which come later.
@@ -286,8 +289,8 @@ class StabilityMonitor(Callback):
             self._ranks.first(lambda: population(trainer.train_dataloader, trainer.world_size), "the population")
         )
         self._judges = list(self.subscribers)  # they leave when training ends
+        self._shared = SharedLosses(self._ranks) if self._ranks.world > 1 and self.subscribers else None
         self._schedule = Schedule(trainer)
-        self._unmodelled = self._why_unmodelled(trainer, pl_module)
         self._overrides = overridden(pl_module, "optimizer_step") is not None
         self._destination.forget()
         # A run that was interrupted within a step has left its own.
@@ -297,13 +300,25 @@ class StabilityMonitor(Callback):
         if not self.step:  # not 0 where a run is resumed from a checkpoint that does not know this callback
             takes_turns = isinstance(self.loss_fn, Mapping)
             self.step = trainer.global_step // (1 if takes_turns else max(1, len(trainer.optimizers)))
-        settings: dict[str, Any] = {"unmodelled": self._unmodelled, "sharded": sharded(trainer), "ranks": self._ranks}
-        settings |= {"clipping": clipping(trainer), "prox": self.prox}
+        one_loss = not isinstance(self.loss_fn, Mapping)
+        self._run = RunContext(
+            ranks=self._ranks,
+            seed=self.seed,
+            prox=self.prox,
+            schedulers=schedulers(trainer, optimizer) if one_loss else None,
+            loss_name="loss_fn" if one_loss and self.loss_fn is not None else None,
+            captures_inputs=self.monitor.captures_inputs,
+            unsupported=self._why_unsupported(trainer, pl_module),
+            sharded=sharded(trainer),
+        )
+        settings: dict[str, Any] = {"run": self._run, "clipping": clipping(trainer)}
         # The sum of several players' losses need not fall.
         self.monitor.losses.comparable = len(trainer.optimizers) <= 1
         if isinstance(self.loss_fn, Mapping):
             self._leave_game()
-            self._game = Game(trainer, self.loss_fn, lambda: self._kept(trainer, pl_module), self.monitor.harmless)
+            self._game = Game(
+                trainer, self.loss_fn, lambda: self._kept(trainer, pl_module), self.monitor.warn_instead_of_raise
+            )
             for player in self._game.players():
                 one = player.optimizers[player.name]
                 self.monitor.require(Snapshot(self.step, pl_module, never, one, player=player, **settings))
@@ -334,7 +349,7 @@ class StabilityMonitor(Callback):
                 self._guard.begin()
                 self._rate_before = rate(trainer.optimizers[0]) if self._overrides else 0.0
                 if self._game is not None:
-                    with self.monitor.harmless("the batch could not be kept for a replay"):
+                    with self.monitor.warn_instead_of_raise("the batch could not be kept for a replay"):
                         self._game.begin(batch)
                 else:
                     self._pending = self._kept(trainer, pl_module)
@@ -360,10 +375,10 @@ class StabilityMonitor(Callback):
         scheduled = math.nan if known else self.scheduled_courant(trainer)
         wanted = self.monitor.wants(self.step, scheduled=scheduled)
         if wanted and not trainer.fit_loop._skip_backward:  # an epoch of weight averaging
-            with self.monitor.harmless("the step could not be kept for a replay"):
+            with self.monitor.warn_instead_of_raise("the step could not be kept for a replay"):
                 return pending_step(
                     trainer, pl_module, own_loss=self.loss_fn is not None, sub_batch=self.sub_batch,
-                    ranks=self._ranks,
+                    run=self._run,
                 )  # fmt: skip
         return None
 
@@ -384,7 +399,7 @@ class StabilityMonitor(Callback):
             left_out = not no_loss and skipped(trainer, optimizer)
             self._step_loss.left_out |= left_out
             if not no_loss:
-                with self.monitor.harmless("whether the step is finite could not be told"):
+                with self.monitor.warn_instead_of_raise("whether the step is finite could not be told"):
                     self._look(trainer, pl_module, left_out or scaled(trainer, optimizer))
             if no_loss or left_out:
                 # Lightning counts it. A gradient that was set to zero, not to None, moves what has momentum.
@@ -400,17 +415,19 @@ class StabilityMonitor(Callback):
                 self.monitor.record(self.step, self._seen, trainer.optimizers[0], pl_module, previous=self._previous)
             pending, self._pending = self._pending, None
             if self._game is not None:
-                with self.monitor.harmless("the player's step could not be looked at"):
+                with self.monitor.warn_instead_of_raise("the player's step could not be looked at"):
                     self._observe_player(self._game, pl_module, optimizer)
             elif pending is not None:
                 update = any(quantity.needs_update for quantity in self.monitor.quantities.values())
                 if update and self._checks:
                     self._destination.awaited()
-                with self.monitor.harmless("the step could not be looked at"), untouched(pl_module):
+                with self.monitor.warn_instead_of_raise("the step could not be looked at"), untouched(pl_module):
                     self._note(self._observe(trainer, pending, optimizer))
                 if update and pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
                     self._watching = True  # on every rank, also where the copy fails
-                    with self.monitor.harmless("whether the gradient is changed later could not be watched"):
+                    with self.monitor.warn_instead_of_raise(
+                        "whether the gradient is changed later could not be watched"
+                    ):
                         self._gradients = self._gradients or clipped(trainer, optimizer)
             self._count()
 
@@ -446,10 +463,7 @@ class StabilityMonitor(Callback):
         with game.turn(optimizer) as snapshot:
             if snapshot is not None:
                 with untouched(pl_module):
-                    seen = snapshot(
-                        self.step, unmodelled=self._unmodelled, keep=self.monitor.captures_inputs, seed=self.seed
-                    )
-                    self._note(self.monitor.observe(replace(seen, previous=self._previous)))
+                    self._note(self.monitor.observe(snapshot(self.step, previous=self._previous)))
 
     def _note(self, observation: Observation | None) -> None:
         if observation is not None:
@@ -464,21 +478,15 @@ class StabilityMonitor(Callback):
             self.step,
             optimizer,
             clipping=rule,
-            prox=self.prox,
-            unmodelled=self._unmodelled,
-            keep=self.monitor.captures_inputs,
             probes=probe_set(trainer, self.probes, pending, self.accumulate) if self.probes.wanted else None,
-            loss_of=None if self.loss_fn is None else "loss_fn",
-            schedulers=schedulers(trainer, optimizer),
             scale=loss_scale(trainer),
-            seed=self.seed,
             previous=self._previous,
         )
         # Under manual optimisation nobody need have told us the loss.
-        snapshot = witnessed(snapshot) if snapshot.loss is None else snapshot
+        snapshot = verified(snapshot) if snapshot.loss is None else snapshot
         observation = self.monitor.observe(snapshot)
         if self._destination.is_awaited:
-            with self.monitor.harmless("where the step leads could not be told"):
+            with self.monitor.warn_instead_of_raise("where the step leads could not be told"):
                 own = {name: p.grad for name, p in snapshot.parameters.items()}  # not that of a sub-batch
                 self._destination.expect(replace(snapshot, gradient=own, clipping=rule, memo={}))
         return observation
@@ -492,14 +500,14 @@ class StabilityMonitor(Callback):
         """How the gradient will be clipped, and what it will be if that is up to the user's own method."""
         module = trainer.lightning_module
         mine = overridden(module, "configure_gradient_clipping")
-        if mine is None or not module.automatic_optimization or pending.shadow is None or self.monitor.disowned:
+        if mine is None or not module.automatic_optimization or pending.module_copy is None or self.monitor.invalidated:
             return clipping(trainer), []
-        reset = pending.shadow.reset
+        reset = pending.module_copy.reset
         try:
             return self._ranks.together(self._ranks.private(lambda: own_clipping(trainer, reset, optimizer)))
         except Exception as error:  # whatever the user's method raises on a copy
             reason = str(error) if isinstance(error, Unmeasurable) else f"{mine}: {type(error).__name__}: {error}"
-            self.monitor.disown_update(None, reason)
+            self.monitor.invalidate_update_metrics(None, reason)
             return None, []
 
     def _arrive(self, pl_module: Any, *, last: bool = True) -> None:
@@ -507,25 +515,25 @@ class StabilityMonitor(Callback):
         # Where there is no prox, nothing has to be done to them after ``optimizer_step``.
         if self._destination.missed(last=last or self.prox is None):
             kind = type(pl_module).__name__
-            self._disown(ELSEWHERE if self.prox is not None else f"{kind}.optimizer_step {MOVED}")
+            self._invalidate(ELSEWHERE if self.prox is not None else f"{kind}.optimizer_step {MOVED}")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         with self._stopwatch:
             changed = False
             if self._watching:
-                with self.monitor.harmless("whether the gradient was changed could not be told"):
+                with self.monitor.warn_instead_of_raise("whether the gradient was changed could not be told"):
                     changed = self._ranks.any(self._gradient_changed, "the gradient after the step")
             if changed:
-                self._disown("the gradient was changed after the on_before_optimizer_step of StabilityMonitor")
+                self._invalidate("the gradient was changed after the on_before_optimizer_step of StabilityMonitor")
             elif self._updates > 1 and self._game is None:
-                self._disown(f"one batch made {self._updates} optimizer steps: their joint update is not modelled")
+                self._invalidate(f"one batch made {self._updates} optimizer steps: their joint update is not modelled")
             self._gradients, self._watching = [], False
             self._agree(trainer)
             self._arrive(pl_module, last=False)
             observations, self._observations = self._observations, []
             for observation in observations:
                 self._measured_at = observation.step
-                with self.monitor.harmless("the schedule could not be looked ahead"):
+                with self.monitor.warn_instead_of_raise("the schedule could not be looked ahead"):
                     observation = self._look_ahead(trainer, observation)
                 self._published = observation
                 self._publish(trainer, observation)
@@ -542,26 +550,34 @@ class StabilityMonitor(Callback):
 
     def _judge(self, trainer: Any) -> None:
         # At each step: what one process needs is next to nothing.
-        loss, several = self._step_loss.value, self._ranks.world > 1
-        if self.subscribers:
-            loss = mean_loss(loss, self._ranks)
-        told = self.monitor.losses.saw(
-            max(self.step - 1, 0), loss, left_out=self._step_loss.left_out, wait=several and bool(self.subscribers)
-        )
-        if not self.subscribers:
-            return
-        stop = any([subscriber.judge(trainer, self.step - 1, told) for subscriber in self.subscribers])
-        if several:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop:
+        step, loss, left_out = self.step - 1, self._step_loss.value, self._step_loss.left_out
+        if self._shared is None:
+            told = self.monitor.losses.saw(max(step, 0), loss, left_out=left_out)
+        else:
+            lr = rate(trainer.optimizers[0]) if trainer.optimizers else 0.0
+            told = self._shared.take(max(step, 0), loss, lr=lr, left_out=left_out)
+            self._tell(told)
+        # Losses and measurements are the same numbers on all processes, so all of them stop at the same step.
+        if any([subscriber.judge(trainer, step, told) for subscriber in self.subscribers]):
             trainer.should_stop = True
+
+    def _tell(self, told: Sequence[Told]) -> None:
+        """Note losses that have arrived from all processes."""
+        for each in told:
+            self.monitor.losses.add(each)
+        if self._shared is not None and not self._shared.same_rates:
+            self.monitor.warn_once(
+                "the learning rates of the processes differ, so that StopOnInstability does not look at the rate that "
+                "the schedule brings next: give all of them the same (a metric that a scheduler watches needs "
+                "sync_dist=True)"
+            )
 
     def _gradient_changed(self) -> bool:
         return any(p.grad is not None and not identical(p.grad, gradient) for p, gradient in self._gradients)
 
-    def _disown(self, reason: str) -> None:
+    def _invalidate(self, reason: str) -> None:
         found, self._observations = self._observations, []
-        own = self.monitor.disown_update(found[0] if found else self._published, reason)
+        own = self.monitor.invalidate_update_metrics(found[0] if found else self._published, reason)
         self._note(own if found else None)
 
     def _publish(self, trainer: Any, observation: Observation) -> None:
@@ -577,7 +593,8 @@ class StabilityMonitor(Callback):
 
         Players have rates of their own, and no common schedule: NaN.
         """
-        critical = self._critical.mean if self._game is None else math.nan
+        differ = self._shared is not None and not self._shared.same_rates
+        critical = math.nan if differ or self._game is not None else self._critical.mean
         return rate(trainer.optimizers[0]) / critical if trainer.optimizers and critical > 0 else math.nan
 
     def _look_ahead(self, trainer: Any, observation: Observation) -> Observation:
@@ -610,7 +627,10 @@ class StabilityMonitor(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._arrive(pl_module)
         self._tell_unseen(pl_module)
-        self.monitor.losses.saw(max(self.step - 1, 0), None, wait=True)
+        if self._shared is None:
+            self.monitor.losses.saw(max(self.step - 1, 0), None, wait=True)
+        else:
+            self._tell(self._shared.rest())
         # StabilityReport says it below its table.
         if not any(getattr(callback, "says_verdict", False) for callback in trainer.callbacks):
             rank_zero_info(sentence(self.verdict))
@@ -636,7 +656,7 @@ class StabilityMonitor(Callback):
             "history": curves, "step": self.step, "skipped": self.monitor.skipped, "paths": self.monitor.paths,
             "courant": self.monitor.courant.state_dict(), "losses": self.monitor.losses.state_dict(),
         }  # fmt: skip
-        with self.monitor.harmless("the curves could not be sent to the process that started the run"):
+        with self.monitor.warn_instead_of_raise("the curves could not be sent to the process that started the run"):
             told = self.verdict
             verdict = vars(told) | {"evidence": dict(told.evidence)}
             self._mailbox.send(trainer, {**contents, "verdict": verdict})

@@ -37,8 +37,9 @@ class StopOnInstability(Callback):
     Training ends, too, after
 
     - a *loss that is not finite*, whatever was measured: at that step on the CPU, on a GPU when its number has arrived,
-      one step later, and on all processes together. Steps that a gradient scaler leaves out do not count, unless the
-      loss itself is not finite in 25 of them in a row;
+      one step later. Several processes stop together, at most nine steps later: their losses are exchanged every fifth
+      step. Steps that a gradient scaler leaves out do not count, unless the loss itself is not finite in 25 of them in
+      a row;
     - *one* Courant number of 5 or more, if after 60 steps the loss has not fallen by 5 %: the rate was far too high
       from the beginning;
     - losses above three times the initial one for some 200 steps, where nothing was measured since they began to rise;

@@ -229,7 +229,7 @@ class _Meter(Callback):
         else:
             costs.seconds = {name: monitor.seconds.expected(name) for name in monitor.seconds.taken}
             costs.skipped = monitor.skipped
-            seen = replace(snapshot, trace=monitor.trace)
+            seen = replace(snapshot, run=replace(snapshot.run, series=monitor.trace))
             costs.waiting = [name for name, quantity in monitor.quantities.items() if quantity.warm_up(seen)]
         return found
 

@@ -19,14 +19,15 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lsp_callbacks import report
 from lsp_callbacks.callbacks.base import Callback
-from lsp_callbacks.callbacks.lightning_step import clipping, pending_step, probe_set, step_loss, unmodelled
+from lsp_callbacks.callbacks.lightning_step import clipping, pending_step, probe_set, step_loss, unsupported
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
-from lsp_callbacks.functional.sgd.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram
+from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.quantities import SGDStability
 from lsp_callbacks.quantities.sgd.diagram_around_step import diagram_around_step
 from lsp_callbacks.step.criterion import Probes, population
 from lsp_callbacks.step.replay import untouched
+from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
 
 SUFFIXES = (".png", ".pdf", ".svg")
@@ -248,7 +249,7 @@ def examine(
         data: other arguments of ``trainer.fit``: ``datamodule`` or ``train_dataloaders``.
 
     Raises:
-        Unmeasurable: if the step cannot be frozen; see `lsp_callbacks.functional.sgd.frozen_sgd.frozen_sgd`.
+        Unmeasurable: if the step cannot be frozen; see `lsp_callbacks.operators.sgd.frozen_sgd.frozen_sgd`.
     """
     if trainer.world_size > 1:
         raise Unmeasurable(
@@ -289,7 +290,8 @@ class _Examiner(Callback):
         _check(trainer, pl_module, settings)
         probes = Probes(settings.probes, settings.forward_fn, settings.criterion)
         probes.drop(population(trainer.train_dataloader))
-        pending = pending_step(trainer, pl_module, own_loss=settings.loss_fn is not None)
+        run = RunContext(seed=settings.seed, unsupported=unsupported(trainer, pl_module))
+        pending = pending_step(trainer, pl_module, own_loss=settings.loss_fn is not None, run=run)
         with untouched(pl_module):
             for number, one in enumerate(chain([batch], _rest(trainer)), start=batch_idx):
                 if number - batch_idx < trainer.accumulate_grad_batches:
@@ -301,9 +303,7 @@ class _Examiner(Callback):
                 trainer.global_step // steps,
                 trainer.optimizers[0],
                 clipping=clipping(trainer),
-                unmodelled=unmodelled(trainer, pl_module),
                 probes=probe_set(trainer, probes, pending),
-                seed=settings.seed,
             )
             self.found = frozen_sgd(_with_gradient(snapshot), outputs=settings.outputs)
         raise _Done

@@ -6,6 +6,7 @@ from lsp_callbacks.functional.curvature.batch_sharpness import (
     curvature_along_gradient,
 )
 from lsp_callbacks.functional.curvature.condition import condition, condition_lower, loss_condition_lower
+from lsp_callbacks.functional.curvature.loss_hessian import loss_hessian
 from lsp_callbacks.functional.curvature.marchenko_pastur import (
     MarchenkoPastur,
     cumulative,
@@ -13,23 +14,23 @@ from lsp_callbacks.functional.curvature.marchenko_pastur import (
     fit_marchenko_pastur,
 )
 from lsp_callbacks.functional.curvature.secant import Secant, secant
-from lsp_callbacks.functional.curvature.sharpness import Edge, edge, sharpness, stability_constant
+from lsp_callbacks.functional.curvature.sharpness import sharpness
 from lsp_callbacks.functional.curvature.spectral_density import Spectrum, spectral_density
+from lsp_callbacks.functional.curvature.stability_constant import stability_constant
 from lsp_callbacks.functional.network.activations import activation_lipschitz, activation_slope
 from lsp_callbacks.functional.network.batch_norm import Drift, batch_norm_drift
-from lsp_callbacks.functional.network.clarke import GeneralizedNorm, generalized_norm
+from lsp_callbacks.functional.network.chain_lipschitz import chain_lipschitz
+from lsp_callbacks.functional.network.clarke import GeneralizedNorm, RelaxedJacobian, generalized_norm
 from lsp_callbacks.functional.network.depth_profile import DepthProfile, depth_profile
-from lsp_callbacks.functional.network.gains import Gains, gains
+from lsp_callbacks.functional.network.gains import Gains, LayerSizes, gains
 from lsp_callbacks.functional.network.kurtosis import excess_kurtosis
-from lsp_callbacks.functional.network.lipschitz import Uncertified, layer_lipschitz, lipschitz_lower, lipschitz_upper
-from lsp_callbacks.functional.network.norm_bound import chain_lipschitz, norm_bound
+from lsp_callbacks.functional.network.lipschitz import layer_lipschitz, lipschitz_lower
 from lsp_callbacks.functional.network.residual import ResidualStability, residual_stability
 from lsp_callbacks.functional.network.robustness import Sensitivity, sensitivity
-from lsp_callbacks.functional.network.spectral_norm import log_sum, spectral_norm
+from lsp_callbacks.functional.network.spectral_norm import log_sum, spectral_norm, weight_norms
 from lsp_callbacks.functional.network.units import Units, units
 from lsp_callbacks.functional.numerics.first_fault import Fault, first_fault
 from lsp_callbacks.functional.numerics.numeric_range import NumericRange, headroom, lost_share, numeric_range
-from lsp_callbacks.functional.sgd.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.functional.sgd.gradient_noise import GradientNoise, batch_variance, gradient_noise
 from lsp_callbacks.functional.sgd.mean_square import (
     gd_critical_lr,
@@ -67,6 +68,7 @@ from lsp_callbacks.functional.trajectory.lyapunov import (
 from lsp_callbacks.functional.trajectory.proximal import Box, MaxNorm, Only, Ridge, SoftThreshold, SpectralClip
 from lsp_callbacks.functional.trajectory.proximal_step import Promise, promise, proximal_gain
 from lsp_callbacks.functional.trajectory.statistics import batch_means, fieller, student_bounds, student_quantile
+from lsp_callbacks.functional.trajectory.training_exponent import training_exponent
 from lsp_callbacks.functional.trajectory.training_profile import (
     Tangents,
     TrainingProfile,
@@ -84,13 +86,12 @@ __all__ = [
     "DepthProfile",
     "DissipationResult",
     "Drift",
-    "Edge",
     "Exponent",
     "Fault",
-    "FrozenSGD",
     "Gains",
     "GeneralizedNorm",
     "GradientNoise",
+    "LayerSizes",
     "LeaveOneOutResult",
     "MarchenkoPastur",
     "MaxNorm",
@@ -101,6 +102,7 @@ __all__ = [
     "PowerLaw",
     "Promise",
     "RateDecay",
+    "RelaxedJacobian",
     "ResidualStability",
     "Ridge",
     "RobbinsMonro",
@@ -113,7 +115,6 @@ __all__ = [
     "StabilityDiagram",
     "Tangents",
     "TrainingProfile",
-    "Uncertified",
     "Units",
     "UpdateRule",
     "activation_lipschitz",
@@ -132,7 +133,6 @@ __all__ = [
     "density",
     "depth_profile",
     "dissipation",
-    "edge",
     "excess_kurtosis",
     "exponent_bounds",
     "fieller",
@@ -140,7 +140,6 @@ __all__ = [
     "first_fault",
     "fit_marchenko_pastur",
     "fit_noise",
-    "frozen_sgd",
     "function_growth",
     "gains",
     "gd_critical_lr",
@@ -151,16 +150,15 @@ __all__ = [
     "layer_lipschitz",
     "leave_one_out",
     "lipschitz_lower",
-    "lipschitz_upper",
     "log_sum",
     "loss_condition_lower",
+    "loss_hessian",
     "lost_share",
     "lyapunov_exponents",
     "mean_square_lr",
     "moment_exponent",
     "noise_gain",
     "noise_lipschitz",
-    "norm_bound",
     "numeric_range",
     "plane_map",
     "promise",
@@ -189,7 +187,9 @@ __all__ = [
     "student_quantile",
     "sum_of_exponents",
     "tangents",
+    "training_exponent",
     "training_profile",
     "units",
+    "weight_norms",
     "window_exponent",
 ]

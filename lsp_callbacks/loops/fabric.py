@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from lsp_callbacks.autograd._torch_internals import tree_map
 from lsp_callbacks.loops.plain import Watch
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.step.pending_step import LossFn

@@ -17,7 +17,8 @@ from lsp_callbacks.monitor.monitor import Monitor, scalars
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.module_filter import Selection
 from lsp_callbacks.step.criterion import Criterion, ForwardFn, check_pair, population
-from lsp_callbacks.step.snapshot import Clipping, Prox, Unmodelled
+from lsp_callbacks.step.run_context import Prox
+from lsp_callbacks.step.snapshot import Clipping, Unsupported
 
 ITEMS = "num_items_in_batch"
 
@@ -101,8 +102,13 @@ class StabilityCallback(TrainerCallback):
         self._values: dict[str, float] = {}
         self._items: Any = None
         self._losses: list[Tensor] = []
+        self._hooks: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._let_go()  # of a run that was interrupted
+        if state.global_step == 0:  # a new run; one that is resumed goes on with the curves, if it is in this process
+            self.monitor.reset()
+        self.monitor.drop()
         model, wrapped = kwargs["model"], kwargs["optimizer"]
         optimizer = getattr(wrapped, "optimizer", wrapped)  # accelerate wraps both
         scheduler = getattr(kwargs.get("lr_scheduler"), "scheduler", kwargs.get("lr_scheduler"))
@@ -137,9 +143,14 @@ class StabilityCallback(TrainerCallback):
             self.log(values, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self.watch.close()
+        if self._hooks:
+            self.watch.close()
+        self._hooks, self._values, self._items, self._losses = [], {}, None, []
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():
@@ -148,7 +159,7 @@ class StabilityCallback(TrainerCallback):
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module.training and torch.is_grad_enabled():
-            with contextlib.suppress(Unmodelled):
+            with contextlib.suppress(Unsupported):
                 loss = _own_loss(output).detach()
                 if loss.ndim == 0:  # otherwise these are outputs, and the loss is computed from them
                     self._losses = [*self._losses[: self.watch.batches - 1], loss]
@@ -178,5 +189,5 @@ def _model_loss(module: nn.Module, batch: Any) -> Tensor:
 def _own_loss(outputs: Any) -> Tensor:
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
     if loss is None:
-        raise Unmodelled("the model returns no loss: one that the Trainer computes outside of it is not modelled")
+        raise Unsupported("the model returns no loss: one that the Trainer computes outside of it is not modelled")
     return loss

@@ -15,10 +15,11 @@ from lsp_callbacks.monitor.nan_finder import Guard, finite
 from lsp_callbacks.monitor.update_check import ELSEWHERE, Destination
 from lsp_callbacks.report import Run, Verdict, judge
 from lsp_callbacks.step.criterion import Criterion, ForwardFn, Probes, population
-from lsp_callbacks.step.pending_step import LossFn, PendingStep, identical, never, witnessed
+from lsp_callbacks.step.pending_step import LossFn, PendingStep, identical, never, verified
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.replay import untouched
-from lsp_callbacks.step.snapshot import Clipping, Prox, Snapshot
+from lsp_callbacks.step.run_context import Prox, RunContext
+from lsp_callbacks.step.snapshot import Clipping, Snapshot
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -48,8 +49,8 @@ class Watch:
             and a gradient that has overflowed is no step.
         schedulers: one or several of ``torch.optim.lr_scheduler`` that move the optimizer's rate: `SGDLaw` tells their
             form. Where none are given, nothing is taken for known.
-        unmodelled: why the update is not the optimizer's step on this loss, where you know it; what needs the update is
-            then left out.
+        unsupported: why the update is not the optimizer's step on this loss, where you know it; quantities that need
+            the update are then skipped.
         seed: of our own random choices, which never touch the global state.
 
     Raises:
@@ -90,21 +91,28 @@ class Watch:
         prox: Prox | None = None,
         scaler: torch.amp.GradScaler | None = None,
         schedulers: Any = (),
-        unmodelled: str | None = None,
+        unsupported: str | None = None,
         seed: int = 0,
     ):
         if accumulate < 1:
             raise ValueError(f"accumulate={accumulate}: give the number of batches in an update, 1 or more")
         self.module, self.optimizer, self.loss_fn, self.accumulate = module, optimizer, loss_fn, accumulate
         self.monitor = monitor if monitor is not None else configured()
-        self.log, self.clipping, self.unmodelled, self.seed = log, clipping, unmodelled, seed
+        self.log, self.clipping, self.scaler = log, clipping, scaler
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self.unmodelled = unmodelled or _several(torch.distributed.get_world_size())
+            unsupported = unsupported or _several(torch.distributed.get_world_size())
+        self.run = RunContext(
+            seed=seed,
+            prox=prox,
+            schedulers=_schedulers(schedulers, optimizer),
+            loss_name="loss_fn",
+            captures_inputs=self.monitor.captures_inputs,
+            unsupported=unsupported,
+        )
         wanted = max((getattr(quantity, "probes", 0) for quantity in self.monitor.quantities.values()), default=0)
         self.probes = Probes(wanted, forward_fn, criterion)
         #: Whose criterion tells outputs from targets.
         self.probe_loss: Callable[[nn.Module, Any], Any] = loss_fn
-        self.prox, self.scaler, self.schedulers = prox, scaler, _schedulers(schedulers, optimizer)
         self._destination = Destination()
         self._published: Observation | None = None
         self.step = 0
@@ -146,8 +154,8 @@ class Watch:
             self.batches, self._pending, self._seen = 0, None, None
             self._guard.begin()
             if self.monitor.wants(self.step):
-                with self.monitor.harmless("the step could not be kept for a replay"):
-                    self._pending = PendingStep(self.module)
+                with self.monitor.warn_instead_of_raise("the step could not be kept for a replay"):
+                    self._pending = PendingStep(self.module, run=self.run)
         self.monitor.begin(self.module, first=first)
         self.batches += 1
         self.probes.add(batch, self.module)
@@ -200,8 +208,8 @@ class Watch:
 
     def _require(self) -> None:
         self._required = True
-        known: dict[str, Any] = {"clipping": self.clipping, "prox": self.prox, "unmodelled": self.unmodelled}
-        self.monitor.require(Snapshot(self.step, self.module, never, self.optimizer, **known))
+        step = Snapshot(self.step, self.module, never, self.optimizer, run=self.run, clipping=self.clipping)
+        self.monitor.require(step)
 
     def _loss(self, module: nn.Module, batch: Any) -> Tensor:
         return self.loss_fn(module, batch) / self.accumulate
@@ -210,7 +218,7 @@ class Watch:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        with self.monitor.harmless("the step could not be looked at"), untouched(self.module):
+        with self.monitor.warn_instead_of_raise("the step could not be looked at"), untouched(self.module):
             probes = None
             if self.probes.wanted:
                 probes = self.probes.probe_set(pending, self.probe_loss, micro_batches=self.accumulate)
@@ -218,23 +226,17 @@ class Watch:
                 self.step,
                 self.optimizer,
                 clipping=self.clipping,
-                prox=self.prox,
-                unmodelled=self.unmodelled,
-                keep=self.monitor.captures_inputs,
-                loss_of="loss_fn",
                 probes=probes,
                 scale=1.0 if self.scaler is None else float(self.scaler.get_scale()),
-                schedulers=self.schedulers,
-                seed=self.seed,
             )
             if (factor := self._factor) is not None:
                 own = (snapshot.gradient or {}).items()
                 snapshot = replace(snapshot, gradient={name: g if g is None else g / factor for name, g in own})
-            snapshot = witnessed(snapshot)
+            snapshot = verified(snapshot)
             if self._seen is None and snapshot.loss is not None:  # nobody tells it
                 self.monitor.losses.saw(self.step, snapshot.loss)
             self._observation = self.monitor.observe(snapshot)
-            if self.prox is not None and any(q.needs_update for q in self.monitor.quantities.values()):
+            if self.run.prox is not None and any(q.needs_update for q in self.monitor.quantities.values()):
                 self._destination.awaited()
                 self._destination.expect(snapshot)
 
@@ -246,7 +248,7 @@ class Watch:
     def _check_update(self) -> None:
         """Whether the parameters are where step and prox should have brought them, at the end of the loop's body."""
         if not self.batches and self._destination.missed():  # otherwise the update has not been made
-            self.monitor.disown_update(self._published, ELSEWHERE)
+            self.monitor.invalidate_update_metrics(self._published, ELSEWHERE)
             self._published = None
 
     def _before_update(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -257,22 +259,22 @@ class Watch:
             return
         if any(callable(one) for one in (*args[1:], *kwargs.values())):
             self._pending = None  # its gradient comes later
-            self.monitor.disown_update(
+            self.monitor.invalidate_update_metrics(
                 None, "optimizer.step(closure) finds its gradient after our look at it: call backward before step()"
             )
         self.monitor.record(self.step, self._seen, self.optimizer, self.module)
         if self._seen is not None:
             self.monitor.losses.saw(self.step, self._seen)
         fault = None
-        with self.monitor.harmless("whether the step is finite could not be told"):
-            pending, left_out = (lambda: PendingStep(self.module)), self._factor is not None
+        with self.monitor.warn_instead_of_raise("whether the step is finite could not be told"):
+            pending, left_out = (lambda: PendingStep(self.module, run=self.run)), self._factor is not None
             fault = self._guard.look(self.step, self.module, pending, ranks=Ranks(), left_out=left_out)
         self._measure()
         if fault is not None:
             seen = self._observation or Observation(self.step, {})
             self._observation = self.monitor.add(seen, {"stability/nonfinite_step": float(self.step)})
         if any(p.grad is None or not identical(p.grad, gradient) for p, gradient in self._gradients):
-            self._observation = self.monitor.disown_update(
+            self._observation = self.monitor.invalidate_update_metrics(
                 self._observation, "the gradient was changed after Watch.measure()"
             )
         self._gradients = []

@@ -64,7 +64,7 @@ class CourantSource:
         self.failing = math.isnan(values[self.key])
         return step, values[self.key]
 
-    def disown(self) -> None:
+    def invalidate(self) -> None:
         """Forget the number that waits: the step did not move the parameters as it was measured."""
         if self._waiting is not None:
             self._waiting = (self._waiting[0], math.nan)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lsp_callbacks._validation import number
-from lsp_callbacks.step.snapshot import Unmeasurable, Unmodelled
+from lsp_callbacks.step.snapshot import Unmeasurable, Unsupported
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 #: A first measurement starts from nothing, and takes this many times what the next ones do.
@@ -64,11 +64,11 @@ def check_memory(predicted: float, cap: float | None, device: torch.device) -> N
         device: of the parameters.
 
     Raises:
-        Unmodelled: above ``cap``, as it will be at every step.
+        Unsupported: above ``cap``, as it will be at every step.
         Unmeasurable: above what is free now.
     """
     if cap is not None and predicted > cap:
-        raise Unmodelled(
+        raise Unsupported(
             f"it would take {readable(predicted)} beside training, more than max_memory={readable(cap)}: allow more, "
             "or measure part of the batch with sub_batch=..."
         )

@@ -25,8 +25,9 @@ from lsp_callbacks.quantities.base import is_global
 from lsp_callbacks.step.pending_step import rate
 from lsp_callbacks.step.players import require_one
 from lsp_callbacks.step.ranks import Ranks
+from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.series import Trace
-from lsp_callbacks.step.snapshot import NotApplicable, Snapshot, Unmeasurable, Unmodelled
+from lsp_callbacks.step.snapshot import NotApplicable, Snapshot, Unmeasurable, Unsupported
 
 #: How many points of each global curve a checkpoint carries.
 HISTORY_SAVED = 1000
@@ -148,7 +149,7 @@ class Monitor:
         self._layouts: dict[str, tuple] = {}
         self._ranks = Ranks()
         #: Why the update is not the optimizer's, once it was found to be another.
-        self.disowned: str | None = None
+        self.invalidated: str | None = None
 
     @property
     def period(self) -> int | None:
@@ -164,9 +165,9 @@ class Monitor:
     def keys(self) -> set[str]:
         """The global keys that can appear."""
         own = {key for quantity in self.quantities.values() for key in (*quantity.keys, *quantity.optional)}
-        if self.disowned:
+        if self.invalidated:
             own -= {key for quantity in self.quantities.values() for key in _lost(quantity)}
-        return own | ({COURANT, SOURCE} if own & {SGD, GD} or (self.courant.key and not self.disowned) else set())
+        return own | ({COURANT, SOURCE} if own & {SGD, GD} or (self.courant.key and not self.invalidated) else set())
 
     @property
     def courant_source(self) -> str | None:
@@ -194,13 +195,13 @@ class Monitor:
         Raises:
             Unmeasurable: if a quantity that the user named is among it.
         """
-        self._ranks = snapshot.ranks
+        self._ranks = snapshot.run.ranks
         reasons: dict[str, list[str]] = {}
         quietly: dict[str, list[str]] = {}
         for name, quantity in self.quantities.items():
             try:
-                if snapshot.sharded:
-                    raise Unmeasurable(snapshot.sharded)
+                if snapshot.run.sharded:
+                    raise Unmeasurable(snapshot.run.sharded)
                 if not quantity.supports_multiple_optimizers:
                     require_one(snapshot.player)
                 quantity.check(snapshot)
@@ -223,7 +224,7 @@ class Monitor:
         if snapshot.step == 0 and not self._begun:
             self._begun = True
             for name, quantity in self.quantities.items():
-                with self.harmless(f"{name} could not look at the weights that the run begins with"):
+                with self.warn_instead_of_raise(f"{name} could not look at the weights that the run begins with"):
                     quantity.begin(snapshot.module)
 
     def _leave_out(self, reasons: dict[str, list[str]], *, warn: bool = True) -> None:
@@ -244,7 +245,7 @@ class Monitor:
             text = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in reasons.items())
             warnings.warn(f"lsp_callbacks leaves out {text}", stacklevel=3)
 
-    def disown_update(self, observation: Observation | None, reason: str) -> Observation | None:
+    def invalidate_update_metrics(self, observation: Observation | None, reason: str) -> Observation | None:
         """The step did not move the parameters as the snapshot said: from now on, nothing that needs the update map.
 
         Args:
@@ -261,10 +262,10 @@ class Monitor:
         if self.strict and wrong:
             raise Unmeasurable(f"{' and '.join(wrong)}: {reason}")
         left = [name for name, quantity in wrong.items() if not quantity.without_update]
-        if self.disowned is None:
+        if self.invalidated is None:
             left += [key.removeprefix("stability/") for quantity in wrong.values() for key in _lost(quantity)]
         self._leave_out({reason: left} if left else {})
-        self.disowned, self._priced = self.disowned or reason, None
+        self.invalidated, self._priced = self.invalidated or reason, None
         if observation is None:
             return None
         own = {
@@ -278,7 +279,7 @@ class Monitor:
             own |= {COURANT, SOURCE}
         keys = own & observation.values.keys()
         if GD in keys:
-            self.courant.disown()
+            self.courant.invalidate()
         for key in keys:
             self.history[key].values[-1] = math.nan
         return Observation(
@@ -312,7 +313,7 @@ class Monitor:
         """
         if self._records:
             assert self.trace is not None
-            with self.harmless("the final state of the step cannot be seen"):
+            with self.warn_instead_of_raise("the final state of the step cannot be seen"):
                 self.trace.begin(module, first=first)
 
     def close(self) -> None:
@@ -342,7 +343,7 @@ class Monitor:
         if self._records:
             assert self.trace is not None
             lr = math.nan if optimizer is None else rate(optimizer)
-            with self.harmless(f"what is recorded at each step could not be at step {step}"):
+            with self.warn_instead_of_raise(f"what is recorded at each step could not be at step {step}"):
                 self.trace.record(step, loss, lr=lr, module=module, previous=previous)
             for name, error in self.trace.failed.items():
                 self.warn_once(f"the energy {name} is not recorded any more, it raised {error}")
@@ -360,20 +361,19 @@ class Monitor:
         """
         if self.trace is not None:
             self.record(snapshot.step, snapshot.loss, snapshot.optimizer, snapshot.module, previous=snapshot.previous)
-            snapshot = replace(snapshot, trace=self.trace)
         self._begin(snapshot)
-        if self.disowned:
-            snapshot = replace(snapshot, disowned=self.disowned)
+        if self.trace is not None or self.invalidated:  # otherwise what is cached of the snapshot stays
+            snapshot = replace(snapshot, run=self._run_of(snapshot.run))
         if not self.wants(snapshot.step):
             return None
         starts = self._starts(snapshot.step)
         if starts:
             self.cadence.started(snapshot.step)
-        self._ranks = snapshot.ranks
+        self._ranks = snapshot.run.ranks
         self._notice(snapshot)
         values: dict[str, float] = {}
         failures: dict[str, str] = {}
-        unmodelled: dict[str, list[str]] = {}
+        unsupported: dict[str, list[str]] = {}
         quietly: dict[str, list[str]] = {}
         for name, quantity in self.quantities.items():
             begins = name not in self._under_way
@@ -394,8 +394,8 @@ class Monitor:
                     raise
                 if isinstance(error, MemoryError | torch.OutOfMemoryError) or self._ranks.world > 1:
                     snapshot.memo.clear()  # graphs that the step's other measurements would share
-                if isinstance(error, Unmodelled) and name not in self.named:
-                    (quietly if absent else unmodelled).setdefault(str(error), []).append(name)
+                if isinstance(error, Unsupported) and name not in self.named:
+                    (quietly if absent else unsupported).setdefault(str(error), []).append(name)
                     continue
                 quantity.load_vectors({})
                 failures[name] = f"{type(error).__name__}: {error}"
@@ -407,7 +407,7 @@ class Monitor:
             else:
                 values |= found
         self._leave_out(quietly, warn=False)
-        self._leave_out(unmodelled)
+        self._leave_out(unsupported)
         self._warn(failures, snapshot.step)
         if not self._under_way:
             self._reckon(snapshot)
@@ -416,7 +416,7 @@ class Monitor:
     def _with_courant(self, observation: Observation, values: dict[str, float]) -> Observation | None:
         """The observation of a step with the headline number, which may be that of a step before."""
         possible = {key for quantity in self.quantities.values() for key in quantity.keys}
-        if self.disowned:
+        if self.invalidated:
             possible -= {key for quantity in self.quantities.values() for key in _lost(quantity)}
         headline = self.courant.value(observation.step, values, possible)
         self.cadence.read(self.courant.reading(values))
@@ -428,6 +428,11 @@ class Monitor:
             told = self.add(Observation(step, {}), told).values
             observation = replace(observation, values=observation.values | told)
         return self.add(observation, values) if values or observation.values else None
+
+    def _run_of(self, run: RunContext) -> RunContext:
+        """The facts of the run, with those that are known here."""
+        series = run.series if self.trace is None else self.trace
+        return replace(run, series=series, invalidated=self.invalidated or run.invalidated)
 
     def _notice(self, snapshot: Snapshot) -> None:
         """Other parameters may be trained than before (unfreezing): windows and warm starts are not of their size."""
@@ -465,7 +470,7 @@ class Monitor:
             self._check_memory(quantity.name, snapshot)
         quantity.update(snapshot)
         own = {key: float(value) for key, value in quantity.compute().items()} if quantity.complete else None
-        return snapshot.ranks.first(lambda: own, quantity.name)
+        return snapshot.run.ranks.first(lambda: own, quantity.name)
 
     def add(self, observation: Observation, values: dict[str, float]) -> Observation:
         """The observation with further values, which go into the history, too."""
@@ -487,7 +492,7 @@ class Monitor:
         self._warned |= kinds.keys()
 
     @contextlib.contextmanager
-    def harmless(self, what: str) -> Iterator[None]:
+    def warn_instead_of_raise(self, what: str) -> Iterator[None]:
         """Whatever goes wrong around a measurement is a warning, once; training goes on without it."""
         try:
             yield
@@ -507,7 +512,7 @@ class Monitor:
         parts: dict[str, float] = {}
         for quantity in self.quantities.values():
             try:
-                own = snapshot.ranks.together(partial(quantity.cost, snapshot))
+                own = snapshot.run.ranks.together(partial(quantity.cost, snapshot))
             except Exception:  # whatever a replay raises: to find that it fails is one
                 own = {"a replay that fails": 1.0}
             for part, gradients in own.items():
@@ -541,13 +546,13 @@ class Monitor:
         """After a measurement: what it took decides what the next ones are, and when."""
         slow: dict[str, list[str]] = {}
         # Seconds differ between processes, and so may the cost, with the sizes of their batches.
-        too_long = snapshot.ranks.first(lambda: self.seconds.too_long(self.quantities), "the seconds")
+        too_long = snapshot.run.ranks.first(lambda: self.seconds.too_long(self.quantities), "the seconds")
         for name, reason in too_long.items():
             slow.setdefault(reason, []).append(name)
         self._leave_out(slow)
         if self.cadence.every_n_steps is None and self.quantities.keys() != self._priced:
             gradients = sum(self.cost(snapshot).values())
-            self.cadence.priced(snapshot.ranks.first(lambda: gradients, "the cost"), self.longest)
+            self.cadence.priced(snapshot.run.ranks.first(lambda: gradients, "the cost"), self.longest)
             self._priced = set(self.quantities)
 
     def drop(self) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd._torch_internals import foreach_norm, sparse_values
+from lsp_callbacks.autograd.random_state import TorchRandomState
 from lsp_callbacks.functional.numerics.first_fault import Fault, first_fault
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.quantities.numerics.numerics import Numerics
 from lsp_callbacks.step.muted import muted
 from lsp_callbacks.step.pending_step import PendingStep
 from lsp_callbacks.step.ranks import Ranks
-from lsp_callbacks.step.replay import MicroBatch, TorchRandomState, copied, untouched
+from lsp_callbacks.step.replay import MicroBatch, copied, untouched
 from lsp_callbacks.step.snapshot import restored
 
 
@@ -118,12 +120,12 @@ class Guard:
         return fault
 
     def _traced(self, step: int, module: nn.Module, pending: PendingStep) -> Fault:
-        if pending.shadow is None:
+        if pending.module_copy is None:
             raise pending.failure or AssertionError
         if not self._parts:
             return Fault(step, "unknown", reason="its batches were not seen")
         with restored(list(module.parameters())):  # a training_step may move them
-            copy = pending.shadow.reset()
+            copy = pending.module_copy.reset()
             for part in self._parts:
                 part.random_state.restore()
                 batch = copied(part.batch)
@@ -141,10 +143,10 @@ class Guard:
 
 def finite(tensors: list[Tensor]) -> bool:
     """Whether all numbers are finite; reads from the device once, unless they are not or nearly overflow."""
-    dense = [t._values() if t.layout is torch.sparse_coo else t for t in tensors if t.numel()]
+    dense = [sparse_values(t) if t.layout is torch.sparse_coo else t for t in tensors if t.numel()]
     if not dense:
         return True
-    norms = torch._foreach_norm(dense)
+    norms = foreach_norm(dense)
     if len({norm.device for norm in norms}) > 1:
         norms = tuple(norm.cpu() for norm in norms)
     if bool(torch.stack(norms).sum().isfinite()):

@@ -1,8 +1,8 @@
 """From one frozen training step to linear operators."""
 
+from lsp_callbacks.functional.network.layer_operators import weight_operators
 from lsp_callbacks.operators.curvature.hessian import hessian
 from lsp_callbacks.operators.network.residual_block import Block, residual_block
-from lsp_callbacks.operators.network.weights import weight_operators
 from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
     FrozenRule,

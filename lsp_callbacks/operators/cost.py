@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lsp_callbacks.autograd._torch_internals import TorchDispatchMode, packet, tree_leaves
 from lsp_callbacks.operators.curvature.hessian import Method, product_cost
 from lsp_callbacks.operators.trajectory.update_rules import formula_of
 from lsp_callbacks.step.snapshot import Snapshot
@@ -57,7 +56,7 @@ class _Counter(TorchDispatchMode):
         self.calls += 1
         if not func.is_view:
             self.elements += sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+        if (formula := flop_registry.get(packet(func))) is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         return out
 

@@ -65,7 +65,7 @@ class Quantity(Metric):
         prepare: steps before them.
         needs_update: whether the optimizer's update map enters.
         without_update: keys that stay right where the update turns out to be another one: then the quantity goes on
-            with them alone, on snapshots that are `Snapshot.disowned`. Without any it is skipped.
+            with them alone, on snapshots that are `RunContext.invalidated`. Without any it is skipped.
         recorded: steps of the `Trace` that it looks back on, at most; 0 needs none.
         energies: what the trace records beside loss and rate, by name.
         final_state: name of the module whose output the energies receive as ``state``; None where none needs it.

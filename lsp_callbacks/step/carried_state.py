@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric
+
+from lsp_callbacks.autograd._torch_internals import tree_leaves, tree_map
 
 _PLAIN = frozenset(vars(nn.Module()))
 _MISSING = object()

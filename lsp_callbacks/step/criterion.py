@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from lsp_callbacks.autograd._torch_internals import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from lsp_callbacks.step.carried_state import Carried, belongs, carried, give_back, kept
 from lsp_callbacks.step.muted import muted
 from lsp_callbacks.step.pending_step import PendingStep, batch_size
 from lsp_callbacks.step.probes import HOW, Criteria, evaluation
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.replay import copied
-from lsp_callbacks.step.snapshot import Evaluation, ProbeSet, Unmeasurable, Unmodelled, as_trained, batch_norms
+from lsp_callbacks.step.snapshot import Evaluation, ProbeSet, Unmeasurable, Unsupported, as_trained, batch_norms
 
 ForwardFn = Callable[[nn.Module, Any], Tensor]
 Criterion = Callable[[Tensor, Any], Tensor]
@@ -78,7 +78,7 @@ class Probes:
         self.forward_size = self.forward_size or found[0][0]  # of one rank, which normalises by itself
         for size, held, own in found:
             if self.ranks.world > 1 and belongs(state, size):
-                raise Unmodelled("the module carries a state from batch to batch: measure that in one process")
+                raise Unsupported("the module carries a state from batch to batch: measure that in one process")
             self._sizes.append(held)
             self._carried.append((kept(state, size), size))
             self._batches.append(own if self.ranks.world == 1 else _to(own, self.ranks.device))
@@ -89,15 +89,15 @@ class Probes:
         """The size of the rank's batch, and a copy: in several processes no more samples of it than can be needed."""
         size = batch_size(batch)
         if not size:
-            raise Unmodelled("the batch holds no tensor whose first axis could be the samples")
+            raise Unsupported("the batch holds no tensor whose first axis could be the samples")
         try:
             if self.ranks.world == 1:
                 return size, size, copied(batch)
         except Exception as error:  # whatever the user's objects raise
-            raise Unmodelled(f"the batch cannot be copied ({type(error).__name__}: {error})") from error
+            raise Unsupported(f"the batch cannot be copied ({type(error).__name__}: {error})") from error
         leaves = tree_leaves(batch)
         if not all(type(t) is Tensor or isinstance(t, str | int | float | None) for t in leaves):
-            raise Unmodelled("the batch holds other things than plain tensors, which cannot be sent between processes")
+            raise Unsupported("the batch holds other things than plain tensors, which cannot be sent between processes")
         wanted = self.needed - sum(self._sizes)
         if wanted < size and all(isinstance(t, Tensor) and t.ndim and len(t) == size for t in leaves):
             return size, wanted, _to(tree_map(lambda t: t[:wanted].clone(), batch), "cpu")
@@ -136,7 +136,7 @@ class Probes:
             context: in which the module is run, of the loop's precision.
             micro_batches: how many make a step.
         """
-        module = pending.module if pending.shadow is None else pending.shadow.module
+        module = pending.module if pending.module_copy is None else pending.module_copy.module
         parts, batches, together = [], [], 1
         if self._failure is not None:
             parts = [_failing(self._failure)]
@@ -176,9 +176,9 @@ class Probes:
         together: bool = False,
     ) -> Callable[[], Evaluation]:
         def part() -> Evaluation:
-            if pending.shadow is None or not pending.parts:
+            if pending.module_copy is None or not pending.parts:
                 raise pending.failure or AssertionError
-            module = pending.shadow.reset()
+            module = pending.module_copy.reset()
             names = give_back(module, *state)
             pending.parts[0].random_state.restore()
             own = copied(batch)
@@ -199,7 +199,7 @@ class Probes:
             value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             return criteria.of(value, samples=size)
 
-        return pending.ranks.private(part)
+        return pending.run.ranks.private(part)
 
 
 @contextlib.contextmanager
@@ -212,7 +212,7 @@ def _told(names: list[str]) -> Iterator[None]:
     except Exception as error:
         if not names:
             raise
-        raise Unmodelled(
+        raise Unsupported(
             f"{' and '.join(names)}, which the module carries from batch to batch, does not let the probes be seen "
             f"again ({type(error).__name__}: {error}): {HOW}"
         ) from error
@@ -224,7 +224,7 @@ def _to(batch: Any, device: Any) -> Any:
 
 def _failing(error: Exception) -> Callable[[], Evaluation]:
     def part() -> Evaluation:
-        raise Unmodelled(str(error))  # the other one is kept: its traceback would keep the step's tensors
+        raise Unsupported(str(error))  # the other one is kept: its traceback would keep the step's tensors
 
     return part
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd._torch_internals import in_backward_pass
 from lsp_callbacks.errors import Unmeasurable
 
 
@@ -91,7 +92,7 @@ class FinalState:
             return
         kind = "without gradient"
         if torch.is_grad_enabled():
-            kind = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+            kind = "backward" if in_backward_pass() else "forward"
         self._parts[-1].add(kind, output)
 
     def states(self) -> list[Tensor]:

@@ -12,8 +12,9 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lsp_callbacks.step.ranks import Ranks
-from lsp_callbacks.step.replay import MicroBatch, Shadow, copied, replayer, summed
+from lsp_callbacks.autograd._torch_internals import is_compiled
+from lsp_callbacks.step.replay import MicroBatch, ModuleCopy, copied, replayer, summed
+from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, evaluating, flatten, split
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -30,11 +31,11 @@ class PendingStep:
 
     Args:
         module: whose parameters are trained.
-        shared: objects of the module that its copy shares, see `Shadow`.
-        prepare: applied once to the copy, see `Shadow`.
+        shared: objects of the module that its copy shares, see `ModuleCopy`.
+        prepare: applied once to the copy, see `ModuleCopy`.
         tolerance: relative difference between a replayed loss and the step's own; compiled modules have 1e-4 at least.
         sub_batch: how many samples to use; None takes all.
-        ranks: the processes that take the step together; None is this one.
+        run: what all steps of the run share; None is a run of this process alone.
         takes_buffers: whether all ranks' forward passes begin with the buffers of the first, as under DDP.
     """
 
@@ -46,18 +47,18 @@ class PendingStep:
         prepare: Callable[[nn.Module], None] = lambda copy: None,
         tolerance: float = 0.0,
         sub_batch: int | None = None,
-        ranks: Ranks | None = None,
+        run: RunContext | None = None,
         takes_buffers: bool = False,
     ):
         self.module, self.tolerance, self.sub_batch = module, tolerance, sub_batch
-        self.ranks = ranks or Ranks()
+        self.run = run or RunContext()
         self.parts: list[MicroBatch] = []
-        self.shadow: Shadow | None = None
+        self.module_copy: ModuleCopy | None = None
         self._several = False  # backward passes of a batch: only their gradients tell which losses count
         self.failure: Exception | None = None
         try:
             self._sums = _sums(module)
-            self.shadow = Shadow(module, shared=shared, prepare=prepare)
+            self.module_copy = ModuleCopy(module, shared=shared, prepare=prepare)
         except Exception as error:  # whatever the user's attributes raise when they are copied
             self._fail(error)
         if takes_buffers:
@@ -67,14 +68,14 @@ class PendingStep:
         """The buffers of the first rank, for all."""
 
         def buffers() -> list[Tensor | None]:
-            if self.shadow is None:
+            if self.module_copy is None:
                 raise self.failure or AssertionError
-            return self.shadow.buffers()
+            return self.module_copy.buffers()
 
         try:
-            found = self.ranks.together(lambda: self.ranks.first(buffers, "the buffers"))
-            if self.shadow is not None:
-                self.shadow.load_buffers(found)
+            found = self.run.ranks.together(lambda: self.run.ranks.first(buffers, "the buffers"))
+            if self.module_copy is not None:
+                self.module_copy.load_buffers(found)
         except Exception as error:  # of this rank alone, too: it has to come to the next meeting
             self.failure = error.with_traceback(None)
 
@@ -105,10 +106,10 @@ class PendingStep:
     def snapshot(self, step: int, optimizer: torch.optim.Optimizer, **settings: Any) -> Snapshot:
         """The step, after its backward passes and before its update."""
         failure = self.failure or self._moved()
-        if failure or self.shadow is None:
+        if failure or self.module_copy is None:
             module, replay = self.module, _raising(failure)
         else:
-            module, replay = self.shadow.module, self.ranks.private(replayer(self.shadow, self.parts))
+            module, replay = self.module_copy.module, self.run.ranks.private(replayer(self.module_copy, self.parts))
         snapshot = Snapshot(
             step=step,
             module=module,
@@ -119,20 +120,20 @@ class PendingStep:
             gradient={name: p.grad for name, p in self.module.named_parameters() if p.requires_grad},
             # Compiled code rounds in other places than the step.
             tolerance=max(self.tolerance, 1e-4 if _compiled(self.module) else 0.0),
-            ranks=self.ranks,
+            run=self.run,
             **settings,
         )
         if self.sub_batch is None:
             return snapshot
         count = self.sub_batch
         try:
-            return self.ranks.together(lambda: self._sub_batch(snapshot, count))
+            return self.run.ranks.together(lambda: self._sub_batch(snapshot, count))
         except Exception as error:
             return replace(snapshot, replay=_raising(error))
 
     def _sample(self, count: int) -> tuple[Tensor, int]:
         """The loss of the first samples of the first micro-batch, in eval mode, and how many there are."""
-        if self.shadow is None:
+        if self.module_copy is None:
             raise self.failure or AssertionError
         part = _cut(self.parts[0], count)
         size = batch_size(part.batch)
@@ -143,7 +144,7 @@ class PendingStep:
             with evaluating(module):
                 return part.loss(module, batch)
 
-        return self.ranks.private(replayer(self.shadow, [replace(part, loss=loss)]))(), size
+        return self.run.ranks.private(replayer(self.module_copy, [replace(part, loss=loss)]))(), size
 
     def _moved(self) -> Exception | None:
         """The step itself must leave the parameters alone: a replay, which shares them, would move them again."""
@@ -170,9 +171,9 @@ class PendingStep:
         _ = full.faithful
         count = math.ceil(count / len(self.parts))
         whole = any((batch_size(part.batch) or 0) <= count for part in self.parts)
-        if not self.ranks.any(lambda: not whole, "a sub-batch") or self.shadow is None:
+        if not self.run.ranks.any(lambda: not whole, "a sub-batch") or self.module_copy is None:
             return full
-        part = replace(full, replay=replayer(self.shadow, [_cut(part, count) for part in self.parts]), memo={})
+        part = replace(full, replay=replayer(self.module_copy, [_cut(part, count) for part in self.parts]), memo={})
         loss, mean = part.replayed_gradient()
         sub = replace(part, loss=loss, gradient=_named(mean, full), memo={})
         if full.clipping is None or full.clipping.kind == "value" or full.flat_gradient is None:
@@ -182,7 +183,7 @@ class PendingStep:
         return replace(sub, clipping=replace(full.clipping, limit=full.clipping.limit * ratio)) if ratio > 0 else sub
 
 
-def witnessed(snapshot: Snapshot) -> Snapshot:
+def verified(snapshot: Snapshot) -> Snapshot:
     """A step whose loss nobody saw, checked against its gradient instead; then the replay's loss is its loss.
 
     With a ``clipping`` the gradient may be clipped already: then the replay's takes its place. Where it is another one
@@ -190,30 +191,30 @@ def witnessed(snapshot: Snapshot) -> Snapshot:
     replay are left to the quantities. Cost: one gradient.
     """
     try:
-        loss, gradient = snapshot.ranks.together(snapshot.replayed_gradient)
+        loss, gradient = snapshot.run.ranks.together(snapshot.replayed_gradient)
     except Exception:
         return snapshot
     seen = replace(snapshot, loss=loss, memo={})
     try:
         seen.check_gradient(gradient)
     except Unmeasurable as error:
-        if snapshot.clipping is None or snapshot.gradient is None or snapshot.unmodelled:
-            return replace(seen, unmodelled=snapshot.unmodelled or str(error))
+        if snapshot.clipping is None or snapshot.gradient is None or snapshot.unsupported:
+            return replace(seen, mismatch=snapshot.mismatch or str(error))
         clipping = snapshot.clipping
         groups = [] if snapshot.optimizer is None else snapshot.optimizer.param_groups
         held = {id(p) for group in groups for p in group["params"]}
         if clipping.kind == "norm" and not all(id(p) in held for p in snapshot.parameters.values()):
             reason = "gradients are clipped together with those of parameters that the optimizer does not hold"
-            return replace(seen, unmodelled=reason)
+            return replace(seen, mismatch=reason)
         try:
             seen.check_gradient(clipping(gradient))
         except Unmeasurable:
-            return replace(seen, unmodelled=str(error))
+            return replace(seen, mismatch=str(error))
         return replace(seen, gradient=_named(gradient, snapshot), memo={})
     return seen
 
 
-def played(snapshot: Snapshot, *others: Callable[[], Tensor]) -> Snapshot:
+def verified_player_step(snapshot: Snapshot, *others: Callable[[], Tensor]) -> Snapshot:
     """A player's step, by the first of several replays whose gradient is the step's own; its loss is then the step's.
 
     The gradients of the other players' parameters, which the step does not use, become those of the replay. Where no
@@ -228,7 +229,7 @@ def played(snapshot: Snapshot, *others: Callable[[], Tensor]) -> Snapshot:
     for replay in (snapshot.replay, *others):
         seen = replace(snapshot, replay=replay, memo={})
         try:
-            loss, gradient = seen.ranks.together(seen.joint.replayed_gradient)
+            loss, gradient = seen.run.ranks.together(seen.joint.replayed_gradient)
         except Exception:
             return snapshot
         replayed = dict(zip(seen.joint.parameters, split(gradient, list(seen.joint.parameters.values()))))
@@ -246,7 +247,7 @@ def played(snapshot: Snapshot, *others: Callable[[], Tensor]) -> Snapshot:
         "parameters before another player's update, or the loss draws random numbers in another order (put the noise "
         "into the batch, or draw it from a generator that the module keeps)"
     )
-    return replace(first, unmodelled=snapshot.unmodelled or reason)
+    return replace(first, mismatch=snapshot.mismatch or reason)
 
 
 def _named(flat: Tensor, step: Snapshot) -> dict[str, Tensor | None]:
@@ -290,10 +291,7 @@ def identical(a: Tensor, b: Tensor) -> bool:
 
 def _compiled(module: nn.Module) -> bool:
     # Copies are not compiled: their attributes do not tell.
-    return any(
-        m._compiled_call_impl is not None or hasattr(m, "_orig_mod") or getattr(m, "_compiler_ctx", None)
-        for m in module.modules()
-    )
+    return any(is_compiled(m) or getattr(m, "_compiler_ctx", None) for m in module.modules())
 
 
 def batch_size(batch: Any) -> int | None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lsp_callbacks.step.snapshot import Evaluation, Unmeasurable, Unmodelled
+from lsp_callbacks.step.snapshot import Evaluation, Unmeasurable, Unsupported
 
 HOW = (
     "pass forward_fn=lambda module, batch: outputs, shaped (samples, ..., classes), and "
@@ -25,13 +25,13 @@ def evaluation(outputs: Tensor, criterion: Callable[[Tensor], Tensor], *, sample
     """Brings outputs of shape ``(samples, ..., classes)`` or ``(samples * positions, classes)`` into the one form.
 
     Raises:
-        Unmodelled: if the outputs cannot be shared among the samples.
+        Unsupported: if the outputs cannot be shared among the samples.
     """
     if not isinstance(outputs, Tensor) or not outputs.requires_grad:
-        raise Unmodelled(f"the outputs do not depend on the parameters: {HOW}")
+        raise Unsupported(f"the outputs do not depend on the parameters: {HOW}")
     shape = outputs.shape
     if outputs.numel() % samples or (outputs.ndim and shape[0] % samples):
-        raise Unmodelled(f"outputs of shape {tuple(shape)} cannot be told apart for {samples} samples: {HOW}")
+        raise Unsupported(f"outputs of shape {tuple(shape)} cannot be told apart for {samples} samples: {HOW}")
     classes = shape[-1] if outputs.ndim > 1 else 1
     return Evaluation(outputs.reshape(samples, -1, classes), lambda f: criterion(f.reshape(shape)))
 
@@ -66,7 +66,7 @@ class Criteria(TorchFunctionMode):
 
         Raises:
             Unmeasurable: if the loss is not finite.
-            Unmodelled: if no known criterion gave it, or not it alone.
+            Unsupported: if no known criterion gave it, or not it alone.
         """
         for func, args, kwargs, result in reversed(self._calls):
             if not bool(loss.isfinite()):
@@ -74,23 +74,23 @@ class Criteria(TorchFunctionMode):
             mean = result.ndim > 0  # reduction="none", and the user's own mean
             if torch.equal((result.mean() if mean else result).detach(), loss.detach()):
                 return self._evaluation(func, args, kwargs, mean, samples)
-        raise Unmodelled(
+        raise Unsupported(
             "outputs and targets cannot be told from training_step: its loss is not the value of one criterion of "
             f"torch.nn.functional (cross_entropy, mse_loss, ...) on the network's outputs; {HOW}"
         )
 
     def _evaluation(self, func: Callable, args: tuple, kwargs: dict, mean: bool, samples: int | None) -> Evaluation:
         if inspect.signature(func).bind(*args, **kwargs).arguments.get("reduction") == "sum":
-            raise Unmodelled(f"{func.__name__} sums over the batch, which is no mean of samples: {HOW}")
+            raise Unsupported(f"{func.__name__} sums over the batch, which is no mean of samples: {HOW}")
         kwargs = dict(kwargs)
         outputs, rest = (args[0], args[1:]) if args else (kwargs.pop("input"), ())
         samples = samples or (len(outputs) if outputs.ndim else 1)
         target = rest[0] if rest else kwargs.get("target")
         if not outputs.requires_grad and isinstance(target, Tensor) and target.requires_grad:
-            raise Unmodelled(f"{func.__name__} is called with the target first: call it as (outputs, target)")
+            raise Unsupported(f"{func.__name__} is called with the target first: call it as (outputs, target)")
         weight = rest[1] if len(rest) > 1 else kwargs.get("weight")
         if func in _CLASSES and weight is not None:
-            raise Unmodelled(
+            raise Unsupported(
                 f"{func.__name__} with class weights divides by the weights of the batch, which is no mean of samples: "
                 f"{HOW}"
             )
@@ -99,7 +99,7 @@ class Criteria(TorchFunctionMode):
         if log_softmax and logits is not None:
             outputs = logits[1]
         elif func is F.nll_loss:
-            raise Unmodelled(f"nll_loss without log_softmax just before it has no curvature of its own: {HOW}")
+            raise Unsupported(f"nll_loss without log_softmax just before it has no curvature of its own: {HOW}")
 
         def criterion(f: Tensor) -> Tensor:
             value = func(F.log_softmax(f, 1 if f.ndim > 1 else 0) if log_softmax else f, *rest, **kwargs)

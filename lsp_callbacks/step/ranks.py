@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lsp_callbacks.errors import Unmeasurable, Unmodelled
+from lsp_callbacks.autograd._torch_internals import TorchDispatchMode
+from lsp_callbacks.errors import Unmeasurable, Unsupported
 
 T = TypeVar("T")
 
@@ -151,7 +151,7 @@ class Ranks:
         It is watched until it has succeeded once, as watching every operation takes time.
 
         Raises:
-            Unmodelled: when it is called, and does communicate.
+            Unsupported: when it is called, and does communicate.
         """
         watched = self.world > 1
 
@@ -184,7 +184,7 @@ class Ranks:
         failed, most, least = state.tolist()
         if not failed and most == -least:
             return
-        told = None if error is None else (isinstance(error, Unmodelled), _told(error))
+        told = None if error is None else (isinstance(error, Unsupported), _told(error))
         reports: list[Report] = self._everybodys((where, told))
         common: Exception | None = _common(reports) or error  # which all raise alike
         assert common is not None
@@ -205,7 +205,7 @@ class _Private(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "c10d" in func.namespace:
-            raise Unmodelled(
+            raise Unsupported(
                 f"the step communicates between processes in its forward pass ({func}: SyncBatchNorm, all_gather), so "
                 "that its loss is no mean of the processes' own: measure with one process, or without what communicates"
             )
@@ -224,6 +224,6 @@ def _common(reports: list[Report]) -> Unmeasurable | None:
         return Unmeasurable(f"the ranks took different paths through the measurement: {places}")
     if len(failures) == len(reports) and len(set(failures.values())) == 1:
         return None
-    kind = Unmodelled if all(unmodelled for unmodelled, _ in failures.values()) else Unmeasurable
+    kind = Unsupported if all(unsupported for unsupported, _ in failures.values()) else Unmeasurable
     rank, (_, text) = next(iter(failures.items()))
     return kind(f"on rank {rank} of {len(reports)}: {text}")

@@ -5,40 +5,36 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import random
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-import numpy as np
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import CheckpointFunction, checkpoint
 from torch.utils.data import DataLoader, Dataset
 
+from lsp_callbacks.autograd._torch_internals import (
+    CONTAINERS,
+    HOOKS,
+    buffers,
+    checkpoints_without_reentrance,
+    tree_map,
+    without_hooks,
+)
+from lsp_callbacks.autograd.random_state import RandomState, TorchRandomState
 from lsp_callbacks.step.muted import muted
 from lsp_callbacks.step.snapshot import Unmeasurable
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-)
 _ATOMS = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size)
 
 
-class Shadow:
+class ModuleCopy:
     """A copy of a module that shares its parameters and nothing else.
 
-    Buffers, Python attributes, metrics and caches are copied when the shadow is made, which must be *before* the
+    Buffers, Python attributes, metrics and caches are copied when the copy is made, which must be *before* the
     step's forward pass, and put back to that state by `reset` before each replay. The user's own hooks (functions and
     methods) are not copied, as their side effects could not be taken back; hook objects, such as those of
     ``torch.nn.utils.spectral_norm``, are.
@@ -67,7 +63,7 @@ class Shadow:
         if any(a is not b for a, b in zip_longest(module.parameters(), self.module.parameters())):
             raise TypeError("its copy has parameters of its own (a scripted module, or a __deepcopy__)")
         for child in self.module.modules():
-            for kind in _HOOKS:
+            for kind in HOOKS:
                 hooks = getattr(child, kind, {})
                 for key in [k for k, hook in hooks.items() if _is_users(hook)]:
                     del hooks[key]
@@ -100,10 +96,8 @@ class _State:
     def __init__(self, module: nn.Module):
         self.module = module
         self.attributes = dict(vars(module))
-        self.containers = {
-            name: dict(value) for name, value in vars(module).items() if name in ("_parameters", "_buffers", "_modules")
-        }
-        self.buffers = {name: None if b is None else b.detach().clone() for name, b in module._buffers.items()}
+        self.containers = {name: dict(value) for name, value in vars(module).items() if name in CONTAINERS}
+        self.buffers = {name: None if b is None else b.detach().clone() for name, b in buffers(module).items()}
         plain = vars(nn.Module())
         # A deep copy for each replay is dear: only of what a training step could change in place.
         self.mutable = {
@@ -122,7 +116,7 @@ class _State:
             container.clear()
             container.update(entries)
         for name, saved in self.buffers.items():
-            self.module._buffers[name] = None if saved is None else saved.clone()
+            buffers(self.module)[name] = None if saved is None else saved.clone()
 
 
 def _is_users(hook: Any) -> bool:
@@ -141,36 +135,6 @@ def _find_special(value: Any, shared: dict[int, Any], memo: dict[int, Any], dept
             _find_special(item, shared, memo, depth + 1)
 
 
-class TorchRandomState:
-    """The global random states of torch (CPU and the devices in use): a copy takes a microsecond on the CPU."""
-
-    def __init__(self) -> None:
-        self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        self.mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
-        if self.mps is not None:
-            torch.mps.set_rng_state(self.mps)
-
-
-class RandomState(TorchRandomState):
-    """The global random states of torch, numpy and Python."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numpy = np.random.get_state()
-        self.python = random.getstate()
-
-    def restore(self) -> None:
-        super().restore()
-        np.random.set_state(self.numpy)
-        random.setstate(self.python)
-
-
 @contextlib.contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """Whatever happens inside, the global random states are afterwards what they were, and the module unused.
@@ -181,7 +145,6 @@ def untouched(module: nn.Module) -> Iterator[None]:
     checkpoints take no ``torch.autograd.grad``, and hide what is inside.
     """
     before = RandomState()
-    hooks = [(p, p._backward_hooks) for p in module.parameters() if p._backward_hooks]
     own = {id(m) for m in module.modules()}
 
     def refuse(called: nn.Module, args: tuple) -> None:
@@ -193,49 +156,15 @@ def untouched(module: nn.Module) -> Iterator[None]:
 
     handle = register_module_forward_pre_hook(refuse)
     try:
-        for p, _ in hooks:
-            p._backward_hooks = None
-        with torch.compiler.set_stance("force_eager"), _no_reentrance():
+        with (
+            without_hooks(module.parameters()),
+            torch.compiler.set_stance("force_eager"),
+            checkpoints_without_reentrance(),
+        ):
             yield
     finally:
         handle.remove()
-        for p, kept in hooks:
-            p._backward_hooks = kept
         before.restore()
-
-
-@contextlib.contextmanager
-def _no_reentrance() -> Iterator[None]:
-    def apply(function: Callable, preserve: bool, *args: Any) -> Any:
-        if not any(isinstance(a, Tensor) and a.requires_grad for a in args):  # then it gives no gradient at all
-            with torch.no_grad():
-                return function(*args)
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
-
-    CheckpointFunction.apply = apply  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del CheckpointFunction.apply
-
-
-@contextlib.contextmanager
-def kept_activations() -> Iterator[None]:
-    """Activations that would be checkpointed are kept: products of a graph of few samples need them again and again.
-
-    What is computed again would also be computed in another mode than the first time, as replays put it back.
-    """
-
-    def keep(*args: Any, **kwargs: Any) -> Iterator[None]:
-        yield
-
-    name = "_checkpoint_without_reentrant_generator"
-    original = getattr(torch.utils.checkpoint, name)
-    setattr(torch.utils.checkpoint, name, keep)
-    try:
-        yield
-    finally:
-        setattr(torch.utils.checkpoint, name, original)
 
 
 def copied(batch: Any) -> Any:
@@ -261,19 +190,19 @@ class MicroBatch:
     own: Tensor | None = None
 
 
-def replayer(shadow: Shadow, parts: Sequence[MicroBatch]) -> Callable[[], Tensor]:
+def replayer(module_copy: ModuleCopy, parts: Sequence[MicroBatch]) -> Callable[[], Tensor]:
     """``() -> loss`` of a step: at each call fresh batches, buffers and random states, see also `muted`.
 
     The losses of the micro-batches are summed in their order, and buffers evolve through them as they did. The graphs
     of all of them are held at once.
 
     Args:
-        shadow: made before the step.
+        module_copy: made before the step.
         parts: the micro-batches between two updates; one without accumulation.
     """
 
     def replay() -> Tensor:
-        module = shadow.reset()
+        module = module_copy.reset()
         losses = []
         for part in parts:
             part.random_state.restore()

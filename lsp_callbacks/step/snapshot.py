@@ -10,21 +10,17 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from lsp_callbacks.autograd._torch_internals import BatchNorm, InstanceNorm, buffers, is_compiled, tree_map
 from lsp_callbacks.autograd.graph import Graph, joined, read
 from lsp_callbacks.errors import NotApplicable as NotApplicable
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.errors import Unmodelled as Unmodelled
+from lsp_callbacks.errors import Unsupported as Unsupported
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.step.players import Player
-from lsp_callbacks.step.ranks import Ranks
-from lsp_callbacks.step.series import Trace
+from lsp_callbacks.step.run_context import RunContext
 
 T = TypeVar("T")
-
-#: From the name of a parameter, its value and its learning rate to its new value.
-Prox = Callable[[str, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -146,30 +142,21 @@ class Snapshot:
     Args:
         step: number of the optimizer step, counted from 0.
         module: the module that ``replay`` runs. Its parameters are the real ones, shared; its buffers and
-            Python attributes should be a copy (see `lsp_callbacks.step.replay.Shadow`), as replays move them.
+            Python attributes should be a copy (see `lsp_callbacks.step.replay.ModuleCopy`), as replays move them.
         replay: computes the loss of the step again, at the current values of the parameters: the same batch,
             the same random masks, the same buffers, however often it is called.
         optimizer: holds the groups and the state *before* the update.
+        run: what all steps of the run share: ranks, seed, prox, schedulers.
         sample: from n to the loss of the first n samples of the step's batch, in eval mode, and how many there are;
             None where there is only the whole batch.
         loss: the step's own loss, against which replays are checked; None takes the first replay's.
-        gradient: the step's own gradients by parameter name, unclipped; None where the step had none.
-        clipping: what is done to the gradient before the optimizer sees it; None leaves it as it is.
-        prox: what is done to each parameter after the optimizer's step, ``(name, tensor, lr) -> tensor``, in operations
-            that autograd can differentiate almost everywhere; see `lsp_callbacks.functional.trajectory.proximal`.
-        unmodelled: why the update is not the optimizer's step on this loss (a hook of the user's); None if it is.
-        disowned: why the update has turned out to be another one in an earlier step; None if it has not.
+        gradient: the step's own gradients by parameter name, unclipped, the mean over the ranks; None where the step
+            had none.
+        clipping: how the gradient is clipped before the optimizer sees it; None leaves it as it is.
+        mismatch: why this step's gradient was found not to be that of its loss; None if it was not.
         tolerance: relative difference allowed between ``loss`` and its replay; 0 is to the last bit, for the same path.
-        keep: which modules' inputs ``calls`` keeps in full, by name and module.
         probes: training samples for the quantities that look at outputs; None where there are none.
-        trace: scalars of the steps up to this one, for the quantities of a time series; `Monitor.observe` adds its own.
-        loss_of: name of the user's own function that computes the loss of a replay; None is the step's own code.
-        schedulers: those of ``torch.optim.lr_scheduler`` that move the optimizer's rate; None where nobody knows.
-        ranks: the processes that take this step together, each with a batch, a loss and a replay of its own; the
-            gradient is the mean of theirs already.
         scale: the factor that a gradient scaler puts on the loss before its backward pass; ``gradient`` is without it.
-        sharded: why no process has all parameters, and nothing can be measured; None if each has.
-        seed: of every random choice made for this step.
         previous: number of the last step before this one that moved anything: batches between them may have been
             skipped. None is ``step - 1``.
         player: whose turn it is where several optimizers take turns on losses of their own; None is one optimizer.
@@ -179,26 +166,23 @@ class Snapshot:
     module: nn.Module
     replay: Callable[[], Tensor]
     optimizer: torch.optim.Optimizer | None = None
+    run: RunContext = field(default_factory=RunContext)
     sample: Callable[[int], tuple[Tensor, int]] | None = None
     loss: Tensor | None = None
     gradient: dict[str, Tensor | None] | None = None
     clipping: Clipping | None = None
-    prox: Prox | None = None
-    unmodelled: str | None = None
-    disowned: str | None = None
+    mismatch: str | None = None
     tolerance: float = 0.0
-    keep: Callable[[str, nn.Module], bool] = lambda name, module: False
     probes: ProbeSet | None = None
-    trace: Trace | None = None
-    loss_of: str | None = None
-    schedulers: tuple[Any, ...] | None = None
-    ranks: Ranks = field(default_factory=Ranks)
     scale: float = 1.0
-    sharded: str | None = None
-    seed: int = 0
     previous: int | None = None
     player: Player | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def unsupported(self) -> str | None:
+        """Why the update is not the optimizer's step on this loss, by the run or by this step; None if it is."""
+        return self.run.unsupported or self.mismatch
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -244,7 +228,8 @@ class Snapshot:
             raise Unmeasurable(self._other_gradient(own.double(), flat.double()))
 
     def _other_gradient(self, own: Tensor, flat: Tensor) -> str:
-        if self.loss_of is None:
+        name = self.run.loss_name
+        if name is None:
             return (
                 "the step's gradient is not that of its loss: a hook changed it, or several backward passes were summed"
             )
@@ -252,8 +237,8 @@ class Snapshot:
         cosine = float((own @ flat) / (norms[0] * norms[1]))
         return (
             f"the step's gradient is not that of its loss: its norm is {float(norms[0]):.4g}, that of the gradient of "
-            f"{self.loss_of} {float(norms[1]):.4g}, their cosine {cosine:.4f}"
-            f"{_factor(norms[0] / norms[1]) if cosine > 0.9999 else ''}. {self.loss_of} must return what the step "
+            f"{name} {float(norms[1]):.4g}, their cosine {cosine:.4f}"
+            f"{_factor(norms[0] / norms[1]) if cosine > 0.9999 else ''}. {name} must return what the step "
             "differentiates, the sum where there are several backward passes; or the gradient was changed after them"
         )
 
@@ -277,7 +262,7 @@ class Snapshot:
                 losses.append(self.replay())
                 return (flatten(torch.autograd.grad(losses[0], parameters, allow_unused=True), parameters),)
 
-        (gradient,) = self.ranks.mean(own, "the gradient")
+        (gradient,) = self.run.ranks.mean(own, "the gradient")
         return losses[0].detach(), gradient
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
@@ -288,7 +273,7 @@ class Snapshot:
 
     def generator(self, key: str) -> torch.Generator:
         """A private random source for ``(seed, step, key)``, the same on every rank."""
-        value = self.seed
+        value = self.run.seed
         for number in (self.step, *key.encode()):
             value = (value * 1_000_003 + number + 1) % (2**63)
         return torch.Generator().manual_seed(value)
@@ -309,7 +294,7 @@ class Snapshot:
             for name, module in self.module.named_modules():
                 if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
                     continue
-                hook = _Recorder(name, calls, self.keep(name, module))
+                hook = _Recorder(name, calls, self.run.captures_inputs(name, module))
                 # `always_call` is off: a forward that raised has nothing to tell.
                 stack.callback(module.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(hook.after).remove)
@@ -332,7 +317,7 @@ class Snapshot:
                 self.check(loss, tolerance=1e-4 if self.compiled else 0.0)
             return read(loss)
 
-        vars(self)["graph"] = joined(self.ranks.gather(graph, "the replay"))
+        vars(self)["graph"] = joined(self.run.ranks.gather(graph, "the replay"))
 
     @cached_property
     def graph(self) -> Graph:
@@ -348,7 +333,7 @@ class Snapshot:
     @cached_property
     def compiled(self) -> bool:
         """Whether ``torch.compile`` was used on any module."""
-        return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in self.module.modules())
+        return any(is_compiled(m) for m in self.module.modules())
 
     def check(self, replayed: Tensor, *, tolerance: float = 0.0) -> None:
         """Refuses a replay whose loss is not the step's own.
@@ -366,9 +351,9 @@ class Snapshot:
         if not bool(torch.isfinite(own)):
             raise Unmeasurable(f"the loss of step {self.step} is not finite")
         if not bool((own - again).abs() <= max(tolerance, self.tolerance) * own.abs()):
-            if self.loss_of is not None:
+            if (name := self.run.loss_name) is not None:
                 raise Unmeasurable(
-                    f"the loss could not be replayed: at step {self.step} {self.loss_of} gives {again.item():.9g}, "
+                    f"the loss could not be replayed: at step {self.step} {name} gives {again.item():.9g}, "
                     f"where the step itself differentiates {own.item():.9g}{_factor(own / again)}"
                 )
             raise Unmeasurable(
@@ -452,12 +437,11 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
     Those of torch and their subclasses, unless frozen (in eval mode, with running statistics, inside of training), and
     those of the user's own that keep running statistics under torch's names.
     """
-    batch, instance = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
 
     def ties(m: nn.Module) -> bool:
-        if isinstance(m, batch):
+        if isinstance(m, BatchNorm):
             return m.training or m.running_mean is None
-        return m.training and not isinstance(m, instance) and {"running_mean", "running_var"} <= {*m._buffers.keys()}
+        return m.training and not isinstance(m, InstanceNorm) and {"running_mean", "running_var"} <= {*buffers(m)}
 
     return [m for m in module.modules() if ties(m)]
 
@@ -472,7 +456,7 @@ def as_trained(module: nn.Module, *, together: bool) -> Iterator[None]:
         module: as a step begins with it.
         together: also those over the batch, see `batch_norms`; otherwise those of a sample alone.
     """
-    alone = (m for m in module.modules() if isinstance(m, nn.modules.instancenorm._InstanceNorm))
+    alone = (m for m in module.modules() if isinstance(m, InstanceNorm))
     modes = [(m, m.training) for m in (*alone, *(batch_norms(module) if together else ()))]
     with evaluating(module):
         for m, training in modes:

@@ -5,10 +5,22 @@ from functools import partial
 
 import pytest
 import torch
-from harness import MEASURED, MOMENTUM, SGD, Model, Rows, convolutional, data, fit, mlp, trainer
+from harness import (
+    MEASURED,
+    MOMENTUM,
+    SGD,
+    Model,
+    Rows,
+    convolutional,
+    data,
+    finite,
+    fit,
+    mlp,
+    trainer,
+    with_and_without,
+)
 from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler
-from test_lr_forecast import SCHEDULES, Scheduled
-from test_no_trace import finite, with_and_without
+from schedules import SCHEDULES, Scheduled
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F

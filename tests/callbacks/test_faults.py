@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
-from harness import Losses, Model, Rows, data, everything, fit, mlp
+from harness import GoesOn, Model, bits, changed_by, data, fit, mlp
 
 from lsp_callbacks import (
     Monitor,
@@ -28,46 +28,12 @@ from lsp_callbacks import (
     Unmeasurable,
     step,
 )
+from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.loops import Watch, plain
 from lsp_callbacks.step.criterion import Probes
-from lsp_callbacks.step.replay import RandomState
 from lsp_callbacks.step.snapshot import displaced
 
 QUIET = pytest.mark.filterwarnings("ignore")
-
-
-def bits(value):
-    """NaN equals NaN: by the bits."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().contiguous().view(torch.uint8).tolist() if value.numel() and value.ndim else repr(value)
-    if isinstance(value, dict):
-        return {key: bits(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [bits(one) for one in value]
-    return repr(value)
-
-
-class GoesOn(StopOnInstability):
-    """Says when it would have stopped, and lets training go on."""
-
-    def __init__(self):
-        super().__init__(threshold=math.inf, limit=None)
-
-    def judge(self, *args):
-        super().judge(*args)
-        return False
-
-
-def with_and_without(make, monitor, loader=None, stop=None, **settings):
-    """Trains twice from the same seed; returns what is different."""
-    left = []
-    for ours in ([], [monitor, stop or StopOnInstability(threshold=math.inf, limit=None)]):
-        losses, logger = Losses(), Rows()
-        trainer = fit(make, losses, *ours, loader=None if loader is None else loader(), logger=logger, **settings)
-        left.append(everything(trainer, trainer.model, losses, logger))
-        if ours:
-            assert all(bool(torch.isfinite(v).all()) for k, v in trainer.callback_metrics.items() if "stability" in k)
-    return [what for what in left[0] if bits(left[0][what]) != bits(left[1][what])]
 
 
 # -- NaN and Inf ---------------------------------------------------------------------------------------------------
@@ -103,7 +69,7 @@ class Poisoned(Model):
 def test_numbers_that_are_not_finite(what, value):
     monitor = StabilityMonitor("full", every_n_steps=2, window=2)
     stop = GoesOn()
-    assert not with_and_without(lambda: Poisoned(what, value), monitor, stop=stop, max_steps=9)
+    assert not changed_by(lambda: Poisoned(what, value), monitor, stop=stop, max_steps=9)
     assert stop.stop_step == (4 if what == "gradient" else 3)  # the first loss that is not finite
     assert monitor.verdict.state == "not finite" and monitor.verdict.advice
     sharpness = monitor.history["stability/sharpness"]
@@ -162,14 +128,14 @@ def test_a_measurement_out_of_memory_is_nan_and_keeps_nothing(error):
 
     monitor = StabilityMonitor([hungry, Next(error), "sharpness"], every_n_steps=1)
     with pytest.warns(UserWarning, match=f"could not measure hungry at step 2, and says NaN: {error.__name__}"):
-        assert not with_and_without(Model, monitor, max_steps=5)
+        assert not changed_by(Model, monitor, max_steps=5)
     assert after and all(one is None for one in after)
     assert [math.isnan(v) for v in monitor.history["stability/hungry"].values] == [False, False, True, False, False]
     assert all(map(math.isfinite, monitor.history["stability/sharpness"].values))
 
 
 @pytest.mark.parametrize(
-    "owner, where", [(step, "Shadow"), (RandomState, "__init__"), (step, "copied"), (step, "_sums")]
+    "owner, where", [(step, "ModuleCopy"), (RandomState, "__init__"), (step, "copied"), (step, "_sums")]
 )
 def test_no_memory_for_the_copy(owner, where, monkeypatch):
     """Of the batch, the module, the random states: at every step but the first."""
@@ -184,7 +150,7 @@ def test_no_memory_for_the_copy(owner, where, monkeypatch):
     monitor = StabilityMonitor("economy", every_n_steps=1)
     monkeypatch.setattr(owner, where, short)
     with pytest.warns(UserWarning, match="out of memory") as caught:
-        assert not with_and_without(Model, monitor, max_steps=6)
+        assert not changed_by(Model, monitor, max_steps=6)
     assert len([w for w in caught if "lsp_callbacks" in str(w.message)]) == 1
     assert math.isfinite(monitor.history["stability/sharpness"].values[0])
 
@@ -197,7 +163,7 @@ def test_no_memory_to_remember_the_gradient(monkeypatch):
 
     monkeypatch.setattr(stability_monitor, "identical", short)
     with pytest.warns(UserWarning, match="out of memory"):
-        assert not with_and_without(Model, StabilityMonitor("economy", every_n_steps=1), max_steps=4)
+        assert not changed_by(Model, StabilityMonitor("economy", every_n_steps=1), max_steps=4)
 
 
 def test_a_failure_that_is_kept_holds_no_frames():
@@ -206,7 +172,7 @@ def test_a_failure_that_is_kept_holds_no_frames():
     probes.add("no tensor")
     held = probes._failure
     with pytest.raises(Unmeasurable, match="holds no tensor") as caught:
-        probes.probe_set(SimpleNamespace(module=torch.nn.Linear(1, 1), shadow=None), None).parts[0]()
+        probes.probe_set(SimpleNamespace(module=torch.nn.Linear(1, 1), module_copy=None), None).parts[0]()
     assert held is not None and held is not caught.value and held.__traceback__ is None
 
 
@@ -230,7 +196,7 @@ class Raises(Model):
 def test_an_exception_in_a_replay_is_nan_and_the_run_goes_on():
     monitor = StabilityMonitor("economy", every_n_steps=1)
     with pytest.warns(UserWarning, match="RuntimeError: mine") as caught:
-        assert not with_and_without(lambda: Raises("replay"), monitor, max_steps=6)
+        assert not changed_by(lambda: Raises("replay"), monitor, max_steps=6)
     assert len([w for w in caught if "lsp_callbacks" in str(w.message)]) == 1
     assert [math.isnan(v) for v in monitor.history["stability/sharpness"].values] == [0, 0, 0, 1, 0, 0]
 
@@ -275,7 +241,7 @@ def test_a_schedule_that_cannot_be_looked_ahead_is_no_obstacle():
 
     monitor = StabilityMonitor("economy", every_n_steps=2)
     with pytest.warns(UserWarning, match="IndexError: no rate") as caught:
-        assert not with_and_without(Brittle, monitor, max_steps=6, max_epochs=10)
+        assert not changed_by(Brittle, monitor, max_steps=6, max_epochs=10)
     assert len([w for w in caught if "lsp_callbacks" in str(w.message)]) == 1
     assert all(map(math.isfinite, monitor.history["stability/sharpness"].values))
 
@@ -432,7 +398,7 @@ class NoRate(torch.optim.SGD):
 @QUIET
 def test_an_optimizer_without_a_rate():
     monitor = StabilityMonitor("economy", every_n_steps=2)
-    assert not with_and_without(lambda: Model(optimizer=NoRate), monitor, max_steps=5)
+    assert not changed_by(lambda: Model(optimizer=NoRate), monitor, max_steps=5)
     assert len(monitor.history["stability/spectral_norm_max"].steps) == 3
 
 
@@ -467,12 +433,13 @@ def test_batches_that_cannot_be_joined():
         return torch.utils.data.DataLoader(batches, batch_size=None)
 
     monitor = StabilityMonitor(["spectral_norm", "sharpness", SGDStability(16)], every_n_steps=2)
-    assert not with_and_without(Sparse, monitor, loader=loader, max_steps=5)
+    assert not changed_by(Sparse, monitor, loader=loader, max_steps=5)
     assert len(monitor.history["stability/spectral_norm_max"].steps) == 3
 
 
 @pytest.mark.parametrize(
-    "owner, where", [(step, "Shadow"), (step, "copied"), (step, "_sums"), (plain, "PendingStep"), (plain, "witnessed")]
+    "owner, where",
+    [(step, "ModuleCopy"), (step, "copied"), (step, "_sums"), (plain, "PendingStep"), (plain, "verified")],
 )
 def test_no_memory_in_a_plain_loop(owner, where, monkeypatch):
     net, x = torch.nn.Linear(2, 1), torch.ones(4, 2)

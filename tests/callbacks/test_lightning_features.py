@@ -7,12 +7,11 @@ from datetime import timedelta
 import pytest
 import pytorch_lightning as pl
 import torch
-from harness import MOMENTUM, Losses, Model, Rows, data, fit, mlp, trainer
+from harness import MOMENTUM, Losses, Model, Rows, data, finite, fit, mlp, trainer, with_and_without
 from pytorch_lightning.callbacks import BatchSizeFinder, EMAWeightAveraging, LearningRateFinder
 from pytorch_lightning.callbacks import StochasticWeightAveraging as SWA
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.tuner import Tuner
-from test_no_trace import finite, with_and_without
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 

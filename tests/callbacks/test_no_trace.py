@@ -1,27 +1,18 @@
 """Training with the callbacks is, to the last bit, training without them."""
 
 import math
+from functools import partial
 
 import pytest
-from harness import GRADIENT_CHANGED, LEFT_OUT, MEASURED, REFUSED, unchanged
+import torch
+from harness import GRADIENT_CHANGED, LEFT_OUT, MEASURED, REFUSED, Model, finite, mlp, unchanged, with_and_without
+from torch import nn
 
-from lsp_callbacks import StabilityMonitor
+from lsp_callbacks import Dissipation, LyapunovTrajectory, StabilityMonitor
 
 UPDATE = {"stability/sharpness", "stability/courant", "stability/courant_gd", "stability/lyapunov"}
 #: Losses that are not the value of one criterion.
 OWN_LOSS = ("metric", "counter", "appends", "sharedlist", "progress", "inplacebatch", "features", "hyperparameters")
-
-
-def with_and_without(make, **settings):
-    monitor = StabilityMonitor("full", every_n_steps=2, window=2)
-    monitor.monitor.quantities["spectral_density"].steps = 6  # its 40 only take time
-    monitor.monitor.quantities["leave_one_out"].window = 4  # of its 20 a run of ten steps has none
-    unchanged(make, monitor, **settings)
-    return monitor
-
-
-def finite(monitor, key):
-    return key in monitor.history and all(map(math.isfinite, monitor.history[key].values))
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -39,6 +30,19 @@ def test_measured_and_unchanged(name, recwarn):
     assert len(said) == (name in OWN_LOSS) and all("sgd_stability" in s and "forward_fn" in s for s in said)
     assert ("stability/courant_sgd" in monitor.history) == (name not in OWN_LOSS)
     assert name in OWN_LOSS or finite(monitor, "stability/courant_sgd")
+
+
+def test_quantities_of_long_runs_are_measured_and_leave_training_unchanged():
+    """`lyapunov_trajectory` pushes a frame through all steps of a window, `dissipation` looks back on 60."""
+    dissipation = Dissipation(reference="initial", state="net")
+    monitor = StabilityMonitor(
+        ["sharpness", LyapunovTrajectory(transient=5, window=40), dissipation], every_n_steps=46, strict=True
+    )
+    unchanged(lambda: Model(mlp(nn.Dropout(0.3)), partial(torch.optim.AdamW, lr=1e-2)), monitor, max_steps=65)
+    assert monitor.history["stability/lyapunov_trajectory"].steps == [44]
+    assert monitor.history["stability/dissipation"].steps == [59] and not monitor.skipped
+    for key in ("lyapunov_trajectory", "dissipation", "dissipation_of/distance", "dissipation_of/state"):
+        assert finite(monitor, f"stability/{key}"), key
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)

@@ -9,11 +9,12 @@ from problems import freeze, regression
 from torch import nn
 
 from lsp_callbacks import LeaveOneOut, StabilityMonitor, StabilityProfile
-from lsp_callbacks.functional import lipschitz_upper
-from lsp_callbacks.functional.numerics.numeric_range import numeric_range, peak
+from lsp_callbacks.functional.numerics.numeric_range import peak
 from lsp_callbacks.operators.network.depth import depth
+from lsp_callbacks.operators.network.lipschitz import lipschitz_upper
 from lsp_callbacks.operators.trajectory.proximal import update_response
 from lsp_callbacks.operators.trajectory.step_jacobian import step_response
+from lsp_callbacks.quantities.numerics.numerics import range_of_step
 
 
 def erased(name, tensor, lr):
@@ -78,7 +79,7 @@ def test_overflow_is_no_head_room():
     step = regression()
     for p in step.parameters():
         p.data.fill_(1e200)
-    assert min(numeric_range(freeze(step, replay=lambda: (step() ** 0).sum())).activations.values()) == 0.0
+    assert min(range_of_step(freeze(step, replay=lambda: (step() ** 0).sum())).activations.values()) == 0.0
     overflown, mask = torch.tensor([1.0, math.inf]), torch.tensor([1.0, torch.finfo(torch.float32).min])
     assert peak(mask, True) == 1.0 and peak(overflown, True) == 1.0 and peak(overflown[1:], False) == 0.0
     assert peak(overflown) == math.inf and peak(overflown[1:], True) == math.inf

@@ -7,7 +7,8 @@ from torch import nn
 from torch.optim import SGD
 
 from lsp_callbacks import BatchSharpness, Monitor, Snapshot, Unmeasurable
-from lsp_callbacks.functional import batch_sharpness, curvature_along_gradient
+from lsp_callbacks.functional import batch_sharpness
+from lsp_callbacks.quantities.curvature.batch_sharpness import curvature_of_step
 
 
 def step_of(curvature, theta=2.0, step=0, **settings):
@@ -22,7 +23,7 @@ def step_of(curvature, theta=2.0, step=0, **settings):
 
 def test_two_scalar_samples_have_the_printed_means():
     """a = 1 and 3: the mean of ratios is 2, the ratio of means 2.8, and the mean-square edge 2.5."""
-    found = batch_sharpness(torch.stack([curvature_along_gradient(step_of(a)) for a in (1.0, 3.0)]))
+    found = batch_sharpness(torch.stack([curvature_of_step(step_of(a)) for a in (1.0, 3.0)]))
     close(found.mean_of_ratios, 2.0, 1e-6), close(found.ratio_of_means, 2.8, 1e-6)
     close(found.mean_of_ratios_error, 1.0, 1e-6)  # sd of {1, 3} is sqrt 2, over sqrt 2
     assert found.batches == 2
@@ -36,7 +37,7 @@ def test_it_is_the_dense_quotient(method):
     flat, H = torch.cat([p.reshape(-1) for p in g]), dense_hessian(problem)
     names = [name for name, _ in problem.named_parameters()]
     snapshot = freeze(problem, SGD(problem.parameters(), lr=0.1), gradient=dict(zip(names, g)), loss=loss.detach())
-    top, below = curvature_along_gradient(snapshot, method=method)
+    top, below = curvature_of_step(snapshot, method=method)
     close(below, flat @ flat, 1e-9), close(top / below, flat @ H @ flat / (flat @ flat), 1e-3)
 
 
@@ -48,7 +49,7 @@ def test_near_interpolation_a_single_sample_feels_its_own_row_of_the_kernel():
     y = net(x).detach() + 1e-7
     loss = lambda: 0.5 * (net(x) - y).square().sum()  # noqa: E731
     gradient = dict(zip(dict(net.named_parameters()), torch.autograd.grad(loss(), list(net.parameters()))))
-    top, below = curvature_along_gradient(Snapshot(0, net, loss, gradient=gradient), method="exact")
+    top, below = curvature_of_step(Snapshot(0, net, loss, gradient=gradient), method="exact")
     row = torch.cat([p.reshape(-1) for p in torch.autograd.grad(net(x).sum(), list(net.parameters()))])
     close(top / below, row @ row, 1e-5)
 
@@ -88,7 +89,7 @@ def test_what_has_no_gradient_is_refused():
     for gradient in (None, {"theta": torch.zeros(1, dtype=f64)}):
         snapshot = step_of(1.0)
         with pytest.raises(Unmeasurable, match="gradient"):
-            curvature_along_gradient(Snapshot(0, snapshot.module, snapshot.replay, gradient=gradient))
+            curvature_of_step(Snapshot(0, snapshot.module, snapshot.replay, gradient=gradient))
     for bad in ({"rtol": 0.0}, {"most": 3}):
         with pytest.raises(ValueError, match=r"rtol|most"):
             BatchSharpness(**bad)

@@ -9,10 +9,12 @@ from torch.nn import functional as F
 
 from lsp_callbacks import Monitor, ResidualCFL, Sharpness, Unmeasurable
 from lsp_callbacks.autograd.graph import read
-from lsp_callbacks.functional import sharpness
 from lsp_callbacks.operators import hessian
-from lsp_callbacks.operators.curvature import hessian as curvature
-from lsp_callbacks.operators.sgd.gram_matrix import output_hessian
+from lsp_callbacks.operators.curvature import exact_hessian
+from lsp_callbacks.operators.curvature.hessian import path_taken
+from lsp_callbacks.operators.curvature.second_derivative_check import hessian_agrees
+from lsp_callbacks.operators.curvature.stability_threshold import top_eigenvalue
+from lsp_callbacks.operators.sgd.output_hessian import output_hessian
 from lsp_callbacks.step.snapshot import Evaluation
 
 
@@ -61,10 +63,10 @@ def test_sharpness_is_wrong_without_the_comparison_and_right_with_it(name, metho
     true = torch.linalg.eigvalsh(dense_hessian(twin()))[-1]
 
     def measured():
-        return float(sharpness(freeze(make(), **BARE), steps=40, tol=1e-8, method=method).value)
+        return float(top_eigenvalue(freeze(make(), **BARE), steps=40, tol=1e-8, method=method).value)
 
     assert abs(measured() / true - 1) < 0.01
-    monkeypatch.setattr(curvature, "_differentiated_twice", lambda *_: True)
+    monkeypatch.setattr(exact_hessian, "hessian_agrees", lambda *_: True)
     assert abs(measured() / true - 1) > 0.2
 
 
@@ -81,7 +83,7 @@ class Tilted(nn.Module):
 
 def test_rounding_excuses_nothing():
     true = torch.linalg.eigvalsh(dense_hessian(regression(Sine())))[-1]
-    found = sharpness(freeze(Tilted(regression(Custom(Detached)).float()), **BARE), steps=40)
+    found = top_eigenvalue(freeze(Tilted(regression(Custom(Detached)).float()), **BARE), steps=40)
     close(found.value / true, 1.0, 0.02)
 
 
@@ -93,7 +95,7 @@ def test_products_are_the_dense_ones_in_single_precision_too(name):
         snapshot = freeze(problem, **BARE)
         found = hessian(snapshot).dense()
         assert torch.linalg.matrix_norm(found.double() - H, 2) < tol * torch.linalg.matrix_norm(H, 2)
-        assert curvature.path_taken(snapshot, "auto") == "finite difference"
+        assert path_taken(snapshot, "auto") == "finite difference"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,7 @@ def test_what_can_be_differentiated_twice_is_not_refused_across_kinks(seed):
         return Regression(seeded(net, seed), random(64, 3, seed=seed), random(64, 2))
 
     true = torch.linalg.eigvalsh(dense_hessian(make(Sine())))[-1]
-    close(sharpness(freeze(make(Custom(Twice)).float()), steps=40, tol=1e-4).value, true, 1e-3)
+    close(top_eigenvalue(freeze(make(Custom(Twice)).float()), steps=40, tol=1e-4).value, true, 1e-3)
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
@@ -155,7 +157,7 @@ def test_two_per_cent_that_a_product_lacks_are_not_taken_for_rounding(activation
 
         H = dense_hessian(make()).float()
         snapshot = freeze(make().float())
-        right = curvature._differentiated_twice(lambda v, H=H: (1 - lost) * (H @ v), snapshot.flat_gradient, snapshot)
+        right = hessian_agrees(lambda v, H=H: (1 - lost) * (H @ v), snapshot.flat_gradient, snapshot)
         assert right == (lost == 0), seed
 
 
@@ -166,7 +168,7 @@ def test_a_kink_between_two_far_points_is_stepped_around():
         problem = Regression(seeded(net, seed), random(64, 3, seed=seed), random(64, 2)).float()
         snapshot = freeze(problem)
         hessian(snapshot)
-        assert curvature.path_taken(snapshot, "auto") == "exact"
+        assert path_taken(snapshot, "auto") == "exact"
 
 
 class Straight(torch.autograd.Function):
@@ -184,7 +186,7 @@ class Straight(torch.autograd.Function):
 def test_a_gradient_that_is_not_the_loss_s_is_refused():
     problem = regression(Sine(), Custom(Straight))
     with pytest.raises(Unmeasurable, match="not that of a smooth function"):
-        sharpness(freeze(problem))
+        top_eigenvalue(freeze(problem))
 
 
 def test_in_half_precision_nobody_can_tell():
@@ -205,9 +207,9 @@ def test_what_raises_when_differentiated_twice_goes_another_way():
     snapshot = freeze(problem, **BARE)
     H = dense_hessian(twin)
     close(hessian(snapshot).dense(), H, 1e-5 * torch.linalg.matrix_norm(H, 2))
-    assert curvature.path_taken(snapshot, "auto") == "finite difference"
+    assert path_taken(snapshot, "auto") == "finite difference"
     with pytest.raises(Unmeasurable, match="cannot be differentiated twice"):
-        sharpness(freeze(regression(nn.ReLU(), NoSecond())))
+        top_eigenvalue(freeze(regression(nn.ReLU(), NoSecond())))
 
 
 def test_the_graph_names_what_it_holds():
@@ -232,7 +234,7 @@ class BranchBlock(nn.Module):
 def test_residual_blocks_with_such_functions_are_refused():
     def measured(middle):
         metric = ResidualCFL()
-        snapshot = freeze(regression(Sine(), middle), keep=metric.captures_inputs)
+        snapshot = freeze(regression(Sine(), middle), captures_inputs=metric.captures_inputs)
         metric.update(snapshot)
         return float(metric.compute()["stability/residual_stiffness_max"])
 

@@ -10,8 +10,9 @@ import torch
 from problems import Quadratic, close, f64, freeze, random, symmetric, take
 
 from lsp_callbacks import Lyapunov, Sharpness
-from lsp_callbacks.functional import edge, sharpness
 from lsp_callbacks.linalg import from_matrix, lanczos, spectrum_bounds
+from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold, top_eigenvalue
+from lsp_callbacks.step.run_context import RunContext
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import exponent_is_covered
@@ -93,7 +94,9 @@ def test_the_error_bar_is_the_same_where_the_update_is_another_one():
         spectrum[1] = second
         problem.curvature.copy_(q @ torch.diag(spectrum) @ q.T)
         snapshot = freeze(problem, optimizer, step=step)
-        for metric, step_ in zip(metrics, (snapshot, replace(snapshot, disowned="the update is another one", memo={}))):
+        for metric, step_ in zip(
+            metrics, (snapshot, replace(snapshot, run=RunContext(invalidated="the update is another one"), memo={}))
+        ):
             metric.update(step_)
         known, alone = (metric.compute() for metric in metrics)
         assert alone.keys() == {"stability/sharpness", "stability/sharpness_residual"}
@@ -110,11 +113,11 @@ def test_the_bar_counts_the_noise_in_the_start_and_the_accuracy_of_the_products(
     monkeypatch.setattr(module, "lanczos", watched)
     problem = Quadratic(sharp(60, 2.0, seed=1))
     snapshot, warm = freeze(problem, torch.optim.SGD(problem.parameters(), lr=0.1)), random(60, seed=9)
-    found = edge(snapshot, start=warm, steps=4, method="exact")
+    found = stability_threshold(snapshot, start=warm, steps=4, method="exact")
     assert found.courant_error == found.error
     rest = warm / warm.norm() + snapshot.flat_gradient / snapshot.flat_gradient.norm()
     close(seen["share"], (seen["start"] - rest).norm() / seen["start"].norm(), 1e-12)
-    exact, rough = (sharpness(snapshot, steps=60, method=m) for m in ("exact", "finite_difference"))
+    exact, rough = (top_eigenvalue(snapshot, steps=60, method=m) for m in ("exact", "finite_difference"))
     for pair, least in ((exact, 0.0), (rough, 29 * torch.finfo(f64).eps ** 0.5 * 2)):
         assert pair.upper - pair.value >= 0.99 * least
 
@@ -125,7 +128,7 @@ def test_a_courant_number_that_is_not_told_has_no_error_bar():
     optimizer, metric = torch.optim.SGD(groups), Sharpness("exact")
     metric.update(freeze(problem, optimizer))
     assert "stability/courant_gd_residual" in metric.compute()
-    metric.update(freeze(problem, optimizer, step=1, disowned="the update is another one"))
+    metric.update(freeze(problem, optimizer, step=1, invalidated="the update is another one"))
     assert metric.compute().keys() == {"stability/sharpness", "stability/sharpness_residual"}
 
 
@@ -146,7 +149,7 @@ def test_few_parameters_are_measured_to_the_end(n, dtype):
 @pytest.mark.parametrize("start", [torch.ones(3), torch.full((40,), math.nan), torch.zeros(40)], ids=str)
 def test_a_start_that_does_not_fit_is_left_out(start):
     problem = Quadratic(sharp(40, 5.0, seed=1))
-    found = sharpness(freeze(problem), start=start, steps=39, method="exact")
+    found = top_eigenvalue(freeze(problem), start=start, steps=39, method="exact")
     assert found.value <= 5.0 + 1e-9 <= found.upper + 1e-6
     close(found.value, 5.0, 1e-3)
 
@@ -155,7 +158,7 @@ def test_the_other_end_is_what_maximisation_feels():
     problem = Quadratic(symmetric([-4.0, -1.0, 0.5, 2.0]))
     for weight_decay in (0.0, 0.3):
         optimizer = torch.optim.SGD(problem.parameters(), lr=0.5, maximize=True, weight_decay=weight_decay)
-        found = edge(freeze(problem, optimizer), steps=4, method="exact")
+        found = stability_threshold(freeze(problem, optimizer), steps=4, method="exact")
         close(found.sharpness, 2.0, 1e-9)
         close(found.courant, 0.5 * (4.0 + weight_decay) / 2, 1e-9)
         close(found.limit, 4.0, 1e-9)
@@ -184,7 +187,7 @@ def test_a_mode_that_gradient_and_earlier_vector_do_not_know_of_is_found_by_nois
         spectrum = torch.cat([torch.tensor([1.0, 2.0], dtype=f64), torch.linspace(-0.2, 0.6, 98, dtype=f64)])
         problem = Quadratic(q @ torch.diag(spectrum) @ q.T)
         hidden(problem, q[:, 1])
-        found = sharpness(freeze(problem), start=q[:, 0], steps=12, tol=0.1, method="exact")
+        found = top_eigenvalue(freeze(problem), start=q[:, 0], steps=12, tol=0.1, method="exact")
         close(found.value, 2.0, 0.05)
         assert found.upper >= 2.0
 

@@ -13,7 +13,6 @@ from lsp_callbacks.functional import (
     UpdateRule,
     batch_sharpness,
     critical_lr,
-    edge,
     excess_kurtosis,
     fit_noise,
     gradient_noise,
@@ -22,7 +21,8 @@ from lsp_callbacks.functional import (
     stability_diagram,
 )
 from lsp_callbacks.linalg import from_matrix, norm, unit
-from lsp_callbacks.operators.network.signal_sizes import signals
+from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold
+from lsp_callbacks.operators.network.signal_sizes import signal_sizes
 from lsp_callbacks.operators.trajectory.proximal import flat_parameters, update
 from lsp_callbacks.operators.trajectory.update_rules import root
 from lsp_callbacks.quantities import REGISTRY
@@ -83,7 +83,7 @@ def test_cross_entropy_against_dense_matrices(weights, inputs, dtype):
     task = classes(weights, inputs, dtype)
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     found = truths(task)
-    top = edge(freeze(task, optimizer), steps=40, tol=1e-6)
+    top = stability_threshold(freeze(task, optimizer), steps=40, tol=1e-6)
     close(
         top.sharpness / found["sgd_law", "smoothness"],
         found.pop(("sharpness", "top")) / found["sgd_law", "smoothness"],
@@ -93,7 +93,9 @@ def test_cross_entropy_against_dense_matrices(weights, inputs, dtype):
     for name in {name for name, _ in found}:
         metric = REGISTRY[name](**SETTINGS.get(name, {}))
         for step in range(metric.prepare + (8 if name == "batch_sharpness" else metric.window) + 2):
-            metric.update(freeze(task, optimizer, step=step, keep=metric.captures_inputs, probes=probes_of(task)))
+            metric.update(
+                freeze(task, optimizer, step=step, captures_inputs=metric.captures_inputs, probes=probes_of(task))
+            )
             if metric.complete:
                 break
         values = metric.compute()
@@ -193,7 +195,7 @@ def test_gradient_descent_that_diverges_is_seen(dtype, kind):
     assert max(float(p.abs().max()) for p in task.parameters()) > 1e9
     for p in optimizer.param_groups:
         p["weight_decay"] = 0.0
-    top = edge(freeze(task, optimizer, lambda: task(slice(0, 2))), steps=40, tol=1e-6)
+    top = stability_threshold(freeze(task, optimizer, lambda: task(slice(0, 2))), steps=40, tol=1e-6)
     x = task.x[:2].double()
     bordered = torch.cat([x, torch.ones(2, 1, dtype=f64)], 1)
     close(top.sharpness, torch.linalg.eigvalsh(bordered.T @ bordered / 2)[-1], 1e-3)
@@ -258,7 +260,7 @@ def test_signals_and_conditions_in_float32_keep_their_range(scale):
     g = torch.tensor([0.01, 1.0, 1.0])
     close(loss_condition_lower(from_matrix(H), scale * g), loss_condition_lower(from_matrix(H), g), 1e-4)
     task = task_of("tanh", Law("loss", scale), f32)
-    found, plain = signals(freeze(task)), signals(freeze(task_of("tanh", Law("loss", 1.0), f32)))
+    found, plain = signal_sizes(freeze(task)), signal_sizes(freeze(task_of("tanh", Law("loss", 1.0), f32)))
     for one, other in zip(found.layers, plain.layers):
         close(one.back / scale, other.back, 1e-5)
 

@@ -11,10 +11,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lsp_callbacks import Lyapunov, LyapunovTrajectory, Sharpness
-from lsp_callbacks.functional import sharpness
 from lsp_callbacks.operators import hessian, step_jacobian
 from lsp_callbacks.operators.curvature.finite_differences import Differences, lengths
 from lsp_callbacks.operators.curvature.hessian import path_taken
+from lsp_callbacks.operators.curvature.stability_threshold import top_eigenvalue
 
 SGD, f32 = torch.optim.SGD, torch.float32
 SHORT = [1e-6, 1e-3, 1e3, 1e6]
@@ -224,7 +224,7 @@ def test_where_the_curvature_changes_within_a_step(name, s):
             p *= s
     problem = problem.float()
     H = dense(problem)
-    found = sharpness(freeze(problem), steps=len(H), tol=1e-3)
+    found = top_eigenvalue(freeze(problem), steps=len(H), tol=1e-3)
     close(found.value / torch.linalg.eigvalsh(H)[-1], 1.0, 0.02)
 
 

@@ -23,8 +23,9 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
 from lsp_callbacks import Sharpness, Snapshot, Unmeasurable
-from lsp_callbacks.functional import edge, sharpness, stability_constant
+from lsp_callbacks.functional import stability_constant
 from lsp_callbacks.operators import hessian, step_jacobian
+from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold, top_eigenvalue
 from lsp_callbacks.step.snapshot import displaced, flatten
 
 SGD = torch.optim.SGD
@@ -155,7 +156,7 @@ def test_leaves_no_trace(method):
     before, state = [p.detach().clone() for p in problem.parameters()], torch.get_rng_state()
     snapshot = freeze(problem, SGD(problem.parameters(), lr=0.1))
     with torch.no_grad():  # as inside Metric.update
-        edge(snapshot, method=method)
+        stability_threshold(snapshot, method=method)
     for p, original in zip(problem.parameters(), before):
         assert torch.equal(p, original) and p.grad is None
     assert torch.equal(torch.get_rng_state(), state)
@@ -169,7 +170,7 @@ def test_leaves_no_trace(method):
 def test_sharpness_is_the_largest_algebraic_eigenvalue(name, method, tol):
     problem = networks()[name]
     H = dense_hessian(problem)
-    found = sharpness(freeze(problem), steps=len(H), tol=1e-7, method=method)
+    found = top_eigenvalue(freeze(problem), steps=len(H), tol=1e-7, method=method)
     assert found.converged
     close(found.value, torch.linalg.eigvalsh(H)[-1], tol)
     (theirs,) = eigsh(SciPyOperator(H.shape, matvec=H.numpy().dot), k=1, which="LA", return_eigenvectors=False)
@@ -181,13 +182,13 @@ def test_sharpness_is_the_largest_algebraic_eigenvalue(name, method, tol):
 def test_sharpness_at_interpolation_is_that_of_the_tangent_kernel():
     problem, answer = interpolating_tanh()
     for method, tol in (("exact", 1e-10), ("finite_difference", 1e-6)):
-        close(sharpness(freeze(problem), steps=21, tol=1e-9, method=method).value, answer, tol)
+        close(top_eigenvalue(freeze(problem), steps=21, tol=1e-9, method=method).value, answer, tol)
 
 
 def test_an_unconverged_value_is_a_lower_bound_with_its_residual():
     problem = regression()
     spectrum = torch.linalg.eigvalsh(dense_hessian(problem))
-    found = sharpness(freeze(problem), steps=3, tol=1e-9, method="exact")
+    found = top_eigenvalue(freeze(problem), steps=3, tol=1e-9, method="exact")
     assert not found.converged and found.products == 3
     assert found.value < spectrum[-1] and (spectrum - found.value).abs().min() <= found.residual
 
@@ -195,7 +196,7 @@ def test_an_unconverged_value_is_a_lower_bound_with_its_residual():
 def test_a_warm_start_that_is_no_longer_the_top_is_left():
     problem = Quadratic(torch.diag(torch.linspace(0, 9, 30, dtype=f64)))
     stale = torch.eye(30, dtype=f64)[27] + 1e-6 * random(30)  # with a residual that looks converged
-    close(sharpness(freeze(problem, gradient=None), start=stale, steps=30, tol=1e-3).value, 9.0, 1e-4)
+    close(top_eigenvalue(freeze(problem, gradient=None), start=stale, steps=30, tol=1e-3).value, 9.0, 1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -204,7 +205,7 @@ def test_a_warm_start_that_is_no_longer_the_top_is_left():
 )
 def test_degenerate_spectra(spectrum, method):
     problem = Quadratic(symmetric(spectrum))
-    found = sharpness(freeze(problem), method=method)
+    found = top_eigenvalue(freeze(problem), method=method)
     assert found.converged
     close(found.value, max(spectrum), 1e-6 * max(map(abs, spectrum)) + 1e-12)
 
@@ -213,12 +214,12 @@ def test_degenerate_spectra(spectrum, method):
 def test_a_loss_that_is_linear_has_sharpness_zero(method):
     net = nn.Linear(3, 1).double()
     replay = lambda: net(random(4, 3)).mean()  # noqa: E731
-    close(sharpness(freeze(net, replay=replay), method=method).value, 0.0, 1e-8)
+    close(top_eigenvalue(freeze(net, replay=replay), method=method).value, 0.0, 1e-8)
 
 
 def test_one_sample():
     problem = regression(samples=1)
-    found = sharpness(freeze(problem), steps=21, tol=1e-9, method="exact")
+    found = top_eigenvalue(freeze(problem), steps=21, tol=1e-9, method="exact")
     close(found.value, torch.linalg.eigvalsh(dense_hessian(problem))[-1], 1e-10)
 
 
@@ -261,7 +262,7 @@ def test_courant_1_is_where_the_real_step_loses_its_stability(betas, rates, deca
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         snapshot = freeze(problem, optimizer)
         radius = torch.linalg.eigvals(step_jacobian(snapshot, method="exact").dense()).abs().max()
-        return edge(snapshot, steps=4, tol=1e-10, method="exact"), radius
+        return stability_threshold(snapshot, steps=4, tol=1e-10, method="exact"), radius
 
     critical = 1 / float(measured(1.0)[0].courant)
     for factor in (0.1, 0.5, 0.99, 1.01, 3.0):
@@ -289,7 +290,7 @@ def test_edge_is_the_dense_one(rates, decays, maximize, method, tol):
     decayed = (-H if maximize else H) + torch.diag(decay)
     stretched = torch.linalg.eigvals(torch.diag(rate) @ decayed).real.max()
 
-    found = edge(freeze(problem, optimizer), steps=21, tol=1e-8, method=method)
+    found = stability_threshold(freeze(problem, optimizer), steps=21, tol=1e-8, method=method)
     close(found.sharpness, torch.linalg.eigvalsh(H)[-1], tol)
     close(found.courant, stretched / 3.8, tol)
     close(found.limit, torch.linalg.eigvalsh(decayed)[-1] * 3.8 / stretched, 20 * tol)
@@ -310,7 +311,7 @@ def test_a_parameter_that_the_optimizer_does_not_hold_has_no_say():
     parts = list(problem.parameters())
     snapshot = freeze(problem, SGD(parts[:2], lr=0.3, momentum=0.9))
     held = torch.linalg.eigvalsh(dense_hessian(problem)[:12, :12])[-1]
-    close(edge(snapshot, steps=21, tol=1e-8, method="exact").courant, 0.3 * held / 3.8, 1e-9)
+    close(stability_threshold(snapshot, steps=21, tol=1e-8, method="exact").courant, 0.3 * held / 3.8, 1e-9)
 
 
 def test_what_has_no_common_edge_is_refused():
@@ -318,7 +319,7 @@ def test_what_has_no_common_edge_is_refused():
     parts = list(problem.parameters())
     groups = [{"params": parts[:2], "momentum": 0.9}, {"params": parts[2:], "momentum": 0.5}]
     with pytest.raises(Unmeasurable, match="different momentum"):
-        edge(freeze(problem, SGD(groups, lr=0.1)))
+        stability_threshold(freeze(problem, SGD(groups, lr=0.1)))
 
 
 class Halved(SGD):
@@ -332,13 +333,13 @@ class Halved(SGD):
         (lambda p: torch.optim.NAdam(p), {}, "NAdam is not modelled"),
         (lambda p: Halved(p), {}, "overrides SGD.step"),
         (lambda p: None, {}, "no optimizer"),
-        (lambda p: SGD(p), {"unmodelled": "gradients are clipped"}, "clipped"),
+        (lambda p: SGD(p), {"unsupported": "gradients are clipped"}, "clipped"),
     ],
 )
 def test_what_is_not_modelled_is_refused(optimizer, settings, reason):
     problem = regression()
     snapshot = freeze(problem, optimizer(problem.parameters()), **settings)
-    for measure in (edge, Sharpness().update):
+    for measure in (stability_threshold, Sharpness().update):
         with pytest.raises(Unmeasurable, match=reason):
             measure(snapshot)
 
@@ -363,7 +364,9 @@ def test_gradient_descent_reaches_the_edge():
     courant = {}
     for step in range(1201):
         if step in (0, 600, 900, 1200):
-            courant[step] = float(edge(freeze(problem, optimizer, step=step), tol=1e-3, steps=30).courant)
+            courant[step] = float(
+                stability_threshold(freeze(problem, optimizer, step=step), tol=1e-3, steps=30).courant
+            )
         take(optimizer, problem())
     assert courant.pop(0) < 0.8
     assert all(0.97 < value < 1.19 for value in courant.values()), courant

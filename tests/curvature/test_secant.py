@@ -145,6 +145,6 @@ def test_a_step_that_moves_nothing_and_steps_that_are_not_known_are_refused():
     with pytest.raises(Unmeasurable, match="no optimizer"):
         measured_secant(freeze(task))
     with pytest.raises(Unmeasurable, match="a hook"):
-        measured_secant(freeze(task, SGD(task.parameters(), lr=0.1), unmodelled="a hook"))
+        measured_secant(freeze(task, SGD(task.parameters(), lr=0.1), unsupported="a hook"))
     with pytest.raises(ValueError, match="method"):
         SecantRatio(method="best")

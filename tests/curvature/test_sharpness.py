@@ -8,10 +8,11 @@ import torch
 from problems import Quadratic, Regression, close, dense_hessian, f64, freeze, random, regression, symmetric, take
 
 from lsp_callbacks import Lyapunov, Sharpness, Unmeasurable
-from lsp_callbacks.functional import edge, sharp_mode_exponent
+from lsp_callbacks.functional import sharp_mode_exponent
 from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators import coming_rule, decayed_hessian, frozen_rule, preconditioned_hessian, step_jacobian
 from lsp_callbacks.operators.cost import lanczos_cost
+from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold
 from lsp_callbacks.quantities.curvature.sharpness import WARM
 from lsp_callbacks.step.snapshot import Clipping
 
@@ -68,12 +69,12 @@ def test_the_sign_is_right_on_both_sides_of_the_edge(name, clipping):
     optimizer = optimizer_at(KINDS[name], problem, 1.0)
     exact = {"steps": 5, "tol": 1e-12, "method": "exact"}
     # Held fixed, the factor of a clipped gradient scales the rates; its own derivative only lowers the growth.
-    one = edge(freeze(problem, optimizer, clipping=clipping), **exact).courant
+    one = stability_threshold(freeze(problem, optimizer, clipping=clipping), **exact).courant
     for courant in (0.01, 0.3, 0.6, 0.9, 0.98, 1.02, 1.1, 1.6, 3.0):
         for group, relative in zip(optimizer.param_groups, (1.0, 0.1)):
             group["lr"] = float(courant / one) * relative
         snapshot = freeze(problem, optimizer, clipping=clipping)
-        found = edge(snapshot, **exact)
+        found = stability_threshold(snapshot, **exact)
         close(found.courant, courant, 1e-6)
         if clipping is not None:
             continue
@@ -96,7 +97,9 @@ def test_decoupled_decay_moves_the_edge(name, decay):
     low, high = 1e-3, 0.99 * 2 / decay if decay else 100.0
     for _ in range(40):  # courant grows with the rate, not linearly
         middle = optimizer.param_groups[0]["lr"] = (low * high) ** 0.5
-        low, high = (middle, high) if edge(freeze(problem, optimizer), **settings).courant < 1 else (low, middle)
+        low, high = (
+            (middle, high) if stability_threshold(freeze(problem, optimizer), **settings).courant < 1 else (low, middle)
+        )
     eigenvalues = torch.linalg.eigvals(step_jacobian(freeze(problem, optimizer), method="exact").dense())
     close((eigenvalues + 1).abs().min(), 0.0, 1e-5)
     close(eigenvalues.abs().max(), 1.0, 1e-5)
@@ -105,13 +108,13 @@ def test_decoupled_decay_moves_the_edge(name, decay):
 def test_decoupled_decay_that_differs_is_taken_at_its_largest():
     problem = near_the_minimum()
     optimizer = optimizer_at(partial(AdamW, eps=0.1), problem, 1.0, weight_decay=0.2)
-    both = edge(freeze(problem, optimizer), steps=5, tol=1e-12, method="exact").courant
+    both = stability_threshold(freeze(problem, optimizer), steps=5, tol=1e-12, method="exact").courant
     optimizer.param_groups[1]["weight_decay"] = 0.0
-    close(edge(freeze(problem, optimizer), steps=5, tol=1e-12, method="exact").courant, both, 1e-12)
+    close(stability_threshold(freeze(problem, optimizer), steps=5, tol=1e-12, method="exact").courant, both, 1e-12)
     for group in optimizer.param_groups:
         group["weight_decay"] = 2.0
     with pytest.raises(Unmeasurable, match="unstable by itself"):
-        edge(freeze(problem, optimizer))
+        stability_threshold(freeze(problem, optimizer))
 
 
 def test_adams_edge_is_38():
@@ -120,7 +123,7 @@ def test_adams_edge_is_38():
     optimizer = optimizer_at(KINDS["adam"], problem, 1.0)
     for p in problem.parts:
         optimizer.state[p]["step"].fill_(10_000)
-    found = edge(freeze(problem, optimizer), steps=5, tol=1e-12, method="exact")
+    found = stability_threshold(freeze(problem, optimizer), steps=5, tol=1e-12, method="exact")
     close(found.courant, 7.0 / 0.1 / 38, 1e-4)
     close(found.limit, 38 * 0.1, 1e-4)
 
@@ -143,7 +146,7 @@ def test_edge_is_the_dense_one(name, clipping):
 
     rate = rule.lr / rule.correction
     stretched = rate * (flat(rule.scale)[:, None] * H + torch.diag(flat(rule.weight_decay)))
-    found = edge(snapshot, steps=21, tol=1e-9, method="exact")
+    found = stability_threshold(snapshot, steps=21, tol=1e-9, method="exact")
     top = torch.linalg.eigvals(stretched).real.max()
     beta, decay = rule.momentum, 0.05 * max(rule.decoupled_decay.values())
     close(found.courant, top / ((2 + 2 * beta) / (1 - rule.dampening) * (1 - decay / 2)), 1e-7)
@@ -178,7 +181,7 @@ def test_on_a_network_it_is_the_frozen_step_where_the_preconditioner_hardly_move
     problem, optimizer = fitted(lambda p: kind(p, lr=0.01, eps=0.5, **settings), 50)
     optimizer.param_groups[0]["lr"] = lr
     snapshot = freeze(problem, optimizer)
-    found = edge(snapshot, steps=25, tol=1e-10, method="exact")
+    found = stability_threshold(snapshot, steps=25, tol=1e-10, method="exact")
     rule, H = frozen_rule(snapshot), dense_hessian(problem)
     n, beta, I = len(H), rule.momentum, torch.eye(len(H), dtype=f64)  # noqa: E741
     R = rule.lr / rule.correction * torch.cat([torch.as_tensor(s).reshape(-1) for s in rule.scale.values()])
@@ -207,7 +210,7 @@ def test_a_window_is_the_dense_product_of_exact_tangents(kind, clipping):
         snapshot = freeze(problem, optimizer, step=step, clipping=clipping)
         metric.update(snapshot)
         if step == 0:
-            found = edge(snapshot, steps=12, tol=0.1, method="exact")
+            found = stability_threshold(snapshot, steps=12, tol=0.1, method="exact")
         else:
             A = step_jacobian(snapshot, method="exact").dense()
             n, scales = len(found.mode), (found.root, found.kick)[: 1 if found.kick is None else 2]

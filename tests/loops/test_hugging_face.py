@@ -1,56 +1,20 @@
 """The Trainer of transformers: its own training loop, with and without our callback."""
 
 import math
-import random
 
-import numpy as np
 import pytest
 import torch
-from harness import SGD, Model, fit
-from test_loops import LYAPUNOV, NORM, SHARPNESS, example, left, quantities
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from harness import SGD, fit
+from hugging_face_harness import Callback, Loop, batches, gpt2
+from loop_harness import LYAPUNOV, NORM, SHARPNESS, example, left, quantities
+from transformers import TrainerCallback
 from transformers.optimization import get_constant_schedule, get_linear_schedule_with_warmup
 
 from lsp_callbacks import Monitor, SGDLaw, Sharpness, StabilityMonitor, Unmeasurable
 from lsp_callbacks.functional import PowerLaw
 from lsp_callbacks.loops.hugging_face import StabilityCallback
 
-CONFIG = {"vocab_size": 17, "n_positions": 12, "n_embd": 8, "n_layer": 1, "n_head": 2}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-
-
-class Loop(Trainer):
-    """In the order of the loader, at a constant rate."""
-
-    def __init__(self, folder, model, loader, callbacks, *, accumulate, max_grad_norm, knows_items, epochs=2):
-        self.loader = loader
-        arguments = TrainingArguments(
-            output_dir=folder, use_cpu=True, report_to="none", save_strategy="no", logging_strategy="no",
-            disable_tqdm=True, num_train_epochs=epochs, gradient_accumulation_steps=accumulate,
-            max_grad_norm=max_grad_norm,
-        )  # fmt: skip
-        optimizer = SGD(model.parameters())
-        constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        super().__init__(model, arguments, optimizers=(optimizer, constant), callbacks=callbacks)
-        self.model_accepts_loss_kwargs = knows_items
-
-    def get_train_dataloader(self):
-        return torch.utils.data.DataLoader(self.loader, batch_size=None)
-
-
-def batches(n=5, ragged=False):
-    """If ``ragged``, the batches have different numbers of tokens to predict."""
-    torch.manual_seed(1)
-    tokens = (torch.arange(12) + torch.randint(17, (4 * n, 1))) % 17
-    labels = tokens.clone()
-    for number, rows in enumerate(labels.split(4)):
-        rows[:, : 1 + 2 * number * ragged] = -100  # the first token is never predicted, but the Trainer may count it
-    return [{"input_ids": i, "labels": o} for i, o in zip(tokens.split(4), labels.split(4))]
-
-
-def gpt2(**changes):
-    torch.manual_seed(0), np.random.seed(0), random.seed(0)
-    return GPT2LMHeadModel(GPT2Config(**CONFIG | changes))
 
 
 @pytest.fixture
@@ -83,11 +47,6 @@ def test_training_is_bit_identical_and_everything_is_measured(run, accumulate, k
     rows = [row for row in loop.state.log_history if SHARPNESS in row]
     assert [row["step"] for row in rows] == [step + 1 for step in history[SHARPNESS].steps]
     assert not loop.model._forward_pre_hooks
-
-
-class Callback(Model):
-    def training_step(self, batch, batch_idx):
-        return self.net(**batch).loss
 
 
 @pytest.mark.parametrize("knows_items, clip", [(True, 0.0), (False, 0.0), (True, 0.1)])
@@ -142,6 +101,34 @@ def test_the_trainers_schedule_has_a_verdict(make, verdict, tmp_path):
         assert history == {"stability/robbins_monro_so_far": {"steps": [70], "values": [1.0]}}
     else:
         assert history == {"stability/robbins_monro": {"steps": [1, 70], "values": [verdict] * 2}}
+
+
+def test_a_second_run_begins_anew(run):
+    """Also after one that was interrupted, whose hooks are still there."""
+    callback = StabilityCallback(Monitor(*quantities(), every_n_steps=2, strict=True))
+    loop, _ = run(callback)
+    first = {key: ([*curve.steps], [*curve.values]) for key, curve in callback.watch.history.items()}
+    state = {name: p.clone() for name, p in gpt2().state_dict().items()}
+
+    class Interrupts(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    for interrupts in (True, False):
+        loop.model.load_state_dict(state)
+        loop.optimizer = SGD(loop.model.parameters())
+        loop.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda step: 1.0)
+        torch.manual_seed(2)
+        if interrupts:
+            loop.add_callback(Interrupts)
+            with pytest.raises(KeyboardInterrupt):
+                loop.train()
+            loop.remove_callback(Interrupts)
+        else:
+            loop.train()
+    second = {key: (curve.steps, curve.values) for key, curve in callback.watch.history.items()}
+    assert second == first and not loop.model._forward_pre_hooks and not loop.model._forward_hooks
 
 
 def test_the_example_runs():

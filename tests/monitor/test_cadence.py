@@ -131,7 +131,7 @@ def test_fewer_quantities_cost_less():
     monitor = Monitor(dear, cheap, budget=0.1)
     assert starts(monitor, 150) == [0, 100]
     with pytest.warns(UserWarning, match="leaves out dear"):
-        monitor.disown_update(None, "no")
+        monitor.invalidate_update_metrics(None, "no")
     assert starts(monitor, 200, 150) == [*range(200, 350, 10)]
 
 

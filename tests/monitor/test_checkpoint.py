@@ -3,46 +3,16 @@
 import warnings
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from harness import CLASSES, FEATURES, MOMENTUM, Model, Rows, fit, mlp, trainer
+from checkpoint_harness import Once, Repeatable, curves, stream
+from harness import FEATURES, Model, Rows, fit, trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
 from lsp_callbacks import LyapunovTrajectory, SGDStability, StabilityMonitor, StopOnInstability
 
 KEY = "stability/courant"
-STEPS = 200
-
-
-class Stream(Dataset):
-    """Data that depend on their position only."""
-
-    def __len__(self):
-        return 4 * STEPS
-
-    def __getitem__(self, i):
-        x = torch.randn(FEATURES, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-        return x, x[:CLASSES].argmax()
-
-
-class Repeatable(Model):
-    """Masks that depend on the step only."""
-
-    def __init__(self):
-        super().__init__(mlp(nn.Dropout(0.3)), MOMENTUM)
-        self.double()
-
-    def training_step(self, batch, batch_idx):
-        torch.manual_seed(self.global_step)
-        return super().training_step(batch, batch_idx)
-
-
-def stream(start=0):
-    """One epoch, or the part of it that is left."""
-    return DataLoader(Stream(), batch_size=4, sampler=range(4 * start, 4 * STEPS))
 
 
 def monitors(**settings):
@@ -54,12 +24,6 @@ def monitors(**settings):
 def kinds(monitor):
     """What the dial is, and how often it was read."""
     return monitor.courant_source, set(monitor.history["stability/courant_source"].values)
-
-
-def curves(rows, start):
-    """What was logged from a step on, the clock's reading excepted."""
-    keys = {key for step, row in rows.rows for key in row if step >= start} - {"stability/overhead", "epoch"}
-    return {key: {s: float(v) for s, v in rows.curve(key).items() if s >= start} for key in keys}
 
 
 @pytest.mark.parametrize("cut, vectors, order", [(1, False, 1), (12, False, 1), (15, False, -1), (12, True, 1)])
@@ -122,17 +86,6 @@ def test_with_its_vectors_a_resumed_run_measures_the_same(cut, tmp_path):
             assert second[0].history[key].steps == curve.steps, key
             assert second[0].history[key].values == pytest.approx(curve.values, rel=1e-6, nan_ok=True), key
     assert whole[1].state_dict() == second[1].state_dict()
-
-
-class Once(pl.Callback):
-    """Writes one checkpoint after so many steps, in the middle of everything."""
-
-    def __init__(self, folder, step):
-        self.path, self.step = folder / "cut.ckpt", step
-
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 class Wide(Model):

@@ -10,7 +10,7 @@ from lsp_callbacks import Monitor, Snapshot, Unmeasurable
 from lsp_callbacks.monitor.courant_source import COURANT, GD, SGD, SOURCE, CourantSource
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.report import Run, judge
-from lsp_callbacks.step.snapshot import Unmodelled
+from lsp_callbacks.step.snapshot import Unsupported
 
 NAN, NET = math.nan, torch.nn.Linear(1, 1)
 
@@ -60,11 +60,11 @@ def curve(monitor, key):
          {1: 0.7, 2: NAN, 3: NAN, 4: 0.9, 5: 0.6}),
         ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [None, ValueError(), 7.0, 7.0, 7.0, 7.0], "courant_gd",
          {1: 0.2, 2: 0.3, 3: 0.4, 4: 0.5, 5: 0.6}),
-        ([0.1, None, None, 0.4, 0.5, 0.6], [None, None, Unmodelled("no"), 7.0, 7.0, 7.0], "courant_gd",
+        ([0.1, None, None, 0.4, 0.5, 0.6], [None, None, Unsupported("no"), 7.0, 7.0, 7.0], "courant_gd",
          {0: 0.1, 3: 0.4, 4: 0.5, 5: 0.6}),
         ([0.1, None, None, 0.4, 0.5, 0.6], [None, None, ValueError(), 7.0, 7.0, 7.0], "courant_gd",
          {0: 0.1, 3: 0.4, 4: 0.5, 5: 0.6}),
-        ([0.1] * 6, [None, 0.7, Unmodelled("no"), 0.7, 0.7, 0.7], "courant_sgd",
+        ([0.1] * 6, [None, 0.7, Unsupported("no"), 0.7, 0.7, 0.7], "courant_sgd",
          {1: 0.7, 2: NAN, 3: NAN, 4: NAN, 5: NAN}),
         ([0.1, ValueError(), 0.3, 0.4, 0.5, 0.6], None, "courant_gd", {0: 0.1, 1: NAN, 2: 0.3, 3: 0.4, 4: 0.5, 5: 0.6}),
         (None, [None, 0.7, NAN, 0.7, 0.7, 0.7], "courant_sgd", {1: 0.7, 2: NAN, 3: 0.7, 4: 0.7, 5: 0.7}),
@@ -108,7 +108,7 @@ def test_states_of_other_runs():
 
 def test_a_number_that_was_given_up_does_not_speak_for_the_end():
     """Left out in mid-run, as by a time limit, while the curvature goes on and says something else."""
-    monitor = observed([0.2, 0.2, 4.0, 6.0, 8.0, 8.0], [0.2, 0.2, Unmodelled("no"), 0.2, 0.2, 0.2])
+    monitor = observed([0.2, 0.2, 4.0, 6.0, 8.0, 8.0], [0.2, 0.2, Unsupported("no"), 0.2, 0.2, 0.2])
     told = judge(Run(monitor.history, step=5))
     assert told.state == "unknown" and told.cause == "failed"
 
@@ -129,7 +129,7 @@ def test_a_disowned_update_takes_the_headline_number_back():
         quantity.needs_update = True
     observation = monitor.observe(Snapshot(5, NET, replay=lambda: NET(torch.ones(1, 1)).sum()))
     with pytest.warns(UserWarning):
-        corrected = monitor.disown_update(observation, "why")
+        corrected = monitor.invalidate_update_metrics(observation, "why")
     assert math.isnan(corrected.values[COURANT]) and math.isnan(monitor.history[COURANT].values[-1])
 
 

@@ -16,7 +16,7 @@ from lsp_callbacks import Monitor, Quantity, Snapshot, StabilityMonitor, Unmeasu
 from lsp_callbacks.monitor.limits import Seconds, check_memory, in_bytes, readable
 from lsp_callbacks.operators.memory import footprint
 from lsp_callbacks.step.pending_step import batch_size
-from lsp_callbacks.step.snapshot import Unmodelled
+from lsp_callbacks.step.snapshot import Unsupported
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory_is_predicted.py"
 CPU = torch.device("cpu")
@@ -103,8 +103,8 @@ def test_free_memory_of_a_device_is_the_cap_where_none_is_given(monkeypatch):
     check_memory(100.0, None, cuda), check_memory(1e12, None, CPU), check_memory(101.0, 200.0, cuda)
     with pytest.raises(Unmeasurable, match="101 B beside training, and 100 B are free") as caught:
         check_memory(101.0, None, cuda)
-    assert not isinstance(caught.value, Unmodelled)  # there may be more at the next step
-    with pytest.raises(Unmodelled, match="max_memory=100 B"):
+    assert not isinstance(caught.value, Unsupported)  # there may be more at the next step
+    with pytest.raises(Unsupported, match="max_memory=100 B"):
         check_memory(101.0, 100.0, CPU)
 
 

@@ -181,15 +181,15 @@ def test_a_disowned_update_takes_its_numbers_back():
     monitor = Monitor(update, other, every_n_steps=1)
     run(monitor, 2)
     with pytest.warns(UserWarning, match=r"leaves out update \(why\)") as caught:
-        corrected = monitor.disown_update(monitor.observe(snapshot(2)), "why")
-        assert monitor.disown_update(None, "why") is None
+        corrected = monitor.invalidate_update_metrics(monitor.observe(snapshot(2)), "why")
+        assert monitor.invalidate_update_metrics(None, "why") is None
     assert len(caught) == 1 and corrected.failures == {"update": "why"}
     assert math.isnan(corrected.values["stability/update"]) and math.isnan(corrected.values["stability/update/layer"])
     assert corrected.values["stability/other"] == 3.0
     assert monitor.history["stability/update"].values[:2] == [1.0, 2.0]
     assert math.isnan(monitor.history["stability/update"].values[2]) and set(monitor.quantities) == {"other"}
     with pytest.raises(Unmeasurable, match="update: why"):
-        Monitor(Fake("update"), strict=True).disown_update(None, "why")
+        Monitor(Fake("update"), strict=True).invalidate_update_metrics(None, "why")
 
 
 # -- memory --------------------------------------------------------------------------------------------------------

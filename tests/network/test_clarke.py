@@ -11,7 +11,7 @@ from torch import nn
 from lsp_callbacks import ClarkeProfile, Unmeasurable
 from lsp_callbacks.functional import generalized_norm
 from lsp_callbacks.functional.network.clarke import _upper
-from lsp_callbacks.operators.curvature.kink_relaxation import FreeWay, free_slopes
+from lsp_callbacks.operators.curvature.kink_relaxation import KinkRelaxation, relax_kinks
 
 
 def norm(matrix):
@@ -19,7 +19,7 @@ def norm(matrix):
 
 
 def found(forward, x, vertices=12, **settings):
-    (free,) = free_slopes(forward, x, **settings)
+    (free,) = relax_kinks(forward, x, **settings)
     return generalized_norm(free, vertices=vertices), free
 
 
@@ -84,7 +84,7 @@ def test_the_bound_of_one_hidden_layer_is_the_one_in_closed_form():
         factor = (1 - slope) / 2
         formula = norm(W2 @ (D[:, None] * W1)) + factor * norm(W2[:, A]) * norm(W1[A])
         entries = norm(W2 @ (D[:, None] * W1)) + factor * norm(W2[:, A].abs() @ W1[A].abs())
-        (free,) = free_slopes(net, x, eps=0.6)
+        (free,) = relax_kinks(net, x, eps=0.6)
         assert len(free.radius) == int(A.sum())
         close(_upper(free), torch.minimum(formula, entries), 1e-12)
 
@@ -92,7 +92,7 @@ def test_the_bound_of_one_hidden_layer_is_the_one_in_closed_form():
 @pytest.mark.parametrize("seed", range(6))
 def test_the_bounds_hold_in_deep_networks_with_many_free_slopes(seed):
     net, x = chain(4, 12, 12, 12, 3, seed=seed), random(1, 4, seed=seed)
-    (free,) = free_slopes(net, x, eps=1.0)
+    (free,) = relax_kinks(net, x, eps=1.0)
     bounds = generalized_norm(free)
     assert bounds.near > 12 and not bounds.exact
     generator = torch.Generator().manual_seed(seed)
@@ -127,7 +127,7 @@ def test_any_network_by_finite_differences_on_both_sides_of_its_kinks():
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         moved = x + 0.2 * torch.randn(x.shape, dtype=f64, generator=generator)
-        own, there = free_slopes(net, moved, eps=0.0)[0], exact
+        own, there = relax_kinks(net, moved, eps=0.0)[0], exact
         # Where no unit beyond those that are free has changed its side, the Jacobian is a member of the set.
         if same_sides(net, x, moved, 0.7):
             best = max(best, float(norm(own.jacobian)))
@@ -228,12 +228,12 @@ def test_other_kinks_are_named_and_cost_the_upper_bound():
 
 def test_smooth_networks_have_the_ordinary_norm_and_several_samples_are_told_apart():
     net, x = chain(3, 6, 2, activation=nn.Tanh), random(3, 3)
-    for one, point in zip(free_slopes(net, x), x):
+    for one, point in zip(relax_kinks(net, x), x):
         smooth = generalized_norm(one)
         close(smooth.upper, norm(torch.autograd.functional.jacobian(net, point[None])[0, :, 0]), 1e-12)
         assert smooth.exact and smooth.near == 0
     net = chain(3, 6, 6, 2)
-    together = [generalized_norm(one) for one in free_slopes(net, torch.cat([x, x]), eps=0.3)]
+    together = [generalized_norm(one) for one in relax_kinks(net, torch.cat([x, x]), eps=0.3)]
     assert sum(one.near for one in together) >= 2 and together[0].near < sum(one.near for one in together)
     for first, second in zip(together[:3], together[3:]):
         close(first.lower, second.lower, 1e-12)
@@ -245,7 +245,7 @@ def test_degenerate_inputs():
     constant, _ = found(lambda x: torch.ones(1, 2, dtype=f64) + 0 * x.sum(), random(1, 3))
     assert float(constant.lower) == 0
     with pytest.raises(Unmeasurable, match="most=2"):
-        free_slopes(lambda x: x.relu(), torch.zeros(1, 3, dtype=f64), most=2)
+        relax_kinks(lambda x: x.relu(), torch.zeros(1, 3, dtype=f64), most=2)
     for bad in ({"eps": 0.0}, {"samples": 0}, {"most": 0}, {"vertices": -1}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             ClarkeProfile(**bad)
@@ -257,7 +257,7 @@ def test_the_quantity_takes_the_first_samples_of_the_batch():
     metric = ClarkeProfile(eps=0.3)
     metric.update(freeze(task))
     values = {key.removeprefix("stability/clarke_"): float(value) for key, value in metric.compute().items()}
-    each = [generalized_norm(one) for one in free_slopes(net, task.x, eps=0.3)]  # without `sample`, the whole batch
+    each = [generalized_norm(one) for one in relax_kinks(net, task.x, eps=0.3)]  # without `sample`, the whole batch
     close(values["lower"], max(one.lower for one in each), 1e-12)
     close(values["upper"], max(one.upper for one in each), 1e-12)
     close(values["ordinary"], max(one.ordinary for one in each), 1e-12)
@@ -324,10 +324,10 @@ def at(free, e):
 def test_products_forwards_give_the_same_matrices_as_passes_backwards(monkeypatch):
     net, x = convolutions()[:3], random(2, 1, 8, 8)  # 256 numbers from 64
     wider = torch.cat([x.flatten(1), random(2, 300)], dim=1)  # of which the network looks at the first 64
-    backwards = free_slopes(lambda x: net(x[:, :64].view(-1, 1, 8, 8)), wider, eps=0.02)
-    rows, row = [], FreeWay._row
-    monkeypatch.setattr(FreeWay, "_row", lambda *args: rows.append(args) or row(*args))
-    for whole, forwards in zip(backwards, free_slopes(net, x, eps=0.02, most=300)):
+    backwards = relax_kinks(lambda x: net(x[:, :64].view(-1, 1, 8, 8)), wider, eps=0.02)
+    rows, row = [], KinkRelaxation._row
+    monkeypatch.setattr(KinkRelaxation, "_row", lambda *args: rows.append(args) or row(*args))
+    for whole, forwards in zip(backwards, relax_kinks(net, x, eps=0.02, most=300)):
         assert len(whole.radius) > 3 and forwards.jacobian.shape == (256, 64)
         for one in ("out", "between", "radius", "real", "layer"):
             close(getattr(whole, one), getattr(forwards, one), 1e-12)
@@ -342,7 +342,7 @@ def test_wide_states_are_bounded_on_a_subspace(monkeypatch):
     net, x = convolutions()[:3], random(2, 1, 8, 8, seed=4)
     monkeypatch.setattr("lsp_callbacks.operators.curvature.kink_relaxation.STEPS", 12)
     monkeypatch.setattr("lsp_callbacks.operators.curvature.kink_relaxation.FAILURE", 0.5)  # of so few steps
-    for whole, part in zip(free_slopes(net, x, eps=0.02, most=300), free_slopes(net, x, eps=0.02, most=50)):
+    for whole, part in zip(relax_kinks(net, x, eps=0.02, most=300), relax_kinks(net, x, eps=0.02, most=50)):
         assert 3 < len(whole.radius) == len(part.radius) and part.jacobian.shape[1] < 64
         found, truth = generalized_norm(part, vertices=0), generalized_norm(whole, vertices=0)
         assert not found.exact and not generalized_norm(part, vertices=99).exact

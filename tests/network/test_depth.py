@@ -2,42 +2,15 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from harness import CLASSES, Model, data, fit
 from model_zoo import Custom, Once, Transformer, Twice, cnn
-from problems import close, freeze, random, seeded
+from problems import Functional, Task, close, freeze, random
 from torch import nn
 from torch.func import jacrev
 from torch.utils.checkpoint import checkpoint
 
 from lsp_callbacks import StabilityMonitor, Unmeasurable
 from lsp_callbacks.operators.network.depth import depth
-
-
-class Task(nn.Module):
-    """A mean square of a network's outputs."""
-
-    def __init__(self, net, *shape, dtype=torch.float64):
-        super().__init__()
-        self.net = seeded(net)
-        self.register_buffer("x", random(*shape) if dtype.is_floating_point else torch.arange(12).view(3, 4) % 5)
-
-    def forward(self):
-        return self.net(self.x.clone()).square().mean()
-
-
-class Functional(nn.Module):
-    """Activations that are no modules, and one layer twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.again, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
-
-    def forward(self, x):
-        x = F.relu_(self.first(x))
-        for _ in range(2):
-            x = torch.tanh(self.again(x))
-        return self.last(x)
 
 
 def chain():
@@ -243,7 +216,7 @@ def test_a_step_gives_its_first_samples_in_eval_mode(make):
         def _observe(self, trainer, pending, optimizer):
             snapshot = pending.snapshot(self.step, optimizer)
             one = depth(snapshot, samples=3)
-            seen.append((one, [m.training for m in pending.shadow.module.modules()]))
+            seen.append((one, [m.training for m in pending.module_copy.module.modules()]))
             return None
 
     fit(make, Looks("sharpness", every_n_steps=1), loader=data(), max_steps=1)

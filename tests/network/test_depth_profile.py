@@ -6,15 +6,16 @@ import pytest
 import torch
 from harness import Model, fit
 from model_zoo import Custom
-from problems import FEEDFORWARD, JORDAN, JORDAN_NORMS, close, f64, freeze, matrix, random, seeded
-from test_depth import Functional, Task
+from problems import FEEDFORWARD, JORDAN, JORDAN_NORMS, Functional, Task, close, f64, freeze, matrix, random, seeded
 from torch import nn
 from torch.func import jacrev
 
 from lsp_callbacks import StabilityMonitor, Unmeasurable
-from lsp_callbacks.functional import chain_lipschitz, depth_profile, norm_bound, spectral_norm
+from lsp_callbacks.functional import chain_lipschitz, depth_profile
+from lsp_callbacks.functional.network.spectral_norm import weight_norms
 from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators.network.depth import depth
+from lsp_callbacks.operators.network.norm_bound import norm_bound
 
 
 def convolutional():
@@ -179,7 +180,7 @@ def test_a_normalisation_is_folded_into_its_layer():
 def test_a_convolution_has_the_norm_of_its_operator():
     layer = seeded(nn.Conv2d(2, 3, 3, stride=2, padding=1, groups=1))
     bound, _ = chain_lipschitz([layer], random(3, 2, 6, 6), steps=100, tol=1e-6)
-    assert 0 <= bound / spectral_norm(layer, (2, 6, 6), steps=100, tol=1e-6)[""].value - 1 < 1e-3
+    assert 0 <= bound / weight_norms(layer, (2, 6, 6), steps=100, tol=1e-6)[""].value - 1 < 1e-3
 
 
 @pytest.mark.parametrize("pooling, expected", [((2, 2), 1.0), ((3, 1), 3.0), ((3, 2), 2.0), ((2, 1, 0, 2), 2.0)])

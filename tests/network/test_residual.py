@@ -12,6 +12,7 @@ from lsp_callbacks.autograd.module_calls import is_residual_block
 from lsp_callbacks.functional import residual_stability
 from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators import residual_block
+from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import NotApplicable
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -398,7 +399,7 @@ NETWORKS = {
 def step(module, metric, run=None):
     """A step whose loss is the mean square of what is run."""
     replay = module if run is None else lambda: run(module).square().mean()
-    return Snapshot(step=0, module=module, replay=replay, keep=metric.captures_inputs)
+    return Snapshot(step=0, module=module, replay=replay, run=RunContext(captures_inputs=metric.captures_inputs))
 
 
 def per_sample(block: nn.Module, call, axis: int) -> Tensor:
@@ -494,7 +495,7 @@ class TokenBlock(nn.Identity):
 
 
 NOT_BLOCKS = {
-    "changes the shape": (BasicBlock(4, 6, 2).double(), IMAGES, "has not the shape"),
+    "changes the shape": (BasicBlock(4, 6, 2).double(), IMAGES, "keeps the shape"),
     "cannot be differentiated": (FrozenBlock(), SEQUENCES, "cannot be differentiated"),
     "has no floating-point input": (TokenBlock(), TOKENS, "no floating-point tensor"),
 }
@@ -504,7 +505,12 @@ NOT_BLOCKS = {
 def test_what_is_no_block_is_passed_over_unless_the_user_named_it(module, x, reason):
     model = nn.Sequential(module)
     metric = ResidualCFL()
-    snapshot = Snapshot(step=0, module=model, replay=lambda: model(x).double().mean(), keep=metric.captures_inputs)
+    snapshot = Snapshot(
+        step=0,
+        module=model,
+        replay=lambda: model(x).double().mean(),
+        run=RunContext(captures_inputs=metric.captures_inputs),
+    )
     with pytest.raises(NotApplicable, match="no residual block"):
         metric.update(snapshot)
     assert not metric.complete and metric.compute() == {}

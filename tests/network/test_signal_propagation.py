@@ -16,7 +16,7 @@ from transformers.activations import NewGELUActivation
 from lsp_callbacks import Monitor, SignalPropagation, StabilityMonitor, Unmeasurable
 from lsp_callbacks.functional import activation_slope, batch_norm_drift, excess_kurtosis, gains, units
 from lsp_callbacks.operators.network.batch_statistics import outputs
-from lsp_callbacks.operators.network.signal_sizes import signals
+from lsp_callbacks.operators.network.signal_sizes import signal_sizes
 from lsp_callbacks.quantities.tables import stated_keys
 
 
@@ -90,7 +90,7 @@ class Mixed(nn.Module):
 def test_gains_are_those_of_the_states_and_of_their_gradients():
     net = seeded(Mixed())
     task = Regression(net, random(9, 4, seed=1), torch.zeros(9, 2, dtype=f64))
-    found = signals(freeze(task))
+    found = signal_sizes(freeze(task))
     states = copy.deepcopy(net).train().states(task.x)
     loss = 0.5 * states[-1].square().sum(-1).mean()
     back = torch.autograd.grad(loss, states[1:])
@@ -117,7 +117,7 @@ def test_initialisations_of_he_and_glorot_keep_sizes():
                 nn.init.kaiming_normal_(layer.weight)
         # The first layer has no ReLU before it: the signal doubles its mean square there, and is halved after it.
         net = nn.Sequential(*(m for layer in layers for m in (layer, nn.ReLU()))).double()
-        found = signals(step(net, 64, 300))
+        found = signal_sizes(step(net, 64, 300))
         logs[name] = gains(found.layers, found.path).forward_log / 8
     assert abs(logs["he"]) < 0.03
     assert logs["default"] == pytest.approx(-math.log(6) / 2, abs=0.03)
@@ -168,7 +168,7 @@ def test_planted_dead_units_are_found(activation, convolution):
         net.layer.bias.data[2] = 50.0  # beyond its upper end
     shape = (10, 2, 5, 5) if convolution else (40, 4)
     task = step(net, *shape)
-    (found,) = signals(task).activations
+    (found,) = signal_sizes(task).activations
     z = net.layer(task.module.x).detach()
     slopes = activation_slope(activation, z)
     assert torch.equal(found.values, slopes.movedim(1, -1).flatten(0, -2))
@@ -190,7 +190,7 @@ def test_planted_saturated_units_are_found(activation):
     values, _ = measured(net, 10, 4)
     assert values["dead_share"] == 0 and values["saturated_share"] == pytest.approx(1 / 6)
     assert values["flat_slopes/net.layer"] == pytest.approx(1 / 6)
-    (found,) = signals(step(net, 10, 4)).activations
+    (found,) = signal_sizes(step(net, 10, 4)).activations
     close(found.values, activation_slope(activation, net.layer(random(10, 4, seed=1)).detach()), 1e-9)
 
 
@@ -200,7 +200,7 @@ def test_sequences_have_their_units_last_and_a_composite_that_mixes_is_no_activa
             return torch.tanh(x) * x.mean(-1, keepdim=True)
 
     net = seeded(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), Mixes(), nn.Linear(6, 2)))
-    (found,) = signals(step(net, 3, 5, 4)).activations
+    (found,) = signal_sizes(step(net, 3, 5, 4)).activations
     assert found.name == "net.0" and found.values.shape == (15, 6)
 
 
@@ -216,7 +216,7 @@ def test_a_second_call_of_a_network_brings_rows_not_units():
 
     task = Twice()
     task.net.layer.bias.data[:] = -1e-6
-    found = signals(freeze(task))
+    found = signal_sizes(freeze(task))
     assert [one.values.shape for one in found.activations] == [(16, 6)]
     assert not units(found.activations[0].values).dead.all()
     assert [one.name for one in found.layers] == ["net.layer", "net.last"]

@@ -20,11 +20,11 @@ from torch.nn.utils import spectral_norm as hooked_spectral_norm
 from transformers.pytorch_utils import Conv1D
 
 from lsp_callbacks import Snapshot, SpectralNorm
-from lsp_callbacks.functional import log_sum, spectral_norm
+from lsp_callbacks.functional import log_sum
+from lsp_callbacks.functional.network.spectral_norm import weight_norms
 from lsp_callbacks.linalg import from_matrix, lyapunov_exponents
 from lsp_callbacks.operators import weight_operators
-from lsp_callbacks.step.replay import MicroBatch, Shadow, replayer
-from lsp_callbacks.step.snapshot import Call
+from lsp_callbacks.step.replay import MicroBatch, ModuleCopy, replayer
 
 norm2 = torch.linalg.matrix_norm
 
@@ -67,25 +67,25 @@ def test_norm_is_that_of_the_map_that_the_layer_applies(name):
     layer, shape = MAPS[name]
     layer = seeded(layer)
     A = materialised(layer, shape)
-    operator = weight_operators(layer, Call(shape, None))[""]
+    operator = weight_operators(layer, shape)[""]
     close(operator.dense(), A, 1e-13)
     x, y = random(A.shape[1], seed=1), random(A.shape[0], seed=2)
     close((operator @ x) @ y, x @ (operator.T @ y), 1e-12)
 
-    found = spectral_norm(layer, shape, steps=200, tol=1e-8)[""]
+    found = weight_norms(layer, shape, steps=200, tol=1e-8)[""]
     assert found.converged
     close(found.value, norm2(A, 2), 1e-12)
     if min(A.shape) > 1:
         (theirs,) = svds(A.numpy(), k=1, return_singular_vectors=False)
         close(found.value, theirs, 1e-10)
-    close(spectral_norm(layer, (9, *shape))[""].value, found.value, 1e-2)  # a batch axis changes nothing
+    close(weight_norms(layer, (9, *shape))[""].value, found.value, 1e-2)  # a batch axis changes nothing
 
 
 @pytest.mark.parametrize("mode, stride", CONVOLUTION_NORM)
 def test_a_convolution_is_not_its_reshaped_kernel(mode, stride):
     layer = nn.Conv2d(1, 1, 3, padding=1, stride=stride, padding_mode=mode, bias=False).double()
     layer.weight.data[0, 0] = KERNEL
-    value = spectral_norm(layer, (1, 8, 8), steps=64, tol=1e-10)[""].value
+    value = weight_norms(layer, (1, 8, 8), steps=64, tol=1e-10)[""].value
     close(value, CONVOLUTION_NORM[mode, stride], 1e-9)
     close(norm2(KERNEL.reshape(1, 9), 2), RESHAPED_KERNEL_NORM, 1e-12)
     assert value > 1.1 * RESHAPED_KERNEL_NORM
@@ -96,15 +96,15 @@ def test_circular_padding_agrees_with_the_transfer_function():
     layer = seeded(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"))
     transfer = torch.fft.fft2(layer.weight.detach(), s=(8, 8)).permute(2, 3, 0, 1)
     expected = torch.linalg.svdvals(transfer).max()
-    close(spectral_norm(layer, (3, 8, 8), steps=192, tol=1e-10)[""].value, expected, 1e-10)
+    close(weight_norms(layer, (3, 8, 8), steps=192, tol=1e-10)[""].value, expected, 1e-10)
 
 
 def test_the_norm_of_a_convolution_depends_on_the_size_of_its_input():
     layer = seeded(nn.Conv2d(1, 1, 3, padding=1))
-    small, large = (spectral_norm(layer, (1, n, n), tol=1e-8)[""].value for n in (2, 12))
+    small, large = (weight_norms(layer, (1, n, n), tol=1e-8)[""].value for n in (2, 12))
     assert abs(small - large) > 0.05 * large
     with pytest.raises(ValueError, match="input_shape"):
-        spectral_norm(layer)
+        weight_norms(layer)
 
 
 def test_a_transposed_convolution_that_was_asked_for_another_size():
@@ -112,7 +112,7 @@ def test_a_transposed_convolution_that_was_asked_for_another_size():
     for size in (9, 10):
         A = torch.stack([layer(e[None, None], output_size=[size])[0, 0] for e in torch.eye(5, dtype=f64)], 1).detach()
         A = A - layer.bias.detach()
-        found = spectral_norm(layer, (1, 5), output_shape=(1, 1, size), tol=1e-10)[""].value
+        found = weight_norms(layer, (1, 5), output_shape=(1, 1, size), tol=1e-10)[""].value
         close(found, norm2(A, 2), 1e-12)
 
 
@@ -121,7 +121,7 @@ def test_attention_projections(dims):
     layer = seeded(nn.MultiheadAttention(4, 2, batch_first=True, **dims))
     separate = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
     weights = separate if dims else layer.in_proj_weight.split(4)
-    found = spectral_norm(layer, steps=10, tol=1e-10)
+    found = weight_norms(layer, steps=10, tol=1e-10)
     assert list(found) == ["q", "k", "v", "out_proj"]
     for pair, weight in zip(found.values(), [*weights, layer.out_proj.weight]):
         close(pair.value, norm2(weight.detach(), 2), 1e-12)
@@ -129,7 +129,7 @@ def test_attention_projections(dims):
 
 def test_embedding_is_the_transpose_of_its_table():
     layer = seeded(nn.Embedding(7, 3))
-    (operator,) = weight_operators(layer, Call((4,), None)).values()
+    (operator,) = weight_operators(layer, (4,)).values()
     one_hot = torch.eye(7, dtype=f64)
     for i in range(7):
         close(operator @ one_hot[i], layer(torch.tensor(i)).detach(), 0)
@@ -143,7 +143,7 @@ def test_parametrised_weights_are_read_as_applied_and_not_moved(wrap, kind, size
         layer(random(2, *shape))
     layer.eval()
     before = {k: v.clone() for k, v in layer.state_dict().items()}
-    found = spectral_norm(layer, shape, steps=50, tol=1e-10)[""].value
+    found = weight_norms(layer, shape, steps=50, tol=1e-10)[""].value
     close(found, norm2(materialised(layer, shape), 2), 1e-12)
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 
@@ -152,7 +152,7 @@ def test_parametrised_weights_are_read_as_applied_and_not_moved(wrap, kind, size
 @pytest.mark.parametrize("value", [0.0, math.nan])
 def test_degenerate_weights(layer, shape, value):
     nn.init.constant_(layer.weight, value)
-    found = spectral_norm(layer, shape)[""]
+    found = weight_norms(layer, shape)[""]
     assert float(found.value) == pytest.approx(value, nan_ok=True)
     assert float(found.residual) == pytest.approx(value, nan_ok=True)
     assert found.converged is (value == 0.0)
@@ -162,13 +162,13 @@ def test_degenerate_weights(layer, shape, value):
 def test_lower_precision(dtype, tol):
     layer = seeded(nn.Linear(20, 10)).to(dtype)
     exact = norm2(layer.weight.detach().double(), 2)
-    close(spectral_norm(layer, steps=20, tol=1e-4)[""].value, exact, tol * exact)
+    close(weight_norms(layer, steps=20, tol=1e-4)[""].value, exact, tol * exact)
 
 
 def test_a_module_without_a_linear_part_is_refused():
     for module in (nn.ReLU(), nn.LayerNorm(3), nn.LSTM(2, 2)):
         with pytest.raises(ValueError, match=type(module).__name__):
-            spectral_norm(module)
+            weight_norms(module)
 
 
 # All layers ---------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_the_product_bound_and_what_really_happens(name):
     for W in case.layers:
         layers.append(nn.Linear(2, 2, bias=False).double())
         layers[-1].weight.data = W
-    norms = [spectral_norm(layer, tol=1e-10)[""].value for layer in layers]
+    norms = [weight_norms(layer, tol=1e-10)[""].value for layer in layers]
     close(log_sum(norms) / len(layers), case.bound, 1e-12)
     product = torch.linalg.multi_dot(case.layers[::-1])
     close(norm2(product, 2).log() / len(layers), case.actual, 1e-12)
@@ -219,9 +219,9 @@ def model(length: int = 5) -> tuple[Regression, Snapshot]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         problem = Regression(Model().double(), tokens, torch.zeros(3, 1, 1, dtype=f64))
-    shadow = Shadow(problem)
-    replay = replayer(shadow, [MicroBatch(None, lambda module, batch: module())])
-    return problem, Snapshot(step=0, module=shadow.module, replay=replay, loss=problem().detach())
+    module_copy = ModuleCopy(problem)
+    replay = replayer(module_copy, [MicroBatch(None, lambda module, batch: module())])
+    return problem, Snapshot(step=0, module=module_copy.module, replay=replay, loss=problem().detach())
 
 
 def test_every_layer_that_the_step_called_is_measured_once():

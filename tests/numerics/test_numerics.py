@@ -6,22 +6,21 @@ from functools import partial
 
 import pytest
 import torch
-from harness import Losses, Model, Rows, data, fit, mlp
+from harness import GoesOn, Losses, Model, Rows, changed_by, data, fit, mlp
 from lightning.fabric import Fabric
 from problems import freeze
 from pytorch_lightning.plugins.precision import MixedPrecision
-from test_faults import GoesOn, with_and_without
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
 from torch.profiler import ProfilerActivity, profile
 
 from lsp_callbacks import Monitor, Numerics, Sharpness, Snapshot, StabilityMonitor, Unmeasurable
-from lsp_callbacks.functional import headroom, lost_share, numeric_range
+from lsp_callbacks.functional import headroom, lost_share
 from lsp_callbacks.loops import Watch, watch_fabric
 from lsp_callbacks.monitor import nan_finder as guard
 from lsp_callbacks.monitor.nan_finder import finite
-from lsp_callbacks.quantities.numerics.numerics import ROOT
+from lsp_callbacks.quantities.numerics.numerics import ROOT, range_of_step
 from lsp_callbacks.report import verdict
 from lsp_callbacks.step.snapshot import Clipping
 
@@ -70,7 +69,7 @@ def test_a_line_in_float16_has_the_headroom_of_its_numbers(autocast):
             return net(x if autocast else x.half()).float().sum()
 
     scale = 128.0
-    found = numeric_range(step_of(net, loss, scale=scale))
+    found = range_of_step(step_of(net, loss, scale=scale))
     half, full = torch.finfo(torch.float16).max, torch.finfo(torch.float32).max
     assert found.activations["0"] == pytest.approx(math.log2(half / 32))
     assert found.activations["1"] == pytest.approx(math.log2(half / 64))
@@ -94,14 +93,14 @@ def test_masks_have_no_say():
         h = net(torch.ones(2, 1)) + torch.full((2, 2), torch.finfo(torch.float32).min).triu(1)
         return (h + torch.full((2, 2), -math.inf).triu(1)).softmax(-1).sum()
 
-    found = numeric_range(step_of(net, loss))
+    found = range_of_step(step_of(net, loss))
     assert min(found.activations.values()) == pytest.approx(126, abs=1)
 
 
 def test_an_intermediate_number_counts():
     """It is the result of no module."""
     net = line(1.0)
-    found = numeric_range(step_of(net, lambda: (net(torch.ones(1, 1)) * 1e30 / 1e30).sum()))
+    found = range_of_step(step_of(net, lambda: (net(torch.ones(1, 1)) * 1e30 / 1e30).sum()))
     assert found.activations[""] == pytest.approx(math.log2(torch.finfo(torch.float32).max / 2e30))
 
 
@@ -128,7 +127,7 @@ class Chain(nn.Module):
 @pytest.mark.parametrize("scale", [1.0, 2.0**10])
 def test_underflow_is_what_the_type_cannot_hold(dtype, scale):
     net = Chain(dtype)
-    found = numeric_range(step_of(net, net, scale=scale))
+    found = range_of_step(step_of(net, net, scale=scale))
     first = net.b.double() * scale
     second = first.to(dtype).double() * net.a.double()
     exact = torch.stack([first, second])
@@ -145,11 +144,11 @@ def test_zeros_and_cancellation_are_not_underflow():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), nn.Softmax(-1)).half()
     x = torch.randn(32, 6).half()
-    found = numeric_range(step_of(net, lambda: net(x).float().sum() * 1e3))  # the gradient of a constant
-    wide = numeric_range(step_of(net, lambda: net(x).float()[:, 0].log().sum() * 8))
+    found = range_of_step(step_of(net, lambda: net(x).float().sum() * 1e3))  # the gradient of a constant
+    wide = range_of_step(step_of(net, lambda: net(x).float()[:, 0].log().sum() * 8))
     assert wide.underflow < 0.01 and found.nonzero > 0
     single = net.float()
-    assert numeric_range(step_of(single, lambda: single(x.float())[:, 0].log().sum())).underflow == 0
+    assert range_of_step(step_of(single, lambda: single(x.float())[:, 0].log().sum())).underflow == 0
 
 
 # -- lost updates --------------------------------------------------------------------------------------------------
@@ -189,7 +188,7 @@ def test_lost_share_on_both_sides_of_half_a_step():
 def test_no_update_no_share(without):
     net, x = line(1.0), torch.ones(1, 1)
     optimizer = SGD(net.parameters(), lr=0.1)
-    settings = {"optimizer": {"optimizer": None}, "gradient": {"gradient": None}, "step": {"unmodelled": "a hook"}}
+    settings = {"optimizer": {"optimizer": None}, "gradient": {"gradient": None}, "step": {"unsupported": "a hook"}}
     metric = Numerics()
     metric.update(freeze(net, optimizer, replay=lambda: net(x).sum(), **settings[without]) if without != "optimizer"
                   else freeze(net, None, replay=lambda: net(x).sum()))  # fmt: skip
@@ -300,7 +299,7 @@ def test_the_fault_of_a_run_is_named_at_its_step_and_nothing_is_changed(name):
     monitor = StabilityMonitor(["numerics", "sharpness"], every_n_steps=100)
     monitor.monitor.named.clear()  # as from a preset: LBFGS has no edge
     with pytest.warns(UserWarning, match="lsp_callbacks: step 4 is not finite") as caught:
-        assert not with_and_without(make, monitor, stop=GoesOn(), max_steps=7, **settings)
+        assert not changed_by(make, monitor, stop=GoesOn(), max_steps=7, **settings)
     assert len([w for w in caught if "lsp_callbacks: step" in str(w.message)]) == 1
     fault = monitor.fault
     assert (fault.step, fault.where, fault.operation) == (4, where, operation)
@@ -356,7 +355,7 @@ def test_a_run_that_recovers_goes_on_as_without_us():
     """Its weights stay finite, so that a parameter which a replay had moved would show."""
     monitor = StabilityMonitor(["numerics", "sharpness"], every_n_steps=100)
     with pytest.warns(UserWarning, match="step 4 is not finite"):
-        assert not with_and_without(lambda: Recovers("moves"), monitor, stop=GoesOn(), max_steps=9)
+        assert not changed_by(lambda: Recovers("moves"), monitor, stop=GoesOn(), max_steps=9)
     assert monitor.monitor.ended_by is None
 
 

@@ -20,7 +20,7 @@ from lsp_callbacks.functional.sgd.sgd_stability import _Draw
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
 from lsp_callbacks.step.criterion import Probes
 from lsp_callbacks.step.probes import evaluation
-from lsp_callbacks.step.snapshot import Unmodelled, as_trained, batch_norms
+from lsp_callbacks.step.snapshot import Unsupported, as_trained, batch_norms
 
 # -- rows ------------------------------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ def test_large_gradients_are_sketched_without_bias():
     defect = (rough.gram - exact.gram) / (size * size[:, None])
     width = 4096  # sqrt(2 / width) is 2 %
     assert 0 < defect.abs().max() < 5 * math.sqrt(2 / width) and defect.square().mean().sqrt() < math.sqrt(2 / width)
-    with pytest.raises(Unmodelled, match="most_rows=16"):
+    with pytest.raises(Unsupported, match="most_rows=16"):
         tangent_kernel(probes, outputs="all", most_rows=15)
 
 

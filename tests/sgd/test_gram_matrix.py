@@ -13,13 +13,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
-import lsp_callbacks.operators.sgd.gram_matrix as module_under_test
+import lsp_callbacks.operators.sgd.sharpest_mode as sharpest_mode_module
 from lsp_callbacks import ProbeSet
-from lsp_callbacks.functional import sharpness
-from lsp_callbacks.operators.sgd import per_sample_gradients as per_sample
+from lsp_callbacks.operators.curvature.stability_threshold import top_eigenvalue
+from lsp_callbacks.operators.sgd import parameter_gram
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
 from lsp_callbacks.operators.sgd.layer_rules import layer_uses
-from lsp_callbacks.operators.sgd.per_sample_gradients import ParameterGram, Part, rows_alone
+from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part
+from lsp_callbacks.operators.sgd.rows_by_backward import rows_alone
 from lsp_callbacks.step.probes import evaluation
 from lsp_callbacks.step.snapshot import Unmeasurable, evaluating
 
@@ -366,7 +367,7 @@ class Conv1D(nn.Module):
 @pytest.mark.parametrize("layer", [nn.Linear(4, 4), Conv1D()])
 @pytest.mark.parametrize("block", [1, 2**19])
 def test_a_preconditioned_linear_layer_needs_no_gradient_of_a_sample(layer, block, monkeypatch):
-    monkeypatch.setattr(per_sample, "BLOCK", block)
+    monkeypatch.setattr(parameter_gram, "BLOCK", block)
     x, g, root = random(N, 4, seed=1), random(N, 3, 4, seed=2), random(4, 4, seed=3).abs()
     use = layer_uses(layer, x, g)["weight"]
     rows = (use.gradients(0, N) * root.reshape(-1)).flatten(0, 1)
@@ -492,7 +493,7 @@ def test_at_interpolation_it_is_the_sharpness_of_the_hessian():
     top = torch.linalg.eigvalsh(found.gram)[-1] / 4
     close(top, answer, 1e-12)
     close(top, torch.linalg.eigvalsh(dense_hessian(problem))[-1], EXACT)
-    close(top, sharpness(freeze(problem), tol=1e-6).value, 1e-5)
+    close(top, top_eigenvalue(freeze(problem), tol=1e-6).value, 1e-5)
     assert found.loss < 1e-30
 
 
@@ -569,7 +570,7 @@ def test_where_all_directions_are_alike_it_is_that_of_the_sharpest_mode(scale, m
         return float(torch.linalg.eigvalsh(one.gram)[-1] / torch.linalg.eigvalsh(full.gram)[-1])
 
     assert 0.95 < share() <= 1 + 1e-9  # where no mode stands out, twenty products leave a few per cent
-    monkeypatch.setattr(module_under_test, "COLD", 40)
+    monkeypatch.setattr(sharpest_mode_module, "COLD", 40)
     assert 1 - 1e-4 < share() <= 1 + 1e-9
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_sgd_stability import FOUR, RULES, TANH, f64, random, scalar, seeded, step_matrices
+from frozen_sgd_cases import FOUR, RULES, TANH, f64, random, scalar, seeded, step_matrices
 
 from lsp_callbacks.functional import UpdateRule, moment_exponent, reduce, second_moment_exponent, sgd_exponent
 from lsp_callbacks.functional.sgd import moment_exponent as moments

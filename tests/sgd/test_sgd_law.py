@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 import torch
+from checkpoint_harness import Once
 from harness import MOMENTUM, Model, data, fit
 from lightning.fabric import Fabric
+from loop_harness import cross_entropy, net
 from problems import Regression, close, dense_hessian, f64, freeze, random, regression, same, take
-from test_checkpoint import Once
-from test_loops import cross_entropy, net
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset

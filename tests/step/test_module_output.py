@@ -8,10 +8,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from harness import SGD, Model, Recorded, data, fit, mlp, trainer, unchanged
+from hugging_face_harness import Loop, batches, gpt2
 from lightning.fabric import Fabric
+from loop_harness import cross_entropy, net
 from problems import close, f64
-from test_hugging_face import Loop, batches, gpt2
-from test_loops import cross_entropy, net
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

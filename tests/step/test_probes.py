@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from lsp_callbacks import SGDStability, StabilityMonitor
 from lsp_callbacks.step.criterion import Probes, population
 from lsp_callbacks.step.probes import Criteria, evaluation
-from lsp_callbacks.step.snapshot import Unmeasurable, Unmodelled, evaluating
+from lsp_callbacks.step.snapshot import Unmeasurable, Unsupported, evaluating
 
 N, C = 6, 4
 X, Y, HOT = random(N, 3), torch.arange(N) % C, random(N, C, seed=1).sigmoid()
@@ -151,29 +151,29 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_the_way_out(name, net):
-    with pytest.raises(Unmodelled, match=r"(?s)forward_fn=lambda.*criterion=lambda"):
+    with pytest.raises(Unsupported, match=r"(?s)forward_fn=lambda.*criterion=lambda"):
         found_in(lambda: REFUSED[name](net))
 
 
 def test_targets_first_are_refused(net):
-    with pytest.raises(Unmodelled, match="target first"):
+    with pytest.raises(Unsupported, match="target first"):
         found_in(lambda: F.mse_loss(HOT, net(X)))
 
 
 @pytest.mark.parametrize("outputs", [None, 3.0, torch.ones(N, C)], ids=["none", "number", "no_graph"])
 def test_outputs_without_a_graph_are_refused(outputs):
-    with pytest.raises(Unmodelled, match="do not depend"):
+    with pytest.raises(Unsupported, match="do not depend"):
         evaluation(outputs, lambda f: f.sum(), samples=N)
 
 
 def test_a_loss_that_is_nan_says_so_of_this_step_alone(net):
     with pytest.raises(Unmeasurable, match="not finite") as caught:
         found_in(lambda: F.cross_entropy(net(X * float("nan")), Y))
-    assert not isinstance(caught.value, Unmodelled)
+    assert not isinstance(caught.value, Unsupported)
 
 
 def test_a_sum_over_the_samples_is_refused(net):
-    with pytest.raises(Unmodelled, match=r"sums over the batch.*forward_fn"):
+    with pytest.raises(Unsupported, match=r"sums over the batch.*forward_fn"):
         found_in(lambda: F.cross_entropy(net(X), Y, reduction="sum"))
 
 

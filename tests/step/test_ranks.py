@@ -1,6 +1,7 @@
 """Several processes: no place at which one may fail hangs the others, and the curves are those of the joined batch."""
 
 import contextlib
+import itertools
 import math
 import os
 import socket
@@ -12,18 +13,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import two_ranks
-from harness import Model, data, fit, same
-from test_faults import bits
+from harness import Model, bits, data, fit, same
 from two_ranks import WORLD
 
 from lsp_callbacks import StabilityMonitor, StopOnInstability, Unmeasurable
-from lsp_callbacks.callbacks.lightning_step import sharded, unmodelled
+from lsp_callbacks.callbacks.lightning_step import sharded, unsupported
+from lsp_callbacks.quantities import PRESETS, REGISTRY
 from lsp_callbacks.step.ranks import Ranks
 
-ALIKE = {"error": ("RuntimeError", "no memory"), "unmodelled": ("Unmodelled", "not here")}
+ALIKE = {"error": ("RuntimeError", "no memory"), "unsupported": ("Unsupported", "not here")}
 FAILED = {
     "error": ("Unmeasurable", "on rank {} of 2: RuntimeError: no memory"),
-    "unmodelled": ("Unmodelled", "on rank {} of 2: not here"),
+    "unsupported": ("Unsupported", "on rank {} of 2: not here"),
 }
 #: Runs without and with our callbacks.
 TWINS = {
@@ -47,7 +48,7 @@ def found(tmp_path_factory):
     here = Path(__file__).parents[1]
     shared = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD), "NODE_RANK": "0",
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here, here / "callbacks"))),
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here))),
     }  # fmt: skip
     command = [sys.executable, str(here / "two_ranks.py"), str(folder)]
     with contextlib.ExitStack() as stack:
@@ -91,7 +92,7 @@ def test_a_failure_anywhere_is_everybodys(found, place, who, kind):
     results = [own["rounds"][place, who, kind] for own in found]
     for rank, (result, healthy) in enumerate(results):
         name, text = ALIKE[kind] if len(who) == WORLD else FAILED[kind]
-        own = {"error": "RuntimeError", "unmodelled": "Unmodelled"}[kind]
+        own = {"error": "RuntimeError", "unsupported": "Unsupported"}[kind]
         cause = "NoneType"
         if rank in who and (len(who) < WORLD or place == "masks"):
             cause = "KeyError" if place == "masks" else own
@@ -116,13 +117,21 @@ def test_exchanges(found):
         assert own["rounds"]["first"] == {"rank": 0} and own["rounds"]["gather"] == [0, 1]
         assert own["rounds"]["any"] == [False, True, True, True]
         assert own["rounds"]["nested"] == [1.0, 8.0]
-        assert own["rounds"]["losses"] == [1.5, 1.0]
         half = own["rounds"]["half"]
         assert half.dtype == torch.bfloat16 and half.tolist() == [1.25, 1.25]
 
 
-def test_a_rank_without_a_loss_hangs_nobody(found):
-    assert float(found[0]["rounds"]["no loss"]) == 3.0 and found[1]["rounds"]["no loss"] is None
+def test_losses_are_exchanged_every_fifth_step_and_are_the_same_on_all(found):
+    """A step without a loss in one process has that of the other, one without any is left out."""
+    first, second = (own["rounds"]["losses"] for own in found)
+    assert repr(first) == repr(second)
+    steps = [[step for step, *_ in known] for known, *_ in first]
+    assert steps == [[], [], [], [], [0, 1, 2, 4], [], [], [], [], [5, 6, 7, 8, 9], [], [], [10, 11]]
+    losses = {step: (loss, left_out) for known, *_ in first for step, loss, left_out in known}
+    assert math.isnan(losses[6][0]) and losses.pop(6)[1]
+    assert losses == {step: (step + 0.5 * (step != 2), False) for step in (0, 1, 2, 4, 5, 7, 8, 9, 10, 11)}
+    assert [same for _, same, _ in first] == [True] * 9 + [False] * 4
+    assert [calls for *_, calls in first] == [0] * 4 + [1] * 5 + [2] * 3 + [3]
 
 
 def test_one_process_meets_nobody():
@@ -272,10 +281,12 @@ def test_all_stop_at_the_step_at_which_one_process_would(found):
         assert (own["stopped"]["event"], own["stopped"]["stop"]) == (stop.event_step, stop.stop_step)
 
 
-def test_a_loss_that_is_not_finite_in_one_process_stops_all_at_that_step(found):
+@pytest.mark.parametrize("at, stop", [(4, 4), (5, 9)])
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_at_one_step(found, at, stop):
+    """When the losses are exchanged next, every fifth step."""
     for own in found:
-        assert own["not finite"]["steps"] == 5 and own["not finite"]["stop"] == 4
-        assert "nan since step 4" in own["not finite"]["reason"]
+        assert own["not finite", at]["steps"] == stop + 1 and own["not finite", at]["stop"] == stop
+        assert f"nan since step {at}" in own["not finite", at]["reason"]
 
 
 @pytest.mark.parametrize("what, operation", [("forward", "aten.log"), ("backward", "aten.div")])
@@ -300,6 +311,32 @@ def test_shards_are_refused(found):
     assert not found[0]["sharded"]["history"]
     (said,) = found[0]["sharded"]["said"]
     assert "ModelParallelStrategy" in said and "lyapunov_trajectory" in said and "strategy='ddp'" in said
+
+
+#: Runs, and a part of the reason for which they are refused.
+RUNS = {
+    "DDP, two processes": (("smooth", "conv", "game"), None),
+    "a step that communicates (SyncBatchNorm)": (("communicates",), "communicates between processes"),
+    "ModelParallel (FSDP2)": (("sharded",), "ModelParallelStrategy"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_support_of_strategies(found, name, support):
+    """What the runs above ask for is measured under DDP, and refused with the reason elsewhere."""
+    runs, refused = RUNS[name]
+    results = {}
+    for run in (found[0][run] for run in runs):
+        for quantity in PRESETS["full"]:
+            curves = [run["history"][key][1] for key in REGISTRY[quantity].keys if key in run["history"]]
+            if curves and all(map(math.isfinite, itertools.chain(*curves))):
+                results[quantity] = {"state": "measured"}
+        for quantity, reason in run["skipped"].items():
+            if refused and refused in reason:
+                results[quantity] = {"state": "left out", "reason": reason}
+    assert {result["state"] for result in results.values()} == {"left out" if refused else "measured"}, results
+    assert {"spectral_norm", "sharpness"} <= results.keys()
+    support("strategy", name, list(RUNS).index(name), results)
 
 
 # -- strategies, by their names --------------------------------------------------------------------------------------
@@ -332,9 +369,9 @@ def test_updates_that_are_not_those_of_ddp(names, hook, reason):
         strategy=strategy(*names, hook=hook), world_size=2, gradient_clip_val=None, accumulate_grad_batches=1,
         optimizers=[1],
     )  # fmt: skip
-    assert reason in unmodelled(own, Model())
+    assert reason in unsupported(own, Model())
     own.strategy = strategy("DDPStrategy")
-    assert unmodelled(own, Model()) is None
+    assert unsupported(own, Model()) is None
 
 
 def test_what_is_named_and_sharded_raises(monkeypatch):

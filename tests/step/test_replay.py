@@ -12,7 +12,9 @@ from harness import MEASURED, data, mlp
 from torch import nn
 from torch.nn.utils import spectral_norm
 
-from lsp_callbacks.step.replay import MicroBatch, RandomState, Shadow, copied, replayer, untouched
+from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.step.replay import MicroBatch, ModuleCopy, copied, replayer, untouched
+from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, displaced, flatten, split
 
 
@@ -30,28 +32,28 @@ def draws():
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 
 
-# -- Shadow --------------------------------------------------------------------------------------------------------
+# -- ModuleCopy --------------------------------------------------------------------------------------------------------
 
 
 def test_a_shadow_shares_the_parameters_and_nothing_else():
     module = net()
-    shadow = Shadow(module).reset()
-    assert all(a is b for a, b in zip(module.parameters(), shadow.parameters(), strict=True))
+    module_copy = ModuleCopy(module).reset()
+    assert all(a is b for a, b in zip(module.parameters(), module_copy.parameters(), strict=True))
     before = copy.deepcopy(module.state_dict())
-    shadow(X), shadow.calls.append(1), shadow.plain["depth"].append(3), shadow.eval()
+    module_copy(X), module_copy.calls.append(1), module_copy.plain["depth"].append(3), module_copy.eval()
     assert all(torch.equal(a, b) for a, b in zip(before.values(), module.state_dict().values()))
     assert (module.calls, module.plain, module.training) == ([], {"depth": [1, 2]}, True)
 
 
 def test_reset_takes_everything_back():
-    shadow = Shadow(net())
-    module = shadow.reset()
+    module_copy = ModuleCopy(net())
+    module = module_copy.reset()
     before = copy.deepcopy(module.state_dict())
     module(X), module.calls.append(1), module.plain["depth"].append(3), module.eval()
     module.new, module.calls = "attribute", None
     module.register_buffer("late", torch.ones(1))
     module[3] = nn.Identity()
-    again = shadow.reset()
+    again = module_copy.reset()
     assert again is module and again.state_dict().keys() == before.keys()
     assert all(torch.equal(a, b) for a, b in zip(before.values(), again.state_dict().values()))
     assert (again.calls, again.plain, again.training) == ([], {"depth": [1, 2]}, True)
@@ -62,9 +64,9 @@ def test_what_modules_share_stays_shared():
     module = net()
     module[0].calls = module.calls
     module[0].owner = [module]
-    shadow = Shadow(module)
+    module_copy = ModuleCopy(module)
     for _ in range(2):
-        again = shadow.reset()
+        again = module_copy.reset()
         assert again[0].calls is again.calls == [] and again[0].owner[0] is again
         again.calls.append(1)
 
@@ -74,25 +76,25 @@ def test_function_hooks_stay_behind_and_hook_objects_come_along():
     module = nn.Sequential(spectral_norm(nn.Linear(6, 5)))
     module[0].register_forward_hook(lambda *_: calls.append(1))
     module[0].register_full_backward_hook(lambda *_: calls.append(1))
-    shadow = Shadow(module).reset()
-    shadow(X).sum().backward()
-    assert not calls and [type(h).__name__ for h in shadow[0]._forward_pre_hooks.values()] == ["SpectralNorm"]
+    module_copy = ModuleCopy(module).reset()
+    module_copy(X).sum().backward()
+    assert not calls and [type(h).__name__ for h in module_copy[0]._forward_pre_hooks.values()] == ["SpectralNorm"]
     assert len(module[0]._forward_hooks) == 1
 
 
 def test_tensors_in_a_graph_are_copied_by_value():
     module = net()
     module.last = {"h": [module[0](X)]}
-    last = Shadow(module).reset().last["h"][0]
+    last = ModuleCopy(module).reset().last["h"][0]
     assert torch.equal(last, module.last["h"][0]) and last.grad_fn is None and module.last["h"][0].grad_fn is not None
 
 
 def test_data_are_shared():
     module, owner = net(), object()
     module.loaders, module.owner = {"train": data()}, owner
-    shadow = Shadow(module, shared=[owner])
+    module_copy = ModuleCopy(module, shared=[owner])
     for _ in range(2):
-        again = shadow.reset()
+        again = module_copy.reset()
         assert again.loaders["train"] is module.loaders["train"] and again.loaders is not module.loaders
         assert again.owner is owner
 
@@ -101,7 +103,7 @@ def test_what_cannot_be_copied_raises():
     module = net()
     module.lock = threading.Lock()
     with pytest.raises(TypeError, match="lock"):
-        Shadow(module)
+        ModuleCopy(module)
 
 
 # -- random state --------------------------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ def test_untouched_switches_parameter_hooks_off_and_on_again():
 def test_untouched_forbids_the_original():
     module = net()
     with untouched(module):
-        Shadow(module).reset()(X)
+        ModuleCopy(module).reset()(X)
         with pytest.raises(Unmeasurable, match="the original"):
             module[0](X)
     module(X)
@@ -167,7 +169,7 @@ def step(module, batch):
 
 def test_replays_equal_the_step_to_the_last_bit():
     module, batch = net(), X.clone()
-    replay = replayer(Shadow(module), [MicroBatch(batch.clone(), step)])
+    replay = replayer(ModuleCopy(module), [MicroBatch(batch.clone(), step)])
     loss = step(module, batch)
     for _ in range(3):
         draws()
@@ -209,7 +211,9 @@ def test_a_replay_must_give_the_loss_of_the_step(snap, reason, access):
 
 def test_calls_keep_what_is_asked_for_and_leave_no_hook():
     module = net()
-    snap = Snapshot(0, module, replay=lambda: module(X).sum(), keep=lambda name, m: name == "0")
+    snap = Snapshot(
+        0, module, replay=lambda: module(X).sum(), run=RunContext(captures_inputs=lambda name, m: name == "0")
+    )
     assert snap.calls["0"].args[0].equal(X) and snap.calls["0"].output_shape == (8, 5)
     assert snap.calls["1"].args == () and snap.calls["1"].input_shape == (8, 5)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
@@ -219,7 +223,9 @@ def test_generators_are_private_and_keyed():
     module = nn.Linear(1, 1)
 
     def draw(seed, step, key):
-        return torch.rand(4, generator=Snapshot(step, module, lambda: None, seed=seed).generator(key)).tolist()
+        return torch.rand(
+            4, generator=Snapshot(step, module, lambda: None, run=RunContext(seed=seed)).generator(key)
+        ).tolist()
 
     before = torch.get_rng_state()
     keys = [(0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b")]

@@ -7,10 +7,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from checkpoint_harness import Once, Repeatable, curves, stream
 from harness import Losses, Model, Recorded, Rows, fit
-from test_checkpoint import Once, Repeatable, curves, stream
-from test_hugging_face import Callback, Loop, batches, gpt2
-from test_loops import cross_entropy, net, plain
+from hugging_face_harness import Callback, Loop, batches, gpt2
+from loop_harness import cross_entropy, net, plain
 
 from lsp_callbacks import Dissipation, Monitor, Sharpness, SpectralNorm, StabilityMonitor, Trace
 from lsp_callbacks.linalg import Sketch

@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam
 from lsp_callbacks import ClarkeTraining, Unmeasurable
 from lsp_callbacks.functional import Box, MaxNorm, Only, Ridge, SoftThreshold
 from lsp_callbacks.functional.trajectory.clarke_training import generalized_training, no_steps
-from lsp_callbacks.operators.curvature.gradient_kinks import loss_bends, prox_bends
+from lsp_callbacks.operators.curvature.gradient_kinks import loss_kinks, prox_kinks
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
 from lsp_callbacks.step.snapshot import Clipping
 
@@ -135,7 +135,7 @@ def test_the_sup_is_that_of_all_vertices(loss, rule):
     metric = ClarkeTraining(horizon=3, eps=eps, vertices=14)
     choices: list = []
     for snapshot in trajectory(task, optimizer, 3):
-        near = loss_bends(snapshot, eps=eps)
+        near = loss_kinks(snapshot, eps=eps)
         metric.update(snapshot)
         A, B = update_jacobian(snapshot, method="exact").dense(), update_response(snapshot).dense()
         flat = {name: p.detach().clone() for name, p in task.named_parameters()}
@@ -276,7 +276,7 @@ def test_what_is_smooth_is_the_ordinary_sensitivity():
     product = torch.eye(17, dtype=f64)
     metric = ClarkeTraining(horizon=2)
     for snapshot in trajectory(task, SGD(task.parameters(), lr=0.3), 2):
-        assert not len(prox_bends(snapshot, eps=1e-3).above)
+        assert not len(prox_kinks(snapshot, eps=1e-3).above)
         product = update_jacobian(snapshot, method="exact").dense() @ product
         metric.update(snapshot)
     found = values_of(metric)

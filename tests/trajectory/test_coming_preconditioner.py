@@ -8,8 +8,8 @@ import torch
 from problems import Regression, close, f64, freeze, random, tanh_mlp
 
 from lsp_callbacks import ProbeSet, Sharpness
-from lsp_callbacks.functional import edge
 from lsp_callbacks.operators import coming_rule, frozen_rule
+from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold
 from lsp_callbacks.operators.trajectory import coming_preconditioner as coming
 from lsp_callbacks.operators.trajectory.coming_preconditioner import batch_squares, gradients_missing, probe_squares
 from lsp_callbacks.step.probes import evaluation
@@ -204,7 +204,7 @@ def test_a_gradient_that_is_small_by_chance_is_no_edge():
     assert float(snapshot.gradient["net.2.bias"].abs().max()) < 1e-6
     now, then = frozen_rule(snapshot), coming_rule(snapshot)
     assert float(now.scale["net.2.bias"].max()) > 1e6 > 1e3 > float(then.scale["net.2.bias"].max())
-    assert float(edge(snapshot, steps=20).courant) < 0.1
+    assert float(stability_threshold(snapshot, steps=20).courant) < 0.1
 
 
 def test_a_second_moment_of_one_gradient_is_waited_for():

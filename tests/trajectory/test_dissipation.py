@@ -11,6 +11,7 @@ from torch import nn
 
 from lsp_callbacks import Dissipation, Monitor, SGDLaw, Snapshot, Trace, Unmeasurable
 from lsp_callbacks.functional import dissipation, student_quantile
+from lsp_callbacks.step.run_context import RunContext
 
 #: ``theta+ = 0.8 theta + 0.1 xi``, ``E = theta^2``.
 Q, FLOOR = 0.64, 0.027777777777777794
@@ -176,7 +177,7 @@ def run(metric, steps=100, lr=0.2, noise=0.0, module=None, **settings):
         trace.record(step, loss, lr=lr, module=module)
         with torch.no_grad():
             module.theta -= lr * (module.theta + noise * random(len(module.theta), seed=step))
-    snapshot = Snapshot(step=steps - 1, module=module, replay=lambda: loss, trace=trace, **settings)
+    snapshot = Snapshot(step=steps - 1, module=module, replay=lambda: loss, run=RunContext(series=trace), **settings)
     assert not metric.warm_up(snapshot)
     metric.update(snapshot)
     return metric.compute()
@@ -222,7 +223,7 @@ def test_only_the_last_steps_count():
     for step, value in enumerate(energy):
         trace.record(step, value)
     metric, net = Dissipation(60), Sum()
-    metric.update(Snapshot(step=359, module=net, replay=net.theta.sum, trace=trace))
+    metric.update(Snapshot(step=359, module=net, replay=net.theta.sum, run=RunContext(series=trace)))
     close(metric.compute()["stability/dissipation"], 0.1, 1e-9)
 
 
@@ -239,9 +240,12 @@ def test_what_is_not_known_is_refused():
     trace = Trace(60)
     for step in range(60):
         trace.record(step, None)
-        assert metric.warm_up(Snapshot(step=step, module=net, replay=net.theta.sum, trace=trace)) == 59 - step
+        assert (
+            metric.warm_up(Snapshot(step=step, module=net, replay=net.theta.sum, run=RunContext(series=trace)))
+            == 59 - step
+        )
     with pytest.raises(Unmeasurable, match=r"Watch.record"):
-        metric.update(Snapshot(step=0, module=net, replay=net.theta.sum, trace=trace))
+        metric.update(Snapshot(step=0, module=net, replay=net.theta.sum, run=RunContext(series=trace)))
     assert all(value.isnan() for value in metric.compute().values())
 
 

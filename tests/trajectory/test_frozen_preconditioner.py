@@ -7,8 +7,8 @@ import torch
 from problems import Quadratic, close, dense_hessian, f64, freeze, interpolating_tanh, same, symmetric
 
 from lsp_callbacks import ProbeSet, Snapshot, Unmeasurable
-from lsp_callbacks.functional import frozen_sgd, gd_exponent
-from lsp_callbacks.functional.sgd.frozen_sgd import critical_rule
+from lsp_callbacks.functional import gd_exponent
+from lsp_callbacks.operators.sgd.frozen_sgd import critical_rule, frozen_sgd
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.step_jacobian import step_jacobian
 from lsp_callbacks.step.probes import evaluation
@@ -285,7 +285,7 @@ def test_refused_without_an_optimizer_or_with_clipping():
     with pytest.raises(Unmeasurable, match="optimizer="):
         frozen_rule(freeze(task))
     with pytest.raises(Unmeasurable, match="clipped"):
-        frozen_rule(freeze(task, SGD(task.parameters(), lr=0.1), unmodelled="gradients are clipped"))
+        frozen_rule(freeze(task, SGD(task.parameters(), lr=0.1), unsupported="gradients are clipped"))
 
 
 def test_before_training_there_is_no_gradient():

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lsp_callbacks import LyapunovTrajectory, Player, Sharpness, Snapshot, Unmeasurable
 from lsp_callbacks.operators import joint_jacobian, state_blocks, step_jacobian
-from lsp_callbacks.step.pending_step import played
+from lsp_callbacks.step.pending_step import verified_player_step
 
 SGD, Adam = torch.optim.SGD, torch.optim.Adam
 
@@ -84,7 +84,7 @@ def snapshots(module, optimizers, turns, *, losses=None, start=0, **settings):
             replay().backward()
             gradient = {n: p.grad for n, p in module.named_parameters()}
             frozen = Snapshot(step, module, replay, optimizer, gradient=gradient, player=player, **settings)
-            yield played(frozen)
+            yield verified_player_step(frozen)
             optimizer.step()
             step += 1
 
@@ -292,7 +292,7 @@ def test_a_detached_loss_is_found_where_its_product_would_be_wrong(part):
         return loss + (0.3 * module.critic(fake()).square().mean() if part == "half" else 0.0)
 
     snapshot = first(module, losses=module.losses() | {"critic": critic})
-    assert snapshot.unmodelled is None
+    assert snapshot.unsupported is None
     for method in ("exact", "finite_difference"):
         with pytest.raises(Unmeasurable, match=r"'critic' does not let .* through \(.detach"):
             joint_jacobian(replace(snapshot, memo={}), method=method)
@@ -326,10 +326,10 @@ def test_a_gradient_that_is_not_the_players_is_not_modelled():
     loss().backward()
     gradient = {n: 1.001 * p.grad for n, p in module.named_parameters()}
     settings = {"optimizer": optimizers[name], "gradient": gradient, "player": Player(name, optimizers)}
-    other = played(Snapshot(0, module, loss, **settings))
-    assert "is not that of its loss_fn" in other.unmodelled
-    right = played(Snapshot(0, module, loss, **settings), lambda: 1.001 * loss())
-    assert right.unmodelled is None and float(right.loss) == pytest.approx(1.001 * float(loss()))
+    other = verified_player_step(Snapshot(0, module, loss, **settings))
+    assert "is not that of its loss_fn" in other.unsupported
+    right = verified_player_step(Snapshot(0, module, loss, **settings), lambda: 1.001 * loss())
+    assert right.unsupported is None and float(right.loss) == pytest.approx(1.001 * float(loss()))
     with pytest.raises(Unmeasurable, match="is not that of its loss_fn"):
         Sharpness().update(other)
 

@@ -5,15 +5,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import Regression, close, f64, freeze, random, same, seeded, take, tanh_mlp
-from test_step_by_differences import Written
+from problems import Regression, Written, close, f64, freeze, random, same, seeded, take, tanh_mlp
 from torch import nn
 
 from lsp_callbacks import LeaveOneOut, Unmeasurable
 from lsp_callbacks.functional import data_response, leave_one_out
 from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators import step_response
-from lsp_callbacks.operators.sgd.sample_contributions import shares
+from lsp_callbacks.operators.sgd.sample_contributions import sample_contributions
 from lsp_callbacks.step.snapshot import Clipping
 
 optim = torch.optim
@@ -197,7 +196,7 @@ WEIGHTS = torch.tensor([1.0, 2.0, 0.5], dtype=f64)
 )
 def test_shares_are_those_of_the_step_itself(criterion):
     problem = Classifier(criterion)
-    found = shares(freeze(problem), 10)
+    found = sample_contributions(freeze(problem), 10)
     assert found.batch == 6 and same(found.inputs, problem.x)
     each = criterion(problem.outputs(), problem.y, reduction="none")
     divisor = {"sum": 1.0}.get(criterion.keywords.get("reduction"), 6.0) if isinstance(criterion, partial) else 6.0
@@ -214,14 +213,14 @@ def contrastive(outputs, y):
 
 def test_what_is_no_sum_over_samples_is_refused():
     with pytest.raises(Unmeasurable, match="no sum over the samples"):
-        shares(freeze(Classifier(contrastive)), 2)
+        sample_contributions(freeze(Classifier(contrastive)), 2)
     problem = Classifier(F.cross_entropy)
     penalty = lambda: problem() + 0.1 * problem.net[0].weight.square().sum()  # noqa: E731
     with pytest.raises(Unmeasurable, match="not only through the outputs"):
-        shares(freeze(problem, replay=penalty), 2)
+        sample_contributions(freeze(problem, replay=penalty), 2)
     accumulated = lambda: problem() / 2 + problem() / 2  # noqa: E731
     with pytest.raises(Unmeasurable, match="accumulated"):
-        shares(freeze(problem, replay=accumulated), 2)
+        sample_contributions(freeze(problem, replay=accumulated), 2)
 
 
 def steps_of(metric, batches):

@@ -28,7 +28,6 @@ from scipy import stats
 from lsp_callbacks import Lyapunov, LyapunovTrajectory, Unmeasurable
 from lsp_callbacks.functional import (
     batch_means,
-    edge,
     exponent_bounds,
     plane_map,
     rescale,
@@ -41,6 +40,7 @@ from lsp_callbacks.functional import (
 )
 from lsp_callbacks.linalg import from_matrix, push
 from lsp_callbacks.operators import hessian, step_jacobian
+from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold
 
 SGD = torch.optim.SGD
 WINDOWS = (1, 2, 4, 8)
@@ -104,7 +104,7 @@ def test_rates_that_differ_by_group_leave_it_exact(rule, window):
     groups = [{"params": [p], "lr": lr} for p, lr in zip(problem.parts, (0.5, 0.02))]
     optimizer = started(problem, SGD(groups, weight_decay=0.1, **rule))
     snapshot = freeze(problem, optimizer)
-    found = edge(snapshot, steps=4, tol=1e-12, method="exact")
+    found = stability_threshold(snapshot, steps=4, tol=1e-12, method="exact")
     A = step_jacobian(snapshot, method="exact")
     rate = torch.tensor([0.5, 0.5, 0.02, 0.02], dtype=f64)
     curvature = torch.linalg.eigvals(rate[:, None] * (problem.curvature + 0.1 * torch.eye(4))).real.max()
@@ -216,7 +216,7 @@ def test_a_parameter_at_rate_zero_does_not_spoil_the_exponent():
     problem = Quadratic(torch.diag(torch.tensor([4.0, 9.0], dtype=f64)), sizes=(1, 1))
     optimizer = SGD([{"params": [p], "lr": lr} for p, lr in zip(problem.parts, (0.1, 0.0))])
     snapshot = freeze(problem, optimizer)
-    found = edge(snapshot, steps=2, tol=1e-12, method="exact")
+    found = stability_threshold(snapshot, steps=2, tol=1e-12, method="exact")
     A = step_jacobian(snapshot, method="exact")
     close(sharp_mode_exponent([A] * 3, found.mode, root=found.root), math.log(0.6), 1e-12)
 

@@ -10,8 +10,21 @@ import pytest
 import torch
 from harness import Model, fit
 from model_zoo import Transformer
-from problems import MeanSquare, Regression, close, f64, freeze, random, regression, seeded, take, tanh_mlp, trajectory
-from test_quantities import probes_of, same
+from problems import (
+    MeanSquare,
+    Regression,
+    close,
+    f64,
+    freeze,
+    probes_of,
+    random,
+    regression,
+    same,
+    seeded,
+    take,
+    tanh_mlp,
+    trajectory,
+)
 from torch import nn
 from torch.optim import SGD, Adam
 
@@ -441,6 +454,22 @@ def test_what_overflows_is_refused():
             metric.update(freeze(task, optimizer, step=step))
             take(optimizer, task())
     assert not metric.complete
+
+
+def test_a_window_that_grows_beyond_a_double_has_exponents():
+    """At a minimum with a rate of 1e60: the weights stay, and six steps stretch them by 1e360."""
+    net, x = nn.Linear(2, 1, bias=False).double(), random(6, 2)
+    task = Regression(net, x, net(x).detach())
+    metric, optimizer = StabilityProfile(horizon=6, directions=2, probes=6), SGD(task.parameters(), lr=1e60)
+    for _ in along(metric, task, optimizer, 7, probes=probes_of(task)):
+        pass
+    found = values_of(metric)
+    top = torch.linalg.eigvalsh(x.T @ x / 6)[-1]
+    assert math.isnan(found["sigma_theta"]) and not metric.wide
+    for name in ("alpha_theta", "alpha_theta_mean_square", "alpha_output"):
+        close(found[name], math.log(1e60 * top), 1e-2)
+    assert found["alpha_theta"] <= math.log(1e60 * top) + 1e-9 <= found["alpha_theta_bound"] + 2e-9
+    assert math.isfinite(found["alpha_u"]) and found["alpha_u_gap"] > 0
 
 
 def test_probes_that_cannot_be_evaluated_cost_only_the_joint_form():

@@ -5,7 +5,20 @@ from functools import partial
 
 import pytest
 import torch
-from problems import Quadratic, Regression, close, f64, freeze, random, same, symmetric, take, tanh_mlp, trajectory
+from problems import (
+    Quadratic,
+    Regression,
+    Written,
+    close,
+    f64,
+    freeze,
+    random,
+    same,
+    symmetric,
+    take,
+    tanh_mlp,
+    trajectory,
+)
 
 from lsp_callbacks import Lyapunov, LyapunovTrajectory, SGDStability, Sharpness, Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, push
@@ -15,24 +28,6 @@ from lsp_callbacks.operators.trajectory.step_jacobian import clipped_gradient
 from lsp_callbacks.step.snapshot import Clipping
 
 optim = torch.optim
-
-
-class Written(optim.Optimizer):
-    """By a user: plain momentum, with a state of its own name; ``update`` is what a subclass changes."""
-
-    def __init__(self, params, lr=0.1):
-        super().__init__(params, {"lr": lr})
-
-    def update(self, p, state):
-        m = state["speed"] = 0.5 * state.get("speed", torch.zeros_like(p)) + p.grad
-        return m
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.sub_(group["lr"] * self.update(p, self.state[p]))
 
 
 class Lion(Written):

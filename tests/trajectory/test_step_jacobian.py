@@ -10,9 +10,9 @@ from problems import Quadratic, Regression, close, f64, freeze, random, same, sy
 from torch import Tensor, nn
 
 from lsp_callbacks import Snapshot, Unmeasurable
-from lsp_callbacks.functional import edge
 from lsp_callbacks.linalg import push
 from lsp_callbacks.operators import state_blocks, state_weight, step_jacobian, tangent_path
+from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold
 from lsp_callbacks.step.snapshot import Clipping, flatten
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
@@ -379,7 +379,7 @@ def test_groups_of_both_signs_have_no_common_edge():
     problem = Small()
     groups = two_groups(problem, maximize=True)
     with pytest.raises(Unmeasurable, match="maximize"):
-        edge(freeze(problem, SGD(groups, lr=0.1)))
+        stability_threshold(freeze(problem, SGD(groups, lr=0.1)))
 
 
 def test_a_gradient_that_is_not_known_is_replayed_for_the_tangent_and_refused_for_the_preconditioner():
@@ -389,7 +389,7 @@ def test_a_gradient_that_is_not_known_is_replayed_for_the_tangent_and_refused_fo
     known, unknown = freeze(problem, optimizer), Snapshot(0, problem, replay=problem, optimizer=optimizer)
     close(step_jacobian(unknown, method="exact").dense(), step_jacobian(known, method="exact").dense(), 1e-14)
     with pytest.raises(Unmeasurable, match="gradient="):
-        edge(unknown)
+        stability_threshold(unknown)
 
 
 @pytest.mark.parametrize("settings", [{"limit": 0.0}, {"limit": -1.0}, {"limit": 1.0, "kind": "global"}], ids=str)

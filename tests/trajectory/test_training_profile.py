@@ -224,3 +224,25 @@ def test_the_outputs_are_differentiated_in_the_parameters():
         dense = torch.cat([r.flatten(1) for r in rows.values()], 1) / seen**0.5
         J = output_jacobian(probes, samples=samples)
         close(J.dense(), dense, 1e-12), close(J.T.dense(), dense.T, 1e-12)
+
+
+@pytest.mark.parametrize("factor", [1e30, 1e-30])
+def test_exponents_are_finite_where_norms_overflow(factor):
+    """1e360 and 1e-360 are no doubles; the noise of the last step is, so the rows may shrink without being lost."""
+    A = torch.full((1, 1), factor, dtype=f64)
+    found = training_profile(run([A] * 12, [torch.ones(1, 1, dtype=f64)] * 12, vectors=2))
+    close(found.alpha_theta, math.log(factor), 1e-12), close(found.alpha_theta_bound, math.log(factor), 1e-12)
+    close(found.alpha_mean_square, math.log(factor), 1e-12)
+    assert found.sigma_theta == (math.inf if factor > 1 else 0) and found.alpha_u < found.alpha_u_bound < math.inf
+
+
+def test_noise_is_added_to_what_has_shrunk_beyond_a_double():
+    """13 steps leave 1e-360 of the first noise: growth brings it back, and beside later noise it is nothing."""
+    shrinks, grows = torch.full((1, 1), 1e-30, dtype=f64), torch.full((1, 1), 1e30, dtype=f64)
+    none, some = torch.zeros(1, 1, dtype=f64), torch.ones(1, 1, dtype=f64)
+    now, alone = run([shrinks] * 13 + [grows] * 12, [some] + [none] * 24, vectors=2), run([grows], [some], vectors=2)
+    close(training_profile(now).sigma_u, training_profile(alone).sigma_u, 1e-9)
+    late = pushed(
+        run([shrinks] * 13, [some] + [none] * 12, vectors=2), from_matrix(grows), from_matrix(some), generator(7)
+    )
+    assert 0.1 < training_profile(late).sigma_u < 10

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg import norm, unit
-from lsp_callbacks.operators.curvature.hessian import Method, hessian
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.linalg import LinearOperator, norm, unit
 
 
 @dataclass(frozen=True)
@@ -32,28 +31,35 @@ class BatchSharpnessResult:
     batches: int
 
 
-def curvature_along_gradient(snapshot: Snapshot, *, method: Method = "auto") -> Tensor:
-    """``(g^T H_B g, ||g||^2)`` of one step's own batch, in float64.
+def curvature_along_gradient(hessian: LinearOperator, gradient: Tensor) -> Tensor:
+    """Return ``(g^T H_B g, ||g||^2)`` of one batch, in float64.
 
     Args:
-        snapshot: a step with its gradient.
-        method: of the Hessian product.
+        hessian: ``H_B``, the Hessian of the batch's loss, ``(P, P)``.
+        gradient: g, the gradient of the same loss, ``(P,)``.
+
+    Returns:
+        ``(2,)``, on the CPU.
 
     Raises:
-        Unmeasurable: without the step's gradient, or where it vanishes; see `lsp_callbacks.operators.hessian`.
+        Unmeasurable: where the gradient is not finite, or vanishes.
 
     Cost: one Hessian product.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks.functional import curvature_along_gradient
+        >>> from lsp_callbacks.linalg import from_matrix
+        >>> curvature_along_gradient(from_matrix(torch.diag(torch.tensor([3.0, 1.0]))), torch.tensor([2.0, 0.0]))
+        tensor([12.,  4.], dtype=torch.float64)
     """
-    g = snapshot.flat_gradient
-    if g is None:
-        raise Unmeasurable("batch sharpness is the curvature along the step's own gradient: pass gradient=...")
-    size = norm(g)
+    size = norm(gradient)
     if not bool(size.isfinite()):
-        raise Unmeasurable(f"the gradient of step {snapshot.step} is not finite")
+        raise Unmeasurable("the gradient of this step is not finite: batch sharpness needs a finite one")
     if not bool(size > 0):
-        raise Unmeasurable("the step's gradient vanishes: there is no direction to measure along")
-    along = unit(g)
-    curvature = torch.dot(along.double(), (hessian(snapshot, method=method) @ along).double())
+        raise Unmeasurable("the gradient of this step is zero: there is no direction to measure the curvature along")
+    along = unit(gradient)
+    curvature = torch.dot(along.double(), (hessian @ along).double())
     return torch.stack([curvature * size.square(), size.square()]).cpu()
 
 

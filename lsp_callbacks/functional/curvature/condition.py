@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lsp_callbacks.linalg import LinearOperator, lanczos
-from lsp_callbacks.operators.cost import beside
-from lsp_callbacks.step.snapshot import Call, Snapshot
 
 #: Up to this many rows or columns, whichever are fewer, a layer is made dense.
 SMALL = 256
@@ -111,22 +107,3 @@ def loss_condition_lower(hessian: LinearOperator, gradient: Tensor, *, steps: in
     found = lanczos(hessian, gradient, steps=steps, tol=0.0)
     along = (found.coefficients[0].square() * found.values).sum()  # g^T H g, in the basis that begins with g
     return found.values[-1] / along if bool(along > 0) else None
-
-
-#: Nanoseconds of a layer's calls, of each of its eigenvalues' steps, and of Lanczos where it is too long for them.
-LAYER, EIGEN, LONG = 1e7, 1.2, 8e7
-
-
-def norms_cost(snapshot: Snapshot) -> float:
-    """Gradients that norms, or condition numbers, of all layers take: see `lsp_callbacks.operators.cost`."""
-    modules = dict(snapshot.module.named_modules())
-    return beside(snapshot, time=sum(_time(modules[name], call) for name, call in snapshot.calls.items()))
-
-
-def _time(layer: nn.Module, call: Call) -> float:
-    own = [p for p in layer.parameters(recurse=False) if p.ndim > 1]
-    if not own or call.input_shape is None or call.output_shape is None:
-        return 0.0
-    sides = own[0].shape if own[0].ndim == 2 else (math.prod(call.input_shape[1:]), math.prod(call.output_shape[1:]))
-    least, most = min(sides), max(sides)
-    return LAYER + (2 * EIGEN * least**2 * most if least <= SMALL else LONG)

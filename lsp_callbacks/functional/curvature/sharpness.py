@@ -1,272 +1,81 @@
-"""The sharpest direction of a step's loss, and how far the step is from its edge."""
+"""The sharpest direction of a plain module's loss."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lsp_callbacks.linalg import Eigenpair, LinearOperator, lanczos, spectrum_bounds, unit
-from lsp_callbacks.operators.curvature.finite_differences import TOLERANCE
-from lsp_callbacks.operators.curvature.hessian import Method, hessian, path_taken
-from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule
-from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
-    FrozenRule,
-    buffer_rates,
-    coupled_decay,
-    decay_rates,
-    decayed_hessian,
-    preconditioned_hessian,
-    rates,
-)
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks._validation import number, whole
+from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.functional.curvature.loss_hessian import loss_hessian
+from lsp_callbacks.linalg import lanczos, norm, spectrum_bounds, unit
 
-#: Probability, over the random part of a start, that an eigenvalue lies beyond the error bar.
-FAILURE = 0.05
-
-
-@dataclass(frozen=True)
-class Edge:
-    """Where a step stands with respect to the edge of stability of its own optimizer.
-
-    Attributes:
-        sharpness: ``lambda_max(H)``, algebraic, of the step's loss.
-        error: ``lambda_max(H)`` is at most ``sharpness + error |sharpness|``, see `sharpness`.
-        courant_error: the same for ``courant``; that of ``sharpness`` where one run tells both.
-        accuracy: of the products behind ``courant``, relative to it: it may be too large by so much.
-        residual: ``||H v - lambda v|| / |lambda|`` of the pair behind ``courant``: of that eigenvector, not of the top.
-        courant: ``lambda_max(R^1/2 H' R^1/2) / c``: 1 is the edge.
-        limit: ``lambda_max(H') / courant``, the sharpness at which the step would be at its edge; NaN at rate 0.
-        mode: unit eigenvector of ``R^1/2 H' R^1/2``, flat.
-        top: unit eigenvector of H, flat; the mode itself where R is one number.
-        root: ``sqrt(R)`` of each parameter, which turns ``mode`` into a displacement of the parameters.
-        kick: turns ``mode`` into the momentum buffer that displaces by ``root * mode``; None without momentum.
-        products: Hessian products spent.
-        converged: whether the error bars met the tolerance.
-    """
-
-    sharpness: Tensor
-    error: Tensor
-    courant_error: Tensor
-    accuracy: Tensor
-    residual: Tensor
-    courant: Tensor
-    limit: Tensor
-    mode: Tensor
-    top: Tensor
-    root: Tensor | float
-    kick: Tensor | float | None
-    products: int
-    converged: bool
+#: Probability, over the random part of the start, that an eigenvalue lies further above than the tolerance says.
+FAILURE = 1e-3
 
 
 def sharpness(
-    snapshot: Snapshot,
+    module: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    batch: tuple[Any, Any],
     *,
-    start: Tensor | None = None,
-    steps: int = 20,
     tol: float = 1e-3,
-    method: Method = "auto",
-) -> Eigenpair:
-    """The largest *algebraic* eigenvalue of the Hessian of a step's loss, with an upper bound.
+    steps: int = 200,
+) -> Tensor:
+    """Return ``lambda_max(d^2 L / d theta^2)``, the largest eigenvalue of the Hessian of a loss.
 
-    Lanczos from equal parts of an earlier eigenvector, the gradient and noise. A residual bounds the distance to *some*
-    eigenvalue: the mode of before keeps a small one while another takes over. The noise is what no mode can hide from:
-    ``upper`` is what `lsp_callbacks.linalg.spectrum_bounds` tells from its share of the start, and fails with a
-    probability of at most 5 %. Gradient and earlier vector lean towards what is sharp (Gur-Ari et al. 2018), which
-    makes it far rarer: see ``benchmarks/sharpness_error_bars.md``.
+    ``L = loss_fn(module(inputs), targets)``, theta the parameters that require a gradient. Full-batch gradient descent
+    at the rate lr is linearly stable while ``lr * sharpness < 2``; see `stability_constant` for momentum. It is the
+    largest eigenvalue in the *algebraic* sense: where the loss curves downwards in all directions it is negative.
+
+    The module is left as it is, see `loss_hessian`, which also says how dropout, BatchNorm and attention are taken.
 
     Args:
-        snapshot: a step; no optimizer is needed.
-        start: flat vector to start from, for instance the last eigenvector; None starts from gradient and noise. One
-            of another size, or that is not finite, is left out.
-        steps: at most this many products; with one for each parameter the result is exact, and they are taken.
-        tol: on ``upper - value``, relative.
-        method: of the Hessian products, see `lsp_callbacks.operators.hessian`.
+        module: with parameters in float32 or float64.
+        loss_fn: from ``(outputs, targets)`` to a scalar.
+        batch: ``(inputs, targets)``.
+        tol: relative to the largest absolute eigenvalue: with probability 0.999 over a random start, the same at each
+            call, no eigenvalue lies further above the value than this.
+        steps: at most this many Hessian products; with one for each parameter the result is exact up to rounding.
 
     Returns:
-        Value, which is a lower bound, unit vector, residual, and ``upper``. Products by differences are accurate to
-        1 % in float32: ``upper`` is never nearer, and the lower bound holds up to that.
+        ``()``, float64, on the CPU, without a graph; in units of loss / parameter^2. It is a lower bound.
 
     Raises:
-        Unmeasurable: see `lsp_callbacks.operators.hessian`.
+        ValueError: for an argument out of its range.
+        Unmeasurable: see `loss_hessian`; where a product is not finite; and where ``steps`` do not reach ``tol``: the
+            message has both bounds.
 
-    Cost: one product a step. Source: Cohen et al. 2021 (edge of stability).
+    Cost: two gradients a product, some 20 to 100 products, and the memory of as many vectors of all parameters.
+
+    Source: Cohen et al. 2021; docs/theory.md, section Edges of stability.
 
     Example:
         >>> import torch
-        >>> from lsp_callbacks import Snapshot
         >>> from lsp_callbacks.functional import sharpness
-        >>> net = torch.nn.Linear(2, 1, bias=False).double()
-        >>> x = torch.tensor([[1.0, 0.0], [0.0, 3.0]]).double()  # H = diag(1, 9) for 0.5 * sum of squares
-        >>> float(sharpness(Snapshot(step=0, module=net, replay=lambda: 0.5 * net(x).square().sum())).value)
-        9.0...
+        >>> net, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+        >>> round(float(sharpness(net, torch.nn.MSELoss(), (x, torch.zeros(2, 1)))), 4)  # H = diag(1, 9)
+        9.0
     """
-    return _top(hessian(snapshot, method=method), snapshot, start, steps, tol, method).pair
-
-
-def stability_constant(momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False) -> float:
-    """``c``: the step is linearly stable while ``lr * lambda < c`` (full batch).
-
-    Plain gradient descent 2; heavy ball ``2 + 2 beta``; Nesterov ``(2 + 2 beta) / (1 + 2 beta)``; dampening tau
-    ``(2 + 2 beta) / (1 - tau)``. Source: Cohen et al. 2021, appendix B; MATH section 3.
-
-    Example:
-        >>> from lsp_callbacks.functional import stability_constant
-        >>> stability_constant(), stability_constant(0.9), stability_constant(0.9, dampening=0.9)
-        (2.0, 3.8, 38.0...)
-    """
-    if not momentum:
-        return 2.0
-    if nesterov:
-        return (2 + 2 * momentum) / (1 + 2 * momentum)
-    if dampening >= 1:
-        raise Unmeasurable(f"dampening={dampening} never lets a gradient in: there is no edge")
-    return (2 + 2 * momentum) / (1 - dampening)
-
-
-def edge_constant(rule: FrozenRule) -> float:
-    """The `stability_constant` of a rule; decoupled weight decay multiplies it by ``1 - lr wd / 2``.
-
-    With ``v+ = (1 - lr wd) v - R m+``, ``m+ = beta m + (1 - tau) h v`` an eigenvalue is -1 where ``R h (1 - tau) =
-    (2 - lr wd) (1 + beta)``. Of decays that differ the largest is taken: then the step may become unstable a little
-    later than at Courant number 1.
-
-    Raises:
-        Unmeasurable: where the decay alone is unstable.
-    """
-    decay = rule.lr * max(rule.decoupled_decay.values(), default=0.0)
-    if decay >= 2:
-        raise Unmeasurable(f"lr * weight_decay = {decay:.3g} is unstable by itself: it must stay below 2")
-    return stability_constant(rule.momentum, rule.dampening, rule.nesterov) * (1 - decay / 2)
-
-
-def edge(
-    snapshot: Snapshot,
-    *,
-    start: Tensor | None = None,
-    top: Tensor | None = None,
-    steps: int = 20,
-    tol: float = 1e-3,
-    method: Method = "auto",
-) -> Edge:
-    """Sharpness, its limit, and the Courant number ``lambda_max(R^1/2 H' R^1/2) / c`` of a step.
-
-    R are the effective rates of the parameters: the learning rate times the preconditioner of Adam, AdamW, RMSprop
-    or Adagrad over Adam's bias correction, held fixed as they will be some ten steps later (`coming_rule`), times
-    the factor by which this step's gradient was clipped, held fixed too. H' is the Hessian with coupled weight
-    decay. With one rate and one weight decay everything follows from one Lanczos run on H; otherwise the
-    preconditioned operator gets a run of its own. It holds for full-batch steps; under momentum it is blind to
-    batch noise.
-
-    Args:
-        snapshot: a step with its optimizer.
-        start: an earlier ``mode``; None starts from gradient and noise.
-        top: an earlier ``top``, likewise.
-        steps: at most this many products a run.
-        tol: on the relative error bars.
-        method: of the Hessian products.
-
-    Raises:
-        Unmeasurable: optimizer not modelled, betas that differ between groups, loss that cannot be replayed.
-
-    Source: MATH section 3; Cohen et al. 2021; Cohen et al. 2022 for preconditioned gradients.
-    """
-    rule = coming_rule(snapshot)
-    constant, maximize = edge_constant(rule), rule.sign < 0
-    rate, decay = rates(snapshot, rule), decay_rates(snapshot, rule)
-    root = rate**0.5 if rule.lr else 1.0
-    added = coupled_decay(snapshot)
-
-    def top_of(operator: LinearOperator, start: Tensor | None) -> _Top:
-        return _top(operator, snapshot, start, steps, tol, method)
-
-    shift: Tensor | float
-    if isinstance(rate, Tensor) or isinstance(decay, Tensor):
-        own = top_of(hessian(snapshot, method=method), top)
-        steepest = top_of(preconditioned_hessian(snapshot, method=method, rule=rule), start)
-        if maximize or isinstance(added, Tensor):
-            decayed = top_of(decayed_hessian(snapshot, method=method), own.pair.vector).pair.value
-        else:
-            decayed = own.pair.value + added
-        scale, shift = 1.0, 0.0
-    else:
-        own = steepest = top_of(hessian(snapshot, method=method), top if maximize else start)
-        if maximize:
-            steepest = top_of(decayed_hessian(snapshot, method=method), start)
-        scale, shift = rate, 0.0 if maximize else decay / rate if rate else added
-        decayed = steepest.pair.value + shift
-    pair = steepest.pair
-    courant = scale * (pair.value + shift) / constant
-    return Edge(
-        sharpness=own.pair.value,
-        error=_relative(own.missed, own.pair.value),
-        courant_error=_relative(steepest.missed, pair.value + shift),
-        accuracy=_relative(steepest.accuracy, pair.value + shift),
-        residual=_relative(pair.residual, pair.value),
-        courant=courant,
-        limit=decayed / courant,
-        mode=pair.vector,
-        top=own.pair.vector,
-        root=root,
-        kick=_kick(root, buffer_rates(snapshot, rule)) if rule.momentum else None,
-        products=pair.products + (own.pair.products if own is not steepest else 0),
-        converged=own.pair.converged and pair.converged,
-    )
-
-
-def _relative(error: Tensor, value: Tensor) -> Tensor:
-    """0 where both are 0."""
-    return error / value.abs().clamp_min(torch.finfo(torch.float64).tiny)
-
-
-def _kick(root: Tensor | float, buffer: Tensor | float) -> Tensor | float:
-    """``root / buffer``, and 0 where the buffer moves nothing."""
-    if isinstance(buffer, Tensor):
-        return torch.where(buffer > 0, root / buffer, 0.0)
-    return root / buffer if buffer else 1.0
-
-
-@dataclass(frozen=True)
-class _Top:
-    """The top of an operator.
-
-    Attributes:
-        pair: with its upper bound.
-        accuracy: of the products, in their units.
-    """
-
-    pair: Eigenpair
-    accuracy: Tensor
-
-    @property
-    def missed(self) -> Tensor:
-        """From the value to its upper bound."""
-        assert self.pair.upper is not None
-        return self.pair.upper - self.pair.value
-
-
-def _top(
-    operator: LinearOperator, snapshot: Snapshot, start: Tensor | None, steps: int, tol: float, method: Method
-) -> _Top:
-    """Lanczos from equal parts of ``start``, gradient and noise, until the noise can have missed little."""
-    n = operator.shape[1]
-    noise = torch.randn(n, generator=snapshot.generator("lanczos"), dtype=operator.dtype).to(operator.device)
-    mixed = unit(noise)
-    for other in (snapshot.flat_gradient, start):
-        if other is not None and len(other) == n and bool(torch.isfinite(other).all()):
-            mixed = mixed + unit(other.to(mixed))
-    share = 1 / max(1.0, float(torch.linalg.vector_norm(mixed)))
-    ritz = lanczos(operator, mixed, steps=steps, tol=tol if steps < n else 0.0, failure=FAILURE, share=share)
-    pair = ritz.pair(-1)
-    accuracy = _accuracy(snapshot, operator.dtype, method) * ritz.values.abs().amax()
-    upper = torch.maximum(spectrum_bounds(ritz, failure=FAILURE, share=share)[1], pair.value + accuracy)
-    return _Top(replace(pair, upper=upper), accuracy)
-
-
-def _accuracy(snapshot: Snapshot, dtype: torch.dtype, method: Method) -> float:
-    """Of the products, relative to the largest: of differences, and of what is rounded."""
-    if path_taken(snapshot, method).startswith("finite difference"):
-        return min(TOLERANCE * torch.finfo(dtype).eps ** 0.5, 0.01)
-    return max(2 * torch.finfo(snapshot.graph.dtype).eps, 16 * torch.finfo(dtype).eps)
+    number("tol", tol, above=0, most=1), whole("steps", steps, 2)
+    hessian, gradient = loss_hessian(module, loss_fn, batch)
+    n = len(gradient)
+    noise = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=hessian.dtype).to(hessian.device)
+    start = unit(noise)
+    if bool(gradient.any()):  # it leans towards sharp directions
+        start = start + unit(gradient)
+    share = 1 / float(norm(start))  # of the noise
+    ritz = lanczos(hessian, start, steps=steps, tol=tol if steps < n else 0.0, failure=FAILURE, share=min(share, 1.0))
+    value, size = ritz.values[-1], ritz.values.abs().amax()
+    upper = spectrum_bounds(ritz, failure=FAILURE, share=min(share, 1.0))[1]
+    if not bool(size.isfinite()):
+        raise Unmeasurable("a product with the Hessian is not finite: the loss overflows around these parameters")
+    if not ritz.converged and not bool(upper - value <= tol * size):
+        raise Unmeasurable(
+            f"after steps={steps} the largest eigenvalue lies between {float(value):.6g} and {float(upper):.6g}, which "
+            f"is wider than tol={tol}: give more steps, or a larger tol"
+        )
+    return value

@@ -8,10 +8,39 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lsp_callbacks.operators.curvature.kink_relaxation import FreeSlopes
-
 #: Of ``2^k d^3``, d the shorter side of the Jacobian, up to which vertices are enumerated.
 MOST_WORK = 2e8
+
+
+@dataclass(frozen=True)
+class RelaxedJacobian:
+    """``J(e) = J + B E (I - T E)^-1 C``, E the diagonal of the k near-active units' slopes less their centres.
+
+    Attributes:
+        jacobian: J, ``(m, n)``, with the slopes of all near-active units at their centre.
+        into: C, ``(k, n)``: derivatives of the units' preactivations by the input.
+        out: B, ``(m, k)``: derivatives of the output by the units' values.
+        between: T, ``(k, k)``, strictly lower triangular in the order of the calls: derivatives of preactivations by
+            earlier values.
+        radius: ``(k,)``: half of the jump of each unit's slope; ``|e| <= radius``.
+        real: ``(k,)``: e of the slopes that the network really has.
+        layer: ``(k,)``: the number of the call that each unit belongs to.
+        units: how many units there are in all.
+        fixed: further kinks in the network, whose slopes were left as they are.
+        centre: None, or an upper bound of ``||J||`` where J and C are restricted to a subspace of the inputs, which
+            holds the rows of C: so ``||C||`` is complete, and ``||J(e)||`` bounded from below.
+    """
+
+    jacobian: Tensor
+    into: Tensor
+    out: Tensor
+    between: Tensor
+    radius: Tensor
+    real: Tensor
+    layer: Tensor
+    units: int
+    fixed: tuple[str, ...] = ()
+    centre: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +64,7 @@ class GeneralizedNorm:
     share: float
 
 
-def generalized_norm(free: FreeSlopes, *, vertices: int = 12) -> GeneralizedNorm:
+def generalized_norm(free: RelaxedJacobian, *, vertices: int = 12) -> GeneralizedNorm:
     """The generalized ``sigma^x``: the largest norm over the product set of the chain rule.
 
     ``J(e)`` is affine in each slope, so its norm is convex in each, and the sup is at a vertex of the box
@@ -51,15 +80,15 @@ def generalized_norm(free: FreeSlopes, *, vertices: int = 12) -> GeneralizedNorm
       second entry by entry. For one hidden ReLU layer the first is
       ``||W_2 D_c W_1|| + 0.5 ||W_2[:, A]|| ||W_1[A, :]||``.
 
-    Where J is known on a subspace of the inputs only (`FreeSlopes.centre`), so is the norm from below, the bound of
-    ``||J(0)||`` is that one, and nothing is exact.
+    Where J is known on a subspace of the inputs only (`RelaxedJacobian.centre`), so is the norm from below, the bound
+    of ``||J(0)||`` is that one, and nothing is exact.
 
     The product set contains Clarke's generalized Jacobian of the network, and may be larger: ``relu(x) - relu(-x)`` is
     x, and has 2 here where the truth is 1. So ``upper`` (and ``lower`` where ``exact``) is a bound of Clarke's sup from
     above; ``lower`` otherwise bounds the sup over the product set from below, not Clarke's.
 
     Args:
-        free: from `lsp_callbacks.operators.curvature.kink_relaxation.free_slopes`.
+        free: from `lsp_callbacks.operators.curvature.kink_relaxation.relax_kinks`.
         vertices: at most so many units are enumerated.
 
     Cost: no gradient. Source: Katende, Def. 6.1 and Sec. 6.6, with products in place of one-step norms; Clarke 1983,
@@ -67,9 +96,9 @@ def generalized_norm(free: FreeSlopes, *, vertices: int = 12) -> GeneralizedNorm
 
     Example:
         >>> import torch
-        >>> from lsp_callbacks.operators.curvature.kink_relaxation import free_slopes
+        >>> from lsp_callbacks.operators.curvature.kink_relaxation import relax_kinks
         >>> x = torch.zeros(1, 1, dtype=torch.float64)
-        >>> found = generalized_norm(free_slopes(lambda x: x.relu() - (-x).relu(), x)[0])
+        >>> found = generalized_norm(relax_kinks(lambda x: x.relu() - (-x).relu(), x)[0])
         >>> float(found.lower), found.exact, found.near
         (2.0, True, 2)
     """
@@ -96,7 +125,7 @@ def generalized_norm(free: FreeSlopes, *, vertices: int = 12) -> GeneralizedNorm
     )
 
 
-def _reduced(free: FreeSlopes) -> FreeSlopes:
+def _reduced(free: RelaxedJacobian) -> RelaxedJacobian:
     """The same norms with fewer columns and rows: rotations of the input's space and of the output's."""
     m, n = free.jacobian.shape
     rows = torch.cat([free.jacobian, free.into])
@@ -109,7 +138,7 @@ def _reduced(free: FreeSlopes) -> FreeSlopes:
     return replace(free, jacobian=columns[:, :n], into=rows[m:], out=columns[:, n:])
 
 
-def _resolvent(free: FreeSlopes, e: Tensor) -> tuple[Tensor, Tensor]:
+def _resolvent(free: RelaxedJacobian, e: Tensor) -> tuple[Tensor, Tensor]:
     """``(I - T E)^-1 C`` and ``B (I - E T)^-1`` for each row of e."""
     eye = torch.eye(len(free.radius)).to(e)
     into = torch.linalg.solve_triangular(eye - free.between * e[:, None, :], free.into, upper=False)
@@ -117,7 +146,7 @@ def _resolvent(free: FreeSlopes, e: Tensor) -> tuple[Tensor, Tensor]:
     return into, out
 
 
-def _norms(free: FreeSlopes, e: Tensor) -> Tensor:
+def _norms(free: RelaxedJacobian, e: Tensor) -> Tensor:
     """``||J(e)||_2`` for each row of e."""
     into, _ = _resolvent(free, e)
     J = free.jacobian + free.out @ (e[:, :, None] * into)
@@ -125,7 +154,7 @@ def _norms(free: FreeSlopes, e: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(J.mT @ J)[:, -1].clamp_min(0).sqrt()
 
 
-def _ascended(free: FreeSlopes, start: Tensor) -> Tensor:
+def _ascended(free: RelaxedJacobian, start: Tensor) -> Tensor:
     e, calls = start.clone(), free.layer.unique().tolist()
     best = _norms(free, e[None])[0]
     for _ in range(100):
@@ -145,7 +174,7 @@ def _ascended(free: FreeSlopes, start: Tensor) -> Tensor:
     return best
 
 
-def _upper(free: FreeSlopes) -> Tensor:
+def _upper(free: RelaxedJacobian) -> Tensor:
     norm = torch.linalg.matrix_norm
     centre = norm(free.jacobian, 2) if free.centre is None else free.centre.to(free.jacobian)
     calls = [(free.layer == call).nonzero()[:, 0] for call in free.layer.unique().tolist()]

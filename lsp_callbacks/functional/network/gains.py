@@ -6,7 +6,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lsp_callbacks.operators.network.signal_sizes import Sizes
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Of one layer, on the way that the last layer's signal came.
+
+    Attributes:
+        name: of the module that begins it.
+        received: root mean square of the state that it received.
+        sent: of the state that it made of it.
+        back: of the gradient of the loss by what it sent.
+        returned: of the gradient by what it received; NaN of the first layer.
+    """
+
+    name: str
+    received: float
+    sent: float
+    back: float
+    returned: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -27,7 +44,7 @@ class Gains:
     backward_log: float | None
 
 
-def gains(layers: Sequence[Sizes], path: Sequence[Sizes] | None = None) -> Gains:
+def gains(layers: Sequence[LayerSizes], path: Sequence[LayerSizes] | None = None) -> Gains:
     """Forward and backward gain of each layer, and of the way through all of them.
 
     A gain of 1 keeps the size. Over L layers a gain of g makes ``g^L``: beyond a factor of 1e3 or so, signals vanish
@@ -35,7 +52,7 @@ def gains(layers: Sequence[Sizes], path: Sequence[Sizes] | None = None) -> Gains
     the condition numbers.
 
     Args:
-        layers: their sizes, see `lsp_callbacks.operators.network.signal_sizes.signals`.
+        layers: their sizes, see `lsp_callbacks.operators.network.signal_sizes.signal_sizes`.
         path: those on one chain from input to output; None takes all.
 
     Source: Glorot & Bengio 2010, (5) and (6): forward ``n_in Var W = 1``, backward ``n_out Var W = 1``; He et al. 2015,
@@ -43,9 +60,8 @@ def gains(layers: Sequence[Sizes], path: Sequence[Sizes] | None = None) -> Gains
     chaos 1.
 
     Example:
-        >>> from lsp_callbacks.functional import gains
-        >>> from lsp_callbacks.operators.network.signal_sizes import Sizes
-        >>> found = gains([Sizes("a", 1.0, 2.0, 0.3), Sizes("b", 2.0, 1.0, 0.1, 0.3)])
+        >>> from lsp_callbacks.functional import LayerSizes, gains
+        >>> found = gains([LayerSizes("a", 1.0, 2.0, 0.3), LayerSizes("b", 2.0, 1.0, 0.1, 0.3)])
         >>> found.forward["a"], round(found.backward["b"], 6), found.forward_log
         (2.0, 3.0, 0.0)
     """

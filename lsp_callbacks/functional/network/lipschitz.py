@@ -1,4 +1,4 @@
-"""Bounds of a network's Lipschitz constant, from above and from below."""
+"""Lipschitz constants of single layers from above, and of networks from below."""
 
 from __future__ import annotations
 
@@ -10,57 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks import linalg
-from lsp_callbacks.autograd.module_calls import Passage, leaves
+from lsp_callbacks.autograd._torch_internals import BatchNorm, Dropout
 from lsp_callbacks.functional.curvature.condition import SMALL
 from lsp_callbacks.functional.network.activations import activation_lipschitz
+from lsp_callbacks.functional.network.layer_operators import Shape, weight_operators
 from lsp_callbacks.linalg import LinearOperator, norm, operator_norm, unit
-from lsp_callbacks.operators.network.activation_slopes import NODES, kind
-from lsp_callbacks.operators.network.depth import Depth
-from lsp_callbacks.operators.network.weights import weight_operators
-from lsp_callbacks.step.snapshot import Call, evaluating
 
 #: Probability with which the norm of a large layer may exceed what is taken for its bound.
 FAILURE = 1e-3
 
 
-class Uncertified(ValueError):
-    """No finite bound is known for an operation on the way; it is named."""
-
-
-def lipschitz_lower(depth: Depth, *, steps: int = 8) -> Tensor:
+def lipschitz_lower(jacobian: LinearOperator, *, steps: int = 8) -> Tensor:
     """``max_i ||dX_L / dX_0||_2`` over the samples: no Lipschitz constant can be smaller.
 
     Args:
-        depth: the network on these samples, in eval mode.
+        jacobian: ``dX_L / dX_0`` of the network at some samples, one matrix for each.
         steps: pairs of products; each norm is itself a lower bound until it has converged.
 
     Cost: ``2 steps + 2`` backward passes on the samples.
     """
-    J = depth.jacobian(len(depth.layers))
-    u = unit(J @ operator_norm(J, steps=steps, tol=1e-3).vector)
+    u = unit(jacobian @ operator_norm(jacobian, steps=steps, tol=1e-3).vector)
     # By backward passes alone: forward products are wrong behind functions that cannot be differentiated twice.
-    return norm(J.T @ u, -1).amax()
-
-
-def lipschitz_upper(depth: Depth) -> float:
-    """An upper bound of the Lipschitz constant of ``X_0 -> X_L`` in eval mode, in the Euclidean norm of one sample.
-
-    Constants multiply along a chain and add where branches are summed: ``1 + L_f`` for a residual block ``x + f(x)``.
-    Layers count with the norm of the operator that they apply, norms over the batch with their running statistics,
-    LayerNorm and its kin with ``max |gain| / sqrt(eps)``, which they attain at constant inputs, activations with the
-    supremum of their slope. The bound holds for all inputs. It can be above the truth by orders of magnitude.
-
-    Raises:
-        Uncertified: at a product of two signals (attention, gates), which has no constant at all, at operations that
-            are not known here, and where a signal goes on without its graph (``detach``, ``no_grad``, a mask, a number
-            that is read out of it): that branch depends on the input, and no derivative shows it.
-
-    Cost: the norms, some ``60 / (3 B)`` gradients at batch size B. Norms of layers whose shorter side is above 256 are
-    not exact: 30 steps of Lanczos, enlarged so that each holds with probability 0.999 (`linalg.spectrum_bounds`), by at
-    most some 3 %. Source: Szegedy et al. 2014, Sec. 4.3; Katende, Thm 4.1.
-    """
-    with evaluating(depth.calls.module):  # so that reading a parametrised weight does not move its buffers
-        return _Walk(depth).bound(depth.layers[-1].state.grad_fn)
+    return norm(jacobian.T @ u, -1).amax()
 
 
 def norm_upper(operator: LinearOperator, *, steps: int = 30, failure: float = FAILURE) -> float:
@@ -72,16 +43,21 @@ def norm_upper(operator: LinearOperator, *, steps: int = 30, failure: float = FA
     return float(linalg.norm_upper(operator, steps=steps, failure=failure))
 
 
-def layer_lipschitz(module: nn.Module, call: Call) -> float | None:
+def layer_lipschitz(module: nn.Module, input_shape: Shape = None, output_shape: Shape = None) -> float | None:
     """An upper bound of the Lipschitz constant of one module in eval mode; None where none is known.
 
     Args:
         module: in eval mode.
-        call: with the shape of its input, which convolutions need.
+        input_shape: of its input, which convolutions need.
+        output_shape: of a transposed convolution, where it was called with ``output_size``.
     """
     if (slope := activation_lipschitz(module)) is not None:
         return slope
-    parts = {} if isinstance(module, nn.Embedding | nn.MultiheadAttention) else weight_operators(module, call)
+    parts = (
+        {}
+        if isinstance(module, nn.Embedding | nn.MultiheadAttention)
+        else weight_operators(module, input_shape, output_shape)
+    )
     if set(parts) == {""}:
         return norm_upper(parts[""])
     return next((rule(module) for kinds, rule in _RULES if isinstance(module, kinds)), None)
@@ -110,171 +86,24 @@ def _pooled(module: Any, dilation: Any = None) -> float | None:
         return None
     if dilation is None and (module.ceil_mode or (any(_tuple(module.padding, dims)) and not module.count_include_pad)):
         return None  # a window that is cut is divided by less
-    return _overlap(size, stride) / (math.sqrt(math.prod(size)) if dilation is None else 1.0)
+    return overlap(size, stride) / (math.sqrt(math.prod(size)) if dilation is None else 1.0)
 
 
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:
     return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)
 
 
-def _overlap(size: Sequence[int], stride: Sequence[int]) -> float:
+def overlap(size: Sequence[int], stride: Sequence[int]) -> float:
     """Square root of the number of windows that hold one cell."""
     return math.sqrt(math.prod(math.ceil(k / s) for k, s in zip(size, stride)))
 
 
 _RULES: tuple[tuple[Any, Callable[[Any], float | None]], ...] = (
-    (nn.modules.dropout._DropoutNd, lambda module: 1.0),
+    (Dropout, lambda module: 1.0),
     ((nn.Flatten, nn.Unflatten, nn.ZeroPad2d), lambda module: 1.0),
-    (nn.modules.batchnorm._BatchNorm, _running),
+    (BatchNorm, _running),
     ((nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), _normalised),
     ((nn.Softmax, nn.Softmax2d), lambda module: 0.5),  # diag(p) - p p^T
     ((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), lambda module: _pooled(module, module.dilation)),
     ((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), lambda module: _pooled(module)),
 )
-
-_VIEWS = {
-    "Alias", "Clone", "Contiguous", "ConstantPadNd", "Neg", "Permute", "Reshape", "ReshapeAlias", "Select", "Slice",
-    "Split", "SplitWithSizes", "Squeeze", "T", "ToCopy", "Transpose", "Unbind", "UnsafeSplit", "UnsafeView",
-    "Unsqueeze", "View",
-}  # fmt: skip
-
-
-class _Walk:
-    """From the output of a network back to its input, node by node."""
-
-    def __init__(self, depth: Depth):
-        self.start, self.detached = depth.start, depth.detached
-        self.calls: dict[Any, Passage] = {}
-        for call in leaves(depth.calls):
-            if call.exit is not None and call.exit not in call.entry:
-                self.calls[call.exit] = call
-        self.known: dict[Any, float] = {None: 0.0}
-
-    def bound(self, output: Any) -> float:
-        stack = [output]
-        while stack:  # without recursion: graphs are deep
-            node = stack[-1]
-            if node in self.known:
-                stack.pop()
-                continue
-            children = self._children(node)
-            fresh = [child for child in children if child not in self.known]
-            if fresh:
-                stack += fresh
-            else:
-                self.known[node] = self._of(node, [self.known[child] for child in children])
-        return self.known[output]
-
-    def _children(self, node: Any) -> list[Any]:
-        """What it depends on; a module that is known as one stands for all that is inside of it."""
-        inner = [child for child, _ in node.next_functions]
-        call = self.calls.get(node)
-        if call is None:
-            return inner
-        entries = [one for one in call.entry if one is not None]
-        if len(entries) == 1 and not self._passes_by(node, entries[0]):
-            constant = layer_lipschitz(call.module, _shapes(call))
-            if constant is not None:
-                self.known.setdefault(("module", node), constant)
-                return entries
-        return inner
-
-    def _hidden(self, node: Any) -> str | None:
-        return None if self.detached is None else self.detached.hidden(node)
-
-    def _passes_by(self, node: Any, entry: Any) -> bool:
-        """Whether a module reaches the input other than by what it was called with, with a graph or without."""
-        stack, seen = [node], {entry}
-        while stack:
-            one = stack.pop()
-            if one is None or one in seen:
-                continue
-            if getattr(one, "variable", None) is self.start:
-                return True
-            if getattr(one, "variable", None) is None and self._hidden(one):
-                return True
-            seen.add(one)
-            stack.extend(child for child, _ in one.next_functions)
-        return False
-
-    def _of(self, node: Any, below: list[float]) -> float:
-        if getattr(node, "variable", None) is not None:
-            return 1.0 if node.variable is self.start else 0.0
-        if hidden := self._hidden(node):
-            raise Uncertified(f"{node.name()} takes in {hidden}: no bound is known of what depends on the input there")
-        if not any(below):  # a constant: weights, masks
-            return 0.0
-        if ("module", node) in self.known:
-            return self.known["module", node] * below[0]
-        name = kind(node).removesuffix("Backward")
-        if name in _VIEWS:
-            return max(below)
-        if kind(node) in NODES and (slope := NODES[kind(node)](node)) is not None:
-            return slope * max(below)
-        rule = getattr(self, f"_{name.lower()}", None)
-        found = None if rule is None else rule(node, below)
-        if found is None:
-            raise Uncertified(f"{node.name()} has no Lipschitz constant (a product of signals), or none is known")
-        return found
-
-    def _add(self, node: Any, below: list[float]) -> float:
-        scales = (1.0, abs(float(node._saved_alpha)))
-        return sum(s * b * self._spread(node, i) for i, (s, b) in enumerate(zip(scales, below)))
-
-    _sub = _add
-
-    def _mul(self, node: Any, below: list[float]) -> float | None:
-        if all(below):
-            return None
-        signal = 0 if below[0] else 1
-        factor = node._saved_other if signal == 0 else node._saved_self
-        return _largest(factor) * below[signal] * self._spread(node, signal)
-
-    def _div(self, node: Any, below: list[float]) -> float | None:
-        if len(below) > 1 and below[1]:
-            return None
-        return _largest(1 / torch.as_tensor(node._saved_other)) * below[0] * self._spread(node, 0)
-
-    def _mean(self, node: Any, below: list[float]) -> float:
-        return below[0] * math.sqrt(self._ratio(node, 0))
-
-    def _sum(self, node: Any, below: list[float]) -> float:
-        return below[0] / math.sqrt(self._ratio(node, 0))
-
-    def _expand(self, node: Any, below: list[float]) -> float:
-        return below[0] * self._spread(node, 0)
-
-    def _cat(self, node: Any, below: list[float]) -> float:
-        return math.hypot(*below)
-
-    def _maxpool2dwithindices(self, node: Any, below: list[float]) -> float | None:
-        if any(one != 1 for one in node._saved_dilation):
-            return None
-        return below[0] * _overlap(node._saved_kernel_size, node._saved_stride or node._saved_kernel_size)
-
-    def _avgpool2d(self, node: Any, below: list[float]) -> float | None:
-        size = node._saved_kernel_size
-        cut = node._saved_ceil_mode or (any(node._saved_padding) and not node._saved_count_include_pad)
-        if node._saved_divisor_override is not None or cut:  # a window that is cut is divided by less
-            return None
-        return below[0] * _overlap(size, node._saved_stride or size) / math.sqrt(math.prod(size))
-
-    def _ratio(self, node: Any, i: int) -> float:
-        """Numbers that come out over numbers that go in."""
-        child, index = node.next_functions[i]
-        inside = getattr(child, "variable", None)
-        shape = child._input_metadata[index].shape if inside is None else inside.shape
-        return math.prod(node._input_metadata[0].shape) / math.prod(shape)
-
-    def _spread(self, node: Any, i: int) -> float:
-        """What copies of a number in several places, by broadcasting, add to the norm."""
-        return 1.0 if node.next_functions[i][0] is None else math.sqrt(max(1.0, self._ratio(node, i)))
-
-
-def _largest(factor: Any) -> float:
-    return float(torch.as_tensor(factor).detach().abs().max())
-
-
-def _shapes(call: Passage) -> Call:
-    sent = call.sent
-    return Call(tuple(call.received[0].shape), None if sent is None else tuple(sent.shape))

@@ -8,8 +8,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
+from lsp_callbacks.autograd._torch_internals import (
+    keystr,
+    storage_key,
+    tree_flatten_with_path,
+    tree_leaves,
+    works_in_place,
+)
 from lsp_callbacks.autograd.op_mode import Operation, Operations, floats
 
 Kind = Literal["NaN", "Inf"]
@@ -128,7 +134,7 @@ class _Tracer(Operations):
         self._time += 1
         if operation.name.startswith(_EMPTY):
             return out
-        for tensor in floats(out) + (inputs if func._schema.is_mutable else []):
+        for tensor in floats(out) + (inputs if works_in_place(func) else []):
             for kind in kinds(tensor):
                 origin = self._cause(kind, operation, before, (args, kwargs))
                 self._blame(tensor, replace(origin, inputs=origin.inputs or said, dtype=origin.dtype or _short(tensor)))
@@ -153,7 +159,7 @@ class _Tracer(Operations):
         return _Origin(_INNOCENT if meant else _GUILTY, self._time, kind, operation, reason=reason)
 
     def _origin(self, tensor: Tensor, kind: Kind) -> _Origin:
-        found = self._origins.get(tensor.untyped_storage()._cdata, {}).get(kind)
+        found = self._origins.get(storage_key(tensor.untyped_storage()), {}).get(kind)
         if found is not None:
             return found
         # Made by no operation: a constant. Those of Inf are meant.
@@ -162,7 +168,7 @@ class _Tracer(Operations):
 
     def _blame(self, tensor: Tensor, origin: _Origin) -> None:
         storage = tensor.untyped_storage()
-        own = self._origins.setdefault(storage._cdata, {})
+        own = self._origins.setdefault(storage_key(storage), {})
         kind: Kind = "NaN" if origin.then else origin.kind
         own.setdefault(kind, origin)
         self._held.append(storage)

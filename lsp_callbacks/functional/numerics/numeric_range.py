@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from lsp_callbacks.autograd._torch_internals import tree_map, works_in_place
 from lsp_callbacks.autograd.op_mode import Operation, Operations, floats
-from lsp_callbacks.step.snapshot import Snapshot
+from lsp_callbacks.errors import Unmeasurable
 
 _Peaks = dict[tuple[str, torch.dtype, torch.device], Tensor]
 #: They compute nothing.
@@ -62,42 +63,65 @@ def headroom(largest: float, dtype: torch.dtype) -> float:
     return max(0.0, math.log2(limits.max) - math.log2(max(largest, least))) if largest == largest else 0.0
 
 
-def numeric_range(snapshot: Snapshot) -> NumericRange:
+def numeric_range(
+    loss: Callable[[], Tensor],
+    module: nn.Module,
+    *,
+    parameters: Mapping[str, Tensor] | None = None,
+    scale: float = 1.0,
+    check: Callable[[Tensor], None] | None = None,
+) -> NumericRange:
     """Head-room and underflow of one step, in the types in which its numbers really are, under autocast too.
 
     One forward and one backward pass; every operation is looked at. Head-room is taken of its largest finite number:
-    Inf and the very largest number of a type are masks. The backward pass carries ``snapshot.scale``, the factor of a
-    gradient scaler. Underflow: where an operation of the backward pass gave zeros or subnormal numbers, it is computed
-    again in float64 *from the same inputs*, and ``0 < |exact| < smallest normal`` is counted; exact numbers below 1e-13
-    of the largest in their tensor are not told from zero, so that of the wide types (bfloat16, float32) whole tensors
-    must be near the end. Operations that draw random numbers, work in place or have no
-    kernel for float64 are left out of that count.
+    Inf and the very largest number of a type are masks. Underflow: where an operation of the backward pass gave zeros
+    or subnormal numbers, it is computed again in float64 *from the same inputs*, and ``0 < |exact| < smallest normal``
+    is counted; exact numbers below 1e-13 of the largest in their tensor are not told from zero, so that of the wide
+    types (bfloat16, float32) whole tensors must be near the end. Operations that draw random numbers, work in place or
+    have no kernel for float64 are left out of that count.
 
     Args:
-        snapshot: a step; of several ranks each looks at its own part of it.
+        loss: one forward pass, which leaves the parameters alone.
+        module: whose submodules and parameters give the names. It carries hooks for the time of the call.
+        parameters: those whose gradients are taken, by name; None takes all of the module that require one.
+        scale: by which the gradient of the loss is multiplied, as a gradient scaler does.
+        check: is given the loss before the backward pass, and raises where it is not what it should be.
 
     Raises:
-        Unmeasurable: if the replayed loss is not the step's.
+        Unmeasurable: where there is no such parameter.
 
     Cost: one gradient, with the looks and what is computed again in float64 3 to 5 (measured on a CPU), far more in the
     time of small networks.
 
     Source: Micikevicius et al. 2018, Sec. 3.2, for the share of gradients below the range.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks.functional import numeric_range
+        >>> net = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(net.weight, 2.0**100)
+        >>> found = numeric_range(lambda: net(torch.ones(1, 1)).sum(), net)
+        >>> {name: round(bits, 3) for name, bits in found.weights.items()}  # float32 ends just below 2^128
+        {'weight': 28.0}
     """
-    looked = _Ends(snapshot.module)
-    parameters = list(snapshot.parameters.values())
+    looked = _Ends(module)
+    if parameters is None:
+        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise Unmeasurable("no parameter requires a gradient: there is no backward pass to look at, unfreeze some")
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         with looked.watching():
-            loss = snapshot.replay()
-        snapshot.check(loss, tolerance=1e-4 if snapshot.compiled else 0.0)
-        scale = torch.full_like(loss, snapshot.scale)
+            value = loss()
+        if check is not None:
+            check(value)
+        scales = torch.full_like(value, scale)
         with looked.watching():
-            torch.autograd.grad(loss, parameters, scale, allow_unused=True)
+            torch.autograd.grad(value, list(parameters.values()), scales, allow_unused=True)
     small, nonzero = (sum(int(pair[i]) for pair in looked.counts) for i in (0, 1))
     return NumericRange(
         activations=_least(looked.peaks[0]),
         gradients=_least(looked.peaks[1]),
-        weights={name: headroom(float(peak(p)), p.dtype) for name, p in snapshot.parameters.items() if p.numel()},
+        weights={name: headroom(float(peak(p)), p.dtype) for name, p in parameters.items() if p.numel()},
         small=small,
         nonzero=nonzero,
     )
@@ -119,14 +143,14 @@ class _Ends(Operations):
         with torch.no_grad():
             filled = operation.name.startswith(_FILLS)
             made = False if filled or operation.node is not None else _made(floats((args, kwargs)))
-            for tensor in floats(out) + (floats((args, kwargs)) if func._schema.is_mutable else []):
+            for tensor in floats(out) + (floats((args, kwargs)) if works_in_place(func) else []):
                 peaks = self.peaks[operation.node is not None]
                 key = (operation.module, tensor.dtype, tensor.device)
                 # Masks are of the forward pass.
                 now = peak(tensor, None if operation.node is not None else made)
                 peaks[key] = torch.maximum(peaks[key], now) if key in peaks else now
             random = torch.Tag.nondeterministic_seeded in func.tags
-            if operation.node is not None and not func._schema.is_mutable and not random:
+            if operation.node is not None and not works_in_place(func) and not random:
                 self._count(floats(out), func, args, kwargs)
         return out
 

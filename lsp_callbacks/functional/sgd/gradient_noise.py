@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.statistics import fieller, student_quantile
-from lsp_callbacks.step.snapshot import Unmeasurable
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import Any
 from torch.optim import lr_scheduler as torch_schedulers
 from torch.optim.swa_utils import SWALR
 
+from lsp_callbacks.autograd._torch_internals import has_scale_function, parts_of
+
 Exponent = float | None
 
 #: Steps below which nothing is read off the rates.
@@ -189,9 +191,9 @@ def _ends_at(value: float) -> float:
 
 def _cyclic(scheduler: Any) -> Exponent:
     least = min(scheduler.base_lrs)
-    if scheduler.mode == "triangular" and scheduler._scale_fn_custom is None:
+    if scheduler.mode == "triangular" and not has_scale_function(scheduler):
         return 0.0 if max(*scheduler.max_lrs, *scheduler.base_lrs) > 0 else math.inf
-    if scheduler._scale_fn_custom is not None:
+    if has_scale_function(scheduler):
         return None
     # The swing fades geometrically, and leaves the base.
     return _ends_at(least) if scheduler.mode == "triangular2" or scheduler.gamma < 1 else _geometric(scheduler.gamma)
@@ -238,7 +240,7 @@ _FORMS: dict[type, Callable[[Any], Exponent]] = {
     torch_schedulers.CyclicLR: _cyclic,
     torch_schedulers.OneCycleLR: lambda s: math.inf,
     torch_schedulers.ReduceLROnPlateau: lambda s: 0.0 if s.eps > 0 or min(s.min_lrs) > 0 else None,
-    torch_schedulers.SequentialLR: lambda s: _exponent(s._schedulers[-1]),
-    torch_schedulers.ChainedScheduler: lambda s: _product(map(_exponent, s._schedulers)),
+    torch_schedulers.SequentialLR: lambda s: _exponent(parts_of(s)[-1]),
+    torch_schedulers.ChainedScheduler: lambda s: _product(map(_exponent, parts_of(s))),
     SWALR: lambda s: _ends_at(min(group["swa_lr"] for group in s.optimizer.param_groups)),
 }

@@ -8,9 +8,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lsp_callbacks.functional.network.clarke import GeneralizedNorm, generalized_norm
-from lsp_callbacks.operators.curvature.gradient_kinks import Slopes
-from lsp_callbacks.operators.curvature.kink_relaxation import FreeSlopes
+from lsp_callbacks.functional.network.clarke import GeneralizedNorm, RelaxedJacobian, generalized_norm
+
+
+@dataclass(frozen=True)
+class UncertainSlopes:
+    """Units whose slope may be anything between two numbers.
+
+    Attributes:
+        rows: ``(k, P)``: what each unit sees of a displacement of the parameters.
+        jump: ``(k,)``: its largest slope less the smallest.
+        above: ``(k,)``: its slope at the step, less the smallest, as a share of the jump.
+    """
+
+    rows: Tensor
+    jump: Tensor
+    above: Tensor
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ def no_steps(state: int, parameters: int) -> GeneralizedSteps:
 
 
 def one_more(
-    now: GeneralizedSteps, step: Tensor, response: Tensor, prox: Tensor, loss: Slopes, after: Slopes
+    now: GeneralizedSteps, step: Tensor, response: Tensor, prox: Tensor, loss: UncertainSlopes, after: UncertainSlopes
 ) -> GeneralizedSteps:
     """The steps with one more.
 
@@ -94,7 +107,7 @@ def one_more(
     )
 
 
-def _received(now: GeneralizedSteps, more: Slopes) -> GeneralizedSteps:
+def _received(now: GeneralizedSteps, more: UncertainSlopes) -> GeneralizedSteps:
     """With further units; their columns of ``out`` are zeros, to be overwritten."""
     P, k, m = now.parameters, len(now.above), len(more.above)
     rows, pad = more.rows, torch.nn.functional.pad
@@ -146,11 +159,11 @@ def generalized_training(steps: GeneralizedSteps, *, vertices: int = 12) -> Gene
 
     Example:
         >>> import torch
-        >>> from lsp_callbacks.functional.trajectory.clarke_training import generalized_training, no_steps, one_more
-        >>> from lsp_callbacks.operators.curvature.gradient_kinks import Slopes
+        >>> from lsp_callbacks.functional.trajectory.clarke_training import UncertainSlopes, no_steps, one_more
+        >>> from lsp_callbacks.functional.trajectory.clarke_training import generalized_training
         >>> one = torch.eye(1, dtype=torch.float64)
-        >>> bend = Slopes(one, one[0], one[0])  # a residual at the bend of a Huber loss: curvature 0 or 1
-        >>> flat = Slopes(one[:0], one[0, :0], one[0, :0])
+        >>> bend = UncertainSlopes(one, one[0], one[0])  # a residual at the bend of a Huber loss: curvature 0 or 1
+        >>> flat = UncertainSlopes(one[:0], one[0, :0], one[0, :0])
         >>> once = one_more(no_steps(1, 1), (1 - 2.5) * one, -2.5 * one, one, bend, flat)  # a rate of 2.5
         >>> found = generalized_training(once)
         >>> round(float(found.theta.ordinary), 6), round(float(found.theta.lower), 6), found.theta.exact
@@ -182,7 +195,7 @@ def _three(norm: GeneralizedNorm, unit: float, steps: float) -> tuple[float, flo
     return lower, upper, ordinary
 
 
-def _centred(steps: GeneralizedSteps, matrix: Tensor, into: Tensor) -> FreeSlopes:
+def _centred(steps: GeneralizedSteps, matrix: Tensor, into: Tensor) -> RelaxedJacobian:
     """From the slopes that the units have to the centres of theirs: ``E = above - 1/2`` in units of the jump."""
     P, k = steps.parameters, len(steps.above)
     shift = 0.5 - steps.above
@@ -193,7 +206,7 @@ def _centred(steps: GeneralizedSteps, matrix: Tensor, into: Tensor) -> FreeSlope
         eye - steps.between * shift, torch.cat([into, steps.between], 1), upper=False, unitriangular=True
     )
     received, between = both[:, : into.shape[1]], both[:, into.shape[1] :]
-    return FreeSlopes(
+    return RelaxedJacobian(
         jacobian=matrix[:P] + (out * shift) @ received,
         into=received,
         out=out + (out * shift) @ between,

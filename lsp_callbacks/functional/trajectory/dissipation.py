@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.statistics import student_quantile
-from lsp_callbacks.step.snapshot import Unmeasurable
 
 #: Runs of consecutive steps that the jackknife leaves out in turn, and the steps that each must have.
 BLOCKS, LEAST = 10, 5

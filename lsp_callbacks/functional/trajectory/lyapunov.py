@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.linalg import LinearOperator, push, spectral_radius
+from lsp_callbacks.linalg.logs import exp, rescale
 
 #: Curvatures within the error bars at which `exponent_bounds` looks.
 _POINTS = 17
@@ -23,7 +24,7 @@ def sharp_plane(mode: Tensor, root: Tensor | float, *, kick: Tensor | float | No
     Args:
         mode: unit eigenvector of ``R^1/2 H' R^1/2``, ``(P,)``.
         root: ``sqrt(R)``, a number or ``(P,)``; ``v = root * mode``.
-        kick: ``m = kick * mode``, see `lsp_callbacks.functional.Edge`; None without momentum.
+        kick: ``m = kick * mode``, see `StabilityThreshold`; None without momentum.
         size: of the whole state, parameters and momentum first.
 
     Returns:
@@ -111,7 +112,7 @@ def window_exponent(maps: Sequence[Tensor], *, rest: bool = False) -> float:
     if not rest or not bool(torch.isfinite(product).all()):
         return (float(spectral_radius(product).log()) + log_scale) / len(maps)
     values = torch.linalg.eigvals(product)
-    decay = math.prod(float(step[-1, -1]) for step in maps) * math.exp(min(-log_scale, 700.0))
+    decay = math.prod(float(step[-1, -1]) for step in maps) * exp(-log_scale)
     values[(values - decay).abs().argmin()] = 0.0
     return (float(values.abs().max().log()) + log_scale) / len(maps)
 
@@ -129,7 +130,7 @@ def exponent_bounds(
         maps: P of each step.
         curvatures: C of each step: the part of P that is due to the curvature, as ``P - P(fixed gradient)``.
         below: relative error of the curvature, downwards.
-        above: relative error upwards, `lsp_callbacks.functional.Edge.courant_error`.
+        above: relative error upwards, `StabilityThreshold.courant_error`.
         rest: as in `window_exponent`.
 
     Returns:
@@ -149,14 +150,6 @@ def exponent_bounds(
     ends = [[float(P + d * C) for d in (shifts[0], shifts[-1])] for P, C in zip(maps, curvatures) if P.numel() == 1]
     lowest = -math.inf if any(a * b <= 0 for a, b in ends) else min(found)
     return lowest, max(found)
-
-
-def rescale(frame: Tensor) -> tuple[Tensor, float]:
-    """The frame divided by its largest entry, and the log of that, so that no window can overflow."""
-    scale = frame.abs().max()
-    if not bool(torch.isfinite(scale)) or float(scale) == 0.0:
-        return frame, 0.0
-    return frame / scale, float(scale.double().log())
 
 
 def sharp_mode_exponent(

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lsp_callbacks.functional.trajectory.lyapunov import rescale
 from lsp_callbacks.functional.trajectory.norm_intervals import gaussian_form_interval, norm_by_random_rows
 from lsp_callbacks.linalg import LinearOperator, push
+from lsp_callbacks.linalg.logs import add, log, rescale
 
 #: Probability with which an interval may fail.
 FAILURE = 1e-3
@@ -58,13 +58,15 @@ class TrainingProfile:
         sigma_u_error: its standard error.
         sigma_u_lower: an end of its interval, which fails with `FAILURE`.
         sigma_u_bound: the other one.
-        alpha_theta: ``(1/T) log sigma_theta``, a lower bound, nats a step.
+        alpha_theta: ``(1/T) log sigma_theta``, a lower bound, nats a step; it is finite also where that has overflowed.
+        alpha_theta_bound: the same of ``sigma_theta_bound``.
         alpha_mean_square: ``(1/2T) log mean_square``.
         alpha_mean_square_error: its standard error.
         alpha_u: ``log(sigma_u^2 / sum_t E||B_t xi_t||^2) / (T - 1)``: how the noise of a step has grown, over the
             (T - 1) / 2 steps that it has travelled on the average. 0 where A is the identity; for ``A = c I`` it is
             log c as c tends to 1, and nearer to 0 below. NaN where T is 1.
         alpha_u_error: its standard error.
+        alpha_u_bound: what it would be at ``sigma_u_bound``.
     """
 
     steps: int
@@ -77,10 +79,12 @@ class TrainingProfile:
     sigma_u_lower: Tensor
     sigma_u_bound: Tensor
     alpha_theta: Tensor
+    alpha_theta_bound: Tensor
     alpha_mean_square: Tensor
     alpha_mean_square_error: Tensor
     alpha_u: Tensor
     alpha_u_error: Tensor
+    alpha_u_bound: Tensor
 
 
 @dataclass(frozen=True)
@@ -148,13 +152,13 @@ def pushed(now: Tangents, step: LinearOperator, noise: LinearOperator, generator
     xi = torch.randn(len(now.noise), now.size, generator=generator, dtype=now.noise.dtype).to(now.noise.device)
     driven = push(noise, xi)
     carried = push(step, now.noise) if now.steps else now.noise
-    new, noise_log = rescale(carried + math.exp(-now.noise_log) * driven)
+    new, noise_log = add(carried, now.noise_log, driven)
     return replace(
         now,
         frame=frame,
         noise=new,
         frame_log=now.frame_log + frame_log,
-        noise_log=now.noise_log + noise_log,
+        noise_log=noise_log,
         driven=now.driven + float(_squares(driven, now.size).mean()) / now.size,
         steps=now.steps + 1,
     )
@@ -209,6 +213,8 @@ def training_profile(found: Tangents, seen: NoiseSeen | None = None) -> Training
     lower, upper = (0.5 * end.log() + found.noise_log for end in ends)
     random = frame[: found.random]
     widest = float(torch.linalg.eigvalsh((random @ random.mT).cpu())[-1].clamp_min(0).sqrt())
+    widest = norm_by_random_rows(widest, found.random, size, failure=FAILURE)
+    bound = torch.tensor(log(widest) + found.frame_log, dtype=torch.float64)
     sigma_u = 0.5 * noise.log() + found.noise_log
     # As large as T kicks that do not travel; on the average they have travelled (T - 1) / 2 steps.
     brought = 0.5 * math.log(found.driven) if found.driven else math.nan
@@ -216,7 +222,7 @@ def training_profile(found: Tangents, seen: NoiseSeen | None = None) -> Training
     return TrainingProfile(
         steps=steps,
         sigma_theta=top.exp(),
-        sigma_theta_bound=_times(norm_by_random_rows(widest, found.random, size, failure=FAILURE), found.frame_log),
+        sigma_theta_bound=bound.exp(),
         mean_square=growth.exp(),
         mean_square_error=growth.exp() * error,
         sigma_u=sigma_u.exp(),
@@ -224,10 +230,12 @@ def training_profile(found: Tangents, seen: NoiseSeen | None = None) -> Training
         sigma_u_lower=lower.exp(),
         sigma_u_bound=upper.exp(),
         alpha_theta=top / steps,
+        alpha_theta_bound=bound / steps,
         alpha_mean_square=growth / (2 * steps),
         alpha_mean_square_error=error / (2 * steps),
         alpha_u=(sigma_u - brought) / left,
         alpha_u_error=noise_error / (2 * left),
+        alpha_u_bound=(upper - brought) / left,
     )
 
 
@@ -264,10 +272,6 @@ def _noise(found: Tangents, seen: NoiseSeen | None) -> tuple[Tensor, ...]:
     error = (squares.var() / len(squares)).sqrt() / mean
     ends = gaussian_form_interval(squares, largest=largest, failure=FAILURE)
     return mean / found.size, error, *((known + torch.tensor(ends, dtype=torch.float64)) / found.size)
-
-
-def _times(value: float, log: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64) * torch.tensor(log, dtype=torch.float64).exp()
 
 
 def _squares(rows: Tensor, size: int) -> Tensor:

@@ -269,7 +269,23 @@ class Differences:
             before = loss.detach() if snapshot.loss is None else snapshot.loss
             return loss.detach() - before, before.abs(), gradient
 
-        return snapshot.ranks.mean(own, "the displaced gradient")  # type: ignore[return-value]
+        return snapshot.run.ranks.mean(own, "the displaced gradient")  # type: ignore[return-value]
+
+
+def central_difference(snapshot: Snapshot, v: Tensor, far: float) -> tuple[Tensor, float]:
+    """Return the central difference of gradients along a unit vector, and the distance to either side.
+
+    Args:
+        snapshot: a step.
+        v: the unit vector, flat.
+        far: multiple of the first distance of `Differences`.
+
+    Cost: two gradients.
+    """
+    differences = Differences(snapshot, torch.zeros_like(v))
+    distance = far * FIRST * (differences.reach(v) or differences.eps**0.5)
+    ends = [differences.difference(v, 1.0, sign * distance).change for sign in (1, -1)]
+    return (ends[0] - ends[1]) / (2 * distance), distance
 
 
 def lengths(parameters: Sequence[Tensor]) -> list[float] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.autograd.graph import kinks_between
-from lsp_callbacks.operators.curvature.hessian import double_backward
+from lsp_callbacks.functional.trajectory.clarke_training import UncertainSlopes
 from lsp_callbacks.operators.trajectory.proximal import proximal
 from lsp_callbacks.operators.trajectory.step_size import displacement
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten
@@ -22,21 +22,6 @@ _LOSSES = {F.huber_loss: "delta", F.smooth_l1_loss: "beta"}
 _UNITS = {F.elu: "alpha", F.celu: "alpha"}
 #: Of autograd's nodes: kinks whose gradient is continuous.
 _BENDS = ("HuberLoss", "SmoothL1Loss")
-
-
-@dataclass(frozen=True)
-class Slopes:
-    """Units whose slope may be anything between two numbers.
-
-    Attributes:
-        rows: ``(k, P)``: what each unit sees of a displacement of the parameters.
-        jump: ``(k,)``: its largest slope less the smallest.
-        above: ``(k,)``: its slope at the step, less the smallest, as a share of the jump.
-    """
-
-    rows: Tensor
-    jump: Tensor
-    above: Tensor
 
 
 class _Calls(TorchFunctionMode):
@@ -93,13 +78,14 @@ class _Calls(TorchFunctionMode):
         return value
 
 
-def loss_bends(snapshot: Snapshot, *, eps: float) -> Slopes:
+def loss_kinks(snapshot: Snapshot, *, eps: float) -> UncertainSlopes:
     """The units of a loss whose second derivative jumps within ``eps`` of where they are.
 
     With ``w_i = dL / d phi_i`` of an elementwise function ``phi_i(z_i)`` whose second derivative jumps by j, the
-    Hessian jumps by ``w_i j a_i a_i^T``, ``a_i = d z_i / d theta``, and by nothing else: `Slopes` holds ``a_i`` and
-    ``w_i j``. Such functions are ``huber_loss``, ``smooth_l1_loss`` (of the residuals), ``elu`` and ``celu``. Near is
-    within ``eps`` times the root mean square of the call's inputs. What is written with ``torch.where`` is not seen.
+    Hessian jumps by ``w_i j a_i a_i^T``, ``a_i = d z_i / d theta``, and by nothing else: `UncertainSlopes` holds
+    ``a_i`` and ``w_i j``. Such functions are ``huber_loss``, ``smooth_l1_loss`` (of the residuals), ``elu`` and
+    ``celu``. Near is within ``eps`` times the root mean square of the call's inputs. What is written with
+    ``torch.where`` is not seen.
 
     Raises:
         Unmeasurable: a loss whose gradient jumps: the training map is not continuous; several processes.
@@ -107,7 +93,7 @@ def loss_bends(snapshot: Snapshot, *, eps: float) -> Slopes:
     Cost: a replay with its gradient, and a backward pass for each unit that is near.
     """
     parameters = list(snapshot.parameters.values())
-    if snapshot.ranks.world > 1:
+    if snapshot.run.ranks.world > 1:
         raise Unmeasurable("the kinks of several processes' losses are not modelled: measure with one process")
     with double_backward(snapshot.module), _Calls() as calls:
         loss = snapshot.replay()
@@ -136,7 +122,7 @@ def loss_bends(snapshot: Snapshot, *, eps: float) -> Slopes:
     return _slopes(rows, jump, above, sum(p.numel() for p in parameters))
 
 
-def prox_bends(snapshot: Snapshot, *, eps: float) -> Slopes:
+def prox_kinks(snapshot: Snapshot, *, eps: float) -> UncertainSlopes:
     """The numbers of a prox whose slope jumps within ``eps`` of where the optimizer's step ends.
 
     Of elementwise maps: the slopes on either side, ``eps`` of the root mean square of the step away.
@@ -148,11 +134,11 @@ def prox_bends(snapshot: Snapshot, *, eps: float) -> Slopes:
     """
     parameters = list(snapshot.parameters.values())
     size = sum(p.numel() for p in parameters)
-    if snapshot.prox is None:
+    if snapshot.run.prox is None:
         return _slopes([], [], [], size)
-    if not getattr(snapshot.prox, "elementwise", False):
+    if not getattr(snapshot.run.prox, "elementwise", False):
         raise Unmeasurable(
-            f"where the derivative of {snapshot.prox!r} jumps is known for maps of each number by itself (Box, "
+            f"where the derivative of {snapshot.run.prox!r} jumps is known for maps of each number by itself (Box, "
             "SoftThreshold, Ridge, Only of them, and what says elementwise = True): leave clarke_training out"
         )
     step = displacement(snapshot)
@@ -183,8 +169,8 @@ def _second(phi: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     return second
 
 
-def _slopes(rows: list[Tensor], jump: list[Tensor], above: list[Tensor], size: int) -> Slopes:
+def _slopes(rows: list[Tensor], jump: list[Tensor], above: list[Tensor], size: int) -> UncertainSlopes:
     if not rows:
         none = torch.zeros(0, dtype=torch.float64)
-        return Slopes(none.new_zeros(0, size), none, none)
-    return Slopes(*(torch.stack(part).detach().cpu() for part in (rows, jump, above)))
+        return UncertainSlopes(none.new_zeros(0, size), none, none)
+    return UncertainSlopes(*(torch.stack(part).detach().cpu() for part in (rows, jump, above)))

@@ -1,4 +1,4 @@
-"""Which calls are piecewise linear, where their kinks are, and the slopes on both sides."""
+"""Piecewise linear functions: where their kinks are, and the slopes on both sides."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Kink = tuple[float, float | Tensor, float]
 
 
 @dataclass(frozen=True)
-class Pieces:
+class PiecewiseLinear:
     """One call of an elementwise piecewise linear function, number by number.
 
     Attributes:
-        value: what it returns, without a graph.
+        value: what the call returns, without a graph.
         distance: to the nearest kink.
-        left: the slope below that kink, and
-        right: above it.
-        real: the slope at the input; at a kink that below.
-        monotone: no slope is negative.
-        in_place: the input becomes the value.
+        left: the slope below that kink.
+        right: the slope above it.
+        real: the slope at the input; at a kink the one below.
+        monotone: whether no slope is negative.
+        in_place: whether the call overwrites its input.
     """
 
     value: Tensor
@@ -49,7 +49,7 @@ def _rrelu(lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False) -
     return None if training else [(0.0, (lower + upper) / 2, 1.0)]
 
 
-#: From a call's arguments after the first to its kinks, ascending; None where they cannot be told.
+#: From a call's arguments after the first to its kinks, ascending; None where they are unknown.
 _RULES: dict[str, Callable[..., list[Kink] | None]] = {
     "relu": lambda: [(0.0, 0.0, 1.0)],
     "relu6": lambda: _clamp(0.0, 6.0),
@@ -68,8 +68,8 @@ _RULES: dict[str, Callable[..., list[Kink] | None]] = {
 _FLAGGED = {"relu": 0, "relu6": 0, "hardsigmoid": 0, "leaky_relu": 1, "hardtanh": 2, "rrelu": 3}
 
 
-def pieces(func: Any, z: Tensor, args: tuple, kwargs: dict[str, Any]) -> Pieces | None:
-    """The pieces of ``func(z, *args, **kwargs)``; None where it is no such function, or its kinks cannot be told."""
+def linear_pieces(func: Any, z: Tensor, args: tuple, kwargs: dict[str, Any]) -> PiecewiseLinear | None:
+    """Return the pieces of ``func(z, *args, **kwargs)``; None where it is none, or its kinks are unknown."""
     name = getattr(func, "__name__", "")
     rule = _RULES.get(name.removesuffix("_"))
     if rule is None or not z.is_floating_point():
@@ -91,9 +91,9 @@ def pieces(func: Any, z: Tensor, args: tuple, kwargs: dict[str, Any]) -> Pieces 
         real = left[0]
         for (place, _, _), slope in zip(kinks, right):
             real = torch.where(data > place, slope, real)
-        below, above = (one.gather(0, nearest[None])[0] for one in (left, right))
+        below, above = (slopes.gather(0, nearest[None])[0] for slopes in (left, right))
         monotone = bool((left >= 0).all() and (right >= 0).all())
-    return Pieces(value, places.amin(0), below, above, real, monotone, in_place)
+    return PiecewiseLinear(value, places.amin(0), below, above, real, monotone, in_place)
 
 
 def _spread(slope: float | Tensor, z: Tensor) -> Tensor:
@@ -106,8 +106,8 @@ def _spread(slope: float | Tensor, z: Tensor) -> Tensor:
 _POOLS = {"max_pool1d": 1, "max_pool2d": 2, "max_pool3d": 3}
 
 
-def pooled(func: Any, z: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """The windows of a max-pooling, ``(..., entries)``, with their graph; None for anything else."""
+def pooling_windows(func: Any, z: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the windows of a max-pooling, ``(..., entries)``, with their graph; None for any other function."""
     dims = _POOLS.get(getattr(func, "__name__", ""))
     if dims is None or z.ndim <= dims:
         return None

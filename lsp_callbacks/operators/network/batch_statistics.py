@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd.module_calls import leaves, passages
+from lsp_callbacks.autograd._torch_internals import BatchNorm
+from lsp_callbacks.autograd.module_calls import leaves, record_calls
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, evaluating
 
 
@@ -26,19 +27,19 @@ def outputs(snapshot: Snapshot, *, batch_statistics: bool = False) -> Tensor:
 
     Cost: one forward pass.
     """
-    norms = [m for m in snapshot.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in snapshot.module.modules() if isinstance(m, BatchNorm)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(snapshot.module))
         for norm in norms if batch_statistics else []:
             # Taken before any other hook of ours sees what the layer returns.
             stack.callback(norm.register_forward_hook(_by_batch).remove)
-        root = stack.enter_context(passages(snapshot.module))
+        root = stack.enter_context(record_calls(snapshot.module))
         stack.enter_context(torch.no_grad())
         if snapshot.sample is None:
             snapshot.replay()
         else:
             snapshot.sample(sys.maxsize)
-    found = [call.sent for call in leaves(root) if call.begins and call.sent is not None]
+    found = [call.sent for call in leaves(root) if call.begins_layer and call.sent is not None]
     if not found:
         raise Unmeasurable("no module with a weight matrix was called")
     return found[-1].double()

@@ -1,33 +1,32 @@
-"""The states of a network on its way through depth, and the Jacobians between them."""
+"""The states of a network after each layer, and the Jacobians between them."""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lsp_callbacks.autograd.module_calls import Passage, passages, units
-from lsp_callbacks.autograd.untracked import Detached
+from lsp_callbacks.autograd._torch_internals import kept_activations
+from lsp_callbacks.autograd.double_backward import check_adjoint, double_backward, jacobian
+from lsp_callbacks.autograd.graph import nodes_between, read, walk
+from lsp_callbacks.autograd.module_calls import ModuleCall, record_calls, units
+from lsp_callbacks.autograd.untracked import UntrackedDependencies
 from lsp_callbacks.linalg import LinearOperator, norm
-from lsp_callbacks.operators.curvature.hessian import double_backward
-from lsp_callbacks.operators.sgd.sample_rows import check_adjoint, jacobian
-from lsp_callbacks.step.replay import kept_activations
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, evaluating
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One step in depth.
+    """One layer of a network.
 
     Attributes:
         name: of the module that begins it; ``name#2`` at its second call.
-        modules: the names of those that belong to it, in the order of their calls: what has no weight matrix (an
-            activation, a norm, a pooling) belongs to the layer before it.
-        state: ``X_k``, what the last of them returned.
-        axis: of the samples in the state.
+        modules: the names of its modules, in the order of their calls: a module without a weight matrix (an activation,
+            a norm, a pooling) belongs to the layer before it.
+        state: ``X_k``, the output of the last of them.
+        axis: the axis of the samples in the state.
     """
 
     name: str
@@ -42,11 +41,11 @@ class Depth:
 
     Attributes:
         start: ``X_0``: the input of the network, or what its first module makes of integers (an embedding).
-        axis: of the samples in it.
+        axis: the axis of the samples in it.
         layers: ``X_1 ... X_L``. Functions called between two modules belong to the second.
         loss: of these samples.
-        calls: of all modules, as a tree.
-        skip: floating-point tensors that came before ``X_0``, on which no layer depends.
+        calls: the calls of all modules, as a tree.
+        skip: how many floating-point tensors came before ``X_0``, on which no layer depends.
         detached: what depends on ``X_0`` without a graph.
     """
 
@@ -54,42 +53,46 @@ class Depth:
     axis: int
     layers: tuple[Layer, ...]
     loss: Tensor
-    calls: Passage
+    calls: ModuleCall
     skip: int = 0
-    detached: Detached | None = field(default=None, repr=False)
+    detached: UntrackedDependencies | None = field(default=None, repr=False)
     memo: dict[tuple[int, int], LinearOperator] = field(default_factory=dict, repr=False)
 
     @property
     def samples(self) -> int:
+        """Return how many samples there are."""
         return self.start.shape[self.axis]
 
     def jacobian(self, k: int, j: int = 0) -> LinearOperator:
-        """``dX_k / dX_j`` with one matrix for each sample, ``0 <= j < k <= L``; see `samples.jacobian` for the cost."""
+        """Return ``dX_k / dX_j``, one matrix for each sample, ``0 <= j < k <= L``.
+
+        Cost: a backward pass for each product, and one at the first call; kept for further calls.
+        """
         if (k, j) not in self.memo:
             self.memo[k, j] = self.between(k, j)
         return self.memo[k, j]
 
     def between(self, k: int, j: int) -> LinearOperator:
-        """As `jacobian`, but not kept: its graph is as large as that of the layers between."""
+        """Return `jacobian` without keeping it: its graph is as large as that of the layers between."""
         from_, axis = (self.start, self.axis) if j == 0 else (self.layers[j - 1].state, self.layers[j - 1].axis)
         to = self.layers[k - 1]
         return jacobian(to.state, from_, axes=(to.axis, axis))
 
 
 def depth(snapshot: Snapshot, *, samples: int = 4) -> Depth:
-    """The states of the network on the first samples of the step's batch.
+    """Return the states of the network on the first samples of the step's batch.
 
     The loss is replayed in eval mode (BatchNorm by its running statistics, no dropout), so that samples do not mix. A
-    layer begins with a module that holds a weight matrix, or with a residual block, told by its class name. ``X_0`` is
-    the first floating-point tensor that enters a module and that a layer depends on.
+    layer begins with a module that holds a weight matrix, or with a residual block, recognised by its class name.
+    ``X_0`` is the first floating-point tensor that enters a module and that a layer depends on.
 
     Args:
-        snapshot: a step. Without `Snapshot.sample` its whole batch is taken.
+        snapshot: a step. Without `Snapshot.sample` its whole batch is used.
         samples: how many, at most.
 
     Raises:
         Unmeasurable: no such tensor, no layer that depends on it, samples that mix, a function that cannot be
-            differentiated twice, or one that takes in the same tensor once more, outside of all modules.
+            differentiated twice, or one that uses the same tensor once more, outside of all modules.
 
     Cost: a forward pass, and a forward product for the check, on ``samples`` samples; shared by all quantities of the
     step.
@@ -102,9 +105,9 @@ TRIES = 3
 
 
 def _depth(snapshot: Snapshot, samples: int) -> Depth:
-    found = states(snapshot, samples=samples)
-    _check_samples(found)
-    return found
+    network = states(snapshot, samples=samples)
+    _check_samples(network)
+    return network
 
 
 def states(
@@ -115,14 +118,14 @@ def states(
     start: Tensor | None = None,
     skip: int | None = None,
 ) -> Depth:
-    """As `depth`, of the step as it was or with another input; whether samples mix is not checked.
+    """Return the states of `depth`, for the step as it was or with another input, without checking that samples mix.
 
     Args:
         snapshot: a step.
-        samples: None replays the whole step in its own mode: dropout, batch statistics and all.
-        axis: of the samples in ``X_0``, where it is known.
-        start: takes the place of ``X_0``.
-        skip: see `Depth`, where it is known.
+        samples: None replays the whole step in its own mode, with dropout and batch statistics.
+        axis: the axis of the samples in ``X_0``; None infers it.
+        start: the value of ``X_0``; None takes the step's.
+        skip: see `Depth`; None infers it.
 
     Raises:
         Unmeasurable: as `depth`.
@@ -130,22 +133,24 @@ def states(
     Cost: a forward pass.
     """
     for passed in range(TRIES) if skip is None else [skip]:  # what enters first may only be rounded to words
-        found = _begun(snapshot, samples, axis, start, passed)
-        if found is not None:
-            return found
+        network = _from_input(snapshot, samples, axis, start, passed)
+        if network is not None:
+            return network
     raise Unmeasurable("no module with a weight matrix depends on the first input: there is no depth to measure")
 
 
-def _begun(snapshot: Snapshot, samples: int | None, axis: int | None, given: Tensor | None, skip: int) -> Depth | None:
-    """The states from the first floating-point tensor on, but for ``skip``; None where no layer depends on it."""
+def _from_input(
+    snapshot: Snapshot, samples: int | None, axis: int | None, given: Tensor | None, skip: int
+) -> Depth | None:
+    """Return the states from the floating-point tensor after ``skip`` others; None where no layer depends on it."""
     module, start = snapshot.module, list[Tensor]()
     with contextlib.ExitStack() as stack:
         if samples is not None:
             stack.enter_context(evaluating(module))
         stack.enter_context(double_backward(module))
         stack.enter_context(kept_activations())
-        root = stack.enter_context(passages(module, start=start, given=given, skip=skip))
-        detached = stack.enter_context(Detached(start))
+        root = stack.enter_context(record_calls(module, start=start, given=given, skip=skip))
+        detached = stack.enter_context(UntrackedDependencies(start))
         whole = samples is None or snapshot.sample is None
         loss, size = (snapshot.replay(), None) if whole else snapshot.sample(samples)  # type: ignore[misc, arg-type]
     if not start and skip:
@@ -156,17 +161,20 @@ def _begun(snapshot: Snapshot, samples: int | None, axis: int | None, given: Ten
     count = x.shape[axis or 0] if size is None else size
     axis = _axis(x, count) if axis is None else axis
     if axis is None:
-        raise Unmeasurable(f"of {count} samples the network's first input is {tuple(x.shape)}: which are they?")
+        raise Unmeasurable(
+            f"cannot find the batch axis: neither of the first two axes of the first input, shape {tuple(x.shape)}, "
+            f"has the size {count} of the batch: put the samples on one of them"
+        )
     layers: list[Layer] = []
-    reached = _Reached(x)
-    for call in units(root):
-        y = call.sent
-        if y is None or not reached(y):
+    calls = [(call, call.sent) for call in units(root)]
+    dependent = nodes_between([y for _, y in calls if y is not None], [x])
+    for call, y in calls:
+        if y is None or y.grad_fn not in dependent:
             continue
         at = _axis(y, count, axis)
         if at is None:  # rows that are no samples: tokens, windows
             continue
-        if call.begins:
+        if call.begins_layer:
             seen = sum(layer.modules[0] == call.name for layer in layers)
             layers.append(Layer(f"{call.name}#{seen + 1}" if seen else call.name, (call.name,), y, at))
         elif layers:
@@ -179,16 +187,16 @@ def _begun(snapshot: Snapshot, samples: int | None, axis: int | None, given: Ten
 
 
 def _axis(tensor: Tensor, samples: int, first: int = 0) -> int | None:
-    """Of the samples: the first, but for sequences that have them second (``batch_first=False``)."""
+    """Return the axis of the samples: the first, or the second, as for sequences; None if neither has their number."""
     return next((a for a in (first, 0, 1) if tensor.ndim > a and tensor.shape[a] == samples), None)
 
 
-def _check_samples(found: Depth) -> None:
-    """One sample moves alone, and no other may follow; products forward are those of the derivative."""
-    J = found.jacobian(len(found.layers))
-    check_adjoint(J, found.loss, "the network")
+def _check_samples(network: Depth) -> None:
+    """Raise an error if a displacement of one sample moves another, or if forward products are wrong."""
+    J = network.jacobian(len(network.layers))
+    check_adjoint(J, read(network.loss), "the network")
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(found.samples, J.shape[1], generator=generator, dtype=J.dtype).to(J.device)
+    v = torch.randn(network.samples, J.shape[1], generator=generator, dtype=J.dtype).to(J.device)
     v[1:] = 0
     moved = norm(J @ v, -1)
     if bool((moved[1:] > 1e-4 * moved[0]).any()):
@@ -198,42 +206,11 @@ def _check_samples(found: Depth) -> None:
         )
 
 
-def _check_input(state: Tensor, detached: Detached) -> None:
-    """No function may have taken in the tensor that X_0 took the place of: that path would be held fixed."""
-    stack, seen = [state.grad_fn], set[Any]()
-    while detached.again and stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if name := detached.again.get(node):
+def _check_input(state: Tensor, detached: UntrackedDependencies) -> None:
+    """Raise an error if a function used the tensor that X_0 replaced: the derivative along that path would be lost."""
+    for node in walk([state.grad_fn]) if detached.reused else ():
+        if name := detached.reused.get(node):
             raise Unmeasurable(
                 f"the input is used again outside of the module that it entered first, by {name}, where its derivative "
                 "would be lost: do so in a module that is given the input"
             )
-        seen.add(node)
-        stack.extend(child for child, _ in node.next_functions)
-
-
-class _Reached:
-    """Whether a tensor depends on the leaf, by its graph."""
-
-    def __init__(self, leaf: Tensor):
-        self.leaf, self.known = leaf, dict[Any, bool]()
-
-    def __call__(self, tensor: Tensor) -> bool:
-        stack = [tensor.grad_fn]
-        while stack:  # in post-order, without recursion: graphs are deep
-            node = stack[-1]
-            if node is None or node in self.known:
-                stack.pop()
-                continue
-            if getattr(node, "variable", None) is self.leaf:
-                self.known[node] = True
-                continue
-            children = [child for child, _ in node.next_functions if child is not None]
-            fresh = [child for child in children if child not in self.known]
-            if fresh:
-                stack += fresh
-            else:
-                self.known[node] = any(self.known[child] for child in children)
-        return bool(self.known.get(tensor.grad_fn, False))

@@ -8,31 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lsp_callbacks.autograd.module_calls import Passage, leaves, passages, units, upstream
+from lsp_callbacks.autograd._torch_internals import BatchNorm
+from lsp_callbacks.autograd.module_calls import ModuleCall, leaves, record_calls, units, upstream
+from lsp_callbacks.functional.network.gains import LayerSizes
 from lsp_callbacks.linalg import norm
-from lsp_callbacks.operators.network.activation_slopes import Slopes, slopes
+from lsp_callbacks.operators.network.activation_slopes import ActivationSlopes, activation_slopes
 from lsp_callbacks.step.snapshot import Call, Snapshot, Unmeasurable
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of one layer, on the way that the last layer's signal came.
-
-    Attributes:
-        name: of the module that begins it.
-        received: root mean square of the state that it received.
-        sent: of the state that it made of it.
-        back: of the gradient of the loss by what it sent.
-        returned: of the gradient by what it received; NaN of the first layer.
-    """
-
-    name: str
-    received: float
-    sent: float
-    back: float
-    returned: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -57,8 +40,8 @@ class NormInput:
 
 
 @dataclass(frozen=True)
-class Signals:
-    """See `signals`.
+class SignalSizes:
+    """See `signal_sizes`.
 
     Attributes:
         layers: all through which the loss is reached, by their order.
@@ -68,14 +51,14 @@ class Signals:
         calls: the shapes of each module's first call.
     """
 
-    layers: tuple[Sizes, ...]
-    path: tuple[Sizes, ...]
-    activations: tuple[Slopes, ...]
+    layers: tuple[LayerSizes, ...]
+    path: tuple[LayerSizes, ...]
+    activations: tuple[ActivationSlopes, ...]
     norms: tuple[NormInput, ...]
     calls: dict[str, Call]
 
 
-def signals(snapshot: Snapshot) -> Signals:
+def signal_sizes(snapshot: Snapshot) -> SignalSizes:
     """Replays the step as it was, in training mode, with its backward pass.
 
     A layer begins with a module that holds a weight matrix, or with a residual block (told by its class name), which is
@@ -91,11 +74,11 @@ def signals(snapshot: Snapshot) -> Signals:
     Cost: one gradient, and one pass over each activation.
     """
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        with passages(snapshot.module, enter=_enter, leave=_leave) as root:
+        with record_calls(snapshot.module, enter=_enter, leave=_leave) as root:
             loss = snapshot.replay()
         snapshot.check(loss, tolerance=1e-4 if snapshot.compiled else 0.0)
         repeats = _repeats([call.name for call in leaves(root)])
-        found = slopes(root, repeats)
+        found = activation_slopes(root, repeats)
         parameters = list(snapshot.parameters.values())
         if not loss.requires_grad or not parameters:
             raise Unmeasurable("no parameter that requires a gradient reaches the loss: there is no backward pass")
@@ -103,16 +86,16 @@ def signals(snapshot: Snapshot) -> Signals:
     layers, path = _layers(root, repeats)
     norms = tuple(call.notes["norm"] for call in _first(list(leaves(root)), repeats) if "norm" in call.notes)
     calls = {call.name: _shapes(call) for call in reversed(list(_all(root)))}
-    return Signals(layers, path, found, norms, calls)
+    return SignalSizes(layers, path, found, norms, calls)
 
 
-def _all(call: Passage) -> Iterator[Passage]:
+def _all(call: ModuleCall) -> Iterator[ModuleCall]:
     for child in call.children:
         yield child
         yield from _all(child)
 
 
-def _shapes(call: Passage) -> Call:
+def _shapes(call: ModuleCall) -> Call:
     # An embedding receives integers, which nobody asks for.
     shape = tuple(call.received[0].shape) if call.received else None
     return Call(shape, None if call.sent is None else tuple(call.sent.shape))
@@ -124,13 +107,13 @@ def _repeats(names: list[str]) -> int:
     return next((k for k in range(n, 1, -1) if n % k == 0 and names[: n // k] * k == names), 1)
 
 
-def _first(calls: list[Passage], repeats: int) -> list[Passage]:
+def _first(calls: list[ModuleCall], repeats: int) -> list[ModuleCall]:
     return calls[: len(calls) // repeats]
 
 
-def _enter(call: Passage) -> None:
+def _enter(call: ModuleCall) -> None:
     module = call.module
-    if not isinstance(module, nn.modules.batchnorm._BatchNorm) or not call.received:
+    if not isinstance(module, BatchNorm) or not call.received:
         return
     if module.training and module.running_mean is not None and module.running_var is not None:
         seen = 0 if module.num_batches_tracked is None else int(module.num_batches_tracked)
@@ -140,11 +123,11 @@ def _enter(call: Passage) -> None:
         )
 
 
-def _leave(call: Passage) -> None:
-    if call.sent is None or call.exit is None or (call.children and not call.begins):
+def _leave(call: ModuleCall) -> None:
+    if call.sent is None or call.exit is None or (call.children and not call.begins_layer):
         return
     call.notes["sent"] = _square(call.sent)
-    if call.begins and call.received:
+    if call.begins_layer and call.received:
         call.notes["received"] = _square(call.received[0])
 
     def back(gradient: Tensor) -> None:
@@ -158,17 +141,17 @@ def _square(tensor: Tensor) -> Tensor:
     return norm(tensor.detach()).square() / max(tensor.numel(), 1)
 
 
-def _layers(root: Passage, repeats: int) -> tuple[tuple[Sizes, ...], tuple[Sizes, ...]]:
+def _layers(root: ModuleCall, repeats: int) -> tuple[tuple[LayerSizes, ...], tuple[LayerSizes, ...]]:
     owner: dict[Any, int] = {}  # which layer ends with a node
-    ends: list[Passage] = []
-    begins: list[Passage] = []
+    ends: list[ModuleCall] = []
+    begins: list[ModuleCall] = []
     before: list[int | None] = []
     calls = list(units(root))
     for call in _first(calls, repeats) if len(calls) % repeats == 0 else calls:
         if call.exit is None or call.exit in owner or "sent" not in call.notes:
             continue
         last = max(upstream(call.exit, owner), default=None)
-        if call.begins:
+        if call.begins_layer:
             owner[call.exit] = len(ends)
             begins.append(call)
             ends.append(call)
@@ -176,14 +159,14 @@ def _layers(root: Passage, repeats: int) -> tuple[tuple[Sizes, ...], tuple[Sizes
         elif last is not None:
             owner[call.exit] = last
             ends[last] = call
-    found: dict[int, Sizes] = {}
+    found: dict[int, LayerSizes] = {}
     for i, (first, end) in enumerate(zip(begins, ends)):
         previous = before[i]
         came = first.notes.get("received") if previous is None else ends[previous].notes["sent"]
         if came is not None and "back" in end.notes:
             returned = None if previous is None else ends[previous].notes.get("back")
             known = (came, end.notes["sent"], end.notes["back"], *([] if returned is None else [returned]))
-            found[i] = Sizes(_named(i, begins), *(math.sqrt(float(t)) for t in known))
+            found[i] = LayerSizes(_named(i, begins), *(math.sqrt(float(t)) for t in known))
     path: list[int] = []
     at = max(found, default=None)
     while at is not None and at in found:
@@ -192,7 +175,7 @@ def _layers(root: Passage, repeats: int) -> tuple[tuple[Sizes, ...], tuple[Sizes
     return tuple(found.values()), tuple(found[i] for i in reversed(path))
 
 
-def _named(i: int, begins: list[Passage]) -> str:
+def _named(i: int, begins: list[ModuleCall]) -> str:
     """The name of a module; ``name#2`` at its second call."""
     seen = sum(call.name == begins[i].name for call in begins[:i])
     return f"{begins[i].name}#{seen + 1}" if seen else begins[i].name

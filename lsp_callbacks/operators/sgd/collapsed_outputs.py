@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
+from lsp_callbacks.autograd._torch_internals import tree_flatten
 from lsp_callbacks.step.snapshot import Evaluation
 
 #: Samples that the others are compared with: one of three is among the many, if nine of ten are. As many layers.
@@ -45,7 +45,7 @@ class FirstInputs:
             self.tensors += [leaf.detach() for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
 
 
-class Alike:
+class SameOutputs:
     """Counts samples of different inputs that have the same outputs and the same gradient.
 
     The same outputs alone say little: a last layer that begins with zeros gives them, and still learns; so do the same

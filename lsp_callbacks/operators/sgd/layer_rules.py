@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd._torch_internals import padding_amounts
+
 #: Per-sample gradients of samples lo to hi, ``(hi - lo, R, P)``: R output directions, P entries of the parameter.
 Gradients = Callable[[int, int], Tensor]
 
@@ -76,7 +78,7 @@ def _(layer: nn.Conv2d, x: Tensor, g: Tensor) -> dict[str, Use] | None:
     if x.ndim != dims + 2:
         return None
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    x = F.pad(x, padding_amounts(layer), mode=mode)
     for axis, (size, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation)):
         x = x.unfold(2 + axis, gap * (size - 1) + 1, step)[..., ::gap]
     x = x[(slice(None), slice(None), *(slice(n) for n in g.shape[3:]))]

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd.sample_rows import Rows
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.network.depth import Layer, states
-from lsp_callbacks.operators.sgd.sample_rows import Rows
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten
 
 
 @dataclass(frozen=True)
-class Shares:
+class SampleContributions:
     """Of the first samples of a batch.
 
     Attributes:
@@ -28,7 +28,7 @@ class Shares:
     inputs: Tensor
 
 
-def shares(snapshot: Snapshot, samples: int) -> Shares:
+def sample_contributions(snapshot: Snapshot, samples: int) -> SampleContributions:
     """The derivative of the step's gradient with respect to the weight of each of its first samples.
 
     The step is replayed as it was, masks and batch statistics included. Its loss depends on the parameters through the
@@ -67,7 +67,7 @@ def shares(snapshot: Snapshot, samples: int) -> Shares:
         alone[i] = flat[i]
         gradients.append(pulled(rows.back(alone)).to(rows.dtype))
     inputs = found.start.detach().movedim(found.axis, 0)[: len(gradients)].clone()
-    return Shares(torch.stack(gradients), rows.samples, inputs)
+    return SampleContributions(torch.stack(gradients), rows.samples, inputs)
 
 
 def _axis(snapshot: Snapshot) -> int | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import FrozenRule, frozen_rule, rule_ahead
 from lsp_callbacks.step.probes import Criteria
-from lsp_callbacks.step.snapshot import Evaluation, ProbeSet, Snapshot, Unmodelled
+from lsp_callbacks.step.snapshot import Evaluation, ProbeSet, Snapshot, Unsupported
 
 #: Steps that a preconditioner is looked at ahead, at least; and one over ``1 - beta``, the memory of the momentum.
 AHEAD = 10
@@ -70,14 +70,14 @@ def batch_squares(snapshot: Snapshot) -> dict[str, Tensor] | None:
             with Criteria() as criteria:
                 loss = snapshot.replay()
             evaluation = criteria.of(loss, samples=None)
-            seed = snapshot.generator("signs").initial_seed() + snapshot.ranks.rank
+            seed = snapshot.generator("signs").initial_seed() + snapshot.run.ranks.rank
             generator = torch.Generator().manual_seed(seed)
             return tuple(t for draw in range(DRAWS) for t in _signed(evaluation, parameters, generator))
 
     parameters = list(snapshot.parameters.values())
     try:
-        signed = snapshot.ranks.apart(lambda: snapshot.ranks.mean(own, "gradients of random signs"))
-    except Unmodelled:
+        signed = snapshot.run.ranks.apart(lambda: snapshot.run.ranks.mean(own, "gradients of random signs"))
+    except Unsupported:
         return None
     assert snapshot.gradient is not None
     squares = {}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd.double_backward import Comparison
 from lsp_callbacks.linalg import LinearOperator, unit
-from lsp_callbacks.operators.curvature.hessian import Method, central_difference, hessian
+from lsp_callbacks.operators.curvature.finite_differences import central_difference
+from lsp_callbacks.operators.curvature.hessian import Method, hessian
 from lsp_callbacks.operators.trajectory.step_jacobian import blocks_of, known_optimizer, step_tangent
 from lsp_callbacks.operators.trajectory.update_rules import formula
 from lsp_callbacks.step.players import Player
@@ -111,15 +113,14 @@ def _require_reach(snapshot: Snapshot, own: Tensor) -> None:
     v = unit(_others(noise, own) + _others(theta, own))
     if not bool(v.any()):  # it holds all parameters
         return
-    found, gradient = (H @ v)[own], snapshot.replayed_gradient()[1]
+    image, gradient = (H @ v)[own], snapshot.replayed_gradient()[1]
     for far in (8.0, 1.0, 1 / 8):  # the first sees what is small, the last crosses few kinks
         central, distance = central_difference(joint, v, far)
-        size, defect = torch.linalg.vector_norm(central[own]), torch.linalg.vector_norm(found - central[own])
-        if bool(defect <= TOLERANCE * size):
+        comparison = Comparison.of(image, central[own], gradient, distance)
+        if comparison.defect <= TOLERANCE * comparison.size:
             player.trusted.add(player.name)
             return
-        rounding = 4 * torch.finfo(v.dtype).eps * torch.linalg.vector_norm(gradient) / distance
-        if far > 1 and bool(torch.maximum(size, torch.linalg.vector_norm(found)) <= rounding):
+        if far > 1 and comparison.lost:
             raise Unmeasurable(
                 f"whether the loss of player {player.name!r} lets the other players' parameters through cannot be told "
                 "at this step: they change its gradient by less than rounding does"

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsp_callbacks.step.replay import RandomState
+from lsp_callbacks.autograd._torch_internals import forget_step_hooks
+from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.step.snapshot import Unmeasurable
 
 #: Number of the parameter, name and shape of each float tensor of a state.
@@ -21,8 +22,7 @@ class OptimizerCopy:
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor] | None = None):
         self.optimizer = _copied(optimizer)
-        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-            getattr(self.optimizer, hooks, {}).clear()
+        forget_step_hooks(self.optimizer)
         twins = {id(p): twin for p, twin in zip(held(optimizer), held(self.optimizer))}
         for twin in twins.values():
             twin.data, twin.grad = twin.data.double(), None

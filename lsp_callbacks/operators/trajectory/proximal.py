@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd.double_backward import jacobian
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method
 from lsp_callbacks.operators.trajectory.step_jacobian import (
@@ -22,16 +23,16 @@ from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten, split
 
 
 def proximal(snapshot: Snapshot, theta: Tensor) -> Tensor:
-    """``prox(theta)``, flat, by the step's `Snapshot.prox` and each parameter's own learning rate; differentiable.
+    """``prox(theta)``, flat, by the step's `RunContext.prox` and each parameter's own learning rate; differentiable.
 
     Parameters that the optimizer does not hold stay as they are.
     """
-    if snapshot.prox is None:
+    if snapshot.run.prox is None:
         return theta
     parameters = list(snapshot.parameters.values())
     parts = []
     for (name, group), part in zip(group_of(snapshot).items(), split(theta, parameters)):
-        moved = part if group is None else snapshot.prox(name, part, float(group.get("lr") or 0.0))
+        moved = part if group is None else snapshot.run.prox(name, part, float(group.get("lr") or 0.0))
         if not isinstance(moved, Tensor) or moved.shape != part.shape:
             raise Unmeasurable(f"prox({name!r}, tensor, lr) did not return a tensor of the shape {tuple(part.shape)}")
         parts.append(moved)
@@ -44,7 +45,7 @@ def update(snapshot: Snapshot) -> Tensor:
     Cost: see `displacement`.
     """
     step = displacement(snapshot)
-    if snapshot.prox is None:
+    if snapshot.run.prox is None:
         return step
     theta = flat_parameters(snapshot)
     with torch.no_grad():
@@ -73,13 +74,12 @@ def _jacobian(snapshot: Snapshot) -> LinearOperator:
     with torch.enable_grad():
         half.requires_grad_()
         after = proximal(snapshot, half)
-        cotangent = torch.zeros_like(half, requires_grad=True)
         if not after.requires_grad:
             raise Unmeasurable(
                 "prox returns numbers without a graph (torch.no_grad, .data, numpy): write it in operations that "
                 "autograd can differentiate"
             )
-        (pullback,) = torch.autograd.grad(after, half, cotangent, create_graph=True, materialize_grads=True)
+        D = jacobian(after, half)
 
     def finite(t: Tensor) -> Tensor:
         if not bool(torch.isfinite(t).all()):
@@ -88,18 +88,7 @@ def _jacobian(snapshot: Snapshot) -> LinearOperator:
             )
         return t
 
-    def forward(v: Tensor) -> Tensor:
-        if not pullback.requires_grad:  # a constant
-            return torch.zeros_like(v)
-        (found,) = torch.autograd.grad(pullback, cotangent, v.double(), retain_graph=True, materialize_grads=True)
-        return finite(found)
-
-    def adjoint(w: Tensor) -> Tensor:
-        (found,) = torch.autograd.grad(after, half, w.double(), retain_graph=True, materialize_grads=True)
-        return finite(found)
-
-    size = len(half)
-    return LinearOperator((size, size), forward, adjoint, dtype=torch.float64, device=half.device)
+    return replace(D, apply=lambda v: finite(D @ v), adjoint=lambda w: finite(D.T @ w))
 
 
 def update_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
@@ -132,7 +121,7 @@ def update_drift(snapshot: Snapshot) -> LinearOperator:
 
 def _mapped(snapshot: Snapshot, step: LinearOperator) -> LinearOperator:
     """What the prox makes of the parameters' block, which comes first."""
-    if snapshot.prox is None:
+    if snapshot.run.prox is None:
         return step
     D, n = proximal_jacobian(snapshot), sum(p.numel() for p in snapshot.parameters.values())
 

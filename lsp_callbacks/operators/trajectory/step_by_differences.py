@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from lsp_callbacks.autograd._torch_internals import tree_leaves
+from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.trajectory.optimizer_copy import OptimizerCopy, held
-from lsp_callbacks.step.replay import RandomState
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, split
 
 #: Relative distance of the differences, in float64: their error is about 1e-9 where the step is smooth.

@@ -28,7 +28,7 @@ def known_optimizer(snapshot: Snapshot) -> torch.optim.Optimizer:
     """
     if snapshot.optimizer is None:
         raise Unmeasurable("no optimizer is known: pass optimizer=... to the Snapshot")
-    if why := snapshot.unmodelled or snapshot.disowned:
+    if why := snapshot.unsupported or snapshot.run.invalidated:
         raise Unmeasurable(why)
     return snapshot.optimizer
 
@@ -121,7 +121,8 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     after the derivative of the clipping, ``kappa (I - g g^T / ||g||^2) H v`` where it is by norm and active. Nothing is
     frozen. Parameters without a gradient, and those that the optimizer does not hold, stay as they are; a state
     tensor that is not there before the step has no derivative. Where nu is 0 see `operators.formulas.root`. What is
-    done to the parameters after the step (`Snapshot.prox`) is not part of it: see `operators.proximal.update_jacobian`.
+    done to the parameters after the step (`RunContext.prox`) is not part of it: see
+    `operators.proximal.update_jacobian`.
 
     Any other optimizer: see `operators.own_step.own_step_tangent`; its blocks have sizes of their own.
 

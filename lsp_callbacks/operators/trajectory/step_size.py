@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.operators.trajectory.optimizer_copy import OptimizerCopy
 from lsp_callbacks.operators.trajectory.step_jacobian import clipped_gradient, known_optimizer
-from lsp_callbacks.step.replay import RandomState
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, split
 
 
@@ -15,7 +15,7 @@ def displacement(snapshot: Snapshot) -> Tensor:
     """``theta_half - theta``: what the optimizer's own ``step`` does to the parameters, flat, in float64.
 
     It is taken on a copy of the optimizer, with the step's clipped gradient. What is done to the parameters after the
-    step (`Snapshot.prox`) is not part of it.
+    step (`RunContext.prox`) is not part of it.
 
     Raises:
         Unmeasurable: no optimizer, a step that is not modelled, or one that cannot be tried on a copy.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.linalg import LinearOperator, push
+from lsp_callbacks.linalg.logs import exp
 from lsp_callbacks.operators.curvature.hessian import Method
 from lsp_callbacks.operators.trajectory.optimizer_copy import held
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
@@ -79,7 +79,6 @@ def keep(snapshot: Snapshot, method: Method) -> KeptStep:
         gradient={name: None if g is None else g.detach().clone() for name, g in gradient.items()},
         memo={},
         probes=None,
-        trace=None,
     )
     return KeptStep(kept, [p.detach().clone() for p in snapshot.parameters.values()], method)
 
@@ -114,7 +113,7 @@ class Window:
             for t, step in enumerate(self.steps):
                 place(step.theta)
                 A, B = step.maps()
-                z = math.exp(-self.logs[t]) * push(A, _padded(z, A.shape[1]))
+                z = exp(-self.logs[t]) * push(A, _padded(z, A.shape[1]))
                 if noise:
                     z[-1] += self._reach(t) * (B @ noise[t])
         return z[:, : rows.shape[1]]
@@ -129,12 +128,12 @@ class Window:
                 a = _padded(a, A.shape[0])
                 if driven:
                     noise.append(self._reach(t) * (B.T @ a[-1]))
-                a = math.exp(-self.logs[t]) * push(A.T, a)
+                a = exp(-self.logs[t]) * push(A.T, a)
         return a[:, : rows.shape[1]], noise[::-1]
 
     def _reach(self, t: int) -> float:
         """What the scaling of the steps after t has taken from its noise, less ``noise_log``."""
-        return math.exp(sum(self.logs[t + 1 :]) - self.noise_log)
+        return exp(sum(self.logs[t + 1 :]) - self.noise_log)
 
 
 def squares(window: Window, readers: Sequence[LinearOperator]) -> LinearOperator:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lsp_callbacks._validation import choice, number, whole
 from lsp_callbacks.functional.curvature.batch_sharpness import batch_sharpness, curvature_along_gradient
 from lsp_callbacks.operators.cost import products
-from lsp_callbacks.operators.curvature.hessian import Method, resolved
+from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import CURVATURE, Key, standard_error
@@ -64,8 +64,8 @@ class BatchSharpness(Quantity):
         self._step = 0
 
     def check(self, snapshot: Snapshot) -> None:
-        if snapshot.unmodelled:  # its gradient may be that of other batches, too
-            raise Unmeasurable(snapshot.unmodelled)
+        if snapshot.unsupported:  # its gradient may be that of other batches, too
+            raise Unmeasurable(snapshot.unsupported)
 
     @property
     def least_steps(self) -> int:
@@ -81,7 +81,7 @@ class BatchSharpness(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Add one more batch; a gap in the steps starts again."""
         self.complete = False
-        pair = curvature_along_gradient(snapshot, method=self.method)
+        pair = curvature_of_step(snapshot, self.method)
         continues = bool(self._window) and snapshot.follows(self._step)
         self._window = [*(self._window if continues else []), pair]
         self._step = snapshot.step
@@ -107,3 +107,14 @@ class BatchSharpness(Quantity):
 
     def load_vectors(self, vectors: dict[str, Any]) -> None:
         self._window, self._step = list(vectors.get("window", [])), vectors.get("step", 0)
+
+
+def curvature_of_step(snapshot: Snapshot, method: Method = "auto") -> Tensor:
+    """Return the `curvature_along_gradient` of a step, from its gradient.
+
+    Raises:
+        Unmeasurable: without the gradient, or where it vanishes; see `hessian`.
+    """
+    if (gradient := snapshot.flat_gradient) is None:
+        raise Unmeasurable("batch sharpness is the curvature along the step's gradient: pass Snapshot(gradient=...)")
+    return curvature_along_gradient(hessian(snapshot, method=method), gradient)

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import choice
-from lsp_callbacks.functional.curvature.sharpness import Edge, edge, edge_constant
-from lsp_callbacks.functional.curvature.sharpness import sharpness as top_eigenvalue
 from lsp_callbacks.operators.cost import forward_cost, lanczos_cost
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
+from lsp_callbacks.operators.curvature.stability_threshold import (
+    StabilityThreshold,
+    stability_threshold,
+    threshold_constant,
+    top_eigenvalue,
+)
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, decay_rates, frozen_rule, rates
@@ -31,11 +35,12 @@ PATIENCE = 8
 Readings = tuple[float, ...]
 
 
-def measured_edge(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method) -> Edge:
-    """Return the step's `Edge`, computed once for all quantities that align with it."""
+def measured_edge(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method) -> StabilityThreshold:
+    """Return the step's `StabilityThreshold`, computed once for all quantities that align with it."""
     steps = _steps(snapshot, start)
     return snapshot.once(
-        ("edge", method), lambda: edge(snapshot, start=start, top=top, steps=steps, tol=TOLERANCE, method=method)
+        ("edge", method),
+        lambda: stability_threshold(snapshot, start=start, top=top, steps=steps, tol=TOLERANCE, method=method),
     )
 
 
@@ -77,7 +82,7 @@ class Sharpness(Quantity):
     ``sharpness_residual`` is a relative error bar: the largest eigenvalue lies between ``sharpness`` and ``sharpness +
     sharpness_residual |sharpness|``; likewise ``courant_gd``. It is no residual of one eigenvector, which says nothing
     of a mode that has only now become the sharpest, but the part that a noisy start of Lanczos may have missed, see
-    `lsp_callbacks.functional.curvature.sharpness`; how often it holds along ten runs is in
+    `lsp_callbacks.operators.curvature.stability_threshold`; how often it holds along ten runs is in
     ``benchmarks/sharpness_error_bars.md``. With at most 12 parameters Lanczos runs to its end, and nothing is missed.
 
     Where several players take turns, each is measured on its own loss and its own parameters; the measurement is
@@ -146,7 +151,7 @@ class Sharpness(Quantity):
         self.add_state("players", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        if snapshot.disowned:
+        if snapshot.run.invalidated:
             method = resolved(snapshot, self.method)
             return {"forward": forward_cost(snapshot), "edge": lanczos_cost(snapshot, method, WARM, 1)}
         players = 1 if snapshot.player is None else len(snapshot.player.optimizers)
@@ -163,11 +168,11 @@ class Sharpness(Quantity):
         return gradients_missing(snapshot)
 
     def check(self, snapshot: Snapshot) -> None:
-        edge_constant(frozen_rule(snapshot))
+        threshold_constant(frozen_rule(snapshot))
 
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step; with several players, the measurement is complete when each was measured."""
-        self.complete, self._alone = False, snapshot.disowned is not None
+        self.complete, self._alone = False, snapshot.run.invalidated is not None
         if self._alone:
             self._without_update(snapshot)
             return

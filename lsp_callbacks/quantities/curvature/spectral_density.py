@@ -92,8 +92,8 @@ class SpectralDensity(Quantity):
         self._stride, self._count = 1, 0
 
     def check(self, snapshot: Snapshot) -> None:
-        if snapshot.unmodelled:  # its gradient may be that of other batches, too
-            raise Unmeasurable(snapshot.unmodelled)
+        if snapshot.unsupported:  # its gradient may be that of other batches, too
+            raise Unmeasurable(snapshot.unsupported)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         n = sum(p.numel() for p in snapshot.parameters.values())

@@ -12,8 +12,8 @@ from lsp_callbacks._validation import number, whole
 from lsp_callbacks.functional.network.clarke import GeneralizedNorm, generalized_norm
 from lsp_callbacks.operators.cost import beside, forward_cost, sample_passes
 from lsp_callbacks.operators.curvature.hessian import label
-from lsp_callbacks.operators.curvature.kink_mode import Freed
-from lsp_callbacks.operators.curvature.kink_relaxation import FreeWay
+from lsp_callbacks.operators.curvature.kink_mode import KinkMode
+from lsp_callbacks.operators.curvature.kink_relaxation import KinkRelaxation
 from lsp_callbacks.operators.memory import footprint
 from lsp_callbacks.operators.network.depth import depth
 from lsp_callbacks.quantities.base import ROOT, Quantity, scalar
@@ -112,14 +112,14 @@ class ClarkeProfile(Quantity):
         """Measure one step."""
         self.complete = False
         _ = snapshot.faithful
-        numbers, self._layers, self.absent = snapshot.ranks.first(lambda: self._measure(snapshot), self.name)
+        numbers, self._layers, self.absent = snapshot.run.ranks.first(lambda: self._measure(snapshot), self.name)
         self.finish(numbers)
 
     def _measure(self, snapshot: Snapshot) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, str]]:
         """Return the numbers of the output, the bounds by layer, and the reasons why layers have none."""
-        with Freed(self.eps) as freed:
+        with KinkMode(self.eps) as freed:
             states = depth(replace(snapshot, memo={}), samples=self.samples)  # whose graph is ours alone
-        way = FreeWay(freed, states.start, axis=states.axis, most=self.most)
+        way = KinkRelaxation(freed, states.start, axis=states.axis, most=self.most)
         norms: dict[str, list[GeneralizedNorm]] = {}
         absent: dict[str, str] = {}
         for layer in states.layers:

@@ -117,7 +117,7 @@ class ResidualCFL(Quantity):
         """Measure one step."""
         self.complete = False
         calls = snapshot.calls
-        blocks = snapshot.ranks.first(lambda: self._measure(snapshot.module, calls), self.name)
+        blocks = snapshot.run.ranks.first(lambda: self._measure(snapshot.module, calls), self.name)
         if not blocks:
             raise NotApplicable(NO_BLOCK)
         self._blocks = blocks

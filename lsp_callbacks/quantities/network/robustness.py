@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import number, whole
-from lsp_callbacks.functional.curvature.condition import norms_cost
-from lsp_callbacks.functional.network.lipschitz import Uncertified, lipschitz_upper
 from lsp_callbacks.functional.network.robustness import sensitivity
 from lsp_callbacks.linalg import LinearOperator, norm
 from lsp_callbacks.operators.cost import beside, forward_cost, sample_passes
 from lsp_callbacks.operators.curvature.hessian import label
 from lsp_callbacks.operators.memory import TWICE, WORK, footprint
+from lsp_callbacks.operators.network.lipschitz import Uncertified, lipschitz_upper
+from lsp_callbacks.operators.network.norms_cost import norms_cost
 from lsp_callbacks.operators.network.saliency import Explanation, change_by_input, change_by_parameters, explain
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import Key, relative_residual
@@ -59,7 +59,7 @@ class Robustness(Quantity):
     Two numbers need no linearisation. ``_lower``: the change at a real displacement along the direction that the
     derivative stretches most, ``size`` times as long as the input (the parameters), per unit of it.
     ``robustness_prediction_certified``: a Lipschitz constant of the network in its input, which no displacement of any
-    length exceeds; see `lsp_callbacks.functional.lipschitz_upper`. It is far above the measured values, and does not
+    length exceeds; see `lsp_callbacks.operators.network.lipschitz`. It is far above the measured values, and does not
     exist for attention. The theory's claim (Sec. 7.4) that negative exponents make explanations robust needs a further
     assumption: exponents bound first derivatives, and an explanation changes with second ones, ``dg/dx``.
 
@@ -147,7 +147,7 @@ class Robustness(Quantity):
         """Measure one step."""
         self.complete = False
         _ = snapshot.faithful
-        values = snapshot.ranks.first(lambda: self._measure(snapshot), self.name)
+        values = snapshot.run.ranks.first(lambda: self._measure(snapshot), self.name)
         self.finish({f"robustness_{name}": value for name, value in values.items()})
 
     def _measure(self, snapshot: Snapshot) -> dict[str, float]:

@@ -9,15 +9,15 @@ from lsp_callbacks.functional.curvature.condition import SMALL, condition, condi
 from lsp_callbacks.functional.network.batch_norm import batch_norm_drift
 from lsp_callbacks.functional.network.gains import gains
 from lsp_callbacks.functional.network.kurtosis import excess_kurtosis
+from lsp_callbacks.functional.network.layer_operators import weight_operators
 from lsp_callbacks.functional.network.units import LEAST_ROWS, units
 from lsp_callbacks.operators.network.batch_statistics import outputs
-from lsp_callbacks.operators.network.signal_sizes import NormInput, Signals
-from lsp_callbacks.operators.network.weights import weight_operators
+from lsp_callbacks.operators.network.signal_sizes import NormInput, SignalSizes
 from lsp_callbacks.quantities.base import scalar
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
 
 
-def gains_of(step: Signals) -> dict[str, Tensor]:
+def gains_of(step: SignalSizes) -> dict[str, Tensor]:
     """Return forward and backward gains, and their logs along the path."""
     ratios = gains(step.layers, step.path)
     logs = {"forward_log_gain": ratios.forward_log, "backward_log_gain": ratios.backward_log}
@@ -28,7 +28,7 @@ def gains_of(step: Signals) -> dict[str, Tensor]:
     }
 
 
-def units_of(step: Signals, absent: dict[str, str]) -> dict[str, Tensor]:
+def units_of(step: SignalSizes, absent: dict[str, str]) -> dict[str, Tensor]:
     """Return shares of dead and saturated units, by activation and of all; note in ``absent`` what has none."""
     shares: dict[str, Tensor] = {}
     dead = saturated = total = 0.0
@@ -79,7 +79,7 @@ def output_change_of(snapshot: Snapshot) -> Tensor:
     return scalar(linalg.norm(batch - running) / linalg.norm(batch))
 
 
-def conditions_of(module: nn.Module, step: Signals) -> dict[str, Tensor]:
+def conditions_of(module: nn.Module, step: SignalSizes) -> dict[str, Tensor]:
     """Return the condition number of each layer's weight as it is applied: exact, or a lower bound."""
     conditions: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -88,7 +88,7 @@ def conditions_of(module: nn.Module, step: Signals) -> dict[str, Tensor]:
         weight = next((p for key, p in layer.named_parameters() if "bias" not in key), None)
         if call is None or weight is None or id(weight) in seen:
             continue
-        for part, operator in weight_operators(layer, call).items():
+        for part, operator in weight_operators(layer, call.input_shape, call.output_shape).items():
             seen.add(id(weight))
             key = f"{name}.{part}" if part else name
             if min(operator.shape) <= SMALL:

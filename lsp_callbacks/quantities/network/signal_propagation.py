@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks._validation import choice, whole
-from lsp_callbacks.functional.curvature.condition import loss_condition_lower, norms_cost
-from lsp_callbacks.functional.network.lipschitz import Uncertified, lipschitz_lower, lipschitz_upper
+from lsp_callbacks.autograd._torch_internals import BatchNorm
+from lsp_callbacks.functional.curvature.condition import loss_condition_lower
+from lsp_callbacks.functional.network.lipschitz import lipschitz_lower
 from lsp_callbacks.operators.cost import lanczos_cost
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.network.depth import depth
-from lsp_callbacks.operators.network.signal_sizes import signals
+from lsp_callbacks.operators.network.lipschitz import Uncertified, lipschitz_upper
+from lsp_callbacks.operators.network.norms_cost import norms_cost
+from lsp_callbacks.operators.network.signal_sizes import signal_sizes
 from lsp_callbacks.quantities.base import ROOT, Quantity, scalar
 from lsp_callbacks.quantities.key import PREFIX, Key
 from lsp_callbacks.quantities.network.signal_parts import (
@@ -75,9 +78,9 @@ class SignalPropagation(Quantity):
       rate.
     - *BatchNorm* (`functional.batch_norm_drift`): batch against running statistics, and how much of it sampling
       explains. A batch that is drawn from a moving distribution, as in a GAN, makes both numbers large.
-    - *Lipschitz* (`functional.lipschitz_lower`, `functional.lipschitz_upper`) from the first floating-point tensor (or
-      the embedding) to the last layer, per sample, in eval mode. The upper one holds for every input, but can be far
-      above the true constant; attention and gates have none.
+    - *Lipschitz* (`functional.lipschitz_lower`, `lsp_callbacks.operators.network.lipschitz`) from the first
+      floating-point tensor (or the embedding) to the last layer, per sample, in eval mode. The upper one holds for
+      every input, but can be far above the true constant; attention and gates have none.
 
     Args:
         samples: number of samples at whose inputs the lower Lipschitz bound is taken.
@@ -177,7 +180,7 @@ class SignalPropagation(Quantity):
         self.add_state("initial", default=torch.empty(0, dtype=torch.float64), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in snapshot.module.modules())
+        norms = any(isinstance(m, BatchNorm) for m in snapshot.module.modules())
         return {
             "signals": 2.0,
             "bounds": norms_cost(snapshot),
@@ -193,8 +196,8 @@ class SignalPropagation(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step."""
         self.complete = False
-        numbers, absent = snapshot.ranks.first(lambda: self._measure(snapshot), self.name)
-        ranks = snapshot.ranks
+        numbers, absent = snapshot.run.ranks.first(lambda: self._measure(snapshot), self.name)
+        ranks = snapshot.run.ranks
         ratio = _attempt("loss_condition_lower", absent, lambda: ranks.apart(lambda: self._loss_condition(snapshot)))
         if ratio is not None:
             numbers["loss_condition_lower"] = scalar(ratio)
@@ -212,7 +215,7 @@ class SignalPropagation(Quantity):
     def _measure(self, snapshot: Snapshot) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the numbers of one rank, and the reasons why parts are absent."""
         absent: dict[str, str] = {}
-        step = signals(snapshot)
+        step = signal_sizes(snapshot)
         numbers = gains_of(step)
         if not any(key.startswith("forward_gain/") for key in numbers):
             raise Unmeasurable(
@@ -231,7 +234,7 @@ class SignalPropagation(Quantity):
         with evaluating(snapshot.module), torch.no_grad():
             numbers |= conditions_of(snapshot.module, step)
         if states is not None:
-            lower = _attempt("lipschitz_lower", absent, lambda: lipschitz_lower(states))
+            lower = _attempt("lipschitz_lower", absent, lambda: lipschitz_lower(states.jacobian(len(states.layers))))
             upper = _attempt("lipschitz_upper", absent, lambda: lipschitz_upper(states))
             numbers |= {} if lower is None else {"lipschitz_lower": scalar(lower)}
             numbers |= {} if upper is None else {"lipschitz_upper": scalar(upper)}

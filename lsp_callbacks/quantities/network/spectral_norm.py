@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.functional.network.spectral_norm import log_sum, spectral_norm
+from lsp_callbacks.functional.network.layer_operators import row_norm, weight_operators
+from lsp_callbacks.functional.network.spectral_norm import log_sum, weight_norms
 from lsp_callbacks.operators.cost import beside, forward_cost
 from lsp_callbacks.operators.memory import footprint
-from lsp_callbacks.operators.network.weights import row_norm, weight_operators
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import PREFIX, Key, relative_residual
 from lsp_callbacks.quantities.module_filter import Selection, selected, validate
@@ -80,7 +80,9 @@ class SpectralNorm(Quantity):
         calls = snapshot.calls
         starts: dict[str, dict[str, Tensor]] = {}
         # All ranks have the same weights; only the sizes of their inputs may differ.
-        norms, residual, rows = snapshot.ranks.first(lambda: self._measure(snapshot.module, calls, starts), self.name)
+        norms, residual, rows = snapshot.run.ranks.first(
+            lambda: self._measure(snapshot.module, calls, starts), self.name
+        )
         self._layer_norms, self._row_norms, self._starts = norms, rows, starts
         if not norms:
             self.finish({})
@@ -131,7 +133,7 @@ class SpectralNorm(Quantity):
         try:
             layer.train(False)  # so that reading a parametrised weight does not move its buffers
             start = self._starts.get(name)
-            return spectral_norm(
+            return weight_norms(
                 layer, called.input_shape, output_shape=called.output_shape, start=start, steps=STEPS, tol=TOLERANCE
             )
         finally:

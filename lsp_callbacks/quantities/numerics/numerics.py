@@ -113,8 +113,8 @@ class Numerics(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step."""
         self.complete = False
-        ranges = snapshot.ranks.gather(lambda: numeric_range(snapshot), self.name)
-        lost = snapshot.ranks.first(lambda: _lost(snapshot), "the update")
+        ranges = snapshot.run.ranks.gather(lambda: range_of_step(snapshot), self.name)
+        lost = snapshot.run.ranks.first(lambda: _lost(snapshot), "the update")
         least = {
             f"{kind}_min": scalar(min(min(getattr(each, part).values(), default=torch.nan) for each in ranges))
             for part, kind in _PARTS.items()
@@ -170,3 +170,21 @@ def _lost(snapshot: Snapshot) -> float:
         return torch.nan
     moved = sum(moves for _, moves in pairs)
     return sum(lost for lost, _ in pairs) / moved if moved else 0.0
+
+
+def range_of_step(snapshot: Snapshot) -> NumericRange:
+    """Return the `numeric_range` of one step, under the scale of its gradient scaler.
+
+    Args:
+        snapshot: a step; of several ranks each looks at its own part of it.
+
+    Raises:
+        Unmeasurable: if the replayed loss is not the step's.
+    """
+    return numeric_range(
+        snapshot.replay,
+        snapshot.module,
+        parameters=snapshot.parameters,
+        scale=snapshot.scale,
+        check=lambda loss: snapshot.check(loss, tolerance=1e-4 if snapshot.compiled else 0.0),
+    )

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from lsp_callbacks.functional.sgd.frozen_sgd import FrozenSGD
 from lsp_callbacks.functional.sgd.mean_square import gd_critical_lr, mean_square_lr
 from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram, stability_diagram
+from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD
 
 #: Smallest number of rates in a diagram, and number of rates in a decade.
 RATES, A_DECADE = 24, 12
@@ -19,7 +19,7 @@ def diagram_around_step(sgd: FrozenSGD, **settings: Any) -> StabilityDiagram:
     """Return the stability diagram of a frozen step; its batch sizes and rates include those of the step.
 
     Args:
-        sgd: of `lsp_callbacks.functional.sgd.frozen_sgd.frozen_sgd`.
+        sgd: of `lsp_callbacks.operators.sgd.frozen_sgd.frozen_sgd`.
         settings: of `lsp_callbacks.functional.sgd.stability_diagram.stability_diagram`.
 
     Raises:

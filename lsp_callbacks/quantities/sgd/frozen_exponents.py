@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from lsp_callbacks.functional.sgd.frozen_sgd import FrozenSGD
 from lsp_callbacks.functional.sgd.mean_square import second_moment_exponent
 from lsp_callbacks.functional.sgd.modes import UpdateRule, regularity
 from lsp_callbacks.functional.sgd.moment_exponent import moment_exponent
@@ -20,6 +19,7 @@ from lsp_callbacks.functional.sgd.sgd_stability import (
     sum_of_exponents,
 )
 from lsp_callbacks.functional.sgd.stability_diagram import critical_lr
+from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD
 from lsp_callbacks.step.snapshot import Unmeasurable
 
 

@@ -18,7 +18,7 @@ RECORDED, PRODUCTS = 1.7, 40
 
 def probe_share(snapshot: Snapshot, probes: ProbeSet, samples: int) -> float:
     """Return how many batches of one rank the probes are: each rank processes all probes, but a part of the batch."""
-    return samples * snapshot.ranks.world / max(probes.batch_size, 1)
+    return samples * snapshot.run.ranks.world / max(probes.batch_size, 1)
 
 
 def kernel_cost(snapshot: Snapshot, probes: ProbeSet, samples: int, kernel: TangentKernel | None) -> dict[str, float]:

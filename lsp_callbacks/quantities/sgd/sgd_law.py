@@ -203,7 +203,7 @@ class SGDLaw(Quantity):
         rule = frozen_rule(snapshot)
         ends = self._ends(snapshot)
         population = None if probes.population is None else max(probes.population, probes.samples)
-        noise, lipschitz = snapshot.ranks.first(
+        noise, lipschitz = snapshot.run.ranks.first(
             lambda: self._noise(probes, population, snapshot), "the noise of the gradient"
         )
         share = batch_variance(1.0, probes.batch_size, population)
@@ -216,7 +216,7 @@ class SGDLaw(Quantity):
         pair = torch.stack([squared_distance(here, origin), share * noise.variance, share * noise.variance_error])
         pairs = torch.cat([self.pairs, pair[None]])[-MOST:]
         rounding = _rounding(snapshot, self.path(snapshot))
-        plain = _plain(rule) and snapshot.prox is None
+        plain = _plain(rule) and snapshot.run.prox is None
         fit = fit_noise(*pairs.unbind(1))
         values = _curvature_and_noise(ends, noise, fit, pair)
         values |= _law(ends, fit, rule.lr if plain else None, rounding) | _rates(snapshot)
@@ -229,7 +229,8 @@ class SGDLaw(Quantity):
 
     def restart(self) -> None:
         super().restart()
-        self.curvatures = UNMEASURED.clone()  # the old ones are those of other parameters
+        # The old ones are those of other parameters.
+        self.curvatures, self.pairs = UNMEASURED.clone(), self.pairs[:0]
 
     def _ends(self, snapshot: Snapshot) -> Ritz:
         operator = decayed_hessian(snapshot, method=self.method)
@@ -287,11 +288,11 @@ def _law(ends: Ritz, fit: NoiseFit, lr: float | None, rounding: float) -> dict[s
 def _rates(snapshot: Snapshot) -> dict[str, float | Tensor]:
     """Return the form of the schedule, or the decay of the rates so far, and their sums."""
     values: dict[str, float | Tensor] = {}
-    form = None if snapshot.schedulers is None else robbins_monro(*snapshot.schedulers).holds
+    form = None if snapshot.run.schedulers is None else robbins_monro(*snapshot.run.schedulers).holds
     if form is not None:
         values["robbins_monro"] = float(form)
-    if snapshot.trace is not None and len(snapshot.trace):
-        rates = snapshot.trace.rates
+    if snapshot.run.series is not None and len(snapshot.run.series):
+        rates = snapshot.run.series.rates
         values |= {"rate_sum": rates.total, "rate_square_sum": rates.squares}
         decay = rate_decay(rates.marks, gap=rates.gap)
         if form is None and decay.holds is not None:

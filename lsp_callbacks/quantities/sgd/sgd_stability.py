@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import whole
-from lsp_callbacks.functional.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.functional.sgd.sgd_stability import Sampling
 from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram, stability_diagram
+from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing
 from lsp_callbacks.plots.figure import load
 from lsp_callbacks.plots.stability_diagram import draw_stability_diagram
@@ -216,7 +216,7 @@ class SGDStability(Quantity):
             _ = snapshot.faithful
         if snapshot.gradient is not None:
             _ = snapshot.own_gradient
-        generator = torch.Generator().manual_seed(snapshot.seed)  # the same outputs at each step
+        generator = torch.Generator().manual_seed(snapshot.run.seed)  # the same outputs at each step
         sgd = frozen_sgd(
             snapshot, outputs=self.outputs, generator=generator, start=self._mode, most_rows=self.most_rows
         )
@@ -237,14 +237,14 @@ class SGDStability(Quantity):
     def _moment(self, sgd: FrozenSGD, p: int, snapshot: Snapshot) -> float:
         """Return NaN with one warning where a moment is refused: the headline number does not depend on it."""
         value, reason = moment(sgd, self._product, p)
-        if reason and not self.without and snapshot.ranks.rank == 0:
+        if reason and not self.without and snapshot.run.ranks.rank == 0:
             warnings.warn(f"sgd_stability leaves out {PREFIX}sgd_moment_{p}: {reason}", stacklevel=2)
         self.without = reason or self.without
         return value
 
     def restart(self) -> None:
         super().restart()
-        self.alike = scalar(0.0)
+        self.alike, self.alike_since = scalar(0.0), scalar(math.nan)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the last measurement, without infinite rates, where nothing can become unstable."""

@@ -15,7 +15,7 @@ from lsp_callbacks.functional.trajectory.clarke_training import (
     one_more,
 )
 from lsp_callbacks.operators.cost import forward_cost, products
-from lsp_callbacks.operators.curvature.gradient_kinks import loss_bends, prox_bends
+from lsp_callbacks.operators.curvature.gradient_kinks import loss_kinks, prox_kinks
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.proximal import proximal_jacobian
 from lsp_callbacks.operators.trajectory.step_jacobian import (
@@ -27,7 +27,7 @@ from lsp_callbacks.operators.trajectory.step_jacobian import (
 )
 from lsp_callbacks.quantities.key import NATS, Key
 from lsp_callbacks.quantities.trajectory.windowed import Windowed
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, Unmodelled
+from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, Unsupported
 
 
 def _keys() -> dict[str, Key]:
@@ -103,12 +103,12 @@ class ClarkeTraining(Windowed):
     def check(self, snapshot: Snapshot) -> None:
         P = sum(p.numel() for p in snapshot.parameters.values())
         if self.most < P:
-            raise Unmodelled(
+            raise Unsupported(
                 f"{P:,} parameters are trained, and whole derivatives are computed for at most {self.most}: allow more "
                 "by most=..., or train fewer"
             )
         if "max_exp_avg_sq" in state_blocks(snapshot):
-            raise Unmodelled("amsgrad takes a maximum, whose kinks are not supported: use amsgrad=False")
+            raise Unsupported("amsgrad takes a maximum, whose kinks are not supported: use amsgrad=False")
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         P = sum(p.numel() for p in snapshot.parameters.values())
@@ -126,12 +126,12 @@ class ClarkeTraining(Windowed):
         if not snapshot.graph.full:
             raise Unmeasurable("products in half precision are too coarse for a bound: train some steps in float32")
         self._require_no_kink_of_clipping(snapshot)
-        loss, after = loss_bends(snapshot, eps=self.eps), prox_bends(snapshot, eps=self.eps)
+        loss, after = loss_kinks(snapshot, eps=self.eps), prox_kinks(snapshot, eps=self.eps)
         A = step_jacobian(snapshot, method="exact").dense().double().cpu()
         B = step_response(snapshot).dense().double().cpu()
         P = B.shape[1]
         D = torch.eye(P, dtype=torch.float64)
-        if snapshot.prox is not None:
+        if snapshot.run.prox is not None:
             D = proximal_jacobian(snapshot).dense().double().cpu()
         now = GeneralizedSteps(**self._frame["steps"]) if self._continues(snapshot) else no_steps(len(A), P)
         now = one_more(now, A, B, D, loss, after)

@@ -84,12 +84,12 @@ class Dissipation(Quantity):
 
     Example:
         >>> import torch
-        >>> from lsp_callbacks import Dissipation, Snapshot, Trace
+        >>> from lsp_callbacks import Dissipation, RunContext, Snapshot, Trace
         >>> trace = Trace(length=100)
         >>> for step in range(60):
         ...     trace.record(step, torch.tensor(2 + 0.75**step, dtype=torch.float64))
         >>> metric, net = Dissipation(), torch.nn.Linear(1, 1)
-        >>> metric.update(Snapshot(step=59, module=net, replay=lambda: net.bias.sum(), trace=trace))
+        >>> metric.update(Snapshot(step=59, module=net, replay=lambda: net.bias.sum(), run=RunContext(series=trace)))
         >>> round(float(metric.compute()["stability/dissipation"]), 6)
         0.25
         >>> def penalty(module):
@@ -190,21 +190,21 @@ class Dissipation(Quantity):
         return "time series"
 
     def warm_up(self, snapshot: Snapshot) -> int:
-        unrecorded = snapshot.trace is None or snapshot.trace.sparse
-        return 0 if unrecorded else max(0, self.least - len(snapshot.trace or ()))
+        unrecorded = snapshot.run.series is None or snapshot.run.series.sparse
+        return 0 if unrecorded else max(0, self.least - len(snapshot.run.series or ()))
 
     def update(self, snapshot: Snapshot) -> None:
         """Fit the last steps."""
         self.complete = False
-        trace = snapshot.trace
+        trace = snapshot.run.series
         if trace is None or trace.sparse:
             raise Unmeasurable(
                 "the losses of the steps before were not recorded: call Monitor.observe or Monitor.record at every "
-                "optimizer step, or pass Snapshot(trace=...)"
+                "optimizer step, or pass Snapshot(run=RunContext(series=...))"
             )
-        series = trace.read(snapshot.ranks)
+        series = trace.read(snapshot.run.ranks)
         # A warning was already issued for each of them.
-        failed = set().union(*snapshot.ranks.gather(lambda: set(trace.failed), "energies that failed"))
+        failed = set().union(*snapshot.run.ranks.gather(lambda: set(trace.failed), "energies that failed"))
         if "joint" in self.derived:
             series["joint"] = series["state"] + series["distance"] / 2
             failed |= {"joint"} if failed & {"state", "distance"} else set()

@@ -14,7 +14,7 @@ from lsp_callbacks.linalg import push
 from lsp_callbacks.operators.cost import products
 from lsp_callbacks.operators.curvature.hessian import Method, label, path_taken, resolved
 from lsp_callbacks.operators.memory import product_memory
-from lsp_callbacks.operators.sgd.sample_contributions import Shares, shares
+from lsp_callbacks.operators.sgd.sample_contributions import SampleContributions, sample_contributions
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.trajectory.step_jacobian import state_blocks, tangent_path
 from lsp_callbacks.quantities.base import Quantity
@@ -121,27 +121,27 @@ class LeaveOneOut(Quantity):
         method = resolved(snapshot, self.method)
         contributions = self._shares(snapshot)
         # The batch is needed again at the end, other results of the step are not.
-        first = replace(snapshot, memo={}, loss=None, gradient=None, trace=None)
+        first = replace(snapshot, memo={}, loss=None, gradient=None)
         vars(first)["graph"] = snapshot.graph
         return {
             "state": self._forced(snapshot, contributions), "shares": contributions, "first": first, "count": 1,
             "step": snapshot.step, "method": method,
         }  # fmt: skip
 
-    def _shares(self, snapshot: Snapshot) -> Shares:
-        def of_first_rank() -> Shares:
-            parts = shares(snapshot, self.samples)
+    def _shares(self, snapshot: Snapshot) -> SampleContributions:
+        def of_first_rank() -> SampleContributions:
+            parts = sample_contributions(snapshot, self.samples)
             return replace(parts, gradients=parts.gradients.cpu(), inputs=parts.inputs.cpu())
 
         _ = snapshot.graph  # of all ranks
-        return snapshot.ranks.first(of_first_rank, "the shares")
+        return snapshot.run.ranks.first(of_first_rank, "the shares")
 
-    def _forced(self, snapshot: Snapshot, parts: Shares) -> Tensor:
+    def _forced(self, snapshot: Snapshot, parts: SampleContributions) -> Tensor:
         """Return the response to the samples' parts of the loss of all ranks, which is the mean of their losses."""
         response = update_response(snapshot)
-        return -push(response, parts.gradients.to(response.device) / snapshot.ranks.world)
+        return -push(response, parts.gradients.to(response.device) / snapshot.run.ranks.world)
 
-    def _again(self, snapshot: Snapshot, before: Shares) -> Shares:
+    def _again(self, snapshot: Snapshot, before: SampleContributions) -> SampleContributions:
         now = self._shares(snapshot)
         if not torch.equal(now.inputs, before.inputs):
             raise Unmeasurable(

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import whole
-from lsp_callbacks.functional.curvature.sharpness import edge_constant
 from lsp_callbacks.functional.trajectory.lyapunov import exponent_bounds, plane_map, window_exponent
 from lsp_callbacks.functional.trajectory.statistics import student_bounds
 from lsp_callbacks.operators.cost import products, push_cost
 from lsp_callbacks.operators.curvature.finite_differences import LEAST
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
+from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.memory import footprint
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.proximal import update_drift, update_jacobian
@@ -87,7 +87,7 @@ class Lyapunov(Windowed):
         self.add_state("spans", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
-        edge_constant(frozen_rule(snapshot))  # the alignment needs an edge
+        threshold_constant(frozen_rule(snapshot))  # the alignment needs an edge
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         method = resolved(snapshot, self.method)
@@ -134,7 +134,7 @@ class Lyapunov(Windowed):
         exponent = window_exponent(maps, rest=remembers)
         if math.isnan(exponent):  # a NaN would hide the next windows
             raise Unmeasurable("the pushed direction is not finite: the weights or the loss have overflowed")
-        if exponent == -math.inf and snapshot.prox is not None:
+        if exponent == -math.inf and snapshot.run.prox is not None:
             raise Unmeasurable(
                 "prox removes the sharp mode: a displacement along it is 0 after one step, and has no exponent"
             )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.functional.network.depth_profile import depth_profile
-from lsp_callbacks.functional.network.norm_bound import norm_bound
 from lsp_callbacks.functional.trajectory.training_profile import FAILURE
-from lsp_callbacks.operators.curvature.hessian import double_backward
 from lsp_callbacks.operators.network.depth import depth
+from lsp_callbacks.operators.network.norm_bound import norm_bound
 from lsp_callbacks.quantities.key import Key, relative_residual
 from lsp_callbacks.step.snapshot import Call, Snapshot, Unmeasurable, evaluating
 

@@ -15,6 +15,7 @@ from lsp_callbacks.functional.trajectory.training_profile import (
     function_growth,
     training_profile,
 )
+from lsp_callbacks.linalg.logs import exp, log
 from lsp_callbacks.quantities.key import NATS, Key, standard_error
 from lsp_callbacks.quantities.trajectory.window_ends import Ends
 
@@ -52,13 +53,13 @@ KEYS = {
 }
 
 
-def sensitivity(gram: torch.Tensor, now: Tangents) -> tuple[float, float]:
-    """Return wide ends of ``||J A_T ... A_1||``: lower by the frame, upper by its random directions."""
+def log_sensitivity(gram: torch.Tensor, now: Tangents) -> tuple[float, float]:
+    """Return logs of wide ends of ``||J A_T ... A_1||``: lower by the frame, upper by its random directions."""
     lower, seen = (
         float(torch.linalg.eigvalsh(g)[-1].clamp_min(0).sqrt()) for g in (gram, gram[: now.random, : now.random])
     )
-    grown = math.exp(now.frame_log)
-    return lower * grown, norm_by_random_rows(seen, now.random, now.size, failure=FAILURE) * grown
+    upper = norm_by_random_rows(seen, now.random, now.size, failure=FAILURE)
+    return log(lower) + now.frame_log, log(upper) + now.frame_log
 
 
 def in_training(
@@ -76,13 +77,14 @@ def in_training(
     numbers: dict[str, Any] = vars(profile) | {"horizon": float(profile.steps)}
     for name in ("mean_square", "mean_square_error"):
         numbers[f"sigma_theta_{name}"], numbers[f"alpha_theta_{name}"] = numbers[name], numbers[f"alpha_{name}"]
-    norms = {"theta": (float(profile.sigma_theta), float(profile.sigma_theta_bound))}
-    norms |= {name: sensitivity(gram, now) for name, gram in grams.items()}
-    for i, (name, (lower, upper)) in enumerate(norms.items()):
-        low, high = (0.0, upper) if ends is None else ends.norms[i]
-        lower = max(lower, low)
-        numbers[f"sigma_{name}"], numbers[f"sigma_{name}_bound"] = lower, max(lower, high)
-    numbers |= _exponents(numbers, profile)
+    steps = profile.steps  # logs, as a window that explodes has exponents where its norms have overflowed
+    logs = {"theta": (steps * float(profile.alpha_theta), steps * float(profile.alpha_theta_bound))}
+    logs |= {name: log_sensitivity(gram, now) for name, gram in grams.items()}
+    for i, (name, (lower, upper)) in enumerate(logs.items()):
+        low, high = (-math.inf, upper) if ends is None else ends.log_norms[i]
+        logs[name] = lower, upper = max(lower, low), max(lower, low, high)
+        numbers[f"sigma_{name}"], numbers[f"sigma_{name}_bound"] = exp(lower), exp(upper)
+    numbers |= _exponents(*logs["theta"], profile)
     if "output" in grams and before is not None:
         after = grams["output"].diagonal()[: now.random]
         growth = function_growth(before, after, now.frame_log, now.steps)
@@ -90,19 +92,15 @@ def in_training(
     return {name: float(numbers[name]) for name in KEYS if name in numbers}
 
 
-def _exponents(numbers: dict[str, Any], profile: TrainingProfile) -> dict[str, float]:
-    """Return the exponents of the ends of sigma_theta and sigma_u, and their gaps."""
-    lower, upper = (_log(numbers[f"sigma_theta{end}"]) / profile.steps for end in ("", "_bound"))
-    # The noise that was injected is known from random rows, up to the error of alpha_u.
-    gap = (float(profile.sigma_u_bound.log()) - float(profile.sigma_u.log())) * 2 / (profile.steps - 1)
+def _exponents(lower: float, upper: float, profile: TrainingProfile) -> dict[str, float]:
+    """Return the exponents of the ends of log sigma_theta, and the gaps of both exponents.
+
+    The noise that was injected is known from random rows, up to the error of alpha_u.
+    """
+    lower, upper = lower / profile.steps, upper / profile.steps
     return {
         "alpha_theta": lower,
         "alpha_theta_bound": upper,
         "alpha_theta_gap": upper - lower if math.isfinite(lower) else math.nan,
-        "alpha_u_bound": float(profile.alpha_u) + gap,
-        "alpha_u_gap": gap,
+        "alpha_u_gap": float(profile.alpha_u_bound - profile.alpha_u),
     }
-
-
-def _log(value: float) -> float:
-    return math.log(value) if value > 0 else -math.inf if value == 0 else math.nan

@@ -45,7 +45,7 @@ def _of_first(snapshot: Snapshot, build: Callable[[], LinearOperator | None], wh
         of_first_rank.append(built)
         return built.shape, built.dtype
 
-    ranks = snapshot.ranks
+    ranks = snapshot.run.ranks
     form = ranks.first(shape_and_type, what)
     if form is None or ranks.world == 1:
         return of_first_rank[0] if form else None

@@ -35,7 +35,7 @@ class ProximalStep(Quantity):
 
     ``prox_descent`` is c of ``F(theta+) = F(theta) - c ||theta+ - theta||^2``, with F the batch's loss, R and the
     coupled decay; ``prox_descent_promised`` is ``1 / lr - L / 2``, which holds for losses that are not convex, too.
-    Without a `Snapshot.prox` the prox is the identity and R is 0.
+    Without a `RunContext.prox` the prox is the identity and R is 0.
 
     Args:
         steps: Lanczos steps for the gain, two Hessian products each.
@@ -99,7 +99,7 @@ class ProximalStep(Quantity):
         """Measure one step."""
         self.complete = False
         self.check(snapshot)
-        D = proximal_jacobian(snapshot) if snapshot.prox is not None else _identity(snapshot)
+        D = proximal_jacobian(snapshot) if snapshot.run.prox is not None else _identity(snapshot)
         gain = proximal_gain(parameter_jacobian(snapshot, method=self.method), D, steps=self.steps)
         refused, promised, measured = _reason_for_no_promise(snapshot), None, (math.nan, math.nan)
         if refused is None:
@@ -137,7 +137,7 @@ def _reason_for_no_promise(snapshot: Snapshot) -> str | None:
         gradient = snapshot.flat_gradient
         if gradient is None or not torch.equal(snapshot.clipping(gradient), gradient):
             return "the gradient is clipped"
-    if snapshot.prox is not None and not hasattr(snapshot.prox, "penalty"):
+    if snapshot.run.prox is not None and not hasattr(snapshot.run.prox, "penalty"):
         return (
             "R is not known for this prox: use one of lsp_callbacks.functional.trajectory.proximal, or give yours a "
             "method penalty(name, tensor)"
@@ -155,7 +155,7 @@ def _measured(snapshot: Snapshot, method: Method) -> tuple[Promise, tuple[float,
         theta = flat_parameters(snapshot)
         return loss.double() + 0.5 * (decay * theta.square()).sum() + _penalty(snapshot, theta)
 
-    modulus: Any = getattr(snapshot.prox, "modulus", 0.0)
+    modulus: Any = getattr(snapshot.run.prox, "modulus", 0.0)
     loss, gradient = snapshot.replayed_gradient()
     before, theta = objective(_mean(snapshot, loss)), flat_parameters(snapshot)
     with displaced(parameters, step, 1.0):
@@ -177,12 +177,12 @@ def _measured(snapshot: Snapshot, method: Method) -> tuple[Promise, tuple[float,
 
 
 def _mean(snapshot: Snapshot, loss: Tensor) -> Tensor:
-    (mean,) = snapshot.ranks.mean(lambda: (loss.detach(),), "the loss of the objective")
+    (mean,) = snapshot.run.ranks.mean(lambda: (loss.detach(),), "the loss of the objective")
     return mean
 
 
 def _penalty(snapshot: Snapshot, theta: Tensor) -> Tensor:
-    prox: Any = snapshot.prox
+    prox: Any = snapshot.run.prox
     if prox is None:
         return theta.new_zeros(())
     parts = zip(snapshot.parameters, split(theta, list(snapshot.parameters.values())))

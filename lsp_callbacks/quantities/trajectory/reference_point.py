@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.linalg import Sketch
 from lsp_callbacks.linalg.sketch import BUCKETS
-from lsp_callbacks.step.snapshot import Unmodelled
+from lsp_callbacks.step.snapshot import Unsupported
 
 #: Sketch before there is a reference point.
 NOWHERE = torch.full((BUCKETS,), torch.nan, dtype=torch.float64)
@@ -39,14 +39,14 @@ def position_in(path: str, module: nn.Module, sketch: Sketch) -> Tensor:
     """Return the sketch of the module's parameters in a checkpoint.
 
     Raises:
-        Unmodelled: if it cannot be read, or lacks some of them.
+        Unsupported: if it cannot be read, or lacks some of them.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         state = saved.get("state_dict", saved)
         tensors = [state[name].view_as(p) for name, p in module.named_parameters()]
     except Exception as error:  # whatever the file contains
-        raise Unmodelled(
+        raise Unsupported(
             f"reference={path!r} is no checkpoint of this model ({type(error).__name__}: {error}): save its state_dict "
             "alone, or measure from the first parameters"
         ) from None

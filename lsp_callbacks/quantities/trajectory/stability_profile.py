@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import whole
-from lsp_callbacks.functional.curvature.sharpness import edge_constant
 from lsp_callbacks.functional.trajectory.training_profile import Tangents, pushed, tangents
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.cost import forward_cost, products, sample_passes
 from lsp_callbacks.operators.curvature.hessian import Method, path_taken, resolved
+from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.memory import TWICE, footprint, product_memory
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
@@ -218,7 +218,7 @@ class StabilityProfile(Windowed):
         if self.wide:
             return None
         try:
-            step = snapshot.ranks.apart(lambda: keep(snapshot, method))
+            step = snapshot.run.ranks.apart(lambda: keep(snapshot, method))
         except Unmeasurable as error:
             self.wide = str(error)
             return None
@@ -226,8 +226,8 @@ class StabilityProfile(Windowed):
 
     def _finish(self, snapshot: Snapshot, now: Tangents) -> None:
         calls = snapshot.calls
-        deep = snapshot.ranks.first(lambda: in_depth(snapshot, calls, samples=self.samples), self.name)
-        if deep.undefined and not self.undefined and snapshot.ranks.rank == 0:
+        deep = snapshot.run.ranks.first(lambda: in_depth(snapshot, calls, samples=self.samples), self.name)
+        if deep.undefined and not self.undefined and snapshot.run.ranks.rank == 0:
             warnings.warn(f"stability_profile has no numbers in depth: {deep.undefined}", stacklevel=2)
         self.undefined, self.unbounded = deep.undefined, deep.unbounded
         readers = {
@@ -256,7 +256,7 @@ class StabilityProfile(Windowed):
             return window_ends(snapshot, window, now, readers, pairs=pairs)
 
         try:
-            return snapshot.ranks.apart(replayed)
+            return snapshot.run.ranks.apart(replayed)
         except Unmeasurable as error:
             self.wide = str(error)
             return None
@@ -304,7 +304,7 @@ class StabilityProfile(Windowed):
 
 def _has_edge(snapshot: Snapshot) -> bool:
     try:
-        edge_constant(frozen_rule(snapshot))
+        threshold_constant(frozen_rule(snapshot))
     except Unmeasurable:
         return False
     return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 
 from lsp_callbacks.functional.trajectory.training_profile import FAILURE, NoiseSeen, Tangents
 from lsp_callbacks.linalg import LinearOperator, top_between
+from lsp_callbacks.linalg.logs import log
 from lsp_callbacks.operators.trajectory.window import Window, squares
 from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
 
@@ -22,11 +22,11 @@ class Ends:
     """Intervals of a window.
 
     Attributes:
-        norms: both ends of ``||A_T ... A_1||``, and of its product with each reader of the parameters.
+        log_norms: logs of both ends of ``||A_T ... A_1||``, and of its product with each reader of the parameters.
         noise: of the noise.
     """
 
-    norms: list[tuple[float, float]]
+    log_norms: list[tuple[float, float]]
     noise: NoiseSeen
 
 
@@ -56,8 +56,8 @@ def window_ends(
     values = ritz.values[..., -1].clamp_min(0)
     if not bool(torch.isfinite(upper).all()):
         raise Unmeasurable("products with the window are not finite")
-    grown = math.exp(now.frame_log)
-    norms = [(float(low.sqrt()) * grown, float(high.clamp_min(0).sqrt()) * grown) for low, high in zip(values, upper)]
+    ends = zip(values.tolist(), upper.clamp_min(0).tolist())
+    norms = [(log(low) / 2 + now.frame_log, log(high) / 2 + now.frame_log) for low, high in ends]
     noise = NoiseSeen(ritz.basis[:, -1], float(ritz.values[-1].sum()), float(upper[-1]))
     return Ends(norms[:-1], noise)
 

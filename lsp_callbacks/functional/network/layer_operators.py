@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import singledispatch
 from typing import Any
 
@@ -10,19 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd._torch_internals import convolve, output_padding
 from lsp_callbacks.linalg import LinearOperator, from_matrix, norm
-from lsp_callbacks.step.snapshot import Call
+
+#: Of a tensor; None where it is not needed.
+Shape = tuple[int, ...] | None
 
 
 @singledispatch
-def weight_operators(layer: nn.Module, call: Call) -> dict[str, LinearOperator]:
+def weight_operators(
+    layer: nn.Module, input_shape: Shape = None, output_shape: Shape = None
+) -> dict[str, LinearOperator]:
     """The linear part of a layer, by the name of its part ("" where it has only one).
 
     Registered for Linear, Bilinear-free attention projections, Embedding, convolutions and Hugging Face's Conv1D.
 
     Args:
         layer: in eval mode, so that reading a parametrised weight does not move its buffers.
-        call: gives the input size of a convolution.
+        input_shape: of a convolution's input, with or without a batch axis.
+        output_shape: of a transposed convolution, where it was called with ``output_size``.
 
     Returns:
         Operators on flat vectors; empty for a module that is not such a layer.
@@ -33,17 +40,17 @@ def weight_operators(layer: nn.Module, call: Call) -> dict[str, LinearOperator]:
 
 
 @weight_operators.register
-def _(layer: nn.Linear, call: Call) -> dict[str, LinearOperator]:
+def _(layer: nn.Linear, input_shape: Shape = None, output_shape: Shape = None) -> dict[str, LinearOperator]:
     return {"": from_matrix(_weight(layer))}
 
 
 @weight_operators.register
-def _(layer: nn.Embedding, call: Call) -> dict[str, LinearOperator]:
+def _(layer: nn.Embedding, input_shape: Shape = None, output_shape: Shape = None) -> dict[str, LinearOperator]:
     return {"": from_matrix(_weight(layer).T)}
 
 
 @weight_operators.register
-def _(layer: nn.MultiheadAttention, call: Call) -> dict[str, LinearOperator]:
+def _(layer: nn.MultiheadAttention, input_shape: Shape = None, output_shape: Shape = None) -> dict[str, LinearOperator]:
     # The output projection is called as a function: its module fires no hooks, so it is read here.
     if layer.in_proj_weight is not None:
         parts = layer.in_proj_weight.detach().chunk(3)
@@ -58,29 +65,27 @@ def _(layer: nn.MultiheadAttention, call: Call) -> dict[str, LinearOperator]:
 @weight_operators.register(nn.Conv1d)
 @weight_operators.register(nn.Conv2d)
 @weight_operators.register(nn.Conv3d)
-def _(layer: nn.Conv1d, call: Call) -> dict[str, LinearOperator]:
+def _(layer: nn.Conv1d, input_shape: Shape = None, output_shape: Shape = None) -> dict[str, LinearOperator]:
     weight = _weight(layer)
-    shape = _unbatched(call.input_shape, layer)
-    return {"": _linear_map(lambda x: layer._conv_forward(x, weight, None), shape, weight)}
+    shape = _unbatched(input_shape, layer)
+    return {"": _linear_map(lambda x: convolve(layer, x, weight), shape, weight)}
 
 
 @weight_operators.register(nn.ConvTranspose1d)
 @weight_operators.register(nn.ConvTranspose2d)
 @weight_operators.register(nn.ConvTranspose3d)
-def _(layer: nn.ConvTranspose1d, call: Call) -> dict[str, LinearOperator]:
+def _(layer: nn.ConvTranspose1d, input_shape: Shape = None, output_shape: Shape = None) -> dict[str, LinearOperator]:
     weight = _weight(layer)
     dims = len(layer.kernel_size)
-    shape = _unbatched(call.input_shape, layer)
-    convolve = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[dims]
+    shape = _unbatched(input_shape, layer)
+    transposed: Any = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[dims]
     # forward(output_size=...) may have asked for another padding than the layer's own: take the real size.
-    wanted = list(call.output_shape[-dims:]) if call.output_shape else None
+    wanted = list(output_shape[-dims:]) if output_shape else None
     like = torch.empty(1, *shape, device="meta")
-    padding: Any = layer.padding
-    sizes: Any = (layer.stride, padding, layer.kernel_size, dims, layer.dilation)
-    extra = layer._output_padding(like, wanted, *sizes)
+    extra = output_padding(layer, like, wanted)
 
     def forward(x: Tensor) -> Tensor:
-        return convolve(x, weight, None, layer.stride, padding, extra, layer.groups, layer.dilation)
+        return transposed(x, weight, None, layer.stride, layer.padding, extra, layer.groups, layer.dilation)
 
     return {"": _linear_map(forward, shape, weight)}
 
@@ -97,7 +102,7 @@ def _weight(layer: nn.Module) -> Tensor:
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def _unbatched(shape: tuple[int, ...] | None, layer: nn.Conv1d | nn.ConvTranspose1d) -> tuple[int, ...]:
+def _unbatched(shape: Shape, layer: nn.Conv1d | nn.ConvTranspose1d) -> tuple[int, ...]:
     assert shape is not None
     return (layer.in_channels, *shape[-len(layer.kernel_size) :])
 
@@ -116,3 +121,15 @@ def _linear_map(forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], wei
         return torch.autograd.grad(y, x, u.reshape(y.shape), retain_graph=True)[0].reshape(-1)
 
     return LinearOperator((y.numel(), x.numel()), apply, adjoint, dtype=weight.dtype, device=weight.device)
+
+
+@contextlib.contextmanager
+def in_eval_mode(layer: nn.Module) -> Iterator[None]:
+    """Put a layer into eval mode, so that reading a parametrised weight does not move its buffers, and back."""
+    modes = [(module, module.training) for module in layer.modules()]
+    layer.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

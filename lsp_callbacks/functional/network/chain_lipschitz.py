@@ -1,18 +1,17 @@
-"""The product of the layers' operator norms and activation slopes: the bound of the spectral law of depth."""
+"""A bound on the Lipschitz constant of modules applied one after another."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd.double_backward import jacobian
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.network.activations import activation_lipschitz
-from lsp_callbacks.linalg import norm, operator_norm
-from lsp_callbacks.operators.network.depth import Depth
-from lsp_callbacks.operators.sgd.sample_rows import jacobian
-from lsp_callbacks.step.snapshot import Unmeasurable
+from lsp_callbacks.linalg import operator_norm
 
 #: Probability with which one norm may exceed its bound.
 FAILURE = 1e-3
@@ -90,52 +89,6 @@ def chain_lipschitz(
     return bound * _norm(end, start, steps, tol, generator), y
 
 
-def norm_bound(
-    found: Depth,
-    modules: Mapping[str, nn.Module],
-    shapes: Mapping[str, tuple[int, ...] | None],
-    *,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """``sum_k log (||W_k|| slope_k)`` over the layers of a network, the bound of Thm 4.1 times L.
-
-    That the network is the chain of its modules is checked at the samples: a random vector, pushed through the modules
-    alone, has to be ``dX_k/dX_0 v`` at each depth.
-
-    Args:
-        found: the network's states.
-        modules: by name, in eval mode.
-        shapes: what each was called with, samples first.
-        generator: of the random starts; a fixed seed otherwise.
-
-    Raises:
-        Unmeasurable: a layer that has no bound, with the reason: a module (attention, LayerNorm), a function called
-            between modules, a path around it.
-    """
-    J = found.jacobian(len(found.layers))
-    v = image = torch.randn(*J.batch, J.shape[1], generator=torch.Generator().manual_seed(0), dtype=J.dtype).to(
-        J.device
-    )
-    state, axis, total = found.start, found.axis, torch.zeros((), dtype=torch.float64)
-    for k, layer in enumerate(found.layers, start=1):
-        if axis or layer.axis:
-            raise Unmeasurable(f"layer {layer.name!r}: its samples do not come first")
-        own = [None if (shape := shapes.get(name)) is None else shape[1:] for name in layer.modules]
-        x = state.detach().requires_grad_()
-        try:
-            bound, y = chain_lipschitz([modules[name] for name in layer.modules], x, own, generator=generator)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a module of the user's raises on what it does not expect
-            raise Unmeasurable(f"layer {layer.name!r}: {error}") from None
-        image, real = jacobian(y, x) @ image, found.between(k, 0) @ v
-        if image.shape != real.shape or not _close(image, real):
-            raise Unmeasurable(f"layer {layer.name!r} does more than its modules: functions between them, or a sum")
-        total = total + bound.log()
-        state, axis = layer.state, layer.axis
-    return total
-
-
 def _affine(module: nn.Module) -> bool:
     if getattr(module, "running_mean", ...) is None:  # by the statistics of the batch, also in eval mode
         return False
@@ -163,13 +116,8 @@ def _lipschitz(module: nn.Module) -> float:
 def _norm(end: Tensor, start: Tensor, steps: int, tol: float, generator: torch.Generator | None) -> Tensor:
     if end is start:
         return torch.ones((), dtype=torch.float64)
-    J = jacobian(end, start)
+    J = jacobian(end, start, axes=(0, 0))
     side = J if J.shape[1] <= J.shape[0] else J.T
     found = operator_norm(side, steps=steps, tol=tol, failure=FAILURE, generator=generator).upper
     assert found is not None
     return found.max()
-
-
-def _close(image: Tensor, real: Tensor) -> bool:
-    difference, size = norm(image - real, -1), norm(real, -1)
-    return bool((difference <= 1e-3 * size).all())

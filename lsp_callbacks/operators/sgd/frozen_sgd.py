@@ -131,7 +131,7 @@ def critical_rule(snapshot: Snapshot) -> FrozenRule:
             preconditioner.
     """
     rule, decay = frozen_rule(snapshot), coupled_decay(snapshot)
-    if snapshot.prox is not None:
+    if snapshot.run.prox is not None:
         raise Unmeasurable("the map that prox applies after the step is not modelled: look at lyapunov instead")
     if rule.sign < 0:
         raise Unmeasurable("maximize=True: the Gauss-Newton matrix of a loss that is maximised is not positive")

@@ -1,0 +1,245 @@
+"""All that the package uses of torch beyond its public interface: the one file to look at when torch changes.
+
+``tests/test_architecture.py`` checks that no other file touches a private attribute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
+
+__all__ = [
+    "HOOKS",
+    "BatchNorm",
+    "Convolution",
+    "Dropout",
+    "InstanceNorm",
+    "TorchDispatchMode",
+    "keystr",
+    "tree_flatten",
+    "tree_flatten_with_path",
+    "tree_leaves",
+    "tree_map",
+    "tree_unflatten",
+]
+
+# Base classes of layers, which torch does not export.
+BatchNorm = nn.modules.batchnorm._BatchNorm
+InstanceNorm = nn.modules.instancenorm._InstanceNorm
+Convolution = nn.modules.conv._ConvNd
+Dropout = nn.modules.dropout._DropoutNd
+
+#: Attributes of a module that hold its hooks.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+)
+#: Attributes of a module that hold what is registered in it.
+CONTAINERS = ("_parameters", "_buffers", "_modules")
+
+
+# Nodes of the autograd graph.
+
+
+def sequence_number(node: Any) -> int:
+    """Return the number that autograd gave to a backward node when the forward operation made it."""
+    return node._sequence_nr()
+
+
+def next_sequence_number() -> int:
+    """Return the number that autograd will give to the next backward node of this thread."""
+    return torch.autograd._get_sequence_nr()
+
+
+def current_node() -> Any:
+    """Return the backward node that is running in this thread; None outside of a backward pass."""
+    return torch._C._current_autograd_node()
+
+
+def in_backward_pass() -> bool:
+    """Return whether this thread is inside a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def custom_function(node: Any) -> type | None:
+    """Return the ``torch.autograd.Function`` that a backward node belongs to; None for an operation of torch."""
+    return node._forward_cls if isinstance(node, BackwardCFunction) else None  # type: ignore[attr-defined]
+
+
+def metadata(node: Any) -> Any:
+    """Return shape, dtype and device of each output of the operation that a backward node belongs to."""
+    return node._input_metadata
+
+
+def saved(node: Any, name: str) -> Any:
+    """Return what a backward node of torch saved under a name, such as the argument ``alpha``."""
+    return getattr(node, f"_saved_{name}")
+
+
+# Tensors and operators.
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place."""
+    return tensor._version
+
+
+def base(tensor: Tensor) -> Tensor | None:
+    """Return the tensor that this one is a view of; None where it is no view."""
+    return tensor._base
+
+
+def sparse_values(tensor: Tensor) -> Tensor:
+    """Return the values that a sparse COO tensor stores, without coalescing it."""
+    return tensor._values()
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Return a number that is the same for all Python objects of one storage."""
+    return storage._cdata
+
+
+def foreach_norm(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return the norm of each tensor, by one kernel where there is one."""
+    return torch._foreach_norm(tensors)
+
+
+def packet(func: Any) -> Any:
+    """Return the operator, such as ``aten.add``, that an overload belongs to."""
+    return func._overloadpacket
+
+
+def works_in_place(func: Any) -> bool:
+    """Return whether an operator writes into one of its arguments."""
+    return func._schema.is_mutable
+
+
+# Modules.
+
+
+def buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the dictionary that holds the buffers of a module itself, to read and to write."""
+    return module._buffers
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether ``torch.compile`` was applied to a module, or to its call in place."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
+def convolve(layer: nn.Conv1d, x: Tensor, weight: Tensor) -> Tensor:
+    """Apply a convolution with another weight and without its bias, with the padding of the layer."""
+    return layer._conv_forward(x, weight, None)
+
+
+def padding_amounts(layer: nn.Conv2d) -> list[int]:
+    """Return how far a convolution pads its input, in the order of ``F.pad``."""
+    return layer._reversed_padding_repeated_twice
+
+
+def output_padding(layer: nn.ConvTranspose1d, x: Tensor, size: list[int] | None) -> list[int]:
+    """Return the output padding with which a transposed convolution maps x to an output of the given size."""
+    padding: Any = layer.padding
+    dims = len(layer.kernel_size)
+    return layer._output_padding(x, size, layer.stride, padding, layer.kernel_size, dims, layer.dilation)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def without_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Take the hooks off parameters, and put them back at the end."""
+    hooks = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    try:
+        for p, _ in hooks:
+            p._backward_hooks = None
+        yield
+    finally:
+        for p, kept in hooks:
+            p._backward_hooks = kept
+
+
+# Activation checkpoints.
+
+
+@contextlib.contextmanager
+def checkpoints_without_reentrance() -> Iterator[None]:
+    """Checkpoint activations without re-entrance: re-entrant checkpoints refuse ``torch.autograd.grad``."""
+
+    def apply(function: Callable, preserve: bool, *args: Any) -> Any:
+        if not any(isinstance(a, Tensor) and a.requires_grad for a in args):  # then it gives no gradient at all
+            with torch.no_grad():
+                return function(*args)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+    CheckpointFunction.apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del CheckpointFunction.apply
+
+
+@contextlib.contextmanager
+def kept_activations() -> Iterator[None]:
+    """Keep activations that would be checkpointed: products on a graph of few samples need them again and again.
+
+    What is computed again would also be computed in another mode than the first time, as replays restore the mode.
+    """
+
+    def keep(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    name = "_checkpoint_without_reentrant_generator"
+    original = getattr(torch.utils.checkpoint, name)
+    setattr(torch.utils.checkpoint, name, keep)
+    try:
+        yield
+    finally:
+        setattr(torch.utils.checkpoint, name, original)
+
+
+# Optimizers and schedulers.
+
+
+def forget_step_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """Remove the hooks that run before and after the steps of an optimizer."""
+    for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        getattr(optimizer, hooks, {}).clear()
+
+
+def unscales_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer divides the loss scale of mixed precision out in its step, as fused ones do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def overflowed(scaler: Any, optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a gradient scaler has found gradients of an optimizer that are not finite."""
+    return any(bool(flag) for flag in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values())
+
+
+def parts_of(scheduler: Any) -> list[Any]:
+    """Return the schedulers that a ``SequentialLR`` or ``ChainedScheduler`` is made of."""
+    return scheduler._schedulers
+
+
+def has_scale_function(scheduler: torch.optim.lr_scheduler.CyclicLR) -> bool:
+    """Return whether a cyclic schedule was given a function ``scale_fn`` of its own."""
+    return scheduler._scale_fn_custom is not None

@@ -1,0 +1,25 @@
+"""The edge of stability of an optimizer, in units of one over the learning rate."""
+
+from __future__ import annotations
+
+from lsp_callbacks.errors import Unmeasurable
+
+
+def stability_constant(momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False) -> float:
+    """``c``: the step is linearly stable while ``lr * lambda < c`` (full batch).
+
+    Plain gradient descent 2; heavy ball ``2 + 2 beta``; Nesterov ``(2 + 2 beta) / (1 + 2 beta)``; dampening tau
+    ``(2 + 2 beta) / (1 - tau)``. Source: Cohen et al. 2021, appendix B; MATH section 3.
+
+    Example:
+        >>> from lsp_callbacks.functional import stability_constant
+        >>> stability_constant(), stability_constant(0.9), stability_constant(0.9, dampening=0.9)
+        (2.0, 3.8, 38.0...)
+    """
+    if not momentum:
+        return 2.0
+    if nesterov:
+        return (2 + 2 * momentum) / (1 + 2 * momentum)
+    if dampening >= 1:
+        raise Unmeasurable(f"dampening={dampening} never lets a gradient in: there is no edge")
+    return (2 + 2 * momentum) / (1 - dampening)

@@ -1,0 +1,50 @@
+"""Numbers that are kept as logarithms, because they grow or shrink without bound along a window."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+#: Beyond it ``e^x`` is no double.
+LARGEST = math.log(torch.finfo(torch.float64).max)
+
+
+def exp(log: float) -> float:
+    """Return ``e^log``, and inf where that is no double: ``math.exp`` would raise.
+
+    Example:
+        >>> from lsp_callbacks.linalg.logs import exp
+        >>> exp(0.0), exp(1e4), exp(-1e4)
+        (1.0, inf, 0.0)
+    """
+    return math.exp(log) if log <= LARGEST or math.isnan(log) else math.inf
+
+
+def log(value: float) -> float:
+    """Return the logarithm, -inf for 0 and NaN for what has none."""
+    return math.log(value) if value > 0 else -math.inf if value == 0 else math.nan
+
+
+def rescale(rows: Tensor) -> tuple[Tensor, float]:
+    """Return the rows divided by their largest entry, and the log of that; of zeros and of what is not finite, 0."""
+    scale = rows.abs().max()
+    if not bool(torch.isfinite(scale)) or float(scale) == 0.0:
+        return rows, 0.0
+    return rows / scale, float(scale.double().log())
+
+
+def add(first: Tensor, first_log: float, second: Tensor, second_log: float = 0.0) -> tuple[Tensor, float]:
+    """Return ``e^first_log first + e^second_log second``, rescaled, and the log by which it was divided."""
+    first, own = rescale(first)
+    second, other = rescale(second)
+    logs = [
+        own + first_log if bool(first.any()) else -math.inf,
+        other + second_log if bool(second.any()) else -math.inf,
+    ]
+    most = max(logs)
+    if most == -math.inf:  # both are 0
+        return first + second, 0.0
+    total, log = rescale(exp(logs[0] - most) * first + exp(logs[1] - most) * second)
+    return total, most + log

@@ -1,0 +1,60 @@
+"""The facts of a training run that every one of its steps shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lsp_callbacks.step.ranks import Ranks
+from lsp_callbacks.step.series import Trace
+
+#: From the name of a parameter, its value and its learning rate to its new value.
+Prox = Callable[[str, Tensor, float], Tensor]
+
+
+def captures_nothing(name: str, module: nn.Module) -> bool:
+    """Return False: no quantity wants the inputs of this module."""
+    return False
+
+
+@dataclass(frozen=True, eq=False)
+class RunContext:
+    """What does not change from step to step of a run; built once by the training loop, and held by each `Snapshot`.
+
+    Args:
+        ranks: the processes that take each step together, each with a batch, a loss and a replay of its own.
+        seed: seed of all random choices made while measuring.
+        prox: map applied to each parameter after the optimizer's step, ``(name, tensor, lr) -> tensor``, in operations
+            that autograd can differentiate almost everywhere; see `lsp_callbacks.functional.trajectory.proximal`.
+        schedulers: the schedulers of ``torch.optim.lr_scheduler`` that set the optimizer's learning rate; None if they
+            are not known.
+        loss_name: name of the user's function that computes the loss of a replay; None if the step's own code does.
+        captures_inputs: whether `Snapshot.calls` keeps a module's inputs in full, from its name and the module.
+        series: loss, learning rate and energies of the steps so far; `Monitor.observe` sets its own.
+        unsupported: why the parameters do not move by the optimizer's step on the step's loss; None if they do.
+        invalidated: why the update of an earlier step turned out to be another one than the optimizer's; None if it did
+            not. `Monitor.observe` sets its own.
+        sharded: why no process holds all parameters, so that nothing can be measured; None if each does.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks import RunContext, Snapshot
+        >>> net = torch.nn.Linear(1, 1)
+        >>> run = RunContext(seed=1)
+        >>> Snapshot(step=0, module=net, replay=lambda: net.bias.sum(), run=run).run.seed
+        1
+    """
+
+    ranks: Ranks = field(default_factory=Ranks)
+    seed: int = 0
+    prox: Prox | None = None
+    schedulers: tuple[Any, ...] | None = None
+    loss_name: str | None = None
+    captures_inputs: Callable[[str, nn.Module], bool] = captures_nothing
+    series: Trace | None = None
+    unsupported: str | None = None
+    invalidated: str | None = None
+    sharded: str | None = None

@@ -1,0 +1,54 @@
+"""What the contract suite has measured, for the support matrix of the documentation."""
+
+import json
+import math
+from pathlib import Path
+
+from lsp_callbacks.quantities import PRESETS
+
+QUANTITIES = PRESETS["full"]
+
+
+def results(callback, failed):
+    """What became of each quantity in a run.
+
+    Args:
+        callback: the `StabilityMonitor` after the run.
+        failed: the reason, by quantity, of what is expected to be NaN.
+    """
+    found = {}
+    for name, quantity in callback.monitor.quantities.items():
+        values = [v for key in quantity.keys if key in callback.history for v in callback.history[key].values]
+        if values and all(map(math.isfinite, values)):
+            found[name] = {"state": "measured"}
+        elif values:
+            found[name] = {"state": "nan", "reason": failed[name]}
+    return found | {name: {"state": "left out", "reason": reason} for name, reason in callback.skipped.items()}
+
+
+def path(callback):
+    """By which way curvature and Gram matrix were found."""
+    paths = callback.paths
+    parts = [paths.get("sharpness", "")]
+    if "sgd_stability" in paths:
+        parts.append(f"Gram matrix by {paths['sgd_stability']}")
+    return "; ".join(filter(None, parts))
+
+
+class Matrix:
+    """Collects the rows of all processes of a test run, and writes them when it has passed."""
+
+    def __init__(self, file):
+        self.file, self.rows, self.failed = Path(file), [], False
+
+    def pytest_runtest_logreport(self, report):
+        self.failed |= report.failed
+        if report.when == "call" and report.passed:
+            self.rows += [json.loads(row) for name, row in report.user_properties if name == "support"]
+
+    def pytest_sessionfinish(self, session):
+        if self.failed or not self.rows:
+            return
+        rows = sorted(self.rows, key=lambda row: (row["axis"], row["order"]))
+        recorded = {"quantities": QUANTITIES, "rows": [{k: v for k, v in row.items() if k != "order"} for row in rows]}
+        self.file.write_text(json.dumps(recorded, indent=1) + "\n")
