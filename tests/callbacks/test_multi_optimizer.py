@@ -295,7 +295,7 @@ def test_losses_in_yaml_are_import_paths():
 
 def test_the_verdict_says_that_it_is_of_each_player():
     fit(GAN, callback := monitor(), max_steps=12)
-    assert "That is each player by itself" in verdict(callback.history)
+    assert "This is each player by itself" in verdict(callback.history)
     assert f"{callback.history[EXPONENT].values[-1]:+.2g} a step" in verdict(callback.history)
 
 

@@ -161,7 +161,9 @@ class ResidualCFL(Quantity):
         self._blocks = {}
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the numbers of the last measurement, with those of the blocks."""
+        """Return the numbers of the last measurement, with those of the blocks; nothing before one."""
+        if not self._blocks:
+            return {}
         values = super().compute()
         for field in ("gain", "gain_bound", "stiffness", "cfl", "m", "M", "h_max", "h_exact"):
             for name, block in self._blocks.items():

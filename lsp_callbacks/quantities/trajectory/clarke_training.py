@@ -104,8 +104,8 @@ class ClarkeTraining(Windowed):
         P = sum(p.numel() for p in snapshot.parameters.values())
         if self.most < P:
             raise Unsupported(
-                f"{P:,} parameters are trained, and whole derivatives are computed for at most {self.most}: allow more "
-                "by most=..., or train fewer"
+                f"{P:,} parameters are trained, more than most={self.most}, and derivatives are computed as whole "
+                "matrices: allow more, or train fewer"
             )
         if "max_exp_avg_sq" in state_blocks(snapshot):
             raise Unsupported("amsgrad takes a maximum, whose kinks are not supported: use amsgrad=False")
