@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from lsp_callbacks.errors import NotApplicable
 from lsp_callbacks.quantities import REGISTRY, Quantity
-from lsp_callbacks.step.criterion import Probes
-from lsp_callbacks.step.pending_step import PendingStep, rate
+from lsp_callbacks.step.flat import largest_learning_rate
+from lsp_callbacks.step.pending_step import PendingStep
+from lsp_callbacks.step.probes import Probes
+from lsp_callbacks.step.replay_checks import replayed_gradient
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.series import Trace
 from lsp_callbacks.step.snapshot import Snapshot
@@ -107,14 +109,13 @@ def measure(quantity: Quantity, model: str, optimizer: str, repetitions: int) ->
         loss = loss_of(net, batch)
         rule.zero_grad()
         loss.backward()
-        pending.saw_loss(loss)
-        trace.record(step, loss.detach(), lr=rate(rule), module=net)
+        trace.record(step, loss.detach(), lr=largest_learning_rate(rule), module=net)
         found = probes.probe_set(pending, loss_of) if probes.wanted else None
-        snapshot = pending.snapshot(step, rule, probes=found)
+        snapshot = pending.snapshot(step, rule, loss=loss.detach().clone(), probes=found)
         if (found is None or found.full) and not quantity.warm_up(snapshot):
             # Before each step, so that both see the same machine; few of a long window are enough.
             if len(gradients) < 400:
-                gradients.append(timed(snapshot.replayed_gradient))
+                gradients.append(timed(partial(replayed_gradient, snapshot)))
             spent += timed(partial(whole, quantity, snapshot))
             if quantity.complete:
                 measured.append(spent)

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from lsp_callbacks import ProbeSet, SGDStability, Snapshot
 from lsp_callbacks.functional import critical_lr, gd_critical_lr
 from lsp_callbacks.operators.sgd.frozen_sgd import frozen_sgd
-from lsp_callbacks.step.probes import evaluation
-from lsp_callbacks.step.snapshot import evaluating
+from lsp_callbacks.step.criterion import evaluation
+from lsp_callbacks.step.module_modes import evaluating
 
 SAMPLES, STEPS, EVERY, SEEDS = 256, 4000, 200, (0, 1, 2)
 BATCHES = (None, 32, 8, 2)

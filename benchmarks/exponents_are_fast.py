@@ -20,7 +20,7 @@ from lsp_callbacks import ProbeSet
 from lsp_callbacks.functional import Modes, UpdateRule, reduce, sgd_exponent
 from lsp_callbacks.functional.sgd.mean_square import mean_square_lr
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
-from lsp_callbacks.step.probes import evaluation
+from lsp_callbacks.step.criterion import evaluation
 
 SAMPLES, CLASSES, BATCH, CHAINS, STEPS = 64, 10, 32, 8, 1000
 

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lsp_callbacks import ProbeSet
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
-from lsp_callbacks.step.probes import evaluation
+from lsp_callbacks.step.criterion import evaluation
 
 SAMPLES, CLASSES = 64, 10
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
-from lsp_callbacks import Snapshot, StabilityMonitor
+from lsp_callbacks import Snapshot, StabilityMonitor, Unmeasurable
 from lsp_callbacks.monitor.limits import readable
 
 QUANTITIES = (
@@ -93,7 +93,7 @@ def compare(name: str, quantities: list[str]) -> tuple[float, int]:
     def profiled(snapshot: Snapshot) -> Any:
         if monitor.monitor.wants(snapshot.step):
             predicted.append(max(monitor.monitor.memory(snapshot).values()))
-        snapshot.memo.clear()
+        snapshot.forget()
         vars(snapshot).pop("calls", None), vars(snapshot).pop("flat_gradient", None)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
             found = observe(snapshot)
@@ -118,12 +118,17 @@ def main() -> None:
         logging.getLogger(package).setLevel(logging.ERROR)
     for name in ("MLP", "CNN", "transformer", "ReLU MLP", "strided CNN", "ReLU transformer"):
         for quantities in QUANTITIES:
-            predicted, measured = compare(name, quantities)
+            try:
+                predicted, measured = compare(name, quantities)
+            except Unmeasurable as error:  # no residual blocks
+                print(f"{name:16} {quantities[0]:20} {error}")
+                continue
             ratio, what = (
                 f"{predicted / measured:.2f} times",
                 " + ".join(quantities) if len(quantities) < 3 else "default",
             )
-            print(f"{name:16} {what:20} predicted {readable(predicted):>8}, measured {readable(measured):>8}: {ratio}")
+            sizes = f"predicted {readable(predicted):>8}, measured {readable(measured):>8}"
+            print(f"{name:16} {what:20} {sizes}: {ratio}", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from lsp_callbacks import ProbeSet
 from lsp_callbacks.functional import UpdateRule, reduce
 from lsp_callbacks.functional.sgd.stability_diagram import critical_lr
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
-from lsp_callbacks.step.probes import evaluation
+from lsp_callbacks.step.criterion import evaluation
 
 STEPS, BATCH, POPULATION = 1000, 32, 4000
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -27,12 +27,11 @@ HEAD = "| run | low by, median | 95 % of readings | most | bar, median | product
 def errors(name: str, seed: int, count: int = 100) -> tuple[np.ndarray, np.ndarray]:
     """Of sharpness and of ``courant_gd``: ``(truth / value - 1, bar, products)`` of each reading."""
     metric, rows, courant = Sharpness(), [], []
-    for snapshot in readings(RUNS[name], seed, count):
+    for snapshot, loss_of in readings(RUNS[name], seed, count):
         state = torch.random.get_rng_state()
         metric.update(snapshot)
         values = {key.split("/")[1]: float(value) for key, value in metric.compute().items()}
         edge = measured_edge(snapshot, None, None, metric.method)
-        loss_of = snapshot.memo["loss of"]
         (truth,) = exact_top(snapshot.module, loss_of)
         rows.append((truth / values["sharpness"] - 1, values["sharpness_residual"], edge.products))
         rule = coming_rule(snapshot)

@@ -86,8 +86,8 @@ def data(run: Run) -> tuple[Tensor, Tensor]:
     return x, nn.functional.one_hot(y, 10).float() if run.squared else y
 
 
-def readings(run: Run, seed: int, count: int = 100) -> Iterator[Snapshot]:
-    """The run's steps, taken for real; every ``every``-th is handed out before its update."""
+def readings(run: Run, seed: int, count: int = 100) -> Iterator[tuple[Snapshot, Loss]]:
+    """Take the run's steps; hand out every ``every``-th before its update, with the loss as a function of a module."""
     torch.manual_seed(seed)
     net, (x, y) = run.net(), data(run)
     optimizer = run.optimizer(net.parameters())
@@ -111,8 +111,7 @@ def readings(run: Run, seed: int, count: int = 100) -> Iterator[Snapshot]:
             snapshot = Snapshot(
                 step=step, module=net, replay=replay, optimizer=optimizer, loss=loss.detach(), gradient=gradient
             )
-            snapshot.memo["loss of"] = loss_of
-            yield snapshot
+            yield snapshot, loss_of
         optimizer.step()
 
 

@@ -1,6 +1,7 @@
 """Stability of training, measured while it runs."""
 
 from lsp_callbacks.callbacks import StabilityMonitor, StabilityReport, StopOnInstability
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.monitor.monitor import Curve, Monitor, Observation
 from lsp_callbacks.quantities import (
@@ -26,9 +27,10 @@ from lsp_callbacks.quantities import (
     StabilityProfile,
 )
 from lsp_callbacks.step.players import Player
+from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.series import Trace
-from lsp_callbacks.step.snapshot import ProbeSet, Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 __all__ = [
     "BatchSharpness",

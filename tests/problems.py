@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lsp_callbacks import ProbeSet, Snapshot
-from lsp_callbacks.step.probes import evaluation
+from lsp_callbacks.step.criterion import evaluation
 from lsp_callbacks.step.run_context import RunContext
 
 f64 = torch.float64

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from lsp_callbacks import ProbeSet, Trace, Unmeasurable
 from lsp_callbacks.quantities import REGISTRY, Quantity
-from lsp_callbacks.step.probes import evaluation
+from lsp_callbacks.step.criterion import evaluation
 
 # -- units ---------------------------------------------------------------------------------------------------------
 
@@ -253,7 +253,7 @@ UNITS: dict[str, dict[str, Unit]] = {
         **_with_errors(ONE, "alpha_theta_mean_square", "sigma_theta_mean_square", "alpha_u", "alpha_output"),
         **_with_errors(Unit(loss=-1, parameter=2), "sigma_u"),
         "sigma_theta_bound": ONE,
-        "alpha_theta_bound": ONE,
+        "alpha_theta_bound": error(ONE, "1"),  # the logarithm of a bound, whose slack is rounding
         "alpha_theta_gap": error(ONE, "1"),
         "sigma_u_bound": Unit(loss=-1, parameter=2),
         "sigma_u_lower": Unit(loss=-1, parameter=2),

@@ -122,7 +122,7 @@ def test_forward_is_an_update_that_returns_the_last_measurement(name):
     values = {}
     for snapshot in steps(called, 2 * (called.prepare + called.window)):
         values = called(snapshot)
-        updated.update(replace(snapshot, memo={}))
+        updated.update(replace(snapshot))
         assert called.complete == updated.complete
     assert same(values, updated.compute()) and same(called.compute(), values) and same(called.compute(), values)
     assert called.update_count == updated.update_count and same(saved(called), saved(updated))
@@ -198,7 +198,7 @@ def test_after_a_restart_nothing_of_the_parameters_before_enters(name):
     for snapshot in steps(metric, period):
         later = replace(snapshot, step=3 * period + 1 + snapshot.step)
         metric.update(later)
-        fresh.update(replace(later, memo={}))
+        fresh.update(replace(later))
     assert metric.complete and fresh.complete and same(metric.vectors(), fresh.vectors())
     for values in (lambda m: m.compute(), lambda m: saved(m)[0]):
         ours, theirs = ({k: v for k, v in values(m).items() if k not in OF_THE_RUN} for m in (metric, fresh))
@@ -215,7 +215,7 @@ def test_a_window_under_way_goes_on_from_its_vectors(name):
         if snapshot.step >= period + 2:
             metric.update(snapshot)
             # As in a run of its own: what one has found out about the step does not help the other.
-            resumed.update(replace(snapshot, memo={}))
+            resumed.update(replace(snapshot))
     assert metric.complete and resumed.complete
     assert same(metric.compute(), resumed.compute())
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 import bibliography  # noqa: E402
 import support_matrix  # noqa: E402
+from readme import summary  # noqa: E402
 
 
 def on_files(files: Files, *, config: Any) -> Files:
@@ -54,11 +55,6 @@ def documented(*names: str) -> Iterator[str]:
         yield f"::: {name}"
 
 
-def first_sentence(documented: Any) -> str:
-    """Return the first sentence of a docstring, on one line."""
-    return " ".join(inspect.getdoc(documented).split("\n\n")[0].split())
-
-
 def section(name: str, quantity: Any) -> str | None:
     """Return what a docstring says after ``name:``, up to the end of the paragraph."""
     found = re.search(
@@ -77,7 +73,7 @@ def quantities() -> str:
         "| name | what it measures | cost |",
         "|---|---|---|",
         *(
-            f"| [`{name}`](#{name}) | {_cell(first_sentence(q))} | {_cell(section('Cost', q) or '')} |"
+            f"| [`{name}`](#{name}) | {summary(q)} | {_cell(section('Cost', q) or '')} |"
             for name, q in REGISTRY.items()
         ),
     ]
@@ -121,14 +117,14 @@ def functions() -> str:
 def benchmarks(folder: Path) -> str:
     """Return the page of all benchmarks: each claim, its command, and its table where one is recorded."""
     parts = ["# Benchmarks", "One file in `benchmarks/` for each claim, named by it; each prints its numbers."]
-    for script in sorted(folder.glob("*.py")):
-        claim = ast.get_docstring(ast.parse(script.read_text())) or ""
-        if not claim.startswith(("Claim:", "Question", "How ")):
-            continue  # what several of them share
+    scripts = {script: script.read_text() for script in sorted(folder.glob("*.py"))}
+    shared = {name for text in scripts.values() for name in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)}
+    for script, text in scripts.items():
+        claim = ast.get_docstring(ast.parse(text)) or ""
+        if script.stem in shared and not claim.startswith(("Claim:", "Question")):
+            continue
         parts += [f"## {script.stem.replace('_', ' ')}", claim.split("\n\n")[0], f"`python benchmarks/{script.name}`"]
         table = script.with_suffix(".md")
         if table.exists():
-            parts.append(
-                re.sub(r"^#+ .*\n", "", table.read_text(), count=1 if table.read_text().startswith("#") else 0)
-            )
+            parts.append(re.sub(r"^# .*\n", "", table.read_text()).replace("\n## ", "\n### "))
     return "\n\n".join(parts) + "\n"

@@ -83,12 +83,15 @@ class Graph:
         dtype: the least precise floating-point type among the nodes.
         custom: names of ``torch.autograd.Function`` classes that are not PyTorch's own. Whether their backward can be
             differentiated is unknown: ``once_differentiable`` may give a wrong second derivative without an error.
+        stopped: functions by which what depends on the parameters left the graph, and entered it again: see
+            `lsp_callbacks.autograd.stop_gradients`.
     """
 
     kinked: bool
     fused: bool
     dtype: torch.dtype
     custom: tuple[str, ...]
+    stopped: tuple[str, ...] = ()
 
     @property
     def full(self) -> bool:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lsp_callbacks.monitor.losses import Told
+from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.step.ranks import Ranks
 
 #: Steps in an exchange. On a GPU its numbers are read at the next one, so a loss is known after nine steps at most.
@@ -20,7 +21,8 @@ class SharedLosses:
 
     Every fifth step one all-gather of a few numbers is queued behind the work of the step. On the CPU they are there at
     once; from a GPU they are copied to pinned memory and read at the next exchange, when they have long arrived. Every
-    process reads the same bits at the same step: whoever decides by them alone decides as the others do.
+    process reads the same bits at the same step: whoever decides by them alone decides as the others do. A measured
+    step, in which the processes have waited for each other anyway, exchanges and reads them at once.
 
     Args:
         ranks: the processes, all of which call `take` at the same steps.
@@ -37,7 +39,9 @@ class SharedLosses:
         self._rows: list[Tensor] = []
         self._sent: tuple[list[tuple[int, bool]], Tensor, Any] | None = None
 
-    def take(self, step: int, loss: Tensor | None, *, lr: float, left_out: bool = False) -> list[Told]:
+    def take(
+        self, step: int, loss: Tensor | None, *, lr: float, left_out: bool = False, wait: bool = False
+    ) -> list[Told]:
         """Add the loss of a step, and return the mean losses that are known since the last call, oldest first.
 
         Args:
@@ -45,24 +49,27 @@ class SharedLosses:
             loss: of this process, None where it has none; the mean is that of the processes that have one.
             lr: learning rate of this process.
             left_out: whether a gradient scaler left the update out.
+            wait: for all that is not known yet; the same on all processes.
         """
-        known = isinstance(loss, Tensor)
-        own = loss.detach().double().mean() if isinstance(loss, Tensor) else torch.zeros((), dtype=torch.float64)
-        own = own.to(self._ranks.device, non_blocking=True)
-        self._rows.append(torch.stack([own, torch.full_like(own, known), torch.full_like(own, lr)]))
+        has_loss = isinstance(loss, Tensor)
+        mean = loss.detach().double().mean() if isinstance(loss, Tensor) else torch.zeros((), dtype=torch.float64)
+        mean = mean.to(self._ranks.device, non_blocking=True)
+        self._rows.append(torch.stack([mean, torch.full_like(mean, has_loss), torch.full_like(mean, lr)]))
         self._steps.append((step, left_out))
+        if wait:
+            return self.rest()
         return self._exchange() if len(self._steps) == EVERY else []
 
     def rest(self) -> list[Told]:
-        """Return what is not known yet; called by all processes when training ends, it waits for the device."""
+        """Return what is not known yet; called by all processes, as when training ends, it waits for the device."""
         return (self._exchange() if self._steps else []) + self._read()
 
     def _exchange(self) -> list[Told]:
         earlier = self._read()
-        own = torch.stack(self._rows)
-        everybodys = [torch.empty_like(own) for _ in range(self._ranks.world)]
-        dist.all_gather(everybodys, own)
-        numbers, arrived = torch.stack(everybodys), None
+        rows = torch.stack(self._rows)
+        by_rank = [torch.empty_like(rows) for _ in range(self._ranks.world)]
+        dist.all_gather(by_rank, rows)
+        numbers, arrived = torch.stack(by_rank), None
         if numbers.device.type == "cuda":
             pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             pinned.copy_(numbers, non_blocking=True)
@@ -88,3 +95,48 @@ class SharedLosses:
             for (step, left_out), mean, share in zip(steps, means, shares.sum(0).tolist())
             if share
         ]
+
+
+class LossFeed:
+    """Gives the loss of each step to a monitor's record: of this process, or the mean of all that decide by it.
+
+    Args:
+        monitor: whose ``losses`` are fed.
+        ranks: the processes of the run.
+        is_shared: whether all processes must know the same losses.
+    """
+
+    def __init__(self, monitor: Monitor, ranks: Ranks, *, is_shared: bool):
+        self._monitor = monitor
+        self._shared = SharedLosses(ranks) if is_shared and ranks.world > 1 else None
+
+    @property
+    def has_same_rates(self) -> bool:
+        """Whether all processes have had the same learning rates, as far as that is known."""
+        return self._shared is None or self._shared.same_rates
+
+    def add(
+        self, step: int, loss: Tensor | None, *, lr: float, left_out: bool = False, wait: bool = False
+    ) -> list[Told]:
+        """Take in the loss of a step, and return those that have arrived; for the arguments see `SharedLosses.take`."""
+        if self._shared is None:
+            return self._monitor.losses.saw(step, loss, left_out=left_out)
+        return self._record(self._shared.take(step, loss, lr=lr, left_out=left_out, wait=wait))
+
+    def finish(self, step: int) -> None:
+        """Wait for the losses up to ``step`` that have not arrived."""
+        if self._shared is None:
+            self._monitor.losses.saw(step, None, wait=True)
+        else:
+            self._record(self._shared.rest())
+
+    def _record(self, arrived: list[Told]) -> list[Told]:
+        for told in arrived:
+            self._monitor.losses.add(told)
+        if not self.has_same_rates:
+            self._monitor.warn_once(
+                "the learning rates of the processes differ, so that StopOnInstability does not look at the rate that "
+                "the schedule brings next: give all of them the same (a metric that a scheduler watches needs "
+                "sync_dist=True)"
+            )
+        return arrived

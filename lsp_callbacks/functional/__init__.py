@@ -24,6 +24,7 @@ from lsp_callbacks.functional.network.clarke import GeneralizedNorm, RelaxedJaco
 from lsp_callbacks.functional.network.depth_profile import DepthProfile, depth_profile
 from lsp_callbacks.functional.network.gains import Gains, LayerSizes, gains
 from lsp_callbacks.functional.network.kurtosis import excess_kurtosis
+from lsp_callbacks.functional.network.layer_operators import weight_operators
 from lsp_callbacks.functional.network.lipschitz import layer_lipschitz, lipschitz_lower
 from lsp_callbacks.functional.network.residual import ResidualStability, residual_stability
 from lsp_callbacks.functional.network.robustness import Sensitivity, sensitivity
@@ -191,5 +192,6 @@ __all__ = [
     "training_profile",
     "units",
     "weight_norms",
+    "weight_operators",
     "window_exponent",
 ]

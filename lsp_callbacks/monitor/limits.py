@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lsp_callbacks._validation import number
-from lsp_callbacks.step.snapshot import Unmeasurable, Unsupported
+from lsp_callbacks.errors import Unmeasurable, Unsupported
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 #: A first measurement starts from nothing, and takes this many times what the next ones do.

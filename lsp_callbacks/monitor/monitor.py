@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.errors import NotApplicable, Unmeasurable, Unsupported
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.monitor.cadence import Cadence
 from lsp_callbacks.monitor.courant_source import CODES, COURANT, GD, SGD, SOURCE, CourantSource
@@ -22,12 +23,12 @@ from lsp_callbacks.monitor.limits import Seconds, check_memory, in_bytes
 from lsp_callbacks.monitor.losses import LossWatch
 from lsp_callbacks.quantities import Numerics, Quantity
 from lsp_callbacks.quantities.base import is_global
-from lsp_callbacks.step.pending_step import rate
+from lsp_callbacks.step.flat import largest_learning_rate
 from lsp_callbacks.step.players import require_one
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.series import Trace
-from lsp_callbacks.step.snapshot import NotApplicable, Snapshot, Unmeasurable, Unsupported
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: How many points of each global curve a checkpoint carries.
 HISTORY_SAVED = 1000
@@ -304,6 +305,15 @@ class Monitor:
         first = self.period is None or self.cadence.origin is None
         return not (first and self._under_way) and self.cadence.starts(step, scheduled=scheduled)
 
+    def is_complete(self, step: int, *, within: int = 0) -> bool:
+        """Return True if no measurement is under way, and none is postponed to ``within`` the next steps.
+
+        Args:
+            step: that was observed last.
+            within: a number of steps.
+        """
+        return not self._under_way and all(later - step > within for later in self._later.values())
+
     def begin(self, module: nn.Module, *, first: bool = True) -> None:
         """Called before each forward pass in training; only energies that look at the network's state need it.
 
@@ -342,7 +352,7 @@ class Monitor:
         """
         if self._records:
             assert self.trace is not None
-            lr = math.nan if optimizer is None else rate(optimizer)
+            lr = math.nan if optimizer is None else largest_learning_rate(optimizer)
             with self.warn_instead_of_raise(f"what is recorded at each step could not be at step {step}"):
                 self.trace.record(step, loss, lr=lr, module=module, previous=previous)
             for name, error in self.trace.failed.items():
@@ -393,7 +403,7 @@ class Monitor:
                 if self.strict and not absent:
                     raise
                 if isinstance(error, MemoryError | torch.OutOfMemoryError) or self._ranks.world > 1:
-                    snapshot.memo.clear()  # graphs that the step's other measurements would share
+                    snapshot.forget()  # graphs that the step's other measurements would share
                 if isinstance(error, Unsupported) and name not in self.named:
                     (quietly if absent else unsupported).setdefault(str(error), []).append(name)
                     continue

@@ -15,11 +15,12 @@ from lsp_callbacks.autograd.random_state import TorchRandomState
 from lsp_callbacks.functional.numerics.first_fault import Fault, first_fault
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.quantities.numerics.numerics import Numerics
+from lsp_callbacks.step.batch import MicroBatch, copied
+from lsp_callbacks.step.flat import restored
 from lsp_callbacks.step.muted import muted
 from lsp_callbacks.step.pending_step import PendingStep
 from lsp_callbacks.step.ranks import Ranks
-from lsp_callbacks.step.replay import MicroBatch, copied, untouched
-from lsp_callbacks.step.snapshot import restored
+from lsp_callbacks.step.replay import untouched
 
 
 class Guard:
@@ -63,7 +64,7 @@ class Guard:
     def saw_loss(self, loss: Tensor) -> None:
         """The loss of the last micro-batch; a factor on it does no harm."""
         if self._parts:
-            self._parts[-1].own = loss.detach()
+            self._parts[-1].step_loss = loss.detach()
 
     def look(
         self,
@@ -92,7 +93,7 @@ class Guard:
         numerics = self.numerics
         if numerics is None:
             return None
-        losses = [part.own for part in self._parts if part.own is not None and ranks.world == 1]
+        losses = [part.step_loss for part in self._parts if part.step_loss is not None and ranks.world == 1]
         gradients = [] if left_out else [p.grad for p in module.parameters() if p.grad is not None]
         numerics.recovered = finite(losses + gradients)
         if numerics.recovered or not bool(numerics.nonfinite_step.isnan()):

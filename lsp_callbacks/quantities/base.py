@@ -39,7 +39,7 @@ class Quantity(Metric):
 
             def update(self, snapshot):
                 self.complete = False
-                self.finish({"gradient_norm": snapshot.replayed_gradient()[1].norm()})
+                self.finish({"gradient_norm": replayed_gradient(snapshot)[1].norm()})
 
     One line in `lsp_callbacks.quantities` makes it known by its name: the monitor, its checkpoints, command line and
     YAML files, the report's table, the figure and the documentation take everything else from the class.

@@ -1,113 +1,251 @@
-"""The criterion that tells a network's outputs from its loss."""
+"""The first samples that the loader gives, kept as probes."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
-from lsp_callbacks.step.snapshot import Evaluation, Unmeasurable, Unsupported
+from lsp_callbacks.autograd._torch_internals import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from lsp_callbacks.errors import Unmeasurable, Unsupported
+from lsp_callbacks.step.batch import batch_size, copied
+from lsp_callbacks.step.carried_state import Carried, belongs, carried, give_back, kept
+from lsp_callbacks.step.criterion import HOW, Criteria, Evaluation, evaluation
+from lsp_callbacks.step.module_modes import as_trained, batch_norms
+from lsp_callbacks.step.muted import muted
+from lsp_callbacks.step.pending_step import PendingStep
+from lsp_callbacks.step.probe_set import ProbeSet
+from lsp_callbacks.step.ranks import Ranks
 
-HOW = (
-    "pass forward_fn=lambda module, batch: outputs, shaped (samples, ..., classes), and "
-    "criterion=lambda outputs, batch: loss, the mean over the samples (for instance "
-    "forward_fn=lambda module, batch: module(batch[0]) and "
-    "criterion=lambda outputs, batch: torch.nn.functional.mse_loss(outputs, batch[1]))"
-)
+ForwardFn = Callable[[nn.Module, Any], Tensor]
+Criterion = Callable[[Tensor, Any], Tensor]
 
 
-def evaluation(outputs: Tensor, criterion: Callable[[Tensor], Tensor], *, samples: int) -> Evaluation:
-    """Brings outputs of shape ``(samples, ..., classes)`` or ``(samples * positions, classes)`` into the one form.
+def check_pair(forward_fn: ForwardFn | None, criterion: Criterion | None) -> None:
+    """Raise ValueError where only one of the two is given."""
+    if (forward_fn is None) != (criterion is None):
+        raise ValueError("forward_fn and criterion belong together: pass both, or neither")
 
-    Raises:
-        Unsupported: if the outputs cannot be shared among the samples.
+
+class Probes:
+    """Collects samples from the batches of training, and evaluates the module at them.
+
+    The data set is left alone: reading from it could move what it remembers. A shuffled loader gives a random sample.
+    Several ranks hold the same probes: those that one process would have, if it took their batches joined.
+
+    What the module carries from batch to batch for each sample (a hidden state) is kept with the samples, as part of
+    them: so each is seen again with the state that it was trained with, and no gradient flows into that.
+
+    Args:
+        wanted: how many samples.
+        forward_fn: ``(module, batch) -> outputs``; None takes them from the criterion that ``training_step`` calls.
+        criterion: ``(outputs, batch) -> loss``.
     """
-    if not isinstance(outputs, Tensor) or not outputs.requires_grad:
-        raise Unsupported(f"the outputs do not depend on the parameters: {HOW}")
-    shape = outputs.shape
-    if outputs.numel() % samples or (outputs.ndim and shape[0] % samples):
-        raise Unsupported(f"outputs of shape {tuple(shape)} cannot be told apart for {samples} samples: {HOW}")
-    classes = shape[-1] if outputs.ndim > 1 else 1
-    return Evaluation(outputs.reshape(samples, -1, classes), lambda f: criterion(f.reshape(shape)))
 
+    def __init__(self, wanted: int, forward_fn: ForwardFn | None, criterion: Criterion | None):
+        check_pair(forward_fn, criterion)
+        self.wanted, self.forward_fn, self.criterion = wanted, forward_fn, criterion
+        self.ranks = Ranks()
+        self.drop()
 
-#: Criteria whose first argument is the network's output; those that act entry by entry, and those over classes.
-_ENTRYWISE = (
-    F.mse_loss, F.binary_cross_entropy_with_logits, F.huber_loss, F.smooth_l1_loss, F.poisson_nll_loss,
-    F.soft_margin_loss, F.l1_loss,
-)  # fmt: skip
-_CLASSES = (F.cross_entropy, F.nll_loss)
-_LOG_SOFTMAX = (F.log_softmax, torch.log_softmax, Tensor.log_softmax)
+    def drop(self, population: int | None = None) -> None:
+        """Starts to collect anew; of a smaller population, all."""
+        self.population = population
+        self.needed = self.wanted if population is None else min(self.wanted, population)
+        self._batches: list[Any] = []
+        self._sizes: list[int] = []
+        self._carried: list[tuple[Carried, int]] = []  # and of how many samples
+        self._failure: Exception | None = None
+        self.batch_size = self.forward_size = 0
 
+    @property
+    def full(self) -> bool:
+        return sum(self._sizes) >= self.needed or self._failure is not None
 
-class Criteria(TorchFunctionMode):
-    """Notes every call of a known criterion while a ``training_step`` runs; `of` finds the one that is its loss."""
+    def add(self, batch: Any, module: nn.Module | None = None) -> None:
+        """Takes in a batch, on the device, as ``training_step`` of the module will receive it."""
+        if self.full:
+            return
+        try:
+            self.ranks.together(lambda: self._take(batch, {} if module is None else carried(module)))
+        except Exception as error:
+            self._failure = error.with_traceback(None)  # which would keep the step's tensors
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._calls: list[tuple[Callable, tuple, dict[str, Any], Tensor]] = []
-        self._logits: dict[int, tuple[Tensor, Tensor]] = {}
+    def _take(self, batch: Any, state: Carried) -> None:
+        found = self.ranks.gather(lambda: self._cut(batch), "the probes")
+        self.batch_size = self.batch_size or sum(size for size, _, _ in found)
+        self.forward_size = self.forward_size or found[0][0]  # of one rank, which normalises by itself
+        for size, held, own in found:
+            if self.ranks.world > 1 and belongs(state, size):
+                raise Unsupported("the module carries a state from batch to batch: measure that in one process")
+            self._sizes.append(held)
+            self._carried.append((kept(state, size), size))
+            self._batches.append(own if self.ranks.world == 1 else _to(own, self.ranks.device))
+        if self.full:
+            self._join()
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func in _ENTRYWISE or func in _CLASSES:
-            self._calls.append((func, args, dict(kwargs or {}), result))
-        elif func in _LOG_SOFTMAX and args:
-            self._logits[id(result)] = (result, args[0])
-        return result
+    def _cut(self, batch: Any) -> tuple[int, int, Any]:
+        """The size of the rank's batch, and a copy: in several processes no more samples of it than can be needed."""
+        size = batch_size(batch)
+        if not size:
+            raise Unsupported("the batch holds no tensor whose first axis could be the samples")
+        try:
+            if self.ranks.world == 1:
+                return size, size, copied(batch)
+        except Exception as error:  # whatever the user's objects raise
+            raise Unsupported(f"the batch cannot be copied ({type(error).__name__}: {error})") from error
+        leaves = tree_leaves(batch)
+        if not all(type(t) is Tensor or isinstance(t, str | int | float | None) for t in leaves):
+            raise Unsupported("the batch holds other things than plain tensors, which cannot be sent between processes")
+        wanted = self.needed - sum(self._sizes)
+        if wanted < size and all(isinstance(t, Tensor) and t.ndim and len(t) == size for t in leaves):
+            return size, wanted, _to(tree_map(lambda t: t[:wanted].clone(), batch), "cpu")
+        return size, size, _to(batch, "cpu")
 
-    def of(self, loss: Tensor, *, samples: int | None) -> Evaluation:
-        """Outputs and criterion behind a loss; without ``samples`` those are the rows of the outputs.
+    def _join(self) -> None:
+        """One batch of exactly the wanted samples, where all leaves are tensors with the samples first."""
+        flat = [tree_flatten(batch) for batch in self._batches]
+        leaves, spec = [f[0] for f in flat], flat[0][1]
+        if any(belongs(state, size) for state, size in self._carried):
+            return  # each batch has a state of its own
+        alike = all(
+            isinstance(t, Tensor) and t.ndim and len(t) == size and t.shape[1:] == first.shape[1:]
+            for own, size in zip(leaves, self._sizes)
+            for t, first in zip(own, leaves[0])
+            if isinstance(first, Tensor)
+        ) and all(isinstance(t, Tensor) for own in leaves for t in own)
+        if alike and all(f[1] == spec for f in flat):
+            joined = [torch.cat(column)[: self.needed] for column in zip(*leaves)]
+            self._batches, self._sizes, self._carried = [tree_unflatten(joined, spec)], [self.needed], self._carried[:1]
 
-        Raises:
-            Unmeasurable: if the loss is not finite.
-            Unsupported: if no known criterion gave it, or not it alone.
+    def probe_set(
+        self,
+        pending: PendingStep,
+        loss: Callable[[nn.Module, Any], Any],
+        *,
+        context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        micro_batches: int = 1,
+    ) -> ProbeSet:
+        """The probes at one step.
+
+        Args:
+            pending: the step, with its micro-batches.
+            loss: ``(module, batch) -> loss``, or a mapping with one, whose criterion tells outputs from targets where
+                the user has not named them.
+            context: in which the module is run, of the loop's precision.
+            micro_batches: how many make a step.
         """
-        for func, args, kwargs, result in reversed(self._calls):
-            if not bool(loss.isfinite()):
-                raise Unmeasurable("the loss of the probes is not finite")
-            mean = result.ndim > 0  # reduction="none", and the user's own mean
-            if torch.equal((result.mean() if mean else result).detach(), loss.detach()):
-                return self._evaluation(func, args, kwargs, mean, samples)
-        raise Unsupported(
-            "outputs and targets cannot be told from training_step: its loss is not the value of one criterion of "
-            f"torch.nn.functional (cross_entropy, mse_loss, ...) on the network's outputs; {HOW}"
+        module = pending.module if pending.module_copy is None else pending.module_copy.module
+        parts, batches, together = [], [], 1
+        if self._failure is not None:
+            parts = [_failing(self._failure)]
+        else:
+            parts = [self._part(pending, loss, context, *one) for one in zip(self._batches, self._sizes, self._carried)]
+        if self._failure is None and self._sizes and batch_norms(module):
+            cut = self._forward_passes()
+            batches, together = [self._part(pending, loss, context, *one, together=True) for one in cut], cut[0][1]
+        batch = micro_batches * max(self.batch_size, 1)
+        return ProbeSet(
+            module, tuple(parts), sum(self._sizes), batch, self.population, self.full, tuple(batches), together
         )
 
-    def _evaluation(self, func: Callable, args: tuple, kwargs: dict, mean: bool, samples: int | None) -> Evaluation:
-        if inspect.signature(func).bind(*args, **kwargs).arguments.get("reduction") == "sum":
-            raise Unsupported(f"{func.__name__} sums over the batch, which is no mean of samples: {HOW}")
-        kwargs = dict(kwargs)
-        outputs, rest = (args[0], args[1:]) if args else (kwargs.pop("input"), ())
-        samples = samples or (len(outputs) if outputs.ndim else 1)
-        target = rest[0] if rest else kwargs.get("target")
-        if not outputs.requires_grad and isinstance(target, Tensor) and target.requires_grad:
-            raise Unsupported(f"{func.__name__} is called with the target first: call it as (outputs, target)")
-        weight = rest[1] if len(rest) > 1 else kwargs.get("weight")
-        if func in _CLASSES and weight is not None:
-            raise Unsupported(
-                f"{func.__name__} with class weights divides by the weights of the batch, which is no mean of samples: "
-                f"{HOW}"
-            )
-        logits = self._logits.get(id(outputs))
-        log_softmax = func is F.nll_loss and logits is not None
-        if log_softmax and logits is not None:
-            outputs = logits[1]
-        elif func is F.nll_loss:
-            raise Unsupported(f"nll_loss without log_softmax just before it has no curvature of its own: {HOW}")
+    def _forward_passes(self) -> list[tuple[Any, int, tuple[Carried, int]]]:
+        """Batches of equal size, as near to that of a training step's forward pass as can be, with size and state."""
+        if len(self._batches) > 1:  # of a kind that could not be joined: as they came
+            held = zip(self._batches, self._sizes, self._carried)
+            return [batch for batch in held if batch[1] == self._sizes[0]]
+        total, size, state = self._sizes[0], max(self.forward_size, 1), self._carried[0]
+        count = total // size if 2 * size <= total else max(1, round(total / size))
+        size = min(size, total // count)
+        leaves, spec = tree_flatten(self._batches[0])
+        if not all(isinstance(t, Tensor) and t.ndim and len(t) == total for t in leaves):  # a single batch of any kind
+            return [(self._batches[0], total, state)]
+        cut = [[t[k * size : (k + 1) * size] for t in leaves] for k in range(count)]
+        return [(tree_unflatten(own, spec), size, state) for own in cut]
 
-        def criterion(f: Tensor) -> Tensor:
-            value = func(F.log_softmax(f, 1 if f.ndim > 1 else 0) if log_softmax else f, *rest, **kwargs)
-            return value.mean() if mean else value
+    def _part(
+        self,
+        pending: PendingStep,
+        loss: Any,
+        context: Any,
+        batch: Any,
+        size: int,
+        state: tuple[Carried, int],
+        *,
+        together: bool = False,
+    ) -> Callable[[], Evaluation]:
+        def part() -> Evaluation:
+            if pending.module_copy is None or not pending.parts:
+                raise pending.failure or AssertionError
+            module = pending.module_copy.reset()
+            names = give_back(module, *state)
+            pending.parts[0].random_state.restore()
+            own = copied(batch)
+            device = next(module.parameters()).device
+            # In full precision, also where training rounds to bfloat16.
+            with (
+                muted(),
+                _told(names),
+                context(),
+                torch.autocast(device.type, enabled=False),
+                as_trained(module, together=together),
+            ):
+                if self.forward_fn is not None and self.criterion is not None:
+                    criterion = self.criterion
+                    return evaluation(self.forward_fn(module, own), lambda f: criterion(f, own), samples=size)
+                with Criteria() as criteria:
+                    outputs = loss(module, own)
+            value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            return criteria.of(value, samples=size)
 
-        if func in _CLASSES and outputs.ndim > 2:  # (samples, classes, ...): the classes go last
-            return evaluation(outputs.movedim(1, -1), lambda f: criterion(f.movedim(-1, 1)), samples=samples)
-        if func in _ENTRYWISE and outputs.ndim != 2:
-            flat = outputs.reshape(samples, -1)
-            return evaluation(flat, lambda f: criterion(f.reshape(outputs.shape)), samples=samples)
-        return evaluation(outputs, criterion, samples=samples)
+        return pending.run.ranks.private(part)
+
+
+@contextlib.contextmanager
+def _told(names: list[str]) -> Iterator[None]:
+    """An error where the module carries a state names that, and not the shapes that did not fit."""
+    try:
+        yield
+    except Unmeasurable:
+        raise
+    except Exception as error:
+        if not names:
+            raise
+        raise Unsupported(
+            f"{' and '.join(names)}, which the module carries from batch to batch, does not let the probes be seen "
+            f"again ({type(error).__name__}: {error}): {HOW}"
+        ) from error
+
+
+def _to(batch: Any, device: Any) -> Any:
+    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
+
+
+def _failing(error: Exception) -> Callable[[], Evaluation]:
+    def part() -> Evaluation:
+        raise Unsupported(str(error))  # the other one is kept: its traceback would keep the step's tensors
+
+    return part
+
+
+def population(loader: Any, world: int = 1) -> int | None:
+    """How many samples an epoch draws from, on all ranks together; None where nobody knows.
+
+    Args:
+        loader: of one rank.
+        world: how many ranks there are.
+    """
+    if getattr(loader, "batch_sampler", ...) is None:  # of ready-made batches, not of samples
+        return None
+    sampler = getattr(loader, "sampler", None)
+    if world > 1:  # a distributed sampler's own length is one rank's share
+        sampler = getattr(sampler, "dataset", None)
+    for holder in (sampler, getattr(loader, "dataset", None)):
+        try:
+            return len(holder)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):
+            continue
+    return None

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from lsp_callbacks import StabilityMonitor, StopOnInstability
 from lsp_callbacks.callbacks.lr_forecast import Schedule
 from lsp_callbacks.cli.diagram import examine
-from lsp_callbacks.step.pending_step import rate
+from lsp_callbacks.step.flat import largest_learning_rate
 
 SHARPNESS, COURANT, LYAPUNOV = "stability/sharpness", "stability/courant_gd", "stability/lyapunov"
 
@@ -180,7 +180,7 @@ class Look(Callback):
         self.schedule = Schedule(trainer)
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.used.append(rate(optimizer))
+        self.used.append(largest_learning_rate(optimizer))
 
     def on_train_batch_end(self, trainer, *args):
         if not trainer.fit_loop._should_accumulate():

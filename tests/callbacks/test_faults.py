@@ -26,12 +26,14 @@ from lsp_callbacks import (
     StabilityMonitor,
     StopOnInstability,
     Unmeasurable,
-    step,
 )
 from lsp_callbacks.autograd.random_state import RandomState
-from lsp_callbacks.loops import Watch, plain
-from lsp_callbacks.step.criterion import Probes
-from lsp_callbacks.step.snapshot import displaced
+from lsp_callbacks.loops import Watch
+from lsp_callbacks.monitor import gradient_check, observer, training_loop
+from lsp_callbacks.step import pending_step
+from lsp_callbacks.step.flat import displaced
+from lsp_callbacks.step.probes import Probes
+from lsp_callbacks.step.snapshot import computed_once
 
 QUIET = pytest.mark.filterwarnings("ignore")
 
@@ -86,6 +88,11 @@ def test_a_cadence_of_nan_readings_is_the_fixed_one():
 # -- memory --------------------------------------------------------------------------------------------------------
 
 
+@computed_once
+def replayed(snapshot):
+    return snapshot.replay()
+
+
 class Hungry(Quantity):
     """Runs out of memory with a graph in its hands, at the steps that it is told."""
 
@@ -101,7 +108,7 @@ class Hungry(Quantity):
     def update(self, snapshot):
         self.complete = False
         if snapshot.step in self.steps:
-            graph = snapshot.once("graph", lambda: snapshot.replay())
+            graph = replayed(snapshot)
             self.held.append(weakref.ref(graph))
             raise self.error("CUDA out of memory. Tried to allocate 20.00 GiB.")
         self.complete = True
@@ -135,7 +142,8 @@ def test_a_measurement_out_of_memory_is_nan_and_keeps_nothing(error):
 
 
 @pytest.mark.parametrize(
-    "owner, where", [(step, "ModuleCopy"), (RandomState, "__init__"), (step, "copied"), (step, "_sums")]
+    "owner, where",
+    [(pending_step, "ModuleCopy"), (RandomState, "__init__"), (pending_step, "copied"), (pending_step, "fingerprint")],
 )
 def test_no_memory_for_the_copy(owner, where, monkeypatch):
     """Of the batch, the module, the random states: at every step but the first."""
@@ -156,12 +164,10 @@ def test_no_memory_for_the_copy(owner, where, monkeypatch):
 
 
 def test_no_memory_to_remember_the_gradient(monkeypatch):
-    from lsp_callbacks.callbacks import stability_monitor
-
     def short(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(stability_monitor, "identical", short)
+    monkeypatch.setattr(gradient_check, "identical", short)
     with pytest.warns(UserWarning, match="out of memory"):
         assert not changed_by(Model, StabilityMonitor("economy", every_n_steps=1), max_steps=4)
 
@@ -298,7 +304,7 @@ def test_a_checkpoint_of_another_release(how, anew, tmp_path):
 
 def test_a_stop_rule_of_another_release_goes_on_with_what_is_there():
     stop = StopOnInstability()
-    stop.load_state_dict({"event_step": 7, "readings": [1.0], "flux": 3})
+    stop.load_state_dict({"events": [7], "readings": [1.0], "flux": 3})
     assert stop.event_step == 7 and stop.state_dict()["losses"]["count"] == 0 and stop.stop_step is None
 
 
@@ -308,7 +314,7 @@ SCRIPT = """
     import pytorch_lightning as pl, torch
     from harness import Model, data, fit
     from lsp_callbacks import StabilityMonitor, StopOnInstability
-    from lsp_callbacks.step.snapshot import displaced
+    from lsp_callbacks.step.flat import displaced
 
     torch.set_num_threads(1)
     folder, kill = sys.argv[1], int(sys.argv[2])
@@ -439,7 +445,13 @@ def test_batches_that_cannot_be_joined():
 
 @pytest.mark.parametrize(
     "owner, where",
-    [(step, "ModuleCopy"), (step, "copied"), (step, "_sums"), (plain, "PendingStep"), (plain, "verified")],
+    [
+        (pending_step, "ModuleCopy"),
+        (pending_step, "copied"),
+        (pending_step, "fingerprint"),
+        (training_loop, "PendingStep"),
+        (observer, "verified"),
+    ],
 )
 def test_no_memory_in_a_plain_loop(owner, where, monkeypatch):
     net, x = torch.nn.Linear(2, 1), torch.ones(4, 2)

@@ -12,7 +12,7 @@ from torch.optim import SGD, lr_scheduler
 
 from lsp_callbacks import StabilityMonitor, StopOnInstability
 from lsp_callbacks.callbacks.lr_forecast import Schedule
-from lsp_callbacks.step.pending_step import rate
+from lsp_callbacks.step.flat import largest_learning_rate
 
 KEY, AHEAD = "stability/courant", "stability/steps_to_edge"
 
@@ -28,7 +28,7 @@ class Look(Losses):
         self.schedule = Schedule(trainer)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.used.append(rate(trainer.optimizers[0]))
+        self.used.append(largest_learning_rate(trainer.optimizers[0]))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         before = [copy.deepcopy(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs]

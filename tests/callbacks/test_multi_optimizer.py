@@ -189,7 +189,7 @@ def test_what_is_not_the_players_step_is_refused(name):
 def test_a_loss_that_detaches_the_other_player_has_no_exponent_and_every_edge():
     losses = LOSSES | {"critic": lambda module, batch: module.critic_loss(batch, detach=True)}
     callback, joined = monitor(losses=losses), monitor()
-    with pytest.warns(UserWarning, match=r"'critic' does not let the other players' parameters through"):
+    with pytest.warns(UserWarning, match=r"'critic' detaches the other players' parameters"):
         fit(GAN, callback, max_steps=8)
     fit(GAN, joined, max_steps=8)
     assert all(map(math.isnan, callback.history[EXPONENT].values)) and EXPONENT not in joined.history
@@ -303,7 +303,7 @@ def test_no_rate_is_looked_ahead_for_players():
     fit(GAN, callback := monitor(["sharpness"]), max_steps=4)
     assert math.isfinite(callback.history[COURANT].values[-1])
     assert "stability/steps_to_edge" not in callback.history
-    assert math.isnan(callback._critical.mean)  # of which player?
+    assert math.isnan(callback.forecast.critical.mean)  # of which player?
 
 
 def test_a_gan_in_half_precision():

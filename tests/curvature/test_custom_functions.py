@@ -15,7 +15,7 @@ from lsp_callbacks.operators.curvature.hessian import path_taken
 from lsp_callbacks.operators.curvature.second_derivative_check import hessian_agrees
 from lsp_callbacks.operators.curvature.stability_threshold import top_eigenvalue
 from lsp_callbacks.operators.sgd.output_hessian import output_hessian
-from lsp_callbacks.step.snapshot import Evaluation
+from lsp_callbacks.step.criterion import Evaluation
 
 
 class Sine(nn.Module):

@@ -95,7 +95,7 @@ def test_the_error_bar_is_the_same_where_the_update_is_another_one():
         problem.curvature.copy_(q @ torch.diag(spectrum) @ q.T)
         snapshot = freeze(problem, optimizer, step=step)
         for metric, step_ in zip(
-            metrics, (snapshot, replace(snapshot, run=RunContext(invalidated="the update is another one"), memo={}))
+            metrics, (snapshot, replace(snapshot, run=RunContext(invalidated="the update is another one")))
         ):
             metric.update(step_)
         known, alone = (metric.compute() for metric in metrics)

@@ -26,7 +26,7 @@ from lsp_callbacks.operators.network.signal_sizes import signal_sizes
 from lsp_callbacks.operators.trajectory.proximal import flat_parameters, update
 from lsp_callbacks.operators.trajectory.update_rules import root
 from lsp_callbacks.quantities import REGISTRY
-from lsp_callbacks.step.snapshot import displaced
+from lsp_callbacks.step.flat import displaced
 
 f32, f64 = torch.float32, torch.float64
 

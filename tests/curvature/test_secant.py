@@ -11,7 +11,7 @@ from torch import nn
 from lsp_callbacks import SecantRatio, Unmeasurable
 from lsp_callbacks.operators.trajectory.step_size import displacement
 from lsp_callbacks.quantities.curvature.secant_ratio import measured_secant
-from lsp_callbacks.step.snapshot import Clipping
+from lsp_callbacks.step.clipping import Clipping
 
 SGD = torch.optim.SGD
 

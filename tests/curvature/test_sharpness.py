@@ -14,7 +14,7 @@ from lsp_callbacks.operators import coming_rule, decayed_hessian, frozen_rule, p
 from lsp_callbacks.operators.cost import lanczos_cost
 from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold
 from lsp_callbacks.quantities.curvature.sharpness import WARM
-from lsp_callbacks.step.snapshot import Clipping
+from lsp_callbacks.step.clipping import Clipping
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 RMSprop, Adagrad = torch.optim.RMSprop, torch.optim.Adagrad

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lsp_callbacks import Monitor, Numerics, SGDStability, Sharpness, SpectralNorm, StabilityMonitor
 from lsp_callbacks.loops import Watch, watch_fabric
-from lsp_callbacks.step.snapshot import Clipping
+from lsp_callbacks.step.clipping import Clipping
 
 
 def fabric(model, make=MOMENTUM, steps=10, watch=None, precision="32-true", backward=True, **own):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from lsp_callbacks import Monitor, Snapshot, Unmeasurable
+from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.monitor.courant_source import COURANT, GD, SGD, SOURCE, CourantSource
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.report import Run, judge
-from lsp_callbacks.step.snapshot import Unsupported
 
 NAN, NET = math.nan, torch.nn.Linear(1, 1)
 

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lsp_callbacks import Monitor, Quantity, Snapshot, StabilityMonitor, Unmeasurable
+from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.monitor.limits import Seconds, check_memory, in_bytes, readable
 from lsp_callbacks.operators.memory import footprint
-from lsp_callbacks.step.pending_step import batch_size
-from lsp_callbacks.step.snapshot import Unsupported
+from lsp_callbacks.step.batch import batch_size
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory_is_predicted.py"
 CPU = torch.device("cpu")

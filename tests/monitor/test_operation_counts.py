@@ -89,4 +89,4 @@ def test_a_replay_that_fails_says_so():
         raise ValueError("no second time")
 
     with pytest.raises(ValueError, match="no second time"):
-        work(replace(snapshot, replay=fails, memo={}))
+        work(replace(snapshot, replay=fails))

@@ -9,11 +9,11 @@ from torch.autograd.functional import jacobian
 
 from lsp_callbacks import ResidualCFL, Snapshot, Unmeasurable
 from lsp_callbacks.autograd.module_calls import is_residual_block
+from lsp_callbacks.errors import NotApplicable
 from lsp_callbacks.functional import residual_stability
 from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators import residual_block
 from lsp_callbacks.step.run_context import RunContext
-from lsp_callbacks.step.snapshot import NotApplicable
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

@@ -263,7 +263,7 @@ def test_the_kurtosis_before_the_first_update_is_remembered_through_a_checkpoint
     for snapshot in trajectory(task, torch.optim.SGD(task.parameters(), lr=0.5), 4):
         if snapshot.step == 3:
             resumed.load_state_dict(metric.state_dict())
-            resumed.update(replace(snapshot, memo={}))  # products adapt to those before them on a snapshot
+            resumed.update(replace(snapshot))  # products adapt to those before them on a snapshot
         now = {n: float(scipy.stats.kurtosis(p.detach().flatten())) for n, p in task.named_parameters() if p.ndim > 1}
         metric.update(snapshot)
     values = metric.compute()

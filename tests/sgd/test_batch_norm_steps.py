@@ -14,13 +14,14 @@ from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
 from lsp_callbacks import ProbeSet, SGDStability, StabilityMonitor
+from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.functional import UpdateRule, gd_exponent, reduce, sgd_exponent, sum_of_exponents
 from lsp_callbacks.functional.sgd.mean_square import mean_square_lr, second_moment
 from lsp_callbacks.functional.sgd.sgd_stability import _Draw
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
-from lsp_callbacks.step.criterion import Probes
-from lsp_callbacks.step.probes import evaluation
-from lsp_callbacks.step.snapshot import Unsupported, as_trained, batch_norms
+from lsp_callbacks.step.criterion import evaluation
+from lsp_callbacks.step.module_modes import as_trained, batch_norms
+from lsp_callbacks.step.probes import Probes
 
 # -- rows ------------------------------------------------------------------------------------------------------------
 

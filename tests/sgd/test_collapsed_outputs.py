@@ -9,7 +9,7 @@ from problems import freeze
 from torch import nn
 
 from lsp_callbacks import ProbeSet, SGDStability
-from lsp_callbacks.step.probes import evaluation
+from lsp_callbacks.step.criterion import evaluation
 
 CLASSES = 5
 

@@ -15,14 +15,15 @@ from torch.nn.utils import parametrizations
 
 import lsp_callbacks.operators.sgd.sharpest_mode as sharpest_mode_module
 from lsp_callbacks import ProbeSet
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.curvature.stability_threshold import top_eigenvalue
 from lsp_callbacks.operators.sgd import parameter_gram
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
 from lsp_callbacks.operators.sgd.layer_rules import layer_uses
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part
 from lsp_callbacks.operators.sgd.rows_by_backward import rows_alone
-from lsp_callbacks.step.probes import evaluation
-from lsp_callbacks.step.snapshot import Unmeasurable, evaluating
+from lsp_callbacks.step.criterion import evaluation
+from lsp_callbacks.step.module_modes import evaluating
 
 N = 5
 EXACT = 1e-10

@@ -29,7 +29,7 @@ from lsp_callbacks.functional import (
 from lsp_callbacks.functional.sgd.sgd_law import contraction_factor
 from lsp_callbacks.loops import Watch, watch_fabric
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
-from lsp_callbacks.step.probes import evaluation
+from lsp_callbacks.step.criterion import evaluation
 
 SGD = torch.optim.SGD
 LAW = ("sgd_law_q", "sgd_law_eta_max", "sgd_law_floor")
@@ -418,7 +418,7 @@ def test_distances_go_on_after_a_checkpoint_and_from_a_file(tmp_path):
     other.load_state_dict(metric.state_dict())
     step = freeze(task, SGD(task.parameters(), lr=0.05), probes=probes_of(task, samples=12, population=12))
     metric.load_vectors({})
-    metric.update(step), other.update(replace(step, memo={}))  # products adapt to those before them on a snapshot
+    metric.update(step), other.update(replace(step))  # products adapt to those before them on a snapshot
     assert torch.equal(metric.pairs, other.pairs) and same(metric.compute(), other.compute())
     torch.save(task.state_dict(), tmp_path / "end.pt")
     fresh = SGDLaw(probes=12, reference=tmp_path / "end.pt")

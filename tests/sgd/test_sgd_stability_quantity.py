@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lsp_callbacks import Monitor, ProbeSet, SGDStability, StabilityMonitor, Unmeasurable
-from lsp_callbacks.callbacks import lightning_step as adapter
+from lsp_callbacks.callbacks import lightning_loop as adapter
 from lsp_callbacks.functional import UpdateRule, critical_lr, moment_exponent, reduce, sgd_exponent
 from lsp_callbacks.functional.sgd.moment_exponent import MODES
-from lsp_callbacks.step.probes import evaluation
+from lsp_callbacks.step.criterion import evaluation
 
 SGD_COURANT, GD_COURANT, DIAL = "stability/courant_sgd", "stability/courant_gd", "stability/courant"
 KEYS = {

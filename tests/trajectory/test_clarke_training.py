@@ -17,7 +17,7 @@ from lsp_callbacks.functional import Box, MaxNorm, Only, Ridge, SoftThreshold
 from lsp_callbacks.functional.trajectory.clarke_training import generalized_training, no_steps
 from lsp_callbacks.operators.curvature.gradient_kinks import loss_kinks, prox_kinks
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
-from lsp_callbacks.step.snapshot import Clipping
+from lsp_callbacks.step.clipping import Clipping
 
 
 def values_of(metric):

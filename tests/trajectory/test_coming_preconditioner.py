@@ -12,8 +12,8 @@ from lsp_callbacks.operators import coming_rule, frozen_rule
 from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold
 from lsp_callbacks.operators.trajectory import coming_preconditioner as coming
 from lsp_callbacks.operators.trajectory.coming_preconditioner import batch_squares, gradients_missing, probe_squares
-from lsp_callbacks.step.probes import evaluation
-from lsp_callbacks.step.snapshot import Clipping
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.criterion import evaluation
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 RMSprop, Adagrad = torch.optim.RMSprop, torch.optim.Adagrad

@@ -11,8 +11,8 @@ from lsp_callbacks.functional import gd_exponent
 from lsp_callbacks.operators.sgd.frozen_sgd import critical_rule, frozen_sgd
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.step_jacobian import step_jacobian
-from lsp_callbacks.step.probes import evaluation
-from lsp_callbacks.step.snapshot import Clipping
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.criterion import evaluation
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 RMSprop, Adagrad = torch.optim.RMSprop, torch.optim.Adagrad

@@ -13,7 +13,7 @@ from lsp_callbacks.functional import data_response, leave_one_out
 from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators import step_response
 from lsp_callbacks.operators.sgd.sample_contributions import sample_contributions
-from lsp_callbacks.step.snapshot import Clipping
+from lsp_callbacks.step.clipping import Clipping
 
 optim = torch.optim
 SAMPLES, BATCH = 12, 4

@@ -15,7 +15,8 @@ from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.loops import Watch
 from lsp_callbacks.operators.trajectory.proximal import expected, proximal_jacobian, update, update_jacobian
 from lsp_callbacks.operators.trajectory.step_jacobian import parameter_jacobian
-from lsp_callbacks.step.snapshot import Clipping, flatten
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.flat import flatten
 
 SGD = torch.optim.SGD
 PROXES = {

@@ -37,7 +37,7 @@ from lsp_callbacks.operators.network.saliency import explain
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
 from lsp_callbacks.quantities.curvature.sharpness import edge_memory
 from lsp_callbacks.quantities.trajectory.stability_profile import PAIRS
-from lsp_callbacks.step.snapshot import Clipping
+from lsp_callbacks.step.clipping import Clipping
 
 PREFIX = "stability/"
 
@@ -68,7 +68,7 @@ def test_a_window_is_the_product_of_the_steps_that_were_taken(rule):
     product, first, injected = None, None, 0.0
     reach: list = []  # of the noise of each step
     for snapshot in along(metric, task, optimizer, 5, probes=probes_of(task)):
-        small.update(replace(snapshot, memo={}))
+        small.update(replace(snapshot))
         J = output_jacobian(snapshot.probes, samples=6).dense()
         first = J if first is None else first
         if snapshot.step < 4:
@@ -147,7 +147,7 @@ def test_a_gap_starts_again():
         if snapshot.step != 2:  # which would have completed it
             metric.update(snapshot)
         if snapshot.step > 2:
-            fresh.update(replace(snapshot, memo={}))
+            fresh.update(replace(snapshot))
         assert metric.complete == (snapshot.step == 5)
     # They started from other guesses of the sharp direction.
     close(values_of(metric)["sigma_u"], values_of(fresh)["sigma_u"], 1e-8)
@@ -299,7 +299,7 @@ def test_steps_that_cannot_be_replayed_later_leave_wide_ends():
         for step in range(4):
             now[0] = step
             snapshot = freeze(task, optimizer, replay=replay, step=step, probes=probes_of(task))
-            metric.update(snapshot if told else replace(snapshot, loss=None, gradient=None, memo={}))
+            metric.update(snapshot if told else replace(snapshot, loss=None, gradient=None))
             take(optimizer, replay())
         assert metric.complete and "replay" in metric.wide
         found = values_of(metric)
@@ -314,7 +314,7 @@ def test_a_window_that_is_resumed_has_wide_ends():
         if snapshot.step == 1:
             other.load_vectors(copy.deepcopy(metric.vectors()))
         elif snapshot.step > 1:
-            other.update(replace(snapshot, memo={}))
+            other.update(replace(snapshot))
     assert metric.complete and other.complete and "checkpoint" in other.wide and metric.wide == ""
     assert values_of(metric)["sigma_theta_bound"] < values_of(other)["sigma_theta_bound"]
 

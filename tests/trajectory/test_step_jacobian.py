@@ -13,7 +13,8 @@ from lsp_callbacks import Snapshot, Unmeasurable
 from lsp_callbacks.linalg import push
 from lsp_callbacks.operators import state_blocks, state_weight, step_jacobian, tangent_path
 from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold
-from lsp_callbacks.step.snapshot import Clipping, flatten
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.flat import flatten
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 RMSprop, Adagrad = torch.optim.RMSprop, torch.optim.Adagrad

@@ -14,8 +14,9 @@ from lsp_callbacks.functional import function_growth, pushed, tangents, training
 from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators import step_jacobian, step_response
 from lsp_callbacks.operators.network.outputs import output_jacobian
-from lsp_callbacks.step.probes import evaluation
-from lsp_callbacks.step.snapshot import Clipping, ProbeSet
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.criterion import evaluation
+from lsp_callbacks.step.probe_set import ProbeSet
 
 
 def generator(seed=0):

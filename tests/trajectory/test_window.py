@@ -14,7 +14,7 @@ from lsp_callbacks.functional.trajectory.norm_intervals import gaussian_form_int
 from lsp_callbacks.linalg import from_matrix, top_between
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.trajectory.window import Window, keep, squares
-from lsp_callbacks.step.snapshot import Clipping
+from lsp_callbacks.step.clipping import Clipping
 
 RULES = {
     "sgd": (partial(SGD, lr=0.3), {}),

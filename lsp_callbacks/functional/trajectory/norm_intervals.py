@@ -57,7 +57,7 @@ def gaussian_form_interval(values: Tensor, *, largest: float = math.inf, failure
         (73.7, 128.8)
     """
     mean, m, enough = float(values.double().mean()), len(values), math.log(2 / failure)
-    if not mean > 0 or not math.isfinite(mean) or math.isnan(largest):
+    if not mean > 0 or not math.isfinite(mean) or not largest > 0:
         return (0.0, 0.0) if mean == 0 else (math.nan, math.nan)
 
     def unlikely(log_ratio: float) -> bool:

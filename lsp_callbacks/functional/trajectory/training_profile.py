@@ -148,11 +148,11 @@ def pushed(now: Tangents, step: LinearOperator, noise: LinearOperator, generator
 
     Cost: a product with ``A_t`` for each row, and one with ``B_t`` for each row of noise.
     """
-    frame, frame_log = rescale(push(step, now.frame))
+    frame, frame_log = rescale(push(step, now.frame), now.size)
     xi = torch.randn(len(now.noise), now.size, generator=generator, dtype=now.noise.dtype).to(now.noise.device)
     driven = push(noise, xi)
     carried = push(step, now.noise) if now.steps else now.noise
-    new, noise_log = add(carried, now.noise_log, driven)
+    new, noise_log = add(carried, now.noise_log, driven, size=now.size)
     return replace(
         now,
         frame=frame,

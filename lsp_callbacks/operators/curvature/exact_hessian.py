@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd.double_backward import double_backward
+from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.second_derivative_check import hessian_agrees
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, flatten
+from lsp_callbacks.step.flat import flatten
+from lsp_callbacks.step.replay_checks import check_gradient, check_loss
+from lsp_callbacks.step.snapshot import Snapshot
 
 
 class NoSecondDerivative(Exception):
@@ -27,6 +30,7 @@ def exact_hessian(snapshot: Snapshot, otherwise: Callable[[Tensor, str], LinearO
 
     Raises:
         Unmeasurable: a replay that is not the step; custom functions in half precision, which cannot be checked.
+        Unsupported: a loss that depends on the parameters by way of tensors without a graph.
     """
     parameters = list(snapshot.parameters.values())
     dtype = snapshot.graph.dtype
@@ -36,13 +40,13 @@ def exact_hessian(snapshot: Snapshot, otherwise: Callable[[Tensor, str], LinearO
         with double_backward(snapshot.module):
             loss = snapshot.replay()
             # Another path than the step's (no fused attention, not compiled): equal up to its rounding.
-            snapshot.check(loss, tolerance=_path_tolerance(dtype))
+            check_loss(snapshot, loss, tolerance=_path_tolerance(dtype))
             parts = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
             graph.append(flatten(parts, parameters))
         return (graph[0].detach(),)
 
     (mean,) = snapshot.run.ranks.mean(rank_gradient, "the gradient with its graph")
-    snapshot.check_gradient(mean, tolerance=100 * _path_tolerance(dtype))
+    check_gradient(snapshot, mean, tolerance=100 * _path_tolerance(dtype))
     gradient = mean.to(vector_dtype(mean.dtype))
 
     def exact(v: Tensor) -> Tensor:
@@ -83,16 +87,39 @@ def exact_hessian(snapshot: Snapshot, otherwise: Callable[[Tensor, str], LinearO
             "tensors)",
         )
 
+    if snapshot.graph.stopped:
+        _check_stop_gradients(exact, gradient, snapshot)
+
+    fallback: LinearOperator | None = None  # once exact products have raised
+
     def product(v: Tensor) -> Tensor:
-        if "raises" not in snapshot.memo:
+        nonlocal fallback
+        if fallback is None:
             try:
                 return exact(v)
             except NoSecondDerivative as error:
-                reason = f"the loss cannot be differentiated twice ({error})"
-                snapshot.memo["raises"] = otherwise(gradient, reason)
-        return snapshot.memo["raises"] @ v
+                fallback = otherwise(gradient, f"the loss cannot be differentiated twice ({error})")
+        return fallback @ v
 
     return LinearOperator((len(gradient),) * 2, product, product, dtype=gradient.dtype, device=gradient.device)
+
+
+def _check_stop_gradients(exact: Callable[[Tensor], Tensor], gradient: Tensor, snapshot: Snapshot) -> None:
+    """Refuse a step whose gradient changes with the parameters in ways that its graph does not know.
+
+    Raises:
+        Unsupported: unless an exact product is the change of the gradient, to 1 %.
+    """
+    reason = (
+        "the loss depends on the parameters by way of tensors without a graph, made by "
+        f"{', '.join(snapshot.graph.stopped)} (so are those of detach(), no_grad() and the power iteration of "
+        "spectral_norm), "
+    )
+    advice = "; leave this quantity out, or compute these tensors with a graph or from the data alone"
+    if not snapshot.graph.full:
+        raise Unsupported(f"{reason}and whether that matters cannot be checked in half precision{advice}")
+    if not _confirmed(exact, gradient, snapshot):
+        raise Unsupported(f"{reason}so that its gradient does not change as two backward passes say{advice}")
 
 
 def _confirmed(exact: Callable[[Tensor], Tensor], gradient: Tensor, snapshot: Snapshot) -> bool:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.exact_hessian import exact_hessian, vector_dtype
 from lsp_callbacks.operators.curvature.finite_differences import Differences, Untrusted
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, split
+from lsp_callbacks.step.flat import split
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 Method = Literal["auto", "exact", "finite_difference"]
 
@@ -31,6 +34,11 @@ def hessian(
     exact products may raise or, worse, lack a part of H without an error. With such a function one of them is compared
     with a central difference (1 %); where exact products are wrong or raise, finite differences take over if the loss
     is smooth and nothing is rounded to half precision, and otherwise the step is refused.
+
+    Where the loss depends on the parameters by way of tensors without a graph (the power iteration of
+    ``torch.nn.utils.spectral_norm`` in training, ``detach``), training moves by a gradient whose change no second
+    backward pass knows, and which is no symmetric matrix. There an exact product is compared in the same way, and the
+    step is refused unless they agree.
 
     In half precision (bfloat16 parameters, or autocast) exact products carry its rounding, some 1 %; they are used
     nevertheless, in float32 vectors, and `path_taken` names the type.
@@ -59,11 +67,11 @@ def hessian(
     if not parameters:
         raise Unmeasurable("no parameter requires a gradient: unfreeze some, or leave this quantity out")
     method = resolved(snapshot, method)
-    if method == "exact":
-        return snapshot.once(("hessian", method), lambda: _exact(snapshot))
+    if method == "exact" or snapshot.graph.stopped:
+        return _exact(snapshot)
     if weight is not None:
         return _finite_difference(snapshot, weight=weight, relative=relative)
-    return snapshot.once(("hessian", method), lambda: _finite_difference(snapshot))
+    return _unweighted_difference(snapshot)
 
 
 def resolved(snapshot: Snapshot, method: Method) -> Method:
@@ -88,7 +96,9 @@ def path_taken(snapshot: Snapshot, method: Method) -> str:
     "exact" or "finite difference"; then what had to be changed for it: "math attention", "uncompiled"; then the type,
     where products are rounded to half precision.
     """
-    return snapshot.memo.get(("path", resolved(snapshot, method)), "") or label("exact", snapshot)
+    products = products_so_far(snapshot)
+    path = products.exact if resolved(snapshot, method) == "exact" else products.differences
+    return path or label("exact", snapshot)
 
 
 def label(path: str, snapshot: Snapshot, dtype: torch.dtype | None = None) -> str:
@@ -107,6 +117,28 @@ def product_cost(method: Method, products: int) -> float:
     return 1.2 * products if method == "finite_difference" else 3.3 + 2.0 * (products - 1)
 
 
+@dataclass
+class Products:
+    """How the Hessian products of one step were found so far.
+
+    Attributes:
+        exact: the path of exact products, see `path_taken`; empty before the first.
+        differences: the path of finite differences, which may have become that of exact products; likewise.
+        untrusted: whether a difference failed its checks, so that exact products have taken over.
+    """
+
+    exact: str = ""
+    differences: str = ""
+    untrusted: bool = False
+
+
+@computed_once
+def products_so_far(snapshot: Snapshot) -> Products:
+    """Return the record of this step's products, which they update."""
+    return Products()
+
+
+@computed_once
 def _exact(snapshot: Snapshot) -> LinearOperator:
     def differences(gradient: Tensor, reason: str) -> LinearOperator:
         """Take over where exact products are wrong, if differences can be trusted."""
@@ -118,8 +150,13 @@ def _exact(snapshot: Snapshot) -> LinearOperator:
             )
         return _finite_difference(snapshot, gradient, alone=True)
 
-    snapshot.memo["path", "exact"] = label("exact", snapshot)
+    products_so_far(snapshot).exact = label("exact", snapshot)
     return exact_hessian(snapshot, differences)
+
+
+@computed_once
+def _unweighted_difference(snapshot: Snapshot) -> LinearOperator:
+    return _finite_difference(snapshot)
 
 
 def _finite_difference(
@@ -135,20 +172,23 @@ def _finite_difference(
     if gradient is None:
         raise Unmeasurable("finite differences start from the step's gradient: pass gradient=... or method='exact'")
     differences = Differences(snapshot, gradient, weight, relative=relative)
-    key = ("path", "exact" if alone else "finite_difference")
-    snapshot.memo[key] = label("finite difference", snapshot)
+    products = products_so_far(snapshot)
+    if alone:
+        products.exact = label("finite difference", snapshot)
+    else:
+        products.differences = label("finite difference", snapshot)
 
     def product(v: Tensor) -> Tensor:
         if not bool(v.any()):
             return torch.zeros_like(v)
-        if "untrusted" in snapshot.memo and not alone:
+        if products.untrusted and not alone:
             return exact(v)
         try:
             return differences.product(v)
         except Untrusted:
             if not alone:
                 # Exact products are right at any scale; they also tell a kink from a replay that is not the step.
-                snapshot.memo["untrusted"] = True
+                products.untrusted = True
                 return exact(v)
         try:
             return differences.searched(v)
@@ -160,7 +200,7 @@ def _finite_difference(
 
     def exact(v: Tensor) -> Tensor:
         image = hessian(snapshot, method="exact") @ v
-        snapshot.memo[key] = snapshot.memo["path", "exact"]
+        products.differences = products.exact
         return image
 
     return LinearOperator((len(gradient),) * 2, product, product, dtype=gradient.dtype, device=gradient.device)

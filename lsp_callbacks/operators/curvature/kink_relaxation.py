@@ -13,10 +13,10 @@ from torch import Tensor
 from lsp_callbacks.autograd.double_backward import check_adjoint, jacobian
 from lsp_callbacks.autograd.graph import kinks_between, leaves_of, read
 from lsp_callbacks.autograd.sample_rows import Rows
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.network.clarke import RelaxedJacobian
 from lsp_callbacks.linalg import LinearOperator, lanczos, spectrum_bounds
 from lsp_callbacks.operators.curvature.kink_mode import KinkMode
-from lsp_callbacks.step.snapshot import Unmeasurable
 
 #: Probability with which the norm of a wide Jacobian may exceed its bound, and steps of Lanczos.
 FAILURE, STEPS = 1e-3, 30
@@ -191,7 +191,7 @@ class KinkRelaxation:
 
 
 def _subspace(A: LinearOperator, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an orthonormal basis of the rows of C and of Lanczos vectors, ``(samples, n, q)``, and a bound of A."""
+    """Return a basis of the rows of C and of Lanczos vectors, ``(samples, n, q)``, and an upper bound of ``||A||``."""
     samples, n = A.batch[0], A.shape[1]
     generator = torch.Generator(A.device).manual_seed(0)
     start = torch.randn(samples, n, dtype=A.dtype, device=A.device, generator=generator)

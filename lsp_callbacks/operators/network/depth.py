@@ -13,8 +13,10 @@ from lsp_callbacks.autograd.double_backward import check_adjoint, double_backwar
 from lsp_callbacks.autograd.graph import nodes_between, read, walk
 from lsp_callbacks.autograd.module_calls import ModuleCall, record_calls, units
 from lsp_callbacks.autograd.untracked import UntrackedDependencies
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, norm
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, evaluating
+from lsp_callbacks.step.module_modes import evaluating
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,13 +99,14 @@ def depth(snapshot: Snapshot, *, samples: int = 4) -> Depth:
     Cost: a forward pass, and a forward product for the check, on ``samples`` samples; shared by all quantities of the
     step.
     """
-    return snapshot.once(("depth", samples), lambda: _depth(snapshot, samples))
+    return _depth(snapshot, samples)
 
 
 #: Floating-point tensors that are tried as the input of the network.
 TRIES = 3
 
 
+@computed_once
 def _depth(snapshot: Snapshot, samples: int) -> Depth:
     network = states(snapshot, samples=samples)
     _check_samples(network)

@@ -13,7 +13,7 @@ from lsp_callbacks.autograd.module_calls import ModuleCall, leaves
 from lsp_callbacks.functional.network.lipschitz import layer_lipschitz, overlap
 from lsp_callbacks.operators.network.activation_slopes import NODES, kind
 from lsp_callbacks.operators.network.depth import Depth
-from lsp_callbacks.step.snapshot import evaluating
+from lsp_callbacks.step.module_modes import evaluating
 
 
 class Uncertified(ValueError):

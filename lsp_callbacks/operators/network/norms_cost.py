@@ -8,7 +8,8 @@ from torch import nn
 
 from lsp_callbacks.functional.curvature.condition import SMALL
 from lsp_callbacks.operators.cost import beside
-from lsp_callbacks.step.snapshot import Call, Snapshot
+from lsp_callbacks.step.replay_checks import Call
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Nanoseconds of a layer's calls, of each of its eigenvalues' steps, and of Lanczos where it is too long for them.
 LAYER, EIGEN, LONG = 1e7, 1.2, 8e7

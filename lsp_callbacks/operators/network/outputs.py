@@ -8,7 +8,7 @@ from torch import Tensor
 from lsp_callbacks.autograd.double_backward import check_adjoint, double_backward, jacobian
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.linalg import LinearOperator
-from lsp_callbacks.step.snapshot import ProbeSet
+from lsp_callbacks.step.probe_set import ProbeSet
 
 
 def output_jacobian(probes: ProbeSet, *, samples: int) -> LinearOperator:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from lsp_callbacks.autograd._torch_internals import tree_leaves, tree_map
 from lsp_callbacks.autograd.double_backward import agrees, double_backward, jacobian, once_differentiable
 from lsp_callbacks.autograd.graph import Graph, inputs_of, leaf_of, read, walk
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, identity_like
-from lsp_callbacks.step.snapshot import Call, Unmeasurable, evaluating
+from lsp_callbacks.step.module_modes import evaluating
+from lsp_callbacks.step.replay_checks import Call
 
 # Backward nodes through which an identity path may run: additions, and functions applied to their sum.
 _SKIP_NODES = re.compile(

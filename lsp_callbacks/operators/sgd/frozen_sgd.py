@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduce
 from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tangent_kernel
 from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule, probe_squares
@@ -18,7 +19,7 @@ from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
     frozen_rule,
     require_gradient,
 )
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Eigenvalues of a float32 Gram matrix below this share of the largest are rounding.
 ROUNDING = 1e-6

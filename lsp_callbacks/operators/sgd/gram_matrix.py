@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.operators.sgd.collapsed_outputs import FirstInputs, SameOutputs
 from lsp_callbacks.operators.sgd.output_directions import OutputDirections
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram
 from lsp_callbacks.operators.sgd.rows_by_backward import TiedRows, add_rows
-from lsp_callbacks.step.probes import HOW
-from lsp_callbacks.step.snapshot import ProbeSet, Unmeasurable, Unsupported
+from lsp_callbacks.step.criterion import HOW
+from lsp_callbacks.step.probe_set import ProbeSet
 
 #: How many numbers are held at once, at most.
 HELD = 2**26
@@ -171,8 +172,8 @@ def tangent_kernel(
     for index in range(len(probes.parts)) if unexplained else ():
         evaluation, _, cotangents = directions.evaluate(index)
         add_rows(rows_of, evaluation.outputs, parameters, cotangents)
-    for name, recorded in rows_of.items():
-        shares[name], path[name] = recorded.gram(roots[name], memory), "rows"
+    for name, rowwise in rows_of.items():
+        shares[name], path[name] = rowwise.gram(roots[name], memory), "rows"
         if not math.isfinite(expected[name]) or not bool(shares[name].isfinite().all()):
             raise Unmeasurable(f"the per-sample gradients of {name} leave the range of {backward[name].dtype}")
         if not wrong(name) <= tolerance(backward[name].dtype):

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd.double_backward import double_backward
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import unit
 from lsp_callbacks.operators.sgd.output_hessian import Product, all_pairs, blocks, output_hessian, root
 from lsp_callbacks.operators.sgd.recorder import Recorder
 from lsp_callbacks.operators.sgd.sharpest_mode import sharpest_mode
-from lsp_callbacks.step.snapshot import Evaluation, ProbeSet, Unmeasurable
+from lsp_callbacks.step.criterion import Evaluation
+from lsp_callbacks.step.probe_set import ProbeSet
 
 #: Products that find the top eigenvector of each sample's output Hessian.
 POWER = 20

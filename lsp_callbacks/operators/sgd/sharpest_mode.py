@@ -12,7 +12,9 @@ from lsp_callbacks.autograd.double_backward import jacobian
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.linalg import norm, unit
 from lsp_callbacks.operators.sgd.output_hessian import Product, output_hessian
-from lsp_callbacks.step.snapshot import Evaluation, ProbeSet, displaced, flatten
+from lsp_callbacks.step.criterion import Evaluation
+from lsp_callbacks.step.flat import displaced, flatten
+from lsp_callbacks.step.probe_set import ProbeSet
 
 #: Products that find the mode from a random start, and from the last mode.
 COLD, WARM = 20, 3

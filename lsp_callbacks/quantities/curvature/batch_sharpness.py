@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import choice, number, whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.batch_sharpness import batch_sharpness, curvature_along_gradient
 from lsp_callbacks.operators.cost import products
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import CURVATURE, Key, standard_error
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Fewer batches do not show their own spread.
 LEAST = 8

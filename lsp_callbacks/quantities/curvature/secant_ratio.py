@@ -8,6 +8,7 @@ from typing import ClassVar, get_args
 import torch
 
 from lsp_callbacks._validation import choice
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.secant import Secant, secant
 from lsp_callbacks.operators.cost import beside, forward_cost, products
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
@@ -16,7 +17,9 @@ from lsp_callbacks.operators.trajectory.proximal import flat_parameters, update
 from lsp_callbacks.operators.trajectory.step_jacobian import tangent_path
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import CURVATURE, Key
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, displaced
+from lsp_callbacks.step.flat import displaced
+from lsp_callbacks.step.replay_checks import replayed_gradient, verify
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: The largest error that is accepted, as a share of the secant or the curvature.
 CLEAR = 0.5
@@ -97,17 +100,17 @@ def measured_secant(snapshot: Snapshot, *, method: Method = "auto") -> Secant:
             rounding.
     """
     H = hessian(snapshot, method=method)
-    _ = snapshot.faithful
+    verify(snapshot)
     step = update(snapshot)
     if not bool(step.any()):
         raise Unmeasurable("the step moves no parameter: there is no direction to measure along")
     before = snapshot.flat_gradient
     if before is None:
-        before = snapshot.replayed_gradient()[1]
+        before = replayed_gradient(snapshot)[1]
     theta = flat_parameters(snapshot)
     with displaced(list(snapshot.parameters.values()), step, 1.0):
         taken = flat_parameters(snapshot) - theta  # rounded, as the weights are
-        _, after = snapshot.replayed_gradient()
+        _, after = replayed_gradient(snapshot)
     if not bool(taken.any()):
         raise Unmeasurable("the step is lost in the rounding of the parameters: see update_lost of Numerics")
     result = secant(before, after, taken, H, theta=theta)

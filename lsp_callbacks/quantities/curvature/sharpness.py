@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import choice
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.cost import forward_cost, lanczos_cost
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import (
@@ -22,7 +23,7 @@ from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, grad
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, decay_rates, frozen_rule, rates
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import CURVATURE, PREFIX, Key, relative_excess
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 #: Lanczos products at most, from the last eigenvector and without one; the cost model counts the first. Where there are
 #: no more parameters than the second, one product for each of them.
@@ -38,10 +39,18 @@ Readings = tuple[float, ...]
 def measured_edge(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method) -> StabilityThreshold:
     """Return the step's `StabilityThreshold`, computed once for all quantities that align with it."""
     steps = _steps(snapshot, start)
-    return snapshot.once(
-        ("edge", method),
-        lambda: stability_threshold(snapshot, start=start, top=top, steps=steps, tol=TOLERANCE, method=method),
-    )
+    thresholds = _thresholds(snapshot)
+    if method not in thresholds:
+        thresholds[method] = stability_threshold(
+            snapshot, start=start, top=top, steps=steps, tol=TOLERANCE, method=method
+        )
+    return thresholds[method]
+
+
+@computed_once
+def _thresholds(snapshot: Snapshot) -> dict[Method, StabilityThreshold]:
+    """Return the thresholds of the step by method; they also depend on where the first caller started."""
+    return {}
 
 
 def _steps(snapshot: Snapshot, start: Tensor | None) -> int:

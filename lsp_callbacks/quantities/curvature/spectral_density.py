@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from lsp_callbacks._validation import choice, whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.spectral_density import Spectrum, spectral_density
 from lsp_callbacks.operators.cost import forward_cost, lanczos_cost
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
@@ -14,7 +15,7 @@ from lsp_callbacks.plots.density import axis_unit, draw_densities_over_training,
 from lsp_callbacks.plots.figure import load
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import CURVATURE, Key, standard_error
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lsp_callbacks._validation import number, whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.network.clarke import GeneralizedNorm, generalized_norm
 from lsp_callbacks.operators.cost import beside, forward_cost, sample_passes
 from lsp_callbacks.operators.curvature.hessian import label
@@ -18,7 +19,8 @@ from lsp_callbacks.operators.memory import footprint
 from lsp_callbacks.operators.network.depth import depth
 from lsp_callbacks.quantities.base import ROOT, Quantity, scalar
 from lsp_callbacks.quantities.key import PREFIX, Key
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.replay_checks import verify
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Largest shorter side of the Jacobian of an inner layer that is computed as a whole matrix.
 INNER = 256
@@ -111,14 +113,14 @@ class ClarkeProfile(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step."""
         self.complete = False
-        _ = snapshot.faithful
+        verify(snapshot)
         numbers, self._layers, self.absent = snapshot.run.ranks.first(lambda: self._measure(snapshot), self.name)
         self.finish(numbers)
 
     def _measure(self, snapshot: Snapshot) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, str]]:
         """Return the numbers of the output, the bounds by layer, and the reasons why layers have none."""
         with KinkMode(self.eps) as freed:
-            states = depth(replace(snapshot, memo={}), samples=self.samples)  # whose graph is ours alone
+            states = depth(replace(snapshot), samples=self.samples)  # whose graph is ours alone
         way = KinkRelaxation(freed, states.start, axis=states.axis, most=self.most)
         norms: dict[str, list[GeneralizedNorm]] = {}
         absent: dict[str, str] = {}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks._validation import number, whole
 from lsp_callbacks.autograd.module_calls import is_residual_block
+from lsp_callbacks.errors import NotApplicable, Unmeasurable
 from lsp_callbacks.functional.network.residual import ResidualStability, residual_stability
 from lsp_callbacks.operators.cost import forward_cost, sample_passes
 from lsp_callbacks.operators.curvature.hessian import label
@@ -18,7 +19,8 @@ from lsp_callbacks.operators.network.residual_block import residual_block
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import PREFIX, Key, relative_residual
 from lsp_callbacks.quantities.module_filter import Selection, selected, validate
-from lsp_callbacks.step.snapshot import Call, NotApplicable, Snapshot, Unmeasurable
+from lsp_callbacks.step.replay_checks import Call
+from lsp_callbacks.step.snapshot import Snapshot
 
 STEPS = 10
 NO_BLOCK = "no residual block x + g(x) was recognised in this network: name yours with blocks=... if it has any"

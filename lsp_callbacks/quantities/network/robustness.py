@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import number, whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.network.robustness import sensitivity
 from lsp_callbacks.linalg import LinearOperator, norm
 from lsp_callbacks.operators.cost import beside, forward_cost, sample_passes
@@ -22,7 +23,9 @@ from lsp_callbacks.operators.network.norms_cost import norms_cost
 from lsp_callbacks.operators.network.saliency import Explanation, change_by_input, change_by_parameters, explain
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import Key, relative_residual
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, displaced
+from lsp_callbacks.step.flat import displaced
+from lsp_callbacks.step.replay_checks import verify
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Rounding error of a number that went through a network, in units in the last place.
 ROUNDING = 16.0
@@ -146,7 +149,7 @@ class Robustness(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step."""
         self.complete = False
-        _ = snapshot.faithful
+        verify(snapshot)
         values = snapshot.run.ranks.first(lambda: self._measure(snapshot), self.name)
         self.finish({f"robustness_{name}": value for name, value in values.items()})
 

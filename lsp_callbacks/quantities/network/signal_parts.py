@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lsp_callbacks import linalg
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.condition import SMALL, condition, condition_lower
 from lsp_callbacks.functional.network.batch_norm import batch_norm_drift
 from lsp_callbacks.functional.network.gains import gains
@@ -14,7 +15,7 @@ from lsp_callbacks.functional.network.units import LEAST_ROWS, units
 from lsp_callbacks.operators.network.batch_statistics import outputs
 from lsp_callbacks.operators.network.signal_sizes import NormInput, SignalSizes
 from lsp_callbacks.quantities.base import scalar
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 
 def gains_of(step: SignalSizes) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks._validation import choice, whole
 from lsp_callbacks.autograd._torch_internals import BatchNorm
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.condition import loss_condition_lower
 from lsp_callbacks.functional.network.lipschitz import lipschitz_lower
 from lsp_callbacks.operators.cost import lanczos_cost
@@ -31,7 +32,9 @@ from lsp_callbacks.quantities.network.signal_parts import (
     output_change_of,
     units_of,
 )
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, evaluating
+from lsp_callbacks.step.module_modes import evaluating
+from lsp_callbacks.step.replay_checks import replayed_gradient
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Hessian products for the condition number of the loss.
 PRODUCTS = 5
@@ -202,7 +205,7 @@ class SignalPropagation(Quantity):
         if ratio is not None:
             numbers["loss_condition_lower"] = scalar(ratio)
         elif ranks.world > 1:  # products that one rank has computed, and another has not
-            snapshot.memo.clear()
+            snapshot.forget()
         if snapshot.step == 0:  # in a loop that does not call it
             self.begin(snapshot.module)
         self._numbers, self.absent = _finite(numbers), absent
@@ -243,7 +246,7 @@ class SignalPropagation(Quantity):
     def _loss_condition(self, snapshot: Snapshot) -> Tensor:
         H = hessian(snapshot, method=self.method)
         g = snapshot.flat_gradient
-        g = snapshot.replayed_gradient()[1] if g is None else g
+        g = replayed_gradient(snapshot)[1] if g is None else g
         condition = loss_condition_lower(H, g.to(H.dtype), steps=PRODUCTS)
         if condition is None:
             raise Unmeasurable("the gradient vanishes, or points along negative curvature")

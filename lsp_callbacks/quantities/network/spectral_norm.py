@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.errors import NotApplicable
 from lsp_callbacks.functional.network.layer_operators import row_norm, weight_operators
 from lsp_callbacks.functional.network.spectral_norm import log_sum, weight_norms
 from lsp_callbacks.operators.cost import beside, forward_cost
@@ -14,7 +15,8 @@ from lsp_callbacks.operators.memory import footprint
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import PREFIX, Key, relative_residual
 from lsp_callbacks.quantities.module_filter import Selection, selected, validate
-from lsp_callbacks.step.snapshot import Call, NotApplicable, Snapshot
+from lsp_callbacks.step.replay_checks import Call
+from lsp_callbacks.step.snapshot import Snapshot
 
 STEPS, TOLERANCE = 20, 1e-2
 

@@ -8,16 +8,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.functional.numerics.numeric_range import NumericRange, lost_share, numeric_range
 from lsp_callbacks.operators.cost import beside, work
 from lsp_callbacks.operators.memory import footprint
-from lsp_callbacks.operators.trajectory.step_jacobian import blocks_of
+from lsp_callbacks.operators.trajectory.formula_tangent import blocks_of
 from lsp_callbacks.operators.trajectory.step_size import displacement
 from lsp_callbacks.operators.trajectory.update_rules import formula_of
 from lsp_callbacks.quantities.base import ROOT, Quantity, scalar
 from lsp_callbacks.quantities.key import PREFIX, Key
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable, split
+from lsp_callbacks.step.flat import split
+from lsp_callbacks.step.replay_checks import check_loss
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Vectors in float64 that the trial of a step holds, and those for each of the optimizer's states; copies in float64 of
 #: the widest call; measured in ``benchmarks/memory_is_predicted.py``.
@@ -186,5 +189,5 @@ def range_of_step(snapshot: Snapshot) -> NumericRange:
         snapshot.module,
         parameters=snapshot.parameters,
         scale=snapshot.scale,
-        check=lambda loss: snapshot.check(loss, tolerance=1e-4 if snapshot.compiled else 0.0),
+        check=lambda loss: check_loss(snapshot, loss, tolerance=1e-4 if snapshot.compiled else 0.0),
     )

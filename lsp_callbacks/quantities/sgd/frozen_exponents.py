@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.mean_square import second_moment_exponent
 from lsp_callbacks.functional.sgd.modes import UpdateRule, regularity
 from lsp_callbacks.functional.sgd.moment_exponent import moment_exponent
@@ -20,7 +21,6 @@ from lsp_callbacks.functional.sgd.sgd_stability import (
 )
 from lsp_callbacks.functional.sgd.stability_diagram import critical_lr
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD
-from lsp_callbacks.step.snapshot import Unmeasurable
 
 
 @dataclass(frozen=True)

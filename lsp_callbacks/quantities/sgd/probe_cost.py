@@ -7,7 +7,8 @@ from lsp_callbacks.operators.memory import footprint, unfolded
 from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
-from lsp_callbacks.step.snapshot import ProbeSet, Snapshot
+from lsp_callbacks.step.probe_set import ProbeSet
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Nanoseconds of the random products of one measurement, on 128 rows.
 NUMERICS = 5e7

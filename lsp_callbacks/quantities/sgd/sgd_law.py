@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import choice, whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.gradient_noise import GradientNoise, batch_variance, gradient_noise
 from lsp_callbacks.functional.sgd.robbins_monro import rate_decay, robbins_monro
 from lsp_callbacks.functional.sgd.sgd_law import (
@@ -36,7 +37,8 @@ from lsp_callbacks.quantities.trajectory.reference_point import (
     position_in,
     squared_distance,
 )
-from lsp_callbacks.step.snapshot import ProbeSet, Snapshot, Unmeasurable
+from lsp_callbacks.step.probe_set import ProbeSet
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Unit of the gradient's variance.
 GRADIENT_SQUARED = "loss^2 / parameter^2"

@@ -22,6 +22,7 @@ from lsp_callbacks.quantities.key import NATS, PREFIX, Key, standard_error
 from lsp_callbacks.quantities.sgd.diagram_around_step import diagram_around_step
 from lsp_callbacks.quantities.sgd.frozen_exponents import RandomProduct, details, exponents, moment
 from lsp_callbacks.quantities.sgd.probe_cost import kernel_cost, kernel_memory
+from lsp_callbacks.step.replay_checks import verify, verify_gradient
 from lsp_callbacks.step.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -213,9 +214,9 @@ class SGDStability(Quantity):
         if snapshot.probes is not None and not snapshot.probes.full:
             return
         if snapshot.loss is not None:
-            _ = snapshot.faithful
+            verify(snapshot)
         if snapshot.gradient is not None:
-            _ = snapshot.own_gradient
+            verify_gradient(snapshot)
         generator = torch.Generator().manual_seed(snapshot.run.seed)  # the same outputs at each step
         sgd = frozen_sgd(
             snapshot, outputs=self.outputs, generator=generator, start=self._mode, most_rows=self.most_rows

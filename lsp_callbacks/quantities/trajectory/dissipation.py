@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks._validation import whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.dissipation import DissipationResult, dissipation
 from lsp_callbacks.linalg import Sketch, norm
 from lsp_callbacks.operators.cost import beside
@@ -25,7 +26,7 @@ from lsp_callbacks.quantities.trajectory.reference_point import (
 )
 from lsp_callbacks.step.module_output import submodule
 from lsp_callbacks.step.series import Energy, asked
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 
 class Dissipation(Quantity):

@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import choice, whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.leave_one_out import leave_one_out, responded
 from lsp_callbacks.linalg import push
 from lsp_callbacks.operators.cost import products
 from lsp_callbacks.operators.curvature.hessian import Method, label, path_taken, resolved
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.sgd.sample_contributions import SampleContributions, sample_contributions
+from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
-from lsp_callbacks.operators.trajectory.step_jacobian import state_blocks, tangent_path
+from lsp_callbacks.operators.trajectory.step_jacobian import tangent_path
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import Key, standard_error
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.replay_checks import replayed_gradient, verify, verify_gradient, without_step_values
+from lsp_callbacks.step.snapshot import Snapshot
 
 
 class LeaveOneOut(Quantity):
@@ -117,12 +120,11 @@ class LeaveOneOut(Quantity):
 
     def _begin(self, snapshot: Snapshot) -> dict[str, Any]:
         tangent_path(snapshot)
-        _ = snapshot.own_gradient
+        verify_gradient(snapshot)
         method = resolved(snapshot, self.method)
         contributions = self._shares(snapshot)
         # The batch is needed again at the end, other results of the step are not.
-        first = replace(snapshot, memo={}, loss=None, gradient=None)
-        vars(first)["graph"] = snapshot.graph
+        first = without_step_values(snapshot)
         return {
             "state": self._forced(snapshot, contributions), "shares": contributions, "first": first, "count": 1,
             "step": snapshot.step, "method": method,
@@ -133,7 +135,7 @@ class LeaveOneOut(Quantity):
             parts = sample_contributions(snapshot, self.samples)
             return replace(parts, gradients=parts.gradients.cpu(), inputs=parts.inputs.cpu())
 
-        _ = snapshot.graph  # of all ranks
+        verify(snapshot)  # on all ranks
         return snapshot.run.ranks.first(of_first_rank, "the shares")
 
     def _forced(self, snapshot: Snapshot, parts: SampleContributions) -> Tensor:
@@ -154,7 +156,7 @@ class LeaveOneOut(Quantity):
         parts = self._shares(frame["first"])
         gradient = snapshot.flat_gradient
         if gradient is None:
-            _, gradient = snapshot.replayed_gradient()
+            _, gradient = replayed_gradient(snapshot)
         moved = frame["state"][:, : len(gradient)].cpu()
         if not bool(torch.isfinite(moved).all()):
             raise Unmeasurable("the response is not finite: the weights or the loss have overflowed")

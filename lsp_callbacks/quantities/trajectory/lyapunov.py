@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.lyapunov import exponent_bounds, plane_map, window_exponent
 from lsp_callbacks.functional.trajectory.statistics import student_bounds
 from lsp_callbacks.operators.cost import products, push_cost
@@ -16,14 +17,14 @@ from lsp_callbacks.operators.curvature.finite_differences import LEAST
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.memory import footprint
+from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.proximal import update_drift, update_jacobian
-from lsp_callbacks.operators.trajectory.step_jacobian import state_blocks
 from lsp_callbacks.quantities.base import scalar
 from lsp_callbacks.quantities.curvature.sharpness import edge_cost, edge_memory, measured_edge
 from lsp_callbacks.quantities.key import NATS, PREFIX, Key
 from lsp_callbacks.quantities.trajectory.windowed import Windowed
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 
 class Lyapunov(Windowed):

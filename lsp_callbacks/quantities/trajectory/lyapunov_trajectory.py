@@ -13,9 +13,10 @@ from lsp_callbacks.linalg import LinearOperator, orthonormalise, push
 from lsp_callbacks.operators.cost import beside, products
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
 from lsp_callbacks.operators.memory import product_memory
+from lsp_callbacks.operators.trajectory.formula_tangent import blocks_of, state_blocks
 from lsp_callbacks.operators.trajectory.multi_optimizer import joint_jacobian, require_game
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian
-from lsp_callbacks.operators.trajectory.step_jacobian import Path, blocks_of, state_blocks, state_weight, tangent_path
+from lsp_callbacks.operators.trajectory.step_jacobian import Path, state_weight, tangent_path
 from lsp_callbacks.quantities.base import scalar
 from lsp_callbacks.quantities.key import NATS, PREFIX, Key, standard_error
 from lsp_callbacks.quantities.trajectory.windowed import Windowed

@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lsp_callbacks.autograd.double_backward import double_backward
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.network.depth_profile import depth_profile
 from lsp_callbacks.functional.trajectory.training_profile import FAILURE
 from lsp_callbacks.operators.network.depth import depth
 from lsp_callbacks.operators.network.norm_bound import norm_bound
 from lsp_callbacks.quantities.key import Key, relative_residual
-from lsp_callbacks.step.snapshot import Call, Snapshot, Unmeasurable, evaluating
+from lsp_callbacks.step.module_modes import evaluating
+from lsp_callbacks.step.replay_checks import Call
+from lsp_callbacks.step.snapshot import Snapshot
 
 NATS = "nats per layer"
 #: Numbers of every network with a depth.

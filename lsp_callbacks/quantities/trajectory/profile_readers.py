@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import torch
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.training_profile import Tangents
 from lsp_callbacks.linalg import LinearOperator, push
 from lsp_callbacks.operators.network.outputs import output_jacobian
 from lsp_callbacks.operators.network.saliency import explain
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 
 def output_reader(snapshot: Snapshot, *, samples: int) -> LinearOperator | None:

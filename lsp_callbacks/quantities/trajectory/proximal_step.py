@@ -16,12 +16,15 @@ from lsp_callbacks.operators.cost import forward_cost, products
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, decayed_hessian
+from lsp_callbacks.operators.trajectory.optimizer_input import group_of, require_optimizer
 from lsp_callbacks.operators.trajectory.proximal import flat_parameters, proximal_jacobian, update
-from lsp_callbacks.operators.trajectory.step_jacobian import group_of, known_optimizer, parameter_jacobian
+from lsp_callbacks.operators.trajectory.step_jacobian import parameter_jacobian
 from lsp_callbacks.operators.trajectory.update_rules import decoupled, formula
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import Key
-from lsp_callbacks.step.snapshot import Snapshot, displaced, split
+from lsp_callbacks.step.flat import displaced, split
+from lsp_callbacks.step.replay_checks import replayed_gradient
+from lsp_callbacks.step.snapshot import Snapshot
 
 
 class ProximalStep(Quantity):
@@ -93,7 +96,7 @@ class ProximalStep(Quantity):
         return product_memory(snapshot, self.method, self.steps + 16)
 
     def check(self, snapshot: Snapshot) -> None:
-        formula(known_optimizer(snapshot))
+        formula(require_optimizer(snapshot))
 
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step."""
@@ -125,7 +128,7 @@ def _identity(snapshot: Snapshot) -> LinearOperator:
 
 def _reason_for_no_promise(snapshot: Snapshot) -> str | None:
     """Return why this step is no proximal gradient step of the theory; None if it is."""
-    optimizer = known_optimizer(snapshot)
+    optimizer = require_optimizer(snapshot)
     groups = [group for group in group_of(snapshot).values() if group is not None]
     if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] or group["maximize"] for group in groups):
         return "the step is not that of plain SGD: with momentum or a preconditioner nothing is promised"
@@ -156,11 +159,11 @@ def _measured(snapshot: Snapshot, method: Method) -> tuple[Promise, tuple[float,
         return loss.double() + 0.5 * (decay * theta.square()).sum() + _penalty(snapshot, theta)
 
     modulus: Any = getattr(snapshot.run.prox, "modulus", 0.0)
-    loss, gradient = snapshot.replayed_gradient()
+    loss, gradient = replayed_gradient(snapshot)
     before, theta = objective(_mean(snapshot, loss)), flat_parameters(snapshot)
     with displaced(parameters, step, 1.0):
         step = flat_parameters(snapshot) - theta  # rounded, as the weights are
-        loss, moved = snapshot.replayed_gradient()
+        loss, moved = replayed_gradient(snapshot)
         after = objective(_mean(snapshot, loss))
     distance = norm(step)
     if not bool(distance > 0):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.linalg import Sketch
 from lsp_callbacks.linalg.sketch import BUCKETS
-from lsp_callbacks.step.snapshot import Unsupported
 
 #: Sketch before there is a reference point.
 NOWHERE = torch.full((BUCKETS,), torch.nan, dtype=torch.float64)

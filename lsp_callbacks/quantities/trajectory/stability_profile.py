@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import whole
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.training_profile import Tangents, pushed, tangents
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.cost import forward_cost, products, sample_passes
 from lsp_callbacks.operators.curvature.hessian import Method, path_taken, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.memory import TWICE, footprint, product_memory
+from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
-from lsp_callbacks.operators.trajectory.step_jacobian import state_blocks, tangent_path
+from lsp_callbacks.operators.trajectory.step_jacobian import tangent_path
 from lsp_callbacks.operators.trajectory.window import KeptStep, Window, keep
 from lsp_callbacks.plots.depth_map import draw_depth_map
 from lsp_callbacks.plots.figure import load
@@ -31,7 +33,7 @@ from lsp_callbacks.quantities.trajectory.profile_in_training import in_training
 from lsp_callbacks.quantities.trajectory.profile_readers import explanation_reader, output_reader, seen_by
 from lsp_callbacks.quantities.trajectory.window_ends import Ends, check_replays, window_ends
 from lsp_callbacks.quantities.trajectory.windowed import Windowed
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -194,7 +196,7 @@ class StabilityProfile(Windowed):
         logs = self._frame.get("logs", []) if continues else []
         log = now.frame_log
         now = pushed(now, A, B, generator)
-        if not math.isfinite(float(now.frame.sum() + now.noise.sum())):  # no entry is above 1
+        if not (bool(now.frame.isfinite().all()) and bool(now.noise.isfinite().all())):
             raise Unmeasurable("the pushed directions are not finite: the weights or the loss have overflowed")
         tangent = "" if tangent_path(snapshot) == "exact" else ", finite difference of step"
         self._frame = {"tangents": vars(now), "before": before, "step": snapshot.step, "method": method}

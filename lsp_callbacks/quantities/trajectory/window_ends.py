@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.training_profile import FAILURE, NoiseSeen, Tangents
 from lsp_callbacks.linalg import LinearOperator, top_between
 from lsp_callbacks.linalg.logs import log
 from lsp_callbacks.operators.trajectory.window import Window, squares
-from lsp_callbacks.step.snapshot import Snapshot, Unmeasurable
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Ratio of the ends of an interval at which no further product is made.
 RATIO = 1.2
@@ -45,7 +46,7 @@ def window_ends(
         pairs: largest number of pairs of passes; fewer where the ends are within `RATIO` of each other.
 
     Raises:
-        Unmeasurable: if the products are not finite.
+        Unmeasurable: if the products are not finite, or too small for the type of the parameters.
 
     Cost: two passes through the window for each pair.
     """
@@ -56,6 +57,9 @@ def window_ends(
     values = ritz.values[..., -1].clamp_min(0)
     if not bool(torch.isfinite(upper).all()):
         raise Unmeasurable("products with the window are not finite")
+    for rows, high in ((now.frame, upper[0]), (now.noise, upper[-1])):
+        if bool(rows[:, : now.size].any()) and not float(high) > 0:
+            raise Unmeasurable("products with the window and back are too small for the type of the parameters")
     ends = zip(values.tolist(), upper.clamp_min(0).tolist())
     norms = [(log(low) / 2 + now.frame_log, log(high) / 2 + now.frame_log) for low, high in ends]
     noise = NoiseSeen(ritz.basis[:, -1], float(ritz.values[-1].sum()), float(upper[-1]))

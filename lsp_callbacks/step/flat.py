@@ -1,0 +1,47 @@
+"""Parameters, gradients and directions as one flat vector."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def flatten(tensors: Iterable[Tensor | None], like: list[nn.Parameter]) -> Tensor:
+    """Return one flat vector; None stands for zeros, and the gradient of a sparse embedding becomes dense."""
+    dense = (torch.zeros_like(p) if t is None else t.to_dense() for t, p in zip(tensors, like))
+    return torch.cat([t.reshape(-1) for t in dense])
+
+
+def split(vector: Tensor, like: list[nn.Parameter]) -> list[Tensor]:
+    """Return views of a flat vector in the shapes of the parameters; the inverse of `flatten`."""
+    return [part.view_as(p) for part, p in zip(vector.split([p.numel() for p in like]), like)]
+
+
+@contextlib.contextmanager
+def restored(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Put every bit of the parameters back at the end, whatever moves them inside."""
+    saved = [p.detach().clone() for p in parameters]
+    try:
+        yield
+    finally:
+        for p, original in zip(parameters, saved):
+            p.data.copy_(original)
+
+
+@contextlib.contextmanager
+def displaced(parameters: list[nn.Parameter], direction: Tensor, distance: float) -> Iterator[None]:
+    """Move the parameters by ``distance * direction`` (flat), and put every bit back at the end."""
+    with restored(parameters):
+        for p, d in zip(parameters, split(direction, parameters)):
+            p.data.add_(d.to(p.dtype), alpha=distance)
+        yield
+
+
+def largest_learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the largest learning rate of the parameter groups; NaN where the optimizer has none."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return max([float(lr) for lr in rates if lr is not None], default=math.nan)

@@ -1,0 +1,244 @@
+"""Replays of a step at its unchanged parameters: they must show the step's own loss and gradient."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lsp_callbacks.autograd._torch_internals import tree_map
+from lsp_callbacks.autograd.graph import Graph, joined, read
+from lsp_callbacks.autograd.stop_gradients import StopGradients
+from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.linalg import norm
+from lsp_callbacks.step.flat import flatten
+
+if TYPE_CHECKING:
+    from lsp_callbacks.step.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a module was called with, and what it returned; tensors only if `RunContext.captures_inputs` says so."""
+
+    input_shape: tuple[int, ...] | None
+    output_shape: tuple[int, ...] | None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Verified:
+    """What the verified replays of one step have shown so far.
+
+    Attributes:
+        graph: the autograd graph of the loss, joined over the ranks; None before the first replay.
+        calls: the first call of each module, by name; None before a replay that recorded them.
+        gradient: whether the step's gradient was found to be that of its loss.
+    """
+
+    graph: Graph | None = None
+    calls: dict[str, Call] | None = None
+    gradient: bool = False
+
+
+def verified_graph(snapshot: Snapshot) -> Graph:
+    """Return what the autograd graph of the replayed loss shows; one replay a step.
+
+    Raises:
+        Unmeasurable: if the replayed loss is not the step's.
+    """
+    if snapshot.verified.graph is None:
+        snapshot.verified.graph = _verify(snapshot)
+    return snapshot.verified.graph
+
+
+def verify(snapshot: Snapshot) -> None:
+    """Check once a step that a replay at the unchanged parameters gives the step's own loss.
+
+    Raises:
+        Unmeasurable: if it does not.
+    """
+    verified_graph(snapshot)
+
+
+def verified_calls(snapshot: Snapshot) -> dict[str, Call]:
+    """Return the first call of every module in a verified replay; one replay a step.
+
+    Raises:
+        Unmeasurable: if the replayed loss is not the step's.
+    """
+    if snapshot.verified.calls is None:
+        calls: dict[str, Call] = {}
+        with contextlib.ExitStack() as stack:
+            for name, module in snapshot.module.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                    continue
+                hook = _Recorder(name, calls, snapshot.run.captures_inputs(name, module))
+                # `always_call` is off: a forward pass that raised has nothing to record.
+                stack.callback(module.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(hook.after).remove)
+            snapshot.verified.graph = _verify(snapshot)
+        snapshot.verified.calls = calls
+    return snapshot.verified.calls
+
+
+def _verify(snapshot: Snapshot) -> Graph:
+    def rank_graph() -> Graph:
+        # With a graph, as in training: some kernels are chosen by whether a gradient is wanted. Hooks do not fire
+        # inside compiled code, so that runs eagerly and agrees up to rounding only.
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            with StopGradients() as stopped:
+                loss = snapshot.replay()
+            check_loss(snapshot, loss, tolerance=1e-4 if snapshot.compiled else 0.0)
+        return replace(read(loss), stopped=tuple(sorted(stopped.names)))
+
+    return joined(snapshot.run.ranks.gather(rank_graph, "the replay"))
+
+
+def check_loss(snapshot: Snapshot, replayed: Tensor, *, tolerance: float = 0.0) -> None:
+    """Refuse a replay whose loss is not the step's own.
+
+    Args:
+        snapshot: the step; without a loss of its own nothing is checked.
+        replayed: the loss of a replay at the unchanged parameters.
+        tolerance: relative, if this path needs more than the snapshot's own.
+
+    Raises:
+        Unmeasurable: if they differ, or the step's loss is not finite.
+    """
+    if snapshot.loss is None:
+        return
+    loss, again = snapshot.loss.detach().double().cpu(), replayed.detach().double().cpu()
+    if not bool(torch.isfinite(loss)):
+        raise Unmeasurable(f"the loss of step {snapshot.step} is not finite")
+    if not bool((loss - again).abs() <= max(tolerance, snapshot.tolerance) * loss.abs()):
+        if (name := snapshot.run.loss_name) is not None:
+            raise Unmeasurable(
+                f"the loss could not be replayed: at step {snapshot.step} {name} gives {again.item():.9g}, "
+                f"where the step itself differentiates {loss.item():.9g}{_factor(loss / again)}"
+            )
+        raise Unmeasurable(
+            f"the loss could not be replayed: step {snapshot.step} had {loss.item():.9g}, its replay "
+            f"{again.item():.9g}. "
+            "Something outside the batch, the module and the random state changes it (a hook of yours, a "
+            "global variable): pass loss_fn=... which computes it from (module, batch)"
+        )
+
+
+def replayed_gradient(snapshot: Snapshot) -> tuple[Tensor, Tensor]:
+    """Return the loss of one replay, of this rank alone, and its flat gradient, the mean over the ranks; unchecked.
+
+    Cost: one gradient.
+    """
+    parameters = list(snapshot.parameters.values())
+    losses: list[Tensor] = []
+
+    def rank_gradient() -> tuple[Tensor]:
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            losses.append(snapshot.replay())
+            return (flatten(torch.autograd.grad(losses[0], parameters, allow_unused=True), parameters),)
+
+    (gradient,) = snapshot.run.ranks.mean(rank_gradient, "the gradient")
+    return losses[0].detach(), gradient
+
+
+def verify_gradient(snapshot: Snapshot) -> None:
+    """Check once a step that its gradient is that of its replayed loss.
+
+    Raises:
+        Unmeasurable: see `check_gradient`.
+
+    Cost: one gradient and one forward pass.
+    """
+    if not snapshot.verified.gradient:
+        _, gradient = replayed_gradient(snapshot)
+        check_gradient(snapshot, gradient, tolerance=1e-2 if snapshot.graph.full else 0.1)
+        snapshot.verified.gradient = True
+
+
+def check_gradient(snapshot: Snapshot, replayed: Tensor, *, tolerance: float = 1e-2) -> None:
+    """Refuse a step whose gradient is not that of its replayed loss.
+
+    Args:
+        snapshot: the step; without a gradient of its own nothing is checked.
+        replayed: the flat gradient of the replayed loss.
+        tolerance: relative, in norm.
+
+    Raises:
+        Unmeasurable: if they differ, or the step's gradient is not finite or below the normal range.
+    """
+    gradient = snapshot.flat_gradient
+    if gradient is None:
+        return
+    size = norm(gradient)
+    if not bool(size.isfinite()):
+        raise Unmeasurable(f"the gradient of step {snapshot.step} is not finite")
+    if 0 < float(size) < torch.finfo(gradient.dtype).tiny:  # numbers that have lost their digits
+        raise Unmeasurable(
+            f"the gradient of step {snapshot.step} is below the range of {gradient.dtype}: scale the loss"
+        )
+    if not bool(norm(gradient - replayed) <= tolerance * size):
+        raise Unmeasurable(_difference(gradient.double(), replayed.double(), snapshot.run.loss_name))
+
+
+def _difference(gradient: Tensor, replayed: Tensor, name: str | None) -> str:
+    if name is None:
+        return "the step's gradient is not that of its loss: a hook changed it, or several backward passes were summed"
+    norms = torch.linalg.vector_norm(gradient), torch.linalg.vector_norm(replayed)
+    cosine = float((gradient @ replayed) / (norms[0] * norms[1]))
+    return (
+        f"the step's gradient is not that of its loss: its norm is {float(norms[0]):.4g}, that of the gradient of "
+        f"{name} {float(norms[1]):.4g}, their cosine {cosine:.4f}"
+        f"{_factor(norms[0] / norms[1]) if cosine > 0.9999 else ''}. {name} must return what the step "
+        "differentiates, the sum where there are several backward passes; or the gradient was changed after them"
+    )
+
+
+def _factor(ratio: Tensor) -> str:
+    """Return advice where a ratio is one over a whole number, otherwise nothing."""
+    whole = round(1 / float(ratio)) if 1e-4 < float(ratio) < 0.9 else 0
+    if whole < 2 or abs(whole * float(ratio) - 1) > 1e-3:
+        return ""
+    return f", {whole} times less: if the loss is divided by the number of batches in a step, pass accumulate={whole}"
+
+
+def without_step_values(snapshot: Snapshot) -> Snapshot:
+    """Return the step for replays at other parameters, where its own loss and gradient do not hold.
+
+    What its autograd graph shows is taken over: it is a property of the code, not of the parameters.
+    """
+    other = replace(snapshot, loss=None, gradient=None)
+    other.verified.graph = snapshot.graph
+    return other
+
+
+class _Recorder:
+    """The hooks of one module, which note its first call."""
+
+    def __init__(self, name: str, calls: dict[str, Call], captures_inputs: bool):
+        self.name, self.calls, self.captures_inputs = name, calls, captures_inputs
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.name in self.calls:
+            return
+        # Cloned, as the module may work in place on its input.
+        inputs = tree_map(_detached, (args, kwargs)) if self.captures_inputs else ((), {})
+        self.calls[self.name] = Call(_shape((*args, *kwargs.values())), None, *inputs)
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        call = self.calls[self.name]
+        if call.output_shape is None:
+            outputs = output if isinstance(output, tuple | list) else (output,)
+            self.calls[self.name] = Call(call.input_shape, _shape(outputs), call.args, call.kwargs)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _shape(values: Any) -> tuple[int, ...] | None:
+    return next((tuple(v.shape) for v in values if isinstance(v, Tensor)), None)
