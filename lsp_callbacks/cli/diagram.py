@@ -32,8 +32,8 @@ from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.observer import StepObserver
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, frozen_sgd
-from lsp_callbacks.plots.stability_diagram import diagram_around
 from lsp_callbacks.quantities import SGDStability
+from lsp_callbacks.quantities.sgd.diagram_around_step import diagram_around_step
 from lsp_callbacks.step.probes import population
 from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.snapshot import Snapshot
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         later = report.diagram_sentence(diagram, lr=base, batch_size=size)
         sentence += f". At the rate from which the schedule is reckoned, {later}"
     preconditioner = ", with the optimizer's preconditioner held fixed" if frozen.frozen else ""
-    report.show(
+    report.print_report(
         report.diagram_table(diagram),
         f"lsp_callbacks: {sentence} (seen at {frozen.modes.samples} samples{preconditioner})",
         f"lsp_callbacks: the diagram is {options.output.absolute()}",
@@ -123,7 +123,7 @@ def _examine_configuration(args: list[str], options: argparse.Namespace) -> tupl
     with_configuration(args, use, usage=_parser().usage)
     try:
         ((frozen, base),) = examined
-        return frozen, base, diagram_around(frozen, chains=options.chains, steps=options.steps)
+        return frozen, base, diagram_around_step(frozen, chains=options.chains, steps=options.steps)
     except ValueError as error:
         raise Unmeasurable(str(error)) from error
 
