@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.training_loop import TrainingLoop
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import LossFn, PendingStep
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.probes import Probes
-from lsp_callbacks.step.run_context import RunContext
+from lsp_callbacks.step.run_context import Prox, RunContext
 
 
 class PlainLoop(TrainingLoop):
@@ -21,11 +22,13 @@ class PlainLoop(TrainingLoop):
 
     Args:
         module: whose parameters are trained.
-        run: what all steps of the run share.
+        optimizer: that updates them.
         loss_fn: ``(module, batch) -> loss``, before it is divided by ``accumulate`` and scaled.
-        accumulate: batches in an update.
-        clipping: how the loop clips before each update.
-        scaler: of mixed precision, where the loop scales its loss.
+        monitor: that measures.
+        accumulate, clipping, prox, scaler, schedulers, unsupported, seed: see `Watch`.
+
+    Raises:
+        ValueError: for ``accumulate`` below 1, or a scheduler that sets the rate of another optimizer.
 
     Attributes:
         probe_loss: the loss whose criterion tells outputs from targets.
@@ -34,13 +37,28 @@ class PlainLoop(TrainingLoop):
     def __init__(
         self,
         module: nn.Module,
-        run: RunContext,
+        optimizer: torch.optim.Optimizer,
         loss_fn: LossFn,
+        monitor: Monitor,
         *,
         accumulate: int = 1,
         clipping: Clipping | None = None,
+        prox: Prox | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        schedulers: Any = (),
+        unsupported: str | None = None,
+        seed: int = 0,
     ):
+        if accumulate < 1:
+            raise ValueError(f"accumulate={accumulate}: give the number of batches in an update, 1 or more")
+        run = RunContext(
+            seed=seed,
+            prox=prox,
+            schedulers=check_schedulers(schedulers, optimizer),
+            loss_name="loss_fn",
+            captures_inputs=monitor.captures_inputs,
+            unsupported=unsupported or why_unsupported(),
+        )
         super().__init__(module, run)
         self.loss_fn, self.accumulate, self.scaler, self._clipping = loss_fn, accumulate, scaler, clipping
         self.probe_loss: Callable[[nn.Module, Any], Any] = loss_fn

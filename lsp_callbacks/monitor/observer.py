@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.gradient_check import GradientCheck, Gradients
-from lsp_callbacks.monitor.monitor import Monitor, Observation
+from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.multi_optimizer import Game
 from lsp_callbacks.monitor.nan_finder import Guard
+from lsp_callbacks.monitor.step_results import Completed, StepResults
 from lsp_callbacks.monitor.training_loop import MicroBatchLoss, TrainingLoop
 from lsp_callbacks.monitor.update_check import Destination
 from lsp_callbacks.step.clipping import Clipping
@@ -27,18 +28,6 @@ from lsp_callbacks.step.step_loss import StepLoss
 from lsp_callbacks.step.verified_step import verified
 
 MOVED_BEFORE = "an earlier update of the same batch has moved the parameters"
-
-
-class Completed(NamedTuple):
-    """What the last step has completed.
-
-    Attributes:
-        observations: of measurements; of several optimizers that take turns, of each.
-        fault: the step of the run's first NaN or Inf, as an observation, if it was this one.
-    """
-
-    observations: list[Observation]
-    fault: Observation | None
 
 
 class StepObserver:
@@ -78,6 +67,7 @@ class StepObserver:
         self.step_loss = StepLoss()
         self.nan_finder = Guard(monitor)
         self._gradient_check, self._update_check = GradientCheck(), Destination()
+        self._results = StepResults(monitor)
         self.listeners: list[Callable[[Snapshot], None]] = []
         self.step = self.updates = 0
         self.previous: int | None = None
@@ -85,9 +75,6 @@ class StepObserver:
         self.sub_batch: int | None = None
         self.game: Game | None = None
         self._pending: PendingStep | None = None
-        self._observations: list[Observation] = []
-        self._fault: Observation | None = None
-        self._published: Observation | None = None
 
     # -- a run -----------------------------------------------------------------------------------------------------
 
@@ -126,7 +113,7 @@ class StepObserver:
         self.probes.ranks = self._gradient_check.ranks = self._update_check.ranks = ranks
         self.forget_step()
         self._update_check.forget()
-        self._observations, self._fault, self._published = [], None, None
+        self._results.forget()
 
     def _require(
         self, optimizer: torch.optim.Optimizer | None, *, player: Player | None = None, steps: float = math.inf
@@ -166,7 +153,7 @@ class StepObserver:
             has_backward: whether a backward pass follows.
         """
         monitor, module = self.monitor, self.loop.module
-        self._published = None
+        self._results.begin_batch()
         if first:
             self.forget_step()
             self.nan_finder.begin()
@@ -356,19 +343,11 @@ class StepObserver:
 
     def invalidate_update(self, reason: str) -> None:
         """Turn the last step's numbers that depend on the update into NaN, and measure none of them any more."""
-        observations, self._observations = self._observations, []
-        last = observations[0] if observations else self._published
-        corrected = self.monitor.invalidate_update_metrics(last, reason)
-        if observations and corrected is not None:
-            self._observations = [corrected]
+        self._results.invalidate_update(reason)
 
     def after_update(self) -> Completed:
         """Return what was completed since the last call."""
-        completed = Completed(self._observations, self._fault)
-        if completed.observations:
-            self._published = completed.observations[-1]
-        self._observations, self._fault = [], None
-        return completed
+        return self._results.take()
 
     def _find_fault(self, optimizer: torch.optim.Optimizer, overflowed: bool) -> None:
         """Look for the first NaN of the run; of a batch that makes several updates, in those after the first, too."""
@@ -384,7 +363,7 @@ class StepObserver:
                 moved=MOVED_BEFORE if again and not self.loop.repeats_forward else None,
             )
             if fault is not None:
-                self._fault = self.monitor.add(Observation(step, {}), {"stability/nonfinite_step": float(step)})
+                self._results.add_fault(step)
 
     def _clipping(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
         if self.monitor.invalidated or pending.module_copy is None:
@@ -396,9 +375,7 @@ class StepObserver:
             return None
 
     def _observe(self, snapshot: Snapshot) -> None:
-        observation = self.monitor.observe(snapshot)
-        if observation is not None:
-            self._observations.append(observation)
+        self._results.add(self.monitor.observe(snapshot))
         for listener in self.listeners:
             listener(snapshot)
 
