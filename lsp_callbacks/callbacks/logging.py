@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lsp_callbacks.monitor.monitor import scalars
+from lsp_callbacks.monitor.history import scalars
 from lsp_callbacks.quantities.base import is_global
 
 

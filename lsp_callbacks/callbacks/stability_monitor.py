@@ -39,10 +39,10 @@ from lsp_callbacks.callbacks.step_loss import StepLoss
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.monitor.configure import configured
+from lsp_callbacks.monitor.history import Curve, Observation
 from lsp_callbacks.monitor.losses import Told
-from lsp_callbacks.monitor.monitor import Curve, Observation
-from lsp_callbacks.monitor.nan_finder import Guard
-from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED, Destination
+from lsp_callbacks.monitor.nan_finder import NanFinder, first_fault_of
+from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED, UpdateCheck
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.module_filter import Selection
 from lsp_callbacks.report import Run, Verdict, judge, sentence
@@ -177,7 +177,7 @@ class StabilityMonitor(Callback):
         wanted = max((getattr(quantity, "probes", 0) for quantity in self.monitor.quantities.values()), default=0)
         self.probes = Probes(wanted, forward_fn, criterion)
         self.prox = prox
-        self._destination = Destination()
+        self._destination = UpdateCheck()
         self._mailbox = Mailbox()
         self._verdict: Verdict | None = None  # of a run in other processes, which knew more than comes home
         self._published: Observation | None = None
@@ -196,7 +196,7 @@ class StabilityMonitor(Callback):
         self._seen: torch.Tensor | None = None
         self._observations: list[Observation] = []
         self._game: Game | None = None
-        self._guard = Guard(self.monitor)
+        self._guard = NanFinder(self.monitor)
         self._fault: Observation | None = None
         self._gradients: Gradients = []
         self._watching = False
@@ -229,8 +229,11 @@ class StabilityMonitor(Callback):
 
     def _bring_home(self) -> None:
         if (sent := self._mailbox.receive()) is not None:
-            self.step, self.monitor.skipped, self.monitor.paths = sent["step"], sent["skipped"], sent["paths"]
-            self.monitor.history = {key: Curve(*curve) for key, curve in sent["history"].items()}
+            self.step = sent["step"]
+            for mine, of_run in ((self.monitor.skipped, sent["skipped"]), (self.monitor.paths, sent["paths"])):
+                mine.clear()
+                mine.update(of_run)
+            self.monitor.history.replace({key: Curve(*curve) for key, curve in sent["history"].items()})
             self.monitor.courant.load_state_dict(sent["courant"])
             self.monitor.losses.load_state_dict(sent["losses"])
             self._verdict = Verdict(**sent["verdict"])
@@ -239,12 +242,12 @@ class StabilityMonitor(Callback):
     def courant_source(self) -> str | None:
         """What ``stability/courant`` is: "courant_sgd" or "courant_gd" for the whole run; None before it is decided."""
         self._bring_home()
-        return self.monitor.courant_source
+        return self.monitor.courant.name
 
     @property
     def fault(self) -> Fault | None:
-        """What made the first NaN or Inf of the run, where "numerics" is among the quantities; see `Guard`."""
-        return self.monitor.fault
+        """What made the first NaN or Inf of the run, where "numerics" is among the quantities; see `NanFinder`."""
+        return first_fault_of(self.monitor)
 
     # -- before training -------------------------------------------------------------------------------------------
 
@@ -257,7 +260,9 @@ class StabilityMonitor(Callback):
             self.monitor.reset()
         self.monitor.drop()
         unsupported = self._why_unsupported(trainer, pl_module)
-        named = [q for q in self.monitor.quantities.values() if q.needs_update and q.name in self.monitor.named]
+        named = [
+            q for q in self.monitor.quantities.values() if q.needs_update and q.name in self.monitor.quantities.named
+        ]
         if unsupported and named:
             raise Unmeasurable(f"{named[0].name} cannot be measured: {unsupported}")
 
@@ -313,7 +318,7 @@ class StabilityMonitor(Callback):
             prox=self.prox,
             schedulers=schedulers(trainer, optimizer) if one_loss else None,
             loss_name="loss_fn" if one_loss and self.loss_fn is not None else None,
-            captures_inputs=self.monitor.captures_inputs,
+            captures_inputs=self.monitor.quantities.captures_inputs,
             unsupported=self._why_unsupported(trainer, pl_module),
             sharded=sharded(trainer),
         )
@@ -323,7 +328,7 @@ class StabilityMonitor(Callback):
         if isinstance(self.loss_fn, Mapping):
             self._leave_game()
             self._game = Game(
-                trainer, self.loss_fn, lambda: self._kept(trainer, pl_module), self.monitor.warn_instead_of_raise
+                trainer, self.loss_fn, lambda: self._kept(trainer, pl_module), self.monitor.errors.warn_instead_of_raise
             )
             for player in self._game.players():
                 one = player.optimizers[player.name]
@@ -355,11 +360,11 @@ class StabilityMonitor(Callback):
                 self._guard.begin()
                 self._rate_before = largest_learning_rate(trainer.optimizers[0]) if self._overrides else 0.0
                 if self._game is not None:
-                    with self.monitor.warn_instead_of_raise("the batch could not be kept for a replay"):
+                    with self.monitor.errors.warn_instead_of_raise("the batch could not be kept for a replay"):
                         self._game.begin(batch)
                 else:
                     self._pending = self._kept(trainer, pl_module)
-            self.monitor.begin(pl_module, first=first)
+            self.monitor.recorder.begin(pl_module, first=first)
             if self.monitor.quantities:
                 self.probes.add(batch, pl_module)
             if not isinstance(self.loss_fn, Mapping):
@@ -381,7 +386,7 @@ class StabilityMonitor(Callback):
         scheduled = math.nan if known else self.scheduled_courant(trainer)
         wanted = self.monitor.wants(self.step, scheduled=scheduled)
         if wanted and not trainer.fit_loop._skip_backward:  # an epoch of weight averaging
-            with self.monitor.warn_instead_of_raise("the step could not be kept for a replay"):
+            with self.monitor.errors.warn_instead_of_raise("the step could not be kept for a replay"):
                 return pending_step(
                     trainer, pl_module, own_loss=self.loss_fn is not None, sub_batch=self.sub_batch,
                     run=self._run,
@@ -405,7 +410,7 @@ class StabilityMonitor(Callback):
             left_out = not no_loss and skipped(trainer, optimizer)
             self._step_loss.left_out |= left_out
             if not no_loss:
-                with self.monitor.warn_instead_of_raise("whether the step is finite could not be told"):
+                with self.monitor.errors.warn_instead_of_raise("whether the step is finite could not be told"):
                     self._look(trainer, pl_module, left_out or scaled(trainer, optimizer))
             if no_loss or left_out:
                 # Lightning counts it. A gradient that was set to zero, not to None, moves what has momentum.
@@ -421,17 +426,17 @@ class StabilityMonitor(Callback):
                 self.monitor.record(self.step, self._seen, trainer.optimizers[0], pl_module, previous=self._previous)
             pending, self._pending = self._pending, None
             if self._game is not None:
-                with self.monitor.warn_instead_of_raise("the player's step could not be looked at"):
+                with self.monitor.errors.warn_instead_of_raise("the player's step could not be looked at"):
                     self._observe_player(self._game, pl_module, optimizer)
             elif pending is not None:
                 update = any(quantity.needs_update for quantity in self.monitor.quantities.values())
                 if update and self._checks:
                     self._destination.awaited()
-                with self.monitor.warn_instead_of_raise("the step could not be looked at"), untouched(pl_module):
+                with self.monitor.errors.warn_instead_of_raise("the step could not be looked at"), untouched(pl_module):
                     self._note(self._observe(trainer, pending, optimizer))
                 if update and pl_module.automatic_optimization:  # otherwise the user may clear gradients at any time
                     self._watching = True  # on every rank, also where the copy fails
-                    with self.monitor.warn_instead_of_raise(
+                    with self.monitor.errors.warn_instead_of_raise(
                         "whether the gradient is changed later could not be watched"
                     ):
                         self._gradients = self._gradients or clipped(trainer, optimizer)
@@ -463,7 +468,7 @@ class StabilityMonitor(Callback):
             moved="an earlier update of the same batch has moved the parameters" if again else None,
         )
         if fault is not None:
-            self._fault = self.monitor.add(Observation(step, {}), {"stability/nonfinite_step": float(step)})
+            self._fault = self.monitor.history.add(Observation(step, {}), {"stability/nonfinite_step": float(step)})
 
     def _observe_player(self, game: Game, pl_module: Any, optimizer: Any) -> None:
         with game.turn(optimizer) as snapshot:
@@ -492,7 +497,7 @@ class StabilityMonitor(Callback):
         snapshot = verified(snapshot) if snapshot.loss is None else snapshot
         observation = self.monitor.observe(snapshot)
         if self._destination.is_awaited:
-            with self.monitor.warn_instead_of_raise("where the step leads could not be told"):
+            with self.monitor.errors.warn_instead_of_raise("where the step leads could not be told"):
                 own = {name: p.grad for name, p in snapshot.parameters.items()}  # not that of a sub-batch
                 self._destination.expect(replace(snapshot, gradient=own, clipping=rule))
         return observation
@@ -527,7 +532,7 @@ class StabilityMonitor(Callback):
         with self._stopwatch:
             changed = False
             if self._watching:
-                with self.monitor.warn_instead_of_raise("whether the gradient was changed could not be told"):
+                with self.monitor.errors.warn_instead_of_raise("whether the gradient was changed could not be told"):
                     changed = self._ranks.any(self._gradient_changed, "the gradient after the step")
             if changed:
                 self._invalidate("the gradient was changed after the on_before_optimizer_step of StabilityMonitor")
@@ -539,7 +544,7 @@ class StabilityMonitor(Callback):
             observations, self._observations = self._observations, []
             for observation in observations:
                 self._measured_at = observation.step
-                with self.monitor.warn_instead_of_raise("the schedule could not be looked ahead"):
+                with self.monitor.errors.warn_instead_of_raise("the schedule could not be looked ahead"):
                     observation = self._look_ahead(trainer, observation)
                 self._published = observation
                 self._publish(trainer, observation)
@@ -572,7 +577,7 @@ class StabilityMonitor(Callback):
         for each in told:
             self.monitor.losses.add(each)
         if self._shared is not None and not self._shared.same_rates:
-            self.monitor.warn_once(
+            self.monitor.errors.warn_once(
                 "the learning rates of the processes differ, so that StopOnInstability does not look at the rate that "
                 "the schedule brings next: give all of them the same (a metric that a scheduler watches needs "
                 "sync_dist=True)"
@@ -617,7 +622,7 @@ class StabilityMonitor(Callback):
             return observation
         if crossing is None or self._rate_used > self._critical.mean:
             return observation
-        return self.monitor.add(observation, {"stability/steps_to_edge": crossing + 1.0})
+        return self.monitor.history.add(observation, {"stability/steps_to_edge": crossing + 1.0})
 
     @property
     def overhead(self) -> float:
@@ -645,7 +650,7 @@ class StabilityMonitor(Callback):
 
     def _tell_unseen(self, pl_module: Any) -> None:
         if self._overrides and self._pending is not None and not self.history:
-            self.monitor.warn_once(
+            self.monitor.errors.warn_once(
                 f"no optimizer step was seen: {type(pl_module).__name__}.optimizer_step must call "
                 "optimizer.step(closure) of the optimizer that Lightning passes in"
             )
@@ -664,13 +669,15 @@ class StabilityMonitor(Callback):
             "history": curves, "step": self.step, "skipped": self.monitor.skipped, "paths": self.monitor.paths,
             "courant": self.monitor.courant.state_dict(), "losses": self.monitor.losses.state_dict(),
         }  # fmt: skip
-        with self.monitor.warn_instead_of_raise("the curves could not be sent to the process that started the run"):
+        with self.monitor.errors.warn_instead_of_raise(
+            "the curves could not be sent to the process that started the run"
+        ):
             told = self.verdict
             verdict = vars(told) | {"evidence": dict(told.evidence)}
             self._mailbox.send(trainer, {**contents, "verdict": verdict})
 
     def _let_go(self) -> None:
-        self.monitor.close()
+        self.monitor.recorder.close()
         self._leave_game()
 
     def _leave_game(self) -> None:

@@ -20,6 +20,7 @@ from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.cli.diagram import configured, existing, quiet
 from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.monitor.budget import measurement_memory
 from lsp_callbacks.monitor.cadence import MODELLED
 from lsp_callbacks.monitor.limits import readable
 from lsp_callbacks.step.snapshot import Snapshot
@@ -178,7 +179,7 @@ class _Meter(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         cadence = self.inner.monitor.cadence
         self.given, cadence.every_n_steps = cadence.every_n_steps, None
-        self.inner.monitor.max_memory = None
+        self.inner.monitor.budget.max_memory = None
         self.inner.setup(trainer, pl_module, stage)
         self.inner.monitor.reset()
 
@@ -216,19 +217,19 @@ class _Meter(Callback):
 
     def _seen(self, snapshot: Snapshot, found: Any) -> Any:
         monitor, costs = self.inner.monitor, self.costs
-        soon = any(step - snapshot.step <= PATIENCE for step in monitor._later.values())
-        if monitor.period is None or monitor._under_way or soon:
+        soon = any(step - snapshot.step <= PATIENCE for step in monitor.schedule.postponed.values())
+        if monitor.cadence.period is None or monitor.schedule.under_way or soon:
             return found
         self._complete += 1
         if self._complete == 1:
-            costs.step, costs.memory = median(self.steps[WARM_UP:]), monitor.memory(snapshot)
+            costs.step, costs.memory = median(self.steps[WARM_UP:]), measurement_memory(monitor.quantities, snapshot)
             for name, quantity in monitor.quantities.items():
                 with contextlib.suppress(Unmeasurable):
                     costs.gradients[name] = sum(quantity.cost(snapshot).values())
             costs.total, costs.period = monitor.cadence.cost, self.given or monitor.cadence.period or 1
-            monitor.cadence.every_n_steps = monitor.cadence.period = monitor.longest  # the next one at once
+            monitor.cadence.every_n_steps = monitor.cadence.period = monitor.quantities.longest  # the next one at once
         else:
-            costs.seconds = {name: monitor.seconds.expected(name) for name in monitor.seconds.taken}
+            costs.seconds = {name: monitor.budget.seconds.expected(name) for name in monitor.budget.seconds.taken}
             costs.skipped = monitor.skipped
             seen = replace(snapshot, run=replace(snapshot.run, series=monitor.trace))
             costs.waiting = [name for name, quantity in monitor.quantities.items() if quantity.wait(seen)]

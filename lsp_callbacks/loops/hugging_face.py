@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.loops.plain import Log, Watch, moves
 from lsp_callbacks.monitor.configure import configured
-from lsp_callbacks.monitor.monitor import Monitor, scalars
+from lsp_callbacks.monitor.history import scalars
+from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.module_filter import Selection
 from lsp_callbacks.step.clipping import Clipping

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.monitor.configure import configured
-from lsp_callbacks.monitor.monitor import Curve, Monitor, Observation
-from lsp_callbacks.monitor.nan_finder import Guard, finite
-from lsp_callbacks.monitor.update_check import ELSEWHERE, Destination
+from lsp_callbacks.monitor.history import Curve, Observation
+from lsp_callbacks.monitor.monitor import Monitor
+from lsp_callbacks.monitor.nan_finder import NanFinder, finite
+from lsp_callbacks.monitor.update_check import ELSEWHERE, UpdateCheck
 from lsp_callbacks.report import Run, Verdict, judge
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.fingerprint import identical
@@ -109,14 +110,14 @@ class Watch:
             prox=prox,
             schedulers=_schedulers(schedulers, optimizer),
             loss_name="loss_fn",
-            captures_inputs=self.monitor.captures_inputs,
+            captures_inputs=self.monitor.quantities.captures_inputs,
             unsupported=unsupported,
         )
         wanted = max((getattr(quantity, "probes", 0) for quantity in self.monitor.quantities.values()), default=0)
         self.probes = Probes(wanted, forward_fn, criterion)
         #: Whose criterion tells outputs from targets.
         self.probe_loss: Callable[[nn.Module, Any], Any] = loss_fn
-        self._destination = Destination()
+        self._destination = UpdateCheck()
         self._published: Observation | None = None
         self.step = 0
         #: Seen since the last update.
@@ -125,7 +126,7 @@ class Watch:
         self._pending: PendingStep | None = None
         self._observation: Observation | None = None
         self._left_out = False
-        self._guard = Guard(self.monitor)
+        self._guard = NanFinder(self.monitor)
         self._gradients: list[tuple[Tensor, Tensor]] = []
         self._seen: Tensor | None = None
         self._hooks = (
@@ -157,9 +158,9 @@ class Watch:
             self.batches, self._pending, self._seen = 0, None, None
             self._guard.begin()
             if self.monitor.wants(self.step):
-                with self.monitor.warn_instead_of_raise("the step could not be kept for a replay"):
+                with self.monitor.errors.warn_instead_of_raise("the step could not be kept for a replay"):
                     self._pending = PendingStep(self.module, run=self.run)
-        self.monitor.begin(self.module, first=first)
+        self.monitor.recorder.begin(self.module, first=first)
         self.batches += 1
         self.probes.add(batch, self.module)
         self._guard.add(batch, self._loss)
@@ -196,7 +197,7 @@ class Watch:
 
     def close(self) -> None:
         """Takes the hooks from the optimizer, and from the module where energies look at its state."""
-        self.monitor.close()
+        self.monitor.recorder.close()
         for hook in self._hooks:
             hook.remove()
 
@@ -221,7 +222,7 @@ class Watch:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        with self.monitor.warn_instead_of_raise("the step could not be looked at"), untouched(self.module):
+        with self.monitor.errors.warn_instead_of_raise("the step could not be looked at"), untouched(self.module):
             probes = None
             if self.probes.wanted:
                 probes = self.probes.probe_set(pending, self.probe_loss, micro_batches=self.accumulate)
@@ -269,13 +270,13 @@ class Watch:
         if self._seen is not None:
             self.monitor.losses.saw(self.step, self._seen)
         fault = None
-        with self.monitor.warn_instead_of_raise("whether the step is finite could not be told"):
+        with self.monitor.errors.warn_instead_of_raise("whether the step is finite could not be told"):
             pending, left_out = (lambda: PendingStep(self.module, run=self.run)), self._factor is not None
             fault = self._guard.look(self.step, self.module, pending, ranks=Ranks(), left_out=left_out)
         self._measure()
         if fault is not None:
             seen = self._observation or Observation(self.step, {})
-            self._observation = self.monitor.add(seen, {"stability/nonfinite_step": float(self.step)})
+            self._observation = self.monitor.history.add(seen, {"stability/nonfinite_step": float(self.step)})
         if any(p.grad is None or not identical(p.grad, gradient) for p, gradient in self._gradients):
             self._observation = self.monitor.invalidate_update_metrics(
                 self._observation, "the gradient was changed after Watch.measure()"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lsp_callbacks.monitor.monitor import Curve
+from lsp_callbacks.monitor.history import Curve
 
 #: How many Courant numbers are averaged: each is one mini-batch's, and the exponent is a mean of as many windows.
 AVERAGE = 5

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lsp_callbacks.monitor.monitor import Curve
+from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.report.curves import AVERAGE, INITIAL, SMOOTHING, averaged, centred_median, latest, load, readings
 from lsp_callbacks.report.sentence import e_folding
 

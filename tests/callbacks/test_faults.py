@@ -26,10 +26,10 @@ from lsp_callbacks import (
     StabilityMonitor,
     StopOnInstability,
     Unmeasurable,
-    step,
 )
 from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.loops import Watch, plain
+from lsp_callbacks.step import pending_step as step
 from lsp_callbacks.step.flat import displaced
 from lsp_callbacks.step.probes import Probes
 from lsp_callbacks.step.snapshot import computed_once
@@ -133,7 +133,7 @@ def test_a_measurement_out_of_memory_is_nan_and_keeps_nothing(error):
             return {"stability/next": torch.tensor(1.0)}
 
     monitor = StabilityMonitor([hungry, Next(error), "sharpness"], every_n_steps=1)
-    with pytest.warns(UserWarning, match=f"could not measure hungry at step 2, and says NaN: {error.__name__}"):
+    with pytest.warns(UserWarning, match=f"could not measure hungry at step 2; reporting NaN: {error.__name__}"):
         assert not changed_by(Model, monitor, max_steps=5)
     assert after and all(one is None for one in after)
     assert [math.isnan(v) for v in monitor.history["stability/hungry"].values] == [False, False, True, False, False]
@@ -314,7 +314,8 @@ SCRIPT = """
     import pytorch_lightning as pl, torch
     from harness import Model, data, fit
     from lsp_callbacks import StabilityMonitor, StopOnInstability
-    from lsp_callbacks.step.flat import displaced
+    from lsp_callbacks.step import pending_step as step
+from lsp_callbacks.step.flat import displaced
 
     torch.set_num_threads(1)
     folder, kill = sys.argv[1], int(sys.argv[2])

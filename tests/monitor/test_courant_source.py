@@ -75,7 +75,7 @@ def curve(monitor, key):
 )  # fmt: skip
 def test_one_number_for_a_whole_run(gd, sgd, source, expected):
     monitor = observed(gd, sgd)
-    assert curve(monitor, COURANT) == pytest.approx(expected, nan_ok=True) and monitor.courant_source == source
+    assert curve(monitor, COURANT) == pytest.approx(expected, nan_ok=True) and monitor.courant.name == source
     codes = curve(monitor, SOURCE)
     told = [step for step, value in expected.items() if not math.isnan(value)]
     assert codes == dict.fromkeys(told, {"courant_gd": 0.0, "courant_sgd": 1.0}.get(source))

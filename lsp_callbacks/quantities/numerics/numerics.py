@@ -45,8 +45,8 @@ class Numerics(Quantity):
     The last two are absent where they cannot be had (no kernels in float64; no optimizer, one that cannot be copied, or
     a step that is not its own).
 
-    *At every step* of the loops that support it, `lsp_callbacks.monitor.nan_finder.Guard` looks at loss and gradient:
-    ``fault`` says what made the first NaN or Inf, ``stability/nonfinite_step`` when.
+    *At every step* of the loops that support it, `lsp_callbacks.monitor.nan_finder.NanFinder` looks at loss and
+    gradient: ``fault`` says what made the first NaN or Inf, ``stability/nonfinite_step`` when.
 
     Cost: 4 gradients, up to 10 on small networks, as every operation is looked at.
     Source: Micikevicius et al. 2018, Sec. 3.
