@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 import bibliography  # noqa: E402
 import support_matrix  # noqa: E402
+from readme import summary  # noqa: E402
 
 
 def on_files(files: Files, *, config: Any) -> Files:
@@ -54,11 +55,6 @@ def documented(*names: str) -> Iterator[str]:
         yield f"::: {name}"
 
 
-def first_sentence(documented: Any) -> str:
-    """Return the first sentence of a docstring, on one line."""
-    return " ".join(inspect.getdoc(documented).split("\n\n")[0].split())
-
-
 def section(name: str, quantity: Any) -> str | None:
     """Return what a docstring says after ``name:``, up to the end of the paragraph."""
     found = re.search(
@@ -77,7 +73,7 @@ def quantities() -> str:
         "| name | what it measures | cost |",
         "|---|---|---|",
         *(
-            f"| [`{name}`](#{name}) | {_cell(first_sentence(q))} | {_cell(section('Cost', q) or '')} |"
+            f"| [`{name}`](#{name}) | {summary(q)} | {_cell(section('Cost', q) or '')} |"
             for name, q in REGISTRY.items()
         ),
     ]

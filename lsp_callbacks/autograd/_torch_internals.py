@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -223,6 +225,23 @@ def forget_step_hooks(optimizer: torch.optim.Optimizer) -> None:
     """Remove the hooks that run before and after the steps of an optimizer."""
     for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         getattr(optimizer, hooks, {}).clear()
+
+
+def copied_optimizer(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.optim.Optimizer:
+    """Return a deep copy of an optimizer with all of its attributes, of which pickling keeps some only.
+
+    Its hooks are gone, and what a scheduler puts on ``step``: both may be bound to the original.
+
+    Args:
+        optimizer: any.
+        memo: of ``copy.deepcopy``; with that of the module's copy the twin holds the parameters of that copy.
+    """
+    bound = {"step", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"}
+    attributes = {name: value for name, value in vars(optimizer).items() if name not in bound}
+    twin = object.__new__(type(optimizer))
+    vars(twin).update(copy.deepcopy(attributes, memo))
+    vars(twin).update({name: OrderedDict() for name in bound - {"step"}})
+    return twin
 
 
 def unscales_gradients(optimizer: torch.optim.Optimizer) -> bool:

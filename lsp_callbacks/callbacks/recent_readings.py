@@ -29,6 +29,10 @@ class Readings:
             self.steps = [*self.steps, step][-self.patience :]
             self.values = [*self.values, value][-self.patience :]
 
+    def drop(self) -> None:
+        """Forget the latest one."""
+        self.steps, self.values = self.steps[:-1], self.values[:-1]
+
     @property
     def latest(self) -> float:
         """NaN before there is one."""

@@ -20,7 +20,8 @@ class SharedLosses:
 
     Every fifth step one all-gather of a few numbers is queued behind the work of the step. On the CPU they are there at
     once; from a GPU they are copied to pinned memory and read at the next exchange, when they have long arrived. Every
-    process reads the same bits at the same step: whoever decides by them alone decides as the others do.
+    process reads the same bits at the same step: whoever decides by them alone decides as the others do. A measured
+    step, in which the processes have waited for each other anyway, exchanges and reads them at once.
 
     Args:
         ranks: the processes, all of which call `take` at the same steps.
@@ -37,7 +38,9 @@ class SharedLosses:
         self._rows: list[Tensor] = []
         self._sent: tuple[list[tuple[int, bool]], Tensor, Any] | None = None
 
-    def take(self, step: int, loss: Tensor | None, *, lr: float, left_out: bool = False) -> list[Told]:
+    def take(
+        self, step: int, loss: Tensor | None, *, lr: float, left_out: bool = False, wait: bool = False
+    ) -> list[Told]:
         """Add the loss of a step, and return the mean losses that are known since the last call, oldest first.
 
         Args:
@@ -45,16 +48,19 @@ class SharedLosses:
             loss: of this process, None where it has none; the mean is that of the processes that have one.
             lr: learning rate of this process.
             left_out: whether a gradient scaler left the update out.
+            wait: for all that is not known yet; the same on all processes.
         """
         known = isinstance(loss, Tensor)
         own = loss.detach().double().mean() if isinstance(loss, Tensor) else torch.zeros((), dtype=torch.float64)
         own = own.to(self._ranks.device, non_blocking=True)
         self._rows.append(torch.stack([own, torch.full_like(own, known), torch.full_like(own, lr)]))
         self._steps.append((step, left_out))
+        if wait:
+            return self.rest()
         return self._exchange() if len(self._steps) == EVERY else []
 
     def rest(self) -> list[Told]:
-        """Return what is not known yet; called by all processes when training ends, it waits for the device."""
+        """Return what is not known yet; called by all processes, as when training ends, it waits for the device."""
         return (self._exchange() if self._steps else []) + self._read()
 
     def _exchange(self) -> list[Told]:

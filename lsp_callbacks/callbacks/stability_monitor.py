@@ -555,18 +555,18 @@ class StabilityMonitor(Callback):
                 self._fault = None
             self._step_loss.returned(outputs)
             if self._stepped if self.accumulate is not None else not trainer.fit_loop._should_accumulate():
-                self._judge(trainer)
+                self._judge(trainer, measured=bool(observations))
             if self._measured_at is not None:  # the tensor that lies in callback_metrics: reading that dict is dear
                 self._age.fill_(self.step - 1 - self._measured_at)
 
-    def _judge(self, trainer: Any) -> None:
+    def _judge(self, trainer: Any, *, measured: bool) -> None:
         # At each step: what one process needs is next to nothing.
         step, loss, left_out = self.step - 1, self._step_loss.value, self._step_loss.left_out
         if self._shared is None:
             told = self.monitor.losses.saw(max(step, 0), loss, left_out=left_out)
         else:
             lr = largest_learning_rate(trainer.optimizers[0]) if trainer.optimizers else 0.0
-            told = self._shared.take(max(step, 0), loss, lr=lr, left_out=left_out)
+            told = self._shared.take(max(step, 0), loss, lr=lr, left_out=left_out, wait=measured)
             self._tell(told)
         # Losses and measurements are the same numbers on all processes, so all of them stop at the same step.
         if any([subscriber.judge(trainer, step, told) for subscriber in self.subscribers]):

@@ -28,18 +28,21 @@ class StopOnInstability(Callback):
     """Ends training when it has become unstable: at the step, not at the end of the epoch.
 
     Two levels. The *event*: the mean of the last ``patience`` new measurements is above the threshold, or all have been
-    above it for ``patience_steps`` steps; it is logged as ``stability/event`` and printed once. The *stop*: it is still
-    above, and the smoothed loss is 30 % above its least value so far and above 15 % of the initial loss. Healthy
-    training lives at the edge of stability for long stretches: it has events and no stop. A NaN neither counts nor
-    resets. Where ``stability/courant`` fails, or is not decided yet, ``stability/courant_gd`` stands in for it; the two
-    have no mean.
+    above it for ``patience_steps`` steps; when it begins it is printed, and logged as ``stability/event``. It lasts
+    until nothing was above the threshold for ``patience_steps`` steps: what comes later is a new event, so that one in
+    the first steps of a run hides none. The *stop*: it is still above, and the smoothed loss is 30 % above its least
+    value so far and above 15 % of the initial loss. Healthy training lives at the edge of stability for long stretches:
+    it has events and no stop. A NaN neither counts nor resets. Where ``stability/courant`` fails, or is not decided
+    yet, ``stability/courant_gd`` stands in for it; the two have no mean. So it does where the number is at or below the
+    threshold while the loss of the same step is above three times the initial one: a softmax that has exploded is
+    saturated, and the Gauss-Newton matrix, from which ``courant_sgd`` comes, vanishes.
 
     Training ends, too, after
 
     - a *loss that is not finite*, whatever was measured: at that step on the CPU, on a GPU when its number has arrived,
       one step later. Several processes stop together, at most nine steps later: their losses are exchanged every fifth
-      step. Steps that a gradient scaler leaves out do not count, unless the loss itself is not finite in 25 of them in
-      a row;
+      step, and where something was measured. Steps that a gradient scaler leaves out do not count, unless the loss
+      itself is not finite in 25 of them in a row;
     - *one* Courant number of 5 or more, if after 60 steps the loss has not fallen by 5 %: the rate was far too high
       from the beginning;
     - losses above three times the initial one for some 200 steps, where nothing was measured since they began to rise;
@@ -64,7 +67,8 @@ class StopOnInstability(Callback):
         ValueError: for bad arguments; in ``setup``, without a `StabilityMonitor`, or on a key that it never measures.
 
     Attributes:
-        event_step: step of the event, or None.
+        events: steps at which events began.
+        event_step: the first of them, or None.
         stop_step: step of the stop, or None.
         reason: why it stopped, or None.
     """
@@ -101,11 +105,14 @@ class StopOnInstability(Callback):
         self._reset()
 
     def _reset(self) -> None:
-        self.event_step: int | None = None
+        self.events: list[int] = []
+        self._above_step = -1  # the last one
         self.stop_step: int | None = None
         self.reason: str | None = None
         self._readings = Readings(self.patience, self.patience_steps)
         self._others = Readings(self.patience, self.patience_steps)  # of what stands in
+        self._received: Observation | None = None  # the last one, until the loss of its step is known
+        self._others_before = self._others
         self._stands_in = self._forecast = False
         self._collapsed = 0.0  # the last reading
         self._losses = LossRecord()
@@ -153,6 +160,7 @@ class StopOnInstability(Callback):
         collapsed = values.get("stability/collapsed", math.nan)
         self._collapsed = self._collapsed if math.isnan(collapsed) else collapsed
         if observation.step >= self.min_steps:
+            self._received, self._others_before = observation, self._others
             self._readings.add(observation.step, value)
             if self.monitor == COURANT and math.isnan(value):
                 # Not yet decided, or failing; it may also be complete some steps later.
@@ -173,6 +181,10 @@ class StopOnInstability(Callback):
         """Whether to stop after ``step``, with the losses that have arrived since the step before."""
         for each in told:
             self._losses.add(each)
+            if self._received is not None and each.step >= self._received.step:
+                if each.step == self._received.step and self._losses.exploded(each.loss):
+                    self._distrust(self._received)
+                self._received = None
         if self.stop_step is not None:
             return False
         why = self._not_finite()
@@ -180,15 +192,32 @@ class StopOnInstability(Callback):
             scheduled = self._source.scheduled_courant(trainer) if self.monitor in SCHEDULED else math.nan
             above = self._known.above(self.threshold, step)
             if not math.isnan(above):
-                self._event(trainer, step, f"{self._name} = {above:.4g} > {self.threshold:g}")
+                self._cross(trainer, step, f"{self._name} = {above:.4g} > {self.threshold:g}")
             elif scheduled > self.threshold and self._jumps(scheduled):
-                self._event(trainer, step, f"the next learning rate is {scheduled:.3g} times the critical one")
+                self._cross(trainer, step, f"the next learning rate is {scheduled:.3g} times the critical one")
             why = self._why(above, scheduled)
         if why is None:
             return False
         self.stop_step, self.reason = step, why
         self._say(f"stop at step {step}: {why}. Try a lower learning rate, or a longer warm-up.")
         return True
+
+    @property
+    def event_step(self) -> int | None:
+        """The step of the first event; None before it."""
+        return self.events[0] if self.events else None
+
+    def _distrust(self, observation: Observation) -> None:
+        """Let ``courant_gd`` stand in for a reading of a step whose loss has exploded, if that looks stable."""
+        gd = observation.values.get(GD, math.nan)
+        if self.monitor != COURANT or math.isnan(gd):
+            return
+        if not self._stands_in:
+            self._others = self._others_before
+            self._others.add(observation.step, gd)
+        if self._readings.latest_step == observation.step and self._readings.latest <= self.threshold:
+            self._readings.drop()
+            self._stands_in = True
 
     @property
     def _known(self) -> Readings:
@@ -237,10 +266,12 @@ class StopOnInstability(Callback):
         """Whether the rate has more than doubled since the last measurements: a jump, not a slow ramp."""
         return scheduled > 2 * self._known.mean
 
-    def _event(self, trainer: Any, step: int, reading: str) -> None:
-        if self.event_step is not None:
+    def _cross(self, trainer: Any, step: int, reading: str) -> None:
+        """Tell of a step that is above the threshold, if it begins an event."""
+        before, self._above_step = self._above_step, step
+        if self.events and step - before <= max(1, self.patience_steps):
             return
-        self.event_step = step
+        self.events.append(step)
         self._say(f"event at step {step}: {reading}: linearly unstable")
         trainer.callback_metrics["stability/event"] = torch.tensor(float(step))
         for logger in trainer.loggers:
@@ -260,7 +291,8 @@ class StopOnInstability(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "event_step": self.event_step, "stop_step": self.stop_step, "reason": self.reason,
+            "events": list(self.events), "above_step": self._above_step,
+            "stop_step": self.stop_step, "reason": self.reason,
             "readings": self._readings.state_dict(), "others": self._others.state_dict(),
             "stands_in": self._stands_in, "forecast": self._forecast, "collapsed": self._collapsed,
             "losses": self._losses.state_dict(),
@@ -269,7 +301,8 @@ class StopOnInstability(Callback):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._reset()
         state = self.state_dict() | dict(state_dict)  # what another release did not write is as in a new run
-        self.event_step, self.stop_step, self.reason = state["event_step"], state["stop_step"], state["reason"]
+        self.events, self._above_step = list(state["events"]), state["above_step"]
+        self.stop_step, self.reason = state["stop_step"], state["reason"]
         self._stands_in, self._forecast = state["stands_in"], state["forecast"]
         self._collapsed = state["collapsed"]
         if isinstance(state["readings"], dict):  # the first releases kept no steps

@@ -161,8 +161,7 @@ class LossRecord:
         self.least = self.smoothed if self.count == 1 else min(self.least, self.smoothed)
         share, size = 1 / min(self.count, SMOOTHING), abs(self.start)
         self._high += share * ((loss > self.start - (1 - FALLEN) * size) - self._high)
-        far = loss > self.start + LOST * max(size, abs(self.least))
-        self._far += (far - self._far) / min(self.count, LOST_STEPS)
+        self._far += (self.exploded(loss) - self._far) / min(self.count, LOST_STEPS)
         if not self.risen:
             self.level_step = told.step
 
@@ -175,6 +174,10 @@ class LossRecord:
     def start(self) -> float:
         """The lower of the first loss and the mean of the first 5: a rate far too high lifts the mean at once."""
         return math.nan if self.first is None else min(self.first, self.initial)
+
+    def exploded(self, loss: float) -> bool:
+        """Return whether a loss is above the one at the start by more than twice the size of that."""
+        return self.comparable and loss > self.start + LOST * max(abs(self.start), abs(self.least))
 
     @property
     def risen(self) -> bool:

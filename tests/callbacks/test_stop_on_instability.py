@@ -126,6 +126,54 @@ def test_where_the_headline_number_fails_the_other_one_goes_on():
     assert feed(StopOnInstability("stability/lyapunov", confirm=None), failing) is None
 
 
+EXPLODED = [2.3, 50.0, 50.0, 50.0, 40.0, 30.0, 20.0, 9.0]
+
+
+def test_a_calm_reading_of_a_network_that_has_exploded_does_not_count():
+    """A softmax that is saturated has no Gauss-Newton matrix; the Hessian of the batch goes on."""
+    blind = [{KEY: 0.5, GD: 0.5}] + [{KEY: 0.0, GD: 8.0}] * 3 + [{}] * 4
+    stop = StopOnInstability()
+    assert feed(stop, blind, EXPLODED) is None and stop.event_step == 3
+    assert feed(StopOnInstability(), [{KEY: 0.5, GD: 0.5}] + [{KEY: 0.0, GD: 0.1}] * 7, EXPLODED) is None
+    for values, losses, key in (
+        (blind, [2.3] * 8, KEY),  # a healthy network is as stable as it says
+        (blind, EXPLODED, "stability/courant_sgd"),  # another number was asked for
+        ([{KEY: 0.5}] + [{KEY: 0.0}] * 7, EXPLODED, KEY),  # nothing stands in
+    ):
+        calm = StopOnInstability(key)
+        feed(calm, [{**v, "stability/courant_sgd": v.get(KEY, NAN)} for v in values], losses)
+        assert calm.event_step is None
+    seen = StopOnInstability()  # what is above the threshold counts, and is not averaged with the other number
+    feed(seen, [{KEY: 7.0, GD: 0.1}, {KEY: 0.0, GD: 0.1}, {KEY: 0.0, GD: 0.1}, {KEY: 7.0, GD: 0.1}] * 2, EXPLODED)
+    assert seen.event_step == 4
+    back = StopOnInstability()
+    values = [{KEY: 0.5, GD: 0.5}] + [{KEY: 0.0, GD: 8.0}] * 2 + [{KEY: 0.5, GD: 8.0}] * 9
+    assert feed(back, values, [2.3, 50.0, 50.0] + [2.0] * 9) is None and not back.events
+
+
+def test_one_reading_of_a_network_that_has_exploded_is_enough():
+    """Adam with a rate of 1 at the default cadence: read once, and then it sits at chance."""
+    losses = [2.3, *[60.0 / (1 + i) for i in range(30)], *[2.4] * 60]
+    once = [{}, {KEY: 0.0, GD: 8.0}, *[{}] * 89]
+    stop = StopOnInstability()
+    assert feed(stop, once, losses) == 59 and "courant_gd" in stop.reason
+    assert feed(StopOnInstability(), once, [2.3] * 91) is None
+    assert feed(StopOnInstability(), [{}, {KEY: 0.0, GD: 4.0}, *[{}] * 89], losses) is None
+
+
+def test_an_event_in_the_first_steps_hides_none_that_comes_later(caplog):
+    values = [1.2] * 3 + [0.5] * 250 + [1.3] * 300 + [0.5, 1.3, 1.3, 1.3] * 20
+    with caplog.at_level(logging.INFO):
+        stop, trainer = StopOnInstability(), stage()
+        assert feed(stop, values, trainer=trainer) is None
+    assert stop.events == [2, 254] and stop.event_step == 2  # (0.5 + 1.3 + 1.3) / 3
+    assert [row["stability/event"] for _, row in trainer.loggers[0].rows] == [2.0, 254.0]
+    assert len([r for r in caplog.records if "event at" in r.message]) == 2
+    longer = StopOnInstability(patience_steps=300)
+    feed(longer, values)
+    assert longer.events == [2]  # the two are one
+
+
 @pytest.mark.parametrize("values", [[0.9] * 40, [NAN] * 40, [{}] * 40, [{"stability/spectral_norm_max": 9.0}] * 40])
 @pytest.mark.parametrize("lost", [NAN, math.inf, -math.inf])
 @pytest.mark.parametrize("settings", [{}, {"confirm": None}, {"min_steps": 1000}, {"monitor": LYAPUNOV}])
@@ -256,7 +304,7 @@ def test_it_goes_on_from_its_state(cut, dtype):
 
 def test_it_goes_on_from_the_state_of_an_earlier_release():
     stop = StopOnInstability()
-    stop.load_state_dict({"event_step": 3, "stop_step": None, "readings": [1.1], "stochastic": True, "smoothed": 2.0})
+    stop.load_state_dict({"events": [3], "stop_step": None, "readings": [1.1], "stochastic": True, "smoothed": 2.0})
     assert stop.event_step == 3 and feed(stop, [1.1] * 3, start=4) is None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg import LinearOperator, push, spectral_radius
+from lsp_callbacks.linalg import LinearOperator, push, spectral_radius, unit
 from lsp_callbacks.linalg.logs import exp, rescale
 
 #: Curvatures within the error bars at which `exponent_bounds` looks.
@@ -71,7 +71,7 @@ def plane_map(
     moved = push(jacobian, sharp_plane(mode, root, kick=kick, size=jacobian.shape[1]))
     if rest is None:
         rest = moved[0, known:].clone()
-        rest = rest / torch.linalg.vector_norm(rest).clamp_min(torch.finfo(rest.dtype).tiny)
+        rest = unit(rest)
     remembers = bool(rest.any())
     if remembers:
         moved = torch.cat([moved, (jacobian @ torch.cat([rest.new_zeros(known), rest]))[None]])

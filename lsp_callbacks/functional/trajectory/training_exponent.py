@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils._pytree import tree_map
 
 from lsp_callbacks._validation import number, whole
+from lsp_callbacks.autograd._torch_internals import copied_optimizer, tree_map
 from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import norm
@@ -205,16 +204,7 @@ class _Runs:
 def _copied(module: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:
     memo: dict[int, Any] = {}
     module = copy.deepcopy(module, memo)
-    if optimizer is None:
-        return module, None
-    # Optimizers pickle some of their attributes only. A scheduler binds ``step`` to the original, as hooks may be.
-    bound = {"step", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"}
-    twin = object.__new__(type(optimizer))
-    vars(twin).update(
-        copy.deepcopy({name: value for name, value in vars(optimizer).items() if name not in bound}, memo)
-    )
-    vars(twin).update({name: OrderedDict() for name in bound - {"step"}})
-    return module, twin
+    return module, None if optimizer is None else copied_optimizer(optimizer, memo)
 
 
 @contextlib.contextmanager
