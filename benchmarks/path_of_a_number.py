@@ -84,7 +84,7 @@ def paths(name):
     x, y = torch.randn(256, 10), torch.randint(3, (256,))
     loader = DataLoader(TensorDataset(x, y), batch_size=64)
     trainer = pl.Trainer(
-        max_steps=40,
+        max_steps=6,
         callbacks=[begin, monitor, end],
         logger=False,
         enable_checkpointing=False,

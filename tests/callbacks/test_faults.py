@@ -314,8 +314,7 @@ SCRIPT = """
     import pytorch_lightning as pl, torch
     from harness import Model, data, fit
     from lsp_callbacks import StabilityMonitor, StopOnInstability
-    from lsp_callbacks.step import pending_step as step
-from lsp_callbacks.step.flat import displaced
+    from lsp_callbacks.step.flat import displaced
 
     torch.set_num_threads(1)
     folder, kill = sys.argv[1], int(sys.argv[2])

@@ -93,7 +93,7 @@ def test_it_is_the_same_after_a_resume(cut):
     second.cadence.every_n_steps = 1
     observed(steps=range(cut, 6), monitor=second)
     assert curve(second, COURANT) == pytest.approx(curve(whole, COURANT), nan_ok=True)
-    assert second.courant_source == whole.courant_source == "courant_sgd"
+    assert second.courant.name == whole.courant.name == "courant_sgd"
 
 
 def test_states_of_other_runs():
@@ -103,7 +103,7 @@ def test_states_of_other_runs():
     with pytest.warns(UserWarning, match="courant_sgd before"):
         other.load_state_dict(state)
     observed(steps=range(6, 9), monitor=other)
-    assert other.courant_source == "courant_gd" and curve(other, COURANT)[8] == pytest.approx(0.1)
+    assert other.courant.name == "courant_gd" and curve(other, COURANT)[8] == pytest.approx(0.1)
 
 
 def test_a_number_that_was_given_up_does_not_speak_for_the_end():

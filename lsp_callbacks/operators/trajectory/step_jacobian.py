@@ -66,13 +66,9 @@ def clipped_gradient(snapshot: Snapshot) -> Tensor:
     return _clip(snapshot)(_own_gradient(snapshot))
 
 
-def _own_gradient(snapshot: Snapshot) -> Tensor:
-    return snapshot.flat_gradient if snapshot.flat_gradient is not None else _replayed_gradient(snapshot)
-
-
 @computed_once
-def _replayed_gradient(snapshot: Snapshot) -> Tensor:
-    return replayed_gradient(snapshot)[1]
+def _own_gradient(snapshot: Snapshot) -> Tensor:
+    return snapshot.flat_gradient if snapshot.flat_gradient is not None else replayed_gradient(snapshot)[1]
 
 
 def _clip(snapshot: Snapshot) -> Callable[[Tensor], Tensor]:
