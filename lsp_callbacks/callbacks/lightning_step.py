@@ -38,10 +38,11 @@ def pending_step(
         sub_batch: how many samples of the batch to use; None takes all.
         run: what all steps of the run share; None is a run of this process alone.
     """
+    muted = _Muted(trainer)
     return PendingStep(
         module,
-        shared=[] if trainer.datamodule is None else [trainer.datamodule],
-        prepare=lambda module_copy: _mute(module_copy, trainer),
+        shared=[muted] if trainer.datamodule is None else [muted, trainer.datamodule],
+        prepare=lambda module_copy: _mute(module_copy, muted),
         # The user's own function rounds in other places than the step.
         tolerance=1e-4 if own_loss else 0.0,
         sub_batch=sub_batch,
@@ -141,8 +142,7 @@ class _Silence:
         return self
 
 
-def _mute(module_copy: nn.Module, trainer: Any) -> None:
-    muted = _Muted(trainer)
+def _mute(module_copy: nn.Module, muted: _Muted) -> None:
     for module in module_copy.modules():
         if hasattr(module, "_trainer"):  # LightningModules read the epoch and the step from it
             vars(module)["_trainer"] = muted

@@ -53,8 +53,8 @@ from lsp_callbacks.step.flat import largest_learning_rate
 from lsp_callbacks.step.pending_step import LossFn, PendingStep, never
 from lsp_callbacks.step.probes import Criterion, ForwardFn, Probes, population
 from lsp_callbacks.step.ranks import Ranks
-from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.run_context import Prox, RunContext
+from lsp_callbacks.step.side_effects import untouched
 from lsp_callbacks.step.snapshot import Snapshot
 from lsp_callbacks.step.verified_step import verified
 

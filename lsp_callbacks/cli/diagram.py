@@ -27,8 +27,8 @@ from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.plots.stability_diagram import diagram_around
 from lsp_callbacks.quantities import SGDStability
 from lsp_callbacks.step.probes import Probes, population
-from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.run_context import RunContext
+from lsp_callbacks.step.side_effects import untouched
 from lsp_callbacks.step.snapshot import Snapshot
 
 SUFFIXES = (".png", ".pdf", ".svg")

@@ -15,12 +15,12 @@ from lsp_callbacks.autograd.random_state import TorchRandomState
 from lsp_callbacks.functional.numerics.first_fault import Fault, first_fault
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.quantities.numerics.numerics import Numerics
-from lsp_callbacks.step.batch import MicroBatch, copied
+from lsp_callbacks.step.batch import MicroBatch
 from lsp_callbacks.step.flat import restored
-from lsp_callbacks.step.muted import muted
 from lsp_callbacks.step.pending_step import PendingStep
 from lsp_callbacks.step.ranks import Ranks
-from lsp_callbacks.step.replay import untouched
+from lsp_callbacks.step.replay import copied
+from lsp_callbacks.step.side_effects import muted, untouched
 
 
 class NanFinder:

@@ -44,10 +44,10 @@ def group_of(snapshot: Snapshot) -> dict[str, Group | None]:
 
 
 def tangent_path(snapshot: Snapshot) -> Path:
-    """How `step_jacobian` finds the derivative of the step's optimizer.
+    """Return how `step_jacobian` finds the derivative of the step; replays nothing.
 
     Raises:
-        Unmeasurable: where it cannot; replays nothing.
+        Unmeasurable: if it cannot.
     """
     optimizer = known_optimizer(snapshot)
     if formula_of(optimizer) is not None:
@@ -137,8 +137,7 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     Raises:
         Unmeasurable: no optimizer, a step that is not modelled, or one without a derivative.
 
-    Cost: one Hessian product; none for ``v = 0``. A copy of parameters, gradient and state. Source: MATH section 1;
-    torch.optim.
+    Cost: one Hessian product; none for ``v = 0``. A copy of parameters, gradient and state. Source: torch.optim.
     """
     require_one(snapshot.player)
     optimizer = known_optimizer(snapshot)  # before anything is replayed
@@ -148,10 +147,10 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
 
     def adjoint(w: Tensor) -> Tensor:
         z, change = step_adjoint(snapshot, w)
-        return torch.cat([z[:n] + H @ change, z[n:]])
+        return torch.cat([z[:n] + H.apply(change), z[n:]])
 
     known = adjoint if formula_of(optimizer) is not None else None
-    return LinearOperator((size, size), lambda z: tangent(z, H @ z[:n]), known, dtype=H.dtype, device=H.device)
+    return LinearOperator((size, size), lambda z: tangent(z, H.apply(z[:n])), known, dtype=H.dtype, device=H.device)
 
 
 def used_hessian(snapshot: Snapshot, method: Method) -> LinearOperator:
@@ -254,12 +253,12 @@ def _formula_tangent(snapshot: Snapshot, *, begun: bool = False) -> tuple[Callab
     """As `step_tangent`, from the change of the clipped gradient; ``begun``: see `_parts`."""
     optimizer, own = known_optimizer(snapshot), clipped_gradient(snapshot)
     n = len(own)
-    rule, blocks = formula(optimizer), state_blocks(snapshot)
+    rule, blocks = formula(optimizer), blocks_of(optimizer)
     parameters = list(snapshot.parameters.values())
     theta = flatten(parameters, parameters).detach()
     states = {name: flatten([_state(optimizer, p).get(name) for p in parameters], parameters) for name in blocks}
     states = {name: state.detach().to(theta.dtype) for name, state in states.items()}
-    parts = _parts(snapshot, blocks, begun)
+    parts = _parts(snapshot, optimizer, rule, blocks, begun=begun)
 
     def step(z: Tensor, change: Tensor) -> Tensor:
         v, *tangents = z.split(n)
@@ -308,16 +307,18 @@ def _state(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
     return optimizer.state.get(p, {})
 
 
-def _parts(snapshot: Snapshot, blocks: tuple[str, ...], begun: bool) -> list[_Part]:
+def _parts(
+    snapshot: Snapshot, optimizer: torch.optim.Optimizer, rule: Formula, blocks: tuple[str, ...], *, begun: bool
+) -> list[_Part]:
     """The parameters by options and history; ``begun``: as if each state were there already, and no rate were 0."""
-    optimizer, groups = known_optimizer(snapshot), group_of(snapshot)
-    rule, end = formula(optimizer), 0
+    groups, end = group_of(snapshot), 0
+    blocks_of_group = {id(group): rule.blocks(group) for group in optimizer.param_groups}
     found: dict[tuple, _Part] = {}
     for name, p in snapshot.parameters.items():
         start, end = end, end + p.numel()
         group, state = groups[name], _state(optimizer, p)
         still = group is None or (snapshot.gradient is not None and snapshot.gradient[name] is None)
-        wanted = blocks if still or group is None else rule.blocks(group)
+        wanted = blocks if still or group is None else blocks_of_group[id(group)]
         present = tuple(block for block in wanted if begun or state.get(block) is not None)
         t = float(state.get("step", 0.0)) + 1
         key = (None if still else id(group), t, present)
