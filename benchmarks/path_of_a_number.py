@@ -1,17 +1,21 @@
 """Claim: a number enters few files, and changes from one to the other seldom.
 
-Counts, with `sys.setprofile`, what one training step that completes a measurement enters of this package, from the
-first hook of Lightning to the last: files, calls, and changes of file, where a call is of a function in another file
-than the call before. A small network (two linear layers, a batch of 64) is trained; the last measured step of the run is shown,
-when checks that are made once a run are over. *Ways* are changes of file that differ in the function that calls before
-or that is called: products of the same kind go the same way.
+Counts, with `sys.setprofile`, what one training step that completes a measurement enters of this package, from
+Lightning's first hook to its last: files, calls, and changes of file, where a call is of a function in another file
+than the call before. A small network (two linear layers, a batch of 64) is trained; the last measured step of the run
+is shown, when checks that are made once a run are over. *Ways* are changes of file that differ in the function that
+calls before, or that is called: products of the same kind go the same way.
 
 Usage:
     python benchmarks/path_of_a_number.py [--where]
 
 Before the layout of this package was made (commit faccd9f) it printed
 
-FIRST
+| number | files entered | calls | changes of file | ways |
+|---|---|---|---|---|
+| sharpness | 31 | 1,472 | 401 | 195 |
+| sgd_stability | 38 | 1,651 | 344 | 254 |
+| stability_profile | 48 | 113,330 | 32,132 | 418 |
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from lsp_callbacks.operators.curvature.hessian import path_taken
 from lsp_callbacks.plots.stability_diagram import matplotlib
-from lsp_callbacks.step.series import Energy
+from lsp_callbacks.step.energies import Energy
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: In keys, the name of what is outside of all submodules.

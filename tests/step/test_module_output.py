@@ -246,7 +246,7 @@ def test_in_place_layers_behind_it_do_not_reach_it():
 def test_a_step_that_was_not_begun_says_what_to_do():
     trace = Trace(4, {"e": lambda module, state: state.sum()}, state="")
     trace.record(0, torch.ones(()), module=nn.Linear(1, 1))
-    assert "Monitor.begin" in trace.failed["e"]
+    assert "Monitor.recorder.begin" in trace.failed["e"]
 
 
 def test_an_exception_in_training_leaves_no_hook():
