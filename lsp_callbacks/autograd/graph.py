@@ -83,12 +83,15 @@ class Graph:
         dtype: the least precise floating-point type among the nodes.
         custom: names of ``torch.autograd.Function`` classes that are not PyTorch's own. Whether their backward can be
             differentiated is unknown: ``once_differentiable`` may give a wrong second derivative without an error.
+        stopped: functions by which what depends on the parameters left the graph, and entered it again: see
+            `lsp_callbacks.autograd.stop_gradients`.
     """
 
     kinked: bool
     fused: bool
     dtype: torch.dtype
     custom: tuple[str, ...]
+    stopped: tuple[str, ...] = ()
 
     @property
     def full(self) -> bool:
@@ -118,4 +121,5 @@ def joined(graphs: Iterable[Graph]) -> Graph:
         fused=any(graph.fused for graph in graphs),
         dtype=min((graph.dtype for graph in graphs), key=lambda dtype: dtype.itemsize),
         custom=tuple(sorted({name for graph in graphs for name in graph.custom})),
+        stopped=tuple(sorted({name for graph in graphs for name in graph.stopped})),
     )

@@ -111,12 +111,12 @@ class Measurement:
 
     def _is_postponed(self, quantity: Quantity, snapshot: Snapshot) -> bool:
         """Return True to postpone the measurement. Decided on rank 0 and broadcast, so that all ranks agree."""
-        if not quantity.patient:
+        if not quantity.warms_up:
             return False
 
         def missing() -> int:
             try:
-                return quantity.wait(snapshot)
+                return quantity.warm_up(snapshot)
             except Exception:  # the measurement will say why
                 return 0
 

@@ -91,7 +91,7 @@ class SelectedQuantities(dict[str, Quantity]):
 
     def captures_inputs(self, name: str, module: nn.Module) -> bool:
         """Return whether any quantity wants the module's inputs in full."""
-        return any(quantity.keeps(name, module) for quantity in self.values())
+        return any(quantity.captures_inputs(name, module) for quantity in self.values())
 
     def unmeasurable(self, snapshot: Snapshot, *, steps: float = math.inf) -> Skips:
         """Return the quantities that cannot be measured on such steps; nothing is replayed.
@@ -124,7 +124,7 @@ class SelectedQuantities(dict[str, Quantity]):
 def _check(quantity: Quantity, snapshot: Snapshot, steps: float) -> None:
     if snapshot.run.sharded:
         raise Unmeasurable(snapshot.run.sharded)
-    if not quantity.plays:
+    if not quantity.supports_multiple_optimizers:
         require_one(snapshot.player)
     quantity.check(snapshot)
     if quantity.least_steps > steps:

@@ -1,4 +1,4 @@
-"""What is beside the passes of a measurement: calls and vectors, in the gradients of one step."""
+"""The cost of work beside forward and backward passes (calls, vectors), in gradients of one step."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 @dataclass(frozen=True)
 class Work:
-    """Of one forward pass, which is the same at each replay: nothing here looks at a clock.
+    """The work of one forward pass, counted rather than timed, so that it is the same at each replay.
 
     Attributes:
-        calls: operations.
-        elements: numbers in their results, views not counted.
-        multiplications: of matrices and convolutions.
-        parameters: numbers in a vector over all trainable parameters.
+        calls: how many operations.
+        elements: how many numbers in their results, views not counted.
+        multiplications: in products of matrices and convolutions.
+        parameters: how many numbers in a vector over all trainable parameters.
     """
 
     calls: int
@@ -34,7 +34,7 @@ class Work:
 
 @computed_once
 def work(snapshot: Snapshot) -> Work:
-    """Replays the loss once and counts. Cost: one forward pass."""
+    """Replay the loss once and count its work. Cost: one forward pass."""
     counter = _Counter()
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"), counter:
         snapshot.replay()
@@ -58,41 +58,41 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-#: Nanoseconds on one core, fitted to gradients of fifteen networks of 400 to 900,000 parameters within 40 %: of a
-#: replay, of each operation with its backward pass, each number, each multiplication in either direction, and each
+#: Nanoseconds on one core, fitted to gradients of fifteen networks of 400 to 900,000 parameters within 40 %: for a
+#: replay, for each operation with its backward pass, each number, each multiplication in either direction, and each
 #: number of a gradient. Only their ratios matter.
 START, OPERATION, ELEMENT, MULTIPLICATION, PARAMETER = 1.6e5, 4e4, 2.8, 0.028, 0.4
-#: Of a call of ours, and of each number of a vector over all parameters that is read and written once.
+#: Nanoseconds of an operation of the package, and of each number of a vector that is read and written once.
 CALL, VECTOR = 1.2e4, 1.0
 
 
 def gradient_time(snapshot: Snapshot) -> float:
-    """Of a forward and a backward pass of the step, in nanoseconds of the core that the constants were found on."""
-    found = work(snapshot)
-    passes = OPERATION * found.calls + ELEMENT * found.elements + 3 * MULTIPLICATION * found.multiplications
-    return START + passes + PARAMETER * found.parameters
+    """Return the nanoseconds of a forward and a backward pass of the step, on the core that was used for the fit."""
+    once = work(snapshot)
+    passes = OPERATION * once.calls + ELEMENT * once.elements + 3 * MULTIPLICATION * once.multiplications
+    return START + passes + PARAMETER * once.parameters
 
 
 def beside(snapshot: Snapshot, *, calls: float = 0.0, vectors: float = 0.0, time: float = 0.0) -> float:
-    """Gradients that work beside the passes is worth: much on a small network, next to nothing on a large one.
+    """Return the cost of work beside the passes, in gradients: much on a small network, little on a large one.
 
     Args:
         snapshot: the step.
-        calls: operations on small tensors.
-        vectors: over all parameters, read and written once.
-        time: nanoseconds that depend on nothing.
+        calls: how many operations on small tensors.
+        vectors: how many vectors over all parameters are read and written once.
+        time: further nanoseconds.
     """
     spent = time + CALL * calls + VECTOR * vectors * work(snapshot).parameters
     return spent / gradient_time(snapshot)
 
 
 def forward_cost(snapshot: Snapshot) -> float:
-    """Gradients of the one replay that is checked, with the calls of its modules."""
+    """Return the gradients of the one replay that is checked, with the calls of its modules."""
     return 1 / 3 + beside(snapshot, calls=60)
 
 
 def sample_passes(snapshot: Snapshot, samples: int, count: float) -> float:
-    """Gradients of forward and backward passes of a few samples of the batch: each is called as if it were all."""
+    """Return the gradients of forward and backward passes on a few samples: their operations cost as those of all."""
     full = gradient_time(snapshot)
     calls = START + OPERATION * work(snapshot).calls
     shapes = (call.input_shape or call.output_shape for call in snapshot.calls.values())
@@ -101,14 +101,14 @@ def sample_passes(snapshot: Snapshot, samples: int, count: float) -> float:
 
 
 def products(snapshot: Snapshot, method: Method, count: int, *, tangent: bool = False) -> float:
-    """Gradients of Hessian products on one step; ``tangent``: inside the Jacobian of the optimizer's step."""
+    """Return the gradients of Hessian products on one step; ``tangent``: within the Jacobian of an optimizer step."""
     calls, vectors = (60, 6) if method == "finite_difference" else (20, 3)
-    own = beside(snapshot, calls=count * calls, vectors=count * vectors)
-    return product_cost(method, count) + own + (push_cost(snapshot, count) if tangent else 0.0)
+    vector_work = beside(snapshot, calls=count * calls, vectors=count * vectors)
+    return product_cost(method, count) + vector_work + (push_cost(snapshot, count) if tangent else 0.0)
 
 
 def push_cost(snapshot: Snapshot, count: int) -> float:
-    """Gradients of vectors pushed through the optimizer's step at a gradient that does not change."""
+    """Return the gradients of pushing vectors through the optimizer's step, without their Hessian products."""
     rule = None if snapshot.optimizer is None else formula_of(snapshot.optimizer)
     if rule is None or snapshot.optimizer is None:
         vectors = 39  # as of Adam
@@ -119,6 +119,8 @@ def push_cost(snapshot: Snapshot, count: int) -> float:
 
 
 def lanczos_cost(snapshot: Snapshot, method: Method, steps: int, runs: int = 1, *, tangent: bool = False) -> float:
-    """Gradients of Lanczos runs on the Hessian of one step: products, and each against all vectors before it, twice."""
-    own = beside(snapshot, calls=60.0 * runs * steps, vectors=runs * (1.1 * steps * (steps + 1) / 2 + 6 * steps))
-    return products(snapshot, method, runs * steps, tangent=tangent) + own
+    """Return the gradients of Lanczos runs on a Hessian: products, and two orthogonalisations of each."""
+    vector_work = beside(
+        snapshot, calls=60.0 * runs * steps, vectors=runs * (1.1 * steps * (steps + 1) / 2 + 6 * steps)
+    )
+    return products(snapshot, method, runs * steps, tangent=tangent) + vector_work

@@ -15,7 +15,7 @@ from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes.
+    """Memory of one training step, in bytes.
 
     Attributes:
         parameters: of one vector over all trainable parameters.
@@ -30,17 +30,17 @@ class Footprint:
 
 @computed_once
 def footprint(snapshot: Snapshot) -> Footprint:
-    """Replays the loss once, and counts what autograd saves: each storage once, parameters not.
+    """Replay the loss once, and count what autograd saves: each storage once, parameters not.
 
     Cost: one forward pass. Memory: what the step's own forward pass took.
     """
-    known = {p.untyped_storage().data_ptr() for p in snapshot.module.parameters()}
+    counted = {p.untyped_storage().data_ptr() for p in snapshot.module.parameters()}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Any:
         if tensor.layout is torch.strided:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
+            if storage.data_ptr() not in counted:
                 saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -55,37 +55,37 @@ def footprint(snapshot: Snapshot) -> Footprint:
     )
 
 
-#: A graph that can be differentiated twice, in activations, and vectors of work beside those of the routine:
-#: measured in ``benchmarks/memory_is_predicted.py``.
+#: Memory of a graph that can be differentiated twice, in units of the activations, and work vectors beside those of the
+#: routine: measured in ``benchmarks/memory_is_predicted.py``.
 TWICE, WORK = 4.0, 7.0
 
 
 def product_memory(snapshot: Snapshot, method: Method, vectors: float) -> dict[str, float]:
-    """Bytes at the peak of Hessian products on one step.
+    """Return the bytes at the peak of Hessian products on one step, by purpose.
 
     Args:
         snapshot: the step.
         method: of the products, see `lsp_callbacks.operators.hessian`.
-        vectors: over all parameters, that the routine holds.
+        vectors: how many vectors over all parameters the routine holds.
 
     Returns:
-        By what they are for; the graph of exact products is kept until the step's measurements end.
+        Bytes by purpose; the graph of exact products is kept until the step's measurements end.
     """
-    found = footprint(snapshot)
+    held = footprint(snapshot)
     exact = resolved(snapshot, method) == "exact"
-    activations = {"graph": TWICE * found.activations} if exact else {"activations": found.activations}
-    return {**activations, "vectors": (WORK + vectors) * found.parameters, "copies": 2 * found.buffers}
+    activations = {"graph": TWICE * held.activations} if exact else {"activations": held.activations}
+    return {**activations, "vectors": (WORK + vectors) * held.parameters, "copies": 2 * held.buffers}
 
 
 def unfolded(snapshot: Snapshot, samples: int) -> float:
-    """Bytes of the largest convolution's input as a matrix of patches, with half the gradients of each sample.
+    """Return the bytes of the largest convolution's input as a matrix of patches, with half the samples' gradients.
 
     Args:
         snapshot: the step.
         samples: how many.
 
     Returns:
-        0 without a convolution.
+        Bytes; 0 without a convolution.
     """
     largest = 0.0
     modules = dict(snapshot.module.named_modules())

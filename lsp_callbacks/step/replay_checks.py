@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import tree_map
 from lsp_callbacks.autograd.graph import Graph, joined, read
+from lsp_callbacks.autograd.stop_gradients import StopGradients
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.step.flat import loss_and_gradient
@@ -90,9 +91,10 @@ def _verify(snapshot: Snapshot) -> Graph:
         # With a graph, as in training: some kernels are chosen by whether a gradient is wanted. Hooks do not fire
         # inside compiled code, so that runs eagerly and agrees up to rounding only.
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            loss = snapshot.replay()
+            with StopGradients() as stopped:
+                loss = snapshot.replay()
             check_loss(snapshot, loss, tolerance=1e-4 if snapshot.compiled else 0.0)
-        return read(loss)
+        return replace(read(loss), stopped=tuple(sorted(stopped.names)))
 
     return joined(snapshot.run.ranks.gather(rank_graph, "the replay"))
 

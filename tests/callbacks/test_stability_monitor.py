@@ -615,8 +615,7 @@ def test_a_run_that_was_broken_off_within_a_step_leaves_nothing_to_the_next():
         def receive(self, trainer, observation):
             heard.append(observation.step)
 
-        def judge(self, trainer, step, told):
-            return False
+        def end_step(self, trainer, step, told): ...
 
     monitor = StabilityMonitor(["spectral_norm"], every_n_steps=1)
     with pytest.raises(KeyError):

@@ -332,7 +332,7 @@ class Halved(SGD):
 @pytest.mark.parametrize(
     "optimizer, settings, reason",
     [
-        (lambda p: torch.optim.NAdam(p), {}, "NAdam is not modelled"),
+        (lambda p: torch.optim.NAdam(p), {}, "NAdam is not supported"),
         (lambda p: Halved(p), {}, "overrides SGD.step"),
         (lambda p: None, {}, "no optimizer"),
         (lambda p: SGD(p), {"unsupported": "gradients are clipped"}, "clipped"),

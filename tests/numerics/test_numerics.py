@@ -308,7 +308,9 @@ def test_the_fault_of_a_run_is_named_at_its_step_and_nothing_is_changed(name):
     assert "changed after the backward" in fault.reason or where != "unknown"
     said = verdict(monitor.history, unrecovered_fault_of(monitor.monitor))
     assert said.startswith("lsp_callbacks: not finite since step 4: ") and str(fault) in said
-    assert not monitor._guard._parts or len(monitor._guard._parts) == settings.get("accumulate_grad_batches", 1)
+    assert not monitor.observer.nan_finder._parts or len(monitor.observer.nan_finder._parts) == settings.get(
+        "accumulate_grad_batches", 1
+    )
 
 
 def test_the_step_is_logged_in_its_row_and_the_step_is_replayed_once(monkeypatch):
@@ -383,7 +385,7 @@ def test_the_replay_draws_the_random_numbers_of_the_step(seed):
 def test_nothing_is_kept_where_it_is_not_measured():
     monitor = StabilityMonitor("economy", every_n_steps=100)
     fit(Faulty, monitor, max_steps=6)
-    assert monitor.fault is None and not monitor._guard._parts
+    assert monitor.fault is None and not monitor.observer.nan_finder._parts
 
 
 def test_manual_optimisation_with_two_updates():
@@ -477,7 +479,7 @@ def test_other_loops(loop):
     assert all(map(torch.equal, *ends))
     fault = first_fault_of(monitor)
     assert (fault.step, fault.where, fault.forward) == (6, "backward", "aten.sqrt")
-    assert len(watch._guard._parts) == 1  # of the last step
+    assert len(watch.observer.nan_finder._parts) == 1  # of the last step
     assert unrecovered_fault_of(monitor) is fault and log.curve(STEP) == {6: 6.0}
     watch.close()
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lsp_callbacks import Monitor, ProbeSet, SGDStability, StabilityMonitor, Unmeasurable
-from lsp_callbacks.callbacks import lightning_step as adapter
+from lsp_callbacks.callbacks import lightning_loop as adapter
 from lsp_callbacks.functional import UpdateRule, critical_lr, moment_exponent, reduce, sgd_exponent
 from lsp_callbacks.functional.sgd.moment_exponent import MODES
 from lsp_callbacks.step.criterion import evaluation
@@ -545,9 +545,7 @@ def test_moments_that_are_not_exact_are_refused(moments):
 class Late(SGDStability):
     """Has to know 7 steps first."""
 
-    patient = True
-
-    def wait(self, snapshot):
+    def warm_up(self, snapshot):
         return max(0, 7 - snapshot.step)
 
 

@@ -257,7 +257,7 @@ def first(module, make=MAKERS["sgd"], **settings):
 def test_a_players_step_is_no_step_of_one_optimizer():
     with pytest.raises(Unmeasurable, match=r"several players \(critic, generator\)"):
         step_jacobian(first(Duel()))
-    with pytest.raises(Unmeasurable, match="no game is known"):
+    with pytest.raises(Unmeasurable, match="the snapshot has no player"):
         joint_jacobian(replace(first(Duel()), player=None))
     with pytest.raises(ValueError, match="the players are a, b"):
         Player("c", {"a": None, "b": None})
@@ -268,7 +268,7 @@ def test_an_optimizer_without_a_formula_cannot_play():
     optimizers = module.optimizers(MAKERS["sgd"]) | {"generator": torch.optim.Rprop(module.generator.parameters())}
     snapshot = next(iter(snapshots(module, optimizers, 1)))
     for quantity in (LyapunovTrajectory().check, LyapunovTrajectory().update):
-        with pytest.raises(Unmeasurable, match="Rprop is not modelled"):
+        with pytest.raises(Unmeasurable, match="Rprop is not supported"):
             quantity(snapshot)
 
 
@@ -294,7 +294,7 @@ def test_a_detached_loss_is_found_where_its_product_would_be_wrong(part):
     snapshot = first(module, losses=module.losses() | {"critic": critic})
     assert snapshot.unsupported is None
     for method in ("exact", "finite_difference"):
-        with pytest.raises(Unmeasurable, match=r"'critic' does not let .* through \(.detach"):
+        with pytest.raises(Unmeasurable, match=r"'critic' detaches the other players.* parameters \(.detach"):
             joint_jacobian(replace(snapshot), method=method)
     assert not snapshot.player.trusted
 

@@ -23,8 +23,8 @@ from problems import (
 from lsp_callbacks import Lyapunov, LyapunovTrajectory, SGDStability, Sharpness, Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, push
 from lsp_callbacks.operators import hessian, step_jacobian, tangent_path
-from lsp_callbacks.operators.trajectory.step_by_differences import own_step_tangent
-from lsp_callbacks.operators.trajectory.step_jacobian import clipped_gradient
+from lsp_callbacks.operators.trajectory.optimizer_input import clipped_gradient
+from lsp_callbacks.operators.trajectory.step_by_differences import difference_tangent
 from lsp_callbacks.step.clipping import Clipping
 
 optim = torch.optim
@@ -93,7 +93,7 @@ def small():
 
 
 def own_jacobian(snapshot):
-    tangent, size = own_step_tangent(snapshot, clipped_gradient(snapshot))
+    tangent, size = difference_tangent(snapshot, clipped_gradient(snapshot))
     H = hessian(snapshot, method="exact")
     return LinearOperator((size, size), lambda z: tangent(z, H @ z[: H.shape[0]]), dtype=H.dtype)
 
@@ -212,9 +212,9 @@ def test_what_has_no_gradient_or_is_not_held_stays():
 
 
 REFUSED = {
-    "lion": (Lion, "takes signs"),
-    "signsgd": (SignSGD, "takes signs"),
-    "rprop": (optim.Rprop, "takes signs"),
+    "lion": (Lion, "used signs"),
+    "signsgd": (SignSGD, "used signs"),
+    "rprop": (optim.Rprop, "used signs"),
     "rounded": (Rounded, "rounded"),
     "remembers": (Remembers, "remembers more"),
     "quantised": (Quantised, "remembers more"),
@@ -239,7 +239,7 @@ def test_refused_with_the_reason(name):
 @pytest.mark.parametrize("quantity", [Sharpness, Lyapunov, SGDStability])
 def test_what_needs_a_sharp_mode_refuses_it_with_a_sentence(quantity):
     problem = small()
-    with pytest.raises(Unmeasurable, match="update of Written is not modelled"):
+    with pytest.raises(Unmeasurable, match="update of Written is not supported"):
         quantity().check(freeze(problem, Written(problem.parameters())))
 
 

@@ -22,9 +22,9 @@ Shape = tuple[int, ...] | None
 def weight_operators(
     layer: nn.Module, input_shape: Shape = None, output_shape: Shape = None
 ) -> dict[str, LinearOperator]:
-    """The linear part of a layer, by the name of its part ("" where it has only one).
+    """Return the linear maps that a layer applies, by the name of the part ("" where it has only one).
 
-    Registered for Linear, Bilinear-free attention projections, Embedding, convolutions and Hugging Face's Conv1D.
+    Supported are Linear, the projections of attention, Embedding, convolutions and Hugging Face's Conv1D.
 
     Args:
         layer: in eval mode, so that reading a parametrised weight does not move its buffers.
@@ -91,7 +91,7 @@ def _(layer: nn.ConvTranspose1d, input_shape: Shape = None, output_shape: Shape 
 
 
 def row_norm(layer: nn.Embedding) -> Tensor:
-    """``max_i ||W_i||``: the operator norm from one-hot vectors, which is how an embedding is used."""
+    """Return ``max_i ||W_i||``: the operator norm from one-hot vectors, which is how an embedding is used."""
     return norm(_weight(layer), 1).max()
 
 
@@ -108,7 +108,7 @@ def _unbatched(shape: Shape, layer: nn.Conv1d | nn.ConvTranspose1d) -> tuple[int
 
 
 def _linear_map(forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], weight: Tensor) -> LinearOperator:
-    """A linear function of one unbatched input, with its adjoint from one retained graph."""
+    """Return a linear function of one unbatched input as an operator, with its adjoint from one retained graph."""
     with torch.enable_grad():
         x = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
         y = forward(x)

@@ -1,4 +1,4 @@
-"""Hessian products by differences of gradients: how far to go, and which of them can be trusted."""
+"""Hessian products by differences of gradients: their distances, and checks of which of them can be trusted."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lsp_callbacks.linalg import LinearOperator, norm, norms
 from lsp_callbacks.step.flat import displaced_gradient, split
 from lsp_callbacks.step.snapshot import Snapshot
 
-#: In square roots of the machine epsilon: distances relative to what is moved, at least, before anything is known of
-#: the curvature, and at most.
+#: Distances relative to the displaced tensors, in square roots of the machine epsilon: the smallest, the first (before
+#: the curvature is known), and the largest.
 NEAR, FIRST, FAR = 0.25, 3.0, 15.0
-#: Errors that are accepted, relative to the largest ``||H u||`` that the step has shown, likewise: 1 % in float32.
+#: Accepted error, relative to the largest ``||H u||`` seen in the step, in the same units: 1 % in float32.
 TOLERANCE = 29.0
-#: Errors that are accepted where the products are added to a unit vector, as in an update's Jacobian: 1e-4 in float32.
+#: Accepted error where products are added to a unit vector, as in an update's Jacobian: 1e-4 in float32.
 LEAST = 0.3
-#: Bounds of the rounding of a gradient are this many times what it was on networks of several kinds.
+#: Bounds on the rounding of a gradient are this many times the rounding observed on networks of several kinds.
 SAFETY = 3.0
 
 
 class Untrusted(Exception):
-    """A difference that rounding or a kink may have spoilt."""
+    """A difference that may be wrong, by rounding or by a kink."""
 
 
 @dataclass(frozen=True)
@@ -48,40 +48,40 @@ class Difference:
 
 
 class Differences:
-    """Differences of one step's gradients, with what they tell of each other.
+    """Differences of one step's gradients, which are checked against each other and against the loss.
 
-    *Distance.* A vector u moves tensor k by ``r_k = ||u_k|| / l_k`` of its length per unit, ``l_k`` being the norm of
-    an average row (for vectors ``max |u_k|`` over the root mean square), at least a tenth of the median: tensors that
-    are 0, or as good as, have no length of their own. Distances are multiples of ``sqrt(eps) / sqrt(sum r_k^2)``: they
-    scale with the parameters, so ``theta = s phi`` changes nothing, and a tensor of another size does not matter to the
-    others. The multiple is 3 first; once something is known of the curvature it is what makes rounding, see below,
-    0.3 % of the change (in float32), between 1/4 and 15: the third derivative is felt as little as can be.
+    *Distance.* A vector u moves tensor k by ``r_k = ||u_k|| / l_k`` of its length per unit, where ``l_k`` is the norm
+    of an average row (for vectors ``max |u_k|`` over the root mean square), at least a tenth of the median: a tensor of
+    (nearly) zeros has no length of its own. Distances are multiples of ``sqrt(eps) / sqrt(sum r_k^2)``: they scale with
+    the parameters, so that ``theta = s phi`` changes nothing, and a tensor of another size does not affect the others.
+    The multiple is 3 at first; once the curvature is known it makes rounding, see below, 0.3 % of the change (in
+    float32), between 1/4 and 15, so that the third derivative contributes as little as possible.
 
-    *Rounding.* A gradient is off by ``b = eps (2 ||g|| + sqrt(2 lambda |L|))``: the second term bounds what has
+    *Rounding.* The error of a gradient is ``b = eps (2 ||g|| + sqrt(2 lambda |L|))``: the second term bounds what has
     cancelled in g, ``||J^T r||^2 <= lambda ||r||^2`` for a sum of squares; both scale with the loss and the parameters.
-    The parameters themselves are rounded when they are moved, which is looked at where their size says that it may
-    matter. What neither sees, residuals that cancel (``p - 1`` of a softmax, targets far above the network's outputs),
-    is in the loss as well: by the trapezoidal rule ``6 |defect| / e^2`` is the error of ``u^T H u`` by the third
-    derivative, by rounding, or by a kink that was crossed. Where it is too large a second difference, four times as
-    far, tells the rounding of the loss from the rest.
+    The parameters themselves are rounded when they are moved, which is checked where their size is large enough to
+    matter. Neither covers residuals that cancel (``p - 1`` of a softmax, targets far above the network's outputs), but
+    those affect the loss as well: by the trapezoidal rule ``6 |defect| / e^2`` is the error of ``u^T H u`` by the third
+    derivative, by rounding, or by a kink that was crossed. Where it is too large, a second difference, twice as far,
+    distinguishes the rounding of the loss from the rest.
 
-    *Weights.* Where products are multiplied by the rates of an optimizer, rounding is, too: Adam divides what is
-    nothing but rounding (the bias of attention's keys, whose gradient is 0) by what is nothing but rounding. So all
-    norms are those of the product as it is used, and rounding has a share in each number that is not exactly 0.
+    *Weights.* Where products are multiplied by the rates of an optimizer, rounding is multiplied, too: for the bias of
+    attention's keys, whose gradient is 0, Adam divides rounding by rounding. So all norms are those of the product as
+    it is used, and rounding is counted in each number that is not exactly 0.
 
     Args:
         snapshot: a step.
         gradient: at its parameters, flat.
         weight: what products are multiplied by, one number or one for each parameter.
-        relative: False where ``weight * H u`` is added to the unit vector u: then an error that is small against 1 does
-            not matter.
+        relative: False where ``weight * H u`` is added to the unit vector u: then an error that is small against 1 is
+            accepted.
 
-    Cost: one gradient a product, on the path that training took, uncompiled; one more in a step whose curvature is
-    larger than the first distance can resolve, and one where the loss is not resolved.
+    Cost: one gradient for each product, on the path that training took, uncompiled; one more in a step whose curvature
+    is larger than the first distance can resolve, and one where the loss is not resolved.
     """
 
     def __init__(self, snapshot: Snapshot, gradient: Tensor, weight: Tensor | float = 1.0, *, relative: bool = True):
-        self.snapshot, self.own = snapshot, gradient
+        self.snapshot, self.centre = snapshot, gradient
         self.parameters = list(snapshot.parameters.values())
         self.eps = float(torch.finfo(gradient.dtype).eps)
         self.gradient = float(norm(gradient))
@@ -95,30 +95,30 @@ class Differences:
         self.last: tuple[Tensor, float, Tensor] | None = None
 
     def product(self, v: Tensor) -> Tensor:
-        """``H v``.
+        """Return ``H v``.
 
         Raises:
-            Untrusted: where it cannot be told from rounding, or the loss is not smooth between the two points.
+            Untrusted: where rounding may have changed it, or the loss is not smooth between the two points.
         """
         size, reach = self._extent(v)
         if self.snapshot.loss is None and not math.isfinite(self.gradient):
             return torch.full_like(v, math.nan)
         if self.least and reach is not None:
-            hopeless = SAFETY * self.eps * self.gradient * self._amplified_where(self.own != 0)
+            hopeless = SAFETY * self.eps * self.gradient * self._amplified_where(self.centre != 0)
             if hopeless > 10 * self.least * FAR * reach:
-                raise Untrusted("the step multiplies the rounding of its gradient")
+                raise Untrusted("the optimizer's step amplifies the rounding of the gradient")
         if reach is None:
-            raise Untrusted("all parameters are 0: nothing says how far they can be moved")
-        found = self._resolved(v, size, reach)
-        coarse = not 0.5 * self.eps * self.theta <= self.tolerance * found.distance
-        if coarse and not self._moves(v, found.distance / size):
+            raise Untrusted("all parameters are 0: the distance of a difference has no scale")
+        difference = self._resolved(v, size, reach)
+        coarse = not 0.5 * self.eps * self.theta <= self.tolerance * difference.distance
+        if coarse and not self._moves(v, difference.distance / size):
             raise Untrusted("the displacement is lost in the rounding of the parameters")
-        if not self._consistent(found) and found.distance < 0.5 * FIRST * reach:
+        if not self._consistent(difference) and difference.distance < 0.5 * FIRST * reach:
             self.nearest = FIRST  # the loss's own rounding is larger than thought
-            found = self.difference(v, size, FIRST * reach)
-        if not self._consistent(found):
-            self._compare(v, size, found)
-        product = found.change * (size / found.distance)
+            difference = self.difference(v, size, FIRST * reach)
+        if not self._consistent(difference):
+            self._compare(v, size, difference)
+        product = difference.change * (size / difference.distance)
         self._require_symmetry(v, size, product)
         return product
 
@@ -127,11 +127,11 @@ class Differences:
             other, length, image = self.last
             defect = abs(float((other * product).sum(dtype=torch.float64) - (v * image).sum(dtype=torch.float64)))
             if not defect <= self.tolerance * self.seen * size * length:
-                raise Untrusted("products are not symmetric: the third derivative is felt")
+                raise Untrusted("two products are not symmetric: the third derivative is too large")
         self.last = (v.clone(), size, product.clone())
 
     def searched(self, v: Tensor) -> Tensor:
-        """As `product`, where there is nothing else: the first distance at which one twice as far agrees.
+        """Return ``H v`` where exact products are impossible: from the first distance at which one twice as far agrees.
 
         Raises:
             Untrusted: where none does.
@@ -148,7 +148,7 @@ class Differences:
                 if not (self._consistent(near) or self._rounded(near, far)):
                     raise Untrusted("its gradient is not that of a smooth function")
                 return near.change * (size / near.distance)
-        raise Untrusted("its curvature cannot be told from rounding")
+        raise Untrusted("its curvature is smaller than the rounding of its gradients")
 
     def reach(self, v: Tensor) -> float | None:
         """Return the distance along ``v / ||v||`` that moves the tensors by ``sqrt(eps)`` of their lengths.
@@ -169,42 +169,42 @@ class Differences:
         return float(size), self.eps**0.5 * float(size) / moved
 
     def difference(self, v: Tensor, size: float, distance: float) -> Difference:
-        """Along ``v / size``."""
+        """Return the difference along ``v / size``, ``size`` being the norm of v."""
         rise, loss, moved = self._moved(v, distance / size)
-        slope = torch.dot(self.own, v) + torch.dot(moved, v)
-        change = moved - self.own
+        slope = torch.dot(self.centre, v) + torch.dot(moved, v)
+        change = moved - self.centre
         rose, loss, slope, length = torch.stack([t.double() for t in (rise, loss, slope, norm(change))]).tolist()
         defect = rose - 0.5 * distance * slope / size
         self.loss = loss
         return Difference(change, distance, length / distance, defect)
 
     def bound(self) -> float:
-        """Of the rounding of a gradient, in norm."""
+        """Return a bound on the norm of a gradient's rounding."""
         return self.eps * (2 * self.gradient + (2 * self.seen * self.loss) ** 0.5)
 
     def _resolved(self, v: Tensor, size: float, reach: float) -> Difference:
-        """A difference whose rounding is small."""
-        before, found = (self.seen, self.used), self._seen(v, size, self._distance(reach))
+        """Return a difference whose rounding is small."""
+        before, difference = (self.seen, self.used), self._seen(v, size, self._distance(reach))
         better = self._distance(reach)
-        if better < found.distance / 12 or (better > found.distance and not self._clear(found)):
+        if better < difference.distance / 12 or (better > difference.distance and not self._clear(difference)):
             self.seen, self.used = before  # too far for such a curvature, or too near for such a rounding
-            found = self._seen(v, size, better)
-        if not self._clear(found) and not self.referred:
+            difference = self._seen(v, size, better)
+        if not self._clear(difference) and not self.referred:
             # Along most directions of a large network nothing changes: what counts is the largest curvature.
-            self.referred, far = True, self.reach(self.own) if self.gradient else None
+            self.referred, far = True, self.reach(self.centre) if self.gradient else None
             if far:
-                self._seen(self.own, self.gradient, FIRST * far)
-        if not self._clear(found):
-            raise Untrusted("the change of the gradient cannot be told from its rounding")
-        return found
+                self._seen(self.centre, self.gradient, FIRST * far)
+        if not self._clear(difference):
+            raise Untrusted("the change of the gradient is no larger than its rounding")
+        return difference
 
     def _seen(self, v: Tensor, size: float, distance: float) -> Difference:
-        found = self.difference(v, size, distance)
-        self.seen = max(self.seen, found.slope)
-        uniform = self.amplified * found.slope
-        used = float(norm(self.weight * found.change)) / found.distance if self._uneven else uniform
+        difference = self.difference(v, size, distance)
+        self.seen = max(self.seen, difference.slope)
+        uniform = self.amplified * difference.slope
+        used = float(norm(self.weight * difference.change)) / difference.distance if self._uneven else uniform
         self.used = max(self.used, used)
-        return found
+        return difference
 
     @property
     def _uneven(self) -> bool:
@@ -212,33 +212,33 @@ class Differences:
 
     @property
     def _accepted(self) -> float:
-        """Error of ``weight * H u``."""
+        """Return the accepted error of ``weight * H u``."""
         return max(self.tolerance * self.used, self.least)
 
     def _distance(self, reach: float) -> float:
-        """At which rounding is 0.3 % of the largest curvature, as far as it is known."""
+        """Return the distance at which rounding is 0.3 % of the largest curvature seen so far."""
         if not self.seen:
-            known = SAFETY * self.bound() * self.amplified / (0.3 * self.least) if self.least else 0.0
-            return min(FAR, max(FIRST, known / reach)) * reach
+            needed = SAFETY * self.bound() * self.amplified / (0.3 * self.least) if self.least else 0.0
+            return min(FAR, max(FIRST, needed / reach)) * reach
         rounded = SAFETY * self.bound() * self.amplified / (0.3 * self._accepted) if self.amplified else 0.0
         return min(FAR * reach, max(self.nearest * reach, 5 * self.eps * self.theta, rounded))
 
-    def _clear(self, found: Difference) -> bool:
-        if not found.distance * self.seen < math.inf:
+    def _clear(self, difference: Difference) -> bool:
+        if not difference.distance * self.seen < math.inf:
             return False
-        accepted = found.distance * self._accepted / (SAFETY * self.bound()) if self.bound() else math.inf
+        accepted = difference.distance * self._accepted / (SAFETY * self.bound()) if self.bound() else math.inf
         if self.amplified <= accepted or not self._uneven:
             return self.amplified <= accepted
-        return self._amplified_where((self.own != 0) | (found.change != 0)) <= accepted
+        return self._amplified_where((self.centre != 0) | (difference.change != 0)) <= accepted
 
     def _amplified_where(self, touched: Tensor) -> float:
-        """Root mean square of the weight where a gradient is not exactly 0."""
+        """Return the root mean square of the weight where a gradient is not exactly 0."""
         if not self._uneven:
             return self.amplified
         return float(norm(self.weight * touched)) / max(1.0, float(touched.sum())) ** 0.5
 
     def _moves(self, v: Tensor, scale: float) -> bool:
-        """Whether the parameters move as they should, but for what is rounded up or down at random."""
+        """Return whether the parameters move as they should, except for random rounding up or down."""
         lost = []
         for p, part in zip(self.parameters, split(v, self.parameters)):
             wanted = part.to(p.dtype) * scale
@@ -246,21 +246,21 @@ class Differences:
             lost.append((missing.double() * part).sum() / norm(part).clamp_min(torch.finfo(torch.float64).tiny))
         return bool(torch.stack(lost).norm() <= self.tolerance * scale * norm(v))
 
-    def _consistent(self, found: Difference) -> bool:
-        """Whether the loss's rounding explains the defect, or it is small against the curvature."""
-        rounding = max(self.rounding, 4 * self.eps * self.loss) + 2 * self.eps * found.distance * self.gradient
+    def _consistent(self, difference: Difference) -> bool:
+        """Return whether rounding of the loss explains the defect, or it is small against the curvature."""
+        rounding = max(self.rounding, 4 * self.eps * self.loss) + 2 * self.eps * difference.distance * self.gradient
         accepted = max(self.tolerance * self.seen, self.least / self.amplified if self.amplified else 0.0)
-        return abs(found.defect) <= rounding + accepted / 3 * found.distance**2
+        return abs(difference.defect) <= rounding + accepted / 3 * difference.distance**2
 
     def _compare(self, v: Tensor, size: float, near: Difference) -> None:
-        """Whether another one, twice as far, agrees: then it is the loss that is rounded."""
+        """Raise an error unless a difference twice as far agrees: then only the loss is rounded."""
         far = self.difference(v, size, 2 * near.distance)
         if not (self._gap(near, far) <= self._accepted and self._rounded(near, far)):
             raise Untrusted("the change of the loss is not that of its gradient")
         self.rounding = 2 * max(abs(near.defect), abs(far.defect))
 
     def _rounded(self, near: Difference, far: Difference) -> bool:
-        """Whether the defects look like rounding: that of a gradient that is not the loss's grows with the distance."""
+        """Return whether the defects look like rounding: those of a wrong gradient grow with the distance."""
         if self._consistent(far):
             return True
         small = max(abs(near.defect), abs(far.defect)) <= self.eps**0.5 * self.loss
@@ -302,7 +302,7 @@ def difference_hessian(
         products: the record of the step's products.
         exact: exact products, which take over where a difference fails its checks; None if they are wrong.
     """
-    gradient = differences.own
+    gradient = differences.centre
 
     def product(v: Tensor) -> Tensor:
         if not bool(v.any()):
@@ -344,9 +344,9 @@ def central_difference(snapshot: Snapshot, v: Tensor, far: float) -> tuple[Tenso
 
 
 def lengths(parameters: Sequence[Tensor]) -> list[float] | None:
-    """Of each tensor the norm of an average row, at least a tenth of the median tensor's; None where all are 0."""
-    own = [norm(p.detach()) / max(1, p.shape[0] if p.ndim else 1) ** 0.5 for p in parameters]
-    values = torch.stack(own).tolist()
+    """Return the norm of an average row of each tensor, at least a tenth of the median; None where all are 0."""
+    rows = [norm(p.detach()) / max(1, p.shape[0] if p.ndim else 1) ** 0.5 for p in parameters]
+    values = torch.stack(rows).tolist()
     typical = sorted(values)[len(values) // 2] or min((x for x in values if x > 0), default=0.0)
     return [max(x, 0.1 * typical) for x in values] if typical > 0 else None
 

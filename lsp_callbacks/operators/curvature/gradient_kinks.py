@@ -1,4 +1,4 @@
-"""Where a training map that is Lipschitz has kinks: second derivatives of the loss that jump, and slopes of a prox."""
+"""Kinks of a Lipschitz training map: second derivatives of the loss that jump, and slopes of a prox that jump."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lsp_callbacks.step.replay_checks import check_loss
 from lsp_callbacks.step.snapshot import Snapshot
 
 _LOSSES = {F.huber_loss: "delta", F.smooth_l1_loss: "beta"}
-_UNITS = {F.elu: "alpha", F.celu: "alpha"}
-#: Of autograd's nodes: kinks whose gradient is continuous.
-_BENDS = ("HuberLoss", "SmoothL1Loss")
+_ACTIVATIONS = {F.elu: "alpha", F.celu: "alpha"}
+#: Backward nodes of functions whose gradient is continuous, and has a kink.
+_SMOOTH_KINKS = ("HuberLoss", "SmoothL1Loss")
 
 
 class _Calls(TorchFunctionMode):
-    """Sees the elementwise functions of a loss whose second derivative jumps."""
+    """Records the elementwise functions of a loss whose second derivative jumps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _Calls(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if func in _LOSSES:
             return self._loss(func, inspect.signature(func).bind(*args, **kwargs).arguments)
-        if func in _UNITS or name in ("selu", "elu_", "celu_", "selu_"):
+        if func in _ACTIVATIONS or name in ("selu", "elu_", "celu_", "selu_"):
             return self._unit(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -49,8 +49,8 @@ class _Calls(TorchFunctionMode):
         legacy = any(given.get(name) is not None for name in ("size_average", "reduce", "weight"))
         if not at > 0 or legacy:
             raise Unmeasurable(
-                f"{func.__name__} with {_LOSSES[func]}={at:g}, weights, size_average or reduce is not modelled: with "
-                "beta=0 its gradient jumps; otherwise give a reduction"
+                f"{func.__name__} with {_LOSSES[func]}={at:g}, weight, size_average or reduce is not supported: pass a "
+                f"{_LOSSES[func]} above 0 (at 0 the gradient jumps), and reduction=... alone"
             )
         r = torch.sub(*torch.broadcast_tensors(given["input"], given["target"]))
 
@@ -66,13 +66,13 @@ class _Calls(TorchFunctionMode):
     def _unit(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         name = getattr(func, "__name__", "")
         given: dict[str, Any] = {"inplace": True}
-        if func in _UNITS:
+        if func in _ACTIVATIONS:
             given = inspect.signature(func).bind(*args, **kwargs).arguments
         alpha = float(given.get("alpha", 1.0))
         if given.get("inplace") or (func is F.elu and alpha != 1.0):
             raise Unmeasurable(
-                f"{name} has a gradient that jumps (selu, elu with alpha other than 1), or works in place: Clarke's "
-                "calculus does not cover a training map that jumps; use elu or celu, not in place"
+                f"{name} has a gradient that jumps (selu, elu with alpha other than 1), or works in place: a training "
+                "map that jumps has no generalized Jacobian; use elu or celu, not in place"
             )
         z: Tensor = given["input"]
         value = func(z, alpha)
@@ -82,13 +82,16 @@ class _Calls(TorchFunctionMode):
 
 
 def loss_kinks(snapshot: Snapshot, *, eps: float) -> UncertainSlopes:
-    """The units of a loss whose second derivative jumps within ``eps`` of where they are.
+    """Return the units of a loss whose second derivative jumps near their input.
 
     With ``w_i = dL / d phi_i`` of an elementwise function ``phi_i(z_i)`` whose second derivative jumps by j, the
     Hessian jumps by ``w_i j a_i a_i^T``, ``a_i = d z_i / d theta``, and by nothing else: `UncertainSlopes` holds
     ``a_i`` and ``w_i j``. Such functions are ``huber_loss``, ``smooth_l1_loss`` (of the residuals), ``elu`` and
-    ``celu``. Near is within ``eps`` times the root mean square of the call's inputs. What is written with
-    ``torch.where`` is not seen.
+    ``celu``. Kinks that are written with ``torch.where`` are not seen.
+
+    Args:
+        snapshot: a step.
+        eps: units this near to the kink, as a multiple of the root mean square of the call's inputs.
 
     Raises:
         Unmeasurable: a loss whose gradient jumps: the training map is not continuous; several processes.
@@ -97,16 +100,16 @@ def loss_kinks(snapshot: Snapshot, *, eps: float) -> UncertainSlopes:
     """
     parameters = list(snapshot.parameters.values())
     if snapshot.run.ranks.world > 1:
-        raise Unmeasurable("the kinks of several processes' losses are not modelled: measure with one process")
+        raise Unmeasurable("kinks of the loss cannot be measured on several processes: measure with one process")
     with double_backward(snapshot.module), _Calls() as calls:
         loss = snapshot.replay()
     check_loss(snapshot, loss, tolerance=1e-10 if loss.dtype == torch.float64 else 1e-4)
-    jumps = [name for name in kinks_between(loss, parameters) if not name.startswith(_BENDS)]
+    jumps = [name for name in kinks_between(loss, parameters) if not name.startswith(_SMOOTH_KINKS)]
     if jumps:
         raise Unmeasurable(
             f"the gradient jumps at the kinks of {' and '.join(jumps)}, and with it the training map "
-            "theta -> theta - lr grad L: it is not Lipschitz, and Clarke's calculus covers the path forward only "
-            "(clarke_profile); where activations are smooth (tanh, GELU, ELU) and the loss is Huber-like it does"
+            "theta -> theta - lr grad L, which has no generalized Jacobian: use smooth activations (tanh, GELU, ELU) "
+            "and a smooth or Huber loss, or measure the forward pass only (clarke_profile)"
         )
     rows, jump, above = [], [], []
     for z, value, distance, size, phi in calls.seen:
@@ -117,8 +120,8 @@ def loss_kinks(snapshot: Snapshot, *, eps: float) -> UncertainSlopes:
         curvature = _second(phi, z.detach())
         for place in map(tuple, near.tolist()):
             with torch.enable_grad():
-                one = z[place]
-            parts = torch.autograd.grad(one, parameters, retain_graph=True, materialize_grads=True)
+                number = z[place]
+            parts = torch.autograd.grad(number, parameters, retain_graph=True, materialize_grads=True)
             rows.append(flatten(parts, parameters).double())
             jump.append(weight[place].detach().double() * size)
             above.append((curvature[place].double() / size).clamp(0, 1))
@@ -126,12 +129,16 @@ def loss_kinks(snapshot: Snapshot, *, eps: float) -> UncertainSlopes:
 
 
 def prox_kinks(snapshot: Snapshot, *, eps: float) -> UncertainSlopes:
-    """The numbers of a prox whose slope jumps within ``eps`` of where the optimizer's step ends.
+    """Return the coordinates in which the slope of a prox jumps near the point where the optimizer's step ends.
 
-    Of elementwise maps: the slopes on either side, ``eps`` of the root mean square of the step away.
+    The slopes of an elementwise map are compared on either side.
+
+    Args:
+        snapshot: a step.
+        eps: distance to either side, as a multiple of the root mean square of the step.
 
     Raises:
-        Unmeasurable: a prox that does not say that it is ``elementwise``.
+        Unmeasurable: a prox without the attribute ``elementwise = True``.
 
     Cost: no gradient.
     """
@@ -141,8 +148,9 @@ def prox_kinks(snapshot: Snapshot, *, eps: float) -> UncertainSlopes:
         return _slopes([], [], [], size)
     if not getattr(snapshot.run.prox, "elementwise", False):
         raise Unmeasurable(
-            f"where the derivative of {snapshot.run.prox!r} jumps is known for maps of each number by itself (Box, "
-            "SoftThreshold, Ridge, Only of them, and what says elementwise = True): leave clarke_training out"
+            f"the points where the derivative of {snapshot.run.prox!r} jumps are unknown: give it the attribute "
+            "elementwise = True if it maps each number by itself (as Box, SoftThreshold, Ridge, and Only of them), or "
+            "leave clarke_training out"
         )
     step = displacement(snapshot)
     end = flatten([p.detach().double() for p in parameters], parameters) + step
@@ -156,15 +164,15 @@ def prox_kinks(snapshot: Snapshot, *, eps: float) -> UncertainSlopes:
 
 
 def _slope(snapshot: Snapshot, theta: Tensor) -> Tensor:
-    """The diagonal of the derivative of an elementwise prox."""
+    """Return the diagonal of the derivative of an elementwise prox."""
     with torch.enable_grad():
         theta = theta.detach().requires_grad_()
-        (found,) = torch.autograd.grad(proximal(snapshot, theta).sum(), theta)
-    return found
+        (slope,) = torch.autograd.grad(proximal(snapshot, theta).sum(), theta)
+    return slope
 
 
 def _second(phi: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    """The second derivative of an elementwise function, as autograd takes it."""
+    """Return the second derivative of an elementwise function, on the side that autograd takes at a kink."""
     with torch.enable_grad():
         at = at.detach().requires_grad_()
         (first,) = torch.autograd.grad(phi(at).sum(), at, create_graph=True)

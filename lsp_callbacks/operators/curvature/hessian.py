@@ -34,6 +34,11 @@ def hessian(
     with a central difference (1 %); where exact products are wrong or raise, finite differences take over if the loss
     is smooth and nothing is rounded to half precision, and otherwise the step is refused.
 
+    Where the loss depends on the parameters by way of tensors without a graph (the power iteration of
+    ``torch.nn.utils.spectral_norm`` in training, ``detach``), training moves by a gradient whose change no second
+    backward pass knows, and which is no symmetric matrix. There an exact product is compared in the same way, and the
+    step is refused unless they agree.
+
     In half precision (bfloat16 parameters, or autocast) exact products carry its rounding, some 1 %; they are used
     nevertheless, in float32 vectors, and `path_taken` names the type.
 
@@ -61,7 +66,7 @@ def hessian(
     if not parameters:
         raise Unmeasurable("no parameter requires a gradient: unfreeze some, or leave this quantity out")
     method = resolved(snapshot, method)
-    if method == "exact":
+    if method == "exact" or snapshot.graph.stopped:
         return _exact(snapshot)
     if weight is not None:
         return _finite_difference(snapshot, weight=weight, relative=relative)

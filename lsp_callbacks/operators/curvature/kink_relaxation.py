@@ -191,7 +191,7 @@ class KinkRelaxation:
 
 
 def _subspace(A: LinearOperator, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an orthonormal basis of the rows of C and of Lanczos vectors, ``(samples, n, q)``, and a bound of A."""
+    """Return a basis of the rows of C and of Lanczos vectors, ``(samples, n, q)``, and an upper bound of ``||A||``."""
     samples, n = A.batch[0], A.shape[1]
     generator = torch.Generator(A.device).manual_seed(0)
     start = torch.randn(samples, n, dtype=A.dtype, device=A.device, generator=generator)

@@ -69,7 +69,7 @@ _FLAGGED = {"relu": 0, "relu6": 0, "hardsigmoid": 0, "leaky_relu": 1, "hardtanh"
 
 
 def linear_pieces(func: Any, z: Tensor, args: tuple, kwargs: dict[str, Any]) -> PiecewiseLinear | None:
-    """Return the pieces of ``func(z, *args, **kwargs)``; None where it is none, or its kinks are unknown."""
+    """Return the pieces of ``func(z, *args, **kwargs)``; None if it is another function, or its kinks are unknown."""
     name = getattr(func, "__name__", "")
     rule = _RULES.get(name.removesuffix("_"))
     if rule is None or not z.is_floating_point():

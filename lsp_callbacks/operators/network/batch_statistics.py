@@ -1,4 +1,4 @@
-"""What the network would return in eval mode, and what with the statistics of the batch instead."""
+"""The network's outputs in eval mode, with running statistics or with those of the batch instead."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lsp_callbacks.step.snapshot import Snapshot
 
 
 def outputs(snapshot: Snapshot, *, batch_statistics: bool = False) -> Tensor:
-    """What the last module with a weight matrix returns on the step's batch, in eval mode (no dropout).
+    """Return the output of the last module with a weight matrix on the step's batch, in eval mode (no dropout).
 
     Args:
-        snapshot: a step; of accumulated batches the first is taken.
-        batch_statistics: BatchNorm normalises by those of the batch, as in training; running ones do not move.
+        snapshot: a step; of accumulated batches the first is used.
+        batch_statistics: BatchNorm normalises by the statistics of the batch, as in training; running ones do not move.
 
     Raises:
         Unmeasurable: without such a module.
@@ -33,7 +33,7 @@ def outputs(snapshot: Snapshot, *, batch_statistics: bool = False) -> Tensor:
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(snapshot.module))
         for norm in norms if batch_statistics else []:
-            # Taken before any other hook of ours sees what the layer returns.
+            # Before the hooks that record the output of the layer.
             stack.callback(norm.register_forward_hook(_by_batch).remove)
         root = stack.enter_context(record_calls(snapshot.module))
         stack.enter_context(torch.no_grad())
@@ -41,10 +41,10 @@ def outputs(snapshot: Snapshot, *, batch_statistics: bool = False) -> Tensor:
             snapshot.replay()
         else:
             snapshot.sample(sys.maxsize)
-    found = [call.sent for call in leaves(root) if call.begins_layer and call.sent is not None]
-    if not found:
+    sent = [call.sent for call in leaves(root) if call.begins_layer and call.sent is not None]
+    if not sent:
         raise Unmeasurable("no module with a weight matrix was called")
-    return found[-1].double()
+    return sent[-1].double()
 
 
 def _by_batch(norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

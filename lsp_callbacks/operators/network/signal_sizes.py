@@ -1,4 +1,4 @@
-"""One real step, forwards and backwards, with the size of what passes through each layer."""
+"""Sizes of activations and gradients at each layer, from one replay of the step with its backward pass."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from lsp_callbacks.step.snapshot import Snapshot
 
 @dataclass(frozen=True)
 class NormInput:
-    """What a BatchNorm layer saw, and what it knew before.
+    """Input and earlier statistics of a BatchNorm layer.
 
     Attributes:
         name: of the module.
-        module: itself.
+        module: the module itself.
         x: its input, ``(B, C, ...)``.
-        mean: running, before this batch was taken in.
-        var: likewise.
-        batches: how many it had seen.
+        mean: running mean before this batch.
+        var: running variance before this batch.
+        batches: how many batches it had seen.
     """
 
     name: str
@@ -43,11 +43,11 @@ class NormInput:
 
 @dataclass(frozen=True)
 class SignalSizes:
-    """See `signal_sizes`.
+    """The result of `signal_sizes`.
 
     Attributes:
-        layers: all through which the loss is reached, by their order.
-        path: those of them that lie on one chain from the last layer back to the input, in their order.
+        layers: all layers that the loss depends on, in their order.
+        path: those on one chain from the last layer back to the input, in their order.
         activations: see `lsp_callbacks.operators.network.activation_slopes`.
         norms: the BatchNorm layers in training mode with running statistics.
         calls: the shapes of each module's first call.
@@ -61,17 +61,20 @@ class SignalSizes:
 
 
 def signal_sizes(snapshot: Snapshot) -> SignalSizes:
-    """Replays the step as it was, in training mode, with its backward pass.
+    """Return the sizes of activations and gradients, from a replay in training mode with its backward pass.
 
-    A layer begins with a module that holds a weight matrix, or with a residual block (told by its class name), which is
-    one layer with its skip path. What depends on it through functions alone and holds no matrix (an activation, a norm,
-    a pooling) belongs to it; a function that is no module belongs to the layer that comes after. Where several layers
-    lie directly before one (a sum, attention), the last of them in the order of calls counts as the one before it.
+    A layer begins with a module that holds a weight matrix, or with a residual block (recognised by its class name),
+    which is one layer with its skip path. Modules without a matrix that depend on it through functions alone (an
+    activation, a norm, a pooling) belong to it; a function that is no module belongs to the next layer. Where several
+    layers lie directly before one (a sum, attention), the last of them in the order of calls counts as the one before.
 
     Of accumulated batches the first gives the sizes.
 
+    Args:
+        snapshot: a step.
+
     Raises:
-        Unmeasurable: if the replayed loss is not the step's.
+        Unmeasurable: if the replayed loss is not the step's, or no parameter reaches it.
 
     Cost: one gradient, and one pass over each activation.
     """
@@ -80,7 +83,7 @@ def signal_sizes(snapshot: Snapshot) -> SignalSizes:
             loss = snapshot.replay()
         check_loss(snapshot, loss, tolerance=1e-4 if snapshot.compiled else 0.0)
         repeats = _repeats([call.name for call in leaves(root)])
-        found = activation_slopes(root, repeats)
+        slopes = activation_slopes(root, repeats)
         parameters = list(snapshot.parameters.values())
         if not loss.requires_grad or not parameters:
             raise Unmeasurable("no parameter that requires a gradient reaches the loss: there is no backward pass")
@@ -88,7 +91,7 @@ def signal_sizes(snapshot: Snapshot) -> SignalSizes:
     layers, path = _layers(root, repeats)
     norms = tuple(call.notes["norm"] for call in _first(list(leaves(root)), repeats) if "norm" in call.notes)
     calls = {call.name: _shapes(call) for call in reversed(list(_all(root)))}
-    return SignalSizes(layers, path, found, norms, calls)
+    return SignalSizes(layers, path, slopes, norms, calls)
 
 
 def _all(call: ModuleCall) -> Iterator[ModuleCall]:
@@ -98,13 +101,13 @@ def _all(call: ModuleCall) -> Iterator[ModuleCall]:
 
 
 def _shapes(call: ModuleCall) -> Call:
-    # An embedding receives integers, which nobody asks for.
+    # An embedding receives integers, whose shape is not needed.
     shape = tuple(call.received[0].shape) if call.received else None
     return Call(shape, None if call.sent is None else tuple(call.sent.shape))
 
 
 def _repeats(names: list[str]) -> int:
-    """How often the same calls come one after the other: accumulated batches, or a network that is called again."""
+    """Return how often the same calls follow one another: accumulated batches, or a network that is called again."""
     n = len(names)
     return next((k for k in range(n, 1, -1) if n % k == 0 and names[: n // k] * k == names), 1)
 
@@ -139,12 +142,12 @@ def _leave(call: ModuleCall) -> None:
 
 
 def _square(tensor: Tensor) -> Tensor:
-    """Mean square, left on its device."""
+    """Return the mean square, on the device of the tensor."""
     return norm(tensor.detach()).square() / max(tensor.numel(), 1)
 
 
 def _layers(root: ModuleCall, repeats: int) -> tuple[tuple[LayerSizes, ...], tuple[LayerSizes, ...]]:
-    owner: dict[Any, int] = {}  # which layer ends with a node
+    owner: dict[Any, int] = {}  # by the node that a layer ends with
     ends: list[ModuleCall] = []
     begins: list[ModuleCall] = []
     before: list[int | None] = []
@@ -161,23 +164,23 @@ def _layers(root: ModuleCall, repeats: int) -> tuple[tuple[LayerSizes, ...], tup
         elif last is not None:
             owner[call.exit] = last
             ends[last] = call
-    found: dict[int, LayerSizes] = {}
+    sizes: dict[int, LayerSizes] = {}
     for i, (first, end) in enumerate(zip(begins, ends)):
         previous = before[i]
         came = first.notes.get("received") if previous is None else ends[previous].notes["sent"]
         if came is not None and "back" in end.notes:
             returned = None if previous is None else ends[previous].notes.get("back")
-            known = (came, end.notes["sent"], end.notes["back"], *([] if returned is None else [returned]))
-            found[i] = LayerSizes(_named(i, begins), *(math.sqrt(float(t)) for t in known))
+            squares = (came, end.notes["sent"], end.notes["back"], *([] if returned is None else [returned]))
+            sizes[i] = LayerSizes(_named(i, begins), *(math.sqrt(float(t)) for t in squares))
     path: list[int] = []
-    at = max(found, default=None)
-    while at is not None and at in found:
+    at = max(sizes, default=None)
+    while at is not None and at in sizes:
         path.append(at)
         at = before[at]
-    return tuple(found.values()), tuple(found[i] for i in reversed(path))
+    return tuple(sizes.values()), tuple(sizes[i] for i in reversed(path))
 
 
 def _named(i: int, begins: list[ModuleCall]) -> str:
-    """The name of a module; ``name#2`` at its second call."""
+    """Return the name of a module; ``name#2`` at its second call."""
     seen = sum(call.name == begins[i].name for call in begins[:i])
     return f"{begins[i].name}#{seen + 1}" if seen else begins[i].name

@@ -1,4 +1,4 @@
-"""Whether a network has ceased to tell its samples apart."""
+"""Whether a network gives (nearly) all samples the same outputs, and has stopped to learn from them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from torch import Tensor, nn
 from lsp_callbacks.autograd._torch_internals import tree_flatten
 from lsp_callbacks.step.criterion import Evaluation
 
-#: Samples that the others are compared with: one of three is among the many, if nine of ten are. As many layers.
+#: How many samples the others are compared with, and layers whose inputs are: if nine of ten samples are the same, one
+#: of three is among them.
 FEW = 3
 #: Share of the samples that must be the same.
 MOST = 0.9
-#: Below this share of a constant's loss, the samples that are told apart are of use.
+#: Below this share of a constant's loss, the samples that differ lower the loss.
 USE = 0.99
-#: Samples want outputs that differ by more than this share of what they are.
+#: Relative change of the outputs whose effect on the loss's slopes counts as noise.
 WANTED = 1e-3
 
 
 class FirstInputs:
-    """The arguments of the first layers with parameters that are called inside of it."""
+    """The arguments of the first layers with parameters that are called while it is entered."""
 
     def __init__(self, module: nn.Module):
         self._module = module
@@ -48,11 +49,11 @@ class FirstInputs:
 class SameOutputs:
     """Counts samples of different inputs that have the same outputs and the same gradient.
 
-    The same outputs alone say little: a last layer that begins with zeros gives them, and still learns; so do the same
-    inputs; and where all targets or most of them are the same, good outputs are, too.
+    The same outputs alone prove little: a last layer that begins with zeros returns them, and still learns; so do the
+    same inputs; and where most targets are the same, good outputs are, too.
 
     Args:
-        samples: in all parts.
+        samples: how many there are in all parts.
     """
 
     def __init__(self, samples: int):
@@ -64,9 +65,14 @@ class SameOutputs:
         self._loss = self._constant = torch.zeros(FEW, dtype=torch.float64)
         self._wanted: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, found: Evaluation, inputs: list[Tensor]) -> None:
-        """Takes in a part, with the `FirstInputs` of its forward pass."""
-        outputs = found.outputs.detach()
+    def add(self, evaluation: Evaluation, inputs: list[Tensor]) -> None:
+        """Add a part of the samples.
+
+        Args:
+            evaluation: their outputs, with the criterion.
+            inputs: the `FirstInputs` of its forward pass.
+        """
+        outputs = evaluation.outputs.detach()
         by_sample = [_by_sample(tensor, len(outputs)) for tensor in inputs]
         if self._outputs is None:
             self._outputs, self._inputs = outputs[:FEW], [tensor[:FEW] for tensor in by_sample]
@@ -80,24 +86,24 @@ class SameOutputs:
         self._apart = self._apart[: len(same)] | (apart & same).any(1).cpu()
         share = len(outputs) / self._samples
         with torch.no_grad():
-            constant = [float(found.criterion(row.expand_as(outputs))) for row in self._outputs]
+            constant = [float(evaluation.criterion(row.expand_as(outputs))) for row in self._outputs]
             self._constant = self._constant[: len(same)] + share * torch.tensor(constant, dtype=torch.float64)
-            self._loss = self._loss[: len(same)] + share * float(found.criterion(outputs))
-        wanted = _slope(found, outputs)
-        self._wanted.append((wanted, _slope(found, (1 + WANTED) * outputs) - wanted))
+            self._loss = self._loss[: len(same)] + share * float(evaluation.criterion(outputs))
+        wanted = _slope(evaluation, outputs)
+        self._wanted.append((wanted, _slope(evaluation, (1 + WANTED) * outputs) - wanted))
 
     @property
     def _candidates(self) -> Tensor:
-        """Which of the few have not been too many samples unlike them."""
+        """Return which of the compared samples are still equal to nine of ten others."""
         unlike = torch.stack([(~same).sum(1) for same in self._same]).sum(0)
         return unlike <= (1 - MOST) * self._samples
 
     def share(self, gram: Tensor, tolerance: float) -> float:
-        """The largest share of the samples that are the same in all; 0 where it is less than nine of ten.
+        """Return the largest share of the samples that are the same in all respects; 0 below nine of ten.
 
         Args:
-            gram: of the gradients, sample by sample.
-            tolerance: relative, of its entries.
+            gram: Gram matrix of the gradients, sample by sample.
+            tolerance: relative error of its entries.
         """
         if self._samples < 2 or not bool(self._candidates.any()):
             return 0.0
@@ -117,10 +123,10 @@ class SameOutputs:
 
 
 def _same(outputs: Tensor, row: Tensor) -> Tensor:
-    """Which samples have the outputs of ``row``, to a few units of rounding.
+    """Return which samples have the outputs of ``row``, to a few units of rounding.
 
-    Products in half precision are rounded once, and then are the same to the bit. Some outputs may be masked by numbers
-    that are far larger than the others, or infinite.
+    Products in half precision are rounded once, and then agree to the bit. Some outputs may be masked by numbers that
+    are far larger than the others, or infinite.
     """
     if outputs.shape[1:] != row.shape:
         return torch.zeros(len(outputs), dtype=torch.bool, device=outputs.device)
@@ -130,16 +136,16 @@ def _same(outputs: Tensor, row: Tensor) -> Tensor:
     return ((outputs == row) | ((outputs - row).abs() <= rounding)).all(2).all(1)
 
 
-def _slope(found: Evaluation, outputs: Tensor) -> Tensor:
-    """The gradient of each sample's loss in its outputs, on the CPU."""
+def _slope(evaluation: Evaluation, outputs: Tensor) -> Tensor:
+    """Return the gradient of each sample's loss in its outputs, on the CPU."""
     f = outputs.detach().requires_grad_()
     with torch.enable_grad():
-        (slope,) = torch.autograd.grad(len(f) * found.criterion(f), f)
+        (slope,) = torch.autograd.grad(len(f) * evaluation.criterion(f), f)
     return slope.flatten(1).double().cpu()
 
 
 def _by_sample(tensor: Tensor, samples: int) -> Tensor:
-    """One row a sample; none where the axis of the samples cannot be told."""
+    """Return one row for each sample; an empty tensor where the axis of the samples is ambiguous."""
     if tensor.ndim and len(tensor) and len(tensor) % samples == 0:
         return tensor.reshape(samples, -1)
     if tensor.ndim > 1 and tensor.shape[1] == samples:

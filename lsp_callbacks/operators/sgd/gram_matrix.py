@@ -172,8 +172,8 @@ def tangent_kernel(
     for index in range(len(probes.parts)) if unexplained else ():
         evaluation, _, cotangents = directions.evaluate(index)
         add_rows(rows_of, evaluation.outputs, parameters, cotangents)
-    for name, recorded in rows_of.items():
-        shares[name], path[name] = recorded.gram(roots[name], memory), "rows"
+    for name, rowwise in rows_of.items():
+        shares[name], path[name] = rowwise.gram(roots[name], memory), "rows"
         if not math.isfinite(expected[name]) or not bool(shares[name].isfinite().all()):
             raise Unmeasurable(f"the per-sample gradients of {name} leave the range of {backward[name].dtype}")
         if not wrong(name) <= tolerance(backward[name].dtype):

@@ -1,4 +1,4 @@
-"""What each kind of layer says of its per-sample gradients, from its input and the gradient at its output."""
+"""Per-sample gradients of each kind of layer, from its input and the gradient at its output."""
 
 from __future__ import annotations
 
@@ -35,9 +35,14 @@ class Use:
 
 @singledispatch
 def layer_uses(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Use] | None:
-    """Uses by parameter name from the input ``x`` of ``(N, ...)`` and the output gradients ``g`` of ``(N, R, ...)``.
+    """Return how a layer uses its parameters, by name; None for a kind of layer without a rule.
 
-    Registered for Linear, convolutions, Embedding and normalisations; None for others.
+    Supported are Linear, convolutions, Embedding and normalisations.
+
+    Args:
+        layer: the layer.
+        x: its input, ``(N, ...)``.
+        g: the gradients at its output, ``(N, R, ...)``.
     """
     if type(layer).__name__ == "Conv1D" and getattr(layer, "nf", None) is not None:  # transformers, y = x W
         return _linear(x, g, transposed=True)
@@ -137,7 +142,7 @@ def _(layer: nn.BatchNorm2d, x: Tensor, g: Tensor) -> dict[str, Use] | None:
 
 
 def _affine(normalised: Tensor, g: Tensor, dims: int) -> dict[str, Use]:
-    """Scale and shift act on the last ``dims`` axes."""
+    """Return the uses of scale and shift that act on the last ``dims`` axes."""
     product, shift = (
         t.reshape(*g.shape[:2], -1, *g.shape[g.ndim - dims :]).sum(2) for t in (g * normalised[:, None], g)
     )
@@ -145,6 +150,6 @@ def _affine(normalised: Tensor, g: Tensor, dims: int) -> dict[str, Use]:
 
 
 def _channels(normalised: Tensor, g: Tensor) -> dict[str, Use]:
-    """Scale and shift act on axis 1."""
+    """Return the uses of scale and shift that act on axis 1."""
     product, shift = (t.reshape(*g.shape[:3], -1).sum(-1) for t in (g * normalised[:, None], g))
     return {"weight": _dense(product), "bias": _dense(shift)}

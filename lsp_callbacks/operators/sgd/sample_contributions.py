@@ -1,4 +1,4 @@
-"""What each sample of a batch has in its loss, and in the gradient."""
+"""The contribution of each sample of a batch to its loss, and to the gradient."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lsp_callbacks.step.snapshot import Snapshot
 
 @dataclass(frozen=True)
 class SampleContributions:
-    """Of the first samples of a batch.
+    """The contributions of the first samples of a batch.
 
     Attributes:
-        gradients: ``(m, P)``: of each sample's share in the batch's loss, ``grad l_i / B`` where that is a mean.
+        gradients: ``(m, P)``: gradient of each sample's part of the loss, ``grad l_i / B`` where the loss is a mean.
         batch: how many samples there are, ``B``.
-        inputs: ``X_0`` of these samples, by which they are known again.
+        inputs: ``X_0`` of these samples, by which they are recognised later.
     """
 
     gradients: Tensor
@@ -31,10 +31,10 @@ class SampleContributions:
 
 
 def sample_contributions(snapshot: Snapshot, samples: int) -> SampleContributions:
-    """The derivative of the step's gradient with respect to the weight of each of its first samples.
+    """Return the derivative of the step's gradient with respect to the weight of each of its first samples.
 
     The step is replayed as it was, masks and batch statistics included. Its loss depends on the parameters through the
-    network's last outputs z, one row a sample, and rows enter a sum: so the share of sample i in the loss has the
+    network's last outputs z, one row for each sample, and rows enter a sum: so the part of sample i in the loss has the
     gradient ``(dz_i / d theta)^T dL / dz_i``, whatever the criterion, its weights and its reduction are. Only the loss
     is weighted: the sample stays in batch statistics.
 
@@ -48,10 +48,10 @@ def sample_contributions(snapshot: Snapshot, samples: int) -> SampleContribution
 
     Cost: a forward pass, and a backward pass for each sample and one for the check; of this rank alone.
     """
-    found = states(snapshot, axis=_axis(snapshot))
-    last = found.layers[-1]
+    network = states(snapshot, axis=_axis(snapshot))
+    last = network.layers[-1]
     z, parameters = last.state, list(snapshot.parameters.values())
-    (slope,) = torch.autograd.grad(found.loss, z, create_graph=True, materialize_grads=True)
+    (slope,) = torch.autograd.grad(network.loss, z, create_graph=True, materialize_grads=True)
     _check_rows(slope, last)
     rows, slope = Rows(z, last.axis), slope.detach()
 
@@ -59,26 +59,25 @@ def sample_contributions(snapshot: Snapshot, samples: int) -> SampleContribution
         parts = torch.autograd.grad(z, parameters, cotangent, retain_graph=True, materialize_grads=True)
         return flatten(parts, parameters)
 
-    _check_whole(pulled(slope), flatten(torch.autograd.grad(
-        found.loss, parameters, retain_graph=True, materialize_grads=True
-    ), parameters), snapshot)  # fmt: skip
+    whole = torch.autograd.grad(network.loss, parameters, retain_graph=True, materialize_grads=True)
+    _check_whole(pulled(slope), flatten(whole, parameters), snapshot)
     flat = rows.flat(slope)
     gradients = []
     for i in range(min(samples, rows.samples)):
         alone = torch.zeros_like(flat)
         alone[i] = flat[i]
         gradients.append(pulled(rows.back(alone)).to(rows.dtype))
-    inputs = found.start.detach().movedim(found.axis, 0)[: len(gradients)].clone()
+    inputs = network.start.detach().movedim(network.axis, 0)[: len(gradients)].clone()
     return SampleContributions(torch.stack(gradients), rows.samples, inputs)
 
 
 def _axis(snapshot: Snapshot) -> int | None:
-    """Of the samples in ``X_0``: two of them tell it."""
+    """Return the axis of the samples in ``X_0``, inferred from a pass on two samples."""
     return None if snapshot.sample is None else states(snapshot, samples=2).axis
 
 
 def _check_rows(slope: Tensor, last: Layer) -> None:
-    """The slope in one row may depend on that row alone."""
+    """Raise an error if the slope in one row depends on another row."""
     if not slope.requires_grad:  # a linear loss
         return
     rows = Rows(slope, last.axis)
@@ -89,13 +88,14 @@ def _check_rows(slope: Tensor, last: Layer) -> None:
         (moved,) = torch.autograd.grad(slope, last.state, rows.back(v), retain_graph=True, materialize_grads=True)
     except RuntimeError as error:
         raise Unmeasurable(
-            f"the criterion cannot be differentiated twice, so that nobody knows whether samples mix in it ({error})"
+            f"the criterion cannot be differentiated twice, so that samples may mix in it unnoticed ({error}): write "
+            "it in operations that can be differentiated, or leave leave_one_out out"
         ) from None
     size = norm(rows.flat(moved), -1)
     if bool((size[1:] > 1e-4 * size[0]).any()):
         raise Unmeasurable(
-            "the loss is no sum over the samples of the batch (a contrastive loss, or a norm over the batch behind the "
-            "last module): the weight of one sample is not defined"
+            "the loss is no sum over the samples of the batch (a contrastive loss, or a norm over the batch after the "
+            "last module): the weight of one sample is not defined; leave leave_one_out out"
         )
 
 
@@ -106,5 +106,6 @@ def _check_whole(through: Tensor, whole: Tensor, snapshot: Snapshot) -> None:
     if not bool(norm(through - whole) <= (1e-3 if snapshot.graph.full else 0.1) * size):
         raise Unmeasurable(
             "the loss depends on the parameters not only through the outputs of the network's last module "
-            "(accumulated batches, a penalty, several networks): what one sample has in it cannot be told"
+            "(accumulated batches, a penalty, several networks): the contribution of one sample is unknown; leave "
+            "leave_one_out out"
         )

@@ -1,4 +1,4 @@
-"""An optimizer's rule in the steps to come: its preconditioner once it has met some more batches."""
+"""An optimizer's update rule some steps later: its preconditioner once it has seen some more batches."""
 
 from __future__ import annotations
 
@@ -11,38 +11,39 @@ from lsp_callbacks.step.criterion import Criteria, Evaluation
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
-#: Steps that a preconditioner is looked at ahead, at least; and one over ``1 - beta``, the memory of the momentum.
+#: How many steps later, at least; otherwise one over ``1 - beta``, the memory of the momentum.
 AHEAD = 10
-#: Gradients that a second moment must hold. One alone is as good as 0 somewhere: the smallest of P numbers is about
-#: their size over P.
+#: Gradients that a second moment must hold. After one alone it is nearly 0 somewhere: the smallest of P numbers is
+#: about their size over P.
 GRADIENTS = 2
-#: Random signs of the samples.
+#: How often random signs of the samples are drawn.
 DRAWS = 2
 
 
 def coming_rule(snapshot: Snapshot, *, squares: dict[str, Tensor] | None = None) -> FrozenRule:
-    """The step's rule as it will be n steps later, n = 10 or more with a momentum of more than 0.9, at today's weights.
+    """Return the step's rule as it will be n steps later, at today's weights.
 
-    Stability is a statement about the steps that follow, and the preconditioner of a first step is not theirs: with
-    ``nu = g^2``, a number whose gradient happened to be small moves ``lr / |g|`` for a unit of it, and Adam's bias
-    correction ``c = 1 - beta1^t`` multiplies all rates by ten. Both are over as soon as some more batches were met.
-    So, with ``c = 1 - beta1^(t + n)`` and s the mean square of the coming gradients, D is that of
+    n is 10, or more with a momentum above 0.9. Stability is a statement about the steps that follow, and the
+    preconditioner of a first step is not theirs: with ``nu = g^2``, a number whose gradient happened to be small moves
+    by ``lr / |g|`` for each unit of it, and Adam's bias correction ``c = 1 - beta1^t`` multiplies all rates by ten.
+    Both end after a few more batches. So, with ``c = 1 - beta1^(t + n)`` and s the mean square of the coming gradients,
+    D is that of
 
         ``nu_(t + n) = beta2^n nu_t + (1 - beta2^n) s``  over  ``1 - beta2^(t + n)``
 
-    and likewise for RMSprop, which has no correction, and for the growing sum of Adagrad. Later in training hardly
-    anything of nu changes in n steps, and the rule is that of the step. A rate that is far too high stays so: lr 1
-    has ten times the rates of lr 0.1 here, too.
+    and likewise for RMSprop, which has no correction, and for the growing sum of Adagrad. Later in training nu hardly
+    changes in n steps, and the rule is that of the step. A rate that is far too high stays so: lr 1 has ten times the
+    rates of lr 0.1 here, too.
 
     Args:
         snapshot: a step with its optimizer, before the update.
-        squares: s by parameter. None estimates it from the step's own batch, see `batch_squares`; where the loss is not
-            the value of one criterion, s is what nu has held so far.
+        squares: s by parameter. None estimates it from the step's batch, see `batch_squares`; where the loss is not
+            the value of one criterion, s is the mean square that nu holds so far.
 
     Raises:
         Unmeasurable: see `frozen_rule`.
 
-    Cost: nothing without a preconditioner; from the own batch 1.7 gradients, once a step.
+    Cost: nothing without a preconditioner; from the step's batch 1.7 gradients, once a step.
     """
     rule = frozen_rule(snapshot)
     if not rule.frozen or snapshot.gradient is None:
@@ -59,12 +60,12 @@ def _rule_from_batch(snapshot: Snapshot, steps: int) -> FrozenRule:
 
 
 def batch_squares(snapshot: Snapshot) -> dict[str, Tensor] | None:
-    """``max(g_B^2, sum_i g_i^2)`` of the step's own batch, by parameter; g_i is the part of sample i in ``g_B``.
+    """Return ``max(g_B^2, sum_i g_i^2)`` of the step's batch, by parameter; g_i is the part of sample i in ``g_B``.
 
     ``E g_B^2`` over batches is the square of the mean and the variance of ``g_B``, of which ``sum_i g_i^2`` is an
     estimate where the samples are independent: where ``g_B`` is small by chance, the coming ones are not. It is the
-    mean of ``(sum_i e_i g_i)^2`` over random signs e, of which two are drawn. Where outputs are told for each token
-    only, tokens stand for samples.
+    mean of ``(sum_i e_i g_i)^2`` over random signs e, of which two are drawn. Where the criterion has one output for
+    each token, tokens count as samples.
 
     Returns:
         None where the loss is not the value of one criterion (`lsp_callbacks.step.probes.Criteria`).
@@ -72,7 +73,7 @@ def batch_squares(snapshot: Snapshot) -> dict[str, Tensor] | None:
     Cost: one forward and two backward passes.
     """
 
-    def own() -> tuple[Tensor, ...]:
+    def of_rank() -> tuple[Tensor, ...]:
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             with Criteria() as criteria:
                 loss = snapshot.replay()
@@ -83,7 +84,7 @@ def batch_squares(snapshot: Snapshot) -> dict[str, Tensor] | None:
 
     parameters = list(snapshot.parameters.values())
     try:
-        signed = snapshot.run.ranks.apart(lambda: snapshot.run.ranks.mean(own, "gradients of random signs"))
+        signed = snapshot.run.ranks.apart(lambda: snapshot.run.ranks.mean(of_rank, "gradients of random signs"))
     except Unsupported:
         return None
     assert snapshot.gradient is not None
@@ -97,7 +98,7 @@ def batch_squares(snapshot: Snapshot) -> dict[str, Tensor] | None:
 
 
 def probe_squares(probes: ProbeSet, generator: torch.Generator) -> dict[str, Tensor]:
-    """``E g_B^2 = g^2 + (N - B) / (N - 1) (E g_i^2 - g^2) / B`` over batches, from the probes, by parameter.
+    """Return ``E g_B^2 = g^2 + (N - B) / (N - 1) (E g_i^2 - g^2) / B`` over batches, from the probes, by parameter.
 
     Args:
         probes: samples of the training set.
@@ -124,7 +125,7 @@ def probe_squares(probes: ProbeSet, generator: torch.Generator) -> dict[str, Ten
 
 
 def gradients_missing(snapshot: Snapshot) -> int:
-    """Steps until the second moments hold enough gradients, 2, to say what they will be; 0 for SGD.
+    """Return how many steps are missing until the second moments hold two gradients; 0 for SGD.
 
     Raises:
         Unmeasurable: see `frozen_rule`.
@@ -139,7 +140,7 @@ def gradients_missing(snapshot: Snapshot) -> int:
 
 
 def _signed(evaluation: Evaluation, parameters: list, generator: torch.Generator | None) -> list[Tensor]:
-    """``sum_i e_i g_i`` for random signs e, 1 without a generator: the gradient of the loss."""
+    """Return ``sum_i e_i g_i`` for random signs e; without a generator they are 1, and it is the loss's gradient."""
     outputs = evaluation.outputs
     leaf = outputs.detach().requires_grad_()
     with torch.enable_grad():
@@ -147,5 +148,5 @@ def _signed(evaluation: Evaluation, parameters: list, generator: torch.Generator
     if generator is not None:
         signs = torch.randint(0, 2, (len(outputs), 1, 1), generator=generator) * 2 - 1
         cotangent = cotangent * signs.to(cotangent)
-    found = torch.autograd.grad(outputs, parameters, cotangent, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g.to_dense().detach() for g, p in zip(found, parameters)]
+    gradients = torch.autograd.grad(outputs, parameters, cotangent, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g.to_dense().detach() for g, p in zip(gradients, parameters)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, per_parameter
-from lsp_callbacks.operators.trajectory.step_jacobian import group_of, held_mask, known_optimizer
+from lsp_callbacks.operators.trajectory.optimizer_input import group_of, held_mask, require_optimizer
 from lsp_callbacks.operators.trajectory.update_rules import decoupled, descent, formula
 from lsp_callbacks.step.flat import flatten, split
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
@@ -23,15 +23,15 @@ class FrozenRule:
     """``m+ = beta m + (1 - tau) d``, ``theta+ = (1 - lr wd') theta - (lr / c) D m+``, ``d = kappa grad L + wd theta``.
 
     One step of an optimizer whose preconditioner D is held fixed: SGD (D is 1), Adam and AdamW, RMSprop and Adagrad.
-    Freezing D drops what a change of the gradient does to it. D and c are those of this step (`frozen_rule`) or, for a
-    statement about the steps that follow it, those that the optimizer will have some steps later (`coming_rule`).
-    Clipping is held fixed at the factor kappa that it had in this step: one number by norm; by value 0 for what was
-    clipped, 1 elsewhere. RMSprop takes its momentum after the preconditioner, which is the same linear map with ``D m``
-    in its buffer.
+    Freezing D drops its dependence on the gradient. D and c are those of this step (`frozen_rule`) or, for a
+    statement about the following steps, those that the optimizer will have some steps later (`coming_rule`).
+    Clipping is held fixed at the factor kappa of this step: one number for clipping by norm; by value 0 for clipped
+    coordinates, 1 elsewhere. RMSprop applies its momentum after the preconditioner, which is the same linear map with
+    ``D m`` in its buffer.
 
     Attributes:
         lr: the largest rate of the groups.
-        scale: the diagonal of ``kappa D`` times each parameter's rate relative to ``lr``; 0 for what does not move.
+        scale: the diagonal of ``kappa D`` times each parameter's rate relative to ``lr``; 0 where nothing moves.
         momentum: beta, or Adam's beta1.
         dampening: tau; beta1 for Adam, which averages.
         nesterov: whether the update is ``d + beta m+`` instead of ``m+``.
@@ -39,7 +39,7 @@ class FrozenRule:
         decoupled_decay: wd' of each parameter, as in AdamW, times its relative rate.
         buffer_scale: how far a unit of the momentum buffer moves each parameter, in units of ``lr / c``.
         correction: c, Adam's bias correction ``1 - beta1^t``.
-        sign: -1 under ``maximize``, where ``grad L`` stands with that sign.
+        sign: of ``grad L``: -1 under ``maximize``.
         frozen: whether D is a preconditioner held fixed.
     """
 
@@ -58,13 +58,13 @@ class FrozenRule:
 
 @computed_once
 def frozen_rule(snapshot: Snapshot) -> FrozenRule:
-    """The step's optimizer with its preconditioner and its clipping held fixed, as they are in this step.
+    """Return the rule of the step's optimizer, with its preconditioner and clipping held fixed as in this step.
 
     Args:
         snapshot: a step with its optimizer, before the update.
 
     Raises:
-        Unmeasurable: no optimizer, one that is not modelled, or groups with different betas.
+        Unmeasurable: no optimizer, one that is not supported, or groups with different momentum.
 
     Cost: no gradient. Computed once a step.
     """
@@ -72,24 +72,24 @@ def frozen_rule(snapshot: Snapshot) -> FrozenRule:
 
 
 def rule_ahead(snapshot: Snapshot, steps: int = 0, squares: dict[str, Tensor] | None = None) -> FrozenRule:
-    """The rule ``steps`` later, if the gradients in between have the given ``squares`` in the mean.
+    """Return the rule ``steps`` later, if the gradients in between have the given mean ``squares``.
 
     Args:
         snapshot: a step with its optimizer, before the update.
-        steps: 0 is this step's own rule.
-        squares: of unclipped gradients, by parameter; a parameter that is not in it goes on as it did so far.
+        steps: 0 is the rule of this step.
+        squares: of unclipped gradients, by parameter; a missing parameter continues with its mean square so far.
 
     Raises:
         Unmeasurable: see `frozen_rule`.
     """
-    optimizer = known_optimizer(snapshot)
+    optimizer = require_optimizer(snapshot)
     rule, groups = formula(optimizer), group_of(snapshot)
     momentum, dampening, nesterov, maximize = _common(optimizer)
     lr, relative = _relative(optimizer, snapshot)
     factors = _clip_factors(snapshot)
     averages = isinstance(optimizer, torch.optim.Adam)
     counts = {name: float(optimizer.state.get(p, {}).get("step", 0)) + 1 for name, p in snapshot.parameters.items()}
-    # Adam's bias correction of the momentum; parameters that joined later have one of their own.
+    # Adam's bias correction of the momentum; parameters that joined later have another one.
     first = {name: 1 - momentum ** (counts[name] + steps) if averages else 1.0 for name in counts}
     correction = max((first[name] for name, group in groups.items() if group is not None), default=1.0)
     scale: Scale = dict.fromkeys(groups, 0.0)
@@ -104,7 +104,7 @@ def rule_ahead(snapshot: Snapshot, steps: int = 0, squares: dict[str, Tensor] | 
         inner: float | Tensor = 1.0
         factor = factors.get(name, 1.0)
         if rule.second_moment is not None:
-            if g is None:  # before training nothing is known of it
+            if g is None:  # before training there is no gradient
                 continue
             g = _clipped(snapshot, g, factor)
             d = descent(p.detach(), g, group)
@@ -149,36 +149,37 @@ def _common(optimizer: torch.optim.Optimizer) -> tuple[float, float, bool, bool]
     }
     if len(betas) > 1:
         raise Unmeasurable(
-            "parameter groups with different momentum, dampening, nesterov or maximize have no common edge and no "
-            "common critical rate: leave sharpness, lyapunov and sgd_stability out, or give all groups the same"
+            "parameter groups with different momentum, dampening, nesterov or maximize have no common edge of "
+            "stability and no common critical rate: leave sharpness, lyapunov and sgd_stability out, or give all "
+            "groups the same"
         )
     return betas.pop()
 
 
 def _relative(optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> tuple[float, dict[str, float]]:
-    """The largest rate, and each parameter's relative to it; from ``initial_lr`` where a warm-up begins at 0."""
+    """Return the largest rate, and each parameter's relative to it, by ``initial_lr`` where a warm-up begins at 0."""
     groups = optimizer.param_groups
-    own = "lr" if any(float(g["lr"]) for g in groups) else "initial_lr"
-    rates = {id(p): float(g.get(own, 1.0)) for g in groups for p in g["params"]}
+    key = "lr" if any(float(g["lr"]) for g in groups) else "initial_lr"
+    rates = {id(p): float(g.get(key, 1.0)) for g in groups for p in g["params"]}
     top = max(rates.values()) or 1.0
     relative = {name: rates.get(id(p), 0.0) / top for name, p in snapshot.parameters.items()}
     return max(float(g["lr"]) for g in groups), relative
 
 
 def _clip_factors(snapshot: Snapshot) -> Scale:
-    """The factor kappa of each parameter; empty where nothing is clipped."""
-    own = snapshot.flat_gradient
-    if snapshot.clipping is None or own is None:
+    """Return the factor kappa of each parameter; empty where nothing is clipped."""
+    gradient = snapshot.flat_gradient
+    if snapshot.clipping is None or gradient is None:
         return {}
     held = held_mask(snapshot)
-    factor = snapshot.clipping.factor(own if held is None else held * own)
+    factor = snapshot.clipping.factor(gradient if held is None else held * gradient)
     if factor.ndim == 0:
         return dict.fromkeys(snapshot.parameters, float(factor))
     return dict(zip(snapshot.parameters, split(factor, list(snapshot.parameters.values()))))
 
 
 def clip_factor(snapshot: Snapshot) -> Tensor | float:
-    """The factor kappa of each parameter, flat; 1 where nothing is clipped."""
+    """Return the factor kappa of each parameter, flat; 1 where nothing is clipped."""
     return spread(_clip_factors(snapshot) or {"": 1.0}, snapshot) if snapshot.clipping else 1.0
 
 
@@ -191,9 +192,9 @@ def _clipped(snapshot: Snapshot, g: Tensor, factor: float | Tensor) -> Tensor:
 
 
 def spread(values: Scale, snapshot: Snapshot) -> Tensor | float:
-    """A number or tensor for each trainable parameter as one flat vector; a float where all are one number.
+    """Return a number or tensor for each trainable parameter as one flat vector; a float where all are equal numbers.
 
-    A parameter without a gradient has no curvature either: any number stands for it.
+    A parameter without a gradient has no curvature either: its value is ignored.
     """
     names = [n for n in values if snapshot.gradient is None or snapshot.gradient[n] is not None] or list(values)
     if all(isinstance(values[name], float) and values[name] == values[names[0]] for name in names):
@@ -204,14 +205,14 @@ def spread(values: Scale, snapshot: Snapshot) -> Tensor | float:
 
 
 def rates(snapshot: Snapshot, rule: FrozenRule | None = None) -> Tensor | float:
-    """``R = kappa lr D / c``: how far each parameter moves for a unit of its gradient, averaging aside; flat.
+    """Return ``R = kappa lr D / c``, flat: how far each parameter moves for a unit of its gradient, averaging aside.
 
     Args:
         snapshot: a step with its optimizer.
         rule: None takes the `frozen_rule` of the step.
 
     Raises:
-        Unmeasurable: where they depend on a gradient that is not known.
+        Unmeasurable: where they depend on a gradient that the snapshot does not have.
     """
     rule = rule or frozen_rule(snapshot)
     require_gradient(snapshot)
@@ -219,10 +220,10 @@ def rates(snapshot: Snapshot, rule: FrozenRule | None = None) -> Tensor | float:
 
 
 def require_gradient(snapshot: Snapshot) -> None:
-    """Refuses a step whose preconditioner or clip factor cannot be told, as its gradient is not known.
+    """Raise an error if preconditioner or clip factor depend on a gradient that the snapshot does not have.
 
     Raises:
-        Unmeasurable: then.
+        Unmeasurable: if so.
     """
     if snapshot.gradient is None and (frozen_rule(snapshot).frozen or snapshot.clipping is not None):
         raise Unmeasurable(
@@ -231,19 +232,19 @@ def require_gradient(snapshot: Snapshot) -> None:
 
 
 def decay_rates(snapshot: Snapshot, rule: FrozenRule | None = None) -> Tensor | float:
-    """``lr D wd / c``, the coupled decay in the units of `rates`; flat."""
+    """Return ``lr D wd / c``, the coupled decay in the units of `rates`; flat."""
     rule = rule or frozen_rule(snapshot)
     return rule.lr / rule.correction * spread(rule.weight_decay, snapshot)
 
 
 def buffer_rates(snapshot: Snapshot, rule: FrozenRule | None = None) -> Tensor | float:
-    """How far each parameter moves for a unit of its momentum buffer; flat."""
+    """Return how far each parameter moves for a unit of its momentum buffer; flat."""
     rule = rule or frozen_rule(snapshot)
     return rule.lr / rule.correction * spread(rule.buffer_scale, snapshot)
 
 
 def coupled_decay(snapshot: Snapshot) -> Tensor | float:
-    """The decay wd of each parameter where it is coupled, over the clip factor before the gradient; flat."""
+    """Return the coupled decay wd of each parameter, divided by its clip factor; 0 for decoupled decay; flat."""
     factors = _clip_factors(snapshot)
     values = [
         0.0 if group is None or decoupled(group) else float(group["weight_decay"]) / _number(factors.get(name, 1.0))
@@ -257,7 +258,7 @@ def _number(factor: float | Tensor) -> float:
 
 
 def decayed_hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
-    """``H' = sign H + wd``: the derivative of what the step moves against, coupled weight decay included.
+    """Return ``H' = sign H + wd``: the derivative of the descent direction, coupled weight decay included.
 
     Under clipping by norm wd is divided by kappa, as it is added after the clipping.
     """
@@ -272,7 +273,7 @@ def decayed_hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpe
 def preconditioned_hessian(
     snapshot: Snapshot, *, method: Method = "auto", rule: FrozenRule | None = None
 ) -> LinearOperator:
-    """``R^(1/2) H' R^(1/2)`` with R the effective `rates`: symmetric, with the eigenvalues of ``R H'``."""
+    """Return ``R^(1/2) H' R^(1/2)`` with R the effective `rates`: symmetric, with the eigenvalues of ``R H'``."""
     sign, decay, root = frozen_rule(snapshot).sign, decay_rates(snapshot, rule), rates(snapshot, rule) ** 0.5
     H = hessian(snapshot, method=method, weight=root)
 

@@ -1,4 +1,4 @@
-"""What is done to the weights after the optimizer's step, as part of the update map."""
+"""Maps applied to the weights after the optimizer's step, as part of the update."""
 
 from __future__ import annotations
 
@@ -12,20 +12,15 @@ from lsp_callbacks.autograd.double_backward import jacobian
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method
-from lsp_callbacks.operators.trajectory.step_jacobian import (
-    clipped_gradient,
-    group_of,
-    step_jacobian,
-    step_response,
-    step_tangent,
-)
+from lsp_callbacks.operators.trajectory.optimizer_input import clipped_gradient, group_of
+from lsp_callbacks.operators.trajectory.step_jacobian import step_jacobian, step_response, step_tangent
 from lsp_callbacks.operators.trajectory.step_size import displacement
 from lsp_callbacks.step.flat import flatten, split
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 
 def proximal(snapshot: Snapshot, theta: Tensor) -> Tensor:
-    """``prox(theta)``, flat, by the step's `RunContext.prox` and each parameter's own learning rate; differentiable.
+    """Return ``prox(theta)``, flat, by `RunContext.prox` with each parameter's learning rate; differentiable.
 
     Parameters that the optimizer does not hold stay as they are.
     """
@@ -36,13 +31,13 @@ def proximal(snapshot: Snapshot, theta: Tensor) -> Tensor:
     for (name, group), part in zip(group_of(snapshot).items(), split(theta, parameters)):
         moved = part if group is None else snapshot.run.prox(name, part, float(group.get("lr") or 0.0))
         if not isinstance(moved, Tensor) or moved.shape != part.shape:
-            raise Unmeasurable(f"prox({name!r}, tensor, lr) did not return a tensor of the shape {tuple(part.shape)}")
+            raise Unmeasurable(f"prox({name!r}, tensor, lr) must return a tensor of the shape {tuple(part.shape)}")
         parts.append(moved)
     return flatten(parts, parameters)
 
 
 def update(snapshot: Snapshot) -> Tensor:
-    """``theta+ - theta``, flat, in float64: the optimizer's step and then the prox.
+    """Return ``theta+ - theta``, flat, in float64: the optimizer's step and then the prox.
 
     Cost: see `displacement`.
     """
@@ -56,11 +51,10 @@ def update(snapshot: Snapshot) -> Tensor:
 
 @computed_once
 def proximal_jacobian(snapshot: Snapshot) -> LinearOperator:
-    """``D prox`` at the point where the optimizer's step ends, in float64, with its adjoint.
+    """Return ``D prox`` at the point where the optimizer's step ends, in float64, with its adjoint.
 
-    One graph is differentiated once for an adjoint product, and twice for a forward one, as the adjoint is linear in
-    what it is applied to. At a kink of the prox it is the derivative that autograd takes: of one side. Steps end there
-    with probability 0, unless they do not move.
+    At a kink of the prox it is the derivative that autograd takes: of one side. Steps end there with probability 0,
+    unless they do not move.
 
     Raises:
         Unmeasurable: a prox that autograd cannot differentiate, or whose derivative is not finite, as that of singular
@@ -75,7 +69,7 @@ def proximal_jacobian(snapshot: Snapshot) -> LinearOperator:
         after = proximal(snapshot, half)
         if not after.requires_grad:
             raise Unmeasurable(
-                "prox returns numbers without a graph (torch.no_grad, .data, numpy): write it in operations that "
+                "prox returns a tensor without a graph (torch.no_grad, .data, numpy): write it in operations that "
                 "autograd can differentiate"
             )
         D = jacobian(after, half)
@@ -84,6 +78,7 @@ def proximal_jacobian(snapshot: Snapshot) -> LinearOperator:
         if not bool(torch.isfinite(t).all()):
             raise Unmeasurable(
                 "the derivative of prox is not finite where the step ends (singular values that coincide, a norm at 0)"
+                ": leave this quantity out, or use a prox that is differentiable there"
             )
         return t
 
@@ -91,35 +86,35 @@ def proximal_jacobian(snapshot: Snapshot) -> LinearOperator:
 
 
 def update_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
-    """``D prox . A_t``: the derivative of the whole update, see `step_jacobian` and `proximal_jacobian`.
+    """Return ``D prox . A_t``: the derivative of the whole update, see `step_jacobian` and `proximal_jacobian`.
 
-    The prox acts on the parameters' block; the optimizer's state does not feel it. Cost: one Hessian product.
+    The prox acts on the parameters' block; it does not change the optimizer's state. Cost: one Hessian product.
     """
     return _mapped(snapshot, step_jacobian(snapshot, method=method))
 
 
 def update_response(snapshot: Snapshot) -> LinearOperator:
-    """As `step_response`, of the whole update: what a change of the step's gradient makes of parameters and state."""
+    """Return the `step_response` of the whole update: parameters and state by a change of the step's gradient."""
     return _mapped(snapshot, step_response(snapshot))
 
 
 def update_drift(snapshot: Snapshot) -> LinearOperator:
-    """As `update_jacobian`, if the step's gradient did not change: what is left is due to the curvature.
+    """Return `update_jacobian` without the change of the gradient: their difference is due to the curvature.
 
-    Cost: no gradient where the step has its own.
+    Cost: no gradient where the step has one.
     """
-    own = clipped_gradient(snapshot)
+    gradient = clipped_gradient(snapshot)
     tangent, size = step_tangent(snapshot)
-    dtype = torch.promote_types(own.dtype, torch.float32)
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
 
     def drift(z: Tensor) -> Tensor:
-        return tangent(z, z.new_zeros(len(own)))
+        return tangent(z, z.new_zeros(len(gradient)))
 
-    return _mapped(snapshot, LinearOperator((size, size), drift, dtype=dtype, device=own.device))
+    return _mapped(snapshot, LinearOperator((size, size), drift, dtype=dtype, device=gradient.device))
 
 
 def _mapped(snapshot: Snapshot, step: LinearOperator) -> LinearOperator:
-    """What the prox makes of the parameters' block, which comes first."""
+    """Apply the prox to the parameters' block of a step, which comes first."""
     if snapshot.run.prox is None:
         return step
     D, n = proximal_jacobian(snapshot), sum(p.numel() for p in snapshot.parameters.values())
@@ -131,8 +126,8 @@ def _mapped(snapshot: Snapshot, step: LinearOperator) -> LinearOperator:
     def adjoint(w: Tensor) -> Tensor:
         return step.T @ torch.cat([(D.T @ w[:n]).to(w), w[n:]])
 
-    known = None if step.adjoint is None else adjoint
-    return LinearOperator(step.shape, product, known, dtype=step.dtype, device=step.device)
+    transpose = None if step.adjoint is None else adjoint
+    return LinearOperator(step.shape, product, transpose, dtype=step.dtype, device=step.device)
 
 
 @dataclass(frozen=True)
@@ -140,9 +135,9 @@ class Expected:
     """Where a step should leave the parameters.
 
     Attributes:
-        parameters: that the optimizer holds.
-        after: their values, flat, in float64.
-        distance: how far they move.
+        parameters: those that the optimizer holds.
+        after: their values after the step, flat, in float64.
+        distance: norm of the update.
     """
 
     parameters: list[nn.Parameter]
@@ -150,8 +145,8 @@ class Expected:
     distance: float
 
     def met(self) -> bool:
-        """Whether they are there now, to 0.1 % of the update, and its rounding; True where it is not finite."""
-        if not math.isfinite(self.distance):  # one gradient with an infinity proves no other map
+        """Return whether they are there now, to 0.1 % of the update, and rounding; True where it is not finite."""
+        if not math.isfinite(self.distance):  # a gradient with an infinity does not prove another map
             return True
         now = flatten([p.detach().double() for p in self.parameters], self.parameters)
         rounding = 4 * torch.finfo(self.parameters[0].dtype).eps * float(torch.linalg.vector_norm(self.after))
@@ -159,16 +154,16 @@ class Expected:
 
 
 def expected(snapshot: Snapshot) -> Expected:
-    """What the step and the prox should make of the parameters; cost: see `displacement`."""
+    """Return where the step and the prox should leave the parameters. Cost: see `displacement`."""
     move = update(snapshot)
     held = [group is not None for group in group_of(snapshot).values()]
     parameters = list(snapshot.parameters.values())
-    parts = [part for part, own in zip(split(flat_parameters(snapshot) + move, parameters), held) if own]
-    own = [p for p, held_too in zip(parameters, held) if held_too]
-    return Expected(own, flatten(parts, own), float(torch.linalg.vector_norm(move)))
+    parts = [part for part, moves in zip(split(flat_parameters(snapshot) + move, parameters), held) if moves]
+    moving = [p for p, moves in zip(parameters, held) if moves]
+    return Expected(moving, flatten(parts, moving), float(torch.linalg.vector_norm(move)))
 
 
 def flat_parameters(snapshot: Snapshot) -> Tensor:
-    """theta, flat, in float64."""
+    """Return theta, flat, in float64."""
     parameters = list(snapshot.parameters.values())
     return flatten([p.detach().double() for p in parameters], parameters)

@@ -1,4 +1,4 @@
-"""The derivative of a step whose formula is not known: finite differences of the optimizer's own ``step`` on copies."""
+"""The derivative of a step without an implemented formula: differences of the optimizer's ``step`` on copies."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from lsp_callbacks.step.snapshot import Snapshot
 
 #: Relative distance of the differences, in float64: their error is about 1e-9 where the step is smooth.
 DISTANCE = 1e-5
-#: By how much, in norm, the differences to both sides may deviate from one another: a smooth step's do by about 1e-5.
+#: Relative deviation, in norm, that is accepted between differences to both sides: about 1e-5 for a smooth step.
 AGREEMENT = 1e-3
 
-#: Of the parameters that have one.
+#: Parameters with their gradients.
 Gradients = Iterable[tuple[Tensor, Tensor | None]]
 
 #: ``(z, dg) -> z'``.
 Tangent = Callable[[Tensor, Tensor], Tensor]
 
 
-def own_step_tangent(snapshot: Snapshot, gradient: Tensor) -> tuple[Tangent, int]:
-    """The derivative of the step of an optimizer without a formula, by differences of its own ``step``.
+def difference_tangent(snapshot: Snapshot, gradient: Tensor) -> tuple[Tangent, int]:
+    """Return the derivative of the step of an optimizer without a formula, by differences of its ``step``.
 
     With ``f(e) = step(z_0 + e z, g + e dg)`` on deep copies of the optimizer in float64 it is
     ``((f(e) - f(0)) / e + 2 (f(0) - f(-e/2)) / (e/2)) / 3``, exact up to third order. The state is ``z = (v, s)``: a
@@ -39,14 +39,14 @@ def own_step_tangent(snapshot: Snapshot, gradient: Tensor) -> tuple[Tangent, int
     shape. Counters and numbers (shape ``()``) are not part of it. Random numbers that the step draws are the same in
     all copies.
 
-    e is small against parameters and gradient, and where that is not enough, against each tensor of the state; what is
-    0 has no size to compare with. Whether it was small enough is seen from the two slopes: they agree in each block
-    where the step is smooth, and differ by a factor where a root or a norm near 0 is crossed, so that smaller ones are
-    tried, down to 1e-11.
+    e is small relative to parameters and gradient, and where that is not enough, relative to each tensor of the state;
+    tensors of zeros have no size to compare with. Whether e was small enough follows from the two slopes: they agree in
+    each block where the step is smooth, and differ by a factor where a root or a norm near 0 is crossed; then smaller
+    values are tried, down to 1e-11.
 
     Args:
         snapshot: a step, with its optimizer before the update.
-        gradient: what the optimizer sees, flat.
+        gradient: the gradient that the optimizer receives, flat.
 
     Returns:
         ``(z, dg) -> z'``, and the length of z.
@@ -64,12 +64,12 @@ def own_step_tangent(snapshot: Snapshot, gradient: Tensor) -> tuple[Tangent, int
     random_state = RandomState()
 
     def stepped(displaced: Callable[[OptimizerCopy], None], gradient: Tensor) -> OptimizerCopy:
-        own = OptimizerCopy(optimizer, parameters)
-        displaced(own)
-        own.step([part if moves else None for moves, part in zip(moved, split(gradient, parameters))], random_state)
-        return own
+        trial = OptimizerCopy(optimizer, parameters)
+        displaced(trial)
+        trial.step([part if moves else None for moves, part in zip(moved, split(gradient, parameters))], random_state)
+        return trial
 
-    after = stepped(lambda own: None, g)
+    after = stepped(lambda trial: None, g)
     layout = after.layout()
     start, plain = OptimizerCopy(optimizer, parameters).read(layout), after.read(layout)
     blocks = [n, *(torch.Size(shape).numel() for _, _, shape in layout)]
@@ -78,25 +78,25 @@ def own_step_tangent(snapshot: Snapshot, gradient: Tensor) -> tuple[Tangent, int
         z, dg = z.double(), change.double()
         for e in _distances(zip((*start.split(blocks), g), (*z.split(blocks), dg)), plain[:n] - start[:n]):
             ahead, behind = (
-                (stepped(lambda own, h=h: own.displace(layout, h * z), g + h * dg).read(layout) - plain) / h  # type: ignore[misc]
+                (stepped(lambda trial, h=h: trial.displace(layout, h * z), g + h * dg).read(layout) - plain) / h  # type: ignore[misc]
                 for h in (e, -e / 2)
             )
             if _agree(ahead.split(blocks), behind.split(blocks), plain.split(blocks), e):
                 return ((ahead + 2 * behind) / 3).to(gradient.dtype)
         raise Unmeasurable(
-            f"the step of {type(optimizer).__name__} is not smooth here (a root or a norm at 0, a jump): it has no "
-            "derivative that means something"
+            f"the step of {type(optimizer).__name__} is not smooth here (a root or a norm at 0, a jump): its "
+            "derivative is not meaningful at this step"
         )
 
     return tangent, len(start)
 
 
 def _distances(pairs: Iterable[tuple[Tensor, Tensor]], update: Tensor) -> list[float]:
-    """How far to go along what changes: small against parameters and gradient, then against all, then smaller."""
+    """Return the distances to try: small relative to parameters and gradient, then to all tensors, then smaller."""
     sizes = [(float(norm(x)), float(norm(dx))) for x, dx in pairs]
     ratios = [x / dx if dx and x else None for x, dx in sizes]
     main = [r for r in (ratios[0], ratios[-1]) if r is not None]
-    if not main:  # all that moves is 0: as far as the step itself goes
+    if not main:  # all displaced tensors are 0: as far as the step itself moves them
         largest = max(dx for _, dx in sizes)
         main = [(float(norm(update)) or 1.0) / largest] if largest else [1.0]
     near, nearest = min(main), min(r for r in [*ratios, *main] if r is not None)
@@ -114,12 +114,12 @@ def _agree(ahead: Sequence[Tensor], behind: Sequence[Tensor], plain: Sequence[Te
 def require_smooth(
     optimizer: torch.optim.Optimizer, generator: torch.Generator, gradient: Gradients | None = None
 ) -> None:
-    """Refuses an optimizer whose step has no derivative that means something; on copies, with random gradients.
+    """Raise an error if the derivative of an optimizer's step is not meaningful; tried on copies, by random gradients.
 
     Args:
         optimizer: before its step.
         generator: of the gradients.
-        gradient: by parameter, as large as the random ones are to be: the state knows what is usual. None is 1.
+        gradient: by parameter; the random gradients get its sizes, to which the optimizer's state is used. None is 1.
 
     Raises:
         Unmeasurable: two-step optimizers (SAM), those that need a closure (LBFGS), state that is not made of float
@@ -132,31 +132,33 @@ def require_smooth(
     parameters = inspect.signature(inspect.unwrap(type(optimizer).step)).parameters
     closure = parameters.get("closure")
     if hasattr(optimizer, "first_step"):
-        raise Unmeasurable(f"{kind} makes its step out of two gradients: its update is not modelled")
+        raise Unmeasurable(f"{kind} makes its step out of two gradients: its update is not supported")
     if isinstance(optimizer, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
-        raise Unmeasurable(f"{kind} evaluates the loss several times in a step (closure): its update is not modelled")
+        raise Unmeasurable(f"{kind} evaluates the loss several times in a step (closure): its update is not supported")
 
     try:
-        own, random_state = OptimizerCopy(optimizer), RandomState()
-    except Exception as error:  # no memory, or what the user's optimizer raises
-        raise Unmeasurable(f"{kind} cannot be copied ({type(error).__name__}: {error}): it has no derivative") from None
-    for group in own.optimizer.param_groups:
-        group["lr"] = group.get("lr") or 1e-3  # at rate 0 nothing could be seen
+        trial, random_state = OptimizerCopy(optimizer), RandomState()
+    except Exception as error:  # out of memory, or an error of the user's optimizer
+        raise Unmeasurable(
+            f"{kind} cannot be copied ({type(error).__name__}: {error}), so its step cannot be differentiated"
+        ) from None
+    for group in trial.optimizer.param_groups:
+        group["lr"] = group.get("lr") or 1e-3  # at rate 0 no change would show
     # The second step: in its first one even Adam's update is a sign.
     sizes = _sizes(optimizer, gradient)
     first = [
         size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device)
-        for p, size in zip(own.twins, sizes)
+        for p, size in zip(trial.twins, sizes)
     ]
-    uniform = [torch.rand(p.shape, generator=generator, dtype=torch.float64).to(p.device) for p in own.twins]
-    sign = [torch.randint(0, 2, p.shape, generator=generator).to(p.device) * 2.0 - 1 for p in own.twins]
+    uniform = [torch.rand(p.shape, generator=generator, dtype=torch.float64).to(p.device) for p in trial.twins]
+    sign = [torch.randint(0, 2, p.shape, generator=generator).to(p.device) * 2.0 - 1 for p in trial.twins]
     try:
-        own.step(first, random_state)
-        _refuse_hidden_state(own)
-        before = own.read([])
+        trial.step(first, random_state)
+        _require_visible_state(trial)
+        before = trial.read([])
 
         def update(distance: float) -> Tensor:
-            twin = OptimizerCopy(own.optimizer)
+            twin = OptimizerCopy(trial.optimizer)
             twin.step([g * s * (0.5 + u) * (1 + distance * s) for g, u, s in zip(first, uniform, sign)], random_state)
             return twin.read([]) - before
 
@@ -167,17 +169,18 @@ def require_smooth(
         raise
     except Exception as error:
         raise Unmeasurable(
-            f"the step of {kind} cannot be tried on a copy ({type(error).__name__}: {error}): it has no derivative"
+            f"the step of {kind} cannot be tried on a copy ({type(error).__name__}: {error}), so it cannot be "
+            "differentiated"
         ) from None
     rounding = 4 * torch.finfo(before.dtype).eps * float(norm(before))
-    if size * len(before) ** 0.5 <= 1e3 * rounding:  # it hardly moves the parameters: nothing can be seen
+    if size * len(before) ** 0.5 <= 1e3 * rounding:  # it hardly moves the parameters: no change would show
         return
     if changed < 0.3 and float((near.abs() > 1e-6 * size).double().mean()) < 0.05:
         raise Unmeasurable(
-            f"a small change of the gradient does not change the update of {kind}: it takes signs, and has no "
-            "derivative that means something"
+            f"a small change of the gradient does not change the update of {kind}, as if it used signs: its derivative "
+            "is not meaningful"
         )
-    # Between two values that it is rounded to a small change does nothing, and a large one does.
+    # A rounded update does not change with small changes of the gradient, but with large ones.
     jumps = float(near.norm()) < 0.1 * float(wide.norm()) - rounding / DISTANCE
     if jumps or not float((near - far).norm()) <= 1e-2 * float(near.norm()) + rounding / DISTANCE:
         raise Unmeasurable(
@@ -187,33 +190,33 @@ def require_smooth(
 
 
 def _sizes(optimizer: torch.optim.Optimizer, gradient: Gradients | None) -> list[float]:
-    """Root mean squares of the gradients; the largest where one is 0, and 1 where all are."""
-    own = {id(p): float(norm(g)) / g.numel() ** 0.5 for p, g in gradient or () if g is not None and g.numel()}
-    largest = max((x for x in own.values() if math.isfinite(x)), default=0.0) or 1.0
-    return [own.get(id(p)) or largest for p in held(optimizer)]
+    """Return root mean squares of the gradients; the largest where one is 0, and 1 where all are."""
+    sizes = {id(p): float(norm(g)) / g.numel() ** 0.5 for p, g in gradient or () if g is not None and g.numel()}
+    largest = max((x for x in sizes.values() if math.isfinite(x)), default=0.0) or 1.0
+    return [sizes.get(id(p)) or largest for p in held(optimizer)]
 
 
-def _refuse_hidden_state(own: OptimizerCopy) -> None:
-    """The derivative is complete only if all that the step remembers is a float tensor in ``optimizer.state``."""
-    optimizer = own.optimizer
-    kept = {id(twin) for twin in own.moving}
-    strange = [
+def _require_visible_state(trial: OptimizerCopy) -> None:
+    """Raise an error if a step remembers anything but float tensors in ``optimizer.state``: they have a derivative."""
+    optimizer = trial.optimizer
+    kept = {id(twin) for twin in trial.moving}
+    hidden = [
         name
-        for twin in own.moving
+        for twin in trial.moving
         for name, x in optimizer.state.get(twin, {}).items()
         if (isinstance(x, Tensor) and x.ndim and not x.is_floating_point())
         or (_tensors(x) and not isinstance(x, Tensor))
     ]
-    strange += [
+    hidden += [
         name
         for name, x in vars(optimizer).items()
         if name not in ("state", "param_groups", "defaults")
         and (any(id(t) not in kept for t in _tensors(x)) or isinstance(x, torch.optim.Optimizer))
     ]
-    if strange:
+    if hidden:
         raise Unmeasurable(
-            f"{type(optimizer).__name__} remembers more than float tensors in its state ({strange[0]}): its update is "
-            "not modelled"
+            f"{type(optimizer).__name__} remembers more than float tensors in its state ({hidden[0]}): its update is "
+            "not supported"
         )
 
 

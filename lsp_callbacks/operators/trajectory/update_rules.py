@@ -1,4 +1,4 @@
-"""What one step of each optimizer does to one tensor: the formulas of ``torch.optim``, as pure functions."""
+"""One step of each optimizer on one tensor: the formulas of ``torch.optim`` as pure functions."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Moment:
-    """What a gradient is divided by in step t: ``denominator(nu, t)``, with ``nu+ = keep nu + share d^2``.
+    """The second moment that divides a gradient: ``denominator(nu, t)`` in step t, with ``nu+ = keep nu + share d^2``.
 
     Attributes:
         nu: after step t.
-        keep: what a step leaves of nu; 1 for a sum.
-        share: what it adds of ``d^2``.
+        keep: the factor of nu in a step; 1 for a sum.
+        share: the factor of ``d^2``.
         begin: nu before the first step.
-        denominator: ``(nu, t, steps)``; its own running mean, of a centered one, is taken ``steps`` further.
-        floor: nu is at least this: the largest so far, of amsgrad; 0 elsewhere.
+        denominator: ``(nu, t, steps)``; of a centered one, the running mean is continued ``steps`` further.
+        floor: nu is at least this: the largest so far, for amsgrad; 0 elsewhere.
     """
 
     nu: Tensor
@@ -38,11 +38,11 @@ class Moment:
     floor: float | Tensor = 0.0
 
     def now(self, t: float) -> Tensor:
-        """What this step's gradient is divided by."""
+        """Return the denominator of this step's gradient."""
         return self.denominator(self._least(self.nu), t, 0)
 
     def ahead(self, t: float, steps: int, square: Tensor | None) -> Tensor:
-        """Likewise ``steps`` later, if the mean of ``d^2`` is ``square``, or what it was so far.
+        """Return the denominator ``steps`` later, if the mean of ``d^2`` is ``square``, or (None) its mean so far.
 
         ``nu_(t + n) = keep^n nu_t + share (1 + keep + ... + keep^(n - 1)) square``.
         """
@@ -67,11 +67,11 @@ class Formula:
     """One optimizer without couplings: each number of a parameter moves by itself.
 
     Attributes:
-        blocks: of a parameter group's options, the float tensors of its state; a momentum buffer comes first.
-        momentum: of the options, beta of that buffer; 0 where the first block is no momentum.
-        step: ``(theta, g, state, group, t) -> (theta', state')``, t counted from 1. A state that is not there yet is
+        blocks: from a parameter group's options to the names of its state tensors; a momentum buffer comes first.
+        momentum: from the options to beta of that buffer; 0 where the first block is no momentum.
+        step: ``(theta, g, state, group, t) -> (theta', state')``, t counted from 1. A tensor that does not exist yet is
             absent from ``state``.
-        second_moment: ``(d, state, group, t) -> Moment``, d what the step moves against. None for SGD.
+        second_moment: ``(d, state, group, t) -> Moment``, d the `descent` direction. None for SGD.
     """
 
     blocks: Callable[[Group], tuple[str, ...]]
@@ -82,47 +82,47 @@ class Formula:
 
 @singledispatch
 def formula_of(optimizer: torch.optim.Optimizer) -> Formula | None:
-    """The formula of an optimizer, by its type; None where there is none."""
+    """Return the formula of an optimizer, by its type; None where none is implemented."""
     return None
 
 
 def formula(optimizer: torch.optim.Optimizer) -> Formula:
-    """The formula of an optimizer.
+    """Return the formula of an optimizer.
 
     Raises:
-        Unmeasurable: if its step is not one of those that are modelled, or a subclass overrides it.
+        Unmeasurable: if its step is not implemented, or a subclass overrides it.
     """
-    found = formula_of(optimizer)
-    if found is None:
+    rule = formula_of(optimizer)
+    if rule is None:
         raise Unmeasurable(
-            f"the update of {type(optimizer).__name__} is not modelled (those of torch.optim.SGD, Adam, AdamW, RMSprop "
-            "and Adagrad are): its sharp mode, edge and critical rate are left out"
+            f"the update of {type(optimizer).__name__} is not supported (those of torch.optim.SGD, Adam, AdamW, "
+            "RMSprop and Adagrad are): its sharp mode, edge of stability and critical rate are skipped"
         )
-    base: Any = next(c for c in type(optimizer).__mro__ if c in _KNOWN)
+    base: Any = next(c for c in type(optimizer).__mro__ if c in _SUPPORTED)
     # torch wraps the step of each class when it is first used.
     if inspect.unwrap(type(optimizer).step) is not inspect.unwrap(base.step):
         raise Unmeasurable(
-            f"{type(optimizer).__name__} overrides {base.__name__}.step: its update is not modelled, and its sharp "
-            "mode, edge and critical rate are left out"
+            f"{type(optimizer).__name__} overrides {base.__name__}.step: its update is not supported, and its sharp "
+            "mode, edge of stability and critical rate are skipped"
         )
-    return found
+    return rule
 
 
 def descent(theta: Tensor, g: Tensor, group: Group) -> Tensor:
-    """What the optimizer moves against: ``sign g + wd theta``; decoupled decay is not part of it."""
+    """Return the direction that the optimizer descends: ``sign g + wd theta``; decoupled decay is not part of it."""
     g = -g if group["maximize"] else g
     return g if decoupled(group) or not group["weight_decay"] else g + float(group["weight_decay"]) * theta
 
 
 def decoupled(group: Group) -> bool:
-    """Whether the weight decay acts on the parameters themselves, as in AdamW."""
+    """Return whether the weight decay acts on the parameters themselves, as in AdamW."""
     return bool(group.get("decoupled_weight_decay", False))
 
 
 def root(nu: Tensor) -> Tensor:
-    """The square root; its derivative at 0, where no gradient has been seen yet, is taken as 0 instead of infinity.
+    """Return the square root, with the derivative 0 at 0 instead of infinity.
 
-    There the gradient vanishes, and to first order nu, being its square, does not move.
+    At 0 the gradient has always vanished, and to first order nu, being its square, does not change.
     """
     positive = nu > 0  # however small: eps may be smaller still
     return torch.where(positive, torch.where(positive, nu, 1.0).sqrt(), 0.0)
@@ -193,12 +193,12 @@ def _adagrad(theta: Tensor, g: Tensor, state: State, group: Group, t: float) -> 
     return theta - rate * d / moment.now(t), {"sum": moment.nu}
 
 
-def _registered(kind: type, made: Formula) -> type:
-    formula_of.register(kind, lambda optimizer: made)
+def _registered(kind: type, rule: Formula) -> type:
+    formula_of.register(kind, lambda optimizer: rule)
     return kind
 
 
-_KNOWN = (
+_SUPPORTED = (
     _registered(
         torch.optim.SGD,
         Formula(

@@ -15,8 +15,8 @@ from lsp_callbacks.linalg import LinearOperator, push
 from lsp_callbacks.linalg.logs import exp
 from lsp_callbacks.operators.curvature.hessian import Method
 from lsp_callbacks.operators.trajectory.optimizer_copy import held
+from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
-from lsp_callbacks.operators.trajectory.step_jacobian import known_optimizer
 from lsp_callbacks.operators.trajectory.update_rules import formula_of
 from lsp_callbacks.step.flat import restored, split
 from lsp_callbacks.step.replay_checks import replayed_gradient
@@ -25,7 +25,7 @@ from lsp_callbacks.step.snapshot import Snapshot
 
 @dataclass(frozen=True, eq=False)
 class KeptStep:
-    """A step that can be looked at again when parameters and optimizer have moved on.
+    """A step whose derivative can be computed after parameters and optimizer have moved on.
 
     Attributes:
         snapshot: with copies of its gradient and of the optimizer's state.
@@ -38,15 +38,15 @@ class KeptStep:
     method: Method
 
     def maps(self) -> tuple[LinearOperator, LinearOperator]:
-        """Its `update_jacobian` and `update_response`, from a new replay, while the parameters are ``theta``."""
+        """Return `update_jacobian` and `update_response` by a new replay, while the parameters are ``theta``."""
         again = replace(self.snapshot)
         return update_jacobian(again, method=self.method), update_response(again)
 
 
 def keep(snapshot: Snapshot, method: Method) -> KeptStep:
-    """All that a step's derivative takes, for later.
+    """Return a copy of all that the derivative of a step needs.
 
-    Its replay is checked later against the loss and the gradient that it has now.
+    Its replay is checked later against the loss and the gradient that the step has now.
 
     Args:
         snapshot: a step, before its update.
@@ -56,18 +56,18 @@ def keep(snapshot: Snapshot, method: Method) -> KeptStep:
         Unmeasurable: an optimizer without a formula, whose step has no adjoint; one that cannot be copied; products in
             half precision, which are too coarse for bounds.
 
-    Cost: memory of the parameters, their gradient and the optimizer's state; one gradient where the step's loss or its
-    gradient are not known.
+    Cost: memory of the parameters, their gradient and the optimizer's state; one gradient where the snapshot has no
+    loss or gradient.
     """
-    optimizer = known_optimizer(snapshot)
+    optimizer = require_optimizer(snapshot)
     kind = type(optimizer).__name__
     if formula_of(optimizer) is None:
-        raise Unmeasurable(f"the step of {kind} has no adjoint: it is known by differences only")
+        raise Unmeasurable(f"the step of {kind} is differentiated by differences, which give no adjoint")
     if not snapshot.graph.full:
         raise Unmeasurable("products in half precision are too coarse for a bound: train some steps in float32")
     try:
         frozen = copy.deepcopy(optimizer, {id(p): p for p in held(optimizer)})
-    except Exception as error:  # whatever a subclass holds
+    except Exception as error:  # any error of a subclass
         raise Unmeasurable(f"{kind} cannot be copied ({type(error).__name__}: {error})") from None
     loss, gradient = snapshot.loss, snapshot.gradient
     if loss is None or gradient is None:
@@ -90,14 +90,14 @@ class Window:
     """``M = A_T ... A_1`` from the parameters at the start to those at the end, and ``L`` from the noise of each step.
 
     ``L (xi_1, ..., xi_T) = sum_s A_T ... A_(s+1) B_s xi_s``, see `update_jacobian` and `update_response`. Each pass
-    puts the parameters of one step after the other in their place, replays it, and puts every bit back at its end.
+    sets the parameters to those of one step after the other, replays it, and restores every bit at its end.
 
     Attributes:
         steps: in their order.
         logs: each ``A_t`` is divided by ``exp(logs[t])``, so that no window overflows.
         noise_log: L is divided by its exponential.
 
-    Cost: a replay and a Hessian product a row, for each step and direction.
+    Cost: a replay and a Hessian product for each row, step and direction.
     """
 
     steps: Sequence[KeptStep]
@@ -106,10 +106,11 @@ class Window:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the network."""
         return list(self.steps[0].snapshot.parameters.values())
 
     def forward(self, rows: Tensor, noise: Sequence[Tensor] = ()) -> Tensor:
-        """``M`` of each row, ``(r, P)``; where there is noise, L of it is added to the last one."""
+        """Apply ``M`` to each row, ``(r, P)``; where there is noise, add L of it to the last one."""
         z = rows
         with placed(self.parameters) as place:
             for t, step in enumerate(self.steps):
@@ -121,7 +122,7 @@ class Window:
         return z[:, : rows.shape[1]]
 
     def backward(self, rows: Tensor, driven: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """``M^T`` of each row; and, if ``driven``, ``L^T`` of the last, step by step."""
+        """Apply ``M^T`` to each row; and, if ``driven``, ``L^T`` to the last, step by step."""
         a, noise = rows, []
         with placed(self.parameters) as place:
             for t, step in reversed(list(enumerate(self.steps))):
@@ -134,12 +135,12 @@ class Window:
         return a[:, : rows.shape[1]], noise[::-1]
 
     def _reach(self, t: int) -> float:
-        """What the scaling of the steps after t has taken from its noise, less ``noise_log``."""
+        """Return the factor that undoes the scaling of the steps after t for its noise, less ``noise_log``."""
         return exp(sum(self.logs[t + 1 :]) - self.noise_log)
 
 
 def squares(window: Window, readers: Sequence[LinearOperator]) -> LinearOperator:
-    """``M M^T``, ``J M M^T J^T`` for each reader J of the parameters at the end, and ``L L^T``: a batch.
+    """Return ``M M^T``, ``J M M^T J^T`` for each reader J of the parameters at the end, and ``L L^T``: a batch.
 
     Vectors are as long as the longest of them, ``max(P, m_1, ...)``: the others are 0 beyond their length.
 
@@ -163,7 +164,7 @@ def squares(window: Window, readers: Sequence[LinearOperator]) -> LinearOperator
 
 @contextlib.contextmanager
 def placed(parameters: list[nn.Parameter]) -> Iterator[Callable[[list[Tensor]], None]]:
-    """Gives a function that puts other values in the place of the parameters'; every bit is put back at the end."""
+    """Yield a function that sets parameters to other values; every bit is restored at the end."""
 
     def place(values: list[Tensor]) -> None:
         for p, value in zip(parameters, values):
