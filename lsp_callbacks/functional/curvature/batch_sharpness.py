@@ -72,7 +72,7 @@ def batch_sharpness(pairs: Tensor) -> BatchSharpnessResult:
     Args:
         pairs: ``(batches, 2)``.
 
-    Source: Andreyev & Beneventano 2024; MATH section 3.
+    Source: Andreyev & Beneventano 2024; docs/theory.md, section 3.
 
     Example:
         >>> import torch

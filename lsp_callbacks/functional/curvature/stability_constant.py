@@ -9,7 +9,7 @@ def stability_constant(momentum: float = 0.0, dampening: float = 0.0, nesterov: 
     """``c``: the step is linearly stable while ``lr * lambda < c`` (full batch).
 
     Plain gradient descent 2; heavy ball ``2 + 2 beta``; Nesterov ``(2 + 2 beta) / (1 + 2 beta)``; dampening tau
-    ``(2 + 2 beta) / (1 - tau)``. Source: Cohen et al. 2021, appendix B; MATH section 3.
+    ``(2 + 2 beta) / (1 - tau)``. Source: Cohen et al. 2021, appendix B; docs/theory.md, section 3.
 
     Example:
         >>> from lsp_callbacks.functional import stability_constant

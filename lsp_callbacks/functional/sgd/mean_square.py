@@ -33,7 +33,7 @@ def second_moment(
     Raises:
         ValueError: if a batch is larger than what it is drawn from.
 
-    Cost: ``O(N outputs r^2)`` a product. Source: Mulayoff & Michaeli 2024; MATH section 2.
+    Cost: ``O(N outputs r^2)`` a product. Source: Mulayoff & Michaeli 2024; docs/theory.md, section 2.
     """
     total = drawn_from(modes.samples, batch_size, population)
     p = 1 / batch_size if replacement else (total - batch_size) / (batch_size * max(total - 1, 1))
@@ -91,7 +91,8 @@ def mean_square_lr(
     Returns:
         The rate; inf for a collapsed network (rank 0) or where nothing pushes (``dampening = 1``).
 
-    Cost: 10 to 60 products with `second_moment`. Source: Mulayoff & Michaeli 2024 for plain SGD; MATH section 2.
+    Cost: 10 to 60 products with `second_moment`. Source: Mulayoff & Michaeli 2024 for plain SGD; docs/theory.md,
+    section 2.
     """
     modes, rule, unit = in_units(modes, rule)
     d = second_moment(modes, batch_size, replacement, population, weight_decay=rule.weight_decay)

@@ -90,7 +90,7 @@ class Modes:
 
 
 def reduce(gram: Tensor, outputs: int = 1, *, tol: float | None = None, together: int = 1) -> Modes:
-    """``K = U L U^T = Y Y^T`` without its null space, component by component (MATH section 2).
+    """``K = U L U^T = Y Y^T`` without its null space, component by component (docs/theory.md, section 2).
 
     Args:
         gram: ``K = Z Z^T``, ``Z_i = S_i^{1/2} J_i``, ``(N outputs, N outputs)``, sample-major.

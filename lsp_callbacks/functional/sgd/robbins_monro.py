@@ -70,7 +70,7 @@ def robbins_monro(*schedulers: Any) -> RobbinsMonro:
     Args:
         schedulers: that move one optimizer, together; none is a constant rate.
 
-    Source: Robbins & Monro 1951; Katende 2025, Thm 5.3; MATH section 7.
+    Source: Robbins & Monro 1951; Katende 2025, Thm 5.3; docs/theory.md, section 7.
 
     Example:
         >>> from lsp_callbacks.functional import robbins_monro
@@ -135,7 +135,7 @@ def rate_decay(sums: Mapping[int, float], *, gap: int = 1) -> RateDecay:
         sums: at rising steps, those of the rates since the one before. T is the last, and T/2, T/4 and T/8 are there.
         gap: the most steps between two whose rates were seen.
 
-    Source: Cauchy 1821; Knopp 1951, section 16; Katende 2025, Thm 5.3; MATH section 7.
+    Source: Cauchy 1821; Knopp 1951, section 16; Katende 2025, Thm 5.3; docs/theory.md, section 7.
 
     Example:
         >>> from lsp_callbacks.functional import rate_decay

@@ -64,7 +64,7 @@ def sgd_law(
     Raises:
         ValueError: where mu is not positive, or above L: then the theorem says nothing.
 
-    Source: Katende 2025, (5.3), Thm 5.2; MATH sections 4 (claims 6 and 7) and 7.
+    Source: Katende 2025, (5.3), Thm 5.2; docs/theory.md, sections 4 (claims 6 and 7) and 7.
 
     Example:
         >>> from lsp_callbacks.functional import sgd_law
@@ -164,7 +164,7 @@ def fit_noise(distances: Tensor, variances: Tensor, errors: Tensor | None = None
     Returns:
         NaN with fewer than three different distances.
 
-    Source: Katende 2025, Assumption 1; MATH section 7.
+    Source: Katende 2025, Assumption 1; docs/theory.md, section 7.
 
     Example:
         >>> import torch

@@ -85,7 +85,7 @@ def sgd_exponent(
     Raises:
         ValueError: if the batches cannot be drawn.
 
-    Cost: ``O(chains B outputs r)`` a step and rate. Source: Chemnitz & Engel 2025, (2.19); MATH section 2.
+    Cost: ``O(chains B outputs r)`` a step and rate. Source: Chemnitz & Engel 2025, (2.19); docs/theory.md, section 2.
 
     Example:
         >>> import torch

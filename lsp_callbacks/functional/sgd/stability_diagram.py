@@ -95,7 +95,7 @@ def critical_lr(
         ValueError: if the batches cannot be drawn, or ``grid`` is not larger than 1.
 
     Cost: one `mean_square_lr`, a dozen rates of `sgd_exponent` at once, one to three times, and seven more.
-    Source: MATH section 2.
+    Source: docs/theory.md, section 2.
     """
     if not grid > 1:
         raise ValueError(f"grid={grid} must be larger than 1, the ratio of neighbouring rates")

@@ -176,7 +176,7 @@ def sharp_mode_exponent(
     Raises:
         ValueError: if there is no step.
 
-    Cost: one product a step. Source: MATH section 1.
+    Cost: one product a step. Source: docs/theory.md, section 1.
 
     Example:
         >>> import torch

@@ -75,7 +75,7 @@ def promise(
         along: ``<grad L(theta+) - grad L(theta), d> / ||d||^2``, d the step.
         steps: of Lanczos.
 
-    Cost: ``steps`` Hessian products. Source: Katende, Sec. 6.6; MATH sections 4 (claim 8) and 7.
+    Cost: ``steps`` Hessian products. Source: Katende 2025, Sec. 6.6; docs/theory.md, sections 4 (claim 8) and 7.
     """
     generator = torch.Generator(hessian.device).manual_seed(0)
     start = torch.randn(hessian.shape[1], dtype=hessian.dtype, device=hessian.device, generator=generator)

@@ -188,7 +188,7 @@ def training_profile(found: Tangents, seen: NoiseSeen | None = None) -> Training
     Raises:
         ValueError: before the first one.
 
-    Source: Katende, Sec. 2 and Thm 5.2 (3); Hutchinson 1990; MATH section 4.
+    Source: Katende 2025, Sec. 2 and Thm 5.2 (3); Hutchinson 1990; docs/theory.md, section 4.
 
     Example:
         >>> import torch
