@@ -129,7 +129,7 @@ def main(argv: Sequence[str]) -> int:
             with_configuration(rest, use, usage=usage)
     except (Unmeasurable, MisconfigurationException, ImportError, OSError, pickle.UnpicklingError) as error:
         return print_failure("cost", error)
-    report.show(costs[0].table(), *costs[0].sentences())
+    report.print_report(costs[0].table(), *costs[0].sentences())
     return 0
 
 
@@ -221,7 +221,7 @@ class _Meter(Callback):
             costs.seconds = {name: monitor.seconds.expected(name) for name in monitor.seconds.taken}
             costs.skipped = monitor.skipped
             step = replace(snapshot, run=replace(snapshot.run, series=monitor.trace))
-            costs.waiting = [name for name, quantity in monitor.quantities.items() if quantity.wait(step)]
+            costs.waiting = [name for name, quantity in monitor.quantities.items() if quantity.warm_up(step)]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.measuring:

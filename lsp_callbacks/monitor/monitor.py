@@ -203,7 +203,7 @@ class Monitor:
             try:
                 if snapshot.run.sharded:
                     raise Unmeasurable(snapshot.run.sharded)
-                if not quantity.plays:
+                if not quantity.supports_multiple_optimizers:
                     require_one(snapshot.player)
                 quantity.check(snapshot)
                 if quantity.least_steps > steps:
@@ -289,7 +289,7 @@ class Monitor:
 
     def captures_inputs(self, name: str, module: nn.Module) -> bool:
         """Whether any quantity wants the module's inputs in full."""
-        return any(quantity.keeps(name, module) for quantity in self.quantities.values())
+        return any(quantity.captures_inputs(name, module) for quantity in self.quantities.values())
 
     def wants(self, step: int, *, scheduled: float = math.nan) -> bool:
         """Whether `observe` would look at this step: if not, no snapshot needs to be made.
@@ -457,12 +457,12 @@ class Monitor:
 
     def _waits(self, quantity: Quantity, snapshot: Snapshot) -> bool:
         """Whether it is too early; it is measured when it no longer is. Rank 0's word: all must take the same way."""
-        if not quantity.patient:
+        if not quantity.warms_up:
             return False
 
         def missing() -> int:
             try:
-                return quantity.wait(snapshot)
+                return quantity.warm_up(snapshot)
             except Exception:  # the measurement will say why
                 return 0
 

@@ -545,9 +545,7 @@ def test_moments_that_are_not_exact_are_refused(moments):
 class Late(SGDStability):
     """Has to know 7 steps first."""
 
-    patient = True
-
-    def wait(self, snapshot):
+    def warm_up(self, snapshot):
         return max(0, 7 - snapshot.step)
 
 
