@@ -54,8 +54,8 @@ def secant(
         >>> import torch
         >>> from lsp_callbacks.linalg import from_matrix
         >>> one = lambda *v: torch.tensor(v, dtype=torch.float64)
-        >>> found = secant(one(-1.0), one(1.0), one(0.1), from_matrix(one(0.0)[None]))  # |theta| across 0
-        >>> float(found.secant), float(found.curvature), found.ratio, float(found.unexplained)
+        >>> result = secant(one(-1.0), one(1.0), one(0.1), from_matrix(one(0.0)[None]))  # |theta| across 0
+        >>> float(result.secant), float(result.curvature), result.ratio, float(result.unexplained)
         (20.0, 0.0, None, 1.0)
     """
     length = norm(step)
