@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lsp_callbacks.loops.plain_loop import PlainLoop
 from lsp_callbacks.monitor.configure import configured
 from lsp_callbacks.monitor.gradient_check import copies_of_gradients
-from lsp_callbacks.monitor.monitor import Curve, Monitor
+from lsp_callbacks.monitor.history import Curve
+from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.nan_finder import finite
 from lsp_callbacks.monitor.observer import StepObserver
 from lsp_callbacks.report import Run, Verdict, judge

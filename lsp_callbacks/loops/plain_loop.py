@@ -56,7 +56,7 @@ class PlainLoop(TrainingLoop):
             prox=prox,
             schedulers=check_schedulers(schedulers, optimizer),
             loss_name="loss_fn",
-            captures_inputs=monitor.captures_inputs,
+            captures_inputs=monitor.quantities.captures_inputs,
             unsupported=unsupported or why_unsupported(),
         )
         super().__init__(module, run)

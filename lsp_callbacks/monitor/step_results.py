@@ -47,7 +47,7 @@ class StepResults:
 
     def add_fault(self, step: int) -> None:
         """Take in the step of the run's first NaN or Inf."""
-        self._fault = self._monitor.add(Observation(step, {}), {"stability/nonfinite_step": float(step)})
+        self._fault = self._monitor.history.add(Observation(step, {}), {"stability/nonfinite_step": float(step)})
 
     def invalidate_update(self, reason: str) -> None:
         """Turn the last step's numbers that depend on the update into NaN, and measure none of them any more."""
