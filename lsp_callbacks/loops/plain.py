@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.loops.plain_loop import PlainLoop
+from lsp_callbacks.loops.plain_loop import PlainLoop, check_schedulers, why_unsupported
 from lsp_callbacks.monitor.configure import configured
 from lsp_callbacks.monitor.gradient_check import copies_of_gradients
 from lsp_callbacks.monitor.history import Curve
@@ -19,7 +19,7 @@ from lsp_callbacks.report import Run, Verdict, judge
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import LossFn
 from lsp_callbacks.step.probes import Criterion, ForwardFn, population
-from lsp_callbacks.step.run_context import Prox
+from lsp_callbacks.step.run_context import Prox, RunContext
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -98,10 +98,11 @@ class Watch:
     ):
         self.module, self.optimizer, self.accumulate, self.log = module, optimizer, accumulate, log
         self.monitor = monitor if monitor is not None else configured()
-        self.loop = PlainLoop(
-            module, optimizer, loss_fn, self.monitor, accumulate=accumulate, clipping=clipping, prox=prox,
-            scaler=scaler, schedulers=schedulers, unsupported=unsupported, seed=seed,
+        run = RunContext(
+            seed=seed, prox=prox, schedulers=check_schedulers(schedulers, optimizer), loss_name="loss_fn",
+            captures_inputs=self.monitor.quantities.captures_inputs, unsupported=unsupported or why_unsupported(),
         )  # fmt: skip
+        self.loop = PlainLoop(module, run, loss_fn, accumulate=accumulate, clipping=clipping, scaler=scaler)
         self.observer = StepObserver(self.monitor, forward_fn=forward_fn, criterion=criterion)
         #: Batches since the last update.
         self.batches = 0

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.training_loop import TrainingLoop
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import LossFn, PendingStep
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.probes import Probes
-from lsp_callbacks.step.run_context import Prox, RunContext
+from lsp_callbacks.step.run_context import RunContext
 
 
 class PlainLoop(TrainingLoop):
@@ -22,13 +21,12 @@ class PlainLoop(TrainingLoop):
 
     Args:
         module: whose parameters are trained.
-        optimizer: that updates them.
+        run: what all steps of the run share.
         loss_fn: ``(module, batch) -> loss``, before it is divided by ``accumulate`` and scaled.
-        monitor: that measures.
-        accumulate, clipping, prox, scaler, schedulers, unsupported, seed: see `Watch`.
+        accumulate, clipping, scaler: see `Watch`.
 
     Raises:
-        ValueError: for ``accumulate`` below 1, or a scheduler that sets the rate of another optimizer.
+        ValueError: for ``accumulate`` below 1.
 
     Attributes:
         probe_loss: the loss whose criterion tells outputs from targets.
@@ -37,28 +35,15 @@ class PlainLoop(TrainingLoop):
     def __init__(
         self,
         module: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        run: RunContext,
         loss_fn: LossFn,
-        monitor: Monitor,
         *,
         accumulate: int = 1,
         clipping: Clipping | None = None,
-        prox: Prox | None = None,
         scaler: torch.amp.GradScaler | None = None,
-        schedulers: Any = (),
-        unsupported: str | None = None,
-        seed: int = 0,
     ):
         if accumulate < 1:
             raise ValueError(f"accumulate={accumulate}: give the number of batches in an update, 1 or more")
-        run = RunContext(
-            seed=seed,
-            prox=prox,
-            schedulers=check_schedulers(schedulers, optimizer),
-            loss_name="loss_fn",
-            captures_inputs=monitor.quantities.captures_inputs,
-            unsupported=unsupported or why_unsupported(),
-        )
         super().__init__(module, run)
         self.loss_fn, self.accumulate, self.scaler, self._clipping = loss_fn, accumulate, scaler, clipping
         self.probe_loss: Callable[[nn.Module, Any], Any] = loss_fn

@@ -13,6 +13,7 @@ from lsp_callbacks.loops import Watch
 from lsp_callbacks.loops.plain_loop import PlainLoop
 from lsp_callbacks.monitor.gradient_check import GradientCheck, copies_of_gradients
 from lsp_callbacks.monitor.observer import StepObserver
+from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.step_loss import StepLoss, loss_of
 
 SHARPNESS, LYAPUNOV = "stability/sharpness", "stability/lyapunov"
@@ -39,7 +40,7 @@ def train(*, steps=4, accumulate=1, told=1.0, change=None, strict=False, shows_l
     optimizer = MOMENTUM(model.parameters())
     monitor = Monitor(Sharpness(), Lyapunov(window=1), every_n_steps=every, strict=strict)
     observer = StepObserver(monitor)
-    loop = ByHand(model, optimizer, cross_entropy, monitor, accumulate=accumulate)
+    loop = ByHand(model, RunContext(), cross_entropy, accumulate=accumulate)
     loop.shows_losses = shows_losses
     observer.begin_run(loop, [optimizer])
     torch.manual_seed(1)
