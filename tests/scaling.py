@@ -499,7 +499,7 @@ def read(
                     optimizer,
                     replay,
                     step=step,
-                    captures_inputs=metric.keeps,
+                    captures_inputs=metric.captures_inputs,
                     probes=probes_of(task),
                     series=trace,
                 )

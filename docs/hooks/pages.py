@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 import lsp_callbacks
 from lsp_callbacks import functional, linalg, loops, operators
 from lsp_callbacks.quantities import PRESETS, REGISTRY
-from lsp_callbacks.report.table import MEANINGS
+from lsp_callbacks.quantities.tables import key_table
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
@@ -80,20 +80,11 @@ def quantities() -> str:
     for name, quantity in REGISTRY.items():
         lines += [
             f"\n## {name} {{ #{name} }}\n",
-            *keys(quantity),
+            key_table(name).replace("``", "`"),
             "",
             *documented(f"lsp_callbacks.{quantity.__name__}"),
         ]
     return "\n".join(lines) + "\n"
-
-
-def keys(quantity: Any) -> Iterator[str]:
-    """Yield the table of a quantity's keys."""
-    yield "| key | meaning |"
-    yield "|---|---|"
-    for key in (*quantity.keys, *quantity.optional):
-        key = key.removeprefix("stability/")
-        yield f"| `{key}` | {MEANINGS.get(key, '')} |"
 
 
 def _cell(text: str) -> str:

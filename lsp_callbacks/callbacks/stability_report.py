@@ -91,12 +91,12 @@ class StabilityReport(Callback):
         drawn = [q for q in self._source.monitor.quantities.values() if q.picture and q.update_count]
         skipped = [f"lsp_callbacks: {name} was not measured: {why}" for name, why in self._source.skipped.items()]
         pictures = [self._drawn(q, trainer, path.with_name(f"{path.stem}_{q.picture}.png")) for q in drawn]
-        report.show(*[report.table(history)] * self.table, *sentences, *skipped, *pictures)
+        report.print_report(*[report.table(history)] * self.table, *sentences, *skipped, *pictures)
 
     def _drawn(self, quantity: Quantity, trainer: Any, path: Path) -> str:
         """Draws what a quantity has to show, saves it and logs it; returns what is to be said about it."""
         try:
-            figure = report.drawn(quantity)
+            figure = report.quantity_figure(quantity)
         except Exception as error:  # the run is over: no reason to end it with an exception
             return f"lsp_callbacks: no picture of {quantity.name}: {error}"
         figure.savefig(path)

@@ -17,7 +17,6 @@ from lsp_callbacks import report
 from lsp_callbacks.callbacks._lightning_internals import remaining_batches
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.lightning_loop import LightningLoop
-from lsp_callbacks.callbacks.run_facts import run_context
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.cli.configured import (
     Done,
@@ -33,10 +32,10 @@ from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.observer import StepObserver
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, frozen_sgd
-from lsp_callbacks.plots.stability_diagram import diagram_around
 from lsp_callbacks.quantities import SGDStability
+from lsp_callbacks.quantities.sgd.diagram_around_step import diagram_around_step
 from lsp_callbacks.step.probes import population
-from lsp_callbacks.step.replay import untouched
+from lsp_callbacks.step.side_effects import untouched
 from lsp_callbacks.step.snapshot import Snapshot
 
 SUFFIXES = (".png", ".pdf", ".svg")
@@ -75,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         later = report.diagram_sentence(diagram, lr=base, batch_size=size)
         sentence += f". At the rate from which the schedule is reckoned, {later}"
     preconditioner = ", with the optimizer's preconditioner held fixed" if frozen.frozen else ""
-    report.show(
+    report.print_report(
         report.diagram_table(diagram),
         f"lsp_callbacks: {sentence} (seen at {frozen.modes.samples} samples{preconditioner})",
         f"lsp_callbacks: the diagram is {options.output.absolute()}",
@@ -124,7 +123,7 @@ def _examine_configuration(args: list[str], options: argparse.Namespace) -> tupl
     with_configuration(args, use, usage=_parser().usage)
     try:
         ((frozen, base),) = examined
-        return frozen, base, diagram_around(frozen, chains=options.chains, steps=options.steps)
+        return frozen, base, diagram_around_step(frozen, chains=options.chains, steps=options.steps)
     except ValueError as error:
         raise Unmeasurable(str(error)) from error
 
@@ -205,16 +204,14 @@ class _Examiner(Callback):
         _check(trainer, pl_module, settings)
         monitor = Monitor(SGDStability(settings.probes, outputs=settings.outputs), every_n_steps=1)
         observer = StepObserver(monitor, forward_fn=settings.forward_fn, criterion=settings.criterion)
-        run = run_context(trainer, pl_module, monitor, loss_fn=settings.loss_fn, seed=settings.seed)
-        loop = LightningLoop(trainer, pl_module, run, has_loss_fn=settings.loss_fn is not None)
+        loop = LightningLoop(trainer, pl_module, monitor, loss_fn=settings.loss_fn, seed=settings.seed)
         observer.attach(loop)
         observer.step = trainer.global_step // steps
         observer.probes.drop(population(trainer.train_dataloader))
         with untouched(pl_module):
             for number, coming in enumerate(chain([batch], remaining_batches(trainer))):
                 if number < trainer.accumulate_grad_batches:
-                    loss = loop.loss(batch_idx + number, settings.loss_fn)
-                    observer.begin_batch(coming, loss, first=number == 0)
+                    observer.begin_batch(coming, loop.loss(batch_idx + number), first=number == 0)
                 elif observer.probes.full:
                     break
                 else:

@@ -429,7 +429,7 @@ def test_settings_that_make_no_sense_are_refused(quantity, settings, argument):
 @pytest.mark.parametrize("confidence", [0.6, 0.9, 0.975, 0.999])
 @pytest.mark.parametrize("degrees", [2, 4, 10, 200])
 def test_student_quantile_is_scipys(confidence, degrees):
-    assert student_quantile(confidence, degrees) == pytest.approx(stats.t.ppf(confidence, degrees), rel=2e-6)
+    assert student_quantile(confidence, degrees) == pytest.approx(stats.t.ppf(confidence, degrees), rel=1e-9)
 
 
 @pytest.mark.parametrize("n", [3, 5, 50])
