@@ -301,8 +301,8 @@ class StopOnInstability(Callback):
             "events": list(self.events), "above_step": self._above_step,
             "stop_step": self.stop_step, "reason": self.reason,
             "readings": self._readings.state_dict(), "others": self._others.state_dict(),
-            "stands_in": self._stands_in, "blind": self._blind, "forecast": self._forecast, "collapsed": self._collapsed,
-            "losses": self._losses.state_dict(),
+            "stands_in": self._stands_in, "blind": self._blind, "forecast": self._forecast,
+            "collapsed": self._collapsed, "losses": self._losses.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
