@@ -16,7 +16,7 @@ from lsp_callbacks.callbacks.recent_readings import Readings
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.monitor.courant_source import COURANT, GD, SGD
 from lsp_callbacks.monitor.history import Observation
-from lsp_callbacks.monitor.losses import LossRecord, Told
+from lsp_callbacks.monitor.losses import ArrivedLoss, LossRecord
 
 #: Keys that are a rate over a critical rate, and so can be known before the rate is used.
 SCHEDULED = (COURANT, SGD, GD)
@@ -179,13 +179,13 @@ class StopOnInstability(Callback):
                 f"at step {observation.step + steps:.0f}"
             )
 
-    def end_step(self, trainer: Any, step: int, told: Sequence[Told]) -> None:
+    def end_step(self, trainer: Any, step: int, told: Sequence[ArrivedLoss]) -> None:
         """End training after ``step`` if it has to; for the arguments see `judge`."""
         # Losses and measurements are the same numbers on all processes, so all of them stop at the same step.
         if self.judge(trainer, step, told):
             trainer.should_stop = True
 
-    def judge(self, trainer: Any, step: int, told: Sequence[Told]) -> bool:
+    def judge(self, trainer: Any, step: int, told: Sequence[ArrivedLoss]) -> bool:
         """Whether to stop after ``step``, with the losses that have arrived since the step before."""
         for each in told:
             self._losses.add(each)
