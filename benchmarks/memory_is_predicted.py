@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from lsp_callbacks import Snapshot, StabilityMonitor, Unmeasurable
 from lsp_callbacks.monitor.limits import readable
 
-QUANTITIES = (
+#: Each by itself, and a preset, which leaves out what a network does not have.
+QUANTITIES: tuple[list[str] | str, ...] = (
     ["spectral_norm"], ["residual_cfl"], ["sharpness"], ["sgd_stability"], ["lyapunov"], ["batch_sharpness"],
-    ["lyapunov_trajectory"], ["numerics"], ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov"],
+    ["lyapunov_trajectory"], ["numerics"], "default",
 )  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def peak(prof: Any) -> int:
     return most
 
 
-def compare(name: str, quantities: list[str]) -> tuple[float, int]:
+def compare(name: str, quantities: list[str] | str) -> tuple[float, int]:
     """Bytes predicted and measured, the most over the steps of one measurement."""
     predicted: list[float] = []
     measured: list[int] = []
@@ -118,17 +119,14 @@ def main() -> None:
         logging.getLogger(package).setLevel(logging.ERROR)
     for name in ("MLP", "CNN", "transformer", "ReLU MLP", "strided CNN", "ReLU transformer"):
         for quantities in QUANTITIES:
+            what = quantities if isinstance(quantities, str) else quantities[0]
             try:
                 predicted, measured = compare(name, quantities)
-            except Unmeasurable as error:  # no residual blocks
-                print(f"{name:16} {quantities[0]:20} {error}")
+            except Unmeasurable as error:
+                print(f"{name:16} {what:20} {error}", flush=True)
                 continue
-            ratio, what = (
-                f"{predicted / measured:.2f} times",
-                " + ".join(quantities) if len(quantities) < 3 else "default",
-            )
             sizes = f"predicted {readable(predicted):>8}, measured {readable(measured):>8}"
-            print(f"{name:16} {what:20} {sizes}: {ratio}", flush=True)
+            print(f"{name:16} {what:20} {sizes}: {predicted / measured:.2f} times", flush=True)
 
 
 if __name__ == "__main__":

@@ -121,4 +121,5 @@ def joined(graphs: Iterable[Graph]) -> Graph:
         fused=any(graph.fused for graph in graphs),
         dtype=min((graph.dtype for graph in graphs), key=lambda dtype: dtype.itemsize),
         custom=tuple(sorted({name for graph in graphs for name in graph.custom})),
+        stopped=tuple(sorted({name for graph in graphs for name in graph.stopped})),
     )

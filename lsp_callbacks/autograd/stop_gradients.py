@@ -6,11 +6,14 @@ from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from lsp_callbacks.autograd._torch_internals import base, tree_leaves
 
 #: Functions that look at shape and type of a tensor only.
 _SHAPES = ("_like", "new_")
+#: And these, of all arguments but the first.
+_CONVERSIONS = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 
 
 class StopGradients(TorchFunctionMode):
@@ -36,14 +39,14 @@ class StopGradients(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if any(part in name for part in _SHAPES):
             return result
-        taken = _floats((args, kwargs))
+        taken = _floats(args[:1] if name in _CONVERSIONS else (args, kwargs))
         hidden = [origin for t in taken if (origin := self._made_by(t)) is not None]
         if not hidden and not any(t.requires_grad for t in taken):
             return result
         in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         for t in _floats((result, kwargs.get("out"), args[:1] if in_place else ())):
             if not t.requires_grad:
-                self._origin[t if t._base is None else t._base] = hidden[0] if hidden else name
+                self._origin[_whole(t)] = hidden[0] if hidden else name
             elif hidden:
                 self.names.add(hidden[0])
         return result
@@ -52,7 +55,13 @@ class StopGradients(TorchFunctionMode):
         """Return the function that left the graph; None for what has one, or does not depend on parameters."""
         if tensor.requires_grad:
             return None
-        return self._origin.get(tensor if tensor._base is None else tensor._base)
+        return self._origin.get(_whole(tensor))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return what a tensor is a view of, or itself."""
+    viewed = base(tensor)
+    return tensor if viewed is None else viewed
 
 
 def _floats(value: Any) -> list[Tensor]:

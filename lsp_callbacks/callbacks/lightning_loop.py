@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from lsp_callbacks.callbacks.custom_clipping import custom_clipping
 from lsp_callbacks.callbacks.mixed_precision import is_scaled, loss_scale
 from lsp_callbacks.callbacks.muted_trainer import mute
-from lsp_callbacks.callbacks.run_facts import clipping, overridden
+from lsp_callbacks.callbacks.run_facts import clipping, overridden, run_context
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.monitor.gradient_check import Gradients, copies_of_gradients
+from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.training_loop import MicroBatchLoss, TrainingLoop
 from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED
 from lsp_callbacks.step.clipping import Clipping
@@ -22,7 +23,7 @@ from lsp_callbacks.step.criterion import HOW
 from lsp_callbacks.step.pending_step import LossFn, PendingStep
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.probes import Probes
-from lsp_callbacks.step.run_context import RunContext
+from lsp_callbacks.step.run_context import Prox
 from lsp_callbacks.step.step_loss import loss_of
 
 
@@ -32,10 +33,10 @@ class LightningLoop(TrainingLoop):
     Args:
         trainer: Lightning's, when training begins.
         module: the user's LightningModule.
-        run: what all steps of the run share.
-        has_loss_fn: whether functions of the user's compute the losses; otherwise ``training_step`` is replayed.
+        monitor: that measures.
+        loss_fn: the user's function or functions of the loss; None replays ``training_step``.
         accumulate: under manual optimisation, by which each loss is divided; None is the trainer's number.
-        sub_batch: how many samples of the batch to use; None takes all.
+        prox, sub_batch, seed: see `StabilityMonitor`.
     """
 
     shows_losses = True
@@ -44,14 +45,19 @@ class LightningLoop(TrainingLoop):
         self,
         trainer: Any,
         module: Any,
-        run: RunContext,
+        monitor: Monitor,
         *,
-        has_loss_fn: bool = False,
+        loss_fn: Any = None,
         accumulate: int | None = None,
+        prox: Prox | None = None,
         sub_batch: int | None = None,
+        seed: int = 0,
     ):
+        run = run_context(trainer, module, monitor, loss_fn=loss_fn, prox=prox, seed=seed)
         super().__init__(module, run)
-        self.trainer, self.has_loss_fn = trainer, has_loss_fn
+        self.trainer, self._loss_fn = trainer, None if isinstance(loss_fn, Mapping) else loss_fn
+        # The user's own function rounds in other places than the step.
+        self._tolerance = 0.0 if loss_fn is None else 1e-4
         self._sub_batch, self._accumulate = sub_batch, accumulate
         self.repeats_forward = module.automatic_optimization
         self.overrides_step = overridden(module, "optimizer_step") is not None
@@ -75,20 +81,20 @@ class LightningLoop(TrainingLoop):
             self.module,
             shared=[] if trainer.datamodule is None else [trainer.datamodule],
             prepare=lambda module_copy: mute(module_copy, trainer),
-            # The user's own function rounds in other places than the step.
-            tolerance=1e-4 if self.has_loss_fn else 0.0,
+            tolerance=self._tolerance,
             sub_batch=self._sub_batch,
             run=self.run if is_shared else None,
             takes_buffers=getattr(trainer.strategy.model, "will_sync_module_buffers", bool)(),
         )
 
-    def loss(self, batch_idx: int, loss_fn: LossFn | None) -> MicroBatchLoss:
+    def loss(self, batch_idx: int, player_loss: LossFn | None = None) -> MicroBatchLoss:
         """Return ``(module, batch) -> loss`` of one micro-batch, as Lightning differentiates it.
 
         Args:
             batch_idx: of the micro-batch.
-            loss_fn: the user's own; None replays ``training_step``.
+            player_loss: of several optimizers that take turns, the user's function for one of them.
         """
+        loss_fn = player_loss or self._loss_fn
 
         def loss(module: Any, batch: Any) -> Tensor | None:
             with self.trainer.precision_plugin.train_step_context():

@@ -103,28 +103,3 @@ def clipping(trainer: Any) -> Clipping | None:
         return None
     kind = str(trainer.gradient_clip_algorithm or "norm").lower().rsplit(".")[-1]
     return Clipping(float(limit), "value" if kind == "value" else "norm")
-
-
-def check_trains(trainer: Any, module: Any, loss_fn: Any, accumulate: int | None) -> None:
-    """Raise ValueError if the settings of `StabilityMonitor` do not fit to the way in which this module is trained."""
-    kind = type(module).__name__
-    if not any(p.requires_grad for p in module.parameters()):
-        raise ValueError(f"{kind} has no parameter that requires a gradient: nothing is trained")
-    if module.automatic_optimization:
-        if accumulate is not None:
-            raise ValueError(
-                f"accumulate={accumulate} is for manual optimisation: here Trainer(accumulate_grad_batches=...) is"
-            )
-        if isinstance(loss_fn, Mapping):
-            raise ValueError(
-                "loss_fn names several players, whose optimizers take turns: that needs automatic_optimization=False; "
-                "otherwise pass one function"
-            )
-    elif loss_fn is None:
-        several = len(trainer.optimizers or ()) > 1
-        form = "{'generator': lambda module, batch: ..., 'critic': ...}" if several else "lambda module, batch: ..."
-        which = ", one for each optimizer, in the order in which configure_optimizers returns them" * several
-        raise ValueError(
-            "automatic_optimization=False: the loss of a step cannot be told from training_step; pass "
-            f"StabilityMonitor(loss_fn={form}) which returns it{which}"
-        )

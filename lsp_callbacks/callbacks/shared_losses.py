@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lsp_callbacks.monitor.losses import Told
-from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.step.ranks import Ranks
 
 #: Steps in an exchange. On a GPU its numbers are read at the next one, so a loss is known after nine steps at most.
@@ -95,48 +94,3 @@ class SharedLosses:
             for (step, left_out), mean, share in zip(steps, means, shares.sum(0).tolist())
             if share
         ]
-
-
-class LossFeed:
-    """Gives the loss of each step to a monitor's record: of this process, or the mean of all that decide by it.
-
-    Args:
-        monitor: whose ``losses`` are fed.
-        ranks: the processes of the run.
-        is_shared: whether all processes must know the same losses.
-    """
-
-    def __init__(self, monitor: Monitor, ranks: Ranks, *, is_shared: bool):
-        self._monitor = monitor
-        self._shared = SharedLosses(ranks) if is_shared and ranks.world > 1 else None
-
-    @property
-    def has_same_rates(self) -> bool:
-        """Whether all processes have had the same learning rates, as far as that is known."""
-        return self._shared is None or self._shared.same_rates
-
-    def add(
-        self, step: int, loss: Tensor | None, *, lr: float, left_out: bool = False, wait: bool = False
-    ) -> list[Told]:
-        """Take in the loss of a step, and return those that have arrived; for the arguments see `SharedLosses.take`."""
-        if self._shared is None:
-            return self._monitor.losses.saw(step, loss, left_out=left_out)
-        return self._record(self._shared.take(step, loss, lr=lr, left_out=left_out, wait=wait))
-
-    def finish(self, step: int) -> None:
-        """Wait for the losses up to ``step`` that have not arrived."""
-        if self._shared is None:
-            self._monitor.losses.saw(step, None, wait=True)
-        else:
-            self._record(self._shared.rest())
-
-    def _record(self, arrived: list[Told]) -> list[Told]:
-        for told in arrived:
-            self._monitor.losses.add(told)
-        if not self.has_same_rates:
-            self._monitor.warn_once(
-                "the learning rates of the processes differ, so that StopOnInstability does not look at the rate that "
-                "the schedule brings next: give all of them the same (a metric that a scheduler watches needs "
-                "sync_dist=True)"
-            )
-        return arrived

@@ -17,7 +17,6 @@ from lsp_callbacks import report
 from lsp_callbacks.callbacks._lightning_internals import remaining_batches
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.lightning_loop import LightningLoop
-from lsp_callbacks.callbacks.run_facts import run_context
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.cli.configured import (
     Done,
@@ -205,16 +204,14 @@ class _Examiner(Callback):
         _check(trainer, pl_module, settings)
         monitor = Monitor(SGDStability(settings.probes, outputs=settings.outputs), every_n_steps=1)
         observer = StepObserver(monitor, forward_fn=settings.forward_fn, criterion=settings.criterion)
-        run = run_context(trainer, pl_module, monitor, loss_fn=settings.loss_fn, seed=settings.seed)
-        loop = LightningLoop(trainer, pl_module, run, has_loss_fn=settings.loss_fn is not None)
+        loop = LightningLoop(trainer, pl_module, monitor, loss_fn=settings.loss_fn, seed=settings.seed)
         observer.attach(loop)
         observer.step = trainer.global_step // steps
         observer.probes.drop(population(trainer.train_dataloader))
         with untouched(pl_module):
             for number, coming in enumerate(chain([batch], remaining_batches(trainer))):
                 if number < trainer.accumulate_grad_batches:
-                    loss = loop.loss(batch_idx + number, settings.loss_fn)
-                    observer.begin_batch(coming, loss, first=number == 0)
+                    observer.begin_batch(coming, loop.loss(batch_idx + number), first=number == 0)
                 elif observer.probes.full:
                     break
                 else:

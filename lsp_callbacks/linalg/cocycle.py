@@ -38,7 +38,7 @@ def orthonormalise(frame: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor,
 def lyapunov_exponents(
     operators: Iterable[LinearOperator], frame: Tensor, *, transient: int = 0, weight: Tensor | float = 1.0
 ) -> Tensor:
-    """Local growth rates ``log |R_ii|`` of a product of matrices (Benettin et al. 1980).
+    """Return the local growth rates ``log |R_ii|`` of a product of matrices (Benettin et al. 1980).
 
     Args:
         operators: ``A_1, A_2, ...`` in the order in which they act.

@@ -178,7 +178,7 @@ class Watch:
 
     def close(self) -> None:
         """Remove the hooks from the optimizer, and from the module where energies look at its state."""
-        self.monitor.close()
+        self.observer.close()
         for hook in self._hooks:
             hook.remove()
 

@@ -121,7 +121,7 @@ class StepObserver:
 
     def attach(self, loop: TrainingLoop) -> None:
         """Observe a loop from now on, and forget what a run before, which may have been interrupted, has left."""
-        self.close()
+        self._close_game()
         self.loop, ranks = loop, loop.run.ranks
         self.probes.ranks = self._gradient_check.ranks = self._update_check.ranks = ranks
         self.forget_step()
@@ -136,7 +136,11 @@ class StepObserver:
         self.monitor.require(coming, steps=steps)
 
     def close(self) -> None:
-        """Take our hooks from the optimizers of a game; the monitor has its own `Monitor.close`."""
+        """Remove all hooks of ours from the module and from the optimizers, when training ends."""
+        self.monitor.close()
+        self._close_game()
+
+    def _close_game(self) -> None:
         if self.game is not None:
             self.game.close()
         self.game = None

@@ -64,7 +64,7 @@ def curvature_along_gradient(hessian: LinearOperator, gradient: Tensor) -> Tenso
 
 
 def batch_sharpness(pairs: Tensor) -> BatchSharpnessResult:
-    """Means over batches of `curvature_along_gradient`.
+    """Return the means of `curvature_along_gradient` over batches, with their standard errors.
 
     Neither mean is the mean-square edge of SGD: for curvatures 1 and 3 at batch size 1 that is 2 / lr = 2.5, and these
     are 2 and 2.8. One batch has a relative standard deviation of some 40 %.
@@ -72,7 +72,7 @@ def batch_sharpness(pairs: Tensor) -> BatchSharpnessResult:
     Args:
         pairs: ``(batches, 2)``.
 
-    Source: Andreyev & Beneventano 2024; MATH section 3.
+    Source: Andreyev & Beneventano 2024; docs/theory.md, section Edges of stability.
 
     Example:
         >>> import torch

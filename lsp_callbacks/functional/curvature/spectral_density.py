@@ -77,7 +77,7 @@ class Spectrum:
 def spectral_density(
     operator: LinearOperator, *, probes: int = 2, steps: int = 40, generator: torch.Generator | None = None
 ) -> Spectrum:
-    """Stochastic Lanczos quadrature from Gaussian starts.
+    """Return the distribution of the eigenvalues of a symmetric operator, by stochastic Lanczos quadrature.
 
     What a run has resolved is taken out of the estimates of the run before it, whose start does not depend on it:
     ``tr f(A) = sum_j f(theta_j) + E[(n - k) (v^T f(A) v - sum_j (v^T u_j)^2 f(theta_j)) / (1 - sum_j (v^T u_j)^2)]``.
@@ -153,14 +153,14 @@ def spectral_density(
 
 
 def _resolved(run: Quadrature, n: int, scale: float) -> Tensor:
-    """Which nodes are single eigenvalues that stand apart."""
+    """Return which nodes are single eigenvalues that stand apart."""
     gaps = torch.nn.functional.pad(run.nodes.diff(), (1, 1), value=torch.inf)
     gap = torch.minimum(gaps[:-1], gaps[1:])
     return (run.residuals <= RESOLVED * gap) & (gap > ZERO * scale) & (n * run.weights <= SINGLE)
 
 
 def _bulk(nodes: Tensor, resolved: Tensor) -> Tensor:
-    """Which nodes are the bulk's: from the first that is not resolved to the last, and outwards up to a wide gap."""
+    """Return which nodes belong to the bulk: all between unresolved ones, and outwards up to a wide gap."""
     inside = ~resolved
     if bool(inside.any()):
         first, last = (int(index) for index in inside.nonzero()[[0, -1], 0])
@@ -173,7 +173,7 @@ def _bulk(nodes: Tensor, resolved: Tensor) -> Tensor:
 
 
 def _total(runs: list[Quadrature], known: list[Tensor], n: int, f: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-    """``tr f(A)`` and its standard error: see `spectral_density`."""
+    """Return ``tr f(A)`` and its standard error, see `spectral_density`."""
     if len(runs) == 1:
         return n * float(runs[0].weights @ f(runs[0].nodes)), 0.0
     totals, variances = [], []
@@ -187,7 +187,7 @@ def _total(runs: list[Quadrature], known: list[Tensor], n: int, f: Callable[[Ten
 
 
 def _fit(nodes: Tensor, weights: Tensor, own: Tensor, inside: Tensor) -> MarchenkoPastur | None:
-    """To the nodes of all runs, up to half way to the next outlier; smoothed by the mean distance of one run's."""
+    """Fit the law to all nodes up to half way to the next outlier, smoothed by the mean distance in one run."""
     middles = (own[1:] + own[:-1]) / 2
     first, last = (int(index) for index in inside.nonzero()[[0, -1], 0])
     above = nodes > middles[first - 1] if first else torch.ones_like(nodes, dtype=torch.bool)

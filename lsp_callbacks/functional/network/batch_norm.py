@@ -29,12 +29,12 @@ class Drift:
 
     @property
     def excess(self) -> Tensor:
-        """The larger of the two ratios of drift and error: 1 is what sampling explains."""
+        """Return the larger of the two ratios of drift and error: 1 is what sampling explains."""
         return torch.maximum(self.mean / self.mean_error, self.variance / self.variance_error)
 
 
 def batch_norm_drift(x: Tensor, mean: Tensor, var: Tensor, *, eps: float = 1e-5, memory: float = 0.0) -> Drift:
-    """Batch statistics against running statistics, and against what their sampling error explains.
+    """Return how far batch statistics are from running ones, and how far sampling alone would put them.
 
     Samples are independent, positions within one sample are not: errors come from the scatter of the samples' own
     means and mean squares, over B samples. The running statistics scatter, too: an average with momentum m of

@@ -38,11 +38,11 @@ def chain_lipschitz(
     tol: float = 1e-3,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A bound on the Lipschitz constant of modules applied one after another in eval mode, whatever their input.
+    """Return a bound on the Lipschitz constant of modules applied one after another in eval mode.
 
-    Runs of affine modules are one operator, whose norm is measured: a normalisation by running statistics is folded
-    into its layer, and a convolution is taken with its stride, padding and input size. Activations count by their
-    steepest slope, max-pooling by the windows that an input may lie in.
+    It holds whatever their input. Runs of affine modules are one operator, whose norm is measured: a normalisation
+    by running statistics is folded into its layer, and a convolution is taken with its stride, padding and input size.
+    Activations count by their steepest slope, max-pooling by the windows that an input may lie in.
 
     Args:
         modules: in eval mode.
@@ -96,7 +96,7 @@ def _affine(module: nn.Module) -> bool:
 
 
 def _lipschitz(module: nn.Module) -> float:
-    """Of a module that is not affine.
+    """Return the Lipschitz constant of a module that is not affine.
 
     Raises:
         Unmeasurable: where no constant is known.

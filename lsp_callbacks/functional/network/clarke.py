@@ -65,7 +65,7 @@ class GeneralizedNorm:
 
 
 def generalized_norm(free: RelaxedJacobian, *, vertices: int = 12) -> GeneralizedNorm:
-    """The generalized ``sigma^x``: the largest norm over the product set of the chain rule.
+    """Return the generalized ``sigma^x``, the largest norm over the product set of the chain rule.
 
     ``J(e)`` is affine in each slope, so its norm is convex in each, and the sup is at a vertex of the box
     ``|e_i| <= r_i``. For up to ``vertices`` near-active units that reach the output (and where the matrices are small)
@@ -92,7 +92,7 @@ def generalized_norm(free: RelaxedJacobian, *, vertices: int = 12) -> Generalize
         vertices: at most so many units are enumerated.
 
     Cost: no gradient. Source: Katende, Def. 6.1 and Sec. 6.6, with products in place of one-step norms; Clarke 1983,
-    2.6; MATH section 7.
+    2.6; docs/theory.md, section The law of SGD, energies, kinks.
 
     Example:
         >>> import torch
@@ -126,7 +126,7 @@ def generalized_norm(free: RelaxedJacobian, *, vertices: int = 12) -> Generalize
 
 
 def _reduced(free: RelaxedJacobian) -> RelaxedJacobian:
-    """The same norms with fewer columns and rows: rotations of the input's space and of the output's."""
+    """Return an equivalent of fewer columns and rows, by rotating the spaces of the input and of the output."""
     m, n = free.jacobian.shape
     rows = torch.cat([free.jacobian, free.into])
     if n > len(rows):
@@ -139,7 +139,7 @@ def _reduced(free: RelaxedJacobian) -> RelaxedJacobian:
 
 
 def _resolvent(free: RelaxedJacobian, e: Tensor) -> tuple[Tensor, Tensor]:
-    """``(I - T E)^-1 C`` and ``B (I - E T)^-1`` for each row of e."""
+    """Return ``(I - T E)^-1 C`` and ``B (I - E T)^-1`` for each row of e."""
     eye = torch.eye(len(free.radius)).to(e)
     into = torch.linalg.solve_triangular(eye - free.between * e[:, None, :], free.into, upper=False)
     out = torch.linalg.solve_triangular(eye - e[:, :, None] * free.between, free.out, upper=False, left=False)
@@ -147,7 +147,7 @@ def _resolvent(free: RelaxedJacobian, e: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _norms(free: RelaxedJacobian, e: Tensor) -> Tensor:
-    """``||J(e)||_2`` for each row of e."""
+    """Return ``||J(e)||_2`` for each row of e."""
     into, _ = _resolvent(free, e)
     J = free.jacobian + free.out @ (e[:, :, None] * into)
     J = J.mT if J.shape[1] < J.shape[2] else J

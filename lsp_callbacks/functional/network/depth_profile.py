@@ -37,22 +37,22 @@ class DepthProfile:
 
     @property
     def depth(self) -> int:
-        """L, the layers that were travelled: what the exponents are divided by."""
+        """Return L, the number of layers, by which the exponents are divided."""
         return len(self.sigma)
 
     @property
     def exponent(self) -> Tensor:
-        """``alpha_x = (1/L) log max_samples sigma^x_L``, nats a layer; -inf where the output does not depend on X_0."""
+        """Return ``alpha_x = (1/L) log max_samples sigma^x_L``, nats a layer; -inf where X_L does not depend on X_0."""
         return self.sigma[-1].max().log() / self.depth
 
     @property
     def median(self) -> Tensor:
-        """The exponent of the median sample."""
+        """Return the exponent of the median sample."""
         return self.sigma[-1].median().log() / self.depth
 
     @property
     def bound(self) -> Tensor:
-        """``(1/L) max_samples sum log ||J_k||``, nats a layer."""
+        """Return ``(1/L) max_samples sum log ||J_k||``, nats a layer."""
         return self.log_bound.max() / self.depth
 
 
@@ -65,7 +65,7 @@ def depth_profile(
     failure: float = 1e-3,
     generator: torch.Generator | None = None,
 ) -> DepthProfile:
-    """The forward sensitivities of a network at the inputs that it received, by depth.
+    """Return the forward sensitivities of a network at the inputs that it received, by depth.
 
     ``alpha_x = (1/L) log sigma^x_L`` takes the *endpoint*: the supremum over all depths from 0 on, as printed, includes
     ``dX_0/dX_0 = I`` and could never be negative. It is divided by the L layers that were travelled, not by L + T,
@@ -90,7 +90,7 @@ def depth_profile(
 
     Cost: two products a Lanczos step, some ten steps a norm, two norms a layer.
 
-    Source: Katende, Secs. 2 and 4.1; MATH section 4.
+    Source: Katende, Secs. 2 and 4.1; docs/theory.md, section The Learning Stability Profile.
 
     Example:
         >>> import torch

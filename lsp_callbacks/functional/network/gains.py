@@ -45,7 +45,7 @@ class Gains:
 
 
 def gains(layers: Sequence[LayerSizes], path: Sequence[LayerSizes] | None = None) -> Gains:
-    """Forward and backward gain of each layer, and of the way through all of them.
+    """Return forward and backward gain of each layer, and of the way through all of them.
 
     A gain of 1 keeps the size. Over L layers a gain of g makes ``g^L``: beyond a factor of 1e3 or so, signals vanish
     or explode. What one number a layer hides is how unequally directions are treated (Pennington et al. 2017): see

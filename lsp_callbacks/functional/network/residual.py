@@ -50,7 +50,7 @@ class ResidualStability:
 def residual_stability(
     jacobian: LinearOperator, *, h: float = 1.0, steps: int = 12, tol: float = 1e-2
 ) -> ResidualStability:
-    """The stability numbers of one explicit Euler step in depth.
+    """Return stiffness, gain and step limits of ``x + h g(x)``, one explicit Euler step in depth.
 
     Stiffness and ``m`` are the two ends of one Lanczos run on the symmetric part, the gain another on ``I + hG``. Where
     ``m <= 0`` no step contracts: the usual case in real networks, and no ``h_max`` is given then.
@@ -108,7 +108,7 @@ def residual_stability(
 
 
 def _exact_limit(jacobian: LinearOperator, start: Tensor, steps: int, tol: float) -> Tensor:
-    """``min_v v^T S v / ||K v||^2`` with ``S = -K - K^T`` positive definite, for each sample.
+    """Return ``min_v v^T S v / ||K v||^2`` with ``S = -K - K^T`` positive definite, for each sample.
 
     Dinkelbach: ``mu <- ratio(v)`` where v belongs to the smallest eigenvalue of ``S - mu K^T K``; mu falls
     monotonically, and superlinearly, to the minimum.

@@ -49,7 +49,7 @@ def sensitivity(
     failure: float = 1e-3,
     generator: torch.Generator | None = None,
 ) -> Sensitivity:
-    """The largest response of f to a displacement: first order, and evaluated at a real displacement.
+    """Return the largest response of f to a displacement: to first order, and at a real displacement.
 
     Neither is an upper bound of the other: to first order the change is at most ``upper * distance``, and beyond it
     grows with the curvature of f, ``f'' distance^2 / 2``; only a Lipschitz constant bounds it whatever the distance.

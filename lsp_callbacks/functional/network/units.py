@@ -28,7 +28,7 @@ class Units:
 
 
 def units(slopes: Tensor, largest: float = 1.0) -> Units:
-    """Tells dead and saturated units from the slopes ``phi'`` of an activation.
+    """Return which units are dead or saturated, from the slopes ``phi'`` of an activation.
 
     Flat is a slope below 1/20 of the largest one. Dead are ReLU units below 0 for all of the batch, those of ReLU6
     beyond either end, and tanh or sigmoid so far out that their slope is rounded to 0.

@@ -63,7 +63,7 @@ class Fault:
     rank: int | None = None
 
     def __str__(self) -> str:
-        """What happened, in words."""
+        """Return what happened, in words."""
         text = self._what() + (f", and {self.then} made NaN of it" if self.then else "")
         text += f" ({self.reason})" if self.reason else ""
         return text if self.rank is None else f"on rank {self.rank}, {text}"
@@ -115,14 +115,14 @@ class _Tracer(Operations):
         self._time = 0
 
     def seed(self, tensors: list[tuple[str, Tensor]], where: Where, guilt: int = _GUILTY) -> None:
-        """What is not finite before the first operation."""
+        """Record what is not finite before the first operation."""
         for k, (name, tensor) in enumerate(tensors):
             for one in floats(tensor):
                 for kind in kinds(one):
                     self._blame(one, _Origin(guilt, k - len(tensors), kind, where=where, source=name))
 
     def of(self, tensors: list[Tensor]) -> _Origin | None:
-        """The origin of what is not finite in tensors: the guiltiest, then the earliest; None if all are finite."""
+        """Return the earliest origin of what is not finite in tensors, culprits first; None if all are finite."""
         found = [self._origin(t, kind) for t in tensors for kind in kinds(t)]
         return min(found, key=lambda origin: (origin.guilt, origin.time), default=None)
 
@@ -175,7 +175,7 @@ class _Tracer(Operations):
 
 
 def kinds(tensor: Tensor) -> set[Kind]:
-    """Which of NaN and Inf a tensor holds."""
+    """Return which of NaN and Inf a tensor holds."""
     with torch.no_grad():
         t = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
         t = t.float() if t.element_size() < 2 else t  # there are no kernels for eight bits
@@ -189,13 +189,14 @@ def kinds(tensor: Tensor) -> set[Kind]:
 def first_fault(
     loss: Callable[[], Tensor | None], module: nn.Module, batch: Any = None, *, step: int = 0
 ) -> Fault | None:
-    """The first operation that gives NaN or Inf, of those that reach the loss or, where it is finite, its gradient.
+    """Return the first operation that gives NaN or Inf, of those that reach the loss or its gradient.
 
-    One forward and one backward pass, in which every operation's inputs and outputs are looked at, and what is not
-    finite is followed from tensor to tensor. An operation is to blame for a NaN if its inputs hold neither NaN nor an
-    Inf that an operation made by overflow or division; of an Inf that later becomes NaN the maker is named. Inf that is
-    meant (``masked_fill(mask, -inf)``, constants, buffers) is nobody's fault; what makes NaN of it is. What is masked
-    out and reaches neither loss nor gradient is passed over.
+    The gradient is looked at where the loss is finite. One forward and one backward pass, in which every
+    operation's inputs and outputs are looked at, and what is not finite is followed from tensor to tensor. An operation
+    is to blame for a NaN if its inputs hold neither NaN nor an Inf that an operation made by overflow or division; of
+    an Inf that later becomes NaN the maker is named. Inf that is meant (``masked_fill(mask, -inf)``, constants,
+    buffers) is nobody's fault; what makes NaN of it is. What is masked out and reaches neither loss nor gradient is
+    passed over.
 
     Args:
         loss: one forward pass, which leaves the parameters alone.
@@ -251,7 +252,7 @@ def _fault(step: int, origin: _Origin, where: Where) -> Fault:
 
 
 def _infinite(given: Any) -> bool:
-    """Whether a number among the arguments is Inf."""
+    """Return whether a number among the arguments is Inf."""
     return any(isinstance(leaf, float) and leaf in (float("inf"), float("-inf")) for leaf in tree_leaves(given))
 
 

@@ -43,12 +43,12 @@ class NumericRange:
 
     @property
     def underflow(self) -> float:
-        """The share of the small ones; NaN where nothing was compared."""
+        """Return the share of the small ones; NaN where nothing was compared."""
         return self.small / self.nonzero if self.nonzero else math.nan
 
 
 def headroom(largest: float, dtype: torch.dtype) -> float:
-    """Bits to overflow: ``log2(max / largest)``, how often the largest absolute number may be doubled.
+    """Return the bits to overflow, ``log2(max / largest)``: how often the largest number may be doubled.
 
     It is always finite: zero has as much of it as the smallest number of the type, Inf and NaN have none.
 
@@ -71,7 +71,7 @@ def numeric_range(
     scale: float = 1.0,
     check: Callable[[Tensor], None] | None = None,
 ) -> NumericRange:
-    """Head-room and underflow of one step, in the types in which its numbers really are, under autocast too.
+    """Return head-room and underflow of one step, in the types in which it computes, under autocast too.
 
     One forward and one backward pass; every operation is looked at. Head-room is taken of its largest finite number:
     Inf and the very largest number of a type are masks. Underflow: where an operation of the backward pass gave zeros
@@ -171,7 +171,7 @@ class _Ends(Operations):
 
 
 def peak(tensor: Tensor, overflown: Tensor | bool | None = None) -> Tensor:
-    """The largest absolute number that is not at the end of its type, as masks are.
+    """Return the largest absolute number that is not at the end of its type, as masks are.
 
     Args:
         tensor: of any floating-point type.
@@ -188,7 +188,7 @@ def peak(tensor: Tensor, overflown: Tensor | bool | None = None) -> Tensor:
 
 
 def _made(inputs: list[Tensor]) -> Tensor | bool:
-    """Whether an operation had anything finite to make Inf of: what fills a tensor had not."""
+    """Return whether an operation had anything finite to make Inf of; what fills a tensor had not."""
     return torch.stack([t.isfinite().any() for t in inputs]).any() if inputs else False
 
 
@@ -199,7 +199,7 @@ def _wide(value: Any) -> Any:
 
 
 def _least(peaks: _Peaks) -> dict[str, float]:
-    """Over the types that a module computes in."""
+    """Return the head-room of each module, the least over the types that it computes in."""
     found: dict[str, float] = {}
     for (module, dtype, _), largest in peaks.items():
         found[module] = min(headroom(float(largest), dtype), found.get(module, math.inf))
@@ -207,7 +207,7 @@ def _least(peaks: _Peaks) -> dict[str, float]:
 
 
 def lost_share(before: Tensor, exact: Tensor) -> tuple[int, int]:
-    """How many parameters a rounded update leaves where they were, though its exact value would move them.
+    """Return how many parameters a rounded update leaves where they were, and how many it should move.
 
     ``theta + d == theta`` in the type of theta, d not zero.
 

@@ -33,7 +33,7 @@ class GradientNoise:
 
 
 def gradient_noise(gram: Tensor, *, population: int | None = None, confidence: float = 0.9) -> GradientNoise:
-    """Variance, signal and noise scale from ``Q_ij = <g_i, g_j>`` of n samples.
+    """Return variance, signal and noise scale of gradients from ``Q_ij = <g_i, g_j>`` of n samples.
 
     ``tr Sigma = (sum_i Q_ii - sum_ij Q_ij / n) / (n - 1)``; the mean of ``Q_ij`` over pairs of different samples is an
     unbiased ``||G||^2``, where n samples of a finite population N need ``(1 - 1 / N)`` of it and ``1 / N`` of the mean
@@ -98,7 +98,7 @@ def _unbiased(n: Tensor, own: Tensor, total: Tensor, population: int | None) -> 
 
 
 def batch_variance(variance: float, batch_size: int, population: int | None = None) -> float:
-    """``E ||g_B - G||^2`` for batches drawn without replacement: ``tr Sigma (1 / B - 1 / N)``.
+    """Return ``E ||g_B - G||^2 = tr Sigma (1 / B - 1 / N)`` of batches drawn without replacement.
 
     Args:
         variance: ``tr Sigma`` of one sample.

@@ -113,7 +113,9 @@ def tangents(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tangents:
-    """Random displacements of the parameters and, orthogonal to them, the sharp one; nothing else is perturbed.
+    """Return random displacements of the parameters and, orthogonal to them, the sharp one.
+
+    Nothing else is perturbed.
 
     Args:
         state: size of the optimizer's state, the parameters included.
@@ -138,7 +140,7 @@ def tangents(
 
 
 def pushed(now: Tangents, step: LinearOperator, noise: LinearOperator, generator: torch.Generator) -> Tangents:
-    """One step further.
+    """Return the tangents one step further.
 
     Args:
         now: before it.
@@ -165,7 +167,7 @@ def pushed(now: Tangents, step: LinearOperator, noise: LinearOperator, generator
 
 
 def training_profile(found: Tangents, seen: NoiseSeen | None = None) -> TrainingProfile:
-    """The sensitivities of the parameters to their start and to the noise, from what was pushed.
+    """Return the sensitivities of the parameters to their start and to the noise.
 
     What was pushed went forward only, so the norm of ``A_T ... A_1`` is bounded from below by that on the frame, and
     from above by what random directions leave open (`norm_by_random_rows`), which is far; both ends are near each
@@ -188,7 +190,7 @@ def training_profile(found: Tangents, seen: NoiseSeen | None = None) -> Training
     Raises:
         ValueError: before the first one.
 
-    Source: Katende, Sec. 2 and Thm 5.2 (3); Hutchinson 1990; MATH section 4.
+    Source: Katende, Sec. 2 and Thm 5.2 (3); Hutchinson 1990; docs/theory.md, section The Learning Stability Profile.
 
     Example:
         >>> import torch
@@ -240,10 +242,10 @@ def training_profile(found: Tangents, seen: NoiseSeen | None = None) -> Training
 
 
 def function_growth(before: Tensor, after: Tensor, log: float, steps: int) -> tuple[Tensor, Tensor]:
-    """``(1/T) log(||J_T A_T ... A_1 V||_F / ||J_0 V||_F)``: growth in function space, nats a step, with its error.
+    """Return ``(1/T) log(||J_T A_T ... A_1 V||_F / ||J_0 V||_F)``, the growth in function space, and its error.
 
-    Over all parameters of an overparameterised model the directions that no sample sees hold the growth at 1; the
-    outputs do not see them, so that this one is negative where the steps contract what the data feel.
+    In nats a step. Over all parameters of an overparameterised model the directions that no sample sees hold the
+    growth at 1; the outputs do not see them, so that this one is negative where the steps contract what the data feel.
 
     Args:
         before: ``(k,)``, squared norms of what k random directions do to the outputs at the start.
@@ -260,7 +262,7 @@ def function_growth(before: Tensor, after: Tensor, log: float, steps: int) -> tu
 
 
 def _noise(found: Tangents, seen: NoiseSeen | None) -> tuple[Tensor, ...]:
-    """``tr K / P``, divided by ``exp(2 noise_log)``, its relative standard error and the ends of its interval."""
+    """Return ``tr K / P exp(-2 noise_log)``, its relative standard error and the ends of its interval."""
     rows, known, largest = found.noise[:, : found.size], 0.0, math.inf
     if seen is not None:
         known, largest = seen.trace, seen.largest
@@ -279,7 +281,7 @@ def _squares(rows: Tensor, size: int) -> Tensor:
 
 
 def _mean(values: Tensor, unseen: float) -> tuple[Tensor, Tensor]:
-    """Of rows that see all but the share ``unseen`` of the directions, and its relative standard error."""
+    """Return the mean over rows that see all but the share ``unseen`` of the directions, and its relative error."""
     mean = values.mean()
     if unseen == 0:
         return mean, torch.zeros_like(mean)
