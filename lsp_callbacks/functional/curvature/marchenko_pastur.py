@@ -77,8 +77,8 @@ def fit_marchenko_pastur(nodes: Tensor, weights: Tensor, *, width: float) -> Mar
 
     Example:
         >>> from lsp_callbacks.functional import MarchenkoPastur, fit_marchenko_pastur
-        >>> found = fit_marchenko_pastur(*MarchenkoPastur(0.3, 2.0, 0.6, 0.0, 0.1).measure(), width=0.1)
-        >>> round(found.ratio, 6), round(found.scale, 6), round(found.zero_mass, 6), round(found.distance, 6)
+        >>> result = fit_marchenko_pastur(*MarchenkoPastur(0.3, 2.0, 0.6, 0.0, 0.1).measure(), width=0.1)
+        >>> round(result.ratio, 6), round(result.scale, 6), round(result.zero_mass, 6), round(result.distance, 6)
         (0.3, 2.0, 0.6, 0.0)
     """
     weights = weights / weights.sum()

@@ -48,14 +48,14 @@ def secant(
 
     Cost: one Hessian product, two with ``theta``.
 
-    Source: Katende, arXiv 2512.22055 (the counterexample); docs/theory.md, section The law of SGD, energies, kinks.
+    Source: Katende 2025b (the counterexample); docs/theory.md, section The law of SGD, energies, kinks.
 
     Example:
         >>> import torch
         >>> from lsp_callbacks.linalg import from_matrix
         >>> one = lambda *v: torch.tensor(v, dtype=torch.float64)
-        >>> found = secant(one(-1.0), one(1.0), one(0.1), from_matrix(one(0.0)[None]))  # |theta| across 0
-        >>> float(found.secant), float(found.curvature), found.ratio, float(found.unexplained)
+        >>> result = secant(one(-1.0), one(1.0), one(0.1), from_matrix(one(0.0)[None]))  # |theta| across 0
+        >>> float(result.secant), float(result.curvature), result.ratio, float(result.unexplained)
         (20.0, 0.0, None, 1.0)
     """
     length = norm(step)

@@ -82,7 +82,7 @@ def _pooled(module: Any, dilation: Any = None) -> float | None:
     """Return the constant of a pooling by the maximum, which has a dilation, or by the mean."""
     dims = int(type(module).__name__[-2])
     size, stride = _tuple(module.kernel_size, dims), _tuple(module.stride, dims)
-    if getattr(module, "divisor_override", None) is not None or any(one != 1 for one in _tuple(dilation or 1, dims)):
+    if getattr(module, "divisor_override", None) is not None or any(gap != 1 for gap in _tuple(dilation or 1, dims)):
         return None
     if dilation is None and (module.ceil_mode or (any(_tuple(module.padding, dims)) and not module.count_include_pad)):
         return None  # a window that is cut is divided by less

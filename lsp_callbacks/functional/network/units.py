@@ -46,8 +46,8 @@ def units(slopes: Tensor, largest: float = 1.0) -> Units:
         >>> import torch
         >>> from lsp_callbacks.functional import units
         >>> slopes = torch.tensor([[0.0, 1.0, 0.01]]).expand(8, -1)
-        >>> found = units(slopes)
-        >>> found.dead.tolist(), found.saturated.tolist(), round(float(found.flat), 4)
+        >>> result = units(slopes)
+        >>> result.dead.tolist(), result.saturated.tolist(), round(float(result.flat), 4)
         ([True, False, False], [False, False, True], 0.6667)
     """
     if len(slopes) < LEAST_ROWS:

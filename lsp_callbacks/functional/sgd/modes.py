@@ -170,8 +170,8 @@ def regularity(gram: Tensor, lr: float, outputs: int = 1) -> tuple[float, int]:
     """
     gram = _checked(gram, outputs)
     n = len(gram) // outputs
-    own = gram.view(n, outputs, n, outputs).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    return float((1 - lr * torch.linalg.eigvalsh(own)).abs().min()), len(_components(gram, outputs))
+    blocks = gram.view(n, outputs, n, outputs).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return float((1 - lr * torch.linalg.eigvalsh(blocks)).abs().min()), len(_components(gram, outputs))
 
 
 def _checked(gram: Tensor, outputs: int) -> Tensor:
@@ -188,8 +188,8 @@ def _checked(gram: Tensor, outputs: int) -> Tensor:
 def _components(gram: Tensor, outputs: int) -> list[Tensor]:
     n = len(gram) // outputs
     size = gram.abs().view(n, outputs, n, outputs).amax((1, 3))
-    own = size.diagonal().sqrt()
-    linked = (size > 1e-9 * own * own[:, None]) | torch.eye(n, dtype=torch.bool)
+    scale = size.diagonal().sqrt()
+    linked = (size > 1e-9 * scale * scale[:, None]) | torch.eye(n, dtype=torch.bool)
     labels = torch.arange(n)
     while True:  # each sample takes the smallest label around it; following labels of labels makes long chains short
         lowest = torch.where(linked, labels, n).amin(1)

@@ -77,9 +77,9 @@ def robbins_monro(*schedulers: Any) -> RobbinsMonro:
         >>> robbins_monro().reason
         'no: the rates do not fade, and the sum of their squares is infinite'
     """
-    a = _product(_exponent(one) for one in schedulers)
+    a = _product(_exponent(scheduler) for scheduler in schedulers)
     if a is None:
-        names = ", ".join(type(one).__name__ for one in schedulers)
+        names = ", ".join(type(scheduler).__name__ for scheduler in schedulers)
         return RobbinsMonro(None, None, f"not known: the form of {names} does not tell; look at the partial sums")
     if a == math.inf:
         reason = "no: the rates end, or fade so fast that their sum is finite"
@@ -140,8 +140,8 @@ def rate_decay(sums: Mapping[int, float], *, gap: int = 1) -> RateDecay:
 
     Example:
         >>> from lsp_callbacks.functional import rate_decay
-        >>> found = rate_decay({t + 1: (1 + t) ** -0.75 for t in range(1024)})
-        >>> round(found.exponent, 2), found.holds
+        >>> result = rate_decay({t + 1: (1 + t) ** -0.75 for t in range(1024)})
+        >>> round(result.exponent, 2), result.holds
         (0.75, True)
     """
     T = max(sums, default=0)
@@ -158,7 +158,7 @@ def _power(sums: Mapping[int, float], T: int) -> float | None:
     """Return the exponent of the octaves before T; infinity where the rates ended, None where some are missing."""
     if T % 4 or not {T, T // 2, T // 4} <= sums.keys():
         return None
-    late, early = (sum(one for t, one in sums.items() if end // 2 < t <= end) for end in (T, T // 2))
+    late, early = (sum(part for t, part in sums.items() if end // 2 < t <= end) for end in (T, T // 2))
     if not late > 0:
         return math.inf
     return 1.0 - math.log2(late / early) if early > 0 else -math.inf
@@ -167,10 +167,10 @@ def _power(sums: Mapping[int, float], T: int) -> float | None:
 def _product(exponents: Iterable[Exponent]) -> Exponent:
     """Return the exponent of rates that multiply; one that ends or decays geometrically outweighs any power."""
     total = 0.0
-    for one in exponents:
-        if one is None:
+    for exponent in exponents:
+        if exponent is None:
             return None
-        total += one
+        total += exponent
     return None if math.isnan(total) else total  # a geometric decay against a growth
 
 
@@ -201,8 +201,8 @@ def _cyclic(scheduler: Any) -> Exponent:
 
 
 def _lambda(scheduler: Any) -> Exponent:
-    found = {_known(one) for one in scheduler.lr_lambdas}
-    return found.pop() if len(found) == 1 else None
+    exponents = {_known(function) for function in scheduler.lr_lambdas}
+    return exponents.pop() if len(exponents) == 1 else None
 
 
 def _known(function: Callable) -> Exponent:

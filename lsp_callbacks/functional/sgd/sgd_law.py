@@ -174,8 +174,8 @@ def fit_noise(distances: Tensor, variances: Tensor, errors: Tensor | None = None
         >>> import torch
         >>> from lsp_callbacks.functional import fit_noise
         >>> d = torch.tensor([0.0, 1.0, 4.0, 9.0])
-        >>> found = fit_noise(d, 2 + 0.5 * d)
-        >>> round(float(found.sigma_0_squared), 6), round(float(found.sigma_1_squared), 6)
+        >>> result = fit_noise(d, 2 + 0.5 * d)
+        >>> round(float(result.sigma_0_squared), 6), round(float(result.sigma_1_squared), 6)
         (2.0, 0.5)
     """
     d, v = distances.double(), variances.double()

@@ -117,12 +117,12 @@ def critical_lr(
     def look(block: Tensor) -> None:
         nonlocal rates, exponents, errors
         draws.set_state(seed)  # the same batches for every rate: the curve is smooth in the rate
-        found = sgd_exponent(
+        result = sgd_exponent(
             single, block, sampling=sampling, chains=chains, steps=steps, burn_in=burn_in, generator=draws, **how
         )
         rates, order = torch.cat([rates, block]).sort()
-        exponents = torch.cat([exponents, found.value])[order]
-        errors = torch.cat([errors, found.error])[order]
+        exponents = torch.cat([exponents, result.value])[order]
+        errors = torch.cat([errors, result.error])[order]
 
     def first() -> int | None:
         unstable = torch.nonzero(exponents > errors)[:, 0]

@@ -155,7 +155,7 @@ def generalized_training(steps: GeneralizedSteps, *, vertices: int = 12) -> Gene
         steps: at least one.
         vertices: at most so many units are enumerated.
 
-    Cost: no gradient. Source: Katende, Defs. 6.1 and 6.2; Clarke 1983, 2.6; docs/theory.md, section The Learning
+    Cost: no gradient. Source: Katende 2025, Defs. 6.1 and 6.2; Clarke 1983, 2.6; docs/theory.md, section The Learning
     Stability Profile.
 
     Example:
@@ -166,8 +166,8 @@ def generalized_training(steps: GeneralizedSteps, *, vertices: int = 12) -> Gene
         >>> bend = UncertainSlopes(one, one[0], one[0])  # a residual at the bend of a Huber loss: curvature 0 or 1
         >>> flat = UncertainSlopes(one[:0], one[0, :0], one[0, :0])
         >>> once = one_more(no_steps(1, 1), (1 - 2.5) * one, -2.5 * one, one, bend, flat)  # a rate of 2.5
-        >>> found = generalized_training(once)
-        >>> round(float(found.theta.ordinary), 6), round(float(found.theta.lower), 6), found.theta.exact
+        >>> result = generalized_training(once)
+        >>> round(float(result.theta.ordinary), 6), round(float(result.theta.lower), 6), result.theta.exact
         (1.5, 1.5, True)
     """
     T = len(steps.kicks)

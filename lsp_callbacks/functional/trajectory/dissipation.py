@@ -73,8 +73,8 @@ def dissipation(energy: Tensor, *, confidence: float = 0.9) -> DissipationResult
     Example:
         >>> import torch
         >>> from lsp_callbacks.functional import dissipation
-        >>> found = dissipation(2 + 0.75 ** torch.arange(60.0, dtype=torch.float64))
-        >>> round(float(found.gamma), 6), round(float(found.floor), 6), float(found.increases)
+        >>> result = dissipation(2 + 0.75 ** torch.arange(60.0, dtype=torch.float64))
+        >>> round(float(result.gamma), 6), round(float(result.floor), 6), float(result.increases)
         (0.25, 2.0, 0.0)
     """
     energy = energy.double()

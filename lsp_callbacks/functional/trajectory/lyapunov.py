@@ -67,19 +67,19 @@ def plane_map(
 
     Cost: one product; buffer and rest alone feel no curvature.
     """
-    n, known = len(mode), len(mode) * (1 if kick is None else 2)
+    n, size = len(mode), len(mode) * (1 if kick is None else 2)
     moved = push(jacobian, sharp_plane(mode, root, kick=kick, size=jacobian.shape[1]))
     if rest is None:
-        rest = moved[0, known:].clone()
+        rest = moved[0, size:].clone()
         rest = unit(rest)
     remembers = bool(rest.any())
     if remembers:
-        moved = torch.cat([moved, (jacobian @ torch.cat([rest.new_zeros(known), rest]))[None]])
+        moved = torch.cat([moved, (jacobian @ torch.cat([rest.new_zeros(size), rest]))[None]])
     rows = [(_inverse(root) * moved[:, :n]).double() @ mode.double()]
     if kick is not None:
         rows.append((_inverse(kick) * moved[:, n : 2 * n]).double() @ mode.double())
     if remembers:
-        rows.append(moved[:, known:].double() @ rest.double())
+        rows.append(moved[:, size:].double() @ rest.double())
     return torch.stack(rows).cpu(), rest
 
 
@@ -146,10 +146,10 @@ def exponent_bounds(
     if math.isnan(below + above):
         return math.nan, math.nan
     shifts = torch.linspace(-below, min(above, 1e30), _POINTS, dtype=torch.float64).tolist()
-    found = [window_exponent([P + d * C for P, C in zip(maps, curvatures)], rest=rest) for d in shifts]
+    exponents = [window_exponent([P + d * C for P, C in zip(maps, curvatures)], rest=rest) for d in shifts]
     ends = [[float(P + d * C) for d in (shifts[0], shifts[-1])] for P, C in zip(maps, curvatures) if P.numel() == 1]
-    lowest = -math.inf if any(a * b <= 0 for a, b in ends) else min(found)
-    return lowest, max(found)
+    lowest = -math.inf if any(a * b <= 0 for a, b in ends) else min(exponents)
+    return lowest, max(exponents)
 
 
 def sharp_mode_exponent(
