@@ -52,7 +52,7 @@ class ProximalStep(Quantity):
 
     Cost: ``2 steps`` Hessian products; under plain SGD 8 more and two gradients: 35 gradients in all.
 
-    Source: Katende, Sec. 6.6; docs/theory.md, sections What does not hold as printed; The law of SGD, energies,
+    Source: Katende 2025, Sec. 6.6; docs/theory.md, sections What does not hold as printed; The law of SGD, energies,
     kinks.
     """
 
