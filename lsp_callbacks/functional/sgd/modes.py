@@ -89,7 +89,7 @@ class Modes:
         return groups, 1 - (1 - self.together / self.samples) * batch_size / (groups * self.together)
 
 
-def reduce(gram: Tensor, outputs: int = 1, *, tol: float | None = None, together: int = 1) -> Modes:
+def reduced_modes(gram: Tensor, outputs: int = 1, *, tol: float | None = None, together: int = 1) -> Modes:
     """Return the coordinates Y of ``K = U L U^T = Y Y^T`` without its null space, component by component.
 
     Args:

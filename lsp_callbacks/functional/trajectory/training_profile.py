@@ -102,7 +102,7 @@ class NoiseSeen:
     largest: float
 
 
-def tangents(
+def random_tangents(
     state: int,
     parameters: int,
     *,
@@ -139,7 +139,7 @@ def tangents(
     return Tangents(frame, q.new_zeros(noise or vectors, state), 0.0, 0.0, k, parameters, 0.0, 0)
 
 
-def pushed(now: Tangents, step: LinearOperator, noise: LinearOperator, generator: torch.Generator) -> Tangents:
+def push_tangents(now: Tangents, step: LinearOperator, noise: LinearOperator, generator: torch.Generator) -> Tangents:
     """Return the tangents one step further.
 
     Args:
@@ -195,11 +195,11 @@ def training_profile(state: Tangents, seen: NoiseSeen | None = None) -> Training
     Example:
         >>> import torch
         >>> from lsp_callbacks.linalg import from_matrix
-        >>> from lsp_callbacks.functional import pushed, tangents, training_profile
+        >>> from lsp_callbacks.functional import push_tangents, random_tangents, training_profile
         >>> generator = torch.Generator().manual_seed(0)
-        >>> now = tangents(2, 2, vectors=2, generator=generator)
+        >>> now = random_tangents(2, 2, vectors=2, generator=generator)
         >>> for _ in range(3):  # a rate of 0.1 on a curvature of 5
-        ...     now = pushed(now, from_matrix(0.5 * torch.eye(2)), from_matrix(-0.1 * torch.eye(2)), generator)
+        ...     now = push_tangents(now, from_matrix(0.5 * torch.eye(2)), from_matrix(-0.1 * torch.eye(2)), generator)
         >>> result = training_profile(now)
         >>> round(float(result.sigma_theta), 6), round(float(result.alpha_theta), 6)  # 0.5^3, log 0.5
         (0.125, -0.693147)
@@ -218,7 +218,7 @@ def training_profile(state: Tangents, seen: NoiseSeen | None = None) -> Training
     widest = norm_by_random_rows(widest, state.random, size, failure=FAILURE)
     bound = torch.tensor(log(widest) + state.frame_log, dtype=torch.float64)
     sigma_u = 0.5 * noise.log() + state.noise_log
-    # As large as T kicks that do not travel; on the average they have travelled (T - 1) / 2 steps.
+    # As large as the noise of T steps that does not travel; on the average they have travelled (T - 1) / 2 steps.
     brought = 0.5 * math.log(state.driven) if state.driven else math.nan
     left = (steps - 1) / 2 or math.nan
     return TrainingProfile(
