@@ -93,6 +93,11 @@ def metadata(node: Any) -> Any:
     return node._input_metadata
 
 
+def dtypes_of(nodes: Iterable[Any]) -> set[torch.dtype]:
+    """Return the types of the outputs of the operations that backward nodes belong to."""
+    return {entry.dtype for node in nodes for entry in node._input_metadata}
+
+
 def saved(node: Any, name: str) -> Any:
     """Return what a backward node of torch saved under a name, such as the argument ``alpha``."""
     return getattr(node, f"_saved_{name}")
@@ -145,8 +150,8 @@ def buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Return whether ``torch.compile`` was applied to a module, or to its call in place."""
-    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    """Return whether ``torch.compile`` was applied to a module or one inside it, or to its call in place."""
+    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in module.modules())
 
 
 def convolve(layer: nn.Conv1d, x: Tensor, weight: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class LossFeed:
         for told in arrived:
             self._monitor.losses.add(told)
         if not self.has_same_rates:
-            self._monitor.warn_once(
+            self._monitor.errors.warn_once(
                 "the learning rates of the processes differ, so that StopOnInstability does not look at the rate that "
                 "the schedule brings next: give all of them the same (a metric that a scheduler watches needs "
                 "sync_dist=True)"

@@ -15,8 +15,8 @@ from lsp_callbacks.callbacks.publisher import log
 from lsp_callbacks.callbacks.recent_readings import Readings
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.monitor.courant_source import COURANT, GD, SGD
+from lsp_callbacks.monitor.history import Observation
 from lsp_callbacks.monitor.losses import LossRecord, Told
-from lsp_callbacks.monitor.monitor import Observation
 
 #: Keys that are a rate over a critical rate, and so can be known before the rate is used.
 SCHEDULED = (COURANT, SGD, GD)

@@ -10,7 +10,7 @@ from lsp_callbacks.linalg.krylov import (
     spectrum_bounds,
     top_between,
 )
-from lsp_callbacks.linalg.norms import norm, unit
+from lsp_callbacks.linalg.norms import norm, norms, power_iteration, unit
 from lsp_callbacks.linalg.operator import LinearOperator, from_matrix, identity_like
 from lsp_callbacks.linalg.quadrature import Quadrature, quadratures
 from lsp_callbacks.linalg.sketch import Sketch
@@ -27,8 +27,10 @@ __all__ = [
     "lyapunov_exponents",
     "norm",
     "norm_upper",
+    "norms",
     "operator_norm",
     "orthonormalise",
+    "power_iteration",
     "push",
     "quadratures",
     "spectral_radius",

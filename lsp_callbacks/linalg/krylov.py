@@ -105,7 +105,7 @@ def lanczos(
     basis[0] = _unit(start, generator, basis[:0])
     origin = torch.zeros(start.shape[:-1], dtype=torch.long)  # where the newest block begins
     for k in range(steps):
-        w = operator @ basis[k]
+        w = operator.apply(basis[k])
         w, overlap = _orthogonalise(w, basis[: k + 1])
         w, _ = _orthogonalise(w, basis[: k + 1])  # once is not enough: Kahan's "twice is enough"
         # The one place where a step waits for the device.

@@ -226,7 +226,7 @@ def test_weights_that_overflow_give_nan_and_not_zero(value, with_loss):
         problem.net[2].weight.data.fill_(value)
 
     monitor = Monitor(SGDStability(24), every_n_steps=1)
-    with pytest.warns(UserWarning, match="says NaN"):
+    with pytest.warns(UserWarning, match="reporting NaN"):
         history = broken_from(monitor, overflow, **({} if with_loss else {"loss": None}))
     assert [math.isnan(v) for v in history[SGD_COURANT]] == [False, False, True, True]
     assert [math.isnan(v) for v in history[DIAL]] == [False, False, True, True]

@@ -48,7 +48,7 @@ def secant(
 
     Cost: one Hessian product, two with ``theta``.
 
-    Source: Katende, arXiv 2512.22055 (the counterexample); docs/theory.md, section The law of SGD, energies, kinks.
+    Source: Katende 2025b (the counterexample); docs/theory.md, section The law of SGD, energies, kinks.
 
     Example:
         >>> import torch

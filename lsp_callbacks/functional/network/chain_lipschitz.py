@@ -61,7 +61,7 @@ def chain_lipschitz(
 
     Cost: an operator norm of one sample for each run of affine modules.
 
-    Source: Katende, Thm 4.1, (D_k W_k), with slopes that may exceed 1.
+    Source: Katende 2025, Thm 4.1, (D_k W_k), with slopes that may exceed 1.
 
     Example:
         >>> import torch

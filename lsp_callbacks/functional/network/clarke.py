@@ -91,8 +91,8 @@ def generalized_norm(free: RelaxedJacobian, *, vertices: int = 12) -> Generalize
         free: from `lsp_callbacks.operators.curvature.kink_relaxation.relax_kinks`.
         vertices: at most so many units are enumerated.
 
-    Cost: no gradient. Source: Katende, Def. 6.1 and Sec. 6.6, with products in place of one-step norms; Clarke 1983,
-    2.6; docs/theory.md, section The law of SGD, energies, kinks.
+    Cost: no gradient. Source: Katende 2025, Def. 6.1 and Sec. 6.6, with products in place of one-step norms; Clarke
+    1983, 2.6; docs/theory.md, section The law of SGD, energies, kinks.
 
     Example:
         >>> import torch

@@ -90,7 +90,7 @@ def depth_profile(
 
     Cost: two products a Lanczos step, some ten steps a norm, two norms a layer.
 
-    Source: Katende, Secs. 2 and 4.1; docs/theory.md, section The Learning Stability Profile.
+    Source: Katende 2025, Secs. 2 and 4.1; docs/theory.md, section The Learning Stability Profile.
 
     Example:
         >>> import torch

@@ -155,7 +155,7 @@ def generalized_training(steps: GeneralizedSteps, *, vertices: int = 12) -> Gene
         steps: at least one.
         vertices: at most so many units are enumerated.
 
-    Cost: no gradient. Source: Katende, Defs. 6.1 and 6.2; Clarke 1983, 2.6; docs/theory.md, section The Learning
+    Cost: no gradient. Source: Katende 2025, Defs. 6.1 and 6.2; Clarke 1983, 2.6; docs/theory.md, section The Learning
     Stability Profile.
 
     Example:

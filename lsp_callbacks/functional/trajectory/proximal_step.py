@@ -75,8 +75,8 @@ def proximal_bounds(
         along: ``<grad L(theta+) - grad L(theta), d> / ||d||^2``, d the step.
         steps: of Lanczos.
 
-    Cost: ``steps`` Hessian products. Source: Katende, Sec. 6.6; docs/theory.md, section What does not hold as printed,
-    claim 8.
+    Cost: ``steps`` Hessian products. Source: Katende 2025, Sec. 6.6; docs/theory.md, section What does not hold as
+    printed, claim 8.
     """
     generator = torch.Generator(hessian.device).manual_seed(0)
     start = torch.randn(hessian.shape[1], dtype=hessian.dtype, device=hessian.device, generator=generator)

@@ -190,7 +190,8 @@ def training_profile(state: Tangents, seen: NoiseSeen | None = None) -> Training
     Raises:
         ValueError: before the first one.
 
-    Source: Katende, Sec. 2 and Thm 5.2 (3); Hutchinson 1990; docs/theory.md, section The Learning Stability Profile.
+    Source: Katende 2025, Sec. 2 and Thm 5.2 (3); Hutchinson 1990; docs/theory.md, section The Learning Stability
+    Profile.
 
     Example:
         >>> import torch

@@ -61,7 +61,7 @@ class Lyapunov(Windowed):
     on the optimizer's state. With the alignment, by differences or with kinks: under SGD 28 or 36 gradients, with
     momentum 43 or 48, under Adam 92 or 103.
 
-    Source: Chemnitz & Engel 2025 for the exponent; Benettin et al. 1980; MATH section 1.
+    Source: Chemnitz & Engel 2025 for the exponent; Benettin et al. 1980; docs/theory.md, section 1.
     """
 
     name = "lyapunov"

@@ -57,7 +57,7 @@ class ProximalStep(Quantity):
 
     Cost: ``2 steps`` Hessian products; under plain SGD 8 more and two gradients: 35 gradients in all.
 
-    Source: Katende, Sec. 6.6; MATH sections 4 (claim 8) and 7.
+    Source: Katende 2025, Sec. 6.6; docs/theory.md, sections 4 (claim 8) and 7.
     """
 
     name = "proximal_step"

@@ -97,7 +97,7 @@ class StabilityProfile(Windowed):
     products a step: 900 to 2,700 gradients on small networks, far fewer with ``bounds=0``. Memory: for each step of the
     window a copy of parameters, gradient, optimizer's state, buffers and batch.
 
-    Source: Katende, Secs. 2 to 4; MATH section 4.
+    Source: Katende 2025, Secs. 2 to 4; docs/theory.md, section 4.
     """
 
     name = "stability_profile"
