@@ -14,7 +14,7 @@ LEAST_ROWS = 8
 
 @dataclass(frozen=True)
 class InactiveUnits:
-    """Of one activation.
+    """Units of one activation that no longer learn.
 
     Attributes:
         dead: ``(units,)``: the slope is exactly 0 in every row; no gradient passes.

@@ -9,7 +9,8 @@ from lsp_callbacks.functional.sgd.mean_square import (
 )
 from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduced_modes, regularity
 from lsp_callbacks.functional.sgd.moment_exponent import moment_exponent
-from lsp_callbacks.functional.sgd.robbins_monro import PowerLaw, RateDecay, RobbinsMonro, rate_decay, robbins_monro
+from lsp_callbacks.functional.sgd.rate_decay import RateDecay, rate_decay
+from lsp_callbacks.functional.sgd.robbins_monro import PowerLaw, RobbinsMonro, robbins_monro
 from lsp_callbacks.functional.sgd.sgd_law import NoiseFit, SGDLawResult, fit_noise, noise_gain, noise_lipschitz, sgd_law
 from lsp_callbacks.functional.sgd.sgd_stability import (
     Exponent,

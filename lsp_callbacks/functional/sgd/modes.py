@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """One step with a frozen preconditioner: ``v+ = delta v + phi m + b1 u``, ``m+ = beta m + b2 u``, ``u = H' v``.
+    """A step with a frozen preconditioner: ``v+ = delta v + phi m + b1 u``, ``m+ = beta m + b2 u``, ``u = H' v``.
 
     Attributes:
         momentum: ``beta``.
@@ -59,7 +59,7 @@ class Modes:
         curvatures: eigenvalues of the mean Hessian, ``(r,)``, descending.
         owner: component of each mode, ``(r,)``. A mode is exactly zero on the samples of the others.
         components: indices of samples that share no mode with the rest; SGD never couples them.
-        trace: of the mean Hessian. With ``rank`` it tells a stable network from a collapsed one.
+        trace: of the mean Hessian. With ``rank`` it distinguishes a stable network from a collapsed one.
         together: samples that batch statistics tie together, ``g``; 1 where no sample depends on another. Each ``g``
             consecutive samples are a batch that was normalised by itself.
     """

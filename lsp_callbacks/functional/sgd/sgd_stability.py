@@ -194,7 +194,7 @@ def sum_of_exponents(
 
 
 class _Draw:
-    """How batches are drawn from ``n`` samples; ``noise`` is ``f``: 0 where every batch is all of them."""
+    """A way to draw batches from ``n`` samples; ``noise`` is ``f``: 0 where every batch is all of them."""
 
     def __init__(
         self, modes: Modes, batch_size: int, sampling: Sampling, replacement: bool, population: int | None, generator

@@ -28,7 +28,7 @@ class UncertainSlopes:
 
 @dataclass(frozen=True)
 class GeneralizedSteps:
-    """What T steps do to the parameters at their start and to noise in their gradients, with the slopes that they had.
+    """The derivative of T steps by their start and by noise in their gradients, at the slopes that they had.
 
     Attributes:
         theta: ``(n, P)``: the state after the steps by the parameters before them.

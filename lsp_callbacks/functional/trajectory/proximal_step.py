@@ -41,7 +41,7 @@ def proximal_gain(step: LinearOperator, prox: LinearOperator, *, steps: int = 6,
 
 @dataclass(frozen=True)
 class ProximalBounds:
-    """What the theory promises of one proximal gradient step, from the curvature at its start.
+    """Bounds on one proximal gradient step, from the curvature at its start.
 
     Attributes:
         gain: a bound of `proximal_gain`; None where the theory promises none, then

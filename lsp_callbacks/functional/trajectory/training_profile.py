@@ -89,7 +89,7 @@ class TrainingProfile:
 
 @dataclass(frozen=True)
 class NoiseSeen:
-    """What is known of ``K = sum_s S_s S_s^T``, with ``S_s = A_T ... A_(s+1) B_s``, on a subspace of the parameters.
+    """The exact part of ``K = sum_s S_s S_s^T``, ``S_s = A_T ... A_(s+1) B_s``, on a subspace of the parameters.
 
     Attributes:
         basis: ``(k, n)``, orthonormal, ``n >= P``; found without the rows of `Tangents.noise`.
@@ -170,12 +170,12 @@ def training_profile(state: Tangents, seen: NoiseSeen | None = None) -> Training
     """Return the sensitivities of the parameters to their start and to the noise.
 
     What was pushed went forward only, so the norm of ``A_T ... A_1`` is bounded from below by that on the frame, and
-    from above by what random directions leave open (`norm_by_random_rows`), which is far; both ends are near each
-    other where products with its adjoint are taken, see `lsp_callbacks.operators.trajectory.window`. Its Frobenius norm
-    is estimated without bias, ``E ||A q||^2 = ||A||_F^2 / P`` for a random unit q. The noise likewise:
-    ``E ||v_T||^2 = tr K``, of which a part may be known exactly. Where each step contracts by c, and
-    ``B = -eta I``, ``sigma_u`` is ``eta sqrt((1 - c^(2T)) / (1 - c^2))``; what a gradient that is off by the *same*
-    vector at each step can do is more, up to ``eta (1 - c^T) / (1 - c)``.
+    from above by what random directions leave undetermined (`norm_by_random_rows`), which is far; both ends are near
+    each other where products with its adjoint are taken, see `lsp_callbacks.operators.trajectory.window`. Its Frobenius
+    norm is estimated without bias, ``E ||A q||^2 = ||A||_F^2 / P`` for a random unit q. The noise likewise: ``E
+    ||v_T||^2 = tr K``, of which a part may be known exactly. Where each step contracts by c, and ``B = -eta I``,
+    ``sigma_u`` is ``eta sqrt((1 - c^(2T)) / (1 - c^2))``; what a gradient that is off by the *same* vector at each step
+    can do is more, up to ``eta (1 - c^T) / (1 - c)``.
 
     The exponents are divided by the steps that were travelled, not by L + T; they belong to a finite window, for which
     the limsup of the definition does not exist. ``[[1, 1], [0, 1]]`` at each step gives a norm that grows like T and an
