@@ -12,7 +12,8 @@ from torch import Tensor
 from lsp_callbacks._validation import choice, whole
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.gradient_noise import GradientNoise, batch_variance, gradient_noise
-from lsp_callbacks.functional.sgd.robbins_monro import rate_decay, robbins_monro
+from lsp_callbacks.functional.sgd.rate_decay import rate_decay
+from lsp_callbacks.functional.sgd.robbins_monro import robbins_monro
 from lsp_callbacks.functional.sgd.sgd_law import (
     NoiseFit,
     contraction_factor,

@@ -135,7 +135,7 @@ class ClarkeTraining(Windowed):
         now = one_more(now, A, B, D, loss, after)
         if not bool(torch.isfinite(now.theta).all()):
             raise Unmeasurable("the derivative of the steps is not finite: the weights or the loss have overflowed")
-        if len(now.kicks) < self.horizon:
+        if len(now.responses) < self.horizon:
             self._frame = {"steps": vars(now), "step": snapshot.step}
             return
         norms = generalized_training(now, vertices=self.vertices)
