@@ -88,6 +88,16 @@ def custom_function(node: Any) -> type | None:
     return node._forward_cls if isinstance(node, BackwardCFunction) else None  # type: ignore[attr-defined]
 
 
+def custom_functions(nodes: Iterable[Any]) -> list[type]:
+    """Return the ``torch.autograd.Function`` classes among the operations of some backward nodes."""
+    return [function for node in nodes if (function := custom_function(node)) is not None]
+
+
+def output_dtypes(nodes: Iterable[Any]) -> set[torch.dtype]:
+    """Return the types of all outputs of the operations that some backward nodes belong to."""
+    return {output.dtype for node in nodes for output in metadata(node)}
+
+
 def metadata(node: Any) -> Any:
     """Return shape, dtype and device of each output of the operation that a backward node belongs to."""
     return node._input_metadata

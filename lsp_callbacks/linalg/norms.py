@@ -1,18 +1,25 @@
-"""Norms whose squares stay within the range of their numbers."""
+"""Norms that neither overflow nor underflow, where squares of the entries would."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-#: Norms of float32 vectors between these have lost nothing to squares that left the range.
+#: Norms of float32 vectors between these have lost nothing to overflow or underflow of squares.
 LOW, HIGH = 1e-12, 1e18
 
 
 def norm(v: Tensor, dim: int | None = None, *, keepdim: bool = False) -> Tensor:
-    """``||v||`` in float64: the squares of float32 numbers below 1e-19 or above 1e19 are no float32 numbers.
+    """Return ``||v||`` in float64: squares of float32 numbers below 1e-19 or above 1e19 leave the range of float32.
 
-    Cost: on a CPU one pass in the type of v, and one in float64 where that does not do.
+    Args:
+        v: a tensor.
+        dim: of the vectors; None is the norm of all numbers.
+        keepdim: keep that axis, with length 1.
+
+    Cost: on a CPU one pass in the type of v, and one in float64 where the first is not accurate.
 
     Example:
         >>> import torch
@@ -28,8 +35,13 @@ def norm(v: Tensor, dim: int | None = None, *, keepdim: bool = False) -> Tensor:
     return torch.linalg.vector_norm(v, dim=dim, keepdim=keepdim, dtype=torch.float64)
 
 
+def norms(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the `norm` of each tensor as a whole, in one vector on the device of the first."""
+    return torch.stack([norm(t) for t in tensors])
+
+
 def unit(v: Tensor) -> Tensor:
-    """Each row over its `norm`, in its own type; zeros stay zeros.
+    """Return each row divided by its `norm`, in the type of v; rows of zeros stay.
 
     Example:
         >>> import torch

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.linalg import norm
+from lsp_callbacks.linalg import norm, norms
 from lsp_callbacks.step.flat import displaced, flatten, split
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -83,7 +83,7 @@ class Differences:
         self.parameters = list(snapshot.parameters.values())
         self.eps = float(torch.finfo(gradient.dtype).eps)
         self.gradient = float(norm(gradient))
-        self.theta = float(torch.stack([norm(p.detach()) for p in self.parameters]).norm())
+        self.theta = float(norms(p.detach() for p in self.parameters).norm())
         self.lengths = lengths(self.parameters)
         self.tolerance = min(TOLERANCE * self.eps**0.5, 0.01)
         self.weight, self.least = weight, LEAST * self.eps**0.5 if not relative else 0.0
@@ -98,7 +98,8 @@ class Differences:
         Raises:
             Untrusted: where rounding may have changed it, or the loss is not smooth between the two points.
         """
-        size, reach = float(norm(v)), self.reach(v)
+        size = float(norm(v))
+        reach = self.reach(v, size)
         if self.snapshot.loss is None and not math.isfinite(self.gradient):
             return torch.full_like(v, math.nan)
         if self.least and reach is not None:
@@ -136,7 +137,8 @@ class Differences:
 
         Cost: two to eight gradients.
         """
-        size, reach = float(norm(v)), self.reach(v)
+        size = float(norm(v))
+        reach = self.reach(v, size)
         start = FIRST * self.eps**0.5 if reach is None else self._distance(reach)
         for factor in (1.0, 8.0, 1 / 8, 64.0):
             near, far = (self.difference(v, size, start * factor * times) for times in (1.0, 2.0))
@@ -148,14 +150,14 @@ class Differences:
                 return near.change * (size / near.distance)
         raise Untrusted("its curvature is smaller than the rounding of its gradients")
 
-    def reach(self, v: Tensor) -> float | None:
-        """Return how far along a vector, scaled to unit length, tensors move by ``sqrt(eps)`` of their lengths.
+    def reach(self, v: Tensor, size: float) -> float | None:
+        """Return how far along ``v / size``, ``size`` its norm, tensors move by ``sqrt(eps)`` of their lengths.
 
         None where all parameters are 0.
         """
         if self.lengths is None:
             return None
-        return self.eps**0.5 * float(norm(v)) / relative_move(v, self.parameters, self.lengths)
+        return self.eps**0.5 * size / relative_move(v, self.parameters, self.lengths)
 
     def difference(self, v: Tensor, size: float, distance: float) -> Difference:
         """Return the difference along ``v / size``, ``size`` being the norm of v."""
@@ -180,7 +182,7 @@ class Differences:
             difference = self._seen(v, size, better)
         if not self._clear(difference) and not self.referred:
             # Along most directions of a large network nothing changes: what counts is the largest curvature.
-            self.referred, far = True, self.reach(self.centre) if self.gradient else None
+            self.referred, far = True, self.reach(self.centre, self.gradient) if self.gradient else None
             if far:
                 self._seen(self.centre, self.gradient, FIRST * far)
         if not self._clear(difference):
@@ -284,22 +286,23 @@ def central_difference(snapshot: Snapshot, v: Tensor, far: float) -> tuple[Tenso
     Cost: two gradients.
     """
     differences = Differences(snapshot, torch.zeros_like(v))
-    distance = far * FIRST * (differences.reach(v) or differences.eps**0.5)
+    distance = far * FIRST * (differences.reach(v, float(norm(v))) or differences.eps**0.5)
     ends = [differences.difference(v, 1.0, sign * distance).change for sign in (1, -1)]
     return (ends[0] - ends[1]) / (2 * distance), distance
 
 
 def lengths(parameters: Sequence[Tensor]) -> list[float] | None:
     """Return the norm of an average row of each tensor, at least a tenth of the median; None where all are 0."""
-    rows = [norm(p.detach()) / max(1, p.shape[0] if p.ndim else 1) ** 0.5 for p in parameters]
-    values = torch.stack(rows).tolist()
+    sizes = norms(p.detach() for p in parameters)
+    values = torch.stack([size / max(1, len(p) if p.ndim else 1) ** 0.5 for size, p in zip(sizes, parameters)]).tolist()
     typical = sorted(values)[len(values) // 2] or min((x for x in values if x > 0), default=0.0)
     return [max(x, 0.1 * typical) for x in values] if typical > 0 else None
 
 
 def relative_move(v: Tensor, parameters: list[nn.Parameter], lengths: list[float]) -> float:
     """Return how far a vector moves the tensors, relative to their lengths, as the root of a sum of squares."""
-    moves = torch.stack([norm(part) if part.ndim > 1 else _largest(part) for part in split(v, parameters)])
+    parts = split(v, parameters)
+    moves = torch.stack([size if part.ndim > 1 else _largest(part) for size, part in zip(norms(parts), parts)])
     return float((moves / torch.tensor(lengths, dtype=moves.dtype, device=moves.device)).norm())
 
 
