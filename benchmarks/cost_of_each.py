@@ -104,16 +104,15 @@ def measure(quantity: Quantity, model: str, optimizer: str, repetitions: int) ->
     spent, step, last, began = 0.0, 0, math.nan, time.process_time()
     while len(measured) < 2 or (len(measured) <= repetitions and time.process_time() - began < ENOUGH):
         batch = batches[step % len(batches)]
-        pending = PendingStep(net, run=RunContext(series=trace, captures_inputs=quantity.keeps))
+        pending = PendingStep(net, run=RunContext(series=trace, captures_inputs=quantity.captures_inputs))
         probes.add(batch), pending.add(batch, loss_of)
         loss = loss_of(net, batch)
         rule.zero_grad()
         loss.backward()
-        pending.saw_loss(loss)
         trace.record(step, loss.detach(), lr=largest_learning_rate(rule), module=net)
         found = probes.probe_set(pending, loss_of) if probes.wanted else None
-        snapshot = pending.snapshot(step, rule, probes=found)
-        if (found is None or found.full) and not quantity.wait(snapshot):
+        snapshot = pending.snapshot(step, rule, loss=loss.detach().clone(), probes=found)
+        if (found is None or found.full) and not quantity.warm_up(snapshot):
             # Before each step, so that both see the same machine; few of a long window are enough.
             if len(gradients) < 400:
                 gradients.append(timed(partial(replayed_gradient, snapshot)))

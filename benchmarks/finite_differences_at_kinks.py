@@ -22,7 +22,7 @@ def unchecked(snapshot: Snapshot) -> float:
     differences, n = Differences(snapshot, own), len(own)
 
     def product(v: Tensor) -> Tensor:
-        reach = differences.reach(v, float(torch.linalg.vector_norm(v)))
+        reach = differences.reach(v)
         assert reach is not None
         size, distance = float(v.norm()), FIRST * reach
         return differences.difference(v, size, distance).change * (size / distance)

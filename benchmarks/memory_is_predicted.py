@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
-from lsp_callbacks import Snapshot, StabilityMonitor
+from lsp_callbacks import Snapshot, StabilityMonitor, Unmeasurable
+from lsp_callbacks.monitor.budget import measurement_memory
 from lsp_callbacks.monitor.limits import readable
 
-QUANTITIES = (
+#: Each by itself, and a preset, which leaves out what a network does not have.
+QUANTITIES: tuple[list[str] | str, ...] = (
     ["spectral_norm"], ["residual_cfl"], ["sharpness"], ["sgd_stability"], ["lyapunov"], ["batch_sharpness"],
-    ["lyapunov_trajectory"], ["numerics"], ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov"],
+    ["lyapunov_trajectory"], ["numerics"], "default",
 )  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def peak(prof: Any) -> int:
     return most
 
 
-def compare(name: str, quantities: list[str]) -> tuple[float, int]:
+def compare(name: str, quantities: list[str] | str) -> tuple[float, int]:
     """Bytes predicted and measured, the most over the steps of one measurement."""
     predicted: list[float] = []
     measured: list[int] = []
@@ -92,7 +94,7 @@ def compare(name: str, quantities: list[str]) -> tuple[float, int]:
 
     def profiled(snapshot: Snapshot) -> Any:
         if monitor.monitor.wants(snapshot.step):
-            predicted.append(max(monitor.monitor.memory(snapshot).values()))
+            predicted.append(max(measurement_memory(monitor.monitor.quantities, snapshot).values()))
         snapshot.forget()
         vars(snapshot).pop("calls", None), vars(snapshot).pop("flat_gradient", None)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
@@ -118,12 +120,14 @@ def main() -> None:
         logging.getLogger(package).setLevel(logging.ERROR)
     for name in ("MLP", "CNN", "transformer", "ReLU MLP", "strided CNN", "ReLU transformer"):
         for quantities in QUANTITIES:
-            predicted, measured = compare(name, quantities)
-            ratio, what = (
-                f"{predicted / measured:.2f} times",
-                " + ".join(quantities) if len(quantities) < 3 else "default",
-            )
-            print(f"{name:16} {what:20} predicted {readable(predicted):>8}, measured {readable(measured):>8}: {ratio}")
+            what = quantities if isinstance(quantities, str) else quantities[0]
+            try:
+                predicted, measured = compare(name, quantities)
+            except Unmeasurable as error:
+                print(f"{name:16} {what:20} {error}", flush=True)
+                continue
+            sizes = f"predicted {readable(predicted):>8}, measured {readable(measured):>8}"
+            print(f"{name:16} {what:20} {sizes}: {predicted / measured:.2f} times", flush=True)
 
 
 if __name__ == "__main__":

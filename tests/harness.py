@@ -446,8 +446,6 @@ def tied():
 MEASURED = {
     "dropout": lambda: Model(mlp(nn.Dropout(0.3))),
     "batch_norm": lambda: Model(mlp(nn.BatchNorm1d(5))),
-    "spectral_norm_hook": lambda: wrapped(nn.utils.spectral_norm),
-    "spectral_norm": lambda: wrapped(parametrizations.spectral_norm),
     "weight_norm_hook": lambda: wrapped(nn.utils.weight_norm),
     "weight_norm": lambda: wrapped(parametrizations.weight_norm),
     "momentum": lambda: Model(optimizer=MOMENTUM),
@@ -470,6 +468,12 @@ MEASURED = {
         )
     },
 }  # fmt: skip
+
+#: Their power iteration depends on the weights and is no part of the graph: no second derivative is that of training.
+STOPPED = {
+    "spectral_norm_hook": lambda: wrapped(nn.utils.spectral_norm),
+    "spectral_norm": lambda: wrapped(parametrizations.spectral_norm),
+}
 
 #: Left out before training, with one warning: all that needs the update map. Model, Trainer arguments, the reason.
 LEFT_OUT = {

@@ -253,7 +253,7 @@ UNITS: dict[str, dict[str, Unit]] = {
         **_with_errors(ONE, "alpha_theta_mean_square", "sigma_theta_mean_square", "alpha_u", "alpha_output"),
         **_with_errors(Unit(loss=-1, parameter=2), "sigma_u"),
         "sigma_theta_bound": ONE,
-        "alpha_theta_bound": ONE,
+        "alpha_theta_bound": error(ONE, "1"),  # the logarithm of a bound, whose slack is rounding
         "alpha_theta_gap": error(ONE, "1"),
         "sigma_u_bound": Unit(loss=-1, parameter=2),
         "sigma_u_lower": Unit(loss=-1, parameter=2),
@@ -499,7 +499,7 @@ def read(
                     optimizer,
                     replay,
                     step=step,
-                    captures_inputs=metric.keeps,
+                    captures_inputs=metric.captures_inputs,
                     probes=probes_of(task),
                     series=trace,
                 )

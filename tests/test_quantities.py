@@ -63,7 +63,7 @@ def steps(metric, n, start=problem):
     """Frozen steps of a real run, with what the metric wants to see of them."""
     task = start()
     optimizer = SGD(task.parameters(), lr=0.3, momentum=0.5)
-    keep = getattr(metric, "keeps", lambda name, module: name == "net.1")
+    keep = getattr(metric, "captures_inputs", lambda name, module: name == "net.1")
     return trajectory(task, optimizer, n, captures_inputs=keep, probes=probes_of(task), series=trace_of(task))
 
 
@@ -231,7 +231,9 @@ def test_an_exception_leaves_the_metric_whole(name, extra):
         raise KeyError("the loss of a user")
 
     optimizer = SGD(task.parameters(), lr=0.3, momentum=0.5)
-    frozen = freeze(task, optimizer, step=metric.update_count, captures_inputs=metric.keeps, probes=probes_of(task))
+    frozen = freeze(
+        task, optimizer, step=metric.update_count, captures_inputs=metric.captures_inputs, probes=probes_of(task)
+    )
     broken = replace(frozen, replay=fails, run=replace(frozen.run, series=NoTrace(length=100)))
     with pytest.raises(KeyError):
         metric.update(broken)
@@ -281,7 +283,7 @@ def test_leaves_no_trace(name):
         task.train(training)
         optimizer, settings = (
             SGD(task.parameters(), lr=0.3),
-            {"captures_inputs": metric.keeps, "probes": probes_of(task)},
+            {"captures_inputs": metric.captures_inputs, "probes": probes_of(task)},
         )
         settings["series"] = trace_of(task)
         metric.update(freeze(task, optimizer, step=int(not training), **settings))
@@ -320,7 +322,7 @@ def test_what_needs_the_update_map_says_so_before_it_is_measured(name):
 def test_what_does_not_need_the_optimizer_works_with_any(name):
     task, metric = problem(), metric_of(name)
     metric.check(freeze(task, torch.optim.Adam(task.parameters())))
-    metric.update(freeze(task, captures_inputs=metric.keeps, series=trace_of(task)))
+    metric.update(freeze(task, captures_inputs=metric.captures_inputs, series=trace_of(task)))
     assert metric.compute()
 
 

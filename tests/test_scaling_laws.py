@@ -42,6 +42,15 @@ def test_the_first_steps_of_a_run_in_other_units(name, kind):
     assert all(numbers for _, numbers in held(name, dtype=f64, **how))
 
 
+@pytest.mark.parametrize(
+    "name, kind, scale", [("lyapunov", "adam", 1e-6), ("lyapunov", "adam", 1e6), ("stability_profile", "adamw", 1e6)]
+)
+def test_second_moments_whose_squares_leave_float32(name, kind, scale):
+    """Gradients of 1e-18 and 1e18: what moves second moments is far from 1, and so is its square."""
+    how = {"scales": (scale,), "models": ("relu",), "optimizers": (kind,), "laws": ("homogeneous",)}
+    assert all(numbers for _, numbers in held(name, dtype=f32, **how))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [f32, f64], ids=str)
 @pytest.mark.parametrize("name", REGISTRY)

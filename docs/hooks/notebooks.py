@@ -22,6 +22,11 @@ def on_files(files: Files, *, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Return the page with its links to notebooks leading to their pages."""
+    return markdown.replace(".ipynb)", ".md)")
+
+
 def page_of(path: Path) -> tuple[str, dict[str, bytes]]:
     """Return a notebook as Markdown, and its pictures by file name.
 
@@ -33,7 +38,7 @@ def page_of(path: Path) -> tuple[str, dict[str, bytes]]:
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source.replace(".ipynb)", ".md)"))
+            parts.append(source)
         elif cell["cell_type"] == "code" and source:
             parts.append(_fence(source, "python"))
             for output in cell["outputs"]:

@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 import lsp_callbacks
 from lsp_callbacks import functional, linalg, loops, operators
 from lsp_callbacks.quantities import PRESETS, REGISTRY
-from lsp_callbacks.report.table import MEANINGS
+from lsp_callbacks.quantities.tables import key_table
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
@@ -80,20 +80,11 @@ def quantities() -> str:
     for name, quantity in REGISTRY.items():
         lines += [
             f"\n## {name} {{ #{name} }}\n",
-            *keys(quantity),
+            key_table(name).replace("``", "`"),
             "",
             *documented(f"lsp_callbacks.{quantity.__name__}"),
         ]
     return "\n".join(lines) + "\n"
-
-
-def keys(quantity: Any) -> Iterator[str]:
-    """Yield the table of a quantity's keys."""
-    yield "| key | meaning |"
-    yield "|---|---|"
-    for key in (*quantity.keys, *quantity.optional):
-        key = key.removeprefix("stability/")
-        yield f"| `{key}` | {MEANINGS.get(key, '')} |"
 
 
 def _cell(text: str) -> str:
@@ -126,14 +117,14 @@ def functions() -> str:
 def benchmarks(folder: Path) -> str:
     """Return the page of all benchmarks: each claim, its command, and its table where one is recorded."""
     parts = ["# Benchmarks", "One file in `benchmarks/` for each claim, named by it; each prints its numbers."]
-    for script in sorted(folder.glob("*.py")):
-        claim = ast.get_docstring(ast.parse(script.read_text())) or ""
-        if not claim.startswith(("Claim:", "Question", "How ")):
-            continue  # what several of them share
+    scripts = {script: script.read_text() for script in sorted(folder.glob("*.py"))}
+    shared = {name for text in scripts.values() for name in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)}
+    for script, text in scripts.items():
+        claim = ast.get_docstring(ast.parse(text)) or ""
+        if script.stem in shared and not claim.startswith(("Claim:", "Question")):
+            continue
         parts += [f"## {script.stem.replace('_', ' ')}", claim.split("\n\n")[0], f"`python benchmarks/{script.name}`"]
         table = script.with_suffix(".md")
         if table.exists():
-            parts.append(
-                re.sub(r"^#+ .*\n", "", table.read_text(), count=1 if table.read_text().startswith("#") else 0)
-            )
+            parts.append(re.sub(r"^# .*\n", "", table.read_text()).replace("\n## ", "\n### "))
     return "\n\n".join(parts) + "\n"

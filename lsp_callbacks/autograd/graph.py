@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsp_callbacks.autograd._torch_internals import custom_functions, output_dtypes
+from lsp_callbacks.autograd._torch_internals import custom_functions, dtypes_of
 
 # Backward nodes of functions whose derivative jumps.
 _KINKS = re.compile(
@@ -83,12 +83,15 @@ class Graph:
         dtype: the least precise floating-point type among the nodes.
         custom: names of ``torch.autograd.Function`` classes that are not PyTorch's own. Whether their backward can be
             differentiated is unknown: ``once_differentiable`` may give a wrong second derivative without an error.
+        stopped: functions by which what depends on the parameters left the graph, and entered it again: see
+            `lsp_callbacks.autograd.stop_gradients`.
     """
 
     kinked: bool
     fused: bool
     dtype: torch.dtype
     custom: tuple[str, ...]
+    stopped: tuple[str, ...] = ()
 
     @property
     def full(self) -> bool:
@@ -100,7 +103,7 @@ def read(loss: Tensor) -> Graph:
     """Return the properties of the autograd graph of a loss."""
     nodes = list(walk([loss.grad_fn]))
     names = {node.name() for node in nodes}
-    dtypes, functions = {loss.dtype, *output_dtypes(nodes)}, custom_functions(nodes)
+    dtypes, functions = {loss.dtype, *dtypes_of(nodes)}, custom_functions(nodes)
     return Graph(
         kinked=any(map(_KINKS.match, names)),
         fused=any(map(_FUSED.match, names)),
@@ -117,4 +120,5 @@ def joined(graphs: Iterable[Graph]) -> Graph:
         fused=any(graph.fused for graph in graphs),
         dtype=min((graph.dtype for graph in graphs), key=lambda dtype: dtype.itemsize),
         custom=tuple(sorted({name for graph in graphs for name in graph.custom})),
+        stopped=tuple(sorted({name for graph in graphs for name in graph.stopped})),
     )

@@ -1,4 +1,4 @@
-"""What a user's own ``configure_gradient_clipping`` does to the gradient, found by trying it."""
+"""How a user's own ``configure_gradient_clipping`` clips, found by trying it on copies of the gradient."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.monitor.gradient_check import Gradients
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.flat import restored
-from lsp_callbacks.step.muted import muted
+from lsp_callbacks.step.side_effects import muted
 
 #: Sizes at which it is tried, relative to the step's gradient, and the relative difference that is rounding.
 SIZES, TOLERANCE = (1.0, 0.5, 2.0, 0.01, 100.0), 1e-4
-
-Gradients = list[tuple[Tensor, Tensor]]
 
 
 @contextlib.contextmanager
@@ -36,8 +35,8 @@ def _put_back(parameters: list[nn.Parameter], optimizer: Any) -> Iterator[None]:
             group.update(before)
 
 
-def own_clipping(trainer: Any, reset: Callable[[], nn.Module], optimizer: Any) -> tuple[Clipping | None, Gradients]:
-    """The rule by which ``configure_gradient_clipping`` clips, and the gradients that the step will have after it.
+def custom_clipping(trainer: Any, reset: Callable[[], nn.Module], optimizer: Any) -> tuple[Clipping | None, Gradients]:
+    """Return how ``configure_gradient_clipping`` clips, and the gradients that the step will have after it.
 
     The limit is read off a very large gradient, and the rule is then compared with what the method makes of gradients
     of several sizes and of another direction. It is called on a copy of the module, whose parameters are the real ones:
@@ -55,7 +54,7 @@ def own_clipping(trainer: Any, reset: Callable[[], nn.Module], optimizer: Any) -
     """
     module = reset()
     parameters = [p for p in module.parameters() if p.grad is not None]
-    own = [p.grad.detach().clone() for p in parameters if p.grad is not None]
+    of_step = [p.grad.detach().clone() for p in parameters if p.grad is not None]
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     moving = [id(p) in held for p in parameters]
 
@@ -75,17 +74,17 @@ def own_clipping(trainer: Any, reset: Callable[[], nn.Module], optimizer: Any) -
         return torch.cat(parts) if parts else torch.zeros(0)
 
     generator = torch.Generator().manual_seed(0)  # the global one is left alone
-    noise = [torch.randn(g.shape, generator=generator).to(g.device, g.dtype) for g in own]
-    length = float(torch.linalg.vector_norm(flat(own)))
+    noise = [torch.randn(g.shape, generator=generator).to(g.device, g.dtype) for g in of_step]
+    length = float(torch.linalg.vector_norm(flat(of_step)))
     across = [(length or 1.0) / max(float(torch.linalg.vector_norm(flat(noise))), 1e-30) * g for g in noise]
     top = max((float(g.abs().max()) for g in across if g.numel()), default=1.0)
-    most = 1e4 if any(g.dtype == torch.float16 for g in own) else 1e8
+    most = 1e4 if any(g.dtype == torch.float16 for g in of_step) else 1e8
     huge = [most / max(top, 1e-30) * g for g in across]
     with _put_back(parameters, optimizer):
         if not math.isfinite(length):  # it cannot be tried on this step, and that is no fault of the method
-            return None, list(zip(parameters, apply(own)))
+            return None, list(zip(parameters, apply(of_step)))
         rule = _limit(flat(huge), flat(apply(huge)))
-        for gradients in (huge, across, *([size * g for g in own] for size in SIZES)):
+        for gradients in (huge, across, *([size * g for g in of_step] for size in SIZES)):
             before, after = flat(gradients), flat(apply(gradients))
             expected = before if rule is None else rule(before)
             if not bool(torch.linalg.vector_norm(after - expected) <= TOLERANCE * torch.linalg.vector_norm(expected)):
@@ -94,11 +93,11 @@ def own_clipping(trainer: Any, reset: Callable[[], nn.Module], optimizer: Any) -
                     "neither by the norm over all of the optimizer's parameters nor by value: the derivative of that "
                     "is not modelled. Clip by self.clip_gradients(...)"
                 )
-        return rule, list(zip(parameters, apply(own)))
+        return rule, list(zip(parameters, apply(of_step)))
 
 
 def _limit(before: Tensor, after: Tensor) -> Clipping | None:
-    """The rule that would make one of the other."""
+    """Return the clipping that makes ``after`` of ``before``; None if there is none."""
     norms = torch.linalg.vector_norm(before), torch.linalg.vector_norm(after)
     if not bool(torch.isfinite(after).all()) or not len(before) or float(norms[1]) == 0:
         return None

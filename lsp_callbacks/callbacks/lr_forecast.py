@@ -1,4 +1,4 @@
-"""The learning rates that the schedule will bring, from a copy of it."""
+"""When the learning rates that the schedule will bring cross the edge of stability."""
 
 from __future__ import annotations
 
@@ -8,50 +8,125 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lsp_callbacks.monitor.history import Observation
+from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.step.flat import largest_learning_rate
 
 #: Measurements whose mean is the critical rate.
 RECENT = 3
-#: Steps left where nobody knows.
+#: Steps of the schedule to look ahead.
+HORIZON = 1000
+#: Steps left where their number is not known.
 MANY = 2**62
+
+
+class LRForecast:
+    """Compares the learning rates to come with the critical one, of the last measurements.
+
+    Players have rates of their own, and no common schedule: of them nothing is foretold.
+    """
+
+    def __init__(self) -> None:
+        self.critical = CriticalRate()
+        self._schedule: Schedule | None = None
+        self._is_game = self._is_overridden = False
+        self._rate_before = self._rate_used = 0.0
+
+    def reset(self) -> None:
+        """Forget the critical rates, as before a first run."""
+        self.critical = CriticalRate()
+
+    def begin_run(self, trainer: Any, *, is_game: bool, is_overridden: bool) -> None:
+        """Begin to follow the schedule of a run.
+
+        Args:
+            trainer: Lightning's, when training begins.
+            is_game: whether several optimizers take turns.
+            is_overridden: whether the module's own ``optimizer_step`` may set rates.
+        """
+        self._schedule, self._is_game, self._is_overridden = Schedule(trainer), is_game, is_overridden
+
+    def begin_step(self, trainer: Any) -> None:
+        """Note the rate before the step's forward pass."""
+        self._rate_before = largest_learning_rate(trainer.optimizers[0]) if self._is_overridden else 0.0
+
+    def before_update(self, trainer: Any) -> None:
+        """Note the rate that the step uses."""
+        self._rate_used = largest_learning_rate(trainer.optimizers[0])
+
+    def scheduled_courant(self, trainer: Any) -> float:
+        """Return the rate that the optimizer has now over the critical rate; NaN where that is not known."""
+        critical = math.nan if self._is_game else self.critical.mean
+        return (
+            largest_learning_rate(trainer.optimizers[0]) / critical if trainer.optimizers and critical > 0 else math.nan
+        )
+
+    def look_ahead(self, trainer: Any, monitor: Monitor, observation: Observation, step: int) -> Observation:
+        """Add ``stability/steps_to_edge`` to an observation, where the schedule will cross the critical rate.
+
+        Args:
+            trainer: Lightning's.
+            monitor: that made the observation.
+            observation: of the last step.
+            step: number of the step that comes next.
+        """
+        if self._is_game or not self.critical.add(observation.values, used=self._rate_used):
+            return observation
+        assert self._schedule is not None
+        left = max(1, min(HORIZON, steps_left(trainer, step)))
+        crossing = self.critical.crossing(self._schedule.ahead(step, left))
+        is_kept = self._schedule.confirmed and self._rate_used == self._rate_before
+        if self._is_overridden and not is_kept:  # ``optimizer_step`` sets rates of its own
+            return observation
+        if crossing is None or self._rate_used > self.critical.mean:
+            return observation
+        return monitor.history.add(observation, {"stability/steps_to_edge": crossing + 1.0})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the last critical rates."""
+        return {"critical": self.critical.rates, "stochastic": self.critical.stochastic}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.critical = CriticalRate(state.get("critical", ()), state.get("stochastic", False))
 
 
 class CriticalRate:
     """The last critical learning rates, with whose mean a scheduled rate is compared.
 
     Args:
-        known: of an earlier run.
+        rates: of an earlier run.
         stochastic: whether those were of SGD itself, not of one batch's curvature.
     """
 
-    def __init__(self, known: Sequence[float] = (), stochastic: bool = False):
-        self.known, self.stochastic = list(known), stochastic
+    def __init__(self, rates: Sequence[float] = (), stochastic: bool = False):
+        self.rates, self.stochastic = list(rates), stochastic
 
     @property
     def mean(self) -> float:
-        """NaN before there is one."""
-        return sum(self.known) / len(self.known) if self.known else math.nan
+        """The mean of the last ones; NaN before the first."""
+        return sum(self.rates) / len(self.rates) if self.rates else math.nan
 
-    def take(self, values: Mapping[str, float], *, used: float) -> bool:
-        """Takes in a measurement at the rate ``used``; whether it had a critical rate."""
+    def add(self, values: Mapping[str, float], *, used: float) -> bool:
+        """Take in a measurement at the rate ``used``; return True if it had a critical rate."""
         if "stability/critical_lr" in values and not self.stochastic:  # before, it was that of one batch's curvature
-            self.known, self.stochastic = [], True
+            self.rates, self.stochastic = [], True
         courant = math.nan if self.stochastic else values.get("stability/courant", math.nan)
         critical = values.get("stability/critical_lr", used / courant if courant > 0 else math.nan)
         if not math.isfinite(critical):
             return False
-        self.known = [*self.known, critical][-RECENT:]
+        self.rates = [*self.rates, critical][-RECENT:]
         return True
 
     def crossing(self, rates: Sequence[float]) -> int | None:
-        """The first of the rates that is above the critical one."""
+        """Return the index of the first rate above the critical one; None if there is none."""
         return next((k for k, future in enumerate(rates) if future > self.mean), None)
 
 
 class Schedule:
     """Rates of the steps to come. The trainer's own schedulers are never touched; each future step is computed once.
 
-    Schedulers that wait for a metric (``ReduceLROnPlateau``) are taken to leave the rate alone.
+    Schedulers that wait for a metric (``ReduceLROnPlateau``) are assumed to leave the rate alone.
 
     Args:
         trainer: Lightning's, during training.
@@ -65,12 +140,12 @@ class Schedule:
         self._rates: list[float] = []
 
     def ahead(self, step: int, horizon: int) -> list[float]:
-        """The rates of steps ``step`` to ``step + horizon - 1``; called at the end of the batch before ``step``."""
+        """Return the rates of steps ``step`` to ``step + horizon - 1``, at the end of the batch before."""
         now = largest_learning_rate(self._trainer.optimizers[0])
-        known = self._rates[step - self._origin : step - self._origin + 1]
+        foreseen = self._rates[step - self._origin : step - self._origin + 1]
         between = self._trainer.fit_loop.epoch_loop.batch_idx + 1 >= self._trainer.num_training_batches
-        self.confirmed = bool(known) and abs(known[0] - now) <= 1e-6 * abs(now)
-        if not known or (not between and abs(known[0] - now) > 1e-6 * abs(now)):  # somebody else set the rate
+        self.confirmed = bool(foreseen) and abs(foreseen[0] - now) <= 1e-6 * abs(now)
+        if not foreseen or (not between and abs(foreseen[0] - now) > 1e-6 * abs(now)):  # somebody else set the rate
             self._restart(step)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "step of the optimizer was not called": it never will be
@@ -118,9 +193,9 @@ class Schedule:
 
 
 def steps_left(trainer: Any, step: int) -> int:
-    """Optimizer steps from ``step`` to the end of training, as far as it is known; otherwise very many."""
+    """Return the number of optimizer steps from ``step`` to the end of training; very many where it is not known."""
     try:
         total = trainer.estimated_stepping_batches
-    except Exception:  # where accumulation changes between epochs, Lightning refuses to tell
+    except Exception:  # where accumulation changes between epochs, Lightning does not tell
         total = trainer.max_steps
     return int(total) - step if 0 <= total < math.inf else MANY

@@ -50,10 +50,10 @@ class SharedLosses:
             left_out: whether a gradient scaler left the update out.
             wait: for all that is not known yet; the same on all processes.
         """
-        known = isinstance(loss, Tensor)
-        own = loss.detach().double().mean() if isinstance(loss, Tensor) else torch.zeros((), dtype=torch.float64)
-        own = own.to(self._ranks.device, non_blocking=True)
-        self._rows.append(torch.stack([own, torch.full_like(own, known), torch.full_like(own, lr)]))
+        has_loss = isinstance(loss, Tensor)
+        mean = loss.detach().double().mean() if isinstance(loss, Tensor) else torch.zeros((), dtype=torch.float64)
+        mean = mean.to(self._ranks.device, non_blocking=True)
+        self._rows.append(torch.stack([mean, torch.full_like(mean, has_loss), torch.full_like(mean, lr)]))
         self._steps.append((step, left_out))
         if wait:
             return self.rest()
@@ -65,10 +65,10 @@ class SharedLosses:
 
     def _exchange(self) -> list[Told]:
         earlier = self._read()
-        own = torch.stack(self._rows)
-        everybodys = [torch.empty_like(own) for _ in range(self._ranks.world)]
-        dist.all_gather(everybodys, own)
-        numbers, arrived = torch.stack(everybodys), None
+        rows = torch.stack(self._rows)
+        by_rank = [torch.empty_like(rows) for _ in range(self._ranks.world)]
+        dist.all_gather(by_rank, rows)
+        numbers, arrived = torch.stack(by_rank), None
         if numbers.device.type == "cuda":
             pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             pinned.copy_(numbers, non_blocking=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks import report
+from lsp_callbacks.callbacks._lightning_internals import logged_row
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.log_figure import log_figure
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
@@ -51,7 +52,6 @@ class StabilityReport(Callback):
         if self.path.suffix not in SUFFIXES:
             raise ValueError(f"path={str(path)!r}: give the name of a picture, ending in {', '.join(SUFFIXES)}")
         self._losses = Losses()
-        self._accumulated: Tensor | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
@@ -62,17 +62,18 @@ class StabilityReport(Callback):
             raise ValueError("StabilityReport needs a StabilityMonitor: add one to Trainer(callbacks=[...])")
         self._source = source
         if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
-            self._losses, self._accumulated = Losses(), None
+            self._losses = Losses()
+        if self._add_loss not in source.loss_listeners:
+            source.loss_listeners.append(self._add_loss)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor):  # of a micro-batch: divided by their number
-            loss = loss.detach().float().mean()
-            self._accumulated = loss if self._accumulated is None else self._accumulated + loss
-        done = self._source.step - 1
-        if self._accumulated is not None and (not self._losses.steps or done > self._losses.steps[-1]) and done >= 0:
-            self._losses.add(done, self._accumulated)
-            self._accumulated = None
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        source = next((c for c in trainer.callbacks if isinstance(c, StabilityMonitor)), None)
+        if source is not None and self._add_loss in source.loss_listeners:
+            source.loss_listeners.remove(self._add_loss)
+
+    def _add_loss(self, step: int, loss: Tensor) -> None:
+        if step > (self._losses.steps[-1] if self._losses.steps else -1):  # a batch need not end with an update
+            self._losses.add(step, loss.float())
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         folder = trainer.log_dir or trainer.default_root_dir  # asked on all ranks: it is broadcast
@@ -90,18 +91,17 @@ class StabilityReport(Callback):
         drawn = [q for q in self._source.monitor.quantities.values() if q.picture and q.update_count]
         skipped = [f"lsp_callbacks: {name} was not measured: {why}" for name, why in self._source.skipped.items()]
         pictures = [self._drawn(q, trainer, path.with_name(f"{path.stem}_{q.picture}.png")) for q in drawn]
-        report.show(*[report.table(history)] * self.table, *sentences, *skipped, *pictures)
+        report.print_report(*[report.table(history)] * self.table, *sentences, *skipped, *pictures)
 
     def _drawn(self, quantity: Quantity, trainer: Any, path: Path) -> str:
         """Draws what a quantity has to show, saves it and logs it; returns what is to be said about it."""
         try:
-            figure = report.drawn(quantity)
+            figure = report.quantity_figure(quantity)
         except Exception as error:  # the run is over: no reason to end it with an exception
             return f"lsp_callbacks: no picture of {quantity.name}: {error}"
         figure.savefig(path)
         for logger in trainer.loggers:
-            key, step = f"stability/{quantity.picture}", trainer.fit_loop.epoch_loop._batches_that_stepped
-            log_figure(logger, key, figure, step)
+            log_figure(logger, f"stability/{quantity.picture}", figure, logged_row(trainer))
         return f"lsp_callbacks: the picture of {quantity.name} is {path}"
 
     def _events(self, trainer: Any, steps: list[int], values: list[float]) -> dict[str, int | None]:

@@ -11,11 +11,12 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from lsp_callbacks._validation import number, whole
 from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.callbacks.publisher import log
 from lsp_callbacks.callbacks.recent_readings import Readings
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.monitor.courant_source import COURANT, GD, SGD
+from lsp_callbacks.monitor.history import Observation
 from lsp_callbacks.monitor.losses import LossRecord, Told
-from lsp_callbacks.monitor.monitor import Observation
 
 #: Keys that are a rate over a critical rate, and so can be known before the rate is used.
 SCHEDULED = (COURANT, SGD, GD)
@@ -151,7 +152,7 @@ class StopOnInstability(Callback):
             )
         self._warned = missing
 
-    # The monitor calls these two at the end of each batch, so that the order of the callbacks does not matter.
+    # The monitor calls these at the end of each batch, so that the order of the callbacks does not matter.
 
     def receive(self, trainer: Any, observation: Observation) -> None:
         """Takes in a new observation."""
@@ -176,6 +177,12 @@ class StopOnInstability(Callback):
                 f"forecast at step {observation.step}: the scheduled learning rate crosses today's edge of stability "
                 f"at step {observation.step + steps:.0f}"
             )
+
+    def end_step(self, trainer: Any, step: int, told: Sequence[Told]) -> None:
+        """End training after ``step`` if it has to; for the arguments see `judge`."""
+        # Losses and measurements are the same numbers on all processes, so all of them stop at the same step.
+        if self.judge(trainer, step, told):
+            trainer.should_stop = True
 
     def judge(self, trainer: Any, step: int, told: Sequence[Told]) -> bool:
         """Whether to stop after ``step``, with the losses that have arrived since the step before."""
@@ -274,9 +281,7 @@ class StopOnInstability(Callback):
         self.events.append(step)
         self._say(f"event at step {step}: {reading}: linearly unstable")
         trainer.callback_metrics["stability/event"] = torch.tensor(float(step))
-        for logger in trainer.loggers:
-            row = trainer.fit_loop.epoch_loop._batches_that_stepped
-            logger.log_metrics({"stability/event": float(step)}, step=row)
+        log(trainer, {"stability/event": float(step)})
 
     def _reading(self, mean: float) -> str:
         text = f"{self._name} = {mean:.4g} > {self.threshold:g}"

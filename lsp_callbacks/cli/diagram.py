@@ -1,14 +1,10 @@
-"""The command ``lsp-callbacks diagram``: which learning rates a configuration can bear, before a step is taken."""
+"""The command ``lsp-callbacks diagram``: the largest stable learning rates of a configuration, before any step."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import pickle
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -18,27 +14,31 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lsp_callbacks import report
+from lsp_callbacks.callbacks._lightning_internals import remaining_batches
 from lsp_callbacks.callbacks.base import Callback
-from lsp_callbacks.callbacks.lightning_step import clipping, pending_step, probe_set, step_loss, unsupported
+from lsp_callbacks.callbacks.lightning_loop import LightningLoop
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
+from lsp_callbacks.cli.configured import (
+    Done,
+    existing,
+    fit_until_done,
+    print_failure,
+    quiet,
+    train_without_end,
+    with_configuration,
+)
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram
+from lsp_callbacks.monitor.monitor import Monitor
+from lsp_callbacks.monitor.observer import StepObserver
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, frozen_sgd
-from lsp_callbacks.plots.stability_diagram import diagram_around
 from lsp_callbacks.quantities import SGDStability
-from lsp_callbacks.step.probes import Probes, population
-from lsp_callbacks.step.replay import untouched
-from lsp_callbacks.step.run_context import RunContext
+from lsp_callbacks.quantities.sgd.diagram_around_step import diagram_around_step
+from lsp_callbacks.step.probes import population
+from lsp_callbacks.step.side_effects import untouched
 from lsp_callbacks.step.snapshot import Snapshot
 
 SUFFIXES = (".png", ".pdf", ".svg")
-#: Of the trainer: what could leave files behind or take time.
-QUIET = {
-    "logger": False, "profiler": None, "enable_checkpointing": False, "enable_progress_bar": False,
-    "enable_model_summary": False, "num_sanity_val_steps": 0,
-}  # fmt: skip
-#: Packages that log and warn under names of their own.
-LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric")
 DESCRIPTION = """\
 Draws the stability of SGD over learning rate and batch size for a configuration of `lsp-callbacks fit`, at its initial
 weights or at a checkpoint, and prints the largest stable rate of each batch size. Weights do not move, nothing is
@@ -47,7 +47,7 @@ logged, callbacks of the configuration are left out. Other options are those of 
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command.
+    """Run the command.
 
     Args:
         argv: arguments after ``diagram``.
@@ -55,36 +55,31 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The exit status, 1 where the diagram cannot be drawn. Bad arguments end in ``SystemExit(2)``.
     """
-    own, rest = _parser().parse_known_args(argv)
+    options, rest = _parser().parse_known_args(argv)
     try:
         report.check_installed()
         with quiet():
-            found, base, diagram = _configured(rest, own)
+            frozen, base, diagram = _examine_configuration(rest, options)
     except (Unmeasurable, MisconfigurationException, ImportError, OSError, pickle.UnpicklingError) as error:
-        return _fail(error)
+        return print_failure("diagram", error)
     except RuntimeError as error:
         if "loading state_dict" not in str(error):  # a bug of the user's, who wants to see where
             raise
-        return _fail(error)
-    own.output.parent.mkdir(parents=True, exist_ok=True)
-    report.diagram_figure(diagram, lr=found.lr, batch_size=found.batch_size).savefig(own.output)
-    size = min(found.batch_size, found.population)
-    sentence = report.diagram_sentence(diagram, lr=found.lr, batch_size=size)
-    if base > found.lr:  # a warm-up says little about the steps after it
+        return print_failure("diagram", error)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    report.diagram_figure(diagram, lr=frozen.lr, batch_size=frozen.batch_size).savefig(options.output)
+    size = min(frozen.batch_size, frozen.population)
+    sentence = report.diagram_sentence(diagram, lr=frozen.lr, batch_size=size)
+    if base > frozen.lr:  # a warm-up says little about the steps after it
         later = report.diagram_sentence(diagram, lr=base, batch_size=size)
         sentence += f". At the rate from which the schedule is reckoned, {later}"
-    frozen = ", with the optimizer's preconditioner held fixed" if found.frozen else ""
-    report.show(
+    preconditioner = ", with the optimizer's preconditioner held fixed" if frozen.frozen else ""
+    report.print_report(
         report.diagram_table(diagram),
-        f"lsp_callbacks: {sentence} (seen at {found.modes.samples} samples{frozen})",
-        f"lsp_callbacks: the diagram is {own.output.absolute()}",
+        f"lsp_callbacks: {sentence} (seen at {frozen.modes.samples} samples{preconditioner})",
+        f"lsp_callbacks: the diagram is {options.output.absolute()}",
     )
     return 0
-
-
-def _fail(error: Exception) -> int:
-    print(f"lsp-callbacks diagram: {' '.join(str(error).split())}", file=sys.stderr)
-    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,13 +98,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def existing(text: str) -> Path:
-    """A file that is there, for a command line."""
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text} does not exist")
-    return Path(text)
-
-
 def _picture(text: str) -> Path:
     if Path(text).suffix not in SUFFIXES:
         raise argparse.ArgumentTypeError(f"{text}: give the name of a picture, ending in {', '.join(SUFFIXES)}")
@@ -122,84 +110,22 @@ def _count(text: str) -> int:
     return int(text)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Lightning's advice is about training."""
-    loggers = [logging.getLogger(name) for name in LIGHTNING]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            # Its own, by where they are raised: those of the user's code are shown.
-            for package in LIGHTNING:
-                warnings.filterwarnings("ignore", module=package)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
+def _examine_configuration(args: list[str], options: argparse.Namespace) -> tuple[FrozenSGD, float, StabilityDiagram]:
+    """Return the first step of what LightningCLI makes of the arguments, the schedule's base rate and the diagram."""
+    examined: list[tuple[FrozenSGD, float]] = []
 
-
-def _configured(args: list[str], own: argparse.Namespace) -> tuple[FrozenSGD, float, StabilityDiagram]:
-    """What LightningCLI makes of the arguments: its first step, the schedule's base rate and the diagram."""
-    found: list[tuple[FrozenSGD, float]] = []
-
-    def look(trainer: Any, model: Any, monitor: StabilityMonitor | None, **data: Any) -> None:
-        data["ckpt_path"] = own.ckpt or data.get("ckpt_path")
-        frozen = examine(trainer, model, settings=Settings.of(monitor, own.probes), **data)
+    def use(trainer: Any, model: Any, monitor: StabilityMonitor | None, **data: Any) -> None:
+        data["ckpt_path"] = options.ckpt or data.get("ckpt_path")
+        frozen = examine(trainer, model, settings=Settings.of(monitor, options.probes), **data)
         groups = trainer.optimizers[0].param_groups
-        found.append((frozen, max(float(group.get("initial_lr", frozen.lr)) for group in groups)))
+        examined.append((frozen, max(float(group.get("initial_lr", frozen.lr)) for group in groups)))
 
-    configured(args, look, usage=_parser().usage)
+    with_configuration(args, use, usage=_parser().usage)
     try:
-        ((frozen, base),) = found
-        return frozen, base, diagram_around(frozen, chains=own.chains, steps=own.steps)
+        ((frozen, base),) = examined
+        return frozen, base, diagram_around_step(frozen, chains=options.chains, steps=options.steps)
     except ValueError as error:
         raise Unmeasurable(str(error)) from error
-
-
-def configured(args: list[str], look: Callable[..., None], *, usage: str | None) -> None:
-    """Makes trainer, module and data from the arguments of the command ``fit``, and hands them over before training.
-
-    The trainer leaves no files and has no callbacks.
-
-    Args:
-        args: as they follow ``fit``.
-        look: ``(trainer, model, monitor, **data)``; the monitor is that of the configuration, or None.
-        usage: for messages.
-    """
-    from pytorch_lightning.cli import LightningCLI
-    from pytorch_lightning.loggers.logger import DummyLogger
-
-    class ConfiguredCLI(LightningCLI):
-        """The command ``fit`` up to its first step: any configuration that trains is understood."""
-
-        def before_instantiate_classes(self) -> None:
-            vars(self.config.fit.trainer).update(QUIET)
-
-        def instantiate_trainer(self, **kwargs: Any) -> Any:
-            # Dropped once they are made: the monitor's settings are wanted, and no other callback's work.
-            listed = self._get(self.config_init, "trainer")["callbacks"] or []
-            listed = listed if isinstance(listed, list) else [listed]
-            self.monitor = next((c for c in listed if isinstance(c, StabilityMonitor)), None)
-            self._get(self.config_init, "trainer")["callbacks"] = None
-            trainer = super().instantiate_trainer(**kwargs)
-            trainer.logger = DummyLogger()  # hooks of the module may call it
-            return trainer
-
-        def fit(self, model: Any, **data: Any) -> None:
-            look(self.trainer, model, self.monitor, **data)
-
-    sys_argv = sys.argv
-    sys.argv = sys.argv[:1]  # given both args and the process's own arguments, LightningCLI warns
-    try:
-        ConfiguredCLI(
-            args=["fit", *args],
-            save_config_callback=None,
-            parser_kwargs={"prog": "lsp-callbacks", "fit": {"usage": usage}},
-        )
-    finally:
-        sys.argv = sys_argv
 
 
 @dataclass(frozen=True)
@@ -220,15 +146,15 @@ class Settings:
 
     @classmethod
     def of(cls, monitor: StabilityMonitor | None, probes: int | None) -> Settings:
-        """Takes them from a monitor; ``probes`` of the command line has precedence."""
+        """Return those of a monitor; ``probes`` of the command line has precedence."""
         if monitor is None:
             return cls(probes=probes or cls.probes)
         quantity: Any = monitor.monitor.quantities.get("sgd_stability") or SGDStability()
         return cls(
             probes=probes or quantity.probes,
             outputs=quantity.outputs,
-            forward_fn=monitor.probes.forward_fn,
-            criterion=monitor.probes.criterion,
+            forward_fn=monitor.observer.probes.forward_fn,
+            criterion=monitor.observer.probes.criterion,
             loss_fn=monitor.loss_fn,
             seed=monitor.seed,
         )
@@ -237,7 +163,7 @@ class Settings:
 def examine(
     trainer: Any, model: Any, *, settings: Settings | None = None, ckpt_path: str | Path | None = None, **data: Any
 ) -> FrozenSGD:
-    """Freezes the first step that a trainer would take, and takes none.
+    """Freeze the first step that a trainer would take, and take none.
 
     Everything is set up as for training: device, precision, loaders, optimizers, and the checkpoint with their states.
     Then the trainer is left by an exception, so that no hook believes that training has ended.
@@ -257,22 +183,10 @@ def examine(
             f"{trainer.world_size} processes: pass --trainer.devices 1; the batch size is then that of one of them"
         )
     examiner = _Examiner(settings or Settings())
-    trainer.callbacks.append(examiner)
-    vars(model)["configure_callbacks"] = list  # of the module: not wanted either
-    try:
-        trainer.fit(model, ckpt_path=None if ckpt_path is None else str(ckpt_path), **data)
-    except _Done:
-        pass
-    finally:
-        vars(model).pop("configure_callbacks", None)
-        trainer.callbacks.remove(examiner)
-    if examiner.found is None:
+    fit_until_done(trainer, model, examiner, ckpt_path=None if ckpt_path is None else str(ckpt_path), **data)
+    if examiner.frozen is None:
         raise Unmeasurable("the loader gives no training batch")
-    return examiner.found
-
-
-class _Done(Exception):
-    """All has been seen."""
+    return examiner.frozen
 
 
 class _Examiner(Callback):
@@ -280,38 +194,35 @@ class _Examiner(Callback):
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.found: FrozenSGD | None = None
+        self.frozen: FrozenSGD | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        # The schedules are made by now. A checkpoint of a run that has ended has a next step, too.
-        trainer.fit_loop.max_epochs = trainer.fit_loop.epoch_loop.max_steps = -1
+        train_without_end(trainer)  # the schedules are made by now
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         settings, steps = self.settings, max(1, len(trainer.optimizers))
         _check(trainer, pl_module, settings)
-        probes = Probes(settings.probes, settings.forward_fn, settings.criterion)
-        probes.drop(population(trainer.train_dataloader))
-        run = RunContext(seed=settings.seed, unsupported=unsupported(trainer, pl_module))
-        pending = pending_step(trainer, pl_module, own_loss=settings.loss_fn is not None, run=run)
+        monitor = Monitor(SGDStability(settings.probes, outputs=settings.outputs), every_n_steps=1)
+        observer = StepObserver(monitor, forward_fn=settings.forward_fn, criterion=settings.criterion)
+        loop = LightningLoop(trainer, pl_module, monitor, loss_fn=settings.loss_fn, seed=settings.seed)
+        observer.attach(loop)
+        observer.step = trainer.global_step // steps
+        observer.probes.drop(population(trainer.train_dataloader))
         with untouched(pl_module):
-            for number, one in enumerate(chain([batch], _rest(trainer)), start=batch_idx):
-                if number - batch_idx < trainer.accumulate_grad_batches:
-                    pending.add(one, step_loss(trainer, settings.loss_fn, number))
-                elif probes.full:
+            for number, coming in enumerate(chain([batch], remaining_batches(trainer))):
+                if number < trainer.accumulate_grad_batches:
+                    observer.begin_batch(coming, loop.loss(batch_idx + number), first=number == 0)
+                elif observer.probes.full:
                     break
-                probes.add(one)
-            snapshot = pending.snapshot(
-                trainer.global_step // steps,
-                trainer.optimizers[0],
-                clipping=clipping(trainer),
-                probes=probe_set(trainer, probes, pending),
-            )
-            self.found = frozen_sgd(_with_gradient(snapshot), outputs=settings.outputs)
-        raise _Done
+                else:
+                    observer.probes.add(coming, pl_module)
+            snapshot = observer.snapshot(trainer.optimizers[0], loop.clipping)
+            self.frozen = frozen_sgd(_with_gradient(snapshot), outputs=settings.outputs)
+        raise Done
 
 
 def _check(trainer: Any, module: Any, settings: Settings) -> None:
-    """Refuses what would move the weights, or does not move them."""
+    """Raise Unmeasurable for a run that would move the weights here, or never moves them."""
     if not trainer.optimizers:
         raise Unmeasurable(f"{type(module).__name__} has no optimizer: nothing is trained")
     if not module.automatic_optimization and (settings.loss_fn is None or settings.forward_fn is None):
@@ -325,21 +236,8 @@ def _check(trainer: Any, module: Any, settings: Settings) -> None:
         )
 
 
-def _rest(trainer: Any) -> Iterator[Any]:
-    """The other batches of the epoch, on the device as ``training_step`` would receive them."""
-    fetcher = trainer.fit_loop._data_fetcher
-    while True:
-        try:
-            batch, *_ = next(fetcher)  # iter() would begin again, with samples that have been seen
-        except StopIteration:
-            return
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
 def _with_gradient(snapshot: Snapshot) -> Snapshot:
-    """Before a step no gradient is there, which Adam's preconditioner needs, and by which it is told what moves."""
+    """Give a step that was not taken its gradient, which Adam needs, and which says what moves."""
     names, parameters = zip(*snapshot.parameters.items())
     with torch.enable_grad():
         loss = snapshot.replay()

@@ -1,81 +1,135 @@
-"""Pure functions: the definitions of what is measured."""
+"""The mathematics of stability: tensors, plain modules and linear operators in; tensors and small results out.
 
-from lsp_callbacks.functional.curvature.batch_sharpness import (
+Nothing here knows of training steps, loggers or Lightning. In five topics:
+
+- `curvature`: the Hessian of a loss, its largest eigenvalue, its spectrum;
+- `sgd`: exponents and critical rates of stochastic gradient descent frozen at one point, and the law of its noise;
+- `trajectory`: exponents of training loops and of products of steps, dissipation, proximal steps, error bars;
+- `network`: norms, gains and Lipschitz constants of layers, and the sensitivities of networks in depth;
+- `numerics`: head-room of floating-point numbers, and the first operation that gives NaN.
+"""
+
+from lsp_callbacks.functional.curvature import (
     BatchSharpnessResult,
-    batch_sharpness,
-    curvature_along_gradient,
-)
-from lsp_callbacks.functional.curvature.condition import condition, condition_lower, loss_condition_lower
-from lsp_callbacks.functional.curvature.loss_hessian import loss_hessian
-from lsp_callbacks.functional.curvature.marchenko_pastur import (
     MarchenkoPastur,
+    Secant,
+    Spectrum,
+    batch_sharpness,
+    condition,
+    condition_lower,
     cumulative,
+    curvature_along_gradient,
     density,
     fit_marchenko_pastur,
+    loss_condition_lower,
+    loss_hessian,
+    secant,
+    sharpness,
+    spectral_density,
+    stability_constant,
 )
-from lsp_callbacks.functional.curvature.secant import Secant, secant
-from lsp_callbacks.functional.curvature.sharpness import sharpness
-from lsp_callbacks.functional.curvature.spectral_density import Spectrum, spectral_density
-from lsp_callbacks.functional.curvature.stability_constant import stability_constant
-from lsp_callbacks.functional.network.activations import activation_lipschitz, activation_slope
-from lsp_callbacks.functional.network.batch_norm import Drift, batch_norm_drift
-from lsp_callbacks.functional.network.chain_lipschitz import chain_lipschitz
-from lsp_callbacks.functional.network.clarke import GeneralizedNorm, RelaxedJacobian, generalized_norm
-from lsp_callbacks.functional.network.depth_profile import DepthProfile, depth_profile
-from lsp_callbacks.functional.network.gains import Gains, LayerSizes, gains
-from lsp_callbacks.functional.network.kurtosis import excess_kurtosis
-from lsp_callbacks.functional.network.lipschitz import layer_lipschitz, lipschitz_lower
-from lsp_callbacks.functional.network.residual import ResidualStability, residual_stability
-from lsp_callbacks.functional.network.robustness import Sensitivity, sensitivity
-from lsp_callbacks.functional.network.spectral_norm import log_sum, spectral_norm, weight_norms
-from lsp_callbacks.functional.network.units import Units, units
-from lsp_callbacks.functional.numerics.first_fault import Fault, first_fault
-from lsp_callbacks.functional.numerics.numeric_range import NumericRange, headroom, lost_share, numeric_range
-from lsp_callbacks.functional.sgd.gradient_noise import GradientNoise, batch_variance, gradient_noise
-from lsp_callbacks.functional.sgd.mean_square import (
+from lsp_callbacks.functional.network import (
+    DepthProfile,
+    Drift,
+    Gains,
+    GeneralizedNorm,
+    LayerSizes,
+    RelaxedJacobian,
+    ResidualStability,
+    Sensitivity,
+    Units,
+    activation_lipschitz,
+    activation_slope,
+    batch_norm_drift,
+    chain_lipschitz,
+    depth_profile,
+    excess_kurtosis,
+    gains,
+    generalized_norm,
+    layer_lipschitz,
+    lipschitz_lower,
+    log_sum,
+    residual_stability,
+    sensitivity,
+    spectral_norm,
+    units,
+    weight_norms,
+    weight_operators,
+)
+from lsp_callbacks.functional.numerics import (
+    Fault,
+    NumericRange,
+    first_fault,
+    headroom,
+    lost_share,
+    numeric_range,
+)
+from lsp_callbacks.functional.sgd import (
+    CriticalRate,
+    Exponent,
+    GradientNoise,
+    Modes,
+    NoiseFit,
+    PowerLaw,
+    RateDecay,
+    RobbinsMonro,
+    SGDLawResult,
+    StabilityDiagram,
+    UpdateRule,
+    batch_variance,
+    critical_lr,
+    finite_time_exponents,
+    fit_noise,
     gd_critical_lr,
+    gd_exponent,
+    gradient_noise,
     mean_square_lr,
+    moment_exponent,
+    noise_gain,
+    noise_lipschitz,
+    rate_decay,
+    reduce,
+    regularity,
+    robbins_monro,
     second_moment,
     second_moment_exponent,
-)
-from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduce, regularity
-from lsp_callbacks.functional.sgd.moment_exponent import moment_exponent
-from lsp_callbacks.functional.sgd.robbins_monro import PowerLaw, RateDecay, RobbinsMonro, rate_decay, robbins_monro
-from lsp_callbacks.functional.sgd.sgd_law import NoiseFit, SGDLawResult, fit_noise, noise_gain, noise_lipschitz, sgd_law
-from lsp_callbacks.functional.sgd.sgd_stability import (
-    Exponent,
-    finite_time_exponents,
-    gd_exponent,
     sgd_exponent,
+    sgd_law,
+    stability_diagram,
     sum_of_exponents,
 )
-from lsp_callbacks.functional.sgd.stability_diagram import (
-    CriticalRate,
-    StabilityDiagram,
-    critical_lr,
-    stability_diagram,
-)
-from lsp_callbacks.functional.trajectory.dissipation import DissipationResult, dissipation
-from lsp_callbacks.functional.trajectory.leave_one_out import LeaveOneOutResult, data_response, leave_one_out
-from lsp_callbacks.functional.trajectory.lyapunov import (
+from lsp_callbacks.functional.trajectory import (
+    Box,
+    DissipationResult,
+    LeaveOneOutResult,
+    MaxNorm,
+    Only,
+    Promise,
+    Ridge,
+    SoftThreshold,
+    SpectralClip,
+    Tangents,
+    TrainingProfile,
+    batch_means,
+    data_response,
+    dissipation,
     exponent_bounds,
+    fieller,
+    function_growth,
+    leave_one_out,
     plane_map,
+    promise,
+    proximal_gain,
+    pushed,
     rescale,
     sharp_mode_exponent,
     sharp_plane,
-    window_exponent,
-)
-from lsp_callbacks.functional.trajectory.proximal import Box, MaxNorm, Only, Ridge, SoftThreshold, SpectralClip
-from lsp_callbacks.functional.trajectory.proximal_step import Promise, promise, proximal_gain
-from lsp_callbacks.functional.trajectory.statistics import batch_means, fieller, student_bounds, student_quantile
-from lsp_callbacks.functional.trajectory.training_exponent import training_exponent
-from lsp_callbacks.functional.trajectory.training_profile import (
-    Tangents,
-    TrainingProfile,
-    function_growth,
-    pushed,
+    student_bounds,
+    student_quantile,
     tangents,
+    training_exponent,
     training_profile,
+    window_exponent,
 )
 from lsp_callbacks.linalg import lyapunov_exponents
 
@@ -191,5 +245,6 @@ __all__ = [
     "training_profile",
     "units",
     "weight_norms",
+    "weight_operators",
     "window_exponent",
 ]

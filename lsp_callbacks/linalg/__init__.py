@@ -2,7 +2,7 @@
 
 from lsp_callbacks.linalg.cocycle import lyapunov_exponents, orthonormalise, push, spectral_radius
 from lsp_callbacks.linalg.lanczos import lanczos
-from lsp_callbacks.linalg.norms import norm, norms, unit
+from lsp_callbacks.linalg.norms import norm, norms, power_iteration, unit
 from lsp_callbacks.linalg.operator import LinearOperator, from_matrix, identity_like
 from lsp_callbacks.linalg.operator_norm import norm_upper, operator_norm, top_between
 from lsp_callbacks.linalg.quadrature import Quadrature, quadratures
@@ -25,6 +25,7 @@ __all__ = [
     "norms",
     "operator_norm",
     "orthonormalise",
+    "power_iteration",
     "push",
     "quadratures",
     "spectral_radius",

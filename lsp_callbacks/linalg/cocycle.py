@@ -13,7 +13,7 @@ from lsp_callbacks.linalg.operator import LinearOperator
 
 def push(operator: LinearOperator, frame: Tensor) -> Tensor:
     """Apply ``A`` to each of the ``k`` rows of ``frame``, ``(k, n) -> (k, n)``."""
-    return torch.stack([operator @ vector for vector in frame])
+    return torch.stack([operator.apply(vector) for vector in frame])
 
 
 def orthonormalise(frame: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,9 @@ def norm(v: Tensor, dim: int | None = None, *, keepdim: bool = False) -> Tensor:
     Cost: on a CPU one pass in the type of v, and one in float64 where the first is not accurate.
 
     Example:
-        >>> import torch
+        >>> from collections.abc import Iterable
+
+    import torch
         >>> from lsp_callbacks.linalg import norm
         >>> v = torch.tensor([3e-30, 4e-30])
         >>> round(1e30 * float(norm(v)), 6), float(torch.linalg.vector_norm(v))
@@ -35,16 +37,32 @@ def norm(v: Tensor, dim: int | None = None, *, keepdim: bool = False) -> Tensor:
     return torch.linalg.vector_norm(v, dim=dim, keepdim=keepdim, dtype=torch.float64)
 
 
-def norms(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the `norm` of each tensor as a whole, in one vector on the device of the first."""
-    return torch.stack([norm(t) for t in tensors])
+def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the `norm` of each tensor."""
+    return [norm(t) for t in tensors]
+
+
+def power_iteration(matrices: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Return the last two of ``v, A u(v), ...`` for a batch of matrices A, where u divides by the norm.
+
+    Args:
+        matrices: ``(*batch, n, n)``.
+        start: ``(*batch, n)``.
+        steps: products.
+    """
+    before = after = start
+    for _ in range(steps):
+        before, after = after, (matrices @ unit(after)[..., None])[..., 0]
+    return before, after
 
 
 def unit(v: Tensor) -> Tensor:
     """Return each row divided by its `norm`, in the type of v; rows of zeros stay.
 
     Example:
-        >>> import torch
+        >>> from collections.abc import Iterable
+
+    import torch
         >>> from lsp_callbacks.linalg import unit
         >>> unit(torch.tensor([[3e-30, 4e-30], [0.0, 0.0]]))
         tensor([[0.6000, 0.8000],

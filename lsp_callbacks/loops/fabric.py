@@ -15,7 +15,7 @@ from lsp_callbacks.step.pending_step import LossFn
 def watch_fabric(
     fabric: Any, module: Any, optimizer: Any, loss_fn: LossFn, monitor: Monitor | None = None, **settings: Any
 ) -> Watch:
-    """A `Watch` of what ``fabric.setup`` returned; it logs to Fabric's loggers.
+    """Return a `Watch` of what ``fabric.setup`` returned; it logs to Fabric's loggers.
 
     Args:
         fabric: Lightning's, after ``launch``.
@@ -33,9 +33,9 @@ def watch_fabric(
     forward_fn = settings.pop("forward_fn", None)
     if forward_fn is not None:
         settings["forward_fn"] = lambda copy, batch: forward_fn(_Converting(copy, precision, probed=True), batch)
-    known = {"log": fabric.log_dict, "scaler": getattr(precision, "scaler", None)}
-    watch = Watch(module.module, optimizer.optimizer, loss, monitor, **known | settings)
-    watch.probe_loss = lambda copy, batch: loss_fn(_Converting(copy, precision, probed=True), batch)
+    defaults = {"log": fabric.log_dict, "scaler": getattr(precision, "scaler", None)}
+    watch = Watch(module.module, optimizer.optimizer, loss, monitor, **defaults | settings)
+    watch.loop.probe_loss = lambda copy, batch: loss_fn(_Converting(copy, precision, probed=True), batch)
     return watch
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,14 +11,16 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lsp_callbacks.errors import Unsupported
-from lsp_callbacks.loops.plain import Log, Watch, moves
+from lsp_callbacks.loops.plain import Log, Watch
+from lsp_callbacks.loops.plain_loop import is_scheduler_of
 from lsp_callbacks.monitor.configure import configured
-from lsp_callbacks.monitor.monitor import Monitor, scalars
+from lsp_callbacks.monitor.history import scalars
+from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.quantities import Quantity
-from lsp_callbacks.quantities.module_filter import Selection
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.probes import Criterion, ForwardFn, check_pair, population
 from lsp_callbacks.step.run_context import Prox
+from lsp_callbacks.step.step_loss import loss_of
 
 ITEMS = "num_items_in_batch"
 
@@ -36,29 +37,23 @@ class StabilityCallback(TrainerCallback):
 
     The Trainer clips gradients by norm unless ``max_grad_norm=0``; what needs the update is that of the clipped step.
 
-    What `StabilityMonitor` takes beside these has no place here: the loss and the number of batches in a step are the
+    Other arguments of `StabilityMonitor` have no place here: the loss and the number of batches in a step are the
     Trainer's, whole batches are measured, and the Trainer's checkpoints hold nothing of ours.
 
     Args:
         quantities: a preset ("economy", "default", "full"), names, or `Quantity` objects; or a `Monitor`, which has the
-            settings up to ``time_limit`` itself.
-        every_n_steps: as of `StabilityMonitor`; so are
-        budget: of the training cost,
-        window: steps in a window of the exponent,
-        average: windows in its mean,
-        layers: whose spectral norms to measure,
-        blocks: the residual blocks,
-        strict: raise where a measurement fails,
-        max_memory: bytes that a measurement may take beside training,
-        time_limit: seconds that one may take, and
-        prox: what is done to each parameter after the optimizer's step.
+            ``settings`` itself.
+        prox: what is done to each parameter after the optimizer's step, as in `StabilityMonitor`.
         forward_fn: its batch is ``(args, kwargs)`` of the model's forward pass; so is that of
         criterion: which belongs to it.
         log: called with new values and ``state.global_step``.
         seed: of our own random choices.
+        settings: ``every_n_steps``, ``budget``, ``window``, ``average``, ``layers``, ``blocks``, ``strict``,
+            ``max_memory`` and ``time_limit``, as in `lsp_callbacks.monitor.configure.configured`.
 
     Raises:
         ValueError: for bad arguments, or settings beside a `Monitor`.
+        TypeError: for an unknown setting.
 
     Example:
         >>> from lsp_callbacks.loops.hugging_face import StabilityCallback
@@ -71,42 +66,25 @@ class StabilityCallback(TrainerCallback):
         self,
         quantities: str | Sequence[str | Quantity] | Monitor = "default",
         *,
-        every_n_steps: int | None = None,
-        budget: float = 0.05,
-        window: int = 4,
-        average: int = 5,
-        layers: Selection = None,
-        blocks: Selection = None,
-        strict: bool = False,
-        max_memory: float | str | None = None,
-        time_limit: float | None = None,
         prox: Prox | None = None,
         forward_fn: ForwardFn | None = None,
         criterion: Criterion | None = None,
         log: Log | None = None,
         seed: int = 0,
+        **settings: Any,
     ):
-        settings: dict[str, Any] = {
-            "every_n_steps": every_n_steps, "budget": budget, "window": window, "average": average, "layers": layers,
-            "blocks": blocks, "strict": strict, "max_memory": max_memory, "time_limit": time_limit,
-        }  # fmt: skip
-        if isinstance(quantities, Monitor):
-            known = inspect.signature(configured).parameters
-            if given := [name for name, value in settings.items() if value != known[name].default]:
-                raise ValueError(f"{' and '.join(given)}: a Monitor is given, give it to that")
-            self.monitor = quantities
-        else:
-            self.monitor = configured(quantities, **settings)
+        if isinstance(quantities, Monitor) and settings:
+            raise ValueError(f"{' and '.join(settings)}: a Monitor is given, give it to that")
+        self.monitor = quantities if isinstance(quantities, Monitor) else configured(quantities, **settings)
         check_pair(forward_fn, criterion)  # now, not when training begins
         self.log = log
         self._settings: dict[str, Any] = {"forward_fn": forward_fn, "criterion": criterion, "prox": prox, "seed": seed}
         self._values: dict[str, float] = {}
         self._items: Any = None
-        self._losses: list[Tensor] = []
         self._hooks: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._let_go()  # of a run that was interrupted
+        self._close()  # of a run that was interrupted
         if state.global_step == 0:  # a new run; one that is resumed goes on with the curves, if it is in this process
             self.monitor.reset()
         self.monitor.drop()
@@ -122,11 +100,11 @@ class StabilityCallback(TrainerCallback):
             log=self._keep,
             scaler=getattr(wrapped, "scaler", None),
             clipping=Clipping(args.max_grad_norm) if (args.max_grad_norm or 0) > 0 else None,
-            schedulers=(scheduler,) if moves(scheduler, optimizer) else (),
+            schedulers=(scheduler,) if is_scheduler_of(optimizer, scheduler) else (),
             **self._settings,
         )
-        self.watch.probe_loss = _model_loss
-        self.watch.probes.drop(population(kwargs.get("train_dataloader")))
+        self.watch.loop.probe_loss = _model_loss
+        self.watch.observer.probes.drop(population(kwargs.get("train_dataloader")))
         self.watch.step = state.global_step
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -144,14 +122,14 @@ class StabilityCallback(TrainerCallback):
             self.log(values, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._let_go()
+        self._close()
 
-    def _let_go(self) -> None:
+    def _close(self) -> None:
         for hook in self._hooks:
             hook.remove()
         if self._hooks:
             self.watch.close()
-        self._hooks, self._values, self._items, self._losses = [], {}, None, []
+        self._hooks, self._values, self._items = [], {}, None
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():
@@ -161,14 +139,13 @@ class StabilityCallback(TrainerCallback):
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module.training and torch.is_grad_enabled():
             with contextlib.suppress(Unsupported):
-                loss = _own_loss(output).detach()
+                loss = _own_loss(output)
                 if loss.ndim == 0:  # otherwise these are outputs, and the loss is computed from them
-                    self._losses = [*self._losses[: self.watch.batches - 1], loss]
+                    self.watch.record(loss)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._losses:
-            total = torch.stack(self._losses).sum()
-            self.watch.record(total if self._items is not None else total / len(self._losses))
+        if self._items is None:
+            self.watch.observer.step_loss.average()
 
     def _loss(self, module: nn.Module, batch: Any) -> Tensor:
         args, kwargs = batch
@@ -188,7 +165,7 @@ def _model_loss(module: nn.Module, batch: Any) -> Tensor:
 
 
 def _own_loss(outputs: Any) -> Tensor:
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+    loss = loss_of(outputs) if isinstance(outputs, Mapping) else outputs[0]
     if loss is None:
         raise Unsupported("the model returns no loss: one that the Trainer computes outside of it is not modelled")
     return loss

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.loops.plain_loop import PlainLoop, check_schedulers, why_unsupported
 from lsp_callbacks.monitor.configure import configured
-from lsp_callbacks.monitor.monitor import Curve, Monitor, Observation
-from lsp_callbacks.monitor.nan_finder import Guard, finite
-from lsp_callbacks.monitor.update_check import ELSEWHERE, Destination
+from lsp_callbacks.monitor.gradient_check import copies_of_gradients
+from lsp_callbacks.monitor.history import Curve
+from lsp_callbacks.monitor.monitor import Monitor
+from lsp_callbacks.monitor.nan_finder import finite
+from lsp_callbacks.monitor.observer import StepObserver
 from lsp_callbacks.report import Run, Verdict, judge
 from lsp_callbacks.step.clipping import Clipping
-from lsp_callbacks.step.fingerprint import identical
-from lsp_callbacks.step.pending_step import LossFn, PendingStep, never
-from lsp_callbacks.step.probes import Criterion, ForwardFn, Probes, population
-from lsp_callbacks.step.ranks import Ranks
-from lsp_callbacks.step.replay import untouched
+from lsp_callbacks.step.pending_step import LossFn
+from lsp_callbacks.step.probes import Criterion, ForwardFn, population
 from lsp_callbacks.step.run_context import Prox, RunContext
-from lsp_callbacks.step.snapshot import Snapshot
-from lsp_callbacks.step.verified_step import verified
 
 Log = Callable[[dict[str, float], int], None]
+
+CLOSURE = "optimizer.step(closure) finds its gradient after our look at it: call backward before step()"
 
 
 class Watch:
@@ -99,216 +98,134 @@ class Watch:
     ):
         if accumulate < 1:
             raise ValueError(f"accumulate={accumulate}: give the number of batches in an update, 1 or more")
-        self.module, self.optimizer, self.loss_fn, self.accumulate = module, optimizer, loss_fn, accumulate
+        self.module, self.optimizer, self.accumulate, self.log = module, optimizer, accumulate, log
         self.monitor = monitor if monitor is not None else configured()
-        self.log, self.clipping, self.scaler = log, clipping, scaler
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            unsupported = unsupported or _several(torch.distributed.get_world_size())
-        self.run = RunContext(
+        run = RunContext(
             seed=seed,
             prox=prox,
-            schedulers=_schedulers(schedulers, optimizer),
+            schedulers=check_schedulers(schedulers, optimizer),
             loss_name="loss_fn",
-            captures_inputs=self.monitor.captures_inputs,
-            unsupported=unsupported,
+            captures_inputs=self.monitor.quantities.captures_inputs,
+            unsupported=unsupported or why_unsupported(),
         )
-        wanted = max((getattr(quantity, "probes", 0) for quantity in self.monitor.quantities.values()), default=0)
-        self.probes = Probes(wanted, forward_fn, criterion)
-        #: Whose criterion tells outputs from targets.
-        self.probe_loss: Callable[[nn.Module, Any], Any] = loss_fn
-        self._destination = Destination()
-        self._published: Observation | None = None
-        self.step = 0
-        #: Seen since the last update.
+        self.loop = PlainLoop(module, run, loss_fn, accumulate=accumulate, clipping=clipping, scaler=scaler)
+        self.observer = StepObserver(self.monitor, forward_fn=forward_fn, criterion=criterion)
+        #: Batches since the last update.
         self.batches = 0
-        self._required = False
-        self._pending: PendingStep | None = None
-        self._observation: Observation | None = None
-        self._left_out = False
-        self._guard = Guard(self.monitor)
-        self._gradients: list[tuple[Tensor, Tensor]] = []
-        self._seen: Tensor | None = None
+        self._is_begun = self._is_skipped = False
         self._hooks = (
             optimizer.register_step_pre_hook(self._before_update),
             optimizer.register_step_post_hook(self._after_update),
         )
 
     @property
+    def step(self) -> int:
+        """Number of the next update."""
+        return self.observer.step
+
+    @step.setter
+    def step(self, number: int) -> None:
+        self.observer.step = number
+
+    @property
     def history(self) -> dict[str, Curve]:
         """Steps and values of every key."""
         return self.monitor.history
-
-    def __call__(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """The batches of the loader, unchanged: ``for batch in watch(loader): ...``."""
-        if not self.probes.batch_size:  # nothing was collected yet
-            self.probes.drop(population(loader))
-        for batch in loader:
-            self.begin(batch)
-            yield batch
-        self._check_update()
-
-    def begin(self, batch: Any) -> None:
-        """Called before the forward pass on a batch, by those who do not iterate over `__call__`."""
-        if not self._required:
-            self._require()
-        self._check_update()
-        first = self.batches in (0, self.accumulate)  # the second: a gradient scaler left the last update out
-        if first:
-            self.batches, self._pending, self._seen = 0, None, None
-            self._guard.begin()
-            if self.monitor.wants(self.step):
-                with self.monitor.warn_instead_of_raise("the step could not be kept for a replay"):
-                    self._pending = PendingStep(self.module, run=self.run)
-        self.monitor.begin(self.module, first=first)
-        self.batches += 1
-        self.probes.add(batch, self.module)
-        self._guard.add(batch, self._loss)
-        if self._pending is not None:
-            self._pending.add(batch, self._loss)
-
-    def measure(self) -> None:
-        """Called where the gradient is complete; otherwise the hook of the optimizer does it.
-
-        Where the gradient is changed afterwards, the numbers that depend on the update become NaN. A loop that clips in
-        a way that ``clipping`` cannot say calls this before it: only those numbers are lost then.
-        """
-        if self.scaler is not None and not finite([p.grad for p in self.module.parameters() if p.grad is not None]):
-            return  # the scaler will leave this update out
-        self.monitor.record(self.step, self._seen, self.optimizer, self.module)
-        if self._pending is None:
-            return
-        self._measure()
-        if self.clipping is None:  # otherwise what comes is known
-            self._gradients = [(p, p.grad.clone()) for p in self.module.parameters() if p.grad is not None]
-
-    def record(self, loss: Tensor) -> None:
-        """Tells the loss of a batch, as it is differentiated (divided by ``accumulate``), before the update.
-
-        Called at every step it costs next to nothing, and `verdict` can say what the loss did; quantities of a time
-        series (``dissipation``) need it. Otherwise the loss is known at the measured steps only.
-        """
-        self._seen = loss.detach() if self._seen is None else self._seen + loss.detach()
 
     @property
     def verdict(self) -> Verdict:
         """How the run went so far: state, cause, evidence, advice; `lsp_callbacks.report.sentence` says it in words."""
         return judge(Run.of(self.monitor, self.step))
 
+    def __call__(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Yield the batches of the loader, unchanged: ``for batch in watch(loader): ...``."""
+        if not self.observer.probes.batch_size:  # nothing was collected yet
+            self.observer.probes.drop(population(loader))
+        for batch in loader:
+            self.begin(batch)
+            yield batch
+        self._check_update()
+
+    def begin(self, batch: Any) -> None:
+        """Take in a batch before its forward pass; for those who do not iterate over `__call__`."""
+        self._begin_run()
+        self._check_update()
+        first = self.batches in (0, self.accumulate)  # the second: a gradient scaler left the last update out
+        self.batches = 1 if first else self.batches + 1
+        self.observer.begin_batch(batch, self.loop.loss, first=first)
+
+    def record(self, loss: Tensor) -> None:
+        """Take in the loss of a batch, as it is differentiated (divided by ``accumulate``), before the update.
+
+        Called at every step it costs next to nothing, and `verdict` can say what the loss did; quantities of a time
+        series (``dissipation``) need it. Otherwise the loss is known at the measured steps only.
+        """
+        self.observer.loss(loss)
+
+    def measure(self) -> None:
+        """Measure the step where its gradient is complete; otherwise the hook of the optimizer does it.
+
+        Where the gradient is changed afterwards, the numbers that depend on the update become NaN. A loop that clips in
+        a way that ``clipping`` cannot say calls this before it: only those numbers are lost then.
+        """
+        parameters = list(self.module.parameters())
+        if self.loop.scaler is not None and not finite([p.grad for p in parameters if p.grad is not None]):
+            return  # the scaler will leave this update out
+        self._begin_run()
+        self.observer.record(self.optimizer)
+        # With a ``clipping`` it is known what the gradient becomes.
+        gradients = (lambda: copies_of_gradients(parameters)) if self.loop.clipping is None else None
+        self.observer.measure(self.optimizer, coming_gradients=gradients)
+
     def close(self) -> None:
-        """Takes the hooks from the optimizer, and from the module where energies look at its state."""
-        self.monitor.close()
+        """Remove the hooks from the optimizer, and from the module where energies look at its state."""
+        self.observer.close()
         for hook in self._hooks:
             hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of the next update, and the curves."""
+        """Return the number of the next update, and the curves."""
         return {"step": self.step, "monitor": self.monitor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave; a window under way is cut."""
-        self.step = state["step"]
+        """Take back what `state_dict` gave; a window under way is cut."""
+        self.observer.step, self.observer.previous = state["step"], None
         self.monitor.load_state_dict(state["monitor"])
 
-    def _require(self) -> None:
-        self._required = True
-        step = Snapshot(self.step, self.module, never, self.optimizer, run=self.run, clipping=self.clipping)
-        self.monitor.require(step)
-
-    def _loss(self, module: nn.Module, batch: Any) -> Tensor:
-        return self.loss_fn(module, batch) / self.accumulate
-
-    def _measure(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        with self.monitor.warn_instead_of_raise("the step could not be looked at"), untouched(self.module):
-            probes = None
-            if self.probes.wanted:
-                probes = self.probes.probe_set(pending, self.probe_loss, micro_batches=self.accumulate)
-            snapshot = pending.snapshot(
-                self.step,
-                self.optimizer,
-                clipping=self.clipping,
-                probes=probes,
-                scale=1.0 if self.scaler is None else float(self.scaler.get_scale()),
-            )
-            if (factor := self._factor) is not None:
-                own = (snapshot.gradient or {}).items()
-                snapshot = replace(snapshot, gradient={name: g if g is None else g / factor for name, g in own})
-            snapshot = verified(snapshot)
-            if self._seen is None and snapshot.loss is not None:  # nobody tells it
-                self.monitor.losses.saw(self.step, snapshot.loss)
-            self._observation = self.monitor.observe(snapshot)
-            if self.run.prox is not None and any(q.needs_update for q in self.monitor.quantities.values()):
-                self._destination.awaited()
-                self._destination.expect(snapshot)
-
-    @property
-    def _factor(self) -> Any:
-        """Of a gradient scaler, if the gradient still holds it: fused optimizers divide it out by themselves."""
-        return getattr(self.optimizer, "grad_scale", None)
+    def _begin_run(self) -> None:
+        if not self._is_begun:
+            self._is_begun = True  # also where it raises: once is enough
+            self.observer.begin_run(self.loop, [self.optimizer])
 
     def _check_update(self) -> None:
-        """Whether the parameters are where step and prox should have brought them, at the end of the loop's body."""
-        if not self.batches and self._destination.missed():  # otherwise the update has not been made
-            self.monitor.invalidate_update_metrics(self._published, ELSEWHERE)
-            self._published = None
+        if self._is_begun and not self.batches:  # otherwise the update has not been made
+            self.observer.check_update()
 
     def _before_update(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._begin_run()
+        observer = self.observer
         overflow = getattr(optimizer, "found_inf", None)  # of a gradient scaler, which leaves the update to fused ones
-        self._left_out = overflow is not None and bool(overflow)
-        if self._left_out:
-            self._pending, self._gradients = None, []
+        self._is_skipped = overflow is not None and bool(overflow)
+        if self._is_skipped:
+            observer.skip_update()
             return
-        if any(callable(one) for one in (*args[1:], *kwargs.values())):
-            self._pending = None  # its gradient comes later
-            self.monitor.invalidate_update_metrics(
-                None, "optimizer.step(closure) finds its gradient after our look at it: call backward before step()"
-            )
-        self.monitor.record(self.step, self._seen, self.optimizer, self.module)
-        if self._seen is not None:
-            self.monitor.losses.saw(self.step, self._seen)
-        fault = None
-        with self.monitor.warn_instead_of_raise("whether the step is finite could not be told"):
-            pending, left_out = (lambda: PendingStep(self.module, run=self.run)), self._factor is not None
-            fault = self._guard.look(self.step, self.module, pending, ranks=Ranks(), left_out=left_out)
-        self._measure()
-        if fault is not None:
-            seen = self._observation or Observation(self.step, {})
-            self._observation = self.monitor.add(seen, {"stability/nonfinite_step": float(self.step)})
-        if any(p.grad is None or not identical(p.grad, gradient) for p, gradient in self._gradients):
-            self._observation = self.monitor.invalidate_update_metrics(
-                self._observation, "the gradient was changed after Watch.measure()"
-            )
-        self._gradients = []
+        if any(callable(argument) for argument in (*args[1:], *kwargs.values())):
+            observer.skip_update()  # its gradient comes later
+            observer.invalidate_update(CLOSURE)
+        observer.before_update(optimizer)
+        loss = observer.step_loss.differentiated
+        loss = observer.replayed_loss if loss is None else loss
+        if loss is not None:
+            self.monitor.losses.saw(self.step, loss)
+        observer.check_gradient("the gradient was changed after Watch.measure()", is_gone_allowed=False)
 
     def _after_update(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._left_out:  # nothing has moved
-            self.batches, self._observation = 0, None
+        observer, self.batches = self.observer, 0
+        observations, fault = observer.after_update()
+        observer.forget_step()
+        if self._is_skipped:  # nothing has moved
             return
-        observation, self._observation = self._observation, None
-        self._published = observation
-        if observation is not None and self.log is not None:
-            self.log(dict(observation.values), observation.step)
-        self.step, self.batches, self._seen = self.step + 1, 0, None
-
-
-def _several(processes: int) -> str | None:
-    if processes == 1:
-        return None
-    return f"{processes} processes: a loop of one's own is measured in one, Lightning's Trainer with 'ddp' in several"
-
-
-def _schedulers(given: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, ...] | None:
-    """None where none are given: then nobody knows."""
-    found = tuple(given) if isinstance(given, list | tuple) else (given,)
-    for one in found:
-        if not moves(one, optimizer):
-            raise ValueError(f"schedulers={one!r} does not move this optimizer's rate: give those that do, or none")
-    return found or None
-
-
-def moves(scheduler: Any, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is this optimizer's, which Fabric and accelerate wrap."""
-    moved = getattr(scheduler, "optimizer", None)
-    return getattr(moved, "optimizer", moved) is optimizer
+        completed = [*observations, *([] if fault is None else [fault])]
+        if completed and self.log is not None:
+            self.log({key: value for each in completed for key, value in each.values.items()}, completed[0].step)
+        observer.count()

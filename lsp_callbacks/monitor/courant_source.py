@@ -34,6 +34,11 @@ class CourantSource:
         self.failing = False
         self._waiting: tuple[int, float] | None = None
 
+    @property
+    def name(self) -> str | None:
+        """The key without its prefix: "courant_sgd" or "courant_gd"; None before the decision."""
+        return None if self.key is None else self.key.removeprefix("stability/")
+
     def value(self, step: int, values: Mapping[str, float], possible: Collection[str]) -> tuple[int, float] | None:
         """The headline number that a step has brought, with the step at which it was measured; None if it brought none.
 
@@ -64,10 +69,30 @@ class CourantSource:
         self.failing = math.isnan(values[self.key])
         return step, values[self.key]
 
-    def invalidate(self) -> None:
-        """Forget the number that waits: the step did not move the parameters as it was measured."""
-        if self._waiting is not None:
+    def invalidate(self, keys: Collection[str]) -> set[str]:
+        """Return the keys that depend on these, which are not valid, as the step moved the parameters otherwise.
+
+        Args:
+            keys: of the step's values.
+        """
+        if GD in keys and self._waiting is not None:
             self._waiting = (self._waiting[0], math.nan)
+        return {COURANT, SOURCE} if self.key in keys else set()
+
+    def keys(self, possible: Collection[str], *, without_update: bool) -> set[str]:
+        """Return the keys of the headline number, if it can appear.
+
+        Args:
+            possible: keys that can be measured in this run.
+            without_update: whether the update turned out not to be the optimizer's.
+        """
+        appears = {SGD, GD} & set(possible) or (self.key and not without_update)
+        return {COURANT, SOURCE} if appears else set()
+
+    def reported(self, value: float) -> dict[str, float]:
+        """Return the headline number by its key, and which it is, unless it is NaN."""
+        source = {} if self.key is None or math.isnan(value) else {SOURCE: CODES[self.key]}
+        return {COURANT: value} | source
 
     def reading(self, values: Mapping[str, float]) -> float:
         """The headline number; before it is decided and while it fails, what stands in for it; NaN without either."""

@@ -1,6 +1,5 @@
 """From one frozen training step to linear operators."""
 
-from lsp_callbacks.functional.network.layer_operators import weight_operators
 from lsp_callbacks.operators.curvature.hessian import hessian
 from lsp_callbacks.operators.network.residual_block import Block, residual_block
 from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule
@@ -29,5 +28,4 @@ __all__ = [
     "step_jacobian",
     "step_response",
     "tangent_path",
-    "weight_operators",
 ]

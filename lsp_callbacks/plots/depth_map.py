@@ -1,4 +1,4 @@
-"""How the sensitivities of a network over depth and training time are drawn."""
+"""Drawing of a network's sensitivities over depth and training time."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from lsp_callbacks.plots.stability_diagram import matplotlib
+from lsp_callbacks.plots.figure import load
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Layers that are named beside the picture.
+#: Largest number of layers that are named beside the picture.
 NAMED = 24
 
 
-def draw(sigma: Tensor, steps: Sequence[int], layers: Sequence[str], ax: Axes) -> None:
-    """``log10 sigma^x_k`` as colours: red expands, blue contracts, white keeps the size of a perturbation.
+def draw_depth_map(sigma: Tensor, steps: Sequence[int], layers: Sequence[str], ax: Axes) -> None:
+    """Draw ``log10 sigma^x_k`` as colours: red expands, blue contracts, white keeps the size of a perturbation.
 
     Args:
-        sigma: ``(measurements, L)``; what is 0 or not finite is a hole.
+        sigma: ``(measurements, L)``; cells that are 0 or not finite stay empty.
         steps: of the measurements, ascending.
-        layers: their names, from the input on.
+        layers: names of the layers, from the input on.
         ax: to draw into.
 
     Raises:
@@ -32,7 +32,7 @@ def draw(sigma: Tensor, steps: Sequence[int], layers: Sequence[str], ax: Axes) -
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.ma.masked_invalid(np.log10(sigma.numpy().T))
     top = max(float(np.abs(logs).max()) if logs.count() else 0.0, 0.1)
-    norm = matplotlib("matplotlib.colors").Normalize(-top, top)
+    norm = load("matplotlib.colors").Normalize(-top, top)
     x, y = _edges(np.asarray(steps, dtype=float)), np.arange(len(layers) + 1) + 0.5
     mesh = ax.pcolormesh(x, y, logs, cmap="RdBu_r", norm=norm, shading="flat", rasterized=True)
     figure: Any = ax.get_figure()
@@ -48,7 +48,7 @@ def draw(sigma: Tensor, steps: Sequence[int], layers: Sequence[str], ax: Axes) -
 
 
 def _edges(steps: np.ndarray) -> np.ndarray:
-    """Of cells around ascending steps, half way between them."""
+    """Return the edges of cells around ascending steps, half way between them."""
     if len(steps) == 1:
         return np.array([steps[0] - 0.5, steps[0] + 0.5])
     middle = (steps[1:] + steps[:-1]) / 2

@@ -1,60 +1,60 @@
-"""The stability diagram around a run, and how it is drawn: needed by `SGDStability.plot` and by reports alike."""
+"""Drawing of the stability diagram: the exponent of SGD over learning rate and batch size."""
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from lsp_callbacks.functional.sgd.mean_square import gd_critical_lr, mean_square_lr
-from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram, stability_diagram
-from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD
+from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram
+from lsp_callbacks.plots.figure import BLACK, ORANGE, STYLE, YELLOW, load
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-BLACK, ORANGE, YELLOW = "#1a1a1a", "#E69F00", "#F0E442"
-#: Rates of a diagram: at least so many, and so many a decade.
-RATES, A_DECADE = 24, 12
 #: Exponents beyond this, in nats per step, have one colour; below that share of the largest, the scale is linear.
 CLIP, LINEAR = 1.0, 2e-3
 
 
-def diagram_around(found: FrozenSGD, **settings: Any) -> StabilityDiagram:
-    """The stability diagram of a frozen step, with rates and batch sizes that have the step's own among them.
+def diagram_figure(
+    diagram: StabilityDiagram, *, lr: float | None = None, batch_size: int | None = None, ax: Axes | None = None
+) -> Figure:
+    """Draw the exponent of SGD over learning rate and batch size, with the edges of stability.
+
+    Blue is stable, red unstable. The exponent turns positive at the black line, drawn with standard errors; the second
+    moment diverges at the dashed one.
 
     Args:
-        found: of `lsp_callbacks.operators.sgd.frozen_sgd.frozen_sgd`.
-        settings: of `lsp_callbacks.functional.sgd.stability_diagram.stability_diagram`.
+        diagram: of `SGDStability.diagram` or `lsp_callbacks.functional.sgd.stability_diagram.stability_diagram`.
+        lr: rate of the run; a star marks it where both are given.
+        batch_size: of the run.
+        ax: to draw into; None makes a figure.
+
+    Returns:
+        A figure without a window: ``diagram_figure(...).savefig("diagram.png")``.
 
     Raises:
-        ValueError: if the network is collapsed (rank 0).
+        ImportError: without matplotlib.
     """
-    modes, rule, total = found.modes, found.rule, found.population
-    most, own = min(total, 4 * modes.samples), min(found.batch_size, total)
-    sizes = sorted({2**k for k in range(most.bit_length()) if 2**k <= most} | {own})
-    # From the edge of the noisiest batch to that of no noise at all: cheap bounds of all that is searched later.
-    edges = [mean_square_lr(modes, batch_size=1, rule=rule, population=total), gd_critical_lr(modes, rule), found.lr]
-    known = [rate for rate in edges if 0 < rate < math.inf]
-    lrs = None
-    if modes.rank and len(known) > 1:
-        low, high = math.log10(min(known) / 2), math.log10(max(known) * 2)
-        count = max(RATES, round(A_DECADE * (high - low)))
-        lrs = torch.logspace(low, high, count, dtype=torch.float64)
-    chosen: dict[str, Any] = {"rule": rule, "population": total, "lrs": lrs, "batch_sizes": sizes}
-    return stability_diagram(modes, **(chosen | settings))
+    with load("matplotlib").rc_context(STYLE):
+        if ax is None:
+            ax = load("matplotlib.figure").Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained").subplots()
+        draw_stability_diagram(diagram, ax, lr=lr, batch_size=batch_size)
+    figure: Any = ax.get_figure()
+    return figure
 
 
-def draw(diagram: StabilityDiagram, ax: Axes, *, lr: float | None = None, batch_size: int | None = None) -> None:
-    """Exponents as colours over rate and batch size, the two edges as lines, the run as a star.
+def draw_stability_diagram(
+    diagram: StabilityDiagram, ax: Axes, *, lr: float | None = None, batch_size: int | None = None
+) -> None:
+    """Draw exponents as colours over rate and batch size, the two edges as lines, the run as a star.
 
     Args:
         diagram: of `lsp_callbacks.functional.sgd.stability_diagram.stability_diagram`.
         ax: to draw into.
-        lr: rate of the run; it is marked where both are known.
+        lr: rate of the run; a star marks it where both are given.
         batch_size: of the run.
 
     Raises:
@@ -66,7 +66,7 @@ def draw(diagram: StabilityDiagram, ax: Axes, *, lr: float | None = None, batch_
     ax.set_yscale("log", base=2)
     _colours(diagram, ax, rates, sizes)
     critical, error, mean_square = (
-        np.where(np.isfinite(values), values, np.nan)  # no edge: nothing to draw
+        np.where(np.isfinite(values), values, np.nan)  # without an edge there is no point
         for values in (diagram.critical_lr.numpy(), diagram.critical_error.numpy(), diagram.mean_square_lr.numpy())
     )
     ax.errorbar(
@@ -95,11 +95,11 @@ def draw(diagram: StabilityDiagram, ax: Axes, *, lr: float | None = None, batch_
 
 
 def _colours(diagram: StabilityDiagram, ax: Axes, rates: np.ndarray, sizes: np.ndarray) -> None:
-    """One cell a measurement, white at 0; the scale is logarithmic, as stable exponents are thousandths."""
+    """Draw one cell for each exponent, white at 0, on a logarithmic scale: stable exponents are thousandths."""
     exponents = np.ma.masked_invalid(diagram.lyapunov.numpy())
-    exponents[np.isneginf(diagram.lyapunov.numpy())] = -CLIP  # super-stable; NaN stays a hole
+    exponents[np.isneginf(diagram.lyapunov.numpy())] = -CLIP  # super-stable; NaN stays empty
     top = min(float(np.abs(exponents).max()) or CLIP, CLIP) if exponents.count() else CLIP
-    norm = matplotlib("matplotlib.colors").SymLogNorm(LINEAR * top, linscale=0.6, vmin=-top, vmax=top)
+    norm = load("matplotlib.colors").SymLogNorm(LINEAR * top, linscale=0.6, vmin=-top, vmax=top)
     mesh = ax.pcolormesh(rates, sizes, exponents, cmap="RdBu_r", norm=norm, shading="flat", rasterized=True)
     figure: Any = ax.get_figure()
     bar = figure.colorbar(mesh, ax=ax, pad=0.02, extend="both" if np.abs(exponents).max() > top else "neither")
@@ -112,7 +112,7 @@ def _colours(diagram: StabilityDiagram, ax: Axes, rates: np.ndarray, sizes: np.n
 
 
 def _rates(ax: Axes) -> None:
-    """Ticks at 1, 2 and 5 times powers of ten, in plain digits; powers alone over many decades."""
+    """Put ticks at 1, 2 and 5 times powers of ten, in plain digits; at powers alone over many decades."""
     low, high = ax.get_xlim()
     steps = (1, 2, 5) if high < 300 * low else (1,)
     ticks = [n * 10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for n in steps]
@@ -122,17 +122,9 @@ def _rates(ax: Axes) -> None:
 
 
 def _between(values: np.ndarray) -> np.ndarray:
-    """The edges of cells around ascending values, geometrically half way; half an octave where there is one value."""
+    """Return the edges of cells around ascending values, geometrically half way; half an octave for one value."""
     logs = np.log(values)
     if len(logs) == 1:
         return np.exp([logs[0] - math.log(2) / 2, logs[0] + math.log(2) / 2])
     middle = (logs[1:] + logs[:-1]) / 2
     return np.exp(np.concatenate([[2 * logs[0] - middle[0]], middle, [2 * logs[-1] - middle[-1]]]))
-
-
-def matplotlib(module: str) -> Any:
-    """A module of matplotlib, which is not needed until something is drawn."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError("a plot needs matplotlib: pip install 'lsp-callbacks[report]'") from error

@@ -1,4 +1,4 @@
-"""What every measured quantity is: a torchmetrics Metric that is fed frozen training steps."""
+"""What every measured quantity is: a torchmetrics Metric that is given frozen training steps."""
 
 from __future__ import annotations
 
@@ -6,27 +6,48 @@ import functools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lsp_callbacks.operators.curvature.hessian import path_taken
-from lsp_callbacks.plots.stability_diagram import matplotlib
-from lsp_callbacks.step.series import Energy
+from lsp_callbacks.plots.figure import load
+from lsp_callbacks.quantities.key import PREFIX, Key, is_global
+from lsp_callbacks.step.energies import Energy
 from lsp_callbacks.step.snapshot import Snapshot
 
-#: In keys, the name of what is outside of all submodules.
+#: Name, in keys, of what is outside of all submodules.
 ROOT = "(root)"
 
 
 class Quantity(Metric):
     """A Metric whose ``update`` takes a `Snapshot`.
 
-    A measurement takes ``prepare + window`` consecutive steps; ``complete`` says whether the last update finished one.
-    ``update`` computes first and assigns last, so that an exception leaves the state whole. States are equal on all
-    ranks, so nothing is reduced when they are computed.
+    A subclass states its numbers in ``KEYS``, says what a measurement costs, and measures in ``update``, which ends
+    with ``finish``::
+
+        class GradientNorm(Quantity):
+            '''Length of the step's gradient.'''
+
+            name = "gradient_norm"
+            KEYS = {"gradient_norm": Key("Length of the step's gradient.", "loss / parameter")}
+
+            def cost(self, snapshot):
+                return {"gradient": 1.0}
+
+            def update(self, snapshot):
+                self.complete = False
+                self.finish({"gradient_norm": replayed_gradient(snapshot)[1].norm()})
+
+    One line in `lsp_callbacks.quantities` makes it known by its name: the monitor, its checkpoints, command line and
+    YAML files, the report's table, the figure and the documentation take everything else from the class.
+
+    Each global key is a torchmetrics state of that name, float64 and NaN before a measurement, so that checkpoints hold
+    the last one. A measurement takes ``prepare + window`` consecutive steps; ``complete`` says whether the last update
+    finished one. ``update`` computes first and assigns last, so that an exception leaves the state whole. States are
+    equal on all ranks, so nothing is reduced when they are computed.
 
     ``compute`` returns a dict of the last measurement, and so does ``metric(snapshot)``. Lightning logs it by
     ``self.log_dict(metric(snapshot))``, and one key by ``self.log("sharpness", metric["stability/sharpness"])``, where
@@ -34,26 +55,34 @@ class Quantity(Metric):
 
     Attributes:
         name: in ``StabilityMonitor(quantities=...)``.
-        keys: the global scalars that ``compute`` returns, NaN where a measurement fails.
-        optional: further ones, left out where they are not defined; keys with a second "/" are per layer.
+        KEYS: what is reported, by name, without the common prefix ``stability/``. A name such as
+            ``"spectral_norm/<layer>"`` stands for one key a layer.
+        keys: the global keys that every measurement returns, NaN where it fails; derived from ``KEYS``.
+        optional: further global keys, left out where they are not defined; derived from ``KEYS``.
+        key_states: whether each global key is a state; otherwise the class adds its own and overrides ``compute``.
+        by_name_only: whether the quantity is too expensive for any preset.
         window: consecutive steps that are measured.
         prepare: steps before them.
         needs_update: whether the optimizer's update map enters.
         without_update: keys that stay right where the update turns out to be another one: then the quantity goes on
-            with them alone, on snapshots that are `RunContext.invalidated`. Without any it is left out.
-        recorded: steps of the `Trace` that it looks back on, at most; 0 asks for none.
-        energies: what the trace is to record beside loss and rate, by name.
-        final_state: name of the module whose output the energies see as ``state``; None where none asks for it.
-        picture: what ``plot`` shows at the end of a run, as a name for files and loggers, where it is neither a key nor
-            the beginning of one; empty without a picture. Such a ``plot`` needs no argument, keeps what it shows when
-            `load_vectors` forgets, returns a figure first, and raises ValueError where there is nothing to show.
-        patient: whether `wait` is asked before a measurement.
-        plays: whether a `Player`'s step can be measured; otherwise the quantity is left out of games.
+            with them alone, on snapshots that are `RunContext.invalidated`. Without any it is skipped.
+        recorded: steps of the `Trace` that it looks back on, at most; 0 needs none.
+        energies: what the trace records beside loss and rate, by name.
+        final_state: name of the module whose output the energies receive as ``state``; None where none needs it.
+        picture: suffix of the figure's file name and logger tag, or "" for none; neither a key nor the beginning of
+            one. ``plot`` then works without arguments, also after `load_vectors` has forgotten the vectors; it returns
+            the figure first, and raises ValueError where there is nothing to show.
+        warms_up: whether `warm_up` can ask for more steps; derived.
+        supports_multiple_optimizers: whether the step of a `Player` can be measured; otherwise the quantity is skipped
+            where several optimizers take turns.
     """
 
     name: str = ""
+    KEYS: ClassVar[Mapping[str, Key]] = MappingProxyType({})
     keys: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    key_states: bool = True
+    by_name_only: bool = False
     window: int = 1
     prepare: int = 0
     needs_update: bool = False
@@ -62,28 +91,55 @@ class Quantity(Metric):
     energies: Mapping[str, Energy] = MappingProxyType({})
     final_state: str | None = None
     picture: str = ""
-    patient: bool = False
-    plays: bool = False
+    warms_up: bool = False
+    supports_multiple_optimizers: bool = False
     full_state_update = False
     higher_is_better = None
     is_differentiable = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.warms_up = cls.warm_up is not Quantity.warm_up
+        if "KEYS" in vars(cls):
+            names = {PREFIX + name: key for name, key in cls.KEYS.items() if "/" not in name}
+            cls.keys = tuple(name for name, key in names.items() if not key.optional)
+            cls.optional = tuple(name for name, key in names.items() if key.optional)
         if "update" in vars(cls):
             cls.update = _takes_a_snapshot(cls.update)  # type: ignore[method-assign]
 
     def __init__(self) -> None:
         super().__init__(sync_on_compute=False)
         self.complete = False
+        for key in (*self.keys, *self.optional) if self.key_states else ():
+            self.add_state(key, default=scalar(torch.nan), persistent=True)
+
+    def finish(self, values: Mapping[str, float | Tensor]) -> None:
+        """Complete a measurement with its numbers, by the names of ``KEYS``; what is not given becomes NaN.
+
+        Raises:
+            KeyError: for a name that ``KEYS`` does not state.
+        """
+        given = {PREFIX + name: scalar(value) for name, value in values.items()}
+        if unknown := given.keys() - {*self.keys, *self.optional}:
+            raise KeyError(f"{type(self).__name__}.KEYS does not state {', '.join(sorted(unknown))}")
+        for key in (*self.keys, *self.optional):
+            setattr(self, key, given.get(key, scalar(torch.nan)))
+        self.complete = True
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the last measurement, NaN before one; optional numbers that are not defined are left out."""
+        values = {key: getattr(self, key) for key in (*self.keys, *self.optional)}
+        return {key: value for key, value in values.items() if key in self.keys or not bool(value.isnan())}
 
     def forward(self, snapshot: Snapshot) -> dict[str, Tensor]:  # type: ignore[override]
-        """Update with one step, and return the last measurement: of a step there is nothing to accumulate.
+        """Update with one step and return the last measurement.
 
-        torchmetrics' own would measure from an empty state, which forgets warm starts and windows under way.
+        A step has nothing to accumulate; torchmetrics' own ``forward`` would measure from an empty state, without the
+        warm starts and the windows that are under way.
         """
         self.update(snapshot)
-        self._forward_cache = values = self.compute()
+        values = self.compute()
+        self._forward_cache: Any = values
         return values
 
     @property
@@ -93,37 +149,38 @@ class Quantity(Metric):
 
     @abstractmethod
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        """Gradients that one measurement costs, by what they are spent on; equal entries are shared.
+        """Return the gradients that one measurement costs, by what they are spent on; equal entries are shared.
 
         Passes, and what is beside them: see `lsp_callbacks.operators.cost`. The numbers in the docstrings of quantities
         are those of a large MLP, as ``benchmarks/cost_of_each.py`` measures them. Cost: one forward pass.
         """
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        """Bytes beside training at the peak of a measurement, predicted, by what they are for; equal ones are shared.
+        """Return the predicted bytes beside training at the peak of a measurement, by what they are for.
 
-        Cost: one forward pass for all quantities of a step, see `lsp_callbacks.operators.memory`.
+        Equal entries are shared. Cost: one forward pass for all quantities of a step, see
+        `lsp_callbacks.operators.memory`.
         """
         return {}
 
     def check(self, snapshot: Snapshot) -> None:
-        """Raises `Unmeasurable` if the quantity cannot be measured on such steps; replays nothing."""
+        """Raise `Unmeasurable` if the quantity cannot be measured on such steps; nothing is replayed."""
 
     def begin(self, module: nn.Module) -> None:
-        """Called on all ranks when a run begins, not where it is resumed: the weights have not moved yet."""
+        """Look at the weights before the first update of a run, on all ranks; not called where a run is resumed."""
 
-    def wait(self, snapshot: Snapshot) -> int:
-        """Steps until enough is known to measure, 0 for now; until then a `patient` quantity says nothing."""
+    def warm_up(self, snapshot: Snapshot) -> int:
+        """Return the number of steps until enough is known to measure, 0 for now."""
         return 0
 
-    def keeps(self, name: str, module: nn.Module) -> bool:
-        """Whether the module's inputs are to be kept in full."""
+    def captures_inputs(self, name: str, module: nn.Module) -> bool:
+        """Return whether the inputs of a module are to be kept in full."""
         return False
 
     def path(self, snapshot: Snapshot) -> str:
-        """By which way the numbers of an update were found, for the user to read: see `Monitor.paths`.
+        """Return in words how the numbers of an update were computed, see `Monitor.paths`.
 
-        "exact", or the way of the Hessian products where it takes a ``method``.
+        "exact", or how the Hessian products were taken where there is a ``method``.
         """
         method = getattr(self, "method", None)
         return "exact" if method is None else path_taken(snapshot, method)
@@ -139,10 +196,10 @@ class Quantity(Metric):
             The figure and its axes.
 
         Raises:
-            ModuleNotFoundError: without matplotlib.
+            ImportError: without matplotlib.
         """
         if ax is None:  # without pyplot, which would keep the figure
-            ax = matplotlib("matplotlib.figure").Figure(layout="constrained").subplots()
+            ax = load("matplotlib.figure").Figure(layout="constrained").subplots()
         values = self.compute() if val is None else val
         self._plot([_global(v) for v in values] if isinstance(values, Sequence) else _global(values), ax)
         if ax.get_legend() is not None:  # torchmetrics puts it across the curves
@@ -150,28 +207,30 @@ class Quantity(Metric):
         return ax.get_figure(), ax
 
     def vectors(self) -> dict[str, Any]:
-        """What a measurement remembers beside its scalars; saved only with ``save_vectors=True``."""
+        """Return what a measurement remembers beside its scalars; it is saved only with ``save_vectors=True``."""
         return {}
 
     def load_vectors(self, vectors: dict[str, Any]) -> None:
-        """Takes back what `vectors` gave; nothing forgets it, and drops a window that is under way."""
+        """Take back what `vectors` returned; an empty dict forgets it and drops a window that is under way."""
 
     def restart(self) -> None:
-        """Called where other parameters are trained from now on: what was remembered of the earlier ones is let go."""
+        """Forget what was remembered of the parameters trained so far, as others are trained from now on."""
         self.load_vectors({})
 
     def reset(self) -> None:
+        """Forget everything, as before the first measurement."""
         super().reset()
         self.complete = False
         self.load_vectors({})
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The states and, unlike torchmetrics', how many updates they saw."""
+        """Return the states and, unlike torchmetrics, the number of updates."""
         state = super().state_dict(*args, **kwargs)
         state[kwargs.get("prefix", "") + "_update_count"] = torch.tensor(self._update_count)
         return state
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        # Not by `get_extra_state`: loading a module's checkpoint from before it held this metric would become an error.
         count = state_dict.pop(prefix + "_update_count", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if count is not None:
@@ -192,16 +251,11 @@ def _takes_a_snapshot(update: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
-def is_global(key: str) -> bool:
-    """Whether it is of the whole network, not of a layer: ``stability/<name>``."""
-    return key.count("/") == 1
-
-
 def _global(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values without those of single layers, as one axis cannot show a hundred, by the last part of their keys."""
+    """Return the values that are not those of single layers, by the last part of their keys: one axis shows few."""
     return {key.split("/")[1]: value for key, value in values.items() if is_global(key)}
 
 
 def scalar(value: float | Tensor) -> Tensor:
-    """A number as a state: float64, on the CPU, without a graph."""
+    """Return a number as a state: float64, on the CPU, without a graph."""
     return torch.as_tensor(value, dtype=torch.float64).detach().cpu()

@@ -1,4 +1,4 @@
-"""How a user names layers and blocks: by class, glob or predicate."""
+"""Selection of layers and blocks by class, glob or predicate."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ Selection = Selector | Sequence[Selector] | None
 
 
 def selected(selection: Selection, name: str, module: nn.Module) -> bool:
-    """Whether any selector takes the module.
+    """Return whether any selector selects the module.
 
     A string is a glob on the module's name, or the import path of a class or predicate (``my_package.MyBlock``,
     ``my_package.is_block``); a predicate is called with name and module.
     """
-    return any(_takes(one, name, module) for one in _as_list(selection))
+    return any(_selects(selector, name, module) for selector in _as_list(selection))
 
 
 def validate(selection: Selection, root: nn.Module, argument: str) -> None:
-    """Refuses a selector that takes no module at all.
+    """Refuse a selector that selects no module at all.
 
     Raises:
         ValueError: naming the selector and some names that would match.
     """
     modules = [(name, module) for name, module in root.named_modules() if name]
-    for one in _as_list(selection):
-        if not any(_takes(one, name, module) for name, module in modules):
+    for selector in _as_list(selection):
+        if not any(_selects(selector, name, module) for name, module in modules):
             names = ", ".join(name for name, _ in modules[:8]) or "none"
-            raise ValueError(f"{argument}={one!r} matches no module; the names here are {names} ...")
+            raise ValueError(f"{argument}={selector!r} matches no module; the names here are {names} ...")
 
 
 def _as_list(selection: Selection) -> list[Any]:
@@ -41,7 +41,7 @@ def _as_list(selection: Selection) -> list[Any]:
     return list(selection) if isinstance(selection, Sequence) and not isinstance(selection, str) else [selection]
 
 
-def _takes(selector: Any, name: str, module: nn.Module) -> bool:
+def _selects(selector: Any, name: str, module: nn.Module) -> bool:
     if isinstance(selector, str):
         target = imported(selector)
         if target is None:
@@ -53,7 +53,7 @@ def _takes(selector: Any, name: str, module: nn.Module) -> bool:
 
 
 def imported(path: str) -> Any | None:
-    """What an import path names; None where it names nothing."""
+    """Return the object of an import path; None where there is none."""
     package, _, attribute = path.rpartition(".")
     if not package or not path.replace(".", "").isidentifier():
         return None

@@ -1,4 +1,4 @@
-"""How a run went, as data: the state, what decides it, the numbers behind it, and what to do."""
+"""Verdict on a run, as data: its state, what decides it, the numbers behind it, and what to do."""
 
 from __future__ import annotations
 
@@ -9,37 +9,39 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from lsp_callbacks.functional.numerics.first_fault import Fault
+from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.monitor.losses import SETTLED, LossRecord
-from lsp_callbacks.monitor.monitor import Curve, Monitor
+from lsp_callbacks.monitor.monitor import Monitor
+from lsp_callbacks.monitor.nan_finder import unrecovered_fault_of
 from lsp_callbacks.report.linear_stability import linear_state, unbroken
 
 State = Literal[
     "not finite", "collapsed", "unstable", "risen", "not learning", "contradictory", "unknown", "edge", "recovered",
     "stable",
 ]  # fmt: skip
-#: What to do about a fault, by where it was.
+#: Advice on a fault, by where it was.
 REMEDIES = {
     "forward": "keep that operation's input in its domain (clamp, eps, a mask before it), or compute it in float32",
-    "backward": "keep that operation's input from where its derivative is infinite, by a clamp or a mask before it",
-    "batch": "look at the data, or leave out what is not finite",
-    "weights": "the update before made it: lower the learning rate, or clip the gradient",
+    "backward": "keep that operation's input away from infinite derivatives (clamp, or a mask before it)",
+    "batch": "check the data, or remove samples that are not finite",
+    "weights": "the update before produced it: lower the learning rate, or clip the gradient",
     "unknown": "try torch.autograd.set_detect_anomaly(True)",
 }
-#: A reading that is older than this share of the run, and than so many steps, does not speak of its end.
+#: A reading that is older than this share of the run, and than so many steps, does not describe its end.
 OLD, FEW = 0.5, 50
-#: Readings that a run should have, where more are asked for.
+#: Number of readings in a run that the advice to measure more often aims at.
 WANTED = 20
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a run.
+    """Facts about a run that a verdict rests on.
 
     Attributes:
         history: of the `StabilityMonitor`.
         fault: that ended it in NaN or Inf, if one did.
-        step: the last step; None where only the history is known: then nothing is said of its age, nor of the loss.
-        losses: what the loss did; None where nobody saw it.
+        step: the last step; None where only the history is known: then neither age nor loss are part of the verdict.
+        losses: record of the loss; None where it was not seen.
         event: step of the event of `StopOnInstability`.
         stop: step of its stop.
         reason: of the stop.
@@ -55,39 +57,44 @@ class Run:
 
     @classmethod
     def of(cls, monitor: Monitor, step: int, stops: Sequence[Any] = ()) -> Run:
-        """What a `Monitor` and those who judge its observations know after the steps before ``step``."""
-        events = [each.event_step for each in stops if each.event_step is not None]
-        stopped = next((each for each in stops if each.stop_step is not None), None)
-        told = {} if stopped is None else {"stop": stopped.stop_step, "reason": stopped.reason}
+        """Return the facts after the steps before ``step``, from a `Monitor` and the callbacks that judge it."""
+        events = [judge.event_step for judge in stops if judge.event_step is not None]
+        stopped = next((judge for judge in stops if judge.stop_step is not None), None)
+        stop = {} if stopped is None else {"stop": stopped.stop_step, "reason": stopped.reason}
         return cls(
-            monitor.history, monitor.ended_by, max(step - 1, 0), monitor.losses, min(events, default=None), **told
+            monitor.history,
+            unrecovered_fault_of(monitor),
+            max(step - 1, 0),
+            monitor.losses,
+            min(events, default=None),
+            **stop,
         )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a run went when it ended; `report.sentence` says it in words.
+    """State of a run at its end; `report.sentence` puts it into words.
 
     Attributes:
-        state: by falling gravity, the first that holds:
+        state: the first of these that holds, the most severe first:
 
             - "not finite": the last loss was not, or a `Fault` ended the run;
-            - "collapsed": the outputs have ceased to depend on the inputs;
-            - "unstable": the readings say so, or `StopOnInstability` has stopped it, or its loss rose at the edge;
-            - "risen": the loss has risen well above its least value, and no reading says why;
+            - "collapsed": the outputs no longer depend on the inputs;
+            - "unstable": by its readings, or `StopOnInstability` has stopped it, or its loss rose at the edge;
+            - "risen": the loss has risen well above its least value, and no reading explains it;
             - "not learning": the loss has never fallen;
-            - "contradictory": the Courant number and the exponent of the real step say opposite things;
+            - "contradictory": the Courant number and the exponent of the real step contradict each other;
             - "unknown": nothing was measured, the last measurements failed, the last reading is old, or in the last one
-              the outputs did not depend on the inputs, and it takes more to say that it has collapsed;
-            - "edge": at the edge of stability, where healthy training may live;
+              the outputs did not depend on the inputs, for too few readings to call it collapsed;
+            - "edge": at the edge of stability, where healthy training may stay;
             - "recovered": stable at the end, but not always, or after an event;
             - "stable".
-        cause: what decides: "fault", "loss", "collapse", "courant", "exponent", "stop", "contradiction", "age",
+        cause: what decided: "fault", "loss", "collapse", "courant", "exponent", "stop", "contradiction", "age",
             "failed", "not measured", "event", "readings".
-        evidence: the numbers (and the texts of a fault or a stop) that it rests on: ``step``, ``age`` of the last
+        evidence: numbers (and the texts of a fault or a stop) that it rests on: ``step``, ``age`` of the last
             reading, ``courant`` (a mean of ``courant_readings``), ``exponent`` with ``lower`` and ``upper``, ``since``,
             ``loss_first``, ``loss_least``, ``loss_smoothed``, ``loss_last``, ``event``, ``stop``, ``divide_by`` ...
-        advice: what to do; empty where nothing can be said.
+        advice: what to do; empty without advice.
     """
 
     state: State
@@ -97,55 +104,59 @@ class Verdict:
 
     @property
     def calm(self) -> bool:
-        """Whether there is nothing to worry about: stable, and measured of late."""
+        """Whether there is nothing to worry about: stable, and measured recently."""
         return self.state == "stable"
 
 
 def judge(run: Run) -> Verdict:
-    """The gravest thing that is known of a run; unknown where too little is."""
+    """Return the most severe state that the facts of a run show; "unknown" where they are too few."""
     linear = linear_state(run.history)
     evidence = dict(linear.evidence) | _of_the_run(run)
-    told = Verdict(linear.state, linear.cause, MappingProxyType(evidence), linear.advice)
+    verdict = Verdict(linear.state, linear.cause, MappingProxyType(evidence), linear.advice)
     lower = linear.slower or "lower the learning rate, or warm it up for longer"
     losses = run.losses
     if run.fault is not None:
-        return replace(told, state="not finite", cause="fault", advice=REMEDIES[run.fault.where])
+        return replace(verdict, state="not finite", cause="fault", advice=REMEDIES[run.fault.where])
     if losses is not None and not losses.finite:
-        return replace(told, state="not finite", cause="loss", advice=f"{lower}; 'numerics' names the operation")
-    if told.state == "collapsed":
-        return told
+        return replace(verdict, state="not finite", cause="loss", advice=f"{lower}; 'numerics' names the operation")
+    if verdict.state == "collapsed":
+        return verdict
     alike = unbroken(run.history.get("stability/collapsed", Curve()), 0.0)  # not for good, as far as the readings say
     if alike is not None and losses is not None and (losses.risen or losses.fallen is False):
-        told = replace(told, evidence=MappingProxyType(evidence | {"since": alike}))
-        return replace(told, state="collapsed", cause="collapse", advice="start again with a lower learning rate")
+        verdict = replace(verdict, evidence=MappingProxyType(evidence | {"since": alike}))
+        return replace(verdict, state="collapsed", cause="collapse", advice="start again with a lower learning rate")
     if run.stop is not None:
-        return replace(told, state="unstable", cause="stop", advice=lower)
+        return replace(verdict, state="unstable", cause="stop", advice=lower)
     if losses is not None and losses.risen:
-        if told.state == "unstable":
-            return told
-        if told.state == "edge":
-            return replace(told, state="unstable", cause="loss", advice=lower)
-        return replace(told, state="risen", cause="loss", advice=_more(run, "to see whether the learning rate is why"))
+        if verdict.state == "unstable":
+            return verdict
+        if verdict.state == "edge":
+            return replace(verdict, state="unstable", cause="loss", advice=lower)
+        return replace(
+            verdict, state="risen", cause="loss", advice=_more(run, "to see whether the learning rate is the cause")
+        )
     if losses is not None and losses.fallen is False:
-        return replace(told, state="not learning", cause="loss", advice=_not_learning(told, lower))
+        return replace(verdict, state="not learning", cause="loss", advice=_not_learning(verdict, lower))
     age = evidence.get("age", 0)
-    if told.state != "unknown" and run.step is not None and age > max(FEW, OLD * run.step):
-        return replace(told, state="unknown", cause="age", advice=_more(run))
-    if told.state == "contradictory":
-        return told
-    if alike is not None and told.state not in ("unstable", "unknown"):
-        told = replace(told, state="unknown", cause="collapse", evidence=MappingProxyType(evidence | {"since": alike}))
-        return replace(told, advice=_more(run, "to see whether the network has collapsed"))
-    if told.state == "stable" and run.event is not None:
-        return replace(told, state="recovered", cause="event", advice="see that the loss has recovered")
-    if told.state == "stable" and run.step is not None:
-        return replace(told, advice=_at_rest(losses))
-    return told
+    if verdict.state != "unknown" and run.step is not None and age > max(FEW, OLD * run.step):
+        return replace(verdict, state="unknown", cause="age", advice=_more(run))
+    if verdict.state == "contradictory":
+        return verdict
+    if alike is not None and verdict.state not in ("unstable", "unknown"):
+        verdict = replace(
+            verdict, state="unknown", cause="collapse", evidence=MappingProxyType(evidence | {"since": alike})
+        )
+        return replace(verdict, advice=_more(run, "to see whether the network has collapsed"))
+    if verdict.state == "stable" and run.event is not None:
+        return replace(verdict, state="recovered", cause="event", advice="check that the loss has recovered")
+    if verdict.state == "stable" and run.step is not None:
+        return replace(verdict, advice=_at_rest(losses))
+    return verdict
 
 
 def _of_the_run(run: Run) -> dict[str, Any]:
-    """Evidence beside the readings."""
-    told: dict[str, Any] = {
+    """Return the evidence beside the readings."""
+    evidence: dict[str, Any] = {
         "last_step": run.step, "event": run.event, "stop": run.stop, "reason": run.reason,
         "fault": None if run.fault is None else str(run.fault),
         "fault_step": None if run.fault is None else run.fault.step,
@@ -154,26 +165,26 @@ def _of_the_run(run: Run) -> dict[str, Any]:
         step for key in ("courant", "courant_gd", "lyapunov") for step in _read(run.history.get(f"stability/{key}"))
     ]
     if run.step is not None and steps:
-        told["age"] = run.step - max(steps)
+        evidence["age"] = run.step - max(steps)
     losses = run.losses
     if losses is not None and losses.last_step >= 0:
-        told |= {
+        evidence |= {
             "loss_first": losses.first, "loss_least": losses.least, "loss_smoothed": losses.smoothed,
             "loss_last": losses.last, "losses": losses.count, "loss_nonfinite_step": losses.nonfinite_step,
             "loss_did": _did(losses),
         }  # fmt: skip
     elif run.step is not None:
-        told["loss_did"] = "not seen"
-    return {name: value for name, value in told.items() if value is not None}
+        evidence["loss_did"] = "not seen"
+    return {name: value for name, value in evidence.items() if value is not None}
 
 
 def _read(curve: Curve | None) -> list[int]:
-    """Steps of the readings that are numbers."""
+    """Return the steps of the readings that are numbers."""
     return [] if curve is None else [step for step, v in zip(curve.steps, curve.values) if not math.isnan(v)]
 
 
 def _did(losses: LossRecord) -> str:
-    """What the loss did, in a word or two."""
+    """Return what the loss did, in a word or two."""
     if not losses.finite:
         return "not finite"
     if not losses.comparable:
@@ -185,28 +196,28 @@ def _did(losses: LossRecord) -> str:
     return "fallen" if losses.fallen else "not fallen"
 
 
-def _not_learning(told: Verdict, lower: str) -> str:
-    if told.state == "contradictory":
+def _not_learning(verdict: Verdict, lower: str) -> str:
+    if verdict.state == "contradictory":
         return ""
-    if told.state in ("unstable", "edge"):
+    if verdict.state in ("unstable", "edge"):
         return lower
     return "the learning rate may be too high or too low: compare it with a tenth of it, or look at data and loss"
 
 
 def _more(run: Run, why: str = "") -> str:
-    """How to measure more."""
+    """Return the advice to measure more often."""
     every = "" if run.step is None else f" (every_n_steps={max(1, (run.step + 1) // WANTED)}, or a larger budget)"
     return f"measure more often{every}{' ' * bool(why)}{why}"
 
 
 def _at_rest(losses: LossRecord | None) -> str:
-    """Of a run that the readings call stable."""
+    """Return the advice for a run that is stable by its readings."""
     if losses is None or losses.last_step < 0:
-        return "see that the loss falls: nobody has told it"
+        return "check that the loss falls: it was not seen"
     if losses.nonfinite_step is not None:
-        return "see that the loss has recovered"
+        return "check that the loss has recovered"
     if not losses.comparable:
-        return "the sum of several losses does not tell whether they fall"
+        return "check the losses one by one: their sum does not show whether they fall"
     if losses.fallen is None:
-        return f"see that the loss falls: {SETTLED} steps are too few to tell"
+        return f"check that the loss falls: {SETTLED} steps are too few to show it"
     return "nothing to do"

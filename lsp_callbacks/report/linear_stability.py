@@ -1,4 +1,4 @@
-"""What the readings of a run say of its linear stability."""
+"""Linear stability of a run, from its readings."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lsp_callbacks.monitor.monitor import Curve
+from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.report.curves import AVERAGE, averaged, latest, readings
 
-#: Mean Courant numbers from which a run is "at the edge", and up to which: healthy full-batch training reaches 1.19 by
-#: its curvature, and healthy training with small batches 1.8 by the stochastic number (see ``benchmarks/``).
+#: Range of mean Courant numbers "at the edge": healthy full-batch training reaches 1.19 by its curvature, and healthy
+#: training with small batches 1.8 by the stochastic number (see ``benchmarks/``).
 EDGE, EDGE_SGD = (0.9, 1.2), (0.9, 2.0)
 
 Linear = Literal["stable", "recovered", "edge", "unstable", "collapsed", "contradictory", "unknown"]
@@ -26,7 +26,7 @@ class LinearState:
         cause: likewise.
         evidence: likewise.
         advice: likewise.
-        slower: what would bring the rate below the edge; empty where nothing is known of it.
+        slower: advice that brings the rate below the edge; empty where that is not known.
     """
 
     state: Linear
@@ -37,13 +37,13 @@ class LinearState:
 
 
 def linear_state(history: Mapping[str, Curve]) -> LinearState:
-    """Where the stochastic Courant number was measured, its mean of 5 decides; otherwise the exponent does.
+    """Return the linear stability of a run, from the stochastic Courant number if measured, else from the exponent.
 
-    A run is stable if the upper bound of the exponent is not positive, unstable if the value is (not its lower bound:
-    windows scatter most when a run begins to fail), and the Courant number of one batch tells the edge, where healthy
-    training may live, from what lies beyond. NaN is never stable, nor is a collapsed network. "Since" counts back over
-    measurements without a break. Where the bounds of the exponent and the Courant number lie on opposite sides of
-    their edges, they contradict each other.
+    The mean of 5 Courant numbers decides. By the exponent, a run is stable if its upper bound is not positive, unstable
+    if its value is (not its lower bound: windows scatter most when a run begins to fail), and the Courant number of one
+    batch separates the edge, where healthy training may stay, from instability. NaN is never stable, nor is a collapsed
+    network. "Since" counts back over measurements without a break. Where the bounds of the exponent and the Courant
+    number lie on opposite sides of their edges, they contradict each other.
     """
     exponent, courants = (history.get(f"stability/{key}", Curve()) for key in ("lyapunov", "courant"))
     name = "courant"
@@ -59,9 +59,9 @@ def linear_state(history: Mapping[str, Curve]) -> LinearState:
     }  # fmt: skip
     evidence = {name: v for name, v in evidence.items() if v is not None and not (isinstance(v, float) and v != v)}
     collapsed = history.get("stability/collapsed", Curve())
-    if (gone := unbroken(collapsed, 0.5)) is not None:
+    if (collapsed_since := unbroken(collapsed, 0.5)) is not None:
         return LinearState(
-            "collapsed", "collapse", evidence | {"since": gone}, "start again with a lower learning rate"
+            "collapsed", "collapse", evidence | {"since": collapsed_since}, "start again with a lower learning rate"
         )
     stochastic = not math.isnan(latest(history.get("stability/courant_sgd")))
     near = EDGE_SGD if stochastic else EDGE
@@ -72,7 +72,7 @@ def linear_state(history: Mapping[str, Curve]) -> LinearState:
     evidence["step"] = max(
         step for curve in (exponent, courants) for step, v in zip(curve.steps, curve.values) if not math.isnan(v)
     )
-    # A quantity that was given up (its last value is NaN) and one that never succeeded are both unknown.
+    # A quantity whose last value is NaN and one that never succeeded are both unknown.
     failed = max((_trailing_nans(curve) for curve in (exponent, courants)), key=len)
     if failed:
         evidence |= {"failed_since": failed[0], "failed": len(failed)}
@@ -93,12 +93,12 @@ def linear_state(history: Mapping[str, Curve]) -> LinearState:
     beyond = [step for step, v in zip(deciding.steps, deciding.values) if v > edge]
     if beyond:
         evidence |= {"beyond_from": beyond[0], "beyond_to": beyond[-1]}
-        return LinearState("recovered", "readings", evidence, "see that the loss has recovered")
+        return LinearState("recovered", "readings", evidence, "check that the loss has recovered")
     return LinearState("stable", cause, evidence, "nothing to do")
 
 
 def contradict(courant: float, x: float, lower: float, upper: float, near: tuple[float, float]) -> bool:
-    """Whether the Courant number is on one side of the edge, and the exponent of the real step on the other.
+    """Return whether Courant number and exponent of the real step are on opposite sides of the edge.
 
     Example:
         >>> nan = float("nan")
@@ -117,13 +117,13 @@ def _not_measured(history: Mapping[str, Curve], tried: int) -> LinearState:
     if not history:
         return LinearState("unknown", "not measured", {}, "train longer, or measure more often")
     kinds = ("spectral_norm_max", "residual_gain_max")
-    known = {name: value for name in kinds if not math.isnan(value := latest(history.get(f"stability/{name}")))}
+    measured = {name: value for name in kinds if not math.isnan(value := latest(history.get(f"stability/{name}")))}
     advice = "if you did not choose that, the warning at the start of training says why"
-    return LinearState("unknown", "not measured", known | {"others": True, "players": _players(history)}, advice)
+    return LinearState("unknown", "not measured", measured | {"others": True, "players": _players(history)}, advice)
 
 
 def _players(history: Mapping[str, Curve]) -> str | None:
-    """What the Courant number does not see where several players take turns."""
+    """Return the exponent of all players together, which their Courant numbers leave out; None with one player."""
     if not any(key.startswith("stability/player_courant/") for key in history):
         return None
     exponent = latest(history.get("stability/lyapunov_trajectory"))
@@ -131,13 +131,13 @@ def _players(history: Mapping[str, Curve]) -> str | None:
 
 
 def _trailing_nans(curve: Curve) -> list[int]:
-    """The steps of the measurements that failed since the last one that did not."""
+    """Return the steps of the measurements that failed since the last one that did not."""
     begin = max((i + 1 for i, value in enumerate(curve.values) if not math.isnan(value)), default=0)
     return curve.steps[begin:]
 
 
 def unbroken(curve: Curve, edge: float) -> int | None:
-    """First step of the unbroken run above the edge that reaches to the last reading."""
+    """Return the first step of the readings that are above the edge without a break up to the last one."""
     since = None
     for step, value in zip(reversed(curve.steps), reversed(curve.values)):
         if value <= edge:

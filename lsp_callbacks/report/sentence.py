@@ -1,4 +1,4 @@
-"""A verdict in words: how a run went, why, and what to do."""
+"""Verdict in words: the state of a run, why, and what to do."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from lsp_callbacks.functional.numerics.first_fault import Fault
-from lsp_callbacks.monitor.monitor import Curve
+from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.report.judgement import Run, Verdict, judge
 
 
 def verdict(history: Mapping[str, Curve], fault: Fault | None = None) -> str:
-    """How stable the training was when it ended, why, and what to do, by its readings alone.
+    """Return how stable the training was at its end, why, and what to do, by its readings alone.
 
-    It speaks of *linear* stability: whether the linearised update amplifies, see `linear_state`. Where several players
-    take turns, it speaks of each by itself, and says so. `judge` knows of the loss, too, and of the readings' age.
+    It is about *linear* stability: whether the linearised update amplifies, see `linear_state`. Where several players
+    take turns, it is about each of them separately, and says so. `judge` also uses the loss and the readings' age.
 
     Args:
         history: of the `StabilityMonitor`.
@@ -39,7 +39,7 @@ def verdict(history: Mapping[str, Curve], fault: Fault | None = None) -> str:
 
 
 def sentence(verdict: Verdict) -> str:
-    """One sentence, from the verdict's own data.
+    """Return one sentence, from the verdict's own data.
 
     Example:
         >>> print(sentence(Verdict("not learning", "loss", {"loss_first": 2.3, "loss_smoothed": 2.4, "losses": 600})))
@@ -49,8 +49,8 @@ def sentence(verdict: Verdict) -> str:
     parts = [_opening(verdict, evidence), _events(verdict, evidence), _loss(verdict, evidence), verdict.advice]
     if not verdict.advice:
         parts.append("no advice")
-    told = "; ".join(filter(None, parts))
-    return f"lsp_callbacks: {told}{_players(evidence)}."
+    text = "; ".join(filter(None, parts))
+    return f"lsp_callbacks: {text}{_players(evidence)}."
 
 
 def _opening(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
@@ -68,7 +68,7 @@ def _opening(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
             return "; ".join(filter(None, (at, stability)))
         case "collapsed", _:
             return (
-                f"collapsed since step {since}: the outputs have ceased to depend on the inputs, and nothing can "
+                f"collapsed since step {since}: the outputs no longer depend on the inputs, and nothing can "
                 "become unstable any more"
             )
         case "unstable", "stop":
@@ -91,7 +91,7 @@ def _opening(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
             return f"stability is unknown since step {since}: the outputs did not depend on the inputs"
         case "unknown", "age":
             age = f"the last reading is {evidence['age']:,} steps old"
-            return f"stability is unknown since step {step}: {age}, and said that {numbers}{against}"
+            return f"stability is unknown since step {step}: {age} ({numbers}{against})"
         case "unknown", _:
             return _not_measured(evidence)
         case "edge", _:
@@ -106,17 +106,17 @@ def _opening(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
 
 def _events(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
     event, stop = evidence.get("event"), evidence.get("stop")
-    told = [] if event is None else [f"event at step {event}"]
+    texts = [] if event is None else [f"event at step {event}"]
     if stop is not None and verdict.cause != "stop":
-        told.append(f"stopped at step {stop}")
-    return ", ".join(told)
+        texts.append(f"stopped at step {stop}")
+    return ", ".join(texts)
 
 
 def _loss(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
-    """What the loss did, where the opening does not say it."""
+    """Return what the loss did, where the opening does not say it."""
     did = evidence.get("loss_did")
     if verdict.cause == "stop" and did != "fallen":
-        return ""  # the reason tells it
+        return ""  # the reason says it
     if did == "risen" and verdict.state != "risen":
         return _risen(evidence)
     if did == "not fallen" and verdict.state != "not learning":
@@ -143,8 +143,8 @@ def _failed(evidence: Mapping[str, Any], numbers: str) -> str:
     if "failed_since" not in evidence:
         return f"stability was not measured: {count} failed (NaN)"
     return (
-        f"stability is unknown since step {evidence['failed_since']}: the last {count} failed (NaN); the readings "
-        f"before say that {numbers}"
+        f"stability is unknown since step {evidence['failed_since']}: the last {count} failed (NaN); before "
+        f"that, {numbers}"
     )
 
 
@@ -155,9 +155,9 @@ def _not_measured(evidence: Mapping[str, Any]) -> str:
         "spectral_norm_max": "the largest spectral norm of a layer is {:.3g}",
         "residual_gain_max": "the largest gain of a residual block is {:+.2g} (above 0 it expands)",
     }
-    known = [text.format(evidence[name]) for name, text in kinds.items() if name in evidence]
+    others = [text.format(evidence[name]) for name, text in kinds.items() if name in evidence]
     return "the stability of the optimizer's steps was not measured (no Courant number, no exponent)" + (
-        f"; {' and '.join(known)}, which does not tell whether the learning rate is too large" if known else ""
+        f"; {' and '.join(others)}, which does not show whether the learning rate is too large" if others else ""
     )
 
 
@@ -165,7 +165,7 @@ def _players(evidence: Mapping[str, Any]) -> str:
     players = evidence.get("players")
     if players is None:
         return ""
-    return f". That is each player by itself: how they drive each other is lyapunov_trajectory{players}"
+    return f". This is each player by itself; lyapunov_trajectory measures how they drive each other{players}"
 
 
 def _numbers(evidence: Mapping[str, Any]) -> str:
@@ -187,7 +187,7 @@ def _exponent(evidence: Mapping[str, Any]) -> str:
 
 
 def e_folding(exponent: float) -> str:
-    """An exponent in words.
+    """Return an exponent in words.
 
     Example:
         >>> e_folding(0.25), e_folding(-0.001), e_folding(0.0)

@@ -1,51 +1,22 @@
-"""The stability diagram as a figure, a table, a sentence."""
+"""Stability diagram as a table and a sentence."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram
-from lsp_callbacks.plots.stability_diagram import draw
-from lsp_callbacks.report.curves import load
-from lsp_callbacks.report.run_figure import STYLE
+from lsp_callbacks.plots.figure import load
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from rich.table import Table
 
 
-def diagram_figure(
-    diagram: StabilityDiagram, *, lr: float | None = None, batch_size: int | None = None, ax: Axes | None = None
-) -> Figure:
-    """The exponent of SGD over learning rate and batch size, with the edges of stability.
-
-    Blue is stable, red unstable. The black line is where the exponent turns positive, with standard errors; the dashed
-    one where the second moment diverges.
+def diagram_table(diagram: StabilityDiagram) -> Table:
+    """Return one row a batch size: the largest stable rate with its standard error, and the mean-square rate.
 
     Args:
         diagram: of `SGDStability.diagram` or `lsp_callbacks.functional.sgd.stability_diagram.stability_diagram`.
-        lr: rate of the run; a star marks it where both are given.
-        batch_size: of the run.
-        ax: to draw into; None makes a figure.
-
-    Returns:
-        A figure without a window: ``diagram_figure(...).savefig("diagram.png")``.
-
-    Raises:
-        ImportError: without matplotlib.
-    """
-    with load("matplotlib").rc_context(STYLE):
-        if ax is None:
-            ax = load("matplotlib.figure").Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained").subplots()
-        draw(diagram, ax, lr=lr, batch_size=batch_size)
-    figure: Any = ax.get_figure()
-    return figure
-
-
-def diagram_table(diagram: StabilityDiagram) -> Table:
-    """One row a batch size: the largest stable rate with its standard error, and the mean-square rate.
 
     Raises:
         ImportError: without rich.
@@ -63,7 +34,7 @@ def diagram_table(diagram: StabilityDiagram) -> Table:
 
 
 def diagram_sentence(diagram: StabilityDiagram, *, lr: float, batch_size: int) -> str:
-    """Where a run stands.
+    """Return where a run is in the diagram, in one sentence.
 
     Args:
         diagram: with ``batch_size`` among its batch sizes.
@@ -75,7 +46,7 @@ def diagram_sentence(diagram: StabilityDiagram, *, lr: float, batch_size: int) -
     """
     sizes = diagram.batch_sizes.tolist()
     if batch_size not in sizes:
-        raise ValueError(f"batch_size={batch_size} is none of the diagram's: {sizes}")
+        raise ValueError(f"batch_size={batch_size} is not in the diagram: give one of {sizes}")
     row = sizes.index(batch_size)
     critical, error = float(diagram.critical_lr[row]), float(diagram.critical_error[row])
     if math.isinf(critical):
@@ -84,19 +55,19 @@ def diagram_sentence(diagram: StabilityDiagram, *, lr: float, batch_size: int) -
         state = "at the edge of linear stability"
     else:
         state = "linearly stable" if lr < critical else "linearly unstable"
-    said = (
+    sentence = (
         f"{state}: the rate {lr:.3g} is {lr / critical:.2g} of {_edge(critical, error)}, the largest stable one at "
         f"batch size {batch_size}"
     )
     if state != "linearly unstable":
-        return said
+        return sentence
     enough = [n for n, edge in zip(sizes, diagram.critical_lr.tolist()) if n > batch_size and edge > lr]
-    larger = f"; a batch of {enough[0]} would bear it" if enough else "; no larger batch of the diagram would bear it"
-    return said + larger
+    larger = f"; a batch of {enough[0]} allows it" if enough else "; no larger batch of the diagram allows it"
+    return sentence + larger
 
 
 def _edge(value: float, error: float = 0.0) -> str:
-    """With as many digits as its error allows."""
+    """Return a rate with as many digits as its error allows."""
     if math.isinf(value):
         return "any"
     if not error:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import is_compiled
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.step.batch import MicroBatch, batch_size, copied, first_samples, summed
+from lsp_callbacks.step.batch import MicroBatch, batch_size, first_samples
 from lsp_callbacks.step.fingerprint import fingerprint, identical
 from lsp_callbacks.step.module_copy import ModuleCopy
 from lsp_callbacks.step.module_modes import evaluating
-from lsp_callbacks.step.replay import replayer
+from lsp_callbacks.step.replay import copied, replayer
 from lsp_callbacks.step.replay_checks import replayed_gradient, verify
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot
@@ -56,7 +56,6 @@ class PendingStep:
         self.run = run or RunContext()
         self.parts: list[MicroBatch] = []
         self.module_copy: ModuleCopy | None = None
-        self._several = False  # backward passes of a batch: only their gradients show which losses count
         self.failure: Exception | None = None
         try:
             self._fingerprint = fingerprint(module)
@@ -100,11 +99,12 @@ class PendingStep:
         except Exception as error:  # whatever the user's objects raise
             self._fail(error)
 
-    def saw_loss(self, loss: Tensor) -> None:
-        """Note the loss of the last micro-batch, as it is differentiated; a loop does so for all or for none."""
-        if self.parts:
-            self._several |= self.parts[-1].step_loss is not None
-            self.parts[-1].step_loss = loss.detach().clone().reshape(() if loss.numel() == 1 else loss.shape)
+    @property
+    def samples(self) -> int | None:
+        """How many samples of the rank's micro-batches are used; None where all are."""
+        if self.sub_batch is None:
+            return None
+        return min(self.sub_batch, sum(batch_size(part.batch) or self.sub_batch for part in self.parts))
 
     def snapshot(self, step: int, optimizer: torch.optim.Optimizer, **settings: Any) -> Snapshot:
         """Return the step, after its backward passes and before its update.
@@ -126,7 +126,6 @@ class PendingStep:
             optimizer=optimizer,
             run=self.run,
             sample=None if failure else self._sample,
-            loss=None if self._several else summed(part.step_loss for part in self.parts),
             gradient={name: p.grad for name, p in self.module.named_parameters() if p.requires_grad},
             # Compiled code rounds in other places than the step.
             tolerance=max(self.tolerance, 1e-4 if _compiled(self.module) else 0.0),
@@ -211,4 +210,4 @@ def _raising(error: Exception | None) -> Callable[[], Tensor]:
 
 def _compiled(module: nn.Module) -> bool:
     # Copies are not compiled: their attributes do not show it.
-    return any(is_compiled(m) or getattr(m, "_compiler_ctx", None) for m in module.modules())
+    return is_compiled(module) or any(getattr(m, "_compiler_ctx", None) for m in module.modules())

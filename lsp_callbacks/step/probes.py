@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from lsp_callbacks.errors import Unmeasurable, Unsupported
-from lsp_callbacks.step.batch import batch_size, copied
+from lsp_callbacks.step.batch import batch_size
 from lsp_callbacks.step.carried_state import Carried, belongs, carried, give_back, kept
 from lsp_callbacks.step.criterion import HOW, Criteria, Evaluation, evaluation
 from lsp_callbacks.step.module_modes import as_trained, batch_norms
-from lsp_callbacks.step.muted import muted
 from lsp_callbacks.step.pending_step import PendingStep
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.ranks import Ranks
+from lsp_callbacks.step.replay import copied
+from lsp_callbacks.step.side_effects import muted
 
 ForwardFn = Callable[[nn.Module, Any], Tensor]
 Criterion = Callable[[Tensor, Any], Tensor]

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import tree_map
 from lsp_callbacks.autograd.graph import Graph, joined, read
+from lsp_callbacks.autograd.stop_gradients import StopGradients
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import norm
-from lsp_callbacks.step.flat import flatten
+from lsp_callbacks.step.flat import loss_and_gradient
 
 if TYPE_CHECKING:
     from lsp_callbacks.step.snapshot import Snapshot
@@ -90,9 +91,10 @@ def _verify(snapshot: Snapshot) -> Graph:
         # With a graph, as in training: some kernels are chosen by whether a gradient is wanted. Hooks do not fire
         # inside compiled code, so that runs eagerly and agrees up to rounding only.
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            loss = snapshot.replay()
+            with StopGradients() as stopped:
+                loss = snapshot.replay()
             check_loss(snapshot, loss, tolerance=1e-4 if snapshot.compiled else 0.0)
-        return read(loss)
+        return replace(read(loss), stopped=tuple(sorted(stopped.names)))
 
     return joined(snapshot.run.ranks.gather(rank_graph, "the replay"))
 
@@ -136,9 +138,9 @@ def replayed_gradient(snapshot: Snapshot) -> tuple[Tensor, Tensor]:
     losses: list[Tensor] = []
 
     def rank_gradient() -> tuple[Tensor]:
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            losses.append(snapshot.replay())
-            return (flatten(torch.autograd.grad(losses[0], parameters, allow_unused=True), parameters),)
+        loss, gradient = loss_and_gradient(snapshot.replay, parameters)
+        losses.append(loss)
+        return (gradient,)
 
     (gradient,) = snapshot.run.ranks.mean(rank_gradient, "the gradient")
     return losses[0].detach(), gradient

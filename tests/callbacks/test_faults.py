@@ -26,10 +26,11 @@ from lsp_callbacks import (
     StabilityMonitor,
     StopOnInstability,
     Unmeasurable,
-    step,
 )
 from lsp_callbacks.autograd.random_state import RandomState
-from lsp_callbacks.loops import Watch, plain
+from lsp_callbacks.loops import Watch
+from lsp_callbacks.monitor import gradient_check, observer, training_loop
+from lsp_callbacks.step import pending_step
 from lsp_callbacks.step.flat import displaced
 from lsp_callbacks.step.probes import Probes
 from lsp_callbacks.step.snapshot import computed_once
@@ -133,7 +134,7 @@ def test_a_measurement_out_of_memory_is_nan_and_keeps_nothing(error):
             return {"stability/next": torch.tensor(1.0)}
 
     monitor = StabilityMonitor([hungry, Next(error), "sharpness"], every_n_steps=1)
-    with pytest.warns(UserWarning, match=f"could not measure hungry at step 2, and says NaN: {error.__name__}"):
+    with pytest.warns(UserWarning, match=f"could not measure hungry at step 2; reporting NaN: {error.__name__}"):
         assert not changed_by(Model, monitor, max_steps=5)
     assert after and all(one is None for one in after)
     assert [math.isnan(v) for v in monitor.history["stability/hungry"].values] == [False, False, True, False, False]
@@ -141,7 +142,8 @@ def test_a_measurement_out_of_memory_is_nan_and_keeps_nothing(error):
 
 
 @pytest.mark.parametrize(
-    "owner, where", [(step, "ModuleCopy"), (RandomState, "__init__"), (step, "copied"), (step, "fingerprint")]
+    "owner, where",
+    [(pending_step, "ModuleCopy"), (RandomState, "__init__"), (pending_step, "copied"), (pending_step, "fingerprint")],
 )
 def test_no_memory_for_the_copy(owner, where, monkeypatch):
     """Of the batch, the module, the random states: at every step but the first."""
@@ -162,12 +164,10 @@ def test_no_memory_for_the_copy(owner, where, monkeypatch):
 
 
 def test_no_memory_to_remember_the_gradient(monkeypatch):
-    from lsp_callbacks.callbacks import stability_monitor
-
     def short(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(stability_monitor, "identical", short)
+    monkeypatch.setattr(gradient_check, "identical", short)
     with pytest.warns(UserWarning, match="out of memory"):
         assert not changed_by(Model, StabilityMonitor("economy", every_n_steps=1), max_steps=4)
 
@@ -193,7 +193,7 @@ class Raises(Model):
         self.where, self.error = where, error
 
     def training_step(self, batch, batch_idx):
-        replayed = type(self._trainer).__name__ == "_Muted"
+        replayed = type(self._trainer).__name__ == "MutedTrainer"
         if self.global_step == 3 and replayed == (self.where == "replay"):
             raise self.error("mine")
         return super().training_step(batch, batch_idx)
@@ -445,7 +445,13 @@ def test_batches_that_cannot_be_joined():
 
 @pytest.mark.parametrize(
     "owner, where",
-    [(step, "ModuleCopy"), (step, "copied"), (step, "fingerprint"), (plain, "PendingStep"), (plain, "verified")],
+    [
+        (pending_step, "ModuleCopy"),
+        (pending_step, "copied"),
+        (pending_step, "fingerprint"),
+        (training_loop, "PendingStep"),
+        (observer, "verified"),
+    ],
 )
 def test_no_memory_in_a_plain_loop(owner, where, monkeypatch):
     net, x = torch.nn.Linear(2, 1), torch.ones(4, 2)

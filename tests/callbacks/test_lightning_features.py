@@ -114,7 +114,7 @@ def test_no_batch_is_kept_in_the_epoch_that_weight_averaging_adds():
         epochs = ()
 
         def on_train_batch_end(self, trainer, *args):
-            if monitor._pending is not None:
+            if monitor.observer.is_pending:
                 self.epochs = (*self.epochs, trainer.current_epoch)
 
     monitor, kept = ours(), Kept()

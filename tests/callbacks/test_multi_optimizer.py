@@ -230,7 +230,7 @@ def test_clipped_weights_break_the_product_and_an_average_does_not():
 def test_what_belongs_to_one_loss_is_left_out():
     with pytest.warns(UserWarning, match="several players") as caught:
         fit(GAN, callback := StabilityMonitor("full", every_n_steps=1, loss_fn=LOSSES), max_steps=8)
-    single = {name for name in PRESETS["full"] if not REGISTRY[name].plays}
+    single = {name for name in PRESETS["full"] if not REGISTRY[name].supports_multiple_optimizers}
     assert set(callback.skipped) == single | {"residual_cfl"}  # there is no residual block
     assert len([w for w in caught if "lsp_callbacks" in str(w.message)]) == 1
     assert finite(callback, COURANT) and finite(callback, "stability/spectral_norm_max")
@@ -295,7 +295,7 @@ def test_losses_in_yaml_are_import_paths():
 
 def test_the_verdict_says_that_it_is_of_each_player():
     fit(GAN, callback := monitor(), max_steps=12)
-    assert "That is each player by itself" in verdict(callback.history)
+    assert "This is each player by itself" in verdict(callback.history)
     assert f"{callback.history[EXPONENT].values[-1]:+.2g} a step" in verdict(callback.history)
 
 
@@ -303,7 +303,7 @@ def test_no_rate_is_looked_ahead_for_players():
     fit(GAN, callback := monitor(["sharpness"]), max_steps=4)
     assert math.isfinite(callback.history[COURANT].values[-1])
     assert "stability/steps_to_edge" not in callback.history
-    assert math.isnan(callback._critical.mean)  # of which player?
+    assert math.isnan(callback.forecast.critical.mean)  # of which player?
 
 
 def test_a_gan_in_half_precision():

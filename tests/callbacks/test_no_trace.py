@@ -5,7 +5,18 @@ from functools import partial
 
 import pytest
 import torch
-from harness import GRADIENT_CHANGED, LEFT_OUT, MEASURED, REFUSED, Model, finite, mlp, unchanged, with_and_without
+from harness import (
+    GRADIENT_CHANGED,
+    LEFT_OUT,
+    MEASURED,
+    REFUSED,
+    STOPPED,
+    Model,
+    finite,
+    mlp,
+    unchanged,
+    with_and_without,
+)
 from torch import nn
 
 from lsp_callbacks import Dissipation, LyapunovTrajectory, StabilityMonitor
@@ -43,6 +54,16 @@ def test_quantities_of_long_runs_are_measured_and_leave_training_unchanged():
     assert monitor.history["stability/dissipation"].steps == [59] and not monitor.skipped
     for key in ("lyapunov_trajectory", "dissipation", "dissipation_of/distance", "dissipation_of/state"):
         assert finite(monitor, f"stability/{key}"), key
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_what_autograd_does_not_know_is_left_out_and_unchanged(name):
+    with pytest.warns(UserWarning) as caught:
+        monitor = with_and_without(STOPPED[name])
+    said = [str(w.message) for w in caught if "lsp_callbacks" in str(w.message)]
+    assert any("power iteration of spectral_norm" in one and "sharpness" in one for one in said)
+    assert not UPDATE & {key for key in monitor.history if finite(monitor, key)} - {"stability/courant"}
+    assert finite(monitor, "stability/spectral_norm_max") and finite(monitor, "stability/courant_sgd")
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)

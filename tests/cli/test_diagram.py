@@ -126,7 +126,7 @@ def test_the_table():
         (0.05, 1, "linearly stable: the rate 0.05 is 0.33 of 0.150 ± 0.012"),
         (0.16, 1, "at the edge of linear stability"),
         (0.3, 1, "linearly unstable: the rate 0.3 is 2 of 0.150 ± 0.012, the largest stable one at batch size 1; a "),
-        (0.3, 1, "; a batch of 8 would bear it"),
+        (0.3, 1, "; a batch of 8 allows it"),
         (0.3, 8, "no rate was found"),
     ],
 )  # fmt: skip

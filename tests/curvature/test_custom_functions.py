@@ -234,7 +234,7 @@ class BranchBlock(nn.Module):
 def test_residual_blocks_with_such_functions_are_refused():
     def measured(middle):
         metric = ResidualCFL()
-        snapshot = freeze(regression(Sine(), middle), captures_inputs=metric.keeps)
+        snapshot = freeze(regression(Sine(), middle), captures_inputs=metric.captures_inputs)
         metric.update(snapshot)
         return float(metric.compute()["stability/residual_stiffness_max"])
 

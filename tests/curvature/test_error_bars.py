@@ -104,7 +104,7 @@ def test_the_error_bar_is_the_same_where_the_update_is_another_one():
 
 
 def test_the_bar_counts_the_noise_in_the_start_and_the_accuracy_of_the_products(monkeypatch):
-    module, seen = sys.modules["lsp_callbacks.functional.curvature.sharpness"], {}
+    module, seen = sys.modules["lsp_callbacks.operators.curvature.stability_threshold"], {}
 
     def watched(A, start, **how):
         seen.update(start=start, **how)

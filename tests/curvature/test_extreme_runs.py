@@ -93,7 +93,9 @@ def test_cross_entropy_against_dense_matrices(weights, inputs, dtype):
     for name in {name for name, _ in found}:
         metric = REGISTRY[name](**SETTINGS.get(name, {}))
         for step in range(metric.prepare + (8 if name == "batch_sharpness" else metric.window) + 2):
-            metric.update(freeze(task, optimizer, step=step, captures_inputs=metric.keeps, probes=probes_of(task)))
+            metric.update(
+                freeze(task, optimizer, step=step, captures_inputs=metric.captures_inputs, probes=probes_of(task))
+            )
             if metric.complete:
                 break
         values = metric.compute()

@@ -361,11 +361,11 @@ def test_the_course_is_kept_evenly_and_bounded(monkeypatch):
     task, metric = regression(), SpectralDensity()
     for step in range(17):
         metric.update(freeze(task, step=step))
-    assert [step for step, _ in metric.course] == [0, 8, 16]
+    assert [step for step, _ in metric.history] == [0, 8, 16]
     metric.load_vectors({})
-    assert metric.latest is not None and len(metric.course) == 3  # a checkpoint was written
+    assert metric.latest is not None and len(metric.history) == 3  # a checkpoint was written
     metric.reset()
-    assert metric.latest is None and metric.course == []
+    assert metric.latest is None and metric.history == []
     with pytest.raises(ValueError, match="nothing has been measured"):
         metric.plot()
 

@@ -399,7 +399,7 @@ NETWORKS = {
 def step(module, metric, run=None):
     """A step whose loss is the mean square of what is run."""
     replay = module if run is None else lambda: run(module).square().mean()
-    return Snapshot(step=0, module=module, replay=replay, run=RunContext(captures_inputs=metric.keeps))
+    return Snapshot(step=0, module=module, replay=replay, run=RunContext(captures_inputs=metric.captures_inputs))
 
 
 def per_sample(block: nn.Module, call, axis: int) -> Tensor:
@@ -506,7 +506,10 @@ def test_what_is_no_block_is_passed_over_unless_the_user_named_it(module, x, rea
     model = nn.Sequential(module)
     metric = ResidualCFL()
     snapshot = Snapshot(
-        step=0, module=model, replay=lambda: model(x).double().mean(), run=RunContext(captures_inputs=metric.keeps)
+        step=0,
+        module=model,
+        replay=lambda: model(x).double().mean(),
+        run=RunContext(captures_inputs=metric.captures_inputs),
     )
     with pytest.raises(NotApplicable, match="no residual block"):
         metric.update(snapshot)

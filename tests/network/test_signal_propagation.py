@@ -17,7 +17,7 @@ from lsp_callbacks import Monitor, SignalPropagation, StabilityMonitor, Unmeasur
 from lsp_callbacks.functional import activation_slope, batch_norm_drift, excess_kurtosis, gains, units
 from lsp_callbacks.operators.network.batch_statistics import outputs
 from lsp_callbacks.operators.network.signal_sizes import signal_sizes
-from lsp_callbacks.report.table import MEANINGS
+from lsp_callbacks.quantities.tables import stated_keys
 
 
 def step(net, *shape, seed=1, **settings):
@@ -417,4 +417,4 @@ def test_accumulated_batches_count_once():
 
 def test_every_global_key_has_a_meaning():
     wanted = {key.removeprefix("stability/") for key in (*SignalPropagation.keys, *SignalPropagation.optional)}
-    assert wanted <= set(MEANINGS)
+    assert wanted <= {key for key, stated in stated_keys().items() if stated.meaning}

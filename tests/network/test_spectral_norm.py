@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -11,19 +12,20 @@ from problems import (
     close,
     f64,
     random,
+    same,
     seeded,
 )
+from scipy.signal import convolve2d, correlate2d
+from scipy.sparse.linalg import LinearOperator as ScipyOperator
 from scipy.sparse.linalg import svds
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 from transformers.pytorch_utils import Conv1D
 
-from lsp_callbacks import Snapshot, SpectralNorm
-from lsp_callbacks.functional import log_sum
-from lsp_callbacks.functional.network.spectral_norm import weight_norms
+from lsp_callbacks import Snapshot, SpectralNorm, Unmeasurable
+from lsp_callbacks.functional import log_sum, spectral_norm, weight_norms, weight_operators
 from lsp_callbacks.linalg import from_matrix, lyapunov_exponents
-from lsp_callbacks.operators import weight_operators
 from lsp_callbacks.step.batch import MicroBatch
 from lsp_callbacks.step.module_copy import ModuleCopy
 from lsp_callbacks.step.replay import replayer
@@ -270,3 +272,104 @@ def test_nothing_to_measure_gives_nothing():
     problem, metric = Regression(nn.Tanh(), random(2, 2), random(2, 2)), SpectralNorm()
     metric.update(Snapshot(step=0, module=problem, replay=problem))
     assert metric.compute() == {}
+
+
+# spectral_norm of one layer, as a tensor ------------------------------------------------------------------------------
+
+
+def test_of_a_circular_convolution_it_is_the_largest_fourier_block():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular").double()
+    blocks = torch.fft.fft2(layer.weight.detach(), (16, 16)).permute(2, 3, 0, 1)
+    value = spectral_norm(layer, 16)
+    close(value, torch.linalg.matrix_norm(blocks, 2).max(), 1e-3)
+    assert value.dtype == f64 and value.shape == () and not value.requires_grad
+    close(spectral_norm(layer, (16, 16), tol=1e-6), torch.linalg.matrix_norm(blocks, 2).max(), 1e-6)
+
+
+def test_of_the_mean_of_a_neighbourhood_with_zeros_around_it_is_a_product_of_cosines():
+    layer = nn.Conv2d(1, 1, 3, padding=1, bias=False).double()
+    nn.init.constant_(layer.weight, 1 / 9)
+    for h, w in ((5, 8), (24, 24)):  # by its dense matrix, and by Lanczos
+        side = [(1 + 2 * math.cos(math.pi / (n + 1))) / 3 for n in (h, w)]
+        close(spectral_norm(layer, (h, w)), side[0] * side[1], 1e-3)
+
+
+PLAIN_LAYERS = {
+    "strided": (lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1), (22, 19)),
+    "dilated groups": (lambda: nn.Conv2d(4, 4, 3, dilation=2, groups=2), (17, 17)),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3, stride=2), (11, 12)),
+    "one axis": (lambda: nn.Conv1d(5, 6, 5, padding="same"), (90,)),
+    "small": (lambda: nn.Conv2d(2, 3, 3, padding=1), (6, 5)),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_LAYERS)
+@pytest.mark.parametrize("dtype", [f64, torch.float32])
+def test_it_is_the_largest_singular_value_of_the_dense_map(name, dtype):
+    torch.manual_seed(0)
+    make, size = PLAIN_LAYERS[name]
+    layer = make().to(dtype)
+    double = copy.deepcopy(layer).double()
+    shape = (layer.in_channels, *size)
+    units = torch.eye(math.prod(shape), dtype=f64).view(-1, *shape)
+    with torch.no_grad():
+        matrix = (double(units) - double(torch.zeros(1, *shape, dtype=f64))).flatten(1)
+    exact = torch.linalg.svdvals(matrix)[0]
+    value = spectral_norm(layer, size)
+    assert 0.999 * exact <= value <= (1 + 1e-5) * exact
+
+
+def test_scipy_finds_the_same_from_its_own_convolution():
+    layer = nn.Conv2d(1, 1, 5, bias=False).double()
+    kernel = layer.weight.detach()[0, 0].numpy()
+    operator = ScipyOperator(
+        (16 * 16, 20 * 20),
+        matvec=lambda v: correlate2d(v.reshape(20, 20), kernel, mode="valid").ravel(),
+        rmatvec=lambda u: convolve2d(u.reshape(16, 16), kernel, mode="full").ravel(),
+        dtype=float,
+    )
+    close(spectral_norm(layer, 20, tol=1e-6), svds(operator, k=1)[1][0], 1e-6)
+
+
+def test_linear_embedding_and_a_parametrised_weight():
+    torch.manual_seed(0)
+    for layer in (nn.Linear(7, 4), nn.Linear(400, 300), nn.Embedding(9, 5)):
+        close(spectral_norm(layer), torch.linalg.matrix_norm(layer.weight.double(), 2), 1e-3)
+    layer = parametrizations.spectral_norm(nn.Linear(6, 5), n_power_iterations=100)
+    close(spectral_norm(layer), 1.0, 1e-3)
+    before, state = copy.deepcopy(layer.state_dict()), torch.get_rng_state()
+    spectral_norm(layer)
+    assert same(before, layer.state_dict()) and layer.training and torch.equal(state, torch.get_rng_state())
+    assert layer.parametrizations.weight.original.grad is None
+
+
+@pytest.mark.parametrize(
+    "layer, size, settings, match",
+    [
+        (nn.Conv2d(1, 1, 3), None, {}, "input_size=None: .* 2 numbers"),
+        (nn.Conv2d(1, 1, 3), (1, 8, 8), {}, r"input_size=\(1, 8, 8\): give 2 numbers"),
+        (nn.Conv2d(1, 1, 3), (8, 0), {}, "input_size=0"),
+        (nn.Conv2d(1, 1, 3), 8, dict(tol=0.0), "tol=0.0"),
+        (nn.Conv2d(1, 1, 3), 8, dict(steps=1), "steps=1"),
+        (nn.Linear(2, 2), 8, {}, "input_size=8: only the norm of a convolution"),
+        (nn.MultiheadAttention(4, 2), None, {}, r"holds 4 linear maps \(q, k, v, out_proj\).*weight_norms"),
+        (nn.ReLU(), None, {}, "has no known linear map"),
+        (nn.LazyLinear(3), None, {}, "run one forward pass"),
+        (nn.Conv1d(1, 1, 1, dtype=torch.complex64), 8, {}, "complex"),
+    ],
+)
+def test_layers_and_arguments_that_have_no_such_norm_are_refused(layer, size, settings, match):
+    with pytest.raises(ValueError, match=match):
+        spectral_norm(layer, size, **settings)
+
+
+def test_what_is_not_finite_or_not_reached_is_refused():
+    layer = nn.Conv2d(3, 4, 3, padding=1).double()
+    with pytest.raises(Unmeasurable, match=r"after steps=3 .* between .* give more steps"):
+        spectral_norm(layer, 24, steps=3)
+    for size in (3, 24):
+        with torch.no_grad():
+            layer.weight[0, 0, 0, 0] = math.nan
+        with pytest.raises(Unmeasurable, match="not finite"):
+            spectral_norm(layer, size)

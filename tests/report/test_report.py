@@ -57,7 +57,7 @@ VERDICTS = {
     "stable, no bounds yet": ("stable at step 0", "Courant number is 0.4 (the edge is at 1)", "(exponent -0.2)"),
     "stable by the courant number alone": ("stable at step 30", "(mean of 4, the edge is at 1); nothing to do"),
     "one noisy batch": ("stable at step 30", "Courant number is 0.72 (mean of 4"),
-    "recovered": ("stable at step 30", "not always between steps 10 and 20", "see that the loss has recovered"),
+    "recovered": ("stable at step 30", "not always between steps 10 and 20", "check that the loss has recovered"),
     "edge by the courant number": ("at the edge of stability", "healthy as long as the loss falls", "divide", "by 1.2"),
     "edge by the band": ("at the edge of stability", "-0.15 and +0.05", "otherwise halve the learning rate"),
     "edge: amplifies, as full-batch training does": ("at the edge of stability", "grows by e in 3.2 steps", "by 1.5"),

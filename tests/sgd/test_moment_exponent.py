@@ -1,5 +1,6 @@
 """Moment exponents against closed forms, dense tensor products, and all runs of a few steps."""
 
+import importlib
 import itertools
 import math
 
@@ -8,10 +9,10 @@ import torch
 from frozen_sgd_cases import FOUR, RULES, TANH, f64, random, scalar, seeded, step_matrices
 
 from lsp_callbacks.functional import UpdateRule, moment_exponent, reduce, second_moment_exponent, sgd_exponent
-from lsp_callbacks.functional.sgd import moment_exponent as moments
 from lsp_callbacks.functional.sgd.moment_exponent import COORDINATES, MODES
 
 torch.set_num_threads(1)
+moments = importlib.import_module("lsp_callbacks.functional.sgd.moment_exponent")  # the package has the function
 DRAWS = ((1, False), (2, False), (2, True), (3, False), (3, True))
 
 

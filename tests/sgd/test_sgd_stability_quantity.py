@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lsp_callbacks import Monitor, ProbeSet, SGDStability, StabilityMonitor, Unmeasurable
-from lsp_callbacks.callbacks import lightning_step as adapter
+from lsp_callbacks.callbacks import lightning_loop as adapter
 from lsp_callbacks.functional import UpdateRule, critical_lr, moment_exponent, reduce, sgd_exponent
 from lsp_callbacks.functional.sgd.moment_exponent import MODES
 from lsp_callbacks.step.criterion import evaluation
@@ -226,7 +226,7 @@ def test_weights_that_overflow_give_nan_and_not_zero(value, with_loss):
         problem.net[2].weight.data.fill_(value)
 
     monitor = Monitor(SGDStability(24), every_n_steps=1)
-    with pytest.warns(UserWarning, match="says NaN"):
+    with pytest.warns(UserWarning, match="reporting NaN"):
         history = broken_from(monitor, overflow, **({} if with_loss else {"loss": None}))
     assert [math.isnan(v) for v in history[SGD_COURANT]] == [False, False, True, True]
     assert [math.isnan(v) for v in history[DIAL]] == [False, False, True, True]
@@ -545,9 +545,7 @@ def test_moments_that_are_not_exact_are_refused(moments):
 class Late(SGDStability):
     """Has to know 7 steps first."""
 
-    patient = True
-
-    def wait(self, snapshot):
+    def warm_up(self, snapshot):
         return max(0, 7 - snapshot.step)
 
 

@@ -233,9 +233,9 @@ def test_exactly_the_first_samples_are_kept(wanted):
     loader = data(shuffle=False)
     own = monitor(wanted)
     fit(Model, own, loader=loader, max_steps=7)
-    ((x, y),) = own.probes._batches
+    ((x, y),) = own.observer.probes._batches
     assert torch.equal(x, loader.dataset.tensors[0][:wanted]) and torch.equal(y, loader.dataset.tensors[1][:wanted])
-    assert own.probes.full and own.probes.batch_size == 8
+    assert own.observer.probes.full and own.observer.probes.batch_size == 8
     assert own.history["stability/courant_sgd"].steps[0] == (wanted - 1) // 8
 
 
@@ -329,7 +329,7 @@ class Ragged(Dataset):
 def test_ragged_dicts_are_measured_batch_by_batch():
     own = monitor(20)
     fit(Dicts, own, loader=DataLoader(Ragged(), batch_size=8), max_steps=5)
-    assert own.probes._sizes == [8, 8, 8]
+    assert own.observer.probes._sizes == [8, 8, 8]
     values = own.history["stability/courant_sgd"].values
     assert len(values) == 3 and all(v > 0 for v in values)
 

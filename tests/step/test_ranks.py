@@ -17,7 +17,7 @@ from harness import Model, bits, data, fit, same
 from two_ranks import WORLD
 
 from lsp_callbacks import StabilityMonitor, StopOnInstability, Unmeasurable
-from lsp_callbacks.callbacks.lightning_step import sharded, unsupported
+from lsp_callbacks.callbacks.run_facts import sharded, unsupported
 from lsp_callbacks.quantities import PRESETS, REGISTRY
 from lsp_callbacks.step.ranks import Ranks
 

@@ -264,7 +264,7 @@ def test_other_jumps_are_refused():
     task = Task(net(nn.Tanh()), x, y, F.mse_loss)
     refused(task, "each number by itself", prox=MaxNorm(0.1))
     norm = float(torch.cat([g.flatten() for g in torch.autograd.grad(task(), list(task.parameters()))]).norm())
-    refused(task, "clipping begins", clipping=Clipping(norm))
+    refused(task, "at the limit of its clipping", clipping=Clipping(norm))
     refused(task, "amsgrad", optimizer=lambda p: Adam(p, amsgrad=True))
     refused(Task(seeded(nn.Linear(2, 600)), x, random(6, 600), F.mse_loss), "most=512")
     with pytest.raises(ValueError, match="no step"):

@@ -211,7 +211,7 @@ def test_a_second_moment_of_one_gradient_is_waited_for():
     task, _ = network()
     for make, missing in ((Adam, 1), (RMSprop, 1), (Adagrad, 1), (partial(SGD, lr=0.1), 0)):
         optimizer = make(task.parameters())
-        assert gradients_missing(freeze(task, optimizer)) == Sharpness().wait(freeze(task, optimizer)) == missing
+        assert gradients_missing(freeze(task, optimizer)) == Sharpness().warm_up(freeze(task, optimizer)) == missing
         step(optimizer, task)
         assert gradients_missing(freeze(task, optimizer)) == 0
     parts = list(task.parameters())

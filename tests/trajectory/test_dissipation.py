@@ -178,7 +178,7 @@ def run(metric, steps=100, lr=0.2, noise=0.0, module=None, **settings):
         with torch.no_grad():
             module.theta -= lr * (module.theta + noise * random(len(module.theta), seed=step))
     snapshot = Snapshot(step=steps - 1, module=module, replay=lambda: loss, run=RunContext(series=trace), **settings)
-    assert not metric.wait(snapshot)
+    assert not metric.warm_up(snapshot)
     metric.update(snapshot)
     return metric.compute()
 
@@ -241,7 +241,7 @@ def test_what_is_not_known_is_refused():
     for step in range(60):
         trace.record(step, None)
         assert (
-            metric.wait(Snapshot(step=step, module=net, replay=net.theta.sum, run=RunContext(series=trace)))
+            metric.warm_up(Snapshot(step=step, module=net, replay=net.theta.sum, run=RunContext(series=trace)))
             == 59 - step
         )
     with pytest.raises(Unmeasurable, match=r"Watch.record"):
@@ -341,9 +341,9 @@ def test_what_nobody_asks_for_any_more_is_not_recorded():
     monitor, net = Monitor(own, SGDLaw(), every_n_steps=10**6), nn.Linear(1, 1)
     for step in range(6):
         if step == 3:
-            with pytest.warns(UserWarning, match="leaves out dissipation"):
-                monitor._leave_out({"no reason": ["dissipation"]})
-        monitor.begin(net)
+            with pytest.warns(UserWarning, match="skips dissipation"):
+                monitor.skip({"no reason": ["dissipation"]})
+        monitor.recorder.begin(net)
         assert bool(net._forward_hooks) == (step < 3)
         net(torch.ones(2, 1))
         monitor.record(step, torch.tensor(1.0 + step), None, net)

@@ -181,6 +181,23 @@ def test_bounds_hold_the_exponents_of_all_curvatures_between(momentum):
     assert all(map(math.isnan, exponent_bounds([step(1.0)], [step(1.0)], 0.0, math.nan)))
 
 
+@pytest.mark.parametrize(
+    "momentum, rates, below, above", [(0.0, (0.5, 2.0), 0.45, 0.95), (0.9, (1.9, 1.9), 0.9995, 1.05)]
+)
+def test_bounds_contain_what_the_exponent_is_between_the_ends(momentum, rates, below, above):
+    """A product of steps is largest between its zeros; momentum's is least where the eigenvalues are complex."""
+
+    def step(x):
+        return matrix([[1 - x]]) if not momentum else matrix([[1 - x, -momentum], [x, momentum]])
+
+    shifts = np.linspace(-below, above, 2001)
+    exponents = [window_exponent([step(x * (1 + d)) for x in rates]) for d in shifts]
+    low, high = exponent_bounds([step(x) for x in rates], [step(x) - step(0.0) for x in rates], below, above)
+    assert low <= min(exponents) + 0.01 and max(exponents) - 0.01 <= high <= max(exponents) + 1e-9
+    ends = exponents[0], exponents[-1]
+    assert max(exponents) > max(ends) + 0.03 or min(exponents) < min(ends) - 0.03  # otherwise the ends would do
+
+
 def test_steps_that_differ_are_multiplied():
     factors = (0.5, -3.0, 0.1)
     exponent = sharp_mode_exponent([from_matrix(matrix([[f]])) for f in factors], torch.ones(1, dtype=f64))
@@ -412,7 +429,7 @@ def test_settings_that_make_no_sense_are_refused(quantity, settings, argument):
 @pytest.mark.parametrize("confidence", [0.6, 0.9, 0.975, 0.999])
 @pytest.mark.parametrize("degrees", [2, 4, 10, 200])
 def test_student_quantile_is_scipys(confidence, degrees):
-    assert student_quantile(confidence, degrees) == pytest.approx(stats.t.ppf(confidence, degrees), rel=2e-6)
+    assert student_quantile(confidence, degrees) == pytest.approx(stats.t.ppf(confidence, degrees), rel=1e-9)
 
 
 @pytest.mark.parametrize("n", [3, 5, 50])

@@ -37,7 +37,6 @@ from lsp_callbacks.operators.network.saliency import explain
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
 from lsp_callbacks.quantities.curvature.sharpness import edge_memory
 from lsp_callbacks.quantities.trajectory.stability_profile import PAIRS
-from lsp_callbacks.report.table import MEANINGS
 from lsp_callbacks.step.clipping import Clipping
 
 PREFIX = "stability/"
@@ -509,7 +508,7 @@ def test_a_run_is_measured_again_and_again():
     profile, monitor = lightning(Model)
     for key in (*profile.keys, *profile.optional):
         assert monitor.history[key].steps == [2, 5, 8] and all(map(math.isfinite, monitor.history[key].values)), key
-        assert key.endswith(("_error", "_residual")) or key.removeprefix(PREFIX) in MEANINGS, key
+        assert StabilityProfile.KEYS[key.removeprefix(PREFIX)].meaning, key
     assert profile.unbounded == ""
     rows = [[monitor.history[f"stability/sigma_x/net.{i}"].values[k] for i in (0, 2)] for k in range(3)]
     assert [list(row) for _, row in profile._map] == rows and [step for step, _ in profile._map] == [2, 5, 8]

@@ -1,1 +1,39 @@
-"""Curvature of the loss."""
+"""Curvature of the loss: sharpness, spectra, condition numbers."""
+
+from lsp_callbacks.functional.curvature.batch_sharpness import (
+    BatchSharpnessResult,
+    batch_sharpness,
+    curvature_along_gradient,
+)
+from lsp_callbacks.functional.curvature.condition import condition, condition_lower, loss_condition_lower
+from lsp_callbacks.functional.curvature.loss_hessian import loss_hessian
+from lsp_callbacks.functional.curvature.marchenko_pastur import (
+    MarchenkoPastur,
+    cumulative,
+    density,
+    fit_marchenko_pastur,
+)
+from lsp_callbacks.functional.curvature.secant import Secant, secant
+from lsp_callbacks.functional.curvature.sharpness import sharpness
+from lsp_callbacks.functional.curvature.spectral_density import Spectrum, spectral_density
+from lsp_callbacks.functional.curvature.stability_constant import stability_constant
+
+__all__ = [
+    "BatchSharpnessResult",
+    "MarchenkoPastur",
+    "Secant",
+    "Spectrum",
+    "batch_sharpness",
+    "condition",
+    "condition_lower",
+    "cumulative",
+    "curvature_along_gradient",
+    "density",
+    "fit_marchenko_pastur",
+    "loss_condition_lower",
+    "loss_hessian",
+    "secant",
+    "sharpness",
+    "spectral_density",
+    "stability_constant",
+]

@@ -64,7 +64,7 @@ def curvature_along_gradient(hessian: LinearOperator, gradient: Tensor) -> Tenso
 
 
 def batch_sharpness(pairs: Tensor) -> BatchSharpnessResult:
-    """Means over batches of `curvature_along_gradient`.
+    """Return the means of `curvature_along_gradient` over batches, with their standard errors.
 
     Neither mean is the mean-square edge of SGD: for curvatures 1 and 3 at batch size 1 that is 2 / lr = 2.5, and these
     are 2 and 2.8. One batch has a relative standard deviation of some 40 %.
@@ -72,12 +72,12 @@ def batch_sharpness(pairs: Tensor) -> BatchSharpnessResult:
     Args:
         pairs: ``(batches, 2)``.
 
-    Source: Andreyev & Beneventano 2024; MATH section 3.
+    Source: Andreyev & Beneventano 2024; docs/theory.md, section Edges of stability.
 
     Example:
         >>> import torch
-        >>> found = batch_sharpness(torch.tensor([[1.0, 1.0], [27.0, 9.0]]))  # a^3 and a^2 for a = 1, 3
-        >>> float(found.mean_of_ratios), float(found.ratio_of_means)
+        >>> result = batch_sharpness(torch.tensor([[1.0, 1.0], [27.0, 9.0]]))  # a^3 and a^2 for a = 1, 3
+        >>> float(result.mean_of_ratios), float(result.ratio_of_means)
         (2.0, 2.8)
     """
     top, below = pairs.double().unbind(-1)

@@ -12,7 +12,7 @@ SMALL = 256
 
 
 def condition(operator: LinearOperator, *, precision: torch.dtype | None = None) -> tuple[Tensor, int]:
-    """``sigma_1 / sigma_r`` of a small operator, by the singular values of its dense matrix.
+    """Return ``sigma_1 / sigma_r`` of a small operator, by the singular values of its dense matrix.
 
     r is the numerical rank: singular values up to ``max(m, n) eps sigma_1`` count as 0, as in
     ``torch.linalg.matrix_rank``.
@@ -50,7 +50,7 @@ def condition(operator: LinearOperator, *, precision: torch.dtype | None = None)
 
 
 def condition_lower(operator: LinearOperator, *, steps: int = 12, generator: torch.Generator | None = None) -> Tensor:
-    """A lower bound of ``sigma_1 / sigma_r``, from the Ritz values of ``A A^T`` or ``A^T A``, the smaller of the two.
+    """Return a lower bound of ``sigma_1 / sigma_r``, from the Ritz values of the smaller of ``A A^T`` and ``A^T A``.
 
     Ritz values lie between the smallest and the largest nonzero eigenvalue, since the iteration starts in the range.
     The largest is found soon, the smallest seldom: the bound can be far below the truth.
@@ -77,7 +77,7 @@ def condition_lower(operator: LinearOperator, *, steps: int = 12, generator: tor
 
 
 def loss_condition_lower(hessian: LinearOperator, gradient: Tensor, *, steps: int = 5) -> Tensor | None:
-    """``lambda_max ||g||^2 / (g^T H g)``: how much flatter the loss is along its gradient than along its sharpest mode.
+    """Return ``lambda_max ||g||^2 / (g^T H g)``: how much flatter the loss is along g than along its sharpest mode.
 
     At the largest stable rate ``2 / lambda_max`` a step of gradient descent takes the share ``2 / kappa`` off the
     gradient along itself. For a convex quadratic loss it is a lower bound of ``lambda_max / lambda_min`` over the
@@ -104,6 +104,6 @@ def loss_condition_lower(hessian: LinearOperator, gradient: Tensor, *, steps: in
     """
     if not bool(gradient.any()) or not bool(torch.isfinite(gradient).all()):
         return None
-    found = lanczos(hessian, gradient, steps=steps, tol=0.0)
-    along = (found.coefficients[0].square() * found.values).sum()  # g^T H g, in the basis that begins with g
-    return found.values[-1] / along if bool(along > 0) else None
+    ritz = lanczos(hessian, gradient, steps=steps, tol=0.0)
+    along = (ritz.coefficients[0].square() * ritz.values).sum()  # g^T H g, in the basis that begins with g
+    return ritz.values[-1] / along if bool(along > 0) else None

@@ -38,17 +38,17 @@ class MarchenkoPastur:
 
     @property
     def alike(self) -> bool:
-        """Whether the law describes what it was fitted to: only then do its parameters mean anything."""
+        """Return whether the law describes what it was fitted to: only then do its parameters mean anything."""
         return self.distance <= ALIKE
 
     @property
     def edges(self) -> tuple[float, float]:
-        """Of the part that is not 0."""
+        """Return the ends of the part that is not 0."""
         root = math.sqrt(self.ratio)
         return self.scale * (1 - root) ** 2, self.scale * (1 + root) ** 2
 
     def measure(self) -> tuple[Tensor, Tensor]:
-        """The law as nodes and weights, the zeros first; ``(POINTS + 1,)`` each."""
+        """Return the law as nodes and weights, the zeros first; ``(POINTS + 1,)`` each."""
         angle = (torch.arange(POINTS, dtype=torch.float64) + 0.5) * (math.pi / POINTS)
         nodes = 1 + self.ratio + 2 * math.sqrt(self.ratio) * angle.cos()
         weights = angle.sin().square() / nodes
@@ -58,7 +58,7 @@ class MarchenkoPastur:
 
 
 def fit_marchenko_pastur(nodes: Tensor, weights: Tensor, *, width: float) -> MarchenkoPastur | None:
-    """The law with the first three moments of a measure, and how far off it is.
+    """Fit the law with the first three moments of a measure, and return it with its distance from the measure.
 
     With a the share that is not 0, the moments are ``a s``, ``a s^2 (1 + q)`` and ``a s^3 (1 + 3 q + q^2)``, so that
     ``m_1 m_3 / m_2^2 - 1 = q / (1 + q)^2``. Where that is not in [0, 1/4], the nearest q is taken; where a is not below
@@ -77,8 +77,8 @@ def fit_marchenko_pastur(nodes: Tensor, weights: Tensor, *, width: float) -> Mar
 
     Example:
         >>> from lsp_callbacks.functional import MarchenkoPastur, fit_marchenko_pastur
-        >>> found = fit_marchenko_pastur(*MarchenkoPastur(0.3, 2.0, 0.6, 0.0, 0.1).measure(), width=0.1)
-        >>> round(found.ratio, 6), round(found.scale, 6), round(found.zero_mass, 6), round(found.distance, 6)
+        >>> result = fit_marchenko_pastur(*MarchenkoPastur(0.3, 2.0, 0.6, 0.0, 0.1).measure(), width=0.1)
+        >>> round(result.ratio, 6), round(result.scale, 6), round(result.zero_mass, 6), round(result.distance, 6)
         (0.3, 2.0, 0.6, 0.0)
     """
     weights = weights / weights.sum()
@@ -99,7 +99,7 @@ def fit_marchenko_pastur(nodes: Tensor, weights: Tensor, *, width: float) -> Mar
 
 
 def density(nodes: Tensor, weights: Tensor, points: Tensor, width: float) -> Tensor:
-    """``sum_j weights_j N(points; nodes_j, width^2)``: the integral is that of the weights.
+    """Return ``sum_j weights_j N(points; nodes_j, width^2)``, whose integral is the sum of the weights.
 
     Args:
         nodes: ``(k,)``.
@@ -114,5 +114,5 @@ def density(nodes: Tensor, weights: Tensor, points: Tensor, width: float) -> Ten
 
 
 def cumulative(nodes: Tensor, weights: Tensor, points: Tensor, width: float) -> Tensor:
-    """The integral of `density` up to each point."""
+    """Return the integral of `density` up to each point."""
     return torch.special.ndtr((points[:, None] - nodes) / width) @ weights

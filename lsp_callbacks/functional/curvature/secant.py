@@ -33,7 +33,7 @@ class Secant:
 def secant(
     before: Tensor, after: Tensor, step: Tensor, hessian: LinearOperator, *, theta: Tensor | None = None
 ) -> Secant:
-    """The secant curvature of a step against the Hessian's, for the same batch.
+    """Return the curvature that the gradient shows along a step, beside that of the Hessian, for the same batch.
 
     Where the loss is smooth and the step short the two agree. Across the kink of a ReLU the gradient jumps, while the
     Hessian, which exists almost everywhere, knows nothing of it: then a sharpness, and every learning rate derived from
@@ -48,14 +48,14 @@ def secant(
 
     Cost: one Hessian product, two with ``theta``.
 
-    Source: Katende, arXiv 2512.22055 (the counterexample); MATH section 7.
+    Source: Katende 2025b (the counterexample); docs/theory.md, section The law of SGD, energies, kinks.
 
     Example:
         >>> import torch
         >>> from lsp_callbacks.linalg import from_matrix
         >>> one = lambda *v: torch.tensor(v, dtype=torch.float64)
-        >>> found = secant(one(-1.0), one(1.0), one(0.1), from_matrix(one(0.0)[None]))  # |theta| across 0
-        >>> float(found.secant), float(found.curvature), found.ratio, float(found.unexplained)
+        >>> result = secant(one(-1.0), one(1.0), one(0.1), from_matrix(one(0.0)[None]))  # |theta| across 0
+        >>> float(result.secant), float(result.curvature), result.ratio, float(result.unexplained)
         (20.0, 0.0, None, 1.0)
     """
     length = norm(step)
@@ -72,7 +72,7 @@ def secant(
 
 
 def gradient_rounding(gradient: Tensor, hessian: LinearOperator, theta: Tensor | None = None) -> Tensor:
-    """``eps (||g|| + ||H (+-theta)||)``: what rounding does to a gradient, about.
+    """Return ``eps (||g|| + ||H (+-theta)||)``, about the norm of the rounding error of a gradient.
 
     The second term is what parameters that are rounded once, each up or down by chance, do to it: a gradient that is
     small because its parts cancel, as near a minimum, has their rounding.

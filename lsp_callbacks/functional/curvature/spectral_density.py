@@ -77,7 +77,7 @@ class Spectrum:
 def spectral_density(
     operator: LinearOperator, *, probes: int = 2, steps: int = 40, generator: torch.Generator | None = None
 ) -> Spectrum:
-    """Stochastic Lanczos quadrature from Gaussian starts.
+    """Return the distribution of the eigenvalues of a symmetric operator, by stochastic Lanczos quadrature.
 
     What a run has resolved is taken out of the estimates of the run before it, whose start does not depend on it:
     ``tr f(A) = sum_j f(theta_j) + E[(n - k) (v^T f(A) v - sum_j (v^T u_j)^2 f(theta_j)) / (1 - sum_j (v^T u_j)^2)]``.
@@ -100,8 +100,8 @@ def spectral_density(
         >>> import torch
         >>> from lsp_callbacks.functional import spectral_density
         >>> from lsp_callbacks.linalg import from_matrix
-        >>> found = spectral_density(from_matrix(torch.diag(torch.tensor([-1.0, 0.0, 0.0, 3.0]))))
-        >>> round(found.trace, 4), round(found.effective_rank, 4), found.negative, found.zero
+        >>> result = spectral_density(from_matrix(torch.diag(torch.tensor([-1.0, 0.0, 0.0, 3.0]))))
+        >>> round(result.trace, 4), round(result.effective_rank, 4), result.negative, result.zero
         (2.0, 0.4, 0.25, 0.5)
     """
     if probes < 2:
@@ -114,18 +114,18 @@ def spectral_density(
     weights = torch.cat([run.weights for run in runs])[order] / len(runs)
     scale = float(nodes.abs().max())
 
-    known = [_resolved(run, n, scale) for run in runs]
-    trace, trace_error = _total(runs, known, n, lambda x: x)
-    square, square_error = _total(runs, known, n, torch.square)
+    singles = [_resolved(run, n, scale) for run in runs]
+    trace, trace_error = _total(runs, singles, n, lambda x: x)
+    square, square_error = _total(runs, singles, n, torch.square)
     rank, rank_error = math.nan, math.nan
     if trace and square > 0:
         rank = trace**2 / square
-        rank_error = rank * _total(runs, known, n, lambda x: 2 * x / trace - x.square() / square)[1]
+        rank_error = rank * _total(runs, singles, n, lambda x: 2 * x / trace - x.square() / square)[1]
     below, zero, _ = torch.stack([run.masses(width=ZERO * scale) for run in runs]).mean(0).tolist()
     share = max(below, 1 / n)  # a single eigenvalue may well have been missed
     least = min(runs, key=lambda run: float(run.nodes[0]))
 
-    bulks = [_bulk(run.nodes, resolved) for run, resolved in zip(runs, known)]
+    bulks = [_bulk(run.nodes, resolved) for run, resolved in zip(runs, singles)]
     run, inside = min(zip(runs, bulks), key=lambda pair: int(pair[1].sum()) - len(pair[1]))
     told = bool(inside.any()) and int((~inside).sum()) <= FEW * n
     bulk = (float(run.nodes[inside][0]), float(run.nodes[inside][-1])) if told else None
@@ -153,14 +153,14 @@ def spectral_density(
 
 
 def _resolved(run: Quadrature, n: int, scale: float) -> Tensor:
-    """Which nodes are single eigenvalues that stand apart."""
+    """Return which nodes are single eigenvalues that stand apart."""
     gaps = torch.nn.functional.pad(run.nodes.diff(), (1, 1), value=torch.inf)
     gap = torch.minimum(gaps[:-1], gaps[1:])
     return (run.residuals <= RESOLVED * gap) & (gap > ZERO * scale) & (n * run.weights <= SINGLE)
 
 
 def _bulk(nodes: Tensor, resolved: Tensor) -> Tensor:
-    """Which nodes are the bulk's: from the first that is not resolved to the last, and outwards up to a wide gap."""
+    """Return which nodes belong to the bulk: all between unresolved ones, and outwards up to a wide gap."""
     inside = ~resolved
     if bool(inside.any()):
         first, last = (int(index) for index in inside.nonzero()[[0, -1], 0])
@@ -172,12 +172,12 @@ def _bulk(nodes: Tensor, resolved: Tensor) -> Tensor:
     return inside
 
 
-def _total(runs: list[Quadrature], known: list[Tensor], n: int, f: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-    """``tr f(A)`` and its standard error: see `spectral_density`."""
+def _total(runs: list[Quadrature], singles: list[Tensor], n: int, f: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    """Return ``tr f(A)`` and its standard error, see `spectral_density`."""
     if len(runs) == 1:
         return n * float(runs[0].weights @ f(runs[0].nodes)), 0.0
     totals, variances = [], []
-    for run, other, resolved in zip(runs, runs[1:] + runs[:1], known[1:] + known[:1]):
+    for run, other, resolved in zip(runs, runs[1:] + runs[:1], singles[1:] + singles[:1]):
         values, taken = f(other.nodes[resolved]), other.cross[resolved]
         rest = n - len(values)
         mean, square = ((run.weights @ f(run.nodes) ** p - taken @ values**p) / (1 - taken.sum()) for p in (1, 2))
@@ -186,11 +186,11 @@ def _total(runs: list[Quadrature], known: list[Tensor], n: int, f: Callable[[Ten
     return float(torch.stack(totals).mean()), math.sqrt(float(torch.stack(variances).mean()) / len(runs))
 
 
-def _fit(nodes: Tensor, weights: Tensor, own: Tensor, inside: Tensor) -> MarchenkoPastur | None:
-    """To the nodes of all runs, up to half way to the next outlier; smoothed by the mean distance of one run's."""
-    middles = (own[1:] + own[:-1]) / 2
+def _fit(nodes: Tensor, weights: Tensor, of_run: Tensor, inside: Tensor) -> MarchenkoPastur | None:
+    """Fit the law to all nodes up to half way to the next outlier, smoothed by the mean distance in one run."""
+    middles = (of_run[1:] + of_run[:-1]) / 2
     first, last = (int(index) for index in inside.nonzero()[[0, -1], 0])
     above = nodes > middles[first - 1] if first else torch.ones_like(nodes, dtype=torch.bool)
     below = nodes < middles[last] if last < len(middles) else torch.ones_like(nodes, dtype=torch.bool)
-    width = float(own[last] - own[first]) / int(inside.sum())
+    width = float(of_run[last] - of_run[first]) / int(inside.sum())
     return fit_marchenko_pastur(nodes[above & below], weights[above & below], width=width)

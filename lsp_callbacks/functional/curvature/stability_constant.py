@@ -6,10 +6,10 @@ from lsp_callbacks.errors import Unmeasurable
 
 
 def stability_constant(momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False) -> float:
-    """``c``: the step is linearly stable while ``lr * lambda < c`` (full batch).
+    """Return c, where full-batch steps are linearly stable while ``lr * lambda < c``.
 
-    Plain gradient descent 2; heavy ball ``2 + 2 beta``; Nesterov ``(2 + 2 beta) / (1 + 2 beta)``; dampening tau
-    ``(2 + 2 beta) / (1 - tau)``. Source: Cohen et al. 2021, appendix B; MATH section 3.
+    Plain gradient descent has 2; heavy ball ``2 + 2 beta``; Nesterov ``(2 + 2 beta) / (1 + 2 beta)``; dampening tau
+    ``(2 + 2 beta) / (1 - tau)``. Source: Cohen et al. 2021, appendix B; docs/theory.md, section Edges of stability.
 
     Example:
         >>> from lsp_callbacks.functional import stability_constant

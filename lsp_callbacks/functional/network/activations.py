@@ -49,7 +49,7 @@ LIPSCHITZ: dict[str, Callable[[Any], float | None]] = {
 
 
 def activation_lipschitz(module: nn.Module) -> float | None:
-    """``sup |phi'|`` of an elementwise activation, which is its Lipschitz constant in every p-norm.
+    """Return ``sup |phi'|`` of an elementwise activation, its Lipschitz constant in every p-norm.
 
     Args:
         module: of PyTorch or transformers; of another class of the same name nothing is assumed.
@@ -66,12 +66,12 @@ def activation_lipschitz(module: nn.Module) -> float | None:
     kind = type(module)
     if kind.__module__.split(".")[0] not in ("torch", "transformers"):
         return None
-    found = LIPSCHITZ.get(kind.__name__)
-    return None if found is None else found(module)
+    constant = LIPSCHITZ.get(kind.__name__)
+    return None if constant is None else constant(module)
 
 
 def activation_slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``phi'(x)``, elementwise, as autograd defines it at kinks (0 for ReLU at 0).
+    """Return ``phi'(x)``, elementwise, as autograd defines it at kinks (0 for ReLU at 0).
 
     Args:
         function: elementwise; a module or a function. It may work in place.
@@ -88,7 +88,7 @@ def activation_slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def flat(slope: Tensor, lipschitz: float = 1.0) -> Tensor:
-    """Where ``|slope| < FLAT * lipschitz``: so little of the gradient passes that the unit hardly learns there.
+    """Return where ``|slope| < FLAT * lipschitz``: so little of the gradient passes that the unit hardly learns.
 
     For tanh this is ``|x| > 2.18``, for the sigmoid ``|x| > 4.36``, for ReLU the negative half.
     """

@@ -29,12 +29,12 @@ class Drift:
 
     @property
     def excess(self) -> Tensor:
-        """The larger of the two ratios of drift and error: 1 is what sampling explains."""
+        """Return the larger of the two ratios of drift and error: 1 is what sampling explains."""
         return torch.maximum(self.mean / self.mean_error, self.variance / self.variance_error)
 
 
 def batch_norm_drift(x: Tensor, mean: Tensor, var: Tensor, *, eps: float = 1e-5, memory: float = 0.0) -> Drift:
-    """Batch statistics against running statistics, and against what their sampling error explains.
+    """Return how far batch statistics are from running ones, and how far sampling alone would put them.
 
     Samples are independent, positions within one sample are not: errors come from the scatter of the samples' own
     means and mean squares, over B samples. The running statistics scatter, too: an average with momentum m of
@@ -57,8 +57,8 @@ def batch_norm_drift(x: Tensor, mean: Tensor, var: Tensor, *, eps: float = 1e-5,
         >>> import torch
         >>> from lsp_callbacks.functional import batch_norm_drift
         >>> x = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]]) + 3
-        >>> found = batch_norm_drift(x, torch.zeros(1), torch.ones(1), eps=0.0)
-        >>> round(float(found.mean), 3), round(float(found.mean_error), 3), round(float(found.variance), 3)
+        >>> result = batch_norm_drift(x, torch.zeros(1), torch.ones(1), eps=0.0)
+        >>> round(float(result.mean), 3), round(float(result.mean_error), 3), round(float(result.variance), 3)
         (3.0, 0.577, 0.288)
     """
     samples = len(x)
@@ -67,12 +67,14 @@ def batch_norm_drift(x: Tensor, mean: Tensor, var: Tensor, *, eps: float = 1e-5,
     rows = x.detach().double().flatten(2) if x.ndim > 2 else x.detach().double()[..., None]  # (B, C, positions)
     mean, var = mean.double(), var.double() + eps
     count = samples * rows.shape[2]
-    own = rows.mean((0, 2))
-    squares = (rows - own[:, None]).square().mean(2) * (count / (count - 1))  # unbiased, as the running variance is
-    spread = squares.mean(0) + eps
+    batch_mean = rows.mean((0, 2))
+    squares = (rows - batch_mean[:, None]).square().mean(2) * (
+        count / (count - 1)
+    )  # unbiased, as the running variance is
+    spread = squares.mean(0) + eps  # unbiased, as the running variance is
     scale = 1 + memory
     return Drift(
-        mean=_rms((own - mean) / var.sqrt()),
+        mean=_rms((batch_mean - mean) / var.sqrt()),
         variance=_rms((spread / var).log()),
         mean_error=_rms((rows.mean(2).var(0) / samples * scale / var).sqrt()),
         variance_error=_rms((squares.var(0) / samples * scale).sqrt() / spread),

@@ -38,11 +38,11 @@ def chain_lipschitz(
     tol: float = 1e-3,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A bound on the Lipschitz constant of modules applied one after another in eval mode, whatever their input.
+    """Return a bound on the Lipschitz constant of modules applied one after another in eval mode.
 
-    Runs of affine modules are one operator, whose norm is measured: a normalisation by running statistics is folded
-    into its layer, and a convolution is taken with its stride, padding and input size. Activations count by their
-    steepest slope, max-pooling by the windows that an input may lie in.
+    It holds whatever their input. Runs of affine modules are one operator, whose norm is measured: a normalisation
+    by running statistics is folded into its layer, and a convolution is taken with its stride, padding and input size.
+    Activations count by their steepest slope, max-pooling by the windows that an input may lie in.
 
     Args:
         modules: in eval mode.
@@ -61,7 +61,7 @@ def chain_lipschitz(
 
     Cost: an operator norm of one sample for each run of affine modules.
 
-    Source: Katende, Thm 4.1, (D_k W_k), with slopes that may exceed 1.
+    Source: Katende 2025, Thm 4.1, (D_k W_k), with slopes that may exceed 1.
 
     Example:
         >>> import torch
@@ -96,7 +96,7 @@ def _affine(module: nn.Module) -> bool:
 
 
 def _lipschitz(module: nn.Module) -> float:
-    """Of a module that is not affine.
+    """Return the Lipschitz constant of a module that is not affine.
 
     Raises:
         Unmeasurable: where no constant is known.
@@ -118,6 +118,6 @@ def _norm(end: Tensor, start: Tensor, steps: int, tol: float, generator: torch.G
         return torch.ones((), dtype=torch.float64)
     J = jacobian(end, start, axes=(0, 0))
     side = J if J.shape[1] <= J.shape[0] else J.T
-    found = operator_norm(side, steps=steps, tol=tol, failure=FAILURE, generator=generator).upper
-    assert found is not None
-    return found.max()
+    upper = operator_norm(side, steps=steps, tol=tol, failure=FAILURE, generator=generator).upper
+    assert upper is not None
+    return upper.max()

@@ -65,7 +65,7 @@ class GeneralizedNorm:
 
 
 def generalized_norm(free: RelaxedJacobian, *, vertices: int = 12) -> GeneralizedNorm:
-    """The generalized ``sigma^x``: the largest norm over the product set of the chain rule.
+    """Return the generalized ``sigma^x``, the largest norm over the product set of the chain rule.
 
     ``J(e)`` is affine in each slope, so its norm is convex in each, and the sup is at a vertex of the box
     ``|e_i| <= r_i``. For up to ``vertices`` near-active units that reach the output (and where the matrices are small)
@@ -91,15 +91,15 @@ def generalized_norm(free: RelaxedJacobian, *, vertices: int = 12) -> Generalize
         free: from `lsp_callbacks.operators.curvature.kink_relaxation.relax_kinks`.
         vertices: at most so many units are enumerated.
 
-    Cost: no gradient. Source: Katende, Def. 6.1 and Sec. 6.6, with products in place of one-step norms; Clarke 1983,
-    2.6; MATH section 7.
+    Cost: no gradient. Source: Katende 2025, Def. 6.1 and Sec. 6.6, with products in place of one-step norms; Clarke
+    1983, 2.6; docs/theory.md, section The law of SGD, energies, kinks.
 
     Example:
         >>> import torch
         >>> from lsp_callbacks.operators.curvature.kink_relaxation import relax_kinks
         >>> x = torch.zeros(1, 1, dtype=torch.float64)
-        >>> found = generalized_norm(relax_kinks(lambda x: x.relu() - (-x).relu(), x)[0])
-        >>> float(found.lower), found.exact, found.near
+        >>> result = generalized_norm(relax_kinks(lambda x: x.relu() - (-x).relu(), x)[0])
+        >>> float(result.lower), result.exact, result.near
         (2.0, True, 2)
     """
     near = len(free.radius)
@@ -126,7 +126,7 @@ def generalized_norm(free: RelaxedJacobian, *, vertices: int = 12) -> Generalize
 
 
 def _reduced(free: RelaxedJacobian) -> RelaxedJacobian:
-    """The same norms with fewer columns and rows: rotations of the input's space and of the output's."""
+    """Return an equivalent of fewer columns and rows, by rotating the spaces of the input and of the output."""
     m, n = free.jacobian.shape
     rows = torch.cat([free.jacobian, free.into])
     if n > len(rows):
@@ -139,7 +139,7 @@ def _reduced(free: RelaxedJacobian) -> RelaxedJacobian:
 
 
 def _resolvent(free: RelaxedJacobian, e: Tensor) -> tuple[Tensor, Tensor]:
-    """``(I - T E)^-1 C`` and ``B (I - E T)^-1`` for each row of e."""
+    """Return ``(I - T E)^-1 C`` and ``B (I - E T)^-1`` for each row of e."""
     eye = torch.eye(len(free.radius)).to(e)
     into = torch.linalg.solve_triangular(eye - free.between * e[:, None, :], free.into, upper=False)
     out = torch.linalg.solve_triangular(eye - e[:, :, None] * free.between, free.out, upper=False, left=False)
@@ -147,7 +147,7 @@ def _resolvent(free: RelaxedJacobian, e: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _norms(free: RelaxedJacobian, e: Tensor) -> Tensor:
-    """``||J(e)||_2`` for each row of e."""
+    """Return ``||J(e)||_2`` for each row of e."""
     into, _ = _resolvent(free, e)
     J = free.jacobian + free.out @ (e[:, :, None] * into)
     J = J.mT if J.shape[1] < J.shape[2] else J
@@ -182,10 +182,10 @@ def _upper(free: RelaxedJacobian) -> Tensor:
     into, out = root[:, None] * free.into, free.out * root
     between = root[:, None] * free.between * root
     reach: list[Tensor] = []
-    for i, own in enumerate(calls):
-        earlier = (norm(between[own][:, other], 2) * p for other, p in zip(calls[:i], reach))
-        reach.append(norm(into[own], 2) + sum(earlier, centre.new_zeros(())))
-    blocks = sum((norm(out[:, own], 2) * p for own, p in zip(calls, reach)), centre.new_zeros(()))
+    for i, units in enumerate(calls):
+        earlier = (norm(between[units][:, other], 2) * p for other, p in zip(calls[:i], reach))
+        reach.append(norm(into[units], 2) + sum(earlier, centre.new_zeros(())))
+    blocks = sum((norm(out[:, units], 2) * p for units, p in zip(calls, reach)), centre.new_zeros(()))
     eye = torch.eye(len(root)).to(root)
     entries = torch.linalg.solve_triangular(eye - between.abs(), into.abs(), upper=False)
     return centre + torch.minimum(blocks, norm(out.abs() @ entries, 2))

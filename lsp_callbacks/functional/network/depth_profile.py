@@ -37,22 +37,22 @@ class DepthProfile:
 
     @property
     def depth(self) -> int:
-        """L, the layers that were travelled: what the exponents are divided by."""
+        """Return L, the number of layers, by which the exponents are divided."""
         return len(self.sigma)
 
     @property
     def exponent(self) -> Tensor:
-        """``alpha_x = (1/L) log max_samples sigma^x_L``, nats a layer; -inf where the output does not depend on X_0."""
+        """Return ``alpha_x = (1/L) log max_samples sigma^x_L``, nats a layer; -inf where X_L does not depend on X_0."""
         return self.sigma[-1].max().log() / self.depth
 
     @property
     def median(self) -> Tensor:
-        """The exponent of the median sample."""
+        """Return the exponent of the median sample."""
         return self.sigma[-1].median().log() / self.depth
 
     @property
     def bound(self) -> Tensor:
-        """``(1/L) max_samples sum log ||J_k||``, nats a layer."""
+        """Return ``(1/L) max_samples sum log ||J_k||``, nats a layer."""
         return self.log_bound.max() / self.depth
 
 
@@ -65,7 +65,7 @@ def depth_profile(
     failure: float = 1e-3,
     generator: torch.Generator | None = None,
 ) -> DepthProfile:
-    """The forward sensitivities of a network at the inputs that it received, by depth.
+    """Return the forward sensitivities of a network at the inputs that it received, by depth.
 
     ``alpha_x = (1/L) log sigma^x_L`` takes the *endpoint*: the supremum over all depths from 0 on, as printed, includes
     ``dX_0/dX_0 = I`` and could never be negative. It is divided by the L layers that were travelled, not by L + T,
@@ -90,15 +90,15 @@ def depth_profile(
 
     Cost: two products a Lanczos step, some ten steps a norm, two norms a layer.
 
-    Source: Katende, Secs. 2 and 4.1; MATH section 4.
+    Source: Katende 2025, Secs. 2 and 4.1; docs/theory.md, section The Learning Stability Profile.
 
     Example:
         >>> import torch
         >>> from lsp_callbacks.linalg import from_matrix
         >>> from lsp_callbacks.functional import depth_profile
         >>> W = torch.tensor([[0.0, -1.2], [0.3, 0.0]], dtype=torch.float64)  # a quarter turn, then diag(1.2, 0.3)
-        >>> found = depth_profile(lambda k, j: from_matrix(torch.linalg.matrix_power(W, k - j)), 4)
-        >>> round(float(found.exponent), 4), round(float(found.bound), 4)  # 0.5 log 0.36, log 1.2
+        >>> result = depth_profile(lambda k, j: from_matrix(torch.linalg.matrix_power(W, k - j)), 4)
+        >>> round(float(result.exponent), 4), round(float(result.bound), 4)  # 0.5 log 0.36, log 1.2
         (-0.5108, 0.1823)
     """
     if depth < 1:
@@ -126,10 +126,10 @@ def depth_profile(
         k = j
     everything = [*norms, *links]
     return DepthProfile(
-        sigma=torch.stack([torch.atleast_1d(one.value) for one in norms]),
-        residual=torch.stack([_relative(one) for one in everything]).max(),
-        converged=all(one.converged for one in everything),
-        log_bound=torch.stack([torch.atleast_1d(one.upper) for one in links if one.upper is not None]).log().sum(0),
+        sigma=torch.stack([torch.atleast_1d(pair.value) for pair in norms]),
+        residual=torch.stack([_relative(pair) for pair in everything]).max(),
+        converged=all(pair.converged for pair in everything),
+        log_bound=torch.stack([torch.atleast_1d(pair.upper) for pair in links if pair.upper is not None]).log().sum(0),
         factors=tuple(reversed(factors)),
     )
 

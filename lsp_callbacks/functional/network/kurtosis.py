@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def excess_kurtosis(values: Tensor) -> tuple[Tensor, float]:
-    """``m_4 / m_2^2 - 3`` over all entries, and what it scatters by over as many normal numbers.
+    """Return ``m_4 / m_2^2 - 3`` over all entries, and its standard error for as many normal numbers.
 
     0 is a normal distribution, -1.2 a uniform one (PyTorch's default initialisation). Of two initialisations with the
     same variance the one with heavy tails drives more units of tanh or the sigmoid into their flat regions.

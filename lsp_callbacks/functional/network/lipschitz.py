@@ -21,7 +21,7 @@ FAILURE = 1e-3
 
 
 def lipschitz_lower(jacobian: LinearOperator, *, steps: int = 8) -> Tensor:
-    """``max_i ||dX_L / dX_0||_2`` over the samples: no Lipschitz constant can be smaller.
+    """Return ``max_i ||dX_L / dX_0||_2`` over the samples: no Lipschitz constant can be smaller.
 
     Args:
         jacobian: ``dX_L / dX_0`` of the network at some samples, one matrix for each.
@@ -35,7 +35,7 @@ def lipschitz_lower(jacobian: LinearOperator, *, steps: int = 8) -> Tensor:
 
 
 def norm_upper(operator: LinearOperator, *, steps: int = 30, failure: float = FAILURE) -> float:
-    """``||A||_2`` from above: exact for small operators, otherwise true with probability ``1 - failure``."""
+    """Return ``||A||_2`` from above: exact for small operators, otherwise true with probability ``1 - failure``."""
     m, n = operator.shape
     if min(m, n) <= SMALL:
         matrix = (operator.T.dense() if m < n else operator.dense()).double()
@@ -44,7 +44,7 @@ def norm_upper(operator: LinearOperator, *, steps: int = 30, failure: float = FA
 
 
 def layer_lipschitz(module: nn.Module, input_shape: Shape = None, output_shape: Shape = None) -> float | None:
-    """An upper bound of the Lipschitz constant of one module in eval mode; None where none is known.
+    """Return an upper bound of the Lipschitz constant of one module in eval mode; None where none is known.
 
     Args:
         module: in eval mode.
@@ -79,10 +79,10 @@ def _normalised(module: Any) -> float:
 
 
 def _pooled(module: Any, dilation: Any = None) -> float | None:
-    """Of a pooling by the maximum, which has a dilation, or by the mean."""
+    """Return the constant of a pooling by the maximum, which has a dilation, or by the mean."""
     dims = int(type(module).__name__[-2])
     size, stride = _tuple(module.kernel_size, dims), _tuple(module.stride, dims)
-    if getattr(module, "divisor_override", None) is not None or any(one != 1 for one in _tuple(dilation or 1, dims)):
+    if getattr(module, "divisor_override", None) is not None or any(gap != 1 for gap in _tuple(dilation or 1, dims)):
         return None
     if dilation is None and (module.ceil_mode or (any(_tuple(module.padding, dims)) and not module.count_include_pad)):
         return None  # a window that is cut is divided by less
@@ -94,7 +94,7 @@ def _tuple(value: Any, dims: int) -> tuple[int, ...]:
 
 
 def overlap(size: Sequence[int], stride: Sequence[int]) -> float:
-    """Square root of the number of windows that hold one cell."""
+    """Return the square root of the number of pooling windows that hold one cell."""
     return math.sqrt(math.prod(math.ceil(k / s) for k, s in zip(size, stride)))
 
 

@@ -29,7 +29,7 @@ class ResidualStability:
         m: ``-lambda_max((G + G^T)/2)``, the least over samples; below 0 the block expands, whatever h is.
         dissipative: ``m`` exceeds its residual: some h > 0 contracts, which need not be this one.
         M: ``||G||_2``, the largest over samples; only where dissipative, as are the following.
-        h_max: ``2 m / M^2``: each h below contracts (Katende, Cor. 4.4).
+        h_max: ``2 m / M^2``: each h below contracts (Katende 2025, Cor. 4.4).
         h_exact: the largest h with ``||I + hG|| <= 1`` for each sample: above it the block expands.
         cfl: ``h / h_max``; below 1 the block contracts, above 1 proves nothing.
         residual: the largest relative residual of the iterations behind the numbers.
@@ -50,7 +50,7 @@ class ResidualStability:
 def residual_stability(
     jacobian: LinearOperator, *, h: float = 1.0, steps: int = 12, tol: float = 1e-2
 ) -> ResidualStability:
-    """The stability numbers of one explicit Euler step in depth.
+    """Return stiffness, gain and step limits of ``x + h g(x)``, one explicit Euler step in depth.
 
     Stiffness and ``m`` are the two ends of one Lanczos run on the symmetric part, the gain another on ``I + hG``. Where
     ``m <= 0`` no step contracts: the usual case in real networks, and no ``h_max`` is given then.
@@ -63,8 +63,8 @@ def residual_stability(
 
     Cost: 2 products a Lanczos step (one forward, one adjoint); about ``4 steps`` for a block that is not dissipative.
 
-    Source: Katende, (4.1)-(4.3), Thm 4.3, Cor. 4.4; the exact limit ``1 / lambda_max((-G - G^T)^-1 G^T G)`` is computed
-    by Dinkelbach's iteration (Management Science 1967).
+    Source: Katende 2025, (4.1)-(4.3), Thm 4.3, Cor. 4.4; the exact limit ``1 / lambda_max((-G - G^T)^-1 G^T G)`` is
+    computed by the iteration of Dinkelbach 1967.
 
     Example:
         >>> import torch
@@ -108,7 +108,7 @@ def residual_stability(
 
 
 def _exact_limit(jacobian: LinearOperator, start: Tensor, steps: int, tol: float) -> Tensor:
-    """``min_v v^T S v / ||K v||^2`` with ``S = -K - K^T`` positive definite, for each sample.
+    """Return ``min_v v^T S v / ||K v||^2`` with ``S = -K - K^T`` positive definite, for each sample.
 
     Dinkelbach: ``mu <- ratio(v)`` where v belongs to the smallest eigenvalue of ``S - mu K^T K``; mu falls
     monotonically, and superlinearly, to the minimum.

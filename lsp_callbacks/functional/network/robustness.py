@@ -49,7 +49,7 @@ def sensitivity(
     failure: float = 1e-3,
     generator: torch.Generator | None = None,
 ) -> Sensitivity:
-    """The largest response of f to a displacement: first order, and evaluated at a real displacement.
+    """Return the largest response of f to a displacement: to first order, and at a real displacement.
 
     Neither is an upper bound of the other: to first order the change is at most ``upper * distance``, and beyond it
     grows with the curvature of f, ``f'' distance^2 / 2``; only a Lipschitz constant bounds it whatever the distance.
@@ -73,8 +73,8 @@ def sensitivity(
         >>> import torch
         >>> from lsp_callbacks.linalg import from_matrix
         >>> square = lambda v: (1 + v).square() - 1  # at x = 1
-        >>> found = sensitivity(from_matrix(torch.tensor([[2.0]])), square, 0.5)
-        >>> float(found.value), round(float(found.lower), 6) in (1.5, 2.5)  # v is 1 or -1
+        >>> result = sensitivity(from_matrix(torch.tensor([[2.0]])), square, 0.5)
+        >>> float(result.value), round(float(result.lower), 6) in (1.5, 2.5)  # v is 1 or -1
         (2.0, True)
     """
     if not distance > 0:
@@ -82,10 +82,10 @@ def sensitivity(
     m, n = jacobian.shape
     tol = 0.0 if min(m, n) <= FEW else tol
     side, rare = jacobian if n <= m else jacobian.T, failure / max(1, math.prod(jacobian.batch))
-    found = operator_norm(side, steps=steps, tol=tol, failure=rare, generator=generator)
-    assert found.upper is not None
-    v = found.vector if n <= m else jacobian.T @ found.vector
+    top = operator_norm(side, steps=steps, tol=tol, failure=rare, generator=generator)
+    assert top.upper is not None
+    v = top.vector if n <= m else jacobian.T @ top.vector
     # Where J vanishes any direction will do.
     v = torch.where((v != 0).any(-1, keepdim=True), unit(v), n**-0.5)
     reached = norm(change(distance * v), -1).cpu() - rounding
-    return Sensitivity(found.value, found.residual, found.upper, reached.clamp_min(0) / distance, v, found.converged)
+    return Sensitivity(top.value, top.residual, top.upper, reached.clamp_min(0) / distance, v, top.converged)

@@ -28,7 +28,7 @@ class Units:
 
 
 def units(slopes: Tensor, largest: float = 1.0) -> Units:
-    """Tells dead and saturated units from the slopes ``phi'`` of an activation.
+    """Return which units are dead or saturated, from the slopes ``phi'`` of an activation.
 
     Flat is a slope below 1/20 of the largest one. Dead are ReLU units below 0 for all of the batch, those of ReLU6
     beyond either end, and tanh or sigmoid so far out that their slope is rounded to 0.
@@ -46,8 +46,8 @@ def units(slopes: Tensor, largest: float = 1.0) -> Units:
         >>> import torch
         >>> from lsp_callbacks.functional import units
         >>> slopes = torch.tensor([[0.0, 1.0, 0.01]]).expand(8, -1)
-        >>> found = units(slopes)
-        >>> found.dead.tolist(), found.saturated.tolist(), round(float(found.flat), 4)
+        >>> result = units(slopes)
+        >>> result.dead.tolist(), result.saturated.tolist(), round(float(result.flat), 4)
         ([True, False, False], [False, False, True], 0.6667)
     """
     if len(slopes) < LEAST_ROWS:

@@ -63,7 +63,7 @@ class Fault:
     rank: int | None = None
 
     def __str__(self) -> str:
-        """What happened, in words."""
+        """Return what happened, in words."""
         text = self._what() + (f", and {self.then} made NaN of it" if self.then else "")
         text += f" ({self.reason})" if self.reason else ""
         return text if self.rank is None else f"on rank {self.rank}, {text}"
@@ -115,16 +115,16 @@ class _Tracer(Operations):
         self._time = 0
 
     def seed(self, tensors: list[tuple[str, Tensor]], where: Where, guilt: int = _GUILTY) -> None:
-        """What is not finite before the first operation."""
+        """Record what is not finite before the first operation."""
         for k, (name, tensor) in enumerate(tensors):
-            for one in floats(tensor):
-                for kind in kinds(one):
-                    self._blame(one, _Origin(guilt, k - len(tensors), kind, where=where, source=name))
+            for part in floats(tensor):
+                for kind in kinds(part):
+                    self._blame(part, _Origin(guilt, k - len(tensors), kind, where=where, source=name))
 
     def of(self, tensors: list[Tensor]) -> _Origin | None:
-        """The origin of what is not finite in tensors: the guiltiest, then the earliest; None if all are finite."""
-        found = [self._origin(t, kind) for t in tensors for kind in kinds(t)]
-        return min(found, key=lambda origin: (origin.guilt, origin.time), default=None)
+        """Return the earliest origin of what is not finite in tensors, culprits first; None if all are finite."""
+        origins = [self._origin(t, kind) for t in tensors for kind in kinds(t)]
+        return min(origins, key=lambda origin: (origin.guilt, origin.time), default=None)
 
     def run(self, operation: Operation, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         inputs = floats((args, kwargs))
@@ -147,8 +147,8 @@ class _Tracer(Operations):
         before: list[tuple[Tensor, set[Kind]]],
         given: Any,
     ) -> _Origin:
-        nan = [self._origin(t, "NaN") for t, found in before if "NaN" in found]
-        inf = [self._origin(t, "Inf") for t, found in before if "Inf" in found]
+        nan = [self._origin(t, "NaN") for t, held in before if "NaN" in held]
+        inf = [self._origin(t, "Inf") for t, held in before if "Inf" in held]
         # NaN of an Inf that should not be there goes back to that.
         turned = [replace(origin, then=origin.then or operation.name) for origin in inf if origin.guilt == _GUILTY]
         inherited = nan + turned if kind == "NaN" else inf
@@ -159,43 +159,44 @@ class _Tracer(Operations):
         return _Origin(_INNOCENT if meant else _GUILTY, self._time, kind, operation, reason=reason)
 
     def _origin(self, tensor: Tensor, kind: Kind) -> _Origin:
-        found = self._origins.get(storage_key(tensor.untyped_storage()), {}).get(kind)
-        if found is not None:
-            return found
+        recorded = self._origins.get(storage_key(tensor.untyped_storage()), {}).get(kind)
+        if recorded is not None:
+            return recorded
         # Made by no operation: a constant. Those of Inf are meant.
         guilt = _INNOCENT if kind == "Inf" else _GUILTY
         return _Origin(guilt, self._time, kind, where="forward", source=f"a constant {tuple(tensor.shape)}")
 
     def _blame(self, tensor: Tensor, origin: _Origin) -> None:
         storage = tensor.untyped_storage()
-        own = self._origins.setdefault(storage_key(storage), {})
+        origins = self._origins.setdefault(storage_key(storage), {})
         kind: Kind = "NaN" if origin.then else origin.kind
-        own.setdefault(kind, origin)
+        origins.setdefault(kind, origin)
         self._held.append(storage)
 
 
 def kinds(tensor: Tensor) -> set[Kind]:
-    """Which of NaN and Inf a tensor holds."""
+    """Return which of NaN and Inf a tensor holds."""
     with torch.no_grad():
         t = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
         t = t.float() if t.element_size() < 2 else t  # there are no kernels for eight bits
-        found: set[Kind] = set()
+        held: set[Kind] = set()
         if not bool(t.isfinite().all()):
-            found |= {"NaN"} if bool(t.isnan().any()) else set()
-            found |= {"Inf"} if bool(t.isinf().any()) else set()
-        return found
+            held |= {"NaN"} if bool(t.isnan().any()) else set()
+            held |= {"Inf"} if bool(t.isinf().any()) else set()
+        return held
 
 
 def first_fault(
     loss: Callable[[], Tensor | None], module: nn.Module, batch: Any = None, *, step: int = 0
 ) -> Fault | None:
-    """The first operation that gives NaN or Inf, of those that reach the loss or, where it is finite, its gradient.
+    """Return the first operation that gives NaN or Inf, of those that reach the loss or its gradient.
 
-    One forward and one backward pass, in which every operation's inputs and outputs are looked at, and what is not
-    finite is followed from tensor to tensor. An operation is to blame for a NaN if its inputs hold neither NaN nor an
-    Inf that an operation made by overflow or division; of an Inf that later becomes NaN the maker is named. Inf that is
-    meant (``masked_fill(mask, -inf)``, constants, buffers) is nobody's fault; what makes NaN of it is. What is masked
-    out and reaches neither loss nor gradient is passed over.
+    The gradient is looked at where the loss is finite. One forward and one backward pass, in which every
+    operation's inputs and outputs are looked at, and what is not finite is followed from tensor to tensor. An operation
+    is to blame for a NaN if its inputs hold neither NaN nor an Inf that an operation made by overflow or division; of
+    an Inf that later becomes NaN the maker is named. Inf that is meant (``masked_fill(mask, -inf)``, constants,
+    buffers) is nobody's fault; what makes NaN of it is. What is masked out and reaches neither loss nor gradient is
+    passed over.
 
     Args:
         loss: one forward pass, which leaves the parameters alone.
@@ -241,17 +242,22 @@ def first_fault(
 
 def _fault(step: int, origin: _Origin, where: Where) -> Fault:
     operation = origin.operation
-    known: dict[str, Any] = {"kind": origin.kind, "source": origin.source, "then": origin.then, "reason": origin.reason}
+    shared: dict[str, Any] = {
+        "kind": origin.kind,
+        "source": origin.source,
+        "then": origin.then,
+        "reason": origin.reason,
+    }
     if operation is None:
-        return Fault(step, origin.where or where, **known)
+        return Fault(step, origin.where or where, **shared)
     return Fault(
         step, where, module=operation.module, operation=operation.name, inputs=origin.inputs, dtype=origin.dtype,
-        node=operation.node, forward=operation.forward, **known,
+        node=operation.node, forward=operation.forward, **shared,
     )  # fmt: skip
 
 
 def _infinite(given: Any) -> bool:
-    """Whether a number among the arguments is Inf."""
+    """Return whether a number among the arguments is Inf."""
     return any(isinstance(leaf, float) and leaf in (float("inf"), float("-inf")) for leaf in tree_leaves(given))
 
 

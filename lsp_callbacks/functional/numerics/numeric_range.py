@@ -43,12 +43,12 @@ class NumericRange:
 
     @property
     def underflow(self) -> float:
-        """The share of the small ones; NaN where nothing was compared."""
+        """Return the share of the small ones; NaN where nothing was compared."""
         return self.small / self.nonzero if self.nonzero else math.nan
 
 
 def headroom(largest: float, dtype: torch.dtype) -> float:
-    """Bits to overflow: ``log2(max / largest)``, how often the largest absolute number may be doubled.
+    """Return the bits to overflow, ``log2(max / largest)``: how often the largest number may be doubled.
 
     It is always finite: zero has as much of it as the smallest number of the type, Inf and NaN have none.
 
@@ -71,7 +71,7 @@ def numeric_range(
     scale: float = 1.0,
     check: Callable[[Tensor], None] | None = None,
 ) -> NumericRange:
-    """Head-room and underflow of one step, in the types in which its numbers really are, under autocast too.
+    """Return head-room and underflow of one step, in the types in which it computes, under autocast too.
 
     One forward and one backward pass; every operation is looked at. Head-room is taken of its largest finite number:
     Inf and the very largest number of a type are masks. Underflow: where an operation of the backward pass gave zeros
@@ -100,8 +100,8 @@ def numeric_range(
         >>> from lsp_callbacks.functional import numeric_range
         >>> net = torch.nn.Linear(1, 1, bias=False)
         >>> _ = torch.nn.init.constant_(net.weight, 2.0**100)
-        >>> found = numeric_range(lambda: net(torch.ones(1, 1)).sum(), net)
-        >>> {name: round(bits, 3) for name, bits in found.weights.items()}  # float32 ends just below 2^128
+        >>> result = numeric_range(lambda: net(torch.ones(1, 1)).sum(), net)
+        >>> {name: round(bits, 3) for name, bits in result.weights.items()}  # float32 ends just below 2^128
         {'weight': 28.0}
     """
     looked = _Ends(module)
@@ -154,24 +154,24 @@ class _Ends(Operations):
                 self._count(floats(out), func, args, kwargs)
         return out
 
-    def _count(self, found: list[Tensor], func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if not found:
+    def _count(self, results: list[Tensor], func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if not results:
             return
-        if not any(bool((t.abs() < torch.finfo(t.dtype).tiny).any()) for t in found):
-            self.counts.append((0, sum(t.numel() for t in found)))
+        if not any(bool((t.abs() < torch.finfo(t.dtype).tiny).any()) for t in results):
+            self.counts.append((0, sum(t.numel() for t in results)))
             return
         try:
             exact = floats(func(*tree_map(_wide, args), **tree_map(_wide, kwargs)))
         except (RuntimeError, TypeError):  # no such kernel
             return
-        for t, e in zip(found, exact):
+        for t, e in zip(results, exact):
             size = e.abs()
             there = size > NOISE * size.amax()
             self.counts.append(((there & (size < torch.finfo(t.dtype).tiny)).sum(), there.sum()))
 
 
 def peak(tensor: Tensor, overflown: Tensor | bool | None = None) -> Tensor:
-    """The largest absolute number that is not at the end of its type, as masks are.
+    """Return the largest absolute number that is not at the end of its type, as masks are.
 
     Args:
         tensor: of any floating-point type.
@@ -188,7 +188,7 @@ def peak(tensor: Tensor, overflown: Tensor | bool | None = None) -> Tensor:
 
 
 def _made(inputs: list[Tensor]) -> Tensor | bool:
-    """Whether an operation had anything finite to make Inf of: what fills a tensor had not."""
+    """Return whether an operation had anything finite to make Inf of; what fills a tensor had not."""
     return torch.stack([t.isfinite().any() for t in inputs]).any() if inputs else False
 
 
@@ -199,15 +199,15 @@ def _wide(value: Any) -> Any:
 
 
 def _least(peaks: _Peaks) -> dict[str, float]:
-    """Over the types that a module computes in."""
-    found: dict[str, float] = {}
+    """Return the head-room of each module, the least over the types that it computes in."""
+    least: dict[str, float] = {}
     for (module, dtype, _), largest in peaks.items():
-        found[module] = min(headroom(float(largest), dtype), found.get(module, math.inf))
-    return found
+        least[module] = min(headroom(float(largest), dtype), least.get(module, math.inf))
+    return least
 
 
 def lost_share(before: Tensor, exact: Tensor) -> tuple[int, int]:
-    """How many parameters a rounded update leaves where they were, though its exact value would move them.
+    """Return how many parameters a rounded update leaves where they were, and how many it should move.
 
     ``theta + d == theta`` in the type of theta, d not zero.
 

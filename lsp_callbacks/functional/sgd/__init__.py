@@ -1,1 +1,61 @@
-"""Stochastic gradient descent near a minimum."""
+"""Stochastic gradient descent near a minimum: exponents, critical rates, noise."""
+
+from lsp_callbacks.functional.sgd.gradient_noise import GradientNoise, batch_variance, gradient_noise
+from lsp_callbacks.functional.sgd.mean_square import (
+    gd_critical_lr,
+    mean_square_lr,
+    second_moment,
+    second_moment_exponent,
+)
+from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduce, regularity
+from lsp_callbacks.functional.sgd.moment_exponent import moment_exponent
+from lsp_callbacks.functional.sgd.robbins_monro import PowerLaw, RateDecay, RobbinsMonro, rate_decay, robbins_monro
+from lsp_callbacks.functional.sgd.sgd_law import NoiseFit, SGDLawResult, fit_noise, noise_gain, noise_lipschitz, sgd_law
+from lsp_callbacks.functional.sgd.sgd_stability import (
+    Exponent,
+    finite_time_exponents,
+    gd_exponent,
+    sgd_exponent,
+    sum_of_exponents,
+)
+from lsp_callbacks.functional.sgd.stability_diagram import (
+    CriticalRate,
+    StabilityDiagram,
+    critical_lr,
+    stability_diagram,
+)
+
+__all__ = [
+    "CriticalRate",
+    "Exponent",
+    "GradientNoise",
+    "Modes",
+    "NoiseFit",
+    "PowerLaw",
+    "RateDecay",
+    "RobbinsMonro",
+    "SGDLawResult",
+    "StabilityDiagram",
+    "UpdateRule",
+    "batch_variance",
+    "critical_lr",
+    "finite_time_exponents",
+    "fit_noise",
+    "gd_critical_lr",
+    "gd_exponent",
+    "gradient_noise",
+    "mean_square_lr",
+    "moment_exponent",
+    "noise_gain",
+    "noise_lipschitz",
+    "rate_decay",
+    "reduce",
+    "regularity",
+    "robbins_monro",
+    "second_moment",
+    "second_moment_exponent",
+    "sgd_exponent",
+    "sgd_law",
+    "stability_diagram",
+    "sum_of_exponents",
+]

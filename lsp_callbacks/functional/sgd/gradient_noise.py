@@ -33,7 +33,7 @@ class GradientNoise:
 
 
 def gradient_noise(gram: Tensor, *, population: int | None = None, confidence: float = 0.9) -> GradientNoise:
-    """Variance, signal and noise scale from ``Q_ij = <g_i, g_j>`` of n samples.
+    """Return variance, signal and noise scale of gradients from ``Q_ij = <g_i, g_j>`` of n samples.
 
     ``tr Sigma = (sum_i Q_ii - sum_ij Q_ij / n) / (n - 1)``; the mean of ``Q_ij`` over pairs of different samples is an
     unbiased ``||G||^2``, where n samples of a finite population N need ``(1 - 1 / N)`` of it and ``1 / N`` of the mean
@@ -55,8 +55,8 @@ def gradient_noise(gram: Tensor, *, population: int | None = None, confidence: f
         >>> import torch
         >>> from lsp_callbacks.functional import gradient_noise
         >>> g = torch.tensor([[1.0], [3.0]])  # all there are: G = 2, variance 2
-        >>> found = gradient_noise(g @ g.T, population=2)
-        >>> [round(float(number), 6) for number in (found.variance, found.signal, found.scale)]
+        >>> result = gradient_noise(g @ g.T, population=2)
+        >>> [round(float(number), 6) for number in (result.variance, result.signal, result.scale)]
         [2.0, 4.0, 0.5]
     """
     n = len(gram)
@@ -66,15 +66,17 @@ def gradient_noise(gram: Tensor, *, population: int | None = None, confidence: f
         raise Unmeasurable("the gradients of the probes are not finite")
     size = gram.double().abs().max()
     q = gram.double() / torch.where(size > 0, size, 1.0)  # the squares of what follows are numbers then
-    own, rows, total = q.diagonal(), q.sum(1), q.sum()
-    variance, signal = _unbiased(torch.tensor(float(n)).double(), own.sum(), total, population)
+    squares, rows, total = q.diagonal(), q.sum(1), q.sum()
+    variance, signal = _unbiased(torch.tensor(float(n)).double(), squares.sum(), total, population)
     nan = torch.full_like(variance, torch.nan)
     if n < 3:  # nothing can be left out
-        known = torch.zeros_like(variance) if n == population else nan
+        error = torch.zeros_like(variance) if n == population else nan
         scale = torch.where(signal > 0, variance / signal, nan)
-        variance, signal, known = size * variance, size * signal, size * known
-        return GradientNoise(variance, known, signal, scale, *((scale, scale) if n == population else (nan, nan)))
-    left = torch.stack(_unbiased(torch.tensor(n - 1.0).double(), own.sum() - own, total - 2 * rows + own, population))
+        variance, signal, error = size * variance, size * signal, size * error
+        return GradientNoise(variance, error, signal, scale, *((scale, scale) if n == population else (nan, nan)))
+    left = torch.stack(
+        _unbiased(torch.tensor(n - 1.0).double(), squares.sum() - squares, total - 2 * rows + squares, population)
+    )
     moves = left - left.mean(1, keepdim=True)
     # Of a finite population less is unknown.
     covariance = (n - 1) / n * moves @ moves.T * (1 - n / population if population else 1.0)
@@ -90,15 +92,15 @@ def gradient_noise(gram: Tensor, *, population: int | None = None, confidence: f
     )
 
 
-def _unbiased(n: Tensor, own: Tensor, total: Tensor, population: int | None) -> tuple[Tensor, Tensor]:
-    variance = (own - total / n) / (n - 1)
-    pairs = (total - own) / (n * (n - 1))
+def _unbiased(n: Tensor, squares: Tensor, total: Tensor, population: int | None) -> tuple[Tensor, Tensor]:
+    variance = (squares - total / n) / (n - 1)
+    pairs = (total - squares) / (n * (n - 1))
     share = 1 / population if population else 0.0
-    return variance, (1 - share) * pairs + share * own / n
+    return variance, (1 - share) * pairs + share * squares / n
 
 
 def batch_variance(variance: float, batch_size: int, population: int | None = None) -> float:
-    """``E ||g_B - G||^2`` for batches drawn without replacement: ``tr Sigma (1 / B - 1 / N)``.
+    """Return ``E ||g_B - G||^2 = tr Sigma (1 / B - 1 / N)`` of batches drawn without replacement.
 
     Args:
         variance: ``tr Sigma`` of one sample.

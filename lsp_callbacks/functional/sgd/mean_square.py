@@ -23,7 +23,7 @@ def second_moment(
     *,
     weight_decay: float = 0.0,
 ) -> Superoperator:
-    """``D(X) = E[H' X H']`` over batches drawn independently between steps, for symmetric ``X`` ``(r, r)``.
+    """Return the map ``D(X) = E[H' X H']`` over batches drawn independently, for symmetric X, ``(r, r)``.
 
     ``D(X) = (1 - p) H X H + p (1/N) sum_i Y_i^T (Y_i X Y_i^T) Y_i``, ``p = (N' - B) / (B (N' - 1))`` without
     replacement from ``N'`` (``population``, or all samples), ``1 / B`` with. Coupled decay adds
@@ -33,7 +33,8 @@ def second_moment(
     Raises:
         ValueError: if a batch is larger than what it is drawn from.
 
-    Cost: ``O(N outputs r^2)`` a product. Source: Mulayoff & Michaeli 2024; MATH section 2.
+    Cost: ``O(N outputs r^2)`` a product. Source: Mulayoff & Michaeli 2024; docs/theory.md, section The exponent of SGD,
+    frozen at the weights.
     """
     total = drawn_from(modes.samples, batch_size, population)
     p = 1 / batch_size if replacement else (total - batch_size) / (batch_size * max(total - 1, 1))
@@ -73,12 +74,13 @@ def mean_square_lr(
     population: int | None = None,
     tol: float = 1e-8,
 ) -> float:
-    """The largest rate up to which ``E ||v||^2`` of i.i.d. batches stays bounded; at most the critical rate of lambda.
+    """Return the largest rate up to which ``E ||v||^2`` of i.i.d. batches stays bounded.
 
-    The stationary moments ``P = E v v^T``, ``C = E v m^T``, ``M = E m m^T`` obey equations in which all but
-    ``D(P) = E u u^T`` is elementwise in the basis of ``H = diag(h)``. Without C and M they read ``D(P) = t(lr) * P``:
-    the edge is the smallest rate at which the symmetric operator ``t^-1/2 * D(t^-1/2 * X)`` has top eigenvalue 1.
-    For plain SGD and heavy ball ``t = alpha / lr + gamma``, and one Lanczos run gives ``1 / lr``.
+    It is at most the critical rate of lambda. The stationary moments ``P = E v v^T``, ``C = E v m^T``, ``M = E m
+    m^T`` obey equations in which all but ``D(P) = E u u^T`` is elementwise in the basis of ``H = diag(h)``. Without C
+    and M they read ``D(P) = t(lr) * P``: the edge is the smallest rate at which the symmetric operator ``t^-1/2 *
+    D(t^-1/2 * X)`` has top eigenvalue 1. For plain SGD and heavy ball ``t = alpha / lr + gamma``, and one Lanczos run
+    gives ``1 / lr``.
 
     Args:
         modes: of `reduce`.
@@ -91,7 +93,8 @@ def mean_square_lr(
     Returns:
         The rate; inf for a collapsed network (rank 0) or where nothing pushes (``dampening = 1``).
 
-    Cost: 10 to 60 products with `second_moment`. Source: Mulayoff & Michaeli 2024 for plain SGD; MATH section 2.
+    Cost: 10 to 60 products with `second_moment`. Source: Mulayoff & Michaeli 2024 for plain SGD; docs/theory.md,
+    section The exponent of SGD, frozen at the weights.
     """
     modes, rule, unit = in_units(modes, rule)
     d = second_moment(modes, batch_size, replacement, population, weight_decay=rule.weight_decay)
@@ -140,7 +143,7 @@ def _mean_square_lr(modes: Modes, d: Superoperator, rule: UpdateRule, tol: float
 
 
 def gd_critical_lr(modes: Modes, rule: UpdateRule = PLAIN) -> float:
-    """The rate at which full-batch descent loses stability: an eigenvalue of some mode's step reaches -1; exact.
+    """Return the rate at which full-batch descent loses stability: a mode's step has the eigenvalue -1; exact.
 
     ``(1 + delta + b1 h)(1 + beta) - phi b2 h`` vanishes there, which is affine in the rate. inf at rank 0.
     """
@@ -164,7 +167,7 @@ def second_moment_exponent(
     tol: float = 1e-9,
     iterations: int = 20_000,
 ) -> float:
-    """``0.5 log rho(T)``, ``T`` the second moment of one step: an upper bound of lambda, nats per step.
+    """Return ``0.5 log rho(T)``, T the second moment of one step: an upper bound of lambda, nats per step.
 
     Args:
         lr: one rate.
@@ -218,16 +221,16 @@ def second_moment_exponent(
 
 
 def _source(h: Tensor, lr: float, rule: UpdateRule) -> Tensor:
-    """``t`` of `mean_square_lr`, ``(r, r)``: C and M are eliminated by Cramer's rule for each pair of modes."""
+    """Return ``t`` of `mean_square_lr`, ``(r, r)``: Cramer eliminates C and M for each pair of modes."""
     delta, phi, beta, b1, b2 = (float(c) for c in rule.coefficients(torch.tensor(lr, dtype=torch.float64)))
     left, right = h[:, None], h[None, :]
     feed, square = beta * b2 / (1 - beta**2), b2**2 / (1 - beta**2)  # M = feed (h_i C_ij + h_j C_ji) + square D
-    own = 1 - delta * beta - b1 * beta * h - phi * beta * feed * h
+    direct = 1 - delta * beta - b1 * beta * h - phi * beta * feed * h
     other = -phi * b2 / (1 - beta**2) * h  # own_i C_ij + other_j C_ji = (delta b2 h_j) P + kick D, and its mirror
     kick = phi * beta * square + b1 * b2
-    det = own[:, None] * own - other[:, None] * other
-    by_p = delta * b2 * (right * own[None, :] - other[None, :] * left) / det
-    by_d = kick * (own[None, :] - other[None, :]) / det
+    det = direct[:, None] * direct - other[:, None] * other
+    by_p = delta * b2 * (right * direct[None, :] - other[None, :] * left) / det
+    by_d = kick * (direct[None, :] - other[None, :]) / det
     weight = (phi**2 * feed + phi * b1) * left + delta * phi
     through_p, through_d = weight * by_p, weight * by_d
     kept = 1 - delta**2 - delta * b1 * (left + right) - through_p - through_p.mT
@@ -235,7 +238,7 @@ def _source(h: Tensor, lr: float, rule: UpdateRule) -> Tensor:
 
 
 def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 200) -> tuple[float, Tensor]:
-    """The largest eigenvalue over symmetric matrices, and its matrix; see `mean_square_lr` for ``tol``.
+    """Return the largest eigenvalue over symmetric matrices, and its matrix; see `mean_square_lr` for ``tol``.
 
     Lanczos by its three terms alone. The top belongs to a symmetric matrix, as the maps are positive: antisymmetric
     rounding errors lie below. Without reorthogonalisation the basis is lost only towards eigenvectors that have been
@@ -244,20 +247,20 @@ def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 200) -
     r = len(start)
     generic = torch.randn(r, r, dtype=start.dtype, generator=torch.Generator().manual_seed(0))
     q = start / start.norm() + 1e-3 / r * (generic + generic.mT)
-    basis, own, coupling, look = [q / q.norm()], [], [0.0], 3
+    basis, diagonal, coupling, look = [q / q.norm()], [], [0.0], 3
     while True:
         q = basis[-1]
         w = operator(q)
-        own.append(float(torch.dot(w.view(-1), q.view(-1))))
-        w.sub_(q, alpha=own[-1]).sub_(basis[-2] if len(basis) > 1 else 0, alpha=coupling[-1])
+        diagonal.append(float(torch.dot(w.view(-1), q.view(-1))))
+        w.sub_(q, alpha=diagonal[-1]).sub_(basis[-2] if len(basis) > 1 else 0, alpha=coupling[-1])
         coupling.append(float(torch.linalg.vector_norm(w)))
-        k = len(own)
+        k = len(diagonal)
         last = k == steps or not coupling[-1] > 4 * torch.finfo(q.dtype).eps * max(
-            map(abs, own)
+            map(abs, diagonal)
         )  # exhausted, or not finite
         if last or k == look:
             look += 3 + k // 5
-            projected = torch.diag(start.new_tensor(own)) + torch.diag(start.new_tensor(coupling[1:-1]), -1)
+            projected = torch.diag(start.new_tensor(diagonal)) + torch.diag(start.new_tensor(coupling[1:-1]), -1)
             if not math.isfinite(coupling[-1]):
                 return math.nan, q
             values, vectors = torch.linalg.eigh(projected)  # reads the lower triangle
@@ -271,7 +274,7 @@ def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 200) -
 
 
 def _illinois(f: Callable[[float], float], high: float, tol: float) -> float:
-    """The root of an increasing function below ``high`` where ``f(high) >= 0``."""
+    """Return the root of an increasing function below ``high``, where ``f(high) >= 0``."""
     at_high = f(high - tol)
     if at_high <= 0:
         return high

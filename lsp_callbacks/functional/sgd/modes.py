@@ -36,7 +36,7 @@ class UpdateRule:
             raise ValueError("Nesterov momentum has no dampening: set one of the two to its default")
 
     def coefficients(self, lr: Tensor) -> tuple[Tensor, Tensor, float, Tensor, float]:
-        """``(delta, phi, beta, b1, b2)`` at the rates ``lr``."""
+        """Return ``(delta, phi, beta, b1, b2)`` at the rates ``lr``."""
         beta, rate = self.momentum, lr / self.correction
         delta = 1 - lr * self.decoupled_decay
         if not beta:
@@ -80,7 +80,7 @@ class Modes:
         return len(self.factor)
 
     def shares(self, batch_size: int) -> tuple[int, float]:
-        """How the noise of a batch of tied samples is put together: ``(G, w^2)``, see `sgd_exponent`.
+        """Return ``(G, w^2)``, by which the noise of a batch of tied samples is put together, see `sgd_exponent`.
 
         Of M groups G whole ones are drawn, ``G g >= B``. That has the variance of a batch of G g samples, less the
         share 1 / M that is lost to the mean of M; what is missing for B samples is that of samples drawn within them.
@@ -90,7 +90,7 @@ class Modes:
 
 
 def reduce(gram: Tensor, outputs: int = 1, *, tol: float | None = None, together: int = 1) -> Modes:
-    """``K = U L U^T = Y Y^T`` without its null space, component by component (MATH section 2).
+    """Return the coordinates Y of ``K = U L U^T = Y Y^T`` without its null space, component by component.
 
     Args:
         gram: ``K = Z Z^T``, ``Z_i = S_i^{1/2} J_i``, ``(N outputs, N outputs)``, sample-major.
@@ -127,7 +127,7 @@ def reduce(gram: Tensor, outputs: int = 1, *, tol: float | None = None, together
 
 
 def in_units(modes: Modes, rule: UpdateRule) -> tuple[Modes, UpdateRule, float]:
-    """The same problem with its largest curvature, or decay, near 1: a rate there is ``unit`` times the rate here.
+    """Return the same problem with its largest curvature, or decay, near 1: a rate there is ``unit`` times that here.
 
     A saturated or a dying network has curvatures whose squares, or which themselves in float32, are 0. The unit is a
     power of two: nothing is rounded.
@@ -148,7 +148,7 @@ def in_units(modes: Modes, rule: UpdateRule) -> tuple[Modes, UpdateRule, float]:
 
 
 def drawn_from(samples: int, batch_size: int, population: int | None) -> int:
-    """How many training samples batches are drawn from: ``population``, or all ``samples``.
+    """Return how many training samples batches are drawn from: ``population``, or all ``samples``.
 
     Raises:
         ValueError: if a batch, or the samples themselves, could not be drawn from them.
@@ -162,7 +162,7 @@ def drawn_from(samples: int, batch_size: int, population: int | None) -> int:
 
 
 def regularity(gram: Tensor, lr: float, outputs: int = 1) -> tuple[float, int]:
-    """How far a minimum is from violating Chemnitz & Engel 2025, definition 2.2: both tell when ``lambda`` is delicate.
+    """Return how far a minimum is from violating Chemnitz & Engel 2025, definition 2.2.
 
     Returns:
         The smallest ``|eigenvalue|`` of ``I - lr K_ii`` over samples (0: a step with that sample alone is singular),
@@ -170,8 +170,8 @@ def regularity(gram: Tensor, lr: float, outputs: int = 1) -> tuple[float, int]:
     """
     gram = _checked(gram, outputs)
     n = len(gram) // outputs
-    own = gram.view(n, outputs, n, outputs).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    return float((1 - lr * torch.linalg.eigvalsh(own)).abs().min()), len(_components(gram, outputs))
+    blocks = gram.view(n, outputs, n, outputs).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return float((1 - lr * torch.linalg.eigvalsh(blocks)).abs().min()), len(_components(gram, outputs))
 
 
 def _checked(gram: Tensor, outputs: int) -> Tensor:
@@ -188,8 +188,8 @@ def _checked(gram: Tensor, outputs: int) -> Tensor:
 def _components(gram: Tensor, outputs: int) -> list[Tensor]:
     n = len(gram) // outputs
     size = gram.abs().view(n, outputs, n, outputs).amax((1, 3))
-    own = size.diagonal().sqrt()
-    linked = (size > 1e-9 * own * own[:, None]) | torch.eye(n, dtype=torch.bool)
+    scale = size.diagonal().sqrt()
+    linked = (size > 1e-9 * scale * scale[:, None]) | torch.eye(n, dtype=torch.bool)
     labels = torch.arange(n)
     while True:  # each sample takes the smallest label around it; following labels of labels makes long chains short
         lowest = torch.where(linked, labels, n).amin(1)

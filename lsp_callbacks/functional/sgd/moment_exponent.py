@@ -36,7 +36,7 @@ def moment_exponent(
     tol: float = 1e-9,
     iterations: int = 1024,
 ) -> float:
-    """``Lambda(p) = lim (1/n) log E ||A_n ... A_1||^p``, the p-th moment exponent, nats per step; exact for p = 2, 4.
+    """Return ``Lambda(p) = lim (1/n) log E ||A_n ... A_1||^p``, nats per step; exact, for p = 2 and 4.
 
     Of independent steps ``E ||A_n ... A_1 v||^p`` with even p is linear in ``v (x) ... (x) v``, so that ``Lambda(p) =
     log rho(E[A (x) ... (x) A])`` on symmetric tensors of order p. The fourth moments of a batch's mean are known from
@@ -76,8 +76,8 @@ def moment_exponent(
         >>> import math, torch
         >>> from lsp_callbacks.functional import moment_exponent, reduce
         >>> modes = reduce(torch.ones(2, 2) * torch.tensor([1.0, 3.0]).sqrt().outer(torch.tensor([1.0, 3.0]).sqrt()))
-        >>> found = moment_exponent(modes, 0.9, p=4, batch_size=1)  # curvatures 1 and 3
-        >>> abs(found - math.log((0.1**4 + 1.7**4) / 2)) < 1e-9
+        >>> result = moment_exponent(modes, 0.9, p=4, batch_size=1)  # curvatures 1 and 3
+        >>> abs(result - math.log((0.1**4 + 1.7**4) / 2)) < 1e-9
         True
     """
     if p not in (2, 4):
@@ -122,7 +122,7 @@ class _Mix:
 
     @classmethod
     def of(cls, size: int, total: float) -> _Mix:
-        """By inclusion and exclusion over which of the draws coincide; ``total`` is inf with replacement."""
+        """Return the mix of a batch, by inclusion and exclusion over which draws coincide; inf: with replacement."""
         q, once = [1.0], 1 / total
         for k in range(4):  # n^k size (size - 1) ... / (n (n - 1) ...), 0 where a batch has no so many different ones
             q.append(0.0 if k >= size else q[-1] * (size - k) / (1 - k * once))
@@ -135,7 +135,7 @@ class _Mix:
 
 
 def _part(modes: Modes, label: Tensor) -> Modes:
-    """One component's modes and the samples that it has."""
+    """Return one component's modes and the samples that it has."""
     keep = modes.owner == label
     factor = modes.factor[..., keep]
     return replace(
@@ -151,12 +151,12 @@ def _fourth_exponent(
     phi = float(rule.coefficients(torch.ones((), dtype=torch.float64))[1])
     eye, rows = torch.eye(part.rank, dtype=part.factor.dtype), part.factor
     push = torch.tensor([[b1], [lr * b2]], dtype=rows.dtype)
-    own = torch.tensor([[delta, phi], [0.0, beta]], dtype=rows.dtype)
+    without = torch.tensor([[delta, phi], [0.0, beta]], dtype=rows.dtype)
     if not beta:
-        push, own = push[:1], own[:1, :1]
-    aim = torch.zeros(1, len(own), dtype=rows.dtype)
+        push, without = push[:1], without[:1, :1]
+    aim = torch.zeros(1, len(without), dtype=rows.dtype)
     aim[0, 0] = 1.0
-    fixed = torch.kron(own + rule.weight_decay * push @ aim, eye)
+    fixed = torch.kron(without + rule.weight_decay * push @ aim, eye)
     mean = torch.kron(push @ aim, torch.diag(part.curvatures))
     u, v = torch.stack([torch.kron(push, y.mT) for y in rows]), torch.stack([torch.kron(aim, y) for y in rows])
     size = float(fixed.norm() + (u.flatten(1).norm(dim=1) * v.flatten(1).norm(dim=1)).max())  # no power overflows
@@ -166,7 +166,7 @@ def _fourth_exponent(
 
 
 def _fourth_moment(a: Tensor, g: Tensor, u: Tensor, v: Tensor, samples: int, mix: _Mix) -> Callable[[Tensor], Tensor]:
-    """``E[A (x) A (x) A (x) A] X`` over batches for symmetric X, up to the order of axes; ``a = E A``, ``g = E U V``.
+    """Return the map ``E[A (x) A (x) A (x) A] X`` for symmetric X, up to the order of axes; ``a = E A``, ``g = E U V``.
 
     ``A = a + W``: ``a^4 + 6 a^2 E W^2 + 4 a E W^3 + E W^4``, symmetrised, where ``w_i = U_i V_i - g`` and the products
     of ``U V`` are expanded: what remains without a sum over samples, and what has 2, 3 and 4 of them.
@@ -186,7 +186,7 @@ def _fourth_moment(a: Tensor, g: Tensor, u: Tensor, v: Tensor, samples: int, mix
     pair = pair + 6 * (mix.four - mix.pairs) * torch.kron(g, g) + 3 * mix.pairs * square
 
     def on_pair(left: Tensor, right: Tensor, x: Tensor) -> Tensor:
-        """``left (x) right`` on the first two axes, which then come last."""
+        """Apply ``left (x) right`` to the first two axes, which then come last."""
         half = (left @ x.reshape(d, -1)).view(d, d, -1)
         return (right @ half).view(d * d, -1).mT
 
@@ -209,7 +209,7 @@ def _fourth_moment(a: Tensor, g: Tensor, u: Tensor, v: Tensor, samples: int, mix
 
 
 def _on_symmetric(operator: Callable[[Tensor], Tensor], d: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """A map of tensors of order 4 as one of their symmetric parts, in orthonormal coordinates, and ``1 (x) 1``.
+    """Return a map of order 4 on the symmetric tensors, in orthonormal coordinates, and ``1 (x) 1``.
 
     A 24th of the numbers; and no rounding error can leave the symmetric tensors.
     """
@@ -229,7 +229,7 @@ def _on_symmetric(operator: Callable[[Tensor], Tensor], d: int) -> tuple[Callabl
 
 
 def _log_radius(operator: Callable[[Tensor], Tensor], start: Tensor, tol: float, iterations: int) -> float:
-    """``log rho`` of a map that keeps a cone, from inside of it, by restarted Arnoldi.
+    """Return ``log rho`` of a map that keeps a cone, from inside of it, by restarted Arnoldi.
 
     rho is an eigenvalue, and of all eigenvalues the one with the largest real part.
     """

@@ -56,7 +56,7 @@ class RobbinsMonro:
 
 
 def robbins_monro(*schedulers: Any) -> RobbinsMonro:
-    """Whether ``sum lr_t = infinity`` and ``sum lr_t^2 < infinity``, from the form of a schedule.
+    """Return whether ``sum lr_t = infinity`` and ``sum lr_t^2 < infinity``, from the form of a schedule.
 
     No finite number of steps can tell, so nothing is computed from rates: each scheduler of torch has the form
     ``t^-a``. ``a = 0`` for what is constant in the end or goes round (StepLR with gamma 1, MultiStepLR, cyclic and
@@ -70,16 +70,16 @@ def robbins_monro(*schedulers: Any) -> RobbinsMonro:
     Args:
         schedulers: that move one optimizer, together; none is a constant rate.
 
-    Source: Robbins & Monro 1951; Katende 2025, Thm 5.3; MATH section 7.
+    Source: Robbins & Monro 1951; Katende 2025, Thm 5.3; docs/theory.md, section The law of SGD, energies, kinks.
 
     Example:
         >>> from lsp_callbacks.functional import robbins_monro
         >>> robbins_monro().reason
         'no: the rates do not fade, and the sum of their squares is infinite'
     """
-    a = _product(_exponent(one) for one in schedulers)
+    a = _product(_exponent(scheduler) for scheduler in schedulers)
     if a is None:
-        names = ", ".join(type(one).__name__ for one in schedulers)
+        names = ", ".join(type(scheduler).__name__ for scheduler in schedulers)
         return RobbinsMonro(None, None, f"not known: the form of {names} does not tell; look at the partial sums")
     if a == math.inf:
         reason = "no: the rates end, or fade so fast that their sum is finite"
@@ -110,7 +110,7 @@ class RateDecay:
 
 
 def rate_decay(sums: Mapping[int, float], *, gap: int = 1) -> RateDecay:
-    """How fast the rates fade, from partial sums, where the form of the schedule does not tell.
+    """Return how fast the rates fade, from partial sums, where the form of the schedule does not tell.
 
     This is a reading of the steps so far, not a verdict: of infinity no finite number of steps can tell. By Cauchy's
     condensation the sum of falling rates grows without bound as their sums over octaves of steps do. For ``lr = t^-p``
@@ -135,12 +135,13 @@ def rate_decay(sums: Mapping[int, float], *, gap: int = 1) -> RateDecay:
         sums: at rising steps, those of the rates since the one before. T is the last, and T/2, T/4 and T/8 are there.
         gap: the most steps between two whose rates were seen.
 
-    Source: Cauchy 1821; Knopp 1951, section 16; Katende 2025, Thm 5.3; MATH section 7.
+    Source: Cauchy 1821; Knopp 1951, section 16; Katende 2025, Thm 5.3; docs/theory.md, section The law of SGD,
+    energies, kinks.
 
     Example:
         >>> from lsp_callbacks.functional import rate_decay
-        >>> found = rate_decay({t + 1: (1 + t) ** -0.75 for t in range(1024)})
-        >>> round(found.exponent, 2), found.holds
+        >>> result = rate_decay({t + 1: (1 + t) ** -0.75 for t in range(1024)})
+        >>> round(result.exponent, 2), result.holds
         (0.75, True)
     """
     T = max(sums, default=0)
@@ -154,22 +155,22 @@ def rate_decay(sums: Mapping[int, float], *, gap: int = 1) -> RateDecay:
 
 
 def _power(sums: Mapping[int, float], T: int) -> float | None:
-    """The exponent of the octaves before T; infinity where the rates ended, None where not all of it is known."""
+    """Return the exponent of the octaves before T; infinity where the rates ended, None where some are missing."""
     if T % 4 or not {T, T // 2, T // 4} <= sums.keys():
         return None
-    late, early = (sum(one for t, one in sums.items() if end // 2 < t <= end) for end in (T, T // 2))
+    late, early = (sum(part for t, part in sums.items() if end // 2 < t <= end) for end in (T, T // 2))
     if not late > 0:
         return math.inf
     return 1.0 - math.log2(late / early) if early > 0 else -math.inf
 
 
 def _product(exponents: Iterable[Exponent]) -> Exponent:
-    """Of rates that multiply; one that ends at 0 or decays geometrically wins over any power."""
+    """Return the exponent of rates that multiply; one that ends or decays geometrically outweighs any power."""
     total = 0.0
-    for one in exponents:
-        if one is None:
+    for exponent in exponents:
+        if exponent is None:
             return None
-        total += one
+        total += exponent
     return None if math.isnan(total) else total  # a geometric decay against a growth
 
 
@@ -200,8 +201,8 @@ def _cyclic(scheduler: Any) -> Exponent:
 
 
 def _lambda(scheduler: Any) -> Exponent:
-    found = {_known(one) for one in scheduler.lr_lambdas}
-    return found.pop() if len(found) == 1 else None
+    exponents = {_known(function) for function in scheduler.lr_lambdas}
+    return exponents.pop() if len(exponents) == 1 else None
 
 
 def _known(function: Callable) -> Exponent:

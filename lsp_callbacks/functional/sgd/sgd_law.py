@@ -25,10 +25,11 @@ class SGDLawResult:
 
 
 def contraction_factor(lr: float, *, convexity: float, smoothness: float, sigma_1_squared: float = 0.0) -> float:
-    """``q = 1 - 2 lr mu + lr^2 (L^2 + sigma_1^2)`` of `sgd_law`, for mu of any sign; at mu <= 0 it is at least 1.
+    """Return ``q = 1 - 2 lr mu + lr^2 (L^2 + sigma_1^2)`` of `sgd_law`, for mu of any sign.
 
-    ``<grad f(theta), e> >= mu ||e||^2`` needs a lower bound of the curvature, not convexity, so that ``E ||e+||^2 <= q
-    ||e||^2 + lr^2 sigma_0^2`` holds without it; but from q = 1 on it says nothing of a contraction.
+    At mu <= 0 it is at least 1. ``<grad f(theta), e> >= mu ||e||^2`` needs a lower bound of the curvature, not
+    convexity, so that ``E ||e+||^2 <= q ||e||^2 + lr^2 sigma_0^2`` holds without it; but from q = 1 on it says nothing
+    of a contraction.
 
     Example:
         >>> from lsp_callbacks.functional.sgd.sgd_law import contraction_factor
@@ -41,7 +42,7 @@ def contraction_factor(lr: float, *, convexity: float, smoothness: float, sigma_
 def sgd_law(
     lr: float, *, convexity: float, smoothness: float, sigma_0_squared: float = 0.0, sigma_1_squared: float = 0.0
 ) -> SGDLawResult:
-    """``q = 1 - 2 lr mu + lr^2 (L^2 + sigma_1^2)``, ``eta_max = 2 mu / (L^2 + sigma_1^2)``.
+    """Return ``q = 1 - 2 lr mu + lr^2 (L^2 + sigma_1^2)``, ``eta_max = 2 mu / (L^2 + sigma_1^2)`` and the floor.
 
     For ``theta+ = theta - lr G`` with ``E G = grad f``, f mu-strongly convex and L-smooth, and ``E ||G - grad f||^2 <=
     sigma_0^2 + sigma_1^2 ||e||^2``, ``e = theta - theta*``: ``E ||e+||^2 <= q ||e||^2 + lr^2 sigma_0^2``.
@@ -64,7 +65,8 @@ def sgd_law(
     Raises:
         ValueError: where mu is not positive, or above L: then the theorem says nothing.
 
-    Source: Katende 2025, (5.3), Thm 5.2; MATH sections 4 (claims 6 and 7) and 7.
+    Source: Katende 2025, (5.3), Thm 5.2; docs/theory.md, sections What does not hold as printed (claims 6 and 7) and
+    The law of SGD, energies, kinks.
 
     Example:
         >>> from lsp_callbacks.functional import sgd_law
@@ -79,7 +81,9 @@ def sgd_law(
 
 
 def noise_gain(lr: float, *, convexity: float, smoothness: float) -> float:
-    """``C_u = 1 / (1 - c)``, ``c = max(|1 - lr m|, |1 - lr L_G|)``: ``||d theta_t / d u|| <= C_u lr L_u`` for all t.
+    """Return ``C_u = 1 / (1 - c)``, ``c = max(|1 - lr m|, |1 - lr L_G|)``: the gain of noise in the gradients.
+
+    ``||d theta_t / d u|| <= C_u lr L_u`` for all t.
 
     For ``theta+ = theta - lr G(theta, u)`` where *every* ``G(., u)`` is the gradient of an m-strongly convex function
     and L_G-Lipschitz, and G is L_u-Lipschitz in u: each step contracts by c and adds at most ``lr L_u`` times its own
@@ -117,7 +121,7 @@ def noise_gain(lr: float, *, convexity: float, smoothness: float) -> float:
 
 
 def noise_lipschitz(gram: Tensor) -> Tensor:
-    """``L_u`` of ``G(theta, u) = sum_i u_i g_i``, u the weights of the samples in a batch; exact at one theta.
+    """Return ``L_u`` of ``G(theta, u) = sum_i u_i g_i``, u the weights of a batch; exact at one theta.
 
     ``||G(theta, u) - G(theta, u')|| <= L_u ||u - u'||``: weights sum to 1, so the largest singular value of the
     gradients less their mean. What the gradients have in common, weight decay too, is no noise.
@@ -150,7 +154,7 @@ class NoiseFit:
 
 
 def fit_noise(distances: Tensor, variances: Tensor, errors: Tensor | None = None) -> NoiseFit:
-    """Least squares of ``V = sigma_0^2 + sigma_1^2 d^2`` over measurements along a run.
+    """Fit ``V = sigma_0^2 + sigma_1^2 d^2`` by least squares over measurements along a run.
 
     A fit, not the bound that Assumption 1 asks for: some measurements lie above it. Where the slope would be negative
     it is 0 and ``sigma_0^2`` the mean; where ``sigma_0^2`` would be, the line goes through the origin.
@@ -164,14 +168,14 @@ def fit_noise(distances: Tensor, variances: Tensor, errors: Tensor | None = None
     Returns:
         NaN with fewer than three different distances.
 
-    Source: Katende 2025, Assumption 1; MATH section 7.
+    Source: Katende 2025, Assumption 1; docs/theory.md, section The law of SGD, energies, kinks.
 
     Example:
         >>> import torch
         >>> from lsp_callbacks.functional import fit_noise
         >>> d = torch.tensor([0.0, 1.0, 4.0, 9.0])
-        >>> found = fit_noise(d, 2 + 0.5 * d)
-        >>> round(float(found.sigma_0_squared), 6), round(float(found.sigma_1_squared), 6)
+        >>> result = fit_noise(d, 2 + 0.5 * d)
+        >>> round(float(result.sigma_0_squared), 6), round(float(result.sigma_1_squared), 6)
         (2.0, 0.5)
     """
     d, v = distances.double(), variances.double()

@@ -25,7 +25,7 @@ class Exponent:
 
 
 def gd_exponent(modes: Modes, lr: float | Tensor, *, rule: UpdateRule = PLAIN) -> Tensor:
-    """``mu = log max_j rho(step on mode j)`` of full-batch descent, nats per step; of the shape of ``lr``; exact.
+    """Return ``mu = log max_j rho(step on mode j)`` of full-batch descent, nats per step; exact.
 
     Source: Chemnitz & Engel 2025, (2.18); with momentum the companion matrix of each mode.
     """
@@ -55,7 +55,7 @@ def sgd_exponent(
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
 ) -> Exponent:
-    """``lambda = lim (1/n) E log ||A_n ... A_1 v||``, the top exponent of SGD frozen at one point; nats per step.
+    """Return ``lambda = lim (1/n) E log ||A_n ... A_1 v||``, the top exponent of SGD at one point; nats per step.
 
     Args:
         modes: of `reduce`.
@@ -85,7 +85,8 @@ def sgd_exponent(
     Raises:
         ValueError: if the batches cannot be drawn.
 
-    Cost: ``O(chains B outputs r)`` a step and rate. Source: Chemnitz & Engel 2025, (2.19); MATH section 2.
+    Cost: ``O(chains B outputs r)`` a step and rate. Source: Chemnitz & Engel 2025, (2.19); docs/theory.md, section The
+    exponent of SGD, frozen at the weights.
 
     Example:
         >>> import torch
@@ -128,7 +129,7 @@ def finite_time_exponents(
     population: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """``(1/n) log ||A_n ... A_1 v||`` from random unit ``v``, one for each of ``samples`` runs; see `sgd_exponent`.
+    """Return ``(1/n) log ||A_n ... A_1 v||`` of several runs from random unit v; see `sgd_exponent`.
 
     Args:
         horizon: ``n``, steps.
@@ -156,7 +157,7 @@ def sum_of_exponents(
     exact: int = 4096,
     draws: int = 2048,
 ) -> Exponent:
-    """``E log |det(I - (lr/B) K_BB)|``, the sum of all exponents of plain SGD; lambda is at least that over the rank.
+    """Return ``E log |det(I - (lr/B) K_BB)|``, the sum of all exponents of plain SGD; lambda is at least its mean.
 
     Args:
         modes: of all samples.
@@ -217,7 +218,7 @@ class _Draw:
         self.generator = generator or torch.Generator().manual_seed(0)
 
     def indices(self, steps: int, chains: int) -> Tensor:
-        """Samples of the batches of at least ``steps`` steps, ``(steps, chains, B)``."""
+        """Return samples of the batches of at least ``steps`` steps, ``(steps, chains, B)``."""
         n, size = self.n, self.batch_size
         if self.sampling == "reshuffle":
             epoch = n // size
@@ -228,7 +229,7 @@ class _Draw:
         return torch.rand(steps, chains, n, generator=self.generator).argsort(-1)[..., :size]
 
     def batches(self, steps: int, chains: int, *, counted: bool) -> Iterator[Tensor]:
-        """For each step, indices ``(chains, B)``, or how often each sample is drawn, ``(chains, n)``."""
+        """Yield indices ``(chains, B)`` for each step, or how often each sample is drawn, ``(chains, n)``."""
         while steps > 0 and self.together > 1:
             yield from self._tied(min(steps, 256), chains)
             steps -= 256
@@ -242,24 +243,24 @@ class _Draw:
                 yield from index
 
     def _tied(self, steps: int, chains: int) -> Tensor:
-        """Weights of samples in groups that are drawn as a whole, with further draws within them; sums are B."""
+        """Return weights of samples in groups drawn as a whole, with further draws within them; their sums are B."""
         g, size = self.together, self.batch_size
         drawn = torch.randint(self.n // g, (steps, chains, self.whole), generator=self.generator)
         within = torch.randint(g, (steps, chains, size), generator=self.generator)
         # As many samples in each group as the others, but for the last ones.
         samples = drawn[..., torch.arange(size) % self.whole] * g + within
-        one = torch.ones(1, dtype=torch.float64)
+        unit = torch.ones(1, dtype=torch.float64)
         groups = torch.zeros(steps, chains, self.n // g, dtype=torch.float64)
-        groups.scatter_add_(-1, drawn, one.expand(drawn.shape)).mul_(size / (g * self.whole))
+        groups.scatter_add_(-1, drawn, unit.expand(drawn.shape)).mul_(size / (g * self.whole))
         weight = self.share**0.5
         whole = groups.repeat_interleave(g, -1) * (1 - weight)
-        return whole.scatter_add_(-1, samples, (weight * one).expand(samples.shape))
+        return whole.scatter_add_(-1, samples, (weight * unit).expand(samples.shape))
 
 
 def _walk(
     modes: Modes, lrs: Tensor, start: Tensor, groups: Tensor, rule: UpdateRule, draw: _Draw, steps: int
 ) -> Tensor:
-    """``log`` of the growth of ``sqrt(|v|^2 + lr^2 |m|^2)`` in each step, ``(steps, chains, rates, groups)``.
+    """Return log growths of ``sqrt(|v|^2 + lr^2 |m|^2)`` in each step, ``(steps, chains, rates, groups)``.
 
     ``groups`` are 0/1 rows over modes that no step mixes: each has a norm of its own, so that one run serves all.
     The dtype is that of the modes.
@@ -273,14 +274,14 @@ def _walk(
     # lr m+ = beta lr m + lr b2 (mean v + u). The state is v alone, or v and lr m.
     mean = (1 - draw.noise) * modes.curvatures + rule.weight_decay
     keep, feed, zero = delta + b1 * mean, lrs * b2 * mean, 0 * lrs * mean
-    own, cross = torch.stack([keep, zero + beta])[:, None], torch.stack([zero + phi, feed])[:, None]
+    diagonal, cross = torch.stack([keep, zero + beta])[:, None], torch.stack([zero + phi, feed])[:, None]
     push = torch.stack([b1, lrs * b2])[:, None]
     # A step that leaves less than this has left rounding errors only: the vector is dead.
     dead = (8 * torch.finfo(rows.dtype).eps) ** 2
     v = start[:, None].expand(-1, len(lrs), -1)
     v = v * (torch.threshold((v * v) @ groups.mT, 0.0, math.inf).rsqrt() @ groups)
     state = torch.stack([v, 0 * v]) if beta else v[None]
-    own, push = own[: len(state)], push[: len(state)]
+    diagonal, push = diagonal[: len(state)], push[: len(state)]
     squares = torch.empty(steps, len(start), len(lrs), len(groups), dtype=v.dtype)
     # To gather the rows of a batch is to move memory, once for all rates; to take all rows is to multiply more.
     moved = len(start) * draw.batch_size * factor[0].numel()
@@ -292,7 +293,7 @@ def _walk(
         else:
             drawn = factor.index_select(0, batch.flatten()).view(len(start), -1, rows.shape[1])
             u = torch.bmm(torch.bmm(state[0], drawn.mT), drawn)
-        new = (own * state).addcmul_(push, u)
+        new = (diagonal * state).addcmul_(push, u)
         state = new.addcmul_(cross, state.flip(0)) if beta else new
         if len(groups) == 1:
             torch.sum(state * state, (0, -1), out=square[..., 0])

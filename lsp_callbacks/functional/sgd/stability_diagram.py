@@ -75,11 +75,11 @@ def critical_lr(
     tol: float = 1e-8,
     generator: torch.Generator | None = None,
 ) -> CriticalRate:
-    """The smallest rate at which lambda turns positive: ``lr / critical_lr`` is the stochastic Courant number.
+    """Return the smallest rate at which lambda turns positive, by which the stochastic Courant number divides.
 
-    Scans upward on a geometric grid, because the stable set need not be an interval, up to the first rate whose
-    exponent exceeds its standard error, and interpolates back to zero. An unstable interval narrower than ``grid``
-    can be missed.
+    That number is ``lr / critical_lr``. Scans upward on a geometric grid, because the stable set need not be an
+    interval, up to the first rate whose exponent exceeds its standard error, and interpolates back to zero. An unstable
+    interval narrower than ``grid`` can be missed.
 
     Args:
         start: where lambda is known to be negative, below every crossing; None computes `mean_square_lr`.
@@ -95,7 +95,7 @@ def critical_lr(
         ValueError: if the batches cannot be drawn, or ``grid`` is not larger than 1.
 
     Cost: one `mean_square_lr`, a dozen rates of `sgd_exponent` at once, one to three times, and seven more.
-    Source: MATH section 2.
+    Source: docs/theory.md, section The exponent of SGD, frozen at the weights.
     """
     if not grid > 1:
         raise ValueError(f"grid={grid} must be larger than 1, the ratio of neighbouring rates")
@@ -117,12 +117,12 @@ def critical_lr(
     def look(block: Tensor) -> None:
         nonlocal rates, exponents, errors
         draws.set_state(seed)  # the same batches for every rate: the curve is smooth in the rate
-        found = sgd_exponent(
+        result = sgd_exponent(
             single, block, sampling=sampling, chains=chains, steps=steps, burn_in=burn_in, generator=draws, **how
         )
         rates, order = torch.cat([rates, block]).sort()
-        exponents = torch.cat([exponents, found.value])[order]
-        errors = torch.cat([errors, found.error])[order]
+        exponents = torch.cat([exponents, result.value])[order]
+        errors = torch.cat([errors, result.error])[order]
 
     def first() -> int | None:
         unstable = torch.nonzero(exponents > errors)[:, 0]
@@ -158,7 +158,7 @@ def stability_diagram(
     burn_in: int = 50,
     generator: torch.Generator | None = None,
 ) -> StabilityDiagram:
-    """Exponents over (rate, batch size), with the critical and the mean-square rate of each batch size.
+    """Return exponents over (rate, batch size), with the critical and the mean-square rate of each batch size.
 
     Args:
         lrs: None takes 24 in a geometric row, from half of the lowest edge to twice the highest.
@@ -206,12 +206,12 @@ def stability_diagram(
 
 
 def _single(modes: Modes) -> Modes:
-    """In float32: its rounding is far below the noise of the chains, which it makes twice as fast."""
+    """Return the modes in float32, twice as fast and with a rounding far below the noise of the chains."""
     return replace(modes, factor=modes.factor.float(), curvatures=modes.curvatures.float())
 
 
 def _zero(rates: Tensor, exponents: Tensor, errors: Tensor, above: int) -> tuple[float, float]:
-    """The zero between rate ``above`` and its predecessor, linear in the logarithm of the rate, and its error."""
+    """Return the zero between rate ``above`` and its predecessor, linear in the log of the rate, and its error."""
     while above and exponents[above - 1] >= 0:  # positive, but not beyond its error
         above -= 1
     if not above or exponents[above - 1] == -math.inf:  # nothing to interpolate with

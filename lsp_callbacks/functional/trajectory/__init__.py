@@ -1,1 +1,58 @@
-"""The training map and its products along the run."""
+"""The training map and its products along a run."""
+
+from lsp_callbacks.functional.trajectory.dissipation import DissipationResult, dissipation
+from lsp_callbacks.functional.trajectory.leave_one_out import LeaveOneOutResult, data_response, leave_one_out
+from lsp_callbacks.functional.trajectory.lyapunov import (
+    exponent_bounds,
+    plane_map,
+    rescale,
+    sharp_mode_exponent,
+    sharp_plane,
+    window_exponent,
+)
+from lsp_callbacks.functional.trajectory.proximal import Box, MaxNorm, Only, Ridge, SoftThreshold, SpectralClip
+from lsp_callbacks.functional.trajectory.proximal_step import Promise, promise, proximal_gain
+from lsp_callbacks.functional.trajectory.statistics import batch_means, fieller, student_bounds, student_quantile
+from lsp_callbacks.functional.trajectory.training_exponent import training_exponent
+from lsp_callbacks.functional.trajectory.training_profile import (
+    Tangents,
+    TrainingProfile,
+    function_growth,
+    pushed,
+    tangents,
+    training_profile,
+)
+
+__all__ = [
+    "Box",
+    "DissipationResult",
+    "LeaveOneOutResult",
+    "MaxNorm",
+    "Only",
+    "Promise",
+    "Ridge",
+    "SoftThreshold",
+    "SpectralClip",
+    "Tangents",
+    "TrainingProfile",
+    "batch_means",
+    "data_response",
+    "dissipation",
+    "exponent_bounds",
+    "fieller",
+    "function_growth",
+    "leave_one_out",
+    "plane_map",
+    "promise",
+    "proximal_gain",
+    "pushed",
+    "rescale",
+    "sharp_mode_exponent",
+    "sharp_plane",
+    "student_bounds",
+    "student_quantile",
+    "tangents",
+    "training_exponent",
+    "training_profile",
+    "window_exponent",
+]

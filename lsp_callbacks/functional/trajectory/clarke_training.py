@@ -58,7 +58,7 @@ class GeneralizedSteps:
 
 
 def no_steps(state: int, parameters: int) -> GeneralizedSteps:
-    """Before the first: the parameters lead to themselves, in a state of the optimizer that nobody has perturbed."""
+    """Return the state before the first step: the parameters lead to themselves, the optimizer is unperturbed."""
     none = torch.zeros(0, dtype=torch.float64)
     start = torch.eye(state, parameters, dtype=torch.float64)
     empty = none.new_zeros(0, 0)
@@ -70,7 +70,7 @@ def no_steps(state: int, parameters: int) -> GeneralizedSteps:
 def one_more(
     now: GeneralizedSteps, step: Tensor, response: Tensor, prox: Tensor, loss: UncertainSlopes, after: UncertainSlopes
 ) -> GeneralizedSteps:
-    """The steps with one more.
+    """Return the steps with one more.
 
     Args:
         now: those before it.
@@ -108,7 +108,7 @@ def one_more(
 
 
 def _received(now: GeneralizedSteps, more: UncertainSlopes) -> GeneralizedSteps:
-    """With further units; their columns of ``out`` are zeros, to be overwritten."""
+    """Return the steps with further units; their columns of ``out`` are zeros, to be overwritten."""
     P, k, m = now.parameters, len(now.above), len(more.above)
     rows, pad = more.rows, torch.nn.functional.pad
     between = torch.cat([pad(now.between, (0, m)), pad(rows @ now.out[:P], (0, m))]) if m else now.between
@@ -142,7 +142,7 @@ class GeneralizedTraining:
 
 
 def generalized_training(steps: GeneralizedSteps, *, vertices: int = 12) -> GeneralizedTraining:
-    """The generalized ``sigma^theta`` and ``sigma^u`` of a window: the largest norms over the product of the steps.
+    """Return the generalized ``sigma^theta`` and ``sigma^u`` of a window, the largest norms over its products.
 
     The derivative of one step is affine in the slope of each unit that is near a kink (a residual at the bend of a
     Huber-like loss, a number at the threshold of a prox), so that of the window is multi-affine, as the Jacobian of a
@@ -155,7 +155,8 @@ def generalized_training(steps: GeneralizedSteps, *, vertices: int = 12) -> Gene
         steps: at least one.
         vertices: at most so many units are enumerated.
 
-    Cost: no gradient. Source: Katende, Defs. 6.1 and 6.2; Clarke 1983, 2.6; MATH section 4.
+    Cost: no gradient. Source: Katende 2025, Defs. 6.1 and 6.2; Clarke 1983, 2.6; docs/theory.md, section The Learning
+    Stability Profile.
 
     Example:
         >>> import torch
@@ -165,8 +166,8 @@ def generalized_training(steps: GeneralizedSteps, *, vertices: int = 12) -> Gene
         >>> bend = UncertainSlopes(one, one[0], one[0])  # a residual at the bend of a Huber loss: curvature 0 or 1
         >>> flat = UncertainSlopes(one[:0], one[0, :0], one[0, :0])
         >>> once = one_more(no_steps(1, 1), (1 - 2.5) * one, -2.5 * one, one, bend, flat)  # a rate of 2.5
-        >>> found = generalized_training(once)
-        >>> round(float(found.theta.ordinary), 6), round(float(found.theta.lower), 6), found.theta.exact
+        >>> result = generalized_training(once)
+        >>> round(float(result.theta.ordinary), 6), round(float(result.theta.lower), 6), result.theta.exact
         (1.5, 1.5, True)
     """
     T = len(steps.kicks)
@@ -196,7 +197,7 @@ def _three(norm: GeneralizedNorm, unit: float, steps: float) -> tuple[float, flo
 
 
 def _centred(steps: GeneralizedSteps, matrix: Tensor, into: Tensor) -> RelaxedJacobian:
-    """From the slopes that the units have to the centres of theirs: ``E = above - 1/2`` in units of the jump."""
+    """Return the relaxation about the centres of the slopes: ``E = above - 1/2`` in units of the jump."""
     P, k = steps.parameters, len(steps.above)
     shift = 0.5 - steps.above
     eye = torch.eye(k, dtype=torch.float64)

@@ -45,7 +45,7 @@ class DissipationResult:
 
 
 def dissipation(energy: Tensor, *, confidence: float = 0.9) -> DissipationResult:
-    """The rate at which an energy dissipates, and the floor that noise holds it at, by least squares.
+    """Return the rate at which an energy dissipates, and the floor that noise holds it at, by least squares.
 
     ``E_{t+1} = q E_t + c`` is fitted over all pairs of consecutive steps, ``gamma = 1 - q``. (The slope of ``log E``
     over t would be badly wrong as soon as there is a floor.) The slope is biased down: on ``theta+ = 0.8 theta + xi``,
@@ -73,8 +73,8 @@ def dissipation(energy: Tensor, *, confidence: float = 0.9) -> DissipationResult
     Example:
         >>> import torch
         >>> from lsp_callbacks.functional import dissipation
-        >>> found = dissipation(2 + 0.75 ** torch.arange(60.0, dtype=torch.float64))
-        >>> round(float(found.gamma), 6), round(float(found.floor), 6), float(found.increases)
+        >>> result = dissipation(2 + 0.75 ** torch.arange(60.0, dtype=torch.float64))
+        >>> round(float(result.gamma), 6), round(float(result.floor), 6), float(result.increases)
         (0.25, 2.0, 0.0)
     """
     energy = energy.double()
@@ -106,20 +106,20 @@ def dissipation(energy: Tensor, *, confidence: float = 0.9) -> DissipationResult
 
 
 def _sums(x: Tensor, y: Tensor, z: Tensor, blocks: int = 1) -> Tensor:
-    """What a fit of y on x with instrument z needs, ``(6, blocks)``: of consecutive blocks; the sums of parts add."""
+    """Return the sums, ``(6, blocks)``, of a fit of y on x with instrument z; those of parts add up."""
     terms = torch.stack([torch.ones_like(x), x, y, z, z * x, z * y])
     block = torch.arange(len(x)) * blocks // len(x)
     return terms.new_zeros(6, blocks).index_add_(1, block, terms)
 
 
 def _covariances(sums: Tensor) -> Tensor:
-    """Those of z with y and with x."""
+    """Return the covariances of z with y and with x."""
     n, x, y, z, zx, zy = sums
     return torch.stack([zy / n - z * y / n**2, zx / n - z * x / n**2])
 
 
 def _line(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """The slope, and where the line crosses the diagonal."""
+    """Return the slope, and where the line crosses the diagonal."""
     top, below = _covariances(sums)
     n, x, y = sums[:3]
     q = top / below
@@ -127,7 +127,7 @@ def _line(sums: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _jackknife(x: Tensor, y: Tensor, confidence: float) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Corrected slope, crossing, its error, and bounds on gamma."""
+    """Return corrected slope, crossing, its error, and bounds on gamma."""
     t, scale = student_quantile(confidence, BLOCKS - 1), (BLOCKS - 1) / BLOCKS
     parts = _sums(x, y, x, BLOCKS)
     whole = parts.sum(1)

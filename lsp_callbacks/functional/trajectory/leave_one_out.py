@@ -12,7 +12,7 @@ from lsp_callbacks.linalg import LinearOperator, push
 
 
 def data_response(steps: Iterable[tuple[LinearOperator, LinearOperator, Tensor | None]]) -> Tensor:
-    """``r_{t+1} = A_t r_t - R_t s_t``, from ``r_0 = 0``: the derivative of the state with respect to a lost weight.
+    """Return the derivative of the state by a lost weight: ``r_{t+1} = A_t r_t - R_t s_t``, from ``r_0 = 0``.
 
     Args:
         steps: for each the Jacobian ``A_t`` of its update, ``R_t`` its derivative with respect to the gradient, see
@@ -43,7 +43,7 @@ def data_response(steps: Iterable[tuple[LinearOperator, LinearOperator, Tensor |
 
 
 def responded(state: Tensor | None, jacobian: LinearOperator, forced: Tensor | None) -> Tensor | None:
-    """One step of `data_response`, ``A r + forced``; None is 0."""
+    """Return one step of `data_response`, ``A r + forced``; None stands for 0."""
     moved = None if state is None else push(jacobian, state)
     if moved is None or forced is None:
         return forced if moved is None else moved
@@ -72,7 +72,7 @@ class LeaveOneOutResult:
 
 
 def leave_one_out(displacements: Tensor, gradients: Tensor) -> LeaveOneOutResult:
-    """Summary of the responses of some samples.
+    """Return a summary of the responses of some samples.
 
     Args:
         displacements: ``(m, P)``, the derivative of the parameters with respect to the weight that sample i loses.

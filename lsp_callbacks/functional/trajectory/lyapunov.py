@@ -16,7 +16,7 @@ _POINTS = 17
 
 
 def sharp_plane(mode: Tensor, root: Tensor | float, *, kick: Tensor | float | None = None, size: int) -> Tensor:
-    """The directions to push: ``(v, 0)`` without momentum; with it also ``(0, m)``, the buffer that displaces by v.
+    """Return the directions to push: ``(v, 0)``, and with momentum ``(0, m)``, the buffer that displaces by v.
 
     On a quadratic with a fixed preconditioner the plane is invariant whatever the rates. What else the optimizer
     remembers (second moments) is 0 in it.
@@ -46,7 +46,7 @@ def plane_map(
     kick: Tensor | float | None = None,
     rest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step compressed onto the plane of its sharp mode, ``P = V^+ A V``.
+    """Return one step compressed onto the plane of its sharp mode, ``P = V^+ A V``.
 
     V is `sharp_plane` and ``V^+ V = 1``: ``v`` is read as ``mode . (v / root)``, the buffer as ``mode . (m / kick)``.
     For SGD ``P`` is the companion matrix at ``x = eta mode . H' mode``, a Rayleigh quotient: a mode that is wrong by an
@@ -67,19 +67,19 @@ def plane_map(
 
     Cost: one product; buffer and rest alone feel no curvature.
     """
-    n, known = len(mode), len(mode) * (1 if kick is None else 2)
+    n, size = len(mode), len(mode) * (1 if kick is None else 2)
     moved = push(jacobian, sharp_plane(mode, root, kick=kick, size=jacobian.shape[1]))
     if rest is None:
-        rest = moved[0, known:].clone()
+        rest = moved[0, size:].clone()
         rest = unit(rest)
     remembers = bool(rest.any())
     if remembers:
-        moved = torch.cat([moved, (jacobian @ torch.cat([rest.new_zeros(known), rest]))[None]])
+        moved = torch.cat([moved, (jacobian @ torch.cat([rest.new_zeros(size), rest]))[None]])
     rows = [(_inverse(root) * moved[:, :n]).double() @ mode.double()]
     if kick is not None:
         rows.append((_inverse(kick) * moved[:, n : 2 * n]).double() @ mode.double())
     if remembers:
-        rows.append(moved[:, known:].double() @ rest.double())
+        rows.append(moved[:, size:].double() @ rest.double())
     return torch.stack(rows).cpu(), rest
 
 
@@ -88,7 +88,7 @@ def _inverse(root: Tensor | float) -> Tensor | float:
 
 
 def window_exponent(maps: Sequence[Tensor], *, rest: bool = False) -> float:
-    """``log rho(P_w ... P_1) / w``, in nats a step, of the steps' `plane_map`.
+    """Return ``log rho(P_w ... P_1) / w``, in nats a step, of the steps' `plane_map`.
 
     The growth of a norm would be another number: with momentum a transient, positive over half of the *stable* range,
     and without it, below the edge, that of whatever else is in a mode that is not exact. Where ``|1 - eta lambda|`` is
@@ -120,7 +120,7 @@ def window_exponent(maps: Sequence[Tensor], *, rest: bool = False) -> float:
 def exponent_bounds(
     maps: Sequence[Tensor], curvatures: Sequence[Tensor], below: float, above: float, *, rest: bool = False
 ) -> tuple[float, float]:
-    """What `window_exponent` may be where the curvature along the true mode is not that along the mode at hand.
+    """Return bounds of `window_exponent` where the curvature along the true mode is not that along the given one.
 
     The largest eigenvalue lies between ``(1 - below)`` and ``(1 + above)`` times the curvature that was found; a step
     is linear in it, ``P + d C`` with ``-below <= d <= above``. The exponent is not monotone in d, so it is looked at
@@ -146,16 +146,16 @@ def exponent_bounds(
     if math.isnan(below + above):
         return math.nan, math.nan
     shifts = torch.linspace(-below, min(above, 1e30), _POINTS, dtype=torch.float64).tolist()
-    found = [window_exponent([P + d * C for P, C in zip(maps, curvatures)], rest=rest) for d in shifts]
+    exponents = [window_exponent([P + d * C for P, C in zip(maps, curvatures)], rest=rest) for d in shifts]
     ends = [[float(P + d * C) for d in (shifts[0], shifts[-1])] for P, C in zip(maps, curvatures) if P.numel() == 1]
-    lowest = -math.inf if any(a * b <= 0 for a, b in ends) else min(found)
-    return lowest, max(found)
+    lowest = -math.inf if any(a * b <= 0 for a, b in ends) else min(exponents)
+    return lowest, max(exponents)
 
 
 def sharp_mode_exponent(
     jacobians: Iterable[LinearOperator], mode: Tensor, *, root: Tensor | float = 1.0, kick: Tensor | float | None = None
 ) -> float:
-    """The exponent of the update map along its sharpest mode over a window.
+    """Return the exponent of the update map along its sharpest mode over a window.
 
     Each step is compressed onto the plane of the mode, see `plane_map`, and the small matrices are multiplied: exact on
     a quadratic with a fixed preconditioner for every window, if ``mode`` is the top eigenvector; otherwise the exponent
@@ -176,7 +176,7 @@ def sharp_mode_exponent(
     Raises:
         ValueError: if there is no step.
 
-    Cost: one product a step. Source: MATH section 1.
+    Cost: one product a step. Source: docs/theory.md, section The exponent along the trajectory.
 
     Example:
         >>> import torch

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def norm_by_random_rows(seen: float, rows: int, size: int, *, failure: float = 1e-3) -> float:
-    """A bound of ``||M||_2`` from what M does to random directions; it fails with probability ``failure`` at most.
+    """Return a bound of ``||M||_2``, by what M does to random directions, that fails with the given probability.
 
     For orthonormal rows Q, uniform among ``size`` dimensions, ``||M Q^T||_2 >= ||M||_2 ||Q v||`` with v the top right
     singular vector, and ``||Q v||^2`` follows a beta law (rows / 2, (size - rows) / 2), of which
@@ -39,11 +39,11 @@ def norm_by_random_rows(seen: float, rows: int, size: int, *, failure: float = 1
 
 
 def gaussian_form_interval(values: Tensor, *, largest: float = math.inf, failure: float = 1e-3) -> tuple[float, float]:
-    """Ends of ``tr K`` from ``||v_j||^2`` of independent ``v_j ~ N(0, K)``; each fails with ``failure / 2`` at most.
+    """Return an interval of ``tr K`` from ``||v_j||^2`` of independent ``v_j ~ N(0, K)``.
 
-    Chernoff's inequality, at the worst spectrum of that trace without an eigenvalue above ``largest``: all of them
-    equal. With ``x = mean / tr K`` and ``r = max(tr K / largest, 1)``,
-    ``P <= exp(-(m r / 2) (x - 1 - log x))`` on either side.
+    Each end fails with ``failure / 2`` at most. Chernoff's inequality, at the worst spectrum of that trace without
+    an eigenvalue above ``largest``: all of them equal. With ``x = mean / tr K`` and ``r = max(tr K / largest, 1)``, ``P
+    <= exp(-(m r / 2) (x - 1 - log x))`` on either side.
 
     Args:
         values: ``(m,)``.
@@ -57,11 +57,11 @@ def gaussian_form_interval(values: Tensor, *, largest: float = math.inf, failure
         (73.7, 128.8)
     """
     mean, m, enough = float(values.double().mean()), len(values), math.log(2 / failure)
-    if not mean > 0 or not math.isfinite(mean) or math.isnan(largest):
+    if not mean > 0 or not math.isfinite(mean) or not largest > 0:
         return (0.0, 0.0) if mean == 0 else (math.nan, math.nan)
 
     def unlikely(log_ratio: float) -> bool:
-        """Whether ``tr K = mean exp(log_ratio)`` would have given the values with too small a probability."""
+        """Return whether ``tr K = mean exp(log_ratio)`` would have given the values with too small a probability."""
         freedom = m * max(mean * math.exp(log_ratio) / largest, 1.0)
         return freedom / 2 * (math.expm1(-log_ratio) + log_ratio) >= enough
 

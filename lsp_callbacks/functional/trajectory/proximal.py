@@ -127,7 +127,7 @@ class Ridge:
 
     @property
     def modulus(self) -> float:
-        """Of strong convexity."""
+        """Return the modulus of strong convexity."""
         return self.strength
 
     def __call__(self, name: str, tensor: Tensor, lr: float) -> Tensor:

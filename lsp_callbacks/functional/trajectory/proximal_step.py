@@ -12,7 +12,7 @@ from lsp_callbacks.linalg import Eigenpair, LinearOperator, lanczos, operator_no
 
 
 def proximal_gain(step: LinearOperator, prox: LinearOperator, *, steps: int = 6, tol: float = 1e-2) -> Eigenpair:
-    """``||D prox . A||_2``: how much one step can stretch a small difference of the parameters; a lower bound.
+    """Return ``||D prox . A||_2``, the most that one step stretches a small difference; a lower bound.
 
     Args:
         step: A, the derivative of the optimizer's step in the parameters, with its adjoint.
@@ -57,7 +57,7 @@ class Promise:
 def promise(
     hessian: LinearOperator, lr: float, *, modulus: float = 0.0, along: float | None = None, steps: int = 8
 ) -> Promise:
-    """The promises of ``prox_{lr R}(theta - lr grad L)`` for a convex R.
+    """Return what holds of ``prox_{lr R}(theta - lr grad L)`` for a convex R, by the curvature at its start.
 
     - nonexpansive: with the spectrum of the Hessian in ``[low, high]``, the gain is at most
       ``max(1 - lr low, lr high - 1) / (1 + lr modulus)``. That is at most 1 for a convex loss and ``lr < 2 / high``;
@@ -75,7 +75,8 @@ def promise(
         along: ``<grad L(theta+) - grad L(theta), d> / ||d||^2``, d the step.
         steps: of Lanczos.
 
-    Cost: ``steps`` Hessian products. Source: Katende, Sec. 6.6; MATH sections 4 (claim 8) and 7.
+    Cost: ``steps`` Hessian products. Source: Katende 2025, Sec. 6.6; docs/theory.md, section What does not hold as
+    printed, claim 8.
     """
     generator = torch.Generator(hessian.device).manual_seed(0)
     start = torch.randn(hessian.shape[1], dtype=hessian.dtype, device=hessian.device, generator=generator)
@@ -95,5 +96,5 @@ def promise(
 
 
 def descent(before: Tensor, after: Tensor, distance: Tensor) -> Tensor:
-    """``(F(theta) - F(theta+)) / ||theta+ - theta||^2``, the c that one step has had."""
+    """Return ``(F(theta) - F(theta+)) / ||theta+ - theta||^2``, the c of one real step."""
     return (before.double() - after.double()) / distance.double().square()

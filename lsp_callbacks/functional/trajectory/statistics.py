@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lsp_callbacks._validation import whole
+
 
 def batch_means(values: Tensor, *, blocks: int = 20) -> tuple[Tensor, Tensor]:
-    """Mean of a correlated series and its standard error, by batch means.
+    """Return the mean of a correlated series and its standard error, by batch means.
 
     The series is cut into ``blocks`` equal runs (the oldest remainder is left out); the spread of their means is that
     of nearly independent numbers if a block is much longer than the correlation time.
@@ -35,7 +38,7 @@ def batch_means(values: Tensor, *, blocks: int = 20) -> tuple[Tensor, Tensor]:
 
 
 def student_bounds(values: Tensor, *, confidence: float = 0.9) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean of independent windows with one-sided Student bounds.
+    """Return the mean of independent windows with one-sided Student bounds.
 
     Args:
         values: ``(n,)``.
@@ -60,7 +63,7 @@ def student_bounds(values: Tensor, *, confidence: float = 0.9) -> tuple[Tensor, 
 
 
 def fieller(top: Tensor, below: Tensor, covariance: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Bounds on the ratio of two means: all r that ``top - r below = 0`` is not at odds with.
+    """Return bounds on the ratio of two means: all r for which ``top - r below = 0`` is not rejected.
 
     ``(top - r below)^2 <= quantile^2 Var(top - r below)``. Unlike those of the delta method they are right where the
     denominator is hardly known.
@@ -95,8 +98,43 @@ def fieller(top: Tensor, below: Tensor, covariance: Tensor, quantile: float) -> 
 
 @lru_cache
 def student_quantile(probability: float, degrees: int) -> float:
-    """The quantile of Student's t, by quadrature of its density in ``x = sqrt(nu) tan(a)``: no SciPy needed."""
-    angle = np.linspace(0.0, np.pi / 2, 200_001)
-    density = np.cos(angle) ** (degrees - 1)
-    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return float(np.sqrt(degrees) * np.tan(np.interp(2 * probability - 1, mass / mass[-1], angle)))
+    """Return the quantile of Student's t: the x below which it lies with the given probability.
+
+    With ``x = sqrt(nu) tan(a)`` the density becomes ``cos(a)^(nu - 1)``, decreasing on ``[0, pi / 2]``, so that its
+    mass beyond a, by Gauss-Legendre quadrature, is convex: Newton's iteration from 0 rises to the solution.
+
+    Args:
+        probability: between 0 and 1.
+        degrees: nu, of freedom; at least 1.
+
+    Raises:
+        ValueError: for anything else.
+
+    Cost: a few microseconds, once for each pair of arguments; accurate to 1e-9 between 0.6 and 0.999.
+
+    Source: Student 1908.
+
+    Example:
+        >>> from lsp_callbacks.functional import student_quantile
+        >>> round(student_quantile(0.9, 2), 6), round(student_quantile(0.975, 10), 6)
+        (1.885618, 2.228139)
+    """
+    if not 0 < probability < 1:
+        raise ValueError(f"probability={probability!r}: give a number between 0 and 1")
+    whole("degrees", degrees, 1)
+    if probability < 0.5:
+        return -student_quantile(1 - probability, degrees)
+    points, weights = np.polynomial.legendre.leggauss(64)
+    end = min(math.pi / 2, 10 / math.sqrt(degrees))  # beyond it there is less than 1e-20
+
+    def beyond(angle: float) -> float:
+        half = (end - angle) / 2
+        return float(half * weights @ np.cos(angle + half * (1 + points)) ** (degrees - 1))
+
+    mass, angle = 2 * (1 - probability) * beyond(0.0), 0.0
+    for _ in range(100):
+        step = (beyond(angle) - mass) / math.cos(angle) ** (degrees - 1)
+        if not step > 1e-16 * angle:
+            break
+        angle += step
+    return math.sqrt(degrees) * math.tan(angle)

@@ -113,7 +113,9 @@ def tangents(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tangents:
-    """Random displacements of the parameters and, orthogonal to them, the sharp one; nothing else is perturbed.
+    """Return random displacements of the parameters and, orthogonal to them, the sharp one.
+
+    Nothing else is perturbed.
 
     Args:
         state: size of the optimizer's state, the parameters included.
@@ -138,7 +140,7 @@ def tangents(
 
 
 def pushed(now: Tangents, step: LinearOperator, noise: LinearOperator, generator: torch.Generator) -> Tangents:
-    """One step further.
+    """Return the tangents one step further.
 
     Args:
         now: before it.
@@ -148,11 +150,11 @@ def pushed(now: Tangents, step: LinearOperator, noise: LinearOperator, generator
 
     Cost: a product with ``A_t`` for each row, and one with ``B_t`` for each row of noise.
     """
-    frame, frame_log = rescale(push(step, now.frame))
+    frame, frame_log = rescale(push(step, now.frame), now.size)
     xi = torch.randn(len(now.noise), now.size, generator=generator, dtype=now.noise.dtype).to(now.noise.device)
     driven = push(noise, xi)
     carried = push(step, now.noise) if now.steps else now.noise
-    new, noise_log = add(carried, now.noise_log, driven)
+    new, noise_log = add(carried, now.noise_log, driven, size=now.size)
     return replace(
         now,
         frame=frame,
@@ -164,8 +166,8 @@ def pushed(now: Tangents, step: LinearOperator, noise: LinearOperator, generator
     )
 
 
-def training_profile(found: Tangents, seen: NoiseSeen | None = None) -> TrainingProfile:
-    """The sensitivities of the parameters to their start and to the noise, from what was pushed.
+def training_profile(state: Tangents, seen: NoiseSeen | None = None) -> TrainingProfile:
+    """Return the sensitivities of the parameters to their start and to the noise.
 
     What was pushed went forward only, so the norm of ``A_T ... A_1`` is bounded from below by that on the frame, and
     from above by what random directions leave open (`norm_by_random_rows`), which is far; both ends are near each
@@ -182,13 +184,14 @@ def training_profile(found: Tangents, seen: NoiseSeen | None = None) -> Training
     Under momentum and its like the perturbation starts in the parameters, and is read off the parameters.
 
     Args:
-        found: after at least one step.
+        state: the tangents after at least one step.
         seen: what is known of the noise beside its rows.
 
     Raises:
         ValueError: before the first one.
 
-    Source: Katende, Sec. 2 and Thm 5.2 (3); Hutchinson 1990; MATH section 4.
+    Source: Katende 2025, Sec. 2 and Thm 5.2 (3); Hutchinson 1990; docs/theory.md, section The Learning Stability
+    Profile.
 
     Example:
         >>> import torch
@@ -198,26 +201,26 @@ def training_profile(found: Tangents, seen: NoiseSeen | None = None) -> Training
         >>> now = tangents(2, 2, vectors=2, generator=generator)
         >>> for _ in range(3):  # a rate of 0.1 on a curvature of 5
         ...     now = pushed(now, from_matrix(0.5 * torch.eye(2)), from_matrix(-0.1 * torch.eye(2)), generator)
-        >>> found = training_profile(now)
-        >>> round(float(found.sigma_theta), 6), round(float(found.alpha_theta), 6)  # 0.5^3, log 0.5
+        >>> result = training_profile(now)
+        >>> round(float(result.sigma_theta), 6), round(float(result.alpha_theta), 6)  # 0.5^3, log 0.5
         (0.125, -0.693147)
     """
-    if not found.steps:
+    if not state.steps:
         raise ValueError("nothing was pushed: a profile needs at least one step")
-    steps, size = found.steps, found.size
-    frame = found.frame[:, :size].double()
-    top = 0.5 * torch.linalg.eigvalsh((frame @ frame.mT).cpu())[-1].clamp_min(0).log() + found.frame_log
-    mean, error = _mean(_squares(frame[: found.random], size).cpu(), 1 - found.random / size)
-    growth = mean.log() + 2 * found.frame_log
-    noise, noise_error, *ends = _noise(found, seen)
-    lower, upper = (0.5 * end.log() + found.noise_log for end in ends)
-    random = frame[: found.random]
+    steps, size = state.steps, state.size
+    frame = state.frame[:, :size].double()
+    top = 0.5 * torch.linalg.eigvalsh((frame @ frame.mT).cpu())[-1].clamp_min(0).log() + state.frame_log
+    mean, error = _mean(_squares(frame[: state.random], size).cpu(), 1 - state.random / size)
+    growth = mean.log() + 2 * state.frame_log
+    noise, noise_error, *ends = _noise(state, seen)
+    lower, upper = (0.5 * end.log() + state.noise_log for end in ends)
+    random = frame[: state.random]
     widest = float(torch.linalg.eigvalsh((random @ random.mT).cpu())[-1].clamp_min(0).sqrt())
-    widest = norm_by_random_rows(widest, found.random, size, failure=FAILURE)
-    bound = torch.tensor(log(widest) + found.frame_log, dtype=torch.float64)
-    sigma_u = 0.5 * noise.log() + found.noise_log
+    widest = norm_by_random_rows(widest, state.random, size, failure=FAILURE)
+    bound = torch.tensor(log(widest) + state.frame_log, dtype=torch.float64)
+    sigma_u = 0.5 * noise.log() + state.noise_log
     # As large as T kicks that do not travel; on the average they have travelled (T - 1) / 2 steps.
-    brought = 0.5 * math.log(found.driven) if found.driven else math.nan
+    brought = 0.5 * math.log(state.driven) if state.driven else math.nan
     left = (steps - 1) / 2 or math.nan
     return TrainingProfile(
         steps=steps,
@@ -240,10 +243,10 @@ def training_profile(found: Tangents, seen: NoiseSeen | None = None) -> Training
 
 
 def function_growth(before: Tensor, after: Tensor, log: float, steps: int) -> tuple[Tensor, Tensor]:
-    """``(1/T) log(||J_T A_T ... A_1 V||_F / ||J_0 V||_F)``: growth in function space, nats a step, with its error.
+    """Return ``(1/T) log(||J_T A_T ... A_1 V||_F / ||J_0 V||_F)``, the growth in function space, and its error.
 
-    Over all parameters of an overparameterised model the directions that no sample sees hold the growth at 1; the
-    outputs do not see them, so that this one is negative where the steps contract what the data feel.
+    In nats a step. Over all parameters of an overparameterised model the directions that no sample sees hold the
+    growth at 1; the outputs do not see them, so that this one is negative where the steps contract what the data feel.
 
     Args:
         before: ``(k,)``, squared norms of what k random directions do to the outputs at the start.
@@ -259,19 +262,19 @@ def function_growth(before: Tensor, after: Tensor, log: float, steps: int) -> tu
     return (0.5 * ratio.log() + log) / steps, error / ratio / (2 * steps)
 
 
-def _noise(found: Tangents, seen: NoiseSeen | None) -> tuple[Tensor, ...]:
-    """``tr K / P``, divided by ``exp(2 noise_log)``, its relative standard error and the ends of its interval."""
-    rows, known, largest = found.noise[:, : found.size], 0.0, math.inf
+def _noise(state: Tangents, seen: NoiseSeen | None) -> tuple[Tensor, ...]:
+    """Return ``tr K / P exp(-2 noise_log)``, its relative standard error and the ends of its interval."""
+    rows, trace, largest = state.noise[:, : state.size], 0.0, math.inf
     if seen is not None:
-        known, largest = seen.trace, seen.largest
-        basis = seen.basis[:, : found.size].to(rows)
+        trace, largest = seen.trace, seen.largest
+        basis = seen.basis[:, : state.size].to(rows)
         for _ in range(2):  # to rounding
             rows = rows - (rows @ basis.mT) @ basis
-    squares = _squares(rows, found.size).cpu()
-    mean = known + squares.mean()
+    squares = _squares(rows, state.size).cpu()
+    mean = trace + squares.mean()
     error = (squares.var() / len(squares)).sqrt() / mean
     ends = gaussian_form_interval(squares, largest=largest, failure=FAILURE)
-    return mean / found.size, error, *((known + torch.tensor(ends, dtype=torch.float64)) / found.size)
+    return mean / state.size, error, *((trace + torch.tensor(ends, dtype=torch.float64)) / state.size)
 
 
 def _squares(rows: Tensor, size: int) -> Tensor:
@@ -279,7 +282,7 @@ def _squares(rows: Tensor, size: int) -> Tensor:
 
 
 def _mean(values: Tensor, unseen: float) -> tuple[Tensor, Tensor]:
-    """Of rows that see all but the share ``unseen`` of the directions, and its relative standard error."""
+    """Return the mean over rows that see all but the share ``unseen`` of the directions, and its relative error."""
     mean = values.mean()
     if unseen == 0:
         return mean, torch.zeros_like(mean)

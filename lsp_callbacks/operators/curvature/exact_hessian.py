@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd.double_backward import double_backward
-from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.second_derivative_check import hessian_agrees
 from lsp_callbacks.step.flat import flatten
@@ -30,6 +30,7 @@ def exact_hessian(snapshot: Snapshot, otherwise: Callable[[Tensor, str], LinearO
 
     Raises:
         Unmeasurable: a replay that is not the step; custom functions in half precision, which cannot be checked.
+        Unsupported: a loss that depends on the parameters by way of tensors without a graph.
     """
     parameters = list(snapshot.parameters.values())
     dtype = snapshot.graph.dtype
@@ -86,6 +87,9 @@ def exact_hessian(snapshot: Snapshot, otherwise: Callable[[Tensor, str], LinearO
             "tensors)",
         )
 
+    if snapshot.graph.stopped:
+        _check_stop_gradients(exact, gradient, snapshot)
+
     fallback: LinearOperator | None = None  # once exact products have raised
 
     def product(v: Tensor) -> Tensor:
@@ -98,6 +102,24 @@ def exact_hessian(snapshot: Snapshot, otherwise: Callable[[Tensor, str], LinearO
         return fallback @ v
 
     return LinearOperator((len(gradient),) * 2, product, product, dtype=gradient.dtype, device=gradient.device)
+
+
+def _check_stop_gradients(exact: Callable[[Tensor], Tensor], gradient: Tensor, snapshot: Snapshot) -> None:
+    """Refuse a step whose gradient changes with the parameters in ways that its graph does not know.
+
+    Raises:
+        Unsupported: unless an exact product is the change of the gradient, to 1 %.
+    """
+    reason = (
+        "the loss depends on the parameters by way of tensors without a graph, made by "
+        f"{', '.join(snapshot.graph.stopped)} (so are those of detach(), no_grad() and the power iteration of "
+        "spectral_norm), "
+    )
+    advice = "; leave this quantity out, or compute these tensors with a graph or from the data alone"
+    if not snapshot.graph.full:
+        raise Unsupported(f"{reason}and whether that matters cannot be checked in half precision{advice}")
+    if not _confirmed(exact, gradient, snapshot):
+        raise Unsupported(f"{reason}so that its gradient does not change as two backward passes say{advice}")
 
 
 def _confirmed(exact: Callable[[Tensor], Tensor], gradient: Tensor, snapshot: Snapshot) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.exact_hessian import exact_hessian, vector_dtype
-from lsp_callbacks.operators.curvature.finite_differences import Differences, Untrusted
+from lsp_callbacks.operators.curvature.finite_differences import Differences, Products, difference_hessian
 from lsp_callbacks.step.flat import split
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
@@ -34,6 +33,11 @@ def hessian(
     exact products may raise or, worse, lack a part of H without an error. With such a function one of them is compared
     with a central difference (1 %); where exact products are wrong or raise, finite differences take over if the loss
     is smooth and nothing is rounded to half precision, and otherwise the step is refused.
+
+    Where the loss depends on the parameters by way of tensors without a graph (the power iteration of
+    ``torch.nn.utils.spectral_norm`` in training, ``detach``), training moves by a gradient whose change no second
+    backward pass knows, and which is no symmetric matrix. There an exact product is compared in the same way, and the
+    step is refused unless they agree.
 
     In half precision (bfloat16 parameters, or autocast) exact products carry its rounding, some 1 %; they are used
     nevertheless, in float32 vectors, and `path_taken` names the type.
@@ -62,7 +66,7 @@ def hessian(
     if not parameters:
         raise Unmeasurable("no parameter requires a gradient: unfreeze some, or leave this quantity out")
     method = resolved(snapshot, method)
-    if method == "exact":
+    if method == "exact" or snapshot.graph.stopped:
         return _exact(snapshot)
     if weight is not None:
         return _finite_difference(snapshot, weight=weight, relative=relative)
@@ -112,21 +116,6 @@ def product_cost(method: Method, products: int) -> float:
     return 1.2 * products if method == "finite_difference" else 3.3 + 2.0 * (products - 1)
 
 
-@dataclass
-class Products:
-    """How the Hessian products of one step were found so far.
-
-    Attributes:
-        exact: the path of exact products, see `path_taken`; empty before the first.
-        differences: the path of finite differences, which may have become that of exact products; likewise.
-        untrusted: whether a difference failed its checks, so that exact products have taken over.
-    """
-
-    exact: str = ""
-    differences: str = ""
-    untrusted: bool = False
-
-
 @computed_once
 def products_so_far(snapshot: Snapshot) -> Products:
     """Return the record of this step's products, which they update."""
@@ -173,32 +162,12 @@ def _finite_difference(
     else:
         products.differences = label("finite difference", snapshot)
 
-    def product(v: Tensor) -> Tensor:
-        if not bool(v.any()):
-            return torch.zeros_like(v)
-        if products.untrusted and not alone:
-            return exact(v)
-        try:
-            return differences.product(v)
-        except Untrusted:
-            if not alone:
-                # Exact products are right at any scale; they also tell a kink from a replay that is not the step.
-                products.untrusted = True
-                return exact(v)
-        try:
-            return differences.searched(v)
-        except Untrusted as error:
-            raise Unmeasurable(
-                f"the loss cannot be differentiated twice, and {error}: write the backward of your function as the "
-                "derivative of its forward, in operations that can be differentiated, or leave this quantity out"
-            ) from None
-
     def exact(v: Tensor) -> Tensor:
-        image = hessian(snapshot, method="exact") @ v
+        image = hessian(snapshot, method="exact").apply(v)
         products.differences = products.exact
         return image
 
-    return LinearOperator((len(gradient),) * 2, product, product, dtype=gradient.dtype, device=gradient.device)
+    return difference_hessian(differences, products, None if alone else exact)
 
 
 def per_parameter(values: list[float], snapshot: Snapshot) -> Tensor | float:

@@ -153,7 +153,7 @@ def stability_threshold(
     Raises:
         Unmeasurable: optimizer not modelled, betas that differ between groups, loss that cannot be replayed.
 
-    Source: MATH section 3; Cohen et al. 2021; Cohen et al. 2022 for preconditioned gradients.
+    Source: docs/theory.md, section 3; Cohen et al. 2021; Cohen et al. 2022 for preconditioned gradients.
     """
     rule = coming_rule(snapshot)
     constant, maximize = threshold_constant(rule), rule.sign < 0

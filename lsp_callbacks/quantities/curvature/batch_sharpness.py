@@ -1,8 +1,8 @@
-"""Batch sharpness over as many consecutive steps as its own error asks for."""
+"""Batch sharpness over as many consecutive steps as its standard error requires."""
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -13,42 +13,47 @@ from lsp_callbacks.functional.curvature.batch_sharpness import batch_sharpness, 
 from lsp_callbacks.operators.cost import products
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
 from lsp_callbacks.operators.memory import product_memory
-from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.quantities.base import Quantity
+from lsp_callbacks.quantities.key import CURVATURE, Key, standard_error
 from lsp_callbacks.step.snapshot import Snapshot
 
-#: Fewer batches do not tell their own spread.
+#: Fewer batches do not show their own spread.
 LEAST = 8
 
 
 class BatchSharpness(Quantity):
-    """The curvature of each batch along its own gradient, ``E[g^T H_B g / ||g||^2]``, on the batches of training.
+    """Curvature of each batch along its own gradient, ``E[g^T H_B g / ||g||^2]``, on the batches of training.
 
     A measurement takes consecutive steps until the relative standard error of both means is at most ``rtol``, or
-    ``most`` steps; the weights move meanwhile. Under SGD without momentum it rises to 2 / lr as the sharpness does
-    under full-batch descent, and stays: no alarm, but it tells whether the learning rate limits the curvature.
+    ``most`` steps; the weights move meanwhile. Under SGD without momentum it rises to 2 / lr, as the sharpness does
+    under full-batch descent, and stays there: no alarm, but it shows whether the learning rate limits the curvature.
 
     Args:
         rtol: relative standard error to reach.
         most: at most this many batches.
         method: of the Hessian products.
 
-    Keys: ``stability/batch_sharpness`` (mean of ratios), ``stability/batch_sharpness_of_means`` (ratio of means), each
-    with ``_error``, in units of loss / parameter^2; ``stability/batch_sharpness_batches``.
-
     Raises:
-        ValueError: for bad arguments.
+        ValueError: for a tolerance that is not positive, or fewer than 8 batches.
 
     Cost: one Hessian product a step (2.1 gradients, or 3.6 with kinks), some 20 steps.
 
-    Source: Andreyev & Beneventano 2024; MATH section 3.
+    Source: Andreyev & Beneventano 2024; docs/theory.md, section 3.
     """
 
     name = "batch_sharpness"
-    keys = (
-        "stability/batch_sharpness", "stability/batch_sharpness_error", "stability/batch_sharpness_of_means",
-        "stability/batch_sharpness_of_means_error", "stability/batch_sharpness_batches",
-    )  # fmt: skip
-    pairs: Tensor
+    KEYS: ClassVar = {
+        "batch_sharpness": Key(
+            "Mean over the batches of their curvature along their own gradient.",
+            CURVATURE,
+            "At 2 / lr the learning rate limits the curvature: a smaller rate allows sharper weights, a larger one "
+            "flatter weights.",
+        ),
+        "batch_sharpness_error": standard_error("batch_sharpness", CURVATURE),
+        "batch_sharpness_of_means": Key("The same as a ratio of means, E[g^T H g] / E[||g||^2].", CURVATURE),
+        "batch_sharpness_of_means_error": standard_error("batch_sharpness_of_means", CURVATURE),
+        "batch_sharpness_batches": Key("Number of batches that the means are taken over.", "batches"),
+    }
 
     def __init__(self, rtol: float = 0.1, most: int = 100, method: Method = "auto"):
         super().__init__()
@@ -58,7 +63,6 @@ class BatchSharpness(Quantity):
         self.window = most
         self._window: list[Tensor] = []
         self._step = 0
-        self.add_state("pairs", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
         if snapshot.unsupported:  # its gradient may be that of other batches, too
@@ -76,38 +80,33 @@ class BatchSharpness(Quantity):
         return product_memory(snapshot, self.method, 0)
 
     def update(self, snapshot: Snapshot) -> None:
-        """Takes in one more batch; a gap in the steps starts again."""
+        """Add one more batch; a gap in the steps starts again."""
         self.complete = False
         pair = curvature_of_step(snapshot, self.method)
-        going = bool(self._window) and snapshot.follows(self._step)
-        self._window = [*(self._window if going else []), pair]
+        continues = bool(self._window) and snapshot.follows(self._step)
+        self._window = [*(self._window if continues else []), pair]
         self._step = snapshot.step
         pairs = torch.stack(self._window)
         if len(pairs) < min(LEAST, self.most):
             return
-        if len(pairs) < self.most:
-            found = batch_sharpness(pairs)
-            means = (
-                (found.mean_of_ratios, found.mean_of_ratios_error),
-                (found.ratio_of_means, found.ratio_of_means_error),
-            )
-            if not all(bool(error <= self.rtol * mean.abs()) for mean, error in means):
-                return
-        self.pairs, self._window, self.complete = pairs, [], True
+        sharpness = batch_sharpness(pairs)
+        mean, ratio = sharpness.mean_of_ratios, sharpness.ratio_of_means
+        errors = (sharpness.mean_of_ratios_error, mean), (sharpness.ratio_of_means_error, ratio)
+        if len(pairs) < self.most and not all(bool(error <= self.rtol * value.abs()) for error, value in errors):
+            return
+        self._window = []
+        self.finish({
+            "batch_sharpness": mean,
+            "batch_sharpness_error": sharpness.mean_of_ratios_error,
+            "batch_sharpness_of_means": ratio,
+            "batch_sharpness_of_means_error": sharpness.ratio_of_means_error,
+            "batch_sharpness_batches": float(sharpness.batches or torch.nan),
+        })  # fmt: skip
 
-    def compute(self) -> dict[str, Tensor]:
-        """Both means over the last measurement's batches; NaN before one."""
-        found = batch_sharpness(self.pairs)
-        values = (
-            found.mean_of_ratios, found.mean_of_ratios_error, found.ratio_of_means, found.ratio_of_means_error,
-            scalar(float(found.batches or torch.nan)),
-        )  # fmt: skip
-        return dict(zip(self.keys, values))
-
-    def vectors(self) -> dict[str, object]:
+    def vectors(self) -> dict[str, Any]:
         return {"window": list(self._window), "step": self._step} if self._window else {}
 
-    def load_vectors(self, vectors: dict) -> None:
+    def load_vectors(self, vectors: dict[str, Any]) -> None:
         self._window, self._step = list(vectors.get("window", [])), vectors.get("step", 0)
 
 

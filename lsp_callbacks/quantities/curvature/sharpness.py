@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -22,21 +22,22 @@ from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, decay_rates, frozen_rule, rates
 from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.quantities.key import CURVATURE, PREFIX, Key, relative_excess
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
-#: Lanczos products at most, from the last eigenvector and without one; the cost model counts the first. With no more
-#: parameters than the second, as many as there are parameters.
+#: Lanczos products at most, from the last eigenvector and without one; the cost model counts the first. Where there are
+#: no more parameters than the second, one product for each of them.
 WARM, COLD = 7, 12
-#: On the relative error bars: fewer products are taken where they are enough.
+#: Relative error bar at which Lanczos stops.
 TOLERANCE = 0.1
-#: Turns after which a player that has not stepped is given up.
+#: Turns after which a player that has not stepped makes the measurement fail.
 PATIENCE = 8
-#: Sharpness, limit, Courant number and the error bars of the first and of the last, of a player.
+#: Sharpness, limit and Courant number of a player, and the error bars of the first and of the last.
 Readings = tuple[float, ...]
 
 
 def measured_edge(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method) -> StabilityThreshold:
-    """The step's `StabilityThreshold`, computed once for all quantities that align with it."""
+    """Return the step's `StabilityThreshold`, computed once for all quantities that align with it."""
     steps = _steps(snapshot, start)
     thresholds = _thresholds(snapshot)
     if method not in thresholds:
@@ -58,11 +59,11 @@ def _steps(snapshot: Snapshot, start: Tensor | None) -> int:
 
 
 def edge_cost(snapshot: Snapshot, method: Method) -> dict[str, float]:
-    """Gradients for the alignment that sharpness and exponent share."""
+    """Return the cost, in gradients, of the alignment that sharpness and exponent share."""
     method, n = resolved(snapshot, method), _size(snapshot)
-    one = all(isinstance(value, float) for value in (rates(snapshot), decay_rates(snapshot)))
+    one_rate = all(isinstance(value, float) for value in (rates(snapshot), decay_rates(snapshot)))
     maximize = frozen_rule(snapshot).sign < 0
-    runs = 1 + maximize if one else 2 + (maximize or isinstance(coupled_decay(snapshot), Tensor))
+    runs = 1 + maximize if one_rate else 2 + (maximize or isinstance(coupled_decay(snapshot), Tensor))
     scatter = {"signs": (1 + 2 * DRAWS) / 3} if frozen_rule(snapshot).frozen else {}
     products = lanczos_cost(snapshot, method, WARM if n > COLD else n, runs)
     return {"forward": forward_cost(snapshot), "edge": products} | scatter
@@ -73,50 +74,44 @@ def _size(snapshot: Snapshot) -> int:
 
 
 def edge_memory(snapshot: Snapshot, method: Method) -> dict[str, float]:
-    """Bytes for the alignment: the basis of a Lanczos run that starts from nothing."""
+    """Return the bytes for the alignment: the basis of a Lanczos run that starts from nothing."""
     return product_memory(snapshot, method, COLD)
 
 
 class Sharpness(Quantity):
-    """The largest algebraic Hessian eigenvalue of the step's loss against what the optimizer can bear.
+    """Largest algebraic Hessian eigenvalue of the step's loss, and its ratio to the optimizer's stability limit.
 
     ``courant_gd = lambda_max(R^1/2 H' R^1/2) / c`` with R the effective rates, H' the Hessian with coupled weight
     decay, and c from `lsp_callbacks.functional.stability_constant`: 1 is the edge of stability of full-batch steps.
     R is the learning rate times the preconditioner of Adam, AdamW, RMSprop or Adagrad, as it will be some ten steps
-    later (`lsp_callbacks.operators.coming_rule`), and the factor of clipping, as it is in this step; what a
-    ``prox`` does to the weights after it is not in it. Behind a preconditioner it is first measured when that holds
-    two gradients, which a single step does not. It is measured on one mini-batch and, under momentum, blind to
-    batch noise. When it stays above 1 and the loss does not fall: lower the learning rate, or warm it up for
-    longer.
+    later (`lsp_callbacks.operators.coming_rule`), and the factor of clipping, as it is in this step; a ``prox`` after
+    the step is not part of it. With a preconditioner it is first measured when that holds two gradients. It is measured
+    on one mini-batch and, under momentum, blind to batch noise.
 
     ``sharpness_residual`` is a relative error bar: the largest eigenvalue lies between ``sharpness`` and ``sharpness +
     sharpness_residual |sharpness|``; likewise ``courant_gd``. It is no residual of one eigenvector, which says nothing
-    of a mode that has only now become the sharpest, but what the noise in the start of Lanczos may have missed, see
+    of a mode that has only now become the sharpest, but the part that a noisy start of Lanczos may have missed, see
     `lsp_callbacks.operators.curvature.stability_threshold`; how often it holds along ten runs is in
     ``benchmarks/sharpness_error_bars.md``. With at most 12 parameters Lanczos runs to its end, and nothing is missed.
 
     Where several players take turns, each is measured on its own loss and its own parameters; the measurement is
-    complete when all have been seen. The largest Courant number stands for all, and with it that player's sharpness,
-    limit and residual. It does not see how the players drive each other: `LyapunovTrajectory` does.
+    complete when all have stepped. The largest Courant number is reported, with that player's sharpness, limit and
+    residual. It does not see how the players drive each other: `LyapunovTrajectory` does.
 
-    Where the update is not what the optimizer makes of the gradient, sharpness and residual are all that is measured.
+    Where the real update is not the one that the optimizer computes from the gradient, only sharpness and residual are
+    measured.
 
     Args:
         method: of the Hessian products, see `lsp_callbacks.operators.hessian`.
 
-    Keys: ``stability/sharpness`` (units of loss / parameter^2), ``stability/sharpness_limit``,
-    ``stability/courant_gd``, ``stability/sharpness_residual`` (relative). Where ``courant_gd`` has a run of its own, as
-    behind a preconditioner, its error bar is ``stability/courant_gd_residual``. For players also
-    ``stability/player_courant/<name>`` and ``stability/player_sharpness/<name>``.
-
     Raises:
         Unmeasurable: with several players, if one of them does not step for a long time.
 
-    Cost: at most 7 products, shared with the exponent: with what Lanczos makes of them 15 gradients by differences, 17
-    where exact products are taken; fewer where the error bar is below 10 % before; 12 products at the first reading.
-    With rates that differ, as behind every preconditioner, H has a run of its own: 35 and 37.
+    Cost: at most 7 products, shared with the exponent: with the vector operations of Lanczos 15 gradients by
+    differences, 17 by exact products; fewer where the error bar falls below 10 % earlier; 12 products at the first
+    reading. With rates that differ, as with every preconditioner, H has a run of its own: 35 and 37.
 
-    Source: Cohen et al. 2021, 2022; MATH section 3.
+    Source: Cohen et al. 2021, 2022; docs/theory.md, section 3.
 
     Example:
         >>> import torch
@@ -127,21 +122,31 @@ class Sharpness(Quantity):
         >>> metric = Sharpness()
         >>> metric.update(Snapshot(step=0, module=net, replay=lambda: net(x).square().mean(), optimizer=sgd))
         >>> {key: float(value) for key, value in metric.compute().items()}
-        {'stability/sharpness': 8.0, ..., 'stability/courant_gd': 1.0, ...}
+        {'stability/sharpness': 8.0, 'stability/courant_gd': 1.0, ...}
     """
 
     name = "sharpness"
-    keys = ("stability/sharpness", "stability/courant_gd", "stability/sharpness_residual")
-    optional = ("stability/sharpness_limit", "stability/courant_gd_residual")
+    KEYS: ClassVar = {
+        "sharpness": Key(
+            "Largest eigenvalue of the Hessian of the step's loss.",
+            CURVATURE,
+            "Above sharpness_limit a full-batch step is unstable: lower the learning rate.",
+        ),
+        "courant_gd": Key(
+            "Learning rate divided by the largest stable one, by the curvature of one batch.",
+            "",
+            "If it stays above 1 and the loss does not fall: lower the learning rate, or warm it up for longer.",
+            threshold=1.0,
+        ),
+        "sharpness_residual": relative_excess("sharpness"),
+        "sharpness_limit": Key("Largest sharpness that is stable at this learning rate.", CURVATURE, optional=True),
+        "courant_gd_residual": relative_excess("courant_gd", optional=True),
+        "player_courant/<player>": Key("courant_gd of one of several optimizers.", threshold=1.0),
+        "player_sharpness/<player>": Key("sharpness of the loss of one of several optimizers.", CURVATURE),
+    }
     needs_update = True
     without_update = ("stability/sharpness", "stability/sharpness_residual")
-    patient = True
-    plays = True
-    sharpness: Tensor
-    limit: Tensor
-    courant: Tensor
-    residual: Tensor
-    courant_residual: Tensor
+    supports_multiple_optimizers = True
     players: Tensor
 
     def __init__(self, method: Method = "auto"):
@@ -153,8 +158,6 @@ class Sharpness(Quantity):
         self._alone = False
         self._names: list[str] = []
         self.add_state("players", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
-        for state in ("sharpness", "limit", "courant", "residual", "courant_residual"):
-            self.add_state(state, default=scalar(torch.nan), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         if snapshot.run.invalidated:
@@ -169,15 +172,15 @@ class Sharpness(Quantity):
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         return edge_memory(snapshot, self.method)
 
-    def wait(self, snapshot: Snapshot) -> int:
-        """A preconditioner that has met one batch only is that of none: one step."""
+    def warm_up(self, snapshot: Snapshot) -> int:
+        """Return how many gradients the preconditioner still lacks: that of one batch says nothing of the next."""
         return gradients_missing(snapshot)
 
     def check(self, snapshot: Snapshot) -> None:
         threshold_constant(frozen_rule(snapshot))
 
     def update(self, snapshot: Snapshot) -> None:
-        """Measures one step; in a game, until each player was measured."""
+        """Measure one step; with several players, the measurement is complete when each was measured."""
         self.complete, self._alone = False, snapshot.run.invalidated is not None
         if self._alone:
             self._without_update(snapshot)
@@ -187,52 +190,48 @@ class Sharpness(Quantity):
         turn = self._turn if player is not None else {}
         first = self._first if turn else snapshot.step
         if snapshot.step - first >= PATIENCE * len(names):
-            missing = ", ".join(one for one in names if one not in turn)
+            missing = ", ".join(other for other in names if other not in turn)
             raise Unmeasurable(f"player {missing} has not stepped for {snapshot.step - first} steps of the others")
         if name not in turn:
             start, top = self._starts.get(name, (None, None))
-            found = measured_edge(snapshot, start, top, self.method)
-            parts = (found.sharpness, found.limit, found.courant, found.error, found.courant_error)
-            own = tuple(map(float, parts))
-            self._starts[name], turn = (found.mode, found.top), {**turn, name: own}
+            result = measured_edge(snapshot, start, top, self.method)
+            numbers = (result.sharpness, result.limit, result.courant, result.error, result.courant_error)
+            self._starts[name], turn = (result.mode, result.top), {**turn, name: tuple(map(float, numbers))}
         self._turn, self._first = turn, first
         if turn.keys() != set(names):
             return
-        # What is unknown may be the largest.
-        largest = max(turn.values(), key=lambda own: (math.isnan(own[2]), own[2]))
-        self.sharpness, self.limit, self.courant, self.residual, self.courant_residual = map(scalar, largest)
+        # A NaN may be the largest.
+        largest = max(turn.values(), key=lambda numbers: (math.isnan(numbers[2]), numbers[2]))
+        sharpness, limit, courant, residual, courant_residual = largest
         if player is not None:
             self._names = list(names)
             self.players = torch.tensor([(turn[name][2], turn[name][0]) for name in names], dtype=torch.float64)
-        self._turn, self.complete = {}, True
+        self._turn = {}
+        self.finish({
+            "sharpness": sharpness,
+            "sharpness_limit": limit if math.isfinite(limit) else math.nan,  # at rate 0 there is no limit
+            "courant_gd": courant,
+            "sharpness_residual": residual,
+            "courant_gd_residual": math.nan if courant_residual == residual else courant_residual,
+        })  # fmt: skip
 
     def _without_update(self, snapshot: Snapshot) -> None:
-        """The Hessian's own eigenvalue, without the optimizer."""
+        """Measure the Hessian's own eigenvalue, without the optimizer."""
         _, top = self._starts.get("", (None, None))
         pair = top_eigenvalue(snapshot, start=top, steps=_steps(snapshot, top), tol=TOLERANCE, method=self.method)
         assert pair.upper is not None
         error = (pair.upper - pair.value) / pair.value.abs().clamp_min(torch.finfo(torch.float64).tiny)
         self._starts[""] = (pair.vector, pair.vector)
-        self.sharpness, self.residual, self.complete = scalar(pair.value), scalar(error), True
-        self.limit = self.courant = self.courant_residual = scalar(math.nan)
+        self.finish({"sharpness": pair.value, "sharpness_residual": error})
 
     def compute(self) -> dict[str, Tensor]:
-        """The last measurement."""
-        values = {
-            "stability/sharpness": self.sharpness,
-            "stability/sharpness_limit": self.limit,
-            "stability/courant_gd": self.courant,
-            "stability/sharpness_residual": self.residual,
-        }
-        if not bool(self.courant_residual == self.residual) and not bool(self.courant_residual.isnan()):
-            values["stability/courant_gd_residual"] = self.courant_residual
-        if not bool(torch.isfinite(self.limit)):  # at rate 0 there is no limit
-            del values["stability/sharpness_limit"]
+        """Return the last measurement."""
+        values = super().compute()
         if self._alone:
-            del values["stability/courant_gd"]
+            del values[f"{PREFIX}courant_gd"]
         for name, (courant, sharpness) in zip(self._names, self.players):
-            values[f"stability/player_courant/{name}"] = scalar(courant)
-            values[f"stability/player_sharpness/{name}"] = scalar(sharpness)
+            values[f"{PREFIX}player_courant/{name}"] = scalar(courant)
+            values[f"{PREFIX}player_sharpness/{name}"] = scalar(sharpness)
         return values
 
     def vectors(self) -> dict[str, Any]:

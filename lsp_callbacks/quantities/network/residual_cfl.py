@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,69 +17,91 @@ from lsp_callbacks.operators.curvature.hessian import label
 from lsp_callbacks.operators.memory import footprint
 from lsp_callbacks.operators.network.residual_block import residual_block
 from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.quantities.key import PREFIX, Key, relative_residual
 from lsp_callbacks.quantities.module_filter import Selection, selected, validate
 from lsp_callbacks.step.replay_checks import Call
 from lsp_callbacks.step.snapshot import Snapshot
 
 STEPS = 10
-NO_BLOCK = "no residual block x + g(x) was recognised in this network: name yours with blocks=... if there are any"
+NO_BLOCK = "no residual block x + g(x) was recognised in this network: name yours with blocks=... if it has any"
 
 
 class ResidualCFL(Quantity):
-    """How much each residual block ``x + h g(x)`` stretches, and how its step h stands to the largest stable one.
+    """Gain of each residual block ``x + h g(x)``, and its step size h relative to the largest stable one.
 
     Blocks are found by two rules together: the class name reads like a block's (``...Block``, ``...Layer``,
     ``Residual...``, ``Bottleneck``, ``BasicBlock``, ``InvertedResidual``; so torchvision's, timm's, transformers' and
     ``nn.TransformerEncoderLayer``), and the autograd graph shows that the input reaches the output through additions
-    alone, up to what is applied to their sum. The same shape in and out is not enough. Of nested blocks the innermost
-    is taken. Or name them with ``blocks``.
+    alone, up to layers that are applied to their sum. The same shape in and out is not enough. Of nested blocks the
+    innermost is taken. Or name them with ``blocks``.
+
+    Most blocks of healthy networks stretch some differences, and few are dissipative: a gain above 0 is a fact about
+    the network, no alarm. Over depth, gains add up to at most their sum.
 
     Args:
         blocks: class, glob, predicate, import path, or several; None finds them.
-        samples: of the batch, at whose inputs the Jacobians are taken; of several ranks, that of the first.
+        samples: number of samples, the first of the batch, at whose inputs the Jacobians are taken; with several ranks,
+            of the first rank's.
         h: the step size of the user's ``x + h g(x)``; the Courant numbers do not depend on it.
 
-    Keys, for a block and as ``_max``: ``stability/residual_gain``, ``log ||I + hG||`` in nats, the thing itself (above
-    0 the block stretches some small difference; from below, up to the residual), with ``stability/residual_gain_bound``
-    (at most, except with probability 1e-3 a block); ``stability/residual_stiffness`` (above 1 proves that the block
-    expands; at most 1 proves nothing); ``stability/residual_cfl`` (``h / h_max``, only for dissipative blocks: below 1
-    proves that the block contracts; above 1 proves nothing). By block ``residual_m`` (below 0 proves that it expands,
-    whatever h is) and, where dissipative, ``residual_M``, ``residual_h_max``, ``residual_h_exact``. Global:
-    ``stability/residual_dissipative``, the share of blocks with ``m > 0``, and ``stability/residual_lanczos_error``.
-
-    Most blocks of healthy networks stretch some differences, and few are dissipative: a gain above 0 is a fact about
-    the network, no alarm. Gains add up over depth at most.
+    Raises:
+        ValueError: for fewer than 1 sample, or a step size that is not positive.
 
     Cost: some 25 passes over the samples, as if all blocks were one network: 5 gradients on a small transformer.
 
-    Source: Katende, Thm 4.3 and Cor. 4.4.
-
-    A gain that is far above those of the other blocks, or grows: scale that branch down (a smaller h, zero-initialised
-    last layer), or normalise it; where its stiffness is above 1, too, the branch overshoots.
+    Source: Katende 2025, Thm 4.3 and Cor. 4.4.
     """
 
     name = "residual_cfl"
-    plays = True
-    keys = ("stability/residual_gain_max", "stability/residual_stiffness_max", "stability/residual_dissipative")
-    optional = ("stability/residual_gain_bound_max", "stability/residual_cfl_max", "stability/residual_lanczos_error")
+    supports_multiple_optimizers = True
+    KEYS: ClassVar = {
+        "residual_gain_max": Key(
+            "Largest log ||I + h G|| of a residual block; above 0 it stretches some difference.",
+            "nats",
+            "If one block is far above the others, or grows: scale its branch down (smaller h, zero-initialised last "
+            "layer), or normalise it.",
+        ),
+        "residual_stiffness_max": Key(
+            "Largest stiffness of a block; above 1 proves that it expands, at most 1 proves nothing.",
+            "",
+            "Above 1 together with a large gain, the branch overshoots: scale it down.",
+            threshold=1.0,
+        ),
+        "residual_dissipative": Key("Share of blocks that a small enough step h makes contract (m > 0)."),
+        "residual_gain_bound_max": Key(
+            "Upper bound of residual_gain_max; it fails with probability 1e-3 a block.", "nats", optional=True
+        ),
+        "residual_cfl_max": Key(
+            "Largest h / h_max of a dissipative block; below 1 proves that it contracts, above 1 proves nothing.",
+            optional=True,
+        ),
+        "residual_lanczos_error": relative_residual(
+            "residual_gain_max", "Largest residual of Lanczos, relative to its value.", optional=True
+        ),
+        "residual_gain/<block>": Key("log ||I + h G|| of a block, lower bound up to the residual.", "nats"),
+        "residual_gain_bound/<block>": Key("Upper bound of the gain; it fails with probability 1e-3.", "nats"),
+        "residual_stiffness/<block>": Key("Stiffness of a block; above 1 proves that it expands."),
+        "residual_cfl/<block>": Key("h / h_max of a dissipative block; below 1 proves that it contracts."),
+        "residual_m/<block>": Key("-lambda_max((G + G^T) / 2), the least over samples; below 0 the block expands."),
+        "residual_M/<block>": Key("||G||, the largest over the samples, of a dissipative block."),
+        "residual_h_max/<block>": Key("Largest step size that is proved to contract, of a dissipative block."),
+        "residual_h_exact/<block>": Key("Largest step size that contracts, of a dissipative block."),
+    }
 
     def __init__(self, blocks: Selection = None, samples: int = 4, h: float = 1.0):
         super().__init__()
         whole("samples", samples, 1), number("h", h, above=0)
         self.blocks, self.samples, self.h = blocks, samples, h
-        self.add_state("stiffness", default=scalar(torch.nan))
-        self.add_state("share", default=scalar(torch.nan))
-        self.add_state("gain", default=scalar(torch.nan))
-        self._found: dict[str, ResidualStability] = {}
+        self._blocks: dict[str, ResidualStability] = {}
 
-    def keeps(self, name: str, module: nn.Module) -> bool:
+    def captures_inputs(self, name: str, module: nn.Module) -> bool:
         return bool(name) and (
             is_residual_block(module) if self.blocks is None else selected(self.blocks, name, module)
         )
 
     def check(self, snapshot: Snapshot) -> None:
         validate(self.blocks, snapshot.module, "blocks")
-        if not any(self.keeps(name, module) for name, module in snapshot.module.named_modules()):
+        if not any(self.captures_inputs(name, module) for name, module in snapshot.module.named_modules()):
             raise NotApplicable(NO_BLOCK)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
@@ -90,29 +112,35 @@ class ResidualCFL(Quantity):
         return label("exact", snapshot, next(iter(snapshot.parameters.values())).dtype)
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        found = footprint(snapshot)
-        return {"activations": found.activations, "copies": 2 * found.buffers}
+        training = footprint(snapshot)
+        return {"activations": training.activations, "copies": 2 * training.buffers}
 
     def update(self, snapshot: Snapshot) -> None:
-        """Measures one step."""
+        """Measure one step."""
         self.complete = False
         calls = snapshot.calls
-        found = snapshot.run.ranks.first(lambda: self._measure(snapshot.module, calls), self.name)
-        if not found:
+        blocks = snapshot.run.ranks.first(lambda: self._measure(snapshot.module, calls), self.name)
+        if not blocks:
             raise NotApplicable(NO_BLOCK)
-        self._found = found
-        self.gain, self.stiffness = (_largest(name, found) for name in ("gain", "stiffness"))
-        self.share = scalar(sum(b.dissipative for b in found.values()) / len(found))
-        self.complete = True
+        self._blocks = blocks
+        dissipative = {name: block for name, block in blocks.items() if block.cfl is not None}
+        self.finish({
+            "residual_gain_max": _largest("gain", blocks),
+            "residual_gain_bound_max": _largest("gain_bound", blocks),
+            "residual_stiffness_max": _largest("stiffness", blocks),
+            "residual_dissipative": sum(block.dissipative for block in blocks.values()) / len(blocks),
+            "residual_lanczos_error": _largest("residual", blocks),
+            "residual_cfl_max": _largest("cfl", dissipative) if dissipative else torch.nan,
+        })  # fmt: skip
 
     def _measure(self, module: nn.Module, calls: dict[str, Call]) -> dict[str, ResidualStability]:
-        """Every block, on the CPU."""
-        found: dict[str, ResidualStability] = {}
-        # Children come after their parents: walking backwards meets the innermost first.
+        """Return the numbers of every block, on the CPU."""
+        measured: dict[str, ResidualStability] = {}
+        # Children come after their parents: backwards, the innermost come first.
         for name, child in reversed(list(module.named_modules())):
-            if name not in calls or not self.keeps(name, child):
+            if name not in calls or not self.captures_inputs(name, child):
                 continue
-            if self.blocks is None and any(inner.startswith(name + ".") for inner in found):
+            if self.blocks is None and any(inner.startswith(name + ".") for inner in measured):
                 continue
             try:
                 block = residual_block(child, calls[name], samples=self.samples)
@@ -124,38 +152,29 @@ class ResidualCFL(Quantity):
                 continue
             block.check(name)
             numbers = residual_stability(block.jacobian, h=self.h, steps=STEPS)
-            own: dict[str, Any] = {
+            tensors: dict[str, Any] = {
                 key: scalar(value) for key, value in vars(numbers).items() if isinstance(value, Tensor)
             }
-            found[name] = replace(numbers, **own)
-        return dict(reversed(found.items()))
+            measured[name] = replace(numbers, **tensors)
+        return dict(reversed(measured.items()))
 
     def reset(self) -> None:
         super().reset()
-        self._found = {}
+        self._blocks = {}
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the numbers of the last measurement, nothing before it."""
-        if not self._found:
+        """Return the numbers of the last measurement, with those of the blocks; nothing before one."""
+        if not self._blocks:
             return {}
-        values = {
-            "stability/residual_gain_max": self.gain,
-            "stability/residual_gain_bound_max": _largest("gain_bound", self._found),
-            "stability/residual_stiffness_max": self.stiffness,
-            "stability/residual_dissipative": self.share,
-            "stability/residual_lanczos_error": _largest("residual", self._found),
-        }
-        dissipative = {name: block for name, block in self._found.items() if block.cfl is not None}
-        if dissipative:
-            values["stability/residual_cfl_max"] = _largest("cfl", dissipative)
+        values = super().compute()
         for field in ("gain", "gain_bound", "stiffness", "cfl", "m", "M", "h_max", "h_exact"):
-            for name, block in self._found.items():
+            for name, block in self._blocks.items():
                 number = getattr(block, field)
                 if number is not None:
-                    values[f"stability/residual_{field}/{name}"] = scalar(number)
+                    values[f"{PREFIX}residual_{field}/{name}"] = scalar(number)
         return values
 
 
 def _largest(field: str, blocks: dict[str, ResidualStability]) -> Tensor:
-    """Over the blocks; NaN where one of them is."""
+    """Return the largest over the blocks; NaN where one of them is."""
     return torch.stack([scalar(getattr(block, field)) for block in blocks.values()]).max()

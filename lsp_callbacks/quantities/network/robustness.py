@@ -1,4 +1,4 @@
-"""How much a prediction and its explanation change with the input and with the parameters."""
+"""Sensitivity of a prediction and its explanation to the input and to the parameters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,84 +22,112 @@ from lsp_callbacks.operators.network.lipschitz import Uncertified, lipschitz_upp
 from lsp_callbacks.operators.network.norms_cost import norms_cost
 from lsp_callbacks.operators.network.saliency import Explanation, change_by_input, change_by_parameters, explain
 from lsp_callbacks.quantities.base import Quantity
+from lsp_callbacks.quantities.key import Key, relative_residual
 from lsp_callbacks.step.flat import displaced
 from lsp_callbacks.step.replay_checks import verify
 from lsp_callbacks.step.snapshot import Snapshot
 
-#: Of the units in the last place of a number that went through a network.
+#: Rounding error of a number that went through a network, in units in the last place.
 ROUNDING = 16.0
 STEPS = 20
-FIRST = ("prediction", "prediction_theta", "explanation", "explanation_theta")
+_UNITS = {
+    "prediction": "output / input",
+    "prediction_theta": "output / parameter",
+    "explanation": "output / input^2",
+    "explanation_theta": "output / (input x parameter)",
+}
+
+
+def _bounds(name: str) -> dict[str, Key]:
+    return {
+        f"robustness_{name}_lower": Key("The same, reached by a real displacement.", _UNITS[name], optional=True),
+        f"robustness_{name}_upper": Key("The same, upper bound to first order.", _UNITS[name], optional=True),
+    }
 
 
 class Robustness(Quantity):
-    """The sensitivity of predictions f and of their explanations g to displacements of the input and the parameters.
+    """Sensitivity of predictions f and their explanations g to displacements of the input and of the parameters.
 
     f is what the network's last module returns for a sample (logits), in eval mode, and g the gradient of its largest
     entry, the predicted class's, with respect to the input. ``||df/dx||`` and ``||dg/dx||`` are operator norms, the
     largest over the samples, in units of f and g per unit of input; ``||df/dtheta||`` and ``||dg/dtheta||`` are those
     of all samples together by ``sqrt(samples)``: the root mean square over the samples of their change, per unit of
-    parameters. They are Lanczos values, from below up to ``robustness_residual``; ``_upper`` beside them is from above,
-    exact for few outputs, otherwise true with probability 0.999. They chain with what moves the parameters: the
-    displacement that training began with times ``sigma_theta_bound`` of `StabilityProfile` times
-    ``robustness_prediction_theta_upper`` is the most that it can change these predictions, to first order. It is
-    first-order in both factors, and the chain of two *lower* bounds is none: the response of the predictions to the
-    initial parameters, from below and above, is measured by `StabilityProfile`: ``sigma_output``,
-    ``sigma_explanation``.
+    parameters. They are Lanczos values, lower bounds up to ``robustness_residual``; ``_upper`` beside them is an upper
+    bound, exact for few outputs, otherwise true with probability 0.999. They can be multiplied by the sensitivity of
+    the parameters: the displacement that training began with times ``sigma_theta_bound`` of `StabilityProfile` times
+    ``robustness_prediction_theta_upper`` bounds the change of these predictions, to first order. The product of two
+    *lower* bounds is no bound: the response of the predictions to the initial parameters is measured by
+    `StabilityProfile` as ``sigma_output`` and ``sigma_explanation``.
 
-    Two numbers do without linearisation. ``_lower``: the change at a real displacement along the direction that the
+    Two numbers need no linearisation. ``_lower``: the change at a real displacement along the direction that the
     derivative stretches most, ``size`` times as long as the input (the parameters), per unit of it.
     ``robustness_prediction_certified``: a Lipschitz constant of the network in its input, which no displacement of any
-    length exceeds; see `lsp_callbacks.operators.network.lipschitz`. It is far above what is seen, and not there for
-    attention. The theory's claim (Sec. 7.4) that negative exponents make explanations robust needs more than it says:
-    exponents bound first derivatives, and an explanation changes with second ones, ``dg/dx``, which they leave free.
+    length exceeds; see `lsp_callbacks.operators.network.lipschitz`. It is far above the measured values, and does not
+    exist for attention. The theory's claim (Sec. 7.4) that negative exponents make explanations robust needs a further
+    assumption: exponents bound first derivatives, and an explanation changes with second ones, ``dg/dx``.
 
-    Where the network has kinks (ReLU, max-pooling) its explanations jump across them and are blind to what lies
-    between: ``dg/dx`` of a piecewise linear network is 0 almost everywhere. Then ``robustness_kinked`` is 1, both
-    first-order numbers of the explanation are left out, and the lower bounds are those along the prediction's
-    direction. They are left out, too, behind a custom ``autograd.Function``, whose second derivative nobody knows. In
-    half precision there are no bounds: a displacement would drown in rounding, and products are too coarse.
+    Where the network has kinks (ReLU, max-pooling), its explanations jump across them and are constant between them:
+    ``dg/dx`` of a piecewise linear network is 0 almost everywhere. Then ``robustness_kinked`` is 1, both first-order
+    numbers of the explanation are left out, and the lower bounds are those along the prediction's direction. They are
+    left out, too, with a custom ``autograd.Function``, whose second derivative is not known. In half precision there
+    are no bounds: rounding would hide the displacements, and the products are too coarse.
 
-    When ``robustness_prediction`` grows and the loss does not fall: normalise or decay the weights. When the
-    explanation's lower bound times the noise of your inputs is as large as the explanation itself, do not trust
-    saliency maps: average them over noisy inputs, or take a smooth activation.
+    The input is the first floating-point tensor that enters a module, otherwise the output of the first module that
+    receives integers; it is held fixed where the parameters move.
 
     Args:
-        samples: of the batch, at most; of several ranks, of the first.
-        size: of the displacements, relative to the norm of a sample's input and of the parameters.
-
-    Keys: ``stability/robustness_prediction``, ``_prediction_theta``, ``_explanation``, ``_explanation_theta``, each
-    with ``_upper`` and ``_lower``; ``stability/robustness_prediction_certified`` where there is one;
-    ``stability/robustness_residual``, the largest of Lanczos relative to its value;
-    ``stability/robustness_kinked``. The input is the first floating-point tensor that enters a module, otherwise what
-    its first module makes of integers; it is held fixed where the parameters move.
+        samples: largest number of samples, the first of the batch; with several ranks, of the first rank's.
+        size: length of the displacements, relative to the norm of a sample's input and of the parameters.
 
     Raises:
-        ValueError: for bad arguments.
+        ValueError: for fewer than 1 sample, or a size outside (0, 1].
 
     Cost: some 80 passes over the samples, and the norms of all layers: 37 gradients, or 23 with kinks.
 
-    Source: Katende, Sec. 7.4; Simonyan et al. 2014.
+    Source: Katende 2025, Sec. 7.4; Simonyan et al. 2014.
     """
 
     name = "robustness"
-    keys = (
-        "stability/robustness_prediction", "stability/robustness_prediction_theta", "stability/robustness_residual",
-        "stability/robustness_kinked",
-    )  # fmt: skip
-    optional = (
-        "stability/robustness_explanation", "stability/robustness_explanation_theta",
-        *(f"stability/robustness_{name}_lower" for name in FIRST),
-        *(f"stability/robustness_{name}_upper" for name in FIRST), "stability/robustness_prediction_certified",
-    )  # fmt: skip
-    values: Tensor
+    KEYS: ClassVar = {
+        "robustness_prediction": Key(
+            "Change of the outputs per unit of the input, to first order.",
+            _UNITS["prediction"],
+            "If it grows and the loss does not fall: normalise the layers or decay the weights.",
+        ),
+        "robustness_prediction_theta": Key(
+            "Change of the outputs per unit of the parameters, to first order.", _UNITS["prediction_theta"]
+        ),
+        "robustness_residual": relative_residual(
+            "robustness_prediction", "Largest residual of Lanczos, relative to its value."
+        ),
+        "robustness_kinked": Key("1 where the network has kinks: explanations jump, read the lower bounds."),
+        "robustness_explanation": Key(
+            "Change of the input gradient per unit of the input, to first order.",
+            _UNITS["explanation"],
+            "If its lower bound times the noise of the inputs is as large as the explanation: do not trust saliency "
+            "maps; average them over noisy inputs, or take a smooth activation.",
+            optional=True,
+        ),
+        "robustness_explanation_theta": Key(
+            "Change of the input gradient per unit of the parameters, to first order.",
+            _UNITS["explanation_theta"],
+            optional=True,
+        ),
+        **_bounds("prediction"),
+        **_bounds("prediction_theta"),
+        **_bounds("explanation"),
+        **_bounds("explanation_theta"),
+        "robustness_prediction_certified": Key(
+            "Lipschitz constant of the outputs in the input, for every input and any displacement.",
+            _UNITS["prediction"],
+            optional=True,
+        ),
+    }
 
     def __init__(self, samples: int = 4, size: float = 1e-2):
         super().__init__()
         whole("samples", samples, 1), number("size", size, above=0, most=1.0)
         self.samples, self.size = samples, size
-        length = len(self.keys) + len(self.optional)
-        self.add_state("values", default=torch.full((length,), torch.nan, dtype=torch.float64), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         # Measured: passes over the samples, and vectors over all parameters.
@@ -110,21 +139,19 @@ class Robustness(Quantity):
         return label("exact", snapshot)
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        found = footprint(snapshot)
+        training = footprint(snapshot)
         return {
-            "graph": 2 * TWICE * found.activations,
-            "vectors": (WORK + STEPS) * found.parameters,
-            "copies": 2 * found.buffers,
+            "graph": 2 * TWICE * training.activations,
+            "vectors": (WORK + STEPS) * training.parameters,
+            "copies": 2 * training.buffers,
         }
 
     def update(self, snapshot: Snapshot) -> None:
-        """Measures one step."""
+        """Measure one step."""
         self.complete = False
         verify(snapshot)
-        found = snapshot.run.ranks.first(lambda: self._measure(snapshot), self.name)
-        names = (key.removeprefix("stability/robustness_") for key in (*self.keys, *self.optional))
-        self.values = torch.tensor([found.get(name, math.nan) for name in names], dtype=torch.float64)
-        self.complete = True
+        values = snapshot.run.ranks.first(lambda: self._measure(snapshot), self.name)
+        self.finish({f"robustness_{name}": value for name, value in values.items()})
 
     def _measure(self, snapshot: Snapshot) -> dict[str, float]:
         at = explain(snapshot, samples=self.samples)
@@ -151,11 +178,6 @@ class Robustness(Quantity):
             values = {name: value for name, value in values.items() if not name.endswith(("_lower", "_upper"))}
         return values | {"residual": residual, "kinked": float(graph.kinked)}
 
-    def compute(self) -> dict[str, Tensor]:
-        """The last measurement; what is not defined is left out."""
-        found = dict(zip((*self.keys, *self.optional), self.values))
-        return {key: value for key, value in found.items() if key in self.keys or not bool(value.isnan())}
-
 
 def _changes(
     operators: tuple[LinearOperator, LinearOperator],
@@ -164,13 +186,13 @@ def _changes(
     at: Explanation,
     smooth: bool,
 ) -> dict[str, float]:
-    """Of prediction and explanation by one kind of displacement; the largest over the samples, where each has its own.
+    """Return the sensitivities of prediction and explanation to one kind of displacement, the largest over the samples.
 
     Args:
         operators: the derivatives of both.
-        change: of both, for a displacement.
-        distance: of the displacement.
-        at: where.
+        change: the change of both for a displacement.
+        distance: the length of the displacement.
+        at: prediction and explanation at the samples.
         smooth: whether the explanation has a derivative.
     """
     generator = at.snapshot.generator("robustness")
@@ -178,20 +200,21 @@ def _changes(
     prediction = sensitivity(
         operators[0], lambda v: change(v)[0], distance, rounding=rounding[0], steps=STEPS, generator=generator
     )
-    found = {"prediction": prediction}
+    results = {"prediction": prediction}
     if smooth:
-        found["explanation"] = sensitivity(
+        results["explanation"] = sensitivity(
             operators[1], lambda v: change(v)[1], distance, rounding=rounding[1], steps=STEPS, generator=generator
         )
-    values = {name: float(one.value.max()) for name, one in found.items()}
-    values |= {f"{name}_lower": float(one.lower.max()) for name, one in found.items()}
-    values |= {f"{name}_upper": float(one.upper.max()) for name, one in found.items()}
+    values = {name: float(result.value.max()) for name, result in results.items()}
+    values |= {f"{name}_lower": float(result.lower.max()) for name, result in results.items()}
+    values |= {f"{name}_upper": float(result.upper.max()) for name, result in results.items()}
     if not smooth:
         jump = change(distance * prediction.direction)[1]
         size = norm(jump, -1).cpu() - rounding[1]
         values["explanation_lower"] = float(size.clamp_min(0).max()) / distance
     tiny = torch.finfo(torch.float64).tiny
-    return values | {"residual": max(float((one.residual / one.value.clamp_min(tiny)).max()) for one in found.values())}
+    residuals = (float((each.residual / each.value.clamp_min(tiny)).max()) for each in results.values())
+    return values | {"residual": max(residuals)}
 
 
 def _renamed(name: str) -> str:
@@ -204,6 +227,6 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 
 def _rounding(rows: Tensor, batch: tuple[int, ...]) -> Tensor:
-    """Of the norm of a difference between two evaluations, for each sample or for all together."""
+    """Return the error of the norm of a difference of two evaluations, for each sample or for all together."""
     size = norm(rows if batch else rows.flatten(), -1).cpu()
     return ROUNDING * torch.finfo(rows.dtype).eps * size

@@ -1,4 +1,4 @@
-"""The parts of `signal_propagation`, each as named scalars."""
+"""Parts of `SignalPropagation`: functions of one replayed step that return named scalars."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lsp_callbacks.step.snapshot import Snapshot
 
 
 def gains_of(step: SignalSizes) -> dict[str, Tensor]:
-    """Forward and backward gains, and their logs along the path."""
+    """Return forward and backward gains, and their logs along the path."""
     ratios = gains(step.layers, step.path)
     logs = {"forward_log_gain": ratios.forward_log, "backward_log_gain": ratios.backward_log}
     return {
@@ -30,69 +30,70 @@ def gains_of(step: SignalSizes) -> dict[str, Tensor]:
 
 
 def units_of(step: SignalSizes, absent: dict[str, str]) -> dict[str, Tensor]:
-    """Shares of dead and saturated units, of each activation and of all together; ``absent`` takes up why not."""
-    found: dict[str, Tensor] = {}
+    """Return shares of dead and saturated units, by activation and of all; note in ``absent`` what has none."""
+    shares: dict[str, Tensor] = {}
     dead = saturated = total = 0.0
-    for one in step.activations:
-        rows, width = one.values.shape
+    for activation in step.activations:
+        rows, width = activation.values.shape
         if rows < LEAST_ROWS or not width:
-            absent[f"units/{one.name}"] = f"{rows} rows do not tell dead units from silent ones"
+            absent[f"units/{activation.name}"] = f"{rows} rows are too few to find dead units: at least {LEAST_ROWS}"
             continue
-        own = units(one.values, one.largest)
-        found |= {
-            f"dead_units/{one.name}": scalar(own.dead.double().mean()),
-            f"saturated_units/{one.name}": scalar(own.saturated.double().mean()),
-            f"flat_slopes/{one.name}": scalar(own.flat),
+        counts = units(activation.values, activation.largest)
+        shares |= {
+            f"dead_units/{activation.name}": scalar(counts.dead.double().mean()),
+            f"saturated_units/{activation.name}": scalar(counts.saturated.double().mean()),
+            f"flat_slopes/{activation.name}": scalar(counts.flat),
         }
-        dead, saturated, total = dead + float(own.dead.sum()), saturated + float(own.saturated.sum()), total + width
+        dead, saturated = dead + float(counts.dead.sum()), saturated + float(counts.saturated.sum())
+        total += width
     if total:
-        found |= {"dead_share": scalar(dead / total), "saturated_share": scalar(saturated / total)}
-    return found
+        shares |= {"dead_share": scalar(dead / total), "saturated_share": scalar(saturated / total)}
+    return shares
 
 
 def kurtosis_of(module: nn.Module) -> dict[str, Tensor]:
-    """Of each parameter with more than one axis."""
+    """Return the excess kurtosis of each parameter with more than one axis."""
     matrices = ((name, p) for name, p in module.named_parameters() if p.ndim > 1)
     return {f"kurtosis/{name}": scalar(excess_kurtosis(p)[0]) for name, p in matrices}
 
 
 def drift_of(norm: NormInput) -> dict[str, Tensor]:
-    """Of one BatchNorm layer."""
+    """Return the drift of one BatchNorm layer's running statistics."""
     momentum = norm.module.momentum
     memory = 1 / max(norm.batches, 1) if momentum is None else momentum / (2 - momentum)
     try:
-        own = batch_norm_drift(norm.x, norm.mean, norm.var, eps=norm.module.eps, memory=memory)
+        drift = batch_norm_drift(norm.x, norm.mean, norm.var, eps=norm.module.eps, memory=memory)
     except ValueError as error:
         raise Unmeasurable(str(error)) from error
     return {
-        f"batch_norm_mean_drift/{norm.name}": scalar(own.mean),
-        f"batch_norm_mean_error/{norm.name}": scalar(own.mean_error),
-        f"batch_norm_variance_drift/{norm.name}": scalar(own.variance),
-        f"batch_norm_variance_error/{norm.name}": scalar(own.variance_error),
-        f"batch_norm_excess/{norm.name}": scalar(own.excess),
+        f"batch_norm_mean_drift/{norm.name}": scalar(drift.mean),
+        f"batch_norm_mean_error/{norm.name}": scalar(drift.mean_error),
+        f"batch_norm_variance_drift/{norm.name}": scalar(drift.variance),
+        f"batch_norm_variance_error/{norm.name}": scalar(drift.variance_error),
+        f"batch_norm_excess/{norm.name}": scalar(drift.excess),
     }
 
 
 def output_change_of(snapshot: Snapshot) -> Tensor:
-    """By batch statistics in the place of running ones, relative to the output with those of the batch."""
+    """Return the relative change of the output when running statistics replace those of the batch."""
     running, batch = outputs(snapshot), outputs(snapshot, batch_statistics=True)
     return scalar(linalg.norm(batch - running) / linalg.norm(batch))
 
 
 def conditions_of(module: nn.Module, step: SignalSizes) -> dict[str, Tensor]:
-    """Of each layer's weight as it is applied: exact, or from below."""
-    found: dict[str, Tensor] = {}
+    """Return the condition number of each layer's weight as it is applied: exact, or a lower bound."""
+    conditions: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, layer in module.named_modules():
         call = step.calls.get(name)
-        own = next((p for key, p in layer.named_parameters() if "bias" not in key), None)
-        if call is None or own is None or id(own) in seen:
+        weight = next((p for key, p in layer.named_parameters() if "bias" not in key), None)
+        if call is None or weight is None or id(weight) in seen:
             continue
         for part, operator in weight_operators(layer, call.input_shape, call.output_shape).items():
-            seen.add(id(own))
+            seen.add(id(weight))
             key = f"{name}.{part}" if part else name
             if min(operator.shape) <= SMALL:
-                found[f"condition/{key}"] = scalar(condition(operator, precision=own.dtype)[0])
+                conditions[f"condition/{key}"] = scalar(condition(operator, precision=weight.dtype)[0])
             else:
-                found[f"condition_lower/{key}"] = scalar(condition_lower(operator))
-    return found
+                conditions[f"condition_lower/{key}"] = scalar(condition_lower(operator))
+    return conditions

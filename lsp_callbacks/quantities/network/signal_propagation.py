@@ -1,11 +1,11 @@
-"""Whether signals and gradients pass through the network: gains, dead units, tails, conditions, norms, Lipschitz."""
+"""How signals and gradients pass through the network: gains, units, kurtosis, conditions, BatchNorm, Lipschitz."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from lsp_callbacks.operators.network.lipschitz import Uncertified, lipschitz_upp
 from lsp_callbacks.operators.network.norms_cost import norms_cost
 from lsp_callbacks.operators.network.signal_sizes import signal_sizes
 from lsp_callbacks.quantities.base import ROOT, Quantity, scalar
+from lsp_callbacks.quantities.key import PREFIX, Key
 from lsp_callbacks.quantities.network.signal_parts import (
     conditions_of,
     drift_of,
@@ -35,52 +36,61 @@ from lsp_callbacks.step.module_modes import evaluating
 from lsp_callbacks.step.replay_checks import replayed_gradient
 from lsp_callbacks.step.snapshot import Snapshot
 
+#: Hessian products for the condition number of the loss.
 PRODUCTS = 5
+#: Global keys that are extremes over the layers: of which kind, and which extreme.
+EXTREMES: dict[str, tuple[str, Callable[[list[Tensor]], Tensor]]] = {
+    "forward_gain_min": ("forward_gain", min),
+    "forward_gain_max": ("forward_gain", max),
+    "backward_gain_min": ("backward_gain", min),
+    "backward_gain_max": ("backward_gain", max),
+    "kurtosis_max": ("kurtosis", max),
+    "condition_max": ("condition", max),
+    "condition_lower_max": ("condition_lower", max),
+    "batch_norm_drift_max": ("batch_norm_mean_drift", max),
+    "batch_norm_excess_max": ("batch_norm_excess", max),
+}
+GAIN_ADVICE = (
+    "Below 1/2 or above 2 in several layers: another initialisation (He for ReLU, Glorot for tanh), a normalisation "
+    "layer, or residual connections."
+)
+UNIT_ADVICE = "Above about a tenth: a lower learning rate, a smaller initialisation, or LeakyReLU."
+CONDITION_ADVICE = "Above 1e3 some directions are lost: orthogonal initialisation, weight decay, or fewer units."
+BATCH_NORM_ADVICE = (
+    "Large together with batch_norm_output_change: a larger momentum of the running statistics, real and generated "
+    "samples in one batch, or GroupNorm."
+)
 
 
 class SignalPropagation(Quantity):
     """How signals, gradients and statistics pass through the network at one step.
 
-    The step is replayed as it was, in training mode, with its backward pass. Of several ranks the first one measures,
+    The step is replayed as it was, in training mode, with its backward pass. With several ranks the first one measures,
     on its own batch. Parts that do not exist (no activation, no BatchNorm) or cannot be measured are left out;
-    ``absent`` says why.
+    ``absent`` gives the reasons.
 
-    - *Gains* (`functional.gains`): rms out over rms in of each layer, and the same for gradients, backwards. Healthy is
-      1, for a residual block slightly above. Below 1/2 or above 2 in several layers: another initialisation (He for
-      ReLU, Glorot for tanh), a normalisation layer, or residual connections.
+    - *Gains* (`functional.gains`): rms out over rms in of each layer, and the same for gradients, backwards. 1 is
+      healthy, for a residual block slightly more.
     - *Units* (`functional.units`): dead ones pass no gradient for any sample of the batch, saturated ones less than
-      1/20. Healthy is 0; above a tenth or so: a lower rate, a smaller initialisation, or LeakyReLU.
-    - *Kurtosis* (`functional.excess_kurtosis`, whose error is ``sqrt(24 / n)`` of n numbers) of each weight with more
-      than one axis, now; of the weights before the first update the largest, absent where a resumed run did not see it.
-      Far above 0 at the start, next to a large ``flat_slopes`` behind a tanh: initialise from a normal or uniform
-      distribution. When it grows in training, few weights take over.
+      1/20. 0 is healthy.
+    - *Kurtosis* (`functional.excess_kurtosis`, whose error is ``sqrt(24 / n)`` for n numbers) of each weight with more
+      than one axis, now, and the largest of the weights before the first update, absent in a resumed run.
     - *Condition* (`functional.condition`) of each layer as it is applied: exact where its shorter side has at most 256
-      numbers, a lower bound from Lanczos otherwise. 1 is orthogonal; above 1e3 some directions are lost: orthogonal
-      initialisation, weight decay, fewer units. The *loss*'s (`functional.loss_condition_lower`) is a lower bound: its
-      value over two is about how many steps at the largest stable rate the gradient's own direction takes. Large: a
-      preconditioner (Adam), or normalised inputs.
-    - *BatchNorm* (`functional.batch_norm_drift`): batch against running statistics, with what sampling explains;
-      ``batch_norm_excess`` is healthy near 1. ``batch_norm_output_change`` is the relative change of the network's
-      output when batch statistics take the place of running ones. When both are large (the trap of GANs, whose
-      batches are drawn from a moving distribution): a larger momentum of the running statistics, real and generated
-      samples in one batch, or GroupNorm.
+      numbers, a lower bound by Lanczos otherwise; 1 is orthogonal. The *loss*'s (`functional.loss_condition_lower`) is
+      a lower bound: half of it is about the number of steps that the gradient's direction takes at the largest stable
+      rate.
+    - *BatchNorm* (`functional.batch_norm_drift`): batch against running statistics, and how much of it sampling
+      explains. A batch that is drawn from a moving distribution, as in a GAN, makes both numbers large.
     - *Lipschitz* (`functional.lipschitz_lower`, `lsp_callbacks.operators.network.lipschitz`) from the first
-      floating-point tensor
-      (or the embedding) to the last layer, per sample, in eval mode. The upper one holds for every input, but can be
-      far above the truth; attention and gates have none. Large: weight decay, spectral normalisation.
+      floating-point tensor (or the embedding) to the last layer, per sample, in eval mode. The upper one holds for
+      every input, but can be far above the true constant; attention and gates have none.
 
     Args:
-        samples: at whose inputs the lower Lipschitz bound is taken.
+        samples: number of samples at whose inputs the lower Lipschitz bound is taken.
         method: of the Hessian products, see `lsp_callbacks.operators.hessian`.
 
-    Keys: ``stability/forward_gain_min``, ``stability/forward_gain_max`` and, where they exist, ``forward_log_gain``
-    (nats, from input to output), ``backward_gain_min``, ``backward_gain_max``, ``backward_log_gain``, ``dead_share``,
-    ``saturated_share``, ``kurtosis_max``, ``kurtosis_initial_max``, ``condition_max`` (of the exact ones),
-    ``condition_lower_max`` (of the others), ``loss_condition_lower``, ``batch_norm_drift_max`` (running standard
-    deviations), ``batch_norm_excess_max``, ``batch_norm_output_change``, ``lipschitz_lower``, ``lipschitz_upper``. By
-    layer: ``forward_gain``, ``backward_gain``, ``dead_units``, ``saturated_units``, ``flat_slopes``, ``kurtosis``,
-    ``condition``, ``condition_lower``, ``batch_norm_mean_drift``,
-    ``batch_norm_mean_error``, ``batch_norm_variance_drift``, ``batch_norm_variance_error``.
+    Raises:
+        ValueError: for fewer than 1 sample, or an unknown method.
 
     Cost: 2 gradients for the step and its weights, 1.2 for the two outputs where there is BatchNorm, bounds and
     condition numbers of all layers, and five Hessian products: 28 gradients, twice that on small networks.
@@ -90,14 +100,77 @@ class SignalPropagation(Quantity):
     """
 
     name = "signal_propagation"
-    keys = ("stability/forward_gain_min", "stability/forward_gain_max")
-    optional = (
-        "stability/forward_log_gain", "stability/backward_gain_min", "stability/backward_gain_max",
-        "stability/backward_log_gain", "stability/dead_share", "stability/saturated_share", "stability/kurtosis_max",
-        "stability/kurtosis_initial_max", "stability/condition_max", "stability/condition_lower_max",
-        "stability/loss_condition_lower", "stability/batch_norm_drift_max", "stability/batch_norm_excess_max",
-        "stability/batch_norm_output_change", "stability/lipschitz_lower", "stability/lipschitz_upper",
-    )  # fmt: skip
+    KEYS: ClassVar = {
+        "forward_gain_min": Key("Smallest rms out / rms in of a layer; 1 is healthy.", "", GAIN_ADVICE),
+        "forward_gain_max": Key("Largest rms out / rms in of a layer; 1 is healthy.", "", GAIN_ADVICE),
+        "forward_log_gain": Key("Log gain of the signal from input to output.", "nats", optional=True),
+        "backward_gain_min": Key(
+            "Smallest gain of the gradient in a layer; 1 is healthy.", "", GAIN_ADVICE, optional=True
+        ),
+        "backward_gain_max": Key(
+            "Largest gain of the gradient in a layer; 1 is healthy.", "", GAIN_ADVICE, optional=True
+        ),
+        "backward_log_gain": Key("Log gain of the gradient from the last layer to the first.", "nats", optional=True),
+        "dead_share": Key("Share of units that pass no gradient.", "", UNIT_ADVICE, optional=True),
+        "saturated_share": Key("Share of units that pass less than 1/20.", "", UNIT_ADVICE, optional=True),
+        "kurtosis_max": Key(
+            "Largest excess kurtosis of a weight; 0 is that of a normal distribution.",
+            "",
+            "If it grows in training, few weights take over: weight decay, or a lower learning rate.",
+            optional=True,
+        ),
+        "kurtosis_initial_max": Key(
+            "The same before the first update.",
+            "",
+            "Far above 0 with large flat_slopes behind a tanh: initialise from a normal or uniform distribution.",
+            optional=True,
+        ),
+        "condition_max": Key("Largest condition number of a small layer, exact.", "", CONDITION_ADVICE, optional=True),
+        "condition_lower_max": Key(
+            "Largest lower bound of the condition number of a large layer.", "", CONDITION_ADVICE, optional=True
+        ),
+        "loss_condition_lower": Key(
+            "Largest curvature divided by that along the gradient.",
+            "",
+            "If large: a preconditioner (Adam), or normalised inputs.",
+            optional=True,
+        ),
+        "batch_norm_drift_max": Key(
+            "Largest distance of a batch mean from the running one.",
+            "running standard deviations",
+            BATCH_NORM_ADVICE,
+            optional=True,
+        ),
+        "batch_norm_excess_max": Key(
+            "Drift divided by what sampling explains; 1 is healthy.", "", BATCH_NORM_ADVICE, optional=True
+        ),
+        "batch_norm_output_change": Key(
+            "Relative change of the output when running statistics replace those of the batch.",
+            "",
+            BATCH_NORM_ADVICE,
+            optional=True,
+        ),
+        "lipschitz_lower": Key(
+            "Largest norm of the input Jacobian at the samples.",
+            "output / input",
+            "If large: weight decay, or spectral normalisation.",
+            optional=True,
+        ),
+        "lipschitz_upper": Key("Lipschitz constant for every input, upper bound.", "output / input", optional=True),
+        "forward_gain/<layer>": Key("rms out / rms in of a layer."),
+        "backward_gain/<layer>": Key("Gain of the gradient in a layer."),
+        "dead_units/<layer>": Key("Share of units of an activation that pass no gradient."),
+        "saturated_units/<layer>": Key("Share of units of an activation that pass less than 1/20."),
+        "flat_slopes/<layer>": Key("Share of single slopes of an activation below 1/20."),
+        "kurtosis/<parameter>": Key("Excess kurtosis of a weight."),
+        "condition/<layer>": Key("Condition number of a layer, exact."),
+        "condition_lower/<layer>": Key("Lower bound of the condition number of a layer."),
+        "batch_norm_mean_drift/<layer>": Key("Distance of the batch mean from the running one."),
+        "batch_norm_mean_error/<layer>": Key("Part of that distance which sampling explains."),
+        "batch_norm_variance_drift/<layer>": Key("Distance of the batch variance from the running one."),
+        "batch_norm_variance_error/<layer>": Key("Part of that distance which sampling explains."),
+        "batch_norm_excess/<layer>": Key("Drift of a layer divided by what sampling explains."),
+    }
     initial: Tensor
 
     def __init__(self, samples: int = 4, method: Method = "auto"):
@@ -106,7 +179,7 @@ class SignalPropagation(Quantity):
         self.samples = samples
         self.method: Method = choice("method", method, *get_args(Method))
         self.absent: dict[str, str] = {}
-        self._found: dict[str, Tensor] = {}
+        self._numbers: dict[str, Tensor] = {}
         self.add_state("initial", default=torch.empty(0, dtype=torch.float64), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
@@ -119,100 +192,98 @@ class SignalPropagation(Quantity):
         }
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        found = product_memory(snapshot, self.method, PRODUCTS)
-        # What each module was called with stays until its slopes are known.
-        return {**found, "signals": found.get("activations", 0.0) or found["graph"] / 4}
+        products = product_memory(snapshot, self.method, PRODUCTS)
+        # The inputs of each module are kept until its slopes are computed.
+        return {**products, "signals": products.get("activations", 0.0) or products["graph"] / 4}
 
     def update(self, snapshot: Snapshot) -> None:
-        """Measures one step."""
+        """Measure one step."""
         self.complete = False
-        found, absent = snapshot.run.ranks.first(lambda: self._measure(snapshot), self.name)
+        numbers, absent = snapshot.run.ranks.first(lambda: self._measure(snapshot), self.name)
         ranks = snapshot.run.ranks
         ratio = _attempt("loss_condition_lower", absent, lambda: ranks.apart(lambda: self._loss_condition(snapshot)))
         if ratio is not None:
-            found["loss_condition_lower"] = scalar(ratio)
-        elif ranks.world > 1:  # products that one rank has made, and another has not
+            numbers["loss_condition_lower"] = scalar(ratio)
+        elif ranks.world > 1:  # products that one rank has computed, and another has not
             snapshot.forget()
-        if snapshot.step == 0:  # where nobody has called it
+        if snapshot.step == 0:  # in a loop that does not call it
             self.begin(snapshot.module)
-        self._found, self.absent, self.complete = _finite(found), absent, True
+        self._numbers, self.absent = _finite(numbers), absent
+        self.finish(self._global())
 
     def begin(self, module: nn.Module) -> None:
-        """Notes the kurtosis of the weights that the run begins with."""
+        """Remember the kurtosis of the weights that the run begins with."""
         self.initial = torch.tensor(list(kurtosis_of(module).values()), dtype=torch.float64)
 
     def _measure(self, snapshot: Snapshot) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What one rank finds, and why which parts are absent."""
+        """Return the numbers of one rank, and the reasons why parts are absent."""
         absent: dict[str, str] = {}
         step = signal_sizes(snapshot)
-        found = gains_of(step)
-        if not any(key.startswith("forward_gain/") for key in found):
+        numbers = gains_of(step)
+        if not any(key.startswith("forward_gain/") for key in numbers):
             raise Unmeasurable(
                 "no module with a weight matrix, or residual block, passes a signal on to the loss: there is no gain"
             )
-        found |= units_of(step, absent)
-        found |= kurtosis_of(snapshot.module)
+        numbers |= units_of(step, absent)
+        numbers |= kurtosis_of(snapshot.module)
         for norm in step.norms:
-            found |= _attempt(norm.name, absent, partial(drift_of, norm)) or {}
+            numbers |= _attempt(norm.name, absent, partial(drift_of, norm)) or {}
         if step.norms:
             change = _attempt("batch_norm_output_change", absent, lambda: output_change_of(snapshot))
-            found |= {} if change is None else {"batch_norm_output_change": change}
+            numbers |= {} if change is None else {"batch_norm_output_change": change}
         states = _attempt("lipschitz", absent, lambda: depth(snapshot, samples=self.samples))
-        if snapshot.sample is not None:  # puts the buffers back to where they were before the step
+        if snapshot.sample is not None:  # restores the buffers of before the step
             snapshot.sample(1)
         with evaluating(snapshot.module), torch.no_grad():
-            found |= conditions_of(snapshot.module, step)
+            numbers |= conditions_of(snapshot.module, step)
         if states is not None:
             lower = _attempt("lipschitz_lower", absent, lambda: lipschitz_lower(states.jacobian(len(states.layers))))
             upper = _attempt("lipschitz_upper", absent, lambda: lipschitz_upper(states))
-            found |= {} if lower is None else {"lipschitz_lower": scalar(lower)}
-            found |= {} if upper is None else {"lipschitz_upper": scalar(upper)}
-        return found, absent
+            numbers |= {} if lower is None else {"lipschitz_lower": scalar(lower)}
+            numbers |= {} if upper is None else {"lipschitz_upper": scalar(upper)}
+        return numbers, absent
 
     def _loss_condition(self, snapshot: Snapshot) -> Tensor:
         H = hessian(snapshot, method=self.method)
         g = snapshot.flat_gradient
         g = replayed_gradient(snapshot)[1] if g is None else g
-        found = loss_condition_lower(H, g.to(H.dtype), steps=PRODUCTS)
-        if found is None:
+        condition = loss_condition_lower(H, g.to(H.dtype), steps=PRODUCTS)
+        if condition is None:
             raise Unmeasurable("the gradient vanishes, or points along negative curvature")
-        return found
+        return condition
+
+    def _global(self) -> dict[str, Tensor]:
+        """Return the numbers of the whole network: those measured as such, and the extremes over the layers."""
+        values = {name: value for name, value in self._numbers.items() if "/" not in name}
+        for name, (kind, extreme) in EXTREMES.items():
+            if of_layers := [value for key, value in self._numbers.items() if key.startswith(f"{kind}/")]:
+                values[name] = extreme(of_layers)
+        initial = self.initial[self.initial.isfinite()]
+        if len(initial):
+            values["kurtosis_initial_max"] = initial.max()
+        return values
 
     def compute(self) -> dict[str, Tensor]:
-        """The numbers of the last measurement; NaN before one."""
-        found = self._found
-        extremes = {
-            "forward_gain_min": ("forward_gain", min), "forward_gain_max": ("forward_gain", max),
-            "backward_gain_min": ("backward_gain", min), "backward_gain_max": ("backward_gain", max),
-            "kurtosis_max": ("kurtosis", max), "condition_max": ("condition", max),
-            "condition_lower_max": ("condition_lower", max),
-            "batch_norm_drift_max": ("batch_norm_mean_drift", max), "batch_norm_excess_max": ("batch_norm_excess", max),
-        }  # fmt: skip
-        values = {key: scalar(torch.nan) for key in self.keys}
-        for key, (kind, extreme) in extremes.items():
-            if of := [value for name, value in found.items() if name.startswith(f"{kind}/")]:
-                values[f"stability/{key}"] = extreme(of)
-        initial = self.initial[self.initial.isfinite()]
-        if found and len(initial):
-            values["stability/kurtosis_initial_max"] = initial.max()
-        rooted = {name + ROOT if name.endswith("/") else name: value for name, value in found.items()}
-        return values | {f"stability/{name}": value for name, value in rooted.items()}
+        """Return the numbers of the last measurement, with those of the layers; NaN before one."""
+        names = {name + ROOT if name.endswith("/") else name: value for name, value in self._numbers.items()}
+        layers = {f"{PREFIX}{name}": value for name, value in names.items() if "/" in name}
+        return super().compute() | layers
 
     def reset(self) -> None:
         super().reset()
-        self._found, self.absent = {}, {}
+        self._numbers, self.absent = {}, {}
 
 
 def _attempt(what: str, absent: dict[str, str], measure: Callable[[], Any]) -> Any | None:
-    """What one part gives; where it does not exist, why."""
+    """Return what one part measures; where it cannot be measured, note the reason and return None."""
     try:
         return measure()
     except torch.OutOfMemoryError:
         raise
-    except (Unmeasurable, Uncertified, RuntimeError) as error:  # of the last kind: no second derivative is implemented
+    except (Unmeasurable, Uncertified, RuntimeError) as error:  # RuntimeError: no second derivative is implemented
         absent[what] = str(error)
         return None
 
 
-def _finite(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in found.items() if math.isfinite(value)}
+def _finite(numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in numbers.items() if math.isfinite(value)}

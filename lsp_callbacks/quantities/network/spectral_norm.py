@@ -1,8 +1,8 @@
-"""Spectral norms of all layers, as they are applied."""
+"""Spectral norms of all layers, with the weights that the step applies."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from lsp_callbacks.functional.network.spectral_norm import log_sum, weight_norms
 from lsp_callbacks.operators.cost import beside, forward_cost
 from lsp_callbacks.operators.memory import footprint
 from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.quantities.key import PREFIX, Key, relative_residual
 from lsp_callbacks.quantities.module_filter import Selection, selected, validate
 from lsp_callbacks.step.replay_checks import Call
 from lsp_callbacks.step.snapshot import Snapshot
@@ -21,38 +22,42 @@ STEPS, TOLERANCE = 20, 1e-2
 
 
 class SpectralNorm(Quantity):
-    """The operator norm of every layer with a linear part, for the input sizes of the step.
+    """Operator norm of every layer with a linear part, for the input sizes of the step.
 
     Linear, convolutions (plain and transposed), Embedding, attention projections and Hugging Face's Conv1D. Weights
     that are tied are measured once, parametrised weights as the step applied them, layers that the step did not call
-    not at all. Of several ranks the first one measures. The iteration starts from the last singular vector. A norm that
-    grows without end: weight decay, a normalisation layer, or a lower rate.
+    not at all. With several ranks the first one measures. The iteration starts from the last singular vector.
 
     Args:
-        layers: which layers: class, glob, predicate, import path, or several; None takes all.
-
-    Keys: ``stability/spectral_norm_max``, ``stability/spectral_log_sum`` (nats), ``stability/spectral_norm_residual``
-    (the largest, relative), ``stability/spectral_norm/<layer>``, ``stability/embedding_row_norm/<layer>``.
+        layers: class, glob, predicate or import path of the layers, or several of these; None takes all.
 
     Cost: 0.8 gradients on a large MLP, the forward replay that finds the input sizes included; 3 on a small one.
 
-    Source: Katende, Thm 4.1; Miyato et al. 2018 for the iteration.
+    Source: Katende 2025, Thm 4.1; Miyato et al. 2018 for the iteration.
     """
 
     name = "spectral_norm"
-    plays = True
-    keys = ("stability/spectral_norm_max", "stability/spectral_log_sum", "stability/spectral_norm_residual")
-    norms: Tensor
-    residual: Tensor
+    supports_multiple_optimizers = True
+    KEYS: ClassVar = {
+        "spectral_norm_max": Key(
+            "Largest operator norm of a layer.",
+            "",
+            "If it grows without end: weight decay, a normalisation layer, or a lower learning rate.",
+        ),
+        "spectral_log_sum": Key("Sum of the logarithms of the layers' norms.", "nats"),
+        "spectral_norm_residual": relative_residual(
+            "spectral_norm_max", "Largest residual of the iterations, relative to the norm."
+        ),
+        "spectral_norm/<layer>": Key("Operator norm of a layer."),
+        "embedding_row_norm/<layer>": Key("Largest norm of a row of an embedding."),
+    }
 
     def __init__(self, layers: Selection = None):
         super().__init__()
         self.layers = layers
-        self._names: list[str] = []
-        self._rows: dict[str, Tensor] = {}
+        self._layer_norms: dict[str, Tensor] = {}
+        self._row_norms: dict[str, Tensor] = {}
         self._starts: dict[str, dict[str, Tensor]] = {}
-        self.add_state("norms", default=torch.empty(0, dtype=torch.float64))
-        self.add_state("residual", default=scalar(torch.nan))
 
     def check(self, snapshot: Snapshot) -> None:
         validate(self.layers, snapshot.module, "layers")
@@ -68,11 +73,11 @@ class SpectralNorm(Quantity):
         return {"forward": forward_cost(snapshot), "spectral norms": 0.2 + beside(snapshot, calls=150 * layers)}
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        found = footprint(snapshot)
-        return {"activations": found.activations, "copies": 2 * found.buffers}
+        training = footprint(snapshot)
+        return {"activations": training.activations, "copies": 2 * training.buffers}
 
     def update(self, snapshot: Snapshot) -> None:
-        """Measures one step."""
+        """Measure one step."""
         self.complete = False
         calls = snapshot.calls
         starts: dict[str, dict[str, Tensor]] = {}
@@ -80,15 +85,20 @@ class SpectralNorm(Quantity):
         norms, residual, rows = snapshot.run.ranks.first(
             lambda: self._measure(snapshot.module, calls, starts), self.name
         )
-        self._names, self._rows, self._starts = list(norms), rows, starts
-        self.norms = torch.stack(list(norms.values())) if norms else torch.empty(0, dtype=torch.float64)
-        self.residual = residual
-        self.complete = True
+        self._layer_norms, self._row_norms, self._starts = norms, rows, starts
+        if not norms:
+            self.finish({})
+            return
+        self.finish({
+            "spectral_norm_max": torch.stack(list(norms.values())).max(),
+            "spectral_log_sum": log_sum(list(norms.values())),
+            "spectral_norm_residual": residual,
+        })  # fmt: skip
 
     def _measure(
         self, module: nn.Module, calls: dict[str, Call], starts: dict[str, dict[str, Tensor]]
     ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
-        """Norms by layer, the largest residual, and row norms; ``starts`` takes up the vectors for the next time."""
+        """Return norms by layer, the largest residual, and row norms; fill ``starts`` with the next start vectors."""
         norms: dict[str, Tensor] = {}
         residual, rows = scalar(0.0), {}
         seen: set[int] = set()
@@ -110,16 +120,12 @@ class SpectralNorm(Quantity):
         return norms, residual, rows
 
     def compute(self) -> dict[str, Tensor]:
-        """The norms of the last measurement; nothing where the model has no such layer."""
-        if not len(self.norms):
+        """Return the norms of the last measurement; nothing where the step called no such layer."""
+        if not self._layer_norms:
             return {}
-        values = {
-            "stability/spectral_norm_max": self.norms.max(),
-            "stability/spectral_log_sum": log_sum(list(self.norms)),
-            "stability/spectral_norm_residual": self.residual,
-        }
-        values |= {f"stability/spectral_norm/{name}": norm for name, norm in zip(self._names, self.norms)}
-        return values | {f"stability/embedding_row_norm/{name}": norm for name, norm in self._rows.items()}
+        values = super().compute()
+        values |= {f"{PREFIX}spectral_norm/{name}": norm for name, norm in self._layer_norms.items()}
+        return values | {f"{PREFIX}embedding_row_norm/{name}": norm for name, norm in self._row_norms.items()}
 
     def _takes(self, name: str, layer: nn.Module) -> bool:
         return self.layers is None or selected(self.layers, name, layer)
@@ -141,13 +147,17 @@ class SpectralNorm(Quantity):
     def load_vectors(self, vectors: dict[str, Any]) -> None:
         self._starts = vectors.get("starts", {})
 
+    def reset(self) -> None:
+        super().reset()
+        self._layer_norms, self._row_norms = {}, {}
+
 
 def _has_linear_part(layer: nn.Module) -> bool:
     # The output projection of attention is read with its parent, which calls it as a function.
-    known = weight_operators.dispatch(type(layer)) is not weight_operators.dispatch(object)
-    return known or (type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"))
+    registered = weight_operators.dispatch(type(layer)) is not weight_operators.dispatch(object)
+    return registered or (type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"))
 
 
 def _source(layer: nn.Module) -> Any:
-    """The tensor behind a weight, so that tied weights are recognised: the parameter, or the parametrised one."""
+    """Return the parameter behind a weight, parametrised or not, by which tied weights are recognised."""
     return next((p for name, p in layer.named_parameters() if "bias" not in name), layer)

@@ -1,12 +1,11 @@
-"""The generalized sensitivity of the parameters to their start and to noise, where the training map has kinks."""
+"""Generalized sensitivity of the parameters to their start and to noise, where the training map has kinks."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from lsp_callbacks._validation import number, whole
 from lsp_callbacks.errors import Unmeasurable, Unsupported
@@ -23,64 +22,73 @@ from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
 from lsp_callbacks.operators.trajectory.optimizer_input import clipped_gradient, require_optimizer
 from lsp_callbacks.operators.trajectory.proximal import proximal_jacobian
 from lsp_callbacks.operators.trajectory.step_jacobian import step_jacobian, step_response
-from lsp_callbacks.quantities.base import scalar
-from lsp_callbacks.quantities.trajectory.lyapunov import Windowed
+from lsp_callbacks.quantities.key import NATS, Key
+from lsp_callbacks.quantities.trajectory.windowed import Windowed
 from lsp_callbacks.step.snapshot import Snapshot
 
-#: Of the numbers that a state holds, in its order.
-_NAMES = (
-    "clarke_theta_lower", "clarke_theta_upper", "clarke_theta_ordinary", "clarke_u_lower", "clarke_u_upper",
-    "clarke_u_ordinary", "clarke_alpha_theta_lower", "clarke_alpha_theta_upper", "clarke_alpha_u_lower",
-    "clarke_alpha_u_upper", "clarke_training_near", "clarke_training_exact",
-)  # fmt: skip
+
+def _keys() -> dict[str, Key]:
+    ends = {
+        "lower": "lower bound over the slopes near kinks",
+        "upper": "upper bound over them",
+        "ordinary": "with the slopes as they are",
+    }
+    advice = (
+        "Far above clarke_theta_ordinary, residuals are at the bend of the loss and stability changes with their "
+        "slopes: lower the rate, or move the bend (delta) away from the typical residual."
+    )
+    keys = {
+        f"clarke_theta_{end}": Key(f"||d theta_T / d theta_0||, {text}.", "", advice * (end == "upper"))
+        for end, text in ends.items()
+    }
+    keys |= {
+        f"clarke_u_{end}": Key(f"||d theta_T / d (u_1, ..., u_T)||, u added to each gradient, {text}.", "learning rate")
+        for end, text in ends.items()
+    }
+    for end in ("lower", "upper"):
+        keys[f"clarke_alpha_theta_{end}"] = Key(f"Growth of clarke_theta, {ends[end]}.", NATS)
+    for end in ("lower", "upper"):
+        keys[f"clarke_alpha_u_{end}"] = Key(f"Growth of noise beyond noise that does not travel, {ends[end]}.", NATS)
+    return keys | {
+        "clarke_training_near": Key("Units of loss and prox near a kink.", "units"),
+        "clarke_training_exact": Key("1 where the lower bounds are the exact suprema."),
+    }
 
 
 class ClarkeTraining(Windowed):
-    """The generalized ``sigma^theta`` and ``sigma^u`` of a window of training steps, with their exponents.
+    """Generalized ``sigma^theta`` and ``sigma^u`` of a window of training steps, with their exponents.
 
     Where the gradient is Lipschitz but bends (``huber_loss``, ``smooth_l1_loss``, ``elu``, ``celu``), or a prox does
     (`SoftThreshold`, `Box`), the training map ``theta -> prox(theta - lr grad L(theta))`` has a derivative only almost
     everywhere. Each unit within ``eps`` of a kink may have the slope of either side, and any between; the sup is over
     the product of the steps' sets, which contains Clarke's generalized Jacobian of the whole map: the upper ends bound
-    his sup. It is exact, over that product, where at most ``vertices`` units are near. Where none is, it is the
+    his sup. It is exact, over that product, where at most ``vertices`` units are near a kink. Where none is, it is the
     ordinary norm. Momentum and Adam's moments are part of the map.
 
-    *Refused* are losses whose gradient jumps, as that of every network with ReLU, max-pooling or an L1 loss does: there
-    ``theta -> theta - lr grad L`` is not continuous, and Clarke's calculus does not apply; it covers the path forward
-    (`ClarkeProfile`).
-
-    ``clarke_theta_upper`` far above ``clarke_theta_ordinary``: the residuals stand at the bend of the loss, and the
-    stability that is measured at their slopes of now is not that of slopes of a moment later; lower the rate, or move
-    the bend (delta) away from the typical residual.
+    Losses whose gradient jumps are *refused*, such as those of every network with ReLU, max-pooling or an L1 loss:
+    there ``theta -> theta - lr grad L`` is not continuous, and Clarke's calculus does not apply; the forward pass is
+    covered by `ClarkeProfile`.
 
     Args:
-        horizon: T, steps in a window.
+        horizon: T, number of steps in a window.
         eps: relative distance to a kink, above 0 and at most 1; see `lsp_callbacks.operators.curvature.gradient_kinks`.
-        vertices: near-active units that are enumerated.
-        most: parameters that may be trained; derivatives are taken whole.
-
-    Keys: ``stability/clarke_theta_lower``, ``_upper`` and ``_ordinary``: ``||d theta_T / d theta_0||``;
-    ``stability/clarke_u_lower``, ``_upper`` and ``_ordinary``: ``||d theta_T / d (u_1, ..., u_T)||``, u a change of
-    each step's gradient; ``stability/clarke_alpha_theta_lower`` and ``_upper``, nats a step;
-    ``stability/clarke_alpha_u_lower`` and ``_upper``, growth beyond kicks that do not travel;
-    ``stability/clarke_training_near``, the units near a kink; ``stability/clarke_training_exact``, 1 where the lower
-    ends are the sup.
+        vertices: largest number of units near a kink whose slopes are enumerated.
+        most: largest number of trained parameters, as derivatives are computed as whole matrices.
 
     Raises:
-        ValueError: for bad arguments.
-        Unmeasurable: a gradient or a prox that jumps or is not known; too many parameters; a gradient at the kink of
-            its own clipping; amsgrad; half precision; several processes.
+        ValueError: for an argument out of its range.
+        Unmeasurable: for a gradient or a prox that jumps or is not supported; too many parameters; a gradient at the
+            kink of its own clipping; amsgrad; half precision; several processes.
 
-    Cost: a Hessian product for each parameter (with momentum and moments nearly the same) and a backward pass for each
-    near unit, a step.
+    Cost: in each step a Hessian product for each parameter (with momentum and moments nearly the same) and a backward
+    pass for each unit near a kink.
 
-    Source: Katende, Defs. 6.1 and 6.2 and Sec. 6.6; Clarke 1983; MATH section 4 (claims 5 and 9).
+    Source: Katende 2025, Defs. 6.1 and 6.2 and Sec. 6.6; Clarke 1983; docs/theory.md, section 4 (claims 5 and 9).
     """
 
     name = "clarke_training"
-    keys = tuple(f"stability/{name}" for name in _NAMES)
-    optional = ()
-    numbers: Tensor
+    KEYS: ClassVar = _keys()
+    by_name_only = True
 
     def __init__(self, horizon: int = 8, eps: float = 1e-3, vertices: int = 12, most: int = 512):
         super().__init__("exact")
@@ -88,14 +96,16 @@ class ClarkeTraining(Windowed):
         number("eps", eps, above=0, most=1)
         self.horizon, self.eps, self.vertices, self.most = horizon, eps, vertices, most
         self.window = horizon
-        self.add_state("numbers", default=torch.full((len(_NAMES),), math.nan, dtype=torch.float64), persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
         P = sum(p.numel() for p in snapshot.parameters.values())
         if self.most < P:
-            raise Unsupported(f"{P:,} parameters are trained, and most={self.most} derivatives are taken whole")
+            raise Unsupported(
+                f"{P:,} parameters are trained, more than most={self.most}, and derivatives are computed as whole "
+                "matrices: allow more, or train fewer"
+            )
         if "max_exp_avg_sq" in state_blocks(snapshot):
-            raise Unsupported("amsgrad takes a maximum, whose kinks are not modelled")
+            raise Unsupported("amsgrad takes a maximum, whose kinks are not supported: use amsgrad=False")
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         P = sum(p.numel() for p in snapshot.parameters.values())
@@ -107,12 +117,12 @@ class ClarkeTraining(Windowed):
         return {**product_memory(snapshot, "exact", 4.0), "derivatives": 8.0 * n * n * (3 + 2 * self.horizon)}
 
     def update(self, snapshot: Snapshot) -> None:
-        """Takes one more step into the window."""
+        """Add one more step to the window."""
         self.complete = False
         self.check(snapshot)
         if not snapshot.graph.full:
             raise Unmeasurable("products in half precision are too coarse for a bound: train some steps in float32")
-        self._away_from_its_clipping(snapshot)
+        self._require_no_kink_of_clipping(snapshot)
         loss, after = loss_kinks(snapshot, eps=self.eps), prox_kinks(snapshot, eps=self.eps)
         A = step_jacobian(snapshot, method="exact").dense().double().cpu()
         B = step_response(snapshot).dense().double().cpu()
@@ -127,27 +137,23 @@ class ClarkeTraining(Windowed):
         if len(now.kicks) < self.horizon:
             self._frame = {"steps": vars(now), "step": snapshot.step}
             return
-        found = generalized_training(now, vertices=self.vertices)
-        numbers: list[Any] = [
-            *(getattr(norm, end) for norm in (found.theta, found.noise) for end in ("lower", "upper", "ordinary")),
-            *found.alpha_theta[:2],
-            *found.alpha_u[:2],
-            found.theta.near,
-            found.theta.exact and found.noise.exact,
-        ]
-        self.numbers = torch.tensor([math.nan if one is None else float(one) for one in numbers], dtype=torch.float64)
-        self._frame, self.complete = {}, True
+        norms = generalized_training(now, vertices=self.vertices)
+        values: dict[str, Any] = {}
+        for name, norm in (("theta", norms.theta), ("u", norms.noise)):
+            values |= {f"clarke_{name}_{end}": getattr(norm, end) for end in ("lower", "upper", "ordinary")}
+        values["clarke_alpha_theta_lower"], values["clarke_alpha_theta_upper"] = norms.alpha_theta[:2]
+        values["clarke_alpha_u_lower"], values["clarke_alpha_u_upper"] = norms.alpha_u[:2]
+        values["clarke_training_near"] = norms.theta.near
+        values["clarke_training_exact"] = norms.theta.exact and norms.noise.exact
+        self._frame = {}
+        self.finish({name: math.nan if value is None else float(value) for name, value in values.items()})
 
-    def _away_from_its_clipping(self, snapshot: Snapshot) -> None:
-        """Clipping bends, too, where it begins."""
+    def _require_no_kink_of_clipping(self, snapshot: Snapshot) -> None:
+        """Raise `Unmeasurable` where the gradient is at the limit of its clipping, which is a kink, too."""
         if snapshot.clipping is None:
             return
         require_optimizer(snapshot)
         size = snapshot.flat_gradient if snapshot.flat_gradient is not None else clipped_gradient(snapshot)
         size = torch.linalg.vector_norm(size) if snapshot.clipping.kind == "norm" else size.abs()
         if bool(((size / snapshot.clipping.limit - 1).abs() <= self.eps).any()):
-            raise Unmeasurable("the gradient stands where its clipping begins, a kink that is not modelled")
-
-    def compute(self) -> dict[str, Tensor]:
-        """The numbers of the last window; NaN before one."""
-        return dict(zip(self.keys, map(scalar, self.numbers)))
+            raise Unmeasurable("the gradient is at the limit of its clipping, a kink that is not supported")

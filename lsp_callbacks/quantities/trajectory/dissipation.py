@@ -1,20 +1,21 @@
-"""How fast the loss, and other energies, fall along a run."""
+"""Rate at which the loss, and other energies, fall along a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.functional.trajectory.dissipation import dissipation
+from lsp_callbacks.functional.trajectory.dissipation import DissipationResult, dissipation
 from lsp_callbacks.linalg import Sketch, norm
 from lsp_callbacks.operators.cost import beside
 from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.quantities.key import PREFIX, Key, standard_error
 from lsp_callbacks.quantities.module_filter import imported
 from lsp_callbacks.quantities.trajectory.reference_point import (
     NOWHERE,
@@ -23,71 +24,63 @@ from lsp_callbacks.quantities.trajectory.reference_point import (
     position_in,
     squared_distance,
 )
+from lsp_callbacks.step.energies import Energy, parameters_of
 from lsp_callbacks.step.module_output import submodule
-from lsp_callbacks.step.series import Energy, asked
 from lsp_callbacks.step.snapshot import Snapshot
-
-#: What is known of each energy, and what is always there.
-KEYS = ("dissipation", "energy_increases", "dissipation_lower", "dissipation_upper", "dissipation_floor",
-        "dissipation_floor_error")  # fmt: skip
-ALWAYS = 2
 
 
 class Dissipation(Quantity):
-    """``gamma = 1 - q`` of ``E_{t+1} = q E_t + c``: what an energy loses of its excess over the floor in each step.
+    """Share of its excess over the floor that an energy loses in each step: ``1 - q`` of ``E_{t+1} = q E_t + c``.
 
     The energies are those of the step before its update. One is the loss of the step; with ``reference`` another is
     ``||theta - theta_ref||^2``, called "distance", the energy of SGD's law; with ``state`` another is the mean over the
     samples of ``0.5 ||X_L||^2``, called "state"; with both there is "joint", ``0.5 (||X_L||^2 + ||theta -
     theta_ref||^2)``; ``energies`` adds the user's own. For ``theta+ = theta - lr (lambda theta + noise)`` the energy
-    ``theta^2`` has ``q = (1 - lr lambda)^2``. Positive: the energy comes down to its floor, and ``1 / gamma`` steps
-    bring it down by e. At 0 nothing dissipates: it wanders, and a lower rate, or a larger one where it merely creeps,
-    is worth a try. Below 0 it departs: lower the learning rate. A floor that is too high comes down with the learning
-    rate, or with larger batches.
+    ``theta^2`` has ``q = (1 - lr lambda)^2``. Above 0 the energy falls to its floor, by e in ``1 / gamma`` steps; at 0
+    nothing dissipates; below 0 it grows.
 
-    The loss of a mini-batch carries the noise of its own batch, which pulls gamma to 1, the more so on a plateau: read
-    the bounds, which allow for that, and are absent where nothing can be told. See `functional.dissipation`.
+    The loss of a mini-batch carries the noise of its own batch, which moves gamma towards 1, most on a plateau: read
+    the bounds, which allow for that, and are absent where the data do not determine them. See `functional.dissipation`.
 
-    "joint" is the quadratic energy of the state ``(X_L, theta)`` that Thm 3.1 and Assumption 3 speak of, with both
-    constants 1/2, and "state" that of the forward pass in 6.6. There parameters are fixed and it falls with depth; here
-    it is a series over training. It does not bound theta, so that alone it is no energy in the sense of Assumption 3,
-    for which 6.6 takes it. It comes down to the outputs that the data ask for, and samples differ between batches:
-    floor and noise hold both. 6.6's objective ``Phi = L + R`` of a proximal step is a user's energy, as in the example;
-    the paper's ``-c ||theta+ - theta||^2`` is less than Assumption 4 asks.
+    "joint" is the quadratic energy of the state ``(X_L, theta)`` in Thm 3.1 and Assumption 3, with both constants 1/2,
+    and "state" that of the forward pass in 6.6. There parameters are fixed and it falls with depth; here it is a series
+    over training. It does not bound theta, so it alone is no energy in the sense of Assumption 3, for which 6.6 uses
+    it. It falls to the outputs that the data require, and samples differ between batches: floor and noise contain both.
+    6.6's objective ``Phi = L + R`` of a proximal step is an energy of the user, as in the example; the paper's
+    ``-c ||theta+ - theta||^2`` is less than Assumption 4 requires.
 
-    Katende's Thm 3.1 asks for a coercive energy with ``E(S+) - E(S) <= -gamma (||X_L||^2 + ||theta||^2) + R``, and says
-    that it exists if and only if all sensitivities stay bounded. As printed, that bounded sensitivities are enough is
-    false: those of the identity ``theta+ = theta`` are bounded by 1, and no energy falls. It stays false with ``theta -
-    theta*`` in the place of theta, as it must be for minima that are not 0. True is: where some energy between two
-    multiples of ``||theta - theta*||^2`` falls by a factor below 1 in each step, the distance falls geometrically, to
-    the floor of the noise. That is what is measured: the factor, along this run alone; it proves nothing of others.
+    Katende's Thm 3.1 requires a coercive energy with ``E(S+) - E(S) <= -gamma (||X_L||^2 + ||theta||^2) + R``, and
+    claims that it exists if and only if all sensitivities stay bounded. As printed, the claim that bounded
+    sensitivities are sufficient is false: those of the identity ``theta+ = theta`` are bounded by 1, and no energy
+    falls. It stays false with ``theta - theta*`` instead of theta, which is needed for minima other than 0. What holds:
+    where some energy between two multiples of ``||theta - theta*||^2`` falls by a factor below 1 in each step, the
+    distance falls geometrically, to the floor of the noise. That factor is measured, along this run alone.
 
     Args:
-        length: how many of the last steps the fit takes in, at most.
-        energies: by name, functions of the module, or their import paths: one number from the parameters, cheap, for
-            they are called at every step, without random numbers and without changing anything. A further parameter
-            ``loss`` is given the step's loss, and ``state`` X_L, ``(samples, ...)`` without a graph; under accumulation
-            that of each micro-batch by itself, and the mean, weighted by samples, is recorded.
-        reference: "initial" for the parameters at the first step that is recorded, or the path of a checkpoint. The
-            distance is known to 6 %, from a random sketch; that takes a byte for each parameter, and some passes over
-            them at each step.
+        length: largest number of last steps that the fit uses.
+        energies: by name, functions of the module, or their import paths. Each returns one number from the parameters.
+            They are called at every step, so they should be cheap, draw no random numbers and change nothing. A further
+            parameter ``loss`` receives the step's loss, and ``state`` X_L, ``(samples, ...)`` without a graph; under
+            accumulation that of each micro-batch, and the mean, weighted by samples, is recorded.
+        reference: "initial" for the parameters at the first recorded step, or the path of a checkpoint. The distance is
+            computed from a random sketch, to 6 %; that takes a byte for each parameter, and some passes over them at
+            each step.
         state: name of the module whose output is X_L, the last features or the logits, as in ``named_modules``; "" is
-            the root. It returns one tensor and is called once for each batch, in training mode; where that cannot be
-            told, the energies that ask for it are NaN, with the reason. A hook keeps a copy of the output until the
-            update.
+            the root. It must return one tensor and be called once for each batch, in training mode; otherwise the
+            energies that need it are NaN, with the reason. A hook keeps a copy of the output until the update.
 
-    Keys: ``stability/dissipation`` with its one-sided 90 % bounds ``_lower`` and ``_upper``, and ``_floor`` (units of
-    the loss, where q < 1) with its error; ``stability/energy_increases``, the share of steps in which the loss rose.
-    Those of another energy have ``_of/<name>`` at their end. Nothing is said before 60 steps are known. A run that is
-    resumed goes on with the series, and measures as if it had never been killed. Not so under DDP: there each process
-    has a series of its own, and it goes on only with what all knew at the last measurement, if that was the last step
-    before the checkpoint; otherwise it begins anew.
+    The first measurement needs 60 steps. A resumed run continues the series and measures as if it had not been
+    interrupted. Under DDP each process has its own series, which continues only with the numbers that all had exchanged
+    at the last measurement, if that was the last step before the checkpoint; otherwise it begins anew.
 
     Raises:
-        ValueError: for bad arguments; an energy that asks for something else, or for the state without ``state``.
+        ValueError: for an argument out of its range; for an energy with an unknown parameter, or that needs the state
+            without ``state``.
 
     Cost: at each step a copy of some numbers and the energies, that of ``reference`` about half a gradient; a
-    measurement waits once for the device. Source: Katende 2025, Thm 3.1, Assumption 4, Thm 5.2 (1); MATH sections 4
+    measurement synchronises once with the device.
+
+    Source: Katende 2025, Thm 3.1, Assumption 4, Thm 5.2 (1); docs/theory.md, sections 4
     and 7.
 
     Example:
@@ -106,12 +99,32 @@ class Dissipation(Quantity):
     """
 
     name = "dissipation"
-    patient = True
-    keys = tuple(f"stability/{key}" for key in KEYS[:ALWAYS])
-    optional = tuple(f"stability/{key}" for key in KEYS[ALWAYS:])
-    #: Steps that must be known.
+    KEYS: ClassVar = {
+        "dissipation": Key(
+            "Share of its excess over the floor that the loss loses in a step.",
+            "1 / step",
+            "Below 0 the loss grows: lower the learning rate. Near 0 it does not fall: try a lower rate, or a larger "
+            "one if the loss still creeps down.",
+        ),
+        "energy_increases": Key("Share of steps in which the loss rose."),
+        "dissipation_lower": Key("One-sided 90 % lower bound of dissipation.", "1 / step", optional=True),
+        "dissipation_upper": Key("One-sided 90 % upper bound of dissipation.", "1 / step", optional=True),
+        "dissipation_floor": Key(
+            "Level at which the loss comes to rest; absent where it does not fall.",
+            "loss",
+            "If too high: a lower learning rate, or larger batches.",
+            optional=True,
+        ),
+        "dissipation_floor_error": standard_error("dissipation_floor", "loss", optional=True),
+        "dissipation_of/<energy>": Key("The same for another energy.", "1 / step"),
+        "energy_increases_of/<energy>": Key("Share of steps in which another energy rose."),
+        "dissipation_lower_of/<energy>": Key("One-sided 90 % lower bound for another energy.", "1 / step"),
+        "dissipation_upper_of/<energy>": Key("One-sided 90 % upper bound for another energy.", "1 / step"),
+        "dissipation_floor_of/<energy>": Key("Level at which another energy comes to rest.", "energy"),
+        "dissipation_floor_error_of/<energy>": Key("Standard error of that level.", "energy"),
+    }
+    #: Steps before the first measurement.
     least = 60
-    values: Tensor
     origin: Tensor
 
     def __init__(
@@ -128,21 +141,24 @@ class Dissipation(Quantity):
             raise ValueError(f"state={state!r}: give the name of the module whose output is the state, '' for the root")
         self.final_state = state
         self.reference = reference if reference in (None, "initial") else existing_file("reference", reference)
-        found: dict[str, Energy] = {} if self.reference is None else {"distance": self._distance}
+        recorded: dict[str, Energy] = {} if self.reference is None else {"distance": self._distance}
         if state is not None:
-            found["state"] = _of_state
-        #: What follows from the others.
-        self.derived = ("joint",) if len(found) == 2 else ()
-        for name, one in _mapping(energies).items():
-            if name in (*found, *self.derived):
-                raise ValueError(f"energies={{{name!r}: ...}}: with state and reference that is an energy of its own")
-            found[name] = _energy(name, one, state)
-        self.energies = found
+            recorded["state"] = _of_state
+        #: Energies that are computed from the recorded ones.
+        self.derived = ("joint",) if len(recorded) == 2 else ()
+        for name, energy in _mapping(energies).items():
+            if name in (*recorded, *self.derived):
+                raise ValueError(
+                    f"energies={{{name!r}: ...}}: this name is used by the energies of state and reference; choose "
+                    "another"
+                )
+            recorded[name] = _energy(name, energy, state)
+        self.energies = recorded
         self._sketch = Sketch(keep=True)
         self._there: Tensor | None = None
-        unknown = torch.full((len(KEYS),), torch.nan, dtype=torch.float64)
-        for name in ("loss", *found, *self.derived):
-            self.add_state(_row(name), default=unknown, persistent=True)
+        for energy_name in (*recorded, *self.derived):
+            for key in NUMBERS:
+                self.add_state(_key(key, energy_name), default=scalar(torch.nan), persistent=True)
         self.add_state("origin", default=NOWHERE, persistent=True)
 
     def _distance(self, module: nn.Module) -> Tensor:
@@ -160,8 +176,8 @@ class Dissipation(Quantity):
         submodule(snapshot.module, self.final_state)
         if snapshot.compiled:
             raise Unmeasurable(
-                f"state={self.final_state!r}: hooks do not see into compiled modules; train without torch.compile, or "
-                "leave state out"
+                f"state={self.final_state!r}: hooks cannot read the outputs inside of compiled modules; train without "
+                "torch.compile, or without state"
             )
 
     @property
@@ -174,66 +190,75 @@ class Dissipation(Quantity):
     def path(self, snapshot: Snapshot) -> str:
         return "time series"
 
-    def wait(self, snapshot: Snapshot) -> int:
-        unknown = snapshot.run.series is None or snapshot.run.series.sparse
-        return 0 if unknown else max(0, self.least - len(snapshot.run.series or ()))
+    def warm_up(self, snapshot: Snapshot) -> int:
+        unrecorded = snapshot.run.series is None or snapshot.run.series.sparse
+        return 0 if unrecorded else max(0, self.least - len(snapshot.run.series or ()))
 
     def update(self, snapshot: Snapshot) -> None:
-        """Fits the last steps."""
+        """Fit the last steps."""
         self.complete = False
         trace = snapshot.run.series
         if trace is None or trace.sparse:
             raise Unmeasurable(
-                "the steps before are not known: call Monitor.observe or Monitor.record at every optimizer step, "
-                "or pass Snapshot(run=RunContext(series=...))"
+                "the losses of the steps before were not recorded: call Monitor.observe or Monitor.record at every "
+                "optimizer step, or pass Snapshot(run=RunContext(series=...))"
             )
         series = trace.read(snapshot.run.ranks)
-        failed = set().union(
-            *snapshot.run.ranks.gather(lambda: set(trace.failed), "energies that failed")
-        )  # which was said
+        # A warning was already issued for each of them.
+        failed = set().union(*snapshot.run.ranks.gather(lambda: set(trace.failed), "energies that failed"))
         if "joint" in self.derived:
             series["joint"] = series["state"] + series["distance"] / 2
             failed |= {"joint"} if failed & {"state", "distance"} else set()
-        found: dict[str, Tensor] = {}
+        fits: dict[str, DissipationResult | None] = {}
         for name in ("loss", *self.energies, *self.derived):
+            fits[name] = None
             if name in failed:
-                found[name] = torch.full((len(KEYS),), torch.nan, dtype=torch.float64)
                 continue
             if bool(series["loss"].isnan().all()):
-                raise Unmeasurable("the loss of the steps was not seen: in your own loop call Watch.record(loss)")
+                raise Unmeasurable("the losses of the steps were not seen: in your own loop call Watch.record(loss)")
             try:
-                fit = dissipation(series[name][-self.length :])
+                fits[name] = dissipation(series[name][-self.length :])
             except Unmeasurable as error:
                 if name == "loss":
-                    raise Unmeasurable(f"{name}: {error}") from None
-                found[name] = torch.full((len(KEYS),), torch.nan, dtype=torch.float64)  # the others go on
-                continue
-            row = [fit.gamma, fit.increases, fit.lower, fit.upper, fit.floor, fit.floor_error]
-            found[name] = torch.stack([scalar(value) for value in row])
-        for name, values in found.items():
-            setattr(self, _row(name), values)
-        self.complete = True
+                    raise Unmeasurable(f"{name}: {error}") from None  # other energies become NaN instead
+        for name in (*self.energies, *self.derived):
+            for key, value in _numbers(fits[name]).items():
+                setattr(self, _key(key, name), scalar(value))
+        self.finish(_numbers(fits["loss"]))
 
     def compute(self) -> dict[str, Tensor]:
-        """The last fit; bounds and floors that do not exist are left out."""
-        found: dict[str, Tensor] = {}
-        for name in ("loss", *self.energies, *self.derived):
-            for index, (key, value) in enumerate(zip(KEYS, getattr(self, _row(name)))):
-                if index < ALWAYS or not bool(value.isnan()):
-                    found[f"stability/{key}" + f"_of/{name}" * (name != "loss")] = value
-        return found
+        """Return the last fit; bounds and floors that do not exist are left out."""
+        values = super().compute()
+        for name in (*self.energies, *self.derived):
+            for key in NUMBERS:
+                value = getattr(self, _key(key, name))
+                if PREFIX + key in self.keys or not bool(value.isnan()):
+                    values[_key(key, name)] = value
+        return values
 
     def load_vectors(self, vectors: dict[str, Any]) -> None:
-        self._there = None  # it is what the state says
+        self._there = None  # read again from the state
 
 
-def _row(energy: str) -> str:
-    """The state that holds what is known of an energy."""
-    return "values" if energy == "loss" else f"values_of/{energy}"
+#: Numbers of the fit of each energy.
+NUMBERS = tuple(name for name in Dissipation.KEYS if "/" not in name)
+
+
+def _key(number: str, energy: str) -> str:
+    """Return the key, and the state, of a number of an energy other than the loss."""
+    return f"{PREFIX}{number}_of/{energy}"
+
+
+def _numbers(fit: DissipationResult | None) -> dict[str, float | Tensor]:
+    """Return the numbers of a fit by name; NaN where there is none."""
+    if fit is None:
+        return dict.fromkeys(NUMBERS, torch.nan)
+    numbers = (fit.gamma, fit.increases, fit.lower, fit.upper, fit.floor, fit.floor_error)
+    return dict(zip(NUMBERS, numbers))
 
 
 def _of_state(module: nn.Module, state: Tensor) -> Tensor:
-    """``0.5 ||X_L||^2``, the mean over samples."""
+    """Return ``0.5 ||X_L||^2``, the mean over samples."""
     return norm(state.float() if state.element_size() < 4 else state).square() / (2 * len(state))
 
 
@@ -244,13 +269,13 @@ def _mapping(energies: Any) -> Mapping[str, Any]:
         raise ValueError(f"energies={energies!r}: give functions by name, {{'name': function of the module}}")
     for name in energies:
         if name in ("loss", "lr") or "/" in name:
-            raise ValueError(f"energies={{{name!r}: ...}}: give another name, without '/', and not loss or lr")
+            raise ValueError(f"energies={{{name!r}: ...}}: give another name, without '/', other than loss and lr")
     return energies
 
 
 def _energy(name: str, energy: Any, state: str | None) -> Energy:
-    found = imported(energy) if isinstance(energy, str) else energy
-    if not callable(found):
+    function = imported(energy) if isinstance(energy, str) else energy
+    if not callable(function):
         raise ValueError(f"energies={{{name!r}: {energy!r}}}: give a function of the module, or its import path")
-    asked(name, found, state)
-    return found
+    parameters_of(name, function, state)
+    return function

@@ -1,9 +1,9 @@
-"""The gain and the descent of a proximal or projected step."""
+"""Gain and descent of a proximal or projected step."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -20,64 +20,75 @@ from lsp_callbacks.operators.trajectory.optimizer_input import group_of, require
 from lsp_callbacks.operators.trajectory.proximal import flat_parameters, proximal_jacobian, update
 from lsp_callbacks.operators.trajectory.step_jacobian import parameter_jacobian
 from lsp_callbacks.operators.trajectory.update_rules import decoupled, formula
-from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.quantities.base import Quantity
+from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.step.flat import displaced, split
 from lsp_callbacks.step.replay_checks import replayed_gradient
 from lsp_callbacks.step.snapshot import Snapshot
 
-#: Of the numbers that a state holds, in its order.
-_NAMES = ("gain", "gain_residual", "gain_bound", "descent", "descent_promised", "descent_error")
-
 
 class ProximalStep(Quantity):
-    """Whether ``theta+ = prox(step(theta))`` stretches small differences, and whether the objective descends.
+    """Gain of ``theta+ = prox(step(theta))`` for small differences, and the descent of the objective.
 
     ``prox_gain = ||d theta+ / d theta||`` of one step, the optimizer's state held: Katende's ``sigma^theta`` of one
-    step, from below. ``prox_gain_bound`` stands beside it only where the theory promises a bound of at most 1: plain
-    SGD with one rate, a prox of `lsp_callbacks.functional.trajectory.proximal` (which are proximal maps of convex
-    functions R), a loss whose curvature at this step is not seen to be negative, and a rate below 2 / L. `refused`
-    says why it is absent. On networks it nearly always is, for their losses are not convex.
+    step, lower bound. ``prox_gain_bound`` is reported only where the theory promises a bound of at most 1: plain SGD
+    with one rate, a prox of `lsp_callbacks.functional.trajectory.proximal` (which are proximal maps of convex functions
+    R), a loss without measured negative curvature at this step, and a rate below 2 / L. `refused` gives the reason why
+    it is absent. For networks it nearly always is, as their losses are not convex.
 
     ``prox_descent`` is c of ``F(theta+) = F(theta) - c ||theta+ - theta||^2``, with F the batch's loss, R and the
-    coupled decay; ``prox_descent_promised`` is ``1 / lr - L / 2``, which holds for losses that are not convex, too. A
-    measured c below the promised one by more than ``prox_descent_error``: the curvature along the step is larger than
-    at its start; lower the rate. A gain above 1 without a promise is usual; one that stays far above 1: the rate is
-    too large.
+    coupled decay; ``prox_descent_promised`` is ``1 / lr - L / 2``, which holds for losses that are not convex, too.
     Without a `RunContext.prox` the prox is the identity and R is 0.
 
     Args:
-        steps: of Lanczos for the gain, two Hessian products each.
+        steps: Lanczos steps for the gain, two Hessian products each.
         method: of the Hessian products.
 
     Attributes:
-        refused: why ``prox_gain_bound`` was left out of the last measurement; None if it was not.
+        refused: reason why ``prox_gain_bound`` was left out of the last measurement; None if it was not.
 
-    Keys: ``stability/prox_gain``, ``stability/prox_gain_residual`` (absolute); where they exist
-    ``stability/prox_gain_bound``, ``stability/prox_descent``, ``stability/prox_descent_promised`` and
-    ``stability/prox_descent_error``, in units of 1 / rate.
+    Raises:
+        ValueError: for fewer than 1 step, or an unknown method.
 
     Cost: ``2 steps`` Hessian products; under plain SGD 8 more and two gradients: 35 gradients in all.
 
-    Source: Katende, Sec. 6.6; MATH sections 4 (claim 8) and 7.
+    Source: Katende 2025, Sec. 6.6; docs/theory.md, sections 4 (claim 8) and 7.
     """
 
     name = "proximal_step"
-    keys = ("stability/prox_gain", "stability/prox_gain_residual")
-    optional = tuple(f"stability/prox_{name}" for name in _NAMES[2:])
+    KEYS: ClassVar = {
+        "prox_gain": Key(
+            "||d theta+ / d theta|| of one step, prox included, lower bound.",
+            "",
+            "Above 1 is usual; if it stays far above 1: lower the learning rate.",
+        ),
+        "prox_gain_residual": Key(
+            "Residual of Lanczos, absolute.", error_of="prox_gain", error_format="residual {:.2g}"
+        ),
+        "prox_gain_bound": Key("Upper bound of prox_gain, where the theory promises one.", optional=True),
+        "prox_descent": Key(
+            "Fall of the objective divided by the squared length of the step.",
+            "1 / learning rate",
+            "Below prox_descent_promised by more than its error, the curvature grows along the step: lower the rate.",
+            optional=True,
+        ),
+        "prox_descent_promised": Key("Least that the theory promises of it.", "1 / learning rate", optional=True),
+        "prox_descent_error": Key(
+            "Rounding error of prox_descent.", "1 / learning rate", optional=True, error_of="prox_descent"
+        ),
+    }
     needs_update = True
-    numbers: Tensor
 
     def __init__(self, steps: int = 4, method: Method = "auto"):
         super().__init__()
         whole("steps", steps, 1)
         self.steps, self.method = steps, choice("method", method, *get_args(Method))
         self.refused: str | None = None
-        self.add_state("numbers", default=torch.full((len(_NAMES),), math.nan, dtype=torch.float64), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         method = resolved(snapshot, self.method)
         gain, descent = products(snapshot, method, 2 * self.steps, tangent=True), 0.0
-        if _why_none(snapshot) is None:
+        if _reason_for_no_promise(snapshot) is None:
             descent = 2 + products(snapshot, method, 9) - products(snapshot, method, 1)  # the same graph
         return {"forward": forward_cost(snapshot), "proximal step": gain + descent}
 
@@ -88,24 +99,25 @@ class ProximalStep(Quantity):
         formula(require_optimizer(snapshot))
 
     def update(self, snapshot: Snapshot) -> None:
-        """Measures one step."""
+        """Measure one step."""
         self.complete = False
         self.check(snapshot)
         D = proximal_jacobian(snapshot) if snapshot.run.prox is not None else _identity(snapshot)
         gain = proximal_gain(parameter_jacobian(snapshot, method=self.method), D, steps=self.steps)
-        refused, promised, measured = _why_none(snapshot), None, (math.nan, math.nan)
+        refused, promised, measured = _reason_for_no_promise(snapshot), None, (math.nan, math.nan)
         if refused is None:
             promised, measured = _measured(snapshot, self.method)
             refused = promised.reason
         bound = math.nan if promised is None or promised.gain is None else promised.gain
-        found = (gain.value, gain.residual, bound, measured[0], promised.descent if promised else math.nan, measured[1])
-        self.numbers = torch.stack([scalar(one) for one in found])
-        self.refused, self.complete = refused, True
-
-    def compute(self) -> dict[str, Tensor]:
-        """The last measurement."""
-        values = {f"stability/prox_{name}": scalar(value) for name, value in zip(_NAMES, self.numbers)}
-        return {key: value for key, value in values.items() if key in self.keys or bool(value.isfinite())}
+        self.refused = refused
+        where_known = {
+            "prox_gain_bound": bound,
+            "prox_descent": measured[0],
+            "prox_descent_promised": promised.descent if promised else math.nan,
+            "prox_descent_error": measured[1],
+        }
+        gains = {"prox_gain": gain.value, "prox_gain_residual": gain.residual}
+        self.finish(gains | {name: value for name, value in where_known.items() if math.isfinite(value)})
 
 
 def _identity(snapshot: Snapshot) -> LinearOperator:
@@ -114,8 +126,8 @@ def _identity(snapshot: Snapshot) -> LinearOperator:
     return LinearOperator((size, size), torch.clone, torch.clone, dtype=torch.float64, device=p.device)
 
 
-def _why_none(snapshot: Snapshot) -> str | None:
-    """Why this step is no proximal gradient step of the theory."""
+def _reason_for_no_promise(snapshot: Snapshot) -> str | None:
+    """Return why this step is no proximal gradient step of the theory; None if it is."""
     optimizer = require_optimizer(snapshot)
     groups = [group for group in group_of(snapshot).values() if group is not None]
     if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] or group["maximize"] for group in groups):
@@ -125,13 +137,13 @@ def _why_none(snapshot: Snapshot) -> str | None:
     if len(groups) < len(snapshot.parameters):
         return "some of the trained parameters are not the optimizer's"
     if snapshot.clipping is not None:
-        own = snapshot.flat_gradient
-        if own is None or not torch.equal(snapshot.clipping(own), own):
+        gradient = snapshot.flat_gradient
+        if gradient is None or not torch.equal(snapshot.clipping(gradient), gradient):
             return "the gradient is clipped"
     if snapshot.run.prox is not None and not hasattr(snapshot.run.prox, "penalty"):
         return (
-            "R is not known: give one of lsp_callbacks.functional.trajectory.proximal, or a prox with "
-            "penalty(name, tensor)"
+            "R is not known for this prox: use one of lsp_callbacks.functional.trajectory.proximal, or give yours a "
+            "method penalty(name, tensor)"
         )
     return None
 
@@ -147,7 +159,7 @@ def _measured(snapshot: Snapshot, method: Method) -> tuple[Promise, tuple[float,
         return loss.double() + 0.5 * (decay * theta.square()).sum() + _penalty(snapshot, theta)
 
     modulus: Any = getattr(snapshot.run.prox, "modulus", 0.0)
-    loss, own = replayed_gradient(snapshot)
+    loss, gradient = replayed_gradient(snapshot)
     before, theta = objective(_mean(snapshot, loss)), flat_parameters(snapshot)
     with displaced(parameters, step, 1.0):
         step = flat_parameters(snapshot) - theta  # rounded, as the weights are
@@ -156,13 +168,13 @@ def _measured(snapshot: Snapshot, method: Method) -> tuple[Promise, tuple[float,
     distance = norm(step)
     if not bool(distance > 0):
         return promise(H, lr, modulus=modulus), (math.nan, math.nan)
-    turned = (moved - own).double()
+    turned = (moved - gradient).double()
     along = float(torch.dot(step, turned + decay * step) / distance.square())
-    # The rounding of the loss, and of a small one whose parts cancel: that of parameters which are rounded once.
-    noise = before.abs() + norm(own.double() * theta)
-    error = 4 * torch.finfo(own.dtype).eps * noise / distance.square()
+    # Rounding of the loss and, where the parts of a small loss cancel, of the parameters.
+    noise = before.abs() + norm(gradient.double() * theta)
+    error = 4 * torch.finfo(gradient.dtype).eps * noise / distance.square()
     # A change of the gradient within its rounding is no curvature.
-    clear = bool(norm(turned) > 4 * gradient_rounding(own, H, theta))
+    clear = bool(norm(turned) > 4 * gradient_rounding(gradient, H, theta))
     promised = promise(H, lr, modulus=modulus, along=along if clear else None)
     return promised, (float(descent(before, after, distance)), float(error))
 

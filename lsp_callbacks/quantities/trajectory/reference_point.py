@@ -1,4 +1,4 @@
-"""A point in parameter space from which distances are measured, remembered in few numbers."""
+"""Reference point in parameter space from which distances are measured, remembered by a random sketch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.linalg import Sketch
 from lsp_callbacks.linalg.sketch import BUCKETS
 
-#: Before there is a point.
+#: Sketch before there is a reference point.
 NOWHERE = torch.full((BUCKETS,), torch.nan, dtype=torch.float64)
 
 
 def existing_file(name: str, value: Any) -> str:
-    """The path of a checkpoint.
+    """Return the path of a checkpoint.
 
     Raises:
         ValueError: if there is no such file.
@@ -28,24 +28,24 @@ def existing_file(name: str, value: Any) -> str:
 
 
 def position(module: nn.Module, sketch: Sketch) -> Tensor:
-    """Where the parameters are, as `Sketch` sees it; on their device.
+    """Return the sketch of all parameters, on their device.
 
-    All of them, so that one that is frozen or unfrozen on the way does not move the point.
+    Frozen ones are included, so that freezing or unfreezing during the run does not move the point.
     """
     return sketch(p.detach() for p in module.parameters())
 
 
 def position_in(path: str, module: nn.Module, sketch: Sketch) -> Tensor:
-    """Where the module's parameters were when the file was written.
+    """Return the sketch of the module's parameters in a checkpoint.
 
     Raises:
         Unsupported: if it cannot be read, or lacks some of them.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        state = found.get("state_dict", found)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        state = saved.get("state_dict", saved)
         tensors = [state[name].view_as(p) for name, p in module.named_parameters()]
-    except Exception as error:  # whatever a file may hold
+    except Exception as error:  # whatever the file contains
         raise Unsupported(
             f"reference={path!r} is no checkpoint of this model ({type(error).__name__}: {error}): save its state_dict "
             "alone, or measure from the first parameters"
@@ -54,5 +54,5 @@ def position_in(path: str, module: nn.Module, sketch: Sketch) -> Tensor:
 
 
 def squared_distance(here: Tensor, there: Tensor) -> Tensor:
-    """``||theta - theta_ref||^2``, with 6 % of error, from both positions."""
+    """Return ``||theta - theta_ref||^2`` from both sketches, to 6 %."""
     return (here - there).square().sum()

@@ -1,26 +1,18 @@
-"""The Learning Stability Profile: how perturbations propagate through depth, training steps, and both."""
+"""Learning Stability Profile: how perturbations propagate through depth, training steps, and both."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.functional.trajectory.training_profile import (
-    Tangents,
-    TrainingProfile,
-    function_growth,
-    pushed,
-    tangents,
-    training_profile,
-)
+from lsp_callbacks.functional.trajectory.training_profile import Tangents, pushed, tangents
 from lsp_callbacks.linalg import LinearOperator
-from lsp_callbacks.linalg.logs import exp
 from lsp_callbacks.operators.cost import forward_cost, products, sample_passes
 from lsp_callbacks.operators.curvature.hessian import Method, path_taken, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
@@ -30,21 +22,17 @@ from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.trajectory.step_jacobian import tangent_path
 from lsp_callbacks.operators.trajectory.window import KeptStep, Window, keep
-from lsp_callbacks.plots.depth_map import draw
-from lsp_callbacks.plots.stability_diagram import matplotlib
+from lsp_callbacks.plots.depth_map import draw_depth_map
+from lsp_callbacks.plots.figure import load
 from lsp_callbacks.quantities.base import ROOT, scalar
 from lsp_callbacks.quantities.curvature.sharpness import edge_cost, measured_edge
-from lsp_callbacks.quantities.trajectory.lyapunov import Windowed
-from lsp_callbacks.quantities.trajectory.profile_parts import (
-    Ends,
-    check_replays,
-    explanation_reader,
-    in_depth,
-    log_sensitivity,
-    output_reader,
-    seen_by,
-    window_ends,
-)
+from lsp_callbacks.quantities.key import PREFIX
+from lsp_callbacks.quantities.trajectory import profile_in_depth, profile_in_training
+from lsp_callbacks.quantities.trajectory.profile_in_depth import in_depth
+from lsp_callbacks.quantities.trajectory.profile_in_training import in_training
+from lsp_callbacks.quantities.trajectory.profile_readers import explanation_reader, output_reader, seen_by
+from lsp_callbacks.quantities.trajectory.window_ends import Ends, check_replays, window_ends
+from lsp_callbacks.quantities.trajectory.windowed import Windowed
 from lsp_callbacks.step.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -53,21 +41,16 @@ if TYPE_CHECKING:
 
 #: Profiles that `StabilityProfile.plot` remembers.
 REMEMBERED = 300
-#: Of the cost model: layers before the first measurement, and passes that the norms of a layer take.
+#: Cost model: layers before the first measurement, and passes that the norms of a layer take.
 LAYERS, NORMS = 10, 25.0
-#: Pairs of passes through the window that its ends take, of at most ``bounds / 2``; and what is pushed by each.
+#: Cost model: pairs of passes through the window, at most ``bounds / 2``, and vectors pushed by each.
 PAIRS, ENDS = 5, 4
-#: Of a window, what only this process can use.
+#: Parts of a window that only this process can use.
 WHILE_RUNNING = ("kept", "logs", "start")
-#: What a network without a depth does not have.
-IN_DEPTH = (
-    "stability/alpha_x", "stability/alpha_x_median", "stability/alpha_x_jacobian_bound",
-    "stability/alpha_x_jacobian_gap", "stability/sigma_x_max", "stability/sigma_x_residual", "stability/depth",
-)  # fmt: skip
 
 
 class StabilityProfile(Windowed):
-    """The sensitivities sigma^x, sigma^theta, sigma^u and their finite exponents, in nats a layer and nats a step.
+    """Sensitivities sigma^x, sigma^theta, sigma^u and their finite exponents, in nats per layer and per step.
 
     *Depth*, at the end of the window: ``sigma^x_k = ||dX_k/dX_0||_2`` at each layer, by Lanczos, the largest over the
     samples; ``alpha_x = (1/L) log sigma^x_L``, and two bounds of it, from the norms of the layers' Jacobians and from
@@ -80,74 +63,46 @@ class StabilityProfile(Windowed):
     Each of these four is an interval. ``sigma_theta``, ``sigma_output`` and ``sigma_explanation`` are its lower ends,
     ``_bound`` the upper ones; ``sigma_u`` is an estimate with ``_error``, ``_lower`` and ``_bound``. They come from
     Lanczos on the whole product, its adjoint included: the steps of the window are kept, and replayed at its end, each
-    at its own parameters, until the ends are within a factor 1.2. A random start bounds a norm from above whatever the
-    spectrum is; of the noise, a subspace is known exactly, and random rows tell the rest. Each interval fails with
-    probability 1e-3 at most, and so does ``alpha_x_jacobian_bound``: all hold with probability 0.995;
-    ``alpha_x_norm_bound`` fails with 1e-3 at most for each run of affine modules. That is for the products as they are
-    taken (differences err by 0.1 %). A real displacement of the start, ``d``, moves the outputs by at most
-    ``d sigma_output_bound``, to first order in d.
+    at its own parameters, until the ends are within a factor 1.2. A random start gives an upper bound of a norm for
+    every spectrum; of the noise, a subspace is computed exactly, and the rest estimated from random rows. Each interval
+    fails with probability 1e-3 at most, and so does ``alpha_x_jacobian_bound``: all hold with probability 0.995;
+    ``alpha_x_norm_bound`` fails with 1e-3 at most for each sequence of affine modules. These bounds apply to the
+    computed products; finite differences add about 0.1 %. A real displacement of the start, ``d``, moves the outputs by
+    at most ``d sigma_output_bound``, to first order in d.
 
-    Where the steps cannot be kept (`wide` says why: an optimizer without a formula, half precision, a window that is
-    resumed from a checkpoint) or not be replayed later (a loss that depends on the step's number, say), the ends are by
-    random directions alone, with the same probability. They are honest and far apart, about ``sqrt(P)``.
+    Where the steps cannot be kept (an optimizer without a formula, half precision, a window that is resumed from a
+    checkpoint; `wide` gives the reason) or not be replayed later (such as a loss that depends on the step's number),
+    the ends are by random directions alone, with the same probability. They hold and are far apart, about ``sqrt(P)``.
 
     All are numbers of one finite network and window: the limsup of the theory does not exist for them. Exponents are
-    divided by the layers L or the steps T that were travelled, the endpoint is taken, and an exponent of 0 does not
-    mean bounded; see `lsp_callbacks.functional.network.depth_profile` and `training_profile` for what the printed
-    claims get wrong. An exponent is NaN where its sensitivity is 0.
-
-    A large alpha_x: normalise, scale the initialisation down, or decay the weights; where a bound is far above it, that
-    bound is no reason to. A positive ``alpha_output`` while the loss does not fall: lower the learning rate.
+    divided by the layers L or the steps T actually traversed, the endpoint is taken, and an exponent of 0 does not mean
+    bounded; see `lsp_callbacks.functional.network.depth_profile` and `training_profile` for the printed claims that do
+    not hold. An exponent is NaN where its sensitivity is 0.
 
     Args:
-        horizon: T, steps that are pushed; one more step ends the measurement.
-        directions: random ones; an error from k of them is itself uncertain by the share ``1 / sqrt(2 (k - 1))``.
-        noise: rows of noise.
-        samples: of the step's batch, for sigma^x.
-        probes: training samples for the joint form; at least so many are taken where they are known.
-        bounds: Hessian products a step for each interval, at most; 0 keeps no steps, and the ends are wide.
+        horizon: T, number of steps that are pushed; one more step ends the measurement.
+        directions: number of random directions; the relative standard error of an error bar from k of them is
+            ``1 / sqrt(2 (k - 1))``.
+        noise: number of noise rows.
+        samples: number of samples of the step's batch, for sigma^x.
+        probes: smallest number of training samples for sensitivities of the outputs, where the outputs are known.
+        bounds: largest number of Hessian products a step for each interval; 0 keeps no steps, and the ends are wide.
         method: of the Hessian products.
-
-    Keys: ``stability/alpha_x`` with ``_median`` (of the samples), ``_jacobian_bound``, ``_jacobian_gap`` (bound less
-    truth) and, where all layers have one, ``_norm_bound`` and ``_norm_gap``; ``sigma_x/<layer>``, ``sigma_x_max``,
-    ``sigma_x_residual`` (relative; the norms are lower bounds up to it), ``sigma_x_converged`` (1 or 0); ``depth``; all
-    these where the network has a depth, otherwise `undefined` says why; ``alpha_theta``, ``sigma_theta``;
-    ``alpha_theta_mean_square`` and ``sigma_theta_mean_square``, ``alpha_u`` (over (T - 1) / 2 steps) and ``sigma_u``,
-    each with ``_error``; ``horizon``; where outputs are told from the loss, ``sigma_output`` and ``alpha_output`` with
-    ``_error``; where the network is smooth ``sigma_explanation``. ``sigma_theta_bound``, ``sigma_u_lower``,
-    ``sigma_u_bound``, ``sigma_output_bound``, ``sigma_explanation_bound``, ``alpha_theta_bound`` and ``alpha_u_bound``;
-    ``alpha_theta_gap`` and ``alpha_u_gap``, bound less value.
 
     Raises:
         ValueError: for a horizon, directions or noise below 2, samples or probes below 1.
 
     Cost: ``directions + noise + 1`` Hessian products a step, the alignment shared with sharpness, and some 20 passes of
     a few samples through half of the network for each layer; for the intervals, from ``4 x 4`` to ``4 bounds`` Hessian
-    products a step. Memory: for each step of the window a copy of parameters, gradient, optimizer's state, buffers and
-    batch.
+    products a step: 900 to 2,700 gradients on small networks, far fewer with ``bounds=0``. Memory: for each step of the
+    window a copy of parameters, gradient, optimizer's state, buffers and batch.
 
-    Source: Katende, Secs. 2 to 4; MATH section 4.
+    Source: Katende 2025, Secs. 2 to 4; docs/theory.md, section 4.
     """
 
     name = "stability_profile"
-    keys = (
-        "stability/alpha_theta", "stability/sigma_theta", "stability/alpha_theta_mean_square",
-        "stability/alpha_theta_mean_square_error", "stability/sigma_theta_mean_square",
-        "stability/sigma_theta_mean_square_error", "stability/alpha_u", "stability/alpha_u_error", "stability/sigma_u",
-        "stability/sigma_u_error", "stability/horizon",
-    )  # fmt: skip
-    optional = (
-        *IN_DEPTH, "stability/alpha_x_norm_bound", "stability/alpha_x_norm_gap", "stability/sigma_output",
-        "stability/alpha_output", "stability/alpha_output_error", "stability/sigma_x_converged",
-        "stability/sigma_theta_bound", "stability/alpha_theta_bound", "stability/alpha_theta_gap",
-        "stability/sigma_u_bound", "stability/alpha_u_bound", "stability/alpha_u_gap",
-        "stability/sigma_output_bound", "stability/sigma_explanation", "stability/sigma_explanation_bound",
-        "stability/sigma_u_lower",
-    )  # fmt: skip
-    #: In the order of the state: what is new comes last, so that states of before still fit.
-    stored = (*IN_DEPTH, *keys, *optional[len(IN_DEPTH) :])
+    KEYS: ClassVar = profile_in_training.KEYS | profile_in_depth.KEYS
     picture = "profile"
-    values: Tensor
 
     def __init__(
         self,
@@ -165,31 +120,28 @@ class StabilityProfile(Windowed):
         self.horizon, self.directions, self.samples, self.probes = horizon, directions, samples, probes
         self.noise, self.bounds = noise, bounds
         self.window = horizon + 1
-        #: Why there is no ``alpha_x_norm_bound``; empty where there is one.
+        #: Reason why there is no ``alpha_x_norm_bound``; empty where there is one.
         self.unbounded = ""
-        #: Why there is no profile in depth; empty where there is one.
+        #: Reason why there is no profile in depth; empty where there is one.
         self.undefined = ""
-        #: Why the intervals of training are by random directions alone, and wide; empty where they are not.
+        #: Reason why the intervals of training are by random directions alone, and wide; empty where they are not.
         self.wide = ""
         self._sigma: dict[str, float] = {}
         self._map: list[tuple[int, tuple[float, ...]]] = []
-        self._way = "exact"
-        self.add_state(
-            "values", default=torch.full((len(self.stored),), math.nan, dtype=torch.float64), persistent=True
-        )
+        self._path = "exact"
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        """Products over the window, the norms in depth, and passes over the probes."""
+        """Return the cost of products over the window, of the norms in depth, and of passes over the probes."""
         method = resolved(snapshot, self.method)
-        known = edge_cost(snapshot, self.method) if _has_edge(snapshot) else {"forward": forward_cost(snapshot)}
+        alignment = edge_cost(snapshot, self.method) if _has_edge(snapshot) else {"forward": forward_cost(snapshot)}
         rows, passes = self.directions + self.noise + 1, 0
         if self.bounds and tangent_path(snapshot) == "exact":
             passes = 1 + 2 * min(PAIRS, max(1, self.bounds // 2))
-        # By what a checkpoint holds, so that the cadence is the same after it.
-        layers = float(dict(zip(self.stored, self.values))["stability/depth"])
+        # From a state that checkpoints hold, so that the cadence is the same after a resume.
+        layers = float(getattr(self, f"{PREFIX}depth"))
         norms = NORMS * (LAYERS if math.isnan(layers) else layers)
         return {
-            **known,
+            **alignment,
             "profile in time": self.horizon * (1 / 3 + products(snapshot, method, rows, tangent=True)),
             "window": passes * self.horizon * (1 / 3 + products(snapshot, method, ENDS, tangent=True)),
             "profile in depth": sample_passes(snapshot, self.samples, norms),
@@ -199,22 +151,22 @@ class StabilityProfile(Windowed):
         }
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        known = tangent_path(snapshot) == "exact"
-        blocks = 1 + (len(state_blocks(snapshot)) if known else 2)  # of an unknown optimizer, as of Adam
+        supported = tangent_path(snapshot) == "exact"
+        blocks = 1 + (len(state_blocks(snapshot)) if supported else 2)  # an unknown optimizer counts as Adam
         vectors = 2 * (self.directions + self.noise + 1) * blocks
-        if known:  # the diagonals of the step
+        if supported:  # the diagonals of the step
             vectors += (1 + blocks) * blocks
-        if known and self.bounds:  # parameters, gradient, state and noise of each step; bases, and what is on its way
+        if supported and self.bounds:  # parameters, gradient, state and noise of each step; bases and pushed vectors
             vectors += self.horizon * (2 + blocks) + ENDS * (max(1, self.bounds // 2) + 3 * blocks) + 2
         parts = product_memory(snapshot, self.method, vectors)
         parts["copies"] *= 1 + self.horizon  # each step that is kept has buffers of its own
         return {**parts, "graph of the outputs": TWICE * footprint(snapshot).activations}
 
     def path(self, snapshot: Snapshot) -> str:
-        return self._way
+        return self._path
 
     def vectors(self) -> dict[str, Any]:
-        """As of every window; its steps cannot be saved, so that one that is resumed has wide intervals."""
+        """Return the frame of the window without its steps: one that is resumed has wide intervals."""
         return {name: value for name, value in super().vectors().items() if name not in WHILE_RUNNING}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -222,16 +174,16 @@ class StabilityProfile(Windowed):
         return state | {"_frame": {k: v for k, v in self._frame.items() if k not in WHILE_RUNNING}}
 
     def update(self, snapshot: Snapshot) -> None:
-        """Pushes the directions through one step; the one after the last looks at the network."""
+        """Push the directions through one step; the step after the last one measures the network."""
         self.complete = False
-        going = self._continues(snapshot)
-        if going and self._frame["tangents"]["steps"] == self.horizon:
+        continues = self._continues(snapshot)
+        if continues and self._frame["tangents"]["steps"] == self.horizon:
             self._finish(snapshot, Tangents(**self._frame["tangents"]))
             return
-        method = self._frame["method"] if going else resolved(snapshot, self.method)
+        method = self._frame["method"] if continues else resolved(snapshot, self.method)
         A, B = update_jacobian(snapshot, method=method), update_response(snapshot)
         generator = snapshot.generator(self.name)
-        if going:
+        if continues:
             now, before, mode, top = Tangents(**self._frame["tangents"]), self._frame["before"], self._mode, self._top
         else:
             sharp, mode, top = self._sharp(snapshot)
@@ -239,29 +191,29 @@ class StabilityProfile(Windowed):
             now = tangents(A.shape[1], B.shape[1], vectors=self.directions, noise=self.noise, sharp=sharp, **places)
             J = output_reader(snapshot, samples=self.probes)
             before = None if J is None else seen_by(J, now).diagonal()[: now.random].clone()
-        kept = self._kept(snapshot, method, going)
-        start = self._frame.get("start") if going else now.frame[0, : now.size].clone()
-        logs = self._frame.get("logs", []) if going else []
+        kept = self._kept(snapshot, method, continues)
+        start = self._frame.get("start") if continues else now.frame[0, : now.size].clone()
+        logs = self._frame.get("logs", []) if continues else []
         log = now.frame_log
         now = pushed(now, A, B, generator)
-        if not math.isfinite(float(now.frame.sum() + now.noise.sum())):  # no entry is above 1
+        if not (bool(now.frame.isfinite().all()) and bool(now.noise.isfinite().all())):
             raise Unmeasurable("the pushed directions are not finite: the weights or the loss have overflowed")
         tangent = "" if tangent_path(snapshot) == "exact" else ", finite difference of step"
         self._frame = {"tangents": vars(now), "before": before, "step": snapshot.step, "method": method}
         if kept is not None:
             self._frame |= {"kept": kept, "logs": [*logs, now.frame_log - log], "start": start}
-        self._mode, self._top, self._way = mode, top, path_taken(snapshot, method) + tangent
+        self._mode, self._top, self._path = mode, top, path_taken(snapshot, method) + tangent
 
     def _sharp(self, snapshot: Snapshot) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The displacement along the sharpest mode, where the optimizer has an edge, and where the next one starts."""
+        """Return the displacement along the sharpest mode, where there is an edge, and the next alignment's start."""
         if not _has_edge(snapshot):
             return None, None, None
-        found = measured_edge(snapshot, self._mode, self._top, self.method)  # as sharpness asks for it
-        return found.root * found.mode, found.mode, found.top
+        edge = measured_edge(snapshot, self._mode, self._top, self.method)  # shared with sharpness
+        return edge.root * edge.mode, edge.mode, edge.top
 
-    def _kept(self, snapshot: Snapshot, method: Method, going: bool) -> list[KeptStep] | None:
-        """The steps of the window so far, for products at its end; None where there will be none, and why."""
-        if not going:
+    def _kept(self, snapshot: Snapshot, method: Method, continues: bool) -> list[KeptStep] | None:
+        """Return the steps of the window so far, for products at its end; None without these, with the reason."""
+        if not continues:
             self.wide = "" if self.bounds else "bounds=0"
         elif "kept" not in self._frame and not self.wide:
             self.wide = "the window was resumed from a checkpoint, which does not hold its steps"
@@ -272,75 +224,57 @@ class StabilityProfile(Windowed):
         except Unmeasurable as error:
             self.wide = str(error)
             return None
-        return [*(self._frame["kept"] if going else []), step]
+        return [*(self._frame["kept"] if continues else []), step]
 
     def _finish(self, snapshot: Snapshot, now: Tangents) -> None:
         calls = snapshot.calls
         deep = snapshot.run.ranks.first(lambda: in_depth(snapshot, calls, samples=self.samples), self.name)
         if deep.undefined and not self.undefined and snapshot.run.ranks.rank == 0:
             warnings.warn(f"stability_profile has no numbers in depth: {deep.undefined}", stacklevel=2)
-        values, sigma, self.undefined, self.unbounded = deep.values, deep.sigma, deep.undefined, deep.unbounded
+        self.undefined, self.unbounded = deep.undefined, deep.unbounded
         readers = {
             "output": output_reader(snapshot, samples=self.probes),
             "explanation": explanation_reader(snapshot, samples=self.samples),
         }
-        known = {name: J for name, J in readers.items() if J is not None}
-        grams = {name: seen_by(J, now) for name, J in known.items()}
-        ends = self._ends(snapshot, now, list(known.values()))
-        found = training_profile(now, None if ends is None else ends.noise)
-        own: dict[str, Any] = vars(found) | {"horizon": float(found.steps)}
-        for name in ("mean_square", "mean_square_error"):
-            own[f"sigma_theta_{name}"], own[f"alpha_theta_{name}"] = own[name], own[f"alpha_{name}"]
-        steps = found.steps  # logs, as a window that explodes has exponents where its norms have overflowed
-        logs = {"theta": (steps * float(found.alpha_theta), steps * float(found.alpha_theta_bound))}
-        logs |= {name: log_sensitivity(gram, now) for name, gram in grams.items()}
-        for i, (name, (lower, upper)) in enumerate(logs.items()):
-            low, high = (-math.inf, upper) if ends is None else ends.log_norms[i]
-            logs[name] = lower, upper = max(lower, low), max(lower, low, high)
-            own[f"sigma_{name}"], own[f"sigma_{name}_bound"] = exp(lower), exp(upper)
-        own |= _exponents(*logs["theta"], found)
-        if "output" in grams and self._frame["before"] is not None:
-            own["alpha_output"], own["alpha_output_error"] = function_growth(
-                self._frame["before"], grams["output"].diagonal()[: now.random], now.frame_log, now.steps
-            )
-        values |= {name: float(value) for name, value in own.items()}
-        names = [key.split("/")[1] for key in self.stored]
-        numbers = [values.get(name, math.nan) for name in names]
-        self.values = torch.tensor([v if math.isfinite(v) else math.nan for v in numbers], dtype=torch.float64)
-        if sigma.keys() != self._sigma.keys():
+        available = {name: J for name, J in readers.items() if J is not None}
+        grams = {name: seen_by(J, now) for name, J in available.items()}
+        ends = self._ends(snapshot, now, list(available.values()))
+        values = deep.values | in_training(now, grams, ends, self._frame["before"])
+        if deep.sigma.keys() != self._sigma.keys():
             self._map = []
-        self._map = [*self._map, (snapshot.step, tuple(sigma.values()))][-REMEMBERED:]
-        self._sigma, self._frame, self.complete = sigma, {}, True
+        self._map = [*self._map, (snapshot.step, tuple(deep.sigma.values()))][-REMEMBERED:]
+        self._sigma, self._frame = deep.sigma, {}
+        self.finish({name: value for name, value in values.items() if math.isfinite(value)})
 
     def _ends(self, snapshot: Snapshot, now: Tangents, readers: list[LinearOperator]) -> Ends | None:
-        """By products with the whole window, where its steps were kept and can be replayed; otherwise why not."""
+        """Return intervals by products with the whole window; None where its steps cannot be replayed."""
         if self.wide:
             return None
         window = Window(self._frame["kept"], self._frame["logs"], now.noise_log)
         pairs = max(1, self.bounds // 2)
 
-        def found() -> Ends:
+        def replayed() -> Ends:
             check_replays(window, self._frame["start"], now)
             return window_ends(snapshot, window, now, readers, pairs=pairs)
 
         try:
-            return snapshot.run.ranks.apart(found)
+            return snapshot.run.ranks.apart(replayed)
         except Unmeasurable as error:
             self.wide = str(error)
             return None
 
     def compute(self) -> dict[str, Tensor]:
-        """The numbers of the last window; NaN before one."""
-        named = dict(zip(self.stored, self.values))
-        always = self.keys if bool(named["stability/depth"].isnan()) else (*self.keys, *IN_DEPTH)
-        found = {key: value for key, value in named.items() if key in always or not bool(value.isnan())}
-        return found | {f"stability/sigma_x/{name or ROOT}": scalar(value) for name, value in self._sigma.items()}
+        """Return the numbers of the last window; NaN before one."""
+        values = super().compute()
+        if not bool(getattr(self, f"{PREFIX}depth").isnan()):
+            values = {f"{PREFIX}{name}": getattr(self, f"{PREFIX}{name}") for name in profile_in_depth.ALWAYS} | values
+        return values | {f"{PREFIX}sigma_x/{name or ROOT}": scalar(value) for name, value in self._sigma.items()}
 
     def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:  # type: ignore[override]
-        """Draws sigma^x over depth and training time, of the last measurements since the run began or was resumed.
+        """Draw sigma^x over depth and training time, of the measurements since the run began or was resumed.
 
         Args:
-            val: ``(measurements, L)``; None takes those that were measured.
+            val: ``(measurements, L)``; None takes the measured ones.
             ax: to draw into; None makes a figure without a window.
 
         Returns:
@@ -358,15 +292,15 @@ class StabilityProfile(Windowed):
         elif val.shape != (len(steps), len(names)):
             steps, names = list(range(len(val))), [str(k + 1) for k in range(val.shape[1])]
         if ax is None:
-            ax = matplotlib("matplotlib.figure").Figure(figsize=(7.2, 4.2), layout="constrained").subplots()
+            ax = load("matplotlib.figure").Figure(figsize=(7.2, 4.2), layout="constrained").subplots()
         assert ax is not None
-        draw(val, steps, names, ax)
+        draw_depth_map(val, steps, names, ax)
         figure: Any = ax.get_figure()
         return figure, ax
 
     def reset(self) -> None:
         super().reset()
-        self._sigma, self._map, self._way = {}, [], "exact"
+        self._sigma, self._map, self._path = {}, [], "exact"
         self.unbounded = self.undefined = self.wide = ""
 
 
@@ -376,17 +310,3 @@ def _has_edge(snapshot: Snapshot) -> bool:
     except Unmeasurable:
         return False
     return True
-
-
-def _exponents(lower: float, upper: float, found: TrainingProfile) -> dict[str, float]:
-    """Return the exponents of the ends of log sigma_theta, the upper one of sigma_u, and their gaps, bound less value.
-
-    The noise that was driven is known from random rows: up to the error of alpha_u.
-    """
-    lower, upper = lower / found.steps, upper / found.steps
-    return {
-        "alpha_theta": lower,
-        "alpha_theta_bound": upper,
-        "alpha_theta_gap": upper - lower if math.isfinite(lower) else math.nan,
-        "alpha_u_gap": float(found.alpha_u_bound - found.alpha_u),
-    }

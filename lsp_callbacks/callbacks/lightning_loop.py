@@ -1,0 +1,168 @@
+"""Lightning's training loop, as a `StepObserver` sees it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsp_callbacks.callbacks.custom_clipping import custom_clipping
+from lsp_callbacks.callbacks.mixed_precision import is_scaled, loss_scale
+from lsp_callbacks.callbacks.muted_trainer import mute
+from lsp_callbacks.callbacks.run_facts import clipping, overridden, run_context
+from lsp_callbacks.errors import Unmeasurable, Unsupported
+from lsp_callbacks.monitor.gradient_check import Gradients, copies_of_gradients
+from lsp_callbacks.monitor.monitor import Monitor
+from lsp_callbacks.monitor.training_loop import MicroBatchLoss, TrainingLoop
+from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.criterion import HOW
+from lsp_callbacks.step.pending_step import LossFn, PendingStep
+from lsp_callbacks.step.probe_set import ProbeSet
+from lsp_callbacks.step.probes import Probes
+from lsp_callbacks.step.run_context import Prox
+from lsp_callbacks.step.step_loss import loss_of
+
+
+class LightningLoop(TrainingLoop):
+    """A run of Lightning's `Trainer`.
+
+    Args:
+        trainer: Lightning's, when training begins.
+        module: the user's LightningModule.
+        monitor: that measures.
+        loss_fn: the user's function or functions of the loss; None replays ``training_step``.
+        accumulate: under manual optimisation, by which each loss is divided; None is the trainer's number.
+        prox, sub_batch, seed: see `StabilityMonitor`.
+    """
+
+    shows_losses = True
+
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        monitor: Monitor,
+        *,
+        loss_fn: Any = None,
+        accumulate: int | None = None,
+        prox: Prox | None = None,
+        sub_batch: int | None = None,
+        seed: int = 0,
+    ):
+        run = run_context(trainer, module, monitor, loss_fn=loss_fn, prox=prox, seed=seed)
+        super().__init__(module, run)
+        self.trainer, self._loss_fn = trainer, None if isinstance(loss_fn, Mapping) else loss_fn
+        # The user's own function rounds in other places than the step.
+        self._tolerance = 0.0 if loss_fn is None else 1e-4
+        self._sub_batch, self._accumulate = sub_batch, accumulate
+        self.repeats_forward = module.automatic_optimization
+        self.overrides_step = overridden(module, "optimizer_step") is not None
+        self.moves_parameters |= self.overrides_step
+        self.wrong_update = ELSEWHERE if run.prox is not None else f"{type(module).__name__}.optimizer_step {MOVED}"
+        self._clipped: Gradients = []
+
+    @property
+    def accumulate(self) -> int:
+        """The number of micro-batches in a step; a callback may change it from epoch to epoch."""
+        return self._accumulate or self.trainer.accumulate_grad_batches
+
+    @property
+    def clipping(self) -> Clipping | None:
+        """How the trainer clips."""
+        return clipping(self.trainer)
+
+    def new_step(self, *, is_shared: bool = True) -> PendingStep:
+        trainer, self._clipped = self.trainer, []
+        return PendingStep(
+            self.module,
+            shared=[] if trainer.datamodule is None else [trainer.datamodule],
+            prepare=lambda module_copy: mute(module_copy, trainer),
+            tolerance=self._tolerance,
+            sub_batch=self._sub_batch,
+            run=self.run if is_shared else None,
+            takes_buffers=getattr(trainer.strategy.model, "will_sync_module_buffers", bool)(),
+        )
+
+    def loss(self, batch_idx: int, player_loss: LossFn | None = None) -> MicroBatchLoss:
+        """Return ``(module, batch) -> loss`` of one micro-batch, as Lightning differentiates it.
+
+        Args:
+            batch_idx: of the micro-batch.
+            player_loss: of several optimizers that take turns, the user's function for one of them.
+        """
+        loss_fn = player_loss or self._loss_fn
+
+        def loss(module: Any, batch: Any) -> Tensor | None:
+            with self.trainer.precision_plugin.train_step_context():
+                if loss_fn is not None:
+                    outputs: Any = loss_fn(module, batch)
+                else:
+                    outputs = module.training_step(*_arguments(module.training_step, batch, batch_idx))
+            value = loss_of(outputs)
+            # Exactly what Lightning's closure does with it.
+            return None if value is None else value / self.accumulate
+
+        return loss
+
+    def clipping_of(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
+        hook = overridden(self.module, "configure_gradient_clipping")
+        if hook is None or pending.module_copy is None or not self.repeats_forward:
+            return self.clipping
+        ranks, reset = self.run.ranks, pending.module_copy.reset
+        try:
+            rule, self._clipped = ranks.together(ranks.private(lambda: custom_clipping(self.trainer, reset, optimizer)))
+        except Unmeasurable:
+            raise
+        except Exception as error:  # whatever the user's method raises on a copy
+            raise Unmeasurable(f"{hook}: {type(error).__name__}: {error}") from error
+        return rule
+
+    def clipped_gradients(self, optimizer: torch.optim.Optimizer) -> Gradients:
+        """Return the gradients that the optimizer will be given, to the last bit, by torch's own code.
+
+        Parameters that the optimizer does not hold keep theirs.
+        """
+        clipped, self._clipped = self._clipped, []
+        if clipped:
+            return clipped
+        gradients, rule = copies_of_gradients(self.module.parameters()), self.clipping
+        if rule is not None:
+            copies = {id(p): gradient for p, gradient in gradients}
+            stand_ins = []
+            for p in self.trainer.precision_plugin.main_params(optimizer):
+                if id(p) in copies:
+                    stand_ins.append(p.detach())
+                    stand_ins[-1].grad = copies[id(p)]
+            clip = nn.utils.clip_grad_norm_ if rule.kind == "norm" else nn.utils.clip_grad_value_
+            clip(stand_ins, rule.limit)
+        return gradients
+
+    def probe_set(self, probes: Probes, pending: PendingStep) -> ProbeSet:
+        """Return the training samples, with outputs from ``training_step`` where the user has not named them."""
+
+        def loss(module: Any, batch: Any) -> Any:
+            if not getattr(module, "automatic_optimization", True):  # it would step the optimizer
+                raise Unsupported(f"automatic_optimization=False: training_step cannot be asked for outputs; {HOW}")
+            return module.training_step(*_arguments(module.training_step, batch, 0))
+
+        context = self.trainer.precision_plugin.train_step_context
+        return probes.probe_set(pending, loss, context=context, micro_batches=self.accumulate)
+
+    def loss_scale(self) -> float:
+        return loss_scale(self.trainer)
+
+    def is_gradient_scaled(self, optimizer: torch.optim.Optimizer) -> bool:
+        return is_scaled(self.trainer, optimizer)
+
+
+def _arguments(training_step: Callable, batch: Any, batch_idx: int) -> list[Any]:
+    """Return what this ``training_step`` takes."""
+    parameters = inspect.signature(training_step).parameters
+    if "dataloader_iter" in parameters:
+        raise Unmeasurable("training_step(dataloader_iter) fetches a batch of its own, which cannot be replayed")
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    return [batch, batch_idx] if takes_any or len(parameters) > 1 else [batch]

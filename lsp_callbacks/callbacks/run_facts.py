@@ -1,0 +1,105 @@
+"""What Lightning's trainer says of a run before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lsp_callbacks.callbacks._lightning_internals import has_communication_hook, is_kind_of
+from lsp_callbacks.monitor.monitor import Monitor
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.ranks import Ranks
+from lsp_callbacks.step.run_context import Prox, RunContext
+
+#: Strategies that leave each process a shard of the parameters. DeepSpeed's is also a DDPStrategy by name.
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+
+
+def overridden(module: Any, *hooks: str) -> str | None:
+    """Return the first of these hooks that the module does not have from Lightning, or None."""
+    base = next(
+        c for c in type(module).__mro__ if c.__module__.endswith("core.module") and c.__name__ == "LightningModule"
+    )
+    changed = (hook for hook in hooks if hook in vars(module) or getattr(type(module), hook) is not getattr(base, hook))
+    return next(changed, None)
+
+
+def unsupported(trainer: Any, module: Any, *, players: bool = False) -> str | None:
+    """Return why the parameters will not move by the optimizer's step on the step's own loss; None if they will.
+
+    What an override of ``optimizer_step`` or ``configure_gradient_clipping`` does is looked at step by step.
+
+    Args:
+        trainer: Lightning's.
+        module: the user's.
+        players: whether each optimizer's own loss is known.
+    """
+    if trainer.world_size > 1 and not is_kind_of("DDPStrategy", trainer.strategy):
+        return (
+            f"{type(trainer.strategy).__name__} with {trainer.world_size} processes is not modelled: use strategy='ddp'"
+        )
+    if has_communication_hook(trainer):
+        return "ddp_comm_hook: gradients that are not the plain mean over the processes are not modelled"
+    if not module.automatic_optimization and len(trainer.optimizers) > 1 and not players:
+        return (
+            "several optimizers take turns, and one loss does not tell their joint update: pass loss_fn={name: loss, "
+            "...}, one for each optimizer"
+        )
+    return None
+
+
+def sharded(trainer: Any) -> str | None:
+    """Return why no process has the parameters as a whole; None if each has."""
+    name = next((name for name in _SHARDED if is_kind_of(name, trainer.strategy)), None)
+    if name is None:
+        return None
+    return (
+        f"{name} gives each process a shard of the parameters: a replay of the step and the products of its Hessian "
+        "would have to gather them out of step with training. Use strategy='ddp', or measure a smaller model"
+    )
+
+
+def ranks(trainer: Any) -> Ranks:
+    """Return the processes that train the model together."""
+    return Ranks.joined(trainer.strategy.root_device) if trainer.world_size > 1 else Ranks()
+
+
+def run_context(
+    trainer: Any, module: Any, monitor: Monitor, *, loss_fn: Any = None, prox: Prox | None = None, seed: int = 0
+) -> RunContext:
+    """Return what all steps of a run share, when training begins.
+
+    Args:
+        trainer: Lightning's.
+        module: the user's.
+        monitor: that measures.
+        loss_fn, prox, seed: see `StabilityMonitor`.
+    """
+    is_game = isinstance(loss_fn, Mapping)
+    optimizer = trainer.optimizers[0] if trainer.optimizers else None
+    return RunContext(
+        ranks=ranks(trainer),
+        seed=seed,
+        prox=prox,
+        schedulers=None if is_game else schedulers(trainer, optimizer),
+        loss_name=None if is_game or loss_fn is None else "loss_fn",
+        captures_inputs=monitor.quantities.captures_inputs,
+        unsupported=unsupported(trainer, module, players=is_game),
+        sharded=sharded(trainer),
+    )
+
+
+def schedulers(trainer: Any, optimizer: torch.optim.Optimizer | None) -> tuple[Any, ...]:
+    """Return the schedulers that set the rate of this optimizer."""
+    return tuple(c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer)
+
+
+def clipping(trainer: Any) -> Clipping | None:
+    """Return how the trainer clips the gradient after ``on_before_optimizer_step``; None if it does not."""
+    limit = trainer.gradient_clip_val
+    if not limit or limit < 0:
+        return None
+    kind = str(trainer.gradient_clip_algorithm or "norm").lower().rsplit(".")[-1]
+    return Clipping(float(limit), "value" if kind == "value" else "norm")

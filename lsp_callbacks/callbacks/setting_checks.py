@@ -1,0 +1,70 @@
+"""Whether the settings of `StabilityMonitor` go together, and fit to the way in which a module is trained."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from lsp_callbacks._validation import whole
+from lsp_callbacks.monitor.multi_optimizer import check_losses
+from lsp_callbacks.step.run_context import Prox
+
+
+def check_settings(
+    sub_batch: int | None,
+    log_layers: Any,
+    seed: int,
+    accumulate: int | None,
+    loss_fn: Any,
+    prox: Prox | None,
+) -> None:
+    """Raise ValueError for settings that are wrong, or do not go together."""
+    if sub_batch is not None:
+        whole("sub_batch", sub_batch, 1, instead=", or None for the whole batch")
+    if log_layers not in ("all", "summary"):
+        whole("log_layers", log_layers, 1, instead=", or 'all' or 'summary'")
+    whole("seed", seed, 0)
+    if accumulate is not None:
+        whole("accumulate", accumulate, 1, instead=" batches, or None")
+    if isinstance(loss_fn, Mapping):
+        check_losses(loss_fn)
+        if sub_batch is not None:
+            raise ValueError(f"sub_batch={sub_batch}: players are measured on whole batches; leave it out")
+        if accumulate is not None:
+            raise ValueError(f"accumulate={accumulate}: players that sum gradients are not modelled; leave it out")
+        if prox is not None:
+            raise ValueError("prox: what is done to the weights of players after their steps is not modelled")
+
+
+def check_trains(trainer: Any, module: Any, loss_fn: Any, accumulate: int | None) -> None:
+    """Raise ValueError if the settings of `StabilityMonitor` do not fit to the way in which this module is trained."""
+    kind = type(module).__name__
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ValueError(f"{kind} has no parameter that requires a gradient: nothing is trained")
+    if module.automatic_optimization:
+        if accumulate is not None:
+            raise ValueError(
+                f"accumulate={accumulate} is for manual optimisation: here Trainer(accumulate_grad_batches=...) is"
+            )
+        if isinstance(loss_fn, Mapping):
+            raise ValueError(
+                "loss_fn names several players, whose optimizers take turns: that needs automatic_optimization=False; "
+                "otherwise pass one function"
+            )
+    elif loss_fn is None:
+        several = len(trainer.optimizers or ()) > 1
+        form = "{'generator': lambda module, batch: ..., 'critic': ...}" if several else "lambda module, batch: ..."
+        which = ", one for each optimizer, in the order in which configure_optimizers returns them" * several
+        raise ValueError(
+            "automatic_optimization=False: the loss of a step cannot be told from training_step; pass "
+            f"StabilityMonitor(loss_fn={form}) which returns it{which}"
+        )
+
+
+def warn_of_sub_batch(samples: int | None) -> None:
+    """Warn that the numbers are not those of the whole step, if ``samples`` is not None."""
+    if samples is not None:
+        warnings.warn(
+            f"sub_batch={samples}: sharpness and exponents are those of a sub-batch, not of the step", stacklevel=2
+        )

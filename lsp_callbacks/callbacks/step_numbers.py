@@ -1,0 +1,62 @@
+"""Where Lightning's steps begin and end, and how it numbers them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lsp_callbacks.callbacks._lightning_internals import is_accumulating
+from lsp_callbacks.monitor.observer import StepObserver
+
+
+class StepNumbers:
+    """Counts the steps of an observer as Lightning does: each step of a player, otherwise one in a batch.
+
+    Args:
+        observer: whose ``step`` is counted.
+        accumulate: under manual optimisation, the batches in a step; None where each is one, or the trainer counts.
+    """
+
+    def __init__(self, observer: StepObserver, accumulate: int | None):
+        self._observer, self._accumulate = observer, accumulate
+        self._is_counted, self._is_over = False, True
+
+    def reset(self) -> None:
+        """Count from 0, as in a first run."""
+        self._observer.step, self._observer.previous = 0, None
+
+    def begin_run(self, trainer: Any, *, is_game: bool) -> None:
+        """Take the number of the first step from a run that is resumed without a state of ours."""
+        self._is_over = True  # also where the run before was interrupted within a step
+        if not self._observer.step:
+            self._observer.step = trainer.global_step // (1 if is_game else max(1, len(trainer.optimizers)))
+
+    def begin_batch(self, trainer: Any, batch_idx: int) -> bool:
+        """Return True if the batch is the first of a step."""
+        self.agree(trainer)
+        self._is_counted = False
+        if self._accumulate is None:
+            return batch_idx % trainer.accumulate_grad_batches == 0
+        begins, self._is_over = self._is_over, False
+        return begins
+
+    def agree(self, trainer: Any) -> None:
+        """Take the number of the next step from Lightning, which also counts those that nobody shows us."""
+        # Under manual optimisation with one loss a step is a batch with updates, as in Lightning's rows.
+        is_automatic = trainer.lightning_module.automatic_optimization and trainer.optimizers
+        if self._observer.game is not None or is_automatic:
+            self._observer.step = trainer.global_step
+
+    def count(self, *, moved: bool) -> None:
+        """Count an update.
+
+        Args:
+            moved: whether it moves the parameters.
+        """
+        self._is_over = True
+        if not self._is_counted or self._observer.game is not None:
+            self._observer.count(moved=moved)
+        self._is_counted = True
+
+    def is_over(self, trainer: Any) -> bool:
+        """Return True if the batch that ends now is the last of its step."""
+        return self._is_over if self._accumulate is not None else not is_accumulating(trainer)

@@ -1,0 +1,95 @@
+"""A plain PyTorch loop, as a `StepObserver` sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsp_callbacks.monitor.training_loop import TrainingLoop
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.pending_step import LossFn, PendingStep
+from lsp_callbacks.step.probe_set import ProbeSet
+from lsp_callbacks.step.probes import Probes
+from lsp_callbacks.step.run_context import RunContext
+
+
+class PlainLoop(TrainingLoop):
+    """A loop that calls the optimizer itself.
+
+    Args:
+        module: whose parameters are trained.
+        run: what all steps of the run share.
+        loss_fn: ``(module, batch) -> loss``, before it is divided by ``accumulate`` and scaled.
+        accumulate: batches in an update.
+        clipping: how the loop clips before each update.
+        scaler: of mixed precision, where the loop scales its loss.
+
+    Attributes:
+        probe_loss: the loss whose criterion tells outputs from targets.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        run: RunContext,
+        loss_fn: LossFn,
+        *,
+        accumulate: int = 1,
+        clipping: Clipping | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ):
+        super().__init__(module, run)
+        self.loss_fn, self.accumulate, self.scaler, self._clipping = loss_fn, accumulate, scaler, clipping
+        self.probe_loss: Callable[[nn.Module, Any], Any] = loss_fn
+
+    @property
+    def clipping(self) -> Clipping | None:
+        """How the loop clips."""
+        return self._clipping
+
+    def loss(self, module: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of one batch as it is differentiated, before it is scaled."""
+        return self.loss_fn(module, batch) / self.accumulate
+
+    def probe_set(self, probes: Probes, pending: PendingStep) -> ProbeSet:
+        return probes.probe_set(pending, self.probe_loss, micro_batches=self.accumulate)
+
+    def loss_scale(self) -> float:
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+
+    def gradient_scale(self, optimizer: torch.optim.Optimizer) -> Any:
+        return getattr(optimizer, "grad_scale", None)
+
+
+def why_unsupported() -> str | None:
+    """Return why a loop is not supported that runs in several processes; None in one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    processes = torch.distributed.get_world_size()
+    if processes == 1:
+        return None
+    return f"{processes} processes: a loop of one's own is measured in one, Lightning's Trainer with 'ddp' in several"
+
+
+def check_schedulers(schedulers: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, ...] | None:
+    """Return one or several schedulers as a tuple; None where none are given, so that their form is not known.
+
+    Raises:
+        ValueError: if one of them does not set the rate of this optimizer.
+    """
+    several = tuple(schedulers) if isinstance(schedulers, list | tuple) else (schedulers,)
+    for scheduler in several:
+        if not is_scheduler_of(optimizer, scheduler):
+            raise ValueError(
+                f"schedulers={scheduler!r} does not move this optimizer's rate: give those that do, or none"
+            )
+    return several or None
+
+
+def is_scheduler_of(optimizer: torch.optim.Optimizer, scheduler: Any) -> bool:
+    """Return True if the scheduler sets the rate of this optimizer, which Fabric and accelerate wrap."""
+    scheduled = getattr(scheduler, "optimizer", None)
+    return getattr(scheduled, "optimizer", scheduled) is optimizer

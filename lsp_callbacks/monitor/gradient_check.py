@@ -1,0 +1,54 @@
+"""Whether the optimizer is given the gradient that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+
+from lsp_callbacks.step.fingerprint import identical
+from lsp_callbacks.step.ranks import Ranks
+
+#: Parameters, each with the gradient that it should have.
+Gradients = list[tuple[nn.Parameter, Tensor]]
+
+
+def copies_of_gradients(parameters: Iterable[nn.Parameter]) -> Gradients:
+    """Return the parameters that have a gradient, each with a copy of it."""
+    return [(p, p.grad.clone()) for p in parameters if p.grad is not None]
+
+
+class GradientCheck:
+    """The gradients that a measured step should give to its optimizer, until they have been compared."""
+
+    def __init__(self) -> None:
+        self.ranks = Ranks()
+        self.forget()
+
+    def forget(self) -> None:
+        """Compare nothing."""
+        self._expected: Gradients = []
+        self._is_expected = False
+
+    def expect(self, gradients: Callable[[], Gradients]) -> None:
+        """Remember what the gradients should be; called on every rank, also where ``gradients`` raises."""
+        self._expected, self._is_expected = [], True
+        self._expected = gradients()
+
+    def is_changed(self, *, is_gone_allowed: bool) -> bool:
+        """Return True if a gradient is another one, on any rank; nothing is compared a second time.
+
+        Args:
+            is_gone_allowed: whether a gradient may have been set to None, as after the update.
+        """
+        if not self._is_expected:
+            return False
+        expected = self._expected
+        self.forget()
+
+        def differs() -> bool:
+            return any(
+                not is_gone_allowed if p.grad is None else not identical(p.grad, gradient) for p, gradient in expected
+            )
+
+        return self.ranks.any(differs, "the gradient after the step")

@@ -1,0 +1,416 @@
+"""The one protocol by which every training loop shows its steps to a `Monitor`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.monitor.gradient_check import GradientCheck, Gradients
+from lsp_callbacks.monitor.history import Observation
+from lsp_callbacks.monitor.monitor import Monitor
+from lsp_callbacks.monitor.multi_optimizer import Game
+from lsp_callbacks.monitor.nan_finder import NanFinder
+from lsp_callbacks.monitor.training_loop import MicroBatchLoss, TrainingLoop
+from lsp_callbacks.monitor.update_check import UpdateCheck
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.pending_step import PendingStep, never
+from lsp_callbacks.step.players import Player
+from lsp_callbacks.step.probes import Criterion, ForwardFn, Probes
+from lsp_callbacks.step.side_effects import untouched
+from lsp_callbacks.step.snapshot import Snapshot
+from lsp_callbacks.step.step_loss import StepLoss
+from lsp_callbacks.step.verified_step import verified
+
+MOVED_BEFORE = "an earlier update of the same batch has moved the parameters"
+
+
+class Completed(NamedTuple):
+    """What the last step has completed.
+
+    Attributes:
+        observations: of measurements; of several optimizers that take turns, of each.
+        fault: the step of the run's first NaN or Inf, as an observation, if it was this one.
+    """
+
+    observations: list[Observation]
+    fault: Observation | None
+
+
+class StepObserver:
+    """Observes the optimizer steps of a training loop, and hands those that are due to a `Monitor`.
+
+    A loop translates its own hooks into these calls, and has nothing else to do with measuring:
+
+    1. `begin_run`, once its optimizers exist;
+    2. `begin_batch` before each forward pass in training, and `loss` before each backward pass;
+    3. `before_update` where the gradient is complete, or `skip_update` where no update follows;
+    4. `count`, as the loop numbers its steps;
+    5. `check_gradient` and `check_update` where gradient and parameters should be those of the measured step;
+    6. `after_update`, which gives what was completed.
+
+    Args:
+        monitor: decides when to measure, and measures.
+        forward_fn: ``(module, batch) -> outputs``, and
+        criterion: ``(outputs, batch) -> loss`` of the training samples at which quantities look at outputs, see
+            `StabilityMonitor`.
+
+    Attributes:
+        step: number of the optimizer step that comes next, or is under way.
+        previous: number of the last step that moved the parameters; None before one was seen.
+        updates: how many updates the step under way has had.
+        probes: the training samples at which quantities look at outputs.
+        step_loss: the loss of the step under way.
+        replayed_loss: the loss of its replay, where the loop does not show its own; None without a measurement.
+        sub_batch: how many samples the last measurement used; None where it used the whole batch.
+        game: of several optimizers that take turns on losses of their own.
+        listeners: called with each snapshot that the monitor has observed.
+    """
+
+    def __init__(self, monitor: Monitor, *, forward_fn: ForwardFn | None = None, criterion: Criterion | None = None):
+        self.monitor = monitor
+        wanted = max((getattr(quantity, "probes", 0) for quantity in monitor.quantities.values()), default=0)
+        self.probes = Probes(wanted, forward_fn, criterion)
+        self.step_loss = StepLoss()
+        self.nan_finder = NanFinder(monitor)
+        self._gradient_check, self._update_check = GradientCheck(), UpdateCheck()
+        self.listeners: list[Callable[[Snapshot], None]] = []
+        self.step = self.updates = 0
+        self.previous: int | None = None
+        self.replayed_loss: Tensor | None = None
+        self.sub_batch: int | None = None
+        self.game: Game | None = None
+        self._pending: PendingStep | None = None
+        self._observations: list[Observation] = []
+        self._fault: Observation | None = None
+        self._published: Observation | None = None
+
+    # -- a run -----------------------------------------------------------------------------------------------------
+
+    def begin_run(
+        self,
+        loop: TrainingLoop,
+        optimizers: Sequence[torch.optim.Optimizer],
+        *,
+        losses: Mapping[str, MicroBatchLoss] | None = None,
+        steps: float = math.inf,
+    ) -> None:
+        """Leave out what cannot be measured in this run.
+
+        Args:
+            loop: that trains.
+            optimizers: of the run; one, or those that take turns.
+            losses: of several optimizers that take turns, by name, in the order of the optimizers.
+            steps: how many the run will take, as far as that is known.
+
+        Raises:
+            Unmeasurable: if a quantity that the user named cannot be measured.
+            ValueError: if there are not as many losses as optimizers.
+        """
+        self.attach(loop)
+        if losses is not None:
+            self.game = Game(optimizers, losses, self._new_pending, self.monitor.errors.warn_instead_of_raise)
+            for player in self.game.players():
+                self._require(player.optimizers[player.name], player=player)
+        else:
+            self._require(optimizers[0] if optimizers else None, steps=steps)
+
+    def attach(self, loop: TrainingLoop) -> None:
+        """Observe a loop from now on, and forget what a run before, which may have been interrupted, has left."""
+        self._close_game()
+        self.loop, ranks = loop, loop.run.ranks
+        self.probes.ranks = self._gradient_check.ranks = self._update_check.ranks = ranks
+        self.forget_step()
+        self._update_check.forget()
+        self._observations, self._fault, self._published = [], None, None
+
+    def _require(
+        self, optimizer: torch.optim.Optimizer | None, *, player: Player | None = None, steps: float = math.inf
+    ) -> None:
+        loop = self.loop
+        coming = Snapshot(self.step, loop.module, never, optimizer, run=loop.run, clipping=loop.clipping, player=player)
+        self.monitor.require(coming, steps=steps)
+
+    def close(self) -> None:
+        """Remove all hooks of ours from the module and from the optimizers, when training ends."""
+        self.monitor.recorder.close()
+        self._close_game()
+
+    def _close_game(self) -> None:
+        if self.game is not None:
+            self.game.close()
+        self.game = None
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def begin_batch(
+        self,
+        batch: Any,
+        loss: MicroBatchLoss,
+        *,
+        first: bool,
+        scheduled: float = math.nan,
+        has_backward: bool = True,
+    ) -> None:
+        """Take in a batch whose forward pass comes next.
+
+        Args:
+            batch: on the device, as the step will receive it.
+            loss: what the step will differentiate.
+            first: whether it is the first micro-batch of a step.
+            scheduled: the learning rate that the step will use over the critical one, where that is known.
+            has_backward: whether a backward pass follows.
+        """
+        monitor, module = self.monitor, self.loop.module
+        self._published = None
+        if first:
+            self.forget_step()
+            self.nan_finder.begin()
+            if self.game is not None:
+                with monitor.errors.warn_instead_of_raise("the batch could not be kept for a replay"):
+                    self.game.begin(batch)
+            else:
+                self._pending = self._new_pending(scheduled, has_backward)
+        self.step_loss.begin_batch()
+        monitor.recorder.begin(module, first=first)
+        if monitor.quantities:
+            self.probes.add(batch, module)
+        if self.game is None:
+            self.nan_finder.add(batch, loss)
+            if self._pending is not None:
+                self._pending.add(batch, loss)
+
+    def forget_step(self) -> None:
+        """Forget the step before; `begin_batch` does so at the first micro-batch of the next one."""
+        self._pending, self.updates, self.replayed_loss = None, 0, None
+        self.step_loss.begin()
+        self._gradient_check.forget()
+
+    def _new_pending(self, scheduled: float = math.nan, has_backward: bool = True) -> PendingStep | None:
+        """Return what the coming step must be replayed from, if it is to be measured."""
+        if self.monitor.wants(self.step, scheduled=scheduled) and has_backward:
+            with self.monitor.errors.warn_instead_of_raise("the step could not be kept for a replay"):
+                return self.loop.new_step()
+        return None
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the step under way will be measured."""
+        return self._pending is not None
+
+    def loss(self, loss: Tensor, *, scale: Callable[[], float] | None = None, is_returned: bool = False) -> None:
+        """Take in a loss that is differentiated next.
+
+        Args:
+            loss: of one micro-batch, divided by their number already.
+            scale: returns the factor that it holds by mixed precision, which may wait for the device; None is 1.
+            is_returned: whether the loop adds what the micro-batch returns to `step_loss`, too. Then this one is only
+                taken where a replay or a series needs it before the update.
+        """
+        if self.loop.shows_losses:
+            self.nan_finder.saw_loss(loss)
+        if is_returned and not self.is_pending and self.monitor.trace is None:
+            return
+        factor = 1.0 if scale is None else scale()
+        self.step_loss.add(loss if factor == 1.0 else loss.detach() / factor)
+
+    def before_update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        overflowed: bool = False,
+        coming_gradients: Callable[[], Gradients] | None = None,
+    ) -> bool:
+        """Look at a step whose gradient is complete: for its first NaN, at what is recorded, and at what is due.
+
+        Args:
+            optimizer: that will make the update.
+            overflowed: whether a gradient scaler will leave the update out.
+            coming_gradients: those that the optimizer will be given, for `check_gradient`; None if they are not known.
+
+        Returns:
+            Whether an update follows.
+        """
+        self._find_fault(optimizer, overflowed)
+        if overflowed:
+            self.skip_update()
+            return False
+        self.updates += 1
+        if self.updates == 1:
+            self.record(optimizer)
+        self.measure(optimizer, coming_gradients=coming_gradients)
+        return True
+
+    def skip_update(self) -> None:
+        """Let go of a step that is not taken."""
+        self._pending = None
+        if self.game is not None:
+            self.game.drop()
+
+    def count(self, *, moved: bool = True) -> None:
+        """Count an optimizer step.
+
+        Args:
+            moved: whether it moves the parameters.
+        """
+        self.previous = self.step if moved else self.previous
+        self.step += 1
+
+    def record(self, optimizer: torch.optim.Optimizer) -> None:
+        """Record loss, rate and energies of the step, if a quantity of a time series asks for them."""
+        loss = self.step_loss.differentiated
+        self.monitor.record(self.step, loss, optimizer, self.loop.module, previous=self.previous)
+
+    def measure(
+        self, optimizer: torch.optim.Optimizer, *, coming_gradients: Callable[[], Gradients] | None = None
+    ) -> None:
+        """Measure the step now, if it is due; a second time nothing happens. For the arguments see `before_update`."""
+        monitor = self.monitor
+        if self.game is not None:
+            with monitor.errors.warn_instead_of_raise("the player's step could not be looked at"):
+                self._measure_player(self.game, optimizer)
+            return
+        if self._pending is None:
+            return
+        try:
+            self._measure(optimizer, coming_gradients)
+        finally:
+            self._pending = None
+
+    def _measure(self, optimizer: torch.optim.Optimizer, coming_gradients: Callable[[], Gradients] | None) -> None:
+        monitor, pending = self.monitor, self._pending
+        assert pending is not None
+        needs_update = any(quantity.needs_update for quantity in monitor.quantities.values())
+        is_compared = needs_update and self.loop.moves_parameters
+        if is_compared:
+            self._update_check.awaited()
+        with monitor.errors.warn_instead_of_raise("the step could not be looked at"), untouched(self.loop.module):
+            self.sub_batch = pending.samples
+            clipping = self._clipping(pending, optimizer)
+            snapshot = self.snapshot(optimizer, clipping)
+            if snapshot.loss is None:
+                snapshot = verified(snapshot)
+                self.replayed_loss = snapshot.loss
+            self._observe(snapshot)
+            if is_compared:
+                with monitor.errors.warn_instead_of_raise("where the step leads could not be told"):
+                    self._update_check.expect(_whole(snapshot, clipping) if pending.samples else snapshot)
+        if needs_update and coming_gradients is not None:
+            with monitor.errors.warn_instead_of_raise("whether the gradient is changed later could not be watched"):
+                self._gradient_check.expect(coming_gradients)
+
+    def snapshot(self, optimizer: torch.optim.Optimizer, clipping: Clipping | None = None) -> Snapshot:
+        """Return the step under way, whose forward and backward passes are over, before its update.
+
+        Args:
+            optimizer: that will make the update.
+            clipping: what is done to the gradient before.
+
+        Raises:
+            AssertionError: if it is not to be measured, see `is_pending`.
+        """
+        pending = self._pending
+        assert pending is not None, "no step was begun that is to be measured"
+        loop = self.loop
+        snapshot = pending.snapshot(
+            self.step,
+            optimizer,
+            loss=self.step_loss.differentiated if loop.shows_losses and not self.step_loss.is_ambiguous else None,
+            clipping=clipping,
+            probes=loop.probe_set(self.probes, pending) if self.probes.wanted else None,
+            scale=loop.loss_scale(),
+            previous=self.previous,
+        )
+        if (factor := loop.gradient_scale(optimizer)) is not None:
+            gradient = (snapshot.gradient or {}).items()
+            snapshot = replace(snapshot, gradient={name: g if g is None else g / factor for name, g in gradient})
+        return snapshot
+
+    def check_gradient(self, reason: str, *, is_gone_allowed: bool) -> bool:
+        """Invalidate the update if the optimizer's gradients are not those that were foreseen; return True then.
+
+        Args:
+            reason: for the warning.
+            is_gone_allowed: whether gradients may have been set to None, as after the update.
+        """
+        changed = False
+        with self.monitor.errors.warn_instead_of_raise("whether the gradient was changed could not be told"):
+            changed = self._gradient_check.is_changed(is_gone_allowed=is_gone_allowed)
+        if changed:
+            self.invalidate_update(reason)
+        return changed
+
+    def check_update(self, *, last: bool = True) -> None:
+        """Invalidate the update if the parameters are not where it should have brought them.
+
+        Args:
+            last: whether nothing moves them any more before the next forward pass.
+        """
+        # Without a prox nothing has to be done to them after the step.
+        if self._update_check.missed(last=last or self.loop.run.prox is None):
+            self.invalidate_update(self.loop.wrong_update)
+
+    def invalidate_update(self, reason: str) -> None:
+        """Turn the last step's numbers that depend on the update into NaN, and measure none of them any more."""
+        observations, self._observations = self._observations, []
+        last = observations[0] if observations else self._published
+        corrected = self.monitor.invalidate_update_metrics(last, reason)
+        if observations and corrected is not None:
+            self._observations = [corrected]
+
+    def after_update(self) -> Completed:
+        """Return what was completed since the last call."""
+        completed = Completed(self._observations, self._fault)
+        if completed.observations:
+            self._published = completed.observations[-1]
+        self._observations, self._fault = [], None
+        return completed
+
+    def _find_fault(self, optimizer: torch.optim.Optimizer, overflowed: bool) -> None:
+        """Look for the first NaN of the run; of a batch that makes several updates, in those after the first, too."""
+        again = self.updates > 0
+        step = self.step - again
+        with self.monitor.errors.warn_instead_of_raise("whether the step is finite could not be told"):
+            fault = self.nan_finder.look(
+                step,
+                self.loop.module,
+                lambda: self.loop.new_step(is_shared=False),
+                ranks=self.loop.run.ranks,
+                left_out=overflowed or self.loop.is_gradient_scaled(optimizer),
+                moved=MOVED_BEFORE if again and not self.loop.repeats_forward else None,
+            )
+            if fault is not None:
+                self._fault = self.monitor.history.add(Observation(step, {}), {"stability/nonfinite_step": float(step)})
+
+    def _clipping(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
+        if self.monitor.invalidated or pending.module_copy is None:
+            return self.loop.clipping
+        try:
+            return self.loop.clipping_of(pending, optimizer)
+        except Unmeasurable as error:
+            self.monitor.invalidate_update_metrics(None, str(error))
+            return None
+
+    def _observe(self, snapshot: Snapshot) -> None:
+        observation = self.monitor.observe(snapshot)
+        if observation is not None:
+            self._observations.append(observation)
+        for listener in self.listeners:
+            listener(snapshot)
+
+    def _measure_player(self, game: Game, optimizer: torch.optim.Optimizer) -> None:
+        with game.turn(optimizer) as snapshot:
+            if snapshot is not None:
+                with untouched(self.loop.module):
+                    self._observe(snapshot(self.step, previous=self.previous))
+
+
+def _whole(sub_batch: Snapshot, clipping: Clipping | None) -> Snapshot:
+    """Return the step of the whole batch, whose gradient the optimizer is given, from that of a sub-batch."""
+    gradient = {name: p.grad for name, p in sub_batch.parameters.items()}
+    return replace(sub_batch, gradient=gradient, clipping=clipping)

@@ -1,0 +1,81 @@
+"""What an observer asks the loop that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsp_callbacks.monitor.update_check import ELSEWHERE
+from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.pending_step import PendingStep
+from lsp_callbacks.step.probe_set import ProbeSet
+from lsp_callbacks.step.probes import Probes
+from lsp_callbacks.step.run_context import RunContext
+
+#: The loss of one micro-batch as it is differentiated, from the module and the batch.
+MicroBatchLoss = Callable[[nn.Module, Any], Tensor | None]
+
+
+class TrainingLoop:
+    """Facts about one run of a training loop; a loop that differs from the plain one overrides the answers.
+
+    Args:
+        module: whose parameters are trained.
+        run: what all steps of the run share.
+
+    Attributes:
+        shows_losses: whether each loss is shown to the last bit before its backward pass; otherwise a replay of the
+            step is compared with the step's gradient.
+        repeats_forward: whether each update of a batch has a forward pass of its own, as with LBFGS.
+        moves_parameters: whether code of the user's may move the parameters together with the optimizer, so that each
+            measured update is compared with the optimizer's.
+        wrong_update: what is said where an update was found to be another one.
+    """
+
+    shows_losses = False
+    repeats_forward = False
+    wrong_update = ELSEWHERE
+
+    def __init__(self, module: nn.Module, run: RunContext):
+        self.module, self.run = module, run
+        self.moves_parameters = run.prox is not None
+
+    @property
+    def clipping(self) -> Clipping | None:
+        """How each gradient is clipped after it was measured, as far as that is known before the step."""
+        return None
+
+    def new_step(self, *, is_shared: bool = True) -> PendingStep:
+        """Return a copy of the module from which the coming step can be replayed.
+
+        Args:
+            is_shared: whether the ranks replay the step together; otherwise each does so by itself.
+        """
+        return PendingStep(self.module, run=self.run if is_shared else None)
+
+    def clipping_of(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
+        """Return how the gradient of this step will be clipped.
+
+        Raises:
+            Unmeasurable: if what the user's code does to the gradient is no clipping.
+        """
+        return self.clipping
+
+    def probe_set(self, probes: Probes, pending: PendingStep) -> ProbeSet:
+        """Return the training samples at which the quantities of this step look at outputs."""
+        raise NotImplementedError
+
+    def loss_scale(self) -> float:
+        """Return the factor of a gradient scaler on the loss of each backward pass; 1 without one."""
+        return 1.0
+
+    def is_gradient_scaled(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return True if the gradients still hold that factor: fused optimizers divide it out by themselves."""
+        return self.gradient_scale(optimizer) is not None
+
+    def gradient_scale(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Return the factor by which the gradients have to be divided before they are measured; None without one."""
+        return None

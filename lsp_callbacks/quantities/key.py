@@ -1,0 +1,55 @@
+"""What is said of one number that a quantity reports: unit, meaning, and what to do when it is bad."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+#: All keys begin with it.
+PREFIX = "stability/"
+#: Units that several quantities share.
+CURVATURE, NATS = "loss / parameter^2", "nats per step"
+
+
+@dataclass(frozen=True)
+class Key:
+    """One number of a quantity, as its class states it in ``KEYS``.
+
+    Attributes:
+        meaning: one plain sentence.
+        unit: in words, such as "nats per step"; empty for a pure number.
+        advice: what to do when the number is bad; empty where its value alone asks for nothing.
+        optional: whether it is left out of a measurement for which it is not defined.
+        threshold: the report shows larger values in red.
+        error_of: name of the number whose error this one is; the report shows it beside that number.
+        error_format: in which words.
+    """
+
+    meaning: str
+    unit: str = ""
+    advice: str = ""
+    optional: bool = False
+    threshold: float = math.inf
+    error_of: str = ""
+    error_format: str = "± {:.2g}"
+
+
+def standard_error(name: str, unit: str = "", *, optional: bool = False) -> Key:
+    """Return the key of the standard error of another number."""
+    return Key(f"Standard error of {name}.", unit, optional=optional, error_of=name)
+
+
+def relative_residual(name: str, meaning: str, *, optional: bool = False) -> Key:
+    """Return the key of an iteration's residual, relative to the number that it found."""
+    return Key(meaning, optional=optional, error_of=name, error_format="residual {:.1%}")
+
+
+def relative_excess(name: str, *, optional: bool = False) -> Key:
+    """Return the key of a one-sided error bar: by how much, relative to it, a number may be too small."""
+    meaning = f"How much larger than {name} the true value can be, relative to it."
+    return Key(meaning, optional=optional, error_of=name, error_format="at most {:.1%} more")
+
+
+def is_global(key: str) -> bool:
+    """Return whether a key is that of the whole network, ``stability/<name>``, not of a layer."""
+    return key.count("/") == 1

@@ -1,0 +1,69 @@
+"""The loss of a whole step, from the losses of its micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.step.replay import summed
+
+
+def loss_of(outputs: Any) -> Any:
+    """Return the loss in what ``training_step`` or a model returned: the value itself, or that under ``"loss"``."""
+    return outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+
+
+class StepLoss:
+    """The losses of one step's micro-batches, each divided by their number already.
+
+    A loop may show a loss in two places: before its backward pass (`add`), and as what the micro-batch returned at its
+    end (`add_returned`). The first is there before the update, and counts every backward pass; the second costs nothing
+    where the first would have to be unscaled. Nothing here waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the step before."""
+        self._differentiated: list[Tensor] = []
+        self._returned: list[Tensor] = []
+        self._passes = 0
+        #: Whether one of the micro-batches had several backward passes: which of their losses count is not known.
+        self.is_ambiguous = False
+
+    def begin_batch(self) -> None:
+        """Count the backward passes of the micro-batch that comes next."""
+        self._passes = 0
+
+    def add(self, loss: Tensor) -> None:
+        """Take in a loss that is differentiated next."""
+        self._passes += 1
+        self.is_ambiguous |= self._passes > 1
+        # A copy, as what follows may change it in place.
+        self._differentiated.append(loss.detach().clone().reshape(() if loss.numel() == 1 else loss.shape))
+
+    def add_returned(self, outputs: Any) -> None:
+        """Take in what a micro-batch returned, in single precision at least; anything without a loss is passed over."""
+        loss = loss_of(outputs)
+        if isinstance(loss, Tensor):
+            loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
+            self._returned.append(loss if loss.ndim == 0 else loss.mean())
+
+    def average(self) -> None:
+        """Take the mean of the differentiated losses in place of their sum: the loop divides by their number."""
+        if self._differentiated:
+            self._differentiated = [torch.stack(self._differentiated).sum() / len(self._differentiated)]
+
+    @property
+    def differentiated(self) -> Tensor | None:
+        """The sum of the losses before their backward passes; None where none was seen."""
+        return summed(self._differentiated)
+
+    @property
+    def returned(self) -> Tensor | None:
+        """The sum of the losses that the micro-batches returned; None where none was seen."""
+        return summed(self._returned)
