@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 from lsp_callbacks import Snapshot, StabilityMonitor, Unmeasurable
+from lsp_callbacks.monitor.budget import measurement_memory
 from lsp_callbacks.monitor.limits import readable
 
 #: Each by itself, and a preset, which leaves out what a network does not have.
@@ -93,7 +94,7 @@ def compare(name: str, quantities: list[str] | str) -> tuple[float, int]:
 
     def profiled(snapshot: Snapshot) -> Any:
         if monitor.monitor.wants(snapshot.step):
-            predicted.append(max(monitor.monitor.memory(snapshot).values()))
+            predicted.append(max(measurement_memory(monitor.monitor.quantities, snapshot).values()))
         snapshot.forget()
         vars(snapshot).pop("calls", None), vars(snapshot).pop("flat_gradient", None)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:

@@ -3,7 +3,8 @@
 from lsp_callbacks.callbacks import StabilityMonitor, StabilityReport, StopOnInstability
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.numerics.first_fault import Fault
-from lsp_callbacks.monitor.monitor import Curve, Monitor, Observation
+from lsp_callbacks.monitor.history import Curve, Observation
+from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.quantities import (
     BatchSharpness,
     ClarkeProfile,

@@ -58,7 +58,7 @@ def everything(**arguments):
     settings = {"lyapunov": {"window": 1, "average": 3}}
     quantities = [short.get(name) or build(name, **settings)[0][0] for name in PRESETS["full"]]
     monitor = StabilityMonitor(quantities, every_n_steps=1, **arguments)
-    monitor.monitor.named.clear()
+    monitor.monitor.quantities.named.clear()
     return monitor
 
 

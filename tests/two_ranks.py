@@ -357,7 +357,7 @@ def trained(make, *callbacks, **settings):
         "steps": run.global_step,
         "metrics": {k: float(v) for k, v in run.callback_metrics.items() if k != "stability/overhead"},
         "history": monitor and {key: (c.steps, c.values) for key, c in monitor.history.items()},
-        "period": monitor and monitor.monitor.period,
+        "period": monitor and monitor.monitor.cadence.period,
         "gram": None if latest is None else latest.kernel.gram,
         "skipped": {} if monitor is None else dict(monitor.skipped),
         "said": [str(w.message) for w in caught if "lsp_callbacks" in str(w.message)],
@@ -454,7 +454,7 @@ def main(folder):
         StabilityMonitor(["sharpness"], every_n_steps=1), stop, **plain | {"max_steps": 60},
     )  # fmt: skip
     found["stopped"] |= {"event": stop.event_step, "stop": stop.stop_step}
-    for at in (4, 5):  # the loss is NaN in one process, and nothing is measured then
+    for at in (4, 6):  # the loss is NaN in one process, and nothing is measured then
         lost = StopOnInstability()
         found["not finite", at] = trained(
             partial(NaNOnOne, "forward", at), StabilityMonitor(["sharpness"], every_n_steps=100), lost, **plain,

@@ -88,9 +88,19 @@ def custom_function(node: Any) -> type | None:
     return node._forward_cls if isinstance(node, BackwardCFunction) else None  # type: ignore[attr-defined]
 
 
+def custom_functions(nodes: Iterable[Any]) -> list[type]:
+    """Return the ``torch.autograd.Function`` classes among the operations of some backward nodes."""
+    return [function for node in nodes if (function := custom_function(node)) is not None]
+
+
 def metadata(node: Any) -> Any:
     """Return shape, dtype and device of each output of the operation that a backward node belongs to."""
     return node._input_metadata
+
+
+def dtypes_of(nodes: Iterable[Any]) -> set[torch.dtype]:
+    """Return the types of the outputs of the operations that backward nodes belong to."""
+    return {entry.dtype for node in nodes for entry in node._input_metadata}
 
 
 def saved(node: Any, name: str) -> Any:
@@ -145,8 +155,8 @@ def buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Return whether ``torch.compile`` was applied to a module, or to its call in place."""
-    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    """Return whether ``torch.compile`` was applied to a module or one inside it, or to its call in place."""
+    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in module.modules())
 
 
 def convolve(layer: nn.Conv1d, x: Tensor, weight: Tensor) -> Tensor:

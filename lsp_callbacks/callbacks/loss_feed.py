@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lsp_callbacks.callbacks.shared_losses import SharedLosses
-from lsp_callbacks.monitor.losses import Told
+from lsp_callbacks.monitor.losses import ArrivedLoss
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.step.flat import largest_learning_rate
 from lsp_callbacks.step.ranks import Ranks
@@ -77,11 +77,11 @@ class LossFeed:
         else:
             self._record(self._shared.rest())
 
-    def _record(self, arrived: list[Told]) -> None:
+    def _record(self, arrived: list[ArrivedLoss]) -> None:
         for told in arrived:
             self._monitor.losses.add(told)
         if not self.has_same_rates:
-            self._monitor.warn_once(
+            self._monitor.errors.warn_once(
                 "the learning rates of the processes differ, so that StopOnInstability does not look at the rate that "
                 "the schedule brings next: give all of them the same (a metric that a scheduler watches needs "
                 "sync_dist=True)"

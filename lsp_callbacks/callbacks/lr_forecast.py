@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lsp_callbacks.monitor.monitor import Monitor, Observation
+from lsp_callbacks.monitor.history import Observation
+from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.step.flat import largest_learning_rate
 
 #: Measurements whose mean is the critical rate.
@@ -79,7 +80,7 @@ class LRForecast:
             return observation
         if crossing is None or self._rate_used > self.critical.mean:
             return observation
-        return monitor.add(observation, {"stability/steps_to_edge": crossing + 1.0})
+        return monitor.history.add(observation, {"stability/steps_to_edge": crossing + 1.0})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the last critical rates."""

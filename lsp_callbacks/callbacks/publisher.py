@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lsp_callbacks.callbacks._lightning_internals import logged_row
-from lsp_callbacks.monitor.monitor import Curve, Observation, scalars
+from lsp_callbacks.monitor.history import Curve, Observation, scalars
 from lsp_callbacks.quantities.base import is_global
 
 

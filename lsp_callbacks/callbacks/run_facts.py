@@ -85,7 +85,7 @@ def run_context(
         prox=prox,
         schedulers=None if is_game else schedulers(trainer, optimizer),
         loss_name=None if is_game or loss_fn is None else "loss_fn",
-        captures_inputs=monitor.captures_inputs,
+        captures_inputs=monitor.quantities.captures_inputs,
         unsupported=unsupported(trainer, module, players=is_game),
         sharded=sharded(trainer),
     )

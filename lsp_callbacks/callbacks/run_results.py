@@ -6,7 +6,9 @@ from typing import Any
 
 from lsp_callbacks.callbacks.spawned_history import Mailbox, packed, unpack
 from lsp_callbacks.functional.numerics.first_fault import Fault
-from lsp_callbacks.monitor.monitor import Curve, Monitor
+from lsp_callbacks.monitor.history import Curve
+from lsp_callbacks.monitor.monitor import Monitor
+from lsp_callbacks.monitor.nan_finder import first_fault_of
 from lsp_callbacks.monitor.observer import StepObserver
 from lsp_callbacks.report import Run, Verdict, judge
 
@@ -21,7 +23,7 @@ class RunResults:
 
     def __init__(self, monitor: Monitor, observer: StepObserver):
         self.monitor, self.observer = monitor, observer
-        #: Told of each observation and of the end of each step: `StopOnInstability`.
+        #: ArrivedLoss of each observation and of the end of each step: `StopOnInstability`.
         self.subscribers: list[Any] = []
         #: Called with the number of each step and the loss that its micro-batches returned.
         self.loss_listeners: list[Any] = []
@@ -60,12 +62,12 @@ class RunResults:
     def courant_source(self) -> str | None:
         """What ``stability/courant`` is: "courant_sgd" or "courant_gd" for the whole run; None before it is decided."""
         self._bring_home()
-        return self.monitor.courant_source
+        return self.monitor.courant.name
 
     @property
     def fault(self) -> Fault | None:
         """What made the first NaN or Inf of the run, where "numerics" is among the quantities."""
-        return self.monitor.fault
+        return first_fault_of(self.monitor)
 
     @property
     def verdict(self) -> Verdict:
@@ -78,5 +80,7 @@ class RunResults:
             self.observer.step, self._verdict = unpack(self.monitor, contents)
 
     def _send_home(self, trainer: Any) -> None:
-        with self.monitor.warn_instead_of_raise("the curves could not be sent to the process that started the run"):
+        with self.monitor.errors.warn_instead_of_raise(
+            "the curves could not be sent to the process that started the run"
+        ):
             self._mailbox.send(trainer, packed(self.monitor, self.observer.step, self.verdict))

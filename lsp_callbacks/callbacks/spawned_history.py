@@ -11,7 +11,8 @@ import weakref
 from typing import Any
 
 from lsp_callbacks.callbacks._lightning_internals import is_launched_elsewhere
-from lsp_callbacks.monitor.monitor import Curve, Monitor
+from lsp_callbacks.monitor.history import Curve
+from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.report import Verdict
 
 
@@ -67,8 +68,10 @@ def packed(monitor: Monitor, step: int, verdict: Verdict) -> dict[str, Any]:
 
 def unpack(monitor: Monitor, contents: dict[str, Any]) -> tuple[int, Verdict]:
     """Give what a run has left to the monitor, and return its number of steps and its verdict."""
-    monitor.skipped, monitor.paths = contents["skipped"], contents["paths"]
-    monitor.history = {key: Curve(*curve) for key, curve in contents["history"].items()}
+    monitor.history.replace({key: Curve(*curve) for key, curve in contents["history"].items()})
+    for kept, of_run in ((monitor.skipped, contents["skipped"]), (monitor.paths, contents["paths"])):
+        kept.clear()
+        kept.update(of_run)
     monitor.courant.load_state_dict(contents["courant"])
     monitor.losses.load_state_dict(contents["losses"])
     return contents["step"], Verdict(**contents["verdict"])

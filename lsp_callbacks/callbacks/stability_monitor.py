@@ -157,7 +157,9 @@ class StabilityMonitor(RunResults, Callback):
             self.monitor.reset()
         self.monitor.drop()
         reason = unsupported(trainer, pl_module, players=isinstance(self.loss_fn, Mapping))
-        named = [q for q in self.monitor.quantities.values() if q.needs_update and q.name in self.monitor.named]
+        named = [
+            q for q in self.monitor.quantities.values() if q.needs_update and q.name in self.monitor.quantities.named
+        ]
         if reason and named:
             raise Unmeasurable(f"{named[0].name} cannot be measured: {reason}")
 
@@ -245,7 +247,7 @@ class StabilityMonitor(RunResults, Callback):
             sub_batch = None if self.sub_batch is None else observer.sub_batch or 0
             for observation in completed.observations:
                 publisher.measured(observation.step)
-                with self.monitor.warn_instead_of_raise("the schedule could not be looked ahead"):
+                with self.monitor.errors.warn_instead_of_raise("the schedule could not be looked ahead"):
                     observation = self.forecast.look_ahead(trainer, self.monitor, observation, observer.step)
                 publisher.publish(trainer, observation, sub_batch=sub_batch)
                 for subscriber in self.subscribers:
@@ -266,7 +268,7 @@ class StabilityMonitor(RunResults, Callback):
         observer = self.observer
         observer.check_update()
         if self._loop.overrides_step and observer.is_pending and not self.history:
-            self.monitor.warn_once(
+            self.monitor.errors.warn_once(
                 f"no optimizer step was seen: {type(pl_module).__name__}.optimizer_step must call "
                 "optimizer.step(closure) of the optimizer that Lightning passes in"
             )

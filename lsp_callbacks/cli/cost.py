@@ -27,6 +27,7 @@ from lsp_callbacks.cli.configured import (
     with_configuration,
 )
 from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.monitor.budget import measurement_memory
 from lsp_callbacks.monitor.cadence import MODELLED
 from lsp_callbacks.monitor.limits import readable
 from lsp_callbacks.step.snapshot import Snapshot
@@ -175,7 +176,7 @@ class _Meter(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         cadence = self.inner.monitor.cadence
         self._every_n_steps, cadence.every_n_steps = cadence.every_n_steps, None
-        self.inner.monitor.max_memory = None
+        self.inner.monitor.budget.max_memory = None
         self.inner.setup(trainer, pl_module, stage)
         self.inner.monitor.reset()
 
@@ -207,18 +208,18 @@ class _Meter(Callback):
     def count_measurement(self, snapshot: Snapshot) -> None:
         """Look at the costs after a step that has completed a measurement of everything."""
         monitor, costs = self.inner.monitor, self.costs
-        if monitor.period is None or not monitor.is_complete(snapshot.step, within=PATIENCE):
+        if monitor.cadence.period is None or not monitor.schedule.is_complete(snapshot.step, within=PATIENCE):
             return
         self._completed += 1
         if self._completed == 1:
-            costs.step, costs.memory = median(self.steps[WARM_UP:]), monitor.memory(snapshot)
+            costs.step, costs.memory = median(self.steps[WARM_UP:]), measurement_memory(monitor.quantities, snapshot)
             for name, quantity in monitor.quantities.items():
                 with contextlib.suppress(Unmeasurable):
                     costs.gradients[name] = sum(quantity.cost(snapshot).values())
             costs.total, costs.period = monitor.cadence.cost, self._every_n_steps or monitor.cadence.period or 1
-            monitor.cadence.every_n_steps = monitor.cadence.period = monitor.longest  # the next one at once
+            monitor.cadence.every_n_steps = monitor.cadence.period = monitor.quantities.longest  # the next one at once
         else:
-            costs.seconds = {name: monitor.seconds.expected(name) for name in monitor.seconds.taken}
+            costs.seconds = {name: monitor.budget.seconds.expected(name) for name in monitor.budget.seconds.taken}
             costs.skipped = monitor.skipped
             step = replace(snapshot, run=replace(snapshot.run, series=monitor.trace))
             costs.waiting = [name for name, quantity in monitor.quantities.items() if quantity.warm_up(step)]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lsp_callbacks.loops.plain_loop import PlainLoop, check_schedulers, why_unsupported
 from lsp_callbacks.monitor.configure import configured
 from lsp_callbacks.monitor.gradient_check import copies_of_gradients
-from lsp_callbacks.monitor.monitor import Curve, Monitor
+from lsp_callbacks.monitor.history import Curve
+from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.nan_finder import finite
 from lsp_callbacks.monitor.observer import StepObserver
 from lsp_callbacks.report import Run, Verdict, judge
@@ -104,7 +105,7 @@ class Watch:
             prox=prox,
             schedulers=check_schedulers(schedulers, optimizer),
             loss_name="loss_fn",
-            captures_inputs=self.monitor.captures_inputs,
+            captures_inputs=self.monitor.quantities.captures_inputs,
             unsupported=unsupported or why_unsupported(),
         )
         self.loop = PlainLoop(module, run, loss_fn, accumulate=accumulate, clipping=clipping, scaler=scaler)

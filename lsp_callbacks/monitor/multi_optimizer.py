@@ -13,11 +13,10 @@ from torch import Tensor
 
 from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.monitor.training_loop import MicroBatchLoss
-from lsp_callbacks.step.batch import copied
 from lsp_callbacks.step.fingerprint import identical
 from lsp_callbacks.step.pending_step import PendingStep
 from lsp_callbacks.step.players import Player
-from lsp_callbacks.step.replay import replayer
+from lsp_callbacks.step.replay import copied, replayer
 from lsp_callbacks.step.snapshot import Snapshot
 from lsp_callbacks.step.verified_step import verified_player_step
 

@@ -1,4 +1,4 @@
-"""A look at every step, before its update; knows of no training loop."""
+"""What made the first NaN or Inf of a run: a look at every step before its update; knows of no training loop."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from lsp_callbacks.autograd.random_state import TorchRandomState
 from lsp_callbacks.functional.numerics.first_fault import Fault, first_fault
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.quantities.numerics.numerics import Numerics
-from lsp_callbacks.step.batch import MicroBatch, copied
+from lsp_callbacks.step.batch import MicroBatch
 from lsp_callbacks.step.flat import restored
-from lsp_callbacks.step.muted import muted
 from lsp_callbacks.step.pending_step import PendingStep
 from lsp_callbacks.step.ranks import Ranks
-from lsp_callbacks.step.replay import untouched
+from lsp_callbacks.step.replay import copied
+from lsp_callbacks.step.side_effects import muted, untouched
 
 
-class Guard:
+class NanFinder:
     """Finds out what made the first NaN or Inf of a run, if `Numerics` is among what is measured.
 
     At each step one norm over loss and gradient is read, the only wait for the device. The first time that it is not
-    finite, the step is replayed once, at the parameters that it had (the update has not come yet), under
+    finite, the step is replayed once, at the parameters that it had (the update comes later), under
     `lsp_callbacks.functional.numerics.first_fault`; afterwards nothing is replayed any more. Until then the step's
     batches are kept by reference, with torch's random state. The copy of the module is made at the fault only: so its
     buffers and attributes are as the step left them, a batch that the step changed in place is as it left it, and
-    numbers drawn from numpy or Python are others. Where the replay is finite, or fails, the `Fault` says so.
+    numbers drawn from numpy or Python are others. If the replay is finite, or fails, the `Fault` says so.
 
-    Of several ranks all look at the gradient, which is the same on each, and the first that finds a fault tells it; a
-    loss that is not finite, with a gradient that is, is looked at with one rank only.
+    Several ranks all look at the gradient, which is the same on each, and the first that finds a fault reports it; a
+    loss that is not finite while the gradient is finite is looked at with one rank only.
 
     Args:
         monitor: that measures `Numerics`; if it does not, nothing is done.
@@ -48,21 +48,21 @@ class Guard:
 
     @property
     def numerics(self) -> Numerics | None:
-        """The quantity; None where it is not measured."""
-        found = self.monitor.quantities.get(Numerics.name)
-        return found if isinstance(found, Numerics) else None
+        """The quantity that reports the fault; None if it is not measured."""
+        quantity = self.monitor.quantities.get(Numerics.name)
+        return quantity if isinstance(quantity, Numerics) else None
 
     def begin(self) -> None:
-        """The last step is over: its batches are let go."""
+        """Forget the batches of the step before."""
         self._parts = []
 
     def add(self, batch: Any, loss: Callable[[nn.Module, Any], Tensor | None]) -> None:
-        """A micro-batch whose forward pass comes next, and its loss as the step will differentiate it."""
+        """Add a micro-batch whose forward pass comes next, and its loss as the step will differentiate it."""
         if self.numerics is not None:
             self._parts.append(MicroBatch(batch, loss, TorchRandomState()))
 
     def saw_loss(self, loss: Tensor) -> None:
-        """The loss of the last micro-batch; a factor on it does no harm."""
+        """Note the loss of the last micro-batch; it may hold a factor."""
         if self._parts:
             self._parts[-1].step_loss = loss.detach()
 
@@ -76,15 +76,15 @@ class Guard:
         left_out: bool = False,
         moved: str | None = None,
     ) -> Fault | None:
-        """Called when the gradient is complete, before the update.
+        """Return the fault if this step is the first that is not finite; its gradient is complete.
 
         Args:
             step: number of the update.
             module: whose parameters and gradients these are.
             pending: makes the copy of the module for a replay.
             ranks: that take the step together.
-            left_out: whether a gradient scaler will leave the update out, as scaled gradients have overflowed: that is
-                no fault, unless the loss itself is not finite.
+            left_out: whether a gradient scaler will skip the update, as scaled gradients have overflowed: that is no
+                fault, unless the loss itself is not finite.
             moved: why the parameters are not those of the step any more, if they are not.
 
         Returns:
@@ -99,7 +99,7 @@ class Guard:
         if numerics.recovered or not bool(numerics.nonfinite_step.isnan()):
             return None
 
-        def own() -> Fault:
+        def rank_fault() -> Fault:
             if moved is not None:
                 return Fault(step, "unknown", reason=moved)
             try:
@@ -108,16 +108,16 @@ class Guard:
             except Exception as error:  # whatever the user's objects raise
                 return Fault(step, "unknown", reason=f"its replay failed, {type(error).__name__}: {error}")
 
-        found = ranks.together(lambda: ranks.gather(own, "the fault"))
-        known = [k for k, fault in enumerate(found) if fault.where != "unknown"]
-        if not known and left_out:  # the scaled loss has overflowed
+        faults = ranks.together(lambda: ranks.gather(rank_fault, "the fault"))
+        located = [k for k, fault in enumerate(faults) if fault.where != "unknown"]
+        if not located and left_out:  # the scaled loss has overflowed
             numerics.recovered = True
             return None
-        first = known[0] if known else 0
-        fault = replace(found[first], rank=first) if ranks.world > 1 else found[first]
+        first = located[0] if located else 0
+        fault = replace(faults[first], rank=first) if ranks.world > 1 else faults[first]
         numerics.blame(fault)
         if ranks.rank == 0:
-            self.monitor.warn_once(f"step {step} is not finite: {fault}")
+            self.monitor.errors.warn_once(f"step {step} is not finite: {fault}")
         return fault
 
     def _traced(self, step: int, module: nn.Module, pending: PendingStep) -> Fault:
@@ -138,12 +138,23 @@ class Guard:
             step,
             "unknown",
             reason="in a replay of the step loss and gradient are finite: the gradient was changed after the backward "
-            "pass, or something outside of batch and module has a say in the loss",
+            "pass, or the loss depends on something outside of batch and module",
         )
 
 
+def first_fault_of(monitor: Monitor) -> Fault | None:
+    """Return what made the first NaN or Inf of the run; None before it, and if `Numerics` is not measured."""
+    return next((quantity.fault for quantity in monitor.quantities.all if isinstance(quantity, Numerics)), None)
+
+
+def unrecovered_fault_of(monitor: Monitor) -> Fault | None:
+    """Return the first fault of the run, unless loss and gradient have been finite again since."""
+    recovered = any(isinstance(quantity, Numerics) and quantity.recovered for quantity in monitor.quantities.all)
+    return None if recovered else first_fault_of(monitor)
+
+
 def finite(tensors: list[Tensor]) -> bool:
-    """Whether all numbers are finite; reads from the device once, unless they are not or nearly overflow."""
+    """Return whether all numbers are finite; reads from the device once, unless they are not or nearly overflow."""
     dense = [sparse_values(t) if t.layout is torch.sparse_coo else t for t in tensors if t.numel()]
     if not dense:
         return True

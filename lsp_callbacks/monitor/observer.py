@@ -12,16 +12,17 @@ from torch import Tensor
 
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.gradient_check import GradientCheck, Gradients
-from lsp_callbacks.monitor.monitor import Monitor, Observation
+from lsp_callbacks.monitor.history import Observation
+from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.multi_optimizer import Game
-from lsp_callbacks.monitor.nan_finder import Guard
+from lsp_callbacks.monitor.nan_finder import NanFinder
 from lsp_callbacks.monitor.training_loop import MicroBatchLoss, TrainingLoop
-from lsp_callbacks.monitor.update_check import Destination
+from lsp_callbacks.monitor.update_check import UpdateCheck
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import PendingStep, never
 from lsp_callbacks.step.players import Player
 from lsp_callbacks.step.probes import Criterion, ForwardFn, Probes
-from lsp_callbacks.step.replay import untouched
+from lsp_callbacks.step.side_effects import untouched
 from lsp_callbacks.step.snapshot import Snapshot
 from lsp_callbacks.step.step_loss import StepLoss
 from lsp_callbacks.step.verified_step import verified
@@ -76,8 +77,8 @@ class StepObserver:
         wanted = max((getattr(quantity, "probes", 0) for quantity in monitor.quantities.values()), default=0)
         self.probes = Probes(wanted, forward_fn, criterion)
         self.step_loss = StepLoss()
-        self.nan_finder = Guard(monitor)
-        self._gradient_check, self._update_check = GradientCheck(), Destination()
+        self.nan_finder = NanFinder(monitor)
+        self._gradient_check, self._update_check = GradientCheck(), UpdateCheck()
         self.listeners: list[Callable[[Snapshot], None]] = []
         self.step = self.updates = 0
         self.previous: int | None = None
@@ -113,7 +114,7 @@ class StepObserver:
         """
         self.attach(loop)
         if losses is not None:
-            self.game = Game(optimizers, losses, self._new_pending, self.monitor.warn_instead_of_raise)
+            self.game = Game(optimizers, losses, self._new_pending, self.monitor.errors.warn_instead_of_raise)
             for player in self.game.players():
                 self._require(player.optimizers[player.name], player=player)
         else:
@@ -137,7 +138,7 @@ class StepObserver:
 
     def close(self) -> None:
         """Remove all hooks of ours from the module and from the optimizers, when training ends."""
-        self.monitor.close()
+        self.monitor.recorder.close()
         self._close_game()
 
     def _close_game(self) -> None:
@@ -171,12 +172,12 @@ class StepObserver:
             self.forget_step()
             self.nan_finder.begin()
             if self.game is not None:
-                with monitor.warn_instead_of_raise("the batch could not be kept for a replay"):
+                with monitor.errors.warn_instead_of_raise("the batch could not be kept for a replay"):
                     self.game.begin(batch)
             else:
                 self._pending = self._new_pending(scheduled, has_backward)
         self.step_loss.begin_batch()
-        monitor.begin(module, first=first)
+        monitor.recorder.begin(module, first=first)
         if monitor.quantities:
             self.probes.add(batch, module)
         if self.game is None:
@@ -193,7 +194,7 @@ class StepObserver:
     def _new_pending(self, scheduled: float = math.nan, has_backward: bool = True) -> PendingStep | None:
         """Return what the coming step must be replayed from, if it is to be measured."""
         if self.monitor.wants(self.step, scheduled=scheduled) and has_backward:
-            with self.monitor.warn_instead_of_raise("the step could not be kept for a replay"):
+            with self.monitor.errors.warn_instead_of_raise("the step could not be kept for a replay"):
                 return self.loop.new_step()
         return None
 
@@ -271,7 +272,7 @@ class StepObserver:
         """Measure the step now, if it is due; a second time nothing happens. For the arguments see `before_update`."""
         monitor = self.monitor
         if self.game is not None:
-            with monitor.warn_instead_of_raise("the player's step could not be looked at"):
+            with monitor.errors.warn_instead_of_raise("the player's step could not be looked at"):
                 self._measure_player(self.game, optimizer)
             return
         if self._pending is None:
@@ -288,7 +289,7 @@ class StepObserver:
         is_compared = needs_update and self.loop.moves_parameters
         if is_compared:
             self._update_check.awaited()
-        with monitor.warn_instead_of_raise("the step could not be looked at"), untouched(self.loop.module):
+        with monitor.errors.warn_instead_of_raise("the step could not be looked at"), untouched(self.loop.module):
             self.sub_batch = pending.samples
             clipping = self._clipping(pending, optimizer)
             snapshot = self.snapshot(optimizer, clipping)
@@ -297,10 +298,10 @@ class StepObserver:
                 self.replayed_loss = snapshot.loss
             self._observe(snapshot)
             if is_compared:
-                with monitor.warn_instead_of_raise("where the step leads could not be told"):
+                with monitor.errors.warn_instead_of_raise("where the step leads could not be told"):
                     self._update_check.expect(_whole(snapshot, clipping) if pending.samples else snapshot)
         if needs_update and coming_gradients is not None:
-            with monitor.warn_instead_of_raise("whether the gradient is changed later could not be watched"):
+            with monitor.errors.warn_instead_of_raise("whether the gradient is changed later could not be watched"):
                 self._gradient_check.expect(coming_gradients)
 
     def snapshot(self, optimizer: torch.optim.Optimizer, clipping: Clipping | None = None) -> Snapshot:
@@ -338,7 +339,7 @@ class StepObserver:
             is_gone_allowed: whether gradients may have been set to None, as after the update.
         """
         changed = False
-        with self.monitor.warn_instead_of_raise("whether the gradient was changed could not be told"):
+        with self.monitor.errors.warn_instead_of_raise("whether the gradient was changed could not be told"):
             changed = self._gradient_check.is_changed(is_gone_allowed=is_gone_allowed)
         if changed:
             self.invalidate_update(reason)
@@ -374,7 +375,7 @@ class StepObserver:
         """Look for the first NaN of the run; of a batch that makes several updates, in those after the first, too."""
         again = self.updates > 0
         step = self.step - again
-        with self.monitor.warn_instead_of_raise("whether the step is finite could not be told"):
+        with self.monitor.errors.warn_instead_of_raise("whether the step is finite could not be told"):
             fault = self.nan_finder.look(
                 step,
                 self.loop.module,
@@ -384,7 +385,7 @@ class StepObserver:
                 moved=MOVED_BEFORE if again and not self.loop.repeats_forward else None,
             )
             if fault is not None:
-                self._fault = self.monitor.add(Observation(step, {}), {"stability/nonfinite_step": float(step)})
+                self._fault = self.monitor.history.add(Observation(step, {}), {"stability/nonfinite_step": float(step)})
 
     def _clipping(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
         if self.monitor.invalidated or pending.module_copy is None:

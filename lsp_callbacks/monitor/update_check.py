@@ -1,4 +1,4 @@
-"""Whether the weights come to where the step and the user's map should have brought them."""
+"""Whether the parameters are where the optimizer's step, and the user's map after it, should have moved them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from lsp_callbacks.step.snapshot import Snapshot
 
 MOVED = (
     "leaves the parameters elsewhere than the optimizer's step on this gradient does: what else is done to them is not "
-    "known; if it maps the weights after the plain step, pass prox=..."
+    "known; if it maps the parameters after the plain step, pass prox=..."
 )
 ELSEWHERE = "the parameters after the step are not prox(step): another map, or none, was applied to them"
 
 
-class Destination:
-    """Where a measured step should leave the parameters, until somebody has looked; knows of no training loop.
+class UpdateCheck:
+    """Compares the parameters after a measured step with the target of its update; knows of no training loop.
 
-    Where it could not be told, as the step could not be replayed, that was said: it proves no other map.
+    If the replay failed, no target is known; a warning was already issued, and the check is skipped.
     """
 
     def __init__(self) -> None:
@@ -24,23 +24,23 @@ class Destination:
         self.forget()
 
     def forget(self) -> None:
-        """Nothing is awaited."""
+        """Forget the target, so that nothing is compared."""
         self._expected: Expected | None = None
         self.is_awaited = False
 
     def awaited(self) -> None:
-        """A step that promises one begins to be measured; called on every rank, also where the measurement fails."""
+        """Expect a target of the step that is measured next; called on every rank, also if the measurement fails."""
         self._expected, self.is_awaited = None, True
 
     def expect(self, snapshot: Snapshot) -> None:
-        """What that step promises."""
+        """Compute the target of that step."""
         self._expected = expected(snapshot)
 
     def missed(self, *, last: bool = True) -> bool:
-        """Whether the parameters are elsewhere; then, and once they are there, nothing is awaited any more.
+        """Return whether the parameters are not at the target, which is then forgotten, as it is once they are there.
 
         Args:
-            last: nothing comes any more before the next forward pass; otherwise they may still be moved there.
+            last: whether nothing can move the parameters any more before the next forward pass.
         """
         if not self.is_awaited:
             return False

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from lsp_callbacks.operators.curvature.hessian import path_taken
 from lsp_callbacks.plots.figure import load
 from lsp_callbacks.quantities.key import PREFIX, Key, is_global
-from lsp_callbacks.step.series import Energy
+from lsp_callbacks.step.energies import Energy
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Name, in keys, of what is outside of all submodules.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lsp_callbacks.monitor.monitor import Curve
+from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.plots.figure import load
 
 #: Number of Courant numbers that are averaged: each is one mini-batch's, and the exponent is a mean of as many windows.

@@ -9,8 +9,10 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from lsp_callbacks.functional.numerics.first_fault import Fault
+from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.monitor.losses import SETTLED, LossRecord
-from lsp_callbacks.monitor.monitor import Curve, Monitor
+from lsp_callbacks.monitor.monitor import Monitor
+from lsp_callbacks.monitor.nan_finder import unrecovered_fault_of
 from lsp_callbacks.report.linear_stability import linear_state, unbroken
 
 State = Literal[
@@ -60,7 +62,12 @@ class Run:
         stopped = next((judge for judge in stops if judge.stop_step is not None), None)
         stop = {} if stopped is None else {"stop": stopped.stop_step, "reason": stopped.reason}
         return cls(
-            monitor.history, monitor.ended_by, max(step - 1, 0), monitor.losses, min(events, default=None), **stop
+            monitor.history,
+            unrecovered_fault_of(monitor),
+            max(step - 1, 0),
+            monitor.losses,
+            min(events, default=None),
+            **stop,
         )
 
 

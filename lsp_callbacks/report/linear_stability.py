@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lsp_callbacks.monitor.monitor import Curve
+from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.report.curves import AVERAGE, averaged, latest, readings
 
 #: Range of mean Courant numbers "at the edge": healthy full-batch training reaches 1.19 by its curvature, and healthy

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsp_callbacks.monitor.monitor import Curve
+from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.plots.figure import GREY, STYLE, load
 from lsp_callbacks.plots.labels import EVENTS, mark_events
 from lsp_callbacks.plots.panels import Line, draw_courant, draw_exponent, draw_layers, draw_loss

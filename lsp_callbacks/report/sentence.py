@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lsp_callbacks.functional.numerics.first_fault import Fault
-from lsp_callbacks.monitor.monitor import Curve
+from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.report.judgement import Run, Verdict, judge
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from lsp_callbacks.monitor.monitor import Curve
+from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.plots.figure import load
 from lsp_callbacks.quantities.key import PREFIX, Key
 from lsp_callbacks.quantities.tables import stated_keys

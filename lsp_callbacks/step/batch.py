@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import tree_map
@@ -31,17 +29,6 @@ class MicroBatch:
     loss: Callable[[nn.Module, Any], Tensor | None]
     random_state: TorchRandomState = field(default_factory=RandomState)
     step_loss: Tensor | None = None
-
-
-def copied(batch: Any) -> Any:
-    """Return a deep copy, in a quick way for the usual containers of tensors."""
-    return tree_map(lambda leaf: leaf.clone() if type(leaf) is Tensor else copy.deepcopy(leaf), batch)
-
-
-def summed(losses: Iterable[Tensor | None]) -> Tensor | None:
-    """Return the sum of the losses that are not None, in their order; None if there is none."""
-    present = [loss for loss in losses if loss is not None]
-    return functools.reduce(torch.add, present) if present else None
 
 
 def batch_size(batch: Any) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,35 @@ def displaced(parameters: list[nn.Parameter], direction: Tensor, distance: float
         for p, d in zip(parameters, split(direction, parameters)):
             p.data.add_(d.to(p.dtype), alpha=distance)
         yield
+
+
+def loss_and_gradient(replay: Callable[[], Tensor], parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
+    """Return a loss and its flat gradient, computed on the path that training took, uncompiled."""
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        loss = replay()
+        return loss, flatten(torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
+
+
+def displaced_gradient(
+    replay: Callable[[], Tensor],
+    parameters: list[nn.Parameter],
+    direction: Tensor,
+    distance: float,
+    reference: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rise of a loss at displaced parameters, its size before, and the flat gradient there.
+
+    Args:
+        replay: computes the loss.
+        parameters: that are displaced, and put back.
+        direction: flat.
+        distance: multiple of the direction.
+        reference: the loss before; None takes that at the displaced parameters.
+    """
+    with displaced(parameters, direction, distance):
+        loss, gradient = loss_and_gradient(replay, parameters)
+    before = loss.detach() if reference is None else reference
+    return loss.detach() - before, before.abs(), gradient
 
 
 def largest_learning_rate(optimizer: torch.optim.Optimizer) -> float:

@@ -9,20 +9,20 @@ from typing import Any
 DENSITY, KEPT = 8, 25
 
 
-class Rates:
-    """The sums of the rates and of their squares, and marks from which it can be read how the rates fade.
+class LearningRateSums:
+    """The sums of the learning rates and of their squares, and marks from which their decay can be estimated.
 
     There is a mark at the steps 8, 9, ..., 15, 16, 18, ..., 30, 32, 36, ..., eight in each octave, so that with t also
-    t/2, t/4 and t/8 have one. What is kept is the sum of the rates from one mark to the next (differences of larger
-    sums would drown in rounding as the rates fade), for the last three octaves: that is enough for
-    `lsp_callbacks.functional.rate_decay`, and no schedule is stored. Between steps that came alone the rate is taken to
-    have stayed what it was.
+    t/2, t/4 and t/8 have one. The sum of the rates from one mark to the next is kept (differences of larger sums would
+    be lost to rounding as the rates decay), for the last three octaves: that is enough for
+    `lsp_callbacks.functional.rate_decay`, and no schedule is stored. Between steps that are missing the rate is assumed
+    to be constant.
 
     Attributes:
-        total: of the rates of all steps that were seen.
-        squares: of their squares.
-        marks: at each the sum since the one before.
-        gap: the most steps between two that were seen.
+        total: sum of the rates of all recorded steps.
+        squares: sum of their squares.
+        marks: by step, the sum since the mark before.
+        gap: the most steps between two that were recorded.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Rates:
         self._next = DENSITY
 
     def add(self, step: int, rate: float) -> None:
-        """The rate of a step; one that is not finite, or a step backwards, begins the marks anew."""
+        """Add the rate of a step; one that is not finite, or a step backwards, begins the marks anew."""
         if not math.isfinite(rate):
             self._forget()
             return
@@ -56,9 +56,9 @@ class Rates:
         self._step, self._rate = step, rate
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers only."""
+        """Return numbers only."""
         return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
         vars(self).update({name: state[name] for name in vars(self)} | {"marks": dict(state["marks"])})

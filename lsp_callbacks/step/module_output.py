@@ -15,7 +15,7 @@ from lsp_callbacks.errors import Unmeasurable
 
 @dataclass
 class _Calls:
-    """Those of one micro-batch: of each kind the first one's output, and how many there were."""
+    """The calls of one micro-batch: of each kind the output of the first, and how many there were."""
 
     kept: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -37,18 +37,18 @@ class _Calls:
                 "gradients, and not inside of compiled code)"
             )
         # In the backward pass activations are recomputed. Re-entrant checkpoints call with gradients there alone, the
-        # others for a second time; a call without gradients may be a re-entrant one's first, or a look by the way.
+        # others for a second time; a call without gradients may be a re-entrant one's first, or an additional one.
         several = forward > 1 or (backward > 1 if not forward else backward and "without gradient" in self.counts)
         if several:
             raise Unmeasurable(
-                f"state={name!r}: the module was called several times for one batch, and which output is the final "
-                "state cannot be told: name a module that is called once"
+                f"state={name!r}: the module was called several times for one batch, and it is not clear which "
+                "output is the final state: name a module that is called once"
             )
-        found = self.kept["forward" if forward else "backward"]
-        if not isinstance(found, Tensor) or not found.ndim:
-            what = found if isinstance(found, str) else "a tensor without axes"
+        output = self.kept["forward" if forward else "backward"]
+        if not isinstance(output, Tensor) or not output.ndim:
+            what = output if isinstance(output, str) else "a tensor without axes"
             raise Unmeasurable(f"state={name!r}: the module returns {what}; name one that returns a tensor of samples")
-        return found
+        return output
 
 
 class FinalState:
@@ -71,11 +71,11 @@ class FinalState:
         self._parts: list[_Calls] = []
 
     def begin(self, root: nn.Module, *, first: bool) -> None:
-        """A micro-batch whose forward pass comes next.
+        """Prepare for the forward pass of a micro-batch.
 
         Args:
-            root: the module that is trained; in training mode, otherwise its calls are no training.
-            first: of a step.
+            root: the module that is trained; its calls are counted in training mode only.
+            first: whether it is the first micro-batch of a step.
 
         Raises:
             Unmeasurable: if there is no such module, or it takes no hooks.
@@ -87,7 +87,7 @@ class FinalState:
             self._parts.append(_Calls())
 
     def see(self, output: Any) -> None:
-        """The module was called."""
+        """Note a call of the module."""
         if self._root is None or not self._root.training:
             return
         kind = "without gradient"
@@ -96,20 +96,20 @@ class FinalState:
         self._parts[-1].add(kind, output)
 
     def states(self) -> list[Tensor]:
-        """Of the step's micro-batches.
+        """Return the final state of each micro-batch of the step.
 
         Raises:
-            Unmeasurable: where it cannot be told which output is the final state of the step.
+            Unmeasurable: if it is not clear which output is the final state.
         """
         if not self._parts:
             raise Unmeasurable(
-                f"state={self.name!r} was not seen: in a loop of your own call Monitor.begin(module) before the step's "
-                "forward pass"
+                f"state={self.name!r} was not seen: in a custom loop call Monitor.recorder.begin(module) before the "
+                "step's forward pass"
             )
         return [calls.state(self.name) for calls in self._parts]
 
     def close(self) -> None:
-        """Takes the hook away, and forgets what it saw."""
+        """Remove the hook, and forget what it saw."""
         if self._handle is not None:
             self._handle.remove()
         self._root, self._handle, self._parts = None, None, []
@@ -132,16 +132,16 @@ class _Hook:
 
 
 def submodule(root: nn.Module, name: str) -> nn.Module:
-    """The module of that name.
+    """Return the module of that name.
 
     Raises:
         Unmeasurable: if there is none, or it takes no hooks.
     """
     try:
-        found = root.get_submodule(name)
+        module = root.get_submodule(name)
     except AttributeError:
-        names = ", ".join(repr(one) for one, _ in root.named_modules() if one)
+        names = ", ".join(repr(other) for other, _ in root.named_modules() if other)
         raise Unmeasurable(f"state={name!r} names no module; those here are {names}; '' is the root") from None
-    if isinstance(found, torch.jit.ScriptModule):
+    if isinstance(module, torch.jit.ScriptModule):
         raise Unmeasurable(f"state={name!r} is a scripted module, which takes no hooks: name another one")
-    return found
+    return module

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import is_compiled
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.step.batch import MicroBatch, batch_size, copied, first_samples
+from lsp_callbacks.step.batch import MicroBatch, batch_size, first_samples
 from lsp_callbacks.step.fingerprint import fingerprint, identical
 from lsp_callbacks.step.module_copy import ModuleCopy
 from lsp_callbacks.step.module_modes import evaluating
-from lsp_callbacks.step.replay import replayer
+from lsp_callbacks.step.replay import copied, replayer
 from lsp_callbacks.step.replay_checks import replayed_gradient, verify
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot
@@ -210,4 +210,4 @@ def _raising(error: Exception | None) -> Callable[[], Tensor]:
 
 def _compiled(module: nn.Module) -> bool:
     # Copies are not compiled: their attributes do not show it.
-    return any(is_compiled(m) or getattr(m, "_compiler_ctx", None) for m in module.modules())
+    return is_compiled(module) or any(getattr(m, "_compiler_ctx", None) for m in module.modules())

@@ -1,4 +1,4 @@
-"""Several optimizers that take turns, each on a loss of its own: a game, as that of a GAN."""
+"""Several optimizers that take turns, each on a loss of its own, as in a GAN."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lsp_callbacks.errors import Unmeasurable
 
 @dataclass(frozen=True, eq=False)
 class Player:
-    """Whose turn a step is.
+    """The optimizer that makes a step, of several that take turns on losses of their own.
 
     Players take turns: ``theta_1' = theta_1 - eta_1 grad_1 L_1(theta_1, theta_2)``, then ``theta_2' = theta_2 - eta_2
     grad_2 L_2(theta_1', theta_2)``. Each of these is a step, with a `Snapshot` of its own.
@@ -41,7 +41,7 @@ class Player:
             raise ValueError(f"name={self.name!r}: the players are {', '.join(self.optimizers)}")
 
     def holds(self, parameter: nn.Parameter) -> bool:
-        """Whether the snapshot looks at it."""
+        """Return whether a parameter is one of those that the snapshot looks at."""
         return id(parameter) in self._held
 
     @cached_property
@@ -51,13 +51,13 @@ class Player:
 
 
 def require_one(player: Player | None) -> None:
-    """Refuses a game, for what is a property of one loss and one optimizer.
+    """Refuse several optimizers that take turns, for what is a property of one loss and one optimizer.
 
     Raises:
-        Unmeasurable: then.
+        Unmeasurable: if there is a player.
     """
     if player is not None:
         raise Unmeasurable(
-            f"several players ({', '.join(player.optimizers)}) take turns on losses of their own, and none of these "
-            "tells how they drive each other: use lyapunov_trajectory, and sharpness for each by itself"
+            f"several players ({', '.join(player.optimizers)}) take turns on losses of their own, and no single "
+            "loss describes their joint training: use lyapunov_trajectory, and sharpness for each by itself"
         )

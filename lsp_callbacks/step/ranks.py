@@ -1,4 +1,4 @@
-"""The processes of a run, which measure together or not at all."""
+"""The processes of a run: collectives that fail on all ranks or on none."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lsp_callbacks.errors import Unmeasurable, Unsupported
 
 T = TypeVar("T")
 
+#: Where a rank is; if it has failed there, whether that is `Unsupported`, and the message.
 Report = tuple[str, tuple[bool, str] | None]
 
 
@@ -24,24 +25,24 @@ class Ranks:
     The loss of a step is the mean of the ranks' losses, so gradients and Hessian products are means, too: `mean`. Each
     rank computes its own part; what follows from the means is computed on every rank, with the same result.
 
-    One rank may fail in its own part while the others wait for it in a collective, which would then wait for ever. So
-    nobody enters a collective before all ranks have *met*. `together` is a round. In it the ranks meet at each `mean`,
-    `any`, `first` and `gather`, after their own part and before the exchange, and once more at the end. At a meeting,
-    one small all-reduce, each says where it stands: at such an exchange (its name, the shapes of what it brings), at
-    the end, or that it has failed. If all stand at the same place, they exchange; if that is the end, the round is
-    over. Otherwise the round is over for all: all raise the same error, which names the cause, and whoever catches it
-    and calls another exchange in the same round gets it again, without a meeting.
+    If one rank raised an exception in its own part while the others wait in a collective, they would wait forever.
+    Therefore every exchange (`mean`, `any`, `first`, `gather`) begins with an all-reduce of an error flag and of a
+    checksum of the exchange's name and shapes: its *check*. Only if no rank has failed, and all are at the same
+    exchange, do they communicate. Otherwise all ranks raise the same error, which names the cause.
 
-    So a round ends on all ranks at the same meeting, and until then every rank comes to every meeting: whatever it does
-    next is an exchange, the end, or an exception, and each of these is a meeting. Nobody waits for one who does not
-    come, provided that each rank's own part comes to an end and does not itself communicate: `private` sees to that.
+    `together` makes a *round* of several exchanges, with a last check at its end, so that a function either succeeds
+    on all ranks or raises on all. After an error the round is over: whoever catches the error, and calls another
+    exchange in the same round, gets it again without communication. So every rank takes part in the same checks:
+    whatever it does next is an exchange, the end of the round, or an exception, and each of these begins with a check.
+    Nobody waits for a rank that does not come, provided that each rank's own part ends and does not itself
+    communicate, which `private` ensures.
 
     Args:
-        world: how many.
-        rank: which one this is, from 0.
-        device: of the tensors that are exchanged.
+        world: number of processes.
+        rank: number of this process, from 0.
+        device: device of the tensors that are exchanged.
 
-    Cost: alone none; otherwise an exchange costs one all-reduce of three numbers beside its own.
+    Cost: none for one process; otherwise one all-reduce of three numbers for each exchange, beside its own.
     """
 
     def __init__(self, world: int = 1, rank: int = 0, device: torch.device | str = "cpu"):
@@ -51,27 +52,27 @@ class Ranks:
 
     @classmethod
     def joined(cls, device: torch.device | str) -> Ranks:
-        """The processes of the default process group; one where there is none."""
+        """Return the processes of the default process group; one if there is none."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_world_size(), dist.get_rank(), device)
 
     def together(self, compute: Callable[[], T]) -> T:
-        """A round: ``compute`` succeeds on all ranks, and returns each rank's own result, or it raises on all.
+        """Return each rank's own result if ``compute`` succeeds on all ranks, otherwise raise on all: one round.
 
         Inside another round it is a part of that.
 
         Raises:
-            Unmeasurable: where it failed on some ranks; its cause on a rank that failed is that rank's own exception.
-            Exception: the rank's own, where all failed alike.
+            Unmeasurable: if it failed on some ranks; its cause on a rank that failed is that rank's own exception.
+            Exception: the rank's own, if all failed alike.
         """
         if self.world == 1 or self._round:
             return compute()
         self._round, self._over = True, None
         try:
-            result = self._own(compute, "the end")
+            result = self._own_part(compute, "the end")
             if self._over is None:
-                self._meet("the end")
+                self._check("the end")
             if self._over is not None:  # caught in ``compute``, but the others have left
                 raise self._over
             return result
@@ -83,17 +84,17 @@ class Ranks:
             self._round, self._over = False, None
 
     def apart(self, compute: Callable[[], T]) -> T:
-        """A round within a round: where it fails, it raises on all, and the round that it is in goes on.
+        """Run a round within a round: if it fails, it raises on all ranks, and the outer round goes on.
 
-        Whoever catches its exception may do so on every rank, for all leave it at the same meeting.
+        Its exception can be caught on every rank, as all leave it at the same check.
 
         Raises:
             Exception: as `together`.
         """
-        if self._over is not None:  # the others have left the outer one
+        if self._over is not None:  # the others have left the outer round
             raise self._over
-        if self.world > 1 and self._round:  # all are here, or the outer one is over for all
-            self._meet("a round within")
+        if self.world > 1 and self._round:  # all are here, or the outer round is over for all
+            self._check("a round within")
         outer, self._round = self._round, False
         try:
             return self.together(compute)
@@ -101,20 +102,20 @@ class Ranks:
             self._round = outer
 
     def mean(self, compute: Callable[[], tuple[Tensor, ...]], what: str) -> tuple[Tensor, ...]:
-        """The mean over the ranks of each tensor that ``compute`` returns; the same bits on all ranks.
+        """Return the mean over the ranks of each tensor that ``compute`` returns; the same bits on all ranks.
 
         Args:
             compute: the rank's own part.
-            what: name of the exchange.
+            what: name of the exchange, for its check and for messages.
         """
         if self.world == 1:
             return compute()
-        own = self._own(compute, what)
-        self._meet(" ".join([what, *(f"{tuple(t.shape)} {t.dtype}" for t in own)]))
-        return tuple(self.average(t) for t in own)
+        tensors = self._own_part(compute, what)
+        self._check(" ".join([what, *(f"{tuple(t.shape)} {t.dtype}" for t in tensors)]))
+        return tuple(self.average(t) for t in tensors)
 
     def average(self, tensor: Tensor) -> Tensor:
-        """The mean over the ranks without a meeting, where none can fail before; it does not wait for the device."""
+        """Return the mean over the ranks without a check, if none can fail before; it does not wait for the device."""
         # Sums of many half-precision numbers round too much, and not every backend has them.
         half = tensor.dtype in (torch.float16, torch.bfloat16)
         total = (tensor.float() if half else tensor).detach().clone(memory_format=torch.contiguous_format)
@@ -122,38 +123,40 @@ class Ranks:
         return (total / self.world).to(tensor.dtype)
 
     def any(self, compute: Callable[[], bool], what: str) -> bool:
-        """Whether it is true on any rank."""
+        """Return whether ``compute`` returns True on any rank."""
         if self.world == 1:
             return compute()
         (share,) = self.mean(lambda: (torch.tensor(float(compute()), device=self.device),), what)
         return bool(share > 0)
 
     def first(self, compute: Callable[[], T], what: str) -> T:
-        """What ``compute`` returns on rank 0, which alone runs it: anything that can be pickled, tensors on the CPU."""
+        """Return what ``compute`` returns on rank 0, which alone runs it: anything that can be pickled, on the CPU."""
         if self.world == 1:
             return compute()
-        sent = [self._own(compute, what) if self.rank == 0 else None]
-        self._meet(what)
+        sent = [self._own_part(compute, what) if self.rank == 0 else None]
+        self._check(what)
         dist.broadcast_object_list(sent, src=0, device=torch.device(self.device))
         return sent[0]  # type: ignore[return-value]
 
     def gather(self, compute: Callable[[], T], what: str) -> list[T]:
-        """What ``compute`` returns on each rank, by rank: anything that can be pickled, tensors on the CPU."""
-        own = self._own(compute, what)
+        """Return what ``compute`` returns on each rank, by rank: anything that can be pickled, on the CPU."""
+        part = self._own_part(compute, what)
         if self.world == 1:
-            return [own]
-        self._meet(what)
-        return self._everybodys(own)
+            return [part]
+        self._check(what)
+        return self._gathered(part)
 
     def private(self, compute: Callable[[], T]) -> Callable[[], T]:
-        """``compute``, refused where it communicates: if a rank fails before, the others would wait for it.
+        """Return a function like ``compute`` that is refused if it communicates, as the ranks could wait forever.
 
-        It is watched until it has succeeded once, as watching every operation takes time.
+        Its operations are watched until it has succeeded once, as that takes time.
 
         Raises:
             Unsupported: when it is called, and does communicate.
         """
-        watched = self.world > 1
+        if self.world == 1:
+            return compute
+        watched = True
 
         def guarded() -> T:
             nonlocal watched
@@ -166,26 +169,27 @@ class Ranks:
 
         return guarded
 
-    def _own(self, compute: Callable[[], T], where: str) -> T:
-        """The rank's own part; where it fails, the others learn of it."""
+    def _own_part(self, compute: Callable[[], T], where: str) -> T:
+        """Compute the rank's own part; if it fails, say so at the check in which the others wait."""
         if self._over is not None:
             raise self._over
         try:
             return compute()
         except Exception as error:
             if self.world > 1 and self._over is None:
-                self._meet(where, error)
+                self._check(where, error)
             raise
 
-    def _meet(self, where: str, error: Exception | None = None) -> None:
+    def _check(self, where: str, error: Exception | None = None) -> None:
+        """Raise the same error on all ranks unless all are at the same place and none has failed."""
         place = zlib.crc32(where.encode())
         state = torch.tensor([error is not None, place, -place], device=self.device)
         dist.all_reduce(state, op=dist.ReduceOp.MAX)
         failed, most, least = state.tolist()
         if not failed and most == -least:
             return
-        told = None if error is None else (isinstance(error, Unsupported), _told(error))
-        reports: list[Report] = self._everybodys((where, told))
+        failure = None if error is None else (isinstance(error, Unsupported), _message(error))
+        reports: list[Report] = self._gathered((where, failure))
         common: Exception | None = _common(reports) or error  # which all raise alike
         assert common is not None
         if self._round:
@@ -194,10 +198,11 @@ class Ranks:
             raise common
         raise common from error
 
-    def _everybodys(self, own: Any) -> list[Any]:
-        found = [None] * self.world
-        dist.all_gather_object(found, own)
-        return found
+    def _gathered(self, part: Any) -> list[Any]:
+        """Return the objects of all ranks, by rank."""
+        gathered = [None] * self.world
+        dist.all_gather_object(gathered, part)
+        return gathered
 
 
 class _Private(TorchDispatchMode):
@@ -207,18 +212,18 @@ class _Private(TorchDispatchMode):
         if "c10d" in func.namespace:
             raise Unsupported(
                 f"the step communicates between processes in its forward pass ({func}: SyncBatchNorm, all_gather), so "
-                "that its loss is no mean of the processes' own: measure with one process, or without what communicates"
+                "that its loss is not the mean of the processes' losses: measure with one process, or without these"
             )
         return func(*args, **(kwargs or {}))
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return str(error) if isinstance(error, Unmeasurable) else f"{type(error).__name__}: {error}"
 
 
 def _common(reports: list[Report]) -> Unmeasurable | None:
-    """One error for all ranks, from what they have said; None where all have failed with the same one."""
-    failures = {rank: told for rank, (_, told) in enumerate(reports) if told is not None}
+    """Return one error for all ranks, from their reports; None if all have failed with the same one."""
+    failures = {rank: failure for rank, (_, failure) in enumerate(reports) if failure is not None}
     if not failures:
         places = " and ".join(f"rank {rank} at {where!r}" for rank, (where, _) in enumerate(reports))
         return Unmeasurable(f"the ranks took different paths through the measurement: {places}")

@@ -2,51 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 
-from lsp_callbacks.autograd._torch_internals import checkpoints_without_reentrance, without_hooks
-from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.autograd._torch_internals import tree_map
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.step.batch import MicroBatch, copied, summed
+from lsp_callbacks.step.batch import MicroBatch
 from lsp_callbacks.step.module_copy import ModuleCopy
-from lsp_callbacks.step.muted import muted
+from lsp_callbacks.step.side_effects import muted
 
 
-@contextlib.contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """Put the global random states back at the end, and let nothing inside call the module itself.
+def copied(batch: Any) -> Any:
+    """Return a deep copy, in a quick way for the usual containers of tensors."""
+    return tree_map(lambda leaf: leaf.clone() if type(leaf) is Tensor else copy.deepcopy(leaf), batch)
 
-    Its parameters are shared with the copy, so hooks on them are off: autograd would call them. A function that a user
-    stored on the module may refer to the module itself, in a copy too: calling the module raises. Nothing is compiled,
-    as every copy would be compiled anew. Activations are checkpointed without re-entrance, as re-entrant checkpoints
-    do not support ``torch.autograd.grad``, and hide what is inside.
-    """
-    before = RandomState()
-    originals = {id(m) for m in module.modules()}
 
-    def refuse(called: nn.Module, args: tuple) -> None:
-        if id(called) in originals:
-            raise Unmeasurable(
-                f"the copy of the module calls the {type(called).__name__} of the original (through a lambda or a "
-                "closure that holds it): make that function a method, or pass loss_fn=..."
-            )
-
-    handle = register_module_forward_pre_hook(refuse)
-    try:
-        with (
-            without_hooks(module.parameters()),
-            torch.compiler.set_stance("force_eager"),
-            checkpoints_without_reentrance(),
-        ):
-            yield
-    finally:
-        handle.remove()
-        before.restore()
+def summed(losses: Iterable[Tensor | None]) -> Tensor | None:
+    """Return the sum of the losses that are not None, in their order; None if there is none."""
+    present = [loss for loss in losses if loss is not None]
+    return functools.reduce(torch.add, present) if present else None
 
 
 def replayer(module_copy: ModuleCopy, parts: Sequence[MicroBatch]) -> Callable[[], Tensor]:
@@ -61,12 +40,13 @@ def replayer(module_copy: ModuleCopy, parts: Sequence[MicroBatch]) -> Callable[[
     """
 
     def replay() -> Tensor:
-        module = module_copy.reset()
-        losses = []
+        losses, module = [], None
         for part in parts:
+            batch = copied(part.batch)
+            module = module_copy.reset() if module is None else module
             part.random_state.restore()
             with muted():
-                losses.append(part.loss(module, copied(part.batch)))
+                losses.append(part.loss(module, batch))
         total = summed(losses)
         if total is None:
             raise Unmeasurable("the replayed step has no loss")

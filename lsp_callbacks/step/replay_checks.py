@@ -14,7 +14,7 @@ from lsp_callbacks.autograd.graph import Graph, joined, read
 from lsp_callbacks.autograd.stop_gradients import StopGradients
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import norm
-from lsp_callbacks.step.flat import flatten
+from lsp_callbacks.step.flat import loss_and_gradient
 
 if TYPE_CHECKING:
     from lsp_callbacks.step.snapshot import Snapshot
@@ -138,9 +138,9 @@ def replayed_gradient(snapshot: Snapshot) -> tuple[Tensor, Tensor]:
     losses: list[Tensor] = []
 
     def rank_gradient() -> tuple[Tensor]:
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            losses.append(snapshot.replay())
-            return (flatten(torch.autograd.grad(losses[0], parameters, allow_unused=True), parameters),)
+        loss, gradient = loss_and_gradient(snapshot.replay, parameters)
+        losses.append(loss)
+        return (gradient,)
 
     (gradient,) = snapshot.run.ranks.mean(rank_gradient, "the gradient")
     return losses[0].detach(), gradient

@@ -73,7 +73,7 @@ class Snapshot:
     shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     verified: Verified = field(default_factory=Verified, init=False, repr=False)
 
-    @property
+    @cached_property
     def unsupported(self) -> str | None:
         """Why the update is not the optimizer's step on this loss, by the run or by this step; None if it is."""
         return self.run.unsupported or self.mismatch
@@ -120,7 +120,7 @@ class Snapshot:
     @cached_property
     def compiled(self) -> bool:
         """Whether ``torch.compile`` was used on any module."""
-        return any(is_compiled(m) for m in self.module.modules())
+        return is_compiled(self.module)
 
     @property
     def joint(self) -> Snapshot:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsp_callbacks.step.batch import summed
+from lsp_callbacks.step.replay import summed
 
 
 def loss_of(outputs: Any) -> Any:

@@ -134,7 +134,7 @@ def test_a_measurement_out_of_memory_is_nan_and_keeps_nothing(error):
             return {"stability/next": torch.tensor(1.0)}
 
     monitor = StabilityMonitor([hungry, Next(error), "sharpness"], every_n_steps=1)
-    with pytest.warns(UserWarning, match=f"could not measure hungry at step 2, and says NaN: {error.__name__}"):
+    with pytest.warns(UserWarning, match=f"could not measure hungry at step 2; reporting NaN: {error.__name__}"):
         assert not changed_by(Model, monitor, max_steps=5)
     assert after and all(one is None for one in after)
     assert [math.isnan(v) for v in monitor.history["stability/hungry"].values] == [False, False, True, False, False]

@@ -133,7 +133,7 @@ def test_stock_callbacks_find_their_key(tmp_path):
 def test_the_first_step_is_measured_and_the_budget_says_when_the_next():
     monitor = StabilityMonitor("economy", budget=0.85)
     trainer = fit(Model(), monitor, max_steps=600)
-    far = 3 * monitor.monitor.period  # the rate is a hundredth of the critical one
+    far = 3 * monitor.monitor.cadence.period  # the rate is a hundredth of the critical one
     assert monitor.history[COURANT].steps == [*range(0, 600, far)] and far < 300
     account = monitor.monitor.cadence
     assert account.spent == pytest.approx(3 * account.cost) and account.spent <= account.budget * 2 * far + account.cost

@@ -52,7 +52,7 @@ def test_what_is_erased_has_no_sensitivity():
 
 
 def test_what_knows_no_prox_is_left_out():
-    with pytest.warns(UserWarning, match=r"leaves out sgd_stability .the map that prox applies"):
+    with pytest.warns(UserWarning, match=r"skips sgd_stability .the map that prox applies"):
         fit(Erased, callback := StabilityMonitor(every_n_steps=1, prox=erased), max_steps=2)
     assert "sgd_stability" in callback.monitor.skipped
     losses = dict.fromkeys(("a", "b"), lambda module, batch: module.loss(batch))

@@ -152,7 +152,7 @@ def test_it_takes_what_the_stability_monitor_takes(run):
 def test_a_preset_and_a_budget(run):
     callback = StabilityCallback("economy", budget=0.5)
     run(callback, accumulate=1)
-    assert callback.monitor.period is not None and callback.monitor.cadence.budget == 0.25
+    assert callback.monitor.cadence.period is not None and callback.monitor.cadence.budget == 0.25
 
 
 @pytest.mark.parametrize(

@@ -70,15 +70,17 @@ def test_spending_never_exceeds_the_budget_by_more_than_the_first_measurement(re
     for n, step in enumerate(found, 1):
         assert n * cost <= budget * (step - begin) + cost + 1e-6
     gaps = [b - a for a, b in pairwise(found)]
-    assert all(math.floor(monitor.period / SPREAD) <= gap <= math.ceil(SPREAD * monitor.period) for gap in gaps)
-    assert 400 - (found[-1] - begin) <= math.ceil(SPREAD * monitor.period)
+    assert all(
+        math.floor(monitor.cadence.period / SPREAD) <= gap <= math.ceil(SPREAD * monitor.cadence.period) for gap in gaps
+    )
+    assert 400 - (found[-1] - begin) <= math.ceil(SPREAD * monitor.cadence.period)
 
 
 def test_what_is_saved_far_from_the_edge_is_spent_near_it():
     adaptive = Monitor(Dial(edge_in_the_middle), budget=1 / 30)
     found = starts(adaptive, 2000)
     near = [step for step in found if 1000 <= step < 1400]
-    assert adaptive.period == 30 and found[:4] == [0, 90, 180, 270]
+    assert adaptive.cadence.period == 30 and found[:4] == [0, 90, 180, 270]
     assert [b - a for a, b in pairwise(near)] == [10] * (len(near) - 1) and len(near) > 2 * 400 / 30
     assert len(found) <= 2000 / 30 + 1
     assert [b - a for a, b in zip(found[-4:], found[-3:])] == [90, 90, 90]
@@ -130,7 +132,7 @@ def test_fewer_quantities_cost_less():
     dear.cost = lambda snapshot: {"dear": 9.0}
     monitor = Monitor(dear, cheap, budget=0.1)
     assert starts(monitor, 150) == [0, 100]
-    with pytest.warns(UserWarning, match="leaves out dear"):
+    with pytest.warns(UserWarning, match="skips dear"):
         monitor.invalidate_update_metrics(None, "no")
     assert starts(monitor, 200, 150) == [*range(200, 350, 10)]
 
@@ -182,7 +184,7 @@ def test_the_trainer_resumes_the_schedule_of_measurements(tmp_path):
     steps = whole.history["stability/courant"].steps
     gaps = [b - a for a, b in pairwise(steps)]
     assert resumed.history["stability/courant"].steps == steps
-    assert min(gaps) < whole.monitor.period < max(gaps)
+    assert min(gaps) < whole.monitor.cadence.period < max(gaps)
     account = whole.monitor.cadence
     assert all(n * account.cost <= account.budget * (step - steps[0]) for n, step in enumerate(steps))
     own, expected = (run.monitor.cadence.state_dict() for run in (resumed, whole))

@@ -75,7 +75,7 @@ def curve(monitor, key):
 )  # fmt: skip
 def test_one_number_for_a_whole_run(gd, sgd, source, expected):
     monitor = observed(gd, sgd)
-    assert curve(monitor, COURANT) == pytest.approx(expected, nan_ok=True) and monitor.courant_source == source
+    assert curve(monitor, COURANT) == pytest.approx(expected, nan_ok=True) and monitor.courant.name == source
     codes = curve(monitor, SOURCE)
     told = [step for step, value in expected.items() if not math.isnan(value)]
     assert codes == dict.fromkeys(told, {"courant_gd": 0.0, "courant_sgd": 1.0}.get(source))
@@ -93,7 +93,7 @@ def test_it_is_the_same_after_a_resume(cut):
     second.cadence.every_n_steps = 1
     observed(steps=range(cut, 6), monitor=second)
     assert curve(second, COURANT) == pytest.approx(curve(whole, COURANT), nan_ok=True)
-    assert second.courant_source == whole.courant_source == "courant_sgd"
+    assert second.courant.name == whole.courant.name == "courant_sgd"
 
 
 def test_states_of_other_runs():
@@ -103,7 +103,7 @@ def test_states_of_other_runs():
     with pytest.warns(UserWarning, match="courant_sgd before"):
         other.load_state_dict(state)
     observed(steps=range(6, 9), monitor=other)
-    assert other.courant_source == "courant_gd" and curve(other, COURANT)[8] == pytest.approx(0.1)
+    assert other.courant.name == "courant_gd" and curve(other, COURANT)[8] == pytest.approx(0.1)
 
 
 def test_a_number_that_was_given_up_does_not_speak_for_the_end():

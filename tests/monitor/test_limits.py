@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lsp_callbacks import Monitor, Quantity, Snapshot, StabilityMonitor, Unmeasurable
 from lsp_callbacks.errors import Unsupported
+from lsp_callbacks.monitor.budget import measurement_memory
 from lsp_callbacks.monitor.limits import Seconds, check_memory, in_bytes, readable
 from lsp_callbacks.operators.memory import footprint
 from lsp_callbacks.step.batch import batch_size
@@ -69,9 +70,9 @@ def test_the_peak_is_predicted_within_a_factor_of_two(model, quantities):
 def test_what_is_too_large_is_left_out_with_the_number():
     monitor = StabilityMonitor(max_memory="20kB", every_n_steps=2)
     wide = lambda: Model(mlp(width=300))  # noqa: E731
-    with pytest.warns(UserWarning, match=r"leaves out .*sharpness.*it would take \d+ kB beside training") as caught:
+    with pytest.warns(UserWarning, match=r"skips .*sharpness.*it would take \d+ kB beside training") as caught:
         fit(wide, monitor, max_steps=5)
-    assert sum("leaves out" in str(w.message) for w in caught) == 1
+    assert sum("skips " in str(w.message) for w in caught) == 1
     assert "sharpness" in monitor.monitor.skipped and "max_memory=20 kB" in monitor.monitor.skipped["sharpness"]
     assert all(not key.startswith("stability/sharp") for key in monitor.history)
     assert len(monitor.history["stability/spectral_norm_max"].steps) == 3  # small enough
@@ -84,8 +85,8 @@ def test_what_fits_is_measured_as_without_a_cap():
     )
     for monitor in (free, capped):
         fit(Model, monitor, max_steps=5)
-    assert free.history == capped.history and capped.monitor.predicted["sharpness"] > 0
-    assert not free.monitor.predicted  # on the CPU, nothing is replayed for a cap that is not there
+    assert free.history == capped.history and capped.monitor.budget.predicted["sharpness"] > 0
+    assert not free.monitor.budget.predicted  # on the CPU, nothing is replayed for a cap that is not there
 
 
 def test_a_named_quantity_that_is_too_large_is_nan():
@@ -145,7 +146,7 @@ def test_a_slow_quantity_ends_in_one_warning_and_training_is_unchanged():
             return {"stability/slow": torch.tensor(1.0)}
 
     monitor = StabilityMonitor(["spectral_norm", Slow()], every_n_steps=1, time_limit=0.25)
-    with pytest.warns(UserWarning, match=r"leaves out slow \(a measurement takes 0\.3.*time_limit=0\.25") as caught:
+    with pytest.warns(UserWarning, match=r"skips slow \(a measurement takes 0\.3.*time_limit=0\.25") as caught:
         with_it = fit(Model, monitor, max_steps=4)
     assert sum("lsp_callbacks" in str(w.message) for w in caught) == 1
     assert monitor.history["stability/slow"].steps == [0, 1]
@@ -196,4 +197,9 @@ def test_predictions_leave_out_what_cannot_be_measured():
     monitor = Monitor(*StabilityMonitor().monitor.quantities.values())
     net = torch.nn.Linear(2, 1)
     snapshot = Snapshot(0, net, replay=lambda: net(torch.ones(3, 2)).square().mean())  # no optimizer
-    assert set(monitor.memory(snapshot)) == {"spectral_norm", "residual_cfl", "sharpness", "sgd_stability"}
+    assert set(measurement_memory(monitor.quantities, snapshot)) == {
+        "spectral_norm",
+        "residual_cfl",
+        "sharpness",
+        "sgd_stability",
+    }

@@ -99,7 +99,7 @@ def test_a_budget_gives_a_fixed_period(budget, quantities, period):
     monitor = Monitor(*quantities, budget=budget)
     asked = run(monitor, 60, start=2)
     length = quantities[0].prepare + quantities[0].window
-    assert monitor.period == period
+    assert monitor.cadence.period == period
     assert asked == [step for step in range(2, 62) if (step - 2) % period < length]
 
 
@@ -109,7 +109,7 @@ def test_what_fails_costs_the_replay_that_finds_it_out():
     with pytest.warns(UserWarning, match="sharpness at step 0.*NAdam"):
         found = monitor.observe(snapshot(0, adam))
     cost = 1 + sum(SpectralNorm().cost(snapshot(0, adam)).values())
-    assert monitor.period == math.ceil(cost / 0.1) and found.failures.keys() == {"sharpness"}
+    assert monitor.cadence.period == math.ceil(cost / 0.1) and found.failures.keys() == {"sharpness"}
     assert math.isfinite(found.values["stability/spectral_norm_max"])
 
 
@@ -142,7 +142,7 @@ def test_a_failure_is_nan_with_one_warning_and_touches_nobody_else():
 
 def test_failures_for_one_reason_share_a_warning():
     monitor = Monitor(*(Fake(name, fails={0: ValueError("no 1")}) for name in "abc"), every_n_steps=1)
-    with pytest.warns(UserWarning, match="measure a, b, c at step 0, and says NaN: ValueError: no 1") as caught:
+    with pytest.warns(UserWarning, match="measure a, b, c at step 0; reporting NaN: ValueError: no 1") as caught:
         monitor.observe(snapshot(0))
     assert len(caught) == 1
 
@@ -162,7 +162,7 @@ def test_strict_raises_what_was_raised():
 
 def test_require_leaves_out_what_cannot_be_measured():
     monitor = Monitor(Fake("a", unfit="no"), Fake("b", unfit="no"), Fake("c"), every_n_steps=1)
-    with pytest.warns(UserWarning, match=r"leaves out a and b \(no\)") as caught:
+    with pytest.warns(UserWarning, match=r"skips a and b \(no\)") as caught:
         monitor.require(snapshot(0))
         monitor.require(snapshot(0))
     assert len(caught) == 1 and monitor.skipped == {"a": "no", "b": "no"}
@@ -180,7 +180,7 @@ def test_a_disowned_update_takes_its_numbers_back():
     other.needs_update = False
     monitor = Monitor(update, other, every_n_steps=1)
     run(monitor, 2)
-    with pytest.warns(UserWarning, match=r"leaves out update \(why\)") as caught:
+    with pytest.warns(UserWarning, match=r"skips update \(why\)") as caught:
         corrected = monitor.invalidate_update_metrics(monitor.observe(snapshot(2)), "why")
         assert monitor.invalidate_update_metrics(None, "why") is None
     assert len(caught) == 1 and corrected.failures == {"update": "why"}
@@ -240,5 +240,5 @@ def test_reset_is_as_before_a_first_run():
         monitor.require(snapshot(0))
         run(monitor, 3), monitor.reset()
     assert set(monitor.quantities) == {"a", "b"} and not monitor.history and not monitor.skipped
-    assert monitor.period is None and monitor.wants(17)
+    assert monitor.cadence.period is None and monitor.wants(17)
     assert monitor.quantities["a"].total == 0 and monitor.quantities["a"].under_way == 0

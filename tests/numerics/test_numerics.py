@@ -19,7 +19,7 @@ from lsp_callbacks import Monitor, Numerics, Sharpness, Snapshot, StabilityMonit
 from lsp_callbacks.functional import headroom, lost_share
 from lsp_callbacks.loops import Watch, watch_fabric
 from lsp_callbacks.monitor import nan_finder as guard
-from lsp_callbacks.monitor.nan_finder import finite
+from lsp_callbacks.monitor.nan_finder import finite, first_fault_of, unrecovered_fault_of
 from lsp_callbacks.quantities.numerics.numerics import ROOT, range_of_step
 from lsp_callbacks.report import verdict
 from lsp_callbacks.step.clipping import Clipping
@@ -297,7 +297,7 @@ WATCHED = {
 def test_the_fault_of_a_run_is_named_at_its_step_and_nothing_is_changed(name):
     make, settings, where, operation = WATCHED[name]
     monitor = StabilityMonitor(["numerics", "sharpness"], every_n_steps=100)
-    monitor.monitor.named.clear()  # as from a preset: LBFGS has no edge
+    monitor.monitor.quantities.named.clear()  # as from a preset: LBFGS has no edge
     with pytest.warns(UserWarning, match="lsp_callbacks: step 4 is not finite") as caught:
         assert not changed_by(make, monitor, stop=GoesOn(), max_steps=7, **settings)
     assert len([w for w in caught if "lsp_callbacks: step" in str(w.message)]) == 1
@@ -306,7 +306,7 @@ def test_the_fault_of_a_run_is_named_at_its_step_and_nothing_is_changed(name):
     assert monitor.history[STEP].values == [4.0] and monitor.history[STEP].steps == [4]
     assert fault.source == {"batch": "batch[0]", "weights": "net.0.weight"}.get(where)
     assert "changed after the backward" in fault.reason or where != "unknown"
-    said = verdict(monitor.history, monitor.monitor.ended_by)
+    said = verdict(monitor.history, unrecovered_fault_of(monitor.monitor))
     assert said.startswith("lsp_callbacks: not finite since step 4: ") and str(fault) in said
     assert not monitor.observer.nan_finder._parts or len(monitor.observer.nan_finder._parts) == settings.get(
         "accumulate_grad_batches", 1
@@ -358,7 +358,7 @@ def test_a_run_that_recovers_goes_on_as_without_us():
     monitor = StabilityMonitor(["numerics", "sharpness"], every_n_steps=100)
     with pytest.warns(UserWarning, match="step 4 is not finite"):
         assert not changed_by(lambda: Recovers("moves"), monitor, stop=GoesOn(), max_steps=9)
-    assert monitor.monitor.ended_by is None
+    assert unrecovered_fault_of(monitor.monitor) is None
 
 
 def test_a_run_that_recovers_did_not_end_so():
@@ -366,7 +366,7 @@ def test_a_run_that_recovers_did_not_end_so():
     with pytest.warns(UserWarning, match="step 4 is not finite"):
         run = fit(lambda: Recovers("recovers"), monitor, max_steps=9)
     assert all(p.isfinite().all() for p in run.model.parameters())
-    assert monitor.fault.step == 4 and monitor.monitor.ended_by is None
+    assert monitor.fault.step == 4 and unrecovered_fault_of(monitor.monitor) is None
     monitor.monitor.reset()
     assert monitor.fault is None
 
@@ -477,10 +477,10 @@ def test_other_loops(loop):
             (torch.cat([p.detach().flatten() for p in net.parameters()]).view(torch.int32), torch.get_rng_state())
         )
     assert all(map(torch.equal, *ends))
-    fault = monitor.fault
+    fault = first_fault_of(monitor)
     assert (fault.step, fault.where, fault.forward) == (6, "backward", "aten.sqrt")
     assert len(watch.observer.nan_finder._parts) == 1  # of the last step
-    assert monitor.ended_by is fault and log.curve(STEP) == {6: 6.0}
+    assert unrecovered_fault_of(monitor) is fault and log.curve(STEP) == {6: 6.0}
     watch.close()
 
 

@@ -12,7 +12,7 @@ from transformers import optimization
 
 from lsp_callbacks.functional import PowerLaw, rate_decay, robbins_monro
 from lsp_callbacks.functional.sgd.robbins_monro import _FORMS
-from lsp_callbacks.step.learning_rate_sums import Rates
+from lsp_callbacks.step.learning_rate_sums import LearningRateSums
 
 S, INF = schedulers, math.inf
 
@@ -88,7 +88,7 @@ def test_the_form_of_each_scheduler(name):
     found = robbins_monro(made(make))
     assert found.exponent == exponent or found.exponent == pytest.approx(exponent)
     assert found.holds is (None if exponent is None else 0.5 < exponent <= 1)
-    assert found.reason.startswith({True: "yes", False: "no:", None: "not known"}[found.holds])
+    assert found.reason.startswith({True: "yes", False: "no:", None: "unknown"}[found.holds])
 
 
 FOREVER = [
@@ -140,7 +140,7 @@ def test_groups_that_differ_have_no_common_form():
 
 def rates(make, n, every=1):
     """What is remembered of a schedule of torch, or of a function of the step, seen at every so many steps."""
-    found, scheduler = Rates(), None
+    found, scheduler = LearningRateSums(), None
     if "o" in inspect.signature(make).parameters:
         scheduler = make(sgd(lr=1.0))
     steps = range(0, n, every) if isinstance(every, int) else every
@@ -206,7 +206,7 @@ def test_schedules_of_torch(name):
 @pytest.mark.parametrize("tau", [100, 700, 2150, 3000])
 def test_a_geometric_decay_never_passes(tau):
     """Its p, in closed form, goes through (1/2, 1] between 0.94 and 1.93 tau."""
-    found, passing = Rates(), []
+    found, passing = LearningRateSums(), []
     for t in range(4 * tau):
         found.add(t, math.exp(-t / tau))
         decay = rate_decay(found.marks)
@@ -219,7 +219,7 @@ def test_a_geometric_decay_never_passes(tau):
 
 
 def test_halved_every_n_steps():
-    found, held = Rates(), []
+    found, held = LearningRateSums(), []
     for t in range(20_000):
         found.add(t, 0.5 ** (t // 200))
         decay = rate_decay(found.marks)
@@ -260,7 +260,7 @@ def test_nothing_is_read_too_early_or_from_the_middle():
     assert dense == [None, False]
     assert rate_decay(rates(lambda t: 0.1, 64).marks).holds is None  # the sum before step 64 is known at it
     assert rate_decay(rates(lambda t: 0.1, 65).marks).holds is False
-    late = Rates()  # recorded from step 1000 on, the schedule being 1 / t: its beginning is not known
+    late = LearningRateSums()  # recorded from step 1000 on, the schedule being 1 / t: its beginning is not known
     for t in range(1000, 10_000):
         late.add(t, 1 / t)
         assert rate_decay(late.marks).holds in ((None,) if t < 8192 else (True,))
@@ -279,7 +279,7 @@ def test_rates_that_end_vanish_or_are_not_known():
 def test_what_is_remembered_survives_a_checkpoint(tmp_path):
     whole, first = rates(lambda t: 1 / (1 + t), 3000), rates(lambda t: 1 / (1 + t), 1234)
     torch.save(first.state_dict(), tmp_path / "rates")
-    second = Rates()
+    second = LearningRateSums()
     second.load_state_dict(torch.load(tmp_path / "rates", weights_only=True))
     first.add(1234, 1e9)
     for t in range(1234, 3000):

@@ -246,7 +246,7 @@ def test_in_place_layers_behind_it_do_not_reach_it():
 def test_a_step_that_was_not_begun_says_what_to_do():
     trace = Trace(4, {"e": lambda module, state: state.sum()}, state="")
     trace.record(0, torch.ones(()), module=nn.Linear(1, 1))
-    assert "Monitor.begin" in trace.failed["e"]
+    assert "Monitor.recorder.begin" in trace.failed["e"]
 
 
 def test_an_exception_in_training_leaves_no_hook():
@@ -341,7 +341,7 @@ def test_the_papers_energies_in_closed_form(tmp_path):
     optimizer = torch.optim.SGD(module.parameters(), lr=0.2)
     start = module.theta.detach().clone()
     for step in range(80):
-        monitor.begin(module)
+        monitor.recorder.begin(module)
         module(x)
         optimizer.zero_grad()
         loss = module.theta.square().sum() / 2
@@ -364,7 +364,7 @@ def test_the_joint_energy_is_half_of_both():
     monitor, x = Monitor(ours, every_n_steps=40), torch.tensor([[3.0, 0.1, 1]], dtype=f64)
     expected, start, curvature = [], module.theta.detach().clone(), torch.tensor([1.0, 0.1, 0.4], dtype=f64)
     for step in range(41):
-        monitor.begin(module)
+        monitor.recorder.begin(module)
         out = module(x).detach()
         away = (module.theta - start).square().sum().detach()
         expected.append((out.square().sum() + away) / 2)

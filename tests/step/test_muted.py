@@ -16,7 +16,7 @@ from torch import nn
 
 from lsp_callbacks import Monitor, Sharpness, StabilityMonitor
 from lsp_callbacks.loops import Watch
-from lsp_callbacks.step.muted import muted
+from lsp_callbacks.step.side_effects import muted
 
 SHARPNESS = "stability/sharpness"
 log = logging.getLogger("users")

@@ -14,11 +14,13 @@ from torch.nn.utils import spectral_norm
 
 from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.step.batch import MicroBatch, copied
+from lsp_callbacks.step.batch import MicroBatch
 from lsp_callbacks.step.flat import displaced, flatten, split
 from lsp_callbacks.step.module_copy import ModuleCopy
-from lsp_callbacks.step.replay import replayer, untouched
+from lsp_callbacks.step.replay import copied, replayer
+from lsp_callbacks.step.replay_checks import verified_calls, verify
 from lsp_callbacks.step.run_context import RunContext
+from lsp_callbacks.step.side_effects import untouched
 from lsp_callbacks.step.snapshot import Snapshot
 
 
@@ -204,13 +206,13 @@ def snapshot(loss=1.0, replayed=1.0, **settings):
         (snapshot(loss=float("inf"), replayed=float("inf")), "not finite"),
     ],
 )
-@pytest.mark.parametrize("access", ["calls", "faithful"])
+@pytest.mark.parametrize("access", [verified_calls, verify])
 def test_a_replay_must_give_the_loss_of_the_step(snap, reason, access):
     if reason is None:
-        getattr(snap, access)
+        access(snap)
     else:
         with pytest.raises(Unmeasurable, match=reason):
-            getattr(snap, access)
+            access(snap)
 
 
 def test_calls_keep_what_is_asked_for_and_leave_no_hook():

@@ -341,9 +341,9 @@ def test_what_nobody_asks_for_any_more_is_not_recorded():
     monitor, net = Monitor(own, SGDLaw(), every_n_steps=10**6), nn.Linear(1, 1)
     for step in range(6):
         if step == 3:
-            with pytest.warns(UserWarning, match="leaves out dissipation"):
-                monitor._leave_out({"no reason": ["dissipation"]})
-        monitor.begin(net)
+            with pytest.warns(UserWarning, match="skips dissipation"):
+                monitor.skip({"no reason": ["dissipation"]})
+        monitor.recorder.begin(net)
         assert bool(net._forward_hooks) == (step < 3)
         net(torch.ones(2, 1))
         monitor.record(step, torch.tensor(1.0 + step), None, net)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lsp_callbacks.linalg import norm
-from lsp_callbacks.step.flat import displaced, flatten, split
+from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.linalg import LinearOperator, norm, norms
+from lsp_callbacks.step.flat import displaced_gradient, split
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Distances relative to the displaced tensors, in square roots of the machine epsilon: the smallest, the first (before
@@ -83,7 +85,7 @@ class Differences:
         self.parameters = list(snapshot.parameters.values())
         self.eps = float(torch.finfo(gradient.dtype).eps)
         self.gradient = float(norm(gradient))
-        self.theta = float(torch.stack([norm(p.detach()) for p in self.parameters]).norm())
+        self.theta = float(torch.stack(norms(p.detach() for p in self.parameters)).norm())
         self.lengths = lengths(self.parameters)
         self.tolerance = min(TOLERANCE * self.eps**0.5, 0.01)
         self.weight, self.least = weight, LEAST * self.eps**0.5 if not relative else 0.0
@@ -98,7 +100,7 @@ class Differences:
         Raises:
             Untrusted: where rounding may have changed it, or the loss is not smooth between the two points.
         """
-        size, reach = float(norm(v)), self.reach(v)
+        size, reach = self._extent(v)
         if self.snapshot.loss is None and not math.isfinite(self.gradient):
             return torch.full_like(v, math.nan)
         if self.least and reach is not None:
@@ -136,7 +138,7 @@ class Differences:
 
         Cost: two to eight gradients.
         """
-        size, reach = float(norm(v)), self.reach(v)
+        size, reach = self._extent(v)
         start = FIRST * self.eps**0.5 if reach is None else self._distance(reach)
         for factor in (1.0, 8.0, 1 / 8, 64.0):
             near, far = (self.difference(v, size, start * factor * times) for times in (1.0, 2.0))
@@ -149,13 +151,22 @@ class Differences:
         raise Untrusted("its curvature is smaller than the rounding of its gradients")
 
     def reach(self, v: Tensor) -> float | None:
-        """Return how far along a vector, scaled to unit length, tensors move by ``sqrt(eps)`` of their lengths.
+        """Return the distance along ``v / ||v||`` that moves the tensors by ``sqrt(eps)`` of their lengths.
 
         None where all parameters are 0.
         """
+        return self._extent(v)[1]
+
+    def _extent(self, v: Tensor) -> tuple[float, float | None]:
+        """Return the norm of a vector, and its `reach`."""
+        parts = [part.view_as(p) for part, p in zip(v.split([p.numel() for p in self.parameters]), self.parameters)]
+        size, *of_matrices = norms([v, *(part for part in parts if part.ndim > 1)])
         if self.lengths is None:
-            return None
-        return self.eps**0.5 * float(norm(v)) / relative_move(v, self.parameters, self.lengths)
+            return float(size), None
+        sizes = iter(of_matrices)
+        moves = torch.stack([next(sizes) if part.ndim > 1 else _largest(part) for part in parts])
+        moved = float((moves / torch.tensor(self.lengths, dtype=moves.dtype, device=moves.device)).norm())
+        return float(size), self.eps**0.5 * float(size) / moved
 
     def difference(self, v: Tensor, size: float, distance: float) -> Difference:
         """Return the difference along ``v / size``, ``size`` being the norm of v."""
@@ -260,17 +271,60 @@ class Differences:
         return float(norm(self.weight * (near.change / near.distance - far.change / far.distance)))
 
     def _moved(self, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the rise of the loss, its size before, and the gradient, at parameters moved by ``scale * v``."""
-        snapshot, parameters = self.snapshot, self.parameters
+        """At the parameters moved by ``scale * v``: the rise of the loss, its size before, and the gradient."""
+        snapshot = self.snapshot
+        compute = partial(displaced_gradient, snapshot.replay, self.parameters, v, scale, snapshot.loss)
+        return snapshot.run.ranks.mean(compute, "the displaced gradient")  # type: ignore[return-value]
 
-        def of_rank() -> tuple[Tensor, Tensor, Tensor]:
-            with displaced(parameters, v, scale), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-                loss = snapshot.replay()
-                gradient = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True), parameters)
-            before = loss.detach() if snapshot.loss is None else snapshot.loss
-            return loss.detach() - before, before.abs(), gradient
 
-        return snapshot.run.ranks.mean(of_rank, "the displaced gradient")  # type: ignore[return-value]
+@dataclass
+class Products:
+    """How the Hessian products of one step were found so far.
+
+    Attributes:
+        exact: the path of exact products, see `path_taken`; empty before the first.
+        differences: the path of finite differences, which may have become that of exact products; likewise.
+        untrusted: whether a difference failed its checks, so that exact products have taken over.
+    """
+
+    exact: str = ""
+    differences: str = ""
+    untrusted: bool = False
+
+
+def difference_hessian(
+    differences: Differences, products: Products, exact: Callable[[Tensor], Tensor] | None
+) -> LinearOperator:
+    """Return the Hessian by differences of gradients.
+
+    Args:
+        differences: of the step's gradients.
+        products: the record of the step's products.
+        exact: exact products, which take over where a difference fails its checks; None if they are wrong.
+    """
+    gradient = differences.centre
+
+    def product(v: Tensor) -> Tensor:
+        if not bool(v.any()):
+            return torch.zeros_like(v)
+        if products.untrusted and exact is not None:
+            return exact(v)
+        try:
+            return differences.product(v)
+        except Untrusted:
+            if exact is not None:
+                # Exact products are right at any scale; they also tell a kink from a replay that is not the step.
+                products.untrusted = True
+                return exact(v)
+        try:
+            return differences.searched(v)
+        except Untrusted as error:
+            raise Unmeasurable(
+                f"the loss cannot be differentiated twice, and {error}: write the backward of your function as the "
+                "derivative of its forward, in operations that can be differentiated, or leave this quantity out"
+            ) from None
+
+    return LinearOperator((len(gradient),) * 2, product, product, dtype=gradient.dtype, device=gradient.device)
 
 
 def central_difference(snapshot: Snapshot, v: Tensor, far: float) -> tuple[Tensor, float]:
@@ -291,16 +345,10 @@ def central_difference(snapshot: Snapshot, v: Tensor, far: float) -> tuple[Tenso
 
 def lengths(parameters: Sequence[Tensor]) -> list[float] | None:
     """Return the norm of an average row of each tensor, at least a tenth of the median; None where all are 0."""
-    rows = [norm(p.detach()) / max(1, p.shape[0] if p.ndim else 1) ** 0.5 for p in parameters]
-    values = torch.stack(rows).tolist()
+    sizes = norms(p.detach() for p in parameters)
+    values = torch.stack([size / max(1, len(p) if p.ndim else 1) ** 0.5 for size, p in zip(sizes, parameters)]).tolist()
     typical = sorted(values)[len(values) // 2] or min((x for x in values if x > 0), default=0.0)
     return [max(x, 0.1 * typical) for x in values] if typical > 0 else None
-
-
-def relative_move(v: Tensor, parameters: list[nn.Parameter], lengths: list[float]) -> float:
-    """Return how far a vector moves the tensors, relative to their lengths, as the root of a sum of squares."""
-    moves = torch.stack([norm(part) if part.ndim > 1 else _largest(part) for part in split(v, parameters)])
-    return float((moves / torch.tensor(lengths, dtype=moves.dtype, device=moves.device)).norm())
 
 
 def _largest(t: Tensor) -> Tensor:

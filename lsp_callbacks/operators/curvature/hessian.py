@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.exact_hessian import exact_hessian, vector_dtype
-from lsp_callbacks.operators.curvature.finite_differences import Differences, Untrusted
+from lsp_callbacks.operators.curvature.finite_differences import Differences, Products, difference_hessian
 from lsp_callbacks.step.flat import split
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
@@ -117,21 +116,6 @@ def product_cost(method: Method, products: int) -> float:
     return 1.2 * products if method == "finite_difference" else 3.3 + 2.0 * (products - 1)
 
 
-@dataclass
-class Products:
-    """How the Hessian products of one step were found so far.
-
-    Attributes:
-        exact: the path of exact products, see `path_taken`; empty before the first.
-        differences: the path of finite differences, which may have become that of exact products; likewise.
-        untrusted: whether a difference failed its checks, so that exact products have taken over.
-    """
-
-    exact: str = ""
-    differences: str = ""
-    untrusted: bool = False
-
-
 @computed_once
 def products_so_far(snapshot: Snapshot) -> Products:
     """Return the record of this step's products, which they update."""
@@ -178,32 +162,12 @@ def _finite_difference(
     else:
         products.differences = label("finite difference", snapshot)
 
-    def product(v: Tensor) -> Tensor:
-        if not bool(v.any()):
-            return torch.zeros_like(v)
-        if products.untrusted and not alone:
-            return exact(v)
-        try:
-            return differences.product(v)
-        except Untrusted:
-            if not alone:
-                # Exact products are right at any scale; they also tell a kink from a replay that is not the step.
-                products.untrusted = True
-                return exact(v)
-        try:
-            return differences.searched(v)
-        except Untrusted as error:
-            raise Unmeasurable(
-                f"the loss cannot be differentiated twice, and {error}: write the backward of your function as the "
-                "derivative of its forward, in operations that can be differentiated, or leave this quantity out"
-            ) from None
-
     def exact(v: Tensor) -> Tensor:
-        image = hessian(snapshot, method="exact") @ v
+        image = hessian(snapshot, method="exact").apply(v)
         products.differences = products.exact
         return image
 
-    return LinearOperator((len(gradient),) * 2, product, product, dtype=gradient.dtype, device=gradient.device)
+    return difference_hessian(differences, products, None if alone else exact)
 
 
 def per_parameter(values: list[float], snapshot: Snapshot) -> Tensor | float:

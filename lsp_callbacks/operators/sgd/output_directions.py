@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.linalg import unit
+from lsp_callbacks.linalg import power_iteration, unit
 from lsp_callbacks.operators.sgd.output_hessian import Product, all_pairs, blocks, output_hessian, root
 from lsp_callbacks.operators.sgd.recorder import Recorder
 from lsp_callbacks.operators.sgd.sharpest_mode import sharpest_mode
@@ -108,7 +108,7 @@ class OutputDirections:
 
     def _top(self, curvature: Product, evaluation: Evaluation, index: int) -> Tensor:
         """Return ``sqrt(s) u`` of the top eigenpair at each position, by power iteration."""
-        outputs = evaluation.outputs
+        outputs, matrices = evaluation.outputs, None
         if outputs.shape[-1] <= POWER:  # the matrix itself costs less than its power
             matrices = blocks(curvature, outputs)
             curvature = lambda v: (matrices @ v[..., None])[..., 0]  # noqa: E731
@@ -122,8 +122,11 @@ class OutputDirections:
                 self._moves, self.mode = sharpest_mode(self.probes, self.scale, self.mode, self.generator)
             self.description = self.description.replace("top", "sharpest mode", 1)
             start, image = self._moves[index], curvature(unit(self._moves[index]))
-        for _ in range(POWER):
-            start, image = image, curvature(unit(image))
+        if matrices is not None:
+            start, image = power_iteration(matrices, image, POWER)
+        else:
+            for _ in range(POWER):
+                start, image = image, curvature(unit(image))
         u = unit(start)
         return u * root((image * u).sum(-1, keepdim=True), image)
 

@@ -39,10 +39,11 @@ class Numerics(Quantity):
     Underflow and lost updates are absent where they cannot be measured (no kernels in float64; no optimizer, or one
     that cannot be copied; a step that is not the optimizer's own).
 
-    *At every step* of the loops that support it, `lsp_callbacks.monitor.nan_finder.Guard` looks at loss and gradient:
-    ``fault`` says which operation made the first NaN or Inf.
+    *At every step* of the loops that support it, `lsp_callbacks.monitor.nan_finder.NanFinder` looks at loss and
+    gradient: ``fault`` says which operation made the first NaN or Inf.
 
     Cost: 4 gradients, up to 10 on small networks, as every operation is inspected.
+
     Source: Micikevicius et al. 2018, Sec. 3.
 
     Example:

@@ -24,8 +24,8 @@ from lsp_callbacks.quantities.trajectory.reference_point import (
     position_in,
     squared_distance,
 )
+from lsp_callbacks.step.energies import Energy, parameters_of
 from lsp_callbacks.step.module_output import submodule
-from lsp_callbacks.step.series import Energy, asked
 from lsp_callbacks.step.snapshot import Snapshot
 
 
@@ -80,8 +80,8 @@ class Dissipation(Quantity):
     Cost: at each step a copy of some numbers and the energies, that of ``reference`` about half a gradient; a
     measurement synchronises once with the device.
 
-    Source: Katende 2025, Thm 3.1, Assumption 4, Thm 5.2 (1); docs/theory.md, sections 4
-    and 7.
+    Source: Katende 2025, Thm 3.1, Assumption 4, Thm 5.2 (1); docs/theory.md, sections The Learning Stability
+    Profile; The law of SGD, energies, kinks.
 
     Example:
         >>> import torch
@@ -277,5 +277,5 @@ def _energy(name: str, energy: Any, state: str | None) -> Energy:
     function = imported(energy) if isinstance(energy, str) else energy
     if not callable(function):
         raise ValueError(f"energies={{{name!r}: {energy!r}}}: give a function of the module, or its import path")
-    asked(name, function, state)
+    parameters_of(name, function, state)
     return function

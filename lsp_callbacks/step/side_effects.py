@@ -1,4 +1,4 @@
-"""What a user's code says and writes while it is run again, which it has said and written already."""
+"""No side effects of code that is run again: on streams, files, random states, and the module itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-#: Of the threads that are muted, where each may look for what it has written meanwhile; and what they have replaced.
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from lsp_callbacks.autograd._torch_internals import checkpoints_without_reentrance, without_hooks
+from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.errors import Unmeasurable
+
+#: The threads that are muted, each with the files that it has written meanwhile; and what was replaced.
 _muted: dict[int, _Scratch] = {}
 _lock = threading.RLock()
 _before: tuple[Any, ...] = ()
@@ -38,7 +46,7 @@ class _Stream:
 
 
 class _Scratch:
-    """Files in place of those that would be written; a folder is made at the first of them."""
+    """Files that take the place of those that would be written; a folder is made at the first of them."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -46,7 +54,7 @@ class _Scratch:
         self._written: dict[str, str] = {}
 
     def instead(self, file: Any, mode: str) -> Any:
-        """The file to open: for writing one of ours, for reading that which was written meanwhile, if it was."""
+        """Return the file to open: for writing one of ours, for reading what was written meanwhile, if it was."""
         try:
             path = os.path.abspath(os.fsdecode(file))
         except TypeError:  # let `open` say what is wrong
@@ -88,7 +96,7 @@ def _handle(self: logging.Logger, record: logging.LogRecord) -> None:
 
 @contextlib.contextmanager
 def muted() -> Iterator[None]:
-    """While it lasts, this thread's side effects of the usual kinds lead nowhere; other threads notice nothing.
+    """Let this thread's side effects of the usual kinds lead nowhere meanwhile; other threads notice nothing.
 
     Muted are what goes to ``sys.stdout`` and ``sys.stderr`` (``print``, warnings), records of ``logging``, and files
     that are opened for writing or appending by ``open`` or ``pathlib``: what is written there can be read back until it
@@ -105,7 +113,7 @@ def muted() -> Iterator[None]:
 
 
 def _enter(thread: int) -> _Scratch:
-    """The first thread replaces, the last one puts back: those that overlap may end in any order."""
+    """Replace the functions for the first thread; those that overlap may end in any order."""
     global _before
     with _lock:
         if not _muted:
@@ -127,3 +135,35 @@ def _leave(thread: int, scratch: _Scratch) -> None:
         if not _muted:
             sys.stdout, sys.stderr, builtins.open, io.open, logging.Logger.handle = _before  # type: ignore[method-assign]
     scratch.close()
+
+
+@contextlib.contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Put the global random states back at the end, and let nothing inside call the module itself.
+
+    Its parameters are shared with the copy, so hooks on them are off: autograd would call them. A function that a user
+    stored on the module may refer to the module itself, in a copy too: calling the module raises. Nothing is compiled,
+    as every copy would be compiled anew. Activations are checkpointed without re-entrance, as re-entrant checkpoints
+    do not support ``torch.autograd.grad``, and hide what is inside.
+    """
+    before = RandomState()
+    originals = {id(m) for m in module.modules()}
+
+    def refuse(called: nn.Module, args: tuple) -> None:
+        if id(called) in originals:
+            raise Unmeasurable(
+                f"the copy of the module calls the {type(called).__name__} of the original (through a lambda or a "
+                "closure that holds it): make that function a method, or pass loss_fn=..."
+            )
+
+    handle = register_module_forward_pre_hook(refuse)
+    try:
+        with (
+            without_hooks(module.parameters()),
+            torch.compiler.set_stance("force_eager"),
+            checkpoints_without_reentrance(),
+        ):
+            yield
+    finally:
+        handle.remove()
+        before.restore()

@@ -1,0 +1,60 @@
+"""The state of a monitor in a checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lsp_callbacks.monitor.history import History
+
+if TYPE_CHECKING:
+    from lsp_callbacks.monitor.monitor import Monitor
+
+VERSION = 2
+
+
+def monitor_state(monitor: Monitor, *, vectors: bool, joined: bool) -> dict[str, Any]:
+    """Return the state of a monitor.
+
+    Args:
+        monitor: it changes nothing of what it measures.
+        vectors: whether the vectors of windows that are under way are saved, too.
+        joined: whether the steps are those of several ranks.
+    """
+    state: dict[str, Any] = {
+        "version": VERSION,
+        "schedule": monitor.schedule.state_dict(),
+        "priced": None if monitor.budget.priced is None else sorted(monitor.budget.priced),
+        "history": monitor.history.state_dict(),
+        "courant": monitor.courant.state_dict(),
+        "losses": monitor.losses.state_dict(),
+        "quantities": {name: quantity.state_dict() for name, quantity in monitor.quantities.items()},
+    }
+    if monitor.trace is not None:
+        state["trace"] = monitor.trace.state_dict(joined=joined)
+    if vectors:
+        state["vectors"] = {name: quantity.vectors() for name, quantity in monitor.quantities.items()}
+    return state
+
+
+def load_monitor_state(monitor: Monitor, state: dict[str, Any]) -> None:
+    """Continue from a state that `monitor_state` returned.
+
+    Raises:
+        ValueError: for a state of another version.
+        Exception: if something in it is missing, or of another kind.
+    """
+    if state.get("version") != VERSION:
+        raise ValueError(f"this release reads version {VERSION}")
+    monitor.history.replace(History.from_state(state["history"]))
+    monitor.courant.load_state_dict(state["courant"])
+    if monitor.courant.key not in {None, *(key for quantity in monitor.quantities.all for key in quantity.keys)}:
+        monitor.errors.warn_once(f"stability/courant was {monitor.courant.name} before, which is not measured any more")
+        monitor.courant.reset()
+    monitor.losses.load_state_dict(state["losses"])
+    for name, quantity in monitor.quantities.items():
+        quantity.load_state_dict(dict(state["quantities"].get(name, {})), strict=False)
+        quantity.load_vectors(state.get("vectors", {}).get(name, {}))
+    if monitor.trace is not None and "trace" in state:
+        monitor.trace.load_state_dict(state["trace"])
+    monitor.schedule.load_state_dict(state["schedule"], names=monitor.quantities.keys(), windows="vectors" in state)
+    monitor.budget.priced = None if state["priced"] is None else set(state["priced"])

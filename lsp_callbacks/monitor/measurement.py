@@ -1,0 +1,139 @@
+"""The measurements of one step."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from lsp_callbacks.errors import NotApplicable, Unsupported
+from lsp_callbacks.monitor.budget import Budget
+from lsp_callbacks.monitor.schedule import Schedule
+from lsp_callbacks.monitor.selected import SelectedQuantities, Skips
+from lsp_callbacks.quantities import Quantity
+from lsp_callbacks.step.snapshot import Snapshot
+
+
+@dataclass
+class Measured:
+    """What the measurements of one step gave.
+
+    Attributes:
+        values: of all keys of what is complete; NaN for what failed.
+        failures: the reasons by quantity.
+        skips: what cannot be measured in the whole run.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    skips: Skips = field(default_factory=Skips)
+
+
+class Measurement:
+    """Measures quantities that are due. Each is one round of the ranks: if it fails on one of them, it does on all.
+
+    Args:
+        quantities: that are measured.
+        schedule: of their measurements.
+        budget: of memory and time.
+
+    Attributes:
+        paths: how each quantity was last measured: "exact", "exact, math attention", "finite difference", ...
+    """
+
+    def __init__(self, quantities: SelectedQuantities, schedule: Schedule, budget: Budget):
+        self.quantities, self.schedule, self.budget = quantities, schedule, budget
+        self.paths: dict[str, str] = {}
+        self._layouts: dict[str, tuple] = {}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.paths.clear()
+        self._layouts.clear()
+
+    def measure(self, snapshot: Snapshot, *, starts: bool) -> Measured:
+        """Measure what is due at a step.
+
+        Args:
+            snapshot: the step.
+            starts: whether new measurements start.
+
+        Raises:
+            Exception: whatever a measurement raised, if the quantities are strict.
+        """
+        self._check_layout(snapshot)
+        measured, quantities = Measured(), self.quantities
+        for name, quantity in quantities.items():
+            begins = name not in self.schedule.under_way
+            if not self.schedule.includes(name, snapshot.step, starts=starts):
+                continue
+            if begins and self._is_postponed(quantity, snapshot):
+                continue
+            self.schedule.begin(name)
+            self.paths.pop(name, None)
+            began = time.perf_counter()
+            try:
+                values = snapshot.run.ranks.together(partial(self._values, quantity, snapshot, begins))
+                self.paths[name] = quantity.path(snapshot)
+            except Exception as error:
+                if quantities.strict and not (isinstance(error, NotApplicable) and name not in quantities.named):
+                    raise
+                self._fail(measured, quantity, snapshot, error)
+                continue
+            self.budget.seconds.add(name, time.perf_counter() - began, complete=values is not None)
+            if values is None:
+                self.schedule.go_on(name)
+            else:
+                measured.values |= values
+        return measured
+
+    def _values(self, quantity: Quantity, snapshot: Snapshot, begins: bool) -> dict[str, float] | None:
+        """Return what the step completes, None if it takes further steps; rank 0 decides, so that all ranks agree."""
+        if begins:
+            self.budget.seconds.begin(quantity.name)
+            self.budget.check_memory(quantity.name, self.quantities, snapshot)
+        quantity.update(snapshot)
+        values = {key: float(value) for key, value in quantity.compute().items()} if quantity.complete else None
+        return snapshot.run.ranks.first(lambda: values, quantity.name)
+
+    def _fail(self, measured: Measured, quantity: Quantity, snapshot: Snapshot, error: Exception) -> None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or snapshot.run.ranks.world > 1:
+            snapshot.forget()  # graphs that the step's other measurements would share
+        if isinstance(error, Unsupported) and quantity.name not in self.quantities.named:
+            measured.skips.add(quantity.name, error)
+            return
+        quantity.load_vectors({})
+        measured.failures[quantity.name] = f"{type(error).__name__}: {error}"
+        measured.values |= dict.fromkeys(quantity.keys, math.nan)
+
+    def _is_postponed(self, quantity: Quantity, snapshot: Snapshot) -> bool:
+        """Return True to postpone the measurement. Decided on rank 0 and broadcast, so that all ranks agree."""
+        if not quantity.warms_up:
+            return False
+
+        def missing() -> int:
+            try:
+                return quantity.warm_up(snapshot)
+            except Exception:  # the measurement will say why
+                return 0
+
+        steps = snapshot.run.ranks.first(missing, "whether enough is known")
+        if steps:
+            self.schedule.postpone(quantity.name, snapshot.step + steps)
+        elif self.schedule.resume(quantity.name):
+            self.budget.priced = None  # its first measurement may show what it costs
+        return bool(steps)
+
+    def _check_layout(self, snapshot: Snapshot) -> None:
+        """Restart the quantities if other parameters are trained than before: windows and warm starts do not fit."""
+        player = "" if snapshot.player is None else snapshot.player.name
+        layout = tuple((name, p.shape) for name, p in snapshot.parameters.items())
+        if self._layouts.get(player, layout) != layout:
+            self.schedule.interrupt()
+            self.budget.priced = None
+            for quantity in self.quantities.values():
+                quantity.restart()
+        self._layouts[player] = layout
