@@ -132,7 +132,7 @@ class Sharpness(Quantity):
         "sharpness": Key(
             "Largest eigenvalue of the Hessian of the step's loss.",
             CURVATURE,
-            "Above sharpness_limit a full-batch step is unstable: lower the learning rate.",
+            "If it stays above sharpness_limit and the loss does not fall: lower the learning rate.",
         ),
         "courant_gd": Key(
             "Learning rate divided by the largest stable one, by the curvature of one batch.",
