@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import MEASURED, MOMENTUM, SGD, Losses, Model, Rows, Sequence, data, encoder, everything, fit, mlp
+from harness import MEASURED, MOMENTUM, SGD, STOPPED, Losses, Model, Rows, Sequence, data, encoder, everything, fit, mlp
 from harness import same as same_run
 from problems import close, f64, freeze, interpolating_tanh, matrix, random, same, seeded
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -407,7 +407,7 @@ class Sparse(Model):
 
 UNTOUCHED = {
     **{
-        name: MEASURED[name]
+        name: (MEASURED | STOPPED)[name]
         for name in (
             "dropout", "batch_norm", "momentum", "nesterov", "scheduler", "frozen", "tied", "lstm", "transformer",
             "residual", "spectral_norm", "weight_norm", "sideeffecthooks", "owngenerators", 
