@@ -10,7 +10,7 @@ import torch
 from harness import SGD, Losses, Model, Rows, data, fit, mlp
 
 from lsp_callbacks import Observation, StabilityMonitor, StopOnInstability
-from lsp_callbacks.monitor.losses import LEFT_OUT, Told
+from lsp_callbacks.monitor.losses import LEFT_OUT, ArrivedLoss
 
 KEY, LYAPUNOV, NORM = "stability/courant", "stability/lyapunov", "stability/spectral_norm_max"
 NAN = math.nan
@@ -33,7 +33,7 @@ def feed(stop, values, losses=None, trainer=None, key=None, start=0, scheduled=N
         loss = 1.0 if losses is None else losses[step - start]
         values = value if isinstance(value, dict) else {key or stop.monitor: value}
         stop.receive(trainer, Observation(step, values))
-        if stop.judge(trainer, step, [Told(step, float(loss))]):
+        if stop.judge(trainer, step, [ArrivedLoss(step, float(loss))]):
             return step
     return None
 
@@ -157,6 +157,7 @@ def test_one_reading_of_a_network_that_has_exploded_is_enough():
     once = [{}, {KEY: 0.0, GD: 8.0}, *[{}] * 89]
     stop = StopOnInstability()
     assert feed(stop, once, losses) == 59 and "courant_gd" in stop.reason
+    assert feed(StopOnInstability(), once, losses, scheduled=0.01) == 59  # a critical rate that is as blind
     assert feed(StopOnInstability(), once, [2.3] * 91) is None
     assert feed(StopOnInstability(), [{}, {KEY: 0.0, GD: 4.0}, *[{}] * 89], losses) is None
 
@@ -190,8 +191,8 @@ def test_steps_that_a_gradient_scaler_leaves_out_do_not_count_but_not_for_ever()
     stop._source = SimpleNamespace(scheduled_courant=lambda trainer: NAN)
     for step in range(100):
         left_out = step % 20 < 15
-        assert not stop.judge(trainer, step, [Told(step, math.inf if left_out else 1.0, left_out)])
-    stopped = [step for step in range(100, 130) if stop.judge(trainer, step, [Told(step, NAN, True)])]
+        assert not stop.judge(trainer, step, [ArrivedLoss(step, math.inf if left_out else 1.0, left_out)])
+    stopped = [step for step in range(100, 130) if stop.judge(trainer, step, [ArrivedLoss(step, NAN, True)])]
     assert stopped == [100 + LEFT_OUT - 1]
 
 

@@ -13,7 +13,7 @@ from lsp_callbacks.linalg import LinearOperator, norm, unit
 
 @dataclass(frozen=True)
 class BatchSharpnessResult:
-    """Two means over batches of ``g^T H_B g`` and ``||g||^2``, with standard errors.
+    """Two means, over batches, of ``g^T H_B g`` and ``||g||^2``, with standard errors.
 
     Attributes:
         mean_of_ratios: ``E[g^T H_B g / ||g||^2]`` (Andreyev & Beneventano).

@@ -19,7 +19,7 @@ def condition(operator: LinearOperator, *, precision: torch.dtype | None = None)
 
     Args:
         operator: without batch axes.
-        precision: whose eps that is; None takes the operator's. Half precision knows no small singular values.
+        precision: whose eps that is; None takes the operator's. In half precision small singular values are rounding.
 
     Returns:
         The condition number in float64, NaN for the zero operator or one with NaN, and r.

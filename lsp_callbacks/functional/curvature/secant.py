@@ -12,7 +12,7 @@ from lsp_callbacks.linalg import LinearOperator, norm
 
 @dataclass(frozen=True)
 class Secant:
-    """Along one step of the parameters.
+    """Curvature along one step of the parameters.
 
     Attributes:
         secant: ``||g(theta + d) - g(theta)|| / ||d||``, in units of loss / parameter^2.
@@ -36,7 +36,7 @@ def secant(
     """Return the curvature that the gradient shows along a step, beside that of the Hessian, for the same batch.
 
     Where the loss is smooth and the step short the two agree. Across the kink of a ReLU the gradient jumps, while the
-    Hessian, which exists almost everywhere, knows nothing of it: then a sharpness, and every learning rate derived from
+    Hessian, which exists almost everywhere, does not show it: then a sharpness, and every learning rate derived from
     it, misleads. ``lr * secant`` above 2 says that along its own direction the step overshoots.
 
     Args:

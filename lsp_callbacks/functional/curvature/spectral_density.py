@@ -23,7 +23,7 @@ APART, FEW = 0.1, 0.1
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The eigenvalues of a symmetric ``(n, n)`` operator A, as far as some Lanczos runs tell.
+    """The distribution of the eigenvalues of a symmetric ``(n, n)`` operator A, estimated by Lanczos runs.
 
     Errors are standard errors over the random starts.
 
@@ -39,7 +39,8 @@ class Spectrum:
         effective_rank_error: to first order.
         negative: a lower bound of the share of eigenvalues below 0, within its standard error.
         negative_error: of that.
-        zero: the share that the runs cannot tell from 0, an upper bound of the share that is 0; ``negative + zero`` is
+        zero: the share that the runs cannot distinguish from 0, an upper bound of the share that is 0; ``negative +
+        zero`` is
             an upper bound of the share below 0.
         least: the smallest Ritz value, an upper bound of the smallest eigenvalue.
         least_residual: some eigenvalue lies within it of ``least``.
@@ -127,8 +128,8 @@ def spectral_density(
 
     bulks = [_bulk(run.nodes, resolved) for run, resolved in zip(runs, singles)]
     run, inside = min(zip(runs, bulks), key=lambda pair: int(pair[1].sum()) - len(pair[1]))
-    told = bool(inside.any()) and int((~inside).sum()) <= FEW * n
-    bulk = (float(run.nodes[inside][0]), float(run.nodes[inside][-1])) if told else None
+    has_bulk = bool(inside.any()) and int((~inside).sum()) <= FEW * n
+    bulk = (float(run.nodes[inside][0]), float(run.nodes[inside][-1])) if has_bulk else None
     return Spectrum(
         nodes=nodes,
         weights=weights,
@@ -144,8 +145,8 @@ def spectral_density(
         zero=zero,
         least=float(least.nodes[0]),
         least_residual=float(least.residuals[0]),
-        outliers=run.nodes[~inside] if told else None,
-        outlier_residuals=run.residuals[~inside] if told else None,
+        outliers=run.nodes[~inside] if has_bulk else None,
+        outlier_residuals=run.residuals[~inside] if has_bulk else None,
         bulk=bulk,
         fit=None if bulk is None or bulk[1] - bulk[0] <= ZERO * scale else _fit(nodes, weights, run.nodes, inside),
         products=sum(len(run.nodes) for run in runs),

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Of fewer samples nobody can tell by how much their statistics scatter.
+#: Fewer samples give no useful estimate of the scatter of their statistics.
 LEAST_SAMPLES = 4
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Of one BatchNorm layer; root mean squares over its channels.
+    """Drift of one BatchNorm layer; root mean squares over its channels.
 
     Attributes:
         mean: ``(mu_batch - mu_running) / sigma_running``, in running standard deviations.
@@ -63,7 +63,9 @@ def batch_norm_drift(x: Tensor, mean: Tensor, var: Tensor, *, eps: float = 1e-5,
     """
     samples = len(x)
     if samples < LEAST_SAMPLES:
-        raise ValueError(f"{samples} samples do not tell their own scatter: give {LEAST_SAMPLES} or more")
+        raise ValueError(
+            f"{samples} samples are too few to estimate the scatter of their statistics: give {LEAST_SAMPLES} or more"
+        )
     rows = x.detach().double().flatten(2) if x.ndim > 2 else x.detach().double()[..., None]  # (B, C, positions)
     mean, var = mean.double(), var.double() + eps
     count = samples * rows.shape[2]

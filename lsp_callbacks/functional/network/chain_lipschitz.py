@@ -15,7 +15,7 @@ from lsp_callbacks.linalg import operator_norm
 
 #: Probability with which one norm may exceed its bound.
 FAILURE = 1e-3
-#: Affine in eval mode: told by their ``forward``, which subclasses may have changed.
+#: Affine in eval mode; compared by ``forward``, which subclasses may have changed.
 AFFINE = {
     kind.forward
     for kind in (

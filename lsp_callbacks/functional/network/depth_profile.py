@@ -22,7 +22,7 @@ class DepthProfile:
     Attributes:
         sigma: ``(L, samples)``, lower bounds that are exact up to the residual where Lanczos has found the top.
         residual: the largest relative residual of all norms.
-        converged: whether all of them met the tolerance.
+        converged: whether all of them reached the tolerance.
         log_bound: ``(samples,)``, ``sum log ||dX_k / dX_j||`` over ``factors``, from above; of all samples, too, with
             the probability that was asked for.
         factors: the steps ``(j, k)`` of the bound: ``(k - 1, k)`` where all paths pass every state, longer ones around

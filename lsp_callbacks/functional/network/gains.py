@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Of one layer, on the way that the last layer's signal came.
+    """Sizes of the signals at one layer, on the path that leads to the last layer.
 
     Attributes:
         name: of the module that begins it.

@@ -34,7 +34,7 @@ def lipschitz_lower(jacobian: LinearOperator, *, steps: int = 8) -> Tensor:
     return norm(jacobian.T @ u, -1).amax()
 
 
-def norm_upper(operator: LinearOperator, *, steps: int = 30, failure: float = FAILURE) -> float:
+def certified_norm(operator: LinearOperator, *, steps: int = 30, failure: float = FAILURE) -> float:
     """Return ``||A||_2`` from above: exact for small operators, otherwise true with probability ``1 - failure``."""
     m, n = operator.shape
     if min(m, n) <= SMALL:
@@ -59,7 +59,7 @@ def layer_lipschitz(module: nn.Module, input_shape: Shape = None, output_shape: 
         else weight_operators(module, input_shape, output_shape)
     )
     if set(parts) == {""}:
-        return norm_upper(parts[""])
+        return certified_norm(parts[""])
     return next((rule(module) for kinds, rule in _RULES if isinstance(module, kinds)), None)
 
 

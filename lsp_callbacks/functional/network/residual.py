@@ -16,7 +16,7 @@ FAILURE = 1e-3
 
 @dataclass(frozen=True)
 class ResidualStability:
-    """One block at the inputs that it received; extremes are over the samples.
+    """Stability of one residual block at the inputs that it received; extremes are over the samples.
 
     The gain is how much the block stretches a small difference of its input at most: it expands where that is above 0,
     and contracts below. Each other number proves one of the two, and the opposite of what it proves does not follow:

@@ -1,4 +1,4 @@
-"""How much a map answers to a small displacement: to first order, and really."""
+"""The response of a map to a small displacement: to first order, and evaluated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FEW = 10
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of a map, at each point of a batch.
+    """Sensitivity of a map at each point of a batch.
 
     Attributes:
         value: ``||J||_2``, the change per unit of displacement in the limit of small ones; by Lanczos, from below.

@@ -29,7 +29,7 @@ _GUILTY, _INNOCENT = 0, 1
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a step is not finite.
+    """The reason why a step is not finite.
 
     Attributes:
         step: number of the optimizer step.
@@ -81,7 +81,7 @@ class Fault:
         if self.node is None:
             return (
                 f"the loss is finite and its gradient is not: {self.operation} {place} gave {self.kind}, "
-                f"{at}, which the forward pass masked and the backward pass met again"
+                f"{at}, which the forward pass masked and the backward pass uses again"
             )
         backward = f"{self.node}, the backward pass of {self.forward}" if self.forward else f"{self.node}"
         return (
@@ -91,7 +91,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where the NaN or Inf of a tensor comes from; ordered by guilt, then by time."""
+    """The origin of the NaN or Inf of a tensor; ordered by guilt, then by time."""
 
     guilt: int
     time: int

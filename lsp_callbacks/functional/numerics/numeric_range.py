@@ -25,7 +25,7 @@ NOISE = 1e-13
 
 @dataclass(frozen=True)
 class NumericRange:
-    """What one step's numbers take of the range of their types.
+    """Distance of the numbers of one step from the ends of their types.
 
     Attributes:
         activations: head-room in bits by module, over all that its operations compute in the forward pass.
@@ -76,7 +76,7 @@ def numeric_range(
     One forward and one backward pass; every operation is looked at. Head-room is taken of its largest finite number:
     Inf and the very largest number of a type are masks. Underflow: where an operation of the backward pass gave zeros
     or subnormal numbers, it is computed again in float64 *from the same inputs*, and ``0 < |exact| < smallest normal``
-    is counted; exact numbers below 1e-13 of the largest in their tensor are not told from zero, so that of the wide
+    is counted; exact numbers below 1e-13 of the largest in their tensor count as zero, so that of the wide
     types (bfloat16, float32) whole tensors must be near the end. Operations that draw random numbers, work in place or
     have no kernel for float64 are left out of that count.
 

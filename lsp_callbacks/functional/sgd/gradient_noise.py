@@ -13,7 +13,7 @@ from lsp_callbacks.functional.trajectory.statistics import fieller, student_quan
 
 @dataclass(frozen=True)
 class GradientNoise:
-    """Of the gradients ``g_i`` of single samples.
+    """Statistics of the gradients ``g_i`` of single samples.
 
     Attributes:
         variance: ``tr Sigma = E ||g_i - G||^2``, unbiased.
@@ -21,7 +21,7 @@ class GradientNoise:
         signal: ``||G||^2`` of the mean over all training samples, unbiased; it may be negative.
         scale: ``tr Sigma / ||G||^2`` in samples, of the two unbiased estimates; NaN where the signal is not positive.
         lower: one-sided 90 % bound of the scale, and
-        upper: the other one; NaN where the samples cannot tell the gradient from its noise.
+        upper: the other one; NaN where the gradient is not significant beside its noise.
     """
 
     variance: Tensor
@@ -61,9 +61,9 @@ def gradient_noise(gram: Tensor, *, population: int | None = None, confidence: f
     """
     n = len(gram)
     if n < 2:
-        raise Unmeasurable(f"{n} samples do not tell the noise of their gradients: take two probes at least")
+        raise Unmeasurable(f"{n} sample is too few to estimate the noise of gradients: give two at least")
     if not bool(gram.isfinite().all()):
-        raise Unmeasurable("the gradients of the probes are not finite")
+        raise Unmeasurable("the gradients of the samples are not finite: their noise is not defined")
     size = gram.double().abs().max()
     q = gram.double() / torch.where(size > 0, size, 1.0)  # the squares of what follows are numbers then
     squares, rows, total = q.diagonal(), q.sum(1), q.sum()

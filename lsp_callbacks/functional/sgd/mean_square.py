@@ -83,7 +83,7 @@ def mean_square_lr(
     gives ``1 / lr``.
 
     Args:
-        modes: of `reduce`.
+        modes: of `reduced_modes`.
         batch_size: samples of a batch.
         rule: of the optimizer.
         replacement: within a batch.
@@ -226,11 +226,11 @@ def _source(h: Tensor, lr: float, rule: UpdateRule) -> Tensor:
     left, right = h[:, None], h[None, :]
     feed, square = beta * b2 / (1 - beta**2), b2**2 / (1 - beta**2)  # M = feed (h_i C_ij + h_j C_ji) + square D
     direct = 1 - delta * beta - b1 * beta * h - phi * beta * feed * h
-    other = -phi * b2 / (1 - beta**2) * h  # own_i C_ij + other_j C_ji = (delta b2 h_j) P + kick D, and its mirror
-    kick = phi * beta * square + b1 * b2
+    other = -phi * b2 / (1 - beta**2) * h  # direct_i C_ij + other_j C_ji = (delta b2 h_j) P + drive D, and its mirror
+    drive = phi * beta * square + b1 * b2
     det = direct[:, None] * direct - other[:, None] * other
     by_p = delta * b2 * (right * direct[None, :] - other[None, :] * left) / det
-    by_d = kick * (direct[None, :] - other[None, :]) / det
+    by_d = drive * (direct[None, :] - other[None, :]) / det
     weight = (phi**2 * feed + phi * b1) * left + delta * phi
     through_p, through_d = weight * by_p, weight * by_d
     kept = 1 - delta**2 - delta * b1 * (left + right) - through_p - through_p.mT

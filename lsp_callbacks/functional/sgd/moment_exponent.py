@@ -51,7 +51,7 @@ def moment_exponent(
     ``Lambda(2)`` and ``Lambda(4)``.
 
     Args:
-        modes: of `reduce`.
+        modes: of `reduced_modes`.
         lr: one rate.
         p: 2 or 4. 4 takes d coordinates, the modes of a component, of which there may be 24, or twice the modes with
             momentum, of which there may be 8.
@@ -74,8 +74,9 @@ def moment_exponent(
 
     Example:
         >>> import math, torch
-        >>> from lsp_callbacks.functional import moment_exponent, reduce
-        >>> modes = reduce(torch.ones(2, 2) * torch.tensor([1.0, 3.0]).sqrt().outer(torch.tensor([1.0, 3.0]).sqrt()))
+        >>> from lsp_callbacks.functional import moment_exponent, reduced_modes
+        >>> root = torch.tensor([1.0, 3.0]).sqrt()
+        >>> modes = reduced_modes(root.outer(root))
         >>> result = moment_exponent(modes, 0.9, p=4, batch_size=1)  # curvatures 1 and 3
         >>> abs(result - math.log((0.1**4 + 1.7**4) / 2)) < 1e-9
         True

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SGDLawResult:
-    """What Thm 5.2 says at one learning rate.
+    """The law of SGD at one learning rate (Katende 2025, Thm 5.2).
 
     Attributes:
         q: ``E ||theta - theta*||^2`` contracts at least by this factor in a step, above the floor.

@@ -58,7 +58,7 @@ def sgd_exponent(
     """Return ``lambda = lim (1/n) E log ||A_n ... A_1 v||``, the top exponent of SGD at one point; nats per step.
 
     Args:
-        modes: of `reduce`.
+        modes: of `reduced_modes`.
         lr: a rate, or several that share the same batches.
         batch_size: at most ``population``.
         rule: of the optimizer.
@@ -90,8 +90,8 @@ def sgd_exponent(
 
     Example:
         >>> import torch
-        >>> from lsp_callbacks.functional import reduce, sgd_exponent
-        >>> modes = reduce(torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
+        >>> from lsp_callbacks.functional import reduced_modes, sgd_exponent
+        >>> modes = reduced_modes(torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
         >>> round(float(sgd_exponent(modes, 1.0, batch_size=1).value), 2)  # log(0.8) / 2
         -0.11
     """
@@ -194,7 +194,7 @@ def sum_of_exponents(
 
 
 class _Draw:
-    """How batches are drawn from ``n`` samples; ``noise`` is ``f``: 0 where every batch is all of them."""
+    """A way to draw batches from ``n`` samples; ``noise`` is ``f``: 0 where every batch is all of them."""
 
     def __init__(
         self, modes: Modes, batch_size: int, sampling: Sampling, replacement: bool, population: int | None, generator

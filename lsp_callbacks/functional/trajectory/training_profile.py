@@ -89,7 +89,7 @@ class TrainingProfile:
 
 @dataclass(frozen=True)
 class NoiseSeen:
-    """What is known of ``K = sum_s S_s S_s^T``, with ``S_s = A_T ... A_(s+1) B_s``, on a subspace of the parameters.
+    """The exact part of ``K = sum_s S_s S_s^T``, ``S_s = A_T ... A_(s+1) B_s``, on a subspace of the parameters.
 
     Attributes:
         basis: ``(k, n)``, orthonormal, ``n >= P``; found without the rows of `Tangents.noise`.
@@ -102,7 +102,7 @@ class NoiseSeen:
     largest: float
 
 
-def tangents(
+def random_tangents(
     state: int,
     parameters: int,
     *,
@@ -139,7 +139,7 @@ def tangents(
     return Tangents(frame, q.new_zeros(noise or vectors, state), 0.0, 0.0, k, parameters, 0.0, 0)
 
 
-def pushed(now: Tangents, step: LinearOperator, noise: LinearOperator, generator: torch.Generator) -> Tangents:
+def push_tangents(now: Tangents, step: LinearOperator, noise: LinearOperator, generator: torch.Generator) -> Tangents:
     """Return the tangents one step further.
 
     Args:
@@ -170,12 +170,12 @@ def training_profile(state: Tangents, seen: NoiseSeen | None = None) -> Training
     """Return the sensitivities of the parameters to their start and to the noise.
 
     What was pushed went forward only, so the norm of ``A_T ... A_1`` is bounded from below by that on the frame, and
-    from above by what random directions leave open (`norm_by_random_rows`), which is far; both ends are near each
-    other where products with its adjoint are taken, see `lsp_callbacks.operators.trajectory.window`. Its Frobenius norm
-    is estimated without bias, ``E ||A q||^2 = ||A||_F^2 / P`` for a random unit q. The noise likewise:
-    ``E ||v_T||^2 = tr K``, of which a part may be known exactly. Where each step contracts by c, and
-    ``B = -eta I``, ``sigma_u`` is ``eta sqrt((1 - c^(2T)) / (1 - c^2))``; what a gradient that is off by the *same*
-    vector at each step can do is more, up to ``eta (1 - c^T) / (1 - c)``.
+    from above by what random directions leave undetermined (`norm_by_random_rows`), which is far; both ends are near
+    each other where products with its adjoint are taken, see `lsp_callbacks.operators.trajectory.window`. Its Frobenius
+    norm is estimated without bias, ``E ||A q||^2 = ||A||_F^2 / P`` for a random unit q. The noise likewise: ``E
+    ||v_T||^2 = tr K``, of which a part may be known exactly. Where each step contracts by c, and ``B = -eta I``,
+    ``sigma_u`` is ``eta sqrt((1 - c^(2T)) / (1 - c^2))``; what a gradient that is off by the *same* vector at each step
+    can do is more, up to ``eta (1 - c^T) / (1 - c)``.
 
     The exponents are divided by the steps that were travelled, not by L + T; they belong to a finite window, for which
     the limsup of the definition does not exist. ``[[1, 1], [0, 1]]`` at each step gives a norm that grows like T and an
@@ -196,11 +196,11 @@ def training_profile(state: Tangents, seen: NoiseSeen | None = None) -> Training
     Example:
         >>> import torch
         >>> from lsp_callbacks.linalg import from_matrix
-        >>> from lsp_callbacks.functional import pushed, tangents, training_profile
+        >>> from lsp_callbacks.functional import push_tangents, random_tangents, training_profile
         >>> generator = torch.Generator().manual_seed(0)
-        >>> now = tangents(2, 2, vectors=2, generator=generator)
+        >>> now = random_tangents(2, 2, vectors=2, generator=generator)
         >>> for _ in range(3):  # a rate of 0.1 on a curvature of 5
-        ...     now = pushed(now, from_matrix(0.5 * torch.eye(2)), from_matrix(-0.1 * torch.eye(2)), generator)
+        ...     now = push_tangents(now, from_matrix(0.5 * torch.eye(2)), from_matrix(-0.1 * torch.eye(2)), generator)
         >>> result = training_profile(now)
         >>> round(float(result.sigma_theta), 6), round(float(result.alpha_theta), 6)  # 0.5^3, log 0.5
         (0.125, -0.693147)
@@ -219,7 +219,7 @@ def training_profile(state: Tangents, seen: NoiseSeen | None = None) -> Training
     widest = norm_by_random_rows(widest, state.random, size, failure=FAILURE)
     bound = torch.tensor(log(widest) + state.frame_log, dtype=torch.float64)
     sigma_u = 0.5 * noise.log() + state.noise_log
-    # As large as T kicks that do not travel; on the average they have travelled (T - 1) / 2 steps.
+    # As large as the noise of T steps that does not travel; on the average they have travelled (T - 1) / 2 steps.
     brought = 0.5 * math.log(state.driven) if state.driven else math.nan
     left = (steps - 1) / 2 or math.nan
     return TrainingProfile(

@@ -105,7 +105,7 @@ class SGDStability(Quantity):
     each probe: 85 gradients for 128, fewer where batches are larger than the probes.
 
     Source: Chemnitz & Engel 2025, (2.18), (2.19), App. A; Mulayoff & Michaeli 2024 (second moment); docs/theory.md,
-    section 2.
+    section The exponent of SGD, frozen at the weights.
     """
 
     name = "sgd_stability"
