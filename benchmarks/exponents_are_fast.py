@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lsp_callbacks import ProbeSet
-from lsp_callbacks.functional import Modes, UpdateRule, reduce, sgd_exponent
+from lsp_callbacks.functional import Modes, UpdateRule, reduced_modes, sgd_exponent
 from lsp_callbacks.functional.sgd.mean_square import mean_square_lr
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
 from lsp_callbacks.step.criterion import evaluation
@@ -58,7 +58,7 @@ def dense(K: torch.Tensor, lr: float, steps: int) -> None:
 def main(repetitions: int = 15, few: int = 5) -> None:
     torch.set_num_threads(1)
     K = gram("all")
-    modes = reduce(K, CLASSES)
+    modes = reduced_modes(K, CLASSES)
     run = {"batch_size": BATCH, "chains": CHAINS, "steps": STEPS, "burn_in": 0}
     few_steps = ratio(lambda: dense(K, 0.1, few), lambda: sgd_exponent(modes, 0.1, **run), 3)
     print(f"dense products, r = {modes.rank}: {few_steps * CHAINS * STEPS / few:.0f} times as long (from {few} steps)")
@@ -66,11 +66,11 @@ def main(repetitions: int = 15, few: int = 5) -> None:
         K, rows = gram(outputs, samples), CLASSES if outputs == "all" else 1
         for name, rule in (("SGD", UpdateRule()), ("momentum 0.9", UpdateRule(0.9))):
             few_times = repetitions if len(K) < 640 else 3
-            print(f"{samples} samples of {rows} rows, {name}: {curve_costs(reduce(K, rows), rule, few_times)}")
+            print(f"{samples} samples of {rows} rows, {name}: {curve_costs(reduced_modes(K, rows), rule, few_times)}")
     nesterov = UpdateRule(0.9, nesterov=True)
     for name, rule in (("SGD", UpdateRule()), ("momentum 0.9", UpdateRule(0.9)), ("Nesterov", nesterov)):
         K = gram("top")
-        modes = reduce(K)
+        modes = reduced_modes(K)
         work = lambda modes=modes, rule=rule: mean_square_lr(modes, batch_size=BATCH, rule=rule)  # noqa: E731
         cost = ratio(work, lambda K=K: torch.linalg.eigh(K), repetitions)
         print(f"{SAMPLES} samples, {name}: the mean-square rate costs {cost:.0f} times one eigh")

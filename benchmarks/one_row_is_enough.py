@@ -12,7 +12,7 @@ from runs import Problem, mnist, network
 from torch import Tensor, nn
 
 from lsp_callbacks import ProbeSet
-from lsp_callbacks.functional import UpdateRule, reduce
+from lsp_callbacks.functional import UpdateRule, reduced_modes
 from lsp_callbacks.functional.sgd.stability_diagram import critical_lr
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
 from lsp_callbacks.step.criterion import evaluation
@@ -44,7 +44,7 @@ def courant(net: nn.Module, loss: Loss, lr: float, momentum: float, index: Tenso
     part = lambda: evaluation(net(x), lambda f: loss(f, y), samples=len(x))  # noqa: E731
     probes = ProbeSet(module=net, parts=(part,), samples=len(x), batch_size=BATCH)
     kernel = tangent_kernel(probes, outputs=outputs)  # type: ignore[arg-type]
-    modes = reduce(kernel.gram, kernel.rows, tol=1e-6)
+    modes = reduced_modes(kernel.gram, kernel.rows, tol=1e-6)
     rule = UpdateRule(momentum)
     return lr / critical_lr(modes, batch_size=BATCH, population=POPULATION, rule=rule, steps=100, tol=1e-4).value
 

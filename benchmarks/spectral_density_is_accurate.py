@@ -14,7 +14,7 @@ from runs import digits
 from torch import nn
 
 from lsp_callbacks import Snapshot
-from lsp_callbacks.functional import Spectrum, cumulative, spectral_density
+from lsp_callbacks.functional import Spectrum, smoothed_cumulative, spectral_density
 from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators import hessian
 
@@ -25,8 +25,8 @@ SPLITS = ((2, 20), (2, 30), (2, 40), (4, 20), (8, 10), (2, 60), (4, 40))
 def compare(found: Spectrum, values: torch.Tensor) -> list[float]:
     width = 0.02 * float(values[-1] - values[0])
     points = torch.linspace(float(values[0]), float(values[-1]), 400, dtype=torch.float64)
-    dense = cumulative(values, torch.full_like(values, 1 / len(values)), points, width)
-    distance = (cumulative(found.nodes, found.weights, points, width) - dense).abs().max()
+    dense = smoothed_cumulative(values, torch.full_like(values, 1 / len(values)), points, width)
+    distance = (smoothed_cumulative(found.nodes, found.weights, points, width) - dense).abs().max()
     outliers = torch.empty(0) if found.outliers is None else found.outliers
     off = max((float((values - one).abs().min()) for one in outliers), default=0.0) / float(values[-1])
     missed = 0.0

@@ -6,7 +6,7 @@ import torch
 
 from lsp_callbacks.functional import (
     UpdateRule,
-    reduce,
+    reduced_modes,
 )
 
 
@@ -17,7 +17,7 @@ def f64(values):
 def scalar(a):
     """Samples of one parameter with curvatures ``a``."""
     z = f64(a).sqrt()[:, None]
-    return reduce(z @ z.T)
+    return reduced_modes(z @ z.T)
 
 
 def random(*shape, seed=0):

@@ -18,7 +18,7 @@ from torch import nn
 
 from lsp_callbacks import Monitor, Sharpness, Snapshot, StabilityMonitor, StabilityProfile, StopOnInstability
 from lsp_callbacks.demo import Digits, ResidualNet
-from lsp_callbacks.functional import critical_lr, gd_exponent, reduce, residual_stability, sgd_exponent
+from lsp_callbacks.functional import critical_lr, gd_exponent, reduced_modes, residual_stability, sgd_exponent
 from lsp_callbacks.linalg import from_matrix
 
 HERE = Path(__file__).parent
@@ -124,7 +124,7 @@ def lyapunov_exponents_of_sgd(probes: int = 96, chains: int = 16, steps: int = 3
         gradients = torch.autograd.grad(net(x).sum(), list(net.parameters()))
         rows.append(torch.cat([g.flatten() for g in gradients]))
     Z = torch.stack(rows)
-    modes = reduce(Z @ Z.T)
+    modes = reduced_modes(Z @ Z.T)
     rates = torch.logspace(-2, 1, 90, dtype=torch.float64)
     canvas, ax = axes(size=(7, 3.6))
     for batch_size, color in ((1, ORANGE), (8, "#edae49"), (32, "#66a182")):

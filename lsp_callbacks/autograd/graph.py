@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsp_callbacks.autograd._torch_internals import custom_function, dtypes_of
+from lsp_callbacks.autograd._torch_internals import custom_functions, dtypes_of
 
 # Backward nodes of functions whose derivative jumps.
 _KINKS = re.compile(
@@ -103,8 +103,7 @@ def read(loss: Tensor) -> Graph:
     """Return the properties of the autograd graph of a loss."""
     nodes = list(walk([loss.grad_fn]))
     names = {node.name() for node in nodes}
-    dtypes = {loss.dtype} | dtypes_of(nodes)
-    functions = [function for node in nodes if (function := custom_function(node)) is not None]
+    dtypes, functions = {loss.dtype, *dtypes_of(nodes)}, custom_functions(nodes)
     return Graph(
         kinked=any(map(_KINKS.match, names)),
         fused=any(map(_FUSED.match, names)),

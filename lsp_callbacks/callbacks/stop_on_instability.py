@@ -114,7 +114,7 @@ class StopOnInstability(Callback):
         self._others = Readings(self.patience, self.patience_steps)  # of what stands in
         self._received: Observation | None = None  # the last one, until the loss of its step is known
         self._others_before = self._others
-        self._stands_in = self._forecast = False
+        self._stands_in = self._blind = self._forecast = False  # blind: what it stands in for looked calm
         self._collapsed = 0.0  # the last reading
         self._losses = LossRecord()
 
@@ -170,6 +170,7 @@ class StopOnInstability(Callback):
                     self._stands_in = True
             elif not math.isnan(value):
                 self._stands_in, self._others = False, Readings(self.patience, self.patience_steps)
+                self._blind = False
         steps = values.get("stability/steps_to_edge", math.nan)
         if self.monitor in SCHEDULED and not math.isnan(steps) and not self._forecast:
             self._forecast = True
@@ -224,7 +225,7 @@ class StopOnInstability(Callback):
             self._others.add(observation.step, gd)
         if self._readings.latest_step == observation.step and self._readings.latest <= self.threshold:
             self._readings.drop()
-            self._stands_in = True
+            self._stands_in = self._blind = True
 
     @property
     def _known(self) -> Readings:
@@ -257,8 +258,9 @@ class StopOnInstability(Callback):
             return f"{self._reading(above)}, and {rose}"
         if losses.risen and jumped:
             return f"the learning rate is {scheduled:.3g} times the critical one, and {rose}"
-        # The rate may have come down since.
-        least = min(self._known.latest, self._known.latest if math.isnan(scheduled) else scheduled)
+        # The rate may have come down since; critical rates of a network that has exploded do not show that.
+        comparable = not math.isnan(scheduled) and not (self._blind and self._known is self._others)
+        least = min(self._known.latest, scheduled) if comparable else self._known.latest
         if self.monitor in SCHEDULED and least >= FAR * self.threshold and losses.fallen is False:
             return (
                 f"{self._name} = {self._known.latest:.4g} at step {self._known.latest_step}, far above "
@@ -299,8 +301,8 @@ class StopOnInstability(Callback):
             "events": list(self.events), "above_step": self._above_step,
             "stop_step": self.stop_step, "reason": self.reason,
             "readings": self._readings.state_dict(), "others": self._others.state_dict(),
-            "stands_in": self._stands_in, "forecast": self._forecast, "collapsed": self._collapsed,
-            "losses": self._losses.state_dict(),
+            "stands_in": self._stands_in, "blind": self._blind, "forecast": self._forecast,
+            "collapsed": self._collapsed, "losses": self._losses.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -309,7 +311,7 @@ class StopOnInstability(Callback):
         self.events, self._above_step = list(state["events"]), state["above_step"]
         self.stop_step, self.reason = state["stop_step"], state["reason"]
         self._stands_in, self._forecast = state["stands_in"], state["forecast"]
-        self._collapsed = state["collapsed"]
+        self._collapsed, self._blind = state["collapsed"], state["blind"]
         if isinstance(state["readings"], dict):  # the first releases kept no steps
             self._readings.load_state_dict(state["readings"])
             self._others.load_state_dict(state["others"])

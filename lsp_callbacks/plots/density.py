@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lsp_callbacks.functional.curvature.marchenko_pastur import density
+from lsp_callbacks.functional.curvature.marchenko_pastur import smoothed_density
 from lsp_callbacks.functional.curvature.spectral_density import Spectrum
 from lsp_callbacks.plots.figure import BLUE, ORANGE, RED, load
 
@@ -44,7 +44,7 @@ def draw_density(spectrum: Spectrum, ax: Axes, *, unit: float | None = None) -> 
         ax.vlines(outliers, single / 10, single, color=RED, linewidth=1.3, label=f"{len(outliers)} outliers")
     if spectrum.fit is not None and spectrum.fit.alike:
         law, weights = spectrum.fit.measure()
-        line = (1 - len(outliers) / spectrum.size) * density((law / unit).asinh(), weights, points, WIDTH)
+        line = (1 - len(outliers) / spectrum.size) * smoothed_density((law / unit).asinh(), weights, points, WIDTH)
         text = f"Marchenko-Pastur, off by {spectrum.fit.distance:.2f}"
         ax.plot(places, line, color=ORANGE, linestyle=(0, (3, 2)), linewidth=1.4, label=text)
     ax.set_yscale("log")
@@ -107,7 +107,7 @@ def _points(spectra: Sequence[Spectrum], unit: float) -> Tensor:
 
 
 def _heights(spectrum: Spectrum, points: Tensor, unit: float) -> Tensor:
-    return density((spectrum.nodes / unit).asinh(), spectrum.weights, points, WIDTH)
+    return smoothed_density((spectrum.nodes / unit).asinh(), spectrum.weights, points, WIDTH)
 
 
 def _axis(ax: Axes, places: Tensor, unit: float) -> None:

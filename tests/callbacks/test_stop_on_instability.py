@@ -157,6 +157,7 @@ def test_one_reading_of_a_network_that_has_exploded_is_enough():
     once = [{}, {KEY: 0.0, GD: 8.0}, *[{}] * 89]
     stop = StopOnInstability()
     assert feed(stop, once, losses) == 59 and "courant_gd" in stop.reason
+    assert feed(StopOnInstability(), once, losses, scheduled=0.01) == 59  # a critical rate that is as blind
     assert feed(StopOnInstability(), once, [2.3] * 91) is None
     assert feed(StopOnInstability(), [{}, {KEY: 0.0, GD: 4.0}, *[{}] * 89], losses) is None
 

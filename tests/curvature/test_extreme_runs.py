@@ -17,7 +17,7 @@ from lsp_callbacks.functional import (
     fit_noise,
     gradient_noise,
     loss_condition_lower,
-    reduce,
+    reduced_modes,
     stability_diagram,
 )
 from lsp_callbacks.linalg import from_matrix, norm, unit
@@ -220,13 +220,16 @@ def test_critical_rates_are_in_units_of_the_curvature(scale):
     gram, rule = z @ z.T, UpdateRule(momentum=0.5, weight_decay=0.05, decoupled_decay=0.1)
     how = {"batch_size": 2, "chains": 2, "steps": 60, "tol": 1e-4}
     scaled = UpdateRule(momentum=0.5, weight_decay=0.05 * scale, decoupled_decay=0.1 * scale)
-    one, other = critical_lr(reduce(gram), rule=rule, **how), critical_lr(reduce(scale * gram), rule=scaled, **how)
+    one, other = (
+        critical_lr(reduced_modes(gram), rule=rule, **how),
+        critical_lr(reduced_modes(scale * gram), rule=scaled, **how),
+    )
     close(scale * other.value / one.value, 1.0, 2e-3)
     close(scale * other.mean_square / one.mean_square, 1.0, 1e-3)
     few = {"batch_sizes": [2], "chains": 2, "steps": 30}
-    first = stability_diagram(reduce(gram), lrs=torch.tensor([0.01, 0.1], dtype=f64), rule=rule, **few)
+    first = stability_diagram(reduced_modes(gram), lrs=torch.tensor([0.01, 0.1], dtype=f64), rule=rule, **few)
     second = stability_diagram(
-        reduce(scale * gram), lrs=torch.tensor([0.01, 0.1], dtype=f64) / scale, rule=scaled, **few
+        reduced_modes(scale * gram), lrs=torch.tensor([0.01, 0.1], dtype=f64) / scale, rule=scaled, **few
     )
     close(second.lyapunov, first.lyapunov, 1e-3)
 

@@ -170,12 +170,12 @@ def test_gradient_descent_turns_unstable_at_two_over_it():
 def test_the_module_and_the_random_states_are_left_bit_for_bit():
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.utils.parametrizations.spectral_norm(nn.Linear(4, 8)), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)
+        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.utils.parametrizations.weight_norm(nn.Linear(8, 3))
     ).double()
     pair = batch()
     net(pair[0]).sum().backward()
     fired = []
-    net[3].weight.register_hook(lambda g: fired.append(g))
+    net[0].weight.register_hook(lambda g: fired.append(g))
     pending = net(pair[0]).square().sum()  # a graph that holds the buffers
     fired.clear()
 
@@ -271,6 +271,35 @@ def test_a_custom_backward_is_compared_with_differences():
     close(sharpness(net, HALF_SQUARES, batch()), torch.linalg.eigvalsh(dense(net, HALF_SQUARES, batch()))[-1], 1e-8)
     with pytest.raises(Unmeasurable, match="Detaching"):
         sharpness(Custom(Detaching), HALF_SQUARES, batch())
+
+
+def test_what_depends_on_the_parameters_without_a_graph_is_refused():
+    class Stopped(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.layer, self.factor = nn.Linear(4, 3, dtype=f64), factor
+
+        def forward(self, x):
+            return self.layer(x) * (1 + self.factor * self.layer.weight.detach().square().sum())
+
+    close(
+        sharpness(Stopped(0.0), HALF_SQUARES, batch()),
+        sharpness(nn.Linear(4, 3, dtype=f64), HALF_SQUARES, batch()),
+        1e-9,
+    )
+    with pytest.raises(Unmeasurable, match=r"detach.*without a graph"):
+        sharpness(Stopped(1.0), HALF_SQUARES, batch())
+    torch.manual_seed(0)
+    normed = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(4, 8)), nn.Tanh(), nn.Linear(8, 3)
+    ).double()
+    with pytest.raises(Unmeasurable, match=r"spectral_norm.*module\.eval"):
+        sharpness(normed, HALF_SQUARES, batch())
+    close(
+        sharpness(normed.eval(), HALF_SQUARES, batch()),
+        torch.linalg.eigvalsh(dense(normed, HALF_SQUARES, batch()))[-1],
+        1e-8,
+    )
 
 
 def test_what_has_no_second_derivative_is_named():

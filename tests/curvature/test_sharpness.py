@@ -81,7 +81,7 @@ def test_the_sign_is_right_on_both_sides_of_the_edge(name, clipping):
         dense = step_jacobian(snapshot, method="exact").dense()
         A, radius = from_matrix(dense), torch.linalg.eigvals(dense).abs().max()
         for window in (1, 2, 4, 8):
-            exponent = sharp_mode_exponent([A] * window, found.mode, root=found.root, kick=found.kick)
+            exponent = sharp_mode_exponent([A] * window, found.mode, root=found.root, buffer_scale=found.buffer_scale)
             assert (exponent > 0) == (courant > 1), (courant, window)
             if courant > 1:
                 close(exponent, radius.log(), 1e-3)
@@ -197,7 +197,7 @@ def test_on_a_network_it_is_the_frozen_step_where_the_preconditioner_hardly_move
     truth = float(torch.linalg.eigvals(inverse @ window @ plane.T).abs().max().log()) / 4
     if not beta:
         truth = float(((window @ plane[0])[:n] / found.root @ found.mode).abs().log()) / 4
-    close(sharp_mode_exponent([A] * 4, found.mode, root=found.root, kick=found.kick), truth, 0.02)
+    close(sharp_mode_exponent([A] * 4, found.mode, root=found.root, buffer_scale=found.buffer_scale), truth, 0.02)
     assert (truth > 0) == (found.courant > 1) == (lr == 20.0)
 
 
@@ -213,7 +213,7 @@ def test_a_window_is_the_dense_product_of_exact_tangents(kind, clipping):
             found = stability_threshold(snapshot, steps=12, tol=0.1, method="exact")
         else:
             A = step_jacobian(snapshot, method="exact").dense()
-            n, scales = len(found.mode), (found.root, found.kick)[: 1 if found.kick is None else 2]
+            n, scales = len(found.mode), (found.root, found.buffer_scale)[: 1 if found.buffer_scale is None else 2]
             if step == 1:
                 into, back = torch.zeros(2, len(scales) + 1, len(A), dtype=f64)
                 for k, scale in enumerate(scales):

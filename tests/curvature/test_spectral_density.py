@@ -9,7 +9,13 @@ from problems import Regression as Problem
 from scipy.integrate import quad
 
 from lsp_callbacks import Snapshot, SpectralDensity, Unmeasurable
-from lsp_callbacks.functional import MarchenkoPastur, cumulative, density, fit_marchenko_pastur, spectral_density
+from lsp_callbacks.functional import (
+    MarchenkoPastur,
+    fit_marchenko_pastur,
+    smoothed_cumulative,
+    smoothed_density,
+    spectral_density,
+)
 from lsp_callbacks.linalg import from_matrix, quadratures
 from lsp_callbacks.operators.cost import lanczos_cost
 from lsp_callbacks.quantities.curvature import spectral_density as module
@@ -201,10 +207,10 @@ def test_a_wishart_matrix_is_recognised(rows, columns, ratio, scale, zeros):
     )  # fmt: skip
     values = torch.linalg.eigvalsh(A)
     points = torch.linspace(-1, float(values[-1]) + 1, 100, dtype=f64)
-    dense = cumulative(values, torch.full_like(values, 1 / rows), points, fit.width)
-    assert (cumulative(found.nodes, found.weights, points, fit.width) - dense).abs().max() < 0.05
+    dense = smoothed_cumulative(values, torch.full_like(values, 1 / rows), points, fit.width)
+    assert (smoothed_cumulative(found.nodes, found.weights, points, fit.width) - dense).abs().max() < 0.05
     nodes, weights = fit.measure()
-    assert (cumulative(nodes, weights, points, fit.width) - dense).abs().max() < 0.05
+    assert (smoothed_cumulative(nodes, weights, points, fit.width) - dense).abs().max() < 0.05
 
 
 def test_spikes_do_not_spoil_the_fit():
@@ -251,11 +257,11 @@ def test_no_positive_mean_no_law():
 def test_the_density_has_the_mass_of_its_weights():
     nodes, weights = random(5), torch.tensor([0.1, 0.2, 0.3, 0.2, 0.2], dtype=f64)
     points = torch.linspace(-6, 6, 4001, dtype=f64)
-    heights = density(nodes, weights, points, 0.2)
+    heights = smoothed_density(nodes, weights, points, 0.2)
     close(torch.trapezoid(heights, points), 1.0, 1e-9)
-    close(cumulative(nodes, weights, points, 0.2)[-1], 1.0, 1e-9)
+    close(smoothed_cumulative(nodes, weights, points, 0.2)[-1], 1.0, 1e-9)
     steps = (heights[1:] + heights[:-1]) / 2 * (points[1] - points[0])
-    close(steps.cumsum(0), cumulative(nodes, weights, points, 0.2)[1:], 1e-5)
+    close(steps.cumsum(0), smoothed_cumulative(nodes, weights, points, 0.2)[1:], 1e-5)
 
 
 # Networks -----------------------------------------------------------------------------------------------------------
@@ -279,8 +285,8 @@ def test_a_networks_density_is_that_of_its_dense_hessian(method):
         float(values[0]), abs=keys["hessian_min_residual"] + 1e-3 * float(values[-1])
     )
     points, width = torch.linspace(float(values[0]), float(values[-1]), 200, dtype=f64), 0.02 * float(values[-1])
-    dense = cumulative(values, torch.full_like(values, 1 / n), points, width)
-    ours = cumulative(found.nodes, found.weights, points, width)
+    dense = smoothed_cumulative(values, torch.full_like(values, 1 / n), points, width)
+    ours = smoothed_cumulative(found.nodes, found.weights, points, width)
     assert (ours - dense).abs().max() <= 4 * math.sqrt(2 * 0.25 / (n + 2) / 4)
     known = torch.cat([values[:5], values[-20:]])
     for value in found.outliers if found.outliers is not None else ():

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.activations import NewGELUActivation
 
 from lsp_callbacks import Monitor, SignalPropagation, StabilityMonitor, Unmeasurable
-from lsp_callbacks.functional import activation_slope, batch_norm_drift, excess_kurtosis, gains, units
+from lsp_callbacks.functional import activation_slope, batch_norm_drift, excess_kurtosis, gains, inactive_units
 from lsp_callbacks.operators.network.batch_statistics import outputs
 from lsp_callbacks.operators.network.signal_sizes import signal_sizes
 from lsp_callbacks.quantities.tables import stated_keys
@@ -218,7 +218,7 @@ def test_a_second_call_of_a_network_brings_rows_not_units():
     task.net.layer.bias.data[:] = -1e-6
     found = signal_sizes(freeze(task))
     assert [one.values.shape for one in found.activations] == [(16, 6)]
-    assert not units(found.activations[0].values).dead.all()
+    assert not inactive_units(found.activations[0].values).dead.all()
     assert [one.name for one in found.layers] == ["net.layer", "net.last"]
     assert found.layers[0].received == 0  # that of the first call
 
@@ -227,7 +227,7 @@ def test_few_rows_tell_nothing():
     values, metric = measured(seeded(Acts(nn.ReLU())), 7, 4)
     assert "dead_share" not in values and "7 rows" in metric.absent["units/net.layer"]
     with pytest.raises(ValueError, match="7 rows"):
-        units(torch.ones(7, 2))
+        inactive_units(torch.ones(7, 2))
 
 
 # Kurtosis -------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lsp_callbacks import ProbeSet, SGDStability, StabilityMonitor
 from lsp_callbacks.errors import Unsupported
-from lsp_callbacks.functional import UpdateRule, gd_exponent, reduce, sgd_exponent, sum_of_exponents
+from lsp_callbacks.functional import UpdateRule, gd_exponent, reduced_modes, sgd_exponent, sum_of_exponents
 from lsp_callbacks.functional.sgd.mean_square import mean_square_lr, second_moment
 from lsp_callbacks.functional.sgd.sgd_stability import _Draw
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
@@ -133,7 +133,7 @@ def test_exponents_are_those_of_the_product_of_real_steps():
     with torch.no_grad():
         targets = [net(batch) for batch in x.split(size)]
     kernel = tangent_kernel(tied_probes(net, x, squares(targets)), outputs="all")
-    modes = reduce(kernel.gram, kernel.rows, together=size)
+    modes = reduced_modes(kernel.gram, kernel.rows, together=size)
     names, values = zip(*net.named_parameters())
     sizes = [p.numel() for p in values]
 
@@ -154,7 +154,7 @@ def test_exponents_are_those_of_the_product_of_real_steps():
     exact = torch.stack(logs[100:]).mean()
     how = {"batch_size": size, "replacement": True, "chains": 64, "steps": 300}
     found = sgd_exponent(modes, lr, **how)
-    samples = sgd_exponent(reduce(kernel.gram, kernel.rows), lr, **how)
+    samples = sgd_exponent(reduced_modes(kernel.gram, kernel.rows), lr, **how)
     assert exact > 0.1 and gd_exponent(modes, lr) > 0.1
     assert abs(float(found.value) - exact) < 0.07 * exact  # the share 1 / 16 of the noise is that of samples
     assert abs(float(found.value) - exact) < 0.5 * abs(float(samples.value) - exact)
@@ -162,7 +162,7 @@ def test_exponents_are_those_of_the_product_of_real_steps():
 
 def tied_modes(outputs=2):
     y = random(6, outputs, 5, seed=4)
-    return reduce(y.flatten(0, 1) @ y.flatten(0, 1).T, outputs, together=2), y
+    return reduced_modes(y.flatten(0, 1) @ y.flatten(0, 1).T, outputs, together=2), y
 
 
 def draws(batch_size):
@@ -210,17 +210,19 @@ def test_groups_of_one_sample_and_one_group_are_plain_samples():
     """Of one group all noise is that of samples; sizes between are refused where a permutation must be known."""
     gram = random(8, 8, seed=6)
     gram = gram @ gram.T
-    plain, one = reduce(gram), reduce(gram, together=8)
+    plain, one = reduced_modes(gram), reduced_modes(gram, together=8)
     assert one.shares(4)[1] == pytest.approx(1 - 0 * 4) and one.shares(8) == (1, 1.0)
     x = torch.eye(8, dtype=f64)
     close(second_moment(one, 8, population=99)(x), second_moment(plain, 8, population=99)(x), 1e-12)
     with pytest.raises(ValueError, match="iid"):
-        sgd_exponent(reduce(gram, together=2), 0.1, batch_size=2, sampling="reshuffle")
+        sgd_exponent(reduced_modes(gram, together=2), 0.1, batch_size=2, sampling="reshuffle")
     with pytest.raises(ValueError, match="statistics"):
-        sum_of_exponents(reduce(gram, together=2), 0.1, batch_size=2)
+        sum_of_exponents(reduced_modes(gram, together=2), 0.1, batch_size=2)
     with pytest.raises(ValueError, match="together=3"):
-        reduce(gram, together=3)
-    momentum = sgd_exponent(reduce(gram, together=2), 1e-3, batch_size=2, population=99, rule=UpdateRule(momentum=0.9))
+        reduced_modes(gram, together=3)
+    momentum = sgd_exponent(
+        reduced_modes(gram, together=2), 1e-3, batch_size=2, population=99, rule=UpdateRule(momentum=0.9)
+    )
     assert momentum.value.isfinite()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from frozen_sgd_cases import FOUR, RULES, TANH, f64, random, scalar, seeded, step_matrices
 
-from lsp_callbacks.functional import UpdateRule, moment_exponent, reduce, second_moment_exponent, sgd_exponent
+from lsp_callbacks.functional import UpdateRule, moment_exponent, reduced_modes, second_moment_exponent, sgd_exponent
 from lsp_callbacks.functional.sgd.moment_exponent import COORDINATES, MODES
 
 torch.set_num_threads(1)
@@ -54,7 +54,7 @@ def test_one_parameter_in_closed_form(a):
 
 @pytest.mark.parametrize("y, outputs", [(FOUR[:, :3], 1), (random(9, 4, seed=1), 3), (random(10, 2, seed=2), 2)])
 def test_several_parameters_by_dense_products(y, outputs):
-    modes = reduce(y @ y.T, outputs)
+    modes = reduced_modes(y @ y.T, outputs)
     for size, replacement in DRAWS:
         for lr, rule in ((0.4, UpdateRule()), (0.2, RULES["plain, both decays"])):
             a = matrices(y, outputs, size, lr, rule, replacement)
@@ -65,7 +65,7 @@ def test_several_parameters_by_dense_products(y, outputs):
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if rule.momentum])
 def test_momentum_by_dense_products(name):
     y, rule = random(5, 2, seed=3), RULES[name]
-    modes = reduce(y @ y.T)
+    modes = reduced_modes(y @ y.T)
     for (size, replacement), lr in itertools.product(DRAWS, (0.3, 1.5)):
         a = matrices(y, 1, size, lr, rule, replacement)
         found = {
@@ -81,7 +81,7 @@ def test_where_the_iteration_starts_again_it_is_right_or_says_nothing(basis, mon
     monkeypatch.setattr(moments, "BASIS", basis)
     y, rule, known = random(5, 2, seed=3), RULES["adamw"], 0
     for size, lr in itertools.product((1, 2, 3), (0.3, 1.5)):
-        found = moment_exponent(reduce(y @ y.T), lr, p=4, batch_size=size, rule=rule)
+        found = moment_exponent(reduced_modes(y @ y.T), lr, p=4, batch_size=size, rule=rule)
         truth = dense_exponent(matrices(y, 1, size, lr, rule), 4)
         assert math.isnan(found) or found == pytest.approx(truth, abs=1e-8)
         known += math.isfinite(found)
@@ -91,7 +91,7 @@ def test_where_the_iteration_starts_again_it_is_right_or_says_nothing(basis, mon
 @pytest.mark.parametrize("p", [2, 4])
 def test_all_runs_of_a_few_steps(p):
     """The mean power over each of 4^n runs grows by the factor in one more step."""
-    modes, means = reduce(TANH), []
+    modes, means = reduced_modes(TANH), []
     steps = torch.stack([torch.eye(4, dtype=torch.float64) - 0.35 * z.T @ z for z in modes.factor])
     v = modes.curvatures.sqrt()[None]
     for _ in range(9):
@@ -104,7 +104,7 @@ def test_all_runs_of_a_few_steps(p):
 
 
 def test_the_second_is_that_of_the_mean_square():
-    modes = reduce(TANH)
+    modes = reduced_modes(TANH)
     for size, rule in itertools.product((1, 2), (UpdateRule(), UpdateRule(0.9))):
         second = second_moment_exponent(modes, 0.2, batch_size=size, rule=rule)
         assert moment_exponent(modes, 0.2, p=2, batch_size=size, rule=rule) == pytest.approx(2 * second, abs=1e-9)
@@ -117,7 +117,7 @@ def test_the_second_is_that_of_the_mean_square():
 def test_the_exponents_are_ordered_as_jensen_says(rule):
     for seed, size in itertools.product(range(3), (1, 2)):
         y = random(6, 3, seed=seed) * f64([1.0, 0.6, 1.5])
-        modes = reduce(y @ y.T)
+        modes = reduced_modes(y @ y.T)
         for lr in (0.05, 0.3, 0.9):
             least = sgd_exponent(modes, lr, batch_size=size, rule=rule, steps=400)
             second, fourth = (moment_exponent(modes, lr, p=p, batch_size=size, rule=rule) for p in (2, 4))
@@ -135,8 +135,8 @@ def test_rare_runs_explode_where_the_usual_one_converges():
 @pytest.mark.parametrize("scale", [1e-150, 1e-6, 1e6, 1e100])
 def test_units_of_the_rate_change_nothing(scale, rule):
     y = random(5, 3, seed=4)
-    truth = moment_exponent(reduce(y @ y.T), 0.3, p=4, batch_size=2, rule=rule)
-    found = moment_exponent(reduce(y @ y.T * scale), 0.3 / scale, p=4, batch_size=2, rule=rule)
+    truth = moment_exponent(reduced_modes(y @ y.T), 0.3, p=4, batch_size=2, rule=rule)
+    found = moment_exponent(reduced_modes(y @ y.T * scale), 0.3 / scale, p=4, batch_size=2, rule=rule)
     assert found == pytest.approx(truth, abs=1e-8)
 
 
@@ -153,14 +153,16 @@ def test_a_population_is_that_of_all_its_samples(p):
     y = random(4, 2, seed=5)
     every = y.repeat_interleave(3, 0)
     for size in (1, 2, 5):
-        found = moment_exponent(reduce(y @ y.T), 0.8, p=p, batch_size=size, population=12)
-        assert found == pytest.approx(moment_exponent(reduce(every @ every.T), 0.8, p=p, batch_size=size), abs=1e-8)
+        found = moment_exponent(reduced_modes(y @ y.T), 0.8, p=p, batch_size=size, population=12)
+        assert found == pytest.approx(
+            moment_exponent(reduced_modes(every @ every.T), 0.8, p=p, batch_size=size), abs=1e-8
+        )
         a = matrices(every, 1, size, 0.8)
         assert found == pytest.approx(dense_exponent(a, p), abs=1e-8)
 
 
 def test_without_noise_all_of_them_are_powers():
-    modes = reduce(TANH)
+    modes = reduced_modes(TANH)
     for rule in (UpdateRule(), UpdateRule(0.9)):
         a = float(sgd_exponent(modes, 0.6, batch_size=4, rule=rule).value)
         for p in (2, 4):
@@ -169,7 +171,7 @@ def test_without_noise_all_of_them_are_powers():
 
 def test_components_have_exponents_of_their_own():
     first, second = random(5, 3, seed=6), 0.8 * random(6, 2, seed=7)
-    modes = reduce(
+    modes = reduced_modes(
         torch.block_diag(first @ first.T, second @ second.T)[(order := torch.randperm(11, generator=seeded()))][
             :, order
         ]
@@ -185,7 +187,9 @@ def test_components_have_exponents_of_their_own():
 def test_as_many_orthogonal_samples_as_one_likes():
     curvatures = torch.linspace(0.1, 2.0, 100, dtype=torch.float64)
     truth = max(math.log((99 + (1 - a) ** 4) / 100) for a in curvatures.tolist())
-    assert moment_exponent(reduce(torch.diag(curvatures)), 1.0, p=4, batch_size=1) == pytest.approx(truth, abs=1e-9)
+    assert moment_exponent(reduced_modes(torch.diag(curvatures)), 1.0, p=4, batch_size=1) == pytest.approx(
+        truth, abs=1e-9
+    )
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
@@ -194,26 +198,26 @@ def test_as_many_orthogonal_samples_as_one_likes():
 @pytest.mark.parametrize("p", [0, 1, 3, 2.5, 6, -2, math.nan])
 def test_other_moments_are_refused(p):
     with pytest.raises(ValueError, match=r"p=.*only the moments 2 and 4 are exact"):
-        moment_exponent(reduce(TANH), 0.3, p=p, batch_size=1)
+        moment_exponent(reduced_modes(TANH), 0.3, p=p, batch_size=1)
 
 
 def test_what_is_too_large_is_refused():
     y = random(40, MODES + 1)
-    modes = reduce(y @ y.T)
+    modes = reduced_modes(y @ y.T)
     assert math.isfinite(moment_exponent(modes, 1e-3, p=2, batch_size=1))
     with pytest.raises(ValueError, match=r"25 coordinates.*fewer probes"):
         moment_exponent(modes, 1e-3, p=4, batch_size=1)
     with pytest.raises(ValueError, match="18 coordinates"):
-        moment_exponent(reduce(y[:, :9] @ y[:, :9].T), 1e-3, p=4, batch_size=1, rule=UpdateRule(0.9))
+        moment_exponent(reduced_modes(y[:, :9] @ y[:, :9].T), 1e-3, p=4, batch_size=1, rule=UpdateRule(0.9))
     assert (MODES, COORDINATES) == (24, 16)
     with pytest.raises(ValueError, match="batch_size=5"):
-        moment_exponent(reduce(TANH), 0.3, p=4, batch_size=5)
+        moment_exponent(reduced_modes(TANH), 0.3, p=4, batch_size=5)
     with pytest.raises(ValueError, match="batch statistics"):
-        moment_exponent(reduce(TANH, together=2), 0.3, p=4, batch_size=2)
+        moment_exponent(reduced_modes(TANH, together=2), 0.3, p=4, batch_size=2)
 
 
 def test_a_dead_network_has_none():
-    assert math.isnan(moment_exponent(reduce(torch.zeros(3, 3)), 0.1, p=4, batch_size=1))
+    assert math.isnan(moment_exponent(reduced_modes(torch.zeros(3, 3)), 0.1, p=4, batch_size=1))
 
 
 def test_steps_that_annihilate():

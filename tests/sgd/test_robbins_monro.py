@@ -88,7 +88,7 @@ def test_the_form_of_each_scheduler(name):
     found = robbins_monro(made(make))
     assert found.exponent == exponent or found.exponent == pytest.approx(exponent)
     assert found.holds is (None if exponent is None else 0.5 < exponent <= 1)
-    assert found.reason.startswith({True: "yes", False: "no:", None: "not known"}[found.holds])
+    assert found.reason.startswith({True: "yes", False: "no:", None: "unknown"}[found.holds])
 
 
 FOREVER = [

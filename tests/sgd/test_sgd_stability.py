@@ -10,7 +10,7 @@ from lsp_callbacks.functional import (
     UpdateRule,
     finite_time_exponents,
     gd_exponent,
-    reduce,
+    reduced_modes,
     regularity,
     sgd_exponent,
     sum_of_exponents,
@@ -35,7 +35,7 @@ def agrees(found, value, sd=0.0):
 def regression():
     i, j = torch.arange(6, dtype=torch.float64)[:, None], torch.arange(20, dtype=torch.float64)
     x = torch.cos(1.3 * (i + 1) * (j + 1).sqrt()) * (1 + 0.3 * i)
-    return reduce(x @ x.T)
+    return reduced_modes(x @ x.T)
 
 
 # Dense brute force over every batch, in the coordinates of Y.
@@ -55,7 +55,7 @@ PROBLEMS = {"c = 1": (FOUR, 1), "c = 3": (random(9, 5, seed=1), 3)}
 @pytest.mark.parametrize("name", RULES)
 def test_mean_square_lr_is_the_dense_edge(name, problem):
     rule, (y, outputs) = RULES[name], PROBLEMS[problem]
-    modes = reduce(y @ y.T, outputs)
+    modes = reduced_modes(y @ y.T, outputs)
     for batch_size, replacement in ((1, False), (2, False), (2, True)):
         lr = mean_square_lr(modes, batch_size=batch_size, rule=rule, replacement=replacement, tol=1e-10)
 
@@ -71,7 +71,7 @@ def test_mean_square_lr_is_the_dense_edge(name, problem):
 @pytest.mark.parametrize("name", RULES)
 def test_second_moment_exponent_is_the_dense_one(name, problem):
     rule, (y, outputs) = RULES[name], PROBLEMS[problem]
-    modes = reduce(y @ y.T, outputs)
+    modes = reduced_modes(y @ y.T, outputs)
     for batch_size, replacement in ((1, False), (2, False), (2, True)):
         lr = 0.9 * mean_square_lr(modes, batch_size=batch_size, rule=rule, replacement=replacement)
         dense = 0.5 * math.log(dense_factor(y, outputs, batch_size, lr, rule, replacement))
@@ -83,7 +83,7 @@ def test_second_moment_exponent_is_the_dense_one(name, problem):
 @pytest.mark.parametrize("replacement", [False, True])
 def test_second_moment_operator_is_the_mean_over_batches(outputs, replacement):
     y = random(12, 7, seed=2)
-    modes = reduce(y @ y.T, outputs)
+    modes = reduced_modes(y @ y.T, outputs)
     x = random(modes.rank, modes.rank, seed=3)
     x = x + x.T
     z, wd = modes.factor, 0.3
@@ -125,7 +125,7 @@ def test_scalar_four_samples():
 
 
 def test_orthogonal_samples_are_components_with_exponents_of_their_own():
-    modes = reduce(torch.diag(f64([1.0, 2.0, 5.0, 0.4])))
+    modes = reduced_modes(torch.diag(f64([1.0, 2.0, 5.0, 0.4])))
     assert [c.tolist() for c in modes.components] == [[0], [1], [2], [3]]
     for batch_size, lr, lyapunov, gd, second in (
         (1, 0.3, -0.03195834287747122, -0.030459207484708574, -0.02902646572430855),
@@ -137,7 +137,7 @@ def test_orthogonal_samples_are_components_with_exponents_of_their_own():
 
 
 def test_a_component_that_starts_small_is_not_hidden_by_one_that_starts_large():
-    modes = reduce(torch.diag(f64([1.0, 1e-6])))
+    modes = reduced_modes(torch.diag(f64([1.0, 1e-6])))
     # The large one shrinks by 5 % a step; 20 steps are too few for the small one to show beside it in a common norm.
     found = sgd_exponent(modes, 0.1, batch_size=1, steps=20, burn_in=0)
     assert -1e-6 < float(found.value) < 0
@@ -147,7 +147,7 @@ def test_components_do_not_see_each_other():
     first, second = random(5, 4, seed=4), 0.8 * random(6, 8, seed=5)
     gram = torch.block_diag(first @ first.T, second @ second.T)
     order = torch.randperm(11, generator=seeded(1))
-    modes = reduce(gram[order][:, order])
+    modes = reduced_modes(gram[order][:, order])
     assert sorted(len(c) for c in modes.components) == [5, 6]
     assert modes.rank == 4 + 6
     # Whichever part is the larger, it is what a run of its own gives: a part's sample is drawn with its share.
@@ -156,19 +156,19 @@ def test_components_do_not_see_each_other():
     for block in (first, second):
         padded = torch.zeros(11, block.shape[1], dtype=torch.float64)
         padded[: len(block)] = block
-        alone.append(sgd_exponent(reduce(padded @ padded.T), 0.1, batch_size=1, steps=4000, generator=seeded(3)))
+        alone.append(sgd_exponent(reduced_modes(padded @ padded.T), 0.1, batch_size=1, steps=4000, generator=seeded(3)))
     top = max(alone, key=lambda e: float(e.value))
     agrees(found, float(top.value), float(top.error))
 
 
 def test_two_and_three_unit_samples():
-    two = reduce(f64([[1, 0.8], [0.8, 1]]))
+    two = reduced_modes(f64([[1, 0.8], [0.8, 1]]))
     agrees(sgd_exponent(two, 1.0, batch_size=1, steps=4000), -0.11157177565710485)
     assert second_moment_exponent(two, 1.0, batch_size=1) == pytest.approx(-0.09922546936191909, abs=1e-10)
     assert float(gd_exponent(two, 1.0)) == pytest.approx(-0.10536051565782628, abs=1e-12)
     angles = f64([0.0, 0.5, 1.3])
     y = torch.stack([angles.cos(), angles.sin()], 1)
-    agrees(sgd_exponent(reduce(y @ y.T), 1.0, batch_size=1, steps=4000), -0.40235890641871896)
+    agrees(sgd_exponent(reduced_modes(y @ y.T), 1.0, batch_size=1, steps=4000), -0.40235890641871896)
     # Every step with one sample alone annihilates it: not regular in the sense of definition 2.2.
     margin, components = regularity(y @ y.T, 1.0)
     assert margin == pytest.approx(0, abs=1e-12)
@@ -194,7 +194,7 @@ def test_momentum_mean_square_lr():
     modes = scalar([1, 3])
     for beta, lr in ((0.0, 0.8), (0.5, 0.8571428571428571), (0.9, 0.3304347826086956)):
         assert mean_square_lr(modes, batch_size=1, rule=UpdateRule(beta)) == pytest.approx(lr, rel=1e-12)
-    four = reduce(FOUR @ FOUR.T)
+    four = reduced_modes(FOUR @ FOUR.T)
     for batch_size, beta, lr in (
         (1, 0.5, 0.2978132),
         (1, 0.9, 0.0709314),
@@ -207,7 +207,7 @@ def test_momentum_mean_square_lr():
 
 
 def test_four_samples_three_parameters():
-    modes = reduce(FOUR @ FOUR.T)
+    modes = reduced_modes(FOUR @ FOUR.T)
     assert modes.rank == 3
     for batch_size, lr in ((1, 0.4751975), (2, 0.9061463), (3, 1.2801582), (4, 1.5755795)):
         assert mean_square_lr(modes, batch_size=batch_size) == pytest.approx(lr, abs=6e-8)
@@ -238,7 +238,7 @@ def test_overparameterised_regression():
 
 
 def test_tanh_network_at_interpolation():
-    modes = reduce(TANH)
+    modes = reduced_modes(TANH)
     assert float(modes.curvatures[0]) == pytest.approx(3.8207521245901077, rel=1e-12)
     assert modes.trace == pytest.approx(5.796040125234767, rel=1e-12)
     agrees(sgd_exponent(modes, 0.35, batch_size=1, steps=8000, chains=32), 0.023802, 8e-6)
@@ -247,7 +247,7 @@ def test_tanh_network_at_interpolation():
 
 
 def test_reshuffling_changes_the_sign_of_lambda():
-    modes = reduce(FOUR @ FOUR.T)
+    modes = reduced_modes(FOUR @ FOUR.T)
     found = sgd_exponent(modes, 0.5, batch_size=1, sampling="reshuffle", steps=8000, chains=64)
     agrees(found, -0.00029, 1e-5)
     assert found.value < 0
@@ -268,7 +268,7 @@ def test_critical_lr_is_the_smallest_of_two_crossings():
 
 @pytest.mark.parametrize("rule", [UpdateRule(), UpdateRule(0.9), UpdateRule(0.9, 0.9, correction=0.5)])
 def test_critical_lr_is_where_a_long_run_changes_sign(rule):
-    modes = reduce(FOUR @ FOUR.T)
+    modes = reduced_modes(FOUR @ FOUR.T)
     found = critical_lr(modes, batch_size=2, rule=rule, steps=1500)
     assert found.mean_square < found.value
     # With momentum lambda crosses zero at a small slope: the same noise moves the zero further.
@@ -279,7 +279,7 @@ def test_critical_lr_is_where_a_long_run_changes_sign(rule):
 
 
 def test_dead_network_has_no_exponent_and_no_edge():
-    modes = reduce(torch.zeros(6, 6), 2)
+    modes = reduced_modes(torch.zeros(6, 6), 2)
     assert (modes.rank, modes.trace, modes.samples) == (0, 0.0, 3)
     assert math.isnan(sgd_exponent(modes, 0.7, batch_size=1).value)
     assert math.isnan(gd_exponent(modes, 0.7))
@@ -290,7 +290,7 @@ def test_dead_network_has_no_exponent_and_no_edge():
 
 def test_collapsed_network_looks_stable_but_has_rank_one():
     """A dead ReLU before a bias: every sample has the same Jacobian."""
-    modes = reduce(torch.ones(5, 5))
+    modes = reduced_modes(torch.ones(5, 5))
     assert (modes.rank, modes.trace) == (1, pytest.approx(1.0))
     assert float(sgd_exponent(modes, 0.7, batch_size=2).value) == pytest.approx(-1.2039728043259361, abs=1e-9)
 
@@ -305,7 +305,7 @@ def test_reduced_product_is_the_parameter_space_product(name):
         return torch.tanh(x @ p[:8].view(2, width)) @ p[8:].view(width, 1)
 
     z = torch.autograd.functional.jacobian(outputs, theta)[:, 0]
-    modes = reduce(z @ z.T)
+    modes = reduced_modes(z @ z.T)
     lr = 0.8 * mean_square_lr(modes, batch_size=1, rule=rule)
     start = torch.ones(modes.rank, dtype=torch.float64) * modes.curvatures
     found = sgd_exponent(
@@ -337,7 +337,7 @@ def test_reduced_product_is_the_parameter_space_product(name):
 @pytest.mark.parametrize("name", RULES)
 def test_lambda_is_at_most_the_second_moment_exponent(name):
     rule = RULES[name]
-    modes = reduce(FOUR @ FOUR.T)
+    modes = reduced_modes(FOUR @ FOUR.T)
     edge = mean_square_lr(modes, batch_size=1, rule=rule)
     for share in (0.5, 1.0, 1.2):
         found = sgd_exponent(modes, share * edge, batch_size=1, rule=rule)
@@ -348,9 +348,9 @@ def test_lambda_is_at_most_the_second_moment_exponent(name):
 
 def test_order_and_duplication_of_samples_do_not_matter():
     y = random(8, 5, seed=8)
-    modes = reduce(y @ y.T)
+    modes = reduced_modes(y @ y.T)
     order = torch.tensor([4, 1, 7, 3, 0, 2, 6, 5])
-    permuted, twice = reduce((y @ y.T)[order][:, order]), reduce(torch.cat([y, y]) @ torch.cat([y, y]).T)
+    permuted, twice = reduced_modes((y @ y.T)[order][:, order]), reduced_modes(torch.cat([y, y]) @ torch.cat([y, y]).T)
     assert twice.rank == modes.rank
     assert torch.allclose(twice.curvatures, modes.curvatures)
     for rule in RULES.values():
@@ -365,7 +365,7 @@ def test_order_and_duplication_of_samples_do_not_matter():
 
 
 def test_correction_rescales_the_rate():
-    modes, rule = reduce(FOUR @ FOUR.T), UpdateRule(0.9, 0.9)
+    modes, rule = reduced_modes(FOUR @ FOUR.T), UpdateRule(0.9, 0.9)
     early = UpdateRule(0.9, 0.9, correction=0.25)
     assert torch.allclose(gd_exponent(modes, 0.1, rule=early), gd_exponent(modes, 0.4, rule=rule), rtol=1e-12)
     ratio = mean_square_lr(modes, batch_size=1, rule=rule) / mean_square_lr(modes, batch_size=1, rule=early)
@@ -379,7 +379,7 @@ def test_correction_rescales_the_rate():
 
 def test_large_batches_take_the_other_path_to_the_same_law():
     y = random(12, 6, seed=9)
-    modes = reduce(y @ y.T, 2)
+    modes = reduced_modes(y @ y.T, 2)
     # Three of six samples are counted, two of six gathered; every batch is enumerated for the product of determinants.
     for batch_size in (2, 3, 5):
         lr = 1.2 * mean_square_lr(modes, batch_size=batch_size)
@@ -421,7 +421,7 @@ def test_sub_sample_of_a_population():
 
 
 def test_rates_share_their_batches():
-    modes = reduce(FOUR @ FOUR.T)
+    modes = reduced_modes(FOUR @ FOUR.T)
     lrs = f64([0.1, 0.5, 0.9])
     for rule in (UpdateRule(), UpdateRule(0.9), UpdateRule(weight_decay=0.1)):
         together = sgd_exponent(modes, lrs, batch_size=1, rule=rule, generator=seeded(2))
@@ -431,7 +431,7 @@ def test_rates_share_their_batches():
 
 
 def test_finite_time_exponents_spread_around_lambda():
-    modes = reduce(TANH)
+    modes = reduced_modes(TANH)
     short, long = (finite_time_exponents(modes, f64([0.35]), horizon=n, batch_size=1, samples=256) for n in (50, 2000))
     assert short.shape == (256, 1)
     assert short.std() > 3 * long.std()
@@ -453,7 +453,7 @@ def test_regularity_counts_components_and_finds_singular_steps():
 
 
 def test_stability_diagram():
-    modes = reduce(FOUR @ FOUR.T)
+    modes = reduced_modes(FOUR @ FOUR.T)
     diagram = stability_diagram(modes)
     assert diagram.batch_sizes.tolist() == [1, 2, 4]
     assert diagram.lyapunov.shape == diagram.error.shape == (3, 24)
@@ -469,10 +469,10 @@ def test_stability_diagram():
 def test_what_cannot_be_measured_says_what_to_do():
     modes = scalar([1, 3])
     for call, words in (
-        (lambda: reduce(torch.eye(5), 2), "outputs"),
-        (lambda: reduce(torch.eye(4)[:3]), "shape"),
-        (lambda: reduce(f64([[1, 2], [0, 1]])), "symmetric"),
-        (lambda: reduce(f64([[1, math.nan], [0, 1]])), "finite"),
+        (lambda: reduced_modes(torch.eye(5), 2), "outputs"),
+        (lambda: reduced_modes(torch.eye(4)[:3]), "shape"),
+        (lambda: reduced_modes(f64([[1, 2], [0, 1]])), "symmetric"),
+        (lambda: reduced_modes(f64([[1, math.nan], [0, 1]])), "finite"),
         (lambda: sgd_exponent(modes, 0.1, batch_size=3), "batch_size"),
         (lambda: sgd_exponent(modes, 0.1, batch_size=1, population=1), "population"),
         (lambda: sgd_exponent(modes, 0.1, batch_size=1, population=9, sampling="reshuffle"), "iid"),
@@ -490,7 +490,7 @@ def test_the_critical_rate_lies_at_the_kink_and_not_before_it():
     generator = torch.Generator().manual_seed(3)
     z = torch.randn(48, 60, generator=generator, dtype=torch.float64)
     z *= torch.logspace(0, -1.5, 60, dtype=torch.float64)
-    modes = reduce(z @ z.T)
+    modes = reduced_modes(z @ z.T)
     found = critical_lr(modes, batch_size=16, population=4000, steps=3000, grid=1.2)
     fine = torch.tensor([0.985, 1.015], dtype=torch.float64) * found.value
     below, above = sgd_exponent(modes, fine, batch_size=16, population=4000, steps=20000).value
@@ -508,14 +508,19 @@ def test_critical_rates_scale_with_the_curvature_however_small_or_large(rule, po
     scale = 2.0**power
     scaled = replace(rule, decoupled_decay=rule.decoupled_decay * scale)
     how = {"batch_size": 2, "steps": 60, "chains": 4}
-    one, other = critical_lr(reduce(TANH), rule=rule, **how), critical_lr(reduce(TANH * scale), rule=scaled, **how)
+    one, other = (
+        critical_lr(reduced_modes(TANH), rule=rule, **how),
+        critical_lr(reduced_modes(TANH * scale), rule=scaled, **how),
+    )
     assert one.value < math.inf and one.mean_square < math.inf
     for name in ("value", "error", "mean_square"):
         assert getattr(other, name) * scale == pytest.approx(getattr(one, name), rel=1e-9)
-    assert gd_critical_lr(reduce(TANH * scale), scaled) * scale == pytest.approx(gd_critical_lr(reduce(TANH), rule))
+    assert gd_critical_lr(reduced_modes(TANH * scale), scaled) * scale == pytest.approx(
+        gd_critical_lr(reduced_modes(TANH), rule)
+    )
     lrs = one.value * f64([0.5, 1.5])
     tables = [
-        stability_diagram(reduce(TANH * s), lrs=lrs / s, batch_sizes=[2], rule=r, chains=4, steps=60)
+        stability_diagram(reduced_modes(TANH * s), lrs=lrs / s, batch_sizes=[2], rule=r, chains=4, steps=60)
         for s, r in ((1.0, rule), (scale, scaled))
     ]
     assert torch.allclose(tables[0].lyapunov, tables[1].lyapunov, 1e-6, 1e-9)
@@ -523,4 +528,4 @@ def test_critical_rates_scale_with_the_curvature_however_small_or_large(rule, po
 
 @pytest.mark.parametrize("rule", [UpdateRule(), UpdateRule(momentum=0.9), UpdateRule(momentum=0.9, dampening=0.9)])
 def test_at_rate_zero_nothing_moves(rule):
-    assert abs(second_moment_exponent(reduce(TANH), 0.0, batch_size=2, rule=rule)) < 1e-8
+    assert abs(second_moment_exponent(reduced_modes(TANH), 0.0, batch_size=2, rule=rule)) < 1e-8

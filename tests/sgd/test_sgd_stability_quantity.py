@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import MEASURED, MOMENTUM, SGD, Losses, Model, Rows, Sequence, data, encoder, everything, fit, mlp
+from harness import MEASURED, MOMENTUM, SGD, STOPPED, Losses, Model, Rows, Sequence, data, encoder, everything, fit, mlp
 from harness import same as same_run
 from problems import close, f64, freeze, interpolating_tanh, matrix, random, same, seeded
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lsp_callbacks import Monitor, ProbeSet, SGDStability, StabilityMonitor, Unmeasurable
 from lsp_callbacks.callbacks import lightning_loop as adapter
-from lsp_callbacks.functional import UpdateRule, critical_lr, moment_exponent, reduce, sgd_exponent
+from lsp_callbacks.functional import UpdateRule, critical_lr, moment_exponent, reduced_modes, sgd_exponent
 from lsp_callbacks.functional.sgd.moment_exponent import MODES
 from lsp_callbacks.step.criterion import evaluation
 
@@ -103,8 +103,8 @@ def test_values_are_those_of_the_functions_on_the_dense_kernel(rule, batch_size,
     found = measured(SGDStability(4, steps=60, chains=4, **settings), make=make, batch_size=batch_size)
     generator = snapshot_of().generator("sgd_stability")
     draw = {"batch_size": batch_size, "rule": own, "chains": 4, "population": 4, "generator": generator}
-    critical = critical_lr(reduce(K), steps=60, tol=1e-4, **draw, **settings)
-    exponent = sgd_exponent(reduce(K), RATE, steps=30, burn_in=30, **draw, **settings)
+    critical = critical_lr(reduced_modes(K), steps=60, tol=1e-4, **draw, **settings)
+    exponent = sgd_exponent(reduced_modes(K), RATE, steps=30, burn_in=30, **draw, **settings)
     close(found["stability/critical_lr"], critical.value, 1e-7)
     close(found["stability/critical_lr_error"], critical.error, 1e-7)
     close(found["stability/mean_square_lr"], critical.mean_square, 1e-7)
@@ -407,7 +407,7 @@ class Sparse(Model):
 
 UNTOUCHED = {
     **{
-        name: MEASURED[name]
+        name: (MEASURED | STOPPED)[name]
         for name in (
             "dropout", "batch_norm", "momentum", "nesterov", "scheduler", "frozen", "tied", "lstm", "transformer",
             "residual", "spectral_norm", "weight_norm", "sideeffecthooks", "owngenerators", 
@@ -518,7 +518,7 @@ def test_moments_are_those_of_the_function():
     for make, own in ((SGD, UpdateRule()), (partial(SGD, momentum=0.9), UpdateRule(0.9))):
         found = measured(SGDStability(4, steps=60, chains=4, moments=(4, 2)), make=make)
         for p, key in keys.items():
-            close(found[key], moment_exponent(reduce(K), RATE, p=p, batch_size=1, rule=own), 1e-7)
+            close(found[key], moment_exponent(reduced_modes(K), RATE, p=p, batch_size=1, rule=own), 1e-7)
     assert not set(keys.values()) & measured().keys()
     assert keys[4] not in measured(SGDStability(4, steps=60, chains=4, moments=[2]))
 

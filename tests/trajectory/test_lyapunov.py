@@ -88,10 +88,10 @@ def test_sign_and_value_on_both_sides_of_the_edge(rule):
     for courant in (0.01, 0.2, 0.45, 0.7, 0.9, 0.98, 1.02, 1.1, 1.5, 3.0):
         optimizer.param_groups[0]["lr"] = courant * constant / h
         rate = courant * constant / h
-        kick = rate**-0.5 if rule["momentum"] else None
+        buffer_scale = rate**-0.5 if rule["momentum"] else None
         A = step_jacobian(freeze(problem, optimizer), method="exact")
         for window in WINDOWS:
-            exponent = sharp_mode_exponent([A] * window, mode, root=rate**0.5, kick=kick)
+            exponent = sharp_mode_exponent([A] * window, mode, root=rate**0.5, buffer_scale=buffer_scale)
             close(exponent, spectral_exponent(courant * constant, **rule), 1e-10)
             assert (exponent > 0) == (courant > 1)
 
@@ -109,7 +109,9 @@ def test_rates_that_differ_by_group_leave_it_exact(rule, window):
     rate = torch.tensor([0.5, 0.5, 0.02, 0.02], dtype=f64)
     curvature = torch.linalg.eigvals(rate[:, None] * (problem.curvature + 0.1 * torch.eye(4))).real.max()
     expected = spectral_exponent(float(curvature), **rule)
-    close(sharp_mode_exponent([A] * window, found.mode, root=found.root, kick=found.kick), expected, 1e-8)
+    close(
+        sharp_mode_exponent([A] * window, found.mode, root=found.root, buffer_scale=found.buffer_scale), expected, 1e-8
+    )
 
 
 @pytest.mark.parametrize("curvature, expected", MOMENTUM_EXPONENTS.items())
@@ -117,7 +119,7 @@ def test_momentum_by_curvature(curvature, expected):
     problem = Quadratic(matrix([[curvature]]))
     A = step_jacobian(freeze(problem, started(problem, SGD(problem.parameters(), lr=0.1, momentum=0.9))))
     for window in WINDOWS:
-        close(sharp_mode_exponent([A] * window, torch.ones(1, dtype=f64), kick=1.0), expected, 1e-6)
+        close(sharp_mode_exponent([A] * window, torch.ones(1, dtype=f64), buffer_scale=1.0), expected, 1e-6)
 
 
 @pytest.mark.parametrize("x, wrong", TRANSIENT_GROWTH.items())
@@ -129,7 +131,7 @@ def test_growth_from_an_empty_buffer_is_not_the_exponent(x, wrong):
     for _ in range(4):
         z = push(A, z)
     close(float(torch.linalg.vector_norm(z).log()) / 4, wrong, 1e-3)
-    close(sharp_mode_exponent([A] * 4, torch.ones(1, dtype=f64), kick=1.0), UNDERDAMPED_EXPONENT, 1e-6)
+    close(sharp_mode_exponent([A] * 4, torch.ones(1, dtype=f64), buffer_scale=1.0), UNDERDAMPED_EXPONENT, 1e-6)
 
 
 def test_an_unconverged_mode_biases_down():
@@ -208,8 +210,10 @@ def test_steps_that_differ_are_multiplied():
 @pytest.mark.parametrize("value, expected", [(0.0, -math.inf), (math.nan, math.nan)])
 def test_degenerate_steps(size, value, expected):
     A = from_matrix(torch.full((size, size), value, dtype=f64))
-    kick = 1.0 if size == 2 else None
-    assert sharp_mode_exponent([A] * 2, torch.ones(1, dtype=f64), kick=kick) == pytest.approx(expected, nan_ok=True)
+    buffer_scale = 1.0 if size == 2 else None
+    assert sharp_mode_exponent([A] * 2, torch.ones(1, dtype=f64), buffer_scale=buffer_scale) == pytest.approx(
+        expected, nan_ok=True
+    )
 
 
 def test_no_step_is_refused():
@@ -241,15 +245,15 @@ def test_a_parameter_at_rate_zero_does_not_spoil_the_exponent():
 def test_the_plane_is_pushed_in_the_units_of_the_step():
     root = torch.tensor([0.5, 2.0], dtype=f64)
     mode = torch.tensor([0.6, 0.8], dtype=f64)
-    for kick in (None, 1 / root, 0.25):
+    for buffer_scale in (None, 1 / root, 0.25):
         for size in (4, 6):
-            frame = sharp_plane(mode, root, kick=kick, size=size)
-            assert frame.shape == (1 if kick is None else 2, size)
+            frame = sharp_plane(mode, root, buffer_scale=buffer_scale, size=size)
+            assert frame.shape == (1 if buffer_scale is None else 2, size)
             close(frame[0], torch.cat([root * mode, torch.zeros(size - 2)]), 1e-15)
             A = from_matrix(3 * torch.eye(size, dtype=f64))
-            close(plane_map(A, mode, root, kick=kick)[0], 3 * torch.eye(len(frame)), 1e-14)
-            if kick is not None:
-                close(frame[1], torch.cat([torch.zeros(2), kick * mode, torch.zeros(size - 4)]), 1e-15)
+            close(plane_map(A, mode, root, buffer_scale=buffer_scale)[0], 3 * torch.eye(len(frame)), 1e-14)
+            if buffer_scale is not None:
+                close(frame[1], torch.cat([torch.zeros(2), buffer_scale * mode, torch.zeros(size - 4)]), 1e-15)
 
 
 # Along a real run ---------------------------------------------------------------------------------------------------

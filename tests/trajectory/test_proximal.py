@@ -10,7 +10,16 @@ from problems import Quadratic, close, f64, freeze, random, regression, symmetri
 from torch import nn
 
 from lsp_callbacks import LyapunovTrajectory, Monitor, ProximalStep, Sharpness, StabilityMonitor, Unmeasurable
-from lsp_callbacks.functional import Box, MaxNorm, Only, Ridge, SoftThreshold, SpectralClip, promise, proximal_gain
+from lsp_callbacks.functional import (
+    Box,
+    MaxNorm,
+    Only,
+    Ridge,
+    SoftThreshold,
+    SpectralClip,
+    proximal_bounds,
+    proximal_gain,
+)
 from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.loops import Watch
 from lsp_callbacks.operators.trajectory.proximal import expected, proximal_jacobian, update, update_jacobian
@@ -155,7 +164,7 @@ def test_what_is_promised_of_convex_losses_holds_and_of_others_is_refused():
     ):
         values, metric = measured(convex, prox, **settings)
         assert set(values) == {"gain", "gain_residual"} and reason in metric.refused
-    assert promise(from_matrix(torch.eye(2)), 0.1).gain == pytest.approx(0.9)
+    assert proximal_bounds(from_matrix(torch.eye(2)), 0.1).gain == pytest.approx(0.9)
 
 
 def test_the_objective_descends_as_promised():

@@ -10,7 +10,7 @@ from problems import JORDAN, JORDAN_NORMS, close, f64, freeze, random, regressio
 from torch.func import functional_call, jacrev
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
-from lsp_callbacks.functional import function_growth, pushed, tangents, training_profile
+from lsp_callbacks.functional import function_growth, push_tangents, random_tangents, training_profile
 from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators import step_jacobian, step_response
 from lsp_callbacks.operators.network.outputs import output_jacobian
@@ -27,9 +27,9 @@ def run(steps, noises, vectors, seed=0, size=None, sharp=None):
     """Dense steps and injections, pushed."""
     source = generator(seed)
     state, parameters = steps[0].shape[0], noises[0].shape[1]
-    now = tangents(state, parameters, vectors=vectors, generator=source, sharp=sharp, dtype=steps[0].dtype)
+    now = random_tangents(state, parameters, vectors=vectors, generator=source, sharp=sharp, dtype=steps[0].dtype)
     for A, B in zip(steps, noises):
-        now = pushed(now, from_matrix(A), from_matrix(B), source)
+        now = push_tangents(now, from_matrix(A), from_matrix(B), source)
     return now
 
 
@@ -141,14 +141,14 @@ def test_degenerate_steps():
     close(one.alpha_theta, 0.0, 1e-12)
     assert one.alpha_u.isnan()  # noise had no step to grow in
     with pytest.raises(ValueError, match="nothing was pushed"):
-        training_profile(tangents(3, 3, vectors=2, generator=generator()))
+        training_profile(random_tangents(3, 3, vectors=2, generator=generator()))
 
 
 def test_growth_in_function_space():
     """Two directions: the outputs feel one that contracts, and not the one that stays."""
     J, A = torch.tensor([[2.0, 0.0]], dtype=f64), torch.diag(torch.tensor([0.5, 1.0], dtype=f64))
     now = run([A] * 3, [torch.eye(2, dtype=f64)] * 3, vectors=2)
-    start = tangents(2, 2, vectors=2, generator=generator(), dtype=f64)
+    start = random_tangents(2, 2, vectors=2, generator=generator(), dtype=f64)
     before, after = ((t.frame @ J.T).square().sum(1) for t in (start, now))
     exponent, error = function_growth(before, after, now.frame_log, 3)
     close(exponent, math.log(0.5), 1e-12), close(error, 0.0, 1e-12)
@@ -243,7 +243,7 @@ def test_noise_is_added_to_what_has_shrunk_beyond_a_double():
     none, some = torch.zeros(1, 1, dtype=f64), torch.ones(1, 1, dtype=f64)
     now, alone = run([shrinks] * 13 + [grows] * 12, [some] + [none] * 24, vectors=2), run([grows], [some], vectors=2)
     close(training_profile(now).sigma_u, training_profile(alone).sigma_u, 1e-9)
-    late = pushed(
+    late = push_tangents(
         run([shrinks] * 13, [some] + [none] * 12, vectors=2), from_matrix(grows), from_matrix(some), generator(7)
     )
     assert 0.1 < training_profile(late).sigma_u < 10

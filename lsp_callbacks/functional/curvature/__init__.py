@@ -9,9 +9,9 @@ from lsp_callbacks.functional.curvature.condition import condition, condition_lo
 from lsp_callbacks.functional.curvature.loss_hessian import loss_hessian
 from lsp_callbacks.functional.curvature.marchenko_pastur import (
     MarchenkoPastur,
-    cumulative,
-    density,
     fit_marchenko_pastur,
+    smoothed_cumulative,
+    smoothed_density,
 )
 from lsp_callbacks.functional.curvature.secant import Secant, secant
 from lsp_callbacks.functional.curvature.sharpness import sharpness
@@ -26,14 +26,14 @@ __all__ = [
     "batch_sharpness",
     "condition",
     "condition_lower",
-    "cumulative",
     "curvature_along_gradient",
-    "density",
     "fit_marchenko_pastur",
     "loss_condition_lower",
     "loss_hessian",
     "secant",
     "sharpness",
+    "smoothed_cumulative",
+    "smoothed_density",
     "spectral_density",
     "stability_constant",
 ]

@@ -13,7 +13,7 @@ from lsp_callbacks.linalg import LinearOperator, norm, unit
 
 @dataclass(frozen=True)
 class BatchSharpnessResult:
-    """Two means over batches of ``g^T H_B g`` and ``||g||^2``, with standard errors.
+    """Two means, over batches, of ``g^T H_B g`` and ``||g||^2``, with standard errors.
 
     Attributes:
         mean_of_ratios: ``E[g^T H_B g / ||g||^2]`` (Andreyev & Beneventano).
@@ -76,8 +76,8 @@ def batch_sharpness(pairs: Tensor) -> BatchSharpnessResult:
 
     Example:
         >>> import torch
-        >>> found = batch_sharpness(torch.tensor([[1.0, 1.0], [27.0, 9.0]]))  # a^3 and a^2 for a = 1, 3
-        >>> float(found.mean_of_ratios), float(found.ratio_of_means)
+        >>> result = batch_sharpness(torch.tensor([[1.0, 1.0], [27.0, 9.0]]))  # a^3 and a^2 for a = 1, 3
+        >>> float(result.mean_of_ratios), float(result.ratio_of_means)
         (2.0, 2.8)
     """
     top, below = pairs.double().unbind(-1)

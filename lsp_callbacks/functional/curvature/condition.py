@@ -19,7 +19,7 @@ def condition(operator: LinearOperator, *, precision: torch.dtype | None = None)
 
     Args:
         operator: without batch axes.
-        precision: whose eps that is; None takes the operator's. Half precision knows no small singular values.
+        precision: whose eps that is; None takes the operator's. In half precision small singular values are rounding.
 
     Returns:
         The condition number in float64, NaN for the zero operator or one with NaN, and r.
@@ -104,6 +104,6 @@ def loss_condition_lower(hessian: LinearOperator, gradient: Tensor, *, steps: in
     """
     if not bool(gradient.any()) or not bool(torch.isfinite(gradient).all()):
         return None
-    found = lanczos(hessian, gradient, steps=steps, tol=0.0)
-    along = (found.coefficients[0].square() * found.values).sum()  # g^T H g, in the basis that begins with g
-    return found.values[-1] / along if bool(along > 0) else None
+    ritz = lanczos(hessian, gradient, steps=steps, tol=0.0)
+    along = (ritz.coefficients[0].square() * ritz.values).sum()  # g^T H g, in the basis that begins with g
+    return ritz.values[-1] / along if bool(along > 0) else None

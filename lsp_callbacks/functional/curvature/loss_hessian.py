@@ -13,6 +13,7 @@ from torch.func import functional_call
 from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.autograd.stop_gradients import StopGradients
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, norm, unit
 
@@ -43,7 +44,8 @@ def loss_hessian(
         ValueError: for a batch that is not a pair.
         Unmeasurable: no parameter requires a gradient; the loss is not a finite scalar that depends on one; anything on
             the way is computed in half precision; or there is no second derivative, or one that differs from that of
-            the gradients by more than 1 % (a ``torch.autograd.Function`` whose backward is not differentiable).
+            the gradients by more than 1 %: a ``torch.autograd.Function`` whose backward is not differentiable, or a
+            part of the loss that depends on the parameters without a graph (``spectral_norm`` in training mode).
 
     Cost: one forward pass, a backward pass whose graph is kept, and a backward pass through both for each product: 3
     gradients for the first product, 2 for each further one. Source: Pearlmutter 1994.
@@ -66,11 +68,13 @@ def loss_hessian(
         with _second_derivatives(module):
             buffers = {name: b.clone() for name, b in module.named_buffers()}  # the module's keep their values
             args, kwargs = _arguments(inputs)
-            loss = loss_fn(functional_call(module, {**values, **buffers}, args, kwargs), targets)
+            with stopped:
+                loss = loss_fn(functional_call(module, {**values, **buffers}, args, kwargs), targets)
             _check_loss(loss)
             wanted = list(values.values())
             return loss, _flat(torch.autograd.grad(loss, wanted, create_graph=create_graph, materialize_grads=True))
 
+    stopped = StopGradients()
     loss, slope = loss_and_gradient(parameters, create_graph=True)
     graph = read(loss)
     if not graph.full:
@@ -100,10 +104,12 @@ def loss_hessian(
 
     size = gradient.numel()
     hessian = LinearOperator((size, size), product, product, dtype=gradient.dtype, device=gradient.device)
-    if graph.custom and not _agree(hessian, difference, gradient, _flat(leaves).detach()):
+    doubtful = (*graph.custom, *sorted(stopped.names))
+    if doubtful and not _agree(hessian, difference, gradient, _flat(leaves).detach()):
         raise Unmeasurable(
-            f"the second derivative of {' and '.join(graph.custom)} is not that of its gradients (once_differentiable, "
-            "or detached tensors in its backward): write its backward in operations that can be differentiated"
+            f"the second derivative of {' and '.join(doubtful)} is not that of the gradients: part of the loss depends "
+            "on the parameters without a graph (detach, no_grad, spectral_norm in training mode), or the backward of a "
+            "custom function is not differentiable. Write it in differentiable operations, or try module.eval()"
         )
     return hessian, gradient
 

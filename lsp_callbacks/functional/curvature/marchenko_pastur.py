@@ -77,8 +77,8 @@ def fit_marchenko_pastur(nodes: Tensor, weights: Tensor, *, width: float) -> Mar
 
     Example:
         >>> from lsp_callbacks.functional import MarchenkoPastur, fit_marchenko_pastur
-        >>> found = fit_marchenko_pastur(*MarchenkoPastur(0.3, 2.0, 0.6, 0.0, 0.1).measure(), width=0.1)
-        >>> round(found.ratio, 6), round(found.scale, 6), round(found.zero_mass, 6), round(found.distance, 6)
+        >>> result = fit_marchenko_pastur(*MarchenkoPastur(0.3, 2.0, 0.6, 0.0, 0.1).measure(), width=0.1)
+        >>> round(result.ratio, 6), round(result.scale, 6), round(result.zero_mass, 6), round(result.distance, 6)
         (0.3, 2.0, 0.6, 0.0)
     """
     weights = weights / weights.sum()
@@ -94,11 +94,12 @@ def fit_marchenko_pastur(nodes: Tensor, weights: Tensor, *, width: float) -> Mar
     law = MarchenkoPastur(ratio, first / (1 - zero), zero, math.nan, width)
     law_nodes, law_weights = law.measure()
     everywhere = torch.cat([nodes, law_nodes])
-    off = cumulative(nodes, weights, everywhere, width) - cumulative(law_nodes, law_weights, everywhere, width)
+    measured = smoothed_cumulative(nodes, weights, everywhere, width)
+    off = measured - smoothed_cumulative(law_nodes, law_weights, everywhere, width)
     return MarchenkoPastur(ratio, law.scale, zero, min(float(off.abs().max()) / (1 - zero), 1.0), width)
 
 
-def density(nodes: Tensor, weights: Tensor, points: Tensor, width: float) -> Tensor:
+def smoothed_density(nodes: Tensor, weights: Tensor, points: Tensor, width: float) -> Tensor:
     """Return ``sum_j weights_j N(points; nodes_j, width^2)``, whose integral is the sum of the weights.
 
     Args:
@@ -113,6 +114,6 @@ def density(nodes: Tensor, weights: Tensor, points: Tensor, width: float) -> Ten
     return (-0.5 * away.square()).exp() @ weights / (width * math.sqrt(2 * math.pi))
 
 
-def cumulative(nodes: Tensor, weights: Tensor, points: Tensor, width: float) -> Tensor:
-    """Return the integral of `density` up to each point."""
+def smoothed_cumulative(nodes: Tensor, weights: Tensor, points: Tensor, width: float) -> Tensor:
+    """Return the integral of `smoothed_density` up to each point."""
     return torch.special.ndtr((points[:, None] - nodes) / width) @ weights

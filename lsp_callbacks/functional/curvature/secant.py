@@ -12,7 +12,7 @@ from lsp_callbacks.linalg import LinearOperator, norm
 
 @dataclass(frozen=True)
 class Secant:
-    """Along one step of the parameters.
+    """Curvature along one step of the parameters.
 
     Attributes:
         secant: ``||g(theta + d) - g(theta)|| / ||d||``, in units of loss / parameter^2.
@@ -36,7 +36,7 @@ def secant(
     """Return the curvature that the gradient shows along a step, beside that of the Hessian, for the same batch.
 
     Where the loss is smooth and the step short the two agree. Across the kink of a ReLU the gradient jumps, while the
-    Hessian, which exists almost everywhere, knows nothing of it: then a sharpness, and every learning rate derived from
+    Hessian, which exists almost everywhere, does not show it: then a sharpness, and every learning rate derived from
     it, misleads. ``lr * secant`` above 2 says that along its own direction the step overshoots.
 
     Args:
@@ -48,14 +48,14 @@ def secant(
 
     Cost: one Hessian product, two with ``theta``.
 
-    Source: Katende, arXiv 2512.22055 (the counterexample); docs/theory.md, section The law of SGD, energies, kinks.
+    Source: Katende 2025b (the counterexample); docs/theory.md, section The law of SGD, energies, kinks.
 
     Example:
         >>> import torch
         >>> from lsp_callbacks.linalg import from_matrix
         >>> one = lambda *v: torch.tensor(v, dtype=torch.float64)
-        >>> found = secant(one(-1.0), one(1.0), one(0.1), from_matrix(one(0.0)[None]))  # |theta| across 0
-        >>> float(found.secant), float(found.curvature), found.ratio, float(found.unexplained)
+        >>> result = secant(one(-1.0), one(1.0), one(0.1), from_matrix(one(0.0)[None]))  # |theta| across 0
+        >>> float(result.secant), float(result.curvature), result.ratio, float(result.unexplained)
         (20.0, 0.0, None, 1.0)
     """
     length = norm(step)

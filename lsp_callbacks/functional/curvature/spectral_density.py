@@ -23,7 +23,7 @@ APART, FEW = 0.1, 0.1
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The eigenvalues of a symmetric ``(n, n)`` operator A, as far as some Lanczos runs tell.
+    """The distribution of the eigenvalues of a symmetric ``(n, n)`` operator A, estimated by Lanczos runs.
 
     Errors are standard errors over the random starts.
 
@@ -39,7 +39,8 @@ class Spectrum:
         effective_rank_error: to first order.
         negative: a lower bound of the share of eigenvalues below 0, within its standard error.
         negative_error: of that.
-        zero: the share that the runs cannot tell from 0, an upper bound of the share that is 0; ``negative + zero`` is
+        zero: the share that the runs cannot distinguish from 0, an upper bound of the share that is 0; ``negative +
+        zero`` is
             an upper bound of the share below 0.
         least: the smallest Ritz value, an upper bound of the smallest eigenvalue.
         least_residual: some eigenvalue lies within it of ``least``.
@@ -100,8 +101,8 @@ def spectral_density(
         >>> import torch
         >>> from lsp_callbacks.functional import spectral_density
         >>> from lsp_callbacks.linalg import from_matrix
-        >>> found = spectral_density(from_matrix(torch.diag(torch.tensor([-1.0, 0.0, 0.0, 3.0]))))
-        >>> round(found.trace, 4), round(found.effective_rank, 4), found.negative, found.zero
+        >>> result = spectral_density(from_matrix(torch.diag(torch.tensor([-1.0, 0.0, 0.0, 3.0]))))
+        >>> round(result.trace, 4), round(result.effective_rank, 4), result.negative, result.zero
         (2.0, 0.4, 0.25, 0.5)
     """
     if probes < 2:
@@ -114,21 +115,21 @@ def spectral_density(
     weights = torch.cat([run.weights for run in runs])[order] / len(runs)
     scale = float(nodes.abs().max())
 
-    known = [_resolved(run, n, scale) for run in runs]
-    trace, trace_error = _total(runs, known, n, lambda x: x)
-    square, square_error = _total(runs, known, n, torch.square)
+    singles = [_resolved(run, n, scale) for run in runs]
+    trace, trace_error = _total(runs, singles, n, lambda x: x)
+    square, square_error = _total(runs, singles, n, torch.square)
     rank, rank_error = math.nan, math.nan
     if trace and square > 0:
         rank = trace**2 / square
-        rank_error = rank * _total(runs, known, n, lambda x: 2 * x / trace - x.square() / square)[1]
+        rank_error = rank * _total(runs, singles, n, lambda x: 2 * x / trace - x.square() / square)[1]
     below, zero, _ = torch.stack([run.masses(width=ZERO * scale) for run in runs]).mean(0).tolist()
     share = max(below, 1 / n)  # a single eigenvalue may well have been missed
     least = min(runs, key=lambda run: float(run.nodes[0]))
 
-    bulks = [_bulk(run.nodes, resolved) for run, resolved in zip(runs, known)]
+    bulks = [_bulk(run.nodes, resolved) for run, resolved in zip(runs, singles)]
     run, inside = min(zip(runs, bulks), key=lambda pair: int(pair[1].sum()) - len(pair[1]))
-    told = bool(inside.any()) and int((~inside).sum()) <= FEW * n
-    bulk = (float(run.nodes[inside][0]), float(run.nodes[inside][-1])) if told else None
+    has_bulk = bool(inside.any()) and int((~inside).sum()) <= FEW * n
+    bulk = (float(run.nodes[inside][0]), float(run.nodes[inside][-1])) if has_bulk else None
     return Spectrum(
         nodes=nodes,
         weights=weights,
@@ -144,8 +145,8 @@ def spectral_density(
         zero=zero,
         least=float(least.nodes[0]),
         least_residual=float(least.residuals[0]),
-        outliers=run.nodes[~inside] if told else None,
-        outlier_residuals=run.residuals[~inside] if told else None,
+        outliers=run.nodes[~inside] if has_bulk else None,
+        outlier_residuals=run.residuals[~inside] if has_bulk else None,
         bulk=bulk,
         fit=None if bulk is None or bulk[1] - bulk[0] <= ZERO * scale else _fit(nodes, weights, run.nodes, inside),
         products=sum(len(run.nodes) for run in runs),
@@ -172,12 +173,12 @@ def _bulk(nodes: Tensor, resolved: Tensor) -> Tensor:
     return inside
 
 
-def _total(runs: list[Quadrature], known: list[Tensor], n: int, f: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+def _total(runs: list[Quadrature], singles: list[Tensor], n: int, f: Callable[[Tensor], Tensor]) -> tuple[float, float]:
     """Return ``tr f(A)`` and its standard error, see `spectral_density`."""
     if len(runs) == 1:
         return n * float(runs[0].weights @ f(runs[0].nodes)), 0.0
     totals, variances = [], []
-    for run, other, resolved in zip(runs, runs[1:] + runs[:1], known[1:] + known[:1]):
+    for run, other, resolved in zip(runs, runs[1:] + runs[:1], singles[1:] + singles[:1]):
         values, taken = f(other.nodes[resolved]), other.cross[resolved]
         rest = n - len(values)
         mean, square = ((run.weights @ f(run.nodes) ** p - taken @ values**p) / (1 - taken.sum()) for p in (1, 2))
@@ -186,11 +187,11 @@ def _total(runs: list[Quadrature], known: list[Tensor], n: int, f: Callable[[Ten
     return float(torch.stack(totals).mean()), math.sqrt(float(torch.stack(variances).mean()) / len(runs))
 
 
-def _fit(nodes: Tensor, weights: Tensor, own: Tensor, inside: Tensor) -> MarchenkoPastur | None:
+def _fit(nodes: Tensor, weights: Tensor, of_run: Tensor, inside: Tensor) -> MarchenkoPastur | None:
     """Fit the law to all nodes up to half way to the next outlier, smoothed by the mean distance in one run."""
-    middles = (own[1:] + own[:-1]) / 2
+    middles = (of_run[1:] + of_run[:-1]) / 2
     first, last = (int(index) for index in inside.nonzero()[[0, -1], 0])
     above = nodes > middles[first - 1] if first else torch.ones_like(nodes, dtype=torch.bool)
     below = nodes < middles[last] if last < len(middles) else torch.ones_like(nodes, dtype=torch.bool)
-    width = float(own[last] - own[first]) / int(inside.sum())
+    width = float(of_run[last] - of_run[first]) / int(inside.sum())
     return fit_marchenko_pastur(nodes[above & below], weights[above & below], width=width)

@@ -6,24 +6,24 @@ from lsp_callbacks.functional.network.chain_lipschitz import chain_lipschitz
 from lsp_callbacks.functional.network.clarke import GeneralizedNorm, RelaxedJacobian, generalized_norm
 from lsp_callbacks.functional.network.depth_profile import DepthProfile, depth_profile
 from lsp_callbacks.functional.network.gains import Gains, LayerSizes, gains
+from lsp_callbacks.functional.network.inactive_units import InactiveUnits, inactive_units
 from lsp_callbacks.functional.network.kurtosis import excess_kurtosis
 from lsp_callbacks.functional.network.layer_operators import weight_operators
 from lsp_callbacks.functional.network.lipschitz import layer_lipschitz, lipschitz_lower
 from lsp_callbacks.functional.network.residual import ResidualStability, residual_stability
 from lsp_callbacks.functional.network.robustness import Sensitivity, sensitivity
 from lsp_callbacks.functional.network.spectral_norm import log_sum, spectral_norm, weight_norms
-from lsp_callbacks.functional.network.units import Units, units
 
 __all__ = [
     "DepthProfile",
     "Drift",
     "Gains",
     "GeneralizedNorm",
+    "InactiveUnits",
     "LayerSizes",
     "RelaxedJacobian",
     "ResidualStability",
     "Sensitivity",
-    "Units",
     "activation_lipschitz",
     "activation_slope",
     "batch_norm_drift",
@@ -32,13 +32,13 @@ __all__ = [
     "excess_kurtosis",
     "gains",
     "generalized_norm",
+    "inactive_units",
     "layer_lipschitz",
     "lipschitz_lower",
     "log_sum",
     "residual_stability",
     "sensitivity",
     "spectral_norm",
-    "units",
     "weight_norms",
     "weight_operators",
 ]

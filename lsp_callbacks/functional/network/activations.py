@@ -66,8 +66,8 @@ def activation_lipschitz(module: nn.Module) -> float | None:
     kind = type(module)
     if kind.__module__.split(".")[0] not in ("torch", "transformers"):
         return None
-    found = LIPSCHITZ.get(kind.__name__)
-    return None if found is None else found(module)
+    constant = LIPSCHITZ.get(kind.__name__)
+    return None if constant is None else constant(module)
 
 
 def activation_slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Of fewer samples nobody can tell by how much their statistics scatter.
+#: Fewer samples give no useful estimate of the scatter of their statistics.
 LEAST_SAMPLES = 4
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Of one BatchNorm layer; root mean squares over its channels.
+    """Drift of one BatchNorm layer; root mean squares over its channels.
 
     Attributes:
         mean: ``(mu_batch - mu_running) / sigma_running``, in running standard deviations.
@@ -57,22 +57,26 @@ def batch_norm_drift(x: Tensor, mean: Tensor, var: Tensor, *, eps: float = 1e-5,
         >>> import torch
         >>> from lsp_callbacks.functional import batch_norm_drift
         >>> x = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]]) + 3
-        >>> found = batch_norm_drift(x, torch.zeros(1), torch.ones(1), eps=0.0)
-        >>> round(float(found.mean), 3), round(float(found.mean_error), 3), round(float(found.variance), 3)
+        >>> result = batch_norm_drift(x, torch.zeros(1), torch.ones(1), eps=0.0)
+        >>> round(float(result.mean), 3), round(float(result.mean_error), 3), round(float(result.variance), 3)
         (3.0, 0.577, 0.288)
     """
     samples = len(x)
     if samples < LEAST_SAMPLES:
-        raise ValueError(f"{samples} samples do not tell their own scatter: give {LEAST_SAMPLES} or more")
+        raise ValueError(
+            f"{samples} samples are too few to estimate the scatter of their statistics: give {LEAST_SAMPLES} or more"
+        )
     rows = x.detach().double().flatten(2) if x.ndim > 2 else x.detach().double()[..., None]  # (B, C, positions)
     mean, var = mean.double(), var.double() + eps
     count = samples * rows.shape[2]
-    own = rows.mean((0, 2))
-    squares = (rows - own[:, None]).square().mean(2) * (count / (count - 1))  # unbiased, as the running variance is
-    spread = squares.mean(0) + eps
+    batch_mean = rows.mean((0, 2))
+    squares = (rows - batch_mean[:, None]).square().mean(2) * (
+        count / (count - 1)
+    )  # unbiased, as the running variance is
+    spread = squares.mean(0) + eps  # unbiased, as the running variance is
     scale = 1 + memory
     return Drift(
-        mean=_rms((own - mean) / var.sqrt()),
+        mean=_rms((batch_mean - mean) / var.sqrt()),
         variance=_rms((spread / var).log()),
         mean_error=_rms((rows.mean(2).var(0) / samples * scale / var).sqrt()),
         variance_error=_rms((squares.var(0) / samples * scale).sqrt() / spread),

@@ -15,7 +15,7 @@ from lsp_callbacks.linalg import operator_norm
 
 #: Probability with which one norm may exceed its bound.
 FAILURE = 1e-3
-#: Affine in eval mode: told by their ``forward``, which subclasses may have changed.
+#: Affine in eval mode; compared by ``forward``, which subclasses may have changed.
 AFFINE = {
     kind.forward
     for kind in (
@@ -61,7 +61,7 @@ def chain_lipschitz(
 
     Cost: an operator norm of one sample for each run of affine modules.
 
-    Source: Katende, Thm 4.1, (D_k W_k), with slopes that may exceed 1.
+    Source: Katende 2025, Thm 4.1, (D_k W_k), with slopes that may exceed 1.
 
     Example:
         >>> import torch
@@ -118,6 +118,6 @@ def _norm(end: Tensor, start: Tensor, steps: int, tol: float, generator: torch.G
         return torch.ones((), dtype=torch.float64)
     J = jacobian(end, start, axes=(0, 0))
     side = J if J.shape[1] <= J.shape[0] else J.T
-    found = operator_norm(side, steps=steps, tol=tol, failure=FAILURE, generator=generator).upper
-    assert found is not None
-    return found.max()
+    upper = operator_norm(side, steps=steps, tol=tol, failure=FAILURE, generator=generator).upper
+    assert upper is not None
+    return upper.max()

@@ -91,15 +91,15 @@ def generalized_norm(free: RelaxedJacobian, *, vertices: int = 12) -> Generalize
         free: from `lsp_callbacks.operators.curvature.kink_relaxation.relax_kinks`.
         vertices: at most so many units are enumerated.
 
-    Cost: no gradient. Source: Katende, Def. 6.1 and Sec. 6.6, with products in place of one-step norms; Clarke 1983,
-    2.6; docs/theory.md, section The law of SGD, energies, kinks.
+    Cost: no gradient. Source: Katende 2025, Def. 6.1 and Sec. 6.6, with products in place of one-step norms; Clarke
+    1983, 2.6; docs/theory.md, section The law of SGD, energies, kinks.
 
     Example:
         >>> import torch
         >>> from lsp_callbacks.operators.curvature.kink_relaxation import relax_kinks
         >>> x = torch.zeros(1, 1, dtype=torch.float64)
-        >>> found = generalized_norm(relax_kinks(lambda x: x.relu() - (-x).relu(), x)[0])
-        >>> float(found.lower), found.exact, found.near
+        >>> result = generalized_norm(relax_kinks(lambda x: x.relu() - (-x).relu(), x)[0])
+        >>> float(result.lower), result.exact, result.near
         (2.0, True, 2)
     """
     near = len(free.radius)
@@ -182,10 +182,10 @@ def _upper(free: RelaxedJacobian) -> Tensor:
     into, out = root[:, None] * free.into, free.out * root
     between = root[:, None] * free.between * root
     reach: list[Tensor] = []
-    for i, own in enumerate(calls):
-        earlier = (norm(between[own][:, other], 2) * p for other, p in zip(calls[:i], reach))
-        reach.append(norm(into[own], 2) + sum(earlier, centre.new_zeros(())))
-    blocks = sum((norm(out[:, own], 2) * p for own, p in zip(calls, reach)), centre.new_zeros(()))
+    for i, units in enumerate(calls):
+        earlier = (norm(between[units][:, other], 2) * p for other, p in zip(calls[:i], reach))
+        reach.append(norm(into[units], 2) + sum(earlier, centre.new_zeros(())))
+    blocks = sum((norm(out[:, units], 2) * p for units, p in zip(calls, reach)), centre.new_zeros(()))
     eye = torch.eye(len(root)).to(root)
     entries = torch.linalg.solve_triangular(eye - between.abs(), into.abs(), upper=False)
     return centre + torch.minimum(blocks, norm(out.abs() @ entries, 2))

@@ -22,7 +22,7 @@ class DepthProfile:
     Attributes:
         sigma: ``(L, samples)``, lower bounds that are exact up to the residual where Lanczos has found the top.
         residual: the largest relative residual of all norms.
-        converged: whether all of them met the tolerance.
+        converged: whether all of them reached the tolerance.
         log_bound: ``(samples,)``, ``sum log ||dX_k / dX_j||`` over ``factors``, from above; of all samples, too, with
             the probability that was asked for.
         factors: the steps ``(j, k)`` of the bound: ``(k - 1, k)`` where all paths pass every state, longer ones around
@@ -90,15 +90,15 @@ def depth_profile(
 
     Cost: two products a Lanczos step, some ten steps a norm, two norms a layer.
 
-    Source: Katende, Secs. 2 and 4.1; docs/theory.md, section The Learning Stability Profile.
+    Source: Katende 2025, Secs. 2 and 4.1; docs/theory.md, section The Learning Stability Profile.
 
     Example:
         >>> import torch
         >>> from lsp_callbacks.linalg import from_matrix
         >>> from lsp_callbacks.functional import depth_profile
         >>> W = torch.tensor([[0.0, -1.2], [0.3, 0.0]], dtype=torch.float64)  # a quarter turn, then diag(1.2, 0.3)
-        >>> found = depth_profile(lambda k, j: from_matrix(torch.linalg.matrix_power(W, k - j)), 4)
-        >>> round(float(found.exponent), 4), round(float(found.bound), 4)  # 0.5 log 0.36, log 1.2
+        >>> result = depth_profile(lambda k, j: from_matrix(torch.linalg.matrix_power(W, k - j)), 4)
+        >>> round(float(result.exponent), 4), round(float(result.bound), 4)  # 0.5 log 0.36, log 1.2
         (-0.5108, 0.1823)
     """
     if depth < 1:
@@ -126,10 +126,10 @@ def depth_profile(
         k = j
     everything = [*norms, *links]
     return DepthProfile(
-        sigma=torch.stack([torch.atleast_1d(one.value) for one in norms]),
-        residual=torch.stack([_relative(one) for one in everything]).max(),
-        converged=all(one.converged for one in everything),
-        log_bound=torch.stack([torch.atleast_1d(one.upper) for one in links if one.upper is not None]).log().sum(0),
+        sigma=torch.stack([torch.atleast_1d(pair.value) for pair in norms]),
+        residual=torch.stack([_relative(pair) for pair in everything]).max(),
+        converged=all(pair.converged for pair in everything),
+        log_bound=torch.stack([torch.atleast_1d(pair.upper) for pair in links if pair.upper is not None]).log().sum(0),
         factors=tuple(reversed(factors)),
     )
 

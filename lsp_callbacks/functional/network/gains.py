@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Of one layer, on the way that the last layer's signal came.
+    """Sizes of the signals at one layer, on the path that leads to the last layer.
 
     Attributes:
         name: of the module that begins it.
@@ -61,18 +61,20 @@ def gains(layers: Sequence[LayerSizes], path: Sequence[LayerSizes] | None = None
 
     Example:
         >>> from lsp_callbacks.functional import LayerSizes, gains
-        >>> found = gains([LayerSizes("a", 1.0, 2.0, 0.3), LayerSizes("b", 2.0, 1.0, 0.1, 0.3)])
-        >>> found.forward["a"], round(found.backward["b"], 6), found.forward_log
+        >>> result = gains([LayerSizes("a", 1.0, 2.0, 0.3), LayerSizes("b", 2.0, 1.0, 0.1, 0.3)])
+        >>> result.forward["a"], round(result.backward["b"], 6), result.forward_log
         (2.0, 3.0, 0.0)
     """
     path = layers if path is None else path
-    forward = {one.name: one.sent / one.received for one in layers if one.received > 0}
-    backward = {one.name: one.returned / one.back for one in layers if one.back > 0 and not math.isnan(one.returned)}
+    forward = {layer.name: layer.sent / layer.received for layer in layers if layer.received > 0}
+    backward = {
+        layer.name: layer.returned / layer.back for layer in layers if layer.back > 0 and not math.isnan(layer.returned)
+    }
     return Gains(
         {name: gain for name, gain in forward.items() if math.isfinite(gain)},
         {name: gain for name, gain in backward.items() if math.isfinite(gain)},
-        _log_sum([one.sent / one.received if one.received > 0 else 0.0 for one in path]),
-        _log_sum([one.returned / one.back if one.back > 0 else 0.0 for one in path[1:]]),
+        _log_sum([layer.sent / layer.received if layer.received > 0 else 0.0 for layer in path]),
+        _log_sum([layer.returned / layer.back if layer.back > 0 else 0.0 for layer in path[1:]]),
     )
 
 

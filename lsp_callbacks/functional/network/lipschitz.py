@@ -34,7 +34,7 @@ def lipschitz_lower(jacobian: LinearOperator, *, steps: int = 8) -> Tensor:
     return norm(jacobian.T @ u, -1).amax()
 
 
-def norm_upper(operator: LinearOperator, *, steps: int = 30, failure: float = FAILURE) -> float:
+def certified_norm(operator: LinearOperator, *, steps: int = 30, failure: float = FAILURE) -> float:
     """Return ``||A||_2`` from above: exact for small operators, otherwise true with probability ``1 - failure``."""
     m, n = operator.shape
     if min(m, n) <= SMALL:
@@ -59,7 +59,7 @@ def layer_lipschitz(module: nn.Module, input_shape: Shape = None, output_shape: 
         else weight_operators(module, input_shape, output_shape)
     )
     if set(parts) == {""}:
-        return norm_upper(parts[""])
+        return certified_norm(parts[""])
     return next((rule(module) for kinds, rule in _RULES if isinstance(module, kinds)), None)
 
 
@@ -82,7 +82,7 @@ def _pooled(module: Any, dilation: Any = None) -> float | None:
     """Return the constant of a pooling by the maximum, which has a dilation, or by the mean."""
     dims = int(type(module).__name__[-2])
     size, stride = _tuple(module.kernel_size, dims), _tuple(module.stride, dims)
-    if getattr(module, "divisor_override", None) is not None or any(one != 1 for one in _tuple(dilation or 1, dims)):
+    if getattr(module, "divisor_override", None) is not None or any(gap != 1 for gap in _tuple(dilation or 1, dims)):
         return None
     if dilation is None and (module.ceil_mode or (any(_tuple(module.padding, dims)) and not module.count_include_pad)):
         return None  # a window that is cut is divided by less

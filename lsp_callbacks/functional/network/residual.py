@@ -16,7 +16,7 @@ FAILURE = 1e-3
 
 @dataclass(frozen=True)
 class ResidualStability:
-    """One block at the inputs that it received; extremes are over the samples.
+    """Stability of one residual block at the inputs that it received; extremes are over the samples.
 
     The gain is how much the block stretches a small difference of its input at most: it expands where that is above 0,
     and contracts below. Each other number proves one of the two, and the opposite of what it proves does not follow:
@@ -29,7 +29,7 @@ class ResidualStability:
         m: ``-lambda_max((G + G^T)/2)``, the least over samples; below 0 the block expands, whatever h is.
         dissipative: ``m`` exceeds its residual: some h > 0 contracts, which need not be this one.
         M: ``||G||_2``, the largest over samples; only where dissipative, as are the following.
-        h_max: ``2 m / M^2``: each h below contracts (Katende, Cor. 4.4).
+        h_max: ``2 m / M^2``: each h below contracts (Katende 2025, Cor. 4.4).
         h_exact: the largest h with ``||I + hG|| <= 1`` for each sample: above it the block expands.
         cfl: ``h / h_max``; below 1 the block contracts, above 1 proves nothing.
         residual: the largest relative residual of the iterations behind the numbers.
@@ -63,8 +63,8 @@ def residual_stability(
 
     Cost: 2 products a Lanczos step (one forward, one adjoint); about ``4 steps`` for a block that is not dissipative.
 
-    Source: Katende, (4.1)-(4.3), Thm 4.3, Cor. 4.4; the exact limit ``1 / lambda_max((-G - G^T)^-1 G^T G)`` is computed
-    by Dinkelbach's iteration (Management Science 1967).
+    Source: Katende 2025, (4.1)-(4.3), Thm 4.3, Cor. 4.4; the exact limit ``1 / lambda_max((-G - G^T)^-1 G^T G)`` is
+    computed by the iteration of Dinkelbach 1967.
 
     Example:
         >>> import torch

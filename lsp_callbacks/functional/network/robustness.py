@@ -1,4 +1,4 @@
-"""How much a map answers to a small displacement: to first order, and really."""
+"""The response of a map to a small displacement: to first order, and evaluated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FEW = 10
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of a map, at each point of a batch.
+    """Sensitivity of a map at each point of a batch.
 
     Attributes:
         value: ``||J||_2``, the change per unit of displacement in the limit of small ones; by Lanczos, from below.
@@ -73,8 +73,8 @@ def sensitivity(
         >>> import torch
         >>> from lsp_callbacks.linalg import from_matrix
         >>> square = lambda v: (1 + v).square() - 1  # at x = 1
-        >>> found = sensitivity(from_matrix(torch.tensor([[2.0]])), square, 0.5)
-        >>> float(found.value), round(float(found.lower), 6) in (1.5, 2.5)  # v is 1 or -1
+        >>> result = sensitivity(from_matrix(torch.tensor([[2.0]])), square, 0.5)
+        >>> float(result.value), round(float(result.lower), 6) in (1.5, 2.5)  # v is 1 or -1
         (2.0, True)
     """
     if not distance > 0:
@@ -82,10 +82,10 @@ def sensitivity(
     m, n = jacobian.shape
     tol = 0.0 if min(m, n) <= FEW else tol
     side, rare = jacobian if n <= m else jacobian.T, failure / max(1, math.prod(jacobian.batch))
-    found = operator_norm(side, steps=steps, tol=tol, failure=rare, generator=generator)
-    assert found.upper is not None
-    v = found.vector if n <= m else jacobian.T @ found.vector
+    top = operator_norm(side, steps=steps, tol=tol, failure=rare, generator=generator)
+    assert top.upper is not None
+    v = top.vector if n <= m else jacobian.T @ top.vector
     # Where J vanishes any direction will do.
     v = torch.where((v != 0).any(-1, keepdim=True), unit(v), n**-0.5)
     reached = norm(change(distance * v), -1).cpu() - rounding
-    return Sensitivity(found.value, found.residual, found.upper, reached.clamp_min(0) / distance, v, found.converged)
+    return Sensitivity(top.value, top.residual, top.upper, reached.clamp_min(0) / distance, v, top.converged)

@@ -29,7 +29,7 @@ _GUILTY, _INNOCENT = 0, 1
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a step is not finite.
+    """The reason why a step is not finite.
 
     Attributes:
         step: number of the optimizer step.
@@ -81,7 +81,7 @@ class Fault:
         if self.node is None:
             return (
                 f"the loss is finite and its gradient is not: {self.operation} {place} gave {self.kind}, "
-                f"{at}, which the forward pass masked and the backward pass met again"
+                f"{at}, which the forward pass masked and the backward pass uses again"
             )
         backward = f"{self.node}, the backward pass of {self.forward}" if self.forward else f"{self.node}"
         return (
@@ -91,7 +91,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where the NaN or Inf of a tensor comes from; ordered by guilt, then by time."""
+    """The origin of the NaN or Inf of a tensor; ordered by guilt, then by time."""
 
     guilt: int
     time: int
@@ -117,14 +117,14 @@ class _Tracer(Operations):
     def seed(self, tensors: list[tuple[str, Tensor]], where: Where, guilt: int = _GUILTY) -> None:
         """Record what is not finite before the first operation."""
         for k, (name, tensor) in enumerate(tensors):
-            for one in floats(tensor):
-                for kind in kinds(one):
-                    self._blame(one, _Origin(guilt, k - len(tensors), kind, where=where, source=name))
+            for part in floats(tensor):
+                for kind in kinds(part):
+                    self._blame(part, _Origin(guilt, k - len(tensors), kind, where=where, source=name))
 
     def of(self, tensors: list[Tensor]) -> _Origin | None:
         """Return the earliest origin of what is not finite in tensors, culprits first; None if all are finite."""
-        found = [self._origin(t, kind) for t in tensors for kind in kinds(t)]
-        return min(found, key=lambda origin: (origin.guilt, origin.time), default=None)
+        origins = [self._origin(t, kind) for t in tensors for kind in kinds(t)]
+        return min(origins, key=lambda origin: (origin.guilt, origin.time), default=None)
 
     def run(self, operation: Operation, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         inputs = floats((args, kwargs))
@@ -147,8 +147,8 @@ class _Tracer(Operations):
         before: list[tuple[Tensor, set[Kind]]],
         given: Any,
     ) -> _Origin:
-        nan = [self._origin(t, "NaN") for t, found in before if "NaN" in found]
-        inf = [self._origin(t, "Inf") for t, found in before if "Inf" in found]
+        nan = [self._origin(t, "NaN") for t, held in before if "NaN" in held]
+        inf = [self._origin(t, "Inf") for t, held in before if "Inf" in held]
         # NaN of an Inf that should not be there goes back to that.
         turned = [replace(origin, then=origin.then or operation.name) for origin in inf if origin.guilt == _GUILTY]
         inherited = nan + turned if kind == "NaN" else inf
@@ -159,18 +159,18 @@ class _Tracer(Operations):
         return _Origin(_INNOCENT if meant else _GUILTY, self._time, kind, operation, reason=reason)
 
     def _origin(self, tensor: Tensor, kind: Kind) -> _Origin:
-        found = self._origins.get(storage_key(tensor.untyped_storage()), {}).get(kind)
-        if found is not None:
-            return found
+        recorded = self._origins.get(storage_key(tensor.untyped_storage()), {}).get(kind)
+        if recorded is not None:
+            return recorded
         # Made by no operation: a constant. Those of Inf are meant.
         guilt = _INNOCENT if kind == "Inf" else _GUILTY
         return _Origin(guilt, self._time, kind, where="forward", source=f"a constant {tuple(tensor.shape)}")
 
     def _blame(self, tensor: Tensor, origin: _Origin) -> None:
         storage = tensor.untyped_storage()
-        own = self._origins.setdefault(storage_key(storage), {})
+        origins = self._origins.setdefault(storage_key(storage), {})
         kind: Kind = "NaN" if origin.then else origin.kind
-        own.setdefault(kind, origin)
+        origins.setdefault(kind, origin)
         self._held.append(storage)
 
 
@@ -179,11 +179,11 @@ def kinds(tensor: Tensor) -> set[Kind]:
     with torch.no_grad():
         t = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
         t = t.float() if t.element_size() < 2 else t  # there are no kernels for eight bits
-        found: set[Kind] = set()
+        held: set[Kind] = set()
         if not bool(t.isfinite().all()):
-            found |= {"NaN"} if bool(t.isnan().any()) else set()
-            found |= {"Inf"} if bool(t.isinf().any()) else set()
-        return found
+            held |= {"NaN"} if bool(t.isnan().any()) else set()
+            held |= {"Inf"} if bool(t.isinf().any()) else set()
+        return held
 
 
 def first_fault(
@@ -242,12 +242,17 @@ def first_fault(
 
 def _fault(step: int, origin: _Origin, where: Where) -> Fault:
     operation = origin.operation
-    known: dict[str, Any] = {"kind": origin.kind, "source": origin.source, "then": origin.then, "reason": origin.reason}
+    shared: dict[str, Any] = {
+        "kind": origin.kind,
+        "source": origin.source,
+        "then": origin.then,
+        "reason": origin.reason,
+    }
     if operation is None:
-        return Fault(step, origin.where or where, **known)
+        return Fault(step, origin.where or where, **shared)
     return Fault(
         step, where, module=operation.module, operation=operation.name, inputs=origin.inputs, dtype=origin.dtype,
-        node=operation.node, forward=operation.forward, **known,
+        node=operation.node, forward=operation.forward, **shared,
     )  # fmt: skip
 
 

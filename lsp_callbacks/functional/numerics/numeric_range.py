@@ -25,7 +25,7 @@ NOISE = 1e-13
 
 @dataclass(frozen=True)
 class NumericRange:
-    """What one step's numbers take of the range of their types.
+    """Distance of the numbers of one step from the ends of their types.
 
     Attributes:
         activations: head-room in bits by module, over all that its operations compute in the forward pass.
@@ -76,7 +76,7 @@ def numeric_range(
     One forward and one backward pass; every operation is looked at. Head-room is taken of its largest finite number:
     Inf and the very largest number of a type are masks. Underflow: where an operation of the backward pass gave zeros
     or subnormal numbers, it is computed again in float64 *from the same inputs*, and ``0 < |exact| < smallest normal``
-    is counted; exact numbers below 1e-13 of the largest in their tensor are not told from zero, so that of the wide
+    is counted; exact numbers below 1e-13 of the largest in their tensor count as zero, so that of the wide
     types (bfloat16, float32) whole tensors must be near the end. Operations that draw random numbers, work in place or
     have no kernel for float64 are left out of that count.
 
@@ -100,8 +100,8 @@ def numeric_range(
         >>> from lsp_callbacks.functional import numeric_range
         >>> net = torch.nn.Linear(1, 1, bias=False)
         >>> _ = torch.nn.init.constant_(net.weight, 2.0**100)
-        >>> found = numeric_range(lambda: net(torch.ones(1, 1)).sum(), net)
-        >>> {name: round(bits, 3) for name, bits in found.weights.items()}  # float32 ends just below 2^128
+        >>> result = numeric_range(lambda: net(torch.ones(1, 1)).sum(), net)
+        >>> {name: round(bits, 3) for name, bits in result.weights.items()}  # float32 ends just below 2^128
         {'weight': 28.0}
     """
     looked = _Ends(module)
@@ -154,17 +154,17 @@ class _Ends(Operations):
                 self._count(floats(out), func, args, kwargs)
         return out
 
-    def _count(self, found: list[Tensor], func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if not found:
+    def _count(self, results: list[Tensor], func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if not results:
             return
-        if not any(bool((t.abs() < torch.finfo(t.dtype).tiny).any()) for t in found):
-            self.counts.append((0, sum(t.numel() for t in found)))
+        if not any(bool((t.abs() < torch.finfo(t.dtype).tiny).any()) for t in results):
+            self.counts.append((0, sum(t.numel() for t in results)))
             return
         try:
             exact = floats(func(*tree_map(_wide, args), **tree_map(_wide, kwargs)))
         except (RuntimeError, TypeError):  # no such kernel
             return
-        for t, e in zip(found, exact):
+        for t, e in zip(results, exact):
             size = e.abs()
             there = size > NOISE * size.amax()
             self.counts.append(((there & (size < torch.finfo(t.dtype).tiny)).sum(), there.sum()))
@@ -200,10 +200,10 @@ def _wide(value: Any) -> Any:
 
 def _least(peaks: _Peaks) -> dict[str, float]:
     """Return the head-room of each module, the least over the types that it computes in."""
-    found: dict[str, float] = {}
+    least: dict[str, float] = {}
     for (module, dtype, _), largest in peaks.items():
-        found[module] = min(headroom(float(largest), dtype), found.get(module, math.inf))
-    return found
+        least[module] = min(headroom(float(largest), dtype), least.get(module, math.inf))
+    return least
 
 
 def lost_share(before: Tensor, exact: Tensor) -> tuple[int, int]:

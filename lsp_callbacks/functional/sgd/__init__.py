@@ -7,9 +7,10 @@ from lsp_callbacks.functional.sgd.mean_square import (
     second_moment,
     second_moment_exponent,
 )
-from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduce, regularity
+from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduced_modes, regularity
 from lsp_callbacks.functional.sgd.moment_exponent import moment_exponent
-from lsp_callbacks.functional.sgd.robbins_monro import PowerLaw, RateDecay, RobbinsMonro, rate_decay, robbins_monro
+from lsp_callbacks.functional.sgd.rate_decay import RateDecay, rate_decay
+from lsp_callbacks.functional.sgd.robbins_monro import PowerLaw, RobbinsMonro, robbins_monro
 from lsp_callbacks.functional.sgd.sgd_law import NoiseFit, SGDLawResult, fit_noise, noise_gain, noise_lipschitz, sgd_law
 from lsp_callbacks.functional.sgd.sgd_stability import (
     Exponent,
@@ -19,14 +20,14 @@ from lsp_callbacks.functional.sgd.sgd_stability import (
     sum_of_exponents,
 )
 from lsp_callbacks.functional.sgd.stability_diagram import (
-    CriticalRate,
+    CriticalRateResult,
     StabilityDiagram,
     critical_lr,
     stability_diagram,
 )
 
 __all__ = [
-    "CriticalRate",
+    "CriticalRateResult",
     "Exponent",
     "GradientNoise",
     "Modes",
@@ -49,7 +50,7 @@ __all__ = [
     "noise_gain",
     "noise_lipschitz",
     "rate_decay",
-    "reduce",
+    "reduced_modes",
     "regularity",
     "robbins_monro",
     "second_moment",

@@ -13,7 +13,7 @@ from lsp_callbacks.functional.trajectory.statistics import fieller, student_quan
 
 @dataclass(frozen=True)
 class GradientNoise:
-    """Of the gradients ``g_i`` of single samples.
+    """Statistics of the gradients ``g_i`` of single samples.
 
     Attributes:
         variance: ``tr Sigma = E ||g_i - G||^2``, unbiased.
@@ -21,7 +21,7 @@ class GradientNoise:
         signal: ``||G||^2`` of the mean over all training samples, unbiased; it may be negative.
         scale: ``tr Sigma / ||G||^2`` in samples, of the two unbiased estimates; NaN where the signal is not positive.
         lower: one-sided 90 % bound of the scale, and
-        upper: the other one; NaN where the samples cannot tell the gradient from its noise.
+        upper: the other one; NaN where the gradient is not significant beside its noise.
     """
 
     variance: Tensor
@@ -55,26 +55,28 @@ def gradient_noise(gram: Tensor, *, population: int | None = None, confidence: f
         >>> import torch
         >>> from lsp_callbacks.functional import gradient_noise
         >>> g = torch.tensor([[1.0], [3.0]])  # all there are: G = 2, variance 2
-        >>> found = gradient_noise(g @ g.T, population=2)
-        >>> [round(float(number), 6) for number in (found.variance, found.signal, found.scale)]
+        >>> result = gradient_noise(g @ g.T, population=2)
+        >>> [round(float(number), 6) for number in (result.variance, result.signal, result.scale)]
         [2.0, 4.0, 0.5]
     """
     n = len(gram)
     if n < 2:
-        raise Unmeasurable(f"{n} samples do not tell the noise of their gradients: take two probes at least")
+        raise Unmeasurable(f"{n} sample is too few to estimate the noise of gradients: give two at least")
     if not bool(gram.isfinite().all()):
-        raise Unmeasurable("the gradients of the probes are not finite")
+        raise Unmeasurable("the gradients of the samples are not finite: their noise is not defined")
     size = gram.double().abs().max()
     q = gram.double() / torch.where(size > 0, size, 1.0)  # the squares of what follows are numbers then
-    own, rows, total = q.diagonal(), q.sum(1), q.sum()
-    variance, signal = _unbiased(torch.tensor(float(n)).double(), own.sum(), total, population)
+    squares, rows, total = q.diagonal(), q.sum(1), q.sum()
+    variance, signal = _unbiased(torch.tensor(float(n)).double(), squares.sum(), total, population)
     nan = torch.full_like(variance, torch.nan)
     if n < 3:  # nothing can be left out
-        known = torch.zeros_like(variance) if n == population else nan
+        error = torch.zeros_like(variance) if n == population else nan
         scale = torch.where(signal > 0, variance / signal, nan)
-        variance, signal, known = size * variance, size * signal, size * known
-        return GradientNoise(variance, known, signal, scale, *((scale, scale) if n == population else (nan, nan)))
-    left = torch.stack(_unbiased(torch.tensor(n - 1.0).double(), own.sum() - own, total - 2 * rows + own, population))
+        variance, signal, error = size * variance, size * signal, size * error
+        return GradientNoise(variance, error, signal, scale, *((scale, scale) if n == population else (nan, nan)))
+    left = torch.stack(
+        _unbiased(torch.tensor(n - 1.0).double(), squares.sum() - squares, total - 2 * rows + squares, population)
+    )
     moves = left - left.mean(1, keepdim=True)
     # Of a finite population less is unknown.
     covariance = (n - 1) / n * moves @ moves.T * (1 - n / population if population else 1.0)
@@ -90,11 +92,11 @@ def gradient_noise(gram: Tensor, *, population: int | None = None, confidence: f
     )
 
 
-def _unbiased(n: Tensor, own: Tensor, total: Tensor, population: int | None) -> tuple[Tensor, Tensor]:
-    variance = (own - total / n) / (n - 1)
-    pairs = (total - own) / (n * (n - 1))
+def _unbiased(n: Tensor, squares: Tensor, total: Tensor, population: int | None) -> tuple[Tensor, Tensor]:
+    variance = (squares - total / n) / (n - 1)
+    pairs = (total - squares) / (n * (n - 1))
     share = 1 / population if population else 0.0
-    return variance, (1 - share) * pairs + share * own / n
+    return variance, (1 - share) * pairs + share * squares / n
 
 
 def batch_variance(variance: float, batch_size: int, population: int | None = None) -> float:

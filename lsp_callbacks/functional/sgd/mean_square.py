@@ -83,7 +83,7 @@ def mean_square_lr(
     gives ``1 / lr``.
 
     Args:
-        modes: of `reduce`.
+        modes: of `reduced_modes`.
         batch_size: samples of a batch.
         rule: of the optimizer.
         replacement: within a batch.
@@ -225,12 +225,12 @@ def _source(h: Tensor, lr: float, rule: UpdateRule) -> Tensor:
     delta, phi, beta, b1, b2 = (float(c) for c in rule.coefficients(torch.tensor(lr, dtype=torch.float64)))
     left, right = h[:, None], h[None, :]
     feed, square = beta * b2 / (1 - beta**2), b2**2 / (1 - beta**2)  # M = feed (h_i C_ij + h_j C_ji) + square D
-    own = 1 - delta * beta - b1 * beta * h - phi * beta * feed * h
-    other = -phi * b2 / (1 - beta**2) * h  # own_i C_ij + other_j C_ji = (delta b2 h_j) P + kick D, and its mirror
-    kick = phi * beta * square + b1 * b2
-    det = own[:, None] * own - other[:, None] * other
-    by_p = delta * b2 * (right * own[None, :] - other[None, :] * left) / det
-    by_d = kick * (own[None, :] - other[None, :]) / det
+    direct = 1 - delta * beta - b1 * beta * h - phi * beta * feed * h
+    other = -phi * b2 / (1 - beta**2) * h  # direct_i C_ij + other_j C_ji = (delta b2 h_j) P + drive D, and its mirror
+    drive = phi * beta * square + b1 * b2
+    det = direct[:, None] * direct - other[:, None] * other
+    by_p = delta * b2 * (right * direct[None, :] - other[None, :] * left) / det
+    by_d = drive * (direct[None, :] - other[None, :]) / det
     weight = (phi**2 * feed + phi * b1) * left + delta * phi
     through_p, through_d = weight * by_p, weight * by_d
     kept = 1 - delta**2 - delta * b1 * (left + right) - through_p - through_p.mT
@@ -247,20 +247,20 @@ def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 200) -
     r = len(start)
     generic = torch.randn(r, r, dtype=start.dtype, generator=torch.Generator().manual_seed(0))
     q = start / start.norm() + 1e-3 / r * (generic + generic.mT)
-    basis, own, coupling, look = [q / q.norm()], [], [0.0], 3
+    basis, diagonal, coupling, look = [q / q.norm()], [], [0.0], 3
     while True:
         q = basis[-1]
         w = operator(q)
-        own.append(float(torch.dot(w.view(-1), q.view(-1))))
-        w.sub_(q, alpha=own[-1]).sub_(basis[-2] if len(basis) > 1 else 0, alpha=coupling[-1])
+        diagonal.append(float(torch.dot(w.view(-1), q.view(-1))))
+        w.sub_(q, alpha=diagonal[-1]).sub_(basis[-2] if len(basis) > 1 else 0, alpha=coupling[-1])
         coupling.append(float(torch.linalg.vector_norm(w)))
-        k = len(own)
+        k = len(diagonal)
         last = k == steps or not coupling[-1] > 4 * torch.finfo(q.dtype).eps * max(
-            map(abs, own)
+            map(abs, diagonal)
         )  # exhausted, or not finite
         if last or k == look:
             look += 3 + k // 5
-            projected = torch.diag(start.new_tensor(own)) + torch.diag(start.new_tensor(coupling[1:-1]), -1)
+            projected = torch.diag(start.new_tensor(diagonal)) + torch.diag(start.new_tensor(coupling[1:-1]), -1)
             if not math.isfinite(coupling[-1]):
                 return math.nan, q
             values, vectors = torch.linalg.eigh(projected)  # reads the lower triangle

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """One step with a frozen preconditioner: ``v+ = delta v + phi m + b1 u``, ``m+ = beta m + b2 u``, ``u = H' v``.
+    """A step with a frozen preconditioner: ``v+ = delta v + phi m + b1 u``, ``m+ = beta m + b2 u``, ``u = H' v``.
 
     Attributes:
         momentum: ``beta``.
@@ -59,7 +59,7 @@ class Modes:
         curvatures: eigenvalues of the mean Hessian, ``(r,)``, descending.
         owner: component of each mode, ``(r,)``. A mode is exactly zero on the samples of the others.
         components: indices of samples that share no mode with the rest; SGD never couples them.
-        trace: of the mean Hessian. With ``rank`` it tells a stable network from a collapsed one.
+        trace: of the mean Hessian. With ``rank`` it distinguishes a stable network from a collapsed one.
         together: samples that batch statistics tie together, ``g``; 1 where no sample depends on another. Each ``g``
             consecutive samples are a batch that was normalised by itself.
     """
@@ -89,7 +89,7 @@ class Modes:
         return groups, 1 - (1 - self.together / self.samples) * batch_size / (groups * self.together)
 
 
-def reduce(gram: Tensor, outputs: int = 1, *, tol: float | None = None, together: int = 1) -> Modes:
+def reduced_modes(gram: Tensor, outputs: int = 1, *, tol: float | None = None, together: int = 1) -> Modes:
     """Return the coordinates Y of ``K = U L U^T = Y Y^T`` without its null space, component by component.
 
     Args:
@@ -170,8 +170,8 @@ def regularity(gram: Tensor, lr: float, outputs: int = 1) -> tuple[float, int]:
     """
     gram = _checked(gram, outputs)
     n = len(gram) // outputs
-    own = gram.view(n, outputs, n, outputs).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    return float((1 - lr * torch.linalg.eigvalsh(own)).abs().min()), len(_components(gram, outputs))
+    blocks = gram.view(n, outputs, n, outputs).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return float((1 - lr * torch.linalg.eigvalsh(blocks)).abs().min()), len(_components(gram, outputs))
 
 
 def _checked(gram: Tensor, outputs: int) -> Tensor:
@@ -188,8 +188,8 @@ def _checked(gram: Tensor, outputs: int) -> Tensor:
 def _components(gram: Tensor, outputs: int) -> list[Tensor]:
     n = len(gram) // outputs
     size = gram.abs().view(n, outputs, n, outputs).amax((1, 3))
-    own = size.diagonal().sqrt()
-    linked = (size > 1e-9 * own * own[:, None]) | torch.eye(n, dtype=torch.bool)
+    scale = size.diagonal().sqrt()
+    linked = (size > 1e-9 * scale * scale[:, None]) | torch.eye(n, dtype=torch.bool)
     labels = torch.arange(n)
     while True:  # each sample takes the smallest label around it; following labels of labels makes long chains short
         lowest = torch.where(linked, labels, n).amin(1)

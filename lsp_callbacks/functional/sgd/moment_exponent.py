@@ -51,7 +51,7 @@ def moment_exponent(
     ``Lambda(2)`` and ``Lambda(4)``.
 
     Args:
-        modes: of `reduce`.
+        modes: of `reduced_modes`.
         lr: one rate.
         p: 2 or 4. 4 takes d coordinates, the modes of a component, of which there may be 24, or twice the modes with
             momentum, of which there may be 8.
@@ -74,10 +74,11 @@ def moment_exponent(
 
     Example:
         >>> import math, torch
-        >>> from lsp_callbacks.functional import moment_exponent, reduce
-        >>> modes = reduce(torch.ones(2, 2) * torch.tensor([1.0, 3.0]).sqrt().outer(torch.tensor([1.0, 3.0]).sqrt()))
-        >>> found = moment_exponent(modes, 0.9, p=4, batch_size=1)  # curvatures 1 and 3
-        >>> abs(found - math.log((0.1**4 + 1.7**4) / 2)) < 1e-9
+        >>> from lsp_callbacks.functional import moment_exponent, reduced_modes
+        >>> root = torch.tensor([1.0, 3.0]).sqrt()
+        >>> modes = reduced_modes(root.outer(root))
+        >>> result = moment_exponent(modes, 0.9, p=4, batch_size=1)  # curvatures 1 and 3
+        >>> abs(result - math.log((0.1**4 + 1.7**4) / 2)) < 1e-9
         True
     """
     if p not in (2, 4):
@@ -151,12 +152,12 @@ def _fourth_exponent(
     phi = float(rule.coefficients(torch.ones((), dtype=torch.float64))[1])
     eye, rows = torch.eye(part.rank, dtype=part.factor.dtype), part.factor
     push = torch.tensor([[b1], [lr * b2]], dtype=rows.dtype)
-    own = torch.tensor([[delta, phi], [0.0, beta]], dtype=rows.dtype)
+    without = torch.tensor([[delta, phi], [0.0, beta]], dtype=rows.dtype)
     if not beta:
-        push, own = push[:1], own[:1, :1]
-    aim = torch.zeros(1, len(own), dtype=rows.dtype)
+        push, without = push[:1], without[:1, :1]
+    aim = torch.zeros(1, len(without), dtype=rows.dtype)
     aim[0, 0] = 1.0
-    fixed = torch.kron(own + rule.weight_decay * push @ aim, eye)
+    fixed = torch.kron(without + rule.weight_decay * push @ aim, eye)
     mean = torch.kron(push @ aim, torch.diag(part.curvatures))
     u, v = torch.stack([torch.kron(push, y.mT) for y in rows]), torch.stack([torch.kron(aim, y) for y in rows])
     size = float(fixed.norm() + (u.flatten(1).norm(dim=1) * v.flatten(1).norm(dim=1)).max())  # no power overflows

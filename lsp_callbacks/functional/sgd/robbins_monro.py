@@ -1,9 +1,9 @@
-"""Whether a schedule's rates fade as Robbins and Monro ask, told from its form, or read off the steps so far."""
+"""Whether a schedule's rates fade as Robbins and Monro ask, by its form."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,6 @@ from torch.optim.swa_utils import SWALR
 from lsp_callbacks.autograd._torch_internals import has_scale_function, parts_of
 
 Exponent = float | None
-
-#: Steps below which nothing is read off the rates.
-ENOUGH = 64
-#: What a geometric decay can read at T/2 while it reads a power at T, with a margin.
-GEOMETRIC = 0.52
 
 
 @dataclass(frozen=True)
@@ -41,12 +36,12 @@ class PowerLaw:
 
 @dataclass(frozen=True)
 class RobbinsMonro:
-    """What is known of ``sum lr_t`` and ``sum lr_t^2`` over a run without end.
+    """The decay of a schedule's rates, and what follows for ``sum lr_t`` and ``sum lr_t^2`` over infinitely many steps.
 
     Attributes:
         exponent: a where the rates fall like ``t^-a``, up to what stays within bounds: 0 does not fade, infinity fades
-            faster than any power or ends at 0, minus infinity grows; None is not known.
-        holds: whether the first sum diverges and the second does not, ``1/2 < a <= 1``; None where a is not known.
+            faster than any power or ends at 0, minus infinity grows; None where it is unknown.
+        holds: whether the first sum diverges and the second does not, ``1/2 < a <= 1``; None where a is unknown.
         reason: one sentence.
     """
 
@@ -58,7 +53,7 @@ class RobbinsMonro:
 def robbins_monro(*schedulers: Any) -> RobbinsMonro:
     """Return whether ``sum lr_t = infinity`` and ``sum lr_t^2 < infinity``, from the form of a schedule.
 
-    No finite number of steps can tell, so nothing is computed from rates: each scheduler of torch has the form
+    No finite number of rates decides it, so nothing is computed from rates: each scheduler of torch has the form
     ``t^-a``. ``a = 0`` for what is constant in the end or goes round (StepLR with gamma 1, MultiStepLR, cyclic and
     restarting ones, warm-ups, an annealing that ends above 0), infinity for what decays geometrically or ends at 0
     (ExponentialLR, StepLR, PolynomialLR, cosine and linear to 0, OneCycleLR, which ends). Schedulers in a chain
@@ -77,10 +72,10 @@ def robbins_monro(*schedulers: Any) -> RobbinsMonro:
         >>> robbins_monro().reason
         'no: the rates do not fade, and the sum of their squares is infinite'
     """
-    a = _product(_exponent(one) for one in schedulers)
+    a = _product(_exponent(scheduler) for scheduler in schedulers)
     if a is None:
-        names = ", ".join(type(one).__name__ for one in schedulers)
-        return RobbinsMonro(None, None, f"not known: the form of {names} does not tell; look at the partial sums")
+        names = ", ".join(type(scheduler).__name__ for scheduler in schedulers)
+        return RobbinsMonro(None, None, f"unknown: the form of {names} is not listed; see rate_decay")
     if a == math.inf:
         reason = "no: the rates end, or fade so fast that their sum is finite"
     elif a > 1:
@@ -94,83 +89,13 @@ def robbins_monro(*schedulers: Any) -> RobbinsMonro:
     return RobbinsMonro(a, 0.5 < a <= 1, reason)
 
 
-@dataclass(frozen=True)
-class RateDecay:
-    """How the rates have faded over the last octaves of steps.
-
-    Attributes:
-        exponent: p where they fell like ``t^-p`` over the last two octaves; NaN where they ended, or too few are known.
-        before: p of the two octaves that end half-way.
-        holds: whether both are in (1/2, 1]; None where too few steps are known.
-    """
-
-    exponent: float
-    before: float
-    holds: bool | None
-
-
-def rate_decay(sums: Mapping[int, float], *, gap: int = 1) -> RateDecay:
-    """Return how fast the rates fade, from partial sums, where the form of the schedule does not tell.
-
-    This is a reading of the steps so far, not a verdict: of infinity no finite number of steps can tell. By Cauchy's
-    condensation the sum of falling rates grows without bound as their sums over octaves of steps do. For ``lr = t^-p``
-
-        ``S(T/2, T) / S(T/4, T/2) = 2^(1 - p)``,  so  ``p = 1 - log2`` of that ratio:
-
-    ``p <= 1`` where octaves do not shrink and the rates' sum is infinite, ``p > 1/2`` where those of the squares do.
-    Steps before T/8, and so a warm-up, have no say once they are over. ``(1 + t / start)^-p`` reads its own p only for
-    T far above ``start``, from below.
-
-    It ``holds`` where this is so at T and, above 0.52, at T/2: what is no power passes through (1/2, 1] on its way. A
-    geometric decay over tau steps does so between T = 0.94 tau and 1.93 tau, but at T/2 it reads at most 0.51
-    meanwhile; powers between 1/2 and 0.52 are not told from it. A rate
-    that is halved every n steps reads 0 until T = n, an uneven rise after it, in which it may hold for a moment near
-    T = 3 n, and soon ``1 + T / (4 n)``, without end.
-
-    Steps are whole: whether the first is the 0th or the 1st, and whether a rate stands for the time before or after it,
-    moves t by half a step, and p by ``(gap / 2) |d log2(ratio) / dT|``, which is ``0.51 gap / T`` at p = 1/2 and
-    ``1.04 gap / T`` at 1. Twice that is the tolerance, ``2 p gap / T``: 1 passes, and 1/2 does not.
-
-    Args:
-        sums: at rising steps, those of the rates since the one before. T is the last, and T/2, T/4 and T/8 are there.
-        gap: the most steps between two whose rates were seen.
-
-    Source: Cauchy 1821; Knopp 1951, section 16; Katende 2025, Thm 5.3; docs/theory.md, section The law of SGD,
-    energies, kinks.
-
-    Example:
-        >>> from lsp_callbacks.functional import rate_decay
-        >>> found = rate_decay({t + 1: (1 + t) ** -0.75 for t in range(1024)})
-        >>> round(found.exponent, 2), found.holds
-        (0.75, True)
-    """
-    T = max(sums, default=0)
-    now, before = _power(sums, T), _power(sums, T // 2)
-    if now is None or before is None or T < ENOUGH:
-        return RateDecay(math.nan, math.nan, None)
-    readings = ((now, T, 0.5), (before, T // 2, GEOMETRIC))
-    holds = all(least + gap / end < p <= 1 + 2 * gap / end for p, end, least in readings)
-    now, before = (p if math.isfinite(p) else math.nan for p in (now, before))
-    return RateDecay(now, before, holds)
-
-
-def _power(sums: Mapping[int, float], T: int) -> float | None:
-    """Return the exponent of the octaves before T; infinity where the rates ended, None where some are missing."""
-    if T % 4 or not {T, T // 2, T // 4} <= sums.keys():
-        return None
-    late, early = (sum(one for t, one in sums.items() if end // 2 < t <= end) for end in (T, T // 2))
-    if not late > 0:
-        return math.inf
-    return 1.0 - math.log2(late / early) if early > 0 else -math.inf
-
-
 def _product(exponents: Iterable[Exponent]) -> Exponent:
     """Return the exponent of rates that multiply; one that ends or decays geometrically outweighs any power."""
     total = 0.0
-    for one in exponents:
-        if one is None:
+    for exponent in exponents:
+        if exponent is None:
             return None
-        total += one
+        total += exponent
     return None if math.isnan(total) else total  # a geometric decay against a growth
 
 
@@ -201,8 +126,8 @@ def _cyclic(scheduler: Any) -> Exponent:
 
 
 def _lambda(scheduler: Any) -> Exponent:
-    found = {_known(one) for one in scheduler.lr_lambdas}
-    return found.pop() if len(found) == 1 else None
+    exponents = {_known(function) for function in scheduler.lr_lambdas}
+    return exponents.pop() if len(exponents) == 1 else None
 
 
 def _known(function: Callable) -> Exponent:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SGDLawResult:
-    """What Thm 5.2 says at one learning rate.
+    """The law of SGD at one learning rate (Katende 2025, Thm 5.2).
 
     Attributes:
         q: ``E ||theta - theta*||^2`` contracts at least by this factor in a step, above the floor.
@@ -174,8 +174,8 @@ def fit_noise(distances: Tensor, variances: Tensor, errors: Tensor | None = None
         >>> import torch
         >>> from lsp_callbacks.functional import fit_noise
         >>> d = torch.tensor([0.0, 1.0, 4.0, 9.0])
-        >>> found = fit_noise(d, 2 + 0.5 * d)
-        >>> round(float(found.sigma_0_squared), 6), round(float(found.sigma_1_squared), 6)
+        >>> result = fit_noise(d, 2 + 0.5 * d)
+        >>> round(float(result.sigma_0_squared), 6), round(float(result.sigma_1_squared), 6)
         (2.0, 0.5)
     """
     d, v = distances.double(), variances.double()

@@ -58,7 +58,7 @@ def sgd_exponent(
     """Return ``lambda = lim (1/n) E log ||A_n ... A_1 v||``, the top exponent of SGD at one point; nats per step.
 
     Args:
-        modes: of `reduce`.
+        modes: of `reduced_modes`.
         lr: a rate, or several that share the same batches.
         batch_size: at most ``population``.
         rule: of the optimizer.
@@ -90,8 +90,8 @@ def sgd_exponent(
 
     Example:
         >>> import torch
-        >>> from lsp_callbacks.functional import reduce, sgd_exponent
-        >>> modes = reduce(torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
+        >>> from lsp_callbacks.functional import reduced_modes, sgd_exponent
+        >>> modes = reduced_modes(torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
         >>> round(float(sgd_exponent(modes, 1.0, batch_size=1).value), 2)  # log(0.8) / 2
         -0.11
     """
@@ -194,7 +194,7 @@ def sum_of_exponents(
 
 
 class _Draw:
-    """How batches are drawn from ``n`` samples; ``noise`` is ``f``: 0 where every batch is all of them."""
+    """A way to draw batches from ``n`` samples; ``noise`` is ``f``: 0 where every batch is all of them."""
 
     def __init__(
         self, modes: Modes, batch_size: int, sampling: Sampling, replacement: bool, population: int | None, generator
@@ -249,12 +249,12 @@ class _Draw:
         within = torch.randint(g, (steps, chains, size), generator=self.generator)
         # As many samples in each group as the others, but for the last ones.
         samples = drawn[..., torch.arange(size) % self.whole] * g + within
-        one = torch.ones(1, dtype=torch.float64)
+        unit = torch.ones(1, dtype=torch.float64)
         groups = torch.zeros(steps, chains, self.n // g, dtype=torch.float64)
-        groups.scatter_add_(-1, drawn, one.expand(drawn.shape)).mul_(size / (g * self.whole))
+        groups.scatter_add_(-1, drawn, unit.expand(drawn.shape)).mul_(size / (g * self.whole))
         weight = self.share**0.5
         whole = groups.repeat_interleave(g, -1) * (1 - weight)
-        return whole.scatter_add_(-1, samples, (weight * one).expand(samples.shape))
+        return whole.scatter_add_(-1, samples, (weight * unit).expand(samples.shape))
 
 
 def _walk(
@@ -274,14 +274,14 @@ def _walk(
     # lr m+ = beta lr m + lr b2 (mean v + u). The state is v alone, or v and lr m.
     mean = (1 - draw.noise) * modes.curvatures + rule.weight_decay
     keep, feed, zero = delta + b1 * mean, lrs * b2 * mean, 0 * lrs * mean
-    own, cross = torch.stack([keep, zero + beta])[:, None], torch.stack([zero + phi, feed])[:, None]
+    diagonal, cross = torch.stack([keep, zero + beta])[:, None], torch.stack([zero + phi, feed])[:, None]
     push = torch.stack([b1, lrs * b2])[:, None]
     # A step that leaves less than this has left rounding errors only: the vector is dead.
     dead = (8 * torch.finfo(rows.dtype).eps) ** 2
     v = start[:, None].expand(-1, len(lrs), -1)
     v = v * (torch.threshold((v * v) @ groups.mT, 0.0, math.inf).rsqrt() @ groups)
     state = torch.stack([v, 0 * v]) if beta else v[None]
-    own, push = own[: len(state)], push[: len(state)]
+    diagonal, push = diagonal[: len(state)], push[: len(state)]
     squares = torch.empty(steps, len(start), len(lrs), len(groups), dtype=v.dtype)
     # To gather the rows of a batch is to move memory, once for all rates; to take all rows is to multiply more.
     moved = len(start) * draw.batch_size * factor[0].numel()
@@ -293,7 +293,7 @@ def _walk(
         else:
             drawn = factor.index_select(0, batch.flatten()).view(len(start), -1, rows.shape[1])
             u = torch.bmm(torch.bmm(state[0], drawn.mT), drawn)
-        new = (own * state).addcmul_(push, u)
+        new = (diagonal * state).addcmul_(push, u)
         state = new.addcmul_(cross, state.flip(0)) if beta else new
         if len(groups) == 1:
             torch.sum(state * state, (0, -1), out=square[..., 0])

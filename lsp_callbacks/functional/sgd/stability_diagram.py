@@ -18,7 +18,7 @@ FINE = 7
 
 
 @dataclass(frozen=True)
-class CriticalRate:
+class CriticalRateResult:
     """The smallest rate at which lambda turns positive.
 
     Attributes:
@@ -74,7 +74,7 @@ def critical_lr(
     grid: float = 1.1,
     tol: float = 1e-8,
     generator: torch.Generator | None = None,
-) -> CriticalRate:
+) -> CriticalRateResult:
     """Return the smallest rate at which lambda turns positive, by which the stochastic Courant number divides.
 
     That number is ``lr / critical_lr``. Scans upward on a geometric grid, because the stable set need not be an
@@ -105,10 +105,10 @@ def critical_lr(
     single = _single(modes)
     edge = mean_square_lr(single if tol > 1e-6 else modes, tol=tol, **how)
     if math.isinf(edge):
-        return CriticalRate(edge, 0.0, edge, none, none)
+        return CriticalRateResult(edge, 0.0, edge, none, none)
     if batch_size == (population or modes.samples) and not replacement:
         exact = gd_critical_lr(modes, rule)
-        return CriticalRate(exact / unit, 0.0, edge / unit, none, none)
+        return CriticalRateResult(exact / unit, 0.0, edge / unit, none, none)
     lowest = low = start * unit if start else edge
     rates = exponents = errors = none
     draws = torch.Generator().manual_seed(0) if generator is None else generator
@@ -117,12 +117,12 @@ def critical_lr(
     def look(block: Tensor) -> None:
         nonlocal rates, exponents, errors
         draws.set_state(seed)  # the same batches for every rate: the curve is smooth in the rate
-        found = sgd_exponent(
+        result = sgd_exponent(
             single, block, sampling=sampling, chains=chains, steps=steps, burn_in=burn_in, generator=draws, **how
         )
         rates, order = torch.cat([rates, block]).sort()
-        exponents = torch.cat([exponents, found.value])[order]
-        errors = torch.cat([errors, found.error])[order]
+        exponents = torch.cat([exponents, result.value])[order]
+        errors = torch.cat([errors, result.error])[order]
 
     def first() -> int | None:
         unstable = torch.nonzero(exponents > errors)[:, 0]
@@ -139,9 +139,9 @@ def critical_lr(
                 look(rates[above - 1] * (rates[above] / rates[above - 1]) ** inside)
                 above = first() or above
             value, error = _zero(rates, exponents, errors, above)
-            return CriticalRate(value / unit, error / unit, edge / unit, rates / unit, exponents)
+            return CriticalRateResult(value / unit, error / unit, edge / unit, rates / unit, exponents)
         low = float(rates[-1]) * grid
-    return CriticalRate(math.inf, 0.0, edge / unit, rates / unit, exponents)
+    return CriticalRateResult(math.inf, 0.0, edge / unit, rates / unit, exponents)
 
 
 def stability_diagram(

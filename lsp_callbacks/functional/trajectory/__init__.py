@@ -11,15 +11,15 @@ from lsp_callbacks.functional.trajectory.lyapunov import (
     window_exponent,
 )
 from lsp_callbacks.functional.trajectory.proximal import Box, MaxNorm, Only, Ridge, SoftThreshold, SpectralClip
-from lsp_callbacks.functional.trajectory.proximal_step import Promise, promise, proximal_gain
+from lsp_callbacks.functional.trajectory.proximal_step import ProximalBounds, proximal_bounds, proximal_gain
 from lsp_callbacks.functional.trajectory.statistics import batch_means, fieller, student_bounds, student_quantile
 from lsp_callbacks.functional.trajectory.training_exponent import training_exponent
 from lsp_callbacks.functional.trajectory.training_profile import (
     Tangents,
     TrainingProfile,
     function_growth,
-    pushed,
-    tangents,
+    push_tangents,
+    random_tangents,
     training_profile,
 )
 
@@ -29,7 +29,7 @@ __all__ = [
     "LeaveOneOutResult",
     "MaxNorm",
     "Only",
-    "Promise",
+    "ProximalBounds",
     "Ridge",
     "SoftThreshold",
     "SpectralClip",
@@ -43,15 +43,15 @@ __all__ = [
     "function_growth",
     "leave_one_out",
     "plane_map",
-    "promise",
+    "proximal_bounds",
     "proximal_gain",
-    "pushed",
+    "push_tangents",
+    "random_tangents",
     "rescale",
     "sharp_mode_exponent",
     "sharp_plane",
     "student_bounds",
     "student_quantile",
-    "tangents",
     "training_exponent",
     "training_profile",
     "window_exponent",

@@ -28,7 +28,7 @@ class UncertainSlopes:
 
 @dataclass(frozen=True)
 class GeneralizedSteps:
-    """What T steps do to the parameters at their start and to noise in their gradients, with the slopes that they had.
+    """The derivative of T steps by their start and by noise in their gradients, at the slopes that they had.
 
     Attributes:
         theta: ``(n, P)``: the state after the steps by the parameters before them.
@@ -39,7 +39,7 @@ class GeneralizedSteps:
         between: ``(k, k)``, strictly lower triangular: of the earlier units.
         above: ``(k,)``: its slope less the smallest, as a share of the jump.
         layer: ``(k,)``: units of one number do not feel each other.
-        kicks: ``||B_t||_2`` of each step.
+        responses: ``||B_t||_2`` of each step.
     """
 
     theta: Tensor
@@ -50,7 +50,7 @@ class GeneralizedSteps:
     between: Tensor
     above: Tensor
     layer: Tensor
-    kicks: tuple[float, ...] = ()
+    responses: tuple[float, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -97,13 +97,13 @@ def one_more(
         return torch.cat([prox @ columns[:P], columns[P:]])
 
     sent = torch.nn.functional.pad(after.rows.T * after.jump, (0, 0, 0, len(step) - P))
-    kick = float(torch.linalg.matrix_norm(moved(response)[:P], 2))
+    norm = float(torch.linalg.matrix_norm(moved(response)[:P], 2))
     return replace(
         now,
         theta=moved(now.theta),
         noise=moved(now.noise),
         out=torch.cat([moved(now.out[:, :units]), sent], 1),
-        kicks=(*now.kicks, kick),
+        responses=(*now.responses, norm),
     )
 
 
@@ -155,7 +155,7 @@ def generalized_training(steps: GeneralizedSteps, *, vertices: int = 12) -> Gene
         steps: at least one.
         vertices: at most so many units are enumerated.
 
-    Cost: no gradient. Source: Katende, Defs. 6.1 and 6.2; Clarke 1983, 2.6; docs/theory.md, section The Learning
+    Cost: no gradient. Source: Katende 2025, Defs. 6.1 and 6.2; Clarke 1983, 2.6; docs/theory.md, section The Learning
     Stability Profile.
 
     Example:
@@ -166,24 +166,24 @@ def generalized_training(steps: GeneralizedSteps, *, vertices: int = 12) -> Gene
         >>> bend = UncertainSlopes(one, one[0], one[0])  # a residual at the bend of a Huber loss: curvature 0 or 1
         >>> flat = UncertainSlopes(one[:0], one[0, :0], one[0, :0])
         >>> once = one_more(no_steps(1, 1), (1 - 2.5) * one, -2.5 * one, one, bend, flat)  # a rate of 2.5
-        >>> found = generalized_training(once)
-        >>> round(float(found.theta.ordinary), 6), round(float(found.theta.lower), 6), found.theta.exact
+        >>> result = generalized_training(once)
+        >>> round(float(result.theta.ordinary), 6), round(float(result.theta.lower), 6), result.theta.exact
         (1.5, 1.5, True)
     """
-    T = len(steps.kicks)
+    T = len(steps.responses)
     if not T:
         raise ValueError("no step was taken: the sensitivity of training needs at least one")
     theta, noise = (
         generalized_norm(_centred(steps, matrix, into), vertices=vertices)
         for matrix, into in ((steps.theta, steps.into), (steps.noise, steps.into_noise))
     )
-    kicks = math.sqrt(sum(kick**2 for kick in steps.kicks))
+    responses = math.sqrt(sum(norm**2 for norm in steps.responses))
     travelled = (T - 1) / 2 or math.nan
     return GeneralizedTraining(
         theta,
         noise,
         _three(theta, 1.0, float(T)),
-        _three(noise, kicks, travelled),
+        _three(noise, responses, travelled),
     )
 
 

@@ -1,4 +1,4 @@
-"""How fast an energy falls along a run, from the run itself."""
+"""The rate at which an energy falls along a run, estimated from the run."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ BLOCKS, LEAST = 10, 5
 ALONE = 1e-6
 #: Of Kendall's bias: noise whose size changes with the energy has a larger one.
 MULTIPLE = 4.0
-#: Of the square of its t-statistic, below which an instrument tells nothing (Staiger & Stock 1997).
+#: Of the square of its t-statistic, below which an instrument is too weak (Staiger & Stock 1997).
 STRONG = 10.0
 _NAN = torch.full((), torch.nan, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class DissipationResult:
-    """Of ``E_{t+1} = q E_t + c + noise``.
+    """The fit of ``E_{t+1} = q E_t + c + noise``.
 
     Attributes:
         gamma: ``1 - q``, corrected for its bias; the excess over the floor falls by this share in a step.
         lower: one-sided 90 % bound, and
-        upper: the other one; NaN where the series is too short or does not tell.
+        upper: the other one; NaN where the series is too short, or the instrument too weak.
         floor: ``c / (1 - q)``, where the energy comes to rest; NaN where q is not below 1.
         floor_error: its standard error; NaN where the series is too short.
         increases: share of the steps in which the energy rose.
@@ -54,7 +54,7 @@ def dissipation(energy: Tensor, *, confidence: float = 0.9) -> DissipationResult
     bias off: 0.62; it never moves the slope by more than four times what Kendall's would.
 
     The bounds are the outer ones of two intervals, as either may fail where the other holds. The first, from the same
-    jackknife, is honest about noise of changing size, and about correlated noise as long as q is read as the best
+    jackknife, allows for noise of changing size, and about correlated noise as long as q is read as the best
     prediction of the next energy from this one. The second takes ``E_{t-1}`` as the instrument of ``E_t``:
     ``cov(E_{t+1}, E_{t-1}) / cov(E_t, E_{t-1})``, with the jackknife too; it holds where each energy is read with an
     error of its own, as the loss of a mini-batch is. Such errors draw the slope to 0 and gamma to 1, and only the
@@ -73,20 +73,20 @@ def dissipation(energy: Tensor, *, confidence: float = 0.9) -> DissipationResult
     Example:
         >>> import torch
         >>> from lsp_callbacks.functional import dissipation
-        >>> found = dissipation(2 + 0.75 ** torch.arange(60.0, dtype=torch.float64))
-        >>> round(float(found.gamma), 6), round(float(found.floor), 6), float(found.increases)
+        >>> result = dissipation(2 + 0.75 ** torch.arange(60.0, dtype=torch.float64))
+        >>> round(float(result.gamma), 6), round(float(result.floor), 6), float(result.increases)
         (0.25, 2.0, 0.0)
     """
     energy = energy.double()
     if len(energy) < 3:
-        raise Unmeasurable(f"{len(energy)} steps are too few to fit how the energy falls: give three at least")
+        raise Unmeasurable(f"{len(energy)} steps are too few to fit the decay of an energy: give three at least")
     if not bool(energy.isfinite().all()):
-        raise Unmeasurable("the energy is not finite at every step")
+        raise Unmeasurable("the energy is not finite at every step: give finite values only")
     before, after = energy[:-1], energy[1:]
     # In units of its own spread, so that no square overflows or drowns.
     centre, spread = energy.mean(), before.std()
     if not bool(spread > 1e-12 * energy.abs().max()):
-        raise Unmeasurable("the energy does not change: any q fits it")
+        raise Unmeasurable("the energy does not change, so that any rate fits it: give steps in which it changes")
     x, y = (before - centre) / spread, (after - centre) / spread
     lower = upper = floor_error = _NAN
     q, rest = _line(_sums(x, y, x)[:, 0])

@@ -52,7 +52,7 @@ def responded(state: Tensor | None, jacobian: LinearOperator, forced: Tensor | N
 
 @dataclass(frozen=True)
 class LeaveOneOutResult:
-    """What down-weighting one sample does, over some of the samples; per unit of weight: 1 removes it.
+    """The response of a run to a smaller weight of one sample, over some samples, per unit of weight (1 removes it).
 
     Attributes:
         parameters: mean of ``||d theta||``.

@@ -15,7 +15,7 @@ from lsp_callbacks.linalg.logs import exp, rescale
 _POINTS = 17
 
 
-def sharp_plane(mode: Tensor, root: Tensor | float, *, kick: Tensor | float | None = None, size: int) -> Tensor:
+def sharp_plane(mode: Tensor, root: Tensor | float, *, buffer_scale: Tensor | float | None = None, size: int) -> Tensor:
     """Return the directions to push: ``(v, 0)``, and with momentum ``(0, m)``, the buffer that displaces by v.
 
     On a quadratic with a fixed preconditioner the plane is invariant whatever the rates. What else the optimizer
@@ -24,17 +24,17 @@ def sharp_plane(mode: Tensor, root: Tensor | float, *, kick: Tensor | float | No
     Args:
         mode: unit eigenvector of ``R^1/2 H' R^1/2``, ``(P,)``.
         root: ``sqrt(R)``, a number or ``(P,)``; ``v = root * mode``.
-        kick: ``m = kick * mode``, see `StabilityThreshold`; None without momentum.
+        buffer_scale: ``m = buffer_scale * mode``, see `StabilityThreshold`; None without momentum.
         size: of the whole state, parameters and momentum first.
 
     Returns:
         ``(1, size)`` or ``(2, size)``.
     """
     n = len(mode)
-    frame = mode.new_zeros(1 if kick is None else 2, size)
+    frame = mode.new_zeros(1 if buffer_scale is None else 2, size)
     frame[0, :n] = root * mode
-    if kick is not None:
-        frame[1, n : 2 * n] = kick * mode
+    if buffer_scale is not None:
+        frame[1, n : 2 * n] = buffer_scale * mode
     return frame
 
 
@@ -43,22 +43,22 @@ def plane_map(
     mode: Tensor,
     root: Tensor | float = 1.0,
     *,
-    kick: Tensor | float | None = None,
+    buffer_scale: Tensor | float | None = None,
     rest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return one step compressed onto the plane of its sharp mode, ``P = V^+ A V``.
 
-    V is `sharp_plane` and ``V^+ V = 1``: ``v`` is read as ``mode . (v / root)``, the buffer as ``mode . (m / kick)``.
-    For SGD ``P`` is the companion matrix at ``x = eta mode . H' mode``, a Rayleigh quotient: a mode that is wrong by an
-    angle ``phi`` changes x by ``phi^2``, and nothing else. What else the optimizer remembers gets one more direction,
-    that into which a displacement along v moves it: for Adam ``g * H v`` in the second moments. Begun at 0 in each step
-    it would count twice, as the next step does not take it back.
+    V is `sharp_plane` and ``V^+ V = 1``: ``v`` is read as ``mode . (v / root)``, the buffer as ``mode . (m /
+    buffer_scale)``. For SGD ``P`` is the companion matrix at ``x = eta mode . H' mode``, a Rayleigh quotient: a mode
+    that is wrong by an angle ``phi`` changes x by ``phi^2``, and nothing else. What else the optimizer remembers gets
+    one more direction, that into which a displacement along v moves it: for Adam ``g * H v`` in the second moments.
+    Begun at 0 in each step it would count twice, as the next step does not take it back.
 
     Args:
         jacobian: of the step, square.
         mode: as given to `sharp_plane`.
         root: as given to `sharp_plane`.
-        kick: as given to `sharp_plane`.
+        buffer_scale: as given to `sharp_plane`.
         rest: of the steps before in the same window; None finds it.
 
     Returns:
@@ -67,19 +67,19 @@ def plane_map(
 
     Cost: one product; buffer and rest alone feel no curvature.
     """
-    n, known = len(mode), len(mode) * (1 if kick is None else 2)
-    moved = push(jacobian, sharp_plane(mode, root, kick=kick, size=jacobian.shape[1]))
+    n, size = len(mode), len(mode) * (1 if buffer_scale is None else 2)
+    moved = push(jacobian, sharp_plane(mode, root, buffer_scale=buffer_scale, size=jacobian.shape[1]))
     if rest is None:
-        rest = moved[0, known:].clone()
+        rest = moved[0, size:].clone()
         rest = unit(rest)
     remembers = bool(rest.any())
     if remembers:
-        moved = torch.cat([moved, (jacobian @ torch.cat([rest.new_zeros(known), rest]))[None]])
+        moved = torch.cat([moved, (jacobian @ torch.cat([rest.new_zeros(size), rest]))[None]])
     rows = [(_inverse(root) * moved[:, :n]).double() @ mode.double()]
-    if kick is not None:
-        rows.append((_inverse(kick) * moved[:, n : 2 * n]).double() @ mode.double())
+    if buffer_scale is not None:
+        rows.append((_inverse(buffer_scale) * moved[:, n : 2 * n]).double() @ mode.double())
     if remembers:
-        rows.append(moved[:, known:].double() @ rest.double())
+        rows.append(moved[:, size:].double() @ rest.double())
     return torch.stack(rows).cpu(), rest
 
 
@@ -146,14 +146,18 @@ def exponent_bounds(
     if math.isnan(below + above):
         return math.nan, math.nan
     shifts = torch.linspace(-below, min(above, 1e30), _POINTS, dtype=torch.float64).tolist()
-    found = [window_exponent([P + d * C for P, C in zip(maps, curvatures)], rest=rest) for d in shifts]
+    exponents = [window_exponent([P + d * C for P, C in zip(maps, curvatures)], rest=rest) for d in shifts]
     ends = [[float(P + d * C) for d in (shifts[0], shifts[-1])] for P, C in zip(maps, curvatures) if P.numel() == 1]
-    lowest = -math.inf if any(a * b <= 0 for a, b in ends) else min(found)
-    return lowest, max(found)
+    lowest = -math.inf if any(a * b <= 0 for a, b in ends) else min(exponents)
+    return lowest, max(exponents)
 
 
 def sharp_mode_exponent(
-    jacobians: Iterable[LinearOperator], mode: Tensor, *, root: Tensor | float = 1.0, kick: Tensor | float | None = None
+    jacobians: Iterable[LinearOperator],
+    mode: Tensor,
+    *,
+    root: Tensor | float = 1.0,
+    buffer_scale: Tensor | float | None = None,
 ) -> float:
     """Return the exponent of the update map along its sharpest mode over a window.
 
@@ -168,7 +172,7 @@ def sharp_mode_exponent(
         jacobians: ``A_1 ... A_w``, of ``P`` dimensions or, with further state, more.
         mode: unit top eigenvector of ``R^1/2 H' R^1/2`` just before the window, ``(P,)``.
         root: ``sqrt(R)``, by parameter where rates differ.
-        kick: see `sharp_plane`; None without momentum.
+        buffer_scale: see `sharp_plane`; None without momentum.
 
     Returns:
         Nats a step; ``1 / exponent`` is the e-folding time in steps. ``-inf`` where a step annihilates the mode.
@@ -189,6 +193,6 @@ def sharp_mode_exponent(
     maps: list[Tensor] = []
     rest: Tensor | None = None
     for jacobian in jacobians:
-        step, rest = plane_map(jacobian, mode, root, kick=kick, rest=rest)
+        step, rest = plane_map(jacobian, mode, root, buffer_scale=buffer_scale, rest=rest)
         maps.append(step)
     return window_exponent(maps, rest=rest is not None and bool(rest.any()))

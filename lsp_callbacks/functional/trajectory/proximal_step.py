@@ -40,8 +40,8 @@ def proximal_gain(step: LinearOperator, prox: LinearOperator, *, steps: int = 6,
 
 
 @dataclass(frozen=True)
-class Promise:
-    """What the theory promises of one proximal gradient step, from the curvature at its start.
+class ProximalBounds:
+    """Bounds on one proximal gradient step, from the curvature at its start.
 
     Attributes:
         gain: a bound of `proximal_gain`; None where the theory promises none, then
@@ -54,9 +54,9 @@ class Promise:
     descent: float
 
 
-def promise(
+def proximal_bounds(
     hessian: LinearOperator, lr: float, *, modulus: float = 0.0, along: float | None = None, steps: int = 8
-) -> Promise:
+) -> ProximalBounds:
     """Return what holds of ``prox_{lr R}(theta - lr grad L)`` for a convex R, by the curvature at its start.
 
     - nonexpansive: with the spectrum of the Hessian in ``[low, high]``, the gain is at most
@@ -75,8 +75,8 @@ def promise(
         along: ``<grad L(theta+) - grad L(theta), d> / ||d||^2``, d the step.
         steps: of Lanczos.
 
-    Cost: ``steps`` Hessian products. Source: Katende, Sec. 6.6; docs/theory.md, section What does not hold as printed,
-    claim 8.
+    Cost: ``steps`` Hessian products. Source: Katende 2025, Sec. 6.6; docs/theory.md, section What does not hold as
+    printed, claim 8.
     """
     generator = torch.Generator(hessian.device).manual_seed(0)
     start = torch.randn(hessian.shape[1], dtype=hessian.dtype, device=hessian.device, generator=generator)
@@ -92,9 +92,9 @@ def promise(
             if 1 - lr * low >= lr * high - 1
             else f"the rate {lr:.3g} is not below 2 / {high:.3g}"
         )
-    return Promise(gain if reason is None else None, reason, 1 / lr - high / 2)
+    return ProximalBounds(gain if reason is None else None, reason, 1 / lr - high / 2)
 
 
-def descent(before: Tensor, after: Tensor, distance: Tensor) -> Tensor:
+def descent_constant(before: Tensor, after: Tensor, distance: Tensor) -> Tensor:
     """Return ``(F(theta) - F(theta+)) / ||theta+ - theta||^2``, the c of one real step."""
     return (before.double() - after.double()) / distance.double().square()

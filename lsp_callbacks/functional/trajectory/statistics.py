@@ -75,8 +75,7 @@ def fieller(top: Tensor, below: Tensor, covariance: Tensor, quantile: float) -> 
         quantile: of Student's t, one-sided for each bound.
 
     Returns:
-        The least and the largest ratio; both NaN where the denominator cannot be told from 0: then no ratio is too
-        large.
+        The least and the largest ratio; both NaN where the denominator may be 0: then no ratio is too large.
 
     Source: Fieller 1954.
 

@@ -89,7 +89,7 @@ class TrainingProfile:
 
 @dataclass(frozen=True)
 class NoiseSeen:
-    """What is known of ``K = sum_s S_s S_s^T``, with ``S_s = A_T ... A_(s+1) B_s``, on a subspace of the parameters.
+    """The exact part of ``K = sum_s S_s S_s^T``, ``S_s = A_T ... A_(s+1) B_s``, on a subspace of the parameters.
 
     Attributes:
         basis: ``(k, n)``, orthonormal, ``n >= P``; found without the rows of `Tangents.noise`.
@@ -102,7 +102,7 @@ class NoiseSeen:
     largest: float
 
 
-def tangents(
+def random_tangents(
     state: int,
     parameters: int,
     *,
@@ -139,7 +139,7 @@ def tangents(
     return Tangents(frame, q.new_zeros(noise or vectors, state), 0.0, 0.0, k, parameters, 0.0, 0)
 
 
-def pushed(now: Tangents, step: LinearOperator, noise: LinearOperator, generator: torch.Generator) -> Tangents:
+def push_tangents(now: Tangents, step: LinearOperator, noise: LinearOperator, generator: torch.Generator) -> Tangents:
     """Return the tangents one step further.
 
     Args:
@@ -166,16 +166,16 @@ def pushed(now: Tangents, step: LinearOperator, noise: LinearOperator, generator
     )
 
 
-def training_profile(found: Tangents, seen: NoiseSeen | None = None) -> TrainingProfile:
+def training_profile(state: Tangents, seen: NoiseSeen | None = None) -> TrainingProfile:
     """Return the sensitivities of the parameters to their start and to the noise.
 
     What was pushed went forward only, so the norm of ``A_T ... A_1`` is bounded from below by that on the frame, and
-    from above by what random directions leave open (`norm_by_random_rows`), which is far; both ends are near each
-    other where products with its adjoint are taken, see `lsp_callbacks.operators.trajectory.window`. Its Frobenius norm
-    is estimated without bias, ``E ||A q||^2 = ||A||_F^2 / P`` for a random unit q. The noise likewise:
-    ``E ||v_T||^2 = tr K``, of which a part may be known exactly. Where each step contracts by c, and
-    ``B = -eta I``, ``sigma_u`` is ``eta sqrt((1 - c^(2T)) / (1 - c^2))``; what a gradient that is off by the *same*
-    vector at each step can do is more, up to ``eta (1 - c^T) / (1 - c)``.
+    from above by what random directions leave undetermined (`norm_by_random_rows`), which is far; both ends are near
+    each other where products with its adjoint are taken, see `lsp_callbacks.operators.trajectory.window`. Its Frobenius
+    norm is estimated without bias, ``E ||A q||^2 = ||A||_F^2 / P`` for a random unit q. The noise likewise: ``E
+    ||v_T||^2 = tr K``, of which a part may be known exactly. Where each step contracts by c, and ``B = -eta I``,
+    ``sigma_u`` is ``eta sqrt((1 - c^(2T)) / (1 - c^2))``; what a gradient that is off by the *same* vector at each step
+    can do is more, up to ``eta (1 - c^T) / (1 - c)``.
 
     The exponents are divided by the steps that were travelled, not by L + T; they belong to a finite window, for which
     the limsup of the definition does not exist. ``[[1, 1], [0, 1]]`` at each step gives a norm that grows like T and an
@@ -184,42 +184,43 @@ def training_profile(found: Tangents, seen: NoiseSeen | None = None) -> Training
     Under momentum and its like the perturbation starts in the parameters, and is read off the parameters.
 
     Args:
-        found: after at least one step.
+        state: the tangents after at least one step.
         seen: what is known of the noise beside its rows.
 
     Raises:
         ValueError: before the first one.
 
-    Source: Katende, Sec. 2 and Thm 5.2 (3); Hutchinson 1990; docs/theory.md, section The Learning Stability Profile.
+    Source: Katende 2025, Sec. 2 and Thm 5.2 (3); Hutchinson 1990; docs/theory.md, section The Learning Stability
+    Profile.
 
     Example:
         >>> import torch
         >>> from lsp_callbacks.linalg import from_matrix
-        >>> from lsp_callbacks.functional import pushed, tangents, training_profile
+        >>> from lsp_callbacks.functional import push_tangents, random_tangents, training_profile
         >>> generator = torch.Generator().manual_seed(0)
-        >>> now = tangents(2, 2, vectors=2, generator=generator)
+        >>> now = random_tangents(2, 2, vectors=2, generator=generator)
         >>> for _ in range(3):  # a rate of 0.1 on a curvature of 5
-        ...     now = pushed(now, from_matrix(0.5 * torch.eye(2)), from_matrix(-0.1 * torch.eye(2)), generator)
-        >>> found = training_profile(now)
-        >>> round(float(found.sigma_theta), 6), round(float(found.alpha_theta), 6)  # 0.5^3, log 0.5
+        ...     now = push_tangents(now, from_matrix(0.5 * torch.eye(2)), from_matrix(-0.1 * torch.eye(2)), generator)
+        >>> result = training_profile(now)
+        >>> round(float(result.sigma_theta), 6), round(float(result.alpha_theta), 6)  # 0.5^3, log 0.5
         (0.125, -0.693147)
     """
-    if not found.steps:
+    if not state.steps:
         raise ValueError("nothing was pushed: a profile needs at least one step")
-    steps, size = found.steps, found.size
-    frame = found.frame[:, :size].double()
-    top = 0.5 * torch.linalg.eigvalsh((frame @ frame.mT).cpu())[-1].clamp_min(0).log() + found.frame_log
-    mean, error = _mean(_squares(frame[: found.random], size).cpu(), 1 - found.random / size)
-    growth = mean.log() + 2 * found.frame_log
-    noise, noise_error, *ends = _noise(found, seen)
-    lower, upper = (0.5 * end.log() + found.noise_log for end in ends)
-    random = frame[: found.random]
+    steps, size = state.steps, state.size
+    frame = state.frame[:, :size].double()
+    top = 0.5 * torch.linalg.eigvalsh((frame @ frame.mT).cpu())[-1].clamp_min(0).log() + state.frame_log
+    mean, error = _mean(_squares(frame[: state.random], size).cpu(), 1 - state.random / size)
+    growth = mean.log() + 2 * state.frame_log
+    noise, noise_error, *ends = _noise(state, seen)
+    lower, upper = (0.5 * end.log() + state.noise_log for end in ends)
+    random = frame[: state.random]
     widest = float(torch.linalg.eigvalsh((random @ random.mT).cpu())[-1].clamp_min(0).sqrt())
-    widest = norm_by_random_rows(widest, found.random, size, failure=FAILURE)
-    bound = torch.tensor(log(widest) + found.frame_log, dtype=torch.float64)
-    sigma_u = 0.5 * noise.log() + found.noise_log
-    # As large as T kicks that do not travel; on the average they have travelled (T - 1) / 2 steps.
-    brought = 0.5 * math.log(found.driven) if found.driven else math.nan
+    widest = norm_by_random_rows(widest, state.random, size, failure=FAILURE)
+    bound = torch.tensor(log(widest) + state.frame_log, dtype=torch.float64)
+    sigma_u = 0.5 * noise.log() + state.noise_log
+    # As large as the noise of T steps that does not travel; on the average they have travelled (T - 1) / 2 steps.
+    brought = 0.5 * math.log(state.driven) if state.driven else math.nan
     left = (steps - 1) / 2 or math.nan
     return TrainingProfile(
         steps=steps,
@@ -261,19 +262,19 @@ def function_growth(before: Tensor, after: Tensor, log: float, steps: int) -> tu
     return (0.5 * ratio.log() + log) / steps, error / ratio / (2 * steps)
 
 
-def _noise(found: Tangents, seen: NoiseSeen | None) -> tuple[Tensor, ...]:
+def _noise(state: Tangents, seen: NoiseSeen | None) -> tuple[Tensor, ...]:
     """Return ``tr K / P exp(-2 noise_log)``, its relative standard error and the ends of its interval."""
-    rows, known, largest = found.noise[:, : found.size], 0.0, math.inf
+    rows, trace, largest = state.noise[:, : state.size], 0.0, math.inf
     if seen is not None:
-        known, largest = seen.trace, seen.largest
-        basis = seen.basis[:, : found.size].to(rows)
+        trace, largest = seen.trace, seen.largest
+        basis = seen.basis[:, : state.size].to(rows)
         for _ in range(2):  # to rounding
             rows = rows - (rows @ basis.mT) @ basis
-    squares = _squares(rows, found.size).cpu()
-    mean = known + squares.mean()
+    squares = _squares(rows, state.size).cpu()
+    mean = trace + squares.mean()
     error = (squares.var() / len(squares)).sqrt() / mean
     ends = gaussian_form_interval(squares, largest=largest, failure=FAILURE)
-    return mean / found.size, error, *((known + torch.tensor(ends, dtype=torch.float64)) / found.size)
+    return mean / state.size, error, *((trace + torch.tensor(ends, dtype=torch.float64)) / state.size)
 
 
 def _squares(rows: Tensor, size: int) -> Tensor:

@@ -43,7 +43,7 @@ class StabilityThreshold:
         mode: unit eigenvector of ``R^1/2 H' R^1/2``, flat.
         top: unit eigenvector of H, flat; the mode itself where R is one number.
         root: ``sqrt(R)`` of each parameter, which turns ``mode`` into a displacement of the parameters.
-        kick: turns ``mode`` into the momentum buffer that displaces by ``root * mode``; None without momentum.
+        buffer_scale: turns ``mode`` into the momentum buffer that displaces by ``root * mode``; None without momentum.
         products: Hessian products spent.
         converged: whether the error bars met the tolerance.
     """
@@ -58,7 +58,7 @@ class StabilityThreshold:
     mode: Tensor
     top: Tensor
     root: Tensor | float
-    kick: Tensor | float | None
+    buffer_scale: Tensor | float | None
     products: int
     converged: bool
 
@@ -153,7 +153,7 @@ def stability_threshold(
     Raises:
         Unmeasurable: optimizer not modelled, betas that differ between groups, loss that cannot be replayed.
 
-    Source: MATH section 3; Cohen et al. 2021; Cohen et al. 2022 for preconditioned gradients.
+    Source: docs/theory.md, section 3; Cohen et al. 2021; Cohen et al. 2022 for preconditioned gradients.
     """
     rule = coming_rule(snapshot)
     constant, maximize = threshold_constant(rule), rule.sign < 0
@@ -192,7 +192,7 @@ def stability_threshold(
         mode=pair.vector,
         top=own.pair.vector,
         root=root,
-        kick=_kick(root, buffer_rates(snapshot, rule)) if rule.momentum else None,
+        buffer_scale=_buffer_scale(root, buffer_rates(snapshot, rule)) if rule.momentum else None,
         products=pair.products + (own.pair.products if own is not steepest else 0),
         converged=own.pair.converged and pair.converged,
     )
@@ -203,7 +203,7 @@ def _relative(error: Tensor, value: Tensor) -> Tensor:
     return error / value.abs().clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def _kick(root: Tensor | float, buffer: Tensor | float) -> Tensor | float:
+def _buffer_scale(root: Tensor | float, buffer: Tensor | float) -> Tensor | float:
     """``root / buffer``, and 0 where the buffer moves nothing."""
     if isinstance(buffer, Tensor):
         return torch.where(buffer > 0, root / buffer, 0.0)

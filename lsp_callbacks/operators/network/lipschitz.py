@@ -35,7 +35,7 @@ def lipschitz_upper(depth: Depth) -> float:
 
     Cost: the norms, some ``60 / (3 B)`` gradients at batch size B. Norms of layers whose shorter side is above 256 are
     not exact: 30 steps of Lanczos, enlarged so that each holds with probability 0.999 (`linalg.spectrum_bounds`), by at
-    most some 3 %. Source: Szegedy et al. 2014, Sec. 4.3; Katende, Thm 4.1.
+    most some 3 %. Source: Szegedy et al. 2014, Sec. 4.3; Katende 2025, Thm 4.1.
     """
     with evaluating(depth.calls.module):  # so that reading a parametrised weight does not move its buffers
         return _Walk(depth).bound(depth.layers[-1].state.grad_fn)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduce
+from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduced_modes
 from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tangent_kernel
 from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule, probe_squares
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
@@ -32,7 +32,7 @@ class FrozenSGD:
     """All that the stability of SGD frozen at a step depends on.
 
     Attributes:
-        modes: reduced coordinates of K, see `lsp_callbacks.functional.reduce`.
+        modes: reduced coordinates of K, see `lsp_callbacks.functional.reduced_modes`.
         rule: of the optimizer.
         lr: the step's own rate, the largest of its groups.
         batch_size: of the step.
@@ -102,7 +102,7 @@ def frozen_sgd(
 
     double = all(p.dtype == torch.float64 for p in probes.parameters.values())
     return FrozenSGD(
-        modes=reduce(
+        modes=reduced_modes(
             kernel.gram,
             kernel.rows,
             tol=None if double else ROUNDING,

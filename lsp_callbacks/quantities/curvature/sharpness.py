@@ -111,7 +111,7 @@ class Sharpness(Quantity):
     differences, 17 by exact products; fewer where the error bar falls below 10 % earlier; 12 products at the first
     reading. With rates that differ, as with every preconditioner, H has a run of its own: 35 and 37.
 
-    Source: Cohen et al. 2021, 2022; MATH section 3.
+    Source: Cohen et al. 2021, 2022; docs/theory.md, section Edges of stability.
 
     Example:
         >>> import torch

@@ -49,7 +49,7 @@ class ResidualCFL(Quantity):
 
     Cost: some 25 passes over the samples, as if all blocks were one network: 5 gradients on a small transformer.
 
-    Source: Katende, Thm 4.3 and Cor. 4.4.
+    Source: Katende 2025, Thm 4.3 and Cor. 4.4.
     """
 
     name = "residual_cfl"

@@ -84,7 +84,7 @@ class Robustness(Quantity):
 
     Cost: some 80 passes over the samples, and the norms of all layers: 37 gradients, or 23 with kinks.
 
-    Source: Katende, Sec. 7.4; Simonyan et al. 2014.
+    Source: Katende 2025, Sec. 7.4; Simonyan et al. 2014.
     """
 
     name = "robustness"

@@ -9,9 +9,9 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.condition import SMALL, condition, condition_lower
 from lsp_callbacks.functional.network.batch_norm import batch_norm_drift
 from lsp_callbacks.functional.network.gains import gains
+from lsp_callbacks.functional.network.inactive_units import LEAST_ROWS, inactive_units
 from lsp_callbacks.functional.network.kurtosis import excess_kurtosis
 from lsp_callbacks.functional.network.layer_operators import weight_operators
-from lsp_callbacks.functional.network.units import LEAST_ROWS, units
 from lsp_callbacks.operators.network.batch_statistics import outputs
 from lsp_callbacks.operators.network.signal_sizes import NormInput, SignalSizes
 from lsp_callbacks.quantities.base import scalar
@@ -38,7 +38,7 @@ def units_of(step: SignalSizes, absent: dict[str, str]) -> dict[str, Tensor]:
         if rows < LEAST_ROWS or not width:
             absent[f"units/{activation.name}"] = f"{rows} rows are too few to find dead units: at least {LEAST_ROWS}"
             continue
-        counts = units(activation.values, activation.largest)
+        counts = inactive_units(activation.values, activation.largest)
         shares |= {
             f"dead_units/{activation.name}": scalar(counts.dead.double().mean()),
             f"saturated_units/{activation.name}": scalar(counts.saturated.double().mean()),

@@ -71,8 +71,8 @@ class SignalPropagation(Quantity):
 
     - *Gains* (`functional.gains`): rms out over rms in of each layer, and the same for gradients, backwards. 1 is
       healthy, for a residual block slightly more.
-    - *Units* (`functional.units`): dead ones pass no gradient for any sample of the batch, saturated ones less than
-      1/20. 0 is healthy.
+    - *Units* (`functional.inactive_units`): dead ones pass no gradient for any sample of the batch,
+      saturated ones less than 1/20. 0 is healthy.
     - *Kurtosis* (`functional.excess_kurtosis`, whose error is ``sqrt(24 / n)`` for n numbers) of each weight with more
       than one axis, now, and the largest of the weights before the first update, absent in a resumed run.
     - *Condition* (`functional.condition`) of each layer as it is applied: exact where its shorter side has at most 256

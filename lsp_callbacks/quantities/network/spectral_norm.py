@@ -33,7 +33,7 @@ class SpectralNorm(Quantity):
 
     Cost: 0.8 gradients on a large MLP, the forward replay that finds the input sizes included; 3 on a small one.
 
-    Source: Katende, Thm 4.1; Miyato et al. 2018 for the iteration.
+    Source: Katende 2025, Thm 4.1; Miyato et al. 2018 for the iteration.
     """
 
     name = "spectral_norm"

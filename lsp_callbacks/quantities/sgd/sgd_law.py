@@ -12,7 +12,8 @@ from torch import Tensor
 from lsp_callbacks._validation import choice, whole
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.gradient_noise import GradientNoise, batch_variance, gradient_noise
-from lsp_callbacks.functional.sgd.robbins_monro import rate_decay, robbins_monro
+from lsp_callbacks.functional.sgd.rate_decay import rate_decay
+from lsp_callbacks.functional.sgd.robbins_monro import robbins_monro
 from lsp_callbacks.functional.sgd.sgd_law import (
     NoiseFit,
     contraction_factor,
@@ -84,7 +85,9 @@ class SGDLaw(Quantity):
         ValueError: for an argument out of its range, or a reference that is no file.
 
     Cost: ``products`` Hessian products at most, and three passes over the probes: 75 gradients, or 70 with kinks.
-    Source: Katende 2025, Assumption 1, (5.3), Thm 5.2, 5.3; McCandlish et al. 2018; MATH sections 4 and 7.
+
+    Source: Katende 2025, Assumption 1, (5.3), Thm 5.2, 5.3; McCandlish et al. 2018; docs/theory.md, sections The
+    Learning Stability Profile; The law of SGD, energies, kinks.
     """
 
     name = "sgd_law"

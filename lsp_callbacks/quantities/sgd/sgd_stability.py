@@ -104,7 +104,8 @@ class SGDStability(Quantity):
     their input (attention) are run sample by sample, which costs more. Under BatchNorm two thirds of a gradient for
     each probe: 85 gradients for 128, fewer where batches are larger than the probes.
 
-    Source: Chemnitz & Engel 2025, (2.18), (2.19), App. A; Mulayoff & Michaeli 2024 (second moment); MATH section 2.
+    Source: Chemnitz & Engel 2025, (2.18), (2.19), App. A; Mulayoff & Michaeli 2024 (second moment); docs/theory.md,
+    section The exponent of SGD, frozen at the weights.
     """
 
     name = "sgd_stability"

@@ -83,7 +83,8 @@ class ClarkeTraining(Windowed):
     Cost: in each step a Hessian product for each parameter (with momentum and moments nearly the same) and a backward
     pass for each unit near a kink.
 
-    Source: Katende, Defs. 6.1 and 6.2 and Sec. 6.6; Clarke 1983; MATH section 4 (claims 5 and 9).
+    Source: Katende 2025, Defs. 6.1 and 6.2 and Sec. 6.6; Clarke 1983; docs/theory.md, section What does not hold as
+    printed.
     """
 
     name = "clarke_training"
@@ -134,7 +135,7 @@ class ClarkeTraining(Windowed):
         now = one_more(now, A, B, D, loss, after)
         if not bool(torch.isfinite(now.theta).all()):
             raise Unmeasurable("the derivative of the steps is not finite: the weights or the loss have overflowed")
-        if len(now.kicks) < self.horizon:
+        if len(now.responses) < self.horizon:
             self._frame = {"steps": vars(now), "step": snapshot.step}
             return
         norms = generalized_training(now, vertices=self.vertices)

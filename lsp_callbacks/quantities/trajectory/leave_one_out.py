@@ -49,7 +49,7 @@ class LeaveOneOut(Quantity):
 
     Cost: in each step ``samples`` products with its Jacobian: 140 gradients, or 210 with kinks.
 
-    Source: Katende, Sec. 7.4; Bousquet & Elisseeff 2002; Hardt, Recht & Singer 2016.
+    Source: Katende 2025, Sec. 7.4; Bousquet & Elisseeff 2002; Hardt, Recht & Singer 2016.
     """
 
     name = "leave_one_out"

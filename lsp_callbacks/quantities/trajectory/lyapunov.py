@@ -61,7 +61,8 @@ class Lyapunov(Windowed):
     on the optimizer's state. With the alignment, by differences or with kinks: under SGD 28 or 36 gradients, with
     momentum 43 or 48, under Adam 92 or 103.
 
-    Source: Chemnitz & Engel 2025 for the exponent; Benettin et al. 1980; MATH section 1.
+    Source: Chemnitz & Engel 2025 for the exponent; Benettin et al. 1980; docs/theory.md, section The exponent along
+    the trajectory.
     """
 
     name = "lyapunov"
@@ -111,7 +112,7 @@ class Lyapunov(Windowed):
             self._mode, self._top = edge.mode, edge.top
             self._frame = {
                 "root": edge.root,
-                "kick": edge.kick,
+                "buffer_scale": edge.buffer_scale,
                 "below": float(edge.accuracy),
                 "above": float(edge.courant_error),
                 "method": resolved(snapshot, self.method),
@@ -123,7 +124,7 @@ class Lyapunov(Windowed):
             return
         frame = self._frame
         assert self._mode is not None
-        plane: dict[str, Any] = {"mode": self._mode, "root": frame["root"], "kick": frame["kick"]}
+        plane: dict[str, Any] = {"mode": self._mode, "root": frame["root"], "buffer_scale": frame["buffer_scale"]}
         step, rest = plane_map(update_jacobian(snapshot, method=frame["method"]), **plane, rest=frame["rest"])
         curvature = step - plane_map(update_drift(snapshot), **plane, rest=rest)[0]
         maps, curvatures = [*frame["maps"], step], [*frame["curvatures"], curvature]

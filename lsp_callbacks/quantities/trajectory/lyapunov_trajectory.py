@@ -54,7 +54,7 @@ class LyapunovTrajectory(Windowed):
 
     Cost: k products with the Jacobian of each step: 2.5 gradients a step for the first, or 4.3 with kinks.
 
-    Source: Benettin et al. 1980; Katende, alpha_theta.
+    Source: Benettin et al. 1980; Katende 2025, alpha_theta.
     """
 
     name = "lyapunov_trajectory"

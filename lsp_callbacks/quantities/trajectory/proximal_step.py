@@ -10,7 +10,12 @@ from torch import Tensor
 
 from lsp_callbacks._validation import choice, whole
 from lsp_callbacks.functional.curvature.secant import gradient_rounding
-from lsp_callbacks.functional.trajectory.proximal_step import Promise, descent, promise, proximal_gain
+from lsp_callbacks.functional.trajectory.proximal_step import (
+    ProximalBounds,
+    descent_constant,
+    proximal_bounds,
+    proximal_gain,
+)
 from lsp_callbacks.linalg import LinearOperator, norm
 from lsp_callbacks.operators.cost import forward_cost, products
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
@@ -52,7 +57,8 @@ class ProximalStep(Quantity):
 
     Cost: ``2 steps`` Hessian products; under plain SGD 8 more and two gradients: 35 gradients in all.
 
-    Source: Katende, Sec. 6.6; MATH sections 4 (claim 8) and 7.
+    Source: Katende 2025, Sec. 6.6; docs/theory.md, sections What does not hold as printed; The law of SGD, energies,
+    kinks.
     """
 
     name = "proximal_step"
@@ -148,7 +154,7 @@ def _reason_for_no_promise(snapshot: Snapshot) -> str | None:
     return None
 
 
-def _measured(snapshot: Snapshot, method: Method) -> tuple[Promise, tuple[float, float]]:
+def _measured(snapshot: Snapshot, method: Method) -> tuple[ProximalBounds, tuple[float, float]]:
     step = update(snapshot)
     lr = next(float(group["lr"]) for group in group_of(snapshot).values() if group is not None)
     H = decayed_hessian(snapshot, method=method)
@@ -167,7 +173,7 @@ def _measured(snapshot: Snapshot, method: Method) -> tuple[Promise, tuple[float,
         after = objective(_mean(snapshot, loss))
     distance = norm(step)
     if not bool(distance > 0):
-        return promise(H, lr, modulus=modulus), (math.nan, math.nan)
+        return proximal_bounds(H, lr, modulus=modulus), (math.nan, math.nan)
     turned = (moved - gradient).double()
     along = float(torch.dot(step, turned + decay * step) / distance.square())
     # Rounding of the loss and, where the parts of a small loss cancel, of the parameters.
@@ -175,8 +181,8 @@ def _measured(snapshot: Snapshot, method: Method) -> tuple[Promise, tuple[float,
     error = 4 * torch.finfo(gradient.dtype).eps * noise / distance.square()
     # A change of the gradient within its rounding is no curvature.
     clear = bool(norm(turned) > 4 * gradient_rounding(gradient, H, theta))
-    promised = promise(H, lr, modulus=modulus, along=along if clear else None)
-    return promised, (float(descent(before, after, distance)), float(error))
+    promised = proximal_bounds(H, lr, modulus=modulus, along=along if clear else None)
+    return promised, (float(descent_constant(before, after, distance)), float(error))
 
 
 def _mean(snapshot: Snapshot, loss: Tensor) -> Tensor:

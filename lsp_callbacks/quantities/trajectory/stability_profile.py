@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.functional.trajectory.training_profile import Tangents, pushed, tangents
+from lsp_callbacks.functional.trajectory.training_profile import Tangents, push_tangents, random_tangents
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.cost import forward_cost, products, sample_passes
 from lsp_callbacks.operators.curvature.hessian import Method, path_taken, resolved
@@ -97,7 +97,7 @@ class StabilityProfile(Windowed):
     products a step: 900 to 2,700 gradients on small networks, far fewer with ``bounds=0``. Memory: for each step of the
     window a copy of parameters, gradient, optimizer's state, buffers and batch.
 
-    Source: Katende, Secs. 2 to 4; MATH section 4.
+    Source: Katende 2025, Secs. 2 to 4; docs/theory.md, section The Learning Stability Profile.
     """
 
     name = "stability_profile"
@@ -188,14 +188,16 @@ class StabilityProfile(Windowed):
         else:
             sharp, mode, top = self._sharp(snapshot)
             places: dict[str, Any] = {"dtype": A.dtype, "device": A.device, "generator": generator}
-            now = tangents(A.shape[1], B.shape[1], vectors=self.directions, noise=self.noise, sharp=sharp, **places)
+            now = random_tangents(
+                A.shape[1], B.shape[1], vectors=self.directions, noise=self.noise, sharp=sharp, **places
+            )
             J = output_reader(snapshot, samples=self.probes)
             before = None if J is None else seen_by(J, now).diagonal()[: now.random].clone()
         kept = self._kept(snapshot, method, continues)
         start = self._frame.get("start") if continues else now.frame[0, : now.size].clone()
         logs = self._frame.get("logs", []) if continues else []
         log = now.frame_log
-        now = pushed(now, A, B, generator)
+        now = push_tangents(now, A, B, generator)
         if not (bool(now.frame.isfinite().all()) and bool(now.noise.isfinite().all())):
             raise Unmeasurable("the pushed directions are not finite: the weights or the loss have overflowed")
         tangent = "" if tangent_path(snapshot) == "exact" else ", finite difference of step"

@@ -13,8 +13,8 @@ LEAST_ROWS = 8
 
 
 @dataclass(frozen=True)
-class Units:
-    """Of one activation.
+class InactiveUnits:
+    """Units of one activation that no longer learn.
 
     Attributes:
         dead: ``(units,)``: the slope is exactly 0 in every row; no gradient passes.
@@ -27,7 +27,7 @@ class Units:
     flat: Tensor
 
 
-def units(slopes: Tensor, largest: float = 1.0) -> Units:
+def inactive_units(slopes: Tensor, largest: float = 1.0) -> InactiveUnits:
     """Return which units are dead or saturated, from the slopes ``phi'`` of an activation.
 
     Flat is a slope below 1/20 of the largest one. Dead are ReLU units below 0 for all of the batch, those of ReLU6
@@ -44,10 +44,10 @@ def units(slopes: Tensor, largest: float = 1.0) -> Units:
 
     Example:
         >>> import torch
-        >>> from lsp_callbacks.functional import units
+        >>> from lsp_callbacks.functional import inactive_units
         >>> slopes = torch.tensor([[0.0, 1.0, 0.01]]).expand(8, -1)
-        >>> found = units(slopes)
-        >>> found.dead.tolist(), found.saturated.tolist(), round(float(found.flat), 4)
+        >>> result = inactive_units(slopes)
+        >>> result.dead.tolist(), result.saturated.tolist(), round(float(result.flat), 4)
         ([True, False, False], [False, False, True], 0.6667)
     """
     if len(slopes) < LEAST_ROWS:
@@ -56,4 +56,4 @@ def units(slopes: Tensor, largest: float = 1.0) -> Units:
         )
     low = flat(slopes, largest)
     dead = (slopes == 0).all(0)
-    return Units(dead, low.all(0) & ~dead, low.double().mean())
+    return InactiveUnits(dead, low.all(0) & ~dead, low.double().mean())
