@@ -36,7 +36,7 @@ def path(callback):
 
 
 class Matrix:
-    """Collects the rows of all processes of a test run, and writes them; rows of tests that did not run or pass stay."""
+    """Collects the rows of all processes of a test run, and writes them; rows that were not recorded anew stay."""
 
     def __init__(self, file):
         self.file, self.rows = Path(file), []
