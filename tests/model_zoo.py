@@ -423,7 +423,7 @@ CASES = {
     "weight_norm": Case(lambda: parametrised(parametrizations.weight_norm), kernel=ROWS),
     "sparse": Case(lambda: Model(Bag())),
     "dictionary": Case(Dictionary),
-    "mixup": Case(lambda: Mixup(mlp()), left_out=unprobed("outputs and targets cannot be told")),
+    "mixup": Case(lambda: Mixup(mlp()), left_out=unprobed("outputs and targets cannot be found")),
     "uneven_last_batch": Case(Model, loader={"n": 21, "drop_last": False}),
     "one_batch_epochs": Case(Model, loader={"n": 8}),
     "dropout": Case(lambda: Model(mlp(nn.Dropout(0.5)))),

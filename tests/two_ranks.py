@@ -454,7 +454,7 @@ def main(folder):
         StabilityMonitor(["sharpness"], every_n_steps=1), stop, **plain | {"max_steps": 60},
     )  # fmt: skip
     found["stopped"] |= {"event": stop.event_step, "stop": stop.stop_step}
-    for at in (4, 5):  # the loss is NaN in one process, and nothing is measured then
+    for at in (4, 6):  # the loss is NaN in one process, and nothing is measured then
         lost = StopOnInstability()
         found["not finite", at] = trained(
             partial(NaNOnOne, "forward", at), StabilityMonitor(["sharpness"], every_n_steps=100), lost, **plain,

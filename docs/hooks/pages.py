@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import re
 import sys
 from collections.abc import Iterator
@@ -15,13 +14,13 @@ from mkdocs.structure.files import File, Files
 import lsp_callbacks
 from lsp_callbacks import functional, linalg, loops, operators
 from lsp_callbacks.quantities import PRESETS, REGISTRY
-from lsp_callbacks.quantities.tables import key_table
+from lsp_callbacks.quantities.tables import key_table, section, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 import bibliography  # noqa: E402
 import support_matrix  # noqa: E402
-from readme import summary  # noqa: E402
+from readme import cell  # noqa: E402
 
 
 def on_files(files: Files, *, config: Any) -> Files:
@@ -55,14 +54,6 @@ def documented(*names: str) -> Iterator[str]:
         yield f"::: {name}"
 
 
-def section(name: str, quantity: Any) -> str | None:
-    """Return what a docstring says after ``name:``, up to the end of the paragraph."""
-    found = re.search(
-        rf"(?:^|(?<=\. )|(?<=\n)){name}: (.+?)(?=\n\n|\Z| Source: )", inspect.getdoc(quantity) or "", re.DOTALL
-    )
-    return " ".join(found[1].split()) if found else None
-
-
 def quantities() -> str:
     """Return the reference of all quantities: presets, one table, and each with its keys."""
     lines = [
@@ -73,8 +64,8 @@ def quantities() -> str:
         "| name | what it measures | cost |",
         "|---|---|---|",
         *(
-            f"| [`{name}`](#{name}) | {summary(q)} | {_cell(section('Cost', q) or '')} |"
-            for name, q in REGISTRY.items()
+            f"| [`{name}`](#{name}) | {cell(summary(quantity))} | {cell(section(quantity, 'Cost'))} |"
+            for name, quantity in REGISTRY.items()
         ),
     ]
     for name, quantity in REGISTRY.items():
@@ -85,10 +76,6 @@ def quantities() -> str:
             *documented(f"lsp_callbacks.{quantity.__name__}"),
         ]
     return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", r"\|").replace("``", "`")
 
 
 def classes() -> str:

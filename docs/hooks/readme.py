@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from pathlib import Path
-from typing import Any
 
 from lsp_callbacks.quantities import PRESETS, REGISTRY
+from lsp_callbacks.quantities.tables import summary
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 _PLACE = re.compile(r"(<!-- default quantities[^>]*-->\n).*?(<!-- end -->\n)", re.DOTALL)
 
 
-def summary(documented: Any) -> str:
-    """Return the first sentence of a docstring, on one line, for a cell of a table."""
-    first = " ".join((inspect.getdoc(documented) or "").split("\n\n")[0].split())
-    return first.replace("``", "`").replace("|", r"\|")
+def cell(text: str) -> str:
+    """Return text for a cell of a table."""
+    return text.replace("``", "`").replace("|", r"\|")
 
 
 def default_table() -> str:
     """Return the quantities of the default preset with one sentence each."""
-    rows = [f"| `{name}` | {summary(REGISTRY[name])} |" for name in PRESETS["default"]]
+    rows = [f"| `{name}` | {cell(summary(REGISTRY[name]))} |" for name in PRESETS["default"]]
     return "\n".join(["| quantity | what it measures |", "|---|---|", *rows]) + "\n"
 
 

@@ -88,6 +88,11 @@ def custom_function(node: Any) -> type | None:
     return node._forward_cls if isinstance(node, BackwardCFunction) else None  # type: ignore[attr-defined]
 
 
+def custom_functions(nodes: Iterable[Any]) -> list[type]:
+    """Return the ``torch.autograd.Function`` classes among the operations of some backward nodes."""
+    return [function for node in nodes if (function := custom_function(node)) is not None]
+
+
 def metadata(node: Any) -> Any:
     """Return shape, dtype and device of each output of the operation that a backward node belongs to."""
     return node._input_metadata

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lsp_callbacks.callbacks.shared_losses import SharedLosses
-from lsp_callbacks.monitor.losses import Told
+from lsp_callbacks.monitor.losses import ArrivedLoss
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.step.flat import largest_learning_rate
 from lsp_callbacks.step.ranks import Ranks
@@ -77,7 +77,7 @@ class LossFeed:
         else:
             self._record(self._shared.rest())
 
-    def _record(self, arrived: list[Told]) -> None:
+    def _record(self, arrived: list[ArrivedLoss]) -> None:
         for told in arrived:
             self._monitor.losses.add(told)
         if not self.has_same_rates:

@@ -23,7 +23,7 @@ class RunResults:
 
     def __init__(self, monitor: Monitor, observer: StepObserver):
         self.monitor, self.observer = monitor, observer
-        #: Told of each observation and of the end of each step: `StopOnInstability`.
+        #: ArrivedLoss of each observation and of the end of each step: `StopOnInstability`.
         self.subscribers: list[Any] = []
         #: Called with the number of each step and the loss that its micro-batches returned.
         self.loss_listeners: list[Any] = []

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lsp_callbacks.monitor.losses import Told
+from lsp_callbacks.monitor.losses import ArrivedLoss
 from lsp_callbacks.step.ranks import Ranks
 
 #: Steps in an exchange. On a GPU its numbers are read at the next one, so a loss is known after nine steps at most.
@@ -40,7 +40,7 @@ class SharedLosses:
 
     def take(
         self, step: int, loss: Tensor | None, *, lr: float, left_out: bool = False, wait: bool = False
-    ) -> list[Told]:
+    ) -> list[ArrivedLoss]:
         """Add the loss of a step, and return the mean losses that are known since the last call, oldest first.
 
         Args:
@@ -59,11 +59,11 @@ class SharedLosses:
             return self.rest()
         return self._exchange() if len(self._steps) == EVERY else []
 
-    def rest(self) -> list[Told]:
+    def rest(self) -> list[ArrivedLoss]:
         """Return what is not known yet; called by all processes, as when training ends, it waits for the device."""
         return (self._exchange() if self._steps else []) + self._read()
 
-    def _exchange(self) -> list[Told]:
+    def _exchange(self) -> list[ArrivedLoss]:
         earlier = self._read()
         rows = torch.stack(self._rows)
         by_rank = [torch.empty_like(rows) for _ in range(self._ranks.world)]
@@ -79,7 +79,7 @@ class SharedLosses:
         self._steps, self._rows = [], []
         return earlier if arrived is not None else earlier + self._read()
 
-    def _read(self) -> list[Told]:
+    def _read(self) -> list[ArrivedLoss]:
         """Return the mean losses of the last exchange."""
         if self._sent is None:
             return []
@@ -90,7 +90,7 @@ class SharedLosses:
         self.same_rates &= bool((rates == rates[:1]).all())
         means = (losses.sum(0) / shares.sum(0)).tolist()
         return [
-            Told(step, mean, left_out)
+            ArrivedLoss(step, mean, left_out)
             for (step, left_out), mean, share in zip(steps, means, shares.sum(0).tolist())
             if share
         ]

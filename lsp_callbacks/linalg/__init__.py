@@ -1,19 +1,14 @@
-"""Linear algebra on tensors; knows nothing of training."""
+"""Linear algebra on tensors, independent of training."""
 
 from lsp_callbacks.linalg.cocycle import lyapunov_exponents, orthonormalise, push, spectral_radius
-from lsp_callbacks.linalg.krylov import (
-    Eigenpair,
-    Ritz,
-    lanczos,
-    norm_upper,
-    operator_norm,
-    spectrum_bounds,
-    top_between,
-)
+from lsp_callbacks.linalg.lanczos import lanczos
 from lsp_callbacks.linalg.norms import norm, norms, power_iteration, unit
 from lsp_callbacks.linalg.operator import LinearOperator, from_matrix, identity_like
+from lsp_callbacks.linalg.operator_norm import norm_upper, operator_norm, top_between
 from lsp_callbacks.linalg.quadrature import Quadrature, quadratures
+from lsp_callbacks.linalg.ritz import Eigenpair, Ritz
 from lsp_callbacks.linalg.sketch import Sketch
+from lsp_callbacks.linalg.spectrum_bounds import spectrum_bounds
 
 __all__ = [
     "Eigenpair",

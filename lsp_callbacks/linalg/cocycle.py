@@ -1,4 +1,4 @@
-"""Products of matrices that differ from step to step, and the rates at which they stretch."""
+"""Products of matrices that differ from step to step, and their growth rates."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lsp_callbacks.linalg.operator import LinearOperator
 
 
 def push(operator: LinearOperator, frame: Tensor) -> Tensor:
-    """``A`` applied to each of the ``k`` rows of ``frame``, ``(k, n) -> (k, n)``."""
+    """Apply ``A`` to each of the ``k`` rows of ``frame``, ``(k, n) -> (k, n)``."""
     return torch.stack([operator.apply(vector) for vector in frame])
 
 
 def orthonormalise(frame: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """QR of a frame in the norm ``||weight * z||``.
+    """Orthonormalise a frame in the norm ``||weight * z||``, by QR.
 
     Args:
         frame: ``(k, n)``, rows.
-        weight: positive, a number or ``(m,)`` with ``m <= n``: the other columns have no part in the norm, and are
-            carried along by the same combinations of rows.
+        weight: positive, a number or ``(m,)`` with ``m <= n``: the other columns have no part in the norm, and
+            undergo the same combinations of rows.
 
     Returns:
         The frame with ``weight * rows`` orthonormal, and ``log |R_ii|``, ``(k,)`` in float64.
@@ -38,21 +38,21 @@ def orthonormalise(frame: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor,
 def lyapunov_exponents(
     operators: Iterable[LinearOperator], frame: Tensor, *, transient: int = 0, weight: Tensor | float = 1.0
 ) -> Tensor:
-    """Return the local growth rates ``log |R_ii|`` of a product of matrices (Benettin et al. 1980).
+    """Return local growth rates ``log |R_ii|`` of a product of matrices (Benettin et al. 1980).
 
     Args:
-        operators: ``A_1, A_2, ...`` in the order in which they act.
+        operators: ``A_1, A_2, ...`` in the order in which they are applied.
         frame: ``(k, n)``, the initial directions, independent.
-        transient: how many steps to take before recording, while the frame turns into the leading directions.
+        transient: how many steps to skip before recording, while the frame turns into the leading directions.
         weight: of the norm.
 
     Returns:
-        ``(steps - transient, k)`` in nats a step; the mean over steps estimates the ``k`` leading exponents.
+        ``(steps - transient, k)`` in nats per step; the mean over steps estimates the ``k`` leading exponents.
 
     Raises:
         ValueError: if ``transient`` leaves no step to record.
 
-    Cost: ``k`` products and one QR a step.
+    Cost: ``k`` products and one QR for each step.
 
     Example:
         >>> import torch
@@ -72,7 +72,7 @@ def lyapunov_exponents(
 
 
 def spectral_radius(matrix: Tensor) -> Tensor:
-    """Largest |eigenvalue| of a small square matrix; NaN where an entry is not finite."""
+    """Return the largest |eigenvalue| of a small square matrix; NaN where an entry is not finite."""
     if not bool(torch.isfinite(matrix).all()):
         return torch.tensor(math.nan, dtype=torch.float64)
     return torch.linalg.eigvals(matrix.double()).abs().max()

@@ -1,4 +1,4 @@
-"""Numbers that are kept as logarithms, because they grow or shrink without bound along a window."""
+"""Numbers that are stored as logarithms, because they grow or shrink without bound along a window."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def exp(log: float) -> float:
 
 
 def log(value: float) -> float:
-    """Return the logarithm, -inf for 0 and NaN for what has none."""
+    """Return the logarithm; -inf for 0, NaN for negative numbers and NaN."""
     return math.log(value) if value > 0 else -math.inf if value == 0 else math.nan
 
 
 def rescale(rows: Tensor, size: int | None = None) -> tuple[Tensor, float]:
-    """Return the rows divided by their largest entry, and the log of that; of zeros and of what is not finite, 0.
+    """Return the rows divided by their largest entry, and its log; unchanged with log 0 if it is 0 or not finite.
 
     Args:
         rows: ``(k, n)``.
@@ -47,11 +47,11 @@ def add(
     first: Tensor, first_log: float, second: Tensor, second_log: float = 0.0, *, size: int | None = None
 ) -> tuple[Tensor, float]:
     """Return ``e^first_log first + e^second_log second``, rescaled, and the log by which it was divided."""
-    first, own = rescale(first, size)
-    second, other = rescale(second, size)
+    first, first_scale = rescale(first, size)
+    second, second_scale = rescale(second, size)
     logs = [
-        own + first_log if bool(first.any()) else -math.inf,
-        other + second_log if bool(second.any()) else -math.inf,
+        first_scale + first_log if bool(first.any()) else -math.inf,
+        second_scale + second_log if bool(second.any()) else -math.inf,
     ]
     most = max(logs)
     if most == -math.inf:  # both are 0

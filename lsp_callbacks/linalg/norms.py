@@ -1,4 +1,4 @@
-"""Norms whose squares stay within the range of their numbers."""
+"""Norms that neither overflow nor underflow, where squares of the entries would."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-#: Norms of float32 vectors between these have lost nothing to squares that left the range.
+#: Norms of float32 vectors between these have lost nothing to overflow or underflow of squares.
 LOW, HIGH = 1e-12, 1e18
 
 
 def norm(v: Tensor, dim: int | None = None, *, keepdim: bool = False) -> Tensor:
-    """``||v||`` in float64: the squares of float32 numbers below 1e-19 or above 1e19 are no float32 numbers.
+    """Return ``||v||`` in float64: squares of float32 numbers below 1e-19 or above 1e19 leave the range of float32.
 
-    Cost: on a CPU one pass in the type of v, and one in float64 where that does not do.
+    Args:
+        v: a tensor.
+        dim: of the vectors; None is the norm of all numbers.
+        keepdim: keep that axis, with length 1.
+
+    Cost: on a CPU one pass in the type of v, and one in float64 where the first is not accurate.
 
     Example:
         >>> from collections.abc import Iterable
@@ -52,7 +57,7 @@ def power_iteration(matrices: Tensor, start: Tensor, steps: int) -> tuple[Tensor
 
 
 def unit(v: Tensor) -> Tensor:
-    """Each row over its `norm`, in its own type; zeros stay zeros.
+    """Return each row divided by its `norm`, in the type of v; rows of zeros stay.
 
     Example:
         >>> from collections.abc import Iterable

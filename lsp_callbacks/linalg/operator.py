@@ -1,4 +1,4 @@
-"""A linear map that is known only by its products."""
+"""A linear map that is given by its products."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LinearOperator:
         return replace(self, apply=_sum(self.apply, other.apply), adjoint=adjoint)
 
     def __rmul__(self, scale: float | Tensor) -> LinearOperator:
-        """``scale * A``; a tensor scales the rows, ``diag(scale) A``."""
+        """Return ``scale * A``; a tensor scales the rows, ``diag(scale) A``."""
         inner = self.adjoint
         return replace(
             self,
@@ -61,12 +61,13 @@ class LinearOperator:
 
     @property
     def T(self) -> LinearOperator:
+        """Return the transpose."""
         if self.adjoint is None:
             raise ValueError("this operator has no adjoint: construct it with adjoint=...")
         return replace(self, shape=self.shape[::-1], apply=self.adjoint, adjoint=self.apply)
 
     def dense(self) -> Tensor:
-        """The matrix itself, ``(*batch, m, n)``, by ``n`` products. For tests and small operators."""
+        """Return the matrix itself, ``(*batch, m, n)``, by ``n`` products. For tests and small operators."""
         columns = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
         return torch.stack([self.apply(e.expand(*self.batch, -1).clone()) for e in columns], dim=-1)
 
@@ -80,7 +81,7 @@ def _sum(first: Product, second: Product) -> Product:
 
 
 def from_matrix(matrix: Tensor) -> LinearOperator:
-    """The operator of a dense matrix ``(*batch, m, n)``."""
+    """Return the operator of a dense matrix ``(*batch, m, n)``."""
     return LinearOperator(
         shape=(matrix.shape[-2], matrix.shape[-1]),
         apply=lambda x: (matrix @ x[..., None])[..., 0],
@@ -92,5 +93,5 @@ def from_matrix(matrix: Tensor) -> LinearOperator:
 
 
 def identity_like(operator: LinearOperator) -> LinearOperator:
-    """The identity on the domain of a square operator."""
+    """Return the identity on the domain of a square operator."""
     return replace(operator, apply=torch.clone, adjoint=torch.clone)

@@ -1,4 +1,4 @@
-"""Where the eigenvalues of a large symmetric operator lie: Gauss quadrature of its spectral measure, by Lanczos."""
+"""The distribution of a symmetric operator's eigenvalues: Gauss quadrature of its spectral measure, by Lanczos."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg.krylov import lanczos
+from lsp_callbacks.linalg.lanczos import lanczos
 from lsp_callbacks.linalg.operator import LinearOperator
 
 
@@ -18,7 +18,7 @@ class Quadrature:
     Attributes:
         nodes: ``(k,)``, ascending: the Ritz values of k Lanczos steps from v.
         overlaps: ``(k,)``: of v with the Ritz vectors.
-        couplings: ``(k,)``: of the Ritz vectors with the next Lanczos vector; their sizes are the residuals.
+        couplings: ``(k,)``: of the Ritz vectors with the next Lanczos vector; their absolute values are the residuals.
         cross: ``(k,)``: squared overlaps of the Ritz vectors with the start of another run, as a unit vector.
     """
 
@@ -29,24 +29,24 @@ class Quadrature:
 
     @property
     def weights(self) -> Tensor:
-        """``(k,)``, not negative, of sum 1."""
+        """Return the weights, ``(k,)``, not negative, of sum 1."""
         return self.overlaps.square()
 
     @property
     def residuals(self) -> Tensor:
-        """``(k,)``: ``||A u - node u||``; some eigenvalue lies within it of the node."""
+        """Return ``||A u - node u||``, ``(k,)``: some eigenvalue lies within this distance of the node."""
         return self.couplings.abs()
 
     def masses(self, point: float = 0.0, *, width: float = 0.0) -> Tensor:
-        """What surely lies below ``point``, what may lie at it, and what surely lies above it.
+        """Return the mass that lies below ``point``, the mass that may lie at it, and the mass that lies above it.
 
         The weights of the Gauss-Radau rule with a node at ``point``. By the inequalities of Chebyshev, Markov and
         Stieltjes the first and the last are lower bounds of v's spectral measure on either side, and no better ones
-        follow from the same moments; what cannot be told apart from ``point`` counts as lying there.
+        follow from the same moments; the mass that is not separated from ``point`` counts as lying there.
 
         Args:
             point: where to cut.
-            width: what is nearer than this lies at the point, too: the accuracy of the products.
+            width: nodes nearer than this lie at the point, too: the accuracy of the products.
 
         Returns:
             ``(3,)``, of sum 1; NaN where a node is.
@@ -74,18 +74,18 @@ class Quadrature:
 
 
 def quadratures(operator: LinearOperator, starts: Tensor, *, steps: int) -> list[Quadrature]:
-    """A `Quadrature` for each row of ``starts``, by as many Lanczos steps.
+    """Return a `Quadrature` for each row of ``starts``, by a Lanczos run from each.
 
     Args:
         operator: symmetric, ``(n, n)``.
         starts: ``(s, n)``. With independent Gaussian rows the mean of the measures estimates the density of the
             eigenvalues, without bias.
-        steps: of each run, at most n; a run ends before if it has seen everything.
+        steps: of each run, at most n; a run ends before if it has found all eigenvalues.
 
     Returns:
         One for each start, in float64 on the CPU. Its ``cross`` is with the start of the run before it, the last one
-        for the first: with that, what a run has found can be taken out of an estimate that does not depend on it. A run
-        of n steps has found all eigenvalues: it stands alone, with weights ``1 / n`` and nothing to estimate.
+        for the first: so the eigenvalues that a run has found can be removed from an independent estimate. A run of n
+        steps has found all eigenvalues: it is returned alone, with weights ``1 / n`` and nothing to estimate.
 
     Cost: ``s * steps`` products, and the memory of ``steps`` vectors. Source: Golub & Welsch 1969; Ubaru, Chen & Saad
     2017.
@@ -99,18 +99,18 @@ def quadratures(operator: LinearOperator, starts: Tensor, *, steps: int) -> list
         (2.5, 737.5)
     """
     units = starts / torch.linalg.vector_norm(starts, dim=-1, keepdim=True)
-    found: list[Quadrature] = []
+    runs: list[Quadrature] = []
     for index in range(len(starts)):
-        found.append(_quadrature(operator, units[index], units[index - 1], steps))
+        runs.append(_quadrature(operator, units[index], units[index - 1], steps))
         n = len(units[index])
-        if len(found[-1].nodes) == n and steps >= n:
+        if len(runs[-1].nodes) == n and steps >= n:
             root = torch.full((n,), n**-0.5, dtype=torch.float64)
-            return [Quadrature(found[-1].nodes, root, torch.zeros_like(root), root.square())]
-    return found
+            return [Quadrature(runs[-1].nodes, root, torch.zeros_like(root), root.square())]
+    return runs
 
 
 def _quadrature(operator: LinearOperator, start: Tensor, other: Tensor, steps: int) -> Quadrature:
-    """In a function of its own: the basis of one run is gone before the next begins."""
+    """Return one quadrature; in a separate function, so that the basis of a run is freed before the next begins."""
     ritz = lanczos(operator, start, steps=steps, tol=0.0, ends=(0, -1))
     last = ritz.coefficients[-1]
     beta = torch.linalg.vector_norm(ritz.residuals)  # the rows of the coefficients have norm 1

@@ -7,19 +7,20 @@ from typing import Any
 
 from lsp_callbacks._validation import number, whole
 
-#: Share of the budget that the model of the cost may spend. The rest is for what it does not see: the calls of each
-#: step, copies of the module, cold starts.
+#: Share of the budget that the cost model may spend. The rest is for what it does not count: the calls of each step,
+#: copies of the module, cold starts.
 MODELLED = 0.5
-#: Of the period: the longest gap between measurements far from the edge, and one over the shortest near it.
+#: The longest gap between measurements (far from the edge of stability) in periods, and one over the shortest.
 SPREAD = 3.0
-#: Readings whose mean is the Courant number.
+#: Number of readings whose mean is the Courant number.
 RECENT = 3
 
 
 def spacing(courant: float) -> float:
-    """Gap between measurements in periods, ``3^(2 - 4 courant)`` held within 1/3 and 3; 1 where nothing is known.
+    """Return the gap between measurements in periods, ``3^(2 - 4 courant)`` clipped to 1/3 ... 3; 1 for NaN.
 
-    3 below a Courant number of 1/4, 1 at 1/2, 1/3 from 3/4 on: a rate that grows is met well before the edge.
+    It is 3 below a Courant number of 1/4, 1 at 1/2, and 1/3 from 3/4 on: a growing learning rate is measured well
+    before it reaches the edge.
 
     Example:
         >>> from lsp_callbacks.monitor.cadence import spacing
@@ -34,15 +35,15 @@ def spacing(courant: float) -> float:
 class Cadence:
     """Decides when measurements start, from numbers that are the same in each run and on each process.
 
-    A whole ``every_n_steps`` is obeyed exactly; where such a step is skipped, the next one stands for it. Otherwise
+    A given ``every_n_steps`` is followed exactly; if such a step is skipped, the next one takes its place. Otherwise
     the *period* is ``cost / budget`` steps, and the next measurement starts ``period * spacing(courant)`` steps after
-    the last, if the account allows it. With n measurements started in the s steps since the first, gradients by the
-    cost model obey at any time
+    the last, if the budget allows it. With n measurements started in the s steps since the first, gradients by the
+    cost model satisfy at any time
 
         ``n * cost <= budget * s + cost``
 
-    The last term is the advance: the first measurement. Fixed periods keep the same account. What is saved far from the
-    edge is spent near it; a run that is near it from its first step on has nothing saved: once in a period.
+    The last term is the first measurement. Unspent budget accumulates while the Courant number is low and is used
+    near 1. A run that starts near 1 has none, and is measured once per period.
 
     Args:
         every_n_steps: start a measurement every so many steps; None keeps to the budget.
@@ -53,8 +54,8 @@ class Cadence:
 
     Attributes:
         origin: step of the first measurement; None before it.
-        period: steps; None until the first measurement has told its cost.
-        spent: gradients, of all measurements that were started.
+        period: steps; None until the cost of the first measurement is known.
+        spent: gradients of all measurements that were started.
     """
 
     def __init__(self, every_n_steps: int | None = None, budget: float = 0.05):
@@ -65,7 +66,7 @@ class Cadence:
         self.reset()
 
     def reset(self) -> None:
-        """As before a first run."""
+        """Forget everything."""
         self.origin: int | None = None
         self.period: int | None = self.every_n_steps
         self.cost = self.spent = 0.0
@@ -76,21 +77,21 @@ class Cadence:
         self._asked: tuple[int, bool] | None = None
 
     def starts(self, step: int, *, scheduled: float = math.nan) -> bool:
-        """Whether a measurement starts at this step; the first answer for a step stands.
+        """Return whether a measurement starts at this step; the first answer for a step is final.
 
         Args:
-            step: of the optimizer.
-            scheduled: the Courant number of the rate that this step will use, where that is known.
+            step: number of the optimizer step.
+            scheduled: the Courant number of the learning rate that this step will use; NaN if it is not known.
         """
         if self._asked is None or self._asked[0] != step:
-            # Every number that enters is the same on all processes. Should that ever fail, they would wait for each
-            # other for ever: this is the one place where rank 0's answer could be broadcast.
+            # All numbers here are the same on all processes. If they were not, the processes would wait for each other
+            # forever: this is the one place where rank 0's answer could be broadcast.
             self._asked = (step, self._starts(step, scheduled))
         return self._asked[1]
 
     @property
     def _missed(self) -> bool:
-        """Whether the last step that was asked for was due and never came: `training_step` returned None."""
+        """Whether the last step asked for was due and was not taken: `training_step` returned None."""
         return self._asked is not None and self._asked[1] and self._started != self._asked[0]
 
     def _starts(self, step: int, scheduled: float) -> bool:
@@ -104,38 +105,38 @@ class Cadence:
         return affordable and step - self._started >= gap
 
     def _nearest(self, scheduled: float) -> float:
-        """The largest of what is known: too early costs a measurement, too late an alarm."""
+        """Return the largest known Courant number: too early costs a measurement, too late an alarm."""
         mean = sum(self._readings) / len(self._readings) if self._readings else math.nan
-        known = [one for one in (mean, *self._readings[-1:], scheduled) if not math.isnan(one)]
-        return max(known, default=math.nan)
+        courants = [courant for courant in (mean, *self._readings[-1:], scheduled) if not math.isnan(courant)]
+        return max(courants, default=math.nan)
 
     def started(self, step: int) -> None:
-        """A measurement has started at this step."""
+        """Charge a measurement that starts at this step."""
         self.origin = step if self.origin is None else self.origin
         self._started = step
         self._unpriced += self.period is None
         self.spent += self.cost
 
     def priced(self, gradients: float, longest: int) -> None:
-        """A measurement has shown what one costs.
+        """Set the cost of a measurement, from one that was made.
 
         Args:
             gradients: by the cost model.
             longest: steps that a measurement takes; the next does not start before its end.
         """
-        # The one that has shown it was charged at the cost before, or not at all.
+        # That measurement was charged at the cost before, or not at all.
         self.spent += self._unpriced * gradients if self._unpriced else gradients - self.cost
         self.cost, self._longest, self._unpriced = gradients, longest, 0
         if self.every_n_steps is None:
             self.period = max(longest, math.ceil(gradients / self.budget))
 
     def read(self, courant: float) -> None:
-        """Takes in a new reading of the Courant number."""
+        """Add a new reading of the Courant number."""
         if not math.isnan(courant):
             self._readings = [*self._readings, courant][-RECENT:]
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers only."""
+        """Return numbers only."""
         return {
             "origin": self.origin, "period": self.period, "cost": self.cost, "spent": self.spent,
             "started": self._started, "unpriced": self._unpriced, "longest": self._longest,
@@ -143,10 +144,10 @@ class Cadence:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a state, with this cadence's own settings."""
+        """Continue from a state, with this cadence's own settings."""
         self.reset()
         if self.every_n_steps is None and state["period"] is not None and not state["cost"]:
-            return  # its cost was never asked for
+            return  # its cost was never computed
         self.origin, self.cost, self.spent = state["origin"], state["cost"], state["spent"]
         self._started, self._unpriced, self._longest = state["started"], state["unpriced"], state["longest"]
         self._readings = list(state["readings"])

@@ -1,4 +1,4 @@
-"""A Monitor from the settings that a user gives to a callback."""
+"""A `Monitor` from the settings of a callback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def configured(
     max_memory: float | str | None = None,
     time_limit: float | None = None,
 ) -> Monitor:
-    """A `Monitor` with the meaning that these settings have in `StabilityMonitor`.
+    """Return a `Monitor` with the meaning that these settings have in `StabilityMonitor`.
 
     Raises:
         ValueError: for bad arguments.

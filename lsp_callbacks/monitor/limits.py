@@ -12,15 +12,15 @@ from lsp_callbacks._validation import number
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-#: A first measurement starts from nothing, and takes this many times what the next ones do.
+#: A first measurement takes this many times as long as the next ones.
 COLD = 3.0
 
 
 def in_bytes(value: Any) -> float | None:
-    """``max_memory`` as a number of bytes.
+    """Return ``max_memory`` as a number of bytes.
 
     Args:
-        value: bytes, or text such as "2GB", "500 MiB"; None is no cap.
+        value: bytes, or text such as "2GB", "500 MiB"; None is no limit.
 
     Raises:
         ValueError: for anything else.
@@ -34,15 +34,15 @@ def in_bytes(value: Any) -> float | None:
         return None
     how = " of bytes, text such as '2GB', or None"
     if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?i?)B?\s*", value.upper().replace("I", "i"))
-        if found is None or found[2] not in UNITS:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?i?)B?\s*", value.upper().replace("I", "i"))
+        if match is None or match[2] not in UNITS:
             raise ValueError(f"max_memory={value!r}: give a number of bytes, or text such as '2GB' or '500MiB'")
-        return float(number("max_memory", float(found[1]) * UNITS[found[2]], above=0, instead=how))
+        return float(number("max_memory", float(match[1]) * UNITS[match[2]], above=0, instead=how))
     return float(number("max_memory", value, above=0, instead=how))
 
 
 def readable(count: float) -> str:
-    """Bytes in the unit that fits.
+    """Return bytes in the unit that fits.
 
     Example:
         >>> from lsp_callbacks.monitor.limits import readable
@@ -56,11 +56,11 @@ def readable(count: float) -> str:
 
 
 def check_memory(predicted: float, cap: float | None, device: torch.device) -> None:
-    """Refuses a measurement that would need too much memory beside training.
+    """Refuse a measurement that would need too much memory beside training.
 
     Args:
         predicted: bytes at its peak.
-        cap: bytes; None is what is free at the moment on a CUDA device, and no cap elsewhere.
+        cap: bytes; None is what is free at the moment on a CUDA device, and no limit elsewhere.
         device: of the parameters.
 
     Raises:
@@ -101,27 +101,27 @@ class Seconds:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Forget everything."""
         self._now: dict[str, float] = {}
         self.taken: dict[str, list[float]] = {}
 
     def begin(self, name: str) -> None:
-        """A measurement starts, whatever became of the one before."""
+        """Start a measurement, whether or not the one before was completed."""
         self._now.pop(name, None)
 
     def add(self, name: str, seconds: float, *, complete: bool) -> None:
-        """Of one step of a measurement, which counts when it is complete."""
+        """Add the seconds of one step of a measurement, which counts when it is complete."""
         self._now[name] = self._now.get(name, 0.0) + seconds
         if complete:
             self.taken.setdefault(name, []).append(self._now.pop(name))
 
     def expected(self, name: str) -> float:
-        """Of the next measurement: the least so far, where the first, which starts cold, counts a third."""
+        """Return the seconds of the next measurement: the least so far, a third of the first, which starts cold."""
         taken = self.taken.get(name, [])
         return min(taken[1:], default=taken[0] / COLD) if taken else 0.0
 
     def too_long(self, names: Collection[str]) -> dict[str, str]:
-        """Which to leave out, the longest first, so that the rest fits; and why."""
+        """Return which measurements to skip, the longest first, so that the rest fits, and why."""
         left = sorted(names, key=self.expected)
         reasons: dict[str, str] = {}
         while self.limit is not None and left and sum(map(self.expected, left)) > self.limit:

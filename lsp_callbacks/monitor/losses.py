@@ -15,25 +15,25 @@ SMOOTHING, INITIAL = 30, 5
 #: The smoothed loss has risen when it is this much above its least value, and above this share of the initial loss:
 #: once a data set is memorised, a rise of 30 % is noise.
 RISE, SHARE = 0.3, 0.15
-#: It is lost when in three quarters of the last 200 steps it was above the loss at the start by this many times the
-#: size of that: a run may come back from an explosion of a hundred steps (``benchmarks/rate_too_high.py``).
+#: The run is lost when in three quarters of the last 200 steps its loss was above the loss at the start by this many
+#: times the size of that: a run may recover from an explosion of a hundred steps (``benchmarks/rate_too_high.py``).
 LOST, LOST_STEPS, LOST_SHARE = 2.0, 200, 0.75
-#: It has not fallen while it is above this share of the loss at the start.
+#: The loss has not fallen while it is above this share of the loss at the start.
 FALLEN = 0.95
 #: Steps after which it should have: a run that survives its first explosion has begun to fall.
 SETTLED = 60
-#: Steps in a row that a gradient scaler leaves out with a loss that is not finite, after which it counts. Halving its
-#: factor helps gradients that overflow, never the loss itself.
+#: Consecutive steps that a gradient scaler skips with a loss that is not finite, after which the loss counts. Halving
+#: its factor helps gradients that overflow, never the loss itself.
 LEFT_OUT = 25
 
 
-class Told(NamedTuple):
+class ArrivedLoss(NamedTuple):
     """The loss of one step, as a number on this machine.
 
     Attributes:
-        step: of the optimizer.
-        loss: of the whole step.
-        left_out: whether a gradient scaler left the update out.
+        step: number of the optimizer step.
+        loss: loss of the whole step.
+        left_out: whether a gradient scaler skipped the update.
     """
 
     step: int
@@ -45,11 +45,11 @@ class Arrivals:
     """Brings losses from their device without waiting for it.
 
     On the CPU a loss is there at once. From a CUDA device it is copied to pinned memory behind the work of its step,
-    and told when the copy has arrived, so one step later or as soon as the device has caught up. After ``most`` steps
-    the oldest is waited for. Other devices are asked for the loss of the step before.
+    and returned when the copy has arrived: one step later, or as soon as the device has caught up. After ``most`` steps
+    the oldest is waited for. Other devices are read one step later.
 
     Args:
-        most: losses on their way, at most.
+        most: how many losses may be on their way.
 
     Cost: a copy of one number a step.
     """
@@ -59,48 +59,50 @@ class Arrivals:
         self._on_their_way: deque[tuple[int, Tensor, Any, bool]] = deque()
         self._free: list[Tensor] = []
 
-    def take(self, step: int, loss: Tensor | float | None, *, left_out: bool = False, wait: bool = False) -> list[Told]:
-        """What has arrived, oldest first.
+    def take(
+        self, step: int, loss: Tensor | float | None, *, left_out: bool = False, wait: bool = False
+    ) -> list[ArrivedLoss]:
+        """Add a loss, and return those that have arrived, oldest first.
 
         Args:
             step: number of the optimizer step.
-            loss: of the whole step; None where it is not known.
-            left_out: whether a gradient scaler left the update out.
-            wait: until all have arrived: several processes must know the same.
+            loss: loss of the whole step; None if it is not known.
+            left_out: whether a gradient scaler skipped the update.
+            wait: whether to wait until all have arrived.
         """
         if loss is not None and not isinstance(loss, Tensor):
             self._on_their_way.append((step, torch.tensor(float(loss)), None, left_out))
         elif loss is not None:
-            own = loss.detach()
-            own = own if own.ndim == 0 else own.float().mean()
-            if own.device.type == "cpu" and not self._on_their_way:
-                return [Told(step, float(own), left_out)]
-            self._on_their_way.append((step, *self._sent(own), left_out))
-        told = []
+            value = loss.detach()
+            value = value if value.ndim == 0 else value.float().mean()
+            if value.device.type == "cpu" and not self._on_their_way:
+                return [ArrivedLoss(step, float(value), left_out)]
+            self._on_their_way.append((step, *self._sent(value), left_out))
+        arrived = []
         while self._on_their_way:
             at, number, event, skipped = self._on_their_way[0]
             if not (wait or len(self._on_their_way) > self.most or self._arrived(number, event)):
                 break
             if event is not None:
                 event.synchronize()
-            told.append(Told(at, float(number), skipped))
+            arrived.append(ArrivedLoss(at, float(number), skipped))
             self._on_their_way.popleft()
             if event is not None:
                 self._free.append(number)
-        return told
+        return arrived
 
     def _arrived(self, number: Tensor, event: Any) -> bool:
         if event is not None:
             return bool(event.query())
         return number.device.type == "cpu" or len(self._on_their_way) > 1
 
-    def _sent(self, own: Tensor) -> tuple[Tensor, Any]:
-        if own.device.type != "cuda":
-            return own, None
+    def _sent(self, loss: Tensor) -> tuple[Tensor, Any]:
+        if loss.device.type != "cuda":
+            return loss, None
         number = self._free.pop() if self._free else torch.empty((), dtype=torch.float32, pin_memory=True)
-        number.copy_(own.float(), non_blocking=True)
+        number.copy_(loss.float(), non_blocking=True)
         event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(own.device))
+        event.record(torch.cuda.current_stream(loss.device))
         return number, event
 
 
@@ -122,7 +124,7 @@ class LossRecord:
     Example:
         >>> record = LossRecord()
         >>> for step in range(100):
-        ...     record.add(Told(step, 2.0 if step < 60 else 5.0))
+        ...     record.add(ArrivedLoss(step, 2.0 if step < 60 else 5.0))
         >>> record.risen, record.nonfinite_step, round(record.smoothed, 1)
         (True, None, 4.2)
     """
@@ -131,7 +133,7 @@ class LossRecord:
         self.reset()
 
     def reset(self) -> None:
-        """As before a first run."""
+        """Forget everything."""
         self.count = 0
         self.first: float | None = None
         self.initial = self.smoothed = self.least = self.last = math.nan
@@ -141,18 +143,18 @@ class LossRecord:
         self._left_out = 0
         self._high = self._far = 0.0  # shares of the last losses that are above what `fallen` and `lost` compare with
 
-    def add(self, told: Told) -> None:
-        """Takes in the loss of one step."""
-        loss = told.loss
+    def add(self, arrived: ArrivedLoss) -> None:
+        """Add the loss of one step."""
+        loss = arrived.loss
         if not math.isfinite(loss):
-            self._left_out = self._left_out + 1 if told.left_out else LEFT_OUT
+            self._left_out = self._left_out + 1 if arrived.left_out else LEFT_OUT
             if self._left_out >= LEFT_OUT:
-                self.last, self.last_step = loss, told.step
-                self.nonfinite_step = told.step if self.nonfinite_step is None else self.nonfinite_step
+                self.last, self.last_step = loss, arrived.step
+                self.nonfinite_step = arrived.step if self.nonfinite_step is None else self.nonfinite_step
             return
         self._left_out = 0
         self.count += 1
-        self.last, self.last_step = loss, told.step
+        self.last, self.last_step = loss, arrived.step
         self.first = loss if self.first is None else self.first
         before = loss if self.count == 1 else self.smoothed
         self.smoothed = before + (loss - before) / min(self.count, SMOOTHING)
@@ -163,11 +165,11 @@ class LossRecord:
         self._high += share * ((loss > self.start - (1 - FALLEN) * size) - self._high)
         self._far += (self.exploded(loss) - self._far) / min(self.count, LOST_STEPS)
         if not self.risen:
-            self.level_step = told.step
+            self.level_step = arrived.step
 
     @property
     def finite(self) -> bool:
-        """Whether the last loss was; True before the first."""
+        """Whether the last loss was finite; True before the first."""
         return self.last_step < 0 or math.isfinite(self.last)
 
     @property
@@ -195,19 +197,18 @@ class LossRecord:
 
     @property
     def fallen(self) -> bool | None:
-        """Whether most of the last losses are 5 % below the one at the start; None before 60 steps,
-        and where it has no say.
+        """Whether most of the last losses are 5 % below the one at the start; None before 60 steps.
 
-        A mean would lag behind for long after a spike.
+        It is None, too, if losses are not comparable. A mean would be too high for long after a spike.
         """
         return None if self.count < SETTLED or not self.comparable else self._high < 0.5
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers only."""
+        """Return numbers only."""
         return {name.lstrip("_"): value for name, value in vars(self).items() if not isinstance(value, Arrivals)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state_dict` gave; what another release did not write is as in a new run."""
+        """Continue from what `state_dict` returned; what is missing is as in a new run."""
         self.reset()
         for name in vars(self):
             if name.lstrip("_") in state:
@@ -215,18 +216,20 @@ class LossRecord:
 
 
 class LossWatch(LossRecord):
-    """A record that is told losses on their device."""
+    """A record of losses that may still be on their device."""
 
     def reset(self) -> None:
         super().reset()
         self._arrivals = Arrivals()
 
-    def saw(self, step: int, loss: Tensor | float | None, *, left_out: bool = False, wait: bool = False) -> list[Told]:
-        """Takes in the loss of a step, and returns those that have arrived; see `Arrivals` for the arguments.
+    def saw(
+        self, step: int, loss: Tensor | float | None, *, left_out: bool = False, wait: bool = False
+    ) -> list[ArrivedLoss]:
+        """Add the loss of a step, and return those that have arrived; see `Arrivals` for the arguments.
 
-        A loop calls it at the end of every step; it never waits for the device, unless told so.
+        A loop calls it at the end of every step; it does not wait for the device, except with ``wait``.
         """
-        told = self._arrivals.take(step, loss, left_out=left_out, wait=wait)
-        for each in told:
-            self.add(each)
-        return told
+        arrived = self._arrivals.take(step, loss, left_out=left_out, wait=wait)
+        for loss_of_step in arrived:
+            self.add(loss_of_step)
+        return arrived

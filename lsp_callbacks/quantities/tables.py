@@ -10,6 +10,9 @@ from typing import Any
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import PREFIX, Key
 
+#: Columns of the table of quantities, beside their names.
+COLUMNS = ("what it is", f"keys, under `{PREFIX}`", "cost", "source")
+
 
 def registry() -> dict[str, type[Quantity]]:
     """Return all quantities by name; imported late, as the registry imports their files."""
@@ -49,21 +52,25 @@ def summary(quantity: type[Quantity]) -> str:
     return inspect.cleandoc(quantity.__doc__ or "").partition("\n")[0]
 
 
-def quantity_table(names: Sequence[str] | None = None) -> str:
-    """Return a Markdown table of quantities: name, what it is, its global keys, cost, source.
+def quantity_table(names: Sequence[str] | None = None, *, columns: Sequence[str] = COLUMNS) -> str:
+    """Return a Markdown table of quantities.
 
     Args:
         names: of the quantities, such as ``PRESETS["default"]``; None takes all.
+        columns: some of ``COLUMNS``.
 
     Example:
         >>> print(quantity_table(["sharpness"]).splitlines()[0])
         | quantity | what it is | keys, under `stability/` | cost | source |
+        >>> print(quantity_table(["sharpness"], columns=("what it is",)).splitlines()[0])
+        | quantity | what it is |
     """
-    rows = [("quantity", "what it is", f"keys, under `{PREFIX}`", "cost", "source")]
+    rows = [("quantity", *columns)]
     for name in registry() if names is None else names:
         quantity = registry()[name]
         keys = ", ".join(f"`{key}`" for key, stated in quantity.KEYS.items() if not stated.error_of)
-        rows.append((f"`{name}`", summary(quantity), keys, section(quantity, "Cost"), section(quantity, "Source")))
+        cells = (summary(quantity), keys, section(quantity, "Cost"), section(quantity, "Source"))
+        rows.append((f"`{name}`", *(dict(zip(COLUMNS, cells))[column] for column in columns)))
     return _markdown(rows)
 
 
@@ -84,6 +91,6 @@ def key_table(name: str) -> str:
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    head, *body = [[cell.replace("|", "\\|").replace("``", "`") for cell in row] for row in rows]
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -12,7 +12,7 @@ from lsp_callbacks.autograd._torch_internals import tree_leaves, tree_map
 
 _PLAIN = frozenset(vars(nn.Module()))
 _MISSING = object()
-#: A state is no longer, and no deeper: other containers (a list of all losses) are left alone.
+#: Containers that are longer or deeper (a list of all losses) are no states.
 _LONGEST, _DEEPEST = 64, 3
 
 #: By the name of the module and of its attribute: None, or tensors without a graph.
@@ -20,26 +20,26 @@ Carried = dict[tuple[str, str], Any]
 
 
 def carried(module: nn.Module) -> Carried:
-    """The attributes that hold tensors, or could, as they are before a forward pass: not copied, but without graphs.
+    """Return the attributes that hold tensors, or could, before a forward pass: not copied, but without graphs.
 
-    Parameters and buffers are none of them, nor what holds parameters (the weights of ``torch.nn.LSTM``), nor what
-    torchmetrics' metrics collect.
+    They do not include parameters and buffers, what holds parameters (the weights of ``torch.nn.LSTM``), and the states
+    of torchmetrics' metrics.
     """
     return {key: tree_map(_detached, value) for key, value in _attributes(module)}
 
 
 def belongs(state: Carried, samples: int) -> bool:
-    """Whether any of it has one entry for each sample of a batch."""
+    """Return whether any of it has one entry for each sample of a batch."""
     return any(_per_sample(value, samples) for value in state.values())
 
 
 def kept(state: Carried, samples: int) -> Carried:
-    """The same, to be held for later: what belongs to the samples is copied, as a module may change it in place."""
+    """Return the state for later: what belongs to the samples is copied, as a module may change it in place."""
     return {key: _copied(value) if _per_sample(value, samples) else value for key, value in state.items()}
 
 
 def give_back(module: nn.Module, state: Carried, samples: int) -> list[str]:
-    """Puts a copy of what belongs to the samples of a batch into a module that will see that batch again.
+    """Put a copy of what belongs to the samples of a batch into a module that is given that batch again.
 
     Args:
         module: a copy, which may carry the state of a later batch.

@@ -1,4 +1,4 @@
-"""The criterion that tells a network's outputs from its loss."""
+"""The criterion that separates a network's outputs from its loss."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class Evaluation:
 
 
 def evaluation(outputs: Tensor, criterion: Callable[[Tensor], Tensor], *, samples: int) -> Evaluation:
-    """Brings outputs of shape ``(samples, ..., classes)`` or ``(samples * positions, classes)`` into the one form.
+    """Return outputs of shape ``(samples, ..., classes)`` or ``(samples * positions, classes)`` in one form.
 
     Raises:
-        Unsupported: if the outputs cannot be shared among the samples.
+        Unsupported: if the outputs cannot be divided among the samples.
     """
     if not isinstance(outputs, Tensor) or not outputs.requires_grad:
         raise Unsupported(f"the outputs do not depend on the parameters: {HOW}")
     shape = outputs.shape
     if outputs.numel() % samples or (outputs.ndim and shape[0] % samples):
-        raise Unsupported(f"outputs of shape {tuple(shape)} cannot be told apart for {samples} samples: {HOW}")
+        raise Unsupported(f"outputs of shape {tuple(shape)} cannot be divided among {samples} samples: {HOW}")
     classes = shape[-1] if outputs.ndim > 1 else 1
     return Evaluation(outputs.reshape(samples, -1, classes), lambda f: criterion(f.reshape(shape)))
 
@@ -60,7 +60,7 @@ _LOG_SOFTMAX = (F.log_softmax, torch.log_softmax, Tensor.log_softmax)
 
 
 class Criteria(TorchFunctionMode):
-    """Notes every call of a known criterion while a ``training_step`` runs; `of` finds the one that is its loss."""
+    """Records every call of a known criterion while a ``training_step`` runs; `of` finds the one that is its loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,11 +76,11 @@ class Criteria(TorchFunctionMode):
         return result
 
     def of(self, loss: Tensor, *, samples: int | None) -> Evaluation:
-        """Outputs and criterion behind a loss; without ``samples`` those are the rows of the outputs.
+        """Return outputs and criterion behind a loss; without ``samples`` each row of the outputs is a sample.
 
         Raises:
             Unmeasurable: if the loss is not finite.
-            Unsupported: if no known criterion gave it, or not it alone.
+            Unsupported: if the loss is not the value of one known criterion.
         """
         for func, args, kwargs, result in reversed(self._calls):
             if not bool(loss.isfinite()):
@@ -89,7 +89,7 @@ class Criteria(TorchFunctionMode):
             if torch.equal((result.mean() if mean else result).detach(), loss.detach()):
                 return self._evaluation(func, args, kwargs, mean, samples)
         raise Unsupported(
-            "outputs and targets cannot be told from training_step: its loss is not the value of one criterion of "
+            "outputs and targets cannot be found in training_step: its loss is not the value of one criterion of "
             f"torch.nn.functional (cross_entropy, mse_loss, ...) on the network's outputs; {HOW}"
         )
 

@@ -41,8 +41,8 @@ class _Calls:
         several = forward > 1 or (backward > 1 if not forward else backward and "without gradient" in self.counts)
         if several:
             raise Unmeasurable(
-                f"state={name!r}: the module was called several times for one batch, and which output is the final "
-                "state cannot be told: name a module that is called once"
+                f"state={name!r}: the module was called several times for one batch, and it is not clear which "
+                "output is the final state: name a module that is called once"
             )
         output = self.kept["forward" if forward else "backward"]
         if not isinstance(output, Tensor) or not output.ndim:

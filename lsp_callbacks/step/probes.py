@@ -1,4 +1,4 @@
-"""The first samples that the loader gives, kept as probes."""
+"""The first training samples, kept as probes."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def check_pair(forward_fn: ForwardFn | None, criterion: Criterion | None) -> Non
 class Probes:
     """Collects samples from the batches of training, and evaluates the module at them.
 
-    The data set is left alone: reading from it could move what it remembers. A shuffled loader gives a random sample.
-    Several ranks hold the same probes: those that one process would have, if it took their batches joined.
+    The data set itself is not read, as that could change its state. A shuffled loader gives a random sample. Several
+    ranks hold the same probes: those that one process would have, if it took their batches joined.
 
-    What the module carries from batch to batch for each sample (a hidden state) is kept with the samples, as part of
-    them: so each is seen again with the state that it was trained with, and no gradient flows into that.
+    What the module carries from batch to batch for each sample (a hidden state) is kept with the samples: each is
+    evaluated with the state that it was trained with, and no gradient flows into that.
 
     Args:
         wanted: how many samples.
@@ -53,7 +53,7 @@ class Probes:
         self.drop()
 
     def drop(self, population: int | None = None) -> None:
-        """Starts to collect anew; of a smaller population, all."""
+        """Start to collect anew; a population that is smaller than what is wanted is taken as a whole."""
         self.population = population
         self.needed = self.wanted if population is None else min(self.wanted, population)
         self._batches: list[Any] = []
@@ -67,7 +67,7 @@ class Probes:
         return sum(self._sizes) >= self.needed or self._failure is not None
 
     def add(self, batch: Any, module: nn.Module | None = None) -> None:
-        """Takes in a batch, on the device, as ``training_step`` of the module will receive it."""
+        """Add a batch, on the device, as ``training_step`` of the module will receive it."""
         if self.full:
             return
         try:
@@ -76,20 +76,23 @@ class Probes:
             self._failure = error.with_traceback(None)  # which would keep the step's tensors
 
     def _take(self, batch: Any, state: Carried) -> None:
-        found = self.ranks.gather(lambda: self._cut(batch), "the probes")
-        self.batch_size = self.batch_size or sum(size for size, _, _ in found)
-        self.forward_size = self.forward_size or found[0][0]  # of one rank, which normalises by itself
-        for size, held, own in found:
+        parts = self.ranks.gather(lambda: self._cut(batch), "the probes")
+        self.batch_size = self.batch_size or sum(size for size, _, _ in parts)
+        self.forward_size = self.forward_size or parts[0][0]  # of one rank, which normalises by itself
+        for size, held, part in parts:
             if self.ranks.world > 1 and belongs(state, size):
                 raise Unsupported("the module carries a state from batch to batch: measure that in one process")
             self._sizes.append(held)
             self._carried.append((kept(state, size), size))
-            self._batches.append(own if self.ranks.world == 1 else _to(own, self.ranks.device))
+            self._batches.append(part if self.ranks.world == 1 else _to(part, self.ranks.device))
         if self.full:
             self._join()
 
     def _cut(self, batch: Any) -> tuple[int, int, Any]:
-        """The size of the rank's batch, and a copy: in several processes no more samples of it than can be needed."""
+        """Return the size of the rank's batch, how many samples are kept, and a copy of those.
+
+        Several processes exchange no more samples than can be needed.
+        """
         size = batch_size(batch)
         if not size:
             raise Unsupported("the batch holds no tensor whose first axis could be the samples")
@@ -107,17 +110,17 @@ class Probes:
         return size, size, _to(batch, "cpu")
 
     def _join(self) -> None:
-        """One batch of exactly the wanted samples, where all leaves are tensors with the samples first."""
+        """Join the batches to one of exactly the wanted samples, if all leaves are tensors with the samples first."""
         flat = [tree_flatten(batch) for batch in self._batches]
         leaves, spec = [f[0] for f in flat], flat[0][1]
         if any(belongs(state, size) for state, size in self._carried):
             return  # each batch has a state of its own
         alike = all(
             isinstance(t, Tensor) and t.ndim and len(t) == size and t.shape[1:] == first.shape[1:]
-            for own, size in zip(leaves, self._sizes)
-            for t, first in zip(own, leaves[0])
+            for of_batch, size in zip(leaves, self._sizes)
+            for t, first in zip(of_batch, leaves[0])
             if isinstance(first, Tensor)
-        ) and all(isinstance(t, Tensor) for own in leaves for t in own)
+        ) and all(isinstance(t, Tensor) for of_batch in leaves for t in of_batch)
         if alike and all(f[1] == spec for f in flat):
             joined = [torch.cat(column)[: self.needed] for column in zip(*leaves)]
             self._batches, self._sizes, self._carried = [tree_unflatten(joined, spec)], [self.needed], self._carried[:1]
@@ -130,12 +133,12 @@ class Probes:
         context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
         micro_batches: int = 1,
     ) -> ProbeSet:
-        """The probes at one step.
+        """Return the probes at one step.
 
         Args:
             pending: the step, with its micro-batches.
-            loss: ``(module, batch) -> loss``, or a mapping with one, whose criterion tells outputs from targets where
-                the user has not named them.
+            loss: ``(module, batch) -> loss``, or a mapping with one; its criterion separates outputs from targets if
+                the user has not given them.
             context: in which the module is run, of the loop's precision.
             micro_batches: how many make a step.
         """
@@ -144,17 +147,19 @@ class Probes:
         if self._failure is not None:
             parts = [_failing(self._failure)]
         else:
-            parts = [self._part(pending, loss, context, *one) for one in zip(self._batches, self._sizes, self._carried)]
+            parts = [
+                self._part(pending, loss, context, *held) for held in zip(self._batches, self._sizes, self._carried)
+            ]
         if self._failure is None and self._sizes and batch_norms(module):
             cut = self._forward_passes()
-            batches, together = [self._part(pending, loss, context, *one, together=True) for one in cut], cut[0][1]
+            batches, together = [self._part(pending, loss, context, *held, together=True) for held in cut], cut[0][1]
         batch = micro_batches * max(self.batch_size, 1)
         return ProbeSet(
             module, tuple(parts), sum(self._sizes), batch, self.population, self.full, tuple(batches), together
         )
 
     def _forward_passes(self) -> list[tuple[Any, int, tuple[Carried, int]]]:
-        """Batches of equal size, as near to that of a training step's forward pass as can be, with size and state."""
+        """Return batches of equal size, close to that of a training step's forward pass, with size and state."""
         if len(self._batches) > 1:  # of a kind that could not be joined: as they came
             held = zip(self._batches, self._sizes, self._carried)
             return [batch for batch in held if batch[1] == self._sizes[0]]
@@ -165,7 +170,7 @@ class Probes:
         if not all(isinstance(t, Tensor) and t.ndim and len(t) == total for t in leaves):  # a single batch of any kind
             return [(self._batches[0], total, state)]
         cut = [[t[k * size : (k + 1) * size] for t in leaves] for k in range(count)]
-        return [(tree_unflatten(own, spec), size, state) for own in cut]
+        return [(tree_unflatten(part, spec), size, state) for part in cut]
 
     def _part(
         self,
@@ -184,21 +189,21 @@ class Probes:
             module = pending.module_copy.reset()
             names = give_back(module, *state)
             pending.parts[0].random_state.restore()
-            own = copied(batch)
+            probes = copied(batch)
             device = next(module.parameters()).device
             # In full precision, also where training rounds to bfloat16.
             with (
                 muted(),
-                _told(names),
+                _naming_states(names),
                 context(),
                 torch.autocast(device.type, enabled=False),
                 as_trained(module, together=together),
             ):
                 if self.forward_fn is not None and self.criterion is not None:
                     criterion = self.criterion
-                    return evaluation(self.forward_fn(module, own), lambda f: criterion(f, own), samples=size)
+                    return evaluation(self.forward_fn(module, probes), lambda f: criterion(f, probes), samples=size)
                 with Criteria() as criteria:
-                    outputs = loss(module, own)
+                    outputs = loss(module, probes)
             value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             return criteria.of(value, samples=size)
 
@@ -206,8 +211,8 @@ class Probes:
 
 
 @contextlib.contextmanager
-def _told(names: list[str]) -> Iterator[None]:
-    """An error where the module carries a state names that, and not the shapes that did not fit."""
+def _naming_states(names: list[str]) -> Iterator[None]:
+    """Turn an error of a module that carries states into one that names them."""
     try:
         yield
     except Unmeasurable:
@@ -216,8 +221,8 @@ def _told(names: list[str]) -> Iterator[None]:
         if not names:
             raise
         raise Unsupported(
-            f"{' and '.join(names)}, which the module carries from batch to batch, does not let the probes be seen "
-            f"again ({type(error).__name__}: {error}): {HOW}"
+            f"{' and '.join(names)}, which the module carries from batch to batch, does not fit the probes "
+            f"({type(error).__name__}: {error}): {HOW}"
         ) from error
 
 
@@ -233,7 +238,7 @@ def _failing(error: Exception) -> Callable[[], Evaluation]:
 
 
 def population(loader: Any, world: int = 1) -> int | None:
-    """How many samples an epoch draws from, on all ranks together; None where nobody knows.
+    """Return how many samples an epoch draws from, on all ranks together; None if that is not known.
 
     Args:
         loader: of one rank.

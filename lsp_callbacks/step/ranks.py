@@ -110,9 +110,9 @@ class Ranks:
         """
         if self.world == 1:
             return compute()
-        own = self._own_part(compute, what)
-        self._check(" ".join([what, *(f"{tuple(t.shape)} {t.dtype}" for t in own)]))
-        return tuple(self.average(t) for t in own)
+        tensors = self._own_part(compute, what)
+        self._check(" ".join([what, *(f"{tuple(t.shape)} {t.dtype}" for t in tensors)]))
+        return tuple(self.average(t) for t in tensors)
 
     def average(self, tensor: Tensor) -> Tensor:
         """Return the mean over the ranks without a check, if none can fail before; it does not wait for the device."""
@@ -140,11 +140,11 @@ class Ranks:
 
     def gather(self, compute: Callable[[], T], what: str) -> list[T]:
         """Return what ``compute`` returns on each rank, by rank: anything that can be pickled, on the CPU."""
-        own = self._own_part(compute, what)
+        part = self._own_part(compute, what)
         if self.world == 1:
-            return [own]
+            return [part]
         self._check(what)
-        return self._gathered(own)
+        return self._gathered(part)
 
     def private(self, compute: Callable[[], T]) -> Callable[[], T]:
         """Return a function like ``compute`` that is refused if it communicates, as the ranks could wait forever.
@@ -198,10 +198,10 @@ class Ranks:
             raise common
         raise common from error
 
-    def _gathered(self, own: Any) -> list[Any]:
+    def _gathered(self, part: Any) -> list[Any]:
         """Return the objects of all ranks, by rank."""
         gathered = [None] * self.world
-        dist.all_gather_object(gathered, own)
+        dist.all_gather_object(gathered, part)
         return gathered
 
 

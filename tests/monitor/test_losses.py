@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lsp_callbacks.monitor.losses import LEFT_OUT, SETTLED, SMOOTHING, Arrivals, LossRecord, Told
+from lsp_callbacks.monitor.losses import LEFT_OUT, SETTLED, SMOOTHING, Arrivals, ArrivedLoss, LossRecord
 
 NAN = math.nan
 
@@ -13,7 +13,7 @@ NAN = math.nan
 def recorded(losses, record=None, start=0):
     record = record or LossRecord()
     for step, loss in enumerate(losses, start):
-        record.add(Told(step, loss))
+        record.add(ArrivedLoss(step, loss))
     return record
 
 
@@ -66,9 +66,9 @@ def test_what_is_not_finite_is_remembered_and_does_not_spoil_the_means():
     assert record.finite and record.nonfinite_step == 40 and record.smoothed == pytest.approx(1.0)
     assert not recorded([1.0, math.inf]).finite and recorded([1.0, math.inf]).nonfinite_step == 1
     for step in range(LEFT_OUT - 1):
-        record.add(Told(44 + step, NAN, left_out=True))
+        record.add(ArrivedLoss(44 + step, NAN, left_out=True))
     assert record.finite
-    record.add(Told(99, NAN, left_out=True))
+    record.add(ArrivedLoss(99, NAN, left_out=True))
     assert not record.finite
 
 
@@ -88,9 +88,9 @@ def test_it_goes_on_from_its_state(cut):
 
 def test_on_the_cpu_a_loss_is_there_at_once():
     arrivals = Arrivals()
-    assert arrivals.take(3, torch.tensor(2.0, requires_grad=True)) == [Told(3, 2.0)]
-    assert arrivals.take(4, torch.tensor([1.0, 3.0])) == [Told(4, 2.0)]
-    assert arrivals.take(5, 7.0) == [Told(5, 7.0)] and arrivals.take(6, None) == []
+    assert arrivals.take(3, torch.tensor(2.0, requires_grad=True)) == [ArrivedLoss(3, 2.0)]
+    assert arrivals.take(4, torch.tensor([1.0, 3.0])) == [ArrivedLoss(4, 2.0)]
+    assert arrivals.take(5, 7.0) == [ArrivedLoss(5, 7.0)] and arrivals.take(6, None) == []
     assert arrivals.take(7, torch.tensor(math.nan, dtype=torch.bfloat16), left_out=True)[0].left_out
 
 
@@ -131,7 +131,7 @@ def test_a_copy_is_not_waited_for():
             told += new
         assert not any(event.waited for event in arrivals.events)
         told += arrivals.take(19, None, wait=True)
-        assert told == [Told(step, float(step)) for step in range(20)]  # all, in order
+        assert told == [ArrivedLoss(step, float(step)) for step in range(20)]  # all, in order
 
 
 def test_what_never_comes_is_waited_for_after_ten_steps():
@@ -146,4 +146,4 @@ def test_another_device_is_asked_one_step_later():
     arrivals._on_their_way.append((0, meta, None, False))
     assert arrivals.take(1, None) == []  # nothing newer was queued behind it
     arrivals._on_their_way.append((1, meta, None, False))
-    assert arrivals.take(1, None) == [Told(0, 3.0)]
+    assert arrivals.take(1, None) == [ArrivedLoss(0, 3.0)]

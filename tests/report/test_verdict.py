@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lsp_callbacks import Curve, Fault, StabilityMonitor, StopOnInstability
-from lsp_callbacks.monitor.losses import LossRecord, Told
+from lsp_callbacks.monitor.losses import ArrivedLoss, LossRecord
 from lsp_callbacks.report import Run, Verdict, judge, sentence
 
 NAN = math.nan
@@ -29,7 +29,7 @@ def history(courant, exponent=(), steps=(0, 130, 260, 390), **others):
 def losses(values):
     record = LossRecord()
     for step, value in enumerate(values):
-        record.add(Told(step, value))
+        record.add(ArrivedLoss(step, value))
     return record
 
 

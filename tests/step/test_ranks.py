@@ -281,9 +281,9 @@ def test_all_stop_at_the_step_at_which_one_process_would(found):
         assert (own["stopped"]["event"], own["stopped"]["stop"]) == (stop.event_step, stop.stop_step)
 
 
-@pytest.mark.parametrize("at, stop", [(4, 4), (5, 9)])
+@pytest.mark.parametrize("at, stop", [(4, 5), (6, 10)])
 def test_a_loss_that_is_not_finite_in_one_process_stops_all_at_one_step(found, at, stop):
-    """When the losses are exchanged next, every fifth step."""
+    """When the losses are exchanged next: at step 0, which is measured, and at every fifth from there."""
     for own in found:
         assert own["not finite", at]["steps"] == stop + 1 and own["not finite", at]["stop"] == stop
         assert f"nan since step {at}" in own["not finite", at]["reason"]

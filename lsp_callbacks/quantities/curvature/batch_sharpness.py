@@ -38,7 +38,7 @@ class BatchSharpness(Quantity):
 
     Cost: one Hessian product a step (2.1 gradients, or 3.6 with kinks), some 20 steps.
 
-    Source: Andreyev & Beneventano 2024; docs/theory.md, section 3.
+    Source: Andreyev & Beneventano 2024; docs/theory.md, section Edges of stability.
     """
 
     name = "batch_sharpness"

@@ -39,7 +39,7 @@ class SecantRatio(Quantity):
 
     Cost: one gradient, two Hessian products, and an optimizer step on a copy: 4 gradients, or 6 with kinks.
 
-    Source: Katende 2025b; docs/theory.md, section 7.
+    Source: Katende 2025b; docs/theory.md, section The law of SGD, energies, kinks.
     """
 
     name = "secant_ratio"

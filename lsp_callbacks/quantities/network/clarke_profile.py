@@ -58,7 +58,8 @@ class ClarkeProfile(Quantity):
     average over the depth) or, where these are too many, for 90 products and two for each unit: 14 gradients, and 20 to
     100 on networks of less than 100,000 parameters.
 
-    Source: Katende 2025, Def. 6.1 and Sec. 6.6; Clarke 1983; docs/theory.md, sections 4 (claim 5) and 7.
+    Source: Katende 2025, Def. 6.1 and Sec. 6.6; Clarke 1983; docs/theory.md, sections What does not hold as printed;
+    The law of SGD, energies, kinks.
     """
 
     name = "clarke_profile"

@@ -43,6 +43,7 @@ class Numerics(Quantity):
     gradient: ``fault`` says which operation made the first NaN or Inf.
 
     Cost: 4 gradients, up to 10 on small networks, as every operation is inspected.
+
     Source: Micikevicius et al. 2018, Sec. 3.
 
     Example:

@@ -85,7 +85,9 @@ class SGDLaw(Quantity):
         ValueError: for an argument out of its range, or a reference that is no file.
 
     Cost: ``products`` Hessian products at most, and three passes over the probes: 75 gradients, or 70 with kinks.
-    Source: Katende 2025, Assumption 1, (5.3), Thm 5.2, 5.3; McCandlish et al. 2018; docs/theory.md, sections 4 and 7.
+
+    Source: Katende 2025, Assumption 1, (5.3), Thm 5.2, 5.3; McCandlish et al. 2018; docs/theory.md, sections The
+    Learning Stability Profile; The law of SGD, energies, kinks.
     """
 
     name = "sgd_law"

@@ -105,7 +105,7 @@ class SGDStability(Quantity):
     each probe: 85 gradients for 128, fewer where batches are larger than the probes.
 
     Source: Chemnitz & Engel 2025, (2.18), (2.19), App. A; Mulayoff & Michaeli 2024 (second moment); docs/theory.md,
-    section 2.
+    section The exponent of SGD, frozen at the weights.
     """
 
     name = "sgd_stability"
@@ -130,7 +130,7 @@ class SGDStability(Quantity):
         "collapsed": Key(
             "1 where the outputs no longer depend on the inputs, for three readings and 50 steps; 0.5 before that.",
             "",
-            "At 1 start again with a lower learning rate: a collapsed network does not recover, and looks stable.",
+            "At 1 start again with a lower learning rate: a collapsed network looks stable, but no longer learns.",
             optional=True,
             threshold=0.5,
         ),

@@ -83,7 +83,8 @@ class ClarkeTraining(Windowed):
     Cost: in each step a Hessian product for each parameter (with momentum and moments nearly the same) and a backward
     pass for each unit near a kink.
 
-    Source: Katende 2025, Defs. 6.1 and 6.2 and Sec. 6.6; Clarke 1983; docs/theory.md, section 4 (claims 5 and 9).
+    Source: Katende 2025, Defs. 6.1 and 6.2 and Sec. 6.6; Clarke 1983; docs/theory.md, section What does not hold as
+    printed.
     """
 
     name = "clarke_training"

@@ -80,8 +80,8 @@ class Dissipation(Quantity):
     Cost: at each step a copy of some numbers and the energies, that of ``reference`` about half a gradient; a
     measurement synchronises once with the device.
 
-    Source: Katende 2025, Thm 3.1, Assumption 4, Thm 5.2 (1); docs/theory.md, sections 4
-    and 7.
+    Source: Katende 2025, Thm 3.1, Assumption 4, Thm 5.2 (1); docs/theory.md, sections The Learning Stability
+    Profile; The law of SGD, energies, kinks.
 
     Example:
         >>> import torch

@@ -57,7 +57,8 @@ class ProximalStep(Quantity):
 
     Cost: ``2 steps`` Hessian products; under plain SGD 8 more and two gradients: 35 gradients in all.
 
-    Source: Katende 2025, Sec. 6.6; docs/theory.md, sections 4 (claim 8) and 7.
+    Source: Katende 2025, Sec. 6.6; docs/theory.md, sections What does not hold as printed; The law of SGD, energies,
+    kinks.
     """
 
     name = "proximal_step"
