@@ -99,7 +99,7 @@ def _unbiased(n: Tensor, squares: Tensor, total: Tensor, population: int | None)
     return variance, (1 - share) * pairs + share * squares / n
 
 
-def batch_variance(variance: "Snapshot", batch_size: int, population: int | None = None) -> float:
+def batch_variance(variance: float, batch_size: int, population: int | None = None) -> float:
     """Return ``E ||g_B - G||^2 = tr Sigma (1 / B - 1 / N)`` of batches drawn without replacement.
 
     Args:
