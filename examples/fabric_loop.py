@@ -11,13 +11,13 @@ from lsp_callbacks.loops import watch_fabric
 
 
 def loss_fn(model, batch):
-    """The mean over a batch."""
+    """Return the mean over a batch."""
     x, y = batch
     return F.cross_entropy(model(x), y)
 
 
 def train(epochs=4, loggers=None, precision="32-true"):
-    """Trains a small classifier with momentum; returns it and what was measured."""
+    """Train a small classifier with momentum; return it and what was measured."""
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision, loggers=loggers)
     torch.manual_seed(0)
     x = torch.randn(256, 6)

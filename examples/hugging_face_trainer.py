@@ -12,7 +12,7 @@ CONFIG = GPT2Config(vocab_size=17, n_positions=12, n_embd=8, n_layer=1, n_head=2
 
 
 def train(steps=12, accumulate=2):
-    """Trains on periodic sequences; returns the callback."""
+    """Train on periodic sequences; return the callback."""
     torch.manual_seed(0)
     tokens = (torch.arange(12) + torch.randint(17, (64, 1))) % 17
     data = [{"input_ids": row, "labels": row} for row in tokens]

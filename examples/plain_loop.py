@@ -10,13 +10,13 @@ from lsp_callbacks.loops import Watch
 
 
 def loss_fn(model, batch):
-    """The mean over a batch."""
+    """Return the mean over a batch."""
     x, y = batch
     return F.cross_entropy(model(x), y)
 
 
 def train(epochs=4, watched=True):
-    """Trains a small classifier with momentum; returns it and what was measured."""
+    """Train a small classifier with momentum; return it and what was measured."""
     torch.manual_seed(0)
     x = torch.randn(256, 6)
     loader = DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=16, shuffle=True)

@@ -1,4 +1,4 @@
-"""Lightning callbacks; nothing else here imports Lightning."""
+"""The callbacks for Lightning's Trainer; beside them, only the commands and the demo import Lightning."""
 
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.callbacks.stability_report import StabilityReport

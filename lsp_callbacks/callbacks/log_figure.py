@@ -1,4 +1,4 @@
-"""Figures to the loggers that take them."""
+"""Log figures with the loggers that take them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def log_figure(logger: Any, key: str, figure: Any, step: int) -> bool:
-    """Logs a matplotlib figure, told by what the logger can do: its package need not be installed.
+    """Log a matplotlib figure if the logger can: its package need not be installed.
 
     Args:
-        logger: Lightning's. TensorBoard, W&B and MLflow take figures; others are passed over.
+        logger: Lightning's. TensorBoard, W&B and MLflow take figures; others are skipped.
         key: ``"stability/diagram"``; neither the key of a value nor a prefix of one.
         figure: to log.
         step: of the row that it belongs to; MLflow's artifacts have none.

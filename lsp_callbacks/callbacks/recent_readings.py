@@ -1,4 +1,4 @@
-"""The last readings of one number, and whether they say that it is above a threshold."""
+"""The last readings of one number, and whether they show that it is above a threshold."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ class Readings:
         return len(self.values)
 
     def add(self, step: int, value: float) -> None:
-        """Takes in a reading; NaN neither counts nor resets."""
+        """Take in a reading; NaN neither counts nor resets."""
         if not math.isnan(value):
             self.steps = [*self.steps, step][-self.patience :]
             self.values = [*self.values, value][-self.patience :]
 
     def drop(self) -> None:
-        """Forget the latest one."""
+        """Forget the latest reading."""
         self.steps, self.values = self.steps[:-1], self.values[:-1]
 
     @property
     def latest(self) -> float:
-        """NaN before there is one."""
+        """The latest reading; NaN before the first."""
         return self.values[-1] if self.values else math.nan
 
     @property
     def latest_step(self) -> int:
-        """-1 before there is one."""
+        """The step of the latest reading; -1 before the first."""
         return self.steps[-1] if self.steps else -1
 
     @property
     def mean(self) -> float:
-        """Of those that there are; NaN without."""
+        """The mean of the readings; NaN before the first."""
         return sum(self.values) / len(self.values) if self.values else math.nan
 
     def above(self, threshold: float, step: int) -> float:
-        """The mean that is above the threshold, NaN where it is not, or where too little is known.
+        """Return the mean if it is above the threshold; NaN if it is not, or if there are too few readings.
 
         Args:
             threshold: what it is compared with.
-            step: now.
+            step: number of the step that has just ended.
         """
         mean = self.mean if len(self) == self.patience else math.nan
         if mean > threshold:
@@ -65,13 +65,13 @@ class Readings:
         return math.nan
 
     def _trailing(self, threshold: float) -> int:
-        """How many readings in a row, up to the last, are above it."""
+        """Return how many readings in a row, up to the last, are above the threshold."""
         return next((k for k, value in enumerate(reversed(self.values)) if not value > threshold), len(self))
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers only."""
+        """Return steps and values."""
         return {"steps": list(self.steps), "values": list(self.values)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Take back what `state_dict` gave."""
         self.steps, self.values = list(state["steps"]), list(state["values"])

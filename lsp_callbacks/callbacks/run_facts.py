@@ -44,8 +44,8 @@ def unsupported(trainer: Any, module: Any, *, players: bool = False) -> str | No
         return "ddp_comm_hook: gradients that are not the plain mean over the processes are not modelled"
     if not module.automatic_optimization and len(trainer.optimizers) > 1 and not players:
         return (
-            "several optimizers take turns, and one loss does not tell their joint update: pass loss_fn={name: loss, "
-            "...}, one for each optimizer"
+            "several optimizers take turns, and one loss does not determine their joint update: pass "
+            "loss_fn={name: loss, ...}, one for each optimizer"
         )
     return None
 

@@ -57,7 +57,7 @@ def check_trains(trainer: Any, module: Any, loss_fn: Any, accumulate: int | None
         form = "{'generator': lambda module, batch: ..., 'critic': ...}" if several else "lambda module, batch: ..."
         which = ", one for each optimizer, in the order in which configure_optimizers returns them" * several
         raise ValueError(
-            "automatic_optimization=False: the loss of a step cannot be told from training_step; pass "
+            "automatic_optimization=False: the loss of a step is not known from training_step; pass "
             f"StabilityMonitor(loss_fn={form}) which returns it{which}"
         )
 

@@ -247,7 +247,7 @@ class StabilityMonitor(RunResults, Callback):
             sub_batch = None if self.sub_batch is None else observer.sub_batch or 0
             for observation in completed.observations:
                 publisher.measured(observation.step)
-                with self.monitor.errors.warn_instead_of_raise("the schedule could not be looked ahead"):
+                with self.monitor.errors.warn_instead_of_raise("the coming learning rates could not be computed"):
                     observation = self.forecast.look_ahead(trainer, self.monitor, observation, observer.step)
                 publisher.publish(trainer, observation, sub_batch=sub_batch)
                 for subscriber in self.subscribers:

@@ -23,19 +23,18 @@ SUFFIXES = (".png", ".pdf", ".svg")
 
 
 class StabilityReport(Callback):
-    """When training ends, also early: a table, one sentence, and a picture of the run beside its logs.
+    """Shows a table, one sentence, and a picture of the run beside its logs, when training ends, also early.
 
     The picture shows the training loss of every optimizer step (on rank zero) with the curves of the
     `StabilityMonitor`, and where the exponent turned positive, a loss alarm would have gone off, and
     `StopOnInstability` stopped. Keeping the loss never waits for the device, and takes a bounded amount of memory.
 
-    What quantities have to show lies beside the picture, and goes to the loggers that take figures: where
-    `SGDStability` was measured, the stability diagram of its last measurement, as ``stability_diagram.png`` and
-    ``stability/diagram``; where `SpectralDensity` was, its densities, as ``stability_spectrum.png`` and
-    ``stability/spectrum``.
+    The figures of single quantities are saved beside the picture, and logged with the loggers that take figures: of
+    `SGDStability` the stability diagram of its last measurement, as ``stability_diagram.png`` and
+    ``stability/diagram``; of `SpectralDensity` its densities, as ``stability_spectrum.png`` and ``stability/spectrum``.
 
     Args:
-        path: of the picture: PNG, PDF or SVG. A relative one is taken from ``trainer.log_dir``, without a logger
+        path: of the picture: PNG, PDF or SVG. A relative path starts at ``trainer.log_dir``, without a logger at
             ``default_root_dir``.
         table: print the table.
 
@@ -94,7 +93,7 @@ class StabilityReport(Callback):
         report.print_report(*[report.table(history)] * self.table, *sentences, *skipped, *pictures)
 
     def _drawn(self, quantity: Quantity, trainer: Any, path: Path) -> str:
-        """Draws what a quantity has to show, saves it and logs it; returns what is to be said about it."""
+        """Draw, save and log the figure of a quantity; return a sentence about it."""
         try:
             figure = report.quantity_figure(quantity)
         except Exception as error:  # the run is over: no reason to end it with an exception

@@ -1,4 +1,4 @@
-"""The callback that stops."""
+"""The callback that ends training when it has become unstable."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ class StopOnInstability(Callback):
         if source is None:
             raise ValueError("StopOnInstability needs a StabilityMonitor: add one to Trainer(callbacks=[...])")
         if self.monitor not in source.monitor.keys:
-            known = ", ".join(sorted(source.monitor.keys))
-            raise ValueError(f"monitor={self.monitor!r} is never measured here; these are: {known}")
+            keys = ", ".join(sorted(source.monitor.keys))
+            raise ValueError(f"monitor={self.monitor!r} is never measured here; these are: {keys}")
         if self not in source.subscribers:
             source.subscribers.append(self)
         self._source = source
@@ -155,7 +155,7 @@ class StopOnInstability(Callback):
     # The monitor calls these at the end of each batch, so that the order of the callbacks does not matter.
 
     def receive(self, trainer: Any, observation: Observation) -> None:
-        """Takes in a new observation."""
+        """Take in a new observation."""
         values = observation.values
         value = values.get(self.monitor, math.nan)
         collapsed = values.get("stability/collapsed", math.nan)
@@ -186,7 +186,7 @@ class StopOnInstability(Callback):
             trainer.should_stop = True
 
     def judge(self, trainer: Any, step: int, told: Sequence[ArrivedLoss]) -> bool:
-        """Whether to stop after ``step``, with the losses that have arrived since the step before."""
+        """Return True to stop after ``step``, given the losses that have arrived since the step before."""
         for each in told:
             self._losses.add(each)
             if self._received is not None and each.step >= self._received.step:
@@ -198,7 +198,7 @@ class StopOnInstability(Callback):
         why = self._not_finite()
         if why is None and step >= self.min_steps:
             scheduled = self._source.scheduled_courant(trainer) if self.monitor in SCHEDULED else math.nan
-            above = self._known.above(self.threshold, step)
+            above = self._deciding.above(self.threshold, step)
             if not math.isnan(above):
                 self._cross(trainer, step, f"{self._name} = {above:.4g} > {self.threshold:g}")
             elif scheduled > self.threshold and self._jumps(scheduled):
@@ -228,13 +228,13 @@ class StopOnInstability(Callback):
             self._stands_in = self._blind = True
 
     @property
-    def _known(self) -> Readings:
-        """The readings to go by."""
+    def _deciding(self) -> Readings:
+        """The readings that decide."""
         return self._others if self._stands_in and len(self._others) else self._readings
 
     @property
     def _name(self) -> str:
-        return f"{GD} (in place of {self.monitor})" if self._known is self._others else self.monitor
+        return f"{GD} (in place of {self.monitor})" if self._deciding is self._others else self.monitor
 
     def _not_finite(self) -> str | None:
         if self._losses.finite:
@@ -242,7 +242,7 @@ class StopOnInstability(Callback):
         return f"the loss is {self._losses.last:g} since step {self._losses.nonfinite_step}"
 
     def _why(self, above: float, scheduled: float) -> str | None:
-        """The reason to stop, if there is one."""
+        """Return the reason to stop; None if there is none."""
         losses = self._losses
         if self._collapsed == 1 or (self._collapsed and (losses.risen or losses.fallen is False)):
             return "the network has collapsed: its outputs have ceased to depend on its inputs"
@@ -259,24 +259,24 @@ class StopOnInstability(Callback):
         if losses.risen and jumped:
             return f"the learning rate is {scheduled:.3g} times the critical one, and {rose}"
         # The rate may have come down since; critical rates of a network that has exploded do not show that.
-        comparable = not math.isnan(scheduled) and not (self._blind and self._known is self._others)
-        least = min(self._known.latest, scheduled) if comparable else self._known.latest
+        comparable = not math.isnan(scheduled) and not (self._blind and self._deciding is self._others)
+        least = min(self._deciding.latest, scheduled) if comparable else self._deciding.latest
         if self.monitor in SCHEDULED and least >= FAR * self.threshold and losses.fallen is False:
             return (
-                f"{self._name} = {self._known.latest:.4g} at step {self._known.latest_step}, far above "
+                f"{self._name} = {self._deciding.latest:.4g} at step {self._deciding.latest_step}, far above "
                 f"{self.threshold:g}, and the loss has not fallen: {losses.first:.4g} at first, smoothed "
                 f"{losses.smoothed:.4g}"
             )
-        if losses.lost and self._known.latest_step <= losses.level_step:
+        if losses.lost and self._deciding.latest_step <= losses.level_step:
             return f"{rose}, and {self.monitor} is unknown: nothing was measured since"
         return None
 
     def _jumps(self, scheduled: float) -> bool:
-        """Whether the rate has more than doubled since the last measurements: a jump, not a slow ramp."""
-        return scheduled > 2 * self._known.mean
+        """Return True if the rate has more than doubled since the last measurements: a jump, not a slow ramp."""
+        return scheduled > 2 * self._deciding.mean
 
     def _cross(self, trainer: Any, step: int, reading: str) -> None:
-        """Tell of a step that is above the threshold, if it begins an event."""
+        """Note a step that is above the threshold; log and print it if it begins an event."""
         before, self._above_step = self._above_step, step
         if self.events and step - before <= max(1, self.patience_steps):
             return
@@ -287,7 +287,7 @@ class StopOnInstability(Callback):
 
     def _reading(self, mean: float) -> str:
         text = f"{self._name} = {mean:.4g} > {self.threshold:g}"
-        text += f" (mean of {len(self._known)})" * (len(self._known) > 1)
+        text += f" (mean of {len(self._deciding)})" * (len(self._deciding) > 1)
         if "lyapunov" in self.monitor:
             text += f" per step (grows by e in {1 / mean:.3g} steps)" if mean > 0 else ""
         return text
@@ -307,12 +307,11 @@ class StopOnInstability(Callback):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._reset()
-        state = self.state_dict() | dict(state_dict)  # what another release did not write is as in a new run
+        state = self.state_dict() | dict(state_dict)
         self.events, self._above_step = list(state["events"]), state["above_step"]
         self.stop_step, self.reason = state["stop_step"], state["reason"]
         self._stands_in, self._forecast = state["stands_in"], state["forecast"]
         self._collapsed, self._blind = state["collapsed"], state["blind"]
-        if isinstance(state["readings"], dict):  # the first releases kept no steps
-            self._readings.load_state_dict(state["readings"])
-            self._others.load_state_dict(state["others"])
+        self._readings.load_state_dict(state["readings"])
+        self._others.load_state_dict(state["others"])
         self._losses.load_state_dict(state["losses"])

@@ -237,7 +237,7 @@ def _check(trainer: Any, module: Any, settings: Settings) -> None:
 
 
 def _with_gradient(snapshot: Snapshot) -> Snapshot:
-    """Give a step that was not taken its gradient, which Adam needs, and which says what moves."""
+    """Return a step that was not taken, with its gradient: Adam needs it, and it shows which parameters move."""
     names, parameters = zip(*snapshot.parameters.items())
     with torch.enable_grad():
         loss = snapshot.replay()

@@ -25,7 +25,7 @@ The two files are in the repository. In your own, the callbacks are listed under
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line.
+    """Run the command line.
 
     Args:
         argv: arguments; None takes those of the process.

@@ -1,4 +1,4 @@
-"""Training loops other than Lightning's Trainer: thin, and all by the same `Monitor`."""
+"""Training loops other than Lightning's Trainer; all drive the same `StepObserver`."""
 
 from lsp_callbacks.loops.fabric import watch_fabric
 from lsp_callbacks.loops.plain import Watch

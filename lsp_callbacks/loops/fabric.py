@@ -1,4 +1,4 @@
-"""Lightning Fabric."""
+"""A loop of Lightning Fabric."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def watch_fabric(
 
 
 class _Converting(nn.Module):
-    """What Fabric's own wrapper does to a forward pass; probes are looked at in the precision of the weights."""
+    """Converts and casts in a forward pass as Fabric does; training samples are evaluated in the weights' precision."""
 
     def __init__(self, module: nn.Module, precision: Any, *, probed: bool = False):
         super().__init__()

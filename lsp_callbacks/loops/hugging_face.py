@@ -32,8 +32,8 @@ class StabilityCallback(TrainerCallback):
     the model's own, without label smoothing and ``compute_loss_func``. Finite global values go to
     ``trainer.state.log_history``; all of them are in ``watch.history``.
 
-    The Trainer's scheduler is a ``LambdaLR``, whose verdict in `SGDLaw` is that of transformers' own function: linear,
-    cosine and polynomial to 0 do not pass, nor do constant ones and the inverse root; others are read off the rates.
+    The Trainer's scheduler is a ``LambdaLR``, which `SGDLaw` judges by transformers' own function: linear, cosine and
+    polynomial decay to 0 fail, as do constant rates and the inverse root; others are judged by their rates.
 
     The Trainer clips gradients by norm unless ``max_grad_norm=0``; what needs the update is that of the clipped step.
 
@@ -159,7 +159,7 @@ class StabilityCallback(TrainerCallback):
 
 
 def _model_loss(module: nn.Module, batch: Any) -> Tensor:
-    """The mean over a batch of probes, by itself."""
+    """Return the mean loss over a batch of training samples, which is not one of the step's micro-batches."""
     args, kwargs = batch
     return _own_loss(module(*args, **kwargs))
 

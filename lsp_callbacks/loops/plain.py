@@ -1,4 +1,4 @@
-"""A plain PyTorch loop."""
+"""A plain PyTorch loop, whose only change is its iterator."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from lsp_callbacks.step.run_context import Prox, RunContext
 
 Log = Callable[[dict[str, float], int], None]
 
-CLOSURE = "optimizer.step(closure) finds its gradient after our look at it: call backward before step()"
+CLOSURE = "optimizer.step(closure) computes its gradient after it was measured: call backward before step()"
 
 
 class Watch:
     """Measures the stability of a loop whose only change is the iterator.
 
-    The update is seen by hooks of the optimizer, which `close` removes. The loss is not seen at all: what is measured
-    is the replay ``loss_fn(copy of the module, batch)``, after its gradient was found to be the step's own.
+    Hooks of the optimizer, which `close` removes, observe the update. The loss of the loop is not observed: what is
+    measured is the replay ``loss_fn(copy of the module, batch)``, after its gradient was compared with the step's.
 
     Args:
         module: whose parameters are trained.
@@ -46,18 +46,18 @@ class Watch:
         clipping: how the loop clips before each update; where it is by norm, the optimizer holds all parameters.
         prox: what the loop makes of each parameter after ``optimizer.step()`` and before the next batch,
             ``(name, tensor, lr) -> tensor``, see `lsp_callbacks.functional.trajectory.proximal`. It is not
-            applied, but enters the update map, and is compared with what the parameters really become.
+            applied, but enters the update map, and is compared with the parameters after the step.
         scaler: of mixed precision, where the loop scales its loss: its factor is part of the head-room of the gradient,
             and a gradient that has overflowed is no step.
-        schedulers: one or several of ``torch.optim.lr_scheduler`` that move the optimizer's rate: `SGDLaw` tells their
-            form. Where none are given, nothing is taken for known.
+        schedulers: one or several of ``torch.optim.lr_scheduler`` that set the optimizer's rate, for `SGDLaw`, which
+            knows their form. Without them the form of the schedule is unknown.
         unsupported: why the update is not the optimizer's step on this loss, where you know it; quantities that need
             the update are then skipped.
         seed: of our own random choices, which never touch the global state.
 
     Raises:
         ValueError: for ``accumulate`` below 1, one of ``forward_fn`` and ``criterion`` without the other, a
-            scheduler that moves another optimizer.
+            scheduler that sets the rate of another optimizer.
 
     Cost: beside the measurements, one gradient for each measured step.
 
@@ -96,18 +96,12 @@ class Watch:
         unsupported: str | None = None,
         seed: int = 0,
     ):
-        if accumulate < 1:
-            raise ValueError(f"accumulate={accumulate}: give the number of batches in an update, 1 or more")
         self.module, self.optimizer, self.accumulate, self.log = module, optimizer, accumulate, log
         self.monitor = monitor if monitor is not None else configured()
         run = RunContext(
-            seed=seed,
-            prox=prox,
-            schedulers=check_schedulers(schedulers, optimizer),
-            loss_name="loss_fn",
-            captures_inputs=self.monitor.quantities.captures_inputs,
-            unsupported=unsupported or why_unsupported(),
-        )
+            seed=seed, prox=prox, schedulers=check_schedulers(schedulers, optimizer), loss_name="loss_fn",
+            captures_inputs=self.monitor.quantities.captures_inputs, unsupported=unsupported or why_unsupported(),
+        )  # fmt: skip
         self.loop = PlainLoop(module, run, loss_fn, accumulate=accumulate, clipping=clipping, scaler=scaler)
         self.observer = StepObserver(self.monitor, forward_fn=forward_fn, criterion=criterion)
         #: Batches since the last update.

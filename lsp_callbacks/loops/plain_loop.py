@@ -23,9 +23,10 @@ class PlainLoop(TrainingLoop):
         module: whose parameters are trained.
         run: what all steps of the run share.
         loss_fn: ``(module, batch) -> loss``, before it is divided by ``accumulate`` and scaled.
-        accumulate: batches in an update.
-        clipping: how the loop clips before each update.
-        scaler: of mixed precision, where the loop scales its loss.
+        accumulate, clipping, scaler: see `Watch`.
+
+    Raises:
+        ValueError: for ``accumulate`` below 1.
 
     Attributes:
         probe_loss: the loss whose criterion tells outputs from targets.
@@ -41,6 +42,8 @@ class PlainLoop(TrainingLoop):
         clipping: Clipping | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ):
+        if accumulate < 1:
+            raise ValueError(f"accumulate={accumulate}: give the number of batches in an update, 1 or more")
         super().__init__(module, run)
         self.loss_fn, self.accumulate, self.scaler, self._clipping = loss_fn, accumulate, scaler, clipping
         self.probe_loss: Callable[[nn.Module, Any], Any] = loss_fn
@@ -84,7 +87,7 @@ def check_schedulers(schedulers: Any, optimizer: torch.optim.Optimizer) -> tuple
     for scheduler in several:
         if not is_scheduler_of(optimizer, scheduler):
             raise ValueError(
-                f"schedulers={scheduler!r} does not move this optimizer's rate: give those that do, or none"
+                f"schedulers={scheduler!r} does not set this optimizer's rate: give those that do, or none"
             )
     return several or None
 

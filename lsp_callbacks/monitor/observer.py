@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.gradient_check import GradientCheck, Gradients
-from lsp_callbacks.monitor.history import Observation
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.multi_optimizer import Game
 from lsp_callbacks.monitor.nan_finder import NanFinder
+from lsp_callbacks.monitor.step_results import Completed, StepResults
 from lsp_callbacks.monitor.training_loop import MicroBatchLoss, TrainingLoop
 from lsp_callbacks.monitor.update_check import UpdateCheck
 from lsp_callbacks.step.clipping import Clipping
@@ -28,18 +28,6 @@ from lsp_callbacks.step.step_loss import StepLoss
 from lsp_callbacks.step.verified_step import verified
 
 MOVED_BEFORE = "an earlier update of the same batch has moved the parameters"
-
-
-class Completed(NamedTuple):
-    """What the last step has completed.
-
-    Attributes:
-        observations: of measurements; of several optimizers that take turns, of each.
-        fault: the step of the run's first NaN or Inf, as an observation, if it was this one.
-    """
-
-    observations: list[Observation]
-    fault: Observation | None
 
 
 class StepObserver:
@@ -79,6 +67,7 @@ class StepObserver:
         self.step_loss = StepLoss()
         self.nan_finder = NanFinder(monitor)
         self._gradient_check, self._update_check = GradientCheck(), UpdateCheck()
+        self._results = StepResults(monitor)
         self.listeners: list[Callable[[Snapshot], None]] = []
         self.step = self.updates = 0
         self.previous: int | None = None
@@ -86,9 +75,6 @@ class StepObserver:
         self.sub_batch: int | None = None
         self.game: Game | None = None
         self._pending: PendingStep | None = None
-        self._observations: list[Observation] = []
-        self._fault: Observation | None = None
-        self._published: Observation | None = None
 
     # -- a run -----------------------------------------------------------------------------------------------------
 
@@ -127,7 +113,7 @@ class StepObserver:
         self.probes.ranks = self._gradient_check.ranks = self._update_check.ranks = ranks
         self.forget_step()
         self._update_check.forget()
-        self._observations, self._fault, self._published = [], None, None
+        self._results.forget()
 
     def _require(
         self, optimizer: torch.optim.Optimizer | None, *, player: Player | None = None, steps: float = math.inf
@@ -167,7 +153,7 @@ class StepObserver:
             has_backward: whether a backward pass follows.
         """
         monitor, module = self.monitor, self.loop.module
-        self._published = None
+        self._results.begin_batch()
         if first:
             self.forget_step()
             self.nan_finder.begin()
@@ -272,7 +258,7 @@ class StepObserver:
         """Measure the step now, if it is due; a second time nothing happens. For the arguments see `before_update`."""
         monitor = self.monitor
         if self.game is not None:
-            with monitor.errors.warn_instead_of_raise("the player's step could not be looked at"):
+            with monitor.errors.warn_instead_of_raise("the player's step could not be measured"):
                 self._measure_player(self.game, optimizer)
             return
         if self._pending is None:
@@ -289,7 +275,7 @@ class StepObserver:
         is_compared = needs_update and self.loop.moves_parameters
         if is_compared:
             self._update_check.awaited()
-        with monitor.errors.warn_instead_of_raise("the step could not be looked at"), untouched(self.loop.module):
+        with monitor.errors.warn_instead_of_raise("the step could not be measured"), untouched(self.loop.module):
             self.sub_batch = pending.samples
             clipping = self._clipping(pending, optimizer)
             snapshot = self.snapshot(optimizer, clipping)
@@ -298,10 +284,10 @@ class StepObserver:
                 self.replayed_loss = snapshot.loss
             self._observe(snapshot)
             if is_compared:
-                with monitor.errors.warn_instead_of_raise("where the step leads could not be told"):
+                with monitor.errors.warn_instead_of_raise("the parameters after the step could not be predicted"):
                     self._update_check.expect(_whole(snapshot, clipping) if pending.samples else snapshot)
         if needs_update and coming_gradients is not None:
-            with monitor.errors.warn_instead_of_raise("whether the gradient is changed later could not be watched"):
+            with monitor.errors.warn_instead_of_raise("the gradient could not be copied to be compared later"):
                 self._gradient_check.expect(coming_gradients)
 
     def snapshot(self, optimizer: torch.optim.Optimizer, clipping: Clipping | None = None) -> Snapshot:
@@ -339,7 +325,7 @@ class StepObserver:
             is_gone_allowed: whether gradients may have been set to None, as after the update.
         """
         changed = False
-        with self.monitor.errors.warn_instead_of_raise("whether the gradient was changed could not be told"):
+        with self.monitor.errors.warn_instead_of_raise("the gradient could not be compared with the measured one"):
             changed = self._gradient_check.is_changed(is_gone_allowed=is_gone_allowed)
         if changed:
             self.invalidate_update(reason)
@@ -357,25 +343,17 @@ class StepObserver:
 
     def invalidate_update(self, reason: str) -> None:
         """Turn the last step's numbers that depend on the update into NaN, and measure none of them any more."""
-        observations, self._observations = self._observations, []
-        last = observations[0] if observations else self._published
-        corrected = self.monitor.invalidate_update_metrics(last, reason)
-        if observations and corrected is not None:
-            self._observations = [corrected]
+        self._results.invalidate_update(reason)
 
     def after_update(self) -> Completed:
         """Return what was completed since the last call."""
-        completed = Completed(self._observations, self._fault)
-        if completed.observations:
-            self._published = completed.observations[-1]
-        self._observations, self._fault = [], None
-        return completed
+        return self._results.take()
 
     def _find_fault(self, optimizer: torch.optim.Optimizer, overflowed: bool) -> None:
         """Look for the first NaN of the run; of a batch that makes several updates, in those after the first, too."""
         again = self.updates > 0
         step = self.step - again
-        with self.monitor.errors.warn_instead_of_raise("whether the step is finite could not be told"):
+        with self.monitor.errors.warn_instead_of_raise("the step could not be checked for NaN and Inf"):
             fault = self.nan_finder.look(
                 step,
                 self.loop.module,
@@ -385,7 +363,7 @@ class StepObserver:
                 moved=MOVED_BEFORE if again and not self.loop.repeats_forward else None,
             )
             if fault is not None:
-                self._fault = self.monitor.history.add(Observation(step, {}), {"stability/nonfinite_step": float(step)})
+                self._results.add_fault(step)
 
     def _clipping(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
         if self.monitor.invalidated or pending.module_copy is None:
@@ -397,9 +375,7 @@ class StepObserver:
             return None
 
     def _observe(self, snapshot: Snapshot) -> None:
-        observation = self.monitor.observe(snapshot)
-        if observation is not None:
-            self._observations.append(observation)
+        self._results.add(self.monitor.observe(snapshot))
         for listener in self.listeners:
             listener(snapshot)
 

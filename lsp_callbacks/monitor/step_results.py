@@ -1,0 +1,66 @@
+"""What a step has completed, until the loop takes it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lsp_callbacks.monitor.monitor import Monitor, Observation
+
+
+class Completed(NamedTuple):
+    """What the last step has completed.
+
+    Attributes:
+        observations: of measurements; of several optimizers that take turns, of each.
+        fault: the step of the run's first NaN or Inf, as an observation, if it was this one.
+    """
+
+    observations: list[Observation]
+    fault: Observation | None
+
+
+class StepResults:
+    """Observations of the step under way, and of the one before, whose update may turn out to be another one.
+
+    Args:
+        monitor: that made the observations.
+    """
+
+    def __init__(self, monitor: Monitor):
+        self._monitor = monitor
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget all, as before a run."""
+        self._observations: list[Observation] = []
+        self._fault: Observation | None = None
+        self._taken: Observation | None = None
+
+    def begin_batch(self) -> None:
+        """Let go of the step before: it was checked."""
+        self._taken = None
+
+    def add(self, observation: Observation | None) -> None:
+        """Take in what the monitor has observed, if anything was completed."""
+        if observation is not None:
+            self._observations.append(observation)
+
+    def add_fault(self, step: int) -> None:
+        """Take in the step of the run's first NaN or Inf."""
+        self._fault = self._monitor.history.add(Observation(step, {}), {"stability/nonfinite_step": float(step)})
+
+    def invalidate_update(self, reason: str) -> None:
+        """Turn the last step's numbers that depend on the update into NaN, and measure none of them any more."""
+        observations, self._observations = self._observations, []
+        last = observations[0] if observations else self._taken
+        corrected = self._monitor.invalidate_update_metrics(last, reason)
+        if observations:
+            self.add(corrected)
+
+    def take(self) -> Completed:
+        """Return what was completed since the last call."""
+        completed = Completed(self._observations, self._fault)
+        if completed.observations:
+            self._taken = completed.observations[-1]
+        self._observations, self._fault = [], None
+        return completed
