@@ -70,7 +70,7 @@ class Publisher:
         self._show(trainer, values)
         log(trainer, values)
 
-    def measured(self, step: int) -> None:
+    def note_measurement(self, step: int) -> None:
         """Note the step of the last measurement."""
         self._measured_at = step
 

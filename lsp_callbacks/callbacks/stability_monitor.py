@@ -246,7 +246,7 @@ class StabilityMonitor(RunResults, Callback):
             completed = observer.after_update()
             sub_batch = None if self.sub_batch is None else observer.sub_batch or 0
             for observation in completed.observations:
-                publisher.measured(observation.step)
+                publisher.note_measurement(observation.step)
                 with self.monitor.errors.warn_instead_of_raise("the coming learning rates could not be computed"):
                     observation = self.forecast.look_ahead(trainer, self.monitor, observation, observer.step)
                 publisher.publish(trainer, observation, sub_batch=sub_batch)

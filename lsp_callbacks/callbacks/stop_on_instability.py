@@ -179,18 +179,18 @@ class StopOnInstability(Callback):
                 f"at step {observation.step + steps:.0f}"
             )
 
-    def end_step(self, trainer: Any, step: int, told: Sequence[ArrivedLoss]) -> None:
+    def end_step(self, trainer: Any, step: int, arrived: Sequence[ArrivedLoss]) -> None:
         """End training after ``step`` if it has to; for the arguments see `judge`."""
         # Losses and measurements are the same numbers on all processes, so all of them stop at the same step.
-        if self.judge(trainer, step, told):
+        if self.judge(trainer, step, arrived):
             trainer.should_stop = True
 
-    def judge(self, trainer: Any, step: int, told: Sequence[ArrivedLoss]) -> bool:
+    def judge(self, trainer: Any, step: int, arrived: Sequence[ArrivedLoss]) -> bool:
         """Return True to stop after ``step``, given the losses that have arrived since the step before."""
-        for each in told:
-            self._losses.add(each)
-            if self._received is not None and each.step >= self._received.step:
-                if each.step == self._received.step and self._losses.exploded(each.loss):
+        for loss in arrived:
+            self._losses.add(loss)
+            if self._received is not None and loss.step >= self._received.step:
+                if loss.step == self._received.step and self._losses.exploded(loss.loss):
                     self._distrust(self._received)
                 self._received = None
         if self.stop_step is not None:

@@ -368,7 +368,7 @@ def test_a_real_displacement_of_the_start_stays_below_the_bounds():
 
 def test_where_the_ends_are_wide_the_reason_is_given():
     for rule, settings, reason in [
-        (Unknown, {}, "Unknown has no adjoint"), (SGD, {"bounds": 0}, "bounds=0"),
+        (Unknown, {}, "by differences, which give no adjoint"), (SGD, {"bounds": 0}, "bounds=0"),
     ]:  # fmt: skip
         task = regression()
         metric = StabilityProfile(horizon=2, directions=2, **settings)
