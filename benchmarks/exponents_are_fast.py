@@ -1,8 +1,8 @@
 """Claim: lambda from K costs a hundredth of multiplying dense steps.
 
-A curve of 32 rates costs less than four points where each sample has one row, and the mean-square rate of 64 samples 20
-times one ``eigh`` of K (Nesterov 35). With ten rows a sample a curve costs ten to thirty points: 32 rates are 32 times the multiplications, and a single
-rate is no longer bound by memory.
+A curve of 32 rates costs less than four points where each sample has one row, and the mean-square rate of 64 samples
+20 times one ``eigh`` of K (Nesterov 35). With ten rows a sample a curve costs ten to thirty points: 32 rates are 32
+times the multiplications, and a single rate is no longer bound by memory.
 
 Medians of interleaved repetitions, one thread. The dense side forms ``I - (lr / B) M_B K`` and multiplies it into a
 product of 640 x 640 matrices, for one chain and a few steps; its time is multiplied up to 8 chains x 1000 steps.

@@ -30,6 +30,7 @@ class TrainingLoop:
         shows_losses: whether each loss is shown to the last bit before its backward pass; otherwise a replay of the
             step is compared with the step's gradient.
         repeats_forward: whether each update of a batch has a forward pass of its own, as with LBFGS.
+        shared: objects that a module holds and its copy shares, as the optimizers that a library puts there.
         moves_parameters: whether code of the user's may move the parameters together with the optimizer, so that each
             measured update is compared with the optimizer's.
         wrong_update: what is said where an update was found to be another one.
@@ -41,6 +42,7 @@ class TrainingLoop:
 
     def __init__(self, module: nn.Module, run: RunContext):
         self.module, self.run = module, run
+        self.shared: tuple[Any, ...] = ()
         self.moves_parameters = run.prox is not None
 
     @property
@@ -54,7 +56,7 @@ class TrainingLoop:
         Args:
             is_shared: whether the ranks replay the step together; otherwise each does so by itself.
         """
-        return PendingStep(self.module, run=self.run if is_shared else None)
+        return PendingStep(self.module, run=self.run if is_shared else None, shared=self.shared)
 
     def clipping_of(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
         """Return how the gradient of this step will be clipped.

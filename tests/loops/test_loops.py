@@ -213,6 +213,16 @@ def test_named_quantities_that_cannot_be_measured_raise_at_the_first_batch():
         next(iter(watch(data())))
 
 
+def test_a_lightning_module_that_fabric_has_set_up():
+    """It holds Fabric and the wrapped optimizers, which cannot be copied."""
+    watched, found = Monitor(*quantities(), every_n_steps=2), []
+    for watch in (None, watched):
+        model = Model(net())
+        found.append(left(model, fabric(model, watch=watch)[1]))
+    assert all(map(torch.equal, *found))
+    assert all(map(math.isfinite, watched.history[SHARPNESS].values))
+
+
 def test_outputs_named_by_the_user():
     def by_hand(model, batch):
         return (model(batch[0]) - F.one_hot(batch[1], CLASSES)).square().mean()
