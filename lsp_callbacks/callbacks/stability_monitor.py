@@ -267,15 +267,19 @@ class StabilityMonitor(RunResults, Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         observer = self.observer
         observer.check_update()
-        if self._loop.overrides_step and observer.is_pending and not self.history:
-            self.monitor.errors.warn_once(
-                f"no optimizer step was seen: {type(pl_module).__name__}.optimizer_step must call "
-                "optimizer.step(closure) of the optimizer that Lightning passes in"
-            )
+        self._warn_of_unseen_steps(pl_module)
         self._loss_feed.finish(observer.step - 1)
         # StabilityReport says it below its table.
         if not any(getattr(callback, "says_verdict", False) for callback in trainer.callbacks):
             rank_zero_info(sentence(self.verdict))
+
+    def _warn_of_unseen_steps(self, pl_module: Any) -> None:
+        # In a method of its own: the warning names the frame that calls us, and Lightning's may be filtered.
+        if self._loop.overrides_step and self.observer.is_pending and not self.history:
+            self.monitor.errors.warn_once(
+                f"no optimizer step was seen: {type(pl_module).__name__}.optimizer_step must call "
+                "optimizer.step(closure) of the optimizer that Lightning passes in"
+            )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.observer.close()
