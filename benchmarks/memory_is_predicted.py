@@ -3,9 +3,11 @@
 Each quantity alone, and all default ones together, on an MLP, a CNN and a small transformer, on whose first versions
 the constants of the prediction were chosen, and on a second version of each. CPU, while training. *Measured* is the
 highest sum of the allocations that torch's profiler sees while the quantity is updated, beside what was there before.
+Names of quantities, or "default", choose some.
 """
 
 import logging
+import sys
 import warnings
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
-from lsp_callbacks import Snapshot, StabilityMonitor, Unmeasurable
+from lsp_callbacks import LyapunovTrajectory, Snapshot, StabilityMonitor, Unmeasurable
 from lsp_callbacks.monitor.budget import measurement_memory
 from lsp_callbacks.monitor.limits import readable
 
@@ -89,7 +91,8 @@ def compare(name: str, quantities: list[str] | str) -> tuple[float, int]:
     """Bytes predicted and measured, the most over the steps of one measurement."""
     predicted: list[float] = []
     measured: list[int] = []
-    monitor = StabilityMonitor(quantities, every_n_steps=8)
+    long = quantities == ["lyapunov_trajectory"]  # its default window is longer than these runs
+    monitor = StabilityMonitor([LyapunovTrajectory(transient=0, window=40)] if long else quantities, every_n_steps=8)
     observe = monitor.monitor.observe
 
     def profiled(snapshot: Snapshot) -> Any:
@@ -107,20 +110,22 @@ def compare(name: str, quantities: list[str] | str) -> tuple[float, int]:
     net, inputs, batch = problem(name)
     labels = torch.randint(10, (len(inputs),))
     trainer = pl.Trainer(
-        max_steps=12, max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu",
+        max_steps=60 if long else 12, max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu",
         enable_progress_bar=False, enable_model_summary=False, callbacks=[monitor],
     )  # fmt: skip
     trainer.fit(Classifier(net), DataLoader(TensorDataset(inputs, labels), batch_size=batch))
     return max(predicted), max(measured)
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     warnings.filterwarnings("ignore")
     for package in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(package).setLevel(logging.ERROR)
     for name in ("MLP", "CNN", "transformer", "ReLU MLP", "strided CNN", "ReLU transformer"):
         for quantities in QUANTITIES:
             what = quantities if isinstance(quantities, str) else quantities[0]
+            if names and what not in names:
+                continue
             try:
                 predicted, measured = compare(name, quantities)
             except Unmeasurable as error:
@@ -132,4 +137,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    main(sys.argv[1:])

@@ -19,7 +19,7 @@ from lsp_callbacks import Sharpness
 from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.trajectory import frozen_preconditioner as frozen
 from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule
-from lsp_callbacks.quantities.curvature.sharpness import measured_edge
+from lsp_callbacks.quantities.curvature.sharpness import measured_threshold
 
 HEAD = "| run | low by, median | 95 % of readings | most | bar, median | products | outside | by more than twice |"
 
@@ -31,7 +31,7 @@ def errors(name: str, seed: int, count: int = 100) -> tuple[np.ndarray, np.ndarr
         state = torch.random.get_rng_state()
         metric.update(snapshot)
         values = {key.split("/")[1]: float(value) for key, value in metric.compute().items()}
-        edge = measured_edge(snapshot, None, None, metric.method)
+        edge = measured_threshold(snapshot, None, None, metric.method)
         (truth,) = exact_top(snapshot.module, loss_of)
         rows.append((truth / values["sharpness"] - 1, values["sharpness_residual"], edge.products))
         rule = coming_rule(snapshot)

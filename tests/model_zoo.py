@@ -476,7 +476,7 @@ CASES = {
 
 
 #: What takes the formula of the update, and what takes its derivative alone.
-RULE = dict.fromkeys(("sharpness", "sgd_stability", "lyapunov", "sgd_law", "proximal_step"), "not modelled")
+RULE = dict.fromkeys(("sharpness", "sgd_stability", "lyapunov", "sgd_law", "proximal_step"), "not supported")
 STEP = ("lyapunov_trajectory", "leave_one_out", "stability_profile", "secant_ratio")
 #: How each is made, and what is left out with it, for a part of the reason.
 OPTIMIZERS = {
@@ -488,6 +488,6 @@ OPTIMIZERS = {
     "RMSprop": (partial(torch.optim.RMSprop, lr=1e-2, momentum=0.5), {}),
     "Adagrad": (partial(torch.optim.Adagrad, lr=1e-2), {}),
     "NAdam": (partial(torch.optim.NAdam, lr=1e-2), RULE),
-    "Rprop": (partial(torch.optim.Rprop, lr=1e-2), RULE | dict.fromkeys(STEP, "takes signs")),
+    "Rprop": (partial(torch.optim.Rprop, lr=1e-2), RULE | dict.fromkeys(STEP, "signs")),
     "LBFGS": (partial(torch.optim.LBFGS, lr=0.1, max_iter=4), RULE | dict.fromkeys(STEP, "several times in a step")),
 }

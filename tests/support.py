@@ -36,19 +36,17 @@ def path(callback):
 
 
 class Matrix:
-    """Collects the rows of all processes of a test run, and writes them when it has passed."""
+    """Collects the rows of all processes of a test run, and writes them; rows that were not recorded anew stay."""
 
     def __init__(self, file):
-        self.file, self.rows, self.failed = Path(file), [], False
+        self.file, self.rows = Path(file), []
 
     def pytest_runtest_logreport(self, report):
-        self.failed |= report.failed
         if report.when == "call" and report.passed:
             self.rows += [json.loads(row) for name, row in report.user_properties if name == "support"]
 
     def pytest_sessionfinish(self, session):
-        if self.failed or not self.rows:
-            return
-        rows = sorted(self.rows, key=lambda row: (row["axis"], row["order"]))
-        recorded = {"quantities": QUANTITIES, "rows": [{k: v for k, v in row.items() if k != "order"} for row in rows]}
-        self.file.write_text(json.dumps(recorded, indent=1) + "\n")
+        kept = json.loads(self.file.read_text())["rows"] if self.file.exists() else []
+        rows = {(row["axis"], row["name"]): row for row in (*kept, *self.rows)}
+        ordered = sorted(rows.values(), key=lambda row: (row["axis"], row["order"]))
+        self.file.write_text(json.dumps({"quantities": QUANTITIES, "rows": ordered}, indent=1) + "\n")

@@ -62,7 +62,7 @@ def jacobian(
         pullback = flat(torch.autograd.grad(values, tensors, cotangent, create_graph=True, materialize_grads=True))
 
     def forward(v: Tensor) -> Tensor:
-        if not pullback.requires_grad:  # outputs do not depend on inputs
+        if not pullback.requires_grad:  # outputs do not depend on inputs, or a backward function detaches
             return torch.zeros_like(values)
         v = v.to(pullback.dtype)
         return torch.autograd.grad(pullback, cotangent, v, retain_graph=True, materialize_grads=True)[0]

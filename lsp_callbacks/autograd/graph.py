@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +21,27 @@ _KINKS = re.compile(
 _FUSED = re.compile(r"ScaledDotProduct(Flash|Efficient|Cudnn|FusedAttention)")
 
 
-def walk(roots: Iterable[Any], stop: Container[Any] = ()) -> Iterator[Any]:
+def inputs_of(node: Any) -> list[Any]:
+    """Return the backward nodes that a node passes gradients to; None where an argument needs no gradient."""
+    return [child for child, _ in node.next_functions]
+
+
+def walk(
+    roots: Iterable[Any], stop: Container[Any] = (), inputs: Callable[[Any], Iterable[Any]] = inputs_of
+) -> Iterator[Any]:
     """Yield the backward nodes that some roots depend on, the roots included: each once, inputs before outputs.
 
     Args:
         roots: backward nodes, such as ``loss.grad_fn``; None is skipped.
         stop: nodes that are yielded, but whose inputs are not visited through them.
+        inputs: from a node to those that it depends on, to leave some of them out.
     """
     seen: set[Any] = {None}
     for root in roots:
         stack = [root]
         while stack:  # without recursion: graphs are deep
             node = stack[-1]
-            waiting = [] if node in seen or node in stop else [c for c in inputs_of(node) if c not in seen]
+            waiting = [] if node in seen or node in stop else [c for c in inputs(node) if c not in seen]
             if waiting:
                 stack.extend(reversed(waiting))
                 continue
@@ -41,11 +49,6 @@ def walk(roots: Iterable[Any], stop: Container[Any] = ()) -> Iterator[Any]:
             if node not in seen:
                 seen.add(node)
                 yield node
-
-
-def inputs_of(node: Any) -> list[Any]:
-    """Return the backward nodes that a node passes gradients to; None where an argument needs no gradient."""
-    return [child for child, _ in node.next_functions]
 
 
 def leaf_of(node: Any) -> Tensor | None:

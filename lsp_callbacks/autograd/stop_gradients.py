@@ -10,9 +10,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lsp_callbacks.autograd._torch_internals import base, tree_leaves
 
-#: Functions that look at shape and type of a tensor only.
+#: Functions that use shape and type of a tensor only.
 _SHAPES = ("_like", "new_")
-#: And these, of all arguments but the first.
+#: Functions that use shape and type only of all arguments but the first.
 _CONVERSIONS = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 
 
@@ -30,7 +30,7 @@ class StopGradients(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
-        # Weakly: what nobody holds any more cannot be used.
+        # Weakly: a tensor that was freed cannot be used any more.
         self._origin: Any = WeakIdKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

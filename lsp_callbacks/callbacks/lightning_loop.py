@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.callbacks.custom_clipping import custom_clipping
 from lsp_callbacks.callbacks.mixed_precision import is_scaled, loss_scale
-from lsp_callbacks.callbacks.muted_trainer import mute
+from lsp_callbacks.callbacks.muted_trainer import MutedTrainer, mute
 from lsp_callbacks.callbacks.run_facts import clipping, overridden, run_context
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.monitor.gradient_check import Gradients, copies_of_gradients
@@ -77,10 +77,11 @@ class LightningLoop(TrainingLoop):
 
     def new_step(self, *, is_shared: bool = True) -> PendingStep:
         trainer, self._clipped = self.trainer, []
+        muted = MutedTrainer(trainer)
         return PendingStep(
             self.module,
-            shared=[] if trainer.datamodule is None else [trainer.datamodule],
-            prepare=lambda module_copy: mute(module_copy, trainer),
+            shared=[muted] if trainer.datamodule is None else [muted, trainer.datamodule],
+            prepare=lambda module_copy: mute(module_copy, muted),
             tolerance=self._tolerance,
             sub_batch=self._sub_batch,
             run=self.run if is_shared else None,
@@ -94,7 +95,7 @@ class LightningLoop(TrainingLoop):
             batch_idx: of the micro-batch.
             player_loss: of several optimizers that take turns, the user's function for one of them.
         """
-        loss_fn = player_loss or self._loss_fn
+        loss_fn, accumulate = player_loss or self._loss_fn, self.accumulate
 
         def loss(module: Any, batch: Any) -> Tensor | None:
             with self.trainer.precision_plugin.train_step_context():
@@ -104,7 +105,7 @@ class LightningLoop(TrainingLoop):
                     outputs = module.training_step(*_arguments(module.training_step, batch, batch_idx))
             value = loss_of(outputs)
             # Exactly what Lightning's closure does with it.
-            return None if value is None else value / self.accumulate
+            return None if value is None else value / accumulate
 
         return loss
 

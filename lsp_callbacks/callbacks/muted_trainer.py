@@ -9,12 +9,11 @@ from torch import nn
 from lsp_callbacks.callbacks._lightning_internals import is_lightning_module, replace_trainer
 
 
-def mute(module_copy: nn.Module, trainer: Any) -> None:
+def mute(module_copy: nn.Module, trainer: MutedTrainer) -> None:
     """Let the LightningModules of a copy read the real trainer, and log and print nothing."""
-    muted = MutedTrainer(trainer)
     for module in module_copy.modules():
         if is_lightning_module(module):
-            replace_trainer(module, muted)
+            replace_trainer(module, trainer)
             vars(module)["log"] = vars(module)["log_dict"] = vars(module)["print"] = _do_nothing
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lsp_callbacks.linalg.norms import norm
 from lsp_callbacks.linalg.operator import LinearOperator
 from lsp_callbacks.linalg.ritz import Ritz
 from lsp_callbacks.linalg.spectrum_bounds import within
@@ -61,7 +62,8 @@ def lanczos(
         w, overlap = _orthogonalise(w, basis[: k + 1])
         w, _ = _orthogonalise(w, basis[: k + 1])  # once is not enough, by Kahan's "twice is enough"
         # The one place where a step waits for the device.
-        *column, beta = torch.stack([*overlap, _norm(w)[..., 0]]).double().cpu()
+        size = norm(w, -1, keepdim=True)
+        *column, beta = torch.stack([*overlap.double(), size[..., 0]]).cpu()
         projected[..., : k + 1, k] = projected[..., k, : k + 1] = torch.stack(column, dim=-1)
         values, coefficients = _eigh(projected[..., : k + 1, : k + 1])
         residuals = (beta[..., None] * coefficients[..., -1, :]).abs()
@@ -84,7 +86,8 @@ def lanczos(
             origin = torch.where(broken, k + 1, origin)
             fresh = _unit(torch.zeros_like(w), generator, basis[: k + 1])
             w = torch.where(broken[..., None].to(w.device), fresh, w)
-        basis[k + 1] = w / _norm(w)
+            size = norm(w, -1, keepdim=True)
+        basis[k + 1] = w / size.to(w.dtype)
     return Ritz(values, residuals, coefficients, basis[: k + 1], converged)
 
 
@@ -107,14 +110,14 @@ def _converged(values: Tensor, coefficients: Tensor, residuals: Tensor, origin: 
 
 def _unit(vector: Tensor, generator: torch.Generator, basis: Tensor) -> Tensor:
     """Return a vector normalised; where it vanishes, a random direction orthogonal to ``basis``."""
-    norm = _norm(vector)
-    if bool((norm == 0).any()):
+    size = norm(vector, -1, keepdim=True)
+    if bool((size == 0).any()):
         random = random_start(vector.shape, vector.dtype, vector.device, generator)
         for _ in range(2):
             random, _ = _orthogonalise(random, basis)
-        vector = torch.where(norm == 0, random, vector)
-        norm = _norm(vector)
-    return vector / norm
+        vector = torch.where(size == 0, random, vector)
+        size = norm(vector, -1, keepdim=True)
+    return vector / size.to(vector.dtype)
 
 
 def random_start(
@@ -127,12 +130,3 @@ def random_start(
 def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     overlap = torch.einsum("k...n,...n->k...", basis, w)
     return w - torch.einsum("k...,k...n->...n", overlap, basis), overlap
-
-
-def _norm(a: Tensor) -> Tensor:
-    """Of each row; scaled, as squares leave the range of float32 where the entries are below 1e-19 or above 1e19."""
-    if not a.shape[-1]:
-        return torch.linalg.vector_norm(a, dim=-1, keepdim=True)
-    scale = a.abs().amax(-1, keepdim=True)
-    scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
-    return scale * torch.linalg.vector_norm(a / scale, dim=-1, keepdim=True)

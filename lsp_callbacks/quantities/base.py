@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -44,10 +45,10 @@ class Quantity(Metric):
     One line in `lsp_callbacks.quantities` makes it known by its name: the monitor, its checkpoints, command line and
     YAML files, the report's table, the figure and the documentation take everything else from the class.
 
-    Each global key is a torchmetrics state of that name, float64 and NaN before a measurement, so that checkpoints hold
-    the last one. A measurement takes ``prepare + window`` consecutive steps; ``complete`` says whether the last update
-    finished one. ``update`` computes first and assigns last, so that an exception leaves the state whole. States are
-    equal on all ranks, so nothing is reduced when they are computed.
+    Each global key is a torchmetrics state of that name, float64 and NaN before a measurement; checkpoints hold the
+    numbers of the last one as one dict by key. A measurement takes ``prepare + window`` consecutive steps; ``complete``
+    says whether the last update finished one. ``update`` computes first and assigns last, so that an exception leaves
+    the state whole. States are equal on all ranks, so nothing is reduced when they are computed.
 
     ``compute`` returns a dict of the last measurement, and so does ``metric(snapshot)``. Lightning logs it by
     ``self.log_dict(metric(snapshot))``, and one key by ``self.log("sharpness", metric["stability/sharpness"])``, where
@@ -111,7 +112,7 @@ class Quantity(Metric):
         super().__init__(sync_on_compute=False)
         self.complete = False
         for key in (*self.keys, *self.optional) if self.key_states else ():
-            self.add_state(key, default=scalar(torch.nan), persistent=True)
+            self.add_state(key, default=scalar(torch.nan))
 
     def finish(self, values: Mapping[str, float | Tensor]) -> None:
         """Complete a measurement with its numbers, by the names of ``KEYS``; what is not given becomes NaN.
@@ -224,15 +225,21 @@ class Quantity(Metric):
         self.load_vectors({})
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the states and, unlike torchmetrics, the number of updates."""
-        state = super().state_dict(*args, **kwargs)
-        state[kwargs.get("prefix", "") + "_update_count"] = torch.tensor(self._update_count)
+        """Return the states, the numbers by key in one dict of floats, and the number of updates."""
+        state, prefix = super().state_dict(*args, **kwargs), kwargs.get("prefix", "")
+        state[prefix + "_update_count"] = torch.tensor(self._update_count)
+        if self.key_states:  # one dict: a checkpoint of as many tensors is larger
+            numbers = {key: float(getattr(self, key)) for key in (*self.keys, *self.optional)}
+            state[prefix + "_numbers"] = {key: value for key, value in numbers.items() if not math.isnan(value)}
         return state
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # Not by `get_extra_state`: loading a module's checkpoint from before it held this metric would become an error.
-        count = state_dict.pop(prefix + "_update_count", None)
+        count, numbers = state_dict.pop(prefix + "_update_count", None), state_dict.pop(prefix + "_numbers", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if numbers is not None and self.key_states:
+            for key in (*self.keys, *self.optional):
+                setattr(self, key, scalar(numbers.get(key, torch.nan)))
         if count is not None:
             self._update_count, self._computed = int(count), None
 

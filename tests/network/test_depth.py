@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import jacrev
 from torch.utils.checkpoint import checkpoint
 
-from lsp_callbacks import StabilityMonitor, Unmeasurable
+from lsp_callbacks import Sharpness, StabilityMonitor, Unmeasurable
 from lsp_callbacks.operators.network.depth import depth
 
 
@@ -212,14 +212,13 @@ def test_checkpointed_activations_are_computed_again_in_eval_mode():
 def test_a_step_gives_its_first_samples_in_eval_mode(make):
     seen = []
 
-    class Looks(StabilityMonitor):
-        def _observe(self, trainer, pending, optimizer):
-            snapshot = pending.snapshot(self.step, optimizer)
-            one = depth(snapshot, samples=3)
-            seen.append((one, [m.training for m in pending.module_copy.module.modules()]))
-            return None
+    class Looks(Sharpness):
+        def update(self, snapshot):
+            states = depth(snapshot, samples=3)
+            seen.append((states, [m.training for m in snapshot.module.modules()]))
+            super().update(snapshot)
 
-    fit(make, Looks("sharpness", every_n_steps=1), loader=data(), max_steps=1)
+    fit(make, StabilityMonitor([Looks()], every_n_steps=1), loader=data(), max_steps=1)
     ((states, modes),) = seen
     assert states.samples == 3 and all(modes) and torch.isfinite(states.loss)
     assert states.layers[-1].state.shape[-1] == CLASSES

@@ -338,6 +338,7 @@ def test_linear_embedding_and_a_parametrised_weight():
         close(spectral_norm(layer), torch.linalg.matrix_norm(layer.weight.double(), 2), 1e-3)
     layer = parametrizations.spectral_norm(nn.Linear(6, 5), n_power_iterations=100)
     close(spectral_norm(layer), 1.0, 1e-3)
+    layer = parametrizations.spectral_norm(nn.Linear(60, 50))  # reading it in training mode would move its buffers
     before, state = copy.deepcopy(layer.state_dict()), torch.get_rng_state()
     spectral_norm(layer)
     assert same(before, layer.state_dict()) and layer.training and torch.equal(state, torch.get_rng_state())

@@ -252,7 +252,7 @@ def test_the_bounds_of_the_noise_scale_hold(signal):
 
 
 def test_gradients_that_tell_nothing():
-    with pytest.raises(Unmeasurable, match="two probes"):
+    with pytest.raises(Unmeasurable, match="two at least"):
         gradient_noise(torch.ones(1, 1))
     with pytest.raises(Unmeasurable, match="not finite"):
         gradient_noise(torch.full((3, 3), torch.nan))
@@ -519,11 +519,11 @@ def test_a_scheduler_of_another_optimizer_is_refused():
 def test_a_state_with_fewer_keys_is_not_misread():
     law, other = SGDLaw(), SGDLaw()
     state = other.state_dict()
-    state["stability/rate_square_sum"] = torch.tensor(19.0, dtype=f64)
-    del state["stability/rate_decay"]
+    state["_numbers"] = {"stability/rate_square_sum": 19.0, "stability/of_another_release": 1.0}
     law.load_state_dict(state, strict=False)
     found = law.compute()
     assert found["stability/rate_square_sum"] == 19 and "stability/rate_decay" not in found
+    assert "stability/of_another_release" not in found
 
 
 def test_convex_training_is_promised_a_rate():

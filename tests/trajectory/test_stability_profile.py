@@ -35,7 +35,7 @@ from lsp_callbacks.operators.cost import products, sample_passes
 from lsp_callbacks.operators.network.outputs import output_jacobian
 from lsp_callbacks.operators.network.saliency import explain
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
-from lsp_callbacks.quantities.curvature.sharpness import edge_memory
+from lsp_callbacks.quantities.curvature.sharpness import alignment_memory
 from lsp_callbacks.quantities.trajectory.stability_profile import PAIRS
 from lsp_callbacks.step.clipping import Clipping
 
@@ -368,7 +368,7 @@ def test_a_real_displacement_of_the_start_stays_below_the_bounds():
 
 def test_where_the_ends_are_wide_the_reason_is_given():
     for rule, settings, reason in [
-        (Unknown, {}, "Unknown has no adjoint"), (SGD, {"bounds": 0}, "bounds=0"),
+        (Unknown, {}, "by differences, which give no adjoint"), (SGD, {"bounds": 0}, "bounds=0"),
     ]:  # fmt: skip
         task = regression()
         metric = StabilityProfile(horizon=2, directions=2, **settings)
@@ -543,7 +543,7 @@ def test_memory_holds_the_steps_and_the_bases_of_the_ends_and_that_of_the_edge(m
     longer = StabilityProfile(bounds=40, horizon=9).memory(snapshot)["vectors"]
     assert longer - vectors[1] == (2 + blocks) * bytes_  # of one more step: parameters, gradient, state and noise
     smallest = StabilityProfile(directions=2, bounds=0).memory(snapshot)
-    assert all(smallest[name] >= size for name, size in edge_memory(snapshot, "auto").items())
+    assert all(smallest[name] >= size for name, size in alignment_memory(snapshot, "auto").items())
 
 
 def test_the_picture_has_depth_and_time():

@@ -85,7 +85,7 @@ class Differences:
         self.parameters = list(snapshot.parameters.values())
         self.eps = float(torch.finfo(gradient.dtype).eps)
         self.gradient = float(norm(gradient))
-        self.theta = float(torch.stack(norms(p.detach() for p in self.parameters)).norm())
+        self.theta = float(torch.stack(norms([p.detach() for p in self.parameters])).norm())
         self.lengths = lengths(self.parameters)
         self.tolerance = min(TOLERANCE * self.eps**0.5, 0.01)
         self.weight, self.least = weight, LEAST * self.eps**0.5 if not relative else 0.0
@@ -345,7 +345,7 @@ def central_difference(snapshot: Snapshot, v: Tensor, far: float) -> tuple[Tenso
 
 def lengths(parameters: Sequence[Tensor]) -> list[float] | None:
     """Return the norm of an average row of each tensor, at least a tenth of the median; None where all are 0."""
-    sizes = norms(p.detach() for p in parameters)
+    sizes = norms([p.detach() for p in parameters])
     values = torch.stack([size / max(1, len(p) if p.ndim else 1) ** 0.5 for size, p in zip(sizes, parameters)]).tolist()
     typical = sorted(values)[len(values) // 2] or min((x for x in values if x > 0), default=0.0)
     return [max(x, 0.1 * typical) for x in values] if typical > 0 else None

@@ -30,13 +30,13 @@ FAILURE = 0.05
 
 @dataclass(frozen=True)
 class StabilityThreshold:
-    """Where a step stands with respect to the edge of stability of its own optimizer.
+    """A step in relation to the edge of stability of its optimizer.
 
     Attributes:
         sharpness: ``lambda_max(H)``, algebraic, of the step's loss.
         error: ``lambda_max(H)`` is at most ``sharpness + error |sharpness|``, see `top_eigenvalue`.
-        courant_error: the same for ``courant``; that of ``sharpness`` where one run tells both.
-        accuracy: of the products behind ``courant``, relative to it: it may be too large by so much.
+        courant_error: the same for ``courant``; equal to ``error`` where one run gives both.
+        accuracy: relative error of the products behind ``courant``, by which it may be too large.
         residual: ``||H v - lambda v|| / |lambda|`` of the pair behind ``courant``: of that eigenvector, not of the top.
         courant: ``lambda_max(R^1/2 H' R^1/2) / c``: 1 is the edge.
         limit: ``lambda_max(H') / courant``, the sharpness at which the step would be at its edge; NaN at rate 0.
@@ -44,7 +44,7 @@ class StabilityThreshold:
         top: unit eigenvector of H, flat; the mode itself where R is one number.
         root: ``sqrt(R)`` of each parameter, which turns ``mode`` into a displacement of the parameters.
         buffer_scale: turns ``mode`` into the momentum buffer that displaces by ``root * mode``; None without momentum.
-        products: Hessian products spent.
+        products: how many Hessian products were used.
         converged: whether the error bars met the tolerance.
     """
 
@@ -71,18 +71,18 @@ def top_eigenvalue(
     tol: float = 1e-3,
     method: Method = "auto",
 ) -> Eigenpair:
-    """The largest *algebraic* eigenvalue of the Hessian of a step's loss, with an upper bound.
+    """Return the largest *algebraic* eigenvalue of the Hessian of a step's loss, with an upper bound.
 
     Lanczos from equal parts of an earlier eigenvector, the gradient and noise. A residual bounds the distance to *some*
-    eigenvalue: the mode of before keeps a small one while another takes over. The noise is what no mode can hide from:
-    ``upper`` is what `lsp_callbacks.linalg.spectrum_bounds` tells from its share of the start, and fails with a
-    probability of at most 5 %. Gradient and earlier vector lean towards what is sharp (Gur-Ari et al. 2018), which
-    makes it far rarer: see ``benchmarks/sharpness_error_bars.md``.
+    eigenvalue: the earlier mode keeps a small one while another mode becomes the largest. The noise overlaps with every
+    mode: ``upper`` is the bound of `lsp_callbacks.linalg.spectrum_bounds` by its share of the start, and fails with a
+    probability of at most 5 %. Gradient and earlier vector lean towards sharp directions (Gur-Ari et al. 2018), which
+    makes a failure far rarer: see ``benchmarks/sharpness_error_bars.md``.
 
     Args:
         snapshot: a step; no optimizer is needed.
-        start: flat vector to start from, for instance the last eigenvector; None starts from gradient and noise. One
-            of another size, or that is not finite, is left out.
+        start: flat vector to start from, for instance the last eigenvector; None starts from gradient and noise. A
+            vector of another size, or that is not finite, is ignored.
         steps: at most this many products; with one for each parameter the result is exact, and they are taken.
         tol: on ``upper - value``, relative.
         method: of the Hessian products, see `lsp_callbacks.operators.hessian`.
@@ -94,7 +94,7 @@ def top_eigenvalue(
     Raises:
         Unmeasurable: see `lsp_callbacks.operators.hessian`.
 
-    Cost: one product a step. Source: Cohen et al. 2021 (edge of stability).
+    Cost: one product for each step. Source: Cohen et al. 2021 (edge of stability).
 
     Example:
         >>> import torch
@@ -109,18 +109,20 @@ def top_eigenvalue(
 
 
 def threshold_constant(rule: FrozenRule) -> float:
-    """The `stability_constant` of a rule; decoupled weight decay multiplies it by ``1 - lr wd / 2``.
+    """Return the `stability_constant` of a rule; decoupled weight decay multiplies it by ``1 - lr wd / 2``.
 
     With ``v+ = (1 - lr wd) v - R m+``, ``m+ = beta m + (1 - tau) h v`` an eigenvalue is -1 where ``R h (1 - tau) =
-    (2 - lr wd) (1 + beta)``. Of decays that differ the largest is taken: then the step may become unstable a little
-    later than at Courant number 1.
+    (2 - lr wd) (1 + beta)``. If decays differ, the largest is used: then the step may become unstable a little later
+    than at Courant number 1.
 
     Raises:
         Unmeasurable: where the decay alone is unstable.
     """
     decay = rule.lr * max(rule.decoupled_decay.values(), default=0.0)
     if decay >= 2:
-        raise Unmeasurable(f"lr * weight_decay = {decay:.3g} is unstable by itself: it must stay below 2")
+        raise Unmeasurable(
+            f"lr * weight_decay = {decay:.3g} is unstable by itself: lower one of them, so that it is below 2"
+        )
     return stability_constant(rule.momentum, rule.dampening, rule.nesterov) * (1 - decay / 2)
 
 
@@ -133,25 +135,25 @@ def stability_threshold(
     tol: float = 1e-3,
     method: Method = "auto",
 ) -> StabilityThreshold:
-    """Sharpness, its limit, and the Courant number ``lambda_max(R^1/2 H' R^1/2) / c`` of a step.
+    """Return sharpness, its limit, and the Courant number ``lambda_max(R^1/2 H' R^1/2) / c`` of a step.
 
     R are the effective rates of the parameters: the learning rate times the preconditioner of Adam, AdamW, RMSprop
     or Adagrad over Adam's bias correction, held fixed as they will be some ten steps later (`coming_rule`), times
     the factor by which this step's gradient was clipped, held fixed too. H' is the Hessian with coupled weight
     decay. With one rate and one weight decay everything follows from one Lanczos run on H; otherwise the
-    preconditioned operator gets a run of its own. It holds for full-batch steps; under momentum it is blind to
-    batch noise.
+    preconditioned operator needs a run of its own. It holds for full-batch steps; under momentum it does not
+    account for batch noise.
 
     Args:
         snapshot: a step with its optimizer.
         start: an earlier ``mode``; None starts from gradient and noise.
         top: an earlier ``top``, likewise.
-        steps: at most this many products a run.
+        steps: at most this many products for each run.
         tol: on the relative error bars.
         method: of the Hessian products.
 
     Raises:
-        Unmeasurable: optimizer not modelled, betas that differ between groups, loss that cannot be replayed.
+        Unmeasurable: optimizer not supported, momentum that differs between groups, loss that cannot be replayed.
 
     Source: docs/theory.md, section 3; Cohen et al. 2021; Cohen et al. 2022 for preconditioned gradients.
     """
@@ -166,15 +168,15 @@ def stability_threshold(
 
     shift: Tensor | float
     if isinstance(rate, Tensor) or isinstance(decay, Tensor):
-        own = top_of(hessian(snapshot, method=method), top)
+        plain = top_of(hessian(snapshot, method=method), top)
         steepest = top_of(preconditioned_hessian(snapshot, method=method, rule=rule), start)
         if maximize or isinstance(added, Tensor):
-            decayed = top_of(decayed_hessian(snapshot, method=method), own.pair.vector).pair.value
+            decayed = top_of(decayed_hessian(snapshot, method=method), plain.pair.vector).pair.value
         else:
-            decayed = own.pair.value + added
+            decayed = plain.pair.value + added
         scale, shift = 1.0, 0.0
     else:
-        own = steepest = top_of(hessian(snapshot, method=method), top if maximize else start)
+        plain = steepest = top_of(hessian(snapshot, method=method), top if maximize else start)
         if maximize:
             steepest = top_of(decayed_hessian(snapshot, method=method), start)
         scale, shift = rate, 0.0 if maximize else decay / rate if rate else added
@@ -182,29 +184,29 @@ def stability_threshold(
     pair = steepest.pair
     courant = scale * (pair.value + shift) / constant
     return StabilityThreshold(
-        sharpness=own.pair.value,
-        error=_relative(own.missed, own.pair.value),
+        sharpness=plain.pair.value,
+        error=_relative(plain.missed, plain.pair.value),
         courant_error=_relative(steepest.missed, pair.value + shift),
         accuracy=_relative(steepest.accuracy, pair.value + shift),
         residual=_relative(pair.residual, pair.value),
         courant=courant,
         limit=decayed / courant,
         mode=pair.vector,
-        top=own.pair.vector,
+        top=plain.pair.vector,
         root=root,
         buffer_scale=_buffer_scale(root, buffer_rates(snapshot, rule)) if rule.momentum else None,
-        products=pair.products + (own.pair.products if own is not steepest else 0),
-        converged=own.pair.converged and pair.converged,
+        products=pair.products + (plain.pair.products if plain is not steepest else 0),
+        converged=plain.pair.converged and pair.converged,
     )
 
 
 def _relative(error: Tensor, value: Tensor) -> Tensor:
-    """0 where both are 0."""
+    """Return an error relative to a value; 0 where both are 0."""
     return error / value.abs().clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _buffer_scale(root: Tensor | float, buffer: Tensor | float) -> Tensor | float:
-    """``root / buffer``, and 0 where the buffer moves nothing."""
+    """Return ``root / buffer``, and 0 where the buffer moves nothing."""
     if isinstance(buffer, Tensor):
         return torch.where(buffer > 0, root / buffer, 0.0)
     return root / buffer if buffer else 1.0
@@ -212,11 +214,11 @@ def _buffer_scale(root: Tensor | float, buffer: Tensor | float) -> Tensor | floa
 
 @dataclass(frozen=True)
 class _Top:
-    """The top of an operator.
+    """The largest eigenpair of an operator.
 
     Attributes:
         pair: with its upper bound.
-        accuracy: of the products, in their units.
+        accuracy: error of the products, in their units.
     """
 
     pair: Eigenpair
@@ -224,7 +226,7 @@ class _Top:
 
     @property
     def missed(self) -> Tensor:
-        """From the value to its upper bound."""
+        """Return the distance from the value to its upper bound."""
         assert self.pair.upper is not None
         return self.pair.upper - self.pair.value
 
@@ -232,7 +234,7 @@ class _Top:
 def _top(
     operator: LinearOperator, snapshot: Snapshot, start: Tensor | None, steps: int, tol: float, method: Method
 ) -> _Top:
-    """Lanczos from equal parts of ``start``, gradient and noise, until the noise can have missed little."""
+    """Run Lanczos from equal parts of ``start``, gradient and noise, until the error bar is small."""
     n = operator.shape[1]
     noise = torch.randn(n, generator=snapshot.generator("lanczos"), dtype=operator.dtype).to(operator.device)
     mixed = unit(noise)
@@ -248,7 +250,7 @@ def _top(
 
 
 def _accuracy(snapshot: Snapshot, dtype: torch.dtype, method: Method) -> float:
-    """Of the products, relative to the largest: of differences, and of what is rounded."""
+    """Return the error of products relative to the largest eigenvalue, by differences or by rounding."""
     if path_taken(snapshot, method).startswith("finite difference"):
         return min(TOLERANCE * torch.finfo(dtype).eps ** 0.5, 0.01)
     return max(2 * torch.finfo(snapshot.graph.dtype).eps, 16 * torch.finfo(dtype).eps)

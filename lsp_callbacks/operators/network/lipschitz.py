@@ -17,23 +17,23 @@ from lsp_callbacks.step.module_modes import evaluating
 
 
 class Uncertified(ValueError):
-    """No finite bound is known for an operation on the way; it is named."""
+    """No finite bound is known for an operation between input and output; the message names it."""
 
 
 def lipschitz_upper(depth: Depth) -> float:
-    """An upper bound of the Lipschitz constant of ``X_0 -> X_L`` in eval mode, in the Euclidean norm of one sample.
+    """Return an upper bound of the Lipschitz constant of ``X_0 -> X_L`` in eval mode, in the norm of one sample.
 
     Constants multiply along a chain and add where branches are summed: ``1 + L_f`` for a residual block ``x + f(x)``.
     Layers count with the norm of the operator that they apply, norms over the batch with their running statistics,
-    LayerNorm and its kin with ``max |gain| / sqrt(eps)``, which they attain at constant inputs, activations with the
-    supremum of their slope. The bound holds for all inputs. It can be above the truth by orders of magnitude.
+    LayerNorm, GroupNorm and RMSNorm with ``max |gain| / sqrt(eps)``, which they attain at constant inputs, activations
+    with the supremum of their slope. The bound holds for all inputs. It can be above the truth by orders of magnitude.
 
     Raises:
-        Uncertified: at a product of two signals (attention, gates), which has no constant at all, at operations that
-            are not known here, and where a signal goes on without its graph (``detach``, ``no_grad``, a mask, a number
-            that is read out of it): that branch depends on the input, and no derivative shows it.
+        Uncertified: at a product of two signals (attention, gates), which has no constant at all, at operations without
+            a rule, and where a signal is used without its graph (``detach``, ``no_grad``, a mask, a number that is read
+            out of it): that branch depends on the input, and no derivative shows it.
 
-    Cost: the norms, some ``60 / (3 B)`` gradients at batch size B. Norms of layers whose shorter side is above 256 are
+    Cost: the norms, about ``60 / (3 B)`` gradients at batch size B. Norms of layers whose shorter side is above 256 are
     not exact: 30 steps of Lanczos, enlarged so that each holds with probability 0.999 (`linalg.spectrum_bounds`), by at
     most some 3 %. Source: Szegedy et al. 2014, Sec. 4.3; Katende 2025, Thm 4.1.
     """
@@ -49,7 +49,7 @@ _VIEWS = {
 
 
 class _Walk:
-    """From the output of a network back to its input, node by node."""
+    """The bounds of all nodes between the input and the output of a network."""
 
     def __init__(self, depth: Depth):
         self.start, self.detached = depth.start, depth.detached
@@ -57,42 +57,37 @@ class _Walk:
         for call in leaves(depth.calls):
             if call.exit is not None and call.exit not in call.entry:
                 self.calls[call.exit] = call
-        self.known: dict[Any, float] = {None: 0.0}
+        self.constants: dict[Any, float] = {}  # of modules with a rule, by the node of their output
+        self._inputs: dict[Any, list[Any]] = {}
 
     def bound(self, output: Any) -> float:
-        stack = [output]
-        while stack:  # without recursion: graphs are deep
-            node = stack[-1]
-            if node in self.known:
-                stack.pop()
-                continue
-            children = self._children(node)
-            fresh = [child for child in children if child not in self.known]
-            if fresh:
-                stack += fresh
-            else:
-                self.known[node] = self._of(node, [self.known[child] for child in children])
-        return self.known[output]
+        bounds: dict[Any, float] = {None: 0.0}
+        for node in walk([output], inputs=self._inputs_of):
+            bounds[node] = self._of(node, [bounds[child] for child in self._inputs_of(node)])
+        return bounds[output]
 
-    def _children(self, node: Any) -> list[Any]:
-        """What it depends on; a module that is known as one stands for all that is inside of it."""
-        inner = inputs_of(node)
+    def _inputs_of(self, node: Any) -> list[Any]:
+        """Return the nodes that a node depends on; a module with a rule counts as one operation."""
+        if node not in self._inputs:
+            self._inputs[node] = self._module_inputs(node) or inputs_of(node)
+        return self._inputs[node]
+
+    def _module_inputs(self, node: Any) -> list[Any]:
         call = self.calls.get(node)
-        if call is None:
-            return inner
-        entries = [one for one in call.entry if one is not None]
-        if len(entries) == 1 and not self._passes_by(node, entries[0]):
-            constant = layer_lipschitz(call.module, *_shapes(call))
-            if constant is not None:
-                self.known.setdefault(("module", node), constant)
-                return entries
-        return inner
+        entries = [] if call is None else [entry for entry in call.entry if entry is not None]
+        if call is None or len(entries) != 1 or self._passes_by(node, entries[0]):
+            return []
+        constant = layer_lipschitz(call.module, *_shapes(call))
+        if constant is None:
+            return []
+        self.constants[node] = constant
+        return entries
 
     def _hidden(self, node: Any) -> str | None:
         return None if self.detached is None else self.detached.hidden(node)
 
     def _passes_by(self, node: Any, entry: Any) -> bool:
-        """Whether a module reaches the input other than by what it was called with, with a graph or without."""
+        """Return whether a module uses the input other than through its argument, with a graph or without."""
         for inner in walk([node], stop=(entry,)):
             if inner is not entry:
                 leaf = leaf_of(inner)
@@ -104,21 +99,21 @@ class _Walk:
         if leaf_of(node) is not None:
             return 1.0 if leaf_of(node) is self.start else 0.0
         if hidden := self._hidden(node):
-            raise Uncertified(f"{node.name()} takes in {hidden}: no bound is known of what depends on the input there")
+            raise Uncertified(f"{node.name()} uses {hidden}: no bound is known for what depends on the input there")
         if not any(below):  # a constant: weights, masks
             return 0.0
-        if ("module", node) in self.known:
-            return self.known["module", node] * below[0]
+        if node in self.constants:
+            return self.constants[node] * below[0]
         name = kind(node).removesuffix("Backward")
         if name in _VIEWS:
             return max(below)
         if kind(node) in NODES and (slope := NODES[kind(node)](node)) is not None:
             return slope * max(below)
         rule = getattr(self, f"_{name.lower()}", None)
-        found = None if rule is None else rule(node, below)
-        if found is None:
+        bound = None if rule is None else rule(node, below)
+        if bound is None:
             raise Uncertified(f"{node.name()} has no Lipschitz constant (a product of signals), or none is known")
-        return found
+        return bound
 
     def _add(self, node: Any, below: list[float]) -> float:
         scales = (1.0, abs(float(saved(node, "alpha"))))
@@ -151,7 +146,7 @@ class _Walk:
         return math.hypot(*below)
 
     def _maxpool2dwithindices(self, node: Any, below: list[float]) -> float | None:
-        if any(one != 1 for one in saved(node, "dilation")):
+        if any(step != 1 for step in saved(node, "dilation")):
             return None
         return below[0] * overlap(saved(node, "kernel_size"), saved(node, "stride") or saved(node, "kernel_size"))
 
@@ -163,14 +158,14 @@ class _Walk:
         return below[0] * overlap(size, saved(node, "stride") or size) / math.sqrt(math.prod(size))
 
     def _ratio(self, node: Any, i: int) -> float:
-        """Numbers that come out over numbers that go in."""
+        """Return the number of outputs over the number of inputs."""
         child, index = node.next_functions[i]
         inside = leaf_of(child)
         shape = metadata(child)[index].shape if inside is None else inside.shape
         return math.prod(metadata(node)[0].shape) / math.prod(shape)
 
     def _spread(self, node: Any, i: int) -> float:
-        """What copies of a number in several places, by broadcasting, add to the norm."""
+        """Return the factor by which broadcasting, which copies numbers, enlarges the norm."""
         return 1.0 if node.next_functions[i][0] is None else math.sqrt(max(1.0, self._ratio(node, i)))
 
 

@@ -1,4 +1,4 @@
-"""The cost of the norms, or the condition numbers, of all layers of a network."""
+"""The cost of norms, or of condition numbers, of all layers of a network."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ LAYER, EIGEN, LONG = 1e7, 1.2, 8e7
 
 
 def norms_cost(snapshot: Snapshot) -> float:
-    """Gradients that norms, or condition numbers, of all layers take: see `lsp_callbacks.operators.cost`."""
+    """Return the gradients that norms, or condition numbers, of all layers cost, see `operators.cost`."""
     modules = dict(snapshot.module.named_modules())
     return beside(snapshot, time=sum(_time(modules[name], call) for name, call in snapshot.calls.items()))
 
 
 def _time(layer: nn.Module, call: Call) -> float:
-    own = [p for p in layer.parameters(recurse=False) if p.ndim > 1]
-    if not own or call.input_shape is None or call.output_shape is None:
+    matrices = [p for p in layer.parameters(recurse=False) if p.ndim > 1]
+    if not matrices or call.input_shape is None or call.output_shape is None:
         return 0.0
-    sides = own[0].shape if own[0].ndim == 2 else (math.prod(call.input_shape[1:]), math.prod(call.output_shape[1:]))
+    sides = (
+        matrices[0].shape
+        if matrices[0].ndim == 2
+        else (math.prod(call.input_shape[1:]), math.prod(call.output_shape[1:]))
+    )
     least, most = min(sides), max(sides)
     return LAYER + (2 * EIGEN * least**2 * most if least <= SMALL else LONG)

@@ -21,7 +21,7 @@ from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
 )
 from lsp_callbacks.step.snapshot import Snapshot
 
-#: Eigenvalues of a float32 Gram matrix below this share of the largest are rounding.
+#: Eigenvalues of a float32 Gram matrix below this share of the largest are rounding errors.
 ROUNDING = 1e-6
 #: Samples of a stream without end.
 ENDLESS = 10**9
@@ -29,12 +29,12 @@ ENDLESS = 10**9
 
 @dataclass(frozen=True)
 class FrozenSGD:
-    """All that the stability of SGD frozen at a step depends on.
+    """SGD with fixed linearisation and preconditioner, as they are at one step.
 
     Attributes:
         modes: reduced coordinates of K, see `lsp_callbacks.functional.reduced_modes`.
         rule: of the optimizer.
-        lr: the step's own rate, the largest of its groups.
+        lr: the step's learning rate, the largest of its groups.
         batch_size: of the step.
         population: samples that batches are drawn from; equal to those in ``modes`` where all are probes.
         kernel: where the modes come from; of the samples in batches, where their statistics tie them together.
@@ -58,17 +58,17 @@ def frozen_sgd(
     start: Tensor | None = None,
     most_rows: int = 10**6,
 ) -> FrozenSGD:
-    """Linearises a training step on ``range(J^T)``: exact at interpolation, a Gauss-Newton statement elsewhere.
+    """Linearise a training step on ``range(J^T)``: exact at interpolation, a Gauss-Newton statement elsewhere.
 
-    Learning rates that differ between groups, the frozen preconditioner of Adam, RMSprop or Adagrad, as it will be once
-    some more batches were met (`coming_rule`), and the factor by which this step's gradient was clipped enter as ``Z ->
-    Z D^(1/2)``; rates are those of the group with the largest.
-    Weight decay that differs between parameters is taken at its mean over the trace of K.
+    Learning rates that differ between groups, the frozen preconditioner of Adam, RMSprop or Adagrad, as it will be
+    after some more batches (`coming_rule`), and the factor by which this step's gradient was clipped enter as
+    ``Z -> Z D^(1/2)``; rates are those of the group with the largest.
+    Weight decay that differs between parameters is averaged, weighted by the trace of K.
 
     Under BatchNorm the outputs of a batch depend on all of its samples, ``f_i(theta, X_b)``, and a step on batch b acts
     by ``I - lr H_b``, ``H_b = (1/B) sum_i J_i^T S_i J_i`` with ``J_i = d f_i(theta, X_b) / d theta`` *through* the
     statistics. So scaling or shifting a weight ahead of BatchNorm moves no output, as in training; running statistics,
-    or those of the batch held fixed, lose that, and give the matrix of a training that nobody runs. The rows of K are
+    or those of the batch held fixed, lose that invariance, and give the matrix of another training. The rows of K are
     those of whole batches, ``probes.batches``, and steps draw whole batches, see `sgd_exponent`.
 
     Args:
@@ -79,13 +79,13 @@ def frozen_sgd(
         most_rows: see `lsp_callbacks.operators.sgd.gram_matrix`.
 
     Raises:
-        Unmeasurable: no probes, an optimizer that is not modelled, or a criterion without a Gauss-Newton matrix.
+        Unmeasurable: no probes, an optimizer that is not supported, or a criterion without a Gauss-Newton matrix.
 
     Cost: one forward and two backward passes over the probes, with a preconditioner one and three more; under BatchNorm
     a backward pass over its batch for each.
     """
     if snapshot.probes is None:
-        raise Unmeasurable("no probes are known: pass Snapshot(probes=ProbeSet(...))")
+        raise Unmeasurable("the snapshot has no probes: pass Snapshot(probes=ProbeSet(...))")
     probes = snapshot.probes.trained
     rule = critical_rule(snapshot)
     require_gradient(snapshot)
@@ -125,7 +125,7 @@ def frozen_sgd(
 
 
 def critical_rule(snapshot: Snapshot) -> FrozenRule:
-    """The step's `FrozenRule` where it has a critical rate on a Gauss-Newton matrix.
+    """Return the step's `FrozenRule` if it has a critical rate on a Gauss-Newton matrix.
 
     Raises:
         Unmeasurable: see `frozen_rule`; for ``maximize``, with a prox, and for coupled weight decay behind a
@@ -133,11 +133,14 @@ def critical_rule(snapshot: Snapshot) -> FrozenRule:
     """
     rule, decay = frozen_rule(snapshot), coupled_decay(snapshot)
     if snapshot.run.prox is not None:
-        raise Unmeasurable("the map that prox applies after the step is not modelled: look at lyapunov instead")
+        raise Unmeasurable("the map that prox applies after the step is not supported: use lyapunov instead")
     if rule.sign < 0:
-        raise Unmeasurable("maximize=True: the Gauss-Newton matrix of a loss that is maximised is not positive")
+        raise Unmeasurable(
+            "maximize=True: the Gauss-Newton matrix of a loss that is maximised is not positive: minimise its negative"
+        )
     if rule.frozen and (isinstance(decay, Tensor) or decay):
         raise Unmeasurable(
-            "coupled weight decay is not modelled with a frozen preconditioner: use AdamW's, or leave sgd_stability out"
+            "coupled weight decay is not supported with a frozen preconditioner: use AdamW's, or leave "
+            "sgd_stability out"
         )
     return rule

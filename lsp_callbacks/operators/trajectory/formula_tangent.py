@@ -46,6 +46,7 @@ class _Part:
             flat[a:b] = part
 
 
+@computed_once
 def formula_tangent(snapshot: Snapshot, *, initialised: bool = False) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
     """Return ``(z, dg) -> z'``, dg the change of the clipped gradient, and the length of z.
 
@@ -141,12 +142,13 @@ def _parts(snapshot: Snapshot, blocks: tuple[str, ...], initialised: bool) -> li
     """Return the parameters by options and history; ``initialised``: see `formula_tangent`."""
     optimizer, groups = require_optimizer(snapshot), group_of(snapshot)
     rule, end = formula(optimizer), 0
+    blocks_of_group = {id(group): rule.blocks(group) for group in optimizer.param_groups}
     parts: dict[tuple, _Part] = {}
     for name, p in snapshot.parameters.items():
         start, end = end, end + p.numel()
         group, state = groups[name], _state(optimizer, p)
         still = group is None or (snapshot.gradient is not None and snapshot.gradient[name] is None)
-        wanted = blocks if still or group is None else rule.blocks(group)
+        wanted = blocks if still or group is None else blocks_of_group[id(group)]
         present = tuple(block for block in wanted if initialised or state.get(block) is not None)
         t = float(state.get("step", 0.0)) + 1
         key = (None if still else id(group), t, present)

@@ -76,10 +76,10 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
 
     def adjoint(w: Tensor) -> Tensor:
         z, change = step_adjoint(snapshot, w)
-        return torch.cat([z[:n] + H @ change, z[n:]])
+        return torch.cat([z[:n] + H.apply(change), z[n:]])
 
     transpose = adjoint if formula_of(optimizer) is not None else None
-    return LinearOperator((size, size), lambda z: tangent(z, H @ z[:n]), transpose, dtype=H.dtype, device=H.device)
+    return LinearOperator((size, size), lambda z: tangent(z, H.apply(z[:n])), transpose, dtype=H.dtype, device=H.device)
 
 
 def _accurate_hessian(snapshot: Snapshot, method: Method) -> LinearOperator:

@@ -36,7 +36,9 @@ PATIENCE = 8
 Readings = tuple[float, ...]
 
 
-def measured_edge(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method) -> StabilityThreshold:
+def measured_threshold(
+    snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method
+) -> StabilityThreshold:
     """Return the step's `StabilityThreshold`, computed once for all quantities that align with it."""
     steps = _steps(snapshot, start)
     thresholds = _thresholds(snapshot)
@@ -58,7 +60,7 @@ def _steps(snapshot: Snapshot, start: Tensor | None) -> int:
     return WARM if start is not None and len(start) == n and n > COLD else COLD
 
 
-def edge_cost(snapshot: Snapshot, method: Method) -> dict[str, float]:
+def alignment_cost(snapshot: Snapshot, method: Method) -> dict[str, float]:
     """Return the cost, in gradients, of the alignment that sharpness and exponent share."""
     method, n = resolved(snapshot, method), _size(snapshot)
     one_rate = all(isinstance(value, float) for value in (rates(snapshot), decay_rates(snapshot)))
@@ -73,7 +75,7 @@ def _size(snapshot: Snapshot) -> int:
     return sum(p.numel() for p in snapshot.parameters.values())
 
 
-def edge_memory(snapshot: Snapshot, method: Method) -> dict[str, float]:
+def alignment_memory(snapshot: Snapshot, method: Method) -> dict[str, float]:
     """Return the bytes for the alignment: the basis of a Lanczos run that starts from nothing."""
     return product_memory(snapshot, method, COLD)
 
@@ -130,7 +132,7 @@ class Sharpness(Quantity):
         "sharpness": Key(
             "Largest eigenvalue of the Hessian of the step's loss.",
             CURVATURE,
-            "Above sharpness_limit a full-batch step is unstable: lower the learning rate.",
+            "If it stays above sharpness_limit and the loss does not fall: lower the learning rate.",
         ),
         "courant_gd": Key(
             "Learning rate divided by the largest stable one, by the curvature of one batch.",
@@ -166,11 +168,11 @@ class Sharpness(Quantity):
         players = 1 if snapshot.player is None else len(snapshot.player.optimizers)
         return {
             part: gradients * (players if part == "edge" else 1)
-            for part, gradients in edge_cost(snapshot, self.method).items()
+            for part, gradients in alignment_cost(snapshot, self.method).items()
         }
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        return edge_memory(snapshot, self.method)
+        return alignment_memory(snapshot, self.method)
 
     def warm_up(self, snapshot: Snapshot) -> int:
         """Return how many gradients the preconditioner still lacks: that of one batch says nothing of the next."""
@@ -194,7 +196,7 @@ class Sharpness(Quantity):
             raise Unmeasurable(f"player {missing} has not stepped for {snapshot.step - first} steps of the others")
         if name not in turn:
             start, top = self._starts.get(name, (None, None))
-            result = measured_edge(snapshot, start, top, self.method)
+            result = measured_threshold(snapshot, start, top, self.method)
             numbers = (result.sharpness, result.limit, result.courant, result.error, result.courant_error)
             self._starts[name], turn = (result.mode, result.top), {**turn, name: tuple(map(float, numbers))}
         self._turn, self._first = turn, first

@@ -116,7 +116,7 @@ class SignalPropagation(Quantity):
         "kurtosis_max": Key(
             "Largest excess kurtosis of a weight; 0 is that of a normal distribution.",
             "",
-            "If it grows in training, few weights take over: weight decay, or a lower learning rate.",
+            "If it grows in training, a few weights dominate their layer.",
             optional=True,
         ),
         "kurtosis_initial_max": Key(

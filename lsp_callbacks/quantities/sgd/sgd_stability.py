@@ -130,7 +130,7 @@ class SGDStability(Quantity):
         "collapsed": Key(
             "1 where the outputs no longer depend on the inputs, for three readings and 50 steps; 0.5 before that.",
             "",
-            "At 1 start again with a lower learning rate: a collapsed network does not recover, and looks stable.",
+            "At 1 start again with a lower learning rate: a collapsed network looks stable, but no longer learns.",
             optional=True,
             threshold=0.5,
         ),

@@ -21,7 +21,7 @@ from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.proximal import update_drift, update_jacobian
 from lsp_callbacks.quantities.base import scalar
-from lsp_callbacks.quantities.curvature.sharpness import edge_cost, edge_memory, measured_edge
+from lsp_callbacks.quantities.curvature.sharpness import alignment_cost, alignment_memory, measured_threshold
 from lsp_callbacks.quantities.key import NATS, PREFIX, Key
 from lsp_callbacks.quantities.trajectory.windowed import Windowed
 from lsp_callbacks.step.snapshot import Snapshot
@@ -97,24 +97,24 @@ class Lyapunov(Windowed):
         rule = frozen_rule(snapshot)
         pushes = 2 * (1 + bool(rule.momentum) + rule.frozen) + rule.frozen
         step = products(snapshot, method, 1) + push_cost(snapshot, pushes)
-        return {**edge_cost(snapshot, method), "window": self.window * (1 / 3 + step)}
+        return {**alignment_cost(snapshot, method), "window": self.window * (1 / 3 + step)}
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         blocks = 1 + len(state_blocks(snapshot))
         plane = 2 * blocks * (3 if frozen_rule(snapshot).momentum else 2)  # before the step and after it
-        return {**edge_memory(snapshot, self.method), "plane": plane * footprint(snapshot).parameters}
+        return {**alignment_memory(snapshot, self.method), "plane": plane * footprint(snapshot).parameters}
 
     def update(self, snapshot: Snapshot) -> None:
         """Align, or push through one more step; a gap in the steps starts again."""
         self.complete = False
         if not self._continues(snapshot):
-            edge = measured_edge(snapshot, self._mode, self._top, self.method)
-            self._mode, self._top = edge.mode, edge.top
+            threshold = measured_threshold(snapshot, self._mode, self._top, self.method)
+            self._mode, self._top = threshold.mode, threshold.top
             self._frame = {
-                "root": edge.root,
-                "buffer_scale": edge.buffer_scale,
-                "below": float(edge.accuracy),
-                "above": float(edge.courant_error),
+                "root": threshold.root,
+                "buffer_scale": threshold.buffer_scale,
+                "below": float(threshold.accuracy),
+                "above": float(threshold.courant_error),
                 "method": resolved(snapshot, self.method),
                 "rest": None,
                 "maps": [],

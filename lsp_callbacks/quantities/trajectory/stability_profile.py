@@ -25,7 +25,7 @@ from lsp_callbacks.operators.trajectory.window import KeptStep, Window, keep
 from lsp_callbacks.plots.depth_map import draw_depth_map
 from lsp_callbacks.plots.figure import load
 from lsp_callbacks.quantities.base import ROOT, scalar
-from lsp_callbacks.quantities.curvature.sharpness import edge_cost, measured_edge
+from lsp_callbacks.quantities.curvature.sharpness import alignment_cost, measured_threshold
 from lsp_callbacks.quantities.key import PREFIX
 from lsp_callbacks.quantities.trajectory import profile_in_depth, profile_in_training
 from lsp_callbacks.quantities.trajectory.profile_in_depth import in_depth
@@ -133,7 +133,9 @@ class StabilityProfile(Windowed):
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         """Return the cost of products over the window, of the norms in depth, and of passes over the probes."""
         method = resolved(snapshot, self.method)
-        alignment = edge_cost(snapshot, self.method) if _has_edge(snapshot) else {"forward": forward_cost(snapshot)}
+        alignment = (
+            alignment_cost(snapshot, self.method) if _has_threshold(snapshot) else {"forward": forward_cost(snapshot)}
+        )
         rows, passes = self.directions + self.noise + 1, 0
         if self.bounds and tangent_path(snapshot) == "exact":
             passes = 1 + 2 * min(PAIRS, max(1, self.bounds // 2))
@@ -208,10 +210,10 @@ class StabilityProfile(Windowed):
 
     def _sharp(self, snapshot: Snapshot) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the displacement along the sharpest mode, where there is an edge, and the next alignment's start."""
-        if not _has_edge(snapshot):
+        if not _has_threshold(snapshot):
             return None, None, None
-        edge = measured_edge(snapshot, self._mode, self._top, self.method)  # shared with sharpness
-        return edge.root * edge.mode, edge.mode, edge.top
+        threshold = measured_threshold(snapshot, self._mode, self._top, self.method)  # shared with sharpness
+        return threshold.root * threshold.mode, threshold.mode, threshold.top
 
     def _kept(self, snapshot: Snapshot, method: Method, continues: bool) -> list[KeptStep] | None:
         """Return the steps of the window so far, for products at its end; None without these, with the reason."""
@@ -306,7 +308,7 @@ class StabilityProfile(Windowed):
         self.unbounded = self.undefined = self.wide = ""
 
 
-def _has_edge(snapshot: Snapshot) -> bool:
+def _has_threshold(snapshot: Snapshot) -> bool:
     try:
         threshold_constant(frozen_rule(snapshot))
     except Unmeasurable:
