@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lsp_callbacks.callbacks.publisher import Stopwatch
 from lsp_callbacks.callbacks.spawned_history import Mailbox, packed, unpack
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.monitor.history import Curve
@@ -19,10 +20,11 @@ class RunResults:
     Args:
         monitor: that measures.
         observer: that counts the steps.
+        stopwatch: that runs while something is measured.
     """
 
-    def __init__(self, monitor: Monitor, observer: StepObserver):
-        self.monitor, self.observer = monitor, observer
+    def __init__(self, monitor: Monitor, observer: StepObserver, stopwatch: Stopwatch):
+        self.monitor, self.observer, self.stopwatch = monitor, observer, stopwatch
         #: ArrivedLoss of each observation and of the end of each step: `StopOnInstability`.
         self.subscribers: list[Any] = []
         #: Called with the number of each step and the loss that its micro-batches returned.
@@ -68,6 +70,11 @@ class RunResults:
     def fault(self) -> Fault | None:
         """What made the first NaN or Inf of the run, where "numerics" is among the quantities."""
         return first_fault_of(self.monitor)
+
+    @property
+    def overhead(self) -> float:
+        """Measured share of the time since training began that went into measuring."""
+        return self.stopwatch.share
 
     @property
     def verdict(self) -> Verdict:

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lsp_callbacks._validation import whole
+from lsp_callbacks.callbacks.run_facts import unsupported
+from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.multi_optimizer import check_losses
 from lsp_callbacks.step.run_context import Prox
 
@@ -68,3 +71,19 @@ def warn_of_sub_batch(samples: int | None) -> None:
         warnings.warn(
             f"sub_batch={samples}: sharpness and exponents are those of a sub-batch, not of the step", stacklevel=2
         )
+
+
+def check_named(trainer: Any, module: Any, monitor: Monitor, loss_fn: Any) -> None:
+    """Raise Unmeasurable if the user named a quantity that needs the update, and the update is not supported."""
+    reason = unsupported(trainer, module, players=isinstance(loss_fn, Mapping))
+    named = [q for q in monitor.quantities.values() if q.needs_update and q.name in monitor.quantities.named]
+    if reason and named:
+        raise Unmeasurable(f"{named[0].name} cannot be measured: {reason}")
+
+
+def warn_of_unseen_steps(monitor: Monitor, module: Any) -> None:
+    """Warn that no optimizer step was seen, as the module's own ``optimizer_step`` makes it behind Lightning's back."""
+    monitor.errors.warn_once(
+        f"no optimizer step was seen: {type(module).__name__}.optimizer_step must call "
+        "optimizer.step(closure) of the optimizer that Lightning passes in"
+    )

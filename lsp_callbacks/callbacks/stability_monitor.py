@@ -16,11 +16,15 @@ from lsp_callbacks.callbacks.loss_feed import LossFeed
 from lsp_callbacks.callbacks.lr_forecast import LRForecast, steps_left
 from lsp_callbacks.callbacks.mixed_precision import is_overflowed, loss_scale
 from lsp_callbacks.callbacks.publisher import Publisher
-from lsp_callbacks.callbacks.run_facts import unsupported
 from lsp_callbacks.callbacks.run_results import RunResults
-from lsp_callbacks.callbacks.setting_checks import check_settings, check_trains, warn_of_sub_batch
+from lsp_callbacks.callbacks.setting_checks import (
+    check_named,
+    check_settings,
+    check_trains,
+    warn_of_sub_batch,
+    warn_of_unseen_steps,
+)
 from lsp_callbacks.callbacks.step_numbers import StepNumbers
-from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.configure import configured
 from lsp_callbacks.monitor.observer import StepObserver
 from lsp_callbacks.quantities import Quantity
@@ -128,17 +132,13 @@ class StabilityMonitor(RunResults, Callback):
             quantities, every_n_steps=every_n_steps, budget=budget, window=window, average=average, layers=layers,
             blocks=blocks, strict=strict, max_memory=max_memory, time_limit=time_limit,
         )  # fmt: skip
-        super().__init__(monitor, StepObserver(monitor, forward_fn=forward_fn, criterion=criterion))
+        self.forecast, self._publisher = LRForecast(), Publisher(log_layers)
+        observer = StepObserver(monitor, forward_fn=forward_fn, criterion=criterion)
+        super().__init__(monitor, observer, self._publisher.stopwatch)
         self.sub_batch, self.accumulate, self.loss_fn, self.prox = sub_batch, accumulate, loss_fn, prox
         self.save_vectors, self.seed = save_vectors, seed
-        self.forecast, self._publisher = LRForecast(), Publisher(log_layers)
         self._numbers = StepNumbers(self.observer, accumulate)
         self._has_loss = self._is_overflowed = False
-
-    @property
-    def overhead(self) -> float:
-        """Measured share of the time since training began that went into measuring."""
-        return self._publisher.stopwatch.share
 
     def scheduled_courant(self, trainer: Any) -> float:
         """Return the rate that the optimizer has now, before it is used, over the critical rate; NaN if not known."""
@@ -156,12 +156,7 @@ class StabilityMonitor(RunResults, Callback):
             self._publisher.reset()
             self.monitor.reset()
         self.monitor.drop()
-        reason = unsupported(trainer, pl_module, players=isinstance(self.loss_fn, Mapping))
-        named = [
-            q for q in self.monitor.quantities.values() if q.needs_update and q.name in self.monitor.quantities.named
-        ]
-        if reason and named:
-            raise Unmeasurable(f"{named[0].name} cannot be measured: {reason}")
+        check_named(trainer, pl_module, self.monitor, self.loss_fn)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Not in setup: the module may build itself in its own setup or configure_model, which come later.
@@ -192,12 +187,12 @@ class StabilityMonitor(RunResults, Callback):
         warn_of_sub_batch(self.sub_batch)
         if self.history:
             self._publisher.resume(trainer, self.history)
-        self._publisher.stopwatch.start()
+        self.stopwatch.start()
 
     # -- one step --------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        with self._publisher.stopwatch:
+        with self.stopwatch:
             observer = self.observer
             observer.check_update()
             first = self._numbers.begin_batch(trainer, batch_idx)
@@ -216,7 +211,7 @@ class StabilityMonitor(RunResults, Callback):
         self.observer.loss(loss, scale=lambda: loss_scale(trainer), is_returned=is_returned)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        with self._publisher.stopwatch:
+        with self.stopwatch:
             if pl_module.automatic_optimization and not self._has_loss:  # training_step returned None
                 self.observer.skip_update()
                 # Lightning counts it. A gradient that was set to zero, not to None, moves what has momentum.
@@ -234,7 +229,7 @@ class StabilityMonitor(RunResults, Callback):
             self._numbers.count(moved=moved)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        with self._publisher.stopwatch:
+        with self.stopwatch:
             observer, publisher = self.observer, self._publisher
             is_changed = observer.check_gradient(CHANGED_GRADIENT, is_gone_allowed=True)
             if not is_changed and observer.updates > 1 and observer.game is None:
@@ -268,10 +263,7 @@ class StabilityMonitor(RunResults, Callback):
         observer = self.observer
         observer.check_update()
         if self._loop.overrides_step and observer.is_pending and not self.history:
-            self.monitor.errors.warn_once(
-                f"no optimizer step was seen: {type(pl_module).__name__}.optimizer_step must call "
-                "optimizer.step(closure) of the optimizer that Lightning passes in"
-            )
+            warn_of_unseen_steps(self.monitor, pl_module)
         self._loss_feed.finish(observer.step - 1)
         # StabilityReport says it below its table.
         if not any(getattr(callback, "says_verdict", False) for callback in trainer.callbacks):

@@ -375,6 +375,6 @@ def test_updates_that_are_not_those_of_ddp(names, hook, reason):
 
 
 def test_what_is_named_and_sharded_raises(monkeypatch):
-    monkeypatch.setattr("lsp_callbacks.callbacks.stability_monitor.sharded", lambda trainer: "in shards")
+    monkeypatch.setattr("lsp_callbacks.callbacks.run_facts.sharded", lambda trainer: "in shards")
     with pytest.raises(Unmeasurable, match="spectral_norm cannot be measured: in shards"):
         fit(Model, StabilityMonitor("spectral_norm", every_n_steps=1), loader=data())
