@@ -34,7 +34,7 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
     def ties(m: nn.Module) -> bool:
         if isinstance(m, BatchNorm):
             return m.training or m.running_mean is None
-        return m.training and not isinstance(m, InstanceNorm) and {"running_mean", "running_var"} <= {*buffers(m)}
+        return m.training and not isinstance(m, InstanceNorm) and {"running_mean", "running_var"} <= {*buffers(m).keys()}
 
     return [m for m in module.modules() if ties(m)]
 
