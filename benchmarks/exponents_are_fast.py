@@ -1,7 +1,7 @@
-"""Claim: lambda from K costs a hundredth of multiplying dense steps, a curve of 32 rates less than four points where
-each sample has one row, and the mean-square rate of 64 samples 20 times one ``eigh`` of K (Nesterov 35).
+"""Claim: lambda from K costs a hundredth of multiplying dense steps.
 
-With ten rows a sample a curve costs ten to thirty points: 32 rates are 32 times the multiplications, and a single
+A curve of 32 rates costs less than four points where each sample has one row, and the mean-square rate of 64 samples 20
+times one ``eigh`` of K (Nesterov 35). With ten rows a sample a curve costs ten to thirty points: 32 rates are 32 times the multiplications, and a single
 rate is no longer bound by memory.
 
 Medians of interleaved repetitions, one thread. The dense side forms ``I - (lr / B) M_B K`` and multiplies it into a

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def whole(name: str, value: Any, least: int, *, instead: str = "") -> int:
-    """A whole number of at least ``least``.
+    """Return a whole number of at least ``least``.
 
     Args:
         name: of the argument.
@@ -35,7 +35,7 @@ def choice(name: str, value: Any, *options: str) -> Any:
 
 
 def number(name: str, value: Any, *, above: float = -math.inf, most: float = math.inf, instead: str = "") -> float:
-    """A real number in ``(above, most]``.
+    """Return a real number in ``(above, most]``.
 
     Raises:
         ValueError: for anything else, NaN included.

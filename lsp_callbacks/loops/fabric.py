@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import tree_map
-from lsp_callbacks.loops.plain import Watch
+from lsp_callbacks.loops.watch import Watch
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.step.pending_step import LossFn
 

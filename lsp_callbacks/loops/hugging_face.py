@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lsp_callbacks.errors import Unsupported
-from lsp_callbacks.loops.plain import Log, Watch
 from lsp_callbacks.loops.plain_loop import is_scheduler_of
+from lsp_callbacks.loops.watch import Log, Watch
 from lsp_callbacks.monitor.configure import configured
 from lsp_callbacks.monitor.history import scalars
 from lsp_callbacks.monitor.monitor import Monitor

@@ -10,7 +10,7 @@ import torch
 
 from lsp_callbacks.monitor.cadence import Cadence
 from lsp_callbacks.monitor.limits import Seconds, check_memory, in_bytes
-from lsp_callbacks.monitor.selected import SelectedQuantities
+from lsp_callbacks.monitor.selected_quantities import SelectedQuantities
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.snapshot import Snapshot
 

@@ -11,8 +11,8 @@ import torch
 
 from lsp_callbacks.errors import NotApplicable, Unsupported
 from lsp_callbacks.monitor.budget import Budget
-from lsp_callbacks.monitor.schedule import Schedule
-from lsp_callbacks.monitor.selected import SelectedQuantities, Skips
+from lsp_callbacks.monitor.due_quantities import Schedule
+from lsp_callbacks.monitor.selected_quantities import SelectedQuantities, Skips
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.snapshot import Snapshot
 

@@ -15,14 +15,14 @@ from lsp_callbacks.monitor.budget import Budget
 from lsp_callbacks.monitor.cadence import Cadence
 from lsp_callbacks.monitor.checkpoint import load_monitor_state, monitor_state
 from lsp_callbacks.monitor.courant_source import CourantSource
+from lsp_callbacks.monitor.due_quantities import Schedule
 from lsp_callbacks.monitor.error_policy import ErrorPolicy
 from lsp_callbacks.monitor.history import History, Observation
 from lsp_callbacks.monitor.invalidation import invalidated
 from lsp_callbacks.monitor.losses import LossWatch
 from lsp_callbacks.monitor.measurement import Measurement
-from lsp_callbacks.monitor.recorder import Recorder
-from lsp_callbacks.monitor.schedule import Schedule
-from lsp_callbacks.monitor.selected import Reasons, SelectedQuantities, Skips, warn_of_skips
+from lsp_callbacks.monitor.selected_quantities import Reasons, SelectedQuantities, Skips, warn_of_skips
+from lsp_callbacks.monitor.series_recorder import Recorder
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.snapshot import Snapshot

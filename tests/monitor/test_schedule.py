@@ -1,7 +1,7 @@
 """What is measured at a step: it starts, goes on, or has waited until now."""
 
 from lsp_callbacks.monitor.cadence import Cadence
-from lsp_callbacks.monitor.schedule import Schedule
+from lsp_callbacks.monitor.due_quantities import Schedule
 
 
 def schedule(every=10):

@@ -11,7 +11,7 @@ from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import power_iteration, unit
 from lsp_callbacks.operators.sgd.output_hessian import Product, all_pairs, blocks, output_hessian, root
-from lsp_callbacks.operators.sgd.recorder import Recorder
+from lsp_callbacks.operators.sgd.per_sample_gradients import Recorder
 from lsp_callbacks.operators.sgd.sharpest_mode import sharpest_mode
 from lsp_callbacks.step.criterion import Evaluation
 from lsp_callbacks.step.probe_set import ProbeSet

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.monitor.error_policy import ErrorPolicy
-from lsp_callbacks.monitor.selected import SelectedQuantities
+from lsp_callbacks.monitor.selected_quantities import SelectedQuantities
 from lsp_callbacks.step.flat import largest_learning_rate
 from lsp_callbacks.step.series import Trace
 
