@@ -21,11 +21,10 @@ from lsp_callbacks.monitor.history import History, Observation
 from lsp_callbacks.monitor.invalidation import invalidated
 from lsp_callbacks.monitor.losses import LossWatch
 from lsp_callbacks.monitor.measurement import Measurement
-from lsp_callbacks.monitor.selected_quantities import Reasons, SelectedQuantities, Skips
+from lsp_callbacks.monitor.selected_quantities import Reasons, SelectedQuantities, Skips, warn_of_skips
 from lsp_callbacks.monitor.series_recorder import Recorder
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.ranks import Ranks
-from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot
 
 
@@ -143,8 +142,7 @@ class Monitor:
         if reasons:
             self.recorder.drop_unused()
         if reasons and warn and self._ranks.rank == 0:
-            text = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in reasons.items())
-            warnings.warn(f"lsp_callbacks skips {text}", stacklevel=stacklevel)
+            warn_of_skips(reasons, stacklevel=stacklevel + 1)
 
     def wants(self, step: int, *, scheduled: float = math.nan) -> bool:
         """Return whether `observe` would look at this step: if not, no snapshot needs to be made.
@@ -184,7 +182,7 @@ class Monitor:
         self.record(snapshot.step, snapshot.loss, snapshot.optimizer, snapshot.module, previous=snapshot.previous)
         self.quantities.begin(snapshot, self.errors)
         if self.trace is not None or self.invalidated:  # otherwise what is cached of the snapshot stays
-            snapshot = replace(snapshot, run=self._run_of(snapshot.run))
+            snapshot = replace(snapshot, run=snapshot.run.completed(self.trace, self.invalidated))
         if not self.wants(snapshot.step):
             return None
         starts = self.schedule.starts(snapshot.step)
@@ -199,17 +197,12 @@ class Monitor:
             self.budget.price(self.quantities, snapshot, self.cadence)
         return self._with_courant(Observation(snapshot.step, {}, measured.failures), measured.values)
 
-    def _run_of(self, run: RunContext) -> RunContext:
-        """Return the facts of the run, with those that are known here."""
-        series = run.series if self.trace is None else self.trace
-        return replace(run, series=series, invalidated=self.invalidated or run.invalidated)
-
     def _with_courant(self, observation: Observation, values: dict[str, float]) -> Observation | None:
         """Return the observation of a step with the headline metric, which may be that of an earlier step."""
         possible = self.quantities.possible_keys(optional=False, without_update=bool(self.invalidated))
         headline = self.courant.value(observation.step, values, possible)
         self.cadence.read(self.courant.reading(values))
-        if headline is not None and self.courant.key is not None:
+        if headline is not None:
             step, value = headline
             added = self.history.add(Observation(step, {}), self.courant.reported(value)).values
             observation = replace(observation, values=observation.values | added)
@@ -233,8 +226,7 @@ class Monitor:
     def drop(self) -> None:
         """Forget windows and warm starts: the steps before are not those that come after."""
         self.schedule.interrupt()
-        for quantity in self.quantities.values():
-            quantity.load_vectors({})
+        self.quantities.forget_vectors()
 
     def state_dict(self, *, vectors: bool = False) -> dict[str, Any]:
         """Return scalars, and on request the vectors of windows that are under way."""

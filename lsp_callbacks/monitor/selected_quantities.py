@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
@@ -38,6 +39,12 @@ class Skips:
     def __iter__(self) -> Iterator[tuple[Reasons, bool]]:
         """Return the reasons of each kind, with whether the user is told."""
         return iter([(self.silent, False), (self.warned, True)])
+
+
+def warn_of_skips(reasons: Reasons, *, stacklevel: int) -> None:
+    """Issue one warning for all quantities that are skipped."""
+    text = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in reasons.items())
+    warnings.warn(f"lsp_callbacks skips {text}", stacklevel=stacklevel)
 
 
 class SelectedQuantities(dict[str, Quantity]):
@@ -88,6 +95,11 @@ class SelectedQuantities(dict[str, Quantity]):
         """
         keys = {key for q in self.values() for key in (*q.keys, *(q.optional if optional else ()))}
         return keys - ({*lost_keys(self.values())} if without_update else set())
+
+    def forget_vectors(self) -> None:
+        """Forget windows and warm starts."""
+        for quantity in self.values():
+            quantity.load_vectors({})
 
     def captures_inputs(self, name: str, module: nn.Module) -> bool:
         """Return whether any quantity wants the module's inputs in full."""

@@ -34,7 +34,8 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
     def ties(m: nn.Module) -> bool:
         if isinstance(m, BatchNorm):
             return m.training or m.running_mean is None
-        return m.training and not isinstance(m, InstanceNorm) and {"running_mean", "running_var"} <= {*buffers(m)}
+        names = {*buffers(m).keys()}  # by keys(): the buffers of a scripted module are no dict
+        return m.training and not isinstance(m, InstanceNorm) and {"running_mean", "running_var"} <= names
 
     return [m for m in module.modules() if ties(m)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,3 +58,9 @@ class RunContext:
     unsupported: str | None = None
     invalidated: str | None = None
     sharded: str | None = None
+
+    def completed(self, series: Trace | None, invalidated: str | None) -> RunContext:
+        """Return the facts with what a `Monitor` knows of the run; None leaves them as they are."""
+        return replace(
+            self, series=self.series if series is None else series, invalidated=invalidated or self.invalidated
+        )

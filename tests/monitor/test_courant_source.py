@@ -18,6 +18,8 @@ NAN, NET = math.nan, torch.nn.Linear(1, 1)
 class Scripted(Quantity):
     """Says what it is told to, step by step: a number, None while it waits, or an exception."""
 
+    key_states = False
+
     def __init__(self, name, key, script):
         super().__init__()
         self.name, self.keys, self.script = name, (key,), script

@@ -15,7 +15,7 @@ NET, X = torch.nn.Linear(1, 1, bias=False).double(), torch.tensor([[2.0]], dtype
 class Fake(Quantity):
     """Counts steps; fails where it is told to."""
 
-    needs_update = True
+    needs_update, key_states = True, False
 
     def __init__(self, name="fake", prepare=0, window=1, cost=None, fails=None, unfit=None):
         super().__init__()

@@ -393,8 +393,8 @@ def no_parameter():
      ({"energies": {"a": lambda module, loss, /: 0}}, "nothing is known of its parameter 'loss'"),
      ({"energies": {"a": lambda loss: 0}}, "first parameter is the module"),
      ({"energies": {"a": no_parameter}}, "first parameter is the module"),
-     ({"energies": {"state": squares}, "state": ""}, "an energy of its own"),
-     ({"energies": {"joint": squares}, "state": "", "reference": "initial"}, "an energy of its own"),
+     ({"energies": {"state": squares}, "state": ""}, "choose another"),
+     ({"energies": {"joint": squares}, "state": "", "reference": "initial"}, "choose another"),
      ({"state": 3}, "name of the module")],
 )  # fmt: skip
 def test_bad_energies_are_refused_at_construction(arguments, reason):

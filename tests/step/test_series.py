@@ -171,7 +171,7 @@ def test_a_plain_loop_tells_its_loss():
             model, steps=20, watch=monitor, loss_fn=loss_fn, between=lambda watch, model: watch.record(told[-1])
         )
     assert watch.history["stability/dissipation"].steps == [*range(11, 20)]
-    with pytest.warns(UserWarning, match=r"loss of the steps was not seen.*Watch.record"):
+    with pytest.warns(UserWarning, match=r"losses of the steps were not seen.*Watch.record"):
         silent, _ = plain(net(), steps=20, watch=Monitor(Soon(), every_n_steps=1))
     assert all(map(math.isnan, silent.history["stability/dissipation"].values))
 
