@@ -213,11 +213,16 @@ def test_named_quantities_that_cannot_be_measured_raise_at_the_first_batch():
         next(iter(watch(data())))
 
 
+class Forward(Model):
+    def forward(self, x):
+        return self.net(x)
+
+
 def test_a_lightning_module_that_fabric_has_set_up():
     """It holds Fabric and the wrapped optimizers, which cannot be copied."""
     watched, found = Monitor(*quantities(), every_n_steps=2), []
     for watch in (None, watched):
-        model = Model(net())
+        model = Forward(net())
         found.append(left(model, fabric(model, watch=watch)[1]))
     assert all(map(torch.equal, *found))
     assert all(map(math.isfinite, watched.history[SHARPNESS].values))
