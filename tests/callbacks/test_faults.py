@@ -304,7 +304,7 @@ def test_a_checkpoint_of_another_release(how, anew, tmp_path):
 
 def test_a_stop_rule_of_another_release_goes_on_with_what_is_there():
     stop = StopOnInstability()
-    stop.load_state_dict({"events": [7], "readings": [1.0], "flux": 3})
+    stop.load_state_dict({"events": [7], "flux": 3})
     assert stop.event_step == 7 and stop.state_dict()["losses"]["count"] == 0 and stop.stop_step is None
 
 
