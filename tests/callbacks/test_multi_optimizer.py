@@ -193,7 +193,8 @@ def test_a_loss_that_detaches_the_other_player_has_no_exponent_and_every_edge():
         fit(GAN, callback, max_steps=8)
     fit(GAN, joined, max_steps=8)
     assert all(map(math.isnan, callback.history[EXPONENT].values)) and EXPONENT not in joined.history
-    assert callback.history[COURANT].values == joined.history[COURANT].values
+    # Exact products on one side, which the detached tensors ask for, and finite differences on the other.
+    assert callback.history[COURANT].values == pytest.approx(joined.history[COURANT].values, rel=2e-3)
 
 
 class WeightClipping(GAN):

@@ -299,6 +299,27 @@ def test_a_detached_loss_is_found_where_its_product_would_be_wrong(part):
     assert not snapshot.player.trusted
 
 
+def test_a_player_that_detaches_its_own_parameters_is_found():
+    """Its gradient changes with them in a way that two backward passes do not see."""
+    module = Duel()
+
+    def critic():
+        score = module.critic(module.generator(module.noise))
+        return F.softplus(score).mean() + (score * score.detach()).mean()
+
+    snapshot = first(module, losses=module.losses() | {"critic": critic})
+    with pytest.raises(Unmeasurable, match=r"'critic' depends on its own parameters|'critic' detaches"):
+        joint_jacobian(snapshot)
+    own = lambda: (
+        module.critic(module.x).square().mean()
+        + (  # noqa: E731
+            module.critic(module.x) * module.critic(module.x).detach()
+        ).mean()
+    )
+    with pytest.raises(Unmeasurable, match=r"'critic' depends on its own parameters .* made by detach"):
+        joint_jacobian(first(module, losses=module.losses() | {"critic": own}))
+
+
 def test_players_that_have_nothing_to_do_with_each_other_may_play():
     module = Duel()
     losses = {"critic": lambda: module.critic(module.x).square().mean(), "generator": module.losses()["generator"]}

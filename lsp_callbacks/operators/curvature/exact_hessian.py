@@ -87,7 +87,9 @@ def exact_hessian(snapshot: Snapshot, otherwise: Callable[[Tensor, str], LinearO
             "tensors)",
         )
 
-    if snapshot.graph.stopped:
+    # Of a game, only the player's own rows enter its step: `joint_jacobian` compares those.
+    is_game = snapshot.player is not None and snapshot.player.joint
+    if snapshot.graph.stopped and not is_game:
         _check_stop_gradients(exact, gradient, snapshot)
 
     fallback: LinearOperator | None = None  # once exact products have raised

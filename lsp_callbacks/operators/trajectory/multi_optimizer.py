@@ -115,29 +115,45 @@ def _require_coupling(snapshot: Snapshot, places: Tensor) -> None:
     parameters = list(joint.parameters.values())
     noise = torch.randn(H.shape[1], generator=snapshot.generator("reach"), dtype=H.dtype).to(H.device)
     theta = flatten(parameters, parameters).detach().to(H.dtype)
+    gradient = replayed_gradient(snapshot)[1]
+
+    def is_confirmed(v: Tensor, whose: str) -> bool:
+        if not bool(v.any()):  # the player holds all parameters
+            return True
+        image = (H @ v)[places]
+        for far in (8.0, 1.0, 1 / 8):  # the first resolves small couplings, the last crosses few kinks
+            central, distance = central_difference(joint, v, far)
+            comparison = Comparison.of(image, central[places], gradient, distance)
+            if comparison.defect <= TOLERANCE * comparison.size:
+                return True
+            if far > 1 and comparison.lost:
+                raise Unmeasurable(
+                    f"whether the loss of player {player.name!r} detaches {whose} parameters cannot be checked at this "
+                    "step: they change its gradient by less than rounding does"
+                )
+        return False
+
     # A random direction changes little in a large network; shrinking all weights changes much.
-    v = unit(_others(noise, places) + _others(theta, places))
-    if not bool(v.any()):  # it holds all parameters
-        return
-    image, gradient = (H @ v)[places], replayed_gradient(snapshot)[1]
-    for far in (8.0, 1.0, 1 / 8):  # the first resolves small couplings, the last crosses few kinks
-        central, distance = central_difference(joint, v, far)
-        comparison = Comparison.of(image, central[places], gradient, distance)
-        if comparison.defect <= TOLERANCE * comparison.size:
-            player.trusted.add(player.name)
-            return
-        if far > 1 and comparison.lost:
-            raise Unmeasurable(
-                f"whether the loss of player {player.name!r} detaches the other players' parameters cannot be checked "
-                "at this step: they change its gradient by less than rounding does"
-            )
-    raise Unmeasurable(
-        f"the loss of player {player.name!r} detaches the other players' parameters (.detach(), torch.no_grad(), "
-        ".data), though its gradient depends on them: do not detach them in its loss_fn; the gradient of its own "
-        "parameters does not change"
-    )
+    others = unit(_others(noise, places) + _others(theta, places))
+    if not is_confirmed(others, "the other players'"):
+        raise Unmeasurable(
+            f"the loss of player {player.name!r} detaches the other players' parameters (.detach(), torch.no_grad(), "
+            ".data), though its gradient depends on them: do not detach them in its loss_fn; the gradient of its own "
+            "parameters does not change"
+        )
+    if joint.graph.stopped and not is_confirmed(unit(_own(noise, places) + _own(theta, places)), "its own"):
+        raise Unmeasurable(
+            f"the loss of player {player.name!r} depends on its own parameters by way of tensors without a graph, made "
+            f"by {', '.join(joint.graph.stopped)}: leave this quantity out, or compute them with a graph"
+        )
+    player.trusted.add(player.name)
 
 
 def _others(vector: Tensor, places: Tensor) -> Tensor:
     """Return the unit vector with zeros at the player's parameters."""
     return unit(vector.index_fill(0, places, 0.0))
+
+
+def _own(vector: Tensor, places: Tensor) -> Tensor:
+    """Return the unit vector with zeros at the other players' parameters."""
+    return unit(torch.zeros_like(vector).index_copy(0, places, vector[places]))
