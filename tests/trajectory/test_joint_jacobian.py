@@ -310,12 +310,13 @@ def test_a_player_that_detaches_its_own_parameters_is_found():
     snapshot = first(module, losses=module.losses() | {"critic": critic})
     with pytest.raises(Unmeasurable, match=r"'critic' depends on its own parameters|'critic' detaches"):
         joint_jacobian(snapshot)
-    own = lambda: (
-        module.critic(module.x).square().mean()
-        + (  # noqa: E731
-            module.critic(module.x) * module.critic(module.x).detach()
-        ).mean()
-    )
+
+    def own():
+        return (
+            module.critic(module.x).square().mean()
+            + (module.critic(module.x) * module.critic(module.x).detach()).mean()
+        )
+
     with pytest.raises(Unmeasurable, match=r"'critic' depends on its own parameters .* made by detach"):
         joint_jacobian(first(module, losses=module.losses() | {"critic": own}))
 

@@ -29,6 +29,7 @@ def hessian_agrees(product: Product, gradient: Tensor, snapshot: Snapshot) -> bo
     Cost: a product, and two to ten gradients.
     """
     noise = torch.randn(len(gradient), generator=snapshot.generator("custom"), dtype=gradient.dtype).to(gradient.device)
+    noise = noise * _is_moved(snapshot).to(noise)
     # The gradient leans towards what is sharp; noise sees the rest.
     tiny = torch.finfo(torch.float64).tiny
     v = (noise / norm(noise) + gradient / norm(gradient).clamp_min(tiny)).to(gradient.dtype)
@@ -57,6 +58,14 @@ def hessian_agrees(product: Product, gradient: Tensor, snapshot: Snapshot) -> bo
         return True
     farthest = compared(64.0)[1]
     return farthest.agrees or farthest.lost
+
+
+def _is_moved(snapshot: Snapshot) -> Tensor:
+    """Return 1 for each parameter that the step gives a gradient; the others stay where they are, and enter nothing."""
+    gradient = snapshot.gradient or {}
+    return torch.cat(
+        [torch.full((p.numel(),), float(gradient.get(name, p) is not None)) for name, p in snapshot.parameters.items()]
+    )
 
 
 def criterion_agrees(product: Product, criterion: Callable[[Tensor], Tensor], outputs: Tensor) -> bool:
