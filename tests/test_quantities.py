@@ -81,6 +81,7 @@ def saved(metric):
     return state, copy.deepcopy(metric.vectors())
 
 
+@pytest.mark.quick
 @every_quantity
 def test_a_measurement_takes_its_steps_and_returns_its_keys(name):
     metric = metric_of(name)
@@ -101,6 +102,7 @@ def test_a_measurement_takes_its_steps_and_returns_its_keys(name):
     assert not any(key + "/" in other for key in values for other in values)  # a name is a value or a prefix
 
 
+@pytest.mark.quick
 @every_quantity
 def test_nothing_is_known_before_the_first_measurement_and_after_a_reset(name):
     metric = fed(name, extra=1)
@@ -115,6 +117,7 @@ def test_nothing_is_known_before_the_first_measurement_and_after_a_reset(name):
     assert same(metric.compute(), again.compute())
 
 
+@pytest.mark.quick
 @every_quantity
 def test_forward_is_an_update_that_returns_the_last_measurement(name):
     """As torchmetrics' users call it; its own would begin each measurement anew and stack the states."""
@@ -129,6 +132,7 @@ def test_forward_is_an_update_that_returns_the_last_measurement(name):
     assert all(value.shape == () for value in called.compute().values())
 
 
+@pytest.mark.quick
 @every_quantity
 def test_one_key_is_a_metric_of_its_own(name):
     """``self.log(name, metric[key])`` in a LightningModule."""
@@ -160,6 +164,7 @@ def test_what_is_no_snapshot_is_told_what_is_wanted(name, argument):
         metric_of(name).update(argument)
 
 
+@pytest.mark.quick
 @every_quantity
 def test_state_survives_a_checkpoint(name):
     metric, fresh = fed(name, measurements=3), metric_of(name)
@@ -279,6 +284,7 @@ def test_copies_are_independent(name):
     assert metric.update_count > 0 and metric.compute()
 
 
+@pytest.mark.quick
 @every_quantity
 def test_leaves_no_trace(name):
     task, metric = problem(), metric_of(name)
