@@ -39,9 +39,8 @@ class Spectrum:
         effective_rank_error: to first order.
         negative: a lower bound of the share of eigenvalues below 0, within its standard error.
         negative_error: of that.
-        zero: the share that the runs cannot distinguish from 0, an upper bound of the share that is 0; ``negative +
-        zero`` is
-            an upper bound of the share below 0.
+        zero: the share that the runs cannot distinguish from 0, an upper bound of the share that is 0;
+            ``negative + zero`` is an upper bound of the share below 0.
         least: the smallest Ritz value, an upper bound of the smallest eigenvalue.
         least_residual: some eigenvalue lies within it of ``least``.
         outliers: single eigenvalues, ascending, that the run with most of them has resolved beyond a gap on either side

@@ -18,7 +18,7 @@ class RateDecay:
 
     Attributes:
         exponent: p where they fell like ``t^-p`` over the last two octaves; NaN where they ended, or too few were
-        recorded.
+            recorded.
         before: p of the two octaves that end half-way.
         holds: whether both are in (1/2, 1]; None where too few steps were recorded.
     """
