@@ -1,4 +1,4 @@
-"""How far the ascent stays below the sup over all vertices, and the certified bound above it, in random ReLU chains."""
+"""Question: how far are ascent and certified bound from the sup over all vertices, in random ReLU chains?"""
 
 import itertools
 import statistics

@@ -1,4 +1,4 @@
-"""How often the bounds of the dissipation hold: ``python benchmarks/dissipation_is_covered.py``.
+"""Claim: the bounds of the dissipation hold as often as they say: ``python benchmarks/dissipation_is_covered.py``.
 
 Series with a known q: the bias of plain least squares, what Kendall's correction and the jackknife leave of it, and the
 share of series whose q lies on the right side of each bound, of a promised 90 %. At the end, series with no answer: how

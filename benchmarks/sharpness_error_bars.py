@@ -2,9 +2,10 @@
 
 Found: along ten runs of a hundred readings each, against scipy's eigsh in float64, at most 5 % of the truths lie
 outside of ``sharpness (1 +- residual)``, and none by more than twice the bar; the value itself is seldom far off.
-The constants of `lsp_callbacks.quantities.curvature.sharpness` were chosen on seed 0; the table is of seed 1.
+The constants of `lsp_callbacks.quantities.curvature.sharpness` and of
+`lsp_callbacks.operators.curvature.stability_threshold` were chosen on seed 0; each table of the ``.md`` says its seed.
 
-``python benchmarks/sharpness_error_bars.py`` prints the table of the ``.md``; seed and readings of a run may be given.
+``python benchmarks/sharpness_error_bars.py [SEED [READINGS]]`` prints such a table.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -133,8 +132,3 @@ def exact_top(module: nn.Module, loss_of: Loss, root: Tensor | None = None, coun
         return_eigenvectors=False, v0=gradient.detach().numpy() + 1e-3 * np.random.default_rng(0).normal(size=n),
     )  # fmt: skip
     return np.sort(found)[::-1]
-
-
-def all_readings(seed: int, count: int = 100) -> Iterator[tuple[str, Snapshot]]:
-    for name, run in RUNS.items():
-        yield from zip(itertools.repeat(name), readings(run, seed, count))

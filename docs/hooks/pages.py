@@ -73,7 +73,7 @@ def quantities() -> str:
             f"\n## {name} {{ #{name} }}\n",
             key_table(name).replace("``", "`"),
             "",
-            *documented(f"lsp_callbacks.{quantity.__name__}"),
+            *documented(f"lsp_callbacks.quantities.{quantity.__name__}"),
         ]
     return "\n".join(lines) + "\n"
 

@@ -21,7 +21,7 @@ from lsp_callbacks.monitor.losses import ArrivedLoss, LossRecord
 #: Keys that are a rate over a critical rate, and so can be known before the rate is used.
 SCHEDULED = (COURANT, SGD, GD)
 #: A single Courant number that is far above the edge: healthy training, also while the rate of AdamW warms up, was read
-#: at less in every run of ``benchmarks/rate_too_high.py``.
+#: at less in ``benchmarks/rate_too_high.py``, but for a run that came back from an explosion (5.1).
 FAR = 5.0
 
 

@@ -237,10 +237,6 @@ BETAS = [
 ]
 
 
-def constant_of(momentum=0.0, dampening=0.0, nesterov=False, **_):
-    return stability_constant(momentum, dampening, nesterov)
-
-
 def test_stability_constants():
     assert stability_constant() == 2.0
     for (dampening, nesterov), value in MOMENTUM_EDGES.items():

@@ -25,7 +25,6 @@ from lsp_callbacks.report import verdict
 from lsp_callbacks.step.clipping import Clipping
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-HALVES = DTYPES[:2]
 SMALL = partial(SGD, lr=0.1)
 STEP = "stability/nonfinite_step"
 

@@ -458,7 +458,7 @@ def test_what_overflows_is_refused():
 
 def test_a_window_that_grows_beyond_a_double_has_exponents():
     """At a minimum with a rate of 1e60: the weights stay, and six steps stretch them by 1e360."""
-    net, x = nn.Linear(2, 1, bias=False).double(), random(6, 2)
+    net, x = seeded(nn.Linear(2, 1, bias=False)).double(), random(6, 2)
     task = Regression(net, x, net(x).detach())
     metric, optimizer = StabilityProfile(horizon=6, directions=2, probes=6), SGD(task.parameters(), lr=1e60)
     for _ in along(metric, task, optimizer, 7, probes=probes_of(task)):
@@ -468,7 +468,8 @@ def test_a_window_that_grows_beyond_a_double_has_exponents():
     assert math.isnan(found["sigma_theta"]) and not metric.wide
     for name in ("alpha_theta", "alpha_theta_mean_square", "alpha_output"):
         close(found[name], math.log(1e60 * top), 1e-2)
-    assert found["alpha_theta"] <= math.log(1e60 * top) + 1e-9 <= found["alpha_theta_bound"] + 2e-9
+    rounding = 1e-7  # of products by differences of gradients in double precision
+    assert found["alpha_theta"] <= math.log(1e60 * top) + rounding <= found["alpha_theta_bound"] + 2 * rounding
     assert math.isfinite(found["alpha_u"]) and found["alpha_u_gap"] > 0
 
 

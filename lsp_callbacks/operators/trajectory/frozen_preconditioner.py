@@ -178,11 +178,6 @@ def _clip_factors(snapshot: Snapshot) -> Scale:
     return dict(zip(snapshot.parameters, split(factor, list(snapshot.parameters.values()))))
 
 
-def clip_factor(snapshot: Snapshot) -> Tensor | float:
-    """Return the factor kappa of each parameter, flat; 1 where nothing is clipped."""
-    return spread(_clip_factors(snapshot) or {"": 1.0}, snapshot) if snapshot.clipping else 1.0
-
-
 def _clipped(snapshot: Snapshot, g: Tensor, factor: float | Tensor) -> Tensor:
     clipping = snapshot.clipping
     g = g.detach()

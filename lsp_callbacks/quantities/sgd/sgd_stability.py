@@ -73,9 +73,9 @@ class SGDStability(Quantity):
     is linear stability.
 
     Under BatchNorm the probes are divided into batches of the size that training normalises, each differentiated
-    through its own statistics, and steps draw whole batches (`functional.frozen_sgd`); frozen BatchNorm (in eval mode
-    during training) uses its running statistics, as the step does. A hand-written normalisation over the batch is
-    recognised by its buffers ``running_mean`` and ``running_var``.
+    through its own statistics, and steps draw whole batches (`lsp_callbacks.operators.sgd.frozen_sgd`);
+    frozen BatchNorm (in eval mode during training) uses its running statistics, as the step does. A hand-written
+    normalisation over the batch is recognised by its buffers ``running_mean`` and ``running_var``.
 
     The network has *collapsed* where its outputs no longer depend on its inputs: nine of ten probes, of different
     inputs, have the same outputs to the last digits and the same gradient (dead ReLUs, saturated units), though their
