@@ -14,13 +14,12 @@ from mkdocs.structure.files import File, Files
 import lsp_callbacks
 from lsp_callbacks import functional, linalg, loops, operators
 from lsp_callbacks.quantities import PRESETS, REGISTRY
-from lsp_callbacks.quantities.tables import key_table, section, summary
+from lsp_callbacks.quantities.tables import cell, key_table, section, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 import bibliography  # noqa: E402
 import support_matrix  # noqa: E402
-from readme import cell  # noqa: E402
 
 
 def on_files(files: Files, *, config: Any) -> Files:
@@ -71,7 +70,7 @@ def quantities() -> str:
     for name, quantity in REGISTRY.items():
         lines += [
             f"\n## {name} {{ #{name} }}\n",
-            key_table(name).replace("``", "`"),
+            key_table(name),
             "",
             *documented(f"lsp_callbacks.quantities.{quantity.__name__}"),
         ]

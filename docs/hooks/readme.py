@@ -5,22 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lsp_callbacks.quantities import PRESETS, REGISTRY
-from lsp_callbacks.quantities.tables import summary
+from lsp_callbacks.quantities import PRESETS
+from lsp_callbacks.quantities.tables import quantity_table
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 _PLACE = re.compile(r"(<!-- default quantities[^>]*-->\n).*?(<!-- end -->\n)", re.DOTALL)
 
 
-def cell(text: str) -> str:
-    """Return text for a cell of a table."""
-    return text.replace("``", "`").replace("|", r"\|")
-
-
 def default_table() -> str:
     """Return the quantities of the default preset with one sentence each."""
-    rows = [f"| `{name}` | {cell(summary(REGISTRY[name]))} |" for name in PRESETS["default"]]
-    return "\n".join(["| quantity | what it measures |", "|---|---|", *rows]) + "\n"
+    return quantity_table(PRESETS["default"], columns=("what it is",)) + "\n"
 
 
 def written(text: str) -> str:

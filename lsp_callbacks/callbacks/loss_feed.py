@@ -78,8 +78,8 @@ class LossFeed:
             self._record(self._shared.rest())
 
     def _record(self, arrived: list[ArrivedLoss]) -> None:
-        for told in arrived:
-            self._monitor.losses.add(told)
+        for loss in arrived:
+            self._monitor.losses.add(loss)
         if not self.has_same_rates:
             self._monitor.errors.warn_once(
                 "the learning rates of the processes differ, so that StopOnInstability does not look at the rate that "

@@ -43,15 +43,13 @@ def rescale(rows: Tensor, size: int | None = None) -> tuple[Tensor, float]:
     return rows / scale, float(scale.double().log())
 
 
-def add(
-    first: Tensor, first_log: float, second: Tensor, second_log: float = 0.0, *, size: int | None = None
-) -> tuple[Tensor, float]:
-    """Return ``e^first_log first + e^second_log second``, rescaled, and the log by which it was divided."""
+def add(first: Tensor, first_log: float, second: Tensor, *, size: int | None = None) -> tuple[Tensor, float]:
+    """Return ``e^first_log first + second``, rescaled, and the log by which it was divided."""
     first, first_scale = rescale(first, size)
     second, second_scale = rescale(second, size)
     logs = [
         first_scale + first_log if bool(first.any()) else -math.inf,
-        second_scale + second_log if bool(second.any()) else -math.inf,
+        second_scale if bool(second.any()) else -math.inf,
     ]
     most = max(logs)
     if most == -math.inf:  # both are 0

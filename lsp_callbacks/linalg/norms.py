@@ -22,9 +22,7 @@ def norm(v: Tensor, dim: int | None = None, *, keepdim: bool = False) -> Tensor:
     Cost: on a CPU one pass in the type of v, and one in float64 where the first is not accurate.
 
     Example:
-        >>> from collections.abc import Iterable
-
-    import torch
+        >>> import torch
         >>> from lsp_callbacks.linalg import norm
         >>> v = torch.tensor([3e-30, 4e-30])
         >>> round(1e30 * float(norm(v)), 6), float(torch.linalg.vector_norm(v))
@@ -60,9 +58,7 @@ def unit(v: Tensor) -> Tensor:
     """Return each row divided by its `norm`, in the type of v; rows of zeros stay.
 
     Example:
-        >>> from collections.abc import Iterable
-
-    import torch
+        >>> import torch
         >>> from lsp_callbacks.linalg import unit
         >>> unit(torch.tensor([[3e-30, 4e-30], [0.0, 0.0]]))
         tensor([[0.6000, 0.8000],

@@ -58,13 +58,7 @@ def operator_norm(
     return Eigenpair(value, top.vector, residual, top.products, top.converged, upper)
 
 
-def norm_upper(
-    operator: LinearOperator,
-    *,
-    steps: int = 30,
-    failure: float = 1e-3,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def norm_upper(operator: LinearOperator, *, steps: int = 30, failure: float = 1e-3) -> Tensor:
     """Return an upper bound of ``||A||_2``, which fails with probability ``failure``.
 
     It is exact where the shorter side has at most ``steps`` entries. See `spectrum_bounds`.
@@ -72,9 +66,7 @@ def norm_upper(
     Cost: ``2 steps`` products, ``2 min(m, n)`` at most.
     """
     m, n = operator.shape
-    upper = operator_norm(
-        operator if n <= m else operator.T, steps=steps, tol=0.0, failure=failure, generator=generator
-    ).upper
+    upper = operator_norm(operator if n <= m else operator.T, steps=steps, tol=0.0, failure=failure).upper
     assert upper is not None
     return upper
 

@@ -35,8 +35,8 @@ def watch_fabric(
         settings["forward_fn"] = lambda copy, batch: forward_fn(_Converting(copy, precision, probed=True), batch)
     defaults = {"log": fabric.log_dict, "scaler": getattr(precision, "scaler", None)}
     watch = Watch(module.module, optimizer.optimizer, loss, monitor, **defaults | settings)
-    # A LightningModule is given what it was set up with; wrapped optimizers cannot be copied.
-    watch.loop.shared = (fabric, *getattr(module.module, "_fabric_optimizers", ()))
+    # A LightningModule holds what it was set up with, which cannot be copied.
+    watch.loop.shared = (fabric, optimizer)
     watch.loop.probe_loss = lambda copy, batch: loss_fn(_Converting(copy, precision, probed=True), batch)
     return watch
 

@@ -8,9 +8,6 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from lsp_callbacks.monitor.budget import Budget
 from lsp_callbacks.monitor.cadence import Cadence
 from lsp_callbacks.monitor.checkpoint import load_monitor_state, monitor_state
@@ -153,23 +150,6 @@ class Monitor:
         """
         return bool(self.quantities) and self.schedule.is_due(step, scheduled)
 
-    def record(
-        self,
-        step: int,
-        loss: Tensor | None,
-        optimizer: torch.optim.Optimizer | None,
-        module: nn.Module,
-        *,
-        previous: int | None = None,
-    ) -> None:
-        """Record loss, learning rate and energies of a step, before its update, if any quantity asks for them.
-
-        A loop calls it at every step, on all ranks, with the loss of the whole step, or None if it does not know it;
-        `observe` does so with the snapshot's own loss if nobody else did. It never waits for the device. For
-        ``previous`` see `Snapshot`.
-        """
-        self.recorder.record(step, loss, optimizer, module, previous=previous)
-
     def observe(self, snapshot: Snapshot) -> Observation | None:
         """Measure what is due at this step.
 
@@ -179,7 +159,9 @@ class Monitor:
         Raises:
             Exception: whatever a measurement raised, under ``strict``.
         """
-        self.record(snapshot.step, snapshot.loss, snapshot.optimizer, snapshot.module, previous=snapshot.previous)
+        self.recorder.record(
+            snapshot.step, snapshot.loss, snapshot.optimizer, snapshot.module, previous=snapshot.previous
+        )
         self.quantities.begin(snapshot, self.errors)
         if self.trace is not None or self.invalidated:  # otherwise what is cached of the snapshot stays
             snapshot = replace(snapshot, run=snapshot.run.completed(self.trace, self.invalidated))

@@ -250,7 +250,7 @@ class StepObserver:
     def record(self, optimizer: torch.optim.Optimizer) -> None:
         """Record loss, rate and energies of the step, if a quantity of a time series asks for them."""
         loss = self.step_loss.differentiated
-        self.monitor.record(self.step, loss, optimizer, self.loop.module, previous=self.previous)
+        self.monitor.recorder.record(self.step, loss, optimizer, self.loop.module, previous=self.previous)
 
     def measure(
         self, optimizer: torch.optim.Optimizer, *, coming_gradients: Callable[[], Gradients] | None = None

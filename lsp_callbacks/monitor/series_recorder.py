@@ -56,7 +56,12 @@ class Recorder:
         *,
         previous: int | None = None,
     ) -> None:
-        """Record a step, before its update; see `Monitor.record`."""
+        """Record loss, learning rate and energies of a step, before its update, if any quantity asks for them.
+
+        A loop calls it at every step, on all ranks, with the loss of the whole step, or None if it does not know it;
+        `Monitor.observe` does so with the snapshot's own loss if nobody else did. It never waits for the device. For
+        ``previous`` see `Snapshot`.
+        """
         if self.trace is not None and self._is_wanted:
             lr = math.nan if optimizer is None else largest_learning_rate(optimizer)
             with self.errors.warn_instead_of_raise(f"what is recorded at each step could not be at step {step}"):

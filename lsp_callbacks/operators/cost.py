@@ -118,9 +118,9 @@ def push_cost(snapshot: Snapshot, count: int) -> float:
     return beside(snapshot, calls=30 * count, vectors=vectors * count)
 
 
-def lanczos_cost(snapshot: Snapshot, method: Method, steps: int, runs: int = 1, *, tangent: bool = False) -> float:
+def lanczos_cost(snapshot: Snapshot, method: Method, steps: int, runs: int = 1) -> float:
     """Return the gradients of Lanczos runs on a Hessian: products, and two orthogonalisations of each."""
     vector_work = beside(
         snapshot, calls=60.0 * runs * steps, vectors=runs * (1.1 * steps * (steps + 1) / 2 + 6 * steps)
     )
-    return products(snapshot, method, runs * steps, tangent=tangent) + vector_work
+    return products(snapshot, method, runs * steps) + vector_work

@@ -55,6 +55,12 @@ def footprint(snapshot: Snapshot) -> Footprint:
     )
 
 
+def forward_memory(snapshot: Snapshot) -> dict[str, float]:
+    """Return the bytes at the peak of one forward pass with its graph, by purpose."""
+    held = footprint(snapshot)
+    return {"activations": held.activations, "copies": 2 * held.buffers}
+
+
 #: Memory of a graph that can be differentiated twice, in units of the activations, and work vectors beside those of the
 #: routine: measured in ``benchmarks/memory_is_predicted.py``.
 TWICE, WORK = 4.0, 7.0

@@ -90,7 +90,12 @@ def key_table(name: str) -> str:
     return _markdown(rows)
 
 
+def cell(text: str) -> str:
+    """Return text for a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("``", "`")
+
+
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = [[cell.replace("|", "\\|").replace("``", "`") for cell in row] for row in rows]
+    head, *body = [[cell(text) for text in row] for row in rows]
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

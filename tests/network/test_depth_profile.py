@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from harness import Model, fit
-from model_zoo import Custom
+from model_zoo import Custom, Twice
 from problems import FEEDFORWARD, JORDAN, JORDAN_NORMS, Functional, Task, close, f64, freeze, matrix, random, seeded
 from torch import nn
 from torch.func import jacrev
@@ -282,12 +282,7 @@ def test_depth_begins_where_a_layer_depends_on_it():
     assert states.start.shape == (4, 6, 3) and [layer.name for layer in states.layers] == ["net.head"]
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
-
+class Once(Twice):
     @staticmethod
     def backward(ctx, g):
         return g * ctx.saved_tensors[0].detach().cos()

@@ -95,9 +95,9 @@ def test_nothing_is_recorded_for_nobody():
     assert Monitor(SpectralNorm(), Sharpness()).trace is None
     monitor = Monitor(Dissipation(), every_n_steps=1)
     module = torch.nn.Linear(1, 1)
-    monitor.record(0, torch.tensor(1.0), None, module)
+    monitor.recorder.record(0, torch.tensor(1.0), None, module)
     monitor.quantities.clear()
-    monitor.record(1, torch.tensor(1.0), None, module)
+    monitor.recorder.record(1, torch.tensor(1.0), None, module)
     assert len(monitor.trace) == 1
 
 

@@ -265,7 +265,7 @@ def test_a_file_of_another_model_is_refused(tmp_path):
     metric = Dissipation(60, reference=tmp_path / "other.pt")
     monitor = Monitor(metric, every_n_steps=1)
     with pytest.warns(UserWarning, match="no checkpoint of this model"):
-        monitor.record(0, torch.tensor(1.0), None, Sum())
+        monitor.recorder.record(0, torch.tensor(1.0), None, Sum())
 
 
 def test_it_costs_a_step_nothing_to_be_recorded():
@@ -305,7 +305,7 @@ def test_a_state_of_other_energies_is_not_misread():
 def test_a_series_of_other_energies_begins_anew_with_one_warning(energies, state, told, recwarn):
     saved = Monitor(Dissipation(energies={"cube": cube}), every_n_steps=1)
     for step in range(5):
-        saved.record(step, torch.tensor(1.0 + step), None, Sum())
+        saved.recorder.record(step, torch.tensor(1.0 + step), None, Sum())
     monitor = Monitor(Dissipation(energies=energies, state=state), every_n_steps=1)
     monitor.load_state_dict(saved.state_dict())
     said = [str(w.message) for w in recwarn if "lsp_callbacks" in str(w.message)]
@@ -329,9 +329,9 @@ def test_an_energy_that_raised_is_not_asked_again_after_a_resume():
     saved, resumed, asked = made(bad), made(lambda module: asked.append(1) or torch.tensor(1.0)), []
     with pytest.warns(UserWarning, match="gone"):
         for step in range(5):
-            saved.record(step, torch.tensor(1.0 + step), None, Sum())
+            saved.recorder.record(step, torch.tensor(1.0 + step), None, Sum())
     resumed.load_state_dict(saved.state_dict())
-    resumed.record(5, torch.tensor(1.0), None, Sum())
+    resumed.recorder.record(5, torch.tensor(1.0), None, Sum())
     assert asked == [] and "bad" in resumed.trace.failed
 
 
@@ -346,5 +346,5 @@ def test_what_nobody_asks_for_any_more_is_not_recorded():
         monitor.recorder.begin(net)
         assert bool(net._forward_hooks) == (step < 3)
         net(torch.ones(2, 1))
-        monitor.record(step, torch.tensor(1.0 + step), None, net)
+        monitor.recorder.record(step, torch.tensor(1.0 + step), None, net)
     assert len(asked) == 3 and len(monitor.trace) == 6

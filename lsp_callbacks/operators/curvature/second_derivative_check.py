@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd.double_backward import Comparison
-from lsp_callbacks.linalg import norm
+from lsp_callbacks.linalg import norm, unit
 from lsp_callbacks.operators.curvature.finite_differences import central_difference
+from lsp_callbacks.step.flat import flatten
 from lsp_callbacks.step.snapshot import Snapshot
 
 Product = Callable[[Tensor], Tensor]
@@ -29,11 +30,8 @@ def hessian_agrees(product: Product, gradient: Tensor, snapshot: Snapshot) -> bo
     Cost: a product, and two to ten gradients.
     """
     noise = torch.randn(len(gradient), generator=snapshot.generator("custom"), dtype=gradient.dtype).to(gradient.device)
-    noise = noise * _is_moved(snapshot).to(noise)
-    # The gradient leans towards what is sharp; noise sees the rest.
-    tiny = torch.finfo(torch.float64).tiny
-    v = (noise / norm(noise) + gradient / norm(gradient).clamp_min(tiny)).to(gradient.dtype)
-    v = (v / norm(v)).to(gradient.dtype)
+    # The gradient leans towards what is sharp; noise sees the rest, but for parameters that the step does not move.
+    v = unit(unit(noise * _is_moved(snapshot).to(noise)) + unit(gradient))
     image = product(v)
 
     def compared(far: float) -> tuple[Tensor, Comparison]:
@@ -61,11 +59,10 @@ def hessian_agrees(product: Product, gradient: Tensor, snapshot: Snapshot) -> bo
 
 
 def _is_moved(snapshot: Snapshot) -> Tensor:
-    """Return 1 for each parameter that the step gives a gradient; the others stay where they are, and enter nothing."""
-    gradient = snapshot.gradient or {}
-    return torch.cat(
-        [torch.full((p.numel(),), float(gradient.get(name, p) is not None)) for name, p in snapshot.parameters.items()]
-    )
+    """Return 1 for each parameter that the step gives a gradient, 0 for the others, flat: these stay where they are."""
+    parameters, gradient = snapshot.parameters, snapshot.gradient or {}
+    ones = [None if gradient.get(name, p) is None else torch.ones_like(p) for name, p in parameters.items()]
+    return flatten(ones, list(parameters.values()))
 
 
 def criterion_agrees(product: Product, criterion: Callable[[Tensor], Tensor], outputs: Tensor) -> bool:

@@ -14,7 +14,7 @@ from lsp_callbacks.errors import NotApplicable, Unmeasurable
 from lsp_callbacks.functional.network.residual import ResidualStability, residual_stability
 from lsp_callbacks.operators.cost import forward_cost, sample_passes
 from lsp_callbacks.operators.curvature.hessian import label
-from lsp_callbacks.operators.memory import footprint
+from lsp_callbacks.operators.memory import forward_memory
 from lsp_callbacks.operators.network.residual_block import residual_block
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import PREFIX, Key, relative_residual
@@ -112,8 +112,7 @@ class ResidualCFL(Quantity):
         return label("exact", snapshot, next(iter(snapshot.parameters.values())).dtype)
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        training = footprint(snapshot)
-        return {"activations": training.activations, "copies": 2 * training.buffers}
+        return forward_memory(snapshot)
 
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step."""

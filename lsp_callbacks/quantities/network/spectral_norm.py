@@ -11,7 +11,7 @@ from lsp_callbacks.errors import NotApplicable
 from lsp_callbacks.functional.network.layer_operators import row_norm, weight_operators
 from lsp_callbacks.functional.network.spectral_norm import log_sum, weight_norms
 from lsp_callbacks.operators.cost import beside, forward_cost
-from lsp_callbacks.operators.memory import footprint
+from lsp_callbacks.operators.memory import forward_memory
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import PREFIX, Key, relative_residual
 from lsp_callbacks.quantities.module_filter import Selection, selected, validate
@@ -73,8 +73,7 @@ class SpectralNorm(Quantity):
         return {"forward": forward_cost(snapshot), "spectral norms": 0.2 + beside(snapshot, calls=150 * layers)}
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        training = footprint(snapshot)
-        return {"activations": training.activations, "copies": 2 * training.buffers}
+        return forward_memory(snapshot)
 
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step."""
