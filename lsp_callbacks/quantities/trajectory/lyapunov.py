@@ -65,6 +65,7 @@ class Lyapunov(Windowed):
     the trajectory.
     """
 
+    weight = 2.5
     name = "lyapunov"
     KEYS: ClassVar = {
         "lyapunov": Key(
