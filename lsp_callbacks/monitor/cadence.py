@@ -7,7 +7,10 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lsp_callbacks._validation import number, whole
+from lsp_callbacks.monitor.choice import Choice
 from lsp_callbacks.monitor.pace import Pace
+from lsp_callbacks.monitor.shares import nearness, rates
+from lsp_callbacks.monitor.spending import Spending
 
 #: Share of the budget that measurements may spend, as counted. The rest is for what is not counted: the calls of each
 #: step, copies of the module, what a first measurement takes beside its passes.
@@ -15,35 +18,11 @@ MODELLED = 0.8
 #: Steps of training whose cost may be spent before any was saved: on one measurement of everything, and on the first
 #: ones of the headline number.
 ADVANCE = 15.0
-#: Courant numbers at which the headline number begins to be measured more often, and from which on most often.
-FAR, NEAR = 0.5, 0.75
-#: Least share of the headline number.
-HEADLINE = 0.65
-#: Part of the others' budget that goes to the headline number near the edge, and by how much shorter its gaps are there
-#: as long as gradients are left over from before.
-TAKEN, SAVED = 0.5, 2.0
-#: By how much shorter the gaps of the others are as long as the account holds more than what all have put by.
-HASTE = 2.0
 #: Number of readings whose mean is the Courant number.
 RECENT = 3
 
 #: Of every quantity, of some by name, or of none.
 EveryNSteps = int | Mapping[str, int] | None
-
-
-def nearness(courant: float) -> float:
-    """Return how near the edge of stability a Courant number is, from 0 (below 1/2) to 1 (from 3/4 on); -1 for NaN.
-
-    A growing learning rate is near well before it reaches the edge. In eighths, so that it seldom changes.
-
-    Example:
-        >>> from lsp_callbacks.monitor.cadence import nearness
-        >>> [nearness(courant) for courant in (0.0, 0.5, 0.625, 0.75, 2.0, float("nan"))]
-        [0.0, 0.0, 0.5, 1.0, 1.0, -1.0]
-    """
-    if math.isnan(courant):
-        return -1.0
-    return math.floor(8 * max(0.0, min(1.0, (courant - FAR) / (NEAR - FAR)))) / 8
 
 
 def check_every_n_steps(value: Any) -> EveryNSteps:
@@ -56,26 +35,6 @@ def check_every_n_steps(value: Any) -> EveryNSteps:
     if isinstance(value, Mapping):
         return {name: whole(f"every_n_steps[{name!r}]", every, 1) for name, every in value.items()}
     return None if value is None else whole("every_n_steps", value, 1, instead=instead)
-
-
-class _Spending:
-    """What the measurements of one step leave in the account; what several of them spend on the same counts once."""
-
-    def __init__(self, left: float):
-        self.left = left
-        self.chosen: list[str] = []
-        self._shared: dict[str, float] = {}
-
-    def beside(self, pace: Pace) -> float:
-        """Return what a measurement costs beside those that were chosen."""
-        return sum(max(0.0, price - self._shared.get(part, 0.0)) for part, price in (pace.parts or {}).items())
-
-    def choose(self, name: str, pace: Pace) -> None:
-        """Choose a measurement."""
-        self.left -= self.beside(pace)
-        self.chosen.append(name)
-        for part, gradients in (pace.parts or {}).items():
-            self._shared[part] = max(self._shared.get(part, 0.0), gradients)
 
 
 class Cadence:
@@ -193,7 +152,11 @@ class Cadence:
         pace = self.paces[name]
         if pace.every_n_steps is not None:
             return float(pace.every_n_steps)
-        return None if pace.parts is None else max(pace.length, pace.price / self._rates(nearness(math.nan))[name])
+        return (
+            None
+            if pace.parts is None
+            else max(pace.length, pace.price / rates(self.paces, self.budget, self.headline, nearness(math.nan))[name])
+        )
 
     # -- which start -----------------------------------------------------------------------------------------------
 
@@ -223,91 +186,10 @@ class Cadence:
         near = nearness(self._nearest(scheduled))
         if near == self._quiet[0] and step < self._quiet[1]:
             return tuple(fixed)
-        free = [name for name, pace in self.paces.items() if pace.every_n_steps is None]
-        rates = self._rates(near) if free else {}
-        due = {name: self._due(name, rates, near) for name in free}
-        account = _Spending(self.left(step))
-        # The headline number first; then those never measured, which the advance is for.
-        order = sorted(free, key=lambda name: (name != self.headline, self.paces[name].started is not None))
-        for name in order:
-            if self.headline not in account.chosen and self._waits(name, rates):
-                due[name] = math.inf
-            if due[name] <= step and name not in busy:
-                due[name] = self._take(name, step, account, rates)
-        for name in order if account.chosen else ():
-            if name not in {*account.chosen, *busy} and self._meets(name, step, account, rates):
-                self._take(name, step, account, rates)
-        self._quiet = near, min(due.values(), default=math.inf)
-        return (*fixed, *account.chosen)
-
-    def _due(self, name: str, rates: Mapping[str, float], near: float) -> float:
-        """Return the step from which on a measurement starts, if the account allows it."""
-        pace = self.paces[name]
-        if pace.postponed is not None:
-            return pace.postponed
-        if pace.parts is None or pace.started is None:
-            return -math.inf
-        haste = 1 + SAVED * max(near, 0.0) if name == self.headline else HASTE
-        gap = min(pace.price / rates[name] / haste * (1 - 1e-9), pace.doubling)
-        return pace.started + max(pace.length, math.ceil(gap))
-
-    def _waits(self, name: str, rates: Mapping[str, float]) -> bool:
-        """Return whether a measurement is made only beside one of the headline number, which comes more often."""
-        leader = None if self.headline is None else self.paces.get(self.headline)
-        if name == self.headline or leader is None or leader.started is None or leader.postponed is not None:
-            return False
-        if leader.every_n_steps is not None or self.headline is None:
-            return False
-        return leader.price / rates[self.headline] <= self.paces[name].price / rates[name]
-
-    def _meets(self, name: str, step: int, account: _Spending, rates: Mapping[str, float]) -> bool:
-        """Return whether a measurement beside those of this step is cheaper by as much as it is too early."""
-        pace = self.paces[name]
-        if name == self.headline or pace.postponed is not None or pace.started is None:
-            return False
-        return step - pace.started >= max(pace.length, account.beside(pace) / rates[name])
-
-    def _take(self, name: str, step: int, account: _Spending, rates: Mapping[str, float]) -> float:
-        """Choose a quantity if the account allows it; return the step at which to ask again."""
-        pace = self.paces[name]
-        missing = 0.0
-        if pace.parts is not None:
-            missing = account.beside(pace) - (account.left - self._kept(name, step, rates, account.chosen))
-        if missing > 1e-9:
-            # What it must leave to the others becomes less at the first two of these steps.
-            start = step if pace.started is None else pace.started
-            again = start + math.ceil(pace.price / rates[name]), start + pace.doubling
-            return min([step + math.ceil(missing / self.budget), *(later for later in again if later > step)])
-        account.choose(name, pace)
-        return step + 1
-
-    def _kept(self, name: str, step: int, rates: Mapping[str, float], chosen: list[str]) -> float:
-        """Return the gradients that a quantity must leave in the account.
-
-        Others leave to the headline number what its next reading needs, and its first readings. A reading that comes
-        before its period is over, such as the first ones, leaves to everybody what they have put by.
-        """
-        pace, kept = self.paces[name], 0.0
-        if pace.is_promised and pace.started is None:
-            return 0.0
-        is_early = pace.started is not None and step - pace.started < pace.price / rates[name] * (1 - 1e-9)
-        if (
-            name == self.headline
-            and pace.doubling <= step - (pace.started or 0)
-            and pace.early(pace.price / rates[name])
-        ):
-            is_early = False  # the others have left it the advance for its first readings
-        for other, theirs in self.paces.items():
-            if other == name or theirs.every_n_steps is not None or theirs.parts is None:
-                continue
-            if other == self.headline:
-                first = theirs.early(theirs.price / rates[other]) - (other in chosen)
-                share = self.advance * HEADLINE - theirs.count * theirs.price
-                put_by = 0.0 if other in chosen else theirs.claim(step, rates[other])
-                kept += max(put_by, min(first * theirs.price, share))
-            elif is_early and other not in chosen:
-                kept += theirs.claim(step, rates[other])
-        return kept
+        choice = Choice(self.paces, self.headline, near, self.budget, self.advance, self.left(step), step)
+        chosen = choice.make(busy)
+        self._quiet = near, choice.until
+        return (*fixed, *chosen)
 
     def _is_fixed_due(self, name: str, step: int) -> bool:
         pace = self.paces[name]
@@ -321,20 +203,6 @@ class Cadence:
     def left(self, step: int) -> float:
         """Return the gradients that may be spent at a step."""
         return self.budget * (step - (step if self.origin is None else self.origin)) + self.advance - self.spent
-
-    def _rates(self, near: float) -> dict[str, float]:
-        """Return the gradients that each quantity may spend at each step; ``near`` is a `nearness`."""
-        weights = {name: pace.weight for name, pace in self.paces.items() if pace.every_n_steps is None}
-        total = sum(weights.values())
-        if self.headline not in weights:
-            return {name: self.budget * weight / total for name, weight in weights.items()}
-        others = total - weights[self.headline]
-        share = max(HEADLINE, weights[self.headline] / total)
-        if near >= 0:
-            price = self.paces[self.headline].price or share
-            share = (1 - near) * min(share, price) + near * (share + TAKEN * (1 - share))
-        rates = {name: self.budget * (1 - share) * weight / others for name, weight in weights.items() if others}
-        return rates | {self.headline: self.budget * share}
 
     def _nearest(self, scheduled: float) -> float:
         """Return the largest known Courant number: too early costs a measurement, too late an alarm."""
@@ -390,7 +258,7 @@ class Cadence:
     def started(self, step: int, names: Iterable[str]) -> None:
         """Charge the measurements that start at this step; what several of them spend on the same counts once."""
         self._forget_quiet()
-        account = _Spending(self.left(step))
+        account = Spending(self.left(step))
         for name in names:
             pace = self.paces[name]
             pace.start(step)

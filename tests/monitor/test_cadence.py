@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsp_callbacks import Monitor, Quantity, Snapshot, StabilityMonitor
-from lsp_callbacks.monitor.cadence import ADVANCE, HEADLINE, Cadence
+from lsp_callbacks.monitor.cadence import ADVANCE, Cadence
+from lsp_callbacks.monitor.shares import HEADLINE
 
 NET = torch.nn.Linear(1, 1)
 
