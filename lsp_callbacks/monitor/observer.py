@@ -346,7 +346,10 @@ class StepObserver:
         self._results.invalidate_update(reason)
 
     def after_update(self) -> Completed:
-        """Return what was completed since the last call."""
+        """Return what was completed since the last call, also by what has awaited the update."""
+        if self.monitor.quantities.awaiting():
+            with untouched(self.loop.module):
+                self._results.add(self.monitor.after_update(is_own=self.updates <= 1))
         return self._results.take()
 
     def _find_fault(self, optimizer: torch.optim.Optimizer, overflowed: bool) -> None:

@@ -41,9 +41,12 @@ class StepResults:
         self._taken = None
 
     def add(self, observation: Observation | None) -> None:
-        """Take in what the monitor has observed, if anything was completed."""
-        if observation is not None:
-            self._observations.append(observation)
+        """Take in what the monitor has observed, if anything was completed; of one step it becomes one observation."""
+        if observation is None:
+            return
+        if self._observations and self._observations[-1].step == observation.step:
+            observation = self._observations.pop().joined(observation)
+        self._observations.append(observation)
 
     def add_fault(self, step: int) -> None:
         """Take in the step of the run's first NaN or Inf."""
