@@ -19,8 +19,8 @@ from lsp_callbacks.step.batch import MicroBatch
 from lsp_callbacks.step.flat import restored
 from lsp_callbacks.step.pending_step import PendingStep
 from lsp_callbacks.step.ranks import Ranks
-from lsp_callbacks.step.replay import copied
-from lsp_callbacks.step.side_effects import muted, untouched
+from lsp_callbacks.step.replay import copied, untouched
+from lsp_callbacks.step.side_effects import muted
 
 
 class NanFinder:

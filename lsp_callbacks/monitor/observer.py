@@ -22,7 +22,7 @@ from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import PendingStep, never
 from lsp_callbacks.step.players import Player
 from lsp_callbacks.step.probes import Criterion, ForwardFn, Probes
-from lsp_callbacks.step.side_effects import untouched
+from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.snapshot import Snapshot
 from lsp_callbacks.step.step_loss import StepLoss
 from lsp_callbacks.step.verified_step import verified

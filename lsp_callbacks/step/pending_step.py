@@ -156,7 +156,7 @@ class PendingStep:
 
     def _moved(self) -> Exception | None:
         """Return an error if the step itself has moved the parameters: a replay, which shares them, would do so too."""
-        if self.failure is None and not all(map(identical, self._fingerprint, fingerprint(self.module))):
+        if self.failure is None and not identical(self._fingerprint, fingerprint(self.module)):
             return Unmeasurable(
                 "the step changes parameters before its update (a moving average or a clamp in training_step), and a "
                 "replay would do so again: do it after the update, or pass loss_fn=..."
@@ -172,8 +172,8 @@ class PendingStep:
             return False
         before, self._fingerprint = self._fingerprint, fingerprint(self.module)
         watched = {id(p) for p in players}
-        sums = zip(self.module.parameters(), before, self._fingerprint)
-        return any(id(p) in watched and not identical(old, new) for p, old, new in sums)
+        sums = [pair for p, *pair in zip(self.module.parameters(), before, self._fingerprint) if id(p) in watched]
+        return not identical([old for old, _ in sums], [new for _, new in sums])
 
     def _sub_batch(self, full: Snapshot, count: int) -> Snapshot:
         """Return the same step on the first samples of its batches; the whole step's replay is checked first."""

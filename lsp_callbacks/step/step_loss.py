@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lsp_callbacks.step.replay import summed
-
 
 def loss_of(outputs: Any) -> Any:
     """Return the loss in what ``training_step`` or a model returned: the value itself, or that under ``"loss"``."""
     return outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+
+
+def summed(losses: Iterable[Tensor | None]) -> Tensor | None:
+    """Return the sum of the losses that are not None, in their order; None if there is none."""
+    present = [loss for loss in losses if loss is not None]
+    return functools.reduce(torch.add, present) if present else None
 
 
 class StepLoss:
