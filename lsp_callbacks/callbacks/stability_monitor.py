@@ -14,7 +14,6 @@ from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.lightning_loop import LightningLoop
 from lsp_callbacks.callbacks.loss_feed import LossFeed
 from lsp_callbacks.callbacks.lr_forecast import LRForecast, steps_left
-from lsp_callbacks.callbacks.mixed_precision import is_overflowed, loss_scale
 from lsp_callbacks.callbacks.publisher import Publisher
 from lsp_callbacks.callbacks.run_results import RunResults
 from lsp_callbacks.callbacks.setting_checks import (
@@ -208,7 +207,8 @@ class StabilityMonitor(RunResults, Callback):
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
         self._has_loss = True
         is_returned = pl_module.automatic_optimization
-        self.observer.loss(loss, scale=lambda: loss_scale(trainer), is_returned=is_returned)
+        scale = None if self._loop.scaler is None else self._loop.loss_scale
+        self.observer.loss(loss, scale=scale, is_returned=is_returned)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         with self.stopwatch:
@@ -217,7 +217,7 @@ class StabilityMonitor(RunResults, Callback):
                 # Lightning counts it. A gradient that was set to zero, not to None, moves what has momentum.
                 moved = any(p.grad is not None for p in pl_module.parameters())
             else:
-                overflowed = is_overflowed(trainer, optimizer)
+                overflowed = self._loop.scaler is not None and self._loop.is_overflowed(optimizer)
                 self._is_overflowed |= overflowed
                 self._has_loss = False
                 self.forecast.before_update(trainer)

@@ -52,14 +52,17 @@ class NanFinder:
         quantity = self.monitor.quantities.get(Numerics.name)
         return quantity if isinstance(quantity, Numerics) else None
 
-    def begin(self) -> None:
-        """Forget the batches of the step before."""
-        self._parts = []
+    def add(self, batch: Any, loss: Callable[[nn.Module, Any], Tensor | None], *, first: bool) -> None:
+        """Add a micro-batch whose forward pass comes next.
 
-    def add(self, batch: Any, loss: Callable[[nn.Module, Any], Tensor | None]) -> None:
-        """Add a micro-batch whose forward pass comes next, and its loss as the step will differentiate it."""
-        if self.numerics is not None:
-            self._parts.append(MicroBatch(batch, loss, TorchRandomState()))
+        Args:
+            batch: as the step will receive it.
+            loss: as the step will differentiate it.
+            first: whether it is the first of a step; those of the step before are forgotten.
+        """
+        if first:
+            self._parts = []
+        self._parts.append(MicroBatch(batch, loss, TorchRandomState()))
 
     def saw_loss(self, loss: Tensor) -> None:
         """Note the loss of the last micro-batch; it may hold a factor."""

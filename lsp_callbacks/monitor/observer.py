@@ -18,6 +18,7 @@ from lsp_callbacks.monitor.nan_finder import NanFinder
 from lsp_callbacks.monitor.step_results import Completed, StepResults
 from lsp_callbacks.monitor.training_loop import MicroBatchLoss, TrainingLoop
 from lsp_callbacks.monitor.update_check import UpdateCheck
+from lsp_callbacks.quantities.numerics.numerics import Numerics
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import PendingStep, never
 from lsp_callbacks.step.players import Player
@@ -153,21 +154,24 @@ class StepObserver:
             has_backward: whether a backward pass follows.
         """
         monitor, module = self.monitor, self.loop.module
-        self._results.begin_batch()
+        self._results.taken = None  # it was checked
         if first:
             self.forget_step()
-            self.nan_finder.begin()
             if self.game is not None:
-                with monitor.errors.warn_instead_of_raise("the batch could not be kept for a replay"):
+                try:
                     self.game.begin(batch)
+                except Exception as error:
+                    monitor.errors.caught("the batch could not be kept for a replay", error)
             else:
                 self._pending = self._new_pending(scheduled, has_backward)
         self.step_loss.begin_batch()
-        monitor.recorder.begin(module, first=first)
-        if monitor.quantities:
+        if monitor.trace is not None:
+            monitor.recorder.begin(module, first=first)
+        if monitor.quantities and not self.probes.full:
             self.probes.add(batch, module)
         if self.game is None:
-            self.nan_finder.add(batch, loss)
+            if self._looks_for_nan:
+                self.nan_finder.add(batch, loss, first=first)
             if self._pending is not None:
                 self._pending.add(batch, loss)
 
@@ -175,14 +179,21 @@ class StepObserver:
         """Forget the step before; `begin_batch` does so at the first micro-batch of the next one."""
         self._pending, self.updates, self.replayed_loss = None, 0, None
         self.step_loss.begin()
-        self._gradient_check.forget()
+        if self._gradient_check.is_expected:
+            self._gradient_check.forget()
 
     def _new_pending(self, scheduled: float = math.nan, has_backward: bool = True) -> PendingStep | None:
         """Return what the coming step must be replayed from, if it is to be measured."""
         if self.monitor.wants(self.step, scheduled=scheduled) and has_backward:
-            with self.monitor.errors.warn_instead_of_raise("the step could not be kept for a replay"):
+            try:
                 return self.loop.new_step()
+            except Exception as error:
+                self.monitor.errors.caught("the step could not be kept for a replay", error)
         return None
+
+    @property
+    def _looks_for_nan(self) -> bool:
+        return Numerics.name in self.monitor.quantities
 
     @property
     def is_pending(self) -> bool:
@@ -198,9 +209,9 @@ class StepObserver:
             is_returned: whether the loop adds what the micro-batch returns to `step_loss`, too. Then this one is only
                 taken where a replay or a series needs it before the update.
         """
-        if self.loop.shows_losses:
+        if self._looks_for_nan and self.loop.shows_losses:
             self.nan_finder.saw_loss(loss)
-        if is_returned and not self.is_pending and self.monitor.trace is None:
+        if is_returned and self._pending is None and self.monitor.trace is None:
             return
         factor = 1.0 if scale is None else scale()
         self.step_loss.add(loss if factor == 1.0 else loss.detach() / factor)
@@ -222,14 +233,16 @@ class StepObserver:
         Returns:
             Whether an update follows.
         """
-        self._find_fault(optimizer, overflowed)
+        if self._looks_for_nan:
+            self._find_fault(optimizer, overflowed)
         if overflowed:
             self.skip_update()
             return False
         self.updates += 1
-        if self.updates == 1:
+        if self.updates == 1 and self.monitor.trace is not None:
             self.record(optimizer)
-        self.measure(optimizer, coming_gradients=coming_gradients)
+        if self._pending is not None or self.game is not None:
+            self.measure(optimizer, coming_gradients=coming_gradients)
         return True
 
     def skip_update(self) -> None:
@@ -258,8 +271,10 @@ class StepObserver:
         """Measure the step now, if it is due; a second time nothing happens. For the arguments see `before_update`."""
         monitor = self.monitor
         if self.game is not None:
-            with monitor.errors.warn_instead_of_raise("the player's step could not be measured"):
+            try:
                 self._measure_player(self.game, optimizer)
+            except Exception as error:
+                monitor.errors.caught("the player's step could not be measured", error)
             return
         if self._pending is None:
             return
@@ -275,20 +290,26 @@ class StepObserver:
         is_compared = needs_update and self.loop.moves_parameters
         if is_compared:
             self._update_check.awaited()
-        with monitor.errors.warn_instead_of_raise("the step could not be measured"), untouched(self.loop.module):
-            self.sub_batch = pending.samples
-            clipping = self._clipping(pending, optimizer)
-            snapshot = self.snapshot(optimizer, clipping)
-            if snapshot.loss is None:
-                snapshot = verified(snapshot)
-                self.replayed_loss = snapshot.loss
-            self._observe(snapshot)
-            if is_compared:
-                with monitor.errors.warn_instead_of_raise("the parameters after the step could not be predicted"):
+        doing = "the step could not be measured"
+        try:
+            with untouched(self.loop.module):
+                self.sub_batch = pending.samples
+                clipping = self._clipping(pending, optimizer)
+                snapshot = self.snapshot(optimizer, clipping)
+                if snapshot.loss is None:
+                    snapshot = verified(snapshot)
+                    self.replayed_loss = snapshot.loss
+                self._observe(snapshot)
+                if is_compared:
+                    doing = "the parameters after the step could not be predicted"
                     self._update_check.expect(_whole(snapshot, clipping) if pending.samples else snapshot)
+        except Exception as error:
+            monitor.errors.caught(doing, error)
         if needs_update and coming_gradients is not None:
-            with monitor.errors.warn_instead_of_raise("the gradient could not be copied to be compared later"):
+            try:
                 self._gradient_check.expect(coming_gradients)
+            except Exception as error:
+                monitor.errors.caught("the gradient could not be copied to be compared later", error)
 
     def snapshot(self, optimizer: torch.optim.Optimizer, clipping: Clipping | None = None) -> Snapshot:
         """Return the step under way, whose forward and backward passes are over, before its update.
@@ -324,9 +345,13 @@ class StepObserver:
             reason: for the warning.
             is_gone_allowed: whether gradients may have been set to None, as after the update.
         """
-        changed = False
-        with self.monitor.errors.warn_instead_of_raise("the gradient could not be compared with the measured one"):
+        if not self._gradient_check.is_expected:
+            return False
+        try:
             changed = self._gradient_check.is_changed(is_gone_allowed=is_gone_allowed)
+        except Exception as error:
+            self.monitor.errors.caught("the gradient could not be compared with the measured one", error)
+            return False
         if changed:
             self.invalidate_update(reason)
         return changed
@@ -338,7 +363,7 @@ class StepObserver:
             last: whether nothing moves them any more before the next forward pass.
         """
         # Without a prox nothing has to be done to them after the step.
-        if self._update_check.missed(last=last or self.loop.run.prox is None):
+        if self._update_check.is_awaited and self._update_check.missed(last=last or self.loop.run.prox is None):
             self.invalidate_update(self.loop.wrong_update)
 
     def invalidate_update(self, reason: str) -> None:
@@ -353,7 +378,7 @@ class StepObserver:
         """Look for the first NaN of the run; of a batch that makes several updates, in those after the first, too."""
         again = self.updates > 0
         step = self.step - again
-        with self.monitor.errors.warn_instead_of_raise("the step could not be checked for NaN and Inf"):
+        try:
             fault = self.nan_finder.look(
                 step,
                 self.loop.module,
@@ -364,6 +389,8 @@ class StepObserver:
             )
             if fault is not None:
                 self._results.add_fault(step)
+        except Exception as error:
+            self.monitor.errors.caught("the step could not be checked for NaN and Inf", error)
 
     def _clipping(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
         if self.monitor.invalidated or pending.module_copy is None:

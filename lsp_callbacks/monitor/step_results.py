@@ -24,6 +24,9 @@ class StepResults:
 
     Args:
         monitor: that made the observations.
+
+    Attributes:
+        taken: the observation that was taken last, until it is known that its update was right.
     """
 
     def __init__(self, monitor: Monitor):
@@ -34,11 +37,7 @@ class StepResults:
         """Forget all, as before a run."""
         self._observations: list[Observation] = []
         self._fault: Observation | None = None
-        self._taken: Observation | None = None
-
-    def begin_batch(self) -> None:
-        """Let go of the step before: it was checked."""
-        self._taken = None
+        self.taken: Observation | None = None
 
     def add(self, observation: Observation | None) -> None:
         """Take in what the monitor has observed, if anything was completed."""
@@ -52,7 +51,7 @@ class StepResults:
     def invalidate_update(self, reason: str) -> None:
         """Turn the last step's numbers that depend on the update into NaN, and measure none of them any more."""
         observations, self._observations = self._observations, []
-        last = observations[0] if observations else self._taken
+        last = observations[0] if observations else self.taken
         corrected = self._monitor.invalidate_update_metrics(last, reason)
         if observations:
             self.add(corrected)
@@ -61,6 +60,6 @@ class StepResults:
         """Return what was completed since the last call."""
         completed = Completed(self._observations, self._fault)
         if completed.observations:
-            self._taken = completed.observations[-1]
+            self.taken = completed.observations[-1]
         self._observations, self._fault = [], None
         return completed
