@@ -37,6 +37,10 @@ class LightningLoop(TrainingLoop):
         loss_fn: the user's function or functions of the loss; None replays ``training_step``.
         accumulate: under manual optimisation, by which each loss is divided; None is the trainer's number.
         prox, sub_batch, seed: see `StabilityMonitor`.
+
+    Attributes:
+        is_automatic: whether Lightning calls the optimizer, and not the user's ``training_step``.
+        scaler: the gradient scaler of mixed precision; None without one.
     """
 
     shows_losses = True
@@ -59,13 +63,12 @@ class LightningLoop(TrainingLoop):
         # The user's own function rounds in other places than the step.
         self._tolerance = 0.0 if loss_fn is None else 1e-4
         self._sub_batch, self._accumulate = sub_batch, accumulate
-        self.repeats_forward = module.automatic_optimization
+        self.is_automatic = self.repeats_forward = bool(module.automatic_optimization)
         self.overrides_step = overridden(module, "optimizer_step") is not None
         self.moves_parameters |= self.overrides_step
         self.wrong_update = ELSEWHERE if run.prox is not None else f"{type(module).__name__}.optimizer_step {MOVED}"
         self._clipped: Gradients = []
         self._muted = MutedTrainer(trainer)
-        #: The gradient scaler of mixed precision; None without one.
         self.scaler = getattr(trainer.precision_plugin, "scaler", None)
 
     @property

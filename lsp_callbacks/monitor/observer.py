@@ -28,8 +28,6 @@ from lsp_callbacks.step.snapshot import Snapshot
 from lsp_callbacks.step.step_loss import StepLoss
 from lsp_callbacks.step.verified_step import verified
 
-MOVED_BEFORE = "an earlier update of the same batch has moved the parameters"
-
 
 class StepObserver:
     """Observes the optimizer steps of a training loop, and hands those that are due to a `Monitor`.
@@ -158,10 +156,8 @@ class StepObserver:
         if first:
             self.forget_step()
             if self.game is not None:
-                try:
+                with monitor.errors.warn_instead_of_raise("the batch could not be kept for a replay"):
                     self.game.begin(batch)
-                except Exception as error:
-                    monitor.errors.caught("the batch could not be kept for a replay", error)
             else:
                 self._pending = self._new_pending(scheduled, has_backward)
         self.step_loss.begin_batch()
@@ -271,10 +267,8 @@ class StepObserver:
         """Measure the step now, if it is due; a second time nothing happens. For the arguments see `before_update`."""
         monitor = self.monitor
         if self.game is not None:
-            try:
+            with monitor.errors.warn_instead_of_raise("the player's step could not be measured"):
                 self._measure_player(self.game, optimizer)
-            except Exception as error:
-                monitor.errors.caught("the player's step could not be measured", error)
             return
         if self._pending is None:
             return
@@ -306,10 +300,8 @@ class StepObserver:
         except Exception as error:
             monitor.errors.caught(doing, error)
         if needs_update and coming_gradients is not None:
-            try:
+            with monitor.errors.warn_instead_of_raise("the gradient could not be copied to be compared later"):
                 self._gradient_check.expect(coming_gradients)
-            except Exception as error:
-                monitor.errors.caught("the gradient could not be copied to be compared later", error)
 
     def snapshot(self, optimizer: torch.optim.Optimizer, clipping: Clipping | None = None) -> Snapshot:
         """Return the step under way, whose forward and backward passes are over, before its update.
@@ -324,19 +316,16 @@ class StepObserver:
         pending = self._pending
         assert pending is not None, "no step was begun that is to be measured"
         loop = self.loop
-        snapshot = pending.snapshot(
+        return pending.snapshot(
             self.step,
             optimizer,
             loss=self.step_loss.differentiated if loop.shows_losses and not self.step_loss.is_ambiguous else None,
+            gradient_scale=loop.gradient_scale(optimizer),
             clipping=clipping,
             probes=loop.probe_set(self.probes, pending) if self.probes.wanted else None,
             scale=loop.loss_scale(),
             previous=self.previous,
         )
-        if (factor := loop.gradient_scale(optimizer)) is not None:
-            gradient = (snapshot.gradient or {}).items()
-            snapshot = replace(snapshot, gradient={name: g if g is None else g / factor for name, g in gradient})
-        return snapshot
 
     def check_gradient(self, reason: str, *, is_gone_allowed: bool) -> bool:
         """Invalidate the update if the optimizer's gradients are not those that were foreseen; return True then.
@@ -347,11 +336,9 @@ class StepObserver:
         """
         if not self._gradient_check.is_expected:
             return False
-        try:
+        changed = False
+        with self.monitor.errors.warn_instead_of_raise("the gradient could not be compared with the measured one"):
             changed = self._gradient_check.is_changed(is_gone_allowed=is_gone_allowed)
-        except Exception as error:
-            self.monitor.errors.caught("the gradient could not be compared with the measured one", error)
-            return False
         if changed:
             self.invalidate_update(reason)
         return changed
@@ -378,19 +365,9 @@ class StepObserver:
         """Look for the first NaN of the run; of a batch that makes several updates, in those after the first, too."""
         again = self.updates > 0
         step = self.step - again
-        try:
-            fault = self.nan_finder.look(
-                step,
-                self.loop.module,
-                lambda: self.loop.new_step(is_shared=False),
-                ranks=self.loop.run.ranks,
-                left_out=overflowed or self.loop.is_gradient_scaled(optimizer),
-                moved=MOVED_BEFORE if again and not self.loop.repeats_forward else None,
-            )
-            if fault is not None:
+        with self.monitor.errors.warn_instead_of_raise("the step could not be checked for NaN and Inf"):
+            if self.nan_finder.look(step, self.loop, optimizer, overflowed=overflowed, again=again) is not None:
                 self._results.add_fault(step)
-        except Exception as error:
-            self.monitor.errors.caught("the step could not be checked for NaN and Inf", error)
 
     def _clipping(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
         if self.monitor.invalidated or pending.module_copy is None:

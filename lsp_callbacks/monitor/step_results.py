@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lsp_callbacks.monitor.monitor import Monitor, Observation
@@ -15,8 +16,11 @@ class Completed(NamedTuple):
         fault: the step of the run's first NaN or Inf, as an observation, if it was this one.
     """
 
-    observations: list[Observation]
+    observations: Sequence[Observation]
     fault: Observation | None
+
+
+NOTHING = Completed([], None)
 
 
 class StepResults:
@@ -58,6 +62,8 @@ class StepResults:
 
     def take(self) -> Completed:
         """Return what was completed since the last call."""
+        if not self._observations and self._fault is None:
+            return NOTHING
         completed = Completed(self._observations, self._fault)
         if completed.observations:
             self.taken = completed.observations[-1]

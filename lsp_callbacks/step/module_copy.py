@@ -95,9 +95,7 @@ class _State:
         self.buffers = {name: None if b is None else b.detach().clone() for name, b in held.items()}
         # Deep copies take time in each replay: only of what a training step could change in place.
         self.mutable = {
-            name: value
-            for name, value in vars(module).items()
-            if name not in _PLAIN and not isinstance(value, _ATOMS)
+            name: value for name, value in vars(module).items() if name not in _PLAIN and not isinstance(value, _ATOMS)
         }
 
     def restore(self, memo: dict[int, Any]) -> None:
