@@ -65,7 +65,7 @@ class Lyapunov(Windowed):
     the trajectory.
     """
 
-    weight = 2.5
+    weight = 0.1
     name = "lyapunov"
     KEYS: ClassVar = {
         "lyapunov": Key(
