@@ -1,4 +1,4 @@
-"""The closed derivatives of the optimizers' steps, and what is made of them, against forward mode and dense matrices."""
+"""Derivatives of the optimizers' steps in closed form against forward mode, and steps on a plane against matrices."""
 
 from functools import partial
 
@@ -203,7 +203,7 @@ def test_a_replay_that_is_not_the_step_is_still_refused_within_a_window():
                 other = Snapshot(
                     snapshot.step,
                     problem,
-                    replay=lambda: 1.01 * problem(),
+                    replay=lambda problem=problem: 1.01 * problem(),
                     optimizer=optimizer,
                     loss=snapshot.loss,
                     gradient=snapshot.gradient,

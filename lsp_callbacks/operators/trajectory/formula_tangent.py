@@ -37,13 +37,13 @@ class Part:
 
     def add(self, target: Tensor, derivative: float | Tensor, source: Tensor) -> None:
         """Add the derivative times the part's numbers of one flat vector to those of another."""
-        numbers = isinstance(derivative, float)
-        factors = [derivative] * len(self.ranges) if numbers else derivative.split([b - a for a, b in self.ranges])
-        for (a, b), factor in zip(self.ranges, factors):
-            if numbers:
-                target[a:b].add_(source[a:b], alpha=factor)
+        start = 0
+        for a, b in self.ranges:
+            if isinstance(derivative, Tensor):
+                target[a:b].addcmul_(derivative[start : start + b - a], source[a:b])
+                start += b - a
             else:
-                target[a:b].addcmul_(factor, source[a:b])
+                target[a:b].add_(source[a:b], alpha=derivative)
 
 
 @dataclass(frozen=True)

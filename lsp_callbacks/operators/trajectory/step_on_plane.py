@@ -72,7 +72,7 @@ def step_on_plane(
     if rest is None:
         along = {THETA: root * mode, GRADIENT: change}
         rest = unit(torch.cat([step.image(name, along) for name in others])) if others else mode[:0]
-    scales = (root, buffer_scale)[:places]
+    scales = (root,) if buffer_scale is None else (root, buffer_scale)
     columns = [{name: _Scaled(scale, mode)} for name, scale in zip(names, scales)]
     rows = [{name: _Scaled(_inverse(scale), mode)} for name, scale in zip(names, scales)]
     if snapshot.run.prox is not None:
