@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.monitor.training_loop import TrainingLoop
 from lsp_callbacks.step.clipping import Clipping
-from lsp_callbacks.step.pending_step import LossFn, PendingStep
+from lsp_callbacks.step.pending_step import LossFn
 from lsp_callbacks.step.run_context import RunContext
 
 

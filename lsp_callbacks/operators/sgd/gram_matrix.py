@@ -145,6 +145,12 @@ def tangent_kernel(
         assert checked is not None
         unexplained = [name for name in parameters if tied is None and checked.path.get(name) == "rows"]
     else:
+        if tied is None:
+            check.plain = {
+                name: complete[name].gram(roots[name].new_ones(()), memory, parameters[name].numel())
+                for name in complete
+                if roots[name].ndim
+            }
         unexplained = check.unexplained(shares, tied)
     if unexplained and tied is not None:
         raise Unmeasurable(f"the per-sample gradients of {unexplained[0]} do not add up to its gradient")
@@ -160,6 +166,8 @@ def tangent_kernel(
     for name, rowwise in rows_of.items():
         shares[name], path[name] = rowwise.gram(roots[name], memory, parameters[name].numel()), "rows"
         if check is not None:
+            if check.plain.pop(name, None) is not None:
+                check.forget()
             check.require(name, shares[name])
     device = next(iter(parameters.values())).device
     gram = torch.zeros(count, count, dtype=torch.float64, device=device)
@@ -191,6 +199,8 @@ class _Check:
     def __init__(self, parameters: dict[str, nn.Parameter], roots: dict[str, Tensor], generator: torch.Generator):
         self._parameters, self._roots, self._generator = parameters, roots, generator
         self._weights: list[Tensor] = []
+        #: Shares without a preconditioner, of which K is that of a sample of the weights, see `weighted_gram`.
+        self.plain: dict[str, Tensor] = {}
         self._backward = {name: torch.zeros_like(p) for name, p in parameters.items()}
 
     def add(self, outputs: Tensor, seeds: list[RowSeed]) -> None:
@@ -205,10 +215,17 @@ class _Check:
             if g is not None:
                 self._backward[name] += g.to_dense()
 
+    def forget(self) -> None:
+        """Compute anew what is expected."""
+        self.__dict__.pop("_expected", None)
+
     @cached_property
     def _expected(self) -> dict[str, float]:
         return {
-            name: float(torch.linalg.vector_norm(self._roots[name] * g, dtype=torch.float64)) ** 2
+            name: float(
+                torch.linalg.vector_norm(g if name in self.plain else self._roots[name] * g, dtype=torch.float64)
+            )
+            ** 2
             for name, g in self._backward.items()
         }
 
@@ -217,9 +234,10 @@ class _Check:
         expected = self._expected[name]
         if name not in shares:  # never reached, or not through a layer
             return math.inf if expected else 0.0
-        scale = max(expected, float(shares[name].trace()), rounding)
+        share = self.plain.get(name, shares[name])
+        scale = max(expected, float(share.trace()), rounding)
         c = torch.cat(self._weights).double()
-        return abs(float(c @ (shares[name].double() @ c)) - expected) / scale if scale else 0.0
+        return abs(float(c @ (share.double() @ c)) - expected) / scale if scale else 0.0
 
     def _rounding(self, *, tied: bool) -> float:
         # Some gradients are zero but for rounding: the bias of attention's keys. That of a bias ahead of BatchNorm,

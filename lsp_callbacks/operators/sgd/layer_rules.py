@@ -84,6 +84,11 @@ def layer_uses(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Use] | None:
     return _linear(x, g, transposed=True) if transposed(layer) else None
 
 
+def has_rule(layer: nn.Module) -> bool:
+    """Return whether `layer_uses` knows this kind of layer."""
+    return layer_uses.dispatch(type(layer)) is not layer_uses.dispatch(object) or transposed(layer)
+
+
 def is_linear(layer: nn.Module) -> bool:
     """Return whether a layer is a linear map of the last axis."""
     return type(layer) is nn.Linear or transposed(layer)

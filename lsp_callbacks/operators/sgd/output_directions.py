@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.linalg import power_iteration, unit
+from lsp_callbacks.linalg import unit
 from lsp_callbacks.operators.sgd.output_hessian import OutputCurvature, all_pairs, output_curvature, root
 from lsp_callbacks.operators.sgd.per_sample_gradients import Recorder, RowSeed
 from lsp_callbacks.operators.sgd.sharpest_mode import sharpest_mode
@@ -123,12 +123,23 @@ class OutputDirections:
             start = self._moves[index][:, self._chosen]
             image = product(unit(start))
         if matrices is not None:
-            start, image = power_iteration(matrices, image, POWER)
+            start, image = _squared(matrices, image)
         else:
             for _ in range(POWER):
                 start, image = image, product(unit(image))
         u = unit(start)
         return u * root((image * u).sum(-1, keepdim=True), image)
+
+
+def _squared(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``A^32 v`` of each matrix A, and A times the unit vector in its direction."""
+    power = matrices
+    for _ in range(5):
+        size = power.abs().amax((-1, -2), keepdim=True)
+        power = power / torch.where(size > 0, size, 1.0)
+        power = power @ power
+    vector = (power @ start[..., None])[..., 0]
+    return vector, (matrices @ unit(vector)[..., None])[..., 0]
 
 
 def _is_eigenvector(v: Tensor, image: Tensor) -> bool:

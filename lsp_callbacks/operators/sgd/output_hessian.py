@@ -98,13 +98,16 @@ def output_curvature(evaluation: Evaluation, positions: Tensor) -> OutputCurvatu
     v = torch.randn(here.shape, generator=torch.Generator().manual_seed(1)).to(here)
     image = product(v)
     p = here.softmax(-1)
-    for of_softmax in (True, False) if here.shape[-1] > 1 else (False,):
-        like = p * v - p * (p * v).sum(-1, keepdim=True) if of_softmax else v
-        if (weights := _multiple(image, like)) is not None:
-            w = weights[..., None]
-            if of_softmax:
-                return OutputCurvature(lambda u: w * (p * u - p * (p * u).sum(-1, keepdim=True)), weights, p)
-            return OutputCurvature(lambda u: w * u, weights)
+    if (weights := _multiple(image, v)) is not None:
+        w = weights[..., None]
+        return OutputCurvature(lambda u: w * u, weights)
+
+    def centred(u: Tensor) -> Tensor:
+        return p * u - p * (p * u).sum(-1, keepdim=True)
+
+    if (of_softmax := _multiple(image, centred(v))) is not None:
+        scale = of_softmax[..., None]
+        return OutputCurvature(lambda u: scale * centred(u), of_softmax, p)
     return OutputCurvature(product)
 
 

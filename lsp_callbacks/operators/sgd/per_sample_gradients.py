@@ -18,6 +18,7 @@ from lsp_callbacks.operators.sgd.layer_rules import (
     Use,
     at_positions,
     dense,
+    has_rule,
     is_linear,
     layer_uses,
     transposed,
@@ -91,7 +92,8 @@ class Recorder:
         self.spread = False
         self._parameters = parameters
         self._names = {id(p): name for name, p in parameters.items()}
-        self._shared = SharedParameters(self._names, samples) if samples else None
+        lonely = samples and any(not has_rule(m) for m in module.modules() if self._parameters_of(m))
+        self._shared = SharedParameters(self._names, samples) if samples and lonely else None
         self.calls: list[_Call] = []
         self._handles: list[Any] = []
 
@@ -195,7 +197,7 @@ class Recorder:
 
 def _into(head: _Call, seed: RowSeed) -> tuple[Tensor, Tensor]:
     """Return the input of the last layer, and its cotangent."""
-    weight = head.module.weight.detach()
+    weight: Tensor = head.module.weight.detach()  # type: ignore[assignment, operator]
     if transposed(head.module):
         weight = weight.T
     cotangent = torch.zeros_like(head.source)

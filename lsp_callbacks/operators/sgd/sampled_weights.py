@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Weights of a layer that are looked at behind a preconditioner, at least; a smaller layer is taken as a whole.
-SAMPLED = 2**14
-#: How many for each row.
-A_ROW = 2**9
+#: Weights of a layer that are looked at behind a preconditioner; one of twice as many is taken as a whole.
+SAMPLED = 2**13
 #: How many numbers at a time stay in the processor's cache.
 BLOCK = 2**19
 
@@ -31,8 +29,7 @@ def weighted_gram(g: Tensor, a: Tensor, root: Tensor) -> Tensor:
 
     Cost: one product of matrices as large as that of the layer's gradient, and m multiplications for each pair.
     """
-    rows = len(g)
-    most = max(SAMPLED, A_ROW * rows)
+    rows, most = len(g), SAMPLED
     if root.numel() <= 2 * most:
         return _exact(g, a, root)
     trace = (g.square().T @ a.square()).mul_(root.square()).reshape(-1)
@@ -41,10 +38,9 @@ def weighted_gram(g: Tensor, a: Tensor, root: Tensor) -> Tensor:
         return g.new_zeros(rows, rows)
     at = (torch.arange(most, dtype=total.dtype, device=total.device) + 0.5) * (total[-1] / most)
     taken = torch.searchsorted(total, at).clamp_(max=root.numel() - 1)
-    taken, count = taken.unique_consecutive(return_counts=True)
-    size = (total[-1] / most * count).to(trace) / trace[taken]
-    factor = root.reshape(-1)[taken] * size.sqrt()
-    picked = g.T[taken // root.shape[1]].mul_(a.T[taken % root.shape[1]]).mul_(factor[:, None])
+    factor = root.reshape(-1)[taken] * ((total[-1] / most).to(trace) / trace[taken]).sqrt()
+    picked = g.T.contiguous()[taken // root.shape[1]]
+    picked = picked.mul_(a.T.contiguous()[taken % root.shape[1]]).mul_(factor[:, None])
     return picked.T @ picked
 
 

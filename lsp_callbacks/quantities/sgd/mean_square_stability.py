@@ -10,19 +10,23 @@ from torch import Tensor
 from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.mean_square import mean_square_lr
+from lsp_callbacks.operators.cost import beside, forward_cost
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel
 from lsp_callbacks.operators.sgd.step_samples import LEAST, step_samples
-from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing
+from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing, is_remembered
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.quantities.sgd.collapse import COLLAPSED, collapse, none_yet
 from lsp_callbacks.quantities.sgd.frozen_exponents import batches_of, courant_of
+from lsp_callbacks.quantities.sgd.probe_cost import gram_cost, kernel_memory, probe_share
 from lsp_callbacks.step.replay_checks import verify, verify_gradient
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Relative error of the critical rate by its iteration, always downwards.
 TOLERANCE = 1e-2
+#: Nanoseconds of the critical rate from 64 rows.
+RATE = 1.5e6
 
 
 class MeanSquareStability(Quantity):
@@ -35,6 +39,11 @@ class MeanSquareStability(Quantity):
 
     Each step brings fresh samples. Few of them read low where a few samples of many are sharp, and from one reading to
     the next the number scatters: look at the mean of three.
+
+    The network has *collapsed* where its outputs no longer depend on its inputs: nine of ten samples, of different
+    inputs, have the same outputs to the last digits and the same gradient (dead ReLUs, saturated units), though their
+    targets differ, and no lower a loss than a constant output has. A last layer that begins with zeros has another
+    gradient for each input, and so has a network that is bad but still moves: both count as not collapsed.
 
     Args:
         rows: how many output gradients to look at; None takes half of the batch, 32 at least and 128 at most. Where a
@@ -90,6 +99,27 @@ class MeanSquareStability(Quantity):
 
     def check(self, snapshot: Snapshot) -> None:
         critical_rule(snapshot)
+
+    def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        samples = step_samples(snapshot, self.rows)
+        count, rows = samples.samples, -(-(self.rows or LEAST) // max(samples.samples, 1))
+        share = probe_share(snapshot, samples, count)
+        if self.latest is not None:
+            rows = self.latest.kernel.rows
+        passes = count * rows if samples.batches else 0
+        parts = {
+            "rows of the batch": (1 + rows + 2 * passes) / 3 * share + gram_cost(snapshot, count * rows),
+            "critical rate": beside(snapshot, calls=150, time=RATE * (count * rows / 64) ** 3),
+        }
+        if self._checked is None:
+            parts |= {"forward": forward_cost(snapshot), "gradient": 1.0, "check of the rows": 2 / 3 * share}
+        if not is_remembered(snapshot):
+            parts["signs of the samples"] = (1 + 2 * DRAWS) / 3
+        return parts
+
+    def memory(self, snapshot: Snapshot) -> dict[str, float]:
+        samples = step_samples(snapshot, self.rows)
+        return kernel_memory(snapshot, samples, samples.samples, max(samples.samples, self.rows or LEAST))
 
     def warm_up(self, snapshot: Snapshot) -> int:
         """Return how many gradients the preconditioner still lacks: that of one batch says nothing of the next."""

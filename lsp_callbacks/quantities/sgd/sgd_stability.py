@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,7 +18,6 @@ from lsp_callbacks.plots.figure import load
 from lsp_callbacks.plots.stability_diagram import draw_stability_diagram
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import NATS, PREFIX, Key, standard_error
-from lsp_callbacks.quantities.sgd.collapse import COLLAPSED, collapse, none_yet
 from lsp_callbacks.quantities.sgd.diagram_around_step import diagram_around_step
 from lsp_callbacks.quantities.sgd.frozen_exponents import RandomProduct, details, exponents, moment
 from lsp_callbacks.quantities.sgd.probe_cost import kernel_cost, kernel_memory
@@ -75,11 +73,6 @@ class SGDStability(Quantity):
     frozen BatchNorm (in eval mode during training) uses its running statistics, as the step does. A hand-written
     normalisation over the batch is recognised by its buffers ``running_mean`` and ``running_var``.
 
-    The network has *collapsed* where its outputs no longer depend on its inputs: nine of ten probes, of different
-    inputs, have the same outputs to the last digits and the same gradient (dead ReLUs, saturated units), though their
-    targets differ, and no lower a loss than a constant output has. A last layer that begins with zeros has another
-    gradient for each input, and so has a network that is bad but still moves: both count as not collapsed.
-
     Args:
         probes: number of training samples to look at; the first that the loader gives.
         outputs: "top" takes one row a sample, the top eigenpair of its output Hessian; "all" takes every output.
@@ -121,15 +114,12 @@ class SGDStability(Quantity):
         "sgd_lyapunov_error": standard_error("sgd_lyapunov", NATS, optional=True),
         "kernel_rank": Key("Rank of the Gram matrix of the output gradients.", optional=True),
         "kernel_trace": Key("Trace of the mean Gauss-Newton matrix.", "1 / learning rate", optional=True),
-        "collapsed": COLLAPSED,
         "gd_lyapunov": Key("Exponent of full-batch steps, for comparison.", NATS, optional=True),
         **DETAILS,
         **{f"sgd_moment_{p}": key for p, key in MOMENTS.items()},
     }
     needs_update = True
     picture = "diagram"
-    alike: Tensor
-    alike_since: Tensor
 
     def __init__(
         self,
@@ -166,8 +156,6 @@ class SGDStability(Quantity):
         self.latest: FrozenSGD | None = None
         self._shown: FrozenSGD | None = None
         self._mode: Tensor | None = None
-        for name, value in zip(("alike", "alike_since"), none_yet()):
-            self.add_state(name, default=value, persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
         critical_rule(snapshot)
@@ -216,9 +204,6 @@ class SGDStability(Quantity):
             values |= details(sgd, self._product, self.horizon, generator)
         for p in self.moments:
             values[f"sgd_moment_{p}"] = self._moment(sgd, p, snapshot)
-        values["collapsed"], self.alike, self.alike_since = collapse(
-            self.alike, self.alike_since, step=snapshot.step, is_alike=bool(sgd.kernel.alike)
-        )
         self.latest, self._shown, self._mode = sgd, sgd, sgd.kernel.mode
         self.finish(values)
 
@@ -229,10 +214,6 @@ class SGDStability(Quantity):
             warnings.warn(f"sgd_stability leaves out {PREFIX}sgd_moment_{p}: {reason}", stacklevel=2)
         self.without = reason or self.without
         return value
-
-    def restart(self) -> None:
-        super().restart()
-        self.alike, self.alike_since = none_yet()
 
     def compute(self) -> dict[str, Tensor]:
         """Return the last measurement, without infinite rates, where nothing can become unstable."""
