@@ -20,6 +20,8 @@ from lsp_callbacks.step.snapshot import Snapshot
 NEAR, FIRST, FAR = 0.25, 3.0, 15.0
 #: Accepted error, relative to the largest ``||H u||`` seen in the step, in the same units: 1 % in float32.
 TOLERANCE = 29.0
+#: Accepted error of ``u^T H u``, by the trapezoidal rule, in tolerances.
+ACCEPTED = 2.0
 #: Accepted error where products are added to a unit vector, as in an update's Jacobian: 1e-4 in float32.
 LEAST = 0.3
 #: Bounds on the rounding of a gradient are this many times the rounding observed on networks of several kinds.
@@ -250,7 +252,7 @@ class Differences:
         """Return whether rounding of the loss explains the defect, or it is small against the curvature."""
         rounding = max(self.rounding, 4 * self.eps * self.loss) + 2 * self.eps * difference.distance * self.gradient
         accepted = max(self.tolerance * self.seen, self.least / self.amplified if self.amplified else 0.0)
-        return abs(difference.defect) <= rounding + accepted / 3 * difference.distance**2
+        return abs(difference.defect) <= rounding + ACCEPTED * accepted / 6 * difference.distance**2
 
     def _compare(self, v: Tensor, size: float, near: Difference) -> None:
         """Raise an error unless a difference twice as far agrees: then only the loss is rounded."""
@@ -285,11 +287,13 @@ class Products:
         exact: the path of exact products, see `path_taken`; empty before the first.
         differences: the path of finite differences, which may have become that of exact products; likewise.
         untrusted: whether a difference failed its checks, so that exact products have taken over.
+        taken: how many products were differences; those before exact ones took over stay part of what was measured.
     """
 
     exact: str = ""
     differences: str = ""
     untrusted: bool = False
+    taken: int = 0
 
 
 def difference_hessian(
@@ -310,14 +314,18 @@ def difference_hessian(
         if products.untrusted and exact is not None:
             return exact(v)
         try:
-            return differences.product(v)
+            image = differences.product(v)
+            products.taken += 1
+            return image
         except Untrusted:
             if exact is not None:
                 # Exact products are right at any scale; they also tell a kink from a replay that is not the step.
                 products.untrusted = True
                 return exact(v)
         try:
-            return differences.searched(v)
+            image = differences.searched(v)
+            products.taken += 1
+            return image
         except Untrusted as error:
             raise Unmeasurable(
                 f"the loss cannot be differentiated twice, and {error}: write the backward of your function as the "
