@@ -386,10 +386,12 @@ def refused(reason: str) -> dict[str, str]:
 
 def unprobed(reason: str) -> dict[str, str]:
     """All that takes the outputs of probes."""
-    return dict.fromkeys(("mean_square_stability", "sgd_stability", "sgd_law"), reason)
+    return dict.fromkeys((*STOCHASTIC, "sgd_law"), reason)
 
 
 image: dict[str, Any] = {"shape": (1, 8, 8), "blocks": True}
+#: What takes outputs of the step's batch, and of the probes.
+STOCHASTIC = ("mean_square_stability", "sgd_stability")
 FULL = set(PRESETS["full"])
 LAYER, ROWS = "layer and structured", "rows and structured"
 #: In a step the statistics of its batch tie samples together, also those of a BatchNorm that is frozen but in training
@@ -457,11 +459,12 @@ CASES = {
     "detached_relu": Case(lambda: custom(Detached, nn.ReLU()), failed=refused("backward of Detached")),
     "fused_loss": Case(lambda: Fused(mlp()), left_out=unprobed("do not reach the parameters")),
     "changed_gradient": Case(
-        GradientHook, failed=dict.fromkeys(("mean_square_stability", "sgd_stability"), "gradient is not that") | refused("gradient is not that")
+        GradientHook, failed=dict.fromkeys(STOCHASTIC, "gradient is not that") | refused("gradient is not that")
     ),
     "gan": Case(
         GAN, monitor={"loss_fn": lambda module, batch: module.discriminator_loss(batch)},
-        left_out=dict.fromkeys(("mean_square_stability", "sgd_stability"), "several optimizers") | refused("several optimizers"), trainer={"max_steps": 8},
+        left_out=dict.fromkeys(STOCHASTIC, "several optimizers") | refused("several optimizers"),
+        trainer={"max_steps": 8},
     ),
     "players": Case(
         GAN, monitor={"loss_fn": {

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from problems import freeze
 from torch import nn
 
-from lsp_callbacks import ProbeSet, MeanSquareStability
+from lsp_callbacks import MeanSquareStability, ProbeSet
 from lsp_callbacks.step.criterion import evaluation
 
 CLASSES = 5
