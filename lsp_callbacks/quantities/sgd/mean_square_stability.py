@@ -55,6 +55,10 @@ class MeanSquareStability(Quantity):
     Raises:
         ValueError: for an argument out of its range.
 
+    Cost: one pass over half of the batch, forward and back to the outputs of layers, and their products for each pair
+    of rows: about a gradient, on small networks the time of some hundred calls. The first readings, and every 2^k-th,
+    are checked, which takes two gradients more.
+
     Source: Mulayoff & Michaeli 2024; docs/theory.md, section The exponent of SGD, frozen at the weights.
     """
 
