@@ -18,6 +18,7 @@ from lsp_callbacks.plots.figure import load
 from lsp_callbacks.quantities.key import PREFIX, Key, is_global
 from lsp_callbacks.step.energies import Energy
 from lsp_callbacks.step.snapshot import Snapshot
+from lsp_callbacks.step.taken_step import TakenStep
 
 #: Name, in keys, of what is outside of all submodules.
 ROOT = "(root)"
@@ -62,6 +63,8 @@ class Quantity(Metric):
         optional: further global keys, left out where they are not defined; derived from ``KEYS``.
         key_states: whether each global key is a state; otherwise the class adds its own and overrides ``compute``.
         by_name_only: whether the quantity is too expensive for any preset.
+        weight: its part of the budget, beside the weights of the others that are measured. What ``stability/courant``
+            follows has at least 65 % whatever its weight is.
         window: consecutive steps that are measured.
         prepare: steps before them.
         needs_update: whether the optimizer's update map enters.
@@ -74,6 +77,7 @@ class Quantity(Metric):
             one. ``plot`` then works without arguments, also after `load_vectors` has forgotten the vectors; it returns
             the figure first, and raises ValueError where there is nothing to show.
         warms_up: whether `warm_up` can ask for more steps; derived.
+        awaited: the step whose update a measurement waits for, which `after_update` completes; None where none does.
         supports_multiple_optimizers: whether the step of a `Player` can be measured; otherwise the quantity is skipped
             where several optimizers take turns.
     """
@@ -84,6 +88,7 @@ class Quantity(Metric):
     optional: tuple[str, ...] = ()
     key_states: bool = True
     by_name_only: bool = False
+    weight: float = 0.1
     window: int = 1
     prepare: int = 0
     needs_update: bool = False
@@ -94,6 +99,7 @@ class Quantity(Metric):
     picture: str = ""
     warms_up: bool = False
     supports_multiple_optimizers: bool = False
+    awaited: TakenStep | None = None
     full_state_update = False
     higher_is_better = None
     is_differentiable = False
@@ -150,11 +156,29 @@ class Quantity(Metric):
 
     @abstractmethod
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        """Return the gradients that one measurement costs, by what they are spent on; equal entries are shared.
+        """Return the gradients that the next measurement costs, by what they are spent on; equal entries are shared.
+
+        It is asked before a measurement, the first one included, which may cost more than those after it: from shapes,
+        and from what one forward pass was counted to do. In all steps of the window together.
 
         Passes, and what is beside them: see `lsp_callbacks.operators.cost`. The numbers in the docstrings of quantities
         are those of a large MLP, as ``benchmarks/cost_of_each.py`` measures them. Cost: one forward pass.
         """
+
+    def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
+        """Measure with fewer probes, rows or steps from now on, if a measurement would cost more otherwise.
+
+        Called on all ranks before a measurement, and only where `cost` says more; it must come to the same on all. If
+        `cost` still says more after it, the quantity is left out.
+
+        Args:
+            snapshot: the step.
+            gradients: that a measurement may cost.
+
+        Returns:
+            In words, what was left out: "32 of 128 rows"; it labels the results, see `Monitor.paths`. None is nothing.
+        """
+        return None
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         """Return the predicted bytes beside training at the peak of a measurement, by what they are for.
@@ -173,6 +197,9 @@ class Quantity(Metric):
     def warm_up(self, snapshot: Snapshot) -> int:
         """Return the number of steps until enough is known to measure, 0 for now."""
         return 0
+
+    def after_update(self) -> None:
+        """Complete a measurement that has `awaited` the update of its step, as soon as that was made."""
 
     def captures_inputs(self, name: str, module: nn.Module) -> bool:
         """Return whether the inputs of a module are to be kept in full."""
