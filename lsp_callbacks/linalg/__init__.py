@@ -1,6 +1,7 @@
 """Linear algebra on tensors, independent of training."""
 
 from lsp_callbacks.linalg.cocycle import lyapunov_exponents, orthonormalise, push, spectral_radius
+from lsp_callbacks.linalg.gauss_radau import TopNode, top_node
 from lsp_callbacks.linalg.lanczos import lanczos
 from lsp_callbacks.linalg.norms import norm, norms, power_iteration, unit
 from lsp_callbacks.linalg.operator import LinearOperator, from_matrix, identity_like
@@ -16,6 +17,7 @@ __all__ = [
     "Quadrature",
     "Ritz",
     "Sketch",
+    "TopNode",
     "from_matrix",
     "identity_like",
     "lanczos",
@@ -31,5 +33,6 @@ __all__ = [
     "spectral_radius",
     "spectrum_bounds",
     "top_between",
+    "top_node",
     "unit",
 ]

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from lsp_callbacks._validation import choice
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.operators.cost import forward_cost, lanczos_cost
-from lsp_callbacks.operators.curvature.hessian import Method, resolved
+from lsp_callbacks.operators.cost import followed_cost, forward_cost
+from lsp_callbacks.operators.curvature.followed_top import MOST, followed_top, products_taken
+from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import (
+    NOTHING,
+    Recent,
     StabilityThreshold,
-    stability_threshold,
+    followed_threshold,
     threshold_constant,
-    top_eigenvalue,
 )
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing
@@ -25,11 +27,6 @@ from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import CURVATURE, PREFIX, Key, relative_excess
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
-#: Lanczos products at most, from the last eigenvector and without one; the cost model counts the first. Where there are
-#: no more parameters than the second, one product for each of them.
-WARM, COLD = 7, 12
-#: Relative error bar at which Lanczos stops.
-TOLERANCE = 0.1
 #: Turns after which a player that has not stepped makes the measurement fail.
 PATIENCE = 8
 #: Sharpness, limit and Courant number of a player, and the error bars of the first and of the last.
@@ -37,15 +34,12 @@ Readings = tuple[float, ...]
 
 
 def measured_threshold(
-    snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method
+    snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method, recent: Recent = NOTHING
 ) -> StabilityThreshold:
     """Return the step's `StabilityThreshold`, computed once for all quantities that align with it."""
-    steps = _steps(snapshot, start)
     thresholds = _thresholds(snapshot)
     if method not in thresholds:
-        thresholds[method] = stability_threshold(
-            snapshot, start=start, top=top, steps=steps, tol=TOLERANCE, method=method
-        )
+        thresholds[method] = followed_threshold(snapshot, start=start, top=top, recent=recent, method=method)
     return thresholds[method]
 
 
@@ -55,20 +49,15 @@ def _thresholds(snapshot: Snapshot) -> dict[Method, StabilityThreshold]:
     return {}
 
 
-def _steps(snapshot: Snapshot, start: Tensor | None) -> int:
-    n = _size(snapshot)
-    return WARM if start is not None and len(start) == n and n > COLD else COLD
-
-
-def alignment_cost(snapshot: Snapshot, method: Method) -> dict[str, float]:
-    """Return the cost, in gradients, of the alignment that sharpness and exponent share."""
-    method, n = resolved(snapshot, method), _size(snapshot)
+def alignment_cost(snapshot: Snapshot, method: Method, *, warm: bool = True) -> dict[str, float]:
+    """Return the cost, in gradients, of the alignment that sharpness and exponent share, with an earlier one or not."""
+    method = resolved(snapshot, method)
     one_rate = all(isinstance(value, float) for value in (rates(snapshot), decay_rates(snapshot)))
     maximize = frozen_rule(snapshot).sign < 0
     runs = 1 + maximize if one_rate else 2 + (maximize or isinstance(coupled_decay(snapshot), Tensor))
     scatter = {"signs": (1 + 2 * DRAWS) / 3} if frozen_rule(snapshot).frozen else {}
-    products = lanczos_cost(snapshot, method, WARM if n > COLD else n, runs)
-    return {"forward": forward_cost(snapshot), "edge": products} | scatter
+    edge = followed_cost(snapshot, method, products_taken(_size(snapshot), warm), runs)
+    return {"forward": forward_cost(snapshot), "edge": edge} | scatter
 
 
 def _size(snapshot: Snapshot) -> int:
@@ -76,8 +65,8 @@ def _size(snapshot: Snapshot) -> int:
 
 
 def alignment_memory(snapshot: Snapshot, method: Method) -> dict[str, float]:
-    """Return the bytes for the alignment: the basis of a Lanczos run that starts from nothing."""
-    return product_memory(snapshot, method, COLD)
+    """Return the bytes for the alignment: a vector for each product, and one more."""
+    return product_memory(snapshot, method, MOST + 1)
 
 
 class Sharpness(Quantity):
@@ -155,6 +144,7 @@ class Sharpness(Quantity):
         super().__init__()
         self.method: Method = choice("method", method, *get_args(Method))
         self._starts: dict[str, tuple[Tensor, Tensor]] = {}
+        self._recent: dict[str, Recent] = {}
         self._turn: dict[str, Readings] = {}
         self._first = 0
         self._alone = False
@@ -162,13 +152,14 @@ class Sharpness(Quantity):
         self.add_state("players", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        warm = bool(self._starts)
         if snapshot.run.invalidated:
-            method = resolved(snapshot, self.method)
-            return {"forward": forward_cost(snapshot), "edge": lanczos_cost(snapshot, method, WARM, 1)}
+            method, count = resolved(snapshot, self.method), products_taken(_size(snapshot), warm)
+            return {"forward": forward_cost(snapshot), "edge": followed_cost(snapshot, method, count, 1)}
         players = 1 if snapshot.player is None else len(snapshot.player.optimizers)
         return {
             part: gradients * (players if part == "edge" else 1)
-            for part, gradients in alignment_cost(snapshot, self.method).items()
+            for part, gradients in alignment_cost(snapshot, self.method, warm=warm).items()
         }
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
@@ -196,7 +187,8 @@ class Sharpness(Quantity):
             raise Unmeasurable(f"player {missing} has not stepped for {snapshot.step - first} steps of the others")
         if name not in turn:
             start, top = self._starts.get(name, (None, None))
-            result = measured_threshold(snapshot, start, top, self.method)
+            result = measured_threshold(snapshot, start, top, self.method, self._recent.get(name, NOTHING))
+            self._recent[name] = result.recent
             numbers = (result.sharpness, result.limit, result.courant, result.error, result.courant_error)
             self._starts[name], turn = (result.mode, result.top), {**turn, name: tuple(map(float, numbers))}
         self._turn, self._first = turn, first
@@ -219,12 +211,12 @@ class Sharpness(Quantity):
 
     def _without_update(self, snapshot: Snapshot) -> None:
         """Measure the Hessian's own eigenvalue, without the optimizer."""
-        _, top = self._starts.get("", (None, None))
-        pair = top_eigenvalue(snapshot, start=top, steps=_steps(snapshot, top), tol=TOLERANCE, method=self.method)
-        assert pair.upper is not None
-        error = (pair.upper - pair.value) / pair.value.abs().clamp_min(torch.finfo(torch.float64).tiny)
-        self._starts[""] = (pair.vector, pair.vector)
-        self.finish({"sharpness": pair.value, "sharpness_residual": error})
+        (_, top), recent = self._starts.get("", (None, None)), self._recent.get("", NOTHING)
+        found = followed_top(hessian(snapshot, method=self.method), snapshot, top, recent.tops)
+        self._starts[""] = (found.vector, found.vector)
+        self._recent[""] = recent.with_values(found.value, found.value)
+        error = found.error / found.value.abs().clamp_min(torch.finfo(torch.float64).tiny)
+        self.finish({"sharpness": found.value, "sharpness_residual": error})
 
     def compute(self) -> dict[str, Tensor]:
         """Return the last measurement."""
@@ -237,8 +229,12 @@ class Sharpness(Quantity):
         return values
 
     def vectors(self) -> dict[str, Any]:
-        return {"starts": dict(self._starts), "turn": dict(self._turn), "first": self._first} if self._starts else {}
+        if not self._starts:
+            return {}
+        recent = {name: (values.tops, values.modes) for name, values in self._recent.items()}
+        return {"starts": dict(self._starts), "recent": recent, "turn": dict(self._turn), "first": self._first}
 
     def load_vectors(self, vectors: dict[str, Any]) -> None:
         self._starts, self._turn = dict(vectors.get("starts", {})), dict(vectors.get("turn", {}))
+        self._recent = {name: Recent(*map(tuple, values)) for name, values in vectors.get("recent", {}).items()}
         self._first = vectors.get("first", 0)
