@@ -13,6 +13,8 @@ from lsp_callbacks.linalg.operator import LinearOperator
 
 #: A remainder this much shorter than its product has lost digits, and is made orthogonal again.
 LOST = 0.1
+#: Halvings of an interval in the search of a bound.
+_HALVINGS = 30
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class TopNode:
         products: how many were taken.
         scale: the largest |Ritz value|.
         complete: whether the products span an invariant subspace: then the estimate is the Ritz value.
+        recurrence: ``(k + 1, k + 1)``, T bordered by the last coupling.
     """
 
     value: Tensor
@@ -34,11 +37,41 @@ class TopNode:
     products: int
     scale: Tensor
     complete: bool
+    recurrence: Tensor
 
     @property
     def gain(self) -> Tensor:
         """Return by how much the estimate exceeds the Ritz value, relative to the estimate; 0 where both are 0."""
         return (self.value - self.least) / self.value.abs().clamp_min(torch.finfo(torch.float64).tiny)
+
+    def hidden(self, overlap: float) -> Tensor:
+        """Return how far above the estimate an eigenvalue may be, if its eigenvector has that overlap with the start.
+
+        The overlaps with Lanczos' vectors are ``q_j(lambda) overlap``, and the sum of their squares is at most 1
+        (Bessel), see `lsp_callbacks.linalg.spectrum_bounds`: the point where ``sum_j q_j^2 = 1 / overlap^2``. 0 if that
+        lies below the estimate.
+        """
+        if self.complete or not bool(self.value.isfinite()):
+            return 0.0 * self.value
+        middle = self.recurrence.diagonal()[:-1].tolist()
+        couplings = self.recurrence.diagonal(1).abs().tolist()
+
+        def allowed(point: float) -> bool:
+            """Return whether an eigenvalue at the point would leave the vectors too much of the start."""
+            before, q, total = 0.0, 1.0, 1.0
+            for j, (a, b) in enumerate(zip(middle, couplings)):
+                before, q = q, ((point - a) * q - (couplings[j - 1] * before if j else 0.0)) / b
+                total += q * q
+            return total * overlap**2 < 1
+
+        low = high = float(self.value)
+        reach = max(map(abs, (*middle, *couplings)))
+        while allowed(high):
+            low, high, reach = high, high + reach, 2 * reach
+        for _ in range(_HALVINGS if high > low else 0):
+            point = (low + high) / 2
+            low, high = (point, high) if allowed(point) else (low, point)
+        return self.value.new_tensor(high) - self.value
 
 
 def top_node(
@@ -89,7 +122,7 @@ def top_node(
         T[k, k + 1] = T[k + 1, k] = size
         if not bool(torch.isfinite(T).all()):
             nan = torch.tensor(torch.nan, dtype=torch.float64)
-            return TopNode(nan, nan, torch.full_like(basis[0], torch.nan), k + 1, nan, False)
+            return TopNode(nan, nan, torch.full_like(basis[0], torch.nan), k + 1, nan, False, T)
         scale = torch.linalg.eigvalsh(T[: k + 1, : k + 1]).abs().amax()
         complete = k + 1 == n or size <= 8 * torch.finfo(start.dtype).eps * float(scale)
         if not complete:
@@ -132,4 +165,4 @@ def _node(T: Tensor, basis: list[Tensor], scale: Tensor, complete: bool) -> TopN
     vector = torch.zeros_like(basis[0])
     for q, weight in zip(basis, weights.tolist()):
         vector.add_(q, alpha=weight)
-    return TopNode(value, least, vector, k, scale, complete)
+    return TopNode(value, least, vector, k, scale, complete, T.clone())
