@@ -281,6 +281,7 @@ UNITS: dict[str, dict[str, Unit]] = {
         "clarke_training_near": ONE,
         "clarke_training_exact": ONE,
     },
+    "courant_step": {"courant_step": ONE, "courant_step_error": error(ONE, "1")},
     "secant_ratio": {
         "secant": CURVATURE,
         "secant_curvature": CURVATURE,

@@ -56,8 +56,8 @@ HOOKS = (
     "_forward_hooks_with_kwargs",
     "_forward_pre_hooks_with_kwargs",
 )
-#: Attributes of a module that hold what is registered in it.
-CONTAINERS = ("_parameters", "_buffers", "_modules")
+#: Attributes of a module that hold what is registered in it; the second holds its buffers.
+CONTAINERS = ("_parameters", BUFFERS := "_buffers", "_modules")
 
 
 # Nodes of the autograd graph.

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 
 
 class TorchRandomState:
-    """The global random states of torch (CPU and the devices in use): a copy takes a microsecond on the CPU."""
+    """The global random states of torch (CPU and the devices in use): a copy takes a microsecond on the CPU.
+
+    Attributes:
+        setters: each puts one of them back when it is called.
+    """
 
     def __init__(self) -> None:
-        self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        self.mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+        self.setters: list[Callable[[], None]] = [partial(torch.set_rng_state, torch.get_rng_state())]
+        if torch.cuda.is_initialized():
+            self.setters.append(partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+        if torch.backends.mps.is_available():
+            self.setters.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
 
     def restore(self) -> None:
         """Put them back."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
-        if self.mps is not None:
-            torch.mps.set_rng_state(self.mps)
+        for put_back in self.setters:
+            put_back()
 
 
 class RandomState(TorchRandomState):
@@ -30,11 +35,5 @@ class RandomState(TorchRandomState):
 
     def __init__(self) -> None:
         super().__init__()
-        self.numpy = np.random.get_state()
-        self.python = random.getstate()
-
-    def restore(self) -> None:
-        """Put them back."""
-        super().restore()
-        np.random.set_state(self.numpy)
-        random.setstate(self.python)
+        self.setters.append(partial(np.random.set_state, np.random.get_state()))
+        self.setters.append(partial(random.setstate, random.getstate()))

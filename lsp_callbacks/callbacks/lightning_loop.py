@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd._torch_internals import overflowed, unscales_gradients
 from lsp_callbacks.callbacks.custom_clipping import custom_clipping
-from lsp_callbacks.callbacks.mixed_precision import is_scaled, loss_scale
 from lsp_callbacks.callbacks.muted_trainer import MutedTrainer, mute
 from lsp_callbacks.callbacks.run_facts import clipping, overridden, run_context
 from lsp_callbacks.errors import Unmeasurable, Unsupported
@@ -37,6 +37,10 @@ class LightningLoop(TrainingLoop):
         loss_fn: the user's function or functions of the loss; None replays ``training_step``.
         accumulate: under manual optimisation, by which each loss is divided; None is the trainer's number.
         prox, sub_batch, seed: see `StabilityMonitor`.
+
+    Attributes:
+        is_automatic: whether Lightning calls the optimizer, and not the user's ``training_step``.
+        scaler: the gradient scaler of mixed precision; None without one.
     """
 
     shows_losses = True
@@ -59,11 +63,13 @@ class LightningLoop(TrainingLoop):
         # The user's own function rounds in other places than the step.
         self._tolerance = 0.0 if loss_fn is None else 1e-4
         self._sub_batch, self._accumulate = sub_batch, accumulate
-        self.repeats_forward = module.automatic_optimization
+        self.is_automatic = self.repeats_forward = bool(module.automatic_optimization)
         self.overrides_step = overridden(module, "optimizer_step") is not None
         self.moves_parameters |= self.overrides_step
         self.wrong_update = ELSEWHERE if run.prox is not None else f"{type(module).__name__}.optimizer_step {MOVED}"
         self._clipped: Gradients = []
+        self._muted = MutedTrainer(trainer)
+        self.scaler = getattr(trainer.precision_plugin, "scaler", None)
 
     @property
     def accumulate(self) -> int:
@@ -76,8 +82,7 @@ class LightningLoop(TrainingLoop):
         return clipping(self.trainer)
 
     def new_step(self, *, is_shared: bool = True) -> PendingStep:
-        trainer, self._clipped = self.trainer, []
-        muted = MutedTrainer(trainer)
+        trainer, muted, self._clipped = self.trainer, self._muted, []
         return PendingStep(
             self.module,
             shared=[muted] if trainer.datamodule is None else [muted, trainer.datamodule],
@@ -154,10 +159,14 @@ class LightningLoop(TrainingLoop):
         return probes.probe_set(pending, loss, context=context, micro_batches=self.accumulate)
 
     def loss_scale(self) -> float:
-        return loss_scale(self.trainer)
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
     def is_gradient_scaled(self, optimizer: torch.optim.Optimizer) -> bool:
-        return is_scaled(self.trainer, optimizer)
+        return self.scaler is not None and unscales_gradients(optimizer)
+
+    def is_overflowed(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return True if the scaler will leave this step out, as its gradients have overflowed."""
+        return self.scaler is not None and overflowed(self.scaler, optimizer)
 
 
 def _arguments(training_step: Callable, batch: Any, batch_idx: int) -> list[Any]:

@@ -55,12 +55,12 @@ class LossFeed:
             left_out: whether a gradient scaler left the update out.
             wait: for the losses of other processes.
         """
-        returned, differentiated = step_loss.returned, step_loss.differentiated
+        returned = step_loss.returned
         if returned is not None:
             for listener in self._listeners:
                 listener(step, returned)
-        is_automatic = trainer.lightning_module.automatic_optimization
-        loss = returned if is_automatic or differentiated is None else differentiated
+        differentiated = None if trainer.lightning_module.automatic_optimization else step_loss.differentiated
+        loss = returned if differentiated is None else differentiated
         if self._shared is None:
             arrived = self._monitor.losses.saw(max(step, 0), loss, left_out=left_out)
         else:

@@ -18,13 +18,17 @@ def mute(module_copy: nn.Module, trainer: MutedTrainer) -> None:
 
 
 class MutedTrainer:
-    """The trainer as a copy of the module sees it: everything can be read, nothing is logged."""
+    """The trainer as a copy of the module sees it: everything can be read, nothing is logged.
+
+    Attributes:
+        global_step: of the step that is replayed, also after its update.
+    """
 
     logger: Any
     loggers: tuple[Any, ...] = ()
 
     def __init__(self, trainer: Any):
-        self._trainer = trainer
+        self._trainer, self.global_step = trainer, trainer.global_step
         self.logger = _Silence() if trainer.logger is not None else None
 
     def __getattr__(self, name: str) -> Any:

@@ -15,28 +15,26 @@ from lsp_callbacks.quantities.base import is_global
 
 
 class Stopwatch:
-    """The share of the time since it was started that was spent inside of it."""
+    """The share of the time since it was started that went into measuring.
+
+    Attributes:
+        spent: seconds of measuring, to which whoever measures adds.
+    """
 
     def __init__(self) -> None:
         self._started: float | None = None
-        self._entered = self._spent = 0.0
+        self.spent = 0.0
 
     def start(self) -> None:
         """Count from now on."""
-        self._started, self._spent = time.perf_counter(), 0.0
-
-    def __enter__(self) -> None:
-        self._entered = time.perf_counter()
-
-    def __exit__(self, *_: Any) -> None:
-        self._spent += time.perf_counter() - self._entered
+        self._started, self.spent = time.perf_counter(), 0.0
 
     @property
     def share(self) -> float:
         """The share of the time; 0 before the start."""
         if self._started is None:
             return 0.0
-        return self._spent / max(time.perf_counter() - self._started, 1e-9)
+        return self.spent / max(time.perf_counter() - self._started, 1e-9)
 
 
 class Publisher:

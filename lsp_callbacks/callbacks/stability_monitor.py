@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,7 +17,6 @@ from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.lightning_loop import LightningLoop
 from lsp_callbacks.callbacks.loss_feed import LossFeed
 from lsp_callbacks.callbacks.lr_forecast import LRForecast, steps_left
-from lsp_callbacks.callbacks.mixed_precision import is_overflowed, loss_scale
 from lsp_callbacks.callbacks.publisher import Publisher
 from lsp_callbacks.callbacks.run_results import RunResults
 from lsp_callbacks.callbacks.setting_checks import (
@@ -27,6 +29,7 @@ from lsp_callbacks.callbacks.setting_checks import (
 from lsp_callbacks.callbacks.step_numbers import StepNumbers
 from lsp_callbacks.monitor.configure import configured
 from lsp_callbacks.monitor.observer import StepObserver
+from lsp_callbacks.monitor.step_results import NOTHING, Completed
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.module_filter import Selection
 from lsp_callbacks.report import sentence
@@ -35,6 +38,20 @@ from lsp_callbacks.step.probes import Criterion, ForwardFn, population
 from lsp_callbacks.step.run_context import Prox
 
 CHANGED_GRADIENT = "the gradient was changed after the on_before_optimizer_step of StabilityMonitor"
+
+
+def timed(hook: Callable[..., None]) -> Callable[..., None]:
+    """Return a hook whose time is added to that which goes into measuring."""
+
+    @functools.wraps(hook)
+    def timed_hook(self: StabilityMonitor, *args: Any) -> None:
+        began = time.perf_counter()
+        try:
+            hook(self, *args)
+        finally:
+            self.stopwatch.spent += time.perf_counter() - began
+
+    return timed_hook
 
 
 class StabilityMonitor(RunResults, Callback):
@@ -191,71 +208,79 @@ class StabilityMonitor(RunResults, Callback):
 
     # -- one step --------------------------------------------------------------------------------------------------
 
+    @timed
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        with self.stopwatch:
-            observer = self.observer
-            observer.check_update()
-            first = self._numbers.begin_batch(trainer, batch_idx)
-            scheduled = math.nan
-            if first:
-                self._has_loss = self._is_overflowed = False
+        observer = self.observer
+        observer.check_update()
+        first = self._numbers.begin_batch(trainer, batch_idx)
+        scheduled = math.nan
+        if first:
+            self._has_loss = self._is_overflowed = False
+            if self._loop.overrides_step:
                 self.forecast.begin_step(trainer)
-                if self.monitor.cadence.every_n_steps is None:  # otherwise the rate that comes has no say
-                    scheduled = self.scheduled_courant(trainer)
-            loss = self._loop.loss(batch_idx)
-            observer.begin_batch(batch, loss, first=first, scheduled=scheduled, has_backward=has_backward(trainer))
+            if self.monitor.cadence.every_n_steps is None:  # otherwise the rate that comes has no say
+                scheduled = self.scheduled_courant(trainer)
+        loss = self._loop.loss(batch_idx)
+        observer.begin_batch(batch, loss, first=first, scheduled=scheduled, has_backward=has_backward(trainer))
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
         self._has_loss = True
-        is_returned = pl_module.automatic_optimization
-        self.observer.loss(loss, scale=lambda: loss_scale(trainer), is_returned=is_returned)
+        scale = None if self._loop.scaler is None else self._loop.loss_scale
+        self.observer.loss(loss, scale=scale, is_returned=self._loop.is_automatic)
 
+    @timed
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        with self.stopwatch:
-            if pl_module.automatic_optimization and not self._has_loss:  # training_step returned None
-                self.observer.skip_update()
-                # Lightning counts it. A gradient that was set to zero, not to None, moves what has momentum.
-                moved = any(p.grad is not None for p in pl_module.parameters())
-            else:
-                overflowed = is_overflowed(trainer, optimizer)
-                self._is_overflowed |= overflowed
-                self._has_loss = False
+        observer, loop = self.observer, self._loop
+        if loop.is_automatic and not self._has_loss:  # training_step returned None
+            observer.skip_update()
+            # Lightning counts it. A gradient that was set to zero, not to None, moves what has momentum.
+            moved = any(p.grad is not None for p in pl_module.parameters())
+        else:
+            overflowed = loop.scaler is not None and loop.is_overflowed(optimizer)
+            self._is_overflowed |= overflowed
+            self._has_loss = False
+            if observer.is_pending:
                 self.forecast.before_update(trainer)
-                # Under manual optimisation the user may clear gradients at any time.
-                gradients = (
-                    (lambda: self._loop.clipped_gradients(optimizer)) if pl_module.automatic_optimization else None
-                )
-                moved = self.observer.before_update(optimizer, overflowed=overflowed, coming_gradients=gradients)
-            self._numbers.count(moved=moved)
+            # Under manual optimisation the user may clear gradients at any time.
+            gradients = partial(loop.clipped_gradients, optimizer) if loop.is_automatic else None
+            moved = observer.before_update(optimizer, overflowed=overflowed, coming_gradients=gradients)
+        self._numbers.count(moved=moved)
 
+    @timed
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        with self.stopwatch:
-            observer, publisher = self.observer, self._publisher
-            is_changed = observer.check_gradient(CHANGED_GRADIENT, is_gone_allowed=True)
-            if not is_changed and observer.updates > 1 and observer.game is None:
-                observer.invalidate_update(
-                    f"one batch made {observer.updates} optimizer steps: their joint update is not modelled"
-                )
-            self._numbers.agree(trainer)
-            observer.check_update(last=False)
-            completed = observer.after_update()
-            sub_batch = None if self.sub_batch is None else observer.sub_batch or 0
-            for observation in completed.observations:
-                publisher.note_measurement(observation.step)
-                with self.monitor.errors.warn_instead_of_raise("the coming learning rates could not be computed"):
-                    observation = self.forecast.look_ahead(trainer, self.monitor, observation, observer.step)
-                publisher.publish(trainer, observation, sub_batch=sub_batch)
-                for subscriber in self.subscribers:
-                    subscriber.receive(trainer, observation)
-            if completed.fault is not None:
-                publisher.publish(trainer, completed.fault, sub_batch=sub_batch)
-            observer.step_loss.add_returned(outputs)
-            if self._numbers.is_over(trainer):
-                self._loss_feed.end_step(
-                    trainer, observer.step - 1, observer.step_loss, left_out=self._is_overflowed,
-                    wait=bool(completed.observations),
-                )  # fmt: skip
-            publisher.update_age(observer.step - 1)
+        observer = self.observer
+        is_changed = observer.check_gradient(CHANGED_GRADIENT, is_gone_allowed=True)
+        if not is_changed and observer.updates > 1 and observer.game is None:
+            observer.invalidate_update(
+                f"one batch made {observer.updates} optimizer steps: their joint update is not modelled"
+            )
+        self._numbers.agree(trainer)
+        observer.check_update(last=False)
+        completed = observer.after_update()
+        if completed is not NOTHING:
+            self._publish(trainer, completed)
+        observer.step_loss.add_returned(outputs)
+        if self._numbers.is_over(trainer):
+            self._loss_feed.end_step(
+                trainer, observer.step - 1, observer.step_loss, left_out=self._is_overflowed,
+                wait=bool(completed.observations),
+            )  # fmt: skip
+        self._publisher.update_age(observer.step - 1)
+
+    def _publish(self, trainer: Any, completed: Completed) -> None:
+        """Show what a step has completed."""
+        sub_batch = None if self.sub_batch is None else self.observer.sub_batch or 0
+        for observation in completed.observations:
+            self._publisher.note_measurement(observation.step)
+            try:
+                observation = self.forecast.look_ahead(trainer, self.monitor, observation, self.observer.step)
+            except Exception as error:
+                self.monitor.errors.caught("the coming learning rates could not be computed", error)
+            self._publisher.publish(trainer, observation, sub_batch=sub_batch)
+            for subscriber in self.subscribers:
+                subscriber.receive(trainer, observation)
+        if completed.fault is not None:
+            self._publisher.publish(trainer, completed.fault, sub_batch=sub_batch)
 
     # -- afterwards ------------------------------------------------------------------------------------------------
 

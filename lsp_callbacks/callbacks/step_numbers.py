@@ -18,7 +18,7 @@ class StepNumbers:
 
     def __init__(self, observer: StepObserver, accumulate: int | None):
         self._observer, self._accumulate = observer, accumulate
-        self._is_counted, self._is_over = False, True
+        self._is_counted, self._is_over, self._follows_trainer = False, True, False
 
     def reset(self) -> None:
         """Count from 0, as in a first run."""
@@ -27,6 +27,9 @@ class StepNumbers:
     def begin_run(self, trainer: Any, *, is_game: bool) -> None:
         """Take the number of the first step from a run that is resumed without a state of ours."""
         self._is_over = True  # also where the run before was interrupted within a step
+        # Under manual optimisation with one loss a step is a batch with updates, as in Lightning's rows.
+        is_automatic = trainer.lightning_module.automatic_optimization and bool(trainer.optimizers)
+        self._follows_trainer = is_game or is_automatic
         if not self._observer.step:
             self._observer.step = trainer.global_step // (1 if is_game else max(1, len(trainer.optimizers)))
 
@@ -41,9 +44,7 @@ class StepNumbers:
 
     def agree(self, trainer: Any) -> None:
         """Take the number of the next step from Lightning, which also counts those that nobody shows us."""
-        # Under manual optimisation with one loss a step is a batch with updates, as in Lightning's rows.
-        is_automatic = trainer.lightning_module.automatic_optimization and trainer.optimizers
-        if self._observer.game is not None or is_automatic:
+        if self._follows_trainer:
             self._observer.step = trainer.global_step
 
     def count(self, *, moved: bool) -> None:

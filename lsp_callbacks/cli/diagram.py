@@ -35,7 +35,7 @@ from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.quantities import SGDStability
 from lsp_callbacks.quantities.sgd.diagram_around_step import diagram_around_step
 from lsp_callbacks.step.probes import population
-from lsp_callbacks.step.side_effects import untouched
+from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.snapshot import Snapshot
 
 SUFFIXES = (".png", ".pdf", ".svg")

@@ -39,9 +39,18 @@ class ErrorPolicy:
         try:
             yield
         except Exception as error:
-            if self.strict:
-                raise
-            self.warn_once(f"{what}: {type(error).__name__}: {error}")
+            self.caught(what, error)
+
+    def caught(self, what: str, error: Exception) -> None:
+        """Turn an exception that was caught into a warning; raise it if strict.
+
+        Args:
+            what: failed, for the warning.
+            error: the exception, which is being handled.
+        """
+        if self.strict:
+            raise error
+        self.warn_once(f"{what}: {type(error).__name__}: {error}")
 
     def report(self, failures: Mapping[str, str], step: int, *, warn: bool) -> None:
         """Warn of failed measurements, once for each kind of reason.

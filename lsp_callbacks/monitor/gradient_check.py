@@ -19,7 +19,11 @@ def copies_of_gradients(parameters: Iterable[nn.Parameter]) -> Gradients:
 
 
 class GradientCheck:
-    """The gradients that a measured step should give to its optimizer, until they have been compared."""
+    """The gradients that a measured step should give to its optimizer, until they have been compared.
+
+    Attributes:
+        is_expected: whether there are any.
+    """
 
     def __init__(self) -> None:
         self.ranks = Ranks()
@@ -28,11 +32,11 @@ class GradientCheck:
     def forget(self) -> None:
         """Compare nothing."""
         self._expected: Gradients = []
-        self._is_expected = False
+        self.is_expected = False
 
     def expect(self, gradients: Callable[[], Gradients]) -> None:
         """Remember what the gradients should be; called on every rank, also where ``gradients`` raises."""
-        self._expected, self._is_expected = [], True
+        self._expected, self.is_expected = [], True
         self._expected = gradients()
 
     def is_changed(self, *, is_gone_allowed: bool) -> bool:
@@ -41,14 +45,14 @@ class GradientCheck:
         Args:
             is_gone_allowed: whether a gradient may have been set to None, as after the update.
         """
-        if not self._is_expected:
+        if not self.is_expected:
             return False
         expected = self._expected
         self.forget()
 
         def differs() -> bool:
-            return any(
-                not is_gone_allowed if p.grad is None else not identical(p.grad, gradient) for p, gradient in expected
-            )
+            there = [(p.grad, gradient) for p, gradient in expected if p.grad is not None]
+            is_gone = len(there) < len(expected)
+            return (is_gone and not is_gone_allowed) or not identical(*([pair[k] for pair in there] for k in (0, 1)))
 
         return self.ranks.any(differs, "the gradient after the step")

@@ -29,6 +29,10 @@ class Observation:
     values: dict[str, float]
     failures: dict[str, str] = field(default_factory=dict)
 
+    def joined(self, other: Observation) -> Observation:
+        """Return this and another observation of the same step as one."""
+        return Observation(self.step, self.values | other.values, self.failures | other.failures)
+
 
 @dataclass
 class Curve:

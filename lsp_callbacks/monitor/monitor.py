@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
+from lsp_callbacks.monitor.after_update import completed_after_update
 from lsp_callbacks.monitor.budget import Budget
 from lsp_callbacks.monitor.cadence import Cadence
 from lsp_callbacks.monitor.checkpoint import load_monitor_state, monitor_state
@@ -174,10 +175,21 @@ class Monitor:
         measured = self.measurement.measure(snapshot, starts=starts)
         self._skip_all(measured.skips)
         self.errors.report(measured.failures, snapshot.step, warn=self._ranks.rank == 0)
-        if not self.schedule.under_way:
+        if not self.schedule.under_way - self.quantities.awaiting():
             self.skip(self.budget.too_slow(self.quantities, snapshot))
             self.budget.price(self.quantities, snapshot, self.cadence)
         return self._with_courant(Observation(snapshot.step, {}, measured.failures), measured.values)
+
+    def after_update(self, *, is_own: bool = True) -> Observation | None:
+        """Complete what has awaited the update of the step that was observed last; next to nothing where nothing has.
+
+        Args:
+            is_own: whether nothing but the step's own update has moved the parameters since.
+
+        Returns:
+            What was completed; None if nothing was.
+        """
+        return completed_after_update(self, is_own=is_own)
 
     def _with_courant(self, observation: Observation, values: dict[str, float]) -> Observation | None:
         """Return the observation of a step with the headline metric, which may be that of an earlier step."""

@@ -150,7 +150,7 @@ class Game:
         before = self._gradient_sums
         parameters = [p for p in _held(self.optimizers[name]) if p.grad is not None and id(p) in before]
         nonzero = [p for p in parameters if bool(before[id(p)] != 0)]
-        return bool(nonzero) and all(identical(_absolute_sum(p.grad), before[id(p)]) for p in nonzero)
+        return bool(nonzero) and identical([_absolute_sum(p.grad) for p in nonzero], [before[id(p)] for p in nonzero])
 
     def _parameters(self) -> list[Any]:
         """Return the parameters of all players, each once."""

@@ -14,13 +14,15 @@ from lsp_callbacks.autograd._torch_internals import foreach_norm, sparse_values
 from lsp_callbacks.autograd.random_state import TorchRandomState
 from lsp_callbacks.functional.numerics.first_fault import Fault, first_fault
 from lsp_callbacks.monitor.monitor import Monitor
+from lsp_callbacks.monitor.training_loop import TrainingLoop
 from lsp_callbacks.quantities.numerics.numerics import Numerics
 from lsp_callbacks.step.batch import MicroBatch
 from lsp_callbacks.step.flat import restored
 from lsp_callbacks.step.pending_step import PendingStep
-from lsp_callbacks.step.ranks import Ranks
-from lsp_callbacks.step.replay import copied
-from lsp_callbacks.step.side_effects import muted, untouched
+from lsp_callbacks.step.replay import copied, untouched
+from lsp_callbacks.step.side_effects import muted
+
+MOVED_BEFORE = "an earlier update of the same batch has moved the parameters"
 
 
 class NanFinder:
@@ -52,14 +54,17 @@ class NanFinder:
         quantity = self.monitor.quantities.get(Numerics.name)
         return quantity if isinstance(quantity, Numerics) else None
 
-    def begin(self) -> None:
-        """Forget the batches of the step before."""
-        self._parts = []
+    def add(self, batch: Any, loss: Callable[[nn.Module, Any], Tensor | None], *, first: bool) -> None:
+        """Add a micro-batch whose forward pass comes next.
 
-    def add(self, batch: Any, loss: Callable[[nn.Module, Any], Tensor | None]) -> None:
-        """Add a micro-batch whose forward pass comes next, and its loss as the step will differentiate it."""
-        if self.numerics is not None:
-            self._parts.append(MicroBatch(batch, loss, TorchRandomState()))
+        Args:
+            batch: as the step will receive it.
+            loss: as the step will differentiate it.
+            first: whether it is the first of a step; those of the step before are forgotten.
+        """
+        if first:
+            self._parts = []
+        self._parts.append(MicroBatch(batch, loss, TorchRandomState()))
 
     def saw_loss(self, loss: Tensor) -> None:
         """Note the loss of the last micro-batch; it may hold a factor."""
@@ -67,44 +72,38 @@ class NanFinder:
             self._parts[-1].step_loss = loss.detach()
 
     def look(
-        self,
-        step: int,
-        module: nn.Module,
-        pending: Callable[[], PendingStep],
-        *,
-        ranks: Ranks,
-        left_out: bool = False,
-        moved: str | None = None,
+        self, step: int, loop: TrainingLoop, optimizer: torch.optim.Optimizer, *, overflowed: bool, again: bool
     ) -> Fault | None:
         """Return the fault if this step is the first that is not finite; its gradient is complete.
 
         Args:
             step: number of the update.
-            module: whose parameters and gradients these are.
-            pending: makes the copy of the module for a replay.
-            ranks: that take the step together.
-            left_out: whether a gradient scaler will skip the update, as scaled gradients have overflowed: that is no
-                fault, unless the loss itself is not finite.
-            moved: why the parameters are not those of the step any more, if they are not.
+            loop: that trains.
+            optimizer: that will make the update.
+            overflowed: whether a gradient scaler will leave the update out, as scaled gradients have overflowed: that
+                is no fault, unless the loss itself is not finite.
+            again: whether the same batch has made an update before.
 
         Returns:
             The first fault of the run; None at all other steps.
         """
-        numerics = self.numerics
+        numerics, module, ranks = self.numerics, loop.module, loop.run.ranks
         if numerics is None:
             return None
+        left_out = overflowed or loop.is_gradient_scaled(optimizer)
         losses = [part.step_loss for part in self._parts if part.step_loss is not None and ranks.world == 1]
         gradients = [] if left_out else [p.grad for p in module.parameters() if p.grad is not None]
         numerics.recovered = finite(losses + gradients)
         if numerics.recovered or not bool(numerics.nonfinite_step.isnan()):
             return None
+        moved = MOVED_BEFORE if again and not loop.repeats_forward else None
 
         def rank_fault() -> Fault:
             if moved is not None:
                 return Fault(step, "unknown", reason=moved)
             try:
                 with untouched(module):
-                    return ranks.private(lambda: self._traced(step, module, pending()))()
+                    return ranks.private(lambda: self._traced(step, module, loop.new_step(is_shared=False)))()
             except Exception as error:  # whatever the user's objects raise
                 return Fault(step, "unknown", reason=f"its replay failed, {type(error).__name__}: {error}")
 

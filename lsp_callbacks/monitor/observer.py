@@ -18,16 +18,15 @@ from lsp_callbacks.monitor.nan_finder import NanFinder
 from lsp_callbacks.monitor.step_results import Completed, StepResults
 from lsp_callbacks.monitor.training_loop import MicroBatchLoss, TrainingLoop
 from lsp_callbacks.monitor.update_check import UpdateCheck
+from lsp_callbacks.quantities.numerics.numerics import Numerics
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import PendingStep, never
 from lsp_callbacks.step.players import Player
 from lsp_callbacks.step.probes import Criterion, ForwardFn, Probes
-from lsp_callbacks.step.side_effects import untouched
+from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.snapshot import Snapshot
 from lsp_callbacks.step.step_loss import StepLoss
 from lsp_callbacks.step.verified_step import verified
-
-MOVED_BEFORE = "an earlier update of the same batch has moved the parameters"
 
 
 class StepObserver:
@@ -153,21 +152,22 @@ class StepObserver:
             has_backward: whether a backward pass follows.
         """
         monitor, module = self.monitor, self.loop.module
-        self._results.begin_batch()
+        self._results.taken = None  # it was checked
         if first:
             self.forget_step()
-            self.nan_finder.begin()
             if self.game is not None:
                 with monitor.errors.warn_instead_of_raise("the batch could not be kept for a replay"):
                     self.game.begin(batch)
             else:
                 self._pending = self._new_pending(scheduled, has_backward)
         self.step_loss.begin_batch()
-        monitor.recorder.begin(module, first=first)
-        if monitor.quantities:
+        if monitor.trace is not None:
+            monitor.recorder.begin(module, first=first)
+        if monitor.quantities and not self.probes.full:
             self.probes.add(batch, module)
         if self.game is None:
-            self.nan_finder.add(batch, loss)
+            if self._looks_for_nan:
+                self.nan_finder.add(batch, loss, first=first)
             if self._pending is not None:
                 self._pending.add(batch, loss)
 
@@ -175,14 +175,21 @@ class StepObserver:
         """Forget the step before; `begin_batch` does so at the first micro-batch of the next one."""
         self._pending, self.updates, self.replayed_loss = None, 0, None
         self.step_loss.begin()
-        self._gradient_check.forget()
+        if self._gradient_check.is_expected:
+            self._gradient_check.forget()
 
     def _new_pending(self, scheduled: float = math.nan, has_backward: bool = True) -> PendingStep | None:
         """Return what the coming step must be replayed from, if it is to be measured."""
         if self.monitor.wants(self.step, scheduled=scheduled) and has_backward:
-            with self.monitor.errors.warn_instead_of_raise("the step could not be kept for a replay"):
+            try:
                 return self.loop.new_step()
+            except Exception as error:
+                self.monitor.errors.caught("the step could not be kept for a replay", error)
         return None
+
+    @property
+    def _looks_for_nan(self) -> bool:
+        return Numerics.name in self.monitor.quantities
 
     @property
     def is_pending(self) -> bool:
@@ -198,9 +205,9 @@ class StepObserver:
             is_returned: whether the loop adds what the micro-batch returns to `step_loss`, too. Then this one is only
                 taken where a replay or a series needs it before the update.
         """
-        if self.loop.shows_losses:
+        if self._looks_for_nan and self.loop.shows_losses:
             self.nan_finder.saw_loss(loss)
-        if is_returned and not self.is_pending and self.monitor.trace is None:
+        if is_returned and self._pending is None and self.monitor.trace is None:
             return
         factor = 1.0 if scale is None else scale()
         self.step_loss.add(loss if factor == 1.0 else loss.detach() / factor)
@@ -222,14 +229,16 @@ class StepObserver:
         Returns:
             Whether an update follows.
         """
-        self._find_fault(optimizer, overflowed)
+        if self._looks_for_nan:
+            self._find_fault(optimizer, overflowed)
         if overflowed:
             self.skip_update()
             return False
         self.updates += 1
-        if self.updates == 1:
+        if self.updates == 1 and self.monitor.trace is not None:
             self.record(optimizer)
-        self.measure(optimizer, coming_gradients=coming_gradients)
+        if self._pending is not None or self.game is not None:
+            self.measure(optimizer, coming_gradients=coming_gradients)
         return True
 
     def skip_update(self) -> None:
@@ -275,17 +284,21 @@ class StepObserver:
         is_compared = needs_update and self.loop.moves_parameters
         if is_compared:
             self._update_check.awaited()
-        with monitor.errors.warn_instead_of_raise("the step could not be measured"), untouched(self.loop.module):
-            self.sub_batch = pending.samples
-            clipping = self._clipping(pending, optimizer)
-            snapshot = self.snapshot(optimizer, clipping)
-            if snapshot.loss is None:
-                snapshot = verified(snapshot)
-                self.replayed_loss = snapshot.loss
-            self._observe(snapshot)
-            if is_compared:
-                with monitor.errors.warn_instead_of_raise("the parameters after the step could not be predicted"):
+        doing = "the step could not be measured"
+        try:
+            with untouched(self.loop.module):
+                self.sub_batch = pending.samples
+                clipping = self._clipping(pending, optimizer)
+                snapshot = self.snapshot(optimizer, clipping)
+                if snapshot.loss is None:
+                    snapshot = verified(snapshot)
+                    self.replayed_loss = snapshot.loss
+                self._observe(snapshot)
+                if is_compared:
+                    doing = "the parameters after the step could not be predicted"
                     self._update_check.expect(_whole(snapshot, clipping) if pending.samples else snapshot)
+        except Exception as error:
+            monitor.errors.caught(doing, error)
         if needs_update and coming_gradients is not None:
             with monitor.errors.warn_instead_of_raise("the gradient could not be copied to be compared later"):
                 self._gradient_check.expect(coming_gradients)
@@ -303,19 +316,16 @@ class StepObserver:
         pending = self._pending
         assert pending is not None, "no step was begun that is to be measured"
         loop = self.loop
-        snapshot = pending.snapshot(
+        return pending.snapshot(
             self.step,
             optimizer,
             loss=self.step_loss.differentiated if loop.shows_losses and not self.step_loss.is_ambiguous else None,
+            gradient_scale=loop.gradient_scale(optimizer),
             clipping=clipping,
             probes=loop.probe_set(self.probes, pending) if self.probes.wanted else None,
             scale=loop.loss_scale(),
             previous=self.previous,
         )
-        if (factor := loop.gradient_scale(optimizer)) is not None:
-            gradient = (snapshot.gradient or {}).items()
-            snapshot = replace(snapshot, gradient={name: g if g is None else g / factor for name, g in gradient})
-        return snapshot
 
     def check_gradient(self, reason: str, *, is_gone_allowed: bool) -> bool:
         """Invalidate the update if the optimizer's gradients are not those that were foreseen; return True then.
@@ -324,6 +334,8 @@ class StepObserver:
             reason: for the warning.
             is_gone_allowed: whether gradients may have been set to None, as after the update.
         """
+        if not self._gradient_check.is_expected:
+            return False
         changed = False
         with self.monitor.errors.warn_instead_of_raise("the gradient could not be compared with the measured one"):
             changed = self._gradient_check.is_changed(is_gone_allowed=is_gone_allowed)
@@ -338,7 +350,7 @@ class StepObserver:
             last: whether nothing moves them any more before the next forward pass.
         """
         # Without a prox nothing has to be done to them after the step.
-        if self._update_check.missed(last=last or self.loop.run.prox is None):
+        if self._update_check.is_awaited and self._update_check.missed(last=last or self.loop.run.prox is None):
             self.invalidate_update(self.loop.wrong_update)
 
     def invalidate_update(self, reason: str) -> None:
@@ -346,7 +358,10 @@ class StepObserver:
         self._results.invalidate_update(reason)
 
     def after_update(self) -> Completed:
-        """Return what was completed since the last call."""
+        """Return what was completed since the last call, also by what has awaited the update."""
+        if self.monitor.quantities.awaiting():
+            with untouched(self.loop.module):
+                self._results.add(self.monitor.after_update(is_own=self.updates <= 1))
         return self._results.take()
 
     def _find_fault(self, optimizer: torch.optim.Optimizer, overflowed: bool) -> None:
@@ -354,15 +369,7 @@ class StepObserver:
         again = self.updates > 0
         step = self.step - again
         with self.monitor.errors.warn_instead_of_raise("the step could not be checked for NaN and Inf"):
-            fault = self.nan_finder.look(
-                step,
-                self.loop.module,
-                lambda: self.loop.new_step(is_shared=False),
-                ranks=self.loop.run.ranks,
-                left_out=overflowed or self.loop.is_gradient_scaled(optimizer),
-                moved=MOVED_BEFORE if again and not self.loop.repeats_forward else None,
-            )
-            if fault is not None:
+            if self.nan_finder.look(step, self.loop, optimizer, overflowed=overflowed, again=again) is not None:
                 self._results.add_fault(step)
 
     def _clipping(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:

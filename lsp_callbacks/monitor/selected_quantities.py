@@ -96,6 +96,10 @@ class SelectedQuantities(dict[str, Quantity]):
         keys = {key for q in self.values() for key in (*q.keys, *(q.optional if optional else ()))}
         return keys - ({*lost_keys(self.values())} if without_update else set())
 
+    def awaiting(self) -> set[str]:
+        """Return the names of those that have begun and wait for the update of their step."""
+        return {name for name, quantity in self.items() if quantity.awaited is not None}
+
     def forget_vectors(self) -> None:
         """Forget windows and warm starts."""
         for quantity in self.values():

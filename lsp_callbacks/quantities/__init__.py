@@ -32,6 +32,7 @@ from lsp_callbacks.quantities.network.clarke_profile import ClarkeProfile as Cla
 from lsp_callbacks.quantities.trajectory.clarke_training import ClarkeTraining as ClarkeTraining
 from lsp_callbacks.quantities.curvature.secant_ratio import SecantRatio as SecantRatio
 from lsp_callbacks.quantities.trajectory.proximal_step import ProximalStep as ProximalStep
+from lsp_callbacks.quantities.curvature.courant_step import CourantStep as CourantStep
 # isort: on
 
 #: All quantities by name, in the order of the lines above.
@@ -42,7 +43,7 @@ REGISTRY: dict[str, type[Quantity]] = {
 }
 PRESETS: dict[str, tuple[str, ...]] = {
     "economy": ("spectral_norm", "sharpness"),
-    "default": ("spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov"),
+    "default": ("spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", "courant_step"),
     "full": tuple(name for name, quantity in REGISTRY.items() if not quantity.by_name_only),
 }
 

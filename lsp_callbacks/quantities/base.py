@@ -18,6 +18,7 @@ from lsp_callbacks.plots.figure import load
 from lsp_callbacks.quantities.key import PREFIX, Key, is_global
 from lsp_callbacks.step.energies import Energy
 from lsp_callbacks.step.snapshot import Snapshot
+from lsp_callbacks.step.taken_step import TakenStep
 
 #: Name, in keys, of what is outside of all submodules.
 ROOT = "(root)"
@@ -74,6 +75,7 @@ class Quantity(Metric):
             one. ``plot`` then works without arguments, also after `load_vectors` has forgotten the vectors; it returns
             the figure first, and raises ValueError where there is nothing to show.
         warms_up: whether `warm_up` can ask for more steps; derived.
+        awaited: the step whose update a measurement waits for, which `after_update` completes; None where none does.
         supports_multiple_optimizers: whether the step of a `Player` can be measured; otherwise the quantity is skipped
             where several optimizers take turns.
     """
@@ -94,6 +96,7 @@ class Quantity(Metric):
     picture: str = ""
     warms_up: bool = False
     supports_multiple_optimizers: bool = False
+    awaited: TakenStep | None = None
     full_state_update = False
     higher_is_better = None
     is_differentiable = False
@@ -173,6 +176,9 @@ class Quantity(Metric):
     def warm_up(self, snapshot: Snapshot) -> int:
         """Return the number of steps until enough is known to measure, 0 for now."""
         return 0
+
+    def after_update(self) -> None:
+        """Complete a measurement that has `awaited` the update of its step, as soon as that was made."""
 
     def captures_inputs(self, name: str, module: nn.Module) -> bool:
         """Return whether the inputs of a module are to be kept in full."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,12 @@ def fingerprint(module: nn.Module) -> list[Tensor]:
     return [p.detach().sum(dtype=torch.float32) for p in module.parameters()]
 
 
-def identical(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors are equal to the last bit; NaN equals NaN."""
-    return torch.allclose(a.to_dense(), b.to_dense(), rtol=0.0, atol=0.0, equal_nan=True)
+def identical(these: Sequence[Tensor], those: Sequence[Tensor]) -> bool:
+    """Return whether tensors are equal, each to the other of its pair, to the last bit; NaN equals NaN."""
+    return all(_equal(a, b) for a, b in zip(these, those, strict=True))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    a, b = a.to_dense(), b.to_dense()
+    # The quick way does not know that NaN equals NaN.
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)

@@ -72,5 +72,9 @@ def displaced_gradient(
 
 def largest_learning_rate(optimizer: torch.optim.Optimizer) -> float:
     """Return the largest learning rate of the parameter groups; NaN where the optimizer has none."""
-    rates = [group.get("lr") for group in optimizer.param_groups]
-    return max([float(lr) for lr in rates if lr is not None], default=math.nan)
+    largest = math.nan
+    for group in optimizer.param_groups:
+        lr = group.get("lr")
+        if lr is not None and not float(lr) <= largest:
+            largest = float(lr)
+    return largest

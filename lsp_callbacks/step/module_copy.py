@@ -13,9 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lsp_callbacks.autograd._torch_internals import CONTAINERS, HOOKS, buffers
+from lsp_callbacks.autograd._torch_internals import BUFFERS, CONTAINERS, HOOKS, buffers
 
-_ATOMS = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size)
+#: Attributes that every module has.
+_PLAIN = frozenset(vars(nn.Module()))
+#: What cannot be changed in place, or is shared.
+_ATOMS = (
+    int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size, types.FunctionType,
+    nn.Module, nn.Parameter,
+)  # fmt: skip
 
 
 class ModuleCopy:
@@ -84,26 +90,29 @@ class _State:
         self.module = module
         self.attributes = dict(vars(module))
         self.containers = {name: dict(value) for name, value in vars(module).items() if name in CONTAINERS}
-        self.buffers = {name: None if b is None else b.detach().clone() for name, b in buffers(module).items()}
-        plain = vars(nn.Module())
+        held = self.containers.pop(BUFFERS, None)
+        held = buffers(module) if held is None else held  # scripted modules keep them elsewhere
+        self.buffers = {name: None if b is None else b.detach().clone() for name, b in held.items()}
         # Deep copies take time in each replay: only of what a training step could change in place.
         self.mutable = {
-            name: value
-            for name, value in vars(module).items()
-            if name not in plain and not isinstance(value, (*_ATOMS, types.FunctionType, nn.Module, nn.Parameter))
+            name: value for name, value in vars(module).items() if name not in _PLAIN and not isinstance(value, _ATOMS)
         }
 
     def restore(self, memo: dict[int, Any]) -> None:
         attributes = vars(self.module)
         attributes.clear()
         attributes.update(self.attributes)
-        attributes.update({name: copy.deepcopy(value, memo) for name, value in self.mutable.items()})
+        for name, value in self.mutable.items():
+            attributes[name] = copy.deepcopy(value, memo)
         for name, entries in self.containers.items():
             container = attributes[name]
             container.clear()
             container.update(entries)
+        if BUFFERS in attributes:
+            attributes[BUFFERS].clear()
+        held = attributes[BUFFERS] if BUFFERS in attributes else buffers(self.module)
         for name, saved in self.buffers.items():
-            buffers(self.module)[name] = None if saved is None else saved.clone()
+            held[name] = None if saved is None else saved.clone()
 
 
 def _is_users(hook: Any) -> bool:

@@ -106,12 +106,15 @@ class PendingStep:
             return None
         return min(self.sub_batch, sum(batch_size(part.batch) or self.sub_batch for part in self.parts))
 
-    def snapshot(self, step: int, optimizer: torch.optim.Optimizer, **settings: Any) -> Snapshot:
+    def snapshot(
+        self, step: int, optimizer: torch.optim.Optimizer, *, gradient_scale: Any = None, **settings: Any
+    ) -> Snapshot:
         """Return the step, after its backward passes and before its update.
 
         Args:
             step: number of the optimizer step.
             optimizer: that makes the update.
+            gradient_scale: the factor of mixed precision that the gradients still hold; None if they hold none.
             settings: further fields of the `Snapshot`.
         """
         failure = self.failure or self._moved()
@@ -119,6 +122,9 @@ class PendingStep:
             module, replay = self.module, _raising(failure)
         else:
             module, replay = self.module_copy.module, self.run.ranks.private(replayer(self.module_copy, self.parts))
+        gradient = {name: p.grad for name, p in self.module.named_parameters() if p.requires_grad}
+        if gradient_scale is not None:
+            gradient = {name: g if g is None else g / gradient_scale for name, g in gradient.items()}
         snapshot = Snapshot(
             step=step,
             module=module,
@@ -126,7 +132,7 @@ class PendingStep:
             optimizer=optimizer,
             run=self.run,
             sample=None if failure else self._sample,
-            gradient={name: p.grad for name, p in self.module.named_parameters() if p.requires_grad},
+            gradient=gradient,
             # Compiled code rounds in other places than the step.
             tolerance=max(self.tolerance, 1e-4 if _compiled(self.module) else 0.0),
             **settings,
@@ -156,7 +162,7 @@ class PendingStep:
 
     def _moved(self) -> Exception | None:
         """Return an error if the step itself has moved the parameters: a replay, which shares them, would do so too."""
-        if self.failure is None and not all(map(identical, self._fingerprint, fingerprint(self.module))):
+        if self.failure is None and not identical(self._fingerprint, fingerprint(self.module)):
             return Unmeasurable(
                 "the step changes parameters before its update (a moving average or a clamp in training_step), and a "
                 "replay would do so again: do it after the update, or pass loss_fn=..."
@@ -172,8 +178,8 @@ class PendingStep:
             return False
         before, self._fingerprint = self._fingerprint, fingerprint(self.module)
         watched = {id(p) for p in players}
-        sums = zip(self.module.parameters(), before, self._fingerprint)
-        return any(id(p) in watched and not identical(old, new) for p, old, new in sums)
+        sums = [pair for p, *pair in zip(self.module.parameters(), before, self._fingerprint) if id(p) in watched]
+        return not identical([old for old, _ in sums], [new for _, new in sums])
 
     def _sub_batch(self, full: Snapshot, count: int) -> Snapshot:
         """Return the same step on the first samples of its batches; the whole step's replay is checked first."""

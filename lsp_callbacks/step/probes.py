@@ -44,6 +44,9 @@ class Probes:
         wanted: how many samples.
         forward_fn: ``(module, batch) -> outputs``; None takes them from the criterion that ``training_step`` calls.
         criterion: ``(outputs, batch) -> loss``.
+
+    Attributes:
+        full: whether nothing more is collected: there are enough, or they cannot be collected.
     """
 
     def __init__(self, wanted: int, forward_fn: ForwardFn | None, criterion: Criterion | None):
@@ -61,10 +64,7 @@ class Probes:
         self._carried: list[tuple[Carried, int]] = []  # and of how many samples
         self._failure: Exception | None = None
         self.batch_size = self.forward_size = 0
-
-    @property
-    def full(self) -> bool:
-        return sum(self._sizes) >= self.needed or self._failure is not None
+        self.full = not self.needed
 
     def add(self, batch: Any, module: nn.Module | None = None) -> None:
         """Add a batch, on the device, as ``training_step`` of the module will receive it."""
@@ -74,6 +74,7 @@ class Probes:
             self.ranks.together(lambda: self._take(batch, {} if module is None else carried(module)))
         except Exception as error:
             self._failure = error.with_traceback(None)  # which would keep the step's tensors
+            self.full = True
 
     def _take(self, batch: Any, state: Carried) -> None:
         parts = self.ranks.gather(lambda: self._cut(batch), "the probes")
@@ -85,6 +86,7 @@ class Probes:
             self._sizes.append(held)
             self._carried.append((kept(state, size), size))
             self._batches.append(part if self.ranks.world == 1 else _to(part, self.ranks.device))
+        self.full = sum(self._sizes) >= self.needed
         if self.full:
             self._join()
 

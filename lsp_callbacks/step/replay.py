@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from threading import get_ident
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lsp_callbacks.autograd._torch_internals import tree_map
+from lsp_callbacks.autograd._torch_internals import checkpoints_without_reentrance, tree_map, without_hooks
+from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.batch import MicroBatch
 from lsp_callbacks.step.module_copy import ModuleCopy
-from lsp_callbacks.step.side_effects import muted
+from lsp_callbacks.step.side_effects import mutable, muted, muters
 
 
 def copied(batch: Any) -> Any:
     """Return a deep copy, in a quick way for the usual containers of tensors."""
     return tree_map(lambda leaf: leaf.clone() if type(leaf) is Tensor else copy.deepcopy(leaf), batch)
-
-
-def summed(losses: Iterable[Tensor | None]) -> Tensor | None:
-    """Return the sum of the losses that are not None, in their order; None if there is none."""
-    present = [loss for loss in losses if loss is not None]
-    return functools.reduce(torch.add, present) if present else None
 
 
 def replayer(module_copy: ModuleCopy, parts: Sequence[MicroBatch]) -> Callable[[], Tensor]:
@@ -40,16 +37,59 @@ def replayer(module_copy: ModuleCopy, parts: Sequence[MicroBatch]) -> Callable[[
     """
 
     def replay() -> Tensor:
-        losses, module = [], None
+        muter = muters.get(get_ident())
+        if muter is None:  # outside of `untouched`, which prepares it once for all replays of a step
+            with muted():
+                return replay()
+        total, module = None, module_copy.reset()
         for part in parts:
             batch = copied(part.batch)
-            module = module_copy.reset() if module is None else module
-            part.random_state.restore()
-            with muted():
-                losses.append(part.loss(module, batch))
-        total = summed(losses)
+            for put_back in part.random_state.setters:
+                put_back()
+            muter.depth += 1
+            try:
+                loss = part.loss(module, batch)
+            finally:
+                muter.depth -= 1
+                if muter.folder is not None and not muter.depth:
+                    muter.forget_files()
+            if loss is not None:
+                total = loss if total is None else total + loss
         if total is None:
             raise Unmeasurable("the replayed step has no loss")
         return total.reshape(()) if total.numel() == 1 else total  # backward() takes one number in any shape
 
     return replay
+
+
+@contextlib.contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Put the global random states back at the end, and let nothing inside call the module itself.
+
+    Its parameters are shared with the copy, so hooks on them are off: autograd would call them. A function that a user
+    stored on the module may refer to the module itself, in a copy too: calling the module raises. Nothing is compiled,
+    as every copy would be compiled anew. Activations are checkpointed without re-entrance, as re-entrant checkpoints
+    do not support ``torch.autograd.grad``, and hide what is inside.
+    """
+    before = RandomState()
+    originals = {id(m) for m in module.modules()}
+
+    def refuse(called: nn.Module, args: tuple) -> None:
+        if id(called) in originals:
+            raise Unmeasurable(
+                f"the copy of the module calls the {type(called).__name__} of the original (through a lambda or a "
+                "closure that holds it): make that function a method, or pass loss_fn=..."
+            )
+
+    handle = register_module_forward_pre_hook(refuse)
+    try:
+        with (
+            mutable(),
+            without_hooks(module.parameters()),
+            torch.compiler.set_stance("force_eager"),
+            checkpoints_without_reentrance(),
+        ):
+            yield
+    finally:
+        handle.remove()
+        before.restore()

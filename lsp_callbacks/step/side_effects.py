@@ -1,4 +1,4 @@
-"""No side effects of code that is run again: on streams, files, random states, and the module itself."""
+"""No side effects of code that is run again, on streams and files."""
 
 from __future__ import annotations
 
@@ -14,28 +14,61 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-
-from lsp_callbacks.autograd._torch_internals import checkpoints_without_reentrance, without_hooks
-from lsp_callbacks.autograd.random_state import RandomState
-from lsp_callbacks.errors import Unmeasurable
-
-#: The threads that are muted, each with the files that it has written meanwhile; and what was replaced.
-_muted: dict[int, _Scratch] = {}
+#: Of the threads that can be muted; and what was replaced for that.
+muters: dict[int, Muter] = {}
 _lock = threading.RLock()
 _before: tuple[Any, ...] = ()
 
 
+class Muter:
+    """Whether one thread is muted, and the files that it has written meanwhile.
+
+    Attributes:
+        depth: the thread is muted while this is above 0; whoever mutes it adds 1, and takes it off again.
+        folder: of the files that were written instead; None without any, and once the thread is not muted any more.
+    """
+
+    def __init__(self) -> None:
+        self.depth = self.users = 0
+        self.folder: tempfile.TemporaryDirectory | None = None
+        self._files: dict[str, str] = {}
+
+    def instead(self, file: Any, mode: str) -> Any:
+        """Return the file to open: for writing one of ours, for reading what was written meanwhile, if it was."""
+        try:
+            path = os.path.abspath(os.fsdecode(file))
+        except TypeError:  # let `open` say what is wrong
+            return file
+        writes = set(mode) & set("wax+")
+        if path in self._files or not writes or (os.path.exists(path) and not os.path.isfile(path)):
+            return self._files.get(path, file)
+        self.folder = self.folder or tempfile.TemporaryDirectory(prefix="lsp_callbacks-")
+        scratch = os.path.join(self.folder.name, str(len(os.listdir(self.folder.name))))
+        if "+" in mode and set(mode) & set("ra") and os.path.isfile(path):  # it may be read, too
+            opened = _before[2]
+            with opened(path, "rb") as source, opened(scratch, "wb") as copy:
+                shutil.copyfileobj(source, copy)
+        if set(mode) & set("wx+"):
+            # What is only appended was appended by the step itself: reading finds it.
+            self._files[path] = scratch
+        return scratch
+
+    def forget_files(self) -> None:
+        """Remove what was written, so that it is not found when the same code runs again."""
+        self._files.clear()
+        if self.folder is not None:
+            self.folder.cleanup()
+            self.folder = None
+
+
 class _Stream:
-    """A stream that lets through what other threads write; all, once nobody is muted."""
+    """A stream that lets through what is written by threads that are not muted."""
 
     def __init__(self, stream: Any):
         self._stream = stream
 
     def write(self, text: Any) -> int:
-        return len(text) if threading.get_ident() in _muted else self._stream.write(text)
+        return len(text) if _is_muted() else self._stream.write(text)
 
     def writelines(self, lines: Any) -> None:
         for line in lines:
@@ -45,44 +78,16 @@ class _Stream:
         return getattr(self._stream, name)
 
 
-class _Scratch:
-    """Files that take the place of those that would be written; a folder is made at the first of them."""
-
-    def __init__(self) -> None:
-        self.depth = 0
-        self._folder: tempfile.TemporaryDirectory | None = None
-        self._written: dict[str, str] = {}
-
-    def instead(self, file: Any, mode: str) -> Any:
-        """Return the file to open: for writing one of ours, for reading what was written meanwhile, if it was."""
-        try:
-            path = os.path.abspath(os.fsdecode(file))
-        except TypeError:  # let `open` say what is wrong
-            return file
-        writes = set(mode) & set("wax+")
-        if path in self._written or not writes or (os.path.exists(path) and not os.path.isfile(path)):
-            return self._written.get(path, file)
-        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="lsp_callbacks-")
-        scratch = os.path.join(self._folder.name, str(len(os.listdir(self._folder.name))))
-        if "+" in mode and set(mode) & set("ra") and os.path.isfile(path):  # it may be read, too
-            opened = _before[2]
-            with opened(path, "rb") as source, opened(scratch, "wb") as copy:
-                shutil.copyfileobj(source, copy)
-        if set(mode) & set("wx+"):
-            # What is only appended was appended by the step itself: reading finds it.
-            self._written[path] = scratch
-        return scratch
-
-    def close(self) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
+def _is_muted() -> bool:
+    muter = muters.get(threading.get_ident())
+    return muter is not None and muter.depth > 0
 
 
 def _open(file: Any, mode: Any = "r", *args: Any, **kwargs: Any) -> Any:
-    opened, scratch = _before[2], _muted.get(threading.get_ident())
-    if scratch is None or not isinstance(mode, str) or isinstance(file, int):
+    opened, muter = _before[2], muters.get(threading.get_ident())
+    if muter is None or not muter.depth or not isinstance(mode, str) or isinstance(file, int):
         return opened(file, mode, *args, **kwargs)
-    instead = scratch.instead(file, mode)
+    instead = muter.instead(file, mode)
     if instead is file:
         return opened(file, mode, *args, **kwargs)
     kwargs.pop("opener", None)
@@ -90,8 +95,19 @@ def _open(file: Any, mode: Any = "r", *args: Any, **kwargs: Any) -> Any:
 
 
 def _handle(self: logging.Logger, record: logging.LogRecord) -> None:
-    if threading.get_ident() not in _muted:
+    if not _is_muted():
         _before[4](self, record)
+
+
+@contextlib.contextmanager
+def mutable() -> Iterator[Muter]:
+    """Prepare once what mutes this thread, for code that mutes it often; nothing is muted by this alone."""
+    thread = threading.get_ident()
+    muter = _enter(thread)
+    try:
+        yield muter
+    finally:
+        _leave(thread, muter)
 
 
 @contextlib.contextmanager
@@ -104,66 +120,35 @@ def muted() -> Iterator[None]:
     opened by ``os`` or in C++ (``torch.save``), what is removed or renamed, what is sent over a network, other
     processes, and global variables.
     """
-    thread = threading.get_ident()
-    scratch = _enter(thread)
-    try:
-        yield
-    finally:
-        _leave(thread, scratch)
+    with mutable() as muter:
+        muter.depth += 1
+        try:
+            yield
+        finally:
+            muter.depth -= 1
+            if not muter.depth:
+                muter.forget_files()
 
 
-def _enter(thread: int) -> _Scratch:
+def _enter(thread: int) -> Muter:
     """Replace the functions for the first thread; those that overlap may end in any order."""
     global _before
     with _lock:
-        if not _muted:
+        if not muters:
             _before = sys.stdout, sys.stderr, builtins.open, io.open, logging.Logger.handle
             sys.stdout, sys.stderr = (None if s is None else _Stream(s) for s in _before[:2])
             builtins.open = io.open = _open  # type: ignore[assignment]
             logging.Logger.handle = _handle  # type: ignore[method-assign]
-        scratch = _muted.setdefault(thread, _Scratch())
-        scratch.depth += 1
-        return scratch
+        muter = muters.setdefault(thread, Muter())
+        muter.users += 1
+        return muter
 
 
-def _leave(thread: int, scratch: _Scratch) -> None:
+def _leave(thread: int, muter: Muter) -> None:
     with _lock:
-        scratch.depth -= 1
-        if scratch.depth:
+        muter.users -= 1
+        if muter.users:
             return
-        del _muted[thread]
-        if not _muted:
+        del muters[thread]
+        if not muters:
             sys.stdout, sys.stderr, builtins.open, io.open, logging.Logger.handle = _before  # type: ignore[method-assign]
-    scratch.close()
-
-
-@contextlib.contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """Put the global random states back at the end, and let nothing inside call the module itself.
-
-    Its parameters are shared with the copy, so hooks on them are off: autograd would call them. A function that a user
-    stored on the module may refer to the module itself, in a copy too: calling the module raises. Nothing is compiled,
-    as every copy would be compiled anew. Activations are checkpointed without re-entrance, as re-entrant checkpoints
-    do not support ``torch.autograd.grad``, and hide what is inside.
-    """
-    before = RandomState()
-    originals = {id(m) for m in module.modules()}
-
-    def refuse(called: nn.Module, args: tuple) -> None:
-        if id(called) in originals:
-            raise Unmeasurable(
-                f"the copy of the module calls the {type(called).__name__} of the original (through a lambda or a "
-                "closure that holds it): make that function a method, or pass loss_fn=..."
-            )
-
-    handle = register_module_forward_pre_hook(refuse)
-    try:
-        with (
-            without_hooks(module.parameters()),
-            torch.compiler.set_stance("force_eager"),
-            checkpoints_without_reentrance(),
-        ):
-            yield
-    finally:
-        handle.remove()
-        before.restore()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lsp_callbacks.step.replay import summed
-
 
 def loss_of(outputs: Any) -> Any:
     """Return the loss in what ``training_step`` or a model returned: the value itself, or that under ``"loss"``."""
     return outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+
+
+def summed(losses: Iterable[Tensor | None]) -> Tensor | None:
+    """Return the sum of the losses that are not None, in their order; None if there is none."""
+    present = [loss for loss in losses if loss is not None]
+    return functools.reduce(torch.add, present) if present else None
 
 
 class StepLoss:
@@ -50,7 +55,9 @@ class StepLoss:
         """Take in what a micro-batch returned, in single precision at least; anything without a loss is passed over."""
         loss = loss_of(outputs)
         if isinstance(loss, Tensor):
-            loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
+            loss = loss.detach()
+            if loss.dtype is not torch.float32:
+                loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
             self._returned.append(loss if loss.ndim == 0 else loss.mean())
 
     def average(self) -> None:

@@ -202,4 +202,5 @@ def test_predictions_leave_out_what_cannot_be_measured():
         "residual_cfl",
         "sharpness",
         "sgd_stability",
+        "courant_step",
     }

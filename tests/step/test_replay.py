@@ -17,10 +17,9 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.batch import MicroBatch
 from lsp_callbacks.step.flat import displaced, flatten, split
 from lsp_callbacks.step.module_copy import ModuleCopy
-from lsp_callbacks.step.replay import copied, replayer
+from lsp_callbacks.step.replay import copied, replayer, untouched
 from lsp_callbacks.step.replay_checks import verified_calls, verify
 from lsp_callbacks.step.run_context import RunContext
-from lsp_callbacks.step.side_effects import untouched
 from lsp_callbacks.step.snapshot import Snapshot
 
 

@@ -6,6 +6,7 @@ from lsp_callbacks.functional.curvature.batch_sharpness import (
     curvature_along_gradient,
 )
 from lsp_callbacks.functional.curvature.condition import condition, condition_lower, loss_condition_lower
+from lsp_callbacks.functional.curvature.courant_step import courant_step
 from lsp_callbacks.functional.curvature.loss_hessian import loss_hessian
 from lsp_callbacks.functional.curvature.marchenko_pastur import (
     MarchenkoPastur,
@@ -26,6 +27,7 @@ __all__ = [
     "batch_sharpness",
     "condition",
     "condition_lower",
+    "courant_step",
     "curvature_along_gradient",
     "fit_marchenko_pastur",
     "loss_condition_lower",

@@ -1,0 +1,135 @@
+"""The Courant number of the steps as they were taken, by one forward pass after an update."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks._validation import whole
+from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.functional.curvature.courant_step import courant_step
+from lsp_callbacks.operators.cost import beside
+from lsp_callbacks.operators.memory import footprint
+from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.quantities.key import Key
+from lsp_callbacks.step.snapshot import Snapshot
+from lsp_callbacks.step.taken_step import TakenStep
+
+#: The largest error by rounding that is accepted.
+CLEAR = 0.1
+
+
+class CourantStep(Quantity):
+    """Courant number of the last steps that were looked at: curvature along the update, over that of the edge.
+
+    The loss of a step's own batch is computed again after its update, with the same random masks and statistics:
+    ``courant_step = 1 + (L(after) - L(before)) / (-g . update)``, a ratio of sums over a window of readings, see
+    `lsp_callbacks.functional.courant_step`. Above 1 these steps have raised the losses of their own batches. It needs
+    no formula of the optimizer, and sees everything that moves the parameters: clipping, decay, a prox.
+
+    It looks at one direction, so that it may be calm while others are unstable, and above 1 in single steps of a stable
+    heavy ball: it tells what the steps did, not what the rate may be.
+
+    A step that moves nothing (left out by a gradient scaler, at a rate of 0) gives no reading. The number is NaN where
+    rounding of the losses hides their change (its error would exceed 0.1), where the loss did not fall along the
+    updates of the window, and where a loss is not finite.
+
+    Args:
+        readings: in the sums.
+        check_every: of so many updates of the metric, the first checks that the step's gradient is that of its loss,
+            and that the loss at the same parameters is the same after the update.
+
+    Raises:
+        ValueError: for less than one reading.
+
+    Cost: one forward pass and copies: 0.4 gradients; 1.7 more in the first and each 16th measurement.
+
+    Source: Roulet et al. 2024 (their edge along the update); docs/theory.md, section The law of SGD, energies, kinks.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks import CourantStep, Snapshot
+        >>> theta = torch.nn.Linear(1, 1, bias=False).double()
+        >>> sgd, x = torch.optim.SGD(theta.parameters(), lr=0.5), torch.ones(1, 1, dtype=torch.float64)
+        >>> metric = CourantStep()
+        >>> for step in range(2):  # of theta^2 / 2; the second update looks back at the first step
+        ...     metric.update(Snapshot(step=step, module=theta, replay=lambda: theta(x).square().sum() / 2))
+        ...     sgd.zero_grad(); (theta(x).square().sum() / 2).backward(); _ = sgd.step()
+        >>> round(float(metric.compute()["stability/courant_step"]), 6)
+        0.25
+    """
+
+    name = "courant_step"
+    KEYS: ClassVar = {
+        "courant_step": Key(
+            "Curvature along the last updates over that at which their losses stop falling.",
+            "",
+            "Above 1 the steps raise the loss of their own batches: lower the rate, unless momentum makes it swing.",
+            threshold=1.0,
+        ),
+        "courant_step_error": Key("Error of courant_step by rounding.", error_of="courant_step"),
+    }
+    window = 2
+    weight = 0.05
+    changes: Tensor
+
+    def __init__(self, readings: int = 8, check_every: int = 16):
+        super().__init__()
+        whole("readings", readings, 1)
+        whole("check_every", check_every, 1)
+        self.check_every = check_every
+        none = torch.full((readings, 3), torch.nan, dtype=torch.float64)
+        self.add_state("changes", default=none, persistent=True)
+
+    def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        return {"the step's loss": 1 / 3 + 5 / 3 / self.check_every + beside(snapshot, calls=100, vectors=12)}
+
+    def memory(self, snapshot: Snapshot) -> dict[str, float]:
+        held = footprint(snapshot)
+        return {"activations": held.activations, "copies": 2 * held.buffers, "vectors": 7 * held.parameters}
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Complete the measurement of the step before, if this step follows it; otherwise begin one of this step."""
+        self.complete = False
+        if self.awaited is not None and snapshot.follows(self.awaited.step):
+            self.after_update()
+            if self.complete:
+                return
+        self.awaited = None
+        is_first = bool(self.changes.isnan().all())
+        self.awaited = TakenStep(snapshot, check=is_first or (self.update_count - 1) % self.check_every == 0)
+
+    def after_update(self) -> None:
+        """Complete the measurement of a step whose update was made."""
+        taken, self.awaited = self.awaited, None
+        latest = None if taken is None else taken.loss_change()
+        if latest is None:
+            return
+        if not all(bool(number.isfinite()) for number in latest):
+            raise Unmeasurable("the loss of the step's batch is not finite after its update")
+        self.changes = torch.cat([self.changes[1:], torch.stack([*map(scalar, latest)])[None]])
+        slopes, changes, roundings = self.changes[~self.changes[:, 0].isnan()].T
+        courant, error = courant_step(slopes, changes), roundings.sum() / slopes.sum().abs()
+        if bool(courant.isnan()):
+            raise Unmeasurable(
+                f"to first order the last {len(slopes)} updates that were seen change the loss by {slopes.sum():.3g}: "
+                "momentum takes them uphill, or the optimizer does not follow the gradient"
+            )
+        if not bool(error <= CLEAR):
+            raise Unmeasurable(
+                f"the updates change the loss of their batch so little that rounding hides it: courant_step = "
+                f"{courant:.3g} with an error of {error:.2g}; measure in float32 or float64"
+            )
+        self.finish({"courant_step": courant, "courant_step_error": error})
+
+    def load_vectors(self, vectors: dict[str, Any]) -> None:
+        self.awaited = None
+
+    def restart(self) -> None:
+        super().restart()
+        self.changes = torch.full_like(self.changes, torch.nan)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"awaited": None}  # a replay cannot be copied
