@@ -16,11 +16,11 @@ from lsp_callbacks.step.snapshot import Snapshot
 
 #: Products: with an earlier vector, at most, and without one. So many parameters are measured to the end.
 WARM, MOST, COLD, FEW = 2, 3, 4, 12
-#: Norms of the earlier vector and of noise in a start, in units of the gradient's.
-EARLIER, NOISE = 2.0, 0.1
+#: Norm of the noise in a start, in units of that of the earlier vector, or of the gradient.
+NOISE = 0.1
 #: The error bar: this many times the sum of the gain, shares of what is hidden behind an overlap and of the fall, and a
 #: least number; chosen on seed 0 of ``benchmarks/sharpness_error_bars.py``.
-WIDTH, HIDDEN, OVERLAP, FALL, LEAST = 2.2, 0.12, 0.05, 0.1, 0.015
+WIDTH, HIDDEN, OVERLAP, FALL, LEAST = 2.0, 0.12, 0.05, 0.1, 0.015
 #: Fall below recent values (its logarithm) from which on a further product is taken.
 FALLEN = 0.15
 #: How many earlier values are compared.
@@ -32,12 +32,12 @@ _BLOCK = 4093
 def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | None, recent: Sequence[float]) -> Top:
     """Return an estimate of the largest eigenvalue of a step's operator, and of the error bar that holds for it.
 
-    Two products from a start of the earlier vector, the step's gradient (which leans towards sharp directions, Gur-Ari
-    et al. 2018) and a little noise; `lsp_callbacks.linalg.top_node` makes of them as much as there is. The next start
-    is its vector, which holds a third direction that cost no product: a power iteration that goes on from step to step
-    and also finds modes that have newly become sharp.
+    Two products from a start of the earlier vector, as much of the step's gradient (which leans towards sharp
+    directions, Gur-Ari et al. 2018) and a little noise; `lsp_callbacks.linalg.top_node` makes of them as much as there
+    is. The next start is its vector, which holds a third direction that cost no product: a power iteration that goes on
+    from step to step and also finds modes that have newly become sharp.
 
-    The error bar is an estimate, too: ``2.2 (gain + 12 % of hidden + 10 % of fall + 1.5 %)``. Gain is by how much the
+    The error bar is an estimate, too: ``2 (gain + 12 % of hidden + 10 % of fall + 1.5 %)``. Gain is by how much the
     rule exceeds the Ritz value, relatively; hidden is how far above the value an eigenvalue may be whose eigenvector
     has an overlap of 5 % with the start (`lsp_callbacks.linalg.TopNode`); fall is the logarithm of how far the value
     lies below the median of the last ones, as a low reading may have missed the sharpest mode. The form follows from
@@ -99,8 +99,8 @@ def _mixed(snapshot: Snapshot, operator: LinearOperator, start: Tensor | None) -
         gradient = gradient.to(mixed)
         mixed.add_(gradient, alpha=1 / size)
         if start is not None and float(torch.dot(gradient, start.to(mixed))) < 0:
-            return mixed.sub_(start.to(mixed), alpha=EARLIER)
-    return mixed if start is None else mixed.add_(start.to(mixed), alpha=EARLIER)
+            return mixed.sub_(start.to(mixed))
+    return mixed if start is None else mixed.add_(start.to(mixed))
 
 
 def _noise(snapshot: Snapshot, operator: LinearOperator) -> Tensor:
