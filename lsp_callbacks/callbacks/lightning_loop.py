@@ -16,7 +16,7 @@ from lsp_callbacks.callbacks.run_facts import clipping, overridden, run_context
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.monitor.gradient_check import Gradients, copies_of_gradients
 from lsp_callbacks.monitor.monitor import Monitor
-from lsp_callbacks.monitor.training_loop import MicroBatchLoss, TrainingLoop
+from lsp_callbacks.monitor.training_loop import TrainingLoop
 from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.criterion import HOW
@@ -93,26 +93,24 @@ class LightningLoop(TrainingLoop):
             takes_buffers=getattr(trainer.strategy.model, "will_sync_module_buffers", bool)(),
         )
 
-    def loss(self, batch_idx: int, player_loss: LossFn | None = None) -> MicroBatchLoss:
-        """Return ``(module, batch) -> loss`` of one micro-batch, as Lightning differentiates it.
+    def loss(self, batch_idx: int, player_loss: LossFn | None, module: Any, batch: Any) -> Tensor | None:
+        """Return the loss of one micro-batch, as Lightning differentiates it.
 
         Args:
             batch_idx: of the micro-batch.
-            player_loss: of several optimizers that take turns, the user's function for one of them.
+            player_loss: of several optimizers that take turns, the user's function for one of them; None otherwise.
+            module: or a copy of it.
+            batch: on the device.
         """
-        loss_fn, accumulate = player_loss or self._loss_fn, self.accumulate
-
-        def loss(module: Any, batch: Any) -> Tensor | None:
-            with self.trainer.precision_plugin.train_step_context():
-                if loss_fn is not None:
-                    outputs: Any = loss_fn(module, batch)
-                else:
-                    outputs = module.training_step(*_arguments(module.training_step, batch, batch_idx))
-            value = loss_of(outputs)
-            # Exactly what Lightning's closure does with it.
-            return None if value is None else value / accumulate
-
-        return loss
+        loss_fn = player_loss or self._loss_fn
+        with self.trainer.precision_plugin.train_step_context():
+            if loss_fn is not None:
+                outputs: Any = loss_fn(module, batch)
+            else:
+                outputs = module.training_step(*_arguments(module.training_step, batch, batch_idx))
+        value = loss_of(outputs)
+        # Exactly what Lightning's closure does with it.
+        return None if value is None else value / self.accumulate
 
     def clipping_of(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
         hook = overridden(self.module, "configure_gradient_clipping")
