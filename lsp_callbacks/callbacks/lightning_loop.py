@@ -68,7 +68,6 @@ class LightningLoop(TrainingLoop):
         self.moves_parameters |= self.overrides_step
         self.wrong_update = ELSEWHERE if run.prox is not None else f"{type(module).__name__}.optimizer_step {MOVED}"
         self._clipped: Gradients = []
-        self._muted = MutedTrainer(trainer)
         self.scaler = getattr(trainer.precision_plugin, "scaler", None)
 
     @property
@@ -82,7 +81,8 @@ class LightningLoop(TrainingLoop):
         return clipping(self.trainer)
 
     def new_step(self, *, is_shared: bool = True) -> PendingStep:
-        trainer, muted, self._clipped = self.trainer, self._muted, []
+        trainer, self._clipped = self.trainer, []
+        muted = MutedTrainer(trainer)  # which keeps the number of the step
         return PendingStep(
             self.module,
             shared=[muted] if trainer.datamodule is None else [muted, trainer.datamodule],

@@ -206,7 +206,9 @@ class StepObserver:
         """
         if Numerics.name in self.monitor.quantities and self.loop.shows_losses:
             self.nan_finder.saw_loss(loss)
-        if is_returned and self._pending is None and self.monitor.trace is None:
+        if self._pending is not None:
+            self._pending.saw_loss(loss)
+        elif is_returned and self.monitor.trace is None:
             return
         factor = 1.0 if scale is None else scale()
         self.step_loss.add(loss if factor == 1.0 else loss.detach() / factor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import is_compiled
+from lsp_callbacks.autograd.graph import Graph, joined, read
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.batch import MicroBatch, batch_size, first_samples
 from lsp_callbacks.step.fingerprint import fingerprint, identical
@@ -55,6 +57,7 @@ class PendingStep:
         self.module, self.tolerance, self.sub_batch = module, tolerance, sub_batch
         self.run = run or RunContext()
         self.parts: list[MicroBatch] = []
+        self._graphs: list[Graph] = []
         self.module_copy: ModuleCopy | None = None
         self.failure: Exception | None = None
         try:
@@ -99,6 +102,17 @@ class PendingStep:
         except Exception as error:  # whatever the user's objects raise
             self._fail(error)
 
+    def saw_loss(self, loss: Tensor) -> None:
+        """Read the graph of a micro-batch's loss, which is differentiated next."""
+        with contextlib.suppress(Exception):  # in the middle of the user's step: then the graph is not known
+            self._graphs.append(read(loss))
+
+    @property
+    def _own_graph(self) -> Graph | None:
+        """The graph that the step has differentiated, if that of a replay to the last bit can be compared with it."""
+        is_exact = self.tolerance == 0 and self.run.ranks.world == 1 and not _compiled(self.module)
+        return joined(self._graphs) if is_exact and len(self._graphs) == len(self.parts) > 0 else None
+
     @property
     def samples(self) -> int | None:
         """How many samples of the rank's micro-batches are used; None where all are."""
@@ -133,6 +147,7 @@ class PendingStep:
             run=self.run,
             sample=None if failure else self._sample,
             gradient=gradient,
+            own_graph=self._own_graph,
             # Compiled code rounds in other places than the step.
             tolerance=max(self.tolerance, 1e-4 if _compiled(self.module) else 0.0),
             **settings,
