@@ -266,10 +266,12 @@ class StepObserver:
         self, optimizer: torch.optim.Optimizer, *, coming_gradients: Callable[[], Gradients] | None = None
     ) -> None:
         """Measure the step now, if it is due; a second time nothing happens. For the arguments see `before_update`."""
-        monitor = self.monitor
         if self.game is not None:
-            with monitor.errors.warn_instead_of_raise("the player's step could not be measured"):
-                self._measure_player(self.game, optimizer)
+            failing = self.monitor.errors.warn_instead_of_raise("the player's step could not be measured")
+            with failing, self.game.turn(optimizer) as snapshot:
+                if snapshot is not None:
+                    with untouched(self.loop.module):
+                        self._observe(snapshot(self.step, previous=self.previous))
             return
         if self._pending is None:
             return
@@ -387,12 +389,6 @@ class StepObserver:
         self._results.add(self.monitor.observe(snapshot))
         for listener in self.listeners:
             listener(snapshot)
-
-    def _measure_player(self, game: Game, optimizer: torch.optim.Optimizer) -> None:
-        with game.turn(optimizer) as snapshot:
-            if snapshot is not None:
-                with untouched(self.loop.module):
-                    self._observe(snapshot(self.step, previous=self.previous))
 
 
 def _whole(sub_batch: Snapshot, clipping: Clipping | None) -> Snapshot:
