@@ -63,6 +63,7 @@ class LightningLoop(TrainingLoop):
         self._sub_batch, self._accumulate = sub_batch, accumulate
         self.is_automatic = self.repeats_forward = bool(module.automatic_optimization)
         self.overrides_step = overridden(module, "optimizer_step") is not None
+        self._clipping_hook = overridden(module, "configure_gradient_clipping")
         self.moves_parameters |= self.overrides_step
         self.wrong_update = ELSEWHERE if run.prox is not None else f"{type(module).__name__}.optimizer_step {MOVED}"
         self._clipped: Gradients = []
@@ -76,7 +77,7 @@ class LightningLoop(TrainingLoop):
     @property
     def clipping(self) -> Clipping | None:
         """How the trainer clips."""
-        return clipping(self.trainer)
+        return clipping(self.trainer) if self.trainer.gradient_clip_val else None
 
     def new_step(self, *, is_shared: bool = True) -> PendingStep:
         trainer, self._clipped = self.trainer, []
@@ -111,7 +112,7 @@ class LightningLoop(TrainingLoop):
         return None if value is None else value / self.accumulate
 
     def clipping_of(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
-        hook = overridden(self.module, "configure_gradient_clipping")
+        hook = self._clipping_hook
         if hook is None or pending.module_copy is None or not self.repeats_forward:
             return self.clipping
         ranks, reset = self.run.ranks, pending.module_copy.reset

@@ -107,11 +107,12 @@ class PendingStep:
         with contextlib.suppress(Exception):  # in the middle of the user's step: then the graph is not known
             self._graphs.append(read(loss))
 
-    @property
-    def _own_graph(self) -> Graph | None:
-        """The graph that the step has differentiated, if that of a replay to the last bit can be compared with it."""
-        is_exact = self.tolerance == 0 and self.run.ranks.world == 1 and not _compiled(self.module)
-        return joined(self._graphs) if is_exact and len(self._graphs) == len(self.parts) > 0 else None
+    def _own_graph(self, tolerance: float) -> Graph | None:
+        """Return the graph that the step has differentiated, if a replay to the last bit can be compared with it."""
+        is_exact = tolerance == 0 and self.run.ranks.world == 1
+        if not is_exact or not 0 < len(self._graphs) == len(self.parts):
+            return None
+        return self._graphs[0] if len(self._graphs) == 1 else joined(self._graphs)
 
     @property
     def samples(self) -> int | None:
@@ -139,6 +140,8 @@ class PendingStep:
         gradient = {name: p.grad for name, p in self.module.named_parameters() if p.requires_grad}
         if gradient_scale is not None:
             gradient = {name: g if g is None else g / gradient_scale for name, g in gradient.items()}
+        # Compiled code rounds in other places than the step.
+        tolerance = max(self.tolerance, 1e-4 if _compiled(self.module) else 0.0)
         snapshot = Snapshot(
             step=step,
             module=module,
@@ -147,9 +150,8 @@ class PendingStep:
             run=self.run,
             sample=None if failure else self._sample,
             gradient=gradient,
-            own_graph=self._own_graph,
-            # Compiled code rounds in other places than the step.
-            tolerance=max(self.tolerance, 1e-4 if _compiled(self.module) else 0.0),
+            own_graph=self._own_graph(tolerance),
+            tolerance=tolerance,
             **settings,
         )
         if self.sub_batch is None:
