@@ -107,7 +107,7 @@ def frozen_sgd(
         )
     kernel = tangent_kernel(
         probes, outputs=outputs, scale=rule.scale, generator=generator, start=start, most_rows=most_rows,
-        positions=positions, checked=checked,
+        positions=positions, checked=checked, holds=squares == "batch",
     )  # fmt: skip
     trace = sum(kernel.traces.values()) or 1.0
 

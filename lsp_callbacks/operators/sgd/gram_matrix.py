@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.operators.sgd.collapsed_outputs import FirstInputs, SameOutputs
+from lsp_callbacks.operators.sgd.held_statistics import can_be_held
 from lsp_callbacks.operators.sgd.output_directions import OutputDirections
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram
 from lsp_callbacks.operators.sgd.per_sample_gradients import RowSeed, whole_seeds
@@ -68,6 +69,7 @@ def tangent_kernel(
     start: Tensor | None = None,
     most_rows: int = 10**6,
     checked: TangentKernel | None = None,
+    holds: bool = False,
 ) -> TangentKernel:
     """Return ``K_ij = z_i D z_j^T``, ``z_i = R_i^T J_i``; ``R_i R_i^T = S_i`` is the output Hessian of sample i's loss.
 
@@ -97,6 +99,10 @@ def tangent_kernel(
         checked: an earlier kernel of the same network, whose shares were checked: these are computed in the same ways,
             and not checked again.
 
+        holds: whether the statistics of a batch are held fixed where they tie its samples together, with what they add
+            ahead of each normalisation, and the largest eigenvalue is then corrected, see `corrected`. Otherwise the
+            rows are formed one by one.
+
     Raises:
         Unmeasurable: the criterion is not convex in the outputs, or flat.
         Unsupported: more rows would have to be formed than ``most_rows``.
@@ -108,14 +114,16 @@ def tangent_kernel(
     generator = generator or torch.Generator().manual_seed(0)
     parameters = probes.parameters
     scale = dict.fromkeys(parameters, 1.0) | dict(scale or {})
-    if probes.tied:  # a pass for each row
+    holds = holds and probes.tied and can_be_held(probes.module)
+    if probes.tied and not holds:  # a pass for each row
         positions = max(1, min(positions, most_rows // probes.samples))
     directions = OutputDirections(
-        probes, scale, outputs, positions, generator, start, checks=checked is None or "rows" in checked.path.values()
-    )
+        probes, scale, outputs, positions, generator, start,
+        checks=checked is None or "rows" in checked.path.values(), holds=holds,
+    )  # fmt: skip
     grams = {name: ParameterGram() for name in parameters}
     roots = {name: torch.as_tensor(scale[name]).to(p) ** 0.5 for name, p in parameters.items()}
-    check = _Check(parameters, roots, generator) if checked is None else None
+    check = _Check(parameters, roots, generator) if checked is None and not holds else None
     tied: TiedRows | None = None
     loss, count, same_outputs = 0.0, 0, SameOutputs(probes.samples)
     for index in range(len(probes.parts)):
@@ -142,8 +150,8 @@ def tangent_kernel(
     else:
         shares, path = tied.grams(), dict.fromkeys(grams, "sketched rows" if tied.defect else "rows")
     if check is None:
-        assert checked is not None
-        unexplained = [name for name in parameters if tied is None and checked.path.get(name) == "rows"]
+        known = {} if checked is None else checked.path
+        unexplained = [name for name in parameters if tied is None and known.get(name) == "rows"]
     else:
         if tied is None:
             check.plain = {
@@ -176,12 +184,42 @@ def tangent_kernel(
         gram += share
         traces[name] = float(share.trace())
     gram = (gram + gram.T).mul_(0.5).cpu()
+    if holds:
+        gram = corrected(gram, probes, directions.seeds, roots)
+        path = dict.fromkeys(path, "statistics")
     return TangentKernel(
         gram, len(gram) // probes.samples, path, traces,
-        checked.defect if check is None and checked is not None else check.defect(shares) if check else 0.0,
+        check.defect(shares) if check else checked.defect if checked else 0.0,
         loss, directions.description, directions.mode, count if unexplained or tied is not None else 0,
         same_outputs.share(gram, tolerance(next(iter(parameters.values())).dtype)),
     )  # fmt: skip
+
+
+def corrected(gram: Tensor, probes: ProbeSet, seeds: Mapping[int, list[RowSeed]], roots: Mapping[str, Tensor]) -> Tensor:
+    """Return a Gram matrix with held statistics whose largest eigenvalue is replaced by what the batch itself gives.
+
+    ``c^T K c = ||D^(1/2) J^T c||^2`` for its top eigenvector c, by one backward pass through the statistics. What they
+    add several layers ahead makes the eigenvalue too large, up to twice; the others stay as they are.
+
+    Raises:
+        Unsupported: where a weight has no share in K.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    c, exact, lo = vectors[:, -1], 0.0, 0
+    for index, part in enumerate(probes.parts):
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            outputs = part().outputs
+        rows = len(seeds[index])
+        weights = c[lo : lo + len(outputs) * rows].view(-1, rows).to(outputs)
+        lo += weights.numel()
+        total = whole_seeds([seed.scaled(weights[:, r]) for r, seed in enumerate(seeds[index])], outputs)
+        whole = torch.autograd.grad(outputs, list(probes.parameters.values()), total, allow_unused=True)
+        exact += sum(
+            float(torch.linalg.vector_norm(roots[name] * g.to_dense(), dtype=torch.float64)) ** 2
+            for name, g in zip(probes.parameters, whole)
+            if g is not None
+        )
+    return gram + (exact - float(values[-1])) * c[:, None] * c
 
 
 def _affordable(rows: int, most: int) -> int:

@@ -144,9 +144,18 @@ def dense(values: Tensor) -> Use:
 @layer_uses.register(nn.Conv2d)
 @layer_uses.register(nn.Conv3d)
 def _(layer: nn.Conv2d, x: Tensor, g: Tensor) -> dict[str, Use] | None:
-    dims = len(layer.kernel_size)
-    if x.ndim != dims + 2:
+    if x.ndim != len(layer.kernel_size) + 2:
         return None
+    x, split = _windows(layer, x, g)
+
+    def gradients(lo: int, hi: int) -> Tensor:
+        return torch.einsum("nrgol,ngclk->nrgock", split[lo:hi], x[lo:hi]).flatten(2)
+
+    return {"weight": Use(gradients, g.shape[1]), "bias": dense(g.flatten(3).sum(-1))}
+
+
+def _windows(layer: nn.Conv2d, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the windows of each group's channels, ``(N, G, c, L, k)``, and its gradients, ``(N, R, G, o, L)``."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, padding_amounts(layer), mode=mode)
     for axis, (size, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation)):
@@ -154,14 +163,8 @@ def _(layer: nn.Conv2d, x: Tensor, g: Tensor) -> dict[str, Use] | None:
     x = x[(slice(None), slice(None), *(slice(n) for n in g.shape[3:]))]
     groups = layer.groups
     n, channels = x.shape[:2]
-    # (N, G, c, L, k): windows of each group's channels, next to its output gradients (N, R, G, o, L).
     x = x.reshape(n, groups, channels // groups, g.shape[3:].numel(), -1)
-    split = g.reshape(*g.shape[:2], groups, -1, x.shape[3])
-
-    def gradients(lo: int, hi: int) -> Tensor:
-        return torch.einsum("nrgol,ngclk->nrgock", split[lo:hi], x[lo:hi]).flatten(2)
-
-    return {"weight": Use(gradients, g.shape[1]), "bias": dense(g.flatten(3).sum(-1))}
+    return x, g.reshape(*g.shape[:2], groups, -1, x.shape[3])
 
 
 @layer_uses.register
@@ -194,7 +197,7 @@ def _(layer: nn.RMSNorm, x: Tensor, g: Tensor) -> dict[str, Use] | None:
 
 @layer_uses.register
 def _(layer: nn.GroupNorm, x: Tensor, g: Tensor) -> dict[str, Use] | None:
-    return _channels(F.group_norm(x, layer.num_groups, eps=layer.eps), g)
+    return channel_uses(F.group_norm(x, layer.num_groups, eps=layer.eps), g)
 
 
 @layer_uses.register(nn.BatchNorm1d)
@@ -203,7 +206,41 @@ def _(layer: nn.GroupNorm, x: Tensor, g: Tensor) -> dict[str, Use] | None:
 def _(layer: nn.BatchNorm2d, x: Tensor, g: Tensor) -> dict[str, Use] | None:
     if layer.running_mean is None:  # the statistics of the probes would tie them together
         return None
-    return _channels(F.batch_norm(x, layer.running_mean, layer.running_var, eps=layer.eps), g)
+    return channel_uses(F.batch_norm(x, layer.running_mean, layer.running_var, eps=layer.eps), g)
+
+
+def uses_ahead_of_norm(layer: nn.Module, x: Tensor, g: Tensor, normalised: Tensor) -> dict[str, Use] | None:
+    """Return the uses of the weight of a layer whose outputs are normalised over the batch: through its statistics.
+
+    With windows ``u`` (of a linear layer its input) and normalised outputs ``y``, the mean and the scale of channel c
+    move with its weight, so that sample i has the gradient ``sum_l g_icl (u_il - mean u - y_icl mean(y_c u))``; a
+    bias has none. What statistics further on do is left out.
+
+    Args:
+        layer: a linear layer or a convolution; None is returned for others.
+        x: its input.
+        g: the gradients at its output with the statistics held fixed, ``(N, R, ...)``.
+        normalised: y.
+    """
+    if is_linear(layer) and x.ndim == 2:
+        windows, split, y = x[:, None, :, None], g[:, :, None, :, None], normalised[:, None, :, None]
+    elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and x.ndim == len(layer.kernel_size) + 2:
+        windows, split = _windows(layer, x, g)
+        y = normalised.reshape(len(x), layer.groups, -1, split.shape[-1])
+    else:
+        return None
+    count = len(x) * split.shape[-1]
+    flat = windows.transpose(3, 4).flatten(2, 3) if windows.ndim == 5 else windows  # (N, G, k, L)
+    mean = flat.sum((0, 3)) / count  # (G, k)
+    slope = torch.einsum("ngol,ngkl->gok", y, flat) / count
+    shift, scale = split.sum(-1), (split * y[:, None]).sum(-1)  # (N, R, G, o)
+
+    def gradients(lo: int, hi: int) -> Tensor:
+        rows = torch.einsum("nrgol,ngkl->nrgok", split[lo:hi], flat[lo:hi])
+        rows -= shift[lo:hi, ..., None] * mean[:, None] + scale[lo:hi, ..., None] * slope
+        return (rows.flatten(2, 3).transpose(2, 3) if transposed(layer) else rows).flatten(2)
+
+    return {"weight": Use(gradients, g.shape[1]), "bias": dense(torch.zeros_like(shift))}
 
 
 def _affine(normalised: Tensor, g: Tensor, dims: int) -> dict[str, Use]:
@@ -214,7 +251,7 @@ def _affine(normalised: Tensor, g: Tensor, dims: int) -> dict[str, Use]:
     return {"weight": dense(product), "bias": dense(shift)}
 
 
-def _channels(normalised: Tensor, g: Tensor) -> dict[str, Use]:
+def channel_uses(normalised: Tensor, g: Tensor) -> dict[str, Use]:
     """Return the uses of scale and shift that act on axis 1."""
     product, shift = (t.reshape(*g.shape[:3], -1).sum(-1) for t in (g * normalised[:, None], g))
     return {"weight": dense(product), "bias": dense(shift)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import unit
+from lsp_callbacks.operators.sgd.held_statistics import held_statistics
 from lsp_callbacks.operators.sgd.output_hessian import OutputCurvature, all_pairs, output_curvature, root
 from lsp_callbacks.operators.sgd.per_sample_gradients import Recorder, RowSeed
 from lsp_callbacks.operators.sgd.sharpest_mode import sharpest_mode
@@ -31,10 +32,12 @@ class OutputDirections:
         generator: of positions and starts.
         mode: an earlier sharpest mode.
         checks: whether a pass with copies of shared parameters is compared with one without.
+        holds: whether the statistics of a batch are held fixed where they tie samples together.
 
     Attributes:
         description: in words, which outputs the rows stand for.
         mode: the sharpest mode, where it was needed.
+        seeds: the cotangents of each part's rows.
     """
 
     def __init__(
@@ -46,26 +49,31 @@ class OutputDirections:
         generator: torch.Generator,
         mode: Tensor | None = None,
         checks: bool = True,
+        holds: bool = False,
     ):
-        self.mode, self._checks = mode, checks
+        self.mode, self._checks, self._holds = mode, checks, holds
         self.probes, self.scale, self.which, self.generator = probes, scale, which, generator
         self.description = ""
         self._count = positions
         self._chosen: Tensor | None = None
         self._moves: list[Tensor] | None = None
-        self._seeds: dict[int, list[RowSeed]] = {}
+        self.seeds: dict[int, list[RowSeed]] = {}
         self._spread = True
 
     def evaluate(self, index: int) -> tuple[Evaluation, Recorder | None, list[RowSeed]]:
         """Return a forward pass over a part, what it recorded (None if samples are tied), and the seeds of the rows."""
         with _eagerly(self.probes.module):
             evaluation, recorder = self._record(index)
-            if index not in self._seeds:  # the same ones each time: they are drawn and rounded
-                self._seeds[index] = self._choose(evaluation, index)
-            return evaluation, recorder, self._seeds[index]
+            if index not in self.seeds:  # the same ones each time: they are drawn and rounded
+                self.seeds[index] = self._choose(evaluation, index)
+            return evaluation, recorder, self.seeds[index]
 
     def _record(self, index: int) -> tuple[Evaluation, Recorder | None]:
         probes = self.probes
+        if probes.tied and self._holds:
+            with held_statistics(probes.module) as held:
+                with Recorder(probes.module, probes.parameters, held=held) as recorder:
+                    return probes.parts[index](), recorder
         if probes.tied:
             return probes.parts[index](), None
         if self._spread and len(probes.parts) == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lsp_callbacks.autograd._torch_internals import tree_flatten, tree_map, tree_unflatten
+from lsp_callbacks.operators.sgd.held_statistics import normalised
 from lsp_callbacks.operators.sgd.layer_rules import (
     Gradients,
     Use,
     at_positions,
+    channel_uses,
     dense,
     has_rule,
     is_linear,
     layer_uses,
     transposed,
+    uses_ahead_of_norm,
 )
 from lsp_callbacks.operators.sgd.parameter_gram import Part
 from lsp_callbacks.operators.sgd.shared_parameters import SharedParameters, gradients_at
@@ -85,10 +88,18 @@ class Recorder:
         module: the network.
         parameters: the trainable ones, by name.
         samples: how many there are, where each can be given a copy; None gives none.
+        held: normalisations over the batch whose statistics are held fixed, see `held_statistics`.
     """
 
-    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], *, samples: int | None = None):
-        self._module, self._samples = module, samples
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        *,
+        samples: int | None = None,
+        held: Collection[nn.Module] = (),
+    ):
+        self._module, self._samples, self._held = module, samples, held
         self.spread = False
         self._parameters = parameters
         self._names = {id(p): name for name, p in parameters.items()}
@@ -165,7 +176,8 @@ class Recorder:
             position += len(kept)
             names = {name: self._names[id(p)] for name, p in self._parameters_of(call.module).items()}
             names = {name: whole for name, whole in names.items() if whole not in copies}
-            for name, use in (_uses(call, of_call, samples, list(names)) if names else {}).items():
+            after = self._norm_after(call) if self._held else None
+            for name, use in (_uses(call, of_call, samples, list(names), after) if names else {}).items():
                 if name in names:
                     uses.setdefault(names[name], []).append(use)
         for name, of_name in copies.items():
@@ -175,6 +187,13 @@ class Recorder:
                 gradients = gradients_at(torch.stack(rows, dim=1), of, self._parameters[name])
                 uses.setdefault(name, []).append(dense(gradients))
         return {name: Part(samples, of_name) for name, of_name in uses.items()}
+
+    def _norm_after(self, call: _Call) -> _Call | None:
+        """Return the normalisation over the batch that takes what a call returns, or that the call itself is."""
+        if call.module in self._held:
+            return call
+        takes = (other for other in self.calls if other.module in self._held)
+        return next((other for other in takes if other.source is call.passed_on), None)
 
     def _head(self, outputs: Tensor, seeds: list[RowSeed]) -> _Call | None:
         """Return the call of a linear layer whose outputs are those of the network, if rows look at few of them."""
@@ -219,16 +238,28 @@ def _copies(shared: Tensor, samples: int) -> Tensor:
     return whole.expand(samples, *whole.shape[1:]).clone()
 
 
-def _uses(call: _Call, passes: list[tuple[Tensor, ...]], samples: int, names: list[str]) -> dict[str, Use]:
+def _uses(
+    call: _Call, passes: list[tuple[Tensor, ...]], samples: int, names: list[str], norm: _Call | None = None
+) -> dict[str, Use]:
     single = len(call.args) == 1 and not call.kwargs and isinstance(call.args[0], Tensor) and len(passes[0]) == 1
     structured: dict[str, Use] | None = None
     if single and call.args[0].ndim and len(call.args[0]) and call.args[0].shape[0] % samples == 0:
         g = torch.stack([grads[0] for grads in passes], dim=1)  # (N, R, ...)
         if g.shape[0] == samples:
-            structured = layer_uses(call.module, call.args[0], g)
+            structured = _structured(call, g, norm)
     if structured is not None:
         return structured
     return _layer_alone(call, passes, samples, names)
+
+
+def _structured(call: _Call, g: Tensor, norm: _Call | None) -> dict[str, Use] | None:
+    if norm is None:
+        return layer_uses(call.module, call.args[0], g)
+    y = normalised(norm.module, norm.args[0])
+    if norm is call:
+        return channel_uses(y, g)
+    through = uses_ahead_of_norm(call.module, call.args[0], g, y)
+    return layer_uses(call.module, call.args[0], g) if through is None else through
 
 
 def _layer_alone(call: _Call, passes: list[tuple[Tensor, ...]], samples: int, names: list[str]) -> dict[str, Use]:
