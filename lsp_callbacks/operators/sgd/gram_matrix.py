@@ -44,6 +44,8 @@ class TangentKernel:
         mode: the sharpest mode, where it was needed: the next call may start from it.
         passes: backward passes for single rows.
         alike: share of the samples with the same outputs and gradients, if it is nine of ten; otherwise 0.
+        samples: N, of which the gram matrix may be that of some.
+        chance: by which probability each of those was taken; None where all were.
     """
 
     gram: Tensor
@@ -56,6 +58,8 @@ class TangentKernel:
     mode: Tensor | None
     passes: int
     alike: float = 0.0
+    samples: int = 0
+    chance: Tensor | None = None
 
 
 def tangent_kernel(
@@ -70,6 +74,7 @@ def tangent_kernel(
     most_rows: int = 10**6,
     checked: TangentKernel | None = None,
     holds: bool = False,
+    most: int | None = None,
 ) -> TangentKernel:
     """Return ``K_ij = z_i D z_j^T``, ``z_i = R_i^T J_i``; ``R_i R_i^T = S_i`` is the output Hessian of sample i's loss.
 
@@ -102,6 +107,7 @@ def tangent_kernel(
         holds: whether the statistics of a batch are held fixed where they tie its samples together, with what they add
             ahead of each normalisation, and the largest eigenvalue is then corrected, see `corrected`. Otherwise the
             rows are formed one by one.
+        most: how many samples have rows; None is all, see `sampled_rows`.
 
     Raises:
         Unmeasurable: the criterion is not convex in the outputs, or flat.
@@ -119,7 +125,7 @@ def tangent_kernel(
         positions = max(1, min(positions, most_rows // probes.samples))
     directions = OutputDirections(
         probes, scale, outputs, positions, generator, start,
-        checks=checked is None or "rows" in checked.path.values(), holds=holds,
+        checks=checked is None or "rows" in checked.path.values(), holds=holds, most=most,
     )  # fmt: skip
     grams = {name: ParameterGram() for name in parameters}
     roots = {name: torch.as_tensor(scale[name]).to(p) ** 0.5 for name, p in parameters.items()}
@@ -134,15 +140,18 @@ def tangent_kernel(
         loss += float(evaluation.criterion(evaluation.outputs.detach())) * samples / probes.samples
         if not math.isfinite(loss):
             raise Unmeasurable("the loss of the probes is not finite: the weights or the outputs have overflowed")
-        count += samples * len(seeds)
+        taken = directions.taken[index][0] if index in directions.taken else None
+        count += (samples if taken is None else len(taken)) * len(seeds)
         if recorder is None:
             tied = tied or TiedRows(roots, parameters, _affordable(probes.samples * len(seeds), most_rows), memory)
             tied.add(evaluation.outputs, seeds)
         else:
-            for name, part in recorder.parts(evaluation.outputs, seeds, samples, keep=check is not None).items():
+            for name, part in recorder.parts(
+                evaluation.outputs, seeds, samples, keep=check is not None, taken=taken
+            ).items():
                 grams[name].parts.append(part)
         if check is not None:
-            check.add(evaluation.outputs, seeds)
+            check.add(evaluation.outputs, seeds, taken)
     if tied is None:
         complete = {name: part for name, part in grams.items() if len(part.parts) == len(probes.parts)}
         shares = {name: part.gram(roots[name], memory, parameters[name].numel()) for name, part in complete.items()}
@@ -170,7 +179,7 @@ def tangent_kernel(
     rows_of = {name: ParameterGram() for name in unexplained}
     for index in range(len(probes.parts)) if unexplained else ():
         evaluation, _, seeds = directions.evaluate(index)
-        add_rows(rows_of, evaluation.outputs, parameters, seeds)
+        add_rows(rows_of, evaluation.outputs, parameters, seeds, directions.taken.get(index, (None,))[0])
     for name, rowwise in rows_of.items():
         shares[name], path[name] = rowwise.gram(roots[name], memory, parameters[name].numel()), "rows"
         if check is not None:
@@ -185,17 +194,18 @@ def tangent_kernel(
         traces[name] = float(share.trace())
     gram = (gram + gram.T).mul_(0.5).cpu()
     if holds:
-        gram = corrected(gram, probes, directions.seeds, roots)
+        gram = corrected(gram, probes, directions, roots)
         path = dict.fromkeys(path, "statistics")
+    taken, chance = directions.joined_taken()
     return TangentKernel(
-        gram, len(gram) // probes.samples, path, traces,
+        gram, len(directions.seeds[0]), path, traces,
         check.defect(shares) if check else checked.defect if checked else 0.0,
         loss, directions.description, directions.mode, count if unexplained or tied is not None else 0,
-        same_outputs.share(gram, tolerance(next(iter(parameters.values())).dtype)),
+        same_outputs.share(gram, tolerance(next(iter(parameters.values())).dtype), taken), probes.samples, chance,
     )  # fmt: skip
 
 
-def corrected(gram: Tensor, probes: ProbeSet, seeds: Mapping[int, list[RowSeed]], roots: Mapping[str, Tensor]) -> Tensor:
+def corrected(gram: Tensor, probes: ProbeSet, directions: OutputDirections, roots: Mapping[str, Tensor]) -> Tensor:
     """Return a Gram matrix with held statistics whose largest eigenvalue is replaced by what the batch itself gives.
 
     ``c^T K c = ||D^(1/2) J^T c||^2`` for its top eigenvector c, by one backward pass through the statistics. What they
@@ -209,10 +219,13 @@ def corrected(gram: Tensor, probes: ProbeSet, seeds: Mapping[int, list[RowSeed]]
     for index, part in enumerate(probes.parts):
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             outputs = part().outputs
-        rows = len(seeds[index])
-        weights = c[lo : lo + len(outputs) * rows].view(-1, rows).to(outputs)
-        lo += weights.numel()
-        total = whole_seeds([seed.scaled(weights[:, r]) for r, seed in enumerate(seeds[index])], outputs)
+        seeds = directions.seeds[index]
+        taken = directions.taken[index][0] if index in directions.taken else torch.arange(len(outputs))
+        weights = torch.zeros(len(outputs), len(seeds), dtype=c.dtype)
+        weights[taken] = c[lo : lo + len(taken) * len(seeds)].view(-1, len(seeds))
+        lo += len(taken) * len(seeds)
+        scaled = [seed.scaled(w) for seed, w in zip(seeds, weights.to(outputs).unbind(1))]
+        total = whole_seeds(scaled, outputs)
         whole = torch.autograd.grad(outputs, list(probes.parameters.values()), total, allow_unused=True)
         exact += sum(
             float(torch.linalg.vector_norm(roots[name] * g.to_dense(), dtype=torch.float64)) ** 2
@@ -241,10 +254,10 @@ class _Check:
         self.plain: dict[str, Tensor] = {}
         self._backward = {name: torch.zeros_like(p) for name, p in parameters.items()}
 
-    def add(self, outputs: Tensor, seeds: list[RowSeed]) -> None:
+    def add(self, outputs: Tensor, seeds: list[RowSeed], taken: Tensor | None) -> None:
         """Add a part of the samples. Cost: a backward pass, with gradients of the weights."""
         c = torch.randn(len(outputs), len(seeds), generator=self._generator).to(outputs)
-        self._weights.append(c.reshape(-1))
+        self._weights.append((c if taken is None else c[taken]).reshape(-1))
         total = whole_seeds([seed.scaled(c[:, r]) for r, seed in enumerate(seeds)], outputs)
         whole = torch.autograd.grad(outputs, list(self._parameters.values()), total, allow_unused=True)
         if all(g is None for g in whole):  # a copy of them, made inside a custom function

@@ -154,7 +154,7 @@ def _(layer: nn.Conv2d, x: Tensor, g: Tensor) -> dict[str, Use] | None:
     return {"weight": Use(gradients, g.shape[1]), "bias": dense(g.flatten(3).sum(-1))}
 
 
-def _windows(layer: nn.Conv2d, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def _windows(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Return the windows of each group's channels, ``(N, G, c, L, k)``, and its gradients, ``(N, R, G, o, L)``."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, padding_amounts(layer), mode=mode)
@@ -209,7 +209,9 @@ def _(layer: nn.BatchNorm2d, x: Tensor, g: Tensor) -> dict[str, Use] | None:
     return channel_uses(F.batch_norm(x, layer.running_mean, layer.running_var, eps=layer.eps), g)
 
 
-def uses_ahead_of_norm(layer: nn.Module, x: Tensor, g: Tensor, normalised: Tensor) -> dict[str, Use] | None:
+def uses_ahead_of_norm(
+    layer: nn.Module, x: Tensor, g: Tensor, normalised: Tensor, taken: Tensor | None = None
+) -> dict[str, Use] | None:
     """Return the uses of the weight of a layer whose outputs are normalised over the batch: through its statistics.
 
     With windows ``u`` (of a linear layer its input) and normalised outputs ``y``, the mean and the scale of channel c
@@ -218,9 +220,10 @@ def uses_ahead_of_norm(layer: nn.Module, x: Tensor, g: Tensor, normalised: Tenso
 
     Args:
         layer: a linear layer or a convolution; None is returned for others.
-        x: its input.
-        g: the gradients at its output with the statistics held fixed, ``(N, R, ...)``.
-        normalised: y.
+        x: its input, of the whole batch.
+        g: the gradients at its output with the statistics held fixed, of the samples that have rows, ``(N, R, ...)``.
+        normalised: y, of the whole batch.
+        taken: indices of the samples that have rows; None is all.
     """
     if is_linear(layer) and x.ndim == 2:
         windows, split, y = x[:, None, :, None], g[:, :, None, :, None], normalised[:, None, :, None]
@@ -233,6 +236,8 @@ def uses_ahead_of_norm(layer: nn.Module, x: Tensor, g: Tensor, normalised: Tenso
     flat = windows.transpose(3, 4).flatten(2, 3) if windows.ndim == 5 else windows  # (N, G, k, L)
     mean = flat.sum((0, 3)) / count  # (G, k)
     slope = torch.einsum("ngol,ngkl->gok", y, flat) / count
+    if taken is not None:
+        flat, y = flat[taken], y[taken]
     shift, scale = split.sum(-1), (split * y[:, None]).sum(-1)  # (N, R, G, o)
 
     def gradients(lo: int, hi: int) -> Tensor:

@@ -13,6 +13,7 @@ from lsp_callbacks.linalg import unit
 from lsp_callbacks.operators.sgd.held_statistics import held_statistics
 from lsp_callbacks.operators.sgd.output_hessian import OutputCurvature, all_pairs, output_curvature, root
 from lsp_callbacks.operators.sgd.per_sample_gradients import Recorder, RowSeed
+from lsp_callbacks.operators.sgd.sampled_rows import sampled_rows
 from lsp_callbacks.operators.sgd.sharpest_mode import sharpest_mode
 from lsp_callbacks.step.criterion import Evaluation
 from lsp_callbacks.step.probe_set import ProbeSet
@@ -33,11 +34,13 @@ class OutputDirections:
         mode: an earlier sharpest mode.
         checks: whether a pass with copies of shared parameters is compared with one without.
         holds: whether the statistics of a batch are held fixed where they tie samples together.
+        most: how many samples have rows; None is all, see `sampled_rows`.
 
     Attributes:
         description: in words, which outputs the rows stand for.
         mode: the sharpest mode, where it was needed.
         seeds: the cotangents of each part's rows.
+        taken: indices of each part's samples that have rows, in their part, and by which probability; all if absent.
     """
 
     def __init__(
@@ -50,14 +53,16 @@ class OutputDirections:
         mode: Tensor | None = None,
         checks: bool = True,
         holds: bool = False,
+        most: int | None = None,
     ):
-        self.mode, self._checks, self._holds = mode, checks, holds
+        self.mode, self._checks, self._holds, self._most = mode, checks, holds, most
         self.probes, self.scale, self.which, self.generator = probes, scale, which, generator
         self.description = ""
         self._count = positions
         self._chosen: Tensor | None = None
         self._moves: list[Tensor] | None = None
         self.seeds: dict[int, list[RowSeed]] = {}
+        self.taken: dict[int, tuple[Tensor, Tensor]] = {}
         self._spread = True
 
     def evaluate(self, index: int) -> tuple[Evaluation, Recorder | None, list[RowSeed]]:
@@ -112,7 +117,34 @@ class OutputDirections:
             pairs = [self._top(curvature, here, index)]
         weight = (shape[1] / len(self._chosen)) ** 0.5
         chosen = self._chosen.tolist()
+        pairs = self._sampled(pairs, index)
         return [RowSeed(weight * pair[:, k], position) for pair in pairs for k, position in enumerate(chosen)]
+
+    def joined_taken(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the indices of the samples that have rows, of all parts, and by which chance; None where all have."""
+        if not self.taken:
+            return None, None
+        indices, chances, begin = [], [], 0
+        for index, seeds in self.seeds.items():
+            size = len(seeds[0].values)
+            taken, chance = self.taken.get(index, (torch.arange(size), torch.ones(size, dtype=torch.float64)))
+            indices.append(begin + taken)
+            chances.append(chance)
+            begin += size
+        return torch.cat(indices), torch.cat(chances)
+
+    def _sampled(self, pairs: list[Tensor], index: int) -> list[Tensor]:
+        """Return the pairs of those samples that have rows, times what each stands for; zeros elsewhere."""
+        n = len(pairs[0])
+        most = n if self._most is None else round(self._most * n / self.probes.samples)
+        if most >= n:
+            return pairs
+        sizes = torch.stack([pair.square().flatten(1).sum(1) for pair in pairs]).sum(0)
+        offset = float(torch.rand((), generator=self.generator, dtype=torch.float64))
+        taken, chance = self.taken[index] = sampled_rows(sizes, most, offset)
+        factor = torch.zeros(n, dtype=pairs[0].dtype)
+        factor[taken] = (1 / chance).sqrt().to(factor)
+        return [pair * factor.to(pair)[:, None, None] for pair in pairs]
 
     def _top(self, curvature: OutputCurvature, here: Tensor, index: int) -> Tensor:
         """Return ``sqrt(s) u`` of the top eigenpair at each position, by power iteration."""

@@ -143,7 +143,9 @@ class Recorder:
         recurse = isinstance(module, nn.MultiheadAttention)  # it uses its projection without calling it
         return {name: p for name, p in module.named_parameters(recurse=recurse) if id(p) in self._names}
 
-    def parts(self, outputs: Tensor, seeds: list[RowSeed], samples: int, *, keep: bool = True) -> dict[str, Part]:
+    def parts(
+        self, outputs: Tensor, seeds: list[RowSeed], samples: int, *, keep: bool = True, taken: Tensor | None = None
+    ) -> dict[str, Part]:
         """Return the uses of each parameter, by name, without those that no rule covers.
 
         Args:
@@ -151,6 +153,7 @@ class Recorder:
             seeds: of R rows for each sample: backward passes.
             samples: size of the first axis of the outputs.
             keep: whether the graph is used again.
+            taken: indices of the samples that have rows; None is all.
 
         Cost: R backward passes to the outputs of layers, which take no gradient of a weight.
         """
@@ -164,7 +167,7 @@ class Recorder:
             more = keep or k < len(seeds) - 1
             passes.append(torch.autograd.grad(root, tensors, cotangent, retain_graph=more, allow_unused=True))
         if head is not None:
-            for name, use in _head_uses(head, seeds).items():
+            for name, use in _head_uses(head, seeds, taken).items():
                 uses.setdefault(self._names[id(getattr(head.module, name))], []).append(use)
         position = 0
         for call in calls:
@@ -177,16 +180,18 @@ class Recorder:
             names = {name: self._names[id(p)] for name, p in self._parameters_of(call.module).items()}
             names = {name: whole for name, whole in names.items() if whole not in copies}
             after = self._norm_after(call) if self._held else None
-            for name, use in (_uses(call, of_call, samples, list(names), after) if names else {}).items():
+            for name, use in (_uses(call, of_call, samples, list(names), after, taken) if names else {}).items():
                 if name in names:
                     uses.setdefault(names[name], []).append(use)
         for name, of_name in copies.items():
             for copy, of in of_name:
                 rows = [torch.zeros_like(copy) if grads[position] is None else grads[position] for grads in passes]
                 position += 1
-                gradients = gradients_at(torch.stack(rows, dim=1), of, self._parameters[name])
+                stacked = _some(torch.stack(rows, dim=1), taken)
+                gradients = gradients_at(stacked, of, self._parameters[name])
                 uses.setdefault(name, []).append(dense(gradients))
-        return {name: Part(samples, of_name) for name, of_name in uses.items()}
+        held = samples if taken is None else len(taken)
+        return {name: Part(held, of_name) for name, of_name in uses.items()}
 
     def _norm_after(self, call: _Call) -> _Call | None:
         """Return the normalisation over the batch that takes what a call returns, or that the call itself is."""
@@ -224,9 +229,14 @@ def _into(head: _Call, seed: RowSeed) -> tuple[Tensor, Tensor]:
     return head.source, cotangent
 
 
-def _head_uses(head: _Call, seeds: list[RowSeed]) -> dict[str, Use]:
-    x = head.args[0]
-    g = torch.stack([seed.values for seed in seeds], dim=1).to(x)
+def _some(tensor: Tensor, taken: Tensor | None) -> Tensor:
+    """Return those samples of a tensor that have rows."""
+    return tensor if taken is None else tensor[taken.to(tensor.device)]
+
+
+def _head_uses(head: _Call, seeds: list[RowSeed], taken: Tensor | None) -> dict[str, Use]:
+    x = _some(head.args[0], taken)
+    g = _some(torch.stack([seed.values for seed in seeds], dim=1).to(x), taken)
     a = torch.stack([x[:, seed.position] for seed in seeds], dim=1)
     uses = {"weight": at_positions(a, g, transposed=transposed(head.module)), "bias": dense(g)}
     return {name: use for name, use in uses.items() if getattr(head.module, name, None) is not None}
@@ -239,30 +249,38 @@ def _copies(shared: Tensor, samples: int) -> Tensor:
 
 
 def _uses(
-    call: _Call, passes: list[tuple[Tensor, ...]], samples: int, names: list[str], norm: _Call | None = None
+    call: _Call,
+    passes: list[tuple[Tensor, ...]],
+    samples: int,
+    names: list[str],
+    norm: _Call | None = None,
+    taken: Tensor | None = None,
 ) -> dict[str, Use]:
     single = len(call.args) == 1 and not call.kwargs and isinstance(call.args[0], Tensor) and len(passes[0]) == 1
     structured: dict[str, Use] | None = None
     if single and call.args[0].ndim and len(call.args[0]) and call.args[0].shape[0] % samples == 0:
         g = torch.stack([grads[0] for grads in passes], dim=1)  # (N, R, ...)
         if g.shape[0] == samples:
-            structured = _structured(call, g, norm)
+            structured = _structured(call, g, norm, taken)
     if structured is not None:
         return structured
-    return _layer_alone(call, passes, samples, names)
+    return _layer_alone(call, passes, samples, names, taken)
 
 
-def _structured(call: _Call, g: Tensor, norm: _Call | None) -> dict[str, Use] | None:
+def _structured(call: _Call, g: Tensor, norm: _Call | None, taken: Tensor | None) -> dict[str, Use] | None:
+    x, g = _some(call.args[0], taken), _some(g, taken)
     if norm is None:
-        return layer_uses(call.module, call.args[0], g)
+        return layer_uses(call.module, x, g)
     y = normalised(norm.module, norm.args[0])
     if norm is call:
-        return channel_uses(y, g)
-    through = uses_ahead_of_norm(call.module, call.args[0], g, y)
-    return layer_uses(call.module, call.args[0], g) if through is None else through
+        return channel_uses(_some(y, taken), g)
+    through = uses_ahead_of_norm(call.module, call.args[0], g, y, taken)
+    return layer_uses(call.module, x, g) if through is None else through
 
 
-def _layer_alone(call: _Call, passes: list[tuple[Tensor, ...]], samples: int, names: list[str]) -> dict[str, Use]:
+def _layer_alone(
+    call: _Call, passes: list[tuple[Tensor, ...]], samples: int, names: list[str], taken: Tensor | None
+) -> dict[str, Use]:
     """Run the layer again on one sample at a time, and differentiate it with respect to its parameters alone."""
     module = call.module
     first = 1 if getattr(module, "batch_first", True) is False else 0
@@ -298,7 +316,8 @@ def _layer_alone(call: _Call, passes: list[tuple[Tensor, ...]], samples: int, na
         return [torch.stack(column) for column in zip(*rows)]
 
     def gradients(k: int) -> Gradients:
-        return lambda lo, hi: torch.stack([sample_gradients(i)[k] for i in range(lo, hi)])
+        indices = range(samples) if taken is None else taken.tolist()
+        return lambda lo, hi: torch.stack([sample_gradients(i)[k] for i in indices[lo:hi]])
 
     return {name: Use(gradients(k), len(passes), path="layer") for k, name in enumerate(parameters)}
 

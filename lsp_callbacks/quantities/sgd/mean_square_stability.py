@@ -13,7 +13,7 @@ from lsp_callbacks.functional.sgd.mean_square import mean_square_lr
 from lsp_callbacks.operators.cost import beside, forward_cost
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel
-from lsp_callbacks.operators.sgd.step_samples import LEAST, step_samples
+from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing, is_remembered
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import Key
@@ -96,6 +96,7 @@ class MeanSquareStability(Quantity):
             raise ValueError(f"outputs={outputs!r}: give 'top' or 'all'")
         self.rows, self.outputs, self.replacement, self.most_rows = rows, outputs, replacement, most_rows
         self.latest: FrozenSGD | None = None
+        self._most: int | None = None
         self._checked: TangentKernel | None = None
         self._mode: Tensor | None = None
         for name, value in zip(("alike", "alike_since"), none_yet()):
@@ -105,8 +106,8 @@ class MeanSquareStability(Quantity):
         critical_rule(snapshot)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        samples = step_samples(snapshot, self.rows)
-        count, rows = samples.samples, -(-(self.rows or LEAST) // max(samples.samples, 1))
+        samples = step_samples(snapshot, self._most)
+        count, rows = samples.samples, self._positions(samples.samples)
         share = probe_share(snapshot, samples, count)
         if self.latest is not None:
             rows = self.latest.kernel.rows
@@ -122,7 +123,7 @@ class MeanSquareStability(Quantity):
         return parts
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        samples = step_samples(snapshot, self.rows)
+        samples = step_samples(snapshot, self._most)
         return kernel_memory(snapshot, samples, samples.samples, max(samples.samples, self.rows or LEAST))
 
     def warm_up(self, snapshot: Snapshot) -> int:
@@ -136,7 +137,7 @@ class MeanSquareStability(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step; do nothing while its probes, where it has only those, are being collected."""
         self.complete = False
-        samples = step_samples(snapshot, self.rows)
+        samples = step_samples(snapshot, self._most)
         if not samples.full:
             return
         checks = self._checked is None or self._update_count & (self._update_count - 1) == 0
@@ -151,7 +152,8 @@ class MeanSquareStability(Quantity):
             generator=snapshot.generator(self.name),
             start=self._mode,
             most_rows=self.most_rows,
-            positions=-(-(self.rows or LEAST) // samples.samples),
+            positions=self._positions(samples.samples),
+            most=row_count(samples.samples, self.rows),
             checked=None if checks else self._checked,
             squares="batch",
         )
@@ -171,6 +173,10 @@ class MeanSquareStability(Quantity):
         self.latest, self._mode = sgd, sgd.kernel.mode
         self._checked = sgd.kernel if checks else self._checked
         self.finish(numbers)
+
+    def _positions(self, samples: int) -> int:
+        """Return how many positions of each sample are looked at, if it has several."""
+        return -(-(self.rows or LEAST) // max(samples, 1))
 
     def restart(self) -> None:
         super().restart()
