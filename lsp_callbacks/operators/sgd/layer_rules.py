@@ -81,7 +81,7 @@ def layer_uses(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Use] | None:
         x: its input, ``(N, ...)``.
         g: the gradients at its output, ``(N, R, ...)``.
     """
-    return _linear(x, g, transposed=True) if transposed(layer) else None
+    return linear_uses(x, g, transposed=True) if transposed(layer) else None
 
 
 def has_rule(layer: nn.Module) -> bool:
@@ -94,6 +94,11 @@ def is_linear(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear or transposed(layer)
 
 
+def is_pointwise(layer: nn.Module) -> bool:
+    """Return whether a layer maps each position by itself, so that it does not matter where the samples are."""
+    return is_linear(layer) or isinstance(layer, nn.LayerNorm | nn.RMSNorm)
+
+
 def transposed(layer: nn.Module) -> bool:
     """Return whether a layer is transformers' ``Conv1D``, ``y = x W``."""
     return type(layer).__name__ == "Conv1D" and getattr(layer, "nf", None) is not None
@@ -101,10 +106,11 @@ def transposed(layer: nn.Module) -> bool:
 
 @layer_uses.register
 def _(layer: nn.Linear, x: Tensor, g: Tensor) -> dict[str, Use] | None:
-    return _linear(x, g)
+    return linear_uses(x, g)
 
 
-def _linear(x: Tensor, g: Tensor, *, transposed: bool = False) -> dict[str, Use]:
+def linear_uses(x: Tensor, g: Tensor, *, transposed: bool = False) -> dict[str, Use]:
+    """Return how a linear map of the last axis uses its weight and its bias."""
     a = x.reshape(len(x), -1, x.shape[-1])  # (N, T, i)
     g = g.reshape(*g.shape[:2], -1, g.shape[-1])  # (N, R, T, o)
     return {"weight": _outer(a, g, transposed=transposed), "bias": dense(g.sum(2))}

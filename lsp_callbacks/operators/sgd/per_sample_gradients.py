@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lsp_callbacks.autograd._torch_internals import tree_flatten, tree_map, tree_unflatten
+from lsp_callbacks.operators.sgd.attention_projections import projected
 from lsp_callbacks.operators.sgd.held_statistics import normalised
 from lsp_callbacks.operators.sgd.layer_rules import (
     Gradients,
@@ -22,6 +23,7 @@ from lsp_callbacks.operators.sgd.layer_rules import (
     dense,
     has_rule,
     is_linear,
+    is_pointwise,
     layer_uses,
     transposed,
     uses_ahead_of_norm,
@@ -129,6 +131,8 @@ class Recorder:
         if self._samples and isinstance(module, nn.Embedding) and args and len(args[0]) != self._samples:
             args, output = (_copies(args[0], self._samples),), _copies(output, self._samples)
             self.spread = True
+        if isinstance(module, nn.MultiheadAttention) and (anew := self._attention(module, args, kwargs, output)):
+            return anew
         leaves, spec = tree_flatten(output)
         # Clones go on, as the next layer may work in place on its input.
         clones = [leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in leaves]
@@ -137,6 +141,19 @@ class Recorder:
         modes = [(m, m.training) for m in module.modules()]
         self.calls.append(_Call(module, modes, args, kwargs, leaves, source, clones[0] if clones else None))
         return tree_unflatten(clones, spec)
+
+    def _attention(self, module: nn.MultiheadAttention, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Record attention by its projections, and return what it gives; None where that is something else."""
+        found = projected(module, args, kwargs)
+        if found is None:
+            return None
+        calls, out = found
+        close = (out.detach() - output[0].detach()).abs().amax() <= 1e-4 * output[0].detach().abs().amax()
+        if not bool(close):  # a subclass, or NaN
+            return None
+        for layer, x, result in calls:
+            self.calls.append(_Call(layer, [(layer, False)], (x.detach(),), {}, [result], x))
+        return (out, *output[1:])
 
     def _parameters_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Return the trainable parameters of a module itself, and of children that it never calls, as attention."""
@@ -257,6 +274,10 @@ def _uses(
     taken: Tensor | None = None,
 ) -> dict[str, Use]:
     single = len(call.args) == 1 and not call.kwargs and isinstance(call.args[0], Tensor) and len(passes[0]) == 1
+    if single and is_pointwise(call.module) and call.args[0].ndim > 2:
+        if call.args[0].shape[1] == samples != call.args[0].shape[0]:  # the samples come second
+            call = replace(call, args=(call.args[0].transpose(0, 1),))
+            passes = [(grads[0].transpose(0, 1),) for grads in passes]
     structured: dict[str, Use] | None = None
     if single and call.args[0].ndim and len(call.args[0]) and call.args[0].shape[0] % samples == 0:
         g = torch.stack([grads[0] for grads in passes], dim=1)  # (N, R, ...)

@@ -58,7 +58,11 @@ class TiedRows:
 
 
 def add_rows(
-    grams: dict[str, ParameterGram], outputs: Tensor, parameters: Mapping[str, nn.Parameter], seeds: list[RowSeed], taken: Tensor | None = None
+    grams: dict[str, ParameterGram],
+    outputs: Tensor,
+    parameters: Mapping[str, nn.Parameter],
+    seeds: list[RowSeed],
+    taken: Tensor | None = None,
 ) -> None:
     """Add a part to the Gram matrices of some parameters, by a backward pass for each row, which serves all of them."""
     for name, part in zip(grams, rows_alone(outputs, [parameters[name] for name in grams], seeds, taken)):
@@ -69,7 +73,6 @@ def rows_alone(
     outputs: Tensor, parameters: list[nn.Parameter], seeds: list[RowSeed], taken: Tensor | None = None
 ) -> list[Part]:
     """Return the per-sample gradients of each parameter; they are computed when they are asked for."""
-
     indices = range(len(outputs)) if taken is None else taken.tolist()
 
     @functools.lru_cache(maxsize=2)
