@@ -46,6 +46,7 @@ class TangentKernel:
         alike: share of the samples with the same outputs and gradients, if it is nine of ten; otherwise 0.
         samples: N, of which the gram matrix may be that of some.
         chance: by which probability each of those was taken; None where all were.
+        correction: factor of the largest eigenvalue that held statistics lack.
     """
 
     gram: Tensor
@@ -60,6 +61,7 @@ class TangentKernel:
     alike: float = 0.0
     samples: int = 0
     chance: Tensor | None = None
+    correction: float = 1.0
 
 
 def tangent_kernel(
@@ -75,6 +77,7 @@ def tangent_kernel(
     checked: TangentKernel | None = None,
     holds: bool = False,
     most: int | None = None,
+    correction: float | None = None,
 ) -> TangentKernel:
     """Return ``K_ij = z_i D z_j^T``, ``z_i = R_i^T J_i``; ``R_i R_i^T = S_i`` is the output Hessian of sample i's loss.
 
@@ -108,6 +111,7 @@ def tangent_kernel(
             ahead of each normalisation, and the largest eigenvalue is then corrected, see `corrected`. Otherwise the
             rows are formed one by one.
         most: how many samples have rows; None is all, see `sampled_rows`.
+        correction: of the largest eigenvalue with held statistics, from an earlier kernel; None finds it.
 
     Raises:
         Unmeasurable: the criterion is not convex in the outputs, or flat.
@@ -194,7 +198,7 @@ def tangent_kernel(
         traces[name] = float(share.trace())
     gram = (gram + gram.T).mul_(0.5).cpu()
     if holds:
-        gram = corrected(gram, probes, directions, roots)
+        gram, correction = corrected(gram, probes, directions, roots, correction)
         path = dict.fromkeys(path, "statistics")
     taken, chance = directions.joined_taken()
     return TangentKernel(
@@ -202,20 +206,40 @@ def tangent_kernel(
         check.defect(shares) if check else checked.defect if checked else 0.0,
         loss, directions.description, directions.mode, count if unexplained or tied is not None else 0,
         same_outputs.share(gram, tolerance(next(iter(parameters.values())).dtype), taken), probes.samples, chance,
+        1.0 if correction is None else correction,
     )  # fmt: skip
 
 
-def corrected(gram: Tensor, probes: ProbeSet, directions: OutputDirections, roots: Mapping[str, Tensor]) -> Tensor:
+def corrected(
+    gram: Tensor,
+    probes: ProbeSet,
+    directions: OutputDirections,
+    roots: Mapping[str, Tensor],
+    correction: float | None,
+) -> tuple[Tensor, float]:
     """Return a Gram matrix with held statistics whose largest eigenvalue is replaced by what the batch itself gives.
 
     ``c^T K c = ||D^(1/2) J^T c||^2`` for its top eigenvector c, by one backward pass through the statistics. What they
     add several layers ahead makes the eigenvalue too large, up to twice; the others stay as they are.
 
-    Raises:
-        Unsupported: where a weight has no share in K.
+    Args:
+        gram: with held statistics.
+        probes: the samples.
+        directions: what the rows stand for.
+        roots: of the diagonal of D, by name.
+        correction: the factor, where it is known; None finds it.
+
+    Returns:
+        The matrix, and the factor.
+
+    Cost: a forward and a backward pass, without a known factor.
     """
     values, vectors = torch.linalg.eigh(gram)
     c, exact, lo = vectors[:, -1], 0.0, 0
+    top = float(values[-1])
+    if correction is not None or top <= 0:
+        correction = 1.0 if correction is None else correction
+        return gram + (correction - 1) * top * c[:, None] * c, correction
     for index, part in enumerate(probes.parts):
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             outputs = part().outputs
@@ -232,7 +256,7 @@ def corrected(gram: Tensor, probes: ProbeSet, directions: OutputDirections, root
             for name, g in zip(probes.parameters, whole)
             if g is not None
         )
-    return gram + (exact - float(values[-1])) * c[:, None] * c
+    return gram + (exact - top) * c[:, None] * c, exact / top
 
 
 def _affordable(rows: int, most: int) -> int:

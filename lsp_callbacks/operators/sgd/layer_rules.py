@@ -152,18 +152,17 @@ def dense(values: Tensor) -> Use:
 def _(layer: nn.Conv2d, x: Tensor, g: Tensor) -> dict[str, Use] | None:
     if x.ndim != len(layer.kernel_size) + 2:
         return None
-    x, split = _windows(layer, x, g)
+    windows, split = _flat_windows(layer, x, g)
 
     def gradients(lo: int, hi: int) -> Tensor:
-        return torch.einsum("nrgol,ngclk->nrgock", split[lo:hi], x[lo:hi]).flatten(2)
+        return torch.einsum("nrgol,ngkl->nrgok", split[lo:hi], windows[lo:hi]).flatten(2)
 
     return {"weight": Use(gradients, g.shape[1]), "bias": dense(g.flatten(3).sum(-1))}
 
 
 def _windows(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Return the windows of each group's channels, ``(N, G, c, L, k)``, and its gradients, ``(N, R, G, o, L)``."""
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, padding_amounts(layer), mode=mode)
+    x = _padded(layer, x)
     for axis, (size, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation)):
         x = x.unfold(2 + axis, gap * (size - 1) + 1, step)[..., ::gap]
     x = x[(slice(None), slice(None), *(slice(n) for n in g.shape[3:]))]
@@ -231,19 +230,20 @@ def uses_ahead_of_norm(
         normalised: y, of the whole batch.
         taken: indices of the samples that have rows; None is all.
     """
+    some = slice(None) if taken is None else taken
     if is_linear(layer) and x.ndim == 2:
-        windows, split, y = x[:, None, :, None], g[:, :, None, :, None], normalised[:, None, :, None]
+        flat, split, y = x[some][:, None, :, None], g[:, :, None, :, None], normalised[:, None, :, None]
+        mean, slope = x.mean(0)[None], (normalised.T @ x)[None] / len(x)
     elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and x.ndim == len(layer.kernel_size) + 2:
-        windows, split = _windows(layer, x, g)
-        y = normalised.reshape(len(x), layer.groups, -1, split.shape[-1])
+        groups, count = layer.groups, normalised[:, 0].numel()
+        flat, split = _flat_windows(layer, x[some], g)
+        y = normalised.reshape(len(x), groups, -1, split.shape[-1])
+        ones = normalised.new_ones(len(x), groups, *normalised.shape[2:])
+        mean = _weight_gradient(layer, x, ones).view(groups, -1) / count
+        slope = _weight_gradient(layer, x, normalised).view(groups, layer.out_channels // groups, -1) / count
     else:
         return None
-    count = len(x) * split.shape[-1]
-    flat = windows.transpose(3, 4).flatten(2, 3) if windows.ndim == 5 else windows  # (N, G, k, L)
-    mean = flat.sum((0, 3)) / count  # (G, k)
-    slope = torch.einsum("ngol,ngkl->gok", y, flat) / count
-    if taken is not None:
-        flat, y = flat[taken], y[taken]
+    y = y[some]
     shift, scale = split.sum(-1), (split * y[:, None]).sum(-1)  # (N, R, G, o)
 
     def gradients(lo: int, hi: int) -> Tensor:
@@ -252,6 +252,27 @@ def uses_ahead_of_norm(
         return (rows.flatten(2, 3).transpose(2, 3) if transposed(layer) else rows).flatten(2)
 
     return {"weight": Use(gradients, g.shape[1]), "bias": dense(torch.zeros_like(shift))}
+
+
+def _flat_windows(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the windows, ``(N, G, k, L)``, and the gradients of each group's channels, ``(N, R, G, o, L)``."""
+    if isinstance(layer, nn.Conv2d) and layer.groups == 1:  # one copy
+        flat = F.unfold(_padded(layer, x), layer.kernel_size, layer.dilation, 0, layer.stride)[:, None]
+        return flat, g.flatten(3)[:, :, None]
+    windows, split = _windows(layer, x, g)
+    return windows.transpose(3, 4).flatten(2, 3), split
+
+
+def _weight_gradient(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, g: Tensor) -> Tensor:
+    """Return the gradient of the weight, ``(channels of g, ...)``."""
+    dims = len(layer.kernel_size)
+    like = x.new_empty(g.shape[1], *layer.weight.shape[1:])
+    how = (list(layer.stride), [0] * dims, list(layer.dilation), False, [0] * dims, layer.groups)
+    return torch.ops.aten.convolution_backward(g, _padded(layer, x), like, None, *how, [False, True, False])[1]
+
+
+def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    return F.pad(x, padding_amounts(layer), mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
 
 
 def _affine(normalised: Tensor, g: Tensor, dims: int) -> dict[str, Use]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.linalg import unit
+from lsp_callbacks.linalg import norm, unit
 from lsp_callbacks.operators.sgd.held_statistics import held_statistics
 from lsp_callbacks.operators.sgd.output_hessian import OutputCurvature, all_pairs, output_curvature, root
 from lsp_callbacks.operators.sgd.per_sample_gradients import Recorder, RowSeed
@@ -76,9 +76,11 @@ class OutputDirections:
     def _record(self, index: int) -> tuple[Evaluation, Recorder | None]:
         probes = self.probes
         if probes.tied and self._holds:
-            with held_statistics(probes.module) as held:
-                with Recorder(probes.module, probes.parameters, held=held) as recorder:
-                    return probes.parts[index](), recorder
+            with (
+                held_statistics(probes.module) as held,
+                Recorder(probes.module, probes.parameters, held=held) as recorder,
+            ):
+                return probes.parts[index](), recorder
         if probes.tied:
             return probes.parts[index](), None
         if self._spread and len(probes.parts) == 1:
@@ -184,7 +186,7 @@ def _squared(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
 
 def _is_eigenvector(v: Tensor, image: Tensor) -> bool:
     value = (image * v).sum(-1, keepdim=True)
-    return bool(((image - value * v).norm(dim=-1) <= 1e-4 * image.norm(dim=-1)).all())
+    return bool((norm(image - value * v, -1) <= 1e-4 * norm(image, -1)).all())
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,6 +74,11 @@ class _Call:
     outputs: list[Any]  # flat, with their graph
     source: Any = None  # the first argument with its graph
     passed_on: Any = None  # what the next layer got
+
+    @cached_property
+    def normalised(self) -> Tensor:
+        """The input of a normalisation over the batch, normalised by its own statistics."""
+        return normalised(self.module, self.args[0])
 
     @property
     def differentiable(self) -> list[Tensor]:
@@ -274,10 +280,10 @@ def _uses(
     taken: Tensor | None = None,
 ) -> dict[str, Use]:
     single = len(call.args) == 1 and not call.kwargs and isinstance(call.args[0], Tensor) and len(passes[0]) == 1
-    if single and is_pointwise(call.module) and call.args[0].ndim > 2:
-        if call.args[0].shape[1] == samples != call.args[0].shape[0]:  # the samples come second
-            call = replace(call, args=(call.args[0].transpose(0, 1),))
-            passes = [(grads[0].transpose(0, 1),) for grads in passes]
+    shape = tuple(call.args[0].shape) if single else ()
+    if is_pointwise(call.module) and shape[2:] and shape[1] == samples != shape[0]:  # the samples come second
+        call = replace(call, args=(call.args[0].transpose(0, 1),))
+        passes = [(grads[0].transpose(0, 1),) for grads in passes]
     structured: dict[str, Use] | None = None
     if single and call.args[0].ndim and len(call.args[0]) and call.args[0].shape[0] % samples == 0:
         g = torch.stack([grads[0] for grads in passes], dim=1)  # (N, R, ...)
@@ -292,7 +298,7 @@ def _structured(call: _Call, g: Tensor, norm: _Call | None, taken: Tensor | None
     x, g = _some(call.args[0], taken), _some(g, taken)
     if norm is None:
         return layer_uses(call.module, x, g)
-    y = normalised(norm.module, norm.args[0])
+    y = norm.normalised
     if norm is call:
         return channel_uses(_some(y, taken), g)
     through = uses_ahead_of_norm(call.module, call.args[0], g, y, taken)

@@ -10,9 +10,10 @@ from torch import Tensor
 from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.mean_square import mean_square_lr
-from lsp_callbacks.operators.cost import beside, forward_cost
+from lsp_callbacks.operators.cost import beside, forward_cost, work
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel
+from lsp_callbacks.operators.sgd.held_statistics import can_be_held
 from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing, is_remembered
 from lsp_callbacks.quantities.base import Quantity
@@ -25,6 +26,8 @@ from lsp_callbacks.step.snapshot import Snapshot
 
 #: Relative error of the critical rate by its iteration, always downwards.
 TOLERANCE = 1e-2
+#: Under batch statistics the largest eigenvalue is corrected anew in every so many readings.
+CORRECTED = 2
 #: Nanoseconds of the critical rate from 64 rows.
 RATE = 1.5e6
 
@@ -97,6 +100,7 @@ class MeanSquareStability(Quantity):
         self.rows, self.outputs, self.replacement, self.most_rows = rows, outputs, replacement, most_rows
         self.latest: FrozenSGD | None = None
         self._most: int | None = None
+        self._correction: float | None = None
         self._checked: TangentKernel | None = None
         self._mode: Tensor | None = None
         for name, value in zip(("alike", "alike_since"), none_yet()):
@@ -107,20 +111,34 @@ class MeanSquareStability(Quantity):
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         samples = step_samples(snapshot, self._most)
-        count, rows = samples.samples, self._positions(samples.samples)
-        share = probe_share(snapshot, samples, count)
+        n, positions = samples.samples, self._positions(samples.samples)
+        if work(snapshot).multiplications <= 1.5 * n * work(snapshot).parameters:
+            positions = 1
         if self.latest is not None:
-            rows = self.latest.kernel.rows
-        passes = count * rows if samples.batches else 0
+            positions = self.latest.kernel.rows
+        share, rows = probe_share(snapshot, samples, n), row_count(n, self.rows) * positions
         parts = {
-            "rows of the batch": (1 + rows + 2 * passes) / 3 * share + gram_cost(snapshot, count * rows),
-            "critical rate": beside(snapshot, calls=150, time=RATE * (count * rows / 64) ** 3),
+            "rows of the batch": (1 + positions) / 3 * share + gram_cost(snapshot, rows, n / max(share, 1e-9)),
+            "critical rate": beside(snapshot, calls=100, time=RATE * (rows / 64) ** 3),
         }
+        if samples.batches and can_be_held(samples.module):
+            parts["batch statistics"] = (1 / 3 + 1 / CORRECTED) * share
+        elif samples.batches:
+            parts["batch statistics"] = 2 / 3 * rows * share
         if self._checked is None:
-            parts |= {"forward": forward_cost(snapshot), "gradient": 1.0, "check of the rows": 2 / 3 * share}
+            parts |= {"forward": forward_cost(snapshot), "gradient": 4 / 3, "check of the rows": 2 / 3 * share}
         if not is_remembered(snapshot):
             parts["signs of the samples"] = (1 + 2 * DRAWS) / 3
         return parts
+
+    def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
+        """Look at fewer samples of the batch, 32 at least."""
+        samples = step_samples(snapshot, self._most).samples
+        fewer = max(LEAST, int(samples * gradients / max(sum(self.cost(snapshot).values()), 1e-9)))
+        if fewer >= samples:
+            return None
+        self._most = fewer
+        return f"{fewer} of {samples} samples"
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         samples = step_samples(snapshot, self._most)
@@ -156,6 +174,7 @@ class MeanSquareStability(Quantity):
             most=row_count(samples.samples, self.rows),
             checked=None if checks else self._checked,
             squares="batch",
+            correction=None if checks or self._update_count % CORRECTED == 0 else self._correction,
         )
         rate = mean_square_lr(sgd.modes, **batches_of(sgd, replacement=self.replacement), tol=TOLERANCE)
         if math.isnan(rate):
@@ -171,6 +190,8 @@ class MeanSquareStability(Quantity):
             self.alike, self.alike_since, step=snapshot.step, is_alike=is_alike
         )
         self.latest, self._mode = sgd, sgd.kernel.mode
+        if checks or self._update_count % CORRECTED == 0:  # in between half of it, which errs on the early side
+            self._correction = sgd.kernel.correction**0.5
         self._checked = sgd.kernel if checks else self._checked
         self.finish(numbers)
 
@@ -191,4 +212,4 @@ class MeanSquareStability(Quantity):
         return {} if self._mode is None else {"mode": self._mode}
 
     def load_vectors(self, vectors: dict[str, Tensor]) -> None:
-        self.latest, self._checked, self._mode = None, None, vectors.get("mode")
+        self.latest, self._checked, self._correction, self._mode = None, None, None, vectors.get("mode")
