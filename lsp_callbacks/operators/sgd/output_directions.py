@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import norm, unit
 from lsp_callbacks.operators.sgd.held_statistics import held_statistics
-from lsp_callbacks.operators.sgd.output_hessian import OutputCurvature, all_pairs, output_curvature, root
+from lsp_callbacks.operators.sgd.output_hessian import OutputCurvature, all_pairs, at, output_curvature, root
 from lsp_callbacks.operators.sgd.per_sample_gradients import Recorder, RowSeed
 from lsp_callbacks.operators.sgd.sampled_rows import sampled_rows
 from lsp_callbacks.operators.sgd.sharpest_mode import sharpest_mode
@@ -59,7 +59,7 @@ class OutputDirections:
         self.probes, self.scale, self.which, self.generator = probes, scale, which, generator
         self.description = ""
         self._count = positions
-        self._chosen: Tensor | None = None
+        self._length: int | None = None
         self._moves: list[Tensor] | None = None
         self.seeds: dict[int, list[RowSeed]] = {}
         self.taken: dict[int, tuple[Tensor, Tensor]] = {}
@@ -104,23 +104,23 @@ class OutputDirections:
             f = evaluation.outputs.detach().requires_grad_()
             with torch.enable_grad():
                 return [RowSeed(torch.autograd.grad(len(f) * evaluation.criterion(f), f)[0])]
-        if self._chosen is None:
-            order = torch.randperm(shape[1], generator=self.generator)
-            self._chosen = order[: self._count].sort().values
-            where = f" at {len(self._chosen)} of {shape[1]} positions" if shape[1] > 1 else ""
-            self.description = ("the only output" if shape[2] == 1 else f"{self.which} of {shape[2]} outputs") + where
-        if shape[1] <= int(self._chosen.max()):
+        self._length = self._length or shape[1]
+        if shape[1] != self._length:
             raise Unmeasurable("samples have different numbers of positions: pad the batches to one length")
-        curvature = output_curvature(evaluation, self._chosen)
-        here = evaluation.outputs.detach()[:, self._chosen]
+        # Each sample has positions of its own: what one position is like is not what all are.
+        order = torch.rand(shape[:2], generator=self.generator).argsort(1)
+        chosen = order[:, : self._count].sort(1).values.to(evaluation.outputs.device)
+        where = f" at {chosen.shape[1]} of {shape[1]} positions" if shape[1] > 1 else ""
+        self.description = ("the only output" if shape[2] == 1 else f"{self.which} of {shape[2]} outputs") + where
+        curvature = output_curvature(evaluation, chosen)
+        here = at(evaluation.outputs.detach(), chosen)
         if self.which == "all" or shape[2] == 1:
             pairs = all_pairs(curvature.matrices(here.shape).to(here))
         else:
-            pairs = [self._top(curvature, here, index)]
-        weight = (shape[1] / len(self._chosen)) ** 0.5
-        chosen = self._chosen.tolist()
+            pairs = [self._top(curvature, here, index, chosen)]
+        weight = (shape[1] / chosen.shape[1]) ** 0.5
         pairs = self._sampled(pairs, index)
-        return [RowSeed(weight * pair[:, k], position) for pair in pairs for k, position in enumerate(chosen)]
+        return [RowSeed(weight * pair[:, k], position) for pair in pairs for k, position in enumerate(chosen.unbind(1))]
 
     def joined_taken(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the indices of the samples that have rows, of all parts, and by which chance; None where all have."""
@@ -148,7 +148,7 @@ class OutputDirections:
         factor[taken] = (1 / chance).sqrt().to(factor)
         return [pair * factor.to(pair)[:, None, None] for pair in pairs]
 
-    def _top(self, curvature: OutputCurvature, here: Tensor, index: int) -> Tensor:
+    def _top(self, curvature: OutputCurvature, here: Tensor, index: int, chosen: Tensor) -> Tensor:
         """Return ``sqrt(s) u`` of the top eigenpair at each position, by power iteration."""
         product, matrices = curvature.product, None
         if here.shape[-1] <= POWER:  # the matrix itself costs less than its power
@@ -162,7 +162,7 @@ class OutputDirections:
             if self._moves is None:
                 self._moves, self.mode = sharpest_mode(self.probes, self.scale, self.mode, self.generator)
             self.description = self.description.replace("top", "sharpest mode", 1)
-            start = self._moves[index][:, self._chosen]
+            start = at(self._moves[index], chosen)
             image = product(unit(start))
         if matrices is not None:
             start, image = _squared(matrices, image)

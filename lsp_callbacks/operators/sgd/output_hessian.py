@@ -82,22 +82,21 @@ def output_curvature(evaluation: Evaluation, positions: Tensor) -> OutputCurvatu
 
     Args:
         evaluation: outputs of N samples, with the criterion.
-        positions: k of them.
+        positions: k of each sample, ``(N, k)``.
 
     Raises:
         Unmeasurable: see `output_hessian`.
     """
     whole, f = output_hessian(evaluation), evaluation.outputs.detach()
-    everywhere = len(positions) == f.shape[1]
+    everywhere = positions.shape[1] == f.shape[1]
 
     def product(v: Tensor) -> Tensor:
         if everywhere:
             return whole(v)
-        embedded = torch.zeros_like(f)
-        embedded[:, positions] = v.to(f)
-        return whole(embedded)[:, positions]
+        place = positions[..., None].expand(-1, -1, f.shape[-1])
+        return at(whole(torch.zeros_like(f).scatter_(1, place, v.to(f))), positions)
 
-    here = f if everywhere else f[:, positions]
+    here = f if everywhere else at(f, positions)
     v = torch.randn(here.shape, generator=torch.Generator().manual_seed(1)).to(here)
     image = product(v)
     p = here.softmax(-1)
@@ -116,6 +115,11 @@ def output_curvature(evaluation: Evaluation, positions: Tensor) -> OutputCurvatu
         scale = of_softmax[..., None]
         return OutputCurvature(lambda u: scale * centred(u), of_softmax, p)
     return OutputCurvature(product)
+
+
+def at(outputs: Tensor, positions: Tensor) -> Tensor:
+    """Return the outputs of each sample at some positions of its own, ``(N, k, C)``."""
+    return outputs.gather(1, positions[..., None].expand(-1, -1, outputs.shape[-1]))
 
 
 def _multiple(image: Tensor, like: Tensor) -> Tensor | None:

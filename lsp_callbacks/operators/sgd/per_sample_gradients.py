@@ -39,11 +39,11 @@ class RowSeed:
 
     Attributes:
         values: ``(N, C)`` at one position, or ``(N, T, C)``.
-        position: which one; None where ``values`` are those of all.
+        position: which one of each sample, ``(N,)``; None where ``values`` are those of all.
     """
 
     values: Tensor
-    position: int | None = None
+    position: Tensor | None = None
 
     def whole(self, outputs: Tensor) -> Tensor:
         """Return a tensor of the outputs' shape."""
@@ -52,7 +52,7 @@ class RowSeed:
         if outputs.shape[1] == 1:
             return self.values[:, None]
         cotangent = torch.zeros_like(outputs)
-        cotangent[:, self.position] = self.values
+        cotangent[torch.arange(len(outputs)), self.position] = self.values
         return cotangent
 
     def scaled(self, weights: Tensor) -> RowSeed:
@@ -248,7 +248,7 @@ def _into(head: _Call, seed: RowSeed) -> tuple[Tensor, Tensor]:
     if transposed(head.module):
         weight = weight.T
     cotangent = torch.zeros_like(head.source)
-    cotangent[:, seed.position] = seed.values.to(weight) @ weight
+    cotangent[torch.arange(len(cotangent)), seed.position] = seed.values.to(weight) @ weight
     return head.source, cotangent
 
 
@@ -258,9 +258,10 @@ def _some(tensor: Tensor, taken: Tensor | None) -> Tensor:
 
 
 def _head_uses(head: _Call, seeds: list[RowSeed], taken: Tensor | None) -> dict[str, Use]:
-    x = _some(head.args[0], taken)
+    x = head.args[0]
+    places = torch.arange(len(x))
     g = _some(torch.stack([seed.values for seed in seeds], dim=1).to(x), taken)
-    a = torch.stack([x[:, seed.position] for seed in seeds], dim=1)
+    a = _some(torch.stack([x[places, seed.position] for seed in seeds], dim=1), taken)
     uses = {"weight": at_positions(a, g, transposed=transposed(head.module)), "bias": dense(g)}
     return {name: use for name, use in uses.items() if getattr(head.module, name, None) is not None}
 
