@@ -170,10 +170,12 @@ class Monitor:
         Raises:
             Exception: whatever a measurement raised, under ``strict``.
         """
-        self.recorder.record(
-            snapshot.step, snapshot.loss, snapshot.optimizer, snapshot.module, previous=snapshot.previous
-        )
-        self.quantities.begin(snapshot, self.errors)
+        if self.trace is not None:
+            self.recorder.record(
+                snapshot.step, snapshot.loss, snapshot.optimizer, snapshot.module, previous=snapshot.previous
+            )
+        if snapshot.step == 0:
+            self.quantities.begin(snapshot, self.errors)
         if self.trace is not None or self.invalidated:  # otherwise what is cached of the snapshot stays
             snapshot = replace(snapshot, run=snapshot.run.completed(self.trace, self.invalidated))
         if not self.wants(snapshot.step):
