@@ -83,7 +83,7 @@ class Choice:
 
     def _waits(self, name: str) -> bool:
         """Return whether a measurement is made only beside one of the headline number, which comes more often."""
-        if name == self.headline or self.headline is None:
+        if name == self.headline or self.headline is None or self.paces[name].started is None:
             return False
         leader = self.paces[self.headline]
         is_led = leader.started is not None and leader.postponed is None
@@ -119,9 +119,9 @@ class Choice:
         if pace.is_promised and pace.started is None:
             return 0.0
         is_early = pace.started is not None and self.step - pace.started < self._period(name) * (1 - 1e-9)
-        if name == self.headline and pace.started is not None and pace.early(self._period(name)):
-            # The others have left it the advance for its first readings.
-            is_early = is_early and self.step - pace.started < pace.doubling
+        if name == self.headline and (pace.count + 1) * pace.price <= HEADLINE * self.advance:
+            # The others have left it its part of the advance for its first readings.
+            is_early = is_early and self.step - (pace.started or 0) < pace.doubling
         for other, theirs in self.paces.items():
             if other == name or theirs.parts is None:
                 continue
