@@ -254,7 +254,7 @@ class Sharpness(Quantity):
         else:
             found = followed_top(H, snapshot, top, recent.tops)
         self._starts[""] = (found.vector, found.vector)
-        self._recent[""] = recent.with_values(found.value, found.value)
+        self._recent[""] = recent.with_values(found.early, found.early)
         error = found.error / found.value.abs().clamp_min(torch.finfo(torch.float64).tiny)
         self.finish({"sharpness": found.value, "sharpness_residual": error})
 
