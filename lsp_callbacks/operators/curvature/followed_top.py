@@ -54,7 +54,7 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
     Cost: see `products_taken`.
     """
     n = operator.shape[1]
-    fits = start is not None and len(start) == n and bool(torch.isfinite(start).all())
+    fits = start is not None and len(start) == n and bool(norm(start).isfinite())
     start = start if fits else None
     steps = n if n <= FEW else WARM if fits else COLD
 
