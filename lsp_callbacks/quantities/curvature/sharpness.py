@@ -137,9 +137,9 @@ class Sharpness(Quantity):
     Raises:
         Unmeasurable: with several players, if one of them does not step for a long time.
 
-    Cost: at most 7 products, shared with the exponent: with the vector operations of Lanczos 15 gradients by
-    differences, 17 by exact products; fewer where the error bar falls below 10 % earlier; 12 products at the first
-    reading. With rates that differ, as with every preconditioner, H has a run of its own: 35 and 37.
+    Cost: two products, shared with the exponent, three where the value has fallen, four at the first reading: 3.5
+    gradients by differences on a large MLP and 2.5 on a transformer, 5.4 by exact products. With rates that differ, as
+    with every preconditioner, H has products of its own, and the coming preconditioner takes 1.7: 9.8.
 
     Source: Cohen et al. 2021, 2022; docs/theory.md, section Edges of stability.
 
