@@ -36,14 +36,12 @@ class Verified:
 
     Attributes:
         graph: the autograd graph of the loss, joined over the ranks; None before it was asked for.
-        assumed: the graph of an earlier step of the same module, see `graph_facts`; None where there is none.
         loss: whether a replay was found to have the step's own loss.
         calls: the first call of each module, by name; None before a replay that recorded them.
         gradient: whether the step's gradient was found to be that of its loss.
     """
 
     graph: Graph | None = None
-    assumed: Graph | None = None
     calls: dict[str, Call] | None = None
     loss: bool = False
     gradient: bool = False
@@ -62,17 +60,6 @@ def verified_graph(snapshot: Snapshot) -> Graph:
         expected = snapshot.run.known_graph.expected(snapshot.own_graph)
         snapshot.verified.graph = _verify(snapshot) if expected is None else expected
     return snapshot.verified.graph
-
-
-def graph_facts(snapshot: Snapshot) -> Graph:
-    """Return what the graph of the loss shows, of this step or of the earlier one that was assumed.
-
-    For callers that find out by themselves whether a replay is the step: what a graph shows is a property of the code.
-
-    Raises:
-        Unmeasurable: if the replayed loss is not the step's, where there has to be a replay.
-    """
-    return snapshot.verified.graph or snapshot.verified.assumed or verified_graph(snapshot)
 
 
 def verify(snapshot: Snapshot) -> None:

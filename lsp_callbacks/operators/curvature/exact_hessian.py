@@ -12,7 +12,7 @@ from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.linalg import LinearOperator, norm
 from lsp_callbacks.operators.curvature.second_derivative_check import hessian_agrees
 from lsp_callbacks.step.flat import flatten
-from lsp_callbacks.step.replay_checks import check_gradient, check_loss, graph_facts
+from lsp_callbacks.step.replay_checks import check_gradient, check_loss
 from lsp_callbacks.step.snapshot import Snapshot
 
 
@@ -33,7 +33,7 @@ def exact_hessian(snapshot: Snapshot, otherwise: Callable[[Tensor, str], LinearO
         Unsupported: a loss that depends on the parameters by way of tensors without a graph.
     """
     parameters = list(snapshot.parameters.values())
-    dtype = graph_facts(snapshot).dtype
+    dtype = snapshot.graph.dtype
     graph: list[Tensor] = []  # of this rank's gradient
 
     def rank_gradient() -> tuple[Tensor]:
@@ -74,8 +74,8 @@ def exact_hessian(snapshot: Snapshot, otherwise: Callable[[Tensor, str], LinearO
             raise NoSecondDerivative(reasons[0] if reasons else "on another rank")
         return image
 
-    names = " and ".join(graph_facts(snapshot).custom)
-    if names and not graph_facts(snapshot).full:
+    names = " and ".join(snapshot.graph.custom)
+    if names and not snapshot.graph.full:
         raise Unmeasurable(
             f"whether the backward of {names} can be differentiated cannot be checked in half precision: train some "
             "steps in float32 to measure, or leave this quantity out"
@@ -89,7 +89,7 @@ def exact_hessian(snapshot: Snapshot, otherwise: Callable[[Tensor, str], LinearO
 
     # Of a game, only the player's own rows enter its step: `joint_jacobian` compares those.
     is_game = snapshot.player is not None and snapshot.player.joint
-    if graph_facts(snapshot).stopped and not is_game:
+    if snapshot.graph.stopped and not is_game:
         _check_stop_gradients(exact, gradient, snapshot)
 
     fallback: LinearOperator | None = None  # once exact products have raised
@@ -114,11 +114,11 @@ def _check_stop_gradients(exact: Callable[[Tensor], Tensor], gradient: Tensor, s
     """
     reason = (
         "the loss depends on the parameters by way of tensors without a graph, made by "
-        f"{', '.join(graph_facts(snapshot).stopped)} (so are those of detach(), no_grad() and the power iteration of "
+        f"{', '.join(snapshot.graph.stopped)} (so are those of detach(), no_grad() and the power iteration of "
         "spectral_norm), "
     )
     advice = "; leave this quantity out, or compute these tensors with a graph or from the data alone"
-    if not graph_facts(snapshot).full:
+    if not snapshot.graph.full:
         raise Unsupported(f"{reason}and whether that matters cannot be checked in half precision{advice}")
     if not _confirmed(exact, gradient, snapshot):
         raise Unsupported(f"{reason}so that its gradient does not change as two backward passes say{advice}")

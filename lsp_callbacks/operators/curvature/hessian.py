@@ -12,7 +12,6 @@ from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.exact_hessian import exact_hessian, vector_dtype
 from lsp_callbacks.operators.curvature.finite_differences import Differences, Products, difference_hessian
 from lsp_callbacks.step.flat import split
-from lsp_callbacks.step.replay_checks import graph_facts
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 Method = Literal["auto", "exact", "finite_difference"]
@@ -67,7 +66,7 @@ def hessian(
     if not parameters:
         raise Unmeasurable("no parameter requires a gradient: unfreeze some, or leave this quantity out")
     method = resolved(snapshot, method)
-    if method == "exact" or graph_facts(snapshot).stopped:
+    if method == "exact" or snapshot.graph.stopped:
         return _exact(snapshot)
     if weight is not None:
         return _finite_difference(snapshot, weight=weight, relative=relative)
@@ -87,7 +86,7 @@ def resolved(snapshot: Snapshot, method: Method) -> Method:
 
 
 def _smooth(snapshot: Snapshot) -> bool:
-    return graph_facts(snapshot).full and not graph_facts(snapshot).kinked
+    return snapshot.graph.full and not snapshot.graph.kinked
 
 
 def path_taken(snapshot: Snapshot, method: Method) -> str:
@@ -103,9 +102,9 @@ def path_taken(snapshot: Snapshot, method: Method) -> str:
 
 def label(path: str, snapshot: Snapshot, dtype: torch.dtype | None = None) -> str:
     """Return a path with what `double_backward` has to change, and the type that products are rounded to."""
-    dtype = dtype or graph_facts(snapshot).dtype
+    dtype = dtype or snapshot.graph.dtype
     parts = {
-        "math attention": graph_facts(snapshot).fused and path == "exact",
+        "math attention": snapshot.graph.fused and path == "exact",
         "uncompiled": snapshot.compiled,
         str(dtype).removeprefix("torch."): dtype.itemsize <= 2,
     }

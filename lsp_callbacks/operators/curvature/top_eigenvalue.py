@@ -10,7 +10,6 @@ from torch import Tensor
 from lsp_callbacks.linalg import Eigenpair, LinearOperator, lanczos, spectrum_bounds, unit
 from lsp_callbacks.operators.curvature.finite_differences import ACCEPTED, TOLERANCE
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, products_so_far
-from lsp_callbacks.step.replay_checks import graph_facts
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Probability, over the random part of a start, that an eigenvalue lies beyond the error bar.
@@ -118,4 +117,4 @@ def accuracy_of(snapshot: Snapshot, dtype: torch.dtype, rough: bool) -> float:
     """Return the error of values relative to the largest eigenvalue: of products by differences, or by rounding."""
     if rough:
         return ACCEPTED * min(TOLERANCE * torch.finfo(dtype).eps ** 0.5, 0.01)
-    return max(2 * torch.finfo(graph_facts(snapshot).dtype).eps, 16 * torch.finfo(dtype).eps)
+    return max(2 * torch.finfo(snapshot.graph.dtype).eps, 16 * torch.finfo(dtype).eps)

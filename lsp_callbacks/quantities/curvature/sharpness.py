@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import choice
-from lsp_callbacks.autograd.graph import Graph
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.cost import followed_cost, forward_cost, lanczos_cost
 from lsp_callbacks.operators.curvature.followed_top import COLD, followed_top, products_taken
@@ -34,8 +33,6 @@ from lsp_callbacks.step.snapshot import Snapshot, computed_once
 _BOUNDED_WARM, _BOUNDED_COLD, _TOLERANCE = 7, 12, 0.1
 #: Turns after which a player that has not stepped makes the measurement fail.
 PATIENCE = 8
-#: Readings after which it is looked again whether the loss is smooth.
-LOOK_AGAIN = 10
 #: Sharpness, limit and Courant number of a player, and the error bars of the first and of the last.
 Readings = tuple[float, ...]
 
@@ -98,10 +95,6 @@ def _size(snapshot: Snapshot) -> int:
 def alignment_memory(snapshot: Snapshot, method: Method, *, bounded: bool = False) -> dict[str, float]:
     """Return the bytes for the alignment: a vector for each product, and one more."""
     return product_memory(snapshot, method, _BOUNDED_COLD if bounded else COLD + 1)
-
-
-def _turn_of(snapshot: Snapshot) -> str:
-    return "" if snapshot.player is None else snapshot.player.name
 
 
 class Sharpness(Quantity):
@@ -186,7 +179,6 @@ class Sharpness(Quantity):
         self.bounded = bounded
         self._starts: dict[str, tuple[Tensor, Tensor]] = {}
         self._recent: dict[str, Recent] = {}
-        self._graphs: dict[str, tuple[Graph, int]] = {}
         self._turn: dict[str, Readings] = {}
         self._first = 0
         self._alone = False
@@ -201,8 +193,6 @@ class Sharpness(Quantity):
         else:
             parts = alignment_cost(snapshot, self.method, warm=warm, bounded=self.bounded)
         parts["edge"] *= 1 if snapshot.player is None else len(snapshot.player.optimizers)
-        if _turn_of(snapshot) in self._graphs:  # most readings look at no graph
-            parts["forward"] /= LOOK_AGAIN
         return parts
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
@@ -218,27 +208,9 @@ class Sharpness(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step; with several players, the measurement is complete when each was measured."""
         self.complete, self._alone = False, snapshot.run.invalidated is not None
-        self._assume(snapshot)
         if self._alone:
             self._without_update(snapshot)
-        else:
-            self._with_update(snapshot)
-        self._remember(snapshot)
-
-    def _assume(self, snapshot: Snapshot) -> None:
-        """Spare the replay that shows whether the loss is smooth: each product is checked by itself."""
-        graph, age = self._graphs.get(_turn_of(snapshot), (None, 0))
-        if graph is not None and age < LOOK_AGAIN and self._starts:
-            snapshot.verified.assumed = graph
-
-    def _remember(self, snapshot: Snapshot) -> None:
-        name, known = _turn_of(snapshot), snapshot.verified.graph
-        if known is not None:
-            self._graphs[name] = (known, 0)
-        elif name in self._graphs:
-            self._graphs[name] = (self._graphs[name][0], self._graphs[name][1] + 1)
-
-    def _with_update(self, snapshot: Snapshot) -> None:
+            return
         player = snapshot.player
         name, names = ("", ("",)) if player is None else (player.name, tuple(player.optimizers))
         turn = self._turn if player is not None else {}
