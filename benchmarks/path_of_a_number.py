@@ -27,7 +27,7 @@ and now
 | stability_profile | 83 | 70,640 | 18,270 | 476 |
 
 Small files of one idea each and few changes of file work against each other. Most of what is left is made once a step
-(how it is kept, whether it is due, the optimizer's rule, the checks afterwards); a Hessian product makes fourteen.
+(how it is kept, whether it is due, the optimizer's rule, the checks afterwards); a Hessian product makes fifteen.
 """
 
 from __future__ import annotations
