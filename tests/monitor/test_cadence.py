@@ -230,9 +230,10 @@ def test_the_first_answer_for_a_step_stands():
     cadence.headline = "a"
     assert cadence.starting(0) == ("a",)
     cadence.observed(0), cadence.priced({"a": {"pass": 1.0}}), cadence.started(0, ["a"])
-    assert cadence.starting(1) == ("a",) and cadence.starting(1, scheduled=0.0) == ("a",)
-    cadence.observed(1), cadence.started(1, ["a"])
-    assert not cadence.starting(3) and not cadence.starting(3, scheduled=0.9)
+    cadence.observed(20), cadence.started(20, ["a"])
+    assert cadence.starting(24, scheduled=0.9) == cadence.starting(24) == ("a",)
+    cadence.observed(24), cadence.started(24, ["a"])
+    assert not cadence.starting(28) and not cadence.starting(28, scheduled=0.9)
 
 
 def test_a_step_that_is_not_taken_is_made_up_for():
