@@ -23,6 +23,11 @@ SCHEDULED = (COURANT, SGD, GD)
 #: A single Courant number that is far above the edge: healthy training, also while the rate of AdamW warms up, was read
 #: at less in ``benchmarks/rate_too_high.py``, but for a run that came back from an explosion (5.1).
 FAR = 5.0
+#: The loss alarm does not end training while a reading that was taken since the loss began to rise is at or below this
+#: share of the threshold: with a batch of 4, noise alone trips it at a Courant number of 0.6.
+CALM = 0.7
+#: Steps in which a loss that does not fall confirms readings above the threshold, as a loss that rises does.
+STUCK = 150
 
 
 class StopOnInstability(Callback):
@@ -46,6 +51,11 @@ class StopOnInstability(Callback):
       itself is not finite in 25 of them in a row;
     - *one* Courant number of 5 or more, if after 60 steps the loss has not fallen by 5 %: the rate was far too high
       from the beginning;
+    - a *loss alarm*, so that no run goes on longer than a plain watcher of the loss would let it: the mean of the last
+      50 losses is above twice its least and above a quarter of the initial loss, and so are most of the last 10 (one
+      spike is over by then). A reading well below the threshold (0.7 of it), taken since the loss began to rise, says
+      that this is noise, unless the loss is above three times the initial one;
+    - readings above the threshold, in the mean as above, and a loss that has not fallen by 5 % in 150 steps;
     - losses above three times the initial one for some 200 steps, where nothing was measured since they began to rise;
     - a collapse of the network: its outputs have ceased to depend on its inputs (``stability/collapsed`` is 1, or 0.5
       and after 60 steps the loss has not fallen by 5 %, or has risen as above).
@@ -256,6 +266,10 @@ class StopOnInstability(Callback):
         rose = f"the smoothed loss rose from {losses.least:.4g} to {losses.smoothed:.4g}"
         if losses.risen and not math.isnan(above):
             return f"{self._reading(above)}, and {rose}"
+        if not math.isnan(above) and losses.fallen is False and losses.count >= STUCK:
+            return f"{self._reading(above)}, and {self._not_fallen()}"
+        if losses.alarm_lasts and not self._is_calm():
+            return f"the mean of 50 losses rose from {losses.least_mean:.4g} to {losses.mean:.4g}, and {self._known()}"
         if losses.risen and jumped:
             return f"the learning rate is {scheduled:.3g} times the critical one, and {rose}"
         # The rate may have come down since; critical rates of a network that has exploded do not show that.
@@ -264,12 +278,28 @@ class StopOnInstability(Callback):
         if self.monitor in SCHEDULED and least >= FAR * self.threshold and losses.fallen is False:
             return (
                 f"{self._name} = {self._deciding.latest:.4g} at step {self._deciding.latest_step}, far above "
-                f"{self.threshold:g}, and the loss has not fallen: {losses.first:.4g} at first, smoothed "
-                f"{losses.smoothed:.4g}"
+                f"{self.threshold:g}, and {self._not_fallen()}"
             )
         if losses.lost and self._deciding.latest_step <= losses.level_step:
             return f"{rose}, and {self.monitor} is unknown: nothing was measured since"
         return None
+
+    def _is_calm(self) -> bool:
+        """Return True if a reading well below the threshold, taken since the loss began to rise, calls that noise."""
+        calm, readings, losses = min(CALM * self.threshold, self.threshold), self._deciding, self._losses
+        is_fresh = readings.latest_step > losses.level_step
+        return is_fresh and readings.latest <= calm and not losses.exploded(losses.mean)
+
+    def _known(self) -> str:
+        """Return in words what is known of the number that is watched."""
+        readings = self._deciding
+        if not len(readings):
+            return f"{self.monitor} is unknown"
+        return f"{self._name} = {readings.latest:.4g} at step {readings.latest_step}"
+
+    def _not_fallen(self) -> str:
+        losses = self._losses
+        return f"the loss has not fallen: {losses.first:.4g} at first, smoothed {losses.smoothed:.4g}"
 
     def _jumps(self, scheduled: float) -> bool:
         """Return True if the rate has more than doubled since the last measurements: a jump, not a slow ramp."""

@@ -22,6 +22,9 @@ LOST, LOST_STEPS, LOST_SHARE = 2.0, 200, 0.75
 FALLEN = 0.95
 #: Steps after which it should have: a run that survives its first explosion has begun to fall.
 SETTLED = 60
+#: The loss alarm of ``benchmarks/two_populations.md``: a mean over so many steps above so many times its least value and
+#: above this share of the initial loss; and the last steps most of which are that high, too, unless it was one spike.
+ALARM_SMOOTHING, ALARM_RISE, ALARM_SHARE, ALARM_LASTS = 50, 2.0, 0.25, 10
 #: Consecutive steps that a gradient scaler skips with a loss that is not finite, after which the loss counts. Halving
 #: its factor helps gradients that overflow, never the loss itself.
 LEFT_OUT = 25
@@ -117,6 +120,9 @@ class LossRecord:
         least: the least smoothed loss.
         last: the last one, finite or not.
         last_step: its step.
+        recent: the last 50 finite ones.
+        mean: their mean.
+        least_mean: the least mean, from the fifth loss on.
         level_step: the last step at which the smoothed loss had not risen.
         nonfinite_step: the first step at which it was not finite.
         comparable: False where the losses of several players are summed: then only whether they are finite counts.
@@ -140,7 +146,9 @@ class LossRecord:
         self.last_step = self.level_step = -1
         self.nonfinite_step: int | None = None
         self.comparable = True
-        self._left_out = 0
+        self.recent: list[float] = []
+        self.mean = self.least_mean = math.nan
+        self._left_out, self._is_negative = 0, False
         self._high = self._far = 0.0  # shares of the last losses that are above what `fallen` and `lost` compare with
 
     def add(self, arrived: ArrivedLoss) -> None:
@@ -161,6 +169,11 @@ class LossRecord:
         if self.count <= INITIAL:
             self.initial = self.smoothed
         self.least = self.smoothed if self.count == 1 else min(self.least, self.smoothed)
+        self.recent = [*self.recent, loss][-ALARM_SMOOTHING:]
+        self.mean = sum(self.recent) / len(self.recent)
+        if self.count >= INITIAL:
+            self.least_mean = self.mean if self.count == INITIAL else min(self.least_mean, self.mean)
+        self._is_negative |= loss < 0
         share, size = 1 / min(self.count, SMOOTHING), abs(self.start)
         self._high += share * ((loss > self.start - (1 - FALLEN) * size) - self._high)
         self._far += (self.exploded(loss) - self._far) / min(self.count, LOST_STEPS)
@@ -194,6 +207,26 @@ class LossRecord:
     def lost(self) -> bool:
         """Whether it has risen far above the loss that the run began with, for long."""
         return self.risen and self.count >= LOST_STEPS and self._far > LOST_SHARE
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether the mean of 50 is above twice its least value and above a quarter of the initial loss: the loss alarm.
+
+        Twice the least value means nothing where losses can be negative.
+        """
+        return self.mean > self._alarm_limit and self.comparable and not self._is_negative
+
+    @property
+    def alarm_lasts(self) -> bool:
+        """Whether the loss alarm is on by the last 10 losses as well: a single spike is over by then."""
+        last = sorted(self.recent[-ALARM_LASTS:])
+        return self.alarmed and last[(len(last) - 1) // 2] > self._alarm_limit
+
+    @property
+    def _alarm_limit(self) -> float:
+        if self.count < INITIAL:
+            return math.inf
+        return max(ALARM_RISE * self.least_mean, ALARM_SHARE * self.initial)
 
     @property
     def fallen(self) -> bool | None:
