@@ -357,7 +357,7 @@ def trained(make, *callbacks, **settings):
         "steps": run.global_step,
         "metrics": {k: float(v) for k, v in run.callback_metrics.items() if k != "stability/overhead"},
         "history": monitor and {key: (c.steps, c.values) for key, c in monitor.history.items()},
-        "period": monitor and monitor.monitor.cadence.period,
+        "cadence": monitor and monitor.monitor.cadence.state_dict(),
         "gram": None if latest is None else latest.kernel.gram,
         "skipped": {} if monitor is None else dict(monitor.skipped),
         "said": [str(w.message) for w in caught if "lsp_callbacks" in str(w.message)],
@@ -442,7 +442,9 @@ def main(folder):
     images = DataLoader(dataset((1, 6, 6), torch.float32), batch_size=BATCH, shuffle=True)
     conv = {"loader": images, "max_steps": 12, **DDP}
     found["conv plain"] = trained(ConvNet, **conv)
-    found["conv"] = trained(ConvNet, StabilityMonitor(budget=1.0, sub_batch=3), **conv)
+    found["conv"] = trained(
+        ConvNet, StabilityMonitor(["spectral_norm", "sharpness", "sgd_stability"], budget=1.0, sub_batch=3), **conv
+    )
     unused = {"strategy": "ddp_find_unused_parameters_true", "use_distributed_sampler": False}
     found["uneven"] = trained(
         FailsOnce, StabilityMonitor("sharpness", every_n_steps=2),

@@ -77,10 +77,14 @@ class StabilityMonitor(RunResults, Callback):
     Args:
         quantities: a preset ("economy", "default", "full"), names, or `Quantity` objects. One that is named here and
             cannot be measured raises before training; one of a preset is skipped with one warning.
-        every_n_steps: start a measurement every so many optimizer steps; None keeps to ``budget``, denser near the edge
-            of stability and sparser far from it.
-        budget: share of the training cost to spend. A deterministic model in gradients spends half of it; the rest is
-            for what the model does not see, such as the calls of each step.
+        every_n_steps: start a measurement of each quantity every so many optimizer steps; a mapping gives some of them
+            a pace of their own, ``{"sgd_stability": 25, "spectral_norm": 500}``; None keeps to ``budget``.
+        budget: share of the training cost to spend, by a deterministic model in gradients: 85 % of it on measurements,
+            the rest is for what the model does not see, such as the calls of each step. About two thirds are for
+            ``stability/courant``, measured once in ``1 / budget`` steps far from the edge of stability, and more often
+            near it; each quantity has its own pace, see `lsp_callbacks.monitor.cadence.Cadence`. An advance of 12
+            gradients pays for the first readings, at 0, 1, 2, 4, 8, ... steps. What costs more than 20 gradients a
+            measurement is left out, unless it is named or has a pace.
         window: steps in a window of the exponent.
         average: windows in its mean.
         sub_batch: samples of the batch (of several processes, of each one's) for sharpness and exponent; None takes
@@ -108,7 +112,8 @@ class StabilityMonitor(RunResults, Callback):
             resumed collects its training samples anew.
         strict: raise where a measurement fails, instead of recording NaN with one warning.
         max_memory: bytes, or "2GB", that a measurement may take beside training; a quantity that is predicted to take
-            more is skipped. None is what is free on a CUDA device, and no cap elsewhere.
+            more is skipped. None is what is free on a CUDA device, and elsewhere three times what training takes
+            (weights, gradient, two moments and activations), at least 1 GB.
         time_limit: seconds that a measurement may take: its longest parts are skipped until the rest fits. The clock
             decides, so two runs may measure different things. None is no limit.
         seed: of our own random choices, which never touch the global state.
@@ -125,7 +130,7 @@ class StabilityMonitor(RunResults, Callback):
         self,
         quantities: str | Sequence[str | Quantity] = "default",
         *,
-        every_n_steps: int | None = None,
+        every_n_steps: int | dict[str, int] | None = None,
         budget: float = 0.05,
         window: int = 4,
         average: int = 5,
@@ -218,7 +223,7 @@ class StabilityMonitor(RunResults, Callback):
             self._has_loss = self._is_overflowed = False
             if self._loop.overrides_step:
                 self.forecast.begin_step(trainer)
-            if self.monitor.cadence.every_n_steps is None:  # otherwise the rate that comes has no say
+            if self.monitor.cadence.follows_rate:  # otherwise the rate that comes has no say
                 scheduled = self.scheduled_courant(trainer)
         loss = self._loop.loss(batch_idx)
         observer.begin_batch(batch, loss, first=first, scheduled=scheduled, has_backward=has_backward(trainer))

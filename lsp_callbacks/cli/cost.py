@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import pickle
 import time
@@ -27,8 +26,9 @@ from lsp_callbacks.cli.configured import (
     with_configuration,
 )
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.monitor.budget import measurement_memory
-from lsp_callbacks.monitor.cadence import MODELLED
+from lsp_callbacks.monitor.budget import measurement_cost, measurement_memory
+from lsp_callbacks.monitor.cadence import MODELLED, Cadence
+from lsp_callbacks.monitor.foretelling import foretell, union
 from lsp_callbacks.monitor.limits import readable
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -36,11 +36,13 @@ from lsp_callbacks.step.snapshot import Snapshot
 WARM_UP, TIMED = 3, 8
 #: Steps that a quantity may take to become ready.
 PATIENCE = 50
+#: Steps of the run for which readings are foretold.
+RUN = 1000
 DESCRIPTION = """\
-Trains a handful of steps of a configuration of `lsp-callbacks fit`, measures twice, and prints what that takes:
-gradients by the model of the cost, milliseconds, memory beside training (predicted), and how often the budget allows
-it. Nothing is logged or saved, callbacks of the configuration other than StabilityMonitor are left out. Other options
-are those of `lsp-callbacks fit`\
+Trains a handful of steps of a configuration of `lsp-callbacks fit`, measures twice, and prints for each quantity what
+that takes: gradients by the model of the cost, how often the budget allows it, milliseconds, and memory beside
+training (predicted). Nothing is logged or saved, callbacks of the configuration other than StabilityMonitor are left
+out. Other options are those of `lsp-callbacks fit`\
 """
 
 
@@ -50,11 +52,12 @@ class Costs:
 
     Attributes:
         step: seconds of a training step without measuring; the median.
-        gradients: by quantity, each as if it were alone.
+        gradients: by quantity, of a measurement that starts from the one before, each as if it were alone.
         total: gradients of one measurement of everything, where quantities share.
         seconds: by quantity, of a measurement that starts from the one before.
         memory: bytes by quantity, predicted.
-        period: steps between measurements where nothing is known of the edge.
+        period: steps between measurements by quantity, where nothing is known of the edge.
+        readings: how many there are in the first 1,000 steps, by quantity, likewise.
         budget: that they keep to.
         skipped: why, by quantity.
         waiting: quantities that look back on more steps than were taken here, and were not measured.
@@ -65,39 +68,41 @@ class Costs:
     total: float = math.nan
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
-    period: int = 0
+    period: dict[str, float] = field(default_factory=dict)
+    readings: dict[str, int] = field(default_factory=dict)
     budget: float = math.nan
     skipped: dict[str, str] = field(default_factory=dict)
     waiting: list[str] = field(default_factory=list)
 
     @property
     def share(self) -> float:
-        """The share of the time that measuring takes at this period, by the clock."""
-        measuring = sum(self.seconds.values()) / self.period
-        return measuring / (measuring + self.step)
+        """The share of the time of 1,000 steps that measuring takes, by the clock."""
+        measuring = sum(self.readings[name] * seconds for name, seconds in self.seconds.items())
+        return measuring / (measuring + RUN * self.step)
 
     def table(self) -> Any:
         """Return a table of rich, by quantity."""
         from rich.table import Table
 
         table = Table("quantity", title="lsp_callbacks: the cost of a measurement")
-        for column in ("gradients", "milliseconds", "memory, predicted"):
+        for column in ("gradients", "period", f"in {RUN:,} steps", "milliseconds", "memory, predicted"):
             table.add_column(column, justify="right")
-        for name in self.gradients:
+        for name, gradients in self.gradients.items():
             missing = "not yet" if name in self.waiting else "failed"
             took = f"{1e3 * self.seconds[name]:.1f}" if name in self.seconds else missing
-            table.add_row(name, f"{self.gradients[name]:.1f}", took, readable(self.memory.get(name, 0.0)))
+            pace = f"{self.period[name]:,.0f}", f"{self.readings[name]:,}"
+            table.add_row(name, f"{gradients:.1f}", *pace, took, readable(self.memory.get(name, 0.0)))
         most = readable(max(self.memory.values(), default=0.0))
-        table.add_row("together", f"{self.total:.1f}", f"{1e3 * sum(self.seconds.values()):.1f}", most)
+        table.add_row("together", f"{self.total:.1f}", "", "", f"{1e3 * sum(self.seconds.values()):.1f}", most)
         return table
 
     def sentences(self) -> list[str]:
         """Return what stands below the table."""
         affordable = max(1, math.ceil(sum(self.seconds.values()) / (self.budget * self.step)))
         sentences = [
-            f"lsp_callbacks: a training step takes {1e3 * self.step:.3g} ms; one measurement in {self.period} steps "
-            f"takes {self.share:.1%} of the time by this machine's clock "
-            f"(every_n_steps={affordable} would take {self.budget:.0%})"
+            f"lsp_callbacks: a training step takes {1e3 * self.step:.3g} ms; so many measurements take "
+            f"{self.share:.1%} of the time by this machine's clock (every_n_steps={affordable} would take "
+            f"{self.budget:.0%})"
         ]
         if self.waiting:
             names = " and ".join(self.waiting)
@@ -154,31 +159,32 @@ def measure(trainer: Any, model: Any, monitor: StabilityMonitor, **data: Any) ->
         fit_until_done(trainer, model, meter, **data)
     finally:
         monitor.observer.listeners.remove(meter.count_measurement)
-    if not meter.costs.period:
+    if meter.inner.monitor.quantities and not meter.is_complete:
         raise Unmeasurable("the run ended before a measurement was complete: the loader gives too few batches")
     return meter.costs
 
 
 class _Meter(Callback):
-    """Times steps, then lets the monitor see them until it has measured twice."""
+    """Times steps, then lets the monitor see them until it has measured everything twice."""
 
     def __init__(self, monitor: StabilityMonitor):
-        self.inner, self.costs = monitor, Costs(budget=monitor.monitor.cadence.budget / MODELLED)
+        cadence = monitor.monitor.cadence
+        self.inner, self.costs = monitor, Costs(budget=cadence.budget / MODELLED)
+        self.planned = Cadence(cadence.every_n_steps, cadence.budget)
         self.steps: list[float] = []
+        self.is_complete = False
         self._began: float | None = None
-        self._every_n_steps: int | None = None
-        self._completed = 0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         train_without_end(trainer)
         self.inner.on_fit_start(trainer, pl_module)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        cadence = self.inner.monitor.cadence
-        self._every_n_steps, cadence.every_n_steps = cadence.every_n_steps, None
-        self.inner.monitor.budget.max_memory = None
+        monitor = self.inner.monitor
+        monitor.cadence.every_n_steps = monitor.budget.max_memory = None
         self.inner.setup(trainer, pl_module, stage)
-        self.inner.monitor.reset()
+        monitor.reset()
+        monitor.cadence.advance = math.inf  # everything at once, and again as soon as it is complete
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.inner.on_train_start(trainer, pl_module)
@@ -206,26 +212,35 @@ class _Meter(Callback):
             self.inner.on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def count_measurement(self, snapshot: Snapshot) -> None:
-        """Look at the costs after a step that has completed a measurement of everything."""
+        """Look at the costs after a step that has completed the second measurement of everything."""
         monitor, costs = self.inner.monitor, self.costs
-        if monitor.cadence.period is None or not monitor.schedule.is_complete(snapshot.step, within=PATIENCE):
-            return
-        self._completed += 1
-        if self._completed == 1:
+        paces = monitor.cadence.paces
+        ready = {name: pace for name, pace in paces.items() if pace.postponed is None}
+        is_first = not costs.memory and bool(monitor.quantities)
+        if is_first:
             costs.step, costs.memory = median(self.steps[WARM_UP:]), measurement_memory(monitor.quantities, snapshot)
-            for name, quantity in monitor.quantities.items():
-                with contextlib.suppress(Unmeasurable):
-                    costs.gradients[name] = sum(quantity.cost(snapshot).values())
-            costs.total, costs.period = monitor.cadence.cost, self._every_n_steps or monitor.cadence.period or 1
-            monitor.cadence.every_n_steps = monitor.cadence.period = monitor.quantities.longest  # the next one at once
-        else:
-            costs.seconds = {name: monitor.budget.seconds.expected(name) for name in monitor.budget.seconds.taken}
-            costs.skipped = monitor.skipped
-            step = replace(snapshot, run=replace(snapshot.run, series=monitor.trace))
-            costs.waiting = [name for name, quantity in monitor.quantities.items() if quantity.warm_up(step)]
+        if (
+            not monitor.schedule.is_complete(snapshot.step, within=PATIENCE)
+            or min((pace.count for pace in ready.values()), default=2) < 2
+        ):
+            return
+        self.is_complete = True
+        for name, quantity in monitor.quantities.items():
+            self.planned.add(name, weight=quantity.weight, length=paces[name].length)
+        prices = {name: measurement_cost(quantity, snapshot) for name, quantity in monitor.quantities.items()}
+        costs.gradients = {name: sum(parts.values()) for name, parts in prices.items()}
+        costs.total = union(prices.values())
+        self.planned.headline = monitor.cadence.headline
+        costs.readings, costs.period = foretell(
+            self.planned, prices, monitor.quantities.named, step_cost=monitor.budget.step
+        )
+        costs.seconds = {name: monitor.budget.seconds.expected(name) for name in monitor.budget.seconds.taken}
+        costs.skipped = monitor.skipped
+        step = replace(snapshot, run=replace(snapshot.run, series=monitor.trace))
+        costs.waiting = [name for name, quantity in monitor.quantities.items() if quantity.warm_up(step)]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.measuring:
             self.inner.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._completed > 1 or (self.measuring and not self.inner.monitor.quantities):
+        if self.is_complete or (self.measuring and not self.inner.monitor.quantities):
             raise Done

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
-from lsp_callbacks.monitor.cadence import Cadence
-from lsp_callbacks.monitor.limits import Seconds, check_memory, in_bytes
-from lsp_callbacks.monitor.selected_quantities import SelectedQuantities
+from lsp_callbacks.monitor.limits import Seconds, check_memory, default_cap, in_bytes
+from lsp_callbacks.operators.cost import Work, assume, step_cost, work
+from lsp_callbacks.operators.memory import footprint
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.snapshot import Snapshot
 
 Quantities = Mapping[str, Quantity]
+#: Steps of training that one measurement may take, unless the user says how often to make it.
+LIMIT = 20.0
+#: Gradients that it takes to count the work of one forward pass.
+COUNTING = 1.0
 
 
-def measurement_cost(quantities: Quantities, snapshot: Snapshot) -> dict[str, float]:
-    """Return the gradients that one measurement of everything costs, by what they are spent on."""
-    parts: dict[str, float] = {}
-    for quantity in quantities.values():
-        try:
-            cost = snapshot.run.ranks.together(partial(quantity.cost, snapshot))
-        except Exception:  # whatever a replay raises: it takes one to see that
-            cost = {"a replay that fails": 1.0}
-        for part, gradients in cost.items():
-            parts[part] = max(parts.get(part, 0.0), gradients)
-    return parts
+def measurement_cost(quantity: Quantity, snapshot: Snapshot) -> dict[str, float]:
+    """Return the gradients that one measurement costs, by what they are spent on."""
+    try:
+        return snapshot.run.ranks.together(partial(quantity.cost, snapshot))
+    except Exception:  # whatever a replay raises: it takes one to see that
+        return {"a replay that fails": 1.0}
 
 
 def measurement_memory(quantities: Quantities, snapshot: Snapshot) -> dict[str, float]:
@@ -47,16 +49,40 @@ def measurement_memory(quantities: Quantities, snapshot: Snapshot) -> dict[str, 
     return peaks
 
 
+@dataclass(frozen=True)
+class Prices:
+    """What measurements will cost.
+
+    Attributes:
+        parts: gradients by quantity, and by what they are spent on.
+        counting: gradients that were spent on finding this out.
+        limit: gradients that one measurement may cost.
+    """
+
+    parts: dict[str, dict[str, float]]
+    counting: float
+    limit: float
+
+    @property
+    def dear(self) -> dict[str, float]:
+        """Return the gradients of those that cost more than the limit."""
+        totals = {name: sum(parts.values()) for name, parts in self.parts.items()}
+        return {name: total for name, total in totals.items() if total > self.limit}
+
+
 class Budget:
-    """Limits of memory and time, and the price of a measurement.
+    """Limits of cost, memory and time, and the price of a measurement.
 
     Args:
-        max_memory: bytes, or text such as "2GB"; None is what is free on a CUDA device, and no limit elsewhere.
+        max_memory: bytes, or text such as "2GB"; None is what is free on a CUDA device, and `default_cap` elsewhere.
         time_limit: seconds for one measurement; None is no limit.
 
     Attributes:
         seconds: what measurements took.
         predicted: bytes at the peak of each quantity, predicted once.
+        work: of one forward pass, counted once.
+        step: gradients that a whole step of training takes.
+        reduced: what was left out of a measurement so that it costs less, by quantity.
     """
 
     def __init__(self, max_memory: float | str | None, time_limit: float | None):
@@ -67,7 +93,23 @@ class Budget:
         """Forget everything."""
         self.seconds.reset()
         self.predicted: dict[str, float] = {}
-        self.priced: set[str] | None = None
+        self.work: Work | None = None
+        self.step = 1.0
+        self.reduced: dict[str, str] = {}
+        self._default_cap = math.inf
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was counted."""
+        return {
+            "work": None if self.work is None else asdict(self.work),
+            "step": self.step,
+            "reduced": {**self.reduced},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
+        self.work = None if state["work"] is None else Work(**state["work"])
+        self.step, self.reduced = state["step"], dict(state["reduced"])
 
     def check_memory(self, name: str, quantities: Quantities, snapshot: Snapshot) -> None:
         """Refuse a quantity that would take too much memory.
@@ -78,11 +120,11 @@ class Budget:
             Unmeasurable: see `check_memory`.
         """
         device = next((p.device for p in snapshot.parameters.values()), torch.device("cpu"))
-        if self.max_memory is None and device.type != "cuda":
-            return
         if name not in self.predicted:
             self.predicted |= measurement_memory(quantities, snapshot) | self.predicted
-        check_memory(self.predicted.get(name, 0.0), self.max_memory, device)
+            with contextlib.suppress(Exception):  # whatever a replay raises
+                self._default_cap = default_cap(footprint(snapshot))
+        check_memory(self.predicted.get(name, 0.0), self.max_memory, device, default=self._default_cap)
 
     def too_slow(self, quantities: Quantities, snapshot: Snapshot) -> dict[str, list[str]]:
         """Return the quantities to skip so that the rest fits into the time limit, by the reason.
@@ -95,17 +137,37 @@ class Budget:
             slow.setdefault(reason, []).append(name)
         return slow
 
-    def price(self, quantities: SelectedQuantities, snapshot: Snapshot, cadence: Cadence) -> None:
-        """Tell the cadence what a measurement costs, unless it knows the cost of just these quantities.
+    def prices(self, quantities: Sequence[Quantity], snapshot: Snapshot) -> Prices:
+        """Return what measurements cost, before they start.
 
-        The cost differs between processes with the sizes of their batches: that of rank 0 decides.
+        A quantity that costs more than `LIMIT` steps is asked to take less. The cost differs between processes with the
+        sizes of their batches: that of rank 0 counts.
 
         Args:
-            quantities: that are measured.
-            snapshot: a step on which they were.
-            cadence: that derives its period from the cost, if it has no fixed one.
+            quantities: that are about to be measured.
+            snapshot: the step on which they would be.
         """
-        if cadence.every_n_steps is None and quantities.keys() != self.priced:
-            gradients = sum(measurement_cost(quantities, snapshot).values())
-            cadence.priced(snapshot.run.ranks.first(lambda: gradients, "the cost"), quantities.longest)
-            self.priced = set(quantities)
+        counting = 0.0
+        if self.work is not None:
+            assume(snapshot, self.work)
+        else:
+            with contextlib.suppress(Exception):  # whatever a replay raises
+                counting, self.work, self.step = COUNTING, work(snapshot), step_cost(snapshot)
+        counting, self.step = snapshot.run.ranks.first(lambda: (counting, self.step), "the work of a step")
+        parts: dict[str, dict[str, float]] = {}
+        for quantity in quantities:
+            parts[quantity.name] = self._price(quantity, snapshot)
+            if sum(parts[quantity.name].values()) > LIMIT * self.step:
+                self._reduce(quantity, snapshot)
+                parts[quantity.name] = self._price(quantity, snapshot)
+        return Prices(parts, counting, LIMIT * self.step)
+
+    def _price(self, quantity: Quantity, snapshot: Snapshot) -> dict[str, float]:
+        parts = measurement_cost(quantity, snapshot)
+        return snapshot.run.ranks.first(lambda: parts, "the cost")
+
+    def _reduce(self, quantity: Quantity, snapshot: Snapshot) -> None:
+        with contextlib.suppress(Exception):  # whatever a replay raises
+            reduced = snapshot.run.ranks.together(partial(quantity.limit_cost, snapshot, LIMIT * self.step))
+            if reduced is not None:
+                self.reduced[quantity.name] = reduced

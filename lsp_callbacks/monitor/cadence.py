@@ -1,52 +1,64 @@
-"""At which steps a measurement starts: at fixed ones, or denser near the edge of stability, within a budget."""
+"""At which steps each quantity is measured: at fixed ones, or within a budget, oftener near the edge of stability."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lsp_callbacks._validation import number, whole
+from lsp_callbacks.monitor.choice import Choice
+from lsp_callbacks.monitor.pace import Pace
+from lsp_callbacks.monitor.shares import nearness, rates
+from lsp_callbacks.monitor.spending import Spending
 
-#: Share of the budget that the cost model may spend. The rest is for what it does not count: the calls of each step,
-#: copies of the module, cold starts.
-MODELLED = 0.5
-#: The longest gap between measurements (far from the edge of stability) in periods, and one over the shortest.
-SPREAD = 3.0
+#: Share of the budget that measurements may spend, as counted. The rest is for what is not counted: the calls of each
+#: step, copies of the module, what a first measurement takes beside its passes.
+MODELLED = 0.8
+#: Steps of training whose cost may be spent before any was saved: on one measurement of everything, and on the first
+#: ones of the headline number.
+ADVANCE = 15.0
 #: Number of readings whose mean is the Courant number.
 RECENT = 3
 
+#: Of every quantity, of some by name, or of none.
+EveryNSteps = int | Mapping[str, int] | None
 
-def spacing(courant: float) -> float:
-    """Return the gap between measurements in periods, ``3^(2 - 4 courant)`` clipped to 1/3 ... 3; 1 for NaN.
 
-    It is 3 below a Courant number of 1/4, 1 at 1/2, and 1/3 from 3/4 on: a growing learning rate is measured well
-    before it reaches the edge.
+def check_every_n_steps(value: Any) -> EveryNSteps:
+    """Return ``every_n_steps`` if it is None, a whole number, or whole numbers by name.
 
-    Example:
-        >>> from lsp_callbacks.monitor.cadence import spacing
-        >>> [round(spacing(courant), 3) for courant in (0.0, 0.25, 0.5, 0.75, 2.0, float("nan"))]
-        [3.0, 3.0, 1.0, 0.333, 0.333, 1.0]
+    Raises:
+        ValueError: for anything else.
     """
-    if math.isnan(courant):
-        return 1.0
-    return SPREAD ** max(-1.0, min(1.0, 2 - 4 * courant))
+    instead = ", a mapping such as {'spectral_norm': 500}, or None for the budget"
+    if isinstance(value, Mapping):
+        return {name: whole(f"every_n_steps[{name!r}]", every, 1) for name, every in value.items()}
+    return None if value is None else whole("every_n_steps", value, 1, instead=instead)
 
 
 class Cadence:
     """Decides when measurements start, from numbers that are the same in each run and on each process.
 
-    A given ``every_n_steps`` is followed exactly; if such a step is skipped, the next one takes its place. Otherwise
-    the *period* is ``cost / budget`` steps, and the next measurement starts ``period * spacing(courant)`` steps after
-    the last, if the budget allows it. With n measurements started in the s steps since the first, gradients by the
-    cost model satisfy at any time
+    A given number of steps is followed exactly; if such a step is skipped, the next one takes its place. All other
+    quantities share an account. It begins with an *advance*, and each step adds ``budget`` gradients, of which a
+    quantity's part is its ``weight`` over the sum of those that are measured: its *rate*. Its period is its price over
+    its rate. The first readings are at 0, 1, 2, 4, 8, ... steps, as long as the advance pays for them. At any time,
+    gradients by the cost model satisfy
 
-        ``n * cost <= budget * s + cost``
+        ``spent <= budget * (steps since the first measurement) + advance``
 
-    The last term is the first measurement. Unspent budget accumulates while the Courant number is low and is used
-    near 1. A run that starts near 1 has none, and is measured once per period.
+    The *headline number* (``stability/courant``) comes first: others leave in the account what it needs at its next
+    reading. Far from the edge of stability it is measured once in ``1 / budget`` steps, if its rate allows that, and
+    the others have what it leaves. Near the edge it takes half of the others' rates, and what was saved before. So its
+    gap is never longer than ``max(price / rate, 1 / budget)``.
+
+    The others meet it, where their periods are longer: what several measurements of a step spend gradients on (a
+    replay, an alignment) is spent once. Beside others one becomes due in as many periods as its price there is a part
+    of its full price, and after half of its period if the account holds more than what all have put by.
 
     Args:
-        every_n_steps: start a measurement every so many steps; None keeps to the budget.
+        every_n_steps: start a measurement every so many steps; by name for some quantities; None keeps to the budget.
         budget: gradients spent on measuring, as a share of those spent on training.
 
     Raises:
@@ -54,55 +66,143 @@ class Cadence:
 
     Attributes:
         origin: step of the first measurement; None before it.
-        period: steps; None until the cost of the first measurement is known.
+        paces: of each quantity that is measured, by name.
+        advance: gradients that may be spent at once: those of `ADVANCE` steps of training, and of one measurement of
+            what the user named, if that is more.
         spent: gradients of all measurements that were started.
     """
 
-    def __init__(self, every_n_steps: int | None = None, budget: float = 0.05):
-        if every_n_steps is not None:
-            whole("every_n_steps", every_n_steps, 1, instead=", or None for the budget")
-        number("budget", budget, above=0, most=1, instead=": a share of the training cost")
-        self.every_n_steps, self.budget = every_n_steps, budget
+    def __init__(self, every_n_steps: EveryNSteps = None, budget: float = 0.05):
+        self.every_n_steps = check_every_n_steps(every_n_steps)
+        self.budget = number("budget", budget, above=0, most=1, instead=": a share of the training cost")
+        self.paces: dict[str, Pace] = {}
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
         self.origin: int | None = None
-        self.period: int | None = self.every_n_steps
-        self.cost = self.spent = 0.0
-        self._started: int | None = None
-        self._unpriced = 0
-        self._longest = 1
+        self.advance, self.spent = ADVANCE, 0.0
+        self._headline: str | None = None
+        self.paces.clear()
         self._readings: list[float] = []
-        self._asked: tuple[int, bool] | None = None
+        self._asked: tuple[int, float, tuple[str, ...]] | None = None
+        self._observed: int | None = None
+        self._missed: set[str] = set()
+        self._forget_quiet()
 
-    def starts(self, step: int, *, scheduled: float = math.nan) -> bool:
-        """Return whether a measurement starts at this step; the first answer for a step is final.
+    def _forget_quiet(self) -> None:
+        """Forget until when nothing is due at a nearness to the edge: something has changed."""
+        self._quiet = (math.nan, -math.inf)
+
+    @property
+    def headline(self) -> str | None:
+        """Name of the quantity whose Courant number is followed; None without one."""
+        return self._headline
+
+    @headline.setter
+    def headline(self, name: str | None) -> None:
+        if name != self._headline:
+            self._headline = name
+            self._forget_quiet()
+
+    def postpone(self, name: str, step: int) -> None:
+        """Let a quantity wait until a step."""
+        self.paces[name].postponed = step
+        self._forget_quiet()
+
+    def add(self, name: str, *, weight: float = 1.0, length: int = 1) -> None:
+        """Begin to measure a quantity.
+
+        Args:
+            name: of the quantity.
+            weight: its part of the budget, beside the weights of the others.
+            length: steps that a measurement takes; the next does not start before its end.
+        """
+        every = self.every_n_steps
+        self._forget_quiet()
+        self.paces[name] = Pace(weight, length, every.get(name) if isinstance(every, Mapping) else every)
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Refuse a pace of what is not measured.
+
+        Raises:
+            ValueError: if ``every_n_steps`` is a mapping with other names than these.
+        """
+        given = self.every_n_steps if isinstance(self.every_n_steps, Mapping) else {}
+        if unknown := [name for name in given if name not in names]:
+            raise ValueError(
+                f"every_n_steps gives a pace to {', '.join(map(repr, unknown))}, which is not measured: the quantities "
+                f"are {', '.join(names)}"
+            )
+
+    def drop(self, name: str) -> None:
+        """Measure a quantity no more; the others share what it had."""
+        self.paces.pop(name, None)
+        self._forget_quiet()
+        if self._asked is not None:
+            self._asked = (*self._asked[:2], tuple(other for other in self._asked[2] if other != name))
+
+    @property
+    def follows_rate(self) -> bool:
+        """Whether the learning rate that comes next has a say."""
+        return any(pace.every_n_steps is None for pace in self.paces.values())
+
+    def period(self, name: str) -> float | None:
+        """Return the steps between measurements, where nothing is known of the edge; None before the price is known."""
+        pace = self.paces[name]
+        if pace.every_n_steps is not None:
+            return float(pace.every_n_steps)
+        return (
+            None
+            if pace.parts is None
+            else max(pace.length, pace.price / rates(self.paces, self.budget, self.headline, nearness(math.nan))[name])
+        )
+
+    # -- which start -----------------------------------------------------------------------------------------------
+
+    def starting(self, step: int, *, scheduled: float = math.nan, busy: Iterable[str] = ()) -> tuple[str, ...]:
+        """Return the quantities whose measurements start at this step; the first answer for a step is final.
+
+        Those whose price is not known yet are among them: with `priced` the answer becomes another one.
 
         Args:
             step: number of the optimizer step.
             scheduled: the Courant number of the learning rate that this step will use; NaN if it is not known.
+            busy: quantities whose measurement is under way.
         """
         if self._asked is None or self._asked[0] != step:
             # All numbers here are the same on all processes. If they were not, the processes would wait for each other
             # forever: this is the one place where rank 0's answer could be broadcast.
-            self._asked = (step, self._starts(step, scheduled))
-        return self._asked[1]
+            self._missed = self._not_taken()
+            self._asked = (step, scheduled, self._choose(step, scheduled, {*busy}))
+        return self._asked[2]
 
-    @property
-    def _missed(self) -> bool:
-        """Whether the last step asked for was due and was not taken: `training_step` returned None."""
-        return self._asked is not None and self._asked[1] and self._started != self._asked[0]
+    def _not_taken(self) -> set[str]:
+        """Return what was due at the last step asked for and was not taken: `training_step` returned None."""
+        return set() if self._asked is None or self._asked[0] == self._observed else {*self._asked[2]}
 
-    def _starts(self, step: int, scheduled: float) -> bool:
-        if self.origin is None or self.period is None or self._started is None:
+    def _choose(self, step: int, scheduled: float, busy: set[str]) -> tuple[str, ...]:
+        fixed = [name for name, pace in self.paces.items() if pace.every_n_steps and self._is_fixed_due(name, step)]
+        near = nearness(self._nearest(scheduled))
+        if near == self._quiet[0] and step < self._quiet[1]:
+            return tuple(fixed)
+        choice = Choice(self.paces, self.headline, near, self.budget, self.advance, self.left(step), step)
+        chosen = choice.make(busy)
+        self._quiet = near, choice.until
+        return (*fixed, *chosen)
+
+    def _is_fixed_due(self, name: str, step: int) -> bool:
+        pace = self.paces[name]
+        if self.origin is None or (pace.postponed is not None and step >= pace.postponed):
             return True
-        since = step - self.origin
-        if self.every_n_steps is not None:
-            return since % self.period == 0 or self._missed
-        gap = max(self._longest, self.period * spacing(self._nearest(scheduled)))
-        affordable = self.spent <= self.budget * since * (1 + 1e-9)
-        return affordable and step - self._started >= gap
+        assert pace.every_n_steps is not None
+        return (step - self.origin) % pace.every_n_steps == 0 or name in self._missed
+
+    # -- the account -----------------------------------------------------------------------------------------------
+
+    def left(self, step: int) -> float:
+        """Return the gradients that may be spent at a step."""
+        return self.budget * (step - (step if self.origin is None else self.origin)) + self.advance - self.spent
 
     def _nearest(self, scheduled: float) -> float:
         """Return the largest known Courant number: too early costs a measurement, too late an alarm."""
@@ -110,47 +210,90 @@ class Cadence:
         courants = [courant for courant in (mean, *self._readings[-1:], scheduled) if not math.isnan(courant)]
         return max(courants, default=math.nan)
 
-    def started(self, step: int) -> None:
-        """Charge a measurement that starts at this step."""
-        self.origin = step if self.origin is None else self.origin
-        self._started = step
-        self._unpriced += self.period is None
-        self.spent += self.cost
+    def wants_price(self, name: str) -> bool:
+        """Return whether the price of a measurement is to be found out before it starts."""
+        return self.paces[name].every_n_steps is None and self.paces[name].wants_price()
 
-    def priced(self, gradients: float, longest: int) -> None:
-        """Set the cost of a measurement, from one that was made.
+    def forget_prices(self) -> None:
+        """Find out all prices anew before the next measurements."""
+        for pace in self.paces.values():
+            pace.is_stale = True
+
+    def priced(
+        self,
+        parts: Mapping[str, Mapping[str, float]],
+        *,
+        named: Iterable[str] = (),
+        counting: float = 0.0,
+        step_cost: float = 1.0,
+    ) -> None:
+        """Set what measurements cost, before they start.
 
         Args:
-            gradients: by the cost model.
-            longest: steps that a measurement takes; the next does not start before its end.
+            parts: gradients by quantity, and by what they are spent on.
+            named: quantities that the user asked for, of which one measurement is always paid.
+            counting: gradients that were spent on finding this out.
+            step_cost: gradients that a whole step of training takes, which is more than one on a small network.
         """
-        # That measurement was charged at the cost before, or not at all.
-        self.spent += self._unpriced * gradients if self._unpriced else gradients - self.cost
-        self.cost, self._longest, self._unpriced = gradients, longest, 0
-        if self.every_n_steps is None:
-            self.period = max(longest, math.ceil(gradients / self.budget))
+        self._forget_quiet()
+        for name, gradients in parts.items():
+            self.paces[name].parts, self.paces[name].is_stale = dict(gradients), False
+        union: dict[str, float] = {}
+        for name in {*named} & {*parts}:
+            if not self.paces[name].count:
+                self.paces[name].is_promised = True
+                for part, price in parts[name].items():
+                    union[part] = max(union.get(part, 0.0), price)
+        self.spent += counting
+        self.advance = max(self.advance, ADVANCE * step_cost, sum(union.values()) + counting)
+        if self._asked is not None:
+            step, scheduled, names = self._asked
+            fresh = self._choose(step, scheduled, {*self.paces} - {*names})
+            self._asked = (step, scheduled, fresh)
+
+    def observed(self, step: int) -> None:
+        """Take note that what starts at this step can be measured; the account begins with the first such step."""
+        self.origin, self._observed = step if self.origin is None else self.origin, step
+
+    def started(self, step: int, names: Iterable[str]) -> None:
+        """Charge the measurements that start at this step; what several of them spend on the same counts once."""
+        self._forget_quiet()
+        account = Spending(self.left(step))
+        for name in names:
+            pace = self.paces[name]
+            pace.start(step)
+            if pace.every_n_steps is None:
+                self.spent += account.beside(pace)
+                account.choose(name, pace)
+
+    def restart(self, name: str) -> None:
+        """Begin a measurement anew at the next step, as it was interrupted."""
+        self.postpone(name, 0)
 
     def read(self, courant: float) -> None:
         """Add a new reading of the Courant number."""
         if not math.isnan(courant):
             self._readings = [*self._readings, courant][-RECENT:]
 
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
     def state_dict(self) -> dict[str, Any]:
-        """Return numbers only."""
+        """Return numbers and names only."""
         return {
-            "origin": self.origin, "period": self.period, "cost": self.cost, "spent": self.spent,
-            "started": self._started, "unpriced": self._unpriced, "longest": self._longest,
-            "readings": list(self._readings),
+            "origin": self.origin, "spent": self.spent, "advance": self.advance, "readings": list(self._readings),
+            "observed": self._observed, "paces": {name: pace.state_dict() for name, pace in self.paces.items()},
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state, with this cadence's own settings."""
-        self.reset()
-        if self.every_n_steps is None and state["period"] is not None and not state["cost"]:
-            return  # its cost was never computed
-        self.origin, self.cost, self.spent = state["origin"], state["cost"], state["spent"]
-        self._started, self._unpriced, self._longest = state["started"], state["unpriced"], state["longest"]
-        self._readings = list(state["readings"])
-        self.period = self.every_n_steps or state["period"]
-        if self.every_n_steps is None and self.cost:  # the budget may be another one now
-            self.period = max(self._longest, math.ceil(self.cost / self.budget))
+        """Continue from a state, with this cadence's own settings.
+
+        A quantity that had a fixed pace and has none now begins anew, as its price was never found out.
+        """
+        self._forget_quiet()
+        self.origin, self.spent, self.advance = state["origin"], state["spent"], state["advance"]
+        self._readings, self._asked, self._observed = list(state["readings"]), None, state["observed"]
+        for name, pace in self.paces.items():
+            if name in state["paces"] and (pace.every_n_steps is not None or state["paces"][name]["parts"] is not None):
+                pace.load_state_dict(state["paces"][name])
+        if not self.spent and all(pace.every_n_steps is None for pace in self.paces.values()):
+            self.origin = None

@@ -9,7 +9,7 @@ from lsp_callbacks.monitor.history import History
 if TYPE_CHECKING:
     from lsp_callbacks.monitor.monitor import Monitor
 
-VERSION = 2
+VERSION = 3
 
 
 def monitor_state(monitor: Monitor, *, vectors: bool, joined: bool) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def monitor_state(monitor: Monitor, *, vectors: bool, joined: bool) -> dict[str,
     state: dict[str, Any] = {
         "version": VERSION,
         "schedule": monitor.schedule.state_dict(),
-        "priced": None if monitor.budget.priced is None else sorted(monitor.budget.priced),
+        "budget": monitor.budget.state_dict(),
         "history": monitor.history.state_dict(),
         "courant": monitor.courant.state_dict(),
         "losses": monitor.losses.state_dict(),
@@ -57,4 +57,7 @@ def load_monitor_state(monitor: Monitor, state: dict[str, Any]) -> None:
     if monitor.trace is not None and "trace" in state:
         monitor.trace.load_state_dict(state["trace"])
     monitor.schedule.load_state_dict(state["schedule"], names=monitor.quantities.keys(), windows="vectors" in state)
-    monitor.budget.priced = None if state["priced"] is None else set(state["priced"])
+    monitor.budget.load_state_dict(state["budget"])
+    for name in monitor.budget.reduced.keys() & monitor.cadence.paces.keys():  # the quantities are as they were made
+        monitor.cadence.paces[name].is_stale = True
+    monitor.cadence.headline = monitor.headline

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lsp_callbacks._validation import number
-from lsp_callbacks.monitor.cadence import MODELLED
+from lsp_callbacks.monitor.cadence import MODELLED, EveryNSteps
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.quantities import Quantity, build
 from lsp_callbacks.quantities.module_filter import Selection
@@ -14,7 +14,7 @@ from lsp_callbacks.quantities.module_filter import Selection
 def configured(
     quantities: str | Sequence[str | Quantity] = "default",
     *,
-    every_n_steps: int | None = None,
+    every_n_steps: EveryNSteps = None,
     budget: float = 0.05,
     window: int = 4,
     average: int = 5,

@@ -12,7 +12,7 @@ from lsp_callbacks.monitor.cadence import Cadence
 class Schedule:
     """Which quantities are measured at a step.
 
-    All of them start where the cadence says so. A measurement that takes several steps is under way until it is
+    Each of them starts where the cadence says so. A measurement that takes several steps is under way until it is
     complete. One that starts before enough is known is postponed.
 
     Args:
@@ -20,7 +20,6 @@ class Schedule:
 
     Attributes:
         under_way: names of the quantities whose measurement has begun and is not complete.
-        postponed: names of the quantities that wait, and the step from which on they need not wait any more.
     """
 
     def __init__(self, cadence: Cadence):
@@ -31,26 +30,26 @@ class Schedule:
         """Forget everything."""
         self.cadence.reset()
         self.under_way: set[str] = set()
-        self.postponed: dict[str, int] = {}
 
-    def starts(self, step: int, scheduled: float = math.nan) -> bool:
-        """Return whether measurements start at this step; the first one is not started again while it is under way.
+    @property
+    def postponed(self) -> dict[str, int]:
+        """Return the quantities that wait, and the step from which on they need not wait any more."""
+        paces = self.cadence.paces.items()
+        return {name: pace.postponed for name, pace in paces if pace.postponed is not None}
+
+    def starting(self, step: int, scheduled: float = math.nan) -> tuple[str, ...]:
+        """Return the quantities whose measurements start at this step.
 
         Args:
             step: number of the optimizer step.
             scheduled: learning rate of this step over the critical one, if the caller knows it.
         """
-        first = self.cadence.period is None or self.cadence.origin is None
-        return not (first and self.under_way) and self.cadence.starts(step, scheduled=scheduled)
+        names = self.cadence.starting(step, scheduled=scheduled, busy=self.under_way)
+        return tuple(name for name in names if name not in self.under_way)
 
     def is_due(self, step: int, scheduled: float = math.nan) -> bool:
-        """Return whether anything is measured at this step; for the arguments see `starts`."""
-        goes_on = bool(self.under_way) or any(step >= later for later in self.postponed.values())
-        return self.starts(step, scheduled) or goes_on
-
-    def includes(self, name: str, step: int, *, starts: bool) -> bool:
-        """Return whether a quantity is measured at this step, at which measurements start or not."""
-        return name in self.under_way or starts or step >= self.postponed.get(name, math.inf)
+        """Return whether anything is measured at this step; for the arguments see `starting`."""
+        return bool(self.starting(step, scheduled) or self.under_way)
 
     def is_complete(self, step: int, *, within: int = 0) -> bool:
         """Return True if no measurement is under way, and none is postponed to ``within`` the next steps.
@@ -63,15 +62,10 @@ class Schedule:
 
     def postpone(self, name: str, step: int) -> None:
         """Let a quantity wait until a step."""
-        self.postponed[name] = step
-
-    def resume(self, name: str) -> bool:
-        """Let a quantity wait no more, and return whether it did."""
-        return self.postponed.pop(name, None) is not None
+        self.cadence.postpone(name, step)
 
     def begin(self, name: str) -> None:
         """Take a quantity for this step; it is not under way any more unless `go_on` is called."""
-        self.postponed.pop(name, None)
         self.under_way.discard(name)
 
     def go_on(self, name: str) -> None:
@@ -85,14 +79,11 @@ class Schedule:
     def drop(self, name: str) -> None:
         """Forget a quantity that is not measured any more."""
         self.begin(name)
+        self.cadence.drop(name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return names and numbers."""
-        return {
-            "cadence": self.cadence.state_dict(),
-            "postponed": dict(self.postponed),
-            "under_way": sorted(self.under_way),
-        }
+        return {"cadence": self.cadence.state_dict(), "under_way": sorted(self.under_way)}
 
     def load_state_dict(self, state: dict[str, Any], *, names: Collection[str], windows: bool) -> None:
         """Continue from a state.
@@ -102,8 +93,8 @@ class Schedule:
             names: of the quantities that are measured now.
             windows: whether measurements that were under way can go on; otherwise they begin anew at the next step.
         """
+        self.cadence.load_state_dict(state["cadence"])
         under_way = {name for name in state["under_way"] if name in names}
         self.under_way = under_way if windows else set()
-        self.postponed = {name: step for name, step in state["postponed"].items() if name in names}
-        self.postponed |= dict.fromkeys(under_way - self.under_way, 0)
-        self.cadence.load_state_dict(state["cadence"])
+        for name in under_way - self.under_way:
+            self.cadence.restart(name)

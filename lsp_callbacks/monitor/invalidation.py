@@ -34,7 +34,8 @@ def invalidated(monitor: Monitor, observation: Observation | None, reason: str) 
     if monitor.invalidated is None:
         names += [key.removeprefix("stability/") for key in lost_keys(wrong.values())]
     monitor.skip({reason: names} if names else {}, stacklevel=4)
-    monitor.invalidated, monitor.budget.priced = monitor.invalidated or reason, None
+    monitor.invalidated = monitor.invalidated or reason
+    monitor.cadence.forget_prices()
     if observation is None:
         return None
     keys = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection
 from typing import Any
@@ -10,8 +11,11 @@ import torch
 
 from lsp_callbacks._validation import number
 from lsp_callbacks.errors import Unmeasurable, Unsupported
+from lsp_callbacks.operators.memory import Footprint
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+#: What a measurement may take on the CPU where nothing is said: so many times what training takes, or so many bytes.
+MULTIPLE, FLOOR = 3.0, 1e9
 #: A first measurement takes this many times as long as the next ones.
 COLD = 3.0
 
@@ -55,22 +59,32 @@ def readable(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def check_memory(predicted: float, cap: float | None, device: torch.device) -> None:
+def default_cap(training: Footprint) -> float:
+    """Return how many bytes a measurement may take on the CPU where nothing is said: `MULTIPLE` times training's own.
+
+    Those are the weights, the gradient, two moments of the optimizer, and what the forward pass keeps for the backward
+    pass; at least `FLOOR`.
+    """
+    return max(FLOOR, MULTIPLE * (4 * training.parameters + training.activations))
+
+
+def check_memory(predicted: float, cap: float | None, device: torch.device, *, default: float = math.inf) -> None:
     """Refuse a measurement that would need too much memory beside training.
 
     Args:
         predicted: bytes at its peak.
-        cap: bytes; None is what is free at the moment on a CUDA device, and no limit elsewhere.
+        cap: bytes; None is what is free at the moment on a CUDA device, and ``default`` elsewhere.
         device: of the parameters.
+        default: bytes.
 
     Raises:
-        Unsupported: above ``cap``, as it will be at every step.
+        Unsupported: above the cap, as it will be at every step.
         Unmeasurable: above what is free now.
     """
+    advice = "allow more with max_memory=..., or measure part of the batch with sub_batch=..."
     if cap is not None and predicted > cap:
         raise Unsupported(
-            f"it would take {readable(predicted)} beside training, more than max_memory={readable(cap)}: allow more, "
-            "or measure part of the batch with sub_batch=..."
+            f"it would take {readable(predicted)} beside training, more than max_memory={readable(cap)}: {advice}"
         )
     if cap is None and device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -80,6 +94,11 @@ def check_memory(predicted: float, cap: float | None, device: torch.device) -> N
                 f"it would take {readable(predicted)} beside training, and {readable(free)} are free: measure "
                 "part of the batch with sub_batch=..., or train with a smaller batch"
             )
+    elif cap is None and predicted > default:
+        raise Unsupported(
+            f"it would take {readable(predicted)} beside training, more than {readable(default)}, which is "
+            f"{MULTIPLE:g} times what training takes, or {readable(FLOOR)}: {advice}"
+        )
 
 
 class Seconds:

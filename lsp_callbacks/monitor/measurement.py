@@ -25,11 +25,13 @@ class Measured:
         values: of all keys of what is complete; NaN for what failed.
         failures: the reasons by quantity.
         skips: what cannot be measured in the whole run.
+        warnings: what the user should know of what is measured.
     """
 
     values: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     skips: Skips = field(default_factory=Skips)
+    warnings: list[str] = field(default_factory=list)
 
 
 class Measurement:
@@ -54,30 +56,28 @@ class Measurement:
         self.paths.clear()
         self._layouts.clear()
 
-    def measure(self, snapshot: Snapshot, *, starts: bool) -> Measured:
+    def measure(self, snapshot: Snapshot) -> Measured:
         """Measure what is due at a step.
 
         Args:
             snapshot: the step.
-            starts: whether new measurements start.
 
         Raises:
             Exception: whatever a measurement raised, if the quantities are strict.
         """
         self._check_layout(snapshot)
         measured, quantities = Measured(), self.quantities
+        starts = self._start(snapshot, measured)
         for name, quantity in quantities.items():
-            begins = name not in self.schedule.under_way
-            if not self.schedule.includes(name, snapshot.step, starts=starts):
-                continue
-            if begins and self._is_postponed(quantity, snapshot):
+            begins = name in starts
+            if not begins and name not in self.schedule.under_way:
                 continue
             self.schedule.begin(name)
             self.paths.pop(name, None)
             began = time.perf_counter()
             try:
                 values = snapshot.run.ranks.together(partial(self._values, quantity, snapshot, begins))
-                self.paths[name] = quantity.path(snapshot)
+                self.paths[name] = ", ".join(filter(None, (quantity.path(snapshot), self.budget.reduced.get(name))))
             except Exception as error:
                 if quantities.strict and not (isinstance(error, NotApplicable) and name not in quantities.named):
                     raise
@@ -89,6 +89,32 @@ class Measurement:
             else:
                 measured.values |= values
         return measured
+
+    def _start(self, snapshot: Snapshot, measured: Measured) -> set[str]:
+        """Return the names of those that start, once their prices are known, and charge them."""
+        cadence, step = self.schedule.cadence, snapshot.step
+        cadence.observed(step)
+        names = self.schedule.starting(step)
+        waiting = {name for name in names if self._is_postponed(self.quantities[name], snapshot)}
+        unpriced = [name for name in names if name not in waiting and cadence.wants_price(name)]
+        if unpriced:
+            prices = self.budget.prices([self.quantities[name] for name in unpriced], snapshot)
+            for name, gradients in prices.dear.items():
+                costs = f"one measurement costs {gradients:.0f} gradients by the model of the cost"
+                if name in self.quantities.named:
+                    measured.warnings.append(f"{name}: {costs}, so it is measured as seldom as the budget asks for")
+                else:
+                    advice = "name it, or give it a pace by every_n_steps, to measure it all the same"
+                    measured.skips.add(name, Unsupported(f"{costs}, more than {prices.limit:.0f}: {advice}"))
+                    self.schedule.drop(name)
+                    del prices.parts[name]
+            cadence.priced(
+                prices.parts, named=self.quantities.named, counting=prices.counting, step_cost=self.budget.step
+            )
+            names = self.schedule.starting(step)
+        starts = [name for name in names if name not in waiting]
+        cadence.started(step, starts)
+        return {*starts}
 
     def _values(self, quantity: Quantity, snapshot: Snapshot, begins: bool) -> dict[str, float] | None:
         """Return what the step completes, None if it takes further steps; rank 0 decides, so that all ranks agree."""
@@ -123,8 +149,6 @@ class Measurement:
         steps = snapshot.run.ranks.first(missing, "whether enough is known")
         if steps:
             self.schedule.postpone(quantity.name, snapshot.step + steps)
-        elif self.schedule.resume(quantity.name):
-            self.budget.priced = None  # its first measurement may show what it costs
         return bool(steps)
 
     def _check_layout(self, snapshot: Snapshot) -> None:
@@ -133,7 +157,8 @@ class Measurement:
         layout = tuple((name, p.shape) for name, p in snapshot.parameters.items())
         if self._layouts.get(player, layout) != layout:
             self.schedule.interrupt()
-            self.budget.priced = None
+            self.schedule.cadence.forget_prices()
+            self.budget.work = None
             for quantity in self.quantities.values():
                 quantity.restart()
         self._layouts[player] = layout

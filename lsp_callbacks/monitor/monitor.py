@@ -10,9 +10,9 @@ from typing import Any
 
 from lsp_callbacks.monitor.after_update import completed_after_update
 from lsp_callbacks.monitor.budget import Budget
-from lsp_callbacks.monitor.cadence import Cadence
+from lsp_callbacks.monitor.cadence import Cadence, EveryNSteps
 from lsp_callbacks.monitor.checkpoint import load_monitor_state, monitor_state
-from lsp_callbacks.monitor.courant_source import CourantSource
+from lsp_callbacks.monitor.courant_source import GD, SGD, CourantSource
 from lsp_callbacks.monitor.due_quantities import Schedule
 from lsp_callbacks.monitor.error_policy import ErrorPolicy
 from lsp_callbacks.monitor.history import History, Observation
@@ -25,20 +25,27 @@ from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.snapshot import Snapshot
 
+#: What ``stability/courant`` can be, in the order in which it is chosen.
+HEADLINES = ("stability/courant_mean_square", SGD, GD)
+
 
 class Monitor:
     """Measures quantities at some steps of a training run, within a budget, and keeps the curves.
 
     Args:
         quantities: what to measure.
-        every_n_steps: start a measurement every so many steps; None derives it from ``budget``, denser near the edge
-            of stability and sparser far from it, see `Cadence`.
+        every_n_steps: start a measurement of each quantity every so many steps; of some, by name,
+            ``{"spectral_norm": 500}``, while the others keep to the budget; None derives all from ``budget``, each at
+            its own pace, see `Cadence`.
         budget: gradients spent on measuring, as a share of those spent on training, by the quantities' own cost model.
-        named: names of the quantities that the user asked for; the others may be skipped with a warning.
+            Beside it there is an advance of 12 gradients for the first readings, or of one measurement of what was
+            named, if that is more.
+        named: names of the quantities that the user asked for; the others may be skipped with a warning, and are
+            where one measurement costs more than 20 gradients (see `Quantity.limit_cost`) and has no pace of its own.
         strict: raise where a measurement fails, instead of recording NaN.
         max_memory: bytes, or "2GB", that a measurement may take beside training. It is predicted before the first one,
             by one more forward pass; what would take more is skipped. None is what is free on a CUDA device at the
-            time, and no limit elsewhere.
+            time, and elsewhere three times what training takes, at least 1 GB.
         time_limit: seconds that a measurement may take. Its parts are skipped, the longest first, until the rest
             fits; a measurement under way is never interrupted. The clock decides: two runs may measure different
             things. None is no limit.
@@ -54,7 +61,8 @@ class Monitor:
         invalidated: why the update of an earlier step was not the optimizer's; None if it was.
 
     Raises:
-        ValueError: for a cadence below 1, a budget outside (0, 1], or a limit that is not positive.
+        ValueError: for a cadence below 1, or of a quantity that is not measured, a budget outside (0, 1], or a limit
+            that is not positive.
 
     Example:
         >>> import torch
@@ -73,7 +81,7 @@ class Monitor:
     def __init__(
         self,
         *quantities: Quantity,
-        every_n_steps: int | None = None,
+        every_n_steps: EveryNSteps = None,
         budget: float = 0.05,
         named: Collection[str] = (),
         strict: bool = False,
@@ -81,6 +89,7 @@ class Monitor:
         time_limit: float | None = None,
     ):
         self.cadence = Cadence(every_n_steps, budget)
+        self.cadence.check_names([quantity.name for quantity in quantities])
         self.schedule, self.budget = Schedule(self.cadence), Budget(max_memory, time_limit)
         self.quantities = SelectedQuantities(*quantities, named=named, strict=strict)
         self.errors, self.courant, self.losses = ErrorPolicy(strict=strict), CourantSource(), LossWatch()
@@ -98,6 +107,9 @@ class Monitor:
             self.measurement,
         ):  # fmt: skip
             part.reset()
+        for name, quantity in self.quantities.items():
+            self.cadence.add(name, weight=quantity.weight, length=quantity.prepare + quantity.window)
+        self.cadence.headline = self.headline
         self.invalidated: str | None = None
         self._ranks = Ranks()
 
@@ -137,6 +149,7 @@ class Monitor:
         for name in (name for names in reasons.values() for name in names):
             self.schedule.drop(name)
             self.paths.pop(name, None)
+        self.cadence.headline = self.headline
         if reasons:
             self.recorder.drop_unused()
         if reasons and warn and self._ranks.rank == 0:
@@ -168,16 +181,14 @@ class Monitor:
             snapshot = replace(snapshot, run=snapshot.run.completed(self.trace, self.invalidated))
         if not self.wants(snapshot.step):
             return None
-        starts = self.schedule.starts(snapshot.step)
-        if starts:
-            self.cadence.started(snapshot.step)
         self._ranks = snapshot.run.ranks
-        measured = self.measurement.measure(snapshot, starts=starts)
+        measured = self.measurement.measure(snapshot)
         self._skip_all(measured.skips)
         self.errors.report(measured.failures, snapshot.step, warn=self._ranks.rank == 0)
+        for text in measured.warnings if self._ranks.rank == 0 else ():
+            self.errors.warn_once(text)
         if not self.schedule.under_way - self.quantities.awaiting():
             self.skip(self.budget.too_slow(self.quantities, snapshot))
-            self.budget.price(self.quantities, snapshot, self.cadence)
         return self._with_courant(Observation(snapshot.step, {}, measured.failures), measured.values)
 
     def after_update(self, *, is_own: bool = True) -> Observation | None:
@@ -196,11 +207,18 @@ class Monitor:
         possible = self.quantities.possible_keys(optional=False, without_update=bool(self.invalidated))
         headline = self.courant.value(observation.step, values, possible)
         self.cadence.read(self.courant.reading(values))
+        self.cadence.headline = self.headline
         if headline is not None:
             step, value = headline
             added = self.history.add(Observation(step, {}), self.courant.reported(value)).values
             observation = replace(observation, values=observation.values | added)
         return self.history.add(observation, values) if values or observation.values else None
+
+    @property
+    def headline(self) -> str | None:
+        """Name of the quantity that gives ``stability/courant``, or will give it; None without one."""
+        keys = HEADLINES if self.courant.key is None else (self.courant.key,)
+        return next((name for key in keys for name, q in self.quantities.items() if key in q.keys), None)
 
     def invalidate_update_metrics(self, observation: Observation | None, reason: str) -> Observation | None:
         """Measure nothing more that needs the update: a step did not move the parameters as its snapshot says.

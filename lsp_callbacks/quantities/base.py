@@ -63,6 +63,8 @@ class Quantity(Metric):
         optional: further global keys, left out where they are not defined; derived from ``KEYS``.
         key_states: whether each global key is a state; otherwise the class adds its own and overrides ``compute``.
         by_name_only: whether the quantity is too expensive for any preset.
+        weight: its part of the budget, beside the weights of the others that are measured. What ``stability/courant``
+            follows has at least 65 % whatever its weight is.
         window: consecutive steps that are measured.
         prepare: steps before them.
         needs_update: whether the optimizer's update map enters.
@@ -86,6 +88,7 @@ class Quantity(Metric):
     optional: tuple[str, ...] = ()
     key_states: bool = True
     by_name_only: bool = False
+    weight: float = 0.1
     window: int = 1
     prepare: int = 0
     needs_update: bool = False
@@ -153,11 +156,29 @@ class Quantity(Metric):
 
     @abstractmethod
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        """Return the gradients that one measurement costs, by what they are spent on; equal entries are shared.
+        """Return the gradients that the next measurement costs, by what they are spent on; equal entries are shared.
+
+        It is asked before a measurement, the first one included, which may cost more than those after it: from shapes,
+        and from what one forward pass was counted to do. In all steps of the window together.
 
         Passes, and what is beside them: see `lsp_callbacks.operators.cost`. The numbers in the docstrings of quantities
         are those of a large MLP, as ``benchmarks/cost_of_each.py`` measures them. Cost: one forward pass.
         """
+
+    def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
+        """Measure with fewer probes, rows or steps from now on, if a measurement would cost more otherwise.
+
+        Called on all ranks before a measurement, and only where `cost` says more; it must come to the same on all. If
+        `cost` still says more after it, the quantity is left out.
+
+        Args:
+            snapshot: the step.
+            gradients: that a measurement may cost.
+
+        Returns:
+            In words, what was left out: "32 of 128 rows"; it labels the results, see `Monitor.paths`. None is nothing.
+        """
+        return None
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         """Return the predicted bytes beside training at the peak of a measurement, by what they are for.

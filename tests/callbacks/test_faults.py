@@ -80,9 +80,13 @@ def test_numbers_that_are_not_finite(what, value):
 
 @QUIET
 def test_a_cadence_of_nan_readings_is_the_fixed_one():
-    monitor = Monitor(Sharpness(), budget=0.5)
-    monitor.cadence.read(math.nan), monitor.cadence.started(0), monitor.cadence.priced(5.0, 1)
-    assert [step for step in range(1, 25) if monitor.wants(step) and not monitor.cadence.started(step)] == [10, 20]
+    cadence, found = Monitor(Sharpness(), budget=0.1).cadence, []
+    for step in range(250):
+        if cadence.starting(step):
+            cadence.read(math.nan), cadence.observed(step), cadence.priced({"sharpness": {"edge": 5.0}})
+            cadence.started(step, cadence.starting(step))
+            found.append(step)
+    assert found[-4:] == [found[-4] + 50 * i for i in range(4)]
 
 
 # -- memory --------------------------------------------------------------------------------------------------------
@@ -424,7 +428,7 @@ def test_a_replay_that_fails_is_not_free():
                 "gradient": {name: torch.ones_like(p) for name, p in net.named_parameters()},
             }
             monitor.observe(Snapshot(number, net, replay, torch.optim.SGD(net.parameters(), lr=0.1), **known))
-    assert 5 <= len(monitor.history["stability/sharpness"].steps) <= 10
+    assert 5 <= len(monitor.history["stability/sharpness"].steps) <= 16
 
 
 @QUIET

@@ -10,7 +10,7 @@ import pytest
 import pytorch_lightning as pl
 from harness import Model, data, trainer
 
-from lsp_callbacks import StabilityMonitor, Unmeasurable
+from lsp_callbacks import Dissipation, StabilityMonitor, Unmeasurable
 from lsp_callbacks.cli.cost import Costs, measure
 from lsp_callbacks.cli.main import main
 
@@ -28,7 +28,7 @@ def test_the_command_prints_a_table_and_leaves_no_file(tmp_path, capsys):
     text = capsys.readouterr().out
     for name in ("spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", "together"):
         assert re.search(rf"{name}.*\d\.\d.*\d\.\d.*B", text), name
-    assert "one measurement in 10 steps" in text  # of the configuration
+    assert re.search(r"sharpness[^\n]* 10 [^\n]* 100 ", text)  # every tenth of 1,000 steps: the configuration says so
     assert os.listdir(tmp_path) == []
 
 
@@ -40,25 +40,46 @@ def test_what_cannot_be_found_is_said_in_one_line(capsys):
 
 
 def test_costs_agree_with_the_monitors_own():
-    """The period that a real run finds."""
-    found = measure(trainer(), Model(), StabilityMonitor("default"), train_dataloaders=data())
-    real = StabilityMonitor("default")
-    trainer(real, max_steps=30).fit(Model(), data())
-    assert found.period == real.monitor.cadence.period and found.total == pytest.approx(real.monitor.cadence.cost)
-    assert found.gradients.keys() == found.seconds.keys() == found.memory.keys() == real.monitor.quantities.keys()
-    assert sum(found.gradients.values()) > found.total > max(found.gradients.values())  # they share
-    assert 0 < found.step < 1 and all(0 < one < 5 for one in found.seconds.values())
-    assert found.memory["sharpness"] > found.memory["spectral_norm"] > 0
+    """The prices that a real run finds, and how often it measures."""
+    costs = measure(trainer(), Model(), StabilityMonitor(["spectral_norm", "sharpness"]), train_dataloaders=data())
+    real = StabilityMonitor(["spectral_norm", "sharpness"])
+    trainer(real, max_steps=1000).fit(Model(), data())
+    paces = real.monitor.cadence.paces
+    assert costs.gradients == pytest.approx({name: pace.price for name, pace in paces.items()}, rel=0.05)
+    assert all(abs(costs.readings[name] - pace.count) <= 1 for name, pace in paces.items())
+    assert costs.gradients.keys() == costs.seconds.keys() == costs.memory.keys() == costs.period.keys()
+    assert sum(costs.gradients.values()) > costs.total > max(costs.gradients.values())  # they share
+    assert 0 < costs.step < 1 and all(0 < seconds < 5 for seconds in costs.seconds.values())
+    assert costs.memory["sharpness"] > costs.memory["spectral_norm"] > 0
+
+
+def test_what_costs_too_much_is_not_started():
+    class Endless(Dissipation):
+        name = "endless"
+
+        def cost(self, snapshot):
+            return {"passes": 1e6}
+
+        def update(self, snapshot):
+            raise AssertionError("started")
+
+    monitor = StabilityMonitor("economy")
+    monitor.monitor.quantities.all = (*monitor.monitor.quantities.all, Endless())
+    costs = measure(trainer(), Model(), monitor, train_dataloaders=data())
+    assert "1000000 gradients" in costs.skipped["endless"] and "endless" in costs.sentences()[-1]
 
 
 def test_what_needs_more_steps_has_not_failed():
-    monitor = StabilityMonitor(["dissipation", "spectral_norm"])
-    costs = measure(trainer(), Model(), monitor, train_dataloaders=data())
+    class Patient(Dissipation):
+        def warm_up(self, snapshot):
+            return 1000
+
+    costs = measure(trainer(), Model(), StabilityMonitor([Patient(), "spectral_norm"]), train_dataloaders=data())
     assert costs.waiting == ["dissipation"] and costs.seconds.keys() == {"spectral_norm"}
     assert 0 < costs.gradients["dissipation"] < 10 and "dissipation looks back" in costs.sentences()[1]
-    assert [*costs.table().columns[2].cells][:2] == ["not yet", f"{1e3 * costs.seconds['spectral_norm']:.1f}"]
-    failed = Costs(gradients={"sharpness": 1.0})
-    assert next(iter(failed.table().columns[2].cells)) == "failed"
+    assert [*costs.table().columns[4].cells][:2] == ["not yet", f"{1e3 * costs.seconds['spectral_norm']:.1f}"]
+    failed = Costs(gradients={"sharpness": 1.0}, period={"sharpness": 1.0}, readings={"sharpness": 1})
+    assert next(iter(failed.table().columns[4].cells)) == "failed"
 
 
 def test_no_hook_believes_that_training_has_ended():
@@ -86,6 +107,6 @@ def test_a_loader_without_batches():
 
 
 def test_the_share_of_the_time():
-    costs = Costs(step=0.01, seconds={"a": 0.03, "b": 0.07}, period=100, budget=0.05)
-    assert costs.share == pytest.approx(0.1 / 1.1) and not math.isnan(costs.share)
+    costs = Costs(step=0.01, seconds={"a": 0.03, "b": 0.07}, readings={"a": 20, "b": 20}, budget=0.05)
+    assert costs.share == pytest.approx(2 / 12) and not math.isnan(costs.share)
     assert "every_n_steps=200 would take 5%" in costs.sentences()[0]

@@ -150,9 +150,11 @@ def test_it_takes_what_the_stability_monitor_takes(run):
 
 
 def test_a_preset_and_a_budget(run):
-    callback = StabilityCallback("economy", budget=0.5)
+    callback = StabilityCallback("economy", budget=0.5, every_n_steps={"spectral_norm": 4})
     run(callback, accumulate=1)
-    assert callback.monitor.cadence.period is not None and callback.monitor.cadence.budget == 0.25
+    cadence = callback.monitor.cadence
+    assert cadence.budget == 0.4 and cadence.paces["sharpness"].price > 0
+    assert callback.watch.history[NORM].steps == [0, 4, 8] and callback.watch.history[SHARPNESS].steps[0] == 0
 
 
 @pytest.mark.parametrize(

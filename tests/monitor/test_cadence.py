@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsp_callbacks import Monitor, Quantity, Snapshot, StabilityMonitor
-from lsp_callbacks.monitor.cadence import SPREAD, Cadence, spacing
+from lsp_callbacks.monitor.cadence import ADVANCE, Cadence
+from lsp_callbacks.monitor.shares import HEADLINE
 
 NET = torch.nn.Linear(1, 1)
 
@@ -55,55 +56,147 @@ def edge_in_the_middle(step):
 
 # -- the account ---------------------------------------------------------------------------------------------------
 
+COSTS = {
+    "headline": {"forward": 0.4, "rows": 0.35}, "step": {"after": 0.4}, "norms": {"forward": 0.4, "norms": 1.1},
+    "blocks": {"forward": 0.4, "blocks": 2.6}, "edge": {"forward": 0.4, "edge": 2.1},
+    "exponent": {"forward": 0.4, "edge": 2.1, "window": 2.5},
+}  # fmt: skip
+WEIGHTS = {"blocks": 2.0, "edge": 2.5, "exponent": 2.5}
+
+
+def paced(costs, courant, *, steps=1000, budget=0.04, begin=0, lengths=(), every=None, look=None, skipped=()):
+    """Steps at which each quantity starts; the first one is the headline number. ``look`` sees the account."""
+    cadence, found = Cadence(every, budget), {name: [] for name in costs}
+    for name, length in zip(costs, [*lengths, *[1] * len(costs)]):
+        cadence.add(name, weight=WEIGHTS.get(name, 1.0), length=length)
+    cadence.headline = next(iter(costs))
+    until = {}
+    for step in range(begin, begin + steps):
+        if step in skipped:
+            cadence.drop(skipped[step])
+        names = cadence.starting(step, busy={name for name, end in until.items() if step < end})
+        if names:
+            cadence.observed(step)
+            wanted = [name for name in names if cadence.wants_price(name)]
+            cadence.priced({name: costs[name] for name in wanted})
+            names = cadence.starting(step)
+            cadence.started(step, names)
+            for name in names:
+                found[name].append(step)
+                until[name] = step + cadence.paces[name].length
+            if cadence.headline in names:
+                cadence.read(courant(step))
+        if look is not None:
+            look(cadence, step)
+    return found
+
+
+def union(names, costs):
+    parts = {}
+    for name in names:
+        for part, gradients in costs[name].items():
+            parts[part] = max(parts.get(part, 0.0), gradients)
+    return sum(parts.values())
+
+
+prices = st.dictionaries(st.sampled_from(["pass", "edge", "window"]), st.floats(0.01, 12.0), min_size=1)
+
 
 @settings(max_examples=60, deadline=None)
 @given(
+    st.dictionaries(st.sampled_from("abcde"), prices, min_size=1),
     st.lists(st.floats(0, 3) | st.just(math.nan), min_size=1, max_size=8),
-    st.floats(0.3, 30.0),
-    st.floats(0.02, 1.0),
+    st.lists(st.integers(1, 9), max_size=5),
+    st.floats(0.01, 1.0),
     st.integers(0, 50),
+    st.dictionaries(st.integers(60, 200), st.sampled_from("bcde"), max_size=2),
 )
-def test_spending_never_exceeds_the_budget_by_more_than_the_first_measurement(readings, cost, budget, begin):
-    monitor = Monitor(Dial(lambda step: readings[(step // 40) % len(readings)], cost), budget=budget)
-    found = starts(monitor, 400, begin)
-    assert found[0] == begin
-    for n, step in enumerate(found, 1):
-        assert n * cost <= budget * (step - begin) + cost + 1e-6
-    gaps = [b - a for a, b in pairwise(found)]
-    assert all(
-        math.floor(monitor.cadence.period / SPREAD) <= gap <= math.ceil(SPREAD * monitor.cadence.period) for gap in gaps
-    )
-    assert 400 - (found[-1] - begin) <= math.ceil(SPREAD * monitor.cadence.period)
+def test_spending_never_exceeds_the_budget_by_more_than_the_advance(costs, readings, lengths, budget, begin, skipped):
+    """Counted here from the steps at which measurements start, not from the cadence's own account."""
+    advances = []
+    found = paced(
+        costs, lambda step: readings[(step // 40) % len(readings)], steps=400, budget=budget, begin=begin,
+        lengths=lengths, look=lambda cadence, step: advances.append(cadence.advance), skipped=skipped,
+    )  # fmt: skip
+    spent = 0.0
+    for step in range(begin, begin + 400):
+        spent += union([name for name, steps in found.items() if step in steps], costs)
+        assert spent <= budget * (step - begin) + ADVANCE + 1e-6
+    assert {*advances} == {ADVANCE}
+    for name, length in zip(costs, [*lengths, *[1] * len(costs)]):
+        assert all(b - a >= length for a, b in pairwise(found[name]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0.05, 2.0), st.lists(prices, max_size=4), st.lists(st.floats(0, 1.5) | st.just(math.nan), min_size=1))
+def test_the_headline_number_has_no_long_gap_whatever_the_others_cost(price, others, readings):
+    costs = {"headline": {"rows": price}} | {f"other{i}": parts for i, parts in enumerate(others)}
+    found = paced(costs, lambda step: readings[(step // 40) % len(readings)], steps=600)["headline"]
+    bound = max(math.ceil(price / (HEADLINE * 0.04)), 25)
+    assert all(b - a <= bound + 1 for a, b in pairwise([*found, 600]) if a > 100)
+
+
+@pytest.mark.parametrize("price, readings, gap", [(0.75, 39, 50), (1.0, 30, 50), (1.5, 20, 100)])
+@pytest.mark.parametrize("courant", [0.2, 0.9, math.nan])
+def test_readings_at_the_default_budget(price, readings, gap, courant):
+    costs = COSTS | {"headline": {"forward": 0.4, "rows": price - 0.4}}
+    found = paced(costs, lambda step: courant)
+    assert len(found["headline"]) >= readings and found["headline"][:6] == [0, 1, 2, 4, 8, 16]
+    assert max(b - a for a, b in pairwise(found["headline"]) if b > 100) <= gap
+    assert all(found.values())
+
+
+@pytest.mark.parametrize("price", [0.2, 0.5, 0.75, 1.5])
+def test_a_run_at_the_edge_from_its_first_step_on_is_measured_oftener(price):
+    costs = COSTS | {"headline": {"rows": price}}
+    far, near = (len(paced(costs, lambda step: courant)["headline"]) for courant in (0.2, 0.9))  # noqa: B023
+    assert near >= 1.15 * far and (price > 0.5 or near >= 1.5 * far)
 
 
 def test_what_is_saved_far_from_the_edge_is_spent_near_it():
-    adaptive = Monitor(Dial(edge_in_the_middle), budget=1 / 30)
-    found = starts(adaptive, 2000)
-    near = [step for step in found if 1000 <= step < 1400]
-    assert adaptive.cadence.period == 30 and found[:4] == [0, 90, 180, 270]
-    assert [b - a for a, b in pairwise(near)] == [10] * (len(near) - 1) and len(near) > 2 * 400 / 30
-    assert len(found) <= 2000 / 30 + 1
-    assert [b - a for a, b in zip(found[-4:], found[-3:])] == [90, 90, 90]
+    found = paced({"headline": {"rows": 0.4}}, edge_in_the_middle, steps=2000)["headline"]
+    gaps = [b - a for a, b in pairwise(found)]
+    assert {gap for gap, step in zip(gaps, found) if 100 < step < 950} == {25}
+    assert max(gap for gap, step in zip(gaps, found) if 1050 < step < 1375) <= 4
+    assert gaps[-3:] == [25, 25, 25]
 
 
-def test_a_run_at_the_edge_from_its_first_step_on_has_nothing_saved():
-    assert starts(Monitor(Dial(lambda step: 1.0), budget=0.05), 100) == [0, 20, 40, 60, 80]
+def test_first_readings_double_their_distance_until_the_period():
+    assert paced({"a": {"pass": 0.5}}, lambda step: 0.1, steps=120)["a"] == [0, 1, 2, 4, 8, 16, 32, 57, 82, 107]
+
+
+def test_what_spends_gradients_on_the_same_meets():
+    """Beside the first, the second costs 1 of 5: it is measured nearly as often, for a third of the budget."""
+    costs = {"edge": {"edge": 4.0, "a": 1.0}, "exponent": {"edge": 4.0, "b": 1.0}}
+    found = paced(costs, lambda step: math.nan, steps=3000)
+    assert {*found["exponent"]} <= {*found["edge"]} and len(found["exponent"]) > 0.7 * len(found["edge"])
+
+
+def test_all_are_measured_beside_the_headline_number():
+    """A replay costs 0.4 of each."""
+    found = paced(COSTS, lambda step: 0.2, steps=2000)
+    assert all({*steps} <= {*found["headline"]} for steps in found.values())
+
+
+def test_the_shares_of_what_is_skipped_go_to_the_others():
+    costs = {"headline": {"rows": 0.5}, "dear": {"dear": 4.0}, "cheap": {"cheap": 1.0}}
+    both, one = (paced(costs, lambda step: 0.1, steps=2000, skipped=skips) for skips in ((), {150: "dear"}))
+    late = [sum(step > 200 for step in found["cheap"]) for found in (both, one)]
+    assert late[1] > 1.8 * late[0] > 0
 
 
 def test_the_rate_that_comes_next_brings_the_measurement_forward():
     """The last reading is far from the edge; the schedule has moved since."""
-    growing = lambda step: 0.1 * 1.02**step  # noqa: E731
-    blind = starts(Monitor(Dial(growing), budget=0.02), 130)
-    seeing = starts(Monitor(Dial(growing), budget=0.02), 130, scheduled=growing)
-    assert blind == [0]
-    second = seeing[1]
-    assert second >= 50 * spacing(growing(second)) and second - 1 < 50 * spacing(growing(second - 1))
+    growing = lambda step: 0.3 * 1.01**step  # noqa: E731
+    blind, seeing = (Monitor(Dial(growing, 0.5), budget=0.04) for _ in range(2))
+    assert len(starts(seeing, 100, scheduled=growing)) > len(starts(blind, 100))
 
 
 def test_readings_of_noise_do_not_hide_the_edge():
     """The mean of three is far, the last one near."""
-    monitor = Monitor(Dial(lambda step: 0.9 if step == 60 else 0.0), budget=0.05)
-    assert starts(monitor, 100)[:3] == [0, 60, 60 + math.ceil(20 / 3)]
+    monitor = Monitor(Dial(lambda step: 0.9 if step == 107 else 0.0, cost=0.5), budget=0.04)
+    found = starts(monitor, 140)
+    assert 107 in found and found[found.index(107) + 1] - 107 < 10
 
 
 @pytest.mark.parametrize("courant", [0.0, 0.9, math.nan])
@@ -112,29 +205,53 @@ def test_a_whole_number_is_obeyed_wherever_the_edge_is(courant):
     assert starts(monitor, 50, 3, scheduled=lambda step: courant) == [*range(3, 53, 7)]
 
 
+def test_some_have_a_pace_of_their_own_and_the_others_keep_to_the_budget():
+    found = paced(COSTS, lambda step: 0.2, every={"norms": 50, "step": 400})
+    assert found["norms"] == [*range(0, 1000, 50)] and found["step"] == [0, 400, 800]
+    rest = {name: parts for name, parts in COSTS.items() if name not in {"norms", "step"}}
+    assert {name: found[name] for name in rest} == paced(rest, lambda step: 0.2)
+
+
+@pytest.mark.parametrize("every", [{"dail": 5}, {"dial": 5, "sharpness": 2}])
+def test_a_pace_of_what_is_not_measured_is_refused(every):
+    with pytest.raises(ValueError, match=r"every_n_steps.*(dail|sharpness).*not measured.*dial"):
+        Monitor(Dial(lambda step: 0.1), every_n_steps=every)
+
+
+@pytest.mark.parametrize("every", [{"dial": 0}, {"dial": 2.5}, {"dial": True}, "often"])
+def test_a_pace_that_is_no_number_of_steps_is_refused(every):
+    with pytest.raises(ValueError, match="every_n_steps"):
+        Monitor(Dial(lambda step: 0.1), every_n_steps=every)
+
+
 def test_the_first_answer_for_a_step_stands():
     cadence = Cadence(budget=0.1)
-    cadence.started(0), cadence.priced(1.0, 1), cadence.started(20)
-    cadence.spent = 0.0
-    assert cadence.starts(24, scheduled=0.9) and cadence.starts(24)
-    assert not cadence.starts(25) and not cadence.starts(25, scheduled=0.9)
+    cadence.add("a")
+    cadence.headline = "a"
+    assert cadence.starting(0) == ("a",)
+    cadence.observed(0), cadence.priced({"a": {"pass": 1.0}}), cadence.started(0, ["a"])
+    assert cadence.starting(1) == ("a",) and cadence.starting(1, scheduled=0.0) == ("a",)
+    cadence.observed(1), cadence.started(1, ["a"])
+    assert not cadence.starting(2 + 1, scheduled=math.nan) or cadence.starting(3, scheduled=0.9)
+
+
+def test_a_step_that_is_not_taken_is_made_up_for():
+    """`training_step` returned None where a measurement was due."""
+    for every in (None, 10):
+        monitor, found = Monitor(Dial(lambda step: 0.1), every_n_steps=every, budget=0.04), []
+        for step in range(60):
+            if monitor.wants(step) and step not in {10, 11, 25, 30}:
+                found.append(step)
+                monitor.observe(Snapshot(step, NET, replay=lambda: NET(torch.ones(1)).sum()))
+        if every:
+            assert found == [0, 12, 20, 31, 40, 50]
+        else:
+            assert found[:5] == [0, 1, 2, 4, 8] and len(found) >= 6
 
 
 def test_a_measurement_does_not_start_inside_another():
     monitor = Monitor(Dial(lambda step: 0.9, cost=0.1, window=8), budget=1.0)
     assert starts(monitor, 40) == [0, 8, 16, 24, 32]
-
-
-def test_fewer_quantities_cost_less():
-    """One is left out after the cost was known: the next measurements come more often."""
-    dear, cheap = Dial(lambda step: math.nan, cost=9.0), Dial(lambda step: math.nan, cost=1.0)
-    dear.name, dear.price, dear.needs_update = "dear", 9.0, True
-    dear.cost = lambda snapshot: {"dear": 9.0}
-    monitor = Monitor(dear, cheap, budget=0.1)
-    assert starts(monitor, 150) == [0, 100]
-    with pytest.warns(UserWarning, match="skips dear"):
-        monitor.invalidate_update_metrics(None, "no")
-    assert starts(monitor, 200, 150) == [*range(200, 350, 10)]
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------
@@ -184,9 +301,11 @@ def test_the_trainer_resumes_the_schedule_of_measurements(tmp_path):
     steps = whole.history["stability/courant"].steps
     gaps = [b - a for a, b in pairwise(steps)]
     assert resumed.history["stability/courant"].steps == steps
-    assert min(gaps) < whole.monitor.cadence.period < max(gaps)
+    far = [gap for gap, step in zip(gaps, steps) if 60 < step < 150]
+    near = [gap for gap, step in zip(gaps, steps) if step > 250]
+    assert sum(near) / len(near) < sum(far) / len(far)
     account = whole.monitor.cadence
-    assert all(n * account.cost <= account.budget * (step - steps[0]) for n, step in enumerate(steps))
+    assert account.spent <= account.budget * (330 - steps[0]) + account.advance
     own, expected = (run.monitor.cadence.state_dict() for run in (resumed, whole))
     del own["readings"], expected["readings"]  # a resumed run has lost its warm starts
     assert own == expected
@@ -201,9 +320,9 @@ def data_in_order():
 @pytest.mark.parametrize(
     "before, after, expected",
     [
-        ({"every_n_steps": 10}, {"budget": 0.1}, [25, 35, 45]),  # the cost is not known: it begins anew
+        ({"every_n_steps": 10}, {"budget": 0.1}, [25, 26, 27, 29, 33, 41]),  # the cost is not known: it begins anew
         ({"budget": 0.1}, {"every_n_steps": 7}, [28, 35, 42, 49]),
-        ({"budget": 0.1}, {"budget": 0.05}, [60]),  # what was spent by the larger budget is paid back
+        ({"budget": 0.1}, {"budget": 0.05}, [32, 52]),  # the next one of its first readings, then its new period
     ],
 )
 def test_another_cadence_may_go_on(before, after, expected):
@@ -213,4 +332,4 @@ def test_another_cadence_may_go_on(before, after, expected):
     second.load_state_dict(round_trip(first.state_dict()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert starts(second, 26 if expected != [60] else 40, 25) == expected
+        assert starts(second, 26 if "budget" not in before or "budget" not in after else 40, 25) == expected

@@ -92,7 +92,6 @@ def test_it_is_the_same_after_a_resume(cut):
     whole, first = observed(*scripts), observed(*scripts, steps=range(cut))
     second = observed(*scripts, steps=())
     second.load_state_dict(first.state_dict())
-    second.cadence.every_n_steps = 1
     observed(steps=range(cut, 6), monitor=second)
     assert curve(second, COURANT) == pytest.approx(curve(whole, COURANT), nan_ok=True)
     assert second.courant.name == whole.courant.name == "courant_sgd"

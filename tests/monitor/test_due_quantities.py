@@ -4,9 +4,13 @@ from lsp_callbacks.monitor.cadence import Cadence
 from lsp_callbacks.monitor.due_quantities import Schedule
 
 
-def schedule(every=10):
+def schedule(every=10, names="ab"):
+    """Of quantities of which the first measurement has started at step 0."""
     made = Schedule(Cadence(every))
-    made.cadence.started(0)
+    for name in names:
+        made.cadence.add(name)
+    assert made.starting(0) == tuple(names)
+    made.cadence.observed(0), made.cadence.started(0, names)
     return made
 
 
@@ -14,23 +18,36 @@ def test_a_measurement_under_way_goes_on_at_the_next_step():
     made = schedule()
     assert not made.is_due(1)
     made.go_on("a")
-    assert made.is_due(1) and made.includes("a", 1, starts=False) and not made.includes("b", 1, starts=False)
+    assert made.is_due(2) and not made.starting(2)
     made.begin("a")
-    assert not made.is_due(2)
+    assert not made.is_due(3)
+
+
+def test_what_is_under_way_does_not_start_again():
+    made = schedule()
+    made.go_on("a")
+    assert made.starting(10) == ("b",)
 
 
 def test_a_postponed_one_is_due_from_its_step_on():
-    made = schedule()
-    made.postpone("a", 4)
-    assert [made.is_due(step) for step in (3, 4, 5)] == [False, True, True]
-    assert [made.is_complete(2, within=steps) for steps in (1, 2)] == [True, False]
-    assert made.resume("a") and not made.resume("a") and not made.is_due(5)
+    for every in (10, None):
+        made = schedule(every)
+        made.cadence.priced({"a": {"pass": 1.0}, "b": {"pass": 40.0}})
+        made.cadence.spent = 30.0  # nothing is left for the others
+        made.postpone("a", 4)
+        assert [made.is_due(step) for step in (3,)] == [False]
+        assert [made.is_complete(2, within=steps) for steps in (1, 2)] == [True, False]
+        made.cadence.spent = 0.0
+        assert made.starting(4) == made.starting(4) == ("a",)
+        made.cadence.observed(4), made.cadence.started(4, ["a"])
+        assert not made.postponed and not made.cadence.paces["b"].postponed
 
 
 def test_a_state_without_windows_begins_them_anew():
-    made, other = schedule(), Schedule(Cadence(10))
+    made, other = schedule(names=["a", "b", "gone"]), Schedule(Cadence(10))
+    other.cadence.add("a"), other.cadence.add("b")
     made.go_on("a"), made.go_on("gone"), made.postpone("b", 7)
     other.load_state_dict(made.state_dict(), names=["a", "b"], windows=False)
-    assert not other.under_way and other.postponed == {"a": 0, "b": 7}
+    assert not other.under_way and other.postponed == {"a": 0, "b": 7} and other.starting(1) == ("a",)
     other.load_state_dict(made.state_dict(), names=["a", "b"], windows=True)
     assert other.under_way == {"a"} and other.postponed == {"b": 7}

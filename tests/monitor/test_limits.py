@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from lsp_callbacks import Monitor, Quantity, Snapshot, StabilityMonitor, Unmeasurable
 from lsp_callbacks.errors import Unsupported
+from lsp_callbacks.monitor import limits
 from lsp_callbacks.monitor.budget import measurement_memory
-from lsp_callbacks.monitor.limits import Seconds, check_memory, in_bytes, readable
-from lsp_callbacks.operators.memory import footprint
+from lsp_callbacks.monitor.limits import Seconds, check_memory, default_cap, in_bytes, readable
+from lsp_callbacks.operators.memory import Footprint, footprint
 from lsp_callbacks.step.batch import batch_size
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory_is_predicted.py"
@@ -86,7 +87,25 @@ def test_what_fits_is_measured_as_without_a_cap():
     for monitor in (free, capped):
         fit(Model, monitor, max_steps=5)
     assert free.history == capped.history and capped.monitor.budget.predicted["sharpness"] > 0
-    assert not free.monitor.budget.predicted  # on the CPU, nothing is replayed for a cap that is not there
+
+
+def test_the_cap_on_the_cpu_is_three_times_what_training_takes():
+    training = Footprint(parameters=1e8, activations=2e9, buffers=0.0)
+    cap = 3 * (4 * 1e8 + 2e9)
+    assert default_cap(training) == cap and default_cap(Footprint(1e3, 1e4, 0.0)) == 1e9
+    check_memory(cap, None, CPU, default=cap)
+    with pytest.raises(Unsupported, match=r"it would take 7\.3 GB beside training, more than 7\.2 GB.*max_memory"):
+        check_memory(7.3e9, None, CPU, default=cap)
+    check_memory(7.3e9, 8e9, CPU, default=cap)  # what the user says
+
+
+def test_what_is_too_large_for_the_default_cap_is_left_out(monkeypatch):
+    monkeypatch.setattr(limits, "FLOOR", 2e3)
+    monitor = StabilityMonitor("economy", every_n_steps=2)
+    with pytest.warns(UserWarning, match=r"skips sharpness \(it would take .* kB beside training") as caught:
+        fit(Model, monitor, max_steps=5)
+    assert sum("skips" in str(w.message) for w in caught) == 1
+    assert monitor.monitor.skipped.keys() == {"sharpness"} and monitor.history["stability/spectral_norm_max"].steps
 
 
 def test_a_named_quantity_that_is_too_large_is_nan():

@@ -88,19 +88,18 @@ def test_an_integer_is_obeyed(every, prepare, window, start, seen, completed):
 
 
 @pytest.mark.parametrize(
-    "budget, quantities, period",
+    "budget, quantities, periods",
     [
-        (0.05, [Fake(cost={"a": 1.0})], 20),
-        (0.1, [Fake("a", cost={"forward": 0.4, "a": 1.0}), Fake("b", cost={"forward": 0.4, "b": 1.01})], 25),
-        (1.0, [Fake(cost={"a": 0.1}, prepare=3, window=4)], 7),  # never shorter than the longest window
+        (0.05, [Fake(cost={"a": 1.0})], [20]),
+        (0.1, [Fake("a", cost={"forward": 0.4, "a": 1.0}), Fake("b", cost={"forward": 0.4, "b": 1.01})], [28, 28.2]),
+        (1.0, [Fake(cost={"a": 0.1}, prepare=3, window=4)], [7]),  # never shorter than the window
     ],
 )
-def test_a_budget_gives_a_fixed_period(budget, quantities, period):
+def test_a_budget_gives_periods(budget, quantities, periods):
     monitor = Monitor(*quantities, budget=budget)
-    asked = run(monitor, 60, start=2)
-    length = quantities[0].prepare + quantities[0].window
-    assert monitor.cadence.period == period
-    assert asked == [step for step in range(2, 62) if (step - 2) % period < length]
+    run(monitor, 60, start=2)
+    assert [monitor.cadence.period(quantity.name) for quantity in quantities] == pytest.approx(periods)
+    assert all(quantity.seen[0] == 2 for quantity in quantities)
 
 
 def test_what_fails_costs_the_replay_that_finds_it_out():
@@ -108,9 +107,72 @@ def test_what_fails_costs_the_replay_that_finds_it_out():
     adam = torch.optim.NAdam(NET.parameters())
     with pytest.warns(UserWarning, match="sharpness at step 0.*NAdam"):
         found = monitor.observe(snapshot(0, adam))
-    cost = 1 + sum(SpectralNorm().cost(snapshot(0, adam)).values())
-    assert monitor.cadence.period == math.ceil(cost / 0.1) and found.failures.keys() == {"sharpness"}
+    paces = monitor.cadence.paces
+    assert paces["sharpness"].price == 1.0 and found.failures.keys() == {"sharpness"}
+    assert paces["spectral_norm"].price == pytest.approx(sum(SpectralNorm().cost(snapshot(0, adam)).values()))
     assert math.isfinite(found.values["stability/spectral_norm_max"])
+
+
+# -- prices --------------------------------------------------------------------------------------------------------
+
+
+class Dear(Fake):
+    """Knows how to take less, or not."""
+
+    def __init__(self, name="dear", price=1e4, least=1e4):
+        super().__init__(name, cost={name: price})
+        self.least, self.asked = least, []
+
+    def limit_cost(self, snapshot, gradients):
+        self.asked.append(gradients)
+        self.costs = {self.name: self.least}
+        return f"{self.least:g} of it"
+
+    def update(self, snapshot):
+        assert self.priced, "a measurement was started before its price was known"
+        super().update(snapshot)
+
+    def cost(self, snapshot):
+        self.priced = True
+        return super().cost(snapshot)
+
+    priced = False
+
+
+def test_what_costs_too_much_is_never_started_and_its_number_is_said():
+    dear, cheap = Dear(), Fake("cheap")
+    monitor = Monitor(dear, cheap)
+    with pytest.warns(UserWarning, match=r"skips dear \(one measurement costs 10000 gradients"):
+        run(monitor, 30)
+    assert not dear.seen and len(dear.asked) == 1 and cheap.seen[:4] == [0, 1, 2, 4]
+    assert "10000 gradients" in monitor.skipped["dear"] and "dear" not in monitor.quantities
+
+
+def test_what_can_take_less_does_so_and_is_labelled():
+    dear = Dear(least=5.0)
+    monitor = Monitor(dear)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(monitor, 30)
+    assert dear.seen and dear.asked == [pytest.approx(20 * monitor.budget.step)] and not monitor.skipped
+    assert monitor.paths["dear"] == "exact, 5 of it" and monitor.cadence.paces["dear"].price == 5.0
+
+
+def test_what_the_user_named_is_measured_at_once_and_then_as_the_budget_asks_for():
+    dear = Dear(price=900.0, least=900.0)
+    monitor = Monitor(dear, named=["dear"], budget=0.5)
+    with pytest.warns(UserWarning, match="dear: one measurement costs 900 gradients") as caught:
+        run(monitor, 3000)
+    assert len(caught) == 1 and dear.seen == [0, 1800]
+    assert monitor.cadence.advance == pytest.approx(901, abs=1)
+
+
+def test_a_pace_of_its_own_asks_for_no_price():
+    dear = Dear()
+    dear.priced = True
+    monitor = Monitor(dear, Fake("other"), every_n_steps={"dear": 4})
+    run(monitor, 9)
+    assert dear.seen == [0, 4, 8] and not dear.asked and not monitor.skipped
 
 
 @pytest.mark.parametrize("settings", [{"every_n_steps": 0}, {"every_n_steps": -1}, {"budget": 0}, {"budget": 1.5}])
@@ -240,5 +302,5 @@ def test_reset_is_as_before_a_first_run():
         monitor.require(snapshot(0))
         run(monitor, 3), monitor.reset()
     assert set(monitor.quantities) == {"a", "b"} and not monitor.history and not monitor.skipped
-    assert monitor.cadence.period is None and monitor.wants(17)
+    assert not monitor.cadence.spent and monitor.cadence.origin is None and monitor.wants(17)
     assert monitor.quantities["a"].total == 0 and monitor.quantities["a"].under_way == 0

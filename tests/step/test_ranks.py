@@ -190,7 +190,7 @@ def test_all_ranks_know_the_same(found, name):
     assert repr(first["history"]) == repr(second["history"]) and first["steps"] == second["steps"]
     ours = [{k: v for k, v in own["metrics"].items() if k.startswith("stability/")} for own in (first, second)]
     assert repr(ours[0]) == repr(ours[1])
-    assert first["period"] == second["period"]
+    assert first["cadence"] == second["cadence"]
     assert (first["gram"] is None) == (second["gram"] is None)
     assert first["gram"] is None or torch.equal(first["gram"], second["gram"])
     assert not second["said"]  # one process is enough to say it

@@ -127,6 +127,7 @@ class Sharpness(Quantity):
         {'stability/sharpness': 8.0, 'stability/courant_gd': 1.0, ...}
     """
 
+    weight = 0.1
     name = "sharpness"
     KEYS: ClassVar = {
         "sharpness": Key(

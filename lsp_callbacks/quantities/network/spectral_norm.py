@@ -36,6 +36,7 @@ class SpectralNorm(Quantity):
     Source: Katende 2025, Thm 4.1; Miyato et al. 2018 for the iteration.
     """
 
+    weight = 0.04
     name = "spectral_norm"
     supports_multiple_optimizers = True
     KEYS: ClassVar = {

@@ -65,6 +65,7 @@ class Lyapunov(Windowed):
     the trajectory.
     """
 
+    weight = 0.1
     name = "lyapunov"
     KEYS: ClassVar = {
         "lyapunov": Key(

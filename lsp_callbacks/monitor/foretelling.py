@@ -1,0 +1,53 @@
+"""How often quantities will be measured, from what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from lsp_callbacks.monitor.cadence import Cadence
+
+#: Gradients by quantity, and by what they are spent on.
+Prices = Mapping[str, Mapping[str, float]]
+
+
+def union(parts: Iterable[Mapping[str, float]]) -> float:
+    """Return the gradients of measurements at one step, where what they spend on the same counts once."""
+    shared: dict[str, float] = {}
+    for measurement in parts:
+        for part, gradients in measurement.items():
+            shared[part] = max(shared.get(part, 0.0), gradients)
+    return sum(shared.values())
+
+
+def foretell(
+    cadence: Cadence, prices: Prices, named: Collection[str], *, step_cost: float = 1.0, steps: int = 1000
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Return how many measurements a run will start, and the steps between two, if nothing is known of the edge.
+
+    Args:
+        cadence: of a run that has not begun, with its quantities.
+        prices: of each of them.
+        named: those that the user asked for.
+        step_cost: gradients that a whole step of training takes.
+        steps: of the run.
+
+    Returns:
+        Measurements and periods, by quantity.
+
+    Example:
+        >>> from lsp_callbacks.monitor.cadence import Cadence
+        >>> cadence = Cadence({"a": 250}, budget=0.05)
+        >>> cadence.add("a"), cadence.add("b")
+        (None, None)
+        >>> foretell(cadence, {"a": {"product": 9.0}, "b": {"pass": 5.0}}, [])
+        ({'a': 4, 'b': 12}, {'a': 250.0, 'b': 100.0})
+    """
+    for step in range(steps):
+        names = cadence.starting(step)
+        if not names:
+            continue
+        cadence.observed(step)
+        cadence.priced({name: prices[name] for name in names}, named=named, step_cost=step_cost)
+        cadence.started(step, cadence.starting(step))
+    counts = {name: pace.count for name, pace in cadence.paces.items()}
+    return counts, {name: cadence.period(name) or 0.0 for name in counts}

@@ -1,0 +1,79 @@
+"""When one quantity is measured, and what a measurement of it costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass
+class Pace:
+    """The measurements of one quantity so far, and the price of the next.
+
+    Args:
+        weight: its part of the budget, beside the weights of the others.
+        length: steps that a measurement takes.
+        every_n_steps: start one every so many steps; None keeps to the budget.
+
+    Attributes:
+        parts: gradients that a measurement costs, by what they are spent on; None before they are known.
+        first, started: steps of the first and of the last measurement that was started; None before it.
+        count: measurements that were started.
+        is_promised: whether the advance pays the first measurement.
+        is_stale: whether the price may be another one now.
+        postponed: the step from which on it need not wait any more; None where it does not wait.
+    """
+
+    weight: float = 1.0
+    length: int = 1
+    every_n_steps: int | None = None
+    parts: dict[str, float] | None = None
+    first: int | None = None
+    started: int | None = None
+    count: int = 0
+    is_promised: bool = False
+    is_stale: bool = False
+    postponed: int | None = None
+
+    @property
+    def price(self) -> float:
+        """Gradients of a measurement by itself; 0 before they are known."""
+        return sum((self.parts or {}).values())
+
+    @property
+    def doubling(self) -> int:
+        """Steps to the next of the first readings, which are at 0, 1, 2, 4, 8, ... from the first one on."""
+        return 1 if self.first is None or self.started is None else max(1, self.started - self.first)
+
+    def wants_price(self) -> bool:
+        """Return whether the price is to be found out: before measurement number 1, 2, 3, 5, 9, 17, ...
+
+        A second measurement starts from the first and is cheaper, and what is learnt later may change it again.
+        """
+        return self.parts is None or self.is_stale or self.count & (self.count - 1) == 0
+
+    def claim(self, step: int, rate: float) -> float:
+        """Return the gradients that are put by for the next measurement, with ``rate`` more at each step."""
+        return self.price if self.started is None else min(self.price, rate * (step - self.started))
+
+    def early(self, period: float) -> int:
+        """Return how many first readings, at doubling distances of less than a period, are still to come."""
+        done = -1 if self.first is None or self.started is None else self.started - self.first
+        most = max(0, math.ceil(math.log2(period))) if period > 0 else 0
+        return sum(done < offset < period for offset in (0, *(2**k for k in range(most + 1))))
+
+    def start(self, step: int) -> None:
+        """Count a measurement that starts at this step."""
+        self.first = step if self.first is None else self.first
+        self.started, self.postponed, self.count = step, None, self.count + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured, without the settings."""
+        return {field.name: getattr(self, field.name) for field in fields(self)[3:]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state, with the settings of this one."""
+        for field in fields(self)[3:]:
+            setattr(self, field.name, state[field.name])
+        self.parts = None if self.parts is None else dict(self.parts)
