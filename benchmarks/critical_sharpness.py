@@ -17,8 +17,8 @@ REACH, BISECTIONS = 14, 3
 class CriticalSharpness(pl.Callback):
     """Measures the rate over the critical one along the update, every so many steps (arXiv 2601.16979).
 
-    With u the step's update, the critical rate is the step's own times the least s for which ``L(theta + s u)`` is above
-    ``L(theta)`` on the step's batch; s is found by doubling or halving, and three bisections.
+    With u the step's update, the critical rate is the step's own times the least s for which ``L(theta + s u)`` is
+    above ``L(theta)`` on the step's batch; s is found by doubling or halving, and three bisections.
 
     Attributes:
         steps, values: ``1 / s`` of each reading.

@@ -9,12 +9,12 @@ import numpy as np
 
 
 def early_stopping(losses: Sequence[float], times: float) -> int | None:
-    """Lightning's ``EarlyStopping(check_finite=True, divergence_threshold=times * first loss)`` on each training loss."""
+    """Lightning's ``EarlyStopping(check_finite=True, divergence_threshold=times * first loss)`` on training losses."""
     return next((k for k, loss in enumerate(losses) if not loss <= times * losses[0]), None)
 
 
 def spike_detection(losses: Sequence[float], rtol: float) -> int | None:
-    """Lightning's ``SpikeDetection(window=10, warmup=1, rtol=rtol)``, by default 2: a loss above 1 + rtol times its mean.
+    """Lightning's ``SpikeDetection(window=10, warmup=1, rtol=rtol)``: a loss above 1 + rtol times its mean.
 
     Its window keeps out no loss: after a spike it raises, and training ends.
     """

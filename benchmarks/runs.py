@@ -57,7 +57,7 @@ def text() -> TensorDataset:
 
 DATA: dict[str, Callable[[], TensorDataset]] = {"digits": digits, "mnist": mnist, "text": text}
 
-# -- schedules: the factor of the rate, from the share of the run that is over ------------------------------------------
+# -- schedules: the factor of the rate, from the share of the run that is over ----------------------------------------
 
 
 def constant(at: float) -> float:
@@ -246,7 +246,7 @@ OTHERS = {
     "corrupted batch, 30 x, SGD, tanh MLP": short("mlp", T, 0.3, corrupt=30.0),
     "corrupted batch, NaN, AdamW, ReLU MLP": short("mlp", R, 0.002, None, corrupt=math.nan),
     "collapse, decay 0.5, SGD, ReLU MLP": short("mlp", R, 0.1, decay=0.5),
-    "collapse, decay 30, AdamW, tanh MLP": short("mlp", T, 0.01, None, decay=30.0),
+    "collapse, decay 90, AdamW, tanh MLP": short("mlp", T, 0.01, None, decay=90.0),
     "collapse, jump, SGD, ReLU CNN": short("cnn", R, 0.1, schedule=jump, steps=800),
     "warm-up, AdamW 0.03, ReLU MLP": short("mlp", R, 0.03, None, schedule=warmup),
     "constant, RMS-like AdamW 0.01, tanh MLP": short("mlp", T, 0.01, None),

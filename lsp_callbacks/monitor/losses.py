@@ -13,8 +13,8 @@ from torch import Tensor
 #: Steps over which the loss is smoothed, and the first steps whose mean is the initial loss.
 SMOOTHING, INITIAL = 30, 5
 #: The smoothed loss has risen when it is this much above its least value, and above this share of the initial loss:
-#: once a data set is memorised, a rise of 30 % is noise.
-RISE, SHARE = 0.3, 0.15
+#: once a data set is memorised, a rise of 25 % is noise.
+RISE, SHARE = 0.25, 0.15
 #: The run is lost when in three quarters of the last 200 steps its loss was above the loss at the start by this many
 #: times the size of that: a run may recover from an explosion of a hundred steps (``benchmarks/rate_too_high.py``).
 LOST, LOST_STEPS, LOST_SHARE = 2.0, 200, 0.75
@@ -22,9 +22,12 @@ LOST, LOST_STEPS, LOST_SHARE = 2.0, 200, 0.75
 FALLEN = 0.95
 #: Steps after which it should have: a run that survives its first explosion has begun to fall.
 SETTLED = 60
-#: The loss alarm of ``benchmarks/two_populations.md``: a mean over so many steps above so many times its least value and
-#: above this share of the initial loss; and the last steps most of which are that high, too, unless it was one spike.
-ALARM_SMOOTHING, ALARM_RISE, ALARM_SHARE, ALARM_LASTS = 50, 2.0, 0.25, 10
+#: The loss alarm of ``benchmarks/two_populations.md``: a mean over so many steps above so many times its least value
+#: and above this share of the initial loss.
+ALARM_SMOOTHING, ALARM_RISE, ALARM_SHARE = 50, 2.0, 0.25
+#: It lasts while most of so many last losses are that high, too, and the later half of them is not below this share of
+#: the earlier one: a spike is over by then, or about to be.
+ALARM_LASTS, RECOVERING = 10, 0.8
 #: Consecutive steps that a gradient scaler skips with a loss that is not finite, after which the loss counts. Halving
 #: its factor helps gradients that overflow, never the loss itself.
 LEFT_OUT = 25
@@ -210,7 +213,7 @@ class LossRecord:
 
     @property
     def alarmed(self) -> bool:
-        """Whether the mean of 50 is above twice its least value and above a quarter of the initial loss: the loss alarm.
+        """Whether the loss alarm is on: the mean of 50 above twice its least value and a quarter of the initial loss.
 
         Twice the least value means nothing where losses can be negative.
         """
@@ -218,9 +221,13 @@ class LossRecord:
 
     @property
     def alarm_lasts(self) -> bool:
-        """Whether the loss alarm is on by the last 10 losses as well: a single spike is over by then."""
-        last = sorted(self.recent[-ALARM_LASTS:])
-        return self.alarmed and last[(len(last) - 1) // 2] > self._alarm_limit
+        """Whether the loss alarm is on, and the last 10 losses are high as well and do not fall: it was no spike."""
+        if not self.alarmed:
+            return False
+        last = self.recent[-ALARM_LASTS:]
+        earlier, later = last[: len(last) // 2], last[len(last) // 2 :]
+        is_falling = sum(later) / len(later) < RECOVERING * sum(earlier) / len(earlier)
+        return sorted(last)[(len(last) - 1) // 2] > self._alarm_limit and not is_falling
 
     @property
     def _alarm_limit(self) -> float:
