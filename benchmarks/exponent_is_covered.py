@@ -28,6 +28,8 @@ from torch.func import functional_call
 
 from lsp_callbacks import Lyapunov, Sharpness, Snapshot
 
+#: How many windows each problem is followed through.
+WINDOWS = 3
 HEAD = "| problems | lower holds | upper holds | needed | sign right | largest error | median width |"
 
 
@@ -99,8 +101,9 @@ def quadratic(seed: int, method: str) -> dict[str, float]:
     problem = Quadratic(H, torch.tensor(rng.normal(size=n), dtype=torch.float32))
     optimizer = torch.optim.SGD(problem.parameters(), lr=share * (2 + 2 * beta) / top, momentum=beta)
     exponent, sharpness = Lyapunov(method=method), Sharpness(method=method)
-    for snapshot in steps(problem, optimizer, 15):
-        if snapshot.step % 5 == 0:
+    cycle = 1 + exponent.window
+    for snapshot in steps(problem, optimizer, WINDOWS * cycle):
+        if snapshot.step % cycle == 0:
             sharpness.update(snapshot)
         exponent.update(snapshot)
     truth = companion(share * (2 + 2 * beta), beta)
@@ -124,17 +127,18 @@ def network(seed: int, method: str, *, late: bool = False) -> dict[str, float]:
     exponent, sharpness = Lyapunov(method=method), Sharpness(method=method)
     truths: list[float] = []
     mode, product = torch.empty(0), torch.eye(1)
-    for snapshot in steps(problem, optimizer, 15):
+    cycle = 1 + exponent.window
+    for snapshot in steps(problem, optimizer, WINDOWS * cycle):
         H = dense(problem)
         values, vectors = torch.linalg.eigh(H)
-        if snapshot.step % 5 == 0:
+        if snapshot.step % cycle == 0:
             sharpness.update(snapshot)
             mode, product = vectors[:, -1], torch.eye(2 if beta else 1, dtype=torch.float64)
         else:
             x = lr * float(values[-1] if late else mode @ H @ mode)
             product = step_along(x, beta) @ product
-        if snapshot.step % 5 == 4:
-            truths.append(float(torch.linalg.eigvals(product).abs().max().log()) / 4)
+        if snapshot.step % cycle == exponent.window:
+            truths.append(float(torch.linalg.eigvals(product).abs().max().log()) / exponent.window)
         exponent.update(snapshot)
     return told(exponent, sharpness) | {"truth": float(np.mean(truths))}
 

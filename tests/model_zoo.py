@@ -386,10 +386,12 @@ def refused(reason: str) -> dict[str, str]:
 
 def unprobed(reason: str) -> dict[str, str]:
     """All that takes the outputs of probes."""
-    return dict.fromkeys(("sgd_stability", "sgd_law"), reason)
+    return dict.fromkeys((*STOCHASTIC, "sgd_law"), reason)
 
 
 image: dict[str, Any] = {"shape": (1, 8, 8), "blocks": True}
+#: What takes outputs of the step's batch, and of the probes.
+STOCHASTIC = ("mean_square_stability", "sgd_stability")
 FULL = set(PRESETS["full"])
 LAYER, ROWS = "layer and structured", "rows and structured"
 #: In a step the statistics of its batch tie samples together, also those of a BatchNorm that is frozen but in training
@@ -457,11 +459,12 @@ CASES = {
     "detached_relu": Case(lambda: custom(Detached, nn.ReLU()), failed=refused("backward of Detached")),
     "fused_loss": Case(lambda: Fused(mlp()), left_out=unprobed("do not reach the parameters")),
     "changed_gradient": Case(
-        GradientHook, failed={"sgd_stability": "gradient is not that"} | refused("gradient is not that")
+        GradientHook, failed=dict.fromkeys(STOCHASTIC, "gradient is not that") | refused("gradient is not that")
     ),
     "gan": Case(
         GAN, monitor={"loss_fn": lambda module, batch: module.discriminator_loss(batch)},
-        left_out={"sgd_stability": "several optimizers"} | refused("several optimizers"), trainer={"max_steps": 8},
+        left_out=dict.fromkeys(STOCHASTIC, "several optimizers") | refused("several optimizers"),
+        trainer={"max_steps": 8},
     ),
     "players": Case(
         GAN, monitor={"loss_fn": {
@@ -481,7 +484,9 @@ CASES = {
 
 
 #: What takes the formula of the update, and what takes its derivative alone.
-RULE = dict.fromkeys(("sharpness", "sgd_stability", "lyapunov", "sgd_law", "proximal_step"), "not supported")
+RULE = dict.fromkeys(
+    ("sharpness", "mean_square_stability", "sgd_stability", "lyapunov", "sgd_law", "proximal_step"), "not supported"
+)
 STEP = ("lyapunov_trajectory", "leave_one_out", "stability_profile", "secant_ratio")
 #: How each is made, and what is left out with it, for a part of the reason.
 OPTIMIZERS = {

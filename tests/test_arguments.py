@@ -26,6 +26,7 @@ QUANTITIES = {
     "sharpness": ("method",),
     "spectral_norm": (),
     "residual_cfl": ("samples", "h"),
+    "mean_square_stability": ("rows", "outputs", "replacement", "most_rows"),
     "sgd_stability": ("probes", "outputs", "sampling", "chains", "steps", "horizon", "moments", "most_rows"),
     "lyapunov": ("window", "average", "method"),
     "lyapunov_trajectory": ("k", "transient", "window", "method"),

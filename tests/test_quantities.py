@@ -246,7 +246,8 @@ def test_an_exception_leaves_the_metric_whole(name, extra):
     frozen = freeze(
         task, optimizer, step=metric.update_count, captures_inputs=metric.captures_inputs, probes=probes_of(task)
     )
-    broken = replace(frozen, replay=fails, run=replace(frozen.run, series=NoTrace(length=100)))
+    probes = replace(probes_of(task), parts=(fails,))
+    broken = replace(frozen, replay=fails, probes=probes, run=replace(frozen.run, series=NoTrace(length=100)))
     with pytest.raises(KeyError):
         metric.update(broken)
     assert not metric.complete

@@ -21,8 +21,6 @@ from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.criterion import HOW
 from lsp_callbacks.step.pending_step import LossFn, PendingStep
-from lsp_callbacks.step.probe_set import ProbeSet
-from lsp_callbacks.step.probes import Probes
 from lsp_callbacks.step.run_context import Prox
 from lsp_callbacks.step.step_loss import loss_of
 
@@ -147,8 +145,8 @@ class LightningLoop(TrainingLoop):
             clip(stand_ins, rule.limit)
         return gradients
 
-    def probe_set(self, probes: Probes, pending: PendingStep) -> ProbeSet:
-        """Return the training samples, with outputs from ``training_step`` where the user has not named them."""
+    def evaluated(self) -> tuple[Callable[[Any, Any], Any], dict[str, Any]]:
+        """Return ``training_step``, from which outputs are taken where the user has not named them."""
 
         def loss(module: Any, batch: Any) -> Any:
             if not getattr(module, "automatic_optimization", True):  # it would step the optimizer
@@ -156,7 +154,7 @@ class LightningLoop(TrainingLoop):
             return module.training_step(*_arguments(module.training_step, batch, 0))
 
         context = self.trainer.precision_plugin.train_step_context
-        return probes.probe_set(pending, loss, context=context, micro_batches=self.accumulate)
+        return loss, {"context": context, "micro_batches": self.accumulate}
 
     def loss_scale(self) -> float:
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())

@@ -1,6 +1,7 @@
 """Linear algebra on tensors, independent of training."""
 
 from lsp_callbacks.linalg.cocycle import lyapunov_exponents, orthonormalise, push, spectral_radius
+from lsp_callbacks.linalg.followed_norm import FollowedNorm, followed_norm
 from lsp_callbacks.linalg.lanczos import lanczos
 from lsp_callbacks.linalg.norms import norm, norms, power_iteration, unit
 from lsp_callbacks.linalg.operator import LinearOperator, from_matrix, identity_like
@@ -12,10 +13,12 @@ from lsp_callbacks.linalg.spectrum_bounds import spectrum_bounds
 
 __all__ = [
     "Eigenpair",
+    "FollowedNorm",
     "LinearOperator",
     "Quadrature",
     "Ritz",
     "Sketch",
+    "followed_norm",
     "from_matrix",
     "identity_like",
     "lanczos",

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.monitor.training_loop import TrainingLoop
 from lsp_callbacks.step.clipping import Clipping
-from lsp_callbacks.step.pending_step import LossFn, PendingStep
-from lsp_callbacks.step.probe_set import ProbeSet
-from lsp_callbacks.step.probes import Probes
+from lsp_callbacks.step.pending_step import LossFn
 from lsp_callbacks.step.run_context import RunContext
 
 
@@ -57,8 +55,8 @@ class PlainLoop(TrainingLoop):
         """Return the loss of one batch as it is differentiated, before it is scaled."""
         return self.loss_fn(module, batch) / self.accumulate
 
-    def probe_set(self, probes: Probes, pending: PendingStep) -> ProbeSet:
-        return probes.probe_set(pending, self.probe_loss, micro_batches=self.accumulate)
+    def evaluated(self) -> tuple[Callable[[nn.Module, Any], Any], dict[str, Any]]:
+        return self.probe_loss, {"micro_batches": self.accumulate}
 
     def loss_scale(self) -> float:
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())

@@ -7,18 +7,21 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 COURANT, SOURCE = "stability/courant", "stability/courant_source"
-SGD, GD = "stability/courant_sgd", "stability/courant_gd"
+MEAN_SQUARE, SGD, GD = (f"stability/courant_{of}" for of in ("mean_square", "sgd", "gd"))
+#: Those that it can be, the best first.
+PREFERENCE = (MEAN_SQUARE, SGD, GD)
 #: What ``stability/courant_source`` says: loggers take numbers only.
-CODES = {GD: 0.0, SGD: 1.0}
+CODES = {GD: 0.0, SGD: 1.0, MEAN_SQUARE: 2.0}
 
 
 class CourantSource:
-    """Decides once, before the first value, whether ``stability/courant`` is ``courant_sgd`` or ``courant_gd``.
+    """Decides once, before the first value, which Courant number ``stability/courant`` is.
 
-    The headline metric is ``courant_sgd`` if that can be measured; while its probes are collected there is none. It is
-    ``courant_gd`` for the whole run if the other is not asked for, is skipped, or fails at its first measurement. If
-    the chosen one fails later, or is skipped, the headline metric is NaN until it is measured again. It never becomes
-    the other one: the two differ by factors.
+    The headline metric is ``courant_mean_square`` if that can be measured, otherwise ``courant_sgd``, otherwise
+    ``courant_gd``: one for the whole run. One that is not asked for, is skipped, or fails at its first measurement
+    gives way to the next; while it is still to come there is no headline metric. If the chosen one fails later, or is
+    skipped, the headline metric is NaN until it is measured again. It never becomes another one: they differ by
+    factors.
 
     Attributes:
         key: the chosen key; None before the decision.
@@ -32,11 +35,11 @@ class CourantSource:
         """Forget everything."""
         self.key: str | None = None
         self.failing = False
-        self._waiting: tuple[int, float] | None = None
+        self._waiting: dict[str, tuple[int, float]] = {}  # by key, what was measured before the decision
 
     @property
     def name(self) -> str | None:
-        """The key without its prefix: "courant_sgd" or "courant_gd"; None before the decision."""
+        """The key without its prefix: "courant_mean_square", say; None before the decision."""
         return None if self.key is None else self.key.removeprefix("stability/")
 
     def value(self, step: int, values: Mapping[str, float], possible: Collection[str]) -> tuple[int, float] | None:
@@ -47,25 +50,28 @@ class CourantSource:
             values: what it has completed, NaN for what failed.
             possible: keys that can be measured in this run.
 
-        The step is an earlier one only if the decision is made after the measurement of ``courant_gd``, because only
-        the collected probes have shown that the other key cannot be measured.
+        The step is an earlier one only if the decision comes after the measurement of a key, because only then a better
+        one has shown that it cannot be measured.
         """
-        if self.key is None and GD in values:
-            self._waiting = (step, values[GD])
         if self.key is None:
-            if SGD in possible and SGD not in values:
-                return None
-            sgd = values.get(SGD, math.nan)
-            self.key = GD if math.isnan(sgd) else SGD
-            waiting, self._waiting = self._waiting, None
-            if self.key == GD:
-                self.key = GD if GD in possible or waiting is not None else None
-                return waiting
+            self._waiting |= {key: (step, values[key]) for key in PREFERENCE if key in values}
+            for key in PREFERENCE:
+                measured = self._waiting.get(key)
+                if key == GD:
+                    is_chosen = key in possible or measured is not None
+                elif measured is None and key in possible:
+                    return None
+                else:
+                    is_chosen = measured is not None and not math.isnan(measured[1])
+                if is_chosen:
+                    self.key, self._waiting = key, {}
+                    return measured
+            return None
         if self.key not in values:
             is_skipped = self.key not in possible
             self.failing = self.failing or is_skipped
-            # Otherwise an old reading would look current, while the other metric goes on.
-            return (step, math.nan) if is_skipped and GD in values else None
+            # Otherwise an old reading would look current, while another metric goes on.
+            return (step, math.nan) if is_skipped and any(key in values for key in PREFERENCE) else None
         self.failing = math.isnan(values[self.key])
         return step, values[self.key]
 
@@ -75,8 +81,9 @@ class CourantSource:
         Args:
             keys: of the step's values.
         """
-        if GD in keys and self._waiting is not None:
-            self._waiting = (self._waiting[0], math.nan)
+        self._waiting = {
+            key: (step, math.nan if key in keys else value) for key, (step, value) in self._waiting.items()
+        }
         return {COURANT, SOURCE} if self.key in keys else set()
 
     def keys(self, possible: Collection[str], *, without_update: bool) -> set[str]:
@@ -86,7 +93,7 @@ class CourantSource:
             possible: keys that can be measured in this run.
             without_update: whether the update turned out not to be the optimizer's.
         """
-        appears = {SGD, GD} & set(possible) or (self.key and not without_update)
+        appears = set(PREFERENCE) & set(possible) or (self.key and not without_update)
         return {COURANT, SOURCE} if appears else set()
 
     def reported(self, value: float) -> dict[str, float]:
@@ -101,9 +108,9 @@ class CourantSource:
 
     def state_dict(self) -> dict[str, Any]:
         """Return numbers and names only."""
-        return {"key": self.key, "failing": self.failing, "waiting": self._waiting}
+        return {"key": self.key, "failing": self.failing, "waiting": dict(self._waiting)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state."""
         self.key, self.failing = state["key"], bool(state["failing"])
-        self._waiting = None if state["waiting"] is None else tuple(state["waiting"])
+        self._waiting = {key: tuple(measured) for key, measured in state["waiting"].items()}

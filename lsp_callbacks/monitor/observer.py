@@ -315,14 +315,15 @@ class StepObserver:
         """
         pending = self._pending
         assert pending is not None, "no step was begun that is to be measured"
-        loop = self.loop
+        loop, (loss, how) = self.loop, self.loop.evaluated()
         return pending.snapshot(
             self.step,
             optimizer,
             loss=self.step_loss.differentiated if loop.shows_losses and not self.step_loss.is_ambiguous else None,
             gradient_scale=loop.gradient_scale(optimizer),
             clipping=clipping,
-            probes=loop.probe_set(self.probes, pending) if self.probes.wanted else None,
+            probes=self.probes.probe_set(pending, loss, **how) if self.probes.wanted else None,
+            samples_of_step=self.probes.samples_of_step(pending, loss, **how),
             scale=loop.loss_scale(),
             previous=self.previous,
         )

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from lsp_callbacks.monitor.update_check import ELSEWHERE
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import PendingStep
-from lsp_callbacks.step.probe_set import ProbeSet
-from lsp_callbacks.step.probes import Probes
 from lsp_callbacks.step.run_context import RunContext
 
 #: The loss of one micro-batch as it is differentiated, from the module and the batch.
@@ -66,8 +64,8 @@ class TrainingLoop:
         """
         return self.clipping
 
-    def probe_set(self, probes: Probes, pending: PendingStep) -> ProbeSet:
-        """Return the training samples at which the quantities of this step look at outputs."""
+    def evaluated(self) -> tuple[Callable[[nn.Module, Any], Any], dict[str, Any]]:
+        """Return the loss whose criterion separates outputs from targets, and how it is called, see `Probes`."""
         raise NotImplementedError
 
     def loss_scale(self) -> float:

@@ -16,6 +16,7 @@ from lsp_callbacks.quantities.key import Key as Key
 from lsp_callbacks.quantities.network.spectral_norm import SpectralNorm as SpectralNorm
 from lsp_callbacks.quantities.network.residual_cfl import ResidualCFL as ResidualCFL
 from lsp_callbacks.quantities.curvature.sharpness import Sharpness as Sharpness
+from lsp_callbacks.quantities.sgd.mean_square_stability import MeanSquareStability as MeanSquareStability
 from lsp_callbacks.quantities.sgd.sgd_stability import SGDStability as SGDStability
 from lsp_callbacks.quantities.trajectory.lyapunov import Lyapunov as Lyapunov
 from lsp_callbacks.quantities.trajectory.lyapunov_trajectory import LyapunovTrajectory as LyapunovTrajectory
@@ -43,7 +44,7 @@ REGISTRY: dict[str, type[Quantity]] = {
 }
 PRESETS: dict[str, tuple[str, ...]] = {
     "economy": ("spectral_norm", "sharpness"),
-    "default": ("spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", "courant_step"),
+    "default": ("spectral_norm", "residual_cfl", "sharpness", "mean_square_stability", "lyapunov", "courant_step"),
     "full": tuple(name for name, quantity in REGISTRY.items() if not quantity.by_name_only),
 }
 

@@ -45,3 +45,15 @@ class Clipping:
         if self.kind == "value":
             return (gradient.abs() <= self.limit).to(gradient.dtype)
         return (self.limit / (torch.linalg.vector_norm(gradient) + 1e-6)).clamp(max=1.0)
+
+    def change(self, gradient: Tensor, change: Tensor) -> Tensor:
+        """Return the change of the clipped gradient, to first order, for a change of the gradient.
+
+        By norm ``kappa (dg - g <g, dg> / (||g|| (||g|| + 1e-6)))`` where that is active, with kappa the factor.
+        """
+        factor = self.factor(gradient)
+        if self.kind == "value" or float(factor) == 1:
+            return factor * change
+        size = torch.linalg.vector_norm(gradient)
+        along = torch.dot(gradient / size.clamp_min(torch.finfo(size.dtype).tiny), change.to(gradient))
+        return factor * (change - gradient * (along / (size + 1e-6)))

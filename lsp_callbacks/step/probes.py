@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from lsp_callbacks.errors import Unmeasurable, Unsupported
-from lsp_callbacks.step.batch import batch_size
+from lsp_callbacks.step.batch import batch_size, first_samples
 from lsp_callbacks.step.carried_state import Carried, belongs, carried, give_back, kept
 from lsp_callbacks.step.criterion import HOW, Criteria, Evaluation, evaluation
 from lsp_callbacks.step.module_modes import as_trained, batch_norms
@@ -23,6 +24,8 @@ from lsp_callbacks.step.side_effects import muted
 
 ForwardFn = Callable[[nn.Module, Any], Tensor]
 Criterion = Callable[[Tensor, Any], Tensor]
+#: From a function of the batch size, how many, to the first samples of the step's own batch.
+SamplesOfStep = Callable[[Callable[[int], int]], ProbeSet]
 
 
 def check_pair(forward_fn: ForwardFn | None, criterion: Criterion | None) -> None:
@@ -160,6 +163,43 @@ class Probes:
             module, tuple(parts), sum(self._sizes), batch, self.population, self.full, tuple(batches), together
         )
 
+    def samples_of_step(
+        self,
+        pending: PendingStep,
+        loss: Callable[[nn.Module, Any], Any],
+        *,
+        context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        micro_batches: int = 1,
+    ) -> SamplesOfStep:
+        """Return the first samples of the step's own batch, given how many of B; nothing has to be collected.
+
+        Where the module carries a state for each sample, they are those of a whole forward pass. Each rank has its own.
+        For the arguments see `probe_set`.
+        """
+
+        def samples(rows: Callable[[int], int]) -> ProbeSet:
+            if pending.module_copy is None or not pending.parts:
+                raise pending.failure or AssertionError
+            module = pending.module_copy.reset()
+            sizes = [batch_size(part.batch) or 0 for part in pending.parts]
+            if not sizes[0]:
+                raise Unsupported("the batch holds no tensor whose first axis could be the samples")
+            tied, whole = bool(batch_norms(module)), belongs(carried(module), sizes[0])
+            parts: list[Callable[[], Evaluation]] = []
+            taken, count = 0, rows(sum(sizes))
+            for micro, size in zip(pending.parts, sizes):
+                held = size if whole else min(size, count - taken)
+                if held < 1 or ((whole or tied) and taken):
+                    break
+                batch = micro.batch if held == size else first_samples(micro.batch, held)
+                parts.append(self._part(pending, loss, context, batch, held, None, together=tied))
+                taken += held
+            total = sum(sizes) * max(1, round(micro_batches / len(sizes))) * self.ranks.world
+            of_step = ProbeSet(module, tuple(parts), taken, total, self.population)
+            return replace(of_step, batches=of_step.parts, together=taken) if tied else of_step
+
+        return samples
+
     def _forward_passes(self) -> list[tuple[Any, int, tuple[Carried, int]]]:
         """Return batches of equal size, close to that of a training step's forward pass, with size and state."""
         if len(self._batches) > 1:  # of a kind that could not be joined: as they came
@@ -181,7 +221,7 @@ class Probes:
         context: Any,
         batch: Any,
         size: int,
-        state: tuple[Carried, int],
+        state: tuple[Carried, int] | None,
         *,
         together: bool = False,
     ) -> Callable[[], Evaluation]:
@@ -189,7 +229,7 @@ class Probes:
             if pending.module_copy is None or not pending.parts:
                 raise pending.failure or AssertionError
             module = pending.module_copy.reset()
-            names = give_back(module, *state)
+            names = [] if state is None else give_back(module, *state)
             pending.parts[0].random_state.restore()
             probes = copied(batch)
             device = next(module.parameters()).device

@@ -45,6 +45,8 @@ class Snapshot:
         mismatch: why this step's gradient was found not to be that of its loss; None if it was not.
         tolerance: relative difference allowed between ``loss`` and its replay; 0 is to the last bit, for the same path.
         probes: training samples for the quantities that look at outputs; None where there are none.
+        samples_of_step: from a function of the batch size, how many, to the first samples of the step's own batch, as
+            probes; None where outputs and targets are to be found in ``replay``.
         scale: the factor that a gradient scaler puts on the loss before its backward pass; ``gradient`` is without it.
         previous: number of the last step before this one that moved anything: batches between them may have been
             skipped. None is ``step - 1``.
@@ -67,6 +69,7 @@ class Snapshot:
     mismatch: str | None = None
     tolerance: float = 0.0
     probes: ProbeSet | None = None
+    samples_of_step: Callable[[Callable[[int], int]], ProbeSet] | None = None
     scale: float = 1.0
     previous: int | None = None
     player: Player | None = None

@@ -50,7 +50,9 @@ def test_two_halves_are_measured_as_the_whole(make):
     for a, b in zip(half.model.parameters(), one.model.parameters()):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
     assert half.global_step == one.global_step == halves.step == whole.step == 10
-    assert halves.history.keys() == whole.history.keys() >= {SHARPNESS, COURANT, LYAPUNOV, "stability/courant_sgd"}
+    assert (
+        halves.history.keys() == whole.history.keys() >= {SHARPNESS, COURANT, LYAPUNOV, "stability/courant_mean_square"}
+    )
     for key, curve in whole.history.items():
         assert halves.history[key].steps == curve.steps
         if not key.endswith("_error"):

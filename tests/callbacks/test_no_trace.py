@@ -22,6 +22,8 @@ from torch import nn
 from lsp_callbacks import Dissipation, LyapunovTrajectory, StabilityMonitor
 
 UPDATE = {"stability/sharpness", "stability/courant", "stability/courant_gd", "stability/lyapunov"}
+#: What looks at outputs.
+SAMPLES = ("mean_square_stability", "sgd_stability")
 #: Losses that are not the value of one criterion.
 OWN_LOSS = ("metric", "counter", "appends", "sharedlist", "progress", "inplacebatch", "features", "hyperparameters")
 
@@ -37,10 +39,13 @@ def test_measured_and_unchanged(name, recwarn):
     penalised = [one for one in said if "not only through the outputs" in one]
     assert len(penalised) == (name == "features") and all("leave_one_out" in one for one in penalised)
     said = [one for one in said if one not in penalised]
-    # Where the loss is not the value of one criterion, nobody can tell outputs from targets.
-    assert len(said) == (name in OWN_LOSS) and all("sgd_stability" in s and "forward_fn" in s for s in said)
-    assert ("stability/courant_sgd" in monitor.history) == (name not in OWN_LOSS)
-    assert name in OWN_LOSS or finite(monitor, "stability/courant_sgd")
+    # Where the loss is not the value of one criterion, nobody can tell outputs from targets: it is said of the step's
+    # own batch, and of the probes when they are there.
+    assert len(said) == 2 * (name in OWN_LOSS) and all("forward_fn" in s for s in said)
+    assert all(any(quantity in one for one in said) for quantity in SAMPLES if said)
+    for key in ("stability/courant_sgd", "stability/courant_mean_square"):
+        assert (key in monitor.history) == (name not in OWN_LOSS)
+        assert name in OWN_LOSS or finite(monitor, key)
 
 
 def test_quantities_of_long_runs_are_measured_and_leave_training_unchanged():
@@ -63,7 +68,8 @@ def test_what_autograd_does_not_know_is_left_out_and_unchanged(name):
     said = [str(w.message) for w in caught if "lsp_callbacks" in str(w.message)]
     assert any("power iteration of spectral_norm" in one and "sharpness" in one for one in said)
     assert not UPDATE & {key for key in monitor.history if finite(monitor, key)} - {"stability/courant"}
-    assert finite(monitor, "stability/spectral_norm_max") and finite(monitor, "stability/courant_sgd")
+    for key in ("spectral_norm_max", "courant_sgd", "courant_mean_square"):
+        assert finite(monitor, f"stability/{key}"), key
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)
@@ -82,7 +88,7 @@ def test_left_out_and_unchanged(name):
 @pytest.mark.parametrize("name", ["dropout", "adamw"])
 def test_clipped_and_unchanged(name, algorithm, limit, recwarn):
     monitor = with_and_without(MEASURED[name], gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
-    for key in (*UPDATE, "stability/courant_sgd"):
+    for key in (*UPDATE, "stability/courant_sgd", "stability/courant_mean_square"):
         assert finite(monitor, key), key
     assert not [w for w in recwarn if "lsp_callbacks" in str(w.message)]
 

@@ -52,9 +52,9 @@ def test_what_is_erased_has_no_sensitivity():
 
 
 def test_what_knows_no_prox_is_left_out():
-    with pytest.warns(UserWarning, match=r"skips sgd_stability .the map that prox applies"):
+    with pytest.warns(UserWarning, match=r"skips mean_square_stability .the map that prox applies"):
         fit(Erased, callback := StabilityMonitor(every_n_steps=1, prox=erased), max_steps=2)
-    assert "sgd_stability" in callback.monitor.skipped
+    assert "mean_square_stability" in callback.monitor.skipped
     losses = dict.fromkeys(("a", "b"), lambda module, batch: module.loss(batch))
     with pytest.raises(ValueError, match=r"prox.*players"):
         StabilityMonitor(loss_fn=losses, prox=erased)

@@ -26,7 +26,7 @@ def elsewhere(tmp_path, monkeypatch):
 def test_the_command_prints_a_table_and_leaves_no_file(tmp_path, capsys):
     assert main(["cost", "--config", str(CONFIG)]) == 0
     text = capsys.readouterr().out
-    for name in ("spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", "together"):
+    for name in ("spectral_norm", "residual_cfl", "sharpness", "mean_square_stability", "lyapunov", "together"):
         assert re.search(rf"{name}.*\d\.\d.*\d\.\d.*B", text), name
     assert re.search(r"sharpness[^\n]* 10 [^\n]* 100 ", text)  # every tenth of 1,000 steps: the configuration says so
     assert os.listdir(tmp_path) == []

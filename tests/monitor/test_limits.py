@@ -220,6 +220,6 @@ def test_predictions_leave_out_what_cannot_be_measured():
         "spectral_norm",
         "residual_cfl",
         "sharpness",
-        "sgd_stability",
+        "mean_square_stability",
         "courant_step",
     }

@@ -196,6 +196,6 @@ def test_the_end_of_a_real_run(name):
 
 def test_a_network_that_died_at_once_is_told_where_it_is_measured():
     make, loader = digits(R, partial(torch.optim.Adam, lr=1.0))
-    monitor, stop = StabilityMonitor(["sgd_stability"], every_n_steps=20), StopOnInstability(verbose=False)
+    monitor, stop = StabilityMonitor(["mean_square_stability"], every_n_steps=20), StopOnInstability(verbose=False)
     fit(make, monitor, stop, loader=loader, max_steps=120, max_epochs=-1)
     assert monitor.verdict.state == "collapsed" and stop.stop_step <= 80 and "collapsed" in stop.reason

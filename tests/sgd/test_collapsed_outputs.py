@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from problems import freeze
 from torch import nn
 
-from lsp_callbacks import ProbeSet, SGDStability
+from lsp_callbacks import MeanSquareStability, ProbeSet
 from lsp_callbacks.step.criterion import evaluation
 
 CLASSES = 5
@@ -82,7 +82,7 @@ def run(make, optimizer, *, seed=0, labels="true", inputs="true", warm_up=0, sca
     seen, seen_y = x[:64], y[:64]
     part = lambda: evaluation(net(seen), lambda f: criterion(f, seen_y), samples=64)  # noqa: E731
     probes = ProbeSet(net, (part,), 64, 32, 256)
-    metric, told = SGDStability(64, chains=2, steps=10), []
+    metric, told = MeanSquareStability(), []
     start = float(criterion(net(seen), seen_y).detach())
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, step / warm_up) if warm_up else lr

@@ -17,10 +17,11 @@ import lsp_callbacks.operators.sgd.sharpest_mode as sharpest_mode_module
 from lsp_callbacks import ProbeSet
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.curvature.stability_threshold import top_eigenvalue
-from lsp_callbacks.operators.sgd import parameter_gram
+from lsp_callbacks.operators.sgd import sampled_weights
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
-from lsp_callbacks.operators.sgd.layer_rules import layer_uses
+from lsp_callbacks.operators.sgd.layer_rules import Outer, layer_uses, transposed
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part
+from lsp_callbacks.operators.sgd.per_sample_gradients import RowSeed
 from lsp_callbacks.operators.sgd.rows_by_backward import rows_alone
 from lsp_callbacks.step.criterion import evaluation
 from lsp_callbacks.step.module_modes import evaluating
@@ -304,7 +305,7 @@ NETWORKS = {
     "lstm": (lambda: Recurrent(nn.LSTM, batch_first=True), SERIES, {"structured", "layer"}, "loop"),
     "lstm_time_first": (lambda: Recurrent(nn.LSTM), random(N, 4, 3, seed=3), {"structured", "layer"}, "loop"),
     "gru": (lambda: Recurrent(nn.GRU, batch_first=True, num_layers=2), SERIES, {"structured", "layer"}, "loop"),
-    "bare": (Bare, VECTOR, {"structured", "layer"}, "vmap"),
+    "bare": (Bare, VECTOR, STRUCTURED, "vmap"),
     "outside": (Outside, VECTOR, {"structured", "rows"}, "vmap"),
     "only_outside": (OnlyOutside, VECTOR, {"structured", "rows"}, "vmap"),
     "keywords": (Keywords, VECTOR, {"structured", "layer"}, "vmap"),
@@ -368,13 +369,18 @@ class Conv1D(nn.Module):
 @pytest.mark.parametrize("layer", [nn.Linear(4, 4), Conv1D()])
 @pytest.mark.parametrize("block", [1, 2**19])
 def test_a_preconditioned_linear_layer_needs_no_gradient_of_a_sample(layer, block, monkeypatch):
-    monkeypatch.setattr(parameter_gram, "BLOCK", block)
+    monkeypatch.setattr(sampled_weights, "BLOCK", block)
     x, g, root = random(N, 4, seed=1), random(N, 3, 4, seed=2), random(4, 4, seed=3).abs()
     use = layer_uses(layer, x, g)["weight"]
     rows = (use.gradients(0, N) * root.reshape(-1)).flatten(0, 1)
     none = replace(use, gradients=lambda lo, hi: pytest.fail("a gradient was formed"))
-    parts = [Part(2, [replace(none, factors=(g[:2], x[:2]))]), Part(3, [replace(none, factors=(g[2:], x[2:]))])]
-    close(ParameterGram(parts).gram(root, 2**26), rows @ rows.T, EXACT)
+    a, swapped = x.repeat_interleave(3, 0), transposed(layer)
+
+    def part(lo, hi):
+        outer = Outer(g[lo:hi].flatten(0, 1), a[3 * lo : 3 * hi], swapped)
+        return Part(hi - lo, [replace(none, outer=outer)])
+
+    close(ParameterGram([part(0, 2), part(2, N)]).gram(root, 2**26, 16), rows @ rows.T, EXACT)
 
 
 def test_one_output_gives_the_matrix_itself():
@@ -403,8 +409,8 @@ def test_rows_alone_is_the_dense_row(name):
     parameter = next(p for p in module.parameters())
     with evaluating(module), sdpa_kernel(SDPBackend.MATH):
         outputs = module(x).reshape(N, -1)
-        cotangents = [w.expand_as(outputs).clone() for w in torch.eye(outputs.shape[1], dtype=f64)]
-        rows = rows_alone(outputs, [parameter], cotangents)[0].gradients(0, N)
+        seeds = [RowSeed(w.expand_as(outputs).clone()) for w in torch.eye(outputs.shape[1], dtype=f64)]
+        rows = rows_alone(outputs, [parameter], seeds)[0].gradients(0, N)
     close(rows, jacobians(module, x, how)[..., : parameter.numel()], EXACT)
 
 

@@ -287,8 +287,8 @@ def test_lyapunov_measures_windows_of_a_real_run(rule, x):
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_at_rate_zero_nothing_grows_or_shrinks(momentum):
     problem = regression()
-    found = run(Lyapunov(), problem, SGD(problem.parameters(), lr=0.0, momentum=momentum), 5)
-    close(found[4]["stability/lyapunov"], 0.0, 1e-12)
+    found = run(Lyapunov(), problem, SGD(problem.parameters(), lr=0.0, momentum=momentum), 3)
+    close(found[2]["stability/lyapunov"], 0.0, 1e-12)
 
 
 def test_lyapunov_averages_the_last_windows_with_student_bounds():
@@ -389,7 +389,7 @@ def test_trajectory_measures_the_whole_spectrum_of_a_quadratic():
 def test_trajectory_sees_neutral_directions_where_the_sharp_mode_is_stable():
     """A direction that the loss does not see holds the exponent over all parameters at 0."""
     problem = Quadratic(symmetric([0.0, 2.0]))
-    trajectory_, sharp = LyapunovTrajectory(transient=20, window=40), Lyapunov()
+    trajectory_, sharp = LyapunovTrajectory(transient=20, window=40), Lyapunov(window=4)
     optimizer = SGD(problem.parameters(), lr=0.3)
     assert run(trajectory_, problem, optimizer, 60)[59]["stability/lyapunov_trajectory"] == pytest.approx(0, abs=1e-6)
     assert run(sharp, problem, optimizer, 5)[4]["stability/lyapunov"] == pytest.approx(math.log(0.4), abs=1e-4)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg import LinearOperator, identity_like, lanczos, operator_norm
+from lsp_callbacks.linalg import LinearOperator, Ritz, lanczos, norm, operator_norm, unit
+from lsp_callbacks.linalg.operator import Product
+from lsp_callbacks.linalg.spectrum_bounds import bound_beyond
 
 #: Probability that ``gain_bound`` does not hold.
 FAILURE = 1e-3
@@ -78,33 +80,108 @@ def residual_stability(
         >>> round(float(block.m), 6), round(float(block.h_max), 6), round(float(block.h_exact), 6)
         (0.5, 0.235294, 0.235294)
     """
-    generator = torch.Generator(jacobian.device).manual_seed(0)
-    start = torch.randn(
-        *jacobian.batch, jacobian.shape[1], dtype=jacobian.dtype, device=jacobian.device, generator=generator
-    )
-    symmetric = 0.5 * (jacobian + jacobian.T)
-    ends = lanczos(symmetric, start, steps=steps, tol=tol, ends=(0, -1))
-    growth, top_residual = ends.values[..., -1], ends.residuals[..., -1]
-    step, failure = identity_like(jacobian) + jacobian, FAILURE / math.prod(jacobian.batch)
-    gain = operator_norm(step, steps=steps, tol=tol, failure=failure, generator=generator.manual_seed(0))
-    assert gain.upper is not None
-    size = ends.values.abs().amax(-1).clamp_min(torch.finfo(torch.float64).tiny)
-    residual = torch.maximum((ends.residuals[..., [0, -1]].amax(-1) / size).amax(), (gain.residual / gain.value).amax())
-    dissipative = bool((growth + top_residual < 0).all())
+    return followed_stability(twice(jacobian), h=h, steps=steps, tol=tol)[0]
+
+
+def followed_stability(
+    jacobian: LinearOperator,
+    vectors: Tensor | None = None,
+    *,
+    h: float = 1.0,
+    steps: int = 12,
+    tol: float = 1e-2,
+    generator: torch.Generator | None = None,
+) -> tuple[ResidualStability, Tensor]:
+    """Return `residual_stability` from the extreme vectors of an earlier call, and those for the next.
+
+    The two runs go on side by side, so that one product with a block and its adjoint serves both. They start from equal
+    parts of the earlier vectors and noise: the bound holds by the noise.
+
+    Args:
+        jacobian: ``hG`` with the batch axes ``(2, samples)``, the same matrices twice.
+        vectors: ``(3, samples, d)`` of an earlier call; None, or another shape, starts from noise.
+        h: as in `residual_stability`, like the following.
+        steps: of both runs.
+        tol: on the relative residuals.
+        generator: of the noise, which must not be that of the vectors; None draws from a fixed seed.
+
+    Returns:
+        The numbers, and both ends of the symmetric part and the direction of the gain, ``(3, samples, d)``.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    samples, d = jacobian.batch[1], jacobian.shape[1]
+    noise = unit(torch.randn(2, samples, d, generator=generator, dtype=jacobian.dtype).to(jacobian.device))
+    start, share = noise, 1.0
+    if vectors is not None and vectors.shape == (3, samples, d) and bool(torch.isfinite(vectors).all()):
+        mixed = noise + torch.stack([vectors[0] + vectors[1], vectors[2]]).to(noise)
+        start, share = unit(mixed), 1 / float(norm(mixed[1], -1).max())
+    both = lanczos(_both(jacobian), start, steps=steps, tol=tol if steps < d else 0.0, ends=(0, -1))
+    ends, growth = (_part(both, k) for k in range(2))
+    lowest, top, stretched = ends.pair(0), ends.pair(-1), growth.pair(-1)
+    upper = bound_beyond(growth, FAILURE / samples, 1, share).clamp_min(0).sqrt()
+    gain = stretched.value.clamp_min(0).sqrt()
+    tiny = torch.finfo(torch.float64).tiny
+    size = ends.values.abs().amax(-1).clamp_min(tiny)
+    error = torch.where(gain == 0, 0.0, stretched.residual / (2 * gain.square()).clamp_min(tiny))
+    dissipative = bool((top.value + top.residual < 0).all())
     block = ResidualStability(
-        gain=gain.value.amax().log(),
-        gain_bound=gain.upper.amax().log(),
-        stiffness=(-ends.values[..., 0]).amax() / 2,
-        m=-growth.amax() / h,
+        gain=gain.amax().log(),
+        gain_bound=upper.amax().log(),
+        stiffness=-lowest.value.amin() / 2,
+        m=-top.value.amax() / h,
         dissipative=dissipative,
-        residual=residual,
+        residual=torch.maximum((ends.residuals[..., [0, -1]].amax(-1) / size).amax(), error.amax()),
     )
+    following = torch.stack([lowest.vector, top.vector, stretched.vector])
     if not dissipative:
-        return block
-    norm = operator_norm(jacobian, start, steps=steps, tol=tol).value.amax() / h
-    limit = 2 * block.m / norm**2
-    exact = h * _exact_limit(jacobian, ends.pair(-1).vector, steps, tol).amin()
-    return replace(block, M=norm, h_max=limit, h_exact=exact, cfl=h / limit)
+        return block, following
+    K = _once(jacobian)
+    norm_ = operator_norm(K, noise[0], steps=steps, tol=tol).value.amax() / h
+    limit = 2 * block.m / norm_**2
+    exact = h * _exact_limit(K, top.vector, steps, tol).amin()
+    return replace(block, M=norm_, h_max=limit, h_exact=exact, cfl=h / limit), following
+
+
+def _both(jacobian: LinearOperator) -> LinearOperator:
+    """Return ``(K + K^T) / 2`` and ``(I + K)^T (I + K)`` of the same K, by one product with K and one with ``K^T``."""
+    assert jacobian.adjoint is not None
+    adjoint = jacobian.adjoint
+
+    def apply(v: Tensor) -> Tensor:
+        image = jacobian.apply(v)
+        stretched = v[1] + image[1]
+        back = adjoint(torch.stack([v[0], stretched]))
+        return torch.stack([(image[0] + back[0]) / 2, stretched + back[1]])
+
+    return replace(jacobian, apply=apply, adjoint=apply)
+
+
+def twice(jacobian: LinearOperator) -> LinearOperator:
+    """Return the operator with the batch axes ``(2, samples)``, by two products."""
+
+    def over(product: Product) -> Product:
+        shape = (*jacobian.batch, -1)
+        return lambda v: torch.stack([product(part.reshape(shape)).reshape(part.shape) for part in v])
+
+    assert jacobian.adjoint is not None
+    batch = (2, math.prod(jacobian.batch))
+    return replace(jacobian, apply=over(jacobian.apply), adjoint=over(jacobian.adjoint), batch=batch)
+
+
+def _once(jacobian: LinearOperator) -> LinearOperator:
+    """Return the operator of the first of two copies."""
+
+    def over(product: Product) -> Product:
+        return lambda v: product(torch.stack([v, torch.zeros_like(v)]))[0]
+
+    assert jacobian.adjoint is not None
+    return replace(
+        jacobian, apply=over(jacobian.apply), adjoint=over(jacobian.adjoint), batch=(jacobian.batch[1],)
+    )
+
+
+def _part(ritz: Ritz, k: int) -> Ritz:
+    return Ritz(ritz.values[k], ritz.residuals[k], ritz.coefficients[k], ritz.basis[:, k], ritz.converged)
 
 
 def _exact_limit(jacobian: LinearOperator, start: Tensor, steps: int, tol: float) -> Tensor:

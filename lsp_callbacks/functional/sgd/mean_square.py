@@ -88,7 +88,7 @@ def mean_square_lr(
         rule: of the optimizer.
         replacement: within a batch.
         population: as in `sgd_exponent`; here exact for any ``population``.
-        tol: relative, of the rate, where the top eigenvalue is separated; its square root otherwise.
+        tol: relative, of the rate: it is too low by at most that, as the error bound of the eigenvalue is added to it.
 
     Returns:
         The rate; inf for a collapsed network (rank 0) or where nothing pushes (``dampening = 1``).
@@ -267,9 +267,11 @@ def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 200) -
             top, residual = float(values[-1]), coupling[-1] * abs(float(vectors[-1, -1]))
             # A Ritz value errs by at most its residual, and by at most the square of that over the gap.
             gap = top - float(values[-2]) if k > 1 else 0.0
-            if last or (residual <= tol**0.5 * top and residual**2 <= tol * top * gap):
+            bound = min(residual, residual**2 / gap) if gap > 0 else residual
+            if last or (residual <= tol**0.5 * top and bound <= tol * top):
                 vector = torch.tensordot(vectors[:, -1], torch.stack(basis), 1)
-                return top, vector / torch.linalg.vector_norm(vector)  # the basis has lost orthogonality
+                # The basis has lost orthogonality. What the eigenvalue may lack is added: the rate errs downwards.
+                return top + bound, vector / torch.linalg.vector_norm(vector)
         basis.append(w.div_(coupling[-1]))
 
 

@@ -191,6 +191,8 @@ def _components(gram: Tensor, outputs: int) -> list[Tensor]:
     scale = size.diagonal().sqrt()
     linked = (size > 1e-9 * scale * scale[:, None]) | torch.eye(n, dtype=torch.bool)
     labels = torch.arange(n)
+    if bool(linked.all()):
+        return [labels]
     while True:  # each sample takes the smallest label around it; following labels of labels makes long chains short
         lowest = torch.where(linked, labels, n).amin(1)
         lowest = lowest[lowest]

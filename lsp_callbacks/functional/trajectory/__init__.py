@@ -5,7 +5,6 @@ from lsp_callbacks.functional.trajectory.leave_one_out import LeaveOneOutResult,
 from lsp_callbacks.functional.trajectory.lyapunov import (
     exponent_bounds,
     plane_map,
-    rescale,
     sharp_mode_exponent,
     sharp_plane,
     window_exponent,
@@ -22,6 +21,7 @@ from lsp_callbacks.functional.trajectory.training_profile import (
     random_tangents,
     training_profile,
 )
+from lsp_callbacks.linalg.logs import rescale
 
 __all__ = [
     "Box",

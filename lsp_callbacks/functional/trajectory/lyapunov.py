@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg import LinearOperator, push, spectral_radius, unit
-from lsp_callbacks.linalg.logs import exp, rescale
+from lsp_callbacks.linalg import LinearOperator, push, unit
 
 #: Curvatures within the error bars at which `exponent_bounds` looks.
 _POINTS = 17
@@ -105,16 +104,27 @@ def window_exponent(maps: Sequence[Tensor], *, rest: bool = False) -> float:
     """
     if not len(maps):
         raise ValueError("no step was given: a window needs at least one Jacobian")
-    product, log_scale = torch.eye(len(maps[0]), dtype=torch.float64), 0.0
+    return float(_exponents(list(maps), rest))
+
+
+def _exponents(maps: Sequence[Tensor], rest: bool) -> Tensor:
+    """Return `window_exponent` of each window in a batch: each map is ``(*batch, k, k)``."""
+    product = torch.eye(maps[0].shape[-1], dtype=torch.float64).expand(maps[0].shape)
+    scale = decay = torch.zeros(product.shape[:-2], dtype=torch.float64)
     for step in maps:
-        product, log = rescale(step @ product)
-        log_scale += log
-    if not rest or not bool(torch.isfinite(product).all()):
-        return (float(spectral_radius(product).log()) + log_scale) / len(maps)
-    values = torch.linalg.eigvals(product)
-    decay = math.prod(float(step[-1, -1]) for step in maps) * exp(-log_scale)
-    values[(values - decay).abs().argmin()] = 0.0
-    return (float(values.abs().max().log()) + log_scale) / len(maps)
+        product = step @ product
+        size = product.abs().amax((-2, -1))
+        size = torch.where((size > 0) & size.isfinite(), size, 1.0)
+        product, scale = product / size[..., None, None], scale + size.log()
+    finite = product.isfinite().all((-2, -1))
+    values = torch.linalg.eigvals(torch.where(finite[..., None, None], product, 0.0))
+    if rest:
+        logs = torch.stack([step[..., -1, -1].to(values.dtype).log() for step in maps]).sum(0)
+        decay = (logs - scale).exp()
+        nearest = (values - decay[..., None]).abs().argmin(-1, keepdim=True)
+        values = values.scatter(-1, nearest, 0.0)
+    radius = torch.where(finite, values.abs().amax(-1), torch.nan)
+    return (radius.log() + scale) / len(maps)
 
 
 def exponent_bounds(
@@ -145,11 +155,11 @@ def exponent_bounds(
     """
     if math.isnan(below + above):
         return math.nan, math.nan
-    shifts = torch.linspace(-below, min(above, 1e30), _POINTS, dtype=torch.float64).tolist()
-    exponents = [window_exponent([P + d * C for P, C in zip(maps, curvatures)], rest=rest) for d in shifts]
-    ends = [[float(P + d * C) for d in (shifts[0], shifts[-1])] for P, C in zip(maps, curvatures) if P.numel() == 1]
-    lowest = -math.inf if any(a * b <= 0 for a, b in ends) else min(exponents)
-    return lowest, max(exponents)
+    shifts = torch.linspace(-below, min(above, 1e30), _POINTS, dtype=torch.float64)[:, None, None]
+    windows = [P + shifts * C for P, C in zip(maps, curvatures)]
+    exponents = _exponents(windows, rest)
+    changes_sign = any(step[0].numel() == 1 and bool(step[0] * step[-1] <= 0) for step in windows)
+    return -math.inf if changes_sign else float(exponents.min()), float(exponents.max())
 
 
 def sharp_mode_exponent(

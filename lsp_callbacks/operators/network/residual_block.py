@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from lsp_callbacks.autograd.double_backward import agrees, double_backward, jaco
 from lsp_callbacks.autograd.graph import Graph, inputs_of, leaf_of, read, walk
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, identity_like
+from lsp_callbacks.linalg.operator import Product
 from lsp_callbacks.step.module_modes import evaluating
 from lsp_callbacks.step.replay_checks import Call
 
@@ -30,7 +31,8 @@ class Block:
     """A residual block ``F`` at its captured input, and the Jacobian of ``hg = F - id`` there, per sample.
 
     Attributes:
-        jacobian: ``hG``, a batch of ``(d, d)`` operators, one for each sample.
+        jacobian: ``hG``, a batch of ``(d, d)`` operators, one for each sample; with two copies ``(2, samples)`` of
+            them, the same matrices twice.
         skip: whether the input reaches the output by additions alone (up to a final activation or norm).
         samples: how many samples were used.
         graph: properties of the block's autograd graph.
@@ -54,7 +56,7 @@ class Block:
             raise once_differentiable(self.graph, f"block {name!r}", "leave residual_cfl out")
 
 
-def residual_block(module: nn.Module, call: Call, *, samples: int) -> Block:
+def residual_block(module: nn.Module, call: Call, *, samples: int, twice: bool = False) -> Block:
     """Linearise a shape-preserving block ``F = id + hg`` at the arguments of a call.
 
     The block runs in eval mode (BatchNorm by its running statistics, no dropout), so that samples do not mix and
@@ -64,6 +66,7 @@ def residual_block(module: nn.Module, call: Call, *, samples: int) -> Block:
         module: the block.
         call: its captured call; the first floating-point tensor is its input.
         samples: how many samples of the batch to use, or more where its arguments cannot be cut.
+        twice: run each sample twice, so that one product serves two iterations; not where arguments cannot be cut.
 
     Returns:
         The block with its Jacobian.
@@ -79,7 +82,8 @@ def residual_block(module: nn.Module, call: Call, *, samples: int) -> Block:
     size = (call.input_shape or (0,) * (axis + 1))[axis] if call.input_shape else 0
     # If a mask is as long as the batch is large, the axis to cut is ambiguous: keep all samples.
     tensors = [v for v in tree_leaves((call.args, call.kwargs)) if isinstance(v, Tensor)]
-    taken = size if any(tuple(v.shape) == (size, size) for v in tensors[1:]) else min(samples, size)
+    ambiguous = any(tuple(v.shape) == (size, size) for v in tensors[1:])
+    taken, copies = (size, 1) if ambiguous else (min(samples, size), 1 + twice)
 
     def sample(value: Any) -> Any:
         if _is_cache(value):  # it holds this very call already
@@ -88,7 +92,7 @@ def residual_block(module: nn.Module, call: Call, *, samples: int) -> Block:
             return value
         along = axis if value.ndim > axis and value.shape[axis] == size else 0
         if value.ndim and value.shape[along] == size:
-            value = value.narrow(along, 0, taken)
+            value = torch.cat([value.narrow(along, 0, taken)] * copies, along)
         if value.is_floating_point() and dtype is not None:  # autocast had rounded it, and is off here
             value = value.to(dtype)
         if value.is_floating_point() and not leaves:
@@ -112,7 +116,20 @@ def residual_block(module: nn.Module, call: Call, *, samples: int) -> Block:
         if not y.requires_grad:
             raise Unmeasurable("it cannot be differentiated: its forward runs without gradients")
         whole = jacobian(y, x, axes=(axis, axis))
-    return Block(whole + -1.0 * identity_like(whole), has_skip_path(y, x), taken, read(y))
+    branch = whole + -1.0 * identity_like(whole)
+    if copies == 2:
+        branch = _paired(branch, taken)
+    return Block(branch, has_skip_path(y, x), taken, read(y))
+
+
+def _paired(operator: LinearOperator, samples: int) -> LinearOperator:
+    """Return the operator of a batch that holds each sample twice with the batch axes ``(2, samples)``."""
+
+    def over(product: Product) -> Product:
+        return lambda v: product(v.reshape(2 * samples, -1)).view(2, samples, -1)
+
+    assert operator.adjoint is not None
+    return replace(operator, apply=over(operator.apply), adjoint=over(operator.adjoint), batch=(2, samples))
 
 
 def has_skip_path(output: Tensor, leaf: Tensor) -> bool:

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduced_modes
-from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tangent_kernel
-from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule, probe_squares
+from lsp_callbacks.operators.sgd.gram_matrix import POSITIONS, TangentKernel, tangent_kernel
+from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule, probe_squares, remembered_rule
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
     FrozenRule,
     coupled_decay,
     frozen_rule,
     require_gradient,
 )
+from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Eigenvalues of a float32 Gram matrix below this share of the largest are rounding errors.
@@ -52,11 +53,15 @@ class FrozenSGD:
 
 def frozen_sgd(
     snapshot: Snapshot,
+    probes: ProbeSet | None = None,
     *,
     outputs: Literal["top", "all"] = "top",
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
     most_rows: int = 10**6,
+    positions: int = POSITIONS,
+    checked: TangentKernel | None = None,
+    squares: Literal["probes", "batch"] = "probes",
 ) -> FrozenSGD:
     """Linearise a training step on ``range(J^T)``: exact at interpolation, a Gauss-Newton statement elsewhere.
 
@@ -72,11 +77,14 @@ def frozen_sgd(
     those of whole batches, ``probes.batches``, and steps draw whole batches, see `sgd_exponent`.
 
     Args:
-        snapshot: a step with its optimizer and ``probes``.
+        snapshot: a step with its optimizer.
+        probes: the samples; None takes those of the snapshot.
         outputs: rows of K, see `lsp_callbacks.operators.sgd.gram_matrix`.
         generator: for the random choices; None draws from the snapshot's.
         start: an earlier ``kernel.mode``.
-        most_rows: see `lsp_callbacks.operators.sgd.gram_matrix`.
+        most_rows, positions, checked: see `lsp_callbacks.operators.sgd.gram_matrix`.
+        squares: of which samples the mean square of the coming gradients is taken for a preconditioner: of these, or
+            of the step's batch while the optimizer has seen few (`remembered_rule`).
 
     Raises:
         Unmeasurable: no probes, an optimizer that is not supported, or a criterion without a Gauss-Newton matrix.
@@ -84,17 +92,23 @@ def frozen_sgd(
     Cost: one forward and two backward passes over the probes, with a preconditioner one and three more; under BatchNorm
     a backward pass over its batch for each.
     """
-    if snapshot.probes is None:
+    given = snapshot.probes if probes is None else probes
+    if given is None:
         raise Unmeasurable("the snapshot has no probes: pass Snapshot(probes=ProbeSet(...))")
-    probes = snapshot.probes.trained
+    probes = given.trained
     rule = critical_rule(snapshot)
     require_gradient(snapshot)
     generator = generator or snapshot.generator("probes")
     if rule.frozen:
-        rule = coming_rule(snapshot, squares=probe_squares(probes, snapshot.generator("signs")))
+        rule = (
+            coming_rule(snapshot, squares=probe_squares(probes, snapshot.generator("signs")))
+            if squares == "probes"
+            else remembered_rule(snapshot)
+        )
     kernel = tangent_kernel(
-        probes, outputs=outputs, scale=rule.scale, generator=generator, start=start, most_rows=most_rows
-    )
+        probes, outputs=outputs, scale=rule.scale, generator=generator, start=start, most_rows=most_rows,
+        positions=positions, checked=checked,
+    )  # fmt: skip
     trace = sum(kernel.traces.values()) or 1.0
 
     def mean(decay: Mapping[str, float | Tensor]) -> float:
@@ -106,7 +120,7 @@ def frozen_sgd(
             kernel.gram,
             kernel.rows,
             tol=None if double else ROUNDING,
-            together=probes.together if probes.batches else 1,
+            together=probes.together if len(probes.batches) > 1 else 1,
         ),
         rule=UpdateRule(
             momentum=rule.momentum,

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.operators.sgd.collapsed_outputs import FirstInputs, SameOutputs
 from lsp_callbacks.operators.sgd.output_directions import OutputDirections
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram
+from lsp_callbacks.operators.sgd.per_sample_gradients import RowSeed, whole_seeds
 from lsp_callbacks.operators.sgd.rows_by_backward import TiedRows, add_rows
 from lsp_callbacks.step.criterion import HOW
 from lsp_callbacks.step.probe_set import ProbeSet
@@ -65,6 +67,7 @@ def tangent_kernel(
     memory: int = HELD,
     start: Tensor | None = None,
     most_rows: int = 10**6,
+    checked: TangentKernel | None = None,
 ) -> TangentKernel:
     """Return ``K_ij = z_i D z_j^T``, ``z_i = R_i^T J_i``; ``R_i R_i^T = S_i`` is the output Hessian of sample i's loss.
 
@@ -91,13 +94,15 @@ def tangent_kernel(
         memory: bound on the numbers held at once in a layer's per-sample gradients.
         start: an earlier ``mode``.
         most_rows: form single rows of Z only where there are at most so many.
+        checked: an earlier kernel of the same network, whose shares were checked: these are computed in the same ways,
+            and not checked again.
 
     Raises:
         Unmeasurable: the criterion is not convex in the outputs, or flat.
         Unsupported: more rows would have to be formed than ``most_rows``.
 
-    Cost: one forward and ``R + 1`` backward passes over the probes, of tied ones ``N R`` over a part; ``n^2`` memory
-    for K beside the activations.
+    Cost: one forward pass over the probes and R backward passes to the outputs of layers; the check a whole backward
+    pass; of tied ones ``N R`` over a part; ``n^2`` memory for K beside the activations.
     Source: Chemnitz & Engel 2025, (2.18).
     """
     generator = generator or torch.Generator().manual_seed(0)
@@ -105,92 +110,77 @@ def tangent_kernel(
     scale = dict.fromkeys(parameters, 1.0) | dict(scale or {})
     if probes.tied:  # a pass for each row
         positions = max(1, min(positions, most_rows // probes.samples))
-    directions = OutputDirections(probes, scale, outputs, positions, generator, start)
+    directions = OutputDirections(
+        probes, scale, outputs, positions, generator, start, checks=checked is None or "rows" in checked.path.values()
+    )
     grams = {name: ParameterGram() for name in parameters}
-    backward = {name: torch.zeros_like(p) for name, p in parameters.items()}
     roots = {name: torch.as_tensor(scale[name]).to(p) ** 0.5 for name, p in parameters.items()}
-    weights_by_part: list[Tensor] = []
+    check = _Check(parameters, roots, generator) if checked is None else None
     tied: TiedRows | None = None
-    loss, same_outputs = 0.0, SameOutputs(probes.samples)
+    loss, count, same_outputs = 0.0, 0, SameOutputs(probes.samples)
     for index in range(len(probes.parts)):
         with FirstInputs(probes.module) as first:
-            evaluation, recorder, cotangents = directions.evaluate(index)
+            evaluation, recorder, seeds = directions.evaluate(index)
         samples = len(evaluation.outputs)
         same_outputs.add(evaluation, first.tensors)
         loss += float(evaluation.criterion(evaluation.outputs.detach())) * samples / probes.samples
         if not math.isfinite(loss):
             raise Unmeasurable("the loss of the probes is not finite: the weights or the outputs have overflowed")
-        c = torch.randn(samples, len(cotangents), generator=generator).to(evaluation.outputs)
-        weights_by_part.append(c.reshape(-1))
+        count += samples * len(seeds)
         if recorder is None:
-            tied = tied or TiedRows(roots, parameters, _affordable(probes.samples * len(cotangents), most_rows), memory)
-            tied.add(evaluation.outputs, cotangents)
+            tied = tied or TiedRows(roots, parameters, _affordable(probes.samples * len(seeds), most_rows), memory)
+            tied.add(evaluation.outputs, seeds)
         else:
-            for name, part in recorder.parts(evaluation.outputs, cotangents, samples).items():
+            for name, part in recorder.parts(evaluation.outputs, seeds, samples, keep=check is not None).items():
                 grams[name].parts.append(part)
-        total = torch.stack([w * c[:, r, None, None] for r, w in enumerate(cotangents)]).sum(0)
-        whole = torch.autograd.grad(evaluation.outputs, list(parameters.values()), total, allow_unused=True)
-        if all(g is None for g in whole):  # a copy of them, made inside a custom function
-            raise Unsupported(f"the outputs that the criterion takes do not reach the parameters: {HOW}")
-        for name, g in zip(parameters, whole):
-            if g is not None:
-                backward[name] += g.to_dense()
-    weights = torch.cat(weights_by_part)
-    weights = weights if weights.element_size() > 2 else weights.float()
-    gram = torch.zeros(len(weights), len(weights), dtype=torch.float64, device=weights.device)
-    expected = {
-        name: float(torch.linalg.vector_norm(roots[name] * g, dtype=torch.float64)) ** 2 for name, g in backward.items()
-    }
+        if check is not None:
+            check.add(evaluation.outputs, seeds)
     if tied is None:
         complete = {name: part for name, part in grams.items() if len(part.parts) == len(probes.parts)}
-        shares = {name: part.gram(roots[name], memory) for name, part in complete.items()}
+        shares = {name: part.gram(roots[name], memory, parameters[name].numel()) for name, part in complete.items()}
         path = {name: grams[name].path for name in grams}
     else:
         shares, path = tied.grams(), dict.fromkeys(grams, "sketched rows" if tied.defect else "rows")
-
-    # Some gradients are zero but for rounding: the bias of attention's keys. That of a bias ahead of BatchNorm, which
-    # Adam's preconditioner magnifies, is a difference of large numbers.
-    precision = tolerance(next(iter(backward.values())).dtype)
-    rounding = (precision**2 if tied is None else precision) * sum(expected.values())
-
-    def wrong(name: str) -> float:
-        if name not in shares:  # never reached, or not through a layer
-            return float("inf") if expected[name] else 0.0
-        return _difference(shares[name], weights, expected[name], rounding)
-
-    allowed = 10 * tied.defect if tied is not None else 0.0
-    unexplained = [name for name, g in backward.items() if not wrong(name) <= max(tolerance(g.dtype), allowed)]
+    if check is None:
+        assert checked is not None
+        unexplained = [name for name in parameters if tied is None and checked.path.get(name) == "rows"]
+    else:
+        if tied is None:
+            check.plain = {
+                name: complete[name].gram(roots[name].new_ones(()), memory, parameters[name].numel())
+                for name in complete
+                if roots[name].ndim
+            }
+        unexplained = check.unexplained(shares, tied)
     if unexplained and tied is not None:
         raise Unmeasurable(f"the per-sample gradients of {unexplained[0]} do not add up to its gradient")
-    if unexplained and len(weights) > most_rows:
+    if unexplained and count > most_rows:
         raise Unsupported(
             f"some weights ({', '.join(unexplained[:3])}) are used outside of their own layer, and their per-sample "
-            f"gradients would take {len(weights)} backward passes: allow them with "
-            f"SGDStability(most_rows={len(weights)})"
+            f"gradients would take {count} backward passes: allow them with most_rows={count}"
         )
     rows_of = {name: ParameterGram() for name in unexplained}
     for index in range(len(probes.parts)) if unexplained else ():
-        evaluation, _, cotangents = directions.evaluate(index)
-        add_rows(rows_of, evaluation.outputs, parameters, cotangents)
+        evaluation, _, seeds = directions.evaluate(index)
+        add_rows(rows_of, evaluation.outputs, parameters, seeds)
     for name, rowwise in rows_of.items():
-        shares[name], path[name] = rowwise.gram(roots[name], memory), "rows"
-        if not math.isfinite(expected[name]) or not bool(shares[name].isfinite().all()):
-            raise Unmeasurable(f"the per-sample gradients of {name} leave the range of {backward[name].dtype}")
-        if not wrong(name) <= tolerance(backward[name].dtype):
-            raise Unmeasurable(
-                f"the per-sample gradients of {name} do not add up to its gradient: the forward pass is random"
-            )
-    defect = max(map(wrong, backward), default=0.0)
-    traces = dict.fromkeys(backward, 0.0)
+        shares[name], path[name] = rowwise.gram(roots[name], memory, parameters[name].numel()), "rows"
+        if check is not None:
+            if check.plain.pop(name, None) is not None:
+                check.forget()
+            check.require(name, shares[name])
+    device = next(iter(parameters.values())).device
+    gram = torch.zeros(count, count, dtype=torch.float64, device=device)
+    traces = dict.fromkeys(parameters, 0.0)
     for name, share in shares.items():
         gram += share
         traces[name] = float(share.trace())
     gram = (gram + gram.T).mul_(0.5).cpu()
-    rows = len(gram) // probes.samples
-    passes = len(weights) if unexplained or tied is not None else 0
     return TangentKernel(
-        gram, rows, path, traces, defect, loss, directions.description, directions.mode, passes,
-        same_outputs.share(gram, precision),
+        gram, len(gram) // probes.samples, path, traces,
+        checked.defect if check is None and checked is not None else check.defect(shares) if check else 0.0,
+        loss, directions.description, directions.mode, count if unexplained or tied is not None else 0,
+        same_outputs.share(gram, tolerance(next(iter(parameters.values())).dtype)),
     )  # fmt: skip
 
 
@@ -203,11 +193,81 @@ def _affordable(rows: int, most: int) -> int:
     return rows
 
 
-def _difference(share: Tensor, c: Tensor, expected: float, rounding: float) -> float:
-    """Return the error of ``c^T K c``, relative to its value, to its mean over c (the trace), or to rounding."""
-    scale = max(expected, float(share.trace()), rounding)
-    c = c.double()
-    return abs(float(c @ (share.double() @ c)) - expected) / scale if scale else 0.0
+class _Check:
+    """Compares the shares of K with plain backward passes: ``c^T K c = ||J^T c||^2`` for random c."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], roots: dict[str, Tensor], generator: torch.Generator):
+        self._parameters, self._roots, self._generator = parameters, roots, generator
+        self._weights: list[Tensor] = []
+        #: Shares without a preconditioner, of which K is that of a sample of the weights, see `weighted_gram`.
+        self.plain: dict[str, Tensor] = {}
+        self._backward = {name: torch.zeros_like(p) for name, p in parameters.items()}
+
+    def add(self, outputs: Tensor, seeds: list[RowSeed]) -> None:
+        """Add a part of the samples. Cost: a backward pass, with gradients of the weights."""
+        c = torch.randn(len(outputs), len(seeds), generator=self._generator).to(outputs)
+        self._weights.append(c.reshape(-1))
+        total = whole_seeds([seed.scaled(c[:, r]) for r, seed in enumerate(seeds)], outputs)
+        whole = torch.autograd.grad(outputs, list(self._parameters.values()), total, allow_unused=True)
+        if all(g is None for g in whole):  # a copy of them, made inside a custom function
+            raise Unsupported(f"the outputs that the criterion takes do not reach the parameters: {HOW}")
+        for name, g in zip(self._parameters, whole):
+            if g is not None:
+                self._backward[name] += g.to_dense()
+
+    def forget(self) -> None:
+        """Compute anew what is expected."""
+        self.__dict__.pop("_expected", None)
+
+    @cached_property
+    def _expected(self) -> dict[str, float]:
+        return {
+            name: float(
+                torch.linalg.vector_norm(g if name in self.plain else self._roots[name] * g, dtype=torch.float64)
+            )
+            ** 2
+            for name, g in self._backward.items()
+        }
+
+    def _wrong(self, name: str, shares: dict[str, Tensor], rounding: float) -> float:
+        """Return the error of ``c^T K c``, relative to its value, to its mean over c (the trace), or to rounding."""
+        expected = self._expected[name]
+        if name not in shares:  # never reached, or not through a layer
+            return math.inf if expected else 0.0
+        share = self.plain.get(name, shares[name])
+        scale = max(expected, float(share.trace()), rounding)
+        c = torch.cat(self._weights).double()
+        return abs(float(c @ (share.double() @ c)) - expected) / scale if scale else 0.0
+
+    def _rounding(self, *, tied: bool) -> float:
+        # Some gradients are zero but for rounding: the bias of attention's keys. That of a bias ahead of BatchNorm,
+        # which Adam's preconditioner magnifies, is a difference of large numbers.
+        precision = tolerance(next(iter(self._backward.values())).dtype)
+        return (precision if tied else precision**2) * sum(self._expected.values())
+
+    def unexplained(self, shares: dict[str, Tensor], tied: TiedRows | None) -> list[str]:
+        """Return the parameters whose share is not that of their gradient."""
+        self.rounding = self._rounding(tied=tied is not None)
+        allowed = 10 * tied.defect if tied is not None else 0.0
+        return [
+            name
+            for name, g in self._backward.items()
+            if not self._wrong(name, shares, self.rounding) <= max(tolerance(g.dtype), allowed)
+        ]
+
+    def require(self, name: str, share: Tensor) -> None:
+        """Raise an error where the rows of a parameter, formed one by one, do not add up to its gradient."""
+        dtype = self._backward[name].dtype
+        if not math.isfinite(self._expected[name]) or not bool(share.isfinite().all()):
+            raise Unmeasurable(f"the per-sample gradients of {name} leave the range of {dtype}")
+        if not self._wrong(name, {name: share}, self.rounding) <= tolerance(dtype):
+            raise Unmeasurable(
+                f"the per-sample gradients of {name} do not add up to its gradient: the forward pass is random"
+            )
+
+    def defect(self, shares: dict[str, Tensor]) -> float:
+        """Return the largest error over the parameters."""
+        return max((self._wrong(name, shares, self.rounding) for name in self._backward), default=0.0)
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -17,19 +17,56 @@ Gradients = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
+class Outer:
+    """Gradients that are outer products, one for each row of K.
+
+    Attributes:
+        g: ``(N R, o)``.
+        a: ``(N R, i)``.
+        transposed: whether the parameter is ``(i, o)`` instead of ``(o, i)``.
+    """
+
+    g: Tensor
+    a: Tensor
+    transposed: bool = False
+
+    @classmethod
+    def joined(cls, parts: list[Outer]) -> Outer:
+        """Return those of several parts of the samples."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(torch.cat([p.g for p in parts]), torch.cat([p.a for p in parts]), parts[0].transposed)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Gradients that are zero but in the rows of a table that a sample looks up.
+
+    Attributes:
+        index: ``(N, T)``.
+        g: ``(N, R, T, d)``.
+    """
+
+    index: Tensor
+    g: Tensor
+
+
+@dataclass(frozen=True)
 class Use:
     """One use of a parameter by a layer.
 
     Attributes:
         gradients: see `Gradients`.
-        factors: ``g`` of ``(N, R, o)`` and ``a`` of ``(N, i)`` where each gradient is the outer product of the two.
-        transposed: whether the parameter is ``(i, o)`` instead of ``(o, i)``.
+        rows: R.
+        outer: see `Outer`; None where the gradients are none.
+        table: see `Table`; likewise.
         path: "structured", or "layer" where the layer itself was differentiated sample by sample.
     """
 
     gradients: Gradients
-    factors: tuple[Tensor, Tensor] | None = None
-    transposed: bool = False
+    rows: int = 1
+    outer: Outer | None = None
+    table: Table | None = None
     path: str = "structured"
 
 
@@ -44,9 +81,22 @@ def layer_uses(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Use] | None:
         x: its input, ``(N, ...)``.
         g: the gradients at its output, ``(N, R, ...)``.
     """
-    if type(layer).__name__ == "Conv1D" and getattr(layer, "nf", None) is not None:  # transformers, y = x W
-        return _linear(x, g, transposed=True)
-    return None
+    return _linear(x, g, transposed=True) if transposed(layer) else None
+
+
+def has_rule(layer: nn.Module) -> bool:
+    """Return whether `layer_uses` knows this kind of layer."""
+    return layer_uses.dispatch(type(layer)) is not layer_uses.dispatch(object) or transposed(layer)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Return whether a layer is a linear map of the last axis."""
+    return type(layer) is nn.Linear or transposed(layer)
+
+
+def transposed(layer: nn.Module) -> bool:
+    """Return whether a layer is transformers' ``Conv1D``, ``y = x W``."""
+    return type(layer).__name__ == "Conv1D" and getattr(layer, "nf", None) is not None
 
 
 @layer_uses.register
@@ -57,22 +107,37 @@ def _(layer: nn.Linear, x: Tensor, g: Tensor) -> dict[str, Use] | None:
 def _linear(x: Tensor, g: Tensor, *, transposed: bool = False) -> dict[str, Use]:
     a = x.reshape(len(x), -1, x.shape[-1])  # (N, T, i)
     g = g.reshape(*g.shape[:2], -1, g.shape[-1])  # (N, R, T, o)
-    return {"weight": _outer(a, g, transposed=transposed), "bias": _dense(g.sum(2))}
+    return {"weight": _outer(a, g, transposed=transposed), "bias": dense(g.sum(2))}
 
 
 def _outer(a: Tensor, g: Tensor, *, transposed: bool = False) -> Use:
     order = "nrto,nti->nrio" if transposed else "nrto,nti->nroi"
-    single = a.shape[1] == 1
+    rows, outer = g.shape[1], None
+    if a.shape[1] == 1:
+        outer = Outer(g[:, :, 0].flatten(0, 1), a.expand(-1, rows, -1).flatten(0, 1), transposed)
+    return Use(lambda lo, hi: torch.einsum(order, g[lo:hi], a[lo:hi]).flatten(2), rows, outer)
+
+
+def at_positions(a: Tensor, g: Tensor, *, transposed: bool = False) -> Use:
+    """Return the use of a matrix by rows that look at one position each.
+
+    Args:
+        a: the inputs there, ``(N, R, i)``.
+        g: the gradients at the output there, ``(N, R, o)``.
+        transposed: whether the matrix is ``(i, o)``.
+    """
+    order = "nro,nri->nrio" if transposed else "nro,nri->nroi"
     return Use(
         lambda lo, hi: torch.einsum(order, g[lo:hi], a[lo:hi]).flatten(2),
-        factors=(g[:, :, 0], a[:, 0]) if single else None,
-        transposed=transposed,
+        g.shape[1],
+        Outer(g.flatten(0, 1), a.flatten(0, 1), transposed),
     )
 
 
-def _dense(values: Tensor) -> Use:
+def dense(values: Tensor) -> Use:
+    """Return the use whose gradients, ``(N, R, ...)``, are held as they are."""
     flat = values.flatten(2)
-    return Use(lambda lo, hi: flat[lo:hi])
+    return Use(lambda lo, hi: flat[lo:hi], flat.shape[1])
 
 
 @layer_uses.register(nn.Conv1d)
@@ -96,7 +161,7 @@ def _(layer: nn.Conv2d, x: Tensor, g: Tensor) -> dict[str, Use] | None:
     def gradients(lo: int, hi: int) -> Tensor:
         return torch.einsum("nrgol,ngclk->nrgock", split[lo:hi], x[lo:hi]).flatten(2)
 
-    return {"weight": Use(gradients), "bias": _dense(g.flatten(3).sum(-1))}
+    return {"weight": Use(gradients, g.shape[1]), "bias": dense(g.flatten(3).sum(-1))}
 
 
 @layer_uses.register
@@ -114,7 +179,7 @@ def _(layer: nn.Embedding, x: Tensor, g: Tensor) -> dict[str, Use] | None:
         place = index[lo:hi, None, :, None].expand(n, rows, -1, width)
         return table.scatter_add_(2, place, g[lo:hi]).flatten(2)
 
-    return {"weight": Use(gradients)}
+    return {"weight": Use(gradients, g.shape[1], table=Table(index, g))}
 
 
 @layer_uses.register
@@ -146,10 +211,10 @@ def _affine(normalised: Tensor, g: Tensor, dims: int) -> dict[str, Use]:
     product, shift = (
         t.reshape(*g.shape[:2], -1, *g.shape[g.ndim - dims :]).sum(2) for t in (g * normalised[:, None], g)
     )
-    return {"weight": _dense(product), "bias": _dense(shift)}
+    return {"weight": dense(product), "bias": dense(shift)}
 
 
 def _channels(normalised: Tensor, g: Tensor) -> dict[str, Use]:
     """Return the uses of scale and shift that act on axis 1."""
     product, shift = (t.reshape(*g.shape[:3], -1).sum(-1) for t in (g * normalised[:, None], g))
-    return {"weight": _dense(product), "bias": _dense(shift)}
+    return {"weight": dense(product), "bias": dense(shift)}

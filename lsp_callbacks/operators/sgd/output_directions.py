@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.linalg import power_iteration, unit
-from lsp_callbacks.operators.sgd.output_hessian import Product, all_pairs, blocks, output_hessian, root
-from lsp_callbacks.operators.sgd.per_sample_gradients import Recorder
+from lsp_callbacks.linalg import unit
+from lsp_callbacks.operators.sgd.output_hessian import OutputCurvature, all_pairs, output_curvature, root
+from lsp_callbacks.operators.sgd.per_sample_gradients import Recorder, RowSeed
 from lsp_callbacks.operators.sgd.sharpest_mode import sharpest_mode
 from lsp_callbacks.step.criterion import Evaluation
 from lsp_callbacks.step.probe_set import ProbeSet
@@ -30,6 +30,7 @@ class OutputDirections:
         positions: how many of a sample's positions to look at.
         generator: of positions and starts.
         mode: an earlier sharpest mode.
+        checks: whether a pass with copies of shared parameters is compared with one without.
 
     Attributes:
         description: in words, which outputs the rows stand for.
@@ -44,23 +45,24 @@ class OutputDirections:
         positions: int,
         generator: torch.Generator,
         mode: Tensor | None = None,
+        checks: bool = True,
     ):
-        self.mode = mode
+        self.mode, self._checks = mode, checks
         self.probes, self.scale, self.which, self.generator = probes, scale, which, generator
         self.description = ""
         self._count = positions
         self._chosen: Tensor | None = None
         self._moves: list[Tensor] | None = None
-        self._cotangents: dict[int, list[Tensor]] = {}
+        self._seeds: dict[int, list[RowSeed]] = {}
         self._spread = True
 
-    def evaluate(self, index: int) -> tuple[Evaluation, Recorder | None, list[Tensor]]:
-        """Return a forward pass over a part, what it recorded (None if samples are tied), and the cotangents."""
-        with double_backward(self.probes.module):
+    def evaluate(self, index: int) -> tuple[Evaluation, Recorder | None, list[RowSeed]]:
+        """Return a forward pass over a part, what it recorded (None if samples are tied), and the seeds of the rows."""
+        with _eagerly(self.probes.module):
             evaluation, recorder = self._record(index)
-            if index not in self._cotangents:  # the same ones each time: they are drawn and rounded
-                self._cotangents[index] = self._choose(evaluation, index)
-            return evaluation, recorder, self._cotangents[index]
+            if index not in self._seeds:  # the same ones each time: they are drawn and rounded
+                self._seeds[index] = self._choose(evaluation, index)
+            return evaluation, recorder, self._seeds[index]
 
     def _record(self, index: int) -> tuple[Evaluation, Recorder | None]:
         probes = self.probes
@@ -68,9 +70,11 @@ class OutputDirections:
             return probes.parts[index](), None
         if self._spread and len(probes.parts) == 1:
             try:
-                with Recorder(probes.module, probes.parameters, spread=probes.samples) as recorder:
+                with Recorder(probes.module, probes.parameters, samples=probes.samples) as recorder:
                     evaluation = probes.parts[index]()
-                if not recorder.spread or _nearly_equal(evaluation.outputs, probes.parts[index]().outputs):
+                if not (self._checks and recorder.spread) or _nearly_equal(
+                    evaluation.outputs, probes.parts[index]().outputs
+                ):
                     return evaluation, recorder
             except (RuntimeError, ValueError, IndexError):  # a shared embedding that cannot be given to each sample
                 pass
@@ -78,13 +82,13 @@ class OutputDirections:
         with Recorder(probes.module, probes.parameters) as recorder:
             return probes.parts[index](), recorder
 
-    def _choose(self, evaluation: Evaluation, index: int) -> list[Tensor]:
+    def _choose(self, evaluation: Evaluation, index: int) -> list[RowSeed]:
         shape = evaluation.outputs.shape
         if self.which == "loss":
             self.description = "the loss of each sample"
             f = evaluation.outputs.detach().requires_grad_()
             with torch.enable_grad():
-                return list(torch.autograd.grad(len(f) * evaluation.criterion(f), f))
+                return [RowSeed(torch.autograd.grad(len(f) * evaluation.criterion(f), f)[0])]
         if self._chosen is None:
             order = torch.randperm(shape[1], generator=self.generator)
             self._chosen = order[: self._count].sort().values
@@ -92,43 +96,66 @@ class OutputDirections:
             self.description = ("the only output" if shape[2] == 1 else f"{self.which} of {shape[2]} outputs") + where
         if shape[1] <= int(self._chosen.max()):
             raise Unmeasurable("samples have different numbers of positions: pad the batches to one length")
-        curvature = output_hessian(evaluation)
+        curvature = output_curvature(evaluation, self._chosen)
+        here = evaluation.outputs.detach()[:, self._chosen]
         if self.which == "all" or shape[2] == 1:
-            pairs = all_pairs(curvature, evaluation.outputs)
+            pairs = all_pairs(curvature.matrices(here.shape).to(here))
         else:
-            pairs = [self._top(curvature, evaluation, index)]
+            pairs = [self._top(curvature, here, index)]
         weight = (shape[1] / len(self._chosen)) ** 0.5
-        cotangents = []
-        for pair in pairs:
-            for position in self._chosen.tolist():
-                cotangent = torch.zeros_like(pair)
-                cotangent[:, position] = weight * pair[:, position]
-                cotangents.append(cotangent)
-        return cotangents
+        chosen = self._chosen.tolist()
+        return [RowSeed(weight * pair[:, k], position) for pair in pairs for k, position in enumerate(chosen)]
 
-    def _top(self, curvature: Product, evaluation: Evaluation, index: int) -> Tensor:
+    def _top(self, curvature: OutputCurvature, here: Tensor, index: int) -> Tensor:
         """Return ``sqrt(s) u`` of the top eigenpair at each position, by power iteration."""
-        outputs, matrices = evaluation.outputs, None
-        if outputs.shape[-1] <= POWER:  # the matrix itself costs less than its power
-            matrices = blocks(curvature, outputs)
-            curvature = lambda v: (matrices @ v[..., None])[..., 0]  # noqa: E731
+        product, matrices = curvature.product, None
+        if here.shape[-1] <= POWER:  # the matrix itself costs less than its power
+            matrices = curvature.matrices(here.shape).to(here)
+            product = lambda v: (matrices @ v[..., None])[..., 0]  # noqa: E731
         # One start for all: where the eigenvalue is nearly degenerate, samples keep what they have in common.
-        start = torch.randn(outputs.shape[-1], generator=self.generator).to(outputs).expand_as(outputs)
-        image = curvature(unit(start))
-        value = (image * unit(start)).sum(-1, keepdim=True)
-        if bool(((image - value * unit(start)).norm(dim=-1) <= 1e-4 * image.norm(dim=-1)).all()):
+        start = torch.randn(here.shape[-1], generator=torch.Generator().manual_seed(0)).to(here).expand_as(here)
+        image = product(unit(start))
+        if curvature.is_multiple or _is_eigenvector(unit(start), image):
             # Any direction is an eigenvector: take the one in which the sharpest mode moves this sample.
             if self._moves is None:
                 self._moves, self.mode = sharpest_mode(self.probes, self.scale, self.mode, self.generator)
             self.description = self.description.replace("top", "sharpest mode", 1)
-            start, image = self._moves[index], curvature(unit(self._moves[index]))
+            start = self._moves[index][:, self._chosen]
+            image = product(unit(start))
         if matrices is not None:
-            start, image = power_iteration(matrices, image, POWER)
+            start, image = _squared(matrices, image)
         else:
             for _ in range(POWER):
-                start, image = image, curvature(unit(image))
+                start, image = image, product(unit(image))
         u = unit(start)
         return u * root((image * u).sum(-1, keepdim=True), image)
+
+
+def _squared(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``A^32 v`` of each matrix A, and A times the unit vector in its direction."""
+    power = matrices
+    for _ in range(5):
+        size = power.abs().amax((-1, -2), keepdim=True)
+        power = power / torch.where(size > 0, size, 1.0)
+        power = power @ power
+    vector = (power @ start[..., None])[..., 0]
+    return vector, (matrices @ unit(vector)[..., None])[..., 0]
+
+
+def _is_eigenvector(v: Tensor, image: Tensor) -> bool:
+    value = (image * v).sum(-1, keepdim=True)
+    return bool(((image - value * v).norm(dim=-1) <= 1e-4 * image.norm(dim=-1)).all())
+
+
+@contextlib.contextmanager
+def _eagerly(module: nn.Module) -> Iterator[None]:
+    """Call hooks, which compiled code does not, and choose kernels of recurrence that have a backward pass."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(isinstance(m, nn.RNNBase) for m in module.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
 
 
 def _nearly_equal(a: Tensor, b: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,18 +42,100 @@ def output_hessian(evaluation: Evaluation) -> Product:
     return product
 
 
+@dataclass(frozen=True)
+class OutputCurvature:
+    """The output Hessians of all samples at some positions.
+
+    Attributes:
+        product: ``v -> S v``, ``(N, k, C)``.
+        weights: ``w`` where ``S = w (diag(p) - p p^T)``, ``p`` the softmax of the outputs, or ``S = w``; ``(N, k)``.
+        p: ``(N, k, C)``; None where S is no such matrix.
+    """
+
+    product: Product
+    weights: Tensor | None = None
+    p: Tensor | None = None
+
+    @property
+    def is_multiple(self) -> bool:
+        """Whether each S is a multiple of the identity."""
+        return self.weights is not None and self.p is None
+
+    def matrices(self, shape: torch.Size) -> Tensor:
+        """Return S of each sample and position, ``(N, k, C, C)``."""
+        if self.weights is None:
+            return blocks(self.product, torch.empty(shape, dtype=torch.float64))
+        eye = torch.eye(shape[-1]).to(self.weights)
+        inner = eye if self.p is None else torch.diag_embed(self.p) - self.p[..., None] * self.p[..., None, :]
+        return self.weights[..., None, None] * inner
+
+
+def output_curvature(evaluation: Evaluation, positions: Tensor) -> OutputCurvature:
+    """Return the output Hessians at some positions, in closed form for cross-entropy and squares.
+
+    Which criterion it is, and with which weights (of ignored labels, of padding), is read off one product with a random
+    vector: where ``S v`` is ``w (p v - p <p, v>)`` or ``w v`` for it, S is that matrix. No further product is then a
+    backward pass through the criterion.
+
+    Args:
+        evaluation: outputs of N samples, with the criterion.
+        positions: k of them.
+
+    Raises:
+        Unmeasurable: see `output_hessian`.
+    """
+    whole, f = output_hessian(evaluation), evaluation.outputs.detach()
+    everywhere = len(positions) == f.shape[1]
+
+    def product(v: Tensor) -> Tensor:
+        if everywhere:
+            return whole(v)
+        embedded = torch.zeros_like(f)
+        embedded[:, positions] = v.to(f)
+        return whole(embedded)[:, positions]
+
+    here = f if everywhere else f[:, positions]
+    v = torch.randn(here.shape, generator=torch.Generator().manual_seed(1)).to(here)
+    image = product(v)
+    p = here.softmax(-1)
+    if (weights := _multiple(image, v)) is not None:
+        w = weights[..., None]
+        return OutputCurvature(lambda u: w * u, weights)
+
+    def centred(u: Tensor) -> Tensor:
+        return p * u - p * (p * u).sum(-1, keepdim=True)
+
+    if (of_softmax := _multiple(image, centred(v))) is not None:
+        scale = of_softmax[..., None]
+        return OutputCurvature(lambda u: scale * centred(u), of_softmax, p)
+    return OutputCurvature(product)
+
+
+def _multiple(image: Tensor, like: Tensor) -> Tensor | None:
+    """Return the factors by which ``image`` is a multiple of ``like`` at each position; None where it is none."""
+    inner, size = (image * like).sum(-1), like.square().sum(-1)
+    clear = size > 1e-6 * size.max()
+    weights = torch.where(clear, inner / torch.where(clear, size, 1.0), 0.0)
+    if not bool(clear.all()):  # a saturated output: rounding would be its factor
+        some = weights[clear & (weights != 0)]
+        typical = some.median() if len(some) else weights.sum()
+        weights = torch.where(~clear & (image != 0).any(-1), typical, weights)
+    error = (image - weights[..., None] * like).abs().amax()
+    tolerance = 1e-9 if image.dtype == torch.float64 else 1e-4 if image.dtype == torch.float32 else 2e-2
+    return weights if bool(error <= tolerance * image.abs().amax()) else None
+
+
 def blocks(curvature: Product, outputs: Tensor) -> Tensor:
     """Return S of each sample and position as a matrix, ``(..., classes, classes)``."""
     return torch.stack([curvature(e.expand_as(outputs)) for e in torch.eye(outputs.shape[-1]).to(outputs)], dim=-1)
 
 
-def all_pairs(curvature: Product, outputs: Tensor) -> list[Tensor]:
+def all_pairs(matrices: Tensor) -> list[Tensor]:
     """Return ``sqrt(s_k) u_k`` for every eigenpair k: the columns of ``S^(1/2)`` at each position.
 
     Raises:
         Unmeasurable: if an eigenvalue is negative.
     """
-    matrices = blocks(curvature, outputs)
     wide = matrices if matrices.element_size() > 2 else matrices.float()
     values, vectors = torch.linalg.eigh((wide + wide.mT) / 2)
     return list((vectors * root(values, values)[..., None, :]).to(matrices).unbind(-1))

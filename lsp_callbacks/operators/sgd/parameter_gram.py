@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lsp_callbacks.operators.sgd.layer_rules import Use
-
-#: How many numbers at a time stay in the processor's cache.
-BLOCK = 2**19
+from lsp_callbacks.operators.sgd.layer_rules import Outer, Table, Use
+from lsp_callbacks.operators.sgd.sampled_weights import weighted_gram
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,8 @@ class Part:
 
     def gradients(self, lo: int, hi: int) -> Tensor:
         """Return the gradients of samples lo to hi, ``(hi - lo, R, P)``."""
-        return torch.stack([use.gradients(lo, hi) for use in self.uses]).sum(0)
+        first, *others = (use.gradients(lo, hi) for use in self.uses)
+        return sum(others, first)
 
 
 @dataclass(frozen=True)
@@ -42,30 +41,38 @@ class ParameterGram:
         """Return how the gradients are computed: "structured", "layer" or "rows"."""
         return max((use.path for part in self.parts for use in part.uses), key=len, default="structured")
 
-    def gram(self, root: Tensor, memory: int) -> Tensor:
+    def gram(self, root: Tensor, memory: int, entries: int) -> Tensor:
         """Return ``(N R, N R)``, sample by sample, of the gradients times a factor.
 
         Args:
             root: the factor, a scalar or of the parameter's shape.
             memory: bound on the numbers held at once.
+            entries: of the parameter.
         """
-        factors = [part.uses[0].factors for part in self.parts if len(part.uses) == 1]
-        if len(factors) == len(self.parts) and all(factors):
-            g, a = (wide(torch.cat([pair[k] for pair in factors if pair])) for k in (0, 1))
-            if root.ndim:
-                return _weighted(g, a, root.T if self.parts[0].uses[0].transposed else root)
-            n, rows, _ = g.shape
-            flat = (root * g).flatten(0, 1)
-            share = flat @ flat.T
-            return share.view(n, rows, n, rows).mul_((a @ a.T)[:, None, :, None]).view(n * rows, n * rows)
-        blocks = [(part, lo, hi) for part in self.parts for lo, hi in _ranges(part, memory)]
-        whole = root.reshape(-1) if root.ndim else root
+        if not root.ndim:
+            return self._plain(root.new_ones(()), memory, entries).mul_(wide(root) ** 2)
+        return self._plain(root, memory, entries)
+
+    def _plain(self, root: Tensor, memory: int, entries: int) -> Tensor:
+        outer = [part.uses[0].outer for part in self.parts if len(part.uses) == 1]
+        if len(outer) == len(self.parts) and all(outer):
+            return _outer_gram(Outer.joined([pair for pair in outer if pair]), root)
+        if len(self.parts) == 1 and (split := _tied(self.parts[0].uses)) is not None:
+            return _table_gram(*split, root, memory)
+        return self._dense(root.reshape(-1), memory, entries)
+
+    def _dense(self, root: Tensor, memory: int, entries: int) -> Tensor:
+        blocks = [(part, lo, hi) for part in self.parts for lo, hi in _ranges(part, memory, entries)]
+
+        def rows(part: Part, lo: int, hi: int) -> Tensor:
+            gradients = wide(part.gradients(lo, hi)).flatten(0, 1)
+            return gradients if len(root) == 1 else gradients * root
+
         table: list[list[Tensor]] = [[] for _ in blocks]
-        for i, (part, lo, hi) in enumerate(blocks):
-            first = wide(part.gradients(lo, hi) * whole).flatten(0, 1)
-            for j, (other, start, stop) in enumerate(blocks[: i + 1]):
-                second = first if i == j else wide(other.gradients(start, stop) * whole).flatten(0, 1)
-                table[i].append(first @ second.T)
+        for i, block in enumerate(blocks):
+            first = rows(*block)
+            for j, other in enumerate(blocks[: i + 1]):
+                table[i].append(first @ (first if i == j else rows(*other)).T)
         if len(table) == 1:
             return table[0][0]
         lower = [torch.cat(row, dim=1) for row in table]
@@ -74,19 +81,50 @@ class ParameterGram:
         return square.tril() + square.tril(-1).T
 
 
-def _weighted(g: Tensor, a: Tensor, root: Tensor) -> Tensor:
-    """Return ``sum_o g_io g_jo sum_k root_ok^2 a_ik a_jk``, a few outputs o at a time: no gradient is ever formed."""
-    n, rows, _ = g.shape
-    share = g.new_zeros(n, rows, n, rows)
-    step = max(1, BLOCK // (n * (a.shape[1] + 3 * n)))
-    for some, weights in zip(g.permute(2, 1, 0).split(step), root.to(a).split(step)):
-        weighted = a * weights[:, None]  # (o, n, k)
-        inner = weighted @ weighted.mT
-        for r in range(rows):
-            left = inner * some[:, r, :, None]
-            for s in range(rows):
-                share[:, r, :, s] += (left * some[:, s, None]).sum(0)
-    return share.view(n * rows, n * rows)
+def _outer_gram(pair: Outer, root: Tensor) -> Tensor:
+    """Return ``sum_kl root_kl^2 g_ik g_jk a_il a_jl``."""
+    g, a = wide(pair.g), wide(pair.a)
+    if root.ndim:
+        return weighted_gram(g, a, wide(root.T if pair.transposed else root))
+    return (g @ g.T).mul_(a @ a.T)
+
+
+def _tied(uses: list[Use]) -> tuple[Table, Outer | None] | None:
+    """Return the two uses of a table that is looked up and, tied, multiplied by the last hidden state."""
+    tables, outers = [use.table for use in uses if use.table], [use.outer for use in uses if use.outer]
+    if len(tables) == 1 and len(outers) == len(uses) - 1 <= 1 and not any(outer.transposed for outer in outers):
+        return tables[0], outers[0] if outers else None
+    return None
+
+
+def _table_gram(table: Table, outer: Outer | None, root: Tensor, memory: int) -> Tensor:
+    """Return the Gram matrix of gradients that are zero but in the rows of a table that a sample looks up.
+
+    Only rows that occur are held. Where the table is the matrix of the last layer, too, ``W_v h``, the gradients of
+    that use are outer products, and the two uses of a row meet where the sample's tokens do.
+    """
+    e, index = wide(table.g), table.index  # (N, R, T, d) and (N, T)
+    n, rows, _, width = e.shape
+    tokens, place = index.unique(return_inverse=True)
+    weight = wide(root)[tokens] if root.ndim else None  # (U, d)
+    step = max(1, min(width, memory // (2 * n * rows * len(tokens))))
+    share = e.new_zeros(n * rows, n * rows)
+    for lo in range(0, width, step):
+        some = e[..., lo : lo + step]
+        held = e.new_zeros(n, rows, len(tokens), some.shape[-1])
+        held.scatter_add_(2, place[:, None, :, None].expand(some.shape), some)
+        if weight is not None:
+            held *= weight[:, lo : lo + step]
+        flat = held.flatten(2).flatten(0, 1)
+        share += flat @ flat.T
+    if outer is None:
+        return share
+    g, a = wide(outer.g), wide(outer.a)
+    share += _outer_gram(outer, root)
+    lookups = e.transpose(1, 2) if weight is None else e.transpose(1, 2) * weight[place][:, :, None] ** 2
+    inner = lookups @ a.T  # (N, T, R, M)
+    cross = (inner * g.T[index][:, :, None]).sum(1).flatten(0, 1)
+    return share + cross + cross.T
 
 
 def wide(t: Tensor) -> Tensor:
@@ -94,8 +132,8 @@ def wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def _ranges(part: Part, memory: int) -> Iterator[tuple[int, int]]:
+def _ranges(part: Part, memory: int, entries: int) -> Iterator[tuple[int, int]]:
     """Yield ranges of samples such that two blocks of gradients stay within the memory."""
-    entries = part.gradients(0, 1).numel()
-    step = max(1, memory // (2 * max(entries, 1)))
+    rows = max((use.rows for use in part.uses), default=1)
+    step = max(1, memory // (2 * max(entries * rows, 1)))
     return ((lo, min(lo + step, part.samples)) for lo in range(0, part.samples, step))

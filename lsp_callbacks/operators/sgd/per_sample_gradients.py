@@ -13,8 +13,50 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lsp_callbacks.autograd._torch_internals import tree_flatten, tree_map, tree_unflatten
-from lsp_callbacks.operators.sgd.layer_rules import Gradients, Use, layer_uses
+from lsp_callbacks.operators.sgd.layer_rules import (
+    Gradients,
+    Use,
+    at_positions,
+    dense,
+    has_rule,
+    is_linear,
+    layer_uses,
+    transposed,
+)
 from lsp_callbacks.operators.sgd.parameter_gram import Part
+from lsp_callbacks.operators.sgd.shared_parameters import SharedParameters, gradients_at
+
+
+@dataclass(frozen=True)
+class RowSeed:
+    """Cotangents of the outputs: one row of K for each sample.
+
+    Attributes:
+        values: ``(N, C)`` at one position, or ``(N, T, C)``.
+        position: which one; None where ``values`` are those of all.
+    """
+
+    values: Tensor
+    position: int | None = None
+
+    def whole(self, outputs: Tensor) -> Tensor:
+        """Return a tensor of the outputs' shape."""
+        if self.position is None:
+            return self.values
+        if outputs.shape[1] == 1:
+            return self.values[:, None]
+        cotangent = torch.zeros_like(outputs)
+        cotangent[:, self.position] = self.values
+        return cotangent
+
+    def scaled(self, weights: Tensor) -> RowSeed:
+        """Return the cotangents times one number for each sample."""
+        return RowSeed(self.values * weights.view(-1, *[1] * (self.values.ndim - 1)), self.position)
+
+
+def whole_seeds(seeds: list[RowSeed], outputs: Tensor) -> Tensor:
+    """Return the sum of several seeds as one tensor of the outputs' shape."""
+    return sum((seed.whole(outputs) for seed in seeds[1:]), seeds[0].whole(outputs))
 
 
 @dataclass(frozen=True)
@@ -24,6 +66,8 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: list[Any]  # flat, with their graph
+    source: Any = None  # the first argument with its graph
+    passed_on: Any = None  # what the next layer got
 
     @property
     def differentiable(self) -> list[Tensor]:
@@ -33,17 +77,23 @@ class _Call:
 class Recorder:
     """Records inputs and outputs of every layer with parameters during forward passes.
 
+    Parameters that are used outside of a layer, added to or multiplied with what all samples have (positions, a token
+    of the class, a hand-written scale), are given to each sample as a copy, see `SharedParameters`. So is what an
+    embedding returns that is not called with all samples.
+
     Args:
         module: the network.
         parameters: the trainable ones, by name.
-        spread: how many samples share what an embedding returns when it is not called with all of them (for positions,
-            say): each sample gets a copy. None leaves it alone.
+        samples: how many there are, where each can be given a copy; None gives none.
     """
 
-    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], *, spread: int | None = None):
-        self._module, self._spread = module, spread
+    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], *, samples: int | None = None):
+        self._module, self._samples = module, samples
         self.spread = False
+        self._parameters = parameters
         self._names = {id(p): name for name, p in parameters.items()}
+        lonely = samples and any(not has_rule(m) for m in module.modules() if self._parameters_of(m))
+        self._shared = SharedParameters(self._names, samples) if samples and lonely else None
         self.calls: list[_Call] = []
         self._handles: list[Any] = []
 
@@ -51,23 +101,30 @@ class Recorder:
         for module in self._module.modules():
             if not isinstance(module, torch.jit.ScriptModule) and any(True for _ in module.parameters()):
                 self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+        if self._shared is not None:
+            self._shared.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        if self._shared is not None:
+            self._shared.__exit__(*exception)
+            self.spread |= bool(self._shared.copies)
         for handle in self._handles:
             handle.remove()
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if not self._parameters_of(module):
             return None
-        if self._spread and isinstance(module, nn.Embedding) and args and len(args[0]) != self._spread:
-            args, output = (_copies(args[0], self._spread),), _copies(output, self._spread)
+        if self._samples and isinstance(module, nn.Embedding) and args and len(args[0]) != self._samples:
+            args, output = (_copies(args[0], self._samples),), _copies(output, self._samples)
             self.spread = True
         leaves, spec = tree_flatten(output)
         # Clones go on, as the next layer may work in place on its input.
         clones = [leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in leaves]
+        source = args[0] if args else None
         args, kwargs = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        self.calls.append(_Call(module, [(m, m.training) for m in module.modules()], args, kwargs, leaves))
+        modes = [(m, m.training) for m in module.modules()]
+        self.calls.append(_Call(module, modes, args, kwargs, leaves, source, clones[0] if clones else None))
         return tree_unflatten(clones, spec)
 
     def _parameters_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -75,21 +132,31 @@ class Recorder:
         recurse = isinstance(module, nn.MultiheadAttention)  # it uses its projection without calling it
         return {name: p for name, p in module.named_parameters(recurse=recurse) if id(p) in self._names}
 
-    def parts(self, outputs: Tensor, cotangents: list[Tensor], samples: int) -> dict[str, Part]:
+    def parts(self, outputs: Tensor, seeds: list[RowSeed], samples: int, *, keep: bool = True) -> dict[str, Part]:
         """Return the uses of each parameter, by name, without those that no rule covers.
 
         Args:
             outputs: of the network.
-            cotangents: R tensors of the outputs' shape: backward passes.
+            seeds: of R rows for each sample: backward passes.
             samples: size of the first axis of the outputs.
+            keep: whether the graph is used again.
 
-        Cost: R backward passes.
+        Cost: R backward passes to the outputs of layers, which take no gradient of a weight.
         """
-        tensors = [t for call in self.calls for t in call.differentiable]
-        passes = [torch.autograd.grad(outputs, tensors, w, retain_graph=True, allow_unused=True) for w in cotangents]
-        uses: dict[str, list[Use]] = {}
+        head = self._head(outputs, seeds)
+        calls = [call for call in self.calls if call is not head]
+        copies = {} if self._shared is None else self._shared.copies
+        tensors = [t for call in calls for t in call.differentiable] + [t for of in copies.values() for t, _ in of]
+        passes, uses = [], dict[str, list[Use]]()
+        for k, seed in enumerate(seeds):
+            root, cotangent = (outputs, seed.whole(outputs)) if head is None else _into(head, seed)
+            more = keep or k < len(seeds) - 1
+            passes.append(torch.autograd.grad(root, tensors, cotangent, retain_graph=more, allow_unused=True))
+        if head is not None:
+            for name, use in _head_uses(head, seeds).items():
+                uses.setdefault(self._names[id(getattr(head.module, name))], []).append(use)
         position = 0
-        for call in self.calls:
+        for call in calls:
             kept = call.differentiable
             of_call = [
                 tuple(torch.zeros_like(t) if g is None else g for g, t in zip(grads[position:], kept))
@@ -97,10 +164,53 @@ class Recorder:
             ]
             position += len(kept)
             names = {name: self._names[id(p)] for name, p in self._parameters_of(call.module).items()}
-            for name, use in _uses(call, of_call, samples, list(names)).items():
+            names = {name: whole for name, whole in names.items() if whole not in copies}
+            for name, use in (_uses(call, of_call, samples, list(names)) if names else {}).items():
                 if name in names:
                     uses.setdefault(names[name], []).append(use)
+        for name, of_name in copies.items():
+            for copy, of in of_name:
+                rows = [torch.zeros_like(copy) if grads[position] is None else grads[position] for grads in passes]
+                position += 1
+                gradients = gradients_at(torch.stack(rows, dim=1), of, self._parameters[name])
+                uses.setdefault(name, []).append(dense(gradients))
         return {name: Part(samples, of_name) for name, of_name in uses.items()}
+
+    def _head(self, outputs: Tensor, seeds: list[RowSeed]) -> _Call | None:
+        """Return the call of a linear layer whose outputs are those of the network, if rows look at few of them."""
+        if outputs.shape[1] == 1 or any(seed.position is None for seed in seeds):
+            return None
+        for call in reversed(self.calls):
+            t, x = call.passed_on, call.source
+            if (
+                isinstance(t, Tensor)
+                and isinstance(x, Tensor)
+                and x.requires_grad
+                and t.data_ptr() == outputs.data_ptr()
+                and t.shape == outputs.shape
+                and t.stride() == outputs.stride()
+                and is_linear(call.module)
+            ):
+                return call
+        return None
+
+
+def _into(head: _Call, seed: RowSeed) -> tuple[Tensor, Tensor]:
+    """Return the input of the last layer, and its cotangent."""
+    weight: Tensor = head.module.weight.detach()  # type: ignore[assignment, operator]
+    if transposed(head.module):
+        weight = weight.T
+    cotangent = torch.zeros_like(head.source)
+    cotangent[:, seed.position] = seed.values.to(weight) @ weight
+    return head.source, cotangent
+
+
+def _head_uses(head: _Call, seeds: list[RowSeed]) -> dict[str, Use]:
+    x = head.args[0]
+    g = torch.stack([seed.values for seed in seeds], dim=1).to(x)
+    a = torch.stack([x[:, seed.position] for seed in seeds], dim=1)
+    uses = {"weight": at_positions(a, g, transposed=transposed(head.module)), "bias": dense(g)}
+    return {name: use for name, use in uses.items() if getattr(head.module, name, None) is not None}
 
 
 def _copies(shared: Tensor, samples: int) -> Tensor:
@@ -159,7 +269,7 @@ def _layer_alone(call: _Call, passes: list[tuple[Tensor, ...]], samples: int, na
     def gradients(k: int) -> Gradients:
         return lambda lo, hi: torch.stack([sample_gradients(i)[k] for i in range(lo, hi)])
 
-    return {name: Use(gradients(k), path="layer") for k, name in enumerate(parameters)}
+    return {name: Use(gradients(k), len(passes), path="layer") for k, name in enumerate(parameters)}
 
 
 @contextlib.contextmanager

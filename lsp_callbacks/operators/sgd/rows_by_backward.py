@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lsp_callbacks.linalg import Sketch
 from lsp_callbacks.operators.sgd.layer_rules import Use
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, wide
+from lsp_callbacks.operators.sgd.per_sample_gradients import RowSeed
 
 
 class TiedRows:
@@ -40,12 +41,12 @@ class TiedRows:
         self.defect = (2 / width) ** 0.5 if self._sketches else 0.0
         self._rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
 
-    def add(self, outputs: Tensor, cotangents: list[Tensor]) -> None:
+    def add(self, outputs: Tensor, seeds: list[RowSeed]) -> None:
         """Compute the rows of one batch. Cost: a backward pass for each."""
         parameters = list(self._parameters.values())
         for i in range(len(outputs)):
-            for w in cotangents:
-                for name, g in zip(self._parameters, _row(outputs, parameters, w, i)):
+            for seed in seeds:
+                for name, g in zip(self._parameters, _row(outputs, parameters, seed, i)):
                     row = wide(g.to_dense() * self._roots[name])
                     sketch = self._sketches.get(name)
                     self._rows[name].append(row.reshape(-1) if sketch is None else sketch([row]).to(row.dtype))
@@ -57,33 +58,34 @@ class TiedRows:
 
 
 def add_rows(
-    grams: dict[str, ParameterGram], outputs: Tensor, parameters: Mapping[str, nn.Parameter], cotangents: list[Tensor]
+    grams: dict[str, ParameterGram], outputs: Tensor, parameters: Mapping[str, nn.Parameter], seeds: list[RowSeed]
 ) -> None:
     """Add a part to the Gram matrices of some parameters, by a backward pass for each row, which serves all of them."""
-    for name, part in zip(grams, rows_alone(outputs, [parameters[name] for name in grams], cotangents)):
+    for name, part in zip(grams, rows_alone(outputs, [parameters[name] for name in grams], seeds)):
         grams[name].parts.append(part)
 
 
-def rows_alone(outputs: Tensor, parameters: list[nn.Parameter], cotangents: list[Tensor]) -> list[Part]:
+def rows_alone(outputs: Tensor, parameters: list[nn.Parameter], seeds: list[RowSeed]) -> list[Part]:
     """Return the per-sample gradients of each parameter; they are computed when they are asked for."""
 
     @functools.lru_cache(maxsize=2)
     def blocks(lo: int, hi: int) -> list[Tensor]:
         rows: list[list[Tensor]] = [[] for _ in parameters]
         for i in range(lo, hi):
-            for w in cotangents:
-                for of_parameter, g in zip(rows, _row(outputs, parameters, w, i)):
+            for seed in seeds:
+                for of_parameter, g in zip(rows, _row(outputs, parameters, seed, i)):
                     of_parameter.append((g.to_dense() if g.is_sparse else g).reshape(-1))
-        return [torch.stack(of_parameter).reshape(hi - lo, len(cotangents), -1) for of_parameter in rows]
+        return [torch.stack(of_parameter).reshape(hi - lo, len(seeds), -1) for of_parameter in rows]
 
     def use(k: int) -> Use:
-        return Use(lambda lo, hi: blocks(lo, hi)[k], path="rows")
+        return Use(lambda lo, hi: blocks(lo, hi)[k], len(seeds), path="rows")
 
     return [Part(len(outputs), [use(k)]) for k in range(len(parameters))]
 
 
-def _row(outputs: Tensor, parameters: list[nn.Parameter], cotangent: Tensor, sample: int) -> tuple[Tensor, ...]:
+def _row(outputs: Tensor, parameters: list[nn.Parameter], seed: RowSeed, sample: int) -> tuple[Tensor, ...]:
     """Return the gradients of one sample's outputs, combined by its cotangent."""
-    alone = torch.zeros_like(cotangent)
-    alone[sample] = cotangent[sample]
+    whole = seed.whole(outputs)
+    alone = torch.zeros_like(whole)
+    alone[sample] = whole[sample]
     return torch.autograd.grad(outputs, parameters, alone, retain_graph=True, materialize_grads=True)

@@ -16,6 +16,8 @@ AHEAD = 10
 #: Gradients that a second moment must hold. After one alone it is nearly 0 somewhere: the smallest of P numbers is
 #: about their size over P.
 GRADIENTS = 2
+#: Gradients after which the second moment itself says what the coming ones are like.
+REMEMBERED = 100
 #: How often random signs of the samples are drawn.
 DRAWS = 2
 
@@ -52,6 +54,21 @@ def coming_rule(snapshot: Snapshot, *, squares: dict[str, Tensor] | None = None)
     if squares is not None:
         return rule_ahead(snapshot, steps, squares)
     return _rule_from_batch(snapshot, steps)
+
+
+def remembered_rule(snapshot: Snapshot) -> FrozenRule:
+    """Return the coming rule, which is that of the step once nu holds `REMEMBERED` gradients.
+
+    Then the next few change it little, and nu knows the batches that came before better than any one batch does.
+
+    Cost: nothing; that of `coming_rule` in the first steps, once a step.
+    """
+    return frozen_rule(snapshot) if is_remembered(snapshot) else coming_rule(snapshot)
+
+
+def is_remembered(snapshot: Snapshot) -> bool:
+    """Return whether the second moments hold enough gradients to know the coming ones."""
+    return gradients_held(snapshot) >= REMEMBERED
 
 
 @computed_once
@@ -130,13 +147,22 @@ def gradients_missing(snapshot: Snapshot) -> int:
     Raises:
         Unmeasurable: see `frozen_rule`.
     """
+    return max(0, GRADIENTS - gradients_held(snapshot))
+
+
+def gradients_held(snapshot: Snapshot) -> int:
+    """Return how many gradients the least of the second moments holds, this step's included.
+
+    Raises:
+        Unmeasurable: see `frozen_rule`.
+    """
     if snapshot.optimizer is None or not frozen_rule(snapshot).frozen:
-        return 0
+        return REMEMBERED
     state = snapshot.optimizer.state
     moved = [p for name, p in snapshot.parameters.items() if (snapshot.gradient or {}).get(name) is not None]
     held = {id(p) for group in snapshot.optimizer.param_groups for p in group["params"]}
     counts = [1 + int(state.get(p, {}).get("step", 0)) for p in moved if id(p) in held]
-    return max(0, GRADIENTS - min(counts, default=GRADIENTS))
+    return min(counts, default=REMEMBERED)
 
 
 def _signed(evaluation: Evaluation, parameters: list, generator: torch.Generator | None) -> list[Tensor]:

@@ -1,54 +1,101 @@
-"""The derivative of a step whose formula is implemented, in forward mode."""
+"""The derivative of a step whose formula is implemented, in closed form."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward
 from torch import Tensor
 
-from lsp_callbacks.operators.trajectory.optimizer_input import (
-    clipped_gradient,
-    group_of,
-    require_optimizer,
-    tangent_of,
-)
-from lsp_callbacks.operators.trajectory.update_rules import Formula, Group, State, formula
+from lsp_callbacks.operators.trajectory.optimizer_input import clipped_gradient, group_of, require_optimizer
+from lsp_callbacks.operators.trajectory.update_rules import Group, Linear, formula
 from lsp_callbacks.step.flat import flatten
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
+#: Names of what is no tensor of the optimizer's state: the parameters, and the gradient that the optimizer receives.
+THETA, GRADIENT = "theta", "g"
+
 
 @dataclass(frozen=True)
-class _Part:
-    """Parameters with the same options and the same history: one call of the formula moves them all.
+class Part:
+    """Parameters with the same options and the same history, whose derivatives have one formula.
 
     Attributes:
         ranges: where they lie in the flat vector.
-        group: their options; None where nothing moves.
-        t: number of this step for them.
-        present: tensors of their state that exist already.
+        derivatives: of parameters and state after the step, by those before it and by the gradient.
     """
 
     ranges: list[tuple[int, int]]
-    group: Group | None
-    t: float
-    present: tuple[str, ...]
+    derivatives: dict[str, Linear]
 
     def of(self, flat: Tensor) -> Tensor:
+        """Return the part's numbers of a flat vector; a view where they lie side by side."""
         slices = [flat[a:b] for a, b in self.ranges]
         return slices[0] if len(slices) == 1 else torch.cat(slices)
 
-    def write(self, flat: Tensor, values: Tensor) -> None:
-        for (a, b), part in zip(self.ranges, values.split([b - a for a, b in self.ranges])):
-            flat[a:b] = part
+    def add(self, target: Tensor, derivative: float | Tensor, source: Tensor) -> None:
+        """Add the derivative times the part's numbers of one flat vector to those of another."""
+        start = 0
+        for a, b in self.ranges:
+            if isinstance(derivative, Tensor):
+                target[a:b].addcmul_(derivative[start : start + b - a], source[a:b])
+                start += b - a
+            else:
+                target[a:b].add_(source[a:b], alpha=derivative)
+
+
+@dataclass(frozen=True)
+class FormulaTangent:
+    """The derivative of an optimizer's step, without clipping, as diagonals by blocks.
+
+    Attributes:
+        blocks: of the state behind the parameters.
+        length: of each block.
+        parts: which parameters share a formula.
+    """
+
+    blocks: tuple[str, ...]
+    length: int
+    parts: list[Part]
+
+    @property
+    def size(self) -> int:
+        """Return the length of the whole state ``z``."""
+        return (1 + len(self.blocks)) * self.length
+
+    def image(self, block: str, along: Mapping[str, Tensor]) -> Tensor:
+        """Return the change of one block of the state after the step, for changes of blocks before it."""
+        like = next(iter(along.values()))
+        image = torch.zeros_like(like)
+        for part in self.parts:
+            for name, derivative in part.derivatives.get(block, {}).items():
+                if name in along:
+                    part.add(image, derivative, along[name])
+        return image
+
+    def push(self, z: Tensor, change: Tensor) -> Tensor:
+        """Return ``z'`` for a change z of the state and ``change`` of the clipped gradient."""
+        names = (THETA, *self.blocks)
+        along = {**dict(zip(names, z.split(self.length))), GRADIENT: change.to(z)}
+        return torch.cat([self.image(name, along) for name in names])
+
+    def pull(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the transpose of `push`."""
+        names = (THETA, *self.blocks)
+        back = {name: torch.zeros_like(w[: self.length]) for name in (*names, GRADIENT)}
+        for block, row in zip(names, w.split(self.length)):
+            for part in self.parts:
+                for name, derivative in part.derivatives.get(block, {}).items():
+                    part.add(back[name], derivative, row)
+        change = back.pop(GRADIENT)
+        return torch.cat([back[name] for name in names]), change
 
 
 @computed_once
-def formula_tangent(snapshot: Snapshot, *, initialised: bool = False) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
-    """Return ``(z, dg) -> z'``, dg the change of the clipped gradient, and the length of z.
+def formula_tangent(snapshot: Snapshot, *, initialised: bool = False) -> FormulaTangent:
+    """Return the derivative of the step by parameters, state and clipped gradient.
 
     Args:
         snapshot: a step of an optimizer with a formula.
@@ -56,62 +103,72 @@ def formula_tangent(snapshot: Snapshot, *, initialised: bool = False) -> tuple[C
 
     Raises:
         Unmeasurable: no optimizer, or one without a formula.
+
+    Cost: no gradient where the step has one; for SGD nothing is read.
     """
-    optimizer, gradient = require_optimizer(snapshot), clipped_gradient(snapshot)
-    n = len(gradient)
-    rule, blocks = formula(optimizer), state_blocks(snapshot)
-    parameters = list(snapshot.parameters.values())
-    theta = flatten(parameters, parameters).detach()
-    states = {name: flatten([_state(optimizer, p).get(name) for p in parameters], parameters) for name in blocks}
-    states = {name: state.detach().to(theta.dtype) for name, state in states.items()}
-    parts = _parts(snapshot, blocks, initialised)
-
-    def step(z: Tensor, change: Tensor) -> Tensor:
-        v, *tangents = z.split(n)
-        moved = dict(zip(blocks, tangents))
-        new_v, new = v.clone(), {name: torch.zeros_like(v) for name in blocks}
-        for part in parts:
-            along = {name: part.of(moved[name]) for name in part.present}
-            if part.group is None:
-                for name, value in along.items():
-                    part.write(new[name], value)
-                continue
-            before = {name: part.of(states[name]) for name in part.present}
-            pushed = _push(
-                rule, part, (part.of(theta), part.of(gradient), before), (part.of(v), part.of(change), along)
-            )
-            part.write(new_v, pushed[0])
-            for name, value in pushed[1].items():
-                part.write(new[name], value)
-        return torch.cat([new_v, *new.values()])
-
-    return step, (1 + len(blocks)) * n
-
-
-def _push(rule: Formula, part: _Part, at: tuple, along: tuple) -> tuple[Tensor, State]:
-    assert part.group is not None
-    with torch.no_grad(), forward.dual_level():
-        theta, g = (forward.make_dual(x, dx) for x, dx in zip(at[:2], along[:2]))
-        state = {name: forward.make_dual(x, along[2][name]) for name, x in at[2].items()}
-        new_theta, new_state = rule.step(theta, g, state, part.group, part.t)
-        return tangent_of(new_theta), {name: tangent_of(x) for name, x in new_state.items()}
+    optimizer, groups = require_optimizer(snapshot), group_of(snapshot)
+    rule, blocks, end = formula(optimizer), state_blocks(snapshot), 0
+    blocks_of_group = {id(group): rule.blocks(group) for group in optimizer.param_groups}
+    ranges: dict[tuple, list[tuple[int, int]]] = {}
+    options: dict[tuple, Group | None] = {}
+    for name, p in snapshot.parameters.items():
+        start, end = end, end + p.numel()
+        group, state = groups[name], _state(optimizer, p)
+        still = group is None or (snapshot.gradient is not None and snapshot.gradient[name] is None)
+        wanted = blocks if still or group is None else blocks_of_group[id(group)]
+        present = tuple(block for block in wanted if initialised or state.get(block) is not None)
+        key = (None if still else id(group), float(state.get("step", 0.0)) + 1, present)
+        if initialised and group is not None:
+            group = group | {"lr": float(group["lr"]) or float(group.get("initial_lr", 0.0))}
+        options.setdefault(key, None if still else group)
+        own = ranges.setdefault(key, [])
+        if own and own[-1][1] == start:
+            start = own.pop()[0]
+        own.append((start, end))
+    parts = []
+    for key, group in options.items():
+        _, t, present = key
+        part = Part(ranges[key], {name: {name: 1.0} for name in (THETA, *present)})
+        if group is not None:
+            at = _Before(snapshot, part, present)
+            derivatives = rule.derivatives(at, group, t)
+            part = Part(part.ranges, {block: _existing(form, present) for block, form in derivatives.items()})
+        parts.append(part)
+    return FormulaTangent(blocks, end, parts)
 
 
-@computed_once
-def formula_diagonals(snapshot: Snapshot) -> Tensor:
-    """Return the derivative of an elementwise step, without clipping, as diagonals ``(2 + s, 1 + s, P)``: from, to.
+def _existing(form: Linear, present: tuple[str, ...]) -> Linear:
+    """Return a derivative without that by tensors which do not exist before the step."""
+    return {name: value for name, value in form.items() if name in (THETA, GRADIENT, *present)}
 
-    From the parameters, the s blocks of the state and, last, the clipped gradient, to the parameters and the blocks.
 
-    Cost: no gradient where the step has one. Computed once a step.
-    """
-    step, size = formula_tangent(snapshot)
-    like = clipped_gradient(snapshot)
-    n = len(like)
-    zeros, ones = like.new_zeros(n), like.new_ones(n)
-    units = torch.eye(size // n, dtype=like.dtype, device=like.device).repeat_interleave(n, dim=1)
-    rows = [*(step(z, zeros) for z in units), step(like.new_zeros(size), ones)]
-    return torch.stack(rows).view(-1, size // n, n)
+class _Before(Mapping[str, Tensor]):
+    """Parameters, clipped gradient and state before a step, of one part; flattened when they are read."""
+
+    def __init__(self, snapshot: Snapshot, part: Part, present: tuple[str, ...]):
+        self.snapshot, self.part, self.names = snapshot, part, (THETA, GRADIENT, *present)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        parameters = list(self.snapshot.parameters.values())
+        if name == GRADIENT:
+            values = clipped_gradient(self.snapshot)
+        elif name == THETA:
+            values = flatten(parameters, parameters)
+        else:
+            optimizer = require_optimizer(self.snapshot)
+            values = flatten([_state(optimizer, p).get(name) for p in parameters], parameters)
+        return self.part.of(values.detach()).to(torch.promote_types(parameters[0].dtype, torch.float32))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def state_blocks(snapshot: Snapshot) -> tuple[str, ...]:
@@ -136,27 +193,3 @@ def blocks_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
 def _state(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
     # Not optimizer.state[p], which would create an entry.
     return optimizer.state.get(p, {})
-
-
-def _parts(snapshot: Snapshot, blocks: tuple[str, ...], initialised: bool) -> list[_Part]:
-    """Return the parameters by options and history; ``initialised``: see `formula_tangent`."""
-    optimizer, groups = require_optimizer(snapshot), group_of(snapshot)
-    rule, end = formula(optimizer), 0
-    blocks_of_group = {id(group): rule.blocks(group) for group in optimizer.param_groups}
-    parts: dict[tuple, _Part] = {}
-    for name, p in snapshot.parameters.items():
-        start, end = end, end + p.numel()
-        group, state = groups[name], _state(optimizer, p)
-        still = group is None or (snapshot.gradient is not None and snapshot.gradient[name] is None)
-        wanted = blocks if still or group is None else blocks_of_group[id(group)]
-        present = tuple(block for block in wanted if initialised or state.get(block) is not None)
-        t = float(state.get("step", 0.0)) + 1
-        key = (None if still else id(group), t, present)
-        if initialised and group is not None:
-            group = group | {"lr": float(group["lr"]) or float(group.get("initial_lr", 0.0))}
-        part = parts.setdefault(key, _Part([], None if still else group, t, present))
-        if part.ranges and part.ranges[-1][1] == start:
-            part.ranges[-1] = (part.ranges[-1][0], end)
-        else:
-            part.ranges.append((start, end))
-    return list(parts.values())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.autograd.forward_ad as forward
 from torch import Tensor
 
 from lsp_callbacks.errors import Unmeasurable
@@ -54,14 +53,10 @@ def clipped_change(snapshot: Snapshot, change: Tensor) -> Tensor:
     """Return the change of the clipped gradient, to first order, for a change of the step's gradient."""
     if snapshot.clipping is None:
         return change
-    with torch.no_grad(), forward.dual_level():
-        return tangent_of(_clip(snapshot)(forward.make_dual(_gradient(snapshot), change)))
-
-
-def tangent_of(x: Tensor) -> Tensor:
-    """Return the tangent of a dual number; zeros where it has none."""
-    primal, tangent = forward.unpack_dual(x)
-    return torch.zeros_like(primal) if tangent is None else tangent
+    gradient, held = _gradient(snapshot), held_mask(snapshot)
+    if held is not None:
+        gradient, change = held * gradient, held * change
+    return snapshot.clipping.change(gradient, change)
 
 
 def _gradient(snapshot: Snapshot) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method, hessian
-from lsp_callbacks.operators.trajectory.formula_tangent import formula_diagonals, formula_tangent
+from lsp_callbacks.operators.trajectory.formula_tangent import GRADIENT, THETA, formula_tangent
 from lsp_callbacks.operators.trajectory.optimizer_input import (
     clipped_change,
     clipped_gradient,
@@ -47,7 +47,7 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
 
     The state is ``z = (v, s_1, ...)``: a displacement v of the parameters, then one block for each float tensor of the
     optimizer's state, see `state_blocks`, P numbers each. An optimizer without couplings is an elementwise map
-    ``(theta, g, s) -> (theta', s')``, here differentiated in forward mode along ``(v, dg, ds)``, with ``dg = H v``
+    ``(theta, g, s) -> (theta', s')``, whose derivative is applied in closed form to ``(v, dg, ds)``, with ``dg = H v``
     after the derivative of the clipping, ``kappa (I - g g^T / ||g||^2) H v`` where it is by norm and active. Nothing is
     frozen. Parameters without a gradient, and those that the optimizer does not hold, stay as they are; a state
     tensor that does not exist before the step has no derivative. For nu = 0 see `update_rules.root`. What is done to
@@ -70,7 +70,7 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     """
     require_one(snapshot.player)
     optimizer = require_optimizer(snapshot)  # before anything is replayed
-    H = _accurate_hessian(snapshot, method)
+    H = accurate_hessian(snapshot, method)
     n = H.shape[0]
     tangent, size = step_tangent(snapshot)
 
@@ -82,7 +82,7 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     return LinearOperator((size, size), lambda z: tangent(z, H.apply(z[:n])), transpose, dtype=H.dtype, device=H.device)
 
 
-def _accurate_hessian(snapshot: Snapshot, method: Method) -> LinearOperator:
+def accurate_hessian(snapshot: Snapshot, method: Method) -> LinearOperator:
     """Return the Hessian as accurate as the step's Jacobian needs it: Adam divides its errors by second moments, too.
 
     Without a formula the effect of rounding on the step is unknown: ``"auto"`` is exact there.
@@ -101,9 +101,9 @@ def _accurate_hessian(snapshot: Snapshot, method: Method) -> LinearOperator:
 @computed_once
 def _response(snapshot: Snapshot) -> Tensor:
     """Return ``|d theta' / d g|`` of each parameter, without clipping."""
-    step, size = formula_tangent(snapshot)
     like = clipped_gradient(snapshot)
-    return step(like.new_zeros(size), torch.ones_like(like))[: len(like)].abs()
+    ones = torch.ones_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+    return formula_tangent(snapshot).image(THETA, {GRADIENT: ones}).abs()
 
 
 def step_response(snapshot: Snapshot) -> LinearOperator:
@@ -149,7 +149,8 @@ def step_tangent(snapshot: Snapshot) -> tuple[Callable[[Tensor, Tensor], Tensor]
     if formula_of(require_optimizer(snapshot)) is None:
         step, size = difference_tangent(snapshot, clipped_gradient(snapshot))
     else:
-        step, size = formula_tangent(snapshot)
+        tangent = formula_tangent(snapshot)
+        step, size = tangent.push, tangent.size
     if snapshot.clipping is None:
         return step, size
     return lambda z, change: step(z, clipped_change(snapshot, change)), size
@@ -158,11 +159,10 @@ def step_tangent(snapshot: Snapshot) -> tuple[Callable[[Tensor, Tensor], Tensor]
 def step_adjoint(snapshot: Snapshot, w: Tensor) -> tuple[Tensor, Tensor]:
     """Apply the transpose of `step_tangent` of an optimizer with a formula; return ``(z, dg)``, dg before clipping.
 
-    Cost: as `formula_diagonals`.
+    Cost: no gradient where the step has one.
     """
-    diagonals = formula_diagonals(snapshot)
-    back = (diagonals * w.view(1, *diagonals.shape[1:])).sum(1)
-    return back[:-1].flatten(), clipped_change(snapshot, back[-1])
+    z, change = formula_tangent(snapshot).pull(w)
+    return z, clipped_change(snapshot, change)
 
 
 def parameter_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:
@@ -207,8 +207,6 @@ def state_weight(snapshot: Snapshot) -> Tensor:
     like = like.to(torch.promote_types(like.dtype, torch.float32))
     if rule is None or not any(map(rule.momentum, optimizer.param_groups)):
         return torch.ones_like(like)
-    step, size = formula_tangent(snapshot, initialised=True)
-    unit = like.new_zeros(size)
-    unit[len(like) : 2 * len(like)] = 1.0
-    reach = step(unit, torch.zeros_like(like))[: len(like)].abs()
+    tangent = formula_tangent(snapshot, initialised=True)
+    reach = tangent.image(THETA, {tangent.blocks[0]: torch.ones_like(like)}).abs()
     return torch.cat([torch.ones_like(like), torch.where(reach > 0, reach, 1.0)])

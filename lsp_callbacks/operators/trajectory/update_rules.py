@@ -1,9 +1,9 @@
-"""One step of each optimizer on one tensor: the formulas of ``torch.optim`` as pure functions."""
+"""One step of each optimizer on one tensor: the derivatives of the formulas of ``torch.optim``, in closed form."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
@@ -14,7 +14,10 @@ from torch import Tensor
 from lsp_callbacks.errors import Unmeasurable
 
 Group = dict[str, Any]
-State = dict[str, Tensor]
+State = Mapping[str, Tensor]
+#: A linear function of what a step starts from, number by number: its derivative by "theta", by the clipped gradient
+#: "g", and by the tensors of the state; what is absent has none.
+Linear = dict[str, float | Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,15 @@ class Formula:
     Attributes:
         blocks: from a parameter group's options to the names of its state tensors; a momentum buffer comes first.
         momentum: from the options to beta of that buffer; 0 where the first block is no momentum.
-        step: ``(theta, g, state, group, t) -> (theta', state')``, t counted from 1. A tensor that does not exist yet is
-            absent from ``state``.
+        derivatives: ``(at, group, t) -> {"theta": ..., block: ...}``, of the parameters and the state after step t,
+            counted from 1, by those before it. ``at`` holds "theta", "g" and the state; a tensor that does not exist
+            yet is absent.
         second_moment: ``(d, state, group, t) -> Moment``, d the `descent` direction. None for SGD.
     """
 
     blocks: Callable[[Group], tuple[str, ...]]
     momentum: Callable[[Group], float]
-    step: Callable[[Tensor, Tensor, State, Group, float], tuple[Tensor, State]]
+    derivatives: Callable[[State, Group, float], dict[str, Linear]]
     second_moment: Callable[[Tensor, State, Group, float], Moment] | None = None
 
 
@@ -128,13 +132,46 @@ def root(nu: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, nu, 1.0).sqrt(), 0.0)
 
 
-def _sgd(theta: Tensor, g: Tensor, state: State, group: Group, t: float) -> tuple[Tensor, State]:
-    d, beta, lr = descent(theta, g, group), float(group["momentum"]), float(group["lr"])
+def combined(*terms: tuple[float | Tensor, Linear]) -> Linear:
+    """Return the sum of linear functions, each times a factor, without the derivatives that are the number 0."""
+    total: Linear = {}
+    for factor, form in terms:
+        for name, derivative in form.items():
+            term = factor if isinstance(derivative, float) and derivative == 1 else factor * derivative
+            total[name] = total[name] + term if name in total else term
+    return {name: value for name, value in total.items() if isinstance(value, Tensor) or value != 0}
+
+
+def _itself(name: str) -> Linear:
+    return {name: 1.0}
+
+
+def _by_descent(group: Group) -> Linear:
+    """Return the derivative of the `descent` direction."""
+    decay = 0.0 if decoupled(group) else float(group["weight_decay"])
+    return combined((-1.0 if group["maximize"] else 1.0, _itself("g")), (decay, _itself("theta")))
+
+
+def _descent_at(at: State, group: Group) -> Tensor:
+    coupled = group["weight_decay"] and not decoupled(group)
+    return descent(at["theta"] if coupled else at["g"], at["g"], group)
+
+
+def _by_root(nu: Tensor) -> Tensor:
+    """Return the derivative of `root`."""
+    size = root(nu)
+    return torch.where(size > 0, 0.5 / size, 0.0)
+
+
+def _sgd(at: State, group: Group, t: float) -> dict[str, Linear]:
+    d, beta, lr = _by_descent(group), float(group["momentum"]), float(group["lr"])
     if not beta:
-        return theta - lr * d, {}
-    # The first buffer is the gradient itself, without dampening.
-    m = beta * state["momentum_buffer"] + (1 - float(group["dampening"])) * d if state else d
-    return theta - lr * (d + beta * m if group["nesterov"] else m), {"momentum_buffer": m}
+        return {"theta": combined((1.0, _itself("theta")), (-lr, d))}
+    m = d  # the first buffer is the gradient itself, without dampening
+    if "momentum_buffer" in at:
+        m = combined((beta, _itself("momentum_buffer")), (1 - float(group["dampening"]), d))
+    update = combined((1.0, d), (beta, m)) if group["nesterov"] else m
+    return {"theta": combined((1.0, _itself("theta")), (-lr, update)), "momentum_buffer": m}
 
 
 def _adam_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
@@ -144,15 +181,26 @@ def _adam_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
     return Moment(nu, beta, 1 - beta, lambda nu, t, steps: root(nu) / (1 - beta**t) ** 0.5 + eps, floor=floor)
 
 
-def _adam(theta: Tensor, g: Tensor, state: State, group: Group, t: float) -> tuple[Tensor, State]:
-    d, beta, lr = descent(theta, g, group), float(group["betas"][0]), float(group["lr"])
-    moment = _adam_moment(d, state, group, t)
-    new = {"exp_avg": beta * state.get("exp_avg", torch.zeros_like(d)) + (1 - beta) * d, "exp_avg_sq": moment.nu}
-    if group["amsgrad"]:
-        new["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(moment.nu)), moment.nu)
-    if decoupled(group):
-        theta = (1 - lr * float(group["weight_decay"])) * theta
-    return theta - lr / (1 - beta**t) * new["exp_avg"] / moment.now(t), new
+def _adam(at: State, group: Group, t: float) -> dict[str, Linear]:
+    value, d, beta, lr = _descent_at(at, group), _by_descent(group), float(group["betas"][0]), float(group["lr"])
+    moment = _adam_moment(value, at, group, t)
+    mean = (1 - beta) * value + (beta * at["exp_avg"] if "exp_avg" in at else 0.0)
+    new = {
+        "exp_avg": combined((beta, _itself("exp_avg")), (1 - beta, d)),
+        "exp_avg_sq": combined((moment.keep, _itself("exp_avg_sq")), (2 * moment.share * value, d)),
+    }
+    nu, by_nu = moment.nu, new["exp_avg_sq"]
+    if isinstance(moment.floor, Tensor):
+        before = (moment.floor > nu).to(nu) + 0.5 * (moment.floor == nu).to(nu)
+        by_nu = combined((before, _itself("max_exp_avg_sq")), (1 - before, by_nu))
+        nu, new["max_exp_avg_sq"] = torch.maximum(moment.floor, nu), by_nu
+    divisor, rate = moment.denominator(nu, t, 0), lr / (1 - beta**t)
+    slope = _by_root(nu) / (1 - moment.keep**t) ** 0.5
+    kept = 1 - lr * float(group["weight_decay"]) if decoupled(group) else 1.0
+    theta = combined(
+        (kept, _itself("theta")), (-rate / divisor, new["exp_avg"]), (rate * mean / divisor**2 * slope, by_nu)
+    )
+    return {"theta": theta} | new
 
 
 def _rmsprop_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
@@ -169,16 +217,20 @@ def _rmsprop_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
     return Moment(nu, alpha, 1 - alpha, denominator)
 
 
-def _rmsprop(theta: Tensor, g: Tensor, state: State, group: Group, t: float) -> tuple[Tensor, State]:
-    d, beta, alpha = descent(theta, g, group), float(group["momentum"]), float(group["alpha"])
-    moment = _rmsprop_moment(d, state, group, t)
-    new = {"square_avg": moment.nu}
+def _rmsprop(at: State, group: Group, t: float) -> dict[str, Linear]:
+    value, d, beta, alpha = _descent_at(at, group), _by_descent(group), float(group["momentum"]), float(group["alpha"])
+    moment = _rmsprop_moment(value, at, group, t)
+    new = {"square_avg": combined((alpha, _itself("square_avg")), (2 * (1 - alpha) * value, d))}
+    spread, by_spread = moment.nu, new["square_avg"]
     if group["centered"]:
-        new["grad_avg"] = alpha * state.get("grad_avg", torch.zeros_like(d)) + (1 - alpha) * d
-    update = d / moment.now(t)
+        new["grad_avg"] = combined((alpha, _itself("grad_avg")), (1 - alpha, d))
+        mean = (1 - alpha) * value + (alpha * at["grad_avg"] if "grad_avg" in at else 0.0)
+        spread, by_spread = spread - mean * mean, combined((1.0, by_spread), (-2 * mean, new["grad_avg"]))
+    divisor = moment.now(t)
+    update = combined((1 / divisor, d), (-value / divisor**2 * _by_root(spread), by_spread))
     if beta > 0:
-        update = new["momentum_buffer"] = beta * state.get("momentum_buffer", torch.zeros_like(d)) + update
-    return theta - float(group["lr"]) * update, new
+        update = new["momentum_buffer"] = combined((beta, _itself("momentum_buffer")), (1.0, update))
+    return {"theta": combined((1.0, _itself("theta")), (-float(group["lr"]), update))} | new
 
 
 def _adagrad_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
@@ -186,11 +238,13 @@ def _adagrad_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
     return Moment(state["sum"] + d * d, 1.0, 1.0, lambda nu, t, steps: root(nu) + eps, begin=begin)
 
 
-def _adagrad(theta: Tensor, g: Tensor, state: State, group: Group, t: float) -> tuple[Tensor, State]:
-    d = descent(theta, g, group)
-    moment = _adagrad_moment(d, state, group, t)
-    rate = float(group["lr"]) / (1 + (t - 1) * float(group["lr_decay"]))
-    return theta - rate * d / moment.now(t), {"sum": moment.nu}
+def _adagrad(at: State, group: Group, t: float) -> dict[str, Linear]:
+    value, d = _descent_at(at, group), _by_descent(group)
+    moment = _adagrad_moment(value, at, group, t)
+    rate, divisor = float(group["lr"]) / (1 + (t - 1) * float(group["lr_decay"])), moment.now(t)
+    total = combined((1.0, _itself("sum")), (2 * value, d))
+    by_total = rate * value / divisor**2 * _by_root(moment.nu)
+    return {"theta": combined((1.0, _itself("theta")), (-rate / divisor, d), (by_total, total)), "sum": total}
 
 
 def _registered(kind: type, rule: Formula) -> type:
@@ -204,7 +258,7 @@ _SUPPORTED = (
         Formula(
             blocks=lambda group: ("momentum_buffer",) if group["momentum"] else (),
             momentum=lambda group: float(group["momentum"]),
-            step=_sgd,
+            derivatives=_sgd,
         ),
     ),
     _registered(
@@ -212,7 +266,7 @@ _SUPPORTED = (
         Formula(
             blocks=lambda group: ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ())),
             momentum=lambda group: float(group["betas"][0]),
-            step=_adam,
+            derivatives=_adam,
             second_moment=_adam_moment,
         ),
     ),
@@ -225,14 +279,17 @@ _SUPPORTED = (
                 *(("grad_avg",) if group["centered"] else ()),
             ),
             momentum=lambda group: float(group["momentum"]),
-            step=_rmsprop,
+            derivatives=_rmsprop,
             second_moment=_rmsprop_moment,
         ),
     ),
     _registered(
         torch.optim.Adagrad,
         Formula(
-            blocks=lambda group: ("sum",), momentum=lambda group: 0.0, step=_adagrad, second_moment=_adagrad_moment
+            blocks=lambda group: ("sum",),
+            momentum=lambda group: 0.0,
+            derivatives=_adagrad,
+            second_moment=_adagrad_moment,
         ),
     ),
 )

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lsp_callbacks._validation import number, whole
 from lsp_callbacks.autograd.module_calls import is_residual_block
 from lsp_callbacks.errors import NotApplicable, Unmeasurable
-from lsp_callbacks.functional.network.residual import ResidualStability, residual_stability
+from lsp_callbacks.functional.network.residual import ResidualStability, followed_stability, twice
+from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.cost import forward_cost, sample_passes
 from lsp_callbacks.operators.curvature.hessian import label
 from lsp_callbacks.operators.memory import forward_memory
@@ -22,7 +23,8 @@ from lsp_callbacks.quantities.module_filter import Selection, selected, validate
 from lsp_callbacks.step.replay_checks import Call
 from lsp_callbacks.step.snapshot import Snapshot
 
-STEPS = 10
+#: Lanczos products from nothing, and from the vectors of the last measurement.
+COLD, WARM = 10, 6
 NO_BLOCK = "no residual block x + g(x) was recognised in this network: name yours with blocks=... if it has any"
 
 
@@ -94,6 +96,7 @@ class ResidualCFL(Quantity):
         whole("samples", samples, 1), number("h", h, above=0)
         self.blocks, self.samples, self.h = blocks, samples, h
         self._blocks: dict[str, ResidualStability] = {}
+        self._starts: dict[str, Tensor] = {}
 
     def captures_inputs(self, name: str, module: nn.Module) -> bool:
         return bool(name) and (
@@ -119,10 +122,12 @@ class ResidualCFL(Quantity):
         """Measure one step."""
         self.complete = False
         calls = snapshot.calls
-        blocks = snapshot.run.ranks.first(lambda: self._measure(snapshot.module, calls), self.name)
+        generator = snapshot.generator(self.name)
+        starts: dict[str, Tensor] = {}
+        blocks = snapshot.run.ranks.first(lambda: self._measure(snapshot.module, calls, generator, starts), self.name)
         if not blocks:
             raise NotApplicable(NO_BLOCK)
-        self._blocks = blocks
+        self._blocks, self._starts = blocks, starts
         dissipative = {name: block for name, block in blocks.items() if block.cfl is not None}
         self.finish({
             "residual_gain_max": _largest("gain", blocks),
@@ -133,8 +138,10 @@ class ResidualCFL(Quantity):
             "residual_cfl_max": _largest("cfl", dissipative) if dissipative else torch.nan,
         })  # fmt: skip
 
-    def _measure(self, module: nn.Module, calls: dict[str, Call]) -> dict[str, ResidualStability]:
-        """Return the numbers of every block, on the CPU."""
+    def _measure(
+        self, module: nn.Module, calls: dict[str, Call], generator: torch.Generator, starts: dict[str, Tensor]
+    ) -> dict[str, ResidualStability]:
+        """Return the numbers of every block, on the CPU; fill ``starts`` with the vectors for the next measurement."""
         measured: dict[str, ResidualStability] = {}
         # Children come after their parents: backwards, the innermost come first.
         for name, child in reversed(list(module.named_modules())):
@@ -143,7 +150,7 @@ class ResidualCFL(Quantity):
             if self.blocks is None and any(inner.startswith(name + ".") for inner in measured):
                 continue
             try:
-                block = residual_block(child, calls[name], samples=self.samples)
+                block = residual_block(child, calls[name], samples=self.samples, twice=True)
             except Unmeasurable as error:
                 if self.blocks is None:
                     continue
@@ -151,12 +158,27 @@ class ResidualCFL(Quantity):
             if self.blocks is None and not block.skip:
                 continue
             block.check(name)
-            numbers = residual_stability(block.jacobian, h=self.h, steps=STEPS)
+            numbers, starts[name] = self._followed(block.jacobian, name, generator)
             tensors: dict[str, Any] = {
                 key: scalar(value) for key, value in vars(numbers).items() if isinstance(value, Tensor)
             }
             measured[name] = replace(numbers, **tensors)
         return dict(reversed(measured.items()))
+
+    def _followed(
+        self, jacobian: LinearOperator, name: str, generator: torch.Generator
+    ) -> tuple[ResidualStability, Tensor]:
+        if len(jacobian.batch) < 2:  # its arguments could not be cut, or repeated
+            jacobian = twice(jacobian)
+        start = self._starts.get(name)
+        steps = COLD if start is None or start.shape[1:] != (jacobian.batch[1], jacobian.shape[1]) else WARM
+        return followed_stability(jacobian, start, h=self.h, steps=steps, generator=generator)
+
+    def vectors(self) -> dict[str, Any]:
+        return {"starts": self._starts} if self._starts else {}
+
+    def load_vectors(self, vectors: dict[str, Any]) -> None:
+        self._starts = vectors.get("starts", {})
 
     def reset(self) -> None:
         super().reset()

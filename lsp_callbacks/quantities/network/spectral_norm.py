@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.errors import NotApplicable
-from lsp_callbacks.functional.network.layer_operators import row_norm, weight_operators
-from lsp_callbacks.functional.network.spectral_norm import log_sum, weight_norms
+from lsp_callbacks.functional.network.layer_operators import in_eval_mode, row_norm, weight_operators
+from lsp_callbacks.functional.network.spectral_norm import log_sum
+from lsp_callbacks.linalg import FollowedNorm, followed_norm
 from lsp_callbacks.operators.cost import beside, forward_cost
 from lsp_callbacks.operators.memory import forward_memory
 from lsp_callbacks.quantities.base import Quantity, scalar
@@ -110,11 +111,11 @@ class SpectralNorm(Quantity):
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            for part, pair in self._norms(name, layer, called).items():
+            for part, found in self._norms(name, layer, called).items():
                 key = f"{name}.{part}" if part else name
-                norms[key] = scalar(pair.value)
-                starts.setdefault(name, {})[part] = pair.vector
-                residual = torch.maximum(residual, scalar(pair.residual) / norms[key].clamp_min(1e-300))
+                norms[key] = scalar(found.value)
+                starts.setdefault(name, {})[part] = found.vectors
+                residual = torch.maximum(residual, scalar(found.residual) / norms[key].clamp_min(1e-300))
             if isinstance(layer, nn.Embedding):
                 rows[name] = scalar(row_norm(layer))
         return norms, residual, rows
@@ -130,16 +131,14 @@ class SpectralNorm(Quantity):
     def _takes(self, name: str, layer: nn.Module) -> bool:
         return self.layers is None or selected(self.layers, name, layer)
 
-    def _norms(self, name: str, layer: nn.Module, called: Call):
-        training = layer.training
-        try:
-            layer.train(False)  # so that reading a parametrised weight does not move its buffers
-            start = self._starts.get(name)
-            return weight_norms(
-                layer, called.input_shape, output_shape=called.output_shape, start=start, steps=STEPS, tol=TOLERANCE
-            )
-        finally:
-            layer.train(training)
+    def _norms(self, name: str, layer: nn.Module, called: Call) -> dict[str, FollowedNorm]:
+        starts = self._starts.get(name, {})
+        with in_eval_mode(layer):  # so that reading a parametrised weight does not move its buffers
+            operators = weight_operators(layer, called.input_shape, called.output_shape)
+            return {
+                part: followed_norm(operator, starts.get(part), steps=STEPS, tol=TOLERANCE)
+                for part, operator in operators.items()
+            }
 
     def vectors(self) -> dict[str, Any]:
         return {"starts": self._starts} if self._starts else {}

@@ -40,9 +40,10 @@ class RandomProduct:
     steps: int
 
 
-def _batches(sgd: FrozenSGD, product: RandomProduct) -> dict[str, Any]:
+def batches_of(sgd: FrozenSGD, *, replacement: bool) -> dict[str, Any]:
+    """Return how the batches of a frozen step are drawn, as the functions of `lsp_callbacks.functional` take it."""
     size = min(sgd.batch_size, sgd.population)
-    return {"batch_size": size, "rule": sgd.rule, "replacement": product.replacement, "population": sgd.population}
+    return {"batch_size": size, "rule": sgd.rule, "replacement": replacement, "population": sgd.population}
 
 
 def exponents(sgd: FrozenSGD, product: RandomProduct, generator: torch.Generator) -> dict[str, float]:
@@ -51,7 +52,7 @@ def exponents(sgd: FrozenSGD, product: RandomProduct, generator: torch.Generator
     Raises:
         Unmeasurable: if the Gram matrix is not finite.
     """
-    settings = _batches(sgd, product)
+    settings = batches_of(sgd, replacement=product.replacement)
     settings |= {"sampling": product.sampling, "chains": product.chains, "generator": generator}
     critical = critical_lr(sgd.modes, steps=product.steps, tol=1e-4, **settings)
     half = product.steps // 2
@@ -59,11 +60,9 @@ def exponents(sgd: FrozenSGD, product: RandomProduct, generator: torch.Generator
     if math.isnan(critical.value):
         raise Unmeasurable("the Gram matrix is not finite: the weights or the outputs have overflowed")
     return {
-        "courant_sgd": _ratio(sgd.lr, critical.value),
+        "courant_sgd": courant_of(sgd.lr, critical.value),
         "critical_lr": critical.value,
         "critical_lr_error": critical.error,
-        "courant_mean_square": _ratio(sgd.lr, critical.mean_square),
-        "mean_square_lr": critical.mean_square,
         "sgd_lyapunov": float(exponent.value),
         "sgd_lyapunov_error": float(exponent.error),
         "kernel_rank": float(sgd.modes.rank),
@@ -74,7 +73,7 @@ def exponents(sgd: FrozenSGD, product: RandomProduct, generator: torch.Generator
 
 def details(sgd: FrozenSGD, product: RandomProduct, horizon: int, generator: torch.Generator) -> dict[str, float]:
     """Return the exponents over ``horizon`` steps, the bounds of the exponent, and the regularity of the point."""
-    batches = _batches(sgd, product)
+    batches = batches_of(sgd, replacement=product.replacement)
     finite = finite_time_exponents(
         sgd.modes, sgd.lr, horizon=horizon, sampling=product.sampling, generator=generator, **batches
     )
@@ -96,12 +95,12 @@ def details(sgd: FrozenSGD, product: RandomProduct, horizon: int, generator: tor
 def moment(sgd: FrozenSGD, product: RandomProduct, p: int) -> tuple[float, str]:
     """Return the exponent of the p-th moment, or NaN and the reason why it is not computed."""
     try:
-        value = moment_exponent(sgd.modes, sgd.lr, p=p, **_batches(sgd, product))
+        value = moment_exponent(sgd.modes, sgd.lr, p=p, **batches_of(sgd, replacement=product.replacement))
     except ValueError as error:
         return math.nan, str(error)
     return value, "its iteration did not converge" if math.isnan(value) and sgd.modes.rank else ""
 
 
-def _ratio(lr: float, critical: float) -> float:
+def courant_of(lr: float, critical: float) -> float:
     """Return a Courant number; 0 at an infinite critical rate, infinite at one that cannot be told from 0."""
     return lr / critical if critical else math.inf

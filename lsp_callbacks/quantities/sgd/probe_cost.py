@@ -22,7 +22,9 @@ def probe_share(snapshot: Snapshot, probes: ProbeSet, samples: int) -> float:
     return samples * snapshot.run.ranks.world / max(probes.batch_size, 1)
 
 
-def kernel_cost(snapshot: Snapshot, probes: ProbeSet, samples: int, kernel: TangentKernel | None) -> dict[str, float]:
+def kernel_cost(
+    snapshot: Snapshot, probes: ProbeSet, samples: int, kernel: TangentKernel | None, *, checks: bool = True
+) -> dict[str, float]:
     """Return the gradients of one step that a measurement of the Gram matrix costs, by what they are spent on.
 
     Args:
@@ -30,24 +32,33 @@ def kernel_cost(snapshot: Snapshot, probes: ProbeSet, samples: int, kernel: Tang
         probes: of the step.
         samples: number of probes.
         kernel: the last one measured, which shows how many rows a sample has and how they had to be computed.
+        checks: whether replay, gradient and shares are checked.
     """
     share = probe_share(snapshot, probes, samples)
     rows, passes = (1, 0.0) if kernel is None else (kernel.rows, float(kernel.passes))
     alone = samples * rows if kernel is not None and "layer" in kernel.path.values() else 0.0
-    frozen = frozen_rule(snapshot).frozen
-    # Behind a preconditioner each pair of samples is multiplied for each weight.
-    pairs = MULTIPLICATION * samples**2 * work(snapshot).parameters * frozen
-    gram = sample_passes(snapshot, 1, alone) + beside(snapshot, vectors=100, time=pairs)
+    gram = sample_passes(snapshot, 1, alone) + gram_cost(snapshot, samples * rows)
     if probes.batches:  # a pass over the sample's batch for each row
         passes = rows * probes.together * len(probes.batches) * probes.together / max(probes.samples, 1)
     device = next(iter(snapshot.parameters.values())).device
     numerics = beside(snapshot, time=NUMERICS * (samples * rows / 128) ** 2)
-    return {
-        "forward": forward_cost(snapshot),
-        "gradient": 1.0,
-        "kernel": (3 + 2 / 3 * (rows + passes)) * share + gram,
+    parts = {
+        "kernel": (1 + rows + passes * 2) / 3 * share + gram,
         "products": max(numerics, 0.0 if device.type == "cpu" else 2.0),
-    } | ({"signs of the probes": (3 + 2 * DRAWS) / 3 * share} if frozen else {})
+    }
+    if checks:
+        parts |= {"forward": forward_cost(snapshot), "gradient": 1.0, "check of the kernel": 2 / 3 * share}
+    if frozen_rule(snapshot).frozen:
+        parts["signs of the probes"] = (3 + 2 * DRAWS) / 3 * share
+    return parts
+
+
+def gram_cost(snapshot: Snapshot, rows: int) -> float:
+    """Return the gradients that a Gram matrix of so many rows takes beside the passes."""
+    once = work(snapshot)
+    weighted = frozen_rule(snapshot).frozen
+    dense = MULTIPLICATION * rows * once.parameters * (2 if weighted else 0.5)
+    return beside(snapshot, calls=60 + 3 * once.calls, time=dense)
 
 
 def kernel_memory(snapshot: Snapshot, probes: ProbeSet, samples: int, rows: int) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -17,7 +16,7 @@ from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, fro
 from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing
 from lsp_callbacks.plots.figure import load
 from lsp_callbacks.plots.stability_diagram import draw_stability_diagram
-from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import NATS, PREFIX, Key, standard_error
 from lsp_callbacks.quantities.sgd.diagram_around_step import diagram_around_step
 from lsp_callbacks.quantities.sgd.frozen_exponents import RandomProduct, details, exponents, moment
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
 
 #: Outputs of a sample that the memory model assumes before the first measurement.
 OUTPUTS = 10
-#: A network has collapsed when its probes were alike in so many readings in a row, over so many steps at least: a few
-#: samples beside the probes may bring it back.
-READINGS, STEPS = 3, 50
 #: Numbers that only come with a horizon, and those of each moment that is asked for.
 DETAILS = {
     "sgd_lyapunov_least": Key(
@@ -77,11 +73,6 @@ class SGDStability(Quantity):
     frozen BatchNorm (in eval mode during training) uses its running statistics, as the step does. A hand-written
     normalisation over the batch is recognised by its buffers ``running_mean`` and ``running_var``.
 
-    The network has *collapsed* where its outputs no longer depend on its inputs: nine of ten probes, of different
-    inputs, have the same outputs to the last digits and the same gradient (dead ReLUs, saturated units), though their
-    targets differ, and no lower a loss than a constant output has. A last layer that begins with zeros has another
-    gradient for each input, and so has a network that is bad but still moves: both count as not collapsed.
-
     Args:
         probes: number of training samples to look at; the first that the loader gives.
         outputs: "top" takes one row a sample, the top eigenpair of its output Hessian; "all" takes every output.
@@ -118,30 +109,17 @@ class SGDStability(Quantity):
             threshold=1.0,
         ),
         "critical_lr": Key("Largest learning rate at which SGD is linearly stable here.", "learning rate"),
-        "courant_mean_square": Key(
-            "Learning rate divided by the largest one at which the second moment is bounded.", threshold=1.0
-        ),
-        "mean_square_lr": Key("Largest learning rate at which the second moment is bounded.", "learning rate"),
         "sgd_lyapunov": Key("Exponent of SGD frozen at these weights; above 0 it is unstable.", NATS),
         "critical_lr_error": standard_error("critical_lr", "learning rate", optional=True),
         "sgd_lyapunov_error": standard_error("sgd_lyapunov", NATS, optional=True),
         "kernel_rank": Key("Rank of the Gram matrix of the output gradients.", optional=True),
         "kernel_trace": Key("Trace of the mean Gauss-Newton matrix.", "1 / learning rate", optional=True),
-        "collapsed": Key(
-            "1 where the outputs no longer depend on the inputs, for three readings and 50 steps; 0.5 before that.",
-            "",
-            "At 1 start again with a lower learning rate: a collapsed network looks stable, but no longer learns.",
-            optional=True,
-            threshold=0.5,
-        ),
         "gd_lyapunov": Key("Exponent of full-batch steps, for comparison.", NATS, optional=True),
         **DETAILS,
         **{f"sgd_moment_{p}": key for p, key in MOMENTS.items()},
     }
     needs_update = True
     picture = "diagram"
-    alike: Tensor
-    alike_since: Tensor
 
     def __init__(
         self,
@@ -178,8 +156,6 @@ class SGDStability(Quantity):
         self.latest: FrozenSGD | None = None
         self._shown: FrozenSGD | None = None
         self._mode: Tensor | None = None
-        self.add_state("alike", default=scalar(0.0), persistent=True)
-        self.add_state("alike_since", default=scalar(math.nan), persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
         critical_rule(snapshot)
@@ -228,11 +204,6 @@ class SGDStability(Quantity):
             values |= details(sgd, self._product, self.horizon, generator)
         for p in self.moments:
             values[f"sgd_moment_{p}"] = self._moment(sgd, p, snapshot)
-        alike = self.alike + 1 if sgd.kernel.alike else scalar(0.0)
-        since = self.alike_since if float(alike) > 1 else scalar(float(snapshot.step))
-        lasting = float(alike) >= READINGS and snapshot.step - float(since) >= STEPS
-        values["collapsed"] = 0.0 if not alike else 1.0 if lasting else 0.5
-        self.alike, self.alike_since = alike, since
         self.latest, self._shown, self._mode = sgd, sgd, sgd.kernel.mode
         self.finish(values)
 
@@ -243,10 +214,6 @@ class SGDStability(Quantity):
             warnings.warn(f"sgd_stability leaves out {PREFIX}sgd_moment_{p}: {reason}", stacklevel=2)
         self.without = reason or self.without
         return value
-
-    def restart(self) -> None:
-        super().restart()
-        self.alike, self.alike_since = scalar(0.0), scalar(math.nan)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the last measurement, without infinite rates, where nothing can become unstable."""

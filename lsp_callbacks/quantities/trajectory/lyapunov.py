@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import whole
+from lsp_callbacks.autograd.graph import Graph
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.functional.trajectory.lyapunov import exponent_bounds, plane_map, window_exponent
+from lsp_callbacks.functional.trajectory.lyapunov import exponent_bounds, window_exponent
 from lsp_callbacks.functional.trajectory.statistics import student_bounds
 from lsp_callbacks.operators.cost import products, push_cost
 from lsp_callbacks.operators.curvature.finite_differences import LEAST
-from lsp_callbacks.operators.curvature.hessian import Method, resolved
+from lsp_callbacks.operators.curvature.hessian import Method, path_taken, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.memory import footprint
 from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
-from lsp_callbacks.operators.trajectory.proximal import update_drift, update_jacobian
+from lsp_callbacks.operators.trajectory.step_on_plane import step_on_plane
 from lsp_callbacks.quantities.base import scalar
 from lsp_callbacks.quantities.curvature.sharpness import alignment_cost, alignment_memory, measured_threshold
 from lsp_callbacks.quantities.key import NATS, PREFIX, Key
@@ -82,10 +84,12 @@ class Lyapunov(Windowed):
     windows: Tensor
     spans: Tensor
 
-    def __init__(self, window: int = 4, average: int = 5, method: Method = "auto"):
+    def __init__(self, window: int = 2, average: int = 5, method: Method = "auto"):
         super().__init__(method)
         whole("window", window, 1), whole("average", average, 1)
         self.window, self.average = window, average
+        self._graph: Graph | None = None
+        self._path = "exact"
         self.add_state("windows", default=torch.empty(0, dtype=torch.float64), persistent=True)
         self.add_state("spans", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
 
@@ -110,7 +114,8 @@ class Lyapunov(Windowed):
         self.complete = False
         if not self._continues(snapshot):
             threshold = measured_threshold(snapshot, self._mode, self._top, self.method)
-            self._mode, self._top = threshold.mode, threshold.top
+            self._mode, self._top, self._graph = threshold.mode, threshold.top, snapshot.graph
+            self._path = path_taken(snapshot, self.method)
             self._frame = {
                 "root": threshold.root,
                 "buffer_scale": threshold.buffer_scale,
@@ -125,10 +130,12 @@ class Lyapunov(Windowed):
             return
         frame = self._frame
         assert self._mode is not None
-        plane: dict[str, Any] = {"mode": self._mode, "root": frame["root"], "buffer_scale": frame["buffer_scale"]}
-        step, rest = plane_map(update_jacobian(snapshot, method=frame["method"]), **plane, rest=frame["rest"])
-        curvature = step - plane_map(update_drift(snapshot), **plane, rest=rest)[0]
-        maps, curvatures = [*frame["maps"], step], [*frame["curvatures"], curvature]
+        plane = {name: frame[name] for name in ("root", "buffer_scale", "rest", "method")}
+        snapshot = _with_graph(snapshot, self._graph)
+        step = step_on_plane(snapshot, self._mode, **plane)
+        self._path = path_taken(snapshot, frame["method"])
+        maps, curvatures = [*frame["maps"], step.whole], [*frame["curvatures"], step.curvature]
+        rest = step.rest
         if len(maps) < self.window:
             self._frame = frame | {"maps": maps, "curvatures": curvatures, "rest": rest, "step": snapshot.step}
             return
@@ -144,11 +151,14 @@ class Lyapunov(Windowed):
         least, most = exponent_bounds(maps, curvatures, frame["below"], frame["above"], rest=remembers)
         # Rounding of the steps themselves, for any curvature.
         eps = torch.finfo(self._mode.dtype).eps
-        rounding = LEAST * eps**0.5 if self.path(snapshot).startswith("finite difference") else 16 * eps
+        rounding = LEAST * eps**0.5 if self._path.startswith("finite difference") else 16 * eps
         span = (least - rounding, most + rounding)
         self.windows = torch.cat([self.windows, scalar(exponent)[None]])[-self.average :]
         self.spans = torch.cat([self.spans, torch.tensor([span], dtype=torch.float64)])[-self.average :]
         self.complete = True
+
+    def path(self, snapshot: Snapshot) -> str:
+        return self._path
 
     def restart(self) -> None:
         super().restart()
@@ -164,3 +174,16 @@ class Lyapunov(Windowed):
             values[f"{PREFIX}lyapunov_lower"] = least - (mean - lower)
             values[f"{PREFIX}lyapunov_upper"] = most + (upper - mean)
         return values
+
+
+def _with_graph(snapshot: Snapshot, graph: Graph | None) -> Snapshot:
+    """Return the step with what the autograd graph of an earlier one has shown, without a replay of its own.
+
+    That is a property of the code. Whether the step can be replayed is seen by its Hessian product: a difference whose
+    loss is not the step's own fails the trapezoidal rule, and exact products compare it.
+    """
+    if graph is None or snapshot.verified.graph is not None:
+        return snapshot
+    step = replace(snapshot)
+    step.verified.graph = graph
+    return step

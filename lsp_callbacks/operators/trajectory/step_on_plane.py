@@ -1,0 +1,145 @@
+"""One optimizer step compressed onto the plane of its sharp mode, without vectors over the whole state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.linalg import unit
+from lsp_callbacks.operators.curvature.hessian import Method
+from lsp_callbacks.operators.trajectory.formula_tangent import GRADIENT, THETA, FormulaTangent, formula_tangent
+from lsp_callbacks.operators.trajectory.optimizer_input import clipped_change
+from lsp_callbacks.operators.trajectory.proximal import proximal_jacobian
+from lsp_callbacks.operators.trajectory.step_jacobian import accurate_hessian
+from lsp_callbacks.step.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class PlaneStep:
+    """One step on the plane ``V`` of its sharp mode, see `lsp_callbacks.functional.plane_map`.
+
+    Attributes:
+        drift: what ``V^+ A V`` would be at a fixed gradient, ``(k, k)``, float64 on the CPU.
+        curvature: what the change of the gradient adds to it.
+        rest: direction of what else the optimizer remembers; empty or 0 where there is nothing.
+    """
+
+    drift: Tensor
+    curvature: Tensor
+    rest: Tensor
+
+    @property
+    def whole(self) -> Tensor:
+        """Return ``V^+ A V``."""
+        return self.drift + self.curvature
+
+
+def step_on_plane(
+    snapshot: Snapshot,
+    mode: Tensor,
+    root: Tensor | float = 1.0,
+    *,
+    buffer_scale: Tensor | float | None = None,
+    rest: Tensor | None = None,
+    method: Method = "auto",
+) -> PlaneStep:
+    """Return ``V^+ A V`` of one step of an optimizer with a formula, as `plane_map` of its `update_jacobian`.
+
+    A is a diagonal by blocks but for ``H v``, so that each entry is a sum of inner products of the mode, of ``H v``,
+    and of the rest, weighted by the formula's derivatives; under SGD these are numbers, and ``<mode, H v>`` is all that
+    depends on the step. A prox after the step is applied to the reading direction, by its adjoint.
+
+    Args:
+        snapshot: the step, before its update.
+        mode: as in `plane_map`, like the following.
+        root: of the rates.
+        buffer_scale: of the momentum buffer.
+        rest: of the steps before in the same window; None finds it.
+        method: of the Hessian product.
+
+    Raises:
+        Unmeasurable: see `step_jacobian`; an optimizer without a formula.
+
+    Cost: one Hessian product; no gradient beside it.
+    """
+    step = formula_tangent(snapshot)
+    places = 1 if buffer_scale is None else 2
+    names, others = (THETA, *step.blocks)[:places], step.blocks[places - 1 :]
+    change = clipped_change(snapshot, accurate_hessian(snapshot, method) @ (root * mode))
+    if rest is None:
+        along = {THETA: root * mode, GRADIENT: change}
+        rest = unit(torch.cat([step.image(name, along) for name in others])) if others else mode[:0]
+    scales = (root,) if buffer_scale is None else (root, buffer_scale)
+    columns = [{name: _Scaled(scale, mode)} for name, scale in zip(names, scales)]
+    rows = [{name: _Scaled(_inverse(scale), mode)} for name, scale in zip(names, scales)]
+    if snapshot.run.prox is not None:
+        rows[0] = {THETA: _Scaled(1.0, (proximal_jacobian(snapshot).T @ rows[0][THETA].product).to(mode))}
+    if bool(rest.any()):
+        held = {name: _Scaled(1.0, part) for name, part in zip(others, rest.split(step.length))}
+        columns, rows = [*columns, held], [*rows, held]
+    read = _Reader(step)
+    drift = read.entries(rows, columns)
+    curvature = torch.zeros_like(drift)
+    curvature[:, :1] = read.entries(rows, [{GRADIENT: _Scaled(1.0, change)}])
+    return PlaneStep(drift, curvature, rest)
+
+
+@dataclass(frozen=True, eq=False)
+class _Scaled:
+    """A vector times a number, or number by number times another vector."""
+
+    scale: Tensor | float
+    vector: Tensor
+
+    @property
+    def product(self) -> Tensor:
+        return self.scale * self.vector
+
+
+class _Reader:
+    """Inner products through the derivative of a step, in float64; those of whole vectors are computed once."""
+
+    def __init__(self, step: FormulaTangent):
+        self.step = step
+        self.known: dict[tuple[int, int, int], float] = {}
+
+    def entries(self, rows: Sequence[Mapping[str, _Scaled]], columns: Sequence[Mapping[str, _Scaled]]) -> Tensor:
+        """Return ``<row, A column>`` of each pair, ``(rows, columns)``."""
+        return torch.tensor([[self._entry(row, column) for column in columns] for row in rows], dtype=torch.float64)
+
+    def _entry(self, row: Mapping[str, _Scaled], column: Mapping[str, _Scaled]) -> float:
+        total = 0.0
+        for k, part in enumerate(self.step.parts):
+            for block, reader in row.items():
+                for name, derivative in part.derivatives.get(block, {}).items():
+                    if name in column:
+                        total += self._product(k, reader, derivative, column[name])
+        return total
+
+    def _product(self, k: int, reader: _Scaled, derivative: Tensor | float, source: _Scaled) -> float:
+        of, numbers, factor = self.step.parts[k].of, [], 1.0
+        for value, whole in ((reader.scale, False), (derivative, True), (source.scale, False)):
+            if isinstance(value, Tensor):
+                numbers.append(value if whole else of(value))
+            else:
+                factor *= value
+        if numbers:
+            left = of(reader.vector)
+            for value in numbers:
+                left = left * value
+            return factor * _dot(left, of(source.vector))
+        key = (k, id(reader.vector), id(source.vector))
+        if key not in self.known:
+            self.known[key] = _dot(of(reader.vector), of(source.vector))
+        return factor * self.known[key]
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(a.double() @ b.double())
+
+
+def _inverse(root: Tensor | float) -> Tensor | float:
+    return torch.where(root > 0, 1 / root, 0.0) if isinstance(root, Tensor) else 1 / root

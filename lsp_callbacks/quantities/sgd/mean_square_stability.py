@@ -1,0 +1,188 @@
+"""Stability of SGD itself by its second moment: cheap, without chance, from the step's own batch."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from lsp_callbacks._validation import whole
+from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.functional.sgd.mean_square import mean_square_lr
+from lsp_callbacks.operators.cost import beside, forward_cost
+from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
+from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel
+from lsp_callbacks.operators.sgd.step_samples import LEAST, step_samples
+from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing, is_remembered
+from lsp_callbacks.quantities.base import Quantity
+from lsp_callbacks.quantities.key import Key
+from lsp_callbacks.quantities.sgd.collapse import COLLAPSED, collapse, none_yet
+from lsp_callbacks.quantities.sgd.frozen_exponents import batches_of, courant_of
+from lsp_callbacks.quantities.sgd.probe_cost import gram_cost, kernel_memory, probe_share
+from lsp_callbacks.step.replay_checks import verify, verify_gradient
+from lsp_callbacks.step.snapshot import Snapshot
+
+#: Relative error of the critical rate by its iteration, always downwards.
+TOLERANCE = 1e-2
+#: Nanoseconds of the critical rate from 64 rows.
+RATE = 1.5e6
+
+
+class MeanSquareStability(Quantity):
+    """Learning rate relative to the largest at which the second moment of SGD stays bounded.
+
+    As `SGDStability`, from the Gram matrix of per-sample output gradients, the optimizer's momentum or frozen
+    preconditioner, and the batch size; but of samples of the step's own batch, so that nothing is collected, and of the
+    second moment alone, which follows without simulation. It costs about one gradient, and is a lower and therefore
+    earlier edge than that of `SGDStability`: 1 to 1.5 times its Courant number.
+
+    Each step brings fresh samples. Few of them read low where a few samples of many are sharp, and from one reading to
+    the next the number scatters: look at the mean of three.
+
+    The network has *collapsed* where its outputs no longer depend on its inputs: nine of ten samples, of different
+    inputs, have the same outputs to the last digits and the same gradient (dead ReLUs, saturated units), though their
+    targets differ, and no lower a loss than a constant output has. A last layer that begins with zeros has another
+    gradient for each input, and so has a network that is bad but still moves: both count as not collapsed.
+
+    Args:
+        rows: how many output gradients to look at; None takes half of the batch, 32 at least and 128 at most. Where a
+            batch has fewer samples, several positions (tokens) of each are taken, if it has them.
+        outputs: "top" takes the top eigenpair of each output Hessian; "all" takes every output.
+        replacement: whether samples are drawn with replacement within a batch.
+        most_rows: as in `SGDStability`.
+
+    Raises:
+        ValueError: for an argument out of its range.
+
+    Cost: one pass over half of the batch, forward and back to the outputs of layers, and their products for each pair
+    of rows: about a gradient, on small networks the time of some hundred calls. The first readings, and every 2^k-th,
+    are checked, which takes two gradients more.
+
+    Source: Mulayoff & Michaeli 2024; docs/theory.md, section The exponent of SGD, frozen at the weights.
+    """
+
+    name = "mean_square_stability"
+    weight = 0.6
+    KEYS: ClassVar = {
+        "courant_mean_square": Key(
+            "Learning rate divided by the largest one at which the second moment is bounded; near 1 is normal.",
+            "",
+            "If it stays above 1 and the loss does not fall: lower the learning rate, or take larger batches; "
+            "`SGDStability.diagram` shows the largest rate of each batch size.",
+            threshold=1.0,
+        ),
+        "mean_square_lr": Key("Largest learning rate at which the second moment is bounded.", "learning rate"),
+        "collapsed": COLLAPSED,
+        "mean_square_rows": Key("How many output gradients that was computed from.", optional=True),
+    }
+    needs_update = True
+    alike: Tensor
+    alike_since: Tensor
+
+    def __init__(
+        self,
+        rows: int | None = None,
+        *,
+        outputs: Literal["top", "all"] = "top",
+        replacement: bool = False,
+        most_rows: int = 64,
+    ):
+        super().__init__()
+        if rows is not None:
+            whole("rows", rows, 2, instead=", or None for half of the batch")
+        whole("most_rows", most_rows, 0)
+        if outputs not in ("top", "all"):
+            raise ValueError(f"outputs={outputs!r}: give 'top' or 'all'")
+        self.rows, self.outputs, self.replacement, self.most_rows = rows, outputs, replacement, most_rows
+        self.latest: FrozenSGD | None = None
+        self._checked: TangentKernel | None = None
+        self._mode: Tensor | None = None
+        for name, value in zip(("alike", "alike_since"), none_yet()):
+            self.add_state(name, default=value, persistent=True)
+
+    def check(self, snapshot: Snapshot) -> None:
+        critical_rule(snapshot)
+
+    def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        samples = step_samples(snapshot, self.rows)
+        count, rows = samples.samples, -(-(self.rows or LEAST) // max(samples.samples, 1))
+        share = probe_share(snapshot, samples, count)
+        if self.latest is not None:
+            rows = self.latest.kernel.rows
+        passes = count * rows if samples.batches else 0
+        parts = {
+            "rows of the batch": (1 + rows + 2 * passes) / 3 * share + gram_cost(snapshot, count * rows),
+            "critical rate": beside(snapshot, calls=150, time=RATE * (count * rows / 64) ** 3),
+        }
+        if self._checked is None:
+            parts |= {"forward": forward_cost(snapshot), "gradient": 1.0, "check of the rows": 2 / 3 * share}
+        if not is_remembered(snapshot):
+            parts["signs of the samples"] = (1 + 2 * DRAWS) / 3
+        return parts
+
+    def memory(self, snapshot: Snapshot) -> dict[str, float]:
+        samples = step_samples(snapshot, self.rows)
+        return kernel_memory(snapshot, samples, samples.samples, max(samples.samples, self.rows or LEAST))
+
+    def warm_up(self, snapshot: Snapshot) -> int:
+        """Return how many gradients the preconditioner still lacks: that of one batch says nothing of the next."""
+        return gradients_missing(snapshot)
+
+    def path(self, snapshot: Snapshot) -> str:
+        """Return by which rules per-sample gradients were computed, see `TangentKernel`."""
+        return "exact" if self._checked is None else " and ".join(sorted(set(self._checked.path.values())))
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Measure one step; do nothing while its probes, where it has only those, are being collected."""
+        self.complete = False
+        samples = step_samples(snapshot, self.rows)
+        if not samples.full:
+            return
+        checks = self._checked is None or self._update_count & (self._update_count - 1) == 0
+        if checks and snapshot.loss is not None:
+            verify(snapshot)
+        if checks and snapshot.gradient is not None:
+            verify_gradient(snapshot)
+        sgd = frozen_sgd(
+            snapshot,
+            samples,
+            outputs=self.outputs,
+            generator=snapshot.generator(self.name),
+            start=self._mode,
+            most_rows=self.most_rows,
+            positions=-(-(self.rows or LEAST) // samples.samples),
+            checked=None if checks else self._checked,
+            squares="batch",
+        )
+        rate = mean_square_lr(sgd.modes, **batches_of(sgd, replacement=self.replacement), tol=TOLERANCE)
+        if math.isnan(rate):
+            raise Unmeasurable("the Gram matrix is not finite: the weights or the outputs have overflowed")
+        numbers = {
+            "courant_mean_square": courant_of(sgd.lr, rate),
+            "mean_square_lr": rate,
+            "mean_square_rows": float(len(sgd.kernel.gram)),
+        }
+        # Each rank has looked at samples of its own.
+        numbers, is_alike = snapshot.run.ranks.first(lambda: (numbers, bool(sgd.kernel.alike)), self.name)
+        numbers["collapsed"], self.alike, self.alike_since = collapse(
+            self.alike, self.alike_since, step=snapshot.step, is_alike=is_alike
+        )
+        self.latest, self._mode = sgd, sgd.kernel.mode
+        self._checked = sgd.kernel if checks else self._checked
+        self.finish(numbers)
+
+    def restart(self) -> None:
+        super().restart()
+        self.alike, self.alike_since = none_yet()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the last measurement, without an infinite rate, where nothing can become unstable."""
+        values = super().compute()
+        return {key: value for key, value in values.items() if "courant" in key or not bool(value.isinf())}
+
+    def vectors(self) -> dict[str, Tensor]:
+        return {} if self._mode is None else {"mode": self._mode}
+
+    def load_vectors(self, vectors: dict[str, Tensor]) -> None:
+        self.latest, self._checked, self._mode = None, None, vectors.get("mode")
