@@ -1,7 +1,8 @@
 """Claim: at its defaults, `StopOnInstability` hears of failing runs before their loss, and stops no healthy one.
 
 Two populations, told apart by their outcome: a run *fails* if its loss is not finite at the end, or the mean of its
-last 50 losses is above 25 % of the first; otherwise it is *healthy*, or *comes back* if it had exploded. Nothing is set but the defaults.
+last 50 losses is above 25 % of the first; otherwise it is *healthy*, or *comes back* if it had exploded to three times
+the first. Nothing is set but the defaults.
 ``StopOnInstability`` notes its stop and lets training go on, so that the outcome without it is seen in the same run,
 which it leaves unchanged to the last bit. Beside it, on the same runs, rules that others use. Rules were chosen on
 seeds 0 and 1.
@@ -96,7 +97,7 @@ class Outcome:
 
     @property
     def kind(self) -> str:
-        """ "fails", "comes back" or "healthy"."""
+        """One of "fails", "comes back" and "healthy"."""
         if not self.end <= 0.25 * self.losses[0]:
             return "fails"
         return "comes back" if max(self.losses) > EXPLODED * self.losses[0] else "healthy"
@@ -273,8 +274,18 @@ def row(name: str, seed: int, o: Outcome) -> str:
     steps = ["-" if step is None else str(step) for step in (o.alarm, o.event, o.stop)]
     readings = f"{len(o.curve('courant').steps)}, {len(o.curve('courant_step').steps)}"
     loss = f"{o.losses[0]:.2g}, least {min(o.losses):.2g}, end {o.end:.2g}"
-    as_wished = {"fails": in_time(o, o.stop), "healthy": o.stop is None, "comes back": True}
-    return f"| {o.kind}{'' if as_wished[o.kind] else ' **!**'} | {name} | {seed} | {' | '.join(steps)} | {loss} | {largest:.2g} | {readings} | {o.state} |"
+    as_wished = {"fails": in_time(o, o.stop), "healthy": o.stop is None, "comes back": True}[o.kind]
+    cells = [
+        f"{o.kind}{'' if as_wished else ' **!**'}",
+        name,
+        str(seed),
+        *steps,
+        loss,
+        f"{largest:.2g}",
+        readings,
+        o.state,
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 HEAD = ("", "run", "seed", "loss alarm", "event", "stop", "loss", "largest Courant number", "readings", "verdict")

@@ -90,7 +90,7 @@ class StopOnInstability(Callback):
         *,
         threshold: float | None = None,
         patience: int = 3,
-        patience_steps: int = 200,
+        patience_steps: int = 100,
         min_steps: int = 0,
         confirm: Literal["loss"] | None = "loss",
         limit: float | None = 10.0,
