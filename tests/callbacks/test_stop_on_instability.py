@@ -227,13 +227,13 @@ def test_few_readings_suffice_after_some_steps():
     values = [1.2, *[{}] * 299]
     stop = StopOnInstability()
     late = feed(stop, values, rising)
-    assert stop.event_step == 200 == late
+    assert stop.event_step == 100 == late
     assert feed(StopOnInstability(patience_steps=150), values, rising) == 150
     assert feed(StopOnInstability(patience_steps=1000), values, rising) is None
     assert feed(StopOnInstability(), [1.2, {}, 0.9, *[{}] * 297], rising) is None
     below = StopOnInstability()  # what is above must itself be that old
     feed(below, [0.5, *[{}] * 89, 3.0, *[{}] * 209])
-    assert below.event_step == 290
+    assert below.event_step == 190
 
 
 FALLS_AND_RISES = [3.0 - 0.02 * i for i in range(100)] + [min(1.02**i, 6.0) for i in range(300)]
