@@ -8,7 +8,8 @@ which it leaves unchanged to the last bit. Beside it, on the same runs, rules th
 seeds 0 and 1.
 
 ``MNIST=<folder> python benchmarks/two_populations.py 2 3`` prints the tables of ``two_populations.md``: numbers choose
-seeds, other words beginnings of names of runs; ``save=FILE`` keeps what was run, and goes on from there.
+seeds, other words beginnings of names of runs; ``save=FILE`` keeps what was run, and
+goes on from there, with the rules of today.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -139,6 +141,20 @@ def run(problem: Problem, seed: int) -> Outcome:
         state=monitor.verdict.state,
         told=watch.told,
     )
+
+
+def judged(outcome: Outcome) -> Outcome:
+    """The same run by the rules of today, from what `StopOnInstability` was told when it was trained."""
+    stop, scheduled = StopOnInstability(verbose=False), [math.nan]
+    stop._source = SimpleNamespace(scheduled_courant=lambda trainer: scheduled[0])
+    trainer = SimpleNamespace(callback_metrics={}, loggers=[])
+    for what, *told in outcome.told:
+        if what == "receive":
+            stop.receive(trainer, told[0])
+        else:
+            step, arrived, scheduled[0] = told
+            stop.judge(trainer, step, arrived)
+    return replace(outcome, event=stop.event_step, stop=stop.stop_step, reason=stop.reason)
 
 
 # -- rules of others -------------------------------------------------------------------------------------------------
@@ -295,7 +311,8 @@ def main(words: list[str]) -> None:
     seeds = [int(word) for word in words if word.isdecimal()] or list(SEEDS)
     file = next((Path(word.removeprefix("save=")) for word in words if word.startswith("save=")), None)
     names = tuple(word for word in words if not word.isdecimal() and not word.startswith("save="))
-    known: Outcomes = pickle.loads(file.read_bytes()) if file is not None and file.exists() else {}
+    saved = pickle.loads(file.read_bytes()) if file is not None and file.exists() else {}
+    known: Outcomes = {key: judged(outcome) for key, outcome in saved.items()}
     outcomes: Outcomes = {}
     print(f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|", sep="\n")
     for seed in seeds:

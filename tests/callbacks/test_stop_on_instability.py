@@ -224,8 +224,9 @@ def test_one_reading_far_above_the_edge_is_enough_where_the_loss_does_not_fall(r
 
 def test_few_readings_suffice_after_some_steps():
     rising = [2.0] * 40 + [min(2.0 + 0.1 * i, 3.5) for i in range(260)]
-    values = [1.2, *[{}] * 299]
+    values = [1.2, 1.2, *[{}] * 298]
     stop = StopOnInstability()
+    assert feed(StopOnInstability(), [1.2, *[{}] * 99], rising[:100]) is None  # one alone, and a loss that rises
     late = feed(stop, values, rising)
     assert stop.event_step == 100 == late
     assert feed(StopOnInstability(patience_steps=150), values, rising) == 150
