@@ -175,9 +175,7 @@ def _once(jacobian: LinearOperator) -> LinearOperator:
         return lambda v: product(torch.stack([v, torch.zeros_like(v)]))[0]
 
     assert jacobian.adjoint is not None
-    return replace(
-        jacobian, apply=over(jacobian.apply), adjoint=over(jacobian.adjoint), batch=(jacobian.batch[1],)
-    )
+    return replace(jacobian, apply=over(jacobian.apply), adjoint=over(jacobian.adjoint), batch=(jacobian.batch[1],))
 
 
 def _part(ritz: Ritz, k: int) -> Ritz:

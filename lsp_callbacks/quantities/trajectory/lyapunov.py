@@ -14,7 +14,7 @@ from lsp_callbacks.autograd.graph import Graph
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.lyapunov import exponent_bounds, window_exponent
 from lsp_callbacks.functional.trajectory.statistics import student_bounds
-from lsp_callbacks.operators.cost import products, push_cost
+from lsp_callbacks.operators.cost import beside, products
 from lsp_callbacks.operators.curvature.finite_differences import LEAST
 from lsp_callbacks.operators.curvature.hessian import Method, path_taken, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
@@ -27,6 +27,9 @@ from lsp_callbacks.quantities.curvature.sharpness import alignment_cost, alignme
 from lsp_callbacks.quantities.key import NATS, PREFIX, Key
 from lsp_callbacks.quantities.trajectory.windowed import Windowed
 from lsp_callbacks.step.snapshot import Snapshot
+
+#: Vectors over all parameters that a step on the plane reads and writes, and further ones with a preconditioner.
+PLANE, FROZEN = 6, 32
 
 
 class Lyapunov(Windowed):
@@ -59,9 +62,8 @@ class Lyapunov(Windowed):
     Raises:
         ValueError: for a window or an average below 1.
 
-    Cost: the alignment shared with sharpness, then one Hessian product a step with any momentum, and vector operations
-    on the optimizer's state. With the alignment, by differences or with kinks: under SGD 28 or 36 gradients, with
-    momentum 43 or 48, under Adam 92 or 103.
+    Cost: the alignment shared with sharpness, then in each of two steps one Hessian product with any optimizer, and the
+    optimizer's formula in closed form on the plane alone.
 
     Source: Chemnitz & Engel 2025 for the exponent; Benettin et al. 1980; docs/theory.md, section The exponent along
     the trajectory.
@@ -97,12 +99,17 @@ class Lyapunov(Windowed):
         threshold_constant(frozen_rule(snapshot))  # the alignment needs an edge
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        method = resolved(snapshot, self.method)
-        # Parameters, buffer and rest, each also at a fixed gradient, and the response of Adam: one of them has passes.
-        rule = frozen_rule(snapshot)
-        pushes = 2 * (1 + bool(rule.momentum) + rule.frozen) + rule.frozen
-        step = products(snapshot, method, 1) + push_cost(snapshot, pushes)
-        return {**alignment_cost(snapshot, method), "window": self.window * (1 / 3 + step)}
+        method, rule = resolved(snapshot, self.method), frozen_rule(snapshot)
+        vectors = PLANE + FROZEN * rule.frozen
+        step = products(snapshot, method, 1) + beside(snapshot, calls=90, vectors=vectors)
+        return {**alignment_cost(snapshot, method), "window": self.window * step}
+
+    def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
+        """Take fewer steps in a window, down to one."""
+        before = self.window
+        while self.window > 1 and sum(self.cost(snapshot).values()) > gradients:
+            self.window -= 1
+        return None if self.window == before else f"{self.window} of {before} steps in a window"
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         blocks = 1 + len(state_blocks(snapshot))
