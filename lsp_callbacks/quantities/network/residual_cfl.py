@@ -176,6 +176,7 @@ class ResidualCFL(Quantity):
                 continue
             block.check(name)
             numbers, starts[name] = self._followed(block.jacobian, name, generator)
+            del block  # with its graph, before the next one is made
             tensors: dict[str, Any] = {
                 key: scalar(value) for key, value in vars(numbers).items() if isinstance(value, Tensor)
             }

@@ -19,7 +19,6 @@ from lsp_callbacks.operators.curvature.finite_differences import LEAST
 from lsp_callbacks.operators.curvature.hessian import Method, path_taken, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.memory import footprint
-from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.step_on_plane import step_on_plane
 from lsp_callbacks.quantities.base import scalar
@@ -112,8 +111,7 @@ class Lyapunov(Windowed):
         return None if self.window == before else f"{self.window} of {before} steps in a window"
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        blocks = 1 + len(state_blocks(snapshot))
-        plane = 2 * blocks * (3 if frozen_rule(snapshot).momentum else 2)  # before the step and after it
+        plane = 3 + 12 * frozen_rule(snapshot).frozen  # derivatives of the formula, which SGD has as numbers
         return {**alignment_memory(snapshot, self.method), "plane": plane * footprint(snapshot).parameters}
 
     def update(self, snapshot: Snapshot) -> None:
