@@ -13,7 +13,7 @@ from lsp_callbacks import Snapshot
 from lsp_callbacks.linalg import LinearOperator, lanczos
 from lsp_callbacks.operators import hessian
 from lsp_callbacks.operators.curvature.finite_differences import FIRST, Differences
-from lsp_callbacks.operators.curvature.stability_threshold import top_eigenvalue
+from lsp_callbacks.operators.curvature.top_eigenvalue import top_eigenvalue
 
 
 def unchecked(snapshot: Snapshot) -> float:

@@ -47,7 +47,7 @@ import lsp_callbacks
 from lsp_callbacks import StabilityMonitor
 
 PACKAGE = str(Path(lsp_callbacks.__file__).parent)
-STEPS = {"sharpness": 6, "sgd_stability": 6, "stability_profile": 40}
+STEPS = {"sharpness": 6, "mean_square_stability": 6, "sgd_stability": 6, "stability_profile": 40}
 
 
 class Trace:

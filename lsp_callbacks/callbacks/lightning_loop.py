@@ -16,7 +16,7 @@ from lsp_callbacks.callbacks.run_facts import clipping, overridden, run_context
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.monitor.gradient_check import Gradients, copies_of_gradients
 from lsp_callbacks.monitor.monitor import Monitor
-from lsp_callbacks.monitor.training_loop import MicroBatchLoss, TrainingLoop
+from lsp_callbacks.monitor.training_loop import TrainingLoop
 from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.criterion import HOW
@@ -63,10 +63,10 @@ class LightningLoop(TrainingLoop):
         self._sub_batch, self._accumulate = sub_batch, accumulate
         self.is_automatic = self.repeats_forward = bool(module.automatic_optimization)
         self.overrides_step = overridden(module, "optimizer_step") is not None
+        self._clipping_hook = overridden(module, "configure_gradient_clipping")
         self.moves_parameters |= self.overrides_step
         self.wrong_update = ELSEWHERE if run.prox is not None else f"{type(module).__name__}.optimizer_step {MOVED}"
         self._clipped: Gradients = []
-        self._muted = MutedTrainer(trainer)
         self.scaler = getattr(trainer.precision_plugin, "scaler", None)
 
     @property
@@ -77,10 +77,11 @@ class LightningLoop(TrainingLoop):
     @property
     def clipping(self) -> Clipping | None:
         """How the trainer clips."""
-        return clipping(self.trainer)
+        return clipping(self.trainer) if self.trainer.gradient_clip_val else None
 
     def new_step(self, *, is_shared: bool = True) -> PendingStep:
-        trainer, muted, self._clipped = self.trainer, self._muted, []
+        trainer, self._clipped = self.trainer, []
+        muted = MutedTrainer(trainer)  # which keeps the number of the step
         return PendingStep(
             self.module,
             shared=[muted] if trainer.datamodule is None else [muted, trainer.datamodule],
@@ -91,29 +92,27 @@ class LightningLoop(TrainingLoop):
             takes_buffers=getattr(trainer.strategy.model, "will_sync_module_buffers", bool)(),
         )
 
-    def loss(self, batch_idx: int, player_loss: LossFn | None = None) -> MicroBatchLoss:
-        """Return ``(module, batch) -> loss`` of one micro-batch, as Lightning differentiates it.
+    def loss(self, batch_idx: int, player_loss: LossFn | None, module: Any, batch: Any) -> Tensor | None:
+        """Return the loss of one micro-batch, as Lightning differentiates it.
 
         Args:
             batch_idx: of the micro-batch.
-            player_loss: of several optimizers that take turns, the user's function for one of them.
+            player_loss: of several optimizers that take turns, the user's function for one of them; None otherwise.
+            module: or a copy of it.
+            batch: on the device.
         """
-        loss_fn, accumulate = player_loss or self._loss_fn, self.accumulate
-
-        def loss(module: Any, batch: Any) -> Tensor | None:
-            with self.trainer.precision_plugin.train_step_context():
-                if loss_fn is not None:
-                    outputs: Any = loss_fn(module, batch)
-                else:
-                    outputs = module.training_step(*_arguments(module.training_step, batch, batch_idx))
-            value = loss_of(outputs)
-            # Exactly what Lightning's closure does with it.
-            return None if value is None else value / accumulate
-
-        return loss
+        loss_fn = player_loss or self._loss_fn
+        with self.trainer.precision_plugin.train_step_context():
+            if loss_fn is not None:
+                outputs: Any = loss_fn(module, batch)
+            else:
+                outputs = module.training_step(*_arguments(module.training_step, batch, batch_idx))
+        value = loss_of(outputs)
+        # Exactly what Lightning's closure does with it.
+        return None if value is None else value / self.accumulate
 
     def clipping_of(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
-        hook = overridden(self.module, "configure_gradient_clipping")
+        hook = self._clipping_hook
         if hook is None or pending.module_copy is None or not self.repeats_forward:
             return self.clipping
         ranks, reset = self.run.ranks, pending.module_copy.reset

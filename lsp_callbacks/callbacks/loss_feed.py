@@ -26,6 +26,7 @@ class LossFeed:
         ranks: the processes of the run.
         subscribers: whose ``end_step(trainer, step, arrived)`` may end training.
         listeners: called with the number of a step and its loss, which lies on its device.
+        is_automatic: whether a step's loss is the one that ``training_step`` returns.
     """
 
     def __init__(
@@ -34,8 +35,11 @@ class LossFeed:
         ranks: Ranks,
         subscribers: Sequence[Any] = (),
         listeners: Sequence[Callable[[int, Tensor], None]] = (),
+        *,
+        is_automatic: bool = True,
     ):
         self._monitor, self._subscribers, self._listeners = monitor, subscribers, listeners
+        self._is_automatic = is_automatic
         self._shared = SharedLosses(ranks) if subscribers and ranks.world > 1 else None
 
     @property
@@ -59,7 +63,7 @@ class LossFeed:
         if returned is not None:
             for listener in self._listeners:
                 listener(step, returned)
-        differentiated = None if trainer.lightning_module.automatic_optimization else step_loss.differentiated
+        differentiated = None if self._is_automatic else step_loss.differentiated
         loss = returned if differentiated is None else differentiated
         if self._shared is None:
             arrived = self._monitor.losses.saw(max(step, 0), loss, left_out=left_out)

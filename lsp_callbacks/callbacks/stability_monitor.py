@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -38,20 +37,6 @@ from lsp_callbacks.step.probes import Criterion, ForwardFn, population
 from lsp_callbacks.step.run_context import Prox
 
 CHANGED_GRADIENT = "the gradient was changed after the on_before_optimizer_step of StabilityMonitor"
-
-
-def timed(hook: Callable[..., None]) -> Callable[..., None]:
-    """Return a hook whose time is added to that which goes into measuring."""
-
-    @functools.wraps(hook)
-    def timed_hook(self: StabilityMonitor, *args: Any) -> None:
-        began = time.perf_counter()
-        try:
-            hook(self, *args)
-        finally:
-            self.stopwatch.spent += time.perf_counter() - began
-
-    return timed_hook
 
 
 class StabilityMonitor(RunResults, Callback):
@@ -196,14 +181,16 @@ class StabilityMonitor(RunResults, Callback):
         )
         self._begin_results()
         self.forecast.begin_run(trainer, is_game=losses is not None, is_overridden=loop.overrides_step)
-        self._loss_feed = LossFeed(self.monitor, ranks, self.subscribers, self.loss_listeners)
+        self._loss_feed = LossFeed(
+            self.monitor, ranks, self.subscribers, self.loss_listeners, is_automatic=loop.is_automatic
+        )
         self._numbers.begin_run(trainer, is_game=losses is not None)
         # The sum of several players' losses need not fall.
         self.monitor.losses.comparable = len(trainer.optimizers) <= 1
         observer.begin_run(
             loop,
             trainer.optimizers,
-            losses=None if losses is None else {name: loop.loss(0, loss) for name, loss in losses.items()},
+            losses=None if losses is None else {name: partial(loop.loss, 0, loss) for name, loss in losses.items()},
             steps=steps_left(trainer, 0) if observer.step == 0 else math.inf,  # a resumed run goes on with what it has
         )
         warn_of_sub_batch(self.sub_batch)
@@ -213,9 +200,8 @@ class StabilityMonitor(RunResults, Callback):
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    @timed
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        observer = self.observer
+        began, observer = time.perf_counter(), self.observer
         observer.check_update()
         first = self._numbers.begin_batch(trainer, batch_idx)
         scheduled = math.nan
@@ -225,17 +211,19 @@ class StabilityMonitor(RunResults, Callback):
                 self.forecast.begin_step(trainer)
             if self.monitor.cadence.follows_rate:  # otherwise the rate that comes has no say
                 scheduled = self.scheduled_courant(trainer)
-        loss = self._loop.loss(batch_idx)
-        observer.begin_batch(batch, loss, first=first, scheduled=scheduled, has_backward=has_backward(trainer))
+        observer.begin_batch(
+            batch, partial(self._loop.loss, batch_idx, None), first=first, scheduled=scheduled,
+            has_backward=partial(has_backward, trainer),
+        )  # fmt: skip
+        self.stopwatch.spent += time.perf_counter() - began
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
         self._has_loss = True
         scale = None if self._loop.scaler is None else self._loop.loss_scale
         self.observer.loss(loss, scale=scale, is_returned=self._loop.is_automatic)
 
-    @timed
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        observer, loop = self.observer, self._loop
+        began, observer, loop = time.perf_counter(), self.observer, self._loop
         if loop.is_automatic and not self._has_loss:  # training_step returned None
             observer.skip_update()
             # Lightning counts it. A gradient that was set to zero, not to None, moves what has momentum.
@@ -250,10 +238,10 @@ class StabilityMonitor(RunResults, Callback):
             gradients = partial(loop.clipped_gradients, optimizer) if loop.is_automatic else None
             moved = observer.before_update(optimizer, overflowed=overflowed, coming_gradients=gradients)
         self._numbers.count(moved=moved)
+        self.stopwatch.spent += time.perf_counter() - began
 
-    @timed
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        observer = self.observer
+        began, observer = time.perf_counter(), self.observer
         is_changed = observer.check_gradient(CHANGED_GRADIENT, is_gone_allowed=True)
         if not is_changed and observer.updates > 1 and observer.game is None:
             observer.invalidate_update(
@@ -271,6 +259,7 @@ class StabilityMonitor(RunResults, Callback):
                 wait=bool(completed.observations),
             )  # fmt: skip
         self._publisher.update_age(observer.step - 1)
+        self.stopwatch.spent += time.perf_counter() - began
 
     def _publish(self, trainer: Any, completed: Completed) -> None:
         """Show what a step has completed."""

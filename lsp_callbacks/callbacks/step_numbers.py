@@ -60,4 +60,6 @@ class StepNumbers:
 
     def is_over(self, trainer: Any) -> bool:
         """Return True if the batch that ends now is the last of its step."""
-        return self._is_over if self._accumulate is not None else not is_accumulating(trainer)
+        if self._accumulate is not None:
+            return self._is_over
+        return trainer.accumulate_grad_batches == 1 or not is_accumulating(trainer)

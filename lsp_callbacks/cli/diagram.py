@@ -6,6 +6,7 @@ import argparse
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -211,7 +212,7 @@ class _Examiner(Callback):
         with untouched(pl_module):
             for number, coming in enumerate(chain([batch], remaining_batches(trainer))):
                 if number < trainer.accumulate_grad_batches:
-                    observer.begin_batch(coming, loop.loss(batch_idx + number), first=number == 0)
+                    observer.begin_batch(coming, partial(loop.loss, batch_idx + number, None), first=number == 0)
                 elif observer.probes.full:
                     break
                 else:

@@ -2,6 +2,7 @@
 
 from lsp_callbacks.linalg.cocycle import lyapunov_exponents, orthonormalise, push, spectral_radius
 from lsp_callbacks.linalg.followed_norm import FollowedNorm, followed_norm
+from lsp_callbacks.linalg.gauss_radau import TopNode, top_node
 from lsp_callbacks.linalg.lanczos import lanczos
 from lsp_callbacks.linalg.norms import norm, norms, power_iteration, unit
 from lsp_callbacks.linalg.operator import LinearOperator, from_matrix, identity_like
@@ -18,6 +19,7 @@ __all__ = [
     "Quadrature",
     "Ritz",
     "Sketch",
+    "TopNode",
     "followed_norm",
     "from_matrix",
     "identity_like",
@@ -34,5 +36,6 @@ __all__ = [
     "spectral_radius",
     "spectrum_bounds",
     "top_between",
+    "top_node",
     "unit",
 ]

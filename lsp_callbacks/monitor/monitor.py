@@ -183,11 +183,14 @@ class Monitor:
             return None
         self._ranks = snapshot.run.ranks
         measured = self.measurement.measure(snapshot)
-        self._skip_all(measured.skips)
-        self.errors.report(measured.failures, snapshot.step, warn=self._ranks.rank == 0)
+        if measured.skips.warned or measured.skips.silent:
+            self._skip_all(measured.skips)
+        if measured.failures:
+            self.errors.report(measured.failures, snapshot.step, warn=self._ranks.rank == 0)
         for text in measured.warnings if self._ranks.rank == 0 else ():
             self.errors.warn_once(text)
-        if not self.schedule.under_way - self.quantities.awaiting():
+        has_limit = self.budget.seconds.limit is not None
+        if has_limit and not self.schedule.under_way - self.quantities.awaiting():
             self.skip(self.budget.too_slow(self.quantities, snapshot))
         return self._with_courant(Observation(snapshot.step, {}, measured.failures), measured.values)
 

@@ -140,7 +140,7 @@ class StepObserver:
         *,
         first: bool,
         scheduled: float = math.nan,
-        has_backward: bool = True,
+        has_backward: Callable[[], bool] | None = None,
     ) -> None:
         """Take in a batch whose forward pass comes next.
 
@@ -149,7 +149,7 @@ class StepObserver:
             loss: what the step will differentiate.
             first: whether it is the first micro-batch of a step.
             scheduled: the learning rate that the step will use over the critical one, where that is known.
-            has_backward: whether a backward pass follows.
+            has_backward: returns whether a backward pass follows; None where one always does.
         """
         monitor, module = self.monitor, self.loop.module
         self._results.taken = None  # it was checked
@@ -160,13 +160,14 @@ class StepObserver:
                     self.game.begin(batch)
             else:
                 self._pending = self._new_pending(scheduled, has_backward)
-        self.step_loss.begin_batch()
+        else:
+            self.step_loss.begin_batch()
         if monitor.trace is not None:
             monitor.recorder.begin(module, first=first)
         if monitor.quantities and not self.probes.full:
             self.probes.add(batch, module)
         if self.game is None:
-            if self._looks_for_nan:
+            if Numerics.name in self.monitor.quantities:
                 self.nan_finder.add(batch, loss, first=first)
             if self._pending is not None:
                 self._pending.add(batch, loss)
@@ -178,18 +179,16 @@ class StepObserver:
         if self._gradient_check.is_expected:
             self._gradient_check.forget()
 
-    def _new_pending(self, scheduled: float = math.nan, has_backward: bool = True) -> PendingStep | None:
+    def _new_pending(
+        self, scheduled: float = math.nan, has_backward: Callable[[], bool] | None = None
+    ) -> PendingStep | None:
         """Return what the coming step must be replayed from, if it is to be measured."""
-        if self.monitor.wants(self.step, scheduled=scheduled) and has_backward:
+        if self.monitor.wants(self.step, scheduled=scheduled) and (has_backward is None or has_backward()):
             try:
                 return self.loop.new_step()
             except Exception as error:
                 self.monitor.errors.caught("the step could not be kept for a replay", error)
         return None
-
-    @property
-    def _looks_for_nan(self) -> bool:
-        return Numerics.name in self.monitor.quantities
 
     @property
     def is_pending(self) -> bool:
@@ -205,9 +204,11 @@ class StepObserver:
             is_returned: whether the loop adds what the micro-batch returns to `step_loss`, too. Then this one is only
                 taken where a replay or a series needs it before the update.
         """
-        if self._looks_for_nan and self.loop.shows_losses:
+        if Numerics.name in self.monitor.quantities and self.loop.shows_losses:
             self.nan_finder.saw_loss(loss)
-        if is_returned and self._pending is None and self.monitor.trace is None:
+        if self._pending is not None:
+            self._pending.saw_loss(loss)
+        elif is_returned and self.monitor.trace is None:
             return
         factor = 1.0 if scale is None else scale()
         self.step_loss.add(loss if factor == 1.0 else loss.detach() / factor)
@@ -229,7 +230,7 @@ class StepObserver:
         Returns:
             Whether an update follows.
         """
-        if self._looks_for_nan:
+        if Numerics.name in self.monitor.quantities:
             self._find_fault(optimizer, overflowed)
         if overflowed:
             self.skip_update()
@@ -265,10 +266,12 @@ class StepObserver:
         self, optimizer: torch.optim.Optimizer, *, coming_gradients: Callable[[], Gradients] | None = None
     ) -> None:
         """Measure the step now, if it is due; a second time nothing happens. For the arguments see `before_update`."""
-        monitor = self.monitor
         if self.game is not None:
-            with monitor.errors.warn_instead_of_raise("the player's step could not be measured"):
-                self._measure_player(self.game, optimizer)
+            failing = self.monitor.errors.warn_instead_of_raise("the player's step could not be measured")
+            with failing, self.game.turn(optimizer) as snapshot:
+                if snapshot is not None:
+                    with untouched(self.loop.module):
+                        self._observe(snapshot(self.step, previous=self.previous))
             return
         if self._pending is None:
             return
@@ -386,12 +389,6 @@ class StepObserver:
         self._results.add(self.monitor.observe(snapshot))
         for listener in self.listeners:
             listener(snapshot)
-
-    def _measure_player(self, game: Game, optimizer: torch.optim.Optimizer) -> None:
-        with game.turn(optimizer) as snapshot:
-            if snapshot is not None:
-                with untouched(self.loop.module):
-                    self._observe(snapshot(self.step, previous=self.previous))
 
 
 def _whole(sub_batch: Snapshot, clipping: Clipping | None) -> Snapshot:

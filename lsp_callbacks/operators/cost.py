@@ -145,3 +145,9 @@ def lanczos_cost(snapshot: Snapshot, method: Method, steps: int, runs: int = 1) 
         snapshot, calls=60.0 * runs * steps, vectors=runs * (1.1 * steps * (steps + 1) / 2 + 6 * steps)
     )
     return products(snapshot, method, runs * steps) + vector_work
+
+
+def followed_cost(snapshot: Snapshot, method: Method, steps: int, runs: int = 1) -> float:
+    """Return the gradients of following the top of a Hessian by few products, see `followed_top`."""
+    vectors = runs * (1.0 * steps * (steps + 1) + 3 * steps + 6)
+    return products(snapshot, method, runs * steps) + beside(snapshot, calls=15.0 * runs * steps, vectors=vectors)

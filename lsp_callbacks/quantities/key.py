@@ -44,10 +44,10 @@ def relative_residual(name: str, meaning: str, *, optional: bool = False) -> Key
     return Key(meaning, optional=optional, error_of=name, error_format="residual {:.1%}")
 
 
-def relative_excess(name: str, *, optional: bool = False) -> Key:
-    """Return the key of a one-sided error bar: by how much, relative to it, a number may be too small."""
-    meaning = f"How much larger than {name} the true value can be, relative to it."
-    return Key(meaning, optional=optional, error_of=name, error_format="at most {:.1%} more")
+def relative_bar(name: str, *, optional: bool = False) -> Key:
+    """Return the key of an error bar relative to a number."""
+    meaning = f"How far from {name} the true value can be, relative to it."
+    return Key(meaning, optional=optional, error_of=name, error_format="within {:.1%}")
 
 
 def is_global(key: str) -> bool:

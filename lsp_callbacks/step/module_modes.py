@@ -34,8 +34,10 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
     def ties(m: nn.Module) -> bool:
         if isinstance(m, BatchNorm):
             return m.training or m.running_mean is None
+        if not m.training or isinstance(m, InstanceNorm) or not hasattr(m, "running_mean"):
+            return False
         names = {*buffers(m).keys()}  # by keys(): the buffers of a scripted module are no dict
-        return m.training and not isinstance(m, InstanceNorm) and {"running_mean", "running_var"} <= names
+        return {"running_mean", "running_var"} <= names
 
     return [m for m in module.modules() if ties(m)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import is_compiled
+from lsp_callbacks.autograd.graph import Graph, joined, read
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.batch import MicroBatch, batch_size, first_samples
 from lsp_callbacks.step.fingerprint import fingerprint, identical
@@ -55,6 +57,7 @@ class PendingStep:
         self.module, self.tolerance, self.sub_batch = module, tolerance, sub_batch
         self.run = run or RunContext()
         self.parts: list[MicroBatch] = []
+        self._graphs: list[Graph] = []
         self.module_copy: ModuleCopy | None = None
         self.failure: Exception | None = None
         try:
@@ -99,6 +102,18 @@ class PendingStep:
         except Exception as error:  # whatever the user's objects raise
             self._fail(error)
 
+    def saw_loss(self, loss: Tensor) -> None:
+        """Read the graph of a micro-batch's loss, which is differentiated next."""
+        with contextlib.suppress(Exception):  # in the middle of the user's step: then the graph is not known
+            self._graphs.append(read(loss))
+
+    def _own_graph(self, tolerance: float) -> Graph | None:
+        """Return the graph that the step has differentiated, if a replay to the last bit can be compared with it."""
+        is_exact = tolerance == 0 and self.run.ranks.world == 1
+        if not is_exact or not 0 < len(self._graphs) == len(self.parts):
+            return None
+        return self._graphs[0] if len(self._graphs) == 1 else joined(self._graphs)
+
     @property
     def samples(self) -> int | None:
         """How many samples of the rank's micro-batches are used; None where all are."""
@@ -125,6 +140,8 @@ class PendingStep:
         gradient = {name: p.grad for name, p in self.module.named_parameters() if p.requires_grad}
         if gradient_scale is not None:
             gradient = {name: g if g is None else g / gradient_scale for name, g in gradient.items()}
+        # Compiled code rounds in other places than the step.
+        tolerance = max(self.tolerance, 1e-4 if _compiled(self.module) else 0.0)
         snapshot = Snapshot(
             step=step,
             module=module,
@@ -133,8 +150,8 @@ class PendingStep:
             run=self.run,
             sample=None if failure else self._sample,
             gradient=gradient,
-            # Compiled code rounds in other places than the step.
-            tolerance=max(self.tolerance, 1e-4 if _compiled(self.module) else 0.0),
+            own_graph=self._own_graph(tolerance),
+            tolerance=tolerance,
             **settings,
         )
         if self.sub_batch is None:

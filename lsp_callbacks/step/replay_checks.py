@@ -35,24 +35,30 @@ class Verified:
     """What the verified replays of one step have shown so far.
 
     Attributes:
-        graph: the autograd graph of the loss, joined over the ranks; None before the first replay.
+        graph: the autograd graph of the loss, joined over the ranks; None before it was asked for.
+        loss: whether a replay was found to have the step's own loss.
         calls: the first call of each module, by name; None before a replay that recorded them.
         gradient: whether the step's gradient was found to be that of its loss.
     """
 
     graph: Graph | None = None
     calls: dict[str, Call] | None = None
+    loss: bool = False
     gradient: bool = False
 
 
 def verified_graph(snapshot: Snapshot) -> Graph:
-    """Return what the autograd graph of the replayed loss shows; one replay a step.
+    """Return what the autograd graph of the replayed loss shows; one replay a step at most, see `KnownGraph`.
+
+    Whoever goes on to replay the step, and does not compare what that gives with the step's own loss or gradient, calls
+    `verify`.
 
     Raises:
         Unmeasurable: if the replayed loss is not the step's.
     """
     if snapshot.verified.graph is None:
-        snapshot.verified.graph = _verify(snapshot)
+        expected = snapshot.run.known_graph.expected(snapshot.own_graph)
+        snapshot.verified.graph = _verify(snapshot) if expected is None else expected
     return snapshot.verified.graph
 
 
@@ -62,7 +68,8 @@ def verify(snapshot: Snapshot) -> None:
     Raises:
         Unmeasurable: if it does not.
     """
-    verified_graph(snapshot)
+    if not snapshot.verified.loss:
+        snapshot.verified.graph = _verify(snapshot)
 
 
 def verified_calls(snapshot: Snapshot) -> dict[str, Call]:
@@ -96,7 +103,15 @@ def _verify(snapshot: Snapshot) -> Graph:
             check_loss(snapshot, loss, tolerance=1e-4 if snapshot.compiled else 0.0)
         return replace(read(loss), stopped=tuple(sorted(stopped.names)))
 
-    return joined(snapshot.run.ranks.gather(rank_graph, "the replay"))
+    known = snapshot.run.known_graph
+    try:
+        graph = joined(snapshot.run.ranks.gather(rank_graph, "the replay"))
+    except Exception:
+        known.failed()
+        raise
+    known.verified(snapshot.own_graph, graph)
+    snapshot.verified.loss = True
+    return graph
 
 
 def check_loss(snapshot: Snapshot, replayed: Tensor, *, tolerance: float = 0.0) -> None:
@@ -211,7 +226,7 @@ def without_step_values(snapshot: Snapshot) -> Snapshot:
 
     What its autograd graph shows is taken over: it is a property of the code, not of the parameters.
     """
-    other = replace(snapshot, loss=None, gradient=None)
+    other = replace(snapshot, loss=None, gradient=None, own_graph=None)
     other.verified.graph = snapshot.graph
     return other
 

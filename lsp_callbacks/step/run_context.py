@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lsp_callbacks.step.known_graph import KnownGraph
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.series import Trace
 
@@ -38,6 +39,7 @@ class RunContext:
         invalidated: why the update of an earlier step turned out to be another one than the optimizer's; None if it did
             not. `Monitor.observe` sets its own.
         sharded: why no process holds all parameters, so that nothing can be measured; None if each does.
+        known_graph: what verified replays of earlier steps have shown; one object for a whole run.
 
     Example:
         >>> import torch
@@ -58,6 +60,7 @@ class RunContext:
     unsupported: str | None = None
     invalidated: str | None = None
     sharded: str | None = None
+    known_graph: KnownGraph = field(default_factory=KnownGraph, repr=False)
 
     def completed(self, series: Trace | None, invalidated: str | None) -> RunContext:
         """Return the facts with what a `Monitor` knows of the run; None leaves them as they are."""

@@ -51,6 +51,7 @@ class Snapshot:
         previous: number of the last step before this one that moved anything: batches between them may have been
             skipped. None is ``step - 1``.
         player: whose turn it is where several optimizers take turns on losses of their own; None is one optimizer.
+        own_graph: properties of the autograd graph that the step itself has differentiated; None if they were not seen.
 
     Attributes:
         shared: results of functions that are `computed_once`; ``dataclasses.replace`` begins without them.
@@ -73,6 +74,7 @@ class Snapshot:
     scale: float = 1.0
     previous: int | None = None
     player: Player | None = None
+    own_graph: Graph | None = None
     shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     verified: Verified = field(default_factory=Verified, init=False, repr=False)
 

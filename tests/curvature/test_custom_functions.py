@@ -13,7 +13,7 @@ from lsp_callbacks.operators import hessian
 from lsp_callbacks.operators.curvature import exact_hessian
 from lsp_callbacks.operators.curvature.hessian import path_taken
 from lsp_callbacks.operators.curvature.second_derivative_check import hessian_agrees
-from lsp_callbacks.operators.curvature.stability_threshold import top_eigenvalue
+from lsp_callbacks.operators.curvature.top_eigenvalue import top_eigenvalue
 from lsp_callbacks.operators.sgd.output_hessian import output_hessian
 from lsp_callbacks.step.criterion import Evaluation
 

@@ -13,7 +13,8 @@ from lsp_callbacks import Lyapunov, Sharpness
 from lsp_callbacks.linalg import from_matrix, lanczos, spectrum_bounds
 from lsp_callbacks.operators.curvature.finite_differences import Differences, Untrusted
 from lsp_callbacks.operators.curvature.hessian import path_taken
-from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold, top_eigenvalue
+from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold
+from lsp_callbacks.operators.curvature.top_eigenvalue import top_eigenvalue
 from lsp_callbacks.step.run_context import RunContext
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -66,13 +67,16 @@ def test_lanczos_goes_on_until_its_bound_is_near(end):
     assert not shorter.converged  # not a step more than is needed
 
 
-@pytest.mark.parametrize("method", ["exact", "finite_difference"])
-def test_a_mode_that_takes_over_is_within_the_error_bar(method):
-    """The mode of before stays an eigenvector, with residual 0, while another one overtakes it."""
-    worst = 0.0
-    for seed in range(12):
+def test_a_mode_that_takes_over_is_within_the_error_bar():
+    """The mode of before stays an eigenvector, with residual 0, while another one overtakes it, within one reading.
+
+    As stated of readings along training: at most 5 % outside of the bar, none by more than twice.
+    """
+    ratios, last = [], []
+    for seed in range(30):
         q, _ = torch.linalg.qr(random(150, 150, seed=seed))
         spectrum = torch.cat([torch.tensor([1.0, 0.2], dtype=f64), torch.linspace(-0.2, 0.6, 148, dtype=f64)])
+        method = "exact" if seed % 2 else "finite_difference"
         problem, metric = Quadratic(q @ torch.diag(spectrum) @ q.T), Sharpness(method=method)
         optimizer = torch.optim.SGD(problem.parameters(), lr=0.1)
         for step, second in enumerate((0.2, 1.1, 1.4, 2.0, 2.0)):
@@ -80,10 +84,11 @@ def test_a_mode_that_takes_over_is_within_the_error_bar(method):
             problem.curvature.copy_(q @ torch.diag(spectrum) @ q.T)
             metric.update(freeze(problem, optimizer, step=step))
             values = metric.compute()
-            truth, value, bar = max(1.0, second), values["stability/sharpness"], values["stability/sharpness_residual"]
-            assert value <= truth * 1.01 and truth <= value * (1 + bar) + 1e-9
-            worst = max(worst, float(1 - value / truth))
-    assert worst < 0.2
+            value, bar = values["stability/sharpness"], values["stability/sharpness_residual"]
+            ratios.append(float(abs(max(1.0, second) / value - 1) / bar))
+        last.append(float(abs(value / 2.0 - 1)))
+    assert sum(ratio > 1 for ratio in ratios) <= 0.05 * len(ratios) and max(ratios) <= 2
+    assert sorted(last)[len(last) // 2] < 0.01  # after two readings it is found
 
 
 def test_the_error_bar_is_the_same_where_the_update_is_another_one():
@@ -106,7 +111,7 @@ def test_the_error_bar_is_the_same_where_the_update_is_another_one():
 
 
 def test_the_bar_counts_the_noise_in_the_start_and_the_accuracy_of_the_products(monkeypatch):
-    module, seen = sys.modules["lsp_callbacks.operators.curvature.stability_threshold"], {}
+    module, seen = sys.modules["lsp_callbacks.operators.curvature.top_eigenvalue"], {}
 
     def watched(A, start, **how):
         seen.update(start=start, **how)
@@ -246,11 +251,14 @@ def test_the_bounds_hold_on_300_quadratics(method):
 
 
 @pytest.mark.slow
-def test_of_a_thousand_readings_at_most_five_percent_lie_outside():
+@pytest.mark.parametrize("bounded", [False, True])
+def test_of_a_thousand_readings_at_most_five_percent_lie_outside(bounded):
+    """None by more than twice where the bar is a bound; where it is an estimate, one in 200."""
     import numpy as np
     from sharpness_error_bars import errors
     from sharpness_runs import RUNS
 
-    error, bar, _ = np.concatenate([errors(name, seed=1)[0] for name in RUNS]).T
+    error, bar, _ = np.concatenate([errors(name, seed=1, bounded=bounded)[0] for name in RUNS]).T
     assert len(error) == 1000
-    assert (np.abs(error) > bar).mean() <= 0.05 and not (np.abs(error) > 2 * bar).any()
+    assert (np.abs(error) > bar).mean() <= 0.05 and (np.abs(error) > 2 * bar).mean() <= (0 if bounded else 0.005)
+    assert np.median(np.abs(error)) <= 0.03

@@ -14,7 +14,7 @@ from lsp_callbacks import Lyapunov, LyapunovTrajectory, Sharpness
 from lsp_callbacks.operators import hessian, step_jacobian
 from lsp_callbacks.operators.curvature.finite_differences import Differences, lengths
 from lsp_callbacks.operators.curvature.hessian import path_taken
-from lsp_callbacks.operators.curvature.stability_threshold import top_eigenvalue
+from lsp_callbacks.operators.curvature.top_eigenvalue import top_eigenvalue
 
 SGD, f32 = torch.optim.SGD, torch.float32
 SHORT = [1e-6, 1e-3, 1e3, 1e6]

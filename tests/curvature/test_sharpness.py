@@ -11,9 +11,9 @@ from lsp_callbacks import Lyapunov, Sharpness, Unmeasurable
 from lsp_callbacks.functional import sharp_mode_exponent
 from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators import coming_rule, decayed_hessian, frozen_rule, preconditioned_hessian, step_jacobian
-from lsp_callbacks.operators.cost import lanczos_cost
-from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold
-from lsp_callbacks.quantities.curvature.sharpness import WARM
+from lsp_callbacks.operators.cost import followed_cost
+from lsp_callbacks.operators.curvature.followed_top import COLD, MOST, WARM
+from lsp_callbacks.operators.curvature.stability_threshold import followed_threshold, stability_threshold
 from lsp_callbacks.step.clipping import Clipping
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
@@ -210,7 +210,7 @@ def test_a_window_is_the_dense_product_of_exact_tangents(kind, clipping):
         snapshot = freeze(problem, optimizer, step=step, clipping=clipping)
         metric.update(snapshot)
         if step == 0:
-            found = stability_threshold(snapshot, steps=12, tol=0.1, method="exact")
+            found = followed_threshold(snapshot, method="exact")
         else:
             A = step_jacobian(snapshot, method="exact").dense()
             n, scales = len(found.mode), (found.root, found.buffer_scale)[: 1 if found.buffer_scale is None else 2]
@@ -231,7 +231,7 @@ def test_a_window_is_the_dense_product_of_exact_tangents(kind, clipping):
 
 
 def test_the_cost_counts_the_runs():
-    """SGD one, a preconditioner two, decays that differ three; a run without a preconditioner starts warm, too."""
+    """SGD one, a preconditioner two, decays that differ three; four products each at first, then two or three."""
     problem = regression()
     parts = list(problem.parameters())
     groups = lambda: [{"params": parts[:2], "weight_decay": 0.1}, {"params": parts[2:]}]  # noqa: E731
@@ -242,9 +242,12 @@ def test_the_cost_counts_the_runs():
         replay = lambda calls=calls: calls.append(1) or problem()  # noqa: E731
         snapshot = freeze(problem, optimizer, replay=replay)
         metric = Sharpness(method="finite_difference")
-        metric.update(snapshot)
+        cold = metric.cost(snapshot)["edge"]
+        assert cold == pytest.approx(followed_cost(snapshot, "finite_difference", COLD, runs))
         calls.clear()
         metric.update(freeze(problem, optimizer, replay=replay))
-        one = lanczos_cost(snapshot, "finite_difference", WARM)
-        assert metric.cost(snapshot)["edge"] == pytest.approx(runs * one) and one > 1.2 * WARM
-        assert len(calls) <= WARM * runs + 2  # and the replays of freeze and of the graph
+        assert COLD * runs <= len(calls) <= COLD * runs + 4  # and the replays of freeze and of the graph
+        calls.clear()
+        metric.update(freeze(problem, optimizer, replay=replay))
+        assert metric.cost(snapshot)["edge"] == pytest.approx(followed_cost(snapshot, "finite_difference", WARM, runs))
+        assert WARM * runs <= len(calls) <= MOST * runs + 4

@@ -162,7 +162,7 @@ def test_table():
     text = rendered(EVERYTHING)
     rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     assert rows["courant"].split()[1:5] == ["1.5", "0.1", "1.5", "30"] and "(1 NaN)" in rows["courant"]
-    assert "at most 2.1% more" in rows["sharpness"]
+    assert "within 2.1%" in rows["sharpness"]
     assert rows["spectral_norm/*"].split()[1:4] == ["1", "12", "30"]
     assert "layer11 12, layer10 11, layer9 10 (of 12)" in rows["spectral_norm/*"]
     assert "one 1.2, two 0.1" in rows["residual_gain/*"]

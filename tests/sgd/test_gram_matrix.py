@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 import lsp_callbacks.operators.sgd.sharpest_mode as sharpest_mode_module
 from lsp_callbacks import ProbeSet
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.operators.curvature.stability_threshold import top_eigenvalue
+from lsp_callbacks.operators.curvature.top_eigenvalue import top_eigenvalue
 from lsp_callbacks.operators.sgd import sampled_weights
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
 from lsp_callbacks.operators.sgd.layer_rules import Outer, layer_uses, transposed

@@ -140,7 +140,7 @@ def exponent_bounds(
         maps: P of each step.
         curvatures: C of each step: the part of P that is due to the curvature, as ``P - P(fixed gradient)``.
         below: relative error of the curvature, downwards.
-        above: relative error upwards, `StabilityThreshold.courant_error`.
+        above: relative error upwards, `StabilityThreshold.beyond`.
         rest: as in `window_exponent`.
 
     Returns:

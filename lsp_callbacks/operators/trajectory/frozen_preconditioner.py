@@ -241,15 +241,12 @@ def buffer_rates(snapshot: Snapshot, rule: FrozenRule | None = None) -> Tensor |
 def coupled_decay(snapshot: Snapshot) -> Tensor | float:
     """Return the coupled decay wd of each parameter, divided by its clip factor; 0 for decoupled decay; flat."""
     factors = _clip_factors(snapshot)
-    values = [
-        0.0 if group is None or decoupled(group) else float(group["weight_decay"]) / _number(factors.get(name, 1.0))
-        for name, group in group_of(snapshot).items()
-    ]
+    values = []
+    for name, group in group_of(snapshot).items():
+        factor = factors.get(name, 1.0)
+        divisor = factor if isinstance(factor, float) and factor > 0 else 1.0
+        values.append(0.0 if group is None or decoupled(group) else float(group["weight_decay"]) / divisor)
     return per_parameter(values, snapshot)
-
-
-def _number(factor: float | Tensor) -> float:
-    return factor if isinstance(factor, float) and factor > 0 else 1.0
 
 
 def decayed_hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:

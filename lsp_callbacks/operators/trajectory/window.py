@@ -40,6 +40,7 @@ class KeptStep:
     def maps(self) -> tuple[LinearOperator, LinearOperator]:
         """Return `update_jacobian` and `update_response` by a new replay, while the parameters are ``theta``."""
         again = replace(self.snapshot)
+        again.verified.graph = self.snapshot.verified.graph  # of the code: the same in each replay
         return update_jacobian(again, method=self.method), update_response(again)
 
 
@@ -82,6 +83,7 @@ def keep(snapshot: Snapshot, method: Method) -> KeptStep:
         gradient={name: None if g is None else g.detach().clone() for name, g in gradient.items()},
         probes=None,
     )
+    kept.verified.graph = snapshot.graph
     return KeptStep(kept, [p.detach().clone() for p in snapshot.parameters.values()], method)
 
 

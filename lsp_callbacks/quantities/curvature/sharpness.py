@@ -10,26 +10,27 @@ from torch import Tensor
 
 from lsp_callbacks._validation import choice
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.operators.cost import forward_cost, lanczos_cost
-from lsp_callbacks.operators.curvature.hessian import Method, resolved
+from lsp_callbacks.operators.cost import followed_cost, forward_cost, lanczos_cost
+from lsp_callbacks.operators.curvature.followed_top import COLD, followed_top, products_taken
+from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import (
+    NOTHING,
+    Recent,
     StabilityThreshold,
+    followed_threshold,
     stability_threshold,
     threshold_constant,
-    top_eigenvalue,
 )
+from lsp_callbacks.operators.curvature.top_eigenvalue import bounded_top
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, decay_rates, frozen_rule, rates
 from lsp_callbacks.quantities.base import Quantity, scalar
-from lsp_callbacks.quantities.key import CURVATURE, PREFIX, Key, relative_excess
+from lsp_callbacks.quantities.key import CURVATURE, PREFIX, Key, relative_bar
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
-#: Lanczos products at most, from the last eigenvector and without one; the cost model counts the first. Where there are
-#: no more parameters than the second, one product for each of them.
-WARM, COLD = 7, 12
-#: Relative error bar at which Lanczos stops.
-TOLERANCE = 0.1
+#: Products at most where the error bar is a bound, with an earlier vector and without, and the bar at which they stop.
+_BOUNDED_WARM, _BOUNDED_COLD, _TOLERANCE = 7, 12, 0.1
 #: Turns after which a player that has not stepped makes the measurement fail.
 PATIENCE = 8
 #: Sharpness, limit and Courant number of a player, and the error bars of the first and of the last.
@@ -37,47 +38,63 @@ Readings = tuple[float, ...]
 
 
 def measured_threshold(
-    snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method
+    snapshot: Snapshot,
+    start: Tensor | None,
+    top: Tensor | None,
+    method: Method,
+    recent: Recent = NOTHING,
+    *,
+    bounded: bool = False,
 ) -> StabilityThreshold:
-    """Return the step's `StabilityThreshold`, computed once for all quantities that align with it."""
-    steps = _steps(snapshot, start)
+    """Return the step's `StabilityThreshold`, computed once for all quantities that align with it.
+
+    ``bounded`` is `stability_threshold`, which all of them take where one of those before did; otherwise
+    `followed_threshold`.
+    """
     thresholds = _thresholds(snapshot)
-    if method not in thresholds:
-        thresholds[method] = stability_threshold(
-            snapshot, start=start, top=top, steps=steps, tol=TOLERANCE, method=method
-        )
-    return thresholds[method]
+    if (method, True) in thresholds or bounded:
+        steps = _BOUNDED_WARM if start is not None and _size(snapshot) > _BOUNDED_COLD else _BOUNDED_COLD
+        if (method, True) not in thresholds:
+            thresholds[method, True] = stability_threshold(
+                snapshot, start=start, top=top, steps=steps, tol=_TOLERANCE, method=method
+            )
+        return thresholds[method, True]
+    if (method, False) not in thresholds:
+        thresholds[method, False] = followed_threshold(snapshot, start=start, top=top, recent=recent, method=method)
+    return thresholds[method, False]
 
 
 @computed_once
-def _thresholds(snapshot: Snapshot) -> dict[Method, StabilityThreshold]:
+def _thresholds(snapshot: Snapshot) -> dict[tuple[Method, bool], StabilityThreshold]:
     """Return the thresholds of the step by method; they also depend on where the first caller started."""
     return {}
 
 
-def _steps(snapshot: Snapshot, start: Tensor | None) -> int:
-    n = _size(snapshot)
-    return WARM if start is not None and len(start) == n and n > COLD else COLD
-
-
-def alignment_cost(snapshot: Snapshot, method: Method) -> dict[str, float]:
-    """Return the cost, in gradients, of the alignment that sharpness and exponent share."""
-    method, n = resolved(snapshot, method), _size(snapshot)
+def alignment_cost(snapshot: Snapshot, method: Method, *, warm: bool = True, bounded: bool = False) -> dict[str, float]:
+    """Return the cost, in gradients, of the alignment that sharpness and exponent share, with an earlier one or not."""
+    method = resolved(snapshot, method)
     one_rate = all(isinstance(value, float) for value in (rates(snapshot), decay_rates(snapshot)))
     maximize = frozen_rule(snapshot).sign < 0
     runs = 1 + maximize if one_rate else 2 + (maximize or isinstance(coupled_decay(snapshot), Tensor))
     scatter = {"signs": (1 + 2 * DRAWS) / 3} if frozen_rule(snapshot).frozen else {}
-    products = lanczos_cost(snapshot, method, WARM if n > COLD else n, runs)
-    return {"forward": forward_cost(snapshot), "edge": products} | scatter
+    edge = _top_cost(snapshot, method, warm, bounded, runs)
+    return {"forward": forward_cost(snapshot), "edge": edge} | scatter
+
+
+def _top_cost(snapshot: Snapshot, method: Method, warm: bool, bounded: bool, runs: int) -> float:
+    n = _size(snapshot)
+    if bounded:
+        return lanczos_cost(snapshot, method, min(n, _BOUNDED_WARM if warm else _BOUNDED_COLD), runs)
+    return followed_cost(snapshot, method, products_taken(n, warm), runs)
 
 
 def _size(snapshot: Snapshot) -> int:
     return sum(p.numel() for p in snapshot.parameters.values())
 
 
-def alignment_memory(snapshot: Snapshot, method: Method) -> dict[str, float]:
-    """Return the bytes for the alignment: the basis of a Lanczos run that starts from nothing."""
-    return product_memory(snapshot, method, COLD)
+def alignment_memory(snapshot: Snapshot, method: Method, *, bounded: bool = False) -> dict[str, float]:
+    """Return the bytes for the alignment: a vector for each product, and one more."""
+    return product_memory(snapshot, method, _BOUNDED_COLD if bounded else COLD + 1)
 
 
 class Sharpness(Quantity):
@@ -90,11 +107,14 @@ class Sharpness(Quantity):
     the step is not part of it. With a preconditioner it is first measured when that holds two gradients. It is measured
     on one mini-batch and, under momentum, blind to batch noise.
 
-    ``sharpness_residual`` is a relative error bar: the largest eigenvalue lies between ``sharpness`` and ``sharpness +
-    sharpness_residual |sharpness|``; likewise ``courant_gd``. It is no residual of one eigenvector, which says nothing
-    of a mode that has only now become the sharpest, but the part that a noisy start of Lanczos may have missed, see
-    `lsp_callbacks.operators.curvature.stability_threshold`; how often it holds along ten runs is in
-    ``benchmarks/sharpness_error_bars.md``. With at most 12 parameters Lanczos runs to its end, and nothing is missed.
+    By default the largest eigenvalue is followed from reading to reading by two products each, see
+    `lsp_callbacks.operators.curvature.followed_top`; ``sharpness_residual`` is a relative error bar: the largest
+    eigenvalue lies within ``sharpness (1 +- sharpness_residual)``, in at least 95 % of readings along ten runs
+    (``benchmarks/sharpness_error_bars.md``); likewise ``courant_gd``. A single reading may miss a mode that has only
+    now become the sharpest. ``bounded=True`` takes up to seven products, and the bar is what a noisy start of Lanczos
+    may have missed with a probability of 5 %, whatever the spectrum, see
+    `lsp_callbacks.operators.curvature.top_eigenvalue`. With at most 12 parameters there is one product for each, and
+    nothing is missed.
 
     Where several players take turns, each is measured on its own loss and its own parameters; the measurement is
     complete when all have stepped. The largest Courant number is reported, with that player's sharpness, limit and
@@ -105,6 +125,7 @@ class Sharpness(Quantity):
 
     Args:
         method: of the Hessian products, see `lsp_callbacks.operators.hessian`.
+        bounded: whether the error bar is a bound, at three times the cost.
 
     Raises:
         Unmeasurable: with several players, if one of them does not step for a long time.
@@ -141,9 +162,9 @@ class Sharpness(Quantity):
             "If it stays above 1 and the loss does not fall: lower the learning rate, or warm it up for longer.",
             threshold=1.0,
         ),
-        "sharpness_residual": relative_excess("sharpness"),
+        "sharpness_residual": relative_bar("sharpness"),
         "sharpness_limit": Key("Largest sharpness that is stable at this learning rate.", CURVATURE, optional=True),
-        "courant_gd_residual": relative_excess("courant_gd", optional=True),
+        "courant_gd_residual": relative_bar("courant_gd", optional=True),
         "player_courant/<player>": Key("courant_gd of one of several optimizers.", threshold=1.0),
         "player_sharpness/<player>": Key("sharpness of the loss of one of several optimizers.", CURVATURE),
     }
@@ -152,10 +173,12 @@ class Sharpness(Quantity):
     supports_multiple_optimizers = True
     players: Tensor
 
-    def __init__(self, method: Method = "auto"):
+    def __init__(self, method: Method = "auto", bounded: bool = False):
         super().__init__()
         self.method: Method = choice("method", method, *get_args(Method))
+        self.bounded = bounded
         self._starts: dict[str, tuple[Tensor, Tensor]] = {}
+        self._recent: dict[str, Recent] = {}
         self._turn: dict[str, Readings] = {}
         self._first = 0
         self._alone = False
@@ -163,17 +186,18 @@ class Sharpness(Quantity):
         self.add_state("players", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        warm = bool(self._starts)
         if snapshot.run.invalidated:
-            method = resolved(snapshot, self.method)
-            return {"forward": forward_cost(snapshot), "edge": lanczos_cost(snapshot, method, WARM, 1)}
+            edge = _top_cost(snapshot, resolved(snapshot, self.method), warm, self.bounded, 1)
+            return {"forward": forward_cost(snapshot), "edge": edge}
         players = 1 if snapshot.player is None else len(snapshot.player.optimizers)
         return {
             part: gradients * (players if part == "edge" else 1)
-            for part, gradients in alignment_cost(snapshot, self.method).items()
+            for part, gradients in alignment_cost(snapshot, self.method, warm=warm, bounded=self.bounded).items()
         }
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        return alignment_memory(snapshot, self.method)
+        return alignment_memory(snapshot, self.method, bounded=self.bounded)
 
     def warm_up(self, snapshot: Snapshot) -> int:
         """Return how many gradients the preconditioner still lacks: that of one batch says nothing of the next."""
@@ -197,7 +221,9 @@ class Sharpness(Quantity):
             raise Unmeasurable(f"player {missing} has not stepped for {snapshot.step - first} steps of the others")
         if name not in turn:
             start, top = self._starts.get(name, (None, None))
-            result = measured_threshold(snapshot, start, top, self.method)
+            recent = self._recent.get(name, NOTHING)
+            result = measured_threshold(snapshot, start, top, self.method, recent, bounded=self.bounded)
+            self._recent[name] = result.recent
             numbers = (result.sharpness, result.limit, result.courant, result.error, result.courant_error)
             self._starts[name], turn = (result.mode, result.top), {**turn, name: tuple(map(float, numbers))}
         self._turn, self._first = turn, first
@@ -220,12 +246,17 @@ class Sharpness(Quantity):
 
     def _without_update(self, snapshot: Snapshot) -> None:
         """Measure the Hessian's own eigenvalue, without the optimizer."""
-        _, top = self._starts.get("", (None, None))
-        pair = top_eigenvalue(snapshot, start=top, steps=_steps(snapshot, top), tol=TOLERANCE, method=self.method)
-        assert pair.upper is not None
-        error = (pair.upper - pair.value) / pair.value.abs().clamp_min(torch.finfo(torch.float64).tiny)
-        self._starts[""] = (pair.vector, pair.vector)
-        self.finish({"sharpness": pair.value, "sharpness_residual": error})
+        (_, top), recent = self._starts.get("", (None, None)), self._recent.get("", NOTHING)
+        H = hessian(snapshot, method=self.method)
+        if self.bounded:
+            steps = _BOUNDED_COLD if top is None else _BOUNDED_WARM
+            found = bounded_top(H, snapshot, top, steps=steps, tol=_TOLERANCE)
+        else:
+            found = followed_top(H, snapshot, top, recent.tops)
+        self._starts[""] = (found.vector, found.vector)
+        self._recent[""] = recent.with_values(found.value, found.value)
+        error = found.error / found.value.abs().clamp_min(torch.finfo(torch.float64).tiny)
+        self.finish({"sharpness": found.value, "sharpness_residual": error})
 
     def compute(self) -> dict[str, Tensor]:
         """Return the last measurement."""
@@ -238,8 +269,12 @@ class Sharpness(Quantity):
         return values
 
     def vectors(self) -> dict[str, Any]:
-        return {"starts": dict(self._starts), "turn": dict(self._turn), "first": self._first} if self._starts else {}
+        if not self._starts:
+            return {}
+        recent = {name: (values.tops, values.modes) for name, values in self._recent.items()}
+        return {"starts": dict(self._starts), "recent": recent, "turn": dict(self._turn), "first": self._first}
 
     def load_vectors(self, vectors: dict[str, Any]) -> None:
         self._starts, self._turn = dict(vectors.get("starts", {})), dict(vectors.get("turn", {}))
+        self._recent = {name: Recent(*map(tuple, values)) for name, values in vectors.get("recent", {}).items()}
         self._first = vectors.get("first", 0)

@@ -125,7 +125,7 @@ class Lyapunov(Windowed):
                 "root": threshold.root,
                 "buffer_scale": threshold.buffer_scale,
                 "below": float(threshold.accuracy),
-                "above": float(threshold.courant_error),
+                "above": float(threshold.beyond),
                 "method": resolved(snapshot, self.method),
                 "rest": None,
                 "maps": [],

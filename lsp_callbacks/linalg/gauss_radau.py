@@ -1,0 +1,168 @@
+"""The largest eigenvalue of a symmetric operator from very few products, by the Gauss-Radau rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.linalg.norms import norm
+from lsp_callbacks.linalg.operator import LinearOperator
+
+#: A remainder this much shorter than its product has lost digits, and is made orthogonal again.
+LOST = 0.1
+#: Halvings of an interval in the search of a bound.
+_HALVINGS = 30
+
+
+@dataclass(frozen=True)
+class TopNode:
+    """The largest node of a Gauss-Radau rule.
+
+    Attributes:
+        value: an estimate of the largest eigenvalue, at least ``least``.
+        least: the largest Ritz value of the same products, a lower bound.
+        vector: unit vector of the estimate, flat.
+        products: how many were taken.
+        scale: the largest |Ritz value|.
+        complete: whether the products span an invariant subspace: then the estimate is the Ritz value.
+        recurrence: ``(k + 1, k + 1)``, T bordered by the last coupling.
+    """
+
+    value: Tensor
+    least: Tensor
+    vector: Tensor
+    products: int
+    scale: Tensor
+    complete: bool
+    recurrence: Tensor
+
+    @property
+    def gain(self) -> Tensor:
+        """Return by how much the estimate exceeds the Ritz value, relative to the estimate; 0 where both are 0."""
+        return (self.value - self.least) / self.value.abs().clamp_min(torch.finfo(torch.float64).tiny)
+
+    def hidden(self, overlap: float) -> Tensor:
+        """Return how far above the estimate an eigenvalue may be, if its eigenvector has that overlap with the start.
+
+        The overlaps with Lanczos' vectors are ``q_j(lambda) overlap``, and the sum of their squares is at most 1
+        (Bessel), see `lsp_callbacks.linalg.spectrum_bounds`: the point where ``sum_j q_j^2 = 1 / overlap^2``. 0 if that
+        lies below the estimate.
+        """
+        if self.complete or not bool(self.value.isfinite()):
+            return 0.0 * self.value
+        middle = self.recurrence.diagonal()[:-1].tolist()
+        couplings = self.recurrence.diagonal(1).abs().tolist()
+
+        def allowed(point: float) -> bool:
+            """Return whether an eigenvalue at the point would leave the vectors too much of the start."""
+            before, q, total = 0.0, 1.0, 1.0
+            for j, (a, b) in enumerate(zip(middle, couplings)):
+                before, q = q, ((point - a) * q - (couplings[j - 1] * before if j else 0.0)) / b
+                total += q * q
+            return total * overlap**2 < 1
+
+        low = high = float(self.value)
+        reach = max(map(abs, (*middle, *couplings)))
+        while allowed(high):
+            low, high, reach = high, high + reach, 2 * reach
+        for _ in range(_HALVINGS if high > low else 0):
+            point = (low + high) / 2
+            low, high = (point, high) if allowed(point) else (low, point)
+        return self.value.new_tensor(high) - self.value
+
+
+def top_node(
+    operator: LinearOperator, start: Tensor, *, steps: int, most: int | None = None,
+    enough: Callable[[TopNode], bool] = lambda node: True,
+) -> TopNode:  # fmt: skip
+    """Return an estimate of the largest eigenvalue, with its vector, from ``steps`` Lanczos steps.
+
+    After k products ``A Q = Q T + b q e^T`` the coupling b and the next vector q are known as well: ``2 k + 1`` moments
+    of the spectral measure of the start, of which the Ritz values use ``2 k``. The Gauss-Radau rule with a node at 0
+    uses all: T bordered by b and by the corner ``b^2 e^T T^-1 e`` that makes it singular. Most eigenvalues of a large
+    Hessian are near 0, so a rule with a node there and k others knows more than one with k alone: see
+    ``benchmarks/sharpness_error_bars.md``. The top node is below the largest eigenvalue of a positive semidefinite A,
+    and above the largest Ritz value; if A also has negative eigenvalues, the corner is kept between 0 and the largest
+    Ritz value, and the node may be on either side. Where no Ritz value is positive, that is all that is told.
+
+    Args:
+        operator: symmetric, ``(n, n)``.
+        start: ``(n,)``, not zero.
+        steps: products; n at most.
+        most: products while ``enough`` says no; None is ``steps``.
+        enough: from the estimate so far to whether it will do.
+
+    Raises:
+        ValueError: for fewer than 1 step.
+
+    Cost: the products, the memory of one vector each, and one pass over each of these vectors and the product.
+    Source: Golub & Meurant 2010, sections 6.2 and 6.3.
+
+    Example:
+        >>> import torch
+        >>> from lsp_callbacks.linalg import from_matrix, top_node
+        >>> A = from_matrix(torch.diag(torch.tensor([1.0, 0.4, 0.0, 0.0, 0.0])))
+        >>> found = top_node(A, torch.ones(5), steps=2)
+        >>> round(float(found.least), 3), round(float(found.value), 3)
+        (0.946, 1.0)
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps!r} leaves nothing to estimate from: pass at least 1")
+    n = operator.shape[1]
+    most = min(max(most or steps, steps), n)
+    basis = [start / norm(start).to(start.dtype)]
+    T = torch.zeros(most + 1, most + 1, dtype=torch.float64)
+    for k in range(most):
+        w = operator.apply(basis[k])
+        overlaps, size, w = _remainder(w, basis)
+        T[: k + 1, k] = T[k, : k + 1] = torch.tensor(overlaps, dtype=torch.float64)
+        T[k, k + 1] = T[k + 1, k] = size
+        if not bool(torch.isfinite(T).all()):
+            nan = torch.tensor(torch.nan, dtype=torch.float64)
+            return TopNode(nan, nan, torch.full_like(basis[0], torch.nan), k + 1, nan, False, T)
+        scale = torch.linalg.eigvalsh(T[: k + 1, : k + 1]).abs().amax()
+        complete = k + 1 == n or size <= 8 * torch.finfo(start.dtype).eps * float(scale)
+        if not complete:
+            basis.append(w.div_(size))
+        node = _node(T[: k + 2, : k + 2], basis, scale, complete)
+        if complete or (k + 1 >= steps and enough(node)):
+            break
+    return node
+
+
+def _remainder(w: Tensor, basis: list[Tensor]) -> tuple[list[float], float, Tensor]:
+    """Return the overlaps of a vector with an orthonormal basis, and the norm of what is left, with that itself."""
+    total = [0.0] * len(basis)
+    for _ in range(2):
+        overlaps = torch.stack([torch.dot(q, w) for q in basis]).tolist()
+        w = torch.sub(w, basis[0], alpha=overlaps[0])
+        for q, overlap in zip(basis[1:], overlaps[1:]):
+            w.sub_(q, alpha=overlap)
+        total = [a + b for a, b in zip(total, overlaps)]
+        size = float(norm(w))
+        if size >= LOST * sum(x * x for x in overlaps) ** 0.5:
+            break
+    return total, size, w
+
+
+def _node(T: Tensor, basis: list[Tensor], scale: Tensor, complete: bool) -> TopNode:
+    """Return the top node of the rule; T holds the last coupling, and its corner is free."""
+    k = len(T) - 1
+    values, vectors = torch.linalg.eigh(T[:k, :k])
+    least, weights = values[-1], vectors[:, -1]
+    value = least
+    if not complete and least > 0:
+        bordered = T.clone()
+        small = torch.finfo(torch.float64).eps * scale
+        inverse = torch.where(values.abs() > small, values, small)
+        corner = T[k, k - 1] ** 2 * (vectors[-1].square() / inverse).sum()
+        bordered[k, k] = corner.clamp(torch.zeros_like(least), least)
+        nodes, columns = torch.linalg.eigh(bordered)
+        value, weights = nodes[-1], columns[:, -1]
+    vector = torch.zeros_like(basis[0])
+    for q, weight in zip(basis, weights.tolist()):
+        vector.add_(q, alpha=weight)
+    return TopNode(value, least, vector, k, scale, complete, T.clone())
