@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import whole
-from lsp_callbacks.autograd.graph import Graph
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.lyapunov import exponent_bounds, window_exponent
 from lsp_callbacks.functional.trajectory.statistics import student_bounds
@@ -89,7 +87,6 @@ class Lyapunov(Windowed):
         super().__init__(method)
         whole("window", window, 1), whole("average", average, 1)
         self.window, self.average = window, average
-        self._graph: Graph | None = None
         self._path = "exact"
         self.add_state("windows", default=torch.empty(0, dtype=torch.float64), persistent=True)
         self.add_state("spans", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
@@ -101,7 +98,7 @@ class Lyapunov(Windowed):
         method, rule = resolved(snapshot, self.method), frozen_rule(snapshot)
         vectors = PLANE + FROZEN * rule.frozen
         step = products(snapshot, method, 1) + beside(snapshot, calls=90, vectors=vectors)
-        return {**alignment_cost(snapshot, method), "window": self.window * step}
+        return {**alignment_cost(snapshot, method, warm=self._mode is not None), "window": self.window * step}
 
     def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
         """Take fewer steps in a window, down to one."""
@@ -119,7 +116,7 @@ class Lyapunov(Windowed):
         self.complete = False
         if not self._continues(snapshot):
             threshold = measured_threshold(snapshot, self._mode, self._top, self.method)
-            self._mode, self._top, self._graph = threshold.mode, threshold.top, snapshot.graph
+            self._mode, self._top = threshold.mode, threshold.top
             self._path = path_taken(snapshot, self.method)
             self._frame = {
                 "root": threshold.root,
@@ -136,7 +133,6 @@ class Lyapunov(Windowed):
         frame = self._frame
         assert self._mode is not None
         plane = {name: frame[name] for name in ("root", "buffer_scale", "rest", "method")}
-        snapshot = _with_graph(snapshot, self._graph)
         step = step_on_plane(snapshot, self._mode, **plane)
         self._path = path_taken(snapshot, frame["method"])
         maps, curvatures = [*frame["maps"], step.whole], [*frame["curvatures"], step.curvature]
@@ -179,16 +175,3 @@ class Lyapunov(Windowed):
             values[f"{PREFIX}lyapunov_lower"] = least - (mean - lower)
             values[f"{PREFIX}lyapunov_upper"] = most + (upper - mean)
         return values
-
-
-def _with_graph(snapshot: Snapshot, graph: Graph | None) -> Snapshot:
-    """Return the step with what the autograd graph of an earlier one has shown, without a replay of its own.
-
-    That is a property of the code. Whether the step can be replayed is seen by its Hessian product: a difference whose
-    loss is not the step's own fails the trapezoidal rule, and exact products compare it.
-    """
-    if graph is None or snapshot.verified.graph is not None:
-        return snapshot
-    step = replace(snapshot)
-    step.verified.graph = graph
-    return step
