@@ -164,7 +164,7 @@ def convolve(layer: nn.Conv1d, x: Tensor, weight: Tensor) -> Tensor:
     return layer._conv_forward(x, weight, None)
 
 
-def padding_amounts(layer: nn.Conv2d) -> list[int]:
+def padding_amounts(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
     """Return how far a convolution pads its input, in the order of ``F.pad``."""
     return layer._reversed_padding_repeated_twice
 

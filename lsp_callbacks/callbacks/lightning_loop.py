@@ -101,7 +101,7 @@ class LightningLoop(TrainingLoop):
             module: or a copy of it.
             batch: on the device.
         """
-        loss_fn = player_loss or self._loss_fn
+        loss_fn, accumulate = player_loss or self._loss_fn, self.accumulate
         with self.trainer.precision_plugin.train_step_context():
             if loss_fn is not None:
                 outputs: Any = loss_fn(module, batch)
@@ -109,7 +109,7 @@ class LightningLoop(TrainingLoop):
                 outputs = module.training_step(*_arguments(module.training_step, batch, batch_idx))
         value = loss_of(outputs)
         # Exactly what Lightning's closure does with it.
-        return None if value is None else value / self.accumulate
+        return None if value is None else value / accumulate
 
     def clipping_of(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
         hook = self._clipping_hook
@@ -132,7 +132,7 @@ class LightningLoop(TrainingLoop):
         clipped, self._clipped = self._clipped, []
         if clipped:
             return clipped
-        gradients, rule = copies_of_gradients(self.module.parameters()), self.clipping
+        rule, gradients = self.clipping, copies_of_gradients(self.module.parameters())
         if rule is not None:
             copies = {id(p): gradient for p, gradient in gradients}
             stand_ins = []

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
+from lsp_callbacks.monitor.error_policy import ErrorPolicy
 from lsp_callbacks.step.fingerprint import identical
 from lsp_callbacks.step.ranks import Ranks
 
@@ -21,12 +22,15 @@ def copies_of_gradients(parameters: Iterable[nn.Parameter]) -> Gradients:
 class GradientCheck:
     """The gradients that a measured step should give to its optimizer, until they have been compared.
 
+    Args:
+        errors: what happens where they cannot be copied or compared.
+
     Attributes:
         is_expected: whether there are any.
     """
 
-    def __init__(self) -> None:
-        self.ranks = Ranks()
+    def __init__(self, errors: ErrorPolicy):
+        self.errors, self.ranks = errors, Ranks()
         self.forget()
 
     def forget(self) -> None:
@@ -37,7 +41,10 @@ class GradientCheck:
     def expect(self, gradients: Callable[[], Gradients]) -> None:
         """Remember what the gradients should be; called on every rank, also where ``gradients`` raises."""
         self._expected, self.is_expected = [], True
-        self._expected = gradients()
+        try:
+            self._expected = gradients()
+        except Exception as error:
+            self.errors.caught("the gradient could not be copied to be compared later", error)
 
     def is_changed(self, *, is_gone_allowed: bool) -> bool:
         """Return True if a gradient is another one, on any rank; nothing is compared a second time.
@@ -55,4 +62,10 @@ class GradientCheck:
             is_gone = len(there) < len(expected)
             return (is_gone and not is_gone_allowed) or not identical(*([pair[k] for pair in there] for k in (0, 1)))
 
-        return self.ranks.any(differs, "the gradient after the step")
+        try:
+            if self.ranks.world == 1:
+                return differs()
+            return self.ranks.any(differs, "the gradient after the step")
+        except Exception as error:
+            self.errors.caught("the gradient could not be compared with the measured one", error)
+            return False

@@ -65,7 +65,7 @@ class StepObserver:
         self.probes = Probes(wanted, forward_fn, criterion)
         self.step_loss = StepLoss()
         self.nan_finder = NanFinder(monitor)
-        self._gradient_check, self._update_check = GradientCheck(), UpdateCheck()
+        self._gradient_check, self._update_check = GradientCheck(monitor.errors), UpdateCheck()
         self._results = StepResults(monitor)
         self.listeners: list[Callable[[Snapshot], None]] = []
         self.step = self.updates = 0
@@ -303,8 +303,7 @@ class StepObserver:
         except Exception as error:
             monitor.errors.caught(doing, error)
         if needs_update and coming_gradients is not None:
-            with monitor.errors.warn_instead_of_raise("the gradient could not be copied to be compared later"):
-                self._gradient_check.expect(coming_gradients)
+            self._gradient_check.expect(coming_gradients)
 
     def snapshot(self, optimizer: torch.optim.Optimizer, clipping: Clipping | None = None) -> Snapshot:
         """Return the step under way, whose forward and backward passes are over, before its update.
@@ -340,9 +339,7 @@ class StepObserver:
         """
         if not self._gradient_check.is_expected:
             return False
-        changed = False
-        with self.monitor.errors.warn_instead_of_raise("the gradient could not be compared with the measured one"):
-            changed = self._gradient_check.is_changed(is_gone_allowed=is_gone_allowed)
+        changed = self._gradient_check.is_changed(is_gone_allowed=is_gone_allowed)
         if changed:
             self.invalidate_update(reason)
         return changed

@@ -136,7 +136,8 @@ class PendingStep:
         if failure or self.module_copy is None:
             module, replay = self.module, _raising(failure)
         else:
-            module, replay = self.module_copy.module, self.run.ranks.private(replayer(self.module_copy, self.parts))
+            module, replay = self.module_copy.module, replayer(self.module_copy, self.parts)
+            replay = replay if self.run.ranks.world == 1 else self.run.ranks.private(replay)
         gradient = {name: p.grad for name, p in self.module.named_parameters() if p.requires_grad}
         if gradient_scale is not None:
             gradient = {name: g if g is None else g / gradient_scale for name, g in gradient.items()}

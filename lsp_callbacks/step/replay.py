@@ -41,9 +41,10 @@ def replayer(module_copy: ModuleCopy, parts: Sequence[MicroBatch]) -> Callable[[
         if muter is None:  # outside of `untouched`, which prepares it once for all replays of a step
             with muted():
                 return replay()
-        total, module = None, module_copy.reset()
+        total, module = None, None
         for part in parts:
             batch = copied(part.batch)
+            module = module_copy.reset() if module is None else module
             for put_back in part.random_state.setters:
                 put_back()
             muter.depth += 1
@@ -71,8 +72,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
     as every copy would be compiled anew. Activations are checkpointed without re-entrance, as re-entrant checkpoints
     do not support ``torch.autograd.grad``, and hide what is inside.
     """
-    before = RandomState()
     originals = {id(m) for m in module.modules()}
+    before = RandomState()
 
     def refuse(called: nn.Module, args: tuple) -> None:
         if id(called) in originals:

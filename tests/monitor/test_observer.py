@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lsp_callbacks import Lyapunov, Monitor, Sharpness, Unmeasurable
 from lsp_callbacks.loops import Watch
 from lsp_callbacks.loops.plain_loop import PlainLoop
+from lsp_callbacks.monitor.error_policy import ErrorPolicy
 from lsp_callbacks.monitor.gradient_check import GradientCheck, copies_of_gradients
 from lsp_callbacks.monitor.observer import StepObserver
 from lsp_callbacks.step.run_context import RunContext
@@ -145,7 +146,7 @@ def test_a_changed_gradient_invalidates_what_depends_on_the_update():
 
 def test_gradients_are_compared_once():
     p = nn.Parameter(torch.ones(2))
-    p.grad, check = torch.tensor([1.0, math.nan]), GradientCheck()
+    p.grad, check = torch.tensor([1.0, math.nan]), GradientCheck(ErrorPolicy(strict=True))
     for gone, changed in ((True, False), (False, True)):
         check.expect(lambda: copies_of_gradients([p]))
         assert not check.is_changed(is_gone_allowed=False)  # NaN equals NaN

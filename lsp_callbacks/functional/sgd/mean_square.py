@@ -40,6 +40,8 @@ def second_moment(
     p = 1 / batch_size if replacement else (total - batch_size) / (batch_size * max(total - 1, 1))
     n, outputs, r = modes.factor.shape
     rows, h, tied = modes.factor.flatten(0, 1), modes.curvatures, 0.0
+    # What a sample stands for is in the square of its row: its fourth power would hold it twice.
+    push = rows if modes.chance is None else (modes.factor * modes.chance[..., None].to(rows)).flatten(0, 1)
     whole = modes.factor.reshape(n // modes.together, modes.together * outputs, r)
     if modes.together > 1:
         groups, share = modes.shares(batch_size)
@@ -52,10 +54,10 @@ def second_moment(
             return diagonal * x
         half = rows @ x
         if outputs == 1:
-            weighted = (half * rows).sum(1, keepdim=True) * rows
+            weighted = (half * rows).sum(1, keepdim=True) * push
         else:
             blocks = half.view(n, outputs, r) @ modes.factor.mT
-            weighted = (blocks @ modes.factor).flatten(0, 1)
+            weighted = (blocks @ push.view(n, outputs, r)).flatten(0, 1)
         if tied:
             pushed = ((half.view(whole.shape) @ whole.mT) @ whole).flatten(0, 1)
             weighted = p * weighted + tied / modes.together * pushed

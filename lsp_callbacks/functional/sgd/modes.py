@@ -62,6 +62,8 @@ class Modes:
         trace: of the mean Hessian. With ``rank`` it distinguishes a stable network from a collapsed one.
         together: samples that batch statistics tie together, ``g``; 1 where no sample depends on another. Each ``g``
             consecutive samples are a batch that was normalised by itself.
+        chance: ``(N, 1)``, where only some of the N samples were looked at: the probability by which each was, with
+            ``Y_i`` divided by its root; those that were not have ``Y_i = 0``. None where all were.
     """
 
     factor: Tensor
@@ -70,6 +72,7 @@ class Modes:
     components: list[Tensor]
     trace: float
     together: int = 1
+    chance: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -89,7 +92,15 @@ class Modes:
         return groups, 1 - (1 - self.together / self.samples) * batch_size / (groups * self.together)
 
 
-def reduced_modes(gram: Tensor, outputs: int = 1, *, tol: float | None = None, together: int = 1) -> Modes:
+def reduced_modes(
+    gram: Tensor,
+    outputs: int = 1,
+    *,
+    tol: float | None = None,
+    together: int = 1,
+    samples: int | None = None,
+    chance: Tensor | None = None,
+) -> Modes:
     """Return the coordinates Y of ``K = U L U^T = Y Y^T`` without its null space, component by component.
 
     Args:
@@ -97,6 +108,8 @@ def reduced_modes(gram: Tensor, outputs: int = 1, *, tol: float | None = None, t
         outputs: rows of a sample.
         tol: eigenvalues up to ``tol`` times the largest are dropped; 1e-12 fits float64, a float32 K needs about 1e-6.
         together: samples of a batch with statistics of its own, see `Modes`.
+        samples: how many there are, where K is that of some of them, taken by chance.
+        chance: by which probabilities; its rows are then divided by their roots.
 
     Raises:
         ValueError: if ``gram`` is not a finite symmetric matrix of whole samples, or of whole such batches.
@@ -107,6 +120,7 @@ def reduced_modes(gram: Tensor, outputs: int = 1, *, tol: float | None = None, t
     n, blocks = len(gram) // outputs, _components(gram, outputs)
     if together < 1 or n % together:
         raise ValueError(f"together={together} must divide the {n} samples")
+    total = samples or n
     rows = torch.arange(len(gram)).view(n, outputs)
     pairs = [torch.linalg.eigh(gram[rows[b].flatten()][:, rows[b].flatten()]) for b in blocks]
     floor = (1e-12 if tol is None else tol) * max((float(values[-1]) for values, _ in pairs), default=0.0)
@@ -117,13 +131,18 @@ def reduced_modes(gram: Tensor, outputs: int = 1, *, tol: float | None = None, t
         keep, start = values > max(floor, 0.0), sum(len(c) for c in curvatures)
         part = (vectors[:, keep] * values[keep].sqrt()).view(len(block), outputs, -1)
         factor[block, :, start : start + part.shape[-1]] = part
-        curvatures.append(values[keep] / n)
+        curvatures.append(values[keep] / total)
         owner.append(torch.full((part.shape[-1],), label))
     order = torch.cat(curvatures).argsort(descending=True)
     # The trace of K itself, not of what was kept.
-    trace = float(gram.trace()) / n
+    trace = float(gram.trace()) / total
     values, labels = torch.cat(curvatures)[order], torch.cat(owner)[order]
-    return Modes(factor[..., order].contiguous(), values, labels, blocks, trace, together)
+    factor = factor[..., order].contiguous()
+    if chance is not None and total > n:
+        factor = torch.cat([factor, factor.new_zeros(total - n, *factor.shape[1:])])
+        chance = torch.cat([chance.to(factor), factor.new_ones(total - n)])[:, None]
+        return Modes(factor, values, labels, blocks, trace, together, chance)
+    return Modes(factor, values, labels, blocks, trace, together)
 
 
 def in_units(modes: Modes, rule: UpdateRule) -> tuple[Modes, UpdateRule, float]:

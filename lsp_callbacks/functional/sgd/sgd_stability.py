@@ -200,6 +200,8 @@ class _Draw:
         self, modes: Modes, batch_size: int, sampling: Sampling, replacement: bool, population: int | None, generator
     ):
         n = modes.samples
+        if modes.chance is not None:
+            raise ValueError("batches cannot be drawn from samples of which only some were looked at")
         total = drawn_from(n, batch_size, population)
         if sampling not in ("iid", "reshuffle"):
             raise ValueError(f"sampling={sampling!r} must be 'iid' or 'reshuffle'")

@@ -86,9 +86,9 @@ class Differences:
         self.snapshot, self.centre = snapshot, gradient
         self.parameters = list(snapshot.parameters.values())
         self.eps = float(torch.finfo(gradient.dtype).eps)
-        self.gradient = float(norm(gradient))
-        self.theta = float(torch.stack(norms([p.detach() for p in self.parameters])).norm())
-        self.lengths = lengths(self.parameters)
+        size, *sizes = norms([gradient, *(p.detach() for p in self.parameters)])
+        self.gradient, self.theta = float(size), float(torch.stack(sizes).norm())
+        self.lengths = lengths(self.parameters, sizes)
         self.tolerance = min(TOLERANCE * self.eps**0.5, 0.01)
         self.weight, self.least = weight, LEAST * self.eps**0.5 if not relative else 0.0
         self.amplified = float(norm(weight)) / len(gradient) ** 0.5 if isinstance(weight, Tensor) else abs(weight)
@@ -353,9 +353,14 @@ def central_difference(snapshot: Snapshot, v: Tensor, far: float) -> tuple[Tenso
     return (ends[0] - ends[1]) / (2 * distance), distance
 
 
-def lengths(parameters: Sequence[Tensor]) -> list[float] | None:
-    """Return the norm of an average row of each tensor, at least a tenth of the median; None where all are 0."""
-    sizes = norms([p.detach() for p in parameters])
+def lengths(parameters: Sequence[Tensor], sizes: Sequence[Tensor] | None = None) -> list[float] | None:
+    """Return the norm of an average row of each tensor, at least a tenth of the median; None where all are 0.
+
+    Args:
+        parameters: the tensors.
+        sizes: their norms, if they are known.
+    """
+    sizes = norms([p.detach() for p in parameters]) if sizes is None else sizes
     values = torch.stack([size / max(1, len(p) if p.ndim else 1) ** 0.5 for size, p in zip(sizes, parameters)]).tolist()
     typical = sorted(values)[len(values) // 2] or min((x for x in values if x > 0), default=0.0)
     return [max(x, 0.1 * typical) for x in values] if typical > 0 else None

@@ -98,24 +98,27 @@ class SameOutputs:
         unlike = torch.stack([(~same).sum(1) for same in self._same]).sum(0)
         return unlike <= (1 - MOST) * self._samples
 
-    def share(self, gram: Tensor, tolerance: float) -> float:
+    def share(self, gram: Tensor, tolerance: float, taken: Tensor | None = None) -> float:
         """Return the largest share of the samples that are the same in all respects; 0 below nine of ten.
 
         Args:
             gram: Gram matrix of the gradients, sample by sample.
             tolerance: relative error of its entries.
+            taken: indices of the samples that it is of; None is all.
         """
         if self._samples < 2 or not bool(self._candidates.any()):
             return 0.0
         use = self._loss < self._constant - (1 - USE) * self._constant.abs()
         wanted, noise = (torch.cat(parts) for parts in zip(*self._wanted))
-        rows = len(gram) // self._samples
+        taken = torch.arange(self._samples) if taken is None else taken
+        held, rows = len(taken), len(gram) // len(taken)
         shares = [0.0]
         for k in (self._candidates & self._apart & ~use).nonzero().flatten().tolist():
             same = torch.cat([part[k] for part in self._same])
             if (wanted[same] - wanted[same].mean(0)).norm() <= noise[same].norm():
                 continue
-            blocks = gram.view(self._samples, rows, self._samples, rows)[same][:, :, same].diagonal(dim1=1, dim2=3)
+            alike = same[taken]
+            blocks = gram.view(held, rows, held, rows)[alike][:, :, alike].diagonal(dim1=1, dim2=3)
             each = blocks.diagonal(dim1=0, dim2=1).mean()
             if blocks.mean() >= (1 - tolerance) * each:  # the mean of the gradients is as long as they are
                 shares.append(float(same.sum()) / self._samples)

@@ -62,6 +62,8 @@ def frozen_sgd(
     positions: int = POSITIONS,
     checked: TangentKernel | None = None,
     squares: Literal["probes", "batch"] = "probes",
+    most: int | None = None,
+    correction: float | None = None,
 ) -> FrozenSGD:
     """Linearise a training step on ``range(J^T)``: exact at interpolation, a Gauss-Newton statement elsewhere.
 
@@ -82,7 +84,7 @@ def frozen_sgd(
         outputs: rows of K, see `lsp_callbacks.operators.sgd.gram_matrix`.
         generator: for the random choices; None draws from the snapshot's.
         start: an earlier ``kernel.mode``.
-        most_rows, positions, checked: see `lsp_callbacks.operators.sgd.gram_matrix`.
+        most_rows, positions, checked, most, correction: see `lsp_callbacks.operators.sgd.gram_matrix`.
         squares: of which samples the mean square of the coming gradients is taken for a preconditioner: of these, or
             of the step's batch while the optimizer has seen few (`remembered_rule`).
 
@@ -107,7 +109,7 @@ def frozen_sgd(
         )
     kernel = tangent_kernel(
         probes, outputs=outputs, scale=rule.scale, generator=generator, start=start, most_rows=most_rows,
-        positions=positions, checked=checked,
+        positions=positions, checked=checked, holds=squares == "batch", most=most, correction=correction,
     )  # fmt: skip
     trace = sum(kernel.traces.values()) or 1.0
 
@@ -121,6 +123,8 @@ def frozen_sgd(
             kernel.rows,
             tol=None if double else ROUNDING,
             together=probes.together if len(probes.batches) > 1 else 1,
+            samples=kernel.samples,
+            chance=kernel.chance,
         ),
         rule=UpdateRule(
             momentum=rule.momentum,

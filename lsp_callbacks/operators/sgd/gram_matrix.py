@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.operators.sgd.collapsed_outputs import FirstInputs, SameOutputs
+from lsp_callbacks.operators.sgd.held_statistics import can_be_held
 from lsp_callbacks.operators.sgd.output_directions import OutputDirections
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram
 from lsp_callbacks.operators.sgd.per_sample_gradients import RowSeed, whole_seeds
@@ -43,6 +44,9 @@ class TangentKernel:
         mode: the sharpest mode, where it was needed: the next call may start from it.
         passes: backward passes for single rows.
         alike: share of the samples with the same outputs and gradients, if it is nine of ten; otherwise 0.
+        samples: N, of which the gram matrix may be that of some.
+        chance: by which probability each of those was taken; None where all were.
+        correction: factor of the largest eigenvalue that held statistics lack.
     """
 
     gram: Tensor
@@ -55,6 +59,9 @@ class TangentKernel:
     mode: Tensor | None
     passes: int
     alike: float = 0.0
+    samples: int = 0
+    chance: Tensor | None = None
+    correction: float = 1.0
 
 
 def tangent_kernel(
@@ -68,6 +75,9 @@ def tangent_kernel(
     start: Tensor | None = None,
     most_rows: int = 10**6,
     checked: TangentKernel | None = None,
+    holds: bool = False,
+    most: int | None = None,
+    correction: float | None = None,
 ) -> TangentKernel:
     """Return ``K_ij = z_i D z_j^T``, ``z_i = R_i^T J_i``; ``R_i R_i^T = S_i`` is the output Hessian of sample i's loss.
 
@@ -97,6 +107,12 @@ def tangent_kernel(
         checked: an earlier kernel of the same network, whose shares were checked: these are computed in the same ways,
             and not checked again.
 
+        holds: whether the statistics of a batch are held fixed where they tie its samples together, with what they add
+            ahead of each normalisation, and the largest eigenvalue is then corrected, see `corrected`. Otherwise the
+            rows are formed one by one.
+        most: how many samples have rows; None is all, see `sampled_rows`.
+        correction: of the largest eigenvalue with held statistics, from an earlier kernel; None finds it.
+
     Raises:
         Unmeasurable: the criterion is not convex in the outputs, or flat.
         Unsupported: more rows would have to be formed than ``most_rows``.
@@ -108,14 +124,16 @@ def tangent_kernel(
     generator = generator or torch.Generator().manual_seed(0)
     parameters = probes.parameters
     scale = dict.fromkeys(parameters, 1.0) | dict(scale or {})
-    if probes.tied:  # a pass for each row
+    holds = holds and probes.tied and can_be_held(probes.module)
+    if probes.tied and not holds:  # a pass for each row
         positions = max(1, min(positions, most_rows // probes.samples))
     directions = OutputDirections(
-        probes, scale, outputs, positions, generator, start, checks=checked is None or "rows" in checked.path.values()
-    )
+        probes, scale, outputs, positions, generator, start,
+        checks=checked is None or "rows" in checked.path.values(), holds=holds, most=most,
+    )  # fmt: skip
     grams = {name: ParameterGram() for name in parameters}
     roots = {name: torch.as_tensor(scale[name]).to(p) ** 0.5 for name, p in parameters.items()}
-    check = _Check(parameters, roots, generator) if checked is None else None
+    check = _Check(parameters, roots, generator) if checked is None and not holds else None
     tied: TiedRows | None = None
     loss, count, same_outputs = 0.0, 0, SameOutputs(probes.samples)
     for index in range(len(probes.parts)):
@@ -126,15 +144,18 @@ def tangent_kernel(
         loss += float(evaluation.criterion(evaluation.outputs.detach())) * samples / probes.samples
         if not math.isfinite(loss):
             raise Unmeasurable("the loss of the probes is not finite: the weights or the outputs have overflowed")
-        count += samples * len(seeds)
+        taken = directions.taken[index][0] if index in directions.taken else None
+        count += (samples if taken is None else len(taken)) * len(seeds)
         if recorder is None:
             tied = tied or TiedRows(roots, parameters, _affordable(probes.samples * len(seeds), most_rows), memory)
             tied.add(evaluation.outputs, seeds)
         else:
-            for name, part in recorder.parts(evaluation.outputs, seeds, samples, keep=check is not None).items():
+            for name, part in recorder.parts(
+                evaluation.outputs, seeds, samples, keep=check is not None, taken=taken
+            ).items():
                 grams[name].parts.append(part)
         if check is not None:
-            check.add(evaluation.outputs, seeds)
+            check.add(evaluation.outputs, seeds, taken)
     if tied is None:
         complete = {name: part for name, part in grams.items() if len(part.parts) == len(probes.parts)}
         shares = {name: part.gram(roots[name], memory, parameters[name].numel()) for name, part in complete.items()}
@@ -142,8 +163,8 @@ def tangent_kernel(
     else:
         shares, path = tied.grams(), dict.fromkeys(grams, "sketched rows" if tied.defect else "rows")
     if check is None:
-        assert checked is not None
-        unexplained = [name for name in parameters if tied is None and checked.path.get(name) == "rows"]
+        known = {} if checked is None else checked.path
+        unexplained = [name for name in parameters if tied is None and known.get(name) == "rows"]
     else:
         if tied is None:
             check.plain = {
@@ -162,7 +183,7 @@ def tangent_kernel(
     rows_of = {name: ParameterGram() for name in unexplained}
     for index in range(len(probes.parts)) if unexplained else ():
         evaluation, _, seeds = directions.evaluate(index)
-        add_rows(rows_of, evaluation.outputs, parameters, seeds)
+        add_rows(rows_of, evaluation.outputs, parameters, seeds, directions.taken.get(index, (None,))[0])
     for name, rowwise in rows_of.items():
         shares[name], path[name] = rowwise.gram(roots[name], memory, parameters[name].numel()), "rows"
         if check is not None:
@@ -176,12 +197,66 @@ def tangent_kernel(
         gram += share
         traces[name] = float(share.trace())
     gram = (gram + gram.T).mul_(0.5).cpu()
+    if holds:
+        gram, correction = corrected(gram, probes, directions, roots, correction)
+        path = dict.fromkeys(path, "statistics")
+    taken, chance = directions.joined_taken()
     return TangentKernel(
-        gram, len(gram) // probes.samples, path, traces,
-        checked.defect if check is None and checked is not None else check.defect(shares) if check else 0.0,
+        gram, len(directions.seeds[0]), path, traces,
+        check.defect(shares) if check else checked.defect if checked else 0.0,
         loss, directions.description, directions.mode, count if unexplained or tied is not None else 0,
-        same_outputs.share(gram, tolerance(next(iter(parameters.values())).dtype)),
+        same_outputs.share(gram, tolerance(next(iter(parameters.values())).dtype), taken), probes.samples, chance,
+        1.0 if correction is None else correction,
     )  # fmt: skip
+
+
+def corrected(
+    gram: Tensor,
+    probes: ProbeSet,
+    directions: OutputDirections,
+    roots: Mapping[str, Tensor],
+    correction: float | None,
+) -> tuple[Tensor, float]:
+    """Return a Gram matrix with held statistics whose largest eigenvalue is replaced by what the batch itself gives.
+
+    ``c^T K c = ||D^(1/2) J^T c||^2`` for its top eigenvector c, by one backward pass through the statistics. What they
+    add several layers ahead makes the eigenvalue too large, up to twice; the others stay as they are.
+
+    Args:
+        gram: with held statistics.
+        probes: the samples.
+        directions: what the rows stand for.
+        roots: of the diagonal of D, by name.
+        correction: the factor, where it is known; None finds it.
+
+    Returns:
+        The matrix, and the factor.
+
+    Cost: a forward and a backward pass, without a known factor.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    c, exact, lo = vectors[:, -1], 0.0, 0
+    top = float(values[-1])
+    if correction is not None or top <= 0:
+        correction = 1.0 if correction is None else correction
+        return gram + (correction - 1) * top * c[:, None] * c, correction
+    for index, part in enumerate(probes.parts):
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            outputs = part().outputs
+        seeds = directions.seeds[index]
+        taken = directions.taken[index][0] if index in directions.taken else torch.arange(len(outputs))
+        weights = torch.zeros(len(outputs), len(seeds), dtype=c.dtype)
+        weights[taken] = c[lo : lo + len(taken) * len(seeds)].view(-1, len(seeds))
+        lo += len(taken) * len(seeds)
+        scaled = [seed.scaled(w) for seed, w in zip(seeds, weights.to(outputs).unbind(1))]
+        total = whole_seeds(scaled, outputs)
+        whole = torch.autograd.grad(outputs, list(probes.parameters.values()), total, allow_unused=True)
+        exact += sum(
+            float(torch.linalg.vector_norm(roots[name] * g.to_dense(), dtype=torch.float64)) ** 2
+            for name, g in zip(probes.parameters, whole)
+            if g is not None
+        )
+    return gram + (exact - top) * c[:, None] * c, exact / top
 
 
 def _affordable(rows: int, most: int) -> int:
@@ -203,10 +278,10 @@ class _Check:
         self.plain: dict[str, Tensor] = {}
         self._backward = {name: torch.zeros_like(p) for name, p in parameters.items()}
 
-    def add(self, outputs: Tensor, seeds: list[RowSeed]) -> None:
+    def add(self, outputs: Tensor, seeds: list[RowSeed], taken: Tensor | None) -> None:
         """Add a part of the samples. Cost: a backward pass, with gradients of the weights."""
         c = torch.randn(len(outputs), len(seeds), generator=self._generator).to(outputs)
-        self._weights.append(c.reshape(-1))
+        self._weights.append((c if taken is None else c[taken]).reshape(-1))
         total = whole_seeds([seed.scaled(c[:, r]) for r, seed in enumerate(seeds)], outputs)
         whole = torch.autograd.grad(outputs, list(self._parameters.values()), total, allow_unused=True)
         if all(g is None for g in whole):  # a copy of them, made inside a custom function

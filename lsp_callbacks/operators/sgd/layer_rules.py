@@ -81,7 +81,7 @@ def layer_uses(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Use] | None:
         x: its input, ``(N, ...)``.
         g: the gradients at its output, ``(N, R, ...)``.
     """
-    return _linear(x, g, transposed=True) if transposed(layer) else None
+    return linear_uses(x, g, transposed=True) if transposed(layer) else None
 
 
 def has_rule(layer: nn.Module) -> bool:
@@ -94,6 +94,11 @@ def is_linear(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear or transposed(layer)
 
 
+def is_pointwise(layer: nn.Module) -> bool:
+    """Return whether a layer maps each position by itself, so that it does not matter where the samples are."""
+    return is_linear(layer) or isinstance(layer, nn.LayerNorm | nn.RMSNorm)
+
+
 def transposed(layer: nn.Module) -> bool:
     """Return whether a layer is transformers' ``Conv1D``, ``y = x W``."""
     return type(layer).__name__ == "Conv1D" and getattr(layer, "nf", None) is not None
@@ -101,10 +106,11 @@ def transposed(layer: nn.Module) -> bool:
 
 @layer_uses.register
 def _(layer: nn.Linear, x: Tensor, g: Tensor) -> dict[str, Use] | None:
-    return _linear(x, g)
+    return linear_uses(x, g)
 
 
-def _linear(x: Tensor, g: Tensor, *, transposed: bool = False) -> dict[str, Use]:
+def linear_uses(x: Tensor, g: Tensor, *, transposed: bool = False) -> dict[str, Use]:
+    """Return how a linear map of the last axis uses its weight and its bias."""
     a = x.reshape(len(x), -1, x.shape[-1])  # (N, T, i)
     g = g.reshape(*g.shape[:2], -1, g.shape[-1])  # (N, R, T, o)
     return {"weight": _outer(a, g, transposed=transposed), "bias": dense(g.sum(2))}
@@ -144,24 +150,26 @@ def dense(values: Tensor) -> Use:
 @layer_uses.register(nn.Conv2d)
 @layer_uses.register(nn.Conv3d)
 def _(layer: nn.Conv2d, x: Tensor, g: Tensor) -> dict[str, Use] | None:
-    dims = len(layer.kernel_size)
-    if x.ndim != dims + 2:
+    if x.ndim != len(layer.kernel_size) + 2:
         return None
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, padding_amounts(layer), mode=mode)
+    windows, split = _flat_windows(layer, x, g)
+
+    def gradients(lo: int, hi: int) -> Tensor:
+        return torch.einsum("nrgol,ngkl->nrgok", split[lo:hi], windows[lo:hi]).flatten(2)
+
+    return {"weight": Use(gradients, g.shape[1]), "bias": dense(g.flatten(3).sum(-1))}
+
+
+def _windows(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the windows of each group's channels, ``(N, G, c, L, k)``, and its gradients, ``(N, R, G, o, L)``."""
+    x = _padded(layer, x)
     for axis, (size, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation)):
         x = x.unfold(2 + axis, gap * (size - 1) + 1, step)[..., ::gap]
     x = x[(slice(None), slice(None), *(slice(n) for n in g.shape[3:]))]
     groups = layer.groups
     n, channels = x.shape[:2]
-    # (N, G, c, L, k): windows of each group's channels, next to its output gradients (N, R, G, o, L).
     x = x.reshape(n, groups, channels // groups, g.shape[3:].numel(), -1)
-    split = g.reshape(*g.shape[:2], groups, -1, x.shape[3])
-
-    def gradients(lo: int, hi: int) -> Tensor:
-        return torch.einsum("nrgol,ngclk->nrgock", split[lo:hi], x[lo:hi]).flatten(2)
-
-    return {"weight": Use(gradients, g.shape[1]), "bias": dense(g.flatten(3).sum(-1))}
+    return x, g.reshape(*g.shape[:2], groups, -1, x.shape[3])
 
 
 @layer_uses.register
@@ -194,7 +202,7 @@ def _(layer: nn.RMSNorm, x: Tensor, g: Tensor) -> dict[str, Use] | None:
 
 @layer_uses.register
 def _(layer: nn.GroupNorm, x: Tensor, g: Tensor) -> dict[str, Use] | None:
-    return _channels(F.group_norm(x, layer.num_groups, eps=layer.eps), g)
+    return channel_uses(F.group_norm(x, layer.num_groups, eps=layer.eps), g)
 
 
 @layer_uses.register(nn.BatchNorm1d)
@@ -203,7 +211,68 @@ def _(layer: nn.GroupNorm, x: Tensor, g: Tensor) -> dict[str, Use] | None:
 def _(layer: nn.BatchNorm2d, x: Tensor, g: Tensor) -> dict[str, Use] | None:
     if layer.running_mean is None:  # the statistics of the probes would tie them together
         return None
-    return _channels(F.batch_norm(x, layer.running_mean, layer.running_var, eps=layer.eps), g)
+    return channel_uses(F.batch_norm(x, layer.running_mean, layer.running_var, eps=layer.eps), g)
+
+
+def uses_ahead_of_norm(
+    layer: nn.Module, x: Tensor, g: Tensor, normalised: Tensor, taken: Tensor | None = None
+) -> dict[str, Use] | None:
+    """Return the uses of the weight of a layer whose outputs are normalised over the batch: through its statistics.
+
+    With windows ``u`` (of a linear layer its input) and normalised outputs ``y``, the mean and the scale of channel c
+    move with its weight, so that sample i has the gradient ``sum_l g_icl (u_il - mean u - y_icl mean(y_c u))``; a
+    bias has none. What statistics further on do is left out.
+
+    Args:
+        layer: a linear layer or a convolution; None is returned for others.
+        x: its input, of the whole batch.
+        g: the gradients at its output with the statistics held fixed, of the samples that have rows, ``(N, R, ...)``.
+        normalised: y, of the whole batch.
+        taken: indices of the samples that have rows; None is all.
+    """
+    some = slice(None) if taken is None else taken
+    if is_linear(layer) and x.ndim == 2:
+        flat, split, y = x[some][:, None, :, None], g[:, :, None, :, None], normalised[:, None, :, None]
+        mean, slope = x.mean(0)[None], (normalised.T @ x)[None] / len(x)
+    elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and x.ndim == len(layer.kernel_size) + 2:
+        groups, count = layer.groups, normalised[:, 0].numel()
+        flat, split = _flat_windows(layer, x[some], g)
+        y = normalised.reshape(len(x), groups, -1, split.shape[-1])
+        ones = normalised.new_ones(len(x), groups, *normalised.shape[2:])
+        mean = _weight_gradient(layer, x, ones).view(groups, -1) / count
+        slope = _weight_gradient(layer, x, normalised).view(groups, layer.out_channels // groups, -1) / count
+    else:
+        return None
+    y = y[some]
+    shift, scale = split.sum(-1), (split * y[:, None]).sum(-1)  # (N, R, G, o)
+
+    def gradients(lo: int, hi: int) -> Tensor:
+        rows = torch.einsum("nrgol,ngkl->nrgok", split[lo:hi], flat[lo:hi])
+        rows -= shift[lo:hi, ..., None] * mean[:, None] + scale[lo:hi, ..., None] * slope
+        return (rows.flatten(2, 3).transpose(2, 3) if transposed(layer) else rows).flatten(2)
+
+    return {"weight": Use(gradients, g.shape[1]), "bias": dense(torch.zeros_like(shift))}
+
+
+def _flat_windows(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the windows, ``(N, G, k, L)``, and the gradients of each group's channels, ``(N, R, G, o, L)``."""
+    if isinstance(layer, nn.Conv2d) and layer.groups == 1:  # one copy
+        flat = F.unfold(_padded(layer, x), layer.kernel_size, layer.dilation, 0, layer.stride)[:, None]
+        return flat, g.flatten(3)[:, :, None]
+    windows, split = _windows(layer, x, g)
+    return windows.transpose(3, 4).flatten(2, 3), split
+
+
+def _weight_gradient(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, g: Tensor) -> Tensor:
+    """Return the gradient of the weight, ``(channels of g, ...)``."""
+    dims = len(layer.kernel_size)
+    like = x.new_empty(g.shape[1], *layer.weight.shape[1:])
+    how = (list(layer.stride), [0] * dims, list(layer.dilation), False, [0] * dims, layer.groups)
+    return torch.ops.aten.convolution_backward(g, _padded(layer, x), like, None, *how, [False, True, False])[1]
+
+
+def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    return F.pad(x, padding_amounts(layer), mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
 
 
 def _affine(normalised: Tensor, g: Tensor, dims: int) -> dict[str, Use]:
@@ -214,7 +283,7 @@ def _affine(normalised: Tensor, g: Tensor, dims: int) -> dict[str, Use]:
     return {"weight": dense(product), "bias": dense(shift)}
 
 
-def _channels(normalised: Tensor, g: Tensor) -> dict[str, Use]:
+def channel_uses(normalised: Tensor, g: Tensor) -> dict[str, Use]:
     """Return the uses of scale and shift that act on axis 1."""
     product, shift = (t.reshape(*g.shape[:3], -1).sum(-1) for t in (g * normalised[:, None], g))
     return {"weight": dense(product), "bias": dense(shift)}

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.linalg import unit
-from lsp_callbacks.operators.sgd.output_hessian import OutputCurvature, all_pairs, output_curvature, root
+from lsp_callbacks.linalg import norm, unit
+from lsp_callbacks.operators.sgd.held_statistics import held_statistics
+from lsp_callbacks.operators.sgd.output_hessian import OutputCurvature, all_pairs, at, output_curvature, root
 from lsp_callbacks.operators.sgd.per_sample_gradients import Recorder, RowSeed
+from lsp_callbacks.operators.sgd.sampled_rows import sampled_rows
 from lsp_callbacks.operators.sgd.sharpest_mode import sharpest_mode
 from lsp_callbacks.step.criterion import Evaluation
 from lsp_callbacks.step.probe_set import ProbeSet
@@ -31,10 +33,14 @@ class OutputDirections:
         generator: of positions and starts.
         mode: an earlier sharpest mode.
         checks: whether a pass with copies of shared parameters is compared with one without.
+        holds: whether the statistics of a batch are held fixed where they tie samples together.
+        most: how many samples have rows; None is all, see `sampled_rows`.
 
     Attributes:
         description: in words, which outputs the rows stand for.
         mode: the sharpest mode, where it was needed.
+        seeds: the cotangents of each part's rows.
+        taken: indices of each part's samples that have rows, in their part, and by which probability; all if absent.
     """
 
     def __init__(
@@ -46,26 +52,35 @@ class OutputDirections:
         generator: torch.Generator,
         mode: Tensor | None = None,
         checks: bool = True,
+        holds: bool = False,
+        most: int | None = None,
     ):
-        self.mode, self._checks = mode, checks
+        self.mode, self._checks, self._holds, self._most = mode, checks, holds, most
         self.probes, self.scale, self.which, self.generator = probes, scale, which, generator
         self.description = ""
         self._count = positions
-        self._chosen: Tensor | None = None
+        self._length: int | None = None
         self._moves: list[Tensor] | None = None
-        self._seeds: dict[int, list[RowSeed]] = {}
+        self.seeds: dict[int, list[RowSeed]] = {}
+        self.taken: dict[int, tuple[Tensor, Tensor]] = {}
         self._spread = True
 
     def evaluate(self, index: int) -> tuple[Evaluation, Recorder | None, list[RowSeed]]:
         """Return a forward pass over a part, what it recorded (None if samples are tied), and the seeds of the rows."""
         with _eagerly(self.probes.module):
             evaluation, recorder = self._record(index)
-            if index not in self._seeds:  # the same ones each time: they are drawn and rounded
-                self._seeds[index] = self._choose(evaluation, index)
-            return evaluation, recorder, self._seeds[index]
+            if index not in self.seeds:  # the same ones each time: they are drawn and rounded
+                self.seeds[index] = self._choose(evaluation, index)
+            return evaluation, recorder, self.seeds[index]
 
     def _record(self, index: int) -> tuple[Evaluation, Recorder | None]:
         probes = self.probes
+        if probes.tied and self._holds:
+            with (
+                held_statistics(probes.module) as held,
+                Recorder(probes.module, probes.parameters, held=held) as recorder,
+            ):
+                return probes.parts[index](), recorder
         if probes.tied:
             return probes.parts[index](), None
         if self._spread and len(probes.parts) == 1:
@@ -89,24 +104,51 @@ class OutputDirections:
             f = evaluation.outputs.detach().requires_grad_()
             with torch.enable_grad():
                 return [RowSeed(torch.autograd.grad(len(f) * evaluation.criterion(f), f)[0])]
-        if self._chosen is None:
-            order = torch.randperm(shape[1], generator=self.generator)
-            self._chosen = order[: self._count].sort().values
-            where = f" at {len(self._chosen)} of {shape[1]} positions" if shape[1] > 1 else ""
-            self.description = ("the only output" if shape[2] == 1 else f"{self.which} of {shape[2]} outputs") + where
-        if shape[1] <= int(self._chosen.max()):
+        self._length = self._length or shape[1]
+        if shape[1] != self._length:
             raise Unmeasurable("samples have different numbers of positions: pad the batches to one length")
-        curvature = output_curvature(evaluation, self._chosen)
-        here = evaluation.outputs.detach()[:, self._chosen]
+        # Each sample has positions of its own: what one position is like is not what all are.
+        order = torch.rand(shape[:2], generator=self.generator).argsort(1)
+        chosen = order[:, : self._count].sort(1).values.to(evaluation.outputs.device)
+        where = f" at {chosen.shape[1]} of {shape[1]} positions" if shape[1] > 1 else ""
+        self.description = ("the only output" if shape[2] == 1 else f"{self.which} of {shape[2]} outputs") + where
+        curvature = output_curvature(evaluation, chosen)
+        here = at(evaluation.outputs.detach(), chosen)
         if self.which == "all" or shape[2] == 1:
             pairs = all_pairs(curvature.matrices(here.shape).to(here))
         else:
-            pairs = [self._top(curvature, here, index)]
-        weight = (shape[1] / len(self._chosen)) ** 0.5
-        chosen = self._chosen.tolist()
-        return [RowSeed(weight * pair[:, k], position) for pair in pairs for k, position in enumerate(chosen)]
+            pairs = [self._top(curvature, here, index, chosen)]
+        weight = (shape[1] / chosen.shape[1]) ** 0.5
+        pairs = self._sampled(pairs, index)
+        return [RowSeed(weight * pair[:, k], position) for pair in pairs for k, position in enumerate(chosen.unbind(1))]
 
-    def _top(self, curvature: OutputCurvature, here: Tensor, index: int) -> Tensor:
+    def joined_taken(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the indices of the samples that have rows, of all parts, and by which chance; None where all have."""
+        if not self.taken:
+            return None, None
+        indices, chances, begin = [], [], 0
+        for index, seeds in self.seeds.items():
+            size = len(seeds[0].values)
+            taken, chance = self.taken.get(index, (torch.arange(size), torch.ones(size, dtype=torch.float64)))
+            indices.append(begin + taken)
+            chances.append(chance)
+            begin += size
+        return torch.cat(indices), torch.cat(chances)
+
+    def _sampled(self, pairs: list[Tensor], index: int) -> list[Tensor]:
+        """Return the pairs of those samples that have rows, times what each stands for; zeros elsewhere."""
+        n = len(pairs[0])
+        most = n if self._most is None else round(self._most * n / self.probes.samples)
+        if most >= n:
+            return pairs
+        sizes = torch.stack([pair.square().flatten(1).sum(1) for pair in pairs]).sum(0)
+        offset = float(torch.rand((), generator=self.generator, dtype=torch.float64))
+        taken, chance = self.taken[index] = sampled_rows(sizes, most, offset)
+        factor = torch.zeros(n, dtype=pairs[0].dtype)
+        factor[taken] = (1 / chance).sqrt().to(factor)
+        return [pair * factor.to(pair)[:, None, None] for pair in pairs]
+
+    def _top(self, curvature: OutputCurvature, here: Tensor, index: int, chosen: Tensor) -> Tensor:
         """Return ``sqrt(s) u`` of the top eigenpair at each position, by power iteration."""
         product, matrices = curvature.product, None
         if here.shape[-1] <= POWER:  # the matrix itself costs less than its power
@@ -120,7 +162,7 @@ class OutputDirections:
             if self._moves is None:
                 self._moves, self.mode = sharpest_mode(self.probes, self.scale, self.mode, self.generator)
             self.description = self.description.replace("top", "sharpest mode", 1)
-            start = self._moves[index][:, self._chosen]
+            start = at(self._moves[index], chosen)
             image = product(unit(start))
         if matrices is not None:
             start, image = _squared(matrices, image)
@@ -144,7 +186,7 @@ def _squared(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
 
 def _is_eigenvector(v: Tensor, image: Tensor) -> bool:
     value = (image * v).sum(-1, keepdim=True)
-    return bool(((image - value * v).norm(dim=-1) <= 1e-4 * image.norm(dim=-1)).all())
+    return bool((norm(image - value * v, -1) <= 1e-4 * norm(image, -1)).all())
 
 
 @contextlib.contextmanager

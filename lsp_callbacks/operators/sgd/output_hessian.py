@@ -66,7 +66,10 @@ class OutputCurvature:
         if self.weights is None:
             return blocks(self.product, torch.empty(shape, dtype=torch.float64))
         eye = torch.eye(shape[-1]).to(self.weights)
-        inner = eye if self.p is None else torch.diag_embed(self.p) - self.p[..., None] * self.p[..., None, :]
+        inner = eye
+        if self.p is not None:  # the diagonal p (1 - p) from the others, as 1 - p has no digits where p is nearly 1
+            inner = (eye - 1) * self.p[..., None] * self.p[..., None, :]
+            inner = inner - torch.diag_embed(inner.sum(-1))
         return self.weights[..., None, None] * inner
 
 
@@ -79,22 +82,21 @@ def output_curvature(evaluation: Evaluation, positions: Tensor) -> OutputCurvatu
 
     Args:
         evaluation: outputs of N samples, with the criterion.
-        positions: k of them.
+        positions: k of each sample, ``(N, k)``.
 
     Raises:
         Unmeasurable: see `output_hessian`.
     """
     whole, f = output_hessian(evaluation), evaluation.outputs.detach()
-    everywhere = len(positions) == f.shape[1]
+    everywhere = positions.shape[1] == f.shape[1]
 
     def product(v: Tensor) -> Tensor:
         if everywhere:
             return whole(v)
-        embedded = torch.zeros_like(f)
-        embedded[:, positions] = v.to(f)
-        return whole(embedded)[:, positions]
+        place = positions[..., None].expand(-1, -1, f.shape[-1])
+        return at(whole(torch.zeros_like(f).scatter_(1, place, v.to(f))), positions)
 
-    here = f if everywhere else f[:, positions]
+    here = f if everywhere else at(f, positions)
     v = torch.randn(here.shape, generator=torch.Generator().manual_seed(1)).to(here)
     image = product(v)
     p = here.softmax(-1)
@@ -102,8 +104,12 @@ def output_curvature(evaluation: Evaluation, positions: Tensor) -> OutputCurvatu
         w = weights[..., None]
         return OutputCurvature(lambda u: w * u, weights)
 
+    likely = p.argmax(-1, keepdim=True)
+
     def centred(u: Tensor) -> Tensor:
-        return p * u - p * (p * u).sum(-1, keepdim=True)
+        # Relative to the likeliest class: where p is nearly 1 the two terms would cancel.
+        beside = u - u.gather(-1, likely)
+        return p * (beside - (p * beside).sum(-1, keepdim=True))
 
     if (of_softmax := _multiple(image, centred(v))) is not None:
         scale = of_softmax[..., None]
@@ -111,18 +117,25 @@ def output_curvature(evaluation: Evaluation, positions: Tensor) -> OutputCurvatu
     return OutputCurvature(product)
 
 
+def at(outputs: Tensor, positions: Tensor) -> Tensor:
+    """Return the outputs of each sample at some positions of its own, ``(N, k, C)``."""
+    return outputs.gather(1, positions[..., None].expand(-1, -1, outputs.shape[-1]))
+
+
 def _multiple(image: Tensor, like: Tensor) -> Tensor | None:
     """Return the factors by which ``image`` is a multiple of ``like`` at each position; None where it is none."""
+    dtype = image.dtype
+    image, like = image.double(), like.double()  # whose squares are in range
     inner, size = (image * like).sum(-1), like.square().sum(-1)
-    clear = size > 1e-6 * size.max()
+    clear = size > 1e-12 * size.max()
     weights = torch.where(clear, inner / torch.where(clear, size, 1.0), 0.0)
     if not bool(clear.all()):  # a saturated output: rounding would be its factor
         some = weights[clear & (weights != 0)]
         typical = some.median() if len(some) else weights.sum()
         weights = torch.where(~clear & (image != 0).any(-1), typical, weights)
     error = (image - weights[..., None] * like).abs().amax()
-    tolerance = 1e-9 if image.dtype == torch.float64 else 1e-4 if image.dtype == torch.float32 else 2e-2
-    return weights if bool(error <= tolerance * image.abs().amax()) else None
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2e-2)
+    return weights.to(dtype) if bool(error <= tolerance * image.abs().amax()) else None
 
 
 def blocks(curvature: Product, outputs: Tensor) -> Tensor:

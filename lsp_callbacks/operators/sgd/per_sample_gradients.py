@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,15 +14,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lsp_callbacks.autograd._torch_internals import tree_flatten, tree_map, tree_unflatten
+from lsp_callbacks.operators.sgd.attention_projections import projected
+from lsp_callbacks.operators.sgd.held_statistics import normalised
 from lsp_callbacks.operators.sgd.layer_rules import (
     Gradients,
     Use,
     at_positions,
+    channel_uses,
     dense,
     has_rule,
     is_linear,
+    is_pointwise,
     layer_uses,
     transposed,
+    uses_ahead_of_norm,
 )
 from lsp_callbacks.operators.sgd.parameter_gram import Part
 from lsp_callbacks.operators.sgd.shared_parameters import SharedParameters, gradients_at
@@ -33,11 +39,11 @@ class RowSeed:
 
     Attributes:
         values: ``(N, C)`` at one position, or ``(N, T, C)``.
-        position: which one; None where ``values`` are those of all.
+        position: which one of each sample, ``(N,)``; None where ``values`` are those of all.
     """
 
     values: Tensor
-    position: int | None = None
+    position: Tensor | None = None
 
     def whole(self, outputs: Tensor) -> Tensor:
         """Return a tensor of the outputs' shape."""
@@ -46,7 +52,7 @@ class RowSeed:
         if outputs.shape[1] == 1:
             return self.values[:, None]
         cotangent = torch.zeros_like(outputs)
-        cotangent[:, self.position] = self.values
+        cotangent[torch.arange(len(outputs)), self.position] = self.values
         return cotangent
 
     def scaled(self, weights: Tensor) -> RowSeed:
@@ -69,6 +75,11 @@ class _Call:
     source: Any = None  # the first argument with its graph
     passed_on: Any = None  # what the next layer got
 
+    @cached_property
+    def normalised(self) -> Tensor:
+        """The input of a normalisation over the batch, normalised by its own statistics."""
+        return normalised(self.module, self.args[0])
+
     @property
     def differentiable(self) -> list[Tensor]:
         return [t for t in self.outputs if isinstance(t, Tensor) and t.requires_grad]
@@ -85,10 +96,18 @@ class Recorder:
         module: the network.
         parameters: the trainable ones, by name.
         samples: how many there are, where each can be given a copy; None gives none.
+        held: normalisations over the batch whose statistics are held fixed, see `held_statistics`.
     """
 
-    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], *, samples: int | None = None):
-        self._module, self._samples = module, samples
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        *,
+        samples: int | None = None,
+        held: Collection[nn.Module] = (),
+    ):
+        self._module, self._samples, self._held = module, samples, held
         self.spread = False
         self._parameters = parameters
         self._names = {id(p): name for name, p in parameters.items()}
@@ -118,6 +137,8 @@ class Recorder:
         if self._samples and isinstance(module, nn.Embedding) and args and len(args[0]) != self._samples:
             args, output = (_copies(args[0], self._samples),), _copies(output, self._samples)
             self.spread = True
+        if isinstance(module, nn.MultiheadAttention) and (anew := self._attention(module, args, kwargs, output)):
+            return anew
         leaves, spec = tree_flatten(output)
         # Clones go on, as the next layer may work in place on its input.
         clones = [leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in leaves]
@@ -127,12 +148,27 @@ class Recorder:
         self.calls.append(_Call(module, modes, args, kwargs, leaves, source, clones[0] if clones else None))
         return tree_unflatten(clones, spec)
 
+    def _attention(self, module: nn.MultiheadAttention, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Record attention by its projections, and return what it gives; None where that is something else."""
+        found = projected(module, args, kwargs)
+        if found is None:
+            return None
+        calls, out = found
+        close = (out.detach() - output[0].detach()).abs().amax() <= 1e-4 * output[0].detach().abs().amax()
+        if not bool(close):  # a subclass, or NaN
+            return None
+        for layer, x, result in calls:
+            self.calls.append(_Call(layer, [(layer, False)], (x.detach(),), {}, [result], x))
+        return (out, *output[1:])
+
     def _parameters_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Return the trainable parameters of a module itself, and of children that it never calls, as attention."""
         recurse = isinstance(module, nn.MultiheadAttention)  # it uses its projection without calling it
         return {name: p for name, p in module.named_parameters(recurse=recurse) if id(p) in self._names}
 
-    def parts(self, outputs: Tensor, seeds: list[RowSeed], samples: int, *, keep: bool = True) -> dict[str, Part]:
+    def parts(
+        self, outputs: Tensor, seeds: list[RowSeed], samples: int, *, keep: bool = True, taken: Tensor | None = None
+    ) -> dict[str, Part]:
         """Return the uses of each parameter, by name, without those that no rule covers.
 
         Args:
@@ -140,6 +176,7 @@ class Recorder:
             seeds: of R rows for each sample: backward passes.
             samples: size of the first axis of the outputs.
             keep: whether the graph is used again.
+            taken: indices of the samples that have rows; None is all.
 
         Cost: R backward passes to the outputs of layers, which take no gradient of a weight.
         """
@@ -153,7 +190,7 @@ class Recorder:
             more = keep or k < len(seeds) - 1
             passes.append(torch.autograd.grad(root, tensors, cotangent, retain_graph=more, allow_unused=True))
         if head is not None:
-            for name, use in _head_uses(head, seeds).items():
+            for name, use in _head_uses(head, seeds, taken).items():
                 uses.setdefault(self._names[id(getattr(head.module, name))], []).append(use)
         position = 0
         for call in calls:
@@ -165,16 +202,26 @@ class Recorder:
             position += len(kept)
             names = {name: self._names[id(p)] for name, p in self._parameters_of(call.module).items()}
             names = {name: whole for name, whole in names.items() if whole not in copies}
-            for name, use in (_uses(call, of_call, samples, list(names)) if names else {}).items():
+            after = self._norm_after(call) if self._held else None
+            for name, use in (_uses(call, of_call, samples, list(names), after, taken) if names else {}).items():
                 if name in names:
                     uses.setdefault(names[name], []).append(use)
         for name, of_name in copies.items():
             for copy, of in of_name:
                 rows = [torch.zeros_like(copy) if grads[position] is None else grads[position] for grads in passes]
                 position += 1
-                gradients = gradients_at(torch.stack(rows, dim=1), of, self._parameters[name])
+                stacked = _some(torch.stack(rows, dim=1), taken)
+                gradients = gradients_at(stacked, of, self._parameters[name])
                 uses.setdefault(name, []).append(dense(gradients))
-        return {name: Part(samples, of_name) for name, of_name in uses.items()}
+        held = samples if taken is None else len(taken)
+        return {name: Part(held, of_name) for name, of_name in uses.items()}
+
+    def _norm_after(self, call: _Call) -> _Call | None:
+        """Return the normalisation over the batch that takes what a call returns, or that the call itself is."""
+        if call.module in self._held:
+            return call
+        takes = (other for other in self.calls if other.module in self._held)
+        return next((other for other in takes if other.source is call.passed_on), None)
 
     def _head(self, outputs: Tensor, seeds: list[RowSeed]) -> _Call | None:
         """Return the call of a linear layer whose outputs are those of the network, if rows look at few of them."""
@@ -201,14 +248,20 @@ def _into(head: _Call, seed: RowSeed) -> tuple[Tensor, Tensor]:
     if transposed(head.module):
         weight = weight.T
     cotangent = torch.zeros_like(head.source)
-    cotangent[:, seed.position] = seed.values.to(weight) @ weight
+    cotangent[torch.arange(len(cotangent)), seed.position] = seed.values.to(weight) @ weight
     return head.source, cotangent
 
 
-def _head_uses(head: _Call, seeds: list[RowSeed]) -> dict[str, Use]:
+def _some(tensor: Tensor, taken: Tensor | None) -> Tensor:
+    """Return those samples of a tensor that have rows."""
+    return tensor if taken is None else tensor[taken.to(tensor.device)]
+
+
+def _head_uses(head: _Call, seeds: list[RowSeed], taken: Tensor | None) -> dict[str, Use]:
     x = head.args[0]
-    g = torch.stack([seed.values for seed in seeds], dim=1).to(x)
-    a = torch.stack([x[:, seed.position] for seed in seeds], dim=1)
+    places = torch.arange(len(x))
+    g = _some(torch.stack([seed.values for seed in seeds], dim=1).to(x), taken)
+    a = _some(torch.stack([x[places, seed.position] for seed in seeds], dim=1), taken)
     uses = {"weight": at_positions(a, g, transposed=transposed(head.module)), "bias": dense(g)}
     return {name: use for name, use in uses.items() if getattr(head.module, name, None) is not None}
 
@@ -219,19 +272,43 @@ def _copies(shared: Tensor, samples: int) -> Tensor:
     return whole.expand(samples, *whole.shape[1:]).clone()
 
 
-def _uses(call: _Call, passes: list[tuple[Tensor, ...]], samples: int, names: list[str]) -> dict[str, Use]:
+def _uses(
+    call: _Call,
+    passes: list[tuple[Tensor, ...]],
+    samples: int,
+    names: list[str],
+    norm: _Call | None = None,
+    taken: Tensor | None = None,
+) -> dict[str, Use]:
     single = len(call.args) == 1 and not call.kwargs and isinstance(call.args[0], Tensor) and len(passes[0]) == 1
+    shape = tuple(call.args[0].shape) if single else ()
+    if is_pointwise(call.module) and shape[2:] and shape[1] == samples != shape[0]:  # the samples come second
+        call = replace(call, args=(call.args[0].transpose(0, 1),))
+        passes = [(grads[0].transpose(0, 1),) for grads in passes]
     structured: dict[str, Use] | None = None
     if single and call.args[0].ndim and len(call.args[0]) and call.args[0].shape[0] % samples == 0:
         g = torch.stack([grads[0] for grads in passes], dim=1)  # (N, R, ...)
         if g.shape[0] == samples:
-            structured = layer_uses(call.module, call.args[0], g)
+            structured = _structured(call, g, norm, taken)
     if structured is not None:
         return structured
-    return _layer_alone(call, passes, samples, names)
+    return _layer_alone(call, passes, samples, names, taken)
 
 
-def _layer_alone(call: _Call, passes: list[tuple[Tensor, ...]], samples: int, names: list[str]) -> dict[str, Use]:
+def _structured(call: _Call, g: Tensor, norm: _Call | None, taken: Tensor | None) -> dict[str, Use] | None:
+    x, g = _some(call.args[0], taken), _some(g, taken)
+    if norm is None:
+        return layer_uses(call.module, x, g)
+    y = norm.normalised
+    if norm is call:
+        return channel_uses(_some(y, taken), g)
+    through = uses_ahead_of_norm(call.module, call.args[0], g, y, taken)
+    return layer_uses(call.module, x, g) if through is None else through
+
+
+def _layer_alone(
+    call: _Call, passes: list[tuple[Tensor, ...]], samples: int, names: list[str], taken: Tensor | None
+) -> dict[str, Use]:
     """Run the layer again on one sample at a time, and differentiate it with respect to its parameters alone."""
     module = call.module
     first = 1 if getattr(module, "batch_first", True) is False else 0
@@ -267,7 +344,8 @@ def _layer_alone(call: _Call, passes: list[tuple[Tensor, ...]], samples: int, na
         return [torch.stack(column) for column in zip(*rows)]
 
     def gradients(k: int) -> Gradients:
-        return lambda lo, hi: torch.stack([sample_gradients(i)[k] for i in range(lo, hi)])
+        indices = range(samples) if taken is None else taken.tolist()
+        return lambda lo, hi: torch.stack([sample_gradients(i)[k] for i in indices[lo:hi]])
 
     return {name: Use(gradients(k), len(passes), path="layer") for k, name in enumerate(parameters)}
 

@@ -58,20 +58,27 @@ class TiedRows:
 
 
 def add_rows(
-    grams: dict[str, ParameterGram], outputs: Tensor, parameters: Mapping[str, nn.Parameter], seeds: list[RowSeed]
+    grams: dict[str, ParameterGram],
+    outputs: Tensor,
+    parameters: Mapping[str, nn.Parameter],
+    seeds: list[RowSeed],
+    taken: Tensor | None = None,
 ) -> None:
     """Add a part to the Gram matrices of some parameters, by a backward pass for each row, which serves all of them."""
-    for name, part in zip(grams, rows_alone(outputs, [parameters[name] for name in grams], seeds)):
+    for name, part in zip(grams, rows_alone(outputs, [parameters[name] for name in grams], seeds, taken)):
         grams[name].parts.append(part)
 
 
-def rows_alone(outputs: Tensor, parameters: list[nn.Parameter], seeds: list[RowSeed]) -> list[Part]:
+def rows_alone(
+    outputs: Tensor, parameters: list[nn.Parameter], seeds: list[RowSeed], taken: Tensor | None = None
+) -> list[Part]:
     """Return the per-sample gradients of each parameter; they are computed when they are asked for."""
+    indices = range(len(outputs)) if taken is None else taken.tolist()
 
     @functools.lru_cache(maxsize=2)
     def blocks(lo: int, hi: int) -> list[Tensor]:
         rows: list[list[Tensor]] = [[] for _ in parameters]
-        for i in range(lo, hi):
+        for i in indices[lo:hi]:
             for seed in seeds:
                 for of_parameter, g in zip(rows, _row(outputs, parameters, seed, i)):
                     of_parameter.append((g.to_dense() if g.is_sparse else g).reshape(-1))
@@ -80,7 +87,7 @@ def rows_alone(outputs: Tensor, parameters: list[nn.Parameter], seeds: list[RowS
     def use(k: int) -> Use:
         return Use(lambda lo, hi: blocks(lo, hi)[k], len(seeds), path="rows")
 
-    return [Part(len(outputs), [use(k)]) for k in range(len(parameters))]
+    return [Part(len(indices), [use(k)]) for k in range(len(parameters))]
 
 
 def _row(outputs: Tensor, parameters: list[nn.Parameter], seed: RowSeed, sample: int) -> tuple[Tensor, ...]:

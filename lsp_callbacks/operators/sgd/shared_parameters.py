@@ -30,15 +30,15 @@ class SharedParameters(TorchFunctionMode):
         samples: how many there are.
 
     Attributes:
-        copies: by the parameter's name, ``(N, ...)`` for each use, next to what was repeated, the parameter or a view.
+        copies: by the parameter's name, ``(N, ...)`` for each use, next to which entries it holds; None is all.
     """
 
     def __init__(self, names: dict[int, str], samples: int):
         super().__init__()
         self._samples = samples
         self._names: dict[int, str] = dict(names)
-        self._views: list[Tensor] = []  # which keep their ids
-        self.copies: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._views: dict[int, tuple[Tensor, Tensor]] = {}  # kept, as ids belong to them, with their entries
+        self.copies: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -50,7 +50,7 @@ class SharedParameters(TorchFunctionMode):
             return result
         if func in VIEW:
             self._names[id(result)] = name
-            self._views.append(result)
+            self._views[id(result)] = result, func(self._entries(args[0]), *args[1:], **kwargs)
         elif result.ndim and len(result) == self._samples and result.numel() == self._samples * args[0].numel():
             return self._kept(name, result.clone(), args[0])
         return result
@@ -68,22 +68,27 @@ class SharedParameters(TorchFunctionMode):
             return (copy, x) if is_left else (x, copy)
         return left, right
 
+    def _entries(self, of: Tensor) -> Tensor:
+        """Return which entries of its parameter a view holds."""
+        if id(of) in self._views:
+            return self._views[id(of)][1]
+        return torch.arange(of.numel(), device=of.device).view(of.shape)
+
     def _kept(self, name: str, copy: Tensor, of: Tensor) -> Tensor:
-        self.copies.setdefault(name, []).append((copy, of))
+        self.copies.setdefault(name, []).append((copy, self._entries(of) if id(of) in self._views else None))
         return copy
 
 
-def gradients_at(copies: Tensor, of: Tensor, parameter: nn.Parameter) -> Tensor:
+def gradients_at(copies: Tensor, entries: Tensor | None, parameter: nn.Parameter) -> Tensor:
     """Return the gradients of a parameter, ``(N, R, P)``, from those at copies of it or of a view of it.
 
     Args:
         copies: gradients, ``(N, R, ...)``.
-        of: what was copied.
-        parameter: it, or the one that it is a view of.
+        entries: which of the parameter's were copied; None is all.
+        parameter: that was copied.
     """
     rows = copies.reshape(*copies.shape[:2], -1)
-    if of is parameter:
+    if entries is None:
         return rows
-    flat = rows.flatten(0, 1).reshape(-1, *of.shape)
-    back = torch.autograd.grad(of, parameter, flat, retain_graph=True, is_grads_batched=True)[0]
-    return back.reshape(*rows.shape[:2], -1)
+    whole = rows.new_zeros(*rows.shape[:2], parameter.numel())
+    return whole.index_add_(2, entries.reshape(-1), rows)

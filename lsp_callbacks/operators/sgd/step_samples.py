@@ -12,23 +12,23 @@ from lsp_callbacks.step.snapshot import Snapshot
 LEAST, MOST = 32, 128
 
 
-def row_count(batch: int, wanted: int | None = None) -> int:
-    """Return how many samples of a batch are looked at: what is wanted, or half of it, 32 at least and 128 at most."""
-    return min(batch, wanted or min(max(LEAST, -(-batch // 2)), MOST))
+def row_count(samples: int, wanted: int | None = None) -> int:
+    """Return how many samples have rows: what is wanted, or half of them, 32 at least and 128 at most."""
+    return min(samples, wanted or min(max(LEAST, -(-samples // 2)), MOST))
 
 
-def step_samples(snapshot: Snapshot, wanted: int | None = None) -> ProbeSet:
-    """Return the first samples of the step's own batch; the probes, or a replay, where a loop did not provide them.
+def step_samples(snapshot: Snapshot, most: int | None = None) -> ProbeSet:
+    """Return the samples of the step's own batch; the probes, or a replay, where a loop did not provide them.
 
     Args:
         snapshot: a step.
-        wanted: how many; None see `row_count`.
+        most: how many at most; None is the whole batch.
 
     Raises:
         Unsupported: later, where outputs and targets cannot be told apart.
     """
     if snapshot.samples_of_step is not None:
-        return snapshot.samples_of_step(lambda batch: row_count(batch, wanted))
+        return snapshot.samples_of_step(lambda batch: batch if most is None else min(batch, most))
     if snapshot.probes is not None:
         return snapshot.probes
     with torch.no_grad():

@@ -10,10 +10,11 @@ from torch import Tensor
 from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.mean_square import mean_square_lr
-from lsp_callbacks.operators.cost import beside, forward_cost
+from lsp_callbacks.operators.cost import beside, forward_cost, work
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel
-from lsp_callbacks.operators.sgd.step_samples import LEAST, step_samples
+from lsp_callbacks.operators.sgd.held_statistics import can_be_held
+from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing, is_remembered
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import Key
@@ -25,6 +26,8 @@ from lsp_callbacks.step.snapshot import Snapshot
 
 #: Relative error of the critical rate by its iteration, always downwards.
 TOLERANCE = 1e-2
+#: Under batch statistics the largest eigenvalue is corrected anew in every so many readings.
+CORRECTED = 2
 #: Nanoseconds of the critical rate from 64 rows.
 RATE = 1.5e6
 
@@ -96,6 +99,8 @@ class MeanSquareStability(Quantity):
             raise ValueError(f"outputs={outputs!r}: give 'top' or 'all'")
         self.rows, self.outputs, self.replacement, self.most_rows = rows, outputs, replacement, most_rows
         self.latest: FrozenSGD | None = None
+        self._most: int | None = None
+        self._correction: float | None = None
         self._checked: TangentKernel | None = None
         self._mode: Tensor | None = None
         for name, value in zip(("alike", "alike_since"), none_yet()):
@@ -105,24 +110,38 @@ class MeanSquareStability(Quantity):
         critical_rule(snapshot)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        samples = step_samples(snapshot, self.rows)
-        count, rows = samples.samples, -(-(self.rows or LEAST) // max(samples.samples, 1))
-        share = probe_share(snapshot, samples, count)
+        samples = step_samples(snapshot, self._most)
+        n, positions = samples.samples, self._positions(samples.samples)
+        if work(snapshot).multiplications <= 1.5 * n * work(snapshot).parameters:
+            positions = 1
         if self.latest is not None:
-            rows = self.latest.kernel.rows
-        passes = count * rows if samples.batches else 0
+            positions = self.latest.kernel.rows
+        share, rows = probe_share(snapshot, samples, n), row_count(n, self.rows) * positions
         parts = {
-            "rows of the batch": (1 + rows + 2 * passes) / 3 * share + gram_cost(snapshot, count * rows),
-            "critical rate": beside(snapshot, calls=150, time=RATE * (count * rows / 64) ** 3),
+            "rows of the batch": (1 + positions) / 3 * share + gram_cost(snapshot, rows, n / max(share, 1e-9)),
+            "critical rate": beside(snapshot, calls=100, time=RATE * (rows / 64) ** 3),
         }
+        if samples.batches and can_be_held(samples.module):
+            parts["batch statistics"] = (1 / 3 + 1 / CORRECTED) * share
+        elif samples.batches:
+            parts["batch statistics"] = 2 / 3 * rows * share
         if self._checked is None:
-            parts |= {"forward": forward_cost(snapshot), "gradient": 1.0, "check of the rows": 2 / 3 * share}
+            parts |= {"forward": forward_cost(snapshot), "gradient": 4 / 3, "check of the rows": 2 / 3 * share}
         if not is_remembered(snapshot):
             parts["signs of the samples"] = (1 + 2 * DRAWS) / 3
         return parts
 
+    def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
+        """Look at fewer samples of the batch, 32 at least."""
+        samples = step_samples(snapshot, self._most).samples
+        fewer = max(LEAST, int(samples * gradients / max(sum(self.cost(snapshot).values()), 1e-9)))
+        if fewer >= samples:
+            return None
+        self._most = fewer
+        return f"{fewer} of {samples} samples"
+
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        samples = step_samples(snapshot, self.rows)
+        samples = step_samples(snapshot, self._most)
         return kernel_memory(snapshot, samples, samples.samples, max(samples.samples, self.rows or LEAST))
 
     def warm_up(self, snapshot: Snapshot) -> int:
@@ -136,7 +155,7 @@ class MeanSquareStability(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step; do nothing while its probes, where it has only those, are being collected."""
         self.complete = False
-        samples = step_samples(snapshot, self.rows)
+        samples = step_samples(snapshot, self._most)
         if not samples.full:
             return
         checks = self._checked is None or self._update_count & (self._update_count - 1) == 0
@@ -151,9 +170,11 @@ class MeanSquareStability(Quantity):
             generator=snapshot.generator(self.name),
             start=self._mode,
             most_rows=self.most_rows,
-            positions=-(-(self.rows or LEAST) // samples.samples),
+            positions=self._positions(samples.samples),
+            most=row_count(samples.samples, self.rows),
             checked=None if checks else self._checked,
             squares="batch",
+            correction=None if checks or self._update_count % CORRECTED == 0 else self._correction,
         )
         rate = mean_square_lr(sgd.modes, **batches_of(sgd, replacement=self.replacement), tol=TOLERANCE)
         if math.isnan(rate):
@@ -169,8 +190,14 @@ class MeanSquareStability(Quantity):
             self.alike, self.alike_since, step=snapshot.step, is_alike=is_alike
         )
         self.latest, self._mode = sgd, sgd.kernel.mode
+        if checks or self._update_count % CORRECTED == 0:  # in between half of it, which errs on the early side
+            self._correction = sgd.kernel.correction**0.5
         self._checked = sgd.kernel if checks else self._checked
         self.finish(numbers)
+
+    def _positions(self, samples: int) -> int:
+        """Return how many positions of each sample are looked at, if it has several."""
+        return -(-(self.rows or LEAST) // max(samples, 1))
 
     def restart(self) -> None:
         super().restart()
@@ -185,4 +212,4 @@ class MeanSquareStability(Quantity):
         return {} if self._mode is None else {"mode": self._mode}
 
     def load_vectors(self, vectors: dict[str, Tensor]) -> None:
-        self.latest, self._checked, self._mode = None, None, vectors.get("mode")
+        self.latest, self._checked, self._correction, self._mode = None, None, None, vectors.get("mode")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from lsp_callbacks.operators.cost import MULTIPLICATION, beside, forward_cost, sample_passes, work
+import math
+
+from torch import nn
+
+from lsp_callbacks.operators.cost import ELEMENT, MULTIPLICATION, beside, forward_cost, sample_passes, work
 from lsp_callbacks.operators.memory import footprint, unfolded
 from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS
@@ -12,6 +16,8 @@ from lsp_callbacks.step.snapshot import Snapshot
 
 #: Nanoseconds of the random products of one measurement, on 128 rows.
 NUMERICS = 5e7
+#: Operations on small tensors beside those of each layer.
+CALLS = 300
 #: Memory that recording takes, in activations, and random products, in matrices of the size of the Gram matrix:
 #: measured in ``benchmarks/memory_is_predicted.py``.
 RECORDED, PRODUCTS = 1.7, 40
@@ -37,7 +43,7 @@ def kernel_cost(
     share = probe_share(snapshot, probes, samples)
     rows, passes = (1, 0.0) if kernel is None else (kernel.rows, float(kernel.passes))
     alone = samples * rows if kernel is not None and "layer" in kernel.path.values() else 0.0
-    gram = sample_passes(snapshot, 1, alone) + gram_cost(snapshot, samples * rows)
+    gram = sample_passes(snapshot, 1, alone) + gram_cost(snapshot, samples * rows, samples / max(share, 1e-9))
     if probes.batches:  # a pass over the sample's batch for each row
         passes = rows * probes.together * len(probes.batches) * probes.together / max(probes.samples, 1)
     device = next(iter(snapshot.parameters.values())).device
@@ -53,12 +59,36 @@ def kernel_cost(
     return parts
 
 
-def gram_cost(snapshot: Snapshot, rows: int) -> float:
-    """Return the gradients that a Gram matrix of so many rows takes beside the passes."""
-    once = work(snapshot)
-    weighted = frozen_rule(snapshot).frozen
-    dense = MULTIPLICATION * rows * once.parameters * (2 if weighted else 0.5)
-    return beside(snapshot, calls=60 + 3 * once.calls, time=dense)
+def gram_cost(snapshot: Snapshot, rows: int, batch: float) -> float:
+    """Return the gradients that a Gram matrix of so many rows takes beside the passes.
+
+    Rows of layers that act at one position are never formed; others are, as gradients of their weights, and then
+    multiplied for each pair. Behind a preconditioner some weights of a large layer are looked at.
+
+    Args:
+        snapshot: a step.
+        rows: how many.
+        batch: how many samples a gradient of this rank has.
+    """
+    once, frozen = work(snapshot), frozen_rule(snapshot).frozen
+    numbers = float(rows * once.parameters)
+    time, formed = 0.0, 0.0
+    if once.multiplications > 1.5 * batch * once.parameters:  # several positions
+        formed = rows / (3 * batch)
+        time += (MULTIPLICATION * rows + 0.5 + frozen) * numbers + ELEMENT * _windows(snapshot, rows)
+    elif frozen:
+        time += MULTIPLICATION * numbers + 15.0 * once.parameters
+    return formed + beside(snapshot, calls=CALLS + 12 * once.calls, time=time)
+
+
+def _windows(snapshot: Snapshot, samples: int) -> float:
+    """Return how many numbers the inputs of all convolutions have as matrices of patches."""
+    modules, numbers = dict(snapshot.module.named_modules()), 0.0
+    for name, call in snapshot.calls.items():
+        layer = modules[name]
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and call.output_shape is not None:
+            numbers += samples * layer.weight[0].numel() * layer.groups * math.prod(call.output_shape[2:])
+    return numbers
 
 
 def kernel_memory(snapshot: Snapshot, probes: ProbeSet, samples: int, rows: int) -> dict[str, float]:
