@@ -37,7 +37,8 @@ class StopOnInstability(Callback):
     above it for ``patience_steps`` steps; when it begins it is printed, and logged as ``stability/event``. It lasts
     until nothing was above the threshold for ``patience_steps`` steps: what comes later is a new event, so that one in
     the first steps of a run hides none. The *stop*: it is still above, and the smoothed loss is 25 % above its least
-    value so far and above 15 % of the initial loss, after two readings at least. Healthy training lives at the edge of stability for long stretches:
+    value so far and above 15 % of the initial loss, after two readings at least.
+    Healthy training lives at the edge of stability for long stretches:
     it has events and no stop. A NaN neither counts nor resets. Where ``stability/courant`` fails, or is not decided
     yet, ``stability/courant_gd`` stands in for it; the two have no mean. So it does where the number is at or below the
     threshold while the loss of the same step is above three times the initial one: a softmax that has exploded is
