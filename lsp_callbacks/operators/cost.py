@@ -113,6 +113,11 @@ def forward_cost(snapshot: Snapshot) -> float:
     return 1 / 3 + beside(snapshot, calls=60)
 
 
+def calls_cost(snapshot: Snapshot) -> dict[str, float]:
+    """Return the gradients of the replay that shows with what each module is called, by purpose."""
+    return {"forward": forward_cost(snapshot), "modules": beside(snapshot, calls=25 * len(snapshot.calls))}
+
+
 def sample_passes(snapshot: Snapshot, samples: int, count: float) -> float:
     """Return the gradients of forward and backward passes on a few samples: their operations cost as those of all."""
     full = gradient_time(snapshot)
