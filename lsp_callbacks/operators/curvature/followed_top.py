@@ -69,11 +69,12 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
     node = top_node(
         operator, _mixed(snapshot, operator, start), steps=min(WARM, n), most=max(steps, MOST), enough=enough
     )
+    first = early[0] if early else node.value
     accuracy = accuracy_of(snapshot, operator.dtype, products.taken > before) * node.scale
     error = accuracy
     if not node.complete:
-        error = torch.maximum(accuracy, _bar(node, _fall(early[0], recent)) * node.value.abs())
-    return Top(node.value, node.vector, error, accuracy, error + node.value - node.least, node.products, early[0])
+        error = torch.maximum(accuracy, _bar(node, _fall(first, recent)) * node.value.abs())
+    return Top(node.value, node.vector, error, accuracy, error + node.value - node.least, node.products, first)
 
 
 def products_taken(n: int, warm: bool) -> int:
