@@ -111,7 +111,8 @@ def measure(quantity: Quantity, model: str, optimizer: str, repetitions: int) ->
         loss.backward()
         trace.record(step, loss.detach(), lr=largest_learning_rate(rule), module=net)
         found = probes.probe_set(pending, loss_of) if probes.wanted else None
-        snapshot = pending.snapshot(step, rule, loss=loss.detach().clone(), probes=found)
+        own = probes.samples_of_step(pending, loss_of)
+        snapshot = pending.snapshot(step, rule, loss=loss.detach().clone(), probes=found, samples_of_step=own)
         if (found is None or found.full) and not quantity.warm_up(snapshot):
             # Before each step, so that both see the same machine; few of a long window are enough.
             if len(gradients) < 400:
