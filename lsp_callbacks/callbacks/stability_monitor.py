@@ -202,7 +202,8 @@ class StabilityMonitor(RunResults, Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         began, observer = time.perf_counter(), self.observer
-        observer.check_update()
+        if not observer.is_idle:  # of the step before
+            observer.check_update()
         first = self._numbers.begin_batch(trainer, batch_idx)
         scheduled = math.nan
         if first:
@@ -219,6 +220,8 @@ class StabilityMonitor(RunResults, Callback):
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
         self._has_loss = True
+        if self.observer.is_idle and self._loop.is_automatic and self.monitor.trace is None:
+            return
         scale = None if self._loop.scaler is None else self._loop.loss_scale
         self.observer.loss(loss, scale=scale, is_returned=self._loop.is_automatic)
 
@@ -232,7 +235,7 @@ class StabilityMonitor(RunResults, Callback):
             overflowed = loop.scaler is not None and loop.is_overflowed(optimizer)
             self._is_overflowed |= overflowed
             self._has_loss = False
-            if observer.is_pending:
+            if not observer.is_idle:
                 self.forecast.before_update(trainer)
             # Under manual optimisation the user may clear gradients at any time.
             gradients = partial(loop.clipped_gradients, optimizer) if loop.is_automatic else None
@@ -242,15 +245,16 @@ class StabilityMonitor(RunResults, Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         began, observer = time.perf_counter(), self.observer
-        is_changed = observer.check_gradient(CHANGED_GRADIENT, is_gone_allowed=True)
+        is_changed = not observer.is_idle and observer.check_gradient(CHANGED_GRADIENT, is_gone_allowed=True)
         if not is_changed and observer.updates > 1 and observer.game is None:
             observer.invalidate_update(
                 f"one batch made {observer.updates} optimizer steps: their joint update is not modelled"
             )
         self._numbers.agree(trainer)
-        observer.check_update(last=False)
-        completed = observer.after_update()
-        if completed is not NOTHING:
+        completed = NOTHING
+        if not observer.is_idle:
+            observer.check_update(last=False)
+            completed = observer.after_update()
             self._publish(trainer, completed)
         observer.step_loss.add_returned(outputs)
         if self._numbers.is_over(trainer):

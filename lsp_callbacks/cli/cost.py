@@ -172,6 +172,7 @@ class _Meter(Callback):
         self.inner, self.costs = monitor, Costs(budget=cadence.budget / MODELLED)
         self.planned = Cadence(cadence.every_n_steps, cadence.budget)
         self.steps: list[float] = []
+        self.first: dict[str, dict[str, float]] = {}
         self.is_complete = False
         self._began: float | None = None
 
@@ -216,6 +217,7 @@ class _Meter(Callback):
         monitor, costs = self.inner.monitor, self.costs
         paces = monitor.cadence.paces
         ready = {name: pace for name, pace in paces.items() if pace.postponed is None}
+        self.first = {name: pace.parts for name, pace in paces.items() if pace.count == 1 and pace.parts} | self.first
         is_first = not costs.memory and bool(monitor.quantities)
         if is_first:
             costs.step, costs.memory = median(self.steps[WARM_UP:]), measurement_memory(monitor.quantities, snapshot)
@@ -232,7 +234,7 @@ class _Meter(Callback):
         costs.total = union(prices.values())
         self.planned.headline = monitor.cadence.headline
         costs.readings, costs.period = foretell(
-            self.planned, prices, monitor.quantities.named, step_cost=monitor.budget.step
+            self.planned, prices, monitor.quantities.named, first=self.first, step_cost=monitor.budget.step
         )
         costs.seconds = {name: monitor.budget.seconds.expected(name) for name in monitor.budget.seconds.taken}
         costs.skipped = monitor.skipped

@@ -293,7 +293,10 @@ class Cadence:
         self.origin, self.spent, self.advance = state["origin"], state["spent"], state["advance"]
         self._readings, self._asked, self._observed = list(state["readings"]), None, state["observed"]
         for name, pace in self.paces.items():
-            if name in state["paces"] and (pace.every_n_steps is not None or state["paces"][name]["parts"] is not None):
-                pace.load_state_dict(state["paces"][name])
+            saved = Pace()
+            if name in state["paces"]:
+                saved.load_state_dict(state["paces"][name])
+            if pace.every_n_steps is not None or saved.parts is not None:
+                pace.load_state_dict(saved.state_dict())
         if not self.spent and all(pace.every_n_steps is None for pace in self.paces.values()):
             self.origin = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 
+from lsp_callbacks.monitor.budget import COUNTING
 from lsp_callbacks.monitor.cadence import Cadence
 
 #: Gradients by quantity, and by what they are spent on.
@@ -20,7 +22,13 @@ def union(parts: Iterable[Mapping[str, float]]) -> float:
 
 
 def foretell(
-    cadence: Cadence, prices: Prices, named: Collection[str], *, step_cost: float = 1.0, steps: int = 1000
+    cadence: Cadence,
+    prices: Prices,
+    named: Collection[str],
+    *,
+    first: Prices = MappingProxyType({}),
+    step_cost: float = 1.0,
+    steps: int = 1000,
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Return how many measurements a run will start, and the steps between two, if nothing is known of the edge.
 
@@ -28,6 +36,7 @@ def foretell(
         cadence: of a run that has not begun, with its quantities.
         prices: of each of them.
         named: those that the user asked for.
+        first: prices of first measurements, where they are others.
         step_cost: gradients that a whole step of training takes.
         steps: of the run.
 
@@ -47,7 +56,10 @@ def foretell(
         if not names:
             continue
         cadence.observed(step)
-        cadence.priced({name: prices[name] for name in names}, named=named, step_cost=step_cost)
+        known = {
+            name: first.get(name, prices[name]) if not cadence.paces[name].count else prices[name] for name in names
+        }
+        cadence.priced(known, named=named, counting=COUNTING * (step == 0), step_cost=step_cost)
         cadence.started(step, cadence.starting(step))
     counts = {name: pace.count for name, pace in cadence.paces.items()}
     return counts, {name: cadence.period(name) or 0.0 for name in counts}

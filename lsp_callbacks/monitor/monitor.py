@@ -12,7 +12,7 @@ from lsp_callbacks.monitor.after_update import completed_after_update
 from lsp_callbacks.monitor.budget import Budget
 from lsp_callbacks.monitor.cadence import Cadence, EveryNSteps
 from lsp_callbacks.monitor.checkpoint import load_monitor_state, monitor_state
-from lsp_callbacks.monitor.courant_source import GD, SGD, CourantSource
+from lsp_callbacks.monitor.courant_source import PREFERENCE, CourantSource
 from lsp_callbacks.monitor.due_quantities import Schedule
 from lsp_callbacks.monitor.error_policy import ErrorPolicy
 from lsp_callbacks.monitor.history import History, Observation
@@ -24,9 +24,6 @@ from lsp_callbacks.monitor.series_recorder import Recorder
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.snapshot import Snapshot
-
-#: What ``stability/courant`` can be, in the order in which it is chosen.
-HEADLINES = ("stability/courant_mean_square", SGD, GD)
 
 
 class Monitor:
@@ -222,7 +219,7 @@ class Monitor:
     @property
     def headline(self) -> str | None:
         """Name of the quantity that gives ``stability/courant``, or will give it; None without one."""
-        keys = HEADLINES if self.courant.key is None else (self.courant.key,)
+        keys = PREFERENCE if self.courant.key is None else (self.courant.key,)
         return next((name for key in keys for name, q in self.quantities.items() if key in q.keys), None)
 
     def invalidate_update_metrics(self, observation: Observation | None, reason: str) -> Observation | None:

@@ -51,6 +51,7 @@ class StepObserver:
         step: number of the optimizer step that comes next, or is under way.
         previous: number of the last step that moved the parameters; None before one was seen.
         updates: how many updates the step under way has had.
+        is_idle: whether nothing of the step under way is looked at but what is recorded at every step.
         probes: the training samples at which quantities look at outputs.
         step_loss: the loss of the step under way.
         replayed_loss: the loss of its replay, where the loop does not show its own; None without a measurement.
@@ -69,6 +70,7 @@ class StepObserver:
         self._results = StepResults(monitor)
         self.listeners: list[Callable[[Snapshot], None]] = []
         self.step = self.updates = 0
+        self.is_idle = False
         self.previous: int | None = None
         self.replayed_loss: Tensor | None = None
         self.sub_batch: int | None = None
@@ -162,12 +164,13 @@ class StepObserver:
                 self._pending = self._new_pending(scheduled, has_backward)
         else:
             self.step_loss.begin_batch()
+        self.is_idle = self._pending is None and self.game is None and Numerics.name not in monitor.quantities
         if monitor.trace is not None:
             monitor.recorder.begin(module, first=first)
         if monitor.quantities and not self.probes.full:
             self.probes.add(batch, module)
         if self.game is None:
-            if Numerics.name in self.monitor.quantities:
+            if Numerics.name in monitor.quantities:
                 self.nan_finder.add(batch, loss, first=first)
             if self._pending is not None:
                 self._pending.add(batch, loss)

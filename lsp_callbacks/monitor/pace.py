@@ -68,12 +68,12 @@ class Pace:
         self.first = step if self.first is None else self.first
         self.started, self.postponed, self.count = step, None, self.count + 1
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was measured, without the settings."""
-        return {field.name: getattr(self, field.name) for field in fields(self)[3:]}
+    def state_dict(self) -> list[Any]:
+        """Return what was measured, without the settings, as a list: it is short in a checkpoint."""
+        return [getattr(self, field.name) for field in fields(self)[3:]]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: list[Any]) -> None:
         """Continue from a state, with the settings of this one."""
-        for field in fields(self)[3:]:
-            setattr(self, field.name, state[field.name])
+        for field, value in zip(fields(self)[3:], state, strict=True):
+            setattr(self, field.name, value)
         self.parts = None if self.parts is None else dict(self.parts)

@@ -35,7 +35,7 @@ class Work:
 @computed_once
 def work(snapshot: Snapshot) -> Work:
     """Replay the loss once and count its work. Cost: one forward pass."""
-    counter = _Counter()
+    counter = WorkCounter()
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"), counter:
         snapshot.replay()
     parameters = sum(p.numel() for p in snapshot.parameters.values())
@@ -51,7 +51,13 @@ def assume(snapshot: Snapshot, counts: Work) -> None:
 _WORK = (work.__wrapped__, ())  # type: ignore[attr-defined]
 
 
-class _Counter(TorchDispatchMode):
+class WorkCounter(TorchDispatchMode):
+    """Counts the operations that are run inside its context, those of backward passes included.
+
+    Attributes:
+        calls, elements, flops: as in `Work`; two flops are a multiplication.
+    """
+
     def __init__(self) -> None:
         super().__init__()
         self.calls = self.elements = 0
@@ -105,6 +111,11 @@ def beside(snapshot: Snapshot, *, calls: float = 0.0, vectors: float = 0.0, time
 def forward_cost(snapshot: Snapshot) -> float:
     """Return the gradients of the one replay that is checked, with the calls of its modules."""
     return 1 / 3 + beside(snapshot, calls=60)
+
+
+def calls_cost(snapshot: Snapshot) -> dict[str, float]:
+    """Return the gradients of the replay that shows with what each module is called, by purpose."""
+    return {"forward": forward_cost(snapshot), "modules": beside(snapshot, calls=25 * len(snapshot.calls))}
 
 
 def sample_passes(snapshot: Snapshot, samples: int, count: float) -> float:

@@ -1,6 +1,7 @@
 """Edge and sharp mode of every optimizer, on both sides of the edge."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -251,3 +252,50 @@ def test_the_cost_counts_the_runs():
         metric.update(freeze(problem, optimizer, replay=replay))
         assert metric.cost(snapshot)["edge"] == pytest.approx(followed_cost(snapshot, "finite_difference", WARM, runs))
         assert WARM * runs <= len(calls) <= MOST * runs + 4
+
+
+def steps_of(replay, optimizer, problem, count):
+    """Readings of a quantity along a few steps, with the same replay."""
+    for step in range(count):
+        yield freeze(problem, optimizer, step=step, replay=replay)
+        take(optimizer, problem())
+
+
+def test_a_followed_reading_of_a_smooth_loss_takes_three_replays():
+    """One shows that the loss is smooth; `KnownGraph` spares it where the step's own graph was seen."""
+    problem, calls = regression(), []
+    optimizer, metric, counts = SGD(problem.parameters(), lr=0.01), Sharpness(), []
+    for snapshot in steps_of(lambda: calls.append(1) or problem(), optimizer, problem, 14):
+        calls.clear()
+        metric.update(snapshot)
+        counts.append(len(calls))
+    assert min(counts) == WARM + 1 and sorted(counts)[len(counts) // 2] == WARM + 1
+
+
+def test_a_replay_that_is_not_the_step_is_refused():
+    problem, wrong = regression(), []
+    optimizer, metric = SGD(problem.parameters(), lr=0.01), Sharpness()
+    replay = lambda: problem() * (1.05 if wrong else 1.0)  # noqa: E731
+    for snapshot in steps_of(replay, optimizer, problem, 3):
+        metric.update(snapshot)
+    snapshot = freeze(problem, optimizer, step=3)
+    wrong.append(True)
+    with pytest.raises(Unmeasurable, match="replay"):
+        metric.update(replace(snapshot, replay=replay))
+
+
+def test_a_network_that_gets_a_kink_is_measured_by_exact_products():
+    """Differences would read the jump of the gradient as curvature."""
+    problem = regression()
+    optimizer, metric = SGD(problem.parameters(), lr=0.01), Sharpness()
+    for snapshot in steps_of(problem, optimizer, problem, 3):
+        metric.update(snapshot)
+    net = next(m for m in problem.modules() if isinstance(m, torch.nn.Sequential))
+    at = next(i for i, m in enumerate(net) if isinstance(m, torch.nn.Tanh))
+    net[at] = torch.nn.ReLU()
+    for _ in range(4):
+        snapshot = freeze(problem, optimizer)
+        metric.update(snapshot)
+    values = metric.compute()
+    truth = torch.linalg.eigvalsh(dense_hessian(problem))[-1]
+    assert abs(truth / values["stability/sharpness"] - 1) <= values["stability/sharpness_residual"]

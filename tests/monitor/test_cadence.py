@@ -287,7 +287,7 @@ def test_the_trainer_resumes_the_schedule_of_measurements(tmp_path):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def monitor():
-        return StabilityMonitor("economy", budget=1.0)
+        return StabilityMonitor("economy", budget=1.0, save_vectors=True)  # a cold start costs more
 
     class Save(pl.Callback):
         def on_train_batch_end(self, trainer, *args):

@@ -111,7 +111,7 @@ def test_a_checkpoint_is_small_and_loads_as_weights(tmp_path):
     again = StabilityMonitor()
     again.load_state_dict(torch.load(once.path, weights_only=True)["callbacks"]["StabilityMonitor"])
     assert again.step == 2 and again.history["stability/courant_gd"].steps == [0]
-    assert size_of_ours(once.path) < 1.2e4
+    assert size_of_ours(once.path) < 1.5e4
     for curve in monitor.history.values():  # and after a long run
         curve.steps, curve.values = [*range(50_000)], [0.5] * 50_000
     run.save_checkpoint(once.path)

@@ -11,6 +11,7 @@ from lsp_callbacks import ResidualCFL, Snapshot, Unmeasurable
 from lsp_callbacks.autograd.module_calls import is_residual_block
 from lsp_callbacks.errors import NotApplicable
 from lsp_callbacks.functional import residual_stability
+from lsp_callbacks.functional.network.residual import followed_stability
 from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators import residual_block
 from lsp_callbacks.step.run_context import RunContext
@@ -549,3 +550,63 @@ def test_numbers_over_all_blocks():
 def test_settings_that_make_no_sense_are_refused(settings, argument):
     with pytest.raises(ValueError, match=argument):
         ResidualCFL(**settings)
+
+
+# From one measurement to the next ------------------------------------------------------------------------------------
+
+
+def in_two(G: Tensor):
+    """Each matrix twice, as a block that runs its samples twice has them."""
+    return from_matrix(torch.stack([G, G]))
+
+
+def test_both_runs_side_by_side_are_those_one_by_one():
+    G = 0.4 * random(3, 12, 12)
+    one, _ = followed_stability(in_two(G), steps=12, tol=1e-10)
+    other = residual_stability(from_matrix(G), steps=12, tol=1e-10)
+    for name, value in vars(one).items():
+        assert value is None or float(value) == pytest.approx(float(getattr(other, name)), abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_from_earlier_vectors_fewer_products_are_as_good(seed):
+    """On large blocks that move a little: the values of six products against dense ones, and a bound that holds."""
+    G, vectors = 0.1 * random(2, 60, 60, seed=seed), None
+    generator = torch.Generator().manual_seed(seed)
+    errors = []
+    for k in range(4):
+        moved = G + 2e-3 * k * random(2, 60, 60, seed=seed + 50)
+        found, vectors = followed_stability(in_two(moved), vectors, steps=6 if k else 10, generator=generator)
+        truth = dense(moved)
+        assert found.gain <= truth["gain"] + 1e-12 and truth["gain"] <= found.gain_bound < truth["gain"] + 0.7
+        assert found.stiffness <= truth["stiffness"] + 1e-12 and found.m >= truth["m"] - 1e-12
+        errors.append([float(abs(getattr(found, name) - truth[name])) for name in ("gain", "stiffness", "m")])
+    assert all(late <= 2 * first + 0.01 for late, first in zip(errors[-1], errors[0]))
+
+
+def test_a_block_that_runs_its_samples_twice_has_the_same_matrices():
+    make, run, expected = next(iter(NETWORKS.values()))
+    model, metric = seeded(make()).train(), ResidualCFL(samples=2)
+    snapshot = step(model, metric, run)
+    for name in expected:
+        module, call = model.get_submodule(name), snapshot.calls[name]
+        once, twice = (residual_block(module, call, samples=2, twice=both) for both in (False, True))
+        assert twice.jacobian.batch == (2, 2)
+        for copy in twice.jacobian.dense():
+            close(copy, once.jacobian.dense(), 1e-10)
+
+
+def test_the_second_measurement_costs_less_and_says_so():
+    make, run, _ = next(iter(NETWORKS.values()))
+    model, metric = seeded(make()).train(), ResidualCFL()
+    snapshot = step(model, metric, run)
+    cold = sum(metric.cost(snapshot).values())
+    metric.update(snapshot)
+    assert sum(metric.cost(snapshot).values()) < cold
+    metric.load_vectors(metric.vectors())
+    assert sum(metric.cost(snapshot).values()) < cold
+    assert metric.limit_cost(snapshot, 1e9) is None and metric.limit_cost(snapshot, 0.0) == "1 of 4 samples"
+    metric.update(snapshot)
+    assert metric.complete
+    metric.reset()
+    assert metric.vectors() == {}

@@ -157,13 +157,13 @@ def sgd(lr, momentum=0.0):
 
 #: What is run, for how many steps, until when it must have been stopped (None: must not), and states that are true.
 ENDS = {
-    "GD, 1.5 / L": (quadratic(1.5), 300, None, {"unknown"}),
+    "GD, 1.5 / L": (quadratic(1.5), 300, None, {"stable"}),
     "GD, 2.05 / L": (quadratic(2.05), 300, 210, {"unstable"}),
     "GD, 2.5 / L": (quadratic(2.5), 300, 210, {"unstable", "not finite"}),
     "GD, 10 / L": (quadratic(10.0), 300, 60, {"unstable", "not finite"}),
     "tanh, SGD 3": (digits(T, sgd(3.0)), 300, 60, {"unstable"}),
-    "tanh, SGD 10": (digits(T, sgd(10.0)), 300, 60, {"unstable"}),
-    "ReLU, SGD 10": (digits(R, sgd(10.0)), 300, 60, {"unstable"}),
+    "tanh, SGD 10": (digits(T, sgd(10.0)), 300, 60, {"unstable", "collapsed"}),
+    "ReLU, SGD 10": (digits(R, sgd(10.0)), 300, 60, {"unstable", "collapsed"}),
     "tanh, squared loss, SGD 10": (digits(T, sgd(10.0), one_hot), 300, 60, {"unstable", "not finite"}),
 }
 SLOW = {
@@ -190,7 +190,7 @@ def test_the_end_of_a_real_run(name):
     assert (stop.stop_step is None) == (until is None)
     assert until is None or run.global_step <= until
     said = sentence(verdict)
-    assert "nothing to do" not in said  # the last reading is some hundred steps old, or the run has failed
+    assert ("nothing to do" in said) == (verdict.state == "stable")
     assert verdict.state != "unknown" or "every_n_steps=" in verdict.advice
 
 

@@ -427,6 +427,20 @@ def test_settings_that_make_no_sense_are_refused(quantity, settings, argument):
         quantity(**settings)
 
 
+def test_a_dear_window_is_made_shorter():
+    problem = regression()
+    optimizer = SGD(problem.parameters(), lr=0.1, momentum=0.9)
+    metric, snapshot = Lyapunov(window=4), freeze(problem, optimizer)
+    cold = metric.cost(snapshot)
+    one = cold["window"] / 4
+    assert metric.limit_cost(snapshot, 1e9) is None
+    assert metric.limit_cost(snapshot, sum(cold.values()) - 1.5 * one) == "2 of 4 steps in a window"
+    assert metric.cost(snapshot)["window"] == pytest.approx(2 * one)
+    found = run(metric, problem, optimizer, 3)
+    assert list(found) == [2]
+    assert sum(metric.cost(snapshot).values()) < sum(cold.values()) - one  # and it is aligned by fewer products
+
+
 # Error bars ---------------------------------------------------------------------------------------------------------
 
 

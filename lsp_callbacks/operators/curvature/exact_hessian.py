@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.errors import Unmeasurable, Unsupported
-from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.linalg import LinearOperator, norm
 from lsp_callbacks.operators.curvature.second_derivative_check import hessian_agrees
 from lsp_callbacks.step.flat import flatten
 from lsp_callbacks.step.replay_checks import check_gradient, check_loss
@@ -50,7 +50,7 @@ def exact_hessian(snapshot: Snapshot, otherwise: Callable[[Tensor, str], LinearO
     gradient = mean.to(vector_dtype(mean.dtype))
 
     def exact(v: Tensor) -> Tensor:
-        if not bool(v.any()):
+        if float(norm(v)) == 0:
             return torch.zeros_like(v)
         reasons: list[str] = []
 

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd._torch_internals import base, version
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, norm, norms
 from lsp_callbacks.step.flat import displaced_gradient, split
@@ -47,6 +48,28 @@ class Difference:
     distance: float
     slope: float
     defect: float
+
+
+@dataclass(frozen=True)
+class LastProduct:
+    """The product before, with which the next must be symmetric.
+
+    Attributes:
+        v: the vector.
+        size: its norm.
+        image: its product, which belongs to the caller.
+        versions: of both when the image was handed out.
+    """
+
+    v: Tensor
+    size: float
+    image: Tensor
+    versions: tuple[int, int]
+
+    @property
+    def unchanged(self) -> bool:
+        """Return whether neither was changed in place since then."""
+        return (version(self.v), version(self.image)) == self.versions
 
 
 class Differences:
@@ -94,7 +117,7 @@ class Differences:
         self.amplified = float(norm(weight)) / len(gradient) ** 0.5 if isinstance(weight, Tensor) else abs(weight)
         self.seen, self.used, self.loss, self.rounding = 0.0, 0.0, 0.0, 0.0
         self.nearest, self.referred = NEAR, False
-        self.last: tuple[Tensor, float, Tensor] | None = None
+        self.last: LastProduct | None = None
 
     def product(self, v: Tensor) -> Tensor:
         """Return ``H v``.
@@ -125,12 +148,14 @@ class Differences:
         return product
 
     def _require_symmetry(self, v: Tensor, size: float, product: Tensor) -> None:
-        if self.last is not None:
-            other, length, image = self.last
-            defect = abs(float((other * product).sum(dtype=torch.float64) - (v * image).sum(dtype=torch.float64)))
-            if not defect <= self.tolerance * self.seen * size * length:
+        if self.last is not None and self.last.unchanged:
+            other = self.last
+            defect = abs(float(torch.dot(other.v, product)) - float(torch.dot(v, other.image)))
+            if not defect <= self.tolerance * self.seen * size * other.size:
                 raise Untrusted("two products are not symmetric: the third derivative is too large")
-        self.last = (v.clone(), size, product.clone())
+        # A view may be overwritten with its base.
+        kept = v if base(v) is None else v.clone()
+        self.last = LastProduct(kept, size, product, (version(kept), version(product)))
 
     def searched(self, v: Tensor) -> Tensor:
         """Return ``H v`` where exact products are impossible: from the first distance at which one twice as far agrees.
@@ -173,8 +198,8 @@ class Differences:
     def difference(self, v: Tensor, size: float, distance: float) -> Difference:
         """Return the difference along ``v / size``, ``size`` being the norm of v."""
         rise, loss, moved = self._moved(v, distance / size)
-        slope = torch.dot(self.centre, v) + torch.dot(moved, v)
-        change = moved - self.centre
+        change = moved.sub_(self.centre)
+        slope = 2 * torch.dot(self.centre, v) + torch.dot(change, v)
         rose, loss, slope, length = torch.stack([t.double() for t in (rise, loss, slope, norm(change))]).tolist()
         defect = rose - 0.5 * distance * slope / size
         self.loss = loss
@@ -311,7 +336,7 @@ def difference_hessian(
     gradient = differences.centre
 
     def product(v: Tensor) -> Tensor:
-        if not bool(v.any()):
+        if float(norm(v)) == 0:
             return torch.zeros_like(v)
         if products.untrusted and exact is not None:
             return exact(v)

@@ -54,21 +54,27 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
     Cost: see `products_taken`.
     """
     n = operator.shape[1]
-    fits = start is not None and len(start) == n and bool(torch.isfinite(start).all())
+    fits = start is not None and len(start) == n and bool(norm(start).isfinite())
     start = start if fits else None
     steps = n if n <= FEW else WARM if fits else COLD
 
+    early: list[Tensor] = []  # values of fewer products are lower: only those of as many are compared
+
     def enough(node: TopNode) -> bool:
-        return node.products > WARM or _fall(node, recent) <= FALLEN
+        early.append(node.value)
+        return node.products >= steps and (node.products > WARM or _fall(early[0], recent) <= FALLEN)
 
     products = products_so_far(snapshot)
     before = products.taken
-    node = top_node(operator, _mixed(snapshot, operator, start), steps=steps, most=max(steps, MOST), enough=enough)
+    node = top_node(
+        operator, _mixed(snapshot, operator, start), steps=min(WARM, n), most=max(steps, MOST), enough=enough
+    )
+    first = early[0] if early else node.value
     accuracy = accuracy_of(snapshot, operator.dtype, products.taken > before) * node.scale
     error = accuracy
     if not node.complete:
-        error = torch.maximum(accuracy, _bar(node, recent) * node.value.abs())
-    return Top(node.value, node.vector, error, accuracy, error + node.value - node.least, node.products)
+        error = torch.maximum(accuracy, _bar(node, _fall(first, recent)) * node.value.abs())
+    return Top(node.value, node.vector, error, accuracy, error + node.value - node.least, node.products, first)
 
 
 def products_taken(n: int, warm: bool) -> int:
@@ -76,18 +82,18 @@ def products_taken(n: int, warm: bool) -> int:
     return n if n <= FEW else WARM if warm else COLD
 
 
-def _bar(node: TopNode, recent: Sequence[float]) -> float:
+def _bar(node: TopNode, fall: float) -> float:
     """Return the relative error bar of an estimate."""
     size = node.value.abs().clamp_min(torch.finfo(torch.float64).tiny)
-    return WIDTH * float(node.gain + HIDDEN * node.hidden(OVERLAP) / size + FALL * _fall(node, recent) + LEAST)
+    return WIDTH * float(node.gain + HIDDEN * node.hidden(OVERLAP) / size + FALL * fall + LEAST)
 
 
-def _fall(node: TopNode, recent: Sequence[float]) -> float:
+def _fall(value: Tensor, recent: Sequence[float]) -> float:
     """Return the logarithm of how far an estimate lies below the median of earlier values; 0 if it does not."""
-    positive = [value for value in recent[-RECENT:] if value > 0]
-    if not positive or not float(node.value) > 0:
+    positive = [other for other in recent[-RECENT:] if other > 0]
+    if not positive or not float(value) > 0:
         return 0.0
-    return max(0.0, math.log(median(positive) / float(node.value)))
+    return max(0.0, math.log(median(positive) / float(value)))
 
 
 def _mixed(snapshot: Snapshot, operator: LinearOperator, start: Tensor | None) -> Tensor:

@@ -223,7 +223,7 @@ def _threshold(
         root=root,
         buffer_scale=_buffer_scale(root, buffer_rates(snapshot, rule)) if rule.momentum else None,
         products=steepest.products + (plain.products if plain is not steepest else 0),
-        recent=recent.with_values(plain.value, steepest.value / (rule.lr if scale == 1.0 and rule.lr else 1.0)),
+        recent=recent.with_values(plain.early, steepest.early / (rule.lr if scale == 1.0 and rule.lr else 1.0)),
     )
 
 

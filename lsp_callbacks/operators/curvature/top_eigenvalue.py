@@ -27,6 +27,7 @@ class Top:
         accuracy: error of the products, likewise: the quotient of the vector may be too large by it.
         beyond: the largest eigenvalue is at most this much above the quotient of the vector.
         products: how many were taken.
+        early: the value after the first of them, to be compared with that of other steps.
     """
 
     value: Tensor
@@ -35,6 +36,7 @@ class Top:
     accuracy: Tensor
     beyond: Tensor
     products: int
+    early: Tensor
 
 
 def top_eigenvalue(
@@ -87,7 +89,7 @@ def bounded_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | No
     pair, accuracy = _bounded(operator, snapshot, start, steps, tol)
     assert pair.upper is not None
     missed = pair.upper - pair.value
-    return Top(pair.value, pair.vector, missed, accuracy, missed, pair.products)
+    return Top(pair.value, pair.vector, missed, accuracy, missed, pair.products, pair.value)
 
 
 def _bounded(

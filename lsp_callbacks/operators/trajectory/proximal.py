@@ -12,8 +12,8 @@ from lsp_callbacks.autograd.double_backward import jacobian
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method
-from lsp_callbacks.operators.trajectory.optimizer_input import clipped_gradient, group_of
-from lsp_callbacks.operators.trajectory.step_jacobian import step_jacobian, step_response, step_tangent
+from lsp_callbacks.operators.trajectory.optimizer_input import group_of
+from lsp_callbacks.operators.trajectory.step_jacobian import step_jacobian, step_response
 from lsp_callbacks.operators.trajectory.step_size import displacement
 from lsp_callbacks.step.flat import flatten, split
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
@@ -96,21 +96,6 @@ def update_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpe
 def update_response(snapshot: Snapshot) -> LinearOperator:
     """Return the `step_response` of the whole update: parameters and state by a change of the step's gradient."""
     return _mapped(snapshot, step_response(snapshot))
-
-
-def update_drift(snapshot: Snapshot) -> LinearOperator:
-    """Return `update_jacobian` without the change of the gradient: their difference is due to the curvature.
-
-    Cost: no gradient where the step has one.
-    """
-    gradient = clipped_gradient(snapshot)
-    tangent, size = step_tangent(snapshot)
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-
-    def drift(z: Tensor) -> Tensor:
-        return tangent(z, z.new_zeros(len(gradient)))
-
-    return _mapped(snapshot, LinearOperator((size, size), drift, dtype=dtype, device=gradient.device))
 
 
 def _mapped(snapshot: Snapshot, step: LinearOperator) -> LinearOperator:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import whole
-from lsp_callbacks.autograd.graph import Graph
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.lyapunov import exponent_bounds, window_exponent
 from lsp_callbacks.functional.trajectory.statistics import student_bounds
-from lsp_callbacks.operators.cost import products, push_cost
+from lsp_callbacks.operators.cost import beside, products
 from lsp_callbacks.operators.curvature.finite_differences import LEAST
 from lsp_callbacks.operators.curvature.hessian import Method, path_taken, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.memory import footprint
-from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.step_on_plane import step_on_plane
 from lsp_callbacks.quantities.base import scalar
@@ -27,6 +24,9 @@ from lsp_callbacks.quantities.curvature.sharpness import alignment_cost, alignme
 from lsp_callbacks.quantities.key import NATS, PREFIX, Key
 from lsp_callbacks.quantities.trajectory.windowed import Windowed
 from lsp_callbacks.step.snapshot import Snapshot
+
+#: Vectors over all parameters that a step on the plane reads and writes, and further ones with a preconditioner.
+PLANE, FROZEN = 6, 32
 
 
 class Lyapunov(Windowed):
@@ -59,9 +59,8 @@ class Lyapunov(Windowed):
     Raises:
         ValueError: for a window or an average below 1.
 
-    Cost: the alignment shared with sharpness, then one Hessian product a step with any momentum, and vector operations
-    on the optimizer's state. With the alignment, by differences or with kinks: under SGD 28 or 36 gradients, with
-    momentum 43 or 48, under Adam 92 or 103.
+    Cost: the alignment shared with sharpness, then in each of two steps one Hessian product with any optimizer, and the
+    optimizer's formula in closed form on the plane alone.
 
     Source: Chemnitz & Engel 2025 for the exponent; Benettin et al. 1980; docs/theory.md, section The exponent along
     the trajectory.
@@ -88,7 +87,6 @@ class Lyapunov(Windowed):
         super().__init__(method)
         whole("window", window, 1), whole("average", average, 1)
         self.window, self.average = window, average
-        self._graph: Graph | None = None
         self._path = "exact"
         self.add_state("windows", default=torch.empty(0, dtype=torch.float64), persistent=True)
         self.add_state("spans", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
@@ -97,16 +95,20 @@ class Lyapunov(Windowed):
         threshold_constant(frozen_rule(snapshot))  # the alignment needs an edge
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        method = resolved(snapshot, self.method)
-        # Parameters, buffer and rest, each also at a fixed gradient, and the response of Adam: one of them has passes.
-        rule = frozen_rule(snapshot)
-        pushes = 2 * (1 + bool(rule.momentum) + rule.frozen) + rule.frozen
-        step = products(snapshot, method, 1) + push_cost(snapshot, pushes)
-        return {**alignment_cost(snapshot, method), "window": self.window * (1 / 3 + step)}
+        method, rule = resolved(snapshot, self.method), frozen_rule(snapshot)
+        vectors = PLANE + FROZEN * rule.frozen
+        step = products(snapshot, method, 1) + beside(snapshot, calls=90, vectors=vectors)
+        return {**alignment_cost(snapshot, method, warm=self._mode is not None), "window": self.window * step}
+
+    def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
+        """Take fewer steps in a window, down to one."""
+        before = self.window
+        while self.window > 1 and sum(self.cost(snapshot).values()) > gradients:
+            self.window -= 1
+        return None if self.window == before else f"{self.window} of {before} steps in a window"
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        blocks = 1 + len(state_blocks(snapshot))
-        plane = 2 * blocks * (3 if frozen_rule(snapshot).momentum else 2)  # before the step and after it
+        plane = 3 + 12 * frozen_rule(snapshot).frozen  # derivatives of the formula, which SGD has as numbers
         return {**alignment_memory(snapshot, self.method), "plane": plane * footprint(snapshot).parameters}
 
     def update(self, snapshot: Snapshot) -> None:
@@ -114,7 +116,7 @@ class Lyapunov(Windowed):
         self.complete = False
         if not self._continues(snapshot):
             threshold = measured_threshold(snapshot, self._mode, self._top, self.method)
-            self._mode, self._top, self._graph = threshold.mode, threshold.top, snapshot.graph
+            self._mode, self._top = threshold.mode, threshold.top
             self._path = path_taken(snapshot, self.method)
             self._frame = {
                 "root": threshold.root,
@@ -131,7 +133,6 @@ class Lyapunov(Windowed):
         frame = self._frame
         assert self._mode is not None
         plane = {name: frame[name] for name in ("root", "buffer_scale", "rest", "method")}
-        snapshot = _with_graph(snapshot, self._graph)
         step = step_on_plane(snapshot, self._mode, **plane)
         self._path = path_taken(snapshot, frame["method"])
         maps, curvatures = [*frame["maps"], step.whole], [*frame["curvatures"], step.curvature]
@@ -174,16 +175,3 @@ class Lyapunov(Windowed):
             values[f"{PREFIX}lyapunov_lower"] = least - (mean - lower)
             values[f"{PREFIX}lyapunov_upper"] = most + (upper - mean)
         return values
-
-
-def _with_graph(snapshot: Snapshot, graph: Graph | None) -> Snapshot:
-    """Return the step with what the autograd graph of an earlier one has shown, without a replay of its own.
-
-    That is a property of the code. Whether the step can be replayed is seen by its Hessian product: a difference whose
-    loss is not the step's own fails the trapezoidal rule, and exact products compare it.
-    """
-    if graph is None or snapshot.verified.graph is not None:
-        return snapshot
-    step = replace(snapshot)
-    step.verified.graph = graph
-    return step
