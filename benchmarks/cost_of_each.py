@@ -30,7 +30,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.errors import NotApplicable
+from lsp_callbacks.errors import NotApplicable, Unmeasurable
 from lsp_callbacks.quantities import PRESETS, REGISTRY, Quantity
 from lsp_callbacks.step.flat import largest_learning_rate
 from lsp_callbacks.step.pending_step import PendingStep
@@ -291,6 +291,9 @@ def round_of_everything(models: Sequence[str], repetitions: int) -> None:
             try:
                 spent = measure([REGISTRY[name]()], model, optimizer, repetitions)
             except NotApplicable:
+                continue
+            except Unmeasurable as error:
+                print(f"| {label} | {name} | {error} | |", flush=True)
                 continue
             present.append(name)
             print(f"| {label} | {name} | {shown(spent.cold)} | {shown(spent.warm)} |", flush=True)

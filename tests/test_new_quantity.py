@@ -132,9 +132,8 @@ def test_an_unregistered_one_has_its_meaning_in_the_report_too():
 def test_a_configuration_names_it(registered, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lsp-callbacks"])
-    text = CONFIG.read_text().replace(
-        "every_n_steps: 10", "every_n_steps: 2\n        quantities: [sharpness, gradient_norm]"
-    )
+    settings = "\n      init_args:\n        every_n_steps: 2\n        quantities: [sharpness, gradient_norm]"
+    text = CONFIG.read_text().replace("lsp_callbacks.StabilityMonitor", f"lsp_callbacks.StabilityMonitor{settings}")
     Path("run.yaml").write_text(text)
     assert main(["fit", "--config", "run.yaml", "--trainer.max_steps", "6"]) == 0
     (metrics,) = tmp_path.glob("runs/*/*/metrics.csv")

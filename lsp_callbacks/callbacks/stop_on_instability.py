@@ -16,13 +16,18 @@ from lsp_callbacks.callbacks.recent_readings import Readings
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.monitor.courant_source import COURANT, GD, SGD
 from lsp_callbacks.monitor.history import Observation
-from lsp_callbacks.monitor.losses import ArrivedLoss, LossRecord
+from lsp_callbacks.monitor.losses import ALARM_LASTS, ArrivedLoss, LossRecord
 
 #: Keys that are a rate over a critical rate, and so can be known before the rate is used.
 SCHEDULED = (COURANT, SGD, GD)
-#: A single Courant number that is far above the edge: healthy training, also while the rate of AdamW warms up, was read
-#: at less in ``benchmarks/rate_too_high.py``, but for a run that came back from an explosion (5.1).
-FAR = 5.0
+#: A single Courant number that is far above the edge: with losses that do not fall, no healthy run of
+#: ``benchmarks/two_populations.py`` was read at more.
+FAR = 6.0
+#: The loss alarm does not end training while a reading that was taken since the loss began to rise is at or below this
+#: share of the threshold: with a batch of 4, noise alone trips it at a Courant number of 0.6.
+CALM = 0.7
+#: Steps in which a loss that does not fall confirms readings above the threshold, as a loss that rises does.
+STUCK = 150
 
 
 class StopOnInstability(Callback):
@@ -31,8 +36,9 @@ class StopOnInstability(Callback):
     Two levels. The *event*: the mean of the last ``patience`` new measurements is above the threshold, or all have been
     above it for ``patience_steps`` steps; when it begins it is printed, and logged as ``stability/event``. It lasts
     until nothing was above the threshold for ``patience_steps`` steps: what comes later is a new event, so that one in
-    the first steps of a run hides none. The *stop*: it is still above, and the smoothed loss is 30 % above its least
-    value so far and above 15 % of the initial loss. Healthy training lives at the edge of stability for long stretches:
+    the first steps of a run hides none. The *stop*: it is still above, and the smoothed loss is 25 % above its least
+    value so far and above 15 % of the initial loss, after two readings at least.
+    Healthy training lives at the edge of stability for long stretches:
     it has events and no stop. A NaN neither counts nor resets. Where ``stability/courant`` fails, or is not decided
     yet, ``stability/courant_gd`` stands in for it; the two have no mean. So it does where the number is at or below the
     threshold while the loss of the same step is above three times the initial one: a softmax that has exploded is
@@ -44,8 +50,13 @@ class StopOnInstability(Callback):
       one step later. Several processes stop together, at most nine steps later: their losses are exchanged every fifth
       step, and where something was measured. Steps that a gradient scaler leaves out do not count, unless the loss
       itself is not finite in 25 of them in a row;
-    - *one* Courant number of 5 or more, if after 60 steps the loss has not fallen by 5 %: the rate was far too high
+    - *one* Courant number of 6 or more, if after 60 steps the loss has not fallen by 5 %: the rate was far too high
       from the beginning;
+    - a *loss alarm*, so that no run goes on longer than a plain watcher of the loss would let it: the mean of the last
+      50 losses is above twice its least and above a quarter of the initial loss, and so are most of the last 10 (one
+      spike is over by then). A reading well below the threshold (0.7 of it), taken since the loss began to rise, says
+      that this is noise, unless the loss is above three times the initial one;
+    - readings above the threshold, in the mean as above, and a loss that has not fallen by 5 % in 150 steps;
     - losses above three times the initial one for some 200 steps, where nothing was measured since they began to rise;
     - a collapse of the network: its outputs have ceased to depend on its inputs (``stability/collapsed`` is 1, or 0.5
       and after 60 steps the loss has not fallen by 5 %, or has risen as above).
@@ -80,7 +91,7 @@ class StopOnInstability(Callback):
         *,
         threshold: float | None = None,
         patience: int = 3,
-        patience_steps: int = 200,
+        patience_steps: int = 100,
         min_steps: int = 0,
         confirm: Literal["loss"] | None = "loss",
         limit: float | None = 10.0,
@@ -254,8 +265,13 @@ class StopOnInstability(Callback):
         if self.confirm is None:
             return None
         rose = f"the smoothed loss rose from {losses.least:.4g} to {losses.smoothed:.4g}"
-        if losses.risen and not math.isnan(above):
+        # Where readings are rare, one of them, which is old by then, and a loss that rises by noise confirm nothing.
+        if losses.risen and not math.isnan(above) and len(self._deciding) >= min(2, self.patience):
             return f"{self._reading(above)}, and {rose}"
+        if not math.isnan(above) and losses.fallen is False and losses.count >= STUCK:
+            return f"{self._reading(above)}, and {self._not_fallen()}"
+        if losses.alarm_lasts and not self._is_calm():
+            return f"the mean of 50 losses rose from {losses.least_mean:.4g} to {losses.mean:.4g}, and {self._known()}"
         if losses.risen and jumped:
             return f"the learning rate is {scheduled:.3g} times the critical one, and {rose}"
         # The rate may have come down since; critical rates of a network that has exploded do not show that.
@@ -264,12 +280,28 @@ class StopOnInstability(Callback):
         if self.monitor in SCHEDULED and least >= FAR * self.threshold and losses.fallen is False:
             return (
                 f"{self._name} = {self._deciding.latest:.4g} at step {self._deciding.latest_step}, far above "
-                f"{self.threshold:g}, and the loss has not fallen: {losses.first:.4g} at first, smoothed "
-                f"{losses.smoothed:.4g}"
+                f"{self.threshold:g}, and {self._not_fallen()}"
             )
         if losses.lost and self._deciding.latest_step <= losses.level_step:
             return f"{rose}, and {self.monitor} is unknown: nothing was measured since"
         return None
+
+    def _is_calm(self) -> bool:
+        """Return True if a reading well below the threshold, taken since the loss began to rise, calls that noise."""
+        calm, readings, losses = min(CALM * self.threshold, self.threshold), self._deciding, self._losses
+        is_fresh = readings.latest_step > min(losses.level_step, losses.last_step - ALARM_LASTS)
+        return is_fresh and readings.latest <= calm and not losses.exploded(losses.mean)
+
+    def _known(self) -> str:
+        """Return in words what is known of the number that is watched."""
+        readings = self._deciding
+        if not len(readings):
+            return f"{self.monitor} is unknown"
+        return f"{self._name} = {readings.latest:.4g} at step {readings.latest_step}"
+
+    def _not_fallen(self) -> str:
+        losses = self._losses
+        return f"the loss has not fallen: {losses.first:.4g} at first, smoothed {losses.smoothed:.4g}"
 
     def _jumps(self, scheduled: float) -> bool:
         """Return True if the rate has more than doubled since the last measurements: a jump, not a slow ramp."""

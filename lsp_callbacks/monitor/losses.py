@@ -13,8 +13,8 @@ from torch import Tensor
 #: Steps over which the loss is smoothed, and the first steps whose mean is the initial loss.
 SMOOTHING, INITIAL = 30, 5
 #: The smoothed loss has risen when it is this much above its least value, and above this share of the initial loss:
-#: once a data set is memorised, a rise of 30 % is noise.
-RISE, SHARE = 0.3, 0.15
+#: once a data set is memorised, a rise of 25 % is noise.
+RISE, SHARE = 0.25, 0.15
 #: The run is lost when in three quarters of the last 200 steps its loss was above the loss at the start by this many
 #: times the size of that: a run may recover from an explosion of a hundred steps (``benchmarks/rate_too_high.py``).
 LOST, LOST_STEPS, LOST_SHARE = 2.0, 200, 0.75
@@ -22,6 +22,12 @@ LOST, LOST_STEPS, LOST_SHARE = 2.0, 200, 0.75
 FALLEN = 0.95
 #: Steps after which it should have: a run that survives its first explosion has begun to fall.
 SETTLED = 60
+#: The loss alarm of ``benchmarks/two_populations.md``: a mean over so many steps above so many times its least value
+#: and above this share of the initial loss.
+ALARM_SMOOTHING, ALARM_RISE, ALARM_SHARE = 50, 2.0, 0.25
+#: It lasts while most of so many last losses are that high, too, and the later half of them is not below this share of
+#: the earlier one: a spike is over by then, or about to be.
+ALARM_LASTS, RECOVERING = 10, 0.8
 #: Consecutive steps that a gradient scaler skips with a loss that is not finite, after which the loss counts. Halving
 #: its factor helps gradients that overflow, never the loss itself.
 LEFT_OUT = 25
@@ -117,6 +123,9 @@ class LossRecord:
         least: the least smoothed loss.
         last: the last one, finite or not.
         last_step: its step.
+        recent: the last 50 finite ones.
+        mean: their mean.
+        least_mean: the least mean, from the fifth loss on.
         level_step: the last step at which the smoothed loss had not risen.
         nonfinite_step: the first step at which it was not finite.
         comparable: False where the losses of several players are summed: then only whether they are finite counts.
@@ -140,7 +149,9 @@ class LossRecord:
         self.last_step = self.level_step = -1
         self.nonfinite_step: int | None = None
         self.comparable = True
-        self._left_out = 0
+        self.recent: list[float] = []
+        self.mean = self.least_mean = math.nan
+        self._left_out, self._is_negative = 0, False
         self._high = self._far = 0.0  # shares of the last losses that are above what `fallen` and `lost` compare with
 
     def add(self, arrived: ArrivedLoss) -> None:
@@ -161,6 +172,11 @@ class LossRecord:
         if self.count <= INITIAL:
             self.initial = self.smoothed
         self.least = self.smoothed if self.count == 1 else min(self.least, self.smoothed)
+        self.recent = [*self.recent, loss][-ALARM_SMOOTHING:]
+        self.mean = sum(self.recent) / len(self.recent)
+        if self.count >= INITIAL:
+            self.least_mean = self.mean if self.count == INITIAL else min(self.least_mean, self.mean)
+        self._is_negative |= loss < 0
         share, size = 1 / min(self.count, SMOOTHING), abs(self.start)
         self._high += share * ((loss > self.start - (1 - FALLEN) * size) - self._high)
         self._far += (self.exploded(loss) - self._far) / min(self.count, LOST_STEPS)
@@ -194,6 +210,30 @@ class LossRecord:
     def lost(self) -> bool:
         """Whether it has risen far above the loss that the run began with, for long."""
         return self.risen and self.count >= LOST_STEPS and self._far > LOST_SHARE
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether the loss alarm is on: the mean of 50 above twice its least value and a quarter of the initial loss.
+
+        Twice the least value means nothing where losses can be negative.
+        """
+        return self.mean > self._alarm_limit and self.comparable and not self._is_negative
+
+    @property
+    def alarm_lasts(self) -> bool:
+        """Whether the loss alarm is on, and the last 10 losses are high as well and do not fall: it was no spike."""
+        if not self.alarmed:
+            return False
+        last = self.recent[-ALARM_LASTS:]
+        earlier, later = last[: len(last) // 2], last[len(last) // 2 :]
+        is_falling = sum(later) / len(later) < RECOVERING * sum(earlier) / len(earlier)
+        return sorted(last)[(len(last) - 1) // 2] > self._alarm_limit and not is_falling
+
+    @property
+    def _alarm_limit(self) -> float:
+        if self.count < INITIAL:
+            return math.inf
+        return max(ALARM_RISE * self.least_mean, ALARM_SHARE * self.initial)
 
     @property
     def fallen(self) -> bool | None:

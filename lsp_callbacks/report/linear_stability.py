@@ -11,8 +11,8 @@ from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.report.curves import AVERAGE, averaged, latest, readings
 
 #: Range of mean Courant numbers "at the edge": healthy full-batch training reaches 1.19 by its curvature, and healthy
-#: training with small batches 1.8 by the stochastic number (see ``benchmarks/``).
-EDGE, EDGE_SGD = (0.9, 1.2), (0.9, 2.0)
+#: training with small batches 2.0 by the exponent of SGD and 3.0 by its second moment (see ``benchmarks/``).
+EDGE, STOCHASTIC = (0.9, 1.2), {"courant_mean_square": (0.9, 3.0), "courant_sgd": (0.9, 2.0)}
 
 Linear = Literal["stable", "recovered", "edge", "unstable", "collapsed", "contradictory", "unknown"]
 
@@ -63,8 +63,8 @@ def linear_state(history: Mapping[str, Curve]) -> LinearState:
         return LinearState(
             "collapsed", "collapse", evidence | {"since": collapsed_since}, "start again with a lower learning rate"
         )
-    stochastic = not math.isnan(latest(history.get("stability/courant_sgd")))
-    near = EDGE_SGD if stochastic else EDGE
+    edges = [edge for key, edge in STOCHASTIC.items() if not math.isnan(latest(history.get(f"stability/{key}")))]
+    stochastic, near = bool(edges), edges[0] if edges else EDGE
     by_courant = stochastic or math.isnan(x)
     deciding, edge = (averaged(courants), near[1]) if by_courant else (exponent, 0.0)
     cause = "courant" if by_courant else "exponent"

@@ -11,6 +11,7 @@ from harness import SGD, Losses, Model, Rows, data, fit, mlp
 
 from lsp_callbacks import Observation, StabilityMonitor, StopOnInstability
 from lsp_callbacks.monitor.losses import LEFT_OUT, ArrivedLoss
+from lsp_callbacks.report import loss_alarm
 
 KEY, LYAPUNOV, NORM = "stability/courant", "stability/lyapunov", "stability/spectral_norm_max"
 NAN = math.nan
@@ -80,7 +81,8 @@ def test_the_loss_must_confirm(losses, stops):
     stop = StopOnInstability()
     assert (feed(stop, [1.1] * len(losses), losses) is not None) == stops
     assert stop.event_step == 2  # falling or not
-    assert feed(StopOnInstability(), [0.9] * len(losses), losses) is None  # the loss alone does not stop
+    calm = [min(loss, 2.2) for loss in losses]  # at a number well below the edge, the loss alone does not stop
+    assert feed(StopOnInstability(), [0.6] * len(losses), calm) is None
 
 
 @pytest.mark.parametrize("scheduled, event, stops", [(0.9, False, False), (1.5, True, False), (30.0, True, True)])
@@ -99,7 +101,7 @@ def test_a_jump_of_the_rate_is_seen_before_it_is_used(scheduled, event, stops, c
 
 
 def test_the_first_steps_confirm_nothing_unless_the_loss_is_lost():
-    rising = [float(i) for i in range(1, 60)]
+    rising = [1.0 + 0.02 * i for i in range(59)]
     assert feed(StopOnInstability(), [1.1] * 59, rising) == 29
     assert feed(StopOnInstability(), [1.1] * 9, [1.0, 2.0, 3.0, NAN, NAN, NAN, NAN, NAN, NAN]) == 3
 
@@ -166,12 +168,13 @@ def test_an_event_in_the_first_steps_hides_none_that_comes_later(caplog):
     values = [1.2] * 3 + [0.5] * 250 + [1.3] * 300 + [0.5, 1.3, 1.3, 1.3] * 20
     with caplog.at_level(logging.INFO):
         stop, trainer = StopOnInstability(), stage()
-        assert feed(stop, values, trainer=trainer) is None
+        falling = [0.99**k for k in range(len(values))]
+        assert feed(stop, values, falling, trainer=trainer) is None
     assert stop.events == [2, 254] and stop.event_step == 2  # (0.5 + 1.3 + 1.3) / 3
     assert [row["stability/event"] for _, row in trainer.loggers[0].rows] == [2.0, 254.0]
     assert len([r for r in caplog.records if "event at" in r.message]) == 2
     longer = StopOnInstability(patience_steps=300)
-    feed(longer, values)
+    feed(longer, values, falling)
     assert longer.events == [2]  # the two are one
 
 
@@ -202,8 +205,8 @@ def test_steps_that_a_gradient_scaler_leaves_out_do_not_count_but_not_for_ever()
         ([60.0], [2.3] * 5 + [2.4] * 200, 59),  # it sits at chance
         ([60.0], [2.3] + [30.0] * 4 + [2.35] * 200, 59),  # after an explosion
         ([60.0], [2.3] + [300.0] * 9 + [2.35 - 0.02 * i for i in range(100)], None),  # that it survives
-        ([5.0], [2.3] * 200, 59),
-        ([4.5], [2.3] * 200, None),  # AdamW, while its rate warms up
+        ([6.0], [2.3] * 200, 59),
+        ([5.5], [2.3] * 200, None),  # AdamW, while its rate warms up
         ([60.0, 2.0], [2.3] * 200, None),  # the next reading is another one
         ([60.0], [2.3 - 0.01 * i for i in range(200)], None),  # it falls
         ([60.0], [-2.3] * 200, 59),
@@ -220,33 +223,64 @@ def test_one_reading_far_above_the_edge_is_enough_where_the_loss_does_not_fall(r
 
 
 def test_few_readings_suffice_after_some_steps():
-    rising = [2.0] * 40 + [min(2.0 + 0.1 * i, 5.0) for i in range(260)]
-    values = [1.2, *[{}] * 299]
+    rising = [2.0] * 40 + [min(2.0 + 0.1 * i, 3.5) for i in range(260)]
+    values = [1.2, 1.2, *[{}] * 298]
     stop = StopOnInstability()
+    assert feed(StopOnInstability(), [1.2, *[{}] * 99], rising[:100]) is None  # one alone, and a loss that rises
     late = feed(stop, values, rising)
-    assert stop.event_step == 200 == late
+    assert stop.event_step == 100 == late
     assert feed(StopOnInstability(patience_steps=150), values, rising) == 150
     assert feed(StopOnInstability(patience_steps=1000), values, rising) is None
     assert feed(StopOnInstability(), [1.2, {}, 0.9, *[{}] * 297], rising) is None
     below = StopOnInstability()  # what is above must itself be that old
     feed(below, [0.5, *[{}] * 89, 3.0, *[{}] * 209])
-    assert below.event_step == 290
+    assert below.event_step == 190
 
 
-@pytest.mark.parametrize("values", [[{}] * 600, [NAN] * 600, [0.3] * 9 + [{}] * 591])
-def test_a_loss_far_above_the_first_one_ends_training_where_nothing_was_measured_since(values):
-    rising = [3.0 - 0.02 * i for i in range(100)] + [min(1.02**i, 30.0) for i in range(500)]
+FALLS_AND_RISES = [3.0 - 0.02 * i for i in range(100)] + [min(1.02**i, 6.0) for i in range(300)]
+
+
+@pytest.mark.parametrize("values", [[{}] * 400, [NAN] * 400, [0.3] * 9 + [{}] * 391, [0.8] * 400])
+def test_a_loss_alarm_is_enough_where_no_reading_calls_it_noise(values):
+    stop, alarm = StopOnInstability(), loss_alarm(FALLS_AND_RISES)
+    assert alarm <= feed(stop, values, FALLS_AND_RISES) <= alarm + 10 and "mean of 50 losses" in stop.reason
+    assert ("unknown" in stop.reason) == (values[0] != 0.3 and values[0] != 0.8)
+    assert feed(StopOnInstability(confirm=None), values, FALLS_AND_RISES) is None
+
+
+def test_a_reading_well_below_the_edge_calls_a_loss_alarm_noise_unless_the_loss_has_exploded():
+    assert feed(StopOnInstability(), [0.6] * 400, FALLS_AND_RISES) is None
+    exploded = [3.0 - 0.02 * i for i in range(100)] + [1.1**i for i in range(300)]
+    assert feed(StopOnInstability(), [0.6] * 400, exploded) is not None
+    assert feed(StopOnInstability("stability/lyapunov"), [-0.1] * 400, FALLS_AND_RISES) is None
+    assert feed(StopOnInstability("stability/lyapunov"), [{}] * 400, FALLS_AND_RISES) is not None
+
+
+def test_one_spike_of_the_loss_is_over_in_ten_steps():
+    losses = [2.0 - 0.01 * i for i in range(150)]
+    for length, stops in ((1, False), (4, False), (12, True)):
+        spike = [*losses[:100], *[90.0] * length, *losses[100:]]
+        assert loss_alarm(spike) is not None
+        assert (feed(StopOnInstability(), [{}] * len(spike), spike) is not None) == stops
+
+
+def test_readings_above_the_edge_and_a_loss_that_does_not_fall_end_training():
+    assert feed(StopOnInstability(), [1.1] * 200, [2.3] * 200) == 149
+    assert feed(StopOnInstability(), [0.9] * 200, [2.3] * 200) is None
+    assert feed(StopOnInstability(), [1.1] * 200, [2.3 * 0.99**i for i in range(200)]) is None
+
+
+def test_an_explosion_in_the_first_steps_ends_training_where_nothing_was_measured_since():
+    """The mean of the first five losses is that high already: there is no alarm."""
+    losses = [2.3, *[30.0] * 300]
+    assert loss_alarm(losses) is None
     stop = StopOnInstability()
-    at = feed(stop, values, rising)
-    assert at is not None and "unknown" in stop.reason and 300 < at < 500
-    assert feed(StopOnInstability(), [0.9] * 600, rising) is None  # a reading below the edge has its say
-    assert feed(StopOnInstability(), values, [min(loss, 8.0) for loss in rising]) is None
-    spike = [3.0] * 100 + [1e4] * 100 + [3.0] * 400
-    assert feed(StopOnInstability(), values, spike) is None
+    assert feed(stop, [{}] * 301, losses) == 199 and "unknown" in stop.reason
+    assert feed(StopOnInstability(), [{}] * 301, [2.3, *[30.0] * 100, *[2.0] * 200]) is None
 
 
 def test_after_a_jump_of_the_rate_the_loss_confirms():
-    rising = [2.0 - 0.01 * i for i in range(100)] + [1.0 + 0.05 * i for i in range(100)]
+    rising = [2.0 - 0.01 * i for i in range(100)] + [min(1.0 + 0.05 * i, 1.9) for i in range(100)]
     jumped = feed(StopOnInstability(), [0.1, *[{}] * 199], rising, scheduled=1.5)
     assert jumped is not None and 100 < jumped < 150
     assert feed(StopOnInstability(), [0.1, *[{}] * 199], rising, scheduled=0.15) is None
@@ -286,8 +320,8 @@ def test_the_event_is_told_once(caplog):
 
 def test_the_stop_says_why_and_what_to_do(caplog):
     with caplog.at_level(logging.INFO):
-        feed(StopOnInstability(), [1.1] * 40, [float(i) for i in range(1, 41)])
-        feed(StopOnInstability(verbose=False), [1.1] * 40, [float(i) for i in range(1, 41)])
+        for settings in ({}, {"verbose": False}):
+            feed(StopOnInstability(**settings), [1.1] * 40, [1.0 + 0.03 * i for i in range(40)])
     (message,) = [r.message for r in caplog.records if "stop at" in r.message]
     assert "step" in message and KEY in message and "lower learning rate" in message and "rose from 1 to" in message
 
@@ -337,7 +371,7 @@ def test_what_can_never_stop_is_refused(callbacks, message):
 @pytest.mark.parametrize("key", ["stability/residual_cfl_max", "stability/sharpness_limit", NORM])
 def test_keys_that_may_appear_are_accepted(key):
     stop = StopOnInstability(key, patience=1)
-    fit(Model, stop, StabilityMonitor(), max_steps=1)
+    fit(Model, stop, StabilityMonitor(every_n_steps=1), max_steps=1)
     assert stop.threshold == 1.0 and (stop.event_step == 0) == (key == "stability/sharpness_limit")
 
 

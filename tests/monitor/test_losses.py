@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from problems import random
 
 from lsp_callbacks.monitor.losses import LEFT_OUT, SETTLED, SMOOTHING, Arrivals, ArrivedLoss, LossRecord
+from lsp_callbacks.report import loss_alarm
 
 NAN = math.nan
 
@@ -78,7 +80,7 @@ def test_it_goes_on_from_its_state(cut):
     again = LossRecord()
     again.load_state_dict(recorded(losses[:cut]).state_dict())
     assert recorded(losses[cut:], again, cut).state_dict() == recorded(losses).state_dict()
-    assert all(isinstance(v, int | float | bool | None) for v in again.state_dict().values())
+    assert all(isinstance(v, int | float | bool | list | None) for v in again.state_dict().values())
     again.load_state_dict({})
     assert again.state_dict() == LossRecord().state_dict()
 
@@ -147,3 +149,25 @@ def test_another_device_is_asked_one_step_later():
     assert arrivals.take(1, None) == []  # nothing newer was queued behind it
     arrivals._on_their_way.append((1, meta, None, False))
     assert arrivals.take(1, None) == [ArrivedLoss(0, 3.0)]
+
+
+def walks():
+    """Losses that fall, rise, stay, explode and turn negative."""
+    noise = random(40, 300, seed=5).cumsum(-1)
+    for k, walk in enumerate(noise):
+        yield (2 + 0.1 * walk if k % 4 else torch.exp(0.3 * walk)).tolist()
+
+
+def test_the_alarm_is_that_of_the_reports():
+    """Step by step what `loss_alarm` says of the whole run."""
+    went_off = 0
+    for losses in walks():
+        record, first = LossRecord(), None
+        for step, loss in enumerate(losses):
+            record.add(ArrivedLoss(step, loss))
+            first = step if first is None and record.alarmed else first
+        expected = loss_alarm(losses)
+        assert expected == (None if min(losses) < 0 else first) or min(losses) < 0
+        assert min(losses) >= 0 or first is None or first < next(k for k, loss in enumerate(losses) if loss < 0)
+        went_off += expected is not None
+    assert 5 < went_off < 35

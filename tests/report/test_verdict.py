@@ -155,26 +155,25 @@ def sgd(lr, momentum=0.0):
     return partial(torch.optim.SGD, lr=lr, momentum=momentum)
 
 
-#: What is run, for how many steps, until when it must have been stopped (None: must not), and states that are true.
+#: What is run, for how many steps, until when it must have been stopped (None: must not), and states that are true: the
+#: runs of the table of issue 13 are among them.
 ENDS = {
     "GD, 1.5 / L": (quadratic(1.5), 300, None, {"stable"}),
-    "GD, 2.05 / L": (quadratic(2.05), 300, 210, {"unstable"}),
-    "GD, 2.5 / L": (quadratic(2.5), 300, 210, {"unstable", "not finite"}),
-    "GD, 10 / L": (quadratic(10.0), 300, 60, {"unstable", "not finite"}),
-    "tanh, SGD 3": (digits(T, sgd(3.0)), 300, 60, {"unstable"}),
-    "tanh, SGD 10": (digits(T, sgd(10.0)), 300, 60, {"unstable", "collapsed"}),
-    "ReLU, SGD 10": (digits(R, sgd(10.0)), 300, 60, {"unstable", "collapsed"}),
-    "tanh, squared loss, SGD 10": (digits(T, sgd(10.0), one_hot), 300, 60, {"unstable", "not finite"}),
+    "GD, 2.05 / L": (quadratic(2.05), 300, 60, {"unstable"}),
+    "GD, 2.5 / L": (quadratic(2.5), 300, 30, {"unstable"}),
+    "GD, 10 / L": (quadratic(10.0), 300, 20, {"unstable"}),
+    "tanh, SGD 3": (digits(T, sgd(3.0)), 300, 20, {"unstable"}),
+    "tanh, SGD 10": (digits(T, sgd(10.0)), 300, 20, {"unstable"}),
+    "ReLU, SGD 3": (digits(R, sgd(3.0)), 300, 200, {"collapsed", "unstable"}),  # dead
+    "ReLU, SGD 10": (digits(R, sgd(10.0)), 300, 60, {"collapsed", "unstable"}),
+    "tanh, squared loss, SGD 10": (digits(T, sgd(10.0), one_hot), 300, 20, {"unstable", "not finite"}),
 }
 SLOW = {
-    "tanh, SGD 1": (digits(T, sgd(1.0)), 600, None, {"unknown"}),  # comes back from a loss of 25
-    "ReLU, SGD 1": (digits(R, sgd(1.0)), 600, None, {"risen", "not learning", "unknown"}),
-    "ReLU, SGD 3": (digits(R, sgd(3.0)), 600, None, {"not learning", "unstable"}),  # at chance: 2.3
-    "ReLU, momentum, SGD 0.3": (digits(R, sgd(0.3, 0.9)), 600, None, {"unknown", "risen"}),
-    "ReLU, momentum, SGD 1": (digits(R, sgd(1.0, 0.9)), 600, None, {"not learning"}),  # at chance
-    "ReLU, Adam 0.1": (digits(R, partial(torch.optim.Adam, lr=0.1)), 600, None, {"unknown", "risen"}),
-    "ReLU, Adam 1": (digits(R, partial(torch.optim.Adam, lr=1.0)), 600, None, {"not learning"}),  # read once, at step 1
-    "tanh, squared loss, SGD 1": (digits(T, sgd(1.0), one_hot), 600, None, {"unknown"}),
+    "tanh, SGD 1": (digits(T, sgd(1.0)), 600, 60, {"unstable"}),  # it would come back from a loss of 25
+    "ReLU, momentum, SGD 0.3": (digits(R, sgd(0.3, 0.9)), 600, None, {"edge", "unstable", "recovered"}),
+    "ReLU, momentum, SGD 1": (digits(R, sgd(1.0, 0.9)), 600, 200, {"unstable", "collapsed"}),  # at chance
+    "ReLU, Adam 1": (digits(R, partial(torch.optim.Adam, lr=1.0)), 600, 200, {"collapsed"}),
+    "tanh, squared loss, SGD 1": (digits(T, sgd(1.0), one_hot), 600, None, {"stable", "edge"}),
     "ramp over 600": (digits(R, sgd(0.05), schedule=lambda t: 1000 ** (t / 600)), 600, 590, {"unstable", "not finite"}),
     "quadratic ramp": (quadratic(0.5, lambda t: 20 ** (t / 1000)), 1000, 990, {"unstable", "not finite"}),
 }  # fmt: skip
@@ -190,8 +189,9 @@ def test_the_end_of_a_real_run(name):
     assert (stop.stop_step is None) == (until is None)
     assert until is None or run.global_step <= until
     said = sentence(verdict)
-    assert ("nothing to do" in said) == (verdict.state == "stable")
-    assert verdict.state != "unknown" or "every_n_steps=" in verdict.advice
+    assert ("nothing to do" in said) == (verdict.state == "stable") and "healthy" not in said[: said.index(";")]
+    assert verdict.evidence["loss_did"] == "fallen" or verdict.state != "stable"
+    assert until is not None or (verdict.evidence["age"] <= 200 and f"step {verdict.evidence['step']}" in said)
 
 
 def test_a_network_that_died_at_once_is_told_where_it_is_measured():
