@@ -1,0 +1,39 @@
+"""What quantities say that they cost, against counted passes; no clock."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SHORT = [("MLP", "mean_square_stability"), ("MLP", "sharpness")]
+NETWORKS = ["MLP", "CNN", "char transformer", "ViT", "GPT-2 10 M"]
+LONG = [("CNN", name) for name in ("sharpness", "residual_cfl", "lyapunov", "courant_step")]
+LONG += [(network, "mean_square_stability") for network in NETWORKS[1:]]
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.delenv("MNIST", raising=False)
+    yield runpy.run_path(str(BENCHMARKS / "costs_are_counted.py"))
+    sys.modules.pop("models", None)
+
+
+@pytest.mark.parametrize("network, name", [*SHORT, *(pytest.param(*c, marks=pytest.mark.slow) for c in LONG)])
+def test_a_price_is_right_within_a_factor_of_one_and_a_half(counted, network, name):
+    """The first measurement, and a third one, which starts from those before."""
+    counts = counted["compare"](counted["TRAININGS"][network], name)
+    for said, found in zip(counts.said[::2], counts.counted[::2], strict=True):
+        assert 1 / 1.5 < said / found < 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["spectral_norm", "residual_cfl", "sharpness", "mean_square_stability", "courant_step"]
+)
+def test_no_default_measurement_takes_longer_than_twenty_steps_on_gpt2(counted, name):
+    """124 M parameters, batch 2, T = 64, from a configuration; what is left out is not counted."""
+    counts = counted["compare"](counted["TRAININGS"]["GPT-2 124 M"], name, 1)
+    assert all(found <= 20 for found in counts.counted)
