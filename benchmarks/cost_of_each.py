@@ -30,7 +30,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.errors import NotApplicable
+from lsp_callbacks.errors import NotApplicable, Unmeasurable
 from lsp_callbacks.quantities import PRESETS, REGISTRY, Quantity
 from lsp_callbacks.step.flat import largest_learning_rate
 from lsp_callbacks.step.pending_step import PendingStep
@@ -192,8 +192,9 @@ def steps(
         loss.backward()
         trace.record(step, loss.detach(), lr=largest_learning_rate(rule), module=net)
         found = probes.probe_set(pending, loss_of) if probes.wanted else None
-        snapshot = pending.snapshot(step, rule, loss=loss.detach().clone(), probes=found)
-        loss = pending = None
+        own = probes.samples_of_step(pending, loss_of)
+        snapshot = pending.snapshot(step, rule, loss=loss.detach().clone(), probes=found, samples_of_step=own)
+        loss = pending = own = None
         if (found is None or found.full) and not any(quantity.warm_up(snapshot) for quantity in quantities):
             yield snapshot, timed(partial(replayed_gradient, snapshot)) if timing else 0.0
         rule.step()
@@ -291,6 +292,9 @@ def round_of_everything(models: Sequence[str], repetitions: int) -> None:
             try:
                 spent = measure([REGISTRY[name]()], model, optimizer, repetitions)
             except NotApplicable:
+                continue
+            except Unmeasurable as error:
+                print(f"| {label} | {name} | {error} | |", flush=True)
                 continue
             present.append(name)
             print(f"| {label} | {name} | {shown(spent.cold)} | {shown(spent.warm)} |", flush=True)

@@ -407,7 +407,7 @@ CASES = {
     "gpt2": Case(gpt2, CURVED, blocks=True),
     "bert": Case(bert, CURVED, ROWS, blocks=True),
     "t5": Case(t5, EXACT, "layer and rows and structured", blocks=True),
-    "vit": Case(vit, (DIFFERENCES, MATH), LAYER, **image),
+    "vit": Case(vit, (DIFFERENCES, MATH), **image),
     "resnet": Case(resnet, EXACT, TIED, **image),
     "lstm": Case(lambda: Model(Recurrent(nn.LSTM(4, 4, batch_first=True))), kernel=LAYER),
     "gru": Case(lambda: Model(Recurrent(nn.GRU(4, 4, batch_first=True)), MOMENTUM), kernel=LAYER),

@@ -64,12 +64,12 @@ class StabilityMonitor(RunResults, Callback):
             cannot be measured raises before training; one of a preset is skipped with one warning.
         every_n_steps: start a measurement of each quantity every so many optimizer steps; a mapping gives some of them
             a pace of their own, ``{"sgd_stability": 25, "spectral_norm": 500}``; None keeps to ``budget``.
-        budget: share of the training cost to spend, by a deterministic model in gradients: 85 % of it on measurements,
+        budget: share of the training cost to spend, by a deterministic model in gradients: 80 % of it on measurements,
             the rest is for what the model does not see, such as the calls of each step. About two thirds are for
             ``stability/courant``, measured once in ``1 / budget`` steps far from the edge of stability, and more often
-            near it; each quantity has its own pace, see `lsp_callbacks.monitor.cadence.Cadence`. An advance of 12
-            gradients pays for the first readings, at 0, 1, 2, 4, 8, ... steps. What costs more than 20 gradients a
-            measurement is left out, unless it is named or has a pace.
+            near it; each quantity has its own pace, see `lsp_callbacks.monitor.cadence.Cadence`. An advance of 15
+            steps pays for the first readings, at 0, 1, 2, 4, 8, ... steps. What costs more than 20 steps a measurement
+            is left out, unless it is named or has a pace.
         window: steps in a window of the exponent.
         average: windows in its mean.
         sub_batch: samples of the batch (of several processes, of each one's) for sharpness and exponent; None takes

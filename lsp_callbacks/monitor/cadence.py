@@ -41,12 +41,12 @@ class Cadence:
     """Decides when measurements start, from numbers that are the same in each run and on each process.
 
     A given number of steps is followed exactly; if such a step is skipped, the next one takes its place. All other
-    quantities share an account. It begins with an *advance*, and each step adds ``budget`` gradients, of which a
-    quantity's part is its ``weight`` over the sum of those that are measured: its *rate*. Its period is its price over
-    its rate. The first readings are at 0, 1, 2, 4, 8, ... steps, as long as the advance pays for them. At any time,
-    gradients by the cost model satisfy
+    quantities share an account. It begins with an *advance*, and each step adds the share ``budget`` of its own cost,
+    of which a quantity's part is its ``weight`` over the sum of those that are measured: its *rate*. Its period is its
+    price over its rate. The first readings are at 0, 1, 2, 4, 8, ... steps, as long as the advance pays for them. At
+    any time, gradients by the cost model satisfy
 
-        ``spent <= budget * (steps since the first measurement) + advance``
+        ``spent <= budget * step_cost * (steps since the first measurement) + advance``
 
     The *headline number* (``stability/courant``) comes first: others leave in the account what it needs at its next
     reading. Far from the edge of stability it is measured once in ``1 / budget`` steps, if its rate allows that, and
@@ -69,6 +69,7 @@ class Cadence:
         paces: of each quantity that is measured, by name.
         advance: gradients that may be spent at once: those of `ADVANCE` steps of training, and of one measurement of
             what the user named, if that is more.
+        step_cost: gradients that a whole step of training takes: one, and more on a small network.
         spent: gradients of all measurements that were started.
     """
 
@@ -81,7 +82,7 @@ class Cadence:
     def reset(self) -> None:
         """Forget everything."""
         self.origin: int | None = None
-        self.advance, self.spent = ADVANCE, 0.0
+        self.advance, self.spent, self.step_cost = ADVANCE, 0.0, 1.0
         self._headline: str | None = None
         self.paces.clear()
         self._readings: list[float] = []
@@ -155,7 +156,7 @@ class Cadence:
         return (
             None
             if pace.parts is None
-            else max(pace.length, pace.price / rates(self.paces, self.budget, self.headline, nearness(math.nan))[name])
+            else max(pace.length, pace.price / rates(self.paces, self.income, self.headline, nearness(math.nan))[name])
         )
 
     # -- which start -----------------------------------------------------------------------------------------------
@@ -186,7 +187,9 @@ class Cadence:
         near = nearness(self._nearest(scheduled))
         if near == self._quiet[0] and step < self._quiet[1]:
             return tuple(fixed)
-        choice = Choice(self.paces, self.headline, near, self.budget, self.advance, self.left(step), step)
+        choice = Choice(
+            self.paces, self.headline, near, self.income, self.advance, self.left(step), step, self.step_cost
+        )  # fmt: skip
         chosen = choice.make(busy)
         self._quiet = near, choice.until
         return (*fixed, *chosen)
@@ -200,9 +203,14 @@ class Cadence:
 
     # -- the account -----------------------------------------------------------------------------------------------
 
+    @property
+    def income(self) -> float:
+        """Gradients that each step adds to the account."""
+        return self.budget * self.step_cost
+
     def left(self, step: int) -> float:
         """Return the gradients that may be spent at a step."""
-        return self.budget * (step - (step if self.origin is None else self.origin)) + self.advance - self.spent
+        return self.income * (step - (step if self.origin is None else self.origin)) + self.advance - self.spent
 
     def _nearest(self, scheduled: float) -> float:
         """Return the largest known Courant number: too early costs a measurement, too late an alarm."""
@@ -244,7 +252,7 @@ class Cadence:
                 self.paces[name].is_promised = True
                 for part, price in parts[name].items():
                     union[part] = max(union.get(part, 0.0), price)
-        self.spent += counting
+        self.spent, self.step_cost = self.spent + counting, step_cost
         self.advance = max(self.advance, ADVANCE * step_cost, sum(union.values()) + counting)
         if self._asked is not None:
             step, scheduled, names = self._asked
@@ -280,7 +288,8 @@ class Cadence:
     def state_dict(self) -> dict[str, Any]:
         """Return numbers and names only."""
         return {
-            "origin": self.origin, "spent": self.spent, "advance": self.advance, "readings": list(self._readings),
+            "origin": self.origin, "spent": self.spent, "advance": self.advance, "step_cost": self.step_cost,
+            "readings": list(self._readings),
             "observed": self._observed, "paces": {name: pace.state_dict() for name, pace in self.paces.items()},
         }  # fmt: skip
 
@@ -291,6 +300,7 @@ class Cadence:
         """
         self._forget_quiet()
         self.origin, self.spent, self.advance = state["origin"], state["spent"], state["advance"]
+        self.step_cost = state["step_cost"]
         self._readings, self._asked, self._observed = list(state["readings"]), None, state["observed"]
         for name, pace in self.paces.items():
             saved = Pace()

@@ -22,10 +22,11 @@ class Choice:
         paces: of all quantities that are measured, by name.
         headline: name of the quantity of the headline number; None without one.
         near: nearness to the edge of stability.
-        budget: gradients that each step adds to the account.
+        income: gradients that each step adds to the account.
         advance: gradients with which the account began.
         left: gradients in the account.
         step: number of the optimizer step.
+        step_cost: gradients that a step of training takes.
 
     Attributes:
         until: step before which nothing else is due, as long as nothing changes.
@@ -36,15 +37,16 @@ class Choice:
         paces: Mapping[str, Pace],
         headline: str | None,
         near: float,
-        budget: float,
+        income: float,
         advance: float,
         left: float,
         step: int,
+        step_cost: float,
     ):
         self.paces = {name: pace for name, pace in paces.items() if pace.every_n_steps is None}
         self.headline = headline if headline in self.paces else None
-        self.near, self.budget, self.advance, self.step = near, budget, advance, step
-        self.account, self.rates = Spending(left), rates(paces, budget, headline, near)
+        self.near, self.income, self.advance, self.step = near, income, advance, step
+        self.account, self.rates = Spending(left), rates(paces, income, headline, near, step_cost=step_cost)
         self.until = -math.inf
 
     def make(self, busy: Collection[str]) -> list[str]:
@@ -83,7 +85,7 @@ class Choice:
 
     def _waits(self, name: str) -> bool:
         """Return whether a measurement is made only beside one of the headline number, which comes more often."""
-        if name == self.headline or self.headline is None:
+        if name == self.headline or self.headline is None or self.paces[name].started is None:
             return False
         leader = self.paces[self.headline]
         is_led = leader.started is not None and leader.postponed is None
@@ -107,7 +109,7 @@ class Choice:
         # What it must leave to the others becomes less at the first two of these steps.
         start = self.step if pace.started is None else pace.started
         again = start + math.ceil(self._period(name)), start + pace.doubling
-        return min([self.step + math.ceil(missing / self.budget), *(step for step in again if step > self.step)])
+        return min([self.step + math.ceil(missing / self.income), *(step for step in again if step > self.step)])
 
     def _kept(self, name: str) -> float:
         """Return the gradients that a quantity must leave in the account.
@@ -119,9 +121,9 @@ class Choice:
         if pace.is_promised and pace.started is None:
             return 0.0
         is_early = pace.started is not None and self.step - pace.started < self._period(name) * (1 - 1e-9)
-        if name == self.headline and pace.started is not None and pace.early(self._period(name)):
-            # The others have left it the advance for its first readings.
-            is_early = is_early and self.step - pace.started < pace.doubling
+        if name == self.headline and pace.early(self._period(name)):
+            # Failing runs fail early: its first readings come before the first ones of the others.
+            is_early = is_early and self.step - (pace.started or 0) < pace.doubling
         for other, theirs in self.paces.items():
             if other == name or theirs.parts is None:
                 continue

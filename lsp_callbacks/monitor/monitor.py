@@ -35,10 +35,11 @@ class Monitor:
             ``{"spectral_norm": 500}``, while the others keep to the budget; None derives all from ``budget``, each at
             its own pace, see `Cadence`.
         budget: gradients spent on measuring, as a share of those spent on training, by the quantities' own cost model.
-            Beside it there is an advance of 12 gradients for the first readings, or of one measurement of what was
-            named, if that is more.
+            Beside it there is an advance of 15 training steps for the first readings, or of one measurement of what
+            was named, if that is more.
         named: names of the quantities that the user asked for; the others may be skipped with a warning, and are
-            where one measurement costs more than 20 gradients (see `Quantity.limit_cost`) and has no pace of its own.
+            where one measurement costs more than 20 training steps (see `Quantity.limit_cost`), unless they have a
+            pace of their own.
         strict: raise where a measurement fails, instead of recording NaN.
         max_memory: bytes, or "2GB", that a measurement may take beside training. It is predicted before the first one,
             by one more forward pass; what would take more is skipped. None is what is free on a CUDA device at the

@@ -30,24 +30,27 @@ def nearness(courant: float) -> float:
     return math.floor(8 * max(0.0, min(1.0, (courant - FAR) / (NEAR - FAR)))) / 8
 
 
-def rates(paces: Mapping[str, Pace], budget: float, headline: str | None, near: float) -> dict[str, float]:
+def rates(
+    paces: Mapping[str, Pace], income: float, headline: str | None, near: float, *, step_cost: float = 1.0
+) -> dict[str, float]:
     """Return the gradients that each quantity without a fixed pace may spend at each step.
 
     Args:
         paces: of all quantities that are measured, by name.
-        budget: gradients at each step, for all of them.
+        income: gradients at each step, for all of them.
         headline: name of the quantity that has at least `HEADLINE` of it, as far as it can use that: far from the edge
             one measurement in ``1 / budget`` steps is enough.
         near: a `nearness`.
+        step_cost: gradients that a step of training takes.
     """
     weights = {name: pace.weight for name, pace in paces.items() if pace.every_n_steps is None}
     total = sum(weights.values())
     if headline not in weights:
-        return {name: budget * weight / total for name, weight in weights.items()}
+        return {name: income * weight / total for name, weight in weights.items()}
     others = total - weights[headline]
     share = max(HEADLINE, weights[headline] / total) if others else 1.0
     if near >= 0:
-        price = paces[headline].price or share
+        price = paces[headline].price / step_cost or share
         share = (1 - near) * min(share, price) + near * (share + TAKEN * (1 - share))
-    rest = {name: budget * (1 - share) * weight / others for name, weight in weights.items() if name != headline}
-    return rest | {headline: budget * share}
+    rest = {name: income * (1 - share) * weight / others for name, weight in weights.items() if name != headline}
+    return rest | {headline: income * share}

@@ -139,7 +139,7 @@ def test_the_first_step_is_measured_and_the_budget_says_when_the_next():
     steps = monitor.history[COURANT].steps
     assert steps[0] == 0 and len(steps) > 5
     assert {b - a for a, b in pairwise(steps) if a > 200} <= {math.ceil(gap) for gap in far}
-    assert 0.5 * account.budget * 600 < account.spent <= account.budget * 600 + account.advance
+    assert 0.5 * account.income * 600 < account.spent <= account.income * 600 + account.advance
     assert trainer.callback_metrics["stability/age"] == 599 - max(c.steps[-1] for c in monitor.history.values())
     assert 0 < trainer.callback_metrics["stability/overhead"] < 1 and 0 < monitor.overhead < 1
 

@@ -169,7 +169,7 @@ def test_what_spends_gradients_on_the_same_meets():
     """Beside the first, the second costs 1 of 5: it is measured nearly as often, for a third of the budget."""
     costs = {"edge": {"edge": 4.0, "a": 1.0}, "exponent": {"edge": 4.0, "b": 1.0}}
     found = paced(costs, lambda step: math.nan, steps=3000)
-    assert {*found["exponent"]} <= {*found["edge"]} and len(found["exponent"]) > 0.7 * len(found["edge"])
+    assert {*found["exponent"][1:]} <= {*found["edge"]} and len(found["exponent"]) > 0.7 * len(found["edge"])
 
 
 def test_all_are_measured_beside_the_headline_number():
@@ -230,9 +230,10 @@ def test_the_first_answer_for_a_step_stands():
     cadence.headline = "a"
     assert cadence.starting(0) == ("a",)
     cadence.observed(0), cadence.priced({"a": {"pass": 1.0}}), cadence.started(0, ["a"])
-    assert cadence.starting(1) == ("a",) and cadence.starting(1, scheduled=0.0) == ("a",)
-    cadence.observed(1), cadence.started(1, ["a"])
-    assert not cadence.starting(2 + 1, scheduled=math.nan) or cadence.starting(3, scheduled=0.9)
+    cadence.observed(20), cadence.started(20, ["a"])
+    assert cadence.starting(24, scheduled=0.9) == cadence.starting(24) == ("a",)
+    cadence.observed(24), cadence.started(24, ["a"])
+    assert not cadence.starting(28) and not cadence.starting(28, scheduled=0.9)
 
 
 def test_a_step_that_is_not_taken_is_made_up_for():
@@ -305,7 +306,7 @@ def test_the_trainer_resumes_the_schedule_of_measurements(tmp_path):
     near = [gap for gap, step in zip(gaps, steps) if step > 250]
     assert sum(near) / len(near) < sum(far) / len(far)
     account = whole.monitor.cadence
-    assert account.spent <= account.budget * (330 - steps[0]) + account.advance
+    assert account.spent <= account.income * (330 - steps[0]) + account.advance
     own, expected = (run.monitor.cadence.state_dict() for run in (resumed, whole))
     del own["readings"], expected["readings"]  # a resumed run has lost its warm starts
     assert own == expected
@@ -320,9 +321,9 @@ def data_in_order():
 @pytest.mark.parametrize(
     "before, after, expected",
     [
-        ({"every_n_steps": 10}, {"budget": 0.1}, [25, 26, 27, 29, 33, 41]),  # the cost is not known: it begins anew
+        ({"every_n_steps": 10}, {"budget": 0.1}, [25, 26, 27, 29, 32, 35]),  # the cost is not known: it begins anew
         ({"budget": 0.1}, {"every_n_steps": 7}, [28, 35, 42, 49]),
-        ({"budget": 0.1}, {"budget": 0.05}, [32, 52]),  # the next one of its first readings, then its new period
+        ({"budget": 0.1}, {"budget": 0.05}, [28, 34, 40]),  # the next one of its first readings, then its new period
     ],
 )
 def test_another_cadence_may_go_on(before, after, expected):
@@ -332,4 +333,4 @@ def test_another_cadence_may_go_on(before, after, expected):
     second.load_state_dict(round_trip(first.state_dict()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert starts(second, 26 if "budget" not in before or "budget" not in after else 40, 25) == expected
+        assert starts(second, 26, 25)[: len(expected)] == expected

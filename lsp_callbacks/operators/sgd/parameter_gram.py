@@ -59,14 +59,14 @@ class ParameterGram:
             return _outer_gram(Outer.joined([pair for pair in outer if pair]), root)
         if len(self.parts) == 1 and (split := _tied(self.parts[0].uses)) is not None:
             return _table_gram(*split, root, memory)
-        return self._dense(root.reshape(-1), memory, entries)
+        return self._dense(root, memory, entries)
 
     def _dense(self, root: Tensor, memory: int, entries: int) -> Tensor:
         blocks = [(part, lo, hi) for part in self.parts for lo, hi in _ranges(part, memory, entries)]
 
         def rows(part: Part, lo: int, hi: int) -> Tensor:
             gradients = wide(part.gradients(lo, hi)).flatten(0, 1)
-            return gradients if len(root) == 1 else gradients * root
+            return gradients * root.reshape(-1) if root.ndim else gradients
 
         table: list[list[Tensor]] = [[] for _ in blocks]
         for i, block in enumerate(blocks):
