@@ -16,7 +16,7 @@ SMOOTHING, INITIAL = 30, 5
 #: once a data set is memorised, a rise of 25 % is noise.
 RISE, SHARE = 0.25, 0.15
 #: The run is lost when in three quarters of the last 200 steps its loss was above the loss at the start by this many
-#: times the size of that: a run may recover from an explosion of a hundred steps (``benchmarks/rate_too_high.py``).
+#: times the size of that: a run may recover from an explosion of a hundred steps (``benchmarks/two_populations.py``).
 LOST, LOST_STEPS, LOST_SHARE = 2.0, 200, 0.75
 #: The loss has not fallen while it is above this share of the loss at the start.
 FALLEN = 0.95
