@@ -11,7 +11,7 @@ from problems import Quadratic, close, f64, freeze, random, symmetric, take
 
 from lsp_callbacks import Lyapunov, Sharpness
 from lsp_callbacks.linalg import from_matrix, lanczos, spectrum_bounds
-from lsp_callbacks.operators.curvature.finite_differences import Differences, Untrusted
+from lsp_callbacks.operators.curvature.finite_differences import LEAST, Differences, Untrusted
 from lsp_callbacks.operators.curvature.hessian import path_taken
 from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold
 from lsp_callbacks.operators.curvature.top_eigenvalue import top_eigenvalue
@@ -147,6 +147,30 @@ def test_differences_stay_in_the_bar_where_exact_products_have_taken_over(monkey
     assert 0.99 * least <= found.upper / found.value - 1 <= 2 * least
     later = top_eigenvalue(snapshot, steps=39, tol=1e-12)  # all of its products are exact
     assert later.upper / later.value - 1 <= 1e-3 * least
+
+
+def test_differences_stay_in_the_bounds_of_the_exponent_where_the_last_step_took_exact_products(monkeypatch):
+    """The window has one difference and one exact product; the alignment, at the first step, is exact."""
+    product, least = Differences.product, 2 * LEAST * torch.finfo(f64).eps ** 0.5
+
+    def width(steps_with_differences):
+        problem, metric = Quadratic(sharp(8, 2.0, seed=3)), Lyapunov(window=2, method="auto")
+        optimizer, taken = torch.optim.SGD(problem.parameters(), lr=0.1), []
+        for step in range(3):
+
+            def trusted_at_times(self, v, step=step):
+                if step not in steps_with_differences:
+                    raise Untrusted("a kink")
+                taken.append(step)
+                return product(self, v)
+
+            monkeypatch.setattr(Differences, "product", trusted_at_times)
+            metric.update(freeze(problem, optimizer, step=step))
+        assert taken == list(steps_with_differences) and len(metric.spans) == 1
+        return float(metric.spans[0, 1] - metric.spans[0, 0])
+
+    assert width([1]) >= 0.99 * least and width([2]) >= 0.99 * least
+    assert width([]) <= 1e-3 * least
 
 
 def test_a_courant_number_that_is_not_told_has_no_error_bar():

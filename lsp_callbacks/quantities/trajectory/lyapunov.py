@@ -14,7 +14,7 @@ from lsp_callbacks.functional.trajectory.lyapunov import exponent_bounds, window
 from lsp_callbacks.functional.trajectory.statistics import student_bounds
 from lsp_callbacks.operators.cost import beside, products
 from lsp_callbacks.operators.curvature.finite_differences import LEAST
-from lsp_callbacks.operators.curvature.hessian import Method, path_taken, resolved
+from lsp_callbacks.operators.curvature.hessian import Method, path_taken, products_so_far, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.memory import footprint
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
@@ -127,18 +127,23 @@ class Lyapunov(Windowed):
                 "rest": None,
                 "maps": [],
                 "curvatures": [],
+                "rough": False,
                 "step": snapshot.step,
             }
             return
         frame = self._frame
         assert self._mode is not None
         plane = {name: frame[name] for name in ("root", "buffer_scale", "rest", "method")}
+        taken = products_so_far(snapshot)
+        before = taken.taken
         step = step_on_plane(snapshot, self._mode, **plane)
+        rough = frame["rough"] or taken.taken > before  # a difference in any step, whichever path the last one took
         self._path = path_taken(snapshot, frame["method"])
         maps, curvatures = [*frame["maps"], step.whole], [*frame["curvatures"], step.curvature]
         rest = step.rest
         if len(maps) < self.window:
-            self._frame = frame | {"maps": maps, "curvatures": curvatures, "rest": rest, "step": snapshot.step}
+            window = {"maps": maps, "curvatures": curvatures, "rest": rest, "rough": rough, "step": snapshot.step}
+            self._frame = frame | window
             return
         self._frame = {}
         remembers = bool(rest.any())
@@ -152,7 +157,7 @@ class Lyapunov(Windowed):
         least, most = exponent_bounds(maps, curvatures, frame["below"], frame["above"], rest=remembers)
         # Rounding of the steps themselves, for any curvature.
         eps = torch.finfo(self._mode.dtype).eps
-        rounding = LEAST * eps**0.5 if self._path.startswith("finite difference") else 16 * eps
+        rounding = LEAST * eps**0.5 if rough else 16 * eps
         span = (least - rounding, most + rounding)
         self.windows = torch.cat([self.windows, scalar(exponent)[None]])[-self.average :]
         self.spans = torch.cat([self.spans, torch.tensor([span], dtype=torch.float64)])[-self.average :]
