@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -14,15 +13,15 @@ from lsp_callbacks.operators.curvature.hessian import products_so_far
 from lsp_callbacks.operators.curvature.top_eigenvalue import Top, accuracy_of
 from lsp_callbacks.step.snapshot import Snapshot
 
-#: Products: with an earlier vector, at most, and without one. So many parameters are measured to the end.
-WARM, MOST, COLD, FEW = 2, 3, 4, 12
+#: Products: with an earlier vector, without one, and at most. So many parameters are measured to the end.
+WARM, COLD, MOST, FEW = 2, 4, 4, 12
 #: Norm of the noise in a start, in units of that of the earlier vector, or of the gradient.
 NOISE = 0.1
-#: The error bar: this many times the sum of the gain, shares of what is hidden behind an overlap and of the fall, and a
-#: least number; chosen on seed 0 of ``benchmarks/sharpness_error_bars.py``.
-WIDTH, HIDDEN, OVERLAP, FALL, LEAST = 2.0, 0.12, 0.05, 0.1, 0.015
-#: Fall below recent values (its logarithm) from which on a further product is taken.
-FALLEN = 0.15
+#: The error bar: multiples of the gain, of what is hidden behind an overlap, of the turn and of the fall, and a least
+#: number. Chosen, as the next is, on seeds of ``benchmarks/sharpness_error_bars.py`` that no table is of.
+GAIN, HIDDEN, OVERLAP, TURN, FALL, LEAST = 1.5, 0.33, 0.05, 0.1, 0.5, 0.02
+#: Error bar from which on a further product is taken.
+WIDE = 0.65
 #: How many earlier values are compared.
 RECENT = 3
 #: Random numbers that are repeated, with random signs, to form noise.
@@ -37,13 +36,17 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
     is. The next start is its vector, which holds a third direction that cost no product: a power iteration that goes on
     from step to step and also finds modes that have newly become sharp.
 
-    The error bar is an estimate, too: ``2 (gain + 12 % of hidden + 10 % of fall + 1.5 %)``. Gain is by how much the
-    rule exceeds the Ritz value, relatively; hidden is how far above the value an eigenvalue may be whose eigenvector
-    has an overlap of 5 % with the start (`lsp_callbacks.linalg.TopNode`); fall is the logarithm of how far the value
-    lies below the median of the last ones, as a low reading may have missed the sharpest mode. The form follows from
-    what can go wrong; its numbers were chosen such that it holds along ten runs, see
+    The error bar is an estimate, too: ``1.5 gain + 33 % of hidden + 10 % of turn + 50 % of fall + 2 %``. Gain is by how
+    much the rule exceeds the Ritz value, relatively. Hidden is how far above the value an eigenvalue may be whose
+    eigenvector has an overlap of 5 % with the start (`lsp_callbacks.linalg.TopNode`). Turn is how far the quotient of
+    the start lies below the value, relatively: another mode than the earlier one has become the sharpest, and there may
+    be a third. Fall is the logarithm of how far the value lies below the highest of the last three: from one mini-batch
+    to the next sharpness often halves or doubles, and a low reading may also have missed the mode that is still there.
+    While the bar exceeds 65 %, a third and a fourth product are taken.
+
+    The form follows from what can go wrong; its numbers were chosen such that it holds along ten runs, see
     ``benchmarks/sharpness_error_bars.md``. Nothing follows for a single step: a bound that does is that of
-    `top_eigenvalue`, at three times the cost. Where the value has fallen by 14 % or more, a third product is taken.
+    `top_eigenvalue`, at three times the cost.
 
     Args:
         operator: symmetric: the Hessian of the step's loss, or that behind a preconditioner.
@@ -58,11 +61,11 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
     start = start if fits else None
     steps = n if n <= FEW else WARM if fits else COLD
 
-    early: list[Tensor] = []  # values of fewer products are lower: only those of as many are compared
+    early: list[Tensor] = []  # values of fewer products are lower: only those of as many are told to the next step
 
     def enough(node: TopNode) -> bool:
         early.append(node.value)
-        return node.products >= steps and (node.products > WARM or _fall(early[0], recent) <= FALLEN)
+        return node.products >= steps and _bar(node, recent) <= WIDE
 
     products = products_so_far(snapshot)
     before = products.taken
@@ -73,27 +76,29 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
     accuracy = accuracy_of(snapshot, operator.dtype, products.taken > before) * node.scale
     error = accuracy
     if not node.complete:
-        error = torch.maximum(accuracy, _bar(node, _fall(first, recent)) * node.value.abs())
+        error = torch.maximum(accuracy, _bar(node, recent) * node.value.abs())
     return Top(node.value, node.vector, error, accuracy, error + node.value - node.least, node.products, first)
 
 
 def products_taken(n: int, warm: bool) -> int:
-    """Return how many products `followed_top` takes on n parameters, where the value has not fallen."""
+    """Return how many products `followed_top` takes on n parameters, where the error bar is not wide."""
     return n if n <= FEW else WARM if warm else COLD
 
 
-def _bar(node: TopNode, fall: float) -> float:
+def _bar(node: TopNode, recent: Sequence[float]) -> float:
     """Return the relative error bar of an estimate."""
     size = node.value.abs().clamp_min(torch.finfo(torch.float64).tiny)
-    return WIDTH * float(node.gain + HIDDEN * node.hidden(OVERLAP) / size + FALL * fall + LEAST)
+    turn = (node.value - node.recurrence[0, 0]).clamp_min(0.0)
+    beside = (HIDDEN * node.hidden(OVERLAP) + TURN * turn) / size
+    return float(GAIN * node.gain + beside + FALL * _fall(node.value, recent) + LEAST)
 
 
 def _fall(value: Tensor, recent: Sequence[float]) -> float:
-    """Return the logarithm of how far an estimate lies below the median of earlier values; 0 if it does not."""
-    positive = [other for other in recent[-RECENT:] if other > 0]
-    if not positive or not float(value) > 0:
+    """Return the logarithm of how far an estimate lies below the highest of the last values; 0 if it does not."""
+    highest = max(recent[-RECENT:], default=0.0)
+    if not (highest > 0 and float(value) > 0):
         return 0.0
-    return max(0.0, math.log(median(positive) / float(value)))
+    return max(0.0, math.log(highest / float(value)))
 
 
 def _mixed(snapshot: Snapshot, operator: LinearOperator, start: Tensor | None) -> Tensor:

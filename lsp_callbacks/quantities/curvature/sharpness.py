@@ -130,9 +130,9 @@ class Sharpness(Quantity):
     Raises:
         Unmeasurable: with several players, if one of them does not step for a long time.
 
-    Cost: two products, shared with the exponent, three where the value has fallen, four at the first reading: 3.5
-    gradients by differences on a large MLP and 2.5 on a transformer, 5.4 by exact products. With rates that differ, as
-    with every preconditioner, H has products of its own, and the coming preconditioner takes 1.7: 9.8.
+    Cost: two products, shared with the exponent, a third or a fourth where the error bar is wide, four at the first
+    reading: 3.5 gradients by differences on a large MLP and 2.5 on a transformer, 5.4 by exact products. With rates
+    that differ, as with every preconditioner, H has products of its own, and the coming preconditioner takes 1.7: 9.8.
 
     Source: Cohen et al. 2021, 2022; docs/theory.md, section Edges of stability.
 
