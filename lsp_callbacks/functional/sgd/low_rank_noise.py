@@ -42,7 +42,7 @@ def top_by_noise(
             terms = squares / left
             f, slope = float(terms.sum()), float(terms.mul_(source).div_(left).sum())
             rise = f * (f - 1) / slope if slope > 0 else float("nan")
-            if not rise > 1e-2 * tol * x:
+            if not rise > 0.1 * tol * x:
                 break
             x += rise
         if not (slope > 0 and x > 0 and f < float("inf")):

@@ -86,7 +86,6 @@ def _top_against(modes: Modes, batch_size: int, replacement: bool, population: i
         modes: of `reduced_modes`.
         batch_size, replacement, population, decay: as in `second_moment`.
     """
-    d = second_moment(modes, batch_size, replacement, population, weight_decay=decay)
     p, tied, diagonal = _weights(modes, batch_size, replacement, population, decay)
     chance = 1.0 if modes.chance is None else modes.chance.to(modes.factor)
     low_rank = modes.factor.shape[1] == 1 and p > 0 and not tied
@@ -98,7 +97,7 @@ def _top_against(modes: Modes, batch_size: int, replacement: bool, population: i
             pair = top_by_noise(rows, source, fixed, tol)
             if pair is not None:
                 return pair
-        root = source.rsqrt()
+        d, root = second_moment(modes, batch_size, replacement, population, weight_decay=decay), source.rsqrt()
         shift = None if rest is None else -rest * root**2
 
         def scaled(x: Tensor) -> Tensor:
