@@ -20,6 +20,7 @@ from lsp_callbacks import (
     LyapunovTrajectory,
     ResidualCFL,
     SGDStability,
+    Sharpness,
     SpectralNorm,
     StabilityMonitor,
     StopOnInstability,
@@ -536,8 +537,8 @@ def test_the_numbers_are_those_of_dense_matrices(rule, monkeypatch):
     from lsp_callbacks.quantities.curvature import sharpness as settings
 
     # Lanczos to the end: what is tested is which step, rate, batch and state were measured.
-    monkeypatch.setattr(settings, "TOLERANCE", 1e-9), monkeypatch.setattr(settings, "WARM", 60)
-    monkeypatch.setattr(settings, "COLD", 60)
+    for name, value in (("_TOLERANCE", 1e-9), ("_BOUNDED_WARM", 60), ("_BOUNDED_COLD", 60)):
+        monkeypatch.setattr(settings, name, value)
     make, scheduler = RULES[rule]
 
     class Double(Scheduled):
@@ -551,7 +552,8 @@ def test_the_numbers_are_those_of_dense_matrices(rule, monkeypatch):
     torch.manual_seed(0)
     model = Double(nn.Sequential(nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 3))).double()
     rows, witness, window = Rows(), Witness(), 3
-    monitor = StabilityMonitor(["sharpness", "lyapunov"], every_n_steps=2, window=window, average=1)
+    quantities = [Sharpness(bounded=True), "lyapunov"]
+    monitor = StabilityMonitor(quantities, every_n_steps=2, window=window, average=1)
     fit(model, witness, monitor, loader=data(dtype=torch.float64), logger=rows, max_steps=9)
 
     options = make([torch.zeros(1, requires_grad=True)]).defaults
