@@ -128,7 +128,7 @@ def test_stock_callbacks_find_their_key(tmp_path):
     monitor = StabilityMonitor(every_n_steps=1)
     fit(Model(), stop, save, monitor, loader=data(), max_epochs=2, max_steps=-1, enable_checkpointing=True)
     values = dict(zip(monitor.history[COURANT].steps, monitor.history[COURANT].values))
-    assert list(values) == [*range(5, 12)]  # from when all samples have been seen
+    assert list(values) == [*range(12)]
     assert stop.best_score == pytest.approx(min(values[5], values[11])) == save.best_model_score
 
 
@@ -370,11 +370,12 @@ def test_other_precisions(precision, kind, monkeypatch):
     from lsp_callbacks.quantities.curvature import sharpness as lanczos
 
     # Lanczos to its end: it starts from other noise in each precision, which is no part of what is compared.
-    monkeypatch.setattr(lanczos, "TOLERANCE", 1e-3), monkeypatch.setattr(lanczos, "WARM", 40)
-    monkeypatch.setattr(lanczos, "COLD", 40)
+    for name, value in (("_TOLERANCE", 1e-3), ("_BOUNDED_WARM", 40), ("_BOUNDED_COLD", 40)):
+        monkeypatch.setattr(lanczos, name, value)
+    quantities = [Sharpness(bounded=True), "mean_square_stability", "lyapunov", "spectral_norm"]
     found = []
     for model, settings in ((Model, {}), (kind, {"precision": precision})):
-        monitor = StabilityMonitor(every_n_steps=1, window=2)
+        monitor = StabilityMonitor(quantities, every_n_steps=1, window=2)
         fit(model, monitor, max_steps=3, **settings)
         found.append([monitor.history[key].values for key in (SHARPNESS, LYAPUNOV, NORM)])
     for a, b in zip(*found):
