@@ -181,6 +181,6 @@ def _arguments(training_step: Callable, batch: Any, batch_idx: int) -> list[Any]
     return [batch, batch_idx] if takes_any or len(parameters) > 1 else [batch]
 
 
-def _fetches(training_step: Callable) -> bool:
+def _fetches(training_step: Any) -> bool:
     """Return whether it takes the batches themselves from the loader."""
     return "dataloader_iter" in inspect.signature(training_step).parameters

@@ -377,7 +377,7 @@ def test_other_precisions(precision, kind, monkeypatch):
     for model, settings in ((Model, {}), (kind, {"precision": precision})):
         monitor = StabilityMonitor(quantities, every_n_steps=1, window=2)
         fit(model, monitor, max_steps=3, **settings)
-        found.append([monitor.history[key].values for key in (SHARPNESS, LYAPUNOV, NORM)])
+        found.append([monitor.history[key].values for key in (SHARPNESS, COURANT, LYAPUNOV, NORM)])
     for a, b in zip(*found):
         assert a == pytest.approx(b, rel=0.05)
 
