@@ -138,9 +138,9 @@ def mean_square_lr(
     Returns:
         The rate; inf for a collapsed network (rank 0) or where nothing pushes (``dampening = 1``).
 
-    Cost: 10 to 60 products with `second_moment`; at a tolerance above 1e-3, with one output a sample, some 5 to 10 steps of
-    `top_by_noise`. Source: Mulayoff & Michaeli 2024 for plain SGD; docs/theory.md,
-    section The exponent of SGD, frozen at the weights.
+    Cost: 10 to 60 products with `second_moment`; at a tolerance above 1e-3, with one output a sample, some 5 to 10 steps
+    of `top_by_noise`. Source: Mulayoff & Michaeli 2024 for plain SGD; docs/theory.md, section The exponent of SGD,
+    frozen at the weights.
     """
     modes, rule, unit = in_units(modes, rule)
     top = _top_against(modes, batch_size, replacement, population, rule.weight_decay)
