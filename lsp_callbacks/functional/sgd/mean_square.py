@@ -138,7 +138,7 @@ def mean_square_lr(
     Returns:
         The rate; inf for a collapsed network (rank 0) or where nothing pushes (``dampening = 1``).
 
-    Cost: 10 to 60 products with `second_moment`; at a tolerance above 1e-3, with one output a sample, some 5 to 10 steps
+    Cost: 10 to 60 products with `second_moment`; at a tolerance above 1e-3, with one output a sample, 5 to 10 steps
     of `top_by_noise`. Source: Mulayoff & Michaeli 2024 for plain SGD; docs/theory.md, section The exponent of SGD,
     frozen at the weights.
     """
