@@ -23,7 +23,8 @@ MONITOR = (
 )  # fmt: skip
 STOP = ("monitor", "threshold", "patience", "min_steps", "confirm", "limit")
 QUANTITIES = {
-    "sharpness": ("method",),
+    "sharpness": ("method", "bounded"),
+    "courant_step": ("readings", "check_every"),
     "spectral_norm": (),
     "residual_cfl": ("samples", "h"),
     "mean_square_stability": ("rows", "outputs", "replacement", "most_rows"),

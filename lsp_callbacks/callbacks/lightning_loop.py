@@ -24,6 +24,8 @@ from lsp_callbacks.step.pending_step import LossFn, PendingStep
 from lsp_callbacks.step.run_context import Prox
 from lsp_callbacks.step.step_loss import loss_of
 
+_FETCHES = "training_step(dataloader_iter) fetches a batch of its own, which cannot be replayed"
+
 
 class LightningLoop(TrainingLoop):
     """A run of Lightning's `Trainer`.
@@ -58,6 +60,7 @@ class LightningLoop(TrainingLoop):
         run = run_context(trainer, module, monitor, loss_fn=loss_fn, prox=prox, seed=seed)
         super().__init__(module, run)
         self.trainer, self._loss_fn = trainer, None if isinstance(loss_fn, Mapping) else loss_fn
+        self._replays_training_step = loss_fn is None
         # The user's own function rounds in other places than the step.
         self._tolerance = 0.0 if loss_fn is None else 1e-4
         self._sub_batch, self._accumulate = sub_batch, accumulate
@@ -82,7 +85,7 @@ class LightningLoop(TrainingLoop):
     def new_step(self, *, is_shared: bool = True) -> PendingStep:
         trainer, self._clipped = self.trainer, []
         muted = MutedTrainer(trainer)  # which keeps the number of the step
-        return PendingStep(
+        step = PendingStep(
             self.module,
             shared=[muted] if trainer.datamodule is None else [muted, trainer.datamodule],
             prepare=lambda module_copy: mute(module_copy, muted),
@@ -91,6 +94,9 @@ class LightningLoop(TrainingLoop):
             run=self.run if is_shared else None,
             takes_buffers=getattr(trainer.strategy.model, "will_sync_module_buffers", bool)(),
         )
+        if self._replays_training_step and _fetches(self.module.training_step):
+            step.failure = Unmeasurable(_FETCHES)
+        return step
 
     def loss(self, batch_idx: int, player_loss: LossFn | None, module: Any, batch: Any) -> Tensor | None:
         """Return the loss of one micro-batch, as Lightning differentiates it.
@@ -168,8 +174,13 @@ class LightningLoop(TrainingLoop):
 
 def _arguments(training_step: Callable, batch: Any, batch_idx: int) -> list[Any]:
     """Return what this ``training_step`` takes."""
+    if _fetches(training_step):
+        raise Unmeasurable(_FETCHES)
     parameters = inspect.signature(training_step).parameters
-    if "dataloader_iter" in parameters:
-        raise Unmeasurable("training_step(dataloader_iter) fetches a batch of its own, which cannot be replayed")
     takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
     return [batch, batch_idx] if takes_any or len(parameters) > 1 else [batch]
+
+
+def _fetches(training_step: Any) -> bool:
+    """Return whether it takes the batches themselves from the loader."""
+    return "dataloader_iter" in inspect.signature(training_step).parameters

@@ -33,6 +33,7 @@ def completed_after_update(monitor: Monitor, *, is_own: bool = True) -> Observat
             quantity.load_vectors({})
             failures[name] = f"{type(error).__name__}: {error}"
             values = dict.fromkeys(quantity.keys, math.nan)
+            monitor.paths.pop(name, None)
             monitor.errors.report(failures, taken.step, warn=taken.run.ranks.rank == 0)
         if values:
             completed = monitor.history.add(Observation(taken.step, {}, failures), values)

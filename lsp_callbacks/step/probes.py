@@ -178,7 +178,7 @@ class Probes:
         """
 
         def samples(rows: Callable[[int], int]) -> ProbeSet:
-            if pending.module_copy is None or not pending.parts:
+            if pending.failure is not None or pending.module_copy is None or not pending.parts:
                 raise pending.failure or AssertionError
             module = pending.module_copy.reset()
             sizes = [batch_size(part.batch) or 0 for part in pending.parts]

@@ -26,7 +26,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lsp_callbacks import StabilityMonitor, StopOnInstability
+from lsp_callbacks import Sharpness, StabilityMonitor, StopOnInstability
 from lsp_callbacks.callbacks.lr_forecast import Schedule
 from lsp_callbacks.cli.diagram import examine
 from lsp_callbacks.step.flat import largest_learning_rate
@@ -99,9 +99,9 @@ class Before(Callback):
 def test_a_short_last_window_is_divided_as_the_others(monkeypatch):
     from lsp_callbacks.quantities.curvature import sharpness as settings
 
-    monkeypatch.setattr(settings, "TOLERANCE", 1e-9), monkeypatch.setattr(settings, "WARM", 80)
-    monkeypatch.setattr(settings, "COLD", 80)
-    before, monitor = Before(), StabilityMonitor(["sharpness"], every_n_steps=1)
+    for name, value in (("_TOLERANCE", 1e-9), ("_BOUNDED_WARM", 80), ("_BOUNDED_COLD", 80)):
+        monkeypatch.setattr(settings, name, value)
+    before, monitor = Before(), StabilityMonitor([Sharpness(bounded=True)], every_n_steps=1)
     net = nn.Linear(6, 3).double()
     loader = data(shuffle=False, dtype=torch.float64)
     fit(Model(net), before, monitor, loader=loader, accumulate_grad_batches=4, max_steps=4)

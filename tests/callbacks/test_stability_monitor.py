@@ -20,6 +20,7 @@ from lsp_callbacks import (
     LyapunovTrajectory,
     ResidualCFL,
     SGDStability,
+    Sharpness,
     SpectralNorm,
     StabilityMonitor,
     StopOnInstability,
@@ -127,7 +128,7 @@ def test_stock_callbacks_find_their_key(tmp_path):
     monitor = StabilityMonitor(every_n_steps=1)
     fit(Model(), stop, save, monitor, loader=data(), max_epochs=2, max_steps=-1, enable_checkpointing=True)
     values = dict(zip(monitor.history[COURANT].steps, monitor.history[COURANT].values))
-    assert list(values) == [*range(5, 12)]  # from when all samples have been seen
+    assert list(values) == [*range(12)]
     assert stop.best_score == pytest.approx(min(values[5], values[11])) == save.best_model_score
 
 
@@ -369,13 +370,14 @@ def test_other_precisions(precision, kind, monkeypatch):
     from lsp_callbacks.quantities.curvature import sharpness as lanczos
 
     # Lanczos to its end: it starts from other noise in each precision, which is no part of what is compared.
-    monkeypatch.setattr(lanczos, "TOLERANCE", 1e-3), monkeypatch.setattr(lanczos, "WARM", 40)
-    monkeypatch.setattr(lanczos, "COLD", 40)
+    for name, value in (("_TOLERANCE", 1e-3), ("_BOUNDED_WARM", 40), ("_BOUNDED_COLD", 40)):
+        monkeypatch.setattr(lanczos, name, value)
+    quantities = [Sharpness(bounded=True), "mean_square_stability", "lyapunov", "spectral_norm"]
     found = []
     for model, settings in ((Model, {}), (kind, {"precision": precision})):
-        monitor = StabilityMonitor(every_n_steps=1, window=2)
+        monitor = StabilityMonitor(quantities, every_n_steps=1, window=2)
         fit(model, monitor, max_steps=3, **settings)
-        found.append([monitor.history[key].values for key in (SHARPNESS, LYAPUNOV, NORM)])
+        found.append([monitor.history[key].values for key in (SHARPNESS, COURANT, LYAPUNOV, NORM)])
     for a, b in zip(*found):
         assert a == pytest.approx(b, rel=0.05)
 
@@ -536,8 +538,8 @@ def test_the_numbers_are_those_of_dense_matrices(rule, monkeypatch):
     from lsp_callbacks.quantities.curvature import sharpness as settings
 
     # Lanczos to the end: what is tested is which step, rate, batch and state were measured.
-    monkeypatch.setattr(settings, "TOLERANCE", 1e-9), monkeypatch.setattr(settings, "WARM", 60)
-    monkeypatch.setattr(settings, "COLD", 60)
+    for name, value in (("_TOLERANCE", 1e-9), ("_BOUNDED_WARM", 60), ("_BOUNDED_COLD", 60)):
+        monkeypatch.setattr(settings, name, value)
     make, scheduler = RULES[rule]
 
     class Double(Scheduled):
@@ -551,7 +553,8 @@ def test_the_numbers_are_those_of_dense_matrices(rule, monkeypatch):
     torch.manual_seed(0)
     model = Double(nn.Sequential(nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 3))).double()
     rows, witness, window = Rows(), Witness(), 3
-    monitor = StabilityMonitor(["sharpness", "lyapunov"], every_n_steps=2, window=window, average=1)
+    quantities = [Sharpness(bounded=True), "lyapunov"]
+    monitor = StabilityMonitor(quantities, every_n_steps=2, window=window, average=1)
     fit(model, witness, monitor, loader=data(dtype=torch.float64), logger=rows, max_steps=9)
 
     options = make([torch.zeros(1, requires_grad=True)]).defaults

@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import BackboneFinetuning, Callback
 from torch import nn
 from torch.nn import functional as F
 
-from lsp_callbacks import LyapunovTrajectory, StabilityMonitor
+from lsp_callbacks import LyapunovTrajectory, Sharpness, StabilityMonitor
 from lsp_callbacks.quantities.curvature import sharpness as settings
 
 SHARPNESS, LYAPUNOV, LOWER = "stability/sharpness", "stability/lyapunov", "stability/lyapunov_lower"
@@ -88,9 +88,9 @@ def run(*callbacks, optimizer=SGD, quantities=("sharpness", "lyapunov"), steps=1
     ],
 )
 def test_sharpness_is_that_of_what_is_trained(callback, sizes, optimizer, waits, monkeypatch):
-    for name, value in (("TOLERANCE", 1e-6), ("WARM", 60), ("COLD", 60)):
+    for name, value in (("_TOLERANCE", 1e-6), ("_BOUNDED_WARM", 60), ("_BOUNDED_COLD", 60)):
         monkeypatch.setattr(settings, name, value)
-    monitor, truth = run(callback(), optimizer=optimizer, quantities=["sharpness"], steps=9)
+    monitor, truth = run(callback(), optimizer=optimizer, quantities=[Sharpness(bounded=True)], steps=9)
     assert [size for size, _ in truth] == sizes
     curve = monitor.history[SHARPNESS]
     assert curve.steps == [step for step in range(9) if step not in waits]

@@ -353,11 +353,11 @@ def test_running_statistics_do_not_enter_where_training_does_not_use_them():
     for told in models[1::2]:
         told.net[2].running_mean.fill_(2.0), told.net[2].running_var.fill_(30.0)
     before = [state(m) for m in models]
-    found = [examine(trainer_of(), m, settings=Settings(probes=40), datamodule=Digits(64)) for m in models]
+    found = [examine(trainer_of(), m, settings=Settings(probes=128), datamodule=Digits(64)) for m in models]
     assert all(unchanged(m, b) for m, b in zip(models, before))
     fresh, other, frozen, strange = (one.modes.trace for one in found)
     assert fresh == other and frozen != pytest.approx(strange, rel=0.2)
-    assert [one.modes.together for one in found] == [40, 40, 1, 1]
+    assert [one.modes.together for one in found] == [64, 64, 1, 1]
 
 
 def test_both_names_of_lightning():

@@ -248,11 +248,10 @@ def test_checkpoint_copies_and_reset():
     fresh = SGDStability(4)
     fresh.load_state_dict(copy.deepcopy(state))
     assert same(fresh.compute(), quantity.compute())
-    assert same([fresh.alike, fresh.alike_since], [quantity.alike, quantity.alike_since])
     for twin in (copy.deepcopy(quantity), pickle.loads(pickle.dumps(quantity)), quantity.clone()):
         assert same(twin.compute(), quantity.compute())
         twin.reset()
-        assert float(twin.alike) == 0 and bool(twin.alike_since.isnan()) and not twin.complete
+        assert not twin.complete and bool(twin.compute()[SGD_COURANT].isnan())
     assert measured(quantity) == values  # the same step, the same numbers
     with pytest.warns(UserWarning, match="before"):
         assert all(value.isnan() for value in SGDStability(4).compute().values())
@@ -326,32 +325,20 @@ class ByHand(Model):
         return (self.net(batch[0]) - F.one_hot(batch[1], 3)).square().sum(1).mean()
 
 
-def preset(monkeypatch, **settings):
-    """The default preset, with few probes."""
-    import lsp_callbacks.quantities as package
-
-    class Few(SGDStability):
-        def __init__(self):
-            super().__init__(16, chains=4, steps=20)
-
-    monkeypatch.setitem(package.REGISTRY, "sgd_stability", Few)
-    return StabilityMonitor(every_n_steps=1, **settings)
-
-
-def test_the_headline_number_is_the_best_that_is_measured(monkeypatch, recwarn):
-    monitor = preset(monkeypatch)
+def test_the_headline_number_is_the_best_that_is_measured(recwarn):
+    monitor = StabilityMonitor([quantity(), "sharpness"], every_n_steps=1)
     fit(Model, monitor, max_steps=4)
     assert not ours(recwarn)
     assert monitor.history[SGD_COURANT].steps == [1, 2, 3] and monitor.history[GD_COURANT].steps == [0, 1, 2, 3]
     assert monitor.history[DIAL] == monitor.history[SGD_COURANT]
 
 
-def test_a_hand_written_loss_leaves_it_out_with_the_way_out(monkeypatch):
-    monitor = preset(monkeypatch)
+def test_a_hand_written_loss_leaves_it_out_with_the_way_out():
+    monitor = StabilityMonitor(every_n_steps=1)
     with pytest.warns(UserWarning) as caught:
         run = fit(ByHand, monitor, max_steps=5)
-    assert len(ours(caught)) == 1 and "sgd_stability" in ours(caught)[0] and "forward_fn" in ours(caught)[0]
-    assert run.global_step == 5 and SGD_COURANT not in monitor.history
+    assert len(ours(caught)) == 1 and "mean_square_stability" in ours(caught)[0] and "forward_fn" in ours(caught)[0]
+    assert run.global_step == 5 and "stability/courant_mean_square" not in monitor.history
     gd = dict(zip(monitor.history[GD_COURANT].steps, monitor.history[GD_COURANT].values))
     dial = dict(zip(monitor.history[DIAL].steps, monitor.history[DIAL].values))
     assert dial.items() <= gd.items() and {1, 2, 3, 4} <= dial.keys()
@@ -377,14 +364,14 @@ def test_a_hand_written_loss_of_a_named_quantity_is_nan():
     ],
     ids=["nadam", "coupled"],
 )
-def test_an_update_that_is_not_modelled(make, settings, reason, monkeypatch):
+def test_an_update_that_is_not_modelled(make, settings, reason):
     with pytest.raises(Unmeasurable, match=f"(?s)sgd_stability.*{reason}"):
         fit(make, StabilityMonitor(quantity()), **settings)
-    monitor = preset(monkeypatch)
+    monitor = StabilityMonitor(every_n_steps=1)
     with pytest.warns(UserWarning) as caught:
         fit(make, monitor, max_steps=3, **settings)
-    assert all("sgd_stability" in m for m in ours(caught) if reason in m) and ours(caught)
-    assert SGD_COURANT not in monitor.history
+    assert all("mean_square_stability" in m for m in ours(caught) if reason in m) and ours(caught)
+    assert "stability/courant_mean_square" not in monitor.history
 
 
 class Sparse(Model):
@@ -554,8 +541,8 @@ def test_what_waits_is_measured_when_it_need_not_wait_any_more(period, monkeypat
     monkeypatch.setattr(adapter, "PendingStep", counted)
     fit(Model, monitor, loader=data(n=400, batch_size=8), max_steps=50)
     sgd, gd = monitor.history[SGD_COURANT].steps, monitor.history[GD_COURANT].steps
-    assert sgd[0] == 7 and set(sgd) - {7} == {step for step in gd if step > 7}
-    assert gd[0] == 0 and (period is None or gd == [0, 20, 40])
+    assert sgd[0] == 7 and gd[0] == 0 and len(sgd) > 2 and len(gd) > 2
+    assert period is None or (sgd[1:] == gd[1:] == [20, 40])  # otherwise each has a pace of its own
     assert set(kept) <= {*sgd, *gd}
 
 

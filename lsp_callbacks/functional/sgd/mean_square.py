@@ -8,11 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lsp_callbacks.functional.sgd.low_rank_noise import top_by_noise
 from lsp_callbacks.functional.sgd.modes import PLAIN, Modes, UpdateRule, drawn_from, in_units
 
 #: Tolerance of the first eigenvalues of a search.
 LOOSE = 1e-3
 Superoperator = Callable[[Tensor], Tensor]
+TopAgainst = Callable[[Tensor, "Tensor | None", Tensor, float], tuple[float, Tensor]]
 
 
 def second_moment(
@@ -36,18 +38,12 @@ def second_moment(
     Cost: ``O(N outputs r^2)`` a product. Source: Mulayoff & Michaeli 2024; docs/theory.md, section The exponent of SGD,
     frozen at the weights.
     """
-    total = drawn_from(modes.samples, batch_size, population)
-    p = 1 / batch_size if replacement else (total - batch_size) / (batch_size * max(total - 1, 1))
+    p, tied, diagonal = _weights(modes, batch_size, replacement, population, weight_decay)
     n, outputs, r = modes.factor.shape
-    rows, h, tied = modes.factor.flatten(0, 1), modes.curvatures, 0.0
+    rows = modes.factor.flatten(0, 1)
     # What a sample stands for is in the square of its row: its fourth power would hold it twice.
     push = rows if modes.chance is None else (modes.factor * modes.chance[..., None].to(rows)).flatten(0, 1)
     whole = modes.factor.reshape(n // modes.together, modes.together * outputs, r)
-    if modes.together > 1:
-        groups, share = modes.shares(batch_size)
-        p, tied = p * share, p * (batch_size / groups - share)
-    # Everything that is elementwise: (1 - p) h_i h_j + wd (h_i + h_j) + wd^2.
-    diagonal = (h + weight_decay)[:, None] * (h + weight_decay) - (p + tied) * h[:, None] * h
 
     def apply(x: Tensor) -> Tensor:
         if not p and not tied:
@@ -65,6 +61,53 @@ def second_moment(
         return torch.addmm(diagonal * x, rows.mT, weighted, alpha=p / n)
 
     return apply
+
+
+def _weights(
+    modes: Modes, batch_size: int, replacement: bool, population: int | None, weight_decay: float
+) -> tuple[float, float, Tensor]:
+    """Return the weights of both sums of `second_moment`, and all that is elementwise."""
+    total = drawn_from(modes.samples, batch_size, population)
+    p = 1 / batch_size if replacement else (total - batch_size) / (batch_size * max(total - 1, 1))
+    h, tied = modes.curvatures, 0.0
+    if modes.together > 1:
+        groups, share = modes.shares(batch_size)
+        p, tied = p * share, p * (batch_size / groups - share)
+    # (1 - p) h_i h_j + wd (h_i + h_j) + wd^2.
+    return p, tied, (h + weight_decay)[:, None] * (h + weight_decay) - (p + tied) * h[:, None] * h
+
+
+def _top_against(modes: Modes, batch_size: int, replacement: bool, population: int | None, decay: float) -> TopAgainst:
+    """Return the function that finds the largest x at which ``x source + rest - D`` is singular, and the X.
+
+    ``<X, source X> = 1``.
+
+    Args:
+        modes: of `reduced_modes`.
+        batch_size, replacement, population, decay: as in `second_moment`.
+    """
+    p, tied, diagonal = _weights(modes, batch_size, replacement, population, decay)
+    chance = 1.0 if modes.chance is None else modes.chance.to(modes.factor)
+    low_rank = modes.factor.shape[1] == 1 and p > 0 and not tied
+    rows = modes.factor[:, 0] * (p / modes.samples * chance) ** 0.25 if low_rank else modes.factor[:, 0]
+
+    def top(source: Tensor, rest: Tensor | None, start: Tensor, tol: float) -> tuple[float, Tensor]:
+        if low_rank and tol > LOOSE:
+            fixed = diagonal if rest is None else diagonal - rest
+            pair = top_by_noise(rows, source, fixed, tol)
+            if pair is not None:
+                return pair
+        d, root = second_moment(modes, batch_size, replacement, population, weight_decay=decay), source.rsqrt()
+        shift = None if rest is None else -rest * root**2
+
+        def scaled(x: Tensor) -> Tensor:
+            image = root * d(root * x)
+            return image if shift is None else image.addcmul_(shift, x)
+
+        value, vector = _top(scaled, start / root, tol)
+        return value, root * vector
+
+    return top
 
 
 def mean_square_lr(
@@ -95,24 +138,24 @@ def mean_square_lr(
     Returns:
         The rate; inf for a collapsed network (rank 0) or where nothing pushes (``dampening = 1``).
 
-    Cost: 10 to 60 products with `second_moment`. Source: Mulayoff & Michaeli 2024 for plain SGD; docs/theory.md,
-    section The exponent of SGD, frozen at the weights.
+    Cost: 10 to 60 products with `second_moment`; at a tolerance above 1e-3, with one output a sample, 5 to 10 steps
+    of `top_by_noise`. Source: Mulayoff & Michaeli 2024 for plain SGD; docs/theory.md, section The exponent of SGD,
+    frozen at the weights.
     """
     modes, rule, unit = in_units(modes, rule)
-    d = second_moment(modes, batch_size, replacement, population, weight_decay=rule.weight_decay)
+    top = _top_against(modes, batch_size, replacement, population, rule.weight_decay)
     if not modes.rank or (rule.momentum and rule.dampening == 1):
         return math.inf
-    return _mean_square_lr(modes, d, rule, tol) / unit
+    return _mean_square_lr(modes, top, rule, tol) / unit
 
 
-def _mean_square_lr(modes: Modes, d: Superoperator, rule: UpdateRule, tol: float) -> float:
+def _mean_square_lr(modes: Modes, top_against: TopAgainst, rule: UpdateRule, tol: float) -> float:
     h = modes.curvatures + rule.weight_decay
     if not rule.nesterov and not rule.decoupled_decay:
         beta, gain = rule.momentum, 1 - rule.dampening * bool(rule.momentum)
-        root = ((1 - beta) / gain * (h[:, None] + h)).rsqrt()
-        gamma = beta * (h[:, None] ** 2 + h**2 - 2 * beta * h[:, None] * h) / (1 - beta**2)
-        shift = -gamma * root**2
-        top, _ = _top(lambda x: (root * d(root * x)).addcmul_(shift, x), torch.diag(1 / root.diagonal()), tol)
+        source = (1 - beta) / gain * (h[:, None] + h)
+        gamma = beta * (h[:, None] ** 2 + h**2 - 2 * beta * h[:, None] * h) / (1 - beta**2) if beta else None
+        top, _ = top_against(source, gamma, torch.eye(modes.rank, dtype=h.dtype), tol)
         return rule.correction / top
     # Below the full-batch edge t is positive, and the mean-square edge lies below it. The quotient <X, D X> / <X, t X>
     # of a fixed X is at most the top eigenvalue: its rate is an upper bound, and of a top eigenvector at a rate that
@@ -121,8 +164,8 @@ def _mean_square_lr(modes: Modes, d: Superoperator, rule: UpdateRule, tol: float
     most, x, accuracy = math.log(high) - tol, torch.eye(modes.rank, dtype=h.dtype), max(tol, LOOSE)
     log_lr = most
     for k in range(100):
-        root = _source(h.double(), math.exp(log_lr), rule).rsqrt().to(h)
-        top, vector = _top(lambda y: root * d(root * y), x.to(h) / root, accuracy)  # noqa: B023
+        source = _source(h.double(), math.exp(log_lr), rule).to(h)
+        top, x = top_against(source, None, x.to(h), accuracy / 2)
         if not math.isfinite(top):
             return math.nan
         if not k and top <= 1:
@@ -130,7 +173,7 @@ def _mean_square_lr(modes: Modes, d: Superoperator, rule: UpdateRule, tol: float
         if top <= 1 - tol:  # a loose eigenvalue has led below
             log_lr = min(log_lr - 4 * math.log(top), most)
             continue
-        x = (root * vector).double()
+        x = x.double()
 
         def excess(at: float) -> float:
             return math.log(top / float((_source(h.double(), math.exp(at), rule) * x).mul_(x).sum()))  # noqa: B023

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.operators.sgd.collapsed_outputs import FirstInputs, SameOutputs
 from lsp_callbacks.operators.sgd.held_statistics import can_be_held
@@ -277,9 +278,12 @@ class _Check:
         #: Shares without a preconditioner, of which K is that of a sample of the weights, see `weighted_gram`.
         self.plain: dict[str, Tensor] = {}
         self._backward = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        #: The least precise type that the forward pass goes through: a module may cast by itself.
+        self._least = next(iter(parameters.values())).dtype
 
     def add(self, outputs: Tensor, seeds: list[RowSeed], taken: Tensor | None) -> None:
         """Add a part of the samples. Cost: a backward pass, with gradients of the weights."""
+        self._least = min(self._least, read(outputs).dtype, key=lambda dtype: dtype.itemsize)
         c = torch.randn(len(outputs), len(seeds), generator=self._generator).to(outputs)
         self._weights.append((c if taken is None else c[taken]).reshape(-1))
         total = whole_seeds([seed.scaled(c[:, r]) for r, seed in enumerate(seeds)], outputs)
@@ -317,7 +321,7 @@ class _Check:
     def _rounding(self, *, tied: bool) -> float:
         # Some gradients are zero but for rounding: the bias of attention's keys. That of a bias ahead of BatchNorm,
         # which Adam's preconditioner magnifies, is a difference of large numbers.
-        precision = tolerance(next(iter(self._backward.values())).dtype)
+        precision = tolerance(self._least)
         return (precision if tied else precision**2) * sum(self._expected.values())
 
     def unexplained(self, shares: dict[str, Tensor], tied: TiedRows | None) -> list[str]:
@@ -327,7 +331,7 @@ class _Check:
         return [
             name
             for name, g in self._backward.items()
-            if not self._wrong(name, shares, self.rounding) <= max(tolerance(g.dtype), allowed)
+            if not self._wrong(name, shares, self.rounding) <= max(tolerance(g.dtype), tolerance(self._least), allowed)
         ]
 
     def require(self, name: str, share: Tensor) -> None:
@@ -335,7 +339,7 @@ class _Check:
         dtype = self._backward[name].dtype
         if not math.isfinite(self._expected[name]) or not bool(share.isfinite().all()):
             raise Unmeasurable(f"the per-sample gradients of {name} leave the range of {dtype}")
-        if not self._wrong(name, {name: share}, self.rounding) <= tolerance(dtype):
+        if not self._wrong(name, {name: share}, self.rounding) <= max(tolerance(dtype), tolerance(self._least)):
             raise Unmeasurable(
                 f"the per-sample gradients of {name} do not add up to its gradient: the forward pass is random"
             )

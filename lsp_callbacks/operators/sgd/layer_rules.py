@@ -238,8 +238,8 @@ def uses_ahead_of_norm(
         groups, count = layer.groups, normalised[:, 0].numel()
         flat, split = _flat_windows(layer, x[some], g)
         y = normalised.reshape(len(x), groups, -1, split.shape[-1])
-        ones = normalised.new_ones(len(x), groups, *normalised.shape[2:])
-        mean = _weight_gradient(layer, x, ones).view(groups, -1) / count
+        ones = normalised.new_ones(1, groups, *normalised.shape[2:])
+        mean = _weight_gradient(layer, x.sum(0, keepdim=True), ones).view(groups, -1) / count  # of the sum, once
         slope = _weight_gradient(layer, x, normalised).view(groups, layer.out_channels // groups, -1) / count
     else:
         return None

@@ -111,6 +111,7 @@ class Recorder:
         self.spread = False
         self._parameters = parameters
         self._names = {id(p): name for name, p in parameters.items()}
+        self._of_module: dict[nn.Module, dict[str, nn.Parameter]] = {}
         lonely = samples and any(not has_rule(m) for m in module.modules() if self._parameters_of(m))
         self._shared = SharedParameters(self._names, samples) if samples and lonely else None
         self.calls: list[_Call] = []
@@ -163,8 +164,11 @@ class Recorder:
 
     def _parameters_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Return the trainable parameters of a module itself, and of children that it never calls, as attention."""
-        recurse = isinstance(module, nn.MultiheadAttention)  # it uses its projection without calling it
-        return {name: p for name, p in module.named_parameters(recurse=recurse) if id(p) in self._names}
+        if module not in self._of_module:
+            recurse = isinstance(module, nn.MultiheadAttention)  # it uses its projection without calling it
+            all_of_them = module.named_parameters(recurse=recurse)
+            self._of_module[module] = {name: p for name, p in all_of_them if id(p) in self._names}
+        return self._of_module[module]
 
     def parts(
         self, outputs: Tensor, seeds: list[RowSeed], samples: int, *, keep: bool = True, taken: Tensor | None = None

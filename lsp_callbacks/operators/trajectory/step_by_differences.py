@@ -30,6 +30,16 @@ Gradients = Iterable[tuple[Tensor, Tensor | None]]
 Tangent = Callable[[Tensor, Tensor], Tensor]
 
 
+def require_single_gradient(optimizer: torch.optim.Optimizer) -> None:
+    """Raise `Unmeasurable` if a step of the optimizer takes more than one gradient (SAM, LBFGS)."""
+    kind = type(optimizer).__name__
+    closure = inspect.signature(inspect.unwrap(type(optimizer).step)).parameters.get("closure")
+    if hasattr(optimizer, "first_step"):
+        raise Unmeasurable(f"{kind} makes its step out of two gradients: its update is not supported")
+    if isinstance(optimizer, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
+        raise Unmeasurable(f"{kind} evaluates the loss several times in a step (closure): its update is not supported")
+
+
 def difference_tangent(snapshot: Snapshot, gradient: Tensor) -> tuple[Tangent, int]:
     """Return the derivative of the step of an optimizer without a formula, by differences of its ``step``.
 
@@ -128,14 +138,8 @@ def require_smooth(
 
     Cost: nine steps on copies, no gradient.
     """
+    require_single_gradient(optimizer)
     kind = type(optimizer).__name__
-    parameters = inspect.signature(inspect.unwrap(type(optimizer).step)).parameters
-    closure = parameters.get("closure")
-    if hasattr(optimizer, "first_step"):
-        raise Unmeasurable(f"{kind} makes its step out of two gradients: its update is not supported")
-    if isinstance(optimizer, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
-        raise Unmeasurable(f"{kind} evaluates the loss several times in a step (closure): its update is not supported")
-
     try:
         trial, random_state = OptimizerCopy(optimizer), RandomState()
     except Exception as error:  # out of memory, or an error of the user's optimizer

@@ -12,6 +12,7 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.courant_step import courant_step
 from lsp_callbacks.operators.cost import beside
 from lsp_callbacks.operators.memory import footprint
+from lsp_callbacks.operators.trajectory.step_by_differences import require_single_gradient
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.step.snapshot import Snapshot
@@ -90,6 +91,12 @@ class CourantStep(Quantity):
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         held = footprint(snapshot)
         return {"activations": held.activations, "copies": 2 * held.buffers, "vectors": 7 * held.parameters}
+
+    def check(self, snapshot: Snapshot) -> None:
+        if snapshot.run.unsupported:
+            raise Unmeasurable(snapshot.run.unsupported)
+        if snapshot.optimizer is not None:
+            require_single_gradient(snapshot.optimizer)
 
     def update(self, snapshot: Snapshot) -> None:
         """Complete the measurement of the step before, if this step follows it; otherwise begin one of this step."""

@@ -146,7 +146,7 @@ class SGDStability(Quantity):
         self.chains, self.steps, self.horizon, self.most_rows = chains, steps, horizon, most_rows
         if sampling not in ("iid", "reshuffle"):
             raise ValueError(f"sampling={sampling!r}: give 'iid' or 'reshuffle'")
-        if not isinstance(moments, Collection) or not all(p in tuple(MOMENTS) for p in moments):
+        if not isinstance(moments, Collection) or isinstance(moments, str) or not set(moments) <= {*MOMENTS}:
             raise ValueError(f"moments={moments!r}: give 2, 4 or both; other moments are not exact")
         if moments and sampling != "iid":
             raise ValueError(f"moments={moments!r}: only those of independent steps are exact, give sampling='iid'")

@@ -1,0 +1,60 @@
+"""The top of SGD's second moment by its noise, which is of low rank: some products find it to a few per mille."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, linalg
+
+#: Share of the eigenvalue that is taken away from M in each product. M is positive: others die away faster.
+SHIFT = 0.3
+#: Relative rise of x below which the next product comes first.
+NEAR = 0.05
+
+
+def top_by_noise(
+    rows: Tensor, source: Tensor, fixed: Tensor, tol: float, *, steps: int = 40
+) -> tuple[float, Tensor] | None:
+    """Return the largest x at which ``X -> (x source - fixed) * X - sum_i (y_i^T X y_i) y_i y_i^T`` is singular, and X.
+
+    All but the sum is elementwise. What the sum gives is ``sum_i c_i y_i y_i^T``, and eliminating X leaves
+    ``c = M(x) c``, ``M_ij = sum_kl y_ik y_il y_jk y_jl / (x source - fixed)_kl``: a problem of as many numbers as there
+    are rows, whose largest eigenvalue falls with x. Each step solves ``<c, M(x) c> = <c, c>`` for x, which is
+    elementwise, and multiplies c by M(x). The Rayleigh quotient is at most the eigenvalue, so x comes from below.
+
+    Args:
+        rows: y, ``(N, r)``.
+        source: positive, ``(r, r)``.
+        fixed: ``(r, r)``.
+        tol: relative, of x. What it may lack, the residual over the slope of the quotient, is added to it.
+        steps: at most this many.
+
+    Returns:
+        x, and X with ``<X, source X> = 1``; None where it did not converge.
+
+    Cost: ``4 N r^2`` a step.
+    """
+    size = rows.square().sum(1)
+    rows = rows[size > 0]
+    columns, negative = rows.mT.contiguous(), -fixed
+    c = size[size > 0]  # positive, as the first eigenvector of a positive M, and larger where a sample is sharp
+    x = 0.0
+    for k in range(steps):
+        c = c / linalg.vector_norm(c)
+        combined = (columns * c) @ rows
+        if not k:  # one term alone reaches 1 below the root; 1 / f is concave: Newton's method rises to it from there
+            x = float(((fixed + combined.square()) / source).max())
+        for _ in range(50):
+            solution = combined / torch.add(negative, source, alpha=x)
+            f, slope = float((solution * combined).sum()), float(solution.square().mul_(source).sum())
+            if not (slope > 0 and x > 0 and f < float("inf")):
+                return None
+            rise = max(f * (f - 1) / slope, 0.0)
+            if rise <= NEAR * x:
+                break
+            x += rise
+        image = (rows @ solution).mul_(rows).sum(1)
+        lacks = float(linalg.vector_norm(image - f * c)) / slope + rise
+        if k > 1 and lacks <= tol * x:  # not at first, where c may pass by another eigenvector
+            return x + lacks, solution / slope**0.5
+        c, x = image.sub_(c, alpha=SHIFT * f), x + rise
+    return None
