@@ -55,6 +55,11 @@ class RunResults:
         return self.monitor.skipped
 
     @property
+    def waiting(self) -> dict[str, str]:
+        """Why quantities have not been measured yet, by their names: the budget has not paid for it so far."""
+        return self.monitor.cadence.waiting()
+
+    @property
     def paths(self) -> dict[str, str]:
         """By which way each quantity was last measured, see `Monitor`."""
         self._bring_home()
@@ -62,7 +67,10 @@ class RunResults:
 
     @property
     def courant_source(self) -> str | None:
-        """What ``stability/courant`` is: "courant_sgd" or "courant_gd" for the whole run; None before it is decided."""
+        """Which number ``stability/courant`` is, for the whole run; None before it is decided.
+
+        "courant_mean_square", "courant_sgd" or "courant_gd".
+        """
         self._bring_home()
         return self.monitor.courant.name
 

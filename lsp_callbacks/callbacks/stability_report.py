@@ -88,7 +88,8 @@ class StabilityReport(Callback):
             f"lsp_callbacks: the picture of this run is {path}",
         )
         drawn = [q for q in self._source.monitor.quantities.values() if q.picture and q.update_count]
-        skipped = [f"lsp_callbacks: {name} was not measured: {why}" for name, why in self._source.skipped.items()]
+        reasons = self._source.skipped | self._source.waiting
+        skipped = [f"lsp_callbacks: {name} was not measured: {why}" for name, why in reasons.items()]
         pictures = [self._drawn(q, trainer, path.with_name(f"{path.stem}_{q.picture}.png")) for q in drawn]
         report.print_report(*[report.table(history)] * self.table, *sentences, *skipped, *pictures)
 

@@ -159,6 +159,17 @@ class Cadence:
             else max(pace.length, pace.price / rates(self.paces, self.income, self.headline, nearness(math.nan))[name])
         )
 
+    def waiting(self) -> dict[str, str]:
+        """Return why quantities have no measurement yet, by name: the budget has not paid for one."""
+        reasons = {}
+        for name, pace in self.paces.items():
+            if pace.every_n_steps is None and not pace.count and pace.parts is not None:
+                reasons[name] = (
+                    f"the budget pays {pace.price:.3g} gradients for it once in {self.period(name):.0f} steps: name it "
+                    f"in every_n_steps={{{name!r}: ...}} to measure it more often, or give a larger budget"
+                )
+        return reasons
+
     # -- which start -----------------------------------------------------------------------------------------------
 
     def starting(self, step: int, *, scheduled: float = math.nan, busy: Iterable[str] = ()) -> tuple[str, ...]:

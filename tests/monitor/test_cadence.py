@@ -185,6 +185,19 @@ def test_the_shares_of_what_is_skipped_go_to_the_others():
     assert late[1] > 1.8 * late[0] > 0
 
 
+def test_what_the_budget_has_not_paid_for_yet_is_said_with_its_price():
+    class Dear(Dial):
+        name, keys, weight = "dear", ("stability/sharpness",), 0.01
+
+        def compute(self):
+            return {"stability/sharpness": self.value}
+
+    monitor = Monitor(Dial(lambda step: 0.1, cost=0.5), Dear(lambda step: 1.0, cost=14.9))
+    starts(monitor, 100)
+    assert [*monitor.cadence.waiting()] == ["dear"] and "stability/sharpness" not in monitor.history
+    assert "14.9 gradients" in monitor.cadence.waiting()["dear"]
+
+
 def test_the_rate_that_comes_next_brings_the_measurement_forward():
     """The last reading is far from the edge; the schedule has moved since."""
     growing = lambda step: 0.3 * 1.01**step  # noqa: E731
