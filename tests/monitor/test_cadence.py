@@ -192,10 +192,10 @@ def test_what_the_budget_has_not_paid_for_yet_is_said_with_its_price():
         def compute(self):
             return {"stability/sharpness": self.value}
 
-    monitor = Monitor(Dial(lambda step: 0.1, cost=0.5), Dear(lambda step: 1.0, cost=14.9))
+    monitor = Monitor(Dial(lambda step: 0.1, cost=0.5), Dear(lambda step: 1.0, cost=60.0))
     starts(monitor, 100)
     assert [*monitor.cadence.waiting()] == ["dear"] and "stability/sharpness" not in monitor.history
-    assert "14.9 gradients" in monitor.cadence.waiting()["dear"]
+    assert "60 gradients" in monitor.cadence.waiting()["dear"]
 
 
 def test_the_rate_that_comes_next_brings_the_measurement_forward():
