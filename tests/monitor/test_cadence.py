@@ -193,7 +193,7 @@ def test_what_the_budget_has_not_paid_for_yet_is_said_with_its_price():
             return {"stability/sharpness": self.value}
 
     monitor = Monitor(Dial(lambda step: 0.1, cost=0.5), Dear(lambda step: 1.0, cost=60.0))
-    starts(monitor, 100)
+    starts(monitor, 30)
     assert [*monitor.cadence.waiting()] == ["dear"] and "stability/sharpness" not in monitor.history
     assert "60 gradients" in monitor.cadence.waiting()["dear"]
 
