@@ -1,4 +1,4 @@
-"""Claim: all defaults together cost at most 6 % over the first 1,000 steps, advance and cold starts included.
+"""Aim: all defaults together cost at most 6 % over the first 1,000 steps, advance and cold starts included.
 
 Pairs of runs, one without and one with ``StabilityMonitor(), StopOnInstability()``, one after the other, in both orders
 in turn, on the same batches. Prints for each network the ratio of the processor's times with its 90 % interval
