@@ -12,6 +12,8 @@ from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.plots.figure import GREY, STYLE, load
 from lsp_callbacks.plots.labels import EVENTS, mark_events
 from lsp_callbacks.plots.panels import Line, draw_courant, draw_exponent, draw_layers, draw_loss
+from lsp_callbacks.quantities.key import PREFIX
+from lsp_callbacks.quantities.tables import stated_keys
 from lsp_callbacks.report.curves import AVERAGE, INITIAL, SMOOTHING, averaged, centred_median, latest, readings
 from lsp_callbacks.report.sentence import e_folding
 
@@ -98,7 +100,8 @@ def _courant_panel(history: Mapping[str, Curve]) -> list[Panel]:
     if not readings(history.get("stability/courant")):
         return []
     courant, prefix = history["stability/courant"], "stability/courant_"
-    shown = {k: c for k, c in history.items() if k.startswith(prefix) and k != "stability/courant_source"}
+    errors = {PREFIX + name for name, key in stated_keys().items() if key.error_of} | {"stability/courant_source"}
+    shown = {k: c for k, c in history.items() if k.startswith(prefix) and k not in errors}
     others = {k.removeprefix(prefix): _line(c) for k, c in shown.items() if c != courant}
     mean = averaged(courant)
     remark = f"thick: mean of {AVERAGE} batches, last {latest(mean):.2g}"

@@ -41,7 +41,7 @@ def table(history: Mapping[str, Curve]) -> Table:
     """
     curves = {key.removeprefix(PREFIX): curve for key, curve in history.items()}
     curves.pop("courant_source", None)
-    for name in ("courant_sgd", "courant_gd"):  # shown as "courant" already
+    for name in ("courant_mean_square", "courant_sgd", "courant_gd"):  # shown as "courant" already
         if curves.get("courant") == curves.get(name):
             curves.pop(name, None)
     keys = OF_THE_RUN | stated_keys()

@@ -13,6 +13,7 @@ from pytorch_lightning.loggers import CSVLogger
 
 from lsp_callbacks import Curve, StabilityMonitor, StabilityReport, StopOnInstability
 from lsp_callbacks.callbacks import stability_report
+from lsp_callbacks.quantities.tables import stated_keys
 from lsp_callbacks.report import e_folding, figure, loss_alarm, table, verdict
 from lsp_callbacks.report.curves import averaged, centred_median, trailing_mean
 
@@ -196,6 +197,18 @@ def test_figure(tmp_path):
     places = [text.xy[1] for text in panels[-1].texts]
     assert np.diff(places).min() > 0.08  # no two labels overlap
     assert panels[0].get_yscale() == "log"
+
+
+def test_errors_are_no_curves_of_their_own():
+    """Every key that is the error of another, beside every Courant number."""
+    numbers = {"courant_mean_square": [0.1, 0.5, NAN, 1.5], "courant_gd": [0.2] * 4, "courant_step": [0.3] * 4}
+    errors = {name: [0.01] * 4 for name, key in stated_keys().items() if key.error_of}
+    assert {"courant_step_error", "courant_gd_residual"} <= errors.keys()
+    curves = history([0.1, 0.5, NAN, 1.5], **numbers, **errors)
+    assert {text.get_text() for text in figure(curves).axes[0].texts} == {"edge", "gd", "step"}
+    assert not {"courant_mean_square", "courant_step_error"} & {
+        line.split()[0] for line in rendered(curves).split("\n") if line.strip()
+    }
 
 
 def test_labels_of_equal_lines_do_not_overlap():
