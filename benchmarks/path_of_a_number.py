@@ -21,10 +21,10 @@ and now
 
 | number | files entered | calls | changes of file | ways |
 |---|---|---|---|---|
-| sharpness | 56 | 935 | 233 | 215 |
-| mean_square_stability | 67 | 1,147 | 289 | 267 |
-| sgd_stability | 68 | 1,953 | 345 | 303 |
-| stability_profile | 83 | 70,640 | 18,270 | 476 |
+| sharpness | 56 | 987 | 243 | 221 |
+| mean_square_stability | 68 | 1,145 | 293 | 271 |
+| sgd_stability | 68 | 2,064 | 354 | 309 |
+| stability_profile | 83 | 74,343 | 19,815 | 481 |
 
 Small files of one idea each and few changes of file work against each other. Most of what is left is made once a step
 (how it is kept, whether it is due, the optimizer's rule, the checks afterwards); a Hessian product makes fifteen.
