@@ -28,6 +28,7 @@ from itertools import pairwise
 from statistics import median
 
 import torch
+from models import Block
 from torch import Tensor, nn
 
 from lsp_callbacks.errors import NotApplicable, Unmeasurable
@@ -94,27 +95,11 @@ def residual_cnn() -> nn.Module:
     )
 
 
-class EncoderBlock(nn.Module):
-    def __init__(self, width: int, heads: int, causal: bool):
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.project, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, length, width = x.shape
-        q, k, v = self.project(self.norms[0](x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        seen = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        x = x + self.out(seen.transpose(1, 2).reshape(n, length, width))
-        return x + self.feed(self.norms[1](x))
-
-
 class Language(nn.Module):
     def __init__(self, vocabulary: int, width: int, depth: int, heads: int = 4, length: int = 64):
         super().__init__()
         self.embed, self.place = nn.Embedding(vocabulary, width), nn.Parameter(torch.randn(length, width) / 50)
-        self.blocks = nn.Sequential(*(EncoderBlock(width, heads, causal=True) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(depth)))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -125,7 +110,7 @@ class Vision(nn.Module):
     def __init__(self, width: int = 192, depth: int = 12, heads: int = 3):
         super().__init__()
         self.patches, self.place = nn.Conv2d(3, width, 4, stride=4), nn.Parameter(torch.randn(64, width) / 50)
-        self.blocks = nn.Sequential(*(EncoderBlock(width, heads, causal=False) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, heads, causal=False) for _ in range(depth)))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, CLASSES))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -232,7 +232,7 @@ class StabilityMonitor(RunResults, Callback):
             # Lightning counts it. A gradient that was set to zero, not to None, moves what has momentum.
             moved = any(p.grad is not None for p in pl_module.parameters())
         else:
-            overflowed = loop.scaler is not None and loop.is_overflowed(optimizer)
+            overflowed = loop.is_overflowed(optimizer)
             self._is_overflowed |= overflowed
             self._has_loss = False
             if not observer.is_idle:

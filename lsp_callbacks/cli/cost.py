@@ -28,8 +28,9 @@ from lsp_callbacks.cli.configured import (
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.budget import measurement_cost, measurement_memory
 from lsp_callbacks.monitor.cadence import MODELLED, Cadence
-from lsp_callbacks.monitor.foretelling import foretell, union
+from lsp_callbacks.monitor.foretelling import foretell
 from lsp_callbacks.monitor.limits import readable
+from lsp_callbacks.monitor.spending import union
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Steps whose time is taken, after some that only warm up.
@@ -231,7 +232,7 @@ class _Meter(Callback):
             self.planned.add(name, weight=quantity.weight, length=paces[name].length)
         prices = {name: measurement_cost(quantity, snapshot) for name, quantity in monitor.quantities.items()}
         costs.gradients = {name: sum(parts.values()) for name, parts in prices.items()}
-        costs.total = union(prices.values())
+        costs.total = sum(union(prices.values()).values())
         self.planned.headline = monitor.cadence.headline
         costs.readings, costs.period = foretell(
             self.planned, prices, monitor.quantities.named, first=self.first, step_cost=monitor.budget.step

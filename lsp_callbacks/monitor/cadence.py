@@ -10,7 +10,7 @@ from lsp_callbacks._validation import number, whole
 from lsp_callbacks.monitor.choice import Choice
 from lsp_callbacks.monitor.pace import Pace
 from lsp_callbacks.monitor.shares import nearness, rates
-from lsp_callbacks.monitor.spending import Spending
+from lsp_callbacks.monitor.spending import Spending, union
 
 #: Share of the budget that measurements may spend, as counted. The rest is for what is not counted: the calls of each
 #: step, copies of the module, what a first measurement takes beside its passes.
@@ -257,14 +257,12 @@ class Cadence:
         self._forget_quiet()
         for name, gradients in parts.items():
             self.paces[name].parts, self.paces[name].is_stale = dict(gradients), False
-        union: dict[str, float] = {}
-        for name in {*named} & {*parts}:
-            if not self.paces[name].count:
-                self.paces[name].is_promised = True
-                for part, price in parts[name].items():
-                    union[part] = max(union.get(part, 0.0), price)
+        promised = [name for name in {*named} & {*parts} if not self.paces[name].count]
+        for name in promised:
+            self.paces[name].is_promised = True
+        together = union(parts[name] for name in promised)
         self.spent, self.step_cost = self.spent + counting, step_cost
-        self.advance = max(self.advance, ADVANCE * step_cost, sum(union.values()) + counting)
+        self.advance = max(self.advance, ADVANCE * step_cost, sum(together.values()) + counting)
         if self._asked is not None:
             step, scheduled, names = self._asked
             fresh = self._choose(step, scheduled, {*self.paces} - {*names})

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from lsp_callbacks.monitor.budget import COUNTING
 from lsp_callbacks.monitor.cadence import Cadence
 
 #: Gradients by quantity, and by what they are spent on.
-Prices = Mapping[str, Mapping[str, float]]
-
-
-def union(parts: Iterable[Mapping[str, float]]) -> float:
-    """Return the gradients of measurements at one step, where what they spend on the same counts once."""
-    shared: dict[str, float] = {}
-    for measurement in parts:
-        for part, gradients in measurement.items():
-            shared[part] = max(shared.get(part, 0.0), gradients)
-    return sum(shared.values())
+PartsByName = Mapping[str, Mapping[str, float]]
 
 
 def foretell(
     cadence: Cadence,
-    prices: Prices,
+    prices: PartsByName,
     named: Collection[str],
     *,
-    first: Prices = MappingProxyType({}),
+    first: PartsByName = MappingProxyType({}),
     step_cost: float = 1.0,
     steps: int = 1000,
 ) -> tuple[dict[str, int], dict[str, float]]:

@@ -21,7 +21,7 @@ def nearness(courant: float) -> float:
     A growing learning rate is near well before it reaches the edge. In eighths, so that it seldom changes.
 
     Example:
-        >>> from lsp_callbacks.monitor.cadence import nearness
+        >>> from lsp_callbacks.monitor.shares import nearness
         >>> [nearness(courant) for courant in (0.0, 0.5, 0.625, 0.75, 2.0, float("nan"))]
         [0.0, 0.0, 0.5, 1.0, 1.0, -1.0]
     """

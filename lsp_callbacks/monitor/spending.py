@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from lsp_callbacks.monitor.pace import Pace
+
+
+def union(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return what measurements of one step spend gradients on: what several of them spend on the same counts once."""
+    shared: dict[str, float] = {}
+    for measurement in parts:
+        for part, gradients in measurement.items():
+            shared[part] = max(shared.get(part, 0.0), gradients)
+    return shared
 
 
 class Spending:
@@ -21,5 +32,4 @@ class Spending:
         """Choose a measurement."""
         self.left -= self.beside(pace)
         self.chosen.append(name)
-        for part, gradients in (pace.parts or {}).items():
-            self._shared[part] = max(self._shared.get(part, 0.0), gradients)
+        self._shared = union((self._shared, pace.parts or {}))

@@ -198,6 +198,18 @@ class Quantity(Metric):
         """Return the number of steps until enough is known to measure, 0 for now."""
         return 0
 
+    def _lower(self, setting: str, snapshot: Snapshot, gradients: float) -> str | None:
+        """Lower a whole number among the settings until a measurement costs that much, to 1 at least.
+
+        Returns:
+            ``"3 of 8"``; None where it was low enough.
+        """
+        before = getattr(self, setting)
+        while getattr(self, setting) > 1 and sum(self.cost(snapshot).values()) > gradients:
+            setattr(self, setting, getattr(self, setting) - 1)
+        now = getattr(self, setting)
+        return None if now == before else f"{now} of {before}"
+
     def after_update(self) -> None:
         """Complete a measurement that has `awaited` the update of its step, as soon as that was made."""
 

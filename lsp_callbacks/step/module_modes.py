@@ -24,6 +24,13 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
+def is_handwritten(m: nn.Module) -> bool:
+    """Return whether a module that is none of torch's normalises over the batch: it has buffers of running moments."""
+    if isinstance(m, BatchNorm | InstanceNorm) or not hasattr(m, "running_mean"):
+        return False
+    return {"running_mean", "running_var"} <= {*buffers(m).keys()}  # by keys(): those of a scripted module are no dict
+
+
 def batch_norms(module: nn.Module) -> list[nn.Module]:
     """Return the normalisations that make samples depend on each other, by the statistics of their batch.
 
@@ -34,10 +41,7 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
     def ties(m: nn.Module) -> bool:
         if isinstance(m, BatchNorm):
             return m.training or m.running_mean is None
-        if not m.training or isinstance(m, InstanceNorm) or not hasattr(m, "running_mean"):
-            return False
-        names = {*buffers(m).keys()}  # by keys(): the buffers of a scripted module are no dict
-        return {"running_mean", "running_var"} <= names
+        return m.training and is_handwritten(m)
 
     return [m for m in module.modules() if ties(m)]
 

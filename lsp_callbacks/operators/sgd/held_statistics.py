@@ -8,15 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd._torch_internals import BatchNorm, InstanceNorm, buffers
+from lsp_callbacks.autograd._torch_internals import BatchNorm
+from lsp_callbacks.step.module_modes import is_handwritten
 
 
 def can_be_held(module: nn.Module) -> bool:
     """Return whether all normalisations over the batch are torch's, and none is written by hand."""
-    return not any(
-        {"running_mean", "running_var"} <= {*buffers(m).keys()} and not isinstance(m, BatchNorm | InstanceNorm)
-        for m in module.modules()
-    )
+    return not any(map(is_handwritten, module.modules()))
 
 
 @contextlib.contextmanager

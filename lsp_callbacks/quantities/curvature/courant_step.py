@@ -84,8 +84,12 @@ class CourantStep(Quantity):
         none = torch.full((readings, 3), torch.nan, dtype=torch.float64)
         self.add_state("changes", default=none, persistent=True)
 
+    @property
+    def _is_first(self) -> bool:
+        return bool(self.changes.isnan().all())
+
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        checks = 1.0 if bool(self.changes.isnan().all()) else 1 / self.check_every
+        checks = 1.0 if self._is_first else 1 / self.check_every
         return {"the step's loss": 1 / 3 + 5 / 3 * checks + beside(snapshot, calls=60, vectors=6)}
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
@@ -106,8 +110,7 @@ class CourantStep(Quantity):
             if self.complete:
                 return
         self.awaited = None
-        is_first = bool(self.changes.isnan().all())
-        self.awaited = TakenStep(snapshot, check=is_first or (self.update_count - 1) % self.check_every == 0)
+        self.awaited = TakenStep(snapshot, check=self._is_first or (self.update_count - 1) % self.check_every == 0)
 
     def after_update(self) -> None:
         """Complete the measurement of a step whose update was made."""

@@ -123,10 +123,8 @@ class ResidualCFL(Quantity):
 
     def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
         """Take fewer samples, down to one."""
-        before = self.samples
-        while self.samples > 1 and sum(self.cost(snapshot).values()) > gradients:
-            self.samples -= 1
-        return None if self.samples == before else f"{self.samples} of {before} samples"
+        lowered = self._lower("samples", snapshot, gradients)
+        return None if lowered is None else f"{lowered} samples"
 
     def path(self, snapshot: Snapshot) -> str:
         # Blocks run at the precision of their parameters, without autocast.

@@ -37,8 +37,8 @@ class MeanSquareStability(Quantity):
 
     As `SGDStability`, from the Gram matrix of per-sample output gradients, the optimizer's momentum or frozen
     preconditioner, and the batch size; but of samples of the step's own batch, so that nothing is collected, and of the
-    second moment alone, which follows without simulation. It costs about one gradient, and is a lower and therefore
-    earlier edge than that of `SGDStability`: 1 to 1.5 times its Courant number.
+    second moment alone, which follows without simulation. Its edge lies below that of `SGDStability`, and is passed
+    earlier.
 
     Each step brings fresh samples. Few of them read low where a few samples of many are sharp, and from one reading to
     the next the number scatters: look at the mean of three.
@@ -159,6 +159,7 @@ class MeanSquareStability(Quantity):
         if not samples.full:
             return
         checks = self._checked is None or self._update_count & (self._update_count - 1) == 0
+        corrects = checks or self._update_count % CORRECTED == 0
         if checks and snapshot.loss is not None:
             verify(snapshot)
         if checks and snapshot.gradient is not None:
@@ -174,7 +175,7 @@ class MeanSquareStability(Quantity):
             most=row_count(samples.samples, self.rows),
             checked=None if checks else self._checked,
             squares="batch",
-            correction=None if checks or self._update_count % CORRECTED == 0 else self._correction,
+            correction=None if corrects else self._correction,
         )
         draws = batches_of(sgd, replacement=self.replacement)
         rate = (1 - TOLERANCE) * mean_square_lr(sgd.modes, tol=TOLERANCE, **draws)  # errs downwards
@@ -191,7 +192,7 @@ class MeanSquareStability(Quantity):
             self.alike, self.alike_since, step=snapshot.step, is_alike=is_alike
         )
         self.latest, self._mode = sgd, sgd.kernel.mode
-        if checks or self._update_count % CORRECTED == 0:  # in between half of it, which errs on the early side
+        if corrects:  # in between half of it, which errs on the early side
             self._correction = sgd.kernel.correction**0.5
         self._checked = sgd.kernel if checks else self._checked
         self.finish(numbers)

@@ -102,10 +102,8 @@ class Lyapunov(Windowed):
 
     def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
         """Take fewer steps in a window, down to one."""
-        before = self.window
-        while self.window > 1 and sum(self.cost(snapshot).values()) > gradients:
-            self.window -= 1
-        return None if self.window == before else f"{self.window} of {before} steps in a window"
+        lowered = self._lower("window", snapshot, gradients)
+        return None if lowered is None else f"{lowered} steps in a window"
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         plane = 3 + 12 * frozen_rule(snapshot).frozen  # derivatives of the formula, which SGD has as numbers
