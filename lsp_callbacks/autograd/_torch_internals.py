@@ -83,6 +83,11 @@ def in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def saves_elsewhere() -> bool:
+    """Return whether hooks are set on what operations save for their backward pass, as inside of a checkpoint."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def custom_function(node: Any) -> type | None:
     """Return the ``torch.autograd.Function`` that a backward node belongs to; None for an operation of torch."""
     return node._forward_cls if isinstance(node, BackwardCFunction) else None  # type: ignore[attr-defined]
