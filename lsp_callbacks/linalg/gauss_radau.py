@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ class TopNode:
     Attributes:
         value: an estimate of the largest eigenvalue, at least ``least``.
         least: the largest Ritz value of the same products, a lower bound.
-        vector: unit vector of the estimate, flat.
+        basis: Lanczos' vectors, orthonormal.
+        weights: of each in the vector of the estimate.
         products: how many were taken.
         scale: the largest |Ritz value|.
         complete: whether the products span an invariant subspace: then the estimate is the Ritz value.
@@ -33,11 +35,21 @@ class TopNode:
 
     value: Tensor
     least: Tensor
-    vector: Tensor
+    basis: list[Tensor]
+    weights: Tensor
     products: int
     scale: Tensor
     complete: bool
     recurrence: Tensor
+
+    @cached_property
+    def vector(self) -> Tensor:
+        """The unit vector of the estimate, flat."""
+        first, *weights = self.weights.tolist()
+        vector = self.basis[0] * first
+        for q, weight in zip(self.basis[1:], weights):
+            vector.add_(q, alpha=weight)
+        return vector
 
     @property
     def gain(self) -> Tensor:
@@ -122,7 +134,7 @@ def top_node(
         T[k, k + 1] = T[k + 1, k] = size
         if not bool(torch.isfinite(T).all()):
             nan = torch.tensor(torch.nan, dtype=torch.float64)
-            return TopNode(nan, nan, torch.full_like(basis[0], torch.nan), k + 1, nan, False, T)
+            return TopNode(nan, nan, basis[:1], nan[None], k + 1, nan, False, T)
         scale = torch.linalg.eigvalsh(T[: k + 1, : k + 1]).abs().amax()
         complete = k + 1 == n or size <= 8 * torch.finfo(start.dtype).eps * float(scale)
         if not complete:
@@ -162,7 +174,4 @@ def _node(T: Tensor, basis: list[Tensor], scale: Tensor, complete: bool) -> TopN
         bordered[k, k] = corner.clamp(torch.zeros_like(least), least)
         nodes, columns = torch.linalg.eigh(bordered)
         value, weights = nodes[-1], columns[:, -1]
-    vector = torch.zeros_like(basis[0])
-    for q, weight in zip(basis, weights.tolist()):
-        vector.add_(q, alpha=weight)
-    return TopNode(value, least, vector, k, scale, complete, T.clone())
+    return TopNode(value, least, basis[: len(weights)], weights, k, scale, complete, T.clone())

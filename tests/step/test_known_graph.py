@@ -85,7 +85,9 @@ def test_a_loss_that_gets_a_kink_is_replayed_at_once(replays):
     begin = PASSED + 2
     monitor = trained(Task(nn.Tanh, kinked_from=begin))
     assert begin in replays and begin - 1 not in replays
-    assert monitor.paths["sharpness"] == "finite difference, slopes held" and all(map(math.isfinite, monitor.history[KEY].values))
+    assert monitor.paths["sharpness"] == "finite difference, slopes held" and all(
+        map(math.isfinite, monitor.history[KEY].values)
+    )
 
 
 SMOOTH = Graph(kinks=(), fused=False, dtype=torch.float32, custom=())

@@ -128,7 +128,9 @@ class HeldSlopes(TorchFunctionMode):
 
     def _pooled(self, name: str, z: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         function = getattr(torch.nn.functional, name)
-        named = dict(zip(("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"), args)) | kwargs
+        named = (
+            dict(zip(("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"), args)) | kwargs
+        )
         if named.pop("return_indices", False):
             return function(z, return_indices=True, **named)
         if self._next is None:
@@ -152,7 +154,7 @@ class HeldSlopes(TorchFunctionMode):
 
 
 def holds_kinks(graph: Graph) -> bool:
-    """Return whether all kinks of a graph look like those that can be held; a function of the user's may have others."""
+    """Return whether all kinks of a graph look like those that can be held; a custom function may have others."""
     return not graph.kinks or (not graph.custom and all(_NODES.match(name) for name in graph.kinks))
 
 
