@@ -59,8 +59,8 @@ class Lyapunov(Windowed):
     Raises:
         ValueError: for a window or an average below 1.
 
-    Cost: the alignment shared with sharpness, then in each of two steps one Hessian product with any optimizer, and the
-    optimizer's formula in closed form on the plane alone.
+    Cost: the alignment shared with sharpness, then in each step of the window one Hessian product with any optimizer,
+    and the optimizer's formula in closed form on the plane alone.
 
     Source: Chemnitz & Engel 2025 for the exponent; Benettin et al. 1980; docs/theory.md, section The exponent along
     the trajectory.
@@ -83,7 +83,7 @@ class Lyapunov(Windowed):
     windows: Tensor
     spans: Tensor
 
-    def __init__(self, window: int = 2, average: int = 5, method: Method = "auto"):
+    def __init__(self, window: int = 1, average: int = 5, method: Method = "auto"):
         super().__init__(method)
         whole("window", window, 1), whole("average", average, 1)
         self.window, self.average = window, average
