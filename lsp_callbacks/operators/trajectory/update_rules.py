@@ -190,7 +190,7 @@ def _averaged(before: Tensor | None, keep: float, new: Tensor) -> Tensor:
 def _adam_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
     beta, eps = float(group["betas"][1]), float(group["eps"])
     nu = _averaged(state.get("exp_avg_sq"), beta, d * d)
-    floor = 0.0
+    floor: float | Tensor = 0.0
     if group["amsgrad"]:
         floor = state["max_exp_avg_sq"] if "max_exp_avg_sq" in state else torch.zeros_like(d)
     return Moment(nu, beta, 1 - beta, lambda nu, t, steps: root(nu) / (1 - beta**t) ** 0.5 + eps, floor=floor)
