@@ -67,7 +67,8 @@ class FrozenSGD:
     def mean_square_lr(self, *, replacement: bool = False, tol: float = 5e-3) -> float:
         """Return the largest rate at which the second moment is bounded, at most ``tol`` too low.
 
-        NaN if K is not finite. Cost: see `lsp_callbacks.functional.gram_mean_square_lr`, and `mean_square_lr` where samples have several rows.
+        NaN if K is not finite. Cost: see `lsp_callbacks.functional.gram_mean_square_lr`, and `mean_square_lr` where
+        samples have several rows.
         """
         kernel, size = self.kernel, min(self.batch_size, self.population)
         if kernel.rows > 1 or self.together > 1:
