@@ -59,6 +59,9 @@ HOOKS = (
 #: Attributes of a module that hold what is registered in it; the second holds its buffers.
 CONTAINERS = (PARAMETERS := "_parameters", BUFFERS := "_buffers", MODULES := "_modules")
 
+#: Attributes that every module has, and that of ``Module.compile``; but for ``training`` they hold its layout alone.
+PLAIN = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
+
 
 # Nodes of the autograd graph.
 

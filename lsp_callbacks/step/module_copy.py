@@ -21,12 +21,11 @@ from lsp_callbacks.autograd._torch_internals import (
     HOOKS,
     MODULES,
     PARAMETERS,
+    PLAIN,
     buffers,
     foreach_copy,
 )
 
-#: Attributes that every module has; they change with the layout of the module alone, but for the first.
-_PLAIN = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 #: What cannot be changed in place, or is shared.
 _ATOMS = (
     int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size, types.FunctionType,
@@ -178,7 +177,7 @@ class _State:
         held = self.containers.pop(BUFFERS, None)
         held = buffers(module) if held is None else held  # scripted modules keep them elsewhere
         self.buffers = {name: None if b is None else b.detach().clone() for name, b in held.items()}
-        self._plain = {name: value for name, value in attributes.items() if name in _PLAIN}
+        self._plain = {name: value for name, value in attributes.items() if name in PLAIN}
         self._children = list(vars(original).get(MODULES, {}).values())
         self.attributes: dict[str, Any] = {}
         self.mutable: dict[str, Any] = {}
@@ -208,13 +207,13 @@ class _State:
         is_plain = type(original).__getstate__ is nn.Module.__getstate__
         source = vars(original) if is_plain else original.__getstate__()
         attributes.clear()
-        attributes.update({name: value for name, value in source.items() if name not in _PLAIN})
+        attributes.update({name: value for name, value in source.items() if name not in PLAIN})
         attributes.update(self._plain)
         attributes["training"] = source["training"]
         return {
             name: value
             for name, value in attributes.items()
-            if name not in _PLAIN and (not isinstance(value, _ATOMS) or isinstance(value, nn.Module))
+            if name not in PLAIN and (not isinstance(value, _ATOMS) or isinstance(value, nn.Module))
         }
 
     def follow(self, values: dict[str, Any], memo: dict[int, Any]) -> None:
@@ -268,7 +267,7 @@ def _is_like(a: Tensor, b: Tensor) -> bool:
 
 
 def _mutable(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if name not in _PLAIN and not isinstance(value, _ATOMS)}
+    return {name: value for name, value in attributes.items() if name not in PLAIN and not isinstance(value, _ATOMS)}
 
 
 def _is_copied_by_torch(module: nn.Module) -> bool:
