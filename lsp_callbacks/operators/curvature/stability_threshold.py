@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.followed_top import RECENT, followed_top
 from lsp_callbacks.operators.curvature.hessian import Method, hessian
 from lsp_callbacks.operators.curvature.top_eigenvalue import Top, bounded_top
-from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule
+from lsp_callbacks.operators.trajectory.coming_preconditioner import remembered_rule
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
     FrozenRule,
     buffer_rates,
@@ -48,22 +49,36 @@ class Recent:
 NOTHING = Recent()
 
 
-@dataclass(frozen=True)
-class StabilityThreshold:
-    """A step in relation to the edge of stability of its optimizer.
+@dataclass(frozen=True, kw_only=True)
+class SharpMode:
+    """The sharpest direction of a step's loss in the metric of its optimizer.
+
+    Attributes:
+        mode: unit eigenvector of ``R^1/2 H' R^1/2``, flat.
+        root: ``sqrt(R)`` of each parameter, which turns ``mode`` into a displacement of the parameters.
+        buffer_scale: turns ``mode`` into the momentum buffer that displaces by ``root * mode``; None without momentum.
+        accuracy: relative error of products: the quotient of ``mode`` may be above the largest eigenvalue by it.
+        beyond: the largest eigenvalue may be above the quotient of ``mode`` by it, relatively.
+    """
+
+    mode: Tensor
+    root: Tensor | float
+    buffer_scale: Tensor | float | None
+    accuracy: Tensor
+    beyond: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityThreshold(SharpMode):
+    """A step in relation to the edge of stability of its optimizer, with its `SharpMode`.
 
     Attributes:
         sharpness: ``lambda_max(H)``, algebraic, of the step's loss.
         error: ``lambda_max(H)`` is within ``error |sharpness|`` of it, see `top_eigenvalue` and `followed_top`.
         courant_error: the same for ``courant``; equal to ``error`` where one run gives both.
-        accuracy: relative error of products: the quotient of ``mode`` may be above the largest eigenvalue by it.
-        beyond: the largest eigenvalue may be above the quotient of ``mode`` by it, relatively.
         courant: ``lambda_max(R^1/2 H' R^1/2) / c``: 1 is the edge.
         limit: ``lambda_max(H') / courant``, the sharpness at which the step would be at its edge; NaN at rate 0.
-        mode: unit eigenvector of ``R^1/2 H' R^1/2``, flat.
         top: unit eigenvector of H, flat; the mode itself where R is one number.
-        root: ``sqrt(R)`` of each parameter, which turns ``mode`` into a displacement of the parameters.
-        buffer_scale: turns ``mode`` into the momentum buffer that displaces by ``root * mode``; None without momentum.
         products: how many Hessian products were used.
         recent: values of this and earlier steps, for the next.
     """
@@ -71,14 +86,9 @@ class StabilityThreshold:
     sharpness: Tensor
     error: Tensor
     courant_error: Tensor
-    accuracy: Tensor
-    beyond: Tensor
     courant: Tensor
     limit: Tensor
-    mode: Tensor
     top: Tensor
-    root: Tensor | float
-    buffer_scale: Tensor | float | None
     products: int
     recent: Recent
 
@@ -113,11 +123,11 @@ def stability_threshold(
     """Return sharpness, its limit, and the Courant number ``lambda_max(R^1/2 H' R^1/2) / c`` of a step.
 
     R are the effective rates of the parameters: the learning rate times the preconditioner of Adam, AdamW, RMSprop
-    or Adagrad over Adam's bias correction, held fixed as they will be some ten steps later (`coming_rule`), times
-    the factor by which this step's gradient was clipped, held fixed too. H' is the Hessian with coupled weight
-    decay. With one rate and one weight decay everything follows from one Lanczos run on H; otherwise the
-    preconditioned operator needs a run of its own. It holds for full-batch steps; under momentum it does not
-    account for batch noise.
+    or Adagrad over Adam's bias correction, held fixed (while that knows few gradients, as it will be some ten steps
+    later: `remembered_rule`), times the factor by which this step's gradient was clipped, held fixed too. H' is the
+    Hessian with coupled weight decay. With one rate and one weight decay everything follows from one Lanczos run on H;
+    otherwise the preconditioned operator needs a run of its own. It holds for full-batch steps; under momentum it does
+    not account for batch noise.
 
     Args:
         snapshot: a step with its optimizer.
@@ -166,6 +176,44 @@ def followed_threshold(
     return _threshold(snapshot, start, top, find, method, recent)
 
 
+def followed_mode(snapshot: Snapshot, *, start: Tensor | None = None, method: Method = "auto") -> SharpMode:
+    """Return the sharp mode alone, followed from an earlier one, where H itself would take products of its own.
+
+    That is with a preconditioner, and where rates or coupled decays differ: see `has_own_run`.
+
+    Args:
+        snapshot: a step with its optimizer.
+        start: an earlier ``mode``.
+        method: of the Hessian products.
+
+    Raises:
+        Unmeasurable: see `stability_threshold`.
+
+    Cost: half the products of `followed_threshold`.
+    """
+    rule = remembered_rule(snapshot)
+    threshold_constant(rule)
+    steepest = followed_top(preconditioned_hessian(snapshot, method=method, rule=rule), snapshot, start, ())
+    root = rates(snapshot, rule) ** 0.5 if rule.lr else 1.0
+    return SharpMode(**_mode(snapshot, rule, steepest, root, steepest.value))
+
+
+def has_own_run(snapshot: Snapshot) -> bool:
+    """Return whether ``R^1/2 H' R^1/2`` has other eigenvectors than H."""
+    return isinstance(rates(snapshot), Tensor) or isinstance(decay_rates(snapshot), Tensor)
+
+
+def _mode(snapshot: Snapshot, rule: FrozenRule, steepest: Top, root: Tensor | float, value: Tensor) -> dict[str, Any]:
+    """Return the fields of `SharpMode`, of which errors are relative to a value."""
+    return {
+        "mode": steepest.vector,
+        "root": root,
+        "buffer_scale": _buffer_scale(root, buffer_rates(snapshot, rule)) if rule.momentum else None,
+        "accuracy": _relative(steepest.accuracy, value),
+        "beyond": _relative(steepest.beyond, value),
+    }
+
+
 def _threshold(
     snapshot: Snapshot,
     start: Tensor | None,
@@ -184,7 +232,7 @@ def _threshold(
         method: of the products.
         recent: earlier values.
     """
-    rule = coming_rule(snapshot)
+    rule = remembered_rule(snapshot)
     constant, maximize = threshold_constant(rule), rule.sign < 0
     rate, decay = rates(snapshot, rule), decay_rates(snapshot, rule)
     root = rate**0.5 if rule.lr else 1.0
@@ -214,16 +262,12 @@ def _threshold(
         sharpness=plain.value,
         error=_relative(plain.error, plain.value),
         courant_error=_relative(steepest.error, value),
-        accuracy=_relative(steepest.accuracy, value),
-        beyond=_relative(steepest.beyond, value),
         courant=courant,
         limit=decayed / courant,
-        mode=steepest.vector,
         top=plain.vector,
-        root=root,
-        buffer_scale=_buffer_scale(root, buffer_rates(snapshot, rule)) if rule.momentum else None,
         products=steepest.products + (plain.products if plain is not steepest else 0),
         recent=recent.with_values(plain.early, steepest.early / (rule.lr if scale == 1.0 and rule.lr else 1.0)),
+        **_mode(snapshot, rule, steepest, root, value),
     )
 
 
