@@ -144,11 +144,6 @@ class Cadence:
         self._names = tuple(other for other in self._names if other != name)
         self._changed()
 
-    @property
-    def follows_rate(self) -> bool:
-        """Whether the learning rate that comes next has a say."""
-        return bool(self.account.rates)
-
     def period(self, name: str) -> float | None:
         """Return the steps in which the budget pays for a measurement, now; None before the price is known."""
         pace, account = self.paces[name], self.account

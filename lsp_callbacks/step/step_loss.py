@@ -53,7 +53,7 @@ class StepLoss:
 
     def add_returned(self, outputs: Any) -> None:
         """Take in what a micro-batch returned, in single precision at least; anything without a loss is passed over."""
-        loss = loss_of(outputs)
+        loss = outputs["loss"] if type(outputs) is dict and "loss" in outputs else loss_of(outputs)
         if isinstance(loss, Tensor):
             loss = loss.detach()
             if loss.dtype is not torch.float32:
@@ -73,4 +73,4 @@ class StepLoss:
     @property
     def returned(self) -> Tensor | None:
         """The sum of the losses that the micro-batches returned; None where none was seen."""
-        return summed(self._returned)
+        return self._returned[0] if len(self._returned) == 1 else summed(self._returned)
