@@ -55,8 +55,9 @@ class StepNumbers:
             moved: whether it moves the parameters.
         """
         self._is_over = True
-        if not self._is_counted or self._observer.game is not None:
-            self._observer.count(moved=moved)
+        observer = self._observer
+        if not self._is_counted or observer.game is not None:
+            observer.count(moved=moved)
         self._is_counted = True
 
     def is_over(self, trainer: Any) -> bool:

@@ -113,6 +113,7 @@ class StopOnInstability(Callback):
         edge = 0.0 if any(kind in monitor for kind in ("lyapunov", "residual_gain")) else 1.0
         self.threshold = edge if threshold is None else threshold
         self.confirm, self.verbose = confirm, verbose
+        self._is_scheduled = monitor in SCHEDULED
         self._warned = False
         self._reset()
 
@@ -210,7 +211,7 @@ class StopOnInstability(Callback):
                 self._received = None
         if self.stop_step is not None:
             return False
-        scheduled = self._source.scheduled_courant(trainer) if self.monitor in SCHEDULED else math.nan
+        scheduled = self._source.scheduled_courant(trainer) if self._is_scheduled else math.nan
         if self._is_quiet and losses.is_calm and not scheduled > self.threshold:
             return False  # as at nearly every step
         why = self._not_finite()

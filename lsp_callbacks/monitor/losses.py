@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -76,13 +77,15 @@ class Arrivals:
             left_out: whether a gradient scaler skipped the update.
             wait: whether to wait until all have arrived.
         """
+        if isinstance(loss, Tensor) and loss.is_cpu and not loss.ndim and not self._on_their_way:
+            return [ArrivedLoss(step, loss.item(), left_out)]
         if loss is not None and not isinstance(loss, Tensor):
             self._on_their_way.append((step, torch.tensor(float(loss)), None, left_out))
         elif loss is not None:
             value = loss.detach()
             value = value if value.ndim == 0 else value.float().mean()
-            if value.device.type == "cpu" and not self._on_their_way:
-                return [ArrivedLoss(step, float(value), left_out)]
+            if value.is_cpu and not self._on_their_way:
+                return [ArrivedLoss(step, value.item(), left_out)]
             self._on_their_way.append((step, *self._sent(value), left_out))
         arrived = []
         while self._on_their_way:
@@ -152,7 +155,7 @@ class LossRecord:
         self.last_step = self.level_step = -1
         self.nonfinite_step: int | None = None
         self.comparable = True
-        self.recent: list[float] = []
+        self.recent = array("d")  # in one piece: fifty objects would have to be fetched from memory at each step
         self.mean = self.least_mean = math.nan
         self._added, self.is_calm = -1, True
         self._left_out, self._is_negative, self._has_risen = 0, False, False
@@ -200,7 +203,8 @@ class LossRecord:
         self._has_risen = count >= SMOOTHING and self.smoothed > rise and not is_memorised
         if not (self._has_risen and self.comparable):
             self.level_step = step
-        self.is_calm = not self._has_risen and not (count >= INITIAL and self.mean > self._alarm_limit)
+        is_high = self.mean > ALARM_RISE * self.least_mean and self.mean > ALARM_SHARE * self.initial
+        self.is_calm = not self._has_risen and not is_high
 
     @property
     def finite(self) -> bool:
@@ -269,6 +273,7 @@ class LossRecord:
         for name in vars(self):
             if name.lstrip("_") in state:
                 setattr(self, name, state[name.lstrip("_")])
+        self.recent = array("d", self.recent)
 
 
 class LossWatch(LossRecord):

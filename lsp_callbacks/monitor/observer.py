@@ -159,8 +159,8 @@ class StepObserver:
             if self.game is not None:
                 with monitor.errors.warn_instead_of_raise("the batch could not be kept for a replay"):
                     self.game.begin(batch)
-            else:
-                self._pending = self._new_pending(scheduled)
+            elif monitor.wants(self.step, scheduled=scheduled):
+                self._pending = self._new_pending()
         else:
             self.step_loss.begin_batch()
         self.is_idle = self._pending is None and self.game is None and not looks_for_nan
@@ -181,9 +181,9 @@ class StepObserver:
         if self._gradient_check.is_expected:
             self._gradient_check.forget()
 
-    def _new_pending(self, scheduled: float = math.nan) -> PendingStep | None:
+    def _new_pending(self) -> PendingStep | None:
         """Return what the coming step must be replayed from, if it is to be measured."""
-        if self.monitor.wants(self.step, scheduled=scheduled) and self.loop.has_backward():
+        if self.monitor.wants(self.step) and self.loop.has_backward():
             try:
                 return self.loop.new_step()
             except Exception as error:

@@ -55,7 +55,8 @@ class StepLoss:
         """Take in what a micro-batch returned, in single precision at least; anything without a loss is passed over."""
         loss = outputs["loss"] if type(outputs) is dict and "loss" in outputs else loss_of(outputs)
         if isinstance(loss, Tensor):
-            loss = loss.detach()
+            if loss.requires_grad:
+                loss = loss.detach()
             if loss.dtype is not torch.float32:
                 loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
             self._returned.append(loss if loss.ndim == 0 else loss.mean())
