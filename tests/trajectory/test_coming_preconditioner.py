@@ -11,8 +11,8 @@ from lsp_callbacks import ProbeSet, Sharpness
 from lsp_callbacks.operators import coming_rule, frozen_rule
 from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold
 from lsp_callbacks.operators.trajectory import coming_preconditioner as coming
-from lsp_callbacks.operators.trajectory.frozen_preconditioner import rule_ahead
 from lsp_callbacks.operators.trajectory.coming_preconditioner import batch_squares, gradients_missing, probe_squares
+from lsp_callbacks.operators.trajectory.frozen_preconditioner import rule_ahead
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.criterion import evaluation
 

@@ -135,7 +135,7 @@ def root(nu: Tensor) -> Tensor:
 def by_factors(square: Tensor) -> Tensor:
     """Return ``r_i c_j / mean``, r and c the means of the rows and of the columns of a table.
 
-    Squares of the gradients of a linear layer are such products in each sample. Source: Shazeer & Stern 2018, Adafactor.
+    Squares of the gradients of a linear layer are such products in each sample. Source: Shazeer & Stern 2018.
     """
     table = square.flatten(1)
     rows, columns = table.mean(1, keepdim=True), table.mean(0)
