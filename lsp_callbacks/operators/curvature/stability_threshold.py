@@ -15,15 +15,17 @@ from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.followed_top import RECENT, followed_top
 from lsp_callbacks.operators.curvature.hessian import Method, hessian
 from lsp_callbacks.operators.curvature.top_eigenvalue import Top, bounded_top
-from lsp_callbacks.operators.trajectory.coming_preconditioner import remembered_rule
+from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
     FrozenRule,
     buffer_rates,
     coupled_decay,
     decay_rates,
     decayed_hessian,
+    frozen_rule,
     preconditioned_hessian,
     rates,
+    require_gradient,
 )
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -123,11 +125,11 @@ def stability_threshold(
     """Return sharpness, its limit, and the Courant number ``lambda_max(R^1/2 H' R^1/2) / c`` of a step.
 
     R are the effective rates of the parameters: the learning rate times the preconditioner of Adam, AdamW, RMSprop
-    or Adagrad over Adam's bias correction, held fixed (while that knows few gradients, as it will be some ten steps
-    later: `remembered_rule`), times the factor by which this step's gradient was clipped, held fixed too. H' is the
-    Hessian with coupled weight decay. With one rate and one weight decay everything follows from one Lanczos run on H;
-    otherwise the preconditioned operator needs a run of its own. It holds for full-batch steps; under momentum it does
-    not account for batch noise.
+    or Adagrad over Adam's bias correction, held fixed as they will be some ten steps later (`coming_rule`), times
+    the factor by which this step's gradient was clipped, held fixed too. H' is the Hessian with coupled weight
+    decay. With one rate and one weight decay everything follows from one Lanczos run on H; otherwise the
+    preconditioned operator needs a run of its own. It holds for full-batch steps; under momentum it does not
+    account for batch noise.
 
     Args:
         snapshot: a step with its optimizer.
@@ -191,7 +193,7 @@ def followed_mode(snapshot: Snapshot, *, start: Tensor | None = None, method: Me
 
     Cost: half the products of `followed_threshold`.
     """
-    rule = remembered_rule(snapshot)
+    rule = coming_rule(snapshot)
     threshold_constant(rule)
     steepest = followed_top(preconditioned_hessian(snapshot, method=method, rule=rule), snapshot, start, ())
     root = rates(snapshot, rule) ** 0.5 if rule.lr else 1.0
@@ -200,6 +202,9 @@ def followed_mode(snapshot: Snapshot, *, start: Tensor | None = None, method: Me
 
 def has_own_run(snapshot: Snapshot) -> bool:
     """Return whether ``R^1/2 H' R^1/2`` has other eigenvectors than H."""
+    if frozen_rule(snapshot).frozen:
+        require_gradient(snapshot)
+        return True
     return isinstance(rates(snapshot), Tensor) or isinstance(decay_rates(snapshot), Tensor)
 
 
@@ -232,7 +237,7 @@ def _threshold(
         method: of the products.
         recent: earlier values.
     """
-    rule = remembered_rule(snapshot)
+    rule = coming_rule(snapshot)
     constant, maximize = threshold_constant(rule), rule.sign < 0
     rate, decay = rates(snapshot, rule), decay_rates(snapshot, rule)
     root = rate**0.5 if rule.lr else 1.0

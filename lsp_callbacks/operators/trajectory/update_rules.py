@@ -45,14 +45,18 @@ class Moment:
         """Return the denominator of this step's gradient."""
         return self.denominator(self._least(self.nu), t, 0)
 
-    def ahead(self, t: float, steps: int, square: Tensor | None) -> Tensor:
+    def ahead(self, t: float, steps: int, square: Tensor | None, prior: float = 0.0) -> Tensor:
         """Return the denominator ``steps`` later, if the mean of ``d^2`` is ``square``, or (None) its mean so far.
 
-        ``nu_(t + n) = keep^n nu_t + share (1 + keep + ... + keep^(n - 1)) square``.
+        ``nu_(t + n) = keep^n nu_t + share (1 + keep + ... + keep^(n - 1)) square``. The mean so far is that of t squares
+        and, in a table, of ``prior`` others that are a factor of each row times one of each column, see `by_factors`.
         """
         if square is None:
-            square = (self.nu - self.keep**t * self.begin).clamp_min(0) / (self.share * self._terms(t))
-        later = self.keep**steps * self.nu + self.share * self._terms(steps) * square
+            seen = self._terms(t)
+            square = (self.nu - self.keep**t * self.begin).clamp_min_(0).div_(self.share * seen)
+            if prior and square.ndim > 1:
+                square = torch.lerp(square, by_factors(square), prior / (seen + prior))
+        later = torch.add(self.keep**steps * self.nu, square, alpha=self.share * self._terms(steps))
         return self.denominator(self._least(torch.maximum(self.nu, later) if self._grows else later), t + steps, steps)
 
     @property
@@ -125,8 +129,25 @@ def decoupled(group: Group) -> bool:
 
 
 def root(nu: Tensor) -> Tensor:
-    """Return the square root, and 0 where rounding has made nu negative."""
+    """Return the square root of a second moment, and 0 where rounding has made it negative."""
     return nu.clamp_min(0.0).sqrt_()
+
+
+def by_factors(square: Tensor) -> Tensor:
+    """Return ``r_i c_j / mean``, r and c the means of the rows and of the columns of a table.
+
+    Squares of the gradients of a linear layer are such products in each sample. Source: Shazeer & Stern 2018.
+    """
+    table = square.flatten(1)
+    rows, columns = table.mean(1, keepdim=True), table.mean(0)
+    return (rows * (columns / columns.mean().clamp_min(torch.finfo(square.dtype).tiny))).view_as(square)
+
+
+def averaged(before: Tensor | None, d: Tensor, keep: float) -> Tensor:
+    """Return the running mean of squares, ``keep nu + (1 - keep) d^2``."""
+    if before is None:
+        return (1 - keep) * d * d
+    return torch.mul(before, keep).addcmul_(d, d, value=1 - keep)
 
 
 def combined(*terms: tuple[float | Tensor, Linear]) -> Linear:
@@ -181,25 +202,25 @@ def _sgd(at: State, group: Group, t: float) -> dict[str, Linear]:
     return {"theta": combined((1.0, _itself("theta")), (-lr, update)), "momentum_buffer": m}
 
 
-def _averaged(before: Tensor | None, keep: float, new: Tensor) -> Tensor:
-    """Return ``keep before + (1 - keep) new``, with 0 for what does not exist yet; overwrites ``new``."""
-    new.mul_(1 - keep)
-    return new if before is None else new.add_(before, alpha=keep)
+def _mean(before: Tensor | None, d: Tensor, keep: float) -> Tensor:
+    """Return the running mean ``keep mean + (1 - keep) d``, a new tensor."""
+    mean = (1 - keep) * d
+    return mean if before is None else mean.add_(before, alpha=keep)
 
 
 def _adam_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
     beta, eps = float(group["betas"][1]), float(group["eps"])
-    nu = _averaged(state.get("exp_avg_sq"), beta, d * d)
+    nu = averaged(state.get("exp_avg_sq"), d, beta)
     floor: float | Tensor = 0.0
     if group["amsgrad"]:
         floor = state["max_exp_avg_sq"] if "max_exp_avg_sq" in state else torch.zeros_like(d)
-    return Moment(nu, beta, 1 - beta, lambda nu, t, steps: root(nu) / (1 - beta**t) ** 0.5 + eps, floor=floor)
+    return Moment(nu, beta, 1 - beta, lambda nu, t, steps: root(nu).div_((1 - beta**t) ** 0.5).add_(eps), floor=floor)
 
 
 def _adam(at: State, group: Group, t: float) -> dict[str, Linear]:
     value, d, beta, lr = _descent_at(at, group), _by_descent(group), float(group["betas"][0]), float(group["lr"])
     moment = _adam_moment(value, at, group, t)
-    mean = _averaged(at.get("exp_avg"), beta, value.clone())
+    mean = _mean(at.get("exp_avg"), value, beta)
     new = {
         "exp_avg": combined((beta, _itself("exp_avg")), (1 - beta, d)),
         "exp_avg_sq": combined((moment.keep, _itself("exp_avg_sq")), (2 * moment.share * value, d)),
@@ -221,10 +242,10 @@ def _adam(at: State, group: Group, t: float) -> dict[str, Linear]:
 
 def _rmsprop_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
     alpha, eps = float(group["alpha"]), float(group["eps"])
-    nu = _averaged(state.get("square_avg"), alpha, d * d)
+    nu = averaged(state.get("square_avg"), d, alpha)
     if not group["centered"]:
-        return Moment(nu, alpha, 1 - alpha, lambda nu, t, steps: root(nu) + eps)
-    mean = _averaged(state.get("grad_avg"), alpha, d.clone())
+        return Moment(nu, alpha, 1 - alpha, lambda nu, t, steps: root(nu).add_(eps))
+    mean = _mean(state.get("grad_avg"), d, alpha)
 
     def denominator(nu: Tensor, t: float, steps: int) -> Tensor:
         later = alpha**steps * mean + (1 - alpha**steps) * d if steps else mean
@@ -240,7 +261,7 @@ def _rmsprop(at: State, group: Group, t: float) -> dict[str, Linear]:
     spread, by_spread = moment.nu, new["square_avg"]
     if group["centered"]:
         new["grad_avg"] = combined((alpha, _itself("grad_avg")), (1 - alpha, d))
-        mean = _averaged(at.get("grad_avg"), alpha, value.clone())
+        mean = _mean(at.get("grad_avg"), value, alpha)
         spread, by_spread = spread - mean * mean, combined((1.0, by_spread), (-2 * mean, new["grad_avg"]))
     divisor = moment.now(t)
     update = combined((1 / divisor, d), (-value / divisor**2 * _by_root(spread), by_spread))

@@ -26,7 +26,7 @@ from lsp_callbacks.operators.curvature.stability_threshold import (
 )
 from lsp_callbacks.operators.curvature.top_eigenvalue import bounded_top
 from lsp_callbacks.operators.memory import product_memory
-from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing, is_remembered
+from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, frozen_rule
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import CURVATURE, PREFIX, Key, relative_bar
@@ -95,7 +95,7 @@ def mode_cost(snapshot: Snapshot, method: Method, *, warm: bool = True, bounded:
     """Return the cost, in gradients, of the sharp mode that sharpness and exponent share."""
     method = resolved(snapshot, method)
     runs = 1 if has_own_run(snapshot) else 1 + (frozen_rule(snapshot).sign < 0)
-    scatter = {} if is_remembered(snapshot) else {"signs": (1 + 2 * DRAWS) / 3}
+    scatter = {"signs": (1 + 2 * DRAWS) / 3} if gradients_missing(snapshot) else {}
     return {"forward": forward_cost(snapshot), "edge": _top_cost(snapshot, method, warm, bounded, runs)} | scatter
 
 
@@ -120,10 +120,10 @@ class Sharpness(Quantity):
 
     ``courant_gd = lambda_max(R^1/2 H' R^1/2) / c`` with R the effective rates, H' the Hessian with coupled weight
     decay, and c from `lsp_callbacks.functional.stability_constant`: 1 is the edge of stability of full-batch steps.
-    R is the learning rate times the preconditioner of Adam, AdamW, RMSprop or Adagrad, while that knows fewer than 100
-    gradients as it will be some ten steps later (`lsp_callbacks.operators.coming_rule`), and the factor of clipping, as
-    it is in this step; a ``prox`` after the step is not part of it. With a preconditioner it is first measured when
-    that holds two gradients. It is measured on one mini-batch and, under momentum, blind to batch noise.
+    R is the learning rate times the preconditioner of Adam, AdamW, RMSprop or Adagrad, as it will be some ten steps
+    later (`lsp_callbacks.operators.coming_rule`), and the factor of clipping, as it is in this step; a ``prox`` after
+    the step is not part of it. With a preconditioner it is first measured when that holds two gradients. It is measured
+    on one mini-batch and, under momentum, blind to batch noise.
 
     By default the largest eigenvalue is followed from reading to reading by two products each, see
     `lsp_callbacks.operators.curvature.followed_top`; ``sharpness_residual`` is a relative error bar: the largest
