@@ -1,4 +1,4 @@
-"""Claim: `MeanSquareStability`, from the step's own batch, follows the measurement at 128 fixed samples over whole runs.
+"""Claim: `MeanSquareStability`, from the step's own batch, follows that of 128 fixed samples over whole runs.
 
 Every `EVERY` steps of runs of `STEPS`, each with its optimizer: the Courant number of the second moment from the step's
 own batch, as it is measured by default; from 128 samples that were collected once and are trained on like the others;
@@ -105,14 +105,8 @@ def problem(name: str) -> Run:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(net.parameters(), chosen.lr)
     else:
         optimizer = torch.optim.SGD(net.parameters(), chosen.lr, chosen.momentum)
-    return (
-        net,
-        optimizer,
-        lambda step: chosen.schedule(step / STEPS),
-        taken(x, y, 128 if name.endswith("128") else chosen.batch or len(x)),
-        images,
-        len(x),
-    )
+    size = 128 if name.endswith("128") else chosen.batch or len(x)
+    return net, optimizer, lambda step: chosen.schedule(step / STEPS), taken(x, y, size), images, len(x)
 
 
 def full(snapshot: Snapshot, probes: ProbeSet, most: int | None = None) -> float:
