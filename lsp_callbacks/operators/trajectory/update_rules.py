@@ -48,8 +48,9 @@ class Moment:
     def ahead(self, t: float, steps: int, square: Tensor | None, prior: float = 0.0) -> Tensor:
         """Return the denominator ``steps`` later, if the mean of ``d^2`` is ``square``, or (None) its mean so far.
 
-        ``nu_(t + n) = keep^n nu_t + share (1 + keep + ... + keep^(n - 1)) square``. The mean so far is that of t squares
-        and, in a table, of ``prior`` others that are a factor of each row times one of each column, see `by_factors`.
+        ``nu_(t + n) = keep^n nu_t + share (1 + keep + ... + keep^(n - 1)) square``. The mean so far is that of t
+        squares and, in a table, of ``prior`` others that are a factor of each row times one of each column, see
+        `by_factors`.
         """
         if square is None:
             seen = self._terms(t)
