@@ -15,7 +15,7 @@ from lsp_callbacks.linalg.operator import LinearOperator
 #: A remainder this much shorter than its product has lost digits, and is made orthogonal again.
 LOST = 0.1
 #: Halvings of an interval in the search of a bound.
-_HALVINGS = 30
+_HALVINGS = 12
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,15 @@ def top_node(
         if not bool(torch.isfinite(T).all()):
             nan = torch.tensor(torch.nan, dtype=torch.float64)
             return TopNode(nan, nan, basis[:1], nan[None], k + 1, nan, False, T)
-        scale = torch.linalg.eigvalsh(T[: k + 1, : k + 1]).abs().amax()
+        ritz = torch.linalg.eigh(T[: k + 1, : k + 1])
+        scale = ritz.eigenvalues.abs().amax()
         complete = k + 1 == n or size <= 8 * torch.finfo(start.dtype).eps * float(scale)
         if not complete:
             basis.append(w.div_(size))
-        node = _node(T[: k + 2, : k + 2], basis, scale, complete)
-        if complete or (k + 1 >= steps and enough(node)):
+        if not complete and k + 1 < steps:
+            continue
+        node = _node(T[: k + 2, : k + 2], ritz.eigenvalues, ritz.eigenvectors, basis, scale, complete)
+        if complete or enough(node):
             break
     return node
 
@@ -160,10 +163,9 @@ def _remainder(w: Tensor, basis: list[Tensor]) -> tuple[list[float], float, Tens
     return total, size, w
 
 
-def _node(T: Tensor, basis: list[Tensor], scale: Tensor, complete: bool) -> TopNode:
+def _node(T: Tensor, values: Tensor, vectors: Tensor, basis: list[Tensor], scale: Tensor, complete: bool) -> TopNode:
     """Return the top node of the rule; T holds the last coupling, and its corner is free."""
     k = len(T) - 1
-    values, vectors = torch.linalg.eigh(T[:k, :k])
     least, weights = values[-1], vectors[:, -1]
     value = least
     if not complete and least > 0:

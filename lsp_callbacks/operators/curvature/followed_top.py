@@ -61,15 +61,18 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
     Cost: see `products_taken`.
     """
     n = operator.shape[1]
-    fits = start is not None and len(start) == n and bool(norm(start).isfinite())
+    length = float(norm(start)) if start is not None and len(start) == n else 0.0
+    fits = 0 < length < math.inf
     start = start if fits else None
     steps = n if n <= FEW else WARM if fits else COLD
 
     early: list[Tensor] = []  # values of fewer products are lower: only those of as many are told to the next step
+    bars: list[float] = []
 
     def enough(node: TopNode) -> bool:
         early.append(node.value)
-        return node.products >= steps and _bar(node, recent, _turned(node, start)) <= WIDE
+        bars.append(_bar(node, recent, _turned(node, start, length)))
+        return node.products >= steps and bars[-1] <= WIDE
 
     products = products_so_far(snapshot)
     before = products.taken
@@ -81,7 +84,7 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
     value, error = node.value, accuracy
     if not node.complete:
         value = node.value * (1 + RAISED * node.gain.clamp_max(MOST_GAIN))
-        error = torch.maximum(accuracy, _bar(node, recent, _turned(node, start)) * value.abs())
+        error = torch.maximum(accuracy, bars[-1] * value.abs())
     return Top(value, node.vector, error, accuracy, error + value - node.least, node.products, first)
 
 
@@ -97,12 +100,11 @@ def _bar(node: TopNode, recent: Sequence[float], turned: float) -> float:
     return LEAST + HIDDEN * float(node.hidden(OVERLAP) / _size(node)) + left * rest
 
 
-def _turned(node: TopNode, start: Tensor | None) -> float:
-    """Return 1 less the overlap of the vector with the earlier one; 1 without one."""
+def _turned(node: TopNode, start: Tensor | None, length: float) -> float:
+    """Return 1 less the overlap of the vector with the earlier one, which has that length; 1 without one."""
     if start is None:
         return 1.0
-    overlap = abs(float(torch.dot(node.vector, start.to(node.vector)))) / float(norm(start))
-    return max(0.0, 1.0 - overlap)
+    return 1.0 - min(1.0, abs(float(torch.dot(node.vector, start.to(node.vector)))) / length)
 
 
 def _size(node: TopNode) -> Tensor:
@@ -140,5 +142,5 @@ def _noise(snapshot: Snapshot, operator: LinearOperator) -> Tensor:
     generator = snapshot.generator("lanczos")
     block = torch.randn(min(n, _BLOCK), generator=generator, dtype=operator.dtype)
     signs = torch.randint(0, 2, (-(-n // len(block)), 1), generator=generator) * 2 - 1
-    noise = (signs.to(block) * block).reshape(-1)[:n].to(operator.device)
-    return noise.mul_(NOISE / n**0.5)
+    block *= NOISE / n**0.5
+    return (signs.to(block) * block).reshape(-1)[:n].to(operator.device)
