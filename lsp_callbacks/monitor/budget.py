@@ -33,20 +33,30 @@ def measurement_cost(quantity: Quantity, snapshot: Snapshot) -> dict[str, float]
 
 
 def measurement_memory(quantities: Quantities, snapshot: Snapshot) -> dict[str, float]:
-    """Return the bytes beside training at the peak of each quantity, with what those before it keep for the step.
+    """Return the bytes beside training at the peak of each quantity, with what those before it keep for those after.
 
     A quantity that cannot be measured is not among them.
 
     Cost: one forward pass.
     """
     peaks: dict[str, float] = {}
-    graph = 0.0
+    parts_of = memory_parts(quantities, snapshot)
+    graphs = {name: parts["graph"] for name, parts in parts_of.items() if "graph" in parts}
+    last, graph = next(reversed(graphs), None), 0.0
+    for name, parts in parts_of.items():
+        graph = max(graph, graphs.get(name, 0.0))
+        peaks[name] = sum((parts | {"graph": graph}).values())
+        graph = 0.0 if name == last else graph
+    return peaks
+
+
+def memory_parts(quantities: Quantities, snapshot: Snapshot) -> dict[str, dict[str, float]]:
+    """Return the bytes of each quantity that can be measured, by what they are for."""
+    parts: dict[str, dict[str, float]] = {}
     for name, quantity in quantities.items():
         with contextlib.suppress(Exception):  # whatever a replay raises
-            parts = quantity.memory(snapshot)
-            graph = parts["graph"] = max(graph, parts.get("graph", 0.0))
-            peaks[name] = sum(parts.values())
-    return peaks
+            parts[name] = quantity.memory(snapshot)
+    return parts
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ class Budget:
     Attributes:
         seconds: what measurements took.
         predicted: bytes at the peak of each quantity, predicted once.
+        graphs: names of those that share the graph of exact Hessian products with others of their step.
         work: of one forward pass, counted once.
         step: gradients that a whole step of training takes.
         reduced: what was left out of a measurement so that it costs less, by quantity.
@@ -93,6 +104,7 @@ class Budget:
         """Forget everything."""
         self.seconds.reset()
         self.predicted: dict[str, float] = {}
+        self.graphs: set[str] = set()
         self.work: Work | None = None
         self.step = 1.0
         self.reduced: dict[str, str] = {}
@@ -122,6 +134,7 @@ class Budget:
         device = next((p.device for p in snapshot.parameters.values()), torch.device("cpu"))
         if name not in self.predicted:
             self.predicted |= measurement_memory(quantities, snapshot) | self.predicted
+            self.graphs |= {n for n, parts in memory_parts(quantities, snapshot).items() if "graph" in parts}
             with contextlib.suppress(Exception):  # whatever a replay raises
                 self._default_cap = default_cap(footprint(snapshot))
         check_memory(self.predicted.get(name, 0.0), self.max_memory, device, default=self._default_cap)

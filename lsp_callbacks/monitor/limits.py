@@ -14,8 +14,10 @@ from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.operators.memory import Footprint
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-#: What a measurement may take on the CPU where nothing is said: so many times what training takes, or so many bytes.
-MULTIPLE, FLOOR = 3.0, 1e9
+#: On the CPU, where nothing is said, the peak may be so many times that of training, or so many bytes beside training.
+MULTIPLE, FLOOR = 1.5, 1e8
+#: Vectors of the size of the weights that training holds between two steps: weights, gradient, two moments.
+HELD = 4.0
 #: A first measurement takes this many times as long as the next ones.
 COLD = 3.0
 
@@ -60,12 +62,14 @@ def readable(count: float) -> str:
 
 
 def default_cap(training: Footprint) -> float:
-    """Return how many bytes a measurement may take on the CPU where nothing is said: `MULTIPLE` times training's own.
+    """Return how many bytes a measurement may take on the CPU where nothing is said.
 
-    Those are the weights, the gradient, two moments of the optimizer, and what the forward pass keeps for the backward
-    pass; at least `FLOOR`.
+    It starts when the step's own graph is gone, beside the weights, the gradient, and two moments of the optimizer. So
+    ``held + bytes <= MULTIPLE (held + activations)``: the peak of the process grows by half at most, against training
+    alone. `FLOOR` at least, which on a small network is little beside the interpreter and its libraries.
     """
-    return max(FLOOR, MULTIPLE * (4 * training.parameters + training.activations))
+    held = HELD * training.parameters
+    return max(FLOOR, MULTIPLE * (held + training.activations) - held)
 
 
 def check_memory(predicted: float, cap: float | None, device: torch.device, *, default: float = math.inf) -> None:
@@ -96,8 +100,8 @@ def check_memory(predicted: float, cap: float | None, device: torch.device, *, d
             )
     elif cap is None and predicted > default:
         raise Unsupported(
-            f"it would take {readable(predicted)} beside training, more than {readable(default)}, which is "
-            f"{MULTIPLE:g} times what training takes, or {readable(FLOOR)}: {advice}"
+            f"it would take {readable(predicted)} beside training, more than {readable(default)}: the peak would be "
+            f"above {MULTIPLE:g} times that of training alone: {advice}"
         )
 
 

@@ -13,6 +13,7 @@ from lsp_callbacks.errors import NotApplicable, Unsupported
 from lsp_callbacks.monitor.budget import Budget
 from lsp_callbacks.monitor.due_quantities import Schedule
 from lsp_callbacks.monitor.selected_quantities import SelectedQuantities, Skips
+from lsp_callbacks.operators.curvature.hessian import release_graph
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -68,10 +69,10 @@ class Measurement:
         self._check_layout(snapshot)
         measured, quantities = Measured(), self.quantities
         starts = self._start(snapshot, measured)
-        for name, quantity in quantities.items():
-            begins = name in starts
-            if not begins and name not in self.schedule.under_way:
-                continue
+        waiting = [name for name in quantities if name in starts or name in self.schedule.under_way]
+        while waiting:
+            name = waiting.pop(0)
+            quantity, begins = quantities[name], name in starts
             self.schedule.begin(name)
             self.paths.pop(name, None)
             began = time.perf_counter()
@@ -83,6 +84,9 @@ class Measurement:
                     raise
                 self._fail(measured, quantity, snapshot, error)
                 continue
+            finally:
+                if not self.budget.graphs.intersection(waiting):
+                    release_graph(snapshot)
             self.budget.seconds.add(name, time.perf_counter() - began, complete=values is not None)
             if values is None:
                 self.schedule.go_on(name)

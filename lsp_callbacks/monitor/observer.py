@@ -386,9 +386,12 @@ class StepObserver:
             return None
 
     def _observe(self, snapshot: Snapshot) -> None:
-        self._results.add(self.monitor.observe(snapshot))
-        for listener in self.listeners:
-            listener(snapshot)
+        try:
+            self._results.add(self.monitor.observe(snapshot))
+            for listener in self.listeners:
+                listener(snapshot)
+        finally:
+            snapshot.forget()  # what is shared refers to the snapshot: vectors and graphs would wait for a collection
 
 
 def _whole(sub_batch: Snapshot, clipping: Clipping | None) -> Snapshot:

@@ -42,7 +42,7 @@ def footprint(snapshot: Snapshot) -> Footprint:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in counted:
                 saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself, a node's own output would keep its node, and nothing would ever free them
 
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -170,6 +170,11 @@ def _finite_difference(
     return difference_hessian(differences, products, None if alone else exact)
 
 
+def release_graph(snapshot: Snapshot) -> None:
+    """Let go of the graph of this step's exact products; a further product would compute it again."""
+    snapshot.shared.pop((_exact.__wrapped__, ()), None)  # type: ignore[attr-defined]
+
+
 def per_parameter(values: list[float], snapshot: Snapshot) -> Tensor | float:
     """Return one number for each parameter tensor, spread over the flat vector; a float where all agree."""
     if len(set(values)) == 1:
