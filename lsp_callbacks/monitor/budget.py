@@ -13,7 +13,7 @@ import torch
 
 from lsp_callbacks.monitor.limits import Seconds, check_memory, default_cap, in_bytes
 from lsp_callbacks.operators.cost import Work, assume, step_cost, work
-from lsp_callbacks.operators.memory import footprint
+from lsp_callbacks.operators.footprint import Footprint, assume_footprint, footprint
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -109,6 +109,7 @@ class Budget:
         self.step = 1.0
         self.reduced: dict[str, str] = {}
         self._default_cap = math.inf
+        self._training: Footprint | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was counted."""
@@ -136,8 +137,18 @@ class Budget:
             self.predicted |= measurement_memory(quantities, snapshot) | self.predicted
             self.graphs |= {n for n, parts in memory_parts(quantities, snapshot).items() if "graph" in parts}
             with contextlib.suppress(Exception):  # whatever a replay raises
-                self._default_cap = default_cap(footprint(snapshot))
+                self._training = footprint(snapshot)
+                self._default_cap = default_cap(self._training)
         check_memory(self.predicted.get(name, 0.0), self.max_memory, device, default=self._default_cap)
+
+    def assume(self, snapshot: Snapshot) -> None:
+        """Take what training holds in memory as it was at an earlier step."""
+        if self._training is not None:
+            assume_footprint(snapshot, self._training)
+
+    def room(self) -> float:
+        """Return how many bytes a measurement may take beside training, as far as that is known; otherwise infinity."""
+        return self._default_cap if self.max_memory is None else self.max_memory
 
     def too_slow(self, quantities: Quantities, snapshot: Snapshot) -> dict[str, list[str]]:
         """Return the quantities to skip so that the rest fits into the time limit, by the reason.

@@ -11,11 +11,11 @@ import torch
 
 from lsp_callbacks._validation import number
 from lsp_callbacks.errors import Unmeasurable, Unsupported
-from lsp_callbacks.operators.memory import Footprint
+from lsp_callbacks.operators.footprint import Footprint, readable
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 #: On the CPU, where nothing is said, the peak may be so many times that of training, or so many bytes beside training.
-MULTIPLE, FLOOR = 1.5, 1e8
+MULTIPLE, FLOOR = 1.5, 2.56e8
 #: Vectors of the size of the weights that training holds between two steps: weights, gradient, two moments.
 HELD = 4.0
 #: A first measurement takes this many times as long as the next ones.
@@ -45,20 +45,6 @@ def in_bytes(value: Any) -> float | None:
             raise ValueError(f"max_memory={value!r}: give a number of bytes, or text such as '2GB' or '500MiB'")
         return float(number("max_memory", float(match[1]) * UNITS[match[2]], above=0, instead=how))
     return float(number("max_memory", value, above=0, instead=how))
-
-
-def readable(count: float) -> str:
-    """Return bytes in the unit that fits.
-
-    Example:
-        >>> from lsp_callbacks.monitor.limits import readable
-        >>> readable(300), readable(2.345e9)
-        ('300 B', '2.3 GB')
-    """
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2g} {unit}" if count < 10 * size else f"{count / size:,.0f} {unit}"
-    return f"{count:.0f} B"
 
 
 def default_cap(training: Footprint) -> float:

@@ -67,6 +67,7 @@ class Measurement:
             Exception: whatever a measurement raised, if the quantities are strict.
         """
         self._check_layout(snapshot)
+        self.budget.assume(snapshot)
         measured, quantities = Measured(), self.quantities
         starts = self._start(snapshot, measured)
         waiting = [name for name in quantities if name in starts or name in self.schedule.under_way]

@@ -331,6 +331,7 @@ class StepObserver:
             samples_of_step=self.probes.samples_of_step(pending, loss, **how),
             scale=loop.loss_scale(),
             previous=self.previous,
+            room=self.monitor.budget.room,
         )
 
     def check_gradient(self, reason: str, *, is_gone_allowed: bool) -> bool:
