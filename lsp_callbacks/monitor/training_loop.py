@@ -48,6 +48,10 @@ class TrainingLoop:
         """How each gradient is clipped after it was measured, as far as that is known before the step."""
         return None
 
+    def has_backward(self) -> bool:
+        """Return whether a backward pass follows the forward pass that comes next."""
+        return True
+
     def new_step(self, *, is_shared: bool = True) -> PendingStep:
         """Return a copy of the module from which the coming step can be replayed.
 
