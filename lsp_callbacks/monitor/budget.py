@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lsp_callbacks.monitor import limits
 from lsp_callbacks.monitor.limits import Seconds, check_memory, default_cap, in_bytes
 from lsp_callbacks.operators.cost import Work, assume, step_cost, work
 from lsp_callbacks.operators.footprint import Footprint, assume_footprint, footprint
@@ -108,7 +109,6 @@ class Budget:
         self.work: Work | None = None
         self.step = 1.0
         self.reduced: dict[str, str] = {}
-        self._default_cap = math.inf
         self._training: Footprint | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Budget:
         self.work = None if state["work"] is None else Work(**state["work"])
         self.step, self.reduced = state["step"], dict(state["reduced"])
 
-    def check_memory(self, name: str, quantities: Quantities, snapshot: Snapshot) -> None:
+    def check_memory(self, name: str, quantities: Quantities, snapshot: Snapshot, *, is_headline: bool = False) -> None:
         """Refuse a quantity that would take too much memory.
 
         It is predicted once for each quantity, so that what is measured does not depend on the length of a batch.
@@ -138,8 +138,9 @@ class Budget:
             self.graphs |= {n for n, parts in memory_parts(quantities, snapshot).items() if "graph" in parts}
             with contextlib.suppress(Exception):  # whatever a replay raises
                 self._training = footprint(snapshot)
-                self._default_cap = default_cap(self._training)
-        check_memory(self.predicted.get(name, 0.0), self.max_memory, device, default=self._default_cap)
+        multiple = limits.HEADLINE if is_headline else limits.MULTIPLE
+        limit = {"default": self._cap(multiple), "multiple": multiple}
+        check_memory(self.predicted.get(name, 0.0), self.max_memory, device, **limit)
 
     def assume(self, snapshot: Snapshot) -> None:
         """Take what training holds in memory as it was at an earlier step."""
@@ -148,7 +149,10 @@ class Budget:
 
     def room(self) -> float:
         """Return how many bytes a measurement may take beside training, as far as that is known; otherwise infinity."""
-        return self._default_cap if self.max_memory is None else self.max_memory
+        return self._cap(limits.MULTIPLE) if self.max_memory is None else self.max_memory
+
+    def _cap(self, multiple: float) -> float:
+        return math.inf if self._training is None else default_cap(self._training, multiple)
 
     def too_slow(self, quantities: Quantities, snapshot: Snapshot) -> dict[str, list[str]]:
         """Return the quantities to skip so that the rest fits into the time limit, by the reason.

@@ -125,7 +125,8 @@ class Measurement:
         """Return what the step completes, None if it takes further steps; rank 0 decides, so that all ranks agree."""
         if begins:
             self.budget.seconds.begin(quantity.name)
-            self.budget.check_memory(quantity.name, self.quantities, snapshot)
+            is_headline = quantity.name == self.schedule.cadence.headline
+            self.budget.check_memory(quantity.name, self.quantities, snapshot, is_headline=is_headline)
         quantity.update(snapshot)
         values = {key: float(value) for key, value in quantity.compute().items()} if quantity.complete else None
         return snapshot.run.ranks.first(lambda: values, quantity.name)

@@ -98,6 +98,7 @@ def test_the_cap_on_the_cpu_lets_the_peak_be_half_as_much_again():
     training = Footprint(parameters=1e8, activations=2e9, buffers=0.0)
     cap = 1.5 * (4 * 1e8 + 2e9) - 4 * 1e8  # weights, gradient and moments are there all the time
     assert default_cap(training) == cap and default_cap(Footprint(1e3, 1e4, 0.0)) == 2.56e8
+    assert default_cap(training, 3.0) == 3 * (4 * 1e8 + 2e9) - 4 * 1e8
     check_memory(cap, None, CPU, default=cap)
     with pytest.raises(Unsupported, match=r"it would take 3\.3 GB beside training, more than 3\.2 GB.*max_memory"):
         check_memory(3.3e9, None, CPU, default=cap)
@@ -155,12 +156,27 @@ def test_exact_products_do_not_replace_differences_where_their_graph_does_not_fi
 
 
 def test_what_is_too_large_for_the_default_cap_is_left_out(monkeypatch):
-    monkeypatch.setattr(limits, "FLOOR", 600.0), monkeypatch.setattr(limits, "MULTIPLE", 0.1)
+    for name, value in (("FLOOR", 0.0), ("MULTIPLE", 1.0), ("HEADLINE", 1.0)):  # what one forward pass takes
+        monkeypatch.setattr(limits, name, value)
     monitor = StabilityMonitor("economy", every_n_steps=2)
     with pytest.warns(UserWarning, match=r"skips .*sharpness.*\(it would take .* kB beside training") as caught:
         fit(Model, monitor, max_steps=5)
     assert sum("skips" in str(w.message) for w in caught) == 1
     assert monitor.monitor.skipped.keys() == {"sharpness"} and monitor.history["stability/spectral_norm_max"].steps
+
+
+def test_the_headline_number_may_take_more_than_the_others(monkeypatch):
+    """Of the same size as another quantity, it is measured where that is left out."""
+    monkeypatch.setattr(limits, "FLOOR", 0.0)
+    monitor = StabilityMonitor(every_n_steps=2)
+    for quantity in monitor.monitor.quantities.all:
+        vars(quantity)["memory"] = lambda step: {
+            "half of it": 1.5 * footprint(step).activations + 3 * footprint(step).parameters
+        }
+    with pytest.warns(UserWarning, match=r"skips .*sharpness.*above 1\.5 times that of training"):
+        fit(Model, monitor, max_steps=5)
+    assert "sharpness" in monitor.monitor.skipped and "mean_square_stability" not in monitor.monitor.skipped
+    assert monitor.history["stability/courant_mean_square"].steps == [0, 2, 4]
 
 
 def test_a_named_quantity_that_is_too_large_is_nan():
