@@ -37,7 +37,7 @@ class Choice:
         """
         account = self.account
         balance, queue = account.balance(step), self._queue(step)
-        haste = 1.0 if account.near else HASTE
+        haste = HASTE
         for _ in range(2):  # what starts makes others cheaper
             for name in queue:
                 if name in balance.chosen or name in busy:
