@@ -44,14 +44,19 @@ class Moment:
         """Return the denominator of this step's gradient."""
         return self.denominator(self._least(self.nu), t, 0)
 
-    def ahead(self, t: float, steps: int, square: Tensor | None) -> Tensor:
+    def ahead(self, t: float, steps: int, square: Tensor | None, prior: float = 0.0) -> Tensor:
         """Return the denominator ``steps`` later, if the mean of ``d^2`` is ``square``, or (None) its mean so far.
 
-        ``nu_(t + n) = keep^n nu_t + share (1 + keep + ... + keep^(n - 1)) square``.
+        ``nu_(t + n) = keep^n nu_t + share (1 + keep + ... + keep^(n - 1)) square``. The mean so far is that of t
+        squares and, in a table, of ``prior`` others that are a factor of each row times one of each column, see
+        `by_factors`.
         """
         if square is None:
-            square = (self.nu - self.keep**t * self.begin).clamp_min(0) / (self.share * self._terms(t))
-        later = self.keep**steps * self.nu + self.share * self._terms(steps) * square
+            seen = self._terms(t)
+            square = (self.nu - self.keep**t * self.begin).clamp_min_(0).div_(self.share * seen)
+            if prior and square.ndim > 1:
+                square = torch.lerp(square, by_factors(square), prior / (seen + prior))
+        later = torch.add(self.keep**steps * self.nu, square, alpha=self.share * self._terms(steps))
         return self.denominator(self._least(torch.maximum(self.nu, later) if self._grows else later), t + steps, steps)
 
     @property
@@ -124,12 +129,25 @@ def decoupled(group: Group) -> bool:
 
 
 def root(nu: Tensor) -> Tensor:
-    """Return the square root, with the derivative 0 at 0 instead of infinity.
+    """Return the square root of a second moment, and 0 where rounding has made it negative."""
+    return nu.clamp_min(0.0).sqrt_()
 
-    At 0 the gradient has always vanished, and to first order nu, being its square, does not change.
+
+def by_factors(square: Tensor) -> Tensor:
+    """Return ``r_i c_j / mean``, r and c the means of the rows and of the columns of a table.
+
+    Squares of the gradients of a linear layer are such products in each sample. Source: Shazeer & Stern 2018.
     """
-    positive = nu > 0  # however small: eps may be smaller still
-    return torch.where(positive, torch.where(positive, nu, 1.0).sqrt(), 0.0)
+    table = square.flatten(1)
+    rows, columns = table.mean(1, keepdim=True), table.mean(0)
+    return (rows * (columns / columns.mean().clamp_min(torch.finfo(square.dtype).tiny))).view_as(square)
+
+
+def averaged(before: Tensor | None, d: Tensor, keep: float) -> Tensor:
+    """Return the running mean of squares, ``keep nu + (1 - keep) d^2``."""
+    if before is None:
+        return (1 - keep) * d * d
+    return torch.mul(before, keep).addcmul_(d, d, value=1 - keep)
 
 
 def combined(*terms: tuple[float | Tensor, Linear]) -> Linear:
@@ -158,7 +176,10 @@ def _descent_at(at: State, group: Group) -> Tensor:
 
 
 def _by_root(nu: Tensor) -> Tensor:
-    """Return the derivative of `root`."""
+    """Return the derivative of `root`, 0 at 0 instead of infinity.
+
+    At 0 the gradient has always vanished, and to first order nu, being its square, does not change.
+    """
     size = root(nu)
     return torch.where(size > 0, 0.5 / size, 0.0)
 
@@ -176,9 +197,9 @@ def _sgd(at: State, group: Group, t: float) -> dict[str, Linear]:
 
 def _adam_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
     beta, eps = float(group["betas"][1]), float(group["eps"])
-    nu = beta * state.get("exp_avg_sq", torch.zeros_like(d)) + (1 - beta) * d * d
+    nu = averaged(state.get("exp_avg_sq"), d, beta)
     floor = state.get("max_exp_avg_sq", torch.zeros_like(d)) if group["amsgrad"] else 0.0
-    return Moment(nu, beta, 1 - beta, lambda nu, t, steps: root(nu) / (1 - beta**t) ** 0.5 + eps, floor=floor)
+    return Moment(nu, beta, 1 - beta, lambda nu, t, steps: root(nu).div_((1 - beta**t) ** 0.5).add_(eps), floor=floor)
 
 
 def _adam(at: State, group: Group, t: float) -> dict[str, Linear]:
@@ -205,9 +226,9 @@ def _adam(at: State, group: Group, t: float) -> dict[str, Linear]:
 
 def _rmsprop_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
     alpha, eps = float(group["alpha"]), float(group["eps"])
-    nu = alpha * state.get("square_avg", torch.zeros_like(d)) + (1 - alpha) * d * d
+    nu = averaged(state.get("square_avg"), d, alpha)
     if not group["centered"]:
-        return Moment(nu, alpha, 1 - alpha, lambda nu, t, steps: root(nu) + eps)
+        return Moment(nu, alpha, 1 - alpha, lambda nu, t, steps: root(nu).add_(eps))
     mean = alpha * state.get("grad_avg", torch.zeros_like(d)) + (1 - alpha) * d
 
     def denominator(nu: Tensor, t: float, steps: int) -> Tensor:

@@ -76,7 +76,7 @@ def alignment_cost(snapshot: Snapshot, method: Method, *, warm: bool = True, bou
     one_rate = all(isinstance(value, float) for value in (rates(snapshot), decay_rates(snapshot)))
     maximize = frozen_rule(snapshot).sign < 0
     runs = 1 + maximize if one_rate else 2 + (maximize or isinstance(coupled_decay(snapshot), Tensor))
-    scatter = {"signs": (1 + 2 * DRAWS) / 3} if frozen_rule(snapshot).frozen else {}
+    scatter = {"signs": (1 + 2 * DRAWS) / 3} if gradients_missing(snapshot) else {}
     edge = _top_cost(snapshot, method, warm, bounded, runs)
     return {"forward": forward_cost(snapshot), "edge": edge} | scatter
 

@@ -14,7 +14,7 @@ from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, fro
 from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel
 from lsp_callbacks.operators.sgd.held_statistics import can_be_held
 from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
-from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing, is_remembered
+from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.quantities.sgd.collapse import COLLAPSED, collapse, none_yet
@@ -126,8 +126,6 @@ class MeanSquareStability(Quantity):
             parts["batch statistics"] = 2 / 3 * rows * share
         if self._checked is None:
             parts |= {"forward": forward_cost(snapshot), "gradient": 4 / 3, "check of the rows": 2 / 3 * share}
-        if not is_remembered(snapshot):
-            parts["signs of the samples"] = (1 + 2 * DRAWS) / 3
         return parts
 
     def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
