@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lsp_callbacks import Monitor, Quantity, Snapshot, StabilityMonitor
 from lsp_callbacks.monitor.account import ADVANCE, HEADLINE
 from lsp_callbacks.monitor.cadence import Cadence
+from lsp_callbacks.operators.cost import step_cost
 
 NET = torch.nn.Linear(1, 1)
 
@@ -205,13 +206,16 @@ def test_what_the_budget_has_not_paid_for_yet_is_said_with_its_price():
     class Dear(Dial):
         name, keys, weight = "dear", ("stability/sharpness",), 0.01
 
+        def cost(self, snapshot):
+            return {"dear": 19 * step_cost(snapshot)}
+
         def compute(self):
             return {"stability/sharpness": self.value}
 
-    monitor = Monitor(Dial(lambda step: 0.1, cost=0.5), Dear(lambda step: 1.0, cost=150.0))
+    monitor = Monitor(Dial(lambda step: 0.1, cost=0.5), Dear(lambda step: 1.0))
     starts(monitor, 30)
     assert [*monitor.cadence.waiting()] == ["dear"] and "stability/sharpness" not in monitor.history
-    assert "150 gradients" in monitor.cadence.waiting()["dear"]
+    assert f"{monitor.cadence.paces['dear'].price:.3g} gradients" in monitor.cadence.waiting()["dear"]
 
 
 def test_the_rate_that_comes_next_brings_the_measurement_forward():
