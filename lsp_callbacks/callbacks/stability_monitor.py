@@ -69,8 +69,8 @@ class StabilityMonitor(RunResults, Callback):
             near it; each quantity has its own pace, see `lsp_callbacks.monitor.cadence.Cadence`. An advance of 15
             steps pays for the first readings, at 0, 1, 2, 4, 8, ... steps. What costs more than 20 steps a measurement
             is left out, unless it is named or has a pace.
-        window: steps in a window of the exponent.
-        average: windows in its mean.
+        window: steps in a window of the exponent; None is the default of `Lyapunov`.
+        average: windows in its mean; likewise.
         sub_batch: samples of the batch (of several processes, of each one's) for sharpness and exponent; None takes
             the whole batch. The numbers are then those of a sub-batch, whose size is ``stability/sub_batch``.
         layers: whose spectral norms to measure: class, glob, predicate or import path; None takes all.
@@ -116,8 +116,8 @@ class StabilityMonitor(RunResults, Callback):
         *,
         every_n_steps: int | dict[str, int] | None = None,
         budget: float = 0.05,
-        window: int = 4,
-        average: int = 5,
+        window: int | None = None,
+        average: int | None = None,
         sub_batch: int | None = None,
         layers: Selection = None,
         blocks: Selection = None,

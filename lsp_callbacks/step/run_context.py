@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lsp_callbacks.step.known_graph import KnownGraph
+from lsp_callbacks.step.module_copy import StandingCopy
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.series import Trace
 
@@ -40,6 +41,7 @@ class RunContext:
             not. `Monitor.observe` sets its own.
         sharded: why no process holds all parameters, so that nothing can be measured; None if each does.
         known_graph: what verified replays of earlier steps have shown; one object for a whole run.
+        standing_copy: of the module, which the measured steps use one after the other; likewise.
 
     Example:
         >>> import torch
@@ -61,6 +63,7 @@ class RunContext:
     invalidated: str | None = None
     sharded: str | None = None
     known_graph: KnownGraph = field(default_factory=KnownGraph, repr=False)
+    standing_copy: StandingCopy = field(default_factory=StandingCopy, repr=False)
 
     def completed(self, series: Trace | None, invalidated: str | None) -> RunContext:
         """Return the facts with what a `Monitor` knows of the run; None leaves them as they are."""
