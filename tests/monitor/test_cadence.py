@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lsp_callbacks import Monitor, Quantity, Snapshot, StabilityMonitor
 from lsp_callbacks.monitor.account import ADVANCE, HEADLINE
 from lsp_callbacks.monitor.cadence import Cadence
+from lsp_callbacks.monitor.choice import Choice
 from lsp_callbacks.operators.cost import step_cost
 
 NET = torch.nn.Linear(1, 1)
@@ -131,6 +132,33 @@ def test_spending_never_exceeds_the_budget_by_more_than_the_advance(costs, readi
 
 
 @settings(max_examples=40, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from("abcde"), prices, min_size=1),
+    st.lists(st.floats(0, 3) | st.just(math.nan), min_size=1, max_size=8),
+    st.floats(0.01, 0.2),
+)
+def test_what_is_not_asked_would_have_been_answered_with_nothing(costs, readings, budget):
+    """Asked at every step, the same starts."""
+
+    def ask(cadence, step):
+        cadence._next = -math.inf
+
+    def courant(step):
+        return readings[(step // 40) % len(readings)]
+
+    asked = paced(costs, courant, steps=300, budget=budget, look=ask)
+    assert paced(costs, courant, steps=300, budget=budget) == asked
+
+
+def test_nothing_is_asked_at_an_idle_step(monkeypatch):
+    asked, make = [], Choice.make
+    monkeypatch.setattr(Choice, "make", lambda *args, **kwargs: asked.append(1) or make(*args, **kwargs))
+    found = paced(COSTS, lambda step: 0.2)
+    steps = {step for steps in found.values() for step in steps}
+    assert len(asked) <= 3 * len(steps) + 3  # before and after each, and as all prices are found out anew
+
+
+@settings(max_examples=40, deadline=None)
 @given(st.floats(0.05, 2.0), st.lists(prices, max_size=4), st.lists(st.floats(0, 1.5) | st.just(math.nan), min_size=1))
 def test_the_headline_number_has_no_long_gap_whatever_the_others_cost(price, others, readings):
     costs = {"headline": {"rows": price}} | {f"other{i}": parts for i, parts in enumerate(others)}
@@ -159,7 +187,7 @@ def test_readings_at_the_default_budget(step_cost, price, window, blocks, readin
     )  # fmt: skip
     assert len(found["headline"]) >= readings and found["headline"][:5] == [0, 1, 2, 4, 8]
     assert max(b - a for a, b in pairwise(found["headline"]) if b > 100) <= gap
-    assert all(len(steps) >= (1 if courant == 0.9 else least) for steps in found.values())
+    assert courant == 0.9 or all(len(steps) >= least for steps in found.values())
     assert 0.9 * 55 * step_cost < advances[-1] < 55 * step_cost + 1e-6  # what there is, is spent
 
 
