@@ -188,7 +188,7 @@ def test_readings_at_the_default_budget(step_cost, price, window, blocks, readin
     assert len(found["headline"]) >= readings and found["headline"][:5] == [0, 1, 2, 4, 8]
     assert max(b - a for a, b in pairwise(found["headline"]) if b > 100) <= gap
     assert courant == 0.9 or all(len(steps) >= least for steps in found.values())
-    assert 0.9 * 55 * step_cost < advances[-1] < 55 * step_cost + 1e-6  # what there is, is spent
+    assert 0.85 * 55 * step_cost < advances[-1] < 55 * step_cost + 1e-6  # what there is, is spent
 
 
 @pytest.mark.parametrize("price", [0.2, 0.5, 0.75, 1.5])
