@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,6 +23,10 @@ from lsp_callbacks.step.run_context import RunContext
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _endless() -> float:
+    return math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +57,7 @@ class Snapshot:
             skipped. None is ``step - 1``.
         player: whose turn it is where several optimizers take turns on losses of their own; None is one optimizer.
         own_graph: properties of the autograd graph that the step itself has differentiated; None if they were not seen.
+        room: returns how many bytes a measurement may take beside training.
 
     Attributes:
         shared: results of functions that are `computed_once`; ``dataclasses.replace`` begins without them.
@@ -75,6 +81,7 @@ class Snapshot:
     previous: int | None = None
     player: Player | None = None
     own_graph: Graph | None = None
+    room: Callable[[], float] = field(default=_endless, repr=False)
     shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     verified: Verified = field(default_factory=Verified, init=False, repr=False)
 
