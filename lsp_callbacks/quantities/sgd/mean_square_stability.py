@@ -5,23 +5,33 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.mean_square import mean_square_lr
 from lsp_callbacks.operators.cost import beside, forward_cost, work
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
-from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel
+from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tolerance
+from lsp_callbacks.operators.sgd.graph_rows import GraphRows
 from lsp_callbacks.operators.sgd.held_statistics import can_be_held
 from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
-from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing, is_remembered
+from lsp_callbacks.operators.trajectory.coming_preconditioner import (
+    DRAWS,
+    gradients_missing,
+    is_remembered,
+    remembered_rule,
+)
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.quantities.sgd.collapse import COLLAPSED, collapse, none_yet
 from lsp_callbacks.quantities.sgd.frozen_exponents import batches_of, courant_of
 from lsp_callbacks.quantities.sgd.probe_cost import gram_cost, kernel_memory, probe_share
+from lsp_callbacks.step.graph_reader import GraphReader
+from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.replay_checks import verify, verify_gradient
+from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Relative error of the critical rate by its iteration, by which the rate is lowered.
@@ -103,13 +113,46 @@ class MeanSquareStability(Quantity):
         self._correction: float | None = None
         self._checked: TangentKernel | None = None
         self._mode: Tensor | None = None
+        self._forget_graph()
         for name, value in zip(("alike", "alike_since"), none_yet()):
             self.add_state(name, default=value, persistent=True)
+
+    def _forget_graph(self) -> None:
+        """Go back to replays: nothing is known of the graph of a step."""
+        self._axes: list[int] | None = None
+        self._population: int | None = None
+        self._roots: dict[str, Tensor] | None = None
+        self._price: dict[str, float] = {}
+
+    def reader(self, module: nn.Module, run: RunContext, step: int) -> GraphReader | None:
+        """Return what reads the rows from the step's own graph, so that no pass is made again."""
+        if self.outputs != "top" or self._most is not None:
+            return None
+        corrects = self._update_count % CORRECTED == 1
+        return GraphRows(
+            module,
+            run.generator(step, self.name),
+            lambda samples: row_count(samples, self.rows),
+            self._positions,
+            axes=None if self._checks_next else self._axes,
+            roots=self._roots if corrects and not self._checks_next else None,
+        )
+
+    @property
+    def _checks_next(self) -> bool:
+        """Whether the next measurement is one of those that are checked: 1, 2, 4, 8, 16, ..."""
+        return self._checked is None or self._update_count & (self._update_count + 1) == 0
+
+    @property
+    def needs_replay(self) -> bool:
+        return self._axes is None or self._checks_next
 
     def check(self, snapshot: Snapshot) -> None:
         critical_rule(snapshot)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        if not self.needs_replay and self._price:
+            return self._price
         samples = step_samples(snapshot, self._most)
         n, positions = samples.samples, self._positions(samples.samples)
         if work(snapshot).multiplications <= 1.5 * n * work(snapshot).parameters:
@@ -155,10 +198,22 @@ class MeanSquareStability(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step; do nothing while its probes, where it has only those, are being collected."""
         self.complete = False
-        samples = step_samples(snapshot, self._most)
+        rows = self._rows_of_graph(snapshot)
+        checks = self._checked is None or self._update_count & (self._update_count - 1) == 0
+        reads = rows is not None and not checks and self._axes is not None
+        if snapshot.run.ranks.any(lambda: not reads, "the rows of the step's own graph"):
+            if not snapshot.can_replay:
+                self._axes = None  # the next step, at which this measurement goes on, is kept for a replay
+                return
+            reads = False
+        if rows is not None and reads:
+            samples = ProbeSet(
+                snapshot.module, (), rows.samples, rows.batch * snapshot.run.ranks.world, self._population
+            )
+        else:
+            samples = step_samples(snapshot, self._most)
         if not samples.full:
             return
-        checks = self._checked is None or self._update_count & (self._update_count - 1) == 0
         corrects = checks or self._update_count % CORRECTED == 0
         if checks and snapshot.loss is not None:
             verify(snapshot)
@@ -176,7 +231,10 @@ class MeanSquareStability(Quantity):
             checked=None if checks else self._checked,
             squares="batch",
             correction=None if corrects else self._correction,
+            rows=rows,
         )
+        if not reads and checks:
+            self._learn(snapshot, samples, sgd, rows)
         draws = batches_of(sgd, replacement=self.replacement)
         rate = (1 - TOLERANCE) * mean_square_lr(sgd.modes, tol=TOLERANCE, **draws)  # errs downwards
         if math.isnan(rate):
@@ -192,10 +250,38 @@ class MeanSquareStability(Quantity):
             self.alike, self.alike_since, step=snapshot.step, is_alike=is_alike
         )
         self.latest, self._mode = sgd, sgd.kernel.mode
+        self._roots = {name: torch.as_tensor(value) ** 0.5 for name, value in remembered_rule(snapshot).scale.items()}
         if corrects:  # in between half of it, which errs on the early side
             self._correction = sgd.kernel.correction**0.5
         self._checked = sgd.kernel if checks else self._checked
         self.finish(numbers)
+
+    def _rows_of_graph(self, snapshot: Snapshot) -> GraphRows | None:
+        """Return the rows that were read from the step's own graph; None where it could not be read."""
+        rows = snapshot.readers.get(self.name)
+        if not isinstance(rows, GraphRows) or rows.failure is not None or not rows.chosen or rows.alike:
+            return None
+        return rows if is_remembered(snapshot) else None
+
+    def _learn(self, snapshot: Snapshot, samples: ProbeSet, sgd: FrozenSGD, rows: GraphRows | None) -> None:
+        """Find out whether rows from the step's own graph are those of its replay; then no replay is made any more."""
+        self._forget_graph()
+        scale = remembered_rule(snapshot).scale
+
+        def is_other() -> bool:
+            if rows is None or not {*sgd.kernel.path.values()} <= {"structured", "statistics"}:
+                return True
+            gram = rows.kernel(scale, sgd.kernel, sgd.kernel.correction).gram
+            known = sgd.kernel.gram
+            error = (gram - known).abs().amax() if gram.shape == known.shape else math.inf
+            return not bool(error <= tolerance(rows.dtype) * known.abs().amax())
+
+        if not snapshot.run.ranks.any(is_other, "rows of the step's own graph") and rows is not None:
+            self._axes, self._population = rows.axes, samples.population
+            self._price = self._price_of_graph(snapshot, rows)
+
+    def _price_of_graph(self, snapshot: Snapshot, rows: GraphRows) -> dict[str, float]:
+        return {}
 
     def _positions(self, samples: int) -> int:
         """Return how many positions of each sample are looked at, if it has several."""
@@ -215,3 +301,4 @@ class MeanSquareStability(Quantity):
 
     def load_vectors(self, vectors: dict[str, Tensor]) -> None:
         self.latest, self._checked, self._correction, self._mode = None, None, None, vectors.get("mode")
+        self._forget_graph()
