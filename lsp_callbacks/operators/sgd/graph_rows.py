@@ -91,9 +91,10 @@ class GraphRows(GraphReader):
         self.samples += samples
         self.chosen.append(chosen)
         names = {id(p): name for name, p in self._parameters.items()}
-        layers: dict[int, nn.Module] = {
-            id(m.weight): m for m in self._module.modules() if isinstance(m, nn.Linear | Convolution)
-        }
+        layers: dict[int, nn.Module] = {}
+        for layer in self._module.modules():
+            if isinstance(layer, nn.Linear | Convolution):  # not by its attribute: a parametrisation would compute it
+                layers |= {id(p): layer for name, p in layer.named_parameters(recurse=False) if name == "weight"}
         known = Samples(samples, chosen.taken, names, layers, self.axes)
         nodes = nodes[nodes.index(criterion.node) + 1 :]
         if known.axes is None:
