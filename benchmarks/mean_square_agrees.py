@@ -102,7 +102,14 @@ def problem(name: str) -> Run:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(net.parameters(), chosen.lr)
     else:
         optimizer = torch.optim.SGD(net.parameters(), chosen.lr, chosen.momentum)
-    return net, optimizer, chosen.schedule, taken(x, y, chosen.batch or len(x)), images, len(x)
+    return (
+        net,
+        optimizer,
+        lambda step: chosen.schedule(step / STEPS),
+        taken(x, y, chosen.batch or len(x)),
+        images,
+        len(x),
+    )
 
 
 def full(snapshot: Snapshot, probes: ProbeSet, *, simulated: bool = False) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Stochastic gradient descent near a minimum: exponents, critical rates, noise."""
 
 from lsp_callbacks.functional.sgd.gradient_noise import GradientNoise, batch_variance, gradient_noise
+from lsp_callbacks.functional.sgd.gram_rate import gram_mean_square_lr
 from lsp_callbacks.functional.sgd.mean_square import (
     gd_critical_lr,
     mean_square_lr,
@@ -45,6 +46,7 @@ __all__ = [
     "gd_critical_lr",
     "gd_exponent",
     "gradient_noise",
+    "gram_mean_square_lr",
     "mean_square_lr",
     "moment_exponent",
     "noise_gain",

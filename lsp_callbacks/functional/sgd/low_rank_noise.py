@@ -9,10 +9,12 @@ from torch import Tensor, linalg
 SHIFT = 0.3
 #: Relative rise of x below which the next product comes first.
 NEAR = 0.05
+#: Products with a simpler matrix that find a start, and the share of the sizes in it: none begins at 0.
+SQUARED, MIXED = 4, 0.3
 
 
 def top_by_noise(
-    rows: Tensor, source: Tensor, fixed: Tensor, tol: float, *, steps: int = 40
+    rows: Tensor, source: Tensor, fixed: Tensor, tol: float, *, start: Tensor | None = None, steps: int = 40
 ) -> tuple[float, Tensor] | None:
     """Return the largest x at which ``X -> (x source - fixed) * X - sum_i (y_i^T X y_i) y_i y_i^T`` is singular, and X.
 
@@ -26,6 +28,8 @@ def top_by_noise(
         source: positive, ``(r, r)``.
         fixed: ``(r, r)``.
         tol: relative, of x. What it may lack, the residual over the slope of the quotient, is added to it.
+        start: of c, where it is nearly known; None takes the top of ``<y_i, y_j>^2 / (s_i s_j)^(1/2)``, s_i the mean
+            source of the modes of sample i, which is M where all modes have one curvature.
         steps: at most this many.
 
     Returns:
@@ -33,19 +37,16 @@ def top_by_noise(
 
     Cost: ``4 N r^2`` a step.
     """
-    size = rows.square().sum(1)
-    rows = rows[size > 0]
     columns, negative = rows.mT.contiguous(), -fixed
-    c = size[size > 0]  # positive, as the first eigenvector of a positive M, and larger where a sample is sharp
-    x = 0.0
+    c, x = _start(rows, columns, source) if start is None else start, 0.0
     for k in range(steps):
         c = c / linalg.vector_norm(c)
         combined = (columns * c) @ rows
         if not k:  # one term alone reaches 1 below the root; 1 / f is concave: Newton's method rises to it from there
-            x = float(((fixed + combined.square()) / source).max())
+            x = float(combined.square().add_(fixed).div_(source).max())
         for _ in range(50):
             solution = combined / torch.add(negative, source, alpha=x)
-            f, slope = float((solution * combined).sum()), float(solution.square().mul_(source).sum())
+            f, slope = _inner(solution, combined), _inner(solution.square(), source)
             if not (slope > 0 and x > 0 and f < float("inf")):
                 return None
             rise = max(f * (f - 1) / slope, 0.0)
@@ -58,3 +59,20 @@ def top_by_noise(
             return x + lacks, solution / slope**0.5
         c, x = image.sub_(c, alpha=SHIFT * f), x + rise
     return None
+
+
+def _start(rows: Tensor, columns: Tensor, source: Tensor) -> Tensor:
+    """Return a positive vector, as is the first eigenvector of a positive M, and not 0 in any group of samples."""
+    squares = rows.square()
+    sizes = squares.sum(1)
+    matrix = (rows @ columns).square_()
+    mean = torch.where(sizes > 0, (squares @ source.diagonal()) / sizes, torch.inf).rsqrt_()
+    sizes, c = sizes / sizes.max(), mean
+    for _ in range(SQUARED):
+        c = (matrix @ c.mul_(mean)).mul_(mean)
+        c /= c.max()
+    return c.add_(sizes, alpha=MIXED)
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    return float(torch.dot(a.view(-1), b.view(-1)))

@@ -63,12 +63,16 @@ def second_moment(
     return apply
 
 
+def noise_share(total: int, batch_size: int, replacement: bool) -> float:
+    """Return the weight p of the single samples in `second_moment`, of batches drawn from so many."""
+    return 1 / batch_size if replacement else (total - batch_size) / (batch_size * max(total - 1, 1))
+
+
 def _weights(
     modes: Modes, batch_size: int, replacement: bool, population: int | None, weight_decay: float
 ) -> tuple[float, float, Tensor]:
     """Return the weights of both sums of `second_moment`, and all that is elementwise."""
-    total = drawn_from(modes.samples, batch_size, population)
-    p = 1 / batch_size if replacement else (total - batch_size) / (batch_size * max(total - 1, 1))
+    p = noise_share(drawn_from(modes.samples, batch_size, population), batch_size, replacement)
     h, tied = modes.curvatures, 0.0
     if modes.together > 1:
         groups, share = modes.shares(batch_size)
@@ -90,6 +94,7 @@ def _top_against(modes: Modes, batch_size: int, replacement: bool, population: i
     chance = 1.0 if modes.chance is None else modes.chance.to(modes.factor)
     low_rank = modes.factor.shape[1] == 1 and p > 0 and not tied
     rows = modes.factor[:, 0] * (p / modes.samples * chance) ** 0.25 if low_rank else modes.factor[:, 0]
+    rows = rows[rows.any(1)]
 
     def top(source: Tensor, rest: Tensor | None, start: Tensor, tol: float) -> tuple[float, Tensor]:
         if low_rank and tol > LOOSE:
@@ -152,10 +157,7 @@ def mean_square_lr(
 def _mean_square_lr(modes: Modes, top_against: TopAgainst, rule: UpdateRule, tol: float) -> float:
     h = modes.curvatures + rule.weight_decay
     if not rule.nesterov and not rule.decoupled_decay:
-        beta, gain = rule.momentum, 1 - rule.dampening * bool(rule.momentum)
-        source = (1 - beta) / gain * (h[:, None] + h)
-        gamma = beta * (h[:, None] ** 2 + h**2 - 2 * beta * h[:, None] * h) / (1 - beta**2) if beta else None
-        top, _ = top_against(source, gamma, torch.eye(modes.rank, dtype=h.dtype), tol)
+        top, _ = top_against(*affine_in_rate(h, rule), torch.eye(modes.rank, dtype=h.dtype), tol)
         return rule.correction / top
     # Below the full-batch edge t is positive, and the mean-square edge lies below it. The quotient <X, D X> / <X, t X>
     # of a fixed X is at most the top eigenvalue: its rate is an upper bound, and of a top eigenvector at a rate that
@@ -164,7 +166,7 @@ def _mean_square_lr(modes: Modes, top_against: TopAgainst, rule: UpdateRule, tol
     most, x, accuracy = math.log(high) - tol, torch.eye(modes.rank, dtype=h.dtype), max(tol, LOOSE)
     log_lr = most
     for k in range(100):
-        source = _source(h.double(), math.exp(log_lr), rule).to(h)
+        source = stationary_factor(h.double(), math.exp(log_lr), rule).to(h)
         top, x = top_against(source, None, x.to(h), accuracy / 2)
         if not math.isfinite(top):
             return math.nan
@@ -176,7 +178,7 @@ def _mean_square_lr(modes: Modes, top_against: TopAgainst, rule: UpdateRule, tol
         x = x.double()
 
         def excess(at: float) -> float:
-            return math.log(top / float((_source(h.double(), math.exp(at), rule) * x).mul_(x).sum()))  # noqa: B023
+            return math.log(top / float((stationary_factor(h.double(), math.exp(at), rule) * x).mul_(x).sum()))  # noqa: B023
 
         upper = _illinois(excess, log_lr, accuracy / 10)
         fall, log_lr = log_lr - upper, upper
@@ -185,6 +187,18 @@ def _mean_square_lr(modes: Modes, top_against: TopAgainst, rule: UpdateRule, tol
         if accuracy > tol and fall <= 0.03:
             accuracy, log_lr = tol, min(log_lr + 2 * LOOSE, most)
     return math.nan
+
+
+def affine_in_rate(h: Tensor, rule: UpdateRule) -> tuple[Tensor, Tensor | None]:
+    """Return alpha and gamma of `mean_square_lr`, ``t = alpha c / lr + gamma``; None for a gamma of 0.
+
+    Args:
+        h: curvatures, with coupled decay.
+        rule: whose Nesterov's momentum is taken for plain momentum, and whose decoupled decay for none.
+    """
+    beta, gain = rule.momentum, 1 - rule.dampening * bool(rule.momentum)
+    alpha = (1 - beta) / gain * (h[:, None] + h)
+    return alpha, beta * (h[:, None] ** 2 + h**2 - 2 * beta * h[:, None] * h) / (1 - beta**2) if beta else None
 
 
 def gd_critical_lr(modes: Modes, rule: UpdateRule = PLAIN) -> float:
@@ -265,7 +279,7 @@ def second_moment_exponent(
     return math.nan
 
 
-def _source(h: Tensor, lr: float, rule: UpdateRule) -> Tensor:
+def stationary_factor(h: Tensor, lr: float, rule: UpdateRule) -> Tensor:
     """Return ``t`` of `mean_square_lr`, ``(r, r)``: Cramer eliminates C and M for each pair of modes."""
     delta, phi, beta, b1, b2 = (float(c) for c in rule.coefficients(torch.tensor(lr, dtype=torch.float64)))
     left, right = h[:, None], h[None, :]

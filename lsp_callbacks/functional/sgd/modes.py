@@ -162,8 +162,14 @@ def in_units(modes: Modes, rule: UpdateRule) -> tuple[Modes, UpdateRule, float]:
     scaled = replace(
         modes, factor=modes.factor / unit**0.5, curvatures=modes.curvatures / unit, trace=modes.trace / unit
     )
-    coupled, decoupled = rule.weight_decay / unit, rule.decoupled_decay / unit
-    return scaled, replace(rule, weight_decay=coupled, decoupled_decay=decoupled), unit
+    return scaled, in_unit(rule, unit), unit
+
+
+def in_unit(rule: UpdateRule, unit: float) -> UpdateRule:
+    """Return the rule where curvatures are divided by ``unit``, and rates multiplied."""
+    if not (rule.weight_decay or rule.decoupled_decay):
+        return rule
+    return replace(rule, weight_decay=rule.weight_decay / unit, decoupled_decay=rule.decoupled_decay / unit)
 
 
 def drawn_from(samples: int, batch_size: int, population: int | None) -> int:

@@ -17,6 +17,8 @@ FEW = 3
 MOST = 0.9
 #: Below this share of a constant's loss, the samples that differ lower the loss.
 USE = 0.99
+#: Outputs of each sample that are compared first: where they are unlike, so are all.
+FIRST = 64
 #: Relative change of the outputs whose effect on the loss's slopes counts as noise.
 WANTED = 1e-3
 
@@ -76,8 +78,11 @@ class SameOutputs:
         by_sample = [_by_sample(tensor, len(outputs)) for tensor in inputs]
         if self._outputs is None:
             self._outputs, self._inputs = outputs[:FEW], [tensor[:FEW] for tensor in by_sample]
+        self._same.append(_same_at_first(outputs, self._outputs).cpu())
+        if not bool(self._candidates.any()):
+            return
         same = torch.stack([_same(outputs, row) for row in self._outputs])
-        self._same.append(same.cpu())
+        self._same[-1] = same.cpu()
         if not bool(self._candidates.any()):
             return
         apart = torch.zeros_like(same)
@@ -95,8 +100,8 @@ class SameOutputs:
     @property
     def _candidates(self) -> Tensor:
         """Return which of the compared samples are still equal to nine of ten others."""
-        unlike = torch.stack([(~same).sum(1) for same in self._same]).sum(0)
-        return unlike <= (1 - MOST) * self._samples
+        unlike = sum(same.logical_not().sum(1) for same in self._same)
+        return torch.as_tensor(unlike) <= (1 - MOST) * self._samples
 
     def share(self, gram: Tensor, tolerance: float, taken: Tensor | None = None) -> float:
         """Return the largest share of the samples that are the same in all respects; 0 below nine of ten.
@@ -133,10 +138,22 @@ def _same(outputs: Tensor, row: Tensor) -> Tensor:
     """
     if outputs.shape[1:] != row.shape:
         return torch.zeros(len(outputs), dtype=torch.bool, device=outputs.device)
-    size = row.abs().nan_to_num(0.0, 0.0, 0.0)
-    eps = torch.finfo(outputs.dtype).eps if outputs.element_size() > 2 else 0.0
-    rounding = 4 * eps * torch.minimum(size.amax(), 1e3 * size)
-    return ((outputs == row) | ((outputs - row).abs() <= rounding)).all(2).all(1)
+    return ((outputs == row) | ((outputs - row).abs() <= _rounding(row[None])[0])).all(2).all(1)
+
+
+def _same_at_first(outputs: Tensor, rows: Tensor) -> Tensor:
+    """Return, for each row, which samples have its first few outputs, as far as `_same` can tell from those."""
+    if outputs.shape[1:] != rows.shape[1:]:
+        return torch.zeros(len(rows), len(outputs), dtype=torch.bool, device=outputs.device)
+    here, there = outputs.flatten(1)[None, :, :FIRST], rows.flatten(1)[:, None, :FIRST]
+    rounding = _rounding(rows).flatten(1)[:, None, :FIRST]
+    return ((here == there) | ((here - there).abs() <= rounding)).all(2)
+
+
+def _rounding(rows: Tensor) -> Tensor:
+    size = rows.abs().nan_to_num(0.0, 0.0, 0.0)
+    eps = torch.finfo(rows.dtype).eps if rows.element_size() > 2 else 0.0
+    return 4 * eps * torch.minimum(size.flatten(1).amax(1)[:, None, None], 1e3 * size)
 
 
 def _slope(evaluation: Evaluation, outputs: Tensor) -> Tensor:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.functional.sgd.gram_rate import gram_mean_square_lr
+from lsp_callbacks.functional.sgd.mean_square import mean_square_lr
 from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduced_modes
 from lsp_callbacks.operators.sgd.gram_matrix import POSITIONS, TangentKernel, tangent_kernel
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
@@ -34,22 +37,50 @@ class FrozenSGD:
     """SGD with fixed linearisation and preconditioner, as they are at one step.
 
     Attributes:
-        modes: reduced coordinates of K, see `lsp_callbacks.functional.reduced_modes`.
         rule: of the optimizer.
         lr: the step's learning rate, the largest of its groups.
         batch_size: of the step.
         population: samples that batches are drawn from; equal to those in ``modes`` where all are probes.
         kernel: where the modes come from; of the samples in batches, where their statistics tie them together.
         frozen: whether a preconditioner is held fixed.
+        together: samples of a batch with statistics of its own, see `lsp_callbacks.functional.Modes`.
+        rounding: eigenvalues of K up to this share of the largest are rounding errors; None where K is in float64.
     """
 
-    modes: Modes
     rule: UpdateRule
     lr: float
     batch_size: int
     population: int
     kernel: TangentKernel
     frozen: bool
+    together: int = 1
+    rounding: float | None = None
+
+    @cached_property
+    def modes(self) -> Modes:
+        """Reduced coordinates of K, see `lsp_callbacks.functional.reduced_modes`."""
+        kernel = self.kernel
+        return reduced_modes(
+            kernel.gram, kernel.rows, tol=self.rounding, together=self.together, samples=kernel.samples,
+            chance=kernel.chance,
+        )  # fmt: skip
+
+    def mean_square_lr(self, *, replacement: bool = False, tol: float = 5e-3) -> float:
+        """Return the largest rate at which the second moment is bounded, at most ``tol`` too low.
+
+        NaN if K is not finite. Cost: see `lsp_callbacks.functional.gram_mean_square_lr`, and `mean_square_lr` where
+        samples have several rows.
+        """
+        kernel, size = self.kernel, min(self.batch_size, self.population)
+        if kernel.rows > 1 or self.together > 1:
+            return mean_square_lr(
+                self.modes, batch_size=size, rule=self.rule, replacement=replacement, population=self.population,
+                tol=tol,
+            )  # fmt: skip
+        return gram_mean_square_lr(
+            kernel.gram, batch_size=size, rule=self.rule, samples=kernel.samples, chance=kernel.chance,
+            replacement=replacement, population=self.population, tol=tol,
+        )  # fmt: skip
 
 
 def frozen_sgd(
@@ -126,14 +157,6 @@ def frozen_sgd(
 
     double = all(p.dtype == torch.float64 for p in probes.parameters.values())
     return FrozenSGD(
-        modes=reduced_modes(
-            kernel.gram,
-            kernel.rows,
-            tol=None if double else ROUNDING,
-            together=probes.together if len(probes.batches) > 1 else 1,
-            samples=kernel.samples,
-            chance=kernel.chance,
-        ),
         rule=UpdateRule(
             momentum=rule.momentum,
             dampening=rule.dampening,
@@ -147,6 +170,8 @@ def frozen_sgd(
         population=max(probes.population or ENDLESS, probes.samples),
         kernel=kernel,
         frozen=rule.frozen,
+        together=probes.together if len(probes.batches) > 1 else 1,
+        rounding=None if double else ROUNDING,
     )
 
 

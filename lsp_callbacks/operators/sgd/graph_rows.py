@@ -16,9 +16,10 @@ from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel, with_to
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion, read_criterion
 from lsp_callbacks.operators.sgd.graph_pass import GraphPass
 from lsp_callbacks.operators.sgd.graph_sites import Samples
-from lsp_callbacks.operators.sgd.output_directions import Chosen, positions_of, top_pairs, weighted
+from lsp_callbacks.operators.sgd.output_directions import Chosen, positions_of, weighted
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part
 from lsp_callbacks.operators.sgd.sampled_rows import sampled_rows
+from lsp_callbacks.operators.sgd.softmax_pairs import softmax_pairs
 from lsp_callbacks.step.graph_reader import GraphReader
 
 #: How many samples the others are compared with: where nine of ten are the same, one of three is among them.
@@ -135,10 +136,8 @@ class GraphRows(GraphReader):
             assert curvature.weights is not None
             pairs = curvature.weights.clamp_min(0).sqrt()[..., None].to(outputs)
         else:
-            top = top_pairs(curvature, outputs)
-            if top is None:
-                raise UnknownGraph("outputs without an eigenvector of their own")
-            pairs = top
+            assert curvature.p is not None and curvature.weights is not None
+            pairs = softmax_pairs(curvature.p, curvature.weights).to(outputs)
         self._per_sample = positions.shape[1]
         pairs = (length / positions.shape[1]) ** 0.5 * pairs
         most = round(self._rows(total) * n / total)

@@ -16,6 +16,7 @@ from lsp_callbacks.operators.sgd.output_hessian import OutputCurvature, all_pair
 from lsp_callbacks.operators.sgd.per_sample_gradients import Recorder, RowSeed
 from lsp_callbacks.operators.sgd.sampled_rows import sampled_rows
 from lsp_callbacks.operators.sgd.sharpest_mode import sharpest_mode
+from lsp_callbacks.operators.sgd.softmax_pairs import softmax_pairs
 from lsp_callbacks.step.criterion import Evaluation
 from lsp_callbacks.step.probe_set import ProbeSet
 
@@ -207,6 +208,8 @@ def top_pairs(curvature: OutputCurvature, here: Tensor, start: Tensor | None = N
     Returns:
         None where any direction is an eigenvector, and no start was given.
     """
+    if curvature.p is not None and curvature.weights is not None:
+        return softmax_pairs(curvature.p, curvature.weights).to(here)
     product, matrices = curvature.product, None
     if here.shape[-1] <= POWER:  # the matrix itself costs less than its power
         matrices = curvature.matrices(here.shape).to(here)

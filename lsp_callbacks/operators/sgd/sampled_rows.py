@@ -22,17 +22,13 @@ def sampled_rows(sizes: Tensor, count: int, offset: float) -> tuple[Tensor, Tens
     if count >= n:
         return torch.arange(n), torch.ones(n, dtype=torch.float64)
     size = sizes.double().cpu()
-    size = size / size.max() if float(size.max()) > 0 else torch.ones_like(size)
-    size = size.clamp_min(1e-9)
-    chance = torch.zeros_like(size)
-    sure = torch.zeros(n, dtype=torch.bool)
-    while True:  # those that are sure leave less to share for the others
-        left = count - int(sure.sum())
-        chance = torch.where(sure, 1.0, left * size / size[~sure].sum())
-        more = (chance >= 1) & ~sure
-        if not bool(more.any()):
-            break
-        sure |= more
+    largest = float(size.max())
+    size = (size / largest).clamp_min_(1e-9) if largest > 0 else torch.ones_like(size)
+    falling = size.sort(descending=True).values
+    rest = falling.flip(0).cumsum(0).flip(0)  # of each one, and of those that are smaller
+    left = count - torch.arange(n, dtype=torch.float64)
+    sure = int((left * falling < rest).int().argmax())  # those that are sure leave less to share for the others
+    chance = (size * ((count - sure) / rest[sure])).clamp_max_(1.0)
     at = torch.arange(count, dtype=torch.float64) + offset
     taken = torch.searchsorted(chance.cumsum(0), at, right=True).clamp_(max=n - 1).unique()
     return taken, chance[taken]

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.functional.sgd.mean_square import mean_square_lr
 from lsp_callbacks.operators.cost import beside, forward_cost, work
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tolerance
@@ -26,7 +25,7 @@ from lsp_callbacks.operators.trajectory.coming_preconditioner import (
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.quantities.sgd.collapse import COLLAPSED, collapse, none_yet
-from lsp_callbacks.quantities.sgd.frozen_exponents import batches_of, courant_of
+from lsp_callbacks.quantities.sgd.frozen_exponents import courant_of
 from lsp_callbacks.quantities.sgd.probe_cost import gram_cost, kernel_memory, probe_share
 from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.probe_set import ProbeSet
@@ -39,7 +38,7 @@ TOLERANCE = 5e-3
 #: Under batch statistics the largest eigenvalue is corrected anew in every so many readings.
 CORRECTED = 2
 #: Nanoseconds of the critical rate from 64 rows.
-RATE = 1.5e6
+RATE = 6e5
 
 
 class MeanSquareStability(Quantity):
@@ -235,8 +234,7 @@ class MeanSquareStability(Quantity):
         )
         if not reads and checks:
             self._learn(snapshot, samples, sgd, rows)
-        draws = batches_of(sgd, replacement=self.replacement)
-        rate = (1 - TOLERANCE) * mean_square_lr(sgd.modes, tol=TOLERANCE, **draws)  # errs downwards
+        rate = (1 - TOLERANCE) * sgd.mean_square_lr(replacement=self.replacement, tol=TOLERANCE)  # errs downwards
         if math.isnan(rate):
             raise Unmeasurable("the Gram matrix is not finite: the weights or the outputs have overflowed")
         numbers = {

@@ -1,0 +1,65 @@
+"""The top eigenpair of the covariance of a softmax, ``diag(p) - p p^T``, for many samples in few calls."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.operators.sgd.output_hessian import root
+
+#: Up to so many classes the matrix itself is squared, to the power 2^k; for more its products, which are linear.
+SQUARED, SQUARINGS, POWER = 20, 5, 20
+
+
+def softmax_pairs(p: Tensor, weights: Tensor) -> Tensor:
+    """Return ``sqrt(s) u`` of the top eigenpair of ``w (diag(p) - p p^T)``, the output Hessian of cross-entropy.
+
+    By a power of the matrix, from one start for all samples: where the eigenvalue is nearly degenerate, as in a network
+    that does not know anything yet, they keep what they have in common, and their rows add up as the network's do.
+
+    Args:
+        p: probabilities, ``(..., C)``.
+        weights: w, ``(...)``.
+
+    Raises:
+        Unmeasurable: if a weight is negative.
+
+    Cost: a dozen calls; ``10 C^3`` multiplications for up to 20 classes, ``100 C`` for more.
+    """
+    p = p if p.element_size() > 2 else p.float()
+    start = _start(p.shape[-1]).to(p)
+    vector = _by_squares(p, start) if p.shape[-1] <= SQUARED else _by_products(p, start)
+    u = vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+    mean = (p * u).sum(-1, keepdim=True)
+    values = weights.to(p)[..., None] * (p * (u - mean).square_()).sum(-1, keepdim=True)  # the variance of u under p
+    return u * root(values, values)
+
+
+def _by_squares(p: Tensor, start: Tensor) -> Tensor:
+    """Return ``A^32 v``, A over its largest diagonal entry: its top eigenvalue is then between 1 and 2."""
+    matrix = p[..., None] * -p[..., None, :]
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    diagonal.zero_()  # p (1 - p) from the others, as 1 - p has no digits where p is nearly 1
+    diagonal.copy_(-matrix.sum(-1))
+    power = matrix / diagonal.amax(-1).clamp_min(torch.finfo(p.dtype).tiny)[..., None, None]
+    for _ in range(SQUARINGS):
+        power = power @ power
+    return power @ start
+
+
+def _by_products(p: Tensor, start: Tensor) -> Tensor:
+    """Return ``A^20 v``, each product over the largest p, relative to the likeliest class."""
+    largest, likely = p.max(-1, keepdim=True)
+    share, vector = p / largest, start.expand_as(p)
+    for _ in range(POWER):
+        beside = vector - vector.gather(-1, likely)
+        vector = share * (beside - (p * beside).sum(-1, keepdim=True))
+        vector = vector / vector.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+    return vector
+
+
+@lru_cache(maxsize=4)
+def _start(classes: int) -> Tensor:
+    return torch.randn(classes, generator=torch.Generator().manual_seed(0))
