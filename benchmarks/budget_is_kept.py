@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lsp_callbacks import StabilityMonitor
-from lsp_callbacks.monitor.foretelling import union
+from lsp_callbacks.monitor.pace import union
 
 STEPS, BUDGET = 1500, 0.05
 NETS = {
@@ -67,7 +67,7 @@ def main() -> None:
     near: dict[str, int] = {"adaptive": 0, "fixed": 0}
     for name in NETS:
         adaptive, share = run(name, None)
-        found, account = adaptive.history["stability/courant"], adaptive.monitor.cadence
+        found, account = adaptive.history["stability/courant"], adaptive.monitor.cadence.account
         fixed, fixed_share = run(name, math.ceil(STEPS / len(found.steps)))
         allowed = account.budget * STEPS + account.advance
         everything = union(pace.parts or {} for pace in account.paces.values())

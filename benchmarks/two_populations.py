@@ -137,7 +137,7 @@ def run(problem: Problem, seed: int) -> Outcome:
         history={key: curve for key, curve in monitor.history.items() if key.count("/") == 1},
         critical=Curve(critical.steps, critical.values),
         passes=critical.passes,
-        share=monitor.monitor.cadence.spent / problem.steps,
+        share=monitor.monitor.cadence.account.spent / problem.steps,
         state=monitor.verdict.state,
         told=watch.told,
     )

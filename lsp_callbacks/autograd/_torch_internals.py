@@ -57,7 +57,10 @@ HOOKS = (
     "_forward_pre_hooks_with_kwargs",
 )
 #: Attributes of a module that hold what is registered in it; the second holds its buffers.
-CONTAINERS = ("_parameters", BUFFERS := "_buffers", "_modules")
+CONTAINERS = (PARAMETERS := "_parameters", BUFFERS := "_buffers", MODULES := "_modules")
+
+#: Attributes that every module has, and that of ``Module.compile``; but for ``training`` they hold its layout alone.
+PLAIN = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 
 
 # Nodes of the autograd graph.
@@ -163,6 +166,11 @@ def foreach_norm(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     return torch._foreach_norm(tensors)
 
 
+def foreach_copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy tensors into others of the same kinds, by one kernel where there is one."""
+    torch._foreach_copy_(targets, sources)
+
+
 def packet(func: Any) -> Any:
     """Return the operator, such as ``aten.add``, that an overload belongs to."""
     return func._overloadpacket
@@ -183,7 +191,8 @@ def buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 def is_compiled(module: nn.Module) -> bool:
     """Return whether ``torch.compile`` was applied to a module or one inside it, or to its call in place."""
-    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in module.modules())
+    # Missing attributes of modules are looked up slowly, by an error.
+    return any(m._compiled_call_impl is not None or "_orig_mod" in vars(m).get(MODULES, ()) for m in module.modules())
 
 
 def convolve(layer: nn.Conv1d, x: Tensor, weight: Tensor) -> Tensor:

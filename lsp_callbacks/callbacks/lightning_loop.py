@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import overflowed, unscales_gradients
+from lsp_callbacks.callbacks._lightning_internals import has_backward
 from lsp_callbacks.callbacks.custom_clipping import custom_clipping
 from lsp_callbacks.callbacks.muted_trainer import MutedTrainer, mute
 from lsp_callbacks.callbacks.run_facts import clipping, overridden, run_context
@@ -82,6 +83,9 @@ class LightningLoop(TrainingLoop):
     def clipping(self) -> Clipping | None:
         """How the trainer clips."""
         return clipping(self.trainer) if self.trainer.gradient_clip_val else None
+
+    def has_backward(self) -> bool:
+        return has_backward(self.trainer)
 
     @property
     def can_do_without_replay(self) -> bool:  # type: ignore[override]

@@ -27,6 +27,9 @@ class LossFeed:
         subscribers: whose ``end_step(trainer, step, arrived)`` may end training.
         listeners: called with the number of a step and its loss, which lies on its device.
         is_automatic: whether a step's loss is the one that ``training_step`` returns.
+
+    Attributes:
+        has_same_rates: whether all processes have had the same learning rates, as far as that is known.
     """
 
     def __init__(
@@ -41,11 +44,7 @@ class LossFeed:
         self._monitor, self._subscribers, self._listeners = monitor, subscribers, listeners
         self._is_automatic = is_automatic
         self._shared = SharedLosses(ranks) if subscribers and ranks.world > 1 else None
-
-    @property
-    def has_same_rates(self) -> bool:
-        """Whether all processes have had the same learning rates, as far as that is known."""
-        return self._shared is None or self._shared.same_rates
+        self.has_same_rates = True
 
     def end_step(
         self, trainer: Any, step: int, step_loss: StepLoss, *, left_out: bool = False, wait: bool = False
@@ -70,7 +69,7 @@ class LossFeed:
         else:
             lr = largest_learning_rate(trainer.optimizers[0]) if trainer.optimizers else 0.0
             arrived = self._shared.take(max(step, 0), loss, lr=lr, left_out=left_out, wait=wait)
-            self._record(arrived)
+            self._record(arrived, self._shared)
         for subscriber in self._subscribers:
             subscriber.end_step(trainer, step, arrived)
 
@@ -79,11 +78,12 @@ class LossFeed:
         if self._shared is None:
             self._monitor.losses.saw(max(step, 0), None, wait=True)
         else:
-            self._record(self._shared.rest())
+            self._record(self._shared.rest(), self._shared)
 
-    def _record(self, arrived: list[ArrivedLoss]) -> None:
+    def _record(self, arrived: list[ArrivedLoss], shared: SharedLosses) -> None:
         for loss in arrived:
             self._monitor.losses.add(loss)
+        self.has_same_rates = shared.same_rates
         if not self.has_same_rates:
             self._monitor.errors.warn_once(
                 "the learning rates of the processes differ, so that StopOnInstability does not look at the rate that "

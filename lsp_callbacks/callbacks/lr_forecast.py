@@ -29,6 +29,7 @@ class LRForecast:
     def __init__(self) -> None:
         self.critical = CriticalRate()
         self._schedule: Schedule | None = None
+        self._optimizer: Any = None
         self._is_game = self._is_overridden = False
         self._rate_before = self._rate_used = 0.0
 
@@ -45,6 +46,7 @@ class LRForecast:
             is_overridden: whether the module's own ``optimizer_step`` may set rates.
         """
         self._schedule, self._is_game, self._is_overridden = Schedule(trainer), is_game, is_overridden
+        self._optimizer = trainer.optimizers[0] if trainer.optimizers and not is_game else None
 
     def begin_step(self, trainer: Any) -> None:
         """Note the rate before the step's forward pass."""
@@ -54,12 +56,12 @@ class LRForecast:
         """Note the rate that the step uses."""
         self._rate_used = largest_learning_rate(trainer.optimizers[0])
 
-    def scheduled_courant(self, trainer: Any) -> float:
+    def scheduled_courant(self) -> float:
         """Return the rate that the optimizer has now over the critical rate; NaN where that is not known."""
-        critical = math.nan if self._is_game else self.critical.mean
-        return (
-            largest_learning_rate(trainer.optimizers[0]) / critical if trainer.optimizers and critical > 0 else math.nan
-        )
+        critical = self.critical.mean
+        if self._optimizer is None or not critical > 0:
+            return math.nan
+        return largest_learning_rate(self._optimizer) / critical
 
     def look_ahead(self, trainer: Any, monitor: Monitor, observation: Observation, step: int) -> Observation:
         """Add ``stability/steps_to_edge`` to an observation, where the schedule will cross the critical rate.
@@ -97,25 +99,25 @@ class CriticalRate:
     Args:
         rates: of an earlier run.
         stochastic: whether those were of SGD itself, not of one batch's curvature.
+
+    Attributes:
+        mean: of the last ones; NaN before the first.
     """
 
     def __init__(self, rates: Sequence[float] = (), stochastic: bool = False):
         self.rates, self.stochastic = list(rates), stochastic
-
-    @property
-    def mean(self) -> float:
-        """The mean of the last ones; NaN before the first."""
-        return sum(self.rates) / len(self.rates) if self.rates else math.nan
+        self.mean = sum(self.rates) / len(self.rates) if self.rates else math.nan
 
     def add(self, values: Mapping[str, float], *, used: float) -> bool:
         """Take in a measurement at the rate ``used``; return True if it had a critical rate."""
         if "stability/critical_lr" in values and not self.stochastic:  # before, it was that of one batch's curvature
-            self.rates, self.stochastic = [], True
+            self.rates, self.stochastic, self.mean = [], True, math.nan
         courant = math.nan if self.stochastic else values.get("stability/courant", math.nan)
         critical = values.get("stability/critical_lr", used / courant if courant > 0 else math.nan)
         if not math.isfinite(critical):
             return False
         self.rates = [*self.rates, critical][-RECENT:]
+        self.mean = sum(self.rates) / len(self.rates)
         return True
 
     def crossing(self, rates: Sequence[float]) -> int | None:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 
-from lsp_callbacks.callbacks._lightning_internals import has_backward
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.lightning_loop import LightningLoop
 from lsp_callbacks.callbacks.loss_feed import LossFeed
@@ -70,8 +69,8 @@ class StabilityMonitor(RunResults, Callback):
             near it; each quantity has its own pace, see `lsp_callbacks.monitor.cadence.Cadence`. An advance of 15
             steps pays for the first readings, at 0, 1, 2, 4, 8, ... steps. What costs more than 20 steps a measurement
             is left out, unless it is named or has a pace.
-        window: steps in a window of the exponent.
-        average: windows in its mean.
+        window: steps in a window of the exponent; None is the default of `Lyapunov`.
+        average: windows in its mean; likewise.
         sub_batch: samples of the batch (of several processes, of each one's) for sharpness and exponent; None takes
             the whole batch. The numbers are then those of a sub-batch, whose size is ``stability/sub_batch``.
         layers: whose spectral norms to measure: class, glob, predicate or import path; None takes all.
@@ -117,8 +116,8 @@ class StabilityMonitor(RunResults, Callback):
         *,
         every_n_steps: int | dict[str, int] | None = None,
         budget: float = 0.05,
-        window: int = 4,
-        average: int = 5,
+        window: int | None = None,
+        average: int | None = None,
         sub_batch: int | None = None,
         layers: Selection = None,
         blocks: Selection = None,
@@ -149,7 +148,7 @@ class StabilityMonitor(RunResults, Callback):
 
     def scheduled_courant(self, trainer: Any) -> float:
         """Return the rate that the optimizer has now, before it is used, over the critical rate; NaN if not known."""
-        return self.forecast.scheduled_courant(trainer) if self._loss_feed.has_same_rates else math.nan
+        return self.forecast.scheduled_courant() if self._loss_feed.has_same_rates else math.nan
 
     # -- before training -------------------------------------------------------------------------------------------
 
@@ -210,12 +209,8 @@ class StabilityMonitor(RunResults, Callback):
             self._has_loss = self._is_overflowed = False
             if self._loop.overrides_step:
                 self.forecast.begin_step(trainer)
-            if self.monitor.cadence.follows_rate:  # otherwise the rate that comes has no say
-                scheduled = self.scheduled_courant(trainer)
-        observer.begin_batch(
-            batch, partial(self._loop.loss, batch_idx, None), first=first, scheduled=scheduled,
-            has_backward=partial(has_backward, trainer),
-        )  # fmt: skip
+            scheduled = self.scheduled_courant(trainer)
+        observer.begin_batch(batch, partial(self._loop.loss, batch_idx, None), first=first, scheduled=scheduled)
         self.stopwatch.spent += time.perf_counter() - began
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
@@ -231,12 +226,14 @@ class StabilityMonitor(RunResults, Callback):
             observer.skip_update()
             # Lightning counts it. A gradient that was set to zero, not to None, moves what has momentum.
             moved = any(p.grad is not None for p in pl_module.parameters())
+        elif observer.is_idle and loop.scaler is None:
+            self._has_loss = False
+            moved = observer.before_update(optimizer)
         else:
             overflowed = loop.is_overflowed(optimizer)
             self._is_overflowed |= overflowed
             self._has_loss = False
-            if not observer.is_idle:
-                self.forecast.before_update(trainer)
+            self.forecast.before_update(trainer)
             # Under manual optimisation the user may clear gradients at any time.
             gradients = partial(loop.clipped_gradients, optimizer) if loop.is_automatic else None
             moved = observer.before_update(optimizer, overflowed=overflowed, coming_gradients=gradients)
@@ -250,7 +247,7 @@ class StabilityMonitor(RunResults, Callback):
             observer.invalidate_update(
                 f"one batch made {observer.updates} optimizer steps: their joint update is not modelled"
             )
-        self._numbers.agree(trainer)
+        self._numbers.end_batch(trainer)
         completed = NOTHING
         if not observer.is_idle:
             observer.check_update(last=False)

@@ -35,16 +35,17 @@ class StepNumbers:
 
     def begin_batch(self, trainer: Any, batch_idx: int) -> bool:
         """Return True if the batch is the first of a step."""
-        self.agree(trainer)
+        if self._follows_trainer:  # Lightning also counts the steps that nobody shows us
+            self._observer.step = trainer.global_step
         self._is_counted = False
         if self._accumulate is None:
             return batch_idx % trainer.accumulate_grad_batches == 0
         begins, self._is_over = self._is_over, False
         return begins
 
-    def agree(self, trainer: Any) -> None:
-        """Take the number of the next step from Lightning, which also counts those that nobody shows us."""
-        if self._follows_trainer:
+    def end_batch(self, trainer: Any) -> None:
+        """Take the number of the next step from Lightning, if the batch made a step that nobody has shown us."""
+        if self._follows_trainer and not self._is_counted:
             self._observer.step = trainer.global_step
 
     def count(self, *, moved: bool) -> None:
@@ -54,8 +55,9 @@ class StepNumbers:
             moved: whether it moves the parameters.
         """
         self._is_over = True
-        if not self._is_counted or self._observer.game is not None:
-            self._observer.count(moved=moved)
+        observer = self._observer
+        if not self._is_counted or observer.game is not None:
+            observer.count(moved=moved)
         self._is_counted = True
 
     def is_over(self, trainer: Any) -> bool:

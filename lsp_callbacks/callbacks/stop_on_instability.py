@@ -113,6 +113,7 @@ class StopOnInstability(Callback):
         edge = 0.0 if any(kind in monitor for kind in ("lyapunov", "residual_gain")) else 1.0
         self.threshold = edge if threshold is None else threshold
         self.confirm, self.verbose = confirm, verbose
+        self._is_scheduled = monitor in SCHEDULED
         self._warned = False
         self._reset()
 
@@ -127,7 +128,8 @@ class StopOnInstability(Callback):
         self._others_before = self._others
         self._stands_in = self._blind = self._forecast = False  # blind: what it stands in for looked calm
         self._collapsed = 0.0  # the last reading
-        self._losses = LossRecord()
+        self._losses, self._shares_losses = LossRecord(), False
+        self._is_quiet = True  # no reading is anywhere near a reason to stop
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
@@ -143,6 +145,7 @@ class StopOnInstability(Callback):
         self._source = source
         if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
             self._reset()
+        self._losses, self._shares_losses = source.monitor.losses, True
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         source = next((c for c in trainer.callbacks if isinstance(c, StabilityMonitor)), None)
@@ -169,6 +172,7 @@ class StopOnInstability(Callback):
         """Take in a new observation."""
         values = observation.values
         value = values.get(self.monitor, math.nan)
+        self._is_quiet = False
         collapsed = values.get("stability/collapsed", math.nan)
         self._collapsed = self._collapsed if math.isnan(collapsed) else collapsed
         if observation.step >= self.min_steps:
@@ -198,17 +202,20 @@ class StopOnInstability(Callback):
 
     def judge(self, trainer: Any, step: int, arrived: Sequence[ArrivedLoss]) -> bool:
         """Return True to stop after ``step``, given the losses that have arrived since the step before."""
+        losses = self._losses
         for loss in arrived:
-            self._losses.add(loss)
+            losses.add(loss)
             if self._received is not None and loss.step >= self._received.step:
-                if loss.step == self._received.step and self._losses.exploded(loss.loss):
+                if loss.step == self._received.step and losses.exploded(loss.loss):
                     self._distrust(self._received)
                 self._received = None
         if self.stop_step is not None:
             return False
+        scheduled = self._source.scheduled_courant(trainer) if self._is_scheduled else math.nan
+        if self._is_quiet and losses.is_calm and not scheduled > self.threshold:
+            return False  # as at nearly every step
         why = self._not_finite()
         if why is None and step >= self.min_steps:
-            scheduled = self._source.scheduled_courant(trainer) if self.monitor in SCHEDULED else math.nan
             above = self._deciding.above(self.threshold, step)
             if not math.isnan(above):
                 self._cross(trainer, step, f"{self._name} = {above:.4g} > {self.threshold:g}")
@@ -216,6 +223,9 @@ class StopOnInstability(Callback):
                 self._cross(trainer, step, f"the next learning rate is {scheduled:.3g} times the critical one")
             why = self._why(above, scheduled)
         if why is None:
+            # Until the next reading nothing but the loss or the rate can end training.
+            readings, limit = (*self._readings.values, *self._others.values), min(self.threshold, FAR * self.threshold)
+            self._is_quiet = not self._collapsed and all(value < limit for value in readings)
             return False
         self.stop_step, self.reason = step, why
         self._say(f"stop at step {step}: {why}. Try a lower learning rate, or a longer warm-up.")
@@ -229,6 +239,7 @@ class StopOnInstability(Callback):
     def _distrust(self, observation: Observation) -> None:
         """Let ``courant_gd`` stand in for a reading of a step whose loss has exploded, if that looks stable."""
         gd = observation.values.get(GD, math.nan)
+        self._is_quiet = False
         if self.monitor != COURANT or math.isnan(gd):
             return
         if not self._stands_in:
@@ -334,16 +345,21 @@ class StopOnInstability(Callback):
             "stop_step": self.stop_step, "reason": self.reason,
             "readings": self._readings.state_dict(), "others": self._others.state_dict(),
             "stands_in": self._stands_in, "blind": self._blind, "forecast": self._forecast,
-            "collapsed": self._collapsed, "losses": self._losses.state_dict(),
+            "collapsed": self._collapsed, "losses": None if self._shares_losses else self._losses.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        losses, shares_losses = self._losses, self._shares_losses
         self._reset()
         state = self.state_dict() | dict(state_dict)
         self.events, self._above_step = list(state["events"]), state["above_step"]
         self.stop_step, self.reason = state["stop_step"], state["reason"]
         self._stands_in, self._forecast = state["stands_in"], state["forecast"]
         self._collapsed, self._blind = state["collapsed"], state["blind"]
+        self._is_quiet = False
         self._readings.load_state_dict(state["readings"])
         self._others.load_state_dict(state["others"])
-        self._losses.load_state_dict(state["losses"])
+        if state["losses"] is None:
+            self._losses, self._shares_losses = losses, shares_losses
+        else:
+            self._losses.load_state_dict(state["losses"])

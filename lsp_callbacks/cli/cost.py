@@ -30,7 +30,7 @@ from lsp_callbacks.monitor.budget import measurement_cost, measurement_memory
 from lsp_callbacks.monitor.cadence import MODELLED, Cadence
 from lsp_callbacks.monitor.foretelling import foretell
 from lsp_callbacks.monitor.limits import readable
-from lsp_callbacks.monitor.spending import union
+from lsp_callbacks.monitor.pace import union
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Steps whose time is taken, after some that only warm up.
@@ -186,7 +186,7 @@ class _Meter(Callback):
         monitor.cadence.every_n_steps = monitor.budget.max_memory = None
         self.inner.setup(trainer, pl_module, stage)
         monitor.reset()
-        monitor.cadence.advance = math.inf  # everything at once, and again as soon as it is complete
+        monitor.cadence.account.advance = math.inf  # everything at once, and again as soon as it is complete
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.inner.on_train_start(trainer, pl_module)

@@ -7,17 +7,14 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lsp_callbacks._validation import number, whole
+from lsp_callbacks.monitor.account import ADVANCE, Account
 from lsp_callbacks.monitor.choice import Choice
-from lsp_callbacks.monitor.pace import Pace
-from lsp_callbacks.monitor.shares import nearness, rates
-from lsp_callbacks.monitor.spending import Spending, union
+from lsp_callbacks.monitor.nearness import nearer, nearness
+from lsp_callbacks.monitor.pace import Pace, union
 
 #: Share of the budget that measurements may spend, as counted. The rest is for what is not counted: the calls of each
 #: step, copies of the module, what a first measurement takes beside its passes.
 MODELLED = 0.8
-#: Steps of training whose cost may be spent before any was saved: on one measurement of everything, and on the first
-#: ones of the headline number.
-ADVANCE = 15.0
 #: Number of readings whose mean is the Courant number.
 RECENT = 3
 
@@ -41,21 +38,23 @@ class Cadence:
     """Decides when measurements start, from numbers that are the same in each run and on each process.
 
     A given number of steps is followed exactly; if such a step is skipped, the next one takes its place. All other
-    quantities share an account. It begins with an *advance*, and each step adds the share ``budget`` of its own cost,
-    of which a quantity's part is its ``weight`` over the sum of those that are measured: its *rate*. Its period is its
-    price over its rate. The first readings are at 0, 1, 2, 4, 8, ... steps, as long as the advance pays for them. At
-    any time, gradients by the cost model satisfy
+    quantities share an `Account`, of which each may spend a part: its *rate*. Its period is its price over its rate.
+    The first readings are at 0, 1, 2, 4, 8, ... steps, as long as the advance pays for them. At any time, gradients by
+    the cost model satisfy
 
         ``spent <= budget * step_cost * (steps since the first measurement) + advance``
 
-    The *headline number* (``stability/courant``) comes first: others leave in the account what it needs at its next
-    reading. Far from the edge of stability it is measured once in ``1 / budget`` steps, if its rate allows that, and
-    the others have what it leaves. Near the edge it takes half of the others' rates, and what was saved before. So its
-    gap is never longer than ``max(price / rate, 1 / budget)``.
+    The *headline number* (``stability/courant``) comes first: its rate is put by for it, and what it needs for its
+    first readings is left to it. Far from the edge of stability it is measured once in ``1 / budget`` steps, if its
+    rate allows that, and the others have what it leaves. Near the edge it takes half of the others' rates, and what is
+    saved beyond a round of them. So its gap is never longer than ``max(price / rate, 1 / budget)``.
 
-    The others meet it, where their periods are longer: what several measurements of a step spend gradients on (a
-    replay, an alignment) is spent once. Beside others one becomes due in as many periods as its price there is a part
-    of its full price, and after half of its period if the account holds more than what all have put by.
+    The others take turns, the one that has waited for most of its periods first. They meet the headline number, where
+    their periods are longer: what several measurements of a step spend gradients on (a replay, an alignment) is spent
+    once. Far from the edge they start after half a period, too, if what is free pays for it.
+
+    The next step at which anything can start is known in closed form, as long as nothing changes: until then, or until
+    the scheduled rate comes nearer to the edge, a step is compared with a number, and that is all.
 
     Args:
         every_n_steps: start a measurement every so many steps; by name for some quantities; None keeps to the budget.
@@ -65,35 +64,38 @@ class Cadence:
         ValueError: for a cadence below 1 or a budget outside (0, 1].
 
     Attributes:
-        origin: step of the first measurement; None before it.
         paces: of each quantity that is measured, by name.
-        advance: gradients that may be spent at once: those of `ADVANCE` steps of training, and of one measurement of
-            what the user named, if that is more.
-        step_cost: gradients that a whole step of training takes: one, and more on a small network.
-        spent: gradients of all measurements that were started.
+        account: of the gradients. Its advance is that of `ADVANCE` steps of training, and of one measurement of what
+            the user named, if that is more.
     """
 
     def __init__(self, every_n_steps: EveryNSteps = None, budget: float = 0.05):
         self.every_n_steps = check_every_n_steps(every_n_steps)
         self.budget = number("budget", budget, above=0, most=1, instead=": a share of the training cost")
         self.paces: dict[str, Pace] = {}
+        self.account = Account(self.paces, self.budget)
+        self._choice = Choice(self.paces, self.account)
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.origin: int | None = None
-        self.advance, self.spent, self.step_cost = ADVANCE, 0.0, 1.0
+        self.account.reset()
         self._headline: str | None = None
         self.paces.clear()
         self._readings: list[float] = []
-        self._asked: tuple[int, float, tuple[str, ...]] | None = None
-        self._observed: int | None = None
-        self._missed: set[str] = set()
-        self._forget_quiet()
+        self._step, self._scheduled = -1, math.nan  # of the last answer
+        self._names: tuple[str, ...] = ()
+        self._missed: tuple[str, ...] = ()  # of the answer before, if it was not taken: `training_step` returned None
+        self._is_taken = False
+        self._changed()
 
-    def _forget_quiet(self) -> None:
-        """Forget until when nothing is due at a nearness to the edge: something has changed."""
-        self._quiet = (math.nan, -math.inf)
+    def _changed(self, near: float | None = None) -> None:
+        """Share the budget out anew, and ask at the next step what comes next."""
+        account = self.account
+        account.settle(max(self._step, 0))
+        account.share_out(self._headline, account.near if near is None else near)
+        self._next: float = -math.inf
+        self._wake = nearer(account.near)
 
     @property
     def headline(self) -> str | None:
@@ -104,24 +106,24 @@ class Cadence:
     def headline(self, name: str | None) -> None:
         if name != self._headline:
             self._headline = name
-            self._forget_quiet()
+            self._changed()
 
     def postpone(self, name: str, step: int) -> None:
         """Let a quantity wait until a step."""
         self.paces[name].postponed = step
-        self._forget_quiet()
+        self._next = -math.inf
 
     def add(self, name: str, *, weight: float = 1.0, length: int = 1) -> None:
         """Begin to measure a quantity.
 
         Args:
             name: of the quantity.
-            weight: its part of the budget, beside the weights of the others.
+            weight: how fast it moves, beside the others.
             length: steps that a measurement takes; the next does not start before its end.
         """
         every = self.every_n_steps
-        self._forget_quiet()
         self.paces[name] = Pace(weight, length, every.get(name) if isinstance(every, Mapping) else every)
+        self._changed()
 
     def check_names(self, names: Collection[str]) -> None:
         """Refuse a pace of what is not measured.
@@ -139,25 +141,15 @@ class Cadence:
     def drop(self, name: str) -> None:
         """Measure a quantity no more; the others share what it had."""
         self.paces.pop(name, None)
-        self._forget_quiet()
-        if self._asked is not None:
-            self._asked = (*self._asked[:2], tuple(other for other in self._asked[2] if other != name))
-
-    @property
-    def follows_rate(self) -> bool:
-        """Whether the learning rate that comes next has a say."""
-        return any(pace.every_n_steps is None for pace in self.paces.values())
+        self._names = tuple(other for other in self._names if other != name)
+        self._changed()
 
     def period(self, name: str) -> float | None:
-        """Return the steps between measurements, where nothing is known of the edge; None before the price is known."""
-        pace = self.paces[name]
+        """Return the steps in which the budget pays for a measurement, now; None before the price is known."""
+        pace, account = self.paces[name], self.account
         if pace.every_n_steps is not None:
             return float(pace.every_n_steps)
-        return (
-            None
-            if pace.parts is None
-            else max(pace.length, pace.price / rates(self.paces, self.income, self.headline, nearness(math.nan))[name])
-        )
+        return None if pace.parts is None else max(pace.length, account.period(name))
 
     def waiting(self) -> dict[str, str]:
         """Return why quantities have no measurement yet, by name: the budget has not paid for one."""
@@ -172,7 +164,7 @@ class Cadence:
 
     # -- which start -----------------------------------------------------------------------------------------------
 
-    def starting(self, step: int, *, scheduled: float = math.nan, busy: Iterable[str] = ()) -> tuple[str, ...]:
+    def starting(self, step: int, *, scheduled: float = math.nan, busy: Collection[str] = ()) -> tuple[str, ...]:
         """Return the quantities whose measurements start at this step; the first answer for a step is final.
 
         Those whose price is not known yet are among them: with `priced` the answer becomes another one.
@@ -182,52 +174,26 @@ class Cadence:
             scheduled: the Courant number of the learning rate that this step will use; NaN if it is not known.
             busy: quantities whose measurement is under way.
         """
-        if self._asked is None or self._asked[0] != step:
+        if step != self._step:
             # All numbers here are the same on all processes. If they were not, the processes would wait for each other
             # forever: this is the one place where rank 0's answer could be broadcast.
-            self._missed = self._not_taken()
-            self._asked = (step, scheduled, self._choose(step, scheduled, {*busy}))
-        return self._asked[2]
+            self._missed, self._is_taken = () if self._is_taken else self._names, False
+            self._step, self._names = step, ()
+            if step >= self._next or scheduled >= self._wake:
+                self._scheduled = scheduled
+                if scheduled >= self._wake:
+                    self._changed(nearness(scheduled))
+                self._names = self._choose(step, busy)
+        return self._names
 
-    def _not_taken(self) -> set[str]:
-        """Return what was due at the last step asked for and was not taken: `training_step` returned None."""
-        return set() if self._asked is None or self._asked[0] == self._observed else {*self._asked[2]}
+    def _choose(self, step: int, busy: Collection[str]) -> tuple[str, ...]:
+        """Return what starts at a step; if nothing does, the next step to ask at becomes another one."""
+        names, following = self._choice.make(step, busy=busy, missed=self._missed)
+        if not names:
+            self._next = following
+        return names
 
-    def _choose(self, step: int, scheduled: float, busy: set[str]) -> tuple[str, ...]:
-        fixed = [name for name, pace in self.paces.items() if pace.every_n_steps and self._is_fixed_due(name, step)]
-        near = nearness(self._nearest(scheduled))
-        if near == self._quiet[0] and step < self._quiet[1]:
-            return tuple(fixed)
-        choice = Choice(
-            self.paces, self.headline, near, self.income, self.advance, self.left(step), step, self.step_cost
-        )  # fmt: skip
-        chosen = choice.make(busy)
-        self._quiet = near, choice.until
-        return (*fixed, *chosen)
-
-    def _is_fixed_due(self, name: str, step: int) -> bool:
-        pace = self.paces[name]
-        if self.origin is None or (pace.postponed is not None and step >= pace.postponed):
-            return True
-        assert pace.every_n_steps is not None
-        return (step - self.origin) % pace.every_n_steps == 0 or name in self._missed
-
-    # -- the account -----------------------------------------------------------------------------------------------
-
-    @property
-    def income(self) -> float:
-        """Gradients that each step adds to the account."""
-        return self.budget * self.step_cost
-
-    def left(self, step: int) -> float:
-        """Return the gradients that may be spent at a step."""
-        return self.income * (step - (step if self.origin is None else self.origin)) + self.advance - self.spent
-
-    def _nearest(self, scheduled: float) -> float:
-        """Return the largest known Courant number: too early costs a measurement, too late an alarm."""
-        mean = sum(self._readings) / len(self._readings) if self._readings else math.nan
-        courants = [courant for courant in (mean, *self._readings[-1:], scheduled) if not math.isnan(courant)]
-        return max(courants, default=math.nan)
+    # -- what changes --------------------------------------------------------------------------------------------
 
     def wants_price(self, name: str) -> bool:
         """Return whether the price of a measurement is to be found out before it starts."""
@@ -254,34 +220,32 @@ class Cadence:
             counting: gradients that were spent on finding this out.
             step_cost: gradients that a whole step of training takes, which is more than one on a small network.
         """
-        self._forget_quiet()
+        account = self.account
+        account.settle(max(self._step, 0))
         for name, gradients in parts.items():
             self.paces[name].parts, self.paces[name].is_stale = dict(gradients), False
         promised = [name for name in {*named} & {*parts} if not self.paces[name].count]
         for name in promised:
             self.paces[name].is_promised = True
         together = union(parts[name] for name in promised)
-        self.spent, self.step_cost = self.spent + counting, step_cost
-        self.advance = max(self.advance, ADVANCE * step_cost, sum(together.values()) + counting)
-        if self._asked is not None:
-            step, scheduled, names = self._asked
-            fresh = self._choose(step, scheduled, {*self.paces} - {*names})
-            self._asked = (step, scheduled, fresh)
+        account.spent, account.step_cost = account.spent + counting, step_cost
+        account.advance = max(account.advance, ADVANCE * step_cost, sum(together.values()) + counting)
+        self._changed()
+        if self._names:
+            self._names = self._choose(self._step, {*self.paces} - {*self._names})
 
     def observed(self, step: int) -> None:
         """Take note that what starts at this step can be measured; the account begins with the first such step."""
-        self.origin, self._observed = step if self.origin is None else self.origin, step
+        self.account.begin(step)
+        self._is_taken = True
 
     def started(self, step: int, names: Iterable[str]) -> None:
         """Charge the measurements that start at this step; what several of them spend on the same counts once."""
-        self._forget_quiet()
-        account = Spending(self.left(step))
+        names = [*names]
+        self.account.pay(step, names)
         for name in names:
-            pace = self.paces[name]
-            pace.start(step)
-            if pace.every_n_steps is None:
-                self.spent += account.beside(pace)
-                account.choose(name, pace)
+            self.paces[name].start(step)
+        self._next = -math.inf
 
     def restart(self, name: str) -> None:
         """Begin a measurement anew at the next step, as it was interrupted."""
@@ -291,15 +255,19 @@ class Cadence:
         """Add a new reading of the Courant number."""
         if not math.isnan(courant):
             self._readings = [*self._readings, courant][-RECENT:]
+            mean = sum(self._readings) / len(self._readings)
+            # Too early costs a measurement, too late an alarm.
+            courants = (mean, courant, *([] if math.isnan(self._scheduled) else [self._scheduled]))
+            if (near := nearness(max(courants))) != self.account.near:
+                self._changed(near)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return numbers and names only."""
         return {
-            "origin": self.origin, "spent": self.spent, "advance": self.advance, "step_cost": self.step_cost,
-            "readings": list(self._readings),
-            "observed": self._observed, "paces": {name: pace.state_dict() for name, pace in self.paces.items()},
+            **self.account.state_dict(), "readings": list(self._readings),
+            "paces": {name: pace.state_dict() for name, pace in self.paces.items()},
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -307,15 +275,15 @@ class Cadence:
 
         A quantity that had a fixed pace and has none now begins anew, as its price was never found out.
         """
-        self._forget_quiet()
-        self.origin, self.spent, self.advance = state["origin"], state["spent"], state["advance"]
-        self.step_cost = state["step_cost"]
-        self._readings, self._asked, self._observed = list(state["readings"]), None, state["observed"]
+        self.account.load_state_dict(state)
+        self._readings, self._step, self._names = list(state["readings"]), -1, ()
         for name, pace in self.paces.items():
             saved = Pace()
             if name in state["paces"]:
                 saved.load_state_dict(state["paces"][name])
             if pace.every_n_steps is not None or saved.parts is not None:
                 pace.load_state_dict(saved.state_dict())
-        if not self.spent and all(pace.every_n_steps is None for pace in self.paces.values()):
-            self.origin = None
+        if not self.account.spent and all(pace.every_n_steps is None for pace in self.paces.values()):
+            self.account.origin = None
+        self.account.share_out(self._headline, self.account.near)
+        self._next, self._wake = -math.inf, nearer(self.account.near)

@@ -1,137 +1,140 @@
-"""Which measurements start at one step, as far as the account allows it."""
+"""Which measurements start at one step, and at which step the next ones can."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
 
+from lsp_callbacks.monitor.account import ROUNDING, Account, Balance
 from lsp_callbacks.monitor.pace import Pace
-from lsp_callbacks.monitor.shares import HEADLINE, rates
-from lsp_callbacks.monitor.spending import Spending
 
-#: By how much shorter the gaps of the headline number are near the edge, as long as there are gradients left over.
+#: By how much shorter the gaps of the headline number are near the edge, as long as gradients are free.
 SAVED = 2.0
-#: By how much shorter the gaps of the others are as long as the account holds more than what all have put by.
+#: By how much shorter the gaps of the others are as long as gradients are free.
 HASTE = 2.0
 
 
 class Choice:
-    """Chooses the measurements that start at a step, of those that keep to the budget.
+    """Chooses the measurements that start, as far as the account allows it; for the rules see `Cadence`.
 
     Args:
         paces: of all quantities that are measured, by name.
-        headline: name of the quantity of the headline number; None without one.
-        near: nearness to the edge of stability.
-        income: gradients that each step adds to the account.
-        advance: gradients with which the account began.
-        left: gradients in the account.
-        step: number of the optimizer step.
-        step_cost: gradients that a step of training takes.
-
-    Attributes:
-        until: step before which nothing else is due, as long as nothing changes.
+        account: of the gradients.
     """
 
-    def __init__(
-        self,
-        paces: Mapping[str, Pace],
-        headline: str | None,
-        near: float,
-        income: float,
-        advance: float,
-        left: float,
-        step: int,
-        step_cost: float,
-    ):
-        self.paces = {name: pace for name, pace in paces.items() if pace.every_n_steps is None}
-        self.headline = headline if headline in self.paces else None
-        self.near, self.income, self.advance, self.step = near, income, advance, step
-        self.account, self.rates = Spending(left), rates(paces, income, headline, near, step_cost=step_cost)
-        self.until = -math.inf
+    def __init__(self, paces: Mapping[str, Pace], account: Account):
+        self.paces, self.account = paces, account
 
-    def make(self, busy: Collection[str]) -> list[str]:
-        """Return the names of the quantities that start.
+    def make(
+        self, step: int, *, busy: Collection[str] = (), missed: Collection[str] = ()
+    ) -> tuple[tuple[str, ...], float]:
+        """Return the names of what starts at a step, and the next step at which anything does if nothing starts now.
 
         Args:
-            busy: those whose measurement is under way.
+            step: number of the optimizer step.
+            busy: quantities whose measurement is under way.
+            missed: those of a fixed pace that should have started at a step that was not taken.
         """
-        due = {name: self._due(name) for name in self.paces}
-        # The headline number first; then those never measured, which the advance is for.
-        order = sorted(due, key=lambda name: (name != self.headline, self.paces[name].started is not None))
-        for name in order:
-            if self.headline not in self.account.chosen and self._waits(name):
-                due[name] = math.inf
-            if due[name] <= self.step and name not in busy:
-                due[name] = self._take(name)
-        for name in order if self.account.chosen else ():
-            if name not in {*self.account.chosen, *busy} and self._meets(name):
-                self._take(name)
-        self.until = min(due.values(), default=math.inf)
-        return self.account.chosen
+        account = self.account
+        balance, queue = account.balance(step), self._queue(step)
+        haste = 1.0 if account.near else HASTE
+        for _ in range(2):  # what starts makes others cheaper
+            for name in queue:
+                if name in balance.chosen or name in busy:
+                    continue
+                if (name in missed and self.paces[name].postponed is None) or self._starts(name, step, balance, haste):
+                    balance.pay(name, self.paces[name], is_headline=name == account.headline)
+                elif self._is_overdue(name, step):
+                    haste = 1.0  # what is free is for those who wait for it
+        following = (
+            math.inf if balance.chosen else min((self._at(name, step + 1, haste) for name in queue), default=math.inf)
+        )
+        return tuple(balance.chosen), following
 
-    def _period(self, name: str) -> float:
-        return self.paces[name].price / self.rates[name]
+    def _queue(self, step: int) -> list[str]:
+        """Return all names: the headline number, those never measured, and the others, which take turns."""
+        account = self.account
 
-    def _due(self, name: str) -> float:
-        """Return the step from which on a measurement starts, if the account allows it."""
+        def turn(name: str) -> tuple[bool, float, float]:
+            pace = self.paces[name]
+            waited = math.inf
+            if name in account.rates and pace.started is not None and pace.parts is not None:
+                waited = (step - pace.started) / max(1.0, account.period(name))
+            return name != account.headline, -waited, pace.price
+
+        return sorted(self.paces, key=turn)
+
+    def _is_overdue(self, name: str, step: int) -> bool:
+        """Return whether the last measurement is a period ago, or there is none."""
         pace = self.paces[name]
+        if pace.every_n_steps is not None or pace.parts is None or name == self.account.headline:
+            return False
+        return pace.started is None or step - pace.started >= self.account.period(name)
+
+    def _starts(self, name: str, step: int, balance: Balance, haste: float) -> bool:
+        """Return whether a measurement starts beside those that were chosen."""
+        pace, headline = self.paces[name], self.account.headline
+        if pace.every_n_steps is not None or pace.parts is None:
+            return step >= self._at(name, step, haste)
         if pace.postponed is not None:
-            return pace.postponed
-        if pace.parts is None or pace.started is None:
-            return -math.inf
-        haste = 1 + SAVED * max(self.near, 0.0) if name == self.headline else HASTE
-        gap = min(self._period(name) / haste * (1 - 1e-9), pace.doubling)
-        return pace.started + max(pace.length, math.ceil(gap))
+            is_due = step >= pace.postponed
+        elif self._is_led(name) and headline not in balance.chosen:
+            is_due = False
+        else:
+            is_due = pace.started is None or step >= self._earliest(name, haste, balance)
+        return is_due and self._missing(name, step, balance) <= ROUNDING
 
-    def _waits(self, name: str) -> bool:
-        """Return whether a measurement is made only beside one of the headline number, which comes more often."""
-        if name == self.headline or self.headline is None or self.paces[name].started is None:
+    def _at(self, name: str, step: int, haste: float) -> float:
+        """Return the first step from this one on at which a measurement starts by itself, if nothing changes before."""
+        pace, account = self.paces[name], self.account
+        if pace.postponed is not None:
+            step = max(step, pace.postponed)
+        elif pace.every_n_steps is not None:
+            origin, every = account.origin, pace.every_n_steps
+            return step if origin is None else origin + every * math.ceil((step - origin) / every)
+        elif self._is_led(name):
+            return math.inf
+        elif pace.started is not None:
+            step = max(step, self._earliest(name, haste))
+        if pace.every_n_steps is not None or pace.parts is None:
+            return step
+        missing = self._missing(name, step, account.balance(step))
+        return step if missing <= ROUNDING else step + math.ceil((missing - ROUNDING) / self._growth(name))
+
+    def _is_led(self, name: str) -> bool:
+        """Return whether a measurement starts only beside one of the headline number, which comes more often."""
+        account = self.account
+        if account.headline is None or name == account.headline:
             return False
-        leader = self.paces[self.headline]
-        is_led = leader.started is not None and leader.postponed is None
-        return is_led and self._period(self.headline) <= self._period(name)
-
-    def _meets(self, name: str) -> bool:
-        """Return whether a measurement beside those of this step is cheaper by as much as it is too early."""
-        pace = self.paces[name]
-        if name == self.headline or pace.postponed is not None or pace.started is None:
+        leader = self.paces[account.headline]
+        if leader.started is None or leader.postponed is not None:
             return False
-        return self.step - pace.started >= max(pace.length, self.account.beside(pace) / self.rates[name])
+        return account.period(account.headline) <= account.period(name)
 
-    def _take(self, name: str) -> float:
-        """Choose a quantity if the account allows it; return the step at which to ask again."""
-        pace = self.paces[name]
-        # A price that is not known is found out first.
-        missing = 0.0 if pace.parts is None else self.account.beside(pace) + self._kept(name) - self.account.left
-        if missing <= 1e-9:
-            self.account.choose(name, pace)
-            return self.step + 1
-        # What it must leave to the others becomes less at the first two of these steps.
-        start = self.step if pace.started is None else pace.started
-        again = start + math.ceil(self._period(name)), start + pace.doubling
-        return min([self.step + math.ceil(missing / self.income), *(step for step in again if step > self.step)])
+    def _earliest(self, name: str, haste: float, balance: Balance | None = None) -> int:
+        """Return the step before which a measurement does not start again, whatever there is in the account."""
+        pace, account = self.paces[name], self.account
+        gap = pace.price_beside({} if balance is None else balance.parts) / account.rates[name]
+        if name == account.headline:
+            gap = min(gap / (1 + SAVED * account.near), pace.doubling)
+        else:
+            gap /= haste
+            if account.headline is None and haste > 1:
+                gap = min(gap, pace.doubling)
+        return (pace.started or 0) + max(pace.length, math.ceil(gap - ROUNDING))
 
-    def _kept(self, name: str) -> float:
-        """Return the gradients that a quantity must leave in the account.
+    def _missing(self, name: str, step: int, balance: Balance) -> float:
+        """Return the gradients that a quantity needs beside what it may take."""
+        pace, account = self.paces[name], self.account
+        price = pace.price_beside(balance.parts)
+        if name == account.headline:
+            is_early = pace.started is not None and step - pace.started < min(account.period(name), pace.doubling)
+            return price - balance.saved - (max(0.0, balance.free - account.round()) if is_early else balance.free)
+        if pace.is_promised and not pace.count:
+            return price - balance.free
+        return price - (balance.free - account.reserve())
 
-        Others leave to the headline number what its next reading needs, and its first readings. A reading that comes
-        before its period is over, such as the first ones, leaves to everybody what they have put by.
-        """
-        pace, kept = self.paces[name], 0.0
-        if pace.is_promised and pace.started is None:
-            return 0.0
-        is_early = pace.started is not None and self.step - pace.started < self._period(name) * (1 - 1e-9)
-        if name == self.headline and pace.early(self._period(name)):
-            # Failing runs fail early: its first readings come before the first ones of the others.
-            is_early = is_early and self.step - (pace.started or 0) < pace.doubling
-        for other, theirs in self.paces.items():
-            if other == name or theirs.parts is None:
-                continue
-            put_by = 0.0 if other in self.account.chosen else theirs.claim(self.step, self.rates[other])
-            if other == self.headline:
-                first = theirs.early(self._period(other)) - (other in self.account.chosen)
-                share = self.advance * HEADLINE - theirs.count * theirs.price
-                kept += max(put_by, min(first * theirs.price, share))
-            elif is_early:
-                kept += put_by
-        return kept
+    def _growth(self, name: str) -> float:
+        """Return by how much what a quantity may take grows at each step, at least."""
+        account = self.account
+        return account.saving if name == account.headline else account.income - account.saving

@@ -49,7 +49,7 @@ class Schedule:
 
     def is_due(self, step: int, scheduled: float = math.nan) -> bool:
         """Return whether anything is measured at this step; for the arguments see `starting`."""
-        return bool(self.starting(step, scheduled) or self.under_way)
+        return bool(self.cadence.starting(step, scheduled=scheduled, busy=self.under_way) or self.under_way)
 
     def is_complete(self, step: int, *, within: int = 0) -> bool:
         """Return True if no measurement is under way, and none is postponed to ``within`` the next steps.

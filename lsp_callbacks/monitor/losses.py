@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -76,13 +77,15 @@ class Arrivals:
             left_out: whether a gradient scaler skipped the update.
             wait: whether to wait until all have arrived.
         """
+        if isinstance(loss, Tensor) and loss.is_cpu and not loss.ndim and not self._on_their_way:
+            return [ArrivedLoss(step, loss.item(), left_out)]
         if loss is not None and not isinstance(loss, Tensor):
             self._on_their_way.append((step, torch.tensor(float(loss)), None, left_out))
         elif loss is not None:
             value = loss.detach()
             value = value if value.ndim == 0 else value.float().mean()
-            if value.device.type == "cpu" and not self._on_their_way:
-                return [ArrivedLoss(step, float(value), left_out)]
+            if value.is_cpu and not self._on_their_way:
+                return [ArrivedLoss(step, value.item(), left_out)]
             self._on_their_way.append((step, *self._sent(value), left_out))
         arrived = []
         while self._on_their_way:
@@ -115,6 +118,8 @@ class Arrivals:
 class LossRecord:
     """The loss of a run: at first, smoothed, at its least, now; and whether it is finite.
 
+    Several may share a record, and add each step's loss: the first one counts.
+
     Attributes:
         count: finite losses that were seen.
         first: the loss of the first step, before any update; None before it.
@@ -128,6 +133,7 @@ class LossRecord:
         least_mean: the least mean, from the fifth loss on.
         level_step: the last step at which the smoothed loss had not risen.
         nonfinite_step: the first step at which it was not finite.
+        is_calm: whether the last loss was finite, and neither the smoothed loss has risen nor the loss alarm is on.
         comparable: False where the losses of several players are summed: then only whether they are finite counts.
 
     Example:
@@ -149,39 +155,56 @@ class LossRecord:
         self.last_step = self.level_step = -1
         self.nonfinite_step: int | None = None
         self.comparable = True
-        self.recent: list[float] = []
+        self.recent = array("d")  # in one piece: fifty objects would have to be fetched from memory at each step
         self.mean = self.least_mean = math.nan
-        self._left_out, self._is_negative = 0, False
+        self._added, self.is_calm = -1, True
+        self._left_out, self._is_negative, self._has_risen = 0, False, False
+        self._start = math.nan
         self._high = self._far = 0.0  # shares of the last losses that are above what `fallen` and `lost` compare with
 
     def add(self, arrived: ArrivedLoss) -> None:
         """Add the loss of one step."""
-        loss = arrived.loss
+        step, loss, left_out = arrived
+        if step <= self._added:
+            return
+        self._added = step
         if not math.isfinite(loss):
-            self._left_out = self._left_out + 1 if arrived.left_out else LEFT_OUT
+            self.is_calm = False
+            self._left_out = self._left_out + 1 if left_out else LEFT_OUT
             if self._left_out >= LEFT_OUT:
-                self.last, self.last_step = loss, arrived.step
-                self.nonfinite_step = arrived.step if self.nonfinite_step is None else self.nonfinite_step
+                self.last, self.last_step = loss, step
+                self.nonfinite_step = step if self.nonfinite_step is None else self.nonfinite_step
             return
         self._left_out = 0
-        self.count += 1
-        self.last, self.last_step = loss, arrived.step
-        self.first = loss if self.first is None else self.first
-        before = loss if self.count == 1 else self.smoothed
-        self.smoothed = before + (loss - before) / min(self.count, SMOOTHING)
-        if self.count <= INITIAL:
+        self.last, self.last_step = loss, step
+        count = self.count = self.count + 1
+        smoothing = min(count, SMOOTHING)
+        if count == 1:
+            self.first = self.smoothed = self.least = loss
+        self.smoothed += (loss - self.smoothed) / smoothing
+        self.least = min(self.least, self.smoothed)
+        if count <= INITIAL:
             self.initial = self.smoothed
-        self.least = self.smoothed if self.count == 1 else min(self.least, self.smoothed)
-        self.recent = [*self.recent, loss][-ALARM_SMOOTHING:]
+            # A rate far too high lifts the mean at once.
+            self._start = self.initial if self.first is None else min(self.first, self.initial)
+        self.recent.append(loss)
+        del self.recent[:-ALARM_SMOOTHING]
         self.mean = sum(self.recent) / len(self.recent)
-        if self.count >= INITIAL:
-            self.least_mean = self.mean if self.count == INITIAL else min(self.least_mean, self.mean)
+        if count >= INITIAL:
+            self.least_mean = self.mean if count == INITIAL else min(self.least_mean, self.mean)
         self._is_negative |= loss < 0
-        share, size = 1 / min(self.count, SMOOTHING), abs(self.start)
-        self._high += share * ((loss > self.start - (1 - FALLEN) * size) - self._high)
-        self._far += (self.exploded(loss) - self._far) / min(self.count, LOST_STEPS)
-        if not self.risen:
-            self.level_step = arrived.step
+        start, size = self._start, abs(self._start)
+        self._high += ((loss > start - (1 - FALLEN) * size) - self._high) / smoothing
+        has_exploded = self.comparable and loss > start + LOST * max(size, abs(self.least))
+        self._far += (has_exploded - self._far) / min(count, LOST_STEPS)
+        # A healthy run may begin by going up. A share of the initial loss means nothing where losses can be negative.
+        is_memorised = self.least >= 0 and self.smoothed <= SHARE * self.initial
+        rise = self.least + RISE * abs(self.least)
+        self._has_risen = count >= SMOOTHING and self.smoothed > rise and not is_memorised
+        if not (self._has_risen and self.comparable):
+            self.level_step = step
+        is_high = self.mean > ALARM_RISE * self.least_mean and self.mean > ALARM_SHARE * self.initial
+        self.is_calm = not self._has_risen and not is_high
 
     @property
     def finite(self) -> bool:
@@ -190,8 +213,8 @@ class LossRecord:
 
     @property
     def start(self) -> float:
-        """The lower of the first loss and the mean of the first 5: a rate far too high lifts the mean at once."""
-        return math.nan if self.first is None else min(self.first, self.initial)
+        """The lower of the first loss and the mean of the first 5."""
+        return self._start
 
     def exploded(self, loss: float) -> bool:
         """Return whether a loss is above the one at the start by more than twice the size of that."""
@@ -200,11 +223,7 @@ class LossRecord:
     @property
     def risen(self) -> bool:
         """Whether the smoothed loss is well above its least value, after the first 30 steps."""
-        if self.count < SMOOTHING or not self.comparable:  # a healthy run may begin by going up
-            return False
-        # A share of the initial loss means nothing where losses can be negative.
-        memorised = self.least >= 0 and self.smoothed <= SHARE * self.initial
-        return self.smoothed > self.least + RISE * abs(self.least) and not memorised
+        return self._has_risen and self.comparable
 
     @property
     def lost(self) -> bool:
@@ -245,7 +264,8 @@ class LossRecord:
 
     def state_dict(self) -> dict[str, Any]:
         """Return numbers only."""
-        return {name.lstrip("_"): value for name, value in vars(self).items() if not isinstance(value, Arrivals)}
+        state = {name.lstrip("_"): value for name, value in vars(self).items() if not isinstance(value, Arrivals)}
+        return state | {"recent": list(self.recent)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned; what is missing is as in a new run."""
@@ -253,6 +273,7 @@ class LossRecord:
         for name in vars(self):
             if name.lstrip("_") in state:
                 setattr(self, name, state[name.lstrip("_")])
+        self.recent = array("d", self.recent)
 
 
 class LossWatch(LossRecord):

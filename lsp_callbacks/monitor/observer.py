@@ -144,7 +144,6 @@ class StepObserver:
         *,
         first: bool,
         scheduled: float = math.nan,
-        has_backward: Callable[[], bool] | None = None,
     ) -> None:
         """Take in a batch whose forward pass comes next.
 
@@ -153,26 +152,26 @@ class StepObserver:
             loss: what the step will differentiate.
             first: whether it is the first micro-batch of a step.
             scheduled: the learning rate that the step will use over the critical one, where that is known.
-            has_backward: returns whether a backward pass follows; None where one always does.
         """
         monitor, module = self.monitor, self.loop.module
+        looks_for_nan = Numerics.name in monitor.quantities
         self._results.taken = None  # it was checked
         if first:
             self.forget_step()
             if self.game is not None:
                 with monitor.errors.warn_instead_of_raise("the batch could not be kept for a replay"):
                     self.game.begin(batch)
-            else:
-                self._pending = self._new_pending(scheduled, has_backward)
+            elif monitor.wants(self.step, scheduled=scheduled):
+                self._pending = self._new_pending()
         else:
             self.step_loss.begin_batch()
-        self.is_idle = self._pending is None and self.game is None and Numerics.name not in monitor.quantities
+        self.is_idle = self._pending is None and self.game is None and not looks_for_nan
         if monitor.trace is not None:
             monitor.recorder.begin(module, first=first)
         if monitor.quantities and not self.probes.full:
             self.probes.add(batch, module)
         if self.game is None:
-            if Numerics.name in monitor.quantities:
+            if looks_for_nan:
                 self.nan_finder.add(batch, loss, first=first)
             if self._pending is not None:
                 self._pending.add(batch, loss)
@@ -184,11 +183,9 @@ class StepObserver:
         if self._gradient_check.is_expected:
             self._gradient_check.forget()
 
-    def _new_pending(
-        self, scheduled: float = math.nan, has_backward: Callable[[], bool] | None = None
-    ) -> PendingStep | None:
+    def _new_pending(self) -> PendingStep | None:
         """Return what the coming step must be replayed from, if it is to be measured."""
-        if self.monitor.wants(self.step, scheduled=scheduled) and (has_backward is None or has_backward()):
+        if self.monitor.wants(self.step) and self.loop.has_backward():
             try:
                 return self.loop.new_step() if self.game else kept_step(self.loop, self.monitor, self.step)
             except Exception as error:

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
+
+
+def union(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return what measurements of one step spend gradients on: what several of them spend on the same counts once."""
+    shared: dict[str, float] = {}
+    for measurement in parts:
+        for part, gradients in measurement.items():
+            shared[part] = max(shared.get(part, 0.0), gradients)
+    return shared
 
 
 @dataclass
@@ -12,7 +22,7 @@ class Pace:
     """The measurements of one quantity so far, and the price of the next.
 
     Args:
-        weight: its part of the budget, beside the weights of the others.
+        weight: how fast the quantity moves, beside the weights of the others.
         length: steps that a measurement takes.
         every_n_steps: start one every so many steps; None keeps to the budget.
 
@@ -41,10 +51,20 @@ class Pace:
         """Gradients of a measurement by itself; 0 before they are known."""
         return sum((self.parts or {}).values())
 
+    def price_beside(self, parts: Mapping[str, float]) -> float:
+        """Return what a measurement costs in a step that spends gradients on these parts already."""
+        return sum(max(0.0, price - parts.get(part, 0.0)) for part, price in (self.parts or {}).items())
+
     @property
     def doubling(self) -> int:
         """Steps to the next of the first readings, which are at 0, 1, 2, 4, 8, ... from the first one on."""
         return 1 if self.first is None or self.started is None else max(1, self.started - self.first)
+
+    def early(self, period: float) -> int:
+        """Return how many first readings, at doubling distances of less than a period, are still to come."""
+        done = -1 if self.first is None or self.started is None else self.started - self.first
+        most = max(0, math.ceil(math.log2(period))) if period > 0 else 0
+        return sum(done < offset < period for offset in (0, *(2**k for k in range(most + 1))))
 
     def wants_price(self) -> bool:
         """Return whether the price is to be found out: before measurement number 1, 2, 3, 5, 9, 17, ...
@@ -52,16 +72,6 @@ class Pace:
         A second measurement starts from the first and is cheaper, and what is learnt later may change it again.
         """
         return self.parts is None or self.is_stale or self.count & (self.count - 1) == 0
-
-    def claim(self, step: int, rate: float) -> float:
-        """Return the gradients that are put by for the next measurement, with ``rate`` more at each step."""
-        return self.price if self.started is None else min(self.price, rate * (step - self.started))
-
-    def early(self, period: float) -> int:
-        """Return how many first readings, at doubling distances of less than a period, are still to come."""
-        done = -1 if self.first is None or self.started is None else self.started - self.first
-        most = max(0, math.ceil(math.log2(period))) if period > 0 else 0
-        return sum(done < offset < period for offset in (0, *(2**k for k in range(most + 1))))
 
     def start(self, step: int) -> None:
         """Count a measurement that starts at this step."""

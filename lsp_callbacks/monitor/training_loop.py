@@ -49,6 +49,10 @@ class TrainingLoop:
         """How each gradient is clipped after it was measured, as far as that is known before the step."""
         return None
 
+    def has_backward(self) -> bool:
+        """Return whether a backward pass follows the forward pass that comes next."""
+        return True
+
     #: Whether a step may be measured without a copy of the module, where no quantity needs a replay.
     can_do_without_replay = True
 

@@ -65,14 +65,17 @@ class PendingStep:
         self.parts: list[MicroBatch] = []
         self._graphs: list[Graph] = []
         self.module_copy: ModuleCopy | None = None
+        self._parameters: list[nn.Parameter] = []
         self.failure: Exception | None = None
         self.readers, self.can_replay = readers or {}, can_replay
         self._size: int | None = None
         if not can_replay:
             return
         try:
-            self._fingerprint = fingerprint(module)
-            self.module_copy = ModuleCopy(module, shared=shared, prepare=prepare)
+            standing = self.run.standing_copy
+            self.module_copy = ModuleCopy(module, shared=shared, prepare=prepare, standing=standing)
+            self._parameters = self.module_copy.parameters
+            self._fingerprint = fingerprint(self._parameters)
         except Exception as error:  # whatever the user's attributes raise when they are copied
             self._fail(error)
         if takes_buffers:
@@ -199,7 +202,7 @@ class PendingStep:
 
     def _moved(self) -> Exception | None:
         """Return an error if the step itself has moved the parameters: a replay, which shares them, would do so too."""
-        if self.failure is None and not identical(self._fingerprint, fingerprint(self.module)):
+        if self.failure is None and not identical(self._fingerprint, fingerprint(self._parameters)):
             return Unmeasurable(
                 "the step changes parameters before its update (a moving average or a clamp in training_step), and a "
                 "replay would do so again: do it after the update, or pass loss_fn=..."
@@ -213,9 +216,9 @@ class PendingStep:
         """
         if self.failure is not None:
             return False
-        before, self._fingerprint = self._fingerprint, fingerprint(self.module)
+        before, self._fingerprint = self._fingerprint, fingerprint(self._parameters)
         watched = {id(p) for p in players}
-        sums = [pair for p, *pair in zip(self.module.parameters(), before, self._fingerprint) if id(p) in watched]
+        sums = [pair for p, *pair in zip(self._parameters, before, self._fingerprint) if id(p) in watched]
         return not identical([old for old, _ in sums], [new for _, new in sums])
 
     def _sub_batch(self, full: Snapshot, count: int) -> Snapshot:
@@ -253,4 +256,4 @@ def _raising(error: Exception | None) -> Callable[[], Tensor]:
 
 def _compiled(module: nn.Module) -> bool:
     # Copies are not compiled: their attributes do not show it.
-    return is_compiled(module) or any(getattr(m, "_compiler_ctx", None) for m in module.modules())
+    return is_compiled(module) or any(vars(m).get("_compiler_ctx") for m in module.modules())

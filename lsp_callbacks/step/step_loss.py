@@ -53,9 +53,10 @@ class StepLoss:
 
     def add_returned(self, outputs: Any) -> None:
         """Take in what a micro-batch returned, in single precision at least; anything without a loss is passed over."""
-        loss = loss_of(outputs)
+        loss = outputs["loss"] if type(outputs) is dict and "loss" in outputs else loss_of(outputs)
         if isinstance(loss, Tensor):
-            loss = loss.detach()
+            if loss.requires_grad:
+                loss = loss.detach()
             if loss.dtype is not torch.float32:
                 loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
             self._returned.append(loss if loss.ndim == 0 else loss.mean())
@@ -73,4 +74,4 @@ class StepLoss:
     @property
     def returned(self) -> Tensor | None:
         """The sum of the losses that the micro-batches returned; None where none was seen."""
-        return summed(self._returned)
+        return self._returned[0] if len(self._returned) == 1 else summed(self._returned)

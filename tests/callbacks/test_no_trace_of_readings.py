@@ -125,7 +125,7 @@ CASES = {
     "reentrant checkpoint": (lambda: Checkpointed(True), {}, False),
     "weight norm": (lambda: wrapped(parametrizations.weight_norm), {}, False),
     "shared weight": (tied, {}, True),
-    "young preconditioner": (lambda: Model(optimizer=partial(torch.optim.AdamW, lr=1e-3)), {}, False),
+    "preconditioner": (lambda: Model(optimizer=partial(torch.optim.AdamW, lr=1e-3)), {}, True),
 }
 
 
@@ -149,7 +149,8 @@ def test_readings_leave_no_trace(name, copies):
     unchanged(make, monitor, **{"max_steps": STEPS} | settings)
     readings = monitor.history["stability/courant_mean_square"]
     assert len(readings.steps) >= STEPS - 1 and all(map(math.isfinite, readings.values))
-    assert len(copies) == (CHECKED if from_graph else STEPS)
+    # The first step of a preconditioner is left out, which is known only once it was kept.
+    assert len(copies) == (CHECKED + (name == "preconditioner") if from_graph else STEPS)
 
 
 def readings(make, *, from_graph, monkeypatch, **settings):
@@ -161,7 +162,7 @@ def readings(make, *, from_graph, monkeypatch, **settings):
     return monitor.history["stability/courant_mean_square"].values
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][2]])
+@pytest.mark.parametrize("name", CASES)
 def test_a_reading_from_the_graph_is_that_of_the_replay(name, monkeypatch):
     make, settings, _ = CASES[name]
     values = {kind: readings(make, from_graph=kind, monkeypatch=monkeypatch, **settings) for kind in (True, False)}

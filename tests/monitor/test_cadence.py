@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsp_callbacks import Monitor, Quantity, Snapshot, StabilityMonitor
-from lsp_callbacks.monitor.cadence import ADVANCE, Cadence
-from lsp_callbacks.monitor.shares import HEADLINE
+from lsp_callbacks.monitor.account import ADVANCE, HEADLINE
+from lsp_callbacks.monitor.cadence import Cadence
 
 NET = torch.nn.Linear(1, 1)
 
@@ -116,7 +116,7 @@ def test_spending_never_exceeds_the_budget_by_more_than_the_advance(costs, readi
     advances = []
     found = paced(
         costs, lambda step: readings[(step // 40) % len(readings)], steps=400, budget=budget, begin=begin,
-        lengths=lengths, look=lambda cadence, step: advances.append(cadence.advance), skipped=skipped,
+        lengths=lengths, look=lambda cadence, step: advances.append(cadence.account.advance), skipped=skipped,
     )  # fmt: skip
     spent = 0.0
     for step in range(begin, begin + 400):
@@ -244,9 +244,8 @@ def test_the_first_answer_for_a_step_stands():
     assert cadence.starting(0) == ("a",)
     cadence.observed(0), cadence.priced({"a": {"pass": 1.0}}), cadence.started(0, ["a"])
     cadence.observed(20), cadence.started(20, ["a"])
-    assert cadence.starting(24, scheduled=0.9) == cadence.starting(24) == ("a",)
-    cadence.observed(24), cadence.started(24, ["a"])
-    assert not cadence.starting(28) and not cadence.starting(28, scheduled=0.9)
+    assert cadence.starting(24) == cadence.starting(24, scheduled=0.9) == ()
+    assert cadence.starting(25, scheduled=0.9) == cadence.starting(25) == ("a",)
 
 
 def test_a_step_that_is_not_taken_is_made_up_for():
@@ -318,7 +317,7 @@ def test_the_trainer_resumes_the_schedule_of_measurements(tmp_path):
     far = [gap for gap, step in zip(gaps, steps) if 60 < step < 150]
     near = [gap for gap, step in zip(gaps, steps) if step > 250]
     assert sum(near) / len(near) < sum(far) / len(far)
-    account = whole.monitor.cadence
+    account = whole.monitor.cadence.account
     assert account.spent <= account.income * (330 - steps[0]) + account.advance
     own, expected = (run.monitor.cadence.state_dict() for run in (resumed, whole))
     del own["readings"], expected["readings"]  # a resumed run has lost its warm starts
@@ -334,9 +333,9 @@ def data_in_order():
 @pytest.mark.parametrize(
     "before, after, expected",
     [
-        ({"every_n_steps": 10}, {"budget": 0.1}, [25, 26, 27, 29, 32, 35]),  # the cost is not known: it begins anew
+        ({"every_n_steps": 10}, {"budget": 0.1}, [25, 26, 27, 29, 33, 41]),  # the cost is not known: it begins anew
         ({"budget": 0.1}, {"every_n_steps": 7}, [28, 35, 42, 49]),
-        ({"budget": 0.1}, {"budget": 0.05}, [28, 34, 40]),  # the next one of its first readings, then its new period
+        ({"budget": 0.1}, {"budget": 0.05}, [32, 52]),  # the next one of its first readings, then its new period
     ],
 )
 def test_another_cadence_may_go_on(before, after, expected):
@@ -346,4 +345,4 @@ def test_another_cadence_may_go_on(before, after, expected):
     second.load_state_dict(round_trip(first.state_dict()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert starts(second, 26, 25)[: len(expected)] == expected
+        assert starts(second, 30, 25)[: len(expected)] == expected

@@ -33,11 +33,12 @@ def test_a_postponed_one_is_due_from_its_step_on():
     for every in (10, None):
         made = schedule(every)
         made.cadence.priced({"a": {"pass": 1.0}, "b": {"pass": 40.0}})
-        made.cadence.spent = 30.0  # nothing is left for the others
+        made.cadence.account.spent = 30.0  # nothing is left for the others
         made.postpone("a", 4)
         assert [made.is_due(step) for step in (3,)] == [False]
         assert [made.is_complete(2, within=steps) for steps in (1, 2)] == [True, False]
-        made.cadence.spent = 0.0
+        made.cadence.account.spent = 0.0
+        made.postpone("a", 4)  # what is spent changes only where something is asked anew
         assert made.starting(4) == made.starting(4) == ("a",)
         made.cadence.observed(4), made.cadence.started(4, ["a"])
         assert not made.postponed and not made.cadence.paces["b"].postponed

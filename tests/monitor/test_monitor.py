@@ -92,7 +92,11 @@ def test_an_integer_is_obeyed(every, prepare, window, start, seen, completed):
     "budget, quantities, periods",
     [
         (0.05, [Fake(cost={"a": 1.0})], [20]),
-        (0.1, [Fake("a", cost={"forward": 0.4, "a": 1.0}), Fake("b", cost={"forward": 0.4, "b": 1.01})], [28, 28.2]),
+        (
+            0.1,
+            [Fake("a", cost={"forward": 0.4, "a": 1.0}), Fake("b", cost={"forward": 0.4, "b": 1.01})],
+            [10 * root * (1.4**0.5 + 1.41**0.5) for root in (1.4**0.5, 1.41**0.5)],
+        ),
         (1.0, [Fake(cost={"a": 0.1}, prepare=3, window=4)], [7]),  # never shorter than the window
     ],
 )
@@ -170,7 +174,7 @@ def test_what_the_user_named_is_measured_at_once_and_then_as_the_budget_asks_for
     gaps = [b - a for a, b in pairwise(dear.seen)]
     assert len(caught) == 1 and gaps == pytest.approx([1800 / monitor.budget.step] * len(gaps), abs=1)
     assert dear.seen[0] == 0 and gaps
-    assert monitor.cadence.advance == pytest.approx(901, abs=1)
+    assert monitor.cadence.account.advance == pytest.approx(901, abs=1)
 
 
 def test_a_pace_of_its_own_asks_for_no_price():
@@ -308,5 +312,5 @@ def test_reset_is_as_before_a_first_run():
         monitor.require(snapshot(0))
         run(monitor, 3), monitor.reset()
     assert set(monitor.quantities) == {"a", "b"} and not monitor.history and not monitor.skipped
-    assert not monitor.cadence.spent and monitor.cadence.origin is None and monitor.wants(17)
+    assert not monitor.cadence.account.spent and monitor.cadence.account.origin is None and monitor.wants(17)
     assert monitor.quantities["a"].total == 0 and monitor.quantities["a"].under_way == 0

@@ -12,6 +12,7 @@ from lsp_callbacks.operators import coming_rule, frozen_rule
 from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold
 from lsp_callbacks.operators.trajectory import coming_preconditioner as coming
 from lsp_callbacks.operators.trajectory.coming_preconditioner import batch_squares, gradients_missing, probe_squares
+from lsp_callbacks.operators.trajectory.frozen_preconditioner import rule_ahead
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.criterion import evaluation
 
@@ -188,6 +189,47 @@ def test_a_loss_of_the_users_own_goes_by_the_history():
     for name in rule.scale:
         close(rule.scale[name], now.scale[name], 1e-9)
     assert rule.correction == pytest.approx(1 - 0.9**11) and now.correction == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_squares_that_are_products_of_rows_and_columns_stay_what_they_are(name):
+    """And others are drawn to such products, by five gradients' weight, a row of zeros staying one."""
+    make, ahead = KINDS[name]
+    factors = random(4, 1, seed=1).abs() * random(1, 6, seed=2).abs()
+    task = Slope()
+    task.theta, task.slope = torch.nn.Parameter(random(4, 6)), factors
+
+    def loss():
+        return (task.slope * task.theta).sum()
+
+    optimizer = make(task.parameters(), lr=0.01)
+    for _ in range(3):
+        step(optimizer, loss)
+    snapshot = freeze(task, optimizer, loss)
+    close(coming_rule(snapshot).scale["theta"], rule_ahead(snapshot, ahead).scale["theta"], 1e-10)
+
+
+def test_of_few_gradients_one_that_was_small_by_chance_is_not_believed():
+    """Three squares of chi-square numbers, Adam's mean of them, and the mean that they come from."""
+    generator = torch.Generator().manual_seed(3)
+    factors = random(20, 1, seed=1).abs() * random(1, 30, seed=2).abs() + 0.1
+    task = Slope()
+    task.theta = torch.nn.Parameter(random(20, 30))
+    optimizer = Adam(task.parameters(), lr=0.0, betas=(0.9, 0.999))
+
+    def loss():
+        return (task.slope * task.theta).sum()
+
+    for _ in range(2):
+        task.slope = factors.sqrt() * torch.randn(20, 30, generator=generator, dtype=f64)
+        step(optimizer, loss)
+    task.slope = factors.sqrt() * torch.randn(20, 30, generator=generator, dtype=f64)
+    snapshot = freeze(task, optimizer, loss)
+    wanted = factors.rsqrt()
+    found, plain = (r.scale["theta"] / wanted for r in (coming_rule(snapshot), rule_ahead(snapshot, 10)))
+    # The smallest of 600 sums of three squares is next to nothing; then 5 of 8 parts of ten squares are that of others.
+    assert float(plain.max()) > 6 and float(found.max()) < 1.5 * (13 / 6.25) ** 0.5
+    close(found.log().mean(), torch.zeros((), dtype=f64), 0.15)
 
 
 # -- the first steps -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import FrozenRule, frozen_rule, rule_ahead
+from lsp_callbacks.operators.trajectory.update_rules import formula
 from lsp_callbacks.step.criterion import Criteria, Evaluation
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
@@ -16,6 +17,8 @@ AHEAD = 10
 #: Gradients that a second moment must hold. After one alone it is nearly 0 somewhere: the smallest of P numbers is
 #: about their size over P.
 GRADIENTS = 2
+#: As so many gradients counts what the squares of a row, and of a column, have in common.
+PRIOR = 5.0
 #: Gradients after which the second moment itself says what the coming ones are like.
 REMEMBERED = 100
 #: How often random signs of the samples are drawn.
@@ -39,13 +42,15 @@ def coming_rule(snapshot: Snapshot, *, squares: dict[str, Tensor] | None = None)
 
     Args:
         snapshot: a step with its optimizer, before the update.
-        squares: s by parameter. None estimates it from the step's batch, see `batch_squares`; where the loss is not
-            the value of one criterion, s is the mean square that nu holds so far.
+        squares: s by parameter. None takes the mean square that nu holds so far, drawn to what the squares of each row
+            and column have in common as five more gradients would: where few gradients were small by chance, the
+            coming ones are not. While nu holds but one, s is that of the step's batch, see `batch_squares`.
 
     Raises:
         Unmeasurable: see `frozen_rule`.
 
-    Cost: nothing without a preconditioner; from the step's batch 1.7 gradients, once a step.
+    Cost: nothing without a preconditioner, and some passes over its numbers with one; while it holds one gradient only,
+    1.7 gradients, once a step. Error: ``benchmarks/coming_squares.py``.
     """
     rule = frozen_rule(snapshot)
     if not rule.frozen or snapshot.gradient is None:
@@ -53,7 +58,9 @@ def coming_rule(snapshot: Snapshot, *, squares: dict[str, Tensor] | None = None)
     steps = max(AHEAD, round(1 / (1 - rule.momentum)))
     if squares is not None:
         return rule_ahead(snapshot, steps, squares)
-    return _rule_from_batch(snapshot, steps)
+    if gradients_held(snapshot) < GRADIENTS:
+        return _rule_from_batch(snapshot, steps)
+    return _rule_from_history(snapshot, steps)
 
 
 def remembered_rule(snapshot: Snapshot) -> FrozenRule:
@@ -61,7 +68,7 @@ def remembered_rule(snapshot: Snapshot) -> FrozenRule:
 
     Then the next few change it little, and nu knows the batches that came before better than any one batch does.
 
-    Cost: nothing; that of `coming_rule` in the first steps, once a step.
+    Cost: nothing; that of `coming_rule` in the first steps.
     """
     return frozen_rule(snapshot) if is_remembered(snapshot) else coming_rule(snapshot)
 
@@ -69,6 +76,11 @@ def remembered_rule(snapshot: Snapshot) -> FrozenRule:
 def is_remembered(snapshot: Snapshot) -> bool:
     """Return whether the second moments hold enough gradients to know the coming ones."""
     return gradients_held(snapshot) >= REMEMBERED
+
+
+@computed_once
+def _rule_from_history(snapshot: Snapshot, steps: int) -> FrozenRule:
+    return rule_ahead(snapshot, steps, prior=PRIOR)
 
 
 @computed_once
@@ -156,10 +168,10 @@ def gradients_held(snapshot: Snapshot) -> int:
     Raises:
         Unmeasurable: see `frozen_rule`.
     """
-    if snapshot.optimizer is None or not frozen_rule(snapshot).frozen:
+    if snapshot.optimizer is None or formula(snapshot.optimizer).second_moment is None:
         return REMEMBERED
-    state = snapshot.optimizer.state
-    moved = [p for name, p in snapshot.parameters.items() if (snapshot.gradient or {}).get(name) is not None]
+    state, gradient = snapshot.optimizer.state, snapshot.gradient or {}
+    moved = [p for name, p in snapshot.parameters.items() if gradient.get(name) is not None]
     held = {id(p) for group in snapshot.optimizer.param_groups for p in group["params"]}
     counts = [1 + int(state.get(p, {}).get("step", 0)) for p in moved if id(p) in held]
     return min(counts, default=REMEMBERED)

@@ -71,13 +71,16 @@ def frozen_rule(snapshot: Snapshot) -> FrozenRule:
     return rule_ahead(snapshot)
 
 
-def rule_ahead(snapshot: Snapshot, steps: int = 0, squares: dict[str, Tensor] | None = None) -> FrozenRule:
+def rule_ahead(
+    snapshot: Snapshot, steps: int = 0, squares: dict[str, Tensor] | None = None, *, prior: float = 0.0
+) -> FrozenRule:
     """Return the rule ``steps`` later, if the gradients in between have the given mean ``squares``.
 
     Args:
         snapshot: a step with its optimizer, before the update.
         steps: 0 is the rule of this step.
         squares: of unclipped gradients, by parameter; a missing parameter continues with its mean square so far.
+        prior: how many gradients that mean is drawn by to what rows and columns have in common, see `Moment.ahead`.
 
     Raises:
         Unmeasurable: see `frozen_rule`.
@@ -112,11 +115,13 @@ def rule_ahead(snapshot: Snapshot, steps: int = 0, squares: dict[str, Tensor] | 
             square = None
             if squares is not None and name in squares:  # d has the mean of g, and coupled decay that is in d only
                 square = d * d + (_clipped(snapshot, squares[name].sqrt(), factor).square() - g * g)
-            inner = 1 / (moment.ahead(counts[name], steps, square) if steps else moment.now(counts[name]))
-        scale[name] = factor * inner * rate
+            ahead = moment.ahead(counts[name], steps, square, prior) if steps else moment.now(counts[name])
+            inner = ahead.reciprocal_()
+        moves = inner if rate == 1.0 else inner * rate
+        scale[name] = moves if isinstance(factor, float) and factor == 1.0 else factor * moves
         if group["weight_decay"] and not decoupled(group):
-            decay[name] = float(group["weight_decay"]) * inner * rate
-        buffer[name] = rate if isinstance(optimizer, torch.optim.RMSprop) else inner * rate
+            decay[name] = float(group["weight_decay"]) * moves
+        buffer[name] = rate if isinstance(optimizer, torch.optim.RMSprop) else moves
     return FrozenRule(
         lr=lr,
         scale=scale,

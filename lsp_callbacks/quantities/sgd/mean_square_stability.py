@@ -16,12 +16,7 @@ from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tolerance
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
 from lsp_callbacks.operators.sgd.held_statistics import can_be_held
 from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
-from lsp_callbacks.operators.trajectory.coming_preconditioner import (
-    DRAWS,
-    gradients_missing,
-    is_remembered,
-    remembered_rule,
-)
+from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing, remembered_rule
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.quantities.sgd.collapse import COLLAPSED, collapse, none_yet
@@ -37,6 +32,8 @@ from lsp_callbacks.step.snapshot import Snapshot
 TOLERANCE = 5e-3
 #: Under batch statistics the largest eigenvalue is corrected anew in every so many readings.
 CORRECTED = 2
+#: Operations on small tensors, beside those of each layer, of a reading from the step's own graph.
+GRAPH_CALLS = 150
 #: Nanoseconds of the critical rate from 64 rows.
 RATE = 6e5
 
@@ -161,7 +158,7 @@ class MeanSquareStability(Quantity):
         share, rows = probe_share(snapshot, samples, n), row_count(n, self.rows) * positions
         parts = {
             "rows of the batch": (1 + positions) / 3 * share + gram_cost(snapshot, rows, n / max(share, 1e-9)),
-            "critical rate": beside(snapshot, calls=100, time=RATE * (rows / 64) ** 3),
+            **self._rate_cost(snapshot, rows),
         }
         if samples.batches and can_be_held(samples.module):
             parts["batch statistics"] = (1 / 3 + 1 / CORRECTED) * share
@@ -169,8 +166,6 @@ class MeanSquareStability(Quantity):
             parts["batch statistics"] = 2 / 3 * rows * share
         if self._checked is None:
             parts |= {"forward": forward_cost(snapshot), "gradient": 4 / 3, "check of the rows": 2 / 3 * share}
-        if not is_remembered(snapshot):
-            parts["signs of the samples"] = (1 + 2 * DRAWS) / 3
         return parts
 
     def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
@@ -230,9 +225,9 @@ class MeanSquareStability(Quantity):
             checked=None if checks else self._checked,
             squares="batch",
             correction=None if corrects else self._correction,
-            rows=rows,
+            rows=rows if reads or checks else None,
         )
-        if not reads and checks:
+        if checks:
             self._learn(snapshot, samples, sgd, rows)
         rate = (1 - TOLERANCE) * sgd.mean_square_lr(replacement=self.replacement, tol=TOLERANCE)  # errs downwards
         if math.isnan(rate):
@@ -259,7 +254,7 @@ class MeanSquareStability(Quantity):
         rows = snapshot.readers.get(self.name)
         if not isinstance(rows, GraphRows) or rows.failure is not None or not rows.chosen or rows.alike:
             return None
-        return rows if is_remembered(snapshot) else None
+        return rows
 
     def _learn(self, snapshot: Snapshot, samples: ProbeSet, sgd: FrozenSGD, rows: GraphRows | None) -> None:
         """Find out whether rows from the step's own graph are those of its replay; then no replay is made any more."""
@@ -279,7 +274,16 @@ class MeanSquareStability(Quantity):
             self._price = self._price_of_graph(snapshot, rows)
 
     def _price_of_graph(self, snapshot: Snapshot, rows: GraphRows) -> dict[str, float]:
-        return {}
+        """Return what a reading costs whose rows come from the step's own graph, by what it is spent on."""
+        count = sum(len(chosen.taken) * chosen.positions.shape[1] for chosen in rows.chosen)
+        passes, gram = rows.chosen[0].positions.shape[1] / 3, gram_cost(snapshot, count, rows.batch, calls=GRAPH_CALLS)
+        parts = {"rows of the graph": passes * rows.samples / rows.batch + gram, **self._rate_cost(snapshot, count)}
+        if rows.ties:  # sums over the batch, and now and then a backward pass for the largest eigenvalue
+            parts["batch statistics"] = 1 / 3 + (2 / 3 + gram) / CORRECTED
+        return parts
+
+    def _rate_cost(self, snapshot: Snapshot, rows: int) -> dict[str, float]:
+        return {"critical rate": beside(snapshot, calls=100, time=RATE * (rows / 64) ** 3)}
 
     def _positions(self, samples: int) -> int:
         """Return how many positions of each sample are looked at, if it has several."""

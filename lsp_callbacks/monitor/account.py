@@ -1,0 +1,190 @@
+"""The gradients that measurements may spend: what is put by for the headline number, and what is free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lsp_callbacks.monitor.pace import Pace, union
+
+#: Steps of training whose cost may be spent before any was saved: on one measurement of everything, and on the first
+#: ones of the headline number.
+ADVANCE = 15.0
+#: Readings of the headline number that are put by at most; what comes then is free.
+FULL = 2.0
+#: Share of the headline number.
+HEADLINE = 0.65
+#: Part of the others' budget that goes to the headline number near the edge.
+TAKEN = 0.5
+#: Errors of rounding that are let pass, in gradients.
+ROUNDING = 1e-7
+
+
+def rates(
+    paces: Mapping[str, Pace], income: float, headline: str | None, near: float, *, step_cost: float = 1.0
+) -> dict[str, float]:
+    """Return the gradients that each quantity without a fixed pace may spend at each step; a period is price over rate.
+
+    What the headline number leaves is shared out in proportion to ``sqrt(weight * price)``: of all paces that cost the
+    same these have the least sum of ``weight * period``.
+
+    Args:
+        paces: of all quantities that are measured, by name.
+        income: gradients at each step, for all of them.
+        headline: name of the quantity that has `HEADLINE` of it, as far as it can use that: far from the edge one
+            measurement in ``1 / budget`` steps is enough.
+        near: a `nearness`.
+        step_cost: gradients that a step of training takes.
+    """
+    parts = {name: math.sqrt(p.weight * (p.price or 1.0)) for name, p in paces.items() if p.every_n_steps is None}
+    share = 0.0
+    if headline is not None:
+        parts.pop(headline)
+        most = HEADLINE if parts else 1.0
+        enough = paces[headline].price / step_cost or most
+        share = (1 - near) * min(most, enough) + near * (most + TAKEN * (1 - most))
+    rest = {name: income * (1 - share) * part / sum(parts.values()) for name, part in parts.items()}
+    return rest if headline is None else rest | {headline: income * share}
+
+
+class Balance:
+    """What there is in the account at one step, while the measurements of this step are chosen.
+
+    Attributes:
+        saved: gradients that are put by for the headline number.
+        free: all others.
+        chosen: names of the measurements.
+        parts: what they spend gradients on.
+    """
+
+    def __init__(self, saved: float, free: float):
+        self.saved, self.free = saved, free
+        self.chosen: list[str] = []
+        self.parts: dict[str, float] = {}
+
+    def pay(self, name: str, pace: Pace, *, is_headline: bool) -> float:
+        """Choose a measurement, and return what it costs beside the others."""
+        self.chosen.append(name)
+        if pace.every_n_steps is not None:
+            return 0.0
+        price = pace.price_beside(self.parts)
+        saved = min(self.saved, price) if is_headline else 0.0
+        self.saved, self.free = self.saved - saved, self.free - (price - saved)
+        self.parts = union((self.parts, pace.parts or {}))
+        return price
+
+
+class Account:
+    """The gradients that may be spent: part of them is put by for the headline number, the rest is free.
+
+    It begins with an *advance*, and each step adds the share ``budget`` of its own cost:
+
+        ``left = income * (steps since the first measurement) + advance - spent = saved + free``
+
+    Nothing of this ever becomes negative, so no more is spent than was there. Nobody else touches what is put by, at
+    a rate of its own, for the headline number: it holds the price after price over rate steps. All of this follows in
+    closed form, so that nothing has to be done at a step at which nothing is spent.
+
+    Args:
+        paces: of the quantities, by name; those of a fixed pace have no part in it.
+        budget: income of a step over its cost.
+
+    Attributes:
+        origin: step of the first measurement; None before it.
+        advance, spent: gradients.
+        step_cost: gradients that a whole step of training takes: one, and more on a small network.
+        headline: name of the quantity that comes first; None without one.
+        near: nearness to the edge of stability.
+        rates: gradients that each quantity may spend at each step.
+    """
+
+    def __init__(self, paces: Mapping[str, Pace], budget: float):
+        self.paces, self.budget = paces, budget
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.origin: int | None = None
+        self.advance, self.spent, self.step_cost, self.near = ADVANCE, 0.0, 1.0, 0.0
+        self.headline: str | None = None
+        self.rates: dict[str, float] = {}
+        self._saved, self._settled = 0.0, 0
+
+    @property
+    def income(self) -> float:
+        """Gradients that each step adds."""
+        return self.budget * self.step_cost
+
+    @property
+    def saving(self) -> float:
+        """Those of them that are put by for the headline number."""
+        return 0.0 if self.headline is None else self.rates[self.headline]
+
+    def left(self, step: int) -> float:
+        """Return the gradients that may be spent at a step."""
+        return self.income * (step - (step if self.origin is None else self.origin)) + self.advance - self.spent
+
+    def balance(self, step: int) -> Balance:
+        """Return what there is at a step."""
+        left, saved = self.left(step), 0.0
+        if self.headline is not None:
+            passed = 0 if self.origin is None else max(0, step - self._settled)
+            most = max(self._saved, FULL * self.paces[self.headline].price)
+            saved = max(0.0, min(self._saved + self.saving * passed, most, left))
+        return Balance(saved, left - saved)
+
+    def reserve(self) -> float:
+        """Return what others must leave free: the first readings of the headline number, as long as they come."""
+        if self.headline is None:
+            return 0.0
+        pace = self.paces[self.headline]
+        readings = pace.early(self.period(self.headline))
+        return max(0.0, min(readings * pace.price, self.advance * HEADLINE - pace.count * pace.price))
+
+    def period(self, name: str) -> float:
+        """Return the steps in which the budget pays for a measurement."""
+        return self.paces[name].price / self.rates[name]
+
+    def round(self) -> float:
+        """Return what one measurement of all others costs."""
+        return sum(union(self.paces[name].parts or {} for name in self.rates if name != self.headline).values())
+
+    def begin(self, step: int) -> None:
+        """Begin with the first step that can be measured."""
+        if self.origin is None:
+            self.origin = self._settled = step
+
+    def settle(self, step: int) -> None:
+        """Write down what there is at a step, before rates or prices become others."""
+        if self.headline in self.paces:
+            self._saved = self.balance(step).saved
+        self._settled = max(self._settled, step)
+
+    def share_out(self, headline: str | None, near: float) -> None:
+        """Compute the rates anew."""
+        leader = None if headline is None else self.paces.get(headline)
+        self.headline = None if leader is None or leader.every_n_steps is not None else headline
+        self.near = near
+        self.rates = rates(self.paces, self.income, self.headline, near, step_cost=self.step_cost)
+
+    def pay(self, step: int, names: list[str]) -> None:
+        """Charge the measurements that start at a step; what several of them spend on the same counts once."""
+        self.settle(step)
+        balance = self.balance(step)
+        for name in names:
+            self.spent += balance.pay(name, self.paces[name], is_headline=name == self.headline)
+        self._saved = balance.saved
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return numbers only."""
+        return {
+            "origin": self.origin, "spent": self.spent, "advance": self.advance, "step_cost": self.step_cost,
+            "near": self.near, "saved": self._saved, "settled": self._settled,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
+        self.origin, self.spent, self.advance = state["origin"], state["spent"], state["advance"]
+        self.step_cost, self.near = state["step_cost"], state["near"]
+        self._saved, self._settled = state["saved"], state["settled"]
