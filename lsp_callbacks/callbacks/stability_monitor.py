@@ -64,7 +64,7 @@ class StabilityMonitor(RunResults, Callback):
         every_n_steps: start a measurement of each quantity every so many optimizer steps; a mapping gives some of them
             a pace of their own, ``{"sgd_stability": 25, "spectral_norm": 500}``; None keeps to ``budget``.
         budget: share of the training cost to spend, by a deterministic model in gradients: 80 % of it on measurements,
-            the rest is for what the model does not see, such as the calls of each step. About two thirds are for
+            the rest is for what the model does not see, such as the calls of each step. Most of it is for
             ``stability/courant``, measured once in ``1 / budget`` steps far from the edge of stability, and more often
             near it; each quantity has its own pace, see `lsp_callbacks.monitor.cadence.Cadence`. An advance of 15
             steps pays for the first readings, at 0, 1, 2, 4, 8, ... steps. What costs more than 20 steps a measurement

@@ -65,8 +65,8 @@ class Quantity(Metric):
         optional: further global keys, left out where they are not defined; derived from ``KEYS``.
         key_states: whether each global key is a state; otherwise the class adds its own and overrides ``compute``.
         by_name_only: whether the quantity is too expensive for any preset.
-        weight: its part of the budget, beside the weights of the others that are measured. What ``stability/courant``
-            follows has at least 65 % whatever its weight is.
+        weight: how fast it moves, beside the others: what ``stability/courant`` leaves of the budget is shared out in
+            proportion to ``sqrt(weight * price)``.
         window: consecutive steps that are measured.
         prepare: steps before them.
         needs_update: whether the optimizer's update map enters.
