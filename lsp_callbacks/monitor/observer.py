@@ -331,6 +331,7 @@ class StepObserver:
             samples_of_step=self.probes.samples_of_step(pending, loss, **how),
             scale=loop.loss_scale(),
             previous=self.previous,
+            room=self.monitor.budget.room,
         )
 
     def check_gradient(self, reason: str, *, is_gone_allowed: bool) -> bool:
@@ -386,9 +387,12 @@ class StepObserver:
             return None
 
     def _observe(self, snapshot: Snapshot) -> None:
-        self._results.add(self.monitor.observe(snapshot))
-        for listener in self.listeners:
-            listener(snapshot)
+        try:
+            self._results.add(self.monitor.observe(snapshot))
+            for listener in self.listeners:
+                listener(snapshot)
+        finally:
+            snapshot.forget()  # what is shared refers to the snapshot: vectors and graphs would wait for a collection
 
 
 def _whole(sub_batch: Snapshot, clipping: Clipping | None) -> Snapshot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,6 +24,10 @@ from lsp_callbacks.step.run_context import RunContext
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _endless() -> float:
+    return math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +60,7 @@ class Snapshot:
         own_graph: properties of the autograd graph that the step itself has differentiated; None if they were not seen.
         readers: what quantities have read from that graph, by their names.
         can_replay: whether ``replay`` does what it says; otherwise nothing was kept for it.
+        room: returns how many bytes a measurement may take beside training.
 
     Attributes:
         shared: results of functions that are `computed_once`; ``dataclasses.replace`` begins without them.
@@ -80,6 +86,7 @@ class Snapshot:
     own_graph: Graph | None = None
     readers: Mapping[str, GraphReader] = field(default_factory=dict)
     can_replay: bool = True
+    room: Callable[[], float] = field(default=_endless, repr=False)
     shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     verified: Verified = field(default_factory=Verified, init=False, repr=False)
 

@@ -7,7 +7,8 @@ import math
 from torch import nn
 
 from lsp_callbacks.operators.cost import ELEMENT, MULTIPLICATION, beside, forward_cost, sample_passes, work
-from lsp_callbacks.operators.memory import footprint, unfolded
+from lsp_callbacks.operators.footprint import footprint
+from lsp_callbacks.operators.memory import unfolded
 from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
