@@ -16,7 +16,8 @@ from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.cost import forward_cost, products, sample_passes
 from lsp_callbacks.operators.curvature.hessian import Method, path_taken, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
-from lsp_callbacks.operators.memory import TWICE, footprint, product_memory
+from lsp_callbacks.operators.footprint import TWICE, footprint
+from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer
