@@ -111,6 +111,33 @@ def saved(node: Any, name: str) -> Any:
     return getattr(node, f"_saved_{name}")
 
 
+def call(node: Any, gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Return the gradients at the inputs of an operation from those at its outputs, without any hook of the node."""
+    inputs = node(*gradients)
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+#: Names under which nodes of a kind keep what they saved, by kind.
+_SAVED: dict[type, tuple[str, ...]] = {}
+
+
+def calls_users_code(node: Any) -> bool:
+    """Return whether a backward node runs Python code: a custom function, or a hook that unpacks what it has saved."""
+    kind = type(node)
+    if kind not in _SAVED:
+        _SAVED[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+    if isinstance(node, BackwardCFunction):
+        return True
+    for name in _SAVED[kind]:
+        kept = getattr(node, name)
+        if isinstance(kept, tuple):
+            if any(each is not None and each.unpack_hook is not None for each in kept):
+                return True
+        elif kept is not None and kept.unpack_hook is not None:
+            return True
+    return False
+
+
 # Tensors and operators.
 
 

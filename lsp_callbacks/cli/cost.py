@@ -29,8 +29,8 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.budget import measurement_cost, measurement_memory
 from lsp_callbacks.monitor.cadence import MODELLED, Cadence
 from lsp_callbacks.monitor.foretelling import foretell
-from lsp_callbacks.monitor.limits import readable
 from lsp_callbacks.monitor.pace import union
+from lsp_callbacks.operators.footprint import readable
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Steps whose time is taken, after some that only warm up.

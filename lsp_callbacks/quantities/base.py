@@ -17,6 +17,8 @@ from lsp_callbacks.operators.curvature.hessian import path_taken
 from lsp_callbacks.plots.figure import load
 from lsp_callbacks.quantities.key import PREFIX, Key, is_global
 from lsp_callbacks.step.energies import Energy
+from lsp_callbacks.step.graph_reader import GraphReader
+from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot
 from lsp_callbacks.step.taken_step import TakenStep
 
@@ -190,6 +192,18 @@ class Quantity(Metric):
 
     def check(self, snapshot: Snapshot) -> None:
         """Raise `Unmeasurable` if the quantity cannot be measured on such steps; nothing is replayed."""
+
+    def reader(self, module: nn.Module, run: RunContext, step: int) -> GraphReader | None:
+        """Return what reads the graph of a step at which a measurement starts; None reads nothing.
+
+        It is handed back in `Snapshot.readers`.
+        """
+        return None
+
+    @property
+    def needs_replay(self) -> bool:
+        """Whether the next step has to be kept for a replay; False if what `reader` reads is enough."""
+        return True
 
     def begin(self, module: nn.Module) -> None:
         """Look at the weights before the first update of a run, on all ranks; not called where a run is resumed."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.step.known_graph import KnownGraph
@@ -64,6 +65,13 @@ class RunContext:
     sharded: str | None = None
     known_graph: KnownGraph = field(default_factory=KnownGraph, repr=False)
     standing_copy: StandingCopy = field(default_factory=StandingCopy, repr=False)
+
+    def generator(self, step: int, key: str) -> torch.Generator:
+        """Return a private random source for ``(seed, step, key)``, the same on every rank."""
+        value = self.seed
+        for number in (step, *key.encode()):
+            value = (value * 1_000_003 + number + 1) % (2**63)
+        return torch.Generator().manual_seed(value)
 
     def completed(self, series: Trace | None, invalidated: str | None) -> RunContext:
         """Return the facts with what a `Monitor` knows of the run; None leaves them as they are."""

@@ -16,7 +16,7 @@ from lsp_callbacks.operators.cost import beside, products
 from lsp_callbacks.operators.curvature.finite_differences import LEAST
 from lsp_callbacks.operators.curvature.hessian import Method, path_taken, products_so_far, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
-from lsp_callbacks.operators.memory import footprint
+from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.step_on_plane import step_on_plane
 from lsp_callbacks.quantities.base import scalar
@@ -106,8 +106,11 @@ class Lyapunov(Windowed):
         return None if lowered is None else f"{lowered} steps in a window"
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        plane = 3 + 12 * frozen_rule(snapshot).frozen  # derivatives of the formula, which SGD has as numbers
-        return {**alignment_memory(snapshot, self.method), "plane": plane * footprint(snapshot).parameters}
+        frozen = frozen_rule(snapshot).frozen
+        plane = 3 + 12 * frozen  # derivatives of the formula, which SGD has as numbers
+        # Behind a preconditioner products by differences are seldom accurate enough for an update's derivative.
+        method = "exact" if frozen and self.method == "auto" else self.method
+        return {**alignment_memory(snapshot, method), "plane": plane * footprint(snapshot).parameters}
 
     def update(self, snapshot: Snapshot) -> None:
         """Align, or push through one more step; a gap in the steps starts again."""
