@@ -168,11 +168,13 @@ def steps(
     def captures(name: str, module: nn.Module) -> bool:
         return any(quantity.captures_inputs(name, module) for quantity in quantities)
 
+    run = RunContext(series=trace, captures_inputs=captures)
     for step in itertools.count():
         batch = batches[step % len(batches)]
-        pending = PendingStep(net, run=RunContext(series=trace, captures_inputs=captures))
+        pending = PendingStep(net, run=run)
         probes.add(batch), pending.add(batch, loss_of)
         loss = loss_of(net, batch)
+        pending.saw_loss(loss)
         rule.zero_grad()
         loss.backward()
         trace.record(step, loss.detach(), lr=largest_learning_rate(rule), module=net)

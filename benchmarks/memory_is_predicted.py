@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lsp_callbacks import LyapunovTrajectory, Snapshot, StabilityMonitor, Unmeasurable
 from lsp_callbacks.monitor.budget import measurement_memory
-from lsp_callbacks.monitor.limits import readable
+from lsp_callbacks.operators.footprint import readable
 
 #: Each by itself, and a preset, which leaves out what a network does not have.
 QUANTITIES: tuple[list[str] | str, ...] = (

@@ -57,7 +57,10 @@ HOOKS = (
     "_forward_pre_hooks_with_kwargs",
 )
 #: Attributes of a module that hold what is registered in it; the second holds its buffers.
-CONTAINERS = ("_parameters", BUFFERS := "_buffers", "_modules")
+CONTAINERS = (PARAMETERS := "_parameters", BUFFERS := "_buffers", MODULES := "_modules")
+
+#: Attributes that every module has, and that of ``Module.compile``; but for ``training`` they hold its layout alone.
+PLAIN = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 
 
 # Nodes of the autograd graph.
@@ -108,6 +111,33 @@ def saved(node: Any, name: str) -> Any:
     return getattr(node, f"_saved_{name}")
 
 
+def call(node: Any, gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Return the gradients at the inputs of an operation from those at its outputs, without any hook of the node."""
+    inputs = node(*gradients)
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+#: Names under which nodes of a kind keep what they saved, by kind.
+_SAVED: dict[type, tuple[str, ...]] = {}
+
+
+def calls_users_code(node: Any) -> bool:
+    """Return whether a backward node runs Python code: a custom function, or a hook that unpacks what it has saved."""
+    kind = type(node)
+    if kind not in _SAVED:
+        _SAVED[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+    if isinstance(node, BackwardCFunction):
+        return True
+    for name in _SAVED[kind]:
+        kept = getattr(node, name)
+        if isinstance(kept, tuple):
+            if any(each is not None and each.unpack_hook is not None for each in kept):
+                return True
+        elif kept is not None and kept.unpack_hook is not None:
+            return True
+    return False
+
+
 # Tensors and operators.
 
 
@@ -136,6 +166,11 @@ def foreach_norm(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     return torch._foreach_norm(tensors)
 
 
+def foreach_copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy tensors into others of the same kinds, by one kernel where there is one."""
+    torch._foreach_copy_(targets, sources)
+
+
 def packet(func: Any) -> Any:
     """Return the operator, such as ``aten.add``, that an overload belongs to."""
     return func._overloadpacket
@@ -156,7 +191,8 @@ def buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 def is_compiled(module: nn.Module) -> bool:
     """Return whether ``torch.compile`` was applied to a module or one inside it, or to its call in place."""
-    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in module.modules())
+    # Missing attributes of modules are looked up slowly, by an error.
+    return any(m._compiled_call_impl is not None or "_orig_mod" in vars(m).get(MODULES, ()) for m in module.modules())
 
 
 def convolve(layer: nn.Conv1d, x: Tensor, weight: Tensor) -> Tensor:

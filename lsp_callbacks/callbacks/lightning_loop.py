@@ -21,6 +21,7 @@ from lsp_callbacks.monitor.training_loop import TrainingLoop
 from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.criterion import HOW
+from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.pending_step import LossFn, PendingStep
 from lsp_callbacks.step.run_context import Prox
 from lsp_callbacks.step.step_loss import loss_of
@@ -86,8 +87,17 @@ class LightningLoop(TrainingLoop):
     def has_backward(self) -> bool:
         return has_backward(self.trainer)
 
-    def new_step(self, *, is_shared: bool = True) -> PendingStep:
+    @property
+    def can_do_without_replay(self) -> bool:  # type: ignore[override]
+        """Whether nothing that the user's code does to gradients has to be tried on a copy."""
+        return self._clipping_hook is None and self._sub_batch is None
+
+    def new_step(
+        self, *, is_shared: bool = True, readers: Mapping[str, GraphReader] | None = None, can_replay: bool = True
+    ) -> PendingStep:
         trainer, self._clipped = self.trainer, []
+        if not can_replay:
+            return PendingStep(self.module, tolerance=self._tolerance, run=self.run, readers=readers, can_replay=False)
         muted = MutedTrainer(trainer)  # which keeps the number of the step
         step = PendingStep(
             self.module,
@@ -96,6 +106,7 @@ class LightningLoop(TrainingLoop):
             tolerance=self._tolerance,
             sub_batch=self._sub_batch,
             run=self.run if is_shared else None,
+            readers=readers,
             takes_buffers=getattr(trainer.strategy.model, "will_sync_module_buffers", bool)(),
         )
         if self._replays_training_step and _fetches(self.module.training_step):

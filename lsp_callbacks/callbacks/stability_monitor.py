@@ -64,13 +64,13 @@ class StabilityMonitor(RunResults, Callback):
         every_n_steps: start a measurement of each quantity every so many optimizer steps; a mapping gives some of them
             a pace of their own, ``{"sgd_stability": 25, "spectral_norm": 500}``; None keeps to ``budget``.
         budget: share of the training cost to spend, by a deterministic model in gradients: 80 % of it on measurements,
-            the rest is for what the model does not see, such as the calls of each step. About two thirds are for
+            the rest is for what the model does not see, such as the calls of each step. Most of it is for
             ``stability/courant``, measured once in ``1 / budget`` steps far from the edge of stability, and more often
             near it; each quantity has its own pace, see `lsp_callbacks.monitor.cadence.Cadence`. An advance of 15
             steps pays for the first readings, at 0, 1, 2, 4, 8, ... steps. What costs more than 20 steps a measurement
             is left out, unless it is named or has a pace.
-        window: steps in a window of the exponent.
-        average: windows in its mean.
+        window: steps in a window of the exponent; None is the default of `Lyapunov`.
+        average: windows in its mean; likewise.
         sub_batch: samples of the batch (of several processes, of each one's) for sharpness and exponent; None takes
             the whole batch. The numbers are then those of a sub-batch, whose size is ``stability/sub_batch``.
         layers: whose spectral norms to measure: class, glob, predicate or import path; None takes all.
@@ -96,8 +96,9 @@ class StabilityMonitor(RunResults, Callback):
             resumed collects its training samples anew.
         strict: raise where a measurement fails, instead of recording NaN with one warning.
         max_memory: bytes, or "2GB", that a measurement may take beside training; a quantity that is predicted to take
-            more is skipped. None is what is free on a CUDA device, and elsewhere three times what training takes
-            (weights, gradient, two moments and activations), at least 1 GB.
+            more is skipped. None is what is free on a CUDA device, and elsewhere what lets the peak be 1.5
+            times that of training alone (weights, gradient, two moments and activations), or 256 MB if that is more;
+            the headline number may take it to 3 times.
         time_limit: seconds that a measurement may take: its longest parts are skipped until the rest fits. The clock
             decides, so two runs may measure different things. None is no limit.
         seed: of our own random choices, which never touch the global state.
@@ -116,8 +117,8 @@ class StabilityMonitor(RunResults, Callback):
         *,
         every_n_steps: int | dict[str, int] | None = None,
         budget: float = 0.05,
-        window: int = 4,
-        average: int = 5,
+        window: int | None = None,
+        average: int | None = None,
         sub_batch: int | None = None,
         layers: Selection = None,
         blocks: Selection = None,

@@ -29,8 +29,8 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.budget import measurement_cost, measurement_memory
 from lsp_callbacks.monitor.cadence import MODELLED, Cadence
 from lsp_callbacks.monitor.foretelling import foretell
-from lsp_callbacks.monitor.limits import readable
 from lsp_callbacks.monitor.pace import union
+from lsp_callbacks.operators.footprint import readable
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Steps whose time is taken, after some that only warm up.
@@ -186,7 +186,7 @@ class _Meter(Callback):
         monitor.cadence.every_n_steps = monitor.budget.max_memory = None
         self.inner.setup(trainer, pl_module, stage)
         monitor.reset()
-        monitor.cadence.account.advance = math.inf  # everything at once, and again as soon as it is complete
+        monitor.cadence.account.advance = math.inf  # everything at once
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.inner.on_train_start(trainer, pl_module)
@@ -226,6 +226,9 @@ class _Meter(Callback):
             not monitor.schedule.is_complete(snapshot.step, within=PATIENCE)
             or min((pace.count for pace in ready.values()), default=2) < 2
         ):
+            for name, pace in ready.items():
+                if pace.count == 1 and name not in monitor.schedule.under_way:
+                    monitor.cadence.restart(name)
             return
         self.is_complete = True
         for name, quantity in monitor.quantities.items():

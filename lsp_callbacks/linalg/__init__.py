@@ -4,7 +4,7 @@ from lsp_callbacks.linalg.cocycle import lyapunov_exponents, orthonormalise, pus
 from lsp_callbacks.linalg.followed_norm import FollowedNorm, followed_norm
 from lsp_callbacks.linalg.gauss_radau import TopNode, top_node
 from lsp_callbacks.linalg.lanczos import lanczos
-from lsp_callbacks.linalg.norms import norm, norms, power_iteration, unit
+from lsp_callbacks.linalg.norms import inner, norm, norms, power_iteration, unit
 from lsp_callbacks.linalg.operator import LinearOperator, from_matrix, identity_like
 from lsp_callbacks.linalg.operator_norm import norm_upper, operator_norm, top_between
 from lsp_callbacks.linalg.quadrature import Quadrature, quadratures
@@ -23,6 +23,7 @@ __all__ = [
     "followed_norm",
     "from_matrix",
     "identity_like",
+    "inner",
     "lanczos",
     "lyapunov_exponents",
     "norm",

@@ -21,7 +21,7 @@ class FollowedNorm:
 
     Attributes:
         value: ``||A||``, in float64.
-        residual: ``||A^T A v - s^2 v|| / (2 s)``, in the units of A.
+        residual: ``||A^T A v - s^2 v|| / (2 s)``, or by how much less s is than another lower bound; in the units of A.
         vectors: ``(k, n)``, orthonormal, the leading right singular vectors as far as they are known, for the next
             call; k is 2, or 1 where A has no second.
     """
@@ -88,8 +88,14 @@ def _iterated(operator: LinearOperator, vectors: Tensor) -> FollowedNorm:
     rotated = rotation.flip(-1).mT.to(basis)
     ahead = rotated @ back
     defect = norm(ahead[0] - square.to(basis) * (rotated[0] @ basis)).cpu()
-    residual = torch.where(value == 0, 0.0, defect / (2 * value).clamp_min(torch.finfo(torch.float64).tiny))
-    first, *others = unit(ahead)
-    kept = [first, *(unit(v - (first @ v) * first) for v in others)]
-    full = bool(torch.stack(kept).any(-1).all())  # otherwise of less rank than vectors: of no use for the next call
-    return FollowedNorm(value, residual, torch.stack(kept) if full else rotated @ basis)
+    tiny = torch.finfo(torch.float64).tiny
+    residual = torch.where(value == 0, 0.0, defect / (2 * value).clamp_min(tiny))
+    # ``||A^T A v|| / ||A v||`` is a lower bound for each vector: what has newly become the largest shows in the second.
+    reached = norm(ahead, -1).cpu() / squares.flip(-1).clamp_min(tiny).sqrt()
+    residual = torch.maximum(residual, torch.where(squares.flip(-1) > 0, reached - value, 0.0).amax())
+    first = unit(ahead[0])
+    beside = torch.stack([ahead[0], *(v - (first @ v) * first for v in ahead[1:])])
+    sizes = norm(beside, -1)
+    # Of less rank than there are vectors, the rest is rounding: of no use for the next call.
+    full = bool((sizes > 8 * torch.finfo(basis.dtype).eps * sizes[0]).all())
+    return FollowedNorm(value, residual, unit(beside) if full else rotated @ basis)

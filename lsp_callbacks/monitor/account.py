@@ -14,7 +14,7 @@ ADVANCE = 15.0
 #: Readings of the headline number that are put by at most; what comes then is free.
 FULL = 2.0
 #: Share of the headline number.
-HEADLINE = 0.65
+HEADLINE = 0.6
 #: Part of the others' budget that goes to the headline number near the edge.
 TAKEN = 0.5
 #: Errors of rounding that are let pass, in gradients.

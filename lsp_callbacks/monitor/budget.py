@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from lsp_callbacks.monitor import limits
 from lsp_callbacks.monitor.limits import Seconds, check_memory, default_cap, in_bytes
 from lsp_callbacks.operators.cost import Work, assume, step_cost, work
-from lsp_callbacks.operators.memory import footprint
+from lsp_callbacks.operators.footprint import Footprint, assume_footprint, footprint
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -33,20 +34,30 @@ def measurement_cost(quantity: Quantity, snapshot: Snapshot) -> dict[str, float]
 
 
 def measurement_memory(quantities: Quantities, snapshot: Snapshot) -> dict[str, float]:
-    """Return the bytes beside training at the peak of each quantity, with what those before it keep for the step.
+    """Return the bytes beside training at the peak of each quantity, with what those before it keep for those after.
 
     A quantity that cannot be measured is not among them.
 
     Cost: one forward pass.
     """
     peaks: dict[str, float] = {}
-    graph = 0.0
+    parts_of = memory_parts(quantities, snapshot)
+    graphs = {name: parts["graph"] for name, parts in parts_of.items() if "graph" in parts}
+    last, graph = next(reversed(graphs), None), 0.0
+    for name, parts in parts_of.items():
+        graph = max(graph, graphs.get(name, 0.0))
+        peaks[name] = sum((parts | {"graph": graph}).values())
+        graph = 0.0 if name == last else graph
+    return peaks
+
+
+def memory_parts(quantities: Quantities, snapshot: Snapshot) -> dict[str, dict[str, float]]:
+    """Return the bytes of each quantity that can be measured, by what they are for."""
+    parts: dict[str, dict[str, float]] = {}
     for name, quantity in quantities.items():
         with contextlib.suppress(Exception):  # whatever a replay raises
-            parts = quantity.memory(snapshot)
-            graph = parts["graph"] = max(graph, parts.get("graph", 0.0))
-            peaks[name] = sum(parts.values())
-    return peaks
+            parts[name] = quantity.memory(snapshot)
+    return parts
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,7 @@ class Budget:
     Attributes:
         seconds: what measurements took.
         predicted: bytes at the peak of each quantity, predicted once.
+        graphs: names of those that share the graph of exact Hessian products with others of their step.
         work: of one forward pass, counted once.
         step: gradients that a whole step of training takes.
         reduced: what was left out of a measurement so that it costs less, by quantity.
@@ -93,10 +105,11 @@ class Budget:
         """Forget everything."""
         self.seconds.reset()
         self.predicted: dict[str, float] = {}
+        self.graphs: set[str] = set()
         self.work: Work | None = None
         self.step = 1.0
         self.reduced: dict[str, str] = {}
-        self._default_cap = math.inf
+        self._training: Footprint | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was counted."""
@@ -111,7 +124,7 @@ class Budget:
         self.work = None if state["work"] is None else Work(**state["work"])
         self.step, self.reduced = state["step"], dict(state["reduced"])
 
-    def check_memory(self, name: str, quantities: Quantities, snapshot: Snapshot) -> None:
+    def check_memory(self, name: str, quantities: Quantities, snapshot: Snapshot, *, is_headline: bool = False) -> None:
         """Refuse a quantity that would take too much memory.
 
         It is predicted once for each quantity, so that what is measured does not depend on the length of a batch.
@@ -122,9 +135,24 @@ class Budget:
         device = next((p.device for p in snapshot.parameters.values()), torch.device("cpu"))
         if name not in self.predicted:
             self.predicted |= measurement_memory(quantities, snapshot) | self.predicted
+            self.graphs |= {n for n, parts in memory_parts(quantities, snapshot).items() if "graph" in parts}
             with contextlib.suppress(Exception):  # whatever a replay raises
-                self._default_cap = default_cap(footprint(snapshot))
-        check_memory(self.predicted.get(name, 0.0), self.max_memory, device, default=self._default_cap)
+                self._training = footprint(snapshot)
+        multiple = limits.HEADLINE if is_headline else limits.MULTIPLE
+        limit = {"default": self._cap(multiple), "multiple": multiple}
+        check_memory(self.predicted.get(name, 0.0), self.max_memory, device, **limit)
+
+    def assume(self, snapshot: Snapshot) -> None:
+        """Take what training holds in memory as it was at an earlier step."""
+        if self._training is not None:
+            assume_footprint(snapshot, self._training)
+
+    def room(self) -> float:
+        """Return how many bytes a measurement may take beside training, as far as that is known; otherwise infinity."""
+        return self._cap(limits.MULTIPLE) if self.max_memory is None else self.max_memory
+
+    def _cap(self, multiple: float) -> float:
+        return math.inf if self._training is None else default_cap(self._training, multiple)
 
     def too_slow(self, quantities: Quantities, snapshot: Snapshot) -> dict[str, list[str]]:
         """Return the quantities to skip so that the rest fits into the time limit, by the reason.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Mapping
 
 from lsp_callbacks.monitor.account import ROUNDING, Account, Balance
@@ -37,7 +38,7 @@ class Choice:
         """
         account = self.account
         balance, queue = account.balance(step), self._queue(step)
-        haste = 1.0 if account.near else HASTE
+        haste = HASTE
         for _ in range(2):  # what starts makes others cheaper
             for name in queue:
                 if name in balance.chosen or name in busy:
@@ -98,8 +99,13 @@ class Choice:
             step = max(step, self._earliest(name, haste))
         if pace.every_n_steps is not None or pace.parts is None:
             return step
+        # What there is grows with the steps, by this at least; it is a line with kinks.
+        growth = account.saving if name == account.headline else account.income - account.saving
         missing = self._missing(name, step, account.balance(step))
-        return step if missing <= ROUNDING else step + math.ceil((missing - ROUNDING) / self._growth(name))
+        steps = range(step, step + math.ceil(max(0.0, missing) / growth))
+        return step + bisect_left(
+            steps, True, key=lambda later: self._missing(name, later, account.balance(later)) <= ROUNDING
+        )
 
     def _is_led(self, name: str) -> bool:
         """Return whether a measurement starts only beside one of the headline number, which comes more often."""
@@ -133,8 +139,3 @@ class Choice:
         if pace.is_promised and not pace.count:
             return price - balance.free
         return price - (balance.free - account.reserve())
-
-    def _growth(self, name: str) -> float:
-        """Return by how much what a quantity may take grows at each step, at least."""
-        account = self.account
-        return account.saving if name == account.headline else account.income - account.saving

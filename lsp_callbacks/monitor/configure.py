@@ -16,8 +16,8 @@ def configured(
     *,
     every_n_steps: EveryNSteps = None,
     budget: float = 0.05,
-    window: int = 4,
-    average: int = 5,
+    window: int | None = None,
+    average: int | None = None,
     layers: Selection = None,
     blocks: Selection = None,
     strict: bool = False,
@@ -30,9 +30,10 @@ def configured(
         ValueError: for bad arguments.
     """
     number("budget", budget, above=0, most=1, instead=": a share of the training cost")
+    exponent = {"window": window, "average": average}
     built, named = build(
         quantities,
-        lyapunov={"window": window, "average": average},
+        lyapunov={name: value for name, value in exponent.items() if value is not None},
         spectral_norm={"layers": layers},
         residual_cfl={"blocks": blocks},
     )

@@ -11,11 +11,15 @@ import torch
 
 from lsp_callbacks._validation import number
 from lsp_callbacks.errors import Unmeasurable, Unsupported
-from lsp_callbacks.operators.memory import Footprint
+from lsp_callbacks.operators.footprint import Footprint, readable
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-#: What a measurement may take on the CPU where nothing is said: so many times what training takes, or so many bytes.
-MULTIPLE, FLOOR = 3.0, 1e9
+#: On the CPU, where nothing is said, the peak may be so many times that of training, or so many bytes beside training.
+MULTIPLE, FLOOR = 1.5, 2.56e8
+#: Likewise while the headline number is measured, which comes first.
+HEADLINE = 3.0
+#: Vectors of the size of the weights that training holds between two steps: weights, gradient, two moments.
+HELD = 4.0
 #: A first measurement takes this many times as long as the next ones.
 COLD = 3.0
 
@@ -45,30 +49,25 @@ def in_bytes(value: Any) -> float | None:
     return float(number("max_memory", value, above=0, instead=how))
 
 
-def readable(count: float) -> str:
-    """Return bytes in the unit that fits.
+def default_cap(training: Footprint, multiple: float = MULTIPLE) -> float:
+    """Return how many bytes a measurement may take on the CPU where nothing is said.
 
-    Example:
-        >>> from lsp_callbacks.monitor.limits import readable
-        >>> readable(300), readable(2.345e9)
-        ('300 B', '2.3 GB')
+    It starts when the step's own graph is gone, beside the weights, the gradient, and two moments of the optimizer. So
+    ``held + bytes <= multiple (held + activations)``: with 1.5 the peak of the process grows by half at most, against
+    training alone. `FLOOR` at least, which on a small network is little beside the interpreter and its libraries.
     """
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2g} {unit}" if count < 10 * size else f"{count / size:,.0f} {unit}"
-    return f"{count:.0f} B"
+    held = HELD * training.parameters
+    return max(FLOOR, multiple * (held + training.activations) - held)
 
 
-def default_cap(training: Footprint) -> float:
-    """Return how many bytes a measurement may take on the CPU where nothing is said: `MULTIPLE` times training's own.
-
-    Those are the weights, the gradient, two moments of the optimizer, and what the forward pass keeps for the backward
-    pass; at least `FLOOR`.
-    """
-    return max(FLOOR, MULTIPLE * (4 * training.parameters + training.activations))
-
-
-def check_memory(predicted: float, cap: float | None, device: torch.device, *, default: float = math.inf) -> None:
+def check_memory(
+    predicted: float,
+    cap: float | None,
+    device: torch.device,
+    *,
+    default: float = math.inf,
+    multiple: float = MULTIPLE,
+) -> None:
     """Refuse a measurement that would need too much memory beside training.
 
     Args:
@@ -76,6 +75,7 @@ def check_memory(predicted: float, cap: float | None, device: torch.device, *, d
         cap: bytes; None is what is free at the moment on a CUDA device, and ``default`` elsewhere.
         device: of the parameters.
         default: bytes.
+        multiple: of the peak of training, that ``default`` stands for.
 
     Raises:
         Unsupported: above the cap, as it will be at every step.
@@ -96,8 +96,8 @@ def check_memory(predicted: float, cap: float | None, device: torch.device, *, d
             )
     elif cap is None and predicted > default:
         raise Unsupported(
-            f"it would take {readable(predicted)} beside training, more than {readable(default)}, which is "
-            f"{MULTIPLE:g} times what training takes, or {readable(FLOOR)}: {advice}"
+            f"it would take {readable(predicted)} beside training, more than {readable(default)}: the peak would be "
+            f"above {multiple:g} times that of training alone: {advice}"
         )
 
 

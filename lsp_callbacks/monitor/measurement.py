@@ -13,6 +13,7 @@ from lsp_callbacks.errors import NotApplicable, Unsupported
 from lsp_callbacks.monitor.budget import Budget
 from lsp_callbacks.monitor.due_quantities import Schedule
 from lsp_callbacks.monitor.selected_quantities import SelectedQuantities, Skips
+from lsp_callbacks.operators.curvature.hessian import release_graph
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -66,12 +67,13 @@ class Measurement:
             Exception: whatever a measurement raised, if the quantities are strict.
         """
         self._check_layout(snapshot)
+        self.budget.assume(snapshot)
         measured, quantities = Measured(), self.quantities
         starts = self._start(snapshot, measured)
-        for name, quantity in quantities.items():
-            begins = name in starts
-            if not begins and name not in self.schedule.under_way:
-                continue
+        waiting = [name for name in quantities if name in starts or name in self.schedule.under_way]
+        while waiting:
+            name = waiting.pop(0)
+            quantity, begins = quantities[name], name in starts
             self.schedule.begin(name)
             self.paths.pop(name, None)
             began = time.perf_counter()
@@ -83,6 +85,9 @@ class Measurement:
                     raise
                 self._fail(measured, quantity, snapshot, error)
                 continue
+            finally:
+                if not self.budget.graphs.intersection(waiting):
+                    release_graph(snapshot)
             self.budget.seconds.add(name, time.perf_counter() - began, complete=values is not None)
             if values is None:
                 self.schedule.go_on(name)
@@ -120,7 +125,8 @@ class Measurement:
         """Return what the step completes, None if it takes further steps; rank 0 decides, so that all ranks agree."""
         if begins:
             self.budget.seconds.begin(quantity.name)
-            self.budget.check_memory(quantity.name, self.quantities, snapshot)
+            is_headline = quantity.name == self.schedule.cadence.headline
+            self.budget.check_memory(quantity.name, self.quantities, snapshot, is_headline=is_headline)
         quantity.update(snapshot)
         values = quantity.numbers() if quantity.complete else None
         return snapshot.run.ranks.first(lambda: values, quantity.name)

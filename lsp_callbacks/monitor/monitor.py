@@ -177,12 +177,17 @@ class Monitor:
             )
         if snapshot.step == 0:
             self.quantities.begin(snapshot, self.errors)
+        given = snapshot
         if self.trace is not None or self.invalidated:  # otherwise what is cached of the snapshot stays
             snapshot = replace(snapshot, run=snapshot.run.completed(self.trace, self.invalidated))
         if not self.wants(snapshot.step):
             return None
         self._ranks = snapshot.run.ranks
-        measured = self.measurement.measure(snapshot)
+        try:
+            measured = self.measurement.measure(snapshot)
+        finally:
+            if snapshot is not given:
+                snapshot.forget()
         if measured.skips.warned or measured.skips.silent:
             self._skip_all(measured.skips)
         if measured.failures:

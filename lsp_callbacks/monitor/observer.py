@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.gradient_check import GradientCheck, Gradients
+from lsp_callbacks.monitor.kept_step import kept_step
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.multi_optimizer import Game
 from lsp_callbacks.monitor.nan_finder import NanFinder
@@ -185,7 +187,7 @@ class StepObserver:
         """Return what the coming step must be replayed from, if it is to be measured."""
         if self.monitor.wants(self.step) and self.loop.has_backward():
             try:
-                return self.loop.new_step()
+                return self.loop.new_step() if self.game else kept_step(self.loop, self.monitor, self.step)
             except Exception as error:
                 self.monitor.errors.caught("the step could not be kept for a replay", error)
         return None
@@ -206,11 +208,12 @@ class StepObserver:
         """
         if Numerics.name in self.monitor.quantities and self.loop.shows_losses:
             self.nan_finder.saw_loss(loss)
-        if self._pending is not None:
-            self._pending.saw_loss(loss)
-        elif is_returned and self.monitor.trace is None:
+        if self._pending is None and is_returned and self.monitor.trace is None:
             return
         factor = 1.0 if scale is None else scale()
+        if self._pending is not None:
+            micro_batches = self.loop.evaluated()[1].get("micro_batches", 1)
+            self._pending.saw_loss(loss, factor=factor / micro_batches, micro_batches=micro_batches)
         self.step_loss.add(loss if factor == 1.0 else loss.detach() / factor)
 
     def before_update(
@@ -289,11 +292,11 @@ class StepObserver:
             self._update_check.awaited()
         doing = "the step could not be measured"
         try:
-            with untouched(self.loop.module):
+            with untouched(self.loop.module) if pending.can_replay else contextlib.nullcontext():
                 self.sub_batch = pending.samples
                 clipping = self._clipping(pending, optimizer)
                 snapshot = self.snapshot(optimizer, clipping)
-                if snapshot.loss is None:
+                if snapshot.loss is None and pending.can_replay:
                     snapshot = verified(snapshot)
                     self.replayed_loss = snapshot.loss
                 self._observe(snapshot)
@@ -328,6 +331,7 @@ class StepObserver:
             samples_of_step=self.probes.samples_of_step(pending, loss, **how),
             scale=loop.loss_scale(),
             previous=self.previous,
+            room=self.monitor.budget.room,
         )
 
     def check_gradient(self, reason: str, *, is_gone_allowed: bool) -> bool:
@@ -383,9 +387,12 @@ class StepObserver:
             return None
 
     def _observe(self, snapshot: Snapshot) -> None:
-        self._results.add(self.monitor.observe(snapshot))
-        for listener in self.listeners:
-            listener(snapshot)
+        try:
+            self._results.add(self.monitor.observe(snapshot))
+            for listener in self.listeners:
+                listener(snapshot)
+        finally:
+            snapshot.forget()  # what is shared refers to the snapshot: vectors and graphs would wait for a collection
 
 
 def _whole(sub_batch: Snapshot, clipping: Clipping | None) -> Snapshot:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.monitor.update_check import ELSEWHERE
 from lsp_callbacks.step.clipping import Clipping
+from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.pending_step import PendingStep
 from lsp_callbacks.step.run_context import RunContext
 
@@ -52,13 +53,25 @@ class TrainingLoop:
         """Return whether a backward pass follows the forward pass that comes next."""
         return True
 
-    def new_step(self, *, is_shared: bool = True) -> PendingStep:
+    #: Whether a step may be measured without a copy of the module, where no quantity needs a replay.
+    can_do_without_replay = True
+
+    def new_step(
+        self, *, is_shared: bool = True, readers: Mapping[str, GraphReader] | None = None, can_replay: bool = True
+    ) -> PendingStep:
         """Return a copy of the module from which the coming step can be replayed.
 
         Args:
             is_shared: whether the ranks replay the step together; otherwise each does so by itself.
+            readers, can_replay: see `PendingStep`.
         """
-        return PendingStep(self.module, run=self.run if is_shared else None, shared=self.shared)
+        return PendingStep(
+            self.module,
+            run=self.run if is_shared else None,
+            shared=self.shared,
+            readers=readers,
+            can_replay=can_replay,
+        )
 
     def clipping_of(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
         """Return how the gradient of this step will be clipped.

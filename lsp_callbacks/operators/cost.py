@@ -77,8 +77,9 @@ class WorkCounter(TorchDispatchMode):
 #: replay, for each operation with its backward pass, each number, each multiplication in either direction, and each
 #: number of a gradient. Only their ratios matter.
 START, OPERATION, ELEMENT, MULTIPLICATION, PARAMETER = 1.6e5, 4e4, 2.8, 0.028, 0.4
-#: Nanoseconds that a step of Lightning takes beside its passes: hooks, batches, metrics.
-LOOP = 1e6
+#: Nanoseconds that a step of Lightning takes beside its passes, at least: hooks, batches, metrics, the update
+#: (``benchmarks/step_in_gradients.py``).
+LOOP = 2e6
 #: Nanoseconds of an operation of the package, and of each number of a vector that is read and written once.
 CALL, VECTOR = 1.2e4, 1.0
 

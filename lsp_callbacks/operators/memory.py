@@ -1,58 +1,14 @@
-"""What a training step holds in memory for its backward pass, from one replay."""
+"""What measurements hold in memory, predicted from what a training step holds."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
-from lsp_callbacks.step.snapshot import Snapshot, computed_once
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Memory of one training step, in bytes.
-
-    Attributes:
-        parameters: of one vector over all trainable parameters.
-        activations: that the graph of one loss keeps for its backward pass; parameters are not among them.
-        buffers: of the module.
-    """
-
-    parameters: float
-    activations: float
-    buffers: float
-
-
-@computed_once
-def footprint(snapshot: Snapshot) -> Footprint:
-    """Replay the loss once, and count what autograd saves: each storage once, parameters not.
-
-    Cost: one forward pass. Memory: what the step's own forward pass took.
-    """
-    counted = {p.untyped_storage().data_ptr() for p in snapshot.module.parameters()}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Any:
-        if tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in counted:
-                saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = snapshot.replay()
-        del loss
-    return Footprint(
-        parameters=float(sum(p.numel() * p.element_size() for p in snapshot.parameters.values())),
-        activations=float(sum(saved.values())),
-        buffers=float(sum(b.numel() * b.element_size() for b in snapshot.module.buffers())),
-    )
+from lsp_callbacks.operators.footprint import TWICE, footprint
+from lsp_callbacks.step.snapshot import Snapshot
 
 
 def forward_memory(snapshot: Snapshot) -> dict[str, float]:
@@ -61,9 +17,8 @@ def forward_memory(snapshot: Snapshot) -> dict[str, float]:
     return {"activations": held.activations, "copies": 2 * held.buffers}
 
 
-#: Memory of a graph that can be differentiated twice, in units of the activations, and work vectors beside those of the
-#: routine: measured in ``benchmarks/memory_is_predicted.py``.
-TWICE, WORK = 4.0, 7.0
+#: Work vectors beside those of the routine: measured in ``benchmarks/memory_is_predicted.py``.
+WORK = 7.0
 
 
 def product_memory(snapshot: Snapshot, method: Method, vectors: float) -> dict[str, float]:

@@ -17,6 +17,8 @@ from lsp_callbacks.operators.curvature.hessian import path_taken
 from lsp_callbacks.plots.figure import load
 from lsp_callbacks.quantities.key import PREFIX, Key, is_global
 from lsp_callbacks.step.energies import Energy
+from lsp_callbacks.step.graph_reader import GraphReader
+from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot
 from lsp_callbacks.step.taken_step import TakenStep
 
@@ -63,8 +65,8 @@ class Quantity(Metric):
         optional: further global keys, left out where they are not defined; derived from ``KEYS``.
         key_states: whether each global key is a state; otherwise the class adds its own and overrides ``compute``.
         by_name_only: whether the quantity is too expensive for any preset.
-        weight: its part of the budget, beside the weights of the others that are measured. What ``stability/courant``
-            follows has at least 65 % whatever its weight is.
+        weight: how fast it moves, beside the others: what ``stability/courant`` leaves of the budget is shared out in
+            proportion to ``sqrt(weight * price)``.
         window: consecutive steps that are measured.
         prepare: steps before them.
         needs_update: whether the optimizer's update map enters.
@@ -196,6 +198,18 @@ class Quantity(Metric):
 
     def check(self, snapshot: Snapshot) -> None:
         """Raise `Unmeasurable` if the quantity cannot be measured on such steps; nothing is replayed."""
+
+    def reader(self, module: nn.Module, run: RunContext, step: int) -> GraphReader | None:
+        """Return what reads the graph of a step at which a measurement starts; None reads nothing.
+
+        It is handed back in `Snapshot.readers`.
+        """
+        return None
+
+    @property
+    def needs_replay(self) -> bool:
+        """Whether the next step has to be kept for a replay; False if what `reader` reads is enough."""
+        return True
 
     def begin(self, module: nn.Module) -> None:
         """Look at the weights before the first update of a run, on all ranks; not called where a run is resumed."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def fingerprint(module: nn.Module) -> list[Tensor]:
+def fingerprint(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Return the sum of each parameter: in-place changes through ``.data`` leave no other mark."""
-    return [p.detach().sum(dtype=torch.float32) for p in module.parameters()]
+    with torch.no_grad():
+        return [p.sum(dtype=torch.float32) for p in parameters]
 
 
 def identical(these: Sequence[Tensor], those: Sequence[Tensor]) -> bool:
@@ -19,6 +20,7 @@ def identical(these: Sequence[Tensor], those: Sequence[Tensor]) -> bool:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    a, b = a.to_dense(), b.to_dense()
+    if a.layout is not torch.strided or b.layout is not torch.strided:
+        a, b = a.to_dense(), b.to_dense()
     # The quick way does not know that NaN equals NaN.
     return torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)

@@ -5,23 +5,34 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import weakref
 from collections.abc import Callable, Iterable
 from itertools import zip_longest
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lsp_callbacks.autograd._torch_internals import BUFFERS, CONTAINERS, HOOKS, buffers
+from lsp_callbacks.autograd._torch_internals import (
+    BUFFERS,
+    CONTAINERS,
+    HOOKS,
+    MODULES,
+    PARAMETERS,
+    PLAIN,
+    buffers,
+    foreach_copy,
+)
 
-#: Attributes that every module has.
-_PLAIN = frozenset(vars(nn.Module()))
 #: What cannot be changed in place, or is shared.
 _ATOMS = (
     int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size, types.FunctionType,
     nn.Module, nn.Parameter,
 )  # fmt: skip
+#: Packages whose modules' ``__getstate__`` and ``__setstate__`` do nothing but leave out and add attributes.
+_KNOWN = ("torch.nn.", "pytorch_lightning.", "lightning.")
 
 
 class ModuleCopy:
@@ -35,7 +46,12 @@ class ModuleCopy:
     Args:
         module: the module to copy.
         shared: further objects to share, as the parameters; datasets and loaders always are.
-        prepare: applied once to the copy, for instance to mute its logging.
+        prepare: applied to the copy, for instance to mute its logging.
+        standing: the run's copy, which is brought up to date instead of made anew where it can be; None makes one.
+
+    Attributes:
+        module: the copy.
+        parameters: of both.
 
     Raises:
         Exception: whatever an attribute of the module raises when it is copied.
@@ -47,72 +63,224 @@ class ModuleCopy:
         *,
         shared: Iterable[Any] = (),
         prepare: Callable[[nn.Module], None] = lambda copy: None,
+        standing: StandingCopy | None = None,
     ):
+        self._twin = _Twin(module, shared) if standing is None else standing.lent(self, module, shared)
+        self.module, self.parameters = self._twin.module, self._twin.parameters
+        prepare(self.module)
+        self._twin.keep()
+
+    def buffers(self) -> list[Tensor | None]:
+        """Return the buffers that `reset` puts back, on the CPU, in the order of the modules."""
+        return [None if b is None else b.cpu() for state in self._twin.states for b in state.buffers.values()]
+
+    def load_buffers(self, others: list[Tensor | None]) -> None:
+        """Take the buffers of another process, which `reset` then puts back."""
+        given = iter(others)
+        for state in self._twin.states:
+            for (name, buffer), other in zip(list(state.buffers.items()), given):
+                absent = buffer is None or other is None
+                state.buffers[name] = None if absent else other.to(buffer.device, copy=True)  # type: ignore[union-attr]
+
+    def reset(self) -> nn.Module:
+        """Return the copy as it was before the step."""
+        self._twin.reset()
+        return self.module
+
+
+class StandingCopy:
+    """The copy of a run's module that its measured steps use one after the other.
+
+    A deep copy takes as long as a quarter of a gradient on a small network. It is made once: before each further step
+    its attributes and buffers are brought up to date, with deep copies only of what could be changed in place. It is
+    made anew where the module holds other modules or parameters than before, where copying it is code of the user's,
+    where hook objects have a state, and where an earlier step still uses it.
+    """
+
+    def __init__(self) -> None:
+        self._twin: _Twin | None = None
+        self._user: Callable[[], ModuleCopy | None] = lambda: None
+
+    def lent(self, user: ModuleCopy, module: nn.Module, shared: Iterable[Any]) -> _Twin:
+        """Return the copy, up to date, for as long as its user lives."""
+        if self._twin is None or self._user() is not None or not self._twin.follows(module, shared):
+            self._twin = _Twin(module, shared)
+        self._user = weakref.ref(user)
+        return self._twin
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return StandingCopy, ()  # another process begins without
+
+
+class _Twin:
+    """A copy of a module, with what is needed to bring it up to date."""
+
+    def __init__(self, module: nn.Module, shared: Iterable[Any]):
+        self.parameters = list(module.parameters())
         memo: dict[int, Any] = {}
-        self._shared = {id(part): part for part in (*module.parameters(), *shared)}
-        for child in module.modules():
+        self._shared = {id(part): part for part in (*self.parameters, *shared)}
+        originals = list(module.modules())
+        for child in originals:
             _find_special(vars(child), self._shared, memo)
         self.module = copy.deepcopy(module, memo | self._shared)
-        if any(a is not b for a, b in zip_longest(module.parameters(), self.module.parameters())):
+        if any(a is not b for a, b in zip_longest(self.parameters, self.module.parameters())):
             raise TypeError("its copy has parameters of its own (a scripted module, or a __deepcopy__)")
         for child in self.module.modules():
             for kind in HOOKS:
                 hooks = getattr(child, kind, {})
                 for key in [k for k, hook in hooks.items() if _is_users(hook)]:
                     del hooks[key]
-        prepare(self.module)
-        self._states = [_State(child) for child in self.module.modules()]
+        self.states = [_State(*pair) for pair in zip(self.module.modules(), originals)]
+        self._modules = {id(state.original): state.module for state in self.states}
+        self._itself = {id(state.module): state.module for state in self.states}
+        self._can_follow = all(map(_is_copied_by_torch, originals))
 
-    def buffers(self) -> list[Tensor | None]:
-        """Return the buffers that `reset` puts back, on the CPU, in the order of the modules."""
-        return [None if b is None else b.cpu() for state in self._states for b in state.buffers.values()]
+    def follows(self, module: nn.Module, shared: Iterable[Any]) -> bool:
+        """Bring the copy up to date with the module that it was made from; return False where it cannot be."""
+        is_original = self._can_follow and module is self.states[0].original
+        if not (is_original and all(state.fits() for state in self.states)):
+            return False
+        self._shared = {id(part): part for part in (*self.parameters, *shared)}
+        memo: dict[int, Any] = {}
+        changed = [state.changeable() for state in self.states]
+        for values in changed:
+            if values:
+                _find_special(values, self._shared, memo)
+        memo |= self._shared | self._modules
+        for state, values in zip(self.states, changed):
+            state.follow(values, memo)
+        follow_buffers(self.states)
+        for state in self.states:
+            state.restore_containers()
+        return True
 
-    def load_buffers(self, others: list[Tensor | None]) -> None:
-        """Take the buffers of another process, which `reset` then puts back."""
-        given = iter(others)
-        for state in self._states:
-            for (name, buffer), other in zip(list(state.buffers.items()), given):
-                state.buffers[name] = None if buffer is None or other is None else other.to(buffer.device)
+    def keep(self) -> None:
+        """Keep the attributes as they are now for `reset`."""
+        for state in self.states:
+            state.keep()
 
-    def reset(self) -> nn.Module:
-        """Return the copy as it was before the step."""
+    def reset(self) -> None:
+        """Put attributes and buffers back to what was kept."""
         # One memo for all, so that what two modules share stays one object.
-        memo = self._shared | {id(m): m for m in self.module.modules()}
-        for state in self._states:
+        memo = self._shared | self._itself
+        for state in self.states:
             state.restore(memo)
-        return self.module
 
 
 class _State:
-    """Attributes and buffers of one module (not of its children)."""
+    """Attributes and buffers of one module of a copy (not of its children)."""
 
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.attributes = dict(vars(module))
-        self.containers = {name: dict(value) for name, value in vars(module).items() if name in CONTAINERS}
+    def __init__(self, module: nn.Module, original: nn.Module):
+        self.module, self.original = module, original
+        attributes = vars(module)
+        self.containers = {name: dict(value) for name, value in attributes.items() if name in CONTAINERS}
         held = self.containers.pop(BUFFERS, None)
         held = buffers(module) if held is None else held  # scripted modules keep them elsewhere
         self.buffers = {name: None if b is None else b.detach().clone() for name, b in held.items()}
+        self._plain = {name: value for name, value in attributes.items() if name in PLAIN}
+        self._children = list(vars(original).get(MODULES, {}).values())
+        self.attributes: dict[str, Any] = {}
+        self.mutable: dict[str, Any] = {}
+
+    def keep(self) -> None:
+        """Keep the attributes as they are now."""
+        self.attributes = dict(vars(self.module))
         # Deep copies take time in each replay: only of what a training step could change in place.
-        self.mutable = {
-            name: value for name, value in vars(module).items() if name not in _PLAIN and not isinstance(value, _ATOMS)
+        self.mutable = _mutable(self.attributes)
+
+    def fits(self) -> bool:
+        """Return whether the original still holds the modules and parameters of the copy, and no state in hooks."""
+        theirs, ours = vars(self.original), vars(self.module)
+        if type(self.original) is not type(self.module) or theirs[BUFFERS].keys() != self.buffers.keys():
+            return False
+        if any(ours[kind] or not all(map(_is_users, theirs[kind].values())) for kind in HOOKS):
+            return False
+        pairs = ((PARAMETERS, self.containers[PARAMETERS].values()), (MODULES, self._children))
+        return all(
+            theirs[name].keys() == self.containers[name].keys() and all(map(is_, theirs[name].values(), values))
+            for name, values in pairs
+        )
+
+    def changeable(self) -> dict[str, Any]:
+        """Return what a step could change in place of the original's attributes; the copy takes all others."""
+        original, attributes = self.original, vars(self.module)
+        is_plain = type(original).__getstate__ is nn.Module.__getstate__
+        source = vars(original) if is_plain else original.__getstate__()
+        attributes.clear()
+        attributes.update({name: value for name, value in source.items() if name not in PLAIN})
+        attributes.update(self._plain)
+        attributes["training"] = source["training"]
+        return {
+            name: value
+            for name, value in attributes.items()
+            if name not in PLAIN and (not isinstance(value, _ATOMS) or isinstance(value, nn.Module))
         }
 
+    def follow(self, values: dict[str, Any], memo: dict[int, Any]) -> None:
+        """Take copies of what could be changed in place."""
+        for name, value in values.items():
+            vars(self.module)[name] = copy.deepcopy(value, memo)
+
     def restore(self, memo: dict[int, Any]) -> None:
+        """Put back what was kept."""
         attributes = vars(self.module)
         attributes.clear()
         attributes.update(self.attributes)
         for name, value in self.mutable.items():
             attributes[name] = copy.deepcopy(value, memo)
+        self.restore_containers()
+
+    def restore_containers(self) -> None:
+        """Put back parameters, modules and buffers."""
+        attributes = vars(self.module)
         for name, entries in self.containers.items():
             container = attributes[name]
             container.clear()
             container.update(entries)
-        if BUFFERS in attributes:
-            attributes[BUFFERS].clear()
-        held = attributes[BUFFERS] if BUFFERS in attributes else buffers(self.module)
-        for name, saved in self.buffers.items():
-            held[name] = None if saved is None else saved.clone()
+        held = attributes.get(BUFFERS)
+        if held is not None:
+            held.clear()
+        if self.buffers:
+            held = buffers(self.module) if held is None else held
+            for name, saved in self.buffers.items():
+                held[name] = None if saved is None else saved.clone()
+
+
+def follow_buffers(states: list[_State]) -> None:
+    """Copy the buffers of the originals, by one call where they are as they were."""
+    kept, now = [], []
+    for state in states:
+        for name, buffer in vars(state.original)[BUFFERS].items():
+            saved = state.buffers[name]
+            if buffer is None or saved is None or not _is_like(saved, buffer):
+                state.buffers[name] = None if buffer is None else buffer.detach().clone()
+            else:
+                kept.append(saved)
+                now.append(buffer.detach())
+    if kept:
+        foreach_copy(kept, now)
+
+
+def _is_like(a: Tensor, b: Tensor) -> bool:
+    same = type(a) is type(b) is Tensor and a.layout is b.layout is torch.strided
+    return same and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
+def _mutable(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if name not in PLAIN and not isinstance(value, _ATOMS)}
+
+
+def _is_copied_by_torch(module: nn.Module) -> bool:
+    """Return whether a deep copy of a module is a deep copy of its attributes."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    for kind in type(module).__mro__[:-1]:
+        names = vars(kind).keys()
+        if names & {"__deepcopy__", "__reduce__", "__reduce_ex__", "__slots__"}:
+            return False
+        if names & {"__getstate__", "__setstate__"} and not kind.__module__.startswith(_KNOWN):
+            return False
+    return True
 
 
 def _is_users(hook: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from lsp_callbacks.autograd.graph import Graph, joined, read
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.batch import MicroBatch, batch_size, first_samples
 from lsp_callbacks.step.fingerprint import fingerprint, identical
+from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.module_copy import ModuleCopy
 from lsp_callbacks.step.module_modes import evaluating
 from lsp_callbacks.step.replay import copied, replayer
@@ -25,6 +26,7 @@ from lsp_callbacks.step.snapshot import Snapshot
 from lsp_callbacks.step.verified_step import named_gradient
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+NOT_KEPT = Unmeasurable("the step was not kept for a replay, as nothing that was due needs one")
 
 
 class PendingStep:
@@ -41,6 +43,8 @@ class PendingStep:
         sub_batch: how many samples to use; None takes all.
         run: what all steps of the run share; None is a run of this process alone.
         takes_buffers: whether all ranks' forward passes begin with the buffers of the first, as under DDP.
+        readers: what quantities read from the graphs of the step, by their names.
+        can_replay: whether the step is kept for replays; otherwise it is only read.
     """
 
     def __init__(
@@ -53,16 +57,25 @@ class PendingStep:
         sub_batch: int | None = None,
         run: RunContext | None = None,
         takes_buffers: bool = False,
+        readers: Mapping[str, GraphReader] | None = None,
+        can_replay: bool = True,
     ):
         self.module, self.tolerance, self.sub_batch = module, tolerance, sub_batch
         self.run = run or RunContext()
         self.parts: list[MicroBatch] = []
         self._graphs: list[Graph] = []
         self.module_copy: ModuleCopy | None = None
+        self._parameters: list[nn.Parameter] = []
         self.failure: Exception | None = None
+        self.readers, self.can_replay = readers or {}, can_replay
+        self._size: int | None = None
+        if not can_replay:
+            return
         try:
-            self._fingerprint = fingerprint(module)
-            self.module_copy = ModuleCopy(module, shared=shared, prepare=prepare)
+            standing = self.run.standing_copy
+            self.module_copy = ModuleCopy(module, shared=shared, prepare=prepare, standing=standing)
+            self._parameters = self.module_copy.parameters
+            self._fingerprint = fingerprint(self._parameters)
         except Exception as error:  # whatever the user's attributes raise when they are copied
             self._fail(error)
         if takes_buffers:
@@ -97,13 +110,20 @@ class PendingStep:
             batch: on the device, as the step will receive it.
             loss: what the step will differentiate, as a function of module and batch.
         """
+        self._size = batch_size(batch) if self.readers else None
+        if not self.can_replay:
+            return
         try:
             self.parts.append(MicroBatch(copied(batch), loss))
         except Exception as error:  # whatever the user's objects raise
             self._fail(error)
 
-    def saw_loss(self, loss: Tensor) -> None:
-        """Read the graph of a micro-batch's loss, which is differentiated next."""
+    def saw_loss(self, loss: Tensor, *, factor: float = 1.0, micro_batches: int = 1) -> None:
+        """Read the graph of a micro-batch's loss, which is differentiated next; for the arguments see `GraphReader`."""
+        for reader in self.readers.values():
+            reader.saw_loss(loss, samples=self._size, factor=factor, micro_batches=micro_batches)
+        if not self.can_replay:
+            return
         with contextlib.suppress(Exception):  # in the middle of the user's step: then the graph is not known
             self._graphs.append(read(loss))
 
@@ -132,7 +152,7 @@ class PendingStep:
             gradient_scale: the factor of mixed precision that the gradients still hold; None if they hold none.
             settings: further fields of the `Snapshot`.
         """
-        failure = self.failure or self._moved()
+        failure = self.failure or (self._moved() if self.can_replay else NOT_KEPT)
         if failure or self.module_copy is None:
             module, replay = self.module, _raising(failure)
         else:
@@ -142,7 +162,7 @@ class PendingStep:
         if gradient_scale is not None:
             gradient = {name: g if g is None else g / gradient_scale for name, g in gradient.items()}
         # Compiled code rounds in other places than the step.
-        tolerance = max(self.tolerance, 1e-4 if _compiled(self.module) else 0.0)
+        tolerance = max(self.tolerance, 1e-4 if self.can_replay and _compiled(self.module) else 0.0)
         snapshot = Snapshot(
             step=step,
             module=module,
@@ -153,6 +173,8 @@ class PendingStep:
             gradient=gradient,
             own_graph=self._own_graph(tolerance),
             tolerance=tolerance,
+            readers=self.readers,
+            can_replay=self.can_replay,
             **settings,
         )
         if self.sub_batch is None:
@@ -180,7 +202,7 @@ class PendingStep:
 
     def _moved(self) -> Exception | None:
         """Return an error if the step itself has moved the parameters: a replay, which shares them, would do so too."""
-        if self.failure is None and not identical(self._fingerprint, fingerprint(self.module)):
+        if self.failure is None and not identical(self._fingerprint, fingerprint(self._parameters)):
             return Unmeasurable(
                 "the step changes parameters before its update (a moving average or a clamp in training_step), and a "
                 "replay would do so again: do it after the update, or pass loss_fn=..."
@@ -194,9 +216,9 @@ class PendingStep:
         """
         if self.failure is not None:
             return False
-        before, self._fingerprint = self._fingerprint, fingerprint(self.module)
+        before, self._fingerprint = self._fingerprint, fingerprint(self._parameters)
         watched = {id(p) for p in players}
-        sums = [pair for p, *pair in zip(self.module.parameters(), before, self._fingerprint) if id(p) in watched]
+        sums = [pair for p, *pair in zip(self._parameters, before, self._fingerprint) if id(p) in watched]
         return not identical([old for old, _ in sums], [new for _, new in sums])
 
     def _sub_batch(self, full: Snapshot, count: int) -> Snapshot:
@@ -234,4 +256,4 @@ def _raising(error: Exception | None) -> Callable[[], Tensor]:
 
 def _compiled(module: nn.Module) -> bool:
     # Copies are not compiled: their attributes do not show it.
-    return is_compiled(module) or any(getattr(m, "_compiler_ctx", None) for m in module.modules())
+    return is_compiled(module) or any(vars(m).get("_compiler_ctx") for m in module.modules())

@@ -22,6 +22,13 @@ from lsp_callbacks.step.side_effects import mutable, muted, muters
 
 def copied(batch: Any) -> Any:
     """Return a deep copy, in a quick way for the usual containers of tensors."""
+    kind = type(batch)
+    if kind is Tensor:
+        return batch.clone()
+    if kind is list or kind is tuple:
+        return kind(map(copied, batch))
+    if kind is dict:
+        return {key: copied(value) for key, value in batch.items()}
     return tree_map(lambda leaf: leaf.clone() if type(leaf) is Tensor else copy.deepcopy(leaf), batch)
 
 

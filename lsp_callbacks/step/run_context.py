@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.step.known_graph import KnownGraph
+from lsp_callbacks.step.module_copy import StandingCopy
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.series import Trace
 
@@ -40,6 +42,7 @@ class RunContext:
             not. `Monitor.observe` sets its own.
         sharded: why no process holds all parameters, so that nothing can be measured; None if each does.
         known_graph: what verified replays of earlier steps have shown; one object for a whole run.
+        standing_copy: of the module, which the measured steps use one after the other; likewise.
 
     Example:
         >>> import torch
@@ -61,6 +64,14 @@ class RunContext:
     invalidated: str | None = None
     sharded: str | None = None
     known_graph: KnownGraph = field(default_factory=KnownGraph, repr=False)
+    standing_copy: StandingCopy = field(default_factory=StandingCopy, repr=False)
+
+    def generator(self, step: int, key: str) -> torch.Generator:
+        """Return a private random source for ``(seed, step, key)``, the same on every rank."""
+        value = self.seed
+        for number in (step, *key.encode()):
+            value = (value * 1_000_003 + number + 1) % (2**63)
+        return torch.Generator().manual_seed(value)
 
     def completed(self, series: Trace | None, invalidated: str | None) -> RunContext:
         """Return the facts with what a `Monitor` knows of the run; None leaves them as they are."""

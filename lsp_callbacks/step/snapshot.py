@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -15,6 +16,7 @@ from lsp_callbacks.autograd._torch_internals import is_compiled
 from lsp_callbacks.autograd.graph import Graph
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.flat import flatten
+from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.players import Player
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.replay_checks import Call, Verified, verified_calls, verified_graph
@@ -22,6 +24,10 @@ from lsp_callbacks.step.run_context import RunContext
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _endless() -> float:
+    return math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +58,9 @@ class Snapshot:
             skipped. None is ``step - 1``.
         player: whose turn it is where several optimizers take turns on losses of their own; None is one optimizer.
         own_graph: properties of the autograd graph that the step itself has differentiated; None if they were not seen.
+        readers: what quantities have read from that graph, by their names.
+        can_replay: whether ``replay`` does what it says; otherwise nothing was kept for it.
+        room: returns how many bytes a measurement may take beside training.
 
     Attributes:
         shared: results of functions that are `computed_once`; ``dataclasses.replace`` begins without them.
@@ -75,6 +84,9 @@ class Snapshot:
     previous: int | None = None
     player: Player | None = None
     own_graph: Graph | None = None
+    readers: Mapping[str, GraphReader] = field(default_factory=dict)
+    can_replay: bool = True
+    room: Callable[[], float] = field(default=_endless, repr=False)
     shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     verified: Verified = field(default_factory=Verified, init=False, repr=False)
 
@@ -138,10 +150,7 @@ class Snapshot:
 
     def generator(self, key: str) -> torch.Generator:
         """Return a private random source for ``(seed, step, key)``, the same on every rank."""
-        value = self.run.seed
-        for number in (self.step, *key.encode()):
-            value = (value * 1_000_003 + number + 1) % (2**63)
-        return torch.Generator().manual_seed(value)
+        return self.run.generator(self.step, key)
 
     def forget(self) -> None:
         """Let go of all shared results, such as autograd graphs that further products would use."""

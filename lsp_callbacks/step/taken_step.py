@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.step.flat import flatten, restored, split
+from lsp_callbacks.step.flat import restored, split
 from lsp_callbacks.step.replay_checks import replayed_gradient, verify_gradient
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -58,8 +58,8 @@ class TakenStep:
         if loss is None or gradient is None:
             replayed = replayed_gradient(snapshot)
             loss, gradient = replayed[0] if loss is None else loss, replayed[1] if gradient is None else gradient
-        self._loss, self._gradient = loss, gradient
-        self._before = flatten([p.detach() for p in self._parameters], self._parameters)
+        self._loss, self._gradient = loss, split(gradient, self._parameters)
+        self._before = [p.detach().clone() for p in self._parameters]
 
     def loss_change(self) -> LossChange | None:
         """Return what the update did, once it was made; None where nothing has moved.
@@ -71,10 +71,14 @@ class TakenStep:
 
         Cost: one forward pass, with its graph, so that it takes the same path as in training; two with a check.
         """
-        moved = flatten([p.detach() for p in self._parameters], self._parameters) - self._before
-        ranks = self.run.ranks
-        if not ranks.any(lambda: bool(moved.any()), "the update"):
+        ranks, pairs = self.run.ranks, list(zip(self._parameters, self._before))
+        if not ranks.any(lambda: any(not torch.equal(p.detach(), before) for p, before in pairs), "the update"):
             return None
+        # Tensor by tensor: a flat update in float64 would be twice the weights, and there may be little room.
+        slope = sum(
+            (g.double() * (p.detach() - before).double()).sum() for g, (p, before) in zip(self._gradient, pairs)
+        )
+        self._gradient = []
 
         def rank_change() -> tuple[Tensor, Tensor]:
             with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
@@ -91,11 +95,11 @@ class TakenStep:
             return after - before, rounding + ROUNDING * eps * after.abs()
 
         change, rounding = ranks.mean(rank_change, "the loss after the update")
-        return LossChange(torch.dot(self._gradient.double(), moved.double()), change, rounding)
+        return LossChange(torch.as_tensor(slope), change, rounding)
 
     def _replay_before(self) -> Tensor:
         with torch.no_grad(), restored(self._parameters):
-            for p, before in zip(self._parameters, split(self._before, self._parameters)):
+            for p, before in zip(self._parameters, self._before):
                 p.copy_(before)
             with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
                 return self._replay().detach()

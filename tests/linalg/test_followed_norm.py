@@ -82,3 +82,31 @@ def test_not_a_number_is_told():
     close(
         followed_norm(from_matrix(torch.eye(3, dtype=f64)), torch.full((2, 3), torch.nan, dtype=f64)).value, 1.0, 1e-9
     )
+
+
+def test_each_call_is_one_step_of_subspace_iteration():
+    """Dense: the vectors span what ``A^T A`` makes of those before, and stay orthonormal however much they turn."""
+    A = of_singular_values([4.0, 3.9, 3.0, 2.0, 1.0])
+    vectors = torch.linalg.qr(random(5, 2, seed=3))[0].mT
+    for _ in range(4):
+        ahead = torch.linalg.qr(A.mT @ A @ vectors.mT)[0]
+        found = followed_norm(from_matrix(A), vectors, tol=10.0)
+        close(found.vectors.mT @ found.vectors, ahead @ ahead.mT, 1e-10)
+        close(found.vectors @ found.vectors.mT, torch.eye(2), 1e-10)
+        close(found.value, torch.linalg.matrix_norm(A @ vectors.mT, 2), 1e-10)
+        vectors = found.vectors
+
+
+def test_a_matrix_that_was_0_meanwhile_is_found_again():
+    A = of_singular_values([3.0, 1.0, 0.5, 0.1], m=5)
+    first = followed_norm(from_matrix(A))
+    gone = followed_norm(from_matrix(0 * A), first.vectors)
+    close([gone.value, followed_norm(from_matrix(A), gone.vectors).value], [0.0, 3.0], 1e-3)
+
+
+def test_what_appears_beside_a_matrix_of_rank_1_is_found():
+    u, v = torch.eye(7, dtype=f64), torch.eye(5, dtype=f64)
+    A, vectors = 3.0 * torch.outer(u[0], v[0]), None
+    for _ in range(3):
+        vectors = followed_norm(from_matrix(A), vectors).vectors
+    close(followed_norm(from_matrix(A + 8.0 * torch.outer(u[1], v[1])), vectors).value, 8.0, 1e-2)

@@ -7,12 +7,14 @@ from problems import NORM_I_PLUS_HALF_G, RESIDUAL, Regression, TanhBranch, close
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
+import lsp_callbacks.functional.network.residual as residual
+import lsp_callbacks.quantities.network.residual_cfl as residual_cfl
 from lsp_callbacks import ResidualCFL, Snapshot, Unmeasurable
 from lsp_callbacks.autograd.module_calls import is_residual_block
 from lsp_callbacks.errors import NotApplicable
 from lsp_callbacks.functional import residual_stability
 from lsp_callbacks.functional.network.residual import followed_stability
-from lsp_callbacks.linalg import from_matrix
+from lsp_callbacks.linalg import from_matrix, unit
 from lsp_callbacks.operators import residual_block
 from lsp_callbacks.step.run_context import RunContext
 
@@ -582,6 +584,46 @@ def test_from_earlier_vectors_fewer_products_are_as_good(seed):
         assert found.stiffness <= truth["stiffness"] + 1e-12 and found.m >= truth["m"] - 1e-12
         errors.append([float(abs(getattr(found, name) - truth[name])) for name in ("gain", "stiffness", "m")])
     assert all(late <= 2 * first + 0.01 for late, first in zip(errors[-1], errors[0]))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_earlier_vectors_have_missed_is_within_the_bound(seed):
+    """They span what is invariant, and the largest gain is elsewhere: only the noise in the start can see it."""
+    G = torch.diag_embed(torch.tensor([0.9, 0.5, *[0.1] * 48], dtype=f64)).expand(2, 50, 50)
+    missed = torch.eye(50, dtype=f64)[1].expand(3, 2, 50)
+    found, _ = followed_stability(in_two(G), missed, steps=2, generator=torch.Generator().manual_seed(seed))
+    assert found.gain <= math.log(1.9) + 1e-12 and math.log(1.9) <= found.gain_bound
+
+
+def test_the_bound_counts_the_noise_that_is_in_the_start(monkeypatch):
+    starts, shares = [], []
+    lanczos, bound = residual.lanczos, residual.bound_beyond
+    monkeypatch.setattr(
+        residual, "lanczos", lambda K, start, **how: (starts.append(start), lanczos(K, start, **how))[1]
+    )
+    monkeypatch.setattr(residual, "bound_beyond", lambda *args: (shares.append(args[-1]), bound(*args))[1])
+    G, generator = 0.1 * random(1, 20, 20), torch.Generator().manual_seed(3)
+    _, vectors = followed_stability(in_two(G), generator=generator)
+    noise = unit(torch.randn(2, 1, 20, generator=torch.Generator().set_state(generator.get_state()), dtype=f64))[1]
+    followed_stability(in_two(G), vectors, generator=generator)
+    assert shares[0] == 1.0 and 0.5 < shares[1] < 0.9
+    close(starts[1][1] - shares[1] * noise, shares[1] * vectors[2], 1e-12)
+
+
+def test_a_measurement_goes_on_from_the_vectors_of_the_last_one(monkeypatch):
+    given = []
+    follow = residual_cfl.followed_stability
+    monkeypatch.setattr(
+        residual_cfl, "followed_stability", lambda K, start, **how: (given.append(start), follow(K, start, **how))[1]
+    )
+    make, run, _ = next(iter(NETWORKS.values()))
+    model, metric = seeded(make()).train(), ResidualCFL()
+    snapshot = step(model, metric, run)
+    metric.update(snapshot)
+    first, kept = len(given), metric.vectors()["starts"]
+    metric.update(snapshot)
+    assert given[:first] == [None] * first and len(given) == 2 * first
+    assert all(any(start is vector for vector in kept.values()) for start in given[first:])
 
 
 def test_a_block_that_runs_its_samples_twice_has_the_same_matrices():

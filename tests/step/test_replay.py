@@ -16,7 +16,7 @@ from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.batch import MicroBatch
 from lsp_callbacks.step.flat import displaced, flatten, split
-from lsp_callbacks.step.module_copy import ModuleCopy
+from lsp_callbacks.step.module_copy import ModuleCopy, StandingCopy
 from lsp_callbacks.step.replay import copied, replayer, untouched
 from lsp_callbacks.step.replay_checks import verified_calls, verify
 from lsp_callbacks.step.run_context import RunContext
@@ -109,6 +109,133 @@ def test_what_cannot_be_copied_raises():
     module.lock = threading.Lock()
     with pytest.raises(TypeError, match="lock"):
         ModuleCopy(module)
+
+
+# -- StandingCopy ------------------------------------------------------------------------------------------------------
+
+
+class Counter(nn.Module):
+    """What a step may change: buffers, plain attributes, containers, a cycle, a hidden module and a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.rate, self.seen, self.last = mlp(nn.BatchNorm1d(5), nn.Dropout(0.5)), 1.0, [], None
+        self.register_buffer("count", torch.zeros(()))
+        object.__setattr__(self, "owner", [self])
+        self.cache = {"first": self.layers[0], "weight": self.layers[0].weight}
+
+    def forward(self, x):
+        self.count += 1
+        self.rate, self.last = 0.5 * self.rate, self.layers(x)
+        self.seen.append(float(self.last.mean()))
+        return self.rate * self.last.square().mean() * self.count * len(self.seen)
+
+
+def seen_by(module_copy, x):
+    """Return what replays of a copy give: two, as the first may change it."""
+    torch.manual_seed(1)
+    first = module_copy.reset()(x)
+    torch.manual_seed(1)
+    assert torch.equal(first, module_copy.reset()(x))
+    return first
+
+
+def test_a_standing_copy_is_as_good_as_a_new_one_at_every_step():
+    module, standing = Counter(), StandingCopy()
+    copies = set()
+    for k in range(6):
+        if k == 3:
+            module.eval(), setattr(module, "late", {"k": [k]}), setattr(module.layers[1], "momentum", 0.5)
+        if k == 4:
+            del module.late
+            module.count = torch.ones(3).mean()  # another tensor
+            module.layers[0].weight.data.add_(0.1)
+        followed, fresh = ModuleCopy(module, standing=standing), ModuleCopy(module)
+        copies.add(id(followed.module))
+        a, b = followed.reset(), fresh.reset()
+        assert vars(a).keys() == vars(b).keys() and a.training == b.training == module.training
+        assert a.owner[0] is a and a.cache["first"] is a.layers[0] and a.cache["weight"] is module.layers[0].weight
+        assert all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
+        assert torch.equal(seen_by(followed, X), seen_by(fresh, X))
+        before = copy.deepcopy(module.state_dict()), list(module.seen)
+        followed.module(X), followed.module.seen.append(1)
+        assert module.seen == before[1] and all(map(torch.equal, before[0].values(), module.state_dict().values()))
+        torch.manual_seed(k)
+        module(X)
+        del followed, fresh, a, b
+    assert len(copies) == 1
+
+
+def test_a_standing_copy_is_not_lent_twice():
+    module, standing = net(), StandingCopy()
+    first, second = ModuleCopy(module, standing=standing), ModuleCopy(module, standing=standing)
+    assert first.module is not second.module
+    second.reset().calls.append(1)
+    assert first.reset().calls == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.append(nn.Linear(4, 4)),
+        lambda module: module.register_parameter("more", nn.Parameter(torch.ones(1))),
+        lambda module: setattr(module[0], "weight", nn.Parameter(torch.ones(5, 6))),
+        lambda module: setattr(module, "3", nn.ReLU()),
+        lambda module: module.register_buffer("more", torch.ones(1)),
+        lambda module: module[0].register_forward_pre_hook(Hook()),
+        lambda module: setattr(module[0], "__class__", Other),
+    ],
+)
+def test_a_module_of_another_layout_is_copied_anew(change):
+    module, standing = net(), StandingCopy()
+    before = id(ModuleCopy(module, standing=standing).module)
+    assert id(ModuleCopy(module, standing=standing).module) == before
+    change(module)
+    again, fresh = ModuleCopy(module, standing=standing), ModuleCopy(module)
+    assert [*map(type, again.module.modules())] == [*map(type, module.modules())]
+    assert all(a is b for a, b in zip(again.module.parameters(), module.parameters(), strict=True))
+    assert again.module.state_dict().keys() == fresh.module.state_dict().keys()
+    assert len(again.module[0]._forward_pre_hooks) == len(fresh.module[0]._forward_pre_hooks)
+
+
+class Other(nn.Linear):
+    pass
+
+
+class Hook:
+    """A hook that is an object, whose state would not be put back."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, module, args):
+        self.calls += 1
+
+
+class Own(nn.Linear):
+    def __deepcopy__(self, memo):
+        twin = Own(6, 5)
+        twin.weight, twin.bias, twin.copies = self.weight, self.bias, getattr(self, "copies", 0) + 1
+        return twin
+
+
+def test_a_module_that_says_how_it_is_copied_is_copied_so_each_time():
+    module, standing = nn.Sequential(Own(6, 5)), StandingCopy()
+    for k in range(3):
+        module[0].copies = k
+        assert ModuleCopy(module, standing=standing).module[0].copies == k + 1
+
+
+def test_a_standing_copy_takes_what_is_shared_and_prepared_now():
+    module, standing, owners = net(), StandingCopy(), [[0], [1]]
+    for owner in owners:
+        module.owner = owner
+        twin = ModuleCopy(
+            module, shared=[owner], prepare=lambda m, owner=owner: setattr(m, "muted", owner), standing=standing
+        )
+        again = twin.reset()
+        assert again.owner is owner and again.muted == owner and not hasattr(module, "muted")
+        del twin, again
 
 
 # -- random state --------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from problems import (
 )
 from scipy import stats
 
-from lsp_callbacks import Lyapunov, LyapunovTrajectory, Unmeasurable
+from lsp_callbacks import Lyapunov, LyapunovTrajectory, Sharpness, Unmeasurable
 from lsp_callbacks.functional import (
     batch_means,
     exponent_bounds,
@@ -40,7 +40,9 @@ from lsp_callbacks.functional import (
 )
 from lsp_callbacks.linalg import from_matrix, push
 from lsp_callbacks.operators import hessian, step_jacobian
+from lsp_callbacks.operators.curvature.followed_top import COLD
 from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold
+from lsp_callbacks.operators.trajectory.coming_preconditioner import REMEMBERED
 
 SGD = torch.optim.SGD
 WINDOWS = (1, 2, 4, 8)
@@ -287,8 +289,34 @@ def test_lyapunov_measures_windows_of_a_real_run(rule, x):
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_at_rate_zero_nothing_grows_or_shrinks(momentum):
     problem = regression()
-    found = run(Lyapunov(), problem, SGD(problem.parameters(), lr=0.0, momentum=momentum), 3)
-    close(found[2]["stability/lyapunov"], 0.0, 1e-12)
+    found = run(Lyapunov(), problem, SGD(problem.parameters(), lr=0.0, momentum=momentum), 2)
+    close(found[1]["stability/lyapunov"], 0.0, 1e-12)
+
+
+def test_alone_it_takes_no_products_for_the_sharpness_of_a_preconditioned_step():
+    """Only the preconditioned Hessian has to be followed; beside sharpness the whole alignment is shared."""
+    counts, exponents = {}, {}
+    for beside in (False, True):
+        problem = regression()
+        optimizer = torch.optim.Adam(problem.parameters(), lr=1e-3)
+        for _ in range(REMEMBERED):
+            take(optimizer, problem())
+        metric, calls = Lyapunov(method="finite_difference"), []
+        for step in range(2):
+            snapshot = freeze(
+                problem, optimizer, step=step, replay=lambda calls=calls, net=problem: calls.append(1) or net()
+            )
+            calls.clear()
+            if beside and step == 0:
+                Sharpness(method="finite_difference").update(snapshot)
+                before = len(calls)
+            metric.update(snapshot)
+            counts[beside, step] = len(calls) - (before if beside and step == 0 else 0)
+            take(optimizer, problem())
+        exponents[beside] = float(metric.windows)
+    assert counts[True, 0] == 0 and COLD <= counts[False, 0] < 2 * COLD
+    assert counts[False, 1] == counts[True, 1] <= 2
+    close(exponents[False], exponents[True], 1e-6)
 
 
 def test_lyapunov_averages_the_last_windows_with_student_bounds():

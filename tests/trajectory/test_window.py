@@ -13,7 +13,7 @@ from lsp_callbacks.functional import SoftThreshold
 from lsp_callbacks.functional.trajectory.norm_intervals import gaussian_form_interval, norm_by_random_rows
 from lsp_callbacks.linalg import from_matrix, top_between
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
-from lsp_callbacks.operators.trajectory.window import Window, keep, squares
+from lsp_callbacks.operators.trajectory.window import Window, keep, placed, squares
 from lsp_callbacks.step.clipping import Clipping
 
 RULES = {
@@ -56,6 +56,27 @@ def test_products_with_the_window_are_those_of_its_steps(rule):
         close(found[:size, :size], factor @ factor.T, 1e-9)
         assert not found[size:].any() and not found[:, size:].any()
     assert all(torch.equal(a, b) for a, b in zip(before.values(), task.state_dict().values()))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_differences_of_a_step_serve_all_passes_where_they_keep_little(rule):
+    make, settings = RULES[rule]
+    task = Regression(tanh_mlp(2, 2, 1), random(6, 2, seed=1), random(6, 1, seed=2))
+    optimizer, kept, product = make(task.parameters()), [], None
+    P = sum(p.numel() for p in task.parameters())
+    for snapshot in trajectory(task, optimizer, 3, **settings):
+        A = update_jacobian(snapshot, method="exact").dense()
+        product = A if product is None else A @ product
+        kept.append(keep(snapshot, "finite_difference"))
+        exact = keep(snapshot, "exact")
+    window, v = Window(kept, [0.0] * 3), random(1, P, seed=3)
+    for _ in range(3):
+        close(window.forward(v), v @ product[:P, :P].T, 1e-5)
+        close(window.backward(v)[0], v @ product[:P, :P], 1e-5)
+    assert all((step.maps()[0] is step.maps()[0]) == ("adam" not in rule) for step in kept)
+    with placed(window.parameters) as place:
+        place(exact.theta)
+        assert exact.maps()[0] is not exact.maps()[0]  # each keeps the graph of a replay
 
 
 @pytest.mark.parametrize("n, rank", [(400, 400), (400, 3), (5, 5)])

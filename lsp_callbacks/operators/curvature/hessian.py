@@ -11,6 +11,7 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.exact_hessian import exact_hessian, vector_dtype
 from lsp_callbacks.operators.curvature.finite_differences import Differences, Products, difference_hessian
+from lsp_callbacks.operators.footprint import require_room
 from lsp_callbacks.step.flat import split
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
@@ -163,11 +164,17 @@ def _finite_difference(
         products.differences = label("finite difference", snapshot)
 
     def exact(v: Tensor) -> Tensor:
+        require_room(snapshot)
         image = hessian(snapshot, method="exact").apply(v)
         products.differences = products.exact
         return image
 
     return difference_hessian(differences, products, None if alone else exact)
+
+
+def release_graph(snapshot: Snapshot) -> None:
+    """Let go of the graph of this step's exact products; a further product would compute it again."""
+    snapshot.shared.pop((_exact.__wrapped__, ()), None)  # type: ignore[attr-defined]
 
 
 def per_parameter(values: list[float], snapshot: Snapshot) -> Tensor | float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
     coupled_decay,
     decay_rates,
     decayed_hessian,
+    frozen_rule,
     preconditioned_hessian,
     rates,
+    require_gradient,
 )
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -48,22 +51,36 @@ class Recent:
 NOTHING = Recent()
 
 
-@dataclass(frozen=True)
-class StabilityThreshold:
-    """A step in relation to the edge of stability of its optimizer.
+@dataclass(frozen=True, kw_only=True)
+class SharpMode:
+    """The sharpest direction of a step's loss in the metric of its optimizer.
+
+    Attributes:
+        mode: unit eigenvector of ``R^1/2 H' R^1/2``, flat.
+        root: ``sqrt(R)`` of each parameter, which turns ``mode`` into a displacement of the parameters.
+        buffer_scale: turns ``mode`` into the momentum buffer that displaces by ``root * mode``; None without momentum.
+        accuracy: relative error of products: the quotient of ``mode`` may be above the largest eigenvalue by it.
+        beyond: the largest eigenvalue may be above the quotient of ``mode`` by it, relatively.
+    """
+
+    mode: Tensor
+    root: Tensor | float
+    buffer_scale: Tensor | float | None
+    accuracy: Tensor
+    beyond: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityThreshold(SharpMode):
+    """A step in relation to the edge of stability of its optimizer, with its `SharpMode`.
 
     Attributes:
         sharpness: ``lambda_max(H)``, algebraic, of the step's loss.
         error: ``lambda_max(H)`` is within ``error |sharpness|`` of it, see `top_eigenvalue` and `followed_top`.
         courant_error: the same for ``courant``; equal to ``error`` where one run gives both.
-        accuracy: relative error of products: the quotient of ``mode`` may be above the largest eigenvalue by it.
-        beyond: the largest eigenvalue may be above the quotient of ``mode`` by it, relatively.
         courant: ``lambda_max(R^1/2 H' R^1/2) / c``: 1 is the edge.
         limit: ``lambda_max(H') / courant``, the sharpness at which the step would be at its edge; NaN at rate 0.
-        mode: unit eigenvector of ``R^1/2 H' R^1/2``, flat.
         top: unit eigenvector of H, flat; the mode itself where R is one number.
-        root: ``sqrt(R)`` of each parameter, which turns ``mode`` into a displacement of the parameters.
-        buffer_scale: turns ``mode`` into the momentum buffer that displaces by ``root * mode``; None without momentum.
         products: how many Hessian products were used.
         recent: values of this and earlier steps, for the next.
     """
@@ -71,14 +88,9 @@ class StabilityThreshold:
     sharpness: Tensor
     error: Tensor
     courant_error: Tensor
-    accuracy: Tensor
-    beyond: Tensor
     courant: Tensor
     limit: Tensor
-    mode: Tensor
     top: Tensor
-    root: Tensor | float
-    buffer_scale: Tensor | float | None
     products: int
     recent: Recent
 
@@ -166,6 +178,47 @@ def followed_threshold(
     return _threshold(snapshot, start, top, find, method, recent)
 
 
+def followed_mode(snapshot: Snapshot, *, start: Tensor | None = None, method: Method = "auto") -> SharpMode:
+    """Return the sharp mode alone, followed from an earlier one, where H itself would take products of its own.
+
+    That is with a preconditioner, and where rates or coupled decays differ: see `has_own_run`.
+
+    Args:
+        snapshot: a step with its optimizer.
+        start: an earlier ``mode``.
+        method: of the Hessian products.
+
+    Raises:
+        Unmeasurable: see `stability_threshold`.
+
+    Cost: half the products of `followed_threshold`.
+    """
+    rule = coming_rule(snapshot)
+    threshold_constant(rule)
+    steepest = followed_top(preconditioned_hessian(snapshot, method=method, rule=rule), snapshot, start, ())
+    root = rates(snapshot, rule) ** 0.5 if rule.lr else 1.0
+    return SharpMode(**_mode(snapshot, rule, steepest, root, steepest.value))
+
+
+def has_own_run(snapshot: Snapshot) -> bool:
+    """Return whether ``R^1/2 H' R^1/2`` has other eigenvectors than H."""
+    if frozen_rule(snapshot).frozen:
+        require_gradient(snapshot)
+        return True
+    return isinstance(rates(snapshot), Tensor) or isinstance(decay_rates(snapshot), Tensor)
+
+
+def _mode(snapshot: Snapshot, rule: FrozenRule, steepest: Top, root: Tensor | float, value: Tensor) -> dict[str, Any]:
+    """Return the fields of `SharpMode`, of which errors are relative to a value."""
+    return {
+        "mode": steepest.vector,
+        "root": root,
+        "buffer_scale": _buffer_scale(root, buffer_rates(snapshot, rule)) if rule.momentum else None,
+        "accuracy": _relative(steepest.accuracy, value),
+        "beyond": _relative(steepest.beyond, value),
+    }
+
+
 def _threshold(
     snapshot: Snapshot,
     start: Tensor | None,
@@ -214,16 +267,12 @@ def _threshold(
         sharpness=plain.value,
         error=_relative(plain.error, plain.value),
         courant_error=_relative(steepest.error, value),
-        accuracy=_relative(steepest.accuracy, value),
-        beyond=_relative(steepest.beyond, value),
         courant=courant,
         limit=decayed / courant,
-        mode=steepest.vector,
         top=plain.vector,
-        root=root,
-        buffer_scale=_buffer_scale(root, buffer_rates(snapshot, rule)) if rule.momentum else None,
         products=steepest.products + (plain.products if plain is not steepest else 0),
         recent=recent.with_values(plain.early, steepest.early / (rule.lr if scale == 1.0 and rule.lr else 1.0)),
+        **_mode(snapshot, rule, steepest, root, value),
     )
 
 

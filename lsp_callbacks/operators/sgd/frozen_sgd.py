@@ -15,6 +15,7 @@ from lsp_callbacks.functional.sgd.gram_rate import gram_mean_square_lr
 from lsp_callbacks.functional.sgd.mean_square import mean_square_lr
 from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduced_modes
 from lsp_callbacks.operators.sgd.gram_matrix import POSITIONS, TangentKernel, tangent_kernel
+from lsp_callbacks.operators.sgd.graph_rows import GraphRows
 from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule, probe_squares, remembered_rule
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
     FrozenRule,
@@ -95,6 +96,7 @@ def frozen_sgd(
     squares: Literal["probes", "batch"] = "probes",
     most: int | None = None,
     correction: float | None = None,
+    rows: GraphRows | None = None,
 ) -> FrozenSGD:
     """Linearise a training step on ``range(J^T)``: exact at interpolation, a Gauss-Newton statement elsewhere.
 
@@ -115,6 +117,7 @@ def frozen_sgd(
         outputs: rows of K, see `lsp_callbacks.operators.sgd.gram_matrix`.
         generator: for the random choices; None draws from the snapshot's.
         start: an earlier ``kernel.mode``.
+        rows: from the step's own graph, which say what to look at; with ``checked`` they take the place of the probes.
         most_rows, positions, checked, most, correction: see `lsp_callbacks.operators.sgd.gram_matrix`.
         squares: of which samples the mean square of the coming gradients is taken for a preconditioner: of these, or
             of the step's batch while the optimizer has seen few (`remembered_rule`).
@@ -138,10 +141,15 @@ def frozen_sgd(
             if squares == "probes"
             else remembered_rule(snapshot)
         )
-    kernel = tangent_kernel(
-        probes, outputs=outputs, scale=rule.scale, generator=generator, start=start, most_rows=most_rows,
-        positions=positions, checked=checked, holds=squares == "batch", most=most, correction=correction,
-    )  # fmt: skip
+    if rows is not None and checked is not None:
+        kernel = rows.kernel(rule.scale, checked, correction)
+    else:
+        chosen = {} if rows is None else dict(enumerate(rows.chosen))
+        kernel = tangent_kernel(
+            probes, outputs=outputs, scale=rule.scale, generator=generator, start=start, most_rows=most_rows,
+            positions=positions, checked=checked, holds=squares == "batch", most=most, correction=correction,
+            given=chosen,
+        )  # fmt: skip
     trace = sum(kernel.traces.values()) or 1.0
 
     def mean(decay: Mapping[str, float | Tensor]) -> float:

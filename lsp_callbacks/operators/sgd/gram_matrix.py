@@ -15,7 +15,7 @@ from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.operators.sgd.collapsed_outputs import FirstInputs, SameOutputs
 from lsp_callbacks.operators.sgd.held_statistics import can_be_held
-from lsp_callbacks.operators.sgd.output_directions import OutputDirections
+from lsp_callbacks.operators.sgd.output_directions import Chosen, OutputDirections
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram
 from lsp_callbacks.operators.sgd.per_sample_gradients import RowSeed, whole_seeds
 from lsp_callbacks.operators.sgd.rows_by_backward import TiedRows, add_rows
@@ -79,6 +79,7 @@ def tangent_kernel(
     holds: bool = False,
     most: int | None = None,
     correction: float | None = None,
+    given: Mapping[int, Chosen] | None = None,
 ) -> TangentKernel:
     """Return ``K_ij = z_i D z_j^T``, ``z_i = R_i^T J_i``; ``R_i R_i^T = S_i`` is the output Hessian of sample i's loss.
 
@@ -113,6 +114,7 @@ def tangent_kernel(
             rows are formed one by one.
         most: how many samples have rows; None is all, see `sampled_rows`.
         correction: of the largest eigenvalue with held statistics, from an earlier kernel; None finds it.
+        given: what rows of some parts look at, by the index of the part.
 
     Raises:
         Unmeasurable: the criterion is not convex in the outputs, or flat.
@@ -130,11 +132,12 @@ def tangent_kernel(
         positions = max(1, min(positions, most_rows // probes.samples))
     directions = OutputDirections(
         probes, scale, outputs, positions, generator, start,
-        checks=checked is None or "rows" in checked.path.values(), holds=holds, most=most,
+        checks=checked is None or "rows" in checked.path.values(), holds=holds, most=most, given=given,
     )  # fmt: skip
     grams = {name: ParameterGram() for name in parameters}
     roots = {name: torch.as_tensor(scale[name]).to(p) ** 0.5 for name, p in parameters.items()}
-    check = _Check(parameters, roots, generator) if checked is None and not holds else None
+    of_check = torch.Generator().manual_seed(generator.initial_seed() + 1)
+    check = _Check(parameters, roots, of_check) if checked is None and not holds else None
     tied: TiedRows | None = None
     loss, count, same_outputs = 0.0, 0, SameOutputs(probes.samples)
     for index in range(len(probes.parts)):
@@ -235,12 +238,12 @@ def corrected(
 
     Cost: a forward and a backward pass, without a known factor.
     """
+    if correction is not None or not float(gram.trace()) > 0:
+        correction = 1.0 if correction is None else correction
+        return with_top(gram, correction), correction
     values, vectors = torch.linalg.eigh(gram)
     c, exact, lo = vectors[:, -1], 0.0, 0
     top = float(values[-1])
-    if correction is not None or top <= 0:
-        correction = 1.0 if correction is None else correction
-        return gram + (correction - 1) * top * c[:, None] * c, correction
     for index, part in enumerate(probes.parts):
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             outputs = part().outputs
@@ -258,6 +261,15 @@ def corrected(
             if g is not None
         )
     return gram + (exact - top) * c[:, None] * c, exact / top
+
+
+def with_top(gram: Tensor, factor: float) -> Tensor:
+    """Return a Gram matrix with its largest eigenvalue times a factor."""
+    if factor == 1:
+        return gram
+    values, vectors = torch.linalg.eigh(gram)
+    c = vectors[:, -1]
+    return gram + (factor - 1) * float(values[-1]) * c[:, None] * c
 
 
 def _affordable(rows: int, most: int) -> int:

@@ -152,10 +152,10 @@ def dense(values: Tensor) -> Use:
 def _(layer: nn.Conv2d, x: Tensor, g: Tensor) -> dict[str, Use] | None:
     if x.ndim != len(layer.kernel_size) + 2:
         return None
-    windows, split = _flat_windows(layer, x, g)
 
     def gradients(lo: int, hi: int) -> Tensor:
-        return torch.einsum("nrgol,ngkl->nrgok", split[lo:hi], windows[lo:hi]).flatten(2)
+        windows, split = _flat_windows(layer, x[lo:hi], g[lo:hi])  # larger than the input: not held
+        return torch.einsum("nrgol,ngkl->nrgok", split, windows).flatten(2)
 
     return {"weight": Use(gradients, g.shape[1]), "bias": dense(g.flatten(3).sum(-1))}
 
@@ -180,14 +180,20 @@ def _(layer: nn.Embedding, x: Tensor, g: Tensor) -> dict[str, Use] | None:
     g = g.reshape(*g.shape[:2], -1, g.shape[-1])
     if layer.padding_idx is not None:
         g = g * (index != layer.padding_idx)[:, None, :, None]
+    return {"weight": table_use(Table(index, g), layer.num_embeddings)}
+
+
+def table_use(table: Table, entries: int) -> Use:
+    """Return the use of a table of so many rows."""
+    index, g = table.index, table.g
 
     def gradients(lo: int, hi: int) -> Tensor:
         n, rows, _, width = g[lo:hi].shape
-        table = g.new_zeros(n, rows, layer.num_embeddings, width)
+        whole = g.new_zeros(n, rows, entries, width)
         place = index[lo:hi, None, :, None].expand(n, rows, -1, width)
-        return table.scatter_add_(2, place, g[lo:hi]).flatten(2)
+        return whole.scatter_add_(2, place, g[lo:hi]).flatten(2)
 
-    return {"weight": Use(gradients, g.shape[1], table=Table(index, g))}
+    return Use(gradients, g.shape[1], table=table)
 
 
 @layer_uses.register
@@ -230,24 +236,26 @@ def uses_ahead_of_norm(
         normalised: y, of the whole batch.
         taken: indices of the samples that have rows; None is all.
     """
-    some = slice(None) if taken is None else taken
+    own = x if taken is None else x[taken]
     if is_linear(layer) and x.ndim == 2:
-        flat, split, y = x[some][:, None, :, None], g[:, :, None, :, None], normalised[:, None, :, None]
+        split, y = g[:, :, None, :, None], normalised[:, None, :, None]
         mean, slope = x.mean(0)[None], (normalised.T @ x)[None] / len(x)
     elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and x.ndim == len(layer.kernel_size) + 2:
         groups, count = layer.groups, normalised[:, 0].numel()
-        flat, split = _flat_windows(layer, x[some], g)
+        split = g.reshape(*g.shape[:2], groups, -1, g.shape[3:].numel())
         y = normalised.reshape(len(x), groups, -1, split.shape[-1])
         ones = normalised.new_ones(1, groups, *normalised.shape[2:])
         mean = _weight_gradient(layer, x.sum(0, keepdim=True), ones).view(groups, -1) / count  # of the sum, once
         slope = _weight_gradient(layer, x, normalised).view(groups, layer.out_channels // groups, -1) / count
     else:
         return None
-    y = y[some]
+    y = y if taken is None else y[taken]
     shift, scale = split.sum(-1), (split * y[:, None]).sum(-1)  # (N, R, G, o)
 
     def gradients(lo: int, hi: int) -> Tensor:
-        rows = torch.einsum("nrgol,ngkl->nrgok", split[lo:hi], flat[lo:hi])
+        some = own[lo:hi]
+        flat = some[:, None, :, None] if is_linear(layer) else _flat_windows(layer, some, g[lo:hi])[0]  # type: ignore[arg-type]
+        rows = torch.einsum("nrgol,ngkl->nrgok", split[lo:hi], flat)
         rows -= shift[lo:hi, ..., None] * mean[:, None] + scale[lo:hi, ..., None] * slope
         return (rows.flatten(2, 3).transpose(2, 3) if transposed(layer) else rows).flatten(2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,26 @@ from lsp_callbacks.step.probe_set import ProbeSet
 POWER = 20
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What the rows of a part of the samples look at.
+
+    Attributes:
+        positions: of each sample, ``(N, k)``.
+        taken: indices of the samples that have rows.
+        chance: by which probability each of those was taken.
+    """
+
+    positions: Tensor
+    taken: Tensor
+    chance: Tensor
+
+
+def positions_of(shape: torch.Size | tuple[int, ...], count: int, generator: torch.Generator) -> Tensor:
+    """Return so many positions of each sample, of those that it has, ``(N, T)``, by chance."""
+    return torch.rand(shape, generator=generator).argsort(1)[:, :count].sort(1).values
+
+
 class OutputDirections:
     """The cotangents ``sqrt(s) u`` of each sample's rows, with the forward passes that they belong to.
 
@@ -36,6 +57,7 @@ class OutputDirections:
         checks: whether a pass with copies of shared parameters is compared with one without.
         holds: whether the statistics of a batch are held fixed where they tie samples together.
         most: how many samples have rows; None is all, see `sampled_rows`.
+        given: what rows of some parts look at, by the index of the part.
 
     Attributes:
         description: in words, which outputs the rows stand for.
@@ -55,7 +77,9 @@ class OutputDirections:
         checks: bool = True,
         holds: bool = False,
         most: int | None = None,
+        given: Mapping[int, Chosen] | None = None,
     ):
+        self.given = given or {}
         self.mode, self._checks, self._holds, self._most = mode, checks, holds, most
         self.probes, self.scale, self.which, self.generator = probes, scale, which, generator
         self.description = ""
@@ -109,8 +133,12 @@ class OutputDirections:
         if shape[1] != self._length:
             raise Unmeasurable("samples have different numbers of positions: pad the batches to one length")
         # Each sample has positions of its own: what one position is like is not what all are.
-        order = torch.rand(shape[:2], generator=self.generator).argsort(1)
-        chosen = order[:, : self._count].sort(1).values.to(evaluation.outputs.device)
+        chosen = (
+            positions_of(shape[:2], self._count, self.generator)
+            if index not in self.given
+            else self.given[index].positions
+        )
+        chosen = chosen.to(evaluation.outputs.device)
         where = f" at {chosen.shape[1]} of {shape[1]} positions" if shape[1] > 1 else ""
         self.description = ("the only output" if shape[2] == 1 else f"{self.which} of {shape[2]} outputs") + where
         curvature = output_curvature(evaluation, chosen)
@@ -140,40 +168,67 @@ class OutputDirections:
         """Return the pairs of those samples that have rows, times what each stands for; zeros elsewhere."""
         n = len(pairs[0])
         most = n if self._most is None else round(self._most * n / self.probes.samples)
-        if most >= n:
-            return pairs
-        sizes = torch.stack([pair.square().flatten(1).sum(1) for pair in pairs]).sum(0)
-        offset = float(torch.rand((), generator=self.generator, dtype=torch.float64))
-        taken, chance = self.taken[index] = sampled_rows(sizes, most, offset)
-        factor = torch.zeros(n, dtype=pairs[0].dtype)
-        factor[taken] = (1 / chance).sqrt().to(factor)
-        return [pair * factor.to(pair)[:, None, None] for pair in pairs]
+        if index in self.given:
+            self.taken[index] = self.given[index].taken, self.given[index].chance
+        elif most < n:
+            sizes = torch.stack([pair.square().flatten(1).sum(1) for pair in pairs]).sum(0)
+            offset = float(torch.rand((), generator=self.generator, dtype=torch.float64))
+            self.taken[index] = sampled_rows(sizes, most, offset)
+        return pairs if index not in self.taken else [weighted(pair, *self.taken[index]) for pair in pairs]
 
     def _top(self, curvature: OutputCurvature, here: Tensor, index: int, chosen: Tensor) -> Tensor:
-        """Return ``sqrt(s) u`` of the top eigenpair at each position, by power iteration."""
-        if curvature.p is not None and curvature.weights is not None:
-            return softmax_pairs(curvature.p, curvature.weights).to(here)
-        product, matrices = curvature.product, None
-        if here.shape[-1] <= POWER:  # the matrix itself costs less than its power
-            matrices = curvature.matrices(here.shape).to(here)
-            product = lambda v: (matrices @ v[..., None])[..., 0]  # noqa: E731
+        """Return ``sqrt(s) u`` of the top eigenpair at each position."""
+        pairs = top_pairs(curvature, here)
+        if pairs is not None:
+            return pairs
+        # Any direction is an eigenvector: take the one in which the sharpest mode moves this sample.
+        if self._moves is None:
+            self._moves, self.mode = sharpest_mode(self.probes, self.scale, self.mode, self.generator)
+        self.description = self.description.replace("top", "sharpest mode", 1)
+        pairs = top_pairs(curvature, here, at(self._moves[index], chosen))
+        assert pairs is not None
+        return pairs
+
+
+def weighted(pairs: Tensor, taken: Tensor, chance: Tensor) -> Tensor:
+    """Return the pairs, ``(N, k, C)``, of the samples that were taken, times what each stands for; zeros elsewhere."""
+    factor = torch.zeros(len(pairs), dtype=pairs.dtype)
+    factor[taken] = (1 / chance).sqrt().to(factor)
+    return pairs * factor.to(pairs)[:, None, None]
+
+
+def top_pairs(curvature: OutputCurvature, here: Tensor, start: Tensor | None = None) -> Tensor | None:
+    """Return ``sqrt(s) u`` of the top eigenpair at each position, by power iteration.
+
+    Args:
+        curvature: at some positions.
+        here: the outputs there, ``(N, k, C)``.
+        start: of the iteration; by default one for all.
+
+    Returns:
+        None where any direction is an eigenvector, and no start was given.
+    """
+    if curvature.p is not None and curvature.weights is not None:
+        return softmax_pairs(curvature.p, curvature.weights).to(here)
+    product, matrices = curvature.product, None
+    if here.shape[-1] <= POWER:  # the matrix itself costs less than its power
+        matrices = curvature.matrices(here.shape).to(here)
+        product = lambda v: (matrices @ v[..., None])[..., 0]  # noqa: E731
+    if start is None:
         # One start for all: where the eigenvalue is nearly degenerate, samples keep what they have in common.
         start = torch.randn(here.shape[-1], generator=torch.Generator().manual_seed(0)).to(here).expand_as(here)
         image = product(unit(start))
         if curvature.is_multiple or _is_eigenvector(unit(start), image):
-            # Any direction is an eigenvector: take the one in which the sharpest mode moves this sample.
-            if self._moves is None:
-                self._moves, self.mode = sharpest_mode(self.probes, self.scale, self.mode, self.generator)
-            self.description = self.description.replace("top", "sharpest mode", 1)
-            start = at(self._moves[index], chosen)
-            image = product(unit(start))
-        if matrices is not None:
-            start, image = _squared(matrices, image)
-        else:
-            for _ in range(POWER):
-                start, image = image, product(unit(image))
-        u = unit(start)
-        return u * root((image * u).sum(-1, keepdim=True), image)
+            return None
+    else:
+        image = product(unit(start))
+    if matrices is not None:
+        start, image = _squared(matrices, image)
+    else:
+        for _ in range(POWER):
+            start, image = image, product(unit(image))
+    u = unit(start)
+    return u * root((image * u).sum(-1, keepdim=True), image)
 
 
 def _squared(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:

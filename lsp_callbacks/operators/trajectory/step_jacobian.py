@@ -73,12 +73,14 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     H = accurate_hessian(snapshot, method)
     n = H.shape[0]
     tangent, size = step_tangent(snapshot)
+    pull = _step_adjoint(snapshot) if formula_of(optimizer) is not None else None
 
     def adjoint(w: Tensor) -> Tensor:
-        z, change = step_adjoint(snapshot, w)
+        assert pull is not None
+        z, change = pull(w)
         return torch.cat([z[:n] + H.apply(change), z[n:]])
 
-    transpose = adjoint if formula_of(optimizer) is not None else None
+    transpose = None if pull is None else adjoint
     return LinearOperator((size, size), lambda z: tangent(z, H.apply(z[:n])), transpose, dtype=H.dtype, device=H.device)
 
 
@@ -131,8 +133,8 @@ def step_response(snapshot: Snapshot) -> LinearOperator:
     def response(change: Tensor) -> Tensor:
         return tangent(change.new_zeros(size), change)
 
-    has_formula = formula_of(require_optimizer(snapshot)) is not None
-    transpose = (lambda w: step_adjoint(snapshot, w)[1]) if has_formula else None
+    pull = _step_adjoint(snapshot) if formula_of(require_optimizer(snapshot)) is not None else None
+    transpose = None if pull is None else (lambda w: pull(w)[1])
     return LinearOperator((size, len(gradient)), response, transpose, dtype=dtype, device=gradient.device)
 
 
@@ -161,8 +163,19 @@ def step_adjoint(snapshot: Snapshot, w: Tensor) -> tuple[Tensor, Tensor]:
 
     Cost: no gradient where the step has one.
     """
-    z, change = formula_tangent(snapshot).pull(w)
-    return z, clipped_change(snapshot, change)
+    return _step_adjoint(snapshot)(w)
+
+
+def _step_adjoint(snapshot: Snapshot) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    pull = formula_tangent(snapshot).pull
+    if snapshot.clipping is None:
+        return pull
+
+    def clipped(w: Tensor) -> tuple[Tensor, Tensor]:
+        z, change = pull(w)
+        return z, clipped_change(snapshot, change)
+
+    return clipped
 
 
 def parameter_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOperator:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg import unit
+from lsp_callbacks.linalg import inner, unit
 from lsp_callbacks.operators.curvature.hessian import Method
 from lsp_callbacks.operators.trajectory.formula_tangent import GRADIENT, THETA, FormulaTangent, formula_tangent
 from lsp_callbacks.operators.trajectory.optimizer_input import clipped_change
 from lsp_callbacks.operators.trajectory.proximal import proximal_jacobian
 from lsp_callbacks.operators.trajectory.step_jacobian import accurate_hessian
+from lsp_callbacks.operators.trajectory.update_rules import reciprocal
 from lsp_callbacks.step.snapshot import Snapshot
 
 
@@ -73,8 +74,8 @@ def step_on_plane(
         along = {THETA: root * mode, GRADIENT: change}
         rest = unit(torch.cat([step.image(name, along) for name in others])) if others else mode[:0]
     scales = (root,) if buffer_scale is None else (root, buffer_scale)
-    columns = [{name: _Scaled(scale, mode)} for name, scale in zip(names, scales)]
-    rows = [{name: _Scaled(_inverse(scale), mode)} for name, scale in zip(names, scales)]
+    columns = [{name: _scaled(scale, mode)} for name, scale in zip(names, scales)]
+    rows = [{name: _scaled(_inverse(scale), mode)} for name, scale in zip(names, scales)]
     if snapshot.run.prox is not None:
         rows[0] = {THETA: _Scaled(1.0, (proximal_jacobian(snapshot).T @ rows[0][THETA].product).to(mode))}
     if bool(rest.any()):
@@ -89,14 +90,19 @@ def step_on_plane(
 
 @dataclass(frozen=True, eq=False)
 class _Scaled:
-    """A vector times a number, or number by number times another vector."""
+    """A vector times a number."""
 
-    scale: Tensor | float
+    scale: float
     vector: Tensor
 
     @property
     def product(self) -> Tensor:
         return self.scale * self.vector
+
+
+def _scaled(scale: Tensor | float, vector: Tensor) -> _Scaled:
+    """Return a vector times a number, or number by number times another vector, which is multiplied at once."""
+    return _Scaled(1.0, scale * vector) if isinstance(scale, Tensor) else _Scaled(scale, vector)
 
 
 class _Reader:
@@ -120,26 +126,14 @@ class _Reader:
         return total
 
     def _product(self, k: int, reader: _Scaled, derivative: Tensor | float, source: _Scaled) -> float:
-        of, numbers, factor = self.step.parts[k].of, [], 1.0
-        for value, whole in ((reader.scale, False), (derivative, True), (source.scale, False)):
-            if isinstance(value, Tensor):
-                numbers.append(value if whole else of(value))
-            else:
-                factor *= value
-        if numbers:
-            left = of(reader.vector)
-            for value in numbers:
-                left = left * value
-            return factor * _dot(left, of(source.vector))
+        of, factor = self.step.parts[k].of, reader.scale * source.scale
+        if isinstance(derivative, Tensor):
+            return factor * inner(of(reader.vector) * derivative, of(source.vector))
         key = (k, id(reader.vector), id(source.vector))
         if key not in self.known:
-            self.known[key] = _dot(of(reader.vector), of(source.vector))
-        return factor * self.known[key]
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float(a.double() @ b.double())
+            self.known[key] = inner(of(reader.vector), of(source.vector))
+        return factor * derivative * self.known[key]
 
 
 def _inverse(root: Tensor | float) -> Tensor | float:
-    return torch.where(root > 0, 1 / root, 0.0) if isinstance(root, Tensor) else 1 / root
+    return reciprocal(root) if isinstance(root, Tensor) else 1 / root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, singledispatch
@@ -184,12 +185,19 @@ def _descent_at(at: State, group: Group) -> Tensor:
 
 
 def _by_root(nu: Tensor) -> Tensor:
-    """Return the derivative of `root`, 0 at 0 instead of infinity.
+    """Return the derivative of `root`, and 0 at 0 instead of infinity.
 
     At 0 the gradient has always vanished, and to first order nu, being its square, does not change.
     """
-    size = root(nu)
-    return torch.where(size > 0, 0.5 / size, 0.0)
+    return reciprocal(root(nu)).mul_(0.5)
+
+
+def reciprocal(size: Tensor) -> Tensor:
+    """Return one over numbers that are not negative, and 0 where they are 0 (or so small that it would overflow).
+
+    A NaN stays one. Several times faster than a choice by mask.
+    """
+    return size.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
 
 
 def _sgd(at: State, group: Group, t: float) -> dict[str, Linear]:
@@ -203,17 +211,25 @@ def _sgd(at: State, group: Group, t: float) -> dict[str, Linear]:
     return {"theta": combined((1.0, _itself("theta")), (-lr, update)), "momentum_buffer": m}
 
 
+def _mean(before: Tensor | None, d: Tensor, keep: float) -> Tensor:
+    """Return the running mean ``keep mean + (1 - keep) d``, a new tensor."""
+    mean = (1 - keep) * d
+    return mean if before is None else mean.add_(before, alpha=keep)
+
+
 def _adam_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
     beta, eps = float(group["betas"][1]), float(group["eps"])
     nu = averaged(state.get("exp_avg_sq"), d, beta)
-    floor = state.get("max_exp_avg_sq", torch.zeros_like(d)) if group["amsgrad"] else 0.0
+    floor: float | Tensor = 0.0
+    if group["amsgrad"]:
+        floor = state["max_exp_avg_sq"] if "max_exp_avg_sq" in state else torch.zeros_like(d)
     return Moment(nu, beta, 1 - beta, lambda nu, t, steps: root(nu).div_((1 - beta**t) ** 0.5).add_(eps), floor=floor)
 
 
 def _adam(at: State, group: Group, t: float) -> dict[str, Linear]:
     value, d, beta, lr = _descent_at(at, group), _by_descent(group), float(group["betas"][0]), float(group["lr"])
     moment = _adam_moment(value, at, group, t)
-    mean = (1 - beta) * value + (beta * at["exp_avg"] if "exp_avg" in at else 0.0)
+    mean = _mean(at.get("exp_avg"), value, beta)
     new = {
         "exp_avg": combined((beta, _itself("exp_avg")), (1 - beta, d)),
         "exp_avg_sq": combined((moment.keep, _itself("exp_avg_sq")), (2 * moment.share * value, d)),
@@ -223,11 +239,12 @@ def _adam(at: State, group: Group, t: float) -> dict[str, Linear]:
         before = (moment.floor > nu).to(nu) + 0.5 * (moment.floor == nu).to(nu)
         by_nu = combined((before, _itself("max_exp_avg_sq")), (1 - before, by_nu))
         nu, new["max_exp_avg_sq"] = torch.maximum(moment.floor, nu), by_nu
-    divisor, rate = moment.denominator(nu, t, 0), lr / (1 - beta**t)
-    slope = _by_root(nu) / (1 - moment.keep**t) ** 0.5
-    kept = 1 - lr * float(group["weight_decay"]) if decoupled(group) else 1.0
+    divided = moment.denominator(nu, t, 0).reciprocal_()
+    by_root = mean.mul_(divided).mul_(divided).mul_(_by_root(nu)).div_((1 - moment.keep**t) ** 0.5)
+    kept, rate = 1 - lr * float(group["weight_decay"]) if decoupled(group) else 1.0, lr / (1 - beta**t)
+    divided.mul_(rate), by_root.mul_(rate)
     theta = combined(
-        (kept, _itself("theta")), (-rate / divisor, new["exp_avg"]), (rate * mean / divisor**2 * slope, by_nu)
+        (kept, _itself("theta")), (-1.0, {k: divided * v for k, v in new["exp_avg"].items()}), (by_root, by_nu)
     )
     return {"theta": theta} | new
 
@@ -237,7 +254,7 @@ def _rmsprop_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
     nu = averaged(state.get("square_avg"), d, alpha)
     if not group["centered"]:
         return Moment(nu, alpha, 1 - alpha, lambda nu, t, steps: root(nu).add_(eps))
-    mean = alpha * state.get("grad_avg", torch.zeros_like(d)) + (1 - alpha) * d
+    mean = _mean(state.get("grad_avg"), d, alpha)
 
     def denominator(nu: Tensor, t: float, steps: int) -> Tensor:
         later = alpha**steps * mean + (1 - alpha**steps) * d if steps else mean
@@ -253,7 +270,7 @@ def _rmsprop(at: State, group: Group, t: float) -> dict[str, Linear]:
     spread, by_spread = moment.nu, new["square_avg"]
     if group["centered"]:
         new["grad_avg"] = combined((alpha, _itself("grad_avg")), (1 - alpha, d))
-        mean = (1 - alpha) * value + (alpha * at["grad_avg"] if "grad_avg" in at else 0.0)
+        mean = _mean(at.get("grad_avg"), value, alpha)
         spread, by_spread = spread - mean * mean, combined((1.0, by_spread), (-2 * mean, new["grad_avg"]))
     divisor = moment.now(t)
     update = combined((1 / divisor, d), (-value / divisor**2 * _by_root(spread), by_spread))

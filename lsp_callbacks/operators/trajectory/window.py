@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, push
 from lsp_callbacks.linalg.logs import exp
-from lsp_callbacks.operators.curvature.hessian import Method
+from lsp_callbacks.operators.curvature.hessian import Method, products_so_far
 from lsp_callbacks.operators.trajectory.optimizer_copy import held
 from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
-from lsp_callbacks.operators.trajectory.update_rules import formula_of
+from lsp_callbacks.operators.trajectory.update_rules import formula, formula_of
 from lsp_callbacks.step.flat import restored, split
 from lsp_callbacks.step.replay_checks import replayed_gradient
 from lsp_callbacks.step.snapshot import Snapshot
@@ -36,12 +36,30 @@ class KeptStep:
     snapshot: Snapshot
     theta: list[Tensor]
     method: Method
+    _again: list[tuple[Snapshot, LinearOperator, LinearOperator]] = field(default_factory=list, init=False, repr=False)
 
     def maps(self) -> tuple[LinearOperator, LinearOperator]:
-        """Return `update_jacobian` and `update_response` by a new replay, while the parameters are ``theta``."""
+        """Return `update_jacobian` and `update_response` by new replays, while the parameters are ``theta``.
+
+        Differences of gradients under SGD keep three vectors, and serve all passes; what would keep a graph, or the
+        diagonals of a preconditioner, is made for each pass anew.
+        """
+        if self._again:
+            again, A, B = self._again[0]
+            if not products_so_far(again).untrusted:
+                return A, B
+            self._again.clear()
         again = replace(self.snapshot)
         again.verified.graph = self.snapshot.verified.graph  # of the code: the same in each replay
-        return update_jacobian(again, method=self.method), update_response(again)
+        A, B = update_jacobian(again, method=self.method), update_response(again)
+        if self.is_light:
+            self._again.append((again, A, B))
+        return A, B
+
+    @property
+    def is_light(self) -> bool:
+        """Whether the derivative takes few vectors beside the step's own."""
+        return self.method == "finite_difference" and formula(require_optimizer(self.snapshot)).second_moment is None
 
 
 def keep(snapshot: Snapshot, method: Method) -> KeptStep:

@@ -11,7 +11,7 @@ from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.courant_step import courant_step
 from lsp_callbacks.operators.cost import beside
-from lsp_callbacks.operators.memory import footprint
+from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.trajectory.step_by_differences import require_single_gradient
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import Key
@@ -73,7 +73,7 @@ class CourantStep(Quantity):
         "courant_step_error": Key("Error of courant_step by rounding.", error_of="courant_step"),
     }
     window = 2
-    weight = 0.05
+    weight = 0.3
     changes: Tensor
 
     def __init__(self, readings: int = 8, check_every: int = 16):

@@ -16,15 +16,18 @@ from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import (
     NOTHING,
     Recent,
+    SharpMode,
     StabilityThreshold,
+    followed_mode,
     followed_threshold,
+    has_own_run,
     stability_threshold,
     threshold_constant,
 )
 from lsp_callbacks.operators.curvature.top_eigenvalue import bounded_top
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing
-from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, decay_rates, frozen_rule, rates
+from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, frozen_rule
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import CURVATURE, PREFIX, Key, relative_bar
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
@@ -64,6 +67,13 @@ def measured_threshold(
     return thresholds[method, False]
 
 
+def measured_mode(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method) -> SharpMode:
+    """Return the sharp mode of a step: that of its threshold, where one was measured or costs no more products."""
+    if _thresholds(snapshot) or not has_own_run(snapshot):
+        return measured_threshold(snapshot, start, top, method)
+    return followed_mode(snapshot, start=start, method=method)
+
+
 @computed_once
 def _thresholds(snapshot: Snapshot) -> dict[tuple[Method, bool], StabilityThreshold]:
     """Return the thresholds of the step by method; they also depend on where the first caller started."""
@@ -71,14 +81,22 @@ def _thresholds(snapshot: Snapshot) -> dict[tuple[Method, bool], StabilityThresh
 
 
 def alignment_cost(snapshot: Snapshot, method: Method, *, warm: bool = True, bounded: bool = False) -> dict[str, float]:
-    """Return the cost, in gradients, of the alignment that sharpness and exponent share, with an earlier one or not."""
+    """Return the cost, in gradients, of the edge of stability, with an earlier mode or without: see `mode_cost`."""
     method = resolved(snapshot, method)
-    one_rate = all(isinstance(value, float) for value in (rates(snapshot), decay_rates(snapshot)))
     maximize = frozen_rule(snapshot).sign < 0
-    runs = 1 + maximize if one_rate else 2 + (maximize or isinstance(coupled_decay(snapshot), Tensor))
+    parts = mode_cost(snapshot, method, warm=warm, bounded=bounded)
+    if not has_own_run(snapshot):
+        return parts
+    runs = 2 + (maximize or isinstance(coupled_decay(snapshot), Tensor))
+    return parts | {"sharpness": _top_cost(snapshot, method, warm, bounded, runs) - parts["edge"]}
+
+
+def mode_cost(snapshot: Snapshot, method: Method, *, warm: bool = True, bounded: bool = False) -> dict[str, float]:
+    """Return the cost, in gradients, of the sharp mode that sharpness and exponent share."""
+    method = resolved(snapshot, method)
+    runs = 1 if has_own_run(snapshot) else 1 + (frozen_rule(snapshot).sign < 0)
     scatter = {"signs": (1 + 2 * DRAWS) / 3} if gradients_missing(snapshot) else {}
-    edge = _top_cost(snapshot, method, warm, bounded, runs)
-    return {"forward": forward_cost(snapshot), "edge": edge} | scatter
+    return {"forward": forward_cost(snapshot), "edge": _top_cost(snapshot, method, warm, bounded, runs)} | scatter
 
 
 def _top_cost(snapshot: Snapshot, method: Method, warm: bool, bounded: bool, runs: int) -> float:

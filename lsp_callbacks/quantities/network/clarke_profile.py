@@ -15,7 +15,7 @@ from lsp_callbacks.operators.cost import beside, forward_cost, sample_passes
 from lsp_callbacks.operators.curvature.hessian import label
 from lsp_callbacks.operators.curvature.kink_mode import KinkMode
 from lsp_callbacks.operators.curvature.kink_relaxation import KinkRelaxation
-from lsp_callbacks.operators.memory import footprint
+from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.network.depth import depth
 from lsp_callbacks.quantities.base import ROOT, Quantity, scalar
 from lsp_callbacks.quantities.key import PREFIX, Key

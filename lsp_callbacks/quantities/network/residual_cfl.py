@@ -57,7 +57,7 @@ class ResidualCFL(Quantity):
     Source: Katende 2025, Thm 4.3 and Cor. 4.4.
     """
 
-    weight = 0.08
+    weight = 0.1
     name = "residual_cfl"
     supports_multiple_optimizers = True
     KEYS: ClassVar = {

@@ -17,7 +17,8 @@ from lsp_callbacks.functional.network.robustness import sensitivity
 from lsp_callbacks.linalg import LinearOperator, norm
 from lsp_callbacks.operators.cost import beside, forward_cost, sample_passes
 from lsp_callbacks.operators.curvature.hessian import label
-from lsp_callbacks.operators.memory import TWICE, WORK, footprint
+from lsp_callbacks.operators.footprint import TWICE, footprint
+from lsp_callbacks.operators.memory import WORK
 from lsp_callbacks.operators.network.lipschitz import Uncertified, lipschitz_upper
 from lsp_callbacks.operators.network.norms_cost import norms_cost
 from lsp_callbacks.operators.network.saliency import Explanation, change_by_input, change_by_parameters, explain

@@ -44,7 +44,7 @@ class SpectralNorm(Quantity):
     Source: Katende 2025, Thm 4.1; Miyato et al. 2018 for the iteration.
     """
 
-    weight = 0.04
+    weight = 0.05
     name = "spectral_norm"
     supports_multiple_optimizers = True
     KEYS: ClassVar = {

@@ -12,7 +12,7 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.functional.numerics.numeric_range import NumericRange, lost_share, numeric_range
 from lsp_callbacks.operators.cost import beside, work
-from lsp_callbacks.operators.memory import footprint
+from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.trajectory.formula_tangent import blocks_of
 from lsp_callbacks.operators.trajectory.step_size import displacement
 from lsp_callbacks.operators.trajectory.update_rules import formula_of

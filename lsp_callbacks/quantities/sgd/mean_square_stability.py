@@ -5,28 +5,35 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.cost import beside, forward_cost, work
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
-from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel
+from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tolerance
+from lsp_callbacks.operators.sgd.graph_rows import GraphRows
 from lsp_callbacks.operators.sgd.held_statistics import can_be_held
 from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
-from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing
+from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing, remembered_rule
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.quantities.sgd.collapse import COLLAPSED, collapse, none_yet
 from lsp_callbacks.quantities.sgd.frozen_exponents import courant_of
 from lsp_callbacks.quantities.sgd.probe_cost import gram_cost, kernel_memory, probe_share
+from lsp_callbacks.step.graph_reader import GraphReader
+from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.replay_checks import verify, verify_gradient
+from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Relative error of the critical rate by its iteration, by which the rate is lowered.
 TOLERANCE = 5e-3
 #: Under batch statistics the largest eigenvalue is corrected anew in every so many readings.
 CORRECTED = 2
+#: Operations on small tensors, beside those of each layer, of a reading from the step's own graph.
+GRAPH_CALLS = 150
 #: Nanoseconds of the critical rate from 64 rows.
 RATE = 6e5
 
@@ -102,13 +109,46 @@ class MeanSquareStability(Quantity):
         self._correction: float | None = None
         self._checked: TangentKernel | None = None
         self._mode: Tensor | None = None
+        self._forget_graph()
         for name, value in zip(("alike", "alike_since"), none_yet()):
             self.add_state(name, default=value, persistent=True)
+
+    def _forget_graph(self) -> None:
+        """Go back to replays: nothing is known of the graph of a step."""
+        self._axes: list[int] | None = None
+        self._population: int | None = None
+        self._roots: dict[str, Tensor] | None = None
+        self._price: dict[str, float] = {}
+
+    def reader(self, module: nn.Module, run: RunContext, step: int) -> GraphReader | None:
+        """Return what reads the rows from the step's own graph, so that no pass is made again."""
+        if self.outputs != "top" or self._most is not None:
+            return None
+        corrects = self._update_count % CORRECTED == 1
+        return GraphRows(
+            module,
+            run.generator(step, self.name),
+            lambda samples: row_count(samples, self.rows),
+            self._positions,
+            axes=None if self._checks_next else self._axes,
+            roots=self._roots if corrects and not self._checks_next else None,
+        )
+
+    @property
+    def _checks_next(self) -> bool:
+        """Whether the next measurement is one of those that are checked: 1, 2, 4, 8, 16, ..."""
+        return self._checked is None or self._update_count & (self._update_count + 1) == 0
+
+    @property
+    def needs_replay(self) -> bool:
+        return self._axes is None or self._checks_next
 
     def check(self, snapshot: Snapshot) -> None:
         critical_rule(snapshot)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        if not self.needs_replay and self._price:
+            return self._price
         samples = step_samples(snapshot, self._most)
         n, positions = samples.samples, self._positions(samples.samples)
         if work(snapshot).multiplications <= 1.5 * n * work(snapshot).parameters:
@@ -118,7 +158,7 @@ class MeanSquareStability(Quantity):
         share, rows = probe_share(snapshot, samples, n), row_count(n, self.rows) * positions
         parts = {
             "rows of the batch": (1 + positions) / 3 * share + gram_cost(snapshot, rows, n / max(share, 1e-9)),
-            "critical rate": beside(snapshot, calls=100, time=RATE * (rows / 64) ** 3),
+            **self._rate_cost(snapshot, rows),
         }
         if samples.batches and can_be_held(samples.module):
             parts["batch statistics"] = (1 / 3 + 1 / CORRECTED) * share
@@ -152,10 +192,22 @@ class MeanSquareStability(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step; do nothing while its probes, where it has only those, are being collected."""
         self.complete = False
-        samples = step_samples(snapshot, self._most)
+        rows = self._rows_of_graph(snapshot)
+        checks = self._checked is None or self._update_count & (self._update_count - 1) == 0
+        reads = rows is not None and not checks and self._axes is not None
+        if snapshot.run.ranks.any(lambda: not reads, "the rows of the step's own graph"):
+            if not snapshot.can_replay:
+                self._axes = None  # the next step, at which this measurement goes on, is kept for a replay
+                return
+            reads = False
+        if rows is not None and reads:
+            samples = ProbeSet(
+                snapshot.module, (), rows.samples, rows.batch * snapshot.run.ranks.world, self._population
+            )
+        else:
+            samples = step_samples(snapshot, self._most)
         if not samples.full:
             return
-        checks = self._checked is None or self._update_count & (self._update_count - 1) == 0
         corrects = checks or self._update_count % CORRECTED == 0
         if checks and snapshot.loss is not None:
             verify(snapshot)
@@ -173,7 +225,10 @@ class MeanSquareStability(Quantity):
             checked=None if checks else self._checked,
             squares="batch",
             correction=None if corrects else self._correction,
+            rows=rows if reads or checks else None,
         )
+        if checks:
+            self._learn(snapshot, samples, sgd, rows)
         rate = (1 - TOLERANCE) * sgd.mean_square_lr(replacement=self.replacement, tol=TOLERANCE)  # errs downwards
         if math.isnan(rate):
             raise Unmeasurable("the Gram matrix is not finite: the weights or the outputs have overflowed")
@@ -188,10 +243,47 @@ class MeanSquareStability(Quantity):
             self.alike, self.alike_since, step=snapshot.step, is_alike=is_alike
         )
         self.latest, self._mode = sgd, sgd.kernel.mode
+        self._roots = {name: torch.as_tensor(value) ** 0.5 for name, value in remembered_rule(snapshot).scale.items()}
         if corrects:  # in between half of it, which errs on the early side
             self._correction = sgd.kernel.correction**0.5
         self._checked = sgd.kernel if checks else self._checked
         self.finish(numbers)
+
+    def _rows_of_graph(self, snapshot: Snapshot) -> GraphRows | None:
+        """Return the rows that were read from the step's own graph; None where it could not be read."""
+        rows = snapshot.readers.get(self.name)
+        if not isinstance(rows, GraphRows) or rows.failure is not None or not rows.chosen or rows.alike:
+            return None
+        return rows
+
+    def _learn(self, snapshot: Snapshot, samples: ProbeSet, sgd: FrozenSGD, rows: GraphRows | None) -> None:
+        """Find out whether rows from the step's own graph are those of its replay; then no replay is made any more."""
+        self._forget_graph()
+        scale = remembered_rule(snapshot).scale
+
+        def is_other() -> bool:
+            if rows is None or not {*sgd.kernel.path.values()} <= {"structured", "statistics"}:
+                return True
+            gram = rows.kernel(scale, sgd.kernel, sgd.kernel.correction).gram
+            known = sgd.kernel.gram
+            error = (gram - known).abs().amax() if gram.shape == known.shape else math.inf
+            return not bool(error <= tolerance(rows.dtype) * known.abs().amax())
+
+        if not snapshot.run.ranks.any(is_other, "rows of the step's own graph") and rows is not None:
+            self._axes, self._population = rows.axes, samples.population
+            self._price = self._price_of_graph(snapshot, rows)
+
+    def _price_of_graph(self, snapshot: Snapshot, rows: GraphRows) -> dict[str, float]:
+        """Return what a reading costs whose rows come from the step's own graph, by what it is spent on."""
+        count = sum(len(chosen.taken) * chosen.positions.shape[1] for chosen in rows.chosen)
+        passes, gram = rows.chosen[0].positions.shape[1] / 3, gram_cost(snapshot, count, rows.batch, calls=GRAPH_CALLS)
+        parts = {"rows of the graph": passes * rows.samples / rows.batch + gram, **self._rate_cost(snapshot, count)}
+        if rows.ties:  # sums over the batch, and now and then a backward pass for the largest eigenvalue
+            parts["batch statistics"] = 1 / 3 + (2 / 3 + gram) / CORRECTED
+        return parts
+
+    def _rate_cost(self, snapshot: Snapshot, rows: int) -> dict[str, float]:
+        return {"critical rate": beside(snapshot, calls=100, time=RATE * (rows / 64) ** 3)}
 
     def _positions(self, samples: int) -> int:
         """Return how many positions of each sample are looked at, if it has several."""
@@ -211,3 +303,4 @@ class MeanSquareStability(Quantity):
 
     def load_vectors(self, vectors: dict[str, Tensor]) -> None:
         self.latest, self._checked, self._correction, self._mode = None, None, None, vectors.get("mode")
+        self._forget_graph()

@@ -7,7 +7,8 @@ import math
 from torch import nn
 
 from lsp_callbacks.operators.cost import ELEMENT, MULTIPLICATION, beside, forward_cost, sample_passes, work
-from lsp_callbacks.operators.memory import footprint, unfolded
+from lsp_callbacks.operators.footprint import footprint
+from lsp_callbacks.operators.memory import unfolded
 from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
@@ -59,7 +60,7 @@ def kernel_cost(
     return parts
 
 
-def gram_cost(snapshot: Snapshot, rows: int, batch: float) -> float:
+def gram_cost(snapshot: Snapshot, rows: int, batch: float, *, calls: float = CALLS) -> float:
     """Return the gradients that a Gram matrix of so many rows takes beside the passes.
 
     Rows of layers that act at one position are never formed; others are, as gradients of their weights, and then
@@ -69,6 +70,7 @@ def gram_cost(snapshot: Snapshot, rows: int, batch: float) -> float:
         snapshot: a step.
         rows: how many.
         batch: how many samples a gradient of this rank has.
+        calls: operations on small tensors, beside those of each layer.
     """
     once, frozen = work(snapshot), frozen_rule(snapshot).frozen
     numbers = float(rows * once.parameters)
@@ -78,7 +80,7 @@ def gram_cost(snapshot: Snapshot, rows: int, batch: float) -> float:
         time += (MULTIPLICATION * rows + 0.5 + frozen) * numbers + ELEMENT * _windows(snapshot, rows)
     elif frozen:
         time += MULTIPLICATION * numbers + 15.0 * once.parameters
-    return formed + beside(snapshot, calls=CALLS + 12 * once.calls, time=time)
+    return formed + beside(snapshot, calls=calls + 12 * once.calls, time=time)
 
 
 def _windows(snapshot: Snapshot, samples: int) -> float:

@@ -25,7 +25,8 @@ from lsp_callbacks.functional.sgd.sgd_law import (
 from lsp_callbacks.linalg import Ritz, Sketch, lanczos
 from lsp_callbacks.operators.cost import beside, forward_cost, lanczos_cost
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
-from lsp_callbacks.operators.memory import footprint, product_memory
+from lsp_callbacks.operators.footprint import footprint
+from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import FrozenRule, decayed_hessian, frozen_rule
 from lsp_callbacks.quantities.base import Quantity

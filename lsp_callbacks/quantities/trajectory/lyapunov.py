@@ -16,11 +16,11 @@ from lsp_callbacks.operators.cost import beside, products
 from lsp_callbacks.operators.curvature.finite_differences import LEAST
 from lsp_callbacks.operators.curvature.hessian import Method, path_taken, products_so_far, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
-from lsp_callbacks.operators.memory import footprint
+from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.operators.trajectory.step_on_plane import step_on_plane
 from lsp_callbacks.quantities.base import scalar
-from lsp_callbacks.quantities.curvature.sharpness import alignment_cost, alignment_memory, measured_threshold
+from lsp_callbacks.quantities.curvature.sharpness import alignment_memory, measured_mode, mode_cost
 from lsp_callbacks.quantities.key import NATS, PREFIX, Key
 from lsp_callbacks.quantities.trajectory.windowed import Windowed
 from lsp_callbacks.step.snapshot import Snapshot
@@ -59,14 +59,14 @@ class Lyapunov(Windowed):
     Raises:
         ValueError: for a window or an average below 1.
 
-    Cost: the alignment shared with sharpness, then in each of two steps one Hessian product with any optimizer, and the
-    optimizer's formula in closed form on the plane alone.
+    Cost: the alignment shared with sharpness, then in each step of the window one Hessian product with any optimizer,
+    and the optimizer's formula in closed form on the plane alone.
 
     Source: Chemnitz & Engel 2025 for the exponent; Benettin et al. 1980; docs/theory.md, section The exponent along
     the trajectory.
     """
 
-    weight = 0.1
+    weight = 0.2
     name = "lyapunov"
     KEYS: ClassVar = {
         "lyapunov": Key(
@@ -83,7 +83,7 @@ class Lyapunov(Windowed):
     windows: Tensor
     spans: Tensor
 
-    def __init__(self, window: int = 2, average: int = 5, method: Method = "auto"):
+    def __init__(self, window: int = 1, average: int = 5, method: Method = "auto"):
         super().__init__(method)
         whole("window", window, 1), whole("average", average, 1)
         self.window, self.average = window, average
@@ -98,7 +98,7 @@ class Lyapunov(Windowed):
         method, rule = resolved(snapshot, self.method), frozen_rule(snapshot)
         vectors = PLANE + FROZEN * rule.frozen
         step = products(snapshot, method, 1) + beside(snapshot, calls=90, vectors=vectors)
-        return {**alignment_cost(snapshot, method, warm=self._mode is not None), "window": self.window * step}
+        return {**mode_cost(snapshot, method, warm=self._mode is not None), "window": self.window * step}
 
     def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
         """Take fewer steps in a window, down to one."""
@@ -106,21 +106,24 @@ class Lyapunov(Windowed):
         return None if lowered is None else f"{lowered} steps in a window"
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        plane = 3 + 12 * frozen_rule(snapshot).frozen  # derivatives of the formula, which SGD has as numbers
-        return {**alignment_memory(snapshot, self.method), "plane": plane * footprint(snapshot).parameters}
+        frozen = frozen_rule(snapshot).frozen
+        plane = 3 + 12 * frozen  # derivatives of the formula, which SGD has as numbers
+        # Behind a preconditioner products by differences are seldom accurate enough for an update's derivative.
+        method = "exact" if frozen and self.method == "auto" else self.method
+        return {**alignment_memory(snapshot, method), "plane": plane * footprint(snapshot).parameters}
 
     def update(self, snapshot: Snapshot) -> None:
         """Align, or push through one more step; a gap in the steps starts again."""
         self.complete = False
         if not self._continues(snapshot):
-            threshold = measured_threshold(snapshot, self._mode, self._top, self.method)
-            self._mode, self._top = threshold.mode, threshold.top
+            aligned = measured_mode(snapshot, self._mode, self._top, self.method)
+            self._mode, self._top = aligned.mode, getattr(aligned, "top", self._top)
             self._path = path_taken(snapshot, self.method)
             self._frame = {
-                "root": threshold.root,
-                "buffer_scale": threshold.buffer_scale,
-                "below": float(threshold.accuracy),
-                "above": float(threshold.beyond),
+                "root": aligned.root,
+                "buffer_scale": aligned.buffer_scale,
+                "below": float(aligned.accuracy),
+                "above": float(aligned.beyond),
                 "method": resolved(snapshot, self.method),
                 "rest": None,
                 "maps": [],

@@ -16,11 +16,14 @@ from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.cost import forward_cost, products, sample_passes
 from lsp_callbacks.operators.curvature.hessian import Method, path_taken, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
-from lsp_callbacks.operators.memory import TWICE, footprint, product_memory
+from lsp_callbacks.operators.footprint import TWICE, footprint
+from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
+from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.trajectory.step_jacobian import tangent_path
+from lsp_callbacks.operators.trajectory.update_rules import formula
 from lsp_callbacks.operators.trajectory.window import KeptStep, Window, keep
 from lsp_callbacks.plots.depth_map import draw_depth_map
 from lsp_callbacks.plots.figure import load
@@ -159,7 +162,8 @@ class StabilityProfile(Windowed):
         if supported:  # the diagonals of the step
             vectors += (1 + blocks) * blocks
         if supported and self.bounds:  # parameters, gradient, state and noise of each step; bases and pushed vectors
-            vectors += self.horizon * (2 + blocks) + ENDS * (max(1, self.bounds // 2) + 3 * blocks) + 2
+            differences = 3 if formula(require_optimizer(snapshot)).second_moment is None else 0  # see `KeptStep.maps`
+            vectors += self.horizon * (2 + blocks + differences) + ENDS * (max(1, self.bounds // 2) + 3 * blocks) + 2
         parts = product_memory(snapshot, self.method, vectors)
         parts["copies"] *= 1 + self.horizon  # each step that is kept has buffers of its own
         return {**parts, "graph of the outputs": TWICE * footprint(snapshot).activations}

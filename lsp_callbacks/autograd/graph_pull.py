@@ -1,0 +1,88 @@
+"""Gradients from a graph that training has yet to differentiate: node by node, and nothing of it is noticed there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.autograd._torch_internals import call, calls_users_code, metadata
+
+
+class UnknownGraph(Exception):
+    """A graph that cannot be read without a trace, or in which something is computed that no rule covers."""
+
+
+#: From a node and the gradients at its outputs to those at its inputs; None calls the node itself.
+Rule = Callable[[Any, list[Tensor | None]], "Iterable[Tensor | None] | None"]
+#: From a node, one of its outputs and a gradient of another shape to that of the output's shape; None goes no further.
+Reshape = Callable[[Any, int, Tensor], "Tensor | None"]
+
+
+def outputs_first(root: Any) -> list[Any]:
+    """Return the backward nodes that a root depends on, each before those that it depends on."""
+    seen: set[Any] = set()
+    nodes, stack = [], [(root, False)]
+    while stack:  # without recursion: graphs are deep
+        node, is_left = stack.pop()
+        if is_left:
+            nodes.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            for child, _ in node.next_functions:
+                if child is not None and child not in seen:
+                    stack.append((child, False))
+    nodes.reverse()
+    return nodes
+
+
+def require_plain(nodes: Iterable[Any]) -> None:
+    """Refuse nodes that run the user's code: it would run once more than in training.
+
+    Raises:
+        UnknownGraph: for a custom function, or where saved tensors are unpacked by a hook (activation checkpoints).
+    """
+    for node in nodes:
+        if calls_users_code(node):
+            raise UnknownGraph(f"{node.name()} runs code of the user's")
+
+
+@torch.no_grad()
+def pull(nodes: list[Any], cotangents: dict[Any, Tensor], rule: Rule, reshape: Reshape) -> None:
+    """Take cotangents back through a graph, by calling its nodes in their order.
+
+    Not by the engine of autograd, which would call the hooks of tensors and nodes, among them those of the user's that
+    count how often they are called. Whatever the graph holds stays there for training's own backward pass. Nothing is
+    returned: ``rule`` sees what arrives where.
+
+    Args:
+        nodes: of the graph, outputs first, see `outputs_first`.
+        cotangents: at the first output of some nodes.
+        rule: is asked at each node that a gradient reaches.
+        reshape: is asked where a gradient has another shape than the output: something was broadcast.
+
+    Cost: a backward pass; without what ``rule`` leaves out.
+    """
+    waiting: dict[Any, dict[int, Tensor]] = {node: {0: cotangent} for node, cotangent in cotangents.items()}
+    for node in nodes:
+        slots = waiting.pop(node, None)
+        if slots is None:
+            continue
+        outputs: list[Tensor | None] = [slots.get(k) for k in range(len(metadata(node)))]
+        inputs = rule(node, outputs)
+        for (child, k), g in zip(node.next_functions, call(node, outputs) if inputs is None else inputs):
+            if child is None or g is None:
+                continue
+            entry = metadata(child)[k]
+            if list(g.shape) != entry.shape:
+                reduced = reshape(child, k, g)
+                if reduced is None:
+                    continue
+                g = reduced
+            if g.dtype is not entry.dtype:
+                g = g.to(entry.dtype)
+            kept = waiting.setdefault(child, {})
+            kept[k] = kept[k] + g if k in kept else g

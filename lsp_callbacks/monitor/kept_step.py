@@ -1,0 +1,35 @@
+"""What is kept of the coming step: a copy from which it can be replayed, or only what is read from its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lsp_callbacks.monitor.monitor import Monitor
+from lsp_callbacks.monitor.training_loop import TrainingLoop
+from lsp_callbacks.quantities import Quantity
+from lsp_callbacks.step.pending_step import PendingStep
+
+
+def kept_step(loop: TrainingLoop, monitor: Monitor, step: int) -> PendingStep:
+    """Return what is kept of a step at which something is measured, before its first forward pass.
+
+    Args:
+        loop: that trains.
+        monitor: that measures.
+        step: number of the optimizer step, for which ``monitor.wants`` has said yes.
+    """
+    names = {*monitor.schedule.starting(step), *monitor.schedule.under_way}
+    measured = [quantity for name, quantity in monitor.quantities.items() if name in names]
+    readers = {q.name: reader for q in measured if (reader := q.reader(loop.module, loop.run, step)) is not None}
+    return loop.new_step(readers=readers, can_replay=not loop.can_do_without_replay or _needs_replay(monitor, measured))
+
+
+def _needs_replay(monitor: Monitor, measured: Iterable[Quantity]) -> bool:
+    """Return whether a measurement of some quantities, or of their price or memory, takes a replay."""
+    budget = monitor.budget
+    return any(
+        quantity.needs_replay
+        or quantity.name not in budget.predicted
+        or (budget.work is None and monitor.cadence.wants_price(quantity.name))
+        for quantity in measured
+    )

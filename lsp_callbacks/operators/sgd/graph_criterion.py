@@ -1,0 +1,145 @@
+"""The criterion at the root of a step's own graph: the outputs that it takes, and their curvature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.autograd._torch_internals import saved
+from lsp_callbacks.autograd.graph_pull import UnknownGraph, pull
+from lsp_callbacks.operators.sgd.output_hessian import OutputCurvature
+
+#: Nodes that are linear in what depends on the parameters, between a loss and its criterion. Of the second kind, where
+#: one factor alone depends on them.
+_LINEAR = {
+    "NllLossBackward0", "NllLoss2DBackward0", "AddBackward0", "SubBackward0", "NegBackward0", "SumBackward0",
+    "SumBackward1", "MeanBackward0", "MeanBackward1", "ViewBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0",
+    "SqueezeBackward0", "SqueezeBackward1", "ToCopyBackward0", "CloneBackward0", "MaskedFillBackward0",
+}  # fmt: skip
+_BILINEAR = {"MulBackward0", "DivBackward0", "MulBackward1", "DivBackward1"}
+_LOG_SOFTMAX, _SQUARE, _LOGISTIC = "LogSoftmaxBackward0", "MseLossBackward0", "BinaryCrossEntropyWithLogitsBackward0"
+
+
+@dataclass(frozen=True)
+class GraphCriterion:
+    """Outputs of N samples, and the Hessian of N times the mean loss in them, ``w (diag(p) - p p^T)`` or w.
+
+    Attributes:
+        node: of the graph, whose first input are the outputs.
+        outputs: ``(N, T, C)`` of T positions; log-probabilities where there are probabilities.
+        weights: w, ``(N, T)``.
+        is_softmax: whether p is the exponential of the outputs; otherwise the Hessian is w.
+        shape: of the outputs as the criterion takes them.
+        axis: of the classes in that.
+    """
+
+    node: Any
+    outputs: Tensor
+    weights: Tensor
+    is_softmax: bool
+    shape: torch.Size
+    axis: int
+
+    def curvature(self, positions: Tensor) -> OutputCurvature:
+        """Return the Hessians at some positions of each sample, ``(N, k)``."""
+        weights = self.weights.gather(1, positions)
+        w = weights[..., None]
+        if not self.is_softmax:
+            return OutputCurvature(lambda v: w * v, weights)
+        p = self.at(positions).exp()
+        likely = p.argmax(-1, keepdim=True)
+
+        def product(v: Tensor) -> Tensor:
+            beside = v - v.gather(-1, likely)  # where p is nearly 1 the two terms of p v - p <p, v> would cancel
+            return w * (p * (beside - (p * beside).sum(-1, keepdim=True)))
+
+        return OutputCurvature(product, weights, p)
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Return the outputs at some positions of each sample, ``(N, k, C)``."""
+        if self.outputs.shape[1] == positions.shape[1] == 1:
+            return self.outputs
+        return self.outputs.gather(1, positions[..., None].expand(-1, -1, self.outputs.shape[-1]))
+
+    def cotangent(self, values: Tensor, position: Tensor) -> Tensor:
+        """Return values at one position of each sample, ``(N, C)`` and ``(N,)``, as a tensor of the outputs' shape."""
+        n, length, classes = self.outputs.shape
+        whole = values.new_zeros(n, length, classes)
+        whole[torch.arange(n, device=values.device), position.to(values.device)] = values
+        if self.axis == len(self.shape) - 1 or len(self.shape) == 1:
+            return whole.view(self.shape)
+        rest = [size for axis, size in enumerate(self.shape) if axis != self.axis]
+        return whole.view(*rest, classes).movedim(-1, self.axis)
+
+
+def read_criterion(nodes: list[Any], samples: int, factor: float) -> GraphCriterion:
+    """Return the one criterion that a loss is the value of.
+
+    A loss that is linear in the log-probabilities, ``-sum_c t_c log p_c``, has the Hessian ``sum_c t_c (diag(p) - p
+    p^T)`` at each position, whatever makes t: labels, smoothed or mixed ones, padding that is left out. So t is the
+    gradient of the loss in the log-probabilities.
+
+    Args:
+        nodes: of the loss's graph, outputs first.
+        samples: N.
+        factor: by which the loss was multiplied since it was the mean over these samples.
+
+    Raises:
+        UnknownGraph: for other losses, and for squares and logits with several outputs.
+    """
+    kinds = [node.name() for node in nodes]
+    place = next((k for k, kind in enumerate(kinds) if kind in (_LOG_SOFTMAX, _SQUARE, _LOGISTIC)), None)
+    if place is None:
+        raise UnknownGraph("the loss is the value of no known criterion")
+    node, inside = nodes[place], set(nodes[: place + 1])
+    for above, kind in zip(nodes[:place], kinds):
+        children = [child for child, _ in above.next_functions if child is not None]
+        if not (kind in _LINEAR or (kind in _BILINEAR and len(children) == 1)) or not inside.issuperset(children):
+            raise UnknownGraph(f"the loss is not the value of one criterion: {kind}")
+        if kind.startswith("NllLoss") and saved(above, "weight") is not None:
+            raise UnknownGraph("classes have weights")
+    slopes: list[Tensor] = []
+
+    def stop(at: Any, outputs: list[Tensor | None]) -> list[None] | None:
+        if at is not node:
+            return None
+        slopes.append(outputs[0])  # type: ignore[arg-type]
+        return [None] * len(node.next_functions)
+
+    one = torch.ones_like(saved(node, "result" if kinds[place] == _LOG_SOFTMAX else "self").new_ones(()))
+    pull(nodes[: place + 1], {nodes[0]: one}, stop, lambda child, k, g: g.sum_to_size(tuple(_shape(child, k))))
+    slope = slopes[0] * (samples / factor)
+    if kinds[place] == _LOG_SOFTMAX:
+        result = saved(node, "result")
+        axis = _axis(saved(node, "dim"), result.ndim)
+        moved, t = result.movedim(axis, -1), -slope.sum(axis)
+        if result.ndim < 2 or len(result) % samples:
+            raise UnknownGraph(f"outputs of shape {tuple(result.shape)} cannot be divided among {samples} samples")
+        outputs = moved.reshape(samples, -1, result.shape[axis])
+        return GraphCriterion(node, outputs, t.reshape(samples, -1), True, result.shape, axis)
+    f = saved(node, "self")
+    if f.numel() != samples:
+        raise UnknownGraph("several outputs have no eigenvector of their own")
+    reduction = saved(node, "reduction")
+    w = slope.expand_as(f) / (f.numel() if reduction == 1 else 1)
+    if kinds[place] == _SQUARE:
+        w = 2 * w
+    elif saved(node, "weight") is not None or saved(node, "pos_weight") is not None:
+        raise UnknownGraph("outputs have weights")
+    else:
+        p = f.sigmoid()
+        w = w * p * (1 - p)
+    return GraphCriterion(node, f.reshape(samples, 1, 1), w.reshape(samples, 1), False, f.shape, f.ndim - 1)
+
+
+def _axis(dim: int, ndim: int) -> int:
+    return (dim - 2**64 if dim >= 2**63 else dim) % ndim
+
+
+def _shape(node: Any, k: int) -> list[int]:
+    from lsp_callbacks.autograd._torch_internals import metadata
+
+    return metadata(node)[k].shape

@@ -1,0 +1,97 @@
+"""Normalisations in an autograd graph: per-sample gradients of scale and shift, from what the graph has saved."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.autograd._torch_internals import saved
+from lsp_callbacks.operators.sgd.graph_sites import INPUT_ALONE, Samples, Site, named_uses
+from lsp_callbacks.operators.sgd.layer_rules import Use, dense
+
+
+class NormSite(Site):
+    """A normalisation with scale and shift: its gradients are summed over positions at once."""
+
+    _rows: Tensor | None = None
+
+    def rows_of(self, g: Tensor, samples: Samples) -> Tensor:
+        if self._rows is None:
+            self._rows = samples.rows(self.flat(self.normalised), self.axis)
+        g = samples.rows(self.flat(g), self.axis)
+        return torch.stack([self.summed(g * self._rows), self.summed(g)], dim=1)
+
+    @property
+    def normalised(self) -> Tensor:
+        """The normalised input, in the shape of the output."""
+        raise NotImplementedError
+
+    def summed(self, t: Tensor) -> Tensor:
+        """Return the sum of ``(n, T, C, ...)`` over all but samples and channels."""
+        return t.sum(1).flatten(2).sum(2)
+
+    def uses(self, g: Tensor, samples: Samples) -> dict[str, Use]:
+        return named_uses({"weight": dense(g[:, :, 0]), "bias": dense(g[:, :, 1])}, *self.names[1:])
+
+
+class LayerNormSite(NormSite):
+    """Over the last axes of each position."""
+
+    @property
+    def normalised(self) -> Tensor:
+        return (saved(self.node, "input") - saved(self.node, "result1")) * saved(self.node, "result2")
+
+    def flat(self, t: Tensor) -> Tensor:
+        return t.flatten(0, -1 - len(saved(self.node, "normalized_shape")))
+
+    def summed(self, t: Tensor) -> Tensor:
+        return t.sum(1)
+
+    def pulled(self, g: Tensor) -> list[Tensor | None]:
+        what = [saved(self.node, k) for k in ("input", "normalized_shape", "result1", "result2", "weight", "bias")]
+        return [torch.ops.aten.native_layer_norm_backward(g.contiguous(), *what, INPUT_ALONE)[0], None, None]
+
+
+class GroupNormSite(NormSite):
+    """Over groups of channels; ``(N, C, ...)``."""
+
+    @property
+    def normalised(self) -> Tensor:
+        x = saved(self.node, "input")
+        groups = x.reshape(len(x), saved(self.node, "group"), -1)
+        mean, rstd = (saved(self.node, k).view(len(x), -1, 1) for k in ("result1", "result2"))
+        return ((groups - mean) * rstd).view_as(x)
+
+    def pulled(self, g: Tensor) -> list[Tensor | None]:
+        names = ("input", "result1", "result2", "weight", "N", "C", "HxW", "group")
+        what = [saved(self.node, name) for name in names]
+        return [torch.ops.aten.native_group_norm_backward(g.contiguous(), *what, INPUT_ALONE)[0], None, None]
+
+
+class BatchNormSite(NormSite):
+    """Over the batch, whose statistics are held fixed; ``(N, C, ...)``."""
+
+    @property
+    def ties(self) -> bool:
+        """Whether the statistics are those of the batch."""
+        return bool(saved(self.node, "training"))
+
+    @cached_property
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        if self.ties:
+            return saved(self.node, "result1"), saved(self.node, "result2")
+        return saved(self.node, "running_mean"), (saved(self.node, "running_var") + saved(self.node, "eps")).rsqrt()
+
+    @cached_property
+    def normalised(self) -> Tensor:  # type: ignore[override]
+        """The normalised input of the whole batch."""
+        x = saved(self.node, "input")
+        mean, rstd = (t.view(1, -1, *[1] * (x.ndim - 2)) for t in self._statistics)
+        return (x - mean).mul_(rstd)
+
+    def pulled(self, g: Tensor) -> list[Tensor | None]:
+        weight, rstd = saved(self.node, "weight"), self._statistics[1]
+        factor = rstd if weight is None else rstd * weight
+        return [g * factor.view(1, -1, *[1] * (g.ndim - 2)), None, None]

@@ -1,0 +1,181 @@
+"""Passes through a step's own graph, from the outputs to the layers: what per-sample gradients are made from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsp_callbacks.autograd._torch_internals import metadata
+from lsp_callbacks.autograd.graph import leaf_of
+from lsp_callbacks.autograd.graph_pull import UnknownGraph, pull
+from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion
+from lsp_callbacks.operators.sgd.graph_norms import BatchNormSite
+from lsp_callbacks.operators.sgd.graph_site_of import site_of
+from lsp_callbacks.operators.sgd.graph_sites import (
+    ConvolutionSite,
+    LinearSite,
+    Samples,
+    SharedSite,
+    SharedTableSite,
+    Site,
+    named_uses,
+)
+from lsp_callbacks.operators.sgd.layer_rules import Use, at_positions, dense
+from lsp_callbacks.operators.sgd.parameter_gram import Part
+
+#: Nodes that change the shape of logits, or their type, alone.
+_SAME_ENTRIES = {"ViewBackward0", "UnsafeViewBackward0", "ToCopyBackward0"}
+
+
+class GraphPass:
+    """Passes through one graph, from the outputs to the layers.
+
+    Args:
+        nodes: of the graph behind the criterion, outputs first.
+        criterion: at its root.
+        samples: of the graph.
+    """
+
+    def __init__(self, nodes: list[Any], criterion: GraphCriterion, samples: Samples):
+        self.nodes, self.criterion, self.samples = nodes, criterion, samples
+        self.sites: dict[Any, Site] = {}
+        self.axes: list[int] = []
+        self._norms: dict[Any, BatchNormSite] = {}
+        self._head: list[tuple[LinearSite, Tensor, Tensor]] = []
+
+    def run(self, values: Tensor, position: Tensor) -> None:
+        """Take one row of each sample back, ``(N, C)`` at ``(N,)``. Cost: a third of a gradient."""
+        child, k = self.criterion.node.next_functions[0]
+        if k:
+            raise UnknownGraph("the outputs are one of several results")
+        head = self._linear_head(child)
+        if head is None:
+            start = {child: self.criterion.cotangent(values, position)}
+        else:
+            node, site = head
+            length = self.criterion.outputs.shape[1]
+            flat = torch.arange(len(values), device=values.device) * length + position
+            whole, a = site.at_rows(values, flat, self.samples)
+            self._head.append((site, a, values[self.samples.taken]))
+            start = {node.next_functions[-2][0]: whole.view(metadata(node.next_functions[-2][0])[0].shape)}
+        pull(self.nodes, start, self._rule, self._reshape)
+
+    def gradients(self, values: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """Return the gradient of ``<values, outputs>`` by parameter, through the statistics of the batch.
+
+        Cost: a backward pass.
+        """
+        child, _ = self.criterion.node.next_functions[0]
+        parts = [self.criterion.cotangent(v, at) for v, at in zip(values.unbind(1), positions.unbind(1))]
+        whole = torch.stack(parts).sum(0)
+        totals: dict[str, Tensor] = {}
+
+        def collect(node: Any, outputs: list[Tensor | None]) -> list[Tensor | None] | None:
+            leaf = leaf_of(node)
+            if leaf is None:
+                return None
+            if (name := self.samples.names.get(id(leaf))) is not None and outputs[0] is not None:
+                totals[name] = outputs[0]
+            return []
+
+        pull(self.nodes, {child: whole}, collect, lambda child, k, g: g.sum_to_size(tuple(metadata(child)[k].shape)))
+        return totals
+
+    def _linear_head(self, node: Any) -> tuple[Any, LinearSite] | None:
+        """Return the last layer, where rows look at few of many positions."""
+        if self.criterion.outputs.shape[1] == 1 or self.criterion.axis != len(self.criterion.shape) - 1:
+            return None
+        while node.name() in _SAME_ENTRIES:
+            node = node.next_functions[0][0]
+        site = site_of(node, self.samples)
+        if not isinstance(site, LinearSite) or node.next_functions[-2][0] is None or node.next_functions[-2][1]:
+            return None
+        return node, site
+
+    def _rule(self, node: Any, outputs: list[Tensor | None]) -> list[Tensor | None] | None:
+        g = outputs[0]
+        site = self.sites.get(node)
+        if site is None:
+            if node.name() == "ExpandBackward0" and g is not None:
+                return [g]  # what it makes of one for all samples is seen below
+            leaf = leaf_of(node)
+            if leaf is not None:
+                if id(leaf) in self.samples.names:
+                    raise UnknownGraph(f"{self.samples.names[id(leaf)]} is used by an operation that no rule covers")
+                return []
+            site = site_of(node, self.samples)
+            if site is None:
+                return None
+            self._place(node, site, g)
+        if g is None:
+            raise UnknownGraph("a layer without a gradient")
+        site.gradients.append(site.rows_of(g, self.samples))
+        return site.pulled(g)
+
+    def _place(self, node: Any, site: Site, g: Tensor | None) -> None:
+        """Take up a site, and find out where its samples are."""
+        known = self.samples.axes
+        count = len(self.axes)
+        if g is None:
+            raise UnknownGraph("a layer without a gradient")
+        if known is None:
+            site.axis = self.samples.axis(site.flat(g))
+        elif count >= len(known):
+            raise UnknownGraph("another graph than before")
+        else:
+            site.axis = known[count]
+        self.axes.append(site.axis)
+        self.sites[node] = site
+        if isinstance(site, BatchNormSite) and site.ties:
+            self._norms[node.next_functions[0][0]] = site
+        if isinstance(site, LinearSite | ConvolutionSite):
+            site.norm = self._norms.get(node)
+
+    def _reshape(self, child: Any, k: int, g: Tensor) -> Tensor | None:
+        shape = tuple(metadata(child)[k].shape)
+        lost = len(shape) < g.ndim or (shape[0] == 1 != len(g))
+        if not lost or not self._reaches_parameter(child):
+            return g.sum_to_size(shape)
+        site = self.sites.get(child)
+        if site is None:
+            if child.name() == "EmbeddingBackward0":
+                table = leaf_of(child.next_functions[0][0])
+                site = SharedTableSite(child, [self.samples.names.get(id(table))])
+            else:
+                site = SharedSite(child, [self._reaches_parameter(child)])
+            site.shape = shape
+            self._place(child, site, g)
+        site.gradients.append(site.rows_of(g, self.samples))
+        return None
+
+    def _reaches_parameter(self, node: Any) -> str | None:
+        """Return the name of the parameter that a chain of nodes ends in; None where it ends in none."""
+        while leaf_of(node) is None:
+            children = [child for child, _ in node.next_functions if child is not None]
+            if len(children) != 1:
+                if not children:
+                    return None
+                raise UnknownGraph(f"{node.name()} of what all samples share")
+            node = children[0]
+        return self.samples.names.get(id(leaf_of(node)))
+
+    def parts(self) -> dict[str, Part]:
+        """Return the uses of each parameter, by name."""
+        uses: dict[str, list[Use]] = {}
+        passes = 1
+        if self._head:
+            (head, *_), passes = self._head[0], len(self._head)
+            a = torch.stack([a for _, a, _ in self._head], dim=1)
+            g = torch.stack([g for *_, g in self._head], dim=1)
+            both = {"weight": at_positions(a, g.to(a), transposed=head.transposed), "bias": dense(g)}
+            for name, use in named_uses(both, head.names[-1], head.names[0] if len(head.names) == 3 else None).items():
+                uses.setdefault(name, []).append(use)
+        for site in self.sites.values():
+            stacked = torch.stack(site.gradients, dim=1)
+            if passes > 1 and stacked.shape[1] != passes:
+                raise UnknownGraph("a layer that some rows do not reach")
+            for name, use in site.uses(stacked, self.samples).items():
+                uses.setdefault(name, []).append(use)
+        return {name: Part(len(self.samples.taken), of_name) for name, of_name in uses.items()}

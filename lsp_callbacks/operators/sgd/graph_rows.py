@@ -1,0 +1,218 @@
+"""Rows of the Gram matrix from the graph that the training step itself differentiates: no pass is made again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lsp_callbacks.autograd._torch_internals import Convolution, saved
+from lsp_callbacks.autograd.graph import read
+from lsp_callbacks.autograd.graph_pull import UnknownGraph, outputs_first, require_plain
+from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel, with_top
+from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion, read_criterion
+from lsp_callbacks.operators.sgd.graph_pass import GraphPass
+from lsp_callbacks.operators.sgd.graph_sites import Samples
+from lsp_callbacks.operators.sgd.output_directions import Chosen, positions_of, weighted
+from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part
+from lsp_callbacks.operators.sgd.sampled_rows import sampled_rows
+from lsp_callbacks.operators.sgd.softmax_pairs import softmax_pairs
+from lsp_callbacks.step.graph_reader import GraphReader
+
+#: How many samples the others are compared with: where nine of ten are the same, one of three is among them.
+FEW, MOST = 3, 0.9
+
+
+class GraphRows(GraphReader):
+    """Reads the graphs of a step's micro-batches before they are differentiated, and keeps what its rows need.
+
+    Args:
+        module: whose parameters are trained.
+        generator: of positions and samples; private.
+        rows: from the number of samples in the step to how many of them have rows.
+        positions: likewise, to how many positions of each are looked at.
+        axes: where the samples are in each layer, from an earlier step; None finds out, by one more pass.
+        roots: of the diagonal of D, by name, as they were last; where the statistics of a batch tie samples together,
+            the largest eigenvalue is then compared with what the batch itself gives, see `corrected`. None leaves it.
+
+    Attributes:
+        failure: why the graph could not be read; None if it could.
+        chosen: what the rows of each micro-batch look at.
+        samples: of all micro-batches that were looked at.
+        batch: of all micro-batches.
+        ties: whether statistics of the batch were held fixed.
+        dtype: the least precise of the graph, where the axes were not known.
+        alike: whether nine of ten samples may have the same outputs.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        generator: torch.Generator,
+        rows: Callable[[int], int],
+        positions: Callable[[int], int],
+        *,
+        axes: list[int] | None = None,
+        roots: Mapping[str, Tensor | float] | None = None,
+    ):
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._module, self._generator, self._rows, self._positions = module, generator, rows, positions
+        self.axes, self._roots, self.dtype = axes, roots, torch.float32
+        self.failure: Exception | None = None
+        self.chosen: list[Chosen] = []
+        self.samples = self.batch = 0
+        self.ties = self.alike = False
+        self._parts: list[dict[str, Part]] = []
+        self._per_sample = 1
+        self._pushed: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    def saw_loss(self, loss: Tensor, *, samples: int | None, factor: float, micro_batches: int) -> None:
+        if self.failure is not None:
+            return
+        try:
+            if not samples or loss.numel() != 1:
+                raise UnknownGraph("the loss is no mean over the samples of the batch")
+            self.batch += samples
+            with torch.no_grad():
+                if not (self.ties and self._parts):  # of tied micro-batches the first
+                    self._read(loss, samples, factor, micro_batches)
+        except Exception as error:  # in the middle of the user's step: it goes on
+            self.failure = error.with_traceback(None)
+
+    def _read(self, loss: Tensor, samples: int, factor: float, micro_batches: int) -> None:
+        nodes = outputs_first(loss.grad_fn)
+        require_plain(nodes)
+        self.ties = any(node.name() == "NativeBatchNormBackward0" and saved(node, "training") for node in nodes)
+        total = samples if self.ties else samples * micro_batches
+        criterion = read_criterion(nodes, samples, factor)
+        chosen, pairs = self._choose(criterion, total)
+        self.samples += samples
+        self.chosen.append(chosen)
+        names = {id(p): name for name, p in self._parameters.items()}
+        layers: dict[int, nn.Module] = {}
+        for layer in self._module.modules():
+            if isinstance(layer, nn.Linear | Convolution):  # not by its attribute: a parametrisation would compute it
+                layers |= {id(p): layer for name, p in layer.named_parameters(recurse=False) if name == "weight"}
+        known = Samples(samples, chosen.taken, names, layers, self.axes)
+        nodes = nodes[nodes.index(criterion.node) + 1 :]
+        if known.axes is None:
+            length, classes = criterion.outputs.shape[1:]
+            alone = _alone(samples, length)
+            only = pairs.new_zeros(samples, classes)
+            only[alone] = torch.randn(classes, generator=torch.Generator().manual_seed(0)).to(only)
+            probe = GraphPass(nodes, criterion, replace(known, alone=alone))
+            probe.run(only, torch.full((samples,), length - 1, device=only.device))
+            self.axes, self.dtype = probe.axes, read(loss).dtype
+            if self.dtype is torch.float16:
+                raise UnknownGraph("cotangents of a loss that is not scaled leave the range of float16")
+            known.axes = probe.axes
+        graph = GraphPass(nodes, criterion, known)
+        for k, position in enumerate(chosen.positions.unbind(1)):
+            graph.run(pairs[:, k], position)
+        self._parts.append(graph.parts())
+        if self.ties and self._roots is not None:
+            self._push(graph, pairs, chosen, self._roots)
+
+    def _push(self, graph: GraphPass, pairs: Tensor, chosen: Chosen, roots: Mapping[str, Tensor | float]) -> None:
+        """Take the sharpest combination of rows back through the statistics of the batch, to the parameters."""
+        c = torch.linalg.eigh(self._gram(roots)[0])[1][:, -1]
+        weights = torch.zeros(pairs.shape[:2], dtype=c.dtype)
+        weights[chosen.taken] = c.view(-1, pairs.shape[1])
+        self._pushed = c, graph.gradients(pairs * weights.to(pairs)[..., None], chosen.positions)
+
+    def _choose(self, criterion: GraphCriterion, total: int) -> tuple[Chosen, Tensor]:
+        """Return what to look at, as `OutputDirections` chooses it, and the cotangents there, ``(N, k, C)``."""
+        n, length, classes = criterion.outputs.shape
+        positions = positions_of((n, length), self._positions(total), self._generator).to(criterion.outputs.device)
+        outputs = criterion.at(positions)
+        if not bool(outputs.isfinite().any()):
+            raise UnknownGraph("the outputs are not finite")
+        self.alike |= bool((_same(outputs).sum(1) >= MOST * n).any())
+        curvature = criterion.curvature(positions)
+        if classes == 1:
+            assert curvature.weights is not None
+            pairs = curvature.weights.clamp_min(0).sqrt()[..., None].to(outputs)
+        else:
+            assert curvature.p is not None and curvature.weights is not None
+            pairs = softmax_pairs(curvature.p, curvature.weights).to(outputs)
+        self._per_sample = positions.shape[1]
+        pairs = (length / positions.shape[1]) ** 0.5 * pairs
+        most = round(self._rows(total) * n / total)
+        if most >= n:
+            return Chosen(positions, torch.arange(n), torch.ones(n, dtype=torch.float64)), pairs
+        sizes = pairs.square().flatten(1).sum(1)
+        offset = float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        taken, chance = sampled_rows(sizes, most, offset)
+        return Chosen(positions, taken, chance), weighted(pairs, taken, chance)
+
+    def _gram(self, roots: Mapping[str, Tensor | float]) -> tuple[Tensor, dict[str, float]]:
+        """Return K, in float64 on the CPU, and the traces of the parameters' shares."""
+        if self.failure is not None or not self._parts:
+            raise self.failure or UnknownGraph("no loss was seen before its backward pass")
+        total: Tensor | None = None
+        traces = dict.fromkeys(self._parameters, 0.0)
+        for name in self._parts[0]:
+            p = self._parameters[name]
+            gram = ParameterGram([part[name] for part in self._parts])
+            share = gram.gram(torch.as_tensor(roots[name]).to(p), HELD, p.numel())
+            traces[name] = float(share.trace())
+            total = share.double() if total is None else total.add_(share)
+        assert total is not None
+        return (total + total.T).mul_(0.5).cpu(), traces
+
+    def kernel(
+        self, scale: Mapping[str, Tensor | float], checked: TangentKernel | None, correction: float | None
+    ) -> TangentKernel:
+        """Return K behind the diagonal of D.
+
+        Args:
+            scale: the diagonal, by parameter name.
+            checked: a kernel of the same network, from a replay.
+            correction: of the largest eigenvalue where statistics of the batch were held; None takes what the batch
+                itself gives, see `corrected`.
+
+        Raises:
+            UnknownGraph: if the graphs could not be read.
+        """
+        roots = {name: torch.as_tensor(scale[name]) ** 0.5 for name in self._parameters}
+        gram, traces = self._gram(roots)
+        if self.ties:
+            if correction is None and self._pushed is not None:
+                c, pushed = self._pushed
+                norms = (float(torch.linalg.vector_norm(roots[name].to(g) * g)) for name, g in pushed.items())
+                correction = sum(norm**2 for norm in norms) / float(c @ gram @ c)
+            gram = with_top(gram, 1.0 if correction is None else correction)
+        taken, chance = self._joined()
+        return TangentKernel(
+            gram, self._per_sample, {} if checked is None else checked.path, traces,
+            0.0 if checked is None else checked.defect, math.nan, "" if checked is None else checked.stated, None, 0,
+            0.0, self.samples, chance if len(taken) < self.samples else None,
+            1.0 if correction is None else correction,
+        )  # fmt: skip
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        """Indices of the samples that have rows, of all micro-batches, and by which chance they were taken."""
+        begins = [0]
+        for chosen in self.chosen[:-1]:
+            begins.append(begins[-1] + len(chosen.positions))
+        taken = torch.cat([begin + chosen.taken for begin, chosen in zip(begins, self.chosen)])
+        return taken, torch.cat([chosen.chance for chosen in self.chosen])
+
+
+def _alone(samples: int, length: int) -> int:
+    """Return a sample whose last position is at another place where the samples come first than where they do not."""
+
+    def is_clear(k: int) -> bool:
+        return (k * length + length - 1) % samples != k and ((length - 1) * samples + k) // length != k
+
+    return next(filter(is_clear, range(samples)), samples // 2)
+
+
+def _same(outputs: Tensor) -> Tensor:
+    """Return which samples have the outputs of each of the first, to rounding, ``(3, N)``."""
+    flat = outputs.flatten(1)
+    rounding = 8 * torch.finfo(flat.dtype).eps * flat.abs().amax(1)
+    return ((flat[:FEW, None] - flat).abs().amax(-1) <= rounding).view(-1, len(flat))

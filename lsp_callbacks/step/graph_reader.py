@@ -1,0 +1,22 @@
+"""What reads the graph of a step before the step itself differentiates it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+
+class GraphReader(ABC):
+    """Takes from the graph of each loss of a step what a quantity needs; for those that do without a replay."""
+
+    @abstractmethod
+    def saw_loss(self, loss: Tensor, *, samples: int | None, factor: float, micro_batches: int) -> None:
+        """Read the graph of a micro-batch's loss, and leave no trace in it; raises nothing.
+
+        Args:
+            loss: that is differentiated next.
+            samples: in the micro-batch; None if that is not known.
+            factor: by which the loss was multiplied since it was the mean over these samples.
+            micro_batches: in the step.
+        """
