@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,11 @@ def in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def saves_elsewhere() -> bool:
+    """Return whether hooks are set on what operations save for their backward pass, as inside of a checkpoint."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def custom_function(node: Any) -> type | None:
     """Return the ``torch.autograd.Function`` that a backward node belongs to; None for an operation of torch."""
     return node._forward_cls if isinstance(node, BackwardCFunction) else None  # type: ignore[attr-defined]
@@ -161,14 +166,21 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return storage._cdata
 
 
-def foreach_norm(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """Return the norm of each tensor, by one kernel where there is one."""
-    return torch._foreach_norm(tensors)
+def foreach_norm(tensors: Sequence[Tensor], order: float = 2.0) -> tuple[Tensor, ...]:
+    """Return a norm of each tensor, by one kernel where there is one."""
+    return torch._foreach_norm(list(tensors), order)
 
 
 def foreach_copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copy tensors into others of the same kinds, by one kernel where there is one."""
-    torch._foreach_copy_(targets, sources)
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def foreach_add_(tensors: list[Tensor], others: list[Tensor], alpha: float) -> None:
+    """Add ``alpha`` times another tensor to each tensor, in place."""
+    if tensors:
+        torch._foreach_add_(tensors, others, alpha=alpha)
 
 
 def packet(func: Any) -> Any:

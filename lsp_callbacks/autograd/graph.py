@@ -81,7 +81,7 @@ class Graph:
     """Properties of all nodes between a loss and its parameters.
 
     Attributes:
-        kinked: whether the loss is only piecewise smooth: ReLU, max-pooling and similar functions.
+        kinks: names of the nodes whose derivative jumps: ReLU, max-pooling and similar functions.
         fused: whether attention ran in a kernel that cannot be differentiated twice.
         dtype: the least precise floating-point type among the nodes.
         custom: names of ``torch.autograd.Function`` classes that are not PyTorch's own. Whether their backward can be
@@ -90,11 +90,16 @@ class Graph:
             `lsp_callbacks.autograd.stop_gradients`.
     """
 
-    kinked: bool
+    kinks: tuple[str, ...]
     fused: bool
     dtype: torch.dtype
     custom: tuple[str, ...]
     stopped: tuple[str, ...] = ()
+
+    @property
+    def kinked(self) -> bool:
+        """Return whether the loss is only piecewise smooth."""
+        return bool(self.kinks)
 
     @property
     def full(self) -> bool:
@@ -108,7 +113,7 @@ def read(loss: Tensor) -> Graph:
     names = {node.name() for node in nodes}
     dtypes, functions = {loss.dtype, *dtypes_of(nodes)}, custom_functions(nodes)
     return Graph(
-        kinked=any(map(_KINKS.match, names)),
+        kinks=tuple(sorted(filter(_KINKS.match, names))),
         fused=any(map(_FUSED.match, names)),
         dtype=min((dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: dtype.itemsize),
         custom=tuple(sorted({f.__name__ for f in functions if not f.__module__.startswith("torch.")})),
@@ -119,7 +124,7 @@ def joined(graphs: Iterable[Graph]) -> Graph:
     """Return the properties that hold for the mean of several losses."""
     graphs = list(graphs)
     return Graph(
-        kinked=any(graph.kinked for graph in graphs),
+        kinks=tuple(sorted({name for graph in graphs for name in graph.kinks})),
         fused=any(graph.fused for graph in graphs),
         dtype=min((graph.dtype for graph in graphs), key=lambda dtype: dtype.itemsize),
         custom=tuple(sorted({name for graph in graphs for name in graph.custom})),

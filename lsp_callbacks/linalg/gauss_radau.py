@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from lsp_callbacks.linalg.operator import LinearOperator
 #: A remainder this much shorter than its product has lost digits, and is made orthogonal again.
 LOST = 0.1
 #: Halvings of an interval in the search of a bound.
-_HALVINGS = 30
+_HALVINGS = 12
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class TopNode:
     Attributes:
         value: an estimate of the largest eigenvalue, at least ``least``.
         least: the largest Ritz value of the same products, a lower bound.
-        vector: unit vector of the estimate, flat.
+        basis: Lanczos' vectors, orthonormal.
+        weights: of each in the vector of the estimate.
         products: how many were taken.
         scale: the largest |Ritz value|.
         complete: whether the products span an invariant subspace: then the estimate is the Ritz value.
@@ -33,11 +35,21 @@ class TopNode:
 
     value: Tensor
     least: Tensor
-    vector: Tensor
+    basis: list[Tensor]
+    weights: Tensor
     products: int
     scale: Tensor
     complete: bool
     recurrence: Tensor
+
+    @cached_property
+    def vector(self) -> Tensor:
+        """The unit vector of the estimate, flat."""
+        first, *weights = self.weights.tolist()
+        vector = self.basis[0] * first
+        for q, weight in zip(self.basis[1:], weights):
+            vector.add_(q, alpha=weight)
+        return vector
 
     @property
     def gain(self) -> Tensor:
@@ -122,13 +134,16 @@ def top_node(
         T[k, k + 1] = T[k + 1, k] = size
         if not bool(torch.isfinite(T).all()):
             nan = torch.tensor(torch.nan, dtype=torch.float64)
-            return TopNode(nan, nan, torch.full_like(basis[0], torch.nan), k + 1, nan, False, T)
-        scale = torch.linalg.eigvalsh(T[: k + 1, : k + 1]).abs().amax()
+            return TopNode(nan, nan, basis[:1], nan[None], k + 1, nan, False, T)
+        ritz = torch.linalg.eigh(T[: k + 1, : k + 1])
+        scale = ritz.eigenvalues.abs().amax()
         complete = k + 1 == n or size <= 8 * torch.finfo(start.dtype).eps * float(scale)
         if not complete:
             basis.append(w.div_(size))
-        node = _node(T[: k + 2, : k + 2], basis, scale, complete)
-        if complete or (k + 1 >= steps and enough(node)):
+        if not complete and k + 1 < steps:
+            continue
+        node = _node(T[: k + 2, : k + 2], ritz.eigenvalues, ritz.eigenvectors, basis, scale, complete)
+        if complete or enough(node):
             break
     return node
 
@@ -148,10 +163,9 @@ def _remainder(w: Tensor, basis: list[Tensor]) -> tuple[list[float], float, Tens
     return total, size, w
 
 
-def _node(T: Tensor, basis: list[Tensor], scale: Tensor, complete: bool) -> TopNode:
+def _node(T: Tensor, values: Tensor, vectors: Tensor, basis: list[Tensor], scale: Tensor, complete: bool) -> TopNode:
     """Return the top node of the rule; T holds the last coupling, and its corner is free."""
     k = len(T) - 1
-    values, vectors = torch.linalg.eigh(T[:k, :k])
     least, weights = values[-1], vectors[:, -1]
     value = least
     if not complete and least > 0:
@@ -162,7 +176,4 @@ def _node(T: Tensor, basis: list[Tensor], scale: Tensor, complete: bool) -> TopN
         bordered[k, k] = corner.clamp(torch.zeros_like(least), least)
         nodes, columns = torch.linalg.eigh(bordered)
         value, weights = nodes[-1], columns[:, -1]
-    vector = torch.zeros_like(basis[0])
-    for q, weight in zip(basis, weights.tolist()):
-        vector.add_(q, alpha=weight)
-    return TopNode(value, least, vector, k, scale, complete, T.clone())
+    return TopNode(value, least, basis[: len(weights)], weights, k, scale, complete, T.clone())

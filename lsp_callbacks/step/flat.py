@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd._torch_internals import foreach_add_, foreach_copy
+
 
 def flatten(tensors: Iterable[Tensor | None], like: list[nn.Parameter]) -> Tensor:
     """Return one flat vector; None stands for zeros, and the gradient of a sparse embedding becomes dense."""
@@ -28,16 +30,16 @@ def restored(parameters: list[nn.Parameter]) -> Iterator[None]:
     try:
         yield
     finally:
-        for p, original in zip(parameters, saved):
-            p.data.copy_(original)
+        foreach_copy([p.data for p in parameters], saved)
 
 
 @contextlib.contextmanager
 def displaced(parameters: list[nn.Parameter], direction: Tensor, distance: float) -> Iterator[None]:
     """Move the parameters by ``distance * direction`` (flat), and put every bit back at the end."""
     with restored(parameters):
-        for p, d in zip(parameters, split(direction, parameters)):
-            p.data.add_(d.to(p.dtype), alpha=distance)
+        foreach_add_(
+            [p.data for p in parameters], [d.to(p) for d, p in zip(split(direction, parameters), parameters)], distance
+        )
         yield
 
 

@@ -142,7 +142,14 @@ def copies(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("name", CASES)
+def chosen(*quick):
+    """All cases, of which these run by default."""
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize(
+    "name", chosen("in place", "batch norm", "accumulated", "tensor hook", "module hook", "function", "checkpoint")
+)
 def test_readings_leave_no_trace(name, copies):
     make, settings, from_graph = CASES[name]
     monitor = StabilityMonitor([MeanSquareStability()], every_n_steps=1, strict=True)
@@ -162,7 +169,7 @@ def readings(make, *, from_graph, monkeypatch, **settings):
     return monitor.history["stability/courant_mean_square"].values
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", chosen("mlp", "batch norm", "attention", "preconditioner", "dropout"))
 def test_a_reading_from_the_graph_is_that_of_the_replay(name, monkeypatch):
     make, settings, _ = CASES[name]
     values = {kind: readings(make, from_graph=kind, monkeypatch=monkeypatch, **settings) for kind in (True, False)}

@@ -106,10 +106,11 @@ def test_products_are_the_dense_ones_in_single_precision_too(name):
         (lambda: regression(Custom(Twice)), BARE, "exact"),
         (lambda: regression(Custom(Once)), BARE, "finite difference"),
         (lambda: regression(Custom(Twice), nn.ReLU()), {}, "exact"),
-        (lambda: regression(Plain(), nn.ReLU()), {}, "exact, math attention"),
+        (lambda: regression(Plain(), nn.ReLU()), {}, "finite difference, slopes held"),
+        (lambda: regression(Plain(), nn.ReLU()), BARE, "exact, math attention"),
         (lambda: regression(Sine()).bfloat16(), {}, "exact, bfloat16"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_the_path_is_told_and_forgotten_when_a_measurement_fails(make, settings, path):
     problem, monitor = make(), Monitor(Sharpness(), every_n_steps=1)
@@ -209,7 +210,9 @@ def test_what_raises_when_differentiated_twice_goes_another_way():
     close(hessian(snapshot).dense(), H, 1e-5 * torch.linalg.matrix_norm(H, 2))
     assert path_taken(snapshot, "auto") == "finite difference"
     with pytest.raises(Unmeasurable, match="cannot be differentiated twice"):
-        top_eigenvalue(freeze(regression(nn.ReLU(), NoSecond())))
+        top_eigenvalue(freeze(regression(nn.ReLU(), NoSecond()), **BARE))
+    behind, true = freeze(regression(nn.ReLU(), NoSecond())), dense_hessian(regression(nn.ReLU(), Plain()))
+    close(hessian(behind).dense(), true, 1e-5 * torch.linalg.matrix_norm(true, 2))  # slopes are held
 
 
 def test_the_graph_names_what_it_holds():

@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lsp_callbacks.autograd._torch_internals import base, version
+from lsp_callbacks.autograd._torch_internals import base, foreach_norm, version
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, norm, norms
+from lsp_callbacks.linalg.norms import HIGH, LOW
 from lsp_callbacks.step.flat import displaced_gradient, split
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -112,6 +113,7 @@ class Differences:
         size, *sizes = norms([gradient, *(p.detach() for p in self.parameters)])
         self.gradient, self.theta = float(size), float(torch.stack(sizes).norm())
         self.lengths = lengths(self.parameters, sizes)
+        self.matrices = torch.tensor([p.ndim > 1 for p in self.parameters], device=gradient.device)
         self.tolerance = min(TOLERANCE * self.eps**0.5, 0.01)
         self.weight, self.least = weight, LEAST * self.eps**0.5 if not relative else 0.0
         self.amplified = float(norm(weight)) / len(gradient) ** 0.5 if isinstance(weight, Tensor) else abs(weight)
@@ -126,6 +128,8 @@ class Differences:
             Untrusted: where rounding may have changed it, or the loss is not smooth between the two points.
         """
         size, reach = self._extent(v)
+        if size == 0:
+            return torch.zeros_like(v)
         if self.snapshot.loss is None and not math.isfinite(self.gradient):
             return torch.full_like(v, math.nan)
         if self.least and reach is not None:
@@ -143,7 +147,7 @@ class Differences:
             difference = self.difference(v, size, FIRST * reach)
         if not self._consistent(difference):
             self._compare(v, size, difference)
-        product = difference.change * (size / difference.distance)
+        product = difference.change.mul_(size / difference.distance)
         self._require_symmetry(v, size, product)
         return product
 
@@ -186,14 +190,14 @@ class Differences:
 
     def _extent(self, v: Tensor) -> tuple[float, float | None]:
         """Return the norm of a vector, and its `reach`."""
-        parts = [part.view_as(p) for part, p in zip(v.split([p.numel() for p in self.parameters]), self.parameters)]
-        size, *of_matrices = norms([v, *(part for part in parts if part.ndim > 1)])
+        parts = v.split([p.numel() for p in self.parameters])
+        sizes = _norms(parts)
+        size = float(sizes.norm())
         if self.lengths is None:
-            return float(size), None
-        sizes = iter(of_matrices)
-        moves = torch.stack([next(sizes) if part.ndim > 1 else _largest(part) for part in parts])
+            return size, None
+        moves = torch.where(self.matrices, sizes, _norms(parts, math.inf))
         moved = float((moves / torch.tensor(self.lengths, dtype=moves.dtype, device=moves.device)).norm())
-        return float(size), self.eps**0.5 * float(size) / moved
+        return size, self.eps**0.5 * size / moved
 
     def difference(self, v: Tensor, size: float, distance: float) -> Difference:
         """Return the difference along ``v / size``, ``size`` being the norm of v."""
@@ -336,8 +340,6 @@ def difference_hessian(
     gradient = differences.centre
 
     def product(v: Tensor) -> Tensor:
-        if float(norm(v)) == 0:
-            return torch.zeros_like(v)
         if products.untrusted and exact is not None:
             return exact(v)
         try:
@@ -391,5 +393,8 @@ def lengths(parameters: Sequence[Tensor], sizes: Sequence[Tensor] | None = None)
     return [max(x, 0.1 * typical) for x in values] if typical > 0 else None
 
 
-def _largest(t: Tensor) -> Tensor:
-    return t.abs().amax().double() if t.numel() else t.new_zeros((), dtype=torch.float64)
+def _norms(parts: Sequence[Tensor], order: float = 2.0) -> Tensor:
+    """Return the norm of each part in float64."""
+    sizes = torch.stack(foreach_norm(parts, order)).double()
+    is_accurate = order != 2.0 or bool(((sizes > LOW) & (sizes < HIGH)).all())
+    return sizes if is_accurate else torch.stack(norms(parts))

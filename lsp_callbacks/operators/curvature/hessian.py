@@ -11,6 +11,7 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.exact_hessian import exact_hessian, vector_dtype
 from lsp_callbacks.operators.curvature.finite_differences import Differences, Products, difference_hessian
+from lsp_callbacks.operators.curvature.held_slopes import holds_kinks, with_held_slopes
 from lsp_callbacks.operators.footprint import require_room
 from lsp_callbacks.step.flat import split
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
@@ -66,8 +67,10 @@ def hessian(
     parameters = list(snapshot.parameters.values())
     if not parameters:
         raise Unmeasurable("no parameter requires a gradient: unfreeze some, or leave this quantity out")
-    method = resolved(snapshot, method)
+    asked, method = method, resolved(snapshot, method)
     if method == "exact" or snapshot.graph.stopped:
+        return _exact(snapshot)
+    if asked == "auto" and snapshot.graph.kinked and with_held_slopes(snapshot) is None:
         return _exact(snapshot)
     if weight is not None:
         return _finite_difference(snapshot, weight=weight, relative=relative)
@@ -77,13 +80,15 @@ def hessian(
 def resolved(snapshot: Snapshot, method: Method) -> Method:
     """Return the method that ``"auto"`` stands for: finite differences where they are right, otherwise exact products.
 
-    Finite differences need the step's gradient, full precision, and a smooth loss: across the kink of a ReLU, the jump
-    of the gradient over a small distance looks like a large curvature: up to 23 times the true sharpness in
-    ``benchmarks/finite_differences_at_kinks.py``, where it is not checked.
+    Finite differences need the step's gradient, full precision, and a loss without kinks: across the kink of a ReLU,
+    the jump of the gradient over a small distance looks like a large curvature: up to 23 times the true sharpness in
+    ``benchmarks/finite_differences_at_kinks.py``, where it is not checked. So activations keep the slopes of the step,
+    see `lsp_callbacks.operators.curvature.held_slopes`; where there are kinks of other kinds, products are exact.
     """
     if method != "auto":
         return method
-    return "finite_difference" if snapshot.gradient is not None and _smooth(snapshot) else "exact"
+    differences = snapshot.gradient is not None and snapshot.graph.full and holds_kinks(snapshot.graph)
+    return "finite_difference" if differences else "exact"
 
 
 def _smooth(snapshot: Snapshot) -> bool:
@@ -93,8 +98,8 @@ def _smooth(snapshot: Snapshot) -> bool:
 def path_taken(snapshot: Snapshot, method: Method) -> str:
     """Return in words how the products of this step's `hessian` were computed, once there was one.
 
-    "exact" or "finite difference"; then what had to be changed for it: "math attention", "uncompiled"; then the type,
-    where products are rounded to half precision.
+    "exact" or "finite difference"; then what had to be changed for it: "slopes held", "math attention", "uncompiled";
+    then the type, where products are rounded to half precision.
     """
     products = products_so_far(snapshot)
     path = products.exact if resolved(snapshot, method) == "exact" else products.differences
@@ -156,12 +161,14 @@ def _finite_difference(
     gradient = snapshot.flat_gradient if gradient is None else gradient
     if gradient is None:
         raise Unmeasurable("finite differences start from the step's gradient: pass gradient=... or method='exact'")
-    differences = Differences(snapshot, gradient, weight, relative=relative)
+    held = with_held_slopes(snapshot) if snapshot.graph.kinked else None
+    differences = Differences(held or snapshot, gradient, weight, relative=relative)
     products = products_so_far(snapshot)
+    path = label("finite difference, slopes held" if held else "finite difference", snapshot)
     if alone:
-        products.exact = label("finite difference", snapshot)
+        products.exact = path
     else:
-        products.differences = label("finite difference", snapshot)
+        products.differences = path
 
     def exact(v: Tensor) -> Tensor:
         require_room(snapshot)

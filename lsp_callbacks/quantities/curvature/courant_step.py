@@ -94,7 +94,7 @@ class CourantStep(Quantity):
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         held = footprint(snapshot)
-        return {"activations": held.activations, "copies": 2 * held.buffers, "vectors": 7 * held.parameters}
+        return {"activations": held.activations, "copies": 2 * held.buffers, "vectors": 4 * held.parameters}
 
     def check(self, snapshot: Snapshot) -> None:
         if snapshot.run.unsupported:

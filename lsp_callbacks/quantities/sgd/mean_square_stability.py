@@ -213,20 +213,26 @@ class MeanSquareStability(Quantity):
             verify(snapshot)
         if checks and snapshot.gradient is not None:
             verify_gradient(snapshot)
-        sgd = frozen_sgd(
-            snapshot,
-            samples,
-            outputs=self.outputs,
-            generator=snapshot.generator(self.name),
-            start=self._mode,
-            most_rows=self.most_rows,
-            positions=self._positions(samples.samples),
-            most=row_count(samples.samples, self.rows),
-            checked=None if checks else self._checked,
-            squares="batch",
-            correction=None if corrects else self._correction,
-            rows=rows if reads or checks else None,
-        )
+        try:
+            sgd = frozen_sgd(
+                snapshot,
+                samples,
+                outputs=self.outputs,
+                generator=snapshot.generator(self.name),
+                start=self._mode,
+                most_rows=self.most_rows,
+                positions=self._positions(samples.samples),
+                most=row_count(samples.samples, self.rows),
+                checked=None if checks else self._checked,
+                squares="batch",
+                correction=None if corrects else self._correction,
+                rows=rows if reads or checks else None,
+            )
+        except Exception as error:
+            if not reads or snapshot.run.ranks.world > 1 or isinstance(error, Unmeasurable):
+                raise
+            self._axes = None  # whatever the rules of layers raise: the measurement goes on at the next step
+            return
         if checks:
             self._learn(snapshot, samples, sgd, rows)
         rate = (1 - TOLERANCE) * sgd.mean_square_lr(replacement=self.replacement, tol=TOLERANCE)  # errs downwards
@@ -264,7 +270,10 @@ class MeanSquareStability(Quantity):
         def is_other() -> bool:
             if rows is None or not {*sgd.kernel.path.values()} <= {"structured", "statistics"}:
                 return True
-            gram = rows.kernel(scale, sgd.kernel, sgd.kernel.correction).gram
+            try:
+                gram = rows.kernel(scale, sgd.kernel, sgd.kernel.correction).gram
+            except Exception:  # whatever the rules of layers raise: the replay stands
+                return True
             known = sgd.kernel.gram
             error = (gram - known).abs().amax() if gram.shape == known.shape else math.inf
             return not bool(error <= tolerance(rows.dtype) * known.abs().amax())

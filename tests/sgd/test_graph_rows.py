@@ -1,0 +1,118 @@
+"""Rows of the Gram matrix from a graph that is differentiated afterwards, against the dense Jacobian of each sample."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lsp_callbacks.operators.sgd.graph_rows import GraphRows
+
+N = 6
+
+
+def cross_entropy(f, y):
+    return F.cross_entropy(f.flatten(0, -2), y.flatten())
+
+
+def smoothed(f, y):
+    return F.cross_entropy(f, y, label_smoothing=0.1)
+
+
+def mixed(f, y):
+    return F.cross_entropy(f, F.one_hot(y, 4).to(f) * 0.7 + 0.3 / 4)
+
+
+def squares(f, y):
+    return F.mse_loss(f, y.to(f)[:, None])
+
+
+def logistic(f, y):
+    return F.binary_cross_entropy_with_logits(f.squeeze(1), (y % 2).to(f))
+
+
+class Tokens(nn.Module):
+    """Samples second in attention, positions shared by all samples, a table that is the last layer, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.place = nn.Embedding(4, 6), nn.Parameter(torch.randn(1, 7, 6))
+        self.block = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.scale = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        h = self.block(self.table(x) + self.place[:, : x.shape[1]]) * self.scale
+        return F.linear(h, self.table.weight)
+
+
+def images():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.GroupNorm(2, 4), nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, (2, 1), groups=2, bias=False), nn.Flatten(), nn.Linear(48, 4),
+    )  # fmt: skip
+
+
+def mlp(outputs=4):
+    return nn.Sequential(
+        nn.Linear(3, 5), nn.ReLU(inplace=True), nn.LayerNorm(5), nn.Linear(5, 5, bias=False), nn.Tanh(),
+        nn.Linear(5, outputs),
+    )  # fmt: skip
+
+
+CASES = {
+    "mlp": (mlp, (3,), cross_entropy),
+    "smoothed": (mlp, (3,), smoothed),
+    "mixed": (mlp, (3,), mixed),
+    "squares": (lambda: mlp(1), (3,), squares),
+    "logistic": (lambda: mlp(1), (3,), logistic),
+    "images": (images, (2, 7, 7), cross_entropy),
+    "tokens": (Tokens, None, cross_entropy),
+    "as many tokens as samples": (Tokens, None, cross_entropy),
+}
+
+
+def dense(net, x, y, criterion, chosen, scale):
+    """The same rows by brute force: the Hessian of the loss in the outputs, its eigenpair, and a backward pass each."""
+    outputs, parameters = net(x), [*net.parameters()]
+    f = outputs.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(N * criterion(f, y), f, create_graph=True)
+    flat, grad = outputs.reshape(N, -1, outputs.shape[-1]), slope.reshape(N, -1, outputs.shape[-1])
+    root = torch.cat([(scale[name] ** 0.5).reshape(-1) for name, _ in net.named_parameters()])
+    rows = []
+    for i, chance in zip(chosen.taken.tolist(), chosen.chance.tolist()):
+        for position in chosen.positions[i].tolist():
+            S = torch.stack(
+                [torch.autograd.grad(g, f, retain_graph=True)[0].view_as(flat)[i, position] for g in grad[i, position]]
+            )
+            values, vectors = torch.linalg.eigh(S)
+            z = torch.autograd.grad(flat[i, position] @ vectors[:, -1], parameters, retain_graph=True)
+            weight = flat.shape[1] / chosen.positions.shape[1] / chance
+            rows.append((weight * values[-1]) ** 0.5 * root * torch.cat([g.reshape(-1) for g in z]))
+    z = torch.stack(rows)
+    return z @ z.T
+
+
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_dense_jacobian(name, some):
+    make, shape, criterion = CASES[name]
+    torch.manual_seed(0)
+    net = make().double()
+    length = N if name.startswith("as many") else 5
+    x = torch.randint(0, 4, (N, length)) if shape is None else torch.randn(N, *shape, dtype=torch.float64)
+    y = torch.randint(0, 4, (N, length) if shape is None else (N,))
+    with torch.no_grad():
+        for p in net.parameters():  # outputs that are apart: eigenvectors are then clear
+            p.mul_(2.0)
+    scale = {name: 0.5 + torch.rand_like(p) for name, p in net.named_parameters()}
+    rows = GraphRows(net, torch.Generator().manual_seed(0), lambda n: n // 2 if some else n, lambda n: 2)
+    loss = criterion(net(x), y)
+    rows.saw_loss(loss / 8, samples=N, factor=1 / 8, micro_batches=1)
+    assert rows.failure is None
+    expected = dense(net, x, y, criterion, rows.chosen[0], scale)
+    found = rows.kernel(scale, None, None).gram
+    assert len(found) == len(expected) >= (3 if some else N)
+    sizes = expected.diagonal().sqrt()
+    signs = (found * expected).sign()  # of eigenvectors
+    assert (found - signs * expected).abs().amax() <= 2e-3 * sizes.amax() ** 2
+    assert torch.allclose(found.diagonal(), expected.diagonal(), rtol=2e-3)
+    loss.backward()  # the graph is whole
