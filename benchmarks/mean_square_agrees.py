@@ -151,7 +151,7 @@ def readings(name: str, seed: int) -> dict[str, list[float]]:
                     "batch": float(metric(snapshot)["stability/courant_mean_square"]),
                     "128 fixed": full(snapshot, fixed.probe_set(pending, loss_of)),
                     "128 fresh": full(snapshot, of_fresh),
-                    "32 of fresh": full(snapshot, of_fresh, None if of_fresh.tied else 32),
+                    "32 of fresh": full(snapshot, of_fresh, None if of_fresh.batches else 32),
                 }
             except Unmeasurable as error:
                 print(f"  step {step}: {error}")

@@ -21,10 +21,10 @@ and now
 
 | number | files entered | calls | changes of file | ways |
 |---|---|---|---|---|
-| sharpness | 56 | 987 | 243 | 221 |
-| mean_square_stability | 68 | 1,145 | 293 | 271 |
-| sgd_stability | 68 | 2,064 | 354 | 309 |
-| stability_profile | 83 | 74,343 | 19,815 | 481 |
+| sharpness | 59 | 1,036 | 268 | 244 |
+| mean_square_stability | 67 | 598 | 280 | 242 |
+| sgd_stability | 72 | 2,115 | 372 | 324 |
+| stability_profile | 87 | 59,487 | 11,965 | 506 |
 
 Small files of one idea each and few changes of file work against each other. Most of what is left is made once a step
 (how it is kept, whether it is due, the optimizer's rule, the checks afterwards); a Hessian product makes fifteen.

@@ -85,9 +85,9 @@ class Publisher:
 
     def _show(self, trainer: Any, values: Mapping[str, float]) -> None:
         """Show finite global values, and the headline metric in the progress bar."""
-        shown = scalars(values)
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in shown.items()})
-        trainer.callback_metrics["stability/age"] = self._age
+        shown, metrics = scalars(values), trainer.callback_metrics  # which is expensive to ask for
+        metrics.update({key: torch.tensor(value) for key, value in shown.items()})
+        metrics["stability/age"] = self._age
         if "stability/courant" in shown:
             trainer.progress_bar_metrics["courant"] = round(shown["stability/courant"], 3)
 

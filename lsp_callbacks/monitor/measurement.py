@@ -50,7 +50,7 @@ class Measurement:
     def __init__(self, quantities: SelectedQuantities, schedule: Schedule, budget: Budget):
         self.quantities, self.schedule, self.budget = quantities, schedule, budget
         self.paths: dict[str, str] = {}
-        self._layouts: dict[str, tuple] = {}
+        self._layouts: dict[str, list] = {}
 
     def reset(self) -> None:
         """Forget everything."""
@@ -128,7 +128,7 @@ class Measurement:
             is_headline = quantity.name == self.schedule.cadence.headline
             self.budget.check_memory(quantity.name, self.quantities, snapshot, is_headline=is_headline)
         quantity.update(snapshot)
-        values = {key: float(value) for key, value in quantity.compute().items()} if quantity.complete else None
+        values = quantity.numbers() if quantity.complete else None
         return snapshot.run.ranks.first(lambda: values, quantity.name)
 
     def _fail(self, measured: Measured, quantity: Quantity, snapshot: Snapshot, error: Exception) -> None:
@@ -160,7 +160,7 @@ class Measurement:
     def _check_layout(self, snapshot: Snapshot) -> None:
         """Restart the quantities if other parameters are trained than before: windows and warm starts do not fit."""
         player = "" if snapshot.player is None else snapshot.player.name
-        layout = tuple((name, p.shape) for name, p in snapshot.parameters.items())
+        layout = [(name, p.shape) for name, p in snapshot.parameters.items()]
         if self._layouts.get(player, layout) != layout:
             self.schedule.interrupt()
             self.schedule.cadence.forget_prices()

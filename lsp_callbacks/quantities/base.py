@@ -128,17 +128,23 @@ class Quantity(Metric):
         Raises:
             KeyError: for a name that ``KEYS`` does not state.
         """
-        given = {PREFIX + name: scalar(value) for name, value in values.items()}
-        if unknown := given.keys() - {*self.keys, *self.optional}:
-            raise KeyError(f"{type(self).__name__}.KEYS does not state {', '.join(sorted(unknown))}")
-        for key in (*self.keys, *self.optional):
-            setattr(self, key, given.get(key, scalar(torch.nan)))
+        given = {PREFIX + name: float(value) for name, value in values.items()}
+        keys = (*self.keys, *self.optional)
+        if not given.keys() <= {*keys}:
+            unknown = ", ".join(sorted(given.keys() - {*keys}))
+            raise KeyError(f"{type(self).__name__}.KEYS does not state {unknown}")
+        numbers = torch.tensor([given.get(key, math.nan) for key in keys], dtype=torch.float64)
+        vars(self).update(zip(keys, numbers.unbind()))  # as setattr does, after a dozen questions for each
         self.complete = True
 
     def compute(self) -> dict[str, Tensor]:
         """Return the last measurement, NaN before one; optional numbers that are not defined are left out."""
         values = {key: getattr(self, key) for key in (*self.keys, *self.optional)}
         return {key: value for key, value in values.items() if key in self.keys or not bool(value.isnan())}
+
+    def numbers(self) -> dict[str, float]:
+        """Return `compute` as floats, of this rank, and without the cache that torchmetrics keeps of it."""
+        return {key: float(value) for key, value in type(self).compute(self).items()}
 
     def forward(self, snapshot: Snapshot) -> dict[str, Tensor]:  # type: ignore[override]
         """Update with one step and return the last measurement.

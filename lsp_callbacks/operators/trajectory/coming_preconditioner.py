@@ -50,7 +50,7 @@ def coming_rule(snapshot: Snapshot, *, squares: dict[str, Tensor] | None = None)
         Unmeasurable: see `frozen_rule`.
 
     Cost: nothing without a preconditioner, and some passes over its numbers with one; while it holds one gradient only,
-    1.7 gradients, once a step. Error: ``benchmarks/coming_squares.py``.
+    1.7 gradients, once a step.
     """
     rule = frozen_rule(snapshot)
     if not rule.frozen or snapshot.gradient is None:

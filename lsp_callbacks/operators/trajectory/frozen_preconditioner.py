@@ -173,9 +173,9 @@ def _relative(optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> tuple[flo
 
 def _clip_factors(snapshot: Snapshot) -> Scale:
     """Return the factor kappa of each parameter; empty where nothing is clipped."""
-    gradient = snapshot.flat_gradient
-    if snapshot.clipping is None or gradient is None:
+    if snapshot.clipping is None or snapshot.flat_gradient is None:
         return {}
+    gradient = snapshot.flat_gradient
     held = held_mask(snapshot)
     factor = snapshot.clipping.factor(gradient if held is None else held * gradient)
     if factor.ndim == 0:

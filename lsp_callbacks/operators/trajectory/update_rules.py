@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import lru_cache, singledispatch
 from typing import Any
 
 import torch
@@ -108,14 +108,22 @@ def formula(optimizer: torch.optim.Optimizer) -> Formula:
             f"the update of {type(optimizer).__name__} is not supported (those of torch.optim.SGD, Adam, AdamW, "
             "RMSprop and Adagrad are): its sharp mode, edge of stability and critical rate are skipped"
         )
-    base: Any = next(c for c in type(optimizer).__mro__ if c in _SUPPORTED)
-    # torch wraps the step of each class when it is first used.
-    if inspect.unwrap(type(optimizer).step) is not inspect.unwrap(base.step):
+    kind: Any = type(optimizer)
+    if _overrides_step(kind, kind.step):
+        base = next(c for c in type(optimizer).__mro__ if c in _SUPPORTED)
         raise Unmeasurable(
             f"{type(optimizer).__name__} overrides {base.__name__}.step: its update is not supported, and its sharp "
             "mode, edge of stability and critical rate are skipped"
         )
     return rule
+
+
+@lru_cache(maxsize=32)
+def _overrides_step(kind: Any, step: Any) -> bool:
+    """Return whether a class makes another step than the class of ours that it derives from."""
+    base: Any = next(c for c in kind.__mro__ if c in _SUPPORTED)
+    # torch wraps the step of each class when it is first used.
+    return inspect.unwrap(step) is not inspect.unwrap(base.step)
 
 
 def descent(theta: Tensor, g: Tensor, group: Group) -> Tensor:
