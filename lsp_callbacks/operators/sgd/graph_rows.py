@@ -35,7 +35,7 @@ class GraphRows(GraphReader):
         rows: from the number of samples in the step to how many of them have rows.
         positions: likewise, to how many positions of each are looked at.
         axes: where the samples are in each layer, from an earlier step; None finds out, by one more pass.
-        roots: of the diagonal of D, by name, as they were last; where the statistics of a batch tie samples together,
+        scale: the diagonal of D, by name, as it was last; where the statistics of a batch tie samples together,
             the largest eigenvalue is then compared with what the batch itself gives, see `corrected`. None leaves it.
 
     Attributes:
@@ -56,11 +56,11 @@ class GraphRows(GraphReader):
         positions: Callable[[int], int],
         *,
         axes: list[int] | None = None,
-        roots: Mapping[str, Tensor | float] | None = None,
+        scale: Mapping[str, Tensor | float] | None = None,
     ):
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._module, self._generator, self._rows, self._positions = module, generator, rows, positions
-        self.axes, self._roots, self.dtype = axes, roots, torch.float32
+        self.axes, self._scale, self.dtype = axes, scale, torch.float32
         self.failure: Exception | None = None
         self.chosen: list[Chosen] = []
         self.samples = self.batch = 0
@@ -113,12 +113,12 @@ class GraphRows(GraphReader):
         for k, position in enumerate(chosen.positions.unbind(1)):
             graph.run(pairs[:, k], position)
         self._parts.append(graph.parts())
-        if self.ties and self._roots is not None:
-            self._push(graph, pairs, chosen, self._roots)
+        if self.ties and self._scale is not None:
+            self._push(graph, pairs, chosen, self._scale)
 
-    def _push(self, graph: GraphPass, pairs: Tensor, chosen: Chosen, roots: Mapping[str, Tensor | float]) -> None:
+    def _push(self, graph: GraphPass, pairs: Tensor, chosen: Chosen, scale: Mapping[str, Tensor | float]) -> None:
         """Take the sharpest combination of rows back through the statistics of the batch, to the parameters."""
-        c = torch.linalg.eigh(self._gram(roots)[0])[1][:, -1]
+        c = torch.linalg.eigh(self._gram(scale)[0])[1][:, -1]
         weights = torch.zeros(pairs.shape[:2], dtype=c.dtype)
         weights[chosen.taken] = c.view(-1, pairs.shape[1])
         self._pushed = c, graph.gradients(pairs * weights.to(pairs)[..., None], chosen.positions)
@@ -148,7 +148,7 @@ class GraphRows(GraphReader):
         taken, chance = sampled_rows(sizes, most, offset)
         return Chosen(positions, taken, chance), weighted(pairs, taken, chance)
 
-    def _gram(self, roots: Mapping[str, Tensor | float]) -> tuple[Tensor, dict[str, float]]:
+    def _gram(self, scale: Mapping[str, Tensor | float]) -> tuple[Tensor, dict[str, float]]:
         """Return K, in float64 on the CPU, and the traces of the parameters' shares."""
         if self.failure is not None or not self._parts:
             raise self.failure or UnknownGraph("no loss was seen before its backward pass")
@@ -157,7 +157,7 @@ class GraphRows(GraphReader):
         for name in self._parts[0]:
             p = self._parameters[name]
             gram = ParameterGram([part[name] for part in self._parts])
-            share = gram.gram(torch.as_tensor(roots[name]).to(p), HELD, p.numel())
+            share = gram.gram(torch.as_tensor(scale[name]).to(p), HELD, p.numel())
             traces[name] = float(share.trace())
             total = share.double() if total is None else total.add_(share)
         assert total is not None
@@ -177,13 +177,12 @@ class GraphRows(GraphReader):
         Raises:
             UnknownGraph: if the graphs could not be read.
         """
-        roots = {name: torch.as_tensor(scale[name]) ** 0.5 for name in self._parameters}
-        gram, traces = self._gram(roots)
+        gram, traces = self._gram(scale)
         if self.ties:
             if correction is None and self._pushed is not None:
                 c, pushed = self._pushed
-                norms = (float(torch.linalg.vector_norm(roots[name].to(g) * g)) for name, g in pushed.items())
-                correction = sum(norm**2 for norm in norms) / float(c @ gram @ c)
+                squares = (float((scale[name] * g.square()).sum()) for name, g in pushed.items())
+                correction = sum(squares) / float(c @ gram @ c)
             gram = with_top(gram, 1.0 if correction is None else correction)
         taken, chance = self._joined()
         return TangentKernel(
