@@ -4,8 +4,8 @@ Trains a network with Lightning and ``StabilityMonitor()`` with ``StopOnInstabil
 callbacks that read the processor time: what passes between the two in the hooks of a step is theirs, with the time that
 Lightning takes to call them. Steps at which something is measured are left out. Printed are the median over the steps
 of several runs with its quartiles, its share of a step, and how many functions of this package such a step enters;
-beside it the same for a callback that does nothing. A difference between whole runs with and without callbacks would
-be of the same size as the difference between two runs without.
+beside it the same for one and for two callbacks that do nothing. A difference between whole runs with and without
+callbacks would be of the same size as the difference between two runs without.
 
 What a function costs depends on what else the processor does: after the passes of a step nothing of it is in the
 cache. So the number of functions, which is the same on each machine, is the number to reduce.
@@ -157,6 +157,7 @@ if __name__ == "__main__":
     for make in (mlp, cnn):
         for title, callbacks in (
             ("one that does nothing", lambda: [hooks_that(lambda hook, trainer: None)]),
+            ("two that do nothing", lambda: [hooks_that(lambda hook, trainer: None) for _ in range(2)]),
             ("StabilityMonitor, StopOnInstability", lambda: [StabilityMonitor(), StopOnInstability()]),
         ):
             clocks = [clocked(make, settings.steps, callbacks()) for _ in range(settings.runs)]

@@ -37,12 +37,14 @@ def rates(
         near: a `nearness`.
         step_cost: gradients that a step of training takes.
     """
-    parts = {name: math.sqrt(p.weight * (p.price or 1.0)) for name, p in paces.items() if p.every_n_steps is None}
+    parts = {
+        name: math.sqrt(p.weight * (p.warmth * p.price or 1.0)) for name, p in paces.items() if p.every_n_steps is None
+    }
     share = 0.0
     if headline is not None:
         parts.pop(headline)
         most = HEADLINE if parts else 1.0
-        enough = paces[headline].price / step_cost or most
+        enough = paces[headline].warmth * paces[headline].price / step_cost or most
         share = (1 - near) * min(most, enough) + near * (most + TAKEN * (1 - most))
     rest = {name: income * (1 - share) * part / sum(parts.values()) for name, part in parts.items()}
     return rest if headline is None else rest | {headline: income * share}
@@ -144,7 +146,7 @@ class Account:
 
     def period(self, name: str) -> float:
         """Return the steps in which the budget pays for a measurement."""
-        return self.paces[name].price / self.rates[name]
+        return self.paces[name].warmth * self.paces[name].price / self.rates[name]
 
     def round(self) -> float:
         """Return what one measurement of all others costs."""

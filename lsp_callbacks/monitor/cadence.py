@@ -223,7 +223,8 @@ class Cadence:
         account = self.account
         account.settle(max(self._step, 0))
         for name, gradients in parts.items():
-            self.paces[name].parts, self.paces[name].is_stale = dict(gradients), False
+            pace = self.paces[name]
+            pace.parts, pace.is_stale, pace.is_cold = dict(gradients), False, not pace.count
         promised = [name for name in {*named} & {*parts} if not self.paces[name].count]
         for name in promised:
             self.paces[name].is_promised = True
@@ -245,7 +246,7 @@ class Cadence:
         self.account.pay(step, names)
         for name in names:
             self.paces[name].start(step)
-        self._next = -math.inf
+        self._changed()
 
     def restart(self, name: str) -> None:
         """Begin a measurement anew at the next step, as it was interrupted."""

@@ -136,6 +136,5 @@ class Choice:
         if name == account.headline:
             is_early = pace.started is not None and step - pace.started < min(account.period(name), pace.doubling)
             return price - balance.saved - (max(0.0, balance.free - account.round()) if is_early else balance.free)
-        if pace.is_promised and not pace.count:
-            return price - balance.free
-        return price - (balance.free - account.reserve())
+        is_paid_now = pace.is_promised if pace.started is None else step - pace.started >= account.period(name)
+        return price - (balance.free if is_paid_now else balance.free - account.reserve())

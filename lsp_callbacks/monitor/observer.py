@@ -179,8 +179,7 @@ class StepObserver:
         """Forget the step before; `begin_batch` does so at the first micro-batch of the next one."""
         self._pending, self.updates, self.replayed_loss = None, 0, None
         self.step_loss.begin()
-        if self._gradient_check.is_expected:
-            self._gradient_check.forget()
+        self._gradient_check.forget()
 
     def _new_pending(self) -> PendingStep | None:
         """Return what the coming step must be replayed from, if it is to be measured."""

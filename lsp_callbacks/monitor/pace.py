@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+#: What a second measurement costs over the first, until its price is found out: it starts from the first.
+SECOND = 0.5
+
 
 def union(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Return what measurements of one step spend gradients on: what several of them spend on the same counts once."""
@@ -33,6 +36,7 @@ class Pace:
         is_promised: whether the advance pays the first measurement.
         is_stale: whether the price may be another one now.
         postponed: the step from which on it need not wait any more; None where it does not wait.
+        is_cold: whether the price is that of the first measurement.
     """
 
     weight: float = 1.0
@@ -45,6 +49,7 @@ class Pace:
     is_promised: bool = False
     is_stale: bool = False
     postponed: int | None = None
+    is_cold: bool = False
 
     @property
     def price(self) -> float:
@@ -53,7 +58,12 @@ class Pace:
 
     def price_beside(self, parts: Mapping[str, float]) -> float:
         """Return what a measurement costs in a step that spends gradients on these parts already."""
-        return sum(max(0.0, price - parts.get(part, 0.0)) for part, price in (self.parts or {}).items())
+        return self.warmth * sum(max(0.0, price - parts.get(part, 0.0)) for part, price in (self.parts or {}).items())
+
+    @property
+    def warmth(self) -> float:
+        """What the next measurement is expected to cost over the known price: that of a second one comes later."""
+        return SECOND if self.is_cold and self.count else 1.0
 
     @property
     def doubling(self) -> int:

@@ -9,7 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from harness import Model, fit
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lsp_callbacks import Monitor, Quantity, Snapshot, StabilityMonitor
@@ -160,6 +160,7 @@ def test_nothing_is_asked_at_an_idle_step(monkeypatch):
 
 @settings(max_examples=40, deadline=None)
 @given(st.floats(0.05, 2.0), st.lists(prices, max_size=4), st.lists(st.floats(0, 1.5) | st.just(math.nan), min_size=1))
+@example(2.0, [{f"own{k}": 0.4} for k in range(3)], [0.2])  # what is put by is not theirs, however cheap they are
 def test_the_headline_number_has_no_long_gap_whatever_the_others_cost(price, others, readings):
     costs = {"headline": {"rows": price}} | {f"other{i}": parts for i, parts in enumerate(others)}
     found = paced(costs, lambda step: readings[(step // 40) % len(readings)], steps=600)["headline"]

@@ -96,7 +96,9 @@ def mode_cost(snapshot: Snapshot, method: Method, *, warm: bool = True, bounded:
     method = resolved(snapshot, method)
     runs = 1 if has_own_run(snapshot) else 1 + (frozen_rule(snapshot).sign < 0)
     scatter = {"signs": (1 + 2 * DRAWS) / 3} if gradients_missing(snapshot) else {}
-    return {"forward": forward_cost(snapshot), "edge": _top_cost(snapshot, method, warm, bounded, runs)} | scatter
+    slopes = {"slopes": 1 / 3} if method == "finite_difference" and snapshot.kinked else {}
+    edge = _top_cost(snapshot, method, warm, bounded, runs)
+    return {"forward": forward_cost(snapshot), "edge": edge} | scatter | slopes
 
 
 def _top_cost(snapshot: Snapshot, method: Method, warm: bool, bounded: bool, runs: int) -> float:
@@ -149,8 +151,9 @@ class Sharpness(Quantity):
         Unmeasurable: with several players, if one of them does not step for a long time.
 
     Cost: two products, shared with the exponent, a third or a fourth where the error bar is wide, four at the first
-    reading: 3.5 gradients by differences on a large MLP and 2.5 on a transformer, 5.4 by exact products. With rates
-    that differ, as with every preconditioner, H has products of its own, and the coming preconditioner takes 1.7: 9.8.
+    reading. A product is one gradient, on a small network with nearly as much again for its vectors, and at kinks one
+    forward pass more, see `lsp_callbacks.operators.hessian`. With rates that differ, as with every preconditioner, H
+    has products of its own: twice as many.
 
     Source: Cohen et al. 2021, 2022; docs/theory.md, section Edges of stability.
 
