@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from lsp_callbacks.monitor.multi_optimizer import Game
 from lsp_callbacks.monitor.nan_finder import NanFinder
 from lsp_callbacks.monitor.step_results import Completed, StepResults
 from lsp_callbacks.monitor.training_loop import MicroBatchLoss, TrainingLoop
-from lsp_callbacks.monitor.update_check import UpdateCheck
+from lsp_callbacks.monitor.update_check import UpdateCheck, of_whole_batch
 from lsp_callbacks.quantities.numerics.numerics import Numerics
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import PendingStep, never
@@ -301,7 +300,7 @@ class StepObserver:
                 self._observe(snapshot)
                 if is_compared:
                     doing = "the parameters after the step could not be predicted"
-                    self._update_check.expect(_whole(snapshot, clipping) if pending.samples else snapshot)
+                    self._update_check.expect(of_whole_batch(snapshot, clipping) if pending.samples else snapshot)
         except Exception as error:
             monitor.errors.caught(doing, error)
         if needs_update and coming_gradients is not None:
@@ -392,9 +391,3 @@ class StepObserver:
                 listener(snapshot)
         finally:
             snapshot.forget()  # what is shared refers to the snapshot: vectors and graphs would wait for a collection
-
-
-def _whole(sub_batch: Snapshot, clipping: Clipping | None) -> Snapshot:
-    """Return the step of the whole batch, whose gradient the optimizer is given, from that of a sub-batch."""
-    gradient = {name: p.grad for name, p in sub_batch.parameters.items()}
-    return replace(sub_batch, gradient=gradient, clipping=clipping)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lsp_callbacks.operators.trajectory.proximal import Expected, expected
+from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -49,3 +52,9 @@ class UpdateCheck:
             return False
         self.forget()
         return elsewhere
+
+
+def of_whole_batch(sub_batch: Snapshot, clipping: Clipping | None) -> Snapshot:
+    """Return the step of the whole batch, whose gradient the optimizer is given, from that of a sub-batch."""
+    gradient = {name: p.grad for name, p in sub_batch.parameters.items()}
+    return replace(sub_batch, gradient=gradient, clipping=clipping)

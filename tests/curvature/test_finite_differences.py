@@ -466,3 +466,11 @@ def test_nothing_is_not_a_scale():
         if s == 1e-6:
             first = moved
         close(moved / first.norm(), first / first.norm(), 1e-6)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_product_of_nothing_is_nothing(name):
+    snapshot = freeze(NETWORKS[name]())
+    operator = hessian(snapshot, method="finite difference")
+    zero = torch.zeros(operator.shape[1], dtype=operator.dtype)
+    assert torch.equal(operator @ zero, zero) and (operator @ torch.ones_like(zero)).norm() > 0

@@ -184,7 +184,7 @@ class Differences:
     def reach(self, v: Tensor) -> float | None:
         """Return the distance along ``v / ||v||`` that moves the tensors by ``sqrt(eps)`` of their lengths.
 
-        None where all parameters are 0.
+        None where all parameters are 0, or v is.
         """
         return self._extent(v)[1]
 
@@ -193,7 +193,7 @@ class Differences:
         parts = v.split([p.numel() for p in self.parameters])
         sizes = _norms(parts)
         size = float(sizes.norm())
-        if self.lengths is None:
+        if self.lengths is None or not size:
             return size, None
         moves = torch.where(self.matrices, sizes, _norms(parts, math.inf))
         moved = float((moves / torch.tensor(self.lengths, dtype=moves.dtype, device=moves.device)).norm())

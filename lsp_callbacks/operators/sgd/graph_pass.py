@@ -45,6 +45,12 @@ class GraphPass:
         self._norms: dict[Any, BatchNormSite] = {}
         self._head: list[tuple[LinearSite, Tensor, Tensor]] = []
 
+    @property
+    def uses(self) -> tuple[tuple[str | None, ...], ...]:
+        """The names of the trainable parameters of each use, in the order of the graph, the last layer first."""
+        head = [self._head[0][0]] if self._head else []
+        return tuple(tuple(site.names) for site in (*head, *self.sites.values()))
+
     def run(self, values: Tensor, position: Tensor) -> None:
         """Take one row of each sample back, ``(N, C)`` at ``(N,)``. Cost: a third of a gradient."""
         child, k = self.criterion.node.next_functions[0]

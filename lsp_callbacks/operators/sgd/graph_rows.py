@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,20 @@ from lsp_callbacks.step.graph_reader import GraphReader
 FEW, MOST = 3, 0.9
 
 
+class GraphKind(NamedTuple):
+    """What does not change from step to step, and by which a graph is recognised.
+
+    Attributes:
+        nodes: their names, outputs first.
+        sites: the names of the trainable parameters of each use, in the order of the graph.
+        axes: of the samples in each use: first (0) or second (1).
+    """
+
+    nodes: tuple[str, ...]
+    sites: tuple[tuple[str | None, ...], ...]
+    axes: list[int]
+
+
 class GraphRows(GraphReader):
     """Reads the graphs of a step's micro-batches before they are differentiated, and keeps what its rows need.
 
@@ -34,11 +49,13 @@ class GraphRows(GraphReader):
         generator: of positions and samples; private.
         rows: from the number of samples in the step to how many of them have rows.
         positions: likewise, to how many positions of each are looked at.
-        axes: where the samples are in each layer, from an earlier step; None finds out, by one more pass.
+        known: the graph of an earlier step, which says where the samples are in each layer, and must be this one's;
+            None finds out, by one more pass.
         scale: the diagonal of D, by name, as it was last; where the statistics of a batch tie samples together,
             the largest eigenvalue is then compared with what the batch itself gives, see `corrected`. None leaves it.
 
     Attributes:
+        kind: of the graph, once it was read.
         failure: why the graph could not be read; None if it could.
         chosen: what the rows of each micro-batch look at.
         samples: of all micro-batches that were looked at.
@@ -55,12 +72,12 @@ class GraphRows(GraphReader):
         rows: Callable[[int], int],
         positions: Callable[[int], int],
         *,
-        axes: list[int] | None = None,
+        known: GraphKind | None = None,
         scale: Mapping[str, Tensor | float] | None = None,
     ):
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._module, self._generator, self._rows, self._positions = module, generator, rows, positions
-        self.axes, self._scale, self.dtype = axes, scale, torch.float32
+        self.kind, self._scale, self.dtype = known, scale, torch.float32
         self.failure: Exception | None = None
         self.chosen: list[Chosen] = []
         self.samples = self.batch = 0
@@ -96,7 +113,10 @@ class GraphRows(GraphReader):
         for layer in self._module.modules():
             if isinstance(layer, nn.Linear | Convolution):  # not by its attribute: a parametrisation would compute it
                 layers |= {id(p): layer for name, p in layer.named_parameters(recurse=False) if name == "weight"}
-        known = Samples(samples, chosen.taken, names, layers, self.axes)
+        kinds = tuple(node.name() for node in nodes)
+        known = Samples(samples, chosen.taken, names, layers, None if self.kind is None else self.kind.axes)
+        if self.kind is not None and self.kind.nodes != kinds:
+            raise UnknownGraph("another graph than before")
         nodes = nodes[nodes.index(criterion.node) + 1 :]
         if known.axes is None:
             length, classes = criterion.outputs.shape[1:]
@@ -105,13 +125,15 @@ class GraphRows(GraphReader):
             only[alone] = torch.randn(classes, generator=torch.Generator().manual_seed(0)).to(only)
             probe = GraphPass(nodes, criterion, replace(known, alone=alone))
             probe.run(only, torch.full((samples,), length - 1, device=only.device))
-            self.axes, self.dtype = probe.axes, read(loss).dtype
+            self.kind, self.dtype = GraphKind(kinds, probe.uses, probe.axes), read(loss).dtype
             if self.dtype is torch.float16:
                 raise UnknownGraph("cotangents of a loss that is not scaled leave the range of float16")
             known.axes = probe.axes
         graph = GraphPass(nodes, criterion, known)
         for k, position in enumerate(chosen.positions.unbind(1)):
             graph.run(pairs[:, k], position)
+        if self.kind is None or graph.uses != self.kind.sites:
+            raise UnknownGraph("other uses of parameters than before")
         self._parts.append(graph.parts())
         if self.ties and self._scale is not None:
             self._push(graph, pairs, chosen, self._scale)

@@ -12,7 +12,7 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.cost import beside, forward_cost, work
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tolerance
-from lsp_callbacks.operators.sgd.graph_rows import GraphRows
+from lsp_callbacks.operators.sgd.graph_rows import GraphKind, GraphRows
 from lsp_callbacks.operators.sgd.held_statistics import can_be_held
 from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
 from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing, remembered_rule
@@ -31,6 +31,8 @@ from lsp_callbacks.step.snapshot import Snapshot
 TOLERANCE = 5e-3
 #: Under batch statistics the largest eigenvalue is corrected anew in every so many readings.
 CORRECTED = 2
+#: Readings 1, 32, 1024, ... are checked.
+CHECKED = 32
 #: Operations on small tensors, beside those of each layer, of a reading from the step's own graph.
 GRAPH_CALLS = 150
 #: Nanoseconds of the critical rate from 64 rows.
@@ -64,8 +66,9 @@ class MeanSquareStability(Quantity):
         ValueError: for an argument out of its range.
 
     Cost: one pass over half of the batch, forward and back to the outputs of layers, and their products for each pair
-    of rows: about a gradient, on small networks the time of some hundred calls. The first readings, and every 2^k-th,
-    are checked, which takes two gradients more.
+    of rows: about a gradient, on small networks the time of some hundred calls. The readings 1, 32, 1024, ... are
+    checked against a replay, which takes some gradients more, and so is the one after the graph of the step, or what is
+    trained, was found to have changed.
 
     Source: Mulayoff & Michaeli 2024; docs/theory.md, section The exponent of SGD, frozen at the weights.
     """
@@ -108,13 +111,14 @@ class MeanSquareStability(Quantity):
         self._correction: float | None = None
         self._checked: TangentKernel | None = None
         self._mode: Tensor | None = None
+        self._last_check = self._next_check = 1
         self._forget_graph()
         for name, value in zip(("alike", "alike_since"), none_yet()):
             self.add_state(name, default=value, persistent=True)
 
     def _forget_graph(self) -> None:
         """Go back to replays: nothing is known of the graph of a step."""
-        self._axes: list[int] | None = None
+        self._known: GraphKind | None = None
         self._population: int | None = None
         self._scale: dict[str, float | Tensor] | None = None
         self._price: dict[str, float] = {}
@@ -129,18 +133,26 @@ class MeanSquareStability(Quantity):
             run.generator(step, self.name),
             lambda samples: row_count(samples, self.rows),
             self._positions,
-            axes=None if self._checks_next else self._axes,
+            known=None if self._checks_next else self._known,
             scale=self._scale if corrects and not self._checks_next else None,
         )
 
     @property
     def _checks_next(self) -> bool:
-        """Whether the next measurement is one of those that are checked: 1, 2, 4, 8, 16, ..."""
-        return self._checked is None or self._update_count & (self._update_count + 1) == 0
+        """Whether the next measurement is one of those that are checked."""
+        return self._checks(self._update_count + 1)
+
+    def _checks(self, reading: int) -> bool:
+        return self._checked is None or reading >= self._next_check
+
+    def _is_changed(self) -> None:
+        """Go back to replays, the next of which is checked; where graphs change again and again, it is put off."""
+        self._known = None
+        self._next_check = max(self._update_count + 1, 2 * self._last_check)
 
     @property
     def needs_replay(self) -> bool:
-        return self._axes is None or self._checks_next
+        return self._known is None or self._checks_next
 
     def check(self, snapshot: Snapshot) -> None:
         critical_rule(snapshot)
@@ -192,11 +204,15 @@ class MeanSquareStability(Quantity):
         """Measure one step; do nothing while its probes, where it has only those, are being collected."""
         self.complete = False
         rows = self._rows_of_graph(snapshot)
-        checks = self._checked is None or self._update_count & (self._update_count - 1) == 0
-        reads = rows is not None and not checks and self._axes is not None
+        checks = self._checks(self._update_count)
+        reads = rows is not None and not checks and self._known is not None
         if snapshot.run.ranks.any(lambda: not reads, "the rows of the step's own graph"):
+            if self._known is not None and not checks:
+                self._is_changed()
+                if self._checked is not None and self._checked.traces.keys() != snapshot.parameters.keys():
+                    self._checked = None
+                return  # the next step, at which this measurement goes on, is kept for a replay
             if not snapshot.can_replay:
-                self._axes = None  # the next step, at which this measurement goes on, is kept for a replay
                 return
             reads = False
         if rows is not None and reads:
@@ -230,7 +246,7 @@ class MeanSquareStability(Quantity):
         except Exception as error:
             if not reads or snapshot.run.ranks.world > 1 or isinstance(error, Unmeasurable):
                 raise
-            self._axes = None  # whatever the rules of layers raise: the measurement goes on at the next step
+            self._is_changed()  # whatever the rules of layers raise: the measurement goes on at the next step
             return
         if checks:
             self._learn(snapshot, samples, sgd, rows)
@@ -263,7 +279,10 @@ class MeanSquareStability(Quantity):
 
     def _learn(self, snapshot: Snapshot, samples: ProbeSet, sgd: FrozenSGD, rows: GraphRows | None) -> None:
         """Find out whether rows from the step's own graph are those of its replay; then no replay is made any more."""
+        price = self._price
         self._forget_graph()
+        self._last_check = self._update_count
+        self._next_check = CHECKED ** (int(math.log(self._update_count + 0.5, CHECKED)) + 1)
         scale = remembered_rule(snapshot).scale
 
         def is_other() -> bool:
@@ -278,8 +297,10 @@ class MeanSquareStability(Quantity):
             return not bool(error <= tolerance(rows.dtype) * known.abs().amax())
 
         if not snapshot.run.ranks.any(is_other, "rows of the step's own graph") and rows is not None:
-            self._axes, self._population = rows.axes, samples.population
-            self._price = self._price_of_graph(snapshot, rows)
+            self._known, self._population = rows.kind, samples.population
+            self._price = price or self._price_of_graph(snapshot, rows)
+        elif self._update_count == 1:
+            self._next_check = 2  # what is peculiar about the first step may be over
 
     def _price_of_graph(self, snapshot: Snapshot, rows: GraphRows) -> dict[str, float]:
         """Return what a reading costs whose rows come from the step's own graph, by what it is spent on."""
