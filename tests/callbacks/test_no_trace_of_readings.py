@@ -120,7 +120,7 @@ CASES = {
     "node hook": (lambda: Counting("node"), {}, True),
     "module hook": (lambda: Counting("module"), {}, False),
     "function": (lambda: Counting("function"), {}, False),
-    "dropout": (lambda: Model(mlp(nn.Dropout(0.3))), {}, False),
+    "dropout": (lambda: Model(mlp(nn.Dropout(0.3))), {}, True),
     "checkpoint": (lambda: Checkpointed(False), {}, False),
     "reentrant checkpoint": (lambda: Checkpointed(True), {}, False),
     "weight norm": (lambda: wrapped(parametrizations.weight_norm), {}, False),

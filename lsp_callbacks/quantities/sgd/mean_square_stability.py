@@ -13,6 +13,7 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.cost import beside, forward_cost, work
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tolerance
+from lsp_callbacks.operators.sgd.graph_check import unexplained_rows
 from lsp_callbacks.operators.sgd.graph_rows import GraphKind, GraphRows
 from lsp_callbacks.operators.sgd.held_statistics import can_be_held
 from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
@@ -229,6 +230,10 @@ class MeanSquareStability(Quantity):
             verify(snapshot)
         if checks and snapshot.gradient is not None:
             verify_gradient(snapshot)
+        is_agreed = checks and not snapshot.run.ranks.any(
+            lambda: not self._agrees(snapshot, samples, rows), "rows of the step's own graph"
+        )
+        reads = reads or is_agreed
         try:
             sgd = frozen_sgd(
                 snapshot,
@@ -242,15 +247,16 @@ class MeanSquareStability(Quantity):
                 checked=None if checks else self._checked,
                 squares="batch",
                 correction=None if corrects else self._correction,
-                rows=rows if reads or checks else None,
+                rows=rows if reads else None,
+                chosen=dict(enumerate(rows.chosen)) if checks and rows is not None else None,
             )
         except Exception as error:
-            if not reads or snapshot.run.ranks.world > 1 or isinstance(error, Unmeasurable):
+            if not reads or checks or snapshot.run.ranks.world > 1 or isinstance(error, Unmeasurable):
                 raise
             self._is_changed()  # whatever the rules of layers raise: the measurement goes on at the next step
             return
         if checks:
-            self._learn(snapshot, samples, sgd, rows)
+            self._learn(snapshot, samples, sgd, rows, is_agreed=is_agreed)
         rate = (1 - TOLERANCE) * sgd.mean_square_lr(replacement=self.replacement, tol=TOLERANCE)  # errs downwards
         if math.isnan(rate):
             raise Unmeasurable("the Gram matrix is not finite: the weights or the outputs have overflowed")
@@ -278,8 +284,31 @@ class MeanSquareStability(Quantity):
             return None
         return rows
 
-    def _learn(self, snapshot: Snapshot, samples: ProbeSet, sgd: FrozenSGD, rows: GraphRows | None) -> None:
-        """Find out whether rows from the step's own graph are those of its replay; then no replay is made any more."""
+    def _agrees(self, snapshot: Snapshot, samples: ProbeSet, rows: GraphRows | None) -> bool:
+        """Return whether rows from the step's own graph were found to be those of its replay, masks and all.
+
+        Where statistics of the batch tie samples together, or the step has several micro-batches, they are compared
+        with rows of the samples instead, see `_learn`.
+        """
+        if rows is None or samples.batches or samples.is_given or len(rows.chosen) != 1:
+            return False
+        try:
+            return not unexplained_rows(snapshot, rows)
+        except Exception:  # whatever the rules of layers raise: the samples are looked at
+            return False
+
+    def _learn(
+        self, snapshot: Snapshot, samples: ProbeSet, sgd: FrozenSGD, rows: GraphRows | None, *, is_agreed: bool
+    ) -> None:
+        """Find out whether rows from the step's own graph are those of its samples; then no replay is made any more.
+
+        Args:
+            snapshot: a step.
+            samples: of its batch.
+            sgd: what was measured.
+            rows: from its graph; None where it could not be read.
+            is_agreed: whether the rows were found to be those of the replayed step.
+        """
         price = self._price
         self._forget_graph()
         self._last_check = self._update_count
@@ -287,6 +316,8 @@ class MeanSquareStability(Quantity):
         scale = remembered_rule(snapshot).scale
 
         def is_other() -> bool:
+            if is_agreed:
+                return False
             if rows is None or not {*sgd.kernel.path.values()} <= {"structured", "statistics"}:
                 return True
             try:
