@@ -226,10 +226,10 @@ class MeanSquareStability(Quantity):
         if not samples.full:
             return
         corrects = checks or self._update_count % CORRECTED == 0
-        if checks and snapshot.loss is not None:
-            verify(snapshot)
         if checks and snapshot.gradient is not None:
             verify_gradient(snapshot)
+        if checks and snapshot.loss is not None:
+            verify(snapshot)  # nothing more where the gradient was checked
         is_agreed = checks and not snapshot.run.ranks.any(
             lambda: not self._agrees(snapshot, samples, rows), "rows of the step's own graph"
         )
