@@ -52,6 +52,10 @@ class MeanSquareStability(Quantity):
     Each step brings fresh samples. Few of them read low where a few samples of many are sharp, and from one reading to
     the next the number scatters: look at the mean of three.
 
+    Where the rows come from the step's own graph, they are those of the step as it was taken, with the masks of its
+    dropout. They are looked at in a replay without dropout where that graph cannot be read (custom functions, activation
+    checkpoints, a network that has collapsed, dropout together with statistics of the batch).
+
     The network has *collapsed* where its outputs no longer depend on its inputs: nine of ten samples, of different
     inputs, have the same outputs to the last digits and the same gradient (dead ReLUs, saturated units), though their
     targets differ, and no lower a loss than a constant output has. A last layer that begins with zeros has another
@@ -69,8 +73,8 @@ class MeanSquareStability(Quantity):
 
     Cost: one pass over half of the batch, forward and back to the outputs of layers, and their products for each pair
     of rows: about a gradient, on small networks the time of some hundred calls. The readings 1, 32, 1024, ... are
-    checked against a replay, which takes some gradients more, and so is the one after the graph of the step, or what is
-    trained, was found to have changed.
+    checked against a replay, which takes two gradients more (with batch statistics three), and so is the one after the
+    graph of the step, or what is trained, was found to have changed.
 
     Source: Mulayoff & Michaeli 2024; docs/theory.md, section The exponent of SGD, frozen at the weights.
     """
@@ -160,8 +164,10 @@ class MeanSquareStability(Quantity):
         critical_rule(snapshot)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        if not self.needs_replay and self._price:
+        if self._price and not self.needs_replay:
             return self._price
+        if self._price and self._checks_next and "batch statistics" not in self._price:
+            return self._price | {"gradient": 1.0, "check of the rows": 1.0, "places of the samples": 1 / 3}
         samples = step_samples(snapshot, self._most)
         n, positions = samples.samples, self._positions(samples.samples)
         if work(snapshot).multiplications <= 1.5 * n * work(snapshot).parameters:
@@ -177,7 +183,7 @@ class MeanSquareStability(Quantity):
             parts["batch statistics"] = (1 / 3 + 1 / CORRECTED) * share
         elif samples.batches:
             parts["batch statistics"] = 2 / 3 * rows * share
-        if self._checked is None:
+        if self._checks_next:
             parts |= {"forward": forward_cost(snapshot), "gradient": 4 / 3, "check of the rows": 2 / 3 * share}
         return parts
 
@@ -339,8 +345,8 @@ class MeanSquareStability(Quantity):
         count = sum(len(chosen.taken) * chosen.positions.shape[1] for chosen in rows.chosen)
         passes, gram = rows.chosen[0].positions.shape[1] / 3, gram_cost(snapshot, count, rows.batch, calls=GRAPH_CALLS)
         parts = {"rows of the graph": passes * rows.samples / rows.batch + gram, **self._rate_cost(snapshot, count)}
-        if rows.ties:  # sums over the batch, and now and then a backward pass for the largest eigenvalue
-            parts["batch statistics"] = 1 / 3 + (2 / 3 + gram) / CORRECTED
+        if rows.ties:  # now and then a backward pass for the largest eigenvalue, and products once more
+            parts["batch statistics"] = (2 / 3 + gram / 2) / CORRECTED
         return parts
 
     def _rate_cost(self, snapshot: Snapshot, rows: int) -> dict[str, float]:
