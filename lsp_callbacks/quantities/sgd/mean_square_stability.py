@@ -53,8 +53,8 @@ class MeanSquareStability(Quantity):
     the next the number scatters: look at the mean of three.
 
     Where the rows come from the step's own graph, they are those of the step as it was taken, with the masks of its
-    dropout. They are looked at in a replay without dropout where that graph cannot be read (custom functions, activation
-    checkpoints, a network that has collapsed, dropout together with statistics of the batch).
+    dropout. They are looked at in a replay without dropout where that graph cannot be read (custom functions,
+    activation checkpoints, a network that has collapsed, dropout together with statistics of the batch).
 
     The network has *collapsed* where its outputs no longer depend on its inputs: nine of ten samples, of different
     inputs, have the same outputs to the last digits and the same gradient (dead ReLUs, saturated units), though their
