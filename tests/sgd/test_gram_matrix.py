@@ -17,7 +17,7 @@ import lsp_callbacks.operators.sgd.sharpest_mode as sharpest_mode_module
 from lsp_callbacks import ProbeSet
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.curvature.top_eigenvalue import top_eigenvalue
-from lsp_callbacks.operators.sgd import sampled_weights
+from lsp_callbacks.operators.sgd import weighted_gram
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
 from lsp_callbacks.operators.sgd.layer_rules import Outer, layer_uses, transposed
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part
@@ -369,7 +369,7 @@ class Conv1D(nn.Module):
 @pytest.mark.parametrize("layer", [nn.Linear(4, 4), Conv1D()])
 @pytest.mark.parametrize("block", [1, 2**19])
 def test_a_preconditioned_linear_layer_needs_no_gradient_of_a_sample(layer, block, monkeypatch):
-    monkeypatch.setattr(sampled_weights, "BLOCK", block)
+    monkeypatch.setattr(weighted_gram, "BLOCK", block)
     x, g, root = random(N, 4, seed=1), random(N, 3, 4, seed=2), random(4, 4, seed=3).abs()
     use = layer_uses(layer, x, g)["weight"]
     rows = (use.gradients(0, N) * root.reshape(-1)).flatten(0, 1)
@@ -380,7 +380,7 @@ def test_a_preconditioned_linear_layer_needs_no_gradient_of_a_sample(layer, bloc
         outer = Outer(g[lo:hi].flatten(0, 1), a[3 * lo : 3 * hi], swapped)
         return Part(hi - lo, [replace(none, outer=outer)])
 
-    close(ParameterGram([part(0, 2), part(2, N)]).gram(root, 2**26, 16), rows @ rows.T, EXACT)
+    close(ParameterGram([part(0, 2), part(2, N)]).gram(root**2, 2**26, 16), rows @ rows.T, EXACT)
 
 
 def test_one_output_gives_the_matrix_itself():

@@ -16,7 +16,7 @@ from lsp_callbacks.operators.sgd import per_sample_gradients
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
 from lsp_callbacks.operators.sgd.output_hessian import output_curvature, output_hessian
 from lsp_callbacks.operators.sgd.sampled_rows import sampled_rows
-from lsp_callbacks.operators.sgd.sampled_weights import SAMPLED, weighted_gram
+from lsp_callbacks.operators.sgd.weighted_gram import FEW, weighted_gram
 from lsp_callbacks.operators.trajectory.coming_preconditioner import REMEMBERED
 from lsp_callbacks.quantities.sgd import mean_square_stability
 from lsp_callbacks.quantities.sgd.mean_square_stability import TOLERANCE
@@ -184,16 +184,21 @@ def test_alike_samples_are_half_of_them():
     assert mean_square_lr(half, batch_size=4, population=1000) == pytest.approx(whole, rel=1e-9)
 
 
-def test_few_weights_of_a_preconditioned_layer_tell_its_kernel():
+@pytest.mark.parametrize("spread, allowed", [(0.0, 1e-9), (0.5, 0.03), (1.0, 0.07)])
+def test_rows_and_columns_of_a_preconditioner_tell_its_kernel(spread, allowed):
+    """Against each weight of each row, for a preconditioner of rank one times random numbers."""
     g, a = random(24, 160, seed=1), random(24, 240, seed=2).relu()
-    root = random(160, 240, seed=3).abs() ** 3  # of heavy tails
-    rows = (g[:, :, None] * root * a[:, None]).flatten(1)
-    exact, found = rows @ rows.T, weighted_gram(g, a, root)
-    assert root.numel() > 4 * SAMPLED
-    assert float(found.trace()) == pytest.approx(float(exact.trace()), rel=1e-9)
-    top, of_sample = (float(torch.linalg.eigvalsh(K)[-1]) for K in (exact, found))
-    assert abs(of_sample / top - 1) < 3 * (float(exact.trace()) / top / SAMPLED) ** 0.5
-    assert float(torch.linalg.eigvalsh(found)[0]) > -1e-9 and torch.equal(found, weighted_gram(g, a, root))
+    scale = random(160, 1, seed=3).abs() * random(240, seed=4).abs() * random(160, 240, seed=5).exp() ** spread
+    rows = (g[:, :, None] * scale.sqrt() * a[:, None]).flatten(1)
+    exact, gram = rows @ rows.T, weighted_gram(g, a, scale)
+    assert scale.numel() > 2 * FEW
+    values, vectors = torch.linalg.eigh(gram)
+    assert (gram - exact).norm() <= allowed * exact.norm()
+    assert float(values[-1]) == pytest.approx(float(torch.linalg.eigvalsh(exact)[-1]), rel=allowed)
+    assert float(values[0]) > -1e-9 * float(values[-1]) and (gram - gram.T).norm() <= 1e-12 * exact.norm()
+    top = vectors[:, -1]
+    assert float(values[-1]) == pytest.approx(float(top @ exact @ top), rel=allowed / 5)
+    close(weighted_gram(g * 0, a, scale), torch.zeros(24, 24, dtype=f64), 0.0)
 
 
 # -- output Hessians -----------------------------------------------------------------------------------------------

@@ -135,7 +135,8 @@ def tangent_kernel(
         checks=checked is None or "rows" in checked.path.values(), holds=holds, most=most, given=given,
     )  # fmt: skip
     grams = {name: ParameterGram() for name in parameters}
-    roots = {name: torch.as_tensor(scale[name]).to(p) ** 0.5 for name, p in parameters.items()}
+    diagonal = {name: torch.as_tensor(scale[name]).to(p) for name, p in parameters.items()}
+    roots = {name: values.sqrt() for name, values in diagonal.items()}
     of_check = torch.Generator().manual_seed(generator.initial_seed() + 1)
     check = Check(parameters, roots, of_check) if checked is None and not holds else None
     tied: TiedRows | None = None
@@ -162,7 +163,7 @@ def tangent_kernel(
             check.add(evaluation.outputs, seeds, taken)
     if tied is None:
         complete = {name: part for name, part in grams.items() if len(part.parts) == len(probes.parts)}
-        shares = {name: part.gram(roots[name], memory, parameters[name].numel()) for name, part in complete.items()}
+        shares = {name: part.gram(diagonal[name], memory, parameters[name].numel()) for name, part in complete.items()}
         path = {name: grams[name].path for name in grams}
     else:
         shares, path = tied.grams(), dict.fromkeys(grams, "sketched rows" if tied.defect else "rows")
@@ -189,7 +190,7 @@ def tangent_kernel(
         evaluation, _, seeds = directions.evaluate(index)
         add_rows(rows_of, evaluation.outputs, parameters, seeds, directions.taken.get(index, (None,))[0])
     for name, rowwise in rows_of.items():
-        shares[name], path[name] = rowwise.gram(roots[name], memory, parameters[name].numel()), "rows"
+        shares[name], path[name] = rowwise.gram(diagonal[name], memory, parameters[name].numel()), "rows"
         if check is not None:
             if check.plain.pop(name, None) is not None:
                 check.forget()
@@ -287,7 +288,7 @@ class Check:
     def __init__(self, parameters: dict[str, nn.Parameter], roots: dict[str, Tensor], generator: torch.Generator):
         self._parameters, self._roots, self._generator = parameters, roots, generator
         self._weights: list[Tensor] = []
-        #: Shares without a preconditioner, of which K is that of a sample of the weights, see `weighted_gram`.
+        #: Shares without a preconditioner, whose weights K takes by rows and columns, see `weighted_gram`.
         self.plain: dict[str, Tensor] = {}
         self._backward = {name: torch.zeros_like(p) for name, p in parameters.items()}
         #: The least precise type that the forward pass goes through: a module may cast by itself.

@@ -51,7 +51,7 @@ class GraphRows(GraphReader):
         positions: likewise, to how many positions of each are looked at.
         known: the graph of an earlier step, which says where the samples are in each layer, and must be this one's;
             None finds out, by one more pass.
-        roots: of the diagonal of D, by name, as they were last; where the statistics of a batch tie samples together,
+        scale: the diagonal of D, by name, as it was last; where the statistics of a batch tie samples together,
             the largest eigenvalue is then compared with what the batch itself gives, see `corrected`. None leaves it.
 
     Attributes:
@@ -73,11 +73,11 @@ class GraphRows(GraphReader):
         positions: Callable[[int], int],
         *,
         known: GraphKind | None = None,
-        roots: Mapping[str, Tensor | float] | None = None,
+        scale: Mapping[str, Tensor | float] | None = None,
     ):
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._module, self._generator, self._rows, self._positions = module, generator, rows, positions
-        self.kind, self._roots, self.dtype = known, roots, torch.float32
+        self.kind, self._scale, self.dtype = known, scale, torch.float32
         self.failure: Exception | None = None
         self.chosen: list[Chosen] = []
         self.samples = self.batch = 0
@@ -135,12 +135,12 @@ class GraphRows(GraphReader):
         if self.kind is None or graph.uses != self.kind.sites:
             raise UnknownGraph("other uses of parameters than before")
         self._parts.append(graph.parts())
-        if self.ties and self._roots is not None:
-            self._push(graph, pairs, chosen, self._roots)
+        if self.ties and self._scale is not None:
+            self._push(graph, pairs, chosen, self._scale)
 
-    def _push(self, graph: GraphPass, pairs: Tensor, chosen: Chosen, roots: Mapping[str, Tensor | float]) -> None:
+    def _push(self, graph: GraphPass, pairs: Tensor, chosen: Chosen, scale: Mapping[str, Tensor | float]) -> None:
         """Take the sharpest combination of rows back through the statistics of the batch, to the parameters."""
-        c = torch.linalg.eigh(self._gram(roots)[0])[1][:, -1]
+        c = torch.linalg.eigh(self._gram(scale)[0])[1][:, -1]
         weights = torch.zeros(pairs.shape[:2], dtype=c.dtype)
         weights[chosen.taken] = c.view(-1, pairs.shape[1])
         self._pushed = c, graph.gradients(pairs * weights.to(pairs)[..., None], chosen.positions)
@@ -170,8 +170,8 @@ class GraphRows(GraphReader):
         taken, chance = sampled_rows(sizes, most, offset)
         return Chosen(positions, taken, chance), weighted(pairs, taken, chance)
 
-    def shares(self, roots: Mapping[str, Tensor | float]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the share of each parameter in K by name, from the roots of the diagonal of D.
+    def shares(self, scale: Mapping[str, Tensor | float]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the share of each parameter in K by name, from the diagonal of D.
 
         Raises:
             UnknownGraph: if the graphs could not be read.
@@ -180,13 +180,13 @@ class GraphRows(GraphReader):
             raise self.failure or UnknownGraph("no loss was seen before its backward pass")
         for name in self._parts[0]:
             p, gram = self._parameters[name], ParameterGram([part[name] for part in self._parts])
-            yield name, gram.gram(torch.as_tensor(roots[name]).to(p), HELD, p.numel())
+            yield name, gram.gram(torch.as_tensor(scale[name]).to(p), HELD, p.numel())
 
-    def _gram(self, roots: Mapping[str, Tensor | float]) -> tuple[Tensor, dict[str, float]]:
+    def _gram(self, scale: Mapping[str, Tensor | float]) -> tuple[Tensor, dict[str, float]]:
         """Return K, in float64 on the CPU, and the traces of the parameters' shares."""
         total: Tensor | None = None
         traces = dict.fromkeys(self._parameters, 0.0)
-        for name, share in self.shares(roots):
+        for name, share in self.shares(scale):
             traces[name] = float(share.trace())
             total = share.double() if total is None else total.add_(share)
         assert total is not None
@@ -206,13 +206,12 @@ class GraphRows(GraphReader):
         Raises:
             UnknownGraph: if the graphs could not be read.
         """
-        roots = {name: torch.as_tensor(scale[name]) ** 0.5 for name in self._parameters}
-        gram, traces = self._gram(roots)
+        gram, traces = self._gram(scale)
         if self.ties:
             if correction is None and self._pushed is not None:
                 c, pushed = self._pushed
-                norms = (float(torch.linalg.vector_norm(roots[name].to(g) * g)) for name, g in pushed.items())
-                correction = sum(norm**2 for norm in norms) / float(c @ gram @ c)
+                squares = (float((scale[name] * g.square()).sum()) for name, g in pushed.items())
+                correction = sum(squares) / float(c @ gram @ c)
             gram = with_top(gram, 1.0 if correction is None else correction)
         taken, chance = self._joined()
         return TangentKernel(

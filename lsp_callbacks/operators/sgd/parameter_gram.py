@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lsp_callbacks.operators.sgd.layer_rules import Outer, Table, Use
-from lsp_callbacks.operators.sgd.sampled_weights import weighted_gram
+from lsp_callbacks.operators.sgd.weighted_gram import weighted_gram
 
 
 @dataclass(frozen=True)
@@ -41,32 +41,33 @@ class ParameterGram:
         """Return how the gradients are computed: "structured", "layer" or "rows"."""
         return max((use.path for part in self.parts for use in part.uses), key=len, default="structured")
 
-    def gram(self, root: Tensor, memory: int, entries: int) -> Tensor:
-        """Return ``(N R, N R)``, sample by sample, of the gradients times a factor.
+    def gram(self, scale: Tensor, memory: int, entries: int) -> Tensor:
+        """Return ``(N R, N R)``, sample by sample: the products of gradients behind the diagonal of D.
 
         Args:
-            root: the factor, a scalar or of the parameter's shape.
+            scale: the diagonal, a scalar or of the parameter's shape.
             memory: bound on the numbers held at once.
             entries: of the parameter.
         """
-        if not root.ndim:
-            return self._plain(root.new_ones(()), memory, entries).mul_(wide(root) ** 2)
-        return self._plain(root, memory, entries)
+        if not scale.ndim:
+            return self._behind(None, memory, entries).mul_(wide(scale))
+        return self._behind(wide(scale), memory, entries)
 
-    def _plain(self, root: Tensor, memory: int, entries: int) -> Tensor:
+    def _behind(self, scale: Tensor | None, memory: int, entries: int) -> Tensor:
         outer = [part.uses[0].outer for part in self.parts if len(part.uses) == 1]
         if len(outer) == len(self.parts) and all(outer):
-            return _outer_gram(Outer.joined([pair for pair in outer if pair]), root)
+            return _outer_gram(Outer.joined([pair for pair in outer if pair]), scale)
         if len(self.parts) == 1 and (split := _tied(self.parts[0].uses)) is not None:
-            return _table_gram(*split, root, memory)
-        return self._dense(root, memory, entries)
+            return _table_gram(*split, scale, memory)
+        return self._dense(scale, memory, entries)
 
-    def _dense(self, root: Tensor, memory: int, entries: int) -> Tensor:
+    def _dense(self, scale: Tensor | None, memory: int, entries: int) -> Tensor:
+        root = None if scale is None else scale.sqrt().reshape(-1)
         blocks = [(part, lo, hi) for part in self.parts for lo, hi in _ranges(part, memory, entries)]
 
         def rows(part: Part, lo: int, hi: int) -> Tensor:
             gradients = wide(part.gradients(lo, hi)).flatten(0, 1)
-            return gradients * root.reshape(-1) if root.ndim else gradients
+            return gradients if root is None else gradients * root
 
         table: list[list[Tensor]] = [[] for _ in blocks]
         for i, block in enumerate(blocks):
@@ -81,12 +82,12 @@ class ParameterGram:
         return square.tril() + square.tril(-1).T
 
 
-def _outer_gram(pair: Outer, root: Tensor) -> Tensor:
-    """Return ``sum_kl root_kl^2 g_ik g_jk a_il a_jl``."""
+def _outer_gram(pair: Outer, scale: Tensor | None) -> Tensor:
+    """Return ``sum_kl D_kl g_ik g_jk a_il a_jl``."""
     g, a = wide(pair.g), wide(pair.a)
-    if root.ndim:
-        return weighted_gram(g, a, wide(root.T if pair.transposed else root))
-    return (g @ g.T).mul_(a @ a.T)
+    if scale is None:
+        return (g @ g.T).mul_(a @ a.T)
+    return weighted_gram(g, a, scale.T if pair.transposed else scale)
 
 
 def _tied(uses: list[Use]) -> tuple[Table, Outer | None] | None:
@@ -97,7 +98,7 @@ def _tied(uses: list[Use]) -> tuple[Table, Outer | None] | None:
     return None
 
 
-def _table_gram(table: Table, outer: Outer | None, root: Tensor, memory: int) -> Tensor:
+def _table_gram(table: Table, outer: Outer | None, scale: Tensor | None, memory: int) -> Tensor:
     """Return the Gram matrix of gradients that are zero but in the rows of a table that a sample looks up.
 
     Only rows that occur are held. Where the table is the matrix of the last layer, too, ``W_v h``, the gradients of
@@ -106,7 +107,7 @@ def _table_gram(table: Table, outer: Outer | None, root: Tensor, memory: int) ->
     e, index = wide(table.g), table.index  # (N, R, T, d) and (N, T)
     n, rows, _, width = e.shape
     tokens, place = index.unique(return_inverse=True)
-    weight = wide(root)[tokens] if root.ndim else None  # (U, d)
+    weight = None if scale is None else scale[tokens].sqrt_()  # (U, d)
     step = max(1, min(width, memory // (2 * n * rows * len(tokens))))
     share = e.new_zeros(n * rows, n * rows)
     for lo in range(0, width, step):
@@ -120,7 +121,7 @@ def _table_gram(table: Table, outer: Outer | None, root: Tensor, memory: int) ->
     if outer is None:
         return share
     g, a = wide(outer.g), wide(outer.a)
-    share += _outer_gram(outer, root)
+    share += _outer_gram(outer, scale)
     lookups = e.transpose(1, 2) if weight is None else e.transpose(1, 2) * weight[place][:, :, None] ** 2
     inner = lookups @ a.T  # (N, T, R, M)
     cross = (inner * g.T[index][:, :, None]).sum(1).flatten(0, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lsp_callbacks._validation import whole
@@ -126,7 +125,7 @@ class MeanSquareStability(Quantity):
         """Go back to replays: nothing is known of the graph of a step."""
         self._known: GraphKind | None = None
         self._population: int | None = None
-        self._roots: dict[str, Tensor] | None = None
+        self._scale: dict[str, float | Tensor] | None = None
         self._price: dict[str, float] = {}
 
     def reader(self, module: nn.Module, run: RunContext, step: int) -> GraphReader | None:
@@ -140,7 +139,7 @@ class MeanSquareStability(Quantity):
             lambda samples: row_count(samples, self.rows),
             self._positions,
             known=None if self._checks_next else self._known,
-            roots=self._roots if corrects and not self._checks_next else None,
+            scale=self._scale if corrects and not self._checks_next else None,
         )
 
     @property
@@ -277,7 +276,7 @@ class MeanSquareStability(Quantity):
             self.alike, self.alike_since, step=snapshot.step, is_alike=is_alike
         )
         self.latest, self._mode = sgd, sgd.kernel.mode
-        self._roots = {name: torch.as_tensor(value) ** 0.5 for name, value in remembered_rule(snapshot).scale.items()}
+        self._scale = remembered_rule(snapshot).scale if rows is not None and rows.ties else None
         if corrects:  # in between half of it, which errs on the early side
             self._correction = sgd.kernel.correction**0.5
         self._checked = sgd.kernel if checks else self._checked

@@ -1,0 +1,73 @@
+"""Gram matrix of outer products behind a preconditioner, exact for few weights and by rows and columns for many."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Weights of a layer up to which each of them is multiplied for each pair of rows.
+FEW = 2**14
+#: Products with the matrix, each of few rows, that the direction of its largest eigenvalue takes.
+POWERS = 10
+#: How many numbers at a time stay in the processor's cache.
+BLOCK = 2**19
+
+
+def weighted_gram(g: Tensor, a: Tensor, weights: Tensor) -> Tensor:
+    """Return ``K_ij = sum_kl D_kl g_ik g_jk a_il a_jl`` for rows i, j.
+
+    Exact, each pair of rows takes a multiplication for each weight. For a large layer D is replaced by ``u v^T``, for
+    which K is the product, entry by entry, of ``G diag(u) G^T`` and ``A diag(v) A^T``: ``u_k = sum_il D_kl a_il^2``,
+    and v such that each input keeps its share of the trace. Rows and columns of K are then scaled such that its
+    diagonal is exact, and in the direction of its largest eigenvalue K is stretched to what the exact matrix has
+    there. So it is exact for a D of rank one, stays positive, and changes continuously with all that enters.
+
+    Adam's D has nearly rank one where it counts, as Adafactor assumes. Where it has no such structure, the trace stays
+    right, and the largest eigenvalue, if it is one of many of about its size, reads lower.
+
+    Args:
+        g: ``(M, o)``.
+        a: ``(M, i)``.
+        weights: D, ``(o, i)``, not negative.
+
+    Cost: three products of matrices as large as that of the layer's gradient for M rows, and two passes over D.
+    Source: Shazeer & Stern 2018 (arXiv 1804.04235), section 3, for the rank.
+    """
+    if weights.numel() <= FEW:
+        return _exact(g, a, weights.sqrt())
+    g2, a2 = g.square(), a.square()
+    traces = a2 @ weights.T
+    u = traces.sum(0)
+    traces = traces.mul_(g2)  # of row i at output k
+    v = _ratio((g2 @ weights).mul_(a2).sum(0), (g2 @ u) @ a2)
+    gram = ((g * u) @ g.T).mul_((a * v) @ a.T)
+    scale = _ratio(traces.sum(1), gram.diagonal()).sqrt()
+    return _exact_at_top(gram.mul_(scale[:, None]).mul_(scale), g, a, weights)
+
+
+def _exact_at_top(gram: Tensor, g: Tensor, a: Tensor, weights: Tensor) -> Tensor:
+    """Return ``T K T`` with ``T = 1 + (s - 1) c c^T``, c the sharpest direction of K, in which it is then exact."""
+    c = gram.sum(1)
+    for _ in range(POWERS):
+        c = gram @ c
+        c = c / c.norm().clamp_min(torch.finfo(c.dtype).tiny)
+    moved = gram @ c
+    top = c @ moved
+    exact = ((g * c[:, None]).T @ a).square_().mul_(weights).sum()
+    stretch = (_ratio(exact, top).sqrt() - 1) * c
+    return gram.addr_(stretch, moved).addr_(moved, stretch).addr_(stretch, stretch * top)
+
+
+def _ratio(t: Tensor, whole: Tensor) -> Tensor:
+    """Return ``t / whole``, and 0 where nothing is."""
+    return torch.where(whole > 0, t / whole, 0.0)
+
+
+def _exact(g: Tensor, a: Tensor, root: Tensor) -> Tensor:
+    """Take a few outputs at a time."""
+    share = g.new_zeros(len(g), len(g))
+    step = max(1, BLOCK // max(1, a.numel()))
+    for some, weights in zip(g.split(step, dim=1), root.split(step)):
+        rows = (some[:, :, None] * weights * a[:, None]).flatten(1)
+        share.addmm_(rows, rows.T)
+    return share
