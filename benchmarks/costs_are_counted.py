@@ -47,10 +47,20 @@ class Counts:
     counted: list[float] = field(default_factory=list)
     unit: float = 0.0
     spent: float = 0.0
+    reading: float = 0.0
 
     def watch(self, quantity: Quantity) -> None:
         """Count inside of the quantity's methods from now on."""
         update, after = quantity.update, getattr(quantity, "after_update", None)
+        reader = quantity.reader
+
+        def counted_reader(*args: Any) -> Any:
+            read = reader(*args)
+            if read is not None:
+                saw_loss, read.saw_loss = read.saw_loss, lambda *a, **k: self.read(lambda: saw_loss(*a, **k))
+            return read
+
+        vars(quantity)["reader"] = counted_reader
 
         def counted_update(snapshot: Snapshot) -> None:
             if not self.unit:
@@ -64,11 +74,18 @@ class Counts:
         if after is not None:
             vars(quantity)["after_update"] = lambda: self.add(quantity, after)
 
+    def read(self, compute: Any) -> None:
+        """Count what is read from the graph of a step, before its measurement."""
+        with WorkCounter() as counter:
+            compute()
+        self.reading = nanoseconds(counter)
+
     def add(self, quantity: Quantity, compute: Any) -> None:
         counter = WorkCounter()
         with counter:
             compute()
-        self.spent += nanoseconds(counter)
+        self.spent += nanoseconds(counter) + self.reading
+        self.reading = 0.0
         if quantity.complete:
             self.counted.append(self.spent / self.unit)
             self.spent = 0.0

@@ -24,6 +24,7 @@ class ProbeSet:
         batches: for samples that depend on each other in training, by the statistics of their batch: each evaluates
             ``together`` of the samples as a step does that takes them in one forward pass, and has no dropout.
         together: samples of each of those.
+        is_given: whether the user has said what outputs and criterion are: they may be others than those of the step.
 
     Example:
         >>> import torch
@@ -42,6 +43,7 @@ class ProbeSet:
     full: bool = True
     batches: tuple[Callable[[], Evaluation], ...] = ()
     together: int = 1
+    is_given: bool = False
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -195,7 +195,8 @@ class Probes:
                 parts.append(self._part(pending, loss, context, batch, held, None, together=tied))
                 taken += held
             total = sum(sizes) * max(1, round(micro_batches / len(sizes))) * self.ranks.world
-            of_step = ProbeSet(module, tuple(parts), taken, total, self.population)
+            is_given = self.forward_fn is not None
+            of_step = ProbeSet(module, tuple(parts), taken, total, self.population, is_given=is_given)
             return replace(of_step, batches=of_step.parts, together=taken) if tied else of_step
 
         return samples

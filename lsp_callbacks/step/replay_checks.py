@@ -14,7 +14,7 @@ from lsp_callbacks.autograd.graph import Graph, joined, read
 from lsp_callbacks.autograd.stop_gradients import StopGradients
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import norm
-from lsp_callbacks.step.flat import loss_and_gradient
+from lsp_callbacks.step.flat import flatten, loss_and_gradient
 
 if TYPE_CHECKING:
     from lsp_callbacks.step.snapshot import Snapshot
@@ -93,7 +93,9 @@ def verified_calls(snapshot: Snapshot) -> dict[str, Call]:
     return snapshot.verified.calls
 
 
-def _verify(snapshot: Snapshot) -> Graph:
+def _verify(snapshot: Snapshot, losses: list[Tensor] | None = None) -> Graph:
+    """Return the graph of a replay that has the step's own loss; the replayed loss of this rank goes to ``losses``."""
+
     def rank_graph() -> Graph:
         # With a graph, as in training: some kernels are chosen by whether a gradient is wanted. Hooks do not fire
         # inside compiled code, so that runs eagerly and agrees up to rounding only.
@@ -101,6 +103,8 @@ def _verify(snapshot: Snapshot) -> Graph:
             with StopGradients() as stopped:
                 loss = snapshot.replay()
             check_loss(snapshot, loss, tolerance=1e-4 if snapshot.compiled else 0.0)
+        if losses is not None:
+            losses.append(loss)
         return replace(read(loss), stopped=tuple(sorted(stopped.names)))
 
     known = snapshot.run.known_graph
@@ -162,15 +166,25 @@ def replayed_gradient(snapshot: Snapshot) -> tuple[Tensor, Tensor]:
 
 
 def verify_gradient(snapshot: Snapshot) -> None:
-    """Check once a step that its gradient is that of its replayed loss.
+    """Check once a step that its gradient is that of its replayed loss, and that this is the step's own, as `verify`.
 
     Raises:
-        Unmeasurable: see `check_gradient`.
+        Unmeasurable: see `verify` and `check_gradient`.
 
-    Cost: one gradient and one forward pass.
+    Cost: one gradient.
     """
     if not snapshot.verified.gradient:
-        _, gradient = replayed_gradient(snapshot)
+        if snapshot.loss is None or snapshot.verified.loss:
+            _, gradient = replayed_gradient(snapshot)
+        else:
+            losses: list[Tensor] = []
+            snapshot.verified.graph = _verify(snapshot, losses)
+            parameters = list(snapshot.parameters.values())
+
+            def rank_gradient() -> tuple[Tensor]:
+                return (flatten(torch.autograd.grad(losses.pop(), parameters, allow_unused=True), parameters),)
+
+            (gradient,) = snapshot.run.ranks.mean(rank_gradient, "the gradient")
         check_gradient(snapshot, gradient, tolerance=1e-2 if snapshot.graph.full else 0.1)
         snapshot.verified.gradient = True
 

@@ -76,11 +76,11 @@ class Checkpointed(Model):
 
 
 class Gpt(Model):
-    def __init__(self, optimizer=SGD):
+    def __init__(self, optimizer=SGD, **dropout):
         transformers = pytest.importorskip("transformers")
         config = transformers.GPT2Config(
-            n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=FEATURES, resid_pdrop=0.0, embd_pdrop=0.0,
-            attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+            n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=FEATURES, bos_token_id=0, eos_token_id=0,
+            **dropout,
         )  # fmt: skip
         super().__init__(transformers.GPT2LMHeadModel(config), optimizer)
 
@@ -112,7 +112,8 @@ CASES = {
     "batch norm": (lambda: Model(convolutional()), {}, True),
     "batch norm on images": (lambda: Model(images(nn.BatchNorm2d)), {}, True),
     "attention": (attention, {}, True),
-    "tied": (Gpt, {}, True),
+    "tied": (partial(Gpt, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), {}, True),
+    "dropout in a transformer": (Gpt, {}, True),
     "accumulated": (lambda: Model(), {"accumulate_grad_batches": 2, "max_steps": STEPS}, True),
     "clipped": (lambda: Model(), {"gradient_clip_val": 0.1}, True),
     "bfloat16": (lambda: Model(mlp(width=32)), {"precision": "bf16-mixed"}, True),
@@ -120,7 +121,7 @@ CASES = {
     "node hook": (lambda: Counting("node"), {}, True),
     "module hook": (lambda: Counting("module"), {}, False),
     "function": (lambda: Counting("function"), {}, False),
-    "dropout": (lambda: Model(mlp(nn.Dropout(0.3))), {}, False),
+    "dropout": (lambda: Model(mlp(nn.Dropout(0.3))), {}, True),
     "checkpoint": (lambda: Checkpointed(False), {}, False),
     "reentrant checkpoint": (lambda: Checkpointed(True), {}, False),
     "weight norm": (lambda: wrapped(parametrizations.weight_norm), {}, False),
@@ -148,7 +149,18 @@ def chosen(*quick):
 
 
 @pytest.mark.parametrize(
-    "name", chosen("in place", "batch norm", "accumulated", "tensor hook", "module hook", "function", "checkpoint")
+    "name",
+    chosen(
+        "dropout",
+        "dropout in a transformer",
+        "in place",
+        "batch norm",
+        "accumulated",
+        "tensor hook",
+        "module hook",
+        "function",
+        "checkpoint",
+    ),
 )
 def test_readings_leave_no_trace(name, copies):
     make, settings, from_graph = CASES[name]
@@ -169,8 +181,10 @@ def readings(make, *, from_graph, monkeypatch, **settings):
     return monitor.history["stability/courant_mean_square"].values
 
 
-@pytest.mark.parametrize("name", chosen("mlp", "batch norm", "attention", "preconditioner", "dropout"))
+@pytest.mark.parametrize("name", chosen("mlp", "batch norm", "attention", "preconditioner"))
 def test_a_reading_from_the_graph_is_that_of_the_replay(name, monkeypatch):
+    if name.startswith("dropout"):
+        pytest.skip("rows of samples are without masks: see test_graph_rows.py")
     make, settings, _ = CASES[name]
     values = {kind: readings(make, from_graph=kind, monkeypatch=monkeypatch, **settings) for kind in (True, False)}
     tolerance = 5e-2 if name == "bfloat16" else 1e-3

@@ -60,7 +60,7 @@ def test_both_packages_and_any_logger(lib, logger, tmp_path):
     )  # fmt: skip
     trainer.fit(Net(), data())
     assert {SHARPNESS, COURANT, LYAPUNOV, NORM, "stability/age"} <= trainer.callback_metrics.keys()
-    assert monitor.history[SHARPNESS].steps == [0, 5] and monitor.history[LYAPUNOV].steps == [4]
+    assert monitor.history[SHARPNESS].steps == [0, 5] and monitor.history[LYAPUNOV].steps == [1]
 
 
 class Numbered(Model):
@@ -135,7 +135,7 @@ def test_stock_callbacks_find_their_key(tmp_path):
 def test_the_first_step_is_measured_and_the_budget_says_when_the_next():
     monitor = StabilityMonitor("economy", budget=0.85)
     trainer = fit(Model(), monitor, max_steps=600)
-    account = monitor.monitor.cadence
+    account = monitor.monitor.cadence.account
     far = 1 / account.budget, account.period("sharpness")  # the rate is a hundredth of the critical one
     steps = monitor.history[COURANT].steps
     assert steps[0] == 0 and len(steps) > 5
@@ -196,7 +196,7 @@ def test_fast_dev_run_and_validation_in_between():
     )  # fmt: skip
     trainer.fit(model, data(), data())
     assert monitor.history[SHARPNESS].steps == [*range(12)]
-    assert monitor.history[LYAPUNOV].steps == [4, 9]  # validation moves nothing
+    assert monitor.history[LYAPUNOV].steps == [*range(1, 12, 2)]  # validation moves nothing
     assert "val_loss" in trainer.callback_metrics
     trainer.validate(model, data(), verbose=False)  # a stage that is not ours
     assert monitor.history[SHARPNESS].steps == [*range(12)]
@@ -460,7 +460,7 @@ def test_what_cannot_be_measured_is_refused_before_training(monitor, make, train
 
 def test_what_a_preset_brings_and_does_not_apply_is_skipped_without_a_warning(recwarn):
     """Not even under strict: nothing has failed. One place says it afterwards."""
-    monitor = StabilityMonitor(every_n_steps=1, strict=True)
+    monitor = StabilityMonitor(every_n_steps=1, window=4, strict=True)
     fit(Model, monitor, max_steps=4)
     assert not ours(recwarn)
     assert {name: why.split(":")[0] for name, why in monitor.skipped.items()} == {

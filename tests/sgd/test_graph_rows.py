@@ -33,10 +33,10 @@ def logistic(f, y):
 class Tokens(nn.Module):
     """Samples second in attention, positions shared by all samples, a table that is the last layer, too."""
 
-    def __init__(self):
+    def __init__(self, dropout=0.0):
         super().__init__()
         self.table, self.place = nn.Embedding(4, 6), nn.Parameter(torch.randn(1, 7, 6))
-        self.block = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.block = nn.TransformerEncoderLayer(6, 2, 8, dropout=dropout, batch_first=True)
         self.scale = nn.Parameter(torch.randn(6))
 
     def forward(self, x):
@@ -65,6 +65,12 @@ CASES = {
     "squares": (lambda: mlp(1), (3,), squares),
     "logistic": (lambda: mlp(1), (3,), logistic),
     "images": (images, (2, 7, 7), cross_entropy),
+    "dropout": (
+        lambda: nn.Sequential(nn.Dropout(0.2), nn.Linear(3, 9), nn.Tanh(), nn.Dropout(0.4), nn.Linear(9, 4)),
+        (3,),
+        cross_entropy,
+    ),
+    "tokens with dropout": (lambda: Tokens(0.3), None, cross_entropy),
     "tokens": (Tokens, None, cross_entropy),
     "as many tokens as samples": (Tokens, None, cross_entropy),
 }
@@ -72,6 +78,7 @@ CASES = {
 
 def dense(net, x, y, criterion, chosen, scale):
     """The same rows by brute force: the Hessian of the loss in the outputs, its eigenpair, and a backward pass each."""
+    torch.manual_seed(1)  # of dropout
     outputs, parameters = net(x), [*net.parameters()]
     f = outputs.detach().requires_grad_()
     (slope,) = torch.autograd.grad(N * criterion(f, y), f, create_graph=True)
@@ -105,6 +112,7 @@ def test_agrees_with_the_dense_jacobian(name, some):
             p.mul_(2.0)
     scale = {name: 0.5 + torch.rand_like(p) for name, p in net.named_parameters()}
     rows = GraphRows(net, torch.Generator().manual_seed(0), lambda n: n // 2 if some else n, lambda n: 2)
+    torch.manual_seed(1)
     loss = criterion(net(x), y)
     rows.saw_loss(loss / 8, samples=N, factor=1 / 8, micro_batches=1)
     assert rows.failure is None

@@ -16,6 +16,7 @@ from lsp_callbacks.functional.sgd.mean_square import mean_square_lr
 from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduced_modes
 from lsp_callbacks.operators.sgd.gram_matrix import POSITIONS, TangentKernel, tangent_kernel
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
+from lsp_callbacks.operators.sgd.output_directions import Chosen
 from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule, probe_squares, remembered_rule
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
     FrozenRule,
@@ -97,6 +98,7 @@ def frozen_sgd(
     most: int | None = None,
     correction: float | None = None,
     rows: GraphRows | None = None,
+    chosen: Mapping[int, Chosen] | None = None,
 ) -> FrozenSGD:
     """Linearise a training step on ``range(J^T)``: exact at interpolation, a Gauss-Newton statement elsewhere.
 
@@ -117,7 +119,8 @@ def frozen_sgd(
         outputs: rows of K, see `lsp_callbacks.operators.sgd.gram_matrix`.
         generator: for the random choices; None draws from the snapshot's.
         start: an earlier ``kernel.mode``.
-        rows: from the step's own graph, which say what to look at; with ``checked`` they take the place of the probes.
+        rows: from the step's own graph, which take the place of those of the probes.
+        chosen: what rows of some parts look at, by the index of the part.
         most_rows, positions, checked, most, correction: see `lsp_callbacks.operators.sgd.gram_matrix`.
         squares: of which samples the mean square of the coming gradients is taken for a preconditioner: of these, or
             of the step's batch while the optimizer has seen few (`remembered_rule`).
@@ -141,10 +144,9 @@ def frozen_sgd(
             if squares == "probes"
             else remembered_rule(snapshot)
         )
-    if rows is not None and checked is not None:
+    if rows is not None:
         kernel = rows.kernel(rule.scale, checked, correction)
     else:
-        chosen = {} if rows is None else dict(enumerate(rows.chosen))
         kernel = tangent_kernel(
             probes, outputs=outputs, scale=rule.scale, generator=generator, start=start, most_rows=most_rows,
             positions=positions, checked=checked, holds=squares == "batch", most=most, correction=correction,

@@ -138,7 +138,7 @@ def tangent_kernel(
     diagonal = {name: torch.as_tensor(scale[name]).to(p) for name, p in parameters.items()}
     roots = {name: values.sqrt() for name, values in diagonal.items()}
     of_check = torch.Generator().manual_seed(generator.initial_seed() + 1)
-    check = _Check(parameters, roots, of_check) if checked is None and not holds else None
+    check = Check(parameters, roots, of_check) if checked is None and not holds else None
     tied: TiedRows | None = None
     loss, count, same_outputs = 0.0, 0, SameOutputs(probes.samples)
     for index in range(len(probes.parts)):
@@ -282,7 +282,7 @@ def _affordable(rows: int, most: int) -> int:
     return rows
 
 
-class _Check:
+class Check:
     """Compares the shares of K with plain backward passes: ``c^T K c = ||J^T c||^2`` for random c."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], roots: dict[str, Tensor], generator: torch.Generator):

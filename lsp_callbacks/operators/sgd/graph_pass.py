@@ -180,6 +180,7 @@ class GraphPass:
                 uses.setdefault(name, []).append(use)
         for site in self.sites.values():
             stacked = torch.stack(site.gradients, dim=1)
+            site.gradients = []
             if passes > 1 and stacked.shape[1] != passes:
                 raise UnknownGraph("a layer that some rows do not reach")
             for name, use in site.uses(stacked, self.samples).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -170,16 +170,23 @@ class GraphRows(GraphReader):
         taken, chance = sampled_rows(sizes, most, offset)
         return Chosen(positions, taken, chance), weighted(pairs, taken, chance)
 
-    def _gram(self, scale: Mapping[str, Tensor | float]) -> tuple[Tensor, dict[str, float]]:
-        """Return K, in float64 on the CPU, and the traces of the parameters' shares."""
+    def shares(self, scale: Mapping[str, Tensor | float]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the share of each parameter in K by name, from the diagonal of D.
+
+        Raises:
+            UnknownGraph: if the graphs could not be read.
+        """
         if self.failure is not None or not self._parts:
             raise self.failure or UnknownGraph("no loss was seen before its backward pass")
+        for name in self._parts[0]:
+            p, gram = self._parameters[name], ParameterGram([part[name] for part in self._parts])
+            yield name, gram.gram(torch.as_tensor(scale[name]).to(p), HELD, p.numel())
+
+    def _gram(self, scale: Mapping[str, Tensor | float]) -> tuple[Tensor, dict[str, float]]:
+        """Return K, in float64 on the CPU, and the traces of the parameters' shares."""
         total: Tensor | None = None
         traces = dict.fromkeys(self._parameters, 0.0)
-        for name in self._parts[0]:
-            p = self._parameters[name]
-            gram = ParameterGram([part[name] for part in self._parts])
-            share = gram.gram(torch.as_tensor(scale[name]).to(p), HELD, p.numel())
+        for name, share in self.shares(scale):
             traces[name] = float(share.trace())
             total = share.double() if total is None else total.add_(share)
         assert total is not None
@@ -208,7 +215,7 @@ class GraphRows(GraphReader):
             gram = with_top(gram, 1.0 if correction is None else correction)
         taken, chance = self._joined()
         return TangentKernel(
-            gram, self._per_sample, {} if checked is None else checked.path, traces,
+            gram, self._per_sample, dict.fromkeys(traces, "structured") if checked is None else checked.path, traces,
             0.0 if checked is None else checked.defect, math.nan, "" if checked is None else checked.stated, None, 0,
             0.0, self.samples, chance if len(taken) < self.samples else None,
             1.0 if correction is None else correction,

@@ -95,7 +95,7 @@ class OutputDirections:
         with _eagerly(self.probes.module):
             evaluation, recorder = self._record(index)
             if index not in self.seeds:  # the same ones each time: they are drawn and rounded
-                self.seeds[index] = self._choose(evaluation, index)
+                self.seeds[index] = self.choose(evaluation, index)
             return evaluation, recorder, self.seeds[index]
 
     def _record(self, index: int) -> tuple[Evaluation, Recorder | None]:
@@ -122,7 +122,8 @@ class OutputDirections:
         with Recorder(probes.module, probes.parameters) as recorder:
             return probes.parts[index](), recorder
 
-    def _choose(self, evaluation: Evaluation, index: int) -> list[RowSeed]:
+    def choose(self, evaluation: Evaluation, index: int) -> list[RowSeed]:
+        """Return the cotangents of the rows at a part of the samples."""
         shape = evaluation.outputs.shape
         if self.which == "loss":
             self.description = "the loss of each sample"

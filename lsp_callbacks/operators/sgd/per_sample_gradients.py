@@ -188,11 +188,11 @@ class Recorder:
         calls = [call for call in self.calls if call is not head]
         copies = {} if self._shared is None else self._shared.copies
         tensors = [t for call in calls for t in call.differentiable] + [t for of in copies.values() for t, _ in of]
-        passes, uses = [], dict[str, list[Use]]()
+        passes, uses = list[list[Tensor | None]](), dict[str, list[Use]]()
         for k, seed in enumerate(seeds):
             root, cotangent = (outputs, seed.whole(outputs)) if head is None else _into(head, seed)
             more = keep or k < len(seeds) - 1
-            passes.append(torch.autograd.grad(root, tensors, cotangent, retain_graph=more, allow_unused=True))
+            passes.append([*torch.autograd.grad(root, tensors, cotangent, retain_graph=more, allow_unused=True)])
         if head is not None:
             for name, use in _head_uses(head, seeds, taken).items():
                 uses.setdefault(self._names[id(getattr(head.module, name))], []).append(use)
@@ -203,6 +203,8 @@ class Recorder:
                 tuple(torch.zeros_like(t) if g is None else g for g, t in zip(grads[position:], kept))
                 for grads in passes
             ]
+            for grads in passes:  # of several rows they are stacked: both are held for one layer at a time
+                grads[position : position + len(kept)] = [None] * len(kept)
             position += len(kept)
             names = {name: self._names[id(p)] for name, p in self._parameters_of(call.module).items()}
             names = {name: whole for name, whole in names.items() if whole not in copies}
@@ -212,7 +214,7 @@ class Recorder:
                     uses.setdefault(names[name], []).append(use)
         for name, of_name in copies.items():
             for copy, of in of_name:
-                rows = [torch.zeros_like(copy) if grads[position] is None else grads[position] for grads in passes]
+                rows = [torch.zeros_like(copy) if (g := grads[position]) is None else g for grads in passes]
                 position += 1
                 stacked = _some(torch.stack(rows, dim=1), taken)
                 gradients = gradients_at(stacked, of, self._parameters[name])

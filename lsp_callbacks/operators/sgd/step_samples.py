@@ -32,11 +32,16 @@ def step_samples(snapshot: Snapshot, most: int | None = None) -> ProbeSet:
     if snapshot.probes is not None:
         return snapshot.probes
     with torch.no_grad():
-        samples = len(_replayed(snapshot).outputs)
-    return ProbeSet(snapshot.module, (lambda: _replayed(snapshot),), samples, samples)
+        samples = len(replayed_evaluation(snapshot).outputs)
+    return ProbeSet(snapshot.module, (lambda: replayed_evaluation(snapshot),), samples, samples)
 
 
-def _replayed(snapshot: Snapshot) -> Evaluation:
+def replayed_evaluation(snapshot: Snapshot, samples: int | None = None) -> Evaluation:
+    """Return outputs and criterion of the whole step, replayed in training mode.
+
+    Raises:
+        Unsupported: where outputs and targets cannot be told apart.
+    """
     with Criteria() as criteria, torch.enable_grad():
         loss = snapshot.replay()
-    return criteria.of(loss, samples=None)
+    return criteria.of(loss, samples=samples)

@@ -31,7 +31,7 @@ def weighted_gram(g: Tensor, a: Tensor, weights: Tensor) -> Tensor:
         weights: D, ``(o, i)``, not negative.
 
     Cost: three products of matrices as large as that of the layer's gradient for M rows, and two passes over D.
-    Source: Shazeer & Stern 2018 (arXiv 1804.04235), section 3, for the rank.
+    Source: Shazeer & Stern 2018, section 3, for the rank.
     """
     if weights.numel() <= FEW:
         return _exact(g, a, weights.sqrt())

@@ -12,6 +12,7 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.cost import beside, forward_cost, work
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tolerance
+from lsp_callbacks.operators.sgd.graph_check import unexplained_rows
 from lsp_callbacks.operators.sgd.graph_rows import GraphKind, GraphRows
 from lsp_callbacks.operators.sgd.held_statistics import can_be_held
 from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
@@ -50,6 +51,10 @@ class MeanSquareStability(Quantity):
     Each step brings fresh samples. Few of them read low where a few samples of many are sharp, and from one reading to
     the next the number scatters: look at the mean of three.
 
+    Where the rows come from the step's own graph, they are those of the step as it was taken, with the masks of its
+    dropout. They are looked at in a replay without dropout where that graph cannot be read (custom functions,
+    activation checkpoints, a network that has collapsed, dropout together with statistics of the batch).
+
     The network has *collapsed* where its outputs no longer depend on its inputs: nine of ten samples, of different
     inputs, have the same outputs to the last digits and the same gradient (dead ReLUs, saturated units), though their
     targets differ, and no lower a loss than a constant output has. A last layer that begins with zeros has another
@@ -67,8 +72,8 @@ class MeanSquareStability(Quantity):
 
     Cost: one pass over half of the batch, forward and back to the outputs of layers, and their products for each pair
     of rows: about a gradient, on small networks the time of some hundred calls. The readings 1, 32, 1024, ... are
-    checked against a replay, which takes some gradients more, and so is the one after the graph of the step, or what is
-    trained, was found to have changed.
+    checked against a replay, which takes two gradients more (with batch statistics three), and so is the one after the
+    graph of the step, or what is trained, was found to have changed.
 
     Source: Mulayoff & Michaeli 2024; docs/theory.md, section The exponent of SGD, frozen at the weights.
     """
@@ -158,8 +163,10 @@ class MeanSquareStability(Quantity):
         critical_rule(snapshot)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        if not self.needs_replay and self._price:
+        if self._price and not self.needs_replay:
             return self._price
+        if self._price and self._checks_next and "batch statistics" not in self._price:
+            return self._price | {"gradient": 1.0, "check of the rows": 1.0, "places of the samples": 1 / 3}
         samples = step_samples(snapshot, self._most)
         n, positions = samples.samples, self._positions(samples.samples)
         if work(snapshot).multiplications <= 1.5 * n * work(snapshot).parameters:
@@ -175,7 +182,7 @@ class MeanSquareStability(Quantity):
             parts["batch statistics"] = (1 / 3 + 1 / CORRECTED) * share
         elif samples.batches:
             parts["batch statistics"] = 2 / 3 * rows * share
-        if self._checked is None:
+        if self._checks_next:
             parts |= {"forward": forward_cost(snapshot), "gradient": 4 / 3, "check of the rows": 2 / 3 * share}
         return parts
 
@@ -224,10 +231,14 @@ class MeanSquareStability(Quantity):
         if not samples.full:
             return
         corrects = checks or self._update_count % CORRECTED == 0
-        if checks and snapshot.loss is not None:
-            verify(snapshot)
         if checks and snapshot.gradient is not None:
             verify_gradient(snapshot)
+        if checks and snapshot.loss is not None:
+            verify(snapshot)  # nothing more where the gradient was checked
+        is_agreed = checks and not snapshot.run.ranks.any(
+            lambda: not self._agrees(snapshot, samples, rows), "rows of the step's own graph"
+        )
+        reads = reads or is_agreed
         try:
             sgd = frozen_sgd(
                 snapshot,
@@ -241,15 +252,16 @@ class MeanSquareStability(Quantity):
                 checked=None if checks else self._checked,
                 squares="batch",
                 correction=None if corrects else self._correction,
-                rows=rows if reads or checks else None,
+                rows=rows if reads else None,
+                chosen=dict(enumerate(rows.chosen)) if checks and rows is not None else None,
             )
         except Exception as error:
-            if not reads or snapshot.run.ranks.world > 1 or isinstance(error, Unmeasurable):
+            if not reads or checks or snapshot.run.ranks.world > 1 or isinstance(error, Unmeasurable):
                 raise
             self._is_changed()  # whatever the rules of layers raise: the measurement goes on at the next step
             return
         if checks:
-            self._learn(snapshot, samples, sgd, rows)
+            self._learn(snapshot, samples, sgd, rows, is_agreed=is_agreed)
         rate = (1 - TOLERANCE) * sgd.mean_square_lr(replacement=self.replacement, tol=TOLERANCE)  # errs downwards
         if math.isnan(rate):
             raise Unmeasurable("the Gram matrix is not finite: the weights or the outputs have overflowed")
@@ -277,8 +289,31 @@ class MeanSquareStability(Quantity):
             return None
         return rows
 
-    def _learn(self, snapshot: Snapshot, samples: ProbeSet, sgd: FrozenSGD, rows: GraphRows | None) -> None:
-        """Find out whether rows from the step's own graph are those of its replay; then no replay is made any more."""
+    def _agrees(self, snapshot: Snapshot, samples: ProbeSet, rows: GraphRows | None) -> bool:
+        """Return whether rows from the step's own graph were found to be those of its replay, masks and all.
+
+        Where statistics of the batch tie samples together, or the step has several micro-batches, they are compared
+        with rows of the samples instead, see `_learn`.
+        """
+        if rows is None or samples.batches or samples.is_given or len(rows.chosen) != 1:
+            return False
+        try:
+            return not unexplained_rows(snapshot, rows)
+        except Exception:  # whatever the rules of layers raise: the samples are looked at
+            return False
+
+    def _learn(
+        self, snapshot: Snapshot, samples: ProbeSet, sgd: FrozenSGD, rows: GraphRows | None, *, is_agreed: bool
+    ) -> None:
+        """Find out whether rows from the step's own graph are those of its samples; then no replay is made any more.
+
+        Args:
+            snapshot: a step.
+            samples: of its batch.
+            sgd: what was measured.
+            rows: from its graph; None where it could not be read.
+            is_agreed: whether the rows were found to be those of the replayed step.
+        """
         price = self._price
         self._forget_graph()
         self._last_check = self._update_count
@@ -286,6 +321,8 @@ class MeanSquareStability(Quantity):
         scale = remembered_rule(snapshot).scale
 
         def is_other() -> bool:
+            if is_agreed:
+                return False
             if rows is None or not {*sgd.kernel.path.values()} <= {"structured", "statistics"}:
                 return True
             try:
@@ -307,8 +344,8 @@ class MeanSquareStability(Quantity):
         count = sum(len(chosen.taken) * chosen.positions.shape[1] for chosen in rows.chosen)
         passes, gram = rows.chosen[0].positions.shape[1] / 3, gram_cost(snapshot, count, rows.batch, calls=GRAPH_CALLS)
         parts = {"rows of the graph": passes * rows.samples / rows.batch + gram, **self._rate_cost(snapshot, count)}
-        if rows.ties:  # sums over the batch, and now and then a backward pass for the largest eigenvalue
-            parts["batch statistics"] = 1 / 3 + (2 / 3 + gram) / CORRECTED
+        if rows.ties:  # now and then a backward pass for the largest eigenvalue, and products once more
+            parts["batch statistics"] = (2 / 3 + gram / 2) / CORRECTED
         return parts
 
     def _rate_cost(self, snapshot: Snapshot, rows: int) -> dict[str, float]:

@@ -93,6 +93,15 @@ def _windows(snapshot: Snapshot, samples: int) -> float:
     return numbers
 
 
+def _outputs(snapshot: Snapshot) -> float:
+    """Return the bytes of what layers return for the step's batch: each row of a sample has their gradients."""
+    modules, numbers = dict(snapshot.module.named_modules()), 0
+    for name, call in snapshot.calls.items():
+        if call.output_shape is not None and any(True for _ in modules[name].parameters(recurse=False)):
+            numbers += math.prod(call.output_shape)
+    return float(numbers * next(iter(snapshot.parameters.values())).element_size())
+
+
 def kernel_memory(snapshot: Snapshot, probes: ProbeSet, samples: int, rows: int) -> dict[str, float]:
     """Return the bytes of activations and per-layer gradients of the probes, and of products with their Gram matrix.
 
@@ -102,7 +111,7 @@ def kernel_memory(snapshot: Snapshot, probes: ProbeSet, samples: int, rows: int)
         samples: number of probes.
         rows: of the Gram matrix.
     """
-    training = footprint(snapshot)
+    training, share = footprint(snapshot), probe_share(snapshot, probes, samples)
     products = {
         "gradients": 3 * training.parameters,
         "products": PRODUCTS * 8 * rows**2,
@@ -113,6 +122,7 @@ def kernel_memory(snapshot: Snapshot, probes: ProbeSet, samples: int, rows: int)
         stored = min(rows * training.parameters, 4.0 * HELD)
         return {"activations of the probes": at_once * training.activations, "rows": 2 * stored} | products
     return products | {
-        "activations of the probes": RECORDED * probe_share(snapshot, probes, samples) * training.activations,
+        "activations of the probes": RECORDED * share * training.activations,
+        "further rows": (rows / samples - 1) * share * _outputs(snapshot),
         "patches of a convolution": 2 * unfolded(snapshot, samples),
     }
