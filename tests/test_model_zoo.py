@@ -145,10 +145,17 @@ def measured(make, **settings):
     return callback.history
 
 
-def test_checkpointed_activations_are_measured_as_those_that_are_kept():
-    kept, plain, reentrant = (measured(lambda r=r: Model(Checkpointed(r, nn.ReLU))) for r in (None, False, True))
+@pytest.mark.parametrize("activation, precision", [(nn.Tanh, "32-true"), (nn.ReLU, "64-true")])
+def test_checkpointed_activations_are_measured_as_those_that_are_kept(activation, precision):
+    """Slopes cannot be held in checkpoints: there ReLU has exact products beside differences, in double precision."""
+    kept, plain, reentrant = (
+        measured(lambda r=r: Model(Checkpointed(r, activation)), precision=precision) for r in (None, False, True)
+    )
     for key, curve in kept.items():
-        assert curve.values == plain[key].values == reentrant[key].values, key
+        assert plain[key].values == reentrant[key].values, key
+        if activation is nn.Tanh:
+            assert curve.values == plain[key].values, key
+        assert curve.values == pytest.approx(plain[key].values, rel=1e-5, abs=1e-9), key
 
 
 def test_a_reentrant_checkpoint_without_a_gradient_stays_without_one():

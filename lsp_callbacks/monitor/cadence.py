@@ -193,6 +193,10 @@ class Cadence:
             self._next = following
         return names
 
+    def choose_again(self) -> None:
+        """Answer anew for the step that was asked for last: nothing is under way any more."""
+        self._names = self._choose(self._step, ())
+
     # -- what changes --------------------------------------------------------------------------------------------
 
     def wants_price(self, name: str) -> bool:
@@ -225,7 +229,9 @@ class Cadence:
         for name, gradients in parts.items():
             pace = self.paces[name]
             pace.parts, pace.is_stale, pace.is_cold = dict(gradients), False, not pace.count
-        promised = [name for name in {*named} & {*parts} if not self.paces[name].count]
+        wanted = {*named}
+        # In the order of the quantities, not of a set: sums must be the same on all processes to the last bit.
+        promised = [name for name, pace in self.paces.items() if name in wanted and name in parts and not pace.count]
         for name in promised:
             self.paces[name].is_promised = True
         together = union(parts[name] for name in promised)

@@ -73,8 +73,9 @@ class Schedule:
         self.under_way.add(name)
 
     def interrupt(self) -> None:
-        """Break off what is under way."""
+        """Break off what is under way; what is due may begin anew at the same step."""
         self.under_way.clear()
+        self.cadence.choose_again()
 
     def drop(self, name: str) -> None:
         """Forget a quantity that is not measured any more."""

@@ -71,10 +71,9 @@ def test_lanczos_goes_on_until_its_bound_is_near(end):
 def test_a_mode_that_takes_over_is_within_the_error_bar():
     """The mode of before stays an eigenvector, with residual 0, while another one overtakes it, within one reading.
 
-    Outside of the bar are, as stated, at most 5 % of the readings at which nothing has just been overtaken, and none at
-    all by more than twice.
+    As stated of readings along training: at most 5 % outside of the bar, none by more than twice.
     """
-    ratios, taken_over, last = [], [], []
+    ratios, last = [], []
     for seed in range(30):
         q, _ = torch.linalg.qr(random(150, 150, seed=seed))
         spectrum = torch.cat([torch.tensor([1.0, 0.2], dtype=f64), torch.linspace(-0.2, 0.6, 148, dtype=f64)])
@@ -87,9 +86,9 @@ def test_a_mode_that_takes_over_is_within_the_error_bar():
             metric.update(freeze(problem, optimizer, step=step))
             values = metric.compute()
             value, bar = values["stability/sharpness"], values["stability/sharpness_residual"]
-            (taken_over if step in (1, 2) else ratios).append(float(abs(max(1.0, second) / value - 1) / bar))
+            ratios.append(float(abs(max(1.0, second) / value - 1) / bar))
         last.append(float(abs(value / 2.0 - 1)))
-    assert sum(ratio > 1 for ratio in ratios) <= 0.05 * len(ratios) and max(ratios + taken_over) <= 2
+    assert sum(ratio > 1 for ratio in ratios) <= 0.05 * len(ratios) and max(ratios) <= 2
     assert sorted(last)[len(last) // 2] < 0.01  # after two readings it is found
 
 

@@ -232,7 +232,10 @@ def test_a_window_is_the_dense_product_of_exact_tangents(kind, clipping):
 
 
 def test_the_cost_counts_the_runs():
-    """SGD one, a preconditioner two, decays that differ three; four products each at first, then two or three."""
+    """SGD one, a preconditioner two, decays that differ three; five products each at first, then two to four.
+
+    The last of three starts from the vector of the first.
+    """
     problem = regression()
     parts = list(problem.parameters())
     groups = lambda: [{"params": parts[:2], "weight_decay": 0.1}, {"params": parts[2:]}]  # noqa: E731
@@ -247,7 +250,8 @@ def test_the_cost_counts_the_runs():
         assert cost() == pytest.approx(followed_cost(snapshot, "finite_difference", COLD, runs))
         calls.clear()
         metric.update(freeze(problem, optimizer, replay=replay))
-        assert COLD * runs <= len(calls) <= COLD * runs + 4  # and the replays of freeze and of the graph
+        least = COLD * min(runs, 2) + WARM * (runs > 2)
+        assert least <= len(calls) <= COLD * runs + 4  # and the replays of freeze and of the graph
         calls.clear()
         metric.update(freeze(problem, optimizer, replay=replay))
         assert cost() == pytest.approx(followed_cost(snapshot, "finite_difference", WARM, runs))

@@ -29,7 +29,7 @@ def hessian(
     parameters, and each product is checked: against the rounding of gradients and parameters, and by the trapezoidal
     rule, see `lsp_callbacks.operators.curvature.finite_differences.Differences`. Where a check fails, exact products
     take over for this step; they refuse replays that differ from the step. ``"exact"`` is reverse-over-reverse on one
-    graph, right at any scale. ``"auto"``: see `resolved`.
+    graph, right at any scale. ``"auto"``: see `decided`.
 
     Where the graph holds a ``torch.autograd.Function`` written by the user, or a kernel without a second derivative,
     exact products may raise or, worse, lack a part of H without an error. With such a function one of them is compared
@@ -67,10 +67,7 @@ def hessian(
     parameters = list(snapshot.parameters.values())
     if not parameters:
         raise Unmeasurable("no parameter requires a gradient: unfreeze some, or leave this quantity out")
-    asked, method = method, resolved(snapshot, method)
-    if method == "exact" or snapshot.graph.stopped:
-        return _exact(snapshot)
-    if asked == "auto" and snapshot.graph.kinked and with_held_slopes(snapshot) is None:
+    if decided(snapshot, method) == "exact" or snapshot.graph.stopped:
         return _exact(snapshot)
     if weight is not None:
         return _finite_difference(snapshot, weight=weight, relative=relative)
@@ -78,17 +75,30 @@ def hessian(
 
 
 def resolved(snapshot: Snapshot, method: Method) -> Method:
-    """Return the method that ``"auto"`` stands for: finite differences where they are right, otherwise exact products.
+    """Return the method that a price assumes for ``"auto"``: that of `decided`, if all kinks that look so can be held.
 
-    Finite differences need the step's gradient, full precision, and a loss without kinks: across the kink of a ReLU,
-    the jump of the gradient over a small distance looks like a large curvature: up to 23 times the true sharpness in
-    ``benchmarks/finite_differences_at_kinks.py``, where it is not checked. So activations keep the slopes of the step,
-    see `lsp_callbacks.operators.curvature.held_slopes`; where there are kinks of other kinds, products are exact.
+    Cost: nothing.
     """
     if method != "auto":
         return method
     differences = snapshot.gradient is not None and snapshot.graph.full and holds_kinks(snapshot.graph)
     return "finite_difference" if differences else "exact"
+
+
+def decided(snapshot: Snapshot, method: Method) -> Method:
+    """Return the method that ``"auto"`` stands for: finite differences where they are right, otherwise exact products.
+
+    Finite differences need the step's gradient, full precision, and a loss without kinks: across the kink of a ReLU,
+    the jump of the gradient over a small distance looks like a large curvature: up to 23 times the true sharpness in
+    ``benchmarks/finite_differences_at_kinks.py``, where it is not checked. So activations keep the slopes of the step,
+    see `lsp_callbacks.operators.curvature.held_slopes`; where there are kinks of other kinds, or kinks in activations
+    that are checkpointed, products are exact.
+
+    Cost: at kinks the forward pass that notes the slopes, once a step, which the products need.
+    """
+    decision = resolved(snapshot, method)
+    is_free = method == "auto" and decision == "finite_difference" and snapshot.graph.kinked
+    return "exact" if is_free and with_held_slopes(snapshot) is None else decision
 
 
 def _smooth(snapshot: Snapshot) -> bool:
@@ -102,7 +112,7 @@ def path_taken(snapshot: Snapshot, method: Method) -> str:
     then the type, where products are rounded to half precision.
     """
     products = products_so_far(snapshot)
-    path = products.exact if resolved(snapshot, method) == "exact" else products.differences
+    path = products.exact if decided(snapshot, method) == "exact" else products.differences
     return path or label("exact", snapshot)
 
 

@@ -184,7 +184,7 @@ def _descent_at(at: State, group: Group) -> Tensor:
     return descent(at["theta"] if coupled else at["g"], at["g"], group)
 
 
-def _by_root(nu: Tensor) -> Tensor:
+def slope_of_root(nu: Tensor) -> Tensor:
     """Return the derivative of `root`, and 0 at 0 instead of infinity.
 
     At 0 the gradient has always vanished, and to first order nu, being its square, does not change.
@@ -240,9 +240,10 @@ def _adam(at: State, group: Group, t: float) -> dict[str, Linear]:
         by_nu = combined((before, _itself("max_exp_avg_sq")), (1 - before, by_nu))
         nu, new["max_exp_avg_sq"] = torch.maximum(moment.floor, nu), by_nu
     divided = moment.denominator(nu, t, 0).reciprocal_()
-    by_root = mean.mul_(divided).mul_(divided).mul_(_by_root(nu)).div_((1 - moment.keep**t) ** 0.5)
     kept, rate = 1 - lr * float(group["weight_decay"]) if decoupled(group) else 1.0, lr / (1 - beta**t)
-    divided.mul_(rate), by_root.mul_(rate)
+    # The update itself comes first: what divides by two more gradients leaves float32 where it begins far from 1.
+    by_root = mean.mul_(divided).mul_(rate / (1 - moment.keep**t) ** 0.5).mul_(divided).mul_(slope_of_root(nu))
+    divided.mul_(rate)
     theta = combined(
         (kept, _itself("theta")), (-1.0, {k: divided * v for k, v in new["exp_avg"].items()}), (by_root, by_nu)
     )
@@ -273,7 +274,7 @@ def _rmsprop(at: State, group: Group, t: float) -> dict[str, Linear]:
         mean = _mean(at.get("grad_avg"), value, alpha)
         spread, by_spread = spread - mean * mean, combined((1.0, by_spread), (-2 * mean, new["grad_avg"]))
     divisor = moment.now(t)
-    update = combined((1 / divisor, d), (-value / divisor**2 * _by_root(spread), by_spread))
+    update = combined((1 / divisor, d), (-value / divisor / divisor * slope_of_root(spread), by_spread))
     if beta > 0:
         update = new["momentum_buffer"] = combined((beta, _itself("momentum_buffer")), (1.0, update))
     return {"theta": combined((1.0, _itself("theta")), (-float(group["lr"]), update))} | new
@@ -289,7 +290,7 @@ def _adagrad(at: State, group: Group, t: float) -> dict[str, Linear]:
     moment = _adagrad_moment(value, at, group, t)
     rate, divisor = float(group["lr"]) / (1 + (t - 1) * float(group["lr_decay"])), moment.now(t)
     total = combined((1.0, _itself("sum")), (2 * value, d))
-    by_total = rate * value / divisor**2 * _by_root(moment.nu)
+    by_total = rate * value / divisor / divisor * slope_of_root(moment.nu)
     return {"theta": combined((1.0, _itself("theta")), (-rate / divisor, d), (by_total, total)), "sum": total}
 
 

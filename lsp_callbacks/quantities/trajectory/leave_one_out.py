@@ -13,7 +13,7 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.leave_one_out import leave_one_out, responded
 from lsp_callbacks.linalg import push
 from lsp_callbacks.operators.cost import products
-from lsp_callbacks.operators.curvature.hessian import Method, label, path_taken, resolved
+from lsp_callbacks.operators.curvature.hessian import Method, decided, label, path_taken, resolved
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.sgd.sample_contributions import SampleContributions, sample_contributions
 from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
@@ -121,7 +121,7 @@ class LeaveOneOut(Quantity):
     def _begin(self, snapshot: Snapshot) -> dict[str, Any]:
         tangent_path(snapshot)
         verify_gradient(snapshot)
-        method = resolved(snapshot, self.method)
+        method = decided(snapshot, self.method)
         contributions = self._shares(snapshot)
         # The batch is needed again at the end, other results of the step are not.
         first = without_step_values(snapshot)

@@ -14,7 +14,7 @@ from lsp_callbacks.functional.trajectory.lyapunov import exponent_bounds, window
 from lsp_callbacks.functional.trajectory.statistics import student_bounds
 from lsp_callbacks.operators.cost import beside, products
 from lsp_callbacks.operators.curvature.finite_differences import LEAST
-from lsp_callbacks.operators.curvature.hessian import Method, path_taken, products_so_far, resolved
+from lsp_callbacks.operators.curvature.hessian import Method, decided, path_taken, products_so_far, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
@@ -124,7 +124,7 @@ class Lyapunov(Windowed):
                 "buffer_scale": aligned.buffer_scale,
                 "below": float(aligned.accuracy),
                 "above": float(aligned.beyond),
-                "method": resolved(snapshot, self.method),
+                "method": decided(snapshot, self.method),
                 "rest": None,
                 "maps": [],
                 "curvatures": [],

@@ -11,7 +11,7 @@ from lsp_callbacks._validation import whole
 from lsp_callbacks.functional.trajectory.statistics import batch_means
 from lsp_callbacks.linalg import LinearOperator, orthonormalise, push
 from lsp_callbacks.operators.cost import beside, products
-from lsp_callbacks.operators.curvature.hessian import Method, resolved
+from lsp_callbacks.operators.curvature.hessian import Method, decided, resolved
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.formula_tangent import blocks_of, state_blocks
 from lsp_callbacks.operators.trajectory.multi_optimizer import joint_jacobian, require_game
@@ -108,7 +108,7 @@ class LyapunovTrajectory(Windowed):
         # Each player has a loss of its own.
         player = "" if snapshot.player is None else snapshot.player.name
         methods: dict[str, Method] = self._frame.get("methods", {}) if continues else {}
-        method = methods.get(player) or resolved(snapshot.joint, self.method)
+        method = methods.get(player) or decided(snapshot.joint, self.method)
         tangent = self._tangent if continues else tangent_path(snapshot)
         jacobian, weight = _step(snapshot, method)
         if continues and self._frame["frame"].shape[1] == jacobian.shape[1]:  # otherwise a player froze parameters

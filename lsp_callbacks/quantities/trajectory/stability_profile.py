@@ -14,7 +14,7 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.training_profile import Tangents, push_tangents, random_tangents
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.cost import forward_cost, products, sample_passes
-from lsp_callbacks.operators.curvature.hessian import Method, path_taken, resolved
+from lsp_callbacks.operators.curvature.hessian import Method, decided, path_taken, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
 from lsp_callbacks.operators.footprint import TWICE, footprint
 from lsp_callbacks.operators.memory import product_memory
@@ -186,7 +186,7 @@ class StabilityProfile(Windowed):
         if continues and self._frame["tangents"]["steps"] == self.horizon:
             self._finish(snapshot, Tangents(**self._frame["tangents"]))
             return
-        method = self._frame["method"] if continues else resolved(snapshot, self.method)
+        method = self._frame["method"] if continues else decided(snapshot, self.method)
         A, B = update_jacobian(snapshot, method=method), update_response(snapshot)
         generator = snapshot.generator(self.name)
         if continues:
