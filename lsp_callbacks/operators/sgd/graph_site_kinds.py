@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lsp_callbacks.autograd._torch_internals import Convolution, padding_amounts, saved
+from torch import nn
+
+from lsp_callbacks.autograd._torch_internals import padding_amounts, saved
 from lsp_callbacks.autograd.graph import leaf_of
 from lsp_callbacks.autograd.graph_pull import UnknownGraph
 from lsp_callbacks.operators.sgd.graph_norms import BatchNormSite, GroupNormSite, LayerNormSite
@@ -48,7 +50,11 @@ def site_of(node: Any, samples: Samples) -> Site | None:
             raise UnknownGraph("a matrix that is no parameter")
         site.transposed, site.layer = not turned, layer
     elif isinstance(site, ConvolutionSite):
-        if not isinstance(layer, Convolution) or saved(node, "transposed") or layer.padding_mode != "zeros":
+        if (
+            not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            or saved(node, "transposed")
+            or layer.padding_mode != "zeros"
+        ):
             raise UnknownGraph("a convolution of another kind")
         if [*padding_amounts(layer)][::-2] != [*saved(node, "padding")]:
             raise UnknownGraph("a convolution with another padding than its layer")
