@@ -12,7 +12,7 @@ from lsp_callbacks.autograd.graph import leaf_of
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, pull
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion
 from lsp_callbacks.operators.sgd.graph_norms import BatchNormSite
-from lsp_callbacks.operators.sgd.graph_site_of import site_of
+from lsp_callbacks.operators.sgd.graph_site_kinds import site_of
 from lsp_callbacks.operators.sgd.graph_sites import (
     ConvolutionSite,
     LinearSite,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from lsp_callbacks.autograd._torch_internals import padding_amounts, saved
 from lsp_callbacks.autograd.graph import leaf_of
 from lsp_callbacks.autograd.graph_pull import UnknownGraph
@@ -29,7 +31,8 @@ def site_of(node: Any, samples: Samples) -> Site | None:
     kind = SITES.get(node.name())
     if kind is None:
         return None
-    names, turned = [], False
+    names: list[str | None] = []
+    turned, layer = False, None
     for child, _ in node.next_functions:
         steps = []
         while child is not None and child.name() in _ON_THE_WAY:
@@ -38,20 +41,22 @@ def site_of(node: Any, samples: Samples) -> Site | None:
         leaf = None if child is None else leaf_of(child)
         names.append(None if leaf is None else samples.names.get(id(leaf)))
         turned = "TBackward0" in steps  # of the last one
-        layer = samples.layers.get(id(leaf)) if leaf is not None else None
-        if layer is not None and kind in (ConvolutionSite, LinearSite):
-            held = layer
+        layer = samples.layers.get(id(leaf), layer)
     if not any(names):
         return None
     site = kind(node, names)
     if isinstance(site, LinearSite):
         if names[-1] is None:
             raise UnknownGraph("a matrix that is no parameter")
-        site.transposed, site.layer = not turned, locals().get("held")
+        site.transposed, site.layer = not turned, layer
     elif isinstance(site, ConvolutionSite):
-        site.layer = locals().get("held")
-        if site.layer is None or saved(node, "transposed") or site.layer.padding_mode != "zeros":
+        if (
+            not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            or saved(node, "transposed")
+            or layer.padding_mode != "zeros"
+        ):
             raise UnknownGraph("a convolution of another kind")
-        if [*padding_amounts(site.layer)][::-2] != [*saved(node, "padding")]:
+        if [*padding_amounts(layer)][::-2] != [*saved(node, "padding")]:
             raise UnknownGraph("a convolution with another padding than its layer")
+        site.layer = layer
     return site
