@@ -130,7 +130,11 @@ UNITS: dict[str, dict[str, Unit]] = {
         "kernel_margin": ONE,
         "kernel_components": ONE,
     },
-    "lyapunov": {"lyapunov": ONE, "lyapunov_lower": error(ONE, "lyapunov"), "lyapunov_upper": error(ONE, "lyapunov")},
+    "lyapunov": {
+        "lyapunov": ONE,
+        "lyapunov_lower": error(ONE, "lyapunov"),
+        "lyapunov_upper": error(ONE, "lyapunov_lower"),  # near 0 where the interval is not: its size is the scale
+    },
     "lyapunov_trajectory": {
         **_with_errors(ONE, "lyapunov_trajectory"),
         "lyapunov_spectrum/*": ONE,
