@@ -194,8 +194,9 @@ class Cadence:
         return names
 
     def choose_again(self) -> None:
-        """Answer anew for the step that was asked for last: nothing is under way any more."""
-        self._names = self._choose(self._step, ())
+        """Answer anew for the step that was asked for last, if there is one: nothing is under way any more."""
+        if self._step >= 0:
+            self._names = self._choose(self._step, ())
 
     # -- what changes --------------------------------------------------------------------------------------------
 

@@ -43,8 +43,10 @@ class Choice:
             for name in queue:
                 if name in balance.chosen or name in busy:
                     continue
-                if (name in missed and self.paces[name].postponed is None) or self._starts(name, step, balance, haste):
-                    balance.pay(name, self.paces[name], is_headline=name == account.headline)
+                pace = self.paces[name]
+                is_missed = name in missed and pace.every_n_steps is not None and pace.postponed is None
+                if is_missed or self._starts(name, step, balance, haste):
+                    balance.pay(name, pace, is_headline=name == account.headline)
                 elif self._is_overdue(name, step):
                     haste = 1.0  # what is free is for those who wait for it
         following = (

@@ -52,3 +52,13 @@ def test_a_state_without_windows_begins_them_anew():
     assert not other.under_way and other.postponed == {"a": 0, "b": 7} and other.starting(1) == ("a",)
     other.load_state_dict(made.state_dict(), names=["a", "b"], windows=True)
     assert other.under_way == {"a"} and other.postponed == {"b": 7}
+
+
+def test_what_is_broken_off_before_training_is_paid_for_as_any_other():
+    made = Schedule(Cadence(None))
+    made.cadence.add("a"), made.cadence.add("b")
+    made.interrupt()
+    assert made.starting(0) == ("a", "b")  # their prices are not known yet
+    made.cadence.observed(0)
+    made.cadence.priced({"a": {"pass": 1.0}, "b": {"pass": 400.0}})
+    assert made.starting(0) == ("a",)
