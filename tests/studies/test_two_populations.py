@@ -28,7 +28,7 @@ def outcomes():
 def test_runs_that_build_up_are_announced_before_the_loss_alarm(outcomes):
     building = [o for (name, _), (_, o) in outcomes.items() if name.startswith("ramp") and o.alarm is not None]
     ahead = [o.alarm - o.event for o in building if o.event is not None and o.event < o.alarm]
-    assert len(ahead) >= 0.8 * len(building) and median(ahead) >= 100
+    assert len(ahead) >= 0.95 * len(building) and median(ahead) >= 100
 
 
 @pytest.mark.slow
