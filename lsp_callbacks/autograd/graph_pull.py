@@ -21,6 +21,11 @@ Rule = Callable[[Any, list[Tensor | None]], "Iterable[Tensor | None] | None"]
 Reshape = Callable[[Any, int, Tensor], "Tensor | None"]
 
 
+def summed(node: Any, k: int, g: Tensor) -> Tensor:
+    """Return a gradient summed to the shape of one of a node's outputs, which was broadcast: a `Reshape`."""
+    return g.sum_to_size(tuple(metadata(node)[k].shape))
+
+
 def outputs_first(root: Any) -> list[Any]:
     """Return the backward nodes that a root depends on, each before those that it depends on."""
     seen: set[Any] = set()

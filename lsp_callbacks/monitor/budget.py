@@ -40,8 +40,11 @@ def measurement_memory(quantities: Quantities, snapshot: Snapshot) -> dict[str, 
 
     Cost: one forward pass.
     """
+    return _peaks(_memory_parts(quantities, snapshot))
+
+
+def _peaks(parts_of: Mapping[str, dict[str, float]]) -> dict[str, float]:
     peaks: dict[str, float] = {}
-    parts_of = memory_parts(quantities, snapshot)
     graphs = {name: parts["graph"] for name, parts in parts_of.items() if "graph" in parts}
     last, graph = next(reversed(graphs), None), 0.0
     for name, parts in parts_of.items():
@@ -51,7 +54,7 @@ def measurement_memory(quantities: Quantities, snapshot: Snapshot) -> dict[str, 
     return peaks
 
 
-def memory_parts(quantities: Quantities, snapshot: Snapshot) -> dict[str, dict[str, float]]:
+def _memory_parts(quantities: Quantities, snapshot: Snapshot) -> dict[str, dict[str, float]]:
     """Return the bytes of each quantity that can be measured, by what they are for."""
     parts: dict[str, dict[str, float]] = {}
     for name, quantity in quantities.items():
@@ -134,8 +137,9 @@ class Budget:
         """
         device = next((p.device for p in snapshot.parameters.values()), torch.device("cpu"))
         if name not in self.predicted:
-            self.predicted |= measurement_memory(quantities, snapshot) | self.predicted
-            self.graphs |= {n for n, parts in memory_parts(quantities, snapshot).items() if "graph" in parts}
+            parts_of = _memory_parts(quantities, snapshot)
+            self.predicted |= _peaks(parts_of) | self.predicted
+            self.graphs |= {name for name, parts in parts_of.items() if "graph" in parts}
             with contextlib.suppress(Exception):  # whatever a replay raises
                 self._training = footprint(snapshot)
         multiple = limits.HEADLINE if is_headline else limits.MULTIPLE

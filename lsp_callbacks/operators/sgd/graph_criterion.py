@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import saved
-from lsp_callbacks.autograd.graph_pull import UnknownGraph, pull
+from lsp_callbacks.autograd.graph_pull import UnknownGraph, pull, summed
 from lsp_callbacks.operators.sgd.output_hessian import OutputCurvature
 
 #: Nodes that are linear in what depends on the parameters, between a loss and its criterion. Of the second kind, where
@@ -110,7 +110,7 @@ def read_criterion(nodes: list[Any], samples: int, factor: float) -> GraphCriter
         return [None] * len(node.next_functions)
 
     one = torch.ones_like(saved(node, "result" if kinds[place] == _LOG_SOFTMAX else "self").new_ones(()))
-    pull(nodes[: place + 1], {nodes[0]: one}, stop, lambda child, k, g: g.sum_to_size(tuple(_shape(child, k))))
+    pull(nodes[: place + 1], {nodes[0]: one}, stop, summed)
     slope = slopes[0] * (samples / factor)
     if kinds[place] == _LOG_SOFTMAX:
         result = saved(node, "result")
@@ -137,9 +137,3 @@ def read_criterion(nodes: list[Any], samples: int, factor: float) -> GraphCriter
 
 def _axis(dim: int, ndim: int) -> int:
     return (dim - 2**64 if dim >= 2**63 else dim) % ndim
-
-
-def _shape(node: Any, k: int) -> list[int]:
-    from lsp_callbacks.autograd._torch_internals import metadata
-
-    return metadata(node)[k].shape

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import metadata
 from lsp_callbacks.autograd.graph import leaf_of
-from lsp_callbacks.autograd.graph_pull import UnknownGraph, pull
+from lsp_callbacks.autograd.graph_pull import UnknownGraph, pull, summed
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion
 from lsp_callbacks.operators.sgd.graph_norms import BatchNormSite
 from lsp_callbacks.operators.sgd.graph_site_kinds import site_of
@@ -86,7 +86,7 @@ class GraphPass:
                 totals[name] = outputs[0]
             return []
 
-        pull(self.nodes, {child: whole}, collect, lambda child, k, g: g.sum_to_size(tuple(metadata(child)[k].shape)))
+        pull(self.nodes, {child: whole}, collect, summed)
         return totals
 
     def _linear_head(self, node: Any) -> tuple[Any, LinearSite] | None:
@@ -143,7 +143,7 @@ class GraphPass:
         shape = tuple(metadata(child)[k].shape)
         lost = len(shape) < g.ndim or (shape[0] == 1 != len(g))
         if not lost or not self._reaches_parameter(child):
-            return g.sum_to_size(shape)
+            return summed(child, k, g)
         site = self.sites.get(child)
         if site is None:
             if child.name() == "EmbeddingBackward0":
