@@ -129,11 +129,11 @@ class GraphRows(GraphReader):
         nodes = nodes[nodes.index(criterion.node) + 1 :]
         if known.axes is None:
             length, classes = criterion.outputs.shape[1:]
-            alone = _alone(samples, length)
+            alone, place = _alone(samples, length)
             only = pairs.new_zeros(samples, classes)
             only[alone] = torch.randn(classes, generator=torch.Generator().manual_seed(0)).to(only)
             probe = GraphPass(nodes, criterion, replace(known, alone=alone))
-            probe.run(only, torch.full((samples,), length - 1, device=only.device))
+            probe.run(only, torch.full((samples,), place, device=only.device))
             self.kind, self.dtype = GraphKind(kinds, probe.uses, probe.axes), read(loss).dtype
             if self.dtype is torch.float16:
                 raise UnknownGraph("cotangents of a loss that is not scaled leave the range of float16")
@@ -270,13 +270,17 @@ class GraphRows(GraphReader):
         return taken, torch.cat([chosen.chance for chosen in self.chosen])
 
 
-def _alone(samples: int, length: int) -> int:
-    """Return a sample whose last position is at another place where the samples come first than where they do not."""
+def _alone(samples: int, length: int) -> tuple[int, int]:
+    """Return a sample and its last position that is at another place where samples come first than where they do not.
 
-    def is_clear(k: int) -> bool:
-        return (k * length + length - 1) % samples != k and ((length - 1) * samples + k) // length != k
+    Of one position alone, as a layer that mixes none may see it.
+    """
 
-    return next(filter(is_clear, range(samples)), samples // 2)
+    def is_clear(k: int, t: int) -> bool:
+        return (k * length + t) % samples != k and (t * samples + k) // length != k
+
+    pairs = ((k, t) for t in reversed(range(length)) for k in range(samples))
+    return next((pair for pair in pairs if is_clear(*pair)), (samples // 2, length - 1))
 
 
 def _same(outputs: Tensor) -> Tensor:

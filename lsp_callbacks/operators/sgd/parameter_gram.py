@@ -13,7 +13,6 @@ from torch import Tensor
 from lsp_callbacks.operators.sgd.layer_rules import Outer, Table, Use
 from lsp_callbacks.operators.sgd.weighted_gram import weighted_gram
 
-
 #: Numbers that are formed at once of gradients that can be divided.
 BLOCK = 2**20
 
@@ -109,8 +108,8 @@ class ParameterGram:
     def _dense(self, scale: Tensor | None, memory: int, entries: int) -> Tensor:
         if all(part.width is not None for part in self.parts):
             share: Tensor | None = None
-            for _, block in self.blocks(scale, entries):
-                share = block @ block.T if share is None else share.addmm_(block, block.T)
+            for _, some in self.blocks(scale, entries):
+                share = some @ some.T if share is None else share.addmm_(some, some.T)
             if share is not None:
                 return share
         root = None if scale is None else scale.sqrt().reshape(-1)
