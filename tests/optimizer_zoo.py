@@ -176,6 +176,4 @@ class Both(optim.Optimizer):
 
 def without_biases(width=5, features=6, classes=3):
     """A network of matrices alone."""
-    return nn.Sequential(
-        nn.Linear(features, width, bias=False), nn.Tanh(), nn.Linear(width, classes, bias=False)
-    )
+    return nn.Sequential(nn.Linear(features, width, bias=False), nn.Tanh(), nn.Linear(width, classes, bias=False))

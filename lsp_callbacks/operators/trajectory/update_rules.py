@@ -173,7 +173,7 @@ def formula(optimizer: torch.optim.Optimizer) -> Formula:
     """
     rule = formula_of(optimizer)
     if rule is None:
-        names = [kind.__name__ for kind in _SUPPORTED]
+        names = sorted((kind.__name__ for kind in _SUPPORTED), key=str.lower)
         raise Unmeasurable(
             f"the update of {type(optimizer).__name__} is not supported (those of torch.optim.{', '.join(names[:-1])} "
             f"and {names[-1]} are): its sharp mode, edge of stability and critical rate are skipped"
