@@ -491,9 +491,8 @@ CASES = {
 
 
 #: What takes the formula of the update, and what takes its derivative alone. Sharpness goes on without the formula.
-RULE = dict.fromkeys(
-    ("sharpness", "mean_square_stability", "sgd_stability", "lyapunov", "sgd_law", "proximal_step"), "not supported"
-)
+EDGE = ("sharpness", "mean_square_stability", "sgd_stability", "lyapunov", "sgd_law")
+RULE = dict.fromkeys((*EDGE, "proximal_step"), "not supported")
 STEP = ("lyapunov_trajectory", "leave_one_out", "stability_profile", "secant_ratio")
 SIGNS = RULE | dict.fromkeys(STEP, "signs")
 MANY = RULE | dict.fromkeys((*STEP, "courant_step"), "several times in a step")
@@ -516,6 +515,7 @@ OPTIMIZERS = {
     "NAdam": (partial(optim.NAdam, lr=1e-2), {}),
     "RAdam": (partial(optim.RAdam, lr=1e-2), {}),
     "Adamax": (partial(optim.Adamax, lr=1e-2), {}),
+    "Muon": (partial(optim.Muon, lr=0.02), dict.fromkeys(EDGE, "as long for a small gradient")),
     "Lion": (partial(optimizer_zoo.Lion, lr=1e-3), SIGNS),
     "Adafactor": (partial(optim.Adafactor, lr=1e-2), RULE),
     "Adafactor of transformers": (transformers.Adafactor, RULE),

@@ -82,6 +82,16 @@ class FormulaTangent:
                     part.add(image, derivative, along[name])
         return image
 
+    def reach(self, block: str, source: str, like: Tensor) -> Tensor:
+        """Return by how much a unit of each number of a block, or of the gradient, moves those of another block."""
+        reach = torch.zeros_like(like)
+        for part in self.parts:
+            derivative = part.derivatives.get(block, {}).get(source, 0.0)
+            if isinstance(derivative, Coupled):
+                derivative = derivative.factor * derivative.size
+            part.add(reach, derivative, torch.ones_like(like))
+        return reach.abs_()
+
     def push(self, z: Tensor, change: Tensor) -> Tensor:
         """Return ``z'`` for a change z of the state and ``change`` of the clipped gradient."""
         names = (THETA, *self.blocks)

@@ -29,11 +29,13 @@ class Coupled:
     Attributes:
         forward: its product with a vector.
         backward: that of its transpose.
-        factor: of both.
+        size: by how much it typically stretches a vector.
+        factor: of all of them.
     """
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor], Tensor]
+    size: float
     factor: float = 1.0
 
     def push(self, vector: Tensor) -> Tensor:
@@ -130,6 +132,7 @@ class Formula:
         numbers: names of the state's single numbers that the step reads beside its count; they are among the options
             that the other functions are given.
         couples: whether the numbers of a parameter move together: then ``at`` holds tensors of its shape.
+        rounding: relative error of the real update, where torch computes it in less precision than the parameters have.
         no_edge: why no learning rate is the edge of stability of these steps; "" where there is one.
     """
 
@@ -142,6 +145,7 @@ class Formula:
     direct: Callable[[Group, float], float] = lambda group, t: 0.0
     numbers: tuple[str, ...] = ()
     couples: bool = False
+    rounding: float = 0.0
     no_edge: str = ""
 
     def options(self, group: Group, state: Mapping[str, Any]) -> Group:
