@@ -78,6 +78,7 @@ class Measurement:
             self.paths.pop(name, None)
             began = time.perf_counter()
             try:
+                quantities.add_unknown(quantity, snapshot, measured.skips)
                 values = snapshot.run.ranks.together(partial(self._values, quantity, snapshot, begins))
                 self.paths[name] = ", ".join(filter(None, (quantity.path(snapshot), self.budget.reduced.get(name))))
             except Exception as error:
@@ -139,7 +140,7 @@ class Measurement:
             return
         quantity.load_vectors({})
         measured.failures[quantity.name] = f"{type(error).__name__}: {error}"
-        measured.values |= dict.fromkeys(quantity.keys, math.nan)
+        measured.values |= dict.fromkeys(self.quantities.reported_keys(quantity), math.nan)
 
     def _is_postponed(self, quantity: Quantity, snapshot: Snapshot) -> bool:
         """Return True to postpone the measurement. Decided on rank 0 and broadcast, so that all ranks agree."""

@@ -71,7 +71,8 @@ class Quantity(Metric):
         prepare: steps before them.
         needs_update: whether the optimizer's update map enters.
         without_update: keys that stay right where the update turns out to be another one: then the quantity goes on
-            with them alone, on snapshots that are `RunContext.invalidated`. Without any it is skipped.
+            with them alone, on snapshots that are `RunContext.invalidated`, or for which `unknown_update` has a reason.
+            Without any it is skipped.
         recorded: steps of the `Trace` that it looks back on, at most; 0 needs none.
         energies: what the trace records beside loss and rate, by name.
         final_state: name of the module whose output the energies receive as ``state``; None where none needs it.
@@ -198,6 +199,10 @@ class Quantity(Metric):
 
     def check(self, snapshot: Snapshot) -> None:
         """Raise `Unmeasurable` if the quantity cannot be measured on such steps; nothing is replayed."""
+
+    def unknown_update(self, snapshot: Snapshot) -> str | None:
+        """Return why nothing but ``without_update`` can be measured on such steps; None where everything can."""
+        return None
 
     def reader(self, module: nn.Module, run: RunContext, step: int) -> GraphReader | None:
         """Return what reads the graph of a step at which a measurement starts; None reads nothing.

@@ -166,6 +166,7 @@ def frozen_sgd(
             weight_decay=mean(rule.weight_decay),
             decoupled_decay=mean(rule.decoupled_decay),
             correction=rule.correction,
+            direct=rule.direct,
         ),
         lr=rule.lr,
         batch_size=probes.batch_size,
