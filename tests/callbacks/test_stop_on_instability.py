@@ -463,7 +463,7 @@ def test_keys_that_may_appear_are_accepted(key):
 
 
 def test_what_turns_out_not_to_be_measured_is_said_once():
-    other = partial(Model, optimizer=torch.optim.NAdam)
+    other = partial(Model, optimizer=torch.optim.Rprop)
     with pytest.warns(UserWarning, match="will never stop") as caught:
         fit(other, StopOnInstability(), StabilityMonitor(), max_epochs=3, max_steps=-1)
     assert len([w for w in caught if "will never stop" in str(w.message)]) == 1
