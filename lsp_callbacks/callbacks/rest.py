@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.callbacks.hidden_hooks import hide_hooks, show_hooks
 from lsp_callbacks.callbacks.loss_feed import LossFeed
 from lsp_callbacks.callbacks.lr_forecast import LRForecast
 from lsp_callbacks.monitor.losses import TOGETHER
@@ -24,9 +25,9 @@ class Rest:
 
     Meanwhile Lightning passes over the callback's hooks but the last of a batch. There the step is counted, its loss
     waits for that of a fifth step, and the rate that comes next is compared with a number. A loss that is not usual and
-    a rate that rises above a limit are looked at at once. This changes nothing but the time: what a step costs beside the training
-    is for the most part how much code it comes by, none of which is in the processor's cache after the passes of a
-    step. So there are few functions here.
+    a rate that rises above a limit are looked at at once. This changes nothing but the time: what a step costs beside
+    the training is for the most part how much code it comes by, none of which is in the processor's cache after the
+    passes of a step. So there are few functions here.
 
     A rest ends at the step at which the next measurement may start, with a rate near the edge of stability, and with
     the epoch, as rates and accumulation may become others there.
@@ -59,12 +60,12 @@ class Rest:
             self._go_on(trainer)
             if self.is_on:
                 observer.forget_step()
-                self._callback.hide_hooks(HOOKS)
+                hide_hooks(self._callback, HOOKS)
 
     def end(self) -> None:
         """Rest no more."""
         self.is_on = False
-        self._callback.show_hooks(HOOKS)
+        show_hooks(self._callback, HOOKS)
 
     def end_step(self, trainer: Any, outputs: Any) -> int:
         """Count a step at its end, look at its loss, and return its number.

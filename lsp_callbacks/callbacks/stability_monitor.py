@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lsp_callbacks.callbacks.base import BATCH_HOOKS, Callback
+from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.callbacks.hidden_hooks import hide_hooks, show_hooks
 from lsp_callbacks.callbacks.lightning_loop import LightningLoop
 from lsp_callbacks.callbacks.loss_feed import LossFeed
 from lsp_callbacks.callbacks.lr_forecast import LRForecast, steps_left
@@ -158,7 +159,7 @@ class StabilityMonitor(RunResults, Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
-        self.hide_hooks(("on_before_zero_grad", "on_after_backward"))
+        hide_hooks(self, ("on_before_zero_grad", "on_after_backward"))
         self._verdict = None
         if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
             self._numbers.reset()
@@ -312,7 +313,7 @@ class StabilityMonitor(RunResults, Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.observer.close()
-        self.show_hooks(BATCH_HOOKS)
+        show_hooks(self)
         if stage == "fit":
             self._send_home(trainer)
 

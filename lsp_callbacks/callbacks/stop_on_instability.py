@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lsp_callbacks._validation import number, whole
-from lsp_callbacks.callbacks.base import BATCH_HOOKS, Callback
+from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.callbacks.hidden_hooks import BATCH_HOOKS, hide_hooks, show_hooks
 from lsp_callbacks.callbacks.publisher import log
 from lsp_callbacks.callbacks.recent_readings import Readings
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
@@ -143,14 +144,14 @@ class StopOnInstability(Callback):
         if self not in source.subscribers:
             source.subscribers.append(self)
         self._source = source
-        self.hide_hooks(BATCH_HOOKS)
+        hide_hooks(self, BATCH_HOOKS)
         if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
             self._reset()
         self._losses, self._shares_losses = source.monitor.losses, True
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         source = next((c for c in trainer.callbacks if isinstance(c, StabilityMonitor)), None)
-        self.show_hooks(BATCH_HOOKS)
+        show_hooks(self)
         if source is not None and self in source.subscribers:
             source.subscribers.remove(self)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,7 +18,8 @@ from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion, read_cri
 from lsp_callbacks.operators.sgd.graph_pass import GraphPass
 from lsp_callbacks.operators.sgd.graph_sites import Samples
 from lsp_callbacks.operators.sgd.output_directions import Chosen, positions_of, weighted
-from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part
+from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, wide
+from lsp_callbacks.operators.sgd.recent_rows import RecentRows, RowSketch
 from lsp_callbacks.operators.sgd.sampled_rows import sampled_rows
 from lsp_callbacks.operators.sgd.softmax_pairs import softmax_pairs
 from lsp_callbacks.step.graph_reader import GraphReader
@@ -53,6 +54,7 @@ class GraphRows(GraphReader):
             None finds out, by one more pass.
         scale: the diagonal of D, by name, as it was last; where the statistics of a batch tie samples together,
             the largest eigenvalue is then compared with what the batch itself gives, see `corrected`. None leaves it.
+        recent: the rows of the last readings, for samples with several positions; None is those of this step alone.
 
     Attributes:
         kind: of the graph, once it was read.
@@ -63,6 +65,9 @@ class GraphRows(GraphReader):
         ties: whether statistics of the batch were held fixed.
         dtype: the least precise of the graph, where the axes were not known.
         alike: whether nine of ten samples may have the same outputs.
+        gram: of the rows of this step, ``(n R, n R)`` in float64 on the CPU, sample by sample; once it was formed.
+        traces: of the parameters' shares in it, by name.
+        plain: these shares without D, if they were wanted.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class GraphRows(GraphReader):
         *,
         known: GraphKind | None = None,
         scale: Mapping[str, Tensor | float] | None = None,
+        recent: RecentRows | None = None,
     ):
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._module, self._generator, self._rows, self._positions = module, generator, rows, positions
@@ -85,6 +91,9 @@ class GraphRows(GraphReader):
         self._parts: list[dict[str, Part]] = []
         self._per_sample = 1
         self._pushed: tuple[Tensor, dict[str, Tensor]] | None = None
+        self.recent = recent
+        self._correction: float | None = None
+        self.plain: dict[str, Tensor] = {}
 
     def saw_loss(self, loss: Tensor, *, samples: int | None, factor: float, micro_batches: int) -> None:
         if self.failure is not None:
@@ -120,15 +129,16 @@ class GraphRows(GraphReader):
         nodes = nodes[nodes.index(criterion.node) + 1 :]
         if known.axes is None:
             length, classes = criterion.outputs.shape[1:]
-            alone = _alone(samples, length)
+            alone, place = _alone(samples, length)
             only = pairs.new_zeros(samples, classes)
             only[alone] = torch.randn(classes, generator=torch.Generator().manual_seed(0)).to(only)
             probe = GraphPass(nodes, criterion, replace(known, alone=alone))
-            probe.run(only, torch.full((samples,), length - 1, device=only.device))
+            probe.run(only, torch.full((samples,), place, device=only.device))
             self.kind, self.dtype = GraphKind(kinds, probe.uses, probe.axes), read(loss).dtype
             if self.dtype is torch.float16:
                 raise UnknownGraph("cotangents of a loss that is not scaled leave the range of float16")
             known.axes = probe.axes
+            del probe  # and the gradients at all layers
         graph = GraphPass(nodes, criterion, known)
         for k, position in enumerate(chosen.positions.unbind(1)):
             graph.run(pairs[:, k], position)
@@ -140,14 +150,27 @@ class GraphRows(GraphReader):
 
     def _push(self, graph: GraphPass, pairs: Tensor, chosen: Chosen, scale: Mapping[str, Tensor | float]) -> None:
         """Take the sharpest combination of rows back through the statistics of the batch, to the parameters."""
-        c = torch.linalg.eigh(self._gram(scale)[0])[1][:, -1]
+        c = torch.linalg.eigh(self._gram_so_far(scale))[1][:, -1]
         weights = torch.zeros(pairs.shape[:2], dtype=c.dtype)
         weights[chosen.taken] = c.view(-1, pairs.shape[1])
         self._pushed = c, graph.gradients(pairs * weights.to(pairs)[..., None], chosen.positions)
 
+    def _gram_so_far(self, scale: Mapping[str, Tensor | float]) -> Tensor:
+        shares = [
+            ParameterGram([part[name] for part in self._parts]).gram(
+                torch.as_tensor(scale[name]).to(p), HELD, p.numel()
+            )
+            for name, p in self._parameters.items()
+            if name in self._parts[0]
+        ]
+        total = torch.stack(shares).sum(0, dtype=torch.float64)
+        return (total + total.T).mul_(0.5).cpu()
+
     def _choose(self, criterion: GraphCriterion, total: int) -> tuple[Chosen, Tensor]:
         """Return what to look at, as `OutputDirections` chooses it, and the cotangents there, ``(N, k, C)``."""
         n, length, classes = criterion.outputs.shape
+        if length == 1 or self.ties:
+            self.recent = None
         positions = positions_of((n, length), self._positions(total), self._generator).to(criterion.outputs.device)
         outputs = criterion.at(positions)
         if not bool(outputs.isfinite().any()):
@@ -170,52 +193,69 @@ class GraphRows(GraphReader):
         taken, chance = sampled_rows(sizes, most, offset)
         return Chosen(positions, taken, chance), weighted(pairs, taken, chance)
 
-    def shares(self, scale: Mapping[str, Tensor | float]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the share of each parameter in K by name, from the diagonal of D.
+    def release(self) -> None:
+        """Let go of all that the rows are made from."""
+        self._parts.clear()
+        self._pushed = None
+
+    @torch.no_grad()
+    def form(self, scale: Mapping[str, Tensor | float], *, plain: bool = False) -> None:
+        """Form the Gram matrix behind the diagonal of D, by parameter name, and let go of what it is made from.
+
+        Args:
+            scale: the diagonal.
+            plain: whether the shares of the parameters without D are wanted, too.
 
         Raises:
             UnknownGraph: if the graphs could not be read.
         """
         if self.failure is not None or not self._parts:
             raise self.failure or UnknownGraph("no loss was seen before its backward pass")
-        for name in self._parts[0]:
-            p, gram = self._parameters[name], ParameterGram([part[name] for part in self._parts])
-            yield name, gram.gram(torch.as_tensor(scale[name]).to(p), HELD, p.numel())
-
-    def _gram(self, scale: Mapping[str, Tensor | float]) -> tuple[Tensor, dict[str, float]]:
-        """Return K, in float64 on the CPU, and the traces of the parameters' shares."""
         total: Tensor | None = None
-        traces = dict.fromkeys(self._parameters, 0.0)
-        for name, share in self.shares(scale):
-            traces[name] = float(share.trace())
+        sketch: RowSketch | None = None
+        begin = 0
+        self.traces = dict.fromkeys(self._parameters, 0.0)
+        for name in [*self._parts[0]]:
+            p, gram = self._parameters[name], ParameterGram([part.pop(name) for part in self._parts])
+            diagonal = torch.as_tensor(scale[name]).to(p)
+            if self.recent is None:
+                share = gram.gram(diagonal, HELD, p.numel())
+            else:
+                sketch = sketch or RowSketch(gram.rows, wide(diagonal))
+                share = sketch.share(gram, diagonal, begin, p.numel())
+                begin += p.numel()
+            if plain:
+                self.plain[name] = gram.gram(diagonal.new_ones(()), HELD, p.numel())
+            self.traces[name] = float(share.trace())
             total = share.double() if total is None else total.add_(share)
         assert total is not None
-        return (total + total.T).mul_(0.5).cpu(), traces
+        self.gram = (total + total.T).mul_(0.5).cpu()
+        if sketch is not None:
+            self._sketch = sketch.values.unflatten(0, (-1, self._per_sample)) * self._per_sample**0.5
+        if self._pushed is not None:
+            c, pushed = self._pushed
+            squares = sum(float((scale[name] * g.square()).sum()) for name, g in pushed.items())
+            self._correction = squares / float(c @ self.gram @ c)
+        self.release()
 
-    def kernel(
-        self, scale: Mapping[str, Tensor | float], checked: TangentKernel | None, correction: float | None
-    ) -> TangentKernel:
-        """Return K behind the diagonal of D.
+    def kernel(self, checked: TangentKernel | None, correction: float | None) -> TangentKernel:
+        """Return K behind the diagonal of D, once it was formed, with the recent rows, to which it adds its own.
 
         Args:
-            scale: the diagonal, by parameter name.
             checked: a kernel of the same network, from a replay.
             correction: of the largest eigenvalue where statistics of the batch were held; None takes what the batch
                 itself gives, see `corrected`.
-
-        Raises:
-            UnknownGraph: if the graphs could not be read.
         """
-        gram, traces = self._gram(scale)
+        gram, traces, rows = self.gram, self.traces, self._per_sample
+        if self.recent is not None:
+            self.recent.add(self._sketch)
+            gram, rows = self.recent.gram(), len(self.recent)
         if self.ties:
-            if correction is None and self._pushed is not None:
-                c, pushed = self._pushed
-                squares = (float((scale[name] * g.square()).sum()) for name, g in pushed.items())
-                correction = sum(squares) / float(c @ gram @ c)
+            correction = self._correction if correction is None else correction
             gram = with_top(gram, 1.0 if correction is None else correction)
         taken, chance = self._joined()
         return TangentKernel(
-            gram, self._per_sample, dict.fromkeys(traces, "structured") if checked is None else checked.path, traces,
+            gram, rows, dict.fromkeys(traces, "structured") if checked is None else checked.path, traces,
             0.0 if checked is None else checked.defect, math.nan, "" if checked is None else checked.stated, None, 0,
             0.0, self.samples, chance if len(taken) < self.samples else None,
             1.0 if correction is None else correction,
@@ -230,13 +270,17 @@ class GraphRows(GraphReader):
         return taken, torch.cat([chosen.chance for chosen in self.chosen])
 
 
-def _alone(samples: int, length: int) -> int:
-    """Return a sample whose last position is at another place where the samples come first than where they do not."""
+def _alone(samples: int, length: int) -> tuple[int, int]:
+    """Return a sample and its last position that is at another place where samples come first than where they do not.
 
-    def is_clear(k: int) -> bool:
-        return (k * length + length - 1) % samples != k and ((length - 1) * samples + k) // length != k
+    Of one position alone, as a layer that mixes none may see it.
+    """
 
-    return next(filter(is_clear, range(samples)), samples // 2)
+    def is_clear(k: int, t: int) -> bool:
+        return (k * length + t) % samples != k and (t * samples + k) // length != k
+
+    pairs = ((k, t) for t in reversed(range(length)) for k in range(samples))
+    return next((pair for pair in pairs if is_clear(*pair)), (samples // 2, length - 1))
 
 
 def _same(outputs: Tensor) -> Tensor:
