@@ -3,8 +3,8 @@
 Each default quantity alone, on networks like those that people train, GPT-2 with a vocabulary of 8192 included: its
 first measurement and a later one, which starts from that before. Counted are operations, numbers in their results,
 multiplications and calls of functions, all steps of a window together and what follows an update, each by a fixed
-number of nanoseconds, over those of one forward and backward pass of the same step: no clock. Prints what was said, what was counted, and the
-ratio. Names of networks choose some; ``--quantities`` names others.
+number of nanoseconds, over those of one forward and backward pass of the same step: no clock. Prints what was said,
+what was counted, and the ratio. Names of networks choose some; ``--quantities`` names others.
 """
 
 import argparse

@@ -226,7 +226,10 @@ class Monitor:
     def headline(self) -> str | None:
         """Name of the quantity that gives ``stability/courant``, or will give it; None without one."""
         keys = PREFERENCE if self.courant.key is None else (self.courant.key,)
-        return next((name for key in keys for name, q in self.quantities.items() if key in q.keys), None)
+        return next(
+            (name for key in keys for name, q in self.quantities.items() if key in self.quantities.reported_keys(q)),
+            None,
+        )
 
     def invalidate_update_metrics(self, observation: Observation | None, reason: str) -> Observation | None:
         """Measure nothing more that needs the update: a step did not move the parameters as its snapshot says.

@@ -70,7 +70,7 @@ def gram_mean_square_lr(
     if not math.isfinite(float(gram.sum())):
         return math.nan
     largest = float(gram.diagonal().max())
-    if (rule.momentum and rule.dampening == 1) or not largest > 0:
+    if (rule.momentum and rule.dampening == 1 and not rule.direct) or not largest > 0:
         return math.inf
     unit = math.ldexp(1.0, math.frexp(largest / total)[1])  # in which curvatures are near 1
     rate = _single(gram / unit, total, share, chance, in_unit(rule, unit), tol) if share > 0 else None
@@ -102,7 +102,7 @@ def _single(
     if pair is None:
         return None
     x, decay = pair[0] / rule.correction, rule.decoupled_decay
-    if rule.nesterov or decay > SLIGHT * tol * x:
+    if rule.nesterov or rule.direct or decay > SLIGHT * tol * x:
         x, decay = _followed(rows, decayed.astype(float), diagonal, rule, x, pair[1], tol), 0.0
     return (1 - len(gram) * ROUNDING - decay / x) / x if x > 0 else None
 

@@ -151,14 +151,14 @@ def mean_square_lr(
     """
     modes, rule, unit = in_units(modes, rule)
     top = _top_against(modes, batch_size, replacement, population, rule.weight_decay)
-    if not modes.rank or (rule.momentum and rule.dampening == 1):
+    if not modes.rank or (rule.momentum and rule.dampening == 1 and not rule.direct):
         return math.inf
     return _mean_square_lr(modes, top, rule, tol) / unit
 
 
 def _mean_square_lr(modes: Modes, top_against: TopAgainst, rule: UpdateRule, tol: float) -> float:
     h = modes.curvatures + rule.weight_decay
-    if not rule.nesterov and not rule.decoupled_decay:
+    if not (rule.nesterov or rule.direct or rule.decoupled_decay):
         top, _ = top_against(*affine_in_rate(h, rule), torch.eye(modes.rank, dtype=h.dtype), tol)
         return rule.correction / top
     # Below the full-batch edge t is positive, and the mean-square edge lies below it. The quotient <X, D X> / <X, t X>
@@ -196,9 +196,11 @@ def affine_in_rate(h: Numbers, rule: UpdateRule) -> tuple[Numbers, Numbers | Non
 
     Args:
         h: curvatures, with coupled decay.
-        rule: whose Nesterov's momentum is taken for plain momentum, and whose decoupled decay for none.
+        rule: whose Nesterov's momentum, and direct share of the gradient, are taken for plain momentum, and whose
+            decoupled decay for none.
     """
-    beta, gain = rule.momentum, 1 - rule.dampening * bool(rule.momentum)
+    beta = rule.momentum
+    gain = 1 - rule.dampening * bool(beta) + (1 - beta) * rule.direct
     alpha = (1 - beta) / gain * (h[:, None] + h)
     return alpha, beta * (h[:, None] ** 2 + h**2 - 2 * beta * h[:, None] * h) / (1 - beta**2) if beta else None
 

@@ -65,8 +65,9 @@ class Samples:
         return t.reshape(-1, self.count, *t.shape[1:]).transpose(0, 1)
 
     def rows(self, t: Tensor, axis: int = 0) -> Tensor:
-        """Return the samples that have rows, ``(n, T, ...)``."""
-        return self.split(t, axis)[self.taken]
+        """Return the samples that have rows, ``(n, T, ...)``; where all have no copy, and without the graph."""
+        split = self.split(t.detach(), axis)
+        return split if len(self.taken) == self.count else split[self.taken]
 
     def gradient(self, g: Tensor, axis: int = 0) -> Tensor:
         """Return a gradient of the samples that have rows, ``(n, T, ...)``."""
