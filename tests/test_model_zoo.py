@@ -12,7 +12,7 @@ from support import path, results
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from lsp_callbacks import StabilityMonitor
+from lsp_callbacks import StabilityMonitor, StopOnInstability
 from lsp_callbacks.quantities import (
     PRESETS,
     REGISTRY,
@@ -121,6 +121,31 @@ def test_optimizers(name, support):
         assert reason in recorded[quantity]["reason"], quantity
     assert set(recorded) == set(PRESETS["full"])
     support("optimizer", name, list(OPTIMIZERS).index(name), recorded, path(callback))
+
+
+class Growing(Model):
+    """Its loss grows until it overflows, or without bounds, whatever the optimizer does."""
+
+    rate = 0.4
+
+    def loss(self, batch):
+        return super().loss(batch) * math.exp(self.rate * max(0, self.global_step - 12))
+
+
+class Overflowing(Growing):
+    def loss(self, batch):
+        return super().loss(batch) * (math.inf if self.global_step > 15 else 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:lsp_callbacks skips", "ignore:StopOnInstability will never")
+@pytest.mark.parametrize("kind", [Growing, Overflowing])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_is_stopped_with_whatever_is_measured(name, kind):
+    """The defaults: by the loss, where no Courant number is known."""
+    net = optimizer_zoo.without_biases if name == "Muon" else mlp
+    stop = StopOnInstability()
+    run = fit(lambda: kind(net(), OPTIMIZERS[name][0]), StabilityMonitor(), stop, loader=data(), max_steps=120)
+    assert run.global_step < (25 if kind is Overflowing else 110)
 
 
 def test_the_support_matrix_of_the_documentation_is_that_of_this_suite():
