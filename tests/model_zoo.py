@@ -498,6 +498,17 @@ SIGNS = RULE | dict.fromkeys(STEP, "signs")
 MANY = RULE | dict.fromkeys(STEP, "several times in a step")
 HIDDEN = RULE | dict.fromkeys(STEP, "remembers more than float tensors")
 optim = torch.optim
+
+
+def words_alone():
+    """Only the embedding is trained, whose gradient is sparse."""
+    net = Bag()
+    net.head.requires_grad_(False)
+    return net
+
+
+#: For optimizers that take matrices only, or sparse gradients.
+NETS = {"Muon": optimizer_zoo.without_biases, "SparseAdam": words_alone}
 #: How each is made, and what is left out with it, for a part of the reason.
 OPTIMIZERS = {
     "SGD": (SGD, {}),
@@ -523,6 +534,7 @@ OPTIMIZERS = {
     "Adadelta": (optim.Adadelta, RULE),
     "ASGD": (partial(optim.ASGD, lr=0.1), RULE),
     "Rprop": (partial(optim.Rprop, lr=1e-2), SIGNS),
+    "SparseAdam": (partial(optim.SparseAdam, lr=1e-2), RULE | dict.fromkeys(STEP, "does not support dense gradients")),
     "State in bfloat16": (optimizer_zoo.HalfState, RULE | dict.fromkeys(STEP, "rounds its state to bfloat16")),
     "State in 8 bits": (optimizer_zoo.EightBit, HIDDEN),
     "Lookahead": (lambda p: optimizer_zoo.Lookahead(optim.SGD(p, lr=0.1, momentum=0.9)), RULE),

@@ -242,6 +242,9 @@ class StabilityMonitor(RunResults, Callback):
         self.stopwatch.spent += time.perf_counter() - began
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._loop.updates_elsewhere:
+            self.observer.settle()
+            self.on_before_optimizer_step(trainer, pl_module, trainer.optimizers[0])
         began, observer = time.perf_counter(), self.observer
         is_changed = not observer.is_idle and observer.check_gradient(CHANGED_GRADIENT, is_gone_allowed=True)
         if not is_changed and observer.updates > 1 and observer.game is None:
