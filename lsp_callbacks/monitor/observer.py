@@ -114,6 +114,7 @@ class StepObserver:
         self.loop, ranks = loop, loop.run.ranks
         self.probes.ranks = self._gradient_check.ranks = self._update_check.ranks = ranks
         self.forget_step()
+        self.is_idle = False
         self._update_check.forget()
         self._results.forget()
 
@@ -246,8 +247,7 @@ class StepObserver:
     def settle(self) -> None:
         """Take the parameters as they are now for those of the step: its backward pass has moved them."""
         if self._pending is not None:
-            self._pending.settle(self.loop.module.parameters())
-            self._is_settled = True
+            self._is_settled = self._pending.settle(self.loop.module.parameters()) or True
 
     def skip_update(self) -> None:
         """Let go of a step that is not taken."""
@@ -370,8 +370,8 @@ class StepObserver:
         """Return what was completed since the last call, also by what has awaited the update."""
         if self.monitor.quantities.awaiting():
             with untouched(self.loop.module):
-                # A step that calls its closure again (SAM, LBFGS) is one update.
-                self._results.add(self.monitor.after_update(is_own=self.updates <= 1 or self.loop.repeats_forward))
+                is_own = self.updates <= 1 or self.loop.repeats_forward  # a closure that is called again is one step
+                self._results.add(self.monitor.after_update(is_own=is_own))
         return self._results.take()
 
     def _find_fault(self, optimizer: torch.optim.Optimizer, overflowed: bool) -> None:

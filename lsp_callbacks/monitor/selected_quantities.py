@@ -48,6 +48,14 @@ def warn_of_skips(reasons: Reasons, *, stacklevel: int) -> None:
     warnings.warn(f"lsp_callbacks skips {text}", stacklevel=stacklevel)
 
 
+def in_turn(quantities: Mapping[str, Quantity]) -> list[str]:
+    """Return the names in the order in which they are measured at a step: first what was read from its graph.
+
+    So that is gone before the others need memory of their own.
+    """
+    return sorted(quantities, key=lambda name: not quantities[name].reads_graph)
+
+
 class SelectedQuantities(dict[str, Quantity]):
     """The quantities that are measured, by name.
 
