@@ -247,7 +247,8 @@ class StepObserver:
     def settle(self) -> None:
         """Take the parameters as they are now for those of the step: its backward pass has moved them."""
         if self._pending is not None:
-            self._is_settled = self._pending.settle(self.loop.module.parameters()) or True
+            self._pending.settle(self.loop.module.parameters())
+            self._is_settled = True
 
     def skip_update(self) -> None:
         """Let go of a step that is not taken."""
@@ -367,11 +368,10 @@ class StepObserver:
         self._results.invalidate_update(reason)
 
     def after_update(self) -> Completed:
-        """Return what was completed since the last call, also by what has awaited the update."""
+        """Return what was completed since the last call, also by what has awaited the update, be it by a closure."""
         if self.monitor.quantities.awaiting():
             with untouched(self.loop.module):
-                is_own = self.updates <= 1 or self.loop.repeats_forward  # a closure that is called again is one step
-                self._results.add(self.monitor.after_update(is_own=is_own))
+                self._results.add(self.monitor.after_update(is_own=self.updates <= 1 or self.loop.repeats_forward))
         return self._results.take()
 
     def _find_fault(self, optimizer: torch.optim.Optimizer, overflowed: bool) -> None:
