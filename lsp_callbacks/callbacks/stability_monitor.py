@@ -154,6 +154,10 @@ class StabilityMonitor(RunResults, Callback):
         """Return the rate that the optimizer has now, before it is used, over the critical rate; NaN if not known."""
         return self.forecast.scheduled_courant() if self._loss_feed.has_same_rates else math.nan
 
+    def rates(self) -> tuple[float, float]:
+        """Return the rate that the optimizer has now, and that of the last measured step; NaN if not known."""
+        return self.forecast.rates() if self._loss_feed.has_same_rates else (math.nan, math.nan)
+
     # -- before training -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
