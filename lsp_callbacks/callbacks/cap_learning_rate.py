@@ -58,8 +58,8 @@ class CapLearningRate(Callback):
 
     Raises:
         ValueError: for bad arguments; before training, without a `StabilityMonitor`, with two of these callbacks, under
-            manual optimisation, where ``stability/courant`` cannot be measured or is measured more seldom than once in
-            ``max_age`` steps, and for an optimizer that has no critical rate or is not known.
+            manual optimisation, with a ``prox``, where ``stability/courant`` cannot be measured or is measured more
+            seldom than once in ``max_age`` steps, and for an optimizer without ``lr`` or without a critical rate.
 
     Attributes:
         first_step: of a capped update; None before it.
@@ -105,6 +105,11 @@ class CapLearningRate(Callback):
             raise ValueError(
                 "CapLearningRate with automatic_optimization=False: when the optimizer steps is up to training_step; "
                 "limit the rate there, by trainer.callback_metrics['stability/courant']"
+            )
+        if source.prox is not None:
+            raise ValueError(
+                "CapLearningRate with StabilityMonitor(prox=...): the map after the step reads the scheduled rate, and "
+                "would not be that of the step any more; leave one of the two out"
             )
         self._check_keys(source)
         if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this

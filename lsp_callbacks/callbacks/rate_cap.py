@@ -23,8 +23,8 @@ class RateCap:
     eigenvalues of ``(R P)^1/2 H (R P)^1/2`` are monotone in R, so that smaller rates are no less stable. A group that
     had no rate at the reading is not known, and sets no limit.
 
-    A reading scatters. The critical rate is the mean of the last three, or the last one if that is lower: a fall is
-    followed at once, a rise when it lasts.
+    A reading scatters. The critical rate is the one of the last three readings' mean Courant number (their harmonic
+    mean), or the last one if that is lower: a fall is followed at once, a rise when it lasts.
 
     Args:
         safety: share of the critical rates that is allowed.
@@ -59,15 +59,18 @@ class RateCap:
             step: that was measured.
             critical: the largest stable rate of the group with the highest one.
             relative: rates of all groups, relative to the highest.
-            only_lower: whether the reading is not to be trusted where it allows more than the last one.
+            only_lower: whether the reading is not to be trusted where it allows more than the last one, which is then
+                taken once more.
         """
         reading = [critical * share if share > 0 else math.inf for share in relative]
         if self._readings and len(self._readings[-1]) != len(reading):  # groups have joined
             self._readings.clear()
-        if only_lower and not (self._readings and min(map(_ratio, reading, self._readings[-1])) < 1):
-            return
+        if only_lower and self._readings:
+            reading = [min(pair) for pair in zip(reading, self._readings[-1])]
         self._readings, self.step = [*self._readings, reading][-RECENT:], step
-        means = [sum(each) / len(each) for each in zip(*self._readings)]
+        means = [
+            len(each) / total if (total := sum(1 / one for one in each)) else math.inf for each in zip(*self._readings)
+        ]
         self.limits = [self.safety * min(pair) for pair in zip(reading, means)]
 
     def factor(self, rates: Sequence[float], *, step: int) -> float:
@@ -103,8 +106,3 @@ class RateCap:
         """Take back what `state_dict` gave."""
         self._readings, self.limits = [list(reading) for reading in state["readings"]], list(state["limits"])
         self.step, self.is_on = state["step"], state["is_on"]
-
-
-def _ratio(new: float, old: float) -> float:
-    """Return a ratio of two critical rates; 1 where neither is finite."""
-    return 1.0 if math.isinf(new) and math.isinf(old) else new / old
