@@ -37,10 +37,9 @@ def shift(
             p.data.copy_(torch.add(x, direction.to(x.dtype), alpha=multiple) if multiple else x)
 
 
-def loss_rounding(loss: Tensor) -> Tensor:
-    """Return the size of a loss's error by rounding, in float64.
+def loss_rounding(loss: Tensor) -> float:
+    """Return the size of a loss's error by rounding, relative to it.
 
     It is taken as that of the least precise number type between the loss and the parameters.
     """
-    dtype = loss.dtype if loss.grad_fn is None else read(loss).dtype
-    return ROUNDING * torch.finfo(dtype).eps * loss.detach().double().abs()
+    return ROUNDING * torch.finfo(loss.dtype if loss.grad_fn is None else read(loss).dtype).eps

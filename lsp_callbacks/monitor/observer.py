@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -330,6 +331,7 @@ class StepObserver:
             scale=loop.loss_scale(),
             previous=self.previous,
             room=self.monitor.budget.room,
+            other_loss=partial(pending.other_loss, on_device=loop.on_device),
         )
 
     def check_gradient(self, reason: str, *, is_gone_allowed: bool) -> bool:

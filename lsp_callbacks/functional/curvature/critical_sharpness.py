@@ -100,7 +100,8 @@ def critical_sharpness(
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
-        return float(value.detach().double()), float(loss_rounding(value))
+        number = float(value.detach().double())
+        return number, loss_rounding(value) * abs(number)
 
     try:
         with restored(parameters) as theta:
