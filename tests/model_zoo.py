@@ -348,6 +348,7 @@ class Case:
         blocks: whether residual blocks are found.
         left_out: part of the reason by quantity, of what this run can never measure.
         failed: likewise, of what says NaN.
+        partly: likewise, of what says NaN at some of the steps.
         shape: of a sample.
         loader: further arguments of the data's loader.
         trainer: further arguments of the Trainer.
@@ -360,6 +361,7 @@ class Case:
     blocks: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    partly: dict[str, str] = field(default_factory=dict)
     shape: tuple[int, ...] = (FEATURES,)
     loader: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -401,6 +403,7 @@ LAYER, ROWS = "layer and structured", "rows and structured"
 TIED = "rows"
 #: Differences of losses in half precision.
 ROUNDED = {"courant_step": "rounding hides it"}
+HIDDEN = {"critical_sharpness": "rounding hides where"}
 CASES = {
     "mlp": Case(Model),
     "mlp_relu": Case(lambda: Model(mlp(nn.ReLU())), HELD),
@@ -418,7 +421,8 @@ CASES = {
     "tied": Case(tied),
     "frozen": Case(frozen, kernel=TIED),
     "partly_frozen": Case(partly_frozen, kernel=TIED),  # its ReLU lies before all that is trained
-    "lora": Case(lora, kernel="layer"),
+    # Its second factor is 0 at first: a large one saturates, and the loss tends to a limit below that at the start.
+    "lora": Case(lora, kernel="layer", partly={"critical_sharpness": "does not rise along the update"}),
     "checkpoint": Case(lambda: Model(Checkpointed(False))),
     "checkpoint_relu": Case(lambda: Model(Checkpointed(False, nn.ReLU)), EXACT),
     "checkpoint_reentrant": Case(lambda: Model(Checkpointed(True))),
@@ -439,17 +443,18 @@ CASES = {
     "one_batch_epochs": Case(Model, loader={"n": 8}),
     "dropout": Case(lambda: Model(mlp(nn.Dropout(0.5)))),
     "float64": Case(lambda: Model(cnn(nn.Tanh)), kernel=TIED, trainer={"precision": "64-true"}),
-    "bf16_mixed": Case(Model, "exact, bfloat16", failed=ROUNDED, trainer={"precision": "bf16-mixed"}),
+    "bf16_mixed": Case(Model, "exact, bfloat16", failed=ROUNDED, partly=HIDDEN, trainer={"precision": "bf16-mixed"}),
     "bf16_mixed_transformer": Case(
-        lambda: Model(Transformer(), MOMENTUM), "exact, math attention, bfloat16", blocks=True, failed=ROUNDED,
+        lambda: Model(Transformer(), MOMENTUM), "exact, math attention, bfloat16", blocks=True, failed=ROUNDED | HIDDEN,
         trainer={"precision": "bf16-mixed"},
     ),
     "bf16_true": Case(  # at a rate whose steps are not lost in the rounding of the weights
-        lambda: Model(optimizer=partial(MOMENTUM, lr=0.5)), "exact, bfloat16", failed=ROUNDED,
+        lambda: Model(optimizer=partial(MOMENTUM, lr=0.5)), "exact, bfloat16", failed=ROUNDED, partly=HIDDEN,
         trainer={"precision": "bf16-true"},
     ),
     "bf16_true_custom": Case(
-        lambda: custom(Twice), failed=refused("half precision") | ROUNDED, trainer={"precision": "bf16-true"}
+        lambda: custom(Twice), failed=refused("half precision") | ROUNDED, partly=HIDDEN,
+        trainer={"precision": "bf16-true"},
     ),
     "twice_differentiable": Case(lambda: custom(Twice)),
     "twice_differentiable_relu": Case(lambda: custom(Twice, nn.ReLU()), EXACT),
@@ -469,7 +474,8 @@ CASES = {
     ),
     "gan": Case(
         GAN, monitor={"loss_fn": lambda module, batch: module.discriminator_loss(batch)},
-        left_out=dict.fromkeys((*STOCHASTIC, "courant_step"), "several optimizers") | refused("several optimizers"),
+        left_out=dict.fromkeys((*STOCHASTIC, "courant_step", "critical_sharpness"), "several optimizers")
+        | refused("several optimizers"),
         trainer={"max_steps": 8},
     ),
     "players": Case(

@@ -17,6 +17,8 @@ from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.monitor.courant_source import COURANT, GD, SGD
 from lsp_callbacks.monitor.history import Observation
 from lsp_callbacks.monitor.losses import ALARM_LASTS, ArrivedLoss, LossRecord
+from lsp_callbacks.quantities.key import PREFIX
+from lsp_callbacks.quantities.tables import stated_keys
 
 #: Keys that are a rate over a critical rate, and so can be known before the rate is used.
 SCHEDULED = (COURANT, SGD, GD)
@@ -99,6 +101,12 @@ class StopOnInstability(Callback):
     ):
         if not isinstance(monitor, str):
             raise ValueError(f"monitor={monitor!r}: give a global key, such as 'stability/courant'")
+        stated = stated_keys().get(monitor.removeprefix(PREFIX))
+        if stated is not None and not stated.may_stop:
+            raise ValueError(
+                f"monitor={monitor!r} is no reason to stop: healthy steps reach it, too; watch a Courant number, "
+                "such as 'stability/courant'"
+            )
         if threshold is not None:
             number("threshold", threshold, instead=", or None")
         whole("patience", patience, 1, instead=" measurement")

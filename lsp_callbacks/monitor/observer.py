@@ -366,7 +366,7 @@ class StepObserver:
         """Return what was completed since the last call, also by what has awaited the update."""
         if self.monitor.quantities.awaiting():
             with untouched(self.loop.module):
-                self._results.add(self.monitor.after_update(is_own=self.updates <= 1))
+                self._results.add(self.monitor.after_update(is_own=self.updates <= 1 or self.loop.repeats_forward))
         return self._results.take()
 
     def _find_fault(self, optimizer: torch.optim.Optimizer, overflowed: bool) -> None:

@@ -151,8 +151,7 @@ def _copied(gradient: Tensor | None) -> Tensor | None:
     """Return a copy: the step clips gradients in place, and sets them to 0. That of a sparse embedding is dense."""
     if gradient is None:
         return None
-    dense = gradient.detach().to_dense() if gradient.layout is not torch.strided else gradient.detach()
-    return dense.clone() if dense is gradient or dense.data_ptr() == gradient.data_ptr() else dense
+    return gradient.detach().clone() if gradient.layout is torch.strided else gradient.detach().to_dense()
 
 
 def _of_module(module: nn.Module, source: OtherLoss) -> Callable[[], Tensor]:

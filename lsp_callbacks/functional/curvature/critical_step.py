@@ -16,6 +16,8 @@ Change = Callable[[float], tuple[float, float]]
 CLEAR = 0.1
 #: By which factor the multiple grows or shrinks at most from one evaluation to the next.
 GROWTH = 8.0
+#: How often it is doubled where no crossing can be expected from what was seen.
+DOUBLINGS = 4
 #: How far from the first multiple the search goes, to either side, before it is given up.
 FURTHEST, NEAREST = GROWTH**8, 2.0**-10
 #: Share of the tolerance by which an evaluation lies beside the crossing that is expected.
@@ -43,11 +45,11 @@ def critical_step(
 ) -> CriticalStep:
     """Return the least multiple s of an update u at which ``L(theta + s u) > L(theta)``, as far as evaluations show it.
 
-    From ``start`` the multiple grows until the loss is above ``L(theta)``, at most eightfold at a time, or it shrinks
-    until the loss is below. Then this bracket is narrowed. The chord ``(L(theta + s u) - L(theta)) / s`` is linear in s
-    on a quadratic, and begins with the slope; where it would be 0 the crossing is expected, and the evaluations lie
-    beside it, by less than half of the tolerance, so that two of them close the bracket. A bisection follows where two
-    evaluations have not halved it.
+    From ``start`` the multiple grows until the loss is above ``L(theta)``, at most eightfold at a time and at first by
+    doublings where no crossing is expected, or it shrinks until the loss is below. Then this bracket is narrowed. The
+    chord ``(L(theta + s u) - L(theta)) / s``, linear in s on a quadratic, begins with the slope. Where it would be
+    0 the crossing is expected, and the evaluations lie beside it, by less than half of the tolerance, so that two of
+    them close the bracket. A bisection follows where three evaluations have not halved it.
 
     The slope only shortens the search: the result lies between a multiple at which the loss was seen not to be above
     ``L(theta)``, and one at which it was seen to be above. A crossing below ``start`` after which the loss falls again
@@ -64,7 +66,7 @@ def critical_step(
         The multiple, its error, and how often the loss was evaluated.
 
     Raises:
-        Unmeasurable: where the loss does not fall along the update; where it has not risen at 1e7 times ``start``;
+        Unmeasurable: where the loss does not fall along the update; where it has not risen at 2e7 times ``start``;
             where rounding of the losses hides the crossing: its error would exceed 10 %.
         ValueError: if ``start`` or ``tolerance`` is not positive and finite.
 
@@ -154,6 +156,7 @@ class _Search:
         self._chords: list[tuple[float, float]] = [] if slope is None else [(0.0, slope)]
         self._points: list[_Point] = []
         self._widths: list[float] = []
+        self._is_rise_expected, self._latest = False, math.inf
         self.low: _Point | None = None
         self.high: _Point | None = None
         self.deepest: _Point | None = None
@@ -178,10 +181,13 @@ class _Search:
     def further(self, low: _Point) -> float:
         """Return a larger multiple, as the loss was not seen to rise so far."""
         expected = self._expected()
-        if expected <= low.s:
-            return (2 if len(self._points) == 1 else GROWTH) * low.s
-        below = expected * (1 - self.margin)
-        return min(below if below > low.s else expected * (1 + self.margin), GROWTH * low.s)
+        is_flat, was_expected = abs(low.change) <= low.rounding, self._is_rise_expected
+        self._is_rise_expected = low.s < expected < GROWTH * low.s
+        if self._is_rise_expected:
+            above = expected * (1 + self.margin)
+            return max(above, 2 * low.s) if was_expected else above  # the chord bends down: not the same error again
+        is_far = expected > low.s or is_flat or len(self._points) > DOUBLINGS
+        return (GROWTH if is_far else 2) * low.s
 
     def nearer(self, high: _Point) -> float:
         """Return a smaller multiple, as the loss was not seen to fall so far."""
@@ -193,11 +199,18 @@ class _Search:
     def between(self, low: _Point, high: _Point, expected: float) -> float:
         """Return a multiple beside the crossing that is expected, on the open side, or the middle."""
         self._widths.append(high.s - low.s)
-        is_slow = len(self._widths) > 2 and self._widths[-1] > self._widths[-3] / 2
-        below, above = expected * (1 - self.margin), expected * (1 + self.margin)
-        if not is_slow and below > low.s + 0.2 * self.margin * expected:
-            return below
-        return above if not is_slow and above < high.s else math.sqrt(low.s * high.s)
+        if len(self._widths) > 3 and self._widths[-1] > self._widths[-4] / 2:
+            return math.sqrt(low.s * high.s)
+        moved, self._latest = abs(expected - self._latest), expected
+        before, last = (p.s >= high.s for p in self._points[-2:])
+        margin = self.margin * expected
+        below, above = expected - margin, expected + margin
+        if before == last:  # twice on one side: to the other, by more than what was expected has moved
+            below, above = min(below, expected - 2 * moved), max(above, expected + 2 * moved)
+        near = 0.2 * margin
+        is_above = not below > low.s + near or (before == last and not last)
+        s = above if is_above and above < high.s else below
+        return s if low.s < s < high.s else math.sqrt(low.s * high.s)
 
     def crossing(self, low: _Point, high: _Point) -> float:
         """Return where the chord is 0 between two multiples, by the parabola through the nearest three points."""
@@ -222,6 +235,6 @@ class _Search:
 
 def _hidden(point: _Point) -> Unmeasurable:
     return Unmeasurable(
-        f"rounding hides it: at {point.s:.3g} times the update the loss has changed by {point.change:.2g}, with an "
-        f"error of {point.rounding:.2g} by rounding; measure in float32 or float64"
+        f"rounding hides where the loss rises: at {point.s:.3g} times the update it changes "
+        f"by {point.change:.2g}, with an error of {point.rounding:.2g} by rounding; measure in float32 or float64"
     )

@@ -81,14 +81,18 @@ class CriticalSharpness(AlongUpdate):
             "2 over the rate at which the step's update raises the loss of its batch.",
             "1 / learning rate",
             "Above 2 over the rate the step has raised the loss of its batch: lower the rate if that lasts.",
+            may_stop=False,
         ),
         "critical_sharpness_error": relative_bar("critical_sharpness"),
-        "critical_multiple": Key("Least multiple of the step's update at which the loss of its batch goes up."),
+        "critical_multiple": Key(
+            "Least multiple of the step's update at which the loss of its batch goes up.", may_stop=False
+        ),
         "relative_critical_sharpness": Key(
             "2 over the rate at which the step's update raises the second loss.",
             "1 / learning rate",
             "Above 2 over the rate the step has raised the second loss: mix its data in, or lower the rate.",
             optional=True,
+            may_stop=False,
         ),
         "relative_critical_sharpness_error": relative_bar("relative_critical_sharpness", optional=True),
     }
