@@ -36,6 +36,7 @@ from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.series import Trace
 from lsp_callbacks.step.snapshot import Snapshot
 
+__version__ = "0.1.0"
 __all__ = [
     "BatchSharpness",
     "ClarkeProfile",

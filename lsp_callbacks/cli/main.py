@@ -1,27 +1,45 @@
-"""The command ``lsp-callbacks``: Lightning's command line, with the callbacks of this package at hand."""
+"""The command ``lsp-callbacks``: Lightning's command line with the callbacks at hand, and commands of this package."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-COMMANDS = ("fit", "validate", "test", "predict")
-HELP = """\
-usage: lsp-callbacks {fit,validate,test,predict,diagram,cost} [--config FILE] [--KEY VALUE ...]
+from lsp_callbacks import __version__
 
-Trains any LightningModule from a YAML file, and measures how stable the training is while it runs.
+#: Commands of Lightning, and those of this package, each in a module of this folder; and what they do.
+TRAINING = {
+    "fit": "train from a YAML file, and measure",
+    "validate": "Lightning's own: one pass over the validation data",
+    "test": "Lightning's own: one pass over the test data",
+    "predict": "Lightning's own: predictions for a data set",
+}
+MEASURING = {
+    "demo": "two small runs to look at: a healthy one and, with --unstable, one that is ended; from any folder",
+    "diagram": "the largest stable rates, drawn before a step is taken",
+    "cost": "what measuring takes: gradients, time, memory, cadence",
+}
+EXAMPLES = """\
+  lsp-callbacks demo                                 table, verdict and picture in half a minute, in runs/
+  lsp-callbacks fit --config FILE --model.lr 0.2     any setting can be changed on the way
+  lsp-callbacks fit --config FILE --print_config     all settings, and what they are now
+  lsp-callbacks fit --help                           all options; each command has its own --help
+  lsp-callbacks diagram --config FILE --ckpt FILE    at a checkpoint instead of the initial weights
 
-  lsp-callbacks fit --config configs/digits.yaml            a healthy run: table, verdict and picture in half a minute
-  lsp-callbacks fit --config configs/digits_unstable.yaml   a rate that grows past the edge, and the run that is ended
-  lsp-callbacks fit --config FILE --model.lr 0.2            any setting can be changed on the way
-  lsp-callbacks fit --config FILE --print_config            all settings, and what they are now
-  lsp-callbacks fit --help                                  all options
-  lsp-callbacks diagram --config FILE [--ckpt FILE]         the largest stable rates, drawn before a step is taken
-  lsp-callbacks cost --config FILE [--ckpt FILE]            what measuring it takes: gradients, time, memory, cadence
-
-The two files are in the repository. In your own, the callbacks are listed under trainer: callbacks:, by class_path
+In a configuration of your own, the callbacks are listed under trainer: callbacks:, by class_path
 (lsp_callbacks.StabilityMonitor, lsp_callbacks.StabilityReport, lsp_callbacks.StopOnInstability).\
 """
+
+
+def help_text() -> str:
+    """Return what ``lsp-callbacks --help`` prints: every command in one line."""
+    commands = "\n".join(f"  {name:<10}{does}" for name, does in (TRAINING | MEASURING).items())
+    return (
+        "usage: lsp-callbacks COMMAND [--config FILE] [--KEY VALUE ...]\n       lsp-callbacks --version\n\n"
+        "Trains any LightningModule from a YAML file, and measures how stable the training is while it runs.\n\n"
+        f"commands:\n{commands}\n\nexamples:\n{EXAMPLES}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,28 +53,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
-        print(HELP)
+        print(help_text())
+        return 0
+    if args[0] == "--version":
+        print(f"lsp-callbacks {__version__}")
         return 0
     try:
         import jsonargparse  # noqa: F401
-        from pytorch_lightning.cli import LightningCLI
+        import pytorch_lightning.cli  # noqa: F401
     except ImportError as error:
         print(f"lsp-callbacks needs jsonargparse ({error}): pip install 'lsp-callbacks[cli]'", file=sys.stderr)
         return 1
-    if args[0] == "diagram":
-        from lsp_callbacks.cli import diagram
-
-        return diagram.main(args[1:])
-    if args[0] == "cost":
-        from lsp_callbacks.cli import cost
-
-        return cost.main(args[1:])
-    # A message about one bad argument should not drown in the list of all good ones.
-    usage = {name: {"usage": f"lsp-callbacks {name} [--config FILE] [--KEY VALUE ...]"} for name in COMMANDS}
-    # Given both argv and the process's own arguments, LightningCLI warns.
-    LightningCLI(args=None if argv is None else args, parser_kwargs={"prog": "lsp-callbacks", **usage})
+    if args[0] in MEASURING:
+        return import_module(f"lsp_callbacks.cli.{args[0]}").main(args[1:])
+    train(args)
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def train(args: Sequence[str]) -> None:
+    """Run a command of Lightning's own command line.
+
+    Args:
+        args: the command, and what follows it.
+    """
+    from pytorch_lightning.cli import LightningCLI
+
+    # A message about one bad argument should not drown in the list of all good ones.
+    usage = {name: {"usage": f"lsp-callbacks {name} [--config FILE] [--KEY VALUE ...]"} for name in TRAINING}
+    sys_argv = sys.argv
+    sys.argv = sys.argv[:1]  # given both args and the process's own arguments, LightningCLI warns
+    try:
+        LightningCLI(args=list(args), parser_kwargs={"prog": "lsp-callbacks", **usage})
+    finally:
+        sys.argv = sys_argv

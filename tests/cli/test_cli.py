@@ -2,6 +2,8 @@
 
 import csv
 import os
+import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from lsp_callbacks.cli.main import main
+import lsp_callbacks
+from lsp_callbacks.cli.main import MEASURING, TRAINING, main
 from lsp_callbacks.demo import Digits, ResidualBlock, ResidualNet
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +30,37 @@ def elsewhere(tmp_path, monkeypatch):
 def test_help(argv, capsys):
     assert main(argv) == 0
     text = capsys.readouterr().out
-    assert "lsp-callbacks fit --config configs/digits.yaml" in text and "stable" in text
+    assert all(re.search(rf"^  {name} .{{20}}", text, re.MULTILINE) for name in TRAINING | MEASURING)
+    assert "lsp-callbacks demo" in text and "--version" in text
     assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_every_command_has_a_module_and_every_module_with_a_command_is_in_the_help():
+    folder = Path(lsp_callbacks.__file__).parent / "cli"
+    commands = {path.stem for path in folder.glob("*.py") if re.search(r"^def main\(", path.read_text(), re.MULTILINE)}
+    assert commands - {"main"} == set(MEASURING)
+
+
+@pytest.mark.parametrize("command", MEASURING)
+def test_every_command_has_a_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.startswith(f"usage: lsp-callbacks {command} ") and len(text) > 300
+
+
+def test_the_version_stands_in_one_place(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lsp-callbacks {lsp_callbacks.__version__}\n"
+    assert f"\nversion: {lsp_callbacks.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert lsp_callbacks.__version__ not in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_package_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lsp_callbacks", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("lsp_callbacks", run_name="__main__")
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("lsp-callbacks ")
 
 
 @pytest.mark.parametrize(
@@ -69,6 +102,23 @@ def test_configurations_train(config, tmp_path, capsys):
     assert "stability/courant" in (run / "metrics.csv").read_text()
     assert os.listdir(tmp_path) == ["runs"]  # which git ignores
     assert "lsp_callbacks: stable at step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--unstable"]], ids=" ".join)
+def test_the_demo_runs_from_an_empty_folder_and_says_where_its_results_are(options, tmp_path, capsys):
+    assert main(["demo", *options, "--trainer.max_steps", "3", "--trainer.enable_progress_bar", "false"]) == 0
+    output = capsys.readouterr()
+    (picture,) = tmp_path.rglob("stability.png")
+    assert str(picture) in output.out and "Epoch 0" not in output.out + output.err
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    assert str(picture.parent.relative_to(tmp_path)) in capsys.readouterr().out
+
+
+def test_the_demo_without_scikit_learn(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert main(["demo"]) == 1
+    assert "pip install 'lsp-callbacks[demo]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
