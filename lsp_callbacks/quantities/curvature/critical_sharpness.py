@@ -49,7 +49,7 @@ class CriticalSharpness(AlongUpdate):
         second_loss: ``(module) -> loss``, of a copy of the module with the step's buffers; or batches, such as a
             loader, of which the step's own loss is taken. None measures no relative critical sharpness.
         batches: how many of those batches, the first ones, are used; they are read once, and kept.
-        tolerance: relative width of the last bracket; the error is about half of it.
+        tolerance: of the critical sharpness, relative; rounding may add to it.
         check_every: of so many updates of the metric, the first checks that the loss at the same parameters is the same
             after the update.
 
