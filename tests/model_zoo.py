@@ -422,7 +422,7 @@ CASES = {
     "frozen": Case(frozen, kernel=TIED),
     "partly_frozen": Case(partly_frozen, kernel=TIED),  # its ReLU lies before all that is trained
     # Its second factor is 0 at first: a large one saturates, and the loss tends to a limit below that at the start.
-    "lora": Case(lora, kernel="layer", partly={"critical_sharpness": "does not rise along the update"}),
+    "lora": Case(lora, kernel="layer", partly={"critical_sharpness": "does not rise along"}),
     "checkpoint": Case(lambda: Model(Checkpointed(False))),
     "checkpoint_relu": Case(lambda: Model(Checkpointed(False, nn.ReLU)), EXACT),
     "checkpoint_reentrant": Case(lambda: Model(Checkpointed(True))),
@@ -500,6 +500,7 @@ RULE = dict.fromkeys(
     ("sharpness", "mean_square_stability", "sgd_stability", "lyapunov", "sgd_law", "proximal_step"), "not supported"
 )
 STEP = ("lyapunov_trajectory", "leave_one_out", "stability_profile", "secant_ratio")
+ENDLESS = {"critical_sharpness": "does not rise along the update"}
 #: How each is made, and what is left out with it, for a part of the reason.
 OPTIMIZERS = {
     "SGD": (SGD, {}),
@@ -508,7 +509,8 @@ OPTIMIZERS = {
     "Adam": (partial(torch.optim.Adam, lr=1e-2), {}),
     "AdamW": (partial(torch.optim.AdamW, lr=1e-2), {}),
     "RMSprop": (partial(torch.optim.RMSprop, lr=1e-2, momentum=0.5), {}),
-    "Adagrad": (partial(torch.optim.Adagrad, lr=1e-2), {}),
+    # Along one of its updates all samples of the batch are separated, further and further.
+    "Adagrad": (partial(torch.optim.Adagrad, lr=1e-2), ENDLESS),
     "NAdam": (partial(torch.optim.NAdam, lr=1e-2), RULE),
     "Rprop": (partial(torch.optim.Rprop, lr=1e-2), RULE | dict.fromkeys(STEP, "signs")),
     "LBFGS": (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from harness import CLASSES, Model, data, fit, unchanged
-from model_zoo import CASES, CURVATURE, OPTIMIZERS, Bag, Checkpointed, FirstCheckpointed, Transformer, cnn
+from model_zoo import CASES, CURVATURE, ENDLESS, OPTIMIZERS, Bag, Checkpointed, FirstCheckpointed, Transformer, cnn
 from support import path, results
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
@@ -116,7 +116,7 @@ def test_optimizers(name, support):
     left_out = left_out | {"residual_cfl": "no residual block"}
     callback = everything()
     fit(lambda: Model(optimizer=make), callback, loader=data(), max_steps=4)
-    recorded = results(callback, {})
+    recorded = results(callback, ENDLESS)
     assert {name for name, result in recorded.items() if result["state"] != "measured"} == set(left_out), recorded
     for quantity, reason in left_out.items():
         assert reason in recorded[quantity]["reason"], quantity

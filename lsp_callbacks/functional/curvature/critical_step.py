@@ -91,7 +91,7 @@ def critical_step(
                 f"{s:.3g} times the update it has changed by {point.change:.3g}: momentum takes it uphill, or the "
                 "optimizer does not follow the gradient"
             )
-        if (low is None and s <= start * NEAREST) or (high is None and s >= start * FURTHEST):
+        if (low is None and s <= start * NEAREST) or (high is None and (s >= start * FURTHEST or line.is_level)):
             raise Unmeasurable(
                 f"the loss of its batch does not {'fall' if low is None else 'rise'} along the update: at {s:.3g} "
                 f"times the update it has changed by {point.change:.3g}"

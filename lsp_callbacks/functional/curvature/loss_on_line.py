@@ -67,7 +67,7 @@ class LossOnLine:
         self._points: list[Point] = []
         self._widths: list[float] = []
         self._is_rise_expected: bool | None = None
-        self._latest = math.nan
+        self._latest, self._surprises = math.nan, 0
         self.low: Point | None = None
         self.high: Point | None = None
         self.deepest: Point | None = None
@@ -90,7 +90,10 @@ class LossOnLine:
         self._is_rise_expected = low.s < expected < GROWTH * low.s
         if self._is_rise_expected:
             above = expected * (1 + BESIDE)
-            return max(above, 2 * low.s) if was_expected else above  # the chord bends down: not the same error again
+            if not was_expected:
+                return above
+            self._surprises += 1  # the chord bends down: not the same error again
+            return max(above, min(2.0**self._surprises, GROWTH) * low.s)
         is_far = expected > low.s or not low.is_clear or len(self._points) > DOUBLINGS
         return (GROWTH if is_far else 2) * low.s
 
@@ -107,6 +110,15 @@ class LossOnLine:
             return 0.0
         (s, f), (t, g) = self._chords[-2:]
         return s - f * (t - s) / (g - f) if (g - f) * (t - s) > 0 else 0.0
+
+    @property
+    def is_level(self) -> bool:
+        """Whether the loss has come to rest below, so that no rise is to be expected."""
+        last = [p for p in self._points if p.is_clear][-3:]
+        if self.high is not None or len(last) < 3 or not last[0].s <= last[1].s / 2 <= last[2].s / 4:
+            return False
+        changes = [p.change for p in last]  # two may be equal on both sides of the least loss
+        return max(changes) - min(changes) <= last[-1].rounding
 
     # -- in a bracket --------------------------------------------------------------------------------------------------
 
