@@ -50,14 +50,14 @@ def step_matrices(y, outputs, batch_size, lr, rule=UpdateRule(), replacement=Fal
         # Written out from the optimizers, not from the coefficients under test.
         e, beta, decay = lr / rule.correction, rule.momentum, 1 - lr * rule.decoupled_decay
         if not beta:
-            yield decay * eye - e * h
+            yield decay * eye - e * (1 + rule.direct) * h
             continue
         g = 1 - rule.dampening
         m_from_v, m_from_m = g * h, beta * eye
         if rule.nesterov:
             v_from_v, v_from_m = decay * eye - e * (h + beta * m_from_v), -e * beta * m_from_m
         else:
-            v_from_v, v_from_m = decay * eye - e * m_from_v, -e * m_from_m
+            v_from_v, v_from_m = decay * eye - e * (m_from_v + rule.direct * h), -e * m_from_m
         yield torch.cat([torch.cat([v_from_v, v_from_m], 1), torch.cat([m_from_v, m_from_m], 1)])
 
 

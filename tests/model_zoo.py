@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import optimizer_zoo
 import torch
 import transformers
 from harness import (
@@ -403,7 +404,7 @@ LAYER, ROWS = "layer and structured", "rows and structured"
 TIED = "rows"
 #: Differences of losses in half precision.
 ROUNDED = {"courant_step": "rounding hides it"}
-HIDDEN = {"critical_sharpness": "rounding hides where"}
+UNCLEAR = {"critical_sharpness": "rounding hides where"}
 CASES = {
     "mlp": Case(Model),
     "mlp_relu": Case(lambda: Model(mlp(nn.ReLU())), HELD),
@@ -443,17 +444,17 @@ CASES = {
     "one_batch_epochs": Case(Model, loader={"n": 8}),
     "dropout": Case(lambda: Model(mlp(nn.Dropout(0.5)))),
     "float64": Case(lambda: Model(cnn(nn.Tanh)), kernel=TIED, trainer={"precision": "64-true"}),
-    "bf16_mixed": Case(Model, "exact, bfloat16", failed=ROUNDED, partly=HIDDEN, trainer={"precision": "bf16-mixed"}),
+    "bf16_mixed": Case(Model, "exact, bfloat16", failed=ROUNDED, partly=UNCLEAR, trainer={"precision": "bf16-mixed"}),
     "bf16_mixed_transformer": Case(
-        lambda: Model(Transformer(), MOMENTUM), "exact, math attention, bfloat16", blocks=True, failed=ROUNDED | HIDDEN,
+        lambda: Model(Transformer(), MOMENTUM), "exact, math attention, bfloat16", blocks=True, failed=ROUNDED | UNCLEAR,
         trainer={"precision": "bf16-mixed"},
     ),
     "bf16_true": Case(  # at a rate whose steps are not lost in the rounding of the weights
-        lambda: Model(optimizer=partial(MOMENTUM, lr=0.5)), "exact, bfloat16", failed=ROUNDED, partly=HIDDEN,
+        lambda: Model(optimizer=partial(MOMENTUM, lr=0.5)), "exact, bfloat16", failed=ROUNDED, partly=UNCLEAR,
         trainer={"precision": "bf16-true"},
     ),
     "bf16_true_custom": Case(
-        lambda: custom(Twice), failed=refused("half precision") | ROUNDED, partly=HIDDEN,
+        lambda: custom(Twice), failed=refused("half precision") | ROUNDED, partly=UNCLEAR,
         trainer={"precision": "bf16-true"},
     ),
     "twice_differentiable": Case(lambda: custom(Twice)),
@@ -495,26 +496,41 @@ CASES = {
 # -- optimizers ------------------------------------------------------------------------------------------------------
 
 
-#: What takes the formula of the update, and what takes its derivative alone.
-RULE = dict.fromkeys(
-    ("sharpness", "mean_square_stability", "sgd_stability", "lyapunov", "sgd_law", "proximal_step"), "not supported"
-)
+#: What takes the formula of the update, and what takes its derivative alone. Sharpness goes on without the formula.
+EDGE = ("sharpness", "mean_square_stability", "sgd_stability", "lyapunov", "sgd_law")
+RULE = dict.fromkeys((*EDGE, "proximal_step"), "not supported")
 STEP = ("lyapunov_trajectory", "leave_one_out", "stability_profile", "secant_ratio")
-ENDLESS = {"critical_sharpness": "does not rise along the update"}
+SIGNS = RULE | dict.fromkeys(STEP, "signs")
+MANY = RULE | dict.fromkeys((*STEP, "courant_step"), "several times in a step")
+HIDDEN = RULE | dict.fromkeys(STEP, "remembers more than float tensors")
+optim = torch.optim
 #: How each is made, and what is left out with it, for a part of the reason.
 OPTIMIZERS = {
     "SGD": (SGD, {}),
     "SGD, momentum": (MOMENTUM, {}),
     "SGD, Nesterov": (partial(MOMENTUM, nesterov=True, weight_decay=1e-2), {}),
-    "Adam": (partial(torch.optim.Adam, lr=1e-2), {}),
-    "AdamW": (partial(torch.optim.AdamW, lr=1e-2), {}),
-    "RMSprop": (partial(torch.optim.RMSprop, lr=1e-2, momentum=0.5), {}),
-    # Along one of its updates all samples of the batch are separated, further and further.
-    "Adagrad": (partial(torch.optim.Adagrad, lr=1e-2), ENDLESS),
-    "NAdam": (partial(torch.optim.NAdam, lr=1e-2), RULE),
-    "Rprop": (partial(torch.optim.Rprop, lr=1e-2), RULE | dict.fromkeys(STEP, "signs")),
-    "LBFGS": (
-        partial(torch.optim.LBFGS, lr=0.1, max_iter=4),
-        RULE | dict.fromkeys((*STEP, "courant_step"), "several times in a step"),
-    ),
+    "SGD, fused": (partial(MOMENTUM, fused=True), {}),
+    "Adam": (partial(optim.Adam, lr=1e-2), {}),
+    "AdamW": (partial(optim.AdamW, lr=1e-2), {}),
+    "AdamW, amsgrad": (partial(optim.AdamW, lr=1e-2, amsgrad=True), {}),
+    "AdamW, foreach": (partial(optim.AdamW, lr=1e-2, foreach=True), {}),
+    "AdamW, fused": (partial(optim.AdamW, lr=1e-2, fused=True), {}),
+    "AdamW, rate in a tensor": (lambda p: optim.AdamW(p, lr=torch.tensor(1e-2)), {}),
+    "RMSprop": (partial(optim.RMSprop, lr=1e-2, momentum=0.5), {}),
+    "Adagrad": (partial(optim.Adagrad, lr=1e-2), {}),
+    "NAdam": (partial(optim.NAdam, lr=1e-2), {}),
+    "RAdam": (partial(optim.RAdam, lr=1e-2), {}),
+    "Adamax": (partial(optim.Adamax, lr=1e-2), {}),
+    "Muon": (partial(optim.Muon, lr=0.02), dict.fromkeys(EDGE, "as long for a small gradient")),
+    "Lion": (partial(optimizer_zoo.Lion, lr=1e-3), SIGNS),
+    "Adafactor": (partial(optim.Adafactor, lr=1e-2), RULE),
+    "Adafactor of transformers": (transformers.Adafactor, RULE),
+    "Schedule-free": (optimizer_zoo.ScheduleFree, RULE),
+    "Adadelta": (optim.Adadelta, RULE),
+    "ASGD": (partial(optim.ASGD, lr=0.1), RULE),
+    "Rprop": (partial(optim.Rprop, lr=1e-2), SIGNS),
+    "State in bfloat16": (optimizer_zoo.HalfState, RULE | dict.fromkeys(STEP, "rounds its state to bfloat16")),
+    "State in 8 bits": (optimizer_zoo.EightBit, HIDDEN),
+    "LBFGS": (partial(optim.LBFGS, lr=0.1, max_iter=4), MANY),
+    "SAM": (optimizer_zoo.SAM, MANY),
 }

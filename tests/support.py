@@ -16,14 +16,20 @@ def results(callback, failed):
         callback: the `StabilityMonitor` after the run.
         failed: the reason, by quantity, of what is expected to be NaN.
     """
-    found = {}
+    found, skipped = {}, callback.skipped
     for name, quantity in callback.monitor.quantities.items():
         values = [v for key in quantity.keys if key in callback.history for v in callback.history[key].values]
+        lost = [key.removeprefix("stability/") for key in quantity.keys]
+        if values and all(map(math.isfinite, values)) and any(key in skipped and key != name for key in lost):
+            found[name] = {"state": "partly", "reason": next(skipped[key] for key in lost if key in skipped)}
+            continue
         if values and all(map(math.isfinite, values)):
             found[name] = {"state": "measured"}
         elif values:
             found[name] = {"state": "nan", "reason": failed[name]}
-    return found | {name: {"state": "left out", "reason": reason} for name, reason in callback.skipped.items()}
+    return found | {
+        name: {"state": "left out", "reason": reason} for name, reason in skipped.items() if name in QUANTITIES
+    }
 
 
 def path(callback):

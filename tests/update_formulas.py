@@ -2,13 +2,8 @@
 
 import torch
 
-from lsp_callbacks.operators.trajectory.update_rules import (
-    _adagrad_moment,
-    _adam_moment,
-    _rmsprop_moment,
-    decoupled,
-    descent,
-)
+from lsp_callbacks.operators.trajectory.torch_formulas import _adagrad_moment, _adam_moment, _rmsprop_moment
+from lsp_callbacks.operators.trajectory.update_rules import decoupled, descent
 
 
 def sgd(theta, g, state, group, t):
@@ -50,10 +45,53 @@ def adagrad(theta, g, state, group, t):
     return theta - rate * d / moment.now(t), {"sum": moment.nu}
 
 
+def _adam_means(theta, d, state, group):
+    (first, second), zero = map(float, group["betas"]), torch.zeros_like(d)
+    kept = 1 - float(group["lr"]) * float(group["weight_decay"]) if decoupled(group) else 1.0
+    mean = first * state.get("exp_avg", zero) + (1 - first) * d
+    return kept * theta, mean, second * state.get("exp_avg_sq", zero) + (1 - second) * d * d
+
+
+def nadam(theta, g, state, group, t):
+    d = descent(theta, g, group)
+    (first, second), eps = group["betas"], group["eps"]
+    theta, mean, nu = _adam_means(theta, d, state, group)
+    mu, coming = (first * (1 - 0.5 * 0.96 ** (k * group["momentum_decay"])) for k in (t, t + 1))
+    product = group["mu_product"] * mu  # of the steps before: torch keeps it in single precision
+    size = (nu / (1 - second**t)).sqrt() + eps
+    step = (1 - mu) / (1 - product) * d + coming / (1 - product * coming) * mean
+    return theta - float(group["lr"]) * step / size, {"exp_avg": mean, "exp_avg_sq": nu}
+
+
+def radam(theta, g, state, group, t):
+    d = descent(theta, g, group)
+    (first, second), eps = group["betas"], group["eps"]
+    theta, mean, nu = _adam_means(theta, d, state, group)
+    most = 2 / (1 - second) - 1
+    length = most - 2 * t * second**t / (1 - second**t)
+    step = mean / (1 - first**t)
+    if length > 5:
+        rectified = ((length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length)) ** 0.5
+        step = step * rectified * (1 - second**t) ** 0.5 / (nu.sqrt() + eps)
+    return theta - float(group["lr"]) * step, {"exp_avg": mean, "exp_avg_sq": nu}
+
+
+def adamax(theta, g, state, group, t):
+    d, (first, second) = descent(theta, g, group), group["betas"]
+    mean = first * state.get("exp_avg", torch.zeros_like(d)) + (1 - first) * d
+    size = d.abs() + group["eps"]
+    if "exp_inf" in state:
+        size = torch.maximum(second * state["exp_inf"], size)
+    return theta - float(group["lr"]) / (1 - first**t) * mean / size, {"exp_avg": mean, "exp_inf": size}
+
+
 FORMULAS = {
     torch.optim.SGD: sgd,
     torch.optim.Adam: adam,
     torch.optim.AdamW: adam,
     torch.optim.RMSprop: rmsprop,
     torch.optim.Adagrad: adagrad,
+    torch.optim.NAdam: nadam,
+    torch.optim.RAdam: radam,
+    torch.optim.Adamax: adamax,
 }

@@ -50,7 +50,7 @@ def _cell(result: dict[str, str] | None, reasons: dict[str, int]) -> str:
         return "●"
     reason = result["reason"]
     number = reasons.setdefault(reason, len(reasons) + 1)
-    return ("○" if result["state"] == "left out" else "✗") + f" {number}"
+    return {"left out": "○", "partly": "◐"}.get(result["state"], "✗") + f" {number}"
 
 
 def _breakable(name: str) -> str:

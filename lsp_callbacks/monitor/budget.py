@@ -13,6 +13,7 @@ import torch
 
 from lsp_callbacks.monitor import limits
 from lsp_callbacks.monitor.limits import Seconds, check_memory, default_cap, in_bytes
+from lsp_callbacks.monitor.selected_quantities import in_turn
 from lsp_callbacks.operators.cost import Work, assume, step_cost, work
 from lsp_callbacks.operators.footprint import Footprint, assume_footprint, footprint
 from lsp_callbacks.quantities import Quantity
@@ -57,9 +58,9 @@ def _peaks(parts_of: Mapping[str, dict[str, float]]) -> dict[str, float]:
 def _memory_parts(quantities: Quantities, snapshot: Snapshot) -> dict[str, dict[str, float]]:
     """Return the bytes of each quantity that can be measured, by what they are for."""
     parts: dict[str, dict[str, float]] = {}
-    for name, quantity in quantities.items():
+    for name in in_turn(quantities):
         with contextlib.suppress(Exception):  # whatever a replay raises
-            parts[name] = quantity.memory(snapshot)
+            parts[name] = quantities[name].memory(snapshot)
     return parts
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.history import Observation
 from lsp_callbacks.quantities import Quantity
+from lsp_callbacks.quantities.key import PREFIX
 
 if TYPE_CHECKING:
     from lsp_callbacks.monitor.monitor import Monitor
@@ -32,7 +33,8 @@ def invalidated(monitor: Monitor, observation: Observation | None, reason: str) 
         raise Unmeasurable(f"{' and '.join(wrong)}: {reason}")
     names = [name for name, quantity in wrong.items() if not quantity.without_update]
     if monitor.invalidated is None:
-        names += [key.removeprefix("stability/") for key in lost_keys(wrong.values())]
+        lost = [key.removeprefix(PREFIX) for key in lost_keys(wrong.values())]
+        names += [name for name in lost if name not in monitor.skipped]
     monitor.skip({reason: names} if names else {}, stacklevel=4)
     monitor.invalidated = monitor.invalidated or reason
     monitor.cadence.forget_prices()

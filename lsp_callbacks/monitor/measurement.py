@@ -12,7 +12,7 @@ import torch
 from lsp_callbacks.errors import NotApplicable, Unsupported
 from lsp_callbacks.monitor.budget import Budget
 from lsp_callbacks.monitor.due_quantities import Schedule
-from lsp_callbacks.monitor.selected_quantities import SelectedQuantities, Skips
+from lsp_callbacks.monitor.selected_quantities import SelectedQuantities, Skips, in_turn
 from lsp_callbacks.operators.curvature.hessian import release_graph
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.snapshot import Snapshot
@@ -70,7 +70,10 @@ class Measurement:
         self.budget.assume(snapshot)
         measured, quantities = Measured(), self.quantities
         starts = self._start(snapshot, measured)
-        waiting = [name for name in quantities if name in starts or name in self.schedule.under_way]
+        waiting = [name for name in in_turn(quantities) if name in starts or name in self.schedule.under_way]
+        for name, reader in snapshot.readers.items():
+            if name not in waiting:  # it was put off
+                reader.release()
         while waiting:
             name = waiting.pop(0)
             quantity, begins = quantities[name], name in starts
@@ -78,6 +81,7 @@ class Measurement:
             self.paths.pop(name, None)
             began = time.perf_counter()
             try:
+                quantities.add_unknown(quantity, snapshot, measured.skips)
                 values = snapshot.run.ranks.together(partial(self._values, quantity, snapshot, begins))
                 self.paths[name] = ", ".join(filter(None, (quantity.path(snapshot), self.budget.reduced.get(name))))
             except Exception as error:
@@ -139,7 +143,7 @@ class Measurement:
             return
         quantity.load_vectors({})
         measured.failures[quantity.name] = f"{type(error).__name__}: {error}"
-        measured.values |= dict.fromkeys(quantity.keys, math.nan)
+        measured.values |= dict.fromkeys(self.quantities.reported_keys(quantity), math.nan)
 
     def _is_postponed(self, quantity: Quantity, snapshot: Snapshot) -> bool:
         """Return True to postpone the measurement. Decided on rank 0 and broadcast, so that all ranks agree."""

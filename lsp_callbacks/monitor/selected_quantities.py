@@ -12,6 +12,7 @@ from lsp_callbacks.errors import NotApplicable, Unmeasurable
 from lsp_callbacks.monitor.error_policy import ErrorPolicy
 from lsp_callbacks.monitor.invalidation import lost_keys
 from lsp_callbacks.quantities import Quantity
+from lsp_callbacks.quantities.key import PREFIX
 from lsp_callbacks.step.players import require_one
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -45,6 +46,14 @@ def warn_of_skips(reasons: Reasons, *, stacklevel: int) -> None:
     """Issue one warning for all quantities that are skipped."""
     text = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in reasons.items())
     warnings.warn(f"lsp_callbacks skips {text}", stacklevel=stacklevel)
+
+
+def in_turn(quantities: Mapping[str, Quantity]) -> list[str]:
+    """Return the names in the order in which they are measured at a step: first what was read from its graph.
+
+    So that is gone before the others need memory of their own.
+    """
+    return sorted(quantities, key=lambda name: not quantities[name].reads_graph)
 
 
 class SelectedQuantities(dict[str, Quantity]):
@@ -94,7 +103,8 @@ class SelectedQuantities(dict[str, Quantity]):
             without_update: whether the update turned out not to be the optimizer's.
         """
         keys = {key for q in self.values() for key in (*q.keys, *(q.optional if optional else ()))}
-        return keys - ({*lost_keys(self.values())} if without_update else set())
+        lost = {*lost_keys(self.values())} if without_update else set()
+        return keys - lost - {PREFIX + name for name in self.skipped}
 
     def awaiting(self) -> set[str]:
         """Return the names of those that have begun and wait for the update of their step."""
@@ -123,11 +133,30 @@ class SelectedQuantities(dict[str, Quantity]):
         for name, quantity in self.items():
             try:
                 _check(quantity, snapshot, steps)
+                self.add_unknown(quantity, snapshot, skips)
             except Unmeasurable as error:
                 if name in self.named or (self.strict and not isinstance(error, NotApplicable)):
                     raise Unmeasurable(f"{name} cannot be measured: {error}") from None
                 skips.add(name, error)
         return skips
+
+    def add_unknown(self, quantity: Quantity, snapshot: Snapshot, skips: Skips) -> None:
+        """Add the keys that a quantity does not report where the update of a step is not known.
+
+        Raises:
+            Unmeasurable: if there are any, and everything must be measured.
+        """
+        reason = quantity.unknown_update(snapshot) if quantity.without_update else None
+        lost = [key.removeprefix(PREFIX) for key in lost_keys([quantity])] if reason else []
+        for name in lost:
+            if name not in self.skipped:
+                if self.strict:
+                    raise Unmeasurable(str(reason))
+                skips.add(name, Unmeasurable(reason))
+
+    def reported_keys(self, quantity: Quantity) -> list[str]:
+        """Return the keys of each measurement of a quantity, without those that were skipped."""
+        return [key for key in quantity.keys if key.removeprefix(PREFIX) not in self.skipped]
 
     def skip(self, reasons: Reasons) -> None:
         """Take quantities out; a name may also be a key that a quantity does not report any more."""

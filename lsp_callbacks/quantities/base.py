@@ -71,7 +71,8 @@ class Quantity(Metric):
         prepare: steps before them.
         needs_update: whether the optimizer's update map enters.
         without_update: keys that stay right where the update turns out to be another one: then the quantity goes on
-            with them alone, on snapshots that are `RunContext.invalidated`. Without any it is skipped.
+            with them alone, on snapshots that are `RunContext.invalidated`, or for which `unknown_update` has a reason.
+            Without any it is skipped.
         recorded: steps of the `Trace` that it looks back on, at most; 0 needs none.
         energies: what the trace records beside loss and rate, by name.
         final_state: name of the module whose output the energies receive as ``state``; None where none needs it.
@@ -79,6 +80,8 @@ class Quantity(Metric):
             one. ``plot`` then works without arguments, also after `load_vectors` has forgotten the vectors; it returns
             the figure first, and raises ValueError where there is nothing to show.
         warms_up: whether `warm_up` can ask for more steps; derived.
+        reads_graph: whether it has a `reader`: then it comes first at a step, and lets go of what that has kept;
+            derived.
         awaited: the step whose update a measurement waits for, which `after_update` completes; None where none does.
         supports_multiple_optimizers: whether the step of a `Player` can be measured; otherwise the quantity is skipped
             where several optimizers take turns.
@@ -100,6 +103,7 @@ class Quantity(Metric):
     final_state: str | None = None
     picture: str = ""
     warms_up: bool = False
+    reads_graph: bool = False
     supports_multiple_optimizers: bool = False
     awaited: TakenStep | None = None
     full_state_update = False
@@ -109,6 +113,7 @@ class Quantity(Metric):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.warms_up = cls.warm_up is not Quantity.warm_up
+        cls.reads_graph = cls.reader is not Quantity.reader
         if "KEYS" in vars(cls):
             names = {PREFIX + name: key for name, key in cls.KEYS.items() if "/" not in name}
             cls.keys = tuple(name for name, key in names.items() if not key.optional)
@@ -198,6 +203,10 @@ class Quantity(Metric):
 
     def check(self, snapshot: Snapshot) -> None:
         """Raise `Unmeasurable` if the quantity cannot be measured on such steps; nothing is replayed."""
+
+    def unknown_update(self, snapshot: Snapshot) -> str | None:
+        """Return why nothing but ``without_update`` can be measured on such steps; None where everything can."""
+        return None
 
     def reader(self, module: nn.Module, run: RunContext, step: int) -> GraphReader | None:
         """Return what reads the graph of a step at which a measurement starts; None reads nothing.

@@ -20,3 +20,7 @@ class GraphReader(ABC):
             factor: by which the loss was multiplied since it was the mean over these samples.
             micro_batches: in the step.
         """
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of what was taken, as nothing more is made from it."""

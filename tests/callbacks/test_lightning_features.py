@@ -8,7 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from harness import MOMENTUM, Losses, Model, Rows, data, finite, fit, mlp, trainer, with_and_without
-from pytorch_lightning.callbacks import BatchSizeFinder, EMAWeightAveraging, LearningRateFinder
+from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
 from pytorch_lightning.callbacks import StochasticWeightAveraging as SWA
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.tuner import Tuner
@@ -89,9 +89,10 @@ class HandWritten(pl.Callback):
 
 AVERAGES = {
     "swa": lambda: SWA(swa_lrs=0.05, swa_epoch_start=1, annealing_epochs=1),
-    "ema": lambda: EMAWeightAveraging(decay=0.9),
     "by hand": HandWritten,
 }
+if hasattr(pl.callbacks, "EMAWeightAveraging"):  # Lightning 2.6
+    AVERAGES["ema"] = lambda: pl.callbacks.EMAWeightAveraging(decay=0.9)
 
 
 @pytest.mark.parametrize("name", AVERAGES)

@@ -14,6 +14,8 @@ FAR = {
     "adamw, decay 0": UpdateRule(0.9, 0.9, correction=0.3),
     "adamw, slight decay": UpdateRule(0.9, 0.9, decoupled_decay=1e-4, correction=0.3),
     "nesterov, decay": UpdateRule(0.8, nesterov=True, weight_decay=0.2),
+    "direct": UpdateRule(0.9, dampening=0.9, direct=0.12),
+    "direct, early": UpdateRule(0.9, dampening=0.9, direct=1.2, correction=2.1),
 }
 
 

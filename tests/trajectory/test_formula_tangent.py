@@ -48,7 +48,8 @@ def at_dual(snapshot, z, change):
     rows = [row.split(sizes) for row in z.split(sum(sizes))]
     moved, sizes_of = [[] for _ in rows], [[] for _ in rows]
     for k, (p, g, dg) in enumerate(zip(parameters, snapshot.gradient.values(), change.split(sizes))):
-        state, group = optimizer.state.get(p, {}), groups[id(p)]
+        state = optimizer.state.get(p, {})
+        group = groups[id(p)] | {"mu_product": float(state.get("mu_product", 1.0))}
         with torch.no_grad(), forward.dual_level():
             dual = lambda x, dx: forward.make_dual(x.detach().reshape(-1).clone(), dx.clone())  # noqa: E731
             held = {name: dual(state[name], rows[1 + j][k]) for j, name in enumerate(tangent.blocks) if name in state}

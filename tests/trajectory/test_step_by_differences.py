@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from optimizer_zoo import HalfState, Lion, ScheduleFree
 from problems import (
     Quadratic,
     Regression,
@@ -20,7 +21,7 @@ from problems import (
     trajectory,
 )
 
-from lsp_callbacks import Lyapunov, LyapunovTrajectory, SGDStability, Sharpness, Unmeasurable
+from lsp_callbacks import Lyapunov, LyapunovTrajectory, SGDStability, Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, push
 from lsp_callbacks.operators import hessian, step_jacobian, tangent_path
 from lsp_callbacks.operators.trajectory.optimizer_input import clipped_gradient
@@ -28,14 +29,6 @@ from lsp_callbacks.operators.trajectory.step_by_differences import difference_ta
 from lsp_callbacks.step.clipping import Clipping
 
 optim = torch.optim
-
-
-class Lion(Written):
-    def update(self, p, state):
-        m = state.setdefault("m", torch.zeros_like(p))
-        sign = (0.9 * m + 0.1 * p.grad).sign()
-        m.lerp_(p.grad, 0.01)
-        return sign
 
 
 class SignSGD(Written):
@@ -105,8 +98,11 @@ def own_jacobian(snapshot):
         (partial(optim.SGD, lr=0.3, momentum=0.9, nesterov=True), ("momentum_buffer",)),
         (partial(optim.AdamW, lr=0.1, weight_decay=0.3), ("exp_avg", "exp_avg_sq")),
         (partial(optim.Adagrad, lr=0.1), ("sum",)),
+        (partial(optim.NAdam, lr=0.1), ("exp_avg", "exp_avg_sq")),
+        (partial(optim.RAdam, lr=0.1, betas=(0.9, 0.8)), ("exp_avg", "exp_avg_sq")),
+        (partial(optim.Adamax, lr=0.1), ("exp_avg", "exp_inf")),
     ],
-    ids=["sgd", "adamw", "adagrad"],
+    ids=["sgd", "adamw", "adagrad", "nadam", "radam", "adamax"],
 )
 def test_it_agrees_with_the_formula_where_there_is_one(kind, blocks, steps):
     """Two witnesses of one another: the blocks of the one are ordered by name, of the other by parameter."""
@@ -135,8 +131,8 @@ def test_it_agrees_with_the_formula_where_there_is_one(kind, blocks, steps):
 
 
 KINDS = [
-    partial(optim.NAdam, lr=0.05), partial(optim.RAdam, lr=0.05), partial(optim.Adadelta, lr=0.5),
-    partial(optim.Adamax, lr=0.05), partial(optim.ASGD, lr=0.1), partial(optim.Adafactor, lr=0.05), Written,
+    partial(optim.Adadelta, lr=0.5), partial(optim.ASGD, lr=0.1), partial(optim.Adafactor, lr=0.05),
+    partial(ScheduleFree, lr=0.05), Written,
 ]  # fmt: skip
 
 
@@ -217,6 +213,7 @@ REFUSED = {
     "rprop": (optim.Rprop, "used signs"),
     "rounded": (Rounded, "rounded"),
     "remembers": (Remembers, "remembers more"),
+    "half_state": (HalfState, "rounds its state to bfloat16"),
     "quantised": (Quantised, "remembers more"),
     "holds": (Holds, "remembers more"),
     "sam": (SAM, "two gradients"),
@@ -236,7 +233,21 @@ def test_refused_with_the_reason(name):
             measure(snapshot)
 
 
-@pytest.mark.parametrize("quantity", [Sharpness, Lyapunov, SGDStability])
+def test_a_rounded_state_would_lose_its_momentum():
+    """The number that is avoided: differences see no change of a state in bfloat16, and forget the buffer."""
+    H, lr = symmetric([1.0, 30.0]), 0.1
+    problem = Quadratic(H)
+    rounded, exact = HalfState(problem.parameters(), lr=lr), optim.SGD(problem.parameters(), lr=lr, momentum=0.9)
+    for optimizer in (rounded, exact):
+        take(optimizer, problem())
+    wrong = own_jacobian(freeze(problem, rounded)).dense()
+    right = step_jacobian(freeze(problem, exact), method="exact").dense()
+    assert torch.linalg.matrix_norm(wrong[2:], 2) < 1e-3 * torch.linalg.matrix_norm(right[2:], 2)
+    with pytest.raises(Unmeasurable, match="rounds its state"):
+        tangent_path(freeze(problem, rounded))
+
+
+@pytest.mark.parametrize("quantity", [Lyapunov, SGDStability])
 def test_what_needs_a_sharp_mode_refuses_it_with_a_sentence(quantity):
     problem = small()
     with pytest.raises(Unmeasurable, match="update of Written is not supported"):

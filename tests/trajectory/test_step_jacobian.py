@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from problems import Quadratic, Regression, close, f64, freeze, random, same, symmetric, take, tanh_mlp
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from lsp_callbacks import Snapshot, Unmeasurable
 from lsp_callbacks.linalg import push
@@ -72,6 +72,16 @@ OTHERS = {
     "rmsprop_momentum": partial(RMSprop, lr=0.1, momentum=0.8, alpha=0.9, weight_decay=0.3),
     "rmsprop_centered": partial(RMSprop, lr=0.1, centered=True, alpha=0.8),
     "rmsprop_everything": partial(RMSprop, lr=0.1, centered=True, momentum=0.8, weight_decay=0.3, maximize=True),
+    "nadam": partial(optim.NAdam, lr=0.1),
+    "nadam_decay": partial(optim.NAdam, lr=0.1, weight_decay=0.3, betas=(0.7, 0.9), momentum_decay=0.3, maximize=True),
+    "nadam_decoupled": partial(optim.NAdam, lr=0.1, weight_decay=0.3, decoupled_weight_decay=True, eps=0.1),
+    "nadam_no_momentum": partial(optim.NAdam, lr=0.1, betas=(0.0, 0.9), foreach=False),
+    "radam": partial(optim.RAdam, lr=0.1),
+    "radam_rectified": partial(optim.RAdam, lr=0.1, betas=(0.7, 0.9), maximize=True, weight_decay=0.3, eps=1e-3),
+    "radam_rectified_early": partial(optim.RAdam, lr=0.1, betas=(0.7, 0.7)),
+    "radam_decoupled": partial(optim.RAdam, lr=0.1, weight_decay=0.3, decoupled_weight_decay=True),
+    "adamax": partial(optim.Adamax, lr=0.1),
+    "adamax_decay": partial(optim.Adamax, lr=0.1, betas=(0.7, 0.6), maximize=True, weight_decay=0.3, eps=1e-3),
     "adagrad": partial(Adagrad, lr=0.1),
     "adagrad_everything": partial(
         Adagrad, lr=0.1, lr_decay=0.3, weight_decay=0.3, initial_accumulator_value=0.2, maximize=True
@@ -84,6 +94,9 @@ OTHER_GROUPS = {
         {"lr": 0.02, "betas": (0.5, 0.8), "amsgrad": True, "weight_decay": 0.4, "eps": 0.1},
     ),
     "rmsprop": (partial(RMSprop, lr=0.1), {"momentum": 0.5, "centered": True, "lr": 0.02}),
+    "nadam": (partial(optim.NAdam, lr=0.1), {"lr": 0.02, "momentum_decay": 0.3, "weight_decay": 0.4}),
+    "radam": (partial(optim.RAdam, lr=0.1, betas=(0.9, 0.8)), {"lr": 0.02, "betas": (0.5, 0.9), "eps": 0.1}),
+    "adamax": (partial(optim.Adamax, lr=0.1), {"lr": 0.02, "betas": (0.5, 0.8), "weight_decay": 0.4}),
     "adagrad": (partial(Adagrad, lr=0.1), {"lr_decay": 0.5, "weight_decay": 0.4}),
 }
 CLIPPINGS = {"norm": Clipping(0.05), "loose": Clipping(100.0), "value": Clipping(0.02, "value")}

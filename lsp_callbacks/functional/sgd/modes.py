@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Rates = TypeVar("Rates", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class UpdateRule:
         weight_decay: coupled, ``H' = H_B + weight_decay``.
         decoupled_decay: AdamW's, ``delta = 1 - lr decoupled_decay``.
         correction: Adam's ``c1 = 1 - beta1^t``: the gradient part of a step is ``lr / c1``.
+        direct: a, what a step takes of the gradient itself beside the momentum, as NAdam does: ``m+ + a u``.
     """
 
     momentum: float = 0.0
@@ -28,23 +32,26 @@ class UpdateRule:
     weight_decay: float = 0.0
     decoupled_decay: float = 0.0
     correction: float = 1.0
+    direct: float = 0.0
 
     def __post_init__(self):
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum={self.momentum} must lie in [0, 1)")
         if self.nesterov and self.dampening:
             raise ValueError("Nesterov momentum has no dampening: set one of the two to its default")
+        if self.nesterov and self.direct:
+            raise ValueError("Nesterov momentum has its share of the gradient already: leave direct out")
 
-    def coefficients(self, lr: Tensor) -> tuple[Tensor, Tensor, float, Tensor, float]:
-        """Return ``(delta, phi, beta, b1, b2)`` at the rates ``lr``."""
+    def coefficients(self, lr: Rates) -> tuple[Rates, Rates, float, Rates, float]:
+        """Return ``(delta, phi, beta, b1, b2)`` at one rate, or at several."""
         beta, rate = self.momentum, lr / self.correction
         delta = 1 - lr * self.decoupled_decay
         if not beta:
-            return delta, 0 * rate, 0.0, -rate, 0.0
+            return delta, 0 * rate, 0.0, -rate * (1 + self.direct), 0.0
         if self.nesterov:
             return delta, -rate * beta**2, beta, -rate * (1 + beta), 1.0
         gain = 1 - self.dampening
-        return delta, -rate * beta, beta, -rate * gain, gain
+        return delta, -rate * beta, beta, -rate * (gain + self.direct), gain
 
 
 PLAIN = UpdateRule()

@@ -110,7 +110,8 @@ def threshold_constant(rule: FrozenRule) -> float:
         raise Unmeasurable(
             f"lr * weight_decay = {decay:.3g} is unstable by itself: lower one of them, so that it is below 2"
         )
-    return stability_constant(rule.momentum, rule.dampening, rule.nesterov) * (1 - decay / 2)
+    constant = stability_constant(rule.momentum, rule.dampening, rule.nesterov, direct=rule.direct)
+    return constant * (1 - decay / 2)
 
 
 def stability_threshold(

@@ -119,7 +119,7 @@ def frozen_sgd(
         outputs: rows of K, see `lsp_callbacks.operators.sgd.gram_matrix`.
         generator: for the random choices; None draws from the snapshot's.
         start: an earlier ``kernel.mode``.
-        rows: from the step's own graph, which take the place of those of the probes.
+        rows: formed from the step's own graph, which take the place of those of the probes.
         chosen: what rows of some parts look at, by the index of the part.
         most_rows, positions, checked, most, correction: see `lsp_callbacks.operators.sgd.gram_matrix`.
         squares: of which samples the mean square of the coming gradients is taken for a preconditioner: of these, or
@@ -145,7 +145,7 @@ def frozen_sgd(
             else remembered_rule(snapshot)
         )
     if rows is not None:
-        kernel = rows.kernel(rule.scale, checked, correction)
+        kernel = rows.kernel(checked, correction)
     else:
         kernel = tangent_kernel(
             probes, outputs=outputs, scale=rule.scale, generator=generator, start=start, most_rows=most_rows,
@@ -166,6 +166,7 @@ def frozen_sgd(
             weight_decay=mean(rule.weight_decay),
             decoupled_decay=mean(rule.decoupled_decay),
             correction=rule.correction,
+            direct=rule.direct,
         ),
         lr=rule.lr,
         batch_size=probes.batch_size,

@@ -20,10 +20,9 @@ def unexplained_rows(snapshot: Snapshot, rows: GraphRows) -> list[str]:
 
     Args:
         snapshot: a step of one micro-batch.
-        rows: that were read from its graph.
+        rows: that were read from its graph, formed with the shares without D.
 
     Raises:
-        UnknownGraph: if the graph could not be read.
         Unsupported: where outputs and targets cannot be told apart in the replay, or it has other samples.
 
     Cost: a gradient.
@@ -38,4 +37,4 @@ def unexplained_rows(snapshot: Snapshot, rows: GraphRows) -> list[str]:
     seeds = directions.choose(evaluation, 0)
     check = Check(parameters, {name: p.new_ones(()) for name, p in parameters.items()}, generator)
     check.add(evaluation.outputs, seeds, chosen.taken)
-    return check.unexplained(dict(rows.shares(dict.fromkeys(parameters, 1.0))), None)
+    return check.unexplained(rows.plain, None)

@@ -15,13 +15,10 @@ from lsp_callbacks.operators.sgd.layer_rules import Use, dense
 class NormSite(Site):
     """A normalisation with scale and shift: its gradients are summed over positions at once."""
 
-    _rows: Tensor | None = None
-
     def rows_of(self, g: Tensor, samples: Samples) -> Tensor:
-        if self._rows is None:
-            self._rows = samples.rows(self.flat(self.normalised), self.axis)
-        g = samples.rows(self.flat(g), self.axis)
-        return torch.stack([self.summed(g * self._rows), self.summed(g)], dim=1)
+        rows = samples.rows(self.flat(self.normalised), self.axis)
+        g = samples.gradient(self.flat(g), self.axis)
+        return torch.stack([self.summed(g * rows), self.summed(g)], dim=1)
 
     @property
     def normalised(self) -> Tensor:

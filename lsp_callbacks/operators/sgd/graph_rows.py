@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd._torch_internals import Convolution, saved
+from lsp_callbacks.autograd._torch_internals import saved
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, outputs_first, require_plain
 from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel, with_top
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion, read_criterion
 from lsp_callbacks.operators.sgd.graph_pass import GraphPass
 from lsp_callbacks.operators.sgd.graph_sites import Samples
-from lsp_callbacks.operators.sgd.output_directions import Chosen, positions_of, weighted
-from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part
+from lsp_callbacks.operators.sgd.output_directions import Chosen, positions_of
+from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, wide
+from lsp_callbacks.operators.sgd.recent_rows import RecentRows, RowSketch
 from lsp_callbacks.operators.sgd.sampled_rows import sampled_rows
-from lsp_callbacks.operators.sgd.softmax_pairs import softmax_pairs
 from lsp_callbacks.step.graph_reader import GraphReader
-
-#: How many samples the others are compared with: where nine of ten are the same, one of three is among them.
-FEW, MOST = 3, 0.9
 
 
 class GraphKind(NamedTuple):
@@ -34,11 +31,13 @@ class GraphKind(NamedTuple):
         nodes: their names, outputs first.
         sites: the names of the trainable parameters of each use, in the order of the graph.
         axes: of the samples in each use: first (0) or second (1).
+        by_rows: whether gradients of some samples can be taken back alone.
     """
 
     nodes: tuple[str, ...]
     sites: tuple[tuple[str | None, ...], ...]
     axes: list[int]
+    by_rows: bool = False
 
 
 class GraphRows(GraphReader):
@@ -53,6 +52,7 @@ class GraphRows(GraphReader):
             None finds out, by one more pass.
         scale: the diagonal of D, by name, as it was last; where the statistics of a batch tie samples together,
             the largest eigenvalue is then compared with what the batch itself gives, see `corrected`. None leaves it.
+        recent: the rows of the last readings, for samples with several positions; None is those of this step alone.
 
     Attributes:
         kind: of the graph, once it was read.
@@ -63,6 +63,9 @@ class GraphRows(GraphReader):
         ties: whether statistics of the batch were held fixed.
         dtype: the least precise of the graph, where the axes were not known.
         alike: whether nine of ten samples may have the same outputs.
+        gram: of the rows of this step, ``(n R, n R)`` in float64 on the CPU, sample by sample; once it was formed.
+        traces: of the parameters' shares in it, by name.
+        plain: these shares without D, if they were wanted.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class GraphRows(GraphReader):
         *,
         known: GraphKind | None = None,
         scale: Mapping[str, Tensor | float] | None = None,
+        recent: RecentRows | None = None,
     ):
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._module, self._generator, self._rows, self._positions = module, generator, rows, positions
@@ -85,6 +89,10 @@ class GraphRows(GraphReader):
         self._parts: list[dict[str, Part]] = []
         self._per_sample = 1
         self._pushed: tuple[Tensor, dict[str, Tensor]] | None = None
+        self.recent = recent
+        self._correction: float | None = None
+        self.plain: dict[str, Tensor] = {}
+        self._behind: tuple[Mapping[str, Tensor | float], tuple[Tensor, dict[str, float]]] | None = None
 
     def saw_loss(self, loss: Tensor, *, samples: int | None, factor: float, micro_batches: int) -> None:
         if self.failure is not None:
@@ -108,114 +116,158 @@ class GraphRows(GraphReader):
         chosen, pairs = self._choose(criterion, total)
         self.samples += samples
         self.chosen.append(chosen)
-        names = {id(p): name for name, p in self._parameters.items()}
-        layers: dict[int, nn.Module] = {}
-        for layer in self._module.modules():
-            if isinstance(layer, nn.Linear | Convolution):  # not by its attribute: a parametrisation would compute it
-                layers |= {id(p): layer for name, p in layer.named_parameters(recurse=False) if name == "weight"}
         kinds = tuple(node.name() for node in nodes)
-        known = Samples(samples, chosen.taken, names, layers, None if self.kind is None else self.kind.axes)
         if self.kind is not None and self.kind.nodes != kinds:
             raise UnknownGraph("another graph than before")
         nodes = nodes[nodes.index(criterion.node) + 1 :]
-        if known.axes is None:
-            length, classes = criterion.outputs.shape[1:]
-            alone = _alone(samples, length)
-            only = pairs.new_zeros(samples, classes)
-            only[alone] = torch.randn(classes, generator=torch.Generator().manual_seed(0)).to(only)
-            probe = GraphPass(nodes, criterion, replace(known, alone=alone))
-            probe.run(only, torch.full((samples,), length - 1, device=only.device))
-            self.kind, self.dtype = GraphKind(kinds, probe.uses, probe.axes), read(loss).dtype
+        known = Samples(
+            samples, chosen.taken.to(pairs.device), {id(p): name for name, p in self._parameters.items()}, self._module
+        )
+        if self.kind is None:
+            graph = self._learn(nodes, criterion, known, pairs, chosen, kinds)
+            self.dtype = read(loss).dtype
             if self.dtype is torch.float16:
                 raise UnknownGraph("cotangents of a loss that is not scaled leave the range of float16")
-            known.axes = probe.axes
-        graph = GraphPass(nodes, criterion, known)
-        for k, position in enumerate(chosen.positions.unbind(1)):
-            graph.run(pairs[:, k], position)
+        else:
+            known.axes, known.by_rows = self.kind.axes, self.kind.by_rows
+            graph = _passed(nodes, criterion, known, pairs, chosen)
         if self.kind is None or graph.uses != self.kind.sites:
             raise UnknownGraph("other uses of parameters than before")
         self._parts.append(graph.parts())
         if self.ties and self._scale is not None:
             self._push(graph, pairs, chosen, self._scale)
 
+    def _learn(
+        self, nodes: list[Any], criterion: GraphCriterion, known: Samples, pairs: Tensor, chosen: Chosen,
+        kinds: tuple[str, ...],
+    ) -> GraphPass:  # fmt: skip
+        """Find out where the samples are in each use, by a pass for one of them, and how to take back those taken."""
+        samples, length, classes = criterion.outputs.shape
+        alone, place = _alone(samples, length)
+        probe = GraphPass(
+            nodes, criterion, replace(known, taken=pairs.new_tensor([alone], dtype=torch.long), alone=alone)
+        )
+        only = torch.randn(1, classes, generator=torch.Generator().manual_seed(0)).to(pairs)
+        probe.run(only, torch.full_like(only[:, 0], place, dtype=torch.long))
+        known.axes, sites = probe.axes, probe.uses
+        del probe  # and the gradients at all layers
+        graph = _passed(nodes, criterion, known, pairs, chosen)
+        is_agreed = False
+        if length == 1:
+            try:
+                of_rows = _passed(nodes, criterion, replace(known, by_rows=True), pairs, chosen)
+                is_agreed = of_rows.agrees(graph)
+            except Exception:  # whatever the rules of layers raise: the gradients of all samples are taken back
+                is_agreed = False
+        self.kind = GraphKind(kinds, sites, known.axes, is_agreed)
+        return of_rows if is_agreed else graph
+
     def _push(self, graph: GraphPass, pairs: Tensor, chosen: Chosen, scale: Mapping[str, Tensor | float]) -> None:
         """Take the sharpest combination of rows back through the statistics of the batch, to the parameters."""
-        c = torch.linalg.eigh(self._gram(scale)[0])[1][:, -1]
-        weights = torch.zeros(pairs.shape[:2], dtype=c.dtype)
-        weights[chosen.taken] = c.view(-1, pairs.shape[1])
-        self._pushed = c, graph.gradients(pairs * weights.to(pairs)[..., None], chosen.positions)
+        c = torch.linalg.eigh(self._gram_so_far(scale)[0])[1][:, -1]
+        weights = c.to(pairs).view(pairs.shape[:2])
+        self._pushed = c, graph.gradients(pairs * weights[..., None], chosen.positions[chosen.taken])
+
+    def _gram_so_far(self, scale: Mapping[str, Tensor | float]) -> tuple[Tensor, dict[str, float]]:
+        """Return K, and the traces of the parameters' shares in it; what they are made from stays."""
+        shares = {}
+        for name in self._parts[0]:
+            p, gram = self._parameters[name], ParameterGram([part[name] for part in self._parts])
+            shares[name] = gram.gram(torch.as_tensor(scale[name]).to(p), HELD, p.numel())
+        traces = dict.fromkeys(self._parameters, 0.0) | {name: float(share.trace()) for name, share in shares.items()}
+        total = torch.stack([*shares.values()]).sum(0, dtype=torch.float64)
+        self._behind = scale, ((total + total.T).mul_(0.5).cpu(), traces)
+        return self._behind[1]
 
     def _choose(self, criterion: GraphCriterion, total: int) -> tuple[Chosen, Tensor]:
-        """Return what to look at, as `OutputDirections` chooses it, and the cotangents there, ``(N, k, C)``."""
-        n, length, classes = criterion.outputs.shape
-        positions = positions_of((n, length), self._positions(total), self._generator).to(criterion.outputs.device)
-        outputs = criterion.at(positions)
-        if not bool(outputs.isfinite().any()):
-            raise UnknownGraph("the outputs are not finite")
-        self.alike |= bool((_same(outputs).sum(1) >= MOST * n).any())
-        curvature = criterion.curvature(positions)
-        if classes == 1:
-            assert curvature.weights is not None
-            pairs = curvature.weights.clamp_min(0).sqrt()[..., None].to(outputs)
-        else:
-            assert curvature.p is not None and curvature.weights is not None
-            pairs = softmax_pairs(curvature.p, curvature.weights).to(outputs)
+        """Return what to look at, and the cotangents there, ``(n, k, C)`` of the samples that have rows."""
+        n, length, _ = criterion.outputs.shape
+        if length == 1 or self.ties:
+            self.recent = None
+        device = criterion.outputs.device
+        positions = positions_of((n, length), self._positions(total), self._generator).to(device)
+        self.alike |= criterion.is_alike(positions)
         self._per_sample = positions.shape[1]
-        pairs = (length / positions.shape[1]) ** 0.5 * pairs
-        most = round(self._rows(total) * n / total)
-        if most >= n:
-            return Chosen(positions, torch.arange(n), torch.ones(n, dtype=torch.float64)), pairs
-        sizes = pairs.square().flatten(1).sum(1)
-        offset = float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        sizes = criterion.sizes(positions).sum(1)
+        least, largest = (float(size) for size in sizes.aminmax())
+        if not least >= -1e-4 * largest:
+            raise UnknownGraph("the outputs are not finite, or the criterion is not convex in them")
+        most = min(round(self._rows(total) * n / total), n)
+        offset = float(torch.rand((), generator=self._generator, dtype=torch.float64)) if most < n else 0.0
         taken, chance = sampled_rows(sizes, most, offset)
-        return Chosen(positions, taken, chance), weighted(pairs, taken, chance)
+        pairs = criterion.pairs(positions[taken], taken.to(device))
+        factor = (length / self._per_sample / chance).sqrt()
+        return Chosen(positions, taken, chance), pairs * factor.to(pairs)[:, None, None]
 
-    def shares(self, scale: Mapping[str, Tensor | float]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the share of each parameter in K by name, from the diagonal of D.
+    def release(self) -> None:
+        """Let go of all that the rows are made from."""
+        self._parts.clear()
+        self._pushed = None
+
+    @torch.no_grad()
+    def form(self, scale: Mapping[str, Tensor | float], *, plain: bool = False) -> None:
+        """Form the Gram matrix behind the diagonal of D, by parameter name, and let go of what it is made from.
+
+        Args:
+            scale: the diagonal.
+            plain: whether the shares of the parameters without D are wanted, too.
 
         Raises:
             UnknownGraph: if the graphs could not be read.
         """
         if self.failure is not None or not self._parts:
             raise self.failure or UnknownGraph("no loss was seen before its backward pass")
-        for name in self._parts[0]:
-            p, gram = self._parameters[name], ParameterGram([part[name] for part in self._parts])
-            yield name, gram.gram(torch.as_tensor(scale[name]).to(p), HELD, p.numel())
+        if self._behind is None or not all(_is_same(scale[name], self._behind[0][name]) for name in self._parameters):
+            self._form(scale, plain=plain)
+        else:
+            self.gram, self.traces = self._behind[1]
+        if self._pushed is not None:
+            c, pushed = self._pushed
+            squares = sum(float((scale[name] * g.square()).sum()) for name, g in pushed.items())
+            self._correction = squares / float(c @ self.gram @ c)
+        self.release()
 
-    def _gram(self, scale: Mapping[str, Tensor | float]) -> tuple[Tensor, dict[str, float]]:
-        """Return K, in float64 on the CPU, and the traces of the parameters' shares."""
+    def _form(self, scale: Mapping[str, Tensor | float], *, plain: bool) -> None:
         total: Tensor | None = None
-        traces = dict.fromkeys(self._parameters, 0.0)
-        for name, share in self.shares(scale):
-            traces[name] = float(share.trace())
+        sketch: RowSketch | None = None
+        begin = 0
+        self.traces = dict.fromkeys(self._parameters, 0.0)
+        for name in [*self._parts[0]]:
+            p, gram = self._parameters[name], ParameterGram([part.pop(name) for part in self._parts])
+            diagonal = torch.as_tensor(scale[name]).to(p)
+            if self.recent is None:
+                share = gram.gram(diagonal, HELD, p.numel())
+            else:
+                sketch = sketch or RowSketch(gram.rows, wide(diagonal))
+                share = sketch.share(gram, diagonal, begin, p.numel())
+                begin += p.numel()
+            if plain:
+                self.plain[name] = gram.gram(diagonal.new_ones(()), HELD, p.numel())
+            self.traces[name] = float(share.trace())
             total = share.double() if total is None else total.add_(share)
         assert total is not None
-        return (total + total.T).mul_(0.5).cpu(), traces
+        self.gram = (total + total.T).mul_(0.5).cpu()
+        if sketch is not None:
+            self._sketch = sketch.values.unflatten(0, (-1, self._per_sample)) * self._per_sample**0.5
 
-    def kernel(
-        self, scale: Mapping[str, Tensor | float], checked: TangentKernel | None, correction: float | None
-    ) -> TangentKernel:
-        """Return K behind the diagonal of D.
+    def kernel(self, checked: TangentKernel | None, correction: float | None) -> TangentKernel:
+        """Return K behind the diagonal of D, once it was formed, with the recent rows, to which it adds its own.
 
         Args:
-            scale: the diagonal, by parameter name.
             checked: a kernel of the same network, from a replay.
             correction: of the largest eigenvalue where statistics of the batch were held; None takes what the batch
                 itself gives, see `corrected`.
-
-        Raises:
-            UnknownGraph: if the graphs could not be read.
         """
-        gram, traces = self._gram(scale)
+        gram, traces, rows = self.gram, self.traces, self._per_sample
+        if self.recent is not None:
+            self.recent.add(self._sketch)
+            gram, rows = self.recent.gram(), len(self.recent)
         if self.ties:
-            if correction is None and self._pushed is not None:
-                c, pushed = self._pushed
-                squares = (float((scale[name] * g.square()).sum()) for name, g in pushed.items())
-                correction = sum(squares) / float(c @ gram @ c)
+            correction = self._correction if correction is None else correction
             gram = with_top(gram, 1.0 if correction is None else correction)
         taken, chance = self._joined()
         return TangentKernel(
-            gram, self._per_sample, dict.fromkeys(traces, "structured") if checked is None else checked.path, traces,
+            gram, rows, dict.fromkeys(traces, "structured") if checked is None else checked.path, traces,
             0.0 if checked is None else checked.defect, math.nan, "" if checked is None else checked.stated, None, 0,
             0.0, self.samples, chance if len(taken) < self.samples else None,
             1.0 if correction is None else correction,
@@ -230,17 +282,26 @@ class GraphRows(GraphReader):
         return taken, torch.cat([chosen.chance for chosen in self.chosen])
 
 
-def _alone(samples: int, length: int) -> int:
-    """Return a sample whose last position is at another place where the samples come first than where they do not."""
+def _alone(samples: int, length: int) -> tuple[int, int]:
+    """Return a sample and its last position that is at another place where samples come first than where they do not.
 
-    def is_clear(k: int) -> bool:
-        return (k * length + length - 1) % samples != k and ((length - 1) * samples + k) // length != k
+    Of one position alone, as a layer that mixes none may see it.
+    """
 
-    return next(filter(is_clear, range(samples)), samples // 2)
+    def is_clear(k: int, t: int) -> bool:
+        return (k * length + t) % samples != k and (t * samples + k) // length != k
+
+    pairs = ((k, t) for t in reversed(range(length)) for k in range(samples))
+    return next((pair for pair in pairs if is_clear(*pair)), (samples // 2, length - 1))
 
 
-def _same(outputs: Tensor) -> Tensor:
-    """Return which samples have the outputs of each of the first, to rounding, ``(3, N)``."""
-    flat = outputs.flatten(1)
-    rounding = 8 * torch.finfo(flat.dtype).eps * flat.abs().amax(1)
-    return ((flat[:FEW, None] - flat).abs().amax(-1) <= rounding).view(-1, len(flat))
+def _is_same(a: Tensor | float, b: Tensor | float) -> bool:
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+
+
+def _passed(nodes: list[Any], criterion: GraphCriterion, samples: Samples, pairs: Tensor, chosen: Chosen) -> GraphPass:
+    """Return the pass of all rows through a graph."""
+    graph = GraphPass(nodes, criterion, samples)
+    for values, position in zip(pairs.unbind(1), chosen.positions[chosen.taken].unbind(1)):
+        graph.run(values, position)
+    return graph

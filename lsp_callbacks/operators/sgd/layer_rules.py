@@ -14,6 +14,8 @@ from lsp_callbacks.autograd._torch_internals import padding_amounts
 
 #: Per-sample gradients of samples lo to hi, ``(hi - lo, R, P)``: R output directions, P entries of the parameter.
 Gradients = Callable[[int, int], Tensor]
+#: Entries lo to hi of the per-sample gradients of all samples, ``(N, R, hi - lo)``.
+Entries = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Use:
         outer: see `Outer`; None where the gradients are none.
         table: see `Table`; likewise.
         path: "structured", or "layer" where the layer itself was differentiated sample by sample.
+        entries: see `Entries`; None where they are only formed all at once.
+        width: lo and hi of ``entries`` are multiples of that.
     """
 
     gradients: Gradients
@@ -68,6 +72,8 @@ class Use:
     outer: Outer | None = None
     table: Table | None = None
     path: str = "structured"
+    entries: Entries | None = None
+    width: int = 1
 
 
 @singledispatch
@@ -121,7 +127,22 @@ def _outer(a: Tensor, g: Tensor, *, transposed: bool = False) -> Use:
     rows, outer = g.shape[1], None
     if a.shape[1] == 1:
         outer = Outer(g[:, :, 0].flatten(0, 1), a.expand(-1, rows, -1).flatten(0, 1), transposed)
-    return Use(lambda lo, hi: torch.einsum(order, g[lo:hi], a[lo:hi]).flatten(2), rows, outer)
+    return Use(
+        lambda lo, hi: torch.einsum(order, g[lo:hi], a[lo:hi]).flatten(2), rows, outer,
+        entries=_entries(order, a, g, transposed=transposed), width=(g if transposed else a).shape[-1],
+    )  # fmt: skip
+
+
+def _entries(order: str, a: Tensor, g: Tensor, *, transposed: bool) -> Entries:
+    """Return some rows of the matrices that are products of ``g`` and ``a``, as `Entries`."""
+    outer, inner = (a, g) if transposed else (g, a)
+    width = inner.shape[-1]
+
+    def entries(lo: int, hi: int) -> Tensor:
+        some = outer[..., lo // width : hi // width]
+        return torch.einsum(order, *((g, some) if transposed else (some, a))).flatten(2)
+
+    return entries
 
 
 def at_positions(a: Tensor, g: Tensor, *, transposed: bool = False) -> Use:
@@ -134,16 +155,16 @@ def at_positions(a: Tensor, g: Tensor, *, transposed: bool = False) -> Use:
     """
     order = "nro,nri->nrio" if transposed else "nro,nri->nroi"
     return Use(
-        lambda lo, hi: torch.einsum(order, g[lo:hi], a[lo:hi]).flatten(2),
-        g.shape[1],
+        lambda lo, hi: torch.einsum(order, g[lo:hi], a[lo:hi]).flatten(2), g.shape[1],
         Outer(g.flatten(0, 1), a.flatten(0, 1), transposed),
-    )
+        entries=_entries(order, a, g, transposed=transposed), width=(g if transposed else a).shape[-1],
+    )  # fmt: skip
 
 
 def dense(values: Tensor) -> Use:
     """Return the use whose gradients, ``(N, R, ...)``, are held as they are."""
     flat = values.flatten(2)
-    return Use(lambda lo, hi: flat[lo:hi], flat.shape[1])
+    return Use(lambda lo, hi: flat[lo:hi], flat.shape[1], entries=lambda lo, hi: flat[:, :, lo:hi])
 
 
 @layer_uses.register(nn.Conv1d)
@@ -193,7 +214,15 @@ def table_use(table: Table, entries: int) -> Use:
         place = index[lo:hi, None, :, None].expand(n, rows, -1, width)
         return whole.scatter_add_(2, place, g[lo:hi]).flatten(2)
 
-    return Use(gradients, g.shape[1], table=table)
+    def some_entries(lo: int, hi: int) -> Tensor:
+        n, rows, _, width = g.shape
+        first, last = lo // width, hi // width
+        inside = (index >= first) & (index < last)
+        place = torch.where(inside, index - first, 0)[:, None, :, None].expand(g.shape)
+        part = g.new_zeros(n, rows, last - first, width)
+        return part.scatter_add_(2, place, g * inside[:, None, :, None]).flatten(2)
+
+    return Use(gradients, g.shape[1], table=table, entries=some_entries, width=g.shape[-1])
 
 
 @layer_uses.register

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from lsp_callbacks.operators.sgd.layer_rules import Outer, Table, Use
 from lsp_callbacks.operators.sgd.weighted_gram import weighted_gram
+
+#: Numbers that are formed at once of gradients that can be divided.
+BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,23 @@ class Part:
         first, *others = (use.gradients(lo, hi) for use in self.uses)
         return sum(others, first)
 
+    def entries(self, lo: int, hi: int) -> Tensor:
+        """Return entries lo to hi of the gradients of all samples, ``(N R, hi - lo)``."""
+        first, *others = (use.entries(lo, hi) for use in self.uses if use.entries is not None)
+        return sum(others, first).flatten(0, 1)
+
+    @property
+    def rows(self) -> int:
+        """N R."""
+        return self.samples * max((use.rows for use in self.uses), default=1)
+
+    @property
+    def width(self) -> int | None:
+        """What the ranges of `entries` are multiples of; None where gradients are only formed all at once."""
+        if not self.uses or any(use.entries is None for use in self.uses):
+            return None
+        return max(use.width for use in self.uses)
+
 
 @dataclass(frozen=True)
 class ParameterGram:
@@ -35,6 +56,11 @@ class ParameterGram:
     """
 
     parts: list[Part] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Return N R."""
+        return sum(part.rows for part in self.parts)
 
     @property
     def path(self) -> str:
@@ -61,7 +87,31 @@ class ParameterGram:
             return _table_gram(*split, scale, memory)
         return self._dense(scale, memory, entries)
 
+    def blocks(self, scale: Tensor | None, entries: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield some entries of all gradients after the other, ``(N R, b)`` times the root of D, and where they begin.
+
+        No more is held at once than stays in the processor's cache; what cannot be divided comes in one piece.
+        """
+        root = None if scale is None else scale.sqrt().reshape(-1)
+        widths = [part.width for part in self.parts]
+        size = math.lcm(*(width or entries for width in widths))
+        step = max(1, BLOCK // max(self.rows * size, 1)) * size
+        for lo in range(0, entries, step):
+            hi = min(lo + step, entries)
+            some = [
+                part.gradients(0, part.samples).flatten(0, 1) if width is None else part.entries(lo, hi)
+                for part, width in zip(self.parts, widths)
+            ]
+            block = wide(torch.cat(some) if len(some) > 1 else some[0])
+            yield lo, block if root is None else block * root[lo:hi]
+
     def _dense(self, scale: Tensor | None, memory: int, entries: int) -> Tensor:
+        if all(part.width is not None for part in self.parts):
+            share: Tensor | None = None
+            for _, some in self.blocks(scale, entries):
+                share = some @ some.T if share is None else share.addmm_(some, some.T)
+            if share is not None:
+                return share
         root = None if scale is None else scale.sqrt().reshape(-1)
         blocks = [(part, lo, hi) for part in self.parts for lo, hi in _ranges(part, memory, entries)]
 
@@ -108,7 +158,7 @@ def _table_gram(table: Table, outer: Outer | None, scale: Tensor | None, memory:
     n, rows, _, width = e.shape
     tokens, place = index.unique(return_inverse=True)
     weight = None if scale is None else scale[tokens].sqrt_()  # (U, d)
-    step = max(1, min(width, memory // (2 * n * rows * len(tokens))))
+    step = max(1, min(width, min(memory, 4 * BLOCK) // (2 * n * rows * len(tokens))))
     share = e.new_zeros(n * rows, n * rows)
     for lo in range(0, width, step):
         some = e[..., lo : lo + step]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.operators.trajectory.optimizer_input import clipped_gradient, group_of, require_optimizer
-from lsp_callbacks.operators.trajectory.update_rules import Group, Linear, formula
+from lsp_callbacks.operators.trajectory.update_rules import Coupled, Group, Linear, formula
 from lsp_callbacks.step.flat import flatten
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
@@ -35,8 +36,14 @@ class Part:
         slices = [flat[a:b] for a, b in self.ranges]
         return slices[0] if len(slices) == 1 else torch.cat(slices)
 
-    def add(self, target: Tensor, derivative: float | Tensor, source: Tensor) -> None:
-        """Add the derivative times the part's numbers of one flat vector to those of another."""
+    def add(
+        self, target: Tensor, derivative: float | Tensor | Coupled, source: Tensor, *, transposed: bool = False
+    ) -> None:
+        """Add the derivative, or its transpose, times the part's numbers of one flat vector to those of another."""
+        if isinstance(derivative, Coupled):
+            ((a, b),) = self.ranges
+            target[a:b].add_(derivative.pull(source[a:b]) if transposed else derivative.push(source[a:b]))
+            return
         start = 0
         for a, b in self.ranges:
             if isinstance(derivative, Tensor):
@@ -48,7 +55,7 @@ class Part:
 
 @dataclass(frozen=True)
 class FormulaTangent:
-    """The derivative of an optimizer's step, without clipping, as diagonals by blocks.
+    """The derivative of an optimizer's step, without clipping, as diagonals by blocks, or one map for each parameter.
 
     Attributes:
         blocks: of the state behind the parameters.
@@ -75,6 +82,16 @@ class FormulaTangent:
                     part.add(image, derivative, along[name])
         return image
 
+    def reach(self, block: str, source: str, like: Tensor) -> Tensor:
+        """Return by how much a unit of each number of a block, or of the gradient, moves those of another block."""
+        reach = torch.zeros_like(like)
+        for part in self.parts:
+            derivative = part.derivatives.get(block, {}).get(source, 0.0)
+            if isinstance(derivative, Coupled):
+                derivative = derivative.factor * derivative.size
+            part.add(reach, derivative, torch.ones_like(like))
+        return reach.abs_()
+
     def push(self, z: Tensor, change: Tensor) -> Tensor:
         """Return ``z'`` for a change z of the state and ``change`` of the clipped gradient."""
         names = (THETA, *self.blocks)
@@ -88,7 +105,7 @@ class FormulaTangent:
         for block, row in zip(names, w.split(self.length)):
             for part in self.parts:
                 for name, derivative in part.derivatives.get(block, {}).items():
-                    part.add(back[name], derivative, row)
+                    part.add(back[name], derivative, row, transposed=True)
         change = back.pop(GRADIENT)
         return torch.cat([back[name] for name in names]), change
 
@@ -117,20 +134,24 @@ def formula_tangent(snapshot: Snapshot, *, initialised: bool = False) -> Formula
         still = group is None or (snapshot.gradient is not None and snapshot.gradient[name] is None)
         wanted = blocks if still or group is None else blocks_of_group[id(group)]
         present = tuple(block for block in wanted if initialised or state.get(block) is not None)
-        key = (None if still else id(group), float(state.get("step", 0.0)) + 1, present)
+        t = float(state.get("step", 0.0)) + 1
+        numbers = tuple(float(state.get(name, math.nan)) for name in rule.numbers)
+        # A NaN is not equal to itself, and would make a part of each parameter.
+        key = (None if still else id(group), t, present, str(numbers), name if rule.couples and not still else "")
         if initialised and group is not None:
             group = group | {"lr": float(group["lr"]) or float(group.get("initial_lr", 0.0))}
-        options.setdefault(key, None if still else group)
+        options.setdefault(key, None if still or group is None else rule.options(group, state))
         own = ranges.setdefault(key, [])
         if own and own[-1][1] == start:
             start = own.pop()[0]
         own.append((start, end))
     parts = []
     for key, group in options.items():
-        _, t, present = key
+        _, t, present, _, name = key
         part = Part(ranges[key], {name: {name: 1.0} for name in (THETA, *present)})
         if group is not None:
-            at = _Before(snapshot, part, present)
+            shape = snapshot.parameters[name].shape if rule.couples else None
+            at = _Before(snapshot, part, present, shape)
             derivatives = rule.derivatives(at, group, t)
             part = Part(part.ranges, {block: _existing(form, present) for block, form in derivatives.items()})
         parts.append(part)
@@ -143,10 +164,10 @@ def _existing(form: Linear, present: tuple[str, ...]) -> Linear:
 
 
 class _Before(Mapping[str, Tensor]):
-    """Parameters, clipped gradient and state before a step, of one part; flattened when they are read."""
+    """Parameters, clipped gradient and state before a step, of one part; flat when they are read, or in a shape."""
 
-    def __init__(self, snapshot: Snapshot, part: Part, present: tuple[str, ...]):
-        self.snapshot, self.part, self.names = snapshot, part, (THETA, GRADIENT, *present)
+    def __init__(self, snapshot: Snapshot, part: Part, present: tuple[str, ...], shape: torch.Size | None = None):
+        self.snapshot, self.part, self.names, self.shape = snapshot, part, (THETA, GRADIENT, *present), shape
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
@@ -159,7 +180,8 @@ class _Before(Mapping[str, Tensor]):
         else:
             optimizer = require_optimizer(self.snapshot)
             values = flatten([_state(optimizer, p).get(name) for p in parameters], parameters)
-        return self.part.of(values.detach()).to(torch.promote_types(parameters[0].dtype, torch.float32))
+        flat = self.part.of(values.detach()).to(torch.promote_types(parameters[0].dtype, torch.float32))
+        return flat if self.shape is None else flat.view(self.shape)
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
@@ -174,8 +196,9 @@ class _Before(Mapping[str, Tensor]):
 def state_blocks(snapshot: Snapshot) -> tuple[str, ...]:
     """Return the names of the optimizer's state tensors that the step moves beside the parameters.
 
-    SGD ``momentum_buffer``; Adam ``exp_avg, exp_avg_sq, max_exp_avg_sq``; RMSprop ``momentum_buffer, square_avg,
-    grad_avg``; Adagrad ``sum``: those that the options of any parameter group need, the momentum first.
+    SGD and Muon ``momentum_buffer``; Adam ``exp_avg, exp_avg_sq, max_exp_avg_sq``, and alike NAdam and RAdam; Adamax
+    ``exp_avg, exp_inf``; RMSprop ``momentum_buffer, square_avg, grad_avg``; Adagrad ``sum``: those that the options of
+    any parameter group need, the momentum first.
 
     Raises:
         Unmeasurable: no optimizer, or one without a formula.

@@ -11,7 +11,7 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, per_parameter
 from lsp_callbacks.operators.trajectory.optimizer_input import group_of, held_mask, require_optimizer
-from lsp_callbacks.operators.trajectory.update_rules import decoupled, descent, formula
+from lsp_callbacks.operators.trajectory.update_rules import Formula, Group, decoupled, descent, rule_with_edge
 from lsp_callbacks.step.flat import flatten, split
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
@@ -20,11 +20,12 @@ Scale = dict[str, float | Tensor]
 
 @dataclass(frozen=True)
 class FrozenRule:
-    """``m+ = beta m + (1 - tau) d``, ``theta+ = (1 - lr wd') theta - (lr / c) D m+``, ``d = kappa grad L + wd theta``.
+    """``m+ = beta m + (1 - tau) d``, ``theta+ = (1 - lr wd') theta - (lr / c) D (m+ + a d)``, d the descent direction.
 
-    One step of an optimizer whose preconditioner D is held fixed: SGD (D is 1), Adam and AdamW, RMSprop and Adagrad.
-    Freezing D drops its dependence on the gradient. D and c are those of this step (`frozen_rule`) or, for a
-    statement about the following steps, those that the optimizer will have some steps later (`coming_rule`).
+    One step of an optimizer whose preconditioner D is held fixed: SGD (D is 1), Adam and AdamW, NAdam, RAdam, Adamax,
+    RMSprop and Adagrad; ``d = kappa grad L + wd theta``. Freezing D drops its dependence on the gradient. D and c are
+    those of this step (`frozen_rule`) or, for a statement about the following steps, those that the optimizer will have
+    some steps later (`coming_rule`).
     Clipping is held fixed at the factor kappa of this step: one number for clipping by norm; by value 0 for clipped
     coordinates, 1 elsewhere. RMSprop applies its momentum after the preconditioner, which is the same linear map with
     ``D m`` in its buffer.
@@ -39,6 +40,7 @@ class FrozenRule:
         decoupled_decay: wd' of each parameter, as in AdamW, times its relative rate.
         buffer_scale: how far a unit of the momentum buffer moves each parameter, in units of ``lr / c``.
         correction: c, Adam's bias correction ``1 - beta1^t``.
+        direct: a, what a step takes of the gradient itself beside the momentum: that of NAdam; 0 elsewhere.
         sign: of ``grad L``: -1 under ``maximize``.
         frozen: whether D is a preconditioner held fixed.
     """
@@ -52,6 +54,7 @@ class FrozenRule:
     decoupled_decay: dict[str, float]
     buffer_scale: Scale
     correction: float = 1.0
+    direct: float = 0.0
     sign: float = 1.0
     frozen: bool = False
 
@@ -86,15 +89,19 @@ def rule_ahead(
         Unmeasurable: see `frozen_rule`.
     """
     optimizer = require_optimizer(snapshot)
-    rule, groups = formula(optimizer), group_of(snapshot)
+    rule, groups = rule_with_edge(optimizer), group_of(snapshot)
     momentum, dampening, nesterov, maximize = _common(optimizer)
     lr, relative = _relative(optimizer, snapshot)
     factors = _clip_factors(snapshot)
-    averages = isinstance(optimizer, torch.optim.Adam)
     counts = {name: float(optimizer.state.get(p, {}).get("step", 0)) + 1 for name, p in snapshot.parameters.items()}
+    options = {
+        name: rule.options(group, optimizer.state.get(snapshot.parameters[name], {}))
+        for name, group in groups.items()
+        if group is not None
+    }
     # Adam's bias correction of the momentum; parameters that joined later have another one.
-    first = {name: 1 - momentum ** (counts[name] + steps) if averages else 1.0 for name in counts}
-    correction = max((first[name] for name, group in groups.items() if group is not None), default=1.0)
+    first = {name: rule.correction(group, counts[name] + steps) for name, group in options.items()}
+    correction = max(first.values(), default=1.0)
     scale: Scale = dict.fromkeys(groups, 0.0)
     decay: Scale = dict.fromkeys(groups, 0.0)
     buffer: Scale = dict.fromkeys(groups, 0.0)
@@ -135,20 +142,31 @@ def rule_ahead(
         },
         buffer_scale=buffer,
         correction=correction,
+        direct=_direct(rule, options, counts, steps),
         sign=-1.0 if maximize else 1.0,
         frozen=rule.second_moment is not None,
     )
 
 
+def _direct(rule: Formula, options: dict[str, Group], counts: dict[str, float], steps: int) -> float:
+    """Return the share of the gradient itself in a step, which depends on how long a parameter was trained."""
+    shares = {rule.direct(options[name], t + steps) for name, t in counts.items() if name in options}
+    if max(shares, default=0.0) > min(shares, default=0.0) * 1.01:
+        raise Unmeasurable(
+            "some parameters were trained for fewer steps than others, and have another momentum schedule: they have "
+            "no common edge of stability and no common critical rate"
+        )
+    return max(shares, default=0.0)
+
+
 def _common(optimizer: torch.optim.Optimizer) -> tuple[float, float, bool, bool]:
-    rule = formula(optimizer)
-    averages = isinstance(optimizer, torch.optim.Adam)
+    rule = rule_with_edge(optimizer)
     betas = {
         (
             rule.momentum(group),
-            rule.momentum(group) if averages else float(group.get("dampening", 0.0)),
+            rule.momentum(group) if rule.averages else float(group.get("dampening", 0.0)),
             bool(group.get("nesterov", False)),
-            bool(group["maximize"]),
+            bool(group.get("maximize", False)),
         )
         for group in optimizer.param_groups
     }

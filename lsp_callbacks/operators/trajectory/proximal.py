@@ -12,11 +12,15 @@ from lsp_callbacks.autograd.double_backward import jacobian
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method
-from lsp_callbacks.operators.trajectory.optimizer_input import group_of
+from lsp_callbacks.operators.trajectory.optimizer_input import group_of, require_optimizer
 from lsp_callbacks.operators.trajectory.step_jacobian import step_jacobian, step_response
 from lsp_callbacks.operators.trajectory.step_size import displacement
+from lsp_callbacks.operators.trajectory.update_rules import formula_of
 from lsp_callbacks.step.flat import flatten, split
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
+
+#: How far the parameters may be from where the optimizer's step should leave them, relative to the update.
+TOLERANCE = 1e-3
 
 
 def proximal(snapshot: Snapshot, theta: Tensor) -> Tensor:
@@ -123,19 +127,21 @@ class Expected:
         parameters: those that the optimizer holds.
         after: their values after the step, flat, in float64.
         distance: norm of the update.
+        tolerance: how far off they may be, relative to it.
     """
 
     parameters: list[nn.Parameter]
     after: Tensor
     distance: float
+    tolerance: float = TOLERANCE
 
     def met(self) -> bool:
-        """Return whether they are there now, to 0.1 % of the update, and rounding; True where it is not finite."""
+        """Return whether they are there now, to the tolerance, and rounding; True where it is not finite."""
         if not math.isfinite(self.distance):  # a gradient with an infinity does not prove another map
             return True
         now = flatten([p.detach().double() for p in self.parameters], self.parameters)
         rounding = 4 * torch.finfo(self.parameters[0].dtype).eps * float(torch.linalg.vector_norm(self.after))
-        return float(torch.linalg.vector_norm(now - self.after)) <= 1e-3 * self.distance + rounding
+        return float(torch.linalg.vector_norm(now - self.after)) <= self.tolerance * self.distance + rounding
 
 
 def expected(snapshot: Snapshot) -> Expected:
@@ -145,7 +151,9 @@ def expected(snapshot: Snapshot) -> Expected:
     parameters = list(snapshot.parameters.values())
     parts = [part for part, moves in zip(split(flat_parameters(snapshot) + move, parameters), held) if moves]
     moving = [p for p, moves in zip(parameters, held) if moves]
-    return Expected(moving, flatten(parts, moving), float(torch.linalg.vector_norm(move)))
+    rule = formula_of(require_optimizer(snapshot))
+    tolerance = TOLERANCE if rule is None else max(TOLERANCE, rule.rounding)
+    return Expected(moving, flatten(parts, moving), float(torch.linalg.vector_norm(move)), tolerance)
 
 
 def flat_parameters(snapshot: Snapshot) -> Tensor:

@@ -14,7 +14,7 @@ from lsp_callbacks.autograd._torch_internals import tree_leaves
 from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import norm
-from lsp_callbacks.operators.trajectory.optimizer_copy import OptimizerCopy, held
+from lsp_callbacks.operators.trajectory.optimizer_copy import OptimizerCopy, float_names, held
 from lsp_callbacks.step.flat import split
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -222,6 +222,14 @@ def _require_visible_state(trial: OptimizerCopy) -> None:
             f"{type(optimizer).__name__} remembers more than float tensors in its state ({hidden[0]}): its update is "
             "not supported"
         )
+    for state in (optimizer.state.get(twin, {}) for twin in trial.moving):
+        for name in float_names(state):
+            if torch.finfo(state[name].dtype).bits < 32:
+                kind = str(state[name].dtype).removeprefix("torch.")
+                raise Unmeasurable(
+                    f"{type(optimizer).__name__} rounds its state to {kind} ({name}): small changes of it are lost, "
+                    "and its derivative is not meaningful"
+                )
 
 
 def _tensors(value: Any) -> list[Tensor]:

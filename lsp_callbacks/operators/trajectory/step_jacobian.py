@@ -87,10 +87,10 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
 def accurate_hessian(snapshot: Snapshot, method: Method) -> LinearOperator:
     """Return the Hessian as accurate as the step's Jacobian needs it: Adam divides its errors by second moments, too.
 
-    Without a formula the effect of rounding on the step is unknown: ``"auto"`` is exact there.
+    Without a formula, or through an orthogonalisation, the effect of rounding is unknown: ``"auto"`` is exact there.
     """
     rule = formula_of(require_optimizer(snapshot))
-    if rule is None or method == "exact":
+    if rule is None or rule.couples or method == "exact":
         return hessian(snapshot, method="exact" if method == "auto" else method)
     weight: Tensor | float
     if rule.second_moment is None:
@@ -104,8 +104,8 @@ def accurate_hessian(snapshot: Snapshot, method: Method) -> LinearOperator:
 def _response(snapshot: Snapshot) -> Tensor:
     """Return ``|d theta' / d g|`` of each parameter, without clipping."""
     like = clipped_gradient(snapshot)
-    ones = torch.ones_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
-    return formula_tangent(snapshot).image(THETA, {GRADIENT: ones}).abs()
+    like = like.to(torch.promote_types(like.dtype, torch.float32))
+    return formula_tangent(snapshot).reach(THETA, GRADIENT, like)
 
 
 def step_response(snapshot: Snapshot) -> LinearOperator:
@@ -221,5 +221,5 @@ def state_weight(snapshot: Snapshot) -> Tensor:
     if rule is None or not any(map(rule.momentum, optimizer.param_groups)):
         return torch.ones_like(like)
     tangent = formula_tangent(snapshot, initialised=True)
-    reach = tangent.image(THETA, {tangent.blocks[0]: torch.ones_like(like)}).abs()
+    reach = tangent.reach(THETA, tangent.blocks[0], like)
     return torch.cat([torch.ones_like(like), torch.where(reach > 0, reach, 1.0)])

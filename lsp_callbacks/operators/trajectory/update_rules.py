@@ -1,13 +1,13 @@
-"""One step of each optimizer on one tensor: the derivatives of the formulas of ``torch.optim``, in closed form."""
+"""What is known of an optimizer whose update is implemented: its derivative, its preconditioner, its momentum."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, singledispatch
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,37 @@ Group = dict[str, Any]
 State = Mapping[str, Tensor]
 #: A linear function of what a step starts from, number by number: its derivative by "theta", by the clipped gradient
 #: "g", and by the tensors of the state; what is absent has none.
-Linear = dict[str, float | Tensor]
+#: Each is a number, a tensor, or a `Coupled` map.
+Linear = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """A linear map of the numbers of one parameter, flat, that is no diagonal.
+
+    Attributes:
+        forward: its product with a vector.
+        backward: that of its transpose.
+        size: by how much it typically stretches a vector.
+        factor: of all of them.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor], Tensor]
+    size: float
+    factor: float = 1.0
+
+    def push(self, vector: Tensor) -> Tensor:
+        """Return the product with a vector."""
+        return self.factor * self.forward(vector)
+
+    def pull(self, vector: Tensor) -> Tensor:
+        """Return the product of the transpose with a vector."""
+        return self.factor * self.backward(vector)
+
+    def __rmul__(self, factor: float) -> Coupled:
+        """Return this map times a number."""
+        return replace(self, factor=factor * self.factor)
 
 
 @dataclass(frozen=True)
@@ -42,7 +72,7 @@ class Moment:
     floor: float | Tensor = 0.0
 
     def now(self, t: float) -> Tensor:
-        """Return the denominator of this step's gradient."""
+        """Return the denominator of this step's gradient, a new tensor."""
         return self.denominator(self._least(self.nu), t, 0)
 
     def ahead(self, t: float, steps: int, square: Tensor | None, prior: float = 0.0) -> Tensor:
@@ -71,9 +101,23 @@ class Moment:
         return float(n) if self.keep == 1 else (1 - self.keep**n) / (1 - self.keep)
 
 
+class Divisor(Protocol):
+    """What divides the momentum of a step, number by number: `Moment`, or one that is no mean of squares."""
+
+    def now(self, t: float) -> Tensor:
+        """Return the denominator of this step, a new tensor."""
+        ...
+
+    def ahead(self, t: float, steps: int, square: Tensor | None, prior: float = 0.0) -> Tensor:
+        """Return the denominator ``steps`` later, see `Moment.ahead`, a new tensor."""
+        ...
+
+
 @dataclass(frozen=True)
 class Formula:
-    """One optimizer without couplings: each number of a parameter moves by itself.
+    """The step of one optimizer: each number of a parameter moves by itself, or each parameter (``couples``).
+
+    With ``m+ = beta m + (1 - tau) d`` a step is ``theta - (lr / c) D (m+ + a d)``, D the preconditioner.
 
     Attributes:
         blocks: from a parameter group's options to the names of its state tensors; a momentum buffer comes first.
@@ -81,19 +125,48 @@ class Formula:
         derivatives: ``(at, group, t) -> {"theta": ..., block: ...}``, of the parameters and the state after step t,
             counted from 1, by those before it. ``at`` holds "theta", "g" and the state; a tensor that does not exist
             yet is absent.
-        second_moment: ``(d, state, group, t) -> Moment``, d the `descent` direction. None for SGD.
+        second_moment: ``(d, state, group, t) -> Divisor``, d the `descent` direction. None without a preconditioner.
+        averages: whether the momentum is a mean, tau = beta.
+        correction: ``(group, t) -> c``.
+        direct: ``(group, t) -> a``; Nesterov's momentum of SGD is told by its option instead.
+        numbers: names of the state's single numbers that the step reads beside its count; they are among the options
+            that the other functions are given.
+        couples: whether the numbers of a parameter move together: then ``at`` holds tensors of its shape.
+        rounding: relative error of the real update, where torch computes it in less precision than the parameters have.
+        no_edge: why no learning rate is the edge of stability of these steps; "" where there is one.
     """
 
     blocks: Callable[[Group], tuple[str, ...]]
     momentum: Callable[[Group], float]
     derivatives: Callable[[State, Group, float], dict[str, Linear]]
-    second_moment: Callable[[Tensor, State, Group, float], Moment] | None = None
+    second_moment: Callable[[Tensor, State, Group, float], Divisor] | None = None
+    averages: bool = False
+    correction: Callable[[Group, float], float] = lambda group, t: 1.0
+    direct: Callable[[Group, float], float] = lambda group, t: 0.0
+    numbers: tuple[str, ...] = ()
+    couples: bool = False
+    rounding: float = 0.0
+    no_edge: str = ""
+
+    def options(self, group: Group, state: Mapping[str, Any]) -> Group:
+        """Return the options of a parameter, with the numbers of its state."""
+        return group | {name: float(state[name]) for name in self.numbers if name in state}
+
+
+#: The optimizers whose formulas are implemented; AdamW is an Adam.
+_SUPPORTED: list[type] = []
 
 
 @singledispatch
 def formula_of(optimizer: torch.optim.Optimizer) -> Formula | None:
     """Return the formula of an optimizer, by its type; None where none is implemented."""
     return None
+
+
+def register(kind: type, rule: Formula) -> None:
+    """Take in the formula of an optimizer and of its subclasses."""
+    formula_of.register(kind, lambda optimizer: rule)
+    _SUPPORTED.append(kind)
 
 
 def formula(optimizer: torch.optim.Optimizer) -> Formula:
@@ -104,9 +177,10 @@ def formula(optimizer: torch.optim.Optimizer) -> Formula:
     """
     rule = formula_of(optimizer)
     if rule is None:
+        names = sorted((kind.__name__ for kind in _SUPPORTED), key=str.lower)
         raise Unmeasurable(
-            f"the update of {type(optimizer).__name__} is not supported (those of torch.optim.SGD, Adam, AdamW, "
-            "RMSprop and Adagrad are): its sharp mode, edge of stability and critical rate are skipped"
+            f"the update of {type(optimizer).__name__} is not supported (those of torch.optim.{', '.join(names[:-1])} "
+            f"and {names[-1]} are): its sharp mode, edge of stability and critical rate are skipped"
         )
     kind: Any = type(optimizer)
     if _overrides_step(kind, kind.step):
@@ -115,6 +189,18 @@ def formula(optimizer: torch.optim.Optimizer) -> Formula:
             f"{type(optimizer).__name__} overrides {base.__name__}.step: its update is not supported, and its sharp "
             "mode, edge of stability and critical rate are skipped"
         )
+    return rule
+
+
+def rule_with_edge(optimizer: torch.optim.Optimizer) -> Formula:
+    """Return the formula of an optimizer whose steps become unstable beyond some learning rate.
+
+    Raises:
+        Unmeasurable: see `formula`; steps whose length does not depend on the size of the gradient.
+    """
+    rule = formula(optimizer)
+    if rule.no_edge:
+        raise Unmeasurable(rule.no_edge)
     return rule
 
 
@@ -166,20 +252,22 @@ def combined(*terms: tuple[float | Tensor, Linear]) -> Linear:
         for name, derivative in form.items():
             term = factor if isinstance(derivative, float) and derivative == 1 else factor * derivative
             total[name] = total[name] + term if name in total else term
-    return {name: value for name, value in total.items() if isinstance(value, Tensor) or value != 0}
+    return {name: value for name, value in total.items() if not isinstance(value, float | int) or value != 0}
 
 
-def _itself(name: str) -> Linear:
+def itself(name: str) -> Linear:
+    """Return the derivative of a tensor by itself."""
     return {name: 1.0}
 
 
-def _by_descent(group: Group) -> Linear:
+def by_descent(group: Group) -> Linear:
     """Return the derivative of the `descent` direction."""
     decay = 0.0 if decoupled(group) else float(group["weight_decay"])
-    return combined((-1.0 if group["maximize"] else 1.0, _itself("g")), (decay, _itself("theta")))
+    return combined((-1.0 if group["maximize"] else 1.0, itself("g")), (decay, itself("theta")))
 
 
-def _descent_at(at: State, group: Group) -> Tensor:
+def descent_at(at: State, group: Group) -> Tensor:
+    """Return the `descent` direction of a step, by its parameters and its clipped gradient."""
     coupled = group["weight_decay"] and not decoupled(group)
     return descent(at["theta"] if coupled else at["g"], at["g"], group)
 
@@ -200,143 +288,12 @@ def reciprocal(size: Tensor) -> Tensor:
     return size.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
 
 
-def _sgd(at: State, group: Group, t: float) -> dict[str, Linear]:
-    d, beta, lr = _by_descent(group), float(group["momentum"]), float(group["lr"])
-    if not beta:
-        return {"theta": combined((1.0, _itself("theta")), (-lr, d))}
-    m = d  # the first buffer is the gradient itself, without dampening
-    if "momentum_buffer" in at:
-        m = combined((beta, _itself("momentum_buffer")), (1 - float(group["dampening"]), d))
-    update = combined((1.0, d), (beta, m)) if group["nesterov"] else m
-    return {"theta": combined((1.0, _itself("theta")), (-lr, update)), "momentum_buffer": m}
-
-
-def _mean(before: Tensor | None, d: Tensor, keep: float) -> Tensor:
+def running_mean(before: Tensor | None, d: Tensor, keep: float) -> Tensor:
     """Return the running mean ``keep mean + (1 - keep) d``, a new tensor."""
     mean = (1 - keep) * d
     return mean if before is None else mean.add_(before, alpha=keep)
 
 
-def _adam_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
-    beta, eps = float(group["betas"][1]), float(group["eps"])
-    nu = averaged(state.get("exp_avg_sq"), d, beta)
-    floor: float | Tensor = 0.0
-    if group["amsgrad"]:
-        floor = state["max_exp_avg_sq"] if "max_exp_avg_sq" in state else torch.zeros_like(d)
-    return Moment(nu, beta, 1 - beta, lambda nu, t, steps: root(nu).div_((1 - beta**t) ** 0.5).add_(eps), floor=floor)
-
-
-def _adam(at: State, group: Group, t: float) -> dict[str, Linear]:
-    value, d, beta, lr = _descent_at(at, group), _by_descent(group), float(group["betas"][0]), float(group["lr"])
-    moment = _adam_moment(value, at, group, t)
-    mean = _mean(at.get("exp_avg"), value, beta)
-    new = {
-        "exp_avg": combined((beta, _itself("exp_avg")), (1 - beta, d)),
-        "exp_avg_sq": combined((moment.keep, _itself("exp_avg_sq")), (2 * moment.share * value, d)),
-    }
-    nu, by_nu = moment.nu, new["exp_avg_sq"]
-    if isinstance(moment.floor, Tensor):
-        before = (moment.floor > nu).to(nu) + 0.5 * (moment.floor == nu).to(nu)
-        by_nu = combined((before, _itself("max_exp_avg_sq")), (1 - before, by_nu))
-        nu, new["max_exp_avg_sq"] = torch.maximum(moment.floor, nu), by_nu
-    divided = moment.denominator(nu, t, 0).reciprocal_()
-    kept, rate = 1 - lr * float(group["weight_decay"]) if decoupled(group) else 1.0, lr / (1 - beta**t)
-    # The update itself comes first: what divides by two more gradients leaves float32 where it begins far from 1.
-    by_root = mean.mul_(divided).mul_(rate / (1 - moment.keep**t) ** 0.5).mul_(divided).mul_(slope_of_root(nu))
-    divided.mul_(rate)
-    theta = combined(
-        (kept, _itself("theta")), (-1.0, {k: divided * v for k, v in new["exp_avg"].items()}), (by_root, by_nu)
-    )
-    return {"theta": theta} | new
-
-
-def _rmsprop_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
-    alpha, eps = float(group["alpha"]), float(group["eps"])
-    nu = averaged(state.get("square_avg"), d, alpha)
-    if not group["centered"]:
-        return Moment(nu, alpha, 1 - alpha, lambda nu, t, steps: root(nu).add_(eps))
-    mean = _mean(state.get("grad_avg"), d, alpha)
-
-    def denominator(nu: Tensor, t: float, steps: int) -> Tensor:
-        later = alpha**steps * mean + (1 - alpha**steps) * d if steps else mean
-        return root(nu - later * later) + eps
-
-    return Moment(nu, alpha, 1 - alpha, denominator)
-
-
-def _rmsprop(at: State, group: Group, t: float) -> dict[str, Linear]:
-    value, d, beta, alpha = _descent_at(at, group), _by_descent(group), float(group["momentum"]), float(group["alpha"])
-    moment = _rmsprop_moment(value, at, group, t)
-    new = {"square_avg": combined((alpha, _itself("square_avg")), (2 * (1 - alpha) * value, d))}
-    spread, by_spread = moment.nu, new["square_avg"]
-    if group["centered"]:
-        new["grad_avg"] = combined((alpha, _itself("grad_avg")), (1 - alpha, d))
-        mean = _mean(at.get("grad_avg"), value, alpha)
-        spread, by_spread = spread - mean * mean, combined((1.0, by_spread), (-2 * mean, new["grad_avg"]))
-    divisor = moment.now(t)
-    update = combined((1 / divisor, d), (-value / divisor / divisor * slope_of_root(spread), by_spread))
-    if beta > 0:
-        update = new["momentum_buffer"] = combined((beta, _itself("momentum_buffer")), (1.0, update))
-    return {"theta": combined((1.0, _itself("theta")), (-float(group["lr"]), update))} | new
-
-
-def _adagrad_moment(d: Tensor, state: State, group: Group, t: float) -> Moment:
-    eps, begin = float(group["eps"]), float(group["initial_accumulator_value"])
-    return Moment(state["sum"] + d * d, 1.0, 1.0, lambda nu, t, steps: root(nu) + eps, begin=begin)
-
-
-def _adagrad(at: State, group: Group, t: float) -> dict[str, Linear]:
-    value, d = _descent_at(at, group), _by_descent(group)
-    moment = _adagrad_moment(value, at, group, t)
-    rate, divisor = float(group["lr"]) / (1 + (t - 1) * float(group["lr_decay"])), moment.now(t)
-    total = combined((1.0, _itself("sum")), (2 * value, d))
-    by_total = rate * value / divisor / divisor * slope_of_root(moment.nu)
-    return {"theta": combined((1.0, _itself("theta")), (-rate / divisor, d), (by_total, total)), "sum": total}
-
-
-def _registered(kind: type, rule: Formula) -> type:
-    formula_of.register(kind, lambda optimizer: rule)
-    return kind
-
-
-_SUPPORTED = (
-    _registered(
-        torch.optim.SGD,
-        Formula(
-            blocks=lambda group: ("momentum_buffer",) if group["momentum"] else (),
-            momentum=lambda group: float(group["momentum"]),
-            derivatives=_sgd,
-        ),
-    ),
-    _registered(
-        torch.optim.Adam,
-        Formula(
-            blocks=lambda group: ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ())),
-            momentum=lambda group: float(group["betas"][0]),
-            derivatives=_adam,
-            second_moment=_adam_moment,
-        ),
-    ),
-    _registered(
-        torch.optim.RMSprop,
-        Formula(
-            blocks=lambda group: (
-                *(("momentum_buffer",) if group["momentum"] > 0 else ()),
-                "square_avg",
-                *(("grad_avg",) if group["centered"] else ()),
-            ),
-            momentum=lambda group: float(group["momentum"]),
-            derivatives=_rmsprop,
-            second_moment=_rmsprop_moment,
-        ),
-    ),
-    _registered(
-        torch.optim.Adagrad,
-        Formula(
-            blocks=lambda group: ("sum",),
-            momentum=lambda group: 0.0,
-            derivatives=_adagrad,
-            second_moment=_adagrad_moment,
-        ),
-    ),
-)
+def bias_correction(group: Group, t: float) -> float:
+    """Return Adam's ``1 - beta1^t``, which an average of t gradients lacks."""
+    return 1 - float(group["betas"][0]) ** t

@@ -60,7 +60,8 @@ class KeptStep:
     @property
     def is_light(self) -> bool:
         """Whether the derivative takes few vectors beside the step's own."""
-        return self.method == "finite_difference" and formula(require_optimizer(self.snapshot)).second_moment is None
+        rule = formula(require_optimizer(self.snapshot))
+        return self.method == "finite_difference" and rule.second_moment is None and not rule.couples
 
 
 def keep(snapshot: Snapshot, method: Method) -> KeptStep:

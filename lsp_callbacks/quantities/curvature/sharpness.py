@@ -11,7 +11,7 @@ from torch import Tensor
 from lsp_callbacks._validation import choice
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.cost import followed_cost, forward_cost, lanczos_cost
-from lsp_callbacks.operators.curvature.followed_top import COLD, followed_top, products_taken
+from lsp_callbacks.operators.curvature.followed_top import MOST, followed_top, products_taken
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import (
     NOTHING,
@@ -28,6 +28,7 @@ from lsp_callbacks.operators.curvature.top_eigenvalue import bounded_top
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, frozen_rule
+from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import CURVATURE, PREFIX, Key, relative_bar
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
@@ -80,6 +81,17 @@ def _thresholds(snapshot: Snapshot) -> dict[tuple[Method, bool], StabilityThresh
     return {}
 
 
+@computed_once
+def _unknown_edge(snapshot: Snapshot) -> str | None:
+    """Return why the optimizer of a step has no edge of stability that is known; None where it has."""
+    require_optimizer(snapshot)
+    try:
+        threshold_constant(frozen_rule(snapshot))
+    except Unmeasurable as error:
+        return str(error)
+    return None
+
+
 def alignment_cost(snapshot: Snapshot, method: Method, *, warm: bool = True, bounded: bool = False) -> dict[str, float]:
     """Return the cost, in gradients, of the edge of stability, with an earlier mode or without: see `mode_cost`."""
     method = resolved(snapshot, method)
@@ -114,7 +126,7 @@ def _size(snapshot: Snapshot) -> int:
 
 def alignment_memory(snapshot: Snapshot, method: Method, *, bounded: bool = False) -> dict[str, float]:
     """Return the bytes for the alignment: a vector for each product, and one more."""
-    return product_memory(snapshot, method, _BOUNDED_COLD if bounded else COLD + 1)
+    return product_memory(snapshot, method, _BOUNDED_COLD if bounded else MOST + 1)
 
 
 class Sharpness(Quantity):
@@ -122,10 +134,10 @@ class Sharpness(Quantity):
 
     ``courant_gd = lambda_max(R^1/2 H' R^1/2) / c`` with R the effective rates, H' the Hessian with coupled weight
     decay, and c from `lsp_callbacks.functional.stability_constant`: 1 is the edge of stability of full-batch steps.
-    R is the learning rate times the preconditioner of Adam, AdamW, RMSprop or Adagrad, as it will be some ten steps
-    later (`lsp_callbacks.operators.coming_rule`), and the factor of clipping, as it is in this step; a ``prox`` after
-    the step is not part of it. With a preconditioner it is first measured when that holds two gradients. It is measured
-    on one mini-batch and, under momentum, blind to batch noise.
+    R is the learning rate times the preconditioner of Adam, its variants, RMSprop or Adagrad, as it will be some ten
+    steps later (`lsp_callbacks.operators.coming_rule`), and the factor of clipping, as it is in this step; a ``prox``
+    after the step is not part of it. With a preconditioner it is first measured when that holds two gradients. It is
+    measured on one mini-batch and, under momentum, blind to batch noise.
 
     By default the largest eigenvalue is followed from reading to reading by two products each, see
     `lsp_callbacks.operators.curvature.followed_top`; ``sharpness_residual`` is a relative error bar: the largest
@@ -140,8 +152,8 @@ class Sharpness(Quantity):
     complete when all have stepped. The largest Courant number is reported, with that player's sharpness, limit and
     residual. It does not see how the players drive each other: `LyapunovTrajectory` does.
 
-    Where the real update is not the one that the optimizer computes from the gradient, only sharpness and residual are
-    measured.
+    Where the real update is not the one that the optimizer computes from the gradient, and where the optimizer has no
+    implemented formula or its steps have no edge of stability (Lion, Muon), only sharpness and residual are measured.
 
     Args:
         method: of the Hessian products, see `lsp_callbacks.operators.hessian`.
@@ -150,7 +162,7 @@ class Sharpness(Quantity):
     Raises:
         Unmeasurable: with several players, if one of them does not step for a long time.
 
-    Cost: two products, shared with the exponent, a third or a fourth where the error bar is wide, four at the first
+    Cost: two products, shared with the exponent, a third or a fourth where the error bar is wide, three at the first
     reading. A product is one gradient, on a small network with nearly as much again for its vectors, and at kinks one
     forward pass more, see `lsp_callbacks.operators.hessian`. With rates that differ, as with every preconditioner, H
     has products of its own: twice as many.
@@ -208,7 +220,7 @@ class Sharpness(Quantity):
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         warm = bool(self._starts)
-        if snapshot.run.invalidated:
+        if self.unknown_update(snapshot):
             edge = _top_cost(snapshot, resolved(snapshot, self.method), warm, self.bounded, 1)
             parts = {"forward": forward_cost(snapshot), "edge": edge}
         else:
@@ -221,14 +233,21 @@ class Sharpness(Quantity):
 
     def warm_up(self, snapshot: Snapshot) -> int:
         """Return how many gradients the preconditioner still lacks: that of one batch says nothing of the next."""
-        return gradients_missing(snapshot)
+        return 0 if self.unknown_update(snapshot) else gradients_missing(snapshot)
 
     def check(self, snapshot: Snapshot) -> None:
-        threshold_constant(frozen_rule(snapshot))
+        if snapshot.player is not None:
+            threshold_constant(frozen_rule(snapshot))
+        elif not snapshot.run.invalidated:
+            require_optimizer(snapshot)
+
+    def unknown_update(self, snapshot: Snapshot) -> str | None:
+        """Return why the optimizer's edge of stability is not known: its own, or how it is set."""
+        return snapshot.run.invalidated or (None if snapshot.player else _unknown_edge(snapshot))
 
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step; with several players, the measurement is complete when each was measured."""
-        self.complete, self._alone = False, snapshot.run.invalidated is not None
+        self.complete, self._alone = False, self.unknown_update(snapshot) is not None
         if self._alone:
             self._without_update(snapshot)
             return

@@ -11,10 +11,11 @@ from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.cost import beside, forward_cost, work
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
-from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tolerance
+from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tolerance, with_top
 from lsp_callbacks.operators.sgd.graph_check import unexplained_rows
 from lsp_callbacks.operators.sgd.graph_rows import GraphKind, GraphRows
 from lsp_callbacks.operators.sgd.held_statistics import can_be_held
+from lsp_callbacks.operators.sgd.recent_rows import RecentRows
 from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
 from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing, remembered_rule
 from lsp_callbacks.quantities.base import Quantity
@@ -36,6 +37,8 @@ CORRECTED = 2
 CHECKED = 32
 #: Operations on small tensors, beside those of each layer, of a reading from the step's own graph.
 GRAPH_CALLS = 150
+#: Positions of each sample that are looked at in one step, at most.
+AT_ONCE = 4
 #: Nanoseconds of the critical rate from 64 rows.
 RATE = 6e5
 
@@ -61,8 +64,8 @@ class MeanSquareStability(Quantity):
     gradient for each input, and so has a network that is bad but still moves: both count as not collapsed.
 
     Args:
-        rows: how many output gradients to look at; None takes half of the batch, 32 at least and 128 at most. Where a
-            batch has fewer samples, several positions (tokens) of each are taken, if it has them.
+        rows: how many output gradients to look at; None takes a quarter of the batch, 32 at least and 128 at most.
+            Where a batch has fewer samples, several positions (tokens) of each are taken, if it has them.
         outputs: "top" takes the top eigenpair of each output Hessian; "all" takes every output.
         replacement: whether samples are drawn with replacement within a batch.
         most_rows: as in `SGDStability`.
@@ -70,7 +73,7 @@ class MeanSquareStability(Quantity):
     Raises:
         ValueError: for an argument out of its range.
 
-    Cost: one pass over half of the batch, forward and back to the outputs of layers, and their products for each pair
+    Cost: one pass over a quarter of the batch, back to the outputs of layers, and their products for each pair
     of rows: about a gradient, on small networks the time of some hundred calls. The readings 1, 32, 1024, ... are
     checked against a replay, which takes two gradients more (with batch statistics three), and so is the one after the
     graph of the step, or what is trained, was found to have changed.
@@ -106,7 +109,7 @@ class MeanSquareStability(Quantity):
     ):
         super().__init__()
         if rows is not None:
-            whole("rows", rows, 2, instead=", or None for half of the batch")
+            whole("rows", rows, 2, instead=", or None for a quarter of the batch, 32 at least")
         whole("most_rows", most_rows, 0)
         if outputs not in ("top", "all"):
             raise ValueError(f"outputs={outputs!r}: give 'top' or 'all'")
@@ -127,6 +130,7 @@ class MeanSquareStability(Quantity):
         self._population: int | None = None
         self._scale: dict[str, float | Tensor] | None = None
         self._price: dict[str, float] = {}
+        self._recent = RecentRows()
 
     def reader(self, module: nn.Module, run: RunContext, step: int) -> GraphReader | None:
         """Return what reads the rows from the step's own graph, so that no pass is made again."""
@@ -137,9 +141,10 @@ class MeanSquareStability(Quantity):
             module,
             run.generator(step, self.name),
             lambda samples: row_count(samples, self.rows),
-            self._positions,
+            self._passes,
             known=None if self._checks_next else self._known,
             scale=self._scale if corrects and not self._checks_next else None,
+            recent=self._recent,
         )
 
     @property
@@ -210,8 +215,21 @@ class MeanSquareStability(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step; do nothing while its probes, where it has only those, are being collected."""
         self.complete = False
-        rows = self._rows_of_graph(snapshot)
+        try:
+            self._measure(snapshot, self._rows_of_graph(snapshot))
+        finally:
+            if (reader := snapshot.readers.get(self.name)) is not None:
+                reader.release()
+
+    def _measure(self, snapshot: Snapshot, rows: GraphRows | None) -> None:
         checks = self._checks(self._update_count)
+        if rows is not None:
+            try:
+                rows.form(remembered_rule(snapshot).scale, plain=checks)
+            except Unmeasurable:
+                raise
+            except Exception:  # whatever the rules of layers raise: the samples are looked at
+                rows = None
         reads = rows is not None and not checks and self._known is not None
         if snapshot.run.ranks.any(lambda: not reads, "the rows of the step's own graph"):
             if self._known is not None and not checks:
@@ -318,18 +336,15 @@ class MeanSquareStability(Quantity):
         self._forget_graph()
         self._last_check = self._update_count
         self._next_check = CHECKED ** (int(math.log(self._update_count + 0.5, CHECKED)) + 1)
-        scale = remembered_rule(snapshot).scale
 
         def is_other() -> bool:
             if is_agreed:
                 return False
             if rows is None or not {*sgd.kernel.path.values()} <= {"structured", "statistics"}:
                 return True
-            try:
-                gram = rows.kernel(scale, sgd.kernel, sgd.kernel.correction).gram
-            except Exception:  # whatever the rules of layers raise: the replay stands
-                return True
-            known = sgd.kernel.gram
+            gram, known = rows.gram, sgd.kernel.gram
+            if rows.ties:
+                gram = with_top(gram, sgd.kernel.correction)
             error = (gram - known).abs().amax() if gram.shape == known.shape else math.inf
             return not bool(error <= tolerance(rows.dtype) * known.abs().amax())
 
@@ -341,8 +356,9 @@ class MeanSquareStability(Quantity):
 
     def _price_of_graph(self, snapshot: Snapshot, rows: GraphRows) -> dict[str, float]:
         """Return what a reading costs whose rows come from the step's own graph, by what it is spent on."""
-        count = sum(len(chosen.taken) * chosen.positions.shape[1] for chosen in rows.chosen)
-        passes, gram = rows.chosen[0].positions.shape[1] / 3, gram_cost(snapshot, count, rows.batch, calls=GRAPH_CALLS)
+        positions = 1 if rows.recent is not None else rows.chosen[0].positions.shape[1]
+        count = sum(len(chosen.taken) for chosen in rows.chosen) * positions
+        passes, gram = positions / 3, gram_cost(snapshot, count, rows.batch, calls=GRAPH_CALLS)
         parts = {"rows of the graph": passes * rows.samples / rows.batch + gram, **self._rate_cost(snapshot, count)}
         if rows.ties:  # now and then a backward pass for the largest eigenvalue, and products once more
             parts["batch statistics"] = (2 / 3 + gram / 2) / CORRECTED
@@ -354,6 +370,11 @@ class MeanSquareStability(Quantity):
     def _positions(self, samples: int) -> int:
         """Return how many positions of each sample are looked at, if it has several."""
         return -(-(self.rows or LEAST) // max(samples, 1))
+
+    def _passes(self, samples: int) -> int:
+        """Return how many positions of each sample are looked at beside those that are known from earlier steps."""
+        self._recent.most = self._positions(samples)
+        return max(1, min(AT_ONCE, self._recent.most - len(self._recent)))
 
     def restart(self) -> None:
         super().restart()
