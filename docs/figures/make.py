@@ -151,7 +151,7 @@ def critical_sharpness(steps: int = 3000, every: int = 25) -> Figure:
         curve = monitor.history[f"stability/{key}"]
         left.semilogy(curve.steps, curve.values, ".-", color=color, lw=0.8, ms=3, label=label)
     left.semilogy([2 / rate for rate in rates], color="black", ls="--", lw=0.8, label="2 / rate")
-    left.set(xlabel="step", ylim=(0.3, 300))
+    left.set(xlabel="step", ylim=(1e-3, 300))
     left.legend(frameon=False)
     right.semilogy(losses, color=GREY, lw=0.8)
     right.set(xlabel="step", ylabel="loss")

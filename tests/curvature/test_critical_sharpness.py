@@ -633,3 +633,17 @@ def test_the_same_loss_as_the_second_has_the_same_number():
 def test_a_second_loss_that_is_none_is_named(second):
     with pytest.raises(ValueError, match="second_loss="):
         CriticalSharpness(second)
+
+
+@pytest.mark.parametrize("offset, is_seen", [(1.0, True), (1e5, False)])
+def test_a_change_of_the_loss_below_its_rounding_is_no_number(offset, is_seen):
+    problem = regression().float()
+    sgd, metric = optim.SGD(problem.parameters(), lr=0.1), CriticalSharpness()
+    replay = lambda: problem() + offset  # noqa: E731
+    metric.update(freeze(problem, sgd, replay))
+    take(sgd, problem())
+    if is_seen:
+        metric.after_update()
+    else:
+        with pytest.raises(Unmeasurable, match="rounding hides where the loss rises"):
+            metric.after_update()
