@@ -446,8 +446,8 @@ CASES = {
     "float64": Case(lambda: Model(cnn(nn.Tanh)), kernel=TIED, trainer={"precision": "64-true"}),
     "bf16_mixed": Case(Model, "exact, bfloat16", failed=ROUNDED, partly=UNCLEAR, trainer={"precision": "bf16-mixed"}),
     "bf16_mixed_transformer": Case(
-        lambda: Model(Transformer(), MOMENTUM), "exact, math attention, bfloat16", blocks=True, failed=ROUNDED | UNCLEAR,
-        trainer={"precision": "bf16-mixed"},
+        lambda: Model(Transformer(), MOMENTUM), "exact, math attention, bfloat16", blocks=True,
+        failed=ROUNDED | UNCLEAR, trainer={"precision": "bf16-mixed"},
     ),
     "bf16_true": Case(  # at a rate whose steps are not lost in the rounding of the weights
         lambda: Model(optimizer=partial(MOMENTUM, lr=0.5)), "exact, bfloat16", failed=ROUNDED, partly=UNCLEAR,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -37,6 +36,8 @@ class CriticalSharpness(AlongUpdate):
     see `lsp_callbacks.functional.critical_sharpness`. Nothing but forward passes at shifted parameters is needed: no
     formula of the optimizer, no second derivative. For gradient descent on a quadratic it is the curvature along the
     gradient, at most the sharpness; for an optimizer with a preconditioner that of the preconditioned Hessian.
+
+    The rate is the largest of the parameter groups; an optimizer without one counts as one of rate 1.
 
     Each search starts from the rate that was found last. The number is NaN where the update does not lower the loss of
     its batch, as in many steps of a heavy ball, and where rounding of the losses hides the crossing. So it says what a
@@ -139,7 +140,7 @@ class CriticalSharpness(AlongUpdate):
 
     def measure(self, taken: TakenStep) -> None:
         slope = taken.slope()
-        lr = taken.lr if taken.lr > 0 else math.nan
+        lr = taken.lr if taken.lr > 0 else 1.0
         with taken.along(replays_before=not taken.is_exact) as along:
             result = self._search(along, self.rate / lr, None if slope is None else float(slope))
         values = {
