@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lsp_callbacks._validation import number, whole
 from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.callbacks.hidden_hooks import BATCH_HOOKS, hide_hooks, show_hooks
 from lsp_callbacks.callbacks.publisher import log
 from lsp_callbacks.callbacks.recent_readings import Readings
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
@@ -143,12 +144,14 @@ class StopOnInstability(Callback):
         if self not in source.subscribers:
             source.subscribers.append(self)
         self._source = source
+        hide_hooks(self, BATCH_HOOKS)
         if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
             self._reset()
         self._losses, self._shares_losses = source.monitor.losses, True
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         source = next((c for c in trainer.callbacks if isinstance(c, StabilityMonitor)), None)
+        show_hooks(self)
         if source is not None and self in source.subscribers:
             source.subscribers.remove(self)
 
@@ -194,10 +197,15 @@ class StopOnInstability(Callback):
                 f"at step {observation.step + steps:.0f}"
             )
 
+    @property
+    def least_courant(self) -> float:
+        """The Courant number of a coming learning rate above which it is a reason to look at a step."""
+        return self.threshold if self._is_scheduled else math.inf
+
     def end_step(self, trainer: Any, step: int, arrived: Sequence[ArrivedLoss]) -> None:
         """End training after ``step`` if it has to; for the arguments see `judge`."""
         # Losses and measurements are the same numbers on all processes, so all of them stop at the same step.
-        if self.judge(trainer, step, arrived):
+        if self.judge(trainer, step, [*arrived, *self._source.monitor.losses.settle()]):
             trainer.should_stop = True
 
     def judge(self, trainer: Any, step: int, arrived: Sequence[ArrivedLoss]) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from array import array
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,9 @@ ALARM_LASTS, RECOVERING = 10, 0.8
 #: Consecutive steps that a gradient scaler skips with a loss that is not finite, after which the loss counts. Halving
 #: its factor helps gradients that overflow, never the loss itself.
 LEFT_OUT = 25
+#: Steps whose losses are looked at together while they are calm, and what no loss of them is above, in units of the
+#: smoothed loss.
+TOGETHER, UNUSUAL = 5, 2.0
 
 
 class ArrivedLoss(NamedTuple):
@@ -277,20 +281,47 @@ class LossRecord:
 
 
 class LossWatch(LossRecord):
-    """A record of losses that may still be on their device."""
+    """A record of losses that may still be on their device, and are looked at a few at a time while they are calm.
+
+    From the sixtieth step on, losses of a calm record wait for every fifth step. One that is not finite, or above twice
+    the smoothed loss, is looked at at once, with those that wait; so is any loss as long as the record is not calm.
+
+    Attributes:
+        waiting: steps and losses that are not looked at yet, and whether they were left out, as in `ArrivedLoss`.
+        usual: what is above it does not wait.
+    """
 
     def reset(self) -> None:
         super().reset()
         self._arrivals = Arrivals()
+        self.waiting: list[tuple[int, float, bool]] = []
+        self.usual = -math.inf
 
     def saw(
         self, step: int, loss: Tensor | float | None, *, left_out: bool = False, wait: bool = False
-    ) -> list[ArrivedLoss]:
-        """Add the loss of a step, and return those that have arrived; see `Arrivals` for the arguments.
+    ) -> Sequence[ArrivedLoss]:
+        """Add the loss of a step, and return those that are looked at now; see `Arrivals` for the arguments.
 
         A loop calls it at the end of every step; it does not wait for the device, except with ``wait``.
         """
         arrived = self._arrivals.take(step, loss, left_out=left_out, wait=wait)
-        for loss_of_step in arrived:
-            self.add(loss_of_step)
-        return arrived
+        self.waiting += arrived
+        are_usual = all(-sys.float_info.max <= latest.loss <= self.usual for latest in arrived)
+        return () if are_usual and step % TOGETHER and not wait else self.settle()
+
+    def settle(self) -> list[ArrivedLoss]:
+        """Look at the losses that wait, and return them."""
+        settled, self.waiting = [ArrivedLoss(*each) for each in self.waiting], []
+        for arrived in settled:
+            self.add(arrived)
+        is_settled = self.is_calm and self.count >= SETTLED
+        self.usual = UNUSUAL * abs(self.smoothed) if is_settled else -math.inf
+        return settled
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        self.settle()
+        return {name: value for name, value in super().state_dict().items() if name not in ("waiting", "usual")}

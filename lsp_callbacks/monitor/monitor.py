@@ -22,6 +22,7 @@ from lsp_callbacks.monitor.measurement import Measurement
 from lsp_callbacks.monitor.selected_quantities import Reasons, SelectedQuantities, Skips, warn_of_skips
 from lsp_callbacks.monitor.series_recorder import Recorder
 from lsp_callbacks.quantities import Quantity
+from lsp_callbacks.step.known_scale import KnownScales
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -55,6 +56,7 @@ class Monitor:
         paths: how each quantity was last measured: "exact", "exact, math attention", "finite difference", ...
         trace: loss, learning rate and energies of the last steps; None if no quantity asks for them.
         courant: which number ``stability/courant`` is, see `CourantSource`.
+        known_scales: see `RunContext.known_scales`, which a checkpoint keeps with the vectors.
         losses: what the loss did so far, see `LossRecord`; a loop adds every step's, ``losses.saw(step, loss)``.
         invalidated: why the update of an earlier step was not the optimizer's; None if it was.
 
@@ -108,6 +110,7 @@ class Monitor:
         for name, quantity in self.quantities.items():
             self.cadence.add(name, weight=quantity.weight, length=quantity.prepare + quantity.window)
         self.cadence.headline = self.headline
+        self.known_scales: KnownScales = {}
         self.invalidated: str | None = None
         self._ranks = Ranks()
 
@@ -177,6 +180,9 @@ class Monitor:
             )
         if snapshot.step == 0:
             self.quantities.begin(snapshot, self.errors)
+        if self.known_scales is not snapshot.run.known_scales:  # those of a checkpoint
+            snapshot.run.known_scales.update(self.known_scales)
+            self.known_scales = snapshot.run.known_scales
         given = snapshot
         if self.trace is not None or self.invalidated:  # otherwise what is cached of the snapshot stays
             snapshot = replace(snapshot, run=snapshot.run.completed(self.trace, self.invalidated))
@@ -250,6 +256,7 @@ class Monitor:
         """Forget windows and warm starts: the steps before are not those that come after."""
         self.schedule.interrupt()
         self.quantities.forget_vectors()
+        self.known_scales.clear()
 
     def state_dict(self, *, vectors: bool = False) -> dict[str, Any]:
         """Return scalars, and on request the vectors of windows that are under way."""

@@ -128,14 +128,14 @@ def sample_passes(snapshot: Snapshot, samples: int, count: float) -> float:
     return count * (calls + min(1.0, samples / max(batch, 1)) * (full - calls)) / full
 
 
-def products(snapshot: Snapshot, method: Method, count: int, *, tangent: bool = False) -> float:
+def products(snapshot: Snapshot, method: Method, count: float, *, tangent: bool = False) -> float:
     """Return the gradients of Hessian products on one step; ``tangent``: within the Jacobian of an optimizer step."""
-    calls, vectors = (60, 6) if method == "finite_difference" else (20, 3)
+    calls, vectors = (60, 4) if method == "finite_difference" else (20, 3)
     vector_work = beside(snapshot, calls=count * calls, vectors=count * vectors)
     return product_cost(method, count) + vector_work + (push_cost(snapshot, count) if tangent else 0.0)
 
 
-def push_cost(snapshot: Snapshot, count: int) -> float:
+def push_cost(snapshot: Snapshot, count: float) -> float:
     """Return the gradients of pushing vectors through the optimizer's step, without their Hessian products."""
     rule = None if snapshot.optimizer is None else formula_of(snapshot.optimizer)
     if rule is None or snapshot.optimizer is None:
@@ -154,7 +154,7 @@ def lanczos_cost(snapshot: Snapshot, method: Method, steps: int, runs: int = 1) 
     return products(snapshot, method, runs * steps) + vector_work
 
 
-def followed_cost(snapshot: Snapshot, method: Method, steps: int, runs: int = 1) -> float:
+def followed_cost(snapshot: Snapshot, method: Method, steps: float, runs: int = 1) -> float:
     """Return the gradients of following the top of a Hessian by few products, see `followed_top`."""
-    vectors = runs * (1.0 * steps * (steps + 1) + 3 * steps + 6)
+    vectors = runs * (4 * steps + 3)
     return products(snapshot, method, runs * steps) + beside(snapshot, calls=15.0 * runs * steps, vectors=vectors)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.step.known_graph import KnownGraph
+from lsp_callbacks.step.known_scale import KnownScales
 from lsp_callbacks.step.module_copy import StandingCopy
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.series import Trace
@@ -42,6 +43,7 @@ class RunContext:
             not. `Monitor.observe` sets its own.
         sharded: why no process holds all parameters, so that nothing can be measured; None if each does.
         known_graph: what verified replays of earlier steps have shown; one object for a whole run.
+        known_scales: of differences of gradients at earlier steps; likewise.
         standing_copy: of the module, which the measured steps use one after the other; likewise.
 
     Example:
@@ -64,6 +66,7 @@ class RunContext:
     invalidated: str | None = None
     sharded: str | None = None
     known_graph: KnownGraph = field(default_factory=KnownGraph, repr=False)
+    known_scales: KnownScales = field(default_factory=dict, repr=False)
     standing_copy: StandingCopy = field(default_factory=StandingCopy, repr=False)
 
     def generator(self, step: int, key: str) -> torch.Generator:

@@ -15,6 +15,8 @@ from lsp_callbacks.operators import hessian, step_jacobian
 from lsp_callbacks.operators.curvature.finite_differences import Differences, lengths
 from lsp_callbacks.operators.curvature.hessian import path_taken
 from lsp_callbacks.operators.curvature.top_eigenvalue import top_eigenvalue
+from lsp_callbacks.step.run_context import RunContext
+from lsp_callbacks.step.snapshot import Snapshot
 
 SGD, f32 = torch.optim.SGD, torch.float32
 SHORT = [1e-6, 1e-3, 1e3, 1e6]
@@ -474,3 +476,23 @@ def test_the_product_of_nothing_is_nothing(name):
     operator = hessian(snapshot, method="finite difference")
     zero = torch.zeros(operator.shape[1], dtype=operator.dtype)
     assert torch.equal(operator @ zero, zero) and (operator @ torch.ones_like(zero)).norm() > 0
+
+
+def test_a_run_remembers_how_far_its_differences_go():
+    """A curvature that the first distance cannot resolve costs a second difference at the first step alone."""
+    torch.manual_seed(0)
+    net, x, y = nn.Linear(6, 2), 0.3 * torch.randn(16, 6), 10 * torch.randn(16, 2)
+    v, run, counts, products = torch.randn(14), RunContext(), [], []
+    for context in (run, run, RunContext()):
+        calls = []
+        replay = lambda calls=calls: calls.append(1) or F.mse_loss(net(x), y)  # noqa: E731
+        gradient = torch.autograd.grad(replay(), [*net.parameters()])
+        snapshot = Snapshot(
+            step=0, module=net, replay=replay, loss=replay().detach(), gradient=dict(zip(("weight", "bias"), gradient)),
+            run=context,
+        )  # fmt: skip
+        calls.clear()
+        products.append(Differences(snapshot, snapshot.flat_gradient).product(v))
+        counts.append(len(calls))
+    assert counts == [2, 1, 2]
+    assert torch.allclose(products[1], products[2], rtol=0.02, atol=0.01 * float(products[2].norm()))

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import base, foreach_norm, version
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.linalg import LinearOperator, norm, norms
+from lsp_callbacks.linalg import LinearOperator, inner, norm, norms
 from lsp_callbacks.linalg.norms import HIGH, LOW
 from lsp_callbacks.step.flat import displaced_gradient, split
+from lsp_callbacks.step.known_scale import Scale
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Distances relative to the displaced tensors, in square roots of the machine epsilon: the smallest, the first (before
@@ -26,6 +27,8 @@ TOLERANCE = 29.0
 ACCEPTED = 2.0
 #: Accepted error where products are added to a unit vector, as in an update's Jacobian: 1e-4 in float32.
 LEAST = 0.3
+#: What is left from one product to the next of how far the loss was found to be rounded.
+FADED = 0.9
 #: Bounds on the rounding of a gradient are this many times the rounding observed on networks of several kinds.
 SAFETY = 3.0
 
@@ -91,6 +94,9 @@ class Differences:
     derivative, by rounding, or by a kink that was crossed. Where it is too large, a second difference, twice as far,
     distinguishes the rounding of the loss from the rest.
 
+    *Memory.* What a run's differences have shown (curvature, rounding of the loss) chooses the first distance of the
+    next step, which saves a second difference there. No check knows of it.
+
     *Weights.* Where products are multiplied by the rates of an optimizer, rounding is multiplied, too: for the bias of
     attention's keys, whose gradient is 0, Adam divides rounding by rounding. So all norms are those of the product as
     it is used, and rounding is counted in each number that is not exactly 0.
@@ -110,16 +116,18 @@ class Differences:
         self.snapshot, self.centre = snapshot, gradient
         self.parameters = list(snapshot.parameters.values())
         self.eps = float(torch.finfo(gradient.dtype).eps)
-        size, *sizes = norms([gradient, *(p.detach() for p in self.parameters)])
-        self.gradient, self.theta = float(size), float(torch.stack(sizes).norm())
+        size, *sizes = _norms([gradient, *(p.detach() for p in self.parameters)]).tolist()
+        self.gradient, self.theta = size, math.hypot(*sizes)
         self.lengths = lengths(self.parameters, sizes)
-        self.matrices = torch.tensor([p.ndim > 1 for p in self.parameters], device=gradient.device)
+        self.rows = [k for k, p in enumerate(self.parameters) if p.ndim <= 1]
         self.tolerance = min(TOLERANCE * self.eps**0.5, 0.01)
         self.weight, self.least = weight, LEAST * self.eps**0.5 if not relative else 0.0
         self.amplified = float(norm(weight)) / len(gradient) ** 0.5 if isinstance(weight, Tensor) else abs(weight)
         self.seen, self.used, self.loss, self.rounding = 0.0, 0.0, 0.0, 0.0
         self.nearest, self.referred = NEAR, False
         self.last: LastProduct | None = None
+        self.key = (None if snapshot.player is None else snapshot.player.name, self._uneven, relative)
+        self.known = snapshot.run.known_scales.get(self.key, Scale())
 
     def product(self, v: Tensor) -> Tensor:
         """Return ``H v``.
@@ -149,6 +157,8 @@ class Differences:
             self._compare(v, size, difference)
         product = difference.change.mul_(size / difference.distance)
         self._require_symmetry(v, size, product)
+        scale = Scale(self.seen, self.used, self.loss, max(self.rounding, FADED * self.known.rounding))
+        self.snapshot.run.known_scales[self.key] = scale
         return product
 
     def _require_symmetry(self, v: Tensor, size: float, product: Tensor) -> None:
@@ -191,13 +201,14 @@ class Differences:
     def _extent(self, v: Tensor) -> tuple[float, float | None]:
         """Return the norm of a vector, and its `reach`."""
         parts = v.split([p.numel() for p in self.parameters])
-        sizes = _norms(parts)
-        size = float(sizes.norm())
+        moves = _norms(parts).tolist()
+        size = math.hypot(*moves)
         if self.lengths is None or not size:
             return size, None
-        moves = torch.where(self.matrices, sizes, _norms(parts, math.inf))
-        moved = float((moves / torch.tensor(self.lengths, dtype=moves.dtype, device=moves.device)).norm())
-        return size, self.eps**0.5 * size / moved
+        if self.rows:
+            for k, largest in zip(self.rows, _norms([parts[k] for k in self.rows], math.inf).tolist()):
+                moves[k] = largest
+        return size, self.eps**0.5 * size / math.hypot(*(move / length for move, length in zip(moves, self.lengths)))
 
     def difference(self, v: Tensor, size: float, distance: float) -> Difference:
         """Return the difference along ``v / size``, ``size`` being the norm of v."""
@@ -247,12 +258,16 @@ class Differences:
         return max(self.tolerance * self.used, self.least)
 
     def _distance(self, reach: float) -> float:
-        """Return the distance at which rounding is 0.3 % of the largest curvature seen so far."""
-        if not self.seen:
+        """Return the distance at which rounding is 0.3 % of the largest curvature seen so far, or at earlier steps."""
+        if not (self.seen or self.known.seen):
             needed = SAFETY * self.bound() * self.amplified / (0.3 * self.least) if self.least else 0.0
             return min(FAR, max(FIRST, needed / reach)) * reach
-        rounded = SAFETY * self.bound() * self.amplified / (0.3 * self._accepted) if self.amplified else 0.0
-        return min(FAR * reach, max(self.nearest * reach, 5 * self.eps * self.theta, rounded))
+        seen, used, loss = (self.seen, self.used, self.loss) if self.seen else self.known.curvature
+        accepted = max(self.tolerance * used, self.least)
+        bound = self.eps * (2 * self.gradient + (2 * seen * loss) ** 0.5)
+        rounded = SAFETY * bound * self.amplified / (0.3 * accepted) if self.amplified else 0.0
+        unresolved = (6 * self.known.rounding / (ACCEPTED * self.tolerance * seen)) ** 0.5  # the loss, not the gradient
+        return min(FAR * reach, max(self.nearest * reach, 5 * self.eps * self.theta, rounded, unresolved))
 
     def _clear(self, difference: Difference) -> bool:
         if not difference.distance * self.seen < math.inf:
@@ -273,9 +288,10 @@ class Differences:
         lost = []
         for p, part in zip(self.parameters, split(v, self.parameters)):
             wanted = part.to(p.dtype) * scale
-            missing = (p.detach() + wanted) - p.detach() - wanted
-            lost.append((missing.double() * part).sum() / norm(part).clamp_min(torch.finfo(torch.float64).tiny))
-        return bool(torch.stack(lost).norm() <= self.tolerance * scale * norm(v))
+            missing = (p.detach() + wanted).sub_(p.detach()).sub_(wanted)
+            size = max(float(norm(part)), torch.finfo(torch.float64).tiny)
+            lost.append(inner(missing.reshape(-1), part.reshape(-1)) / size)
+        return math.hypot(*lost) <= self.tolerance * scale * float(norm(v))
 
     def _consistent(self, difference: Difference) -> bool:
         """Return whether rounding of the loss explains the defect, or it is small against the curvature."""
@@ -364,31 +380,15 @@ def difference_hessian(
     return LinearOperator((len(gradient),) * 2, product, product, dtype=gradient.dtype, device=gradient.device)
 
 
-def central_difference(snapshot: Snapshot, v: Tensor, far: float) -> tuple[Tensor, float]:
-    """Return the central difference of gradients along a unit vector, and the distance to either side.
-
-    Args:
-        snapshot: a step.
-        v: the unit vector, flat.
-        far: multiple of the first distance of `Differences`.
-
-    Cost: two gradients.
-    """
-    differences = Differences(snapshot, torch.zeros_like(v))
-    distance = far * FIRST * (differences.reach(v) or differences.eps**0.5)
-    ends = [differences.difference(v, 1.0, sign * distance).change for sign in (1, -1)]
-    return (ends[0] - ends[1]) / (2 * distance), distance
-
-
-def lengths(parameters: Sequence[Tensor], sizes: Sequence[Tensor] | None = None) -> list[float] | None:
+def lengths(parameters: Sequence[Tensor], sizes: Sequence[float] | None = None) -> list[float] | None:
     """Return the norm of an average row of each tensor, at least a tenth of the median; None where all are 0.
 
     Args:
         parameters: the tensors.
         sizes: their norms, if they are known.
     """
-    sizes = norms([p.detach() for p in parameters]) if sizes is None else sizes
-    values = torch.stack([size / max(1, len(p) if p.ndim else 1) ** 0.5 for size, p in zip(sizes, parameters)]).tolist()
+    sizes = _norms([p.detach() for p in parameters]).tolist() if sizes is None else sizes
+    values = [float(size) / max(1, len(p) if p.ndim else 1) ** 0.5 for size, p in zip(sizes, parameters)]
     typical = sorted(values)[len(values) // 2] or min((x for x in values if x > 0), default=0.0)
     return [max(x, 0.1 * typical) for x in values] if typical > 0 else None
 

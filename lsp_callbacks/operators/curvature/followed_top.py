@@ -14,17 +14,19 @@ from lsp_callbacks.operators.curvature.top_eigenvalue import Top, accuracy_of
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Products: with an earlier vector, without one, and at most. So many parameters are measured to the end.
-WARM, COLD, MOST, FEW = 2, 5, 4, 12
+WARM, COLD, MOST, FEW = 2, 3, 4, 12
+#: Products that readings take in the mean, with an earlier vector and without: ``benchmarks/sharpness_error_bars.py``.
+USUAL = (2.6, 3.2)
 #: Norm of the noise in a start, in units of that of the earlier vector, or of the gradient.
 NOISE = 0.1
 #: How much of the gain the value is raised by, of a gain of at most so much.
 RAISED, MOST_GAIN = 0.5, 0.3
 #: The error bar: multiples of what is hidden behind an overlap, and a least number; multiples of the gain, of the fall
-#: and of what has turned, and the part of these that is left after two products, three, and four. Chosen on seeds 0, 1,
-#: 5 and 6 of ``benchmarks/sharpness_error_bars.py``.
+#: and of what has turned, and the part of these that is left after the first products, and each further one. Chosen on
+#: seeds 0, 1, 5 and 6 of ``benchmarks/sharpness_error_bars.py``.
 HIDDEN, OVERLAP, LEAST, GAIN, FALL, TURNED, LEFT = 0.36, 0.05, 0.15, 0.2, 0.66, 0.17, (1.0, 0.35, 0.16)
 #: Error bar from which on a further product is taken.
-WIDE = 0.41
+WIDE = 0.6
 #: How many earlier values are compared.
 RECENT = 3
 #: Random numbers that are repeated, with random signs, to form noise.
@@ -45,8 +47,9 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
     start (`lsp_callbacks.linalg.TopNode`). Fall is the logarithm of how far the value lies below the highest of the
     last three: from one mini-batch to the next sharpness often halves or doubles, and a low reading may also have
     missed the mode that is still there. Turned is 1 less the overlap of the vector with the earlier one: another mode
-    has become the sharpest, and there may be a third. While the bar exceeds 41 %, a third product is taken, which
-    leaves less to be hidden and 35 % of the last three, and a fourth, which leaves 16 % of them.
+    has become the sharpest, and there may be a third. While the bar exceeds 60 %, a third product is taken, which
+    leaves less to be hidden and 35 % of the last three, and a fourth, which leaves 16 % of them. Without an earlier
+    vector three products come first, and a fourth where the bar exceeds 60 % after them.
 
     The form follows from what can go wrong; its numbers were chosen such that it holds along ten runs, see
     ``benchmarks/sharpness_error_bars.md``. The 15 % are for what no product tells of: the mini-batch has a mode that is
@@ -56,7 +59,7 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
     Args:
         operator: symmetric: the Hessian of the step's loss, or that behind a preconditioner.
         snapshot: the step.
-        start: the vector of an earlier step. Without one, or where it does not fit, there are five products.
+        start: the vector of an earlier step; without one, or where it does not fit, there is more to be hidden.
         recent: values of the last steps.
 
     Cost: see `products_taken`.
@@ -72,7 +75,7 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
 
     def enough(node: TopNode) -> bool:
         early.append(node.value)
-        bars.append(_bar(node, recent, _turned(node, start, length)))
+        bars.append(_bar(node, steps, recent, _turned(node, start, length)))
         return node.products >= steps and bars[-1] <= WIDE
 
     products = products_so_far(snapshot)
@@ -89,15 +92,15 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
     return Top(value, node.vector, error, accuracy, error + value - node.least, node.products, first)
 
 
-def products_taken(n: int, warm: bool) -> int:
-    """Return how many products `followed_top` takes on n parameters, where the error bar is not wide."""
-    return n if n <= FEW else WARM if warm else COLD
+def products_taken(n: int, warm: bool) -> float:
+    """Return how many products `followed_top` usually takes on n parameters."""
+    return n if n <= FEW else USUAL[not warm]
 
 
-def _bar(node: TopNode, recent: Sequence[float], turned: float) -> float:
-    """Return the relative error bar of an estimate."""
+def _bar(node: TopNode, first: int, recent: Sequence[float], turned: float) -> float:
+    """Return the relative error bar of an estimate; ``first`` is how many products are always taken."""
     rest = GAIN * float(node.gain) + FALL * _fall(node.value, recent) + TURNED * turned
-    left = LEFT[min(max(node.products - WARM, 0), len(LEFT) - 1)]
+    left = LEFT[min(max(node.products - first, 0), len(LEFT) - 1)]
     return LEAST + HIDDEN * float(node.hidden(OVERLAP) / _size(node)) + left * rest
 
 

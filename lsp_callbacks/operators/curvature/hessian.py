@@ -127,7 +127,7 @@ def label(path: str, snapshot: Snapshot, dtype: torch.dtype | None = None) -> st
     return ", ".join([path, *(part for part, holds in parts.items() if holds)])
 
 
-def product_cost(method: Method, products: int) -> float:
+def product_cost(method: Method, products: float) -> float:
     """Return the gradients that Hessian products on one step cost; see ``benchmarks/hessian_product_costs.py``."""
     return 1.2 * products if method == "finite_difference" else 3.3 + 2.0 * (products - 1)
 

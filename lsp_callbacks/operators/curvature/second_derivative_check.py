@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lsp_callbacks.autograd.double_backward import Comparison
 from lsp_callbacks.linalg import norm, unit
-from lsp_callbacks.operators.curvature.finite_differences import central_difference
+from lsp_callbacks.operators.curvature.central_difference import central_difference
 from lsp_callbacks.step.flat import flatten
 from lsp_callbacks.step.snapshot import Snapshot
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from lsp_callbacks.autograd.double_backward import Comparison
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, unit
-from lsp_callbacks.operators.curvature.finite_differences import central_difference
+from lsp_callbacks.operators.curvature.central_difference import central_difference
 from lsp_callbacks.operators.curvature.hessian import Method, hessian
 from lsp_callbacks.operators.trajectory.formula_tangent import blocks_of
 from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer

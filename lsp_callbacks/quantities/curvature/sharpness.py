@@ -11,7 +11,7 @@ from torch import Tensor
 from lsp_callbacks._validation import choice
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.cost import followed_cost, forward_cost, lanczos_cost
-from lsp_callbacks.operators.curvature.followed_top import COLD, followed_top, products_taken
+from lsp_callbacks.operators.curvature.followed_top import MOST, followed_top, products_taken
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import (
     NOTHING,
@@ -126,7 +126,7 @@ def _size(snapshot: Snapshot) -> int:
 
 def alignment_memory(snapshot: Snapshot, method: Method, *, bounded: bool = False) -> dict[str, float]:
     """Return the bytes for the alignment: a vector for each product, and one more."""
-    return product_memory(snapshot, method, _BOUNDED_COLD if bounded else COLD + 1)
+    return product_memory(snapshot, method, _BOUNDED_COLD if bounded else MOST + 1)
 
 
 class Sharpness(Quantity):
@@ -162,7 +162,7 @@ class Sharpness(Quantity):
     Raises:
         Unmeasurable: with several players, if one of them does not step for a long time.
 
-    Cost: two products, shared with the exponent, a third or a fourth where the error bar is wide, four at the first
+    Cost: two products, shared with the exponent, a third or a fourth where the error bar is wide, three at the first
     reading. A product is one gradient, on a small network with nearly as much again for its vectors, and at kinks one
     forward pass more, see `lsp_callbacks.operators.hessian`. With rates that differ, as with every preconditioner, H
     has products of its own: twice as many.
