@@ -179,11 +179,13 @@ class MeanSquareStability(Quantity):
         if self._price and self._checks_next and "batch statistics" not in self._price:
             return self._price | {"gradient": 1.0, "check of the rows": 1.0, "places of the samples": 1 / 3}
         samples = step_samples(snapshot, self._most)
-        n, positions = samples.samples, self._positions(samples.samples)
-        positions = 1 if work(snapshot).multiplications <= 1.5 * n * work(snapshot).parameters else max(2, positions)
+        n, once = samples.samples, work(snapshot)
+        share = probe_share(snapshot, samples, n)
+        is_single = once.multiplications * share <= 1.5 * n * once.parameters
+        positions = 1 if is_single else max(2, self._positions(n))
         if self.latest is not None:
             positions = self.latest.kernel.rows
-        share, rows = probe_share(snapshot, samples, n), row_count(n, self.rows) * positions
+        rows = row_count(n, self.rows) * positions
         parts = {
             "rows of the batch": (1 + positions) / 3 * share + gram_cost(snapshot, rows, n / max(share, 1e-9)),
             **rate_cost(snapshot, rows),
