@@ -118,7 +118,7 @@ def test_optimizers(name, support):
     callback = everything()
     net = NETS.get(name, mlp)
     unchanged(lambda: Model(net(), make), callback, loader=data(), max_steps=4)
-    recorded = results(callback, {})
+    recorded = results(callback, left_out)
     assert {name for name, result in recorded.items() if result["state"] != "measured"} == set(left_out), recorded
     for quantity, reason in left_out.items():
         assert reason in recorded[quantity]["reason"], quantity
