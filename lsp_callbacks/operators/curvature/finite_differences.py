@@ -262,7 +262,8 @@ class Differences:
         if not (self.seen or self.known.seen):
             needed = SAFETY * self.bound() * self.amplified / (0.3 * self.least) if self.least else 0.0
             return min(FAR, max(FIRST, needed / reach)) * reach
-        seen, used, loss = (self.seen, self.used, self.loss) if self.seen else self.known.curvature
+        scale = self if self.seen else self.known
+        seen, used, loss = scale.seen, scale.used, scale.loss
         accepted = max(self.tolerance * used, self.least)
         bound = self.eps * (2 * self.gradient + (2 * seen * loss) ** 0.5)
         rounded = SAFETY * bound * self.amplified / (0.3 * accepted) if self.amplified else 0.0
@@ -393,7 +394,7 @@ def lengths(parameters: Sequence[Tensor], sizes: Sequence[float] | None = None) 
     return [max(x, 0.1 * typical) for x in values] if typical > 0 else None
 
 
-def _norms(parts: Sequence[Tensor], order: float = 2.0) -> Tensor:
+def _norms(parts: list[Tensor] | tuple[Tensor, ...], order: float = 2.0) -> Tensor:
     """Return the norm of each part in float64."""
     sizes = torch.stack(foreach_norm(parts, order)).double()
     is_accurate = order != 2.0 or bool(((sizes > LOW) & (sizes < HIGH)).all())
