@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from bisect import bisect
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lsp_callbacks.functional.sgd.low_rank_noise import top_by_noise
+from lsp_callbacks.functional.sgd.low_rank_noise import Array, top_by_noise
 from lsp_callbacks.functional.sgd.mean_square import affine_in_rate, mean_square_lr, noise_share, stationary_factor
 from lsp_callbacks.functional.sgd.modes import PLAIN, UpdateRule, drawn_from, in_unit, reduced_modes
 
@@ -87,35 +88,33 @@ def _single(
     """Return the rate in float32; None where that does not suffice."""
     if not max(rule.weight_decay, rule.decoupled_decay) < 1 / ROUNDING:
         return None
-    values, vectors = torch.linalg.eigh(gram.float())
-    ascending = values.tolist()
-    first = bisect(ascending, ROUNDING * ascending[-1])
-    values = values[first:]
-    scale = values.sqrt() * (share / total) ** 0.25  # the noise holds fourth powers
-    rows, h = vectors[:, first:] * scale, values / total
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram.float())
+    first = bisect(ascending := eigenvalues.tolist(), ROUNDING * ascending[-1])
+    values, vectors = eigenvalues.numpy()[first:], eigenvectors.numpy()[:, first:]
+    rows, h = vectors * (np.sqrt(values) * (share / total) ** 0.25), values / total  # the noise holds fourth powers
     if chance is not None:
-        rows.mul_(chance.float()[:, None] ** 0.25)
+        rows *= chance.numpy().astype(rows.dtype)[:, None] ** 0.25
+    rows = np.ascontiguousarray(rows)
     decayed = h + rule.weight_decay if rule.weight_decay else h
     source, fixed = affine_in_rate(decayed, rule)
-    diagonal = torch.outer(decayed, decayed).sub_(torch.outer(h, h), alpha=share)
+    diagonal = np.outer(decayed, decayed) - share * np.outer(h, h)
     pair = top_by_noise(rows, source, diagonal if fixed is None else diagonal - fixed, tol)
     if pair is None:
         return None
     x, decay = pair[0] / rule.correction, rule.decoupled_decay
     if rule.nesterov or rule.direct or decay > SLIGHT * tol * x:
-        x, decay = _followed(rows, decayed.double(), diagonal, rule, x, pair[1], tol), 0.0
+        x, decay = _followed(rows, decayed.astype(float), diagonal, rule, x, pair[1], tol), 0.0
     return (1 - len(gram) * ROUNDING - decay / x) / x if x > 0 else None
 
 
-def _followed(
-    rows: Tensor, h: Tensor, diagonal: Tensor, rule: UpdateRule, x: float, solution: Tensor, tol: float
-) -> float:
+def _followed(rows: Array, h: Array, diagonal: Array, rule: UpdateRule, x: float, solution: Array, tol: float) -> float:
     """Return ``1 / lr`` for a rule whose `stationary_factor` is not affine in it, by lines through two rates; NaN."""
     for _ in range(ROUNDS):
-        start = (rows @ solution).mul_(rows).sum(1)
+        start = ((rows @ solution) * rows).sum(1)
         here, beyond = (stationary_factor(h, 1 / at, rule) for at in (x, (1 + STEP) * x))
         slope = (beyond - here) / (STEP * x)
-        pair = top_by_noise(rows, slope.to(rows), diagonal + (x * slope - here).to(rows), tol, start=start)
+        fixed = diagonal + (x * slope - here).astype(rows.dtype)
+        pair = top_by_noise(rows, slope.astype(rows.dtype), fixed, tol, start=start)
         if pair is None:
             return math.nan
         moved, (x, solution) = abs(pair[0] - x), pair

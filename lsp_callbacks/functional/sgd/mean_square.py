@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lsp_callbacks.functional.sgd.low_rank_noise import top_by_noise
+from lsp_callbacks.functional.sgd.low_rank_noise import Array, top_by_noise
 from lsp_callbacks.functional.sgd.modes import PLAIN, Modes, UpdateRule, drawn_from, in_units
 
 #: Tolerance of the first eigenvalues of a search.
 LOOSE = 1e-3
+Numbers = TypeVar("Numbers", Tensor, Array)
 Superoperator = Callable[[Tensor], Tensor]
 TopAgainst = Callable[[Tensor, "Tensor | None", Tensor, float], tuple[float, Tensor]]
 
@@ -99,9 +101,9 @@ def _top_against(modes: Modes, batch_size: int, replacement: bool, population: i
     def top(source: Tensor, rest: Tensor | None, start: Tensor, tol: float) -> tuple[float, Tensor]:
         if low_rank and tol > LOOSE:
             fixed = diagonal if rest is None else diagonal - rest
-            pair = top_by_noise(rows, source, fixed, tol)
+            pair = top_by_noise(rows.numpy(), source.numpy(), fixed.numpy(), tol)
             if pair is not None:
-                return pair
+                return pair[0], torch.from_numpy(pair[1])
         d, root = second_moment(modes, batch_size, replacement, population, weight_decay=decay), source.rsqrt()
         shift = None if rest is None else -rest * root**2
 
@@ -189,7 +191,7 @@ def _mean_square_lr(modes: Modes, top_against: TopAgainst, rule: UpdateRule, tol
     return math.nan
 
 
-def affine_in_rate(h: Tensor, rule: UpdateRule) -> tuple[Tensor, Tensor | None]:
+def affine_in_rate(h: Numbers, rule: UpdateRule) -> tuple[Numbers, Numbers | None]:
     """Return alpha and gamma of `mean_square_lr`, ``t = alpha c / lr + gamma``; None for a gamma of 0.
 
     Args:
@@ -244,14 +246,14 @@ def second_moment_exponent(
     if not modes.rank:
         return math.nan
     h = modes.curvatures + rule.weight_decay
-    delta, phi, beta, b1, b2 = (float(c) for c in rule.coefficients(torch.tensor(lr, dtype=torch.float64)))
+    delta, phi, beta, b1, b2 = rule.coefficients(lr)
     eye = torch.eye(modes.rank, dtype=torch.float64)
     if not beta:
         linear = delta**2 + delta * b1 * (h[:, None] + h)
         top, _ = _top(lambda x: linear * x + b1**2 * d(x), eye, tol, steps=400)
         return 0.5 * math.log(max(top, 1e-300))
     # Times the rate, m has the units of v. T preserves a cone: rho is an eigenvalue; others may share its modulus.
-    phi = float(rule.coefficients(torch.ones((), dtype=torch.float64))[1])
+    phi = rule.coefficients(1.0)[1]
     b2, left = b2 * lr, h[:, None]
     state, radius = torch.stack([eye, 0 * eye, eye]), 1.0
     for _ in range(iterations):
@@ -281,9 +283,9 @@ def second_moment_exponent(
     return math.nan
 
 
-def stationary_factor(h: Tensor, lr: float, rule: UpdateRule) -> Tensor:
+def stationary_factor(h: Numbers, lr: float, rule: UpdateRule) -> Numbers:
     """Return ``t`` of `mean_square_lr`, ``(r, r)``: Cramer eliminates C and M for each pair of modes."""
-    delta, phi, beta, b1, b2 = (float(c) for c in rule.coefficients(torch.tensor(lr, dtype=torch.float64)))
+    delta, phi, beta, b1, b2 = rule.coefficients(lr)
     left, right = h[:, None], h[None, :]
     feed, square = beta * b2 / (1 - beta**2), b2**2 / (1 - beta**2)  # M = feed (h_i C_ij + h_j C_ji) + square D
     direct = 1 - delta * beta - b1 * beta * h - phi * beta * feed * h
@@ -294,8 +296,8 @@ def stationary_factor(h: Tensor, lr: float, rule: UpdateRule) -> Tensor:
     by_d = drive * (direct[None, :] - other[None, :]) / det
     weight = (phi**2 * feed + phi * b1) * left + delta * phi
     through_p, through_d = weight * by_p, weight * by_d
-    kept = 1 - delta**2 - delta * b1 * (left + right) - through_p - through_p.mT
-    return kept / (phi**2 * square + b1**2 + through_d + through_d.mT)
+    kept = 1 - delta**2 - delta * b1 * (left + right) - through_p - through_p.T
+    return kept / (phi**2 * square + b1**2 + through_d + through_d.T)
 
 
 def _top(operator: Superoperator, start: Tensor, tol: float, steps: int = 200) -> tuple[float, Tensor]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Rates = TypeVar("Rates", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class UpdateRule:
         if self.nesterov and self.direct:
             raise ValueError("Nesterov momentum has its share of the gradient already: leave direct out")
 
-    def coefficients(self, lr: Tensor) -> tuple[Tensor, Tensor, float, Tensor, float]:
-        """Return ``(delta, phi, beta, b1, b2)`` at the rates ``lr``."""
+    def coefficients(self, lr: Rates) -> tuple[Rates, Rates, float, Rates, float]:
+        """Return ``(delta, phi, beta, b1, b2)`` at one rate, or at several."""
         beta, rate = self.momentum, lr / self.correction
         delta = 1 - lr * self.decoupled_decay
         if not beta:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import saved
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, pull, summed
-from lsp_callbacks.operators.sgd.output_hessian import OutputCurvature
+from lsp_callbacks.operators.sgd.softmax_pairs import softmax_pairs
 
+#: How many samples the others are compared with: where nine of ten are the same, one of three is among them.
+FEW, MOST = 3, 0.9
 #: Nodes that are linear in what depends on the parameters, between a loss and its criterion. Of the second kind, where
 #: one factor alone depends on them.
 _LINEAR = {
@@ -43,32 +45,46 @@ class GraphCriterion:
     shape: torch.Size
     axis: int
 
-    def curvature(self, positions: Tensor) -> OutputCurvature:
-        """Return the Hessians at some positions of each sample, ``(N, k)``."""
-        weights = self.weights.gather(1, positions)
-        w = weights[..., None]
+    def sizes(self, positions: Tensor) -> Tensor:
+        """Return the top eigenvalue of the Hessian at some positions of each sample, up to a factor 2, ``(N, k)``.
+
+        That of ``diag(p) - p p^T`` lies between its largest diagonal entry and, by Gershgorin's discs, twice that.
+        """
+        outputs, weights = self._at(self.outputs, positions), self._at(self.weights, positions)
         if not self.is_softmax:
-            return OutputCurvature(lambda v: w * v, weights)
-        p = self.at(positions).exp()
-        likely = p.argmax(-1, keepdim=True)
+            return weights
+        return weights * (outputs.exp() * torch.expm1(outputs)).amin(-1).neg_()  # 1 - p has no digits where p is near 1
 
-        def product(v: Tensor) -> Tensor:
-            beside = v - v.gather(-1, likely)  # where p is nearly 1 the two terms of p v - p <p, v> would cancel
-            return w * (p * (beside - (p * beside).sum(-1, keepdim=True)))
+    def pairs(self, positions: Tensor, taken: Tensor) -> Tensor:
+        """Return ``sqrt(s) u`` of the top eigenpair of the Hessian, ``(n, k, C)``, at ``(n, k)`` of some samples."""
+        weights = self._at(self.weights[taken], positions)
+        if not self.is_softmax:
+            return weights.sqrt()[..., None]
+        return softmax_pairs(self._at(self.outputs[taken], positions).exp(), weights)
 
-        return OutputCurvature(product, weights, p)
+    def is_alike(self, positions: Tensor) -> bool:
+        """Return whether nine of ten samples may have the same outputs, to rounding."""
+        flat = self._at(self.outputs, positions).flatten(1)
+        rounding = 8 * torch.finfo(flat.dtype).eps * flat.abs().amax(1)
 
-    def at(self, positions: Tensor) -> Tensor:
-        """Return the outputs at some positions of each sample, ``(N, k, C)``."""
-        if self.outputs.shape[1] == positions.shape[1] == 1:
-            return self.outputs
-        return self.outputs.gather(1, positions[..., None].expand(-1, -1, self.outputs.shape[-1]))
+        def are(first: Tensor) -> bool:
+            same = (first[:FEW, None] - first).abs().amax(-1) <= rounding
+            return bool((same.sum(1) >= MOST * len(flat)).any())
 
-    def cotangent(self, values: Tensor, position: Tensor) -> Tensor:
-        """Return values at one position of each sample, ``(N, C)`` and ``(N,)``, as a tensor of the outputs' shape."""
+        return are(flat[:, :1]) and are(flat)  # nearly always the first output tells them apart
+
+    @staticmethod
+    def _at(t: Tensor, positions: Tensor) -> Tensor:
+        """Return some positions, ``(n, k)``, of ``(n, T, ...)``."""
+        if t.shape[1] == positions.shape[1] == 1:
+            return t
+        return t.gather(1, positions.view(*positions.shape, *[1] * (t.ndim - 2)).expand(-1, -1, *t.shape[2:]))
+
+    def cotangent(self, values: Tensor, position: Tensor, taken: Tensor) -> Tensor:
+        """Return values at one position of some samples, ``(n, C)`` and ``(n,)``, as a tensor of the outputs' shape."""
         n, length, classes = self.outputs.shape
         whole = values.new_zeros(n, length, classes)
-        whole[torch.arange(n, device=values.device), position.to(values.device)] = values
+        whole[taken, position] = values
         if self.axis == len(self.shape) - 1 or len(self.shape) == 1:
             return whole.view(self.shape)
         rest = [size for axis, size in enumerate(self.shape) if axis != self.axis]

@@ -17,7 +17,7 @@ class NormSite(Site):
 
     def rows_of(self, g: Tensor, samples: Samples) -> Tensor:
         rows = samples.rows(self.flat(self.normalised), self.axis)
-        g = samples.rows(self.flat(g), self.axis)
+        g = samples.gradient(self.flat(g), self.axis)
         return torch.stack([self.summed(g * rows), self.summed(g)], dim=1)
 
     @property

@@ -5,27 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd._torch_internals import Convolution, saved
+from lsp_callbacks.autograd._torch_internals import saved
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, outputs_first, require_plain
 from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel, with_top
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion, read_criterion
 from lsp_callbacks.operators.sgd.graph_pass import GraphPass
 from lsp_callbacks.operators.sgd.graph_sites import Samples
-from lsp_callbacks.operators.sgd.output_directions import Chosen, positions_of, weighted
+from lsp_callbacks.operators.sgd.output_directions import Chosen, positions_of
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, wide
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows, RowSketch
 from lsp_callbacks.operators.sgd.sampled_rows import sampled_rows
-from lsp_callbacks.operators.sgd.softmax_pairs import softmax_pairs
 from lsp_callbacks.step.graph_reader import GraphReader
-
-#: How many samples the others are compared with: where nine of ten are the same, one of three is among them.
-FEW, MOST = 3, 0.9
 
 
 class GraphKind(NamedTuple):
@@ -35,11 +31,13 @@ class GraphKind(NamedTuple):
         nodes: their names, outputs first.
         sites: the names of the trainable parameters of each use, in the order of the graph.
         axes: of the samples in each use: first (0) or second (1).
+        by_rows: whether gradients of some samples can be taken back alone.
     """
 
     nodes: tuple[str, ...]
     sites: tuple[tuple[str | None, ...], ...]
     axes: list[int]
+    by_rows: bool = False
 
 
 class GraphRows(GraphReader):
@@ -94,6 +92,7 @@ class GraphRows(GraphReader):
         self.recent = recent
         self._correction: float | None = None
         self.plain: dict[str, Tensor] = {}
+        self._behind: tuple[Mapping[str, Tensor | float], tuple[Tensor, dict[str, float]]] | None = None
 
     def saw_loss(self, loss: Tensor, *, samples: int | None, factor: float, micro_batches: int) -> None:
         if self.failure is not None:
@@ -117,81 +116,88 @@ class GraphRows(GraphReader):
         chosen, pairs = self._choose(criterion, total)
         self.samples += samples
         self.chosen.append(chosen)
-        names = {id(p): name for name, p in self._parameters.items()}
-        layers: dict[int, nn.Module] = {}
-        for layer in self._module.modules():
-            if isinstance(layer, nn.Linear | Convolution):  # not by its attribute: a parametrisation would compute it
-                layers |= {id(p): layer for name, p in layer.named_parameters(recurse=False) if name == "weight"}
         kinds = tuple(node.name() for node in nodes)
-        known = Samples(samples, chosen.taken, names, layers, None if self.kind is None else self.kind.axes)
         if self.kind is not None and self.kind.nodes != kinds:
             raise UnknownGraph("another graph than before")
         nodes = nodes[nodes.index(criterion.node) + 1 :]
-        if known.axes is None:
-            length, classes = criterion.outputs.shape[1:]
-            alone, place = _alone(samples, length)
-            only = pairs.new_zeros(samples, classes)
-            only[alone] = torch.randn(classes, generator=torch.Generator().manual_seed(0)).to(only)
-            probe = GraphPass(nodes, criterion, replace(known, alone=alone))
-            probe.run(only, torch.full((samples,), place, device=only.device))
-            self.kind, self.dtype = GraphKind(kinds, probe.uses, probe.axes), read(loss).dtype
+        known = Samples(
+            samples, chosen.taken.to(pairs.device), {id(p): name for name, p in self._parameters.items()}, self._module
+        )
+        if self.kind is None:
+            graph = self._learn(nodes, criterion, known, pairs, chosen, kinds)
+            self.dtype = read(loss).dtype
             if self.dtype is torch.float16:
                 raise UnknownGraph("cotangents of a loss that is not scaled leave the range of float16")
-            known.axes = probe.axes
-            del probe  # and the gradients at all layers
-        graph = GraphPass(nodes, criterion, known)
-        for k, position in enumerate(chosen.positions.unbind(1)):
-            graph.run(pairs[:, k], position)
+        else:
+            known.axes, known.by_rows = self.kind.axes, self.kind.by_rows
+            graph = _passed(nodes, criterion, known, pairs, chosen)
         if self.kind is None or graph.uses != self.kind.sites:
             raise UnknownGraph("other uses of parameters than before")
         self._parts.append(graph.parts())
         if self.ties and self._scale is not None:
             self._push(graph, pairs, chosen, self._scale)
 
+    def _learn(
+        self, nodes: list[Any], criterion: GraphCriterion, known: Samples, pairs: Tensor, chosen: Chosen,
+        kinds: tuple[str, ...],
+    ) -> GraphPass:  # fmt: skip
+        """Find out where the samples are in each use, by a pass for one of them, and how to take back those taken."""
+        samples, length, classes = criterion.outputs.shape
+        alone, place = _alone(samples, length)
+        probe = GraphPass(
+            nodes, criterion, replace(known, taken=pairs.new_tensor([alone], dtype=torch.long), alone=alone)
+        )
+        only = torch.randn(1, classes, generator=torch.Generator().manual_seed(0)).to(pairs)
+        probe.run(only, torch.full_like(only[:, 0], place, dtype=torch.long))
+        known.axes, sites = probe.axes, probe.uses
+        del probe  # and the gradients at all layers
+        graph = _passed(nodes, criterion, known, pairs, chosen)
+        is_agreed = False
+        if length == 1:
+            try:
+                of_rows = _passed(nodes, criterion, replace(known, by_rows=True), pairs, chosen)
+                is_agreed = of_rows.agrees(graph)
+            except Exception:  # whatever the rules of layers raise: the gradients of all samples are taken back
+                is_agreed = False
+        self.kind = GraphKind(kinds, sites, known.axes, is_agreed)
+        return of_rows if is_agreed else graph
+
     def _push(self, graph: GraphPass, pairs: Tensor, chosen: Chosen, scale: Mapping[str, Tensor | float]) -> None:
         """Take the sharpest combination of rows back through the statistics of the batch, to the parameters."""
-        c = torch.linalg.eigh(self._gram_so_far(scale))[1][:, -1]
-        weights = torch.zeros(pairs.shape[:2], dtype=c.dtype)
-        weights[chosen.taken] = c.view(-1, pairs.shape[1])
-        self._pushed = c, graph.gradients(pairs * weights.to(pairs)[..., None], chosen.positions)
+        c = torch.linalg.eigh(self._gram_so_far(scale)[0])[1][:, -1]
+        weights = c.to(pairs).view(pairs.shape[:2])
+        self._pushed = c, graph.gradients(pairs * weights[..., None], chosen.positions[chosen.taken])
 
-    def _gram_so_far(self, scale: Mapping[str, Tensor | float]) -> Tensor:
-        shares = [
-            ParameterGram([part[name] for part in self._parts]).gram(
-                torch.as_tensor(scale[name]).to(p), HELD, p.numel()
-            )
-            for name, p in self._parameters.items()
-            if name in self._parts[0]
-        ]
-        total = torch.stack(shares).sum(0, dtype=torch.float64)
-        return (total + total.T).mul_(0.5).cpu()
+    def _gram_so_far(self, scale: Mapping[str, Tensor | float]) -> tuple[Tensor, dict[str, float]]:
+        """Return K, and the traces of the parameters' shares in it; what they are made from stays."""
+        shares = {}
+        for name in self._parts[0]:
+            p, gram = self._parameters[name], ParameterGram([part[name] for part in self._parts])
+            shares[name] = gram.gram(torch.as_tensor(scale[name]).to(p), HELD, p.numel())
+        traces = dict.fromkeys(self._parameters, 0.0) | {name: float(share.trace()) for name, share in shares.items()}
+        total = torch.stack([*shares.values()]).sum(0, dtype=torch.float64)
+        self._behind = scale, ((total + total.T).mul_(0.5).cpu(), traces)
+        return self._behind[1]
 
     def _choose(self, criterion: GraphCriterion, total: int) -> tuple[Chosen, Tensor]:
-        """Return what to look at, as `OutputDirections` chooses it, and the cotangents there, ``(N, k, C)``."""
-        n, length, classes = criterion.outputs.shape
+        """Return what to look at, and the cotangents there, ``(n, k, C)`` of the samples that have rows."""
+        n, length, _ = criterion.outputs.shape
         if length == 1 or self.ties:
             self.recent = None
-        positions = positions_of((n, length), self._positions(total), self._generator).to(criterion.outputs.device)
-        outputs = criterion.at(positions)
-        if not bool(outputs.isfinite().any()):
-            raise UnknownGraph("the outputs are not finite")
-        self.alike |= bool((_same(outputs).sum(1) >= MOST * n).any())
-        curvature = criterion.curvature(positions)
-        if classes == 1:
-            assert curvature.weights is not None
-            pairs = curvature.weights.clamp_min(0).sqrt()[..., None].to(outputs)
-        else:
-            assert curvature.p is not None and curvature.weights is not None
-            pairs = softmax_pairs(curvature.p, curvature.weights).to(outputs)
+        device = criterion.outputs.device
+        positions = positions_of((n, length), self._positions(total), self._generator).to(device)
+        self.alike |= criterion.is_alike(positions)
         self._per_sample = positions.shape[1]
-        pairs = (length / positions.shape[1]) ** 0.5 * pairs
-        most = round(self._rows(total) * n / total)
-        if most >= n:
-            return Chosen(positions, torch.arange(n), torch.ones(n, dtype=torch.float64)), pairs
-        sizes = pairs.square().flatten(1).sum(1)
-        offset = float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        sizes = criterion.sizes(positions).sum(1)
+        least, largest = (float(size) for size in sizes.aminmax())
+        if not least >= -1e-4 * largest:
+            raise UnknownGraph("the outputs are not finite, or the criterion is not convex in them")
+        most = min(round(self._rows(total) * n / total), n)
+        offset = float(torch.rand((), generator=self._generator, dtype=torch.float64)) if most < n else 0.0
         taken, chance = sampled_rows(sizes, most, offset)
-        return Chosen(positions, taken, chance), weighted(pairs, taken, chance)
+        pairs = criterion.pairs(positions[taken], taken.to(device))
+        factor = (length / self._per_sample / chance).sqrt()
+        return Chosen(positions, taken, chance), pairs * factor.to(pairs)[:, None, None]
 
     def release(self) -> None:
         """Let go of all that the rows are made from."""
@@ -211,6 +217,17 @@ class GraphRows(GraphReader):
         """
         if self.failure is not None or not self._parts:
             raise self.failure or UnknownGraph("no loss was seen before its backward pass")
+        if self._behind is None or not all(_is_same(scale[name], self._behind[0][name]) for name in self._parameters):
+            self._form(scale, plain=plain)
+        else:
+            self.gram, self.traces = self._behind[1]
+        if self._pushed is not None:
+            c, pushed = self._pushed
+            squares = sum(float((scale[name] * g.square()).sum()) for name, g in pushed.items())
+            self._correction = squares / float(c @ self.gram @ c)
+        self.release()
+
+    def _form(self, scale: Mapping[str, Tensor | float], *, plain: bool) -> None:
         total: Tensor | None = None
         sketch: RowSketch | None = None
         begin = 0
@@ -232,11 +249,6 @@ class GraphRows(GraphReader):
         self.gram = (total + total.T).mul_(0.5).cpu()
         if sketch is not None:
             self._sketch = sketch.values.unflatten(0, (-1, self._per_sample)) * self._per_sample**0.5
-        if self._pushed is not None:
-            c, pushed = self._pushed
-            squares = sum(float((scale[name] * g.square()).sum()) for name, g in pushed.items())
-            self._correction = squares / float(c @ self.gram @ c)
-        self.release()
 
     def kernel(self, checked: TangentKernel | None, correction: float | None) -> TangentKernel:
         """Return K behind the diagonal of D, once it was formed, with the recent rows, to which it adds its own.
@@ -283,8 +295,13 @@ def _alone(samples: int, length: int) -> tuple[int, int]:
     return next((pair for pair in pairs if is_clear(*pair)), (samples // 2, length - 1))
 
 
-def _same(outputs: Tensor) -> Tensor:
-    """Return which samples have the outputs of each of the first, to rounding, ``(3, N)``."""
-    flat = outputs.flatten(1)
-    rounding = 8 * torch.finfo(flat.dtype).eps * flat.abs().amax(1)
-    return ((flat[:FEW, None] - flat).abs().amax(-1) <= rounding).view(-1, len(flat))
+def _is_same(a: Tensor | float, b: Tensor | float) -> bool:
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+
+
+def _passed(nodes: list[Any], criterion: GraphCriterion, samples: Samples, pairs: Tensor, chosen: Chosen) -> GraphPass:
+    """Return the pass of all rows through a graph."""
+    graph = GraphPass(nodes, criterion, samples)
+    for values, position in zip(pairs.unbind(1), chosen.positions[chosen.taken].unbind(1)):
+        graph.run(values, position)
+    return graph

@@ -32,7 +32,7 @@ def site_of(node: Any, samples: Samples) -> Site | None:
     if kind is None:
         return None
     names: list[str | None] = []
-    turned, layer = False, None
+    turned, weight = False, 0
     for child, _ in node.next_functions:
         steps = []
         while child is not None and child.name() in _ON_THE_WAY:
@@ -41,15 +41,16 @@ def site_of(node: Any, samples: Samples) -> Site | None:
         leaf = None if child is None else leaf_of(child)
         names.append(None if leaf is None else samples.names.get(id(leaf)))
         turned = "TBackward0" in steps  # of the last one
-        layer = samples.layers.get(id(leaf), layer)
+        weight = weight if leaf is None or leaf.ndim < 2 else id(leaf)
     if not any(names):
         return None
     site = kind(node, names)
     if isinstance(site, LinearSite):
         if names[-1] is None:
             raise UnknownGraph("a matrix that is no parameter")
-        site.transposed, site.layer = not turned, layer
+        site.transposed, site.weight = not turned, weight
     elif isinstance(site, ConvolutionSite):
+        layer = samples.layers.get(weight)
         if (
             not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
             or saved(node, "transposed")

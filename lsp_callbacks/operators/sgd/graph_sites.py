@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd._torch_internals import call, saved
+from lsp_callbacks.autograd._torch_internals import Convolution, call, saved
 from lsp_callbacks.autograd.graph import leaf_of
 from lsp_callbacks.autograd.graph_pull import UnknownGraph
 from lsp_callbacks.operators.sgd.layer_rules import (
@@ -33,18 +34,29 @@ class Samples:
         count: N.
         taken: indices of those that have rows.
         names: of the trainable parameters, by ``id``.
-        layers: the modules that hold convolutions and linear maps, by ``id`` of their weight.
+        module: that holds them.
         axes: whether the samples come first (0) or second (1) in the axes of each use, in the order of the graph; None
             finds out from a pass for the only sample ``alone``.
         alone: see ``axes``.
+        by_rows: whether the gradients are those of the samples that have rows alone, ``(n, ...)``, see `by_rows`.
     """
 
     count: int
     taken: Tensor
     names: dict[int, str]
-    layers: dict[int, nn.Module]
+    module: nn.Module
     axes: list[int] | None = None
     alone: int = 0
+    by_rows: bool = False
+
+    @cached_property
+    def layers(self) -> dict[int, nn.Module]:
+        """The modules that hold convolutions and linear maps, by ``id`` of their weight."""
+        layers: dict[int, nn.Module] = {}
+        for layer in self.module.modules():
+            if isinstance(layer, nn.Linear | Convolution):  # not by its attribute: a parametrisation would compute it
+                layers |= {id(p): layer for name, p in layer.named_parameters(recurse=False) if name == "weight"}
+        return layers
 
     def split(self, t: Tensor, axis: int) -> Tensor:
         """Return a tensor whose first axis are samples and positions as ``(N, T, ...)``."""
@@ -56,6 +68,10 @@ class Samples:
         """Return the samples that have rows, ``(n, T, ...)``; where all have no copy, and without the graph."""
         split = self.split(t.detach(), axis)
         return split if len(self.taken) == self.count else split[self.taken]
+
+    def gradient(self, g: Tensor, axis: int = 0) -> Tensor:
+        """Return a gradient of the samples that have rows, ``(n, T, ...)``."""
+        return g[:, None] if self.by_rows else self.split(g, axis)[self.taken]
 
     def axis(self, g: Tensor) -> int:
         """Return the axis of the samples, from the gradient of one of them at ``(L, ...)``."""
@@ -94,7 +110,7 @@ class Site:
 
     def rows_of(self, g: Tensor, samples: Samples) -> Tensor:
         """Return what is kept of the gradient at the output."""
-        return samples.rows(self.flat(g), self.axis)
+        return samples.gradient(self.flat(g), self.axis)
 
     def pulled(self, g: Tensor) -> list[Tensor | None]:
         """Return the gradients at its inputs; None at parameters."""
@@ -109,7 +125,7 @@ class LinearSite(Site):
     """A product with a matrix, with or without a bias: ``(L, i)`` to ``(L, o)``."""
 
     transposed = False
-    layer: Any = None
+    weight = 0
     norm: Any = None
 
     @property
@@ -126,19 +142,22 @@ class LinearSite(Site):
         weight, bias = self.names[-1], self.names[0] if len(self.names) == 3 else None
         x = self.x
         if self.norm is not None and weight is not None:
-            uses = uses_ahead_of_norm(self.layer, x, g[:, :, 0], self.norm.normalised, samples.taken)
+            layer = samples.layers.get(self.weight)
+            uses = (
+                None if layer is None else uses_ahead_of_norm(layer, x, g[:, :, 0], self.norm.normalised, samples.taken)
+            )
             if uses is None or self.transposed or len(x) != samples.count:
                 raise UnknownGraph("a linear map ahead of a normalisation has several positions")
         else:
             uses = linear_uses(samples.rows(x, self.axis), g, transposed=self.transposed)
         return named_uses(uses, weight, bias)
 
-    def at_rows(self, values: Tensor, flat: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Return the cotangent of the input for one row of each sample, and those rows of the input, ``(n, i)``."""
+    def at_rows(self, values: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cotangent of the input for some rows of the output, and those rows of the input, ``(n, i)``."""
         x = self.x
         whole = torch.zeros_like(x)
         whole[flat] = values.to(x.dtype) @ saved(self.node, "mat2").T
-        return whole, x[flat[samples.taken]]
+        return whole, x[flat]
 
 
 class ConvolutionSite(Site):
@@ -154,7 +173,7 @@ class ConvolutionSite(Site):
         how = [
             saved(node, name) for name in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
         ]
-        x, weight = saved(node, "input"), saved(node, "weight")
+        x, weight = saved(node, "input")[: len(g)], saved(node, "weight")  # its shape is enough
         back = torch.ops.aten.convolution_backward(g, x, weight, None, *how, INPUT_ALONE)[0]
         return [back, None, None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,14 +22,14 @@ def sampled_rows(sizes: Tensor, count: int, offset: float) -> tuple[Tensor, Tens
     n = len(sizes)
     if count >= n:
         return torch.arange(n), torch.ones(n, dtype=torch.float64)
-    size = sizes.double().cpu()
+    size = sizes.double().cpu().numpy()
     largest = float(size.max())
-    size = (size / largest).clamp_min_(1e-9) if largest > 0 else torch.ones_like(size)
-    falling = size.sort(descending=True).values
-    rest = falling.flip(0).cumsum(0).flip(0)  # of each one, and of those that are smaller
-    left = count - torch.arange(n, dtype=torch.float64)
-    sure = int((left * falling < rest).int().argmax())  # those that are sure leave less to share for the others
-    chance = (size * ((count - sure) / rest[sure])).clamp_max_(1.0)
-    at = torch.arange(count, dtype=torch.float64) + offset
-    taken = torch.searchsorted(chance.cumsum(0), at, right=True).clamp_(max=n - 1).unique()
-    return taken, chance[taken]
+    size = np.maximum(size / largest, 1e-9) if largest > 0 else np.ones(n)
+    falling = np.sort(size)[::-1]
+    rest = falling[::-1].cumsum()[::-1]  # of each one, and of those that are smaller
+    left = count - np.arange(n)
+    sure = int((left * falling < rest).argmax())  # those that are sure leave less to share for the others
+    chance = np.minimum(size * ((count - sure) / rest[sure]), 1.0)
+    at = np.searchsorted(chance.cumsum(), np.arange(count) + offset, side="right")
+    taken = np.unique(np.minimum(at, n - 1))
+    return torch.from_numpy(taken), torch.from_numpy(chance[taken])

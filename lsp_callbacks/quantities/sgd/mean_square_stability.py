@@ -64,8 +64,8 @@ class MeanSquareStability(Quantity):
     gradient for each input, and so has a network that is bad but still moves: both count as not collapsed.
 
     Args:
-        rows: how many output gradients to look at; None takes half of the batch, 32 at least and 128 at most. Where a
-            batch has fewer samples, several positions (tokens) of each are taken, if it has them.
+        rows: how many output gradients to look at; None takes a quarter of the batch, 32 at least and 128 at most.
+            Where a batch has fewer samples, several positions (tokens) of each are taken, if it has them.
         outputs: "top" takes the top eigenpair of each output Hessian; "all" takes every output.
         replacement: whether samples are drawn with replacement within a batch.
         most_rows: as in `SGDStability`.
@@ -73,7 +73,7 @@ class MeanSquareStability(Quantity):
     Raises:
         ValueError: for an argument out of its range.
 
-    Cost: one pass over half of the batch, forward and back to the outputs of layers, and their products for each pair
+    Cost: one pass over a quarter of the batch, back to the outputs of layers, and their products for each pair
     of rows: about a gradient, on small networks the time of some hundred calls. The readings 1, 32, 1024, ... are
     checked against a replay, which takes two gradients more (with batch statistics three), and so is the one after the
     graph of the step, or what is trained, was found to have changed.
@@ -109,7 +109,7 @@ class MeanSquareStability(Quantity):
     ):
         super().__init__()
         if rows is not None:
-            whole("rows", rows, 2, instead=", or None for half of the batch")
+            whole("rows", rows, 2, instead=", or None for a quarter of the batch, 32 at least")
         whole("most_rows", most_rows, 0)
         if outputs not in ("top", "all"):
             raise ValueError(f"outputs={outputs!r}: give 'top' or 'all'")
