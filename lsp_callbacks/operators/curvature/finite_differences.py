@@ -204,9 +204,9 @@ class Differences:
         size = math.hypot(*moves)
         if self.lengths is None or not size:
             return size, None
-        for k in self.rows:
-            moves[k] = float(_norms([parts[k]], math.inf))
-        return size, self.eps**0.5 * size / math.hypot(*(move / length for move, length in zip(moves, self.lengths)))
+        largest = dict(zip(self.rows, _norms([parts[k] for k in self.rows] or parts[:1], math.inf).tolist()))
+        moved = math.hypot(*(largest.get(k, x) / length for k, (x, length) in enumerate(zip(moves, self.lengths))))
+        return size, self.eps**0.5 * size / moved
 
     def difference(self, v: Tensor, size: float, distance: float) -> Difference:
         """Return the difference along ``v / size``, ``size`` being the norm of v."""
