@@ -117,17 +117,8 @@ def read_criterion(nodes: list[Any], samples: int, factor: float) -> GraphCriter
             raise UnknownGraph(f"the loss is not the value of one criterion: {kind}")
         if kind.startswith("NllLoss") and saved(above, "weight") is not None:
             raise UnknownGraph("classes have weights")
-    slopes: list[Tensor] = []
-
-    def stop(at: Any, outputs: list[Tensor | None]) -> list[None] | None:
-        if at is not node:
-            return None
-        slopes.append(outputs[0])  # type: ignore[arg-type]
-        return [None] * len(node.next_functions)
-
     one = torch.ones_like(saved(node, "result" if kinds[place] == _LOG_SOFTMAX else "self").new_ones(()))
-    pull(nodes[: place + 1], {nodes[0]: one}, stop, summed)
-    slope = slopes[0] * (samples / factor)
+    slope = pull(nodes[:place], {nodes[0]: one}, None, summed)[node][0] * (samples / factor)
     if kinds[place] == _LOG_SOFTMAX:
         result = saved(node, "result")
         axis = _axis(saved(node, "dim"), result.ndim)
