@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ class LossFeed:
             step: number of the step.
             step_loss: its losses.
             left_out: whether a gradient scaler left the update out.
-            wait: for the losses of other processes.
+            wait: for the losses of other processes, and look at what has arrived.
         """
         returned = step_loss.returned
         if returned is not None:
@@ -65,13 +66,26 @@ class LossFeed:
         differentiated = None if self._is_automatic else step_loss.differentiated
         loss = returned if differentiated is None else differentiated
         if self._shared is None:
-            arrived = self._monitor.losses.saw(max(step, 0), loss, left_out=left_out)
+            losses = self._monitor.losses
+            arrived = losses.saw(max(step, 0), loss, left_out=left_out)
+            if wait:
+                arrived = [*arrived, *losses.settle()]
         else:
             lr = largest_learning_rate(trainer.optimizers[0]) if trainer.optimizers else 0.0
             arrived = self._shared.take(max(step, 0), loss, lr=lr, left_out=left_out, wait=wait)
             self._record(arrived, self._shared)
         for subscriber in self._subscribers:
             subscriber.end_step(trainer, step, arrived)
+
+    @property
+    def wants_each_step(self) -> bool:
+        """Whether a step without a measurement is to be shown even if its loss and its rate are nothing special."""
+        return self._shared is not None or bool(self._listeners)
+
+    @property
+    def least_courant(self) -> float:
+        """The least Courant number of a coming learning rate at which a step is to be shown."""
+        return min((subscriber.least_courant for subscriber in self._subscribers), default=math.inf)
 
     def finish(self, step: int) -> None:
         """Wait for the losses up to ``step`` that have not arrived."""
@@ -80,7 +94,7 @@ class LossFeed:
         else:
             self._record(self._shared.rest(), self._shared)
 
-    def _record(self, arrived: list[ArrivedLoss], shared: SharedLosses) -> None:
+    def _record(self, arrived: Sequence[ArrivedLoss], shared: SharedLosses) -> None:
         for loss in arrived:
             self._monitor.losses.add(loss)
         self.has_same_rates = shared.same_rates

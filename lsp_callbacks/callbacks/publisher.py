@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from lsp_callbacks.callbacks._lightning_internals import logged_row
@@ -46,7 +47,8 @@ class Publisher:
 
     def __init__(self, layers: str | int):
         self.layers, self.stopwatch = layers, Stopwatch()
-        self._age = torch.zeros(())
+        self._steps = np.zeros((), np.float32)
+        self._age = torch.from_numpy(self._steps)  # the same number: an operation of torch takes ten times as long
         self._measured_at: int | None = None
 
     def reset(self) -> None:
@@ -75,7 +77,7 @@ class Publisher:
     def update_age(self, step: int) -> None:
         """Count the steps up to ``step`` since the last measurement."""
         if self._measured_at is not None:  # the tensor that lies in callback_metrics: reading that dict is expensive
-            self._age.fill_(step - self._measured_at)
+            self._steps[()] = step - self._measured_at
 
     def resume(self, trainer: Any, history: Mapping[str, Curve]) -> None:
         """Show the last values of an earlier run: stock callbacks find their key before the next measurement, too."""

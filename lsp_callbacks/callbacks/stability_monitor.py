@@ -12,10 +12,12 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.callbacks.hidden_hooks import hide_hooks, show_hooks
 from lsp_callbacks.callbacks.lightning_loop import LightningLoop
 from lsp_callbacks.callbacks.loss_feed import LossFeed
 from lsp_callbacks.callbacks.lr_forecast import LRForecast, steps_left
 from lsp_callbacks.callbacks.publisher import Publisher
+from lsp_callbacks.callbacks.rest import Rest
 from lsp_callbacks.callbacks.run_results import RunResults
 from lsp_callbacks.callbacks.setting_checks import (
     check_named,
@@ -30,6 +32,7 @@ from lsp_callbacks.monitor.observer import StepObserver
 from lsp_callbacks.monitor.step_results import NOTHING, Completed
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.module_filter import Selection
+from lsp_callbacks.quantities.numerics.numerics import Numerics
 from lsp_callbacks.report import sentence
 from lsp_callbacks.step.pending_step import LossFn
 from lsp_callbacks.step.probes import Criterion, ForwardFn, population
@@ -151,11 +154,16 @@ class StabilityMonitor(RunResults, Callback):
         """Return the rate that the optimizer has now, before it is used, over the critical rate; NaN if not known."""
         return self.forecast.scheduled_courant() if self._loss_feed.has_same_rates else math.nan
 
+    def rates(self) -> tuple[float, float]:
+        """Return the rate that the optimizer has now, and that of the last measured step; NaN if not known."""
+        return self.forecast.rates() if self._loss_feed.has_same_rates else (math.nan, math.nan)
+
     # -- before training -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
+        hide_hooks(self, ("on_before_zero_grad", "on_after_backward"))
         self._verdict = None
         if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
             self._numbers.reset()
@@ -185,6 +193,10 @@ class StabilityMonitor(RunResults, Callback):
             self.monitor, ranks, self.subscribers, self.loss_listeners, is_automatic=loop.is_automatic
         )
         self._numbers.begin_run(trainer, is_game=losses is not None)
+        is_one = len(trainer.optimizers) == 1 and losses is None and self.accumulate is None and loop.is_automatic
+        is_watched = self.monitor.trace is not None or Numerics.name in self.monitor.quantities
+        is_plain = is_one and not is_watched and loop.scaler is None and not loop.overrides_step
+        self._rest = Rest(self, observer, self.forecast, self._loss_feed, is_plain=is_plain)
         # The sum of several players' losses need not fall.
         self.monitor.losses.comparable = len(trainer.optimizers) <= 1
         observer.begin_run(
@@ -198,9 +210,14 @@ class StabilityMonitor(RunResults, Callback):
             self._publisher.resume(trainer, self.history)
         self.stopwatch.start()
 
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._rest.end()
+
     # -- one step --------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._rest.is_on:
+            return
         began, observer = time.perf_counter(), self.observer
         if not observer.is_idle:  # of the step before
             observer.check_update()
@@ -215,6 +232,8 @@ class StabilityMonitor(RunResults, Callback):
         self.stopwatch.spent += time.perf_counter() - began
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
+        if self._rest.is_on:
+            return
         self._has_loss = True
         if self.observer.is_idle and self._loop.is_automatic and self.monitor.trace is None:
             return
@@ -222,6 +241,8 @@ class StabilityMonitor(RunResults, Callback):
         self.observer.loss(loss, scale=scale, is_returned=self._loop.is_automatic)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        if self._rest.is_on:
+            return
         began, observer, loop = time.perf_counter(), self.observer, self._loop
         if loop.is_automatic and not self._has_loss:  # training_step returned None
             observer.skip_update()
@@ -242,6 +263,9 @@ class StabilityMonitor(RunResults, Callback):
         self.stopwatch.spent += time.perf_counter() - began
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._rest.is_on:
+            self._publisher.update_age(self._rest.end_step(trainer, outputs))
+            return
         began, observer = time.perf_counter(), self.observer
         is_changed = not observer.is_idle and observer.check_gradient(CHANGED_GRADIENT, is_gone_allowed=True)
         if not is_changed and observer.updates > 1 and observer.game is None:
@@ -261,6 +285,7 @@ class StabilityMonitor(RunResults, Callback):
                 wait=bool(completed.observations),
             )  # fmt: skip
         self._publisher.update_age(observer.step - 1)
+        self._rest.begin_after(trainer)
         self.stopwatch.spent += time.perf_counter() - began
 
     def _publish(self, trainer: Any, completed: Completed) -> None:
@@ -292,6 +317,7 @@ class StabilityMonitor(RunResults, Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.observer.close()
+        show_hooks(self)
         if stage == "fit":
             self._send_home(trainer)
 

@@ -67,6 +67,8 @@ class Cadence:
         paces: of each quantity that is measured, by name.
         account: of the gradients. Its advance is that of `ADVANCE` steps of training, and of one measurement of what
             the user named, if that is more.
+        next_step: before it nothing starts, as long as nothing changes,
+        wake: and the scheduled Courant number is below this.
     """
 
     def __init__(self, every_n_steps: EveryNSteps = None, budget: float = 0.05):
@@ -94,8 +96,8 @@ class Cadence:
         account = self.account
         account.settle(max(self._step, 0))
         account.share_out(self._headline, account.near if near is None else near)
-        self._next: float = -math.inf
-        self._wake = nearer(account.near)
+        self.next_step: float = -math.inf
+        self.wake = nearer(account.near)
 
     @property
     def headline(self) -> str | None:
@@ -111,7 +113,7 @@ class Cadence:
     def postpone(self, name: str, step: int) -> None:
         """Let a quantity wait until a step."""
         self.paces[name].postponed = step
-        self._next = -math.inf
+        self.next_step = -math.inf
 
     def add(self, name: str, *, weight: float = 1.0, length: int = 1) -> None:
         """Begin to measure a quantity.
@@ -179,9 +181,9 @@ class Cadence:
             # forever: this is the one place where rank 0's answer could be broadcast.
             self._missed, self._is_taken = () if self._is_taken else self._names, False
             self._step, self._names = step, ()
-            if step >= self._next or scheduled >= self._wake:
+            if step >= self.next_step or scheduled >= self.wake:
                 self._scheduled = scheduled
-                if scheduled >= self._wake:
+                if scheduled >= self.wake:
                     self._changed(nearness(scheduled))
                 self._names = self._choose(step, busy)
         return self._names
@@ -190,7 +192,7 @@ class Cadence:
         """Return what starts at a step; if nothing does, the next step to ask at becomes another one."""
         names, following = self._choice.make(step, busy=busy, missed=self._missed)
         if not names:
-            self._next = following
+            self.next_step = following
         return names
 
     def choose_again(self) -> None:
@@ -294,4 +296,4 @@ class Cadence:
         if not self.account.spent and all(pace.every_n_steps is None for pace in self.paces.values()):
             self.account.origin = None
         self.account.share_out(self._headline, self.account.near)
-        self._next, self._wake = -math.inf, nearer(self.account.near)
+        self.next_step, self.wake = -math.inf, nearer(self.account.near)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from array import array
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ LOST, LOST_STEPS, LOST_SHARE = 2.0, 200, 0.75
 FALLEN = 0.95
 #: Steps after which it should have: a run that survives its first explosion has begun to fall.
 SETTLED = 60
+#: Share of the fall of the loss, from the one at the start to its least smoothed value, that a run has lost when its
+#: rise no longer is one from which runs at the edge of stability come back: of 161 healthy ones, none lost a quarter.
+FORGOTTEN = 0.4
 #: The loss alarm of ``benchmarks/two_populations.md``: a mean over so many steps above so many times its least value
 #: and above this share of the initial loss.
 ALARM_SMOOTHING, ALARM_RISE, ALARM_SHARE = 50, 2.0, 0.25
@@ -32,6 +36,9 @@ ALARM_LASTS, RECOVERING = 10, 0.8
 #: Consecutive steps that a gradient scaler skips with a loss that is not finite, after which the loss counts. Halving
 #: its factor helps gradients that overflow, never the loss itself.
 LEFT_OUT = 25
+#: Steps whose losses are looked at together while they are calm, and what no loss of them is above, in units of the
+#: smoothed loss.
+TOGETHER, UNUSUAL = 5, 2.0
 
 
 class ArrivedLoss(NamedTuple):
@@ -158,6 +165,7 @@ class LossRecord:
         self.recent = array("d")  # in one piece: fifty objects would have to be fetched from memory at each step
         self.mean = self.least_mean = math.nan
         self._added, self.is_calm = -1, True
+        self._low_step = -1  # the last one without the loss alarm
         self._left_out, self._is_negative, self._has_risen = 0, False, False
         self._start = math.nan
         self._high = self._far = 0.0  # shares of the last losses that are above what `fallen` and `lost` compare with
@@ -204,6 +212,8 @@ class LossRecord:
         if not (self._has_risen and self.comparable):
             self.level_step = step
         is_high = self.mean > ALARM_RISE * self.least_mean and self.mean > ALARM_SHARE * self.initial
+        if not is_high:
+            self._low_step = step
         self.is_calm = not self._has_risen and not is_high
 
     @property
@@ -231,6 +241,11 @@ class LossRecord:
         return self.risen and self.count >= LOST_STEPS and self._far > LOST_SHARE
 
     @property
+    def forgotten(self) -> bool:
+        """Whether it has risen by 40 % of what it had fallen since the start; any rise is, where it never fell."""
+        return self.risen and self.smoothed - self.least > FORGOTTEN * max(self._start - self.least, 0.0)
+
+    @property
     def alarmed(self) -> bool:
         """Whether the loss alarm is on: the mean of 50 above twice its least value and a quarter of the initial loss.
 
@@ -246,7 +261,22 @@ class LossRecord:
         last = self.recent[-ALARM_LASTS:]
         earlier, later = last[: len(last) // 2], last[len(last) // 2 :]
         is_falling = sum(later) / len(later) < RECOVERING * sum(earlier) / len(earlier)
-        return sorted(last)[(len(last) - 1) // 2] > self._alarm_limit and not is_falling
+        return self._mostly_above(self._alarm_limit) and not is_falling
+
+    @property
+    def relapsed(self) -> bool:
+        """Whether the loss alarm is on for 10 steps, and most of their losses are as high as at the start.
+
+        Nothing is left of what was learned. Momentum alone keeps the losses after one bad batch high for some steps.
+        """
+        if not self.alarmed or self.last_step - self._low_step < ALARM_LASTS:
+            return False
+        return self._mostly_above(self._start - (1 - FALLEN) * abs(self._start))
+
+    def _mostly_above(self, limit: float) -> bool:
+        """Return whether most of the last 10 losses are above a limit."""
+        last = self.recent[-ALARM_LASTS:]
+        return sorted(last)[(len(last) - 1) // 2] > limit
 
     @property
     def _alarm_limit(self) -> float:
@@ -277,20 +307,47 @@ class LossRecord:
 
 
 class LossWatch(LossRecord):
-    """A record of losses that may still be on their device."""
+    """A record of losses that may still be on their device, and are looked at a few at a time while they are calm.
+
+    From the sixtieth step on, losses of a calm record wait for every fifth step. One that is not finite, or above twice
+    the smoothed loss, is looked at at once, with those that wait; so is any loss as long as the record is not calm.
+
+    Attributes:
+        waiting: steps and losses that are not looked at yet, and whether they were left out, as in `ArrivedLoss`.
+        usual: what is above it does not wait.
+    """
 
     def reset(self) -> None:
         super().reset()
         self._arrivals = Arrivals()
+        self.waiting: list[tuple[int, float, bool]] = []
+        self.usual = -math.inf
 
     def saw(
         self, step: int, loss: Tensor | float | None, *, left_out: bool = False, wait: bool = False
-    ) -> list[ArrivedLoss]:
-        """Add the loss of a step, and return those that have arrived; see `Arrivals` for the arguments.
+    ) -> Sequence[ArrivedLoss]:
+        """Add the loss of a step, and return those that are looked at now; see `Arrivals` for the arguments.
 
         A loop calls it at the end of every step; it does not wait for the device, except with ``wait``.
         """
         arrived = self._arrivals.take(step, loss, left_out=left_out, wait=wait)
-        for loss_of_step in arrived:
-            self.add(loss_of_step)
-        return arrived
+        self.waiting += arrived
+        are_usual = all(-sys.float_info.max <= latest.loss <= self.usual for latest in arrived)
+        return () if are_usual and step % TOGETHER and not wait else self.settle()
+
+    def settle(self) -> list[ArrivedLoss]:
+        """Look at the losses that wait, and return them."""
+        settled, self.waiting = [ArrivedLoss(*each) for each in self.waiting], []
+        for arrived in settled:
+            self.add(arrived)
+        is_settled = self.is_calm and self.count >= SETTLED
+        self.usual = UNUSUAL * abs(self.smoothed) if is_settled else -math.inf
+        return settled
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        self.settle()
+        return {name: value for name, value in super().state_dict().items() if name not in ("waiting", "usual")}

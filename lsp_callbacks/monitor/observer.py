@@ -114,6 +114,7 @@ class StepObserver:
         self.loop, ranks = loop, loop.run.ranks
         self.probes.ranks = self._gradient_check.ranks = self._update_check.ranks = ranks
         self.forget_step()
+        self.is_idle = False
         self._update_check.forget()
         self._results.forget()
 

@@ -60,6 +60,7 @@ class Run:
         """Return the facts after the steps before ``step``, from a `Monitor` and the callbacks that judge it."""
         events = [judge.event_step for judge in stops if judge.event_step is not None]
         stopped = next((judge for judge in stops if judge.stop_step is not None), None)
+        monitor.losses.settle()
         stop = {} if stopped is None else {"stop": stopped.stop_step, "reason": stopped.reason}
         return cls(
             monitor.history,

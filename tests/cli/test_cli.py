@@ -66,19 +66,22 @@ def test_the_package_runs_as_a_module(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["fti"], "invalid choice: 'fti'"),
-        (["fit"], "required: fit.model"),
+        (["fti"], "invalid choice: 'fti'"),  # words of jsonargparse; behind the bar those of its 4.37
+        (["fit"], r'required: fit\.model|"fit\.model" is required'),
         (["fit", "--config", "no.yaml"], "does not exist"),
-        (["fit", "--config", str(CONFIGS[0]), "--model.lrr", "1"], "'lrr' is not accepted"),
+        (["fit", "--config", str(CONFIGS[0]), "--model.lrr", "1"], "'lrr' is not accepted|key='lrr'"),
         (["fit", "--config", str(CONFIGS[0]), "--trainer.max_stepz", "1"], "max_stepz"),
-        (["fit", "--config", str(CONFIGS[0]), "--model.schedule", "linear"], "'constant', 'cosine', 'ramp'"),
+        (
+            ["fit", "--config", str(CONFIGS[0]), "--model.schedule", "linear"],
+            "'constant', 'cosine', 'ramp'|key='schedule', val='linear'",
+        ),
     ],
 )
 def test_bad_arguments(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
     text = capsys.readouterr().err
-    assert stop.value.code == 2 and message.lower() in text.lower()
+    assert stop.value.code == 2 and re.search(message, text, re.IGNORECASE)
     assert len(text) < 2000 and "Traceback" not in text
 
 

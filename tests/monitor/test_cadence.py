@@ -141,7 +141,7 @@ def test_what_is_not_asked_would_have_been_answered_with_nothing(costs, readings
     """Asked at every step, the same starts."""
 
     def ask(cadence, step):
-        cadence._next = -math.inf
+        cadence.next_step = -math.inf
 
     def courant(step):
         return readings[(step // 40) % len(readings)]
