@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.operators.cost import beside, forward_cost, work
+from lsp_callbacks.operators.cost import forward_cost, work
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tolerance, with_top
 from lsp_callbacks.operators.sgd.graph_check import unexplained_rows
@@ -22,6 +22,7 @@ from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.quantities.sgd.collapse import COLLAPSED, collapse, none_yet
 from lsp_callbacks.quantities.sgd.frozen_exponents import courant_of
+from lsp_callbacks.quantities.sgd.graph_cost import graph_cost, rate_cost
 from lsp_callbacks.quantities.sgd.probe_cost import gram_cost, kernel_memory, probe_share
 from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.probe_set import ProbeSet
@@ -35,12 +36,8 @@ TOLERANCE = 5e-3
 CORRECTED = 2
 #: Readings 1, 32, 1024, ... are checked.
 CHECKED = 32
-#: Operations on small tensors, beside those of each layer, of a reading from the step's own graph.
-GRAPH_CALLS = 150
 #: Positions of each sample that are looked at in one step, at most.
 AT_ONCE = 4
-#: Nanoseconds of the critical rate from 64 rows.
-RATE = 6e5
 
 
 class MeanSquareStability(Quantity):
@@ -181,7 +178,7 @@ class MeanSquareStability(Quantity):
         share, rows = probe_share(snapshot, samples, n), row_count(n, self.rows) * positions
         parts = {
             "rows of the batch": (1 + positions) / 3 * share + gram_cost(snapshot, rows, n / max(share, 1e-9)),
-            **self._rate_cost(snapshot, rows),
+            **rate_cost(snapshot, rows),
         }
         if samples.batches and can_be_held(samples.module):
             parts["batch statistics"] = (1 / 3 + 1 / CORRECTED) * share
@@ -350,22 +347,9 @@ class MeanSquareStability(Quantity):
 
         if not snapshot.run.ranks.any(is_other, "rows of the step's own graph") and rows is not None:
             self._known, self._population = rows.kind, samples.population
-            self._price = price or self._price_of_graph(snapshot, rows)
+            self._price = price or graph_cost(snapshot, rows, corrected=CORRECTED)
         elif self._update_count == 1:
             self._next_check = 2  # what is peculiar about the first step may be over
-
-    def _price_of_graph(self, snapshot: Snapshot, rows: GraphRows) -> dict[str, float]:
-        """Return what a reading costs whose rows come from the step's own graph, by what it is spent on."""
-        positions = 1 if rows.recent is not None else rows.chosen[0].positions.shape[1]
-        count = sum(len(chosen.taken) for chosen in rows.chosen) * positions
-        passes, gram = positions / 3, gram_cost(snapshot, count, rows.batch, calls=GRAPH_CALLS)
-        parts = {"rows of the graph": passes * rows.samples / rows.batch + gram, **self._rate_cost(snapshot, count)}
-        if rows.ties:  # now and then a backward pass for the largest eigenvalue, and products once more
-            parts["batch statistics"] = (2 / 3 + gram / 2) / CORRECTED
-        return parts
-
-    def _rate_cost(self, snapshot: Snapshot, rows: int) -> dict[str, float]:
-        return {"critical rate": beside(snapshot, calls=100, time=RATE * (rows / 64) ** 3)}
 
     def _positions(self, samples: int) -> int:
         """Return how many positions of each sample are looked at, if it has several."""
