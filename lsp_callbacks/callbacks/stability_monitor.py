@@ -266,6 +266,9 @@ class StabilityMonitor(RunResults, Callback):
         if self._rest.is_on:
             self._publisher.update_age(self._rest.end_step(trainer, outputs))
             return
+        if self._loop.updates_elsewhere:
+            self.observer.settle()
+            self.on_before_optimizer_step(trainer, pl_module, trainer.optimizers[0])
         began, observer = time.perf_counter(), self.observer
         is_changed = not observer.is_idle and observer.check_gradient(CHANGED_GRADIENT, is_gone_allowed=True)
         if not is_changed and observer.updates > 1 and observer.game is None:

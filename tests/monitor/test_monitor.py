@@ -113,7 +113,7 @@ def test_a_budget_gives_periods(budget, quantities, periods):
 def test_what_fails_costs_the_replay_that_finds_it_out():
     monitor = Monitor(SpectralNorm(), Sharpness(), budget=0.1)
     adam = torch.optim.NAdam(NET.parameters())
-    with pytest.warns(UserWarning, match="sharpness at step 0.*NAdam"):
+    with pytest.warns(UserWarning, match="sharpness at step 0.*depend on its gradient"):
         found = monitor.observe(snapshot(0, adam))
     paces = monitor.cadence.paces
     assert paces["sharpness"].price == 1.0 and found.failures.keys() == {"sharpness"}
