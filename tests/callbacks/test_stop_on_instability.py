@@ -10,6 +10,7 @@ import torch
 from harness import SGD, Losses, Model, Rows, data, fit, mlp
 
 from lsp_callbacks import Observation, StabilityMonitor, StopOnInstability
+from lsp_callbacks.callbacks.rate_record import RateRecord
 from lsp_callbacks.monitor.losses import LEFT_OUT, ArrivedLoss
 from lsp_callbacks.report import loss_alarm
 
@@ -503,3 +504,11 @@ def test_a_stopped_run_can_go_on_and_a_new_one_is_free():
     assert fit(Model, monitor, second).global_step == 10  # the first one does not listen any more
     assert not monitor.subscribers
     assert fit(Model, monitor, first).global_step == 3 and first.stop_step == 2
+
+
+def test_a_reading_that_is_complete_only_later_belongs_to_no_known_rate():
+    rates = RateRecord()
+    rates.add(0.5, 0.1, step=10, level_step=10, read_step=10)  # a schedule jumps after the step that was measured
+    assert not rates.leaves_below(0.3, 0.7) and rates.leaves_below(0.1, 0.7)
+    rates.add(0.5, 0.5, step=20, level_step=20, read_step=18)
+    assert math.isnan(rates.measured) and not rates.leaves_below(0.1, 0.7)
