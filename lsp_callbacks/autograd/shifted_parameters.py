@@ -25,7 +25,8 @@ def restored(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
     try:
         yield saved
     finally:
-        foreach_copy([p.data for p in parameters], saved)
+        if saved:
+            foreach_copy([p.data for p in parameters], saved)
 
 
 def shift(

@@ -15,12 +15,11 @@ from lsp_callbacks.callbacks.hidden_hooks import BATCH_HOOKS, hide_hooks, show_h
 from lsp_callbacks.callbacks.publisher import log
 from lsp_callbacks.callbacks.rate_record import RateRecord
 from lsp_callbacks.callbacks.recent_readings import Readings
+from lsp_callbacks.callbacks.setting_checks import check_watched
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.monitor.courant_source import COURANT, GD, SGD
 from lsp_callbacks.monitor.history import Observation
 from lsp_callbacks.monitor.losses import ALARM_LASTS, ArrivedLoss, LossRecord
-from lsp_callbacks.quantities.key import PREFIX
-from lsp_callbacks.quantities.tables import stated_keys
 
 #: Keys that are a rate over a critical rate, and so can be known before the rate is used.
 SCHEDULED = (COURANT, SGD, GD)
@@ -113,14 +112,7 @@ class StopOnInstability(Callback):
         limit: float | None = 10.0,
         verbose: bool = True,
     ):
-        if not isinstance(monitor, str):
-            raise ValueError(f"monitor={monitor!r}: give a global key, such as 'stability/courant'")
-        stated = stated_keys().get(monitor.removeprefix(PREFIX))
-        if stated is not None and not stated.may_stop:
-            raise ValueError(
-                f"monitor={monitor!r} is no reason to stop: healthy steps reach it, too; watch a Courant number, "
-                "such as 'stability/courant'"
-            )
+        check_watched(monitor)
         if threshold is not None:
             number("threshold", threshold, instead=", or None")
         whole("patience", patience, 1, instead=" measurement")
