@@ -73,7 +73,7 @@ class CourantStep(Quantity):
         "courant_step_error": Key("Error of courant_step by rounding.", error_of="courant_step"),
     }
     window = 2
-    weight = 2.0
+    weight = 0.3
     changes: Tensor
 
     def __init__(self, readings: int = 8, check_every: int = 16):
