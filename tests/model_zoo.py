@@ -495,9 +495,20 @@ EDGE = ("sharpness", "mean_square_stability", "sgd_stability", "lyapunov", "sgd_
 RULE = dict.fromkeys((*EDGE, "proximal_step"), "not supported")
 STEP = ("lyapunov_trajectory", "leave_one_out", "stability_profile", "secant_ratio")
 SIGNS = RULE | dict.fromkeys(STEP, "signs")
-MANY = RULE | dict.fromkeys((*STEP, "courant_step"), "several times in a step")
+MANY = RULE | dict.fromkeys(STEP, "several times in a step")
 HIDDEN = RULE | dict.fromkeys(STEP, "remembers more than float tensors")
 optim = torch.optim
+
+
+def words_alone():
+    """Only the embedding is trained, whose gradient is sparse."""
+    net = Bag()
+    net.head.requires_grad_(False)
+    return net
+
+
+#: For optimizers that take matrices only, or sparse gradients.
+NETS = {"Muon": optimizer_zoo.without_biases, "SparseAdam": words_alone}
 #: How each is made, and what is left out with it, for a part of the reason.
 OPTIMIZERS = {
     "SGD": (SGD, {}),
@@ -523,8 +534,14 @@ OPTIMIZERS = {
     "Adadelta": (optim.Adadelta, RULE),
     "ASGD": (partial(optim.ASGD, lr=0.1), RULE),
     "Rprop": (partial(optim.Rprop, lr=1e-2), SIGNS),
+    "SparseAdam": (partial(optim.SparseAdam, lr=1e-2), RULE | dict.fromkeys(STEP, "does not support dense gradients")),
     "State in bfloat16": (optimizer_zoo.HalfState, RULE | dict.fromkeys(STEP, "rounds its state to bfloat16")),
     "State in 8 bits": (optimizer_zoo.EightBit, HIDDEN),
+    "Lookahead": (lambda p: optimizer_zoo.Lookahead(optim.SGD(p, lr=0.1, momentum=0.9)), RULE),
+    "Muon and AdamW as one": (
+        optimizer_zoo.matrices_and_rest(partial(optim.Muon, lr=0.02), partial(optim.AdamW, lr=1e-2)),
+        HIDDEN,
+    ),
     "LBFGS": (partial(optim.LBFGS, lr=0.1, max_iter=4), MANY),
     "SAM": (optimizer_zoo.SAM, MANY),
 }

@@ -51,6 +51,11 @@ def is_kind_of(name: str, thing: Any) -> bool:
     return any(c.__name__ == name for c in type(thing).__mro__)
 
 
+def has_no_optimizer(trainer: Any) -> bool:
+    """Return True if ``configure_optimizers`` has returned None, for which Lightning puts an optimizer of no use."""
+    return bool(trainer.optimizers) and all(is_kind_of("_MockOptimizer", one) for one in trainer.optimizers)
+
+
 def is_lightning_module(module: nn.Module) -> bool:
     """Return True if the module reads the epoch and the step from a trainer."""
     return hasattr(module, "_trainer")

@@ -13,6 +13,7 @@ from lsp_callbacks._validation import number, whole
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.hidden_hooks import BATCH_HOOKS, hide_hooks, show_hooks
 from lsp_callbacks.callbacks.publisher import log
+from lsp_callbacks.callbacks.rate_record import RateRecord
 from lsp_callbacks.callbacks.recent_readings import Readings
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.monitor.courant_source import COURANT, GD, SGD
@@ -27,6 +28,10 @@ FAR = 6.0
 #: The loss alarm does not end training while a reading that was taken since the loss began to rise is at or below this
 #: share of the threshold: with a batch of 4, noise alone trips it at a Courant number of 0.6.
 CALM = 0.7
+#: By how much the learning rate has grown since the loss was level when the rise that goes with it is there to stay. At
+#: a rate that is constant or falls, training at the edge of stability finds flatter minima, and the loss comes back:
+#: no healthy run of ``benchmarks/two_populations.py`` rose while the rate grew by more than 4 %.
+GROWTH = 1.1
 #: Steps in which a loss that does not fall confirms readings above the threshold, as a loss that rises does.
 STUCK = 150
 
@@ -37,10 +42,16 @@ class StopOnInstability(Callback):
     Two levels. The *event*: the mean of the last ``patience`` new measurements is above the threshold, or all have been
     above it for ``patience_steps`` steps; when it begins it is printed, and logged as ``stability/event``. It lasts
     until nothing was above the threshold for ``patience_steps`` steps: what comes later is a new event, so that one in
-    the first steps of a run hides none. The *stop*: it is still above, and the smoothed loss is 25 % above its least
-    value so far and above 15 % of the initial loss, after two readings at least.
-    Healthy training lives at the edge of stability for long stretches:
-    it has events and no stop. A NaN neither counts nor resets. Where ``stability/courant`` fails, or is not decided
+    the first steps of a run hides none. The *stop*: it is still above, after two readings at least, the smoothed loss
+    is 25 % above its least value so far and above 15 % of the initial loss, and this rise does not come back:
+
+    - the learning rate has grown by 10 % since the smoothed loss was level. At a rate that is constant or falls,
+      training at the edge of stability moves to flatter minima, and the loss comes down again; it cannot where the rate
+      outruns it;
+    - or the loss has lost 40 % of all that it had fallen since the start.
+
+    Healthy training lives at the edge of stability for long stretches: it has events, its loss rises at times, and
+    there is no stop. A NaN neither counts nor resets. Where ``stability/courant`` fails, or is not decided
     yet, ``stability/courant_gd`` stands in for it; the two have no mean. So it does where the number is at or below the
     threshold while the loss of the same step is above three times the initial one: a softmax that has exploded is
     saturated, and the Gauss-Newton matrix, from which ``courant_sgd`` comes, vanishes.
@@ -55,8 +66,10 @@ class StopOnInstability(Callback):
       from the beginning;
     - a *loss alarm*, so that no run goes on longer than a plain watcher of the loss would let it: the mean of the last
       50 losses is above twice its least and above a quarter of the initial loss, and so are most of the last 10 (one
-      spike is over by then). A reading well below the threshold (0.7 of it), taken since the loss began to rise, says
-      that this is noise, unless the loss is above three times the initial one;
+      spike is over by then), unless the rate still grows above the threshold. A reading well below the threshold (0.7
+      of it), taken since the loss began to rise, says that this is noise, unless the loss is above three times the
+      initial one. So does one of the last ``patience_steps`` steps before that, if the rate has not grown out of it and
+      most of the last 10 losses are below the one at the start: a bad batch, which is forgotten soon;
     - readings above the threshold, in the mean as above, and a loss that has not fallen by 5 % in 150 steps;
     - losses above three times the initial one for some 200 steps, where nothing was measured since they began to rise;
     - a collapse of the network: its outputs have ceased to depend on its inputs (``stability/collapsed`` is 1, or 0.5
@@ -130,6 +143,7 @@ class StopOnInstability(Callback):
         self._stands_in = self._blind = self._forecast = False  # blind: what it stands in for looked calm
         self._collapsed = 0.0  # the last reading
         self._losses, self._shares_losses = LossRecord(), False
+        self._rates = RateRecord()
         self._is_quiet = True  # no reading is anywhere near a reason to stop
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -222,6 +236,9 @@ class StopOnInstability(Callback):
         scheduled = self._source.scheduled_courant(trainer) if self._is_scheduled else math.nan
         if self._is_quiet and losses.is_calm and not scheduled > self.threshold:
             return False  # as at nearly every step
+        self._rates.add(
+            *self._source.rates(), step=step, level_step=losses.level_step, read_step=self._deciding.latest_step
+        )  # fmt: skip
         why = self._not_finite()
         if why is None and step >= self.min_steps:
             above = self._deciding.above(self.threshold, step)
@@ -284,15 +301,20 @@ class StopOnInstability(Callback):
         if self.confirm is None:
             return None
         rose = f"the smoothed loss rose from {losses.least:.4g} to {losses.smoothed:.4g}"
-        # Where readings are rare, one of them, which is old by then, and a loss that rises by noise confirm nothing.
-        if losses.risen and not math.isnan(above) and len(self._deciding) >= min(2, self.patience):
-            return f"{self._reading(above)}, and {rose}"
+        is_growing = self._rates.has_grown(GROWTH)
+        if losses.risen and (is_growing or losses.forgotten):
+            rose += " while the learning rate grew" * is_growing
+            # Where readings are rare, one of them, which is old by then, and a loss that rises confirm nothing.
+            if not math.isnan(above) and len(self._deciding) >= min(2, self.patience):
+                return f"{self._reading(above)}, and {rose}"
+            if jumped:
+                return f"the learning rate is {scheduled:.3g} times the critical one, and {rose}"
         if not math.isnan(above) and losses.fallen is False and losses.count >= STUCK:
             return f"{self._reading(above)}, and {self._not_fallen()}"
-        if losses.alarm_lasts and not self._is_calm():
+        # No spike is about to be over where nothing is left of what was learned, or the rate grows above the edge.
+        is_worsening = losses.alarmed and not math.isnan(above) and self._rates.has_grown()
+        if (losses.alarm_lasts or losses.relapsed or is_worsening) and not self._is_calm():
             return f"the mean of 50 losses rose from {losses.least_mean:.4g} to {losses.mean:.4g}, and {self._known()}"
-        if losses.risen and jumped:
-            return f"the learning rate is {scheduled:.3g} times the critical one, and {rose}"
         # The rate may have come down since; critical rates of a network that has exploded do not show that.
         comparable = not math.isnan(scheduled) and not (self._blind and self._deciding is self._others)
         least = min(self._deciding.latest, scheduled) if comparable else self._deciding.latest
@@ -306,10 +328,19 @@ class StopOnInstability(Callback):
         return None
 
     def _is_calm(self) -> bool:
-        """Return True if a reading well below the threshold, taken since the loss began to rise, calls that noise."""
+        """Return True if a reading well below the threshold says that it is not the rate that makes the loss rise.
+
+        It was taken since the loss began to rise. An older one counts for ``patience_steps`` steps if it is a Courant
+        number, which the rate of today would leave well below, and something is left of what was learned.
+        """
         calm, readings, losses = min(CALM * self.threshold, self.threshold), self._deciding, self._losses
-        is_fresh = readings.latest_step > min(losses.level_step, losses.last_step - ALARM_LASTS)
-        return is_fresh and readings.latest <= calm and not losses.exploded(losses.mean)
+        if not readings.latest <= calm or losses.exploded(losses.mean):
+            return False
+        if readings.latest_step > min(losses.level_step, losses.last_step - ALARM_LASTS):
+            return True
+        is_recent = losses.last_step - readings.latest_step <= self.patience_steps
+        is_below = self.monitor in SCHEDULED and self._rates.leaves_below(readings.latest, calm)
+        return is_recent and is_below and not losses.relapsed
 
     def _known(self) -> str:
         """Return in words what is known of the number that is watched."""
@@ -323,8 +354,8 @@ class StopOnInstability(Callback):
         return f"the loss has not fallen: {losses.first:.4g} at first, smoothed {losses.smoothed:.4g}"
 
     def _jumps(self, scheduled: float) -> bool:
-        """Return True if the rate has more than doubled since the last measurements: a jump, not a slow ramp."""
-        return scheduled > 2 * self._deciding.mean
+        """Return True if the rate has more than doubled since the last measurement: a jump, not a slow ramp."""
+        return scheduled > 2 * self._deciding.latest
 
     def _cross(self, trainer: Any, step: int, reading: str) -> None:
         """Note a step that is above the threshold; log and print it if it begins an event."""
@@ -353,6 +384,7 @@ class StopOnInstability(Callback):
             "stop_step": self.stop_step, "reason": self.reason,
             "readings": self._readings.state_dict(), "others": self._others.state_dict(),
             "stands_in": self._stands_in, "blind": self._blind, "forecast": self._forecast,
+            "rates": self._rates.state_dict(),
             "collapsed": self._collapsed, "losses": None if self._shares_losses else self._losses.state_dict(),
         }  # fmt: skip
 
@@ -364,6 +396,7 @@ class StopOnInstability(Callback):
         self.stop_step, self.reason = state["stop_step"], state["reason"]
         self._stands_in, self._forecast = state["stands_in"], state["forecast"]
         self._collapsed, self._blind = state["collapsed"], state["blind"]
+        self._rates.load_state_dict(state["rates"])
         self._is_quiet = False
         self._readings.load_state_dict(state["readings"])
         self._others.load_state_dict(state["others"])

@@ -62,6 +62,8 @@ class OutputDirections:
     Attributes:
         description: in words, which outputs the rows stand for.
         mode: the sharpest mode, where it was needed.
+        length: how many positions a sample has.
+        looked: at how many of them there are rows.
         seeds: the cotangents of each part's rows.
         taken: indices of each part's samples that have rows, in their part, and by which probability; all if absent.
     """
@@ -84,7 +86,8 @@ class OutputDirections:
         self.probes, self.scale, self.which, self.generator = probes, scale, which, generator
         self.description = ""
         self._count = positions
-        self._length: int | None = None
+        self.length = self.looked = 1
+        self._is_known = False
         self._moves: list[Tensor] | None = None
         self.seeds: dict[int, list[RowSeed]] = {}
         self.taken: dict[int, tuple[Tensor, Tensor]] = {}
@@ -130,8 +133,9 @@ class OutputDirections:
             f = evaluation.outputs.detach().requires_grad_()
             with torch.enable_grad():
                 return [RowSeed(torch.autograd.grad(len(f) * evaluation.criterion(f), f)[0])]
-        self._length = self._length or shape[1]
-        if shape[1] != self._length:
+        if not self._is_known:
+            self.length, self._is_known = shape[1], True
+        if shape[1] != self.length:
             raise Unmeasurable("samples have different numbers of positions: pad the batches to one length")
         # Each sample has positions of its own: what one position is like is not what all are.
         chosen = (
@@ -140,6 +144,7 @@ class OutputDirections:
             else self.given[index].positions
         )
         chosen = chosen.to(evaluation.outputs.device)
+        self.looked = chosen.shape[1]
         where = f" at {chosen.shape[1]} of {shape[1]} positions" if shape[1] > 1 else ""
         self.description = ("the only output" if shape[2] == 1 else f"{self.which} of {shape[2]} outputs") + where
         curvature = output_curvature(evaluation, chosen)

@@ -12,7 +12,7 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.courant_step import courant_step
 from lsp_callbacks.operators.cost import beside
 from lsp_callbacks.operators.footprint import footprint
-from lsp_callbacks.operators.trajectory.step_by_differences import require_single_gradient
+from lsp_callbacks.operators.trajectory.step_by_differences import require_gradient_at_weights
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.step.snapshot import Snapshot
@@ -28,7 +28,7 @@ class CourantStep(Quantity):
     The loss of a step's own batch is computed again after its update, with the same random masks and statistics:
     ``courant_step = 1 + (L(after) - L(before)) / (-g . update)``, a ratio of sums over a window of readings, see
     `lsp_callbacks.functional.courant_step`. Above 1 these steps have raised the losses of their own batches. It needs
-    no formula of the optimizer, and sees everything that moves the parameters: clipping, decay, a prox.
+    no formula of the optimizer, and sees everything that moves the parameters: clipping, decay, a prox, a line search.
 
     It looks at one direction, so that it may be calm while others are unstable, and above 1 in single steps of a stable
     heavy ball: it tells what the steps did, not what the rate may be.
@@ -100,7 +100,7 @@ class CourantStep(Quantity):
         if snapshot.run.unsupported:
             raise Unmeasurable(snapshot.run.unsupported)
         if snapshot.optimizer is not None:
-            require_single_gradient(snapshot.optimizer)
+            require_gradient_at_weights(snapshot.optimizer)
 
     def update(self, snapshot: Snapshot) -> None:
         """Complete the measurement of the step before, if this step follows it; otherwise begin one of this step."""
