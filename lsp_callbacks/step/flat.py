@@ -30,16 +30,17 @@ def restored(parameters: list[nn.Parameter]) -> Iterator[None]:
     try:
         yield
     finally:
-        foreach_copy([p.data for p in parameters], saved)
+        if parameters:
+            foreach_copy([p.data for p in parameters], saved)
 
 
 @contextlib.contextmanager
 def displaced(parameters: list[nn.Parameter], direction: Tensor, distance: float) -> Iterator[None]:
     """Move the parameters by ``distance * direction`` (flat), and put every bit back at the end."""
     with restored(parameters):
-        foreach_add_(
-            [p.data for p in parameters], [d.to(p) for d, p in zip(split(direction, parameters), parameters)], distance
-        )
+        if parameters:
+            moves = [d.to(p) for d, p in zip(split(direction, parameters), parameters)]
+            foreach_add_([p.data for p in parameters], moves, alpha=distance)
         yield
 
 

@@ -180,12 +180,15 @@ def frozen_sgd(
             positions=positions, checked=checked, holds=squares == "batch", most=most, correction=correction,
             given=chosen,
         )  # fmt: skip
-    trace = sum(kernel.traces.values()) or 1.0
 
     def mean(decay: Mapping[str, float | Tensor]) -> float:
-        return sum(float(decay[name]) * share for name, share in kernel.traces.items()) / trace
+        values = [float(decay[name]) for name in kernel.traces]
+        trace = sum(kernel.traces.values())
+        if not trace or min(values) == max(values):
+            return values[0] if trace else 0.0
+        return sum(value * share for value, share in zip(values, kernel.traces.values())) / trace
 
-    double = all(p.dtype == torch.float64 for p in probes.parameters.values())
+    double = all(p.dtype == torch.float64 for p in snapshot.parameters.values())
     return FrozenSGD(
         rule=UpdateRule(
             momentum=rule.momentum,
@@ -213,14 +216,14 @@ def critical_rule(snapshot: Snapshot) -> FrozenRule:
         Unmeasurable: see `frozen_rule`; for ``maximize``, with a prox, and for coupled weight decay behind a
             preconditioner.
     """
-    rule, decay = frozen_rule(snapshot), coupled_decay(snapshot)
+    rule = frozen_rule(snapshot)
     if snapshot.run.prox is not None:
         raise Unmeasurable("the map that prox applies after the step is not supported: use lyapunov instead")
     if rule.sign < 0:
         raise Unmeasurable(
             "maximize=True: the Gauss-Newton matrix of a loss that is maximised is not positive: minimise its negative"
         )
-    if rule.frozen and (isinstance(decay, Tensor) or decay):
+    if rule.frozen and (isinstance(decay := coupled_decay(snapshot), Tensor) or decay):
         raise Unmeasurable(
             "coupled weight decay is not supported with a frozen preconditioner: use AdamW's, or leave "
             "sgd_stability out"

@@ -111,13 +111,14 @@ class GraphRows(GraphReader):
     def _read(self, loss: Tensor, samples: int, factor: float, micro_batches: int) -> None:
         nodes = outputs_first(loss.grad_fn)
         require_plain(nodes)
-        self.ties = any(node.name() == "NativeBatchNormBackward0" and saved(node, "training") for node in nodes)
+        kinds = tuple([node.name() for node in nodes])
+        norms = [node for node, kind in zip(nodes, kinds) if kind == "NativeBatchNormBackward0"]
+        self.ties = any(saved(node, "training") for node in norms)
         total = samples if self.ties else samples * micro_batches
-        criterion = read_criterion(nodes, samples, factor)
+        criterion = read_criterion(nodes, kinds, samples, factor)
         chosen, pairs = self._choose(criterion, total)
         self.samples += samples
         self.chosen.append(chosen)
-        kinds = tuple(node.name() for node in nodes)
         if self.kind is not None and self.kind.nodes != kinds:
             raise UnknownGraph("another graph than before")
         nodes = nodes[nodes.index(criterion.node) + 1 :]

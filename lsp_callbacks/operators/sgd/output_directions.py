@@ -41,6 +41,8 @@ class Chosen:
 
 def positions_of(shape: torch.Size | tuple[int, ...], count: int, generator: torch.Generator) -> Tensor:
     """Return so many positions of each sample, of those that it has, ``(N, T)``, by chance."""
+    if shape[1] == 1:
+        return torch.zeros(shape, dtype=torch.long)
     return torch.rand(shape, generator=generator).argsort(1)[:, :count].sort(1).values
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lsp_callbacks.operators.cost import beside
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
+from lsp_callbacks.operators.trajectory.coming_preconditioner import remembered_rule
 from lsp_callbacks.quantities.sgd.probe_cost import gram_cost
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -12,7 +13,7 @@ CORRECTED = 2
 #: In every so many readings two positions of each sample are compared, to see how alike they are.
 COMPARED = 8
 #: Operations on small tensors, beside those of each layer.
-GRAPH_CALLS = 150
+GRAPH_CALLS = 180
 #: Nanoseconds of the critical rate from 64 rows.
 RATE = 6e5
 
@@ -26,10 +27,12 @@ def graph_price(snapshot: Snapshot, rows: GraphRows) -> dict[str, float]:
     """
     positions = 1 if rows.chosen[0].positions.shape[1] == 1 else 1 + 1 / COMPARED
     count = round(sum(len(chosen.taken) for chosen in rows.chosen) * positions)
-    passes, gram = positions / 3, gram_cost(snapshot, count, rows.batch, calls=GRAPH_CALLS)
-    parts = {"rows of the graph": passes * rows.samples / rows.batch + gram, **rate_cost(snapshot, count)}
-    if rows.ties:  # now and then a backward pass for the largest eigenvalue, and products once more
-        parts["batch statistics"] = (2 / 3 + gram / 2) / CORRECTED
+    through = count if rows.kind is not None and rows.kind.by_rows else rows.samples  # gradients that are taken back
+    gram = gram_cost(snapshot, count, rows.batch, calls=GRAPH_CALLS)
+    parts = {"rows of the graph": positions / 3 * through / rows.batch + gram, **rate_cost(snapshot, count)}
+    if rows.ties:  # now and then a backward pass for the largest eigenvalue, and products once more where D has moved
+        again = gram / 2 if remembered_rule(snapshot).frozen else 0.0
+        parts["batch statistics"] = (2 / 3 + again) / CORRECTED
     return parts
 
 
