@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -78,8 +77,6 @@ class StepObserver:
         self.sub_batch: int | None = None
         self.game: Game | None = None
         self._pending: PendingStep | None = None
-
-    # -- a run -----------------------------------------------------------------------------------------------------
 
     def begin_run(
         self,
@@ -338,7 +335,7 @@ class StepObserver:
             scale=loop.loss_scale(),
             previous=self.previous,
             room=self.monitor.budget.room,
-            other_loss=partial(pending.other_loss, on_device=loop.on_device),
+            other_loss=lambda source: pending.other_loss(source, loop.on_device),
         )
 
     def check_gradient(self, reason: str, *, is_gone_allowed: bool) -> bool:

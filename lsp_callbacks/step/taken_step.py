@@ -17,6 +17,9 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.flat import largest_learning_rate
 from lsp_callbacks.step.snapshot import OtherLoss, Snapshot
 
+#: Numbers of float32 in an inner product whose rounding is nothing beside that of the losses.
+PIECE = 65536
+
 
 class LossChange(NamedTuple):
     """What a multiple of an update did to a loss; float64, means over the ranks.
@@ -81,9 +84,9 @@ class TakenStep:
         gradient, self._gradient = self._gradient, None
         if gradient is None:
             return None
-        # Tensor by tensor: a flat update in float64 would be twice the weights, and there may be little room.
+        # Tensor by tensor: a flat update would be as large as the weights, and there may be little room.
         parts = [
-            (g.double() * (p.detach() - before).double()).sum()
+            _dot(g, p.detach() - before)
             for g, p, before in zip(gradient, self._parameters, self._before)
             if g is not None
         ]
@@ -145,6 +148,14 @@ class TakenStep:
                 "global variable): keep it in the module"
             )
         return (again, 0.0) if is_replayed else (own, self._tolerance)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return an inner product in float64: of long float32 vectors the sum of those of pieces, without longer copies."""
+    if a.dtype is not torch.float32 or b.dtype is not torch.float32 or not a.numel():
+        return (a.double() * b.double()).sum()
+    pieces = zip(a.reshape(-1).split(PIECE), b.reshape(-1).split(PIECE))
+    return torch.stack([torch.dot(*pair) for pair in pieces]).sum(dtype=torch.float64)
 
 
 def _copied(gradient: Tensor | None) -> Tensor | None:

@@ -20,7 +20,7 @@ class AlongUpdate(Quantity):
     """
 
     window = 2
-    weight = 2.0
+    weight = 0.3
 
     def __init__(self, check_every: int):
         super().__init__()

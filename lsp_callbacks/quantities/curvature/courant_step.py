@@ -89,7 +89,7 @@ class CourantStep(AlongUpdate):
         return bool(self.changes.isnan().all())
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        return {"the step's loss": 1 / 3 + 5 / 3 * self.checks + beside(snapshot, calls=60, vectors=6)}
+        return {"the step's loss": 1 / 3 + 5 / 3 * self.checks + beside(snapshot, calls=200, vectors=10)}
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         held = footprint(snapshot)
