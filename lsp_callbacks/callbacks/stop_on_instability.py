@@ -128,6 +128,8 @@ class StopOnInstability(Callback):
         self.threshold = edge if threshold is None else threshold
         self.confirm, self.verbose = confirm, verbose
         self._is_scheduled = monitor in SCHEDULED
+        #: The Courant number of a coming learning rate above which it is a reason to look at a step.
+        self.least_courant = self.threshold if self._is_scheduled else math.inf
         self._warned = False
         self._reset()
 
@@ -181,10 +183,8 @@ class StopOnInstability(Callback):
             )
         self._warned = missing
 
-    # The monitor calls these at the end of each batch, so that the order of the callbacks does not matter.
-
     def receive(self, trainer: Any, observation: Observation) -> None:
-        """Take in a new observation."""
+        """Take in a new observation: the monitor calls it, so that the order of the callbacks does not matter."""
         values = observation.values
         self._is_quiet = False
         collapsed = values.get("stability/collapsed", math.nan)
@@ -200,16 +200,10 @@ class StopOnInstability(Callback):
                 f"at step {observation.step + steps:.0f}"
             )
 
-    @property
-    def least_courant(self) -> float:
-        """The Courant number of a coming learning rate above which it is a reason to look at a step."""
-        return self.threshold if self._is_scheduled else math.inf
-
     def end_step(self, trainer: Any, step: int, arrived: Sequence[ArrivedLoss]) -> None:
         """End training after ``step`` if it has to; for the arguments see `judge`."""
         # Losses and measurements are the same numbers on all processes, so all of them stop at the same step.
-        if self.judge(trainer, step, [*arrived, *self._source.monitor.losses.settle()]):
-            trainer.should_stop = True
+        trainer.should_stop |= self.judge(trainer, step, [*arrived, *self._source.monitor.losses.settle()])
 
     def judge(self, trainer: Any, step: int, arrived: Sequence[ArrivedLoss]) -> bool:
         """Return True to stop after ``step``, given the losses that have arrived since the step before."""

@@ -15,6 +15,8 @@ from lsp_callbacks.step.snapshot import Snapshot
 
 #: Rounding of a mean over a batch, in units of its number type: measured against float64.
 ROUNDING = 4.0
+#: Numbers of float32 in an inner product whose rounding is nothing beside that of the losses.
+PIECE = 65536
 
 
 class LossChange(NamedTuple):
@@ -74,10 +76,8 @@ class TakenStep:
         ranks, pairs = self.run.ranks, list(zip(self._parameters, self._before))
         if not ranks.any(lambda: any(not torch.equal(p.detach(), before) for p, before in pairs), "the update"):
             return None
-        # Tensor by tensor: a flat update in float64 would be twice the weights, and there may be little room.
-        slope = sum(
-            (g.double() * (p.detach() - before).double()).sum() for g, (p, before) in zip(self._gradient, pairs)
-        )
+        # Tensor by tensor: a flat update would be as large as the weights, and there may be little room.
+        slope = sum(_dot(g, p.detach() - before) for g, (p, before) in zip(self._gradient, pairs))
         self._gradient = []
 
         def rank_change() -> tuple[Tensor, Tensor]:
@@ -103,3 +103,11 @@ class TakenStep:
                 p.copy_(before)
             with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
                 return self._replay().detach()
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return an inner product in float64: of long float32 vectors the sum of those of pieces, without longer copies."""
+    if a.dtype is not torch.float32 or b.dtype is not torch.float32:
+        return (a.double() * b.double()).sum()
+    pieces = zip(a.reshape(-1).split(PIECE), b.reshape(-1).split(PIECE))
+    return torch.stack([torch.dot(*pair) for pair in pieces]).sum(dtype=torch.float64)

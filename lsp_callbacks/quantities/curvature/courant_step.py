@@ -73,7 +73,7 @@ class CourantStep(Quantity):
         "courant_step_error": Key("Error of courant_step by rounding.", error_of="courant_step"),
     }
     window = 2
-    weight = 2.0
+    weight = 0.3
     changes: Tensor
 
     def __init__(self, readings: int = 8, check_every: int = 16):
@@ -90,7 +90,7 @@ class CourantStep(Quantity):
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         checks = 1.0 if self._is_first else 1 / self.check_every
-        return {"the step's loss": 1 / 3 + 5 / 3 * checks + beside(snapshot, calls=60, vectors=6)}
+        return {"the step's loss": 1 / 3 + 5 / 3 * checks + beside(snapshot, calls=200, vectors=10)}
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         held = footprint(snapshot)
