@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: Readings in the mean, as everywhere; a reading below the mean counts by itself.
+#: Readings in the mean, as everywhere.
 RECENT = 3
 
 
@@ -23,8 +23,8 @@ class RateCap:
     eigenvalues of ``(R P)^1/2 H (R P)^1/2`` are monotone in R, so that smaller rates are no less stable. A group that
     had no rate at the reading is not known, and sets no limit.
 
-    A reading scatters. The critical rate is the one of the last three readings' mean Courant number (their harmonic
-    mean), or the last one if that is lower: a fall is followed at once, a rise when it lasts.
+    A reading scatters. The critical rate is that of the mean Courant number of the last three at one rate, so the
+    harmonic mean of theirs: it follows a fall fast, and a rise when it lasts.
 
     Args:
         safety: share of the critical rates that is allowed.
@@ -68,10 +68,7 @@ class RateCap:
         if only_lower and self._readings:
             reading = [min(pair) for pair in zip(reading, self._readings[-1])]
         self._readings, self.step = [*self._readings, reading][-RECENT:], step
-        means = [
-            len(each) / total if (total := sum(1 / one for one in each)) else math.inf for each in zip(*self._readings)
-        ]
-        self.limits = [self.safety * min(pair) for pair in zip(reading, means)]
+        self.limits = [self.safety * _harmonic_mean(group) for group in zip(*self._readings)]
 
     def factor(self, rates: Sequence[float], *, step: int) -> float:
         """Return by what the rates of a coming update are to be multiplied: 1 where they may stay.
@@ -106,3 +103,9 @@ class RateCap:
         """Take back what `state_dict` gave."""
         self._readings, self.limits = [list(reading) for reading in state["readings"]], list(state["limits"])
         self.step, self.is_on = state["step"], state["is_on"]
+
+
+def _harmonic_mean(rates: Sequence[float]) -> float:
+    """Return the harmonic mean of rates, of which some may be infinite."""
+    total = sum(1 / rate for rate in rates)
+    return len(rates) / total if total else math.inf

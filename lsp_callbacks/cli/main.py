@@ -28,7 +28,8 @@ EXAMPLES = """\
   lsp-callbacks diagram --config FILE --ckpt FILE    at a checkpoint instead of the initial weights
 
 In a configuration of your own, the callbacks are listed under trainer: callbacks:, by class_path
-(lsp_callbacks.StabilityMonitor, lsp_callbacks.StabilityReport, lsp_callbacks.StopOnInstability).\
+(lsp_callbacks.StabilityMonitor, lsp_callbacks.StabilityReport, lsp_callbacks.StopOnInstability,
+lsp_callbacks.CapLearningRate).\
 """
 
 

@@ -16,11 +16,13 @@ def read(*criticals, safety=0.5, max_age=10, relative=(1.0,), **settings):
     return cap
 
 
-def test_a_fall_is_followed_at_once_and_a_rise_when_it_lasts():
-    assert read(2.0).limits == [1.0] and read(2.0, 1.0).limits == [0.5]
-    assert read(1.0, 4.0).limits == [0.8] and read(1.0, 4.0, 4.0).limits == [1.0]
-    assert read(1.0, 4.0, 4.0, 4.0).limits == [2.0]
-    assert read(1.0, math.inf, math.inf).limits == [1.5] and read(math.inf, 1.0).limits == [0.5]
+def test_the_mean_courant_number_of_three_readings_is_safety():
+    assert read(2.0).limits == [1.0] and read(3.0, 1.0).limits == [0.75]
+    assert read(1.0, 3.0, 3.0, 3.0).limits == [1.5]
+    assert read(1.0, math.inf, math.inf).limits == [1.5] and read(math.inf).limits == [math.inf]
+    criticals = (0.7, 1.9, 1.1)
+    (limit,) = read(*criticals, safety=0.9).limits
+    assert sum(limit / critical for critical in criticals) / 3 == pytest.approx(0.9)
 
 
 def test_before_a_reading_and_below_the_cap_nothing_changes():
@@ -41,7 +43,7 @@ def test_a_reading_that_is_not_trusted_only_lowers():
     cap.add(1, critical=8.0, relative=[1.0], only_lower=True)
     assert cap.limits == [1.0] and cap.step == 1
     cap.add(2, critical=1.0, relative=[1.0], only_lower=True)
-    assert cap.limits == [0.5] and cap.step == 2
+    assert cap.limits == [0.75] and cap.step == 2
     assert read(8.0, only_lower=True).limits == [4.0]  # nothing to compare with
 
 
@@ -73,12 +75,12 @@ def test_groups_that_join_begin_anew():
 
 
 def test_the_state_goes_on():
-    cap, other = read(1.0, 4.0), RateCap(0.5, 10)
+    cap, other = read(1.0, 3.0), RateCap(0.5, 10)
     cap.is_on = True
     other.load_state_dict(cap.state_dict())
     for each in (cap, other):
-        each.add(5, critical=4.0, relative=[1.0])
-    assert other.limits == cap.limits == [1.0] and other.is_on and other.step == 5
+        each.add(5, critical=3.0, relative=[1.0])
+    assert other.limits == cap.limits == [pytest.approx(0.9)] and other.is_on and other.step == 5
 
 
 def groups(*rates, kind=torch.optim.SGD, **settings):
