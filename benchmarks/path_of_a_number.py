@@ -21,10 +21,10 @@ and now
 
 | number | files entered | calls | changes of file | ways |
 |---|---|---|---|---|
-| sharpness | 59 | 1,036 | 268 | 244 |
-| mean_square_stability | 67 | 598 | 280 | 242 |
-| sgd_stability | 72 | 2,115 | 372 | 324 |
-| stability_profile | 87 | 59,487 | 11,965 | 506 |
+| sharpness | 62 | 1,105 | 306 | 265 |
+| mean_square_stability | 69 | 655 | 289 | 255 |
+| sgd_stability | 73 | 2,151 | 382 | 335 |
+| stability_profile | 90 | 53,812 | 9,278 | 505 |
 
 Small files of one idea each and few changes of file work against each other. Most of what is left is made once a step
 (how it is kept, whether it is due, the optimizer's rule, the checks afterwards); a Hessian product makes fifteen.

@@ -57,6 +57,15 @@ def text() -> TensorDataset:
 
 DATA: dict[str, Callable[[], TensorDataset]] = {"digits": digits, "mnist": mnist, "text": text}
 
+
+@cache
+def chance(data: str, squared: bool = False) -> float:
+    """The loss of the best constant prediction: entropy of the labels' frequencies, or variance of the targets."""
+    share = torch.bincount(DATA[data]().tensors[1].flatten()).double()
+    share = share / share.sum()
+    return float((share * (1 - share)).mean() if squared else torch.special.entr(share).sum())
+
+
 # -- schedules: the factor of the rate, from the share of the run that is over ----------------------------------------
 
 

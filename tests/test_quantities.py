@@ -24,6 +24,7 @@ SETTINGS = {
     "stability_profile": {"horizon": 2, "directions": 2, "samples": 2, "probes": 6},
     "clarke_training": {"horizon": 2},
     "courant_step": {"check_every": 1},
+    "critical_sharpness": {"check_every": 1},
 }
 every_quantity = pytest.mark.parametrize("name", REGISTRY)
 
@@ -235,6 +236,8 @@ def test_a_window_under_way_goes_on_from_its_vectors(name):
 def test_an_exception_leaves_the_metric_whole(name, extra):
     if name == "courant_step" and extra:
         pytest.skip("it then looks at the step before, which is sound")
+    if name == "critical_sharpness":
+        pytest.skip("it replays nothing before the update, see test_critical_sharpness")
     metric = fed(name, extra=extra)
     before, values = saved(metric), metric.compute()
     task = problem()

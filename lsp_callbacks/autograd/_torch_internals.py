@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -101,9 +102,8 @@ def custom_functions(nodes: Iterable[Any]) -> list[type]:
     return [function for node in nodes if (function := custom_function(node)) is not None]
 
 
-def metadata(node: Any) -> Any:
-    """Return shape, dtype and device of each output of the operation that a backward node belongs to."""
-    return node._input_metadata
+#: Shape, dtype and device of each output of the operation that a backward node belongs to.
+metadata: Callable[[Any], Any] = operator.attrgetter("_input_metadata")
 
 
 def dtypes_of(nodes: Iterable[Any]) -> set[torch.dtype]:
@@ -146,14 +146,9 @@ def calls_users_code(node: Any) -> bool:
 # Tensors and operators.
 
 
-def version(tensor: Tensor) -> int:
-    """Return how often a tensor was changed in place."""
-    return tensor._version
-
-
-def base(tensor: Tensor) -> Tensor | None:
-    """Return the tensor that this one is a view of; None where it is no view."""
-    return tensor._base
+#: How often a tensor was changed in place, and the tensor that one is a view of (None where it is no view).
+version: Callable[[Tensor], int] = operator.attrgetter("_version")
+base: Callable[[Tensor], Tensor | None] = operator.attrgetter("_base")
 
 
 def sparse_values(tensor: Tensor) -> Tensor:
@@ -166,21 +161,9 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return storage._cdata
 
 
-def foreach_norm(tensors: Sequence[Tensor], order: float = 2.0) -> tuple[Tensor, ...]:
-    """Return a norm of each tensor, by one kernel where there is one."""
-    return torch._foreach_norm(list(tensors), order)
-
-
-def foreach_copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy tensors into others of the same kinds, by one kernel where there is one."""
-    if targets:
-        torch._foreach_copy_(targets, sources)
-
-
-def foreach_add_(tensors: list[Tensor], others: list[Tensor], alpha: float) -> None:
-    """Add ``alpha`` times another tensor to each tensor, in place."""
-    if tensors:
-        torch._foreach_add_(tensors, others, alpha=alpha)
+#: A norm of each tensor, a copy of tensors into others, and multiples added in place, each by one kernel where there is
+#: one; of one tensor at least.
+foreach_norm, foreach_copy, foreach_add_ = torch._foreach_norm, torch._foreach_copy_, torch._foreach_add_
 
 
 def packet(func: Any) -> Any:

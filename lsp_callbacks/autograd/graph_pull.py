@@ -56,18 +56,22 @@ def require_plain(nodes: Iterable[Any]) -> None:
 
 
 @torch.no_grad()
-def pull(nodes: list[Any], cotangents: dict[Any, Tensor], rule: Rule, reshape: Reshape) -> None:
+def pull(
+    nodes: list[Any], cotangents: dict[Any, Tensor], rule: Rule | None, reshape: Reshape
+) -> dict[Any, dict[int, Tensor]]:
     """Take cotangents back through a graph, by calling its nodes in their order.
 
     Not by the engine of autograd, which would call the hooks of tensors and nodes, among them those of the user's that
-    count how often they are called. Whatever the graph holds stays there for training's own backward pass. Nothing is
-    returned: ``rule`` sees what arrives where.
+    count how often they are called. Whatever the graph holds stays there for training's own backward pass.
 
     Args:
         nodes: of the graph, outputs first, see `outputs_first`.
         cotangents: at the first output of some nodes.
-        rule: is asked at each node that a gradient reaches.
+        rule: is asked at each node that a gradient reaches; None calls all of them.
         reshape: is asked where a gradient has another shape than the output: something was broadcast.
+
+    Returns:
+        What arrives at nodes that are not among these, by the place of the output; ``rule`` sees what arrives at these.
 
     Cost: a backward pass; without what ``rule`` leaves out.
     """
@@ -77,7 +81,7 @@ def pull(nodes: list[Any], cotangents: dict[Any, Tensor], rule: Rule, reshape: R
         if slots is None:
             continue
         outputs: list[Tensor | None] = [slots.get(k) for k in range(len(metadata(node)))]
-        inputs = rule(node, outputs)
+        inputs = None if rule is None else rule(node, outputs)
         for (child, k), g in zip(node.next_functions, call(node, outputs) if inputs is None else inputs):
             if child is None or g is None:
                 continue
@@ -91,3 +95,4 @@ def pull(nodes: list[Any], cotangents: dict[Any, Tensor], rule: Rule, reshape: R
                 g = g.to(entry.dtype)
             kept = waiting.setdefault(child, {})
             kept[k] = kept[k] + g if k in kept else g
+    return waiting

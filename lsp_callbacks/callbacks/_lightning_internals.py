@@ -31,9 +31,14 @@ def remaining_batches(trainer: Any) -> Iterator[Any]:
             batch, *_ = next(fetcher)  # iter() would begin again, with samples that have been seen
         except StopIteration:
             return
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        yield on_device(trainer, batch)
+
+
+def on_device(trainer: Any, batch: Any) -> Any:
+    """Return a batch from a loader as ``training_step`` receives it."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def has_communication_hook(trainer: Any) -> bool:
@@ -49,6 +54,11 @@ def is_launched_elsewhere(trainer: Any) -> bool:
 def is_kind_of(name: str, thing: Any) -> bool:
     """Return True if a class of this name is among those of ``thing``: both packages of Lightning have one."""
     return any(c.__name__ == name for c in type(thing).__mro__)
+
+
+def has_no_optimizer(trainer: Any) -> bool:
+    """Return True if ``configure_optimizers`` has returned None, for which Lightning puts an optimizer of no use."""
+    return bool(trainer.optimizers) and all(is_kind_of("_MockOptimizer", one) for one in trainer.optimizers)
 
 
 def is_lightning_module(module: nn.Module) -> bool:

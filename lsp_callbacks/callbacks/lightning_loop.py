@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import overflowed, unscales_gradients
-from lsp_callbacks.callbacks._lightning_internals import has_backward
+from lsp_callbacks.callbacks._lightning_internals import has_backward, has_no_optimizer, on_device
 from lsp_callbacks.callbacks.custom_clipping import custom_clipping
 from lsp_callbacks.callbacks.muted_trainer import MutedTrainer, mute
 from lsp_callbacks.callbacks.run_facts import clipping, overridden, run_context
@@ -42,6 +42,7 @@ class LightningLoop(TrainingLoop):
 
     Attributes:
         is_automatic: whether Lightning calls the optimizer, and not the user's ``training_step``.
+        updates_elsewhere: whether no optimizer is known, so that a step is a batch, and is seen at its end.
         scaler: the gradient scaler of mixed precision; None without one.
     """
 
@@ -67,6 +68,7 @@ class LightningLoop(TrainingLoop):
         self._tolerance = 0.0 if loss_fn is None else 1e-4
         self._sub_batch, self._accumulate = sub_batch, accumulate
         self.is_automatic = self.repeats_forward = bool(module.automatic_optimization)
+        self.updates_elsewhere = has_no_optimizer(trainer)
         self.overrides_step = overridden(module, "optimizer_step") is not None
         self._clipping_hook = overridden(module, "configure_gradient_clipping")
         self.moves_parameters |= self.overrides_step
@@ -131,6 +133,9 @@ class LightningLoop(TrainingLoop):
         value = loss_of(outputs)
         # Exactly what Lightning's closure does with it.
         return None if value is None else value / accumulate
+
+    def on_device(self, batch: Any) -> Any:
+        return on_device(self.trainer, batch)
 
     def clipping_of(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
         hook = self._clipping_hook

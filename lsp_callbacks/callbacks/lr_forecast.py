@@ -56,6 +56,12 @@ class LRForecast:
         """Note the rate that the step uses."""
         self._rate_used = largest_learning_rate(trainer.optimizers[0])
 
+    def rates(self) -> tuple[float, float]:
+        """Return the rate that the optimizer has now, and that of the last measured step; NaN for players."""
+        if self._optimizer is None:
+            return math.nan, math.nan
+        return largest_learning_rate(self._optimizer), self._rate_used
+
     def scheduled_courant(self) -> float:
         """Return the rate that the optimizer has now over the critical rate; NaN where that is not known."""
         critical = self.critical.mean

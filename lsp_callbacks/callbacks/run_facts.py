@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lsp_callbacks.callbacks._lightning_internals import has_communication_hook, is_kind_of
+from lsp_callbacks.callbacks._lightning_internals import has_communication_hook, has_no_optimizer, is_kind_of
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.ranks import Ranks
@@ -42,10 +42,16 @@ def unsupported(trainer: Any, module: Any, *, players: bool = False) -> str | No
         )
     if has_communication_hook(trainer):
         return "ddp_comm_hook: gradients that are not the plain mean over the processes are not modelled"
+    if has_no_optimizer(trainer):
+        return (
+            "configure_optimizers returns no optimizer: updates that are made elsewhere, as by hooks of the backward "
+            "pass, are over before a step is complete; step an optimizer after the backward pass to measure them"
+        )
     if not module.automatic_optimization and len(trainer.optimizers) > 1 and not players:
         return (
             "several optimizers take turns, and one loss does not determine their joint update: pass "
-            "loss_fn={name: loss, ...}, one for each optimizer"
+            "loss_fn={name: loss, ...}, one for each optimizer; where they step together on one loss, as Muon for the "
+            "matrices and AdamW for the rest, let configure_optimizers return one whose step makes both"
         )
     return None
 

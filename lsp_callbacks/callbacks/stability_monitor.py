@@ -154,6 +154,10 @@ class StabilityMonitor(RunResults, Callback):
         """Return the rate that the optimizer has now, before it is used, over the critical rate; NaN if not known."""
         return self.forecast.scheduled_courant() if self._loss_feed.has_same_rates else math.nan
 
+    def rates(self) -> tuple[float, float]:
+        """Return the rate that the optimizer has now, and that of the last measured step; NaN if not known."""
+        return self.forecast.rates() if self._loss_feed.has_same_rates else (math.nan, math.nan)
+
     # -- before training -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -262,6 +266,9 @@ class StabilityMonitor(RunResults, Callback):
         if self._rest.is_on:
             self._publisher.update_age(self._rest.end_step(trainer, outputs))
             return
+        if self._loop.updates_elsewhere:
+            self.observer.settle()
+            self.on_before_optimizer_step(trainer, pl_module, trainer.optimizers[0])
         began, observer = time.perf_counter(), self.observer
         is_changed = not observer.is_idle and observer.check_gradient(CHANGED_GRADIENT, is_gone_allowed=True)
         if not is_changed and observer.updates > 1 and observer.game is None:

@@ -13,8 +13,10 @@ from lsp_callbacks._validation import number, whole
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.hidden_hooks import BATCH_HOOKS, hide_hooks, show_hooks
 from lsp_callbacks.callbacks.publisher import log
-from lsp_callbacks.callbacks.recent_readings import Readings
+from lsp_callbacks.callbacks.rate_record import RateRecord
+from lsp_callbacks.callbacks.setting_checks import check_watched
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
+from lsp_callbacks.callbacks.watched_number import WatchedNumber
 from lsp_callbacks.monitor.courant_source import COURANT, GD, SGD
 from lsp_callbacks.monitor.history import Observation
 from lsp_callbacks.monitor.losses import ALARM_LASTS, ArrivedLoss, LossRecord
@@ -27,6 +29,10 @@ FAR = 6.0
 #: The loss alarm does not end training while a reading that was taken since the loss began to rise is at or below this
 #: share of the threshold: with a batch of 4, noise alone trips it at a Courant number of 0.6.
 CALM = 0.7
+#: By how much the learning rate has grown since the loss was level when the rise that goes with it is there to stay. At
+#: a rate that is constant or falls, training at the edge of stability finds flatter minima, and the loss comes back:
+#: no healthy run of ``benchmarks/two_populations.py`` rose while the rate grew by more than 4 %.
+GROWTH = 1.1
 #: Steps in which a loss that does not fall confirms readings above the threshold, as a loss that rises does.
 STUCK = 150
 
@@ -37,10 +43,16 @@ class StopOnInstability(Callback):
     Two levels. The *event*: the mean of the last ``patience`` new measurements is above the threshold, or all have been
     above it for ``patience_steps`` steps; when it begins it is printed, and logged as ``stability/event``. It lasts
     until nothing was above the threshold for ``patience_steps`` steps: what comes later is a new event, so that one in
-    the first steps of a run hides none. The *stop*: it is still above, and the smoothed loss is 25 % above its least
-    value so far and above 15 % of the initial loss, after two readings at least.
-    Healthy training lives at the edge of stability for long stretches:
-    it has events and no stop. A NaN neither counts nor resets. Where ``stability/courant`` fails, or is not decided
+    the first steps of a run hides none. The *stop*: it is still above, after two readings at least, the smoothed loss
+    is 25 % above its least value so far and above 15 % of the initial loss, and this rise does not come back:
+
+    - the learning rate has grown by 10 % since the smoothed loss was level. At a rate that is constant or falls,
+      training at the edge of stability moves to flatter minima, and the loss comes down again; it cannot where the rate
+      outruns it;
+    - or the loss has lost 40 % of all that it had fallen since the start.
+
+    Healthy training lives at the edge of stability for long stretches: it has events, its loss rises at times, and
+    there is no stop. A NaN neither counts nor resets. Where ``stability/courant`` fails, or is not decided
     yet, ``stability/courant_gd`` stands in for it; the two have no mean. So it does where the number is at or below the
     threshold while the loss of the same step is above three times the initial one: a softmax that has exploded is
     saturated, and the Gauss-Newton matrix, from which ``courant_sgd`` comes, vanishes.
@@ -55,8 +67,10 @@ class StopOnInstability(Callback):
       from the beginning;
     - a *loss alarm*, so that no run goes on longer than a plain watcher of the loss would let it: the mean of the last
       50 losses is above twice its least and above a quarter of the initial loss, and so are most of the last 10 (one
-      spike is over by then). A reading well below the threshold (0.7 of it), taken since the loss began to rise, says
-      that this is noise, unless the loss is above three times the initial one;
+      spike is over by then), unless the rate still grows above the threshold. A reading well below the threshold (0.7
+      of it), taken since the loss began to rise, says that this is noise, unless the loss is above three times the
+      initial one. So does one of the last ``patience_steps`` steps before that, if the rate has not grown out of it and
+      most of the last 10 losses are below the one at the start: a bad batch, which is forgotten soon;
     - readings above the threshold, in the mean as above, and a loss that has not fallen by 5 % in 150 steps;
     - losses above three times the initial one for some 200 steps, where nothing was measured since they began to rise;
     - a collapse of the network: its outputs have ceased to depend on its inputs (``stability/collapsed`` is 1, or 0.5
@@ -98,8 +112,7 @@ class StopOnInstability(Callback):
         limit: float | None = 10.0,
         verbose: bool = True,
     ):
-        if not isinstance(monitor, str):
-            raise ValueError(f"monitor={monitor!r}: give a global key, such as 'stability/courant'")
+        check_watched(monitor)
         if threshold is not None:
             number("threshold", threshold, instead=", or None")
         whole("patience", patience, 1, instead=" measurement")
@@ -115,6 +128,8 @@ class StopOnInstability(Callback):
         self.threshold = edge if threshold is None else threshold
         self.confirm, self.verbose = confirm, verbose
         self._is_scheduled = monitor in SCHEDULED
+        #: The Courant number of a coming learning rate above which it is a reason to look at a step.
+        self.least_courant = self.threshold if self._is_scheduled else math.inf
         self._warned = False
         self._reset()
 
@@ -123,13 +138,12 @@ class StopOnInstability(Callback):
         self._above_step = -1  # the last one
         self.stop_step: int | None = None
         self.reason: str | None = None
-        self._readings = Readings(self.patience, self.patience_steps)
-        self._others = Readings(self.patience, self.patience_steps)  # of what stands in
+        self._number = WatchedNumber(self.monitor, self.patience, self.patience_steps)
         self._received: Observation | None = None  # the last one, until the loss of its step is known
-        self._others_before = self._others
-        self._stands_in = self._blind = self._forecast = False  # blind: what it stands in for looked calm
+        self._forecast = False
         self._collapsed = 0.0  # the last reading
         self._losses, self._shares_losses = LossRecord(), False
+        self._rates = RateRecord()
         self._is_quiet = True  # no reading is anywhere near a reason to stop
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -169,26 +183,15 @@ class StopOnInstability(Callback):
             )
         self._warned = missing
 
-    # The monitor calls these at the end of each batch, so that the order of the callbacks does not matter.
-
     def receive(self, trainer: Any, observation: Observation) -> None:
-        """Take in a new observation."""
+        """Take in a new observation: the monitor calls it, so that the order of the callbacks does not matter."""
         values = observation.values
-        value = values.get(self.monitor, math.nan)
         self._is_quiet = False
         collapsed = values.get("stability/collapsed", math.nan)
         self._collapsed = self._collapsed if math.isnan(collapsed) else collapsed
         if observation.step >= self.min_steps:
-            self._received, self._others_before = observation, self._others
-            self._readings.add(observation.step, value)
-            if self.monitor == COURANT and math.isnan(value):
-                # Not yet decided, or failing; it may also be complete some steps later.
-                if COURANT in values or not len(self._readings):
-                    self._others.add(observation.step, values.get(GD, math.nan))
-                    self._stands_in = True
-            elif not math.isnan(value):
-                self._stands_in, self._others = False, Readings(self.patience, self.patience_steps)
-                self._blind = False
+            self._received = observation
+            self._number.add(observation)
         steps = values.get("stability/steps_to_edge", math.nan)
         if self.monitor in SCHEDULED and not math.isnan(steps) and not self._forecast:
             self._forecast = True
@@ -197,16 +200,10 @@ class StopOnInstability(Callback):
                 f"at step {observation.step + steps:.0f}"
             )
 
-    @property
-    def least_courant(self) -> float:
-        """The Courant number of a coming learning rate above which it is a reason to look at a step."""
-        return self.threshold if self._is_scheduled else math.inf
-
     def end_step(self, trainer: Any, step: int, arrived: Sequence[ArrivedLoss]) -> None:
         """End training after ``step`` if it has to; for the arguments see `judge`."""
         # Losses and measurements are the same numbers on all processes, so all of them stop at the same step.
-        if self.judge(trainer, step, [*arrived, *self._source.monitor.losses.settle()]):
-            trainer.should_stop = True
+        trainer.should_stop |= self.judge(trainer, step, [*arrived, *self._source.monitor.losses.settle()])
 
     def judge(self, trainer: Any, step: int, arrived: Sequence[ArrivedLoss]) -> bool:
         """Return True to stop after ``step``, given the losses that have arrived since the step before."""
@@ -215,25 +212,29 @@ class StopOnInstability(Callback):
             losses.add(loss)
             if self._received is not None and loss.step >= self._received.step:
                 if loss.step == self._received.step and losses.exploded(loss.loss):
-                    self._distrust(self._received)
+                    self._number.distrust(self._received, self.threshold)
+                    self._is_quiet = False
                 self._received = None
         if self.stop_step is not None:
             return False
         scheduled = self._source.scheduled_courant(trainer) if self._is_scheduled else math.nan
         if self._is_quiet and losses.is_calm and not scheduled > self.threshold:
             return False  # as at nearly every step
+        self._rates.add(
+            *self._source.rates(), step=step, level_step=losses.level_step, read_step=self._number.readings.latest_step
+        )  # fmt: skip
         why = self._not_finite()
         if why is None and step >= self.min_steps:
-            above = self._deciding.above(self.threshold, step)
+            above = self._number.readings.above(self.threshold, step)
             if not math.isnan(above):
-                self._cross(trainer, step, f"{self._name} = {above:.4g} > {self.threshold:g}")
+                self._cross(trainer, step, f"{self._number.name} = {above:.4g} > {self.threshold:g}")
             elif scheduled > self.threshold and self._jumps(scheduled):
                 self._cross(trainer, step, f"the next learning rate is {scheduled:.3g} times the critical one")
             why = self._why(above, scheduled)
         if why is None:
             # Until the next reading nothing but the loss or the rate can end training.
-            readings, limit = (*self._readings.values, *self._others.values), min(self.threshold, FAR * self.threshold)
-            self._is_quiet = not self._collapsed and all(value < limit for value in readings)
+            limit = min(self.threshold, FAR * self.threshold)
+            self._is_quiet = not self._collapsed and all(value < limit for value in self._number.values)
             return False
         self.stop_step, self.reason = step, why
         self._say(f"stop at step {step}: {why}. Try a lower learning rate, or a longer warm-up.")
@@ -244,28 +245,6 @@ class StopOnInstability(Callback):
         """The step of the first event; None before it."""
         return self.events[0] if self.events else None
 
-    def _distrust(self, observation: Observation) -> None:
-        """Let ``courant_gd`` stand in for a reading of a step whose loss has exploded, if that looks stable."""
-        gd = observation.values.get(GD, math.nan)
-        self._is_quiet = False
-        if self.monitor != COURANT or math.isnan(gd):
-            return
-        if not self._stands_in:
-            self._others = self._others_before
-            self._others.add(observation.step, gd)
-        if self._readings.latest_step == observation.step and self._readings.latest <= self.threshold:
-            self._readings.drop()
-            self._stands_in = self._blind = True
-
-    @property
-    def _deciding(self) -> Readings:
-        """The readings that decide."""
-        return self._others if self._stands_in and len(self._others) else self._readings
-
-    @property
-    def _name(self) -> str:
-        return f"{GD} (in place of {self.monitor})" if self._deciding is self._others else self.monitor
-
     def _not_finite(self) -> str | None:
         if self._losses.finite:
             return None
@@ -273,7 +252,7 @@ class StopOnInstability(Callback):
 
     def _why(self, above: float, scheduled: float) -> str | None:
         """Return the reason to stop; None if there is none."""
-        losses = self._losses
+        losses, readings = self._losses, self._number.readings
         if self._collapsed == 1 or (self._collapsed and (losses.risen or losses.fallen is False)):
             return "the network has collapsed: its outputs have ceased to depend on its inputs"
         jumped = scheduled > self.threshold and self._jumps(scheduled)
@@ -284,47 +263,58 @@ class StopOnInstability(Callback):
         if self.confirm is None:
             return None
         rose = f"the smoothed loss rose from {losses.least:.4g} to {losses.smoothed:.4g}"
-        # Where readings are rare, one of them, which is old by then, and a loss that rises by noise confirm nothing.
-        if losses.risen and not math.isnan(above) and len(self._deciding) >= min(2, self.patience):
-            return f"{self._reading(above)}, and {rose}"
+        is_growing = self._rates.has_grown(GROWTH)
+        if losses.risen and (is_growing or losses.forgotten):
+            rose += " while the learning rate grew" * is_growing
+            # Where readings are rare, one of them, which is old by then, and a loss that rises confirm nothing.
+            if not math.isnan(above) and len(readings) >= min(2, self.patience):
+                return f"{self._reading(above)}, and {rose}"
+            if jumped:
+                return f"the learning rate is {scheduled:.3g} times the critical one, and {rose}"
         if not math.isnan(above) and losses.fallen is False and losses.count >= STUCK:
             return f"{self._reading(above)}, and {self._not_fallen()}"
-        if losses.alarm_lasts and not self._is_calm():
+        # No spike is about to be over where nothing is left of what was learned, or the rate grows above the edge.
+        is_worsening = losses.alarmed and not math.isnan(above) and self._rates.has_grown()
+        if (losses.alarm_lasts or losses.relapsed or is_worsening) and not self._is_calm():
             return f"the mean of 50 losses rose from {losses.least_mean:.4g} to {losses.mean:.4g}, and {self._known()}"
-        if losses.risen and jumped:
-            return f"the learning rate is {scheduled:.3g} times the critical one, and {rose}"
         # The rate may have come down since; critical rates of a network that has exploded do not show that.
-        comparable = not math.isnan(scheduled) and not (self._blind and self._deciding is self._others)
-        least = min(self._deciding.latest, scheduled) if comparable else self._deciding.latest
+        comparable = not math.isnan(scheduled) and not self._number.is_blind
+        least = min(readings.latest, scheduled) if comparable else readings.latest
         if self.monitor in SCHEDULED and least >= FAR * self.threshold and losses.fallen is False:
-            return (
-                f"{self._name} = {self._deciding.latest:.4g} at step {self._deciding.latest_step}, far above "
-                f"{self.threshold:g}, and {self._not_fallen()}"
-            )
-        if losses.lost and self._deciding.latest_step <= losses.level_step:
+            return f"{self._known()}, far above {self.threshold:g}, and {self._not_fallen()}"
+        if losses.lost and readings.latest_step <= losses.level_step:
             return f"{rose}, and {self.monitor} is unknown: nothing was measured since"
         return None
 
     def _is_calm(self) -> bool:
-        """Return True if a reading well below the threshold, taken since the loss began to rise, calls that noise."""
-        calm, readings, losses = min(CALM * self.threshold, self.threshold), self._deciding, self._losses
-        is_fresh = readings.latest_step > min(losses.level_step, losses.last_step - ALARM_LASTS)
-        return is_fresh and readings.latest <= calm and not losses.exploded(losses.mean)
+        """Return True if a reading well below the threshold says that it is not the rate that makes the loss rise.
+
+        It was taken since the loss began to rise. An older one counts for ``patience_steps`` steps if it is a Courant
+        number, which the rate of today would leave well below, and something is left of what was learned.
+        """
+        calm, readings, losses = min(CALM * self.threshold, self.threshold), self._number.readings, self._losses
+        if not readings.latest <= calm or losses.exploded(losses.mean):
+            return False
+        if readings.latest_step > min(losses.level_step, losses.last_step - ALARM_LASTS):
+            return True
+        is_recent = losses.last_step - readings.latest_step <= self.patience_steps
+        is_below = self.monitor in SCHEDULED and self._rates.leaves_below(readings.latest, calm)
+        return is_recent and is_below and not losses.relapsed
 
     def _known(self) -> str:
         """Return in words what is known of the number that is watched."""
-        readings = self._deciding
+        readings = self._number.readings
         if not len(readings):
             return f"{self.monitor} is unknown"
-        return f"{self._name} = {readings.latest:.4g} at step {readings.latest_step}"
+        return f"{self._number.name} = {readings.latest:.4g} at step {readings.latest_step}"
 
     def _not_fallen(self) -> str:
         losses = self._losses
         return f"the loss has not fallen: {losses.first:.4g} at first, smoothed {losses.smoothed:.4g}"
 
     def _jumps(self, scheduled: float) -> bool:
-        """Return True if the rate has more than doubled since the last measurements: a jump, not a slow ramp."""
-        return scheduled > 2 * self._deciding.mean
+        """Return True if the rate has more than doubled since the last measurement: a jump, not a slow ramp."""
+        return scheduled > 2 * self._number.readings.latest
 
     def _cross(self, trainer: Any, step: int, reading: str) -> None:
         """Note a step that is above the threshold; log and print it if it begins an event."""
@@ -337,8 +327,8 @@ class StopOnInstability(Callback):
         log(trainer, {"stability/event": float(step)})
 
     def _reading(self, mean: float) -> str:
-        text = f"{self._name} = {mean:.4g} > {self.threshold:g}"
-        text += f" (mean of {len(self._deciding)})" * (len(self._deciding) > 1)
+        text, count = f"{self._number.name} = {mean:.4g} > {self.threshold:g}", len(self._number.readings)
+        text += f" (mean of {count})" * (count > 1)
         if "lyapunov" in self.monitor:
             text += f" per step (grows by e in {1 / mean:.3g} steps)" if mean > 0 else ""
         return text
@@ -351,8 +341,7 @@ class StopOnInstability(Callback):
         return {
             "events": list(self.events), "above_step": self._above_step,
             "stop_step": self.stop_step, "reason": self.reason,
-            "readings": self._readings.state_dict(), "others": self._others.state_dict(),
-            "stands_in": self._stands_in, "blind": self._blind, "forecast": self._forecast,
+            "number": self._number.state_dict(), "rates": self._rates.state_dict(), "forecast": self._forecast,
             "collapsed": self._collapsed, "losses": None if self._shares_losses else self._losses.state_dict(),
         }  # fmt: skip
 
@@ -362,11 +351,9 @@ class StopOnInstability(Callback):
         state = self.state_dict() | dict(state_dict)
         self.events, self._above_step = list(state["events"]), state["above_step"]
         self.stop_step, self.reason = state["stop_step"], state["reason"]
-        self._stands_in, self._forecast = state["stands_in"], state["forecast"]
-        self._collapsed, self._blind = state["collapsed"], state["blind"]
-        self._is_quiet = False
-        self._readings.load_state_dict(state["readings"])
-        self._others.load_state_dict(state["others"])
+        self._forecast, self._collapsed, self._is_quiet = state["forecast"], state["collapsed"], False
+        self._number.load_state_dict(state["number"])
+        self._rates.load_state_dict(state["rates"])
         if state["losses"] is None:
             self._losses, self._shares_losses = losses, shares_losses
         else:

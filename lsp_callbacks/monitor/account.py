@@ -27,7 +27,7 @@ def rates(
     """Return the gradients that each quantity without a fixed pace may spend at each step; a period is price over rate.
 
     What the headline number leaves is shared out in proportion to ``sqrt(weight * price)``: of all paces that cost the
-    same these have the least sum of ``weight * period``.
+    same these have the least sum of ``weight * period``. A price is the `fair_price`.
 
     Args:
         paces: of all quantities that are measured, by name.
@@ -38,7 +38,9 @@ def rates(
         step_cost: gradients that a step of training takes.
     """
     parts = {
-        name: math.sqrt(p.weight * (p.warmth * p.price or 1.0)) for name, p in paces.items() if p.every_n_steps is None
+        name: math.sqrt(p.weight * (fair_price(name, paces, headline) or 1.0))
+        for name, p in paces.items()
+        if p.every_n_steps is None
     }
     share = 0.0
     if headline is not None:
@@ -48,6 +50,20 @@ def rates(
         share = (1 - near) * min(most, enough) + near * (most + TAKEN * (1 - most))
     rest = {name: income * (1 - share) * part / sum(parts.values()) for name, part in parts.items()}
     return rest if headline is None else rest | {headline: income * share}
+
+
+def fair_price(name: str, paces: Mapping[str, Pace], headline: str | None) -> float:
+    """Return what the next measurement of a quantity costs, where it pays its share of what others spend on the same.
+
+    Such quantities are measured at the same steps, so that each would otherwise save for what the others pay. The
+    headline number keeps a pace of its own, and so do quantities of a fixed pace.
+    """
+    pace = paces[name]
+    if name == headline or pace.every_n_steps is not None:
+        return pace.warmth * pace.price
+    others = [p.parts or {} for other, p in paces.items() if other != headline and p.every_n_steps is None]
+    parts = pace.parts or {}
+    return pace.warmth * sum(price / sum(part in other for other in others) for part, price in parts.items())
 
 
 class Balance:
@@ -146,7 +162,7 @@ class Account:
 
     def period(self, name: str) -> float:
         """Return the steps in which the budget pays for a measurement."""
-        return self.paces[name].warmth * self.paces[name].price / self.rates[name]
+        return fair_price(name, self.paces, self.headline) / self.rates[name]
 
     def round(self) -> float:
         """Return what one measurement of all others costs."""

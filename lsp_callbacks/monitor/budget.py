@@ -14,7 +14,7 @@ import torch
 from lsp_callbacks.monitor import limits
 from lsp_callbacks.monitor.limits import Seconds, check_memory, default_cap, in_bytes
 from lsp_callbacks.monitor.selected_quantities import in_turn
-from lsp_callbacks.operators.cost import Work, assume, step_cost, work
+from lsp_callbacks.operators.cost import Work, assume, hooks_cost, step_cost, work
 from lsp_callbacks.operators.footprint import Footprint, assume_footprint, footprint
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.snapshot import Snapshot
@@ -22,14 +22,15 @@ from lsp_callbacks.step.snapshot import Snapshot
 Quantities = Mapping[str, Quantity]
 #: Steps of training that one measurement may take, unless the user says how often to make it.
 LIMIT = 20.0
-#: Gradients that it takes to count the work of one forward pass.
-COUNTING = 1.0
+#: Gradients that the first measured step takes beside: one forward pass is counted, memory is predicted, and all that
+#: is called is called for the first time.
+COUNTING = 6.0
 
 
 def measurement_cost(quantity: Quantity, snapshot: Snapshot) -> dict[str, float]:
-    """Return the gradients that one measurement costs, by what they are spent on."""
+    """Return the gradients that one measurement costs, by what they are spent on, with the hooks of its step."""
     try:
-        return snapshot.run.ranks.together(partial(quantity.cost, snapshot))
+        return snapshot.run.ranks.together(lambda: {**quantity.cost(snapshot), **hooks_cost(snapshot)})
     except Exception:  # whatever a replay raises: it takes one to see that
         return {"a replay that fails": 1.0}
 

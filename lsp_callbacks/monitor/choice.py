@@ -13,6 +13,8 @@ from lsp_callbacks.monitor.pace import Pace
 SAVED = 2.0
 #: By how much shorter the gaps of the others are as long as gradients are free.
 HASTE = 2.0
+#: What costs at most so many times as much as a part of it brings that part.
+LITTLE = 2.0
 
 
 class Choice:
@@ -40,8 +42,9 @@ class Choice:
         balance, queue = account.balance(step), self._queue(step)
         haste = HASTE
         for _ in range(2):  # what starts makes others cheaper
+            awaited: list[str] = []  # those that are overdue and cannot be paid yet
             for name in queue:
-                if name in balance.chosen or name in busy:
+                if name in balance.chosen or name in busy or self._waits_for(name, awaited):
                     continue
                 pace = self.paces[name]
                 is_missed = name in missed and pace.every_n_steps is not None and pace.postponed is None
@@ -49,21 +52,37 @@ class Choice:
                     balance.pay(name, pace, is_headline=name == account.headline)
                 elif self._is_overdue(name, step):
                     haste = 1.0  # what is free is for those who wait for it
+                    awaited.append(name)
         following = (
             math.inf if balance.chosen else min((self._at(name, step + 1, haste) for name in queue), default=math.inf)
         )
         return tuple(balance.chosen), following
 
+    def _waits_for(self, name: str, awaited: Collection[str]) -> bool:
+        """Return whether a measurement comes for nothing beside an overdue one, and so waits until that is paid."""
+        return any(self._brings(other, name) for other in awaited)
+
+    def _brings(self, name: str, other: str) -> bool:
+        """Return whether a measurement spends gradients on all that another one does, and on little else."""
+        pace, lesser = self.paces[name], self.paces[other]
+        if not pace.parts or not lesser.parts or pace.every_n_steps is not None or lesser.every_n_steps is not None:
+            return False
+        return lesser.parts.keys() <= pace.parts.keys() and pace.price <= LITTLE * lesser.price
+
     def _queue(self, step: int) -> list[str]:
-        """Return all names: the headline number, those never measured, and the others, which take turns."""
+        """Return all names: the headline number, those never measured, and the others, which take turns.
+
+        Of those never measured the cheapest comes first, and before it whatever `_brings` it.
+        """
         account = self.account
 
-        def turn(name: str) -> tuple[bool, float, float]:
+        def turn(name: str) -> tuple[bool, float, float, float]:
             pace = self.paces[name]
             waited = math.inf
             if name in account.rates and pace.started is not None and pace.parts is not None:
                 waited = (step - pace.started) / max(1.0, account.period(name))
-            return name != account.headline, -waited, pace.price
+            brought = [self.paces[other].price for other in self.paces if self._brings(name, other)]
+            return name != account.headline, -waited, min(brought, default=pace.price), -pace.price
 
         return sorted(self.paces, key=turn)
 
@@ -122,7 +141,8 @@ class Choice:
     def _earliest(self, name: str, haste: float, balance: Balance | None = None) -> int:
         """Return the step before which a measurement does not start again, whatever there is in the account."""
         pace, account = self.paces[name], self.account
-        gap = pace.price_beside({} if balance is None else balance.parts) / account.rates[name]
+        beside = pace.price_beside({} if balance is None else balance.parts)
+        gap = min(beside / account.rates[name], account.period(name))
         if name == account.headline:
             gap = min(gap / (1 + SAVED * account.near), pace.doubling)
         else:

@@ -40,7 +40,7 @@ def foretell(
         >>> cadence.add("a"), cadence.add("b")
         (None, None)
         >>> foretell(cadence, {"a": {"product": 9.0}, "b": {"pass": 5.0}}, [])
-        ({'a': 4, 'b': 12}, {'a': 250.0, 'b': 100.0})
+        ({'a': 4, 'b': 11}, {'a': 250.0, 'b': 100.0})
     """
     for step in range(steps):
         names = cadence.starting(step)

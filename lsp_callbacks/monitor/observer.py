@@ -78,8 +78,6 @@ class StepObserver:
         self.game: Game | None = None
         self._pending: PendingStep | None = None
 
-    # -- a run -----------------------------------------------------------------------------------------------------
-
     def begin_run(
         self,
         loop: TrainingLoop,
@@ -178,7 +176,7 @@ class StepObserver:
 
     def forget_step(self) -> None:
         """Forget the step before; `begin_batch` does so at the first micro-batch of the next one."""
-        self._pending, self.updates, self.replayed_loss = None, 0, None
+        self._pending, self.updates, self.replayed_loss, self._is_settled = None, 0, None, False
         self.step_loss.begin()
         self._gradient_check.forget()
 
@@ -244,6 +242,12 @@ class StepObserver:
             self.measure(optimizer, coming_gradients=coming_gradients)
         return True
 
+    def settle(self) -> None:
+        """Take the parameters as they are now for those of the step: its backward pass has moved them."""
+        if self._pending is not None:
+            self._pending.settle(self.loop.module.parameters())
+            self._is_settled = True
+
     def skip_update(self) -> None:
         """Let go of a step that is not taken."""
         self._pending = None
@@ -286,8 +290,7 @@ class StepObserver:
         monitor, pending = self.monitor, self._pending
         assert pending is not None
         needs_update = any(quantity.needs_update for quantity in monitor.quantities.values())
-        is_compared = needs_update and self.loop.moves_parameters
-        if is_compared:
+        if is_compared := needs_update and self.loop.moves_parameters:
             self._update_check.awaited()
         doing = "the step could not be measured"
         try:
@@ -295,7 +298,7 @@ class StepObserver:
                 self.sub_batch = pending.samples
                 clipping = self._clipping(pending, optimizer)
                 snapshot = self.snapshot(optimizer, clipping)
-                if snapshot.loss is None and pending.can_replay:
+                if snapshot.loss is None and pending.can_replay and not self._is_settled:
                     snapshot = verified(snapshot)
                     self.replayed_loss = snapshot.loss
                 self._observe(snapshot)
@@ -317,13 +320,14 @@ class StepObserver:
         Raises:
             AssertionError: if it is not to be measured, see `is_pending`.
         """
-        pending = self._pending
+        pending, loop = self._pending, self.loop
         assert pending is not None, "no step was begun that is to be measured"
-        loop, (loss, how) = self.loop, self.loop.evaluated()
+        loss, how = loop.evaluated()
+        is_shown = loop.shows_losses and not (self.step_loss.is_ambiguous or self._is_settled)
         return pending.snapshot(
             self.step,
             optimizer,
-            loss=self.step_loss.differentiated if loop.shows_losses and not self.step_loss.is_ambiguous else None,
+            loss=self.step_loss.differentiated if is_shown else None,
             gradient_scale=loop.gradient_scale(optimizer),
             clipping=clipping,
             probes=self.probes.probe_set(pending, loss, **how) if self.probes.wanted else None,
@@ -331,6 +335,7 @@ class StepObserver:
             scale=loop.loss_scale(),
             previous=self.previous,
             room=self.monitor.budget.room,
+            other_loss=lambda source: pending.other_loss(source, loop.on_device),
         )
 
     def check_gradient(self, reason: str, *, is_gone_allowed: bool) -> bool:
@@ -362,10 +367,10 @@ class StepObserver:
         self._results.invalidate_update(reason)
 
     def after_update(self) -> Completed:
-        """Return what was completed since the last call, also by what has awaited the update."""
+        """Return what was completed since the last call, also by what has awaited the update, be it by a closure."""
         if self.monitor.quantities.awaiting():
             with untouched(self.loop.module):
-                self._results.add(self.monitor.after_update(is_own=self.updates <= 1))
+                self._results.add(self.monitor.after_update(is_own=self.updates <= 1 or self.loop.repeats_forward))
         return self._results.take()
 
     def _find_fault(self, optimizer: torch.optim.Optimizer, overflowed: bool) -> None:

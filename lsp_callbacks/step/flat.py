@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd._torch_internals import foreach_add_, foreach_copy
+from lsp_callbacks.autograd._torch_internals import foreach_add_
+from lsp_callbacks.autograd.shifted_parameters import restored
 
 
 def flatten(tensors: Iterable[Tensor | None], like: list[nn.Parameter]) -> Tensor:
@@ -24,22 +25,12 @@ def split(vector: Tensor, like: list[nn.Parameter]) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def restored(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Put every bit of the parameters back at the end, whatever moves them inside."""
-    saved = [p.detach().clone() for p in parameters]
-    try:
-        yield
-    finally:
-        foreach_copy([p.data for p in parameters], saved)
-
-
-@contextlib.contextmanager
 def displaced(parameters: list[nn.Parameter], direction: Tensor, distance: float) -> Iterator[None]:
     """Move the parameters by ``distance * direction`` (flat), and put every bit back at the end."""
     with restored(parameters):
-        foreach_add_(
-            [p.data for p in parameters], [d.to(p) for d, p in zip(split(direction, parameters), parameters)], distance
-        )
+        if parameters:
+            moves = [d.to(p) for d, p in zip(split(direction, parameters), parameters)]
+            foreach_add_([p.data for p in parameters], moves, alpha=distance)
         yield
 
 

@@ -22,11 +22,6 @@ class Scale:
     loss: float = 0.0
     rounding: float = 0.0
 
-    @property
-    def curvature(self) -> tuple[float, float, float]:
-        """Return all but the rounding."""
-        return self.seen, self.used, self.loss
-
 
 #: By what the differences are of: the player, whether rates differ, whether products are added to a unit vector.
 KnownScales = dict[tuple[Any, ...], Scale]

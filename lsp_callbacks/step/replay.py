@@ -17,7 +17,7 @@ from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.batch import MicroBatch
 from lsp_callbacks.step.module_copy import ModuleCopy
-from lsp_callbacks.step.side_effects import mutable, muted, muters
+from lsp_callbacks.step.side_effects import Muter, mutable, muted, muters
 
 
 def copied(batch: Any) -> Any:
@@ -45,9 +45,13 @@ def replayer(module_copy: ModuleCopy, parts: Sequence[MicroBatch]) -> Callable[[
 
     def replay() -> Tensor:
         muter = muters.get(get_ident())
-        if muter is None:  # outside of `untouched`, which prepares it once for all replays of a step
-            with muted():
-                return replay()
+        if muter is not None:
+            return run(muter)
+        with muted():  # outside of `untouched`, which prepares it once for all replays of a step
+            return run(muters[get_ident()])
+
+    # A function that called itself would keep itself, and the copy of the module, until a collection of cycles.
+    def run(muter: Muter) -> Tensor:
         total, module = None, None
         for part in parts:
             batch = copied(part.batch)

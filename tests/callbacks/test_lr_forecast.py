@@ -118,6 +118,29 @@ def test_the_scheduled_number_is_the_measured_one_at_the_measured_rate():
     assert seen[measured:] == pytest.approx([first] * len(seen[measured:]))
 
 
+def test_the_rates_of_now_and_of_the_last_measured_step_are_known_unless_processes_differ():
+    seen, rates = [], []
+
+    class See(Losses):
+        def on_train_batch_end(self, trainer, *args):
+            seen.append(monitor.rates())
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    monitor = StabilityMonitor(["sgd_stability"], every_n_steps=4)
+    fit(lambda: Scheduled(SCHEDULES["warm-up, then cosine"][0]), monitor, See(), max_epochs=3, max_steps=-1)
+    assert len(set(rates)) == 18 and [now for now, _ in seen[:-1]] == rates[1:]
+    assert [seen[step][1] for step in monitor.history[KEY].steps] == [
+        rates[step] for step in monitor.history[KEY].steps
+    ]
+    assert len(monitor.history[KEY].steps) > 2
+    monitor._loss_feed.has_same_rates = False
+    assert all(map(math.isnan, monitor.rates()))
+    monitor._loss_feed.has_same_rates, monitor.forecast._optimizer = True, None  # players have rates of their own
+    assert all(map(math.isnan, monitor.rates()))
+
+
 def test_no_optimizer_or_schedule_is_touched():
     """Bit-identical with the look-ahead, the schedule's own state included."""
     left = []

@@ -10,6 +10,7 @@ import torch
 from harness import SGD, Losses, Model, Rows, data, fit, mlp
 
 from lsp_callbacks import Observation, StabilityMonitor, StopOnInstability
+from lsp_callbacks.callbacks.rate_record import RateRecord
 from lsp_callbacks.monitor.losses import LEFT_OUT, ArrivedLoss
 from lsp_callbacks.report import loss_alarm
 
@@ -26,10 +27,16 @@ def stage(*callbacks):
     )  # fmt: skip
 
 
-def feed(stop, values, losses=None, trainer=None, key=None, start=0, scheduled=NAN):
+def source(scheduled=NAN, rates=lambda: (0.1, 0.1)):
+    return SimpleNamespace(scheduled_courant=lambda trainer: scheduled, rates=rates)
+
+
+def feed(stop, values, losses=None, trainer=None, key=None, start=0, scheduled=NAN, rates=None):
     """One observation and one loss a step; returns the step of the stop, if any."""
     trainer = trainer or stage()
-    stop._source = SimpleNamespace(scheduled_courant=lambda trainer: scheduled)
+    used = [0.1] * len(values) if rates is None else [*rates]
+    used.append(used[-1])
+    stop._source = source(scheduled, lambda: (used[step - start + 1], used[step - start]))
     for step, value in enumerate(values, start):
         loss = 1.0 if losses is None else losses[step - start]
         values = value if isinstance(value, dict) else {key or stop.monitor: value}
@@ -83,6 +90,54 @@ def test_the_loss_must_confirm(losses, stops):
     assert stop.event_step == 2  # falling or not
     calm = [min(loss, 2.2) for loss in losses]  # at a number well below the edge, the loss alone does not stop
     assert feed(StopOnInstability(), [0.6] * len(losses), calm) is None
+
+
+FALLING = [2.0 * 0.98**i for i in range(120)]  # to 0.18
+
+
+def rise(to, stays=400):
+    """Losses that fall, and rise within 20 steps to stay there."""
+    return [*FALLING, *[FALLING[-1] + (to - FALLING[-1]) * min(i / 20, 1.0) for i in range(stays)]]
+
+
+@pytest.mark.parametrize(
+    "to, growth, stops",
+    [
+        (0.5, 1.0, False),  # at a constant rate, above the edge: it comes back
+        (0.5, 0.99, False),
+        (0.5, 1.01, True),  # the rate outruns what training can do about it
+        (0.5, 1.0 + 1e-4, False),
+        (0.5, math.nan, False),
+        (0.3, 1.01, False),  # once a data set is memorised, a rise is noise
+        (1.3, 1.0, True),  # half of what was learned is lost
+        (1.3, math.nan, True),
+    ],
+)
+def test_a_rise_that_comes_back_ends_nothing(to, growth, stops):
+    losses = rise(to)[:200]
+    rates = [0.1 * growth**i for i in range(200)]
+    stop = StopOnInstability()
+    at = feed(stop, [1.3] * 200, losses, rates=rates)
+    assert (at is not None) == stops and stop.event_step == 2
+    assert at is None or 120 < at <= (loss_alarm(losses) or 200) + 10
+    assert at is None or ("rate grew" in stop.reason) == (growth > 1)
+    assert feed(StopOnInstability(), [0.9] * 120 + [{}] * 80, losses, rates=[0.1] * 200) is None or to > 1
+
+
+def test_a_rate_of_zero_has_not_grown():
+    stop = StopOnInstability()
+    assert feed(stop, [1.3] * 200, rise(0.5)[:200], rates=[0.0] * 200) is None
+
+
+def test_what_the_rate_was_is_kept_with_the_state():
+    losses, rates = rise(0.5)[:200], [0.1 * 1.01**i for i in range(200)]
+    whole = StopOnInstability()
+    at = feed(whole, [1.3] * 200, losses, rates=rates)
+    first, second = StopOnInstability(), StopOnInstability()
+    cut = at - 3
+    feed(first, [1.3] * cut, losses[:cut], rates=rates[:cut])
+    second.load_state_dict(first.state_dict())
+    assert feed(second, [1.3] * 60, losses[cut:], start=cut, rates=rates[cut:]) == at
 
 
 @pytest.mark.parametrize("scheduled, event, stops", [(0.9, False, False), (1.5, True, False), (30.0, True, True)])
@@ -191,7 +246,7 @@ def test_a_loss_that_is_not_finite_ends_training_whatever_was_measured(values, l
 
 def test_steps_that_a_gradient_scaler_leaves_out_do_not_count_but_not_for_ever():
     stop, trainer = StopOnInstability(), stage()
-    stop._source = SimpleNamespace(scheduled_courant=lambda trainer: NAN)
+    stop._source = source()
     for step in range(100):
         left_out = step % 20 < 15
         assert not stop.judge(trainer, step, [ArrivedLoss(step, math.inf if left_out else 1.0, left_out)])
@@ -254,6 +309,39 @@ def test_a_reading_well_below_the_edge_calls_a_loss_alarm_noise_unless_the_loss_
     assert feed(StopOnInstability(), [0.6] * 400, exploded) is not None
     assert feed(StopOnInstability("stability/lyapunov"), [-0.1] * 400, FALLS_AND_RISES) is None
     assert feed(StopOnInstability("stability/lyapunov"), [{}] * 400, FALLS_AND_RISES) is not None
+
+
+@pytest.mark.parametrize(
+    "read, rates, to, stops",
+    [
+        (100, [0.1] * 300, 1.0, False),  # the rate is not the cause: a bad batch
+        (100, [0.1] * 110 + [0.5] * 190, 1.0, True),  # 0.3 would be 1.5 by now
+        (100, [0.1] * 110 + [0.2] * 190, 1.0, False),  # 0.6
+        (100, [0.1] * 110 + [0.01] * 190, 1.0, False),
+        (100, [NAN] * 300, 1.0, True),
+        (9, [0.1] * 300, 1.0, True),  # too old
+        (100, [0.1] * 300, 2.0, True),  # nothing is left of what was learned
+        (130, [0.1] * 300, 2.0, False),  # it is stable while it rises
+    ],
+)
+def test_a_reading_from_before_a_rise_speaks_of_it_where_the_rate_has_not_grown(read, rates, to, stops):
+    losses, values = rise(to)[:170], [{}] * 170
+    values[read] = 0.3
+    stop, alarm = StopOnInstability(), loss_alarm(losses)
+    at = feed(stop, values, losses, rates=rates)
+    assert read < alarm < 160 and (at is not None) == stops
+    assert at is None or at <= alarm + 10
+    if read < 120:  # another number says nothing of the rate
+        assert feed(StopOnInstability("stability/lyapunov"), [-1.0, *[{}] * 169], losses, rates=rates) is not None
+
+
+def test_a_spike_is_not_waited_for_while_the_rate_grows_above_the_edge():
+    losses = [*FALLING, *[4.0 * 0.8**i + 0.2 for i in range(60)]]
+    alarm = loss_alarm(losses)
+    assert alarm is not None
+    assert feed(StopOnInstability(), [1.3] * 180, losses, rates=[0.1] * 180) != alarm
+    assert feed(StopOnInstability(), [1.3] * 180, losses, rates=[0.1 * 1.001**i for i in range(180)]) == alarm
+    assert feed(StopOnInstability(), [0.9] * 180, losses, rates=[0.1 * 1.001**i for i in range(180)]) != alarm
 
 
 def test_one_spike_of_the_loss_is_over_in_ten_steps():
@@ -376,7 +464,7 @@ def test_keys_that_may_appear_are_accepted(key):
 
 
 def test_what_turns_out_not_to_be_measured_is_said_once():
-    other = partial(Model, optimizer=torch.optim.NAdam)
+    other = partial(Model, optimizer=torch.optim.Rprop)
     with pytest.warns(UserWarning, match="will never stop") as caught:
         fit(other, StopOnInstability(), StabilityMonitor(), max_epochs=3, max_steps=-1)
     assert len([w for w in caught if "will never stop" in str(w.message)]) == 1
@@ -416,3 +504,11 @@ def test_a_stopped_run_can_go_on_and_a_new_one_is_free():
     assert fit(Model, monitor, second).global_step == 10  # the first one does not listen any more
     assert not monitor.subscribers
     assert fit(Model, monitor, first).global_step == 3 and first.stop_step == 2
+
+
+def test_a_reading_that_is_complete_only_later_belongs_to_no_known_rate():
+    rates = RateRecord()
+    rates.add(0.5, 0.1, step=10, level_step=10, read_step=10)  # a schedule jumps after the step that was measured
+    assert not rates.leaves_below(0.3, 0.7) and rates.leaves_below(0.1, 0.7)
+    rates.add(0.5, 0.5, step=20, level_step=20, read_step=18)
+    assert math.isnan(rates.measured) and not rates.leaves_below(0.1, 0.7)

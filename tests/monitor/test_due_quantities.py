@@ -1,5 +1,7 @@
 """What is measured at a step: it starts, goes on, or has waited until now."""
 
+import pytest
+
 from lsp_callbacks.monitor.cadence import Cadence
 from lsp_callbacks.monitor.due_quantities import Schedule
 
@@ -62,3 +64,19 @@ def test_what_is_broken_off_before_training_is_paid_for_as_any_other():
     made.cadence.observed(0)
     made.cadence.priced({"a": {"pass": 1.0}, "b": {"pass": 400.0}})
     assert made.starting(0) == ("a",)
+
+
+@pytest.mark.parametrize("dear, first", [(16.0, 20), (40.0, 0)])
+def test_what_a_little_dearer_measurement_brings_waits_for_it(dear, first):
+    """Sharpness (12 of an advance of 15) and the exponent that aligns with it: 4 gradients later both, not one of them.
+
+    Beside what costs far more, it does not wait.
+    """
+    made = Schedule(Cadence(None))
+    made.cadence.add("part", weight=0.1), made.cadence.add("whole", weight=0.2)
+    made.starting(0)
+    made.cadence.observed(0)
+    made.cadence.priced({"part": {"edge": 12.0}, "whole": {"edge": 12.0, "window": dear - 12.0}})
+    started = next((step, names) for step in range(100) if (names := made.starting(step)))
+    assert started[0] == first
+    assert {*started[1]} == ({"part", "whole"} if dear < 24 else {"part"})

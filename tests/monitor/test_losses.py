@@ -60,7 +60,31 @@ def test_scaling_the_loss_changes_nothing():
     for _ in range(20):
         losses = (torch.rand(400).cumsum(0) * torch.randn(()) + 1 + torch.rand(400)).tolist()
         found = [recorded([c * loss for loss in losses]) for c in (1.0, 1e-6, 1e6)]
-        assert len({(r.fallen, r.risen, r.lost, r.level_step) for r in found}) == 1
+        assert len({(r.fallen, r.risen, r.lost, r.level_step, r.forgotten, r.relapsed) for r in found}) == 1
+
+
+@pytest.mark.parametrize(
+    "losses, forgotten, relapsed",
+    [
+        ([2.0] * 5 + [1.0] * 95 + [1.35] * 200, False, False),  # a third of what was learned
+        ([2.0] * 5 + [1.0] * 95 + [1.45] * 200, True, False),
+        ([2.0] * 5 + [0.2] * 95 + [1.8] * 200, True, False),
+        ([2.0] * 5 + [0.2] * 95 + [1.95] * 20, True, True),
+        ([2.0] * 5 + [0.2] * 95 + [9.0] * 10, True, False),  # the alarm is on for nine steps
+        ([2.0] * 5 + [0.2] * 95 + [9.0] * 11, True, True),
+        ([2.0] * 5 + [0.2] * 95 + [9.0] * 4 + [0.2] * 9, True, False),  # a spike
+        ([2.0] * 50 + [2.2] * 200, False, False),
+        ([2.0] * 50 + [2.6] * 200, True, False),  # it has never fallen
+        ([-2.0] * 5 + [-3.0] * 95 + [-2.1] * 200, True, False),
+        ([-2.0] * 5 + [-4.0] * 95 + [-2.9] * 200, True, False),
+        ([-2.0] * 5 + [-12.0] * 95 + [-8.5] * 200, False, False),
+    ],
+)
+def test_how_much_of_what_was_learned_is_lost(losses, forgotten, relapsed):
+    record = recorded(losses)
+    assert (record.forgotten, record.relapsed) == (forgotten, relapsed)
+    record.comparable = False
+    assert not record.forgotten and not record.relapsed
 
 
 def test_what_is_not_finite_is_remembered_and_does_not_spoil_the_means():

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lsp_callbacks.operators.sgd import graph_row_rules, layer_rules
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
 
 N = 6
@@ -125,3 +126,61 @@ def test_agrees_with_the_dense_jacobian(name, some):
     assert (found - signs * expected).abs().amax() <= 2e-3 * sizes.amax() ** 2
     assert torch.allclose(found.diagonal(), expected.diagonal(), rtol=2e-3)
     loss.backward()  # the graph is whole
+
+
+def read_twice(net, x, y, some=()):
+    """What a first reading learns, and the Gram matrices of a second one, by rows and by all samples."""
+    names = [name for name, _ in net.named_parameters()]
+    scale = dict.fromkeys(names, 0.0) | dict.fromkeys(some or names, 1.0)
+
+    def read(known):
+        rows = GraphRows(net, torch.Generator().manual_seed(0), lambda n: n // 2, lambda n: 1, known=known)
+        rows.saw_loss(F.cross_entropy(net(x), y), samples=len(x), factor=1.0, micro_batches=1)
+        assert rows.failure is None
+        rows.form(scale)
+        return rows
+
+    kind = read(None).kind
+    return kind, read(kind).gram, read(kind._replace(by_rows=False)).gram
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        return F.relu(x + self.body(x))
+
+
+PLAIN = {
+    "mlp": lambda: [nn.Flatten(), nn.Linear(72, 9), nn.ReLU(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 4)],
+    "cnn": lambda: [
+        nn.Conv2d(2, 4, 3, padding=1), Block(), nn.GELU(), nn.MaxPool2d(2), nn.SiLU(), nn.Conv2d(4, 5, 2),
+        nn.Sigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_gradients_of_the_samples_that_have_rows_are_taken_back_alone(name, monkeypatch):
+    torch.manual_seed(0)
+    net, x, y = nn.Sequential(*PLAIN[name]()).double(), torch.randn(8, 2, 6, 6).double(), torch.randint(0, 4, (8,))
+    kind, alone, together = read_twice(net, x, y)
+    assert kind.by_rows and len(alone) == 4 and torch.allclose(alone, together, rtol=1e-9)
+    last = "TanhBackward0" if name == "mlp" else "SigmoidBackward0"
+    monkeypatch.setitem(graph_row_rules.ROW_RULES, last, lambda node, g, taken: (g,))
+    assert not read_twice(net, x, y)[0].by_rows  # a rule that is wrong, or that is not there
+    monkeypatch.delitem(graph_row_rules.ROW_RULES, last)
+    assert not read_twice(net, x, y)[0].by_rows
+
+
+def test_some_samples_show_how_inputs_and_outputs_of_a_convolution_go_together(monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(784, 4))
+    x, y = torch.randn(32, 2, 16, 16), torch.randint(0, 4, (32,))
+    shares = []
+    for step in (1, 4):
+        monkeypatch.setattr(layer_rules, "SPARSE", step)
+        shares.append(read_twice(net, x, y, ["0.weight"])[1])
+    assert 0 < (shares[1] - shares[0]).norm() < 0.02 * shares[0].norm()

@@ -370,3 +370,18 @@ def test_decay_that_differs_is_taken_at_its_mean_over_the_trace():
     found = frozen_sgd(snapshot)
     share = sum(v for n, v in found.kernel.traces.items() if n.startswith("net.2")) / sum(found.kernel.traces.values())
     assert found.rule.decoupled_decay == pytest.approx(0.2 * 0.5 * share) and 0 < share < 1
+
+
+def test_parameters_that_joined_later_give_nadam_the_larger_share_of_the_gradient():
+    """Their momentum schedule is behind; the edge errs on the early side, and comes back to the exact one."""
+    task = quadratic()
+    optimizer = torch.optim.NAdam([task.parts[0]], lr=0.01, momentum_decay=0.4)
+    for _ in range(20):
+        step(task, optimizer)
+    alone = frozen_rule(freeze(task, optimizer)).direct
+    optimizer.add_param_group({"params": [task.parts[1]]})
+    fresh = torch.optim.NAdam([task.parts[1]], lr=0.01, momentum_decay=0.4)
+    assert frozen_rule(freeze(task, optimizer)).direct == frozen_rule(freeze(task, fresh)).direct > 2 * alone
+    for _ in range(300):
+        step(task, optimizer)
+    assert frozen_rule(freeze(task, optimizer)).direct == pytest.approx(0.1 / 0.9, rel=0.05)

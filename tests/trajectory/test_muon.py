@@ -145,10 +145,16 @@ def test_a_gradient_of_zeros_is_no_singularity():
 def test_the_parameters_are_where_the_step_is_expected_to_leave_them_in_single_precision():
     """Its iterates are in bfloat16: rounding of the gradient can move the update by almost 1 %."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(32, 64, bias=False), nn.Tanh(), nn.Linear(64, 4, bias=False))
-    problem = Regression(net, torch.randn(50, 32), torch.randn(50, 4))
+    for width in (5, 64, 256):  # the last is where it was seen
+        net = nn.Sequential(nn.Linear(64, width, bias=False), nn.Tanh(), nn.Linear(width, 10, bias=False))
+        problem = Regression(net, torch.randn(200, 64), torch.randn(200, 10))
+        follow(net, problem)
+
+
+def follow(net, problem):
+    """Every step is where it should be; a displacement is noticed."""
     optimizer = Muon(problem.parameters(), lr=0.02)
-    for step in range(8):
+    for step in range(20):
         target = expected(freeze(problem, optimizer, step=step))
         take(optimizer, problem())
         assert target.met()

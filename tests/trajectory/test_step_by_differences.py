@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from optimizer_zoo import HalfState, Lion, ScheduleFree
+from optimizer_zoo import HalfState, Lion, Lookahead, ScheduleFree, matrices_and_rest
 from problems import (
     Quadratic,
     Regression,
@@ -22,6 +22,7 @@ from problems import (
 )
 
 from lsp_callbacks import Lyapunov, LyapunovTrajectory, SGDStability, Unmeasurable
+from lsp_callbacks.autograd._torch_internals import copied_optimizer
 from lsp_callbacks.linalg import LinearOperator, push
 from lsp_callbacks.operators import hessian, step_jacobian, tangent_path
 from lsp_callbacks.operators.trajectory.optimizer_input import clipped_gradient
@@ -130,9 +131,13 @@ def test_it_agrees_with_the_formula_where_there_is_one(kind, blocks, steps):
         assert (a - b).abs().max() <= 1e-6 * b.abs().max().clamp_min(1e-6)
 
 
+def lookahead(parameters):
+    return Lookahead(optim.SGD(parameters, lr=0.1, momentum=0.9))
+
+
 KINDS = [
     partial(optim.Adadelta, lr=0.5), partial(optim.ASGD, lr=0.1), partial(optim.Adafactor, lr=0.05),
-    partial(ScheduleFree, lr=0.05), Written,
+    partial(ScheduleFree, lr=0.05), Written, lookahead,
 ]  # fmt: skip
 
 
@@ -155,7 +160,8 @@ def test_three_steps_are_differentiated_like_the_real_ones(kind, clipping):
         real(problem, optimizer)
     direction, ends = random(13), []
     for e in (1e-5, -1e-5):
-        other, own = copy.deepcopy((problem, optimizer))
+        memo = {}
+        other, own = copy.deepcopy(problem, memo), copied_optimizer(optimizer, memo)
         with torch.no_grad():
             for p, d in zip(other.parameters(), direction.split([p.numel() for p in other.parameters()])):
                 p += e * d.view_as(p)
@@ -214,6 +220,7 @@ REFUSED = {
     "rounded": (Rounded, "rounded"),
     "remembers": (Remembers, "remembers more"),
     "half_state": (HalfState, "rounds its state to bfloat16"),
+    "two_as_one": (matrices_and_rest(partial(optim.AdamW), partial(optim.SGD, lr=0.1)), "remembers more"),
     "quantised": (Quantised, "remembers more"),
     "holds": (Holds, "remembers more"),
     "sam": (SAM, "two gradients"),
@@ -231,6 +238,22 @@ def test_refused_with_the_reason(name):
     for measure in (LyapunovTrajectory().check, LyapunovTrajectory().update):
         with pytest.raises(Unmeasurable, match=reason):
             measure(snapshot)
+
+
+def test_the_derivative_of_a_sign_would_be_calm_where_runs_part():
+    """The number that is avoided: almost everywhere a step of Lion is a shift, whose exponent is ``ln(1 - lr wd)``."""
+    H, lr, decay, apart = symmetric([1.0, 30.0, 3.0]), 0.02, 0.1, 1e-4
+    ends = []
+    for shift in (0.0, apart):
+        problem = Quadratic(H)
+        with torch.no_grad():
+            problem.parts[0][0] += shift
+        optimizer = Lion(problem.parameters(), lr=lr, weight_decay=decay)
+        for _ in range(1000):
+            take(optimizer, problem())
+        ends.append(problem.parts[0].detach().clone())
+    by_derivative = apart * (1 - lr * decay) ** 1000
+    assert (ends[1] - ends[0]).norm() > 1e3 * by_derivative
 
 
 def test_a_rounded_state_would_lose_its_momentum():

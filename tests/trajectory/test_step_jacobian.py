@@ -426,3 +426,15 @@ def test_not_a_number_spreads_and_does_not_raise():
     problem = Quadratic(torch.full((2, 2), math.nan, dtype=f64))
     snapshot = freeze(problem, SGD(problem.parameters(), lr=0.1), loss=None)
     assert step_jacobian(snapshot).dense().isnan().all()
+
+
+@pytest.mark.parametrize("name", ["radam", "radam_rectified", "radam_decoupled", "nadam", "adamax"])
+def test_later_steps_of_adams_variants_are_differentiated_like_the_real_ones(name):
+    """RAdam has its preconditioner from the sixth step on."""
+    problem = Small()
+    optimizer = OTHERS[name](problem.parameters())
+    for k in range(9):
+        real_step(problem, optimizer, problem(BATCHES[k % 3]))
+    snapshot = freeze(problem, optimizer)
+    A = step_jacobian(snapshot, method="exact")
+    check_step(problem, optimizer, snapshot, [slice(None)], lambda z: push(A, z), 1e-7)

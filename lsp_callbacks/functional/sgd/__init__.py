@@ -10,6 +10,7 @@ from lsp_callbacks.functional.sgd.mean_square import (
 )
 from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduced_modes, regularity
 from lsp_callbacks.functional.sgd.moment_exponent import moment_exponent
+from lsp_callbacks.functional.sgd.positions import design_effect
 from lsp_callbacks.functional.sgd.rate_decay import RateDecay, rate_decay
 from lsp_callbacks.functional.sgd.robbins_monro import PowerLaw, RobbinsMonro, robbins_monro
 from lsp_callbacks.functional.sgd.sgd_law import NoiseFit, SGDLawResult, fit_noise, noise_gain, noise_lipschitz, sgd_law
@@ -41,6 +42,7 @@ __all__ = [
     "UpdateRule",
     "batch_variance",
     "critical_lr",
+    "design_effect",
     "finite_time_exponents",
     "fit_noise",
     "gd_critical_lr",

@@ -94,8 +94,7 @@ class Differences:
     derivative, by rounding, or by a kink that was crossed. Where it is too large, a second difference, twice as far,
     distinguishes the rounding of the loss from the rest.
 
-    *Memory.* What a run's differences have shown (curvature, rounding of the loss) chooses the first distance of the
-    next step, which saves a second difference there. No check knows of it.
+    *Memory.* `Scale`, of earlier steps, chooses the first distance of a step; no check knows of it.
 
     *Weights.* Where products are multiplied by the rates of an optimizer, rounding is multiplied, too: for the bias of
     attention's keys, whose gradient is 0, Adam divides rounding by rounding. So all norms are those of the product as
@@ -157,8 +156,8 @@ class Differences:
             self._compare(v, size, difference)
         product = difference.change.mul_(size / difference.distance)
         self._require_symmetry(v, size, product)
-        scale = Scale(self.seen, self.used, self.loss, max(self.rounding, FADED * self.known.rounding))
-        self.snapshot.run.known_scales[self.key] = scale
+        rounding = max(self.rounding, FADED * self.known.rounding)
+        self.snapshot.run.known_scales[self.key] = Scale(self.seen, self.used, self.loss, rounding)
         return product
 
     def _require_symmetry(self, v: Tensor, size: float, product: Tensor) -> None:
@@ -205,10 +204,9 @@ class Differences:
         size = math.hypot(*moves)
         if self.lengths is None or not size:
             return size, None
-        if self.rows:
-            for k, largest in zip(self.rows, _norms([parts[k] for k in self.rows], math.inf).tolist()):
-                moves[k] = largest
-        return size, self.eps**0.5 * size / math.hypot(*(move / length for move, length in zip(moves, self.lengths)))
+        largest = dict(zip(self.rows, _norms([parts[k] for k in self.rows] or parts[:1], math.inf).tolist()))
+        moved = math.hypot(*(largest.get(k, x) / length for k, (x, length) in enumerate(zip(moves, self.lengths))))
+        return size, self.eps**0.5 * size / moved
 
     def difference(self, v: Tensor, size: float, distance: float) -> Difference:
         """Return the difference along ``v / size``, ``size`` being the norm of v."""
@@ -262,11 +260,13 @@ class Differences:
         if not (self.seen or self.known.seen):
             needed = SAFETY * self.bound() * self.amplified / (0.3 * self.least) if self.least else 0.0
             return min(FAR, max(FIRST, needed / reach)) * reach
-        seen, used, loss = (self.seen, self.used, self.loss) if self.seen else self.known.curvature
-        accepted = max(self.tolerance * used, self.least)
-        bound = self.eps * (2 * self.gradient + (2 * seen * loss) ** 0.5)
+        scale = self if self.seen else self.known
+        accepted = max(self.tolerance * scale.used, self.least)
+        bound = self.eps * (2 * self.gradient + (2 * scale.seen * scale.loss) ** 0.5)
         rounded = SAFETY * bound * self.amplified / (0.3 * accepted) if self.amplified else 0.0
-        unresolved = (6 * self.known.rounding / (ACCEPTED * self.tolerance * seen)) ** 0.5  # the loss, not the gradient
+        unresolved = (
+            6 * self.known.rounding / (ACCEPTED * self.tolerance * scale.seen)
+        ) ** 0.5  # the loss, not the gradient
         return min(FAR * reach, max(self.nearest * reach, 5 * self.eps * self.theta, rounded, unresolved))
 
     def _clear(self, difference: Difference) -> bool:
@@ -393,7 +393,7 @@ def lengths(parameters: Sequence[Tensor], sizes: Sequence[float] | None = None) 
     return [max(x, 0.1 * typical) for x in values] if typical > 0 else None
 
 
-def _norms(parts: Sequence[Tensor], order: float = 2.0) -> Tensor:
+def _norms(parts: list[Tensor] | tuple[Tensor, ...], order: float = 2.0) -> Tensor:
     """Return the norm of each part in float64."""
     sizes = torch.stack(foreach_norm(parts, order)).double()
     is_accurate = order != 2.0 or bool(((sizes > LOW) & (sizes < HIGH)).all())

@@ -125,8 +125,8 @@ def stability_threshold(
 ) -> StabilityThreshold:
     """Return sharpness, its limit, and the Courant number ``lambda_max(R^1/2 H' R^1/2) / c`` of a step.
 
-    R are the effective rates of the parameters: the learning rate times the preconditioner of Adam, AdamW, RMSprop
-    or Adagrad over Adam's bias correction, held fixed as they will be some ten steps later (`coming_rule`),
+    R are the effective rates of the parameters: the learning rate times the preconditioner of Adam, its variants,
+    RMSprop or Adagrad over Adam's bias correction, held fixed as they will be some ten steps later (`coming_rule`),
     times the factor by which this step's gradient was clipped, held fixed too. H' is the Hessian with coupled weight
     decay. With one rate and one weight decay everything follows from one Lanczos run on H; otherwise the
     preconditioned operator needs a run of its own. It holds for full-batch steps; under momentum it does not

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.gram_rate import gram_mean_square_lr
-from lsp_callbacks.functional.sgd.mean_square import mean_square_lr
+from lsp_callbacks.functional.sgd.mean_square import mean_square_lr, noise_share
 from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduced_modes
 from lsp_callbacks.operators.sgd.gram_matrix import POSITIONS, TangentKernel, tangent_kernel
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
@@ -66,13 +66,20 @@ class FrozenSGD:
             chance=kernel.chance,
         )  # fmt: skip
 
-    def mean_square_lr(self, *, replacement: bool = False, tol: float = 5e-3) -> float:
+    def mean_square_lr(self, *, replacement: bool = False, design: float = 1.0, tol: float = 5e-3) -> float:
         """Return the largest rate at which the second moment is bounded, at most ``tol`` too low.
+
+        Args:
+            replacement: within a batch.
+            design: of several positions, see `lsp_callbacks.functional.design_effect`.
+            tol: relative.
 
         NaN if K is not finite. Cost: see `lsp_callbacks.functional.gram_mean_square_lr`, and `mean_square_lr` where
         samples have several rows.
         """
         kernel, size = self.kernel, min(self.batch_size, self.population)
+        if self.together == 1 and kernel.positions > 1:
+            return self._of_positions(size, design, replacement, tol)
         if kernel.rows > 1 or self.together > 1:
             return mean_square_lr(
                 self.modes, batch_size=size, rule=self.rule, replacement=replacement, population=self.population,
@@ -82,6 +89,27 @@ class FrozenSGD:
             kernel.gram, batch_size=size, rule=self.rule, samples=kernel.samples, chance=kernel.chance,
             replacement=replacement, population=self.population, tol=tol,
         )  # fmt: skip
+
+    def _of_positions(self, size: int, design: float, replacement: bool, tol: float) -> float:
+        """Take each position for a sample, of which a batch draws as many as have its noise.
+
+        Few positions that stand for all of a sample would have the noise of so few: many times that of the batch.
+        """
+        kernel, total, chance = self.kernel, self.kernel.samples * self.kernel.positions, self.kernel.chance
+        looked = kernel.rows // kernel.outputs
+        chance = torch.ones(len(kernel.gram) // kernel.rows, dtype=torch.float64) if chance is None else chance
+        each = (chance * looked / kernel.positions).repeat_interleave(looked)
+        among = self.population * kernel.positions
+        noise = noise_share(self.population, size, replacement) * design / kernel.positions
+        drawn = min(max(round(among / (1 + noise * (among - 1))), 1), among)
+        gram = kernel.gram * kernel.positions
+        if kernel.outputs == 1:
+            return gram_mean_square_lr(
+                gram, batch_size=drawn, rule=self.rule, samples=total, chance=each, population=among, tol=tol
+            )
+        order = torch.arange(len(kernel.gram)).view(-1, kernel.outputs, looked).transpose(1, 2).flatten()
+        modes = reduced_modes(gram[order][:, order], kernel.outputs, tol=self.rounding, samples=total, chance=each)
+        return mean_square_lr(modes, batch_size=drawn, rule=self.rule, population=among, tol=tol)
 
 
 def frozen_sgd(
@@ -152,12 +180,15 @@ def frozen_sgd(
             positions=positions, checked=checked, holds=squares == "batch", most=most, correction=correction,
             given=chosen,
         )  # fmt: skip
-    trace = sum(kernel.traces.values()) or 1.0
 
     def mean(decay: Mapping[str, float | Tensor]) -> float:
-        return sum(float(decay[name]) * share for name, share in kernel.traces.items()) / trace
+        values = [float(decay[name]) for name in kernel.traces]
+        trace = sum(kernel.traces.values())
+        if not trace or min(values) == max(values):
+            return values[0] if trace else 0.0
+        return sum(value * share for value, share in zip(values, kernel.traces.values())) / trace
 
-    double = all(p.dtype == torch.float64 for p in probes.parameters.values())
+    double = all(p.dtype == torch.float64 for p in snapshot.parameters.values())
     return FrozenSGD(
         rule=UpdateRule(
             momentum=rule.momentum,
@@ -185,14 +216,14 @@ def critical_rule(snapshot: Snapshot) -> FrozenRule:
         Unmeasurable: see `frozen_rule`; for ``maximize``, with a prox, and for coupled weight decay behind a
             preconditioner.
     """
-    rule, decay = frozen_rule(snapshot), coupled_decay(snapshot)
+    rule = frozen_rule(snapshot)
     if snapshot.run.prox is not None:
         raise Unmeasurable("the map that prox applies after the step is not supported: use lyapunov instead")
     if rule.sign < 0:
         raise Unmeasurable(
             "maximize=True: the Gauss-Newton matrix of a loss that is maximised is not positive: minimise its negative"
         )
-    if rule.frozen and (isinstance(decay, Tensor) or decay):
+    if rule.frozen and (isinstance(decay := coupled_decay(snapshot), Tensor) or decay):
         raise Unmeasurable(
             "coupled weight decay is not supported with a frozen preconditioner: use AdamW's, or leave "
             "sgd_stability out"

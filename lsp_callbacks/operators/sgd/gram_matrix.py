@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.errors import Unmeasurable, Unsupported
+from lsp_callbacks.functional.sgd.positions import design_effect
 from lsp_callbacks.operators.sgd.collapsed_outputs import FirstInputs, SameOutputs
 from lsp_callbacks.operators.sgd.held_statistics import can_be_held
 from lsp_callbacks.operators.sgd.output_directions import Chosen, OutputDirections
@@ -48,6 +49,9 @@ class TangentKernel:
         samples: N, of which the gram matrix may be that of some.
         chance: by which probability each of those was taken; None where all were.
         correction: factor of the largest eigenvalue that held statistics lack.
+        positions: of each sample, of which the rows look at some.
+        outputs: rows at each of these.
+        design: how alike they are, see `lsp_callbacks.functional.design_effect`; None where only one was looked at.
     """
 
     gram: Tensor
@@ -63,6 +67,9 @@ class TangentKernel:
     samples: int = 0
     chance: Tensor | None = None
     correction: float = 1.0
+    positions: int = 1
+    outputs: int = 1
+    design: float | None = None
 
 
 def tangent_kernel(
@@ -206,12 +213,20 @@ def tangent_kernel(
         gram, correction = corrected(gram, probes, directions, roots, correction)
         path = dict.fromkeys(path, "statistics")
     taken, chance = directions.joined_taken()
+    rows, length = (
+        len(directions.seeds[0]),
+        directions.length if outputs != "loss" and tied is None and not holds else 1,
+    )
+    each = rows // directions.looked if length > 1 else 1
+    design = None
+    if length > 1 and each == 1 and rows > 1:
+        design = design_effect(gram, rows, length, samples=probes.samples, chance=chance)
     return TangentKernel(
-        gram, len(directions.seeds[0]), path, traces,
+        gram, rows, path, traces,
         check.defect(shares) if check else checked.defect if checked else 0.0,
         loss, directions.description, directions.mode, count if unexplained or tied is not None else 0,
         same_outputs.share(gram, tolerance(next(iter(parameters.values())).dtype), taken), probes.samples, chance,
-        1.0 if correction is None else correction,
+        1.0 if correction is None else correction, length, each, design,
     )  # fmt: skip
 
 

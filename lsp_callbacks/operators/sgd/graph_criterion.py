@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,13 +67,12 @@ class GraphCriterion:
     def is_alike(self, positions: Tensor) -> bool:
         """Return whether nine of ten samples may have the same outputs, to rounding."""
         flat = self._at(self.outputs, positions).flatten(1)
-        rounding = 8 * torch.finfo(flat.dtype).eps * flat.abs().amax(1)
-
-        def are(first: Tensor) -> bool:
-            same = (first[:FEW, None] - first).abs().amax(-1) <= rounding
-            return bool((same.sum(1) >= MOST * len(flat)).any())
-
-        return are(flat[:, :1]) and are(flat)  # nearly always the first output tells them apart
+        first, rounding = flat[:, 0].double().cpu().numpy(), 8 * torch.finfo(flat.dtype).eps
+        close = np.abs(first[:FEW, None] - first) <= rounding * float(flat.abs().amax())
+        if not (close.sum(1) >= MOST * len(flat)).any():  # nearly always the first output tells them apart
+            return False
+        same = (flat[:FEW, None] - flat).abs().amax(-1) <= rounding * flat.abs().amax(1)
+        return bool((same.sum(1) >= MOST * len(flat)).any())
 
     @staticmethod
     def _at(t: Tensor, positions: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ class GraphCriterion:
         return whole.view(*rest, classes).movedim(-1, self.axis)
 
 
-def read_criterion(nodes: list[Any], samples: int, factor: float) -> GraphCriterion:
+def read_criterion(nodes: list[Any], kinds: Sequence[str], samples: int, factor: float) -> GraphCriterion:
     """Return the one criterion that a loss is the value of.
 
     A loss that is linear in the log-probabilities, ``-sum_c t_c log p_c``, has the Hessian ``sum_c t_c (diag(p) - p
@@ -100,13 +101,13 @@ def read_criterion(nodes: list[Any], samples: int, factor: float) -> GraphCriter
 
     Args:
         nodes: of the loss's graph, outputs first.
+        kinds: their names.
         samples: N.
         factor: by which the loss was multiplied since it was the mean over these samples.
 
     Raises:
         UnknownGraph: for other losses, and for squares and logits with several outputs.
     """
-    kinds = [node.name() for node in nodes]
     place = next((k for k, kind in enumerate(kinds) if kind in (_LOG_SOFTMAX, _SQUARE, _LOGISTIC)), None)
     if place is None:
         raise UnknownGraph("the loss is the value of no known criterion")
@@ -117,17 +118,8 @@ def read_criterion(nodes: list[Any], samples: int, factor: float) -> GraphCriter
             raise UnknownGraph(f"the loss is not the value of one criterion: {kind}")
         if kind.startswith("NllLoss") and saved(above, "weight") is not None:
             raise UnknownGraph("classes have weights")
-    slopes: list[Tensor] = []
-
-    def stop(at: Any, outputs: list[Tensor | None]) -> list[None] | None:
-        if at is not node:
-            return None
-        slopes.append(outputs[0])  # type: ignore[arg-type]
-        return [None] * len(node.next_functions)
-
     one = torch.ones_like(saved(node, "result" if kinds[place] == _LOG_SOFTMAX else "self").new_ones(()))
-    pull(nodes[: place + 1], {nodes[0]: one}, stop, summed)
-    slope = slopes[0] * (samples / factor)
+    slope = pull(nodes[:place], {nodes[0]: one}, None, summed)[node][0] * (samples / factor)
     if kinds[place] == _LOG_SOFTMAX:
         result = saved(node, "result")
         axis = _axis(saved(node, "dim"), result.ndim)

@@ -15,7 +15,7 @@ from lsp_callbacks.autograd.graph_pull import UnknownGraph, pull, summed
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion
 from lsp_callbacks.operators.sgd.graph_norms import BatchNormSite
 from lsp_callbacks.operators.sgd.graph_row_rules import row_inputs
-from lsp_callbacks.operators.sgd.graph_site_kinds import site_of
+from lsp_callbacks.operators.sgd.graph_site_kinds import SITES, site_of
 from lsp_callbacks.operators.sgd.graph_sites import (
     ConvolutionSite,
     LinearSite,
@@ -138,14 +138,15 @@ class GraphPass:
         g = outputs[0]
         site = self.sites.get(node)
         if site is None:
-            if node.name() == "ExpandBackward0" and g is not None:
+            kind = node.name()
+            if kind == "ExpandBackward0" and g is not None:
                 return [g]  # what it makes of one for all samples is seen below
-            leaf = leaf_of(node)
-            if leaf is not None:
+            if kind in SITES:
+                site = site_of(node, self.samples)
+            elif (leaf := leaf_of(node)) is not None:
                 if id(leaf) in self.samples.names:
                     raise UnknownGraph(f"{self.samples.names[id(leaf)]} is used by an operation that no rule covers")
                 return []
-            site = site_of(node, self.samples)
             if site is None:
                 return None
             self._place(node, site, g)

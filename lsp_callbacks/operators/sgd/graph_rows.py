@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lsp_callbacks.autograd._torch_internals import saved
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, outputs_first, require_plain
+from lsp_callbacks.functional.sgd.positions import design_effect
 from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel, with_top
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion, read_criterion
 from lsp_callbacks.operators.sgd.graph_pass import GraphPass
@@ -87,7 +88,7 @@ class GraphRows(GraphReader):
         self.samples = self.batch = 0
         self.ties = self.alike = False
         self._parts: list[dict[str, Part]] = []
-        self._per_sample = 1
+        self._per_sample = self._length = 1
         self._pushed: tuple[Tensor, dict[str, Tensor]] | None = None
         self.recent = recent
         self._correction: float | None = None
@@ -110,13 +111,14 @@ class GraphRows(GraphReader):
     def _read(self, loss: Tensor, samples: int, factor: float, micro_batches: int) -> None:
         nodes = outputs_first(loss.grad_fn)
         require_plain(nodes)
-        self.ties = any(node.name() == "NativeBatchNormBackward0" and saved(node, "training") for node in nodes)
+        kinds = tuple([node.name() for node in nodes])
+        norms = [node for node, kind in zip(nodes, kinds) if kind == "NativeBatchNormBackward0"]
+        self.ties = any(saved(node, "training") for node in norms)
         total = samples if self.ties else samples * micro_batches
-        criterion = read_criterion(nodes, samples, factor)
+        criterion = read_criterion(nodes, kinds, samples, factor)
         chosen, pairs = self._choose(criterion, total)
         self.samples += samples
         self.chosen.append(chosen)
-        kinds = tuple(node.name() for node in nodes)
         if self.kind is not None and self.kind.nodes != kinds:
             raise UnknownGraph("another graph than before")
         nodes = nodes[nodes.index(criterion.node) + 1 :]
@@ -182,10 +184,11 @@ class GraphRows(GraphReader):
     def _choose(self, criterion: GraphCriterion, total: int) -> tuple[Chosen, Tensor]:
         """Return what to look at, and the cotangents there, ``(n, k, C)`` of the samples that have rows."""
         n, length, _ = criterion.outputs.shape
-        if length == 1 or self.ties:
-            self.recent = None
         device = criterion.outputs.device
         positions = positions_of((n, length), self._positions(total), self._generator).to(device)
+        if length == 1 or self.ties or (self.recent is not None and self.recent.most == 1):
+            self.recent = None
+        self._length = length
         self.alike |= criterion.is_alike(positions)
         self._per_sample = positions.shape[1]
         sizes = criterion.sizes(positions).sum(1)
@@ -259,18 +262,21 @@ class GraphRows(GraphReader):
                 itself gives, see `corrected`.
         """
         gram, traces, rows = self.gram, self.traces, self._per_sample
+        taken, chance = self._joined()
+        length, design = 1 if self.ties else self._length, None
+        if length > 1 and rows > 1:
+            design = design_effect(gram, rows, length, samples=self.samples, chance=chance)
         if self.recent is not None:
             self.recent.add(self._sketch)
             gram, rows = self.recent.gram(), len(self.recent)
         if self.ties:
             correction = self._correction if correction is None else correction
             gram = with_top(gram, 1.0 if correction is None else correction)
-        taken, chance = self._joined()
         return TangentKernel(
             gram, rows, dict.fromkeys(traces, "structured") if checked is None else checked.path, traces,
             0.0 if checked is None else checked.defect, math.nan, "" if checked is None else checked.stated, None, 0,
             0.0, self.samples, chance if len(taken) < self.samples else None,
-            1.0 if correction is None else correction,
+            1.0 if correction is None else correction, length, 1, design,
         )  # fmt: skip
 
     def _joined(self) -> tuple[Tensor, Tensor]:

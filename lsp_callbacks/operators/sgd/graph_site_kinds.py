@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from lsp_callbacks.autograd._torch_internals import padding_amounts, saved
-from lsp_callbacks.autograd.graph import leaf_of
 from lsp_callbacks.autograd.graph_pull import UnknownGraph
 from lsp_callbacks.operators.sgd.graph_norms import BatchNormSite, GroupNormSite, LayerNormSite
 from lsp_callbacks.operators.sgd.graph_sites import ConvolutionSite, EmbeddingSite, LinearSite, Samples, Site
@@ -38,7 +37,7 @@ def site_of(node: Any, samples: Samples) -> Site | None:
         while child is not None and child.name() in _ON_THE_WAY:
             steps.append(child.name())
             child = child.next_functions[0][0]
-        leaf = None if child is None else leaf_of(child)
+        leaf = None if child is None else getattr(child, "variable", None)
         names.append(None if leaf is None else samples.names.get(id(leaf)))
         turned = "TBackward0" in steps  # of the last one
         weight = weight if leaf is None or leaf.ndim < 2 else id(leaf)

@@ -15,6 +15,7 @@ from lsp_callbacks.autograd.graph_pull import UnknownGraph
 from lsp_callbacks.operators.sgd.layer_rules import (
     Table,
     Use,
+    at_positions,
     dense,
     layer_uses,
     linear_uses,
@@ -149,7 +150,13 @@ class LinearSite(Site):
             if uses is None or self.transposed or len(x) != samples.count:
                 raise UnknownGraph("a linear map ahead of a normalisation has several positions")
         else:
-            uses = linear_uses(samples.rows(x, self.axis), g, transposed=self.transposed)
+            rows = samples.rows(x, self.axis)
+            if rows.shape[1] == g.shape[2] == 1 and g.ndim == 4:
+                at = g[:, :, 0]
+                both = at_positions(rows.expand(-1, g.shape[1], -1), at, transposed=self.transposed)
+                uses = {"weight": both, "bias": dense(at)}
+            else:
+                uses = linear_uses(rows, g, transposed=self.transposed)
         return named_uses(uses, weight, bias)
 
     def at_rows(self, values: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import padding_amounts
 
+#: Of the samples of a batch every so many, at most, show how outputs and inputs of a convolution go together, and so
+#: many positions at least.
+SPARSE, POSITIONS = 4, 1024
 #: Per-sample gradients of samples lo to hi, ``(hi - lo, R, P)``: R output directions, P entries of the parameter.
 Gradients = Callable[[int, int], Tensor]
 #: Entries lo to hi of the per-sample gradients of all samples, ``(N, R, hi - lo)``.
@@ -35,8 +38,6 @@ class Outer:
     @classmethod
     def joined(cls, parts: list[Outer]) -> Outer:
         """Return those of several parts of the samples."""
-        if len(parts) == 1:
-            return parts[0]
         return cls(torch.cat([p.g for p in parts]), torch.cat([p.a for p in parts]), parts[0].transposed)
 
 
@@ -65,6 +66,7 @@ class Use:
         path: "structured", or "layer" where the layer itself was differentiated sample by sample.
         entries: see `Entries`; None where they are only formed all at once.
         width: lo and hi of ``entries`` are multiples of that.
+        values: the gradients, ``(N, R, P)``, where they are held as they are.
     """
 
     gradients: Gradients
@@ -74,6 +76,7 @@ class Use:
     path: str = "structured"
     entries: Entries | None = None
     width: int = 1
+    values: Tensor | None = None
 
 
 @singledispatch
@@ -164,7 +167,7 @@ def at_positions(a: Tensor, g: Tensor, *, transposed: bool = False) -> Use:
 def dense(values: Tensor) -> Use:
     """Return the use whose gradients, ``(N, R, ...)``, are held as they are."""
     flat = values.flatten(2)
-    return Use(lambda lo, hi: flat[lo:hi], flat.shape[1], entries=lambda lo, hi: flat[:, :, lo:hi])
+    return Use(lambda lo, hi: flat[lo:hi], flat.shape[1], entries=lambda lo, hi: flat[:, :, lo:hi], values=flat)
 
 
 @layer_uses.register(nn.Conv1d)
@@ -256,7 +259,8 @@ def uses_ahead_of_norm(
 
     With windows ``u`` (of a linear layer its input) and normalised outputs ``y``, the mean and the scale of channel c
     move with its weight, so that sample i has the gradient ``sum_l g_icl (u_il - mean u - y_icl mean(y_c u))``; a
-    bias has none. What statistics further on do is left out.
+    bias has none. What statistics further on do is left out. ``mean(y_c u)`` of a convolution is that of some samples,
+    every fourth at most: on a residual network with batches of 64 the critical rate then reads 0.5 % too low.
 
     Args:
         layer: a linear layer or a convolution; None is returned for others.
@@ -275,7 +279,10 @@ def uses_ahead_of_norm(
         y = normalised.reshape(len(x), groups, -1, split.shape[-1])
         ones = normalised.new_ones(1, groups, *normalised.shape[2:])
         mean = _weight_gradient(layer, x.sum(0, keepdim=True), ones).view(groups, -1) / count  # of the sum, once
-        slope = _weight_gradient(layer, x, normalised).view(groups, layer.out_channels // groups, -1) / count
+        step = min(SPARSE, max(1, count // POSITIONS))
+        some = normalised[::step]
+        slope = _weight_gradient(layer, x[::step], some).view(groups, layer.out_channels // groups, -1)
+        slope = slope / some[:, 0].numel()
     else:
         return None
     y = y if taken is None else y[taken]

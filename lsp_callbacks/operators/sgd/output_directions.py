@@ -41,6 +41,8 @@ class Chosen:
 
 def positions_of(shape: torch.Size | tuple[int, ...], count: int, generator: torch.Generator) -> Tensor:
     """Return so many positions of each sample, of those that it has, ``(N, T)``, by chance."""
+    if shape[1] == 1:
+        return torch.zeros(shape, dtype=torch.long)
     return torch.rand(shape, generator=generator).argsort(1)[:, :count].sort(1).values
 
 
@@ -62,6 +64,8 @@ class OutputDirections:
     Attributes:
         description: in words, which outputs the rows stand for.
         mode: the sharpest mode, where it was needed.
+        length: how many positions a sample has.
+        looked: at how many of them there are rows.
         seeds: the cotangents of each part's rows.
         taken: indices of each part's samples that have rows, in their part, and by which probability; all if absent.
     """
@@ -84,7 +88,8 @@ class OutputDirections:
         self.probes, self.scale, self.which, self.generator = probes, scale, which, generator
         self.description = ""
         self._count = positions
-        self._length: int | None = None
+        self.length = self.looked = 1
+        self._is_known = False
         self._moves: list[Tensor] | None = None
         self.seeds: dict[int, list[RowSeed]] = {}
         self.taken: dict[int, tuple[Tensor, Tensor]] = {}
@@ -130,8 +135,9 @@ class OutputDirections:
             f = evaluation.outputs.detach().requires_grad_()
             with torch.enable_grad():
                 return [RowSeed(torch.autograd.grad(len(f) * evaluation.criterion(f), f)[0])]
-        self._length = self._length or shape[1]
-        if shape[1] != self._length:
+        if not self._is_known:
+            self.length, self._is_known = shape[1], True
+        if shape[1] != self.length:
             raise Unmeasurable("samples have different numbers of positions: pad the batches to one length")
         # Each sample has positions of its own: what one position is like is not what all are.
         chosen = (
@@ -140,6 +146,7 @@ class OutputDirections:
             else self.given[index].positions
         )
         chosen = chosen.to(evaluation.outputs.device)
+        self.looked = chosen.shape[1]
         where = f" at {chosen.shape[1]} of {shape[1]} positions" if shape[1] > 1 else ""
         self.description = ("the only output" if shape[2] == 1 else f"{self.which} of {shape[2]} outputs") + where
         curvature = output_curvature(evaluation, chosen)

@@ -80,9 +80,14 @@ class ParameterGram:
         return self._behind(wide(scale), memory, entries)
 
     def _behind(self, scale: Tensor | None, memory: int, entries: int) -> Tensor:
-        outer = [part.uses[0].outer for part in self.parts if len(part.uses) == 1]
-        if len(outer) == len(self.parts) and all(outer):
-            return _outer_gram(Outer.joined([pair for pair in outer if pair]), scale)
+        alone = [part.uses[0] for part in self.parts if len(part.uses) == 1]
+        if len(alone) == len(self.parts):
+            outer = [use.outer for use in alone if use.outer is not None]
+            if len(outer) == len(alone):
+                return _outer_gram(outer[0] if len(outer) == 1 else Outer.joined(outer), scale)
+            values = [use.values for use in alone if use.values is not None]
+            if len(values) == len(alone):
+                return _held_gram(values[0] if len(values) == 1 else torch.cat(values), scale)
         if len(self.parts) == 1 and (split := _tied(self.parts[0].uses)) is not None:
             return _table_gram(*split, scale, memory)
         return self._dense(scale, memory, entries)
@@ -130,6 +135,12 @@ class ParameterGram:
         size = lower[-1].shape[1]
         square = torch.cat([F.pad(row, (0, size - row.shape[1])) for row in lower])
         return square.tril() + square.tril(-1).T
+
+
+def _held_gram(values: Tensor, scale: Tensor | None) -> Tensor:
+    rows = wide(values).flatten(0, 1)
+    rows = rows if scale is None else rows * scale.sqrt().reshape(-1)
+    return rows @ rows.T
 
 
 def _outer_gram(pair: Outer, scale: Tensor | None) -> Tensor:

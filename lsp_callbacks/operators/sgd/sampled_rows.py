@@ -30,6 +30,6 @@ def sampled_rows(sizes: Tensor, count: int, offset: float) -> tuple[Tensor, Tens
     left = count - np.arange(n)
     sure = int((left * falling < rest).argmax())  # those that are sure leave less to share for the others
     chance = np.minimum(size * ((count - sure) / rest[sure]), 1.0)
-    at = np.searchsorted(chance.cumsum(), np.arange(count) + offset, side="right")
-    taken = np.unique(np.minimum(at, n - 1))
+    at = np.minimum(np.searchsorted(chance.cumsum(), np.arange(count) + offset, side="right"), n - 1)
+    taken = at[np.diff(at, prepend=-1) > 0]
     return torch.from_numpy(taken), torch.from_numpy(chance[taken])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,15 +39,20 @@ def softmax_pairs(p: Tensor, weights: Tensor) -> Tensor:
 
 
 def _by_squares(p: Tensor, start: Tensor) -> Tensor:
-    """Return ``A^32 v``, A over its largest diagonal entry: its top eigenvalue is then between 1 and 2."""
-    matrix = p[..., None] * -p[..., None, :]
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    diagonal.zero_()  # p (1 - p) from the others, as 1 - p has no digits where p is nearly 1
-    diagonal.copy_(-matrix.sum(-1))
-    power = matrix / diagonal.amax(-1).clamp_min(torch.finfo(p.dtype).tiny)[..., None, None]
+    """Return ``A^32 v``, A over its largest diagonal entry: its top eigenvalue is then between 1 and 2.
+
+    By numpy: of small matrices the time of a call counts.
+    """
+    shares = p.cpu().numpy()
+    power = shares[..., None] * -shares[..., None, :]
+    places = np.arange(power.shape[-1])
+    power[..., places, places] = 0  # p (1 - p) from the others, as 1 - p has no digits where p is nearly 1
+    diagonal = -power.sum(-1)
+    power[..., places, places] = diagonal
+    power /= np.maximum(diagonal.max(-1), np.finfo(power.dtype).tiny)[..., None, None]
     for _ in range(SQUARINGS):
         power = power @ power
-    return power @ start
+    return torch.from_numpy(power @ start.cpu().numpy()).to(p.device)
 
 
 def _by_products(p: Tensor, start: Tensor) -> Tensor:

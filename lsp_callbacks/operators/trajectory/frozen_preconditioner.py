@@ -149,14 +149,11 @@ def rule_ahead(
 
 
 def _direct(rule: Formula, options: dict[str, Group], counts: dict[str, float], steps: int) -> float:
-    """Return the share of the gradient itself in a step, which depends on how long a parameter was trained."""
-    shares = {rule.direct(options[name], t + steps) for name, t in counts.items() if name in options}
-    if max(shares, default=0.0) > min(shares, default=0.0) * 1.01:
-        raise Unmeasurable(
-            "some parameters were trained for fewer steps than others, and have another momentum schedule: they have "
-            "no common edge of stability and no common critical rate"
-        )
-    return max(shares, default=0.0)
+    """Return the largest share of the gradient itself in a step: it is larger for parameters that joined later.
+
+    For the others stability errs on the early side, while the shares come together.
+    """
+    return max((rule.direct(group, counts[name] + steps) for name, group in options.items()), default=0.0)
 
 
 def _common(optimizer: torch.optim.Optimizer) -> tuple[float, float, bool, bool]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsp_callbacks.autograd._torch_internals import forget_step_hooks
+from lsp_callbacks.autograd._torch_internals import copied_optimizer, forget_step_hooks
 from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.errors import Unmeasurable
 
@@ -80,7 +80,9 @@ def _added(twin: Tensor, change: Tensor) -> Tensor:
 
 def _copied(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     try:
-        return copy.deepcopy(optimizer)
+        if hasattr(optimizer, "__deepcopy__"):
+            return copy.deepcopy(optimizer)
+        return copied_optimizer(optimizer, {})  # pickling, and so deepcopy, would drop what a wrapper holds
     except Exception as error:
         raise Unmeasurable(
             f"{type(optimizer).__name__} cannot be copied ({type(error).__name__}: {error}), so its step cannot be "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from lsp_callbacks.step.snapshot import Snapshot
 DISTANCE = 1e-5
 #: Relative deviation, in norm, that is accepted between differences to both sides: about 1e-5 for a smooth step.
 AGREEMENT = 1e-3
+#: Attributes that every optimizer has.
+OF_ANY_OPTIMIZER = frozenset(vars(torch.optim.SGD([torch.zeros(())]))) | {"step"}
 
 #: Parameters with their gradients.
 Gradients = Iterable[tuple[Tensor, Tensor | None]]
@@ -34,10 +36,17 @@ def require_single_gradient(optimizer: torch.optim.Optimizer) -> None:
     """Raise `Unmeasurable` if a step of the optimizer takes more than one gradient (SAM, LBFGS)."""
     kind = type(optimizer).__name__
     closure = inspect.signature(inspect.unwrap(type(optimizer).step)).parameters.get("closure")
-    if hasattr(optimizer, "first_step"):
-        raise Unmeasurable(f"{kind} makes its step out of two gradients: its update is not supported")
+    require_gradient_at_weights(optimizer)
     if isinstance(optimizer, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
         raise Unmeasurable(f"{kind} evaluates the loss several times in a step (closure): its update is not supported")
+
+
+def require_gradient_at_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Raise `Unmeasurable` if a step is seen when its weights were displaced already (``first_step`` of a SAM)."""
+    if hasattr(optimizer, "first_step"):
+        raise Unmeasurable(
+            f"{type(optimizer).__name__} makes its step out of two gradients: its update is not supported"
+        )
 
 
 def difference_tangent(snapshot: Snapshot, gradient: Tensor) -> tuple[Tangent, int]:
@@ -214,8 +223,7 @@ def _require_visible_state(trial: OptimizerCopy) -> None:
     hidden += [
         name
         for name, x in vars(optimizer).items()
-        if name not in ("state", "param_groups", "defaults")
-        and (any(id(t) not in kept for t in _tensors(x)) or isinstance(x, torch.optim.Optimizer))
+        if name not in OF_ANY_OPTIMIZER and not all(_is_harmless(leaf, optimizer, kept) for leaf in tree_leaves(x))
     ]
     if hidden:
         raise Unmeasurable(
@@ -230,6 +238,17 @@ def _require_visible_state(trial: OptimizerCopy) -> None:
                     f"{type(optimizer).__name__} rounds its state to {kind} ({name}): small changes of it are lost, "
                     "and its derivative is not meaningful"
                 )
+
+
+def _is_harmless(value: Any, optimizer: torch.optim.Optimizer, parameters: Container[int]) -> bool:
+    """Return whether an attribute holds no tensor beside the parameters and the optimizer's visible state."""
+    if isinstance(value, torch.optim.Optimizer):  # of a wrapper
+        inner = {k: v for k, v in vars(value).items() if k not in OF_ANY_OPTIMIZER}
+        leaves = tree_leaves(inner)
+        return value.state is optimizer.state and all(_is_harmless(leaf, optimizer, parameters) for leaf in leaves)
+    if isinstance(value, Tensor):
+        return id(value) in parameters or not value.ndim
+    return value is None or isinstance(value, int | float | complex | str | bytes | type | torch.dtype | torch.device)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from statistics import median
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.operators.cost import beside, forward_cost, work
+from lsp_callbacks.operators.cost import forward_cost, work
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tolerance, with_top
 from lsp_callbacks.operators.sgd.graph_check import unexplained_rows
@@ -22,6 +24,7 @@ from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.quantities.sgd.collapse import COLLAPSED, collapse, none_yet
 from lsp_callbacks.quantities.sgd.frozen_exponents import courant_of
+from lsp_callbacks.quantities.sgd.mean_square_cost import COMPARED, CORRECTED, graph_price, rate_cost
 from lsp_callbacks.quantities.sgd.probe_cost import gram_cost, kernel_memory, probe_share
 from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.probe_set import ProbeSet
@@ -31,16 +34,12 @@ from lsp_callbacks.step.snapshot import Snapshot
 
 #: Relative error of the critical rate by its iteration, by which the rate is lowered.
 TOLERANCE = 5e-3
-#: Under batch statistics the largest eigenvalue is corrected anew in every so many readings.
-CORRECTED = 2
 #: Readings 1, 32, 1024, ... are checked.
 CHECKED = 32
-#: Operations on small tensors, beside those of each layer, of a reading from the step's own graph.
-GRAPH_CALLS = 150
 #: Positions of each sample that are looked at in one step, at most.
 AT_ONCE = 4
-#: Nanoseconds of the critical rate from 64 rows.
-RATE = 6e5
+#: Of so many such comparisons the median is taken.
+DESIGNS = 5
 
 
 class MeanSquareStability(Quantity):
@@ -58,6 +57,11 @@ class MeanSquareStability(Quantity):
     dropout. They are looked at in a replay without dropout where that graph cannot be read (custom functions,
     activation checkpoints, a network that has collapsed, dropout together with statistics of the batch).
 
+    Of samples with many positions the rows are at a few. Each position then counts as a sample of its own, and a batch
+    as that many positions over their design effect, see `lsp_callbacks.functional.design_effect`: few positions that
+    stood for all would have many times the noise of the batch. From 32 rows the number is within a factor of about two
+    of that from all positions, and low where a batch has few sharp ones, which 32 rows mostly miss.
+
     The network has *collapsed* where its outputs no longer depend on its inputs: nine of ten samples, of different
     inputs, have the same outputs to the last digits and the same gradient (dead ReLUs, saturated units), though their
     targets differ, and no lower a loss than a constant output has. A last layer that begins with zeros has another
@@ -65,7 +69,8 @@ class MeanSquareStability(Quantity):
 
     Args:
         rows: how many output gradients to look at; None takes a quarter of the batch, 32 at least and 128 at most.
-            Where a batch has fewer samples, several positions (tokens) of each are taken, if it has them.
+            Where a batch has fewer samples, which have several positions (tokens), several of each are taken; later
+            one, beside the rows of the last readings, each at the weights of its own step.
         outputs: "top" takes the top eigenpair of each output Hessian; "all" takes every output.
         replacement: whether samples are drawn with replacement within a batch.
         most_rows: as in `SGDStability`.
@@ -131,6 +136,7 @@ class MeanSquareStability(Quantity):
         self._scale: dict[str, float | Tensor] | None = None
         self._price: dict[str, float] = {}
         self._recent = RecentRows()
+        self._designs: deque[float] = deque(maxlen=DESIGNS)
 
     def reader(self, module: nn.Module, run: RunContext, step: int) -> GraphReader | None:
         """Return what reads the rows from the step's own graph, so that no pass is made again."""
@@ -173,15 +179,16 @@ class MeanSquareStability(Quantity):
         if self._price and self._checks_next and "batch statistics" not in self._price:
             return self._price | {"gradient": 1.0, "check of the rows": 1.0, "places of the samples": 1 / 3}
         samples = step_samples(snapshot, self._most)
-        n, positions = samples.samples, self._positions(samples.samples)
-        if work(snapshot).multiplications <= 1.5 * n * work(snapshot).parameters:
-            positions = 1
+        n, once = samples.samples, work(snapshot)
+        share = probe_share(snapshot, samples, n)
+        is_single = once.multiplications * share <= 1.5 * n * once.parameters
+        positions = 1 if is_single else max(2, self._positions(n))
         if self.latest is not None:
             positions = self.latest.kernel.rows
-        share, rows = probe_share(snapshot, samples, n), row_count(n, self.rows) * positions
+        rows = row_count(n, self.rows) * positions
         parts = {
             "rows of the batch": (1 + positions) / 3 * share + gram_cost(snapshot, rows, n / max(share, 1e-9)),
-            **self._rate_cost(snapshot, rows),
+            **rate_cost(snapshot, rows),
         }
         if samples.batches and can_be_held(samples.module):
             parts["batch statistics"] = (1 / 3 + 1 / CORRECTED) * share
@@ -265,7 +272,7 @@ class MeanSquareStability(Quantity):
                 generator=snapshot.generator(self.name),
                 start=self._mode,
                 most_rows=self.most_rows,
-                positions=self._positions(samples.samples),
+                positions=max(2, self._positions(samples.samples)),
                 most=row_count(samples.samples, self.rows),
                 checked=None if checks else self._checked,
                 squares="batch",
@@ -280,7 +287,11 @@ class MeanSquareStability(Quantity):
             return
         if checks:
             self._learn(snapshot, samples, sgd, rows, is_agreed=is_agreed)
-        rate = (1 - TOLERANCE) * sgd.mean_square_lr(replacement=self.replacement, tol=TOLERANCE)  # errs downwards
+        if sgd.kernel.design is not None:
+            self._designs.append(sgd.kernel.design)
+        rate = (1 - TOLERANCE) * sgd.mean_square_lr(  # errs downwards
+            replacement=self.replacement, design=median(self._designs or [1.0]), tol=TOLERANCE
+        )
         if math.isnan(rate):
             raise Unmeasurable("the Gram matrix is not finite: the weights or the outputs have overflowed")
         numbers = {
@@ -350,22 +361,9 @@ class MeanSquareStability(Quantity):
 
         if not snapshot.run.ranks.any(is_other, "rows of the step's own graph") and rows is not None:
             self._known, self._population = rows.kind, samples.population
-            self._price = price or self._price_of_graph(snapshot, rows)
+            self._price = price or graph_price(snapshot, rows)
         elif self._update_count == 1:
             self._next_check = 2  # what is peculiar about the first step may be over
-
-    def _price_of_graph(self, snapshot: Snapshot, rows: GraphRows) -> dict[str, float]:
-        """Return what a reading costs whose rows come from the step's own graph, by what it is spent on."""
-        positions = 1 if rows.recent is not None else rows.chosen[0].positions.shape[1]
-        count = sum(len(chosen.taken) for chosen in rows.chosen) * positions
-        passes, gram = positions / 3, gram_cost(snapshot, count, rows.batch, calls=GRAPH_CALLS)
-        parts = {"rows of the graph": passes * rows.samples / rows.batch + gram, **self._rate_cost(snapshot, count)}
-        if rows.ties:  # now and then a backward pass for the largest eigenvalue, and products once more
-            parts["batch statistics"] = (2 / 3 + gram / 2) / CORRECTED
-        return parts
-
-    def _rate_cost(self, snapshot: Snapshot, rows: int) -> dict[str, float]:
-        return {"critical rate": beside(snapshot, calls=100, time=RATE * (rows / 64) ** 3)}
 
     def _positions(self, samples: int) -> int:
         """Return how many positions of each sample are looked at, if it has several."""
@@ -374,7 +372,8 @@ class MeanSquareStability(Quantity):
     def _passes(self, samples: int) -> int:
         """Return how many positions of each sample are looked at beside those that are known from earlier steps."""
         self._recent.most = self._positions(samples)
-        return max(1, min(AT_ONCE, self._recent.most - len(self._recent)))
+        least = 2 if self._update_count % COMPARED == 0 else 1
+        return max(least, min(AT_ONCE, self._recent.most - len(self._recent)))
 
     def restart(self) -> None:
         super().restart()

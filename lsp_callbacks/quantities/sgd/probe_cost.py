@@ -79,7 +79,7 @@ def gram_cost(snapshot: Snapshot, rows: int, batch: float, *, calls: float = CAL
         formed = rows / (3 * batch)
         time += (MULTIPLICATION * rows + 0.5 + frozen) * numbers + ELEMENT * _windows(snapshot, rows)
     elif frozen:
-        time += MULTIPLICATION * numbers + 15.0 * once.parameters
+        time += MULTIPLICATION * numbers + 19.0 * once.parameters
     return formed + beside(snapshot, calls=calls + 12 * once.calls, time=time)
 
 

@@ -66,7 +66,7 @@ class Lyapunov(Windowed):
     the trajectory.
     """
 
-    weight = 0.2
+    weight = 0.8
     name = "lyapunov"
     KEYS: ClassVar = {
         "lyapunov": Key(

@@ -1,0 +1,41 @@
+"""What a reading of the second moment costs whose rows come from the step's own graph."""
+
+from __future__ import annotations
+
+from lsp_callbacks.operators.cost import beside
+from lsp_callbacks.operators.sgd.graph_rows import GraphRows
+from lsp_callbacks.operators.trajectory.coming_preconditioner import remembered_rule
+from lsp_callbacks.quantities.sgd.probe_cost import gram_cost
+from lsp_callbacks.step.snapshot import Snapshot
+
+#: Under batch statistics the largest eigenvalue is corrected anew in every so many readings.
+CORRECTED = 2
+#: In every so many readings two positions of each sample are compared, to see how alike they are.
+COMPARED = 8
+#: Operations on small tensors, beside those of each layer.
+GRAPH_CALLS = 180
+#: Nanoseconds of the critical rate from 64 rows.
+RATE = 6e5
+
+
+def graph_price(snapshot: Snapshot, rows: GraphRows) -> dict[str, float]:
+    """Return the gradients of the readings that follow, by what they are spent on.
+
+    Args:
+        snapshot: a step.
+        rows: that were read from its graph.
+    """
+    positions = 1 if rows.chosen[0].positions.shape[1] == 1 else 1 + 1 / COMPARED
+    count = round(sum(len(chosen.taken) for chosen in rows.chosen) * positions)
+    through = count if rows.kind is not None and rows.kind.by_rows else rows.samples  # gradients that are taken back
+    gram = gram_cost(snapshot, count, rows.batch, calls=GRAPH_CALLS)
+    parts = {"rows of the graph": positions / 3 * through / rows.batch + gram, **rate_cost(snapshot, count)}
+    if rows.ties:  # now and then a backward pass for the largest eigenvalue, and products once more where D has moved
+        again = gram / 2 if remembered_rule(snapshot).frozen else 0.0
+        parts["batch statistics"] = (2 / 3 + again) / CORRECTED
+    return parts
+
+
+def rate_cost(snapshot: Snapshot, rows: int) -> dict[str, float]:
+    """Return the gradients that the critical rate takes, from a Gram matrix of so many rows."""
+    return {"critical rate": beside(snapshot, calls=100, time=RATE * (rows / 64) ** 3)}
