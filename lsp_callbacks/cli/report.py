@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from lsp_callbacks import __version__
 from lsp_callbacks.cli.configured import print_failure
 from lsp_callbacks.report.logs.find import read_run
 from lsp_callbacks.report.logs.logged_run import LoggedRun, UnreadableLogs
@@ -82,7 +83,7 @@ def _write(options: argparse.Namespace, *, going: bool) -> list[LoggedRun]:
     logged = [read_run(path) for path in options.runs]
     names = names_of([run.path for run in logged])
     runs = [JudgedRun.of(run, name, options.loss) for run, name in zip(logged, names)]
-    made = f" at {datetime.now():%Y-%m-%d %H:%M:%S}"
+    made = f"by lsp_callbacks {__version__} at {datetime.now():%Y-%m-%d %H:%M:%S}"
     text = html_page(runs, refresh=options.every if going else None, made=made)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     beside = options.output.with_name(f"{options.output.name}.part")

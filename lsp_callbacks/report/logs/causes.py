@@ -63,8 +63,8 @@ def courant_source(history: Mapping[str, Curve]) -> str | None:
 
 def stated(keys: Mapping[str, Key], name: str) -> Key:
     """Return what is said of a name, which may be that of a layer's number; an empty key for an unknown one."""
-    kind, _, layer = name.partition("/")
-    if not layer:
+    kind, slash, _ = name.partition("/")
+    if not slash:
         return keys.get(name, Key(""))
     return next((key for stated, key in keys.items() if stated.startswith(f"{kind}/")), Key(""))
 

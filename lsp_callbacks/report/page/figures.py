@@ -12,6 +12,7 @@ from lsp_callbacks.monitor.courant_source import COURANT, MEAN_SQUARE, SOURCE
 from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.quantities.key import PREFIX, is_global
 from lsp_callbacks.report.curves import AVERAGE, SMOOTHING, averaged, centred_median, readings
+from lsp_callbacks.report.logs.causes import courant_source
 from lsp_callbacks.report.logs.events import Event
 from lsp_callbacks.report.logs.facts import stride_of
 from lsp_callbacks.report.page.decimation import decimated
@@ -62,7 +63,7 @@ def figures(runs: Sequence[JudgedRun]) -> list[dict[str, Any]]:
         _figure("loss", "Training loss", _loss(runs, most), rule="loss",
                 about=f"Thin: as logged. Thick: median around each step, over {SMOOTHING} steps."),
         _figure("exponent", "Sharp-mode exponent, nats per step", _exponent(runs, most), edge=0.0, rule="zero",
-                about="Above 0 a perturbation along the sharp mode grows. Shaded: its one-sided 90 % bounds."),
+                about="Above 0 a perturbation along the sharp mode grows. Thin: its one-sided 90 % bounds."),
         _figure("rates", "Learning rate and the largest stable one", _rates(runs, most), rule="positive",
                 about="Where the rate crosses the largest stable one, the Courant number is 1."),
     ]  # fmt: skip
@@ -111,7 +112,8 @@ def _courant(runs: Sequence[JudgedRun], most: int) -> Iterable[dict[str, Any]]:
             yield series(averaged(courant), _named(f"mean of {AVERAGE}", run, runs), i, most, look="thick")
             yield series(courant, _named("Courant number", run, runs), i, most, look="thin")
         others = [key for key in history if key.startswith(f"{COURANT}_") and key not in errors]
-        others = [key for key in others if history[key] != courant and readings(history[key])]
+        hidden = courant_source(history) if readings(courant) else None
+        others = [key for key in others if key != hidden and readings(history[key])]
         for j, key in enumerate(others if len(runs) == 1 or not readings(courant) else []):
             yield series(history[key], _named(key.removeprefix(PREFIX), run, runs), i, most, look="line", colour=j + 1)
 
@@ -154,6 +156,7 @@ def _rates(runs: Sequence[JudgedRun], most: int) -> Iterable[dict[str, Any]]:
             rate = [c * edge for c, edge in zip(history[MEAN_SQUARE].values, limit.values)]
             yield series(Curve(limit.steps, rate), _named("rate (Courant number times the limit)", run, runs), i, most,
                          look="line")  # fmt: skip
-        yield series(limit, _named("largest stable rate", run, runs), i, most, look="dashed", colour=4 if i == 0 else i)
+        look = {"look": "dashed", "colour": 4} if len(runs) == 1 else {"look": "thin"}
+        yield series(limit, _named("largest stable rate", run, runs), i, most, **look)
         if "stability/lr_cap" in history:
             yield series(history["stability/lr_cap"], _named("cap of the rate", run, runs), i, most, look="thin")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.report.curves import latest, readings
@@ -27,7 +28,8 @@ NEUTRAL = {
 DECADES = 30.0
 
 
-class Colours(NamedTuple):
+@dataclass(frozen=True)
+class Colours:
     """A scale of colours, shared by the maps of one kind.
 
     Attributes:
@@ -62,9 +64,7 @@ def heat_maps(runs: Sequence[JudgedRun]) -> list[dict[str, Any]]:
         neutral = NEUTRAL.get(kind, 0.0)
         about = stated(keys, f"{kind}/")
         maps = [_map(map_of(c, neutral=neutral, columns=columns, rows=ROWS), i, c) for i, c in present.items()]
-        groups.append(
-            {"kind": kind, "about": about.meaning, "unit": about.unit, "scale": scale._asdict(), "maps": maps}
-        )
+        groups.append({"kind": kind, "about": about.meaning, "unit": about.unit, "scale": asdict(scale), "maps": maps})
     return groups
 
 
