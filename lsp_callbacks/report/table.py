@@ -30,6 +30,11 @@ OF_THE_RUN = {
 }
 
 
+def keys_of_a_run() -> dict[str, Key]:
+    """Return all keys by name, without ``stability/``: those that the loop adds, and those of the quantities."""
+    return OF_THE_RUN | stated_keys()
+
+
 def table(history: Mapping[str, Curve]) -> Table:
     """Return one row a number: its last reading, its range over the run, the step of the last one, its meaning.
 
@@ -47,7 +52,7 @@ def table(history: Mapping[str, Curve]) -> Table:
     for name in ("courant_mean_square", "courant_sgd", "courant_gd"):  # shown as "courant" already
         if curves.get("courant") == curves.get(name):
             curves.pop(name, None)
-    keys = OF_THE_RUN | stated_keys()
+    keys = keys_of_a_run()
     errors = {
         key.error_of: key.error_format.format(error)
         for name, key in keys.items()
