@@ -135,7 +135,8 @@ def test_mlflow_in_a_data_base(tmp_path):
         "INSERT INTO runs VALUES ('abc', 'first', 'RUNNING', 1), ('abd', 'second', 'FINISHED', 2);"
         "INSERT INTO params VALUES ('abc', 'lr', '0.1'), ('abd', 'lr', '0.2');"
         "INSERT INTO metrics VALUES ('abc', 'stability/courant', 0.5, 1, 0, 0), "
-        "('abc', 'stability/courant', 0, 2, 5, 1), ('abc', 'stability/courant', 1.7976931348623157e308, 3, 9, 0), ('abd', 'stability/courant', 7, 1, 0, 0)"
+        "('abc', 'stability/courant', 0, 2, 5, 1), ('abc', 'stability/courant', 1.7976931348623157e308, 3, 9, 0),"
+        "('abd', 'stability/courant', 7, 1, 0, 0)"
     )
     connection.commit()
     before = path.read_bytes()
@@ -214,6 +215,13 @@ def test_states(tmp_path, table, state):
     if "stability/nonfinite_step" in table and state == "not finite":
         table = table | {"train_loss": table["train_loss"][:-1]}
     assert judged(tmp_path, table).verdict.state == state
+
+
+def test_a_fault_with_losses_after_it_that_are_not_finite_is_the_cause(tmp_path):
+    """The last loss alone would say the same state, but not since when."""
+    table = {"train_loss": [1.0] * 8 + ["nan"] * 4, "stability/nonfinite_step": [None] * 8 + [8]}
+    run = judged(tmp_path, table)
+    assert run.verdict.cause == "fault" and "since step 8" in run.sentence
 
 
 def test_without_a_loss_calm_readings_say_that_it_was_not_seen(tmp_path):
