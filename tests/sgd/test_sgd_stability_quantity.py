@@ -543,7 +543,8 @@ def test_what_waits_is_measured_when_it_need_not_wait_any_more(period, monkeypat
     sgd, gd = monitor.history[SGD_COURANT].steps, monitor.history[GD_COURANT].steps
     assert sgd[0] == 7 and gd[0] == 0 and len(sgd) > 2 and len(gd) > 2
     assert period is None or (sgd[1:] == gd[1:] == [20, 40])  # otherwise each has a pace of its own
-    assert set(kept) <= {*sgd, *gd}
+    unused = {*kept} - {*sgd, *gd}  # the price of a second measurement is a guess until its step is seen
+    assert len(unused) <= (period is None)
 
 
 def test_what_waits_is_measured_after_a_resume_too(tmp_path):
