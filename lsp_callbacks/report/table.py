@@ -24,6 +24,9 @@ OF_THE_RUN = {
         threshold=1.0,
     ),
     "steps_to_edge": Key("Steps until the schedule reaches the largest stable learning rate.", "steps"),
+    "lr_cap": Key("Learning rate above which `CapLearningRate` lowers that of an update.", "learning rate"),
+    "lr_scheduled": Key("Learning rate of the schedule.", "learning rate"),
+    "lr_applied": Key("Learning rate that the update has used.", "learning rate"),
 }
 
 
