@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from lsp_callbacks.functional.numerics.first_fault import Fault
+from lsp_callbacks.monitor.courant_source import PREFERENCE
 from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.monitor.losses import SETTLED, LossRecord
 from lsp_callbacks.monitor.monitor import Monitor
@@ -27,8 +28,12 @@ REMEDIES = {
     "weights": "the update before produced it: lower the learning rate, or clip the gradient",
     "unknown": "try torch.autograd.set_detect_anomaly(True)",
 }
+#: Further advice where the loss alone ended a run whose readings are stable.
+MOVES = "but no reading shows it: where the target itself moves, a loss that rises is no instability (confirm=None)"
 #: A reading that is older than this share of the run, and than so many steps, does not describe its end.
 OLD, FEW = 0.5, 50
+#: The numbers that tell the stability of the optimizer's steps.
+DECIDING = frozenset((*PREFERENCE, "stability/lyapunov"))
 #: Number of readings in a run that the advice to measure more often aims at.
 WANTED = 20
 
@@ -45,6 +50,7 @@ class Run:
         event: step of the event of `StopOnInstability`.
         stop: step of its stop.
         reason: of the stop.
+        waiting: quantities that tell the stability of the steps, and that the budget has not paid for yet.
     """
 
     history: Mapping[str, Curve]
@@ -54,6 +60,7 @@ class Run:
     event: int | None = None
     stop: int | None = None
     reason: str | None = None
+    waiting: Sequence[str] = ()
 
     @classmethod
     def of(cls, monitor: Monitor, step: int, stops: Sequence[Any] = ()) -> Run:
@@ -61,6 +68,7 @@ class Run:
         events = [judge.event_step for judge in stops if judge.event_step is not None]
         stopped = next((judge for judge in stops if judge.stop_step is not None), None)
         monitor.losses.settle()
+        unpaid = monitor.cadence.waiting()
         stop = {} if stopped is None else {"stop": stopped.stop_step, "reason": stopped.reason}
         return cls(
             monitor.history,
@@ -68,6 +76,11 @@ class Run:
             max(step - 1, 0),
             monitor.losses,
             min(events, default=None),
+            waiting=[
+                name
+                for name, quantity in monitor.quantities.items()
+                if name in unpaid and DECIDING.intersection(quantity.keys)
+            ],
             **stop,
         )
 
@@ -127,7 +140,8 @@ def judge(run: Run) -> Verdict:
         verdict = replace(verdict, evidence=MappingProxyType(evidence | {"since": alike}))
         return replace(verdict, state="collapsed", cause="collapse", advice="start again with a lower learning rate")
     if run.stop is not None:
-        return replace(verdict, state="unstable", cause="stop", advice=lower)
+        advice = f"{lower}; {MOVES}" if verdict.state == "stable" and run.event is None else lower
+        return replace(verdict, state="unstable", cause="stop", advice=advice)
     if losses is not None and losses.risen:
         if verdict.state == "unstable":
             return verdict
@@ -141,6 +155,8 @@ def judge(run: Run) -> Verdict:
     age = evidence.get("age", 0)
     if verdict.state != "unknown" and run.step is not None and age > max(FEW, OLD * run.step):
         return replace(verdict, state="unknown", cause="age", advice=_more(run))
+    if verdict.cause == "not measured" and run.waiting:
+        return replace(verdict, advice=f"{_more(run)}: the budget has paid for no {' or '.join(run.waiting)} yet")
     if verdict.state == "contradictory":
         return verdict
     if alike is not None and verdict.state not in ("unstable", "unknown"):

@@ -206,7 +206,10 @@ class _State:
         original, attributes = self.original, vars(self.module)
         is_plain = type(original).__getstate__ is nn.Module.__getstate__
         source = vars(original) if is_plain else original.__getstate__()
+        # What ``__getstate__`` leaves out, ``__setstate__`` has made for the copy: an LSTM's references to its weights.
+        made = {k: v for k, v in self.attributes.items() if k not in source and k in vars(original)}
         attributes.clear()
+        attributes.update(made)
         attributes.update({name: value for name, value in source.items() if name not in PLAIN})
         attributes.update(self._plain)
         attributes["training"] = source["training"]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lsp_callbacks import Curve, Fault, StabilityMonitor, StopOnInstability
+from lsp_callbacks import Curve, Fault, Lyapunov, Monitor, SpectralNorm, StabilityMonitor, StopOnInstability
 from lsp_callbacks.monitor.losses import ArrivedLoss, LossRecord
 from lsp_callbacks.report import Run, Verdict, judge, sentence
 
@@ -53,6 +53,7 @@ EARLY = history([0.4], [-0.2])
         (STABLE, FALLS, {"fault": Fault(7, "forward", operation="aten.log")}, "not finite", "fault", "clamp"),
         (ABOVE, FALLS, {}, "unstable", "exponent", "divide the learning rate by 2.5"),
         (ABOVE, FLAT, {}, "not learning", "loss", "divide the learning rate by 2.5"),
+        (history([500.0] * 4), FALLS, {}, "unstable", "courant", "divide the learning rate by 625"),
         (ABOVE, RISES, {}, "unstable", "exponent", "divide the learning rate by 2.5"),
         (ABOVE, [*FALLS[:-1], NAN], {}, "not finite", "loss", "divide the learning rate by 2.5"),
         (EDGE, FALLS, {}, "edge", "exponent", "as long as the loss falls"),
@@ -96,6 +97,26 @@ def test_nothing_is_calm_that_could_be_worse():
                   {"fault": Fault(3, "batch")}, *seen):  # fmt: skip
         verdict = judge(Run(**{**vars(calm), **worse}))
         assert not verdict.calm and "nothing to do" not in sentence(verdict)
+
+
+def test_what_the_budget_has_not_paid_for_is_said_and_not_blamed_on_a_warning(monkeypatch):
+    """No warning was given: what helps is to measure more often."""
+    monitor = Monitor(SpectralNorm(), Lyapunov())
+    monitor.reset()
+    monitor.history["stability/spectral_norm_max"] = Curve([0], [2.0])
+    assert "the warning at the start" in judge(Run.of(monitor, 40)).advice
+    monkeypatch.setattr(monitor.cadence, "waiting", lambda: dict.fromkeys(("spectral_norm", "lyapunov"), "too dear"))
+    verdict = judge(Run.of(monitor, 40))
+    assert (verdict.state, verdict.cause) == ("unknown", "not measured")
+    assert "every_n_steps=2," in verdict.advice and "no lyapunov yet" in verdict.advice
+    assert "warning" not in sentence(verdict)
+
+
+def test_a_stop_by_the_loss_alone_says_that_no_reading_shows_it():
+    stopped = Run(STABLE, step=399, losses=losses(RISES), stop=200, reason="why")
+    assert "confirm=None" in judge(stopped).advice
+    for others in ({"history": ABOVE}, {"event": 9}, {"history": {}}):
+        assert "confirm=None" not in judge(Run(**{**vars(stopped), **others})).advice
 
 
 def test_a_verdict_cannot_be_changed():
