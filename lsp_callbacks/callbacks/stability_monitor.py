@@ -152,7 +152,8 @@ class StabilityMonitor(RunResults, Callback):
 
     def scheduled_courant(self, trainer: Any) -> float:
         """Return the rate that the optimizer has now, before it is used, over the critical rate; NaN if not known."""
-        return self.forecast.scheduled_courant() if self._loss_feed.has_same_rates else math.nan
+        feed = getattr(self, "_loss_feed", None)  # there is none before training
+        return self.forecast.scheduled_courant() if feed is not None and feed.has_same_rates else math.nan
 
     def rates(self) -> tuple[float, float]:
         """Return the rate that the optimizer has now, and that of the last measured step; NaN if not known."""
