@@ -134,7 +134,7 @@ def gradient(snapshot: Snapshot) -> float:
 def compare(training: Training, name: str, rounds: int = 3) -> Counts:
     """Measure one quantity several times in a run; empty where it does not apply, or is left out."""
     counts = Counts()
-    monitor = StabilityMonitor(every_n_steps=EVERY)
+    monitor = StabilityMonitor("default" if name in PRESETS["default"] else [name], every_n_steps=EVERY)
     for other in [other for other in monitor.monitor.quantities if other != name]:
         monitor.monitor.skip({"not asked for": [other]}, warn=False)
         monitor.monitor.quantities.all = tuple(q for q in monitor.monitor.quantities.all if q.name == name)

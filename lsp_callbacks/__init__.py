@@ -1,6 +1,6 @@
 """Stability of training, measured while it runs."""
 
-from lsp_callbacks.callbacks import StabilityMonitor, StabilityReport, StopOnInstability
+from lsp_callbacks.callbacks import CapLearningRate, StabilityMonitor, StabilityReport, StopOnInstability
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.monitor.history import Curve, Observation
@@ -10,6 +10,7 @@ from lsp_callbacks.quantities import (
     ClarkeProfile,
     ClarkeTraining,
     CourantStep,
+    CriticalSharpness,
     Dissipation,
     LeaveOneOut,
     Lyapunov,
@@ -38,9 +39,11 @@ from lsp_callbacks.step.snapshot import Snapshot
 __version__ = "0.1.0"
 __all__ = [
     "BatchSharpness",
+    "CapLearningRate",
     "ClarkeProfile",
     "ClarkeTraining",
     "CourantStep",
+    "CriticalSharpness",
     "Curve",
     "Dissipation",
     "Fault",

@@ -349,6 +349,7 @@ class Case:
         blocks: whether residual blocks are found.
         left_out: part of the reason by quantity, of what this run can never measure.
         failed: likewise, of what says NaN.
+        partly: likewise, of what says NaN at some of the steps.
         shape: of a sample.
         loader: further arguments of the data's loader.
         trainer: further arguments of the Trainer.
@@ -361,6 +362,7 @@ class Case:
     blocks: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    partly: dict[str, str] = field(default_factory=dict)
     shape: tuple[int, ...] = (FEATURES,)
     loader: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -402,6 +404,7 @@ LAYER, ROWS = "layer and structured", "rows and structured"
 TIED = "rows"
 #: Differences of losses in half precision.
 ROUNDED = {"courant_step": "rounding hides it"}
+UNCLEAR = {"critical_sharpness": "rounding hides where"}
 CASES = {
     "mlp": Case(Model),
     "mlp_relu": Case(lambda: Model(mlp(nn.ReLU())), HELD),
@@ -419,7 +422,8 @@ CASES = {
     "tied": Case(tied),
     "frozen": Case(frozen, kernel=TIED),
     "partly_frozen": Case(partly_frozen, kernel=TIED),  # its ReLU lies before all that is trained
-    "lora": Case(lora, kernel="layer"),
+    # Its second factor is 0 at first: a large one saturates, and the loss tends to a limit below that at the start.
+    "lora": Case(lora, kernel="layer", partly={"critical_sharpness": "does not rise along"}),
     "checkpoint": Case(lambda: Model(Checkpointed(False))),
     "checkpoint_relu": Case(lambda: Model(Checkpointed(False, nn.ReLU)), EXACT),
     "checkpoint_reentrant": Case(lambda: Model(Checkpointed(True))),
@@ -440,17 +444,18 @@ CASES = {
     "one_batch_epochs": Case(Model, loader={"n": 8}),
     "dropout": Case(lambda: Model(mlp(nn.Dropout(0.5)))),
     "float64": Case(lambda: Model(cnn(nn.Tanh)), kernel=TIED, trainer={"precision": "64-true"}),
-    "bf16_mixed": Case(Model, "exact, bfloat16", failed=ROUNDED, trainer={"precision": "bf16-mixed"}),
+    "bf16_mixed": Case(Model, "exact, bfloat16", failed=ROUNDED, partly=UNCLEAR, trainer={"precision": "bf16-mixed"}),
     "bf16_mixed_transformer": Case(
-        lambda: Model(Transformer(), MOMENTUM), "exact, math attention, bfloat16", blocks=True, failed=ROUNDED,
-        trainer={"precision": "bf16-mixed"},
+        lambda: Model(Transformer(), MOMENTUM), "exact, math attention, bfloat16", blocks=True,
+        failed=ROUNDED | UNCLEAR, trainer={"precision": "bf16-mixed"},
     ),
     "bf16_true": Case(  # at a rate whose steps are not lost in the rounding of the weights
-        lambda: Model(optimizer=partial(MOMENTUM, lr=0.5)), "exact, bfloat16", failed=ROUNDED,
+        lambda: Model(optimizer=partial(MOMENTUM, lr=0.5)), "exact, bfloat16", failed=ROUNDED, partly=UNCLEAR,
         trainer={"precision": "bf16-true"},
     ),
     "bf16_true_custom": Case(
-        lambda: custom(Twice), failed=refused("half precision") | ROUNDED, trainer={"precision": "bf16-true"}
+        lambda: custom(Twice), failed=refused("half precision") | ROUNDED, partly=UNCLEAR,
+        trainer={"precision": "bf16-true"},
     ),
     "twice_differentiable": Case(lambda: custom(Twice)),
     "twice_differentiable_relu": Case(lambda: custom(Twice, nn.ReLU()), EXACT),
@@ -470,7 +475,8 @@ CASES = {
     ),
     "gan": Case(
         GAN, monitor={"loss_fn": lambda module, batch: module.discriminator_loss(batch)},
-        left_out=dict.fromkeys((*STOCHASTIC, "courant_step"), "several optimizers") | refused("several optimizers"),
+        left_out=dict.fromkeys((*STOCHASTIC, "courant_step", "critical_sharpness"), "several optimizers")
+        | refused("several optimizers"),
         trainer={"max_steps": 8},
     ),
     "players": Case(
@@ -534,7 +540,10 @@ OPTIMIZERS = {
     "Adadelta": (optim.Adadelta, RULE),
     "ASGD": (partial(optim.ASGD, lr=0.1), RULE),
     "Rprop": (partial(optim.Rprop, lr=1e-2), SIGNS),
-    "SparseAdam": (partial(optim.SparseAdam, lr=1e-2), RULE | dict.fromkeys(STEP, "does not support dense gradients")),
+    "SparseAdam": (  # through a tanh that saturates: the loss of far words tends to a limit
+        partial(optim.SparseAdam, lr=1e-2),
+        RULE | dict.fromkeys(STEP, "does not support dense gradients") | {"critical_sharpness": "does not rise along"},
+    ),
     "State in bfloat16": (optimizer_zoo.HalfState, RULE | dict.fromkeys(STEP, "rounds its state to bfloat16")),
     "State in 8 bits": (optimizer_zoo.EightBit, HIDDEN),
     "Lookahead": (lambda p: optimizer_zoo.Lookahead(optim.SGD(p, lr=0.1, momentum=0.9)), RULE),

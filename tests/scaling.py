@@ -289,6 +289,13 @@ UNITS: dict[str, dict[str, Unit]] = {
         "clarke_training_exact": ONE,
     },
     "courant_step": {"courant_step": ONE, "courant_step_error": error(ONE, "1")},
+    "critical_sharpness": {
+        "critical_sharpness": Unit(rate=-1),
+        "critical_sharpness_error": error(ONE, "1"),
+        "critical_multiple": ONE,
+        "relative_critical_sharpness": Unit(rate=-1),
+        "relative_critical_sharpness_error": error(ONE, "1"),
+    },
     "secant_ratio": {
         "secant": CURVATURE,
         "secant_curvature": CURVATURE,

@@ -25,6 +25,7 @@ STOP = ("monitor", "threshold", "patience", "min_steps", "confirm", "limit")
 QUANTITIES = {
     "sharpness": ("method", "bounded"),
     "courant_step": ("readings", "check_every"),
+    "critical_sharpness": ("second_loss", "batches", "tolerance", "check_every"),
     "spectral_norm": (),
     "residual_cfl": ("samples", "h"),
     "mean_square_stability": ("rows", "outputs", "replacement", "most_rows"),

@@ -82,7 +82,7 @@ def test_contract(name, recwarn, support):
         callback.skipped, True
     ), callback.skipped
     said = [str(w.message) for w in recwarn if "lsp_callbacks" in str(w.message)]
-    reasons = [*case.left_out.values(), *case.failed.values()]
+    reasons = [*case.left_out.values(), *case.failed.values(), *case.partly.values()]
     assert len(said) == len(set(reasons)) and all(any(reason in one for one in said) for reason in reasons), said
 
     for quantity in monitor.quantities.values():
@@ -92,7 +92,10 @@ def test_contract(name, recwarn, support):
                 continue
             assert curve is not None, key
             finite = [math.isfinite(value) for value in curve.values]
-            assert not any(finite) if quantity.name in case.failed else all(finite), (key, curve.values)
+            if quantity.name in case.partly:
+                assert any(finite) and not all(finite), (key, curve.values)
+            else:
+                assert not any(finite) if quantity.name in case.failed else all(finite), (key, curve.values)
 
     measured = set(PRESETS["full"]) - set(left_out) - set(case.failed)
     assert set(callback.paths) == measured
@@ -100,8 +103,8 @@ def test_contract(name, recwarn, support):
     assert {callback.paths[name] for name in PRODUCTS & measured} <= allowed, callback.paths
     if "sgd_stability" in measured:
         assert callback.paths["sgd_stability"] == case.kernel
-    recorded = results(callback, case.failed)
-    assert {name for name, result in recorded.items() if result["state"] == "measured"} == measured
+    recorded = results(callback, case.failed | case.partly)
+    assert {name for name, result in recorded.items() if result["state"] == "measured"} == measured - set(case.partly)
     support(
         "precision" if "precision" in case.trainer else "model", name, list(CASES).index(name), recorded, path(callback)
     )
@@ -115,7 +118,7 @@ def test_optimizers(name, support):
     callback = everything()
     net = NETS.get(name, mlp)
     unchanged(lambda: Model(net(), make), callback, loader=data(), max_steps=4)
-    recorded = results(callback, {})
+    recorded = results(callback, left_out)
     assert {name for name, result in recorded.items() if result["state"] != "measured"} == set(left_out), recorded
     for quantity, reason in left_out.items():
         assert reason in recorded[quantity]["reason"], quantity
@@ -195,7 +198,9 @@ def test_the_support_matrix_of_the_documentation_is_that_of_this_suite():
         left_out = {name for name, result in row["results"].items() if result["state"] != "measured"}
         case = CASES.get(row["name"])
         if row["axis"] in ("model", "precision"):
-            assert left_out - {"residual_cfl"} == {*case.left_out, *case.failed} - {"residual_cfl"}, row["name"]
+            assert left_out - {"residual_cfl"} == {*case.left_out, *case.failed, *case.partly} - {"residual_cfl"}, row[
+                "name"
+            ]
         elif row["axis"] == "optimizer":
             assert left_out == {*OPTIMIZERS[row["name"]][1], "residual_cfl"}, row["name"]
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lsp_callbacks import (
     BatchSharpness,
+    CriticalSharpness,
     Dissipation,
     LeaveOneOut,
     SGDLaw,
@@ -109,6 +110,12 @@ class Soon(Dissipation):
     least_steps = 1  # runs are shorter, and what is recorded is looked at
 
 
+def second(module):
+    """A second loss, the same on both processes."""
+    x, y = dataset().tensors
+    return F.cross_entropy(module.net(x[:12]), y[:12])
+
+
 def quantities():
     dear = (
         BatchSharpness(most=8),
@@ -117,6 +124,7 @@ def quantities():
         SpectralDensity(steps=8),
         LeaveOneOut(2, window=2),
         StabilityProfile(horizon=2, directions=2, samples=2, probes=8),
+        CriticalSharpness(second, tolerance=1e-3),
     )
     return ["spectral_norm", "residual_cfl", "sharpness", "sgd_stability", "lyapunov", "robustness", *dear]
 

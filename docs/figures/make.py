@@ -16,7 +16,15 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from lsp_callbacks import Monitor, Sharpness, Snapshot, StabilityMonitor, StabilityProfile, StopOnInstability
+from lsp_callbacks import (
+    CriticalSharpness,
+    Monitor,
+    Sharpness,
+    Snapshot,
+    StabilityMonitor,
+    StabilityProfile,
+    StopOnInstability,
+)
 from lsp_callbacks.demo import Digits, ResidualNet
 from lsp_callbacks.functional import critical_lr, gd_exponent, reduced_modes, residual_stability, sgd_exponent
 from lsp_callbacks.linalg import from_matrix
@@ -110,6 +118,42 @@ def edge_of_stability(steps: int = 4000, every: int = 50) -> Figure:
         right.semilogy(losses, color=color, lw=0.8)
     left.set(xlabel="step", ylabel="sharpness")
     left.legend(frameon=False)
+    right.set(xlabel="step", ylabel="loss")
+    return canvas
+
+
+@figure
+def critical_sharpness(steps: int = 3000, every: int = 25) -> Figure:
+    """Critical sharpness, its edge and the sharpness under a warm-up-stable-decay schedule, by gradient descent."""
+    x = torch.linspace(-1, 1, 20).unsqueeze(1)
+    y = 8 * x**4 - 8 * x**2 + 1
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 1))
+    optimizer, peak = torch.optim.SGD(net.parameters(), lr=0.2), 0.2
+    rates, losses = [], []
+    monitor = Monitor(Sharpness(), CriticalSharpness(), every_n_steps=every)
+
+    def loss() -> torch.Tensor:
+        return nn.functional.mse_loss(net(x), y)
+
+    for step in range(steps):
+        rates.append(peak * min(1.0, (step + 1) / (0.1 * steps), (steps - step) / (0.3 * steps)))
+        optimizer.param_groups[0]["lr"] = rates[-1]
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        losses.append(value.item())
+        monitor.observe(Snapshot(step=step, module=net, replay=loss, optimizer=optimizer))
+        optimizer.step()
+        monitor.after_update()
+    canvas, (left, right) = axes(1, 2, size=(8, 3.4))
+    for key, color, label in (("sharpness", BLUE, "sharpness"), ("critical_sharpness", ORANGE, "critical sharpness")):
+        curve = monitor.history[f"stability/{key}"]
+        left.semilogy(curve.steps, curve.values, ".-", color=color, lw=0.8, ms=3, label=label)
+    left.semilogy([2 / rate for rate in rates], color="black", ls="--", lw=0.8, label="2 / rate")
+    left.set(xlabel="step", ylim=(1e-3, 300))
+    left.legend(frameon=False)
+    right.semilogy(losses, color=GREY, lw=0.8)
     right.set(xlabel="step", ylabel="loss")
     return canvas
 

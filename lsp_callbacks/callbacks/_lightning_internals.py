@@ -31,9 +31,14 @@ def remaining_batches(trainer: Any) -> Iterator[Any]:
             batch, *_ = next(fetcher)  # iter() would begin again, with samples that have been seen
         except StopIteration:
             return
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        yield on_device(trainer, batch)
+
+
+def on_device(trainer: Any, batch: Any) -> Any:
+    """Return a batch from a loader as ``training_step`` receives it."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def has_communication_hook(trainer: Any) -> bool:

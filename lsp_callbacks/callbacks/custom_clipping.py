@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd.shifted_parameters import restored
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.gradient_check import Gradients
 from lsp_callbacks.step.clipping import Clipping
-from lsp_callbacks.step.flat import restored
 from lsp_callbacks.step.side_effects import muted
 
 #: Sizes at which it is tried, relative to the step's gradient, and the relative difference that is rounding.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import overflowed, unscales_gradients
-from lsp_callbacks.callbacks._lightning_internals import has_backward, has_no_optimizer
+from lsp_callbacks.callbacks._lightning_internals import has_backward, has_no_optimizer, on_device
 from lsp_callbacks.callbacks.custom_clipping import custom_clipping
 from lsp_callbacks.callbacks.muted_trainer import MutedTrainer, mute
 from lsp_callbacks.callbacks.run_facts import clipping, overridden, run_context
@@ -133,6 +133,9 @@ class LightningLoop(TrainingLoop):
         value = loss_of(outputs)
         # Exactly what Lightning's closure does with it.
         return None if value is None else value / accumulate
+
+    def on_device(self, batch: Any) -> Any:
+        return on_device(self.trainer, batch)
 
     def clipping_of(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
         hook = self._clipping_hook

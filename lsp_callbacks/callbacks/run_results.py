@@ -28,6 +28,8 @@ class RunResults:
         self.monitor, self.observer, self.stopwatch = monitor, observer, stopwatch
         #: ArrivedLoss of each observation and of the end of each step: `StopOnInstability`.
         self.subscribers: list[Any] = []
+        #: Lowers the rate of single updates: `CapLearningRate`.
+        self.cap: Any = None
         #: Called with the number of each step and the loss that its micro-batches returned.
         self.loss_listeners: list[Any] = []
         self._judges: list[Any] = []  # they leave the subscribers when training ends
@@ -85,8 +87,8 @@ class RunResults:
         """Measured share of the time since training began that went into measuring."""
         return self.stopwatch.share
 
-    def scheduled_courant(self, trainer: Any) -> float:
-        """Return the Courant number of the rate that the optimizer has now; NaN where it is not known, as here."""
+    def coming_courant(self, trainer: Any) -> float:
+        """Return the Courant number of the rate that the next update will use; NaN where it is not known, as here."""
         return math.nan
 
     @property
@@ -95,7 +97,7 @@ class RunResults:
         self._bring_home()
         if self._verdict is not None:
             return self._verdict
-        return judge(Run.of(self.monitor, self.observer.step, self._judges, scheduled=self.scheduled_courant(None)))
+        return judge(Run.of(self.monitor, self.observer.step, self._judges, scheduled=self.coming_courant(None)))
 
     def _bring_home(self) -> None:
         if (contents := self._mailbox.receive()) is not None:

@@ -11,6 +11,8 @@ from lsp_callbacks.callbacks.run_facts import unsupported
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.multi_optimizer import check_losses
+from lsp_callbacks.quantities.key import PREFIX
+from lsp_callbacks.quantities.tables import stated_keys
 from lsp_callbacks.step.run_context import Prox
 
 
@@ -87,3 +89,15 @@ def warn_of_unseen_steps(monitor: Monitor, module: Any) -> None:
         f"no optimizer step was seen: {type(module).__name__}.optimizer_step must call "
         "optimizer.step(closure) of the optimizer that Lightning passes in"
     )
+
+
+def check_watched(key: Any) -> None:
+    """Raise ValueError for what `StopOnInstability` cannot watch."""
+    if not isinstance(key, str):
+        raise ValueError(f"monitor={key!r}: give a global key, such as 'stability/courant'")
+    stated = stated_keys().get(key.removeprefix(PREFIX))
+    if stated is not None and not stated.may_stop:
+        raise ValueError(
+            f"monitor={key!r} is no reason to stop: healthy steps reach it, too; watch a Courant number, such as "
+            "'stability/courant'"
+        )

@@ -14,6 +14,7 @@ from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.hidden_hooks import BATCH_HOOKS, hide_hooks, show_hooks
 from lsp_callbacks.callbacks.publisher import log
 from lsp_callbacks.callbacks.rate_record import RateRecord
+from lsp_callbacks.callbacks.setting_checks import check_watched
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.callbacks.watched_number import WatchedNumber
 from lsp_callbacks.monitor.courant_source import COURANT, GD, SGD
@@ -56,7 +57,7 @@ class StopOnInstability(Callback):
     threshold while the loss of the same step is above three times the initial one: a softmax that has exploded is
     saturated, and the Gauss-Newton matrix, from which ``courant_sgd`` comes, vanishes.
 
-    Training ends, too, after
+    A stop is printed, and logged as ``stability/stop``. Training ends, too, after
 
     - a *loss that is not finite*, whatever was measured: at that step on the CPU, on a GPU when its number has arrived,
       one step later. Several processes stop together, at most nine steps later: their losses are exchanged every fifth
@@ -111,8 +112,7 @@ class StopOnInstability(Callback):
         limit: float | None = 10.0,
         verbose: bool = True,
     ):
-        if not isinstance(monitor, str):
-            raise ValueError(f"monitor={monitor!r}: give a global key, such as 'stability/courant'")
+        check_watched(monitor)
         if threshold is not None:
             number("threshold", threshold, instead=", or None")
         whole("patience", patience, 1, instead=" measurement")
@@ -217,7 +217,7 @@ class StopOnInstability(Callback):
                 self._received = None
         if self.stop_step is not None:
             return False
-        scheduled = self._source.scheduled_courant(trainer) if self._is_scheduled else math.nan
+        scheduled = self._source.coming_courant(trainer) if self._is_scheduled else math.nan
         if self._is_quiet and losses.is_calm and not scheduled > self.threshold:
             return False  # as at nearly every step
         self._rates.add(
@@ -238,6 +238,7 @@ class StopOnInstability(Callback):
             return False
         self.stop_step, self.reason = step, why
         self._say(f"stop at step {step}: {why}. Try a lower learning rate, or a longer warm-up.")
+        log(trainer, {"stability/stop": float(step)})
         return True
 
     @property

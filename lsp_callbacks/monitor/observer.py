@@ -78,8 +78,6 @@ class StepObserver:
         self.game: Game | None = None
         self._pending: PendingStep | None = None
 
-    # -- a run -----------------------------------------------------------------------------------------------------
-
     def begin_run(
         self,
         loop: TrainingLoop,
@@ -337,6 +335,7 @@ class StepObserver:
             scale=loop.loss_scale(),
             previous=self.previous,
             room=self.monitor.budget.room,
+            other_loss=lambda source: pending.other_loss(source, loop.on_device),
         )
 
     def check_gradient(self, reason: str, *, is_gone_allowed: bool) -> bool:

@@ -73,6 +73,10 @@ class TrainingLoop:
             can_replay=can_replay,
         )
 
+    def on_device(self, batch: Any) -> Any:
+        """Return a batch as it comes from a loader in the form in which the step receives it."""
+        return batch
+
     def clipping_of(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
         """Return how the gradient of this step will be clipped.
 

@@ -34,6 +34,7 @@ from lsp_callbacks.quantities.trajectory.clarke_training import ClarkeTraining a
 from lsp_callbacks.quantities.curvature.secant_ratio import SecantRatio as SecantRatio
 from lsp_callbacks.quantities.trajectory.proximal_step import ProximalStep as ProximalStep
 from lsp_callbacks.quantities.curvature.courant_step import CourantStep as CourantStep
+from lsp_callbacks.quantities.curvature.critical_sharpness import CriticalSharpness as CriticalSharpness
 # isort: on
 
 #: All quantities by name, in the order of the lines above.

@@ -23,6 +23,7 @@ class Key:
         threshold: the report shows larger values in red.
         error_of: name of the number whose error this one is; the report shows it beside that number.
         error_format: in which words.
+        may_stop: whether `StopOnInstability` may watch it.
     """
 
     meaning: str
@@ -32,6 +33,7 @@ class Key:
     threshold: float = math.inf
     error_of: str = ""
     error_format: str = "± {:.2g}"
+    may_stop: bool = True
 
 
 def standard_error(name: str, unit: str = "", *, optional: bool = False) -> Key:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd._torch_internals import foreach_add_, foreach_copy
+from lsp_callbacks.autograd._torch_internals import foreach_add_
+from lsp_callbacks.autograd.shifted_parameters import restored
 
 
 def flatten(tensors: Iterable[Tensor | None], like: list[nn.Parameter]) -> Tensor:
@@ -21,17 +22,6 @@ def flatten(tensors: Iterable[Tensor | None], like: list[nn.Parameter]) -> Tenso
 def split(vector: Tensor, like: list[nn.Parameter]) -> list[Tensor]:
     """Return views of a flat vector in the shapes of the parameters; the inverse of `flatten`."""
     return [part.view_as(p) for part, p in zip(vector.split([p.numel() for p in like]), like)]
-
-
-@contextlib.contextmanager
-def restored(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Put every bit of the parameters back at the end, whatever moves them inside."""
-    saved = [p.detach().clone() for p in parameters]
-    try:
-        yield
-    finally:
-        if parameters:
-            foreach_copy([p.data for p in parameters], saved)
 
 
 @contextlib.contextmanager

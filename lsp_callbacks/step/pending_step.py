@@ -22,7 +22,8 @@ from lsp_callbacks.step.module_modes import evaluating
 from lsp_callbacks.step.replay import copied, replayer
 from lsp_callbacks.step.replay_checks import replayed_gradient, verify
 from lsp_callbacks.step.run_context import RunContext
-from lsp_callbacks.step.snapshot import Snapshot
+from lsp_callbacks.step.snapshot import OtherLoss, Snapshot
+from lsp_callbacks.step.step_loss import summed
 from lsp_callbacks.step.verified_step import named_gradient
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -199,6 +200,27 @@ class PendingStep:
                 return part.loss(module, batch)
 
         return self.run.ranks.private(replayer(self.module_copy, [replace(part, loss=loss)]))(), size
+
+    def other_loss(self, source: OtherLoss, on_device: Callable[[Any], Any]) -> Callable[[], Tensor]:
+        """Return the replay of another loss of the module, with the buffers and the first random state of the step.
+
+        Args:
+            source: ``(module) -> loss``, or batches, of which the mean of the step's own loss is taken.
+            on_device: what the loop does with a batch before the step receives it.
+        """
+        if self.failure is not None or self.module_copy is None or not self.parts:
+            return _raising(self.failure or NOT_KEPT)
+        first = self.parts[0]
+
+        def mean(module: nn.Module, batches: Any) -> Tensor | None:
+            total = summed(first.loss(module, on_device(batch)) for batch in batches)
+            return None if total is None else total / len(batches)
+
+        if callable(source):
+            part = replace(first, batch=None, loss=lambda module, batch: source(module))
+        else:
+            part = replace(first, batch=source, loss=mean)
+        return self.run.ranks.private(replayer(self.module_copy, [part]))
 
     def _moved(self) -> Exception | None:
         """Return an error if the step itself has moved the parameters: a replay, which shares them, would do so too."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -24,6 +24,8 @@ from lsp_callbacks.step.run_context import RunContext
 
 P = ParamSpec("P")
 T = TypeVar("T")
+#: A loss of a module that is not the step's own, or batches of which it is.
+OtherLoss = Callable[[nn.Module], Tensor] | Sequence[Any]
 
 
 def _endless() -> float:
@@ -61,6 +63,8 @@ class Snapshot:
         readers: what quantities have read from that graph, by their names.
         can_replay: whether ``replay`` does what it says; otherwise nothing was kept for it.
         room: returns how many bytes a measurement may take beside training.
+        other_loss: from a loss of the module, or from batches of which the step's own loss is taken, to its replay with
+            the buffers and the first random state of the step; None where there is none.
 
     Attributes:
         shared: results of functions that are `computed_once`; ``dataclasses.replace`` begins without them.
@@ -87,6 +91,7 @@ class Snapshot:
     readers: Mapping[str, GraphReader] = field(default_factory=dict)
     can_replay: bool = True
     room: Callable[[], float] = field(default=_endless, repr=False)
+    other_loss: Callable[[OtherLoss], Callable[[], Tensor]] | None = field(default=None, repr=False)
     shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     verified: Verified = field(default_factory=Verified, init=False, repr=False)
 

@@ -13,6 +13,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "docs" / "figures"
 SHORT = {
     "courant_number": {"steps": 12},
     "edge_of_stability": {"steps": 4, "every": 2},
+    "critical_sharpness": {"steps": 6, "every": 2},
     "lyapunov_exponents_of_sgd": {"probes": 40, "chains": 2, "steps": 10},
     "residual_cfl": {"points": 5},
     "learning_stability_profile": {"steps": 10},

@@ -7,6 +7,8 @@ from lsp_callbacks.functional.curvature.batch_sharpness import (
 )
 from lsp_callbacks.functional.curvature.condition import condition, condition_lower, loss_condition_lower
 from lsp_callbacks.functional.curvature.courant_step import courant_step
+from lsp_callbacks.functional.curvature.critical_sharpness import CriticalSharpness, critical_sharpness
+from lsp_callbacks.functional.curvature.critical_step import CriticalStep, critical_step
 from lsp_callbacks.functional.curvature.loss_hessian import loss_hessian
 from lsp_callbacks.functional.curvature.marchenko_pastur import (
     MarchenkoPastur,
@@ -21,6 +23,8 @@ from lsp_callbacks.functional.curvature.stability_constant import stability_cons
 
 __all__ = [
     "BatchSharpnessResult",
+    "CriticalSharpness",
+    "CriticalStep",
     "MarchenkoPastur",
     "Secant",
     "Spectrum",
@@ -28,6 +32,8 @@ __all__ = [
     "condition",
     "condition_lower",
     "courant_step",
+    "critical_sharpness",
+    "critical_step",
     "curvature_along_gradient",
     "fit_marchenko_pastur",
     "loss_condition_lower",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd.shifted_parameters import restored
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, push
 from lsp_callbacks.linalg.logs import exp
@@ -18,7 +19,7 @@ from lsp_callbacks.operators.trajectory.optimizer_copy import held
 from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.trajectory.update_rules import formula, formula_of
-from lsp_callbacks.step.flat import restored, split
+from lsp_callbacks.step.flat import split
 from lsp_callbacks.step.replay_checks import replayed_gradient
 from lsp_callbacks.step.snapshot import Snapshot
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,8 +14,11 @@ from lsp_callbacks.functional.curvature.courant_step import courant_step
 from lsp_callbacks.operators.cost import beside
 from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.trajectory.step_by_differences import require_gradient_at_weights
-from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.quantities.base import scalar
+from lsp_callbacks.quantities.curvature.along_update import AlongUpdate
 from lsp_callbacks.quantities.key import Key
+from lsp_callbacks.step.flat import split
+from lsp_callbacks.step.replay_checks import replayed_gradient, verify_gradient
 from lsp_callbacks.step.snapshot import Snapshot
 from lsp_callbacks.step.taken_step import TakenStep
 
@@ -22,7 +26,7 @@ from lsp_callbacks.step.taken_step import TakenStep
 CLEAR = 0.1
 
 
-class CourantStep(Quantity):
+class CourantStep(AlongUpdate):
     """Courant number of the last steps that were looked at: curvature along the update, over that of the edge.
 
     The loss of a step's own batch is computed again after its update, with the same random masks and statistics:
@@ -72,52 +76,44 @@ class CourantStep(Quantity):
         ),
         "courant_step_error": Key("Error of courant_step by rounding.", error_of="courant_step"),
     }
-    window = 2
-    weight = 0.3
     changes: Tensor
 
     def __init__(self, readings: int = 8, check_every: int = 16):
-        super().__init__()
+        super().__init__(check_every)
         whole("readings", readings, 1)
-        whole("check_every", check_every, 1)
-        self.check_every = check_every
         none = torch.full((readings, 3), torch.nan, dtype=torch.float64)
         self.add_state("changes", default=none, persistent=True)
 
     @property
-    def _is_first(self) -> bool:
+    def is_first(self) -> bool:
         return bool(self.changes.isnan().all())
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        checks = 1.0 if self._is_first else 1 / self.check_every
-        return {"the step's loss": 1 / 3 + 5 / 3 * checks + beside(snapshot, calls=200, vectors=10)}
+        return {"the step's loss": 1 / 3 + 5 / 3 * self.checks + beside(snapshot, calls=200, vectors=10)}
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         held = footprint(snapshot)
         return {"activations": held.activations, "copies": 2 * held.buffers, "vectors": 4 * held.parameters}
 
     def check(self, snapshot: Snapshot) -> None:
-        if snapshot.run.unsupported:
-            raise Unmeasurable(snapshot.run.unsupported)
+        super().check(snapshot)
         if snapshot.optimizer is not None:
             require_gradient_at_weights(snapshot.optimizer)
 
-    def update(self, snapshot: Snapshot) -> None:
-        """Complete the measurement of the step before, if this step follows it; otherwise begin one of this step."""
-        self.complete = False
-        if self.awaited is not None and snapshot.follows(self.awaited.step):
-            self.after_update()
-            if self.complete:
-                return
-        self.awaited = None
-        self.awaited = TakenStep(snapshot, check=self._is_first or (self.update_count - 1) % self.check_every == 0)
+    def begun(self, snapshot: Snapshot, *, is_checked: bool) -> TakenStep:
+        if is_checked:
+            verify_gradient(snapshot)
+        if snapshot.loss is None or snapshot.gradient is None:
+            loss, flat = replayed_gradient(snapshot)
+            gradient = split(flat, list(snapshot.parameters.values()))
+            snapshot = replace(snapshot, loss=loss, gradient={**dict(zip(snapshot.parameters, gradient))})
+        return TakenStep(snapshot, check=is_checked)
 
-    def after_update(self) -> None:
-        """Complete the measurement of a step whose update was made."""
-        taken, self.awaited = self.awaited, None
-        latest = None if taken is None else taken.loss_change()
-        if latest is None:
-            return
+    def measure(self, taken: TakenStep) -> None:
+        slope = taken.slope()
+        assert slope is not None
+        with taken.along() as along:
+            latest = slope, *along(1.0)
         if not all(bool(number.isfinite()) for number in latest):
             raise Unmeasurable("the loss of the step's batch is not finite after its update")
         self.changes = torch.cat([self.changes[1:], torch.stack([*map(scalar, latest)])[None]])
@@ -135,12 +131,6 @@ class CourantStep(Quantity):
             )
         self.finish({"courant_step": courant, "courant_step_error": error})
 
-    def load_vectors(self, vectors: dict[str, Any]) -> None:
-        self.awaited = None
-
     def restart(self) -> None:
         super().restart()
         self.changes = torch.full_like(self.changes, torch.nan)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"awaited": None}  # a replay cannot be copied
