@@ -51,6 +51,10 @@ def assume(snapshot: Snapshot, counts: Work) -> None:
 _WORK = (work.__wrapped__, ())  # type: ignore[attr-defined]
 
 
+#: Operators that run a whole recurrent layer: its input, then its weights.
+RECURRENT = ("mkldnn_rnn_layer", "_cudnn_rnn")
+
+
 class WorkCounter(TorchDispatchMode):
     """Counts the operations that are run inside its context, those of backward passes included.
 
@@ -70,6 +74,9 @@ class WorkCounter(TorchDispatchMode):
             self.elements += sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
         if (formula := flop_registry.get(packet(func))) is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        elif packet(func).__name__ in RECURRENT:  # torch knows no formula
+            steps, weights = args[0].shape[:2].numel(), [w for w in tree_leaves(args[1:3]) if isinstance(w, Tensor)]
+            self.flops += 2 * steps * sum(w.numel() for w in weights)
         return out
 
 

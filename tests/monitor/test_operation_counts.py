@@ -9,8 +9,18 @@ from torch import nn
 from torch.optim import SGD
 
 from lsp_callbacks import Snapshot
-from lsp_callbacks.operators.cost import Work, beside, gradient_time, lanczos_cost, products, sample_passes, work
+from lsp_callbacks.operators.cost import (
+    Work,
+    WorkCounter,
+    beside,
+    gradient_time,
+    lanczos_cost,
+    products,
+    sample_passes,
+    work,
+)
 from lsp_callbacks.operators.curvature.hessian import product_cost
+from lsp_callbacks.quantities.sgd.probe_cost import ALONE, gram_cost
 
 
 class Net(nn.Module):
@@ -90,3 +100,20 @@ def test_a_replay_that_fails_says_so():
 
     with pytest.raises(ValueError, match="no second time"):
         work(replace(snapshot, replay=fails))
+
+
+@pytest.mark.parametrize("kind, gates", [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_multiplications_of_recurrent_layers_are_those_of_their_matrices(kind, gates):
+    """Of 5 places of 3 samples, also where one operator runs the whole layer."""
+    with WorkCounter() as counter:
+        kind(6, 8, 2, batch_first=True)(torch.ones(3, 5, 6))
+    assert counter.flops == 2 * 15 * gates * (6 * 8 + 3 * 8 * 8)
+
+
+@pytest.mark.parametrize("hidden, times", [(32, 1), (512, 4)])
+def test_layers_that_run_on_one_sample_at_a_time_are_paid_for(hidden, times):
+    """Where their gradients cannot be held, each of four parameters needs them anew."""
+    net = nn.Sequential(nn.LSTM(32, hidden, batch_first=True))
+    step = freeze(net, SGD(net.parameters(), lr=0.1), replay=lambda: net(torch.ones(16, 2, 32))[0].square().mean())
+    assert gram_cost(step, 64, 16) > ALONE * 64 / 16 * times
+    assert gram_cost(step, 64, 16) < ALONE * 64 / 16 * (times + 3)

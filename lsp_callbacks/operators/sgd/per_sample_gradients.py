@@ -32,6 +32,9 @@ from lsp_callbacks.operators.sgd.layer_rules import (
 from lsp_callbacks.operators.sgd.parameter_gram import Part
 from lsp_callbacks.operators.sgd.shared_parameters import SharedParameters, gradients_at
 
+#: Numbers of per-sample gradients that are held of a layer that is run again on one sample at a time.
+HELD_ALONE = 2**25
+
 
 @dataclass(frozen=True)
 class RowSeed:
@@ -334,7 +337,10 @@ def _layer_alone(
         return {}
     parameters = {name: p for name, p in module.named_parameters() if name in names}
 
-    @functools.lru_cache(maxsize=1 if sum(p.numel() for p in parameters.values()) > 2**16 else samples)
+    numbers = samples * len(passes) * sum(p.numel() for p in parameters.values())
+
+    # All are held where there is room: otherwise each parameter of the layer needs them anew.
+    @functools.lru_cache(maxsize=samples if numbers <= HELD_ALONE else 1)
     def sample_gradients(i: int) -> list[Tensor]:
         """Return the gradients of sample i, ``(R, P)`` by parameter."""
         args, kwargs = tree_unflatten([at(t, i) for t in leaves], spec)

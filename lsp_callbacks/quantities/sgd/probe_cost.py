@@ -10,6 +10,8 @@ from lsp_callbacks.operators.cost import ELEMENT, MULTIPLICATION, beside, forwar
 from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.memory import unfolded
 from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel
+from lsp_callbacks.operators.sgd.layer_rules import has_rule
+from lsp_callbacks.operators.sgd.per_sample_gradients import HELD_ALONE
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
 from lsp_callbacks.step.probe_set import ProbeSet
@@ -22,6 +24,8 @@ CALLS = 300
 #: Memory that recording takes, in activations, and random products, in matrices of the size of the Gram matrix:
 #: measured in ``benchmarks/memory_is_predicted.py``.
 RECORDED, PRODUCTS = 1.7, 40
+#: How much longer a forward and a backward pass of one sample take than its share of a batch.
+ALONE = 3.0
 
 
 def probe_share(snapshot: Snapshot, probes: ProbeSet, samples: int) -> float:
@@ -80,7 +84,20 @@ def gram_cost(snapshot: Snapshot, rows: int, batch: float, *, calls: float = CAL
         time += (MULTIPLICATION * rows + 0.5 + frozen) * numbers + ELEMENT * _windows(snapshot, rows)
     elif frozen:
         time += MULTIPLICATION * numbers + 19.0 * once.parameters
-    return formed + beside(snapshot, calls=calls + 12 * once.calls, time=time)
+    return formed + _alone_cost(snapshot, rows, batch) + beside(snapshot, calls=calls + 12 * once.calls, time=time)
+
+
+def _alone_cost(snapshot: Snapshot, rows: int, batch: float) -> float:
+    """Return the gradients that layers without a rule take, which are run again on one sample at a time."""
+    modules, total = dict(snapshot.module.named_modules()), work(snapshot).parameters
+    spent = 0.0
+    for name in snapshot.calls:
+        layer = modules[name]
+        own = [p.numel() for p in layer.parameters(recurse=False) if p.requires_grad]
+        if own and not has_rule(layer) and not isinstance(layer, nn.MultiheadAttention):
+            runs = 1 if rows * sum(own) <= HELD_ALONE else len(own)
+            spent += runs * ALONE * rows / batch * sum(own) / total
+    return spent
 
 
 def _windows(snapshot: Snapshot, samples: int) -> float:
