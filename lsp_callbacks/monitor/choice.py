@@ -6,8 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Collection, Mapping
 
-from lsp_callbacks.monitor.account import ROUNDING, Account, Balance
-from lsp_callbacks.monitor.pace import Pace
+from lsp_callbacks.monitor.account import ROUNDING, Account, Balance, Pace
 
 #: By how much shorter the gaps of the headline number are near the edge, as long as gradients are free.
 SAVED = 2.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.training_loop import TrainingLoop
@@ -10,15 +10,15 @@ from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.pending_step import PendingStep
 
 
-def kept_step(loop: TrainingLoop, monitor: Monitor, step: int) -> PendingStep:
+def kept_step(loop: TrainingLoop, monitor: Monitor, step: int, names: Collection[str]) -> PendingStep:
     """Return what is kept of a step at which something is measured, before its first forward pass.
 
     Args:
         loop: that trains.
         monitor: that measures.
-        step: number of the optimizer step, for which ``monitor.wants`` has said yes.
+        step: number of the optimizer step.
+        names: of the quantities that are measured at it.
     """
-    names = {*monitor.schedule.starting(step), *monitor.schedule.under_way}
     measured = [quantity for name, quantity in monitor.quantities.items() if name in names]
     readers = {q.name: reader for q in measured if (reader := q.reader(loop.module, loop.run, step)) is not None}
     return loop.new_step(readers=readers, can_replay=not loop.can_do_without_replay or _needs_replay(monitor, measured))

@@ -100,7 +100,7 @@ class StepObserver:
         """
         self.attach(loop)
         if losses is not None:
-            self.game = Game(optimizers, losses, self._new_pending, self.monitor.errors.warn_instead_of_raise)
+            self.game = Game(optimizers, losses, self._players_step, self.monitor.errors.warn_instead_of_raise)
             for player in self.game.players():
                 self._require(player.optimizers[player.name], player=player)
         else:
@@ -159,8 +159,8 @@ class StepObserver:
             if self.game is not None:
                 with monitor.errors.warn_instead_of_raise("the batch could not be kept for a replay"):
                     self.game.begin(batch)
-            elif monitor.wants(self.step, scheduled=scheduled):
-                self._pending = self._new_pending()
+            elif names := monitor.due(self.step, scheduled=scheduled):
+                self._pending = self._new_pending(lambda: kept_step(self.loop, monitor, self.step, names))
         else:
             self.step_loss.begin_batch()
         self.is_idle = self._pending is None and self.game is None and not looks_for_nan
@@ -180,11 +180,15 @@ class StepObserver:
         self.step_loss.begin()
         self._gradient_check.forget()
 
-    def _new_pending(self) -> PendingStep | None:
-        """Return what the coming step must be replayed from, if it is to be measured."""
-        if self.monitor.wants(self.step) and self.loop.has_backward():
+    def _players_step(self) -> PendingStep | None:
+        """Return what a player's coming step must be replayed from, if it is to be measured."""
+        return self._new_pending(self.loop.new_step) if self.monitor.wants(self.step) else None
+
+    def _new_pending(self, keep: Callable[[], PendingStep]) -> PendingStep | None:
+        """Return what the coming step, which is to be measured, must be replayed from."""
+        if self.loop.has_backward():
             try:
-                return self.loop.new_step() if self.game else kept_step(self.loop, self.monitor, self.step)
+                return keep()
             except Exception as error:
                 self.monitor.errors.caught("the step could not be kept for a replay", error)
         return None
