@@ -21,7 +21,7 @@ def kept_step(loop: TrainingLoop, monitor: Monitor, step: int, names: Collection
     """
     measured = [quantity for name, quantity in monitor.quantities.items() if name in names]
     readers = {q.name: reader for q in measured if (reader := q.reader(loop.module, loop.run, step)) is not None}
-    return loop.new_step(readers=readers, can_replay=not loop.can_do_without_replay or _needs_replay(monitor, measured))
+    return loop.new_step(readers=readers, can_replay=_needs_replay(monitor, measured) or not loop.can_do_without_replay)
 
 
 def _needs_replay(monitor: Monitor, measured: Iterable[Quantity]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,7 +161,7 @@ class StepObserver:
                 with monitor.errors.warn_instead_of_raise("the batch could not be kept for a replay"):
                     self.game.begin(batch)
             elif names := monitor.due(self.step, scheduled=scheduled):
-                self._pending = self._new_pending(lambda: kept_step(self.loop, monitor, self.step, names))
+                self._pending = self._new_pending(partial(kept_step, self.loop, monitor, self.step, names))
         else:
             self.step_loss.begin_batch()
         self.is_idle = self._pending is None and self.game is None and not looks_for_nan
@@ -178,7 +179,8 @@ class StepObserver:
         """Forget the step before; `begin_batch` does so at the first micro-batch of the next one."""
         self._pending, self.updates, self.replayed_loss, self._is_settled = None, 0, None, False
         self.step_loss.begin()
-        self._gradient_check.forget()
+        if self._gradient_check.is_expected:
+            self._gradient_check.forget()
 
     def _players_step(self) -> PendingStep | None:
         """Return what a player's coming step must be replayed from, if it is to be measured."""
@@ -326,17 +328,17 @@ class StepObserver:
         """
         pending, loop = self._pending, self.loop
         assert pending is not None, "no step was begun that is to be measured"
-        loss, how = loop.evaluated()
+        scale, (loss, how), gradient_scale = loop.loss_scale(), loop.evaluated(), loop.gradient_scale(optimizer)
         is_shown = loop.shows_losses and not (self.step_loss.is_ambiguous or self._is_settled)
         return pending.snapshot(
             self.step,
             optimizer,
             loss=self.step_loss.differentiated if is_shown else None,
-            gradient_scale=loop.gradient_scale(optimizer),
+            gradient_scale=gradient_scale,
             clipping=clipping,
             probes=self.probes.probe_set(pending, loss, **how) if self.probes.wanted else None,
             samples_of_step=self.probes.samples_of_step(pending, loss, **how),
-            scale=loop.loss_scale(),
+            scale=scale,
             previous=self.previous,
             room=self.monitor.budget.room,
             other_loss=lambda source: pending.other_loss(source, loop.on_device),
