@@ -38,7 +38,7 @@ class Choice:
             missed: those of a fixed pace that should have started at a step that was not taken.
         """
         account = self.account
-        balance, queue = account.balance(step), self._queue(step)
+        queue, balance = self._queue(step), account.balance(step)
         haste = HASTE
         for _ in range(2):  # what starts makes others cheaper
             awaited: list[str] = []  # those that are overdue and cannot be paid yet

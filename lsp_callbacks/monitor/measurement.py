@@ -71,7 +71,8 @@ class Measurement:
         measured, quantities = Measured(), self.quantities
         starts = self._start(snapshot, measured)
         headline = self.cadence.headline
-        waiting = [name for name in in_turn(quantities) if name in starts or name in self.cadence.under_way]
+        due = starts | self.cadence.under_way
+        waiting = in_turn({name: quantity for name, quantity in quantities.items() if name in due})
         for name, reader in snapshot.readers.items():
             if name not in waiting:  # it was put off
                 reader.release()

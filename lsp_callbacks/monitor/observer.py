@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.gradient_check import GradientCheck, Gradients
-from lsp_callbacks.monitor.kept_step import kept_step
+from lsp_callbacks.monitor.kept_step import kept_step, players_step
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.multi_optimizer import Game
 from lsp_callbacks.monitor.nan_finder import NanFinder
@@ -101,7 +100,12 @@ class StepObserver:
         """
         self.attach(loop)
         if losses is not None:
-            self.game = Game(optimizers, losses, self._players_step, self.monitor.errors.warn_instead_of_raise)
+            self.game = Game(
+                optimizers,
+                losses,
+                lambda: players_step(loop, self.monitor, self.step),
+                self.monitor.errors.warn_instead_of_raise,
+            )
             for player in self.game.players():
                 self._require(player.optimizers[player.name], player=player)
         else:
@@ -161,7 +165,7 @@ class StepObserver:
                 with monitor.errors.warn_instead_of_raise("the batch could not be kept for a replay"):
                     self.game.begin(batch)
             elif names := monitor.due(self.step, scheduled=scheduled):
-                self._pending = self._new_pending(partial(kept_step, self.loop, monitor, self.step, names))
+                self._pending = kept_step(self.loop, monitor, self.step, names)
         else:
             self.step_loss.begin_batch()
         self.is_idle = self._pending is None and self.game is None and not looks_for_nan
@@ -181,19 +185,6 @@ class StepObserver:
         self.step_loss.begin()
         if self._gradient_check.is_expected:
             self._gradient_check.forget()
-
-    def _players_step(self) -> PendingStep | None:
-        """Return what a player's coming step must be replayed from, if it is to be measured."""
-        return self._new_pending(self.loop.new_step) if self.monitor.wants(self.step) else None
-
-    def _new_pending(self, keep: Callable[[], PendingStep]) -> PendingStep | None:
-        """Return what the coming step, which is to be measured, must be replayed from."""
-        if self.loop.has_backward():
-            try:
-                return keep()
-            except Exception as error:
-                self.monitor.errors.caught("the step could not be kept for a replay", error)
-        return None
 
     @property
     def is_pending(self) -> bool:
@@ -301,9 +292,9 @@ class StepObserver:
         doing = "the step could not be measured"
         try:
             with untouched(self.loop.module) if pending.can_replay else contextlib.nullcontext():
-                self.sub_batch = pending.samples
                 clipping = self._clipping(pending, optimizer)
                 snapshot = self.snapshot(optimizer, clipping)
+                self.sub_batch = pending.samples
                 if snapshot.loss is None and pending.can_replay and not self._is_settled:
                     snapshot = verified(snapshot)
                     self.replayed_loss = snapshot.loss

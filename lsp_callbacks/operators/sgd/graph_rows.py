@@ -192,7 +192,7 @@ class GraphRows(GraphReader):
         self.alike |= criterion.is_alike(positions)
         self._per_sample = positions.shape[1]
         sizes = criterion.sizes(positions).sum(1)
-        least, largest = (float(size) for size in sizes.aminmax())
+        least, largest = map(float, sizes.aminmax())
         if not least >= -1e-4 * largest:
             raise UnknownGraph("the outputs are not finite, or the criterion is not convex in them")
         most = min(round(self._rows(total) * n / total), n)
