@@ -1,6 +1,6 @@
 """Stability of training, measured while it runs."""
 
-from lsp_callbacks.callbacks import StabilityMonitor, StabilityReport, StopOnInstability
+from lsp_callbacks.callbacks import CapLearningRate, StabilityMonitor, StabilityReport, StopOnInstability
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.monitor.history import Curve, Observation
@@ -39,6 +39,7 @@ from lsp_callbacks.step.snapshot import Snapshot
 __version__ = "0.1.0"
 __all__ = [
     "BatchSharpness",
+    "CapLearningRate",
     "ClarkeProfile",
     "ClarkeTraining",
     "CourantStep",

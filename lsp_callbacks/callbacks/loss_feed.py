@@ -100,7 +100,7 @@ class LossFeed:
         self.has_same_rates = shared.same_rates
         if not self.has_same_rates:
             self._monitor.errors.warn_once(
-                "the learning rates of the processes differ, so that StopOnInstability does not look at the rate that "
-                "the schedule brings next: give all of them the same (a metric that a scheduler watches needs "
+                "the learning rates of the processes differ, so that the rate that the schedule brings next is neither "
+                "looked at nor capped: give all of them the same (a metric that a scheduler watches needs "
                 "sync_dist=True)"
             )

@@ -31,7 +31,7 @@ class LRForecast:
         self._schedule: Schedule | None = None
         self._optimizer: Any = None
         self._is_game = self._is_overridden = False
-        self._rate_before = self._rate_used = 0.0
+        self._rate_before = self._rate_scheduled = self._rate_used = 0.0
 
     def reset(self) -> None:
         """Forget the critical rates, as before a first run."""
@@ -52,15 +52,20 @@ class LRForecast:
         """Note the rate before the step's forward pass."""
         self._rate_before = largest_learning_rate(trainer.optimizers[0]) if self._is_overridden else 0.0
 
-    def before_update(self, trainer: Any) -> None:
-        """Note the rate that the step uses."""
+    def before_update(self, trainer: Any, *, scheduled: float | None = None) -> None:
+        """Note the rate that the step uses, and the one that it was to use, if that is another."""
         self._rate_used = largest_learning_rate(trainer.optimizers[0])
+        self._rate_scheduled = self._rate_used if scheduled is None else scheduled
 
     def rates(self) -> tuple[float, float]:
         """Return the rate that the optimizer has now, and that of the last measured step; NaN for players."""
         if self._optimizer is None:
             return math.nan, math.nan
         return largest_learning_rate(self._optimizer), self._rate_used
+
+    def factor(self, cap: Any) -> float:
+        """Return by what a `CapLearningRate` will multiply the rates of the next update; 1 without one."""
+        return 1.0 if cap is None or self._optimizer is None else cap.factor(self._optimizer)
 
     def scheduled_courant(self) -> float:
         """Return the rate that the optimizer has now over the critical rate; NaN where that is not known."""
@@ -83,10 +88,10 @@ class LRForecast:
         assert self._schedule is not None
         left = max(1, min(HORIZON, steps_left(trainer, step)))
         crossing = self.critical.crossing(self._schedule.ahead(step, left))
-        is_kept = self._schedule.confirmed and self._rate_used == self._rate_before
+        is_kept = self._schedule.confirmed and self._rate_scheduled == self._rate_before
         if self._is_overridden and not is_kept:  # ``optimizer_step`` sets rates of its own
             return observation
-        if crossing is None or self._rate_used > self.critical.mean:
+        if crossing is None or self._rate_scheduled > self.critical.mean:
             return observation
         return monitor.history.add(observation, {"stability/steps_to_edge": crossing + 1.0})
 

@@ -27,6 +27,8 @@ class RunResults:
         self.monitor, self.observer, self.stopwatch = monitor, observer, stopwatch
         #: ArrivedLoss of each observation and of the end of each step: `StopOnInstability`.
         self.subscribers: list[Any] = []
+        #: Lowers the rate of single updates: `CapLearningRate`.
+        self.cap: Any = None
         #: Called with the number of each step and the loss that its micro-batches returned.
         self.loss_listeners: list[Any] = []
         self._judges: list[Any] = []  # they leave the subscribers when training ends

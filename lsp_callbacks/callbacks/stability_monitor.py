@@ -151,12 +151,29 @@ class StabilityMonitor(RunResults, Callback):
         self._has_loss = self._is_overflowed = False
 
     def scheduled_courant(self, trainer: Any) -> float:
-        """Return the rate that the optimizer has now, before it is used, over the critical rate; NaN if not known."""
+        """Return the rate that the schedule brings next over the critical rate; NaN if not known."""
         return self.forecast.scheduled_courant() if self._loss_feed.has_same_rates else math.nan
 
+    def coming_courant(self, trainer: Any) -> float:
+        """Return the same of the rate that the next update will use, which a `CapLearningRate` may lower."""
+        return self.forecast.factor(self.cap) * self.scheduled_courant(trainer)
+
     def rates(self) -> tuple[float, float]:
-        """Return the rate that the optimizer has now, and that of the last measured step; NaN if not known."""
-        return self.forecast.rates() if self._loss_feed.has_same_rates else (math.nan, math.nan)
+        """Return the rates that the next update will use, and the last measured one has used; NaN if not known."""
+        if not self._loss_feed.has_same_rates:
+            return math.nan, math.nan
+        coming, used = self.forecast.rates()
+        return self.forecast.factor(self.cap) * coming, used
+
+    @property
+    def rests(self) -> bool:
+        """Whether nothing is measured at this step, so that Lightning passes over most hooks."""
+        return self._rest.is_on
+
+    @property
+    def has_same_rates(self) -> bool:
+        """Whether all processes have had the same learning rates, as far as that is known."""
+        return self._loss_feed.has_same_rates
 
     # -- before training -------------------------------------------------------------------------------------------
 
@@ -189,9 +206,8 @@ class StabilityMonitor(RunResults, Callback):
         )
         self._begin_results()
         self.forecast.begin_run(trainer, is_game=losses is not None, is_overridden=loop.overrides_step)
-        self._loss_feed = LossFeed(
-            self.monitor, ranks, self.subscribers, self.loss_listeners, is_automatic=loop.is_automatic
-        )
+        told = self.subscribers if self.cap is None else [self.cap, *self.subscribers]  # which ask for its next rate
+        self._loss_feed = LossFeed(self.monitor, ranks, told, self.loss_listeners, is_automatic=loop.is_automatic)
         self._numbers.begin_run(trainer, is_game=losses is not None)
         is_one = len(trainer.optimizers) == 1 and losses is None and self.accumulate is None and loop.is_automatic
         is_watched = self.monitor.trace is not None or Numerics.name in self.monitor.quantities
@@ -244,6 +260,9 @@ class StabilityMonitor(RunResults, Callback):
         if self._rest.is_on:
             return
         began, observer, loop = time.perf_counter(), self.observer, self._loop
+        scheduled = None
+        if self.cap is not None and (loop.scaler is None or (self._has_loss and not loop.is_overflowed(optimizer))):
+            scheduled = self.cap.lower(trainer, optimizer)  # before anything is measured
         if loop.is_automatic and not self._has_loss:  # training_step returned None
             observer.skip_update()
             # Lightning counts it. A gradient that was set to zero, not to None, moves what has momentum.
@@ -255,7 +274,7 @@ class StabilityMonitor(RunResults, Callback):
             overflowed = loop.is_overflowed(optimizer)
             self._is_overflowed |= overflowed
             self._has_loss = False
-            self.forecast.before_update(trainer)
+            self.forecast.before_update(trainer, scheduled=scheduled)
             # Under manual optimisation the user may clear gradients at any time.
             gradients = partial(loop.clipped_gradients, optimizer) if loop.is_automatic else None
             moved = observer.before_update(optimizer, overflowed=overflowed, coming_gradients=gradients)
@@ -300,6 +319,9 @@ class StabilityMonitor(RunResults, Callback):
                 observation = self.forecast.look_ahead(trainer, self.monitor, observation, self.observer.step)
             except Exception as error:
                 self.monitor.errors.caught("the coming learning rates could not be computed", error)
+            if self.cap is not None:
+                observation = self.monitor.history.add(observation, self.cap.rates_of(observation.step))
+                self.cap.receive(trainer, observation)
             self._publisher.publish(trainer, observation, sub_batch=sub_batch)
             for subscriber in self.subscribers:
                 subscriber.receive(trainer, observation)

@@ -217,7 +217,7 @@ class StopOnInstability(Callback):
                 self._received = None
         if self.stop_step is not None:
             return False
-        scheduled = self._source.scheduled_courant(trainer) if self._is_scheduled else math.nan
+        scheduled = self._source.coming_courant(trainer) if self._is_scheduled else math.nan
         if self._is_quiet and losses.is_calm and not scheduled > self.threshold:
             return False  # as at nearly every step
         self._rates.add(

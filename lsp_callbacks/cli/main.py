@@ -19,6 +19,7 @@ MEASURING = {
     "demo": "two small runs to look at: a healthy one and, with --unstable, one that is ended; from any folder",
     "diagram": "the largest stable rates, drawn before a step is taken",
     "cost": "what measuring takes: gradients, time, memory, cadence",
+    "report": "a page of HTML from the logs of one run or several",
 }
 EXAMPLES = """\
   lsp-callbacks demo                                 table, verdict and picture in half a minute, in runs/
@@ -26,9 +27,11 @@ EXAMPLES = """\
   lsp-callbacks fit --config FILE --print_config     all settings, and what they are now
   lsp-callbacks fit --help                           all options; each command has its own --help
   lsp-callbacks diagram --config FILE --ckpt FILE    at a checkpoint instead of the initial weights
+  lsp-callbacks report runs/digits/version_0         verdict and figures of a run, in stability.html
 
 In a configuration of your own, the callbacks are listed under trainer: callbacks:, by class_path
-(lsp_callbacks.StabilityMonitor, lsp_callbacks.StabilityReport, lsp_callbacks.StopOnInstability).\
+(lsp_callbacks.StabilityMonitor, lsp_callbacks.StabilityReport, lsp_callbacks.StopOnInstability,
+lsp_callbacks.CapLearningRate).\
 """
 
 

@@ -24,7 +24,15 @@ OF_THE_RUN = {
         threshold=1.0,
     ),
     "steps_to_edge": Key("Steps until the schedule reaches the largest stable learning rate.", "steps"),
+    "lr_cap": Key("Learning rate above which `CapLearningRate` lowers that of an update.", "learning rate"),
+    "lr_scheduled": Key("Learning rate of the schedule.", "learning rate"),
+    "lr_applied": Key("Learning rate that the update has used.", "learning rate"),
 }
+
+
+def keys_of_a_run() -> dict[str, Key]:
+    """Return all keys by name, without ``stability/``: those that the loop adds, and those of the quantities."""
+    return OF_THE_RUN | stated_keys()
 
 
 def table(history: Mapping[str, Curve]) -> Table:
@@ -44,7 +52,7 @@ def table(history: Mapping[str, Curve]) -> Table:
     for name in ("courant_mean_square", "courant_sgd", "courant_gd"):  # shown as "courant" already
         if curves.get("courant") == curves.get(name):
             curves.pop(name, None)
-    keys = OF_THE_RUN | stated_keys()
+    keys = keys_of_a_run()
     errors = {
         key.error_of: key.error_format.format(error)
         for name, key in keys.items()

@@ -1,0 +1,300 @@
+"""The callback that keeps the learning rate below the edge of stability."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+
+from lsp_callbacks._validation import number, whole
+from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.callbacks.hidden_hooks import BATCH_HOOKS, hide_hooks, show_hooks
+from lsp_callbacks.callbacks.publisher import log
+from lsp_callbacks.callbacks.rate_cap import RateCap
+from lsp_callbacks.callbacks.rates_of_update import RatesOfUpdate
+from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
+from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.monitor.courant_source import COURANT, MEAN_SQUARE, PREFERENCE, SGD
+from lsp_callbacks.monitor.history import Observation
+from lsp_callbacks.monitor.losses import ArrivedLoss
+from lsp_callbacks.operators.trajectory.update_rules import rule_with_edge
+
+#: Where a headline number has its critical rate beside it.
+CRITICAL = {MEAN_SQUARE: "stability/mean_square_lr", SGD: "stability/critical_lr"}
+CAP, SCHEDULED, APPLIED = (f"stability/lr_{which}" for which in ("cap", "scheduled", "applied"))
+#: Steps whose rates are kept, for readings that are complete some steps later.
+KEPT = 64
+
+
+class CapLearningRate(Callback):
+    """Keeps the learning rate of each update below ``safety`` times the critical one, and the schedule as it is.
+
+    The critical rate is the one at which ``stability/courant`` would be 1, by the last readings of the
+    `StabilityMonitor` beside it, see `RateCap`. Where the scheduled rate of a step is above ``safety`` times it, all
+    parameter groups are multiplied by one factor for this update alone: before the optimizer's step, and put back right
+    after it, so that schedulers, checkpoints and ``LearningRateMonitor`` know only the user's own rate. As soon as
+    schedule or readings allow it, the step is again the user's own, to the last bit.
+
+    A cap holds from the step after a reading to the next one; none begins with a reading that is more than ``max_age``
+    steps old, as after a pause in which nothing could be measured. It then warns once. While a scheduled rate is near
+    the edge or beyond, the monitor measures as often as its budget allows. The first reading belongs to a step that is
+    taken at the user's rate. A measurement that failed (NaN), or one that stands in for the headline number, changes
+    nothing; one of a step whose loss has exploded (above three times the one at the start), or of a network that has
+    collapsed, can lower the cap and not lift it: a saturated softmax has no curvature.
+
+    What is measured is the step at the rate that it really uses. Each reading says ``stability/lr_scheduled`` and
+    ``stability/lr_applied``, the largest of the groups, and ``stability/lr_cap``, what the first of them was compared
+    with; so do the loggers where a cap begins and ends, and at every ``log_every_n_steps``-th capped step.
+    ``stability/steps_to_edge`` is that of the schedule. `StopOnInstability` judges the rates that are used.
+
+    Args:
+        safety: share of the critical rate that is allowed.
+        max_age: steps after which a reading is too old to begin to cap with.
+        verbose: print the first cap, and how many there were.
+
+    Raises:
+        ValueError: for bad arguments; before training, without a `StabilityMonitor`, with two of these callbacks, under
+            manual optimisation, with a ``prox``, where ``stability/courant`` cannot be measured or is measured more
+            seldom than once in ``max_age`` steps, and for an optimizer without ``lr`` or without a critical rate.
+
+    Attributes:
+        first_step: of a capped update; None before it.
+        capped: number of capped updates.
+
+    Example:
+        >>> from lsp_callbacks import CapLearningRate, StabilityMonitor
+        >>> callbacks = [StabilityMonitor(), CapLearningRate(safety=0.9)]  # for Trainer(callbacks=callbacks)
+    """
+
+    #: A coming rate is no reason to look at a step at its end: that is done before its update.
+    least_courant = math.inf
+
+    def __init__(self, safety: float = 0.9, *, max_age: int = 200, verbose: bool = True):
+        number("safety", safety, above=0, instead=", as a share of the critical rate")
+        if not math.isfinite(safety):
+            raise ValueError(f"safety={safety!r}: give a finite share of the critical rate, such as 0.9")
+        whole("max_age", max_age, 1, instead=" steps")
+        self.safety, self.max_age, self.verbose = safety, max_age, verbose
+        self._cap, self._lowered = RateCap(safety, max_age), RatesOfUpdate()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._cap.reset()
+        self.first_step: int | None = None
+        self.capped = 0
+        self._since = 0  # capped updates since the last one that was logged
+        self._received: list[Observation] = []
+        self._steps: deque[tuple[int, list[float], list[float], float]] = deque(maxlen=KEPT)
+        self._is_checked = self._is_warned = False
+
+    # -- before training -----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage != "fit":
+            return
+        source = next((c for c in trainer.callbacks if isinstance(c, StabilityMonitor)), None)
+        if source is None:
+            raise ValueError("CapLearningRate needs a StabilityMonitor: add one to Trainer(callbacks=[...])")
+        if sum(isinstance(c, CapLearningRate) for c in trainer.callbacks) > 1:
+            raise ValueError("two CapLearningRate: give Trainer(callbacks=[...]) the one with the lower safety")
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "CapLearningRate with automatic_optimization=False: when the optimizer steps is up to training_step; "
+                "limit the rate there, by trainer.callback_metrics['stability/courant']"
+            )
+        if source.prox is not None:
+            raise ValueError(
+                "CapLearningRate with StabilityMonitor(prox=...): the map after the step reads the scheduled rate, and "
+                "would not be that of the step any more; leave one of the two out"
+            )
+        self._check_keys(source)
+        if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
+            self._reset()
+        self._source, source.cap = source, self
+        hide_hooks(self, (hook for hook in BATCH_HOOKS if hook != "on_before_optimizer_step"))
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._is_checked = False
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        # Not on_train_start: the monitor's own may come later, where it finds out what cannot be measured.
+        if not self._is_checked:
+            self._is_checked = True
+            self._check_keys(self._source)
+            self._check_optimizer(trainer)
+        elif not self._source.monitor.keys & {*PREFERENCE} and not self._is_warned:
+            self._is_warned = True
+            rank_zero_warn(f"CapLearningRate makes no new cap: {COURANT} is not measured any more")
+
+    def _check_keys(self, source: StabilityMonitor) -> None:
+        monitor = source.monitor
+        if COURANT not in monitor.keys or not monitor.keys & {*PREFERENCE}:
+            reasons = "; ".join(f"{name}: {why}" for name, why in monitor.skipped.items())
+            raise ValueError(
+                f"CapLearningRate needs {COURANT}, which is never measured here ({reasons or 'not asked for'}): let "
+                "StabilityMonitor measure mean_square_stability, sgd_stability or sharpness"
+            )
+        pace = monitor.cadence.paces.get(monitor.headline or "")
+        if pace is not None and pace.every_n_steps is not None and pace.every_n_steps > self.max_age:
+            raise ValueError(
+                f"max_age={self.max_age}: {COURANT} is measured every {pace.every_n_steps} steps only, so that each "
+                "reading would be too old; measure it more often, or allow a larger age"
+            )
+
+    def _check_optimizer(self, trainer: Any) -> None:
+        if len(trainer.optimizers) != 1:
+            raise ValueError(f"CapLearningRate needs one optimizer, and there are {len(trainer.optimizers)}")
+        optimizer = trainer.optimizers[0]
+        if any("lr" not in group for group in optimizer.param_groups):
+            raise ValueError(f"{type(optimizer).__name__} has no learning rate 'lr' that could be capped")
+        try:
+            rule_with_edge(optimizer)
+        except Unmeasurable as error:
+            raise ValueError(f"CapLearningRate: {error}") from error
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        show_hooks(self)
+        self._lowered.close()
+        source = next((c for c in trainer.callbacks if isinstance(c, StabilityMonitor)), None)
+        if source is not None and source.cap is self:
+            source.cap = None
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._lowered.close()
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        if self._source.rests:  # otherwise the monitor asks, before it measures
+            self.lower(trainer, optimizer)
+
+    def lower(self, trainer: Any, optimizer: torch.optim.Optimizer) -> float | None:
+        """Set the rates of the update that comes now, and return the largest that was scheduled.
+
+        Called by the `StabilityMonitor` at steps at which something may be measured, in either order of the callbacks.
+
+        Args:
+            trainer: Lightning's.
+            optimizer: that makes the update.
+        """
+        cap, step = self._cap, self._source.observer.step
+        if not cap.limits and self._source.observer.is_idle:
+            return None
+        rates = _rates(optimizer)
+        factor, was_on = self._factor(rates), cap.is_on
+        cap.is_on = factor < 1
+        self._steps.append((step, rates, _relative(optimizer, rates), factor))
+        if cap.is_on:
+            self._lowered.multiply(optimizer, factor)
+            self.capped += 1
+            self._since = self._since + 1 if was_on else 0
+            if self.first_step is None:
+                self.first_step = step
+                self._say(
+                    f"the scheduled learning rate {max(rates):.4g} is capped at {max(rates) * factor:.4g} from step "
+                    f"{step} on: {self.safety:g} times the critical one, measured at step {cap.step}"
+                )
+        if cap.is_on != was_on or (cap.is_on and not self._since % max(1, trainer.log_every_n_steps)):
+            self._show(trainer, self.rates_of(step))
+        return max(rates)
+
+    def factor(self, optimizer: torch.optim.Optimizer) -> float:
+        """Return by what the rates of the next update will be multiplied."""
+        return self._factor(_rates(optimizer)) if self._cap.limits else 1.0
+
+    def _factor(self, rates: Sequence[float]) -> float:
+        source, cap = self._source, self._cap
+        if not cap.limits or source.monitor.invalidated or not source.has_same_rates:
+            return 1.0
+        step = source.observer.step
+        factor = cap.factor(rates, step=step)
+        if factor == 1 and cap.is_exceeded(rates) and not self._is_warned:
+            self._is_warned = True
+            rank_zero_warn(
+                f"CapLearningRate: the learning rate {max(rates):.4g} of step {step} is above the cap by the last "
+                f"reading, of step {cap.step}, which is too old (max_age={self.max_age}): it is not lowered before the "
+                "next one"
+            )
+        return factor
+
+    def rates_of(self, step: int) -> dict[str, float]:
+        """Return the scheduled and the applied rate of one of the last steps, and the cap, by their keys."""
+        rates, factor = next(((rates, factor) for at, rates, _, factor in self._steps if at == step), ([], 1.0))
+        if not rates:
+            return {}
+        largest = self._cap.largest(rates)
+        shown = {CAP: largest} if math.isfinite(largest) else {}
+        return shown | {SCHEDULED: max(rates), APPLIED: max(rates) * factor}
+
+    def _show(self, trainer: Any, values: Mapping[str, float]) -> None:
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+        log(trainer, values)
+
+    # -- readings ------------------------------------------------------------------------------------------------------
+
+    def receive(self, trainer: Any, observation: Observation) -> None:
+        """Take in a new observation, which waits for the loss of its step."""
+        self._received.append(observation)
+
+    def end_step(self, trainer: Any, step: int, arrived: Sequence[ArrivedLoss]) -> None:
+        """Look at what was received, with the losses that are known now: the same numbers on all processes."""
+        received, self._received = self._received, []
+        losses = self._source.monitor.losses
+        for observation in received:
+            loss = next((each.loss for each in arrived if each.step == observation.step), None)
+            if loss is None:
+                loss = losses.last if losses.count else 0.0
+            critical, relative = self._critical(observation)
+            if not math.isnan(critical):
+                is_broken = not math.isfinite(loss) or losses.exploded(loss)
+                is_broken |= observation.values.get("stability/collapsed", 0.0) > 0
+                self._cap.add(observation.step, critical=critical, relative=relative, only_lower=is_broken)
+
+    def _critical(self, observation: Observation) -> tuple[float, list[float]]:
+        """Return the critical rate by the headline number of an observation, and the relative rates of its groups."""
+        values, key = observation.values, self._source.monitor.courant.key or ""
+        courant = values.get(COURANT, math.nan)
+        at = next((each for each in self._steps if each[0] == observation.step), None)
+        # A headline number may be that of an earlier step, at which it was not known that it would be this one.
+        if at is None or math.isnan(courant) or values.get(key) != courant:
+            return math.nan, []
+        _, rates, relative, factor = at
+        used = max(rates) * factor
+        if courant == 0 and used > 0:
+            return math.inf, relative  # nothing can become unstable
+        critical = values.get(CRITICAL.get(key, ""), used / courant if courant > 0 else math.nan)
+        return critical if critical > 0 else math.nan, relative
+
+    # -- afterwards ----------------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.capped:
+            self._say(f"{self.capped} updates were made at a lower rate than the scheduled one")
+
+    def _say(self, text: str) -> None:
+        if self.verbose:
+            rank_zero_info(f"CapLearningRate: {text}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"cap": self._cap.state_dict(), "first_step": self.first_step, "capped": self.capped}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._reset()
+        self._cap.load_state_dict(state_dict["cap"])
+        self.first_step, self.capped = state_dict["first_step"], state_dict["capped"]
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def _relative(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> list[float]:
+    """Return the rates of the groups, relative to the largest; by ``initial_lr`` where a warm-up begins at 0."""
+    if not any(rates):
+        rates = [float(group.get("initial_lr", 1.0)) for group in optimizer.param_groups]
+    largest = max(rates) or 1.0
+    return [rate / largest for rate in rates]

@@ -1,0 +1,1 @@
+"""One page of HTML for logged runs, which needs neither server nor network."""

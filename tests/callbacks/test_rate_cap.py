@@ -1,0 +1,122 @@
+"""Caps from critical rates: what they lower, and to what."""
+
+import math
+
+import pytest
+import torch
+
+from lsp_callbacks.callbacks.rate_cap import RateCap
+from lsp_callbacks.callbacks.rates_of_update import RatesOfUpdate
+
+
+def read(*criticals, safety=0.5, max_age=10, relative=(1.0,), **settings):
+    cap = RateCap(safety, max_age)
+    for step, critical in enumerate(criticals):
+        cap.add(step, critical=critical, relative=relative, **settings)
+    return cap
+
+
+def test_the_mean_courant_number_of_three_readings_is_safety():
+    assert read(2.0).limits == [1.0] and read(3.0, 1.0).limits == [0.75]
+    assert read(1.0, 3.0, 3.0, 3.0).limits == [1.5]
+    assert read(1.0, math.inf, math.inf).limits == [1.5] and read(math.inf).limits == [math.inf]
+    criticals = (0.7, 1.9, 1.1)
+    (limit,) = read(*criticals, safety=0.9).limits
+    assert sum(limit / critical for critical in criticals) / 3 == pytest.approx(0.9)
+
+
+def test_before_a_reading_and_below_the_cap_nothing_changes():
+    assert read().factor([1e9], step=0) == 1.0
+    assert read(2.0).factor([1.0], step=1) == 1.0 and read(2.0).factor([4.0], step=1) == 0.25
+    assert read(math.inf).factor([1e9], step=1) == 1.0
+
+
+def test_no_cap_begins_with_an_old_reading_and_one_that_holds_goes_on():
+    cap = read(2.0)
+    assert cap.factor([2.0], step=10) == 0.5 and cap.factor([2.0], step=11) == 1.0
+    cap.is_on = True
+    assert cap.factor([2.0], step=11) == 0.5
+
+
+def test_a_reading_that_is_not_trusted_only_lowers():
+    cap = read(2.0)
+    cap.add(1, critical=8.0, relative=[1.0], only_lower=True)
+    assert cap.limits == [1.0] and cap.step == 1
+    cap.add(2, critical=1.0, relative=[1.0], only_lower=True)
+    assert cap.limits == [0.75] and cap.step == 2
+    assert read(8.0, only_lower=True).limits == [4.0]  # nothing to compare with
+
+
+def test_one_factor_for_all_groups_by_the_one_that_is_furthest_above():
+    cap = read(1.0, relative=(1.0, 0.1))
+    assert cap.limits == [0.5, 0.05]
+    assert cap.factor([1.0, 0.1], step=1) == pytest.approx(0.5)
+    assert cap.factor([0.5, 0.2], step=1) == pytest.approx(0.25)  # the ratio has changed
+    assert cap.largest([0.5, 0.2]) == pytest.approx(0.125)
+    assert read(1.0, relative=(1.0, 0.0)).factor([0.5, 9.0], step=1) == 1.0  # which had no rate
+
+
+def test_smaller_rates_of_groups_are_no_less_stable():
+    """By the eigenvalues of ``R H`` for random curvatures and ratios: the rule for ratios that have changed."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        factor = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+        curvature, old, new = factor @ factor.T, *torch.rand(2, 4, generator=generator, dtype=torch.float64)
+        critical = 2 / torch.linalg.eigvals(torch.diag(old / old.max()) @ curvature).real.max()
+        cap = read(float(critical), safety=0.9, relative=(old / old.max()).tolist())
+        applied = 100 * new * cap.factor((100 * new).tolist(), step=1)
+        assert torch.linalg.eigvals(torch.diag(applied) @ curvature).real.max() / 2 <= 0.9 + 1e-9
+
+
+def test_groups_that_join_begin_anew():
+    cap = read(1.0, 1.0)
+    cap.add(2, critical=4.0, relative=[1.0, 0.5])
+    assert cap.limits == [2.0, 1.0]
+
+
+def test_the_state_goes_on():
+    cap, other = read(1.0, 3.0), RateCap(0.5, 10)
+    cap.is_on = True
+    other.load_state_dict(cap.state_dict())
+    for each in (cap, other):
+        each.add(5, critical=3.0, relative=[1.0])
+    assert other.limits == cap.limits == [pytest.approx(0.9)] and other.is_on and other.step == 5
+
+
+def groups(*rates, kind=torch.optim.SGD, **settings):
+    return kind([{"params": [torch.nn.Parameter(torch.ones(1))], "lr": rate} for rate in rates], **settings)
+
+
+def test_rates_hold_for_one_step_and_are_the_same_objects_after():
+    optimizer, lowered = groups(1, 0.3), RatesOfUpdate()
+    used = []
+    optimizer.register_step_pre_hook(lambda o, *_: used.append([g["lr"] for g in o.param_groups]))
+    before = [group["lr"] for group in optimizer.param_groups]
+    lowered.multiply(optimizer, 0.5)
+    optimizer.step()
+    optimizer.step()
+    assert used == [[0.5, 0.15], [1, 0.3]]
+    assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, before))
+    lowered.multiply(optimizer, 0.5)
+    lowered.multiply(optimizer, 0.5)  # a step that was not made
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.15]
+    lowered.close()
+    assert [group["lr"] for group in optimizer.param_groups] == before
+
+
+def test_a_tensor_stays_the_same_tensor_even_if_groups_share_it():
+    rate = torch.tensor(0.3)
+    optimizer, lowered, used = groups(rate, rate, kind=torch.optim.Adam, foreach=False), RatesOfUpdate(), []
+    optimizer.register_step_pre_hook(lambda o, *_: used.extend(float(g["lr"]) for g in o.param_groups))
+    lowered.multiply(optimizer, 0.5)
+    optimizer.step()
+    assert used == pytest.approx([0.15, 0.15])
+    assert all(group["lr"] is rate for group in optimizer.param_groups) and rate == torch.tensor(0.3)
+
+
+def test_what_somebody_else_sets_stays():
+    optimizer, lowered = groups(1.0), RatesOfUpdate()
+    optimizer.register_step_post_hook(lambda o, *_: o.param_groups[0].update(lr=7.0))
+    lowered.multiply(optimizer, 0.5)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 7.0
