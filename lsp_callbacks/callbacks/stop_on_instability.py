@@ -57,7 +57,7 @@ class StopOnInstability(Callback):
     threshold while the loss of the same step is above three times the initial one: a softmax that has exploded is
     saturated, and the Gauss-Newton matrix, from which ``courant_sgd`` comes, vanishes.
 
-    Training ends, too, after
+    A stop is printed, and logged as ``stability/stop``. Training ends, too, after
 
     - a *loss that is not finite*, whatever was measured: at that step on the CPU, on a GPU when its number has arrived,
       one step later. Several processes stop together, at most nine steps later: their losses are exchanged every fifth
@@ -238,6 +238,7 @@ class StopOnInstability(Callback):
             return False
         self.stop_step, self.reason = step, why
         self._say(f"stop at step {step}: {why}. Try a lower learning rate, or a longer warm-up.")
+        log(trainer, {"stability/stop": float(step)})
         return True
 
     @property

@@ -13,6 +13,7 @@ from lsp_callbacks import __version__
 from lsp_callbacks.cli.configured import print_failure
 from lsp_callbacks.report.logs.find import read_run
 from lsp_callbacks.report.logs.logged_run import LoggedRun, UnreadableLogs
+from lsp_callbacks.report.logs.mlflow_database import split_run
 from lsp_callbacks.report.page.html_page import html_page
 from lsp_callbacks.report.page.judged_run import JudgedRun, names_of
 
@@ -22,7 +23,9 @@ what stands out, events, heat maps over layers and blocks, the stability diagram
 configuration. It needs neither a server nor a network; nothing in the logs is run.
 
 RUN is the folder of a run, or its log file: metrics.csv of Lightning's CSVLogger, event files of TensorBoard (needs its
-package), a run of MLflow's file store (mlruns/EXPERIMENT/RUN), an offline run of W&B. Several runs stand side by side.
+package), a run of MLflow (mlruns/EXPERIMENT/RUN, or mlflow.db:RUN of its data base), an offline run of W&B. Several
+runs stand side by side.
+
 The page holds the configuration: look through it before you pass it on.\
 """
 #: Seconds between two looks at the logs, and without news after which a run is taken to be over.
@@ -117,5 +120,6 @@ def _follow(options: argparse.Namespace) -> None:
 
 def _state(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
     """Return name, size and time of all files, by which it can be told that something was logged."""
-    files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+    places = [split_run(path)[0] for path in paths]
+    files = [file for path in places for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
     return sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)

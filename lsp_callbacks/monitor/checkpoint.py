@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 from lsp_callbacks.monitor.history import History
-from lsp_callbacks.step.known_scale import Scale
+from lsp_callbacks.step.known_scale import KnownScales
 
 if TYPE_CHECKING:
     from lsp_callbacks.monitor.monitor import Monitor
@@ -35,7 +34,7 @@ def monitor_state(monitor: Monitor, *, vectors: bool, joined: bool) -> dict[str,
         state["trace"] = monitor.trace.state_dict(joined=joined)
     if vectors:
         state["vectors"] = {name: quantity.vectors() for name, quantity in monitor.quantities.items()}
-        state["known_scales"] = [(key, astuple(scale)) for key, scale in monitor.known_scales.items()]
+        state["known_scales"] = monitor.known_scales.state()
     return state
 
 
@@ -57,7 +56,8 @@ def load_monitor_state(monitor: Monitor, state: dict[str, Any]) -> None:
     for name, quantity in monitor.quantities.items():
         quantity.load_state_dict(dict(state["quantities"].get(name, {})), strict=False)
         quantity.load_vectors(state.get("vectors", {}).get(name, {}))
-    monitor.known_scales = {tuple(key): Scale(*numbers) for key, numbers in state.get("known_scales", ())}
+    monitor.known_scales = KnownScales()
+    monitor.known_scales.load(state.get("known_scales", ()))
     if monitor.trace is not None and "trace" in state:
         monitor.trace.load_state_dict(state["trace"])
     monitor.cadence.load_state_dict(state["cadence"], windows="vectors" in state)

@@ -109,7 +109,7 @@ class Monitor:
         for name, quantity in self.quantities.items():
             self.cadence.add(name, weight=quantity.weight, length=quantity.prepare + quantity.window)
         self.cadence.headline = self.headline
-        self.known_scales: KnownScales = {}
+        self.known_scales = KnownScales()
         self.invalidated: str | None = None
         self._ranks = Ranks()
 
@@ -184,7 +184,7 @@ class Monitor:
         if snapshot.step == 0:
             self.quantities.begin(snapshot, self.errors)
         if self.known_scales is not snapshot.run.known_scales:  # those of a checkpoint
-            snapshot.run.known_scales.update(self.known_scales)
+            snapshot.run.known_scales.load(self.known_scales.state())
             self.known_scales = snapshot.run.known_scales
         given = snapshot
         if self.trace is not None or self.invalidated:  # otherwise what is cached of the snapshot stays

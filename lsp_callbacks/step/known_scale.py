@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
 from typing import Any
 
 
@@ -23,5 +24,34 @@ class Scale:
     rounding: float = 0.0
 
 
-#: By what the differences are of: the player, whether rates differ, whether products are added to a unit vector.
-KnownScales = dict[tuple[Any, ...], Scale]
+class KnownScales:
+    """The scales of earlier steps.
+
+    A step is told what the steps before it have shown, never what was measured in it: its numbers do not depend on the
+    order of its measurements. Keys are what the differences are of: the player, whether rates differ, whether products
+    are added to a unit vector.
+    """
+
+    def __init__(self) -> None:
+        self._noted: dict[tuple[Any, ...], tuple[int, Scale, Scale]] = {}  # of the last step, and of those before it
+
+    def before(self, step: int, key: tuple[Any, ...]) -> Scale:
+        """Return what the steps before this one have shown."""
+        at, scale, earlier = self._noted.get(key, (-1, Scale(), Scale()))
+        return scale if at < step else earlier if at == step else Scale()
+
+    def note(self, step: int, key: tuple[Any, ...], scale: Scale) -> None:
+        """Keep what a step has shown."""
+        self._noted[key] = (step, scale, self.before(step, key))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._noted.clear()
+
+    def state(self) -> list[tuple]:
+        """Return numbers for a checkpoint."""
+        return [(key, at, astuple(scale), astuple(earlier)) for key, (at, scale, earlier) in self._noted.items()]
+
+    def load(self, state: Iterable[tuple]) -> None:
+        """Take back what `state` gave."""
+        self._noted = {tuple(key): (at, Scale(*scale), Scale(*earlier)) for key, at, scale, earlier in state}

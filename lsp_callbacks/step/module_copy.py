@@ -134,6 +134,9 @@ class _Twin:
         self._modules = {id(state.original): state.module for state in self.states}
         self._itself = {id(state.module): state.module for state in self.states}
         self._can_follow = all(map(_is_copied_by_torch, originals))
+        if self._can_follow:
+            for state in self.states:
+                state.remember_made()
 
     def follows(self, module: nn.Module, shared: Iterable[Any]) -> bool:
         """Bring the copy up to date with the module that it was made from; return False where it cannot be."""
@@ -178,9 +181,15 @@ class _State:
         held = buffers(module) if held is None else held  # scripted modules keep them elsewhere
         self.buffers = {name: None if b is None else b.detach().clone() for name, b in held.items()}
         self._plain = {name: value for name, value in attributes.items() if name in PLAIN}
+        self._made: dict[str, Any] = {}
         self._children = list(vars(original).get(MODULES, {}).values())
         self.attributes: dict[str, Any] = {}
         self.mutable: dict[str, Any] = {}
+
+    def remember_made(self) -> None:
+        """Remember what ``__setstate__`` has made of what ``__getstate__`` left out: weak references, in a LSTM."""
+        source = _state_of(self.original)
+        self._made = {name: value for name, value in vars(self.module).items() if name not in source}
 
     def keep(self) -> None:
         """Keep the attributes as they are now."""
@@ -203,12 +212,10 @@ class _State:
 
     def changeable(self) -> dict[str, Any]:
         """Return what a step could change in place of the original's attributes; the copy takes all others."""
-        original, attributes = self.original, vars(self.module)
-        is_plain = type(original).__getstate__ is nn.Module.__getstate__
-        source = vars(original) if is_plain else original.__getstate__()
+        source, attributes = _state_of(self.original), vars(self.module)
         attributes.clear()
         attributes.update({name: value for name, value in source.items() if name not in PLAIN})
-        attributes.update(self._plain)
+        attributes.update(self._plain | self._made)
         attributes["training"] = source["training"]
         return {
             name: value
@@ -244,6 +251,12 @@ class _State:
             held = buffers(self.module) if held is None else held
             for name, saved in self.buffers.items():
                 held[name] = None if saved is None else saved.clone()
+
+
+def _state_of(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module that a deep copy of it takes."""
+    is_plain = type(module).__getstate__ is nn.Module.__getstate__
+    return vars(module) if is_plain else module.__getstate__()
 
 
 def follow_buffers(states: list[_State]) -> None:

@@ -66,7 +66,7 @@ class RunContext:
     invalidated: str | None = None
     sharded: str | None = None
     known_graph: KnownGraph = field(default_factory=KnownGraph, repr=False)
-    known_scales: KnownScales = field(default_factory=dict, repr=False)
+    known_scales: KnownScales = field(default_factory=KnownScales, repr=False)
     standing_copy: StandingCopy = field(default_factory=StandingCopy, repr=False)
 
     def generator(self, step: int, key: str) -> torch.Generator:

@@ -28,7 +28,7 @@ def stage(*callbacks):
 
 
 def source(scheduled=NAN, rates=lambda: (0.1, 0.1)):
-    return SimpleNamespace(scheduled_courant=lambda trainer: scheduled, rates=rates)
+    return SimpleNamespace(coming_courant=lambda trainer: scheduled, rates=rates)
 
 
 def feed(stop, values, losses=None, trainer=None, key=None, start=0, scheduled=NAN, rates=None):

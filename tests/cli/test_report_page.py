@@ -52,8 +52,8 @@ def test_the_verdict_is_that_of_the_run_whose_losses_are_all_logged(tmp_path, lr
                 log_every_n_steps=1)  # fmt: skip
     logged = read_run(tmp_path / "run")
     verdict = judge(facts(logged, loss_key(logged.curves)))
-    assert verdict.state == monitor.verdict.state
-    assert verdict.cause == monitor.verdict.cause or monitor.verdict.cause == "stop"  # which is not logged
+    assert (verdict.state, verdict.cause) == (monitor.verdict.state, monitor.verdict.cause)
+    assert verdict.evidence.get("stop") == monitor.verdict.evidence.get("stop") == stop.stop_step
     assert verdict.evidence["courant"] == pytest.approx(monitor.verdict.evidence["courant"])
     assert {key for key in logged.history if "/spectral_norm/" in key}
 

@@ -10,7 +10,7 @@ from loop_harness import LYAPUNOV, NORM, SHARPNESS, cross_entropy, example, left
 from torch import nn
 from torch.nn import functional as F
 
-from lsp_callbacks import Monitor, Numerics, SGDStability, Sharpness, SpectralNorm, StabilityMonitor
+from lsp_callbacks import Lyapunov, Monitor, Numerics, SGDStability, Sharpness, SpectralNorm, StabilityMonitor
 from lsp_callbacks.loops import Watch, watch_fabric
 from lsp_callbacks.step.clipping import Clipping
 
@@ -206,10 +206,8 @@ def test_bad_arguments_are_named(settings, message):
 
 def test_named_quantities_that_cannot_be_measured_raise_at_the_first_batch():
     model = net()
-    watch = Watch(
-        model, torch.optim.LBFGS(model.parameters()), cross_entropy, Monitor(Sharpness(), named={"sharpness"})
-    )
-    with pytest.raises(ValueError, match="sharpness cannot be measured"):
+    watch = Watch(model, torch.optim.LBFGS(model.parameters()), cross_entropy, Monitor(Lyapunov(), named={"lyapunov"}))
+    with pytest.raises(ValueError, match="lyapunov cannot be measured"):
         next(iter(watch(data())))
 
 

@@ -111,7 +111,7 @@ def test_the_hooks_of_a_measured_step_are_paid_for_once():
         (
             0.1,
             [Fake("a", cost={"forward": 0.4, "a": 1.0}), Fake("b", cost={"forward": 0.4, "b": 1.01})],
-            [10 * root * (1.4**0.5 + 1.41**0.5) for root in (1.4**0.5, 1.41**0.5)],
+            [10 * root * (1.2**0.5 + 1.21**0.5) for root in (1.2**0.5, 1.21**0.5)],  # each pays half of what they share
         ),
         (1.0, [Fake(cost={"a": 0.1}, prepare=3, window=4)], [7]),  # never shorter than the window
     ],

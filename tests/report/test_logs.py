@@ -1,6 +1,7 @@
 """Readers of logs, and the verdict that logs allow: nothing in them is run, and nothing is calmer than they are."""
 
 import math
+import sqlite3
 import sys
 
 import pytest
@@ -65,6 +66,7 @@ def test_paths_that_hold_no_run_or_several_are_refused(tmp_path):
     with pytest.raises(UnreadableLogs, match="holds no logs"):
         read_run(tmp_path)
     write_csv(tmp_path / "version_0", {"a": [1]})
+    (tmp_path / "latest").symlink_to(tmp_path / "version_0")  # as W&B does
     assert read_run(tmp_path).curves["a"].values == [1.0]
     write_csv(tmp_path / "version_1", {"a": [1]})
     with pytest.raises(UnreadableLogs, match="holds 2 runs"):
@@ -77,7 +79,7 @@ def test_paths_that_hold_no_run_or_several_are_refused(tmp_path):
 def test_no_object_of_a_configuration_is_made(tmp_path):
     """The tag would import and call: the file is shown as it is."""
     path = tmp_path / "hparams.yaml"
-    text = f"lr: 0.1\nbad: !!python/object/apply:pathlib.Path.touch ['{tmp_path}/touched']\n"
+    text = f"lr: 0.1\nbad: !!python/object/apply:os.mkdir ['{tmp_path}/touched']\n"
     path.write_text(text)
     assert read_settings(path) == text.rstrip() and not (tmp_path / "touched").exists()
 
@@ -122,6 +124,33 @@ def test_mlflow(tmp_path):
     assert set(run.curves) == {"stability/courant", "stability/spectral_norm/a.b"} and run.ended is False
     assert run.curves["stability/courant"].values[2] == math.inf
     assert run.settings == {"params": {"lr": "0.1", "token": "(hidden)"}}
+
+
+def test_mlflow_in_a_data_base(tmp_path):
+    path = tmp_path / "mlflow.db"
+    connection = sqlite3.connect(path)
+    connection.executescript(
+        "CREATE TABLE runs (run_uuid, name, status, start_time); CREATE TABLE params (run_uuid, key, value);"
+        "CREATE TABLE metrics (run_uuid, key, value, timestamp, step, is_nan);"
+        "INSERT INTO runs VALUES ('abc', 'first', 'RUNNING', 1), ('abd', 'second', 'FINISHED', 2);"
+        "INSERT INTO params VALUES ('abc', 'lr', '0.1'), ('abd', 'lr', '0.2');"
+        "INSERT INTO metrics VALUES ('abc', 'stability/courant', 0.5, 1, 0, 0), "
+        "('abc', 'stability/courant', 0, 2, 5, 1), ('abc', 'stability/courant', 1.7976931348623157e308, 3, 9, 0),"
+        "('abd', 'stability/courant', 7, 1, 0, 0)"
+    )
+    connection.commit()
+    before = path.read_bytes()
+    run = read_run(tmp_path / "mlflow.db:abc")
+    curve = run.curves["stability/courant"]
+    assert curve.steps == [0, 5, 9] and curve.values[0] == 0.5 and math.isnan(curve.values[1])
+    assert curve.values[2] == math.inf and run.settings == {"params": {"lr": "0.1"}} and run.ended is False
+    assert read_run(tmp_path / "mlflow.db:abd").ended and path.read_bytes() == before
+    for wanted, says in (("mlflow.db", "holds 2 runs: give one of"), ("mlflow.db:ab", "2 runs whose ids begin")):
+        with pytest.raises(UnreadableLogs, match=says):
+            read_run(tmp_path / wanted)
+    (tmp_path / "other.db").write_text("something else, of some length, that is no data base" * 9)
+    with pytest.raises(UnreadableLogs, match="cannot be read as a data base"):
+        read_run(tmp_path / "other.db")
 
 
 def test_wandb(tmp_path):
@@ -175,15 +204,24 @@ def judged(tmp_path, table, **more):
           "stability/event": [None] * 50 + [50]}, "recovered"),
         ({"train_loss": [2.0 - i / 100 for i in range(99)], "stability/courant": [0.1] * 99,
           "stability/stop": [None] * 98 + [98]}, "unstable"),
+        ({"train_loss": [2.0 - i / 100 for i in range(99)], "stability/courant": [0.1] * 99,
+          "stability/stop": [None] * 50 + [50]}, "stable"),
     ],
     ids=["no stability", "one loss", "all failed", "old", "calm", "nan loss", "flat", "beyond", "fault", "fault, gone",
-         "event", "stop"],
+         "event", "stop", "stop, and gone on"],
 )  # fmt: skip
 def test_states(tmp_path, table, state):
     """A fault at the last step counts; one with finite losses after it does not."""
     if "stability/nonfinite_step" in table and state == "not finite":
         table = table | {"train_loss": table["train_loss"][:-1]}
     assert judged(tmp_path, table).verdict.state == state
+
+
+def test_a_fault_with_losses_after_it_that_are_not_finite_is_the_cause(tmp_path):
+    """The last loss alone would say the same state, but not since when."""
+    table = {"train_loss": [1.0] * 8 + ["nan"] * 4, "stability/nonfinite_step": [None] * 8 + [8]}
+    run = judged(tmp_path, table)
+    assert run.verdict.cause == "fault" and "since step 8" in run.sentence
 
 
 def test_without_a_loss_calm_readings_say_that_it_was_not_seen(tmp_path):

@@ -276,7 +276,7 @@ def test_what_is_infinite_is_left_out():
 def test_a_failure_leaves_the_metric_whole():
     quantity = SGDStability(4)
     values = measured(quantity)
-    for bad in (snapshot_of(make=lambda p, lr: torch.optim.NAdam(p)), freeze(interpolating_tanh()[0])):
+    for bad in (snapshot_of(make=lambda p, lr: torch.optim.Adadelta(p)), freeze(interpolating_tanh()[0])):
         with pytest.raises(Unmeasurable):
             quantity.update(bad)
         assert not quantity.complete and {k: float(v) for k, v in quantity.compute().items()} == values
@@ -359,10 +359,10 @@ def test_a_hand_written_loss_of_a_named_quantity_is_nan():
 @pytest.mark.parametrize(
     "make, settings, reason",
     [
-        (lambda: Model(optimizer=partial(torch.optim.NAdam, lr=1e-2)), {}, "NAdam"),
+        (lambda: Model(optimizer=partial(torch.optim.Adadelta, lr=1e-2)), {}, "Adadelta"),
         (lambda: Model(optimizer=partial(torch.optim.Adam, lr=1e-2, weight_decay=0.1)), {}, "coupled"),
     ],
-    ids=["nadam", "coupled"],
+    ids=["adadelta", "coupled"],
 )
 def test_an_update_that_is_not_modelled(make, settings, reason):
     with pytest.raises(Unmeasurable, match=f"(?s)sgd_stability.*{reason}"):
@@ -543,7 +543,8 @@ def test_what_waits_is_measured_when_it_need_not_wait_any_more(period, monkeypat
     sgd, gd = monitor.history[SGD_COURANT].steps, monitor.history[GD_COURANT].steps
     assert sgd[0] == 7 and gd[0] == 0 and len(sgd) > 2 and len(gd) > 2
     assert period is None or (sgd[1:] == gd[1:] == [20, 40])  # otherwise each has a pace of its own
-    assert set(kept) <= {*sgd, *gd}
+    unused = {*kept} - {*sgd, *gd}  # the price of a second measurement is a guess until its step is seen
+    assert len(unused) <= (period is None)
 
 
 def test_what_waits_is_measured_after_a_resume_too(tmp_path):

@@ -166,6 +166,21 @@ def test_a_standing_copy_is_as_good_as_a_new_one_at_every_step():
     assert len(copies) == 1
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_standing_copy_keeps_what_a_deep_copy_makes_anew(kind):
+    """Recurrent modules leave out weak references of themselves, and make them again."""
+    module, standing, copies = kind(6, 3, num_layers=2), StandingCopy(), set()
+    for _ in range(3):
+        followed, fresh = ModuleCopy(module, standing=standing), ModuleCopy(module)
+        copies.add(id(followed.module))
+        assert vars(followed.reset()).keys() == vars(fresh.reset()).keys()
+        assert torch.equal(followed.module(X)[0], fresh.module(X)[0])
+        copy.deepcopy(followed.module), followed.reset()
+        next(module.parameters()).data.add_(0.1)
+        del followed, fresh
+    assert len(copies) == 1
+
+
 def test_a_standing_copy_is_not_lent_twice():
     module, standing = net(), StandingCopy()
     first, second = ModuleCopy(module, standing=standing), ModuleCopy(module, standing=standing)

@@ -126,7 +126,7 @@ class Differences:
         self.nearest, self.referred = NEAR, False
         self.last: LastProduct | None = None
         self.key = (None if snapshot.player is None else snapshot.player.name, self._uneven, relative)
-        self.known = snapshot.run.known_scales.get(self.key, Scale())
+        self.known = snapshot.run.known_scales.before(snapshot.step, self.key)
 
     def product(self, v: Tensor) -> Tensor:
         """Return ``H v``.
@@ -156,8 +156,8 @@ class Differences:
             self._compare(v, size, difference)
         product = difference.change.mul_(size / difference.distance)
         self._require_symmetry(v, size, product)
-        rounding = max(self.rounding, FADED * self.known.rounding)
-        self.snapshot.run.known_scales[self.key] = Scale(self.seen, self.used, self.loss, rounding)
+        scale = Scale(self.seen, self.used, self.loss, max(self.rounding, FADED * self.known.rounding))
+        self.snapshot.run.known_scales.note(self.snapshot.step, self.key, scale)
         return product
 
     def _require_symmetry(self, v: Tensor, size: float, product: Tensor) -> None:

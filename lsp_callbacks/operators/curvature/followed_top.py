@@ -16,7 +16,7 @@ from lsp_callbacks.step.snapshot import Snapshot
 #: Products: with an earlier vector, without one, and at most. So many parameters are measured to the end.
 WARM, COLD, MOST, FEW = 2, 3, 4, 12
 #: Products that readings take in the mean, with an earlier vector and without: ``benchmarks/sharpness_error_bars.py``.
-USUAL = (2.6, 3.2)
+USUAL = (3.0, 3.8)
 #: Norm of the noise in a start, in units of that of the earlier vector, or of the gradient.
 NOISE = 0.1
 #: How much of the gain the value is raised by, of a gain of at most so much.
@@ -26,7 +26,7 @@ RAISED, MOST_GAIN = 0.5, 0.3
 #: seeds 0, 1, 5 and 6 of ``benchmarks/sharpness_error_bars.py``.
 HIDDEN, OVERLAP, LEAST, GAIN, FALL, TURNED, LEFT = 0.36, 0.05, 0.15, 0.2, 0.66, 0.17, (1.0, 0.35, 0.16)
 #: Error bar from which on a further product is taken.
-WIDE = 0.6
+WIDE = 0.41
 #: How many earlier values are compared.
 RECENT = 3
 #: Random numbers that are repeated, with random signs, to form noise.
@@ -47,9 +47,9 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
     start (`lsp_callbacks.linalg.TopNode`). Fall is the logarithm of how far the value lies below the highest of the
     last three: from one mini-batch to the next sharpness often halves or doubles, and a low reading may also have
     missed the mode that is still there. Turned is 1 less the overlap of the vector with the earlier one: another mode
-    has become the sharpest, and there may be a third. While the bar exceeds 60 %, a third product is taken, which
+    has become the sharpest, and there may be a third. While the bar exceeds 41 %, a third product is taken, which
     leaves less to be hidden and 35 % of the last three, and a fourth, which leaves 16 % of them. Without an earlier
-    vector three products come first, and a fourth where the bar exceeds 60 % after them.
+    vector three products come first, and a fourth where the bar exceeds 41 % after them.
 
     The form follows from what can go wrong; its numbers were chosen such that it holds along ten runs, see
     ``benchmarks/sharpness_error_bars.md``. The 15 % are for what no product tells of: the mini-batch has a mode that is

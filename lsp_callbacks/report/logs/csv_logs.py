@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 from lsp_callbacks.report.logs.logged_run import LoggedRun, UnreadableLogs, curves_of, pictures_beside
@@ -27,8 +28,10 @@ def read_csv(path: Path) -> LoggedRun:
         text = file.read()
     # A quoted cell may hold line breaks; without a last one, the last row is not whole.
     whole = text if text.endswith("\n") else text[: text.rfind("\n") + 1]
-    rows = csv.reader(whole.replace("\0", "").splitlines(keepends=True))
-    header = next(rows, [])
+    try:
+        header, *rows = list(csv.reader(io.StringIO(whole.replace("\0", ""), newline=""))) or [[]]
+    except csv.Error as error:
+        raise UnreadableLogs(f"{path} is no table: {error}") from error
     if "step" not in header:
         raise UnreadableLogs(f"{path} has no column 'step': give a metrics.csv of Lightning's CSVLogger")
     at = header.index("step")

@@ -85,12 +85,14 @@ def facts(run: LoggedRun, loss: str | None = None) -> Run:
     """
     history = run.history
     losses = None if loss is None else loss_record(run.curves[loss])
-    stops = _steps(history.get(STOP))
+    last = run.last_step
+    # A run that has gone on after its stop, resumed or rolled back, was not ended by it.
+    stops = [step for step in _steps(history.get(STOP)) if last is not None and last <= step + 1]
     stopped = {"stop": stops[-1], "reason": UNSAID} if stops else {}
     return Run(
         history,
         _fault(history, None if loss is None else run.curves[loss]),
-        run.last_step,
+        last,
         losses,
         min(_steps(history.get(EVENT)), default=None),
         **stopped,  # type: ignore[arg-type]

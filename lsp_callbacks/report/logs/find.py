@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lsp_callbacks.report.logs.csv_logs import read_csv
 from lsp_callbacks.report.logs.logged_run import LoggedRun, UnreadableLogs
+from lsp_callbacks.report.logs.mlflow_database import read_mlflow_database, split_run
 from lsp_callbacks.report.logs.mlflow_logs import read_mlflow
 from lsp_callbacks.report.logs.tensorboard_logs import read_tensorboard
 from lsp_callbacks.report.logs.wandb_logs import read_wandb
@@ -20,22 +21,25 @@ def read_run(path: Path) -> LoggedRun:
     """Return the run whose logs are at a path.
 
     Args:
-        path: of a log file, of a run's folder, or of a folder that holds one run. A folder with several kinds of
-            logs is read by the first of CSV, TensorBoard, MLflow and W&B.
+        path: of a log file, of a run's folder, of a folder that holds one run, or ``mlflow.db:RUN``. A folder with
+            several kinds of logs is read by the first of CSV, TensorBoard, MLflow and W&B.
 
     Raises:
         UnreadableLogs: where there are no logs, or those of several runs.
     """
+    file, run = split_run(path)
+    if run is not None and file.is_file():
+        return read_mlflow_database(file, run)
     if not path.exists():
         raise UnreadableLogs(f"{path} does not exist")
     if (reader := reader_of(path)) is not None:
         return reader()
-    runs = [] if path.is_file() else sorted({folder for folder in path.rglob("*") if _is_run(folder)})
+    runs = [] if path.is_file() else sorted({f for f in path.rglob("*") if _is_run(f) and not f.is_symlink()})
     readers = [reader for folder in runs if (reader := reader_of(folder)) is not None]
     if not readers:
         raise UnreadableLogs(
             f"{path} holds no logs that can be read: give a folder with metrics.csv (Lightning's CSVLogger), event "
-            "files of TensorBoard, a run of MLflow's file store, or an offline run of W&B"
+            "files of TensorBoard, a run of MLflow (its folder, or mlflow.db), or an offline run of W&B"
         )
     if len(readers) > 1:
         names = ", ".join(str(folder) for folder in runs[:NAMED])
@@ -55,6 +59,8 @@ def reader_of(path: Path) -> Callable[[], LoggedRun] | None:
             return lambda: read_csv(path)
         if path.match(EVENTS):
             return lambda: read_tensorboard(path)
+        if path.suffix == ".db":
+            return lambda: read_mlflow_database(path)
         return (lambda: read_wandb(path)) if path.suffix == ".wandb" else None
     if (path / "metrics.csv").is_file():
         return lambda: read_csv(path / "metrics.csv")
