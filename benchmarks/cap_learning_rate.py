@@ -1,13 +1,15 @@
-"""Claim: with `CapLearningRate`, ramps and jumps that fail end as healthy runs do, and healthy runs end as without it.
+"""Claim: with `CapLearningRate`, ramps and jumps that fail end as healthy runs do.
 
-Three tables. *Failing*: ramps and jumps of ``benchmarks/runs.py``, without and with the cap, beside the same problem at
-a constant rate that trains well (that before the jump; five times that at the foot of a ramp). *Healthy*: without and
+What it costs healthy runs, and whether it can stand in for a warm-up, is printed, too; neither is claimed.
+
+*Failing*: ramps and jumps of ``benchmarks/runs.py``, without and with the cap, beside the same problem at a constant
+rate that trains well (that before the jump; five times that at the foot of a ramp). *Healthy*: without and
 with the cap, and how far apart the seeds are. *Warm-up*: a constant rate, three times the largest that trains (in steps
 of two), with the cap, beside the best of six warm-ups to rates at and below that. Printed are the mean of the last 50
 losses, also as a share of the first loss, the accuracy over all samples at the end, and the share of capped updates.
 
-``MNIST=<folder> python benchmarks/cap_learning_rate.py failing healthy warm-up`` prints ``cap_learning_rate.md``;
-``seeds=0,1`` chooses seeds, other words are beginnings of names of runs.
+``MNIST=<folder> python benchmarks/cap_learning_rate.py failing healthy warm-up`` prints the tables, of which a
+part is in ``cap_learning_rate.md``; ``seeds=0,1`` chooses seeds, other words are beginnings of names of runs.
 """
 
 from __future__ import annotations

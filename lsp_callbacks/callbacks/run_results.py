@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lsp_callbacks.callbacks.publisher import Stopwatch
@@ -86,11 +87,17 @@ class RunResults:
         """Measured share of the time since training began that went into measuring."""
         return self.stopwatch.share
 
+    def coming_courant(self, trainer: Any) -> float:
+        """Return the Courant number of the rate that the next update will use; NaN where it is not known, as here."""
+        return math.nan
+
     @property
     def verdict(self) -> Verdict:
         """How the run went so far, or went: state, cause, evidence, advice."""
         self._bring_home()
-        return self._verdict or judge(Run.of(self.monitor, self.observer.step, self._judges))
+        if self._verdict is not None:
+            return self._verdict
+        return judge(Run.of(self.monitor, self.observer.step, self._judges, scheduled=self.coming_courant(None)))
 
     def _bring_home(self) -> None:
         if (contents := self._mailbox.receive()) is not None:

@@ -152,7 +152,8 @@ class StabilityMonitor(RunResults, Callback):
 
     def scheduled_courant(self, trainer: Any) -> float:
         """Return the rate that the schedule brings next over the critical rate; NaN if not known."""
-        return self.forecast.scheduled_courant() if self._loss_feed.has_same_rates else math.nan
+        feed = getattr(self, "_loss_feed", None)  # there is none before training
+        return self.forecast.scheduled_courant() if feed is not None and feed.has_same_rates else math.nan
 
     def coming_courant(self, trainer: Any) -> float:
         """Return the same of the rate that the next update will use, which a `CapLearningRate` may lower."""

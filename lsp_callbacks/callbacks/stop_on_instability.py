@@ -277,7 +277,8 @@ class StopOnInstability(Callback):
         # No spike is about to be over where nothing is left of what was learned, or the rate grows above the edge.
         is_worsening = losses.alarmed and not math.isnan(above) and self._rates.has_grown()
         if (losses.alarm_lasts or losses.relapsed or is_worsening) and not self._is_calm():
-            return f"the mean of 50 losses rose from {losses.least_mean:.4g} to {losses.mean:.4g}, and {self._known()}"
+            mean = f"the mean of {len(losses.recent)} losses"
+            return f"{mean} rose from {losses.least_mean:.4g} to {losses.mean:.4g}, and {self._known()}"
         # The rate may have come down since; critical rates of a network that has exploded do not show that.
         comparable = not math.isnan(scheduled) and not self._number.is_blind
         least = min(readings.latest, scheduled) if comparable else readings.latest

@@ -9,11 +9,12 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from lsp_callbacks.functional.numerics.first_fault import Fault
+from lsp_callbacks.monitor.courant_source import PREFERENCE
 from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.monitor.losses import SETTLED, LossRecord
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.nan_finder import unrecovered_fault_of
-from lsp_callbacks.report.linear_stability import linear_state, unbroken
+from lsp_callbacks.report.linear_stability import EDGE, linear_state, unbroken
 
 State = Literal[
     "not finite", "collapsed", "unstable", "risen", "not learning", "contradictory", "unknown", "edge", "recovered",
@@ -27,8 +28,14 @@ REMEDIES = {
     "weights": "the update before produced it: lower the learning rate, or clip the gradient",
     "unknown": "try torch.autograd.set_detect_anomaly(True)",
 }
+#: Further advice where the loss alone ended a run whose readings are stable.
+MOVES = "but no reading shows it: where the target itself moves, a loss that rises is no instability (confirm=None)"
 #: A reading that is older than this share of the run, and than so many steps, does not describe its end.
 OLD, FEW = 0.5, 50
+#: Growth of the learning rate since the readings that they do not answer for, once it brings it to the edge.
+GREW = 2.0
+#: The numbers that tell the stability of the optimizer's steps.
+DECIDING = frozenset((*PREFERENCE, "stability/lyapunov"))
 #: Number of readings in a run that the advice to measure more often aims at.
 WANTED = 20
 
@@ -45,6 +52,8 @@ class Run:
         event: step of the event of `StopOnInstability`.
         stop: step of its stop.
         reason: of the stop.
+        scheduled: the Courant number of today's learning rate, by the last critical ones; NaN where it is not known.
+        waiting: quantities that tell the stability of the steps, and that the budget has not paid for yet.
     """
 
     history: Mapping[str, Curve]
@@ -54,13 +63,16 @@ class Run:
     event: int | None = None
     stop: int | None = None
     reason: str | None = None
+    scheduled: float = math.nan
+    waiting: Sequence[str] = ()
 
     @classmethod
-    def of(cls, monitor: Monitor, step: int, stops: Sequence[Any] = ()) -> Run:
+    def of(cls, monitor: Monitor, step: int, stops: Sequence[Any] = (), *, scheduled: float = math.nan) -> Run:
         """Return the facts after the steps before ``step``, from a `Monitor` and the callbacks that judge it."""
         events = [judge.event_step for judge in stops if judge.event_step is not None]
         stopped = next((judge for judge in stops if judge.stop_step is not None), None)
         monitor.losses.settle()
+        unpaid = monitor.cadence.waiting()
         stop = {} if stopped is None else {"stop": stopped.stop_step, "reason": stopped.reason}
         return cls(
             monitor.history,
@@ -68,6 +80,12 @@ class Run:
             max(step - 1, 0),
             monitor.losses,
             min(events, default=None),
+            scheduled=scheduled,
+            waiting=[
+                name
+                for name, quantity in monitor.quantities.items()
+                if name in unpaid and DECIDING.intersection(quantity.keys)
+            ],
             **stop,
         )
 
@@ -85,13 +103,14 @@ class Verdict:
             - "risen": the loss has risen well above its least value, and no reading explains it;
             - "not learning": the loss has never fallen;
             - "contradictory": the Courant number and the exponent of the real step contradict each other;
-            - "unknown": nothing was measured, the last measurements failed, the last reading is old, or in the last one
-              the outputs did not depend on the inputs, for too few readings to call it collapsed;
+            - "unknown": nothing was measured, the last measurements failed, the last reading is old, or of a learning
+              rate of 0 or one that has grown far since, or in the last one the outputs did not depend on the inputs,
+              for too few readings to call it collapsed;
             - "edge": at the edge of stability, where healthy training may stay;
             - "recovered": stable at the end, but not always, or after an event;
             - "stable".
         cause: what decided: "fault", "loss", "collapse", "courant", "exponent", "stop", "contradiction", "age",
-            "failed", "not measured", "event", "readings".
+            "rate", "failed", "not measured", "event", "readings".
         evidence: numbers (and the texts of a fault or a stop) that it rests on: ``step``, ``age`` of the last
             reading, ``courant`` (a mean of ``courant_readings``), ``exponent`` with ``lower`` and ``upper``, ``since``,
             ``loss_first``, ``loss_least``, ``loss_smoothed``, ``loss_last``, ``event``, ``stop``, ``divide_by`` ...
@@ -127,7 +146,8 @@ def judge(run: Run) -> Verdict:
         verdict = replace(verdict, evidence=MappingProxyType(evidence | {"since": alike}))
         return replace(verdict, state="collapsed", cause="collapse", advice="start again with a lower learning rate")
     if run.stop is not None:
-        return replace(verdict, state="unstable", cause="stop", advice=lower)
+        advice = f"{lower}; {MOVES}" if verdict.state == "stable" and run.event is None else lower
+        return replace(verdict, state="unstable", cause="stop", advice=advice)
     if losses is not None and losses.risen:
         if verdict.state == "unstable":
             return verdict
@@ -141,6 +161,14 @@ def judge(run: Run) -> Verdict:
     age = evidence.get("age", 0)
     if verdict.state != "unknown" and run.step is not None and age > max(FEW, OLD * run.step):
         return replace(verdict, state="unknown", cause="age", advice=_more(run))
+    courant = evidence.get("courant", math.nan)
+    if verdict.state in ("stable", "recovered") and (
+        run.scheduled > max(EDGE[0], GREW * courant) or (courant == 0 and "exponent" not in evidence)
+    ):
+        grown = evidence | ({} if math.isnan(run.scheduled) else {"scheduled": run.scheduled})
+        return replace(verdict, state="unknown", cause="rate", evidence=MappingProxyType(grown), advice=_more(run))
+    if verdict.cause == "not measured" and run.waiting:
+        return replace(verdict, advice=f"{_more(run)}: the budget has paid for no {' or '.join(run.waiting)} yet")
     if verdict.state == "contradictory":
         return verdict
     if alike is not None and verdict.state not in ("unstable", "unknown"):

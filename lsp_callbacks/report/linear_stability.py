@@ -79,7 +79,8 @@ def linear_state(history: Mapping[str, Curve]) -> LinearState:
     slower = ""
     if courant > near[0]:
         evidence["divide_by"] = max(courant / 0.8, 1.2)
-        slower = f"divide the learning rate by {evidence['divide_by']:.2g}"
+        by = evidence["divide_by"]
+        slower = f"divide the learning rate by {by:{'.2g' if by < 100 else ',.0f'}}"
     ask = slower or "halve the learning rate"
 
     if contradict(courant, x, lower, upper, near):

@@ -150,21 +150,19 @@ def full_batch():
     return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=BATCH), x
 
 
-@pytest.mark.parametrize(
-    "optimizer", [partial(torch.optim.SGD, lr=40.0), partial(torch.optim.SGD, lr=40.0, momentum=0.9)]
-)
-def test_the_courant_number_of_a_capped_run_is_safety_and_its_rate_that_of_theory(optimizer):
+@pytest.mark.parametrize("lr, momentum", [(40.0, 0.0), (40.0, 0.9), (0.29, 0.0)])  # the last one without an explosion
+def test_the_courant_number_of_a_capped_run_is_safety_and_its_rate_that_of_theory(lr, momentum):
     loader, x = full_batch()
     rates, monitor = Rates(), measuring(1, "sharpness")
+    optimizer = partial(torch.optim.SGD, lr=lr, momentum=momentum)
     fit(lambda: Quadratic(optimizer), rates, monitor, CapLearningRate(safety=0.9), loader=loader, max_steps=12)
     top = float(torch.linalg.eigvalsh(2 / BATCH * x.T @ x)[-1])
-    momentum = optimizer.keywords.get("momentum", 0.0)
     critical = 2 * (1 + momentum) / top
     courant = monitor.history[KEY]
-    assert courant.values[0] == pytest.approx(40.0 / critical, rel=1e-3)
+    assert courant.values[0] == pytest.approx(lr / critical, rel=1e-3)
     assert courant.values[1:] == pytest.approx([0.9] * 11, rel=1e-3)
     assert [used for (used,) in rates.used[1:]] == pytest.approx([0.9 * critical] * 11, rel=1e-3)
-    assert rates.losses[-1] < 0.1 * max(rates.losses)  # it was on its way to infinity
+    assert rates.losses[-1] < 0.2 * max(rates.losses)  # it was on its way to infinity
 
 
 def test_groups_keep_their_ratios():
@@ -195,7 +193,20 @@ def test_it_is_undone_with_the_danger_and_seen_in_the_logs(caplog):
     assert rows.curve(SCHEDULED) == {step: rate for step, (rate,) in enumerate(rates.between)}
     assert rows.curve(APPLIED) == pytest.approx({step: rate for step, (rate,) in enumerate(rates.used)})
     assert all(rows.curve(CAP)[step] == pytest.approx(rates.used[step][0]) for step in range(5, 12))
-    assert monitor.history["stability/steps_to_edge"].values[:4] == [5, 4, 3, 2]  # of the schedule, capped or not
+    ahead = monitor.history["stability/steps_to_edge"]  # of the schedule: none while that is above the edge
+    assert (ahead.steps, ahead.values) == ([0, 1, 2, 3, 4], [5, 4, 3, 2, 1])
+
+
+def test_the_schedule_of_a_module_with_its_own_step_is_foreseen_from_capped_steps():
+    class OwnStep(Scheduled):
+        def optimizer_step(self, *args, **kwargs):
+            super().optimizer_step(*args, **kwargs)
+
+    jump = lambda m, o: lr_scheduler.LambdaLR(o, lambda step: 1e5 if step >= 9 else 1.0)  # noqa: E731
+    monitor, cap = measuring(1, "sharpness"), CapLearningRate(safety=1e-4)
+    fit(lambda: OwnStep(jump, lr=0.01), monitor, cap, max_steps=12)
+    ahead = monitor.history["stability/steps_to_edge"]
+    assert cap.capped == 11 and (ahead.steps, ahead.values) == ([*range(1, 9)], [*range(8, 0, -1)])
 
 
 def test_capped_steps_between_readings_are_logged_where_it_begins_and_ends():

@@ -1,6 +1,7 @@
 """What is said at the end of a run, as data: of made-up runs, and of real ones at the default cadence."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lsp_callbacks import Curve, Fault, StabilityMonitor, StopOnInstability
+from lsp_callbacks import Curve, Fault, Lyapunov, Monitor, SpectralNorm, StabilityMonitor, StopOnInstability
 from lsp_callbacks.monitor.losses import ArrivedLoss, LossRecord
 from lsp_callbacks.report import Run, Verdict, judge, sentence
 
@@ -51,8 +52,12 @@ EARLY = history([0.4], [-0.2])
         (STABLE, FALLS[:40], {"step": 40}, "stable", "exponent", "60 steps are too few"),
         (STABLE, [], {}, "stable", "exponent", "it was not seen"),
         (STABLE, FALLS, {"fault": Fault(7, "forward", operation="aten.log")}, "not finite", "fault", "clamp"),
+        (STABLE, FALLS, {"scheduled": 1.3}, "unknown", "rate", "every_n_steps=20"),
+        (ABOVE, FALLS, {"scheduled": 9.0}, "unstable", "exponent", "divide the learning rate by 2.5"),
+        (history([0.0]), FALLS[:40], {"step": 40}, "unknown", "rate", "every_n_steps=2"),  # of a rate of 0
         (ABOVE, FALLS, {}, "unstable", "exponent", "divide the learning rate by 2.5"),
         (ABOVE, FLAT, {}, "not learning", "loss", "divide the learning rate by 2.5"),
+        (history([500.0] * 4), FALLS, {}, "unstable", "courant", "divide the learning rate by 625"),
         (ABOVE, RISES, {}, "unstable", "exponent", "divide the learning rate by 2.5"),
         (ABOVE, [*FALLS[:-1], NAN], {}, "not finite", "loss", "divide the learning rate by 2.5"),
         (EDGE, FALLS, {}, "edge", "exponent", "as long as the loss falls"),
@@ -96,6 +101,54 @@ def test_nothing_is_calm_that_could_be_worse():
                   {"fault": Fault(3, "batch")}, *seen):  # fmt: skip
         verdict = judge(Run(**{**vars(calm), **worse}))
         assert not verdict.calm and "nothing to do" not in sentence(verdict)
+
+
+def test_what_the_budget_has_not_paid_for_is_said_and_not_blamed_on_a_warning(monkeypatch):
+    """No warning was given: what helps is to measure more often."""
+    monitor = Monitor(SpectralNorm(), Lyapunov())
+    monitor.reset()
+    monitor.history["stability/spectral_norm_max"] = Curve([0], [2.0])
+    assert "the warning at the start" in judge(Run.of(monitor, 40)).advice
+    monkeypatch.setattr(monitor.cadence, "waiting", lambda: dict.fromkeys(("spectral_norm", "lyapunov"), "too dear"))
+    verdict = judge(Run.of(monitor, 40))
+    assert (verdict.state, verdict.cause) == ("unknown", "not measured")
+    assert "every_n_steps=2," in verdict.advice and "no lyapunov yet" in verdict.advice
+    assert "warning" not in sentence(verdict)
+
+
+def test_a_rate_that_has_not_grown_to_the_edge_leaves_a_run_stable():
+    calm = Run(STABLE, step=399, losses=losses(FALLS))
+    assert all(judge(replace(calm, scheduled=scheduled)).calm for scheduled in (0.0, 0.4, 0.7))
+    assert judge(replace(calm, history=EDGE, scheduled=1.3)).state == "edge"
+
+
+def test_there_is_a_verdict_before_training():
+    assert StabilityMonitor().verdict.state == "unknown"
+
+
+def test_a_warm_up_from_zero_is_not_told_stable_by_its_first_step():
+    """The only reading is of a learning rate of 0."""
+    make, loader = digits(T, sgd(0.1), schedule=lambda t: t / 60)
+    monitor = StabilityMonitor(["mean_square_stability"], every_n_steps=1000)
+    fit(make, monitor, loader=loader, max_steps=40, max_epochs=-1)
+    assert monitor.history["stability/courant"].values == [0.0]
+    assert (monitor.verdict.state, monitor.verdict.cause) == ("unknown", "rate")
+    assert "Courant number of 0 says nothing" in sentence(monitor.verdict)
+
+
+def test_a_rate_that_has_grown_to_the_edge_is_not_told_stable():
+    make, loader = digits(T, sgd(0.1), schedule=lambda t: 1e-2 if t < 2 else 50.0)
+    monitor = StabilityMonitor(["mean_square_stability"], every_n_steps=1000)
+    fit(make, monitor, loader=loader, max_steps=3, max_epochs=-1)
+    assert monitor.verdict.state == "unknown" and monitor.verdict.evidence["scheduled"] > 1
+    assert "the learning rate has grown" in sentence(monitor.verdict)
+
+
+def test_a_stop_by_the_loss_alone_says_that_no_reading_shows_it():
+    stopped = Run(STABLE, step=399, losses=losses(RISES), stop=200, reason="why")
+    assert "confirm=None" in judge(stopped).advice
+    for others in ({"history": ABOVE}, {"event": 9}, {"history": {}}):
+        assert "confirm=None" not in judge(Run(**{**vars(stopped), **others})).advice
 
 
 def test_a_verdict_cannot_be_changed():

@@ -396,3 +396,21 @@ def test_displaced_puts_every_bit_back():
         raise KeyError
     assert all(map(torch.equal, before, parameters)) and versions == [p._version for p in parameters]
     assert torch.equal(flatten(split(direction, parameters), parameters), direction)
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_standing_copy_has_what_pickling_leaves_out(cell):
+    """Recurrent modules of torch leave references to their weights out of their state, and make them anew."""
+    module, standing, x = cell(4, 5, num_layers=2, batch_first=True), StandingCopy(), torch.randn(2, 3, 4)
+    copies = set()
+    for _ in range(3):
+        twin = ModuleCopy(module, standing=standing)
+        copies.add(id(twin.module))
+        assert torch.equal(twin.reset()(x)[0], module(x)[0])
+        others = {name: 2 * p for name, p in module.named_parameters()}
+        assert not torch.equal(torch.func.functional_call(twin.reset(), others, (x,))[0], module(x)[0])
+        assert torch.equal(twin.reset()(x)[0], module(x)[0])
+        with torch.no_grad():
+            module.weight_hh_l1.mul_(1.1)
+        del twin
+    assert len(copies) == 1

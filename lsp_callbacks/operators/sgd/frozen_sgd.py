@@ -225,7 +225,7 @@ def critical_rule(snapshot: Snapshot) -> FrozenRule:
         )
     if rule.frozen and (isinstance(decay := coupled_decay(snapshot), Tensor) or decay):
         raise Unmeasurable(
-            "coupled weight decay is not supported with a frozen preconditioner: use AdamW's, or leave "
-            "sgd_stability out"
+            "coupled weight decay behind a preconditioner (Adam's weight_decay) has no critical rate here: use "
+            "AdamW's, or sharpness and its courant_gd, which know it"
         )
     return rule

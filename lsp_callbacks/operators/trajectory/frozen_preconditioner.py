@@ -160,8 +160,8 @@ def _common(rule: Formula, optimizer: torch.optim.Optimizer) -> tuple[float, flo
     if len(betas) > 1:
         raise Unmeasurable(
             "parameter groups with different momentum, dampening, nesterov or maximize have no common edge of "
-            "stability and no common critical rate: leave sharpness, lyapunov and sgd_stability out, or give all "
-            "groups the same"
+            "stability and no common critical rate: give all groups the same, or leave out what compares with an "
+            "edge"
         )
     return betas.pop()
 

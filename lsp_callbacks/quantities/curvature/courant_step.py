@@ -122,7 +122,7 @@ class CourantStep(AlongUpdate):
         if bool(courant.isnan()):
             raise Unmeasurable(
                 f"to first order the last {len(slopes)} updates that were seen change the loss by {slopes.sum():.3g}: "
-                "momentum takes them uphill, or the optimizer does not follow the gradient"
+                "the learning rate is 0, momentum takes them uphill, or the optimizer does not follow the gradient"
             )
         if not bool(error <= CLEAR):
             raise Unmeasurable(
