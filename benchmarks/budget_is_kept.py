@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lsp_callbacks import StabilityMonitor
-from lsp_callbacks.monitor.pace import union
+from lsp_callbacks.monitor.account import union
 
 STEPS, BUDGET = 1500, 0.05
 NETS = {

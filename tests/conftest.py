@@ -12,7 +12,7 @@ QUICK = {
     "test_depth", "test_depth_profile", "test_dissipation", "test_double_backward", "test_error_policy",
     "test_first_fault", "test_frozen_preconditioner", "test_functional", "test_gram_matrix", "test_graph",
     "test_lipschitz", "test_losses", "test_monitor", "test_new_quantity", "test_numerics", "test_observer",
-    "test_due_quantities", "test_probes", "test_replay", "test_residual", "test_robbins_monro", "test_secant",
+    "test_measurements_under_way", "test_probes", "test_replay", "test_residual", "test_robbins_monro", "test_secant",
     "test_sgd_law",
     "test_signal_propagation", "test_snapshot", "test_spectral_norm", "test_step_by_differences",
     "test_stop_gradients", "test_training_profile", "test_verdict",

@@ -26,10 +26,10 @@ from lsp_callbacks.cli.configured import (
     with_configuration,
 )
 from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.monitor.account import union
 from lsp_callbacks.monitor.budget import measurement_cost, measurement_memory
 from lsp_callbacks.monitor.cadence import MODELLED, Cadence
 from lsp_callbacks.monitor.foretelling import foretell
-from lsp_callbacks.monitor.pace import union
 from lsp_callbacks.operators.footprint import readable
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -223,11 +223,11 @@ class _Meter(Callback):
         if is_first:
             costs.step, costs.memory = median(self.steps[WARM_UP:]), measurement_memory(monitor.quantities, snapshot)
         if (
-            not monitor.schedule.is_complete(snapshot.step, within=PATIENCE)
+            not monitor.cadence.is_complete(snapshot.step, within=PATIENCE)
             or min((pace.count for pace in ready.values()), default=2) < 2
         ):
             for name, pace in ready.items():
-                if pace.count == 1 and name not in monitor.schedule.under_way:
+                if pace.count == 1 and name not in monitor.cadence.under_way:
                     monitor.cadence.restart(name)
             return
         self.is_complete = True

@@ -157,8 +157,9 @@ def _remainder(w: Tensor, basis: list[Tensor]) -> tuple[list[float], float, Tens
         for q, overlap in zip(basis[1:], overlaps[1:]):
             w.sub_(q, alpha=overlap)
         total = [a + b for a, b in zip(total, overlaps)]
+        product = sum(x * x for x in overlaps) ** 0.5
         size = float(norm(w))
-        if size >= LOST * sum(x * x for x in overlaps) ** 0.5:
+        if size >= LOST * product:
             break
     return total, size, w
 

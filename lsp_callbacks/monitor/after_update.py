@@ -20,7 +20,7 @@ def completed_after_update(monitor: Monitor, *, is_own: bool = True) -> Observat
         quantity = monitor.quantities[name]
         taken = quantity.awaited
         assert taken is not None
-        monitor.schedule.begin(name)  # it is over, with a reading or without
+        monitor.cadence.under_way.discard(name)  # it is over, with a reading or without
         if not is_own:
             quantity.awaited = None
             continue

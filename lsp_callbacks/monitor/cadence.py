@@ -7,16 +7,18 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lsp_callbacks._validation import number, whole
-from lsp_callbacks.monitor.account import ADVANCE, Account
+from lsp_callbacks.monitor.account import ADVANCE, Account, Pace, union
 from lsp_callbacks.monitor.choice import Choice
-from lsp_callbacks.monitor.nearness import nearer, nearness
-from lsp_callbacks.monitor.pace import Pace, union
 
 #: Share of the budget that measurements may spend, as counted. The rest is for what is not counted: the calls of each
 #: step, copies of the module, what a first measurement takes beside its passes.
 MODELLED = 0.8
 #: Number of readings whose mean is the Courant number.
 RECENT = 3
+#: Courant numbers at which the headline number begins to be measured more often, and from which on most often.
+FAR, NEAR = 0.5, 0.75
+#: Levels of nearness between the two: few, so that it seldom changes.
+LEVELS = 8
 
 #: Of every quantity, of some by name, or of none.
 EveryNSteps = int | Mapping[str, int] | None
@@ -34,8 +36,31 @@ def check_every_n_steps(value: Any) -> EveryNSteps:
     return None if value is None else whole("every_n_steps", value, 1, instead=instead)
 
 
+def nearness(courant: float) -> float:
+    """Return how near the edge of stability a Courant number is, from 0 (below 1/2, or NaN) to 1 (from 3/4 on).
+
+    A growing learning rate is near well before it reaches the edge. In eighths, so that it seldom changes.
+
+    Example:
+        >>> from lsp_callbacks.monitor.cadence import nearness
+        >>> [nearness(courant) for courant in (0.0, 0.5, 0.625, 0.75, 2.0, float("nan"))]
+        [0.0, 0.0, 0.5, 1.0, 1.0, 0.0]
+    """
+    if not courant > FAR:
+        return 0.0
+    return math.floor(LEVELS * min(1.0, (courant - FAR) / (NEAR - FAR))) / LEVELS
+
+
+def nearer(near: float) -> float:
+    """Return the Courant number from which on the nearness is larger than this one."""
+    return math.inf if near >= 1 else FAR + (LEVELS * near + 1) / LEVELS * (NEAR - FAR)
+
+
 class Cadence:
-    """Decides when measurements start, from numbers that are the same in each run and on each process.
+    """Decides what is measured at a step, from numbers that are the same in each run and on each process.
+
+    A measurement that takes several steps is under way until it is complete; one that starts before enough is known is
+    postponed.
 
     A given number of steps is followed exactly; if such a step is skipped, the next one takes its place. All other
     quantities share an `Account`, of which each may spend a part: its *rate*. Its period is its price over its rate.
@@ -69,6 +94,7 @@ class Cadence:
             the user named, if that is more.
         next_step: before it nothing starts, as long as nothing changes,
         wake: and the scheduled Courant number is below this.
+        under_way: names of the quantities whose measurement has begun and is not complete.
     """
 
     def __init__(self, every_n_steps: EveryNSteps = None, budget: float = 0.05):
@@ -89,6 +115,7 @@ class Cadence:
         self._names: tuple[str, ...] = ()
         self._missed: tuple[str, ...] = ()  # of the answer before, if it was not taken: `training_step` returned None
         self._is_taken = False
+        self.under_way: set[str] = set()
         self._changed()
 
     def _changed(self, near: float | None = None) -> None:
@@ -142,6 +169,7 @@ class Cadence:
 
     def drop(self, name: str) -> None:
         """Measure a quantity no more; the others share what it had."""
+        self.under_way.discard(name)
         self.paces.pop(name, None)
         self._names = tuple(other for other in self._names if other != name)
         self._changed()
@@ -166,7 +194,7 @@ class Cadence:
 
     # -- which start -----------------------------------------------------------------------------------------------
 
-    def starting(self, step: int, *, scheduled: float = math.nan, busy: Collection[str] = ()) -> tuple[str, ...]:
+    def starting(self, step: int, *, scheduled: float = math.nan) -> tuple[str, ...]:
         """Return the quantities whose measurements start at this step; the first answer for a step is final.
 
         Those whose price is not known yet are among them: with `priced` the answer becomes another one.
@@ -174,7 +202,6 @@ class Cadence:
         Args:
             step: number of the optimizer step.
             scheduled: the Courant number of the learning rate that this step will use; NaN if it is not known.
-            busy: quantities whose measurement is under way.
         """
         if step != self._step:
             # All numbers here are the same on all processes. If they were not, the processes would wait for each other
@@ -185,8 +212,26 @@ class Cadence:
                 self._scheduled = scheduled
                 if scheduled >= self.wake:
                     self._changed(nearness(scheduled))
-                self._names = self._choose(step, busy)
-        return self._names
+                self._names = self._choose(step, self.under_way)
+        return tuple(name for name in self._names if name not in self.under_way)
+
+    def due(self, step: int, *, scheduled: float = math.nan) -> set[str]:
+        """Return the quantities that are measured at this step: those that start, and those under way."""
+        return {*self.starting(step, scheduled=scheduled), *self.under_way}
+
+    def is_complete(self, step: int, *, within: int = 0) -> bool:
+        """Return True if no measurement is under way, and none is postponed to ``within`` the next steps.
+
+        Args:
+            step: that was observed last.
+            within: a number of steps.
+        """
+        return not self.under_way and all(later - step > within for later in self.postponed.values())
+
+    @property
+    def postponed(self) -> dict[str, int]:
+        """The quantities that wait, and the step from which on they need not wait any more."""
+        return {name: pace.postponed for name, pace in self.paces.items() if pace.postponed is not None}
 
     def _choose(self, step: int, busy: Collection[str]) -> tuple[str, ...]:
         """Return what starts at a step; if nothing does, the next step to ask at becomes another one."""
@@ -195,8 +240,9 @@ class Cadence:
             self.next_step = following
         return names
 
-    def choose_again(self) -> None:
-        """Answer anew for the step that was asked for last, if there is one: nothing is under way any more."""
+    def interrupt(self) -> None:
+        """Break off what is under way; what is due may begin anew at the same step."""
+        self.under_way.clear()
         if self._step >= 0:
             self._names = self._choose(self._step, ())
 
@@ -244,10 +290,17 @@ class Cadence:
         if self._names:
             self._names = self._choose(self._step, {*self.paces} - {*self._names})
 
-    def observed(self, step: int) -> None:
-        """Take note that what starts at this step can be measured; the account begins with the first such step."""
-        self.account.begin(step)
+    def observed(self, step: int) -> tuple[tuple[str, ...], list[str]]:
+        """Take note that what starts at this step can be measured; the account begins with the first such step.
+
+        Returns:
+            The names of what starts, and of those the ones whose price is to be found out before.
+        """
+        if self.account.origin is None:
+            self.account.begin(step)
         self._is_taken = True
+        names = self.starting(step)
+        return names, [name for name in names if self.wants_price(name)]
 
     def started(self, step: int, names: Iterable[str]) -> None:
         """Charge the measurements that start at this step; what several of them spend on the same counts once."""
@@ -276,14 +329,18 @@ class Cadence:
     def state_dict(self) -> dict[str, Any]:
         """Return numbers and names only."""
         return {
-            **self.account.state_dict(), "readings": list(self._readings),
+            **self.account.state_dict(), "readings": list(self._readings), "under_way": sorted(self.under_way),
             "paces": {name: pace.state_dict() for name, pace in self.paces.items()},
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, windows: bool = False) -> None:
         """Continue from a state, with this cadence's own settings.
 
         A quantity that had a fixed pace and has none now begins anew, as its price was never found out.
+
+        Args:
+            state: that `state_dict` returned.
+            windows: whether measurements that were under way can go on; otherwise they begin anew at the next step.
         """
         self.account.load_state_dict(state)
         self._readings, self._step, self._names = list(state["readings"]), -1, ()
@@ -297,3 +354,7 @@ class Cadence:
             self.account.origin = None
         self.account.share_out(self._headline, self.account.near)
         self.next_step, self.wake = -math.inf, nearer(self.account.near)
+        under_way = {name for name in state["under_way"] if name in self.paces}
+        self.under_way = under_way if windows else set()
+        for name in under_way - self.under_way:
+            self.restart(name)

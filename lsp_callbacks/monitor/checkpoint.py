@@ -10,7 +10,7 @@ from lsp_callbacks.step.known_scale import KnownScales
 if TYPE_CHECKING:
     from lsp_callbacks.monitor.monitor import Monitor
 
-VERSION = 3
+VERSION = 4
 
 
 def monitor_state(monitor: Monitor, *, vectors: bool, joined: bool) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def monitor_state(monitor: Monitor, *, vectors: bool, joined: bool) -> dict[str,
     """
     state: dict[str, Any] = {
         "version": VERSION,
-        "schedule": monitor.schedule.state_dict(),
+        "cadence": monitor.cadence.state_dict(),
         "budget": monitor.budget.state_dict(),
         "history": monitor.history.state_dict(),
         "courant": monitor.courant.state_dict(),
@@ -60,7 +60,7 @@ def load_monitor_state(monitor: Monitor, state: dict[str, Any]) -> None:
     monitor.known_scales.load(state.get("known_scales", ()))
     if monitor.trace is not None and "trace" in state:
         monitor.trace.load_state_dict(state["trace"])
-    monitor.schedule.load_state_dict(state["schedule"], names=monitor.quantities.keys(), windows="vectors" in state)
+    monitor.cadence.load_state_dict(state["cadence"], windows="vectors" in state)
     monitor.budget.load_state_dict(state["budget"])
     for name in monitor.budget.reduced.keys() & monitor.cadence.paces.keys():  # the quantities are as they were made
         monitor.cadence.paces[name].is_stale = True

@@ -6,8 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Collection, Mapping
 
-from lsp_callbacks.monitor.account import ROUNDING, Account, Balance
-from lsp_callbacks.monitor.pace import Pace
+from lsp_callbacks.monitor.account import ROUNDING, Account, Balance, Pace
 
 #: By how much shorter the gaps of the headline number are near the edge, as long as gradients are free.
 SAVED = 2.0
@@ -39,7 +38,7 @@ class Choice:
             missed: those of a fixed pace that should have started at a step that was not taken.
         """
         account = self.account
-        balance, queue = account.balance(step), self._queue(step)
+        queue, balance = self._queue(step), account.balance(step)
         haste = HASTE
         for _ in range(2):  # what starts makes others cheaper
             awaited: list[str] = []  # those that are overdue and cannot be paid yet

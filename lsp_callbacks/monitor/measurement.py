@@ -11,7 +11,7 @@ import torch
 
 from lsp_callbacks.errors import NotApplicable, Unsupported
 from lsp_callbacks.monitor.budget import Budget
-from lsp_callbacks.monitor.due_quantities import Schedule
+from lsp_callbacks.monitor.cadence import Cadence
 from lsp_callbacks.monitor.selected_quantities import SelectedQuantities, Skips, in_turn
 from lsp_callbacks.operators.curvature.hessian import release_graph
 from lsp_callbacks.quantities import Quantity
@@ -40,15 +40,15 @@ class Measurement:
 
     Args:
         quantities: that are measured.
-        schedule: of their measurements.
+        cadence: at which steps they are measured.
         budget: of memory and time.
 
     Attributes:
         paths: how each quantity was last measured: "exact", "exact, math attention", "finite difference", ...
     """
 
-    def __init__(self, quantities: SelectedQuantities, schedule: Schedule, budget: Budget):
-        self.quantities, self.schedule, self.budget = quantities, schedule, budget
+    def __init__(self, quantities: SelectedQuantities, cadence: Cadence, budget: Budget):
+        self.quantities, self.cadence, self.budget = quantities, cadence, budget
         self.paths: dict[str, str] = {}
         self._layouts: dict[str, list] = {}
 
@@ -70,19 +70,21 @@ class Measurement:
         self.budget.assume(snapshot)
         measured, quantities = Measured(), self.quantities
         starts = self._start(snapshot, measured)
-        waiting = [name for name in in_turn(quantities) if name in starts or name in self.schedule.under_way]
+        headline = self.cadence.headline
+        due = starts | self.cadence.under_way
+        waiting = in_turn({name: quantity for name, quantity in quantities.items() if name in due})
         for name, reader in snapshot.readers.items():
             if name not in waiting:  # it was put off
                 reader.release()
         while waiting:
             name = waiting.pop(0)
             quantity, begins = quantities[name], name in starts
-            self.schedule.begin(name)
+            self.cadence.under_way.discard(name)  # unless it takes a further step
             self.paths.pop(name, None)
             began = time.perf_counter()
             try:
                 quantities.add_unknown(quantity, snapshot, measured.skips)
-                values = snapshot.run.ranks.together(partial(self._values, quantity, snapshot, begins))
+                values = snapshot.run.ranks.together(partial(self._values, quantity, snapshot, begins, headline))
                 self.paths[name] = ", ".join(filter(None, (quantity.path(snapshot), self.budget.reduced.get(name))))
             except Exception as error:
                 if quantities.strict and not (isinstance(error, NotApplicable) and name not in quantities.named):
@@ -94,19 +96,17 @@ class Measurement:
                     release_graph(snapshot)
             self.budget.seconds.add(name, time.perf_counter() - began, complete=values is not None)
             if values is None:
-                self.schedule.go_on(name)
+                self.cadence.under_way.add(name)
             else:
                 measured.values |= values
         return measured
 
     def _start(self, snapshot: Snapshot, measured: Measured) -> set[str]:
         """Return the names of those that start, once their prices are known, and charge them."""
-        cadence, step = self.schedule.cadence, snapshot.step
-        cadence.observed(step)
-        names = self.schedule.starting(step)
+        cadence, step = self.cadence, snapshot.step
+        names, unpriced = cadence.observed(step)
         waiting = {name for name in names if self._is_postponed(self.quantities[name], snapshot)}
-        unpriced = [name for name in names if name not in waiting and cadence.wants_price(name)]
-        if unpriced:
+        if unpriced := [name for name in unpriced if name not in waiting]:
             prices = self.budget.prices([self.quantities[name] for name in unpriced], snapshot)
             for name, gradients in prices.dear.items():
                 costs = f"one measurement costs {gradients:.0f} gradients by the model of the cost"
@@ -115,21 +115,23 @@ class Measurement:
                 else:
                     advice = "name it, or give it a pace by every_n_steps, to measure it all the same"
                     measured.skips.add(name, Unsupported(f"{costs}, more than {prices.limit:.0f}: {advice}"))
-                    self.schedule.drop(name)
+                    cadence.drop(name)
                     del prices.parts[name]
             cadence.priced(
                 prices.parts, named=self.quantities.named, counting=prices.counting, step_cost=self.budget.step
             )
-            names = self.schedule.starting(step)
+            names = cadence.starting(step)
         starts = [name for name in names if name not in waiting]
         cadence.started(step, starts)
         return {*starts}
 
-    def _values(self, quantity: Quantity, snapshot: Snapshot, begins: bool) -> dict[str, float] | None:
+    def _values(
+        self, quantity: Quantity, snapshot: Snapshot, begins: bool, headline: str | None
+    ) -> dict[str, float] | None:
         """Return what the step completes, None if it takes further steps; rank 0 decides, so that all ranks agree."""
         if begins:
             self.budget.seconds.begin(quantity.name)
-            is_headline = quantity.name == self.schedule.cadence.headline
+            is_headline = quantity.name == headline
             self.budget.check_memory(quantity.name, self.quantities, snapshot, is_headline=is_headline)
         quantity.update(snapshot)
         values = quantity.numbers() if quantity.complete else None
@@ -158,7 +160,7 @@ class Measurement:
 
         steps = snapshot.run.ranks.first(missing, "whether enough is known")
         if steps:
-            self.schedule.postpone(quantity.name, snapshot.step + steps)
+            self.cadence.postpone(quantity.name, snapshot.step + steps)
         return bool(steps)
 
     def _check_layout(self, snapshot: Snapshot) -> None:
@@ -166,8 +168,8 @@ class Measurement:
         player = "" if snapshot.player is None else snapshot.player.name
         layout = [(name, p.shape) for name, p in snapshot.parameters.items()]
         if self._layouts.get(player, layout) != layout:
-            self.schedule.interrupt()
-            self.schedule.cadence.forget_prices()
+            self.cadence.interrupt()
+            self.cadence.forget_prices()
             self.budget.work = None
             for quantity in self.quantities.values():
                 quantity.restart()

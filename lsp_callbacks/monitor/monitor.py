@@ -13,7 +13,6 @@ from lsp_callbacks.monitor.budget import Budget
 from lsp_callbacks.monitor.cadence import Cadence, EveryNSteps
 from lsp_callbacks.monitor.checkpoint import load_monitor_state, monitor_state
 from lsp_callbacks.monitor.courant_source import PREFERENCE, CourantSource
-from lsp_callbacks.monitor.due_quantities import Schedule
 from lsp_callbacks.monitor.error_policy import ErrorPolicy
 from lsp_callbacks.monitor.history import History, Observation
 from lsp_callbacks.monitor.invalidation import invalidated
@@ -90,11 +89,11 @@ class Monitor:
     ):
         self.cadence = Cadence(every_n_steps, budget)
         self.cadence.check_names([quantity.name for quantity in quantities])
-        self.schedule, self.budget = Schedule(self.cadence), Budget(max_memory, time_limit)
+        self.budget = Budget(max_memory, time_limit)
         self.quantities = SelectedQuantities(*quantities, named=named, strict=strict)
         self.errors, self.courant, self.losses = ErrorPolicy(strict=strict), CourantSource(), LossWatch()
         self.recorder = Recorder(self.quantities, self.errors)
-        self.measurement = Measurement(self.quantities, self.schedule, self.budget)
+        self.measurement = Measurement(self.quantities, self.cadence, self.budget)
         self.history, self.trace = History(), self.recorder.trace
         self.skipped, self.paths = self.quantities.skipped, self.measurement.paths
         self.reset()
@@ -103,7 +102,7 @@ class Monitor:
         """Forget everything, as before a first run."""
         self.history.clear()
         for part in (
-            self.quantities, self.schedule, self.budget, self.errors, self.courant, self.losses, self.recorder,
+            self.quantities, self.cadence, self.budget, self.errors, self.courant, self.losses, self.recorder,
             self.measurement,
         ):  # fmt: skip
             part.reset()
@@ -148,7 +147,7 @@ class Monitor:
         """
         self.quantities.skip(reasons)
         for name in (name for names in reasons.values() for name in names):
-            self.schedule.drop(name)
+            self.cadence.drop(name)
             self.paths.pop(name, None)
         self.cadence.headline = self.headline
         if reasons:
@@ -163,7 +162,11 @@ class Monitor:
             step: number of the optimizer step.
             scheduled: the learning rate that this step will use over the critical one, if the caller knows it.
         """
-        return bool(self.quantities) and self.schedule.is_due(step, scheduled)
+        return bool(self.due(step, scheduled=scheduled))
+
+    def due(self, step: int, *, scheduled: float = math.nan) -> set[str]:
+        """Return the names of the quantities that `observe` would look at; for the arguments see `wants`."""
+        return self.cadence.due(step, scheduled=scheduled) if self.quantities else set()
 
     def observe(self, snapshot: Snapshot) -> Observation | None:
         """Measure what is due at this step.
@@ -201,7 +204,7 @@ class Monitor:
         for text in measured.warnings if self._ranks.rank == 0 else ():
             self.errors.warn_once(text)
         has_limit = self.budget.seconds.limit is not None
-        if has_limit and not self.schedule.under_way - self.quantities.awaiting():
+        if has_limit and not self.cadence.under_way - self.quantities.awaiting():
             self.skip(self.budget.too_slow(self.quantities, snapshot))
         return self._with_courant(Observation(snapshot.step, {}, measured.failures), measured.values)
 
@@ -218,13 +221,17 @@ class Monitor:
 
     def _with_courant(self, observation: Observation, values: dict[str, float]) -> Observation | None:
         """Return the observation of a step with the headline metric, which may be that of an earlier step."""
-        possible = self.quantities.possible_keys(optional=False, without_update=bool(self.invalidated))
-        headline = self.courant.value(observation.step, values, possible)
-        self.cadence.read(self.courant.reading(values))
-        self.cadence.headline = self.headline
+        courant, before = self.courant, self.courant.key
+        possible: Collection[str] = ()
+        if before not in values:  # otherwise it does not matter what else there could be
+            possible = self.quantities.possible_keys(optional=False, without_update=bool(self.invalidated))
+        headline = courant.value(observation.step, values, possible)
+        reported = {} if headline is None else courant.reported(headline[1])
+        self.cadence.read(courant.reading(values))
+        if courant.key != before:
+            self.cadence.headline = self.headline
         if headline is not None:
-            step, value = headline
-            added = self.history.add(Observation(step, {}), self.courant.reported(value)).values
+            added = self.history.add(Observation(headline[0], {}), reported).values
             observation = replace(observation, values=observation.values | added)
         return self.history.add(observation, values) if values or observation.values else None
 
@@ -254,7 +261,7 @@ class Monitor:
 
     def drop(self) -> None:
         """Forget windows and warm starts: the steps before are not those that come after."""
-        self.schedule.interrupt()
+        self.cadence.interrupt()
         self.quantities.forget_vectors()
         self.known_scales.clear()
 

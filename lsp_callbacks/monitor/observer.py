@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.gradient_check import GradientCheck, Gradients
-from lsp_callbacks.monitor.kept_step import kept_step
+from lsp_callbacks.monitor.kept_step import kept_step, players_step
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.multi_optimizer import Game
 from lsp_callbacks.monitor.nan_finder import NanFinder
@@ -100,7 +100,12 @@ class StepObserver:
         """
         self.attach(loop)
         if losses is not None:
-            self.game = Game(optimizers, losses, self._new_pending, self.monitor.errors.warn_instead_of_raise)
+            self.game = Game(
+                optimizers,
+                losses,
+                lambda: players_step(loop, self.monitor, self.step),
+                self.monitor.errors.warn_instead_of_raise,
+            )
             for player in self.game.players():
                 self._require(player.optimizers[player.name], player=player)
         else:
@@ -159,8 +164,8 @@ class StepObserver:
             if self.game is not None:
                 with monitor.errors.warn_instead_of_raise("the batch could not be kept for a replay"):
                     self.game.begin(batch)
-            elif monitor.wants(self.step, scheduled=scheduled):
-                self._pending = self._new_pending()
+            elif names := monitor.due(self.step, scheduled=scheduled):
+                self._pending = kept_step(self.loop, monitor, self.step, names)
         else:
             self.step_loss.begin_batch()
         self.is_idle = self._pending is None and self.game is None and not looks_for_nan
@@ -178,16 +183,8 @@ class StepObserver:
         """Forget the step before; `begin_batch` does so at the first micro-batch of the next one."""
         self._pending, self.updates, self.replayed_loss, self._is_settled = None, 0, None, False
         self.step_loss.begin()
-        self._gradient_check.forget()
-
-    def _new_pending(self) -> PendingStep | None:
-        """Return what the coming step must be replayed from, if it is to be measured."""
-        if self.monitor.wants(self.step) and self.loop.has_backward():
-            try:
-                return self.loop.new_step() if self.game else kept_step(self.loop, self.monitor, self.step)
-            except Exception as error:
-                self.monitor.errors.caught("the step could not be kept for a replay", error)
-        return None
+        if self._gradient_check.is_expected:
+            self._gradient_check.forget()
 
     @property
     def is_pending(self) -> bool:
@@ -295,9 +292,9 @@ class StepObserver:
         doing = "the step could not be measured"
         try:
             with untouched(self.loop.module) if pending.can_replay else contextlib.nullcontext():
-                self.sub_batch = pending.samples
                 clipping = self._clipping(pending, optimizer)
                 snapshot = self.snapshot(optimizer, clipping)
+                self.sub_batch = pending.samples
                 if snapshot.loss is None and pending.can_replay and not self._is_settled:
                     snapshot = verified(snapshot)
                     self.replayed_loss = snapshot.loss
@@ -322,17 +319,17 @@ class StepObserver:
         """
         pending, loop = self._pending, self.loop
         assert pending is not None, "no step was begun that is to be measured"
-        loss, how = loop.evaluated()
+        scale, (loss, how), gradient_scale = loop.loss_scale(), loop.evaluated(), loop.gradient_scale(optimizer)
         is_shown = loop.shows_losses and not (self.step_loss.is_ambiguous or self._is_settled)
         return pending.snapshot(
             self.step,
             optimizer,
             loss=self.step_loss.differentiated if is_shown else None,
-            gradient_scale=loop.gradient_scale(optimizer),
+            gradient_scale=gradient_scale,
             clipping=clipping,
             probes=self.probes.probe_set(pending, loss, **how) if self.probes.wanted else None,
             samples_of_step=self.probes.samples_of_step(pending, loss, **how),
-            scale=loop.loss_scale(),
+            scale=scale,
             previous=self.previous,
             room=self.monitor.budget.room,
             other_loss=lambda source: pending.other_loss(source, loop.on_device),

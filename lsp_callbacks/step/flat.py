@@ -27,9 +27,9 @@ def split(vector: Tensor, like: list[nn.Parameter]) -> list[Tensor]:
 @contextlib.contextmanager
 def displaced(parameters: list[nn.Parameter], direction: Tensor, distance: float) -> Iterator[None]:
     """Move the parameters by ``distance * direction`` (flat), and put every bit back at the end."""
+    moves = [d.to(p) for d, p in zip(split(direction, parameters), parameters)] if parameters else []
     with restored(parameters):
         if parameters:
-            moves = [d.to(p) for d, p in zip(split(direction, parameters), parameters)]
             foreach_add_([p.data for p in parameters], moves, alpha=distance)
         yield
 

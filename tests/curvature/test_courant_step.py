@@ -259,7 +259,7 @@ def test_a_step_that_moves_nothing_gives_no_reading_and_holds_up_none():
         monitor.observe(freeze(problem, sgd, step=step))
         take(sgd, problem())
         observation = monitor.after_update()
-        assert (observation is None) == (lr == 0) and not monitor.schedule.under_way
+        assert (observation is None) == (lr == 0) and not monitor.cadence.under_way
     assert monitor.history[KEY].steps == [1, 4] and not any(map(math.isnan, monitor.history[KEY].values))
 
 

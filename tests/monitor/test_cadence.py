@@ -90,7 +90,8 @@ def paced(
     for step in range(begin, begin + steps):
         if step in skipped:
             cadence.drop(skipped[step])
-        names = cadence.starting(step, busy={name for name, end in until.items() if step < end})
+        cadence.under_way = {name for name, end in until.items() if step < end}
+        names = cadence.starting(step)
         if names:
             cadence.observed(step)
             wanted = [name for name in names if cadence.wants_price(name)]

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 from lsp_callbacks import Monitor, Quantity, Snapshot, StabilityMonitor, Unmeasurable
 from lsp_callbacks.errors import Unsupported
-from lsp_callbacks.monitor import limits
-from lsp_callbacks.monitor.budget import measurement_memory
-from lsp_callbacks.monitor.limits import Seconds, check_memory, default_cap, in_bytes
+from lsp_callbacks.monitor import budget
+from lsp_callbacks.monitor.budget import Seconds, check_memory, default_cap, in_bytes, measurement_memory
 from lsp_callbacks.monitor.measurement import Measurement
 from lsp_callbacks.operators.curvature import finite_differences
 from lsp_callbacks.operators.curvature.hessian import hessian
@@ -157,7 +156,7 @@ def test_exact_products_do_not_replace_differences_where_their_graph_does_not_fi
 
 def test_what_is_too_large_for_the_default_cap_is_left_out(monkeypatch):
     for name, value in (("FLOOR", 0.0), ("MULTIPLE", 1.0), ("HEADLINE", 1.0)):  # what one forward pass takes
-        monkeypatch.setattr(limits, name, value)
+        monkeypatch.setattr(budget, name, value)
     monitor = StabilityMonitor("economy", every_n_steps=2)
     with pytest.warns(UserWarning, match=r"skips .*sharpness.*\(it would take .* kB beside training") as caught:
         fit(Model, monitor, max_steps=5)
@@ -167,7 +166,7 @@ def test_what_is_too_large_for_the_default_cap_is_left_out(monkeypatch):
 
 def test_the_headline_number_may_take_more_than_the_others(monkeypatch):
     """Of the same size as another quantity, it is measured where that is left out."""
-    monkeypatch.setattr(limits, "FLOOR", 0.0)
+    monkeypatch.setattr(budget, "FLOOR", 0.0)
     monitor = StabilityMonitor(every_n_steps=2)
     for quantity in monitor.monitor.quantities.all:
         vars(quantity)["memory"] = lambda step: {

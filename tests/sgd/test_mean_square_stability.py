@@ -15,7 +15,7 @@ from lsp_callbacks.functional import UpdateRule, mean_square_lr, reduced_modes
 from lsp_callbacks.operators.sgd import per_sample_gradients
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
 from lsp_callbacks.operators.sgd.output_hessian import output_curvature, output_hessian
-from lsp_callbacks.operators.sgd.sampled_rows import sampled_rows
+from lsp_callbacks.operators.sgd.step_samples import sampled_rows
 from lsp_callbacks.operators.sgd.weighted_gram import FEW, weighted_gram
 from lsp_callbacks.operators.trajectory.coming_preconditioner import REMEMBERED
 from lsp_callbacks.quantities.sgd import mean_square_stability

@@ -75,7 +75,9 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
 
     def enough(node: TopNode) -> bool:
         early.append(node.value)
-        bars.append(_bar(node, steps, recent, _turned(node, start, length)))
+        hidden, gain = node.hidden(OVERLAP), node.gain
+        turned = 1.0 if start is None else _turned(node.vector, start, length)
+        bars.append(_bar(node, steps, hidden, gain, _fall(node.value, recent), turned))
         return node.products >= steps and bars[-1] <= WIDE
 
     products = products_so_far(snapshot)
@@ -97,18 +99,16 @@ def products_taken(n: int, warm: bool) -> float:
     return n if n <= FEW else USUAL[not warm]
 
 
-def _bar(node: TopNode, first: int, recent: Sequence[float], turned: float) -> float:
+def _bar(node: TopNode, first: int, hidden: Tensor, gain: Tensor, fall: float, turned: float) -> float:
     """Return the relative error bar of an estimate; ``first`` is how many products are always taken."""
-    rest = GAIN * float(node.gain) + FALL * _fall(node.value, recent) + TURNED * turned
+    rest = GAIN * float(gain) + FALL * fall + TURNED * turned
     left = LEFT[min(max(node.products - first, 0), len(LEFT) - 1)]
-    return LEAST + HIDDEN * float(node.hidden(OVERLAP) / _size(node)) + left * rest
+    return LEAST + HIDDEN * float(hidden / _size(node)) + left * rest
 
 
-def _turned(node: TopNode, start: Tensor | None, length: float) -> float:
-    """Return 1 less the overlap of the vector with the earlier one, which has that length; 1 without one."""
-    if start is None:
-        return 1.0
-    return 1.0 - min(1.0, abs(float(torch.dot(node.vector, start.to(node.vector)))) / length)
+def _turned(vector: Tensor, start: Tensor, length: float) -> float:
+    """Return 1 less the overlap of the vector with the earlier one, which has that length."""
+    return 1.0 - min(1.0, abs(float(torch.dot(vector, start.to(vector)))) / length)
 
 
 def _size(node: TopNode) -> Tensor:

@@ -165,7 +165,6 @@ def frozen_sgd(
     probes = given.trained
     rule = critical_rule(snapshot)
     require_gradient(snapshot)
-    generator = generator or snapshot.generator("probes")
     if rule.frozen:
         rule = (
             coming_rule(snapshot, squares=probe_squares(probes, snapshot.generator("signs")))
@@ -175,6 +174,7 @@ def frozen_sgd(
     if rows is not None:
         kernel = rows.kernel(checked, correction)
     else:
+        generator = generator or snapshot.generator("probes")
         kernel = tangent_kernel(
             probes, outputs=outputs, scale=rule.scale, generator=generator, start=start, most_rows=most_rows,
             positions=positions, checked=checked, holds=squares == "batch", most=most, correction=correction,

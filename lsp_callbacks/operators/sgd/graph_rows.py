@@ -21,7 +21,7 @@ from lsp_callbacks.operators.sgd.graph_sites import Samples
 from lsp_callbacks.operators.sgd.output_directions import Chosen, positions_of
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, wide
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows, RowSketch
-from lsp_callbacks.operators.sgd.sampled_rows import sampled_rows
+from lsp_callbacks.operators.sgd.step_samples import sampled_rows
 from lsp_callbacks.step.graph_reader import GraphReader
 
 
@@ -192,7 +192,7 @@ class GraphRows(GraphReader):
         self.alike |= criterion.is_alike(positions)
         self._per_sample = positions.shape[1]
         sizes = criterion.sizes(positions).sum(1)
-        least, largest = (float(size) for size in sizes.aminmax())
+        least, largest = map(float, sizes.aminmax())
         if not least >= -1e-4 * largest:
             raise UnknownGraph("the outputs are not finite, or the criterion is not convex in them")
         most = min(round(self._rows(total) * n / total), n)
@@ -236,7 +236,7 @@ class GraphRows(GraphReader):
         begin = 0
         self.traces = dict.fromkeys(self._parameters, 0.0)
         for name in [*self._parts[0]]:
-            p, gram = self._parameters[name], ParameterGram([part.pop(name) for part in self._parts])
+            p, gram = self._parameters[name], ParameterGram.taken_from(self._parts, name)
             diagonal = torch.as_tensor(scale[name]).to(p)
             if self.recent is None:
                 share = gram.gram(diagonal, HELD, p.numel())

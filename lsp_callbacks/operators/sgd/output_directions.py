@@ -14,9 +14,9 @@ from lsp_callbacks.linalg import norm, unit
 from lsp_callbacks.operators.sgd.held_statistics import held_statistics
 from lsp_callbacks.operators.sgd.output_hessian import OutputCurvature, all_pairs, at, output_curvature, root
 from lsp_callbacks.operators.sgd.per_sample_gradients import Recorder, RowSeed
-from lsp_callbacks.operators.sgd.sampled_rows import sampled_rows
 from lsp_callbacks.operators.sgd.sharpest_mode import sharpest_mode
 from lsp_callbacks.operators.sgd.softmax_pairs import softmax_pairs
+from lsp_callbacks.operators.sgd.step_samples import sampled_rows
 from lsp_callbacks.step.criterion import Evaluation
 from lsp_callbacks.step.probe_set import ProbeSet
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -56,6 +56,11 @@ class ParameterGram:
     """
 
     parts: list[Part] = field(default_factory=list)
+
+    @classmethod
+    def taken_from(cls, parts: Sequence[dict[str, Part]], name: str) -> ParameterGram:
+        """Return the gradients of a parameter, taken out of all parts, so that they are let go of once it is formed."""
+        return cls([part.pop(name) for part in parts])
 
     @property
     def rows(self) -> int:

@@ -11,7 +11,7 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, per_parameter
 from lsp_callbacks.operators.trajectory.optimizer_input import group_of, held_mask, require_optimizer
-from lsp_callbacks.operators.trajectory.update_rules import Formula, Group, decoupled, descent, rule_with_edge
+from lsp_callbacks.operators.trajectory.update_rules import Formula, decoupled, descent, rule_with_edge
 from lsp_callbacks.step.flat import flatten, split
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
@@ -90,18 +90,18 @@ def rule_ahead(
     """
     optimizer = require_optimizer(snapshot)
     rule, groups = rule_with_edge(optimizer), group_of(snapshot)
-    momentum, dampening, nesterov, maximize = _common(optimizer)
+    momentum, dampening, nesterov, maximize = _common(rule, optimizer)
     lr, relative = _relative(optimizer, snapshot)
     factors = _clip_factors(snapshot)
-    counts = {name: float(optimizer.state.get(p, {}).get("step", 0)) + 1 for name, p in snapshot.parameters.items()}
-    options = {
-        name: rule.options(group, optimizer.state.get(snapshot.parameters[name], {}))
+    states = {name: optimizer.state.get(p, {}) for name, p in snapshot.parameters.items()}
+    counts = {name: float(state.get("step", 0)) + 1 for name, state in states.items()}
+    each = {
+        name: rule.step_of(group, states[name], counts[name] + steps)
         for name, group in groups.items()
         if group is not None
     }
     # Adam's bias correction of the momentum; parameters that joined later have another one.
-    first = {name: rule.correction(group, counts[name] + steps) for name, group in options.items()}
-    correction = max(first.values(), default=1.0)
+    correction = max((of_one.correction for of_one in each.values()), default=1.0)
     scale: Scale = dict.fromkeys(groups, 0.0)
     decay: Scale = dict.fromkeys(groups, 0.0)
     buffer: Scale = dict.fromkeys(groups, 0.0)
@@ -110,7 +110,7 @@ def rule_ahead(
         if group is None or (snapshot.gradient is not None and g is None):
             continue
         past = counts[name] + steps - 1
-        rate = relative[name] * correction / first[name] / (1 + past * float(group.get("lr_decay", 0.0)))
+        rate = relative[name] * correction / each[name].correction / (1 + past * float(group.get("lr_decay", 0.0)))
         inner: float | Tensor = 1.0
         factor = factors.get(name, 1.0)
         if rule.second_moment is not None:
@@ -118,7 +118,7 @@ def rule_ahead(
                 continue
             g = _clipped(snapshot, g, factor)
             d = descent(p.detach(), g, group)
-            moment = rule.second_moment(d, optimizer.state.get(p, {}), group, counts[name])
+            moment = rule.second_moment(d, states[name], group, counts[name])
             square = None
             if squares is not None and name in squares:  # d has the mean of g, and coupled decay that is in d only
                 square = d * d + (_clipped(snapshot, squares[name].sqrt(), factor).square() - g * g)
@@ -136,28 +136,18 @@ def rule_ahead(
         dampening=dampening if momentum else 0.0,
         nesterov=nesterov,
         weight_decay=decay,
-        decoupled_decay={
-            name: relative[name] * float(group["weight_decay"]) if group is not None and decoupled(group) else 0.0
-            for name, group in groups.items()
-        },
+        decoupled_decay={name: relative[name] * each[name].decoupled_decay if name in each else 0.0 for name in groups},
         buffer_scale=buffer,
         correction=correction,
-        direct=_direct(rule, options, counts, steps),
+        # Larger for parameters that joined later. For the others stability errs on the early side, while these shares
+        # come together.
+        direct=max((of_one.direct for of_one in each.values()), default=0.0),
         sign=-1.0 if maximize else 1.0,
         frozen=rule.second_moment is not None,
     )
 
 
-def _direct(rule: Formula, options: dict[str, Group], counts: dict[str, float], steps: int) -> float:
-    """Return the largest share of the gradient itself in a step: it is larger for parameters that joined later.
-
-    For the others stability errs on the early side, while the shares come together.
-    """
-    return max((rule.direct(group, counts[name] + steps) for name, group in options.items()), default=0.0)
-
-
-def _common(optimizer: torch.optim.Optimizer) -> tuple[float, float, bool, bool]:
-    rule = rule_with_edge(optimizer)
+def _common(rule: Formula, optimizer: torch.optim.Optimizer) -> tuple[float, float, bool, bool]:
     betas = {
         (
             rule.momentum(group),

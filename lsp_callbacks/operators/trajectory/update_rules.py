@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, singledispatch
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -113,6 +113,20 @@ class Divisor(Protocol):
         ...
 
 
+class ParameterStep(NamedTuple):
+    """What the step of one parameter is made from beside its tensors, see `Formula`.
+
+    Attributes:
+        correction: c.
+        direct: a.
+        decoupled_decay: the weight decay that acts on the parameter itself; 0 where it is part of the gradient.
+    """
+
+    correction: float
+    direct: float
+    decoupled_decay: float
+
+
 @dataclass(frozen=True)
 class Formula:
     """The step of one optimizer: each number of a parameter moves by itself, or each parameter (``couples``).
@@ -151,6 +165,12 @@ class Formula:
     def options(self, group: Group, state: Mapping[str, Any]) -> Group:
         """Return the options of a parameter, with the numbers of its state."""
         return group | {name: float(state[name]) for name in self.numbers if name in state}
+
+    def step_of(self, group: Group, state: Mapping[str, Any], t: float) -> ParameterStep:
+        """Return c and a of step t of a parameter, by its group's options and its state."""
+        options = self.options(group, state)
+        decay = float(group["weight_decay"]) if decoupled(group) else 0.0
+        return ParameterStep(self.correction(options, t), self.direct(options, t), decay)
 
 
 #: The optimizers whose formulas are implemented; AdamW is an Adam.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from functools import partial
 from statistics import median
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -146,7 +147,7 @@ class MeanSquareStability(Quantity):
         return GraphRows(
             module,
             run.generator(step, self.name),
-            lambda samples: row_count(samples, self.rows),
+            partial(row_count, wanted=self.rows),
             self._passes,
             known=None if self._checks_next else self._known,
             scale=self._scale if corrects and not self._checks_next else None,
@@ -264,21 +265,26 @@ class MeanSquareStability(Quantity):
             lambda: not self._agrees(snapshot, samples, rows), "rows of the step's own graph"
         )
         reads = reads or is_agreed
+        of_pass: dict[str, Any] = {}
+        if not reads:
+            of_pass = {
+                "outputs": self.outputs,
+                "generator": snapshot.generator(self.name),
+                "start": self._mode,
+                "most_rows": self.most_rows,
+                "positions": max(2, self._positions(samples.samples)),
+                "most": row_count(samples.samples, self.rows),
+            }
         try:
             sgd = frozen_sgd(
                 snapshot,
                 samples,
-                outputs=self.outputs,
-                generator=snapshot.generator(self.name),
-                start=self._mode,
-                most_rows=self.most_rows,
-                positions=max(2, self._positions(samples.samples)),
-                most=row_count(samples.samples, self.rows),
                 checked=None if checks else self._checked,
                 squares="batch",
                 correction=None if corrects else self._correction,
                 rows=rows if reads else None,
                 chosen=dict(enumerate(rows.chosen)) if checks and rows is not None else None,
+                **of_pass,
             )
         except Exception as error:
             if not reads or checks or snapshot.run.ranks.world > 1 or isinstance(error, Unmeasurable):
