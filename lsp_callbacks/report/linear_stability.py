@@ -78,8 +78,7 @@ def linear_state(history: Mapping[str, Curve]) -> LinearState:
         evidence |= {"failed_since": failed[0], "failed": len(failed)}
     slower = ""
     if courant > near[0]:
-        evidence["divide_by"] = max(courant / 0.8, 1.2)
-        by = evidence["divide_by"]
+        evidence["divide_by"] = by = max(courant / 0.8, 1.2)
         slower = f"divide the learning rate by {by:{'.2g' if by < 100 else ',.0f'}}"
     ask = slower or "halve the learning rate"
 
