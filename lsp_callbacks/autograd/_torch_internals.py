@@ -166,6 +166,10 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 foreach_norm, foreach_copy, foreach_add_ = torch._foreach_norm, torch._foreach_copy_, torch._foreach_add_
 
 
+#: Operators that run a whole recurrent layer: its input, then its weights.
+RECURRENT = ("mkldnn_rnn_layer", "_cudnn_rnn")
+
+
 def packet(func: Any) -> Any:
     """Return the operator, such as ``aten.add``, that an overload belongs to."""
     return func._overloadpacket

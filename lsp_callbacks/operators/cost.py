@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from lsp_callbacks.autograd._torch_internals import TorchDispatchMode, packet, tree_leaves
+from lsp_callbacks.autograd._torch_internals import RECURRENT, TorchDispatchMode, packet, tree_leaves
 from lsp_callbacks.operators.curvature.hessian import Method, product_cost
 from lsp_callbacks.operators.trajectory.update_rules import formula_of
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
@@ -49,10 +49,6 @@ def assume(snapshot: Snapshot, counts: Work) -> None:
 
 #: Where `computed_once` keeps it.
 _WORK = (work.__wrapped__, ())  # type: ignore[attr-defined]
-
-
-#: Operators that run a whole recurrent layer: its input, then its weights.
-RECURRENT = ("mkldnn_rnn_layer", "_cudnn_rnn")
 
 
 class WorkCounter(TorchDispatchMode):
