@@ -483,13 +483,13 @@ def test_a_run_remembers_how_far_its_differences_go():
     torch.manual_seed(0)
     net, x, y = nn.Linear(6, 2), 0.3 * torch.randn(16, 6), 10 * torch.randn(16, 2)
     v, run, counts, products = torch.randn(14), RunContext(), [], []
-    for context in (run, run, RunContext()):
+    for step, context in enumerate((run, run, RunContext())):
         calls = []
         replay = lambda calls=calls: calls.append(1) or F.mse_loss(net(x), y)  # noqa: E731
         gradient = torch.autograd.grad(replay(), [*net.parameters()])
         snapshot = Snapshot(
-            step=0, module=net, replay=replay, loss=replay().detach(), gradient=dict(zip(("weight", "bias"), gradient)),
-            run=context,
+            step=step, module=net, replay=replay, loss=replay().detach(), run=context,
+            gradient=dict(zip(("weight", "bias"), gradient)),
         )  # fmt: skip
         calls.clear()
         products.append(Differences(snapshot, snapshot.flat_gradient).product(v))
