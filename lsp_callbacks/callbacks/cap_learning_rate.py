@@ -16,7 +16,7 @@ from lsp_callbacks.callbacks.hidden_hooks import BATCH_HOOKS, hide_hooks, show_h
 from lsp_callbacks.callbacks.publisher import log
 from lsp_callbacks.callbacks.rate_cap import RateCap
 from lsp_callbacks.callbacks.rates_of_update import RatesOfUpdate
-from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
+from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor, monitor_among, monitor_beside
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.courant_source import COURANT, MEAN_SQUARE, PREFERENCE, SGD
 from lsp_callbacks.monitor.history import Observation
@@ -96,9 +96,7 @@ class CapLearningRate(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
-        source = next((c for c in trainer.callbacks if isinstance(c, StabilityMonitor)), None)
-        if source is None:
-            raise ValueError("CapLearningRate needs a StabilityMonitor: add one to Trainer(callbacks=[...])")
+        source = monitor_beside("CapLearningRate", trainer)
         if sum(isinstance(c, CapLearningRate) for c in trainer.callbacks) > 1:
             raise ValueError("two CapLearningRate: give Trainer(callbacks=[...]) the one with the lower safety")
         if not pl_module.automatic_optimization:
@@ -159,7 +157,7 @@ class CapLearningRate(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         show_hooks(self)
         self._lowered.close()
-        source = next((c for c in trainer.callbacks if isinstance(c, StabilityMonitor)), None)
+        source = monitor_among(trainer.callbacks)
         if source is not None and source.cap is self:
             source.cap = None
 

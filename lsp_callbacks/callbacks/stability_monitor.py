@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -358,3 +358,20 @@ class StabilityMonitor(RunResults, Callback):
         self.observer.step = int(state_dict.get("step", 0))  # 0 is taken from the trainer
         self.forecast.load_state_dict(state_dict)
         self.monitor.load_state_dict(state_dict.get("monitor", {}))
+
+
+def monitor_among(callbacks: Iterable[Any]) -> StabilityMonitor | None:
+    """Return the first `StabilityMonitor` of some callbacks; None if there is none."""
+    return next((c for c in callbacks if isinstance(c, StabilityMonitor)), None)
+
+
+def monitor_beside(name: str, trainer: Any) -> StabilityMonitor:
+    """Return the `StabilityMonitor` of a trainer that the callback of this name needs.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = monitor_among(trainer.callbacks)
+    if found is None:
+        raise ValueError(f"{name} needs a StabilityMonitor: add one to Trainer(callbacks=[...])")
+    return found

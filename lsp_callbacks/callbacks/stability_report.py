@@ -13,7 +13,7 @@ from lsp_callbacks import report
 from lsp_callbacks.callbacks._lightning_internals import logged_row
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.log_figure import log_figure
-from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
+from lsp_callbacks.callbacks.stability_monitor import monitor_among, monitor_beside
 from lsp_callbacks.callbacks.stop_on_instability import StopOnInstability
 from lsp_callbacks.quantities import Quantity
 
@@ -56,9 +56,7 @@ class StabilityReport(Callback):
         if stage != "fit":
             return
         report.check_installed()  # now, not after hours of training
-        source = next((c for c in trainer.callbacks if isinstance(c, StabilityMonitor)), None)
-        if source is None:
-            raise ValueError("StabilityReport needs a StabilityMonitor: add one to Trainer(callbacks=[...])")
+        source = monitor_beside("StabilityReport", trainer)
         self._source = source
         if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
             self._losses = Losses()
@@ -66,7 +64,7 @@ class StabilityReport(Callback):
             source.loss_listeners.append(self._add_loss)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        source = next((c for c in trainer.callbacks if isinstance(c, StabilityMonitor)), None)
+        source = monitor_among(trainer.callbacks)
         if source is not None and self._add_loss in source.loss_listeners:
             source.loss_listeners.remove(self._add_loss)
 

@@ -15,7 +15,7 @@ from lsp_callbacks.callbacks.hidden_hooks import BATCH_HOOKS, hide_hooks, show_h
 from lsp_callbacks.callbacks.publisher import log
 from lsp_callbacks.callbacks.rate_record import RateRecord
 from lsp_callbacks.callbacks.setting_checks import check_watched
-from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
+from lsp_callbacks.callbacks.stability_monitor import monitor_among, monitor_beside
 from lsp_callbacks.callbacks.watched_number import WatchedNumber
 from lsp_callbacks.monitor.courant_source import COURANT, GD, SGD
 from lsp_callbacks.monitor.history import Observation
@@ -149,9 +149,7 @@ class StopOnInstability(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
-        source = next((c for c in trainer.callbacks if isinstance(c, StabilityMonitor)), None)
-        if source is None:
-            raise ValueError("StopOnInstability needs a StabilityMonitor: add one to Trainer(callbacks=[...])")
+        source = monitor_beside("StopOnInstability", trainer)
         if self.monitor not in source.monitor.keys:
             keys = ", ".join(sorted(source.monitor.keys))
             raise ValueError(f"monitor={self.monitor!r} is never measured here; these are: {keys}")
@@ -164,7 +162,7 @@ class StopOnInstability(Callback):
         self._losses, self._shares_losses = source.monitor.losses, True
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        source = next((c for c in trainer.callbacks if isinstance(c, StabilityMonitor)), None)
+        source = monitor_among(trainer.callbacks)
         show_hooks(self)
         if source is not None and self in source.subscribers:
             source.subscribers.remove(self)

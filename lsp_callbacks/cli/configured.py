@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
+from lsp_callbacks.callbacks.stability_monitor import monitor_among
 
 #: Of the trainer: what could leave files behind or take time.
 QUIET = {
@@ -27,6 +27,17 @@ def existing(text: str) -> Path:
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"{text} does not exist")
     return Path(text)
+
+
+def command_parser(command: str, arguments: str, description: str) -> argparse.ArgumentParser:
+    """Return the parser of a command line, with its usage; the text is printed as it stands."""
+    return argparse.ArgumentParser(
+        f"lsp-callbacks {command}",
+        usage=f"lsp-callbacks {command} {arguments}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def print_failure(command: str, error: Exception) -> int:
@@ -76,7 +87,7 @@ def with_configuration(args: list[str], use: Callable[..., None], *, usage: str 
             # Dropped once they are made: the monitor's settings are wanted, and no other callback's work.
             listed = self._get(self.config_init, "trainer")["callbacks"] or []
             listed = listed if isinstance(listed, list) else [listed]
-            self.monitor = next((c for c in listed if isinstance(c, StabilityMonitor)), None)
+            self.monitor = monitor_among(listed)
             self._get(self.config_init, "trainer")["callbacks"] = None
             trainer = super().instantiate_trainer(**kwargs)
             trainer.logger = DummyLogger()  # hooks of the module may call it

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lsp_callbacks.cli.configured import print_failure
+from lsp_callbacks.cli.configured import command_parser, print_failure
 
 #: In the repository a link to ``configs/`` beside the package; in a wheel a folder.
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -32,13 +31,7 @@ def main(argv: Sequence[str]) -> int:
     """
     from lsp_callbacks.cli.main import train
 
-    parser = argparse.ArgumentParser(
-        "lsp-callbacks demo",
-        usage="lsp-callbacks demo [--unstable] [--KEY VALUE ...]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("demo", "[--unstable] [--KEY VALUE ...]", DESCRIPTION)
     parser.add_argument("--unstable", action="store_true", help="a rate that grows past the edge")
     options, rest = parser.parse_known_args(argv)
     config = CONFIGS / ("digits_unstable.yaml" if options.unstable else "digits.yaml")

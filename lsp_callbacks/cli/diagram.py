@@ -21,6 +21,7 @@ from lsp_callbacks.callbacks.lightning_loop import LightningLoop
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.cli.configured import (
     Done,
+    command_parser,
     existing,
     fit_until_done,
     print_failure,
@@ -84,12 +85,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "lsp-callbacks diagram",
-        usage="lsp-callbacks diagram --config FILE [--ckpt FILE] [--output PICTURE] [--probes N] [--KEY VALUE ...]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = command_parser(
+        "diagram", "--config FILE [--ckpt FILE] [--output PICTURE] [--probes N] [--KEY VALUE ...]", DESCRIPTION
     )
     parser.add_argument("--ckpt", type=existing, metavar="FILE", help="a checkpoint; otherwise the initial weights")
     parser.add_argument("--output", type=_picture, default="diagram.png", metavar="PICTURE", help="PNG, PDF or SVG")

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from lsp_callbacks import __version__
-from lsp_callbacks.cli.configured import print_failure
+from lsp_callbacks.cli.configured import command_parser, print_failure
 from lsp_callbacks.report.logs.find import read_run
 from lsp_callbacks.report.logs.logged_run import LoggedRun, UnreadableLogs
 from lsp_callbacks.report.logs.mlflow_database import split_run
@@ -55,13 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "lsp-callbacks report",
-        usage="lsp-callbacks report RUN [RUN ...] [-o FILE] [--open] [--follow] [--loss KEY]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("report", "RUN [RUN ...] [-o FILE] [--open] [--follow] [--loss KEY]", DESCRIPTION)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder or log file")
     parser.add_argument("-o", "--output", type=Path, default=Path("stability.html"), metavar="FILE",
                         help="the page (stability.html)")  # fmt: skip

@@ -58,7 +58,8 @@ class CriticalSharpness(AlongUpdate):
         ValueError: for a second loss that is neither a function nor batches, less than one batch, a tolerance outside
             (0, 1].
 
-    Cost: 2 to 3 forward passes, 0.8 gradients; at first 3 to 6. As many, and one more, for a second loss.
+    Cost: 2 to 3 forward passes, at first some more (``benchmarks/critical_sharpness_is_cheap.py``). As many, and one
+    more, for a second loss.
 
     Source: Kalra et al. 2026.
 
