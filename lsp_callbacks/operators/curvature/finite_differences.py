@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ class Differences:
         self.snapshot, self.centre = snapshot, gradient
         self.parameters = list(snapshot.parameters.values())
         self.eps = float(torch.finfo(gradient.dtype).eps)
-        size, *sizes = _norms([gradient, *(p.detach() for p in self.parameters)]).tolist()
+        size, *sizes = _norms([gradient, *(p.detach() for p in self.parameters)])
         self.gradient, self.theta = size, math.hypot(*sizes)
         self.lengths = lengths(self.parameters, sizes)
         self.rows = [k for k, p in enumerate(self.parameters) if p.ndim <= 1]
@@ -200,11 +200,11 @@ class Differences:
     def _extent(self, v: Tensor) -> tuple[float, float | None]:
         """Return the norm of a vector, and its `reach`."""
         parts = v.split([p.numel() for p in self.parameters])
-        moves = _norms(parts).tolist()
+        moves = _norms(parts)
         size = math.hypot(*moves)
         if self.lengths is None or not size:
             return size, None
-        largest = dict(zip(self.rows, _norms([parts[k] for k in self.rows] or parts[:1], math.inf).tolist()))
+        largest = dict(zip(self.rows, _norms([parts[k] for k in self.rows] or parts[:1], math.inf)))
         moved = math.hypot(*(largest.get(k, x) / length for k, (x, length) in enumerate(zip(moves, self.lengths))))
         return size, self.eps**0.5 * size / moved
 
@@ -317,10 +317,15 @@ class Differences:
     def _gap(self, near: Difference, far: Difference) -> float:
         return float(norm(self.weight * (near.change / near.distance - far.change / far.distance)))
 
+    @cached_property
+    def start(self) -> list[Tensor]:
+        """Copies of the parameters before any product has moved them, to put every bit back."""
+        return [p.detach().clone() for p in self.parameters]
+
     def _moved(self, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """At the parameters moved by ``scale * v``: the rise of the loss, its size before, and the gradient."""
         snapshot = self.snapshot
-        compute = partial(displaced_gradient, snapshot.replay, self.parameters, v, scale, snapshot.loss)
+        compute = partial(displaced_gradient, snapshot.replay, self.parameters, self.start, v, scale, snapshot.loss)
         if snapshot.run.ranks.world == 1:
             return compute()
         return snapshot.run.ranks.mean(compute, "the displaced gradient")  # type: ignore[return-value]
@@ -387,14 +392,14 @@ def lengths(parameters: Sequence[Tensor], sizes: Sequence[float] | None = None) 
         parameters: the tensors.
         sizes: their norms, if they are known.
     """
-    sizes = _norms([p.detach() for p in parameters]).tolist() if sizes is None else sizes
+    sizes = _norms([p.detach() for p in parameters]) if sizes is None else sizes
     values = [float(size) / max(1, len(p) if p.ndim else 1) ** 0.5 for size, p in zip(sizes, parameters)]
     typical = sorted(values)[len(values) // 2] or min((x for x in values if x > 0), default=0.0)
     return [max(x, 0.1 * typical) for x in values] if typical > 0 else None
 
 
-def _norms(parts: list[Tensor] | tuple[Tensor, ...], order: float = 2.0) -> Tensor:
-    """Return the norm of each part in float64."""
-    sizes = torch.stack(foreach_norm(parts, order)).double()
-    is_accurate = order != 2.0 or bool(((sizes > LOW) & (sizes < HIGH)).all())
-    return sizes if is_accurate else torch.stack(norms(parts))
+def _norms(parts: list[Tensor] | tuple[Tensor, ...], order: float = 2.0) -> list[float]:
+    """Return the norm of each part."""
+    sizes = torch.stack(foreach_norm(parts, order)).tolist()
+    is_accurate = order != 2.0 or all(LOW < size < HIGH for size in sizes)
+    return sizes if is_accurate else torch.stack(norms(parts)).tolist()

@@ -26,7 +26,7 @@ RAISED, MOST_GAIN = 0.5, 0.3
 #: seeds 0, 1, 5 and 6 of ``benchmarks/sharpness_error_bars.py``.
 HIDDEN, OVERLAP, LEAST, GAIN, FALL, TURNED, LEFT = 0.36, 0.05, 0.15, 0.2, 0.66, 0.17, (1.0, 0.35, 0.16)
 #: Error bar from which on a further product is taken.
-WIDE = 0.41
+WIDE = 0.8
 #: How many earlier values are compared.
 RECENT = 3
 #: Random numbers that are repeated, with random signs, to form noise.
