@@ -193,7 +193,7 @@ class StabilityMonitor(RunResults, Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Not in setup: the module may build itself in its own setup or configure_model, which come later.
-        check_trains(trainer, pl_module, self.loss_fn, self.accumulate)
+        check_trains(pl_module, self.monitor, self.loss_fn, self.accumulate)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         observer, losses = self.observer, self.loss_fn if isinstance(self.loss_fn, Mapping) else None
