@@ -1,23 +1,28 @@
 """Scalars and pictures reach the loggers that people use, each with its real package where it is installed."""
 
 import json
+import math
+import time
 import zipfile
 from pathlib import Path
 
 import harness
 import pytest
+import pytorch_lightning as pl
 from pytorch_lightning.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lsp_callbacks import StabilityMonitor, StabilityReport
+from lsp_callbacks.callbacks.log_histogram import by_kind, log_histogram
 from lsp_callbacks.report.logs.find import read_run
 from lsp_callbacks.report.logs.logged_run import PNG
 
 KEYS = ("stability/courant", "stability/sharpness", "stability/spectral_norm/net.0")
 
 
-def trained(logger, root, *callbacks, **settings):
+def trained(logger, root, *callbacks, log_layers="all", **settings):
     """A short run with a picture; returns its curves."""
-    monitor = StabilityMonitor(["mean_square_stability", "sharpness", "spectral_norm"], every_n_steps=4)
+    monitor = StabilityMonitor(["mean_square_stability", "sharpness", "spectral_norm"], every_n_steps=4,
+                               log_layers=log_layers)  # fmt: skip
     callbacks = callbacks or (StabilityReport(table=False),)
     settings = {"default_root_dir": root, "log_every_n_steps": 1, "max_steps": 9} | settings
     harness.fit(harness.Model, monitor, *callbacks, logger=logger, **settings)
@@ -58,6 +63,9 @@ def test_wandb_offline(tmp_path, monkeypatch):
         folder = Path(logger.experiment.dir).parent
         names.append(f"digits/{logger.version}/stability.png")
         wandb.finish()
+        end = time.monotonic() + 60
+        while not read_run(folder).ended and time.monotonic() < end:  # its service writes the rest when it likes
+            time.sleep(0.1)
         assert_logged(read_run(folder).curves, history)
         (picture,) = (folder / "files" / "media" / "images" / "stability").glob("run_*.png")
         assert picture.read_bytes().startswith(PNG)
@@ -83,14 +91,12 @@ def test_mlflow(store, tmp_path, monkeypatch):
     assert saved(tmp_path) == sorted(names)
 
 
-def test_comet_offline(tmp_path):
-    comet_ml = pytest.importorskip("comet_ml")
-    logger = CometLogger(project="digits", online=False, offline_directory=str(tmp_path))
-    if logger.experiment.disabled:  # as Lightning makes it with online=False: such an experiment keeps nothing
-        logger.experiment.end()
-        logger._comet_config = comet_ml.ExperimentConfig(offline_directory=str(tmp_path))
-        logger._create_experiment()
+def test_comet_offline(tmp_path, monkeypatch):
+    pytest.importorskip("comet_ml")
+    monkeypatch.setenv("COMET_START_ONLINE", "0")  # with online=False Lightning makes an experiment that keeps nothing
+    logger = CometLogger(project="digits", offline_directory=str(tmp_path))
     history = trained(logger, tmp_path)
+    log_histogram(logger, "stability/spectral_norm", [1.0, 2.0], 8)
     logger.experiment.end()
     (archive,) = tmp_path.glob("*.zip")
     with zipfile.ZipFile(archive) as file:
@@ -100,8 +106,40 @@ def test_comet_offline(tmp_path):
         values = [metric["metricValue"] for metric in metrics if metric["metricName"] == key]
         assert values == pytest.approx(history[key].values)
     uploads = [message["payload"] for message in messages if message["type"] == "file_upload"]
-    assert any("stability/run" in json.dumps(upload) for upload in uploads)
+    for name in ("stability/run", "stability/spectral_norm"):
+        assert any(name in json.dumps(upload) for upload in uploads)
     assert saved(tmp_path) == [f"digits/{logger.version}/stability.png"]
+
+
+def test_histograms_of_layers_in_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    history = trained(logger, tmp_path, pl.Callback(), log_layers="histogram")
+    events = EventAccumulator(logger.log_dir, size_guidance={"histograms": 0}).Reload()
+    assert events.Tags()["histograms"] == ["stability/spectral_norm"]
+    assert not [tag for tag in events.Tags()["scalars"] if tag.count("/") > 1]
+    norms = [history[f"stability/spectral_norm/net.{k}"] for k in (0, 2)]
+    for i, event in enumerate(events.Histograms("stability/spectral_norm")):
+        values = [curve.values[i] for curve in norms]
+        assert event.step == norms[0].steps[i] and event.histogram_value.num == 2
+        assert (event.histogram_value.min, event.histogram_value.max) == pytest.approx((min(values), max(values)))
+
+
+def test_histograms_of_layers_in_wandb(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(project="digits", save_dir=tmp_path, offline=True)
+    history = trained(logger, tmp_path, pl.Callback(), log_layers="histogram")
+    logged = logger.experiment.summary["stability/spectral_norm"]
+    wandb.finish()
+    assert logged["_type"] == "histogram" and sum(logged["values"]) == 2
+    assert logged["bins"][-1] == pytest.approx(history["stability/spectral_norm_max"].values[-1])
+
+
+def test_only_finite_numbers_of_layers_make_a_histogram():
+    values = {"stability/a": 1.0, "stability/b/x.1": 2.0, "stability/b/y/z": 3.0, "stability/b/n": math.nan}
+    assert by_kind(values | {"stability/c/x": math.inf}) == {"stability/b": [2.0, 3.0]}
 
 
 def test_a_logger_that_fails_at_a_picture_does_not_end_the_run(tmp_path, capsys):
