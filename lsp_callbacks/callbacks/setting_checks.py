@@ -27,8 +27,8 @@ def check_settings(
     """Raise ValueError for settings that are wrong, or do not go together."""
     if sub_batch is not None:
         whole("sub_batch", sub_batch, 1, instead=", or None for the whole batch")
-    if log_layers not in ("all", "summary"):
-        whole("log_layers", log_layers, 1, instead=", or 'all' or 'summary'")
+    if log_layers not in ("all", "summary", "histogram"):
+        whole("log_layers", log_layers, 1, instead=", or 'all', 'summary' or 'histogram'")
     whole("seed", seed, 0)
     if accumulate is not None:
         whole("accumulate", accumulate, 1, instead=" batches, or None")
