@@ -175,7 +175,7 @@ def _node(T: np.ndarray, basis: list[Tensor], complete: bool) -> TopNode:
         bordered[k, k] = min(max(T[k, k - 1] ** 2 * (vectors[-1] ** 2 / inverse).sum(), 0.0), least)
         nodes, columns = np.linalg.eigh(bordered)
         value, weights = nodes[-1], columns[:, -1]
-    value, least, scale = (torch.tensor(number, dtype=torch.float64) for number in (value, least, scale))
+    value, least, scale = torch.tensor([value, least, scale], dtype=torch.float64).unbind()
     return TopNode(
         value, least, basis[: len(weights)], torch.from_numpy(weights), k, scale, complete, torch.from_numpy(T)
     )

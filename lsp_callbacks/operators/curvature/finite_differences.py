@@ -125,6 +125,7 @@ class Differences:
         self.seen, self.used, self.loss, self.rounding = 0.0, 0.0, 0.0, 0.0
         self.nearest, self.referred = NEAR, False
         self.last: LastProduct | None = None
+        self._noted: tuple[float, ...] = ()
         self.key = (None if snapshot.player is None else snapshot.player.name, self._uneven, relative)
         self.known = snapshot.run.known_scales.before(snapshot.step, self.key)
 
@@ -156,8 +157,10 @@ class Differences:
             self._compare(v, size, difference)
         product = difference.change.mul_(size / difference.distance)
         self._require_symmetry(v, size, product)
-        scale = Scale(self.seen, self.used, self.loss, max(self.rounding, FADED * self.known.rounding))
-        self.snapshot.run.known_scales.note(self.snapshot.step, self.key, scale)
+        shown = (self.seen, self.used, self.loss, max(self.rounding, FADED * self.known.rounding))
+        if shown != self._noted:
+            self.snapshot.run.known_scales.note(self.snapshot.step, self.key, Scale(*shown))
+            self._noted = shown
         return product
 
     def _require_symmetry(self, v: Tensor, size: float, product: Tensor) -> None:
@@ -213,7 +216,8 @@ class Differences:
         rise, loss, moved = self._moved(v, distance / size)
         change = moved.sub_(self.centre)
         slope = 2 * torch.dot(self.centre, v) + torch.dot(change, v)
-        rose, loss, slope, length = torch.stack([t.double() for t in (rise, loss, slope, norm(change))]).tolist()
+        rose, loss, slope = torch.stack([t.double() for t in (rise, loss, slope)]).tolist()
+        (length,) = _norms([change])
         defect = rose - 0.5 * distance * slope / size
         self.loss = loss
         return Difference(change, distance, length / distance, defect)

@@ -67,7 +67,8 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
     Cost: see `products_taken`.
     """
     n = operator.shape[1]
-    length = float(norm(start)) if start is not None and len(start) == n else 0.0
+    products, generator = products_so_far(snapshot), snapshot.generator("lanczos")
+    length = float(torch.linalg.vector_norm(start)) if start is not None and len(start) == n else 0.0
     fits = 0 < length < math.inf
     start = start.to(operator.dtype) if start is not None and fits else None
     steps = n if n <= FEW else WARM if fits else COLD
@@ -78,28 +79,26 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
 
     def enough(node: TopNode) -> bool:
         early.append(node.value)
-        value, turned = float(node.value), 1.0
+        turned = 1.0
         if start is not None:
             overlaps.extend(float(torch.dot(q, start)) for q in node.basis[len(overlaps) :])
-            turned = 1.0 - min(1.0, abs(sum(map(mul, node.weights.tolist(), overlaps))) / length)
-        rest = GAIN * float(node.gain) + FALL * _fall(value, recent) + TURNED * turned
+            turned -= min(1.0, abs(sum(map(mul, node.weights.tolist(), overlaps))) / length)
+        value, gain, hidden = float(node.value), float(node.gain), float(node.hidden(OVERLAP))
         left = LEFT[min(max(node.products - steps, 0), len(LEFT) - 1)]
-        hidden = float(node.hidden(OVERLAP)) / max(abs(value), _TINY)
-        bars.append(LEAST + HIDDEN * hidden + left * rest)
+        rest = GAIN * gain + FALL * _fall(value, recent) + TURNED * turned
+        bars.append(LEAST + HIDDEN * hidden / max(abs(value), _TINY) + left * rest)
         return node.products >= steps and bars[-1] <= WIDE
 
-    products = products_so_far(snapshot)
-    before = products.taken
-    node = top_node(
-        operator, _mixed(snapshot, operator, start), steps=min(WARM, n), most=max(steps, MOST), enough=enough
-    )
+    before, mixed = products.taken, _mixed(operator, start, snapshot.flat_gradient, generator)
+    node = top_node(operator, mixed, steps=min(WARM, n), most=max(steps, MOST), enough=enough)
     first = early[0] if early else node.value
+    vector, gain = node.vector, node.gain.clamp_max(MOST_GAIN)
     accuracy = accuracy_of(snapshot, operator.dtype, products.taken > before) * node.scale
     value, error = node.value, accuracy
     if not node.complete:
-        value = node.value * (1 + RAISED * node.gain.clamp_max(MOST_GAIN))
+        value = node.value * (1 + RAISED * gain)
         error = torch.maximum(accuracy, bars[-1] * value.abs())
-    return Top(value, node.vector, error, accuracy, error + value - node.least, node.products, first)
+    return Top(value, vector, error, accuracy, error + value - node.least, node.products, first)
 
 
 def products_taken(n: int, warm: bool) -> float:
@@ -113,9 +112,11 @@ def _fall(value: float, recent: Sequence[float]) -> float:
     return max(0.0, math.log(highest / value)) if highest > 0 and value > 0 else 0.0
 
 
-def _mixed(snapshot: Snapshot, operator: LinearOperator, start: Tensor | None) -> Tensor:
+def _mixed(
+    operator: LinearOperator, start: Tensor | None, gradient: Tensor | None, generator: torch.Generator
+) -> Tensor:
     """Return a start of earlier vector, gradient and noise."""
-    mixed, gradient = _noise(snapshot, operator), snapshot.flat_gradient
+    mixed = _noise(operator, generator)
     size = float(norm(gradient)) if gradient is not None else 0.0
     sign = 1
     if gradient is not None and 0 < size < math.inf:
@@ -125,14 +126,13 @@ def _mixed(snapshot: Snapshot, operator: LinearOperator, start: Tensor | None) -
     return mixed if start is None else mixed.add_(start, alpha=sign)
 
 
-def _noise(snapshot: Snapshot, operator: LinearOperator) -> Tensor:
+def _noise(operator: LinearOperator, generator: torch.Generator) -> Tensor:
     """Return a random vector: a block of Gaussian numbers again and again, each time with a random sign.
 
     Its overlap with a unit vector has mean 0 and variance ``1 / n``, as that of n independent numbers has, which take
     longer than a product on some processors.
     """
     n = operator.shape[1]
-    generator = snapshot.generator("lanczos")
     block = torch.randn(min(n, _BLOCK), generator=generator, dtype=operator.dtype)
     signs = torch.randint(0, 2, (-(-n // len(block)), 1), generator=generator) * 2 - 1
     block *= NOISE / n**0.5
