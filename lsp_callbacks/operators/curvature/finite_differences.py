@@ -14,6 +14,7 @@ from lsp_callbacks.autograd._torch_internals import base, foreach_norm, version
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, inner, norm, norms
 from lsp_callbacks.linalg.norms import HIGH, LOW
+from lsp_callbacks.operators.curvature.gradient_difference import Difference, Untrusted
 from lsp_callbacks.step.flat import displaced_gradient, split
 from lsp_callbacks.step.known_scale import Scale
 from lsp_callbacks.step.snapshot import Snapshot
@@ -31,27 +32,6 @@ LEAST = 0.3
 FADED = 0.9
 #: Bounds on the rounding of a gradient are this many times the rounding observed on networks of several kinds.
 SAFETY = 3.0
-
-
-class Untrusted(Exception):
-    """A difference that may be wrong, by rounding or by a kink."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """``grad L(theta + e u) - grad L(theta)`` along a unit vector u.
-
-    Attributes:
-        change: the difference itself.
-        distance: e.
-        slope: ``||change|| / e``.
-        defect: ``L(theta + e u) - L - e (g + g') u / 2``, which vanishes like ``e^3 D^3L / 12`` on a smooth loss.
-    """
-
-    change: Tensor
-    distance: float
-    slope: float
-    defect: float
 
 
 @dataclass(frozen=True)

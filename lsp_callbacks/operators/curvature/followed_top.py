@@ -17,7 +17,7 @@ from lsp_callbacks.step.snapshot import Snapshot
 #: Products: with an earlier vector, without one, and at most. So many parameters are measured to the end.
 WARM, COLD, MOST, FEW = 2, 3, 4, 12
 #: Products that readings take in the mean, with an earlier vector and without: ``benchmarks/sharpness_error_bars.py``.
-USUAL = (3.0, 3.8)
+USUAL = (2.35, 3.1)
 #: Norm of the noise in a start, in units of that of the earlier vector, or of the gradient.
 NOISE = 0.1
 #: How much of the gain the value is raised by, of a gain of at most so much.
