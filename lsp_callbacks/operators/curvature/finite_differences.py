@@ -213,12 +213,14 @@ class Differences:
         if better < difference.distance / 12 or (better > difference.distance and not self._clear(difference)):
             self.seen, self.used = before  # too far for such a curvature, or too near for such a rounding
             difference = self._seen(v, size, better)
-        if not self._clear(difference) and not self.referred:
+        is_clear = self._clear(difference)
+        if not is_clear and not self.referred:
             # Along most directions of a large network nothing changes: what counts is the largest curvature.
             self.referred, far = True, self.reach(self.centre) if self.gradient else None
             if far:
                 self._seen(self.centre, self.gradient, FIRST * far)
-        if not self._clear(difference):
+            is_clear = self._clear(difference)
+        if not is_clear:
             raise Untrusted("the change of the gradient is no larger than its rounding")
         return difference
 
@@ -261,11 +263,16 @@ class Differences:
             return self.amplified <= accepted
         return self._amplified_where((self.centre != 0) | (difference.change != 0)) <= accepted
 
+    @cached_property
+    def _touched(self) -> int:
+        """How many numbers of the gradient are not exactly 0."""
+        return int(torch.count_nonzero(self.centre))
+
     def _amplified_where(self, touched: Tensor) -> float:
         """Return the root mean square of the weight where a gradient is not exactly 0."""
-        if not self._uneven:
+        if not self._uneven or self._touched == len(self.centre):
             return self.amplified
-        return float(norm(self.weight * touched)) / max(1.0, float(touched.sum())) ** 0.5
+        return float(norm(self.weight * touched)) / max(1.0, float(torch.count_nonzero(touched))) ** 0.5
 
     def _moves(self, v: Tensor, scale: float) -> bool:
         """Return whether the parameters move as they should, except for random rounding up or down."""
