@@ -1,0 +1,116 @@
+"""Where a run is in its data and in its random numbers, so that it can be brought there again."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.utils._pytree import tree_leaves
+
+from lsp_callbacks.autograd.random_state import random_numbers, set_random_numbers
+from lsp_callbacks.callbacks._lightning_internals import skip_batches
+
+
+class DataPosition:
+    """The order of the batches of an epoch follows from the random states at its beginning: these are kept.
+
+    To come to a batch again, they are put back before the loader is iterated, the batches before it are fetched and let
+    go, and the random states of the moment are put back. Loaders with ``state_dict`` and ``load_state_dict`` are left to
+    Lightning, which restores them by itself. A checksum of the last batch shows whether it was the same one.
+
+    Attributes:
+        left_out: batches of this epoch that were fetched and not trained with, beside those of Lightning's count.
+    """
+
+    def __init__(self) -> None:
+        self._epoch_began: dict[str, Any] = {}
+        self._is_iterated = False
+        self.left_out = 0
+
+    def index(self, trainer: Any) -> int:
+        """Return the index of the next batch in the order of the epoch, at the end of a batch."""
+        return trainer.fit_loop.batch_idx + 1 + self.left_out
+
+    def leave_out(self, trainer: Any, count: int) -> None:
+        """Leave out the next batches."""
+        skip_batches(trainer, count)
+        self.left_out += count
+
+    def begin_fit(self) -> None:
+        """Note, before the loaders are made, what the order of the first epoch will follow from."""
+        self._epoch_began, self._is_iterated, self.left_out = random_numbers(), True, 0
+
+    def begin_epoch(self) -> None:
+        """Note the same of a later epoch; Lightning has made the iterator of the first before."""
+        if not self._is_iterated:
+            self._epoch_began = random_numbers()
+        self._is_iterated, self.left_out = False, 0
+
+    def state(self, trainer: Any, batch: Any) -> dict[str, Any]:
+        """Return where all processes are, after a batch of theirs, or, for None, between two epochs; collective."""
+        here = {"rng": random_numbers(), "epoch": self._epoch_began if batch is not None else None}
+        here |= {"checksum": checksum(batch), "left_out": self.left_out}
+        here["batches"] = 0 if batch is None else trainer.fit_loop.batch_idx + 1
+        if trainer.world_size == 1:
+            return {"ranks": [here]}
+        ranks: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(ranks, here)
+        return {"ranks": ranks}
+
+    def return_before_loaders(self, trainer: Any, state: Mapping[str, Any]) -> None:
+        """Put the random states back from which the order of the batches follows, before the loaders are made."""
+        here = self._of_rank(trainer, state)
+        if here is not None:
+            set_random_numbers(here["rng"] if here["epoch"] is None else here["epoch"])
+            self.begin_fit()
+
+    def return_to_batch(self, trainer: Any, state: Mapping[str, Any]) -> int:
+        """Fetch the batches that the state has had, and put its random states back, when training begins.
+
+        Returns:
+            The index of the batch that comes next, in the order of the epoch.
+        """
+        here = self._of_rank(trainer, state)
+        if here is None or here["epoch"] is None:
+            return 0
+        self._is_iterated, self.left_out = False, here["left_out"]  # this epoch's own hook is not called again
+        loaders = tree_leaves(trainer.train_dataloader)
+        if not all(hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") for loader in loaders):
+            for loader in loaders:
+                for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+                    sampler = getattr(sampler, "sampler", sampler)
+                    if hasattr(sampler, "set_epoch"):
+                        sampler.set_epoch(trainer.current_epoch)
+            counted = here["batches"]
+            last = skip_batches(trainer, counted + self.left_out, counted=counted)
+            if checksum(last) != here["checksum"]:
+                rank_zero_warn(
+                    "RollBackOnInstability: the training loader does not give the batches of this epoch in the same "
+                    "order again: the run goes on with others; give it state_dict and load_state_dict, or let its "
+                    "order follow from torch's global seed"
+                )
+        set_random_numbers(here["rng"])
+        return here["batches"] + self.left_out
+
+    def _of_rank(self, trainer: Any, state: Mapping[str, Any]) -> dict[str, Any] | None:
+        ranks = state["ranks"]
+        if len(ranks) == trainer.world_size:
+            return ranks[trainer.global_rank]
+        rank_zero_warn(
+            f"RollBackOnInstability: {len(ranks)} processes have written the state, and there are {trainer.world_size}:"
+            " random numbers and the position in the data are not restored"
+        )
+        return None
+
+
+def checksum(batch: Any) -> int:
+    """Return a checksum of the tensors of a batch."""
+    code = 0
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, torch.Tensor):
+            code = zlib.crc32(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), code)
+    return code
