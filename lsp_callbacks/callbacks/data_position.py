@@ -29,6 +29,7 @@ class DataPosition:
     def __init__(self) -> None:
         self._epoch_began: dict[str, Any] = {}
         self._is_iterated = False
+        self._between: Mapping[str, Any] | None = None  # random states with which the next epoch begins
         self.left_out = 0
 
     def index(self, trainer: Any) -> int:
@@ -46,13 +47,22 @@ class DataPosition:
 
     def begin_epoch(self) -> None:
         """Note the same of a later epoch; Lightning has made the iterator of the first before."""
+        if self._between is not None:
+            set_random_numbers(self._between)
+            self._between, self._is_iterated = None, False
         if not self._is_iterated:
             self._epoch_began = random_numbers()
         self._is_iterated, self.left_out = False, 0
 
-    def state(self, trainer: Any, batch: Any) -> dict[str, Any]:
-        """Return where all processes are, after a batch of theirs, or, for None, between two epochs; collective."""
-        here = {"rng": random_numbers(), "epoch": self._epoch_began if batch is not None else None}
+    def state(self, trainer: Any, batch: Any, *, is_between: bool = False) -> dict[str, Any]:
+        """Return where all processes are; collective.
+
+        Args:
+            trainer: Lightning's.
+            batch: that was the last one; None at the beginning of an epoch.
+            is_between: whether the last epoch is over, and the next has not begun.
+        """
+        here = {"rng": random_numbers(), "epoch": None if is_between else self._epoch_began}
         here |= {"checksum": checksum(batch), "left_out": self.left_out}
         here["batches"] = 0 if batch is None else trainer.fit_loop.batch_idx + 1
         if trainer.world_size == 1:
@@ -75,9 +85,13 @@ class DataPosition:
             The index of the batch that comes next, in the order of the epoch.
         """
         here = self._of_rank(trainer, state)
-        if here is None or here["epoch"] is None:
+        if here is None:
             return 0
-        self._is_iterated, self.left_out = False, here["left_out"]  # this epoch's own hook is not called again
+        if here["epoch"] is None:
+            self._between = here["rng"]
+            return 0
+        # Within an epoch the hook of its beginning is not called again.
+        self._is_iterated, self.left_out = here["batches"] == 0, here["left_out"]
         loaders = tree_leaves(trainer.train_dataloader)
         if not all(hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") for loader in loaders):
             for loader in loaders:

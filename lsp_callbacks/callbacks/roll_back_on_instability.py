@@ -277,10 +277,10 @@ class RollBackOnInstability(StopOnInstability):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self._is_wanted and not trainer.should_stop:
-            self._save(trainer, None)
+            self._save(trainer, None, is_between=True)
 
-    def _save(self, trainer: Any, batch: Any) -> None:
-        """Write a state, after a batch, or, for None, between two epochs; collective."""
+    def _save(self, trainer: Any, batch: Any, *, is_between: bool = False) -> None:
+        """Write a state; for the arguments see `DataPosition.state`; collective."""
         self._is_wanted = False
         assert self._folder is not None
         state = StableState(
@@ -288,7 +288,7 @@ class RollBackOnInstability(StopOnInstability):
             os.path.join(self._folder, f"step-{trainer.global_step}.ckpt"),
             self._source.forecast.critical.mean,
         )
-        self._data = self._position.state(trainer, batch)
+        self._data = self._position.state(trainer, batch, is_between=is_between)
         try:
             trainer.save_checkpoint(state.path)
         finally:
@@ -339,8 +339,9 @@ class RollBackOnInstability(StopOnInstability):
     # -- checkpoints -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
+        made = self.roll_backs if self._pending is None else self.roll_backs[:-1]
         return super().state_dict() | {
-            "roll_backs": [asdict(each) for each in self.roll_backs], "scale": self.scale, "folder": self._folder,
+            "roll_backs": [asdict(each) for each in made], "scale": self.scale, "folder": self._folder,
             "states": self._states.state_dict(), "data": self._data,
         }  # fmt: skip
 

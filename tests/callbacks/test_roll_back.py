@@ -1,6 +1,7 @@
 """Training returns to a state that was measured stable, to the last bit, and goes on at a lower rate."""
 
 import json
+import logging
 import math
 import random
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from harness import BATCH, CLASSES, FEATURES, MOMENTUM, Model, Rows, mlp, same, trainer
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lsp_callbacks import CapLearningRate, RollBackOnInstability, StabilityMonitor, StopOnInstability
 from lsp_callbacks.callbacks.base import Callback
@@ -98,3 +99,224 @@ def test_it_returns_to_the_last_bit_and_goes_on_as_if_nothing_had_been(tmp_path,
             assert len(broken.states[step]) == 2 and same(*broken.states[step])
     trained = {step: batch for step, batch in broken.batches}
     assert all(torch.equal(trained[step], batch) for step, batch in plain.batches)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("loader", [
+    partial(batches, n=BATCH),  # an epoch is a batch: states lie between epochs
+    partial(batches, num_workers=2),
+    partial(batches, shuffle=False),
+    lambda: DataLoader(Endless(), batch_size=BATCH),
+])  # fmt: skip
+def test_the_same_batches_come_again_from_every_loader(tmp_path, loader):
+    plain, broken = Seen(), Seen()
+    run(tmp_path / "a", Noisy, plain, loader=loader(), max_steps=26)
+    back, _ = run(tmp_path / "b", partial(Noisy, [15]), broken, loader=loader(), factor=1.0, max_steps=26)
+    assert len(back.roll_backs) == 1 and back.roll_backs[0].state.step >= 8
+    assert all(same(plain.states[step][0], broken.states[step][-1]) for step in range(1, 27))
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        for k in range(10**6):
+            x = torch.randn(FEATURES, generator=torch.Generator().manual_seed(k))
+            yield x, x[:CLASSES].argmax()
+
+
+def test_a_loader_of_another_order_is_told(tmp_path):
+    class Unrepeatable(Noisy):
+        def train_dataloader(self):
+            return batches(generator=torch.Generator().manual_seed(torch.seed() % 2**31))
+
+    torch.manual_seed(0)
+    back = RollBackOnInstability(dirpath=str(tmp_path), every_n_steps=4)
+    t = trainer(StabilityMonitor(["sharpness"], every_n_steps=2), back, max_steps=20)
+    with pytest.warns(UserWarning, match="does not give the batches of this epoch in the same order"):
+        back.fit(t, Unrepeatable([15]))
+    assert len(back.roll_backs) == 1 and t.global_step == 20
+
+
+# -- the rate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_rate_is_lower_in_the_updates_alone_and_that_is_measured(tmp_path):
+    plain, broken, rows = Seen(), Seen(), Rows()
+    run(tmp_path / "a", Noisy, plain)
+    back, t = run(tmp_path / "b", partial(Noisy, [17]), broken, logger=rows, factor=0.25)
+    (roll_back,) = back.roll_backs
+    returned = len(plain.rates[: roll_back.at])
+    scheduled = [rate for _, rate in plain.rates]
+    assert broken.rates[:returned] == plain.rates[:returned]
+    again = [rate for _, rate in broken.rates[returned:]]
+    assert again == pytest.approx([0.25 * rate for rate in scheduled[roll_back.state.step :]], rel=1e-12)
+    assert same(plain.states[40][0]["scheduler"], broken.states[40][-1]["scheduler"])
+    assert t.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.99**40)
+    assert rows.curve(ROLL) == {17: roll_back.state.step} and rows.curve(SCALE) == {17: 0.25}
+    # The sharpness times the rate over two, at the rate that was used.
+    monitor = next(c for c in t.callbacks if isinstance(c, StabilityMonitor))
+    for step in (36, 38):
+        measured = dict(zip(*vars(monitor.history["stability/sharpness"]).values()))[step]
+        courant = dict(zip(*vars(monitor.history["stability/courant_gd"]).values()))[step]
+        assert courant == pytest.approx(measured * 0.25 * scheduled[step] / (2 * 1.9), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_rate_beyond_the_edge_comes_down_below_the_critical_one_of_the_state(tmp_path):
+    class Jumps(Noisy):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
+            jump = lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 21 else 3000.0)
+            return [optimizer], [{"scheduler": jump, "interval": "step"}]
+
+    seen = Seen()
+    seen.on_train_batch_end = lambda *args: None
+    back, t = run(tmp_path, Jumps, seen, max_steps=60)
+    (roll_back,) = back.roll_backs
+    assert "is" in roll_back.reason and roll_back.at == 21
+    assert roll_back.scale * 150 == pytest.approx(0.9 * roll_back.state.critical)
+    assert t.global_step == 60 and max(rate for _, rate in seen.rates) < 1.01 * 0.9 * roll_back.state.critical
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_cap_beside_it_limits_the_lowered_rate(tmp_path):
+    seen = Seen()
+    back, t = run(tmp_path, partial(Noisy, [17]), seen, CapLearningRate(1e-6), factor=0.25)
+    cap = next(c for c in t.callbacks if isinstance(c, CapLearningRate))
+    assert len(back.roll_backs) == 1 and cap.capped > 20
+    limits = [rate for _, rate in seen.rates[25:]]
+    assert max(limits) < 1e-3 and t.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.99**40)
+    back, t = run(tmp_path, partial(Noisy, [17]), seen := Seen(), CapLearningRate(1e6), factor=0.25)
+    assert seen.rates[-1][1] == pytest.approx(0.25 * 0.05 * 0.99**39)
+
+
+# -- how often, and past what ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_after_so_many_returns_it_stops(tmp_path, caplog):
+    class Always(Noisy):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (math.nan if self.global_step == 17 else 1.0)
+
+    rows = Rows()
+    with caplog.at_level(logging.INFO):
+        back, t = run(tmp_path, Always, logger=rows, times=2)
+    assert [each.at for each in back.roll_backs] == [18, 18] and t.global_step == 18
+    assert [each.scale for each in back.roll_backs] == [0.5, 0.25]
+    assert back.stop_step == 17 and rows.curve("stability/stop") == {17: 17}
+    assert "return 2 of 2" in caplog.text and "stop at step 17: the loss is nan" in caplog.text
+    assert len([*tmp_path.glob("*.ckpt")]) <= 3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bad", [3, 16, 24])  # in the first epoch, later, after an epoch's beginning
+def test_past_the_batches_at_which_it_broke(tmp_path, bad):
+    """The batch is bad, not the step: without leaving it out training breaks there again."""
+    data = batches(n=80, shuffle=False)
+
+    class Corrupted(Noisy):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            is_bad = self.trainer.current_epoch == bad // 10 and torch.equal(batch[0], data.dataset[rows][0])
+            return loss * (math.nan if is_bad else 1.0)
+
+    rows = slice(BATCH * (bad % 10), BATCH * (bad % 10 + 1))
+    back, t = run(tmp_path, Corrupted, loader=batches(shuffle=False), skip_batches=True)
+    (roll_back,) = back.roll_backs
+    epoch, first, last = roll_back.skipped
+    assert (epoch, last) == (bad // 10, bad % 10 + 1) and last - 4 <= first < last
+    assert t.global_step == 40 and all(p.isfinite().all() for p in t.model.parameters())
+    back, t = run(tmp_path / "again", Corrupted, loader=batches(shuffle=False))
+    assert len(back.roll_backs) == 3 and back.stop_step is not None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_breaks_at_once_begins_anew(tmp_path):
+    plain, broken = Seen(), Seen()
+    logs = [Rows(), Rows()]
+    run(tmp_path / "a", Noisy, plain, logger=logs[0], log_every_n_steps=1)
+    back, t = run(tmp_path / "b", partial(Noisy, [0]), broken, logger=logs[1], factor=1.0, log_every_n_steps=1)
+    assert back.roll_backs[0].state.step == 0 and t.global_step == 40
+    assert all(same(plain.states[step][0], broken.states[step][-1]) for step in range(1, 41))
+    again = {step: v for step, v in logs[1].curve("loss").items()}
+    assert again == logs[0].curve("loss")
+
+
+# -- killed, and resumed -----------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Nobody catches it."""
+
+
+class Kills(Callback):
+    """Ends the process, as it were, in a hook, the second time; saves checkpoints of the user's own."""
+
+    def __init__(self, folder, hook, step=0):
+        self.folder, self.fits, self.step = folder, 0, step
+        setattr(self, hook, self.kill)
+
+    def setup(self, trainer, pl_module, stage):
+        self.fits += 1
+
+    def kill(self, trainer, *args):
+        if self.fits == 2 and trainer.global_step >= self.step:
+            raise Killed
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "hook, step", [("on_fit_start", 0), ("on_train_start", 0), ("on_train_batch_start", 15), ("on_train_batch_start", 30)]
+)
+def test_killed_in_the_middle_of_a_return_and_resumed_nothing_is_lost(tmp_path, hook, step):
+    whole, back = Seen(), run(tmp_path / "a", partial(Noisy, [17]), Seen(), factor=0.25)[0]
+    run(tmp_path / "b", partial(Noisy, [17]), whole, factor=0.25)
+    with pytest.raises(Killed):
+        run(tmp_path / "c", partial(Noisy, [17]), Kills(tmp_path, hook, step), factor=0.25)
+    rest = Seen()
+    again, t = run(tmp_path / "elsewhere", Noisy, rest, factor=0.25, ckpt_path=tmp_path / "last.ckpt", seed=5)
+    assert [(each.at, each.scale) for each in again.roll_backs] == [(18, 0.25)] and again.scale == 0.25
+    assert again._folder == str(tmp_path / "c") and t.global_step == 40
+    if step == 0:  # the way that was left is left again; later, Lightning's own resuming knows no order of batches
+        assert rest.batches[0][0] == back.roll_backs[0].state.step + 1
+        assert all(same(whole.states[s][-1], rest.states[s][-1]) for s in rest.states)
+    else:
+        assert rest.batches[0][0] == step + 1 and rest.rates[0][1] == pytest.approx(0.25 * 0.05 * 0.99**step)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_resumed_from_before_a_return_it_goes_on_from_there(tmp_path):
+    class Early(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 5:
+                trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    run(tmp_path / "a", partial(Noisy, [17]), Early())
+    seen = Seen()
+    back, t = run(tmp_path / "a", Noisy, seen, ckpt_path=tmp_path / "early.ckpt")
+    assert not back.roll_backs and back.scale == 1 and seen.batches[0][0] == 6 and t.global_step == 40
+
+
+# -- what cannot be right ------------------------------------------------------------------------------------------------
+
+
+def test_refused_where_it_cannot_work(tmp_path):
+    back = RollBackOnInstability(dirpath=str(tmp_path))
+    with pytest.raises(ValueError, match="instead of trainer.fit"):
+        trainer(StabilityMonitor(), back).fit(Model(), batches())
+    with pytest.raises(ValueError, match="takes the place of StopOnInstability"):
+        back.fit(trainer(StabilityMonitor(), StopOnInstability(), back), Model(), batches())
+    with pytest.raises(ValueError, match="does not have this RollBackOnInstability"):
+        back.fit(trainer(StabilityMonitor()), Model(), batches())
+    with pytest.raises(ValueError, match="needs a StabilityMonitor"):
+        back.fit(trainer(back), Model(), batches())
+
+
+@pytest.mark.parametrize("settings", [{"times": 0}, {"factor": 0}, {"factor": 1.5}, {"safety": 0}, {"every_n_steps": 0}])
+def test_bad_arguments(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        RollBackOnInstability(**settings)
