@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch.utils._pytree import tree_leaves
 
+from lsp_callbacks.autograd._torch_internals import tree_leaves
 from lsp_callbacks.autograd.random_state import random_numbers, set_random_numbers
 from lsp_callbacks.callbacks._lightning_internals import skip_batches
 
@@ -19,8 +19,8 @@ class DataPosition:
     """The order of the batches of an epoch follows from the random states at its beginning: these are kept.
 
     To come to a batch again, they are put back before the loader is iterated, the batches before it are fetched and let
-    go, and the random states of the moment are put back. Loaders with ``state_dict`` and ``load_state_dict`` are left to
-    Lightning, which restores them by itself. A checksum of the last batch shows whether it was the same one.
+    go, and the random states of the moment are put back. Loaders with ``state_dict`` and ``load_state_dict`` are left
+    to Lightning, which restores them by itself. A checksum of the last batch shows whether it was the same one.
 
     Attributes:
         left_out: batches of this epoch that were fetched and not trained with, beside those of Lightning's count.
@@ -29,7 +29,6 @@ class DataPosition:
     def __init__(self) -> None:
         self._epoch_began: dict[str, Any] = {}
         self._is_iterated = False
-        self._between: Mapping[str, Any] | None = None  # random states with which the next epoch begins
         self.left_out = 0
 
     def index(self, trainer: Any) -> int:
@@ -47,9 +46,6 @@ class DataPosition:
 
     def begin_epoch(self) -> None:
         """Note the same of a later epoch; Lightning has made the iterator of the first before."""
-        if self._between is not None:
-            set_random_numbers(self._between)
-            self._between, self._is_iterated = None, False
         if not self._is_iterated:
             self._epoch_began = random_numbers()
         self._is_iterated, self.left_out = False, 0
@@ -59,10 +55,10 @@ class DataPosition:
 
         Args:
             trainer: Lightning's.
-            batch: that was the last one; None at the beginning of an epoch.
-            is_between: whether the last epoch is over, and the next has not begun.
+            batch: that came last; None at the beginning of the run.
+            is_between: whether it was the last one of its epoch.
         """
-        here = {"rng": random_numbers(), "epoch": None if is_between else self._epoch_began}
+        here: dict[str, Any] = {"rng": random_numbers(), "epoch": None if is_between else self._epoch_began}
         here |= {"checksum": checksum(batch), "left_out": self.left_out}
         here["batches"] = 0 if batch is None else trainer.fit_loop.batch_idx + 1
         if trainer.world_size == 1:
@@ -87,18 +83,18 @@ class DataPosition:
         here = self._of_rank(trainer, state)
         if here is None:
             return 0
+        # Lightning calls the hook of an epoch's beginning only where a run begins with one.
+        self._is_iterated = here["batches"] == 0
         if here["epoch"] is None:
-            self._between = here["rng"]
             return 0
-        # Within an epoch the hook of its beginning is not called again.
-        self._is_iterated, self.left_out = here["batches"] == 0, here["left_out"]
+        self.left_out = here["left_out"]
         loaders = tree_leaves(trainer.train_dataloader)
         if not all(hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") for loader in loaders):
             for loader in loaders:
                 for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-                    sampler = getattr(sampler, "sampler", sampler)
-                    if hasattr(sampler, "set_epoch"):
-                        sampler.set_epoch(trainer.current_epoch)
+                    set_epoch = getattr(getattr(sampler, "sampler", sampler), "set_epoch", None)
+                    if set_epoch is not None:
+                        set_epoch(trainer.current_epoch)
             counted = here["batches"]
             last = skip_batches(trainer, counted + self.left_out, counted=counted)
             if checksum(last) != here["checksum"]:

@@ -62,7 +62,7 @@ class LRForecast:
         self._rate_scheduled = self._rate_used if scheduled is None else scheduled
 
     def rates(self) -> tuple[float, float]:
-        """Return the rate that the schedule gives the next update, and that of the last measured step; NaN for players."""
+        """Return the rate of the schedule for the next update, and that of the last measured step; NaN for players."""
         if self._optimizer is None:
             return math.nan, math.nan
         return self.scale * largest_learning_rate(self._optimizer), self._rate_used

@@ -112,7 +112,7 @@ class RollBackOnInstability(StopOnInstability):
         self._is_driven = self._is_wanted = False
         super().__init__(monitor, **settings)
 
-    # -- the runs ------------------------------------------------------------------------------------------------------
+    # -- the runs -----------------------------------------------------------------------------------------------------
 
     def fit(self, trainer: Any, model: Any, *args: Any, **settings: Any) -> None:
         """Train with returns: ``trainer.fit(model, ...)``, as often as it takes.
@@ -127,7 +127,7 @@ class RollBackOnInstability(StopOnInstability):
             ValueError: if the trainer does not have this callback.
         """
         if self not in trainer.callbacks:
-            raise ValueError("the trainer does not have this RollBackOnInstability: Trainer(callbacks=[..., roll_back])")
+            raise ValueError("the trainer does not have this callback: Trainer(callbacks=[..., roll_back])")
         if len(args) > 3:
             raise ValueError("give ckpt_path by its name: roll_back.fit(trainer, model, ..., ckpt_path=...)")
         self._is_driven = True
@@ -222,7 +222,7 @@ class RollBackOnInstability(StopOnInstability):
         self._states.remove_unused(trainer, self.roll_backs)
         show_hooks(self, HOOK)
 
-    # -- one step ------------------------------------------------------------------------------------------------------
+    # -- one step -----------------------------------------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_epoch_start(trainer, pl_module)
@@ -266,18 +266,14 @@ class RollBackOnInstability(StopOnInstability):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         is_whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        # Lightning validates after this hook; a run that is resumed there would not know whether it has.
+        # Lightning validates after this hook; a run that is resumed there does not know whether it has.
         every = trainer.val_check_batch
         validates = bool(trainer.enable_validation) and every not in (None, math.inf) and not (batch_idx + 1) % every
-        if self._is_wanted and is_whole and not trainer.is_last_batch and not validates and not trainer.should_stop:
-            self._save(trainer, batch)
+        if self._is_wanted and is_whole and not validates and not trainer.should_stop:
+            self._save(trainer, batch, is_between=trainer.is_last_batch)
         self._skip(trainer, self._position.index(trainer))
         if not (self._is_wanted or self.roll_backs):
             hide_hooks(self, HOOK)
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._is_wanted and not trainer.should_stop:
-            self._save(trainer, None, is_between=True)
 
     def _save(self, trainer: Any, batch: Any, *, is_between: bool = False) -> None:
         """Write a state; for the arguments see `DataPosition.state`; collective."""
@@ -304,7 +300,7 @@ class RollBackOnInstability(StopOnInstability):
                 self._position.leave_out(trainer, last - index)
                 index = last
 
-    # -- a roll-back -----------------------------------------------------------------------------------------------------
+    # -- a roll-back --------------------------------------------------------------------------------------------------
 
     def _decide(self, trainer: Any, step: int, state: StableState) -> None:
         """Write down that training returns to a state; `fit` makes the return."""
@@ -332,11 +328,11 @@ class RollBackOnInstability(StopOnInstability):
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
         log(trainer, values)
 
-    def _announce(self, trainer: Any, step: int, why: str) -> None:
+    def announce(self, trainer: Any, step: int, why: str) -> None:
         if len(self.roll_backs) >= self.times or self._states.confirmed is None:
-            super()._announce(trainer, step, why)
+            super().announce(trainer, step, why)
 
-    # -- checkpoints -----------------------------------------------------------------------------------------------------
+    # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         made = self.roll_backs if self._pending is None else self.roll_backs[:-1]

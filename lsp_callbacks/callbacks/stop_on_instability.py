@@ -235,10 +235,10 @@ class StopOnInstability(Callback):
             self._is_quiet = not self._collapsed and all(value < limit for value in self._number.values)
             return False
         self.stop_step, self.reason = step, why
-        self._announce(trainer, step, why)
+        self.announce(trainer, step, why)
         return True
 
-    def _announce(self, trainer: Any, step: int, why: str) -> None:
+    def announce(self, trainer: Any, step: int, why: str) -> None:
         """Print and log that training ends."""
         self._say(f"stop at step {step}: {why}. Try a lower learning rate, or a longer warm-up.")
         log(trainer, {"stability/stop": float(step)})

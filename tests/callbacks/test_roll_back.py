@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from harness import BATCH, CLASSES, FEATURES, MOMENTUM, Model, Rows, mlp, same, trainer
+from launch_ranks import launched
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lsp_callbacks import CapLearningRate, RollBackOnInstability, StabilityMonitor, StopOnInstability
 from lsp_callbacks.callbacks.base import Callback
 
+slow = pytest.mark.slow
 ROLL, SCALE = "stability/roll_back", "stability/lr_scale"
 
 
@@ -73,34 +75,41 @@ class Seen(Callback):
         })  # fmt: skip
 
 
-def run(folder, make, *callbacks, loader=None, every=2, states=4, ckpt_path=None, seed=0, **settings):
+def run(folder, make, *callbacks, loader=None, valid=None, every=2, states=4, ckpt_path=None, seed=0, **settings):
     """Trains with returns; the callback is the last one."""
     torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
     own = {k: settings.pop(k) for k in ("times", "factor", "skip_batches", "safety") if k in settings}
     back = RollBackOnInstability(dirpath=str(folder), every_n_steps=states, **own)
     measuring = StabilityMonitor(["sharpness"], every_n_steps=every)
     t = trainer(measuring, *callbacks, back, **{"max_steps": 40} | settings)
-    back.fit(t, make(), batches() if loader is None else loader, ckpt_path=ckpt_path)
+    back.fit(t, make(), batches() if loader is None else loader, valid, ckpt_path=ckpt_path)
     return back, t
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("at", [17, 23])  # within the second epoch of ten batches, within the third
-def test_it_returns_to_the_last_bit_and_goes_on_as_if_nothing_had_been(tmp_path, at):
+@pytest.mark.parametrize("at, state, settings", [
+    (17, 13, {}),  # within the second of epochs of ten batches
+    pytest.param(23, 20, {"every": 1, "states": 5}, marks=slow),  # at the end of an epoch
+    pytest.param(19, 17, {"valid": batches(shuffle=False), "val_check_interval": 4}, marks=slow),  # between validations
+    pytest.param(24, 21, {"valid": batches(shuffle=False), "states": 1}, marks=slow),  # after one at an epoch's end
+    pytest.param(25, 20, {"every": 1, "states": 5, "accumulate_grad_batches": 2}, marks=slow),
+])  # fmt: skip
+def test_it_returns_to_the_last_bit_and_goes_on_as_if_nothing_had_been(tmp_path, at, state, settings):
     plain, broken = Seen(), Seen()
-    run(tmp_path / "a", Noisy, plain)
-    back, t = run(tmp_path / "b", partial(Noisy, [at]), broken, factor=1.0, safety=1e9)
+    run(tmp_path / "a", Noisy, plain, **settings)
+    back, t = run(tmp_path / "b", partial(Noisy, [at]), broken, factor=1.0, safety=1e9, **settings)
     (roll_back,) = back.roll_backs
-    assert t.global_step == 40 and roll_back.at == at + 1 and 0 < roll_back.state.step <= at
+    assert t.global_step == 40 and roll_back.at == at + 1 and roll_back.state.step == state
     assert "loss is nan" in roll_back.reason and roll_back.scale == 1
     for step in range(1, 41):
-        assert same(plain.states[step][0], broken.states[step][-1]), step
+        assert same(plain.states[step][-1], broken.states[step][-1]), step
         if roll_back.state.step < step <= at:
-            assert len(broken.states[step]) == 2 and same(*broken.states[step])
-    trained = {step: batch for step, batch in broken.batches}
-    assert all(torch.equal(trained[step], batch) for step, batch in plain.batches)
+            assert len(broken.states[step]) == 2 * len(plain.states[step])
+    trained, wanted = dict(broken.batches), dict(plain.batches)
+    assert trained.keys() == wanted.keys() and all(torch.equal(trained[step], wanted[step]) for step in wanted)
 
 
+@slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("loader", [
     partial(batches, n=BATCH),  # an epoch is a batch: states lie between epochs
@@ -123,6 +132,7 @@ class Endless(IterableDataset):
             yield x, x[:CLASSES].argmax()
 
 
+@slow
 def test_a_loader_of_another_order_is_told(tmp_path):
     class Unrepeatable(Noisy):
         def train_dataloader(self):
@@ -161,6 +171,7 @@ def test_the_rate_is_lower_in_the_updates_alone_and_that_is_measured(tmp_path):
         assert courant == pytest.approx(measured * 0.25 * scheduled[step] / (2 * 1.9), rel=1e-3)
 
 
+@slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_rate_beyond_the_edge_comes_down_below_the_critical_one_of_the_state(tmp_path):
     class Jumps(Noisy):
@@ -178,6 +189,7 @@ def test_a_rate_beyond_the_edge_comes_down_below_the_critical_one_of_the_state(t
     assert t.global_step == 60 and max(rate for _, rate in seen.rates) < 1.01 * 0.9 * roll_back.state.critical
 
 
+@slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_cap_beside_it_limits_the_lowered_rate(tmp_path):
     seen = Seen()
@@ -190,7 +202,7 @@ def test_a_cap_beside_it_limits_the_lowered_rate(tmp_path):
     assert seen.rates[-1][1] == pytest.approx(0.25 * 0.05 * 0.99**39)
 
 
-# -- how often, and past what ------------------------------------------------------------------------------------------
+# -- how often, and past what ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -210,7 +222,9 @@ def test_after_so_many_returns_it_stops(tmp_path, caplog):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("bad", [3, 16, 24])  # in the first epoch, later, after an epoch's beginning
+@pytest.mark.parametrize(
+    "bad", [pytest.param(3, marks=slow), 16, pytest.param(24, marks=slow)]
+)  # in the first epoch, later, after an epoch's beginning
 def test_past_the_batches_at_which_it_broke(tmp_path, bad):
     """The batch is bad, not the step: without leaving it out training breaks there again."""
     data = batches(n=80, shuffle=False)
@@ -231,6 +245,7 @@ def test_past_the_batches_at_which_it_broke(tmp_path, bad):
     assert len(back.roll_backs) == 3 and back.stop_step is not None
 
 
+@slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_that_breaks_at_once_begins_anew(tmp_path):
     plain, broken = Seen(), Seen()
@@ -243,7 +258,7 @@ def test_a_run_that_breaks_at_once_begins_anew(tmp_path):
     assert again == logs[0].curve("loss")
 
 
-# -- killed, and resumed -----------------------------------------------------------------------------------------------
+# -- killed, and resumed ---------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -270,11 +285,17 @@ class Kills(Callback):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "hook, step", [("on_fit_start", 0), ("on_train_start", 0), ("on_train_batch_start", 15), ("on_train_batch_start", 30)]
+    "hook, step",
+    [
+        pytest.param("on_fit_start", 0, marks=slow),
+        ("on_train_start", 0),
+        pytest.param("on_train_batch_start", 15, marks=slow),
+        pytest.param("on_before_zero_grad", 30, marks=slow),
+    ],
 )
 def test_killed_in_the_middle_of_a_return_and_resumed_nothing_is_lost(tmp_path, hook, step):
-    whole, back = Seen(), run(tmp_path / "a", partial(Noisy, [17]), Seen(), factor=0.25)[0]
-    run(tmp_path / "b", partial(Noisy, [17]), whole, factor=0.25)
+    whole = Seen()
+    back, _ = run(tmp_path / "a", partial(Noisy, [17]), whole, factor=0.25)
     with pytest.raises(Killed):
         run(tmp_path / "c", partial(Noisy, [17]), Kills(tmp_path, hook, step), factor=0.25)
     rest = Seen()
@@ -288,6 +309,7 @@ def test_killed_in_the_middle_of_a_return_and_resumed_nothing_is_lost(tmp_path, 
         assert rest.batches[0][0] == step + 1 and rest.rates[0][1] == pytest.approx(0.25 * 0.05 * 0.99**step)
 
 
+@slow
 @pytest.mark.filterwarnings("ignore")
 def test_resumed_from_before_a_return_it_goes_on_from_there(tmp_path):
     class Early(Callback):
@@ -301,22 +323,39 @@ def test_resumed_from_before_a_return_it_goes_on_from_there(tmp_path):
     assert not back.roll_backs and back.scale == 1 and seen.batches[0][0] == 6 and t.global_step == 40
 
 
-# -- what cannot be right ------------------------------------------------------------------------------------------------
+# -- what cannot be right --------------------------------------------------------------------------------------------
 
 
 def test_refused_where_it_cannot_work(tmp_path):
     back = RollBackOnInstability(dirpath=str(tmp_path))
-    with pytest.raises(ValueError, match="instead of trainer.fit"):
+    with pytest.raises(ValueError, match="instead of trainer"):
         trainer(StabilityMonitor(), back).fit(Model(), batches())
     with pytest.raises(ValueError, match="takes the place of StopOnInstability"):
         back.fit(trainer(StabilityMonitor(), StopOnInstability(), back), Model(), batches())
-    with pytest.raises(ValueError, match="does not have this RollBackOnInstability"):
+    with pytest.raises(ValueError, match="does not have this callback"):
         back.fit(trainer(StabilityMonitor()), Model(), batches())
     with pytest.raises(ValueError, match="needs a StabilityMonitor"):
         back.fit(trainer(back), Model(), batches())
 
 
-@pytest.mark.parametrize("settings", [{"times": 0}, {"factor": 0}, {"factor": 1.5}, {"safety": 0}, {"every_n_steps": 0}])
+@pytest.mark.parametrize("settings", [{"times": 0}, {"factor": 0}, {"factor": 2}, {"safety": 0}, {"every_n_steps": 0}])
 def test_bad_arguments(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         RollBackOnInstability(**settings)
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+@slow
+def test_two_processes_return_together_each_to_its_own_random_numbers_and_batches(tmp_path):
+    ranks = launched("roll_back_ranks.py", tmp_path)
+    for rank in ranks:
+        (roll_back,) = rank["broken"]["roll_backs"]
+        assert roll_back == ranks[0]["broken"]["roll_backs"][0] and roll_back.state.step > 0 and roll_back.at >= 17
+        for step in range(1, 41):
+            assert same(rank["plain"]["states"][step][-1], rank["broken"]["states"][step][-1]), step
+        trained = dict(rank["broken"]["batches"])
+        assert all(torch.equal(trained[step], batch) for step, batch in rank["plain"]["batches"])
+    (a, b) = (rank["broken"]["states"][40][-1]["rng"][0] for rank in ranks)
+    assert not torch.equal(a, b)
