@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.functional.sgd.positions import design_effect
+from lsp_callbacks.operators.sgd.chosen_positions import rows_alone
 from lsp_callbacks.operators.sgd.collapsed_outputs import FirstInputs, SameOutputs
 from lsp_callbacks.operators.sgd.held_statistics import can_be_held
 from lsp_callbacks.operators.sgd.output_directions import Chosen, OutputDirections
@@ -52,6 +53,8 @@ class TangentKernel:
         positions: of each sample, of which the rows look at some.
         outputs: rows at each of these.
         design: how alike they are, see `lsp_callbacks.functional.design_effect`; None where only one was looked at.
+        stands: for how many positions of its sample a row at each of those looked at would stand if it were the only
+            one, ``(n, R / outputs)``; None where that is for all.
     """
 
     gram: Tensor
@@ -70,6 +73,7 @@ class TangentKernel:
     positions: int = 1
     outputs: int = 1
     design: float | None = None
+    stands: Tensor | None = None
 
 
 def tangent_kernel(
@@ -218,15 +222,18 @@ def tangent_kernel(
         directions.length if outputs != "loss" and tied is None and not holds else 1,
     )
     each = rows // directions.looked if length > 1 else 1
-    design = None
+    design = stands = None
+    counted = directions.joined_counted() if length > 1 else None
     if length > 1 and each == 1 and rows > 1:
-        design = design_effect(gram, rows, length, samples=probes.samples, chance=chance)
+        design = design_effect(gram, rows, length, samples=probes.samples, chance=chance, counted=counted)
+    if counted is not None:
+        stands = rows_alone(counted, length, directions.looked)
     return TangentKernel(
         gram, rows, path, traces,
         check.defect(shares) if check else checked.defect if checked else 0.0,
         loss, directions.description, directions.mode, count if unexplained or tied is not None else 0,
         same_outputs.share(gram, tolerance(next(iter(parameters.values())).dtype), taken), probes.samples, chance,
-        1.0 if correction is None else correction, length, each, design,
+        1.0 if correction is None else correction, length, each, design, stands,
     )  # fmt: skip
 
 

@@ -14,11 +14,11 @@ from lsp_callbacks.autograd._torch_internals import saved
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, outputs_first, require_plain
 from lsp_callbacks.functional.sgd.positions import design_effect
+from lsp_callbacks.operators.sgd.chosen_positions import Chosen, joined_counts, positions_of, rows_alone, stands_for
 from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel, with_top
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion, read_criterion
 from lsp_callbacks.operators.sgd.graph_pass import GraphPass
 from lsp_callbacks.operators.sgd.graph_sites import Samples
-from lsp_callbacks.operators.sgd.output_directions import Chosen, positions_of
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, wide
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows, RowSketch
 from lsp_callbacks.operators.sgd.step_samples import sampled_rows
@@ -185,13 +185,18 @@ class GraphRows(GraphReader):
         """Return what to look at, and the cotangents there, ``(n, k, C)`` of the samples that have rows."""
         n, length, _ = criterion.outputs.shape
         device = criterion.outputs.device
-        positions = positions_of((n, length), self._positions(total), self._generator).to(device)
+        most = self._positions(total)
+        counts = criterion.counts if most < length else None
+        positions = positions_of((n, length), most, self._generator, counts).to(device)
+        counted = None if counts is None else counts.sum(1)
+        stands = stands_for(counted, length, positions.shape[1])
         if length == 1 or self.ties or (self.recent is not None and self.recent.most == 1):
             self.recent = None
         self._length = length
         self.alike |= criterion.is_alike(positions)
         self._per_sample = positions.shape[1]
         sizes = criterion.sizes(positions).sum(1)
+        sizes = sizes if counted is None else sizes * torch.as_tensor(stands).to(sizes)
         least, largest = map(float, sizes.aminmax())
         if not least >= -1e-4 * largest:
             raise UnknownGraph("the outputs are not finite, or the criterion is not convex in them")
@@ -199,8 +204,8 @@ class GraphRows(GraphReader):
         offset = float(torch.rand((), generator=self._generator, dtype=torch.float64)) if most < n else 0.0
         taken, chance = sampled_rows(sizes, most, offset)
         pairs = criterion.pairs(positions[taken], taken.to(device))
-        factor = (length / self._per_sample / chance).sqrt()
-        return Chosen(positions, taken, chance), pairs * factor.to(pairs)[:, None, None]
+        factor = ((stands if isinstance(stands, float) else stands[taken]) / chance).sqrt()
+        return Chosen(positions, taken, chance, counted), pairs * factor.to(pairs)[:, None, None]
 
     def release(self) -> None:
         """Let go of all that the rows are made from."""
@@ -264,11 +269,14 @@ class GraphRows(GraphReader):
         gram, traces, rows = self.gram, self.traces, self._per_sample
         taken, chance = self._joined()
         length, design = 1 if self.ties else self._length, None
+        counted = None if length == 1 else self._joined_counted()
         if length > 1 and rows > 1:
-            design = design_effect(gram, rows, length, samples=self.samples, chance=chance)
+            design = design_effect(gram, rows, length, samples=self.samples, chance=chance, counted=counted)
+        stands = None if counted is None else rows_alone(counted, length, rows)
         if self.recent is not None:
-            self.recent.add(self._sketch)
-            gram, rows = self.recent.gram(), len(self.recent)
+            every = torch.full((len(taken), rows), float(length), dtype=torch.float64)
+            self.recent.add(self._sketch, every if stands is None else stands)
+            gram, rows, stands = self.recent.gram(), len(self.recent), self.recent.stands
         if self.ties:
             correction = self._correction if correction is None else correction
             gram = with_top(gram, 1.0 if correction is None else correction)
@@ -276,8 +284,13 @@ class GraphRows(GraphReader):
             gram, rows, dict.fromkeys(traces, "structured") if checked is None else checked.path, traces,
             0.0 if checked is None else checked.defect, math.nan, "" if checked is None else checked.stated, None, 0,
             0.0, self.samples, chance if len(taken) < self.samples else None,
-            1.0 if correction is None else correction, length, 1, design,
+            1.0 if correction is None else correction, length, 1, design, stands,
         )  # fmt: skip
+
+    def _joined_counted(self) -> Tensor | None:
+        """Return how many positions the loss counts of the samples that have rows; None where it counts all."""
+        parts = [None if chosen.counted is None else chosen.counted[chosen.taken] for chosen in self.chosen]
+        return joined_counts(parts, [len(chosen.taken) for chosen in self.chosen], self._length)
 
     def _joined(self) -> tuple[Tensor, Tensor]:
         """Indices of the samples that have rows, of all micro-batches, and by which chance they were taken."""
