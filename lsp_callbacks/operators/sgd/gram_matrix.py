@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd.graph import read
+from lsp_callbacks.autograd.graph import leaves_of, read
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.functional.sgd.positions import design_effect
 from lsp_callbacks.operators.sgd.chosen_positions import rows_alone
@@ -152,6 +152,7 @@ def tangent_kernel(
     check = Check(parameters, roots, of_check) if checked is None and not holds else None
     tied: TiedRows | None = None
     loss, count, same_outputs = 0.0, 0, SameOutputs(probes.samples)
+    reached: set[int] = set()
     for index in range(len(probes.parts)):
         with FirstInputs(probes.module) as first:
             evaluation, recorder, seeds = directions.evaluate(index)
@@ -166,9 +167,10 @@ def tangent_kernel(
             tied = tied or TiedRows(roots, parameters, _affordable(probes.samples * len(seeds), most_rows), memory)
             tied.add(evaluation.outputs, seeds)
         else:
-            for name, part in recorder.parts(
-                evaluation.outputs, seeds, samples, keep=check is not None, taken=taken
-            ).items():
+            explained = recorder.parts(evaluation.outputs, seeds, samples, keep=check is not None, taken=taken)
+            if check is None and len(explained) < len(parameters):
+                reached |= leaves_of(evaluation.outputs)
+            for name, part in explained.items():
                 grams[name].parts.append(part)
         if check is not None:
             check.add(evaluation.outputs, seeds, taken)
@@ -180,7 +182,12 @@ def tangent_kernel(
         shares, path = tied.grams(), dict.fromkeys(grams, "sketched rows" if tied.defect else "rows")
     if check is None:
         known = {} if checked is None else checked.path
-        unexplained = [name for name in parameters if tied is None and known.get(name) == "rows"]
+        # A layer may have been explained that is now called with other samples, as an expert is.
+        unexplained = [
+            name
+            for name, p in parameters.items()
+            if tied is None and (known.get(name) == "rows" or (name not in shares and id(p) in reached))
+        ]
     else:
         if tied is None:
             check.plain = {

@@ -33,12 +33,25 @@ class GraphKind(NamedTuple):
         sites: the names of the trainable parameters of each use, in the order of the graph.
         axes: of the samples in each use: first (0) or second (1).
         by_rows: whether gradients of some samples can be taken back alone.
+        lengths: how many positions of each sample each use had, and at last the outputs.
     """
 
     nodes: tuple[str, ...]
     sites: tuple[tuple[str | None, ...], ...]
     axes: list[int]
     by_rows: bool = False
+    lengths: tuple[int, ...] = ()
+
+    def has_length(self, lengths: tuple[int, ...]) -> bool:
+        """Return whether uses have as many positions as before, or as many for each of the outputs'.
+
+        An expert is called with those tokens that are routed to it: as many as can be divided among the samples, by
+        chance, and they are not theirs.
+        """
+        now, before = lengths[-1], self.lengths[-1]
+        return self.by_rows or all(
+            length == last or length * before == last * now for length, last in zip(lengths, self.lengths, strict=True)
+        )
 
 
 class GraphRows(GraphReader):
@@ -133,7 +146,8 @@ class GraphRows(GraphReader):
         else:
             known.axes, known.by_rows = self.kind.axes, self.kind.by_rows
             graph = _passed(nodes, criterion, known, pairs, chosen)
-        if self.kind is None or graph.uses != self.kind.sites:
+        lengths = (*graph.lengths, criterion.outputs.shape[1])
+        if self.kind is None or graph.uses != self.kind.sites or not self.kind.has_length(lengths):
             raise UnknownGraph("other uses of parameters than before")
         self._parts.append(graph.parts())
         if self.ties and self._scale is not None:
@@ -161,7 +175,7 @@ class GraphRows(GraphReader):
                 is_agreed = of_rows.agrees(graph)
             except Exception:  # whatever the rules of layers raise: the gradients of all samples are taken back
                 is_agreed = False
-        self.kind = GraphKind(kinds, sites, known.axes, is_agreed)
+        self.kind = GraphKind(kinds, sites, known.axes, is_agreed, (*graph.lengths, length))
         return of_rows if is_agreed else graph
 
     def _push(self, graph: GraphPass, pairs: Tensor, chosen: Chosen, scale: Mapping[str, Tensor | float]) -> None:
