@@ -9,7 +9,7 @@ from lsp_callbacks.callbacks import (
 )
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.numerics.first_fault import Fault
-from lsp_callbacks.monitor.history import Curve, Observation
+from lsp_callbacks.monitor.history import Curve, History, Observation
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.quantities import (
     BatchSharpness,
@@ -53,6 +53,7 @@ __all__ = [
     "Curve",
     "Dissipation",
     "Fault",
+    "History",
     "LeaveOneOut",
     "Lyapunov",
     "LyapunovTrajectory",
