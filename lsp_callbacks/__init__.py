@@ -1,6 +1,12 @@
 """Stability of training, measured while it runs."""
 
-from lsp_callbacks.callbacks import CapLearningRate, StabilityMonitor, StabilityReport, StopOnInstability
+from lsp_callbacks.callbacks import (
+    CapLearningRate,
+    StabilityMonitor,
+    StabilityPanel,
+    StabilityReport,
+    StopOnInstability,
+)
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.monitor.history import Curve, History, Observation
@@ -71,6 +77,7 @@ __all__ = [
     "SpectralDensity",
     "SpectralNorm",
     "StabilityMonitor",
+    "StabilityPanel",
     "StabilityProfile",
     "StabilityReport",
     "StopOnInstability",

@@ -13,6 +13,7 @@ from pytorch_lightning.loggers import CSVLogger
 
 from lsp_callbacks import Curve, StabilityMonitor, StabilityReport, StopOnInstability
 from lsp_callbacks.callbacks import stability_report
+from lsp_callbacks.callbacks.run_events import run_events
 from lsp_callbacks.quantities.tables import stated_keys
 from lsp_callbacks.report import e_folding, figure, loss_alarm, table, verdict
 from lsp_callbacks.report.curves import averaged, centred_median, trailing_mean
@@ -287,7 +288,7 @@ def test_events_and_paths(tmp_path):
     trainer = harness.fit(harness.Model, stop, StabilityMonitor(every_n_steps=2), picture, logger=logger)
     assert (tmp_path / "lightning_logs/version_0/plots/run.pdf").exists()
     assert trainer.global_step == 3
-    assert picture._events(trainer, [0], [1.0]) == {"courant above 0": 2, "loss alarm": None, "stopped": 2}
+    assert run_events(trainer, [0], [1.0], 1) == {"courant above 0": 2, "loss alarm": None, "stopped": 2}
 
 
 def test_both_names_of_lightning(tmp_path):
