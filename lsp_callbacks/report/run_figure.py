@@ -16,7 +16,16 @@ from lsp_callbacks.plots.layers import draw_layers
 from lsp_callbacks.plots.panels import Line, draw_courant, draw_exponent, draw_loss, draw_number, draw_sharpness
 from lsp_callbacks.quantities.key import PREFIX
 from lsp_callbacks.quantities.tables import registry, stated_keys
-from lsp_callbacks.report.curves import AVERAGE, INITIAL, SMOOTHING, averaged, centred_median, latest, readings
+from lsp_callbacks.report.curves import (
+    AVERAGE,
+    INITIAL,
+    SMOOTHING,
+    averaged,
+    centred_median,
+    latest,
+    readings,
+    smoothing_window,
+)
 from lsp_callbacks.report.sentence import e_folding
 
 if TYPE_CHECKING:
@@ -25,8 +34,8 @@ if TYPE_CHECKING:
 
     from lsp_callbacks.quantities import Quantity
 
-#: Points that a curve is reduced to by smoothing, readings that are few, panels of quantities that have none here.
-SHOWN, FEW, OTHERS = 100, 2, 8
+#: Readings that are few, and panels of quantities that have none of their own.
+FEW, OTHERS = 2, 8
 #: Height of a panel, and what draws it.
 Panel = tuple[float, "Callable[[Axes], None]"]
 
@@ -97,17 +106,12 @@ def _line(curve: Curve) -> Line:
     return curve.steps, curve.values
 
 
-def _window(count: int, least: int) -> int:
-    """Return over how many points a curve is smoothed: more of a long one, whose noise would hide it."""
-    return max(least, count // SHOWN)
-
-
 def _loss_panel(loss: tuple[Sequence[int], Sequence[float]] | None) -> list[Panel]:
     if loss is None or not len(loss[0]):
         return []
     steps, values = np.asarray(loss[0]), np.asarray(loss[1], dtype=float)
     stride = max(1, round(float(np.median(np.diff(steps))))) if len(steps) > 1 else 1
-    window = _window(len(values), max(1, SMOOTHING // stride))
+    window = smoothing_window(len(values), max(1, SMOOTHING // stride))
     median = centred_median(values, window)
     remark = f"thick: median of {max(SMOOTHING, window * stride):,} steps, last {np.median(values[-window:]):.3g}"
     return [(1.1, partial(draw_loss, steps=steps, values=values, median=median, initial=INITIAL, remark=remark))]
@@ -120,7 +124,7 @@ def _courant_panel(history: Mapping[str, Curve]) -> list[Panel]:
     errors = {PREFIX + name for name, key in stated_keys().items() if key.error_of} | {SOURCE}
     shown = {k: c for k, c in history.items() if k.startswith(prefix) and k not in errors and readings(c)}
     others = {k.removeprefix(PREFIX): _mean(c) for k, c in shown.items() if not _is_same(c, courant)}
-    of = _window(len(courant.steps), AVERAGE)
+    of = smoothing_window(len(courant.steps), AVERAGE)
     mean = averaged(courant, of)
     remark = f"thick: mean of {of} batches, last {latest(mean):.2g}"
     return [(1.1, partial(draw_courant, courant=_line(courant), mean=_line(mean), others=others, remark=remark))]
@@ -128,7 +132,7 @@ def _courant_panel(history: Mapping[str, Curve]) -> list[Panel]:
 
 def _mean(curve: Curve) -> Line:
     """Return a curve, smoothed if it is long."""
-    return _line(averaged(curve, _window(len(curve.steps), 1)))
+    return _line(averaged(curve, smoothing_window(len(curve.steps), 1)))
 
 
 def _is_same(a: Curve, b: Curve) -> bool:

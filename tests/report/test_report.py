@@ -242,9 +242,7 @@ def test_what_is_measured_is_shown():
     """Also where that is no Courant number, and the headline's twin is no second line, NaN included."""
     curves = history(critical_sharpness=[3.0] * 4, critical_sharpness_error=[0.1] * 4, sigma_x_max=[2.0] * 4)
     titles = [ax.get_title("left") for ax in figure(curves).axes]
-    assert (
-        len(titles) == 2 and {title.split(",")[0] for title in titles} == {"critical_sharpness", "sigma_x_max"}
-    ) or ("alpha_x" in titles)
+    assert sorted(title.split(",")[0] for title in titles) == ["critical_sharpness", "sigma_x_max"]
     curves = history([0.1, NAN, 0.3, 0.2], courant_mean_square=[0.1, math.nan * 1.0, 0.3, 0.2])
     assert {text.get_text() for text in figure(curves).axes[0].texts} == {"edge"}
     single = history([0.1, 0.2, 0.3, 0.2], courant_gd=[0.4])  # one reading is no line

@@ -13,7 +13,7 @@ from lsp_callbacks.report.curves import latest, readings
 from lsp_callbacks.report.looks import look
 from lsp_callbacks.report.page.figures import is_single
 from lsp_callbacks.report.page.judged_run import JudgedRun
-from lsp_callbacks.report.page.markup import number, section, table
+from lsp_callbacks.report.page.markup import number, prose, section, table
 from lsp_callbacks.report.table import keys_of_a_run
 
 
@@ -54,7 +54,7 @@ def causes(runs: Sequence[JudgedRun]) -> str:
     """Return what decided, and what stands out."""
     rows = [
         [escape(_of(run, runs) + finding.where), f"<code>{escape(finding.name)}</code>", escape(finding.text),
-         escape(finding.meaning), escape(finding.advice)]
+         prose(finding.meaning), prose(finding.advice)]
         for run in runs for finding in run.findings
     ]  # fmt: skip
     unmeasured = [run.name for run in runs if not any(f.where != "quantity" for f in run.findings)]
@@ -137,12 +137,12 @@ def _numbers(run: JudgedRun, runs: Sequence[JudgedRun]) -> str:
         unit = "" if about is None else about.unit
         rows.append([
             f"<code>{escape(name)}</code>", last, number(min(values)), number(max(values)), f"{curve.steps[-1]:,}",
-            f"{len(curve.steps):,}", escape(unit), escape(meaning + lost),
+            f"{len(curve.steps):,}", escape(unit), prose(meaning + lost),
         ])  # fmt: skip
     head = ("number", "last", "min", "max", "step", "readings", "unit", "meaning")
     caption = f"Numbers of {run.name}"
     opened = " open" if len(runs) == 1 else ""
-    return f"<details{opened}><summary>{escape(caption)}</summary>{table(head, rows, caption)}</details>"
+    return f"<details{opened}><summary>{escape(caption)}</summary>{table(head, rows, caption, 'numbers')}</details>"
 
 
 def _listed(run: JudgedRun) -> Iterator[tuple[str, Any, Any]]:
