@@ -2,6 +2,7 @@
 
 from lsp_callbacks.callbacks import (
     CapLearningRate,
+    RollBackOnInstability,
     StabilityMonitor,
     StabilityPanel,
     StabilityReport,
@@ -67,6 +68,7 @@ __all__ = [
     "Quantity",
     "ResidualCFL",
     "Robustness",
+    "RollBackOnInstability",
     "RunContext",
     "SGDLaw",
     "SGDStability",
