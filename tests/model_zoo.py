@@ -513,8 +513,12 @@ def words_alone():
     return net
 
 
-#: For optimizers that take matrices only, or sparse gradients.
-NETS = {"Muon": optimizer_zoo.without_biases, "SparseAdam": words_alone}
+#: For optimizers that take matrices only, sparse gradients, or weights in 16 bits.
+NETS = {
+    "Masters in 32 bits": lambda: optimizer_zoo.HalfWeights(*mlp()),
+    "Muon": optimizer_zoo.without_biases,
+    "SparseAdam": words_alone,
+}
 #: How each is made, and what is left out with it, for a part of the reason.
 OPTIMIZERS = {
     "SGD": (SGD, {}),
@@ -546,6 +550,14 @@ OPTIMIZERS = {
     ),
     "State in bfloat16": (optimizer_zoo.HalfState, RULE | dict.fromkeys(STEP, "rounds its state to bfloat16")),
     "State in 8 bits": (optimizer_zoo.EightBit, HIDDEN),
+    "Masters in 32 bits": (  # of weights in bfloat16
+        optimizer_zoo.Masters,
+        RULE
+        | ROUNDED
+        | UNCLEAR
+        | {"secant_ratio": "rounding hides it"}
+        | dict.fromkeys(("lyapunov_trajectory", "stability_profile"), "not smooth here"),
+    ),
     "Lookahead": (lambda p: optimizer_zoo.Lookahead(optim.SGD(p, lr=0.1, momentum=0.9)), RULE),
     "Muon and AdamW as one": (
         optimizer_zoo.matrices_and_rest(partial(optim.Muon, lr=0.02), partial(optim.AdamW, lr=1e-2)),
