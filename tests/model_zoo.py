@@ -550,6 +550,13 @@ OPTIMIZERS = {
     ),
     "State in bfloat16": (optimizer_zoo.HalfState, RULE | dict.fromkeys(STEP, "rounds its state to bfloat16")),
     "State in 8 bits": (optimizer_zoo.EightBit, HIDDEN),
+    "Lookahead": (lambda p: optimizer_zoo.Lookahead(optim.SGD(p, lr=0.1, momentum=0.9)), RULE),
+    "Muon and AdamW as one": (
+        optimizer_zoo.matrices_and_rest(partial(optim.Muon, lr=0.02), partial(optim.AdamW, lr=1e-2)),
+        HIDDEN,
+    ),
+    "LBFGS": (partial(optim.LBFGS, lr=0.1, max_iter=4), MANY),
+    "SAM": (optimizer_zoo.SAM, MANY),
     "Masters in 32 bits": (  # of weights in bfloat16
         optimizer_zoo.Masters,
         RULE
@@ -558,11 +565,4 @@ OPTIMIZERS = {
         | {"secant_ratio": "rounding hides it"}
         | dict.fromkeys(("lyapunov_trajectory", "stability_profile"), "not smooth here"),
     ),
-    "Lookahead": (lambda p: optimizer_zoo.Lookahead(optim.SGD(p, lr=0.1, momentum=0.9)), RULE),
-    "Muon and AdamW as one": (
-        optimizer_zoo.matrices_and_rest(partial(optim.Muon, lr=0.02), partial(optim.AdamW, lr=1e-2)),
-        HIDDEN,
-    ),
-    "LBFGS": (partial(optim.LBFGS, lr=0.1, max_iter=4), MANY),
-    "SAM": (optimizer_zoo.SAM, MANY),
 }
