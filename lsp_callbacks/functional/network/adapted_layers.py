@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lsp_callbacks.autograd._torch_internals import PARAMETERS
+
 
 def is_adapted(layer: nn.Module) -> bool:
     """Return whether a module is a layer of ``peft`` with LoRA beside it: ``W x + scaling B A x``."""
@@ -39,7 +41,7 @@ def as_one_layer(layer: Any) -> nn.Module | None:
                 if any(adapter in getattr(layer, kind, ()) for kind in ("lora_A", "lora_embedding_A")):
                     total = total + layer.get_delta_weight(adapter).to(total)
     single = copy.copy(base)
-    vars(single)["_parameters"] = {**vars(base)["_parameters"], "weight": nn.Parameter(total, requires_grad=False)}
+    vars(single)[PARAMETERS] = {**vars(base)[PARAMETERS], "weight": nn.Parameter(total, requires_grad=False)}
     return single
 
 
