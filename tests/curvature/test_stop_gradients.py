@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, spectral_norm
 
 from lsp_callbacks import Snapshot
-from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.autograd.stop_gradients import StopGradients
+from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.operators import hessian
 from lsp_callbacks.step.batch import MicroBatch
 from lsp_callbacks.step.module_copy import ModuleCopy
