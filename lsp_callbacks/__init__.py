@@ -1,6 +1,12 @@
 """Stability of training, measured while it runs."""
 
-from lsp_callbacks.callbacks import CapLearningRate, StabilityMonitor, StabilityReport, StopOnInstability
+from lsp_callbacks.callbacks import (
+    CapLearningRate,
+    RollBackOnInstability,
+    StabilityMonitor,
+    StabilityReport,
+    StopOnInstability,
+)
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.numerics.first_fault import Fault
 from lsp_callbacks.monitor.history import Curve, History, Observation
@@ -61,6 +67,7 @@ __all__ = [
     "Quantity",
     "ResidualCFL",
     "Robustness",
+    "RollBackOnInstability",
     "RunContext",
     "SGDLaw",
     "SGDStability",

@@ -30,6 +30,8 @@ class RunResults:
         self.subscribers: list[Any] = []
         #: Lowers the rate of single updates: `CapLearningRate`.
         self.cap: Any = None
+        #: Scales the rates of all updates: `RollBackOnInstability`.
+        self.roll_back: Any = None
         #: Called with the number of each step and the loss that its micro-batches returned.
         self.loss_listeners: list[Any] = []
         self._judges: list[Any] = []  # they leave the subscribers when training ends

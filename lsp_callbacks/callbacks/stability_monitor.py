@@ -263,8 +263,9 @@ class StabilityMonitor(RunResults, Callback):
             return
         began, observer, loop = time.perf_counter(), self.observer, self._loop
         scheduled = None
-        if self.cap is not None and (loop.scaler is None or (self._has_loss and not loop.is_overflowed(optimizer))):
-            scheduled = self.cap.lower(trainer, optimizer)  # before anything is measured
+        lowering = self.roll_back if self.cap is None else self.cap
+        if lowering is not None and (loop.scaler is None or (self._has_loss and not loop.is_overflowed(optimizer))):
+            scheduled = lowering.lower(trainer, optimizer)  # before anything is measured
         if loop.is_automatic and not self._has_loss:  # training_step returned None
             observer.skip_update()
             # Lightning counts it. A gradient that was set to zero, not to None, moves what has momentum.
