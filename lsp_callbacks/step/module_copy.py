@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.hooks import RemovableHandle
 
 from lsp_callbacks.autograd._torch_internals import (
     BUFFERS,
@@ -331,12 +332,19 @@ def _is_users(hook: Any) -> bool:
 
 
 def _find_special(value: Any, shared: dict[int, Any], memo: dict[int, Any], depth: int = 0) -> None:
-    """Share data instead of copying them; give values of non-leaf tensors, which refuse a deep copy, to the copy."""
+    """Share data instead of copying them; give what refuses a deep copy to the copy in another form.
+
+    Of tensors with a graph their values, of handles of hooks one that removes nothing.
+    """
     if isinstance(value, Tensor):
         if value.grad_fn is not None:
             memo[id(value)] = value.detach().clone()
     elif isinstance(value, Dataset | DataLoader):
         shared[id(value)] = value
+    elif isinstance(value, RemovableHandle):
+        # The copy has no hooks that it could remove; one whose hooks are gone cannot be copied a second time.
+        memo[id(value)] = RemovableHandle.__new__(RemovableHandle)
+        memo[id(value)].__setstate__((None, value.id))
     elif depth < 4 and isinstance(value, dict | list | tuple | set):
         for item in value.values() if isinstance(value, dict) else value:
             _find_special(item, shared, memo, depth + 1)
