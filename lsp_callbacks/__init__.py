@@ -4,7 +4,9 @@ from lsp_callbacks.callbacks import (
     CapLearningRate,
     RollBackOnInstability,
     StabilityMonitor,
+    StabilityPruner,
     StabilityReport,
+    StabilityReporter,
     StopOnInstability,
 )
 from lsp_callbacks.errors import Unmeasurable
@@ -79,7 +81,9 @@ __all__ = [
     "SpectralNorm",
     "StabilityMonitor",
     "StabilityProfile",
+    "StabilityPruner",
     "StabilityReport",
+    "StabilityReporter",
     "StopOnInstability",
     "Trace",
     "Unmeasurable",

@@ -5,5 +5,14 @@ from lsp_callbacks.callbacks.roll_back_on_instability import RollBackOnInstabili
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.callbacks.stability_report import StabilityReport
 from lsp_callbacks.callbacks.stop_on_instability import StopOnInstability
+from lsp_callbacks.callbacks.sweeps import StabilityPruner, StabilityReporter
 
-__all__ = ["CapLearningRate", "RollBackOnInstability", "StabilityMonitor", "StabilityReport", "StopOnInstability"]
+__all__ = [
+    "CapLearningRate",
+    "RollBackOnInstability",
+    "StabilityMonitor",
+    "StabilityPruner",
+    "StabilityReport",
+    "StabilityReporter",
+    "StopOnInstability",
+]
