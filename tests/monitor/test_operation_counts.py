@@ -127,6 +127,6 @@ def test_they_are_paid_for_once_also_where_a_matrix_was_measured(path, alone):
     net = nn.Sequential(nn.LSTM(32, 32, batch_first=True))
     step = freeze(net, SGD(net.parameters(), lr=0.1), replay=lambda: net(torch.ones(16, 2, 32))[0].square().mean())
     probes = ProbeSet(net, (), 64, 16, 64)
-    before = TangentKernel(torch.eye(64), 1, dict.fromkeys(step.parameters, path), {}, 0.0, 0.0, "", None, 0)
+    before = TangentKernel(torch.eye(64), 1, dict.fromkeys(step.parameters, path), {})
     first, later = (kernel_cost(step, probes, 64, kernel)["kernel"] for kernel in (None, before))
     assert first == pytest.approx(later + (0 if alone else ALONE * 64 / 16))

@@ -61,11 +61,11 @@ class TangentKernel:
     rows: int
     path: dict[str, str]
     traces: dict[str, float]
-    defect: float
-    loss: float
-    stated: str
-    mode: Tensor | None
-    passes: int
+    defect: float = 0.0
+    loss: float = math.nan
+    stated: str = ""
+    mode: Tensor | None = None
+    passes: int = 0
     alike: float = 0.0
     samples: int = 0
     chance: Tensor | None = None
@@ -236,12 +236,24 @@ def tangent_kernel(
     if counted is not None:
         stands = rows_alone(counted, length, directions.looked)
     return TangentKernel(
-        gram, rows, path, traces,
-        check.defect(shares) if check else checked.defect if checked else 0.0,
-        loss, directions.description, directions.mode, count if unexplained or tied is not None else 0,
-        same_outputs.share(gram, tolerance(next(iter(parameters.values())).dtype), taken), probes.samples, chance,
-        1.0 if correction is None else correction, length, each, design, stands,
-    )  # fmt: skip
+        gram=gram,
+        rows=rows,
+        path=path,
+        traces=traces,
+        defect=check.defect(shares) if check else checked.defect if checked else 0.0,
+        loss=loss,
+        stated=directions.description,
+        mode=directions.mode,
+        passes=count if unexplained or tied is not None else 0,
+        alike=same_outputs.share(gram, tolerance(next(iter(parameters.values())).dtype), taken),
+        samples=probes.samples,
+        chance=chance,
+        correction=1.0 if correction is None else correction,
+        positions=length,
+        outputs=each,
+        design=design,
+        stands=stands,
+    )
 
 
 def corrected(
