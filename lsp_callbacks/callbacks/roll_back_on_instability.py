@@ -49,8 +49,9 @@ class RollBackOnInstability(StopOnInstability):
         roll_back.fit(trainer, model, datamodule)   # instead of trainer.fit(model, datamodule)
 
     A state is written at the end of a step with a stable reading and a calm loss, once in ``every_n_steps`` steps, and
-    before that whenever the run has become twice as long; the next stable reading confirms it, and it is the one to return to. Before the first one, that is the
-    beginning of the run. The folder holds two states at most, and those to which training has returned.
+    before that whenever the run has become twice as long; the next stable reading confirms it, and it is the one to
+    return to. Before the first one, that is the beginning of the run. The folder holds two states at most, and those to
+    which training has returned.
 
     The rates of all updates are multiplied by one factor for the rest of the run, in the update alone: schedulers and
     checkpoints know only the user's own rate. At each return it becomes at least ``factor`` times smaller, and so small

@@ -47,8 +47,8 @@ class StabilityPruner(StopOnInstability):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit" and trainer.world_size > 1:
             raise ValueError(
-                f"StabilityPruner with {trainer.world_size} processes: the trial is that of one; use StopOnInstability, "
-                "and raise optuna.TrialPruned where its stop_step is not None"
+                f"StabilityPruner with {trainer.world_size} processes: the trial is that of one; use StopOnInstability "
+                "instead, and raise optuna.TrialPruned where its stop_step is not None"
             )
         super().setup(trainer, pl_module, stage)
 
@@ -63,8 +63,8 @@ class StabilityReporter(StopOnInstability):
     """Reports a trial's metrics to Ray Tune, and ends it when its training has become unstable.
 
     It decides as `StopOnInstability` does, whose place it takes. A report has the metrics that are asked for, those of
-    them that are finite numbers by then, and ``stability/unstable``, 1 in the last report of a trial that was ended. So a
-    scheduler of Tune's compares the trials that are worth it, and the table of results says which were not.
+    them that are finite numbers by then, and ``stability/unstable``, 1 in the last report of a trial that was ended.
+    So a scheduler of Tune's compares the trials that are worth it, and the table of results says which were not.
 
     Args:
         metrics: keys of ``trainer.callback_metrics``; ``stability/courant`` comes with them.
