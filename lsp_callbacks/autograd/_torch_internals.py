@@ -63,6 +63,9 @@ CONTAINERS = (PARAMETERS := "_parameters", BUFFERS := "_buffers", MODULES := "_m
 #: Attributes that every module has, and that of ``Module.compile``; but for ``training`` they hold its layout alone.
 PLAIN = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 
+#: How the names of attributes begin in which ``fully_shard`` and its like keep their state.
+COMPOSABLE = "__composable_api_"
+
 
 # Nodes of the autograd graph.
 
@@ -222,6 +225,13 @@ def without_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for p, kept in hooks:
             p._backward_hooks = kept
+
+
+def scales_gradients(module: nn.Module) -> bool:
+    """Return whether a module of ``fully_shard`` reduces gradients to anything else than their mean."""
+    state = getattr(module, "_get_fsdp_state", lambda: None)()
+    groups = getattr(state, "_fsdp_param_groups", ())
+    return any(g.gradient_divide_factor is not None or g._all_reduce_hook is not None for g in groups)
 
 
 # Activation checkpoints.

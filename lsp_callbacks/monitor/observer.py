@@ -273,7 +273,7 @@ class StepObserver:
             failing = self.monitor.errors.warn_instead_of_raise("the player's step could not be measured")
             with failing, self.game.turn(optimizer) as snapshot:
                 if snapshot is not None:
-                    with untouched(self.loop.module):
+                    with self._untouched():
                         self._observe(snapshot(self.step, previous=self.previous))
             return
         if self._pending is None:
@@ -291,7 +291,7 @@ class StepObserver:
             self._update_check.awaited()
         doing = "the step could not be measured"
         try:
-            with untouched(self.loop.module) if pending.can_replay else contextlib.nullcontext():
+            with self._untouched() if pending.can_replay else contextlib.nullcontext():
                 clipping = self._clipping(pending, optimizer)
                 snapshot = self.snapshot(optimizer, clipping)
                 self.sub_batch = pending.samples
@@ -366,7 +366,7 @@ class StepObserver:
     def after_update(self) -> Completed:
         """Return what was completed since the last call, also by what has awaited the update, be it by a closure."""
         if self.monitor.quantities.awaiting():
-            with untouched(self.loop.module):
+            with self._untouched():
                 self._results.add(self.monitor.after_update(is_own=self.updates <= 1 or self.loop.repeats_forward))
         return self._results.take()
 
@@ -377,6 +377,9 @@ class StepObserver:
         with self.monitor.errors.warn_instead_of_raise("the step could not be checked for NaN and Inf"):
             if self.nan_finder.look(step, self.loop, optimizer, overflowed=overflowed, again=again) is not None:
                 self._results.add_fault(step)
+
+    def _untouched(self) -> contextlib.AbstractContextManager:
+        return untouched(self.loop.module, in_place=self.loop.run.shards is not None)
 
     def _clipping(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
         if self.monitor.invalidated or pending.module_copy is None:

@@ -24,6 +24,12 @@ from lsp_callbacks.step.taken_step import TakenStep
 
 #: Name, in keys, of what is outside of all submodules.
 ROOT = "(root)"
+#: Why most quantities are not measured where each process holds a shard of the parameters.
+SHARDED = (
+    "each process holds a shard of the parameters (FSDP2, tensor parallel), and it takes them as a whole; "
+    "courant_step, critical_sharpness and spectral_norm are measured there: for the others use strategy='ddp', or a "
+    "smaller model"
+)
 
 
 class Quantity(Metric):
@@ -85,6 +91,7 @@ class Quantity(Metric):
         awaited: the step whose update a measurement waits for, which `after_update` completes; None where none does.
         supports_multiple_optimizers: whether the step of a `Player` can be measured; otherwise the quantity is skipped
             where several optimizers take turns.
+        with_shards: why it cannot be measured where each process holds a shard of the parameters; None if it can.
     """
 
     name: str = ""
@@ -105,6 +112,7 @@ class Quantity(Metric):
     warms_up: bool = False
     reads_graph: bool = False
     supports_multiple_optimizers: bool = False
+    with_shards: str | None = SHARDED
     awaited: TakenStep | None = None
     full_state_update = False
     higher_is_better = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,15 +13,19 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import is_compiled
 from lsp_callbacks.autograd.graph import Graph, joined, read
+from lsp_callbacks.autograd.spread_tensors import local_gradient
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.batch import MicroBatch, batch_size, first_samples
 from lsp_callbacks.step.fingerprint import fingerprint, identical
 from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.module_copy import ModuleCopy
+from lsp_callbacks.step.module_in_place import ModuleInPlace
 from lsp_callbacks.step.module_modes import evaluating
 from lsp_callbacks.step.replay import copied, replayer
 from lsp_callbacks.step.replay_checks import replayed_gradient, verify
 from lsp_callbacks.step.run_context import RunContext
+from lsp_callbacks.step.sharded_replay import ShardedReplay, raising
+from lsp_callbacks.step.shards import local_parameters
 from lsp_callbacks.step.snapshot import OtherLoss, Snapshot
 from lsp_callbacks.step.step_loss import summed
 from lsp_callbacks.step.verified_step import named_gradient
@@ -65,7 +69,7 @@ class PendingStep:
         self.run = run or RunContext()
         self.parts: list[MicroBatch] = []
         self._graphs: list[Graph] = []
-        self.module_copy: ModuleCopy | None = None
+        self.module_copy: ModuleCopy | ModuleInPlace | None = None
         self._parameters: list[nn.Parameter] = []
         self.failure: Exception | None = None
         self.readers, self.can_replay = readers or {}, can_replay
@@ -73,8 +77,11 @@ class PendingStep:
         if not can_replay:
             return
         try:
-            standing = self.run.standing_copy
-            self.module_copy = ModuleCopy(module, shared=shared, prepare=prepare, standing=standing)
+            if self.run.shards is not None:
+                self.module_copy = ModuleInPlace(module, shared=shared, prepare=prepare)
+            else:
+                standing = self.run.standing_copy
+                self.module_copy = ModuleCopy(module, shared=shared, prepare=prepare, standing=standing)
             self._parameters = self.module_copy.parameters
             self._fingerprint = fingerprint(self._parameters)
         except Exception as error:  # whatever the user's attributes raise when they are copied
@@ -154,12 +161,10 @@ class PendingStep:
             settings: further fields of the `Snapshot`.
         """
         failure = self.failure or (self._moved() if self.can_replay else NOT_KEPT)
-        if failure or self.module_copy is None:
-            module, replay = self.module, _raising(failure)
-        else:
-            module, replay = self.module_copy.module, replayer(self.module_copy, self.parts)
-            replay = replay if self.run.ranks.world == 1 else self.run.ranks.private(replay)
-        gradient = {name: p.grad for name, p in self.module.named_parameters() if p.requires_grad}
+        held = None if self.run.shards is None else local_parameters(self.module)
+        module = self.module if failure or self.module_copy is None else self.module_copy.module
+        replay = self._replay(self.parts, failure, held)
+        gradient = {name: local_gradient(p) for name, p in self.module.named_parameters() if p.requires_grad}
         if gradient_scale is not None:
             gradient = {name: g if g is None else g / gradient_scale for name, g in gradient.items()}
         # Compiled code rounds in other places than the step.
@@ -176,6 +181,7 @@ class PendingStep:
             tolerance=tolerance,
             readers=self.readers,
             can_replay=self.can_replay,
+            held=held,
             **settings,
         )
         if self.sub_batch is None:
@@ -185,6 +191,19 @@ class PendingStep:
             return self.run.ranks.together(lambda: self._sub_batch(snapshot, count))
         except Exception as error:
             return replace(snapshot, replay=_raising(error))
+
+    def _replay(
+        self, parts: Sequence[MicroBatch], failure: Exception | None, held: Mapping[str, nn.Parameter] | None
+    ) -> Callable[[], Tensor]:
+        """Return the replay of some micro-batches, together with the other ranks where the module has shards."""
+        ranks = self.run.ranks
+        if failure is not None or self.module_copy is None:
+            error = failure or AssertionError()
+            return _raising(error) if held is None else raising(ranks, error)
+        if held is not None:
+            assert isinstance(self.module_copy, ModuleInPlace)
+            return ShardedReplay(self.module_copy, parts, ranks, list(held.values()))
+        return ranks.private(replayer(self.module_copy, parts))
 
     def _sample(self, count: int) -> tuple[Tensor, int]:
         """Return the loss of the first samples of the first micro-batch, in eval mode, and how many there are."""
@@ -199,7 +218,8 @@ class PendingStep:
             with evaluating(module):
                 return part.loss(module, batch)
 
-        return self.run.ranks.private(replayer(self.module_copy, [replace(part, loss=loss)]))(), size
+        held = None if self.run.shards is None else local_parameters(self.module)
+        return self._replay([replace(part, loss=loss)], None, held)(), size
 
     def other_loss(self, source: OtherLoss, on_device: Callable[[Any], Any]) -> Callable[[], Tensor]:
         """Return the replay of another loss of the module, with the buffers and the first random state of the step.
@@ -220,7 +240,8 @@ class PendingStep:
             part = replace(first, batch=None, loss=lambda module, batch: source(module))
         else:
             part = replace(first, batch=source, loss=mean)
-        return self.run.ranks.private(replayer(self.module_copy, [part]))
+        held = None if self.run.shards is None else local_parameters(self.module)
+        return self._replay([part], None, held)
 
     def _moved(self) -> Exception | None:
         """Return an error if the step itself has moved the parameters: a replay, which shares them, would do so too."""
@@ -250,7 +271,7 @@ class PendingStep:
         whole = any((batch_size(part.batch) or 0) <= count for part in self.parts)
         if not self.run.ranks.any(lambda: not whole, "a sub-batch") or self.module_copy is None:
             return full
-        part = replace(full, replay=replayer(self.module_copy, [_shortened(part, count) for part in self.parts]))
+        part = replace(full, replay=self._replay([_shortened(part, count) for part in self.parts], None, full.held))
         loss, mean = replayed_gradient(part)
         sub = replace(part, loss=loss, gradient=named_gradient(mean, full))
         if full.clipping is None or full.clipping.kind == "value" or full.flat_gradient is None:

@@ -65,6 +65,8 @@ class Snapshot:
         room: returns how many bytes a measurement may take beside training.
         other_loss: from a loss of the module, or from batches of which the step's own loss is taken, to its replay with
             the buffers and the first random state of the step; None where there is none.
+        held: the parameters of which ``replay`` computes the loss, by name, where they are not those of the module: its
+            shards on this process, as plain tensors. ``gradient`` is of them.
 
     Attributes:
         shared: results of functions that are `computed_once`; ``dataclasses.replace`` begins without them.
@@ -92,6 +94,7 @@ class Snapshot:
     can_replay: bool = True
     room: Callable[[], float] = field(default=_endless, repr=False)
     other_loss: Callable[[OtherLoss], Callable[[], Tensor]] | None = field(default=None, repr=False)
+    held: Mapping[str, nn.Parameter] | None = field(default=None, repr=False)
     shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     verified: Verified = field(default_factory=Verified, init=False, repr=False)
 
@@ -103,6 +106,8 @@ class Snapshot:
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters, each once, by name; in a game the player's own, or those of all, see `Player`."""
+        if self.held is not None:
+            return {**self.held}
         held = (lambda p: True) if self.player is None else self.player.holds
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad and held(p)}
 
