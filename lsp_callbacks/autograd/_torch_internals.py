@@ -59,6 +59,8 @@ HOOKS = (
 )
 #: Attributes of a module that hold what is registered in it; the second holds its buffers.
 CONTAINERS = (PARAMETERS := "_parameters", BUFFERS := "_buffers", MODULES := "_modules")
+#: That of the names of buffers that are not saved.
+NOT_SAVED = "_non_persistent_buffers_set"
 
 #: Attributes that every module has, and that of ``Module.compile``; but for ``training`` they hold its layout alone.
 PLAIN = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}

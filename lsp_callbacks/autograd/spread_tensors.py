@@ -43,16 +43,25 @@ def sharded_roots(module: nn.Module) -> Iterator[Any]:
             yield from sharded_roots(child)
 
 
+def plain_class(module: nn.Module) -> type:
+    """Return the class of a module from before ``fully_shard``, which derives another one from it."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if kind is None or not isinstance(module, kind):
+        return type(module)
+    return next(c for c in type(module).__mro__ if not issubclass(c, kind) and issubclass(c, nn.Module))
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return the part that this process holds, without a graph and sharing its memory; any other tensor itself."""
     return tensor.detach().to_local() if is_spread(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
 def local_gradient(p: Tensor) -> Tensor | None:
-    """Return this process's part of the gradient of a parameter; it may communicate where that is still to be summed."""
+    """Return this process's part of the gradient of a parameter; may communicate, where it is not summed yet."""
     gradient: Any = p.grad
-    if gradient is not None and is_spread(gradient) and is_spread(p) and gradient.placements != p.placements:  # type: ignore[attr-defined]
-        gradient = gradient.redistribute(placements=p.placements)  # type: ignore[attr-defined]
+    placed: Any = p
+    if gradient is not None and is_spread(gradient) and is_spread(p) and gradient.placements != placed.placements:
+        gradient = gradient.redistribute(placements=placed.placements)
     return None if gradient is None else local(gradient)
 
 

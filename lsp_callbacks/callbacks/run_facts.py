@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from lsp_callbacks.autograd.spread_tensors import has_shards
 from lsp_callbacks.callbacks._lightning_internals import has_communication_hook, has_no_optimizer, is_kind_of
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.step.clipping import Clipping
@@ -15,16 +14,16 @@ from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.run_context import Prox, RunContext
 from lsp_callbacks.step.shards import Shards, why_refused
 
-#: Strategies whose shards are flat buffers of their own, which have neither the names nor the shapes of parameters, with
-#: what to use instead. DeepSpeed's is also a DDPStrategy by name.
+#: Strategies whose shards are flat buffers of their own, without names and shapes of parameters, and what to use.
+#: DeepSpeed's is also a DDPStrategy by name.
 _REFUSED = {
     "FSDPStrategy": (
         "FSDPStrategy (FSDP1) joins parameters into flat buffers, which are views of nothing between two passes: use "
         "ModelParallelStrategy with fully_shard (FSDP2)"
     ),
     "DeepSpeedStrategy": (
-        "DeepSpeedStrategy makes the update inside of its engine, from its own copies of gradients and weights: no step "
-        "between a gradient and an update can be looked at; use ModelParallelStrategy with fully_shard (FSDP2)"
+        "DeepSpeedStrategy makes the update inside of its engine, from its own copies of gradients and weights: no "
+        "step between a gradient and an update can be looked at; use ModelParallelStrategy with fully_shard (FSDP2)"
     ),
 }
 
@@ -49,8 +48,9 @@ def unsupported(trainer: Any, module: Any, *, players: bool = False) -> str | No
         players: whether each optimizer's own loss is known.
     """
     if trainer.world_size > 1:
-        if is_kind_of("ModelParallelStrategy", trainer.strategy) and has_shards(module):
-            if (reason := why_refused(module, trainer.world_size)) is not None:
+        if is_kind_of("ModelParallelStrategy", trainer.strategy):
+            # Before its optimizers exist, configure_model was not called.
+            if trainer.optimizers and (reason := why_refused(module, trainer.world_size)) is not None:
                 return reason
         elif not is_kind_of("DDPStrategy", trainer.strategy):
             name = type(trainer.strategy).__name__

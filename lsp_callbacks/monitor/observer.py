@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.snapshot import Snapshot
 from lsp_callbacks.step.step_loss import StepLoss
 from lsp_callbacks.step.verified_step import verified
+
+MOVED_SHARDS = (
+    "code of yours moves the parameters together with the optimizer (optimizer_step, prox), which is not followed "
+    "where each process holds a shard of them"
+)
 
 
 class StepObserver:
@@ -287,7 +293,8 @@ class StepObserver:
         monitor, pending = self.monitor, self._pending
         assert pending is not None
         needs_update = any(quantity.needs_update for quantity in monitor.quantities.values())
-        if is_compared := needs_update and self.loop.moves_parameters:
+        # What an update should be is predicted on whole parameters, and not compared with shards.
+        if is_compared := needs_update and self.loop.moves_parameters and self.loop.run.shards is None:
             self._update_check.awaited()
         doing = "the step could not be measured"
         try:
@@ -317,9 +324,25 @@ class StepObserver:
         Raises:
             AssertionError: if it is not to be measured, see `is_pending`.
         """
-        pending, loop = self._pending, self.loop
+        pending, run = self._pending, self.loop.run
         assert pending is not None, "no step was begun that is to be measured"
-        scale, (loss, how), gradient_scale = loop.loss_scale(), loop.evaluated(), loop.gradient_scale(optimizer)
+        gradient_scale = self.loop.gradient_scale(optimizer)
+        snapshot = self._snapshot_of(pending, optimizer, clipping, gradient_scale)
+        if run.shards is None or not pending.can_replay:
+            return snapshot
+
+        def whole() -> Snapshot:
+            seen = self._snapshot_of(*pending.whole(optimizer, self.monitor.budget.room()), clipping, gradient_scale)
+            if self.loop.moves_parameters:
+                seen = replace(seen, mismatch=seen.mismatch or MOVED_SHARDS)
+            return verified(seen) if seen.loss is None and not self._is_settled else seen
+
+        return replace(snapshot, whole_step=whole)
+
+    def _snapshot_of(
+        self, pending: PendingStep, optimizer: torch.optim.Optimizer, clipping: Clipping | None, gradient_scale: Any
+    ) -> Snapshot:
+        loop, scale, (loss, how) = self.loop, self.loop.loss_scale(), self.loop.evaluated()
         is_shown = loop.shows_losses and not (self.step_loss.is_ambiguous or self._is_settled)
         return pending.snapshot(
             self.step,

@@ -169,8 +169,6 @@ class SelectedQuantities(dict[str, Quantity]):
 def _check(quantity: Quantity, snapshot: Snapshot, steps: float) -> None:
     if snapshot.run.sharded:
         raise Unmeasurable(snapshot.run.sharded)
-    if snapshot.run.shards is not None and quantity.with_shards is not None:
-        raise Unmeasurable(quantity.with_shards)
     if not quantity.supports_multiple_optimizers:
         require_one(snapshot.player)
     quantity.check(snapshot)

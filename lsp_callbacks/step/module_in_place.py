@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lsp_callbacks.autograd._torch_internals import BUFFERS, COMPOSABLE, HOOKS, PLAIN
 from lsp_callbacks.autograd.spread_tensors import local, sharded_roots
 from lsp_callbacks.step.module_copy import find_special, is_mutable, is_users_hook, state_of
+from lsp_callbacks.step.whole_copy import WholeCopy
 
 #: Packages whose hooks stay, as they gather the shards, or are our own.
 _KEPT = ("torch.", "lsp_callbacks.")
@@ -73,6 +74,10 @@ class ModuleInPlace:
             _replace(vars(child)[BUFFERS], _clones(held))
         self._prepare(self.module)
         return self.module
+
+    def whole(self) -> WholeCopy:
+        """Return a plain copy with the whole parameters, as it was before the step; all processes make it together."""
+        return WholeCopy(self.module, self._attributes, self._buffers, self._prepare)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

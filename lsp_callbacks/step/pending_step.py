@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -29,8 +30,11 @@ from lsp_callbacks.step.shards import local_parameters
 from lsp_callbacks.step.snapshot import OtherLoss, Snapshot
 from lsp_callbacks.step.step_loss import summed
 from lsp_callbacks.step.verified_step import named_gradient
+from lsp_callbacks.step.whole_copy import WholeCopy, require_room
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+#: Relative difference of a loss with gathered weights: kernels may be others where these lie elsewhere in memory.
+WHOLE = 1e-5
 NOT_KEPT = Unmeasurable("the step was not kept for a replay, as nothing that was due needs one")
 
 
@@ -69,7 +73,7 @@ class PendingStep:
         self.run = run or RunContext()
         self.parts: list[MicroBatch] = []
         self._graphs: list[Graph] = []
-        self.module_copy: ModuleCopy | ModuleInPlace | None = None
+        self.module_copy: ModuleCopy | ModuleInPlace | WholeCopy | None = None
         self._parameters: list[nn.Parameter] = []
         self.failure: Exception | None = None
         self.readers, self.can_replay = readers or {}, can_replay
@@ -204,6 +208,32 @@ class PendingStep:
             assert isinstance(self.module_copy, ModuleInPlace)
             return ShardedReplay(self.module_copy, parts, ranks, list(held.values()))
         return ranks.private(replayer(self.module_copy, parts))
+
+    def whole(self, optimizer: torch.optim.Optimizer, room: float) -> tuple[PendingStep, torch.optim.Optimizer]:
+        """Return the step of a module with shards on a plain copy with the whole parameters, and its optimizer.
+
+        All ranks make it together, after the backward pass.
+
+        Args:
+            optimizer: of the run.
+            room: bytes that the copy may take.
+
+        Raises:
+            Unmeasurable: where the step was not kept.
+            Unsupported: above ``room``.
+        """
+        if self.failure is not None or not isinstance(self.module_copy, ModuleInPlace):
+            raise self.failure or NOT_KEPT
+        place = self.module_copy
+        require_room(self.module, optimizer, room)
+        with self.run.ranks.checked():
+            gathered = place.whole()
+            twin = gathered.optimizer(optimizer)
+        step = copy.copy(self)
+        step.run, step.module, step.module_copy = replace(self.run, shards=None), gathered.module, gathered
+        step._graphs, step._parameters, step._fingerprint, step.readers = [], [], [], {}
+        step.tolerance = max(self.tolerance, WHOLE)
+        return step, twin
 
     def _sample(self, count: int) -> tuple[Tensor, int]:
         """Return the loss of the first samples of the first micro-batch, in eval mode, and how many there are."""

@@ -19,6 +19,7 @@ from lsp_callbacks.step.batch import MicroBatch
 from lsp_callbacks.step.module_copy import ModuleCopy
 from lsp_callbacks.step.module_in_place import ModuleInPlace
 from lsp_callbacks.step.side_effects import Muter, mutable, muted, muters
+from lsp_callbacks.step.whole_copy import WholeCopy
 
 
 def copied(batch: Any) -> Any:
@@ -33,7 +34,7 @@ def copied(batch: Any) -> Any:
     return tree_map(lambda leaf: leaf.clone() if type(leaf) is Tensor else copy.deepcopy(leaf), batch)
 
 
-def replayer(module_copy: ModuleCopy | ModuleInPlace, parts: Sequence[MicroBatch]) -> Callable[[], Tensor]:
+def replayer(module_copy: ModuleCopy | ModuleInPlace | WholeCopy, parts: Sequence[MicroBatch]) -> Callable[[], Tensor]:
     """Return ``() -> loss`` of a step: each call takes fresh batches, buffers and random states, and is `muted`.
 
     The losses of the micro-batches are summed in their order, and buffers evolve through them as they did. The graphs

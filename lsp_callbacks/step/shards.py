@@ -59,6 +59,11 @@ def why_refused(module: nn.Module, world: int) -> str | None:
         module: with shards.
         world: how many processes train it.
     """
+    if world > 1 and not has_shards(module):
+        return (
+            f"no parameter is spread over the {world} processes, and nobody averages gradients: apply fully_shard or "
+            "parallelize_module, or use strategy='ddp'"
+        )
     for name, p in module.named_parameters():
         if p.requires_grad and is_spread(p) and processes_of(p) != world:
             return (
@@ -68,8 +73,8 @@ def why_refused(module: nn.Module, world: int) -> str | None:
     roots = list(sharded_roots(module))
     if any(scales_gradients(child) for root in roots for child in root.modules()):
         return (
-            "set_gradient_divide_factor or an all-reduce hook changes what fully_shard makes of the gradients: they are "
-            "not the plain mean over the processes, which is what is modelled"
+            "set_gradient_divide_factor or an all-reduce hook changes what fully_shard makes of the gradients: they "
+            "are not the plain mean over the processes, which is what is modelled"
         )
     plain = [name for name, p in module.named_parameters() if p.requires_grad and not is_spread(p)]
     if roots and plain:

@@ -67,7 +67,7 @@ class CourantStep(AlongUpdate):
     """
 
     name = "courant_step"
-    with_shards = None
+    needs_whole = False
     KEYS: ClassVar = {
         "courant_step": Key(
             "Curvature along the last updates over that at which their losses stop falling.",

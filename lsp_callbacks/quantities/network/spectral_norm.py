@@ -47,7 +47,7 @@ class SpectralNorm(Quantity):
 
     weight = 0.05
     name = "spectral_norm"
-    with_shards = None
+    needs_whole = False
     supports_multiple_optimizers = True
     KEYS: ClassVar = {
         "spectral_norm_max": Key(
