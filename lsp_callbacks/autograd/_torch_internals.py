@@ -229,9 +229,18 @@ def without_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             p._backward_hooks = kept
 
 
-def scales_gradients(module: nn.Module) -> bool:
+def forget_passes(module: Any) -> None:
+    """Let a module of ``fully_shard`` forget passes that were not completed, and shard its weights again.
+
+    The outermost ones that were called do so for those inside of them; the others have nothing to forget.
+    """
+    if module._get_fsdp_state()._is_root:  # None before its first pass
+        module.reset_iter_state()
+
+
+def scales_gradients(module: Any) -> bool:
     """Return whether a module of ``fully_shard`` reduces gradients to anything else than their mean."""
-    state = getattr(module, "_get_fsdp_state", lambda: None)()
+    state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", ())
     return any(g.gradient_divide_factor is not None or g._all_reduce_hook is not None for g in groups)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,14 +32,10 @@ def has_shards(module: nn.Module) -> bool:
     return any(map(is_spread, module.parameters()))
 
 
-def sharded_roots(module: nn.Module) -> Iterator[Any]:
-    """Yield the outermost modules to which ``fully_shard`` was applied."""
+def sharded_modules(module: nn.Module) -> list[Any]:
+    """Return the modules to which ``fully_shard`` was applied."""
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    if kind is not None and isinstance(module, kind):
-        yield module
-    elif kind is not None:
-        for child in module.children():
-            yield from sharded_roots(child)
+    return [] if kind is None else [child for child in module.modules() if isinstance(child, kind)]
 
 
 def plain_class(module: nn.Module) -> type:

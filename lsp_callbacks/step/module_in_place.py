@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd._torch_internals import BUFFERS, COMPOSABLE, HOOKS, PLAIN
-from lsp_callbacks.autograd.spread_tensors import local, sharded_roots
+from lsp_callbacks.autograd._torch_internals import BUFFERS, COMPOSABLE, HOOKS, PLAIN, forget_passes
+from lsp_callbacks.autograd.spread_tensors import local, sharded_modules
 from lsp_callbacks.step.module_copy import find_special, is_mutable, is_users_hook, state_of
 from lsp_callbacks.step.whole_copy import WholeCopy
 
@@ -62,10 +62,6 @@ class ModuleInPlace:
         self._attributes = [_copied(values, memo) for values in attributes]
         self._buffers = [_clones(vars(child)[BUFFERS]) for child in self._modules]
 
-    def buffers(self) -> list[Tensor | None]:
-        """Return the buffers before the step, on the CPU, in the order of the modules."""
-        return [None if b is None else b.cpu() for held in self._buffers for b in held.values()]
-
     def reset(self) -> nn.Module:
         """Return the module as it was before the step; only while it is `running`."""
         memo: dict[int, Any] = dict(self._shared)
@@ -90,9 +86,9 @@ class ModuleInPlace:
                     hooks = vars(child).get(kind, {})
                     stack.callback(_replace, hooks, dict(hooks))
                     _replace(hooks, {key: hook for key, hook in hooks.items() if not _is_users(hook)})
-            for root in sharded_roots(self.module):
-                stack.callback(root.reset_iter_state)
-                root.reset_iter_state()
+            for child in sharded_modules(self.module):
+                stack.callback(forget_passes, child)
+                forget_passes(child)
             self.reset()
             yield
 

@@ -74,7 +74,7 @@ class PendingStep:
         self.parts: list[MicroBatch] = []
         self._graphs: list[Graph] = []
         self.module_copy: ModuleCopy | ModuleInPlace | WholeCopy | None = None
-        self._parameters: list[nn.Parameter] = []
+        self._parameters: list[Tensor] = []
         self.failure: Exception | None = None
         self.readers, self.can_replay = readers or {}, can_replay
         self._size: int | None = None
@@ -86,7 +86,7 @@ class PendingStep:
             else:
                 standing = self.run.standing_copy
                 self.module_copy = ModuleCopy(module, shared=shared, prepare=prepare, standing=standing)
-            self._parameters = self.module_copy.parameters
+            self._parameters = [*self.module_copy.parameters]
             self._fingerprint = fingerprint(self._parameters)
         except Exception as error:  # whatever the user's attributes raise when they are copied
             self._fail(error)
@@ -97,14 +97,14 @@ class PendingStep:
         """Give the buffers of the first rank to all."""
 
         def buffers() -> list[Tensor | None]:
-            if self.module_copy is None:
+            if not isinstance(self.module_copy, ModuleCopy):
                 raise self.failure or AssertionError
             return self.module_copy.buffers()
 
         ranks = self.run.ranks
         try:
             of_first = ranks.together(lambda: ranks.first(buffers, "the buffers"))
-            if self.module_copy is not None:
+            if isinstance(self.module_copy, ModuleCopy):
                 self.module_copy.load_buffers(of_first)
         except Exception as error:  # of this rank alone, too: it has to join the next exchange
             self.failure = error.with_traceback(None)
@@ -230,10 +230,14 @@ class PendingStep:
             gathered = place.whole()
             twin = gathered.optimizer(optimizer)
         step = copy.copy(self)
-        step.run, step.module, step.module_copy = replace(self.run, shards=None), gathered.module, gathered
-        step._graphs, step._parameters, step._fingerprint, step.readers = [], [], [], {}
-        step.tolerance = max(self.tolerance, WHOLE)
+        step.look_at(gathered)
         return step, twin
+
+    def look_at(self, gathered: WholeCopy) -> None:
+        """Look at a plain copy with the whole parameters from now on, after the step's passes."""
+        self.run, self.module, self.module_copy = replace(self.run, shards=None), gathered.module, gathered
+        self._graphs, self._parameters, self._fingerprint, self.readers = [], [], [], {}
+        self.tolerance = max(self.tolerance, WHOLE)
 
     def _sample(self, count: int) -> tuple[Tensor, int]:
         """Return the loss of the first samples of the first micro-batch, in eval mode, and how many there are."""

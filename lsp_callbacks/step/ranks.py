@@ -234,6 +234,10 @@ class _Private(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+#: Operators of ``torch.distributed`` that only look at what a collective gave.
+_LOCAL = ("::wait_tensor", "::_wrap_tensor_autograd")
+
+
 class _Checked(TorchDispatchMode):
     """Calls a function before every collective of ``torch.distributed``."""
 
@@ -244,8 +248,7 @@ class _Checked(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if spread_among(types):
             return NotImplemented  # the tensor's own code comes first, whose collectives are seen then
-        namespace = getattr(func, "namespace", "")
-        if "c10d" in namespace and "wait" not in func.name():
+        if "c10d" in getattr(func, "namespace", "") and not func.name().endswith(_LOCAL):
             self._check(func.name())
         return func(*args, **(kwargs or {}))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import scales_gradients
-from lsp_callbacks.autograd.spread_tensors import copies, has_shards, is_spread, local, processes_of, sharded_roots
+from lsp_callbacks.autograd.spread_tensors import copies, has_shards, is_spread, local, processes_of, sharded_modules
 from lsp_callbacks.step.ranks import Ranks
 
 
@@ -70,14 +70,14 @@ def why_refused(module: nn.Module, world: int) -> str | None:
                 f"the mesh of {name} has {processes_of(p)} of {world} processes: nobody averages its gradient over the "
                 "others; use one mesh of all of them"
             )
-    roots = list(sharded_roots(module))
-    if any(scales_gradients(child) for root in roots for child in root.modules()):
+    modules = sharded_modules(module)
+    if any(map(scales_gradients, modules)):
         return (
             "set_gradient_divide_factor or an all-reduce hook changes what fully_shard makes of the gradients: they "
             "are not the plain mean over the processes, which is what is modelled"
         )
     plain = [name for name, p in module.named_parameters() if p.requires_grad and not is_spread(p)]
-    if roots and plain:
+    if modules and plain:
         return (
             f"{len(plain)} trainable parameters ({plain[0]}, ...) are outside of fully_shard: nobody averages their "
             "gradients over the processes; apply fully_shard to the module that holds them, too"

@@ -204,4 +204,5 @@ def _joint(snapshot: Snapshot, player: Player) -> Snapshot:
 @computed_once
 def _whole(snapshot: Snapshot) -> Snapshot:
     assert snapshot.whole_step is not None
-    return snapshot.run.ranks.apart(snapshot.whole_step)
+    step = snapshot.run.ranks.apart(snapshot.whole_step)
+    return replace(step, run=replace(snapshot.run, shards=None))  # with what a monitor has completed

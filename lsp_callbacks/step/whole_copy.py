@@ -117,6 +117,6 @@ def _whole_parameter(p: nn.Parameter) -> nn.Parameter:
 
 def _shell(module: nn.Module) -> nn.Module:
     """Return a module of the class from before ``fully_shard``, with nothing in it."""
-    shell = object.__new__(plain_class(module))
+    shell: nn.Module = object.__new__(plain_class(module))
     vars(shell).update(vars(nn.Module()))
     return shell
