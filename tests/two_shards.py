@@ -11,10 +11,12 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from harness import CLASSES, FEATURES, Losses, Model, fit
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import ModelParallelStrategy as FabricModelParallel
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
@@ -35,8 +37,8 @@ SHARDS_ALONE = ("spectral_norm", "courant_step", "critical_sharpness")
 SGD = partial(torch.optim.SGD, lr=0.2, momentum=0.9)
 
 
-def shares(rank, world=WORLD):
-    return DataLoader(dataset(), BATCH, sampler=DistributedSampler(dataset(), world, rank, shuffle=False))
+def shares(rank, dtype=torch.float64):
+    return DataLoader(dataset(dtype=dtype), BATCH, sampler=DistributedSampler(dataset(), WORLD, rank, shuffle=False))
 
 
 def made(dtype=torch.float64):
@@ -136,12 +138,13 @@ class TensorParallel(Sharded):
 
     def configure_model(self):
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            plan = {"0": ColwiseParallel(), "3": RowwiseParallel()}
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
             parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
 
 
 def wide():
-    return nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Identity(), nn.Linear(4, CLASSES)).double()
+    """Without what stands between columns and rows."""
+    return nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Linear(4, CLASSES)).double()
 
 
 def plain_strategy(**sizes):
@@ -234,6 +237,58 @@ def core(rank):
     return found
 
 
+class OnMesh(Sharded):
+    """With a mesh of its own, and settings of ``fully_shard``."""
+
+    def __init__(self, mesh, **settings):
+        super().__init__(**settings)
+        self.sizes = mesh
+
+    def configure_model(self):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            names = ("replicate", "shard")[-len(self.sizes) :]
+            spread(self.net, init_device_mesh("cpu", self.sizes, mesh_dim_names=names), **self.settings)
+
+
+def parallel(net, mesh):
+    for layer in (net[0], net[2], net[3]):
+        fully_shard(layer, mesh=mesh["data_parallel"])
+    return fully_shard(net, mesh=mesh["data_parallel"])
+
+
+def modes(rank):
+    plain, found = {"loader": shares(rank), "max_steps": 8}, {}
+
+    def both(name, make, names=NAMES, settings=None, **sizes):
+        ours = StabilityMonitor(list(names), every_n_steps=3)
+        found[f"{name} plain"], found[name] = pair(make, ours, plain=plain | (settings or {}), **sizes)
+
+    both("AdamW", partial(Sharded, partial(torch.optim.AdamW, lr=0.05)))
+    both("clipped", Sharded, settings={"gradient_clip_val": 0.05})
+    both("accumulated", Sharded, settings={"accumulate_grad_batches": 2})
+    both("HSDP", partial(OnMesh, (WORLD, 1)))
+    both("HSDP one replica", partial(OnMesh, (1, WORLD)))
+    both("not resharded", partial(Sharded, reshard_after_forward=False))
+    both("checkpointed", Recomputes)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    both("mixed", lambda: Sharded(net=made(torch.float32), mp_policy=policy),
+         settings={"loader": shares(rank, dtype=torch.float32)})  # fmt: skip
+    everything = {"loader": DataLoader(dataset(), 2 * BATCH), "max_steps": 8}
+    both("tensor parallel", lambda: TensorParallel(net=wide()), settings=everything,
+         data_parallel_size=1, tensor_parallel_size=WORLD)  # fmt: skip
+    try:
+        both("offloaded", partial(Sharded, offload_policy=CPUOffloadPolicy()))
+    except Exception as error:
+        found["offloaded error"] = f"{type(error).__name__}: {error}"
+    fabric = Fabric(
+        accelerator="cpu", devices=WORLD,
+        strategy=FabricModelParallel(parallel, data_parallel_size=WORLD, tensor_parallel_size=1),
+    )  # fmt: skip
+    fabric.launch()
+    found["fabric plain"], found["fabric"] = looped(rank, fabric=fabric, measured=False), looped(rank, fabric=fabric)
+    return found
+
+
 def main(folder, part):
     rank = int(os.environ["LOCAL_RANK"])
     torch.manual_seed(0)
@@ -241,7 +296,7 @@ def main(folder, part):
     torch.save(PARTS[part](rank), os.path.join(folder, f"{rank}.pt"))
 
 
-PARTS = {"core": core}
+PARTS = {"core": core, "modes": modes}
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

@@ -28,8 +28,8 @@ def kept_step(loop: TrainingLoop, monitor: Monitor, step: int, names: Collection
         # The graph of a module with shards holds weights that are gone again.
         reading = [] if loop.run.shards is not None else measured
         readers = {q.name: reader for q in reading if (reader := q.reader(loop.module, loop.run, step)) is not None}
-        can_replay = _needs_replay(monitor, measured) or not loop.can_do_without_replay
-        return loop.new_step(readers=readers, can_replay=can_replay)
+        is_replayed = _needs_replay(monitor, measured) or not loop.can_do_without_replay
+        return loop.new_step(readers=readers, can_replay=is_replayed and loop.run.unknown_loss is None)
     except Exception as error:
         monitor.errors.caught(NOT_KEPT, error)
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,20 +19,15 @@ from lsp_callbacks.monitor.nan_finder import NanFinder
 from lsp_callbacks.monitor.step_results import Completed, StepResults
 from lsp_callbacks.monitor.training_loop import MicroBatchLoss, TrainingLoop
 from lsp_callbacks.monitor.update_check import UpdateCheck, of_whole_batch
+from lsp_callbacks.monitor.whole_step import with_whole_step
 from lsp_callbacks.quantities.numerics.numerics import Numerics
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import PendingStep, never
 from lsp_callbacks.step.players import Player
 from lsp_callbacks.step.probes import Criterion, ForwardFn, Probes
-from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.snapshot import Snapshot
 from lsp_callbacks.step.step_loss import StepLoss
 from lsp_callbacks.step.verified_step import verified
-
-MOVED_SHARDS = (
-    "code of yours moves the parameters together with the optimizer (optimizer_step, prox), which is not followed "
-    "where each process holds a shard of them"
-)
 
 
 class StepObserver:
@@ -279,7 +273,7 @@ class StepObserver:
             failing = self.monitor.errors.warn_instead_of_raise("the player's step could not be measured")
             with failing, self.game.turn(optimizer) as snapshot:
                 if snapshot is not None:
-                    with self._untouched():
+                    with self.loop.untouched():
                         self._observe(snapshot(self.step, previous=self.previous))
             return
         if self._pending is None:
@@ -293,12 +287,12 @@ class StepObserver:
         monitor, pending = self.monitor, self._pending
         assert pending is not None
         needs_update = any(quantity.needs_update for quantity in monitor.quantities.values())
-        # What an update should be is predicted on whole parameters, and not compared with shards.
         if is_compared := needs_update and self.loop.moves_parameters and self.loop.run.shards is None:
             self._update_check.awaited()
         doing = "the step could not be measured"
         try:
-            with self._untouched() if pending.can_replay else contextlib.nullcontext():
+            is_run = pending.can_replay or pending.own_calls is not None
+            with self.loop.untouched() if is_run else contextlib.nullcontext():
                 clipping = self._clipping(pending, optimizer)
                 snapshot = self.snapshot(optimizer, clipping)
                 self.sub_batch = pending.samples
@@ -324,39 +318,27 @@ class StepObserver:
         Raises:
             AssertionError: if it is not to be measured, see `is_pending`.
         """
-        pending, run = self._pending, self.loop.run
+        pending, loop = self._pending, self.loop
         assert pending is not None, "no step was begun that is to be measured"
-        gradient_scale = self.loop.gradient_scale(optimizer)
-        snapshot = self._snapshot_of(pending, optimizer, clipping, gradient_scale)
-        if run.shards is None or not pending.can_replay:
-            return snapshot
-
-        def whole() -> Snapshot:
-            seen = self._snapshot_of(*pending.whole(optimizer, self.monitor.budget.room()), clipping, gradient_scale)
-            if self.loop.moves_parameters:
-                seen = replace(seen, mismatch=seen.mismatch or MOVED_SHARDS)
-            return verified(seen) if seen.loss is None and not self._is_settled else seen
-
-        return replace(snapshot, whole_step=whole)
-
-    def _snapshot_of(
-        self, pending: PendingStep, optimizer: torch.optim.Optimizer, clipping: Clipping | None, gradient_scale: Any
-    ) -> Snapshot:
-        loop, scale, (loss, how) = self.loop, self.loop.loss_scale(), self.loop.evaluated()
+        scale, (loss, how), gradient_scale = loop.loss_scale(), loop.evaluated(), loop.gradient_scale(optimizer)
         is_shown = loop.shows_losses and not (self.step_loss.is_ambiguous or self._is_settled)
-        return pending.snapshot(
-            self.step,
-            optimizer,
-            loss=self.step_loss.differentiated if is_shown else None,
-            gradient_scale=gradient_scale,
-            clipping=clipping,
-            probes=self.probes.probe_set(pending, loss, **how) if self.probes.wanted else None,
-            samples_of_step=self.probes.samples_of_step(pending, loss, **how),
-            scale=scale,
-            previous=self.previous,
-            room=self.monitor.budget.room,
-            other_loss=lambda source: pending.other_loss(source, loop.on_device),
-        )
+
+        def seen(pending: PendingStep, optimizer: torch.optim.Optimizer) -> Snapshot:
+            return pending.snapshot(
+                self.step,
+                optimizer,
+                loss=self.step_loss.differentiated if is_shown else None,
+                gradient_scale=gradient_scale,
+                clipping=clipping,
+                probes=self.probes.probe_set(pending, loss, **how) if self.probes.wanted else None,
+                samples_of_step=self.probes.samples_of_step(pending, loss, **how),
+                scale=scale,
+                previous=self.previous,
+                room=self.monitor.budget.room,
+                other_loss=lambda source: pending.other_loss(source, loop.on_device),
+            )
+
+        return with_whole_step(seen, pending, optimizer, loop, self.monitor.budget.room, is_settled=self._is_settled)
 
     def check_gradient(self, reason: str, *, is_gone_allowed: bool) -> bool:
         """Invalidate the update if the optimizer's gradients are not those that were foreseen; return True then.
@@ -389,7 +371,7 @@ class StepObserver:
     def after_update(self) -> Completed:
         """Return what was completed since the last call, also by what has awaited the update, be it by a closure."""
         if self.monitor.quantities.awaiting():
-            with self._untouched():
+            with self.loop.untouched():
                 self._results.add(self.monitor.after_update(is_own=self.updates <= 1 or self.loop.repeats_forward))
         return self._results.take()
 
@@ -400,9 +382,6 @@ class StepObserver:
         with self.monitor.errors.warn_instead_of_raise("the step could not be checked for NaN and Inf"):
             if self.nan_finder.look(step, self.loop, optimizer, overflowed=overflowed, again=again) is not None:
                 self._results.add_fault(step)
-
-    def _untouched(self) -> contextlib.AbstractContextManager:
-        return untouched(self.loop.module, in_place=self.loop.run.shards is not None)
 
     def _clipping(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
         if self.monitor.invalidated or pending.module_copy is None:

@@ -22,6 +22,7 @@ from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.module_copy import ModuleCopy
 from lsp_callbacks.step.module_in_place import ModuleInPlace
 from lsp_callbacks.step.module_modes import evaluating
+from lsp_callbacks.step.own_calls import OwnCalls
 from lsp_callbacks.step.replay import copied, replayer
 from lsp_callbacks.step.replay_checks import replayed_gradient, verify
 from lsp_callbacks.step.run_context import RunContext
@@ -78,6 +79,7 @@ class PendingStep:
         self.failure: Exception | None = None
         self.readers, self.can_replay = readers or {}, can_replay
         self._size: int | None = None
+        self.own_calls = None if self.run.unknown_loss is None else OwnCalls(module)
         if not can_replay:
             return
         try:
@@ -186,6 +188,7 @@ class PendingStep:
             readers=self.readers,
             can_replay=self.can_replay,
             held=held,
+            own_calls=None if self.own_calls is None else self.own_calls.taken(),
             **settings,
         )
         if self.sub_batch is None:

@@ -42,6 +42,8 @@ class RunContext:
         unsupported: why the parameters do not move by the optimizer's step on the step's loss; None if they do.
         invalidated: why the update of an earlier step turned out to be another one than the optimizer's; None if it did
             not. `Monitor.observe` sets its own.
+        unknown_loss: why the loss of a step is not known as a function of module and batch, so that no step is kept for
+            a replay; None if it is.
         sharded: why nothing can be measured of shards that the strategy gives to each process; None if it can be.
         shards: how the parameters lie on the processes, where each has a shard of them; None where each has all.
         known_graph: what verified replays of earlier steps have shown; one object for a whole run.
@@ -66,6 +68,7 @@ class RunContext:
     series: Trace | None = None
     unsupported: str | None = None
     invalidated: str | None = None
+    unknown_loss: str | None = None
     sharded: str | None = None
     shards: Shards | None = None
     known_graph: KnownGraph = field(default_factory=KnownGraph, repr=False)

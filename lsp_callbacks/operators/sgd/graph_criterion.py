@@ -47,6 +47,12 @@ class GraphCriterion:
     shape: torch.Size
     axis: int
 
+    @property
+    def counts(self) -> Tensor | None:
+        """Whether the loss counts each position, ``(N, T)`` on the CPU; None where it counts all of them."""
+        counts = self.weights != 0
+        return None if bool(counts.all()) else counts.cpu()
+
     def sizes(self, positions: Tensor) -> Tensor:
         """Return the top eigenvalue of the Hessian at some positions of each sample, up to a factor 2, ``(N, k)``.
 

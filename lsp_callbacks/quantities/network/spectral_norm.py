@@ -47,6 +47,7 @@ class SpectralNorm(Quantity):
 
     weight = 0.05
     name = "spectral_norm"
+    needs_loss = False
     needs_whole = False
     supports_multiple_optimizers = True
     KEYS: ClassVar = {
