@@ -279,13 +279,12 @@ class StepObserver:
         if self._pending is None:
             return
         try:
-            self._measure(optimizer, coming_gradients)
+            self._measure(self._pending, optimizer, coming_gradients)
         finally:
             self._pending = None
 
-    def _measure(self, optimizer: torch.optim.Optimizer, coming_gradients: Callable[[], Gradients] | None) -> None:
-        monitor, pending = self.monitor, self._pending
-        assert pending is not None
+    def _measure(self, pending: PendingStep, optimizer: Any, coming_gradients: Callable[[], Gradients] | None) -> None:
+        monitor = self.monitor
         needs_update = any(quantity.needs_update for quantity in monitor.quantities.values())
         if is_compared := needs_update and self.loop.moves_parameters and self.loop.run.shards is None:
             self._update_check.awaited()
@@ -318,8 +317,8 @@ class StepObserver:
         Raises:
             AssertionError: if it is not to be measured, see `is_pending`.
         """
-        pending, loop = self._pending, self.loop
-        assert pending is not None, "no step was begun that is to be measured"
+        loop = self.loop
+        assert self._pending is not None, "no step was begun that is to be measured"
         scale, (loss, how), gradient_scale = loop.loss_scale(), loop.evaluated(), loop.gradient_scale(optimizer)
         is_shown = loop.shows_losses and not (self.step_loss.is_ambiguous or self._is_settled)
 
@@ -338,7 +337,9 @@ class StepObserver:
                 other_loss=lambda source: pending.other_loss(source, loop.on_device),
             )
 
-        return with_whole_step(seen, pending, optimizer, loop, self.monitor.budget.room, is_settled=self._is_settled)
+        return with_whole_step(
+            seen, self._pending, optimizer, loop, self.monitor.budget.room, is_settled=self._is_settled
+        )
 
     def check_gradient(self, reason: str, *, is_gone_allowed: bool) -> bool:
         """Invalidate the update if the optimizer's gradients are not those that were foreseen; return True then.
