@@ -313,9 +313,6 @@ class StepObserver:
         Args:
             optimizer: that will make the update.
             clipping: what is done to the gradient before.
-
-        Raises:
-            AssertionError: if it is not to be measured, see `is_pending`.
         """
         loop = self.loop
         assert self._pending is not None, "no step was begun that is to be measured"
