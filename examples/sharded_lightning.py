@@ -40,9 +40,7 @@ def train(processes=2, max_steps=64):
     pl.seed_everything(0)  # the same weights everywhere, before they are spread
     x = torch.randn(256, 6)
     loader = DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=16, shuffle=True)
-    strategy = ModelParallelStrategy(
-        data_parallel_size=processes, tensor_parallel_size=1, process_group_backend="gloo"
-    )
+    strategy = ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1, process_group_backend="gloo")
     monitor = StabilityMonitor()
     trainer = pl.Trainer(
         accelerator="cpu", devices=processes, strategy=strategy, max_steps=max_steps, logger=False,

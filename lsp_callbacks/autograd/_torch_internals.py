@@ -238,6 +238,11 @@ def forget_passes(module: Any) -> None:
         module.reset_iter_state()
 
 
+def computes_in(module: Any) -> torch.dtype | None:
+    """Return the type to which a module of ``fully_shard`` rounds its weights in each pass; None for their own."""
+    return module._get_fsdp_state()._mp_policy.param_dtype
+
+
 def scales_gradients(module: Any) -> bool:
     """Return whether a module of ``fully_shard`` reduces gradients to anything else than their mean."""
     state = module._get_fsdp_state()

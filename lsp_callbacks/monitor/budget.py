@@ -80,10 +80,15 @@ def _memory_parts(quantities: Quantities, snapshot: Snapshot) -> dict[str, dict[
     parts: dict[str, dict[str, float]] = {}
     for name in in_turn(quantities):
         with contextlib.suppress(Exception):  # whatever a replay raises
-            view = quantities[name].view(snapshot)
-            parts[name] = quantities[name].memory(view)
-            if view is not snapshot:  # the weights and gradients that were gathered
-                parts[name]["whole weights"] = 2.0 * sum(p.numel() * p.element_size() for p in view.module.parameters())
+            parts[name] = snapshot.run.ranks.apart(partial(_parts_of, quantities[name], snapshot))
+    return parts
+
+
+def _parts_of(quantity: Quantity, snapshot: Snapshot) -> dict[str, float]:
+    view = quantity.view(snapshot)
+    parts = quantity.memory(view)
+    if view is not snapshot:  # the weights and gradients that were gathered
+        parts = parts | {"whole weights": 2.0 * sum(p.numel() * p.element_size() for p in view.module.parameters())}
     return parts
 
 

@@ -31,7 +31,7 @@ from lsp_callbacks.step.shards import local_parameters
 from lsp_callbacks.step.snapshot import OtherLoss, Snapshot
 from lsp_callbacks.step.step_loss import summed
 from lsp_callbacks.step.verified_step import named_gradient
-from lsp_callbacks.step.whole_copy import WholeCopy, require_room
+from lsp_callbacks.step.whole_copy import WholeCopy, require_room, require_same_precision
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 #: Relative difference of a loss with gathered weights: kernels may be others where these lie elsewhere in memory.
@@ -228,6 +228,7 @@ class PendingStep:
         if self.failure is not None or not isinstance(self.module_copy, ModuleInPlace):
             raise self.failure or NOT_KEPT
         place = self.module_copy
+        require_same_precision(self.module)
         require_room(self.module, optimizer, room)
         with self.run.ranks.checked():
             gathered = place.whole()

@@ -199,6 +199,8 @@ class Ranks:
 
     def _check(self, where: str, error: Exception | None = None) -> None:
         """Raise the same error on all ranks unless all are at the same place and none has failed."""
+        if self._over is not None:  # the others have left the round
+            raise self._over
         place = zlib.crc32(where.encode())
         state = torch.tensor([error is not None, place, -place], device=self.device)
         dist.all_reduce(state, op=dist.ReduceOp.MAX)

@@ -15,10 +15,11 @@ from lsp_callbacks.autograd._torch_internals import (
     MODULES,
     NOT_SAVED,
     PARAMETERS,
+    computes_in,
     copied_optimizer,
     tree_leaves,
 )
-from lsp_callbacks.autograd.spread_tensors import is_spread, local_gradient, plain_class, whole
+from lsp_callbacks.autograd.spread_tensors import is_spread, local_gradient, plain_class, sharded_modules, whole
 from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.step.module_copy import is_users_hook
 
@@ -105,6 +106,21 @@ def require_room(module: nn.Module, optimizer: torch.optim.Optimizer, room: floa
             "each process would have to hold all weights, gradients and the optimizer's state, "
             f"{2 * weights + state:.3g} bytes beside its shards, more than {room:.3g}: allow more with max_memory=..., "
             "or look at courant_step, critical_sharpness and spectral_norm, which need no more than the shards"
+        )
+
+
+def require_same_precision(module: nn.Module) -> None:
+    """Refuse a copy where ``fully_shard`` rounds weights before each pass.
+
+    Raises:
+        Unsupported: if it does.
+    """
+    lower = {computes_in(child) for child in sharded_modules(module)} - {p.dtype for p in module.parameters()} - {None}
+    if lower:
+        raise Unsupported(
+            f"MixedPrecisionPolicy rounds the weights to {lower.pop()} before each pass, and a copy with the whole "
+            "weights has another loss than the step: look at courant_step, critical_sharpness and spectral_norm, or "
+            "train without the policy"
         )
 
 

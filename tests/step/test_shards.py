@@ -1,21 +1,26 @@
 """Runs whose two processes hold a shard of the parameters each: FSDP2, tensor parallel, and their modes."""
 
 import contextlib
+import itertools
+import math
 import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from harness import fit
 from torch import nn
-from two_ranks import WORLD, joined
-from two_shards import NAMES, STEPS, Sharded
+from torch.utils.data import DataLoader
+from two_ranks import BATCH, WORLD, dataset, joined
+from two_shards import NAMES, SHARDS_ALONE, STEPS, Recomputes, Sharded, TensorParallel, wide
 
 from lsp_callbacks import StabilityMonitor
 from lsp_callbacks.errors import Unsupported
+from lsp_callbacks.quantities import REGISTRY
 from lsp_callbacks.step.whole_copy import require_room
 
 
@@ -153,6 +158,82 @@ def test_state_and_hooks_of_the_user_in_shards(core):
     for name in ("courant_step", "critical_sharpness", "spectral_norm_max"):
         values = core[0]["state"]["history"][f"stability/{name}"][1]
         assert len(values) == 4 and all(value == value for value in values)
+
+
+#: Modes in which all is measured as one process does, without a shard.
+ALIKE = {
+    "AdamW": partial(Sharded, partial(torch.optim.AdamW, lr=0.05)),
+    "HSDP": Sharded, "HSDP one replica": Sharded, "not resharded": Sharded, "checkpointed": Recomputes,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ALIKE, "clipped", "accumulated", "mixed", "tensor parallel", "offloaded", "fabric"])
+def test_modes_are_untouched(modes, name):
+    for own in modes:
+        untouched(own[f"{name} plain"], own[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALIKE)
+def test_modes_are_measured_as_one_process(modes, name):
+    close(modes[0][name]["history"], alone(ALIKE[name], NAMES, steps=8), 1e-4, but=(*ROWS, "gain_bound"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clipped", "accumulated", "offloaded", "fabric"])
+def test_modes_that_are_measured(modes, name):
+    curves = modes[0][name]["history"]
+    for key in ("sharpness", "courant", "courant_step", "critical_sharpness", "spectral_norm_max"):
+        values = curves[f"stability/{key}"][1]
+        assert values and all(value == value for value in values), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, reason", [("mixed", "MixedPrecisionPolicy rounds the weights")])
+def test_modes_in_which_the_whole_weights_are_refused(modes, name, reason):
+    own = modes[0][name]
+    assert set(own["skipped"]) == {*NAMES} - {*SHARDS_ALONE} and all(reason in text for text in own["skipped"].values())
+    assert all(value == value for value in own["history"]["stability/spectral_norm_max"][1])
+
+
+@pytest.mark.slow
+def test_tensor_parallel_is_measured_as_one_process(modes):
+    """Both processes take the same batch."""
+    monitor = StabilityMonitor([name for name in NAMES if name != "residual_cfl"], every_n_steps=3)
+    loader = DataLoader(dataset(), 2 * BATCH)
+    fit(lambda: TensorParallel(net=wide()), monitor, loader=loader, max_steps=8)
+    twin = {key: (curve.steps, curve.values) for key, curve in monitor.history.items()}
+    close(modes[0]["tensor parallel"]["history"], twin, 1e-4, but=ROWS)
+
+
+def test_rounded_weights_have_another_loss():
+    """The wrong number that the refusal avoids: the curvature of the whole weights is not that of the rounded ones."""
+    torch.manual_seed(0)
+    net, x = wide().float(), torch.randn(32, 6)
+    rounded = [p.bfloat16().float() for p in net.parameters()]
+    losses = [net(x).square().mean()]
+    with torch.no_grad():
+        for p, low in zip(net.parameters(), rounded):
+            p.copy_(low)
+    losses.append(net(x).square().mean())
+    assert abs(float(losses[0] / losses[1]) - 1) > 1e-5
+
+
+#: Runs, and whether they were refused.
+RUNS = {"FSDP2, two processes": "sharded"}
+
+
+def test_support_of_shards(core, support):
+    for order, (name, run) in enumerate(RUNS.items()):
+        history = core[0][run]["history"]
+        results = {}
+        for quantity in NAMES:
+            curves = [history[key][1] for key in REGISTRY[quantity].keys if key in history]
+            if curves and all(map(math.isfinite, itertools.chain(*curves))):
+                results[quantity] = {"state": "measured"}
+        assert {"spectral_norm", "sharpness", "mean_square_stability"} <= results.keys()
+        support("strategy", name, 10 + order, results)
 
 
 def test_a_shard_is_not_the_whole():
