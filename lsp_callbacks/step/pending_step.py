@@ -22,6 +22,7 @@ from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.module_copy import ModuleCopy
 from lsp_callbacks.step.module_in_place import ModuleInPlace
 from lsp_callbacks.step.module_modes import evaluating
+from lsp_callbacks.step.moving_parameters import moved_together
 from lsp_callbacks.step.own_calls import OwnCalls
 from lsp_callbacks.step.replay import copied, replayer
 from lsp_callbacks.step.replay_checks import replayed_gradient, verify
@@ -75,7 +76,7 @@ class PendingStep:
         self.parts: list[MicroBatch] = []
         self._graphs: list[Graph] = []
         self.module_copy: ModuleCopy | ModuleInPlace | WholeCopy | None = None
-        self._parameters: list[Tensor] = []
+        self._parameters: list[Any] = []
         self.failure: Exception | None = None
         self.readers, self.can_replay = readers or {}, can_replay
         self._size: int | None = None
@@ -166,7 +167,7 @@ class PendingStep:
             gradient_scale: the factor of mixed precision that the gradients still hold; None if they hold none.
             settings: further fields of the `Snapshot`.
         """
-        failure = self.failure or (self._moved() if self.can_replay else NOT_KEPT)
+        failure = self.failure or (self._moved(optimizer) if self.can_replay else NOT_KEPT)
         held = None if self.run.shards is None else local_parameters(self.module)
         module = self.module if failure or self.module_copy is None else self.module_copy.module
         replay = self._replay(self.parts, failure, held)
@@ -281,9 +282,23 @@ class PendingStep:
         held = None if self.run.shards is None else local_parameters(self.module)
         return self._replay([part], None, held)
 
-    def _moved(self) -> Exception | None:
-        """Return an error if the step itself has moved the parameters: a replay, which shares them, would do so too."""
-        if self.failure is None and not identical(self._fingerprint, fingerprint(self._parameters)):
+    def _moved(self, optimizer: torch.optim.Optimizer) -> Exception | None:
+        """Return an error if the step itself has moved the parameters: a replay, which shares them, would do so too.
+
+        Those of a momentum encoder, which no gradient moves, are copied at the next measured steps.
+        """
+        now = fingerprint(self._parameters)
+        if self.failure is None and not identical(self._fingerprint, now):
+            pairs = zip(self._parameters, self._fingerprint, now)
+            moved = [p for p, old, new in pairs if not identical([old], [new])]
+            trained = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+            if self.run.shards is None and not any(p.requires_grad or id(p) in trained for p in moved):
+                moved = moved_together(self.module, moved)
+                self.run.standing_copy.move(moved)
+                return Unmeasurable(
+                    f"the step changes {len(moved)} frozen parameters before its update (a momentum encoder): they are "
+                    "copied from the next measurement on"
+                )
             return Unmeasurable(
                 "the step changes parameters before its update (a moving average or a clamp in training_step), and a "
                 "replay would do so again: do it after the update, or pass loss_fn=..."
