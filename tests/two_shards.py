@@ -17,7 +17,7 @@ from lightning_fabric.strategies import ModelParallelStrategy as FabricModelPara
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
@@ -278,10 +278,6 @@ def modes(rank):
     names = [name for name in NAMES if name != "residual_cfl"]  # there is no block
     both("tensor parallel", lambda: TensorParallel(net=wide()), names, everything,
          data_parallel_size=1, tensor_parallel_size=WORLD)  # fmt: skip
-    try:
-        both("offloaded", partial(Sharded, offload_policy=CPUOffloadPolicy()))
-    except Exception as error:
-        found["offloaded error"] = f"{type(error).__name__}: {error}"
     fabric = Fabric(
         accelerator="cpu", devices=WORLD,
         strategy=FabricModelParallel(parallel, data_parallel_size=WORLD, tensor_parallel_size=1),

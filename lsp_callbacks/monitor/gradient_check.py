@@ -17,7 +17,7 @@ Gradients = list[tuple[nn.Parameter, Tensor]]
 
 def copies_of_gradients(parameters: Iterable[nn.Parameter]) -> Gradients:
     """Return the parameters that have a gradient, each with a copy of it."""
-    return [(p, local(p.grad).clone()) for p in parameters if p.grad is not None]
+    return [(p, p.grad.clone()) for p in parameters if p.grad is not None]
 
 
 class GradientCheck:
@@ -59,7 +59,7 @@ class GradientCheck:
         self.forget()
 
         def differs() -> bool:
-            there = [(local(p.grad), gradient) for p, gradient in expected if p.grad is not None]
+            there = [(local(p.grad), local(gradient)) for p, gradient in expected if p.grad is not None]
             is_gone = len(there) < len(expected)
             return (is_gone and not is_gone_allowed) or not identical(*([pair[k] for pair in there] for k in (0, 1)))
 
