@@ -9,6 +9,7 @@ import torch
 
 from lsp_callbacks.monitor.training_loop import TrainingLoop
 from lsp_callbacks.step.pending_step import PendingStep
+from lsp_callbacks.step.room import Room
 from lsp_callbacks.step.snapshot import Snapshot
 from lsp_callbacks.step.verified_step import verified
 
@@ -23,7 +24,7 @@ def with_whole_step(
     pending: PendingStep,
     optimizer: torch.optim.Optimizer,
     loop: TrainingLoop,
-    room: Callable[[], float],
+    room: Callable[[], Room],
     *,
     is_settled: bool,
 ) -> Snapshot:
@@ -42,7 +43,7 @@ def with_whole_step(
         return snapshot
 
     def whole() -> Snapshot:
-        step = seen(*pending.whole(optimizer, room()))
+        step = seen(*pending.whole(optimizer, room().most))
         if loop.moves_parameters:
             step = replace(step, mismatch=step.mismatch or MOVED)
         return verified(step) if step.loss is None and not is_settled else step

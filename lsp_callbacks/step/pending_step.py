@@ -16,7 +16,7 @@ from lsp_callbacks.autograd._torch_internals import is_compiled
 from lsp_callbacks.autograd.graph import Graph, joined, read
 from lsp_callbacks.autograd.spread_tensors import local_gradient
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.step.batch import MicroBatch, batch_size, first_samples
+from lsp_callbacks.step.batch import MicroBatch, batch_size, samples_between
 from lsp_callbacks.step.fingerprint import fingerprint, identical
 from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.module_copy import ModuleCopy
@@ -24,7 +24,8 @@ from lsp_callbacks.step.module_in_place import ModuleInPlace
 from lsp_callbacks.step.module_modes import evaluating
 from lsp_callbacks.step.moving_parameters import moved_together
 from lsp_callbacks.step.own_calls import OwnCalls
-from lsp_callbacks.step.replay import copied, replayer
+from lsp_callbacks.step.pieces import DividedReplay
+from lsp_callbacks.step.replay import copied
 from lsp_callbacks.step.replay_checks import replayed_gradient, verify
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.sharded_replay import ShardedReplay, raising
@@ -211,7 +212,8 @@ class PendingStep:
         if held is not None:
             assert isinstance(self.module_copy, ModuleInPlace)
             return ShardedReplay(self.module_copy, parts, ranks, list(held.values()))
-        return ranks.private(replayer(self.module_copy, parts))
+        replay = DividedReplay(self.module_copy, parts)
+        return replay if ranks.world == 1 else ranks.private(replay)
 
     def whole(self, optimizer: torch.optim.Optimizer, room: float) -> tuple[PendingStep, torch.optim.Optimizer]:
         """Return the step of a module with shards on a plain copy with the whole parameters, and its optimizer.
@@ -340,7 +342,7 @@ def never() -> Tensor:
 
 
 def _shortened(part: MicroBatch, count: int) -> MicroBatch:
-    return replace(part, batch=first_samples(part.batch, count))
+    return replace(part, batch=samples_between(part.batch, 0, count))
 
 
 def _raising(error: Exception | None) -> Callable[[], Tensor]:
