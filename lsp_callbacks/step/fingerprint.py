@@ -7,16 +7,25 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd._torch_internals import plain_tensors
+
 
 def fingerprint(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Return the sum of each parameter: in-place changes through ``.data`` leave no other mark."""
     with torch.no_grad():
-        return [p.sum(dtype=torch.float32) for p in parameters]
+        return [_sum(p) for p in parameters]
 
 
 def identical(these: Sequence[Tensor], those: Sequence[Tensor]) -> bool:
     """Return whether tensors are equal, each to the other of its pair, to the last bit; NaN equals NaN."""
     return all(_equal(a, b) for a, b in zip(these, those, strict=True))
+
+
+def _sum(p: Tensor) -> Tensor:
+    try:
+        return p.sum(dtype=torch.float32)
+    except NotImplementedError:  # quantised weights, which can be multiplied and little else
+        return torch.stack([t.sum(dtype=torch.float32) for t in plain_tensors(p)]).sum()
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
