@@ -3,7 +3,8 @@
 A causal transformer with one table of words, trained with AdamW, with and without one quantity that is read at every
 step, warm. Operations are counted, not timed: forward passes by look-ups in the table, whole gradients by its backward
 operation (under data parallelism each of them is one all-reduce of all parameters), multiplications of matrices for the
-price, in training steps. Vectors are those that a quantity carries from one reading to the next. The second table
+price, in training steps. Vectors over all parameters are those that a quantity carries from one reading to the next;
+what is smaller than one is as large as activations or the sides of layers, and does not count. The second table
 multiplies these constants for a model of so many parameters: bytes of vectors in 32 bits, of all ranks together; bytes
 that each rank sends and receives by a ring of many ranks; and the pace at which the reading takes 5 % of the training.
 """
@@ -94,7 +95,7 @@ def counted(width: int, layers: int, name: str | None) -> tuple[list[float], flo
 
 
 def vectors(monitor: StabilityMonitor, name: str, parameters: float) -> float:
-    """Return how many vectors over all parameters a quantity carries."""
+    """Return how many whole vectors over all parameters a quantity carries."""
 
     def size(value: object) -> int:
         if isinstance(value, Tensor):
@@ -103,7 +104,7 @@ def vectors(monitor: StabilityMonitor, name: str, parameters: float) -> float:
             return sum(map(size, value.values()))
         return sum(map(size, value)) if isinstance(value, list | tuple) else 0
 
-    return size(monitor.monitor.quantities[name].vectors()) / parameters
+    return size(monitor.monitor.quantities[name].vectors()) // parameters
 
 
 def main() -> None:
@@ -124,7 +125,7 @@ def main() -> None:
         assert monitor is not None
         row = more_forwards - forwards, more_gradients - gradients, more_flops / flops - 1
         found[name] = *row, vectors(monitor, name, parameters)
-        print(f"| `{name}` | {row[0]:.0f} | {row[1]:.0f} | {row[2]:.2f} | {found[name][3]:.1f} |")
+        print(f"| `{name}` | {row[0]:.0f} | {row[1]:.0f} | {row[2]:.2f} | {found[name][3]:.0f} |")
     print()
     for title, size in SIZES.items():
         print(f"\nAt {title} parameters:\n")
