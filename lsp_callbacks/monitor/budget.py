@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from lsp_callbacks.monitor.selected_quantities import in_turn
 from lsp_callbacks.operators.cost import Work, assume, hooks_cost, step_cost, work
 from lsp_callbacks.operators.footprint import Footprint, assume_footprint, footprint, readable
 from lsp_callbacks.quantities import Quantity
+from lsp_callbacks.step.room import Room
 from lsp_callbacks.step.snapshot import Snapshot
 
 Quantities = Mapping[str, Quantity]
@@ -29,6 +30,8 @@ COUNTING = 6.0
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 #: On the CPU, where nothing is said, the peak may be so many times that of training, or so many bytes beside training.
 MULTIPLE, FLOOR = 1.5, 2.56e8
+#: Bytes that a process grows by beyond its imports when a small network is trained: code that is loaded when used.
+LIBRARIES = 2e7
 #: Likewise while the headline number is measured, which comes first.
 HEADLINE = 3.0
 #: Vectors of the size of the weights that training holds between two steps: weights, gradient, two moments.
@@ -40,9 +43,18 @@ COLD = 3.0
 def measurement_cost(quantity: Quantity, snapshot: Snapshot) -> dict[str, float]:
     """Return the gradients that one measurement costs, by what they are spent on, with the hooks of its step."""
     try:
-        return snapshot.run.ranks.together(lambda: {**quantity.cost(snapshot), **hooks_cost(snapshot)})
+        view = _view(quantity, snapshot)
+        return snapshot.run.ranks.together(lambda: {**quantity.cost(view), **hooks_cost(view)})
     except Exception:  # whatever a replay raises: it takes one to see that
         return {"a replay that fails": 1.0}
+
+
+def _view(quantity: Quantity, snapshot: Snapshot) -> Snapshot:
+    """Return a step as a quantity looks at it, with the work of its passes, which is not counted again."""
+    view = snapshot.run.ranks.together(partial(quantity.view, snapshot))
+    if view is not snapshot:
+        assume(view, replace(work(snapshot), parameters=sum(p.numel() for p in view.parameters.values())))
+    return view
 
 
 def measurement_memory(quantities: Quantities, snapshot: Snapshot) -> dict[str, float]:
@@ -71,7 +83,15 @@ def _memory_parts(quantities: Quantities, snapshot: Snapshot) -> dict[str, dict[
     parts: dict[str, dict[str, float]] = {}
     for name in in_turn(quantities):
         with contextlib.suppress(Exception):  # whatever a replay raises
-            parts[name] = quantities[name].memory(snapshot)
+            parts[name] = snapshot.run.ranks.apart(partial(_parts_of, quantities[name], snapshot))
+    return parts
+
+
+def _parts_of(quantity: Quantity, snapshot: Snapshot) -> dict[str, float]:
+    view = quantity.view(snapshot)
+    parts = quantity.memory(view)
+    if view is not snapshot:  # the weights and gradients that were gathered
+        parts = parts | {"whole weights": 2.0 * sum(p.numel() * p.element_size() for p in view.module.parameters())}
     return parts
 
 
@@ -130,6 +150,15 @@ def default_cap(training: Footprint, multiple: float = MULTIPLE) -> float:
     """
     held = HELD * training.parameters
     return max(FLOOR, multiple * (held + training.activations) - held)
+
+
+def beside_training(training: Footprint, multiple: float) -> float:
+    """Return how many bytes beside training make its peak so many times as high, with what `LIBRARIES` take.
+
+    As `default_cap`, but no more on a small network: what can be had in pieces need not take the floor.
+    """
+    held = HELD * training.parameters + LIBRARIES
+    return multiple * (held + training.activations) - held
 
 
 def check_memory(
@@ -277,11 +306,12 @@ class Budget:
         """
         device = next((p.device for p in snapshot.parameters.values()), torch.device("cpu"))
         if name not in self.predicted:
-            parts_of = _memory_parts(quantities, snapshot)
+            with contextlib.suppress(Exception):  # whatever a replay raises
+                self._training = footprint(snapshot)  # first: what is done in pieces depends on the room
+            own = _memory_parts(quantities, snapshot), self._training
+            parts_of, self._training = snapshot.run.ranks.first(lambda: own, "the memory")  # so that all skip the same
             self.predicted |= _peaks(parts_of) | self.predicted
             self.graphs |= {name for name, parts in parts_of.items() if "graph" in parts}
-            with contextlib.suppress(Exception):  # whatever a replay raises
-                self._training = footprint(snapshot)
         multiple = HEADLINE if is_headline else MULTIPLE
         limit = {"default": self._cap(multiple), "multiple": multiple}
         check_memory(self.predicted.get(name, 0.0), self.max_memory, device, **limit)
@@ -291,9 +321,13 @@ class Budget:
         if self._training is not None:
             assume_footprint(snapshot, self._training)
 
-    def room(self) -> float:
+    def room(self) -> Room:
         """Return how many bytes a measurement may take beside training, as far as that is known; otherwise infinity."""
-        return self._cap(MULTIPLE) if self.max_memory is None else self.max_memory
+        if self.max_memory is not None:
+            return Room(self.max_memory, self.max_memory)
+        if self._training is None:
+            return Room()
+        return Room(beside_training(self._training, MULTIPLE), self._cap(MULTIPLE))
 
     def _cap(self, multiple: float) -> float:
         return math.inf if self._training is None else default_cap(self._training, multiple)
@@ -325,6 +359,7 @@ class Budget:
         else:
             with contextlib.suppress(Exception):  # whatever a replay raises
                 counting, self.work, self.step = COUNTING, work(snapshot), step_cost(snapshot)
+                self._training = self._training or footprint(snapshot)  # the price depends on the room
         counting, self.step = snapshot.run.ranks.first(lambda: (counting, self.step), "the work of a step")
         parts: dict[str, dict[str, float]] = {}
         for quantity in quantities:
@@ -340,6 +375,7 @@ class Budget:
 
     def _reduce(self, quantity: Quantity, snapshot: Snapshot) -> None:
         with contextlib.suppress(Exception):  # whatever a replay raises
-            reduced = snapshot.run.ranks.together(partial(quantity.limit_cost, snapshot, LIMIT * self.step))
+            view = _view(quantity, snapshot)
+            reduced = snapshot.run.ranks.together(partial(quantity.limit_cost, view, LIMIT * self.step))
             if reduced is not None:
                 self.reduced[quantity.name] = reduced

@@ -12,7 +12,7 @@ from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.exact_hessian import exact_hessian, vector_dtype
 from lsp_callbacks.operators.curvature.finite_differences import Differences, Products, difference_hessian
 from lsp_callbacks.operators.curvature.held_slopes import holds_kinks, with_held_slopes
-from lsp_callbacks.operators.footprint import require_room
+from lsp_callbacks.operators.divided_step import require_room
 from lsp_callbacks.step.flat import split
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
