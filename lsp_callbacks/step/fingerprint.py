@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 
-def fingerprint(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Return the sum of each parameter: in-place changes through ``.data`` leave no other mark."""
+def fingerprint(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the sum of each tensor: in-place changes through ``.data`` leave no other mark."""
     with torch.no_grad():
-        return [p.sum(dtype=torch.float32) for p in parameters]
+        return [(t if t.layout is torch.strided else t.to_dense()).sum(dtype=torch.float32) for t in tensors]
 
 
 def identical(these: Sequence[Tensor], those: Sequence[Tensor]) -> bool:
