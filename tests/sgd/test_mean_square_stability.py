@@ -157,11 +157,11 @@ def test_rows_are_taken_by_their_size_and_stand_for_the_others():
     offsets = (torch.arange(400) + 0.5) / 400
     counts = torch.zeros(8, dtype=f64)
     for offset in offsets.tolist():
-        taken, chance = sampled_rows(sizes, 4, offset)
+        taken, chance = sampled_rows(sizes.numpy(), 4, offset)
         assert len(taken) == 4 and bool((chance[(taken == 0) | (taken == 4)] == 1).all())
         counts[taken] += 1 / chance / len(offsets)
     close(counts[sizes > 0], torch.ones(7, dtype=f64), 1e-2)  # unbiased
-    assert torch.equal(sampled_rows(sizes, 9, 0.5)[0], torch.arange(8))
+    assert torch.equal(sampled_rows(sizes.numpy(), 9, 0.5)[0], torch.arange(8))
 
 
 def test_samples_without_curvature_need_no_row():
