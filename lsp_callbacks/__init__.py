@@ -1,9 +1,15 @@
 """Stability of training, measured while it runs."""
 
-from lsp_callbacks.callbacks import CapLearningRate, StabilityMonitor, StabilityReport, StopOnInstability
+from lsp_callbacks.callbacks import (
+    CapLearningRate,
+    RollBackOnInstability,
+    StabilityMonitor,
+    StabilityReport,
+    StopOnInstability,
+)
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.numerics.first_fault import Fault
-from lsp_callbacks.monitor.history import Curve, Observation
+from lsp_callbacks.monitor.history import Curve, History, Observation
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.quantities import (
     BatchSharpness,
@@ -47,6 +53,7 @@ __all__ = [
     "Curve",
     "Dissipation",
     "Fault",
+    "History",
     "LeaveOneOut",
     "Lyapunov",
     "LyapunovTrajectory",
@@ -60,6 +67,7 @@ __all__ = [
     "Quantity",
     "ResidualCFL",
     "Robustness",
+    "RollBackOnInstability",
     "RunContext",
     "SGDLaw",
     "SGDStability",

@@ -111,42 +111,44 @@ class ScheduleFree(optim.Optimizer):
         return loss
 
 
-class HalfState(optim.Optimizer):
+class PackedMomentum(optim.Optimizer):
+    """Momentum whose state is kept in another dtype, packed after each step and unpacked before the next."""
+
+    def __init__(self, params, lr=0.1, momentum=0.9):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                held = self.unpacked(state) if state else torch.zeros_like(p)
+                speed = group["momentum"] * held + p.grad
+                state.update(self.packed(speed))
+                p.sub_(speed, alpha=group["lr"])
+        return loss
+
+
+class HalfState(PackedMomentum):
     """Momentum whose state is kept in bfloat16."""
 
-    def __init__(self, params, lr=0.1, momentum=0.9):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    def packed(self, speed):
+        return {"speed": speed.bfloat16()}
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                speed = group["momentum"] * state.get("speed", torch.zeros_like(p)).float() + p.grad
-                state["speed"] = speed.bfloat16()
-                p.sub_(speed, alpha=group["lr"])
-        return loss
+    def unpacked(self, state):
+        return state["speed"].float()
 
 
-class EightBit(optim.Optimizer):
+class EightBit(PackedMomentum):
     """Momentum whose state is kept in 8 bits with one scale, as 8-bit optimizers do. Source: Dettmers et al. 2022."""
 
-    def __init__(self, params, lr=0.1, momentum=0.9):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    def packed(self, speed):
+        scale = speed.abs().max().clamp_min(1e-30) / 127
+        return {"scale": scale, "code": (speed / scale).round().to(torch.int8)}
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                held = state["code"].to(p) * state["scale"] if state else torch.zeros_like(p)
-                speed = group["momentum"] * held + p.grad
-                state["scale"] = speed.abs().max().clamp_min(1e-30) / 127
-                state["code"] = (speed / state["scale"]).round().to(torch.int8)
-                p.sub_(speed, alpha=group["lr"])
-        return loss
+    def unpacked(self, state):
+        return state["code"].to(state["scale"]) * state["scale"]
 
 
 def matrices_and_rest(make_matrices, make_rest):

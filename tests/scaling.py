@@ -39,6 +39,8 @@ class Unit:
             "1" for what has no unit.
         least: the number is the least of those whose key contains this, which may have different units.
         most: likewise the largest.
+        around: the number is the far end of an interval whose other end is that key. How far it is away follows from
+            rounding and from where its search stops: in float32 deviations count beyond the interval's width.
         free: why no law holds, where none does.
     """
 
@@ -52,6 +54,7 @@ class Unit:
     beside: str = ""
     least: str = ""
     most: str = ""
+    around: str = ""
     free: str = ""
 
     def expected(self, value: float, factor: dict[str, float]) -> float:
@@ -259,7 +262,7 @@ UNITS: dict[str, dict[str, Unit]] = {
         "sigma_theta": ONE,
         **_with_errors(ONE, "alpha_theta_mean_square", "sigma_theta_mean_square", "alpha_u", "alpha_output"),
         **_with_errors(Unit(loss=-1, parameter=2), "sigma_u"),
-        "sigma_theta_bound": ONE,
+        "sigma_theta_bound": Unit(around="sigma_theta"),
         "alpha_theta_bound": error(ONE, "1"),  # the logarithm of a bound, whose slack is rounding
         "alpha_theta_gap": error(ONE, "1"),
         "sigma_u_bound": Unit(loss=-1, parameter=2),
@@ -559,7 +562,13 @@ class Deviation:
 
 
 def deviations(
-    name: str, old: dict[str, float], new: dict[str, float], law: Law, model: str, kind: str
+    name: str,
+    old: dict[str, float],
+    new: dict[str, float],
+    law: Law,
+    model: str,
+    kind: str,
+    dtype: torch.dtype = torch.float64,
 ) -> list[Deviation]:
     """Of each key of the old numbers that has a law.
 
@@ -570,6 +579,7 @@ def deviations(
         law: the change.
         model: of `MODELS`.
         kind: of the optimizer.
+        dtype: of the run.
     """
     factor = factors(law, model, kind)
     here = {_plain(key): value for key, value in new.items() if not re.search(r"parametrizations\.\w+\.\d", key)}
@@ -590,9 +600,17 @@ def deviations(
         elif unit.beside:
             beside = unit_of(name, unit.beside).expected(old["stability/" + unit.beside], factor)
             size = max(size, abs(beside))
-        found.append(Deviation(key, expected, here.get(key, math.nan), size))
+        actual = here.get(key, math.nan)
+        if unit.around and dtype == torch.float32 and not _is_power_of_two(law.scale):
+            other = unit_of(name, unit.around).expected(old["stability/" + unit.around], factor)
+            actual = expected if abs(actual - expected) <= abs(expected - other) else actual
+        found.append(Deviation(key, expected, actual, size))
     found += [Deviation(key, math.nan, here[key], 1.0) for key in sorted(here.keys() - old.keys())]
     return found
+
+
+def _is_power_of_two(scale: float) -> bool:
+    return math.frexp(scale)[0] == 0.5
 
 
 #: Weights on the way to a layer, where there are more than one.
@@ -607,6 +625,8 @@ def _plain(key: str) -> str:
 # -- tables --------------------------------------------------------------------------------------------------------
 
 SCALES = (1e-6, 1e-3, 1e3, 1e6)
+#: Scales that change no digit of any float: what is left is a number in the code that has no unit.
+POWERS_OF_TWO = (2.0**-20, 2.0**20)
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 #: In float32 products and differences are rounded, and what has converged in one run may go on in another.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 2e-2}
@@ -668,5 +688,5 @@ def compared(
                 except Unmeasurable as error:
                     new = {}
                     rows[law.name].reasons[f"{where}: {error}"] = 1
-                rows[law.name].add(deviations(name, old, new, law, model, kind), where)
+                rows[law.name].add(deviations(name, old, new, law, model, kind, dtype), where)
     return rows

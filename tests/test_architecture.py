@@ -30,7 +30,10 @@ LAYERS = (
 #: Programs: they may import everything, and nothing imports them.
 PROGRAMS = ("demo", "cli", "__main__")
 LIGHTNING = {"lightning", "pytorch_lightning"}
-OPTIONAL = {"matplotlib", "rich", "jsonargparse", "sklearn", "scipy", "torchvision", "transformers", "tensorboard"}
+OPTIONAL = {
+    "matplotlib", "rich", "jsonargparse", "sklearn", "scipy", "torchvision", "transformers", "tensorboard", "pandas",
+    "IPython", "wandb", "mlflow", "comet_ml",
+}  # fmt: skip
 #: What a file is for may be imported at its top; nothing imports the file.
 ITS_OWN = {"loops/hugging_face.py": {"transformers"}}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scaling import LOOSE, TOLERANCE, UNITS, compared, unit_of
+from scaling import LOOSE, POWERS_OF_TWO, TOLERANCE, UNITS, compared, unit_of
 
 from lsp_callbacks.quantities import REGISTRY
 
@@ -43,7 +43,13 @@ def test_the_first_steps_of_a_run_in_other_units(name, kind):
 
 
 @pytest.mark.parametrize(
-    "name, kind, scale", [("lyapunov", "adam", 1e-6), ("lyapunov", "adam", 1e6), ("stability_profile", "adamw", 1e6)]
+    "name, kind, scale",
+    [
+        ("lyapunov", "adam", 1e-6),
+        ("lyapunov", "adam", 1e6),
+        ("stability_profile", "adamw", 1e6),
+        ("sharpness", "adamw", 1e-6),
+    ],
 )
 def test_second_moments_whose_squares_leave_float32(name, kind, scale):
     """Gradients of 1e-18 and 1e18: what moves second moments is far from 1, and so is its square."""
@@ -56,3 +62,12 @@ def test_second_moments_whose_squares_leave_float32(name, kind, scale):
 @pytest.mark.parametrize("name", REGISTRY)
 def test_a_quantity_at_all_scales(name, dtype):
     assert sum(numbers for _, numbers in held(name, dtype=dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REGISTRY)
+def test_powers_of_two_change_no_digit(name):
+    """In float32, too, but where Adam's squares have lost digits below its range, and a norm was summed otherwise."""
+    for law, row in compared(name, dtype=f32, scales=POWERS_OF_TWO).items():
+        assert row.worst[0] <= (1e-6 if law == "loss" else max(5e-3, LOOSE.get(name, 0) / 5)), (law, row.worst)
+        assert row.missing == 0, (law, row.reasons)

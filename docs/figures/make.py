@@ -72,12 +72,12 @@ def courant_number(steps: int = 700) -> Figure:
     """Loss and Courant numbers while the rate grows."""
     pl.seed_everything(0, verbose=False)
     losses, stop = Losses(), StopOnInstability(verbose=False)
-    monitor = StabilityMonitor(["sharpness", "sgd_stability"], every_n_steps=10)
+    monitor = StabilityMonitor()
     fit(ResidualNet(lr=0.05, schedule="ramp", ramp=30), monitor, stop, losses, steps=steps)
     canvas, (top, bottom) = axes(2, size=(7, 4.4), sharex=True)
     top.semilogy(losses.values, color=GREY, lw=0.8)
     top.set_ylabel("loss")
-    for key, color in (("courant_sgd", BLUE), ("courant_gd", ORANGE)):
+    for key, color in (("courant", BLUE), ("courant_step", ORANGE)):
         curve = monitor.history[f"stability/{key}"]
         bottom.semilogy(curve.steps, curve.values, ".-", color=color, lw=1, ms=4, label=key)
     bottom.axhline(1, color="black", lw=0.8)
@@ -90,28 +90,37 @@ def courant_number(steps: int = 700) -> Figure:
     return canvas
 
 
+def fit_polynomial(monitor: Monitor, rates: list[float]) -> list[float]:
+    """Fit a Chebyshev polynomial by full-batch gradient descent with these rates, and return the loss of each step."""
+    x = torch.linspace(-1, 1, 20).unsqueeze(1)
+    y = 8 * x**4 - 8 * x**2 + 1
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 1))
+    optimizer = torch.optim.SGD(net.parameters())
+    losses = []
+
+    def loss() -> torch.Tensor:
+        return nn.functional.mse_loss(net(x), y)
+
+    for step, rate in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        losses.append(value.item())
+        monitor.observe(Snapshot(step=step, module=net, replay=loss, optimizer=optimizer))
+        optimizer.step()
+        monitor.after_update()
+    return losses
+
+
 @figure
 def edge_of_stability(steps: int = 4000, every: int = 50) -> Figure:
     """Sharpness along full-batch gradient descent."""
-    x = torch.linspace(-1, 1, 20).unsqueeze(1)
-    y = 8 * x**4 - 8 * x**2 + 1
     canvas, (left, right) = axes(1, 2)
     for lr, color in ((0.1, BLUE), (0.2, ORANGE)):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(1, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 1))
-        optimizer = torch.optim.SGD(net.parameters(), lr=lr)
-        monitor, losses = Monitor(Sharpness(), every_n_steps=every), []
-
-        def loss(net=net) -> torch.Tensor:
-            return nn.functional.mse_loss(net(x), y)
-
-        for step in range(steps):
-            optimizer.zero_grad()
-            value = loss()
-            value.backward()
-            losses.append(value.item())
-            monitor.observe(Snapshot(step=step, module=net, replay=loss, optimizer=optimizer))
-            optimizer.step()
+        monitor = Monitor(Sharpness(), every_n_steps=every)
+        losses = fit_polynomial(monitor, [lr] * steps)
         curve = monitor.history["stability/sharpness"]
         left.plot(curve.steps, curve.values, color=color, label=f"rate {lr}")
         left.axhline(2 / lr, color=color, ls="--", lw=0.8)
@@ -125,27 +134,9 @@ def edge_of_stability(steps: int = 4000, every: int = 50) -> Figure:
 @figure
 def critical_sharpness(steps: int = 3000, every: int = 25) -> Figure:
     """Critical sharpness, its edge and the sharpness under a warm-up-stable-decay schedule, by gradient descent."""
-    x = torch.linspace(-1, 1, 20).unsqueeze(1)
-    y = 8 * x**4 - 8 * x**2 + 1
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(1, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 1))
-    optimizer, peak = torch.optim.SGD(net.parameters(), lr=0.2), 0.2
-    rates, losses = [], []
+    rates = [0.2 * min(1.0, (step + 1) / (0.1 * steps), (steps - step) / (0.3 * steps)) for step in range(steps)]
     monitor = Monitor(Sharpness(), CriticalSharpness(), every_n_steps=every)
-
-    def loss() -> torch.Tensor:
-        return nn.functional.mse_loss(net(x), y)
-
-    for step in range(steps):
-        rates.append(peak * min(1.0, (step + 1) / (0.1 * steps), (steps - step) / (0.3 * steps)))
-        optimizer.param_groups[0]["lr"] = rates[-1]
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        losses.append(value.item())
-        monitor.observe(Snapshot(step=step, module=net, replay=loss, optimizer=optimizer))
-        optimizer.step()
-        monitor.after_update()
+    losses = fit_polynomial(monitor, rates)
     canvas, (left, right) = axes(1, 2, size=(8, 3.4))
     for key, color, label in (("sharpness", BLUE, "sharpness"), ("critical_sharpness", ORANGE, "critical sharpness")):
         curve = monitor.history[f"stability/{key}"]

@@ -23,6 +23,24 @@ def has_backward(trainer: Any) -> bool:
     return not trainer.fit_loop._skip_backward
 
 
+def skip_batches(trainer: Any, count: int, *, counted: int = 0) -> Any:
+    """Fetch the next batches of the epoch and let them go; return the last one, None at the end of the epoch.
+
+    Args:
+        trainer: Lightning's.
+        count: of the batches.
+        counted: how many of them the loop will count as fetched itself, when it goes on from a checkpoint.
+    """
+    fetcher, batch = trainer.fit_loop._data_fetcher, None
+    for _ in range(count):
+        try:
+            batch, *_ = next(fetcher)
+        except StopIteration:
+            return None
+    fetcher.fetched -= counted
+    return batch
+
+
 def remaining_batches(trainer: Any) -> Iterator[Any]:
     """Yield the other batches of the epoch, on the device, as ``training_step`` would receive them."""
     fetcher = trainer.fit_loop._data_fetcher

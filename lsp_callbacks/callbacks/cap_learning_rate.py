@@ -180,14 +180,16 @@ class CapLearningRate(Callback):
             optimizer: that makes the update.
         """
         cap, step = self._cap, self._source.observer.step
-        if not cap.limits and self._source.observer.is_idle:
+        if not cap.limits and self._source.observer.is_idle and self._source.forecast.scale == 1:
             return None
-        rates = _rates(optimizer)
+        scale, scheduled = self._source.forecast.scale, _rates(optimizer)
+        rates = [scale * rate for rate in scheduled]
         factor, was_on = self._factor(rates), cap.is_on
         cap.is_on = factor < 1
         self._steps.append((step, rates, _relative(optimizer, rates), factor))
+        if factor * scale != 1:
+            self._lowered.multiply(optimizer, factor * scale)
         if cap.is_on:
-            self._lowered.multiply(optimizer, factor)
             self.capped += 1
             self._since = self._since + 1 if was_on else 0
             if self.first_step is None:
@@ -198,11 +200,14 @@ class CapLearningRate(Callback):
                 )
         if cap.is_on != was_on or (cap.is_on and not self._since % max(1, trainer.log_every_n_steps)):
             self._show(trainer, self.rates_of(step))
-        return max(rates)
+        return max(scheduled)
 
     def factor(self, optimizer: torch.optim.Optimizer) -> float:
         """Return by what the rates of the next update will be multiplied."""
-        return self._factor(_rates(optimizer)) if self._cap.limits else 1.0
+        if not self._cap.limits:
+            return 1.0
+        scale = self._source.forecast.scale
+        return self._factor([scale * rate for rate in _rates(optimizer)])
 
     def _factor(self, rates: Sequence[float]) -> float:
         source, cap = self._source, self._cap

@@ -9,7 +9,7 @@ def log_figure(logger: Any, key: str, figure: Any, step: int) -> bool:
     """Log a matplotlib figure if the logger can: its package need not be installed.
 
     Args:
-        logger: Lightning's. TensorBoard, W&B and MLflow take figures; others are skipped.
+        logger: Lightning's. TensorBoard, W&B, MLflow and Comet take figures; others are skipped.
         key: ``"stability/diagram"``; neither the key of a value nor a prefix of one.
         figure: to log.
         step: of the row that it belongs to; MLflow's artifacts have none.
@@ -21,10 +21,12 @@ def log_figure(logger: Any, key: str, figure: Any, step: int) -> bool:
         logger.log_image(key, [figure], step=step)
         return True
     experiment: Any = getattr(logger, "experiment", None)
-    if hasattr(experiment, "log_figure") and hasattr(logger, "run_id"):  # not Comet's, which has another signature
-        experiment.log_figure(logger.run_id, figure, f"{key}.png")
-    elif hasattr(experiment, "add_figure"):
+    if hasattr(experiment, "add_figure"):
         experiment.add_figure(key, figure, step, close=False)  # closing is for pyplot's
+    elif hasattr(experiment, "log_figure") and hasattr(logger, "run_id"):
+        experiment.log_figure(logger.run_id, figure, f"{key}.png")
+    elif hasattr(experiment, "log_figure") and hasattr(experiment, "get_key"):  # Comet's, which has another signature
+        experiment.log_figure(figure_name=key, figure=figure, step=step)
     else:
         return False
     return True

@@ -24,10 +24,14 @@ class LRForecast:
     """Compares the learning rates to come with the critical one, of the last measurements.
 
     Players have rates of their own, and no common schedule: of them nothing is foretold.
+
+    Attributes:
+        critical: the last critical rates.
+        scale: by which all rates of the schedule are multiplied when they are used; a `RollBackOnInstability` sets it.
     """
 
     def __init__(self) -> None:
-        self.critical = CriticalRate()
+        self.critical, self.scale = CriticalRate(), 1.0
         self._schedule: Schedule | None = None
         self._optimizer: Any = None
         self._is_game = self._is_overridden = False
@@ -58,21 +62,21 @@ class LRForecast:
         self._rate_scheduled = self._rate_used if scheduled is None else scheduled
 
     def rates(self) -> tuple[float, float]:
-        """Return the rate that the optimizer has now, and that of the last measured step; NaN for players."""
+        """Return the rate of the schedule for the next update, and that of the last measured step; NaN for players."""
         if self._optimizer is None:
             return math.nan, math.nan
-        return largest_learning_rate(self._optimizer), self._rate_used
+        return self.scale * largest_learning_rate(self._optimizer), self._rate_used
 
     def factor(self, cap: Any) -> float:
         """Return by what a `CapLearningRate` will multiply the rates of the next update; 1 without one."""
         return 1.0 if cap is None or self._optimizer is None else cap.factor(self._optimizer)
 
     def scheduled_courant(self) -> float:
-        """Return the rate that the optimizer has now over the critical rate; NaN where that is not known."""
+        """Return the rate that the schedule gives the next update over the critical one; NaN where it is not known."""
         critical = self.critical.mean
         if self._optimizer is None or not critical > 0:
             return math.nan
-        return largest_learning_rate(self._optimizer) / critical
+        return self.scale * largest_learning_rate(self._optimizer) / critical
 
     def look_ahead(self, trainer: Any, monitor: Monitor, observation: Observation, step: int) -> Observation:
         """Add ``stability/steps_to_edge`` to an observation, where the schedule will cross the critical rate.
@@ -87,11 +91,11 @@ class LRForecast:
             return observation
         assert self._schedule is not None
         left = max(1, min(HORIZON, steps_left(trainer, step)))
-        crossing = self.critical.crossing(self._schedule.ahead(step, left))
+        crossing = self.critical.crossing([self.scale * rate for rate in self._schedule.ahead(step, left)])
         is_kept = self._schedule.confirmed and self._rate_scheduled == self._rate_before
         if self._is_overridden and not is_kept:  # ``optimizer_step`` sets rates of its own
             return observation
-        if crossing is None or self._rate_scheduled > self.critical.mean:
+        if crossing is None or self.scale * self._rate_scheduled > self.critical.mean:
             return observation
         return monitor.history.add(observation, {"stability/steps_to_edge": crossing + 1.0})
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lsp_callbacks.callbacks._lightning_internals import logged_row
+from lsp_callbacks.callbacks.log_histogram import by_kind, log_histogram
 from lsp_callbacks.monitor.history import Curve, Observation, scalars
 from lsp_callbacks.quantities.base import is_global
 
@@ -42,7 +43,8 @@ class Publisher:
     """Shows observations to loggers, ``callback_metrics`` and the progress bar, with their age and the time they took.
 
     Args:
-        layers: of the values of single layers "all", none ("summary"), or the so many largest of each kind.
+        layers: of the values of single layers "all", none ("summary"), the so many largest of each kind, or a
+            "histogram" of each kind.
     """
 
     def __init__(self, layers: str | int):
@@ -69,6 +71,9 @@ class Publisher:
             values["stability/sub_batch"] = float(sub_batch)
         self._show(trainer, values)
         log(trainer, values)
+        for kind, of_layers in by_kind(observation.values).items() if self.layers == "histogram" else ():
+            for logger in trainer.loggers:
+                log_histogram(logger, kind, of_layers, logged_row(trainer))
 
     def note_measurement(self, step: int) -> None:
         """Note the step of the last measurement."""
@@ -105,7 +110,7 @@ def thinned(values: Mapping[str, float], layers: str | int) -> dict[str, float]:
     if layers == "all":
         return dict(values)
     thin = {key: value for key, value in values.items() if is_global(key)}
-    if layers == "summary":
+    if layers in ("summary", "histogram"):
         return thin
     assert isinstance(layers, int)
     kinds: dict[str, list[str]] = {}

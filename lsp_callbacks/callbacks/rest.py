@@ -113,5 +113,6 @@ class Rest:
             self._group, self._most_loss = groups[0], self._losses.usual
             if math.isfinite(critical := self._forecast.critical.mean):
                 # The rate that was looked at now is nothing new.
+                critical /= self._forecast.scale  # of the schedule
                 looked_at = max(float(groups[0]["lr"]), critical * self._feed.least_courant)
                 self._most_rate = min(critical * cadence.wake, looked_at)

@@ -56,6 +56,19 @@ def unsupported(trainer: Any, module: Any, *, players: bool = False) -> str | No
     return None
 
 
+def unknown_loss(trainer: Any, module: Any, loss_fn: Any) -> str | None:
+    """Return why the loss of a step is not known as a function of module and batch; None if it is."""
+    if module.automatic_optimization or loss_fn is not None:
+        return None
+    several = len(trainer.optimizers or ()) > 1
+    form = "{'generator': lambda module, batch: ..., 'critic': ...}" if several else "lambda module, batch: ..."
+    which = ", one for each optimizer, in the order in which configure_optimizers returns them" * several
+    return (
+        "automatic_optimization=False: the loss of a step is not known from training_step; pass "
+        f"StabilityMonitor(loss_fn={form}) which returns it{which}"
+    )
+
+
 def sharded(trainer: Any) -> str | None:
     """Return why no process has the parameters as a whole; None if each has."""
     name = next((name for name in _SHARDED if is_kind_of(name, trainer.strategy)), None)
@@ -93,6 +106,7 @@ def run_context(
         loss_name=None if is_game or loss_fn is None else "loss_fn",
         captures_inputs=monitor.quantities.captures_inputs,
         unsupported=unsupported(trainer, module, players=is_game),
+        unknown_loss=unknown_loss(trainer, module, loss_fn),
         sharded=sharded(trainer),
     )
 

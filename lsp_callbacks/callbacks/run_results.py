@@ -8,7 +8,7 @@ from typing import Any
 from lsp_callbacks.callbacks.publisher import Stopwatch
 from lsp_callbacks.callbacks.spawned_history import Mailbox, packed, unpack
 from lsp_callbacks.functional.numerics.first_fault import Fault
-from lsp_callbacks.monitor.history import Curve
+from lsp_callbacks.monitor.history import History
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.nan_finder import first_fault_of
 from lsp_callbacks.monitor.observer import StepObserver
@@ -30,6 +30,8 @@ class RunResults:
         self.subscribers: list[Any] = []
         #: Lowers the rate of single updates: `CapLearningRate`.
         self.cap: Any = None
+        #: Scales the rates of all updates: `RollBackOnInstability`.
+        self.roll_back: Any = None
         #: Called with the number of each step and the loss that its micro-batches returned.
         self.loss_listeners: list[Any] = []
         self._judges: list[Any] = []  # they leave the subscribers when training ends
@@ -46,7 +48,7 @@ class RunResults:
         return self.observer.step
 
     @property
-    def history(self) -> dict[str, Curve]:
+    def history(self) -> History:
         """Steps and values of every key; after ``ddp_spawn`` and its like also in the process that called ``fit``."""
         self._bring_home()
         return self.monitor.history

@@ -27,8 +27,8 @@ def check_settings(
     """Raise ValueError for settings that are wrong, or do not go together."""
     if sub_batch is not None:
         whole("sub_batch", sub_batch, 1, instead=", or None for the whole batch")
-    if log_layers not in ("all", "summary"):
-        whole("log_layers", log_layers, 1, instead=", or 'all' or 'summary'")
+    if log_layers not in ("all", "summary", "histogram"):
+        whole("log_layers", log_layers, 1, instead=", or 'all', 'summary' or 'histogram'")
     whole("seed", seed, 0)
     if accumulate is not None:
         whole("accumulate", accumulate, 1, instead=" batches, or None")
@@ -42,11 +42,16 @@ def check_settings(
             raise ValueError("prox: what is done to the weights of players after their steps is not modelled")
 
 
-def check_trains(trainer: Any, module: Any, loss_fn: Any, accumulate: int | None) -> None:
-    """Raise ValueError if the settings of `StabilityMonitor` do not fit to the way in which this module is trained."""
-    kind = type(module).__name__
+def check_trains(module: Any, monitor: Monitor, loss_fn: Any, accumulate: int | None) -> None:
+    """Raise ValueError if the settings of `StabilityMonitor` do not fit to the way in which this module is trained.
+
+    Where nothing is trained yet, and no quantity was named, there is one warning.
+    """
     if not any(p.requires_grad for p in module.parameters()):
-        raise ValueError(f"{kind} has no parameter that requires a gradient: nothing is trained")
+        text = f"{type(module).__name__} has no parameter that requires a gradient: nothing is trained"
+        if monitor.quantities.named or monitor.quantities.strict:
+            raise ValueError(text)
+        monitor.errors.warn_once(f"{text}, and nothing is measured until something is")
     if module.automatic_optimization:
         if accumulate is not None:
             raise ValueError(
@@ -57,14 +62,6 @@ def check_trains(trainer: Any, module: Any, loss_fn: Any, accumulate: int | None
                 "loss_fn names several players, whose optimizers take turns: that needs automatic_optimization=False; "
                 "otherwise pass one function"
             )
-    elif loss_fn is None:
-        several = len(trainer.optimizers or ()) > 1
-        form = "{'generator': lambda module, batch: ..., 'critic': ...}" if several else "lambda module, batch: ..."
-        which = ", one for each optimizer, in the order in which configure_optimizers returns them" * several
-        raise ValueError(
-            "automatic_optimization=False: the loss of a step is not known from training_step; pass "
-            f"StabilityMonitor(loss_fn={form}) which returns it{which}"
-        )
 
 
 def warn_of_sub_batch(samples: int | None) -> None:

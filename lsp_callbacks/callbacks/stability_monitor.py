@@ -78,7 +78,8 @@ class StabilityMonitor(RunResults, Callback):
             the whole batch. The numbers are then those of a sub-batch, whose size is ``stability/sub_batch``.
         layers: whose spectral norms to measure: class, glob, predicate or import path; None takes all.
         blocks: the residual blocks, likewise; None finds them.
-        log_layers: "all", "summary" (none), or how many of the largest of each kind to log.
+        log_layers: "all", "summary" (none), how many of the largest of each kind to log, or "histogram": one of each
+            kind and reading, with the loggers that take them (TensorBoard, W&B, Comet); the others log no layer.
         loss_fn: ``(module, batch) -> loss``, where ``training_step`` cannot be replayed; needed under manual
             optimisation, where it is the loss of the batch's first optimizer step. Where several optimizers take turns
             (a GAN), a mapping ``{name: loss}`` in the order in which ``configure_optimizers`` returns them. Then each
@@ -125,7 +126,7 @@ class StabilityMonitor(RunResults, Callback):
         sub_batch: int | None = None,
         layers: Selection = None,
         blocks: Selection = None,
-        log_layers: Literal["all", "summary"] | int = "all",
+        log_layers: Literal["all", "summary", "histogram"] | int = "all",
         loss_fn: dict[str, LossFn] | LossFn | None = None,
         accumulate: int | None = None,
         forward_fn: ForwardFn | None = None,
@@ -193,7 +194,7 @@ class StabilityMonitor(RunResults, Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Not in setup: the module may build itself in its own setup or configure_model, which come later.
-        check_trains(trainer, pl_module, self.loss_fn, self.accumulate)
+        check_trains(pl_module, self.monitor, self.loss_fn, self.accumulate)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         observer, losses = self.observer, self.loss_fn if isinstance(self.loss_fn, Mapping) else None
@@ -262,8 +263,9 @@ class StabilityMonitor(RunResults, Callback):
             return
         began, observer, loop = time.perf_counter(), self.observer, self._loop
         scheduled = None
-        if self.cap is not None and (loop.scaler is None or (self._has_loss and not loop.is_overflowed(optimizer))):
-            scheduled = self.cap.lower(trainer, optimizer)  # before anything is measured
+        lowering = self.roll_back if self.cap is None else self.cap
+        if lowering is not None and (loop.scaler is None or (self._has_loss and not loop.is_overflowed(optimizer))):
+            scheduled = lowering.lower(trainer, optimizer)  # before anything is measured
         if loop.is_automatic and not self._has_loss:  # training_step returned None
             observer.skip_update()
             # Lightning counts it. A gradient that was set to zero, not to None, moves what has momentum.

@@ -13,9 +13,11 @@ from lsp_callbacks import report
 from lsp_callbacks.callbacks._lightning_internals import logged_row
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.log_figure import log_figure
+from lsp_callbacks.callbacks.run_folder import run_folder, unused
 from lsp_callbacks.callbacks.stability_monitor import monitor_among, monitor_beside
 from lsp_callbacks.callbacks.stop_on_instability import StopOnInstability
 from lsp_callbacks.quantities import Quantity
+from lsp_callbacks.quantities.key import PREFIX
 
 #: Points of the loss that are kept; when they are full, neighbours are averaged.
 POINTS = 8192
@@ -29,13 +31,16 @@ class StabilityReport(Callback):
     `StabilityMonitor`, and where the exponent turned positive, a loss alarm would have gone off, and
     `StopOnInstability` stopped. Keeping the loss never waits for the device, and takes a bounded amount of memory.
 
-    The figures of single quantities are saved beside the picture, and logged with the loggers that take figures: of
-    `SGDStability` the stability diagram of its last measurement, as ``stability_diagram.png`` and
-    ``stability/diagram``; of `SpectralDensity` its densities, as ``stability_spectrum.png`` and ``stability/spectrum``.
+    The figures of single quantities are saved beside the picture: of `SGDStability` the stability diagram of its last
+    measurement, as ``stability_diagram.png``; of `SpectralDensity` its densities, as ``stability_spectrum.png``. The
+    loggers that take figures (TensorBoard, W&B, MLflow, Comet) are given all of them: ``stability/run``,
+    ``stability/diagram``, ``stability/spectrum``.
 
     Args:
-        path: of the picture: PNG, PDF or SVG. A relative path starts at ``trainer.log_dir``, without a logger at
-            ``default_root_dir``.
+        path: of the picture: PNG, PDF or SVG. A relative path starts at the run's own folder: that of the logger's
+            version (TensorBoard, CSV), ``save_dir/name/version`` with another logger, where ``ModelCheckpoint`` puts
+            its checkpoints, too, and ``default_root_dir`` without one. The picture of another run is never replaced:
+            where one is, this is ``stability-v1.png``, and so on.
         table: print the table.
 
     Raises:
@@ -51,6 +56,7 @@ class StabilityReport(Callback):
         if self.path.suffix not in SUFFIXES:
             raise ValueError(f"path={str(path)!r}: give the name of a picture, ending in {', '.join(SUFFIXES)}")
         self._losses = Losses()
+        self._files: dict[Path, Path] = {}  # where this run has put each of its pictures
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
@@ -59,7 +65,7 @@ class StabilityReport(Callback):
         source = monitor_beside("StabilityReport", trainer)
         self._source = source
         if trainer.global_step == 0:  # a new run; one that is resumed loads its state after this
-            self._losses = Losses()
+            self._losses, self._files = Losses(), {}
         if self._add_loss not in source.loss_listeners:
             source.loss_listeners.append(self._add_loss)
 
@@ -73,34 +79,50 @@ class StabilityReport(Callback):
             self._losses.add(step, loss.float())
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        folder = trainer.log_dir or trainer.default_root_dir  # asked on all ranks: it is broadcast
+        folder = run_folder(trainer)  # asked on all ranks
         if not trainer.is_global_zero:
             return
         history = self._source.history
-        path = (Path(folder) / self.path).absolute()
+        path = self._file((folder / self.path).absolute())
         path.parent.mkdir(parents=True, exist_ok=True)
         steps, values = self._losses.read()
-        report.figure(history, (steps, values), self._events(trainer, steps, values)).savefig(path)
+        figure = report.figure(history, (steps, values), self._events(trainer, steps, values))
+        figure.savefig(path)
         sentences = (
             report.sentence(self._source.verdict),
             f"lsp_callbacks: the picture of this run is {path}",
+            *self._log(trainer, "run", figure),
         )
         drawn = [q for q in self._source.monitor.quantities.values() if q.picture and q.update_count]
         reasons = self._source.skipped | self._source.waiting
         skipped = [f"lsp_callbacks: {name} was not measured: {why}" for name, why in reasons.items()]
-        pictures = [self._drawn(q, trainer, path.with_name(f"{path.stem}_{q.picture}.png")) for q in drawn]
+        pictures = [text for q in drawn for text in self._drawn(q, trainer, path)]
         report.print_report(*[report.table(history)] * self.table, *sentences, *skipped, *pictures)
 
-    def _drawn(self, quantity: Quantity, trainer: Any, path: Path) -> str:
-        """Draw, save and log the figure of a quantity; return a sentence about it."""
+    def _drawn(self, quantity: Quantity, trainer: Any, beside: Path) -> list[str]:
+        """Draw, save and log the figure of a quantity; return what there is to say of it."""
         try:
             figure = report.quantity_figure(quantity)
         except Exception as error:  # the run is over: no reason to end it with an exception
-            return f"lsp_callbacks: no picture of {quantity.name}: {error}"
+            return [f"lsp_callbacks: no picture of {quantity.name}: {error}"]
+        path = self._file(beside.with_name(f"{beside.stem}_{quantity.picture}.png"))
         figure.savefig(path)
+        failures = self._log(trainer, quantity.picture, figure)
+        return [f"lsp_callbacks: the picture of {quantity.name} is {path}", *failures]
+
+    def _file(self, path: Path) -> Path:
+        """Return where a picture is written: never where that of another run is."""
+        return self._files.setdefault(path, unused(path))
+
+    def _log(self, trainer: Any, name: str, figure: Any) -> list[str]:
+        """Log a figure with the loggers that take one; return what has failed."""
+        failures = []
         for logger in trainer.loggers:
-            log_figure(logger, f"stability/{quantity.picture}", figure, logged_row(trainer))
-        return f"lsp_callbacks: the picture of {quantity.name} is {path}"
+            try:
+                log_figure(logger, f"{PREFIX}{name}", figure, logged_row(trainer))
+            except Exception as error:  # a server that is away, say: the picture is saved
+                failures.append(f"lsp_callbacks: {type(logger).__name__} took no picture {PREFIX}{name}: {error}")
+        return failures
 
     def _events(self, trainer: Any, steps: list[int], values: list[float]) -> dict[str, int | None]:
         events: dict[str, int | None] = {}

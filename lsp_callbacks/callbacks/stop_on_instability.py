@@ -150,7 +150,7 @@ class StopOnInstability(Callback):
         if stage != "fit":
             return
         source = monitor_beside("StopOnInstability", trainer)
-        if self.monitor not in source.monitor.keys:
+        if self.monitor not in source.monitor.keys and not source.monitor.skipped:  # in a run before this one
             keys = ", ".join(sorted(source.monitor.keys))
             raise ValueError(f"monitor={self.monitor!r} is never measured here; these are: {keys}")
         if self not in source.subscribers:
@@ -235,9 +235,13 @@ class StopOnInstability(Callback):
             self._is_quiet = not self._collapsed and all(value < limit for value in self._number.values)
             return False
         self.stop_step, self.reason = step, why
+        self.announce(trainer, step, why)
+        return True
+
+    def announce(self, trainer: Any, step: int, why: str) -> None:
+        """Print and log that training ends."""
         self._say(f"stop at step {step}: {why}. Try a lower learning rate, or a longer warm-up.")
         log(trainer, {"stability/stop": float(step)})
-        return True
 
     @property
     def event_step(self) -> int | None:
@@ -335,7 +339,7 @@ class StopOnInstability(Callback):
 
     def _say(self, text: str) -> None:
         if self.verbose:
-            rank_zero_info(f"StopOnInstability: {text}")
+            rank_zero_info(f"{type(self).__name__}: {text}")
 
     def state_dict(self) -> dict[str, Any]:
         return {

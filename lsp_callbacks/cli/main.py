@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from lsp_callbacks import __version__
+from lsp_callbacks.callbacks.roll_back_on_instability import RollBackOnInstability
 
 #: Commands of Lightning, and those of this package, each in a module of this folder; and what they do.
 TRAINING = {
@@ -31,7 +33,7 @@ EXAMPLES = """\
 
 In a configuration of your own, the callbacks are listed under trainer: callbacks:, by class_path
 (lsp_callbacks.StabilityMonitor, lsp_callbacks.StabilityReport, lsp_callbacks.StopOnInstability,
-lsp_callbacks.CapLearningRate).\
+lsp_callbacks.CapLearningRate, lsp_callbacks.RollBackOnInstability instead of StopOnInstability).\
 """
 
 
@@ -81,11 +83,22 @@ def train(args: Sequence[str]) -> None:
     """
     from pytorch_lightning.cli import LightningCLI
 
+    class CLI(LightningCLI):
+        """Lightning's, with the returns of a `RollBackOnInstability` that the configuration names."""
+
+        def fit(self, model: Any, **settings: Any) -> None:
+            trainer: Any = self.trainer
+            roll_back = next((c for c in trainer.callbacks if isinstance(c, RollBackOnInstability)), None)
+            if roll_back is None:
+                trainer.fit(model, **settings)
+            else:
+                roll_back.fit(trainer, model, **settings)
+
     # A message about one bad argument should not drown in the list of all good ones.
     usage = {name: {"usage": f"lsp-callbacks {name} [--config FILE] [--KEY VALUE ...]"} for name in TRAINING}
     sys_argv = sys.argv
     sys.argv = sys.argv[:1]  # given both args and the process's own arguments, LightningCLI warns
     try:
-        LightningCLI(args=list(args), parser_kwargs={"prog": "lsp-callbacks", **usage})
+        CLI(args=list(args), parser_kwargs={"prog": "lsp-callbacks", **usage})
     finally:
         sys.argv = sys_argv

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lsp_callbacks.loops.plain_loop import PlainLoop, check_schedulers, why_unsupported
 from lsp_callbacks.monitor.configure import configured
 from lsp_callbacks.monitor.gradient_check import gradients_of
-from lsp_callbacks.monitor.history import Curve
+from lsp_callbacks.monitor.history import History
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.nan_finder import finite
 from lsp_callbacks.monitor.observer import StepObserver
@@ -122,7 +122,7 @@ class Watch:
         self.observer.step = number
 
     @property
-    def history(self) -> dict[str, Curve]:
+    def history(self) -> History:
         """Steps and values of every key."""
         return self.monitor.history
 

@@ -26,8 +26,8 @@ def kept_step(loop: TrainingLoop, monitor: Monitor, step: int, names: Collection
     try:
         measured = [quantity for name, quantity in monitor.quantities.items() if name in names]
         readers = {q.name: reader for q in measured if (reader := q.reader(loop.module, loop.run, step)) is not None}
-        can_replay = _needs_replay(monitor, measured) or not loop.can_do_without_replay
-        return loop.new_step(readers=readers, can_replay=can_replay)
+        is_replayed = _needs_replay(monitor, measured) or not loop.can_do_without_replay
+        return loop.new_step(readers=readers, can_replay=is_replayed and loop.run.unknown_loss is None)
     except Exception as error:
         monitor.errors.caught(NOT_KEPT, error)
         return None

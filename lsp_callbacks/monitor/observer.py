@@ -291,7 +291,8 @@ class StepObserver:
             self._update_check.awaited()
         doing = "the step could not be measured"
         try:
-            with untouched(self.loop.module) if pending.can_replay else contextlib.nullcontext():
+            is_run = pending.can_replay or pending.own_calls is not None
+            with untouched(self.loop.module) if is_run else contextlib.nullcontext():
                 clipping = self._clipping(pending, optimizer)
                 snapshot = self.snapshot(optimizer, clipping)
                 self.sub_batch = pending.samples

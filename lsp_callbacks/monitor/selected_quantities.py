@@ -171,7 +171,16 @@ def _check(quantity: Quantity, snapshot: Snapshot, steps: float) -> None:
         raise Unmeasurable(snapshot.run.sharded)
     if not quantity.supports_multiple_optimizers:
         require_one(snapshot.player)
-    quantity.check(snapshot)
+    unknown_loss = snapshot.run.unknown_loss
+    if unknown_loss and not quantity.needs_loss and not snapshot.compiled:  # which hooks would compile anew
+        unknown_loss = None
+    try:
+        quantity.check(snapshot)
+    except Unmeasurable as error:
+        if unknown_loss is None or isinstance(error, NotApplicable):
+            raise
+    if unknown_loss is not None:
+        raise Unmeasurable(unknown_loss)
     if quantity.least_steps > steps:
         raise NotApplicable(
             f"it takes {quantity.least_steps} steps, and the run has {steps}: train longer, or give it a shorter window"

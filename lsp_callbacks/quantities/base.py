@@ -70,6 +70,8 @@ class Quantity(Metric):
         window: consecutive steps that are measured.
         prepare: steps before them.
         needs_update: whether the optimizer's update map enters.
+        needs_loss: whether the step is replayed for more than the sizes of what its modules receive; otherwise it is
+            also measured where no loss is known, see `RunContext.unknown_loss`.
         without_update: keys that stay right where the update turns out to be another one: then the quantity goes on
             with them alone, on snapshots that are `RunContext.invalidated`, or for which `unknown_update` has a reason.
             Without any it is skipped.
@@ -97,6 +99,7 @@ class Quantity(Metric):
     window: int = 1
     prepare: int = 0
     needs_update: bool = False
+    needs_loss: bool = True
     without_update: tuple[str, ...] = ()
     recorded: int = 0
     energies: Mapping[str, Energy] = MappingProxyType({})

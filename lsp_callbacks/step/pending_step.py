@@ -19,6 +19,7 @@ from lsp_callbacks.step.fingerprint import fingerprint, identical
 from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.module_copy import ModuleCopy
 from lsp_callbacks.step.module_modes import evaluating
+from lsp_callbacks.step.own_calls import OwnCalls
 from lsp_callbacks.step.replay import copied, replayer
 from lsp_callbacks.step.replay_checks import replayed_gradient, verify
 from lsp_callbacks.step.run_context import RunContext
@@ -70,6 +71,7 @@ class PendingStep:
         self.failure: Exception | None = None
         self.readers, self.can_replay = readers or {}, can_replay
         self._size: int | None = None
+        self.own_calls = None if self.run.unknown_loss is None else OwnCalls(module)
         if not can_replay:
             return
         try:
@@ -176,6 +178,7 @@ class PendingStep:
             tolerance=tolerance,
             readers=self.readers,
             can_replay=self.can_replay,
+            own_calls=None if self.own_calls is None else self.own_calls.taken(),
             **settings,
         )
         if self.sub_batch is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -79,18 +80,30 @@ def verified_calls(snapshot: Snapshot) -> dict[str, Call]:
         Unmeasurable: if the replayed loss is not the step's.
     """
     if snapshot.verified.calls is None:
-        calls: dict[str, Call] = {}
-        with contextlib.ExitStack() as stack:
-            for name, module in snapshot.module.named_modules():
-                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
-                    continue
-                hook = _Recorder(name, calls, snapshot.run.captures_inputs(name, module))
-                # `always_call` is off: a forward pass that raised has nothing to record.
-                stack.callback(module.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(hook.after).remove)
+        with recording_calls(snapshot.module, snapshot.run.captures_inputs) as calls:
             snapshot.verified.graph = _verify(snapshot)
         snapshot.verified.calls = calls
     return snapshot.verified.calls
+
+
+@contextlib.contextmanager
+def recording_calls(module: nn.Module, captures_inputs: Callable[[str, nn.Module], bool]) -> Iterator[dict[str, Call]]:
+    """Record the first call of every module that is made inside.
+
+    Args:
+        module: all modules within it are recorded.
+        captures_inputs: whether the inputs of one are kept in full, from its name and itself.
+    """
+    calls: dict[str, Call] = {}
+    with contextlib.ExitStack() as stack:
+        for name, part in module.named_modules():
+            if isinstance(part, torch.jit.ScriptModule):  # takes no hooks
+                continue
+            hook = _Recorder(name, calls, captures_inputs(name, part))
+            # `always_call` is off: a forward pass that raised has nothing to record.
+            stack.callback(part.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
+            stack.callback(part.register_forward_hook(hook.after).remove)
+        yield calls
 
 
 def _verify(snapshot: Snapshot, losses: list[Tensor] | None = None) -> Graph:

@@ -41,6 +41,8 @@ class RunContext:
         unsupported: why the parameters do not move by the optimizer's step on the step's loss; None if they do.
         invalidated: why the update of an earlier step turned out to be another one than the optimizer's; None if it did
             not. `Monitor.observe` sets its own.
+        unknown_loss: why the loss of a step is not known as a function of module and batch, so that no step is kept for
+            a replay; None if it is.
         sharded: why no process holds all parameters, so that nothing can be measured; None if each does.
         known_graph: what verified replays of earlier steps have shown; one object for a whole run.
         known_scales: of differences of gradients at earlier steps; likewise.
@@ -64,6 +66,7 @@ class RunContext:
     series: Trace | None = None
     unsupported: str | None = None
     invalidated: str | None = None
+    unknown_loss: str | None = None
     sharded: str | None = None
     known_graph: KnownGraph = field(default_factory=KnownGraph, repr=False)
     known_scales: KnownScales = field(default_factory=KnownScales, repr=False)

@@ -60,6 +60,7 @@ class Snapshot:
             skipped. None is ``step - 1``.
         player: whose turn it is where several optimizers take turns on losses of their own; None is one optimizer.
         own_graph: properties of the autograd graph that the step itself has differentiated; None if they were not seen.
+        own_calls: the first call of each module in the step itself, where there is no replay that shows them.
         readers: what quantities have read from that graph, by their names.
         can_replay: whether ``replay`` does what it says; otherwise nothing was kept for it.
         room: returns how many bytes a measurement may take beside training.
@@ -88,6 +89,7 @@ class Snapshot:
     previous: int | None = None
     player: Player | None = None
     own_graph: Graph | None = None
+    own_calls: dict[str, Call] | None = None
     readers: Mapping[str, GraphReader] = field(default_factory=dict)
     can_replay: bool = True
     room: Callable[[], float] = field(default=_endless, repr=False)
@@ -125,14 +127,14 @@ class Snapshot:
 
     @cached_property
     def calls(self) -> dict[str, Call]:
-        """The first call of every module, from a replay that was found to be the step.
+        """The first call of every module, from a replay that was found to be the step, or from the step itself.
 
         Raises:
             Unmeasurable: if the replayed loss is not the step's.
 
         Cost: one forward pass, about 1/3 gradient.
         """
-        return verified_calls(self)
+        return verified_calls(self) if self.own_calls is None else self.own_calls
 
     @property
     def kinked(self) -> bool:

@@ -339,7 +339,8 @@ def after(*readings, losses=(), **settings):
     )
     cap = CapLearningRate(safety=0.5, **settings)
     observer = SimpleNamespace(step=0, is_idle=False)
-    cap._source = SimpleNamespace(monitor=monitor, has_same_rates=True, observer=observer)
+    forecast = SimpleNamespace(scale=1.0)
+    cap._source = SimpleNamespace(monitor=monitor, has_same_rates=True, observer=observer, forecast=forecast)
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
     for step, values in enumerate(readings):
         observer.step = step

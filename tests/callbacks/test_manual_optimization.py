@@ -1,13 +1,18 @@
 """Manual optimisation: what is asked for, accumulation that is declared, and a loss_fn that is another loss."""
 
 import math
+import re
 import warnings
 from functools import partial
 
 import pytest
-from harness import MOMENTUM, SGD, Model, fit, mlp
+import torch
+from harness import CLASSES, FEATURES, MOMENTUM, SGD, Model, data, fit, mlp, unchanged
+from torch import nn
 
-from lsp_callbacks import StabilityMonitor
+from lsp_callbacks import StabilityMonitor, StopOnInstability
+from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.quantities import PRESETS
 
 KEYS = ("stability/sharpness", "stability/courant_gd", "stability/lyapunov")
 QUANTITIES = ["sharpness", "lyapunov"]
@@ -113,15 +118,106 @@ def test_gradients_of_several_backward_passes_are_those_of_the_sum():
     assert all(map(math.isfinite, ours.history[KEYS[0]].values))
 
 
-def test_with_several_optimizers_the_form_by_name_is_asked_for():
-    class Two(Plain):
-        def configure_optimizers(self):
-            return [SGD(self.net[0].parameters()), SGD(self.net[2].parameters())]
+class Two(Plain):
+    """A step for each half of the network."""
 
-    with pytest.raises(ValueError, match=r"loss_fn=\{'generator'.*'critic'.*one for each optimizer, in the order"):
-        fit(Two, StabilityMonitor(), max_steps=1)
-    with pytest.raises(ValueError, match=r"loss_fn=lambda module, batch: \.\.\.\) which returns it$"):
-        fit(Plain, StabilityMonitor(), max_steps=1)
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(loss := self.loss(batch))
+            optimizer.step()
+        return {"loss": loss.detach()}
+
+    def configure_optimizers(self):
+        return [SGD(self.net[0].parameters()), SGD(self.net[2].parameters())]
+
+
+class Returns(Plain):
+    """The loss is returned, which Lightning does not differentiate."""
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        return {"loss": self.loss(batch).detach()}
+
+
+class Buffers(Returns):
+    """Layers whose buffers move with each pass."""
+
+    def __init__(self):
+        super().__init__()
+        first, last = nn.utils.spectral_norm(nn.Linear(FEATURES, 4)), nn.Linear(4, CLASSES)
+        self.net = nn.Sequential(first, nn.BatchNorm1d(4), last)
+
+
+@pytest.mark.parametrize(
+    "make, form",
+    [
+        (Two, r"loss_fn=\{'generator'.*'critic'.*one for each optimizer, in the order"),
+        (Returns, r"loss_fn=lambda module, batch: \.\.\.\) which returns it\)$"),
+        (Buffers, r"loss_fn=lambda module, batch: \.\.\.\) which returns it\)$"),
+    ],
+)
+def test_a_loss_that_is_not_known_leaves_what_needs_none(make, form):
+    """Norms are those of automatic optimisation; the rest is left out with one warning, and training goes on."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = fit(make, callback := StabilityMonitor(every_n_steps=1), StopOnInstability(), max_steps=6)
+    ours = [str(w.message) for w in caught if "lsp_callbacks" in str(w.message)]
+    assert len(ours) == 1 and re.search(form, ours[0])
+    unchanged(make, StabilityMonitor(every_n_steps=1), max_steps=6)
+    assert set(callback.skipped) == {*PRESETS["default"]} - {"spectral_norm"}
+    assert callback.verdict.state == "unknown"
+    norms = callback.history["stability/spectral_norm_max"]
+    assert len(norms.values) == callback.step and all(map(math.isfinite, norms.values))
+    exact = max(float(torch.linalg.matrix_norm(p, 2)) for p in run.model.net[-1].parameters() if p.ndim > 1)
+    last = callback.history[f"stability/spectral_norm/net.{len(run.model.net) - 1}"].values[-1]
+    assert last == pytest.approx(exact, rel=0.05)  # of the step before the last update
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in run.model.net if not hasattr(m, "weight_u"))
+
+
+def test_what_was_named_and_needs_a_loss_raises_before_training():
+    with pytest.raises(Unmeasurable, match=r"sharpness cannot be measured: automatic_optimization=False.*loss_fn"):
+        fit(Plain, StabilityMonitor(["sharpness"]), max_steps=1)
+    with pytest.raises(Unmeasurable, match="cannot be measured: automatic_optimization=False"):
+        fit(Two, StabilityMonitor(strict=True), max_steps=1)
+    fit(Plain, callback := StabilityMonitor(["spectral_norm"], every_n_steps=1), max_steps=2)
+    assert len(callback.history["stability/spectral_norm_max"].values) == 2
+
+
+def test_a_module_in_which_nothing_is_trained_yet_is_no_error():
+    """It begins to be measured when something is unfrozen; named quantities raise."""
+
+    class Frozen(Model):
+        def __init__(self):
+            super().__init__(mlp(), SGD)
+            self.requires_grad_(False)
+
+        def configure_optimizers(self):
+            return SGD(self.parameters())
+
+        def on_train_batch_start(self, batch, batch_idx):
+            self.requires_grad_(batch_idx > 2)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if batch_idx > 2 else None
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Frozen, callback := StabilityMonitor(every_n_steps=1), StopOnInstability(), max_steps=6)
+    ours = [str(w.message) for w in caught if "lsp_callbacks" in str(w.message)]
+    assert any("nothing is trained, and nothing is measured until" in text for text in ours)
+    assert math.isfinite(callback.history["stability/sharpness"].values[-1])
+    with pytest.raises(ValueError, match=r"nothing is trained$"):
+        fit(Frozen, StabilityMonitor(["sharpness"]), max_steps=1)
+
+
+def test_a_second_fit_finds_the_courant_number_skipped_and_goes_on():
+    run = fit(Plain, StabilityMonitor(), StopOnInstability(), max_steps=2)
+    run.fit_loop.epoch_loop.max_steps = 4
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="monitor=")
+        run.fit(run.model, data())
+    assert run.global_step == 4
 
 
 def test_accumulation_is_declared_where_it_belongs():

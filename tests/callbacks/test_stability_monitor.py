@@ -145,7 +145,7 @@ def test_the_first_step_is_measured_and_the_budget_says_when_the_next():
     assert 0 < trainer.callback_metrics["stability/overhead"] < 1 and 0 < monitor.overhead < 1
 
 
-@pytest.mark.parametrize("log_layers, layers", [("all", 3), ("summary", 0), (1, 1), (2, 2), (9, 3)])
+@pytest.mark.parametrize("log_layers, layers", [("all", 3), ("summary", 0), ("histogram", 0), (1, 1), (2, 2), (9, 3)])
 def test_layers_are_logged_as_asked(log_layers, layers):
     rows = Rows()
     net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3))

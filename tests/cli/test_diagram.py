@@ -210,28 +210,29 @@ def test_figures_reach_the_loggers(measured):
     quantity, (tensorboard, table, wandb, mlflow) = measured
     assert quantity.latest is not None  # a checkpoint that is written takes nothing away
     events = EventAccumulator(tensorboard.log_dir).Reload()
-    assert events.Tags()["images"] == ["stability/diagram"]
+    assert sorted(events.Tags()["images"]) == ["stability/diagram", "stability/run"]
     (image,) = events.Images("stability/diagram")
     assert image.step == 4 and image.encoded_image_string.startswith(b"\x89PNG") and image.width > 500
     scalars = events.Tags()["scalars"]  # a name is never both a value and a prefix
     assert "stability/courant_sgd" in scalars and not any(tag.startswith("stability/diagram") for tag in scalars)
-    ((key, images, step),) = wandb.taken
-    assert (key, step) == ("stability/diagram", 4) and isinstance(images[0], Figure)
-    ((run, figure, name),) = mlflow.taken
-    assert (run, name) == ("run 7", "stability/diagram.png") and isinstance(figure, Figure)
+    (_, step_of_run), (key, images, step) = ((wandb.taken[0][0], wandb.taken[0][2]), wandb.taken[1])
+    assert step_of_run == 4 and (key, step) == ("stability/diagram", 4) and isinstance(images[0], Figure)
+    assert [(run, name) for run, _, name in mlflow.taken] == [
+        ("run 7", "stability/run.png"), ("run 7", "stability/diagram.png")
+    ]  # fmt: skip
     assert (Path(tensorboard.log_dir) / "stability_diagram.png").stat().st_size > 10_000
     assert any(row for row in csv.DictReader((Path(table.log_dir) / "metrics.csv").open()))
 
 
 def test_others_are_passed_over(tmp_path):
-    class Comet(Fake):  # experiment.log_figure(figure_name, figure, ...)
+    class Other(Fake):  # an experiment.log_figure whose arguments nobody knows
         run_id = property()
         experiment = property(lambda self: type("Experiment", (), {"log_figure": None})())
 
     del Fake.run_id
     try:
         taken = [
-            log_figure(logger, "stability/diagram", Figure(), 0) for logger in (CSVLogger(tmp_path), Fake(), Comet())
+            log_figure(logger, "stability/diagram", Figure(), 0) for logger in (CSVLogger(tmp_path), Fake(), Other())
         ]
     finally:
         Fake.run_id = "run 7"

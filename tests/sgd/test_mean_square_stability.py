@@ -203,6 +203,17 @@ def test_rows_and_columns_of_a_preconditioner_tell_its_kernel(spread, allowed):
     close(weighted_gram(g * 0, a, scale), torch.zeros(24, 24, dtype=f64), 0.0)
 
 
+@pytest.mark.parametrize("of_g, of_weights", [(1e-23, 1e23), (1e-18, 1e18), (1e9, 1.0), (1e15, 1e-15), (1.0, 1e25)])
+def test_a_weighted_gram_matrix_has_no_scale_of_its_own(of_g, of_weights):
+    """Squares of its rows leave float32, the matrix itself does not."""
+    g, a, scale = random(24, 160, seed=1), random(24, 240, seed=2), random(160, 240, seed=3).abs()
+    assert scale.numel() > 2 * FEW
+    gram = weighted_gram((of_g * g).float(), a.float(), (of_weights * scale).float()).double()
+    exact = weighted_gram(g, a, scale)
+    size = exact.diagonal().amax()
+    close(gram / (of_g**2 * of_weights * size), exact / size, 1e-5)
+
+
 # -- output Hessians -----------------------------------------------------------------------------------------------
 
 TARGETS = torch.tensor([[0, 4, -100], [1, -100, 2], [3, 3, 3], [2, 0, 1]])

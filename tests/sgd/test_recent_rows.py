@@ -73,9 +73,9 @@ def _dense(net, x, positions, scale):
 
 def test_steps_with_another_number_of_samples_begin_anew():
     recent = RecentRows(3)
-    recent.add(torch.ones(4, 2, 8))
+    recent.add(torch.ones(4, 2, 8), torch.ones(4, 2))
     assert len(recent) == 2 and recent.gram().shape == (8, 8)
-    recent.add(torch.ones(3, 1, 8))
+    recent.add(torch.ones(3, 1, 8), torch.ones(3, 1))
     assert len(recent) == 1 and recent.gram().shape == (3, 3)
 
 

@@ -1,19 +1,14 @@
 """Several processes: no place at which one may fail hangs the others, and the curves are those of the joined batch."""
 
-import contextlib
 import itertools
 import math
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import two_ranks
 from harness import Model, bits, data, fit, same
+from launch_ranks import launched
 from two_ranks import WORLD
 
 from lsp_callbacks import StabilityMonitor, StopOnInstability, Unmeasurable
@@ -41,29 +36,7 @@ TWINS = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What both processes have found, by rank; a deadlock ends in the time limit."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here = Path(__file__).parents[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD), "NODE_RANK": "0",
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here))),
-    }  # fmt: skip
-    command = [sys.executable, str(here / "two_ranks.py"), str(folder)]
-    with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(open(folder / f"{rank}.log", "w")) for rank in range(WORLD)]
-        processes = [
-            subprocess.Popen(command, env=os.environ | shared | {"LOCAL_RANK": str(rank)}, stdout=log, stderr=log)
-            for rank, log in enumerate(logs)
-        ]
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(codes), "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(WORLD))
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return launched("two_ranks.py", tmp_path_factory.mktemp("ranks"))
 
 
 def alone(make, *quantities, loader, steps, **settings):

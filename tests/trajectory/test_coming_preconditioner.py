@@ -13,6 +13,7 @@ from lsp_callbacks.operators.curvature.stability_threshold import stability_thre
 from lsp_callbacks.operators.trajectory import coming_preconditioner as coming
 from lsp_callbacks.operators.trajectory.coming_preconditioner import batch_squares, gradients_missing, probe_squares
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import rule_ahead
+from lsp_callbacks.operators.trajectory.update_rules import by_factors
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.criterion import evaluation
 
@@ -263,3 +264,10 @@ def test_a_second_moment_of_one_gradient_is_waited_for():
     assert gradients_missing(freeze(task, optimizer)) == 1
     step(optimizer, task)
     assert gradients_missing(freeze(task, optimizer)) == 0
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-30, 1e30])
+def test_rows_and_columns_of_squares_have_no_scale_of_their_own(scale):
+    """The mean of squares may be below the normal numbers of float32."""
+    squares = random(4, 6, seed=1).square()
+    close(by_factors((scale * squares).float()).double() / (scale or 1.0), by_factors(squares) * (scale > 0), 1e-5)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def design_effect(gram: Tensor, looked: int, positions: int, *, samples: int, chance: Tensor | None = None) -> float:
+def design_effect(
+    gram: Tensor,
+    looked: int,
+    positions: int,
+    *,
+    samples: int,
+    chance: Tensor | None = None,
+    counted: Tensor | None = None,
+) -> float:
     """Return by how much alike the positions of a sample are: a sample of T counts as T over this independent ones.
 
     The noise of a batch is, for a sample with rows ``z_t`` at T positions, ``E sum_ts z_t z_t^T X z_s z_s^T``: T terms
@@ -20,6 +29,8 @@ def design_effect(gram: Tensor, looked: int, positions: int, *, samples: int, ch
         positions: T.
         samples: N, of which n have rows.
         chance: by which probability each of these was taken; their rows are divided by its root.
+        counted: at how many positions of each sample there are rows other than zero, ``(n,)``, of which those looked at
+            are taken before all others: ignored labels and padding have none. None is all.
 
     Returns:
         From 1, independent, to T, all the same.
@@ -38,6 +49,11 @@ def design_effect(gram: Tensor, looked: int, positions: int, *, samples: int, ch
     total = float(squares.sum() - inside.sum())
     if chance is not None:
         inside = inside * chance.to(inside)
+    if counted is not None:  # the rows stand for t / k positions: single ones and pairs are as many as they are
+        t, seen = counted.clamp_min(1).to(inside), counted.clamp(1, looked).to(inside)
+        pairs = seen * (t - 1) * positions * (looked - 1) / (t * (seen - 1).clamp_min(1) * (positions - 1) * looked)
+        single = torch.eye(looked, dtype=torch.bool)[..., None]
+        inside = inside * torch.where(single, seen * positions / (t * looked), pairs)
     alone = float(inside.diagonal().sum())
     a, w = alone / (samples * looked), float(inside.sum() - alone) / (samples * looked * (looked - 1))
     x = total / (max(samples * (samples - 1), 1) * looked**2)

@@ -14,9 +14,9 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.gram_rate import gram_mean_square_lr
 from lsp_callbacks.functional.sgd.mean_square import mean_square_lr, noise_share
 from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduced_modes
+from lsp_callbacks.operators.sgd.chosen_positions import Chosen
 from lsp_callbacks.operators.sgd.gram_matrix import POSITIONS, TangentKernel, tangent_kernel
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
-from lsp_callbacks.operators.sgd.output_directions import Chosen
 from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule, probe_squares, remembered_rule
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
     FrozenRule,
@@ -98,7 +98,8 @@ class FrozenSGD:
         kernel, total, chance = self.kernel, self.kernel.samples * self.kernel.positions, self.kernel.chance
         looked = kernel.rows // kernel.outputs
         chance = torch.ones(len(kernel.gram) // kernel.rows, dtype=torch.float64) if chance is None else chance
-        each = (chance * looked / kernel.positions).repeat_interleave(looked)
+        stands = torch.full((1, looked), kernel.positions) if kernel.stands is None else kernel.stands
+        each = (chance[:, None] * (looked / stands)).flatten()
         among = self.population * kernel.positions
         noise = noise_share(self.population, size, replacement) * design / kernel.positions
         drawn = min(max(round(among / (1 + noise * (among - 1))), 1), among)

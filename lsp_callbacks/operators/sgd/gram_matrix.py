@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd.graph import read
+from lsp_callbacks.autograd.graph import leaves_of, read
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.functional.sgd.positions import design_effect
+from lsp_callbacks.operators.sgd.chosen_positions import rows_alone
 from lsp_callbacks.operators.sgd.collapsed_outputs import FirstInputs, SameOutputs
 from lsp_callbacks.operators.sgd.held_statistics import can_be_held
 from lsp_callbacks.operators.sgd.output_directions import Chosen, OutputDirections
@@ -52,6 +53,8 @@ class TangentKernel:
         positions: of each sample, of which the rows look at some.
         outputs: rows at each of these.
         design: how alike they are, see `lsp_callbacks.functional.design_effect`; None where only one was looked at.
+        stands: for how many positions of its sample a row at each of those looked at would stand if it were the only
+            one, ``(n, R / outputs)``; None where that is for all.
     """
 
     gram: Tensor
@@ -70,6 +73,7 @@ class TangentKernel:
     positions: int = 1
     outputs: int = 1
     design: float | None = None
+    stands: Tensor | None = None
 
 
 def tangent_kernel(
@@ -148,6 +152,7 @@ def tangent_kernel(
     check = Check(parameters, roots, of_check) if checked is None and not holds else None
     tied: TiedRows | None = None
     loss, count, same_outputs = 0.0, 0, SameOutputs(probes.samples)
+    reached: set[int] = set()
     for index in range(len(probes.parts)):
         with FirstInputs(probes.module) as first:
             evaluation, recorder, seeds = directions.evaluate(index)
@@ -162,9 +167,10 @@ def tangent_kernel(
             tied = tied or TiedRows(roots, parameters, _affordable(probes.samples * len(seeds), most_rows), memory)
             tied.add(evaluation.outputs, seeds)
         else:
-            for name, part in recorder.parts(
-                evaluation.outputs, seeds, samples, keep=check is not None, taken=taken
-            ).items():
+            explained = recorder.parts(evaluation.outputs, seeds, samples, keep=check is not None, taken=taken)
+            if check is None and len(explained) < len(parameters):
+                reached |= leaves_of(evaluation.outputs)
+            for name, part in explained.items():
                 grams[name].parts.append(part)
         if check is not None:
             check.add(evaluation.outputs, seeds, taken)
@@ -176,7 +182,12 @@ def tangent_kernel(
         shares, path = tied.grams(), dict.fromkeys(grams, "sketched rows" if tied.defect else "rows")
     if check is None:
         known = {} if checked is None else checked.path
-        unexplained = [name for name in parameters if tied is None and known.get(name) == "rows"]
+        # A layer may have been explained that is now called with other samples, as an expert is.
+        unexplained = [
+            name
+            for name, p in parameters.items()
+            if tied is None and (known.get(name) == "rows" or (name not in shares and id(p) in reached))
+        ]
     else:
         if tied is None:
             check.plain = {
@@ -218,15 +229,18 @@ def tangent_kernel(
         directions.length if outputs != "loss" and tied is None and not holds else 1,
     )
     each = rows // directions.looked if length > 1 else 1
-    design = None
+    design = stands = None
+    counted = directions.joined_counted() if length > 1 else None
     if length > 1 and each == 1 and rows > 1:
-        design = design_effect(gram, rows, length, samples=probes.samples, chance=chance)
+        design = design_effect(gram, rows, length, samples=probes.samples, chance=chance, counted=counted)
+    if counted is not None:
+        stands = rows_alone(counted, length, directions.looked)
     return TangentKernel(
         gram, rows, path, traces,
         check.defect(shares) if check else checked.defect if checked else 0.0,
         loss, directions.description, directions.mode, count if unexplained or tied is not None else 0,
         same_outputs.share(gram, tolerance(next(iter(parameters.values())).dtype), taken), probes.samples, chance,
-        1.0 if correction is None else correction, length, each, design,
+        1.0 if correction is None else correction, length, each, design, stands,
     )  # fmt: skip
 
 

@@ -49,6 +49,12 @@ class GraphCriterion:
     shape: torch.Size
     axis: int
 
+    @property
+    def counts(self) -> Tensor | None:
+        """Whether the loss counts each position, ``(N, T)`` on the CPU; None where it counts all of them."""
+        counts = self.weights != 0
+        return None if bool(counts.all()) else counts.cpu()
+
     @np.errstate(all="ignore")  # what is not finite is seen in the result
     def sizes(self, positions: Tensor) -> tuple[Array, bool]:
         """Return the top eigenvalue of the Hessian, up to a factor 2, summed over some positions of each sample.

@@ -88,12 +88,18 @@ class GraphPass:
         nodes: of the graph behind the criterion, outputs first.
         criterion: at its root.
         samples: of the graph.
+
+    Attributes:
+        sites: the uses of parameters, by node.
+        axes: of the samples in each use.
+        lengths: how many positions of each sample a use has, unless gradients are those of some samples alone.
     """
 
     def __init__(self, nodes: list[Any], criterion: GraphCriterion, samples: Samples):
         self.nodes, self.criterion, self.samples = nodes, criterion, samples
         self.sites: dict[Any, Site] = {}
         self.axes: list[int] = []
+        self.lengths: list[int] = []
         self._norms: dict[Any, BatchNormSite] = {}
         self._head: list[tuple[LinearSite, Tensor, Tensor]] = []
 
@@ -218,6 +224,8 @@ class GraphPass:
             site.axis = known[count]
         self.axes.append(site.axis)
         self.sites[node] = site
+        if not self.samples.by_rows:
+            self.lengths.append(len(site.flat(g)) // self.samples.count)
         if isinstance(site, BatchNormSite) and site.ties:
             self._norms[node.next_functions[0][0]] = site
         if isinstance(site, LinearSite | ConvolutionSite):

@@ -14,11 +14,11 @@ from lsp_callbacks.autograd._torch_internals import saved
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, outputs_first, require_plain
 from lsp_callbacks.functional.sgd.positions import design_effect
+from lsp_callbacks.operators.sgd.chosen_positions import Chosen, joined_counts, positions_of, rows_alone, stands_for
 from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel, with_top
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion, read_criterion
 from lsp_callbacks.operators.sgd.graph_pass import GraphPass
 from lsp_callbacks.operators.sgd.graph_sites import Samples
-from lsp_callbacks.operators.sgd.output_directions import Chosen, positions_of
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, wide
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows, RowSketch
 from lsp_callbacks.operators.sgd.step_samples import sampled_rows
@@ -33,12 +33,25 @@ class GraphKind(NamedTuple):
         sites: the names of the trainable parameters of each use, in the order of the graph.
         axes: of the samples in each use: first (0) or second (1).
         by_rows: whether gradients of some samples can be taken back alone.
+        lengths: how many positions of each sample each use had, and at last the outputs.
     """
 
     nodes: tuple[str, ...]
     sites: tuple[tuple[str | None, ...], ...]
     axes: list[int]
     by_rows: bool = False
+    lengths: tuple[int, ...] = ()
+
+    def has_length(self, lengths: tuple[int, ...]) -> bool:
+        """Return whether uses have as many positions as before, or as many for each of the outputs'.
+
+        An expert is called with those tokens that are routed to it: as many as can be divided among the samples, by
+        chance, and they are not theirs.
+        """
+        now, before = lengths[-1], self.lengths[-1]
+        return self.by_rows or all(
+            length == last or length * before == last * now for length, last in zip(lengths, self.lengths, strict=True)
+        )
 
 
 class GraphRows(GraphReader):
@@ -133,7 +146,8 @@ class GraphRows(GraphReader):
         else:
             known.axes, known.by_rows = self.kind.axes, self.kind.by_rows
             graph = _passed(nodes, criterion, known, pairs, chosen)
-        if self.kind is None or graph.uses != self.kind.sites:
+        lengths = (*graph.lengths, criterion.outputs.shape[1])
+        if self.kind is None or graph.uses != self.kind.sites or not self.kind.has_length(lengths):
             raise UnknownGraph("other uses of parameters than before")
         self._parts.append(graph.parts())
         if self.ties and self._scale is not None:
@@ -161,7 +175,7 @@ class GraphRows(GraphReader):
                 is_agreed = of_rows.agrees(graph)
             except Exception:  # whatever the rules of layers raise: the gradients of all samples are taken back
                 is_agreed = False
-        self.kind = GraphKind(kinds, sites, known.axes, is_agreed)
+        self.kind = GraphKind(kinds, sites, known.axes, is_agreed, (*graph.lengths, length))
         return of_rows if is_agreed else graph
 
     def _push(self, graph: GraphPass, pairs: Tensor, chosen: Chosen, scale: Mapping[str, Tensor | float]) -> None:
@@ -189,13 +203,18 @@ class GraphRows(GraphReader):
         """Return what to look at, and the cotangents there, ``(n, k, C)`` of the samples that have rows."""
         n, length, _ = criterion.outputs.shape
         device = criterion.outputs.device
-        positions = positions_of((n, length), self._positions(total), self._generator).to(device)
+        most = self._positions(total)
+        counts = criterion.counts if most < length else None
+        positions = positions_of((n, length), most, self._generator, counts).to(device)
+        counted = None if counts is None else counts.sum(1)
+        stands = stands_for(counted, length, positions.shape[1])
         if length == 1 or self.ties or (self.recent is not None and self.recent.most == 1):
             self.recent = None
         self._length = length
         self._per_sample = positions.shape[1]
         sizes, is_alike = criterion.sizes(positions)
         self.alike |= is_alike
+        sizes = sizes if isinstance(stands, float) else sizes * stands.numpy()
         least, largest = float(sizes.min()), float(sizes.max())
         if not least >= -1e-4 * largest:
             raise UnknownGraph("the outputs are not finite, or the criterion is not convex in them")
@@ -203,8 +222,8 @@ class GraphRows(GraphReader):
         offset = float(torch.rand((), generator=self._generator, dtype=torch.float64)) if most < n else 0.0
         taken, chance = sampled_rows(sizes, most, offset)
         pairs = criterion.pairs(positions[taken], taken.to(device))
-        factor = (length / self._per_sample / chance).sqrt()
-        return Chosen(positions, taken, chance), pairs * factor.to(pairs)[:, None, None]
+        factor = ((stands if isinstance(stands, float) else stands[taken]) / chance).sqrt()
+        return Chosen(positions, taken, chance, counted), pairs * factor.to(pairs)[:, None, None]
 
     def release(self) -> None:
         """Let go of all that the rows are made from."""
@@ -264,11 +283,14 @@ class GraphRows(GraphReader):
         gram, traces, rows = self.gram, self.traces, self._per_sample
         taken, chance = self._joined()
         length, design = 1 if self.ties else self._length, None
+        counted = None if length == 1 else self._joined_counted()
         if length > 1 and rows > 1:
-            design = design_effect(gram, rows, length, samples=self.samples, chance=chance)
+            design = design_effect(gram, rows, length, samples=self.samples, chance=chance, counted=counted)
+        stands = None if counted is None else rows_alone(counted, length, rows)
         if self.recent is not None:
-            self.recent.add(self._sketch)
-            gram, rows = self.recent.gram(), len(self.recent)
+            every = torch.full((len(taken), rows), float(length), dtype=torch.float64)
+            self.recent.add(self._sketch, every if stands is None else stands)
+            gram, rows, stands = self.recent.gram(), len(self.recent), self.recent.stands
         if self.ties:
             correction = self._correction if correction is None else correction
             gram = with_top(gram, 1.0 if correction is None else correction)
@@ -276,8 +298,13 @@ class GraphRows(GraphReader):
             gram, rows, dict.fromkeys(traces, "structured") if checked is None else checked.path, traces,
             0.0 if checked is None else checked.defect, math.nan, "" if checked is None else checked.stated, None, 0,
             0.0, self.samples, chance if len(taken) < self.samples else None,
-            1.0 if correction is None else correction, length, 1, design,
+            1.0 if correction is None else correction, length, 1, design, stands,
         )  # fmt: skip
+
+    def _joined_counted(self) -> Tensor | None:
+        """Return how many positions the loss counts of the samples that have rows; None where it counts all."""
+        parts = [None if chosen.counted is None else chosen.counted[chosen.taken] for chosen in self.chosen]
+        return joined_counts(parts, [len(chosen.taken) for chosen in self.chosen], self._length)
 
     def _joined(self) -> tuple[Tensor, Tensor]:
         """Indices of the samples that have rows, of all micro-batches, and by which chance they were taken."""

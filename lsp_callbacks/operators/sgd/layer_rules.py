@@ -302,6 +302,11 @@ def uses_ahead_of_norm(
     return {"weight": Use(gradients, g.shape[1]), "bias": dense(torch.zeros_like(shift))}
 
 
+def has_few_channels(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, positions: int) -> bool:
+    """Return whether per-sample gradients of a convolution are those of one with many groups."""
+    return FEW_CHANNELS * layer.out_channels <= layer.groups * positions
+
+
 def _each_weight_gradient(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, g: Tensor) -> Tensor:
     """Return the gradient of the weight for each sample and direction, ``(N, R, G, o, k)``.
 
@@ -309,7 +314,7 @@ def _each_weight_gradient(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, g
     times as fast as the products of gradients and windows, which are many times as large as the input.
     """
     n, rows = g.shape[:2]
-    if x.is_cpu and rows == 1 and FEW_CHANNELS * layer.out_channels <= layer.groups * g.shape[3:].numel():
+    if x.is_cpu and rows == 1 and has_few_channels(layer, g.shape[3:].numel()):
         single = (t.reshape(1, -1, *t.shape[-len(layer.kernel_size) :]) for t in (x, g))
         each = _weight_gradient(layer, *single, groups=n * layer.groups)
         return each.view(n, 1, layer.groups, layer.out_channels // layer.groups, -1)

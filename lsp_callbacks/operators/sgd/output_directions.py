@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import norm, unit
+from lsp_callbacks.operators.sgd.chosen_positions import Chosen, joined_counts, positions_of, stands_for
 from lsp_callbacks.operators.sgd.held_statistics import held_statistics
-from lsp_callbacks.operators.sgd.output_hessian import OutputCurvature, all_pairs, at, output_curvature, root
+from lsp_callbacks.operators.sgd.output_hessian import (
+    OutputCurvature,
+    all_pairs,
+    at,
+    counted_positions,
+    output_curvature,
+    root,
+)
 from lsp_callbacks.operators.sgd.per_sample_gradients import Recorder, RowSeed
 from lsp_callbacks.operators.sgd.sharpest_mode import sharpest_mode
 from lsp_callbacks.operators.sgd.softmax_pairs import softmax_pairs
@@ -22,28 +29,6 @@ from lsp_callbacks.step.probe_set import ProbeSet
 
 #: Products that find the top eigenvector of each sample's output Hessian.
 POWER = 20
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What the rows of a part of the samples look at.
-
-    Attributes:
-        positions: of each sample, ``(N, k)``.
-        taken: indices of the samples that have rows.
-        chance: by which probability each of those was taken.
-    """
-
-    positions: Tensor
-    taken: Tensor
-    chance: Tensor
-
-
-def positions_of(shape: torch.Size | tuple[int, ...], count: int, generator: torch.Generator) -> Tensor:
-    """Return so many positions of each sample, of those that it has, ``(N, T)``, by chance."""
-    if shape[1] == 1:
-        return torch.zeros(shape, dtype=torch.long)
-    return torch.rand(shape, generator=generator).argsort(1)[:, :count].sort(1).values
 
 
 class OutputDirections:
@@ -68,6 +53,7 @@ class OutputDirections:
         looked: at how many of them there are rows.
         seeds: the cotangents of each part's rows.
         taken: indices of each part's samples that have rows, in their part, and by which probability; all if absent.
+        counted: how many positions of each part's samples the loss counts; None where it counts all.
     """
 
     def __init__(
@@ -93,6 +79,7 @@ class OutputDirections:
         self._moves: list[Tensor] | None = None
         self.seeds: dict[int, list[RowSeed]] = {}
         self.taken: dict[int, tuple[Tensor, Tensor]] = {}
+        self.counted: dict[int, Tensor | None] = {}
         self._spread = True
 
     def evaluate(self, index: int) -> tuple[Evaluation, Recorder | None, list[RowSeed]]:
@@ -140,11 +127,12 @@ class OutputDirections:
         if shape[1] != self.length:
             raise Unmeasurable("samples have different numbers of positions: pad the batches to one length")
         # Each sample has positions of its own: what one position is like is not what all are.
-        chosen = (
-            positions_of(shape[:2], self._count, self.generator)
-            if index not in self.given
-            else self.given[index].positions
-        )
+        if index in self.given:
+            chosen, self.counted[index] = self.given[index].positions, self.given[index].counted
+        else:
+            counts = counted_positions(evaluation) if self._count < shape[1] else None
+            chosen = positions_of(shape[:2], self._count, self.generator, counts)
+            self.counted[index] = None if counts is None else counts.sum(1)
         chosen = chosen.to(evaluation.outputs.device)
         self.looked = chosen.shape[1]
         where = f" at {chosen.shape[1]} of {shape[1]} positions" if shape[1] > 1 else ""
@@ -155,7 +143,8 @@ class OutputDirections:
             pairs = all_pairs(curvature.matrices(here.shape).to(here))
         else:
             pairs = [self._top(curvature, here, index, chosen)]
-        weight = (shape[1] / chosen.shape[1]) ** 0.5
+        stands = torch.as_tensor(stands_for(self.counted[index], shape[1], chosen.shape[1]), dtype=torch.float64)
+        weight = stands.sqrt().to(here).view(-1, 1)
         pairs = self._sampled(pairs, index)
         return [RowSeed(weight * pair[:, k], position) for pair in pairs for k, position in enumerate(chosen.unbind(1))]
 
@@ -171,6 +160,16 @@ class OutputDirections:
             chances.append(chance)
             begin += size
         return torch.cat(indices), torch.cat(chances)
+
+    def joined_counted(self) -> Tensor | None:
+        """Return how many positions the loss counts of the samples that have rows; None where it counts all."""
+        parts, sizes = [], []
+        for index, seeds in self.seeds.items():
+            size = len(seeds[0].values)
+            taken, counted = self.taken.get(index, (torch.arange(size),))[0], self.counted.get(index)
+            parts.append(None if counted is None else counted[taken])
+            sizes.append(len(taken))
+        return joined_counts(parts, sizes, self.length)
 
     def _sampled(self, pairs: list[Tensor], index: int) -> list[Tensor]:
         """Return the pairs of those samples that have rows, times what each stands for; zeros elsewhere."""

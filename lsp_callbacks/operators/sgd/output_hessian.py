@@ -117,6 +117,17 @@ def output_curvature(evaluation: Evaluation, positions: Tensor) -> OutputCurvatu
     return OutputCurvature(product)
 
 
+def counted_positions(evaluation: Evaluation) -> Tensor | None:
+    """Return at which positions the criterion has a curvature, ``(N, T)``; None where it has at all of them.
+
+    It has none where labels are ignored or masked. Cost: a product with the Hessian of the criterion.
+    """
+    f = evaluation.outputs.detach()
+    v = torch.randn(f.shape, generator=torch.Generator().manual_seed(2)).to(f)
+    counts = (output_hessian(evaluation)(v) != 0).any(-1)
+    return None if bool(counts.all()) else counts.cpu()
+
+
 def at(outputs: Tensor, positions: Tensor) -> Tensor:
     """Return the outputs of each sample at some positions of its own, ``(N, k, C)``."""
     return outputs.gather(1, positions[..., None].expand(-1, -1, outputs.shape[-1]))

@@ -84,17 +84,31 @@ class RecentRows:
     def __init__(self, most: int = 1):
         self.most = most
         self._rows: deque[Tensor] = deque()
+        self._stands: deque[Tensor] = deque()
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def add(self, sketch: Tensor) -> None:
-        """Add the rows of one step, ``(N, R, m)``, each as if it stood for its whole sample."""
+    def add(self, sketch: Tensor, stands: Tensor) -> None:
+        """Add the rows of one step, ``(N, R, m)``, each as if it stood for its whole sample.
+
+        Args:
+            sketch: the rows.
+            stands: for how many positions each of them stands then, ``(N, R)``.
+        """
         if self._rows and self._rows[0].shape != sketch[:, 0].shape:
             self._rows.clear()
+            self._stands.clear()
         self._rows.extend(sketch.unbind(1))
+        self._stands.extend(stands.unbind(1))
         while len(self._rows) > self.most:
             self._rows.popleft()
+            self._stands.popleft()
+
+    @property
+    def stands(self) -> Tensor:
+        """For how many positions of its sample each row stands, ``(N, R)``."""
+        return torch.stack([*self._stands], dim=1)
 
     def gram(self) -> Tensor:
         """Return ``(N R, N R)``, sample by sample, of all that is kept, in float64 on the CPU."""

@@ -35,17 +35,32 @@ def weighted_gram(g: Tensor, a: Tensor, weights: Tensor) -> Tensor:
     """
     if weights.numel() <= FEW:
         return _exact(g, a, weights.sqrt())
+    # In units of the largest: fourth powers of the rows, and squares of K, would leave the range of float32.
+    of_g, of_a = _largest(g), _largest(a)
+    g, a = g / of_g, a / of_a
     g2, a2 = g.square(), a.square()
     u = weights @ a2.sum(0)
     traces = (g2 @ weights).mul_(a2)  # of row i at input l
     v = _ratio(traces.sum(0), (g2 @ u) @ a2)
     gram = ((g * u) @ g.T).mul_((a * v) @ a.T)
-    scale = _ratio(traces.sum(1), gram.diagonal()).sqrt()
-    return _exact_at_top(gram.mul_(scale[:, None]).mul_(scale), g, a, weights)
+    diagonal = traces.sum(1)
+    of_k = _largest(diagonal)
+    scale = _ratio(diagonal / of_k, gram.diagonal()).sqrt()
+    gram = _exact_at_top(gram.mul_(scale[:, None]).mul_(scale), g, a, weights, of_k)
+    return gram.mul_(of_g * of_a).mul_(of_k).mul_(of_g * of_a)
 
 
-def _exact_at_top(gram: Tensor, g: Tensor, a: Tensor, weights: Tensor) -> Tensor:
-    """Return ``T K T`` with ``T = 1 + (s - 1) c c^T``, c the sharpest direction of K, in which it is then exact."""
+def _largest(t: Tensor) -> Tensor:
+    """Return the largest absolute value, and 1 where all are 0."""
+    largest = t.abs().amax()
+    return torch.where(largest == 0, 1.0, largest)
+
+
+def _exact_at_top(gram: Tensor, g: Tensor, a: Tensor, weights: Tensor, unit: Tensor) -> Tensor:
+    """Return ``T K T`` with ``T = 1 + (s - 1) c c^T``, c the sharpest direction of K, in which it is then exact.
+
+    K, whose largest diagonal entry is 1, is that of rows and weights over ``unit``.
+    """
     power, tiny = gram, torch.finfo(gram.dtype).tiny
     for _ in range(SQUARINGS):
         power = power / power.diagonal().max().clamp_min(tiny)
@@ -54,8 +69,8 @@ def _exact_at_top(gram: Tensor, g: Tensor, a: Tensor, weights: Tensor) -> Tensor
     c = c / c.norm().clamp_min(tiny)
     moved = gram @ c
     top = c @ moved
-    change = ((g * c[:, None]).T @ a).square_().view(-1)  # of each weight, squared
-    exact = change @ weights.reshape(-1)
+    change = ((g * c[:, None]).T @ a).square_().reshape(-1)  # of each weight, squared
+    exact = change @ weights.reshape(-1) / unit
     stretch = (_ratio(exact, top).sqrt() - 1) * c
     return gram.addr_(stretch, moved).addr_(moved, stretch).addr_(stretch, stretch * top)
 

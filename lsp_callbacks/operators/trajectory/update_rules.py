@@ -255,7 +255,8 @@ def by_factors(square: Tensor) -> Tensor:
     """
     table = square.flatten(1)
     rows, columns = table.mean(1, keepdim=True), table.mean(0)
-    return (rows * (columns / columns.mean().clamp_min(torch.finfo(square.dtype).tiny))).view_as(square)
+    mean = columns.mean()
+    return (rows * torch.where(mean == 0, 0.0, columns / mean)).view_as(square)
 
 
 def averaged(before: Tensor | None, d: Tensor, keep: float) -> Tensor:

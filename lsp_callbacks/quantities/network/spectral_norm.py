@@ -46,6 +46,7 @@ class SpectralNorm(Quantity):
 
     weight = 0.05
     name = "spectral_norm"
+    needs_loss = False
     supports_multiple_optimizers = True
     KEYS: ClassVar = {
         "spectral_norm_max": Key(
