@@ -4,6 +4,7 @@ from lsp_callbacks.callbacks import (
     CapLearningRate,
     RollBackOnInstability,
     StabilityMonitor,
+    StabilityPanel,
     StabilityReport,
     StopOnInstability,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "SpectralDensity",
     "SpectralNorm",
     "StabilityMonitor",
+    "StabilityPanel",
     "StabilityProfile",
     "StabilityReport",
     "StopOnInstability",

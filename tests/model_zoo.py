@@ -513,8 +513,12 @@ def words_alone():
     return net
 
 
-#: For optimizers that take matrices only, or sparse gradients.
-NETS = {"Muon": optimizer_zoo.without_biases, "SparseAdam": words_alone}
+#: For optimizers that take matrices only, sparse gradients, or weights in 16 bits.
+NETS = {
+    "Masters in 32 bits": lambda: optimizer_zoo.HalfWeights(*mlp()),
+    "Muon": optimizer_zoo.without_biases,
+    "SparseAdam": words_alone,
+}
 #: How each is made, and what is left out with it, for a part of the reason.
 OPTIMIZERS = {
     "SGD": (SGD, {}),
@@ -553,4 +557,12 @@ OPTIMIZERS = {
     ),
     "LBFGS": (partial(optim.LBFGS, lr=0.1, max_iter=4), MANY),
     "SAM": (optimizer_zoo.SAM, MANY),
+    "Masters in 32 bits": (  # of weights in bfloat16
+        optimizer_zoo.Masters,
+        RULE
+        | ROUNDED
+        | UNCLEAR
+        | {"secant_ratio": "rounding hides it"}
+        | dict.fromkeys(("lyapunov_trajectory", "stability_profile"), "not smooth here"),
+    ),
 }

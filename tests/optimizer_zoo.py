@@ -179,3 +179,37 @@ class Both(optim.Optimizer):
 def without_biases(width=5, features=6, classes=3):
     """A network of matrices alone."""
     return nn.Sequential(nn.Linear(features, width, bias=False), nn.Tanh(), nn.Linear(width, classes, bias=False))
+
+
+class Masters(torch.optim.Optimizer):
+    """SGD with momentum on 32-bit copies of 16-bit weights, which are rounded from them after each step."""
+
+    def __init__(self, params, lr=0.1, momentum=0.9):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"master": p.detach().float().clone(), "momentum_buffer": torch.zeros(p.shape)}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["momentum_buffer"].mul_(group["momentum"]).add_(p.grad.float())
+                state["master"].sub_(group["lr"] * state["momentum_buffer"])
+                p.copy_(state["master"])
+        return loss
+
+
+class HalfWeights(torch.nn.Sequential):
+    """Weights in 16 bits, and a loss in 32."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.to(torch.bfloat16)
+
+    def forward(self, x):
+        return super().forward(x.to(torch.bfloat16)).float()

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fine_tuning_zoo import FINE_TUNING, SLOW
 from harness import CLASSES, Model, data, fit, mlp, unchanged
-from model_zoo import CASES, CURVATURE, NETS, OPTIMIZERS, Bag, Checkpointed, FirstCheckpointed, Transformer, cnn
+from model_zoo import CASES as MODELS
+from model_zoo import CURVATURE, NETS, OPTIMIZERS, Bag, Checkpointed, FirstCheckpointed, Transformer, cnn
 from support import path, results
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
@@ -28,6 +30,7 @@ from lsp_callbacks.quantities import (
     build,
 )
 
+CASES = MODELS | FINE_TUNING
 #: Whose path is that of the Hessian products.
 PRODUCTS = set(CURVATURE) - {"leave_one_out", "stability_profile"}
 
@@ -68,7 +71,7 @@ def test_every_quantity_is_in_the_suite():
     assert set(everything().monitor.quantities) == set(PRESETS["full"]) == set(REGISTRY) - {"clarke_training"}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_contract(name, recwarn, support):
     case = CASES[name]
     loader = data(shape=case.shape, **case.loader)

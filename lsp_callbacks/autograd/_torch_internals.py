@@ -16,7 +16,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import (
     keystr,
     tree_flatten,
@@ -307,3 +307,11 @@ def parts_of(scheduler: Any) -> list[Any]:
 def has_scale_function(scheduler: torch.optim.lr_scheduler.CyclicLR) -> bool:
     """Return whether a cyclic schedule was given a function ``scale_fn`` of its own."""
     return scheduler._scale_fn_custom is not None
+
+
+def plain_tensors(t: Tensor) -> list[Tensor]:
+    """Return the plain tensors that a tensor subclass wraps: of a quantised weight its integers and scales."""
+    if not is_traceable_wrapper_subclass(t):
+        return [t.detach()]
+    names, _ = t.__tensor_flatten__()
+    return [inner for name in names for inner in plain_tensors(getattr(t, name))]

@@ -12,8 +12,9 @@ from lsp_callbacks.autograd._torch_internals import base, tree_leaves
 
 #: Functions that use shape and type of a tensor only.
 _SHAPES = ("_like", "new_")
-#: Functions that use shape and type only of all arguments but the first.
-_CONVERSIONS = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+#: Functions that use shape and type only of all arguments but the first; the second of a deep copy holds what was
+#: copied before it, such as the parameters that a copy of a module shares.
+_CONVERSIONS = {"to", "type_as", "expand_as", "view_as", "reshape_as", "__deepcopy__"}
 
 
 class StopGradients(TorchFunctionMode):

@@ -3,7 +3,15 @@
 from lsp_callbacks.callbacks.cap_learning_rate import CapLearningRate
 from lsp_callbacks.callbacks.roll_back_on_instability import RollBackOnInstability
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
+from lsp_callbacks.callbacks.stability_panel import StabilityPanel
 from lsp_callbacks.callbacks.stability_report import StabilityReport
 from lsp_callbacks.callbacks.stop_on_instability import StopOnInstability
 
-__all__ = ["CapLearningRate", "RollBackOnInstability", "StabilityMonitor", "StabilityReport", "StopOnInstability"]
+__all__ = [
+    "CapLearningRate",
+    "RollBackOnInstability",
+    "StabilityMonitor",
+    "StabilityPanel",
+    "StabilityReport",
+    "StopOnInstability",
+]

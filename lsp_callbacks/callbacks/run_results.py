@@ -28,6 +28,8 @@ class RunResults:
         self.monitor, self.observer, self.stopwatch = monitor, observer, stopwatch
         #: ArrivedLoss of each observation and of the end of each step: `StopOnInstability`.
         self.subscribers: list[Any] = []
+        #: Called with each observation, once all others have it; they decide nothing.
+        self.reading_listeners: list[Any] = []
         #: Lowers the rate of single updates: `CapLearningRate`.
         self.cap: Any = None
         #: Scales the rates of all updates: `RollBackOnInstability`.

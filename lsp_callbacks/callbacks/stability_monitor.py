@@ -328,6 +328,8 @@ class StabilityMonitor(RunResults, Callback):
             self._publisher.publish(trainer, observation, sub_batch=sub_batch)
             for subscriber in self.subscribers:
                 subscriber.receive(trainer, observation)
+            for listener in self.reading_listeners:
+                listener(observation)
         if completed.fault is not None:
             self._publisher.publish(trainer, completed.fault, sub_batch=sub_batch)
 

@@ -13,9 +13,9 @@ from lsp_callbacks import report
 from lsp_callbacks.callbacks._lightning_internals import logged_row
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.log_figure import log_figure
+from lsp_callbacks.callbacks.run_events import run_events
 from lsp_callbacks.callbacks.run_folder import run_folder, unused
 from lsp_callbacks.callbacks.stability_monitor import monitor_among, monitor_beside
-from lsp_callbacks.callbacks.stop_on_instability import StopOnInstability
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.key import PREFIX
 
@@ -85,8 +85,7 @@ class StabilityReport(Callback):
         history = self._source.history
         path = self._file((folder / self.path).absolute())
         path.parent.mkdir(parents=True, exist_ok=True)
-        steps, values = self._losses.read()
-        figure = report.figure(history, (steps, values), self._events(trainer, steps, values))
+        figure = self.picture(trainer)
         figure.savefig(path)
         sentences = (
             report.sentence(self._source.verdict),
@@ -98,6 +97,16 @@ class StabilityReport(Callback):
         skipped = [f"lsp_callbacks: {name} was not measured: {why}" for name, why in reasons.items()]
         pictures = [text for q in drawn for text in self._drawn(q, trainer, path)]
         report.print_report(*[report.table(history)] * self.table, *sentences, *skipped, *pictures)
+
+    def picture(self, trainer: Any) -> Any:
+        """Draw the run so far.
+
+        Args:
+            trainer: Lightning's.
+        """
+        steps, values = self._losses.read()
+        events = run_events(trainer, steps, values, self._losses.stride)
+        return report.figure(self._source.history, (steps, values), events)
 
     def _drawn(self, quantity: Quantity, trainer: Any, beside: Path) -> list[str]:
         """Draw, save and log the figure of a quantity; return what there is to say of it."""
@@ -123,19 +132,6 @@ class StabilityReport(Callback):
             except Exception as error:  # a server that is away, say: the picture is saved
                 failures.append(f"lsp_callbacks: {type(logger).__name__} took no picture {PREFIX}{name}: {error}")
         return failures
-
-    def _events(self, trainer: Any, steps: list[int], values: list[float]) -> dict[str, int | None]:
-        events: dict[str, int | None] = {}
-        stop = next((c for c in trainer.callbacks if isinstance(c, StopOnInstability)), None)
-        if stop is not None:
-            name = stop.monitor.removeprefix("stability/")
-            sign = "lyapunov" in name and stop.threshold == 0
-            events["exponent turned positive" if sign else f"{name} above {stop.threshold:g}"] = stop.event_step
-        alarm = report.loss_alarm(values, stride=self._losses.stride)
-        events["loss alarm"] = None if alarm is None else steps[alarm]
-        if stop is not None:
-            events["stopped"] = stop.stop_step
-        return events
 
     def state_dict(self) -> dict[str, Any]:
         return self._losses.state_dict()

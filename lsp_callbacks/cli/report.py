@@ -42,6 +42,10 @@ def main(argv: Sequence[str]) -> int:
         The exit status, 1 where the logs cannot be read. Bad arguments end in ``SystemExit(2)``.
     """
     options = _parser().parse_args(argv)
+    if options.follow and not all(_begins(path) for path in options.runs):
+        print("lsp_callbacks: waiting for the first logs, until Ctrl-C", flush=True)
+        if not _wait(options):
+            return print_failure("report", UnreadableLogs(f"no logs came within {options.patience} seconds"))
     try:
         _write(options, going=options.follow)
     except (UnreadableLogs, OSError) as error:
@@ -87,6 +91,27 @@ def _write(options: argparse.Namespace, *, going: bool) -> list[LoggedRun]:
     beside.write_text(text, encoding="utf-8")
     beside.replace(options.output)
     return logged
+
+
+def _begins(path: Path) -> bool:
+    """Return whether there are logs at a path: loggers write the first ones late."""
+    try:
+        return bool(read_run(path).curves)
+    except (UnreadableLogs, OSError):
+        return False
+
+
+def _wait(options: argparse.Namespace) -> bool:
+    """Wait for the first logs of all runs; return False where they do not come."""
+    began = time.monotonic()
+    try:
+        while time.monotonic() - began < options.patience:
+            if all(_begins(path) for path in options.runs):
+                return True
+            time.sleep(options.every)
+    except KeyboardInterrupt:
+        pass
+    return False
 
 
 def _follow(options: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ def draw_depth_map(sigma: Tensor, steps: Sequence[int], layers: Sequence[str], a
         logs = np.ma.masked_invalid(np.log10(sigma.numpy().T))
     top = max(float(np.abs(logs).max()) if logs.count() else 0.0, 0.1)
     norm = load("matplotlib.colors").Normalize(-top, top)
-    x, y = _edges(np.asarray(steps, dtype=float)), np.arange(len(layers) + 1) + 0.5
+    x, y = edges(np.asarray(steps, dtype=float)), np.arange(len(layers) + 1) + 0.5
     mesh = ax.pcolormesh(x, y, logs, cmap="RdBu_r", norm=norm, shading="flat", rasterized=True)
     figure: Any = ax.get_figure()
     bar = figure.colorbar(mesh, ax=ax, pad=0.02)
@@ -47,7 +47,7 @@ def draw_depth_map(sigma: Tensor, steps: Sequence[int], layers: Sequence[str], a
     ax.set_ylabel("depth")
 
 
-def _edges(steps: np.ndarray) -> np.ndarray:
+def edges(steps: np.ndarray) -> np.ndarray:
     """Return the edges of cells around ascending steps, half way between them."""
     if len(steps) == 1:
         return np.array([steps[0] - 0.5, steps[0] + 0.5])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lsp_callbacks.plots.figure import GREY, ORANGE, PURPLE, RED
+from lsp_callbacks.plots.figure import GREY, ORANGE, PURPLE, RED, load
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def mark_events(strip: Axes, panels: Sequence[Axes], marks: Sequence[tuple[int, 
         left = step >= 0.6 * end
         strip.plot([step, step], [row + 0.1, len(marks)], zorder=1, **line)
         name = strip.annotate(
-            f"{text}, step {step}", (step, row + 0.5), xytext=(-5 if left else 5, 0), textcoords="offset points",
+            f"{text}, step {step:,}", (step, row + 0.5), xytext=(-5 if left else 5, 0), textcoords="offset points",
             ha="right" if left else "left", va="center", fontsize=8,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
@@ -52,6 +52,17 @@ def set_title(ax: Axes, title: str, remark: str) -> None:
     """Set the title of a panel on the left, and a remark on the right."""
     ax.set_title(title)
     ax.set_title(remark, loc="right", color=GREY, fontsize=8, fontweight="normal")
+
+
+def scale_by_decades(ax: Axes, low: float, high: float) -> None:
+    """Give an axis a logarithmic scale; one of few decades has numbers between its powers of ten, too."""
+    ticker = load("matplotlib.ticker")
+    ax.set_yscale("log")
+    ax.set_ylim(low, high)
+    if high < 300 * low:
+        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def mark_edge(ax: Axes, at: float) -> list[Label]:
@@ -73,9 +84,10 @@ def mark_failures(ax: Axes, steps: Sequence[int], values: Sequence[float]) -> No
 
 def label_lines(ax: Axes, labels: Sequence[Label]) -> None:
     """Write the names of lines at their right ends, moved apart as little as possible where they would overlap."""
-    labels = sorted((label for label in labels if math.isfinite(label[0])), key=lambda label: label[0])
     to_axes = ax.transData + ax.transAxes.inverted()
-    ends = [min(max(float(to_axes.transform((1.0, value))[1]), 0.0), 1.0) for value, _, _ in labels]
+    heights = [(float(to_axes.transform((1.0, label[0]))[1]), label) for label in labels if math.isfinite(label[0])]
+    heights.sort(key=lambda height: height[0])
+    ends, labels = [min(max(height, 0.0), 1.0) for height, _ in heights], [label for _, label in heights]
     # Pooling neighbours that are too close, each pool around the mean of its places, is the least squares solution.
     pools: list[tuple[float, int]] = []
     for i, place in enumerate(ends):
@@ -85,12 +97,15 @@ def label_lines(ax: Axes, labels: Sequence[Label]) -> None:
             mean, n = (n * mean + m * other) / (n + m), n + m
         pools.append((mean, n))
     places = [mean for mean, n in pools for _ in range(n)]
+    if (rest := 1 - LINE * len(labels)) > 0:  # they fit beside the panel
+        places = [min(max(place, LINE / 2), rest + LINE / 2) for place in places]
     for i, (_, name, colour) in enumerate(labels):
         place = places[i] + i * LINE
         ax.plot([1.0, 1.018], [ends[i], place], transform=ax.transAxes, color=colour, linewidth=0.5, clip_on=False)[
             0
         ].set_in_layout(False)
+        short = name if len(name) <= 24 else "…" + name[-22:].lstrip(".")
         ax.annotate(
-            name if len(name) <= 24 else "..." + name[-22:], (1.018, place), xycoords="axes fraction", xytext=(2, 0),
-            textcoords="offset points", va="center", color=colour, fontsize=7, annotation_clip=False,
+            short, (1.018, place), xycoords="axes fraction", xytext=(2, 0), textcoords="offset points", va="center",
+            color=colour, fontsize=7, annotation_clip=False,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Panels of the figure of a run, drawn from steps and values: loss, Courant number, exponent, layers."""
+"""Panels of the figure of a run, drawn from steps and values: loss, Courant number, exponent, sharpness, others."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lsp_callbacks.plots.figure import BLUE, GREEN, GREY, ORANGE, PURPLE, load
-from lsp_callbacks.plots.labels import Label, label_lines, mark_edge, mark_failures, set_title
+from lsp_callbacks.plots.figure import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED
+from lsp_callbacks.plots.labels import Label, label_lines, mark_edge, mark_failures, scale_by_decades, set_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Largest number of layers that are named in a panel; the others are drawn in grey.
-NAMED = 6
+#: Number of points from which they need no marker, and from which their noise is drawn lighter than their mean.
+MANY = 200
 #: Steps and values of a line.
 Line = tuple[Sequence[int], Sequence[float]]
 
@@ -41,14 +41,13 @@ def draw_loss(ax: Axes, steps: np.ndarray, values: np.ndarray, median: np.ndarra
         initial: number of first values whose mean limits the axis.
         remark: beside the title.
     """
-    ax.plot(steps, values, color=BLUE, alpha=0.45, linewidth=0.6)
+    ax.plot(steps, values, color=BLUE, alpha=0.25 if len(steps) > 10 * MANY else 0.45, linewidth=0.6)
     ax.plot(steps, median, color=BLUE, linewidth=1.8)
     finite = values[np.isfinite(values)]
     if len(finite):
         low, high = finite.min(), min(finite.max(), 100 * max(float(np.abs(finite[:initial]).mean()), 1e-12))
         if low > 0 and high > 8 * low:
-            ax.set_yscale("log")
-            ax.set_ylim(low / 1.2, high * 1.2)
+            scale_by_decades(ax, low / 1.2, high * 1.2)
         else:
             margin = 0.06 * (high - low) + 1e-9
             ax.set_ylim(low - margin, high + margin)
@@ -57,17 +56,17 @@ def draw_loss(ax: Axes, steps: np.ndarray, values: np.ndarray, median: np.ndarra
 
 def draw_courant(ax: Axes, courant: Line, mean: Line, others: Mapping[str, Line], remark: str) -> None:
     """Draw the Courant number, its running mean, and other Courant numbers by name."""
-    ax.plot(*courant, color=BLUE, alpha=0.4, linewidth=0.7, marker="o", markersize=2)
-    ax.plot(*mean, color=BLUE, linewidth=1.8)
+    few = len(courant[0]) <= MANY
+    ax.plot(*courant, color=BLUE, alpha=0.4 if few else 0.2, linewidth=0.7, marker="o" if few else "", markersize=2)
     labels: list[Label] = []
     for (name, line), colour in zip(others.items(), (GREEN, PURPLE, ORANGE)):
-        ax.plot(*line, color=colour, linewidth=1.2)
+        ax.plot(*line, color=colour, linewidth=1.2, **markers(line))
         labels.append((last(line), name, colour))
+    ax.plot(*mean, color=BLUE, linewidth=1.8)
     finite = _finite(courant, *others.values())
     positive = [v for v in finite if v > 0] or [1.0]
     if max(positive) > 8:
-        ax.set_yscale("log")
-        ax.set_ylim(max(min(positive), 1e-2) / 1.3, min(max(positive), 1e3) * 1.3)
+        scale_by_decades(ax, max(min(positive), 1e-2) / 1.3, min(max(positive), 1e3) * 1.3)
     else:
         ax.set_ylim(min(0.0, *finite), max(1.25, 1.08 * max(positive)))
     label_lines(ax, labels + mark_edge(ax, 1.0))
@@ -77,7 +76,7 @@ def draw_courant(ax: Axes, courant: Line, mean: Line, others: Mapping[str, Line]
 
 def draw_exponent(ax: Axes, exponent: Line, lower: Line, upper: Line, remark: str) -> None:
     """Draw the exponent of the sharp mode between its bounds."""
-    ax.plot(*exponent, color=GREEN, linewidth=1.8, **_markers(exponent))
+    ax.plot(*exponent, color=GREEN, linewidth=1.8, **markers(exponent))
     if list(lower[0]) == list(upper[0]):
         ax.fill_between(lower[0], lower[1], upper[1], color=GREEN, alpha=0.22, linewidth=0)
     finite = _finite(exponent, lower, upper)
@@ -86,34 +85,42 @@ def draw_exponent(ax: Axes, exponent: Line, lower: Line, upper: Line, remark: st
     ax.set_ylim(low - margin, high + 2 * margin)
     label_lines(ax, mark_edge(ax, 0.0))
     mark_failures(ax, *exponent)
-    set_title(ax, "Sharp-mode exponent, nats per step", remark)
+    set_title(ax, "Sharp-mode exponent, per step", remark)
 
 
-def draw_layers(ax: Axes, layers: Mapping[str, Line], title: str, level: float | None) -> None:
-    """Draw one line a layer, the largest with names; a ``level`` above which a layer expands is a mark, no alarm."""
-    largest = sorted(layers, key=lambda layer: -last(layers[layer]))[:NAMED]
-    named = [layer for layer in layers if layer in largest]  # colours follow the depth
-    shades = dict(zip(named, load("matplotlib").colormaps["viridis"](np.linspace(0.0, 0.85, max(len(named), 2)))))
-    for layer, line in layers.items():
-        look = {"color": shades[layer], "linewidth": 1.3} if layer in shades else {"color": "#c4c4c4", "linewidth": 0.6}
-        ax.plot(*line, **look, zorder=2.5 if layer in shades else 2, **_markers(line))
-    finite = _finite(*layers.values())
-    low, high = min(finite), max(finite)
-    if level is not None:
-        low, high = min(low, level), max(high, level)
-        ax.axhline(level, color=GREY, linewidth=0.9, zorder=1)
-    if level is None and low > 0 and high > 30 * low:
-        ax.set_yscale("log")
-    else:
-        margin = 0.1 * max(high - low, 0.1 * abs(high), 1e-6)
-        ax.set_ylim(low - margin, high + margin)
-    labels: list[Label] = [(last(layers[layer]), layer, shades[layer]) for layer in named]
+def draw_sharpness(ax: Axes, sharpness: Line, limit: Line, remark: str) -> None:
+    """Draw the sharpness beside the largest one that is stable at the learning rate."""
+    ax.plot(*sharpness, color=PURPLE, linewidth=1.4, **markers(sharpness))
+    low, high = _range(sharpness, limit)
+    labels: list[Label] = [(last(sharpness), "sharpness", PURPLE)]
+    if limit[0]:
+        ax.plot(*limit, color=RED, linewidth=0.9, **markers(limit))
+        ax.fill_between(limit[0], limit[1], high, color=RED, alpha=0.07, linewidth=0)
+        labels.append((last(limit), "largest stable", RED))
+    ax.set_ylim(low, high)
     label_lines(ax, labels)
-    rest = f"the {NAMED} largest of {len(layers)}" if len(named) < len(layers) else ""
-    meaning = [] if level is None else [f"above {level:g} a block stretches some difference, as most do"]
-    set_title(ax, title, "; ".join([*meaning, rest] if rest else meaning))
+    mark_failures(ax, *sharpness)
+    set_title(ax, "Sharpness", remark)
 
 
-def _markers(line: Line) -> dict[str, Any]:
+def draw_number(ax: Axes, line: Line, title: str, edge: float, remark: str) -> None:
+    """Draw one number; where it has an edge, the region above it is shaded."""
+    ax.plot(*line, color=BLACK, linewidth=1.2, **markers(line))
+    ax.set_ylim(*_range(line, ((), [edge] if math.isfinite(edge) else [])))
+    if math.isfinite(edge):
+        label_lines(ax, mark_edge(ax, edge))
+    mark_failures(ax, *line)
+    set_title(ax, title, remark)
+
+
+def _range(*lines: Line) -> tuple[float, float]:
+    """Return the range of an axis that holds all finite values of some lines."""
+    finite = _finite(*lines)
+    low, high = min(finite), max(finite)
+    margin = 0.1 * max(high - low, 0.1 * abs(high), 1e-9)
+    return low - margin, high + margin
+
+
+def markers(line: Line) -> dict[str, Any]:
     """Return the marker of a line: one of few points shows them."""
     return {"marker": "o", "markersize": 3} if len(line[0]) < 5 else {}

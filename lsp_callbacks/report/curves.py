@@ -14,6 +14,8 @@ from lsp_callbacks.plots.figure import load
 AVERAGE = 5
 #: Number of steps over which the loss is averaged, and of the first steps whose mean is the initial loss.
 SMOOTHING, INITIAL = 50, 5
+#: A curve of more points is smoothed over more of them, so that about so many means are left.
+MEANS = 100
 
 
 def readings(curve: Curve | None) -> list[float]:
@@ -24,6 +26,16 @@ def readings(curve: Curve | None) -> list[float]:
 def latest(curve: Curve | None) -> float:
     """Return the last reading, NaN if there is none."""
     return next(reversed(readings(curve)), math.nan)
+
+
+def smoothing_window(count: int, least: int) -> int:
+    """Return over how many points a curve is smoothed: more of a long one, whose noise would hide it.
+
+    Example:
+        >>> smoothing_window(300, 5), smoothing_window(4_000, 5)
+        (5, 40)
+    """
+    return max(least, count // MEANS)
 
 
 def averaged(curve: Curve, of: int = AVERAGE) -> Curve:

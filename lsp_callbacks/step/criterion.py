@@ -57,6 +57,8 @@ _ENTRYWISE = (
 )  # fmt: skip
 _CLASSES = (F.cross_entropy, F.nll_loss)
 _LOG_SOFTMAX = (F.log_softmax, torch.log_softmax, Tensor.log_softmax)
+#: What may come between a softmax over the last axis and its criterion: other axes are joined.
+_RESHAPES = (Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten)
 
 
 class Criteria(TorchFunctionMode):
@@ -66,6 +68,7 @@ class Criteria(TorchFunctionMode):
         super().__init__()
         self._calls: list[tuple[Callable, tuple, dict[str, Any], Tensor]] = []
         self._logits: dict[int, tuple[Tensor, Tensor]] = {}
+        self._last_axis: set[int] = set()  # of those whose classes are in the last axis
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -73,6 +76,14 @@ class Criteria(TorchFunctionMode):
             self._calls.append((func, args, dict(kwargs or {}), result))
         elif func in _LOG_SOFTMAX and args:
             self._logits[id(result)] = (result, args[0])
+            dim = args[1] if len(args) > 1 else (kwargs or {}).get("dim")
+            if dim in (-1, result.ndim - 1):
+                self._last_axis.add(id(result))
+        elif func in _RESHAPES and args and id(args[0]) in self._last_axis:
+            before, logits = self._logits[id(args[0])]
+            if result.shape[-1:] == before.shape[-1:]:
+                self._logits[id(result)] = (result, logits.reshape(result.shape))
+                self._last_axis.add(id(result))
         return result
 
     def of(self, loss: Tensor, *, samples: int | None) -> Evaluation:

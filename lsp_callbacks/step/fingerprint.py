@@ -7,16 +7,25 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd._torch_internals import plain_tensors
+
 
 def fingerprint(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the sum of each tensor: in-place changes through ``.data`` leave no other mark."""
     with torch.no_grad():
-        return [(t if t.layout is torch.strided else t.to_dense()).sum(dtype=torch.float32) for t in tensors]
+        return [_sum(t if t.layout is torch.strided else t.to_dense()) for t in tensors]
 
 
 def identical(these: Sequence[Tensor], those: Sequence[Tensor]) -> bool:
     """Return whether tensors are equal, each to the other of its pair, to the last bit; NaN equals NaN."""
     return all(_equal(a, b) for a, b in zip(these, those, strict=True))
+
+
+def _sum(p: Tensor) -> Tensor:
+    try:
+        return p.sum(dtype=torch.float32)
+    except NotImplementedError:  # quantised weights, which can be multiplied and little else
+        return torch.stack([t.sum(dtype=torch.float32) for t in plain_tensors(p)]).sum()
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

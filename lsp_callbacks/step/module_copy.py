@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.hooks import RemovableHandle
 
 from lsp_callbacks.autograd._torch_internals import (
     BUFFERS,
@@ -25,6 +26,7 @@ from lsp_callbacks.autograd._torch_internals import (
     buffers,
     foreach_copy,
 )
+from lsp_callbacks.step.moving_parameters import MovingParameter
 
 #: What cannot be changed in place, or is shared.
 _ATOMS = (
@@ -37,6 +39,9 @@ _KNOWN = ("torch.nn.", "pytorch_lightning.", "lightning.")
 
 class ModuleCopy:
     """A copy of a module that shares its parameters and nothing else.
+
+    Frozen parameters that the steps of the run move, as those of a momentum encoder, are copied, too: see
+    `StandingCopy.move`.
 
     Buffers, Python attributes, metrics and caches are copied when the object is made, which must be *before* the
     step's forward pass, and put back to that state by `reset` before each replay. The user's own hooks (functions and
@@ -51,7 +56,7 @@ class ModuleCopy:
 
     Attributes:
         module: the copy.
-        parameters: of both.
+        parameters: that both share.
 
     Raises:
         Exception: whatever an attribute of the module raises when it is copied.
@@ -99,14 +104,21 @@ class StandingCopy:
 
     def __init__(self) -> None:
         self._twin: _Twin | None = None
+        self._moving: list[nn.Parameter] = []
         self._user: Callable[[], ModuleCopy | None] = lambda: None
 
     def lent(self, user: ModuleCopy, module: nn.Module, shared: Iterable[Any]) -> _Twin:
         """Return the copy, up to date, for as long as its user lives."""
         if self._twin is None or self._user() is not None or not self._twin.follows(module, shared):
-            self._twin = _Twin(module, shared)
+            self._twin = _Twin(module, shared, self._moving)
         self._user = weakref.ref(user)
         return self._twin
+
+    def move(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Copy these parameters from now on, and put them back as buffers are: steps move them before their update."""
+        known = {id(p) for p in self._moving}
+        self._moving += [p for p in parameters if id(p) not in known]
+        self._twin = None
 
     def __reduce__(self) -> tuple[type, tuple]:
         return StandingCopy, ()  # another process begins without
@@ -115,15 +127,18 @@ class StandingCopy:
 class _Twin:
     """A copy of a module, with what is needed to bring it up to date."""
 
-    def __init__(self, module: nn.Module, shared: Iterable[Any]):
-        self.parameters = list(module.parameters())
+    def __init__(self, module: nn.Module, shared: Iterable[Any], moving: Iterable[nn.Parameter] = ()):
+        self._moving = [MovingParameter(p) for p in moving]
+        own = {id(moved.original): moved.copy for moved in self._moving}
+        parameters = [own.get(id(p), p) for p in module.parameters()]
+        self.parameters = [p for p in module.parameters() if id(p) not in own]
         memo: dict[int, Any] = {}
-        self._shared = {id(part): part for part in (*self.parameters, *shared)}
+        self._shared = self._kept_apart(shared)
         originals = list(module.modules())
         for child in originals:
             _find_special(vars(child), self._shared, memo)
         self.module = copy.deepcopy(module, memo | self._shared)
-        if any(a is not b for a, b in zip_longest(self.parameters, self.module.parameters())):
+        if any(a is not b for a, b in zip_longest(parameters, self.module.parameters())):
             raise TypeError("its copy has parameters of its own (a scripted module, or a __deepcopy__)")
         for child in self.module.modules():
             for kind in HOOKS:
@@ -138,12 +153,19 @@ class _Twin:
             for state in self.states:
                 state.remember_made()
 
+    def _kept_apart(self, shared: Iterable[Any]) -> dict[int, Any]:
+        """Return by the identity of what is not copied again what stands for it in the copy."""
+        stands_for = {id(part): part for part in (*self.parameters, *shared)}
+        for moved in self._moving:
+            stands_for[id(moved.original)] = stands_for[id(moved.copy)] = moved.copy
+        return stands_for
+
     def follows(self, module: nn.Module, shared: Iterable[Any]) -> bool:
         """Bring the copy up to date with the module that it was made from; return False where it cannot be."""
         is_original = self._can_follow and module is self.states[0].original
-        if not (is_original and all(state.fits() for state in self.states)):
+        if not (is_original and all(state.fits(self._shared) for state in self.states)):
             return False
-        self._shared = {id(part): part for part in (*self.parameters, *shared)}
+        self._shared = self._kept_apart(shared)
         memo: dict[int, Any] = {}
         changed = [state.changeable() for state in self.states]
         for values in changed:
@@ -155,6 +177,8 @@ class _Twin:
         follow_buffers(self.states)
         for state in self.states:
             state.restore_containers()
+        for moved in self._moving:
+            moved.follow()
         return True
 
     def keep(self) -> None:
@@ -168,6 +192,8 @@ class _Twin:
         memo = self._shared | self._itself
         for state in self.states:
             state.restore(memo)
+        for moved in self._moving:
+            moved.restore()
 
 
 class _State:
@@ -197,8 +223,12 @@ class _State:
         # Deep copies take time in each replay: only of what a training step could change in place.
         self.mutable = _mutable(self.attributes)
 
-    def fits(self) -> bool:
-        """Return whether the original still holds the modules and parameters of the copy, and no state in hooks."""
+    def fits(self, stands_for: dict[int, Any]) -> bool:
+        """Return whether the original still holds the modules and parameters of the copy, and no state in hooks.
+
+        Args:
+            stands_for: by the identity of each of the original's parameters, that of the copy.
+        """
         theirs, ours = vars(self.original), vars(self.module)
         if type(self.original) is not type(self.module) or theirs[BUFFERS].keys() != self.buffers.keys():
             return False
@@ -206,7 +236,8 @@ class _State:
             return False
         pairs = ((PARAMETERS, self.containers[PARAMETERS].values()), (MODULES, self._children))
         return all(
-            theirs[name].keys() == self.containers[name].keys() and all(map(is_, theirs[name].values(), values))
+            theirs[name].keys() == self.containers[name].keys()
+            and all(map(is_, (stands_for.get(id(value), value) for value in theirs[name].values()), values))
             for name, values in pairs
         )
 
@@ -301,12 +332,19 @@ def _is_users(hook: Any) -> bool:
 
 
 def _find_special(value: Any, shared: dict[int, Any], memo: dict[int, Any], depth: int = 0) -> None:
-    """Share data instead of copying them; give values of non-leaf tensors, which refuse a deep copy, to the copy."""
+    """Share data instead of copying them; give what refuses a deep copy to the copy in another form.
+
+    Of tensors with a graph their values, of handles of hooks one that removes nothing.
+    """
     if isinstance(value, Tensor):
         if value.grad_fn is not None:
             memo[id(value)] = value.detach().clone()
     elif isinstance(value, Dataset | DataLoader):
         shared[id(value)] = value
+    elif isinstance(value, RemovableHandle):
+        # The copy has no hooks that it could remove; one whose hooks are gone cannot be copied a second time.
+        memo[id(value)] = RemovableHandle.__new__(RemovableHandle)
+        memo[id(value)].__setstate__((None, value.id))
     elif depth < 4 and isinstance(value, dict | list | tuple | set):
         for item in value.values() if isinstance(value, dict) else value:
             _find_special(item, shared, memo, depth + 1)

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from lsp_callbacks.autograd._torch_internals import is_compiled
 from lsp_callbacks.autograd.graph import Graph, joined, read
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.step.batch import MicroBatch, batch_size, first_samples
+from lsp_callbacks.step.batch import MicroBatch, batch_size, samples_between
 from lsp_callbacks.step.fingerprint import fingerprint, identical
 from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.module_copy import ModuleCopy
 from lsp_callbacks.step.module_modes import evaluating
+from lsp_callbacks.step.moving_parameters import moved_together
 from lsp_callbacks.step.own_calls import OwnCalls
+from lsp_callbacks.step.pieces import DividedReplay
 from lsp_callbacks.step.replay import copied, replayer
 from lsp_callbacks.step.replay_checks import replayed_gradient, verify
 from lsp_callbacks.step.run_context import RunContext
@@ -155,11 +157,11 @@ class PendingStep:
             gradient_scale: the factor of mixed precision that the gradients still hold; None if they hold none.
             settings: further fields of the `Snapshot`.
         """
-        failure = self.failure or (self._moved() if self.can_replay else NOT_KEPT)
+        failure = self.failure or (self._moved(optimizer) if self.can_replay else NOT_KEPT)
         if failure or self.module_copy is None:
             module, replay = self.module, _raising(failure)
         else:
-            module, replay = self.module_copy.module, replayer(self.module_copy, self.parts)
+            module, replay = self.module_copy.module, DividedReplay(self.module_copy, self.parts)
             replay = replay if self.run.ranks.world == 1 else self.run.ranks.private(replay)
         gradient = {name: p.grad for name, p in self.module.named_parameters() if p.requires_grad}
         if gradient_scale is not None:
@@ -225,9 +227,23 @@ class PendingStep:
             part = replace(first, batch=source, loss=mean)
         return self.run.ranks.private(replayer(self.module_copy, [part]))
 
-    def _moved(self) -> Exception | None:
-        """Return an error if the step itself has moved the parameters: a replay, which shares them, would do so too."""
-        if self.failure is None and not identical(self._fingerprint, fingerprint(self._parameters)):
+    def _moved(self, optimizer: torch.optim.Optimizer) -> Exception | None:
+        """Return an error if the step itself has moved the parameters: a replay, which shares them, would do so too.
+
+        Those of a momentum encoder, which no gradient moves, are copied at the next measured steps.
+        """
+        now = fingerprint(self._parameters)
+        if self.failure is None and not identical(self._fingerprint, now):
+            pairs = zip(self._parameters, self._fingerprint, now)
+            moved = [p for p, old, new in pairs if not identical([old], [new])]
+            trained = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+            if not any(p.requires_grad or id(p) in trained for p in moved):
+                moved = moved_together(self.module, moved)
+                self.run.standing_copy.move(moved)
+                return Unmeasurable(
+                    f"the step changes {len(moved)} frozen parameters before its update (a momentum encoder): they are "
+                    "copied from the next measurement on"
+                )
             return Unmeasurable(
                 "the step changes parameters before its update (a moving average or a clamp in training_step), and a "
                 "replay would do so again: do it after the update, or pass loss_fn=..."
@@ -269,7 +285,7 @@ def never() -> Tensor:
 
 
 def _shortened(part: MicroBatch, count: int) -> MicroBatch:
-    return replace(part, batch=first_samples(part.batch, count))
+    return replace(part, batch=samples_between(part.batch, 0, count))
 
 
 def _raising(error: Exception | None) -> Callable[[], Tensor]:

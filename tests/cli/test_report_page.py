@@ -76,3 +76,19 @@ def test_follow_writes_the_page_again_and_leaves_one_that_stays(tmp_path, monkey
     assert written[0] and written[-1] is False and written.count(True) >= 2 and time.monotonic() - begin < 60
     page = (tmp_path / "stability.html").read_text()
     assert 'http-equiv="refresh"' not in page and "up to step 59" in page
+
+
+def test_follow_waits_for_the_first_logs(tmp_path, capsys):
+    begin = threading.Timer(1.5, write_csv, (tmp_path / "run", columns(30)))
+    begin.start()
+    assert main(["report", "run", "--follow", "--every", "1", "--patience", "4"]) == 0
+    begin.join()
+    out = capsys.readouterr().out
+    assert out.index("waiting for the first logs") < out.index("the page is")
+    assert "up to step 29" in (tmp_path / "stability.html").read_text()
+
+
+def test_follow_gives_up_where_no_logs_come(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(["report", "empty", "--follow", "--every", "1", "--patience", "1"]) == 1
+    assert "no logs came within 1 seconds" in capsys.readouterr().err

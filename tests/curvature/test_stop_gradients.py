@@ -1,5 +1,7 @@
 """Losses that depend on the parameters by way of tensors without a graph: noticed, compared, refused if it matters."""
 
+import copy
+
 import pytest
 import torch
 from problems import close, f64, random
@@ -8,8 +10,12 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, spectral_norm
 
 from lsp_callbacks import Snapshot
+from lsp_callbacks.autograd.stop_gradients import StopGradients
 from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.operators import hessian
+from lsp_callbacks.step.batch import MicroBatch
+from lsp_callbacks.step.module_copy import ModuleCopy
+from lsp_callbacks.step.replay import replayer
 
 X, Y = random(12, 4, seed=1), random(12, 3, seed=2)
 
@@ -138,3 +144,36 @@ def test_by_how_much_products_with_fixed_vectors_would_be_wrong():
         columns.append((moved(direction, 1e-5) - moved(direction, -1e-5)) / 2e-5)
     true = torch.stack(columns, 1)
     assert (fixed - true).norm() > 0.1 * true.norm() and (true - true.T).norm() > 0.1 * true.norm()
+
+
+def test_a_deep_copy_depends_on_what_is_copied():
+    """Not on what its memo holds: parameters that a copied module shares."""
+    p = torch.ones(3, requires_grad=True)
+    memo = {id(p): p}
+    with StopGradients() as stopped:
+        (copy.deepcopy(torch.ones(3), dict(memo)) * p).sum()
+    assert not stopped.names
+    with StopGradients() as stopped:
+        (copy.deepcopy(p.detach(), dict(memo)) * p).sum()
+    assert stopped.names == {"detach"}
+
+
+def test_a_table_that_a_module_keeps_is_a_constant():
+    """A copy of the module holds a copy of it, which each replay makes anew."""
+
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.table = mlp(), torch.ones(4, dtype=f64)
+
+        def forward(self):
+            return (self.net(X * self.table) - Y).square().mean()
+
+    module = Positions()
+    module_copy = ModuleCopy(module)
+    replay = replayer(module_copy, [MicroBatch(None, lambda module, batch: module())])
+    v = random(sum(p.numel() for p in module.parameters()))
+    own = hessian(Snapshot(step=0, module=module, replay=module), method="exact") @ v
+    copied = Snapshot(step=0, module=module_copy.module, replay=replay)
+    close(hessian(copied, method="exact") @ v, own, 1e-12)
+    assert not copied.graph.stopped

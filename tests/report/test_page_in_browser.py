@@ -20,6 +20,18 @@ def browser():
 
 
 @pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """Two runs with long names, an event, and a hundred layers with long names."""
+    folder = tmp_path_factory.mktemp("long")
+    table = columns(600, slope=0.005) | {"stability/event": [None] * 360 + [360]}
+    layers = {f"stability/spectral_norm/model.layers.{k}.mlp.projection": [1 + k / 50] * 600 for k in range(100)}
+    table = {key: values for key, values in table.items() if "spectral" not in key} | layers
+    runs = [JudgedRun.of(read_run(write_csv(folder / str(i), table)), f"digits_unstable/version_{i}") for i in range(2)]
+    (folder / "page.html").write_text(html_page(runs))
+    return folder / "page.html"
+
+
+@pytest.fixture(scope="module")
 def path(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     table = columns(100, slope=0.05) | {f"stability/spectral_norm/{EVIL}": [math.inf] * 50 + ["nan"] * 50}
@@ -128,3 +140,30 @@ def test_a_page_that_follows_a_run_loads_again_until_it_is_paused(browser, path)
     browser.run("new Promise((done) => setTimeout(done, 1500))")
     assert browser.loads == loads
     browser.run("sessionStorage.clear()")
+
+
+@WIDTHS
+def test_no_text_of_a_figure_is_cut_off(browser, long_run, look):
+    browser.open(long_run, **look)
+    outside = browser.run(
+        "[...document.querySelectorAll('.figure svg[role=img] text')].filter((text) => { "
+        "const t = text.getBoundingClientRect(), box = text.ownerSVGElement.getBoundingClientRect(); "
+        "return t.left < box.left - 1 || t.right > box.right + 1; }).map((text) => text.textContent)"
+    )
+    assert outside == []
+    assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_names_of_layers_are_cut_where_they_are_the_same(browser, long_run):
+    names = [f"model.layers.{k}.mlp" for k in range(3)]
+    browser.open(long_run)
+    assert browser.run(f"commonBeginning({names})") == len("model.layers.")
+    assert browser.run("commonBeginning(['a.b'])") == browser.run("commonBeginning(['a.b', 'c.b'])") == 0
+
+
+def test_codes_in_tables_are_not_broken_in_the_middle_of_a_short_word(browser, long_run):
+    browser.open(long_run, width=390, height=844, phone=True)
+    browser.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    tall = browser.run("[...document.querySelectorAll('td > code, th > code')].filter((code) => "
+                       "code.textContent.length < 18 && code.getClientRects().length > 1).length")  # fmt: skip
+    assert tall == 0

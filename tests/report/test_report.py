@@ -13,6 +13,7 @@ from pytorch_lightning.loggers import CSVLogger
 
 from lsp_callbacks import Curve, StabilityMonitor, StabilityReport, StopOnInstability
 from lsp_callbacks.callbacks import stability_report
+from lsp_callbacks.callbacks.run_events import run_events
 from lsp_callbacks.quantities.tables import stated_keys
 from lsp_callbacks.report import e_folding, figure, loss_alarm, table, verdict
 from lsp_callbacks.report.curves import averaged, centred_median, trailing_mean
@@ -186,16 +187,23 @@ def test_figure(tmp_path):
         picture.savefig(tmp_path / "all.png")
     strip, *panels = picture.axes
     titles = [ax.get_title("left") for ax in panels]
-    assert [title.split()[0] for title in titles] == ["Training", "Courant", "Sharp-mode", "Gains", "Spectral"]
-    assert "above 0 a block stretches" in panels[3].get_title("right")
+    assert [title.split()[0] for title in titles] == [
+        "Training",
+        "Courant",
+        "Sharp-mode",
+        "Sharpness",
+        "Gains",
+        "Spectral",
+    ]
+    assert "above 0 a block stretches" in panels[4].get_title("right")
     assert {t.get_text() for t in strip.texts} == {"exponent turned positive, step 25", "stopped, step 30"}
     for ax in panels:  # lines through all panels, on one axis of steps
         assert {25, 30} <= {line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 2}
         assert ax.get_xlim() == panels[0].get_xlim()
     names = [text.get_text() for text in panels[-1].texts]
-    assert names == [f"layer{i}" for i in range(6, 12)]
+    assert names == [f"layer{i} {1 + i:.2f}" for i in range(11, 5, -1)]  # from below, as the first layer is at the top
     places = [text.xy[1] for text in panels[-1].texts]
-    assert np.diff(places).min() > 0.08  # no two labels overlap
+    assert np.diff(places).min() > 0.08 and 0 <= places[0] < places[-1] <= 1  # no two labels overlap
     assert panels[0].get_yscale() == "log"
 
 
@@ -205,7 +213,7 @@ def test_errors_are_no_curves_of_their_own():
     errors = {name: [0.01] * 4 for name, key in stated_keys().items() if key.error_of}
     assert {"courant_step_error", "courant_gd_residual"} <= errors.keys()
     curves = history([0.1, 0.5, NAN, 1.5], **numbers, **errors)
-    assert {text.get_text() for text in figure(curves).axes[0].texts} == {"edge", "gd", "step"}
+    assert {text.get_text() for text in figure(curves).axes[0].texts} == {"edge", "courant_gd", "courant_step"}
     assert not {"courant_mean_square", "courant_step_error"} & {
         line.split()[0] for line in rendered(curves).split("\n") if line.strip()
     }
@@ -215,6 +223,50 @@ def test_labels_of_equal_lines_do_not_overlap():
     same = history(**{f"spectral_norm__layer{i}": [2.0] * 4 for i in range(6)})
     places = sorted(text.xy[1] for text in figure(same).axes[0].texts)
     assert np.diff(places).min() > 0.08 and np.mean(places) == pytest.approx(0.5, abs=0.01)
+
+
+def test_many_layers_are_a_map_whose_gaps_and_infinities_are_no_calm_colours():
+    curves = {f"layer{i}": (STEPS, [1.0 + i] * 4) for i in range(12)}
+    curves["layer3"], curves["layer5"] = (STEPS, [4.0, NAN, 4.0, math.inf]), (STEPS[1:2], [6.0])
+    history = {f"stability/spectral_norm/{name}": Curve(list(s), list(v)) for name, (s, v) in curves.items()}
+    (ax,) = [ax for ax in figure(history).axes if ax.get_title("left")]
+    mesh = ax.collections[0]
+    cells = mesh.get_array()
+    assert cells.shape == (12, 4) and cells[11].tolist() == [12.0] * 4 and ax.get_ylim() == (11.5, -0.5)
+    assert cells.mask[3].tolist() == [False, True, False, False] and cells[3, 3] == 12.0  # infinite: the last colour
+    assert cells.mask[5].tolist() == [True, False, True, True]
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (1.0, 12.0)
+
+
+def test_what_is_measured_is_shown():
+    """Also where that is no Courant number, and the headline's twin is no second line, NaN included."""
+    curves = history(critical_sharpness=[3.0] * 4, critical_sharpness_error=[0.1] * 4, sigma_x_max=[2.0] * 4)
+    titles = [ax.get_title("left") for ax in figure(curves).axes]
+    assert sorted(title.split(",")[0] for title in titles) == ["critical_sharpness", "sigma_x_max"]
+    curves = history([0.1, NAN, 0.3, 0.2], courant_mean_square=[0.1, math.nan * 1.0, 0.3, 0.2])
+    assert {text.get_text() for text in figure(curves).axes[0].texts} == {"edge"}
+    single = history([0.1, 0.2, 0.3, 0.2], courant_gd=[0.4])  # one reading is no line
+    (line,) = [line for line in figure(single).axes[0].lines if list(line.get_xdata()) == [0]]
+    assert line.get_marker() == "o"
+
+
+def test_the_noise_of_a_long_run_does_not_hide_its_mean():
+    noise = np.random.default_rng(0).standard_normal(8000) / 4
+    curves = {"stability/courant": Curve(list(range(8000)), list(0.5 + noise))}
+    ax = figure(curves).axes[0]
+    raw, mean = [line for line in ax.lines if len(line.get_xdata()) == 8000]
+    assert raw.get_alpha() < 0.3 and "mean of 80 batches" in ax.get_title("right")
+    assert np.std(mean.get_ydata()[80:]) < 0.15 * np.std(raw.get_ydata())
+
+
+def test_titles_and_remarks_do_not_overlap():
+    """On the picture with the longest of both."""
+    picture = figure(EVERYTHING | {f"stability/residual_gain/b{i}": Curve(STEPS, [0.1] * 4) for i in range(4)})
+    picture.canvas.draw()
+    for ax in picture.axes:
+        left, right = ax.title, ax._right_title
+        boxes = [text.get_window_extent() for text in (ax._left_title, right) if text.get_text()]
+        assert left is not None and (len(boxes) < 2 or boxes[0].x1 < boxes[1].x0), ax.get_title("left")
 
 
 def test_an_explosion_does_not_hide_what_came_before():
@@ -287,7 +339,7 @@ def test_events_and_paths(tmp_path):
     trainer = harness.fit(harness.Model, stop, StabilityMonitor(every_n_steps=2), picture, logger=logger)
     assert (tmp_path / "lightning_logs/version_0/plots/run.pdf").exists()
     assert trainer.global_step == 3
-    assert picture._events(trainer, [0], [1.0]) == {"courant above 0": 2, "loss alarm": None, "stopped": 2}
+    assert run_events(trainer, [0], [1.0], 1) == {"courant above 0": 2, "loss alarm": None, "stopped": 2}
 
 
 def test_both_names_of_lightning(tmp_path):

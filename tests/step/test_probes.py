@@ -114,6 +114,26 @@ def test_token_logits_belong_to_their_samples():
     assert torch.equal(found.outputs, table(tokens)) and torch.equal(found.criterion(found.outputs), value)
 
 
+@pytest.mark.parametrize("joined", [lambda f: f.view(-1, 5), lambda f: f.flatten(0, 1), lambda f: f.reshape(-1, 5)])
+@pytest.mark.parametrize("dim", [-1, 2])
+def test_log_probabilities_of_tokens_may_be_joined(joined, dim):
+    """As in PyTorch's own language models."""
+    table = seeded(nn.Embedding(9, 5))
+    tokens, target = torch.arange(12).view(4, 3) % 9, torch.arange(12).view(4, 3) % 5
+    found, value = found_in(
+        lambda: F.nll_loss(joined(F.log_softmax(table(tokens), dim=dim)), target.view(-1)), samples=4
+    )
+    assert torch.equal(found.outputs, table(tokens)) and torch.equal(found.criterion(found.outputs), value)
+    assert torch.equal(found.criterion(2 * found.outputs), F.cross_entropy(2 * table(tokens).mT, target))
+
+
+def test_log_probabilities_over_another_axis_are_refused():
+    table = seeded(nn.Embedding(9, 5))
+    tokens, target = torch.arange(12).view(4, 3) % 9, torch.arange(12) % 5
+    with pytest.raises(Unsupported, match="nll_loss without log_softmax"):
+        found_in(lambda: F.nll_loss(F.log_softmax(table(tokens), dim=1).view(-1, 5), target), samples=4)
+
+
 @pytest.mark.parametrize("shape", [(N,), (N, 1), (N, 2, 3), (N, 2, 3, 2)])
 def test_regression_outputs_of_any_shape(shape):
     target = random(*shape, seed=1)

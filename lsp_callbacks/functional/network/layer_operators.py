@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd._torch_internals import convolve, output_padding
+from lsp_callbacks.autograd._torch_internals import convolve, output_padding, plain_tensors
+from lsp_callbacks.functional.network.adapted_layers import as_one_layer, is_adapted
 from lsp_callbacks.linalg import LinearOperator, from_matrix, norm
 
 #: Of a tensor; None where it is not needed.
@@ -24,7 +25,8 @@ def weight_operators(
 ) -> dict[str, LinearOperator]:
     """Return the linear maps that a layer applies, by the name of the part ("" where it has only one).
 
-    Supported are Linear, the projections of attention, Embedding, convolutions and Hugging Face's Conv1D.
+    Supported are Linear, the projections of attention, Embedding, convolutions and Hugging Face's Conv1D, each of them
+    also with LoRA of ``peft`` beside it: the map is then that of ``W + scaling B A``.
 
     Args:
         layer: in eval mode, so that reading a parametrised weight does not move its buffers.
@@ -36,6 +38,8 @@ def weight_operators(
     """
     if type(layer).__name__ == "Conv1D" and getattr(layer, "nf", None) is not None:  # transformers, y = x W
         return {"": from_matrix(_weight(layer).T)}
+    if is_adapted(layer) and (single := as_one_layer(layer)) is not None:
+        return weight_operators(single, input_shape, output_shape)
     return {}
 
 
@@ -98,6 +102,8 @@ def row_norm(layer: nn.Embedding) -> Tensor:
 def _weight(layer: nn.Module) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, Tensor)
+    if len(plain_tensors(weight)) > 1 and hasattr(weight, "dequantize"):  # torchao's: integers and scales
+        weight = weight.dequantize()
     # Half precision would round the iteration's vectors, too.
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 

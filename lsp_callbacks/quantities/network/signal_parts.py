@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from lsp_callbacks import linalg
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.condition import SMALL, condition, condition_lower
+from lsp_callbacks.functional.network.adapted_layers import parts_of_adapted
 from lsp_callbacks.functional.network.batch_norm import batch_norm_drift
 from lsp_callbacks.functional.network.gains import gains
 from lsp_callbacks.functional.network.inactive_units import LEAST_ROWS, inactive_units
@@ -84,8 +85,9 @@ def conditions_of(module: nn.Module, step: SignalSizes) -> dict[str, Tensor]:
     """Return the condition number of each layer's weight as it is applied: exact, or a lower bound."""
     conditions: dict[str, Tensor] = {}
     seen: set[int] = set()
+    inside = {id(part) for part in parts_of_adapted(module)}
     for name, layer in module.named_modules():
-        call = step.calls.get(name)
+        call = None if id(layer) in inside else step.calls.get(name)
         weight = next((p for key, p in layer.named_parameters() if "bias" not in key), None)
         if call is None or weight is None or id(weight) in seen:
             continue

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import Convolution
 from lsp_callbacks.errors import NotApplicable
+from lsp_callbacks.functional.network.adapted_layers import as_one_layer, is_adapted, parts_of_adapted
 from lsp_callbacks.functional.network.layer_operators import in_eval_mode, row_norm, weight_operators
 from lsp_callbacks.functional.network.spectral_norm import log_sum
 from lsp_callbacks.linalg import FollowedNorm, followed_norm
@@ -18,12 +19,14 @@ from lsp_callbacks.operators.memory import forward_memory
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import PREFIX, Key, relative_residual
 from lsp_callbacks.quantities.module_filter import Selection, selected, validate
+from lsp_callbacks.step.fingerprint import fingerprint, identical
 from lsp_callbacks.step.replay_checks import Call
 from lsp_callbacks.step.snapshot import Snapshot
 
 STEPS, TOLERANCE = 20, 1e-2
-#: Operations and products for each linear map: by Lanczos from nothing, and from the vectors of the last measurement.
-COLD, WARM = (480, 36), (55, 4)
+#: Operations and products for each linear map: by Lanczos from nothing, from the vectors of the last measurement, and
+#: where the weight is frozen and is only looked at.
+COLD, WARM, FROZEN = (480, 36), (55, 4), (4, 1)
 #: Nanoseconds of a multiplication in products with single vectors, see `lsp_callbacks.operators.cost`.
 PRODUCT = 0.06
 
@@ -33,7 +36,9 @@ class SpectralNorm(Quantity):
 
     Linear, convolutions (plain and transposed), Embedding, attention projections and Hugging Face's Conv1D. Weights
     that are tied are measured once, parametrised weights as the step applied them, layers that the step did not call
-    not at all. With several ranks the first one measures. The iteration starts from the last singular vector.
+    not at all. A layer with LoRA of ``peft`` is one: its norm is that of ``W + scaling B A``, under the layer's own
+    name, and its parts have none. With several ranks the first one measures. The iteration starts from the last
+    singular vector; what is frozen, and has not changed, keeps the norm of the last time.
 
     Args:
         layers: class, glob, predicate or import path of the layers, or several of these; None takes all.
@@ -68,6 +73,8 @@ class SpectralNorm(Quantity):
         self._layer_norms: dict[str, Tensor] = {}
         self._row_norms: dict[str, Tensor] = {}
         self._starts: dict[str, dict[str, Tensor]] = {}
+        #: Norms of layers that are frozen, with what tells that they have not changed.
+        self._frozen: dict[str, tuple[tuple, list[Tensor], dict[str, FollowedNorm]]] = {}
 
     def check(self, snapshot: Snapshot) -> None:
         validate(self.layers, snapshot.module, "layers")
@@ -83,7 +90,7 @@ class SpectralNorm(Quantity):
             layer = modules[name]
             if _has_linear_part(layer) and self._takes(name, layer):
                 maps = 4 if isinstance(layer, nn.MultiheadAttention) else 1
-                operations, products = WARM if name in self._starts else COLD
+                operations, products = FROZEN if name in self._frozen else WARM if name in self._starts else COLD
                 calls, time = calls + maps * operations, time + PRODUCT * products * _multiplications(layer, called)
         return {**calls_cost(snapshot), "spectral norms": beside(snapshot, calls=calls, time=time)}
 
@@ -116,9 +123,10 @@ class SpectralNorm(Quantity):
         norms: dict[str, Tensor] = {}
         residual, rows = scalar(0.0), {}
         seen: set[int] = set()
+        inside = {id(part) for part in parts_of_adapted(module)}
         for name, layer in module.named_modules():
             called = calls.get(name)
-            if called is None or not _has_linear_part(layer) or not self._takes(name, layer):
+            if called is None or id(layer) in inside or not _has_linear_part(layer) or not self._takes(name, layer):
                 continue
             tensor = _source(layer)
             if id(tensor) in seen:
@@ -129,8 +137,9 @@ class SpectralNorm(Quantity):
                 norms[key] = scalar(found.value)
                 starts.setdefault(name, {})[part] = found.vectors
                 residual = torch.maximum(residual, scalar(found.residual) / norms[key].clamp_min(1e-300))
-            if isinstance(layer, nn.Embedding):
-                rows[name] = scalar(row_norm(layer))
+            single = as_one_layer(layer) if is_adapted(layer) else layer
+            if isinstance(single, nn.Embedding):
+                rows[name] = scalar(row_norm(single))
         return norms, residual, rows
 
     def compute(self) -> dict[str, Tensor]:
@@ -146,12 +155,20 @@ class SpectralNorm(Quantity):
 
     def _norms(self, name: str, layer: nn.Module, called: Call) -> dict[str, FollowedNorm]:
         starts = self._starts.get(name, {})
+        sizes, is_frozen = (called.input_shape, called.output_shape), _is_frozen(layer)
+        now = fingerprint(layer.parameters()) if is_frozen else []
+        if is_frozen and (last := self._frozen.get(name)) and last[0] == sizes and identical(last[1], now):
+            return last[2]
         with in_eval_mode(layer):  # so that reading a parametrised weight does not move its buffers
-            operators = weight_operators(layer, called.input_shape, called.output_shape)
-            return {
+            operators = weight_operators(layer, *sizes)
+            norms = {
                 part: followed_norm(operator, starts.get(part), steps=STEPS, tol=TOLERANCE)
                 for part, operator in operators.items()
             }
+        self._frozen.pop(name, None)
+        if is_frozen and all(2 * norm.residual <= TOLERANCE * norm.value for norm in norms.values()):
+            self._frozen[name] = sizes, now, norms
+        return norms
 
     def vectors(self) -> dict[str, Any]:
         return {"starts": self._starts} if self._starts else {}
@@ -164,10 +181,19 @@ class SpectralNorm(Quantity):
         self._layer_norms, self._row_norms = {}, {}
 
 
+def _is_frozen(layer: nn.Module) -> bool:
+    """Return whether nothing that a layer's map is made from is trained, or kept in a buffer."""
+    has_weight = any("bias" not in name for name, _ in layer.named_parameters())
+    return (
+        has_weight and not any(p.requires_grad for p in layer.parameters()) and not any(True for _ in layer.buffers())
+    )
+
+
 def _has_linear_part(layer: nn.Module) -> bool:
     # The output projection of attention is read with its parent, which calls it as a function.
     registered = weight_operators.dispatch(type(layer)) is not weight_operators.dispatch(object)
-    return registered or (type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"))
+    is_conv1d = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+    return registered or is_conv1d or (is_adapted(layer) and as_one_layer(layer) is not None)
 
 
 def _multiplications(layer: nn.Module, called: Call) -> float:

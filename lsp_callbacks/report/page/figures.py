@@ -11,7 +11,7 @@ import numpy as np
 from lsp_callbacks.monitor.courant_source import COURANT, MEAN_SQUARE, SOURCE
 from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.quantities.key import PREFIX, is_global
-from lsp_callbacks.report.curves import AVERAGE, SMOOTHING, averaged, centred_median, readings
+from lsp_callbacks.report.curves import AVERAGE, SMOOTHING, averaged, centred_median, readings, smoothing_window
 from lsp_callbacks.report.logs.causes import courant_source
 from lsp_callbacks.report.logs.events import Event
 from lsp_callbacks.report.logs.facts import stride_of
@@ -59,9 +59,9 @@ def figures(runs: Sequence[JudgedRun]) -> list[dict[str, Any]]:
     most = points_of_a_curve(runs)
     drawn = [
         _figure("courant", "Courant number", _courant(runs, most), edge=1.0, rule="courant",
-                about=f"Thick: mean of {AVERAGE} batches. Above the edge the linearised update amplifies."),
+                about="Thick: means over batches. Above the edge the linearised update amplifies."),
         _figure("loss", "Training loss", _loss(runs, most), rule="loss",
-                about=f"Thin: as logged. Thick: median around each step, over {SMOOTHING} steps."),
+                about="Thin: as logged. Thick: median around each step."),
         _figure("exponent", "Sharp-mode exponent, nats per step", _exponent(runs, most), edge=0.0, rule="zero",
                 about="Above 0 a perturbation along the sharp mode grows. Thin: its one-sided 90 % bounds."),
         _figure("rates", "Learning rate and the largest stable one", _rates(runs, most), rule="positive",
@@ -109,13 +109,16 @@ def _courant(runs: Sequence[JudgedRun], most: int) -> Iterable[dict[str, Any]]:
         history = run.logged.history
         courant = history.get(COURANT, Curve())
         if readings(courant):
-            yield series(averaged(courant), _named(f"mean of {AVERAGE}", run, runs), i, most, look="thick")
+            of = smoothing_window(len(courant.steps), AVERAGE)
+            yield series(averaged(courant, of), _named(f"mean of {of}", run, runs), i, most, look="thick")
             yield series(courant, _named("Courant number", run, runs), i, most, look="thin")
         others = [key for key in history if key.startswith(f"{COURANT}_") and key not in errors]
         hidden = courant_source(history) if readings(courant) else None
         others = [key for key in others if key != hidden and readings(history[key])]
         for j, key in enumerate(others if len(runs) == 1 or not readings(courant) else []):
-            yield series(history[key], _named(key.removeprefix(PREFIX), run, runs), i, most, look="line", colour=j + 1)
+            of = smoothing_window(len(history[key].steps), 1)
+            name = key.removeprefix(PREFIX) + f" (mean of {of})" * (of > 1)
+            yield series(averaged(history[key], of), _named(name, run, runs), i, most, look="line", colour=j + 1)
 
 
 def _loss(runs: Sequence[JudgedRun], most: int) -> Iterable[dict[str, Any]]:
@@ -123,10 +126,12 @@ def _loss(runs: Sequence[JudgedRun], most: int) -> Iterable[dict[str, Any]]:
         if run.loss is None:
             continue
         loss = run.logged.curves[run.loss]
-        window = max(1, SMOOTHING // stride_of(loss))
+        stride = stride_of(loss)
+        window = smoothing_window(len(loss.steps), max(1, SMOOTHING // stride))
+        name = f"median of {max(SMOOTHING, window * stride):,} steps"
         with np.errstate(invalid="ignore"):
             median = Curve(loss.steps, centred_median(np.asarray(loss.values), window).tolist())
-        yield series(median, _named(f"median of {SMOOTHING} steps", run, runs), i, most, look="thick")
+        yield series(median, _named(name, run, runs), i, most, look="thick")
         yield series(loss, _named(run.loss, run, runs), i, most, look="thin")
 
 
@@ -139,7 +144,9 @@ def _exponent(runs: Sequence[JudgedRun], most: int) -> Iterable[dict[str, Any]]:
         for side in ("lower", "upper"):
             bound = history.get(f"stability/lyapunov_{side}", Curve())
             if readings(bound):
-                yield series(bound, _named(f"{side} bound", run, runs), i, most, look="thin", colour=2 if i == 0 else i)
+                yield series(
+                    bound, _named(f"{side} bound", run, runs), i, most, look="bound", colour=2 if i == 0 else i
+                )
         yield series(curve, _named("exponent", run, runs), i, most, look="thick", colour=2 if i == 0 else i)
 
 

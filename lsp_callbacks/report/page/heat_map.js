@@ -23,9 +23,19 @@ function scaleBar(scale) {
     context.fillStyle = shade(scale, value);
     context.fillRect(i, 0, 1, 12);
   }
-  const kind = scale.neutral === null ? "" : `; white: ${scale.neutral}`;
-  const text = `${say(scale.high)}${scale.log ? " (logarithmic)" : ""}${kind}; grey: not measured; cross: failed`;
-  return make("div", { class: "scale" }, say(scale.low), canvas, text);
+  const kind = scale.neutral === null ? "" : `white: ${scale.neutral}; `;
+  const text = `${scale.log ? "logarithmic; " : ""}${kind}grey: not measured; cross: failed`;
+  const bar = make("span", { class: "bar" }, say(scale.low), canvas, say(scale.high));
+  return make("div", { class: "scale" }, bar, text);
+}
+
+// How many letters all names begin with, up to a dot; a single name has nothing in common with others.
+function commonBeginning(names) {
+  if (names.length < 2) return 0;
+  const same = (length) => names.every((name) => name.startsWith(names[0].slice(0, length)));
+  let length = names[0].lastIndexOf(".") + 1;
+  while (length > 0 && !same(length)) length = names[0].lastIndexOf(".", length - 2) + 1;
+  return length;
 }
 
 class HeatMap {
@@ -96,7 +106,9 @@ class HeatMap {
     context.scale(ratio, ratio);
     context.font = '11px "DejaVu Sans", Verdana, sans-serif';
     const short = (text, most) => text.length > most ? "…" + text.slice(1 - most) : text;
-    const names = this.map.layers.map((name) => short(name, narrow ? 12 : 24));
+    // What all names begin with tells nothing: in "model.layers.3.mlp" it is "model.layers.".
+    const most = narrow ? 14 : 26, begin = this.map.layers.some((name) => name.length > most) ? commonBeginning(this.map.layers) : 0;
+    const names = this.map.layers.map((name) => short(name.slice(begin), most));
     const left = Math.min(8 + names.reduce((most, name) => Math.max(most, context.measureText(name).width), 0), width / 3);
     const box = this.box = { left, right: width - 12, top: 4, bottom: 4 + tall * rows, tall }, [from, to] = view.range;
     const x = this.x = (step) => box.left + (step - from) / (to - from || 1) * (box.right - box.left), edges = this.edges();
@@ -129,7 +141,10 @@ class HeatMap {
     const stride = Math.max(Math.ceil(13 / tall), 1);
     names.forEach((name, r) => { if (r % stride === 0) context.fillText(name, box.left - 5, box.top + (r + 0.5) * tall, box.left - 6); });
     context.textAlign = "center";
-    for (const step of ticks(from, to, narrow ? 3 : 6)) context.fillText(step.toLocaleString("en"), x(step), box.bottom + 12);
+    for (const step of ticks(from, to, narrow ? 3 : 6)) {
+      const text = step.toLocaleString("en"), half = context.measureText(text).width / 2;
+      context.fillText(text, Math.min(x(step), width - half - 1), box.bottom + 12);
+    }
     context.textAlign = "right";
     context.fillText("optimizer step", box.right, box.bottom + 28);
     if (this.cell) {

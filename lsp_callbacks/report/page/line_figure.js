@@ -41,7 +41,7 @@ function ticks(low, high, most) {
 
 function logTicks(low, high) {
   const first = Math.floor(Math.log10(low)), last = Math.ceil(Math.log10(high));
-  const factors = last - first <= 2 ? [1, 2, 5] : [1], found = [];
+  const factors = high < 300 * low ? [1, 2, 5] : [1], found = [];
   for (let k = first; k <= last; k++) for (const n of factors) if (n * 10 ** k >= low && n * 10 ** k <= high) found.push(n * 10 ** k);
   return last - first > 8 ? found.filter((_, i) => i % Math.ceil(found.length / 6) === 0) : found;
 }
@@ -160,7 +160,7 @@ class LineFigure {
     for (const series of this.series) {
       const swatch = document.createElementNS(SVG, "svg");
       for (const [name, value] of [["width", 26], ["height", 10], ["aria-hidden", "true"]]) swatch.setAttribute(name, value);
-      const thin = series.look === "thin";
+      const thin = series.look === "thin" || series.look === "bound";
       draw(swatch, "line", {
         x1: 1, x2: 25, y1: 5, y2: 5, stroke: this.colour(series), "stroke-width": thin ? 1 : 2.4, "stroke-dasharray": this.dash(series),
         "stroke-opacity": thin ? 0.6 : 1,
@@ -225,7 +225,8 @@ class LineFigure {
     const across = ticks(view.range[0], view.range[1], narrow ? 4 : 8), up = range.log ? logTicks(range.low, range.high) : ticks(range.low, range.high, 5);
     for (const step of across) {
       draw(this.svg, "line", { x1: x(step), x2: x(step), y1: box.top, y2: box.bottom, stroke: "var(--grid)" });
-      draw(this.svg, "text", { x: x(step), y: box.bottom + 16, "text-anchor": "middle" }, step.toLocaleString("en"));
+      const ends = x(step) > box.right - 24;  // its number would be cut off
+      draw(this.svg, "text", { x: ends ? box.right + 10 : x(step), y: box.bottom + 16, "text-anchor": ends ? "end" : "middle" }, step.toLocaleString("en"));
     }
     for (const value of up) {
       draw(this.svg, "line", { x1: box.left, x2: box.right, y1: y(value), y2: y(value), stroke: "var(--grid)" });
@@ -254,12 +255,21 @@ class LineFigure {
         "stroke-width": 1.2, "stroke-dasharray": DASHES[(row % 5) + 1],
       });
       const text = `${several ? mark.of + ": " : ""}${mark.name}, step ${count(mark.step)}`;
-      draw(this.svg, "text", { class: "mark", x: x(mark.step) + (left ? -5 : 5), y: at + 14, "text-anchor": left ? "end" : "start" }, text);
+      const label = draw(this.svg, "text", { class: "mark", x: x(mark.step) + (left ? -5 : 5), y: at + 14, "text-anchor": left ? "end" : "start" }, text);
+      const wide = label.getComputedTextLength(), room = left ? x(mark.step) - 5 : box.right + 12 - x(mark.step) - 5;
+      if (wide > room) {  // on a phone: to the border, across its line
+        label.setAttribute("x", left ? 0 : box.right + 12);
+        label.setAttribute("text-anchor", left ? "start" : "end");
+        if (wide > box.right + 12) {
+          label.setAttribute("textLength", box.right + 12);
+          label.setAttribute("lengthAdjust", "spacingAndGlyphs");
+        }
+      }
     });
   }
 
   curve(layer, series, x, y, box, range) {
-    const colour = this.colour(series), thin = series.look === "thin";
+    const colour = this.colour(series), bound = series.look === "bound", thin = bound || series.look === "thin";
     let path = "", open = false, points = 0;
     const [from, to] = view.range, beyond = [], failed = [], spots = [];
     series.x.forEach((step, i) => {
@@ -273,9 +283,9 @@ class LineFigure {
     });
     draw(layer, "path", {
       d: path || "M0 0", fill: "none", stroke: colour, "stroke-width": thin ? 1 : series.look === "thick" ? 2.2 : 1.5,
-      "stroke-opacity": thin ? 0.6 : 1, "stroke-linejoin": "round", "stroke-linecap": "round", "stroke-dasharray": this.dash(series),
+      "stroke-opacity": thin ? (points > 400 ? 0.35 : 0.6) : 1, "stroke-linejoin": "round", "stroke-linecap": "round", "stroke-dasharray": this.dash(series),
     });
-    if (points <= 5 || (thin && points <= 120)) {
+    if (points <= 5 || (thin && !bound && points <= 120)) {
       for (const [step, value] of spots) draw(layer, "circle", { cx: x(step), cy: y(value), r: thin ? 2 : 3, fill: colour, "fill-opacity": thin ? 0.7 : 1 });
     }
     for (const [step, value] of beyond.slice(0, 300)) {  // off the scale: a triangle at its border

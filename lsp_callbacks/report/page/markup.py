@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -27,5 +28,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, look
 
 
 def number(value: float) -> str:
-    """Return a number in a few digits."""
-    return "NaN" if math.isnan(value) else f"{value:.4g}"
+    """Return a number in a few digits; whole numbers, such as steps, in full."""
+    if math.isnan(value):
+        return "NaN"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 and value == round(value) else f"{value:.4g}"
+
+
+def prose(text: str) -> str:
+    """Return a sentence of the package's own as HTML: names between backticks are code."""
+    return re.sub(r"`([^`<>&]+)`", r"<code>\1</code>", escape(text))

@@ -10,20 +10,18 @@ from typing import Any
 
 from lsp_callbacks.quantities.key import PREFIX
 from lsp_callbacks.report.curves import latest, readings
+from lsp_callbacks.report.looks import look
 from lsp_callbacks.report.page.figures import is_single
 from lsp_callbacks.report.page.judged_run import JudgedRun
-from lsp_callbacks.report.page.markup import number, section, table
+from lsp_callbacks.report.page.markup import number, prose, section, table
 from lsp_callbacks.report.table import keys_of_a_run
-
-#: Look of a state, and its sign: the word says the same without a colour.
-LOOKS = {"stable": ("calm", "✓"), "recovered": ("care", "!"), "edge": ("care", "!"), "unknown": ("unknown", "?")}
 
 
 def verdicts(runs: Sequence[JudgedRun]) -> str:
     """Return the verdict on each run, side by side."""
     cards = []
     for i, run in enumerate(runs):
-        look, sign = LOOKS.get(run.verdict.state, ("bad", "✕"))
+        kind, sign = look(run.verdict.state)
         going = "" if run.logged.ended is not False else " So far: the logs do not say that the run is over."
         evidence = {name: value for name, value in run.verdict.evidence.items() if value != ""}
         rows = [[escape(name), escape(_said(value))] for name, value in evidence.items()]
@@ -34,7 +32,7 @@ def verdicts(runs: Sequence[JudgedRun]) -> str:
         state = f'<span aria-hidden="true">{sign}</span> {escape(run.verdict.state)}'
         rules = f"By the rules of the report at the end of training, {escape(run.basis)}.{going}"
         cards.append(
-            f'<article class="verdict {look}"><h3>{key}{escape(run.name)}</h3><p class="state">{state}</p>'
+            f'<article class="verdict {kind}"><h3>{key}{escape(run.name)}</h3><p class="state">{state}</p>'
             f'<p class="words">{words}</p><p class="note">{rules}</p>{notes}{basis}</article>'
         )
     return section("verdict", "Verdict", f'<div class="cards">{"".join(cards)}</div>')
@@ -56,7 +54,7 @@ def causes(runs: Sequence[JudgedRun]) -> str:
     """Return what decided, and what stands out."""
     rows = [
         [escape(_of(run, runs) + finding.where), f"<code>{escape(finding.name)}</code>", escape(finding.text),
-         escape(finding.meaning), escape(finding.advice)]
+         prose(finding.meaning), prose(finding.advice)]
         for run in runs for finding in run.findings
     ]  # fmt: skip
     unmeasured = [run.name for run in runs if not any(f.where != "quantity" for f in run.findings)]
@@ -139,12 +137,12 @@ def _numbers(run: JudgedRun, runs: Sequence[JudgedRun]) -> str:
         unit = "" if about is None else about.unit
         rows.append([
             f"<code>{escape(name)}</code>", last, number(min(values)), number(max(values)), f"{curve.steps[-1]:,}",
-            f"{len(curve.steps):,}", escape(unit), escape(meaning + lost),
+            f"{len(curve.steps):,}", escape(unit), prose(meaning + lost),
         ])  # fmt: skip
     head = ("number", "last", "min", "max", "step", "readings", "unit", "meaning")
     caption = f"Numbers of {run.name}"
     opened = " open" if len(runs) == 1 else ""
-    return f"<details{opened}><summary>{escape(caption)}</summary>{table(head, rows, caption)}</details>"
+    return f"<details{opened}><summary>{escape(caption)}</summary>{table(head, rows, caption, 'numbers')}</details>"
 
 
 def _listed(run: JudgedRun) -> Iterator[tuple[str, Any, Any]]:
