@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd.spread_tensors import local
 from lsp_callbacks.monitor.error_policy import ErrorPolicy
 from lsp_callbacks.step.fingerprint import fingerprint, identical
 from lsp_callbacks.step.ranks import Ranks
@@ -47,7 +48,7 @@ class GradientCheck:
         """
         self._expected, self._by_sums, self.is_expected = [], by_sums, True
         try:
-            pairs = gradients()
+            pairs = [(p, local(g)) for p, g in gradients()]
             values = fingerprint(g for _, g in pairs) if by_sums else [g.clone() for _, g in pairs]
             self._expected = [(p, value) for (p, _), value in zip(pairs, values)]
         except Exception as error:
@@ -65,7 +66,7 @@ class GradientCheck:
         self.forget()
 
         def differs() -> bool:
-            there = [(p.grad, value) for p, value in expected if p.grad is not None]
+            there = [(local(p.grad), value) for p, value in expected if p.grad is not None]
             if len(there) < len(expected) and not is_gone_allowed:
                 return True
             gradients = [g for g, _ in there]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import Convolution
+from lsp_callbacks.autograd.gathered_layer import gathered
 from lsp_callbacks.errors import NotApplicable
 from lsp_callbacks.functional.network.adapted_layers import as_one_layer, is_adapted, parts_of_adapted
 from lsp_callbacks.functional.network.layer_operators import in_eval_mode, row_norm, weight_operators
@@ -24,9 +25,11 @@ from lsp_callbacks.step.replay_checks import Call
 from lsp_callbacks.step.snapshot import Snapshot
 
 STEPS, TOLERANCE = 20, 1e-2
-#: Operations and products for each linear map: by Lanczos from nothing, from the vectors of the last measurement, and
-#: where the weight is frozen and is only looked at.
-COLD, WARM, FROZEN = (480, 36), (55, 4), (4, 1)
+#: Operations and products for each linear map: from the vectors of the last measurement, for each pair of products of
+#: Lanczos where that begins anew, and where the weight is frozen and is only looked at.
+WARM, PAIR, FROZEN = (60, 4), (58, 2), (4, 1)
+#: Pairs of products of Lanczos from nothing, and in a second measurement, until it is known where it begins anew.
+COLD, SECOND = 14.0, 2.0
 #: Nanoseconds of a multiplication in products with single vectors, see `lsp_callbacks.operators.cost`.
 PRODUCT = 0.06
 
@@ -52,6 +55,7 @@ class SpectralNorm(Quantity):
     weight = 0.05
     name = "spectral_norm"
     needs_loss = False
+    needs_whole = False
     supports_multiple_optimizers = True
     KEYS: ClassVar = {
         "spectral_norm_max": Key(
@@ -73,6 +77,8 @@ class SpectralNorm(Quantity):
         self._layer_norms: dict[str, Tensor] = {}
         self._row_norms: dict[str, Tensor] = {}
         self._starts: dict[str, dict[str, Tensor]] = {}
+        #: Pairs of products of Lanczos for each map of a layer, when it was last followed.
+        self._begun: dict[str, float] = {}
         #: Norms of layers that are frozen, with what tells that they have not changed.
         self._frozen: dict[str, tuple[tuple, list[Tensor], dict[str, FollowedNorm]]] = {}
 
@@ -90,9 +96,16 @@ class SpectralNorm(Quantity):
             layer = modules[name]
             if _has_linear_part(layer) and self._takes(name, layer):
                 maps = 4 if isinstance(layer, nn.MultiheadAttention) else 1
-                operations, products = FROZEN if name in self._frozen else WARM if name in self._starts else COLD
+                operations, products = self._work(name)
                 calls, time = calls + maps * operations, time + PRODUCT * products * _multiplications(layer, called)
         return {**calls_cost(snapshot), "spectral norms": beside(snapshot, calls=calls, time=time)}
+
+    def _work(self, name: str) -> tuple[float, float]:
+        """Return operations and products for each map of a layer: Lanczos begins anew where it did the last time."""
+        if name in self._frozen:
+            return FROZEN
+        pairs = self._begun.get(name, SECOND) if name in self._starts else COLD
+        return WARM[0] + PAIR[0] * pairs, WARM[1] + PAIR[1] * pairs
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         return forward_memory(snapshot)
@@ -102,10 +115,18 @@ class SpectralNorm(Quantity):
         self.complete = False
         calls = snapshot.calls
         starts: dict[str, dict[str, Tensor]] = {}
-        # All ranks have the same weights; only the sizes of their inputs may differ.
-        norms, residual, rows = snapshot.run.ranks.first(
-            lambda: self._measure(snapshot.module, calls, starts), self.name
-        )
+        ranks = snapshot.run.ranks
+
+        def measure() -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+            return self._measure(snapshot.module, calls, starts)
+
+        if snapshot.run.shards is None:
+            # All ranks have the same weights; only the sizes of their inputs may differ.
+            norms, residual, rows = ranks.first(measure, self.name)
+        else:  # all are needed to gather a layer
+            with ranks.checked():
+                numbers = measure()
+            norms, residual, rows = ranks.first(lambda: numbers, self.name)
         self._layer_norms, self._row_norms, self._starts = norms, rows, starts
         if not norms:
             self.finish({})
@@ -132,14 +153,15 @@ class SpectralNorm(Quantity):
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            for part, found in self._norms(name, layer, called).items():
-                key = f"{name}.{part}" if part else name
-                norms[key] = scalar(found.value)
-                starts.setdefault(name, {})[part] = found.vectors
-                residual = torch.maximum(residual, scalar(found.residual) / norms[key].clamp_min(1e-300))
-            single = as_one_layer(layer) if is_adapted(layer) else layer
-            if isinstance(single, nn.Embedding):
-                rows[name] = scalar(row_norm(single))
+            with gathered(layer):
+                for part, found in self._norms(name, layer, called).items():
+                    key = f"{name}.{part}" if part else name
+                    norms[key] = scalar(found.value)
+                    starts.setdefault(name, {})[part] = found.vectors
+                    residual = torch.maximum(residual, scalar(found.residual) / norms[key].clamp_min(1e-300))
+                single = as_one_layer(layer) if is_adapted(layer) else layer
+                if isinstance(single, nn.Embedding):
+                    rows[name] = scalar(row_norm(single))
         return norms, residual, rows
 
     def compute(self) -> dict[str, Tensor]:
@@ -165,6 +187,8 @@ class SpectralNorm(Quantity):
                 part: followed_norm(operator, starts.get(part), steps=STEPS, tol=TOLERANCE)
                 for part, operator in operators.items()
             }
+        if starts:
+            self._begun[name] = sum(norm.begun for norm in norms.values()) / max(len(norms), 1)
         self._frozen.pop(name, None)
         if is_frozen and all(2 * norm.residual <= TOLERANCE * norm.value for norm in norms.values()):
             self._frozen[name] = sizes, now, norms
@@ -174,7 +198,7 @@ class SpectralNorm(Quantity):
         return {"starts": self._starts} if self._starts else {}
 
     def load_vectors(self, vectors: dict[str, Any]) -> None:
-        self._starts = vectors.get("starts", {})
+        self._starts, self._begun = vectors.get("starts", {}), {}
 
     def reset(self) -> None:
         super().reset()
