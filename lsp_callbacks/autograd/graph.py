@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -96,14 +97,14 @@ class Graph:
     custom: tuple[str, ...]
     stopped: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def kinked(self) -> bool:
-        """Return whether the loss is only piecewise smooth."""
+        """Whether the loss is only piecewise smooth."""
         return bool(self.kinks)
 
-    @property
+    @cached_property
     def full(self) -> bool:
-        """Return whether nothing is rounded to half precision."""
+        """Whether nothing is rounded to half precision."""
         return self.dtype.itemsize > 2
 
 

@@ -32,8 +32,9 @@ EXAMPLES = """\
   lsp-callbacks report runs/digits/version_0         verdict and figures of a run, in stability.html
 
 In a configuration of your own, the callbacks are listed under trainer: callbacks:, by class_path
-(lsp_callbacks.StabilityMonitor, lsp_callbacks.StabilityReport, lsp_callbacks.StopOnInstability,
-lsp_callbacks.CapLearningRate, lsp_callbacks.RollBackOnInstability instead of StopOnInstability).\
+(lsp_callbacks.StabilityMonitor, lsp_callbacks.StabilityReport, lsp_callbacks.StabilityPanel,
+lsp_callbacks.StopOnInstability, lsp_callbacks.CapLearningRate, lsp_callbacks.RollBackOnInstability instead of
+StopOnInstability).\
 """
 
 

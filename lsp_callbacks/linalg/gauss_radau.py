@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,23 +128,20 @@ def top_node(
     n = operator.shape[1]
     most = min(max(most or steps, steps), n)
     basis = [start / norm(start).to(start.dtype)]
-    T = torch.zeros(most + 1, most + 1, dtype=torch.float64)
+    T = np.zeros((most + 1, most + 1))
     for k in range(most):
-        w = operator.apply(basis[k])
-        overlaps, size, w = _remainder(w, basis)
-        T[: k + 1, k] = T[k, : k + 1] = torch.tensor(overlaps, dtype=torch.float64)
+        overlaps, size, w = _remainder(operator.apply(basis[k]), basis)
+        T[: k + 1, k] = T[k, : k + 1] = overlaps
         T[k, k + 1] = T[k + 1, k] = size
-        if not bool(torch.isfinite(T).all()):
+        if not math.isfinite(sum(overlaps) + size):
             nan = torch.tensor(torch.nan, dtype=torch.float64)
-            return TopNode(nan, nan, basis[:1], nan[None], k + 1, nan, False, T)
-        ritz = torch.linalg.eigh(T[: k + 1, : k + 1])
-        scale = ritz.eigenvalues.abs().amax()
-        complete = k + 1 == n or size <= 8 * torch.finfo(start.dtype).eps * float(scale)
+            return TopNode(nan, nan, basis[:1], nan[None], k + 1, nan, False, torch.from_numpy(T))
+        complete = k + 1 == n or size <= 8 * torch.finfo(start.dtype).eps * math.hypot(*T[: k + 1, : k + 1].flat)
         if not complete:
             basis.append(w.div_(size))
         if not complete and k + 1 < steps:
             continue
-        node = _node(T[: k + 2, : k + 2], ritz.eigenvalues, ritz.eigenvectors, basis, scale, complete)
+        node = _node(T[: k + 2, : k + 2].copy(), basis, complete)
         if complete or enough(node):
             break
     return node
@@ -164,17 +163,19 @@ def _remainder(w: Tensor, basis: list[Tensor]) -> tuple[list[float], float, Tens
     return total, size, w
 
 
-def _node(T: Tensor, values: Tensor, vectors: Tensor, basis: list[Tensor], scale: Tensor, complete: bool) -> TopNode:
+def _node(T: np.ndarray, basis: list[Tensor], complete: bool) -> TopNode:
     """Return the top node of the rule; T holds the last coupling, and its corner is free."""
     k = len(T) - 1
-    least, weights = values[-1], vectors[:, -1]
+    values, vectors = np.linalg.eigh(T[:k, :k])
+    least, weights, scale = values[-1], vectors[:, -1], max(abs(values[0]), abs(values[-1]))
     value = least
     if not complete and least > 0:
-        bordered = T.clone()
-        small = torch.finfo(torch.float64).eps * scale
-        inverse = torch.where(values.abs() > small, values, small)
-        corner = T[k, k - 1] ** 2 * (vectors[-1].square() / inverse).sum()
-        bordered[k, k] = corner.clamp(torch.zeros_like(least), least)
-        nodes, columns = torch.linalg.eigh(bordered)
+        bordered, small = T.copy(), np.finfo(np.float64).eps * scale
+        inverse = np.where(np.abs(values) > small, values, small)
+        bordered[k, k] = min(max(T[k, k - 1] ** 2 * (vectors[-1] ** 2 / inverse).sum(), 0.0), least)
+        nodes, columns = np.linalg.eigh(bordered)
         value, weights = nodes[-1], columns[:, -1]
-    return TopNode(value, least, basis[: len(weights)], weights, k, scale, complete, T.clone())
+    value, least, scale = torch.tensor([value, least, scale], dtype=torch.float64).unbind()
+    return TopNode(
+        value, least, basis[: len(weights)], torch.from_numpy(weights), k, scale, complete, torch.from_numpy(T)
+    )

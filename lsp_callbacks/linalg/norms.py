@@ -33,7 +33,8 @@ def norm(v: Tensor, dim: int | None = None, *, keepdim: bool = False) -> Tensor:
     """
     if v.dtype == torch.float32 and v.device.type == "cpu":  # a sum in float64 takes ten times as long there
         size = torch.linalg.vector_norm(v, dim=dim, keepdim=keepdim)
-        if bool(((size > LOW) & (size < HIGH)).all()):
+        is_accurate = LOW < float(size) < HIGH if dim is None else bool(((size > LOW) & (size < HIGH)).all())
+        if is_accurate:
             return size.double()
     return torch.linalg.vector_norm(v, dim=dim, keepdim=keepdim, dtype=torch.float64)
 

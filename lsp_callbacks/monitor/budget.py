@@ -18,6 +18,7 @@ from lsp_callbacks.monitor.selected_quantities import in_turn
 from lsp_callbacks.operators.cost import Work, assume, hooks_cost, step_cost, work
 from lsp_callbacks.operators.footprint import Footprint, assume_footprint, footprint, readable
 from lsp_callbacks.quantities import Quantity
+from lsp_callbacks.step.room import Room
 from lsp_callbacks.step.snapshot import Snapshot
 
 Quantities = Mapping[str, Quantity]
@@ -29,6 +30,8 @@ COUNTING = 6.0
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 #: On the CPU, where nothing is said, the peak may be so many times that of training, or so many bytes beside training.
 MULTIPLE, FLOOR = 1.5, 2.56e8
+#: Bytes that a process grows by beyond its imports when a small network is trained: code that is loaded when used.
+LIBRARIES = 2e7
 #: Likewise while the headline number is measured, which comes first.
 HEADLINE = 3.0
 #: Vectors of the size of the weights that training holds between two steps: weights, gradient, two moments.
@@ -130,6 +133,15 @@ def default_cap(training: Footprint, multiple: float = MULTIPLE) -> float:
     """
     held = HELD * training.parameters
     return max(FLOOR, multiple * (held + training.activations) - held)
+
+
+def beside_training(training: Footprint, multiple: float) -> float:
+    """Return how many bytes beside training make its peak so many times as high, with what `LIBRARIES` take.
+
+    As `default_cap`, but no more on a small network: what can be had in pieces need not take the floor.
+    """
+    held = HELD * training.parameters + LIBRARIES
+    return multiple * (held + training.activations) - held
 
 
 def check_memory(
@@ -277,11 +289,11 @@ class Budget:
         """
         device = next((p.device for p in snapshot.parameters.values()), torch.device("cpu"))
         if name not in self.predicted:
+            with contextlib.suppress(Exception):  # whatever a replay raises
+                self._training = footprint(snapshot)  # first: what is done in pieces depends on the room
             parts_of = _memory_parts(quantities, snapshot)
             self.predicted |= _peaks(parts_of) | self.predicted
             self.graphs |= {name for name, parts in parts_of.items() if "graph" in parts}
-            with contextlib.suppress(Exception):  # whatever a replay raises
-                self._training = footprint(snapshot)
         multiple = HEADLINE if is_headline else MULTIPLE
         limit = {"default": self._cap(multiple), "multiple": multiple}
         check_memory(self.predicted.get(name, 0.0), self.max_memory, device, **limit)
@@ -291,9 +303,13 @@ class Budget:
         if self._training is not None:
             assume_footprint(snapshot, self._training)
 
-    def room(self) -> float:
+    def room(self) -> Room:
         """Return how many bytes a measurement may take beside training, as far as that is known; otherwise infinity."""
-        return self._cap(MULTIPLE) if self.max_memory is None else self.max_memory
+        if self.max_memory is not None:
+            return Room(self.max_memory, self.max_memory)
+        if self._training is None:
+            return Room()
+        return Room(beside_training(self._training, MULTIPLE), self._cap(MULTIPLE))
 
     def _cap(self, multiple: float) -> float:
         return math.inf if self._training is None else default_cap(self._training, multiple)
@@ -325,6 +341,7 @@ class Budget:
         else:
             with contextlib.suppress(Exception):  # whatever a replay raises
                 counting, self.work, self.step = COUNTING, work(snapshot), step_cost(snapshot)
+                self._training = self._training or footprint(snapshot)  # the price depends on the room
         counting, self.step = snapshot.run.ranks.first(lambda: (counting, self.step), "the work of a step")
         parts: dict[str, dict[str, float]] = {}
         for quantity in quantities:

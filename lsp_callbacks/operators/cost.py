@@ -11,6 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lsp_callbacks.autograd._torch_internals import RECURRENT, TorchDispatchMode, packet, tree_leaves
 from lsp_callbacks.operators.curvature.hessian import Method, product_cost
+from lsp_callbacks.operators.divided_step import pieces_of
 from lsp_callbacks.operators.trajectory.update_rules import formula_of
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
@@ -85,6 +86,8 @@ START, OPERATION, ELEMENT, MULTIPLICATION, PARAMETER = 1.6e5, 4e4, 2.8, 0.028, 0
 LOOP = 3e6
 #: Nanoseconds that a measured step takes beside what its quantities do: hooks, copies, the snapshot, what is logged.
 HOOKS = 1.8e6
+#: Gradients of an exact product that is summed over pieces of the batch, each of which makes its graph anew.
+PIECES = 3.3
 #: Nanoseconds of an operation of the package, and of each number of a vector that is read and written once.
 CALL, VECTOR = 1.2e4, 1.0
 
@@ -142,7 +145,9 @@ def products(snapshot: Snapshot, method: Method, count: float, *, tangent: bool 
     """Return the gradients of Hessian products on one step; ``tangent``: within the Jacobian of an optimizer step."""
     calls, vectors = (60, 4) if method == "finite_difference" else (20, 3)
     vector_work = beside(snapshot, calls=count * calls, vectors=count * vectors)
-    return product_cost(method, count) + vector_work + (push_cost(snapshot, count) if tangent else 0.0)
+    in_pieces = method == "exact" and bool(pieces_of(snapshot))
+    passes = 1 / 3 + PIECES * count if in_pieces else product_cost(method, count)
+    return passes + vector_work + (push_cost(snapshot, count) if tangent else 0.0)
 
 
 def push_cost(snapshot: Snapshot, count: float) -> float:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 #: Memory of a graph that can be differentiated twice, in units of the activations: measured in
@@ -66,22 +64,6 @@ _KEY = (footprint.__wrapped__, ())  # type: ignore[attr-defined]
 def assume_footprint(snapshot: Snapshot, training: Footprint) -> None:
     """Take the footprint of an earlier step for that of this one, so that no pass has to be counted."""
     snapshot.shared[_KEY] = training
-
-
-def require_room(snapshot: Snapshot) -> None:
-    """Refuse exact products that would replace differences, where their graph would not fit.
-
-    Raises:
-        Unmeasurable: above the step's `room`. Differences may do at another step.
-    """
-    room = snapshot.room()
-    needed = TWICE * footprint(snapshot).activations if room < math.inf else 0.0
-    if needed > room:
-        raise Unmeasurable(
-            f"differences of gradients are lost in rounding at this step, and exact products would take "
-            f"{readable(needed)} beside training, more than {readable(room)}: allow more with max_memory=..., or "
-            "measure part of the batch with sub_batch=..."
-        )
 
 
 def readable(count: float) -> str:

@@ -7,7 +7,8 @@ import math
 from torch import nn
 
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
-from lsp_callbacks.operators.footprint import TWICE, footprint
+from lsp_callbacks.operators.divided_step import graph_memory
+from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.step.snapshot import Snapshot
 
 
@@ -37,7 +38,7 @@ def product_memory(snapshot: Snapshot, method: Method, vectors: float) -> dict[s
     """
     held = footprint(snapshot)
     if resolved(snapshot, method) == "exact":
-        activations = {"graph": TWICE * held.activations}
+        activations = {"graph": graph_memory(snapshot)}
     else:
         activations = {"activations": (HELD if snapshot.graph.kinked else 1.0) * held.activations}
     return {**activations, "vectors": (WORK + vectors) * held.parameters, "copies": 2 * held.buffers}

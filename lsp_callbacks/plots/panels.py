@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lsp_callbacks.plots.figure import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED
+from lsp_callbacks.plots.figure import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED
 from lsp_callbacks.plots.labels import Label, label_lines, mark_edge, mark_failures, scale_by_decades, set_title
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: Number of points from which they need no marker, and from which their noise is drawn lighter than their mean.
 MANY = 200
+#: Each Courant number has its colour, whichever others are drawn.
+COLOURS = {"courant_gd": GREEN, "courant_step": PURPLE, "courant_sgd": ORANGE, "courant_mean_square": BLACK}
 #: Steps and values of a line.
 Line = tuple[Sequence[int], Sequence[float]]
 
@@ -59,7 +61,8 @@ def draw_courant(ax: Axes, courant: Line, mean: Line, others: Mapping[str, Line]
     few = len(courant[0]) <= MANY
     ax.plot(*courant, color=BLUE, alpha=0.4 if few else 0.2, linewidth=0.7, marker="o" if few else "", markersize=2)
     labels: list[Label] = []
-    for (name, line), colour in zip(others.items(), (GREEN, PURPLE, ORANGE)):
+    for name, line in others.items():
+        colour = COLOURS.get(name, GREY)
         ax.plot(*line, color=colour, linewidth=1.2, **markers(line))
         labels.append((last(line), name, colour))
     ax.plot(*mean, color=BLUE, linewidth=1.8)

@@ -47,13 +47,13 @@ def batch_size(batch: Any) -> int | None:
     return next((size for size in map(batch_size, parts) if size is not None), None)
 
 
-def first_samples(batch: Any, count: int) -> Any:
-    """Return the first samples of a batch: of all tensors whose first axis is as long as the batch."""
+def samples_between(batch: Any, begin: int, end: int) -> Any:
+    """Return some samples of a batch: of all tensors whose first axis is as long as the batch."""
     size = batch_size(batch)
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value[:count] if value.ndim and len(value) == size else value
+            return value[begin:end] if value.ndim and len(value) == size else value
         if is_dataclass(value) and not isinstance(value, type):
             shorter = copy.copy(value)
             for entry in fields(value):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd._torch_internals import foreach_add_
+from lsp_callbacks.autograd._torch_internals import foreach_add_, foreach_copy
 from lsp_callbacks.autograd.shifted_parameters import restored
 
 
@@ -44,6 +44,7 @@ def loss_and_gradient(replay: Callable[[], Tensor], parameters: list[nn.Paramete
 def displaced_gradient(
     replay: Callable[[], Tensor],
     parameters: list[nn.Parameter],
+    start: list[Tensor],
     direction: Tensor,
     distance: float,
     reference: Tensor | None,
@@ -53,12 +54,17 @@ def displaced_gradient(
     Args:
         replay: computes the loss.
         parameters: that are displaced, and put back.
+        start: copies of them, from which every bit is put back.
         direction: flat.
         distance: multiple of the direction.
         reference: the loss before; None takes that at the displaced parameters.
     """
-    with displaced(parameters, direction, distance):
+    data = [p.data for p in parameters]
+    try:
+        foreach_add_(data, [d.to(x) for d, x in zip(split(direction, parameters), start)], alpha=distance)
         loss, gradient = loss_and_gradient(replay, parameters)
+    finally:
+        foreach_copy(data, start)
     before = loss.detach() if reference is None else reference
     return loss.detach() - before, before.abs(), gradient
 

@@ -41,8 +41,11 @@ class KnownScales:
         return scale if at < step else earlier if at == step else Scale()
 
     def note(self, step: int, key: tuple[Any, ...], scale: Scale) -> None:
-        """Keep what a step has shown."""
-        self._noted[key] = (step, scale, self.before(step, key))
+        """Keep what a step has shown: the largest of each size, whichever was seen first."""
+        at, noted, earlier = self._noted.get(key, (-1, Scale(), Scale()))
+        if at == step:
+            scale = Scale(*map(max, astuple(noted), astuple(scale)))
+        self._noted[key] = (step, scale, earlier if at == step else noted if at < step else Scale())
 
     def clear(self) -> None:
         """Forget everything."""

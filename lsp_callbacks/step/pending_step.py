@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from lsp_callbacks.autograd._torch_internals import is_compiled
 from lsp_callbacks.autograd.graph import Graph, joined, read
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.step.batch import MicroBatch, batch_size, first_samples
+from lsp_callbacks.step.batch import MicroBatch, batch_size, samples_between
 from lsp_callbacks.step.fingerprint import fingerprint, identical
 from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.module_copy import ModuleCopy
 from lsp_callbacks.step.module_modes import evaluating
 from lsp_callbacks.step.moving_parameters import moved_together
 from lsp_callbacks.step.own_calls import OwnCalls
+from lsp_callbacks.step.pieces import DividedReplay
 from lsp_callbacks.step.replay import copied, replayer
 from lsp_callbacks.step.replay_checks import replayed_gradient, verify
 from lsp_callbacks.step.run_context import RunContext
@@ -160,7 +161,7 @@ class PendingStep:
         if failure or self.module_copy is None:
             module, replay = self.module, _raising(failure)
         else:
-            module, replay = self.module_copy.module, replayer(self.module_copy, self.parts)
+            module, replay = self.module_copy.module, DividedReplay(self.module_copy, self.parts)
             replay = replay if self.run.ranks.world == 1 else self.run.ranks.private(replay)
         gradient = {name: p.grad for name, p in self.module.named_parameters() if p.requires_grad}
         if gradient_scale is not None:
@@ -284,7 +285,7 @@ def never() -> Tensor:
 
 
 def _shortened(part: MicroBatch, count: int) -> MicroBatch:
-    return replace(part, batch=first_samples(part.batch, count))
+    return replace(part, batch=samples_between(part.batch, 0, count))
 
 
 def _raising(error: Exception | None) -> Callable[[], Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from lsp_callbacks.errors import Unmeasurable, Unsupported
-from lsp_callbacks.step.batch import batch_size, first_samples
+from lsp_callbacks.step.batch import batch_size, samples_between
 from lsp_callbacks.step.carried_state import Carried, belongs, carried, give_back, kept
 from lsp_callbacks.step.criterion import HOW, Criteria, Evaluation, evaluation
 from lsp_callbacks.step.module_modes import as_trained, batch_norms
@@ -191,7 +191,7 @@ class Probes:
                 held = size if whole else min(size, count - taken)
                 if held < 1 or ((whole or tied) and taken):
                     break
-                batch = micro.batch if held == size else first_samples(micro.batch, held)
+                batch = micro.batch if held == size else samples_between(micro.batch, 0, held)
                 parts.append(self._part(pending, loss, context, batch, held, None, together=tied))
                 taken += held
             total = sum(sizes) * max(1, round(micro_batches / len(sizes))) * self.ranks.world

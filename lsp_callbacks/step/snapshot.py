@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,16 +19,13 @@ from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.players import Player
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.replay_checks import Call, Verified, verified_calls, verified_graph
+from lsp_callbacks.step.room import Room
 from lsp_callbacks.step.run_context import RunContext
 
 P = ParamSpec("P")
 T = TypeVar("T")
 #: A loss of a module that is not the step's own, or batches of which it is.
 OtherLoss = Callable[[nn.Module], Tensor] | Sequence[Any]
-
-
-def _endless() -> float:
-    return math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +88,7 @@ class Snapshot:
     own_calls: dict[str, Call] | None = None
     readers: Mapping[str, GraphReader] = field(default_factory=dict)
     can_replay: bool = True
-    room: Callable[[], float] = field(default=_endless, repr=False)
+    room: Callable[[], Room] = field(default=Room, repr=False)
     other_loss: Callable[[OtherLoss], Callable[[], Tensor]] | None = field(default=None, repr=False)
     shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     verified: Verified = field(default_factory=Verified, init=False, repr=False)

@@ -88,6 +88,19 @@ def test_training_is_unchanged():
     assert all(harness.same(without[what], shown[what]) for what in without)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["before the monitor", "after it"])
+def test_what_is_measured_is_unchanged(first):
+    """Under a budget, which prices and losses decide, with a verdict asked for at every reading."""
+    curves = []
+    for is_shown in (False, True):
+        source, panel = StabilityMonitor(budget=0.5), StabilityPanel()
+        ours = [panel, source] if first else [source, panel]
+        callbacks = [*ours, bar(io.StringIO())] if is_shown else [source]
+        left_by(*callbacks, StopOnInstability(), enable_progress_bar=is_shown, max_steps=60)
+        curves.append(source.history)
+    assert repr(curves[0]) == repr(curves[1]) and len(curves[0]["stability/courant"].steps) > 5
+
+
 def test_the_bar_of_either_lightning_will_do():
     trainer = UnifiedTrainer(callbacks=[StabilityPanel(), bar(io.StringIO(), kind=UnifiedBar)], logger=False,
                              accelerator="cpu")  # fmt: skip

@@ -9,7 +9,7 @@ from problems import close, f64, freeze, random
 from torch import nn
 
 from lsp_callbacks.operators import hessian
-from lsp_callbacks.operators.curvature.finite_differences import Untrusted
+from lsp_callbacks.operators.curvature.gradient_difference import Untrusted
 from lsp_callbacks.operators.curvature.held_slopes import HeldSlopes, with_held_slopes
 from lsp_callbacks.operators.curvature.hessian import path_taken
 

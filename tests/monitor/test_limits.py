@@ -23,6 +23,7 @@ from lsp_callbacks.operators.curvature import finite_differences
 from lsp_callbacks.operators.curvature.hessian import hessian
 from lsp_callbacks.operators.footprint import Footprint, footprint, readable
 from lsp_callbacks.step.batch import batch_size
+from lsp_callbacks.step.room import Room
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory_is_predicted.py"
 CPU = torch.device("cpu")
@@ -145,7 +146,9 @@ def test_exact_products_do_not_replace_differences_where_their_graph_does_not_fi
     loss = net(x).square().mean()
     gradient = dict(zip(dict(net.named_parameters()), torch.autograd.grad(loss, list(net.parameters()))))
     for room, fits in ((1e3, False), (1e9, True)):
-        step = Snapshot(0, net, replay=lambda: net(x).square().mean(), gradient=gradient, room=lambda room=room: room)
+        step = Snapshot(
+            0, net, replay=lambda: net(x).square().mean(), gradient=gradient, room=lambda room=room: Room(room, room)
+        )
         v = torch.ones(sum(p.numel() for p in net.parameters()), dtype=torch.float64)
         if fits:
             assert bool((hessian(step, method="finite_difference") @ v).isfinite().all())

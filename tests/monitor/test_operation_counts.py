@@ -20,7 +20,9 @@ from lsp_callbacks.operators.cost import (
     work,
 )
 from lsp_callbacks.operators.curvature.hessian import product_cost
-from lsp_callbacks.quantities.sgd.probe_cost import ALONE, gram_cost
+from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel
+from lsp_callbacks.quantities.sgd.probe_cost import ALONE, gram_cost, kernel_cost
+from lsp_callbacks.step.probe_set import ProbeSet
 
 
 class Net(nn.Module):
@@ -117,3 +119,14 @@ def test_layers_that_run_on_one_sample_at_a_time_are_paid_for(hidden, times):
     step = freeze(net, SGD(net.parameters(), lr=0.1), replay=lambda: net(torch.ones(16, 2, 32))[0].square().mean())
     assert gram_cost(step, 64, 16) > ALONE * 64 / 16 * times
     assert gram_cost(step, 64, 16) < ALONE * 64 / 16 * (times + 3)
+
+
+@pytest.mark.parametrize("path, alone", [("layer", True), ("rows", False)])
+def test_they_are_paid_for_once_also_where_a_matrix_was_measured(path, alone):
+    """The layers are known from how an earlier matrix was computed; what shapes said before it, is no other price."""
+    net = nn.Sequential(nn.LSTM(32, 32, batch_first=True))
+    step = freeze(net, SGD(net.parameters(), lr=0.1), replay=lambda: net(torch.ones(16, 2, 32))[0].square().mean())
+    probes = ProbeSet(net, (), 64, 16, 64)
+    before = TangentKernel(torch.eye(64), 1, dict.fromkeys(step.parameters, path), {})
+    first, later = (kernel_cost(step, probes, 64, kernel)["kernel"] for kernel in (None, before))
+    assert first == pytest.approx(later + (0 if alone else ALONE * 64 / 16))

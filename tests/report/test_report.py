@@ -245,6 +245,9 @@ def test_what_is_measured_is_shown():
     assert sorted(title.split(",")[0] for title in titles) == ["critical_sharpness", "sigma_x_max"]
     curves = history([0.1, NAN, 0.3, 0.2], courant_mean_square=[0.1, math.nan * 1.0, 0.3, 0.2])
     assert {text.get_text() for text in figure(curves).axes[0].texts} == {"edge"}
+    every = {f"courant_{name}": [0.1 * i] * 4 for i, name in enumerate(("gd", "step", "sgd", "mean_square"), start=2)}
+    lines = figure(history([0.1] * 4, **every)).axes[0].texts
+    assert len({text.get_color() for text in lines}) == 5  # each its own, and the edge
     single = history([0.1, 0.2, 0.3, 0.2], courant_gd=[0.4])  # one reading is no line
     (line,) = [line for line in figure(single).axes[0].lines if list(line.get_xdata()) == [0]]
     assert line.get_marker() == "o"

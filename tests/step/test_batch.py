@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lsp_callbacks.step.batch import batch_size, first_samples
+from lsp_callbacks.step.batch import batch_size, samples_between
 
 X, SCALAR, OTHER = torch.arange(12.0).reshape(4, 3), torch.tensor(2.0), torch.ones(5)
 Pair = namedtuple("Pair", "x y")
@@ -41,11 +41,11 @@ BATCHES = {
 @pytest.mark.parametrize("kind", BATCHES)
 def test_the_first_samples_of_a_batch(kind):
     batch, inner = BATCHES[kind]
-    cut = first_samples(batch, 2)
+    cut = samples_between(batch, 0, 2)
     assert type(cut) is type(batch) and batch_size(batch) == 4 and batch_size(cut) == 2
     assert torch.equal(inner(cut), X[:2]) and torch.equal(inner(batch), X)
 
 
 def test_what_is_no_sample_stays_whole():
-    cut = first_samples((X, "text", SCALAR, OTHER), 2)
+    cut = samples_between((X, "text", SCALAR, OTHER), 0, 2)
     assert cut[1] == "text" and cut[2] is SCALAR and cut[3] is OTHER

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lsp_callbacks import Sharpness, StabilityMonitor
+from lsp_callbacks import Sharpness, SpectralNorm, StabilityMonitor
 from lsp_callbacks.autograd.graph import Graph
 from lsp_callbacks.step import replay_checks
 from lsp_callbacks.step.known_graph import PASSED, SELDOM, KnownGraph
@@ -50,11 +50,11 @@ def replays(monkeypatch):
     return steps
 
 
-def trained(task, method="auto"):
+def trained(task, method="auto", quantity=None):
     torch.manual_seed(0)
     CALLS.clear()
     data = TensorDataset(torch.randn(64, 6), torch.randint(3, (64,)))
-    monitor = StabilityMonitor([Sharpness(method=method)], every_n_steps=1)
+    monitor = StabilityMonitor([quantity or Sharpness(method=method)], every_n_steps=1)
     trainer = pl.Trainer(
         max_steps=STEPS, callbacks=[monitor], logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, accelerator="cpu",
@@ -113,3 +113,18 @@ def test_another_graph_begins_anew():
         known.verified(SMOOTH, SMOOTH)
     known.verified(KINKED, KINKED)
     assert known.expected(KINKED) is None and known.expected(SMOOTH) is None
+
+
+@pytest.mark.filterwarnings("ignore:lsp_callbacks could not measure")
+@pytest.mark.parametrize("impure_from", [math.inf, PASSED + 2])
+def test_a_replay_that_is_compared_by_its_loss_is_seldom_looked_at_for_more(monkeypatch, impure_from):
+    """Norms of layers replay each step for the sizes of their inputs: its loss is checked every time."""
+    watched = []
+    begin = replay_checks.StopGradients.__enter__
+    monkeypatch.setattr(replay_checks.StopGradients, "__enter__", lambda self: watched.append(1) or begin(self))
+    monitor = trained(Task(nn.Tanh, impure_from=impure_from), quantity=SpectralNorm())
+    values = monitor.history["stability/spectral_norm_max"].values
+    right = min(impure_from, STEPS)
+    assert all(map(math.isfinite, values[:right])) and all(map(math.isnan, values[right:]))
+    if right == STEPS:
+        assert len(watched) == sum(step < PASSED or (step - PASSED) % (SELDOM + 1) == SELDOM for step in range(STEPS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -81,11 +82,11 @@ class Modes:
     together: int = 1
     chance: Tensor | None = None
 
-    @property
+    @cached_property
     def rank(self) -> int:
         return len(self.curvatures)
 
-    @property
+    @cached_property
     def samples(self) -> int:
         return len(self.factor)
 

@@ -7,17 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.errors import Unmeasurable, Unsupported
-from lsp_callbacks.linalg import LinearOperator, norm
+from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.operators.curvature.gradients_with_graphs import GradientGraph, NoSecondDerivative
 from lsp_callbacks.operators.curvature.second_derivative_check import hessian_agrees
-from lsp_callbacks.step.flat import flatten
-from lsp_callbacks.step.replay_checks import check_gradient, check_loss
 from lsp_callbacks.step.snapshot import Snapshot
-
-
-class NoSecondDerivative(Exception):
-    """A backward function without a derivative."""
 
 
 def exact_hessian(snapshot: Snapshot, otherwise: Callable[[Tensor, str], LinearOperator]) -> LinearOperator:
@@ -32,47 +26,11 @@ def exact_hessian(snapshot: Snapshot, otherwise: Callable[[Tensor, str], LinearO
         Unmeasurable: a replay that is not the step; custom functions in half precision, which cannot be checked.
         Unsupported: a loss that depends on the parameters by way of tensors without a graph.
     """
-    parameters = list(snapshot.parameters.values())
-    dtype = snapshot.graph.dtype
-    graph: list[Tensor] = []  # of this rank's gradient
-
-    def rank_gradient() -> tuple[Tensor]:
-        with double_backward(snapshot.module):
-            loss = snapshot.replay()
-            # Another path than the step's (no fused attention, not compiled): equal up to its rounding.
-            check_loss(snapshot, loss, tolerance=_path_tolerance(dtype))
-            parts = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-            graph.append(flatten(parts, parameters))
-        return (graph[0].detach(),)
-
-    (mean,) = snapshot.run.ranks.mean(rank_gradient, "the gradient with its graph")
-    check_gradient(snapshot, mean, tolerance=100 * _path_tolerance(dtype))
-    gradient = mean.to(vector_dtype(mean.dtype))
+    gradients = GradientGraph(snapshot)
+    gradient = gradients.mean.to(vector_dtype(gradients.mean.dtype))
 
     def exact(v: Tensor) -> Tensor:
-        if float(norm(v)) == 0:
-            return torch.zeros_like(v)
-        reasons: list[str] = []
-
-        def rank_product() -> tuple[Tensor, Tensor]:
-            if not graph[0].requires_grad:  # a loss linear in the parameters has no graph left
-                return torch.zeros_like(v), v.new_zeros(())
-            try:
-                with double_backward(snapshot.module):
-                    parts = torch.autograd.grad(
-                        graph[0], parameters, v.to(graph[0].dtype), retain_graph=True, materialize_grads=True
-                    )
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # no second derivative is implemented
-                reasons.append(str(error))
-                return torch.zeros_like(v), v.new_ones(())
-            return flatten(parts, parameters).to(gradient.dtype), v.new_zeros(())
-
-        image, raised = snapshot.run.ranks.mean(rank_product, "the exact product")
-        if raised > 0:
-            raise NoSecondDerivative(reasons[0] if reasons else "on another rank")
-        return image
+        return gradients.product(v).to(gradient.dtype)
 
     names = " and ".join(snapshot.graph.custom)
     if names and not snapshot.graph.full:
@@ -134,7 +92,3 @@ def _confirmed(exact: Callable[[Tensor], Tensor], gradient: Tensor, snapshot: Sn
 def vector_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type of vectors, never half precision: Lanczos could not keep them orthogonal."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def _path_tolerance(dtype: torch.dtype) -> float:
-    return {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 2e-2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from lsp_callbacks.autograd._torch_internals import base, foreach_norm, version
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, inner, norm, norms
 from lsp_callbacks.linalg.norms import HIGH, LOW
+from lsp_callbacks.operators.curvature.gradient_difference import Difference, Untrusted
 from lsp_callbacks.step.flat import displaced_gradient, split
 from lsp_callbacks.step.known_scale import Scale
 from lsp_callbacks.step.snapshot import Snapshot
@@ -31,27 +32,6 @@ LEAST = 0.3
 FADED = 0.9
 #: Bounds on the rounding of a gradient are this many times the rounding observed on networks of several kinds.
 SAFETY = 3.0
-
-
-class Untrusted(Exception):
-    """A difference that may be wrong, by rounding or by a kink."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """``grad L(theta + e u) - grad L(theta)`` along a unit vector u.
-
-    Attributes:
-        change: the difference itself.
-        distance: e.
-        slope: ``||change|| / e``.
-        defect: ``L(theta + e u) - L - e (g + g') u / 2``, which vanishes like ``e^3 D^3L / 12`` on a smooth loss.
-    """
-
-    change: Tensor
-    distance: float
-    slope: float
-    defect: float
 
 
 @dataclass(frozen=True)
@@ -115,7 +95,7 @@ class Differences:
         self.snapshot, self.centre = snapshot, gradient
         self.parameters = list(snapshot.parameters.values())
         self.eps = float(torch.finfo(gradient.dtype).eps)
-        size, *sizes = _norms([gradient, *(p.detach() for p in self.parameters)]).tolist()
+        size, *sizes = _norms([gradient, *(p.detach() for p in self.parameters)])
         self.gradient, self.theta = size, math.hypot(*sizes)
         self.lengths = lengths(self.parameters, sizes)
         self.rows = [k for k, p in enumerate(self.parameters) if p.ndim <= 1]
@@ -125,6 +105,7 @@ class Differences:
         self.seen, self.used, self.loss, self.rounding = 0.0, 0.0, 0.0, 0.0
         self.nearest, self.referred = NEAR, False
         self.last: LastProduct | None = None
+        self._noted: tuple[float, ...] = ()
         self.key = (None if snapshot.player is None else snapshot.player.name, self._uneven, relative)
         self.known = snapshot.run.known_scales.before(snapshot.step, self.key)
 
@@ -156,8 +137,10 @@ class Differences:
             self._compare(v, size, difference)
         product = difference.change.mul_(size / difference.distance)
         self._require_symmetry(v, size, product)
-        scale = Scale(self.seen, self.used, self.loss, max(self.rounding, FADED * self.known.rounding))
-        self.snapshot.run.known_scales.note(self.snapshot.step, self.key, scale)
+        shown = (self.seen, self.used, self.loss, max(self.rounding, FADED * self.known.rounding))
+        if shown != self._noted:
+            self.snapshot.run.known_scales.note(self.snapshot.step, self.key, Scale(*shown))
+            self._noted = shown
         return product
 
     def _require_symmetry(self, v: Tensor, size: float, product: Tensor) -> None:
@@ -200,11 +183,11 @@ class Differences:
     def _extent(self, v: Tensor) -> tuple[float, float | None]:
         """Return the norm of a vector, and its `reach`."""
         parts = v.split([p.numel() for p in self.parameters])
-        moves = _norms(parts).tolist()
+        moves = _norms(parts)
         size = math.hypot(*moves)
         if self.lengths is None or not size:
             return size, None
-        largest = dict(zip(self.rows, _norms([parts[k] for k in self.rows] or parts[:1], math.inf).tolist()))
+        largest = dict(zip(self.rows, _norms([parts[k] for k in self.rows] or parts[:1], math.inf)))
         moved = math.hypot(*(largest.get(k, x) / length for k, (x, length) in enumerate(zip(moves, self.lengths))))
         return size, self.eps**0.5 * size / moved
 
@@ -213,7 +196,8 @@ class Differences:
         rise, loss, moved = self._moved(v, distance / size)
         change = moved.sub_(self.centre)
         slope = 2 * torch.dot(self.centre, v) + torch.dot(change, v)
-        rose, loss, slope, length = torch.stack([t.double() for t in (rise, loss, slope, norm(change))]).tolist()
+        rose, loss, slope = torch.stack([t.double() for t in (rise, loss, slope)]).tolist()
+        (length,) = _norms([change])
         defect = rose - 0.5 * distance * slope / size
         self.loss = loss
         return Difference(change, distance, length / distance, defect)
@@ -229,12 +213,14 @@ class Differences:
         if better < difference.distance / 12 or (better > difference.distance and not self._clear(difference)):
             self.seen, self.used = before  # too far for such a curvature, or too near for such a rounding
             difference = self._seen(v, size, better)
-        if not self._clear(difference) and not self.referred:
+        is_clear = self._clear(difference)
+        if not is_clear and not self.referred:
             # Along most directions of a large network nothing changes: what counts is the largest curvature.
             self.referred, far = True, self.reach(self.centre) if self.gradient else None
             if far:
                 self._seen(self.centre, self.gradient, FIRST * far)
-        if not self._clear(difference):
+            is_clear = self._clear(difference)
+        if not is_clear:
             raise Untrusted("the change of the gradient is no larger than its rounding")
         return difference
 
@@ -277,11 +263,16 @@ class Differences:
             return self.amplified <= accepted
         return self._amplified_where((self.centre != 0) | (difference.change != 0)) <= accepted
 
+    @cached_property
+    def _touched(self) -> int:
+        """How many numbers of the gradient are not exactly 0."""
+        return int(torch.count_nonzero(self.centre))
+
     def _amplified_where(self, touched: Tensor) -> float:
         """Return the root mean square of the weight where a gradient is not exactly 0."""
-        if not self._uneven:
+        if not self._uneven or self._touched == len(self.centre):
             return self.amplified
-        return float(norm(self.weight * touched)) / max(1.0, float(touched.sum())) ** 0.5
+        return float(norm(self.weight * touched)) / max(1.0, float(torch.count_nonzero(touched))) ** 0.5
 
     def _moves(self, v: Tensor, scale: float) -> bool:
         """Return whether the parameters move as they should, except for random rounding up or down."""
@@ -317,10 +308,15 @@ class Differences:
     def _gap(self, near: Difference, far: Difference) -> float:
         return float(norm(self.weight * (near.change / near.distance - far.change / far.distance)))
 
+    @cached_property
+    def start(self) -> list[Tensor]:
+        """Copies of the parameters before any product has moved them, to put every bit back."""
+        return [p.detach().clone() for p in self.parameters]
+
     def _moved(self, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """At the parameters moved by ``scale * v``: the rise of the loss, its size before, and the gradient."""
         snapshot = self.snapshot
-        compute = partial(displaced_gradient, snapshot.replay, self.parameters, v, scale, snapshot.loss)
+        compute = partial(displaced_gradient, snapshot.replay, self.parameters, self.start, v, scale, snapshot.loss)
         if snapshot.run.ranks.world == 1:
             return compute()
         return snapshot.run.ranks.mean(compute, "the displaced gradient")  # type: ignore[return-value]
@@ -387,14 +383,14 @@ def lengths(parameters: Sequence[Tensor], sizes: Sequence[float] | None = None) 
         parameters: the tensors.
         sizes: their norms, if they are known.
     """
-    sizes = _norms([p.detach() for p in parameters]).tolist() if sizes is None else sizes
+    sizes = _norms([p.detach() for p in parameters]) if sizes is None else sizes
     values = [float(size) / max(1, len(p) if p.ndim else 1) ** 0.5 for size, p in zip(sizes, parameters)]
     typical = sorted(values)[len(values) // 2] or min((x for x in values if x > 0), default=0.0)
     return [max(x, 0.1 * typical) for x in values] if typical > 0 else None
 
 
-def _norms(parts: list[Tensor] | tuple[Tensor, ...], order: float = 2.0) -> Tensor:
-    """Return the norm of each part in float64."""
-    sizes = torch.stack(foreach_norm(parts, order)).double()
-    is_accurate = order != 2.0 or bool(((sizes > LOW) & (sizes < HIGH)).all())
-    return sizes if is_accurate else torch.stack(norms(parts))
+def _norms(parts: list[Tensor] | tuple[Tensor, ...], order: float = 2.0) -> list[float]:
+    """Return the norm of each part."""
+    sizes = torch.stack(foreach_norm(parts, order)).tolist()
+    is_accurate = order != 2.0 or all(LOW < size < HIGH for size in sizes)
+    return sizes if is_accurate else torch.stack(norms(parts)).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from lsp_callbacks.step.snapshot import Snapshot
 #: Products: with an earlier vector, without one, and at most. So many parameters are measured to the end.
 WARM, COLD, MOST, FEW = 2, 3, 4, 12
 #: Products that readings take in the mean, with an earlier vector and without: ``benchmarks/sharpness_error_bars.py``.
-USUAL = (3.0, 3.8)
+USUAL = (2.35, 3.1)
 #: Norm of the noise in a start, in units of that of the earlier vector, or of the gradient.
 NOISE = 0.1
 #: How much of the gain the value is raised by, of a gain of at most so much.
@@ -26,11 +27,12 @@ RAISED, MOST_GAIN = 0.5, 0.3
 #: seeds 0, 1, 5 and 6 of ``benchmarks/sharpness_error_bars.py``.
 HIDDEN, OVERLAP, LEAST, GAIN, FALL, TURNED, LEFT = 0.36, 0.05, 0.15, 0.2, 0.66, 0.17, (1.0, 0.35, 0.16)
 #: Error bar from which on a further product is taken.
-WIDE = 0.41
+WIDE = 0.8
 #: How many earlier values are compared.
 RECENT = 3
 #: Random numbers that are repeated, with random signs, to form noise.
 _BLOCK = 4093
+_TINY = torch.finfo(torch.float64).tiny
 
 
 def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | None, recent: Sequence[float]) -> Top:
@@ -47,9 +49,9 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
     start (`lsp_callbacks.linalg.TopNode`). Fall is the logarithm of how far the value lies below the highest of the
     last three: from one mini-batch to the next sharpness often halves or doubles, and a low reading may also have
     missed the mode that is still there. Turned is 1 less the overlap of the vector with the earlier one: another mode
-    has become the sharpest, and there may be a third. While the bar exceeds 41 %, a third product is taken, which
+    has become the sharpest, and there may be a third. While the bar exceeds 80 %, a third product is taken, which
     leaves less to be hidden and 35 % of the last three, and a fourth, which leaves 16 % of them. Without an earlier
-    vector three products come first, and a fourth where the bar exceeds 41 % after them.
+    vector three products come first, and a fourth where the bar exceeds 80 % after them.
 
     The form follows from what can go wrong; its numbers were chosen such that it holds along ten runs, see
     ``benchmarks/sharpness_error_bars.md``. The 15 % are for what no product tells of: the mini-batch has a mode that is
@@ -65,33 +67,38 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
     Cost: see `products_taken`.
     """
     n = operator.shape[1]
-    length = float(norm(start)) if start is not None and len(start) == n else 0.0
+    products, generator = products_so_far(snapshot), snapshot.generator("lanczos")
+    length = float(torch.linalg.vector_norm(start)) if start is not None and len(start) == n else 0.0
     fits = 0 < length < math.inf
-    start = start if fits else None
+    start = start.to(operator.dtype) if start is not None and fits else None
     steps = n if n <= FEW else WARM if fits else COLD
 
     early: list[Tensor] = []  # values of fewer products are lower: only those of as many are told to the next step
     bars: list[float] = []
+    overlaps: list[float] = []  # of Lanczos' vectors with the earlier one
 
     def enough(node: TopNode) -> bool:
         early.append(node.value)
-        hidden, gain = node.hidden(OVERLAP), node.gain
-        turned = 1.0 if start is None else _turned(node.vector, start, length)
-        bars.append(_bar(node, steps, hidden, gain, _fall(node.value, recent), turned))
+        turned = 1.0
+        if start is not None:
+            overlaps.extend(float(torch.dot(q, start)) for q in node.basis[len(overlaps) :])
+            turned -= min(1.0, abs(sum(map(mul, node.weights.tolist(), overlaps))) / length)
+        value, gain, hidden = float(node.value), float(node.gain), float(node.hidden(OVERLAP))
+        left = LEFT[min(max(node.products - steps, 0), len(LEFT) - 1)]
+        rest = GAIN * gain + FALL * _fall(value, recent) + TURNED * turned
+        bars.append(LEAST + HIDDEN * hidden / max(abs(value), _TINY) + left * rest)
         return node.products >= steps and bars[-1] <= WIDE
 
-    products = products_so_far(snapshot)
-    before = products.taken
-    node = top_node(
-        operator, _mixed(snapshot, operator, start), steps=min(WARM, n), most=max(steps, MOST), enough=enough
-    )
+    before, mixed = products.taken, _mixed(operator, start, snapshot.flat_gradient, generator)
+    node = top_node(operator, mixed, steps=min(WARM, n), most=max(steps, MOST), enough=enough)
     first = early[0] if early else node.value
+    vector, gain = node.vector, node.gain.clamp_max(MOST_GAIN)
     accuracy = accuracy_of(snapshot, operator.dtype, products.taken > before) * node.scale
     value, error = node.value, accuracy
     if not node.complete:
-        value = node.value * (1 + RAISED * node.gain.clamp_max(MOST_GAIN))
+        value = node.value * (1 + RAISED * gain)
         error = torch.maximum(accuracy, bars[-1] * value.abs())
-    return Top(value, node.vector, error, accuracy, error + value - node.least, node.products, first)
+    return Top(value, vector, error, accuracy, error + value - node.least, node.products, first)
 
 
 def products_taken(n: int, warm: bool) -> float:
@@ -99,51 +106,33 @@ def products_taken(n: int, warm: bool) -> float:
     return n if n <= FEW else USUAL[not warm]
 
 
-def _bar(node: TopNode, first: int, hidden: Tensor, gain: Tensor, fall: float, turned: float) -> float:
-    """Return the relative error bar of an estimate; ``first`` is how many products are always taken."""
-    rest = GAIN * float(gain) + FALL * fall + TURNED * turned
-    left = LEFT[min(max(node.products - first, 0), len(LEFT) - 1)]
-    return LEAST + HIDDEN * float(hidden / _size(node)) + left * rest
-
-
-def _turned(vector: Tensor, start: Tensor, length: float) -> float:
-    """Return 1 less the overlap of the vector with the earlier one, which has that length."""
-    return 1.0 - min(1.0, abs(float(torch.dot(vector, start.to(vector)))) / length)
-
-
-def _size(node: TopNode) -> Tensor:
-    return node.value.abs().clamp_min(torch.finfo(torch.float64).tiny)
-
-
-def _fall(value: Tensor, recent: Sequence[float]) -> float:
+def _fall(value: float, recent: Sequence[float]) -> float:
     """Return the logarithm of how far an estimate lies below the highest of the last values; 0 if it does not."""
     highest = max(recent[-RECENT:], default=0.0)
-    if not (highest > 0 and float(value) > 0):
-        return 0.0
-    return max(0.0, math.log(highest / float(value)))
+    return max(0.0, math.log(highest / value)) if highest > 0 and value > 0 else 0.0
 
 
-def _mixed(snapshot: Snapshot, operator: LinearOperator, start: Tensor | None) -> Tensor:
+def _mixed(
+    operator: LinearOperator, start: Tensor | None, gradient: Tensor | None, generator: torch.Generator
+) -> Tensor:
     """Return a start of earlier vector, gradient and noise."""
-    mixed = _noise(snapshot, operator)
-    gradient = snapshot.flat_gradient
+    mixed = _noise(operator, generator)
     size = float(norm(gradient)) if gradient is not None else 0.0
+    sign = 1
     if gradient is not None and 0 < size < math.inf:
         gradient = gradient.to(mixed)
         mixed.add_(gradient, alpha=1 / size)
-        if start is not None and float(torch.dot(gradient, start.to(mixed))) < 0:
-            return mixed.sub_(start.to(mixed))
-    return mixed if start is None else mixed.add_(start.to(mixed))
+        sign = -1 if start is not None and float(torch.dot(gradient, start)) < 0 else 1
+    return mixed if start is None else mixed.add_(start, alpha=sign)
 
 
-def _noise(snapshot: Snapshot, operator: LinearOperator) -> Tensor:
+def _noise(operator: LinearOperator, generator: torch.Generator) -> Tensor:
     """Return a random vector: a block of Gaussian numbers again and again, each time with a random sign.
 
     Its overlap with a unit vector has mean 0 and variance ``1 / n``, as that of n independent numbers has, which take
     longer than a product on some processors.
     """
     n = operator.shape[1]
-    generator = snapshot.generator("lanczos")
     block = torch.randn(min(n, _BLOCK), generator=generator, dtype=operator.dtype)
     signs = torch.randint(0, 2, (-(-n // len(block)), 1), generator=generator) * 2 - 1
     block *= NOISE / n**0.5

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from lsp_callbacks.autograd._torch_internals import saves_elsewhere
 from lsp_callbacks.autograd.graph import Graph, joined, read
-from lsp_callbacks.operators.curvature.finite_differences import Untrusted
+from lsp_callbacks.operators.curvature.gradient_difference import Untrusted
 from lsp_callbacks.step.replay_checks import check_loss
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 

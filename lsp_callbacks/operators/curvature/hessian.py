@@ -12,7 +12,7 @@ from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.exact_hessian import exact_hessian, vector_dtype
 from lsp_callbacks.operators.curvature.finite_differences import Differences, Products, difference_hessian
 from lsp_callbacks.operators.curvature.held_slopes import holds_kinks, with_held_slopes
-from lsp_callbacks.operators.footprint import require_room
+from lsp_callbacks.operators.divided_step import require_room
 from lsp_callbacks.step.flat import split
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
@@ -81,7 +81,8 @@ def resolved(snapshot: Snapshot, method: Method) -> Method:
     """
     if method != "auto":
         return method
-    differences = snapshot.gradient is not None and snapshot.graph.full and holds_kinks(snapshot.graph)
+    graph = snapshot.graph
+    differences = snapshot.gradient is not None and graph.full and (not graph.kinked or holds_kinks(graph))
     return "finite_difference" if differences else "exact"
 
 
@@ -111,9 +112,8 @@ def path_taken(snapshot: Snapshot, method: Method) -> str:
     "exact" or "finite difference"; then what had to be changed for it: "slopes held", "math attention", "uncompiled";
     then the type, where products are rounded to half precision.
     """
-    products = products_so_far(snapshot)
-    path = products.exact if decided(snapshot, method) == "exact" else products.differences
-    return path or label("exact", snapshot)
+    is_exact, products = decided(snapshot, method) == "exact", products_so_far(snapshot)
+    return (products.exact if is_exact else products.differences) or label("exact", snapshot)
 
 
 def label(path: str, snapshot: Snapshot, dtype: torch.dtype | None = None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,7 +14,8 @@ from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, outputs_first, require_plain
 from lsp_callbacks.functional.sgd.positions import design_effect
 from lsp_callbacks.operators.sgd.chosen_positions import Chosen, joined_counts, positions_of, rows_alone, stands_for
-from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel, with_top
+from lsp_callbacks.operators.sgd.corrected_top import with_top
+from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion, read_criterion
 from lsp_callbacks.operators.sgd.graph_pass import GraphPass
 from lsp_callbacks.operators.sgd.graph_sites import Samples
@@ -295,11 +295,19 @@ class GraphRows(GraphReader):
             correction = self._correction if correction is None else correction
             gram = with_top(gram, 1.0 if correction is None else correction)
         return TangentKernel(
-            gram, rows, dict.fromkeys(traces, "structured") if checked is None else checked.path, traces,
-            0.0 if checked is None else checked.defect, math.nan, "" if checked is None else checked.stated, None, 0,
-            0.0, self.samples, chance if len(taken) < self.samples else None,
-            1.0 if correction is None else correction, length, 1, design, stands,
-        )  # fmt: skip
+            gram=gram,
+            rows=rows,
+            path=dict.fromkeys(traces, "structured") if checked is None else checked.path,
+            traces=traces,
+            defect=0.0 if checked is None else checked.defect,
+            stated="" if checked is None else checked.stated,
+            samples=self.samples,
+            chance=chance if len(taken) < self.samples else None,
+            correction=1.0 if correction is None else correction,
+            positions=length,
+            design=design,
+            stands=stands,
+        )
 
     def _joined_counted(self) -> Tensor | None:
         """Return how many positions the loss counts of the samples that have rows; None where it counts all."""

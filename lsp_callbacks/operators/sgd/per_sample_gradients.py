@@ -115,8 +115,8 @@ class Recorder:
         self._parameters = parameters
         self._names = {id(p): name for name, p in parameters.items()}
         self._of_module: dict[nn.Module, dict[str, nn.Parameter]] = {}
-        lonely = samples and any(not has_rule(m) for m in module.modules() if self._parameters_of(m))
-        self._shared = SharedParameters(self._names, samples) if samples and lonely else None
+        layers = [m for m in module.modules() if self._parameters_of(m)] if samples else []
+        self._shared = SharedParameters(self._names, samples) if samples and not all(map(has_rule, layers)) else None
         self.calls: list[_Call] = []
         self._handles: list[Any] = []
 
@@ -291,7 +291,7 @@ def _uses(
 ) -> dict[str, Use]:
     single = len(call.args) == 1 and not call.kwargs and isinstance(call.args[0], Tensor) and len(passes[0]) == 1
     shape = tuple(call.args[0].shape) if single else ()
-    if is_pointwise(call.module) and shape[2:] and shape[1] == samples != shape[0]:  # the samples come second
+    if shape[2:] and shape[1] == samples != shape[0] and is_pointwise(call.module):  # the samples come second
         call = replace(call, args=(call.args[0].transpose(0, 1),))
         passes = [(grads[0].transpose(0, 1),) for grads in passes]
     structured: dict[str, Use] | None = None

@@ -88,8 +88,8 @@ def rule_ahead(
     Raises:
         Unmeasurable: see `frozen_rule`.
     """
-    optimizer = require_optimizer(snapshot)
-    rule, groups = rule_with_edge(optimizer), group_of(snapshot)
+    optimizer, groups = require_optimizer(snapshot), group_of(snapshot)
+    rule = rule_with_edge(optimizer)
     momentum, dampening, nesterov, maximize = _common(rule, optimizer)
     lr, relative = _relative(optimizer, snapshot)
     factors = _clip_factors(snapshot)
@@ -250,6 +250,9 @@ def buffer_rates(snapshot: Snapshot, rule: FrozenRule | None = None) -> Tensor |
 
 def coupled_decay(snapshot: Snapshot) -> Tensor | float:
     """Return the coupled decay wd of each parameter, divided by its clip factor; 0 for decoupled decay; flat."""
+    optimizer = snapshot.optimizer
+    if optimizer is not None and not any(group["weight_decay"] for group in optimizer.param_groups):
+        return 0.0
     factors = _clip_factors(snapshot)
     values = []
     for name, group in group_of(snapshot).items():

@@ -31,10 +31,12 @@ from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_dec
 from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import CURVATURE, PREFIX, Key, relative_bar
-from lsp_callbacks.step.snapshot import Snapshot, computed_once
+from lsp_callbacks.step.snapshot import Snapshot
 
 #: Products at most where the error bar is a bound, with an earlier vector and without, and the bar at which they stop.
 _BOUNDED_WARM, _BOUNDED_COLD, _TOLERANCE = 7, 12, 0.1
+#: Where a step keeps its thresholds, by method and whether they are bounded, and why it has no edge that is known.
+_THRESHOLDS, _EDGE = "thresholds", "unknown edge"
 #: Turns after which a player that has not stepped makes the measurement fail.
 PATIENCE = 8
 #: Sharpness, limit and Courant number of a player, and the error bars of the first and of the last.
@@ -55,7 +57,8 @@ def measured_threshold(
     ``bounded`` is `stability_threshold`, which all of them take where one of those before did; otherwise
     `followed_threshold`.
     """
-    thresholds = _thresholds(snapshot)
+    # They also depend on where the first caller started.
+    thresholds: dict[tuple[Method, bool], StabilityThreshold] = snapshot.shared.setdefault(_THRESHOLDS, {})
     if (method, True) in thresholds or bounded:
         steps = _BOUNDED_WARM if start is not None and _size(snapshot) > _BOUNDED_COLD else _BOUNDED_COLD
         if (method, True) not in thresholds:
@@ -70,18 +73,11 @@ def measured_threshold(
 
 def measured_mode(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, method: Method) -> SharpMode:
     """Return the sharp mode of a step: that of its threshold, where one was measured or costs no more products."""
-    if _thresholds(snapshot) or not has_own_run(snapshot):
+    if snapshot.shared.get(_THRESHOLDS) or not has_own_run(snapshot):
         return measured_threshold(snapshot, start, top, method)
     return followed_mode(snapshot, start=start, method=method)
 
 
-@computed_once
-def _thresholds(snapshot: Snapshot) -> dict[tuple[Method, bool], StabilityThreshold]:
-    """Return the thresholds of the step by method; they also depend on where the first caller started."""
-    return {}
-
-
-@computed_once
 def _unknown_edge(snapshot: Snapshot) -> str | None:
     """Return why the optimizer of a step has no edge of stability that is known; None where it has."""
     require_optimizer(snapshot)
@@ -243,7 +239,11 @@ class Sharpness(Quantity):
 
     def unknown_update(self, snapshot: Snapshot) -> str | None:
         """Return why the optimizer's edge of stability is not known: its own, or how it is set."""
-        return snapshot.run.invalidated or (None if snapshot.player else _unknown_edge(snapshot))
+        if snapshot.run.invalidated or snapshot.player:
+            return snapshot.run.invalidated
+        if _EDGE not in snapshot.shared:
+            snapshot.shared[_EDGE] = _unknown_edge(snapshot)
+        return snapshot.shared[_EDGE]
 
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step; with several players, the measurement is complete when each was measured."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from torch import nn
 
-from lsp_callbacks.operators.cost import ELEMENT, MULTIPLICATION, beside, forward_cost, sample_passes, work
+from lsp_callbacks.operators.cost import ELEMENT, MULTIPLICATION, beside, forward_cost, work
 from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.memory import unfolded
 from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel
@@ -47,8 +48,8 @@ def kernel_cost(
     """
     share = probe_share(snapshot, probes, samples)
     rows, passes = (1, 0.0) if kernel is None else (kernel.rows, float(kernel.passes))
-    alone = samples * rows if kernel is not None and "layer" in kernel.path.values() else 0.0
-    gram = sample_passes(snapshot, 1, alone) + gram_cost(snapshot, samples * rows, samples / max(share, 1e-9))
+    path = None if kernel is None else kernel.path
+    gram = gram_cost(snapshot, samples * rows, samples / max(share, 1e-9), path=path)
     if probes.batches:  # a pass over the sample's batch for each row
         passes = rows * probes.together * len(probes.batches) * probes.together / max(probes.samples, 1)
     device = next(iter(snapshot.parameters.values())).device
@@ -64,7 +65,9 @@ def kernel_cost(
     return parts
 
 
-def gram_cost(snapshot: Snapshot, rows: int, batch: float, *, calls: float = CALLS) -> float:
+def gram_cost(
+    snapshot: Snapshot, rows: int, batch: float, *, calls: float = CALLS, path: Mapping[str, str] | None = None
+) -> float:
     """Return the gradients that a Gram matrix of so many rows takes beside the passes.
 
     Rows of layers that act at one position are never formed; others are, as gradients of their weights, and then
@@ -75,6 +78,7 @@ def gram_cost(snapshot: Snapshot, rows: int, batch: float, *, calls: float = CAL
         rows: how many.
         batch: how many samples a gradient of this rank has.
         calls: operations on small tensors, beside those of each layer.
+        path: by which rules an earlier matrix was computed, see `TangentKernel`; None asks the layers.
     """
     once, frozen = work(snapshot), frozen_rule(snapshot).frozen
     numbers = float(rows * once.parameters)
@@ -84,19 +88,25 @@ def gram_cost(snapshot: Snapshot, rows: int, batch: float, *, calls: float = CAL
         time += (MULTIPLICATION * rows + 0.5 + frozen) * numbers + ELEMENT * _windows(snapshot, rows)
     elif frozen:
         time += MULTIPLICATION * numbers + 19.0 * once.parameters
-    return formed + _alone_cost(snapshot, rows, batch) + beside(snapshot, calls=calls + 12 * once.calls, time=time)
+    return (
+        formed + _alone_cost(snapshot, rows, batch, path) + beside(snapshot, calls=calls + 12 * once.calls, time=time)
+    )
 
 
-def _alone_cost(snapshot: Snapshot, rows: int, batch: float) -> float:
-    """Return the gradients that layers without a rule take, which are run again on one sample at a time."""
+def _alone_cost(snapshot: Snapshot, rows: int, batch: float, path: Mapping[str, str] | None) -> float:
+    """Return the gradients that layers take which are run again on one sample at a time: those without a rule."""
     modules, total = dict(snapshot.module.named_modules()), work(snapshot).parameters
     spent = 0.0
     for name in snapshot.calls:
         layer = modules[name]
-        own = [p.numel() for p in layer.parameters(recurse=False) if p.requires_grad]
-        if own and not has_rule(layer) and not isinstance(layer, nn.MultiheadAttention):
-            runs = 1 if rows * sum(own) <= HELD_ALONE else len(own)
-            spent += runs * ALONE * rows / batch * sum(own) / total
+        own = {f"{name}.{key}".lstrip("."): p.numel() for key, p in layer.named_parameters(recurse=False)}
+        if path is not None:
+            sizes = [size for key, size in own.items() if path.get(key) == "layer"]
+        else:
+            has_none = not has_rule(layer) and not isinstance(layer, nn.MultiheadAttention)
+            sizes = [size for key, size in own.items() if key in snapshot.parameters and has_none]
+        runs = 1 if rows * sum(sizes) <= HELD_ALONE else len(sizes)
+        spent += runs * ALONE * rows / batch * sum(sizes) / total
     return spent
 
 

@@ -190,10 +190,10 @@ class SGDStability(Quantity):
         self.complete = False
         if snapshot.probes is not None and not snapshot.probes.full:
             return
-        if snapshot.loss is not None:
-            verify(snapshot)
         if snapshot.gradient is not None:
             verify_gradient(snapshot)
+        if snapshot.loss is not None:
+            verify(snapshot)  # nothing more where the gradient was checked
         generator = torch.Generator().manual_seed(snapshot.run.seed)  # the same outputs at each step
         sgd = frozen_sgd(
             snapshot, outputs=self.outputs, generator=generator, start=self._mode, most_rows=self.most_rows
