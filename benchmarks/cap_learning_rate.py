@@ -1,6 +1,6 @@
 """Claim: with `CapLearningRate`, ramps and jumps that fail end as healthy runs do.
 
-What it costs healthy runs, and whether it can stand in for a warm-up, is printed, too; neither is claimed.
+What it costs healthy runs, and how it stands in for a warm-up, is printed, too; neither is claimed.
 
 *Failing*: ramps and jumps of ``benchmarks/runs.py``, without and with the cap, beside the same problem at a constant
 rate that trains well (that before the jump; five times that at the foot of a ramp). *Healthy*: without and

@@ -5,7 +5,9 @@ from lsp_callbacks.callbacks import (
     RollBackOnInstability,
     StabilityMonitor,
     StabilityPanel,
+    StabilityPruner,
     StabilityReport,
+    StabilityReporter,
     StopOnInstability,
 )
 from lsp_callbacks.errors import Unmeasurable
@@ -81,7 +83,9 @@ __all__ = [
     "StabilityMonitor",
     "StabilityPanel",
     "StabilityProfile",
+    "StabilityPruner",
     "StabilityReport",
+    "StabilityReporter",
     "StopOnInstability",
     "Trace",
     "Unmeasurable",

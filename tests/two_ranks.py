@@ -13,7 +13,6 @@ import torch.distributed as dist
 from games import GAN
 from games import monitor as game
 from harness import CLASSES, FEATURES, Losses, Model, fit, mlp
-from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -358,7 +357,7 @@ def trained(make, *callbacks, **settings):
     latest = getattr(monitor and monitor.monitor.quantities.get("sgd_stability"), "latest", None)
     return {
         "weights": {k: v.clone() for k, v in model.state_dict().items()} if run.strategy.model is not None else None,
-        "optimizer": run.optimizers[0].state_dict() if "ModelParallel" not in type(run.strategy).__name__ else None,
+        "optimizer": run.optimizers[0].state_dict(),
         "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
         "losses": losses.losses,
         "random": torch.get_rng_state(),
@@ -426,16 +425,6 @@ class NaNOnOne(Model):
         return F.cross_entropy(out, batch[1])
 
 
-class Sharded(Model):
-    def __init__(self):
-        super().__init__(mlp().double())
-
-    def configure_model(self):
-        from torch.distributed.fsdp import fully_shard
-
-        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
-
-
 def main(folder):
     rank = int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
@@ -478,9 +467,6 @@ def main(folder):
         found[what] = trained(partial(NaNOnOne, what), ours, **plain | {"max_steps": 8}) | {"fault": ours.fault}
     found["communicates plain"] = trained(Communicates, **plain | {"max_steps": 4})
     found["communicates"] = trained(Communicates, StabilityMonitor(every_n_steps=2), **plain | {"max_steps": 4})
-    for name, ours in {"sharded plain": [], "sharded": [StabilityMonitor("full", every_n_steps=2)]}.items():
-        shards = ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1)
-        found[name] = trained(Sharded, *ours, **plain | {"strategy": shards, "max_steps": 4})
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
 
 

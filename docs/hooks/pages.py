@@ -44,6 +44,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Return the page with the tables that stand in it by a comment."""
     if page.file.src_uri == "support-matrix.md":
         return markdown.replace("<!-- tables -->", support_matrix.tables(ROOT / "docs" / "support_matrix.json"))
+    if page.file.src_uri == "how-to/very-large-models.md":
+        return markdown.replace("<!-- tables -->", (ROOT / "benchmarks" / "cost_at_scale.md").read_text())
     return markdown
 
 

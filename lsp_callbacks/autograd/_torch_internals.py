@@ -59,9 +59,14 @@ HOOKS = (
 )
 #: Attributes of a module that hold what is registered in it; the second holds its buffers.
 CONTAINERS = (PARAMETERS := "_parameters", BUFFERS := "_buffers", MODULES := "_modules")
+#: That of the names of buffers that are not saved.
+NOT_SAVED = "_non_persistent_buffers_set"
 
 #: Attributes that every module has, and that of ``Module.compile``; but for ``training`` they hold its layout alone.
 PLAIN = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
+
+#: How the names of attributes begin in which ``fully_shard`` and its like keep their state.
+COMPOSABLE = "__composable_api_"
 
 
 # Nodes of the autograd graph.
@@ -222,6 +227,27 @@ def without_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for p, kept in hooks:
             p._backward_hooks = kept
+
+
+def forget_passes(module: Any) -> None:
+    """Let a module of ``fully_shard`` forget passes that were not completed, and shard its weights again.
+
+    The outermost ones that were called do so for those inside of them; the others have nothing to forget.
+    """
+    if module._get_fsdp_state()._is_root:  # None before its first pass
+        module.reset_iter_state()
+
+
+def computes_in(module: Any) -> torch.dtype | None:
+    """Return the type to which a module of ``fully_shard`` rounds its weights in each pass; None for their own."""
+    return module._get_fsdp_state()._mp_policy.param_dtype
+
+
+def scales_gradients(module: Any) -> bool:
+    """Return whether a module of ``fully_shard`` reduces gradients to anything else than their mean."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", ())
+    return any(g.gradient_divide_factor is not None or g._all_reduce_hook is not None for g in groups)
 
 
 # Activation checkpoints.

@@ -109,7 +109,8 @@ class Graph:
 
 
 def read(loss: Tensor) -> Graph:
-    """Return the properties of the autograd graph of a loss."""
+    """Return the properties of the autograd graph of a loss; of a replay with shards, that of the module's own loss."""
+    loss = getattr(loss.grad_fn, "replayed", loss)
     nodes = list(walk([loss.grad_fn]))
     names = {node.name() for node in nodes}
     dtypes, functions = {loss.dtype, *dtypes_of(nodes)}, custom_functions(nodes)

@@ -6,12 +6,15 @@ from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.callbacks.stability_panel import StabilityPanel
 from lsp_callbacks.callbacks.stability_report import StabilityReport
 from lsp_callbacks.callbacks.stop_on_instability import StopOnInstability
+from lsp_callbacks.callbacks.sweeps import StabilityPruner, StabilityReporter
 
 __all__ = [
     "CapLearningRate",
     "RollBackOnInstability",
     "StabilityMonitor",
     "StabilityPanel",
+    "StabilityPruner",
     "StabilityReport",
+    "StabilityReporter",
     "StopOnInstability",
 ]

@@ -12,19 +12,18 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lsp_callbacks._validation import number, whole
 from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.callbacks.critical_rate import RateCap, critical_rate
 from lsp_callbacks.callbacks.hidden_hooks import BATCH_HOOKS, hide_hooks, show_hooks
 from lsp_callbacks.callbacks.publisher import log
-from lsp_callbacks.callbacks.rate_cap import RateCap
 from lsp_callbacks.callbacks.rates_of_update import RatesOfUpdate
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor, monitor_among, monitor_beside
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.monitor.courant_source import COURANT, MEAN_SQUARE, PREFERENCE, SGD
+from lsp_callbacks.monitor.courant_source import COURANT, PREFERENCE
 from lsp_callbacks.monitor.history import Observation
 from lsp_callbacks.monitor.losses import ArrivedLoss
+from lsp_callbacks.monitor.preview import preview
 from lsp_callbacks.operators.trajectory.update_rules import rule_with_edge
 
-#: Where a headline number has its critical rate beside it.
-CRITICAL = {MEAN_SQUARE: "stability/mean_square_lr", SGD: "stability/critical_lr"}
 CAP, SCHEDULED, APPLIED = (f"stability/lr_{which}" for which in ("cap", "scheduled", "applied"))
 #: Steps whose rates are kept, for readings that are complete some steps later.
 KEPT = 64
@@ -41,9 +40,10 @@ class CapLearningRate(Callback):
 
     A cap holds from the step after a reading to the next one; none begins with a reading that is more than ``max_age``
     steps old, as after a pause in which nothing could be measured. It then warns once. While a scheduled rate is near
-    the edge or beyond, the monitor measures as often as its budget allows. The first reading belongs to a step that is
-    taken at the user's rate. A measurement that failed (NaN), or one that stands in for the headline number, changes
-    nothing; one of a step whose loss has exploded (above three times the one at the start), or of a network that has
+    the edge or beyond, the monitor measures as often as its budget allows. The first reading is taken twice, once
+    before the rate of its own update is set, so that the very first update is capped, too, where its number can be
+    told then. A measurement that failed (NaN), or one that stands in for the headline number, changes nothing;
+    one of a step whose loss has exploded (above three times the one at the start), or of a network that has
     collapsed, can lower the cap and not lift it: a saturated softmax has no curvature.
 
     What is measured is the step at the rate that it really uses. Each reading says ``stability/lr_scheduled`` and
@@ -90,6 +90,7 @@ class CapLearningRate(Callback):
         self._received: list[Observation] = []
         self._steps: deque[tuple[int, list[float], list[float], float]] = deque(maxlen=KEPT)
         self._is_checked = self._is_warned = False
+        self._is_foreseen = False  # the first reading was taken in before its update
 
     # -- before training -----------------------------------------------------------------------------------------------
 
@@ -202,6 +203,20 @@ class CapLearningRate(Callback):
             self._show(trainer, self.rates_of(step))
         return max(scheduled)
 
+    def foresee(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take in what the headline number of the first measured step will be, before its update."""
+        if self._cap.limits:
+            return
+        observer = self._source.observer
+        loop = observer.loop
+        values = preview(self._source.monitor, loop.module, lambda: observer.snapshot(optimizer, loop.clipping))
+        key = next((key for key in PREFERENCE if key in values), "")
+        rates = _rates(optimizer)
+        critical = critical_rate(values, used=max(rates), key=key)
+        if not math.isnan(critical):
+            self._cap.add(observer.step, critical=critical, relative=_relative(optimizer, rates))
+            self._is_foreseen = True
+
     def factor(self, optimizer: torch.optim.Optimizer) -> float:
         """Return by what the rates of the next update will be multiplied."""
         if not self._cap.limits:
@@ -252,7 +267,9 @@ class CapLearningRate(Callback):
             if loss is None:
                 loss = losses.last if losses.count else 0.0
             critical, relative = self._critical(observation)
-            if not math.isnan(critical):
+            if self._is_foreseen and observation.step == self._cap.step:
+                self._is_foreseen = False
+            elif not math.isnan(critical):
                 is_broken = not math.isfinite(loss) or losses.exploded(loss)
                 is_broken |= observation.values.get("stability/collapsed", 0.0) > 0
                 self._cap.add(observation.step, critical=critical, relative=relative, only_lower=is_broken)
@@ -266,11 +283,7 @@ class CapLearningRate(Callback):
         if at is None or math.isnan(courant) or values.get(key) != courant:
             return math.nan, []
         _, rates, relative, factor = at
-        used = max(rates) * factor
-        if courant == 0 and used > 0:
-            return math.inf, relative  # nothing can become unstable
-        critical = values.get(CRITICAL.get(key, ""), used / courant if courant > 0 else math.nan)
-        return critical if critical > 0 else math.nan, relative
+        return critical_rate(values, used=max(rates) * factor, key=key), relative
 
     # -- afterwards ----------------------------------------------------------------------------------------------------
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from lsp_callbacks.callbacks.critical_rate import CriticalRate
 from lsp_callbacks.monitor.history import Observation
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.step.flat import largest_learning_rate
 
-#: Measurements whose mean is the critical rate.
-RECENT = 3
 #: Steps of the schedule to look ahead.
 HORIZON = 1000
 #: Steps left where their number is not known.
@@ -106,38 +105,6 @@ class LRForecast:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.critical = CriticalRate(state.get("critical", ()), state.get("stochastic", False))
-
-
-class CriticalRate:
-    """The last critical learning rates, with whose mean a scheduled rate is compared.
-
-    Args:
-        rates: of an earlier run.
-        stochastic: whether those were of SGD itself, not of one batch's curvature.
-
-    Attributes:
-        mean: of the last ones; NaN before the first.
-    """
-
-    def __init__(self, rates: Sequence[float] = (), stochastic: bool = False):
-        self.rates, self.stochastic = list(rates), stochastic
-        self.mean = sum(self.rates) / len(self.rates) if self.rates else math.nan
-
-    def add(self, values: Mapping[str, float], *, used: float) -> bool:
-        """Take in a measurement at the rate ``used``; return True if it had a critical rate."""
-        if "stability/critical_lr" in values and not self.stochastic:  # before, it was that of one batch's curvature
-            self.rates, self.stochastic, self.mean = [], True, math.nan
-        courant = math.nan if self.stochastic else values.get("stability/courant", math.nan)
-        critical = values.get("stability/critical_lr", used / courant if courant > 0 else math.nan)
-        if not math.isfinite(critical):
-            return False
-        self.rates = [*self.rates, critical][-RECENT:]
-        self.mean = sum(self.rates) / len(self.rates)
-        return True
-
-    def crossing(self, rates: Sequence[float]) -> int | None:
-        """Return the index of the first rate above the critical one; None if there is none."""
-        return next((k for k, future in enumerate(rates) if future > self.mean), None)
 
 
 class Schedule:

@@ -48,9 +48,10 @@ class RollBackOnInstability(StopOnInstability):
         trainer = pl.Trainer(callbacks=[StabilityMonitor(), roll_back])
         roll_back.fit(trainer, model, datamodule)   # instead of trainer.fit(model, datamodule)
 
-    A state is written at the end of a step with a stable reading and a calm loss, at most once in ``every_n_steps``
-    steps; the next stable reading confirms it, and it is the one to return to. Before the first one, that is the
-    beginning of the run. The folder holds two states at most, and those to which training has returned.
+    A state is written at the end of a step with a stable reading and a calm loss, once in ``every_n_steps`` steps, and
+    before that whenever the run has become twice as long; the next stable reading confirms it, and it is the one to
+    return to. Before the first one, that is the beginning of the run. The folder holds two states at most, and those to
+    which training has returned.
 
     The rates of all updates are multiplied by one factor for the rest of the run, in the update alone: schedulers and
     checkpoints know only the user's own rate. At each return it becomes at least ``factor`` times smaller, and so small
@@ -67,7 +68,7 @@ class RollBackOnInstability(StopOnInstability):
         factor: by which the rate is lowered at least; 1 lets the measured critical rate alone decide.
         safety: share of the critical rate that is allowed, see above.
         skip_batches: whether the batches since the loss began to rise are left out the next time.
-        every_n_steps: steps between two states at least.
+        every_n_steps: steps between two states at least, once the run has so many.
         dirpath: folder of the states; None is ``roll_back`` in the logger's folder.
         **settings: others of `StopOnInstability`.
 
@@ -260,7 +261,8 @@ class RollBackOnInstability(StopOnInstability):
             self._states.confirm()
             self._states.remove_unused(trainer, self.roll_backs)
             last = self._states.confirmed
-            self._is_wanted = last is None or trainer.global_step - last.step >= self.every_n_steps
+            # At first whenever the run has become twice as long.
+            self._is_wanted = last is None or trainer.global_step - last.step >= min(self.every_n_steps, last.step)
             if self._is_wanted:
                 show_hooks(self, HOOK)
 

@@ -12,9 +12,20 @@ from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.run_context import Prox, RunContext
+from lsp_callbacks.step.shards import Shards, why_refused
 
-#: Strategies that leave each process a shard of the parameters. DeepSpeed's is also a DDPStrategy by name.
-_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+#: Strategies whose shards are flat buffers of their own, without names and shapes of parameters, and what to use.
+#: DeepSpeed's is also a DDPStrategy by name.
+_REFUSED = {
+    "FSDPStrategy": (
+        "FSDPStrategy (FSDP1) joins parameters into flat buffers, which are views of nothing between two passes: use "
+        "ModelParallelStrategy with fully_shard (FSDP2)"
+    ),
+    "DeepSpeedStrategy": (
+        "DeepSpeedStrategy makes the update inside of its engine, from its own copies of gradients and weights: no "
+        "step between a gradient and an update can be looked at; use ModelParallelStrategy with fully_shard (FSDP2)"
+    ),
+}
 
 
 def overridden(module: Any, *hooks: str) -> str | None:
@@ -36,10 +47,14 @@ def unsupported(trainer: Any, module: Any, *, players: bool = False) -> str | No
         module: the user's.
         players: whether each optimizer's own loss is known.
     """
-    if trainer.world_size > 1 and not is_kind_of("DDPStrategy", trainer.strategy):
-        return (
-            f"{type(trainer.strategy).__name__} with {trainer.world_size} processes is not modelled: use strategy='ddp'"
-        )
+    if trainer.world_size > 1:
+        if is_kind_of("ModelParallelStrategy", trainer.strategy):
+            # Before its optimizers exist, configure_model was not called.
+            if trainer.optimizers and (reason := why_refused(module, trainer.world_size)) is not None:
+                return reason
+        elif not is_kind_of("DDPStrategy", trainer.strategy):
+            name = type(trainer.strategy).__name__
+            return f"{name} with {trainer.world_size} processes is not modelled: use strategy='ddp'"
     if has_communication_hook(trainer):
         return "ddp_comm_hook: gradients that are not the plain mean over the processes are not modelled"
     if has_no_optimizer(trainer):
@@ -70,14 +85,8 @@ def unknown_loss(trainer: Any, module: Any, loss_fn: Any) -> str | None:
 
 
 def sharded(trainer: Any) -> str | None:
-    """Return why no process has the parameters as a whole; None if each has."""
-    name = next((name for name in _SHARDED if is_kind_of(name, trainer.strategy)), None)
-    if name is None:
-        return None
-    return (
-        f"{name} gives each process a shard of the parameters: a replay of the step and the products of its Hessian "
-        "would have to gather them out of step with training. Use strategy='ddp', or measure a smaller model"
-    )
+    """Return why shards that the strategy gives to each process cannot be looked at; None if there are none such."""
+    return next((reason for name, reason in _REFUSED.items() if is_kind_of(name, trainer.strategy)), None)
 
 
 def ranks(trainer: Any) -> Ranks:
@@ -96,10 +105,10 @@ def run_context(
         monitor: that measures.
         loss_fn, prox, seed: see `StabilityMonitor`.
     """
-    is_game = isinstance(loss_fn, Mapping)
+    is_game, processes = isinstance(loss_fn, Mapping), ranks(trainer)
     optimizer = trainer.optimizers[0] if trainer.optimizers else None
     return RunContext(
-        ranks=ranks(trainer),
+        ranks=processes,
         seed=seed,
         prox=prox,
         schedulers=None if is_game else schedulers(trainer, optimizer),
@@ -108,6 +117,7 @@ def run_context(
         unsupported=unsupported(trainer, module, players=is_game),
         unknown_loss=unknown_loss(trainer, module, loss_fn),
         sharded=sharded(trainer),
+        shards=Shards.of(module, processes),
     )
 
 

@@ -266,6 +266,8 @@ class StabilityMonitor(RunResults, Callback):
         scheduled = None
         lowering = self.roll_back if self.cap is None else self.cap
         if lowering is not None and (loop.scaler is None or (self._has_loss and not loop.is_overflowed(optimizer))):
+            if self.cap is not None and observer.is_pending:
+                self.cap.foresee(optimizer)
             scheduled = lowering.lower(trainer, optimizer)  # before anything is measured
         if loop.is_automatic and not self._has_loss:  # training_step returned None
             observer.skip_update()

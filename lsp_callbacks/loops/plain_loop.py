@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd.spread_tensors import has_shards
 from lsp_callbacks.monitor.training_loop import TrainingLoop
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import LossFn
+from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.run_context import RunContext
+from lsp_callbacks.step.shards import local_parameters, why_refused
 
 
 class PlainLoop(TrainingLoop):
@@ -65,14 +68,24 @@ class PlainLoop(TrainingLoop):
         return getattr(optimizer, "grad_scale", None)
 
 
-def why_unsupported() -> str | None:
-    """Return why a loop is not supported that runs in several processes; None in one."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return None
-    processes = torch.distributed.get_world_size()
+def why_unsupported(module: nn.Module) -> str | None:
+    """Return why a loop is not supported that runs in several processes; None in one, and with shards (FSDP2)."""
+    processes = Ranks.joined("cpu").world
     if processes == 1:
         return None
-    return f"{processes} processes: a loop of one's own is measured in one, Lightning's Trainer with 'ddp' in several"
+    if has_shards(module):
+        return why_refused(module, processes)
+    return (
+        f"{processes} processes: a loop of one's own is measured in one, or with shards (fully_shard, "
+        "parallelize_module); Lightning's Trainer with 'ddp' in several"
+    )
+
+
+def processes_of(module: nn.Module) -> Ranks:
+    """Return the processes that train a module together: all of them where each holds a shard, otherwise this one."""
+    if not has_shards(module):
+        return Ranks()
+    return Ranks.joined(next(iter(local_parameters(module).values()), torch.empty(0)).device)
 
 
 def check_schedulers(schedulers: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, ...] | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.loops.plain_loop import PlainLoop, check_schedulers, why_unsupported
+from lsp_callbacks.loops.plain_loop import PlainLoop, check_schedulers, processes_of, why_unsupported
 from lsp_callbacks.monitor.configure import configured
 from lsp_callbacks.monitor.gradient_check import copies_of_gradients
 from lsp_callbacks.monitor.history import History
@@ -20,6 +20,7 @@ from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import LossFn
 from lsp_callbacks.step.probes import Criterion, ForwardFn, population
 from lsp_callbacks.step.run_context import Prox, RunContext
+from lsp_callbacks.step.shards import Shards
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -98,9 +99,12 @@ class Watch:
     ):
         self.module, self.optimizer, self.accumulate, self.log = module, optimizer, accumulate, log
         self.monitor = monitor if monitor is not None else configured()
+        ranks = processes_of(module)
         run = RunContext(
-            seed=seed, prox=prox, schedulers=check_schedulers(schedulers, optimizer), loss_name="loss_fn",
-            captures_inputs=self.monitor.quantities.captures_inputs, unsupported=unsupported or why_unsupported(),
+            ranks=ranks, shards=Shards.of(module, ranks), seed=seed, prox=prox,
+            schedulers=check_schedulers(schedulers, optimizer), loss_name="loss_fn",
+            captures_inputs=self.monitor.quantities.captures_inputs,
+            unsupported=unsupported or why_unsupported(module),
         )  # fmt: skip
         self.loop = PlainLoop(module, run, loss_fn, accumulate=accumulate, clipping=clipping, scaler=scaler)
         self.observer = StepObserver(self.monitor, forward_fn=forward_fn, criterion=criterion)
@@ -134,7 +138,7 @@ class Watch:
     def __call__(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches of the loader, unchanged: ``for batch in watch(loader): ...``."""
         if not self.observer.probes.batch_size:  # nothing was collected yet
-            self.observer.probes.drop(population(loader))
+            self.observer.probes.drop(population(loader, self.loop.run.ranks.world))
         for batch in loader:
             self.begin(batch)
             yield batch
@@ -186,6 +190,11 @@ class Watch:
         self.observer.step, self.observer.previous = state["step"], None
         self.monitor.load_state_dict(state["monitor"])
 
+    def _mean_loss(self, loss: Tensor) -> Tensor:
+        """Return the mean of the losses of processes that train one module together."""
+        (mean,) = self.loop.run.ranks.mean(lambda: (loss.detach(),), "the loss")
+        return mean
+
     def _begin_run(self) -> None:
         if not self._is_begun:
             self._is_begun = True  # also where it raises: once is enough
@@ -210,7 +219,8 @@ class Watch:
         loss = observer.step_loss.differentiated
         loss = observer.replayed_loss if loss is None else loss
         if loss is not None:
-            self.monitor.losses.saw(self.step, loss)
+            with self.monitor.errors.warn_instead_of_raise("the loss of all processes is not known"):
+                self.monitor.losses.saw(self.step, self._mean_loss(loss))
         observer.check_gradient("the gradient was changed after Watch.measure()", is_gone_allowed=False)
 
     def _after_update(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:

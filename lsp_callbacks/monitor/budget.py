@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -43,9 +43,18 @@ COLD = 3.0
 def measurement_cost(quantity: Quantity, snapshot: Snapshot) -> dict[str, float]:
     """Return the gradients that one measurement costs, by what they are spent on, with the hooks of its step."""
     try:
-        return snapshot.run.ranks.together(lambda: {**quantity.cost(snapshot), **hooks_cost(snapshot)})
+        view = _view(quantity, snapshot)
+        return snapshot.run.ranks.together(lambda: {**quantity.cost(view), **hooks_cost(view)})
     except Exception:  # whatever a replay raises: it takes one to see that
         return {"a replay that fails": 1.0}
+
+
+def _view(quantity: Quantity, snapshot: Snapshot) -> Snapshot:
+    """Return a step as a quantity looks at it, with the work of its passes, which is not counted again."""
+    view = snapshot.run.ranks.together(partial(quantity.view, snapshot))
+    if view is not snapshot:
+        assume(view, replace(work(snapshot), parameters=sum(p.numel() for p in view.parameters.values())))
+    return view
 
 
 def measurement_memory(quantities: Quantities, snapshot: Snapshot) -> dict[str, float]:
@@ -74,7 +83,15 @@ def _memory_parts(quantities: Quantities, snapshot: Snapshot) -> dict[str, dict[
     parts: dict[str, dict[str, float]] = {}
     for name in in_turn(quantities):
         with contextlib.suppress(Exception):  # whatever a replay raises
-            parts[name] = quantities[name].memory(snapshot)
+            parts[name] = snapshot.run.ranks.apart(partial(_parts_of, quantities[name], snapshot))
+    return parts
+
+
+def _parts_of(quantity: Quantity, snapshot: Snapshot) -> dict[str, float]:
+    view = quantity.view(snapshot)
+    parts = quantity.memory(view)
+    if view is not snapshot:  # the weights and gradients that were gathered
+        parts = parts | {"whole weights": 2.0 * sum(p.numel() * p.element_size() for p in view.module.parameters())}
     return parts
 
 
@@ -291,7 +308,8 @@ class Budget:
         if name not in self.predicted:
             with contextlib.suppress(Exception):  # whatever a replay raises
                 self._training = footprint(snapshot)  # first: what is done in pieces depends on the room
-            parts_of = _memory_parts(quantities, snapshot)
+            own = _memory_parts(quantities, snapshot), self._training
+            parts_of, self._training = snapshot.run.ranks.first(lambda: own, "the memory")  # so that all skip the same
             self.predicted |= _peaks(parts_of) | self.predicted
             self.graphs |= {name for name, parts in parts_of.items() if "graph" in parts}
         multiple = HEADLINE if is_headline else MULTIPLE
@@ -357,6 +375,7 @@ class Budget:
 
     def _reduce(self, quantity: Quantity, snapshot: Snapshot) -> None:
         with contextlib.suppress(Exception):  # whatever a replay raises
-            reduced = snapshot.run.ranks.together(partial(quantity.limit_cost, snapshot, LIMIT * self.step))
+            view = _view(quantity, snapshot)
+            reduced = snapshot.run.ranks.together(partial(quantity.limit_cost, view, LIMIT * self.step))
             if reduced is not None:
                 self.reduced[quantity.name] = reduced

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd.spread_tensors import local
 from lsp_callbacks.monitor.error_policy import ErrorPolicy
 from lsp_callbacks.step.fingerprint import identical
 from lsp_callbacks.step.ranks import Ranks
@@ -58,7 +59,7 @@ class GradientCheck:
         self.forget()
 
         def differs() -> bool:
-            there = [(p.grad, gradient) for p, gradient in expected if p.grad is not None]
+            there = [(local(p.grad), local(gradient)) for p, gradient in expected if p.grad is not None]
             is_gone = len(there) < len(expected)
             return (is_gone and not is_gone_allowed) or not identical(*([pair[k] for pair in there] for k in (0, 1)))
 

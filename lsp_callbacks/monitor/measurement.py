@@ -81,11 +81,12 @@ class Measurement:
             quantity, begins = quantities[name], name in starts
             self.cadence.under_way.discard(name)  # unless it takes a further step
             self.paths.pop(name, None)
-            began = time.perf_counter()
+            began, view = time.perf_counter(), snapshot
             try:
-                quantities.add_unknown(quantity, snapshot, measured.skips)
-                values = snapshot.run.ranks.together(partial(self._values, quantity, snapshot, begins, headline))
-                self.paths[name] = ", ".join(filter(None, (quantity.path(snapshot), self.budget.reduced.get(name))))
+                view = snapshot.run.ranks.together(partial(quantity.view, snapshot))
+                quantities.add_unknown(quantity, view, measured.skips)
+                values = snapshot.run.ranks.together(partial(self._values, quantity, snapshot, view, begins, headline))
+                self.paths[name] = ", ".join(filter(None, (quantity.path(view), self.budget.reduced.get(name))))
             except Exception as error:
                 if quantities.strict and not (isinstance(error, NotApplicable) and name not in quantities.named):
                     raise
@@ -93,7 +94,7 @@ class Measurement:
                 continue
             finally:
                 if not self.budget.graphs.intersection(waiting):
-                    release_graph(snapshot)
+                    release_graph(view)
             self.budget.seconds.add(name, time.perf_counter() - began, complete=values is not None)
             if values is None:
                 self.cadence.under_way.add(name)
@@ -126,14 +127,14 @@ class Measurement:
         return {*starts}
 
     def _values(
-        self, quantity: Quantity, snapshot: Snapshot, begins: bool, headline: str | None
+        self, quantity: Quantity, snapshot: Snapshot, view: Snapshot, begins: bool, headline: str | None
     ) -> dict[str, float] | None:
         """Return what the step completes, None if it takes further steps; rank 0 decides, so that all ranks agree."""
         if begins:
             self.budget.seconds.begin(quantity.name)
             is_headline = quantity.name == headline
             self.budget.check_memory(quantity.name, self.quantities, snapshot, is_headline=is_headline)
-        quantity.update(snapshot)
+        quantity.update(view)
         values = quantity.numbers() if quantity.complete else None
         return snapshot.run.ranks.first(lambda: values, quantity.name)
 
@@ -154,10 +155,14 @@ class Measurement:
 
         def missing() -> int:
             try:
-                return quantity.warm_up(snapshot)
+                return quantity.warm_up(view)
             except Exception:  # the measurement will say why
                 return 0
 
+        try:
+            view = snapshot.run.ranks.together(partial(quantity.view, snapshot))
+        except Exception:  # likewise
+            return False
         steps = snapshot.run.ranks.first(missing, "whether enough is known")
         if steps:
             self.cadence.postpone(quantity.name, snapshot.step + steps)

@@ -19,12 +19,12 @@ from lsp_callbacks.monitor.nan_finder import NanFinder
 from lsp_callbacks.monitor.step_results import Completed, StepResults
 from lsp_callbacks.monitor.training_loop import MicroBatchLoss, TrainingLoop
 from lsp_callbacks.monitor.update_check import UpdateCheck, of_whole_batch
+from lsp_callbacks.monitor.whole_step import with_whole_step
 from lsp_callbacks.quantities.numerics.numerics import Numerics
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import PendingStep, never
 from lsp_callbacks.step.players import Player
 from lsp_callbacks.step.probes import Criterion, ForwardFn, Probes
-from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.snapshot import Snapshot
 from lsp_callbacks.step.step_loss import StepLoss
 from lsp_callbacks.step.verified_step import verified
@@ -273,26 +273,25 @@ class StepObserver:
             failing = self.monitor.errors.warn_instead_of_raise("the player's step could not be measured")
             with failing, self.game.turn(optimizer) as snapshot:
                 if snapshot is not None:
-                    with untouched(self.loop.module):
+                    with self.loop.untouched():
                         self._observe(snapshot(self.step, previous=self.previous))
             return
         if self._pending is None:
             return
         try:
-            self._measure(optimizer, coming_gradients)
+            self._measure(self._pending, optimizer, coming_gradients)
         finally:
             self._pending = None
 
-    def _measure(self, optimizer: torch.optim.Optimizer, coming_gradients: Callable[[], Gradients] | None) -> None:
-        monitor, pending = self.monitor, self._pending
-        assert pending is not None
+    def _measure(self, pending: PendingStep, optimizer: Any, coming_gradients: Callable[[], Gradients] | None) -> None:
+        monitor = self.monitor
         needs_update = any(quantity.needs_update for quantity in monitor.quantities.values())
-        if is_compared := needs_update and self.loop.moves_parameters:
+        if is_compared := needs_update and self.loop.moves_parameters and self.loop.run.shards is None:
             self._update_check.awaited()
         doing = "the step could not be measured"
         try:
             is_run = pending.can_replay or pending.own_calls is not None
-            with untouched(self.loop.module) if is_run else contextlib.nullcontext():
+            with self.loop.untouched() if is_run else contextlib.nullcontext():
                 clipping = self._clipping(pending, optimizer)
                 snapshot = self.snapshot(optimizer, clipping)
                 self.sub_batch = pending.samples
@@ -314,26 +313,29 @@ class StepObserver:
         Args:
             optimizer: that will make the update.
             clipping: what is done to the gradient before.
-
-        Raises:
-            AssertionError: if it is not to be measured, see `is_pending`.
         """
-        pending, loop = self._pending, self.loop
-        assert pending is not None, "no step was begun that is to be measured"
+        loop = self.loop
+        assert self._pending is not None, "no step was begun that is to be measured"
         scale, (loss, how), gradient_scale = loop.loss_scale(), loop.evaluated(), loop.gradient_scale(optimizer)
         is_shown = loop.shows_losses and not (self.step_loss.is_ambiguous or self._is_settled)
-        return pending.snapshot(
-            self.step,
-            optimizer,
-            loss=self.step_loss.differentiated if is_shown else None,
-            gradient_scale=gradient_scale,
-            clipping=clipping,
-            probes=self.probes.probe_set(pending, loss, **how) if self.probes.wanted else None,
-            samples_of_step=self.probes.samples_of_step(pending, loss, **how),
-            scale=scale,
-            previous=self.previous,
-            room=self.monitor.budget.room,
-            other_loss=lambda source: pending.other_loss(source, loop.on_device),
+
+        def seen(pending: PendingStep, optimizer: torch.optim.Optimizer) -> Snapshot:
+            return pending.snapshot(
+                self.step,
+                optimizer,
+                loss=self.step_loss.differentiated if is_shown else None,
+                gradient_scale=gradient_scale,
+                clipping=clipping,
+                probes=self.probes.probe_set(pending, loss, **how) if self.probes.wanted else None,
+                samples_of_step=self.probes.samples_of_step(pending, loss, **how),
+                scale=scale,
+                previous=self.previous,
+                room=self.monitor.budget.room,
+                other_loss=lambda source: pending.other_loss(source, loop.on_device),
+            )
+
+        return with_whole_step(
+            seen, self._pending, optimizer, loop, self.monitor.budget.room, is_settled=self._is_settled
         )
 
     def check_gradient(self, reason: str, *, is_gone_allowed: bool) -> bool:
@@ -367,7 +369,7 @@ class StepObserver:
     def after_update(self) -> Completed:
         """Return what was completed since the last call, also by what has awaited the update, be it by a closure."""
         if self.monitor.quantities.awaiting():
-            with untouched(self.loop.module):
+            with self.loop.untouched():
                 self._results.add(self.monitor.after_update(is_own=self.updates <= 1 or self.loop.repeats_forward))
         return self._results.take()
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 
 from torch import nn
 
+from lsp_callbacks.autograd.gathered_layer import gathered
 from lsp_callbacks.errors import NotApplicable, Unmeasurable
 from lsp_callbacks.monitor.error_policy import ErrorPolicy
 from lsp_callbacks.monitor.invalidation import lost_keys
@@ -86,9 +88,13 @@ class SelectedQuantities(dict[str, Quantity]):
         """Show the quantities the weights at the first step of a run, before any update."""
         if snapshot.step == 0 and not self._begun:
             self._begun = True
+            ranks = snapshot.run.ranks
             for name, quantity in self.items():
                 with errors.warn_instead_of_raise(f"{name} could not look at the weights that the run begins with"):
-                    quantity.begin(snapshot.module)
+                    if snapshot.run.shards is None:
+                        quantity.begin(snapshot.module)
+                    elif type(quantity).begin is not Quantity.begin:
+                        ranks.together(partial(_begin_gathered, quantity, snapshot))
 
     @property
     def longest(self) -> int:
@@ -166,9 +172,18 @@ class SelectedQuantities(dict[str, Quantity]):
                 self.pop(name, None)
 
 
+def _begin_gathered(quantity: Quantity, snapshot: Snapshot) -> None:
+    with snapshot.run.ranks.checked(), gathered(snapshot.module):
+        quantity.begin(snapshot.module)
+
+
 def _check(quantity: Quantity, snapshot: Snapshot, steps: float) -> None:
     if snapshot.run.sharded:
         raise Unmeasurable(snapshot.run.sharded)
+    if snapshot.run.shards is not None and quantity.energies:
+        raise Unmeasurable(
+            "its energies are recorded at every step, for which each process would have to gather all weights each time"
+        )
     if not quantity.supports_multiple_optimizers:
         require_one(snapshot.player)
     unknown_loss = snapshot.run.unknown_loss

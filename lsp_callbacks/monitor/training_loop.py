@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from lsp_callbacks.monitor.update_check import ELSEWHERE
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.pending_step import PendingStep
+from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.run_context import RunContext
 
 #: The loss of one micro-batch as it is differentiated, from the module and the batch.
@@ -72,6 +74,10 @@ class TrainingLoop:
             readers=readers,
             can_replay=can_replay,
         )
+
+    def untouched(self) -> contextlib.AbstractContextManager:
+        """Return a context for replays, see `lsp_callbacks.step.replay.untouched`; with shards they run the module."""
+        return untouched(self.module, in_place=self.run.shards is not None)
 
     def on_device(self, batch: Any) -> Any:
         """Return a batch as it comes from a loader in the form in which the step receives it."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd.spread_tensors import local
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 #: Memory of a graph that can be differentiated twice, in units of the activations: measured in
@@ -36,7 +37,7 @@ def footprint(snapshot: Snapshot) -> Footprint:
 
     Cost: one forward pass. Memory: what the step's own forward pass took.
     """
-    counted = {p.untyped_storage().data_ptr() for p in snapshot.module.parameters()}
+    counted = {local(p).untyped_storage().data_ptr() for p in snapshot.module.parameters()}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Any:

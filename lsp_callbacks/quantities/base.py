@@ -87,6 +87,8 @@ class Quantity(Metric):
         awaited: the step whose update a measurement waits for, which `after_update` completes; None where none does.
         supports_multiple_optimizers: whether the step of a `Player` can be measured; otherwise the quantity is skipped
             where several optimizers take turns.
+        needs_whole: whether it looks at the whole parameters where each process holds a shard of them; then every
+            process gathers a copy of them, see `Snapshot.whole`.
     """
 
     name: str = ""
@@ -108,6 +110,7 @@ class Quantity(Metric):
     warms_up: bool = False
     reads_graph: bool = False
     supports_multiple_optimizers: bool = False
+    needs_whole: bool = True
     awaited: TakenStep | None = None
     full_state_update = False
     higher_is_better = None
@@ -225,6 +228,10 @@ class Quantity(Metric):
 
     def begin(self, module: nn.Module) -> None:
         """Look at the weights before the first update of a run, on all ranks; not called where a run is resumed."""
+
+    def view(self, snapshot: Snapshot) -> Snapshot:
+        """Return a step as the quantity looks at it; all ranks ask together."""
+        return snapshot.whole if self.needs_whole else snapshot
 
     def warm_up(self, snapshot: Snapshot) -> int:
         """Return the number of steps until enough is known to measure, 0 for now."""

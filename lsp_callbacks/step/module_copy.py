@@ -26,6 +26,7 @@ from lsp_callbacks.autograd._torch_internals import (
     buffers,
     foreach_copy,
 )
+from lsp_callbacks.autograd.spread_tensors import connects_processes
 from lsp_callbacks.step.moving_parameters import MovingParameter
 
 #: What cannot be changed in place, or is shared.
@@ -136,14 +137,14 @@ class _Twin:
         self._shared = self._kept_apart(shared)
         originals = list(module.modules())
         for child in originals:
-            _find_special(vars(child), self._shared, memo)
+            find_special(vars(child), self._shared, memo)
         self.module = copy.deepcopy(module, memo | self._shared)
         if any(a is not b for a, b in zip_longest(parameters, self.module.parameters())):
             raise TypeError("its copy has parameters of its own (a scripted module, or a __deepcopy__)")
         for child in self.module.modules():
             for kind in HOOKS:
                 hooks = getattr(child, kind, {})
-                for key in [k for k, hook in hooks.items() if _is_users(hook)]:
+                for key in [k for k, hook in hooks.items() if is_users_hook(hook)]:
                     del hooks[key]
         self.states = [_State(*pair) for pair in zip(self.module.modules(), originals)]
         self._modules = {id(state.original): state.module for state in self.states}
@@ -170,7 +171,7 @@ class _Twin:
         changed = [state.changeable() for state in self.states]
         for values in changed:
             if values:
-                _find_special(values, self._shared, memo)
+                find_special(values, self._shared, memo)
         memo |= self._shared | self._modules
         for state, values in zip(self.states, changed):
             state.follow(values, memo)
@@ -214,7 +215,7 @@ class _State:
 
     def remember_made(self) -> None:
         """Remember what ``__setstate__`` has made of what ``__getstate__`` left out: weak references, in a LSTM."""
-        source = _state_of(self.original)
+        source = state_of(self.original)
         self._made = {name: value for name, value in vars(self.module).items() if name not in source}
 
     def keep(self) -> None:
@@ -232,7 +233,7 @@ class _State:
         theirs, ours = vars(self.original), vars(self.module)
         if type(self.original) is not type(self.module) or theirs[BUFFERS].keys() != self.buffers.keys():
             return False
-        if any(ours[kind] or not all(map(_is_users, theirs[kind].values())) for kind in HOOKS):
+        if any(ours[kind] or not all(map(is_users_hook, theirs[kind].values())) for kind in HOOKS):
             return False
         pairs = ((PARAMETERS, self.containers[PARAMETERS].values()), (MODULES, self._children))
         return all(
@@ -243,7 +244,7 @@ class _State:
 
     def changeable(self) -> dict[str, Any]:
         """Return what a step could change in place of the original's attributes; the copy takes all others."""
-        source, attributes = _state_of(self.original), vars(self.module)
+        source, attributes = state_of(self.original), vars(self.module)
         attributes.clear()
         attributes.update({name: value for name, value in source.items() if name not in PLAIN})
         attributes.update(self._plain | self._made)
@@ -284,7 +285,7 @@ class _State:
                 held[name] = None if saved is None else saved.clone()
 
 
-def _state_of(module: nn.Module) -> dict[str, Any]:
+def state_of(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of a module that a deep copy of it takes."""
     is_plain = type(module).__getstate__ is nn.Module.__getstate__
     return vars(module) if is_plain else module.__getstate__()
@@ -310,8 +311,13 @@ def _is_like(a: Tensor, b: Tensor) -> bool:
     return same and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
+def is_mutable(value: Any) -> bool:
+    """Return whether a step could change an attribute of a module in place."""
+    return not isinstance(value, _ATOMS)
+
+
 def _mutable(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if name not in PLAIN and not isinstance(value, _ATOMS)}
+    return {name: value for name, value in attributes.items() if name not in PLAIN and is_mutable(value)}
 
 
 def _is_copied_by_torch(module: nn.Module) -> bool:
@@ -327,11 +333,12 @@ def _is_copied_by_torch(module: nn.Module) -> bool:
     return True
 
 
-def _is_users(hook: Any) -> bool:
+def is_users_hook(hook: Any) -> bool:
+    """Return whether a hook is a function or a method, and no object with a state of its own."""
     return isinstance(hook, types.FunctionType | types.MethodType | functools.partial | types.BuiltinFunctionType)
 
 
-def _find_special(value: Any, shared: dict[int, Any], memo: dict[int, Any], depth: int = 0) -> None:
+def find_special(value: Any, shared: dict[int, Any], memo: dict[int, Any], depth: int = 0) -> None:
     """Share data instead of copying them; give what refuses a deep copy to the copy in another form.
 
     Of tensors with a graph their values, of handles of hooks one that removes nothing.
@@ -339,7 +346,7 @@ def _find_special(value: Any, shared: dict[int, Any], memo: dict[int, Any], dept
     if isinstance(value, Tensor):
         if value.grad_fn is not None:
             memo[id(value)] = value.detach().clone()
-    elif isinstance(value, Dataset | DataLoader):
+    elif isinstance(value, Dataset | DataLoader) or connects_processes(value):
         shared[id(value)] = value
     elif isinstance(value, RemovableHandle):
         # The copy has no hooks that it could remove; one whose hooks are gone cannot be copied a second time.
@@ -347,4 +354,4 @@ def _find_special(value: Any, shared: dict[int, Any], memo: dict[int, Any], dept
         memo[id(value)].__setstate__((None, value.id))
     elif depth < 4 and isinstance(value, dict | list | tuple | set):
         for item in value.values() if isinstance(value, dict) else value:
-            _find_special(item, shared, memo, depth + 1)
+            find_special(item, shared, memo, depth + 1)

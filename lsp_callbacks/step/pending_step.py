@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,23 +14,30 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import is_compiled
 from lsp_callbacks.autograd.graph import Graph, joined, read
+from lsp_callbacks.autograd.spread_tensors import local_gradient
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.batch import MicroBatch, batch_size, samples_between
 from lsp_callbacks.step.fingerprint import fingerprint, identical
 from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.module_copy import ModuleCopy
+from lsp_callbacks.step.module_in_place import ModuleInPlace
 from lsp_callbacks.step.module_modes import evaluating
 from lsp_callbacks.step.moving_parameters import moved_together
 from lsp_callbacks.step.own_calls import OwnCalls
 from lsp_callbacks.step.pieces import DividedReplay
-from lsp_callbacks.step.replay import copied, replayer
+from lsp_callbacks.step.replay import copied
 from lsp_callbacks.step.replay_checks import replayed_gradient, verify
 from lsp_callbacks.step.run_context import RunContext
+from lsp_callbacks.step.sharded_replay import ShardedReplay, raising
+from lsp_callbacks.step.shards import local_parameters
 from lsp_callbacks.step.snapshot import OtherLoss, Snapshot
 from lsp_callbacks.step.step_loss import summed
 from lsp_callbacks.step.verified_step import named_gradient
+from lsp_callbacks.step.whole_copy import WholeCopy, require_room, require_same_precision
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+#: Relative difference of a loss with gathered weights: kernels may be others where these lie elsewhere in memory.
+WHOLE = 1e-5
 NOT_KEPT = Unmeasurable("the step was not kept for a replay, as nothing that was due needs one")
 
 
@@ -68,8 +76,8 @@ class PendingStep:
         self.run = run or RunContext()
         self.parts: list[MicroBatch] = []
         self._graphs: list[Graph] = []
-        self.module_copy: ModuleCopy | None = None
-        self._parameters: list[nn.Parameter] = []
+        self.module_copy: ModuleCopy | ModuleInPlace | WholeCopy | None = None
+        self._parameters: list[Any] = []
         self.failure: Exception | None = None
         self.readers, self.can_replay = readers or {}, can_replay
         self._size: int | None = None
@@ -77,9 +85,12 @@ class PendingStep:
         if not can_replay:
             return
         try:
-            standing = self.run.standing_copy
-            self.module_copy = ModuleCopy(module, shared=shared, prepare=prepare, standing=standing)
-            self._parameters = self.module_copy.parameters
+            if self.run.shards is not None:
+                self.module_copy = ModuleInPlace(module, shared=shared, prepare=prepare)
+            else:
+                standing = self.run.standing_copy
+                self.module_copy = ModuleCopy(module, shared=shared, prepare=prepare, standing=standing)
+            self._parameters = [*self.module_copy.parameters]
             self._fingerprint = fingerprint(self._parameters)
         except Exception as error:  # whatever the user's attributes raise when they are copied
             self._fail(error)
@@ -90,14 +101,14 @@ class PendingStep:
         """Give the buffers of the first rank to all."""
 
         def buffers() -> list[Tensor | None]:
-            if self.module_copy is None:
+            if not isinstance(self.module_copy, ModuleCopy):
                 raise self.failure or AssertionError
             return self.module_copy.buffers()
 
         ranks = self.run.ranks
         try:
             of_first = ranks.together(lambda: ranks.first(buffers, "the buffers"))
-            if self.module_copy is not None:
+            if isinstance(self.module_copy, ModuleCopy):
                 self.module_copy.load_buffers(of_first)
         except Exception as error:  # of this rank alone, too: it has to join the next exchange
             self.failure = error.with_traceback(None)
@@ -158,12 +169,10 @@ class PendingStep:
             settings: further fields of the `Snapshot`.
         """
         failure = self.failure or (self._moved(optimizer) if self.can_replay else NOT_KEPT)
-        if failure or self.module_copy is None:
-            module, replay = self.module, _raising(failure)
-        else:
-            module, replay = self.module_copy.module, DividedReplay(self.module_copy, self.parts)
-            replay = replay if self.run.ranks.world == 1 else self.run.ranks.private(replay)
-        gradient = {name: p.grad for name, p in self.module.named_parameters() if p.requires_grad}
+        held = None if self.run.shards is None else local_parameters(self.module)
+        module = self.module if failure or self.module_copy is None else self.module_copy.module
+        replay = self._replay(self.parts, failure, held)
+        gradient = {name: local_gradient(p) for name, p in self.module.named_parameters() if p.requires_grad}
         if gradient_scale is not None:
             gradient = {name: g if g is None else g / gradient_scale for name, g in gradient.items()}
         # Compiled code rounds in other places than the step.
@@ -180,6 +189,7 @@ class PendingStep:
             tolerance=tolerance,
             readers=self.readers,
             can_replay=self.can_replay,
+            held=held,
             own_calls=None if self.own_calls is None else self.own_calls.taken(),
             **settings,
         )
@@ -190,6 +200,51 @@ class PendingStep:
             return self.run.ranks.together(lambda: self._sub_batch(snapshot, count))
         except Exception as error:
             return replace(snapshot, replay=_raising(error))
+
+    def _replay(
+        self, parts: Sequence[MicroBatch], failure: Exception | None, held: Mapping[str, nn.Parameter] | None
+    ) -> Callable[[], Tensor]:
+        """Return the replay of some micro-batches, together with the other ranks where the module has shards."""
+        ranks = self.run.ranks
+        if failure is not None or self.module_copy is None:
+            error = failure or AssertionError()
+            return _raising(error) if held is None else raising(ranks, error)
+        if held is not None:
+            assert isinstance(self.module_copy, ModuleInPlace)
+            return ShardedReplay(self.module_copy, parts, ranks, list(held.values()))
+        replay = DividedReplay(self.module_copy, parts)
+        return replay if ranks.world == 1 else ranks.private(replay)
+
+    def whole(self, optimizer: torch.optim.Optimizer, room: float) -> tuple[PendingStep, torch.optim.Optimizer]:
+        """Return the step of a module with shards on a plain copy with the whole parameters, and its optimizer.
+
+        All ranks make it together, after the backward pass.
+
+        Args:
+            optimizer: of the run.
+            room: bytes that the copy may take.
+
+        Raises:
+            Unmeasurable: where the step was not kept.
+            Unsupported: above ``room``.
+        """
+        if self.failure is not None or not isinstance(self.module_copy, ModuleInPlace):
+            raise self.failure or NOT_KEPT
+        place = self.module_copy
+        require_same_precision(self.module)
+        require_room(self.module, optimizer, room)
+        with self.run.ranks.checked():
+            gathered = place.whole()
+            twin = gathered.optimizer(optimizer)
+        step = copy.copy(self)
+        step.look_at(gathered)
+        return step, twin
+
+    def look_at(self, gathered: WholeCopy) -> None:
+        """Look at a plain copy with the whole parameters from now on, after the step's passes."""
+        self.run, self.module, self.module_copy = replace(self.run, shards=None), gathered.module, gathered
+        self._graphs, self._parameters, self._fingerprint, self.readers = [], [], [], {}
+        self.tolerance = max(self.tolerance, WHOLE)
 
     def _sample(self, count: int) -> tuple[Tensor, int]:
         """Return the loss of the first samples of the first micro-batch, in eval mode, and how many there are."""
@@ -204,7 +259,8 @@ class PendingStep:
             with evaluating(module):
                 return part.loss(module, batch)
 
-        return self.run.ranks.private(replayer(self.module_copy, [replace(part, loss=loss)]))(), size
+        held = None if self.run.shards is None else local_parameters(self.module)
+        return self._replay([replace(part, loss=loss)], None, held)(), size
 
     def other_loss(self, source: OtherLoss, on_device: Callable[[Any], Any]) -> Callable[[], Tensor]:
         """Return the replay of another loss of the module, with the buffers and the first random state of the step.
@@ -225,7 +281,8 @@ class PendingStep:
             part = replace(first, batch=None, loss=lambda module, batch: source(module))
         else:
             part = replace(first, batch=source, loss=mean)
-        return self.run.ranks.private(replayer(self.module_copy, [part]))
+        held = None if self.run.shards is None else local_parameters(self.module)
+        return self._replay([part], None, held)
 
     def _moved(self, optimizer: torch.optim.Optimizer) -> Exception | None:
         """Return an error if the step itself has moved the parameters: a replay, which shares them, would do so too.
@@ -237,7 +294,7 @@ class PendingStep:
             pairs = zip(self._parameters, self._fingerprint, now)
             moved = [p for p, old, new in pairs if not identical([old], [new])]
             trained = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-            if not any(p.requires_grad or id(p) in trained for p in moved):
+            if self.run.shards is None and not any(p.requires_grad or id(p) in trained for p in moved):
                 moved = moved_together(self.module, moved)
                 self.run.standing_copy.move(moved)
                 return Unmeasurable(
@@ -269,7 +326,7 @@ class PendingStep:
         whole = any((batch_size(part.batch) or 0) <= count for part in self.parts)
         if not self.run.ranks.any(lambda: not whole, "a sub-batch") or self.module_copy is None:
             return full
-        part = replace(full, replay=replayer(self.module_copy, [_shortened(part, count) for part in self.parts]))
+        part = replace(full, replay=self._replay([_shortened(part, count) for part in self.parts], None, full.held))
         loss, mean = replayed_gradient(part)
         sub = replace(part, loss=loss, gradient=named_gradient(mean, full))
         if full.clipping is None or full.clipping.kind == "value" or full.flat_gradient is None:

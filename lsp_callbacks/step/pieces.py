@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from lsp_callbacks.step.batch import MicroBatch, batch_size, samples_between
 from lsp_callbacks.step.module_copy import ModuleCopy
+from lsp_callbacks.step.module_in_place import ModuleInPlace
 from lsp_callbacks.step.module_modes import batch_norms
 from lsp_callbacks.step.replay import replayer
+from lsp_callbacks.step.whole_copy import WholeCopy
 
 Replay = Callable[[], Tensor]
 
@@ -25,7 +27,7 @@ class DividedReplay:
         parts: the micro-batches between two updates.
     """
 
-    module_copy: ModuleCopy
+    module_copy: ModuleCopy | ModuleInPlace | WholeCopy
     parts: Sequence[MicroBatch]
 
     def __call__(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import TorchDispatchMode
+from lsp_callbacks.autograd.spread_tensors import spread_among
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 
 T = TypeVar("T")
@@ -169,6 +171,21 @@ class Ranks:
 
         return guarded
 
+    def checked(self) -> contextlib.AbstractContextManager:
+        """Let what runs inside communicate: before each collective all ranks agree that none has failed.
+
+        So a rank that fails on its way takes the others with it, and nobody waits. All must enter the same collectives
+        in the same order, and meet at the end of a round.
+        """
+        return _Checked(self._check) if self.world > 1 else contextlib.nullcontext()
+
+    def each(self, compute: Callable[[], tuple[Tensor, ...]], what: str) -> tuple[Tensor, ...]:
+        """Return the tensors that ``compute`` returns on this rank, once all ranks have theirs."""
+        tensors = self._own_part(compute, what)
+        if self.world > 1:
+            self._check(what)
+        return tensors
+
     def _own_part(self, compute: Callable[[], T], where: str) -> T:
         """Compute the rank's own part; if it fails, say so at the check in which the others wait."""
         if self._over is not None:
@@ -182,6 +199,8 @@ class Ranks:
 
     def _check(self, where: str, error: Exception | None = None) -> None:
         """Raise the same error on all ranks unless all are at the same place and none has failed."""
+        if self._over is not None:  # the others have left the round
+            raise self._over
         place = zlib.crc32(where.encode())
         state = torch.tensor([error is not None, place, -place], device=self.device)
         dist.all_reduce(state, op=dist.ReduceOp.MAX)
@@ -214,6 +233,25 @@ class _Private(TorchDispatchMode):
                 f"the step communicates between processes in its forward pass ({func}: SyncBatchNorm, all_gather), so "
                 "that its loss is not the mean of the processes' losses: measure with one process, or without these"
             )
+        return func(*args, **(kwargs or {}))
+
+
+#: Operators of ``torch.distributed`` that only look at what a collective gave.
+_LOCAL = ("::wait_tensor", "::_wrap_tensor_autograd")
+
+
+class _Checked(TorchDispatchMode):
+    """Calls a function before every collective of ``torch.distributed``."""
+
+    def __init__(self, check: Callable[[str], None]):
+        super().__init__()
+        self._check = check
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if spread_among(types):
+            return NotImplemented  # the tensor's own code comes first, whose collectives are seen then
+        if "c10d" in getattr(func, "namespace", "") and not func.name().endswith(_LOCAL):
+            self._check(func.name())
         return func(*args, **(kwargs or {}))
 
 

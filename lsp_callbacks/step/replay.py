@@ -17,7 +17,9 @@ from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.batch import MicroBatch
 from lsp_callbacks.step.module_copy import ModuleCopy
+from lsp_callbacks.step.module_in_place import ModuleInPlace
 from lsp_callbacks.step.side_effects import Muter, mutable, muted, muters
+from lsp_callbacks.step.whole_copy import WholeCopy
 
 
 def copied(batch: Any) -> Any:
@@ -32,7 +34,7 @@ def copied(batch: Any) -> Any:
     return tree_map(lambda leaf: leaf.clone() if type(leaf) is Tensor else copy.deepcopy(leaf), batch)
 
 
-def replayer(module_copy: ModuleCopy, parts: Sequence[MicroBatch]) -> Callable[[], Tensor]:
+def replayer(module_copy: ModuleCopy | ModuleInPlace | WholeCopy, parts: Sequence[MicroBatch]) -> Callable[[], Tensor]:
     """Return ``() -> loss`` of a step: each call takes fresh batches, buffers and random states, and is `muted`.
 
     The losses of the micro-batches are summed in their order, and buffers evolve through them as they did. The graphs
@@ -75,15 +77,19 @@ def replayer(module_copy: ModuleCopy, parts: Sequence[MicroBatch]) -> Callable[[
 
 
 @contextlib.contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
+def untouched(module: nn.Module, *, in_place: bool = False) -> Iterator[None]:
     """Put the global random states back at the end, and let nothing inside call the module itself.
 
     Its parameters are shared with the copy, so hooks on them are off: autograd would call them. A function that a user
     stored on the module may refer to the module itself, in a copy too: calling the module raises. Nothing is compiled,
     as every copy would be compiled anew. Activations are checkpointed without re-entrance, as re-entrant checkpoints
     do not support ``torch.autograd.grad``, and hide what is inside.
+
+    Args:
+        module: that trains.
+        in_place: whether replays run the module itself, see `ModuleInPlace`.
     """
-    originals = {id(m) for m in module.modules()}
+    originals = set() if in_place else {id(m) for m in module.modules()}
     before = RandomState()
 
     def refuse(called: nn.Module, args: tuple) -> None:

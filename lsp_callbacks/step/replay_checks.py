@@ -181,8 +181,14 @@ def replayed_gradient(snapshot: Snapshot) -> tuple[Tensor, Tensor]:
         losses.append(loss)
         return (gradient,)
 
-    (gradient,) = snapshot.run.ranks.mean(rank_gradient, "the gradient")
+    (gradient,) = _mean_gradient(snapshot, rank_gradient)
     return losses[0].detach(), gradient
+
+
+def _mean_gradient(snapshot: Snapshot, of_rank: Callable[[], tuple[Tensor]]) -> tuple[Tensor, ...]:
+    """Return the mean of the ranks' gradients; with shards each rank's part is of the mean already."""
+    ranks = snapshot.run.ranks
+    return (ranks.mean if snapshot.run.shards is None else ranks.each)(of_rank, "the gradient")
 
 
 def verify_gradient(snapshot: Snapshot) -> None:
@@ -204,7 +210,7 @@ def verify_gradient(snapshot: Snapshot) -> None:
             def rank_gradient() -> tuple[Tensor]:
                 return (flatten(torch.autograd.grad(losses.pop(), parameters, allow_unused=True), parameters),)
 
-            (gradient,) = snapshot.run.ranks.mean(rank_gradient, "the gradient")
+            (gradient,) = _mean_gradient(snapshot, rank_gradient)
         check_gradient(snapshot, gradient, tolerance=1e-2 if snapshot.graph.full else 0.1)
         snapshot.verified.gradient = True
 

@@ -14,6 +14,7 @@ from lsp_callbacks.step.known_scale import KnownScales
 from lsp_callbacks.step.module_copy import StandingCopy
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.series import Trace
+from lsp_callbacks.step.shards import Shards
 
 #: From the name of a parameter, its value and its learning rate to its new value.
 Prox = Callable[[str, Tensor, float], Tensor]
@@ -43,7 +44,8 @@ class RunContext:
             not. `Monitor.observe` sets its own.
         unknown_loss: why the loss of a step is not known as a function of module and batch, so that no step is kept for
             a replay; None if it is.
-        sharded: why no process holds all parameters, so that nothing can be measured; None if each does.
+        sharded: why nothing can be measured of shards that the strategy gives to each process; None if it can be.
+        shards: how the parameters lie on the processes, where each has a shard of them; None where each has all.
         known_graph: what verified replays of earlier steps have shown; one object for a whole run.
         known_scales: of differences of gradients at earlier steps; likewise.
         standing_copy: of the module, which the measured steps use one after the other; likewise.
@@ -68,6 +70,7 @@ class RunContext:
     invalidated: str | None = None
     unknown_loss: str | None = None
     sharded: str | None = None
+    shards: Shards | None = None
     known_graph: KnownGraph = field(default_factory=KnownGraph, repr=False)
     known_scales: KnownScales = field(default_factory=KnownScales, repr=False)
     standing_copy: StandingCopy = field(default_factory=StandingCopy, repr=False)

@@ -62,6 +62,10 @@ class Snapshot:
         room: returns how many bytes a measurement may take beside training.
         other_loss: from a loss of the module, or from batches of which the step's own loss is taken, to its replay with
             the buffers and the first random state of the step; None where there is none.
+        held: the parameters of which ``replay`` computes the loss, by name, where they are not those of the module: its
+            shards on this process, as plain tensors. ``gradient`` is of them.
+        whole_step: of a module with shards, returns the same step on a plain copy with the whole parameters, which all
+            ranks make together; None where there are no shards.
 
     Attributes:
         shared: results of functions that are `computed_once`; ``dataclasses.replace`` begins without them.
@@ -90,6 +94,8 @@ class Snapshot:
     can_replay: bool = True
     room: Callable[[], Room] = field(default=Room, repr=False)
     other_loss: Callable[[OtherLoss], Callable[[], Tensor]] | None = field(default=None, repr=False)
+    held: Mapping[str, nn.Parameter] | None = field(default=None, repr=False)
+    whole_step: Callable[[], Snapshot] | None = field(default=None, repr=False)
     shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     verified: Verified = field(default_factory=Verified, init=False, repr=False)
 
@@ -101,6 +107,8 @@ class Snapshot:
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters, each once, by name; in a game the player's own, or those of all, see `Player`."""
+        if self.held is not None:
+            return {**self.held}
         held = (lambda p: True) if self.player is None else self.player.holds
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad and held(p)}
 
@@ -147,6 +155,15 @@ class Snapshot:
         """The same step, looking at the parameters of all players; without a game itself."""
         return self if self.player is None or self.player.joint else _joint(self, self.player)
 
+    @property
+    def whole(self) -> Snapshot:
+        """The same step with the whole parameters; itself where there are no shards. All ranks ask together.
+
+        Raises:
+            Unsupported: where there is no room for them.
+        """
+        return self if self.whole_step is None else _whole(self)
+
     def follows(self, step: int) -> bool:
         """Return whether this step begins where another one has ended."""
         return step == (self.step - 1 if self.previous is None else self.previous)
@@ -180,3 +197,10 @@ def computed_once(compute: Callable[Concatenate[Snapshot, P], T]) -> Callable[Co
 @computed_once
 def _joint(snapshot: Snapshot, player: Player) -> Snapshot:
     return replace(snapshot, player=replace(player, joint=True))
+
+
+@computed_once
+def _whole(snapshot: Snapshot) -> Snapshot:
+    assert snapshot.whole_step is not None
+    step = snapshot.run.ranks.apart(snapshot.whole_step)
+    return replace(step, run=replace(snapshot.run, shards=None))  # with what a monitor has completed

@@ -65,7 +65,8 @@ class TakenStep:
         self.lr = math.nan if snapshot.optimizer is None else largest_learning_rate(snapshot.optimizer)
         self.is_exact = snapshot.tolerance == 0
         self._check, self._replay, self._tolerance = check, snapshot.replay, snapshot.tolerance
-        self._parameters, self._loss = list(snapshot.parameters.values()), snapshot.loss
+        self._names, self._parameters = list(snapshot.parameters), list(snapshot.parameters.values())
+        self._loss = snapshot.loss
         self._before = [p.detach().clone() for p in self._parameters]
         #: Without one the slope is not known.
         self._gradient: list[Tensor | None] | None = None
@@ -85,12 +86,14 @@ class TakenStep:
         if gradient is None:
             return None
         # Tensor by tensor: a flat update would be as large as the weights, and there may be little room.
-        parts = [
-            _dot(g, p.detach() - before)
-            for g, p, before in zip(gradient, self._parameters, self._before)
+        parts = {
+            name: _dot(g, p.detach() - before)
+            for name, g, p, before in zip(self._names, gradient, self._parameters, self._before)
             if g is not None
-        ]
-        return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
+        }
+        if self.run.shards is not None:
+            return self.run.shards.total(parts, "the slope")
+        return torch.stack(list(parts.values())).sum() if parts else torch.zeros((), dtype=torch.float64)
 
     @contextlib.contextmanager
     def along(self, replay: Callable[[], Tensor] | None = None, *, replays_before: bool = False) -> Iterator[Along]:

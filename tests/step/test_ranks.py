@@ -29,7 +29,6 @@ TWINS = {
     "game plain": "game",
     "conv plain": "conv",
     "communicates plain": "communicates",
-    "sharded plain": "sharded",
 }
 
 
@@ -280,17 +279,10 @@ def test_a_step_that_communicates_is_refused(found):
     assert "communicates between processes" in said and "sharpness" in said and "spectral_norm" in said
 
 
-def test_shards_are_refused(found):
-    assert not found[0]["sharded"]["history"]
-    (said,) = found[0]["sharded"]["said"]
-    assert "ModelParallelStrategy" in said and "lyapunov_trajectory" in said and "strategy='ddp'" in said
-
-
 #: Runs, and a part of the reason for which they are refused.
 RUNS = {
     "DDP, two processes": (("smooth", "conv", "game"), None),
     "a step that communicates (SyncBatchNorm)": (("communicates",), "communicates between processes"),
-    "ModelParallel (FSDP2)": (("sharded",), "ModelParallelStrategy"),
 }
 
 
@@ -325,7 +317,7 @@ def strategy(*names, hook=None):
     [
         (("FSDPStrategy",), True),
         (("DeepSpeedStrategy", "DDPStrategy"), True),
-        (("Own", "ModelParallelStrategy"), True),
+        (("Own", "ModelParallelStrategy"), False),
         (("Own", "DDPStrategy"), False),
         (("SingleDeviceStrategy",), False),
     ],

@@ -67,6 +67,7 @@ class CourantStep(AlongUpdate):
     """
 
     name = "courant_step"
+    needs_whole = False
     KEYS: ClassVar = {
         "courant_step": Key(
             "Curvature along the last updates over that at which their losses stop falling.",

@@ -78,6 +78,7 @@ class CriticalSharpness(AlongUpdate):
     """
 
     name = "critical_sharpness"
+    needs_whole = False
     KEYS: ClassVar = {
         "critical_sharpness": Key(
             "2 over the rate at which the step's update raises the loss of its batch.",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import Convolution
+from lsp_callbacks.autograd.gathered_layer import gathered
 from lsp_callbacks.errors import NotApplicable
 from lsp_callbacks.functional.network.adapted_layers import as_one_layer, is_adapted, parts_of_adapted
 from lsp_callbacks.functional.network.layer_operators import in_eval_mode, row_norm, weight_operators
@@ -52,6 +53,7 @@ class SpectralNorm(Quantity):
     weight = 0.05
     name = "spectral_norm"
     needs_loss = False
+    needs_whole = False
     supports_multiple_optimizers = True
     KEYS: ClassVar = {
         "spectral_norm_max": Key(
@@ -102,10 +104,18 @@ class SpectralNorm(Quantity):
         self.complete = False
         calls = snapshot.calls
         starts: dict[str, dict[str, Tensor]] = {}
-        # All ranks have the same weights; only the sizes of their inputs may differ.
-        norms, residual, rows = snapshot.run.ranks.first(
-            lambda: self._measure(snapshot.module, calls, starts), self.name
-        )
+        ranks = snapshot.run.ranks
+
+        def measure() -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+            return self._measure(snapshot.module, calls, starts)
+
+        if snapshot.run.shards is None:
+            # All ranks have the same weights; only the sizes of their inputs may differ.
+            norms, residual, rows = ranks.first(measure, self.name)
+        else:  # all are needed to gather a layer
+            with ranks.checked():
+                numbers = measure()
+            norms, residual, rows = ranks.first(lambda: numbers, self.name)
         self._layer_norms, self._row_norms, self._starts = norms, rows, starts
         if not norms:
             self.finish({})
@@ -132,14 +142,15 @@ class SpectralNorm(Quantity):
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            for part, found in self._norms(name, layer, called).items():
-                key = f"{name}.{part}" if part else name
-                norms[key] = scalar(found.value)
-                starts.setdefault(name, {})[part] = found.vectors
-                residual = torch.maximum(residual, scalar(found.residual) / norms[key].clamp_min(1e-300))
-            single = as_one_layer(layer) if is_adapted(layer) else layer
-            if isinstance(single, nn.Embedding):
-                rows[name] = scalar(row_norm(single))
+            with gathered(layer):
+                for part, found in self._norms(name, layer, called).items():
+                    key = f"{name}.{part}" if part else name
+                    norms[key] = scalar(found.value)
+                    starts.setdefault(name, {})[part] = found.vectors
+                    residual = torch.maximum(residual, scalar(found.residual) / norms[key].clamp_min(1e-300))
+                single = as_one_layer(layer) if is_adapted(layer) else layer
+                if isinstance(single, nn.Embedding):
+                    rows[name] = scalar(row_norm(single))
         return norms, residual, rows
 
     def compute(self) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lsp_callbacks.callbacks.rate_cap import RateCap
+from lsp_callbacks.callbacks.critical_rate import CriticalRate, RateCap, critical_rate
 from lsp_callbacks.callbacks.rates_of_update import RatesOfUpdate
 
 
@@ -17,12 +17,34 @@ def read(*criticals, safety=0.5, max_age=10, relative=(1.0,), **settings):
 
 
 def test_the_mean_courant_number_of_three_readings_is_safety():
-    assert read(2.0).limits == [1.0] and read(3.0, 1.0).limits == [0.75]
+    assert read(2.0).limits == [1.0] and read(2.0, 1.0).limits == [2 / 3]
     assert read(1.0, 3.0, 3.0, 3.0).limits == [1.5]
     assert read(1.0, math.inf, math.inf).limits == [1.5] and read(math.inf).limits == [math.inf]
     criticals = (0.7, 1.9, 1.1)
     (limit,) = read(*criticals, safety=0.9).limits
     assert sum(limit / critical for critical in criticals) / 3 == pytest.approx(0.9)
+
+
+def test_a_fall_to_less_than_half_is_followed_at_once():
+    assert read(16.0, 9.0, 0.8, 0.3).limits == [0.15] and read(math.inf, 1.0).limits == [0.5]
+    assert read(0.3, 9.0).limits == [pytest.approx(0.5 * 2 / (1 / 0.3 + 1 / 9.0))]  # a rise is not
+    assert read(2.01, 1.0).limits == [0.5] < read(1.99, 1.0).limits
+
+
+def test_the_critical_rate_of_an_observation_is_that_of_the_number_that_counts():
+    def observed(**values):
+        return {f"stability/{key}": value for key, value in values.items()}
+
+    mean_square = observed(courant=0.5, courant_mean_square=0.5, mean_square_lr=3.0, courant_gd=0.1)
+    assert critical_rate(mean_square, used=1.0) == 3.0
+    assert critical_rate(mean_square, used=1.0, key="stability/courant_gd") == 10.0
+    assert critical_rate(observed(courant=0.5, courant_gd=0.5), used=1.0) == 2.0
+    assert critical_rate(observed(courant=0.0, courant_gd=0.0), used=1.0) == math.inf
+    assert math.isnan(critical_rate(observed(courant=math.nan), used=1.0)) and math.isnan(critical_rate({}, used=1.0))
+    rate = CriticalRate()
+    assert rate.add(mean_square, used=1.0) and rate.mean == 3.0
+    assert rate.add(observed(courant=0.5, courant_sgd=0.5, critical_lr=7.0), used=1.0) and rate.mean == 7.0
+    assert not rate.add(mean_square, used=1.0)  # not of SGD itself
 
 
 def test_before_a_reading_and_below_the_cap_nothing_changes():

@@ -1,0 +1,138 @@
+"""Losses that are not one criterion of the outputs: no number instead of a calm one, and the right one where told.
+
+Fused cross-entropy in chunks, checkpointed chunks, z-loss, and the load balancing loss of a mixture of experts.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import Model, fit
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from lsp_callbacks import StabilityMonitor
+from lsp_callbacks.functional import mean_square_lr, reduced_modes
+
+N, T, WIDTH, WORDS = 8, 4, 5, 6
+POPULATION = 10**9
+
+
+class FusedInChunks(torch.autograd.Function):
+    """Last layer and cross-entropy, a few tokens at a time, with the gradients computed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, h, weight, y):
+        total, gradients = h.new_zeros(()), [torch.zeros_like(h), torch.zeros_like(weight)]
+        for at in torch.arange(len(h)).split(8):
+            with torch.enable_grad():
+                part, w = h[at].detach().requires_grad_(), weight.detach().requires_grad_()
+                loss = F.cross_entropy(part @ w.T, y[at], reduction="sum") / (y >= 0).sum()
+            of_part, of_weight = torch.autograd.grad(loss, (part, w))
+            gradients[0][at], total = of_part, total + loss.detach()
+            gradients[1] += of_weight
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return *(g * saved for saved in ctx.saved_tensors), None
+
+
+def criterion(f, batch, kind):
+    loss = F.cross_entropy(f.flatten(0, 1), batch[1].flatten())
+    return loss + 0.05 * f.logsumexp(-1).square().mean() if kind == "z" else loss
+
+
+class Words(Model):
+    def __init__(self, kind):
+        super().__init__(nn.Sequential(nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh()))
+        self.kind, self.head = kind, nn.Linear(WIDTH, WORDS, bias=False)
+        self.gate, self.experts = nn.Linear(WIDTH, 2), nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        if kind != "experts":
+            self.gate, self.experts = None, None
+        with torch.no_grad():
+            self.head.weight.mul_(3)
+
+    def hidden(self, x):
+        h = self.net(x)
+        if self.experts is None:
+            return h, 0.0
+        p = self.gate(h).softmax(-1)
+        most, first = p.max(-1)
+        mixed = torch.where((first == 0)[..., None], self.experts[0](h), self.experts[1](h))
+        share = F.one_hot(first, 2).to(p).mean((0, 1))
+        return h + most[..., None] * mixed, 2 * (share * p.mean((0, 1))).sum()
+
+    def logits(self, batch):
+        return self.head(self.hidden(batch[0])[0])
+
+    def criterion(self, f, batch):
+        return criterion(f, batch, self.kind)
+
+    def loss(self, batch):
+        (h, balance), y = self.hidden(batch[0]), batch[1].flatten()
+        h = h.flatten(0, 1)
+        if self.kind == "fused":
+            return FusedInChunks.apply(h, self.head.weight, y)
+        if self.kind in ("chunks", "checkpointed chunks"):
+
+            def part(h, y):
+                return F.cross_entropy(self.head(h), y, reduction="sum")
+
+            def kept(h, y):
+                return checkpoint(part, h, y, use_reentrant=False)
+
+            of_part = part if self.kind == "chunks" else kept
+            return sum(of_part(*pair) for pair in zip(h.split(8), y.split(8))) / (y >= 0).sum()
+        return self.criterion(self.logits(batch), batch) + 0.1 * balance
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randint(0, WORDS, (2, N, T), generator=generator)
+    y[:, 0] = -100
+    return DataLoader(TensorDataset(x, y), batch_size=N)
+
+
+def dense_rate(model, batch):
+    """The critical rate from every token, by its own Hessian in the outputs."""
+    outputs = model.logits(batch)
+    f = outputs.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(N * model.criterion(f, batch), f, create_graph=True)
+    rows = []
+    for i, t in [(i, t) for i in range(N) for t in range(T)]:
+        S = torch.stack([torch.autograd.grad(g, f, retain_graph=True)[0][i, t] for g in slope[i, t]])
+        values, vectors = torch.linalg.eigh(S.double())
+        u = vectors[:, -1].float() * values[-1].clamp_min(0).sqrt()
+        z = torch.autograd.grad(outputs[i, t] @ u, [*model.parameters()], retain_graph=True, materialize_grads=True)
+        rows.append(torch.cat([g.flatten() for g in z]).double())
+    z = torch.stack(rows)
+    return mean_square_lr(reduced_modes(z @ z.T, T, tol=1e-9), batch_size=N, population=N)
+
+
+@pytest.mark.parametrize("kind", ["fused", "chunks", "checkpointed chunks", "z", "experts"])
+def test_it_is_left_out_with_the_reason_or_right_where_the_outputs_are_told(kind):
+    silent = StabilityMonitor(every_n_steps=1)
+    with pytest.warns(UserWarning, match="mean_square_stability.*pass forward_fn"):
+        fit(lambda: Words(kind), silent, loader=batches(), max_steps=3)
+    assert not any(map(math.isfinite, silent.history.get("stability/courant_mean_square", _Nothing).values))
+    assert all(map(math.isfinite, silent.history["stability/sharpness"].values))
+
+    torch.manual_seed(0)
+    expected = dense_rate(Words(kind), next(iter(batches())))
+    told = StabilityMonitor(
+        ["mean_square_stability"], every_n_steps=1,
+        forward_fn=lambda module, batch: module.logits(batch),
+        criterion=lambda f, batch: criterion(f, batch, kind),
+    )  # fmt: skip
+    fit(lambda: Words(kind), told, loader=batches(), max_steps=3)
+    values = told.history["stability/mean_square_lr"].values
+    assert values[0] == pytest.approx(expected, rel=0.1) and all(map(math.isfinite, values))
+
+
+class _Nothing:
+    values = ()

@@ -1,0 +1,255 @@
+"""Runs whose two processes hold a shard of the parameters each: FSDP2, tensor parallel, and their modes."""
+
+import contextlib
+import itertools
+import math
+import os
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from harness import fit
+from torch import nn
+from torch.utils.data import DataLoader
+from two_ranks import BATCH, WORLD, dataset, joined
+from two_shards import NAMES, STEPS, Recomputes, Sharded, TensorParallel, wide
+
+from lsp_callbacks import StabilityMonitor
+from lsp_callbacks.errors import Unsupported
+from lsp_callbacks.quantities import REGISTRY
+from lsp_callbacks.step.whole_copy import require_room
+
+
+def processes(part, folder):
+    """What both processes have found, by rank; a deadlock ends in the time limit."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = Path(__file__).parents[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD), "NODE_RANK": "0",
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here))),
+    }  # fmt: skip
+    command = [sys.executable, str(here / "two_shards.py"), str(folder), part]
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(open(folder / f"{rank}.log", "w")) for rank in range(WORLD)]
+        running = [
+            subprocess.Popen(command, env=os.environ | shared | {"LOCAL_RANK": str(rank)}, stdout=log, stderr=log)
+            for rank, log in enumerate(logs)
+        ]
+    try:
+        codes = [process.wait(timeout=300) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert not any(codes), "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(WORLD))
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    return processes("core", tmp_path_factory.mktemp("core"))
+
+
+@pytest.fixture(scope="module")
+def modes(tmp_path_factory):
+    return processes("modes", tmp_path_factory.mktemp("modes"))
+
+
+def untouched(before, after):
+    for key in ("weights", "losses", "momentum", "random", "memory", "steps"):
+        if key in before:
+            assert equal(before[key], after[key]), key
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def close(own, twin, tolerance, *, but=()):
+    names = [key for key in twin if not any(name in key for name in but)]
+    assert names and set(names) <= own.keys()
+    for key in names:
+        assert own[key][0] == twin[key][0], key
+        assert own[key][1] == pytest.approx(twin[key][1], rel=tolerance, abs=1e-9, nan_ok=True), key
+
+
+def alone(make, names, steps=STEPS, **settings):
+    """The curves of one process on the joined batch."""
+    monitor = StabilityMonitor(list(names), every_n_steps=3, **settings)
+    fit(make, monitor, loader=joined(), max_steps=steps)
+    return {key: (curve.steps, curve.values) for key, curve in monitor.history.items()}
+
+
+#: What looks at rows of a quarter of the batch: of the first process alone, where there are several.
+ROWS = ("mean_square", "stability/courant", "collapsed")
+
+
+@pytest.mark.parametrize("before, after", [("plain", "sharded"), ("plain", "default"), ("plain state", "state")])
+def test_a_run_in_shards_is_untouched(core, before, after):
+    for own in core:
+        untouched(own[before], own[after])
+
+
+def test_a_loop_of_ones_own_is_untouched(core):
+    for own in core:
+        untouched(own["plain loop"], own["loop"])
+
+
+def test_shards_are_measured_as_one_process(core):
+    found = core[0]["sharded"]
+    assert not found["skipped"] and not found["said"]
+    close(found["history"], alone(Sharded, NAMES), 1e-4, but=(*ROWS, "gain_bound"))
+    assert core[0]["sharded"]["history"] == core[1]["sharded"]["history"]
+
+
+def test_shards_are_measured_as_under_ddp(core):
+    """The headline Courant number, too, of which each process reads rows of its own."""
+    assert all(any(name in key for key in core[0]["ddp"]["history"]) for name in ROWS)
+    close(core[0]["sharded"]["history"], core[0]["ddp"]["history"], 1e-6)
+
+
+def test_a_loop_of_ones_own_is_measured_alike(core):
+    own = core[0]["loop"]["history"]
+    assert {"stability/sharpness", "stability/courant", "stability/lyapunov"} <= own.keys()
+    steps = core[0]["sharded"]["history"]["stability/sharpness"][0]
+    assert own["stability/sharpness"][0][: len(steps)] == steps[: len(own["stability/sharpness"][0])]
+    for key in ("stability/sharpness", "stability/courant_step", "stability/critical_sharpness", "stability/courant"):
+        both = [history[key][1] for history in (own, core[0]["sharded"]["history"])]
+        count = min(map(len, both))
+        assert count > 3 and both[0][:count] == pytest.approx(both[1][:count], rel=1e-4), key
+
+
+def test_the_defaults_measure_shards(core):
+    found = core[0]["default"]
+    assert not found["skipped"] and not found["said"] and found["stops"] == core[1]["default"]["stops"]
+    assert all(value == value for value in found["history"]["stability/courant"][1])
+
+
+@pytest.mark.parametrize("place", ["before", "forward", "backward"])
+def test_a_failure_on_one_process_is_nan_on_all(core, place):
+    """Also in the middle of a pass, where the others wait for its part of the weights."""
+    for own in core:
+        untouched(own["healthy"], own[place])
+    # The backward pass of a replay is needed for the sharpness alone.
+    failing = ["stability/sharpness"]
+    failing += [] if place == "backward" else [f"stability/{name}" for name in ("courant_step", "spectral_norm_max")]
+    for own in core:
+        for key in failing:
+            steps, values = own[place]["history"][key]
+            assert steps == [0, 2, 4, 6] and [value != value for value in values] == [False, False, True, False], key
+    said = " ".join(core[0][place]["said"])
+    assert "on rank 1 of 2: RuntimeError: out of memory" in said and not core[1][place]["said"]
+
+
+def test_state_and_hooks_of_the_user_in_shards(core):
+    seen, calls = core[0]["state"]["memory"]
+    assert len(seen) == calls == 8
+    for name in ("courant_step", "critical_sharpness", "spectral_norm_max"):
+        values = core[0]["state"]["history"][f"stability/{name}"][1]
+        assert len(values) == 4 and all(value == value for value in values)
+
+
+#: Modes in which all is measured as one process does, without a shard.
+ALIKE = {
+    "AdamW": partial(Sharded, partial(torch.optim.AdamW, lr=0.05)),
+    "HSDP": Sharded, "HSDP one replica": Sharded, "not resharded": Sharded, "checkpointed": Recomputes,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ALIKE, "clipped", "accumulated", "mixed", "tensor parallel", "fabric"])
+def test_modes_are_untouched(modes, name):
+    for own in modes:
+        untouched(own[f"{name} plain"], own[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALIKE)
+def test_modes_are_measured_as_one_process(modes, name):
+    close(modes[0][name]["history"], alone(ALIKE[name], NAMES, steps=8), 1e-4, but=(*ROWS, "gain_bound"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clipped", "accumulated", "fabric"])
+def test_modes_that_are_measured(modes, name):
+    curves = modes[0][name]["history"]
+    assert not modes[0][name].get("said")
+    for key in ("sharpness", "courant", "courant_step", "critical_sharpness", "spectral_norm_max"):
+        values = curves[f"stability/{key}"][1]
+        assert values and all(value == value for value in values), key
+
+
+@pytest.mark.slow
+def test_whole_weights_are_refused_in_mixed_precision(modes):
+    own = modes[0]["mixed"]
+    assert "MixedPrecisionPolicy rounds the weights to torch.bfloat16" in " ".join(own["said"])
+    for key in ("sharpness", "courant", "lyapunov"):
+        assert all(value != value for value in own["history"][f"stability/{key}"][1]), key
+    assert all(value == value for value in own["history"]["stability/spectral_norm_max"][1])
+    assert own["history"]["stability/critical_sharpness"][1][0] > 0  # later its own reason is rounding
+
+
+@pytest.mark.slow
+def test_tensor_parallel_is_measured_as_one_process(modes):
+    """Both processes take the same batch."""
+    monitor = StabilityMonitor([name for name in NAMES if name != "residual_cfl"], every_n_steps=3)
+    loader = DataLoader(dataset(), 2 * BATCH)
+    fit(lambda: TensorParallel(net=wide()), monitor, loader=loader, max_steps=8)
+    twin = {key: (curve.steps, curve.values) for key, curve in monitor.history.items()}
+    close(modes[0]["tensor parallel"]["history"], twin, 1e-4, but=ROWS)
+
+
+def test_rounded_weights_have_another_loss():
+    """The wrong number that the refusal avoids: the curvature of the whole weights is not that of the rounded ones."""
+    torch.manual_seed(0)
+    net, x = wide().float(), torch.randn(32, 6)
+    rounded = [p.bfloat16().float() for p in net.parameters()]
+    losses = [net(x).square().mean()]
+    with torch.no_grad():
+        for p, low in zip(net.parameters(), rounded):
+            p.copy_(low)
+    losses.append(net(x).square().mean())
+    assert abs(float(losses[0] / losses[1]) - 1) > 1e-5
+
+
+#: Runs, and whether they were refused.
+RUNS = {"FSDP2, two processes": "sharded"}
+
+
+def test_support_of_shards(core, support):
+    for order, (name, run) in enumerate(RUNS.items()):
+        history = core[0][run]["history"]
+        results = {}
+        for quantity in NAMES:
+            curves = [history[key][1] for key in REGISTRY[quantity].keys if key in history]
+            if curves and all(map(math.isfinite, itertools.chain(*curves))):
+                results[quantity] = {"state": "measured"}
+        assert {"spectral_norm", "sharpness", "mean_square_stability"} <= results.keys()
+        support("strategy", name, 10 + order, results)
+
+
+def test_a_shard_is_not_the_whole():
+    """The wrong number that gathering avoids: norms of shards are not those of weights, nor do their squares add up."""
+    weight = torch.diag(torch.tensor([3.0, 2.0])) + 1.0
+    norms = [float(torch.linalg.matrix_norm(part, 2)) for part in weight.chunk(2)]
+    whole = float(torch.linalg.matrix_norm(weight, 2))
+    assert max(norms) < 0.95 * whole and sum(n**2 for n in norms) > 1.05 * whole**2
+
+
+def test_no_room_for_the_whole_weights():
+    net = nn.Linear(10, 10)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    require_room(net, sgd, 2 * 110 * 4)
+    with pytest.raises(Unsupported, match="880 bytes beside its shards, more than 879"):
+        require_room(net, sgd, 2 * 110 * 4 - 1)
