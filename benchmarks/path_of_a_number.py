@@ -21,10 +21,10 @@ and now
 
 | number | files entered | calls | changes of file | ways |
 |---|---|---|---|---|
-| sharpness | 60 | 1,029 | 269 | 229 |
-| mean_square_stability | 65 | 545 | 204 | 195 |
-| sgd_stability | 70 | 1,987 | 329 | 291 |
-| stability_profile | 88 | 55,357 | 11,296 | 491 |
+| sharpness | 59 | 924 | 221 | 209 |
+| mean_square_stability | 65 | 548 | 206 | 197 |
+| sgd_stability | 71 | 1,752 | 304 | 280 |
+| stability_profile | 88 | 53,655 | 9,264 | 483 |
 
 Small files of one idea each and few changes of file work against each other. Most of what is left is made once a step
 (how it is kept, whether it is due, the optimizer's rule, the checks afterwards); a Hessian product makes fifteen.

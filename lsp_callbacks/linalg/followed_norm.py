@@ -24,11 +24,13 @@ class FollowedNorm:
         residual: ``||A^T A v - s^2 v|| / (2 s)``, or by how much less s is than another lower bound; in the units of A.
         vectors: ``(k, n)``, orthonormal, the leading right singular vectors as far as they are known, for the next
             call; k is 2, or 1 where A has no second.
+        begun: pairs of products of Lanczos, where it had to begin; 0 where the vectors were followed.
     """
 
     value: Tensor
     residual: Tensor
     vectors: Tensor
+    begun: int = 0
 
 
 def followed_norm(
@@ -70,7 +72,7 @@ def followed_norm(
     value = top.value.clamp_min(0).sqrt()
     residual = torch.where(value == 0, 0.0, top.residual / (2 * value).clamp_min(torch.finfo(torch.float64).tiny))
     pairs = range(1, 1 + min(CARRIED, len(ritz.basis)))
-    return FollowedNorm(value, residual, torch.stack([ritz.pair(-k).vector for k in pairs]))
+    return FollowedNorm(value, residual, torch.stack([ritz.pair(-k).vector for k in pairs]), len(ritz.basis))
 
 
 def _iterated(operator: LinearOperator, vectors: Tensor) -> FollowedNorm:

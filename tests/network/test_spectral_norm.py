@@ -374,3 +374,23 @@ def test_what_is_not_finite_or_not_reached_is_refused():
             layer.weight[0, 0, 0, 0] = math.nan
         with pytest.raises(Unmeasurable, match="not finite"):
             spectral_norm(layer, size)
+
+
+def test_the_price_knows_where_the_iteration_began_anew():
+    """A weight that has stayed is followed by one step; one that became another takes Lanczos, and so may the next."""
+    net, x = seeded(nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 20))), random(4, 40)
+    metric, prices = SpectralNorm(), []
+
+    def measured():
+        snapshot = Snapshot(step=len(prices), module=net, replay=lambda: net(x).square().mean())
+        metric.update(snapshot)
+        prices.append(metric.cost(snapshot)["spectral norms"])
+
+    for _ in range(2):
+        measured()
+    with torch.no_grad():
+        net[0].weight.normal_()
+    measured()
+    measured()
+    assert prices[2] > prices[1] + 1e-6 and prices[3] == pytest.approx(prices[1])
+    assert prices[0] < SpectralNorm().cost(Snapshot(step=9, module=net, replay=lambda: net(x).sum()))["spectral norms"]

@@ -25,9 +25,11 @@ from lsp_callbacks.step.replay_checks import Call
 from lsp_callbacks.step.snapshot import Snapshot
 
 STEPS, TOLERANCE = 20, 1e-2
-#: Operations and products for each linear map: by Lanczos from nothing, from the vectors of the last measurement, and
-#: where the weight is frozen and is only looked at.
-COLD, WARM, FROZEN = (480, 36), (55, 4), (4, 1)
+#: Operations and products for each linear map: from the vectors of the last measurement, for each pair of products of
+#: Lanczos where that begins anew, and where the weight is frozen and is only looked at.
+WARM, PAIR, FROZEN = (60, 4), (58, 2), (4, 1)
+#: Pairs of products of Lanczos from nothing, and in a second measurement, until it is known where it begins anew.
+COLD, SECOND = 14.0, 2.0
 #: Nanoseconds of a multiplication in products with single vectors, see `lsp_callbacks.operators.cost`.
 PRODUCT = 0.06
 
@@ -75,6 +77,8 @@ class SpectralNorm(Quantity):
         self._layer_norms: dict[str, Tensor] = {}
         self._row_norms: dict[str, Tensor] = {}
         self._starts: dict[str, dict[str, Tensor]] = {}
+        #: Pairs of products of Lanczos for each map of a layer, when it was last followed.
+        self._begun: dict[str, float] = {}
         #: Norms of layers that are frozen, with what tells that they have not changed.
         self._frozen: dict[str, tuple[tuple, list[Tensor], dict[str, FollowedNorm]]] = {}
 
@@ -92,9 +96,16 @@ class SpectralNorm(Quantity):
             layer = modules[name]
             if _has_linear_part(layer) and self._takes(name, layer):
                 maps = 4 if isinstance(layer, nn.MultiheadAttention) else 1
-                operations, products = FROZEN if name in self._frozen else WARM if name in self._starts else COLD
+                operations, products = self._work(name)
                 calls, time = calls + maps * operations, time + PRODUCT * products * _multiplications(layer, called)
         return {**calls_cost(snapshot), "spectral norms": beside(snapshot, calls=calls, time=time)}
+
+    def _work(self, name: str) -> tuple[float, float]:
+        """Return operations and products for each map of a layer: Lanczos begins anew where it did the last time."""
+        if name in self._frozen:
+            return FROZEN
+        pairs = self._begun.get(name, SECOND) if name in self._starts else COLD
+        return WARM[0] + PAIR[0] * pairs, WARM[1] + PAIR[1] * pairs
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         return forward_memory(snapshot)
@@ -176,6 +187,8 @@ class SpectralNorm(Quantity):
                 part: followed_norm(operator, starts.get(part), steps=STEPS, tol=TOLERANCE)
                 for part, operator in operators.items()
             }
+        if starts:
+            self._begun[name] = sum(norm.begun for norm in norms.values()) / max(len(norms), 1)
         self._frozen.pop(name, None)
         if is_frozen and all(2 * norm.residual <= TOLERANCE * norm.value for norm in norms.values()):
             self._frozen[name] = sizes, now, norms
@@ -185,7 +198,7 @@ class SpectralNorm(Quantity):
         return {"starts": self._starts} if self._starts else {}
 
     def load_vectors(self, vectors: dict[str, Any]) -> None:
-        self._starts = vectors.get("starts", {})
+        self._starts, self._begun = vectors.get("starts", {}), {}
 
     def reset(self) -> None:
         super().reset()
