@@ -78,9 +78,15 @@ def reader(monkeypatch, tmp_path):
     def full_loss():
         return loss_fn(model, (x, y))
 
+    def train_step(net, optimizer, batch):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(batch[0]), batch[1]).backward()
+        optimizer.step()
+
     return {
         "torch": torch, "pl": lightning.pytorch, "model": model, "data": data, "loader": loader, "x": x, "y": y,
         "optimizer": optimizer, "loss_fn": loss_fn, "full_loss": full_loss, "net": model.net,
+        "train_step": train_step,
         "my_loss": nn.functional.cross_entropy, "StabilityMonitor": StabilityMonitor,
         "StopOnInstability": StopOnInstability, "StabilityReport": StabilityReport,
         "SGDStability": lsp_callbacks.SGDStability,

@@ -236,7 +236,7 @@ def test_support_of_shards(core, support):
             if curves and all(map(math.isfinite, itertools.chain(*curves))):
                 results[quantity] = {"state": "measured"}
         assert {"spectral_norm", "sharpness", "mean_square_stability"} <= results.keys()
-        support("strategy", name, 10 + order, results)
+        support("strategy", name, 2 + order, results)
 
 
 def test_a_shard_is_not_the_whole():
