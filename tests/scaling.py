@@ -603,7 +603,8 @@ def deviations(
         actual = here.get(key, math.nan)
         if unit.around and dtype == torch.float32 and not _is_power_of_two(law.scale):
             other = unit_of(name, unit.around).expected(old["stability/" + unit.around], factor)
-            actual = expected if abs(actual - expected) <= abs(expected - other) else actual
+            beyond = abs(actual - expected) - abs(expected - other)
+            actual = expected + max(beyond, 0.0)  # of a NaN and 0 that is the NaN
         found.append(Deviation(key, expected, actual, size))
     found += [Deviation(key, math.nan, here[key], 1.0) for key in sorted(here.keys() - old.keys())]
     return found

@@ -15,7 +15,7 @@ from lsp_callbacks.callbacks.custom_clipping import custom_clipping
 from lsp_callbacks.callbacks.muted_trainer import MutedTrainer, mute
 from lsp_callbacks.callbacks.run_facts import clipping, overridden, run_context
 from lsp_callbacks.errors import Unmeasurable, Unsupported
-from lsp_callbacks.monitor.gradient_check import Gradients, copies_of_gradients
+from lsp_callbacks.monitor.gradient_check import Gradients, gradients_of
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.training_loop import TrainingLoop
 from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED
@@ -158,8 +158,9 @@ class LightningLoop(TrainingLoop):
         clipped, self._clipped = self._clipped, []
         if clipped:
             return clipped
-        rule, gradients = self.clipping, copies_of_gradients(self.module.parameters())
+        rule, gradients = self.clipping, gradients_of(self.module.parameters())
         if rule is not None:
+            gradients = [(p, gradient.clone()) for p, gradient in gradients]
             copies = {id(p): gradient for p, gradient in gradients}
             stand_ins = []
             for p in self.trainer.precision_plugin.main_params(optimizer):

@@ -81,7 +81,8 @@ class StabilityMonitor(RunResults, Callback):
         log_layers: "all", "summary" (none), how many of the largest of each kind to log, or "histogram": one of each
             kind and reading, with the loggers that take them (TensorBoard, W&B, Comet); the others log no layer.
         loss_fn: ``(module, batch) -> loss``, where ``training_step`` cannot be replayed; needed under manual
-            optimisation, where it is the loss of the batch's first optimizer step. Where several optimizers take turns
+            optimisation, where it is the loss of the batch's first optimizer step: without it one warning says so, and
+            only what needs no loss is measured, the norms of the layers. Where several optimizers take turns
             (a GAN), a mapping ``{name: loss}`` in the order in which ``configure_optimizers`` returns them. Then each
             optimizer step is a step, numbered as they come; each loss must let the parameters of the other players
             through, so without ``.detach()``.

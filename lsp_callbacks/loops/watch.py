@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.loops.plain_loop import PlainLoop, check_schedulers, processes_of, why_unsupported
 from lsp_callbacks.monitor.configure import configured
-from lsp_callbacks.monitor.gradient_check import copies_of_gradients
+from lsp_callbacks.monitor.gradient_check import gradients_of
 from lsp_callbacks.monitor.history import History
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.nan_finder import finite
@@ -172,7 +172,7 @@ class Watch:
         self._begin_run()
         self.observer.record(self.optimizer)
         # With a ``clipping`` it is known what the gradient becomes.
-        gradients = (lambda: copies_of_gradients(parameters)) if self.loop.clipping is None else None
+        gradients = (lambda: gradients_of(parameters)) if self.loop.clipping is None else None
         self.observer.measure(self.optimizer, coming_gradients=gradients)
 
     def close(self) -> None:

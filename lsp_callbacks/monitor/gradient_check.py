@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd.spread_tensors import local
 from lsp_callbacks.monitor.error_policy import ErrorPolicy
-from lsp_callbacks.step.fingerprint import identical
+from lsp_callbacks.step.fingerprint import fingerprint, identical
 from lsp_callbacks.step.ranks import Ranks
 
 #: Parameters, each with the gradient that it should have.
 Gradients = list[tuple[nn.Parameter, Tensor]]
 
 
-def copies_of_gradients(parameters: Iterable[nn.Parameter]) -> Gradients:
-    """Return the parameters that have a gradient, each with a copy of it."""
-    return [(p, p.grad.clone()) for p in parameters if p.grad is not None]
+def gradients_of(parameters: Iterable[nn.Parameter]) -> Gradients:
+    """Return the parameters that have a gradient, each with it."""
+    return [(p, p.grad) for p in parameters if p.grad is not None]
 
 
 class GradientCheck:
@@ -37,13 +37,20 @@ class GradientCheck:
     def forget(self) -> None:
         """Compare nothing."""
         self._expected: Gradients = []
-        self.is_expected = False
+        self._by_sums = self.is_expected = False
 
-    def expect(self, gradients: Callable[[], Gradients]) -> None:
-        """Remember what the gradients should be; called on every rank, also where ``gradients`` raises."""
-        self._expected, self.is_expected = [], True
+    def expect(self, gradients: Callable[[], Gradients], *, by_sums: bool = False) -> None:
+        """Remember what the gradients should be; called on every rank, also where ``gradients`` raises.
+
+        Args:
+            gradients: returns them; they are copied.
+            by_sums: whether their sums are compared, which no usual change leaves as they are, instead of copies.
+        """
+        self._expected, self._by_sums, self.is_expected = [], by_sums, True
         try:
-            self._expected = gradients()
+            pairs = [(p, local(g)) for p, g in gradients()]
+            values = fingerprint(g for _, g in pairs) if by_sums else [g.clone() for _, g in pairs]
+            self._expected = [(p, value) for (p, _), value in zip(pairs, values)]
         except Exception as error:
             self.errors.caught("the gradient could not be copied to be compared later", error)
 
@@ -55,13 +62,15 @@ class GradientCheck:
         """
         if not self.is_expected:
             return False
-        expected = self._expected
+        expected, by_sums = self._expected, self._by_sums
         self.forget()
 
         def differs() -> bool:
-            there = [(local(p.grad), local(gradient)) for p, gradient in expected if p.grad is not None]
-            is_gone = len(there) < len(expected)
-            return (is_gone and not is_gone_allowed) or not identical(*([pair[k] for pair in there] for k in (0, 1)))
+            there = [(local(p.grad), value) for p, value in expected if p.grad is not None]
+            if len(there) < len(expected) and not is_gone_allowed:
+                return True
+            gradients = [g for g, _ in there]
+            return not identical(fingerprint(gradients) if by_sums else gradients, [value for _, value in there])
 
         try:
             if self.ranks.world == 1:

@@ -305,7 +305,7 @@ class StepObserver:
         except Exception as error:
             monitor.errors.caught(doing, error)
         if needs_update and coming_gradients is not None:
-            self._gradient_check.expect(coming_gradients)
+            self._gradient_check.expect(coming_gradients, by_sums=not pending.can_replay)
 
     def snapshot(self, optimizer: torch.optim.Optimizer, clipping: Clipping | None = None) -> Snapshot:
         """Return the step under way, whose forward and backward passes are over, before its update.

@@ -10,10 +10,10 @@ from torch import Tensor
 from lsp_callbacks.autograd._torch_internals import plain_tensors
 
 
-def fingerprint(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Return the sum of each parameter: in-place changes through ``.data`` leave no other mark."""
+def fingerprint(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the sum of each tensor: in-place changes through ``.data`` leave no other mark."""
     with torch.no_grad():
-        return [_sum(p) for p in parameters]
+        return [_sum(t if t.layout is torch.strided else t.to_dense()) for t in tensors]
 
 
 def identical(these: Sequence[Tensor], those: Sequence[Tensor]) -> bool:

@@ -12,7 +12,7 @@ from lsp_callbacks import Lyapunov, Monitor, Sharpness, Unmeasurable
 from lsp_callbacks.loops import Watch
 from lsp_callbacks.loops.plain_loop import PlainLoop
 from lsp_callbacks.monitor.error_policy import ErrorPolicy
-from lsp_callbacks.monitor.gradient_check import GradientCheck, copies_of_gradients
+from lsp_callbacks.monitor.gradient_check import GradientCheck, gradients_of
 from lsp_callbacks.monitor.observer import StepObserver
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.step_loss import StepLoss, loss_of
@@ -59,7 +59,7 @@ def train(*, steps=4, accumulate=1, told=1.0, change=None, strict=False, shows_l
             observer.skip_update()
             observer.count(moved=False)
             continue
-        observer.before_update(optimizer, coming_gradients=lambda: copies_of_gradients(model.parameters()))
+        observer.before_update(optimizer, coming_gradients=lambda: gradients_of(model.parameters()))
         if change is not None:
             change(model)
         observer.check_gradient("changed by hand", is_gone_allowed=False)
@@ -144,17 +144,28 @@ def test_a_changed_gradient_invalidates_what_depends_on_the_update():
     assert math.isnan(completed[0].observations[0].values["stability/courant_gd"])
 
 
-def test_gradients_are_compared_once():
+@pytest.mark.parametrize("by_sums", [False, True])
+def test_gradients_are_compared_once(by_sums):
     p = nn.Parameter(torch.ones(2))
     p.grad, check = torch.tensor([1.0, math.nan]), GradientCheck(ErrorPolicy(strict=True))
     for gone, changed in ((True, False), (False, True)):
-        check.expect(lambda: copies_of_gradients([p]))
+        check.expect(lambda: gradients_of([p]), by_sums=by_sums)
         assert not check.is_changed(is_gone_allowed=False)  # NaN equals NaN
-        check.expect(lambda: copies_of_gradients([p]))
+        check.expect(lambda: gradients_of([p]), by_sums=by_sums)
         gradient, p.grad = p.grad, None
         assert check.is_changed(is_gone_allowed=gone) is changed
         assert not check.is_changed(is_gone_allowed=False)  # nothing is expected any more
         p.grad = gradient
+
+
+@pytest.mark.parametrize("by_sums", [False, True])
+@pytest.mark.parametrize("change", [lambda g: g.mul_(0.99), lambda g: g.data.clamp_(-0.5, 0.5), lambda g: g.neg_()])
+def test_a_gradient_that_is_changed_in_place_is_seen(change, by_sums):
+    p, check = nn.Parameter(torch.ones(20)), GradientCheck(ErrorPolicy(strict=True))
+    p.grad = torch.randn(20, generator=torch.Generator().manual_seed(0))
+    check.expect(lambda: gradients_of([p]), by_sums=by_sums)
+    change(p.grad)
+    assert check.is_changed(is_gone_allowed=False)
 
 
 # -- the loss of a step --------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from lsp_callbacks import MeanSquareStability, ProbeSet, StabilityMonitor
 from lsp_callbacks.functional import UpdateRule, mean_square_lr, reduced_modes
 from lsp_callbacks.operators.sgd import per_sample_gradients
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
+from lsp_callbacks.operators.sgd.held_statistics import RecentCorrections
 from lsp_callbacks.operators.sgd.output_hessian import output_curvature, output_hessian
 from lsp_callbacks.operators.sgd.step_samples import sampled_rows
 from lsp_callbacks.operators.sgd.weighted_gram import FEW, weighted_gram
@@ -157,11 +158,11 @@ def test_rows_are_taken_by_their_size_and_stand_for_the_others():
     offsets = (torch.arange(400) + 0.5) / 400
     counts = torch.zeros(8, dtype=f64)
     for offset in offsets.tolist():
-        taken, chance = sampled_rows(sizes, 4, offset)
+        taken, chance = sampled_rows(sizes.numpy(), 4, offset)
         assert len(taken) == 4 and bool((chance[(taken == 0) | (taken == 4)] == 1).all())
         counts[taken] += 1 / chance / len(offsets)
     close(counts[sizes > 0], torch.ones(7, dtype=f64), 1e-2)  # unbiased
-    assert torch.equal(sampled_rows(sizes, 9, 0.5)[0], torch.arange(8))
+    assert torch.equal(sampled_rows(sizes.numpy(), 9, 0.5)[0], torch.arange(8))
 
 
 def test_samples_without_curvature_need_no_row():
@@ -314,6 +315,20 @@ def test_one_normalisation_is_exact_with_its_statistics_held(make, x):
     rows = exact.gram.diagonal()
     assert all(any(abs(float(row * w) / float(r) - 1) < 1e-6 for r in rows) for row, w in zip(
         some.gram.diagonal(), some.chance))  # fmt: skip
+
+
+def test_corrections_that_are_not_made_err_on_the_early_side():
+    recent = RecentCorrections()
+    recent.add(1.0)
+    assert recent.value is None  # nothing was held
+    recent.add(0.125)
+    assert recent.value == pytest.approx(0.25)
+    for factor in (0.1, 0.2, 0.3, 0.4, 0.5):  # the first is forgotten
+        recent.add(factor)
+    assert recent.value == pytest.approx(0.3 ** (2 / 3))
+    for _ in range(5):
+        recent.add(1.5)
+    assert recent.value == pytest.approx(1.5)
 
 
 def test_further_on_the_largest_eigenvalue_is_that_of_the_batch():

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from lsp_callbacks.functional.sgd.low_rank_noise import Array, top_by_noise
+from lsp_callbacks.functional.sgd.low_rank_noise import Array, eigenpairs, top_by_noise
 from lsp_callbacks.functional.sgd.mean_square import affine_in_rate, mean_square_lr, noise_share, stationary_factor
 from lsp_callbacks.functional.sgd.modes import PLAIN, UpdateRule, drawn_from, in_unit, reduced_modes
 
@@ -67,13 +65,14 @@ def gram_mean_square_lr(
     """
     total = samples or len(gram)
     share = noise_share(drawn_from(total, batch_size, population), batch_size, replacement)
-    if not math.isfinite(float(gram.sum())):
+    products = gram.numpy()
+    if not math.isfinite(products.sum()):
         return math.nan
-    largest = float(gram.diagonal().max())
+    largest = float(products.diagonal().max())
     if (rule.momentum and rule.dampening == 1 and not rule.direct) or not largest > 0:
         return math.inf
     unit = math.ldexp(1.0, math.frexp(largest / total)[1])  # in which curvatures are near 1
-    rate = _single(gram / unit, total, share, chance, in_unit(rule, unit), tol) if share > 0 else None
+    rate = _single(products / unit, total, share, chance, in_unit(rule, unit), tol) if share > 0 else None
     if rate is not None:
         return rate / unit
     modes = reduced_modes(gram, tol=ROUNDING, samples=samples, chance=chance)
@@ -82,18 +81,16 @@ def gram_mean_square_lr(
     )
 
 
-def _single(
-    gram: Tensor, total: int, share: float, chance: Tensor | None, rule: UpdateRule, tol: float
-) -> float | None:
+def _single(gram: Array, total: int, share: float, chance: Tensor | None, rule: UpdateRule, tol: float) -> float | None:
     """Return the rate in float32; None where that does not suffice."""
     if not max(rule.weight_decay, rule.decoupled_decay) < 1 / ROUNDING:
         return None
-    eigenvalues, eigenvectors = torch.linalg.eigh(gram.float())
-    first = bisect(ascending := eigenvalues.tolist(), ROUNDING * ascending[-1])
-    values, vectors = eigenvalues.numpy()[first:], eigenvectors.numpy()[:, first:]
+    eigenvalues, eigenvectors = eigenpairs(gram.astype(np.float32))
+    first = int(eigenvalues.searchsorted(ROUNDING * eigenvalues[-1], side="right"))
+    values, vectors = eigenvalues[first:], eigenvectors[:, first:]
     rows, h = vectors * (np.sqrt(values) * (share / total) ** 0.25), values / total  # the noise holds fourth powers
     if chance is not None:
-        rows *= chance.numpy().astype(rows.dtype)[:, None] ** 0.25
+        rows *= np.sqrt(np.sqrt(chance.numpy().astype(rows.dtype)))[:, None]
     rows = np.ascontiguousarray(rows)
     decayed = h + rule.weight_decay if rule.weight_decay else h
     source, fixed = affine_in_rate(decayed, rule)

@@ -89,7 +89,7 @@ def _ritz_vector(product: Callable[[Array], Array], q: Array, image: Array, tol:
         image: its product.
         tol: relative.
     """
-    basis, projected, size = [q], np.zeros((MOST, MOST)), 0.0
+    basis, projected, size = [q], np.zeros((MOST, MOST), q.dtype), 0.0
     while True:
         k, value = len(basis), _inner(image, q)
         rest = image - value * q
@@ -104,7 +104,7 @@ def _ritz_vector(product: Callable[[Array], Array], q: Array, image: Array, tol:
         if is_last or (k >= LEAST and k % 2):
             values, vectors = np.linalg.eigh(projected[:k, :k])  # few numbers
             if is_last or size * abs(vectors[-1, -1]) <= tol * values[-1]:
-                return vectors[:, -1].astype(q.dtype) @ np.stack(basis), k - 1
+                return vectors[:, -1] @ np.stack(basis), k - 1
         q = rest / size
         basis.append(q)
         image = product(q)
@@ -122,6 +122,14 @@ def _start(rows: Array, columns: Array, source: Array) -> Array:
         c = matrix @ (c * mean) * mean
         c /= c.max()
     return c + MIXED * sizes
+
+
+def eigenpairs(matrix: Array) -> tuple[Array, Array]:
+    """Return the eigenvalues of a symmetric matrix, ascending, and its eigenvectors as columns."""
+    if len(matrix) <= SMALL:
+        return np.linalg.eigh(matrix)
+    values, vectors = torch.linalg.eigh(torch.from_numpy(matrix))
+    return values.numpy(), vectors.numpy()
 
 
 def _product(a: Array, b: Array) -> Array:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import saved
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, pull, summed
+from lsp_callbacks.functional.sgd.low_rank_noise import Array
+from lsp_callbacks.operators.sgd.parameter_gram import wide
 from lsp_callbacks.operators.sgd.softmax_pairs import softmax_pairs
 
 #: How many samples the others are compared with: where nine of ten are the same, one of three is among them.
@@ -53,15 +55,20 @@ class GraphCriterion:
         counts = self.weights != 0
         return None if bool(counts.all()) else counts.cpu()
 
-    def sizes(self, positions: Tensor) -> Tensor:
-        """Return the top eigenvalue of the Hessian at some positions of each sample, up to a factor 2, ``(N, k)``.
+    @np.errstate(all="ignore")  # what is not finite is seen in the result
+    def sizes(self, positions: Tensor) -> tuple[Array, bool]:
+        """Return the top eigenvalue of the Hessian, up to a factor 2, summed over some positions of each sample.
 
-        That of ``diag(p) - p p^T`` lies between its largest diagonal entry and, by Gershgorin's discs, twice that.
+        That of ``diag(p) - p p^T`` lies between its largest diagonal entry and, by Gershgorin's discs, twice that. By
+        numpy: of few outputs the time of a call counts.
+
+        Returns:
+            The sizes, ``(N,)``, and whether nine of ten samples may have the same outputs, to rounding.
         """
-        outputs, weights = self._at(self.outputs, positions), self._at(self.weights, positions)
-        if not self.is_softmax:
-            return weights
-        return weights * (outputs.exp() * torch.expm1(outputs)).amin(-1).neg_()  # 1 - p has no digits where p is near 1
+        outputs, sizes = (wide(self._at(t, positions)).cpu().numpy() for t in (self.outputs, self.weights))
+        if self.is_softmax:  # 1 - p has no digits where p is near 1
+            sizes = sizes * -(np.exp(outputs) * np.expm1(outputs)).min(-1)
+        return sizes.sum(1), _is_alike(outputs.reshape(len(outputs), -1), 8 * torch.finfo(self.outputs.dtype).eps)
 
     def pairs(self, positions: Tensor, taken: Tensor) -> Tensor:
         """Return ``sqrt(s) u`` of the top eigenpair of the Hessian, ``(n, k, C)``, at ``(n, k)`` of some samples."""
@@ -69,16 +76,6 @@ class GraphCriterion:
         if not self.is_softmax:
             return weights.sqrt()[..., None]
         return softmax_pairs(self._at(self.outputs[taken], positions).exp(), weights)
-
-    def is_alike(self, positions: Tensor) -> bool:
-        """Return whether nine of ten samples may have the same outputs, to rounding."""
-        flat = self._at(self.outputs, positions).flatten(1)
-        first, rounding = flat[:, 0].double().cpu().numpy(), 8 * torch.finfo(flat.dtype).eps
-        close = np.abs(first[:FEW, None] - first) <= rounding * float(flat.abs().amax())
-        if not (close.sum(1) >= MOST * len(flat)).any():  # nearly always the first output tells them apart
-            return False
-        same = (flat[:FEW, None] - flat).abs().amax(-1) <= rounding * flat.abs().amax(1)
-        return bool((same.sum(1) >= MOST * len(flat)).any())
 
     @staticmethod
     def _at(t: Tensor, positions: Tensor) -> Tensor:
@@ -96,6 +93,16 @@ class GraphCriterion:
             return whole.view(self.shape)
         rest = [size for axis, size in enumerate(self.shape) if axis != self.axis]
         return whole.view(*rest, classes).movedim(-1, self.axis)
+
+
+def _is_alike(outputs: Array, rounding: float) -> bool:
+    """Return whether nine of ten samples may have the same outputs, to rounding."""
+    first, largest = outputs[:, 0], np.abs(outputs).max(1)
+    close = np.abs(first[:FEW, None] - first) <= rounding * largest.max()
+    if not (close.sum(1) >= MOST * len(outputs)).any():  # nearly always the first output tells them apart
+        return False
+    same = np.abs(outputs[:FEW, None] - outputs).max(-1) <= rounding * largest
+    return bool((same.sum(1) >= MOST * len(outputs)).any())
 
 
 def read_criterion(nodes: list[Any], kinds: Sequence[str], samples: int, factor: float) -> GraphCriterion:
@@ -124,7 +131,7 @@ def read_criterion(nodes: list[Any], kinds: Sequence[str], samples: int, factor:
             raise UnknownGraph(f"the loss is not the value of one criterion: {kind}")
         if kind.startswith("NllLoss") and saved(above, "weight") is not None:
             raise UnknownGraph("classes have weights")
-    one = torch.ones_like(saved(node, "result" if kinds[place] == _LOG_SOFTMAX else "self").new_ones(()))
+    one = saved(node, "result" if kinds[place] == _LOG_SOFTMAX else "self").new_ones(())
     slope = pull(nodes[:place], {nodes[0]: one}, None, summed)[node][0] * (samples / factor)
     if kinds[place] == _LOG_SOFTMAX:
         result = saved(node, "result")

@@ -189,11 +189,15 @@ class GraphRows(GraphReader):
         shares = {}
         for name in self._parts[0]:
             p, gram = self._parameters[name], ParameterGram([part[name] for part in self._parts])
-            shares[name] = gram.gram(torch.as_tensor(scale[name]).to(p), HELD, p.numel())
-        traces = dict.fromkeys(self._parameters, 0.0) | {name: float(share.trace()) for name, share in shares.items()}
-        total = torch.stack([*shares.values()]).sum(0, dtype=torch.float64)
-        self._behind = scale, ((total + total.T).mul_(0.5).cpu(), traces)
+            shares[name] = gram.gram(scale[name], HELD, p.numel())
+        self._behind = scale, self._summed(shares)
         return self._behind[1]
+
+    def _summed(self, shares: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """Return the sum of the parameters' shares, and their traces."""
+        every = torch.stack([*shares.values()])
+        total, traces = every.sum(0, dtype=torch.float64), every.diagonal(dim1=1, dim2=2).sum(1).tolist()
+        return (total + total.T).mul_(0.5).cpu(), dict.fromkeys(self._parameters, 0.0) | dict(zip(shares, traces))
 
     def _choose(self, criterion: GraphCriterion, total: int) -> tuple[Chosen, Tensor]:
         """Return what to look at, and the cotangents there, ``(n, k, C)`` of the samples that have rows."""
@@ -207,11 +211,11 @@ class GraphRows(GraphReader):
         if length == 1 or self.ties or (self.recent is not None and self.recent.most == 1):
             self.recent = None
         self._length = length
-        self.alike |= criterion.is_alike(positions)
         self._per_sample = positions.shape[1]
-        sizes = criterion.sizes(positions).sum(1)
-        sizes = sizes if counted is None else sizes * torch.as_tensor(stands).to(sizes)
-        least, largest = map(float, sizes.aminmax())
+        sizes, is_alike = criterion.sizes(positions)
+        self.alike |= is_alike
+        sizes = sizes if isinstance(stands, float) else sizes * stands.numpy()
+        least, largest = float(sizes.min()), float(sizes.max())
         if not least >= -1e-4 * largest:
             raise UnknownGraph("the outputs are not finite, or the criterion is not convex in them")
         most = min(round(self._rows(total) * n / total), n)
@@ -250,25 +254,21 @@ class GraphRows(GraphReader):
         self.release()
 
     def _form(self, scale: Mapping[str, Tensor | float], *, plain: bool) -> None:
-        total: Tensor | None = None
+        shares: dict[str, Tensor] = {}
         sketch: RowSketch | None = None
         begin = 0
-        self.traces = dict.fromkeys(self._parameters, 0.0)
         for name in [*self._parts[0]]:
             p, gram = self._parameters[name], ParameterGram.taken_from(self._parts, name)
-            diagonal = torch.as_tensor(scale[name]).to(p)
             if self.recent is None:
-                share = gram.gram(diagonal, HELD, p.numel())
+                shares[name] = gram.gram(scale[name], HELD, p.numel())
             else:
+                diagonal = torch.as_tensor(scale[name]).to(p)
                 sketch = sketch or RowSketch(gram.rows, wide(diagonal))
-                share = sketch.share(gram, diagonal, begin, p.numel())
+                shares[name] = sketch.share(gram, diagonal, begin, p.numel())
                 begin += p.numel()
             if plain:
-                self.plain[name] = gram.gram(diagonal.new_ones(()), HELD, p.numel())
-            self.traces[name] = float(share.trace())
-            total = share.double() if total is None else total.add_(share)
-        assert total is not None
-        self.gram = (total + total.T).mul_(0.5).cpu()
+                self.plain[name] = gram.gram(1.0, HELD, p.numel())
+        self.gram, self.traces = self._summed(shares)
         if sketch is not None:
             self._sketch = sketch.values.unflatten(0, (-1, self._per_sample)) * self._per_sample**0.5
 

@@ -180,7 +180,7 @@ class OutputDirections:
         elif most < n:
             sizes = torch.stack([pair.square().flatten(1).sum(1) for pair in pairs]).sum(0)
             offset = float(torch.rand((), generator=self.generator, dtype=torch.float64))
-            self.taken[index] = sampled_rows(sizes, most, offset)
+            self.taken[index] = sampled_rows(sizes.double().cpu().numpy(), most, offset)
         return pairs if index not in self.taken else [weighted(pair, *self.taken[index]) for pair in pairs]
 
     def _top(self, curvature: OutputCurvature, here: Tensor, index: int, chosen: Tensor) -> Tensor:

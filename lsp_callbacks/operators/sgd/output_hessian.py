@@ -171,9 +171,18 @@ def root(values: Tensor, scale: Tensor) -> Tensor:
     Raises:
         Unmeasurable: if an eigenvalue is negative beyond rounding.
     """
-    if bool((values < -1e-4 * scale.abs().amax()).any()):
+    require_convex(float(values.min()), float(scale.abs().max()))
+    return values.clamp_min(0) ** 0.5
+
+
+def require_convex(least: float, largest: float) -> None:
+    """Raise an error if the least eigenvalue of an output Hessian is negative, beyond rounding of the largest.
+
+    Raises:
+        Unmeasurable: if so.
+    """
+    if least < -1e-4 * largest:
         raise Unmeasurable(
             "the criterion is not convex in the outputs: its Gauss-Newton matrix is not positive semidefinite, and the "
             "exponents of SGD do not follow from a Gram matrix"
         )
-    return values.clamp_min(0) ** 0.5

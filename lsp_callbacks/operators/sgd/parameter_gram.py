@@ -72,17 +72,18 @@ class ParameterGram:
         """Return how the gradients are computed: "structured", "layer" or "rows"."""
         return max((use.path for part in self.parts for use in part.uses), key=len, default="structured")
 
-    def gram(self, scale: Tensor, memory: int, entries: int) -> Tensor:
+    def gram(self, scale: Tensor | float, memory: int, entries: int) -> Tensor:
         """Return ``(N R, N R)``, sample by sample: the products of gradients behind the diagonal of D.
 
         Args:
-            scale: the diagonal, a scalar or of the parameter's shape.
+            scale: the diagonal, a number or of the parameter's shape.
             memory: bound on the numbers held at once.
             entries: of the parameter.
         """
-        if not scale.ndim:
-            return self._behind(None, memory, entries).mul_(wide(scale))
-        return self._behind(wide(scale), memory, entries)
+        if isinstance(scale, Tensor) and scale.ndim:
+            return self._behind(wide(scale), memory, entries)
+        share = self._behind(None, memory, entries)
+        return share if scale == 1 else share.mul_(scale)
 
     def _behind(self, scale: Tensor | None, memory: int, entries: int) -> Tensor:
         alone = [part.uses[0] for part in self.parts if len(part.uses) == 1]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lsp_callbacks.operators.sgd.output_hessian import root
+from lsp_callbacks.functional.sgd.low_rank_noise import Array
+from lsp_callbacks.operators.sgd.output_hessian import require_convex
+from lsp_callbacks.operators.sgd.parameter_gram import wide
 
 #: Up to so many classes the matrix itself is squared, to the power 2^k; for more its products, which are linear.
 SQUARED, SQUARINGS, POWER = 20, 5, 20
+#: The smallest number of float32 with all its digits.
+TINY = float(np.finfo(np.float32).tiny)
+Numbers = TypeVar("Numbers", Tensor, Array)
 
 
 def softmax_pairs(p: Tensor, weights: Tensor) -> Tensor:
@@ -29,30 +35,38 @@ def softmax_pairs(p: Tensor, weights: Tensor) -> Tensor:
 
     Cost: a dozen calls; ``10 C^3`` multiplications for up to 20 classes, ``100 C`` for more.
     """
-    p = p if p.element_size() > 2 else p.float()
-    start = _start(p.shape[-1]).to(p)
-    vector = _by_squares(p, start) if p.shape[-1] <= SQUARED else _by_products(p, start)
-    u = vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
-    mean = (p * u).sum(-1, keepdim=True)
-    values = weights.to(p)[..., None] * (p * (u - mean).square_()).sum(-1, keepdim=True)  # the variance of u under p
-    return u * root(values, values)
+    p = wide(p)
+    weights, start = weights.to(p)[..., None], _start(p.shape[-1])
+    if p.shape[-1] > SQUARED:
+        return _scaled(_by_products(p, start.to(p)), p, weights)
+    shares = p.cpu().numpy()
+    pairs = _scaled(_by_squares(shares, start.to(p.dtype).numpy()), shares, weights.cpu().numpy())
+    return torch.from_numpy(pairs).to(p.device)
 
 
-def _by_squares(p: Tensor, start: Tensor) -> Tensor:
+def _scaled(vector: Numbers, p: Numbers, weights: Numbers) -> Numbers:
+    """Return the unit vectors u times the root of w times the variance of u under p."""
+    u = vector / ((vector * vector).sum(-1)[..., None] ** 0.5 + TINY)
+    beside = u - (p * u).sum(-1)[..., None]
+    values = weights * (p * beside * beside).sum(-1)[..., None]
+    require_convex(float(values.min()), float(abs(values).max()))
+    return u * values.clip(0) ** 0.5
+
+
+def _by_squares(p: Array, start: Array) -> Array:
     """Return ``A^32 v``, A over its largest diagonal entry: its top eigenvalue is then between 1 and 2.
 
     By numpy: of small matrices the time of a call counts.
     """
-    shares = p.cpu().numpy()
-    power = shares[..., None] * -shares[..., None, :]
+    power = p[..., None] * -p[..., None, :]
     places = np.arange(power.shape[-1])
     power[..., places, places] = 0  # p (1 - p) from the others, as 1 - p has no digits where p is nearly 1
     diagonal = -power.sum(-1)
     power[..., places, places] = diagonal
-    power /= np.maximum(diagonal.max(-1), np.finfo(power.dtype).tiny)[..., None, None]
+    power /= np.maximum(diagonal.max(-1), TINY)[..., None, None]
     for _ in range(SQUARINGS):
         power = power @ power
-    return torch.from_numpy(power @ start.cpu().numpy()).to(p.device)
+    return power @ start
 
 
 def _by_products(p: Tensor, start: Tensor) -> Tensor:

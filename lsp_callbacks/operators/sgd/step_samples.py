@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsp_callbacks.functional.sgd.low_rank_noise import Array
 from lsp_callbacks.step.criterion import Criteria, Evaluation
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.snapshot import Snapshot
@@ -22,7 +23,7 @@ def row_count(samples: int, wanted: int | None = None) -> int:
     return min(samples, wanted or min(max(LEAST, -(-samples // 4)), MOST))
 
 
-def sampled_rows(sizes: Tensor, count: int, offset: float) -> tuple[Tensor, Tensor]:
+def sampled_rows(sizes: Array, count: int, offset: float) -> tuple[Tensor, Tensor]:
     """Return the indices of ``count`` samples of N, and the probabilities by which they were taken.
 
     A sample is taken with a probability in proportion to its size, at most 1: where few samples of a batch are still
@@ -37,7 +38,7 @@ def sampled_rows(sizes: Tensor, count: int, offset: float) -> tuple[Tensor, Tens
     n = len(sizes)
     if count >= n:
         return torch.arange(n), torch.ones(n, dtype=torch.float64)
-    size = sizes.double().cpu().numpy()
+    size = sizes.astype(float)
     largest = float(size.max())
     size = np.maximum(size / largest, 1e-9) if largest > 0 else np.ones(n)
     falling = np.sort(size)[::-1]

@@ -9,7 +9,7 @@ from lsp_callbacks.quantities.sgd.probe_cost import gram_cost
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Under batch statistics the largest eigenvalue is corrected anew in every so many readings.
-CORRECTED = 2
+CORRECTED = 4
 #: In every so many readings two positions of each sample are compared, to see how alike they are.
 COMPARED = 8
 #: Operations on small tensors, beside those of each layer.

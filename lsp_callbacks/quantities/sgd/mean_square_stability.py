@@ -18,7 +18,7 @@ from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, fro
 from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tolerance
 from lsp_callbacks.operators.sgd.graph_check import unexplained_rows
 from lsp_callbacks.operators.sgd.graph_rows import GraphKind, GraphRows
-from lsp_callbacks.operators.sgd.held_statistics import can_be_held
+from lsp_callbacks.operators.sgd.held_statistics import RecentCorrections, can_be_held
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows
 from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
 from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing, remembered_rule
@@ -123,7 +123,7 @@ class MeanSquareStability(Quantity):
         self.rows, self.outputs, self.replacement, self.most_rows = rows, outputs, replacement, most_rows
         self.latest: FrozenSGD | None = None
         self._most: int | None = None
-        self._correction: float | None = None
+        self._corrections = RecentCorrections()
         self._checked: TangentKernel | None = None
         self._mode: Tensor | None = None
         self._last_check = self._next_check = 1
@@ -144,7 +144,7 @@ class MeanSquareStability(Quantity):
         """Return what reads the rows from the step's own graph, so that no pass is made again."""
         if self.outputs != "top" or self._most is not None:
             return None
-        corrects = self._update_count % CORRECTED == 1
+        corrects = (self._update_count + 1) % CORRECTED == 0
         return GraphRows(
             module,
             run.generator(step, self.name),
@@ -282,7 +282,7 @@ class MeanSquareStability(Quantity):
                 samples,
                 checked=None if checks else self._checked,
                 squares="batch",
-                correction=None if corrects else self._correction,
+                correction=None if corrects else self._corrections.value,
                 rows=rows if reads else None,
                 chosen=dict(enumerate(rows.chosen)) if checks and rows is not None else None,
                 **of_pass,
@@ -313,8 +313,8 @@ class MeanSquareStability(Quantity):
         )
         self.latest, self._mode = sgd, sgd.kernel.mode
         self._scale = remembered_rule(snapshot).scale if rows is not None and rows.ties else None
-        if corrects:  # in between half of it, which errs on the early side
-            self._correction = sgd.kernel.correction**0.5
+        if corrects:
+            self._corrections.add(sgd.kernel.correction)
         self._checked = sgd.kernel if checks else self._checked
         self.finish(numbers)
 
@@ -395,5 +395,6 @@ class MeanSquareStability(Quantity):
         return {} if self._mode is None else {"mode": self._mode}
 
     def load_vectors(self, vectors: dict[str, Tensor]) -> None:
-        self.latest, self._checked, self._correction, self._mode = None, None, None, vectors.get("mode")
+        self.latest, self._checked, self._mode = None, None, vectors.get("mode")
+        self._corrections = RecentCorrections()
         self._forget_graph()

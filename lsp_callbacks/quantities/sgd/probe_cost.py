@@ -11,7 +11,7 @@ from lsp_callbacks.operators.cost import ELEMENT, MULTIPLICATION, beside, forwar
 from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.memory import unfolded
 from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel
-from lsp_callbacks.operators.sgd.layer_rules import has_rule
+from lsp_callbacks.operators.sgd.layer_rules import has_few_channels, has_rule
 from lsp_callbacks.operators.sgd.per_sample_gradients import HELD_ALONE
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
@@ -111,12 +111,14 @@ def _alone_cost(snapshot: Snapshot, rows: int, batch: float, path: Mapping[str, 
 
 
 def _windows(snapshot: Snapshot, samples: int) -> float:
-    """Return how many numbers the inputs of all convolutions have as matrices of patches."""
+    """Return how many numbers the inputs of convolutions have as matrices of patches, where those are formed."""
     modules, numbers = dict(snapshot.module.named_modules()), 0.0
     for name, call in snapshot.calls.items():
         layer = modules[name]
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and call.output_shape is not None:
-            numbers += samples * layer.weight[0].numel() * layer.groups * math.prod(call.output_shape[2:])
+            positions = math.prod(call.output_shape[2:])
+            if not (layer.weight.is_cpu and has_few_channels(layer, positions)):
+                numbers += samples * layer.weight[0].numel() * layer.groups * positions
     return numbers
 
 
