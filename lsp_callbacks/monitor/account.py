@@ -242,10 +242,15 @@ class Account:
         return Balance(saved, left - saved)
 
     def reserve(self) -> float:
-        """Return what others must leave free: the first readings of the headline number, as long as they come."""
+        """Return what others must leave free: the first readings of the headline number, as long as they come.
+
+        As long as its price is not known (under Adam it waits for a second gradient), its share of the advance.
+        """
         if self.headline is None:
             return 0.0
         pace = self.paces[self.headline]
+        if pace.parts is None:
+            return self.advance * HEADLINE
         readings = pace.early(self.period(self.headline))
         return max(0.0, min(readings * pace.price, self.advance * HEADLINE - pace.count * pace.price))
 
