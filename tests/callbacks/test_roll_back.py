@@ -349,7 +349,7 @@ def test_bad_arguments(settings):
 
 @slow
 def test_two_processes_return_together_each_to_its_own_random_numbers_and_batches(tmp_path):
-    ranks = launched("roll_back_ranks.py", tmp_path)
+    ranks = launched("roll_back_ranks", tmp_path)
     for rank in ranks:
         (roll_back,) = rank["broken"]["roll_backs"]
         assert roll_back == ranks[0]["broken"]["roll_backs"][0] and roll_back.state.step > 0 and roll_back.at >= 17
