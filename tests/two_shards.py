@@ -243,9 +243,11 @@ def more(rank):
         Remembers, StabilityMonitor(SHARDS_ALONE, every_n_steps=2), plain=plain | {"max_steps": 8}
     )
     found["plain loop"], found["loop"] = looped(rank, measured=False), looped(rank)
-    found["stopped"] = trained(
-        unstable, StabilityMonitor(), StopOnInstability(), **plain | {"max_steps": 90}, **plain_strategy()
-    )
+    for name, ours in (
+        ("stopped", StabilityMonitor()),
+        ("stopped by sharpness", StabilityMonitor(["sharpness"], every_n_steps=1)),
+    ):
+        found[name] = trained(unstable, ours, StopOnInstability(), **plain | {"max_steps": 90}, **plain_strategy())
     return found
 
 

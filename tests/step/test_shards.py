@@ -145,14 +145,15 @@ def test_both_processes_stop_at_the_same_step(more):
     assert first["stops"] == second["stops"] and first["steps"] == second["steps"] == stop + 1 < 90
     assert event is not None and first["history"]["stability/courant"][1][0] > 1
     assert first["history"] == second["history"]
-    assert stop == alone_stopped()
 
 
-def alone_stopped():
-    """The step at which one process on the joined batch stops."""
-    stop = StopOnInstability()
-    fit(unstable, StabilityMonitor(), stop, loader=joined(), max_steps=90)
-    return stop.stop_step
+@pytest.mark.slow
+def test_shards_stop_at_the_step_of_one_process(more):
+    """By the sharpness of each step; the defaults read the headline number less often from shards."""
+    ((stop, event),) = more[0]["stopped by sharpness"]["stops"]
+    alone = StopOnInstability()
+    fit(unstable, StabilityMonitor(["sharpness"], every_n_steps=1), alone, loader=joined(), max_steps=90)
+    assert stop is not None and (stop, event) == (alone.stop_step, alone.event_step)
 
 
 @pytest.mark.slow
