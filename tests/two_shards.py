@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from two_ranks import BATCH, DDP, WORLD, SmoothBlock, dataset
 
 from lsp_callbacks import Monitor, StabilityMonitor, StopOnInstability
+from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.loops import Watch
 from lsp_callbacks.loops.fabric import watch_fabric
 from lsp_callbacks.quantities import REGISTRY
@@ -227,6 +228,27 @@ def core(rank):
     found["ddp"] = trained(Sharded, StabilityMonitor(NAMES, every_n_steps=3), **plain, **DDP)
     found["forward"] = failing("forward", plain)
     return found
+
+
+class Collectives(Callback):
+    """How many collectives there were in each step."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_train_batch_start(self, *args):
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        self.profile.__enter__()
+
+    def on_train_batch_end(self, *args):
+        self.profile.__exit__(None, None, None)
+        self.counts.append(sum(event.name.startswith("c10d::") for event in self.profile.events()))
+
+
+def counted(*callbacks, plain):
+    counter = Collectives()
+    trained(Sharded, *callbacks, counter, **plain, **plain_strategy())
+    return counter.counts
 
 
 def unstable():

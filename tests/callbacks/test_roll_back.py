@@ -208,7 +208,11 @@ def test_a_cap_beside_it_limits_the_lowered_rate(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_after_so_many_returns_it_stops(tmp_path, caplog):
     class Always(Noisy):
+        calls = 0
+
         def training_step(self, batch, batch_idx):
+            self.calls += 1
+            assert self.calls < 200, "it returns for ever"
             return super().training_step(batch, batch_idx) * (math.nan if self.global_step == 17 else 1.0)
 
     rows = Rows()

@@ -148,6 +148,14 @@ def test_both_processes_stop_at_the_same_step(more):
 
 
 @pytest.mark.slow
+def test_a_step_without_a_measurement_communicates_nothing(more):
+    for plain, measured in (own["collectives"] for own in more):
+        extra = [b - a for a, b in zip(plain, measured, strict=True)]
+        assert min(plain) > 0 and extra[0] > 20 and extra[8] > 20
+        assert {*extra[2:8], *extra[10:]} == {0}  # an exponent takes the step after its alignment, too
+
+
+@pytest.mark.slow
 def test_shards_stop_at_the_step_of_one_process(more):
     """By the sharpness of each step; the defaults read the headline number less often from shards."""
     ((stop, event),) = more[0]["stopped by sharpness"]["stops"]
