@@ -26,9 +26,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lsp_callbacks import StabilityMonitor
-from lsp_callbacks.operators.sgd.held_statistics import RecentCorrections
-from lsp_callbacks.quantities.sgd import mean_square_stability
-from lsp_callbacks.quantities.sgd.mean_square_cost import CORRECTED
+from lsp_callbacks.operators.sgd import held_statistics
+from lsp_callbacks.operators.sgd.held_statistics import CORRECTED, RecentCorrections
 
 RUNS = [("SGD", 0.05), ("SGD", 0.3), ("AdamW", 0.002)]
 STEPS, READ, BATCH = 600, 10, 64
@@ -103,7 +102,7 @@ if __name__ == "__main__":
     for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    mean_square_stability.CORRECTED = 1  # every reading
+    held_statistics.CORRECTED = 1  # every reading
     print("| run | factor to the next | every 4th, the product | every 2nd, root of the last |\n|---|---|---|---|")
     for run in RUNS:
         exact = factors(*run)

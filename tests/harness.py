@@ -483,7 +483,6 @@ LEFT_OUT = {
 #: NaN with a reason, for everything.
 REFUSED = {
     "output_hook": (OutputHook, "could not be replayed"),
-    "target": (Target, "changes parameters"),
     "clamped": (Clamped, "changes parameters"),
     "closure": (Closure, "the original"),
     "scripted": (lambda: wrapped(torch.jit.script), "parameters of its own"),

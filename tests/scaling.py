@@ -492,7 +492,13 @@ def measured(
 
 
 def read(
-    name: str, task: Loss, optimizer: torch.optim.Optimizer, *, method: str = "auto", before: int = 0
+    name: str,
+    task: Loss,
+    optimizer: torch.optim.Optimizer,
+    *,
+    method: str = "auto",
+    before: int = 0,
+    **settings: Any,
 ) -> dict[str, float]:
     """What the quantity says of a run that goes on from here.
 
@@ -502,8 +508,9 @@ def read(
         optimizer: that trains it.
         method: of the Hessian products.
         before: steps before the first measurement.
+        settings: of the quantity, beside `settings_of`.
     """
-    metric: Quantity = REGISTRY[name](**settings_of(name, method, optimizer))
+    metric: Quantity = REGISTRY[name](**settings_of(name, method, optimizer) | settings)
     trace = Trace(length=200, energies=getattr(metric, "energies", None))
     metric.begin(task)
     steps = before + MEASUREMENTS.get(name, 1) * (metric.prepare + metric.window)
@@ -626,8 +633,10 @@ def _plain(key: str) -> str:
 # -- tables --------------------------------------------------------------------------------------------------------
 
 SCALES = (1e-6, 1e-3, 1e3, 1e6)
-#: Scales that change no digit of any float: what is left is a number in the code that has no unit.
-POWERS_OF_TWO = (2.0**-20, 2.0**20)
+#: Scales that change no digit of any float: what is left is a number in the code that has no unit. Squares of gradients
+#: go with the sixth power where a network is homogeneous of degree 2, and stay in float32's range: at 2^-20 Adam's
+#: second moments are 1e-40, of which float32 holds four digits, and the run is another one.
+POWERS_OF_TWO = (2.0**-16, 2.0**16)
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 #: In float32 products and differences are rounded, and what has converged in one run may go on in another.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 2e-2}

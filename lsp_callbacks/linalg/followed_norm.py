@@ -23,7 +23,7 @@ class FollowedNorm:
         value: ``||A||``, in float64.
         residual: ``||A^T A v - s^2 v|| / (2 s)``, or by how much less s is than another lower bound; in the units of A.
         vectors: ``(k, n)``, orthonormal, the leading right singular vectors as far as they are known, for the next
-            call; k is 2, or 1 where A has no second.
+            call; k is 2, or 1 where A has no second, or 0 where none is needed.
         begun: pairs of products of Lanczos, where it had to begin; 0 where the vectors were followed.
     """
 

@@ -25,6 +25,7 @@ class LinearOperator:
         batch: leading axes.
         dtype: of the vectors.
         device: of the vectors.
+        matrix: A itself, where it is at hand.
     """
 
     shape: tuple[int, int]
@@ -33,6 +34,7 @@ class LinearOperator:
     batch: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
+    matrix: Tensor | None = None
 
     def __matmul__(self, other):
         if isinstance(other, Tensor):
@@ -41,14 +43,18 @@ class LinearOperator:
         if self.adjoint is not None and other.adjoint is not None:
             adjoint = _chain(other.adjoint, self.adjoint)
         return replace(
-            self, shape=(self.shape[0], other.shape[1]), apply=_chain(self.apply, other.apply), adjoint=adjoint
+            self,
+            shape=(self.shape[0], other.shape[1]),
+            apply=_chain(self.apply, other.apply),
+            adjoint=adjoint,
+            matrix=None,
         )
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
         adjoint = None
         if self.adjoint is not None and other.adjoint is not None:
             adjoint = _sum(self.adjoint, other.adjoint)
-        return replace(self, apply=_sum(self.apply, other.apply), adjoint=adjoint)
+        return replace(self, apply=_sum(self.apply, other.apply), adjoint=adjoint, matrix=None)
 
     def __rmul__(self, scale: float | Tensor) -> LinearOperator:
         """Return ``scale * A``; a tensor scales the rows, ``diag(scale) A``."""
@@ -57,6 +63,7 @@ class LinearOperator:
             self,
             apply=lambda x: scale * self.apply(x),
             adjoint=None if inner is None else lambda y: inner(scale * y),
+            matrix=None,
         )
 
     @property
@@ -64,7 +71,8 @@ class LinearOperator:
         """Return the transpose."""
         if self.adjoint is None:
             raise ValueError("this operator has no adjoint: construct it with adjoint=...")
-        return replace(self, shape=self.shape[::-1], apply=self.adjoint, adjoint=self.apply)
+        matrix = None if self.matrix is None else self.matrix.mT
+        return replace(self, shape=self.shape[::-1], apply=self.adjoint, adjoint=self.apply, matrix=matrix)
 
     def dense(self) -> Tensor:
         """Return the matrix itself, ``(*batch, m, n)``, by ``n`` products. For tests and small operators."""
@@ -89,9 +97,10 @@ def from_matrix(matrix: Tensor) -> LinearOperator:
         batch=tuple(matrix.shape[:-2]),
         dtype=matrix.dtype,
         device=matrix.device,
+        matrix=matrix,
     )
 
 
 def identity_like(operator: LinearOperator) -> LinearOperator:
     """Return the identity on the domain of a square operator."""
-    return replace(operator, apply=torch.clone, adjoint=torch.clone)
+    return replace(operator, apply=torch.clone, adjoint=torch.clone, matrix=None)

@@ -69,7 +69,11 @@ class WorkCounter(TorchDispatchMode):
         self.calls += 1
         if not func.is_view:
             self.elements += sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
-        if (formula := flop_registry.get(packet(func))) is not None:
+        if packet(func) is torch.ops.aten.convolution_backward:  # torch's formula takes the groups for a single one
+            g, x, weight, _, *how, mask = args
+            forward = flop_registry[torch.ops.aten.convolution](x, weight, None, *how, out_val=g)
+            self.flops += forward * (mask[0] + mask[1])
+        elif (formula := flop_registry.get(packet(func))) is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         elif packet(func).__name__ in RECURRENT:  # torch knows no formula
             steps, weights = args[0].shape[:2].numel(), [w for w in tree_leaves(args[1:3]) if isinstance(w, Tensor)]

@@ -12,6 +12,7 @@ from harness import (
     REFUSED,
     STOPPED,
     Model,
+    Target,
     finite,
     mlp,
     unchanged,
@@ -118,6 +119,16 @@ def test_refused_and_unchanged(name):
     assert reason in said
     assert all(math.isnan(v) for curve in monitor.history.values() for v in curve.values)
     assert monitor.history
+
+
+def test_a_network_that_the_step_lets_follow_is_measured_from_the_second_reading_on():
+    """Replays are compared with the loss and the gradient of the step: they have moved the target as the step has."""
+    with pytest.warns(UserWarning, match="copied from the next measurement on"):
+        monitor = with_and_without(Target)
+    for key in UPDATE | {"stability/courant_step", "stability/critical_sharpness"}:
+        values = monitor.history[key].values
+        assert sum(map(math.isfinite, values)) >= len(values) - 1 > 0, key
+    assert math.isnan(monitor.history["stability/sharpness"].values[0])
 
 
 @pytest.mark.parametrize("name", GRADIENT_CHANGED)

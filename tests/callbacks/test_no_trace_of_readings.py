@@ -185,6 +185,8 @@ def readings(make, *, from_graph, monkeypatch, **settings):
 def test_a_reading_from_the_graph_is_that_of_the_replay(name, monkeypatch):
     if name.startswith("dropout"):
         pytest.skip("rows of samples are without masks: see test_graph_rows.py")
+    # Where samples have many positions, those of earlier steps stand in for some: here all are of the step itself.
+    monkeypatch.setattr("lsp_callbacks.quantities.sgd.mean_square_stability.COMPARED", 1)
     make, settings, _ = CASES[name]
     values = {kind: readings(make, from_graph=kind, monkeypatch=monkeypatch, **settings) for kind in (True, False)}
     tolerance = 5e-2 if name == "bfloat16" else 1e-3

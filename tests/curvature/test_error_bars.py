@@ -14,8 +14,14 @@ from lsp_callbacks.linalg import from_matrix, lanczos, spectrum_bounds
 from lsp_callbacks.operators.curvature.finite_differences import LEAST, Differences, Untrusted
 from lsp_callbacks.operators.curvature.followed_top import followed_top
 from lsp_callbacks.operators.curvature.hessian import path_taken
-from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold
+from lsp_callbacks.operators.curvature.stability_threshold import (
+    followed_threshold,
+    stability_threshold,
+    threshold_constant,
+)
 from lsp_callbacks.operators.curvature.top_eigenvalue import top_eigenvalue
+from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule
+from lsp_callbacks.operators.trajectory.frozen_preconditioner import rates
 from lsp_callbacks.step.run_context import RunContext
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -103,6 +109,39 @@ def test_a_low_reading_is_not_told_with_a_narrow_bar():
     noticed, unknown = (followed_top(operator, snapshot, start, recent) for recent in ((1.0, 0.4), ()))
     assert unknown.products <= noticed.products
     assert abs(1.0 - noticed.value) <= noticed.error
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_mode_of_a_parameter_whose_gradient_was_rare_is_in_the_start(bounded):
+    """A hundred parameters of 400 have their first gradient, a small one: Adam moves them 3e4 times as far as others.
+
+    Their mode is five times as sharp as the one that was followed. The plain gradient hardly overlaps with it.
+    """
+    rare, mode = torch.arange(400) < 100, torch.zeros(400, dtype=f64)
+    mode[rare] = 0.1
+    others = torch.cat(
+        [torch.zeros(100, dtype=f64), torch.ones(1, dtype=f64), torch.linspace(1e-3, 0.3, 299, dtype=f64)]
+    )
+    curvature = 1.6e-4 * torch.outer(mode, mode) + torch.diag(others)
+    problem = Quadratic(curvature)
+    optimizer = torch.optim.Adam(problem.parameters(), lr=0.1, eps=1e-12)
+    take(optimizer, problem())  # there is a state
+    gradient = torch.where(rare, 1e-3, 0.3).to(f64)
+    with torch.no_grad():
+        problem.parts[0].copy_(torch.linalg.pinv(curvature, hermitian=True, rtol=1e-8) @ gradient)
+    state = optimizer.state[problem.parts[0]]
+    state["step"].fill_(1e4)
+    state["exp_avg_sq"].copy_(torch.where(rare, 0.0, 1.0))
+    snapshot = freeze(problem, optimizer, step=20)
+    close(snapshot.flat_gradient, gradient, 1e-9)
+    rule = coming_rule(snapshot)
+    root = rates(snapshot, rule) ** 0.5
+    first, second = torch.linalg.eigvalsh(root[:, None] * curvature * root).flip(0)[:2]
+    assert first > 4 * second
+    truth = first / threshold_constant(rule)
+    how = {"start": torch.eye(400, dtype=f64)[100], "method": "exact"}
+    found = stability_threshold(snapshot, **how, steps=4) if bounded else followed_threshold(snapshot, **how)
+    assert abs(truth / found.courant - 1) <= 0.1 and found.products <= 8
 
 
 def test_the_error_bar_is_the_same_where_the_update_is_another_one():

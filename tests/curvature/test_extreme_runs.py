@@ -167,9 +167,11 @@ ENDS = [
 def test_a_number_in_float32_is_that_of_float64_at_the_same_weights_or_none(end, model):
     task, optimizer = ended(end, model, RUNS[model])
     for name in EXACT:
+        # Few products from a start whose noise is drawn in the type are estimates, each with an error bar of its own.
+        how = {"bounded": True} if name == "sharpness" else {}
         try:
-            truth = read(name, *copied(task, optimizer, f64), method="exact")
-            found = read(name, *copied(task, optimizer))
+            truth = read(name, *copied(task, optimizer, f64), method="exact", **how)
+            found = read(name, *copied(task, optimizer), **how)
         except Unmeasurable as error:
             assert len(str(error)) > 20
             continue

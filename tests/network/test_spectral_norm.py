@@ -378,7 +378,7 @@ def test_what_is_not_finite_or_not_reached_is_refused():
 
 def test_the_price_knows_where_the_iteration_began_anew():
     """A weight that has stayed is followed by one step; one that became another takes Lanczos, and so may the next."""
-    net, x = seeded(nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 20))), random(4, 40)
+    net, x = seeded(nn.Sequential(nn.Linear(90, 80), nn.Tanh(), nn.Linear(80, 70))), random(4, 90)
     metric, prices = SpectralNorm(), []
 
     def measured():

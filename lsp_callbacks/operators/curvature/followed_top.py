@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lsp_callbacks.linalg import LinearOperator, TopNode, norm, top_node
 from lsp_callbacks.operators.curvature.hessian import products_so_far
-from lsp_callbacks.operators.curvature.top_eigenvalue import Top, accuracy_of
+from lsp_callbacks.operators.curvature.top_eigenvalue import Top, accuracy_of, gradient_behind
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Products: with an earlier vector, without one, and at most. So many parameters are measured to the end.
@@ -35,7 +35,13 @@ _BLOCK = 4093
 _TINY = torch.finfo(torch.float64).tiny
 
 
-def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | None, recent: Sequence[float]) -> Top:
+def followed_top(
+    operator: LinearOperator,
+    snapshot: Snapshot,
+    start: Tensor | None,
+    recent: Sequence[float],
+    root: Tensor | float = 1.0,
+) -> Top:
     """Return an estimate of the largest eigenvalue of a step's operator, and of the error bar that holds for it.
 
     Two products from a start of the earlier vector, as much of the step's gradient (which leans towards sharp
@@ -63,6 +69,7 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
         snapshot: the step.
         start: the vector of an earlier step; without one, or where it does not fit, there is more to be hidden.
         recent: values of the last steps.
+        root: ``R^1/2`` of an operator ``R^1/2 H R^1/2``, see `gradient_behind`.
 
     Cost: see `products_taken`.
     """
@@ -89,7 +96,7 @@ def followed_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | N
         bars.append(LEAST + HIDDEN * hidden / max(abs(value), _TINY) + left * rest)
         return node.products >= steps and bars[-1] <= WIDE
 
-    before, mixed = products.taken, _mixed(operator, start, snapshot.flat_gradient, generator)
+    before, mixed = products.taken, _mixed(operator, start, gradient_behind(snapshot, root), generator)
     node = top_node(operator, mixed, steps=min(WARM, n), most=max(steps, MOST), enough=enough)
     first = early[0] if early else node.value
     vector, gain = node.vector, node.gain.clamp_max(MOST_GAIN)

@@ -29,6 +29,9 @@ from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
 )
 from lsp_callbacks.step.snapshot import Snapshot
 
+#: ``R^1/2`` of each parameter, or of all.
+Root = Tensor | float
+
 
 @dataclass(frozen=True)
 class Recent:
@@ -146,8 +149,8 @@ def stability_threshold(
     Source: docs/theory.md, section 3; Cohen et al. 2021; Cohen et al. 2022 for preconditioned gradients.
     """
 
-    def find(operator: LinearOperator, start: Tensor | None, recent: Sequence[float]) -> Top:
-        return bounded_top(operator, snapshot, start, steps=steps, tol=tol)
+    def find(operator: LinearOperator, start: Tensor | None, recent: Sequence[float], root: Root = 1.0) -> Top:
+        return bounded_top(operator, snapshot, start, steps=steps, tol=tol, root=root)
 
     return _threshold(snapshot, start, top, find, method)
 
@@ -173,8 +176,8 @@ def followed_threshold(
         Unmeasurable: see `stability_threshold`.
     """
 
-    def find(operator: LinearOperator, start: Tensor | None, recent: Sequence[float]) -> Top:
-        return followed_top(operator, snapshot, start, recent)
+    def find(operator: LinearOperator, start: Tensor | None, recent: Sequence[float], root: Root = 1.0) -> Top:
+        return followed_top(operator, snapshot, start, recent, root)
 
     return _threshold(snapshot, start, top, find, method, recent)
 
@@ -196,8 +199,8 @@ def followed_mode(snapshot: Snapshot, *, start: Tensor | None = None, method: Me
     """
     rule = coming_rule(snapshot)
     threshold_constant(rule)
-    steepest = followed_top(preconditioned_hessian(snapshot, method=method, rule=rule), snapshot, start, ())
     root = rates(snapshot, rule) ** 0.5 if rule.lr else 1.0
+    steepest = followed_top(preconditioned_hessian(snapshot, method=method, rule=rule), snapshot, start, (), root)
     return SharpMode(**_mode(snapshot, rule, steepest, root, steepest.value))
 
 
@@ -224,7 +227,7 @@ def _threshold(
     snapshot: Snapshot,
     start: Tensor | None,
     top: Tensor | None,
-    find: Callable[[LinearOperator, Tensor | None, Sequence[float]], Top],
+    find: Callable[..., Top],
     method: Method,
     recent: Recent = NOTHING,
 ) -> StabilityThreshold:
@@ -234,7 +237,7 @@ def _threshold(
         snapshot: the step.
         start: of the mode.
         top: of the Hessian's own top.
-        find: takes the operator, a start, and earlier values.
+        find: takes the operator, a start, earlier values, and ``R^1/2`` where the operator has it.
         method: of the products.
         recent: earlier values.
     """
@@ -246,7 +249,7 @@ def _threshold(
 
     def preconditioned(start: Tensor | None) -> Top:
         values = [value * rule.lr for value in recent.modes]
-        return find(preconditioned_hessian(snapshot, method=method, rule=rule), start, values)
+        return find(preconditioned_hessian(snapshot, method=method, rule=rule), start, values, root)
 
     shift: Tensor | float
     if isinstance(rate, Tensor) or isinstance(decay, Tensor):

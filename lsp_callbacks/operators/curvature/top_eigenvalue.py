@@ -84,22 +84,35 @@ def top_eigenvalue(
     return _bounded(hessian(snapshot, method=method), snapshot, start, steps, tol)[0]
 
 
-def bounded_top(operator: LinearOperator, snapshot: Snapshot, start: Tensor | None, *, steps: int, tol: float) -> Top:
-    """Return the largest eigenpair of an operator, see `top_eigenvalue`."""
-    pair, accuracy = _bounded(operator, snapshot, start, steps, tol)
+def bounded_top(
+    operator: LinearOperator,
+    snapshot: Snapshot,
+    start: Tensor | None,
+    *,
+    steps: int,
+    tol: float,
+    root: Tensor | float = 1.0,
+) -> Top:
+    """Return the largest eigenpair of an operator, see `top_eigenvalue`; ``root``: see `gradient_behind`."""
+    pair, accuracy = _bounded(operator, snapshot, start, steps, tol, root)
     assert pair.upper is not None
     missed = pair.upper - pair.value
     return Top(pair.value, pair.vector, missed, accuracy, missed, pair.products, pair.value)
 
 
 def _bounded(
-    operator: LinearOperator, snapshot: Snapshot, start: Tensor | None, steps: int, tol: float
+    operator: LinearOperator,
+    snapshot: Snapshot,
+    start: Tensor | None,
+    steps: int,
+    tol: float,
+    root: Tensor | float = 1.0,
 ) -> tuple[Eigenpair, Tensor]:
     """Run Lanczos from equal parts of ``start``, gradient and noise, until the error bar is small."""
     n = operator.shape[1]
     noise = torch.randn(n, generator=snapshot.generator("lanczos"), dtype=operator.dtype).to(operator.device)
     mixed = unit(noise)
-    for other in (snapshot.flat_gradient, start):
+    for other in (gradient_behind(snapshot, root), start):
         if other is not None and len(other) == n and bool(torch.isfinite(other).all()):
             mixed = mixed + unit(other.to(mixed))
     share = 1 / max(1.0, float(torch.linalg.vector_norm(mixed)))
@@ -111,6 +124,17 @@ def _bounded(
     accuracy = accuracy_of(snapshot, operator.dtype, products.taken > before) * ritz.values.abs().amax()
     upper = torch.maximum(spectrum_bounds(ritz, failure=FAILURE, share=share)[1], pair.value) + accuracy
     return replace(pair, upper=upper), accuracy
+
+
+def gradient_behind(snapshot: Snapshot, root: Tensor | float) -> Tensor | None:
+    """Return the step's gradient in the coordinates of ``R^1/2 H R^1/2``, which are ``R^-1/2 theta``: ``R^1/2 g``.
+
+    It leans towards the sharp modes of that operator as g leans towards those of H. Without ``R^1/2`` it does not know
+    the parameters that move furthest: in Adam's first steps rates differ by a factor of a million, and where a gradient
+    has been rare, a small one is the sharpest mode.
+    """
+    gradient = snapshot.flat_gradient
+    return gradient if gradient is None or isinstance(root, float) else root * gradient
 
 
 def accuracy_of(snapshot: Snapshot, dtype: torch.dtype, rough: bool) -> float:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lsp_callbacks.autograd._torch_internals import BatchNorm
 from lsp_callbacks.step.module_modes import is_handwritten
 
+#: The largest eigenvalue is corrected anew in every so many readings.
+CORRECTED = 4
 #: Corrections whose mean stands for those that are not made.
 LAST = 5
 
@@ -93,3 +95,8 @@ class RecentCorrections:
             self._last.append(factor)
             mean = fmean(self._last)
             self.value = max(mean, mean ** (2 / 3))
+
+    @staticmethod
+    def is_due(reading: int) -> bool:
+        """Return whether a reading is corrected anew: the first two, and every fourth."""
+        return reading <= 2 or reading % CORRECTED == 0

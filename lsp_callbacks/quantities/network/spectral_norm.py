@@ -15,6 +15,7 @@ from lsp_callbacks.functional.network.adapted_layers import as_one_layer, is_ada
 from lsp_callbacks.functional.network.layer_operators import in_eval_mode, row_norm, weight_operators
 from lsp_callbacks.functional.network.spectral_norm import log_sum
 from lsp_callbacks.linalg import FollowedNorm, followed_norm
+from lsp_callbacks.linalg.small_norm import FEW, is_small, small_norm
 from lsp_callbacks.operators.cost import beside, calls_cost
 from lsp_callbacks.operators.memory import forward_memory
 from lsp_callbacks.quantities.base import Quantity, scalar
@@ -28,6 +29,8 @@ STEPS, TOLERANCE = 20, 1e-2
 #: Operations and products for each linear map: from the vectors of the last measurement, for each pair of products of
 #: Lanczos where that begins anew, and where the weight is frozen and is only looked at.
 WARM, PAIR, FROZEN = (60, 4), (58, 2), (4, 1)
+#: Operations for a small matrix, whose eigenvalues take about as long as ten of them.
+SMALL = 22
 #: Pairs of products of Lanczos from nothing, and in a second measurement, until it is known where it begins anew.
 COLD, SECOND = 14.0, 2.0
 #: Nanoseconds of a multiplication in products with single vectors, see `lsp_callbacks.operators.cost`.
@@ -96,14 +99,16 @@ class SpectralNorm(Quantity):
             layer = modules[name]
             if _has_linear_part(layer) and self._takes(name, layer):
                 maps = 4 if isinstance(layer, nn.MultiheadAttention) else 1
-                operations, products = self._work(name)
+                operations, products = self._work(name, layer)
                 calls, time = calls + maps * operations, time + PRODUCT * products * _multiplications(layer, called)
         return {**calls_cost(snapshot), "spectral norms": beside(snapshot, calls=calls, time=time)}
 
-    def _work(self, name: str) -> tuple[float, float]:
+    def _work(self, name: str, layer: nn.Module) -> tuple[float, float]:
         """Return operations and products for each map of a layer: Lanczos begins anew where it did the last time."""
         if name in self._frozen:
             return FROZEN
+        if not isinstance(layer, Convolution) and (few := _few(layer)) <= FEW:
+            return SMALL, few
         pairs = self._begun.get(name, SECOND) if name in self._starts else COLD
         return WARM[0] + PAIR[0] * pairs, WARM[1] + PAIR[1] * pairs
 
@@ -184,7 +189,9 @@ class SpectralNorm(Quantity):
         with in_eval_mode(layer):  # so that reading a parametrised weight does not move its buffers
             operators = weight_operators(layer, *sizes)
             norms = {
-                part: followed_norm(operator, starts.get(part), steps=STEPS, tol=TOLERANCE)
+                part: small_norm(operator.matrix)
+                if operator.matrix is not None and is_small(operator)
+                else followed_norm(operator, starts.get(part), steps=STEPS, tol=TOLERANCE)
                 for part, operator in operators.items()
             }
         if starts:
@@ -218,6 +225,11 @@ def _has_linear_part(layer: nn.Module) -> bool:
     registered = weight_operators.dispatch(type(layer)) is not weight_operators.dispatch(object)
     is_conv1d = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
     return registered or is_conv1d or (is_adapted(layer) and as_one_layer(layer) is not None)
+
+
+def _few(layer: nn.Module) -> int:
+    """Return the rows or columns of the maps of a layer that is no convolution, whichever are fewer."""
+    return max((min(p.shape) for name, p in layer.named_parameters() if p.ndim == 2), default=0)
 
 
 def _multiplications(layer: nn.Module, called: Call) -> float:

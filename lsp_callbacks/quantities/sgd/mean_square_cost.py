@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from lsp_callbacks.operators.cost import beside
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
+from lsp_callbacks.operators.sgd.held_statistics import CORRECTED
 from lsp_callbacks.operators.trajectory.coming_preconditioner import remembered_rule
 from lsp_callbacks.quantities.sgd.probe_cost import gram_cost
 from lsp_callbacks.step.snapshot import Snapshot
 
-#: Under batch statistics the largest eigenvalue is corrected anew in every so many readings.
-CORRECTED = 4
 #: In every so many readings two positions of each sample are compared, to see how alike they are.
 COMPARED = 8
 #: Operations on small tensors, beside those of each layer.

@@ -18,7 +18,7 @@ from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, fro
 from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tolerance
 from lsp_callbacks.operators.sgd.graph_check import unexplained_rows
 from lsp_callbacks.operators.sgd.graph_rows import GraphKind, GraphRows
-from lsp_callbacks.operators.sgd.held_statistics import RecentCorrections, can_be_held
+from lsp_callbacks.operators.sgd.held_statistics import CORRECTED, RecentCorrections, can_be_held
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows
 from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
 from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing, remembered_rule
@@ -26,7 +26,7 @@ from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.quantities.sgd.collapse import COLLAPSED, collapse, none_yet
 from lsp_callbacks.quantities.sgd.frozen_exponents import courant_of
-from lsp_callbacks.quantities.sgd.mean_square_cost import COMPARED, CORRECTED, graph_price, rate_cost
+from lsp_callbacks.quantities.sgd.mean_square_cost import COMPARED, graph_price, rate_cost
 from lsp_callbacks.quantities.sgd.probe_cost import gram_cost, kernel_memory, probe_share
 from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.probe_set import ProbeSet
@@ -144,7 +144,7 @@ class MeanSquareStability(Quantity):
         """Return what reads the rows from the step's own graph, so that no pass is made again."""
         if self.outputs != "top" or self._most is not None:
             return None
-        corrects = (self._update_count + 1) % CORRECTED == 0
+        corrects = self._corrections.is_due(self._update_count + 1)
         return GraphRows(
             module,
             run.generator(step, self.name),
@@ -257,7 +257,7 @@ class MeanSquareStability(Quantity):
             samples = step_samples(snapshot, self._most)
         if not samples.full:
             return
-        corrects = checks or self._update_count % CORRECTED == 0
+        corrects = checks or self._corrections.is_due(self._update_count)
         if checks and snapshot.gradient is not None:
             verify_gradient(snapshot)
         if checks and snapshot.loss is not None:
