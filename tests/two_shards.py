@@ -270,6 +270,7 @@ def more(rank):
         ("stopped by sharpness", StabilityMonitor(["sharpness"], every_n_steps=1)),
     ):
         found[name] = trained(unstable, ours, StopOnInstability(), **plain | {"max_steps": 90}, **plain_strategy())
+    found["collectives"] = counted(plain=plain), counted(StabilityMonitor(NAMES, every_n_steps=8), plain=plain)
     return found
 
 
