@@ -6,12 +6,13 @@ all lie inside, at three times the products. The constants of `lsp_callbacks.ope
 chosen on seeds 0, 1, 5 and 6; each table of the ``.md`` says its seed. Tables of bounds are older than differences at
 kinks whose slopes are held.
 
-``python benchmarks/sharpness_error_bars.py [SEED [READINGS [EVERY]]] [--bounded]`` prints such a table; EVERY is the
-number of steps between readings, otherwise as in `sharpness_runs.RUNS`.
+``python benchmarks/sharpness_error_bars.py [SEED [READINGS [EVERY]]] [--bounded] [--only WORD]`` prints such a table;
+EVERY is the number of steps between readings, otherwise as in `sharpness_runs.RUNS`; WORD is a part of their names.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import replace
 
@@ -63,19 +64,23 @@ def row(name: str, found: np.ndarray) -> str:
     )
 
 
-def table(seed: int, count: int = 100, every: int | None = None, *, bounded: bool = False) -> list[str]:
+def table(seed: int, count: int = 100, every: int | None = None, *, bounded: bool = False, only: str = "") -> list[str]:
     lines, everything = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"], []
-    for name in RUNS:
+    for name in (name for name in RUNS if only in name):
         found, courant = errors(name, seed, count, every, bounded=bounded)
         everything.append(found)
         lines.append(row(name, found))
         print(lines[-1], file=sys.stderr, flush=True)
         if len(courant):
             lines.append(row(f"{name}: courant_gd", courant))
-    return [*lines, row("all, sharpness", np.concatenate(everything))]
+    return [*lines, row(f"all {only}".strip() + ", sharpness", np.concatenate(everything))]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    numbers = [int(argument) for argument in sys.argv[1:] if argument != "--bounded"] or [1]
-    print("\n".join(table(*numbers, bounded="--bounded" in sys.argv)))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("numbers", nargs="*", type=int, default=[1], help="SEED, READINGS and EVERY")
+    parser.add_argument("--bounded", action="store_true")
+    parser.add_argument("--only", default="", help="a part of the names of the runs")
+    how = parser.parse_args()
+    print("\n".join(table(*how.numbers, bounded=how.bounded, only=how.only)))
