@@ -3,6 +3,7 @@
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
+from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
@@ -52,4 +53,4 @@ def train(processes=2, max_steps=64):
 
 if __name__ == "__main__":
     for key, curve in train().history.items():
-        print(key, round(curve.values[-1], 4))
+        rank_zero_only(print)(key, round(curve.values[-1], 4))

@@ -1,6 +1,8 @@
-"""Start a script in two processes, as torchrun does."""
+"""Run a script's ``main`` in two processes, with the variables that torchrun sets."""
 
-import contextlib
+import faulthandler
+import importlib
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -9,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-WORLD = 2
+WORLD, LIMIT = 2, 280
 
 
-def launched(script, folder):
-    """What each process of ``python <script> <folder>`` saves as ``<rank>.pt``; a deadlock ends in the time limit."""
+def launched(script, folder, *words):
+    """What each process saves as ``<rank>.pt`` in the folder; a deadlock ends in the time limit."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -22,17 +24,32 @@ def launched(script, folder):
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD), "NODE_RANK": "0",
         "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here))),
     }  # fmt: skip
-    command = [sys.executable, str(here / script), str(folder)]
-    with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(open(folder / f"{rank}.log", "w")) for rank in range(WORLD)]
-        processes = [
-            subprocess.Popen(command, env=os.environ | shared | {"LOCAL_RANK": str(rank)}, stdout=log, stderr=log)
-            for rank, log in enumerate(logs)
-        ]
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(codes), "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(WORLD))
+    command = [sys.executable, __file__, script, str(folder), *words]
+    subprocess.run(command, env=os.environ | shared, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    logs = [(folder / f"{rank}.log").read_text()[-3000:] for rank in range(WORLD)]
+    assert all((folder / f"{rank}.done").exists() for rank in range(WORLD)), "\n".join(logs)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+def run(script, rank, folder, *words):
+    with open(Path(folder) / f"{rank}.log", "w") as log:
+        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    os.environ["LOCAL_RANK"] = str(rank)
+    importlib.import_module(script).main(folder, *words)
+    (Path(folder) / f"{rank}.done").touch()
+
+
+def main(script, *words):
+    """Imports cost more than many a run: they are made once, before the processes part."""
+    importlib.import_module(script)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run, args=(script, rank, *words)) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,7 +1,6 @@
 """What each of two processes runs for `test_roll_back`: the same run twice, and it breaks once, in one process."""
 
 import os
-import sys
 from functools import partial
 
 import torch
@@ -36,7 +35,3 @@ def main(folder):
         )
         left[name] = {"states": seen.states, "batches": seen.batches, "roll_backs": back.roll_backs}
     torch.save(left, os.path.join(folder, f"{rank}.pt"))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

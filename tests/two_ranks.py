@@ -1,8 +1,7 @@
-"""What each of two processes runs for `test_ranks`: ``python two_ranks.py <folder>`` with the usual variables set."""
+"""What each of two processes runs for `test_ranks`."""
 
 import contextlib
 import os
-import sys
 import warnings
 from functools import partial
 from itertools import product
@@ -468,7 +467,3 @@ def main(folder):
     found["communicates plain"] = trained(Communicates, **plain | {"max_steps": 4})
     found["communicates"] = trained(Communicates, StabilityMonitor(every_n_steps=2), **plain | {"max_steps": 4})
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -1,11 +1,6 @@
-"""What each of two processes runs for `test_shards`: ``python two_shards.py <folder> <part>`` with the usual variables.
+"""What each of two processes runs for `test_shards`, in parts; what one process alone computes is there."""
 
-Parts are ``core`` and ``modes``; what one process alone computes is in `test_shards`.
-"""
-
-import faulthandler
 import os
-import sys
 import warnings
 from functools import partial
 
@@ -26,6 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from two_ranks import BATCH, DDP, WORLD, SmoothBlock, dataset
 
 from lsp_callbacks import Monitor, StabilityMonitor, StopOnInstability
+from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.loops import Watch
 from lsp_callbacks.loops.fabric import watch_fabric
 from lsp_callbacks.quantities import REGISTRY
@@ -221,20 +217,60 @@ def looped(rank, *, fabric=None, measured=True):
     }  # fmt: skip
 
 
+def failing(place, plain):
+    ours = StabilityMonitor([*SHARDS_ALONE, "sharpness"], every_n_steps=2)
+    return trained(partial(FailsOnce, place), ours, **plain | {"max_steps": 8}, **plain_strategy())
+
+
 def core(rank):
-    plain = {"loader": shares(rank)}
-    found = {}
+    plain, found = {"loader": shares(rank)}, {}
     found["plain"], found["sharded"] = pair(Sharded, StabilityMonitor(NAMES, every_n_steps=3), plain=plain)
-    found["default"] = trained(Sharded, StabilityMonitor(), StopOnInstability(), **plain, **plain_strategy())
     found["ddp"] = trained(Sharded, StabilityMonitor(NAMES, every_n_steps=3), **plain, **DDP)
-    for place in ("before", "forward", "backward"):
-        ours = StabilityMonitor([*SHARDS_ALONE, "sharpness"], every_n_steps=2)
-        found[place] = trained(partial(FailsOnce, place), ours, **plain | {"max_steps": 8}, **plain_strategy())
+    found["forward"] = failing("forward", plain)
+    return found
+
+
+class Collectives(Callback):
+    """How many collectives there were in each step."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_train_batch_start(self, *args):
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        self.profile.__enter__()
+
+    def on_train_batch_end(self, *args):
+        self.profile.__exit__(None, None, None)
+        self.counts.append(sum(event.name.startswith("c10d::") for event in self.profile.events()))
+
+
+def counted(*callbacks, plain):
+    counter = Collectives()
+    trained(Sharded, *callbacks, counter, **plain, **plain_strategy())
+    return counter.counts
+
+
+def unstable():
+    return Sharded(partial(torch.optim.SGD, lr=40.0))
+
+
+def more(rank):
+    plain, found = {"loader": shares(rank)}, {}
+    found["plain"], found["default"] = pair(Sharded, StabilityMonitor(), StopOnInstability(), plain=plain)
     found["healthy"] = trained(partial(FailsOnce, "never"), **plain | {"max_steps": 8}, **plain_strategy())
+    for place in ("before", "forward", "backward"):
+        found[place] = failing(place, plain)
     found["plain state"], found["state"] = pair(
         Remembers, StabilityMonitor(SHARDS_ALONE, every_n_steps=2), plain=plain | {"max_steps": 8}
     )
     found["plain loop"], found["loop"] = looped(rank, measured=False), looped(rank)
+    for name, ours in (
+        ("stopped", StabilityMonitor()),
+        ("stopped by sharpness", StabilityMonitor(["sharpness"], every_n_steps=1)),
+    ):
+        found[name] = trained(unstable, ours, StopOnInstability(), **plain | {"max_steps": 90}, **plain_strategy())
+    found["collectives"] = counted(plain=plain), counted(StabilityMonitor(NAMES, every_n_steps=8), plain=plain)
     return found
 
 
@@ -258,13 +294,15 @@ def parallel(net, mesh):
 
 
 def modes(rank):
+    adam = partial(Sharded, partial(torch.optim.AdamW, lr=0.05))
     plain, found = {"loader": shares(rank), "max_steps": 8}, {}
 
     def both(name, make, names=NAMES, settings=None, **sizes):
         ours = StabilityMonitor(list(names), every_n_steps=3)
         found[f"{name} plain"], found[name] = pair(make, ours, plain=plain | (settings or {}), **sizes)
 
-    both("AdamW", partial(Sharded, partial(torch.optim.AdamW, lr=0.05)))
+    both("AdamW", adam)
+    found["AdamW ddp"] = trained(adam, StabilityMonitor(list(NAMES), every_n_steps=3), **plain, **DDP)
     both("clipped", Sharded, settings={"gradient_clip_val": 0.05})
     both("accumulated", Sharded, settings={"accumulate_grad_batches": 2})
     both("HSDP", partial(OnMesh, (WORLD, 1)))
@@ -288,14 +326,10 @@ def modes(rank):
 
 
 def main(folder, part):
-    faulthandler.dump_traceback_later(280, exit=True)
     rank = int(os.environ["LOCAL_RANK"])
     torch.manual_seed(0)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     torch.save(PARTS[part](rank), os.path.join(folder, f"{rank}.pt"))
 
 
-PARTS = {"core": core, "modes": modes}
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+PARTS = {"core": core, "more": more, "modes": modes}

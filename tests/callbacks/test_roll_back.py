@@ -208,7 +208,11 @@ def test_a_cap_beside_it_limits_the_lowered_rate(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_after_so_many_returns_it_stops(tmp_path, caplog):
     class Always(Noisy):
+        calls = 0
+
         def training_step(self, batch, batch_idx):
+            self.calls += 1
+            assert self.calls < 200, "it returns for ever"
             return super().training_step(batch, batch_idx) * (math.nan if self.global_step == 17 else 1.0)
 
     rows = Rows()
@@ -349,7 +353,7 @@ def test_bad_arguments(settings):
 
 @slow
 def test_two_processes_return_together_each_to_its_own_random_numbers_and_batches(tmp_path):
-    ranks = launched("roll_back_ranks.py", tmp_path)
+    ranks = launched("roll_back_ranks", tmp_path)
     for rank in ranks:
         (roll_back,) = rank["broken"]["roll_backs"]
         assert roll_back == ranks[0]["broken"]["roll_backs"][0] and roll_back.state.step > 0 and roll_back.at >= 17

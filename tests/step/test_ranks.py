@@ -35,7 +35,7 @@ TWINS = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What both processes have found, by rank; a deadlock ends in the time limit."""
-    return launched("two_ranks.py", tmp_path_factory.mktemp("ranks"))
+    return launched("two_ranks", tmp_path_factory.mktemp("ranks"))
 
 
 def alone(make, *quantities, loader, steps, **settings):

@@ -1,63 +1,37 @@
 """Runs whose two processes hold a shard of the parameters each: FSDP2, tensor parallel, and their modes."""
 
-import contextlib
 import itertools
 import math
-import os
-import socket
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from harness import fit
+from launch_ranks import launched
 from torch import nn
 from torch.utils.data import DataLoader
-from two_ranks import BATCH, WORLD, dataset, joined
-from two_shards import NAMES, STEPS, Recomputes, Sharded, TensorParallel, wide
+from two_ranks import BATCH, dataset, joined
+from two_shards import NAMES, STEPS, Recomputes, Sharded, TensorParallel, unstable, wide
 
-from lsp_callbacks import StabilityMonitor
+from lsp_callbacks import StabilityMonitor, StopOnInstability
 from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.quantities import REGISTRY
 from lsp_callbacks.step.whole_copy import require_room
 
 
-def processes(part, folder):
-    """What both processes have found, by rank; a deadlock ends in the time limit."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here = Path(__file__).parents[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD), "NODE_RANK": "0",
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here))),
-    }  # fmt: skip
-    command = [sys.executable, str(here / "two_shards.py"), str(folder), part]
-    with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(open(folder / f"{rank}.log", "w")) for rank in range(WORLD)]
-        running = [
-            subprocess.Popen(command, env=os.environ | shared | {"LOCAL_RANK": str(rank)}, stdout=log, stderr=log)
-            for rank, log in enumerate(logs)
-        ]
-    try:
-        codes = [process.wait(timeout=300) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert not any(codes), "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(WORLD))
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    return launched("two_shards", tmp_path_factory.mktemp("core"), "core")
 
 
 @pytest.fixture(scope="module")
-def core(tmp_path_factory):
-    return processes("core", tmp_path_factory.mktemp("core"))
+def more(tmp_path_factory):
+    return launched("two_shards", tmp_path_factory.mktemp("more"), "more")
 
 
 @pytest.fixture(scope="module")
 def modes(tmp_path_factory):
-    return processes("modes", tmp_path_factory.mktemp("modes"))
+    return launched("two_shards", tmp_path_factory.mktemp("modes"), "modes")
 
 
 def untouched(before, after):
@@ -95,15 +69,16 @@ def alone(make, names, steps=STEPS, **settings):
 ROWS = ("mean_square", "stability/courant", "collapsed")
 
 
-@pytest.mark.parametrize("before, after", [("plain", "sharded"), ("plain", "default"), ("plain state", "state")])
-def test_a_run_in_shards_is_untouched(core, before, after):
+def test_a_run_in_shards_is_untouched(core):
     for own in core:
+        untouched(own["plain"], own["sharded"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [("plain", "default"), ("plain state", "state"), ("plain loop", "loop")])
+def test_other_runs_in_shards_are_untouched(more, before, after):
+    for own in more:
         untouched(own[before], own[after])
-
-
-def test_a_loop_of_ones_own_is_untouched(core):
-    for own in core:
-        untouched(own["plain loop"], own["loop"])
 
 
 def test_shards_are_measured_as_one_process(core):
@@ -119,8 +94,34 @@ def test_shards_are_measured_as_under_ddp(core):
     close(core[0]["sharded"]["history"], core[0]["ddp"]["history"], 1e-6)
 
 
-def test_a_loop_of_ones_own_is_measured_alike(core):
-    own = core[0]["loop"]["history"]
+def test_a_failure_in_a_pass_of_one_process_is_nan_on_all(core):
+    fails_at_step_4(core, "forward")
+
+
+def fails_at_step_4(runs, place):
+    """Also in the middle of a pass, where the others wait for its part of the weights."""
+    # The backward pass of a replay is needed for the sharpness alone.
+    failing = ["stability/sharpness"]
+    failing += [] if place == "backward" else [f"stability/{name}" for name in ("courant_step", "spectral_norm_max")]
+    for own in runs:
+        for key in failing:
+            steps, values = own[place]["history"][key]
+            assert steps == [0, 2, 4, 6] and [value != value for value in values] == [False, False, True, False], key
+    said = " ".join(runs[0][place]["said"])
+    assert "on rank 1 of 2: RuntimeError: out of memory" in said and not runs[1][place]["said"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["before", "forward", "backward"])
+def test_a_failure_on_one_process_is_nan_on_all_and_leaves_no_trace(more, place):
+    fails_at_step_4(more, place)
+    for own in more:
+        untouched(own["healthy"], own[place])
+
+
+@pytest.mark.slow
+def test_a_loop_of_ones_own_is_measured_alike(core, more):
+    own = more[0]["loop"]["history"]
     assert {"stability/sharpness", "stability/courant", "stability/lyapunov"} <= own.keys()
     steps = core[0]["sharded"]["history"]["stability/sharpness"][0]
     assert own["stability/sharpness"][0][: len(steps)] == steps[: len(own["stability/sharpness"][0])]
@@ -130,33 +131,45 @@ def test_a_loop_of_ones_own_is_measured_alike(core):
         assert count > 3 and both[0][:count] == pytest.approx(both[1][:count], rel=1e-4), key
 
 
-def test_the_defaults_measure_shards(core):
-    found = core[0]["default"]
-    assert not found["skipped"] and not found["said"] and found["stops"] == core[1]["default"]["stops"]
+@pytest.mark.slow
+def test_the_defaults_measure_shards(more):
+    found = more[0]["default"]
+    assert not found["skipped"] and not found["said"] and found["stops"] == more[1]["default"]["stops"]
     assert all(value == value for value in found["history"]["stability/courant"][1])
 
 
-@pytest.mark.parametrize("place", ["before", "forward", "backward"])
-def test_a_failure_on_one_process_is_nan_on_all(core, place):
-    """Also in the middle of a pass, where the others wait for its part of the weights."""
-    for own in core:
-        untouched(own["healthy"], own[place])
-    # The backward pass of a replay is needed for the sharpness alone.
-    failing = ["stability/sharpness"]
-    failing += [] if place == "backward" else [f"stability/{name}" for name in ("courant_step", "spectral_norm_max")]
-    for own in core:
-        for key in failing:
-            steps, values = own[place]["history"][key]
-            assert steps == [0, 2, 4, 6] and [value != value for value in values] == [False, False, True, False], key
-    said = " ".join(core[0][place]["said"])
-    assert "on rank 1 of 2: RuntimeError: out of memory" in said and not core[1][place]["said"]
+@pytest.mark.slow
+def test_both_processes_stop_at_the_same_step(more):
+    first, second = (own["stopped"] for own in more)
+    ((stop, event),) = first["stops"]
+    assert first["stops"] == second["stops"] and first["steps"] == second["steps"] == stop + 1 < 90
+    assert event is not None and first["history"]["stability/courant"][1][0] > 1
+    assert first["history"] == second["history"]
 
 
-def test_state_and_hooks_of_the_user_in_shards(core):
-    seen, calls = core[0]["state"]["memory"]
+@pytest.mark.slow
+def test_a_step_without_a_measurement_communicates_nothing(more):
+    for plain, measured in (own["collectives"] for own in more):
+        extra = [b - a for a, b in zip(plain, measured, strict=True)]
+        assert min(plain) > 0 and extra[0] > 20 and extra[8] > 20
+        assert {*extra[2:8], *extra[10:]} == {0}  # an exponent takes the step after its alignment, too
+
+
+@pytest.mark.slow
+def test_shards_stop_at_the_step_of_one_process(more):
+    """By the sharpness of each step; the defaults read the headline number less often from shards."""
+    ((stop, event),) = more[0]["stopped by sharpness"]["stops"]
+    alone = StopOnInstability()
+    fit(unstable, StabilityMonitor(["sharpness"], every_n_steps=1), alone, loader=joined(), max_steps=90)
+    assert stop is not None and (stop, event) == (alone.stop_step, alone.event_step)
+
+
+@pytest.mark.slow
+def test_state_and_hooks_of_the_user_in_shards(more):
+    seen, calls = more[0]["state"]["memory"]
     assert len(seen) == calls == 8
     for name in ("courant_step", "critical_sharpness", "spectral_norm_max"):
-        values = core[0]["state"]["history"][f"stability/{name}"][1]
+        values = more[0]["state"]["history"][f"stability/{name}"][1]
         assert len(values) == 4 and all(value == value for value in values)
 
 
@@ -177,7 +190,17 @@ def test_modes_are_untouched(modes, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALIKE)
 def test_modes_are_measured_as_one_process(modes, name):
-    close(modes[0][name]["history"], alone(ALIKE[name], NAMES, steps=8), 1e-4, but=(*ROWS, "gain_bound"))
+    # While the second moments hold one gradient, the preconditioner to come is estimated with random signs that each
+    # process draws for its own samples: the exponent of step 0 has an error of its own, see `coming_rule`.
+    but = ("lyapunov",) if name == "AdamW" else ()
+    close(modes[0][name]["history"], alone(ALIKE[name], NAMES, steps=8), 1e-4, but=(*ROWS, "gain_bound", *but))
+
+
+@pytest.mark.slow
+def test_adam_is_measured_as_under_ddp(modes):
+    """The exponent, too, with the same random signs."""
+    assert "stability/lyapunov" in modes[0]["AdamW ddp"]["history"]
+    close(modes[0]["AdamW"]["history"], modes[0]["AdamW ddp"]["history"], 1e-6)
 
 
 @pytest.mark.slow
