@@ -139,7 +139,8 @@ def test_the_first_step_is_measured_and_the_budget_says_when_the_next():
     far = 1 / account.budget, account.period("sharpness")  # the rate is a hundredth of the critical one
     steps = monitor.history[COURANT].steps
     assert steps[0] == 0 and len(steps) > 5
-    assert {b - a for a, b in pairwise(steps) if a > 200} <= {math.ceil(gap) for gap in far}
+    gaps = {b - a for a, b in pairwise(steps) if a > 200}  # shorter beside a norm, whose hooks and replay it shares
+    assert math.ceil(min(far)) <= min(gaps) and max(gaps) <= math.ceil(max(far))
     assert 0.5 * account.income * 600 < account.spent <= account.income * 600 + account.advance
     assert trainer.callback_metrics["stability/age"] == 599 - max(c.steps[-1] for c in monitor.history.values())
     assert 0 < trainer.callback_metrics["stability/overhead"] < 1 and 0 < monitor.overhead < 1
