@@ -21,10 +21,10 @@ and now
 
 | number | files entered | calls | changes of file | ways |
 |---|---|---|---|---|
-| sharpness | 59 | 924 | 221 | 209 |
-| mean_square_stability | 65 | 548 | 206 | 197 |
-| sgd_stability | 71 | 1,752 | 304 | 280 |
-| stability_profile | 88 | 53,655 | 9,264 | 483 |
+| sharpness | 62 | 1,041 | 249 | 230 |
+| mean_square_stability | 69 | 624 | 237 | 224 |
+| sgd_stability | 74 | 1,864 | 334 | 303 |
+| stability_profile | 91 | 54,443 | 9,446 | 498 |
 
 Small files of one idea each and few changes of file work against each other. Most of what is left is made once a step
 (how it is kept, whether it is due, the optimizer's rule, the checks afterwards); a Hessian product makes twelve.

@@ -49,7 +49,7 @@ class GradientCheck:
         self._expected, self._by_sums, self.is_expected = [], by_sums, True
         try:
             pairs = [(p, local(g)) for p, g in gradients()]
-            values = fingerprint(g for _, g in pairs) if by_sums else [g.clone() for _, g in pairs]
+            values = fingerprint([g for _, g in pairs]) if by_sums else [g.clone() for _, g in pairs]
             self._expected = [(p, value) for (p, _), value in zip(pairs, values)]
         except Exception as error:
             self.errors.caught("the gradient could not be copied to be compared later", error)

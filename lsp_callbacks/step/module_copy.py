@@ -343,6 +343,8 @@ def find_special(value: Any, shared: dict[int, Any], memo: dict[int, Any], depth
 
     Of tensors with a graph their values, of handles of hooks one that removes nothing.
     """
+    if not is_mutable(value):
+        return
     if isinstance(value, Tensor):
         if value.grad_fn is not None:
             memo[id(value)] = value.detach().clone()
