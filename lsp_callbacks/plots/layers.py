@@ -72,7 +72,12 @@ def _draw_map(ax: Axes, layers: Mapping[str, Line], level: float | None) -> None
     shown = load("matplotlib").colormaps[name].with_extremes(bad="#b8b8b8")
     rows = np.arange(len(layers) + 1) - 0.5
     drawn = np.ma.masked_invalid(np.clip(cells, low, high))  # an infinite one has the last colour
-    mesh = ax.pcolormesh(edges(steps), rows, drawn, cmap=shown, norm=norm, rasterized=True)
+    mesh: Any
+    if len(steps) == 1:  # a cell of one step would be thinner than a line
+        points = np.full(len(layers), steps[0]), np.arange(len(layers))
+        mesh = ax.scatter(*points, s=30, marker="s", c=drawn[:, 0], cmap=shown, norm=norm, plotnonfinite=True)
+    else:
+        mesh = ax.pcolormesh(edges(steps), rows, drawn, cmap=shown, norm=norm, rasterized=True)
     ax.set_ylim(len(layers) - 0.5, -0.5)
     ax.grid(False)
     ax.set_ylabel("depth", fontsize=8)
