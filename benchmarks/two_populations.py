@@ -163,7 +163,7 @@ def judged(outcome: Outcome) -> Outcome:
     stop, scheduled, step = StopOnInstability(verbose=False), [math.nan], 0
     rates = [*outcome.rates, outcome.rates[-1]]
     stop._source = SimpleNamespace(
-        scheduled_courant=lambda trainer: scheduled[0], rates=lambda: (rates[step + 1], rates[step])
+        coming_courant=lambda trainer: scheduled[0], rates=lambda: (rates[step + 1], rates[step])
     )  # fmt: skip
     trainer = SimpleNamespace(callback_metrics={}, loggers=[])
     for what, *told in outcome.told:
