@@ -28,6 +28,7 @@ from lsp_callbacks.callbacks.stable_states import (
 from lsp_callbacks.callbacks.stop_on_instability import StopOnInstability
 from lsp_callbacks.monitor.history import Observation
 from lsp_callbacks.monitor.losses import ArrivedLoss
+from lsp_callbacks.step.flat import largest_learning_rate
 
 #: Steps before the last one at which the loss was level, from which on batches are left out.
 MARGIN = 2
@@ -237,7 +238,7 @@ class RollBackOnInstability(StopOnInstability):
         """Set the rates of the update that comes now, and return the largest that was scheduled."""
         if self.scale == 1:
             return None
-        scheduled = max(float(group["lr"]) for group in optimizer.param_groups)
+        scheduled = largest_learning_rate(optimizer)
         self._rates_of_update.multiply(optimizer, self.scale)
         return scheduled
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from lsp_callbacks.linalg.followed_norm import FollowedNorm
-from lsp_callbacks.linalg.operator import LinearOperator
 
 #: Rows or columns, at most.
 FEW = 64
 
 
-def is_small(operator: LinearOperator) -> bool:
+def is_small(matrix: Tensor | None) -> TypeGuard[Tensor]:
     """Return whether the matrix of an operator is at hand and has few rows or columns."""
-    return operator.matrix is not None and operator.matrix.ndim == 2 and min(operator.shape) <= FEW
+    return matrix is not None and matrix.ndim == 2 and min(matrix.shape) <= FEW
 
 
 def small_norm(matrix: Tensor) -> FollowedNorm:

@@ -169,7 +169,7 @@ class PendingStep:
             settings: further fields of the `Snapshot`.
         """
         failure = self.failure or (self._moved(optimizer) if self.can_replay else NOT_KEPT)
-        held = None if self.run.shards is None else local_parameters(self.module)
+        held = self._held()
         module = self.module if failure or self.module_copy is None else self.module_copy.module
         replay = self._replay(self.parts, failure, held)
         gradient = {name: local_gradient(p) for name, p in self.module.named_parameters() if p.requires_grad}
@@ -200,6 +200,10 @@ class PendingStep:
             return self.run.ranks.together(lambda: self._sub_batch(snapshot, count))
         except Exception as error:
             return replace(snapshot, replay=_raising(error))
+
+    def _held(self) -> dict[str, nn.Parameter] | None:
+        """Return the shards of this process, by name; None where it holds all of each parameter."""
+        return None if self.run.shards is None else local_parameters(self.module)
 
     def _replay(
         self, parts: Sequence[MicroBatch], failure: Exception | None, held: Mapping[str, nn.Parameter] | None
@@ -259,8 +263,7 @@ class PendingStep:
             with evaluating(module):
                 return part.loss(module, batch)
 
-        held = None if self.run.shards is None else local_parameters(self.module)
-        return self._replay([replace(part, loss=loss)], None, held)(), size
+        return self._replay([replace(part, loss=loss)], None, self._held())(), size
 
     def other_loss(self, source: OtherLoss, on_device: Callable[[Any], Any]) -> Callable[[], Tensor]:
         """Return the replay of another loss of the module, with the buffers and the first random state of the step.
@@ -281,8 +284,7 @@ class PendingStep:
             part = replace(first, batch=None, loss=lambda module, batch: source(module))
         else:
             part = replace(first, batch=source, loss=mean)
-        held = None if self.run.shards is None else local_parameters(self.module)
-        return self._replay([part], None, held)
+        return self._replay([part], None, self._held())
 
     def _moved(self, optimizer: torch.optim.Optimizer) -> Exception | None:
         """Return an error if the step itself has moved the parameters: a replay, which shares them, would do so too.

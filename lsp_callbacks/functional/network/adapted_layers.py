@@ -18,23 +18,27 @@ def is_adapted(layer: nn.Module) -> bool:
     return isinstance(getattr(layer, "base_layer", None), nn.Module) and all(hasattr(layer, name) for name in names)
 
 
-def as_one_layer(layer: Any) -> nn.Module | None:
+def is_one_map(layer: Any) -> bool:
+    """Return whether a layer with adapters applies ``W + scaling B A``: not so DoRA, and quantised weights."""
+    if not is_adapted(layer) or getattr(layer, "lora_variant", None):
+        return False
+    weight = getattr(layer.base_layer, "weight", None)
+    return type(weight) is nn.Parameter and weight.is_floating_point()
+
+
+def as_one_layer(layer: Any) -> nn.Module:
     """Return the layer beneath adapters with the weight of their sum, ``W + scaling B A`` of all that are active.
 
     The dropout ahead of an adapter is left out, as in eval mode.
 
     Args:
-        layer: for which `is_adapted` holds.
+        layer: for which `is_one_map` holds.
 
     Returns:
-        A copy that shares all but the weight; None where the sum is no such matrix (DoRA and other variants, quantised
-        weights).
+        A copy that shares all but the weight.
     """
     base = layer.base_layer
-    weight = getattr(base, "weight", None)
-    if type(weight) is not nn.Parameter or not weight.is_floating_point() or getattr(layer, "lora_variant", None):
-        return None
-    total = weight.detach()
+    total = base.weight.detach()
     if not (layer.disable_adapters or layer.merged):
         with torch.no_grad():
             for adapter in layer.active_adapters:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import convolve, output_padding, plain_tensors
-from lsp_callbacks.functional.network.adapted_layers import as_one_layer, is_adapted
+from lsp_callbacks.functional.network.adapted_layers import as_one_layer, is_one_map
 from lsp_callbacks.linalg import LinearOperator, from_matrix, norm
 
 #: Of a tensor; None where it is not needed.
@@ -38,8 +38,8 @@ def weight_operators(
     """
     if type(layer).__name__ == "Conv1D" and getattr(layer, "nf", None) is not None:  # transformers, y = x W
         return {"": from_matrix(_weight(layer).T)}
-    if is_adapted(layer) and (single := as_one_layer(layer)) is not None:
-        return weight_operators(single, input_shape, output_shape)
+    if is_one_map(layer):
+        return weight_operators(as_one_layer(layer), input_shape, output_shape)
     return {}
 
 
@@ -94,9 +94,14 @@ def _(layer: nn.ConvTranspose1d, input_shape: Shape = None, output_shape: Shape 
     return {"": _linear_map(forward, shape, weight)}
 
 
-def row_norm(layer: nn.Embedding) -> Tensor:
+def is_embedding(layer: nn.Module) -> bool:
+    """Return whether a layer is an embedding, with or without adapters."""
+    return isinstance(layer.base_layer if is_one_map(layer) else layer, nn.Embedding)
+
+
+def row_norm(layer: nn.Module) -> Tensor:
     """Return ``max_i ||W_i||``: the operator norm from one-hot vectors, which is how an embedding is used."""
-    return norm(_weight(layer), 1).max()
+    return norm(_weight(as_one_layer(layer) if is_one_map(layer) else layer), 1).max()
 
 
 def _weight(layer: nn.Module) -> Tensor:

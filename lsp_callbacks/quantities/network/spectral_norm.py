@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lsp_callbacks.autograd._torch_internals import Convolution
 from lsp_callbacks.autograd.gathered_layer import gathered
 from lsp_callbacks.errors import NotApplicable
-from lsp_callbacks.functional.network.adapted_layers import as_one_layer, is_adapted, parts_of_adapted
-from lsp_callbacks.functional.network.layer_operators import in_eval_mode, row_norm, weight_operators
+from lsp_callbacks.functional.network.adapted_layers import is_one_map, parts_of_adapted
+from lsp_callbacks.functional.network.layer_operators import in_eval_mode, is_embedding, row_norm, weight_operators
 from lsp_callbacks.functional.network.spectral_norm import log_sum
 from lsp_callbacks.linalg import FollowedNorm, followed_norm
 from lsp_callbacks.linalg.small_norm import FEW, is_small, small_norm
@@ -164,9 +164,8 @@ class SpectralNorm(Quantity):
                     norms[key] = scalar(found.value)
                     starts.setdefault(name, {})[part] = found.vectors
                     residual = torch.maximum(residual, scalar(found.residual) / norms[key].clamp_min(1e-300))
-                single = as_one_layer(layer) if is_adapted(layer) else layer
-                if isinstance(single, nn.Embedding):
-                    rows[name] = scalar(row_norm(single))
+                if is_embedding(layer):
+                    rows[name] = scalar(row_norm(layer))
         return norms, residual, rows
 
     def compute(self) -> dict[str, Tensor]:
@@ -190,7 +189,7 @@ class SpectralNorm(Quantity):
             operators = weight_operators(layer, *sizes)
             norms = {
                 part: small_norm(operator.matrix)
-                if operator.matrix is not None and is_small(operator)
+                if is_small(operator.matrix)
                 else followed_norm(operator, starts.get(part), steps=STEPS, tol=TOLERANCE)
                 for part, operator in operators.items()
             }
@@ -224,7 +223,7 @@ def _has_linear_part(layer: nn.Module) -> bool:
     # The output projection of attention is read with its parent, which calls it as a function.
     registered = weight_operators.dispatch(type(layer)) is not weight_operators.dispatch(object)
     is_conv1d = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
-    return registered or is_conv1d or (is_adapted(layer) and as_one_layer(layer) is not None)
+    return registered or is_conv1d or is_one_map(layer)
 
 
 def _few(layer: nn.Module) -> int:
