@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass, field
@@ -107,6 +108,7 @@ class Measurement:
         cadence, step = self.cadence, snapshot.step
         names, unpriced = cadence.observed(step)
         waiting = {name for name in names if self._is_postponed(self.quantities[name], snapshot)}
+        self._use_readers(snapshot, {*names, *cadence.under_way} - waiting)
         if unpriced := [name for name in unpriced if name not in waiting]:
             prices = self.budget.prices([self.quantities[name] for name in unpriced], snapshot)
             for name, gradients in prices.dear.items():
@@ -125,6 +127,15 @@ class Measurement:
         starts = [name for name in names if name not in waiting]
         cadence.started(step, starts)
         return {*starts}
+
+    def _use_readers(self, snapshot: Snapshot, names: set[str]) -> None:
+        """Free what was read from the step's own graph, before a replay makes another one."""
+        for name, reader in snapshot.readers.items():
+            if name not in names:
+                reader.release()
+                continue
+            with contextlib.suppress(Exception):  # the measurement will say why
+                snapshot.run.ranks.together(partial(self.quantities[name].before_replays, snapshot))
 
     def _values(
         self, quantity: Quantity, snapshot: Snapshot, view: Snapshot, begins: bool, headline: str | None

@@ -221,6 +221,12 @@ class Quantity(Metric):
         """
         return None
 
+    def before_replays(self, snapshot: Snapshot) -> None:
+        """Make of what `reader` has read what takes less memory, before anything of the step is replayed.
+
+        What fails here is left to the measurement.
+        """
+
     @property
     def needs_replay(self) -> bool:
         """Whether the next step has to be kept for a replay; False if what `reader` reads is enough."""

@@ -271,10 +271,8 @@ class GraphPass:
             for name, use in named_uses(both, head.names[-1], head.names[0] if len(head.names) == 3 else None).items():
                 uses.setdefault(name, []).append(use)
         for site in self.sites.values():
-            stacked = torch.stack(site.gradients, dim=1)
-            site.gradients = []
-            if passes > 1 and stacked.shape[1] != passes:
+            if passes > 1 and len(site.gradients) != passes:
                 raise UnknownGraph("a layer that some rows do not reach")
-            for name, use in site.uses(stacked, self.samples).items():
+            for name, use in site.uses_of_passes(self.samples).items():
                 uses.setdefault(name, []).append(use)
         return {name: Part(len(self.samples.taken), of_name) for name, of_name in uses.items()}

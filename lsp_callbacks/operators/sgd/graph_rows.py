@@ -105,6 +105,7 @@ class GraphRows(GraphReader):
         self._pushed: tuple[Tensor, dict[str, Tensor]] | None = None
         self.recent = recent
         self._correction: float | None = None
+        self._is_formed = False
         self.plain: dict[str, Tensor] = {}
         self._behind: tuple[Mapping[str, Tensor | float], tuple[Tensor, dict[str, float]]] | None = None
 
@@ -136,8 +137,9 @@ class GraphRows(GraphReader):
             raise UnknownGraph("another graph than before")
         nodes = nodes[nodes.index(criterion.node) + 1 :]
         known = Samples(
-            samples, chosen.taken.to(pairs.device), {id(p): name for name, p in self._parameters.items()}, self._module
-        )
+            samples, chosen.taken.to(pairs.device), {id(p): name for name, p in self._parameters.items()}, self._module,
+            looks_at_some=criterion.outputs.shape[1] > chosen.positions.shape[1],
+        )  # fmt: skip
         if self.kind is None:
             graph = self._learn(nodes, criterion, known, pairs, chosen, kinds)
             self.dtype = read(loss).dtype
@@ -232,7 +234,7 @@ class GraphRows(GraphReader):
 
     @torch.no_grad()
     def form(self, scale: Mapping[str, Tensor | float], *, plain: bool = False) -> None:
-        """Form the Gram matrix behind the diagonal of D, by parameter name, and let go of what it is made from.
+        """Form the Gram matrix behind the diagonal of D, by parameter name, and let go of what it is made from: once.
 
         Args:
             scale: the diagonal.
@@ -241,6 +243,8 @@ class GraphRows(GraphReader):
         Raises:
             UnknownGraph: if the graphs could not be read.
         """
+        if self._is_formed:
+            return
         if self.failure is not None or not self._parts:
             raise self.failure or UnknownGraph("no loss was seen before its backward pass")
         if self._behind is None or not all(_is_same(scale[name], self._behind[0][name]) for name in self._parameters):
@@ -251,6 +255,7 @@ class GraphRows(GraphReader):
             c, pushed = self._pushed
             squares = sum(float((scale[name] * g.square()).sum()) for name, g in pushed.items())
             self._correction = squares / float(c @ self.gram @ c)
+        self._is_formed = True
         self.release()
 
     def _form(self, scale: Mapping[str, Tensor | float], *, plain: bool) -> None:

@@ -22,6 +22,7 @@ from lsp_callbacks.operators.sgd.layer_rules import (
     table_use,
     uses_ahead_of_norm,
 )
+from lsp_callbacks.operators.sgd.nonzero_positions import nonzero_positions, uses_at_positions
 
 #: Of the gradients of an operation, that of its input alone.
 INPUT_ALONE = [True, False, False]
@@ -40,6 +41,7 @@ class Samples:
             finds out from a pass for the only sample ``alone``.
         alone: see ``axes``.
         by_rows: whether the gradients are those of the samples that have rows alone, ``(n, ...)``, see `by_rows`.
+        looks_at_some: whether rows look at some of many positions of the outputs.
     """
 
     count: int
@@ -49,6 +51,7 @@ class Samples:
     axes: list[int] | None = None
     alone: int = 0
     by_rows: bool = False
+    looks_at_some: bool = False
 
     @cached_property
     def layers(self) -> dict[int, nn.Module]:
@@ -72,7 +75,7 @@ class Samples:
 
     def gradient(self, g: Tensor, axis: int = 0) -> Tensor:
         """Return a gradient of the samples that have rows, ``(n, T, ...)``."""
-        return g[:, None] if self.by_rows else self.split(g, axis)[self.taken]
+        return g[:, None] if self.by_rows else self.rows(g, axis)
 
     def axis(self, g: Tensor) -> int:
         """Return the axis of the samples, from the gradient of one of them at ``(L, ...)``."""
@@ -103,15 +106,21 @@ class Site:
     node: Any
     names: list[str | None]
     axis: int = 0
-    gradients: list[Tensor] = field(default_factory=list)
+    gradients: list[Any] = field(default_factory=list)
 
     def flat(self, t: Tensor) -> Tensor:
         """Return a tensor of the output's shape whose first axis are samples and positions."""
         return t
 
-    def rows_of(self, g: Tensor, samples: Samples) -> Tensor:
+    def rows_of(self, g: Tensor, samples: Samples) -> Any:
         """Return what is kept of the gradient at the output."""
         return samples.gradient(self.flat(g), self.axis)
+
+    def uses_of_passes(self, samples: Samples) -> dict[str, Use]:
+        """Return the use of each parameter by name, and let go of the gradients that they are made from."""
+        gradients, self.gradients = self.gradients, []
+        stacked = gradients[0][:, None] if len(gradients) == 1 else torch.stack(gradients, dim=1)
+        return self.uses(stacked, samples)
 
     def pulled(self, g: Tensor) -> list[Tensor | None]:
         """Return the gradients at its inputs; None at parameters."""
@@ -138,6 +147,18 @@ class LinearSite(Site):
         x_edge = self.node.next_functions[-2][0]
         back = None if x_edge is None else g @ saved(self.node, "mat2").T
         return [*[None] * (len(self.names) - 2), back, None]
+
+    def rows_of(self, g: Tensor, samples: Samples) -> Any:
+        rows = samples.gradient(self.flat(g), self.axis)
+        return nonzero_positions(rows) if samples.looks_at_some else rows
+
+    def uses_of_passes(self, samples: Samples) -> dict[str, Use]:
+        if all(isinstance(g, Tensor) for g in self.gradients):
+            return super().uses_of_passes(samples)
+        gradients, self.gradients = self.gradients, []
+        rows = samples.rows(self.x, self.axis)
+        uses = uses_at_positions(rows, gradients, transposed=self.transposed)
+        return named_uses(uses, self.names[-1], self.names[0] if len(self.names) == 3 else None)
 
     def uses(self, g: Tensor, samples: Samples) -> dict[str, Use]:
         weight, bias = self.names[-1], self.names[0] if len(self.names) == 3 else None

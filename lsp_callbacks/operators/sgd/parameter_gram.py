@@ -13,8 +13,9 @@ from torch import Tensor
 from lsp_callbacks.operators.sgd.layer_rules import Outer, Table, Use
 from lsp_callbacks.operators.sgd.weighted_gram import weighted_gram
 
-#: Numbers that are formed at once of gradients that can be divided.
-BLOCK = 2**20
+#: Numbers that are formed at once of gradients that can be divided: larger blocks are no faster, and leave the heap of
+#: a process in pieces.
+BLOCK = 2**18
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,12 @@ class MeanSquareStability(Quantity):
             if (reader := snapshot.readers.get(self.name)) is not None:
                 reader.release()
 
+    def before_replays(self, snapshot: Snapshot) -> None:
+        """Form the Gram matrix, so that the inputs and gradients of layers that it is made from are let go of."""
+        rows = self._rows_of_graph(snapshot)
+        if rows is not None:
+            rows.form(remembered_rule(snapshot).scale, plain=self._checks_next)
+
     def _measure(self, snapshot: Snapshot, rows: GraphRows | None) -> None:
         checks = self._checks(self._update_count)
         if rows is not None:
