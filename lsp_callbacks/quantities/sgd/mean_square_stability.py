@@ -8,6 +8,7 @@ from functools import partial
 from statistics import median
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lsp_callbacks._validation import whole
@@ -20,6 +21,7 @@ from lsp_callbacks.operators.sgd.graph_check import unexplained_rows
 from lsp_callbacks.operators.sgd.graph_rows import GraphKind, GraphRows
 from lsp_callbacks.operators.sgd.held_statistics import CORRECTED, RecentCorrections, can_be_held
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows
+from lsp_callbacks.operators.sgd.shard_rows import spread_step
 from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
 from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing, remembered_rule
 from lsp_callbacks.quantities.base import Quantity
@@ -27,6 +29,7 @@ from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.quantities.sgd.collapse import COLLAPSED, collapse, none_yet
 from lsp_callbacks.quantities.sgd.frozen_exponents import courant_of
 from lsp_callbacks.quantities.sgd.mean_square_cost import COMPARED, graph_price, rate_cost
+from lsp_callbacks.quantities.sgd.mean_square_shards import sgd_of_shards, shards_memory, shards_price
 from lsp_callbacks.quantities.sgd.probe_cost import gram_cost, kernel_memory, probe_share
 from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.probe_set import ProbeSet
@@ -127,6 +130,7 @@ class MeanSquareStability(Quantity):
         self._checked: TangentKernel | None = None
         self._mode: Tensor | None = None
         self._last_check = self._next_check = 1
+        self._gathers = False
         self._forget_graph()
         for name, value in zip(("alike", "alike_since"), none_yet()):
             self.add_state(name, default=value, persistent=True)
@@ -142,16 +146,20 @@ class MeanSquareStability(Quantity):
 
     def reader(self, module: nn.Module, run: RunContext, step: int) -> GraphReader | None:
         """Return what reads the rows from the step's own graph, so that no pass is made again."""
-        if self.outputs != "top" or self._most is not None:
-            return None
+        if self.outputs != "top" or self._most is not None or run.shards is not None:
+            return None  # the graph of a module with shards holds weights that are gone again
+        return self._rows(module, run.generator(step, self.name), checks=self._checks_next)
+
+    def _rows(self, module: nn.Module, generator: torch.Generator, *, checks: bool) -> GraphRows:
+        """Return what reads the rows of the coming measurement from a graph."""
         corrects = self._corrections.is_due(self._update_count + 1)
         return GraphRows(
             module,
-            run.generator(step, self.name),
+            generator,
             partial(row_count, wanted=self.rows),
             self._passes,
-            known=None if self._checks_next else self._known,
-            scale=self._scale if corrects and not self._checks_next else None,
+            known=None if checks else self._known,
+            scale=self._scale if corrects and not checks else None,
             recent=self._recent,
         )
 
@@ -175,7 +183,21 @@ class MeanSquareStability(Quantity):
     def check(self, snapshot: Snapshot) -> None:
         critical_rule(snapshot)
 
+    def view(self, snapshot: Snapshot) -> Snapshot:
+        """Return the step itself where its rows are read from the shards; otherwise as it is elsewhere."""
+        return snapshot if self._reads_shards(snapshot) else super().view(snapshot)
+
+    def _reads_shards(self, snapshot: Snapshot) -> bool:
+        return (
+            snapshot.run.shards is not None
+            and snapshot.held is not None
+            and self.outputs == "top"
+            and not self._gathers
+        )
+
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        if self._reads_shards(snapshot):
+            return shards_price(snapshot, self.rows, checks=self._checks_next or self._known is None)
         if self._price and not self.needs_replay:
             return self._price
         if self._price and self._checks_next and "batch statistics" not in self._price:
@@ -202,6 +224,8 @@ class MeanSquareStability(Quantity):
 
     def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
         """Look at fewer samples of the batch, 32 at least."""
+        if self._reads_shards(snapshot):
+            return None
         samples = step_samples(snapshot, self._most).samples
         fewer = max(LEAST, int(samples * gradients / max(sum(self.cost(snapshot).values()), 1e-9)))
         if fewer >= samples:
@@ -210,12 +234,14 @@ class MeanSquareStability(Quantity):
         return f"{fewer} of {samples} samples"
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
+        if self._reads_shards(snapshot):
+            return shards_memory(snapshot, self.rows)
         samples = step_samples(snapshot, self._most)
         return kernel_memory(snapshot, samples, samples.samples, max(samples.samples, self.rows or LEAST))
 
     def warm_up(self, snapshot: Snapshot) -> int:
         """Return how many gradients the preconditioner still lacks: that of one batch says nothing of the next."""
-        return gradients_missing(snapshot)
+        return gradients_missing(spread_step(snapshot))
 
     def path(self, snapshot: Snapshot) -> str:
         """Return by which rules per-sample gradients were computed, see `TangentKernel`."""
@@ -225,10 +251,28 @@ class MeanSquareStability(Quantity):
         """Measure one step; do nothing while its probes, where it has only those, are being collected."""
         self.complete = False
         try:
+            if self._reads_shards(snapshot):
+                if self._measure_shards(snapshot):
+                    return
+                snapshot = snapshot.whole
             self._measure(snapshot, self._rows_of_graph(snapshot))
         finally:
             if (reader := snapshot.readers.get(self.name)) is not None:
                 reader.release()
+
+    def _measure_shards(self, snapshot: Snapshot) -> bool:
+        """Measure without a copy of the whole weights; return whether that is possible, on all ranks alike."""
+        checks = self._checks(self._update_count) or self._known is None
+        rows = self._rows(snapshot.module, snapshot.generator(self.name), checks=checks)
+        measured = sgd_of_shards(snapshot, rows, self._population, checks=checks)
+        if measured is None:
+            self._gathers = checks  # from now on
+            return False
+        if checks:
+            self._is_checked()
+            self._known, self._population = rows.kind, measured[1]
+        self._finish(snapshot, measured[0], checks=checks)
+        return True
 
     def _measure(self, snapshot: Snapshot, rows: GraphRows | None) -> None:
         checks = self._checks(self._update_count)
@@ -294,6 +338,13 @@ class MeanSquareStability(Quantity):
             return
         if checks:
             self._learn(snapshot, samples, sgd, rows, is_agreed=is_agreed)
+        self._finish(snapshot, sgd, checks=checks)
+        self._scale = remembered_rule(snapshot).scale if rows is not None and rows.ties else None
+        if corrects:
+            self._corrections.add(sgd.kernel.correction)
+
+    def _finish(self, snapshot: Snapshot, sgd: FrozenSGD, *, checks: bool) -> None:
+        """Complete a measurement with the critical rate of the linearised step."""
         if sgd.kernel.design is not None:
             self._designs.append(sgd.kernel.design)
         rate = (1 - TOLERANCE) * sgd.mean_square_lr(  # errs downwards
@@ -312,9 +363,6 @@ class MeanSquareStability(Quantity):
             self.alike, self.alike_since, step=snapshot.step, is_alike=is_alike
         )
         self.latest, self._mode = sgd, sgd.kernel.mode
-        self._scale = remembered_rule(snapshot).scale if rows is not None and rows.ties else None
-        if corrects:
-            self._corrections.add(sgd.kernel.correction)
         self._checked = sgd.kernel if checks else self._checked
         self.finish(numbers)
 
@@ -351,9 +399,7 @@ class MeanSquareStability(Quantity):
             is_agreed: whether the rows were found to be those of the replayed step.
         """
         price = self._price
-        self._forget_graph()
-        self._last_check = self._update_count
-        self._next_check = CHECKED ** (int(math.log(self._update_count + 0.5, CHECKED)) + 1)
+        self._is_checked()
 
         def is_other() -> bool:
             if is_agreed:
@@ -371,6 +417,12 @@ class MeanSquareStability(Quantity):
             self._price = price or graph_price(snapshot, rows)
         elif self._update_count == 1:
             self._next_check = 2  # what is peculiar about the first step may be over
+
+    def _is_checked(self) -> None:
+        """Begin anew with the graph of a step that is compared with a replay, and put off the next comparison."""
+        self._forget_graph()
+        self._last_check = self._update_count
+        self._next_check = CHECKED ** (int(math.log(self._update_count + 0.5, CHECKED)) + 1)
 
     def _positions(self, samples: int) -> int:
         """Return how many positions of each sample are looked at, if it has several."""
@@ -397,4 +449,5 @@ class MeanSquareStability(Quantity):
     def load_vectors(self, vectors: dict[str, Tensor]) -> None:
         self.latest, self._checked, self._mode = None, None, vectors.get("mode")
         self._corrections = RecentCorrections()
+        self._gathers = False
         self._forget_graph()
