@@ -3,6 +3,7 @@
 import os
 import warnings
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -22,9 +23,11 @@ from two_ranks import BATCH, DDP, WORLD, SmoothBlock, dataset
 
 from lsp_callbacks import Monitor, StabilityMonitor, StopOnInstability
 from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.loops import Watch
 from lsp_callbacks.loops.fabric import watch_fabric
 from lsp_callbacks.quantities import REGISTRY
+from lsp_callbacks.step.pending_step import PendingStep
 
 STEPS = 16
 #: Of the default preset, and the one that needs nothing but forward passes.
@@ -226,6 +229,9 @@ def core(rank):
     plain, found = {"loader": shares(rank)}, {}
     found["plain"], found["sharded"] = pair(Sharded, StabilityMonitor(NAMES, every_n_steps=3), plain=plain)
     found["ddp"] = trained(Sharded, StabilityMonitor(NAMES, every_n_steps=3), **plain, **DDP)
+    with mock.patch.object(PendingStep, "whole", side_effect=Unsupported("no room")):
+        ours = StabilityMonitor(["mean_square_stability", "sharpness"], every_n_steps=3)
+        found["no room"] = trained(Sharded, ours, **plain, **plain_strategy())
     found["forward"] = failing("forward", plain)
     return found
 
