@@ -12,12 +12,52 @@ from lsp_callbacks.operators.sgd.recent_rows import SIZE
 from lsp_callbacks.operators.sgd.shard_rows import read_rows, spread_step, unexplained_shares
 from lsp_callbacks.operators.sgd.step_samples import row_count, step_samples
 from lsp_callbacks.operators.trajectory.coming_preconditioner import remembered_rule
+from lsp_callbacks.quantities.sgd.graph_checks import ChecksGraphs
 from lsp_callbacks.quantities.sgd.mean_square_cost import GRAPH_CALLS, rate_cost
 from lsp_callbacks.quantities.sgd.probe_cost import gram_cost
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.replay_checks import verify, verify_gradient
 from lsp_callbacks.step.sharded_replay import ShardedReplay
 from lsp_callbacks.step.snapshot import Snapshot
+
+
+class OfShards(ChecksGraphs):
+    """A quantity of the linearised step that reads the shards where there are any, and whole weights where it cannot.
+
+    Attributes:
+        rows: how many rows are wanted; None is a quarter of the batch.
+        outputs: which outputs they stand for, see `MeanSquareStability`.
+    """
+
+    rows: int | None
+    outputs: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._gathers = False
+        self._population: int | None = None
+
+    def reads_shards(self, snapshot: Snapshot) -> bool:
+        """Return whether a step has shards of which the rows can be read, as far as that is known."""
+        is_spread = snapshot.run.shards is not None and snapshot.held is not None
+        return is_spread and self.outputs == "top" and not self._gathers
+
+    def view(self, snapshot: Snapshot) -> Snapshot:
+        """Return the step itself where its rows are read from the shards; otherwise as it is elsewhere."""
+        return snapshot if self.reads_shards(snapshot) else super().view(snapshot)
+
+    def _of_shards(self, snapshot: Snapshot, rows: GraphRows, *, checks: bool) -> FrozenSGD | None:
+        """Return the linearised step without a copy of the whole weights; None, on all ranks, where there is none."""
+        measured = sgd_of_shards(snapshot, rows, self._population, checks=checks)
+        if measured is None:
+            self._gathers = checks  # from now on; other graphs than before are looked at once more
+            if not checks:
+                self._is_changed()
+            return None
+        if checks:
+            self._is_checked()
+            self._known, self._population = rows.kind, measured[1]
+        return measured[0]
 
 
 def sgd_of_shards(

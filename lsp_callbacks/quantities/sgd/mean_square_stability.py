@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any, ClassVar, Literal
@@ -13,24 +14,21 @@ from torch import Tensor, nn
 
 from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.operators.cost import forward_cost, work
 from lsp_callbacks.operators.sgd.corrected_top import with_top
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
-from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tolerance
+from lsp_callbacks.operators.sgd.gram_matrix import tolerance
 from lsp_callbacks.operators.sgd.graph_check import unexplained_rows
 from lsp_callbacks.operators.sgd.graph_rows import GraphKind, GraphRows
-from lsp_callbacks.operators.sgd.held_statistics import CORRECTED, RecentCorrections, can_be_held
+from lsp_callbacks.operators.sgd.held_statistics import RecentCorrections
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows
-from lsp_callbacks.operators.sgd.shard_rows import spread_step
 from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
 from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing, remembered_rule
-from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.quantities.sgd.collapse import COLLAPSED, collapse, none_yet
 from lsp_callbacks.quantities.sgd.frozen_exponents import courant_of
-from lsp_callbacks.quantities.sgd.mean_square_cost import COMPARED, graph_price, rate_cost
-from lsp_callbacks.quantities.sgd.mean_square_shards import sgd_of_shards, shards_memory, shards_price
-from lsp_callbacks.quantities.sgd.probe_cost import gram_cost, kernel_memory, probe_share
+from lsp_callbacks.quantities.sgd.mean_square_cost import COMPARED, graph_price, replay_price
+from lsp_callbacks.quantities.sgd.mean_square_shards import OfShards, shards_memory, shards_price
+from lsp_callbacks.quantities.sgd.probe_cost import kernel_memory
 from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.replay_checks import verify, verify_gradient
@@ -39,15 +37,13 @@ from lsp_callbacks.step.snapshot import Snapshot
 
 #: Relative error of the critical rate by its iteration, by which the rate is lowered.
 TOLERANCE = 5e-3
-#: Readings 1, 32, 1024, ... are checked.
-CHECKED = 32
 #: Positions of each sample that are looked at in one step, at most.
 AT_ONCE = 4
 #: Of so many such comparisons the median is taken.
 DESIGNS = 5
 
 
-class MeanSquareStability(Quantity):
+class MeanSquareStability(OfShards):
     """Learning rate relative to the largest at which the second moment of SGD stays bounded.
 
     As `SGDStability`, from the Gram matrix of per-sample output gradients, the optimizer's momentum or frozen
@@ -127,10 +123,7 @@ class MeanSquareStability(Quantity):
         self.latest: FrozenSGD | None = None
         self._most: int | None = None
         self._corrections = RecentCorrections()
-        self._checked: TangentKernel | None = None
         self._mode: Tensor | None = None
-        self._last_check = self._next_check = 1
-        self._gathers = False
         self._forget_graph()
         for name, value in zip(("alike", "alike_since"), none_yet()):
             self.add_state(name, default=value, persistent=True)
@@ -164,67 +157,28 @@ class MeanSquareStability(Quantity):
         )
 
     @property
-    def _checks_next(self) -> bool:
-        """Whether the next measurement is one of those that are checked."""
-        return self._checks(self._update_count + 1)
-
-    def _checks(self, reading: int) -> bool:
-        return self._checked is None or reading >= self._next_check
-
-    def _is_changed(self) -> None:
-        """Go back to replays, the next of which is checked; where graphs change again and again, it is put off."""
-        self._known = None
-        self._next_check = max(self._update_count + 1, 2 * self._last_check)
-
-    @property
     def needs_replay(self) -> bool:
         return self._known is None or self._checks_next
 
     def check(self, snapshot: Snapshot) -> None:
         critical_rule(snapshot)
 
-    def view(self, snapshot: Snapshot) -> Snapshot:
-        """Return the step itself where its rows are read from the shards; otherwise as it is elsewhere."""
-        return snapshot if self._reads_shards(snapshot) else super().view(snapshot)
-
-    def _reads_shards(self, snapshot: Snapshot) -> bool:
-        return (
-            snapshot.run.shards is not None
-            and snapshot.held is not None
-            and self.outputs == "top"
-            and not self._gathers
-        )
-
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        if self._reads_shards(snapshot):
+        if self.reads_shards(snapshot):
             return shards_price(snapshot, self.rows, checks=self._checks_next or self._known is None)
         if self._price and not self.needs_replay:
             return self._price
         if self._price and self._checks_next and "batch statistics" not in self._price:
             return self._price | {"gradient": 1.0, "check of the rows": 1.0, "places of the samples": 1 / 3}
         samples = step_samples(snapshot, self._most)
-        n, once = samples.samples, work(snapshot)
-        share = probe_share(snapshot, samples, n)
-        is_single = once.multiplications * share <= 1.5 * n * once.parameters
-        positions = 1 if is_single else max(2, self._positions(n))
-        if self.latest is not None:
-            positions = self.latest.kernel.rows
-        rows = row_count(n, self.rows) * positions
-        parts = {
-            "rows of the batch": (1 + positions) / 3 * share + gram_cost(snapshot, rows, n / max(share, 1e-9)),
-            **rate_cost(snapshot, rows),
-        }
-        if samples.batches and can_be_held(samples.module):
-            parts["batch statistics"] = (1 / 3 + 1 / CORRECTED) * share
-        elif samples.batches:
-            parts["batch statistics"] = 2 / 3 * rows * share
-        if self._checks_next:
-            parts |= {"forward": forward_cost(snapshot), "gradient": 4 / 3, "check of the rows": 2 / 3 * share}
-        return parts
+        n = samples.samples
+        positions = max(2, self._positions(n)) if self.latest is None else self.latest.kernel.rows
+        count = row_count(n, self.rows)
+        return replay_price(snapshot, samples, count, positions, is_first=self.latest is None, checks=self._checks_next)
 
     def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
         """Look at fewer samples of the batch, 32 at least."""
-        if self._reads_shards(snapshot):
+        if self.reads_shards(snapshot):
             return None
         samples = step_samples(snapshot, self._most).samples
         fewer = max(LEAST, int(samples * gradients / max(sum(self.cost(snapshot).values()), 1e-9)))
@@ -234,14 +188,14 @@ class MeanSquareStability(Quantity):
         return f"{fewer} of {samples} samples"
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        if self._reads_shards(snapshot):
+        if self.reads_shards(snapshot):
             return shards_memory(snapshot, self.rows)
         samples = step_samples(snapshot, self._most)
         return kernel_memory(snapshot, samples, samples.samples, max(samples.samples, self.rows or LEAST))
 
     def warm_up(self, snapshot: Snapshot) -> int:
         """Return how many gradients the preconditioner still lacks: that of one batch says nothing of the next."""
-        return gradients_missing(spread_step(snapshot))
+        return gradients_missing(replace(snapshot, held=None))  # the first rank asks alone: nothing may be sent
 
     def path(self, snapshot: Snapshot) -> str:
         """Return by which rules per-sample gradients were computed, see `TangentKernel`."""
@@ -251,7 +205,7 @@ class MeanSquareStability(Quantity):
         """Measure one step; do nothing while its probes, where it has only those, are being collected."""
         self.complete = False
         try:
-            if self._reads_shards(snapshot):
+            if self.reads_shards(snapshot):
                 if self._measure_shards(snapshot):
                     return
                 snapshot = snapshot.whole
@@ -263,16 +217,12 @@ class MeanSquareStability(Quantity):
     def _measure_shards(self, snapshot: Snapshot) -> bool:
         """Measure without a copy of the whole weights; return whether that is possible, on all ranks alike."""
         checks = self._checks(self._update_count) or self._known is None
-        rows = self._rows(snapshot.module, snapshot.generator(self.name), checks=checks)
-        measured = sgd_of_shards(snapshot, rows, self._population, checks=checks)
-        if measured is None:
-            self._gathers = checks  # from now on
-            return False
         if checks:
-            self._is_checked()
-            self._known, self._population = rows.kind, measured[1]
-        self._finish(snapshot, measured[0], checks=checks)
-        return True
+            self._forget_graph()
+        rows = self._rows(snapshot.module, snapshot.generator(self.name), checks=checks)
+        if (sgd := self._of_shards(snapshot, rows, checks=checks)) is not None:
+            self._finish(snapshot, sgd, checks=checks)
+        return sgd is not None
 
     def _measure(self, snapshot: Snapshot, rows: GraphRows | None) -> None:
         checks = self._checks(self._update_count)
@@ -399,6 +349,7 @@ class MeanSquareStability(Quantity):
             is_agreed: whether the rows were found to be those of the replayed step.
         """
         price = self._price
+        self._forget_graph()
         self._is_checked()
 
         def is_other() -> bool:
@@ -417,12 +368,6 @@ class MeanSquareStability(Quantity):
             self._price = price or graph_price(snapshot, rows)
         elif self._update_count == 1:
             self._next_check = 2  # what is peculiar about the first step may be over
-
-    def _is_checked(self) -> None:
-        """Begin anew with the graph of a step that is compared with a replay, and put off the next comparison."""
-        self._forget_graph()
-        self._last_check = self._update_count
-        self._next_check = CHECKED ** (int(math.log(self._update_count + 0.5, CHECKED)) + 1)
 
     def _positions(self, samples: int) -> int:
         """Return how many positions of each sample are looked at, if it has several."""
