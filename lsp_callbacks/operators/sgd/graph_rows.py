@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lsp_callbacks.operators.sgd.chosen_positions import Chosen, joined_counts, 
 from lsp_callbacks.operators.sgd.corrected_top import with_top
 from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion, read_criterion
+from lsp_callbacks.operators.sgd.graph_kind import GraphKind
 from lsp_callbacks.operators.sgd.graph_pass import GraphPass
 from lsp_callbacks.operators.sgd.graph_sites import Samples
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, wide
@@ -29,35 +30,6 @@ from lsp_callbacks.step.graph_reader import GraphReader
 Tensors = list[dict[str, Any]]
 #: See `GraphRows.looked`.
 Looked = tuple[list[Chosen], int, int]
-
-
-class GraphKind(NamedTuple):
-    """What does not change from step to step, and by which a graph is recognised.
-
-    Attributes:
-        nodes: their names, outputs first.
-        sites: the names of the trainable parameters of each use, in the order of the graph.
-        axes: of the samples in each use: first (0) or second (1).
-        by_rows: whether gradients of some samples can be taken back alone.
-        lengths: how many positions of each sample each use had, and at last the outputs.
-    """
-
-    nodes: tuple[str, ...]
-    sites: tuple[tuple[str | None, ...], ...]
-    axes: list[int]
-    by_rows: bool = False
-    lengths: tuple[int, ...] = ()
-
-    def has_length(self, lengths: tuple[int, ...]) -> bool:
-        """Return whether uses have as many positions as before, or as many for each of the outputs'.
-
-        An expert is called with those tokens that are routed to it: as many as can be divided among the samples, by
-        chance, and they are not theirs.
-        """
-        now, before = lengths[-1], self.lengths[-1]
-        return self.by_rows or all(
-            length == last or length * before == last * now for length, last in zip(lengths, self.lengths, strict=True)
-        )
 
 
 class GraphRows(GraphReader):
@@ -257,7 +229,9 @@ class GraphRows(GraphReader):
         if self.failure is not None or not self._parts:
             raise self.failure or UnknownGraph("no loss was seen before its backward pass")
         if self._behind is None or not all(_is_same(scale[name], self._behind[0][name]) for name in self._parameters):
-            self._form(scale, plain=plain)
+            if plain:
+                self.plain = self.plain_shares()
+            self._form(scale)
         else:
             self.gram, self.traces = self._behind[1]
         if self._pushed is not None:
@@ -266,7 +240,7 @@ class GraphRows(GraphReader):
             self._correction = squares / float(c @ self.gram @ c)
         self.release()
 
-    def _form(self, scale: Mapping[str, Tensor | float], *, plain: bool) -> None:
+    def _form(self, scale: Mapping[str, Tensor | float]) -> None:
         shares: dict[str, Tensor] = {}
         sketch: RowSketch | None = None
         begin = 0
@@ -279,8 +253,6 @@ class GraphRows(GraphReader):
                 sketch = sketch or RowSketch(gram.rows, wide(diagonal))
                 shares[name] = sketch.share(gram, diagonal, begin, p.numel())
                 begin += p.numel()
-            if plain:
-                self.plain[name] = gram.gram(1.0, HELD, p.numel())
         self.gram, self.traces = self._summed(shares)
         if sketch is not None:
             self._sketch = sketch.values.unflatten(0, (-1, self._per_sample)) * self._per_sample**0.5

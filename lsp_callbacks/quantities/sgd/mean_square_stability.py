@@ -18,7 +18,8 @@ from lsp_callbacks.operators.sgd.corrected_top import with_top
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.operators.sgd.gram_matrix import tolerance
 from lsp_callbacks.operators.sgd.graph_check import unexplained_rows
-from lsp_callbacks.operators.sgd.graph_rows import GraphKind, GraphRows
+from lsp_callbacks.operators.sgd.graph_kind import GraphKind
+from lsp_callbacks.operators.sgd.graph_rows import GraphRows
 from lsp_callbacks.operators.sgd.held_statistics import RecentCorrections
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows
 from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
