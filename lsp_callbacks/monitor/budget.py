@@ -14,7 +14,6 @@ import torch
 
 from lsp_callbacks._validation import number
 from lsp_callbacks.errors import Unmeasurable, Unsupported
-from lsp_callbacks.monitor.selected_quantities import in_turn
 from lsp_callbacks.operators.cost import Work, assume, hooks_cost, step_cost, work
 from lsp_callbacks.operators.footprint import Footprint, assume_footprint, footprint, readable
 from lsp_callbacks.quantities import Quantity
@@ -51,7 +50,7 @@ def measurement_cost(quantity: Quantity, snapshot: Snapshot) -> dict[str, float]
 
 def _view(quantity: Quantity, snapshot: Snapshot) -> Snapshot:
     """Return a step as a quantity looks at it, with the work of its passes, which is not counted again."""
-    view = snapshot.run.ranks.together(partial(quantity.view, snapshot))
+    view = snapshot.whole if quantity.needs_whole else snapshot
     if view is not snapshot:
         assume(view, replace(work(snapshot), parameters=sum(p.numel() for p in view.parameters.values())))
     return view
@@ -81,14 +80,14 @@ def _peaks(parts_of: Mapping[str, dict[str, float]]) -> dict[str, float]:
 def _memory_parts(quantities: Quantities, snapshot: Snapshot) -> dict[str, dict[str, float]]:
     """Return the bytes of each quantity that can be measured, by what they are for."""
     parts: dict[str, dict[str, float]] = {}
-    for name in in_turn(quantities):
+    for name in sorted(quantities, key=lambda name: not quantities[name].reads_graph):  # as they are measured
         with contextlib.suppress(Exception):  # whatever a replay raises
             parts[name] = snapshot.run.ranks.apart(partial(_parts_of, quantities[name], snapshot))
     return parts
 
 
 def _parts_of(quantity: Quantity, snapshot: Snapshot) -> dict[str, float]:
-    view = quantity.view(snapshot)
+    view = snapshot.whole if quantity.needs_whole else snapshot
     parts = quantity.memory(view)
     if view is not snapshot:  # the weights and gradients that were gathered
         parts = parts | {"whole weights": 2.0 * sum(p.numel() * p.element_size() for p in view.module.parameters())}

@@ -304,11 +304,8 @@ class Cadence:
 
     def started(self, step: int, names: Iterable[str]) -> None:
         """Charge the measurements that start at this step; what several of them spend on the same counts once."""
-        names = [*names]
-        self.account.pay(step, names)
-        for name in names:
-            self.paces[name].start(step)
-        self._changed()
+        self.account.pay(step, [*names])
+        self.next_step = -math.inf
 
     def restart(self, name: str) -> None:
         """Begin a measurement anew at the next step, as it was interrupted."""

@@ -12,7 +12,7 @@ import torch
 from lsp_callbacks.errors import NotApplicable, Unsupported
 from lsp_callbacks.monitor.budget import Budget
 from lsp_callbacks.monitor.cadence import Cadence
-from lsp_callbacks.monitor.selected_quantities import SelectedQuantities, Skips, in_turn
+from lsp_callbacks.monitor.selected_quantities import SelectedQuantities, Skips
 from lsp_callbacks.operators.curvature.hessian import release_graph
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.snapshot import Snapshot
@@ -72,7 +72,8 @@ class Measurement:
         starts = self._start(snapshot, measured)
         headline = self.cadence.headline
         due = starts | self.cadence.under_way
-        waiting = in_turn({name: quantity for name, quantity in quantities.items() if name in due})
+        waiting = [name for name in quantities if name in due]
+        waiting.sort(key=lambda name: not quantities[name].reads_graph)  # its memory is free for the others then
         for name, reader in snapshot.readers.items():
             if name not in waiting:  # it was put off
                 reader.release()
@@ -83,8 +84,10 @@ class Measurement:
             self.paths.pop(name, None)
             began, view = time.perf_counter(), snapshot
             try:
-                view = snapshot.run.ranks.together(partial(quantity.view, snapshot))
-                quantities.add_unknown(quantity, view, measured.skips)
+                if quantity.needs_whole and snapshot.whole_step is not None:
+                    view = snapshot.whole
+                if quantity.without_update:
+                    quantities.add_unknown(quantity, view, measured.skips)
                 values = snapshot.run.ranks.together(partial(self._values, quantity, snapshot, view, begins, headline))
                 self.paths[name] = ", ".join(filter(None, (quantity.path(view), self.budget.reduced.get(name))))
             except Exception as error:
@@ -153,17 +156,11 @@ class Measurement:
         if not quantity.warms_up:
             return False
 
-        def missing() -> int:
-            try:
-                return quantity.warm_up(view)
-            except Exception:  # the measurement will say why
-                return 0
-
         try:
-            view = snapshot.run.ranks.together(partial(quantity.view, snapshot))
-        except Exception:  # likewise
+            view = snapshot.whole if quantity.needs_whole and snapshot.whole_step is not None else snapshot
+            steps = snapshot.run.ranks.first(partial(quantity.warm_up, view), "whether enough is known")
+        except Exception:  # the measurement will say why
             return False
-        steps = snapshot.run.ranks.first(missing, "whether enough is known")
         if steps:
             self.cadence.postpone(quantity.name, snapshot.step + steps)
         return bool(steps)

@@ -136,7 +136,6 @@ class Probes:
         loss: Callable[[nn.Module, Any], Any],
         *,
         context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-        micro_batches: int = 1,
     ) -> ProbeSet:
         """Return the probes at one step.
 
@@ -145,7 +144,6 @@ class Probes:
             loss: ``(module, batch) -> loss``, or a mapping with one; its criterion separates outputs from targets if
                 the user has not given them.
             context: in which the module is run, of the loop's precision.
-            micro_batches: how many make a step.
         """
         module = pending.module if pending.module_copy is None else pending.module_copy.module
         parts, batches, together = [], [], 1
@@ -158,7 +156,7 @@ class Probes:
         if self._failure is None and self._sizes and batch_norms(module):
             cut = self._forward_passes()
             batches, together = [self._part(pending, loss, context, *held, together=True) for held in cut], cut[0][1]
-        batch = micro_batches * max(self.batch_size, 1)
+        batch = pending.micro_batches * max(self.batch_size, 1)
         return ProbeSet(
             module, tuple(parts), sum(self._sizes), batch, self.population, self.full, tuple(batches), together
         )
@@ -169,7 +167,6 @@ class Probes:
         loss: Callable[[nn.Module, Any], Any],
         *,
         context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-        micro_batches: int = 1,
     ) -> SamplesOfStep:
         """Return the first samples of the step's own batch, given how many of B; nothing has to be collected.
 
@@ -194,7 +191,7 @@ class Probes:
                 batch = micro.batch if held == size else samples_between(micro.batch, 0, held)
                 parts.append(self._part(pending, loss, context, batch, held, None, together=tied))
                 taken += held
-            total = sum(sizes) * max(1, round(micro_batches / len(sizes))) * self.ranks.world
+            total = sum(sizes) * max(1, round(pending.micro_batches / len(sizes))) * self.ranks.world
             is_given = self.forward_fn is not None
             of_step = ProbeSet(module, tuple(parts), taken, total, self.population, is_given=is_given)
             return replace(of_step, batches=of_step.parts, together=taken) if tied else of_step

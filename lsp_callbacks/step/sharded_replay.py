@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd.spread_tensors import local_gradient
+from lsp_callbacks.autograd.spread_tensors import local_gradients
 from lsp_callbacks.step.batch import MicroBatch
 from lsp_callbacks.step.module_in_place import ModuleInPlace
 from lsp_callbacks.step.ranks import Ranks
@@ -58,7 +58,7 @@ class ShardedReplay:
         def backward() -> list[Tensor | None]:
             with self.place.running(), self.ranks.checked(), self.place.gradients_aside():
                 loss.backward(weight)
-                return [local_gradient(p) for p in self._trained]
+                return local_gradients(self._trained)
 
         return self.ranks.apart(backward)
 

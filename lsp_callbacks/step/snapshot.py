@@ -160,7 +160,7 @@ class Snapshot:
         """The same step with the whole parameters; itself where there are no shards. All ranks ask together.
 
         Raises:
-            Unsupported: where there is no room for them.
+            Unsupported: where there is no room for them, on all ranks alike.
         """
         return self if self.whole_step is None else _whole(self)
 
