@@ -1,4 +1,4 @@
-"""Lightning's training loop, as a `StepObserver` sees it."""
+"""Lightning's training loop as a `StepObserver` sees it, and its trainer as the copies that replay steps see it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import overflowed, unscales_gradients
-from lsp_callbacks.callbacks._lightning_internals import has_backward, has_no_optimizer, on_device
+from lsp_callbacks.callbacks._lightning_internals import (
+    has_backward,
+    has_no_optimizer,
+    is_lightning_module,
+    on_device,
+    replace_trainer,
+)
 from lsp_callbacks.callbacks.custom_clipping import custom_clipping
-from lsp_callbacks.callbacks.muted_trainer import MutedTrainer, mute
 from lsp_callbacks.callbacks.run_facts import clipping, overridden, run_context
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.monitor.gradient_check import Gradients
@@ -211,3 +216,49 @@ class LightningLoop(TrainingLoop):
             raise Unmeasurable(_FETCHES)
         takes_any = any(p.kind is p.VAR_POSITIONAL for p in takes.values())
         return [batch, batch_idx] if takes_any or len(takes) > 1 else [batch]
+
+
+def mute(module_copy: nn.Module, trainer: MutedTrainer) -> None:
+    """Let the LightningModules of a copy read the real trainer, and log and print nothing."""
+    for module in module_copy.modules():
+        if is_lightning_module(module):
+            replace_trainer(module, trainer)
+            vars(module)["log"] = vars(module)["log_dict"] = vars(module)["print"] = _do_nothing
+
+
+class MutedTrainer:
+    """The trainer as a copy of the module sees it: everything can be read, nothing is logged.
+
+    Attributes:
+        global_step: of the step that is replayed, also after its update.
+    """
+
+    logger: Any
+    loggers: tuple[Any, ...] = ()
+
+    def __init__(self, trainer: Any):
+        self._trainer, self.global_step = trainer, trainer.global_step
+        self.logger = _Silence() if trainer.logger is not None else None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
+
+    def __deepcopy__(self, memo: dict) -> MutedTrainer:
+        return self
+
+
+class _Silence:
+    """An object that takes any call on any attribute, and does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: dict) -> _Silence:
+        return self
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """Replace ``self.log`` and ``self.print``."""

@@ -12,8 +12,8 @@ import torch
 
 from lsp_callbacks.callbacks._lightning_internals import logged_row
 from lsp_callbacks.callbacks.log_histogram import by_kind, log_histogram
-from lsp_callbacks.monitor.history import Curve, Observation, scalars
-from lsp_callbacks.quantities.base import is_global
+from lsp_callbacks.monitor.history import Curve, Observation
+from lsp_callbacks.quantities.key import is_global, scalars
 
 
 class Stopwatch:

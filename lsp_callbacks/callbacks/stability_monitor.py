@@ -278,7 +278,7 @@ class StabilityMonitor(RunResults, Callback):
             self._has_loss = False
             moved = observer.before_update(optimizer)
         else:
-            overflowed = loop.is_overflowed(optimizer)
+            overflowed = loop.scaler is not None and loop.is_overflowed(optimizer)
             self._is_overflowed |= overflowed
             self._has_loss = False
             self.forecast.before_update(trainer, scheduled=scheduled)

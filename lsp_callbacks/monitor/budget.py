@@ -308,7 +308,7 @@ class Budget:
             with contextlib.suppress(Exception):  # whatever a replay raises
                 self._training = footprint(snapshot)  # first: what is done in pieces depends on the room
             own = _memory_parts(quantities, snapshot), self._training
-            parts_of, self._training = snapshot.run.ranks.first(lambda: own, "the memory")  # so that all skip the same
+            parts_of, self._training = snapshot.run.ranks.of_first(own, "the memory")  # so that all skip the same
             self.predicted |= _peaks(parts_of) | self.predicted
             self.graphs |= {name for name, parts in parts_of.items() if "graph" in parts}
         multiple = HEADLINE if is_headline else MULTIPLE
@@ -359,7 +359,7 @@ class Budget:
             with contextlib.suppress(Exception):  # whatever a replay raises
                 counting, self.work, self.step = COUNTING, work(snapshot), step_cost(snapshot)
                 self._training = self._training or footprint(snapshot)  # the price depends on the room
-        counting, self.step = snapshot.run.ranks.first(lambda: (counting, self.step), "the work of a step")
+        counting, self.step = snapshot.run.ranks.of_first((counting, self.step), "the work of a step")
         parts: dict[str, dict[str, float]] = {}
         for quantity in quantities:
             parts[quantity.name] = self._price(quantity, snapshot)
@@ -369,8 +369,7 @@ class Budget:
         return Prices(parts, counting, LIMIT * self.step)
 
     def _price(self, quantity: Quantity, snapshot: Snapshot) -> dict[str, float]:
-        parts = measurement_cost(quantity, snapshot)
-        return snapshot.run.ranks.first(lambda: parts, "the cost")
+        return snapshot.run.ranks.of_first(measurement_cost(quantity, snapshot), "the cost")
 
     def _reduce(self, quantity: Quantity, snapshot: Snapshot) -> None:
         with contextlib.suppress(Exception):  # whatever a replay raises

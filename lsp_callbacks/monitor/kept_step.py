@@ -31,10 +31,10 @@ def kept_step(loop: TrainingLoop, monitor: Monitor, step: int, names: Collection
         step: number of the optimizer step.
         names: of the quantities that are measured at it.
     """
+    readers, is_replayed, budget = {}, not loop.can_do_without_replay, monitor.budget
     if not loop.has_backward():
         return None
     try:
-        readers, is_replayed, work = {}, not loop.can_do_without_replay, monitor.budget.work
         for name, quantity in monitor.quantities.items():
             if name not in names:
                 continue
@@ -42,9 +42,9 @@ def kept_step(loop: TrainingLoop, monitor: Monitor, step: int, names: Collection
             reader = quantity.reader(loop.module, loop.run, step) if loop.run.shards is None else None
             if reader is not None:
                 readers[name] = reader
-            is_unknown = name not in monitor.budget.predicted  # its memory, or its price
-            is_unknown = is_unknown or (work is None and monitor.cadence.wants_price(name))
-            is_replayed = is_replayed or is_unknown or quantity.needs_replay
+            # Its memory and its price may not be known yet.
+            is_replayed = is_replayed or quantity.needs_replay or name not in budget.predicted
+            is_replayed = is_replayed or (budget.work is None and monitor.cadence.wants_price(name))
         return loop.new_step(readers=readers, can_replay=is_replayed and loop.run.unknown_loss is None)
     except Exception as error:
         monitor.errors.caught(NOT_KEPT, error)

@@ -69,8 +69,8 @@ class Measurement:
         self._check_layout(snapshot)
         self.budget.assume(snapshot)
         measured, quantities = Measured(), self.quantities
-        starts = self._start(snapshot, measured)
-        headline = self.cadence.headline
+        headline, asked = self.cadence.headline, self.cadence.observed(snapshot.step)
+        starts = self._start(snapshot, measured, *asked)
         due = starts | self.cadence.under_way
         waiting = [name for name in quantities if name in due]
         waiting.sort(key=lambda name: not quantities[name].reads_graph)  # its memory is free for the others then
@@ -105,10 +105,9 @@ class Measurement:
                 measured.values |= values
         return measured
 
-    def _start(self, snapshot: Snapshot, measured: Measured) -> set[str]:
+    def _start(self, snapshot: Snapshot, measured: Measured, names: tuple[str, ...], unpriced: list[str]) -> set[str]:
         """Return the names of those that start, once their prices are known, and charge them."""
         cadence, step = self.cadence, snapshot.step
-        names, unpriced = cadence.observed(step)
         waiting = {name for name in names if self._is_postponed(self.quantities[name], snapshot)}
         if unpriced := [name for name in unpriced if name not in waiting]:
             prices = self.budget.prices([self.quantities[name] for name in unpriced], snapshot)
@@ -139,7 +138,7 @@ class Measurement:
             self.budget.check_memory(quantity.name, self.quantities, snapshot, is_headline=is_headline)
         quantity.update(view)
         values = quantity.numbers() if quantity.complete else None
-        return snapshot.run.ranks.first(lambda: values, quantity.name)
+        return snapshot.run.ranks.of_first(values, quantity.name)
 
     def _fail(self, measured: Measured, quantity: Quantity, snapshot: Snapshot, error: Exception) -> None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or snapshot.run.ranks.world > 1:

@@ -288,14 +288,14 @@ class StepObserver:
             with self._untouched() if is_run else contextlib.nullcontext():
                 clipping = self._clipping(pending, optimizer)
                 snapshot = self.snapshot(optimizer, clipping)
-                self.sub_batch = pending.samples
+                self.sub_batch = None if pending.sub_batch is None else pending.samples
                 if snapshot.loss is None and pending.can_replay and not self._is_settled:
                     snapshot = verified(snapshot)
                     self.replayed_loss = snapshot.loss
                 self._observe(snapshot)
                 if is_compared:
                     doing = "the parameters after the step could not be predicted"
-                    self._update_check.expect(of_whole_batch(snapshot, clipping) if pending.samples else snapshot)
+                    self._update_check.expect(of_whole_batch(snapshot, clipping) if self.sub_batch else snapshot)
         except Exception as error:
             monitor.errors.caught(doing, error)
         if needs_update and coming_gradients is not None:

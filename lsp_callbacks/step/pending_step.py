@@ -151,13 +151,6 @@ class PendingStep:
         with contextlib.suppress(Exception):  # in the middle of the user's step: then the graph is not known
             self._graphs.append(read(loss))
 
-    def _own_graph(self, tolerance: float) -> Graph | None:
-        """Return the graph that the step has differentiated, if a replay to the last bit can be compared with it."""
-        is_exact = tolerance == 0 and self.run.ranks.world == 1
-        if not is_exact or not 0 < len(self._graphs) == len(self.parts):
-            return None
-        return self._graphs[0] if len(self._graphs) == 1 else joined(self._graphs)
-
     @property
     def samples(self) -> int | None:
         """How many samples of the rank's micro-batches are used; None where all are."""
@@ -183,7 +176,9 @@ class PendingStep:
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         # Compiled code rounds in other places than the step. Copies are not compiled.
         tolerance = max(self.tolerance, 1e-4 if self.can_replay and is_compiled(self.module) else 0.0)
-        own_graph = self._own_graph(tolerance)
+        # Properties of the graph that the step has differentiated, if a replay to the last bit can be compared with it.
+        is_seen = tolerance == 0 and self.run.ranks.world == 1 and 0 < len(self._graphs) == len(self.parts)
+        own_graph = None if not is_seen else self._graphs[0] if len(self._graphs) == 1 else joined(self._graphs)
         gradient = dict(zip(named, local_gradients(named.values())))
         if gradient_scale is not None:
             gradient = {name: g if g is None else g / gradient_scale for name, g in gradient.items()}

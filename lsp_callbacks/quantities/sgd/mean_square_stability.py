@@ -144,14 +144,14 @@ class MeanSquareStability(Quantity):
         """Return what reads the rows from the step's own graph, so that no pass is made again."""
         if self.outputs != "top" or self._most is not None:
             return None
-        corrects = self._corrections.is_due(self._update_count + 1)
+        checks, corrects = self._checks_next, self._corrections.is_due(self._update_count + 1)
         return GraphRows(
             module,
             run.generator(step, self.name),
             partial(row_count, wanted=self.rows),
             self._passes,
-            known=None if self._checks_next else self._known,
-            scale=self._scale if corrects and not self._checks_next else None,
+            known=None if checks else self._known,
+            scale=self._scale if corrects and not checks else None,
             recent=self._recent,
         )
 
@@ -307,7 +307,7 @@ class MeanSquareStability(Quantity):
             "mean_square_rows": float(len(sgd.kernel.gram)),
         }
         # Each rank has looked at samples of its own.
-        numbers, is_alike = snapshot.run.ranks.first(lambda: (numbers, bool(sgd.kernel.alike)), self.name)
+        numbers, is_alike = snapshot.run.ranks.of_first((numbers, bool(sgd.kernel.alike)), self.name)
         numbers["collapsed"], self.alike, self.alike_since = collapse(
             self.alike, self.alike_since, step=snapshot.step, is_alike=is_alike
         )
