@@ -210,7 +210,7 @@ class CapLearningRate(Callback):
             return
         observer = self._source.observer
         loop = observer.loop
-        values = preview(self._source.monitor, loop.module, lambda: observer.snapshot(optimizer, loop.clipping))
+        values = preview(self._source.monitor, loop.module, lambda: observer.snapshot(optimizer))
         key = next((key for key in PREFERENCE if key in values), "")
         rates = _rates(optimizer)
         critical = critical_rate(values, used=max(rates), key=key)

@@ -196,6 +196,9 @@ class LightningLoop(TrainingLoop):
     def loss_scale(self) -> float:
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
+    def scales(self, optimizer: torch.optim.Optimizer) -> tuple[float, Any]:
+        return self.loss_scale(), None  # Lightning has divided by it
+
     def is_gradient_scaled(self, optimizer: torch.optim.Optimizer) -> bool:
         return self.scaler is not None and unscales_gradients(optimizer)
 

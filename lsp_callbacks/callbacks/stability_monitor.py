@@ -306,13 +306,13 @@ class StabilityMonitor(RunResults, Callback):
             observer.check_update(last=False)
             completed = observer.after_update()
             self._publish(trainer, completed)
+        self._publisher.update_age(observer.step - 1)
         observer.step_loss.add_returned(outputs)
         if is_over:
             self._loss_feed.end_step(
                 trainer, observer.step - 1, observer.step_loss, left_out=self._is_overflowed,
                 wait=bool(completed.observations),
             )  # fmt: skip
-        self._publisher.update_age(observer.step - 1)
         self._rest.begin_after(trainer)
         self.stopwatch.spent += time.perf_counter() - began
 

@@ -65,8 +65,8 @@ class PlainLoop(TrainingLoop):
     def loss_scale(self) -> float:
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
-    def gradient_scale(self, optimizer: torch.optim.Optimizer) -> Any:
-        return getattr(optimizer, "grad_scale", None)
+    def scales(self, optimizer: torch.optim.Optimizer) -> tuple[float, Any]:
+        return self.loss_scale(), getattr(optimizer, "grad_scale", None)
 
 
 def why_unsupported(module: nn.Module) -> str | None:

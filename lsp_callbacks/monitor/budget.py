@@ -15,7 +15,7 @@ import torch
 from lsp_callbacks._validation import number
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.operators.cost import Work, assume, hooks_cost, step_cost, work
-from lsp_callbacks.operators.footprint import Footprint, assume_footprint, footprint, readable
+from lsp_callbacks.operators.footprint import FOOTPRINT, Footprint, footprint, readable
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.room import Room
 from lsp_callbacks.step.snapshot import Snapshot
@@ -318,7 +318,7 @@ class Budget:
     def assume(self, snapshot: Snapshot) -> None:
         """Take what training holds in memory as it was at an earlier step."""
         if self._training is not None:
-            assume_footprint(snapshot, self._training)
+            snapshot.shared[FOOTPRINT] = self._training
 
     def room(self) -> Room:
         """Return how many bytes a measurement may take beside training, as far as that is known; otherwise infinity."""

@@ -286,8 +286,7 @@ class StepObserver:
         try:
             is_run = pending.can_replay or pending.own_calls is not None
             with self._untouched() if is_run else contextlib.nullcontext():
-                clipping = self._clipping(pending, optimizer)
-                snapshot = self.snapshot(optimizer, clipping)
+                snapshot = self.snapshot(optimizer, tries_clipping=True)
                 self.sub_batch = None if pending.sub_batch is None else pending.samples
                 if snapshot.loss is None and pending.can_replay and not self._is_settled:
                     snapshot = verified(snapshot)
@@ -295,23 +294,24 @@ class StepObserver:
                 self._observe(snapshot)
                 if is_compared:
                     doing = "the parameters after the step could not be predicted"
-                    self._update_check.expect(of_whole_batch(snapshot, clipping) if self.sub_batch else snapshot)
+                    self._update_check.expect(of_whole_batch(snapshot, self._clipping) if self.sub_batch else snapshot)
         except Exception as error:
             monitor.errors.caught(doing, error)
         if needs_update and coming_gradients is not None:
             self._gradient_check.expect(coming_gradients, by_sums=not pending.can_replay)
 
-    def snapshot(self, optimizer: torch.optim.Optimizer, clipping: Clipping | None = None) -> Snapshot:
+    def snapshot(self, optimizer: torch.optim.Optimizer, *, tries_clipping: bool = False) -> Snapshot:
         """Return the step under way, whose forward and backward passes are over, before its update.
 
         Args:
             optimizer: that will make the update.
-            clipping: what is done to the gradient before.
+            tries_clipping: whether the user's own clipping is tried on copies; otherwise it is taken for the loop's.
         """
         loop = self.loop
         assert self._pending is not None, "no step was begun that is to be measured"
         pending, is_settled, room = self._pending, self._is_settled, self.monitor.budget.room
-        scale, (loss, context), gradient_scale = loop.loss_scale(), loop.evaluated(), loop.gradient_scale(optimizer)
+        clipping = self._clipping = self._tried_clipping(pending, optimizer) if tries_clipping else loop.clipping
+        (scale, gradient_scale), (loss, context) = loop.scales(optimizer), loop.evaluated()
         is_shown = loop.shows_losses and not (self.step_loss.is_ambiguous or is_settled)
 
         def seen(pending: PendingStep, optimizer: torch.optim.Optimizer) -> Snapshot:
@@ -322,7 +322,7 @@ class StepObserver:
                 gradient_scale=gradient_scale,
                 clipping=clipping,
                 probes=self.probes.probe_set(pending, loss, context=context) if self.probes.wanted else None,
-                samples_of_step=self.probes.samples_of_step(pending, loss, context=context),
+                samples_of_step=partial(self.probes.samples_of_step, pending, loss, context=context),
                 scale=scale,
                 previous=self.previous,
                 room=room,
@@ -380,7 +380,7 @@ class StepObserver:
         """Return a context for replays; with shards they run the module itself."""
         return untouched(self.loop.module, in_place=self.loop.run.shards is not None)
 
-    def _clipping(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
+    def _tried_clipping(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
         if self.monitor.invalidated:
             return self.loop.clipping
         try:

@@ -99,8 +99,8 @@ class TrainingLoop:
 
     def is_gradient_scaled(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return True if the gradients still hold that factor: fused optimizers divide it out by themselves."""
-        return self.gradient_scale(optimizer) is not None
+        return self.scales(optimizer)[1] is not None
 
-    def gradient_scale(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Return the factor by which the gradients have to be divided before they are measured; None without one."""
-        return None
+    def scales(self, optimizer: torch.optim.Optimizer) -> tuple[float, Any]:
+        """Return `loss_scale`, and by what the gradients have to be divided before they are measured, or None."""
+        return self.loss_scale(), None

@@ -331,7 +331,7 @@ class PendingStep:
         verify(full)
         count = math.ceil(count / len(self.parts))
         whole = any((batch_size(part.batch) or 0) <= count for part in self.parts)
-        if not self.run.ranks.any(lambda: not whole, "a sub-batch") or self.module_copy is None:
+        if not self.run.ranks.any_true(not whole, "a sub-batch") or self.module_copy is None:
             return full
         part = replace(full, replay=self._replay([_shortened(part, count) for part in self.parts], None, full.held))
         loss, mean = replayed_gradient(part)

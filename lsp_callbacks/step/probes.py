@@ -165,38 +165,38 @@ class Probes:
         self,
         pending: PendingStep,
         loss: Callable[[nn.Module, Any], Any],
+        rows: Callable[[int], int],
         *,
         context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    ) -> SamplesOfStep:
-        """Return the first samples of the step's own batch, given how many of B; nothing has to be collected.
+    ) -> ProbeSet:
+        """Return the first samples of the step's own batch; nothing has to be collected.
 
         Where the module carries a state for each sample, they are those of a whole forward pass. Each rank has its own.
-        For the arguments see `probe_set`.
+
+        Args:
+            pending, loss, context: see `probe_set`.
+            rows: from the size B of the batch to how many are wanted.
         """
-
-        def samples(rows: Callable[[int], int]) -> ProbeSet:
-            if pending.failure is not None or pending.module_copy is None or not pending.parts:
-                raise pending.failure or AssertionError
-            module = pending.module_copy.reset()
-            sizes = [batch_size(part.batch) or 0 for part in pending.parts]
-            if not sizes[0]:
-                raise Unsupported("the batch holds no tensor whose first axis could be the samples")
-            tied, whole = bool(batch_norms(module)), belongs(carried(module), sizes[0])
-            parts: list[Callable[[], Evaluation]] = []
-            taken, count = 0, rows(sum(sizes))
-            for micro, size in zip(pending.parts, sizes):
-                held = size if whole else min(size, count - taken)
-                if held < 1 or ((whole or tied) and taken):
-                    break
-                batch = micro.batch if held == size else samples_between(micro.batch, 0, held)
-                parts.append(self._part(pending, loss, context, batch, held, None, together=tied))
-                taken += held
-            total = sum(sizes) * max(1, round(pending.micro_batches / len(sizes))) * self.ranks.world
-            is_given = self.forward_fn is not None
-            of_step = ProbeSet(module, tuple(parts), taken, total, self.population, is_given=is_given)
-            return replace(of_step, batches=of_step.parts, together=taken) if tied else of_step
-
-        return samples
+        if pending.failure is not None or pending.module_copy is None or not pending.parts:
+            raise pending.failure or AssertionError
+        module = pending.module_copy.reset()
+        sizes = [batch_size(part.batch) or 0 for part in pending.parts]
+        if not sizes[0]:
+            raise Unsupported("the batch holds no tensor whose first axis could be the samples")
+        tied, whole = bool(batch_norms(module)), belongs(carried(module), sizes[0])
+        parts: list[Callable[[], Evaluation]] = []
+        taken, count = 0, rows(sum(sizes))
+        for micro, size in zip(pending.parts, sizes):
+            held = size if whole else min(size, count - taken)
+            if held < 1 or ((whole or tied) and taken):
+                break
+            batch = micro.batch if held == size else samples_between(micro.batch, 0, held)
+            parts.append(self._part(pending, loss, context, batch, held, None, together=tied))
+            taken += held
+        total = sum(sizes) * max(1, round(pending.micro_batches / len(sizes))) * self.ranks.world
+        is_given = self.forward_fn is not None
+        of_step = ProbeSet(module, tuple(parts), taken, total, self.population, is_given=is_given)
+        return replace(of_step, batches=of_step.parts, together=taken) if tied else of_step
 
     def _forward_passes(self) -> list[tuple[Any, int, tuple[Carried, int]]]:
         """Return batches of equal size, close to that of a training step's forward pass, with size and state."""

@@ -198,7 +198,7 @@ class GraphPass:
                 return [g]  # what it makes of one for all samples is seen below
             if kind in SITES:
                 site = site_of(node, self.samples)
-            elif (leaf := leaf_of(node)) is not None:
+            elif (leaf := getattr(node, "variable", None)) is not None:
                 if id(leaf) in self.samples.names:
                     raise UnknownGraph(f"{self.samples.names[id(leaf)]} is used by an operation that no rule covers")
                 return []

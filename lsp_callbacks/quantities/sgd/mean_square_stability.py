@@ -146,14 +146,10 @@ class MeanSquareStability(Quantity):
             return None
         checks, corrects = self._checks_next, self._corrections.is_due(self._update_count + 1)
         return GraphRows(
-            module,
-            run.generator(step, self.name),
-            partial(row_count, wanted=self.rows),
-            self._passes,
-            known=None if checks else self._known,
-            scale=self._scale if corrects and not checks else None,
+            module, run.generator(step, self.name), partial(row_count, wanted=self.rows), self._passes,
+            known=None if checks else self._known, scale=self._scale if corrects and not checks else None,
             recent=self._recent,
-        )
+        )  # fmt: skip
 
     @property
     def _checks_next(self) -> bool:
@@ -240,7 +236,7 @@ class MeanSquareStability(Quantity):
             except Exception:  # whatever the rules of layers raise: the samples are looked at
                 rows = None
         reads = rows is not None and not checks and self._known is not None
-        if snapshot.run.ranks.any(lambda: not reads, "the rows of the step's own graph"):
+        if snapshot.run.ranks.any_true(not reads, "the rows of the step's own graph"):
             if self._known is not None and not checks:
                 self._is_changed()
                 if self._checked is not None and self._checked.traces.keys() != snapshot.parameters.keys():
@@ -389,7 +385,9 @@ class MeanSquareStability(Quantity):
     def compute(self) -> dict[str, Tensor]:
         """Return the last measurement, without an infinite rate, where nothing can become unstable."""
         values = super().compute()
-        return {key: value for key, value in values.items() if "courant" in key or not bool(value.isinf())}
+        if bool(values["stability/mean_square_lr"].isinf()):
+            del values["stability/mean_square_lr"]
+        return values
 
     def vectors(self) -> dict[str, Tensor]:
         return {} if self._mode is None else {"mode": self._mode}
