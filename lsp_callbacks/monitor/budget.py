@@ -50,7 +50,7 @@ def measurement_cost(quantity: Quantity, snapshot: Snapshot) -> dict[str, float]
 
 def _view(quantity: Quantity, snapshot: Snapshot) -> Snapshot:
     """Return a step as a quantity looks at it, with the work of its passes, which is not counted again."""
-    view = snapshot.whole if quantity.needs_whole else snapshot
+    view = snapshot.run.ranks.together(partial(quantity.view, snapshot))
     if view is not snapshot:
         assume(view, replace(work(snapshot), parameters=sum(p.numel() for p in view.parameters.values())))
     return view
@@ -87,7 +87,7 @@ def _memory_parts(quantities: Quantities, snapshot: Snapshot) -> dict[str, dict[
 
 
 def _parts_of(quantity: Quantity, snapshot: Snapshot) -> dict[str, float]:
-    view = snapshot.whole if quantity.needs_whole else snapshot
+    view = quantity.view(snapshot)
     parts = quantity.memory(view)
     if view is not snapshot:  # the weights and gradients that were gathered
         parts = parts | {"whole weights": 2.0 * sum(p.numel() * p.element_size() for p in view.module.parameters())}

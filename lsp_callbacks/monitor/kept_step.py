@@ -35,14 +35,13 @@ def kept_step(loop: TrainingLoop, monitor: Monitor, step: int, names: Collection
     if not loop.has_backward():
         return None
     try:
+        is_replayed = is_replayed or loop.run.shards is not None  # of which a graph holds weights that are gone again
         for name, quantity in monitor.quantities.items():
             if name not in names:
                 continue
             # Its memory and its price may not be known yet.
             is_replayed = is_replayed or quantity.needs_replay or name not in budget.predicted
-            # The graph of a module with shards holds weights that are gone again.
-            reader = quantity.reader(loop.module, loop.run, step) if loop.run.shards is None else None
-            if reader is not None:
+            if (reader := quantity.reader(loop.module, loop.run, step)) is not None:
                 readers[name] = reader
             is_replayed = is_replayed or (budget.work is None and monitor.cadence.wants_price(name))
         return loop.new_step(readers=readers, can_replay=is_replayed and loop.run.unknown_loss is None)

@@ -84,8 +84,8 @@ class Measurement:
             self.paths.pop(name, None)
             began, view = time.perf_counter(), snapshot
             try:
-                if quantity.needs_whole and snapshot.whole_step is not None:
-                    view = snapshot.whole
+                if snapshot.whole_step is not None:
+                    view = snapshot.run.ranks.together(partial(quantity.view, snapshot))
                 if quantity.without_update:
                     quantities.add_unknown(quantity, view, measured.skips)
                 values = snapshot.run.ranks.together(partial(self._values, quantity, snapshot, view, begins, headline))
@@ -156,8 +156,10 @@ class Measurement:
             return False
 
         try:
-            view = snapshot.whole if quantity.needs_whole and snapshot.whole_step is not None else snapshot
-            steps = snapshot.run.ranks.first(partial(quantity.warm_up, view), "whether enough is known")
+            view, ranks = snapshot, snapshot.run.ranks
+            if snapshot.whole_step is not None:
+                view = ranks.together(partial(quantity.view, snapshot))
+            steps = ranks.first(partial(quantity.warm_up, view), "whether enough is known")
         except Exception:  # the measurement will say why
             return False
         if steps:

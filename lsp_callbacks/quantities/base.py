@@ -229,6 +229,10 @@ class Quantity(Metric):
     def begin(self, module: nn.Module) -> None:
         """Look at the weights before the first update of a run, on all ranks; not called where a run is resumed."""
 
+    def view(self, snapshot: Snapshot) -> Snapshot:
+        """Return a step of a module with shards as the quantity looks at it; all ranks ask together."""
+        return snapshot.whole if self.needs_whole else snapshot
+
     def warm_up(self, snapshot: Snapshot) -> int:
         """Return the number of steps until enough is known to measure, 0 for now."""
         return 0
