@@ -153,10 +153,6 @@ class MeanSquareStability(OfShards):
             recent=self._recent,
         )  # fmt: skip
 
-    @property
-    def needs_replay(self) -> bool:
-        return self._known is None or self._checks_next
-
     def check(self, snapshot: Snapshot) -> None:
         critical_rule(snapshot)
 
@@ -202,7 +198,7 @@ class MeanSquareStability(OfShards):
         """Measure one step; do nothing while its probes, where it has only those, are being collected."""
         self.complete = False
         try:
-            if self.reads_shards(snapshot):
+            if snapshot.held is not None and self.reads_shards(snapshot):
                 if self._measure_shards(snapshot):
                     return
                 snapshot = snapshot.whole
