@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lsp_callbacks.step.snapshot import Snapshot
 
 
 class GraphReader(ABC):
@@ -20,6 +24,10 @@ class GraphReader(ABC):
             factor: by which the loss was multiplied since it was the mean over these samples.
             micro_batches: in the step.
         """
+
+    @abstractmethod
+    def before_replays(self, snapshot: Snapshot) -> None:
+        """Make of what was taken what needs less memory, before the step is replayed; what fails fails later."""
 
     @abstractmethod
     def release(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import Convolution, call, saved
+from lsp_callbacks.autograd.gathered_weights import GatheredWeights
 from lsp_callbacks.autograd.graph import leaf_of
 from lsp_callbacks.autograd.graph_pull import UnknownGraph
 from lsp_callbacks.operators.sgd.layer_rules import (
@@ -42,6 +43,7 @@ class Samples:
         alone: see ``axes``.
         by_rows: whether the gradients are those of the samples that have rows alone, ``(n, ...)``, see `by_rows`.
         looks_at_some: whether rows look at some of many positions of the outputs.
+        weights: gathers the weights that the graph uses, where they are spread over processes; None where they are not.
     """
 
     count: int
@@ -52,6 +54,7 @@ class Samples:
     alone: int = 0
     by_rows: bool = False
     looks_at_some: bool = False
+    weights: GatheredWeights | None = None
 
     @cached_property
     def layers(self) -> dict[int, nn.Module]:
@@ -60,6 +63,8 @@ class Samples:
         for layer in self.module.modules():
             if isinstance(layer, nn.Linear | Convolution):  # not by its attribute: a parametrisation would compute it
                 layers |= {id(p): layer for name, p in layer.named_parameters(recurse=False) if name == "weight"}
+        if self.weights is not None:
+            layers |= {whole: layers[id(p)] for whole, p in self.weights.shards.items() if id(p) in layers}
         return layers
 
     def split(self, t: Tensor, axis: int) -> Tensor:
