@@ -144,8 +144,8 @@ def compare(task: Task, name: str, seed: int) -> tuple[float, float, float]:
     ends = {lr: end(task, seed, lr) for lr in GRID}
     best = min(ends, key=lambda lr: ends[lr])
     print(
-        f"| {name} | {seed} | {said} | {cost:.0f} | {ours:.3g} | {found:.2g} | {gradients} | {theirs:.3g} | {best:.2g} |"
-        f" {ends[best]:.3g} |",
+        f"| {name} | {seed} | {said} | {cost:.0f} | {ours:.3g} | {found:.2g} | {gradients} | {theirs:.3g} |"
+        f" {best:.2g} | {ends[best]:.3g} |",
         flush=True,
     )
     return ours, theirs, ends[best]
@@ -171,10 +171,8 @@ def main(arguments: Sequence[str]) -> None:
     ends = [compare(task, name, seed) for name, task in tasks.items() for seed in seeds]
     lower = sum(ours < theirs for ours, theirs, _ in ends)
     near = [sum(row[k] <= 1.5 * row[2] for row in ends) for k in (0, 1)]
-    print(
-        f"\n`suggest` ends lower than `lr_find` in {lower} of {len(ends)} runs; within 1.5 times the loss of the best of"
-    )
-    print(f"the grid are {near[0]} and {near[1]} of them")
+    print(f"\n`suggest` ends lower than `lr_find` in {lower} of {len(ends)} runs; within 1.5 times the loss of the")
+    print(f"best of the grid are {near[0]} and {near[1]} of them")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class TrialRun:
 
     @property
     def excess(self) -> float:
-        """log of the Courant number: above 0 the run is beyond the edge."""
+        """Log of the Courant number: above 0 the run is beyond the edge."""
         return math.log(self.courant) if self.courant > 0 else -math.inf if self.courant == 0 else math.nan
 
     @property
@@ -184,6 +184,6 @@ def _nothing(runs: Sequence[TrialRun]) -> str:
     last = runs[-1]
     why = last.failure or f"its Courant number is {last.courant:.2g}"
     return (
-        f"no run of {len(runs)} was stable, down to a learning rate of {last.rate:.3g} ({why}): look at the loss and at "
-        "the initial weights, give more --steps, or a warm-up"
+        f"no run of {len(runs)} was stable, down to a learning rate of {last.rate:.3g} ({why}): look at the loss and "
+        "at the initial weights, give more --run_steps, or a warm-up"
     )

@@ -34,11 +34,11 @@ from lsp_callbacks.monitor.losses import FALLEN
 #: Steps of a trial run, and the fewest that say anything.
 STEPS, LEAST = 100, 20
 DESCRIPTION = f"""\
-Finds the largest stable learning rate of a configuration of `lsp-callbacks fit`, and the batch size beyond which larger
-batches bear little more, both with an interval. The critical rate at the initial weights is far above the one that
-trains, so it makes some runs of {STEPS} steps at constant rates, each from the initial weights: those beyond the edge end
-early. Nothing is logged or saved; schedules and callbacks of the configuration are left out. Other options are those
-of `lsp-callbacks fit`: --data.batch_size 32\
+Finds the largest stable learning rate of a configuration of `lsp-callbacks fit`, and the batch size beyond which
+larger batches bear little more, both with an interval. The critical rate at the initial weights is far above the one
+that trains, so it makes some runs of {STEPS} steps at constant rates, each from the initial weights: those beyond the
+edge end early. Nothing is logged or saved; schedules and callbacks of the configuration are left out. Other options
+are those of `lsp-callbacks fit`: --data.batch_size 32\
 """
 
 
@@ -70,15 +70,15 @@ class Suggestion:
         size = f" at batch size {self.batches[0].size}" if self.batches else ""
         lines = [
             f"the largest stable learning rate is {rate.value:.3g} ({rate.low:.3g} to {rate.high:.3g}){size}",
-            f"{last.steps} steps at {last.rate:.3g} brought the loss from {last.start:.3g} to {last.end:.3g}, at a Courant "
-            f"number of {last.courant:.2g}",
+            f"{last.steps} steps at {last.rate:.3g} brought the loss from {last.start:.3g} to {last.end:.3g}, at a "
+            f"Courant number of {last.courant:.2g}",
             self._of_batches(),
             f"it took {len(self.runs)} runs of at most {self.steps} steps from the initial weights, {self.taken} steps "
             f"in all; with the measurements {self.gradients:.0f} gradients",
         ]
         if self.runs[-1].end > FALLEN * last.start > 0:
             lines.insert(2, f"the loss has hardly fallen in {self.steps} steps: the rate may be that of the initial "
-                         f"phase only, and too high; give --steps {4 * self.steps}")  # fmt: skip
+                         f"phase only, and too high; give --run_steps {4 * self.steps}")  # fmt: skip
         return [f"lsp_callbacks: {line}" for line in lines]
 
     def _of_batches(self) -> str:
@@ -89,11 +89,14 @@ class Suggestion:
         doubled = sum(batch.doubled for batch in self.batches) / len(self.batches)
         twice = f"twice the batch of {self.batches[0].size} bears {doubled:.2g} times the rate"
         if math.isinf(middle):
-            return f"batches up to {low:.0f} and further pay: {twice}"
+            return f"batches of {low:.0f} and more still pay: {twice}"
         interval = f"{low:.0f} to {high:.0f}" if high < math.inf else f"at least {low:.0f}"
         if low >= population:
             return f"any batch pays, up to all {population} training samples: {twice}"
-        return f"batches beyond {middle:.0f} ({interval}) bear less than twice the rate there: {twice}"
+        return (
+            f"larger batches stop paying at about {middle:.0f} ({interval}), which bears half the rate of the largest "
+            f"ones: {twice}"
+        )
 
     @property
     def useful(self) -> tuple[float, float, float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.callbacks.base import Callback
-from lsp_callbacks.callbacks.critical_rate import critical_rate
+from lsp_callbacks.callbacks.lr_forecast import critical_rate
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.cli.batch_sizes import BatchSizes
 from lsp_callbacks.cli.configured import Done, train_without_end

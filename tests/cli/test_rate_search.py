@@ -60,7 +60,7 @@ def test_what_was_not_measured_is_not_stable():
 
 
 def test_refuses_where_no_run_is_stable_and_where_none_is_unstable():
-    with pytest.raises(Unmeasurable, match="no run of 16 was stable.*steps"):
+    with pytest.raises(Unmeasurable, match=r"no run of 16 was stable.*steps"):
         search(lambda rate: 1.0, first=1.0, explodes=0.0)
     with pytest.raises(Unmeasurable, match="no learning rate is unstable"):
         search(lambda rate: math.inf, first=1.0)
