@@ -23,7 +23,7 @@ from lsp_callbacks.operators.sgd.graph_pass import GraphPass
 from lsp_callbacks.operators.sgd.graph_sites import Samples
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, wide
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows, RowSketch
-from lsp_callbacks.operators.sgd.step_samples import sampled_rows
+from lsp_callbacks.operators.sgd.step_samples import drawn_rows
 from lsp_callbacks.step.graph_reader import GraphReader
 
 #: From the name of a parameter to what `Part.of` makes its gradients from, for each micro-batch.
@@ -203,9 +203,7 @@ class GraphRows(GraphReader):
         least, largest = float(sizes.min()), float(sizes.max())
         if not least >= -1e-4 * largest:
             raise UnknownGraph("the outputs are not finite, or the criterion is not convex in them")
-        most = min(round(self._rows(total) * n / total), n)
-        offset = float(torch.rand((), generator=self._generator, dtype=torch.float64)) if most < n else 0.0
-        taken, chance = sampled_rows(sizes, most, offset)
+        taken, chance = drawn_rows(sizes, min(round(self._rows(total) * n / total), n), self._generator)
         pairs = criterion.pairs(positions[taken], taken.to(device))
         factor = ((stands if isinstance(stands, float) else stands[taken]) / chance).sqrt()
         return Chosen(positions, taken, chance, counted), pairs * factor.to(pairs)[:, None, None]

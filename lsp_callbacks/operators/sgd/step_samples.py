@@ -51,6 +51,12 @@ def sampled_rows(sizes: Array, count: int, offset: float) -> tuple[Tensor, Tenso
     return torch.from_numpy(taken), torch.from_numpy(chance[taken])
 
 
+def drawn_rows(sizes: Array, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return `sampled_rows` at a random offset; where all are taken, nothing is drawn from the generator."""
+    offset = float(torch.rand((), generator=generator, dtype=torch.float64)) if count < len(sizes) else 0.0
+    return sampled_rows(sizes, count, offset)
+
+
 def step_samples(snapshot: Snapshot, most: int | None = None) -> ProbeSet:
     """Return the samples of the step's own batch; the probes, or a replay, where a loop did not provide them.
 
