@@ -28,7 +28,7 @@ and now
 
 Small files of one idea each and few changes of file work against each other. Most of what is left is made once a step
 (how it is kept, whether it is due, the optimizer's rule, the checks afterwards); a Hessian product makes twelve. Of
-those of `sgd_stability` some 130 are of its tangent kernel and of the exponents computed from it: the forward pass over
+those of `sgd_stability` 120 are of its tangent kernel and of the exponents computed from it: the forward pass over
 the probes with hooks of its own at each layer, the outputs and their curvature, the check of the rows, and the search
 for the critical rate, which goes to and fro between the modes and the equations of the second moment.
 """
