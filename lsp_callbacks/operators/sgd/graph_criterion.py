@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from lsp_callbacks.autograd._torch_internals import saved
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, pull, summed
 from lsp_callbacks.functional.sgd.low_rank_noise import Array
 from lsp_callbacks.operators.sgd.parameter_gram import wide
-from lsp_callbacks.operators.sgd.softmax_pairs import softmax_pairs
+from lsp_callbacks.operators.sgd.softmax_pairs import SQUARED, pairs_of_few, softmax_pairs
 
 #: How many samples the others are compared with: where nine of ten are the same, one of three is among them.
 FEW, MOST = 3, 0.9
@@ -27,6 +27,23 @@ _LINEAR = {
 }  # fmt: skip
 _BILINEAR = {"MulBackward0", "DivBackward0", "MulBackward1", "DivBackward1"}
 _LOG_SOFTMAX, _SQUARE, _LOGISTIC = "LogSoftmaxBackward0", "MseLossBackward0", "BinaryCrossEntropyWithLogitsBackward0"
+
+
+class OutputsAt(NamedTuple):
+    """Outputs at k positions of each of N samples.
+
+    Attributes:
+        p: the probabilities, ``(N, k, C)``; None where there are none.
+        weights: w, see `GraphCriterion`, ``(N, k)``.
+        sizes: the top eigenvalue of the Hessian, up to a factor 2, summed over the positions, ``(N,)``. That of
+            ``diag(p) - p p^T`` lies between its largest diagonal entry and, by Gershgorin's discs, twice that.
+        alike: whether nine of ten samples may have the same outputs, to rounding.
+    """
+
+    p: Array | None
+    weights: Array
+    sizes: Array
+    alike: bool
 
 
 @dataclass(frozen=True)
@@ -56,26 +73,30 @@ class GraphCriterion:
         return None if bool(counts.all()) else counts.cpu()
 
     @np.errstate(all="ignore")  # what is not finite is seen in the result
-    def sizes(self, positions: Tensor) -> tuple[Array, bool]:
-        """Return the top eigenvalue of the Hessian, up to a factor 2, summed over some positions of each sample.
+    def at(self, positions: Tensor) -> OutputsAt:
+        """Return what is looked at, at some positions of each sample, ``(N, k)``.
 
-        That of ``diag(p) - p p^T`` lies between its largest diagonal entry and, by Gershgorin's discs, twice that. By
-        numpy: of few outputs the time of a call counts.
-
-        Returns:
-            The sizes, ``(N,)``, and whether nine of ten samples may have the same outputs, to rounding.
+        By numpy: of few outputs the time of a call counts.
         """
-        outputs, sizes = (wide(self._at(t, positions)).cpu().numpy() for t in (self.outputs, self.weights))
-        if self.is_softmax:  # 1 - p has no digits where p is near 1
-            sizes = sizes * -(np.exp(outputs) * np.expm1(outputs)).min(-1)
-        return sizes.sum(1), _is_alike(outputs.reshape(len(outputs), -1), 8 * torch.finfo(self.outputs.dtype).eps)
-
-    def pairs(self, positions: Tensor, taken: Tensor) -> Tensor:
-        """Return ``sqrt(s) u`` of the top eigenpair of the Hessian, ``(n, k, C)``, at ``(n, k)`` of some samples."""
-        weights = self._at(self.weights[taken], positions)
+        outputs, weights = (wide(self._at(t, positions)).cpu().numpy() for t in (self.outputs, self.weights))
+        alike = _is_alike(outputs.reshape(len(outputs), -1), 8 * torch.finfo(self.outputs.dtype).eps)
         if not self.is_softmax:
-            return weights.sqrt()[..., None]
-        return softmax_pairs(self._at(self.outputs[taken], positions).exp(), weights)
+            return OutputsAt(None, weights, weights.sum(1), alike)
+        p = np.exp(outputs)  # 1 - p has no digits where p is near 1
+        return OutputsAt(p, weights, -(weights * (p * np.expm1(outputs)).min(-1)).sum(1), alike)
+
+    def pairs(self, outputs: OutputsAt, taken: Array, stands: Array) -> Tensor:
+        """Return ``sqrt(s) u`` of the top eigenpair of the Hessian of some samples, ``(n, k, C)``, times a factor."""
+        here, factor = self.outputs, stands[:, None, None]
+        if outputs.p is None:
+            pairs = outputs.weights[taken][..., None] ** 0.5
+        elif outputs.p.shape[-1] <= SQUARED:
+            pairs = pairs_of_few(outputs.p[taken], outputs.weights[taken])
+        else:
+            p, weights = (torch.from_numpy(t[taken]).to(here.device) for t in (outputs.p, outputs.weights))
+            return softmax_pairs(p, weights) * torch.from_numpy(factor).to(p)
+        pairs = torch.from_numpy(pairs * factor.astype(pairs.dtype))
+        return pairs if here.is_cpu else pairs.to(here.device)
 
     @staticmethod
     def _at(t: Tensor, positions: Tensor) -> Tensor:

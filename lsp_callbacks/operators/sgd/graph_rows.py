@@ -212,18 +212,18 @@ class GraphRows(GraphReader):
             self.recent = None
         self._length = length
         self._per_sample = positions.shape[1]
-        sizes, is_alike = criterion.sizes(positions)
-        self.alike |= is_alike
-        sizes = sizes if isinstance(stands, float) else sizes * stands.numpy()
+        outputs = criterion.at(positions)
+        self.alike |= outputs.alike
+        sizes = outputs.sizes if isinstance(stands, float) else outputs.sizes * stands.numpy()
         least, largest = float(sizes.min()), float(sizes.max())
         if not least >= -1e-4 * largest:
             raise UnknownGraph("the outputs are not finite, or the criterion is not convex in them")
         most = min(round(self._rows(total) * n / total), n)
         offset = float(torch.rand((), generator=self._generator, dtype=torch.float64)) if most < n else 0.0
         taken, chance = sampled_rows(sizes, most, offset)
-        pairs = criterion.pairs(positions[taken], taken.to(device))
         factor = ((stands if isinstance(stands, float) else stands[taken]) / chance).sqrt()
-        return Chosen(positions, taken, chance, counted), pairs * factor.to(pairs)[:, None, None]
+        pairs = criterion.pairs(outputs, taken.numpy(), factor.numpy())
+        return Chosen(positions, taken, chance, counted), pairs
 
     def release(self) -> None:
         """Let go of all that the rows are made from."""
