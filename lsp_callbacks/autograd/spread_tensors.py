@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -58,6 +59,14 @@ def local_gradient(p: Tensor) -> Tensor | None:
     if gradient is not None and is_spread(gradient) and is_spread(p) and gradient.placements != placed.placements:
         gradient = gradient.redistribute(placements=placed.placements)
     return None if gradient is None else local(gradient)
+
+
+def local_gradients(parameters: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Return `local_gradient` of each parameter, by name."""
+    kind = _kind()
+    if kind is not None and any(isinstance(p, kind) for p in parameters.values()):
+        return {name: local_gradient(p) for name, p in parameters.items()}
+    return {name: None if (g := p.grad) is None else g.detach() for name, p in parameters.items()}
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd._torch_internals import is_compiled
+from lsp_callbacks.autograd._torch_internals import is_compiled, trained_parameters
 from lsp_callbacks.autograd.graph import Graph, joined, read
-from lsp_callbacks.autograd.spread_tensors import local_gradient
+from lsp_callbacks.autograd.spread_tensors import local_gradients
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.batch import MicroBatch, batch_size, samples_between
 from lsp_callbacks.step.fingerprint import fingerprint, identical
@@ -172,7 +172,7 @@ class PendingStep:
         held = self._held()
         module = self.module if failure or self.module_copy is None else self.module_copy.module
         replay = self._replay(self.parts, failure, held)
-        gradient = {name: local_gradient(p) for name, p in self.module.named_parameters() if p.requires_grad}
+        gradient = local_gradients(trained_parameters(self.module))
         if gradient_scale is not None:
             gradient = {name: g if g is None else g / gradient_scale for name, g in gradient.items()}
         # Compiled code rounds in other places than the step.

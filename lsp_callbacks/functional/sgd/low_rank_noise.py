@@ -216,8 +216,8 @@ def _each(a: Array, b: Array) -> Array:
 
 
 def _inner(a: Array, b: Array) -> float:
-    return float(np.vdot(a, b))
+    return float(a.ravel().dot(b.ravel()))
 
 
 def _norm(v: Array) -> float:
-    return float(np.vdot(v, v)) ** 0.5
+    return float(v.dot(v)) ** 0.5

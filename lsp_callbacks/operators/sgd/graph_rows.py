@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd._torch_internals import saved
+from lsp_callbacks.autograd._torch_internals import saved, trained_parameters
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, outputs_first, require_plain
 from lsp_callbacks.functional.sgd.positions import design_effect
@@ -93,7 +93,7 @@ class GraphRows(GraphReader):
         scale: Mapping[str, Tensor | float] | None = None,
         recent: RecentRows | None = None,
     ):
-        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._parameters = trained_parameters(module)
         self._module, self._generator, self._rows, self._positions = module, generator, rows, positions
         self.kind, self._scale, self.dtype = known, scale, torch.float32
         self.failure: Exception | None = None
