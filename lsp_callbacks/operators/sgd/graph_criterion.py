@@ -152,17 +152,18 @@ def read_criterion(nodes: list[Any], kinds: Sequence[str], samples: int, factor:
             raise UnknownGraph(f"the loss is not the value of one criterion: {kind}")
         if kind.startswith("NllLoss") and saved(above, "weight") is not None:
             raise UnknownGraph("classes have weights")
-    one = saved(node, "result" if kinds[place] == _LOG_SOFTMAX else "self").new_ones(())
-    slope = pull(nodes[:place], {nodes[0]: one}, None, summed)[node][0] * (samples / factor)
-    if kinds[place] == _LOG_SOFTMAX:
-        result = saved(node, "result")
+    is_softmax = kinds[place] == _LOG_SOFTMAX
+    result = saved(node, "result" if is_softmax else "self")
+    seed = result.new_full((), samples / factor)
+    slope = pull(nodes[:place], {nodes[0]: seed}, None, summed)[node][0]
+    if is_softmax:
         axis = _axis(saved(node, "dim"), result.ndim)
         moved, t = result.movedim(axis, -1), -slope.sum(axis)
         if result.ndim < 2 or len(result) % samples:
             raise UnknownGraph(f"outputs of shape {tuple(result.shape)} cannot be divided among {samples} samples")
         outputs = moved.reshape(samples, -1, result.shape[axis])
         return GraphCriterion(node, outputs, t.reshape(samples, -1), True, result.shape, axis)
-    f = saved(node, "self")
+    f = result
     if f.numel() != samples:
         raise UnknownGraph("several outputs have no eigenvector of their own")
     reduction = saved(node, "reduction")

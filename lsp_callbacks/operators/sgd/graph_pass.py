@@ -138,7 +138,7 @@ class GraphPass:
             g = waiting.pop(node)
             inputs = self._rule(node, [g])
             if inputs is None:
-                inputs = row_inputs(node, g, self.samples.taken)
+                inputs = row_inputs(node, g, self.samples.pick)
             for (child, _), back in zip(node.next_functions, inputs):
                 if child is not None and back is not None:
                     waiting[child] = waiting[child] + back if child in waiting else back
@@ -271,7 +271,8 @@ class GraphPass:
             for name, use in named_uses(both, head.names[-1], head.names[0] if len(head.names) == 3 else None).items():
                 uses.setdefault(name, []).append(use)
         for site in self.sites.values():
-            stacked = torch.stack(site.gradients, dim=1)
+            first, *others = site.gradients
+            stacked = torch.stack(site.gradients, dim=1) if others else first[:, None]
             site.gradients = []
             if passes > 1 and stacked.shape[1] != passes:
                 raise UnknownGraph("a layer that some rows do not reach")

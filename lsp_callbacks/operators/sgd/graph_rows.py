@@ -19,7 +19,7 @@ from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion, read_criterion
 from lsp_callbacks.operators.sgd.graph_pass import GraphPass
 from lsp_callbacks.operators.sgd.graph_sites import Samples
-from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, wide
+from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, Squares, wide
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows, RowSketch
 from lsp_callbacks.operators.sgd.step_samples import sampled_rows
 from lsp_callbacks.step.graph_reader import GraphReader
@@ -230,7 +230,6 @@ class GraphRows(GraphReader):
         self._parts.clear()
         self._pushed = None
 
-    @torch.no_grad()
     def form(self, scale: Mapping[str, Tensor | float], *, plain: bool = False) -> None:
         """Form the Gram matrix behind the diagonal of D, by parameter name, and let go of what it is made from.
 
@@ -244,7 +243,8 @@ class GraphRows(GraphReader):
         if self.failure is not None or not self._parts:
             raise self.failure or UnknownGraph("no loss was seen before its backward pass")
         if self._behind is None or not all(_is_same(scale[name], self._behind[0][name]) for name in self._parameters):
-            self._form(scale, plain=plain)
+            with torch.no_grad():
+                self._form(scale, plain=plain)
         else:
             self.gram, self.traces = self._behind[1]
         if self._pushed is not None:
@@ -255,12 +255,13 @@ class GraphRows(GraphReader):
 
     def _form(self, scale: Mapping[str, Tensor | float], *, plain: bool) -> None:
         shares: dict[str, Tensor] = {}
+        squares: Squares = {}
         sketch: RowSketch | None = None
         begin = 0
         for name in [*self._parts[0]]:
             p, gram = self._parameters[name], ParameterGram.taken_from(self._parts, name)
             if self.recent is None:
-                shares[name] = gram.gram(scale[name], HELD, p.numel())
+                shares[name] = gram.gram(scale[name], HELD, p.numel(), squares)
             else:
                 diagonal = torch.as_tensor(scale[name]).to(p)
                 sketch = sketch or RowSketch(gram.rows, wide(diagonal))
