@@ -10,7 +10,7 @@ from torch import Tensor
 from lsp_callbacks.autograd._torch_internals import plain_tensors
 
 #: Numbers of a tensor of which all are added up, and rows of a larger one, about.
-FEW, ROWS = 2**12, 8
+FEW, ROWS = 2**10, 4
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> list[Tensor]:

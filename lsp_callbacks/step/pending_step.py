@@ -172,7 +172,8 @@ class PendingStep:
         held = self._held()
         module = self.module if failure or self.module_copy is None else self.module_copy.module
         replay = self._replay(self.parts, failure, held)
-        gradient = local_gradients(trained_parameters(self.module))
+        trained = trained_parameters(self.module)
+        gradient = local_gradients(trained)
         if gradient_scale is not None:
             gradient = {name: g if g is None else g / gradient_scale for name, g in gradient.items()}
         # Compiled code rounds in other places than the step.
@@ -193,6 +194,8 @@ class PendingStep:
             own_calls=None if self.own_calls is None else self.own_calls.taken(),
             **settings,
         )
+        if module is self.module and held is None and snapshot.player is None:
+            vars(snapshot)["parameters"] = trained
         if self.sub_batch is None:
             return snapshot
         count = self.sub_batch

@@ -118,10 +118,19 @@ class GraphCriterion:
 
 def _is_alike(outputs: Array, rounding: float) -> bool:
     """Return whether nine of ten samples may have the same outputs, to rounding."""
-    first, largest = outputs[:, 0], np.abs(outputs).max(1)
-    close = np.abs(first[:FEW, None] - first) <= rounding * largest.max()
-    if not (close.sum(1) >= MOST * len(outputs)).any():  # nearly always the first output tells them apart
+    first, most = outputs[:, 0].tolist(), rounding * float(max(outputs.max(), -outputs.min()))
+
+    def tells_apart(value: float) -> bool:
+        allowed = (1 - MOST) * len(first)
+        for other in first:
+            allowed -= not abs(other - value) <= most
+            if allowed < 0:
+                return True
         return False
+
+    if all(map(tells_apart, first[:FEW])):  # nearly always the first outputs of a dozen samples do
+        return False
+    largest = np.abs(outputs).max(1)
     same = np.abs(outputs[:FEW, None] - outputs).max(-1) <= rounding * largest
     return bool((same.sum(1) >= MOST * len(outputs)).any())
 
@@ -158,7 +167,7 @@ def read_criterion(nodes: list[Any], kinds: Sequence[str], samples: int, factor:
     slope = pull(nodes[:place], {nodes[0]: seed}, None, summed)[node][0]
     if is_softmax:
         axis = _axis(saved(node, "dim"), result.ndim)
-        moved, t = result.movedim(axis, -1), -slope.sum(axis)
+        moved, t = result if axis == result.ndim - 1 else result.movedim(axis, -1), -slope.sum(axis)
         if result.ndim < 2 or len(result) % samples:
             raise UnknownGraph(f"outputs of shape {tuple(result.shape)} cannot be divided among {samples} samples")
         outputs = moved.reshape(samples, -1, result.shape[axis])

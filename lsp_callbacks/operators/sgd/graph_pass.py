@@ -111,13 +111,7 @@ class GraphPass:
 
     def run(self, values: Tensor, position: Tensor) -> None:
         """Take one row of some samples back, ``(n, C)`` at ``(n,)``. Cost: at most a third of a gradient."""
-        child, k = self.criterion.node.next_functions[0]
-        taken = self.samples.taken
-        if k:
-            raise UnknownGraph("the outputs are one of several results")
-        if self.samples.by_rows:
-            self._run_rows(child, values.view(len(values), *self.criterion.shape[1:]))
-            return
+        child, taken = self._outputs, self.samples.taken
         head = self._linear_head(child)
         if head is None:
             start = {child: self.criterion.cotangent(values, position, taken)}
@@ -129,9 +123,16 @@ class GraphPass:
             start = {node.next_functions[-2][0]: whole.view(metadata(node.next_functions[-2][0])[0].shape)}
         pull(self.nodes, start, self._rule, self._reshape)
 
-    def _run_rows(self, child: Any, g: Tensor) -> None:
+    @property
+    def _outputs(self) -> Any:
+        child, k = self.criterion.node.next_functions[0]
+        if k:
+            raise UnknownGraph("the outputs are one of several results")
+        return child
+
+    def run_rows(self, values: Tensor) -> None:
         """Take rows back with the gradients of the samples that have rows alone: those of the others are zero."""
-        waiting = {child: g}
+        waiting = {self._outputs: values.view(len(values), *self.criterion.shape[1:])}
         for node in self.nodes:
             if node not in waiting:
                 continue

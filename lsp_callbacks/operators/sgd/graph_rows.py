@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +54,32 @@ class GraphKind(NamedTuple):
         return self.by_rows or all(
             length == last or length * before == last * now for length, last in zip(lengths, self.lengths, strict=True)
         )
+
+
+class Traces(Mapping[str, float]):
+    """The trace of each parameter's share in K, by name; computed where somebody asks, as where decays differ.
+
+    Args:
+        names: of all parameters.
+        shares: of those that have one.
+    """
+
+    def __init__(self, names: Iterable[str], shares: Mapping[str, Tensor]):
+        self._names, self._shares = [*names], shares
+
+    @cached_property
+    def _values(self) -> dict[str, float]:
+        traces = torch.stack([share.trace() for share in self._shares.values()]).tolist()
+        return dict.fromkeys(self._names, 0.0) | dict(zip(self._shares, traces))
+
+    def __getitem__(self, name: str) -> float:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class GraphRows(GraphReader):
@@ -106,7 +134,7 @@ class GraphRows(GraphReader):
         self.recent = recent
         self._correction: float | None = None
         self.plain: dict[str, Tensor] = {}
-        self._behind: tuple[Mapping[str, Tensor | float], tuple[Tensor, dict[str, float]]] | None = None
+        self._behind: tuple[Mapping[str, Tensor | float], tuple[Tensor, Mapping[str, float]]] | None = None
 
     def saw_loss(self, loss: Tensor, *, samples: int | None, factor: float, micro_batches: int) -> None:
         if self.failure is not None:
@@ -184,7 +212,7 @@ class GraphRows(GraphReader):
         weights = c.to(pairs).view(pairs.shape[:2])
         self._pushed = c, graph.gradients(pairs * weights[..., None], chosen.positions[chosen.taken])
 
-    def _gram_so_far(self, scale: Mapping[str, Tensor | float]) -> tuple[Tensor, dict[str, float]]:
+    def _gram_so_far(self, scale: Mapping[str, Tensor | float]) -> tuple[Tensor, Mapping[str, float]]:
         """Return K, and the traces of the parameters' shares in it; what they are made from stays."""
         shares = {}
         for name in self._parts[0]:
@@ -193,11 +221,15 @@ class GraphRows(GraphReader):
         self._behind = scale, self._summed(shares)
         return self._behind[1]
 
-    def _summed(self, shares: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    def _summed(self, shares: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, float]]:
         """Return the sum of the parameters' shares, and their traces."""
-        every = torch.stack([*shares.values()])
-        total, traces = every.sum(0, dtype=torch.float64), every.diagonal(dim1=1, dim2=2).sum(1).tolist()
-        return (total + total.T).mul_(0.5).cpu(), dict.fromkeys(self._parameters, 0.0) | dict(zip(shares, traces))
+        if all([share.is_cpu for share in shares.values()]):  # few calls of numpy, and not of torch
+            total = np.zeros(next(iter(shares.values())).shape)
+            for share in shares.values():
+                total += share.numpy()
+        else:
+            total = torch.stack([*shares.values()]).sum(0, dtype=torch.float64).cpu().numpy()
+        return torch.from_numpy((total + total.T) * 0.5), Traces(self._parameters, shares)
 
     def _choose(self, criterion: GraphCriterion, total: int) -> tuple[Chosen, Tensor]:
         """Return what to look at, and the cotangents there, ``(n, k, C)`` of the samples that have rows."""
@@ -219,10 +251,10 @@ class GraphRows(GraphReader):
         if not least >= -1e-4 * largest:
             raise UnknownGraph("the outputs are not finite, or the criterion is not convex in them")
         most = min(round(self._rows(total) * n / total), n)
-        offset = float(torch.rand((), generator=self._generator, dtype=torch.float64)) if most < n else 0.0
-        taken, chance = sampled_rows(sizes, most, offset)
-        factor = ((stands if isinstance(stands, float) else stands[taken]) / chance).sqrt()
-        pairs = criterion.pairs(outputs, taken.numpy(), factor.numpy())
+        taken, chance = sampled_rows(sizes, most, _fraction(self._generator.initial_seed() + len(self.chosen)))
+        places = taken.numpy()
+        factor = ((stands if isinstance(stands, float) else stands.numpy()[places]) / chance.numpy()) ** 0.5
+        pairs = criterion.pairs(outputs, places, factor)
         return Chosen(positions, taken, chance, counted), pairs
 
     def release(self) -> None:
@@ -317,11 +349,21 @@ class GraphRows(GraphReader):
 
     def _joined(self) -> tuple[Tensor, Tensor]:
         """Indices of the samples that have rows, of all micro-batches, and by which chance they were taken."""
+        if len(self.chosen) == 1:
+            return self.chosen[0].taken, self.chosen[0].chance
         begins = [0]
         for chosen in self.chosen[:-1]:
             begins.append(begins[-1] + len(chosen.positions))
         taken = torch.cat([begin + chosen.taken for begin, chosen in zip(begins, self.chosen)])
         return taken, torch.cat([chosen.chance for chosen in self.chosen])
+
+
+def _fraction(seed: int) -> float:
+    """Return a number in [0, 1) that looks random, by the mixing of SplitMix64 (Steele, Lea & Flood 2014)."""
+    value = ((seed + 1) * 0x9E3779B97F4A7C15) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        value = ((value ^ (value >> shift)) * factor) % 2**64
+    return ((value ^ (value >> 31)) >> 11) / 2**53
 
 
 def _alone(samples: int, length: int) -> tuple[int, int]:
@@ -344,6 +386,9 @@ def _is_same(a: Tensor | float, b: Tensor | float) -> bool:
 def _passed(nodes: list[Any], criterion: GraphCriterion, samples: Samples, pairs: Tensor, chosen: Chosen) -> GraphPass:
     """Return the pass of all rows through a graph."""
     graph = GraphPass(nodes, criterion, samples)
+    if samples.by_rows:
+        graph.run_rows(pairs[:, 0])
+        return graph
     for values, position in zip(pairs.unbind(1), chosen.positions[chosen.taken].unbind(1)):
         graph.run(values, position)
     return graph

@@ -53,7 +53,7 @@ class Samples:
     _picked: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def pick(self, t: Tensor) -> Tensor:
-        """Return the samples that have rows of what the graph has saved, ``(n, ...)``; a second time the same tensor."""
+        """Return the samples that have rows of what the graph has saved, ``(n, ...)``; again the same tensor."""
         key = t.data_ptr(), t.shape, t.stride(), t.dtype
         if key not in self._picked:
             self._picked[key] = t.index_select(0, self.taken)

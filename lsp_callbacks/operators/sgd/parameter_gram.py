@@ -14,8 +14,9 @@ from torch import Tensor
 from lsp_callbacks.operators.sgd.layer_rules import Outer, Table, Use
 from lsp_callbacks.operators.sgd.weighted_gram import weighted_gram
 
-#: Rows of outer products, and their products, by their place in memory: those of a layer's weight and bias are the same.
+#: Rows of outer products and their products, by their place in memory: weight and bias of a layer have the same.
 Squares = dict[Any, tuple[Tensor, Tensor]]
+_WIDE = (torch.float32, torch.float64)
 #: Numbers that are formed at once of gradients that can be divided.
 BLOCK = 2**20
 
@@ -211,7 +212,7 @@ def _table_gram(table: Table, outer: Outer | None, scale: Tensor | None, memory:
 
 def wide(t: Tensor) -> Tensor:
     """Return a tensor in at least float32: sums over many entries are never rounded to half precision."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t if t.dtype in _WIDE else t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _ranges(part: Part, memory: int, entries: int) -> Iterator[tuple[int, int]]:

@@ -46,7 +46,9 @@ def sampled_rows(sizes: Array, count: int, offset: float) -> tuple[Tensor, Tenso
     is_sure = np.arange(count - n + 1, count + 1) * rising > rest  # those leave less to share for the others
     sure = n - 1 - int(is_sure[::-1].argmin())
     chance = np.minimum(size * ((count - n + 1 + sure) / rest[sure]), 1.0)
-    last = np.ceil(chance.cumsum() - offset)  # of the places that lie in the part of each sample, or before it
+    last = np.minimum(
+        np.ceil(chance.cumsum() - offset), count
+    )  # of the places that lie in the part of each sample, or before it
     before = np.empty(n)
     before[0], before[1:] = 0, last[:-1]
     taken = (last > before).nonzero()[0]

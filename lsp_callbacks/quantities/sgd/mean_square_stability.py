@@ -223,7 +223,7 @@ class MeanSquareStability(Quantity):
 
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step; do nothing while its probes, where it has only those, are being collected."""
-        self.complete = False
+        vars(self)["complete"] = False
         try:
             self._measure(snapshot, self._rows_of_graph(snapshot))
         finally:
@@ -308,14 +308,16 @@ class MeanSquareStability(Quantity):
         }
         # Each rank has looked at samples of its own.
         numbers, is_alike = snapshot.run.ranks.first(lambda: (numbers, bool(sgd.kernel.alike)), self.name)
-        numbers["collapsed"], self.alike, self.alike_since = collapse(
+        numbers["collapsed"], alike, since = collapse(
             self.alike, self.alike_since, step=snapshot.step, is_alike=is_alike
         )
-        self.latest, self._mode = sgd, sgd.kernel.mode
-        self._scale = remembered_rule(snapshot).scale if rows is not None and rows.ties else None
+        scale = remembered_rule(snapshot).scale if rows is not None and rows.ties else None
+        # As setattr does, after a dozen questions for each.
+        vars(self).update(alike=alike, alike_since=since, latest=sgd, _mode=sgd.kernel.mode, _scale=scale)
         if corrects:
             self._corrections.add(sgd.kernel.correction)
-        self._checked = sgd.kernel if checks else self._checked
+        if checks:
+            self._checked = sgd.kernel
         self.finish(numbers)
 
     def _rows_of_graph(self, snapshot: Snapshot) -> GraphRows | None:
@@ -389,7 +391,7 @@ class MeanSquareStability(Quantity):
     def compute(self) -> dict[str, Tensor]:
         """Return the last measurement, without an infinite rate, where nothing can become unstable."""
         values = super().compute()
-        return {key: value for key, value in values.items() if "courant" in key or not bool(value.isinf())}
+        return {key: value for key, value in values.items() if "courant" in key or not math.isinf(value)}
 
     def vectors(self) -> dict[str, Tensor]:
         return {} if self._mode is None else {"mode": self._mode}
