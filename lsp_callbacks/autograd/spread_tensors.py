@@ -84,6 +84,18 @@ def part_of_whole(full: Tensor, like: Tensor) -> Tensor:
     return local(distribute_tensor(full, placed.device_mesh, placed.placements, src_data_rank=None))
 
 
+def spread_like(part: Tensor, like: Tensor) -> Tensor:
+    """Return the tensor of which this process holds a part, if that is spread as another one is; nothing is sent."""
+    if not is_spread(like):
+        return part
+    from torch.distributed.tensor import DTensor  # there already: `like` is of it
+
+    placed: Any = like
+    return DTensor.from_local(
+        part, placed.device_mesh, placed.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
 def copies(tensor: Tensor, world: int) -> int:
     """Return how many of the processes hold each number of a tensor; all of them, where it is not spread."""
     if not is_spread(tensor):

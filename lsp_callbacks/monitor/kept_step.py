@@ -25,10 +25,9 @@ def kept_step(loop: TrainingLoop, monitor: Monitor, step: int, names: Collection
         return None
     try:
         measured = [quantity for name, quantity in monitor.quantities.items() if name in names]
-        # The graph of a module with shards holds weights that are gone again.
-        reading = [] if loop.run.shards is not None else measured
-        readers = {q.name: reader for q in reading if (reader := q.reader(loop.module, loop.run, step)) is not None}
-        is_replayed = _needs_replay(monitor, measured) or not loop.can_do_without_replay
+        readers = {q.name: reader for q in measured if (reader := q.reader(loop.module, loop.run, step)) is not None}
+        in_shards = loop.run.shards is not None  # a reader sees weights that are gone again
+        is_replayed = in_shards or _needs_replay(monitor, measured) or not loop.can_do_without_replay
         return loop.new_step(readers=readers, can_replay=is_replayed and loop.run.unknown_loss is None)
     except Exception as error:
         monitor.errors.caught(NOT_KEPT, error)

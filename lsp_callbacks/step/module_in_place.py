@@ -51,7 +51,9 @@ class ModuleInPlace:
     ):
         self.module, self._prepare = module, prepare
         self._modules = list(module.modules())
-        self.parameters = [local(p) for p in module.parameters()]
+        #: After a pass the module may still hold whole ones in their place.
+        self._spread = [*module.parameters()]
+        self.parameters = [local(p) for p in self._spread]
         keep = [*module.parameters(), *self._modules, *shared]
         self._shared = {id(part): part for part in keep}
         memo: dict[int, Any] = {}
@@ -95,7 +97,7 @@ class ModuleInPlace:
     @contextlib.contextmanager
     def gradients_aside(self) -> Iterator[None]:
         """Put the gradients of the step aside, which a backward pass would add to, and back at the end."""
-        held = [(p, p.grad) for p in self.module.parameters()]
+        held = [(p, p.grad) for p in self._spread]
         try:
             for p, _ in held:
                 p.grad = None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd._torch_internals import metadata, padding_amounts, saved
+from lsp_callbacks.autograd._torch_internals import is_identity, metadata, padding_amounts, saved
 from lsp_callbacks.autograd.graph import leaf_of
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, pull, summed
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion
@@ -117,6 +117,7 @@ class GraphPass:
             start = {child: self.criterion.cotangent(values, position, taken)}
         else:
             node, site = head
+            self.samples.need(node)
             flat = taken * self.criterion.outputs.shape[1] + position
             whole, a = site.at_rows(values, flat)
             self._head.append((site, a, values))
@@ -137,9 +138,13 @@ class GraphPass:
             if node not in waiting:
                 continue
             g = waiting.pop(node)
-            inputs = self._rule(node, [g])
-            if inputs is None:
-                inputs = row_inputs(node, g, self.samples.pick)
+            if is_identity(node):
+                inputs: Sequence[Tensor | None] = [g]
+                if len(metadata(node)) > 1:
+                    raise UnknownGraph("several tensors are handed on together")
+            else:
+                ruled = self._rule(node, [g])
+                inputs = row_inputs(node, g, self.samples.pick) if ruled is None else ruled
             for (child, _), back in zip(node.next_functions, inputs):
                 if child is not None and back is not None:
                     waiting[child] = waiting[child] + back if child in waiting else back
@@ -192,6 +197,7 @@ class GraphPass:
 
     def _rule(self, node: Any, outputs: Sequence[Tensor | None]) -> Sequence[Tensor | None] | None:
         g = outputs[0]
+        self.samples.need(node)
         site = self.sites.get(node)
         if site is None:
             kind = node.name()

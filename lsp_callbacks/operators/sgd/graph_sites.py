@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import Convolution, call, saved
+from lsp_callbacks.autograd.gathered_weights import GatheredWeights
 from lsp_callbacks.autograd.graph import leaf_of
 from lsp_callbacks.autograd.graph_pull import UnknownGraph
 from lsp_callbacks.operators.sgd.layer_rules import (
@@ -41,6 +42,7 @@ class Samples:
             finds out from a pass for the only sample ``alone``.
         alone: see ``axes``.
         by_rows: whether the gradients are those of the samples that have rows alone, ``(n, ...)``, see `by_rows`.
+        weights: gathers the weights that the graph uses, where they are spread over processes; None where they are not.
     """
 
     count: int
@@ -50,6 +52,7 @@ class Samples:
     axes: list[int] | None = None
     alone: int = 0
     by_rows: bool = False
+    weights: GatheredWeights | None = None
     _picked: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def pick(self, t: Tensor) -> Tensor:
@@ -66,7 +69,14 @@ class Samples:
         for layer in self.module.modules():
             if isinstance(layer, nn.Linear | Convolution):  # not by its attribute: a parametrisation would compute it
                 layers |= {id(p): layer for name, p in layer.named_parameters(recurse=False) if name == "weight"}
+        if self.weights is not None:
+            layers |= {whole: layers[id(p)] for whole, p in self.weights.shards.items() if id(p) in layers}
         return layers
+
+    def need(self, node: Any) -> None:
+        """Gather the weights that the backward pass of a node uses."""
+        if self.weights is not None:
+            self.weights.need(node)
 
     def split(self, t: Tensor, axis: int) -> Tensor:
         """Return a tensor whose first axis are samples and positions as ``(N, T, ...)``."""
