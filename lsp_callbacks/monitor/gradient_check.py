@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd.spread_tensors import local
+from lsp_callbacks.autograd.spread_tensors import local_parts
 from lsp_callbacks.monitor.error_policy import ErrorPolicy
 from lsp_callbacks.step.fingerprint import identical, sums_of_rows
 from lsp_callbacks.step.ranks import Ranks
 
-#: Parameters, each with the gradient that it should have.
-Gradients = list[tuple[nn.Parameter, Tensor]]
+#: By parameter, the gradient that it should have; those without one are not there.
+Gradients = dict[nn.Parameter, Tensor]
 
 
 def gradients_of(parameters: Iterable[nn.Parameter]) -> Gradients:
-    """Return the parameters that have a gradient, each with it."""
-    return [(p, p.grad) for p in parameters if p.grad is not None]
+    """Return the gradients of the parameters that have one."""
+    return {p: p.grad for p in parameters if p.grad is not None}
 
 
 class GradientCheck:
@@ -37,7 +38,7 @@ class GradientCheck:
 
     def forget(self) -> None:
         """Compare nothing."""
-        self._expected: list[tuple[nn.Parameter, Any]] = []
+        self._expected: dict[nn.Parameter, Any] = {}
         self._by_sums = self.is_expected = False
 
     def expect(self, gradients: Callable[[], Gradients], *, by_sums: bool = False) -> None:
@@ -48,12 +49,12 @@ class GradientCheck:
             by_sums: whether sums over some rows of each are compared, which no usual change leaves as they are,
                 instead of copies.
         """
-        self._expected, self._by_sums, self.is_expected = [], by_sums, True
+        self._expected, self._by_sums, self.is_expected = {}, by_sums, True
         try:
-            pairs = gradients()
-            values = [local(g) for _, g in pairs]
-            kept: Sequence[Any] = sums_of_rows(values) if by_sums else [g.clone() for g in values]
-            self._expected = [(p, value) for (p, _), value in zip(pairs, kept)]
+            coming = gradients()
+            parts = local_parts(coming.values())
+            kept: Sequence[Any] = sums_of_rows(parts) if by_sums else [*map(torch.clone, parts)]
+            self._expected = dict(zip(coming, kept))
         except Exception as error:
             self.errors.caught("the gradient could not be copied to be compared later", error)
 
@@ -69,13 +70,13 @@ class GradientCheck:
         self.forget()
 
         def differs() -> bool:
-            there = [(g, value) for p, value in expected if (g := p.grad) is not None]
+            there = gradients_of(expected)
             if len(there) < len(expected) and not is_gone_allowed:
                 return True
-            gradients, values = [local(g) for g, _ in there], [value for _, value in there]
+            values, parts = [expected[p] for p in there], local_parts(there.values())
             if not by_sums:
-                return not identical(gradients, values)
-            sums = sums_of_rows(gradients)
+                return not identical(parts, values)
+            sums = sums_of_rows(parts)
             return sums != values and any(a != b and not (a != a and b != b) for a, b in zip(sums, values))
 
         try:

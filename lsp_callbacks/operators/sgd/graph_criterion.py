@@ -78,7 +78,8 @@ class GraphCriterion:
 
         By numpy: of few outputs the time of a call counts.
         """
-        outputs, weights = (wide(self._at(t, positions)).cpu().numpy() for t in (self.outputs, self.weights))
+        at, of_loss = self._at(self.outputs, positions), self._at(self.weights, positions)
+        outputs, weights = wide(at).cpu().numpy(), wide(of_loss).cpu().numpy()
         alike = _is_alike(outputs.reshape(len(outputs), -1), 8 * torch.finfo(self.outputs.dtype).eps)
         if not self.is_softmax:
             return OutputsAt(None, weights, weights.sum(1), alike)
@@ -95,8 +96,8 @@ class GraphCriterion:
         else:
             p, weights = (torch.from_numpy(t[taken]).to(here.device) for t in (outputs.p, outputs.weights))
             return softmax_pairs(p, weights) * torch.from_numpy(factor).to(p)
-        pairs = torch.from_numpy(pairs * factor.astype(pairs.dtype))
-        return pairs if here.is_cpu else pairs.to(here.device)
+        scaled = torch.from_numpy(pairs * factor.astype(pairs.dtype))
+        return scaled if here.is_cpu else scaled.to(here.device)
 
     @staticmethod
     def _at(t: Tensor, positions: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,39 +24,14 @@ from lsp_callbacks.operators.sgd.graph_pass import GraphPass
 from lsp_callbacks.operators.sgd.graph_sites import Samples
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, Squares, wide
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows, RowSketch
-from lsp_callbacks.operators.sgd.step_samples import sampled_rows
+from lsp_callbacks.operators.sgd.step_samples import random_fraction, sampled_rows
+from lsp_callbacks.operators.sgd.traces import Traces
 from lsp_callbacks.step.graph_reader import GraphReader
 
 #: From the name of a parameter to what `Part.of` makes its gradients from, for each micro-batch.
 Tensors = list[dict[str, Any]]
 #: See `GraphRows.looked`.
 Looked = tuple[list[Chosen], int, int]
-
-
-class Traces(Mapping[str, float]):
-    """The trace of each parameter's share in K, by name; computed where somebody asks, as where decays differ.
-
-    Args:
-        names: of all parameters.
-        shares: of those that have one.
-    """
-
-    def __init__(self, names: Iterable[str], shares: Mapping[str, Tensor]):
-        self._names, self._shares = [*names], shares
-
-    @cached_property
-    def _values(self) -> dict[str, float]:
-        traces = torch.stack([share.trace() for share in self._shares.values()]).tolist()
-        return dict.fromkeys(self._names, 0.0) | dict(zip(self._shares, traces))
-
-    def __getitem__(self, name: str) -> float:
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 class GraphRows(GraphReader):
@@ -160,7 +134,7 @@ class GraphRows(GraphReader):
             known.axes, known.by_rows = self.kind.axes, self.kind.by_rows
             graph = _passed(nodes, criterion, known, pairs, chosen)
         lengths = (*graph.lengths, criterion.outputs.shape[1])
-        if self.kind is None or graph.uses != self.kind.sites or not self.kind.has_length(lengths):
+        if self.kind is None or not self.kind.has_length(lengths) or graph.uses != self.kind.sites:
             raise UnknownGraph("other uses of parameters than before")
         self._parts.append(graph.parts())
         if self.ties and self._scale is not None:
@@ -236,7 +210,7 @@ class GraphRows(GraphReader):
         if not least >= -1e-4 * largest:
             raise UnknownGraph("the outputs are not finite, or the criterion is not convex in them")
         most = min(round(self._rows(total) * n / total), n)
-        taken, chance = sampled_rows(sizes, most, _fraction(self._generator.initial_seed() + len(self.chosen)))
+        taken, chance = sampled_rows(sizes, most, random_fraction(self._generator.initial_seed() + len(self.chosen)))
         places = taken.numpy()
         factor = ((stands if isinstance(stands, float) else stands.numpy()[places]) / chance.numpy()) ** 0.5
         pairs = criterion.pairs(outputs, places, factor)
@@ -383,14 +357,6 @@ class GraphRows(GraphReader):
             begins.append(begins[-1] + len(chosen.positions))
         taken = torch.cat([begin + chosen.taken for begin, chosen in zip(begins, self.chosen)])
         return taken, torch.cat([chosen.chance for chosen in self.chosen])
-
-
-def _fraction(seed: int) -> float:
-    """Return a number in [0, 1) that looks random, by the mixing of SplitMix64 (Steele, Lea & Flood 2014)."""
-    value = ((seed + 1) * 0x9E3779B97F4A7C15) % 2**64
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        value = ((value ^ (value >> shift)) * factor) % 2**64
-    return ((value ^ (value >> 31)) >> 11) / 2**53
 
 
 def _alone(samples: int, length: int) -> tuple[int, int]:

@@ -55,6 +55,14 @@ def sampled_rows(sizes: Array, count: int, offset: float) -> tuple[Tensor, Tenso
     return torch.from_numpy(taken), torch.from_numpy(chance[taken])
 
 
+def random_fraction(seed: int) -> float:
+    """Return a number in [0, 1) that looks random, by the mixing of SplitMix64 (Steele, Lea & Flood 2014)."""
+    value = ((seed + 1) * 0x9E3779B97F4A7C15) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        value = ((value ^ (value >> shift)) * factor) % 2**64
+    return ((value ^ (value >> 31)) >> 11) / 2**53
+
+
 def step_samples(snapshot: Snapshot, most: int | None = None) -> ProbeSet:
     """Return the samples of the step's own batch; the probes, or a replay, where a loop did not provide them.
 
