@@ -23,7 +23,7 @@ from lsp_callbacks.operators.sgd.output_hessian import (
 from lsp_callbacks.operators.sgd.per_sample_gradients import Recorder, RowSeed
 from lsp_callbacks.operators.sgd.sharpest_mode import sharpest_mode
 from lsp_callbacks.operators.sgd.softmax_pairs import softmax_pairs
-from lsp_callbacks.operators.sgd.step_samples import drawn_rows
+from lsp_callbacks.operators.sgd.step_samples import sampled_rows
 from lsp_callbacks.step.criterion import Evaluation
 from lsp_callbacks.step.probe_set import ProbeSet
 
@@ -43,7 +43,7 @@ class OutputDirections:
         mode: an earlier sharpest mode.
         checks: whether a pass with copies of shared parameters is compared with one without.
         holds: whether the statistics of a batch are held fixed where they tie samples together.
-        most: how many samples have rows; None is all, see `drawn_rows`.
+        most: how many samples have rows; None is all, see `sampled_rows`.
         given: what rows of some parts look at, by the index of the part.
 
     Attributes:
@@ -179,7 +179,8 @@ class OutputDirections:
             self.taken[index] = self.given[index].taken, self.given[index].chance
         elif most < n:
             sizes = torch.stack([pair.square().flatten(1).sum(1) for pair in pairs]).sum(0)
-            self.taken[index] = drawn_rows(sizes.double().cpu().numpy(), most, self.generator)
+            offset = float(torch.rand((), generator=self.generator, dtype=torch.float64))
+            self.taken[index] = sampled_rows(sizes.double().cpu().numpy(), most, offset)
         return pairs if index not in self.taken else [weighted(pair, *self.taken[index]) for pair in pairs]
 
     def _top(self, curvature: OutputCurvature, here: Tensor, index: int, chosen: Tensor) -> Tensor:
