@@ -18,6 +18,9 @@ FULL = 2.0
 HEADLINE = 0.6
 #: Part of the others' budget that goes to the headline number near the edge.
 TAKEN = 0.5
+#: Steps of training whose cost may be spent, beside the budget, on readings that a cap wants; it comes back as the
+#: budget does.
+CREDIT = 60.0
 #: Errors of rounding that are let pass, in gradients.
 ROUNDING = 1e-7
 
@@ -170,10 +173,11 @@ class Balance:
         self.chosen: list[str] = []
         self.parts: dict[str, float] = {}
 
-    def pay(self, name: str, pace: Pace, *, is_headline: bool) -> float:
+    def pay(self, name: str, pace: Pace, *, is_headline: bool, is_lent: bool = False) -> float:
         """Choose a measurement, and return what it costs beside the others."""
         self.chosen.append(name)
-        if pace.every_n_steps is not None:
+        if pace.every_n_steps is not None or is_lent:
+            self.parts = union((self.parts, pace.parts or {})) if is_lent else self.parts
             return 0.0
         price = pace.price_beside(self.parts)
         saved = min(self.saved, price) if is_headline else 0.0
@@ -217,6 +221,18 @@ class Account:
         self.headline: str | None = None
         self.rates: dict[str, float] = {}
         self._saved, self._settled = 0.0, 0
+        self.wanted: float = math.inf
+        self._lent = (0, 0.0)
+
+    def credit(self, step: int) -> float:
+        """Return the gradients that readings which a cap wants may take beside the budget."""
+        at, lent = self._lent
+        return self.step_cost * CREDIT - max(0.0, lent - self.income * (step - at))
+
+    def is_wanted(self, name: str, step: int) -> bool:
+        """Return whether a reading of the headline number is wanted at once."""
+        started = self.paces[name].started
+        return name == self.headline and step >= self.wanted and (started is None or self.wanted > started)
 
     @property
     def income(self) -> float:
@@ -284,6 +300,11 @@ class Account:
         self.settle(step)
         balance = self.balance(step)
         for name in names:
+            if self.is_wanted(name, step):
+                price = self.paces[name].price_beside({})
+                self._lent = step, price + self.step_cost * CREDIT - self.credit(step)
+                self.spent, self.advance = self.spent + price, self.advance + price
+                continue
             self.spent += balance.pay(name, self.paces[name], is_headline=name == self.headline)
         self._saved = balance.saved
 

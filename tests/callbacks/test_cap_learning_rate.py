@@ -15,6 +15,8 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from lsp_callbacks import CapLearningRate, SpectralNorm, StabilityMonitor, StopOnInstability
+from lsp_callbacks.callbacks.cap_learning_rate import CappedStep
+from lsp_callbacks.callbacks.rate_cap import GROWTH, START
 from lsp_callbacks.monitor.history import Observation
 
 KEY, CAP = "stability/courant", "stability/lr_cap"
@@ -150,12 +152,12 @@ def full_batch():
     return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=BATCH), x
 
 
-def heavy_ball(x, rate, momentum, steps):
-    """The losses of `Quadratic` at a constant rate, by the recursion for its error ``w - 1``."""
+def heavy_ball(x, rates, momentum):
+    """The losses of `Quadratic` at these rates, by the recursion for its error ``w - 1``."""
     torch.manual_seed(0)
     error = nn.Linear(FEATURES, 1, bias=False).double().weight.detach()[0] - 1
     velocity, losses = torch.zeros_like(error), []
-    for _ in range(steps):
+    for rate in rates:
         losses.append(float((x @ error).square().mean()))
         velocity = momentum * velocity + 2 / BATCH * x.T @ (x @ error)
         error = error - rate * velocity
@@ -167,13 +169,13 @@ def test_the_courant_number_of_a_capped_run_is_safety_and_its_rate_that_of_theor
     loader, x = full_batch()
     rates, monitor = Rates(), measuring(1, "sharpness")
     optimizer = partial(torch.optim.SGD, lr=lr, momentum=momentum)
-    fit(lambda: Quadratic(optimizer), rates, monitor, CapLearningRate(safety=0.9), loader=loader, max_steps=20)
+    fit(lambda: Quadratic(optimizer), rates, monitor, CapLearningRate(safety=0.9), loader=loader, max_steps=90)
     top = float(torch.linalg.eigvalsh(2 / BATCH * x.T @ x)[-1])
-    critical = 2 * (1 + momentum) / top
-    courant = monitor.history[KEY]
-    assert courant.values == pytest.approx([0.9] * 20, rel=1e-3)
-    assert [used for (used,) in rates.used] == pytest.approx([0.9 * critical] * 20, rel=1e-3)
-    assert rates.losses == pytest.approx(heavy_ball(x, 0.9 * critical, momentum, 20), rel=0.01)
+    cap = 0.9 * 2 * (1 + momentum) / top
+    theory = [cap * min(1, START * GROWTH**k) for k in range(90)]  # the warm-up that nobody has tuned
+    assert monitor.history[KEY].values == pytest.approx([0.9 * rate / cap for rate in theory], rel=1e-3)
+    assert [used for (used,) in rates.used] == pytest.approx(theory, rel=1e-3) and theory[-1] == cap
+    assert rates.losses == pytest.approx(heavy_ball(x, theory, momentum), rel=0.01, abs=1e-9)
     assert rates.losses[-1] < 0.2 * max(rates.losses)
 
 
@@ -184,7 +186,7 @@ def test_groups_keep_their_ratios():
 
     loader, x = full_batch()
     rates, monitor = Rates(), measuring(1, "sharpness")
-    fit(lambda: Quadratic(optimizer, split=True), rates, monitor, CapLearningRate(), loader=loader, max_steps=6)
+    fit(lambda: Quadratic(optimizer, split=True), rates, monitor, CapLearningRate(), loader=loader, max_steps=90)
     assert all(b == pytest.approx(a / 10) for a, b in rates.used)
     one = torch.cat([x, torch.ones_like(x[:, :1])], 1)
     scale = torch.tensor([1.0] * FEATURES + [0.1], dtype=x.dtype).sqrt()
@@ -204,7 +206,9 @@ def test_it_is_undone_with_the_danger_and_seen_in_the_logs(caplog):
     assert "capped at" in caplog.text and "7 updates" in caplog.text
     assert rows.curve(SCHEDULED) == {step: rate for step, (rate,) in enumerate(rates.between)}
     assert rows.curve(APPLIED) == pytest.approx({step: rate for step, (rate,) in enumerate(rates.used)})
-    assert all(rows.curve(CAP)[step] == pytest.approx(rates.used[step][0]) for step in range(5, 12))
+    growing = {step: 0.01 * GROWTH ** (step - 4) for step in range(5, 12)}  # a jump becomes a ramp
+    assert {step: rates.used[step][0] for step in growing} == pytest.approx(growing)
+    assert all(rates.used[step][0] < rows.curve(CAP)[step] < 10 for step in growing)
     ahead = monitor.history["stability/steps_to_edge"]  # of the schedule: none while that is above the edge
     assert (ahead.steps, ahead.values) == ([0, 1, 2, 3, 4], [5, 4, 3, 2, 1])
 
@@ -348,9 +352,13 @@ def after(*readings, losses=(), **settings):
     from lsp_callbacks.monitor.losses import ArrivedLoss, LossWatch
 
     monitor = SimpleNamespace(
-        losses=LossWatch(), invalidated=None, courant=SimpleNamespace(key="stability/courant_mean_square")
+        losses=LossWatch(),
+        invalidated=None,
+        courant=SimpleNamespace(key="stability/courant_mean_square"),
+        cadence=SimpleNamespace(want=lambda step: None),
     )
     cap = CapLearningRate(safety=0.5, **settings)
+    cap._cap.is_proven = True
     observer = SimpleNamespace(step=0, is_idle=False)
     forecast = SimpleNamespace(scale=1.0)
     cap._source = SimpleNamespace(monitor=monitor, has_same_rates=True, observer=observer, forecast=forecast)
@@ -358,7 +366,7 @@ def after(*readings, losses=(), **settings):
     for step, values in enumerate(readings):
         observer.step = step
         monitor.losses.add(ArrivedLoss(step, (losses or [1.0] * 99)[step]))
-        cap._steps.append((step, [1.0], [1.0], 1.0))
+        cap._steps.append(CappedStep(step, [1.0], [1.0], 1.0))
         cap.receive(None, Observation(step, {f"stability/{key}": value for key, value in values.items()}))
         cap.end_step(None, step, [ArrivedLoss(step, (losses or [1.0] * 99)[step])])
     observer.step = len(readings)

@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 
-from lsp_callbacks.callbacks.critical_rate import CriticalRate, RateCap, critical_rate
+from lsp_callbacks.callbacks.critical_rate import CriticalRate, critical_rate
+from lsp_callbacks.callbacks.rate_cap import RateCap
 from lsp_callbacks.callbacks.rates_of_update import RatesOfUpdate
 
 
 def read(*criticals, safety=0.5, max_age=10, relative=(1.0,), **settings):
     cap = RateCap(safety, max_age)
     for step, critical in enumerate(criticals):
-        cap.add(step, critical=critical, relative=relative, **settings)
+        cap.add(step, critical=critical, relative=relative, **{"is_falling": True} | settings)
     return cap
 
 
