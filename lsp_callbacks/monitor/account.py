@@ -174,12 +174,11 @@ class Balance:
         self.parts: dict[str, float] = {}
 
     def pay(self, name: str, pace: Pace, *, is_headline: bool, is_lent: bool = False) -> float:
-        """Choose a measurement, and return what it costs beside the others."""
+        """Choose a measurement, and return what it costs beside the others; nothing if it is paid on credit."""
         self.chosen.append(name)
-        if pace.every_n_steps is not None or is_lent:
-            self.parts = union((self.parts, pace.parts or {})) if is_lent else self.parts
+        if pace.every_n_steps is not None:
             return 0.0
-        price = pace.price_beside(self.parts)
+        price = 0.0 if is_lent else pace.price_beside(self.parts)
         saved = min(self.saved, price) if is_headline else 0.0
         self.saved, self.free = self.saved - saved, self.free - (price - saved)
         self.parts = union((self.parts, pace.parts or {}))
@@ -193,9 +192,10 @@ class Account:
 
         ``left = income * (steps since the first measurement) + advance - spent = saved + free``
 
-    Nothing of this ever becomes negative, so no more is spent than was there. Nobody else touches what is put by, at
-    a rate of its own, for the headline number: it holds the price after price over rate steps. All of this follows in
-    closed form, so that nothing has to be done at a step at which nothing is spent.
+    What is paid on credit adds to the advance. Nothing of this ever becomes negative, so no more is spent than was
+    there. Nobody else touches what is put by, at a rate of its own, for the headline number: it holds the price after
+    price over rate steps. All of this follows in closed form, so that nothing has to be done at a step at which nothing
+    is spent.
 
     Args:
         paces: of the quantities, by name; those of a fixed pace have no part in it.
@@ -208,6 +208,8 @@ class Account:
         headline: name of the quantity that comes first; None without one.
         near: nearness to the edge of stability.
         rates: gradients that each quantity may spend at each step.
+        wanted: step from which on a reading of the headline number is wanted, once, beside the budget; the credit of
+            `CREDIT` steps that pays for it comes back as the budget does. Infinite where none is.
     """
 
     def __init__(self, paces: Mapping[str, Pace], budget: float):
@@ -221,18 +223,18 @@ class Account:
         self.headline: str | None = None
         self.rates: dict[str, float] = {}
         self._saved, self._settled = 0.0, 0
-        self.wanted: float = math.inf
-        self._lent = (0, 0.0)
+        self.wanted = math.inf
+        self._lent, self._lent_step = 0.0, 0
 
     def credit(self, step: int) -> float:
-        """Return the gradients that readings which a cap wants may take beside the budget."""
-        at, lent = self._lent
-        return self.step_cost * CREDIT - max(0.0, lent - self.income * (step - at))
+        """Return the gradients that readings of the headline number that are wanted may take beside the budget."""
+        return self.step_cost * CREDIT - max(0.0, self._lent - self.income * (step - self._lent_step))
 
-    def is_wanted(self, name: str, step: int) -> bool:
-        """Return whether a reading of the headline number is wanted at once."""
-        started = self.paces[name].started
-        return name == self.headline and step >= self.wanted and (started is None or self.wanted > started)
+    def is_lent(self, name: str, step: int) -> bool:
+        """Return whether a reading of the headline number is wanted at this step, and the credit pays for it."""
+        pace = self.paces[name]
+        is_wanted = name == self.headline and step >= self.wanted > (-1 if pace.started is None else pace.started)
+        return is_wanted and pace.price_beside({}) <= self.credit(step)
 
     @property
     def income(self) -> float:
@@ -300,12 +302,12 @@ class Account:
         self.settle(step)
         balance = self.balance(step)
         for name in names:
-            if self.is_wanted(name, step):
-                price = self.paces[name].price_beside({})
-                self._lent = step, price + self.step_cost * CREDIT - self.credit(step)
-                self.spent, self.advance = self.spent + price, self.advance + price
-                continue
-            self.spent += balance.pay(name, self.paces[name], is_headline=name == self.headline)
+            pace, is_lent = self.paces[name], self.is_lent(name, step)
+            price = pace.price_beside({}) if is_lent else 0.0
+            if is_lent:
+                self._lent, self._lent_step = self.step_cost * CREDIT - self.credit(step) + price, step
+                self.advance += price
+            self.spent += price + balance.pay(name, pace, is_headline=name == self.headline, is_lent=is_lent)
         self._saved = balance.saved
 
     def state_dict(self) -> dict[str, Any]:
@@ -313,6 +315,7 @@ class Account:
         return {
             "origin": self.origin, "spent": self.spent, "advance": self.advance, "step_cost": self.step_cost,
             "near": self.near, "saved": self._saved, "settled": self._settled,
+            "wanted": self.wanted, "lent": self._lent, "lent_step": self._lent_step,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -320,3 +323,4 @@ class Account:
         self.origin, self.spent, self.advance = state["origin"], state["spent"], state["advance"]
         self.step_cost, self.near = state["step_cost"], state["near"]
         self._saved, self._settled = state["saved"], state["settled"]
+        self.wanted, self._lent, self._lent_step = state["wanted"], state["lent"], state["lent_step"]

@@ -143,7 +143,7 @@ class Cadence:
         self.next_step = -math.inf
 
     def want(self, step: float) -> None:
-        """Ask for a reading of the headline number at a step, beside the budget; infinite asks for none."""
+        """Ask for one reading of the headline number from a step on, beside the budget; infinite asks for none."""
         if step != self.account.wanted:
             self.account.wanted = step
             self._changed()
