@@ -60,13 +60,18 @@ class CapLearningRate(Callback):
     after it, so that schedulers, checkpoints and ``LearningRateMonitor`` know only the user's own rate. As soon as
     schedule or readings allow it, the step is again the user's own, to the last bit.
 
+    It falls at once and rises step by step, begins at a tenth of the cap before the loss has fallen, and leaves a rate
+    alone at which the run was measured stable while its loss fell; see `RateCap` for these rules. So much healthy
+    training at the edge of stability is never capped.
+
     A cap holds from the step after a reading to the next one; none begins with a reading that is more than ``max_age``
-    steps old, as after a pause in which nothing could be measured. It then warns once. While a scheduled rate is near
-    the edge or beyond, the monitor measures as often as its budget allows. The first reading is taken twice, once
-    before the rate of its own update is set, so that the very first update is capped, too, where its number can be
-    told then. A measurement that failed (NaN), or one that stands in for the headline number, changes nothing;
-    one of a step whose loss has exploded (above three times the one at the start), or of a network that has
-    collapsed, can lower the cap and not lift it: a saturated softmax has no curvature.
+    steps old, as after a pause in which nothing could be measured. It then warns once. While a cap is on, or the
+    critical rate falls towards the rate, readings are wanted beside the monitor's budget: on a credit of 60 steps of
+    training, which comes back as the budget does. The first reading is taken twice, once before the rate of its own
+    update is set, so that the very first update is capped, too, where its number can be told then. A measurement that
+    failed (NaN), or one that stands in for the headline number, changes nothing; one of a step whose loss has exploded
+    (above three times the one at the start), or of a network that has collapsed, can lower the cap and not lift it: a
+    saturated softmax has no curvature.
 
     What is measured is the step at the rate that it really uses. Each reading says ``stability/lr_scheduled`` and
     ``stability/lr_applied``, the largest of the groups, and ``stability/lr_cap``, what the first of them was compared

@@ -8,8 +8,8 @@ from typing import Any
 
 from lsp_callbacks.callbacks.critical_rate import RECENT
 
-#: How much larger than the latest a reading may be that is taken with it.
-FALLEN = 2.0
+#: A rate within so many times below its cap is near: readings are wanted.
+NEAR = 2.0
 #: How much higher a rate may be than one at which the run was measured stable while its loss fell.
 TOLERANCE = 1.1
 #: By what a capped rate grows at most: from one update to the next, and beyond the rate of the last reading.
@@ -31,9 +31,8 @@ class RateCap:
     eigenvalues of ``(R P)^1/2 H (R P)^1/2`` are monotone in R, so that smaller rates are no less stable. A group that
     had no rate at the reading is not known, and sets no limit.
 
-    - **A fall is followed at once.** A reading scatters, so the critical rate is that of the mean Courant number of the
-      last three at one rate, the harmonic mean of theirs. One that is more than twice the latest is no scatter, and is
-      left out.
+    - **A fall is followed at once.** The critical rate is the lowest of the last three readings, which scatter: what
+      was only scatter is over after three.
     - **A rise has to be confirmed.** A capped rate grows by 3 % from one update to the next, and by 30 % beyond the
       rate at which the last reading was taken: the critical rate itself depends on the rate, as a network moves to
       places that are flat enough for it, which takes steps. So does a rate that was never used, after a jump.
@@ -43,14 +42,15 @@ class RateCap:
       from one update to the next.
     - **A rate that was measured stable while the loss fell is trusted**, and no higher than by 10 % it is not capped,
       until the loss rises while the Courant number is above ``1 / safety``: where the rate stays and the critical one
-      comes down to it, training goes on at the edge of stability, and is healthy.
+      comes down to it, training goes on at the edge of stability, and is healthy. Nor does a cap fall below it, or each
+      lower rate would bring the critical one down further; but for one that began before the loss had fallen.
 
     Args:
         safety: share of the critical rates that is allowed.
         max_age: steps after which a reading is too old to begin with: what is capped stays so until the next one.
 
     Attributes:
-        limits: ``safety`` times the critical rates of the groups; none before a reading.
+        limits: of the groups; none before a reading.
         trusted: rates of the groups at which the run was measured stable while its loss fell.
         step: of the last reading; -1 before it.
         is_on: whether the last update was capped.
@@ -77,6 +77,7 @@ class RateCap:
         self._used: list[float] = []  # rates of the last update
         self._first: list[float] = []  # those of the first update
         self._used_step = -1
+        self._is_warming = False  # since before the loss had fallen
         self.step, self.is_on, self.is_proven = -1, False, False
 
     def add(
@@ -107,9 +108,7 @@ class RateCap:
             self._readings.clear()
         if only_lower and self._readings:
             reading = [min(pair) for pair in zip(reading, self._readings[-1])]
-        recent = [before for before in self._readings if not any(a > FALLEN * b for a, b in zip(before, reading))]
-        self._readings, self.step = [*recent, reading][-RECENT:], step
-        self.limits = [self.safety * _harmonic_mean(group) for group in zip(*self._readings)]
+        self._readings, self.step = [*self._readings, reading][-RECENT:], step
         self._latest = [*(each for each in self._latest if each[0] < step), (step, critical)][-2:]
         self._read_at, self.is_proven = list(used), self.is_proven or is_falling
         if len(self.trusted) != len(reading):
@@ -119,6 +118,9 @@ class RateCap:
             self.trusted = [max(pair) for pair in zip(self.trusted, used)]
         elif has_risen and not is_stable:
             self.trusted = [0.0] * len(reading)
+        self.limits = [self.safety * min(group) for group in zip(*self._readings)]
+        if not self._is_warming:
+            self.limits = [max(pair) for pair in zip(self.limits, self.trusted)]
 
     def factor(self, rates: Sequence[float], *, step: int) -> float:
         """Return by what the rates of a coming update are to be multiplied: 1 where they may stay.
@@ -144,6 +146,7 @@ class RateCap:
         """Note the rates that an update uses."""
         self._used, self._used_step = list(used), step
         self._first = self._first or self._used
+        self._is_warming = self.is_on and (self._is_warming or not self.is_proven)
 
     def next_reading(self, rates: Sequence[float]) -> float:
         """Return the step at which the next reading is wanted; infinite where that of the budget is early enough.
@@ -158,7 +161,7 @@ class RateCap:
             return self.step + 1
         (earlier, before), (later, now) = self._latest
         gap = later - earlier
-        wanted = gap + 1 if self.is_on or margin < math.log(FALLEN) else math.inf
+        wanted = gap + 1 if self.is_on or margin < math.log(NEAR) else math.inf
         if now < before < math.inf:
             wanted = min(wanted, max(0.0, margin) / 2 * gap / math.log(before / now))
         return later + max(1, math.floor(wanted)) if wanted < math.inf else math.inf
@@ -188,9 +191,3 @@ class RateCap:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         vars(self).update({name: list(value) if isinstance(value, list) else value for name, value in state.items()})
-
-
-def _harmonic_mean(rates: Sequence[float]) -> float:
-    """Return the harmonic mean of rates, of which some may be infinite."""
-    total = sum(1 / rate for rate in rates)
-    return len(rates) / total if total else math.inf

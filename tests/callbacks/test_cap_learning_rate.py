@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoint_harness import STEPS, Once, Repeatable, stream
 from harness import BATCH, FEATURES, Losses, Model, Rows, bits, data, everything, fit, mlp
+from launch_ranks import launched
 from schedules import SCHEDULES, Scheduled
 from torch import nn
 from torch.nn import functional as F
@@ -461,3 +462,15 @@ def test_two_of_them_are_refused():
 def test_bad_arguments(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         CapLearningRate(**settings)
+
+
+# -- two processes -----------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_cap_the_same_updates_at_the_same_rates(tmp_path):
+    here, there = launched("cap_ranks", tmp_path)
+    assert here["state"] == there["state"] and here["readings"] == there["readings"]
+    assert here["used"] == there["used"] and here["between"] == there["between"]
+    assert all(torch.equal(a, b) for a, b in zip(here["weights"], there["weights"]))
+    lower = [used < between for used, between in zip(here["used"], here["between"])]
+    assert lower[12] and not any(lower[:12]) and not any(lower[30:]) and here["state"]["capped"] == sum(lower)

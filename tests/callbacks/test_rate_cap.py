@@ -24,9 +24,11 @@ def test_a_capped_rate_grows_by_three_per_cent_and_thirty_beyond_the_last_readin
     assert max(rates) == rates[-1] == pytest.approx(0.1 * CONFIRMED)  # until a reading confirms it
     cap.add(39, critical=1.0, relative=[1.0], used=[rates[-1]], is_falling=True)
     assert apply(cap, 60.0, 40) == pytest.approx(0.1 * CONFIRMED * GROWTH)
-    cap.add(40, critical=0.05, relative=[1.0], used=[0.13])  # a fall is followed at once
-    assert apply(cap, 60.0, 41) == pytest.approx(0.05)
-    assert apply(cap, 0.04, 42) == 0.04 and not cap.is_on  # the schedule's own
+    cap.add(40, critical=0.05, relative=[1.0], used=[0.13])
+    assert cap.limits == [0.13]  # at which it was measured stable
+    cap.add(41, critical=0.05, relative=[1.0], used=[0.13], has_risen=True)  # a fall is followed at once
+    assert apply(cap, 60.0, 42) == pytest.approx(0.05)
+    assert apply(cap, 0.04, 43) == 0.04 and not cap.is_on  # the schedule's own
 
 
 def test_it_grows_to_the_schedule_and_is_off():
@@ -67,7 +69,7 @@ def test_a_rate_at_which_the_loss_fell_is_trusted_until_the_loss_rises_above_the
     read(0.2, is_falling=True)
     # The edge has come down to the rate: no danger. The rate has grown: danger.
     assert cap.factor([1.0], step=2) == cap.factor([TOLERANCE], step=2) == 1.0 and not cap.is_exceeded([1.0])
-    assert cap.factor([1.2], step=2) == pytest.approx(0.18 / 1.2) and cap.is_exceeded([1.2])
+    assert cap.factor([1.2], step=2) == pytest.approx(1.0 / 1.2) and cap.is_exceeded([1.2])
     read(3.0, has_risen=True)  # not because of the rate
     assert cap.trusted == [1.0]
     read(0.2, has_risen=True)
@@ -76,6 +78,19 @@ def test_a_rate_at_which_the_loss_fell_is_trusted_until_the_loss_rises_above_the
     read(0.5, is_falling=True)  # not stable
     read(2.0)  # the loss has not fallen
     assert cap.trusted == [0.0]
+
+
+def test_a_cap_from_before_the_loss_has_fallen_falls_below_what_was_trusted():
+    cap = RateCap(1.0, 1000)
+    apply(cap, 5.0, 0)
+    cap.add(0, critical=1.0, relative=[1.0], used=[5.0])
+    rate = apply(cap, 5.0, 1)
+    for step in (1, 2):
+        cap.add(step, critical=1.0, relative=[1.0], used=[rate], is_falling=True)
+        rate = apply(cap, 5.0, step + 1)
+    assert cap.trusted == [pytest.approx(START * GROWTH)] and cap.is_proven
+    cap.add(3, critical=0.01, relative=[1.0], used=[rate])
+    assert apply(cap, 5.0, 4) == pytest.approx(0.01)
 
 
 def test_readings_are_wanted_before_a_falling_critical_rate_comes_to_the_rate():
