@@ -12,8 +12,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lsp_callbacks._validation import number, whole
 from lsp_callbacks.callbacks.base import Callback
-from lsp_callbacks.callbacks.critical_rate import critical_rate
 from lsp_callbacks.callbacks.hidden_hooks import BATCH_HOOKS, hide_hooks, show_hooks
+from lsp_callbacks.callbacks.lr_forecast import critical_rate
 from lsp_callbacks.callbacks.publisher import log
 from lsp_callbacks.callbacks.rate_cap import RateCap
 from lsp_callbacks.callbacks.rates_of_update import RatesOfUpdate
@@ -237,7 +237,7 @@ class CapLearningRate(Callback):
             return
         observer = self._source.observer
         loop = observer.loop
-        values = preview(self._source.monitor, loop.module, lambda: observer.snapshot(optimizer, loop.clipping))
+        values = preview(self._source.monitor, loop.module, lambda: observer.snapshot(optimizer))
         key = next((key for key in PREFERENCE if key in values), "")
         rates = _rates(optimizer)
         critical = critical_rate(values, used=max(rates), key=key)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lsp_callbacks.callbacks.critical_rate import RECENT
-
+#: Readings of which the lowest counts.
+RECENT = 3
 #: A rate within so many times below its cap is near: readings are wanted.
 NEAR = 2.0
 #: How much higher a rate may be than one at which the run was measured stable while its loss fell.

@@ -1,120 +1,137 @@
-"""A cap falls at once and rises step by step; before the loss has fallen it begins low, and what trains is trusted."""
+"""Caps from critical rates: what they lower, and to what."""
 
 import math
 
 import pytest
+import torch
 
-from lsp_callbacks.callbacks.rate_cap import CONFIRMED, EARLY, GROWTH, START, TOLERANCE, RateCap
-
-
-def apply(cap, rate, step):
-    """The rate of one update at this scheduled rate, as the callback applies it."""
-    factor = cap.factor([rate], step=step)
-    cap.is_on = factor < 1
-    cap.note(step, [rate * factor])
-    return rate * factor
+from lsp_callbacks.callbacks.lr_forecast import CriticalRate, critical_rate
+from lsp_callbacks.callbacks.rate_cap import RateCap
+from lsp_callbacks.callbacks.rates_of_update import RatesOfUpdate
 
 
-def test_a_capped_rate_grows_by_three_per_cent_and_thirty_beyond_the_last_reading():
-    cap = RateCap(1.0, 1000)
-    assert apply(cap, 0.1, 0) == 0.1
-    cap.add(0, critical=1.0, relative=[1.0], used=[0.1], is_falling=True)
-    rates = [apply(cap, 60.0, step) for step in range(1, 40)]  # a jump
-    assert rates[:3] == pytest.approx([0.1 * GROWTH**k for k in (1, 2, 3)])
-    assert max(rates) == rates[-1] == pytest.approx(0.1 * CONFIRMED)  # until a reading confirms it
-    cap.add(39, critical=1.0, relative=[1.0], used=[rates[-1]], is_falling=True)
-    assert apply(cap, 60.0, 40) == pytest.approx(0.1 * CONFIRMED * GROWTH)
-    cap.add(40, critical=0.05, relative=[1.0], used=[0.13])
-    assert cap.limits == [0.13]  # at which it was measured stable
-    cap.add(41, critical=0.05, relative=[1.0], used=[0.13], has_risen=True)  # a fall is followed at once
-    assert apply(cap, 60.0, 42) == pytest.approx(0.05)
-    assert apply(cap, 0.04, 43) == 0.04 and not cap.is_on  # the schedule's own
+def read(*criticals, safety=0.5, max_age=10, relative=(1.0,), **settings):
+    cap = RateCap(safety, max_age)
+    for step, critical in enumerate(criticals):
+        cap.add(step, critical=critical, relative=relative, **{"is_falling": True} | settings)
+    return cap
 
 
-def test_it_grows_to_the_schedule_and_is_off():
-    cap = RateCap(1.0, 1000)
-    cap.add(0, critical=0.5, relative=[1.0], is_falling=True)
-    assert apply(cap, 1.0, 1) == 0.5
-    for step in (1, 2, 3):
-        cap.add(step, critical=9.0, relative=[1.0], used=[0.5])
-    rates = [apply(cap, 1.0, step) for step in range(2, 40)]
-    cap.add(39, critical=9.0, relative=[1.0], used=[rates[-1]])
-    rates += [apply(cap, 1.0, step) for step in range(40, 80)]
-    cap.add(79, critical=9.0, relative=[1.0], used=[rates[-1]])
-    rates += [apply(cap, 1.0, step) for step in range(80, 100)]
-    assert rates[0] == pytest.approx(0.5 * GROWTH) and rates == sorted(rates) and rates[-1] == 1.0 and not cap.is_on
+def test_the_lowest_of_three_readings_counts_so_that_a_fall_is_followed_at_once():
+    assert read(2.0).limits == [1.0] and read(2.0, 1.0).limits == read(1.0, 2.0, 4.0).limits == [0.5]
+    assert read(1.0, 3.0, 4.0, 5.0).limits == [1.5]
+    assert read(16.0, 9.0, 0.8, 0.3).limits == [0.15] and read(math.inf, 1.0).limits == [0.5]
+    assert read(1.0, math.inf, math.inf).limits == [0.5] and read(math.inf).limits == [math.inf]
 
 
-def test_before_the_loss_has_fallen_it_begins_at_a_tenth_of_the_cap():
-    def first(rate, *, began=None, proven=False):
-        cap = RateCap(0.5, 1000)
-        apply(cap, rate if began is None else began, 0)
-        cap.add(0, critical=2.0, relative=[1.0], used=[rate], is_falling=proven)
-        return apply(cap, rate, 1)
+def test_the_critical_rate_of_an_observation_is_that_of_the_number_that_counts():
+    def observed(**values):
+        return {f"stability/{key}": value for key, value in values.items()}
 
-    assert first(5.0) == pytest.approx(START) == first(1.01 / EARLY)
-    assert first(0.99 / EARLY) == 0.99 / EARLY  # far below
-    assert first(0.9, proven=True) == 0.9
-    # One that grows, as in a user's warm-up, is not set back; it grows no faster than by 3 %.
-    assert first(0.9, began=0.8) == pytest.approx(0.8 * GROWTH) and first(0.9, began=0.89) == 0.9
-
-
-def test_a_rate_at_which_the_loss_fell_is_trusted_until_the_loss_rises_above_the_edge():
-    def read(critical, **settings):
-        cap.add(cap.step + 1, critical=critical, relative=[1.0], used=[1.0], **settings)
-
-    cap = RateCap(0.9, 1000)
-    read(2.0, is_falling=True)
-    assert cap.trusted == [1.0]
-    read(0.2, is_falling=True)
-    # The edge has come down to the rate: no danger. The rate has grown: danger.
-    assert cap.factor([1.0], step=2) == cap.factor([TOLERANCE], step=2) == 1.0 and not cap.is_exceeded([1.0])
-    assert cap.factor([1.2], step=2) == pytest.approx(1.0 / 1.2) and cap.is_exceeded([1.2])
-    read(3.0, has_risen=True)  # not because of the rate
-    assert cap.trusted == [1.0]
-    read(0.2, has_risen=True)
-    assert cap.trusted == [0.0] and cap.factor([1.0], step=4) == pytest.approx(0.18)
-    cap = RateCap(0.9, 1000)
-    read(0.5, is_falling=True)  # not stable
-    read(2.0)  # the loss has not fallen
-    assert cap.trusted == [0.0]
+    mean_square = observed(courant=0.5, courant_mean_square=0.5, mean_square_lr=3.0, courant_gd=0.1)
+    assert critical_rate(mean_square, used=1.0) == 3.0
+    assert critical_rate(mean_square, used=1.0, key="stability/courant_gd") == 10.0
+    assert critical_rate(observed(courant=0.5, courant_gd=0.5), used=1.0) == 2.0
+    assert critical_rate(observed(courant=0.0, courant_gd=0.0), used=1.0) == math.inf
+    assert math.isnan(critical_rate(observed(courant=math.nan), used=1.0)) and math.isnan(critical_rate({}, used=1.0))
+    rate = CriticalRate()
+    assert rate.add(mean_square, used=1.0) and rate.mean == 3.0
+    assert rate.add(observed(courant=0.5, courant_sgd=0.5, critical_lr=7.0), used=1.0) and rate.mean == 7.0
+    assert not rate.add(mean_square, used=1.0)  # not of SGD itself
 
 
-def test_a_cap_from_before_the_loss_has_fallen_falls_below_what_was_trusted():
-    cap = RateCap(1.0, 1000)
-    apply(cap, 5.0, 0)
-    cap.add(0, critical=1.0, relative=[1.0], used=[5.0])
-    rate = apply(cap, 5.0, 1)
-    for step in (1, 2):
-        cap.add(step, critical=1.0, relative=[1.0], used=[rate], is_falling=True)
-        rate = apply(cap, 5.0, step + 1)
-    assert cap.trusted == [pytest.approx(START * GROWTH)] and cap.is_proven
-    cap.add(3, critical=0.01, relative=[1.0], used=[rate])
-    assert apply(cap, 5.0, 4) == pytest.approx(0.01)
+def test_before_a_reading_and_below_the_cap_nothing_changes():
+    assert read().factor([1e9], step=0) == 1.0
+    assert read(2.0).factor([1.0], step=1) == 1.0 and read(2.0).factor([4.0], step=1) == 0.25
+    assert read(math.inf).factor([1e9], step=1) == 1.0
 
 
-def test_readings_are_wanted_before_a_falling_critical_rate_comes_to_the_rate():
-    cap = RateCap(1.0, 1000)
-    assert cap.next_reading([1.0]) == math.inf
-    cap.add(0, critical=16.0, relative=[1.0])
-    assert cap.next_reading([1.0]) == 1
-    cap.add(10, critical=16.0, relative=[1.0])
-    assert cap.next_reading([1.0]) == math.inf  # it does not fall, and is far away
-    assert cap.next_reading([9.0]) == 21  # near: after a gap that grows
-    cap.add(20, critical=6.0, relative=[1.0])
-    # By exp(-k log(16 / 6) / 10) it comes from 6 to 1 in 18.3 steps.
-    assert cap.next_reading([1.0]) == 20 + int(0.5 * 10 * math.log(6) / math.log(16 / 6)) == 29
-    assert cap.next_reading([6.0]) == 21
-    cap.add(21, critical=8.0, relative=[1.0], used=[3.0], is_falling=True)
-    assert cap.next_reading([3.0]) == math.inf  # trusted
-    assert cap.next_reading([0.0]) == math.inf
+def test_no_cap_begins_with_an_old_reading_and_one_that_holds_goes_on():
+    cap = read(2.0)
+    assert cap.factor([2.0], step=10) == 0.5 and cap.factor([2.0], step=11) == 1.0
+    cap.is_on = True
+    assert cap.factor([2.0], step=11) == 0.5
 
 
-def test_the_state_goes_on_in_growing():
-    cap, other = RateCap(1.0, 10), RateCap(1.0, 10)
-    apply(cap, 0.1, 0)
-    cap.add(0, critical=1.0, relative=[1.0], used=[0.1], is_falling=True)
-    apply(cap, 5.0, 1)
+def test_a_reading_that_is_not_trusted_only_lowers():
+    cap = read(2.0)
+    cap.add(1, critical=8.0, relative=[1.0], only_lower=True)
+    assert cap.limits == [1.0] and cap.step == 1
+    cap.add(2, critical=1.0, relative=[1.0], only_lower=True)
+    assert cap.limits == [0.5] and cap.step == 2
+    assert read(8.0, only_lower=True).limits == [4.0]  # nothing to compare with
+
+
+def test_one_factor_for_all_groups_by_the_one_that_is_furthest_above():
+    cap = read(1.0, relative=(1.0, 0.1))
+    assert cap.limits == [0.5, 0.05]
+    assert cap.factor([1.0, 0.1], step=1) == pytest.approx(0.5)
+    assert cap.factor([0.5, 0.2], step=1) == pytest.approx(0.25)  # the ratio has changed
+    assert cap.largest([0.5, 0.2]) == pytest.approx(0.125)
+    assert read(1.0, relative=(1.0, 0.0)).factor([0.5, 9.0], step=1) == 1.0  # which had no rate
+
+
+def test_smaller_rates_of_groups_are_no_less_stable():
+    """By the eigenvalues of ``R H`` for random curvatures and ratios: the rule for ratios that have changed."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        factor = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+        curvature, old, new = factor @ factor.T, *torch.rand(2, 4, generator=generator, dtype=torch.float64)
+        critical = 2 / torch.linalg.eigvals(torch.diag(old / old.max()) @ curvature).real.max()
+        cap = read(float(critical), safety=0.9, relative=(old / old.max()).tolist())
+        applied = 100 * new * cap.factor((100 * new).tolist(), step=1)
+        assert torch.linalg.eigvals(torch.diag(applied) @ curvature).real.max() / 2 <= 0.9 + 1e-9
+
+
+def test_groups_that_join_begin_anew():
+    cap = read(1.0, 1.0)
+    cap.add(2, critical=4.0, relative=[1.0, 0.5])
+    assert cap.limits == [2.0, 1.0]
+
+
+def test_the_state_goes_on():
+    cap, other = read(1.0, 3.0), RateCap(0.5, 10)
+    cap.is_on = True
     other.load_state_dict(cap.state_dict())
-    assert apply(other, 5.0, 2) == apply(cap, 5.0, 2) == pytest.approx(0.1 * GROWTH**2)
-    assert other.trusted == [0.1] and other.is_proven and other.next_reading([5.0]) == cap.next_reading([5.0])
+    for each in (cap, other):
+        each.add(5, critical=3.0, relative=[1.0])
+    assert other.limits == cap.limits == [0.5] and other.is_on and other.step == 5
+
+
+def groups(*rates, kind=torch.optim.SGD, **settings):
+    return kind([{"params": [torch.nn.Parameter(torch.ones(1))], "lr": rate} for rate in rates], **settings)
+
+
+def test_rates_hold_for_one_step_and_are_the_same_objects_after():
+    optimizer, lowered = groups(1, 0.3), RatesOfUpdate()
+    used = []
+    optimizer.register_step_pre_hook(lambda o, *_: used.append([g["lr"] for g in o.param_groups]))
+    before = [group["lr"] for group in optimizer.param_groups]
+    lowered.multiply(optimizer, 0.5)
+    optimizer.step()
+    optimizer.step()
+    assert used == [[0.5, 0.15], [1, 0.3]]
+    assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, before))
+    lowered.multiply(optimizer, 0.5)
+    lowered.multiply(optimizer, 0.5)  # a step that was not made
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.15]
+    lowered.close()
+    assert [group["lr"] for group in optimizer.param_groups] == before
+
+
+def test_a_tensor_stays_the_same_tensor_even_if_groups_share_it():
+    rate = torch.tensor(0.3)
+    optimizer, lowered, used = groups(rate, rate, kind=torch.optim.Adam, foreach=False), RatesOfUpdate(), []
+    optimizer.register_step_pre_hook(lambda o, *_: used.extend(float(g["lr"]) for g in o.param_groups))
+    lowered.multiply(optimizer, 0.5)
+    optimizer.step()
+    assert used == pytest.approx([0.15, 0.15])
+    assert all(group["lr"] is rate for group in optimizer.param_groups) and rate == torch.tensor(0.3)
+
+
+def test_what_somebody_else_sets_stays():
+    optimizer, lowered = groups(1.0), RatesOfUpdate()
+    optimizer.register_step_post_hook(lambda o, *_: o.param_groups[0].update(lr=7.0))
+    lowered.multiply(optimizer, 0.5)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 7.0
