@@ -74,6 +74,7 @@ class LightningLoop(TrainingLoop):
         self.moves_parameters |= self.overrides_step
         self.wrong_update = ELSEWHERE if run.prox is not None else f"{type(module).__name__}.optimizer_step {MOVED}"
         self._clipped: Gradients = []
+        self._signature: tuple[Any, bool, bool] | None = None
         self.scaler = getattr(trainer.precision_plugin, "scaler", None)
 
     @property
@@ -111,7 +112,7 @@ class LightningLoop(TrainingLoop):
             readers=readers,
             takes_buffers=getattr(trainer.strategy.model, "will_sync_module_buffers", bool)(),
         )
-        if self._replays_training_step and _fetches(self.module.training_step):
+        if self._replays_training_step and self._takes(self.module.training_step)[0]:
             step.failure = Unmeasurable(_FETCHES)
         return step
 
@@ -129,7 +130,7 @@ class LightningLoop(TrainingLoop):
             if loss_fn is not None:
                 outputs: Any = loss_fn(module, batch)
             else:
-                outputs = module.training_step(*_arguments(module.training_step, batch, batch_idx))
+                outputs = module.training_step(*self._arguments(module.training_step, batch, batch_idx))
         value = loss_of(outputs)
         # Exactly what Lightning's closure does with it.
         return None if value is None else value / accumulate
@@ -177,7 +178,7 @@ class LightningLoop(TrainingLoop):
         def loss(module: Any, batch: Any) -> Any:
             if not getattr(module, "automatic_optimization", True):  # it would step the optimizer
                 raise Unsupported(f"automatic_optimization=False: training_step cannot be asked for outputs; {HOW}")
-            return module.training_step(*_arguments(module.training_step, batch, 0))
+            return module.training_step(*self._arguments(module.training_step, batch, 0))
 
         context = self.trainer.precision_plugin.train_step_context
         return loss, {"context": context, "micro_batches": self.accumulate}
@@ -192,16 +193,18 @@ class LightningLoop(TrainingLoop):
         """Return True if the scaler will leave this step out, as its gradients have overflowed."""
         return self.scaler is not None and overflowed(self.scaler, optimizer)
 
+    def _arguments(self, training_step: Callable, batch: Any, batch_idx: int) -> list[Any]:
+        """Return what this ``training_step`` takes."""
+        fetches, takes_index = self._takes(training_step)
+        if fetches:
+            raise Unmeasurable(_FETCHES)
+        return [batch, batch_idx] if takes_index else [batch]
 
-def _arguments(training_step: Callable, batch: Any, batch_idx: int) -> list[Any]:
-    """Return what this ``training_step`` takes."""
-    if _fetches(training_step):
-        raise Unmeasurable(_FETCHES)
-    parameters = inspect.signature(training_step).parameters
-    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-    return [batch, batch_idx] if takes_any or len(parameters) > 1 else [batch]
-
-
-def _fetches(training_step: Any) -> bool:
-    """Return whether it takes the batches themselves from the loader."""
-    return "dataloader_iter" in inspect.signature(training_step).parameters
+    def _takes(self, training_step: Callable) -> tuple[bool, bool]:
+        """Return whether it takes the batches themselves from the loader, and whether it takes the batch's number."""
+        function = getattr(training_step, "__func__", training_step)
+        if self._signature is None or self._signature[0] is not function:  # reading one takes longer than a small layer
+            parameters = inspect.signature(training_step).parameters
+            takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+            self._signature = (function, "dataloader_iter" in parameters, takes_any or len(parameters) > 1)
+        return self._signature[1:]
