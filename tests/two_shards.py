@@ -3,12 +3,14 @@
 import os
 import warnings
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from harness import CLASSES, FEATURES, Losses, Model, fit
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import ModelParallelStrategy as FabricModelParallel
+from model_zoo import TransformerBlock
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,11 +24,13 @@ from two_ranks import BATCH, DDP, WORLD, SmoothBlock, dataset
 
 from lsp_callbacks import Monitor, StabilityMonitor, StopOnInstability
 from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.loops import Watch
 from lsp_callbacks.loops.fabric import watch_fabric
 from lsp_callbacks.quantities import REGISTRY
+from lsp_callbacks.step.pending_step import PendingStep
 
-STEPS = 16
+STEPS, WORDS = 16, 7
 #: Of the default preset, and the one that needs nothing but forward passes.
 NAMES = ("spectral_norm", "residual_cfl", "sharpness", "mean_square_stability", "lyapunov", "courant_step",
          "critical_sharpness")  # fmt: skip
@@ -59,6 +63,47 @@ class Sharded(Model):
     def configure_model(self):
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             spread(self.net, self.device_mesh["data_parallel"], **self.settings)
+
+
+class AtOnce(Sharded):
+    """All weights in the outermost module, which keeps them gathered after the forward pass."""
+
+    def configure_model(self):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"], **self.settings)
+
+
+class Tokens(Sharded):
+    """A transformer whose samples have several positions, and whose embedding has a row for each of few words."""
+
+    def __init__(self):
+        super().__init__(net=TransformerOfTokens())
+
+    def loss(self, batch):
+        ids = (batch[0].abs() * 3).long() % WORDS
+        return F.cross_entropy(self.net(ids).flatten(0, 1), ids.roll(1, 1).flatten())
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def configure_model(self):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            mesh = self.device_mesh["data_parallel"]
+            for layer in (self.net.embedding, self.net.block):
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+
+
+class TransformerOfTokens(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, width)
+        self.block = TransformerBlock(nn.GELU(), width)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, WORDS, bias=False)
+        self.double()
+
+    def forward(self, ids):
+        return self.head(self.norm(self.block(self.embedding(ids))))
 
 
 class FailsOnce(Sharded):
@@ -218,7 +263,7 @@ def looped(rank, *, fabric=None, measured=True):
 
 
 def failing(place, plain):
-    ours = StabilityMonitor([*SHARDS_ALONE, "sharpness"], every_n_steps=2)
+    ours = StabilityMonitor([*SHARDS_ALONE, "sharpness", "mean_square_stability"], every_n_steps=2)
     return trained(partial(FailsOnce, place), ours, **plain | {"max_steps": 8}, **plain_strategy())
 
 
@@ -226,6 +271,9 @@ def core(rank):
     plain, found = {"loader": shares(rank)}, {}
     found["plain"], found["sharded"] = pair(Sharded, StabilityMonitor(NAMES, every_n_steps=3), plain=plain)
     found["ddp"] = trained(Sharded, StabilityMonitor(NAMES, every_n_steps=3), **plain, **DDP)
+    with mock.patch.object(PendingStep, "whole", side_effect=Unsupported("no room")):
+        ours = StabilityMonitor(["mean_square_stability", "sharpness"], every_n_steps=3)
+        found["no room"] = trained(Sharded, ours, **plain, **plain_strategy())
     found["forward"] = failing("forward", plain)
     return found
 
@@ -309,6 +357,8 @@ def modes(rank):
     both("HSDP one replica", partial(OnMesh, (1, WORLD)))
     both("not resharded", partial(Sharded, reshard_after_forward=False))
     both("checkpointed", Recomputes)
+    both("at once", AtOnce)
+    both("tokens", Tokens, [name for name in NAMES if name != "residual_cfl"])
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     both("mixed", lambda: Sharded(net=made(torch.float32), mp_policy=policy),
          settings={"loader": shares(rank, dtype=torch.float32)})  # fmt: skip

@@ -102,6 +102,12 @@ def custom_function(node: Any) -> type | None:
     return node._forward_cls if isinstance(node, BackwardCFunction) else None  # type: ignore[attr-defined]
 
 
+def is_identity(node: Any) -> bool:
+    """Return whether a backward node is one by which ``fully_shard`` notices a pass, and that changes no gradient."""
+    function = custom_function(node)
+    return function is not None and function.__module__.startswith("torch.distributed.fsdp.")
+
+
 def custom_functions(nodes: Iterable[Any]) -> list[type]:
     """Return the ``torch.autograd.Function`` classes among the operations of some backward nodes."""
     return [function for node in nodes if (function := custom_function(node)) is not None]
@@ -194,9 +200,12 @@ def buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Return whether ``torch.compile`` was applied to a module or one inside it, or to its call in place."""
-    # Missing attributes of modules are looked up slowly, by an error.
-    return any(m._compiled_call_impl is not None or "_orig_mod" in vars(m).get(MODULES, ()) for m in module.modules())
+    """Return whether ``torch.compile`` was applied to a module or one inside it, to its call, or to its methods."""
+    # Missing attributes of modules are looked up slowly, by an error. The third is that of Lightning's modules.
+    return any(
+        m._compiled_call_impl is not None or "_orig_mod" in vars(m).get(MODULES, ()) or vars(m).get("_compiler_ctx")
+        for m in module.modules()
+    )
 
 
 def convolve(layer: nn.Conv1d, x: Tensor, weight: Tensor) -> Tensor:
@@ -241,6 +250,14 @@ def forget_passes(module: Any) -> None:
 def computes_in(module: Any) -> torch.dtype | None:
     """Return the type to which a module of ``fully_shard`` rounds its weights in each pass; None for their own."""
     return module._get_fsdp_state()._mp_policy.param_dtype
+
+
+def gathered_parameters(module: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the parameters of a module of ``fully_shard``: each shard, and the whole tensor of its passes."""
+    for group in getattr(module._get_fsdp_state(), "_fsdp_param_groups", ()):
+        for p in group.fsdp_params:
+            if hasattr(p, "_unsharded_param"):  # from its first pass on
+                yield p.sharded_param, p._unsharded_param
 
 
 def scales_gradients(module: Any) -> bool:

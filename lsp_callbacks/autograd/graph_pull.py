@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsp_callbacks.autograd._torch_internals import call, calls_users_code, metadata
+from lsp_callbacks.autograd._torch_internals import call, calls_users_code, is_identity, metadata
 
 
 class UnknownGraph(Exception):
@@ -51,7 +51,7 @@ def require_plain(nodes: Iterable[Any]) -> None:
         UnknownGraph: for a custom function, or where saved tensors are unpacked by a hook (activation checkpoints).
     """
     for node in nodes:
-        if calls_users_code(node):
+        if calls_users_code(node) and not is_identity(node):
             raise UnknownGraph(f"{node.name()} runs code of the user's")
 
 
@@ -80,8 +80,8 @@ def pull(
         slots = waiting.pop(node, None)
         if slots is None:
             continue
-        outputs: list[Tensor | None] = [slots.get(k) for k in range(len(metadata(node)))]
-        inputs = None if rule is None else rule(node, outputs)
+        outputs: list[Tensor | None] = list(map(slots.get, range(len(metadata(node)))))
+        inputs = outputs if is_identity(node) else None if rule is None else rule(node, outputs)
         for (child, k), g in zip(node.next_functions, call(node, outputs) if inputs is None else inputs):
             if child is None or g is None:
                 continue

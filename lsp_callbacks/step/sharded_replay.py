@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd.spread_tensors import local_gradient
-from lsp_callbacks.step.batch import MicroBatch
+from lsp_callbacks.autograd.spread_tensors import local_gradients
+from lsp_callbacks.step.batch import MicroBatch, batch_size
 from lsp_callbacks.step.module_in_place import ModuleInPlace
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.replay import replayer
+
+T = TypeVar("T")
 
 
 class ShardedReplay:
@@ -41,6 +43,8 @@ class ShardedReplay:
         self.place, self.ranks, self.parameters = place, ranks, parameters
         self._trained = [p for p in place.module.parameters() if p.requires_grad]
         self._replay = replayer(place, parts)
+        #: In its only micro-batch; None where that is not known, or there are several.
+        self.samples = batch_size(parts[0].batch) if len(parts) == 1 else None
 
     def __call__(self) -> Tensor:
         """Return the loss of this process."""
@@ -52,15 +56,34 @@ class ShardedReplay:
         loss = self.ranks.apart(forward)
         return Replayed.apply(self, Held(loss), *self.parameters) if loss.requires_grad else loss
 
+    def look(self, function: Callable[[Tensor], T]) -> T:
+        """Return what a function makes of the loss with the module's own graph; while it runs it may communicate."""
+
+        def looked() -> T:
+            with self.place.running(), self.ranks.checked():
+                return function(self._replay())
+
+        return self.ranks.apart(looked)
+
+    def before_step(self, function: Callable[[], T]) -> T:
+        """Return what a function makes of the module as it was before the step."""
+        with self.place.running():
+            return function()
+
     def gradients(self, loss: Tensor, weight: Tensor) -> list[Tensor | None]:
         """Return the gradients of a loss at the shards of this process, the means over the processes."""
 
         def backward() -> list[Tensor | None]:
-            with self.place.running(), self.ranks.checked(), self.place.gradients_aside():
-                loss.backward(weight)
-                return [local_gradient(p) for p in self._trained]
+            with self.place.running(), self.ranks.checked():
+                return self.pulled(loss, weight)
 
         return self.ranks.apart(backward)
+
+    def pulled(self, outputs: Tensor, cotangent: Tensor) -> list[Tensor | None]:
+        """Return the gradients of ``<cotangent, outputs>`` likewise, while the module runs, see `look`."""
+        with self.place.gradients_aside():
+            outputs.backward(cotangent)
+            return local_gradients(self._trained)
 
 
 class Held:

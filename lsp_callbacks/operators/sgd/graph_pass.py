@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd._torch_internals import metadata, padding_amounts, saved
+from lsp_callbacks.autograd._torch_internals import is_identity, metadata, padding_amounts, saved
 from lsp_callbacks.autograd.graph import leaf_of
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, pull, summed
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion
@@ -123,6 +123,8 @@ class GraphPass:
             start = {child: self.criterion.cotangent(values, position, taken)}
         else:
             node, site = head
+            if self.samples.weights is not None:
+                self.samples.weights.need(node)
             flat = taken * self.criterion.outputs.shape[1] + position
             whole, a = site.at_rows(values, flat)
             self._head.append((site, a, values))
@@ -136,9 +138,13 @@ class GraphPass:
             if node not in waiting:
                 continue
             g = waiting.pop(node)
-            inputs = self._rule(node, [g])
-            if inputs is None:
-                inputs = row_inputs(node, g, self.samples.taken)
+            if self.samples.weights is not None and is_identity(node):
+                inputs: Sequence[Tensor | None] = [g]
+                if len(metadata(node)) > 1:
+                    raise UnknownGraph("several tensors are handed on together")
+            else:
+                ruled = self._rule(node, [g])
+                inputs = row_inputs(node, g, self.samples.taken) if ruled is None else ruled
             for (child, _), back in zip(node.next_functions, inputs):
                 if child is not None and back is not None:
                     waiting[child] = waiting[child] + back if child in waiting else back
@@ -191,6 +197,8 @@ class GraphPass:
 
     def _rule(self, node: Any, outputs: Sequence[Tensor | None]) -> Sequence[Tensor | None] | None:
         g = outputs[0]
+        if self.samples.weights is not None:
+            self.samples.weights.need(node)
         site = self.sites.get(node)
         if site is None:
             kind = node.name()
@@ -198,7 +206,7 @@ class GraphPass:
                 return [g]  # what it makes of one for all samples is seen below
             if kind in SITES:
                 site = site_of(node, self.samples)
-            elif (leaf := leaf_of(node)) is not None:
+            elif (leaf := getattr(node, "variable", None)) is not None:
                 if id(leaf) in self.samples.names:
                     raise UnknownGraph(f"{self.samples.names[id(leaf)]} is used by an operation that no rule covers")
                 return []

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import saved
+from lsp_callbacks.autograd.gathered_weights import GatheredWeights
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, outputs_first, require_plain
 from lsp_callbacks.functional.sgd.positions import design_effect
@@ -17,6 +18,7 @@ from lsp_callbacks.operators.sgd.chosen_positions import Chosen, joined_counts, 
 from lsp_callbacks.operators.sgd.corrected_top import with_top
 from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion, read_criterion
+from lsp_callbacks.operators.sgd.graph_kind import GraphKind
 from lsp_callbacks.operators.sgd.graph_pass import GraphPass
 from lsp_callbacks.operators.sgd.graph_sites import Samples
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, wide
@@ -24,34 +26,10 @@ from lsp_callbacks.operators.sgd.recent_rows import RecentRows, RowSketch
 from lsp_callbacks.operators.sgd.step_samples import sampled_rows
 from lsp_callbacks.step.graph_reader import GraphReader
 
-
-class GraphKind(NamedTuple):
-    """What does not change from step to step, and by which a graph is recognised.
-
-    Attributes:
-        nodes: their names, outputs first.
-        sites: the names of the trainable parameters of each use, in the order of the graph.
-        axes: of the samples in each use: first (0) or second (1).
-        by_rows: whether gradients of some samples can be taken back alone.
-        lengths: how many positions of each sample each use had, and at last the outputs.
-    """
-
-    nodes: tuple[str, ...]
-    sites: tuple[tuple[str | None, ...], ...]
-    axes: list[int]
-    by_rows: bool = False
-    lengths: tuple[int, ...] = ()
-
-    def has_length(self, lengths: tuple[int, ...]) -> bool:
-        """Return whether uses have as many positions as before, or as many for each of the outputs'.
-
-        An expert is called with those tokens that are routed to it: as many as can be divided among the samples, by
-        chance, and they are not theirs.
-        """
-        now, before = lengths[-1], self.lengths[-1]
-        return self.by_rows or all(
-            length == last or length * before == last * now for length, last in zip(lengths, self.lengths, strict=True)
-        )
+#: From the name of a parameter to what `Part.of` makes its gradients from, for each micro-batch.
+Tensors = list[dict[str, Any]]
+#: See `GraphRows.looked`.
+Looked = tuple[list[Chosen], int, int]
 
 
 class GraphRows(GraphReader):
@@ -69,6 +47,8 @@ class GraphRows(GraphReader):
         recent: the rows of the last readings, for samples with several positions; None is those of this step alone.
 
     Attributes:
+        weights: gathers those that the next graph uses, where they are spread over processes; None where they are not.
+        is_sketched: whether rows are formed as sketches, see `RowSketch`, also those of one position.
         kind: of the graph, once it was read.
         failure: why the graph could not be read; None if it could.
         chosen: what the rows of each micro-batch look at.
@@ -104,6 +84,8 @@ class GraphRows(GraphReader):
         self._per_sample = self._length = 1
         self._pushed: tuple[Tensor, dict[str, Tensor]] | None = None
         self.recent = recent
+        self.weights: GatheredWeights | None = None
+        self.is_sketched = False
         self._correction: float | None = None
         self.plain: dict[str, Tensor] = {}
         self._behind: tuple[Mapping[str, Tensor | float], tuple[Tensor, dict[str, float]]] | None = None
@@ -135,9 +117,12 @@ class GraphRows(GraphReader):
         if self.kind is not None and self.kind.nodes != kinds:
             raise UnknownGraph("another graph than before")
         nodes = nodes[nodes.index(criterion.node) + 1 :]
-        known = Samples(
-            samples, chosen.taken.to(pairs.device), {id(p): name for name, p in self._parameters.items()}, self._module
-        )
+        names = {id(p): name for name, p in self._parameters.items()}
+        if self.weights is not None:
+            names |= {whole: names[id(p)] for whole, p in self.weights.shards.items() if id(p) in names}
+            if self.ties:
+                raise UnknownGraph("statistics of a batch tie the samples of each process together")
+        known = Samples(samples, chosen.taken.to(pairs.device), names, self._module, weights=self.weights)
         if self.kind is None:
             graph = self._learn(nodes, criterion, known, pairs, chosen, kinds)
             self.dtype = read(loss).dtype
@@ -147,7 +132,7 @@ class GraphRows(GraphReader):
             known.axes, known.by_rows = self.kind.axes, self.kind.by_rows
             graph = _passed(nodes, criterion, known, pairs, chosen)
         lengths = (*graph.lengths, criterion.outputs.shape[1])
-        if self.kind is None or graph.uses != self.kind.sites or not self.kind.has_length(lengths):
+        if self.kind is None or not self.kind.has_length(lengths) or graph.uses != self.kind.sites:
             raise UnknownGraph("other uses of parameters than before")
         self._parts.append(graph.parts())
         if self.ties and self._scale is not None:
@@ -244,7 +229,9 @@ class GraphRows(GraphReader):
         if self.failure is not None or not self._parts:
             raise self.failure or UnknownGraph("no loss was seen before its backward pass")
         if self._behind is None or not all(_is_same(scale[name], self._behind[0][name]) for name in self._parameters):
-            self._form(scale, plain=plain)
+            if plain:
+                self.plain = self.plain_shares()
+            self._form(scale)
         else:
             self.gram, self.traces = self._behind[1]
         if self._pushed is not None:
@@ -253,24 +240,64 @@ class GraphRows(GraphReader):
             self._correction = squares / float(c @ self.gram @ c)
         self.release()
 
-    def _form(self, scale: Mapping[str, Tensor | float], *, plain: bool) -> None:
+    def _form(self, scale: Mapping[str, Tensor | float]) -> None:
         shares: dict[str, Tensor] = {}
         sketch: RowSketch | None = None
         begin = 0
         for name in [*self._parts[0]]:
             p, gram = self._parameters[name], ParameterGram.taken_from(self._parts, name)
-            if self.recent is None:
+            if self.recent is None and not self.is_sketched:
                 shares[name] = gram.gram(scale[name], HELD, p.numel())
             else:
-                diagonal = torch.as_tensor(scale[name]).to(p)
+                diagonal = torch.as_tensor(scale[name]).to(p.device, p.dtype)
                 sketch = sketch or RowSketch(gram.rows, wide(diagonal))
                 shares[name] = sketch.share(gram, diagonal, begin, p.numel())
                 begin += p.numel()
-            if plain:
-                self.plain[name] = gram.gram(1.0, HELD, p.numel())
         self.gram, self.traces = self._summed(shares)
         if sketch is not None:
             self._sketch = sketch.values.unflatten(0, (-1, self._per_sample)) * self._per_sample**0.5
+
+    def plain_shares(self) -> dict[str, Tensor]:
+        """Return the shares of the parameters without D, before they are formed."""
+        return {
+            name: ParameterGram([part[name] for part in self._parts]).gram(1.0, HELD, self._parameters[name].numel())
+            for name in self._parts[0]
+        }
+
+    def tensors(self) -> Tensors | None:
+        """Return what the rows are made from, to be sent to other processes; None where that is more than tensors."""
+        parts = [{name: part.tensors() for name, part in parts.items()} for parts in self._parts]
+        return None if any(part is None for of_names in parts for part in of_names.values()) else parts
+
+    def join(self, tensors: Sequence[Tensors], looked: Sequence[Looked]) -> None:
+        """Look at the rows of all processes as at those of further micro-batches; before they are formed."""
+        device = next(iter(self._parameters.values())).device
+        self._parts = [
+            {name: Part.of(part, device) for name, part in parts.items()} for sent in tensors for parts in sent
+        ]
+        self._join(looked)
+
+    def join_sketches(self, sketches: Sequence[Tensor], looked: Sequence[Looked]) -> None:
+        """Look at the sketches of the rows of all processes, once they are formed."""
+        self._sketch = torch.cat([sketch.to(self._sketch) for sketch in sketches])
+        self._join(looked)
+        flat = self._sketch.flatten(0, 1)
+        self.gram = (flat @ flat.T).double().cpu() / self._per_sample
+
+    @property
+    def sketch(self) -> Tensor:
+        """The sketches of the rows, ``(n, R, m)``, once they are formed."""
+        return self._sketch
+
+    @property
+    def looked(self) -> Looked:
+        """What was looked at in each micro-batch, how many samples that were, and how many there are."""
+        chosen = [replace(each, positions=each.positions.cpu()) for each in self.chosen]
+        return chosen, self.samples, self.batch
+
+    def _join(self, looked: Sequence[Looked]) -> None:
+        self.chosen = [each for chosen, _, _ in looked for each in chosen]
+        self.samples, self.batch = sum(samples for _, samples, _ in looked), sum(batch for *_, batch in looked)
 
     def kernel(self, checked: TangentKernel | None, correction: float | None) -> TangentKernel:
         """Return K behind the diagonal of D, once it was formed, with the recent rows, to which it adds its own.

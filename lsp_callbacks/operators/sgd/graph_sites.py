@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import Convolution, call, saved
+from lsp_callbacks.autograd.gathered_weights import GatheredWeights
 from lsp_callbacks.autograd.graph import leaf_of
 from lsp_callbacks.autograd.graph_pull import UnknownGraph
 from lsp_callbacks.operators.sgd.layer_rules import (
@@ -40,6 +41,7 @@ class Samples:
             finds out from a pass for the only sample ``alone``.
         alone: see ``axes``.
         by_rows: whether the gradients are those of the samples that have rows alone, ``(n, ...)``, see `by_rows`.
+        weights: gathers the weights that the graph uses, where they are spread over processes; None where they are not.
     """
 
     count: int
@@ -49,6 +51,7 @@ class Samples:
     axes: list[int] | None = None
     alone: int = 0
     by_rows: bool = False
+    weights: GatheredWeights | None = None
 
     @cached_property
     def layers(self) -> dict[int, nn.Module]:
@@ -57,6 +60,8 @@ class Samples:
         for layer in self.module.modules():
             if isinstance(layer, nn.Linear | Convolution):  # not by its attribute: a parametrisation would compute it
                 layers |= {id(p): layer for name, p in layer.named_parameters(recurse=False) if name == "weight"}
+        if self.weights is not None:
+            layers |= {whole: layers[id(p)] for whole, p in self.weights.shards.items() if id(p) in layers}
         return layers
 
     def split(self, t: Tensor, axis: int) -> Tensor:

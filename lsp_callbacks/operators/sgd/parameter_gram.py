@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lsp_callbacks.operators.sgd.layer_rules import Outer, Table, Use
+from lsp_callbacks.operators.sgd.layer_rules import Outer, Table, Use, at_positions, dense
 from lsp_callbacks.operators.sgd.weighted_gram import weighted_gram
 
 #: Numbers that are formed at once of gradients that can be divided.
@@ -33,6 +34,31 @@ class Part:
         """Return entries lo to hi of the gradients of all samples, ``(N R, hi - lo)``."""
         first, *others = (use.entries(lo, hi) for use in self.uses if use.entries is not None)
         return sum(others, first).flatten(0, 1)
+
+    def tensors(self) -> tuple[int, list[Any]] | None:
+        """Return what the part is made from, on the CPU, for `of`; None where that is more than outer products."""
+        if any(use.outer is None and use.values is None for use in self.uses):
+            return None
+        made: list[Any] = []
+        for use in self.uses:
+            if use.outer is None:
+                made.append(_sent(use.values))
+            else:
+                rows = [_sent(t.unflatten(0, (self.samples, use.rows))) for t in (use.outer.a, use.outer.g)]
+                made.append((*rows, use.outer.transposed))
+        return self.samples, made
+
+    @classmethod
+    def of(cls, tensors: tuple[int, list[Any]], device: torch.device) -> Part:
+        """Return the part that `tensors` were taken from."""
+        samples, made = tensors
+        uses = [
+            dense(use.to(device))
+            if isinstance(use, Tensor)
+            else at_positions(use[0].to(device), use[1].to(device), transposed=use[2])
+            for use in made
+        ]
+        return cls(samples, uses)
 
     @property
     def rows(self) -> int:
@@ -193,6 +219,11 @@ def _table_gram(table: Table, outer: Outer | None, scale: Tensor | None, memory:
     inner = lookups @ a.T  # (N, T, R, M)
     cross = (inner * g.T[index][:, :, None]).sum(1).flatten(0, 1)
     return share + cross + cross.T
+
+
+def _sent(t: Tensor | None) -> Tensor:
+    assert t is not None
+    return t.detach().cpu().clone(memory_format=torch.contiguous_format)  # without the memory that it is a view of
 
 
 def wide(t: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
-"""What a reading of the second moment costs whose rows come from the step's own graph."""
+"""What a reading of the second moment costs, from the step's own graph or from a replay."""
 
 from __future__ import annotations
 
-from lsp_callbacks.operators.cost import beside
+from lsp_callbacks.operators.cost import beside, forward_cost, work
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
-from lsp_callbacks.operators.sgd.held_statistics import CORRECTED
+from lsp_callbacks.operators.sgd.held_statistics import CORRECTED, can_be_held
 from lsp_callbacks.operators.trajectory.coming_preconditioner import remembered_rule
-from lsp_callbacks.quantities.sgd.probe_cost import gram_cost
+from lsp_callbacks.quantities.sgd.probe_cost import gram_cost, probe_share
+from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: In every so many readings two positions of each sample are compared, to see how alike they are.
@@ -32,6 +33,37 @@ def graph_price(snapshot: Snapshot, rows: GraphRows) -> dict[str, float]:
     if rows.ties:  # now and then a backward pass for the largest eigenvalue, and products once more where D has moved
         again = gram / 2 if remembered_rule(snapshot).frozen else 0.0
         parts["batch statistics"] = (2 / 3 + again) / CORRECTED
+    return parts
+
+
+def replay_price(
+    snapshot: Snapshot, samples: ProbeSet, count: int, positions: int, *, is_first: bool, checks: bool
+) -> dict[str, float]:
+    """Return the gradients of a reading that replays its samples, by what they are spent on.
+
+    Args:
+        snapshot: a step.
+        samples: of its batch.
+        count: how many of them have rows.
+        positions: of each of these that are looked at, where it has several.
+        is_first: whether it is not known yet if it has.
+        checks: whether the reading is checked.
+    """
+    n, once = samples.samples, work(snapshot)
+    share = probe_share(snapshot, samples, n)
+    if is_first and once.multiplications * share <= 1.5 * n * once.parameters:
+        positions = 1
+    rows = count * positions
+    parts = {
+        "rows of the batch": (1 + positions) / 3 * share + gram_cost(snapshot, rows, n / max(share, 1e-9)),
+        **rate_cost(snapshot, rows),
+    }
+    if samples.batches and can_be_held(samples.module):
+        parts["batch statistics"] = (1 / 3 + 1 / CORRECTED) * share
+    elif samples.batches:
+        parts["batch statistics"] = 2 / 3 * rows * share
+    if checks:
+        parts |= {"forward": forward_cost(snapshot), "gradient": 4 / 3, "check of the rows": 2 / 3 * share}
     return parts
 
 

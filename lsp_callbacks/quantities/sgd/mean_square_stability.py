@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.operators.cost import forward_cost, work
 from lsp_callbacks.operators.sgd.corrected_top import with_top
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
-from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel, tolerance
+from lsp_callbacks.operators.sgd.gram_matrix import tolerance
 from lsp_callbacks.operators.sgd.graph_check import unexplained_rows
-from lsp_callbacks.operators.sgd.graph_rows import GraphKind, GraphRows
-from lsp_callbacks.operators.sgd.held_statistics import CORRECTED, RecentCorrections, can_be_held
+from lsp_callbacks.operators.sgd.graph_kind import GraphKind
+from lsp_callbacks.operators.sgd.graph_rows import GraphRows
+from lsp_callbacks.operators.sgd.held_statistics import RecentCorrections
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows
 from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
 from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing, remembered_rule
-from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.quantities.sgd.collapse import COLLAPSED, collapse, none_yet
 from lsp_callbacks.quantities.sgd.frozen_exponents import courant_of
-from lsp_callbacks.quantities.sgd.mean_square_cost import COMPARED, graph_price, rate_cost
-from lsp_callbacks.quantities.sgd.probe_cost import gram_cost, kernel_memory, probe_share
+from lsp_callbacks.quantities.sgd.mean_square_cost import COMPARED, graph_price, replay_price
+from lsp_callbacks.quantities.sgd.mean_square_shards import OfShards, shards_memory, shards_price
+from lsp_callbacks.quantities.sgd.probe_cost import kernel_memory
 from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.replay_checks import verify, verify_gradient
@@ -36,15 +38,13 @@ from lsp_callbacks.step.snapshot import Snapshot
 
 #: Relative error of the critical rate by its iteration, by which the rate is lowered.
 TOLERANCE = 5e-3
-#: Readings 1, 32, 1024, ... are checked.
-CHECKED = 32
 #: Positions of each sample that are looked at in one step, at most.
 AT_ONCE = 4
 #: Of so many such comparisons the median is taken.
 DESIGNS = 5
 
 
-class MeanSquareStability(Quantity):
+class MeanSquareStability(OfShards):
     """Learning rate relative to the largest at which the second moment of SGD stays bounded.
 
     As `SGDStability`, from the Gram matrix of per-sample output gradients, the optimizer's momentum or frozen
@@ -124,9 +124,7 @@ class MeanSquareStability(Quantity):
         self.latest: FrozenSGD | None = None
         self._most: int | None = None
         self._corrections = RecentCorrections()
-        self._checked: TangentKernel | None = None
         self._mode: Tensor | None = None
-        self._last_check = self._next_check = 1
         self._forget_graph()
         for name, value in zip(("alike", "alike_since"), none_yet()):
             self.add_state(name, default=value, persistent=True)
@@ -142,66 +140,39 @@ class MeanSquareStability(Quantity):
 
     def reader(self, module: nn.Module, run: RunContext, step: int) -> GraphReader | None:
         """Return what reads the rows from the step's own graph, so that no pass is made again."""
-        if self.outputs != "top" or self._most is not None:
-            return None
+        if self.outputs != "top" or self._most is not None or run.shards is not None:
+            return None  # the graph of a module with shards holds weights that are gone again
+        return self._rows(module, run.generator(step, self.name), checks=self._checks_next)
+
+    def _rows(self, module: nn.Module, generator: torch.Generator, *, checks: bool) -> GraphRows:
+        """Return what reads the rows of the coming measurement from a graph."""
         corrects = self._corrections.is_due(self._update_count + 1)
         return GraphRows(
-            module,
-            run.generator(step, self.name),
-            partial(row_count, wanted=self.rows),
-            self._passes,
-            known=None if self._checks_next else self._known,
-            scale=self._scale if corrects and not self._checks_next else None,
+            module, generator, partial(row_count, wanted=self.rows), self._passes,
+            known=None if checks else self._known, scale=self._scale if corrects and not checks else None,
             recent=self._recent,
-        )
-
-    @property
-    def _checks_next(self) -> bool:
-        """Whether the next measurement is one of those that are checked."""
-        return self._checks(self._update_count + 1)
-
-    def _checks(self, reading: int) -> bool:
-        return self._checked is None or reading >= self._next_check
-
-    def _is_changed(self) -> None:
-        """Go back to replays, the next of which is checked; where graphs change again and again, it is put off."""
-        self._known = None
-        self._next_check = max(self._update_count + 1, 2 * self._last_check)
-
-    @property
-    def needs_replay(self) -> bool:
-        return self._known is None or self._checks_next
+        )  # fmt: skip
 
     def check(self, snapshot: Snapshot) -> None:
         critical_rule(snapshot)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
+        if self.reads_shards(snapshot):
+            return shards_price(snapshot, self.rows, checks=self._checks_next or self._known is None)
         if self._price and not self.needs_replay:
             return self._price
         if self._price and self._checks_next and "batch statistics" not in self._price:
             return self._price | {"gradient": 1.0, "check of the rows": 1.0, "places of the samples": 1 / 3}
         samples = step_samples(snapshot, self._most)
-        n, once = samples.samples, work(snapshot)
-        share = probe_share(snapshot, samples, n)
-        is_single = once.multiplications * share <= 1.5 * n * once.parameters
-        positions = 1 if is_single else max(2, self._positions(n))
-        if self.latest is not None:
-            positions = self.latest.kernel.rows
-        rows = row_count(n, self.rows) * positions
-        parts = {
-            "rows of the batch": (1 + positions) / 3 * share + gram_cost(snapshot, rows, n / max(share, 1e-9)),
-            **rate_cost(snapshot, rows),
-        }
-        if samples.batches and can_be_held(samples.module):
-            parts["batch statistics"] = (1 / 3 + 1 / CORRECTED) * share
-        elif samples.batches:
-            parts["batch statistics"] = 2 / 3 * rows * share
-        if self._checks_next:
-            parts |= {"forward": forward_cost(snapshot), "gradient": 4 / 3, "check of the rows": 2 / 3 * share}
-        return parts
+        n = samples.samples
+        positions = max(2, self._positions(n)) if self.latest is None else self.latest.kernel.rows
+        count = row_count(n, self.rows)
+        return replay_price(snapshot, samples, count, positions, is_first=self.latest is None, checks=self._checks_next)
 
     def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
         """Look at fewer samples of the batch, 32 at least."""
+        if self.reads_shards(snapshot):
+            return None
         samples = step_samples(snapshot, self._most).samples
         fewer = max(LEAST, int(samples * gradients / max(sum(self.cost(snapshot).values()), 1e-9)))
         if fewer >= samples:
@@ -210,12 +181,14 @@ class MeanSquareStability(Quantity):
         return f"{fewer} of {samples} samples"
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
+        if self.reads_shards(snapshot):
+            return shards_memory(snapshot, self.rows)
         samples = step_samples(snapshot, self._most)
         return kernel_memory(snapshot, samples, samples.samples, max(samples.samples, self.rows or LEAST))
 
     def warm_up(self, snapshot: Snapshot) -> int:
         """Return how many gradients the preconditioner still lacks: that of one batch says nothing of the next."""
-        return gradients_missing(snapshot)
+        return gradients_missing(replace(snapshot, held=None))  # the first rank asks alone: nothing may be sent
 
     def path(self, snapshot: Snapshot) -> str:
         """Return by which rules per-sample gradients were computed, see `TangentKernel`."""
@@ -225,10 +198,24 @@ class MeanSquareStability(Quantity):
         """Measure one step; do nothing while its probes, where it has only those, are being collected."""
         self.complete = False
         try:
+            if snapshot.held is not None and self.reads_shards(snapshot):
+                if self._measure_shards(snapshot):
+                    return
+                snapshot = snapshot.whole
             self._measure(snapshot, self._rows_of_graph(snapshot))
         finally:
             if (reader := snapshot.readers.get(self.name)) is not None:
                 reader.release()
+
+    def _measure_shards(self, snapshot: Snapshot) -> bool:
+        """Measure without a copy of the whole weights; return whether that is possible, on all ranks alike."""
+        checks = self._checks(self._update_count) or self._known is None
+        if checks:
+            self._forget_graph()
+        rows = self._rows(snapshot.module, snapshot.generator(self.name), checks=checks)
+        if (sgd := self._of_shards(snapshot, rows, checks=checks)) is not None:
+            self._finish(snapshot, sgd, checks=checks)
+        return sgd is not None
 
     def _measure(self, snapshot: Snapshot, rows: GraphRows | None) -> None:
         checks = self._checks(self._update_count)
@@ -240,7 +227,7 @@ class MeanSquareStability(Quantity):
             except Exception:  # whatever the rules of layers raise: the samples are looked at
                 rows = None
         reads = rows is not None and not checks and self._known is not None
-        if snapshot.run.ranks.any(lambda: not reads, "the rows of the step's own graph"):
+        if snapshot.run.ranks.any_true(not reads, "the rows of the step's own graph"):
             if self._known is not None and not checks:
                 self._is_changed()
                 if self._checked is not None and self._checked.traces.keys() != snapshot.parameters.keys():
@@ -294,6 +281,13 @@ class MeanSquareStability(Quantity):
             return
         if checks:
             self._learn(snapshot, samples, sgd, rows, is_agreed=is_agreed)
+        self._finish(snapshot, sgd, checks=checks)
+        self._scale = remembered_rule(snapshot).scale if rows is not None and rows.ties else None
+        if corrects:
+            self._corrections.add(sgd.kernel.correction)
+
+    def _finish(self, snapshot: Snapshot, sgd: FrozenSGD, *, checks: bool) -> None:
+        """Complete a measurement with the critical rate of the linearised step."""
         if sgd.kernel.design is not None:
             self._designs.append(sgd.kernel.design)
         rate = (1 - TOLERANCE) * sgd.mean_square_lr(  # errs downwards
@@ -307,14 +301,11 @@ class MeanSquareStability(Quantity):
             "mean_square_rows": float(len(sgd.kernel.gram)),
         }
         # Each rank has looked at samples of its own.
-        numbers, is_alike = snapshot.run.ranks.first(lambda: (numbers, bool(sgd.kernel.alike)), self.name)
+        numbers, is_alike = snapshot.run.ranks.of_first((numbers, bool(sgd.kernel.alike)), self.name)
         numbers["collapsed"], self.alike, self.alike_since = collapse(
             self.alike, self.alike_since, step=snapshot.step, is_alike=is_alike
         )
         self.latest, self._mode = sgd, sgd.kernel.mode
-        self._scale = remembered_rule(snapshot).scale if rows is not None and rows.ties else None
-        if corrects:
-            self._corrections.add(sgd.kernel.correction)
         self._checked = sgd.kernel if checks else self._checked
         self.finish(numbers)
 
@@ -352,8 +343,7 @@ class MeanSquareStability(Quantity):
         """
         price = self._price
         self._forget_graph()
-        self._last_check = self._update_count
-        self._next_check = CHECKED ** (int(math.log(self._update_count + 0.5, CHECKED)) + 1)
+        self._is_checked()
 
         def is_other() -> bool:
             if is_agreed:
@@ -389,7 +379,9 @@ class MeanSquareStability(Quantity):
     def compute(self) -> dict[str, Tensor]:
         """Return the last measurement, without an infinite rate, where nothing can become unstable."""
         values = super().compute()
-        return {key: value for key, value in values.items() if "courant" in key or not bool(value.isinf())}
+        if bool(values["stability/mean_square_lr"].isinf()):
+            del values["stability/mean_square_lr"]
+        return values
 
     def vectors(self) -> dict[str, Tensor]:
         return {} if self._mode is None else {"mode": self._mode}
@@ -397,4 +389,5 @@ class MeanSquareStability(Quantity):
     def load_vectors(self, vectors: dict[str, Tensor]) -> None:
         self.latest, self._checked, self._mode = None, None, vectors.get("mode")
         self._corrections = RecentCorrections()
+        self._gathers = False
         self._forget_graph()
