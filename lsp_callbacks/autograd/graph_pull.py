@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import call, calls_users_code, is_identity, metadata
@@ -44,22 +43,24 @@ def outputs_first(root: Any) -> list[Any]:
     return nodes
 
 
-def require_plain(nodes: Iterable[Any]) -> None:
-    """Refuse nodes that run the user's code: it would run once more than in training.
+def plain_kinds(nodes: Iterable[Any]) -> tuple[str, ...]:
+    """Return the names of nodes, none of which runs the user's code: it would run once more than in training.
 
     Raises:
         UnknownGraph: for a custom function, or where saved tensors are unpacked by a hook (activation checkpoints).
     """
+    kinds = []
     for node in nodes:
+        kinds.append(node.name())
         if calls_users_code(node) and not is_identity(node):
-            raise UnknownGraph(f"{node.name()} runs code of the user's")
+            raise UnknownGraph(f"{kinds[-1]} runs code of the user's")
+    return tuple(kinds)
 
 
-@torch.no_grad()
 def pull(
     nodes: list[Any], cotangents: dict[Any, Tensor], rule: Rule | None, reshape: Reshape
 ) -> dict[Any, dict[int, Tensor]]:
-    """Take cotangents back through a graph, by calling its nodes in their order.
+    """Take cotangents back through a graph, by calling its nodes in their order; called where no graph is recorded.
 
     Not by the engine of autograd, which would call the hooks of tensors and nodes, among them those of the user's that
     count how often they are called. Whatever the graph holds stays there for training's own backward pass.

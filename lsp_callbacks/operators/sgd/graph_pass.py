@@ -25,7 +25,7 @@ from lsp_callbacks.operators.sgd.graph_sites import (
     Site,
     named_uses,
 )
-from lsp_callbacks.operators.sgd.layer_rules import Use, at_positions, dense
+from lsp_callbacks.operators.sgd.layer_rules import at_positions, dense
 from lsp_callbacks.operators.sgd.parameter_gram import Part
 
 #: By the name of the node.
@@ -111,13 +111,7 @@ class GraphPass:
 
     def run(self, values: Tensor, position: Tensor) -> None:
         """Take one row of some samples back, ``(n, C)`` at ``(n,)``. Cost: at most a third of a gradient."""
-        child, k = self.criterion.node.next_functions[0]
-        taken = self.samples.taken
-        if k:
-            raise UnknownGraph("the outputs are one of several results")
-        if self.samples.by_rows:
-            self._run_rows(child, values.view(len(values), *self.criterion.shape[1:]))
-            return
+        child, taken = self._outputs, self.samples.taken
         head = self._linear_head(child)
         if head is None:
             start = {child: self.criterion.cotangent(values, position, taken)}
@@ -131,9 +125,16 @@ class GraphPass:
             start = {node.next_functions[-2][0]: whole.view(metadata(node.next_functions[-2][0])[0].shape)}
         pull(self.nodes, start, self._rule, self._reshape)
 
-    def _run_rows(self, child: Any, g: Tensor) -> None:
+    @property
+    def _outputs(self) -> Any:
+        child, k = self.criterion.node.next_functions[0]
+        if k:
+            raise UnknownGraph("the outputs are one of several results")
+        return child
+
+    def run_rows(self, values: Tensor) -> None:
         """Take rows back with the gradients of the samples that have rows alone: those of the others are zero."""
-        waiting = {child: g}
+        waiting = {self._outputs: values.view(len(values), *self.criterion.shape[1:])}
         for node in self.nodes:
             if node not in waiting:
                 continue
@@ -144,7 +145,7 @@ class GraphPass:
                     raise UnknownGraph("several tensors are handed on together")
             else:
                 ruled = self._rule(node, [g])
-                inputs = row_inputs(node, g, self.samples.taken) if ruled is None else ruled
+                inputs = row_inputs(node, g, self.samples.pick) if ruled is None else ruled
             for (child, _), back in zip(node.next_functions, inputs):
                 if child is not None and back is not None:
                     waiting[child] = waiting[child] + back if child in waiting else back
@@ -269,18 +270,18 @@ class GraphPass:
 
     def parts(self) -> dict[str, Part]:
         """Return the uses of each parameter, by name."""
-        uses: dict[str, list[Use]] = {}
-        passes = 1
+        parts: dict[str, Part] = {}
+        passes, count = 1, len(self.samples.taken)
         if self._head:
             (head, *_), passes = self._head[0], len(self._head)
             a = torch.stack([a for _, a, _ in self._head], dim=1)
             g = torch.stack([g for *_, g in self._head], dim=1)
             both = {"weight": at_positions(a, g.to(a), transposed=head.transposed), "bias": dense(g)}
             for name, use in named_uses(both, head.names[-1], head.names[0] if len(head.names) == 3 else None).items():
-                uses.setdefault(name, []).append(use)
+                parts.setdefault(name, Part(count, [])).uses.append(use)
         for site in self.sites.values():
             if passes > 1 and len(site.gradients) != passes:
                 raise UnknownGraph("a layer that some rows do not reach")
             for name, use in site.uses_of_passes(self.samples).items():
-                uses.setdefault(name, []).append(use)
-        return {name: Part(len(self.samples.taken), of_name) for name, of_name in uses.items()}
+                parts.setdefault(name, Part(count, [])).uses.append(use)
+        return parts
