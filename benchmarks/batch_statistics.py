@@ -7,7 +7,8 @@ the Courant numbers, and of the ratios of means of three, as `StopOnInstability`
 
     python benchmarks/batch_statistics.py
 
-TABLE"""
+TABLE
+"""
 
 import copy
 import logging
@@ -83,7 +84,7 @@ def courant_numbers(optimizer: str, lr: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the Courant numbers of one run, and those of rows that are taken back one by one."""
     torch.manual_seed(0)
     digits, read, exact = load_digits(), [], []
-    x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    data = TensorDataset(torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target))
     monitor, before = StabilityMonitor("mean_square_stability", every_n_steps=READ), Before()
     (quantity,) = monitor.monitor.quantities.values()
 
@@ -98,7 +99,7 @@ def courant_numbers(optimizer: str, lr: float) -> tuple[np.ndarray, np.ndarray]:
     pl.Trainer(
         max_steps=STEPS, max_epochs=-1, callbacks=[before, monitor], logger=False, accelerator="cpu",
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    ).fit(Net(optimizer, lr), DataLoader(TensorDataset(x, torch.tensor(digits.target)), BATCH, True, drop_last=True))  # fmt: skip
+    ).fit(Net(optimizer, lr), DataLoader(data, BATCH, shuffle=True, drop_last=True))  # fmt: skip
     return np.array(read), np.array(exact)
 
 
@@ -120,4 +121,5 @@ if __name__ == "__main__":
     for run in RUNS:
         read, exact = courant_numbers(*run)
         ratios = shown(read / exact), shown(means(read) / means(exact))
-        print(f"| {run[0]} {run[1]} | {len(read)} | {' | '.join(ratios)} | {np.median(read):.2f} | {np.median(exact):.2f} |")
+        medians = f"{np.median(read):.2f} | {np.median(exact):.2f}"
+        print(f"| {run[0]} {run[1]} | {len(read)} | {' | '.join(ratios)} | {medians} |")

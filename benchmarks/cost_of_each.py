@@ -179,7 +179,7 @@ def steps(
         loss.backward()
         trace.record(step, loss.detach(), lr=largest_learning_rate(rule), module=net)
         found = probes.probe_set(pending, loss_of) if probes.wanted else None
-        own = probes.samples_of_step(pending, loss_of)
+        own = partial(probes.samples_of_step, pending, loss_of)
         snapshot = pending.snapshot(step, rule, loss=loss.detach().clone(), probes=found, samples_of_step=own)
         loss = pending = own = None
         if (found is None or found.full) and not any(quantity.warm_up(snapshot) for quantity in quantities):

@@ -12,6 +12,7 @@ below 1 is the falsely calm side.
 
 import argparse
 import warnings
+from functools import partial
 from statistics import mean, quantiles
 
 import torch
@@ -57,7 +58,7 @@ def readings(name: str, seed: int) -> list[list[float]]:
         if not bool(loss.isfinite()):
             break
         if pending is not None:
-            own = probes.samples_of_step(pending, images)
+            own = partial(probes.samples_of_step, pending, images)
             snapshot = pending.snapshot(step, optimizer, loss=loss.detach().clone(), samples_of_step=own)
             try:
                 numbers.append([])

@@ -12,6 +12,7 @@ below 1 are the falsely calm side. Seeds 1 and 2 are those of the table, seed 0 
 import argparse
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import mean, quantiles
 
@@ -143,7 +144,7 @@ def readings(name: str, seed: int) -> dict[str, list[float]]:
             for other in coming:
                 fresh.add(other)
             fresh.batch_size, fresh.forward_size = fixed.batch_size, fixed.forward_size
-            own = fixed.samples_of_step(pending, loss_of)
+            own = partial(fixed.samples_of_step, pending, loss_of)
             snapshot = pending.snapshot(step, optimizer, loss=loss.detach().clone(), samples_of_step=own)
             try:
                 of_fresh = fresh.probe_set(pending, loss_of)

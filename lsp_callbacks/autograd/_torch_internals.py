@@ -200,9 +200,12 @@ def buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Return whether ``torch.compile`` was applied to a module or one inside it, or to its call in place."""
-    # Missing attributes of modules are looked up slowly, by an error.
-    return any(m._compiled_call_impl is not None or "_orig_mod" in vars(m).get(MODULES, ()) for m in module.modules())
+    """Return whether ``torch.compile`` was applied to a module or one inside it, to its call, or to its methods."""
+    # Missing attributes of modules are looked up slowly, by an error. The third is that of Lightning's modules.
+    return any(
+        m._compiled_call_impl is not None or "_orig_mod" in vars(m).get(MODULES, ()) or vars(m).get("_compiler_ctx")
+        for m in module.modules()
+    )
 
 
 def convolve(layer: nn.Conv1d, x: Tensor, weight: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def pull(
         slots = waiting.pop(node, None)
         if slots is None:
             continue
-        outputs: list[Tensor | None] = [slots.get(k) for k in range(len(metadata(node)))]
+        outputs: list[Tensor | None] = list(map(slots.get, range(len(metadata(node)))))
         inputs = outputs if is_identity(node) else None if rule is None else rule(node, outputs)
         for (child, k), g in zip(node.next_functions, call(node, outputs) if inputs is None else inputs):
             if child is None or g is None:

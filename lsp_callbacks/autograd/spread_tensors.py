@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -51,13 +52,21 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local() if is_spread(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
-def local_gradient(p: Tensor) -> Tensor | None:
-    """Return this process's part of the gradient of a parameter; may communicate, where it is not summed yet."""
-    gradient: Any = p.grad
-    placed: Any = p
-    if gradient is not None and is_spread(gradient) and is_spread(p) and gradient.placements != placed.placements:
-        gradient = gradient.redistribute(placements=placed.placements)
-    return None if gradient is None else local(gradient)
+def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return what `local` gives of each tensor."""
+    return [local(tensor) for tensor in tensors]
+
+
+def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor | None]:
+    """Return this process's part of each parameter's gradient; may communicate, where that is not summed yet."""
+    parts: list[Tensor | None] = []
+    for p in parameters:
+        gradient: Any = p.grad
+        placed: Any = p
+        if gradient is not None and is_spread(gradient) and is_spread(p) and gradient.placements != placed.placements:
+            gradient = gradient.redistribute(placements=placed.placements)
+        parts.append(None if gradient is None else local(gradient))
+    return parts
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -102,8 +111,8 @@ def processes_of(tensor: Any) -> int:
     return tensor.device_mesh.size()
 
 
-def connects_processes(value: Any) -> bool:
-    """Return whether an object is a mesh or a group of processes, which cannot be copied."""
+def process_groups() -> tuple[type, ...]:
+    """Return the classes of meshes and groups of processes, which cannot be copied, as far as they are imported."""
     meshes, groups = (sys.modules.get(f"torch.distributed{name}") for name in (".device_mesh", ""))
     kinds = (getattr(meshes, "DeviceMesh", None), getattr(groups, "ProcessGroup", None))
-    return any(kind is not None and isinstance(value, kind) for kind in kinds)
+    return tuple(kind for kind in kinds if kind is not None)

@@ -12,9 +12,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lsp_callbacks._validation import number, whole
 from lsp_callbacks.callbacks.base import Callback
-from lsp_callbacks.callbacks.critical_rate import RateCap, critical_rate
 from lsp_callbacks.callbacks.hidden_hooks import BATCH_HOOKS, hide_hooks, show_hooks
+from lsp_callbacks.callbacks.lr_forecast import critical_rate
 from lsp_callbacks.callbacks.publisher import log
+from lsp_callbacks.callbacks.rate_cap import RateCap
 from lsp_callbacks.callbacks.rates_of_update import RatesOfUpdate
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor, monitor_among, monitor_beside
 from lsp_callbacks.errors import Unmeasurable
@@ -209,7 +210,7 @@ class CapLearningRate(Callback):
             return
         observer = self._source.observer
         loop = observer.loop
-        values = preview(self._source.monitor, loop.module, lambda: observer.snapshot(optimizer, loop.clipping))
+        values = preview(self._source.monitor, loop.module, lambda: observer.snapshot(optimizer))
         key = next((key for key in PREFERENCE if key in values), "")
         rates = _rates(optimizer)
         critical = critical_rate(values, used=max(rates), key=key)

@@ -82,7 +82,7 @@ def custom_clipping(trainer: Any, reset: Callable[[], nn.Module], optimizer: Any
     huge = [most / max(top, 1e-30) * g for g in across]
     with _put_back(parameters, optimizer):
         if not math.isfinite(length):  # it cannot be tried on this step, and that is no fault of the method
-            return None, list(zip(parameters, apply(of_step)))
+            return None, dict(zip(parameters, apply(of_step)))
         rule = _limit(flat(huge), flat(apply(huge)))
         for gradients in (huge, across, *([size * g for g in of_step] for size in SIZES)):
             before, after = flat(gradients), flat(apply(gradients))
@@ -93,7 +93,7 @@ def custom_clipping(trainer: Any, reset: Callable[[], nn.Module], optimizer: Any
                     "neither by the norm over all of the optimizer's parameters nor by value: the derivative of that "
                     "is not modelled. Clip by self.clip_gradients(...)"
                 )
-        return rule, list(zip(parameters, apply(of_step)))
+        return rule, dict(zip(parameters, apply(of_step)))
 
 
 def _limit(before: Tensor, after: Tensor) -> Clipping | None:

@@ -1,21 +1,28 @@
-"""Lightning's training loop, as a `StepObserver` sees it."""
+"""Lightning's training loop as a `StepObserver` sees it, and its trainer as the copies that replay steps see it."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import overflowed, unscales_gradients
-from lsp_callbacks.callbacks._lightning_internals import has_backward, has_no_optimizer, on_device
+from lsp_callbacks.callbacks._lightning_internals import (
+    has_backward,
+    has_no_optimizer,
+    is_lightning_module,
+    on_device,
+    replace_trainer,
+)
 from lsp_callbacks.callbacks.custom_clipping import custom_clipping
-from lsp_callbacks.callbacks.muted_trainer import MutedTrainer, mute
 from lsp_callbacks.callbacks.run_facts import clipping, overridden, run_context
 from lsp_callbacks.errors import Unmeasurable, Unsupported
-from lsp_callbacks.monitor.gradient_check import Gradients, gradients_of
+from lsp_callbacks.monitor.gradient_check import Gradients
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.training_loop import TrainingLoop
 from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED
@@ -26,7 +33,9 @@ from lsp_callbacks.step.pending_step import LossFn, PendingStep
 from lsp_callbacks.step.run_context import Prox
 from lsp_callbacks.step.step_loss import loss_of
 
-_FETCHES = "training_step(dataloader_iter) fetches a batch of its own, which cannot be replayed"
+#: A ``training_step`` that takes it takes the batches themselves from the loader.
+FETCHED = "dataloader_iter"
+_FETCHES = f"training_step({FETCHED}) fetches a batch of its own, which cannot be replayed"
 
 
 class LightningLoop(TrainingLoop):
@@ -73,11 +82,11 @@ class LightningLoop(TrainingLoop):
         self._clipping_hook = overridden(module, "configure_gradient_clipping")
         self.moves_parameters |= self.overrides_step
         self.wrong_update = ELSEWHERE if run.prox is not None else f"{type(module).__name__}.optimizer_step {MOVED}"
-        self._clipped: Gradients = []
+        self._clipped: Gradients = {}
         self.scaler = getattr(trainer.precision_plugin, "scaler", None)
 
     @property
-    def accumulate(self) -> int:
+    def accumulate(self) -> int:  # type: ignore[override]
         """The number of micro-batches in a step; a callback may change it from epoch to epoch."""
         return self._accumulate or self.trainer.accumulate_grad_batches
 
@@ -97,9 +106,12 @@ class LightningLoop(TrainingLoop):
     def new_step(
         self, *, is_shared: bool = True, readers: Mapping[str, GraphReader] | None = None, can_replay: bool = True
     ) -> PendingStep:
-        trainer, self._clipped = self.trainer, []
+        trainer, self._clipped = self.trainer, {}
         if not can_replay:
-            return PendingStep(self.module, tolerance=self._tolerance, run=self.run, readers=readers, can_replay=False)
+            return PendingStep(
+                self.module, tolerance=self._tolerance, run=self.run, readers=readers, can_replay=False,
+                micro_batches=self.accumulate,
+            )  # fmt: skip
         muted = MutedTrainer(trainer)  # which keeps the number of the step
         step = PendingStep(
             self.module,
@@ -109,9 +121,10 @@ class LightningLoop(TrainingLoop):
             sub_batch=self._sub_batch,
             run=self.run if is_shared else None,
             readers=readers,
+            micro_batches=self.accumulate,
             takes_buffers=getattr(trainer.strategy.model, "will_sync_module_buffers", bool)(),
         )
-        if self._replays_training_step and _fetches(self.module.training_step):
+        if self._replays_training_step and FETCHED in self._takes:
             step.failure = Unmeasurable(_FETCHES)
         return step
 
@@ -129,7 +142,7 @@ class LightningLoop(TrainingLoop):
             if loss_fn is not None:
                 outputs: Any = loss_fn(module, batch)
             else:
-                outputs = module.training_step(*_arguments(module.training_step, batch, batch_idx))
+                outputs = module.training_step(*self._arguments(batch, batch_idx))
         value = loss_of(outputs)
         # Exactly what Lightning's closure does with it.
         return None if value is None else value / accumulate
@@ -155,35 +168,36 @@ class LightningLoop(TrainingLoop):
 
         Parameters that the optimizer does not hold keep theirs.
         """
-        clipped, self._clipped = self._clipped, []
+        clipped, self._clipped = self._clipped, {}
         if clipped:
             return clipped
-        rule, gradients = self.clipping, gradients_of(self.module.parameters())
+        rule, gradients = self.clipping, {p: p.grad for p in self.module.parameters() if p.grad is not None}
         if rule is not None:
-            gradients = [(p, gradient.clone()) for p, gradient in gradients]
-            copies = {id(p): gradient for p, gradient in gradients}
+            gradients = {p: gradient.clone() for p, gradient in gradients.items()}
             stand_ins = []
             for p in self.trainer.precision_plugin.main_params(optimizer):
-                if id(p) in copies:
+                if p in gradients:
                     stand_ins.append(p.detach())
-                    stand_ins[-1].grad = copies[id(p)]
+                    stand_ins[-1].grad = gradients[p]
             clip = nn.utils.clip_grad_norm_ if rule.kind == "norm" else nn.utils.clip_grad_value_
             clip(stand_ins, rule.limit)
         return gradients
 
-    def evaluated(self) -> tuple[Callable[[Any, Any], Any], dict[str, Any]]:
+    def evaluated(self) -> tuple[Callable[[Any, Any], Any], Callable[[], contextlib.AbstractContextManager]]:
         """Return ``training_step``, from which outputs are taken where the user has not named them."""
 
         def loss(module: Any, batch: Any) -> Any:
             if not getattr(module, "automatic_optimization", True):  # it would step the optimizer
                 raise Unsupported(f"automatic_optimization=False: training_step cannot be asked for outputs; {HOW}")
-            return module.training_step(*_arguments(module.training_step, batch, 0))
+            return module.training_step(*self._arguments(batch, 0))
 
-        context = self.trainer.precision_plugin.train_step_context
-        return loss, {"context": context, "micro_batches": self.accumulate}
+        return loss, self.trainer.precision_plugin.train_step_context
 
     def loss_scale(self) -> float:
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+
+    def scales(self, optimizer: torch.optim.Optimizer) -> tuple[float, Any]:
+        return self.loss_scale(), None  # Lightning has divided by it
 
     def is_gradient_scaled(self, optimizer: torch.optim.Optimizer) -> bool:
         return self.scaler is not None and unscales_gradients(optimizer)
@@ -192,16 +206,62 @@ class LightningLoop(TrainingLoop):
         """Return True if the scaler will leave this step out, as its gradients have overflowed."""
         return self.scaler is not None and overflowed(self.scaler, optimizer)
 
+    @cached_property
+    def _takes(self) -> Mapping[str, inspect.Parameter]:
+        """The parameters of ``training_step``, by name."""
+        training_step: Any = self.module.training_step
+        return inspect.signature(training_step).parameters
 
-def _arguments(training_step: Callable, batch: Any, batch_idx: int) -> list[Any]:
-    """Return what this ``training_step`` takes."""
-    if _fetches(training_step):
-        raise Unmeasurable(_FETCHES)
-    parameters = inspect.signature(training_step).parameters
-    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-    return [batch, batch_idx] if takes_any or len(parameters) > 1 else [batch]
+    def _arguments(self, batch: Any, batch_idx: int) -> list[Any]:
+        """Return what ``training_step`` takes."""
+        takes = self._takes
+        if FETCHED in takes:
+            raise Unmeasurable(_FETCHES)
+        takes_any = any(p.kind is p.VAR_POSITIONAL for p in takes.values())
+        return [batch, batch_idx] if takes_any or len(takes) > 1 else [batch]
 
 
-def _fetches(training_step: Any) -> bool:
-    """Return whether it takes the batches themselves from the loader."""
-    return "dataloader_iter" in inspect.signature(training_step).parameters
+def mute(module_copy: nn.Module, trainer: MutedTrainer) -> None:
+    """Let the LightningModules of a copy read the real trainer, and log and print nothing."""
+    for module in module_copy.modules():
+        if is_lightning_module(module):
+            replace_trainer(module, trainer)
+            vars(module)["log"] = vars(module)["log_dict"] = vars(module)["print"] = _do_nothing
+
+
+class MutedTrainer:
+    """The trainer as a copy of the module sees it: everything can be read, nothing is logged.
+
+    Attributes:
+        global_step: of the step that is replayed, also after its update.
+    """
+
+    logger: Any
+    loggers: tuple[Any, ...] = ()
+
+    def __init__(self, trainer: Any):
+        self._trainer, self.global_step = trainer, trainer.global_step
+        self.logger = _Silence() if trainer.logger is not None else None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
+
+    def __deepcopy__(self, memo: dict) -> MutedTrainer:
+        return self
+
+
+class _Silence:
+    """An object that takes any call on any attribute, and does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: dict) -> _Silence:
+        return self
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """Replace ``self.log`` and ``self.print``."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lsp_callbacks.callbacks.critical_rate import CriticalRate
+from lsp_callbacks.monitor.courant_source import COURANT, MEAN_SQUARE, PREFERENCE, SGD
 from lsp_callbacks.monitor.history import Observation
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.step.flat import largest_learning_rate
@@ -17,6 +17,61 @@ from lsp_callbacks.step.flat import largest_learning_rate
 HORIZON = 1000
 #: Steps left where their number is not known.
 MANY = 2**62
+#: Readings in a mean, as everywhere.
+RECENT = 3
+#: Where a headline number has its critical rate beside it.
+CRITICAL = {MEAN_SQUARE: "stability/mean_square_lr", SGD: "stability/critical_lr"}
+
+
+def critical_rate(values: Mapping[str, float], *, used: float, key: str | None = None) -> float:
+    """Return the largest stable learning rate by an observation; NaN if there is none, infinite if none is unstable.
+
+    Args:
+        values: of the observation, by key.
+        used: the rate at which it was made; the largest of all groups.
+        key: of the Courant number that counts; None takes the headline number, whichever that is.
+    """
+    if key is None:
+        key = next((key for key in PREFERENCE if key in values and values[key] == values.get(COURANT)), COURANT)
+    courant = values.get(key, math.nan)
+    if courant == 0 and used > 0:
+        return math.inf
+    critical = values.get(CRITICAL.get(key, ""), used / courant if courant > 0 else math.nan)
+    return critical if critical > 0 else math.nan
+
+
+class CriticalRate:
+    """The mean of the last critical rates, with which scheduled rates are compared to forecast the edge.
+
+    An arithmetic mean, which a single low reading does not move far: by it `StopOnInstability` decides, whose rules
+    were fixed with it. What lowers rates, `RateCap`, has to follow a fall at once.
+
+    Args:
+        rates: of an earlier run.
+        stochastic: whether those were of SGD itself, not of one batch's curvature.
+
+    Attributes:
+        mean: of the last ones; NaN before the first.
+    """
+
+    def __init__(self, rates: Sequence[float] = (), stochastic: bool = False):
+        self.rates, self.stochastic = list(rates), stochastic
+        self.mean = sum(self.rates) / len(self.rates) if self.rates else math.nan
+
+    def add(self, values: Mapping[str, float], *, used: float) -> bool:
+        """Take in a measurement at the rate ``used``; return True if it had a critical rate."""
+        if CRITICAL[SGD] in values and not self.stochastic:  # before, it was that of one batch's curvature
+            self.rates, self.stochastic, self.mean = [], True, math.nan
+        critical = values.get(CRITICAL[SGD], math.nan) if self.stochastic else critical_rate(values, used=used)
+        if not math.isfinite(critical):
+            return False
+        self.rates = [*self.rates, critical][-RECENT:]
+        self.mean = sum(self.rates) / len(self.rates)
+        return True
+
+    def crossing(self, rates: Sequence[float]) -> int | None:
+        """Return the index of the first rate above the critical one; None if there is none."""
+        return next((k for k, future in enumerate(rates) if future > self.mean), None)
 
 
 class LRForecast:
@@ -130,15 +185,15 @@ class Schedule:
         between = self._trainer.fit_loop.epoch_loop.batch_idx + 1 >= self._trainer.num_training_batches
         self.confirmed = bool(foreseen) and abs(foreseen[0] - now) <= 1e-6 * abs(now)
         if not foreseen or (not between and abs(foreseen[0] - now) > 1e-6 * abs(now)):  # somebody else set the rate
-            self._restart(step)
+            self._restart(step, now)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "step of the optimizer was not called": it never will be
             while len(self._rates) < step - self._origin + horizon:
                 self._advance()
         return self._rates[step - self._origin : step - self._origin + horizon]
 
-    def _restart(self, step: int) -> None:
-        self._origin = step
+    def _restart(self, step: int, now: float) -> None:
+        self._origin, self._copies = step, []
         trainer = self._trainer
         optimizer = trainer.optimizers[0]
         # The weights and the state are shared, not copied; so is the module, whose methods may be the schedule.
@@ -150,12 +205,13 @@ class Schedule:
             for config in trainer.lr_scheduler_configs
             if config.scheduler.optimizer is optimizer and not config.reduce_on_plateau
         ]
-        self._optimizer, copies = copy.deepcopy((optimizer, [config.scheduler for config in configs]), memo)
-        self._copies = list(zip(configs, copies))
+        if configs:
+            self._optimizer, copies = copy.deepcopy((optimizer, [config.scheduler for config in configs]), memo)
+            self._copies = list(zip(configs, copies))
         # Lightning has already moved the schedulers that step with the batch.
         self._done, self._epoch = trainer.fit_loop.epoch_loop.batch_idx + 1, trainer.current_epoch
         self._end_epoch()
-        self._rates = [largest_learning_rate(self._optimizer)]
+        self._rates = [largest_learning_rate(self._optimizer) if configs else now]
 
     def _advance(self) -> None:
         # The batch that ends the next window: an epoch's last one may be short.
@@ -165,7 +221,7 @@ class Schedule:
             if config.interval == "step" and self._done % config.frequency == 0:
                 scheduler.step()
         self._end_epoch()
-        self._rates.append(largest_learning_rate(self._optimizer))
+        self._rates.append(largest_learning_rate(self._optimizer) if self._copies else self._rates[-1])
 
     def _end_epoch(self) -> None:
         if self._done < self._trainer.num_training_batches:

@@ -12,8 +12,8 @@ import torch
 
 from lsp_callbacks.callbacks._lightning_internals import logged_row
 from lsp_callbacks.callbacks.log_histogram import by_kind, log_histogram
-from lsp_callbacks.monitor.history import Curve, Observation, scalars
-from lsp_callbacks.quantities.base import is_global
+from lsp_callbacks.monitor.history import Curve, Observation
+from lsp_callbacks.quantities.key import is_global, scalars
 
 
 class Stopwatch:
@@ -45,17 +45,20 @@ class Publisher:
     Args:
         layers: of the values of single layers "all", none ("summary"), the so many largest of each kind, or a
             "histogram" of each kind.
+
+    Attributes:
+        measured_at: step of the last measurement; None before it.
     """
 
     def __init__(self, layers: str | int):
         self.layers, self.stopwatch = layers, Stopwatch()
         self._steps = np.zeros((), np.float32)
         self._age = torch.from_numpy(self._steps)  # the same number: an operation of torch takes ten times as long
-        self._measured_at: int | None = None
+        self.measured_at: int | None = None
 
     def reset(self) -> None:
         """Forget when the last measurement was, as before a first run."""
-        self._measured_at = None
+        self.measured_at = None
 
     def publish(self, trainer: Any, observation: Observation, *, sub_batch: int | None = None) -> None:
         """Show an observation at the row that Lightning itself gives to this batch.
@@ -75,18 +78,14 @@ class Publisher:
             for logger in trainer.loggers:
                 log_histogram(logger, kind, of_layers, logged_row(trainer))
 
-    def note_measurement(self, step: int) -> None:
-        """Note the step of the last measurement."""
-        self._measured_at = step
-
     def update_age(self, step: int) -> None:
         """Count the steps up to ``step`` since the last measurement."""
-        if self._measured_at is not None:  # the tensor that lies in callback_metrics: reading that dict is expensive
-            self._steps[()] = step - self._measured_at
+        if self.measured_at is not None:  # the tensor that lies in callback_metrics: reading that dict is expensive
+            self._steps[()] = step - self.measured_at
 
     def resume(self, trainer: Any, history: Mapping[str, Curve]) -> None:
         """Show the last values of an earlier run: stock callbacks find their key before the next measurement, too."""
-        self._measured_at = max(curve.steps[-1] for curve in history.values())
+        self.measured_at = max(curve.steps[-1] for curve in history.values())
         last = {key: [v for v in curve.values if math.isfinite(v)][-1:] for key, curve in history.items()}
         self._show(trainer, {key: values[0] for key, values in last.items() if values})
 

@@ -238,15 +238,16 @@ class StabilityMonitor(RunResults, Callback):
         if self._rest.is_on:
             return
         began, observer = time.perf_counter(), self.observer
-        if not observer.is_idle:  # of the step before
-            observer.check_update()
         first = self._numbers.begin_batch(trainer, batch_idx)
         scheduled = math.nan
         if first:
             self._has_loss = self._is_overflowed = False
             if self._loop.overrides_step:
                 self.forecast.begin_step(trainer)
-            scheduled = self.scheduled_courant(trainer)
+            if self._loss_feed.has_same_rates:
+                scheduled = self.forecast.scheduled_courant()
+        if not observer.is_idle:  # of the step before
+            observer.check_update()
         observer.begin_batch(batch, partial(self._loop.loss, batch_idx, None), first=first, scheduled=scheduled)
         self.stopwatch.spent += time.perf_counter() - began
 
@@ -277,7 +278,7 @@ class StabilityMonitor(RunResults, Callback):
             self._has_loss = False
             moved = observer.before_update(optimizer)
         else:
-            overflowed = loop.is_overflowed(optimizer)
+            overflowed = loop.scaler is not None and loop.is_overflowed(optimizer)
             self._is_overflowed |= overflowed
             self._has_loss = False
             self.forecast.before_update(trainer, scheduled=scheduled)
@@ -300,19 +301,18 @@ class StabilityMonitor(RunResults, Callback):
             observer.invalidate_update(
                 f"one batch made {observer.updates} optimizer steps: their joint update is not modelled"
             )
-        self._numbers.end_batch(trainer)
-        completed = NOTHING
+        is_over, completed = self._numbers.end_batch(trainer), NOTHING
         if not observer.is_idle:
             observer.check_update(last=False)
             completed = observer.after_update()
             self._publish(trainer, completed)
+        self._publisher.update_age(observer.step - 1)
         observer.step_loss.add_returned(outputs)
-        if self._numbers.is_over(trainer):
+        if is_over:
             self._loss_feed.end_step(
                 trainer, observer.step - 1, observer.step_loss, left_out=self._is_overflowed,
                 wait=bool(completed.observations),
             )  # fmt: skip
-        self._publisher.update_age(observer.step - 1)
         self._rest.begin_after(trainer)
         self.stopwatch.spent += time.perf_counter() - began
 
@@ -320,7 +320,7 @@ class StabilityMonitor(RunResults, Callback):
         """Show what a step has completed."""
         sub_batch = None if self.sub_batch is None else self.observer.sub_batch or 0
         for observation in completed.observations:
-            self._publisher.note_measurement(observation.step)
+            self._publisher.measured_at = observation.step
             try:
                 observation = self.forecast.look_ahead(trainer, self.monitor, observation, self.observer.step)
             except Exception as error:

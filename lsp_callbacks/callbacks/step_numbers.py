@@ -43,10 +43,13 @@ class StepNumbers:
         begins, self._is_over = self._is_over, False
         return begins
 
-    def end_batch(self, trainer: Any) -> None:
-        """Take the number of the next step from Lightning, if the batch made a step that nobody has shown us."""
+    def end_batch(self, trainer: Any) -> bool:
+        """Return True if the batch that ends now is the last of its step; count one that nobody has shown us."""
         if self._follows_trainer and not self._is_counted:
             self._observer.step = trainer.global_step
+        if self._accumulate is not None:
+            return self._is_over
+        return trainer.accumulate_grad_batches == 1 or not is_accumulating(trainer)
 
     def count(self, *, moved: bool) -> None:
         """Count an update.
@@ -59,9 +62,3 @@ class StepNumbers:
         if not self._is_counted or observer.game is not None:
             observer.count(moved=moved)
         self._is_counted = True
-
-    def is_over(self, trainer: Any) -> bool:
-        """Return True if the batch that ends now is the last of its step."""
-        if self._accumulate is not None:
-            return self._is_over
-        return trainer.accumulate_grad_batches == 1 or not is_accumulating(trainer)

@@ -214,7 +214,7 @@ class _Examiner(Callback):
                     break
                 else:
                     observer.probes.add(coming, pl_module)
-            snapshot = observer.snapshot(trainer.optimizers[0], loop.clipping)
+            snapshot = observer.snapshot(trainer.optimizers[0])
             self.frozen = frozen_sgd(_with_gradient(snapshot), outputs=settings.outputs)
         raise Done
 

@@ -14,9 +14,9 @@ from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.loops.plain_loop import is_scheduler_of
 from lsp_callbacks.loops.watch import Log, Watch
 from lsp_callbacks.monitor.configure import configured
-from lsp_callbacks.monitor.history import scalars
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.quantities import Quantity
+from lsp_callbacks.quantities.key import scalars
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.probes import Criterion, ForwardFn, check_pair, population
 from lsp_callbacks.step.run_context import Prox

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -58,14 +59,14 @@ class PlainLoop(TrainingLoop):
         """Return the loss of one batch as it is differentiated, before it is scaled."""
         return self.loss_fn(module, batch) / self.accumulate
 
-    def evaluated(self) -> tuple[Callable[[nn.Module, Any], Any], dict[str, Any]]:
-        return self.probe_loss, {"micro_batches": self.accumulate}
+    def evaluated(self) -> tuple[Callable[[nn.Module, Any], Any], Callable[[], contextlib.AbstractContextManager]]:
+        return self.probe_loss, contextlib.nullcontext
 
     def loss_scale(self) -> float:
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
-    def gradient_scale(self, optimizer: torch.optim.Optimizer) -> Any:
-        return getattr(optimizer, "grad_scale", None)
+    def scales(self, optimizer: torch.optim.Optimizer) -> tuple[float, Any]:
+        return self.loss_scale(), getattr(optimizer, "grad_scale", None)
 
 
 def why_unsupported(module: nn.Module) -> str | None:

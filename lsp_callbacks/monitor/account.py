@@ -280,12 +280,15 @@ class Account:
         self.rates = rates(self.paces, self.income, self.headline, near, step_cost=self.step_cost)
 
     def pay(self, step: int, names: list[str]) -> None:
-        """Charge the measurements that start at a step; what several of them spend on the same counts once."""
+        """Start measurements at a step, and charge them; what several of them spend on the same counts once."""
         self.settle(step)
         balance = self.balance(step)
         for name in names:
             self.spent += balance.pay(name, self.paces[name], is_headline=name == self.headline)
+            self.paces[name].start(step)
         self._saved = balance.saved
+        self.settle(step)
+        self.share_out(self.headline, self.near)
 
     def state_dict(self) -> dict[str, Any]:
         """Return numbers only."""

@@ -14,9 +14,8 @@ import torch
 
 from lsp_callbacks._validation import number
 from lsp_callbacks.errors import Unmeasurable, Unsupported
-from lsp_callbacks.monitor.selected_quantities import in_turn
 from lsp_callbacks.operators.cost import Work, assume, hooks_cost, step_cost, work
-from lsp_callbacks.operators.footprint import Footprint, assume_footprint, footprint, readable
+from lsp_callbacks.operators.footprint import FOOTPRINT, Footprint, footprint, readable
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.room import Room
 from lsp_callbacks.step.snapshot import Snapshot
@@ -81,7 +80,7 @@ def _peaks(parts_of: Mapping[str, dict[str, float]]) -> dict[str, float]:
 def _memory_parts(quantities: Quantities, snapshot: Snapshot) -> dict[str, dict[str, float]]:
     """Return the bytes of each quantity that can be measured, by what they are for."""
     parts: dict[str, dict[str, float]] = {}
-    for name in in_turn(quantities):
+    for name in sorted(quantities, key=lambda name: not quantities[name].reads_graph):  # as they are measured
         with contextlib.suppress(Exception):  # whatever a replay raises
             parts[name] = snapshot.run.ranks.apart(partial(_parts_of, quantities[name], snapshot))
     return parts
@@ -309,7 +308,7 @@ class Budget:
             with contextlib.suppress(Exception):  # whatever a replay raises
                 self._training = footprint(snapshot)  # first: what is done in pieces depends on the room
             own = _memory_parts(quantities, snapshot), self._training
-            parts_of, self._training = snapshot.run.ranks.first(lambda: own, "the memory")  # so that all skip the same
+            parts_of, self._training = snapshot.run.ranks.of_first(own, "the memory")  # so that all skip the same
             self.predicted |= _peaks(parts_of) | self.predicted
             self.graphs |= {name for name, parts in parts_of.items() if "graph" in parts}
         multiple = HEADLINE if is_headline else MULTIPLE
@@ -319,7 +318,7 @@ class Budget:
     def assume(self, snapshot: Snapshot) -> None:
         """Take what training holds in memory as it was at an earlier step."""
         if self._training is not None:
-            assume_footprint(snapshot, self._training)
+            snapshot.shared[FOOTPRINT] = self._training
 
     def room(self) -> Room:
         """Return how many bytes a measurement may take beside training, as far as that is known; otherwise infinity."""
@@ -360,7 +359,7 @@ class Budget:
             with contextlib.suppress(Exception):  # whatever a replay raises
                 counting, self.work, self.step = COUNTING, work(snapshot), step_cost(snapshot)
                 self._training = self._training or footprint(snapshot)  # the price depends on the room
-        counting, self.step = snapshot.run.ranks.first(lambda: (counting, self.step), "the work of a step")
+        counting, self.step = snapshot.run.ranks.of_first((counting, self.step), "the work of a step")
         parts: dict[str, dict[str, float]] = {}
         for quantity in quantities:
             parts[quantity.name] = self._price(quantity, snapshot)
@@ -370,8 +369,7 @@ class Budget:
         return Prices(parts, counting, LIMIT * self.step)
 
     def _price(self, quantity: Quantity, snapshot: Snapshot) -> dict[str, float]:
-        parts = measurement_cost(quantity, snapshot)
-        return snapshot.run.ranks.first(lambda: parts, "the cost")
+        return snapshot.run.ranks.of_first(measurement_cost(quantity, snapshot), "the cost")
 
     def _reduce(self, quantity: Quantity, snapshot: Snapshot) -> None:
         with contextlib.suppress(Exception):  # whatever a replay raises

@@ -203,6 +203,11 @@ class Cadence:
             step: number of the optimizer step.
             scheduled: the Courant number of the learning rate that this step will use; NaN if it is not known.
         """
+        self._ask(step, scheduled)
+        return tuple(name for name in self._names if name not in self.under_way)
+
+    def _ask(self, step: int, scheduled: float) -> None:
+        """Choose what starts at a step, once."""
         if step != self._step:
             # All numbers here are the same on all processes. If they were not, the processes would wait for each other
             # forever: this is the one place where rank 0's answer could be broadcast.
@@ -213,11 +218,11 @@ class Cadence:
                 if scheduled >= self.wake:
                     self._changed(nearness(scheduled))
                 self._names = self._choose(step, self.under_way)
-        return tuple(name for name in self._names if name not in self.under_way)
 
     def due(self, step: int, *, scheduled: float = math.nan) -> set[str]:
         """Return the quantities that are measured at this step: those that start, and those under way."""
-        return {*self.starting(step, scheduled=scheduled), *self.under_way}
+        self._ask(step, scheduled)
+        return {*self._names, *self.under_way}
 
     def is_complete(self, step: int, *, within: int = 0) -> bool:
         """Return True if no measurement is under way, and none is postponed to ``within`` the next steps.
@@ -304,11 +309,8 @@ class Cadence:
 
     def started(self, step: int, names: Iterable[str]) -> None:
         """Charge the measurements that start at this step; what several of them spend on the same counts once."""
-        names = [*names]
-        self.account.pay(step, names)
-        for name in names:
-            self.paces[name].start(step)
-        self._changed()
+        self.account.pay(step, [*names])
+        self.next_step = -math.inf
 
     def restart(self, name: str) -> None:
         """Begin a measurement anew at the next step, as it was interrupted."""

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd.spread_tensors import local
+from lsp_callbacks.autograd.spread_tensors import local_parts
 from lsp_callbacks.monitor.error_policy import ErrorPolicy
 from lsp_callbacks.step.fingerprint import fingerprint, identical
 from lsp_callbacks.step.ranks import Ranks
 
-#: Parameters, each with the gradient that it should have.
-Gradients = list[tuple[nn.Parameter, Tensor]]
+#: By parameter, the gradient that it should have; those without one are not there.
+Gradients = dict[nn.Parameter, Tensor]
 
 
 def gradients_of(parameters: Iterable[nn.Parameter]) -> Gradients:
-    """Return the parameters that have a gradient, each with it."""
-    return [(p, p.grad) for p in parameters if p.grad is not None]
+    """Return the gradients of the parameters that have one."""
+    return {p: p.grad for p in parameters if p.grad is not None}
 
 
 class GradientCheck:
@@ -36,7 +37,7 @@ class GradientCheck:
 
     def forget(self) -> None:
         """Compare nothing."""
-        self._expected: Gradients = []
+        self._expected: Gradients = {}
         self._by_sums = self.is_expected = False
 
     def expect(self, gradients: Callable[[], Gradients], *, by_sums: bool = False) -> None:
@@ -46,11 +47,11 @@ class GradientCheck:
             gradients: returns them; they are copied.
             by_sums: whether their sums are compared, which no usual change leaves as they are, instead of copies.
         """
-        self._expected, self._by_sums, self.is_expected = [], by_sums, True
+        self._expected, self._by_sums, self.is_expected = {}, by_sums, True
         try:
-            pairs = [(p, local(g)) for p, g in gradients()]
-            values = fingerprint([g for _, g in pairs]) if by_sums else [g.clone() for _, g in pairs]
-            self._expected = [(p, value) for (p, _), value in zip(pairs, values)]
+            coming = gradients()
+            parts = local_parts(coming.values())
+            self._expected = dict(zip(coming, fingerprint(parts) if by_sums else map(torch.clone, parts)))
         except Exception as error:
             self.errors.caught("the gradient could not be copied to be compared later", error)
 
@@ -66,11 +67,11 @@ class GradientCheck:
         self.forget()
 
         def differs() -> bool:
-            there = [(local(p.grad), value) for p, value in expected if p.grad is not None]
+            there = gradients_of(expected)
             if len(there) < len(expected) and not is_gone_allowed:
                 return True
-            gradients = [g for g, _ in there]
-            return not identical(fingerprint(gradients) if by_sums else gradients, [value for _, value in there])
+            values, parts = [expected[p] for p in there], local_parts(there.values())
+            return not identical(fingerprint(parts) if by_sums else parts, values)
 
         try:
             if self.ranks.world == 1:

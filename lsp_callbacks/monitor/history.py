@@ -131,8 +131,3 @@ class History(dict[str, Curve]):
     def from_state(cls, state: Mapping[str, Any]) -> History:
         """Return the curves that `state_dict` has saved."""
         return cls({key: Curve(curve["steps"].tolist(), curve["values"].tolist()) for key, curve in state.items()})
-
-
-def scalars(values: Mapping[str, float]) -> dict[str, float]:
-    """Return the finite global values: callbacks that stop at a NaN may see these."""
-    return {key: value for key, value in values.items() if is_global(key) and math.isfinite(value)}

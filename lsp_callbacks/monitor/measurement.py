@@ -12,7 +12,7 @@ import torch
 from lsp_callbacks.errors import NotApplicable, Unsupported
 from lsp_callbacks.monitor.budget import Budget
 from lsp_callbacks.monitor.cadence import Cadence
-from lsp_callbacks.monitor.selected_quantities import SelectedQuantities, Skips, in_turn
+from lsp_callbacks.monitor.selected_quantities import SelectedQuantities, Skips
 from lsp_callbacks.operators.curvature.hessian import release_graph
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.snapshot import Snapshot
@@ -69,10 +69,11 @@ class Measurement:
         self._check_layout(snapshot)
         self.budget.assume(snapshot)
         measured, quantities = Measured(), self.quantities
-        starts = self._start(snapshot, measured)
-        headline = self.cadence.headline
+        headline, asked = self.cadence.headline, self.cadence.observed(snapshot.step)
+        starts = self._start(snapshot, measured, *asked)
         due = starts | self.cadence.under_way
-        waiting = in_turn({name: quantity for name, quantity in quantities.items() if name in due})
+        waiting = [name for name in quantities if name in due]
+        waiting.sort(key=lambda name: not quantities[name].reads_graph)  # its memory is free for the others then
         for name, reader in snapshot.readers.items():
             if name not in waiting:  # it was put off
                 reader.release()
@@ -83,8 +84,10 @@ class Measurement:
             self.paths.pop(name, None)
             began, view = time.perf_counter(), snapshot
             try:
-                view = snapshot.run.ranks.together(partial(quantity.view, snapshot))
-                quantities.add_unknown(quantity, view, measured.skips)
+                if snapshot.whole_step is not None:
+                    view = snapshot.run.ranks.together(partial(quantity.view, snapshot))
+                if quantity.without_update:
+                    quantities.add_unknown(quantity, view, measured.skips)
                 values = snapshot.run.ranks.together(partial(self._values, quantity, snapshot, view, begins, headline))
                 self.paths[name] = ", ".join(filter(None, (quantity.path(view), self.budget.reduced.get(name))))
             except Exception as error:
@@ -102,10 +105,9 @@ class Measurement:
                 measured.values |= values
         return measured
 
-    def _start(self, snapshot: Snapshot, measured: Measured) -> set[str]:
+    def _start(self, snapshot: Snapshot, measured: Measured, names: tuple[str, ...], unpriced: list[str]) -> set[str]:
         """Return the names of those that start, once their prices are known, and charge them."""
         cadence, step = self.cadence, snapshot.step
-        names, unpriced = cadence.observed(step)
         waiting = {name for name in names if self._is_postponed(self.quantities[name], snapshot)}
         if unpriced := [name for name in unpriced if name not in waiting]:
             prices = self.budget.prices([self.quantities[name] for name in unpriced], snapshot)
@@ -136,7 +138,7 @@ class Measurement:
             self.budget.check_memory(quantity.name, self.quantities, snapshot, is_headline=is_headline)
         quantity.update(view)
         values = quantity.numbers() if quantity.complete else None
-        return snapshot.run.ranks.first(lambda: values, quantity.name)
+        return snapshot.run.ranks.of_first(values, quantity.name)
 
     def _fail(self, measured: Measured, quantity: Quantity, snapshot: Snapshot, error: Exception) -> None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or snapshot.run.ranks.world > 1:
@@ -153,17 +155,13 @@ class Measurement:
         if not quantity.warms_up:
             return False
 
-        def missing() -> int:
-            try:
-                return quantity.warm_up(view)
-            except Exception:  # the measurement will say why
-                return 0
-
         try:
-            view = snapshot.run.ranks.together(partial(quantity.view, snapshot))
-        except Exception:  # likewise
+            view, ranks = snapshot, snapshot.run.ranks
+            if snapshot.whole_step is not None:
+                view = ranks.together(partial(quantity.view, snapshot))
+            steps = ranks.first(partial(quantity.warm_up, view), "whether enough is known")
+        except Exception:  # the measurement will say why
             return False
-        steps = snapshot.run.ranks.first(missing, "whether enough is known")
         if steps:
             self.cadence.postpone(quantity.name, snapshot.step + steps)
         return bool(steps)
@@ -171,11 +169,10 @@ class Measurement:
     def _check_layout(self, snapshot: Snapshot) -> None:
         """Restart the quantities if other parameters are trained than before: windows and warm starts do not fit."""
         player = "" if snapshot.player is None else snapshot.player.name
-        layout = [(name, p.shape) for name, p in snapshot.parameters.items()]
-        if self._layouts.get(player, layout) != layout:
+        if self._layouts.get(player, snapshot.layout) != snapshot.layout:
             self.cadence.interrupt()
             self.cadence.forget_prices()
             self.budget.work = None
             for quantity in self.quantities.values():
                 quantity.restart()
-        self._layouts[player] = layout
+        self._layouts[player] = snapshot.layout

@@ -162,11 +162,7 @@ class Monitor:
             step: number of the optimizer step.
             scheduled: the learning rate that this step will use over the critical one, if the caller knows it.
         """
-        return bool(self.due(step, scheduled=scheduled))
-
-    def due(self, step: int, *, scheduled: float = math.nan) -> set[str]:
-        """Return the names of the quantities that `observe` would look at; for the arguments see `wants`."""
-        return self.cadence.due(step, scheduled=scheduled) if self.quantities else set()
+        return bool(self.cadence.due(step, scheduled=scheduled))
 
     def observe(self, snapshot: Snapshot) -> Observation | None:
         """Measure what is due at this step.
@@ -189,7 +185,7 @@ class Monitor:
         given = snapshot
         if self.trace is not None or self.invalidated:  # otherwise what is cached of the snapshot stays
             snapshot = replace(snapshot, run=snapshot.run.completed(self.trace, self.invalidated))
-        if not self.wants(snapshot.step):
+        if not self.cadence.due(snapshot.step):
             return None
         self._ranks = snapshot.run.ranks
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,19 +14,19 @@ from torch import Tensor
 
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.gradient_check import GradientCheck, Gradients
-from lsp_callbacks.monitor.kept_step import kept_step, players_step
+from lsp_callbacks.monitor.kept_step import kept_step, players_step, whole_step
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.multi_optimizer import Game
 from lsp_callbacks.monitor.nan_finder import NanFinder
 from lsp_callbacks.monitor.step_results import Completed, StepResults
 from lsp_callbacks.monitor.training_loop import MicroBatchLoss, TrainingLoop
 from lsp_callbacks.monitor.update_check import UpdateCheck, of_whole_batch
-from lsp_callbacks.monitor.whole_step import with_whole_step
 from lsp_callbacks.quantities.numerics.numerics import Numerics
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import PendingStep, never
 from lsp_callbacks.step.players import Player
 from lsp_callbacks.step.probes import Criterion, ForwardFn, Probes
+from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.snapshot import Snapshot
 from lsp_callbacks.step.step_loss import StepLoss
 from lsp_callbacks.step.verified_step import verified
@@ -140,14 +142,7 @@ class StepObserver:
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def begin_batch(
-        self,
-        batch: Any,
-        loss: MicroBatchLoss,
-        *,
-        first: bool,
-        scheduled: float = math.nan,
-    ) -> None:
+    def begin_batch(self, batch: Any, loss: MicroBatchLoss, *, first: bool, scheduled: float = math.nan) -> None:
         """Take in a batch whose forward pass comes next.
 
         Args:
@@ -164,7 +159,7 @@ class StepObserver:
             if self.game is not None:
                 with monitor.errors.warn_instead_of_raise("the batch could not be kept for a replay"):
                     self.game.begin(batch)
-            elif names := monitor.due(self.step, scheduled=scheduled):
+            elif names := monitor.cadence.due(self.step, scheduled=scheduled):
                 self._pending = kept_step(self.loop, monitor, self.step, names)
         else:
             self.step_loss.begin_batch()
@@ -206,8 +201,7 @@ class StepObserver:
             return
         factor = 1.0 if scale is None else scale()
         if self._pending is not None:
-            micro_batches = self.loop.evaluated()[1].get("micro_batches", 1)
-            self._pending.saw_loss(loss, factor=factor / micro_batches, micro_batches=micro_batches)
+            self._pending.saw_loss(loss, scale=factor)
         self.step_loss.add(loss if factor == 1.0 else loss.detach() / factor)
 
     def before_update(
@@ -273,7 +267,7 @@ class StepObserver:
             failing = self.monitor.errors.warn_instead_of_raise("the player's step could not be measured")
             with failing, self.game.turn(optimizer) as snapshot:
                 if snapshot is not None:
-                    with self.loop.untouched():
+                    with self._untouched():
                         self._observe(snapshot(self.step, previous=self.previous))
             return
         if self._pending is None:
@@ -291,33 +285,34 @@ class StepObserver:
         doing = "the step could not be measured"
         try:
             is_run = pending.can_replay or pending.own_calls is not None
-            with self.loop.untouched() if is_run else contextlib.nullcontext():
-                clipping = self._clipping(pending, optimizer)
-                snapshot = self.snapshot(optimizer, clipping)
-                self.sub_batch = pending.samples
+            with self._untouched() if is_run else contextlib.nullcontext():
+                snapshot = self.snapshot(optimizer, tries_clipping=True)
+                self.sub_batch = None if pending.sub_batch is None else pending.samples
                 if snapshot.loss is None and pending.can_replay and not self._is_settled:
                     snapshot = verified(snapshot)
                     self.replayed_loss = snapshot.loss
                 self._observe(snapshot)
                 if is_compared:
                     doing = "the parameters after the step could not be predicted"
-                    self._update_check.expect(of_whole_batch(snapshot, clipping) if pending.samples else snapshot)
+                    self._update_check.expect(of_whole_batch(snapshot, self._clipping) if self.sub_batch else snapshot)
         except Exception as error:
             monitor.errors.caught(doing, error)
         if needs_update and coming_gradients is not None:
             self._gradient_check.expect(coming_gradients, by_sums=not pending.can_replay)
 
-    def snapshot(self, optimizer: torch.optim.Optimizer, clipping: Clipping | None = None) -> Snapshot:
+    def snapshot(self, optimizer: torch.optim.Optimizer, *, tries_clipping: bool = False) -> Snapshot:
         """Return the step under way, whose forward and backward passes are over, before its update.
 
         Args:
             optimizer: that will make the update.
-            clipping: what is done to the gradient before.
+            tries_clipping: whether the user's own clipping is tried on copies; otherwise it is taken for the loop's.
         """
         loop = self.loop
         assert self._pending is not None, "no step was begun that is to be measured"
-        scale, (loss, how), gradient_scale = loop.loss_scale(), loop.evaluated(), loop.gradient_scale(optimizer)
-        is_shown = loop.shows_losses and not (self.step_loss.is_ambiguous or self._is_settled)
+        pending, is_settled, room = self._pending, self._is_settled, self.monitor.budget.room
+        clipping = self._clipping = self._tried_clipping(pending, optimizer) if tries_clipping else loop.clipping
+        (scale, gradient_scale), (loss, context) = loop.scales(optimizer), loop.evaluated()
+        is_shown = loop.shows_losses and not (self.step_loss.is_ambiguous or is_settled)
 
         def seen(pending: PendingStep, optimizer: torch.optim.Optimizer) -> Snapshot:
             return pending.snapshot(
@@ -326,17 +321,19 @@ class StepObserver:
                 loss=self.step_loss.differentiated if is_shown else None,
                 gradient_scale=gradient_scale,
                 clipping=clipping,
-                probes=self.probes.probe_set(pending, loss, **how) if self.probes.wanted else None,
-                samples_of_step=self.probes.samples_of_step(pending, loss, **how),
+                probes=self.probes.probe_set(pending, loss, context=context) if self.probes.wanted else None,
+                samples_of_step=partial(self.probes.samples_of_step, pending, loss, context=context),
                 scale=scale,
                 previous=self.previous,
-                room=self.monitor.budget.room,
+                room=room,
                 other_loss=lambda source: pending.other_loss(source, loop.on_device),
             )
 
-        return with_whole_step(
-            seen, self._pending, optimizer, loop, self.monitor.budget.room, is_settled=self._is_settled
-        )
+        snapshot = seen(pending, optimizer)
+        if loop.run.shards is not None and pending.can_replay:
+            whole = partial(whole_step, seen, pending, optimizer, loop, room, is_settled=is_settled)
+            snapshot = replace(snapshot, whole_step=whole)
+        return snapshot
 
     def check_gradient(self, reason: str, *, is_gone_allowed: bool) -> bool:
         """Invalidate the update if the optimizer's gradients are not those that were foreseen; return True then.
@@ -345,8 +342,6 @@ class StepObserver:
             reason: for the warning.
             is_gone_allowed: whether gradients may have been set to None, as after the update.
         """
-        if not self._gradient_check.is_expected:
-            return False
         changed = self._gradient_check.is_changed(is_gone_allowed=is_gone_allowed)
         if changed:
             self.invalidate_update(reason)
@@ -368,8 +363,8 @@ class StepObserver:
 
     def after_update(self) -> Completed:
         """Return what was completed since the last call, also by what has awaited the update, be it by a closure."""
-        if self.monitor.quantities.awaiting():
-            with self.loop.untouched():
+        if self.monitor.cadence.under_way and self.monitor.quantities.awaiting():
+            with self._untouched():
                 self._results.add(self.monitor.after_update(is_own=self.updates <= 1 or self.loop.repeats_forward))
         return self._results.take()
 
@@ -381,8 +376,12 @@ class StepObserver:
             if self.nan_finder.look(step, self.loop, optimizer, overflowed=overflowed, again=again) is not None:
                 self._results.add_fault(step)
 
-    def _clipping(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
-        if self.monitor.invalidated or pending.module_copy is None:
+    def _untouched(self) -> contextlib.AbstractContextManager:
+        """Return a context for replays; with shards they run the module itself."""
+        return untouched(self.loop.module, in_place=self.loop.run.shards is not None)
+
+    def _tried_clipping(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:
+        if self.monitor.invalidated:
             return self.loop.clipping
         try:
             return self.loop.clipping_of(pending, optimizer)

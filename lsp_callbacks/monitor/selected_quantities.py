@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import nn
@@ -22,6 +23,7 @@ from lsp_callbacks.step.snapshot import Snapshot
 Reasons = Mapping[str, list[str]]
 
 
+@dataclass
 class Skips:
     """Quantities that cannot be measured, by the reason.
 
@@ -30,9 +32,8 @@ class Skips:
         silent: those that do not apply to this model.
     """
 
-    def __init__(self) -> None:
-        self.warned: dict[str, list[str]] = {}
-        self.silent: dict[str, list[str]] = {}
+    warned: dict[str, list[str]] = field(default_factory=dict)
+    silent: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, name: str, error: Unmeasurable) -> None:
         """Add a quantity that has raised an error."""
@@ -48,14 +49,6 @@ def warn_of_skips(reasons: Reasons, *, stacklevel: int) -> None:
     """Issue one warning for all quantities that are skipped."""
     text = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in reasons.items())
     warnings.warn(f"lsp_callbacks skips {text}", stacklevel=stacklevel)
-
-
-def in_turn(quantities: Mapping[str, Quantity]) -> list[str]:
-    """Return the names in the order in which they are measured at a step: first what was read from its graph.
-
-    So that is gone before the others need memory of their own.
-    """
-    return sorted(quantities, key=lambda name: not quantities[name].reads_graph)
 
 
 class SelectedQuantities(dict[str, Quantity]):
@@ -139,7 +132,8 @@ class SelectedQuantities(dict[str, Quantity]):
         for name, quantity in self.items():
             try:
                 _check(quantity, snapshot, steps)
-                self.add_unknown(quantity, snapshot, skips)
+                if quantity.without_update:
+                    self.add_unknown(quantity, snapshot, skips)
             except Unmeasurable as error:
                 if name in self.named or (self.strict and not isinstance(error, NotApplicable)):
                     raise Unmeasurable(f"{name} cannot be measured: {error}") from None
@@ -152,7 +146,7 @@ class SelectedQuantities(dict[str, Quantity]):
         Raises:
             Unmeasurable: if there are any, and everything must be measured.
         """
-        reason = quantity.unknown_update(snapshot) if quantity.without_update else None
+        reason = quantity.unknown_update(snapshot)
         lost = [key.removeprefix(PREFIX) for key in lost_keys([quantity])] if reason else []
         for name in lost:
             if name not in self.skipped:

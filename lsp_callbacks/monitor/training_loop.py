@@ -13,7 +13,6 @@ from lsp_callbacks.monitor.update_check import ELSEWHERE
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.pending_step import PendingStep
-from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.run_context import RunContext
 
 #: The loss of one micro-batch as it is differentiated, from the module and the batch.
@@ -30,6 +29,7 @@ class TrainingLoop:
     Attributes:
         shows_losses: whether each loss is shown to the last bit before its backward pass; otherwise a replay of the
             step is compared with the step's gradient.
+        accumulate: micro-batches in a step.
         repeats_forward: whether each update of a batch has a forward pass of its own, as with LBFGS.
         shared: objects that a module holds and its copy shares, as the optimizers that a library puts there.
         moves_parameters: whether code of the user's may move the parameters together with the optimizer, so that each
@@ -39,6 +39,7 @@ class TrainingLoop:
 
     shows_losses = False
     repeats_forward = False
+    accumulate: int = 1
     wrong_update = ELSEWHERE
 
     def __init__(self, module: nn.Module, run: RunContext):
@@ -73,11 +74,8 @@ class TrainingLoop:
             shared=self.shared,
             readers=readers,
             can_replay=can_replay,
+            micro_batches=self.accumulate,
         )
-
-    def untouched(self) -> contextlib.AbstractContextManager:
-        """Return a context for replays, see `lsp_callbacks.step.replay.untouched`; with shards they run the module."""
-        return untouched(self.module, in_place=self.run.shards is not None)
 
     def on_device(self, batch: Any) -> Any:
         """Return a batch as it comes from a loader in the form in which the step receives it."""
@@ -91,8 +89,8 @@ class TrainingLoop:
         """
         return self.clipping
 
-    def evaluated(self) -> tuple[Callable[[nn.Module, Any], Any], dict[str, Any]]:
-        """Return the loss whose criterion separates outputs from targets, and how it is called, see `Probes`."""
+    def evaluated(self) -> tuple[Callable[[nn.Module, Any], Any], Callable[[], contextlib.AbstractContextManager]]:
+        """Return the loss whose criterion separates outputs from targets, and the context in which it is called."""
         raise NotImplementedError
 
     def loss_scale(self) -> float:
@@ -101,8 +99,8 @@ class TrainingLoop:
 
     def is_gradient_scaled(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return True if the gradients still hold that factor: fused optimizers divide it out by themselves."""
-        return self.gradient_scale(optimizer) is not None
+        return self.scales(optimizer)[1] is not None
 
-    def gradient_scale(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Return the factor by which the gradients have to be divided before they are measured; None without one."""
-        return None
+    def scales(self, optimizer: torch.optim.Optimizer) -> tuple[float, Any]:
+        """Return `loss_scale`, and by what the gradients have to be divided before they are measured, or None."""
+        return self.loss_scale(), None

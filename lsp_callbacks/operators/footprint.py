@@ -58,13 +58,9 @@ def footprint(snapshot: Snapshot) -> Footprint:
     )
 
 
-#: Where `computed_once` keeps it.
-_KEY = (footprint.__wrapped__, ())  # type: ignore[attr-defined]
-
-
-def assume_footprint(snapshot: Snapshot, training: Footprint) -> None:
-    """Take the footprint of an earlier step for that of this one, so that no pass has to be counted."""
-    snapshot.shared[_KEY] = training
+#: Where `computed_once` keeps it among what is shared of a snapshot: that of an earlier step may be put there, so that
+#: no pass has to be counted.
+FOOTPRINT = (footprint.__wrapped__, ())  # type: ignore[attr-defined]
 
 
 def readable(count: float) -> str:

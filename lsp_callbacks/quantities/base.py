@@ -230,7 +230,7 @@ class Quantity(Metric):
         """Look at the weights before the first update of a run, on all ranks; not called where a run is resumed."""
 
     def view(self, snapshot: Snapshot) -> Snapshot:
-        """Return a step as the quantity looks at it; all ranks ask together."""
+        """Return a step of a module with shards as the quantity looks at it; all ranks ask together."""
         return snapshot.whole if self.needs_whole else snapshot
 
     def warm_up(self, snapshot: Snapshot) -> int:

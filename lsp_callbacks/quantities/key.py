@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 #: All keys begin with it.
@@ -55,3 +56,8 @@ def relative_bar(name: str, *, optional: bool = False) -> Key:
 def is_global(key: str) -> bool:
     """Return whether a key is that of the whole network, ``stability/<name>``, not of a layer."""
     return key.count("/") == 1
+
+
+def scalars(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the finite global values: callbacks that stop at a NaN may see these."""
+    return {key: value for key, value in values.items() if is_global(key) and math.isfinite(value)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lsp_callbacks.autograd.graph_pull import UnknownGraph
 from lsp_callbacks.errors import Unmeasurable, Unsupported
+from lsp_callbacks.step.composed_criterion import composed
 
 HOW = (
     "pass forward_fn=lambda module, batch: outputs, shaped (samples, ..., classes), and "
@@ -99,10 +102,19 @@ class Criteria(TorchFunctionMode):
             mean = result.ndim > 0  # reduction="none", and the user's own mean
             if torch.equal((result.mean() if mean else result).detach(), loss.detach()):
                 return self._evaluation(func, args, kwargs, mean, samples)
+        if not bool(loss.isfinite()):
+            raise Unmeasurable("the loss of the probes is not finite")
+        with contextlib.suppress(UnknownGraph):
+            return Evaluation(*composed(loss, self._softmaxed(), samples))
         raise Unsupported(
             "outputs and targets cannot be found in training_step: its loss is not the value of one criterion of "
             f"torch.nn.functional (cross_entropy, mse_loss, ...) on the network's outputs; {HOW}"
         )
+
+    def _softmaxed(self) -> list[Tensor]:
+        """Return what a softmax was taken of, with its graph."""
+        given = [args[0] if args else kwargs["input"] for _, args, kwargs, _ in self._calls]
+        return [t for t in (*given, *(logits for _, logits in self._logits.values())) if t.grad_fn is not None]
 
     def _evaluation(self, func: Callable, args: tuple, kwargs: dict, mean: bool, samples: int | None) -> Evaluation:
         if inspect.signature(func).bind(*args, **kwargs).arguments.get("reduction") == "sum":

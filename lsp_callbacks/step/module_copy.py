@@ -26,7 +26,7 @@ from lsp_callbacks.autograd._torch_internals import (
     buffers,
     foreach_copy,
 )
-from lsp_callbacks.autograd.spread_tensors import connects_processes
+from lsp_callbacks.autograd.spread_tensors import process_groups
 from lsp_callbacks.step.moving_parameters import MovingParameter
 
 #: What cannot be changed in place, or is shared.
@@ -135,9 +135,9 @@ class _Twin:
         self.parameters = [p for p in module.parameters() if id(p) not in own]
         memo: dict[int, Any] = {}
         self._shared = self._kept_apart(shared)
-        originals = list(module.modules())
+        originals, held_in_common = list(module.modules()), shared_kinds()
         for child in originals:
-            find_special(vars(child), self._shared, memo)
+            find_special(vars(child), self._shared, memo, held_in_common)
         self.module = copy.deepcopy(module, memo | self._shared)
         if any(a is not b for a, b in zip_longest(parameters, self.module.parameters())):
             raise TypeError("its copy has parameters of its own (a scripted module, or a __deepcopy__)")
@@ -168,10 +168,10 @@ class _Twin:
             return False
         self._shared = self._kept_apart(shared)
         memo: dict[int, Any] = {}
-        changed = [state.changeable() for state in self.states]
+        changed, held_in_common = [state.changeable() for state in self.states], shared_kinds()
         for values in changed:
             if values:
-                find_special(values, self._shared, memo)
+                find_special(values, self._shared, memo, held_in_common)
         memo |= self._shared | self._modules
         for state, values in zip(self.states, changed):
             state.follow(values, memo)
@@ -338,8 +338,15 @@ def is_users_hook(hook: Any) -> bool:
     return isinstance(hook, types.FunctionType | types.MethodType | functools.partial | types.BuiltinFunctionType)
 
 
-def find_special(value: Any, shared: dict[int, Any], memo: dict[int, Any], depth: int = 0) -> None:
-    """Share data instead of copying them; give what refuses a deep copy to the copy in another form.
+def shared_kinds() -> tuple[type, ...]:
+    """Return the classes of what a copy shares: data, and groups of processes, which cannot be copied."""
+    return (Dataset, DataLoader, *process_groups())
+
+
+def find_special(
+    value: Any, shared: dict[int, Any], memo: dict[int, Any], kinds: tuple[type, ...], depth: int = 0
+) -> None:
+    """Share what is of some kinds instead of copying it; give what refuses a deep copy to the copy in another form.
 
     Of tensors with a graph their values, of handles of hooks one that removes nothing.
     """
@@ -348,7 +355,7 @@ def find_special(value: Any, shared: dict[int, Any], memo: dict[int, Any], depth
     if isinstance(value, Tensor):
         if value.grad_fn is not None:
             memo[id(value)] = value.detach().clone()
-    elif isinstance(value, Dataset | DataLoader) or connects_processes(value):
+    elif isinstance(value, kinds):
         shared[id(value)] = value
     elif isinstance(value, RemovableHandle):
         # The copy has no hooks that it could remove; one whose hooks are gone cannot be copied a second time.
@@ -356,4 +363,4 @@ def find_special(value: Any, shared: dict[int, Any], memo: dict[int, Any], depth
         memo[id(value)].__setstate__((None, value.id))
     elif depth < 4 and isinstance(value, dict | list | tuple | set):
         for item in value.values() if isinstance(value, dict) else value:
-            find_special(item, shared, memo, depth + 1)
+            find_special(item, shared, memo, kinds, depth + 1)

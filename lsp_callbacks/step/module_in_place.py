@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import BUFFERS, COMPOSABLE, HOOKS, PLAIN, forget_passes
 from lsp_callbacks.autograd.spread_tensors import local, sharded_modules
-from lsp_callbacks.step.module_copy import find_special, is_mutable, is_users_hook, state_of
+from lsp_callbacks.step.module_copy import find_special, is_mutable, is_users_hook, shared_kinds, state_of
 from lsp_callbacks.step.whole_copy import WholeCopy
 
 #: Packages whose hooks stay, as they gather the shards, or are our own.
@@ -57,9 +57,9 @@ class ModuleInPlace:
         keep = [*module.parameters(), *self._modules, *shared]
         self._shared = {id(part): part for part in keep}
         memo: dict[int, Any] = {}
-        attributes = [_attributes(child) for child in self._modules]
+        attributes, kinds = [_attributes(child) for child in self._modules], shared_kinds()
         for values in attributes:
-            find_special(values, self._shared, memo)
+            find_special(values, self._shared, memo, kinds)
         memo |= self._shared
         self._attributes = [_copied(values, memo) for values in attributes]
         self._buffers = [_clones(vars(child)[BUFFERS]) for child in self._modules]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import is_compiled
 from lsp_callbacks.autograd.graph import Graph, joined, read
-from lsp_callbacks.autograd.spread_tensors import local_gradient
+from lsp_callbacks.autograd.spread_tensors import local_gradients
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.batch import MicroBatch, batch_size, samples_between
 from lsp_callbacks.step.fingerprint import fingerprint, identical
@@ -57,6 +57,7 @@ class PendingStep:
         takes_buffers: whether all ranks' forward passes begin with the buffers of the first, as under DDP.
         readers: what quantities read from the graphs of the step, by their names.
         can_replay: whether the step is kept for replays; otherwise it is only read.
+        micro_batches: how many make a step, as far as that is known before it.
     """
 
     def __init__(
@@ -71,8 +72,9 @@ class PendingStep:
         takes_buffers: bool = False,
         readers: Mapping[str, GraphReader] | None = None,
         can_replay: bool = True,
+        micro_batches: int = 1,
     ):
-        self.module, self.tolerance, self.sub_batch = module, tolerance, sub_batch
+        self.module, self.tolerance, self.sub_batch, self.micro_batches = module, tolerance, sub_batch, micro_batches
         self.run = run or RunContext()
         self.parts: list[MicroBatch] = []
         self._graphs: list[Graph] = []
@@ -134,21 +136,20 @@ class PendingStep:
         except Exception as error:  # whatever the user's objects raise
             self._fail(error)
 
-    def saw_loss(self, loss: Tensor, *, factor: float = 1.0, micro_batches: int = 1) -> None:
-        """Read the graph of a micro-batch's loss, which is differentiated next; for the arguments see `GraphReader`."""
+    def saw_loss(self, loss: Tensor, *, scale: float = 1.0) -> None:
+        """Read the graph of a micro-batch's loss, which is differentiated next.
+
+        Args:
+            loss: divided by the number of micro-batches already.
+            scale: the factor that it holds by mixed precision.
+        """
         for reader in self.readers.values():
-            reader.saw_loss(loss, samples=self._size, factor=factor, micro_batches=micro_batches)
+            factor = scale / self.micro_batches
+            reader.saw_loss(loss, samples=self._size, factor=factor, micro_batches=self.micro_batches)
         if not self.can_replay:
             return
         with contextlib.suppress(Exception):  # in the middle of the user's step: then the graph is not known
             self._graphs.append(read(loss))
-
-    def _own_graph(self, tolerance: float) -> Graph | None:
-        """Return the graph that the step has differentiated, if a replay to the last bit can be compared with it."""
-        is_exact = tolerance == 0 and self.run.ranks.world == 1
-        if not is_exact or not 0 < len(self._graphs) == len(self.parts):
-            return None
-        return self._graphs[0] if len(self._graphs) == 1 else joined(self._graphs)
 
     @property
     def samples(self) -> int | None:
@@ -172,11 +173,15 @@ class PendingStep:
         held = self._held()
         module = self.module if failure or self.module_copy is None else self.module_copy.module
         replay = self._replay(self.parts, failure, held)
-        gradient = {name: local_gradient(p) for name, p in self.module.named_parameters() if p.requires_grad}
+        named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        # Compiled code rounds in other places than the step. Copies are not compiled.
+        tolerance = max(self.tolerance, 1e-4 if self.can_replay and is_compiled(self.module) else 0.0)
+        # Properties of the graph that the step has differentiated, if a replay to the last bit can be compared with it.
+        is_seen = tolerance == 0 and self.run.ranks.world == 1 and 0 < len(self._graphs) == len(self.parts)
+        own_graph = None if not is_seen else self._graphs[0] if len(self._graphs) == 1 else joined(self._graphs)
+        gradient = dict(zip(named, local_gradients(named.values())))
         if gradient_scale is not None:
             gradient = {name: g if g is None else g / gradient_scale for name, g in gradient.items()}
-        # Compiled code rounds in other places than the step.
-        tolerance = max(self.tolerance, 1e-4 if self.can_replay and _compiled(self.module) else 0.0)
         snapshot = Snapshot(
             step=step,
             module=module,
@@ -185,7 +190,7 @@ class PendingStep:
             run=self.run,
             sample=None if failure else self._sample,
             gradient=gradient,
-            own_graph=self._own_graph(tolerance),
+            own_graph=own_graph,
             tolerance=tolerance,
             readers=self.readers,
             can_replay=self.can_replay,
@@ -326,7 +331,7 @@ class PendingStep:
         verify(full)
         count = math.ceil(count / len(self.parts))
         whole = any((batch_size(part.batch) or 0) <= count for part in self.parts)
-        if not self.run.ranks.any(lambda: not whole, "a sub-batch") or self.module_copy is None:
+        if not self.run.ranks.any_true(not whole, "a sub-batch") or self.module_copy is None:
             return full
         part = replace(full, replay=self._replay([_shortened(part, count) for part in self.parts], None, full.held))
         loss, mean = replayed_gradient(part)
@@ -352,8 +357,3 @@ def _raising(error: Exception | None) -> Callable[[], Tensor]:
         raise error or AssertionError
 
     return replay
-
-
-def _compiled(module: nn.Module) -> bool:
-    # Copies are not compiled: their attributes do not show it.
-    return is_compiled(module) or any(vars(m).get("_compiler_ctx") for m in module.modules())

@@ -136,7 +136,6 @@ class Probes:
         loss: Callable[[nn.Module, Any], Any],
         *,
         context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-        micro_batches: int = 1,
     ) -> ProbeSet:
         """Return the probes at one step.
 
@@ -145,7 +144,6 @@ class Probes:
             loss: ``(module, batch) -> loss``, or a mapping with one; its criterion separates outputs from targets if
                 the user has not given them.
             context: in which the module is run, of the loop's precision.
-            micro_batches: how many make a step.
         """
         module = pending.module if pending.module_copy is None else pending.module_copy.module
         parts, batches, together = [], [], 1
@@ -158,7 +156,7 @@ class Probes:
         if self._failure is None and self._sizes and batch_norms(module):
             cut = self._forward_passes()
             batches, together = [self._part(pending, loss, context, *held, together=True) for held in cut], cut[0][1]
-        batch = micro_batches * max(self.batch_size, 1)
+        batch = pending.micro_batches * max(self.batch_size, 1)
         return ProbeSet(
             module, tuple(parts), sum(self._sizes), batch, self.population, self.full, tuple(batches), together
         )
@@ -167,39 +165,38 @@ class Probes:
         self,
         pending: PendingStep,
         loss: Callable[[nn.Module, Any], Any],
+        rows: Callable[[int], int],
         *,
         context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-        micro_batches: int = 1,
-    ) -> SamplesOfStep:
-        """Return the first samples of the step's own batch, given how many of B; nothing has to be collected.
+    ) -> ProbeSet:
+        """Return the first samples of the step's own batch; nothing has to be collected.
 
         Where the module carries a state for each sample, they are those of a whole forward pass. Each rank has its own.
-        For the arguments see `probe_set`.
+
+        Args:
+            pending, loss, context: see `probe_set`.
+            rows: from the size B of the batch to how many are wanted.
         """
-
-        def samples(rows: Callable[[int], int]) -> ProbeSet:
-            if pending.failure is not None or pending.module_copy is None or not pending.parts:
-                raise pending.failure or AssertionError
-            module = pending.module_copy.reset()
-            sizes = [batch_size(part.batch) or 0 for part in pending.parts]
-            if not sizes[0]:
-                raise Unsupported("the batch holds no tensor whose first axis could be the samples")
-            tied, whole = bool(batch_norms(module)), belongs(carried(module), sizes[0])
-            parts: list[Callable[[], Evaluation]] = []
-            taken, count = 0, rows(sum(sizes))
-            for micro, size in zip(pending.parts, sizes):
-                held = size if whole else min(size, count - taken)
-                if held < 1 or ((whole or tied) and taken):
-                    break
-                batch = micro.batch if held == size else samples_between(micro.batch, 0, held)
-                parts.append(self._part(pending, loss, context, batch, held, None, together=tied))
-                taken += held
-            total = sum(sizes) * max(1, round(micro_batches / len(sizes))) * self.ranks.world
-            is_given = self.forward_fn is not None
-            of_step = ProbeSet(module, tuple(parts), taken, total, self.population, is_given=is_given)
-            return replace(of_step, batches=of_step.parts, together=taken) if tied else of_step
-
-        return samples
+        if pending.failure is not None or pending.module_copy is None or not pending.parts:
+            raise pending.failure or AssertionError
+        module = pending.module_copy.reset()
+        sizes = [batch_size(part.batch) or 0 for part in pending.parts]
+        if not sizes[0]:
+            raise Unsupported("the batch holds no tensor whose first axis could be the samples")
+        tied, whole = bool(batch_norms(module)), belongs(carried(module), sizes[0])
+        parts: list[Callable[[], Evaluation]] = []
+        taken, count = 0, rows(sum(sizes))
+        for micro, size in zip(pending.parts, sizes):
+            held = size if whole else min(size, count - taken)
+            if held < 1 or ((whole or tied) and taken):
+                break
+            batch = micro.batch if held == size else samples_between(micro.batch, 0, held)
+            parts.append(self._part(pending, loss, context, batch, held, None, together=tied))
+            taken += held
+        total = sum(sizes) * max(1, round(pending.micro_batches / len(sizes))) * self.ranks.world
+        is_given = self.forward_fn is not None
+        of_step = ProbeSet(module, tuple(parts), taken, total, self.population, is_given=is_given)
+        return replace(of_step, batches=of_step.parts, together=taken) if tied else of_step
 
     def _forward_passes(self) -> list[tuple[Any, int, tuple[Carried, int]]]:
         """Return batches of equal size, close to that of a training step's forward pass, with size and state."""

@@ -28,9 +28,9 @@ class Ranks:
     rank computes its own part; what follows from the means is computed on every rank, with the same result.
 
     If one rank raised an exception in its own part while the others wait in a collective, they would wait forever.
-    Therefore every exchange (`mean`, `any`, `first`, `gather`) begins with an all-reduce of an error flag and of a
-    checksum of the exchange's name and shapes: its *check*. Only if no rank has failed, and all are at the same
-    exchange, do they communicate. Otherwise all ranks raise the same error, which names the cause.
+    Therefore every exchange (`mean`, `any`, `any_true`, `first`, `of_first`, `gather`) begins with an all-reduce of an
+    error flag and of a checksum of the exchange's name and shapes: its *check*. Only if no rank has failed, and all are
+    at the same exchange, do they communicate. Otherwise all ranks raise the same error, which names the cause.
 
     `together` makes a *round* of several exchanges, with a last check at its end, so that a function either succeeds
     on all ranks or raises on all. After an error the round is over: whoever catches the error, and calls another
@@ -131,6 +131,10 @@ class Ranks:
         (share,) = self.mean(lambda: (torch.tensor(float(compute()), device=self.device),), what)
         return bool(share > 0)
 
+    def any_true(self, value: bool, what: str) -> bool:
+        """Return whether the value is True on any rank."""
+        return value if self.world == 1 else self.any(lambda: value, what)
+
     def first(self, compute: Callable[[], T], what: str) -> T:
         """Return what ``compute`` returns on rank 0, which alone runs it: anything that can be pickled, on the CPU."""
         if self.world == 1:
@@ -139,6 +143,10 @@ class Ranks:
         self._check(what)
         dist.broadcast_object_list(sent, src=0, device=torch.device(self.device))
         return sent[0]  # type: ignore[return-value]
+
+    def of_first(self, value: T, what: str) -> T:
+        """Return the value that rank 0 has: anything that can be pickled, on the CPU."""
+        return value if self.world == 1 else self.first(lambda: value, what)
 
     def gather(self, compute: Callable[[], T], what: str) -> list[T]:
         """Return what ``compute`` returns on each rank, by rank: anything that can be pickled, on the CPU."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd.spread_tensors import local_gradient
+from lsp_callbacks.autograd.spread_tensors import local_gradients
 from lsp_callbacks.step.batch import MicroBatch, batch_size
 from lsp_callbacks.step.module_in_place import ModuleInPlace
 from lsp_callbacks.step.ranks import Ranks
@@ -83,7 +83,7 @@ class ShardedReplay:
         """Return the gradients of ``<cotangent, outputs>`` likewise, while the module runs, see `look`."""
         with self.place.gradients_aside():
             outputs.backward(cotangent)
-            return [local_gradient(p) for p in self._trained]
+            return local_gradients(self._trained)
 
 
 class Held:

@@ -113,6 +113,11 @@ class Snapshot:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad and held(p)}
 
     @cached_property
+    def layout(self) -> list[tuple[str, torch.Size]]:
+        """Names and shapes of the parameters."""
+        return [(name, p.shape) for name, p in self.parameters.items()]
+
+    @cached_property
     def flat_gradient(self) -> Tensor | None:
         """The step's own gradient as one flat vector; zeros where a parameter had none."""
         if self.gradient is None:
@@ -160,7 +165,7 @@ class Snapshot:
         """The same step with the whole parameters; itself where there are no shards. All ranks ask together.
 
         Raises:
-            Unsupported: where there is no room for them.
+            Unsupported: where there is no room for them, on all ranks alike.
         """
         return self if self.whole_step is None else _whole(self)
 

@@ -27,6 +27,12 @@ class StepLoss:
     A loop may show a loss in two places: before its backward pass (`add`), and as what the micro-batch returned at its
     end (`add_returned`). The first is there before the update, and counts every backward pass; the second costs nothing
     where the first would have to be unscaled. Nothing here waits for the device.
+
+    Attributes:
+        differentiated: the sum of the losses before their backward passes; None where none was seen.
+        returned: the sum of the losses that the micro-batches returned; None where none was seen.
+        is_ambiguous: whether one of the micro-batches had several backward passes: which of their losses count is not
+            known.
     """
 
     def __init__(self) -> None:
@@ -34,11 +40,10 @@ class StepLoss:
 
     def begin(self) -> None:
         """Forget the step before."""
-        self._differentiated: list[Tensor] = []
-        self._returned: list[Tensor] = []
-        self._passes = 0
-        #: Whether one of the micro-batches had several backward passes: which of their losses count is not known.
-        self.is_ambiguous = False
+        self.differentiated: Tensor | None = None
+        self.returned: Tensor | None = None
+        self._losses: list[Tensor] = []  # that were differentiated
+        self._passes, self.is_ambiguous = 0, False
 
     def begin_batch(self) -> None:
         """Count the backward passes of the micro-batch that comes next."""
@@ -49,7 +54,9 @@ class StepLoss:
         self._passes += 1
         self.is_ambiguous |= self._passes > 1
         # A copy, as what follows may change it in place.
-        self._differentiated.append(loss.detach().clone().reshape(() if loss.numel() == 1 else loss.shape))
+        copied = loss.detach().clone().reshape(() if loss.numel() == 1 else loss.shape)
+        self._losses.append(copied)
+        self.differentiated = copied if self.differentiated is None else self.differentiated + copied
 
     def add_returned(self, outputs: Any) -> None:
         """Take in what a micro-batch returned, in single precision at least; anything without a loss is passed over."""
@@ -59,19 +66,11 @@ class StepLoss:
                 loss = loss.detach()
             if loss.dtype is not torch.float32:
                 loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
-            self._returned.append(loss if loss.ndim == 0 else loss.mean())
+            loss = loss if loss.ndim == 0 else loss.mean()
+            self.returned = loss if self.returned is None else self.returned + loss
 
     def average(self) -> None:
         """Take the mean of the differentiated losses in place of their sum: the loop divides by their number."""
-        if self._differentiated:
-            self._differentiated = [torch.stack(self._differentiated).sum() / len(self._differentiated)]
-
-    @property
-    def differentiated(self) -> Tensor | None:
-        """The sum of the losses before their backward passes; None where none was seen."""
-        return summed(self._differentiated)
-
-    @property
-    def returned(self) -> Tensor | None:
-        """The sum of the losses that the micro-batches returned; None where none was seen."""
-        return self._returned[0] if len(self._returned) == 1 else summed(self._returned)
+        if self._losses:
+            self.differentiated = torch.stack(self._losses).sum() / len(self._losses)
+            self._losses = [self.differentiated]

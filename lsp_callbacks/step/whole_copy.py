@@ -19,7 +19,7 @@ from lsp_callbacks.autograd._torch_internals import (
     copied_optimizer,
     tree_leaves,
 )
-from lsp_callbacks.autograd.spread_tensors import is_spread, local_gradient, plain_class, sharded_modules, whole
+from lsp_callbacks.autograd.spread_tensors import is_spread, local_gradients, plain_class, sharded_modules, whole
 from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.step.module_copy import is_users_hook
 
@@ -127,7 +127,7 @@ def require_same_precision(module: nn.Module) -> None:
 def _whole_parameter(p: nn.Parameter) -> nn.Parameter:
     gathered = nn.Parameter(whole(p).clone(), requires_grad=p.requires_grad)
     if p.grad is not None:
-        gathered.grad = whole(p.grad).clone() if is_spread(p.grad) else local_gradient(p)
+        gathered.grad = whole(p.grad).clone() if is_spread(p.grad) else local_gradients([p])[0]
     return gathered
 
 

@@ -25,8 +25,8 @@ from lsp_callbacks import Dissipation, LyapunovTrajectory, StabilityMonitor
 UPDATE = {"stability/sharpness", "stability/courant", "stability/courant_gd", "stability/lyapunov"}
 #: What looks at outputs.
 SAMPLES = ("mean_square_stability", "sgd_stability")
-#: Losses that are not the value of one criterion.
-OWN_LOSS = ("metric", "counter", "appends", "sharedlist", "progress", "inplacebatch", "features", "hyperparameters")
+#: Losses that are no sum of criteria of outputs, each times a number.
+OWN_LOSS = ("features",)
 
 
 @pytest.mark.parametrize("name", MEASURED)

@@ -84,7 +84,7 @@ def step_of(net, batch, *, step=0, optimizer=None, loss=loss_of):
     value = loss(net, batch)
     optimizer.zero_grad()
     value.backward()
-    own = probes.samples_of_step(pending, loss)
+    own = partial(probes.samples_of_step, pending, loss)
     return pending.snapshot(step, optimizer, loss=value.detach().clone(), samples_of_step=own)
 
 

@@ -64,7 +64,7 @@ def gram_mean_square_lr(
         0.8
     """
     total = samples or len(gram)
-    share = noise_share(drawn_from(total, batch_size, population), batch_size, replacement)
+    drawn = drawn_from(total, batch_size, population)
     products = gram.numpy()
     if not math.isfinite(products.sum()):
         return math.nan
@@ -72,7 +72,8 @@ def gram_mean_square_lr(
     if (rule.momentum and rule.dampening == 1 and not rule.direct) or not largest > 0:
         return math.inf
     unit = math.ldexp(1.0, math.frexp(largest / total)[1])  # in which curvatures are near 1
-    rate = _single(products / unit, total, share, chance, in_unit(rule, unit), tol) if share > 0 else None
+    scaled, share = in_unit(rule, unit), noise_share(drawn, batch_size, replacement)
+    rate = _single(products / unit, total, share, chance, scaled, tol) if share > 0 else None
     if rate is not None:
         return rate / unit
     modes = reduced_modes(gram, tol=ROUNDING, samples=samples, chance=chance)

@@ -65,7 +65,8 @@ class GraphCriterion:
         Returns:
             The sizes, ``(N,)``, and whether nine of ten samples may have the same outputs, to rounding.
         """
-        outputs, sizes = (wide(self._at(t, positions)).cpu().numpy() for t in (self.outputs, self.weights))
+        at, weights = self._at(self.outputs, positions), self._at(self.weights, positions)
+        outputs, sizes = wide(at).cpu().numpy(), wide(weights).cpu().numpy()
         if self.is_softmax:  # 1 - p has no digits where p is near 1
             sizes = sizes * -(np.exp(outputs) * np.expm1(outputs)).min(-1)
         return sizes.sum(1), _is_alike(outputs.reshape(len(outputs), -1), 8 * torch.finfo(self.outputs.dtype).eps)

@@ -123,7 +123,8 @@ class GraphPass:
             start = {child: self.criterion.cotangent(values, position, taken)}
         else:
             node, site = head
-            self.samples.need(node)
+            if self.samples.weights is not None:
+                self.samples.weights.need(node)
             flat = taken * self.criterion.outputs.shape[1] + position
             whole, a = site.at_rows(values, flat)
             self._head.append((site, a, values))
@@ -137,7 +138,7 @@ class GraphPass:
             if node not in waiting:
                 continue
             g = waiting.pop(node)
-            if is_identity(node):
+            if self.samples.weights is not None and is_identity(node):
                 inputs: Sequence[Tensor | None] = [g]
                 if len(metadata(node)) > 1:
                     raise UnknownGraph("several tensors are handed on together")
@@ -196,7 +197,8 @@ class GraphPass:
 
     def _rule(self, node: Any, outputs: Sequence[Tensor | None]) -> Sequence[Tensor | None] | None:
         g = outputs[0]
-        self.samples.need(node)
+        if self.samples.weights is not None:
+            self.samples.weights.need(node)
         site = self.sites.get(node)
         if site is None:
             kind = node.name()
@@ -204,7 +206,7 @@ class GraphPass:
                 return [g]  # what it makes of one for all samples is seen below
             if kind in SITES:
                 site = site_of(node, self.samples)
-            elif (leaf := leaf_of(node)) is not None:
+            elif (leaf := getattr(node, "variable", None)) is not None:
                 if id(leaf) in self.samples.names:
                     raise UnknownGraph(f"{self.samples.names[id(leaf)]} is used by an operation that no rule covers")
                 return []

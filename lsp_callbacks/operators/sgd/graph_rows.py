@@ -132,7 +132,7 @@ class GraphRows(GraphReader):
             known.axes, known.by_rows = self.kind.axes, self.kind.by_rows
             graph = _passed(nodes, criterion, known, pairs, chosen)
         lengths = (*graph.lengths, criterion.outputs.shape[1])
-        if self.kind is None or graph.uses != self.kind.sites or not self.kind.has_length(lengths):
+        if self.kind is None or not self.kind.has_length(lengths) or graph.uses != self.kind.sites:
             raise UnknownGraph("other uses of parameters than before")
         self._parts.append(graph.parts())
         if self.ties and self._renews:

@@ -64,11 +64,6 @@ class Samples:
             layers |= {whole: layers[id(p)] for whole, p in self.weights.shards.items() if id(p) in layers}
         return layers
 
-    def need(self, node: Any) -> None:
-        """Gather the weights that the backward pass of a node uses."""
-        if self.weights is not None:
-            self.weights.need(node)
-
     def split(self, t: Tensor, axis: int) -> Tensor:
         """Return a tensor whose first axis are samples and positions as ``(N, T, ...)``."""
         if axis == 0:

@@ -22,7 +22,7 @@ def require_optimizer(snapshot: Snapshot) -> torch.optim.Optimizer:
     """
     if snapshot.optimizer is None:
         raise Unmeasurable("the snapshot has no optimizer: pass optimizer=... to the Snapshot")
-    if why := snapshot.unsupported or snapshot.run.invalidated:
+    if why := snapshot.run.unsupported or snapshot.mismatch or snapshot.run.invalidated:
         raise Unmeasurable(why)
     return snapshot.optimizer
 

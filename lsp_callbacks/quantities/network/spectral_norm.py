@@ -131,7 +131,7 @@ class SpectralNorm(Quantity):
         else:  # all are needed to gather a layer
             with ranks.checked():
                 numbers = measure()
-            norms, residual, rows = ranks.first(lambda: numbers, self.name)
+            norms, residual, rows = ranks.of_first(numbers, self.name)
         self._layer_norms, self._row_norms, self._starts = norms, rows, starts
         if not norms:
             self.finish({})

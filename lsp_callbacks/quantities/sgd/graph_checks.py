@@ -26,6 +26,10 @@ class ChecksGraphs(Quantity):
         """Whether the next measurement is one of those that are checked."""
         return self._checks(self._update_count + 1)
 
+    @property
+    def needs_replay(self) -> bool:
+        return self._known is None or self._checks_next
+
     def _checks(self, reading: int) -> bool:
         return self._checked is None or reading >= self._next_check
 

@@ -145,18 +145,10 @@ class MeanSquareStability(OfShards):
     def _rows(self, module: nn.Module, generator: torch.Generator, *, checks: bool) -> GraphRows:
         """Return what reads the rows of the coming measurement from a graph."""
         return GraphRows(
-            module,
-            generator,
-            partial(row_count, wanted=self.rows),
-            self._passes,
-            known=None if checks else self._known,
-            renews=not checks and self._factors.is_due(self._update_count + 1),
+            module, generator, partial(row_count, wanted=self.rows), self._passes,
+            known=None if checks else self._known, renews=not checks and self._factors.is_due(self._update_count + 1),
             recent=self._recent,
-        )
-
-    @property
-    def needs_replay(self) -> bool:
-        return self._known is None or self._checks_next
+        )  # fmt: skip
 
     def check(self, snapshot: Snapshot) -> None:
         critical_rule(snapshot)
@@ -203,7 +195,7 @@ class MeanSquareStability(OfShards):
         """Measure one step; do nothing while its probes, where it has only those, are being collected."""
         self.complete = False
         try:
-            if self.reads_shards(snapshot):
+            if snapshot.held is not None and self.reads_shards(snapshot):
                 if self._measure_shards(snapshot):
                     return
                 snapshot = snapshot.whole
@@ -232,7 +224,7 @@ class MeanSquareStability(OfShards):
             except Exception:  # whatever the rules of layers raise: the samples are looked at
                 rows = None
         reads = rows is not None and not checks and self._known is not None
-        if snapshot.run.ranks.any(lambda: not reads, "the rows of the step's own graph"):
+        if snapshot.run.ranks.any_true(not reads, "the rows of the step's own graph"):
             if self._known is not None and not checks:
                 self._is_changed()
                 if self._checked is not None and self._checked.traces.keys() != snapshot.parameters.keys():
@@ -303,7 +295,7 @@ class MeanSquareStability(OfShards):
             "mean_square_rows": float(len(sgd.kernel.gram)),
         }
         # Each rank has looked at samples of its own.
-        numbers, is_alike = snapshot.run.ranks.first(lambda: (numbers, bool(sgd.kernel.alike)), self.name)
+        numbers, is_alike = snapshot.run.ranks.of_first((numbers, bool(sgd.kernel.alike)), self.name)
         numbers["collapsed"], self.alike, self.alike_since = collapse(
             self.alike, self.alike_since, step=snapshot.step, is_alike=is_alike
         )
@@ -379,7 +371,9 @@ class MeanSquareStability(OfShards):
     def compute(self) -> dict[str, Tensor]:
         """Return the last measurement, without an infinite rate, where nothing can become unstable."""
         values = super().compute()
-        return {key: value for key, value in values.items() if "courant" in key or not bool(value.isinf())}
+        if bool(values["stability/mean_square_lr"].isinf()):
+            del values["stability/mean_square_lr"]
+        return values
 
     def vectors(self) -> dict[str, Tensor]:
         return {} if self._mode is None else {"mode": self._mode}

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from lsp_callbacks.callbacks.critical_rate import CriticalRate, RateCap, critical_rate
+from lsp_callbacks.callbacks.lr_forecast import CriticalRate, critical_rate
+from lsp_callbacks.callbacks.rate_cap import RateCap
 from lsp_callbacks.callbacks.rates_of_update import RatesOfUpdate
 
 
