@@ -171,7 +171,7 @@ class MeanSquareStability(OfShards):
         if self.reads_shards(snapshot):
             return None
         samples = step_samples(snapshot, self._most).samples
-        fewer = max(LEAST, int(samples * gradients / max(sum(self.cost(snapshot).values()), 1e-9)))
+        fewer = max(LEAST, int(samples * (gradients / max(sum(self.cost(snapshot).values()), 1e-9))))
         if fewer >= samples:
             return None
         self._most = fewer
@@ -193,7 +193,7 @@ class MeanSquareStability(OfShards):
 
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step; do nothing while its probes, where it has only those, are being collected."""
-        self.complete = False
+        vars(self)["complete"] = False
         try:
             if snapshot.held is not None and self.reads_shards(snapshot):
                 if self._measure_shards(snapshot):
@@ -296,11 +296,13 @@ class MeanSquareStability(OfShards):
         }
         # Each rank has looked at samples of its own.
         numbers, is_alike = snapshot.run.ranks.of_first((numbers, bool(sgd.kernel.alike)), self.name)
-        numbers["collapsed"], self.alike, self.alike_since = collapse(
+        numbers["collapsed"], alike, since = collapse(
             self.alike, self.alike_since, step=snapshot.step, is_alike=is_alike
         )
-        self.latest, self._mode = sgd, sgd.kernel.mode
-        self._checked = sgd.kernel if checks else self._checked
+        # As setattr does, after a dozen questions for each.
+        vars(self).update(alike=alike, alike_since=since, latest=sgd, _mode=sgd.kernel.mode)
+        if checks:
+            self._checked = sgd.kernel
         self.finish(numbers)
 
     def _rows_of_graph(self, snapshot: Snapshot) -> GraphRows | None:
