@@ -25,7 +25,7 @@ class StatisticsFactors:
     """By what factor each parameter's share of K is to be multiplied, from the last combinations of rows.
 
     With statistics held fixed the rows move all outputs of a batch alike, which the next normalisation undoes: the
-    share of a scale or a shift is then several times too large. A combination of the rows with random signs c, taken back
+    share of a scale or a shift is then several times too large. Rows combined with random signs c, taken back
     through the statistics, has ``||D^(1/2) J^T c||^2``, whose mean over c is the share's true trace, beside
     ``c^T K c`` of the held one. The ratio of their means is exactly 1 where no statistics come after the parameter.
     ``benchmarks/batch_statistics.py`` compares with rows that are taken back one by one.
