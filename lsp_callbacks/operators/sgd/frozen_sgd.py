@@ -184,8 +184,10 @@ def frozen_sgd(
             renews=renews, given=chosen,
         )  # fmt: skip
 
+    names = [*kernel.traces]
+
     def mean(decay: Mapping[str, float | Tensor]) -> float:
-        values = [float(decay[name]) for name in kernel.traces]
+        values = [float(decay[name]) for name in names]
         if min(values) == max(values):
             return values[0]
         trace = sum(kernel.traces.values())
