@@ -199,6 +199,31 @@ def buffers(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, as ``named_parameters`` names and orders them, in one call."""
+    trained: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    stack: list[tuple[str, Any]] = [("", module)]
+    while stack:
+        prefix, each = stack.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        inside = vars(each)
+        if PARAMETERS not in inside or type(module).named_parameters is not nn.Module.named_parameters:
+            return {
+                name: p for name, p in module.named_parameters() if p.requires_grad
+            }  # a script keeps them elsewhere
+        for name, p in inside[PARAMETERS].items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                if p.requires_grad:
+                    trained[prefix + name] = p
+        for name, child in reversed(inside[MODULES].items()):
+            stack.append((f"{prefix}{name}.", child))
+    return trained
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Return whether ``torch.compile`` was applied to a module or one inside it, to its call, or to its methods."""
     # Missing attributes of modules are looked up slowly, by an error. The third is that of Lightning's modules.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import call, calls_users_code, is_identity, metadata
@@ -55,11 +54,10 @@ def require_plain(nodes: Iterable[Any]) -> None:
             raise UnknownGraph(f"{node.name()} runs code of the user's")
 
 
-@torch.no_grad()
 def pull(
     nodes: list[Any], cotangents: dict[Any, Tensor], rule: Rule | None, reshape: Reshape
 ) -> dict[Any, dict[int, Tensor]]:
-    """Take cotangents back through a graph, by calling its nodes in their order.
+    """Take cotangents back through a graph, by calling its nodes in their order; called where no graph is recorded.
 
     Not by the engine of autograd, which would call the hooks of tensors and nodes, among them those of the user's that
     count how often they are called. Whatever the graph holds stays there for training's own backward pass.

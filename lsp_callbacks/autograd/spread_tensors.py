@@ -59,6 +59,9 @@ def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor | None]:
     """Return this process's part of each parameter's gradient; may communicate, where that is not summed yet."""
+    parameters, kind = [*parameters], _kind()
+    if kind is None or not any([isinstance(p, kind) for p in parameters]):
+        return [None if (g := p.grad) is None else g.detach() for p in parameters]
     parts: list[Tensor | None] = []
     for p in parameters:
         gradient: Any = p.grad

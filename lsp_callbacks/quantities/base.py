@@ -145,13 +145,13 @@ class Quantity(Metric):
             unknown = ", ".join(sorted(given.keys() - {*keys}))
             raise KeyError(f"{type(self).__name__}.KEYS does not state {unknown}")
         numbers = torch.tensor([given.get(key, math.nan) for key in keys], dtype=torch.float64)
-        vars(self).update(zip(keys, numbers.unbind()))  # as setattr does, after a dozen questions for each
-        self.complete = True
+        # As setattr does, after a dozen questions for each.
+        vars(self).update(zip(keys, numbers.unbind()), complete=True)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the last measurement, NaN before one; optional numbers that are not defined are left out."""
         values = {key: getattr(self, key) for key in (*self.keys, *self.optional)}
-        return {key: value for key, value in values.items() if key in self.keys or not bool(value.isnan())}
+        return {key: value for key, value in values.items() if key in self.keys or not math.isnan(value)}
 
     def numbers(self) -> dict[str, float]:
         """Return `compute` as floats, of this rank, and without the cache that torchmetrics keeps of it."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd._torch_internals import is_compiled
+from lsp_callbacks.autograd._torch_internals import is_compiled, trained_parameters
 from lsp_callbacks.autograd.graph import Graph, joined, read
 from lsp_callbacks.autograd.spread_tensors import local_gradients
 from lsp_callbacks.errors import Unmeasurable
@@ -173,13 +173,13 @@ class PendingStep:
         held = self._held()
         module = self.module if failure or self.module_copy is None else self.module_copy.module
         replay = self._replay(self.parts, failure, held)
-        named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        trained = trained_parameters(self.module)
         # Compiled code rounds in other places than the step. Copies are not compiled.
         tolerance = max(self.tolerance, 1e-4 if self.can_replay and is_compiled(self.module) else 0.0)
         # Properties of the graph that the step has differentiated, if a replay to the last bit can be compared with it.
         is_seen = tolerance == 0 and self.run.ranks.world == 1 and 0 < len(self._graphs) == len(self.parts)
         own_graph = None if not is_seen else self._graphs[0] if len(self._graphs) == 1 else joined(self._graphs)
-        gradient = dict(zip(named, local_gradients(named.values())))
+        gradient = dict(zip(trained, local_gradients(trained.values())))
         if gradient_scale is not None:
             gradient = {name: g if g is None else g / gradient_scale for name, g in gradient.items()}
         snapshot = Snapshot(
@@ -198,6 +198,8 @@ class PendingStep:
             own_calls=None if self.own_calls is None else self.own_calls.taken(),
             **settings,
         )
+        if module is self.module and held is None and snapshot.player is None:
+            vars(snapshot)["parameters"] = trained
         if self.sub_batch is None:
             return snapshot
         count = self.sub_batch

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from lsp_callbacks.autograd._torch_internals import trained_parameters
 from lsp_callbacks.step.criterion import Evaluation
 
 
@@ -48,7 +49,7 @@ class ProbeSet:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters, each once, by name."""
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        return trained_parameters(self.module)
 
     @property
     def trained(self) -> ProbeSet:

@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd._torch_internals import is_compiled
+from lsp_callbacks.autograd._torch_internals import is_compiled, trained_parameters
 from lsp_callbacks.autograd.graph import Graph
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.flat import flatten
@@ -109,8 +109,10 @@ class Snapshot:
         """The trainable parameters, each once, by name; in a game the player's own, or those of all, see `Player`."""
         if self.held is not None:
             return {**self.held}
-        held = (lambda p: True) if self.player is None else self.player.holds
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad and held(p)}
+        trained = trained_parameters(self.module)
+        if self.player is None:
+            return trained
+        return {name: p for name, p in trained.items() if self.player.holds(p)}
 
     @cached_property
     def layout(self) -> list[tuple[str, torch.Size]]:

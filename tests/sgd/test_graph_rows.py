@@ -169,7 +169,7 @@ def test_gradients_of_the_samples_that_have_rows_are_taken_back_alone(name, monk
     kind, alone, together = read_twice(net, x, y)
     assert kind.by_rows and len(alone) == 4 and torch.allclose(alone, together, rtol=1e-9)
     last = "TanhBackward0" if name == "mlp" else "SigmoidBackward0"
-    monkeypatch.setitem(graph_row_rules.ROW_RULES, last, lambda node, g, taken: (g,))
+    monkeypatch.setitem(graph_row_rules.ROW_RULES, last, lambda node, g, pick: (g,))
     assert not read_twice(net, x, y)[0].by_rows  # a rule that is wrong, or that is not there
     monkeypatch.delitem(graph_row_rules.ROW_RULES, last)
     assert not read_twice(net, x, y)[0].by_rows

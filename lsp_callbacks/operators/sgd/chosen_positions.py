@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,11 +38,16 @@ def positions_of(
         counts: whether the loss counts a position, ``(N, T)``: padding and ignored labels come last. None is all.
     """
     if shape[1] == 1:
-        return torch.zeros(shape, dtype=torch.long)
+        return _first(shape[0])
     order = torch.rand(shape, generator=generator)
     if counts is not None:
         order += counts.logical_not().to(order)
     return order.argsort(1)[:, :count].sort(1).values
+
+
+@lru_cache(maxsize=4)
+def _first(samples: int) -> Tensor:
+    return torch.zeros(samples, 1, dtype=torch.long)
 
 
 def stands_for(counted: Tensor | None, length: int, looked: int) -> Tensor | float:

@@ -184,9 +184,11 @@ def frozen_sgd(
 
     def mean(decay: Mapping[str, float | Tensor]) -> float:
         values = [float(decay[name]) for name in kernel.traces]
+        if min(values) == max(values):
+            return values[0]
         trace = sum(kernel.traces.values())
-        if not trace or min(values) == max(values):
-            return values[0] if trace else 0.0
+        if not trace:
+            return 0.0
         return sum(value * share for value, share in zip(values, kernel.traces.values())) / trace
 
     double = all(p.dtype == torch.float64 for p in snapshot.parameters.values())

@@ -61,7 +61,7 @@ class TangentKernel:
     gram: Tensor
     rows: int
     path: dict[str, str]
-    traces: dict[str, float]
+    traces: Mapping[str, float]
     defect: float = 0.0
     loss: float = math.nan
     stated: str = ""

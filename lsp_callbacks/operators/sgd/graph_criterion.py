@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from lsp_callbacks.autograd._torch_internals import saved
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, pull, summed
 from lsp_callbacks.functional.sgd.low_rank_noise import Array
 from lsp_callbacks.operators.sgd.parameter_gram import wide
-from lsp_callbacks.operators.sgd.softmax_pairs import softmax_pairs
+from lsp_callbacks.operators.sgd.softmax_pairs import SQUARED, pairs_of_few, softmax_pairs
 
 #: How many samples the others are compared with: where nine of ten are the same, one of three is among them.
 FEW, MOST = 3, 0.9
@@ -27,6 +27,23 @@ _LINEAR = {
 }  # fmt: skip
 _BILINEAR = {"MulBackward0", "DivBackward0", "MulBackward1", "DivBackward1"}
 _LOG_SOFTMAX, _SQUARE, _LOGISTIC = "LogSoftmaxBackward0", "MseLossBackward0", "BinaryCrossEntropyWithLogitsBackward0"
+
+
+class OutputsAt(NamedTuple):
+    """Outputs at k positions of each of N samples.
+
+    Attributes:
+        p: the probabilities, ``(N, k, C)``; None where there are none.
+        weights: w, see `GraphCriterion`, ``(N, k)``.
+        sizes: the top eigenvalue of the Hessian, up to a factor 2, summed over the positions, ``(N,)``. That of
+            ``diag(p) - p p^T`` lies between its largest diagonal entry and, by Gershgorin's discs, twice that.
+        alike: whether nine of ten samples may have the same outputs, to rounding.
+    """
+
+    p: Array | None
+    weights: Array
+    sizes: Array
+    alike: bool
 
 
 @dataclass(frozen=True)
@@ -56,27 +73,31 @@ class GraphCriterion:
         return None if bool(counts.all()) else counts.cpu()
 
     @np.errstate(all="ignore")  # what is not finite is seen in the result
-    def sizes(self, positions: Tensor) -> tuple[Array, bool]:
-        """Return the top eigenvalue of the Hessian, up to a factor 2, summed over some positions of each sample.
+    def at(self, positions: Tensor) -> OutputsAt:
+        """Return what is looked at, at some positions of each sample, ``(N, k)``.
 
-        That of ``diag(p) - p p^T`` lies between its largest diagonal entry and, by Gershgorin's discs, twice that. By
-        numpy: of few outputs the time of a call counts.
-
-        Returns:
-            The sizes, ``(N,)``, and whether nine of ten samples may have the same outputs, to rounding.
+        By numpy: of few outputs the time of a call counts.
         """
-        at, weights = self._at(self.outputs, positions), self._at(self.weights, positions)
-        outputs, sizes = wide(at).cpu().numpy(), wide(weights).cpu().numpy()
-        if self.is_softmax:  # 1 - p has no digits where p is near 1
-            sizes = sizes * -(np.exp(outputs) * np.expm1(outputs)).min(-1)
-        return sizes.sum(1), _is_alike(outputs.reshape(len(outputs), -1), 8 * torch.finfo(self.outputs.dtype).eps)
-
-    def pairs(self, positions: Tensor, taken: Tensor) -> Tensor:
-        """Return ``sqrt(s) u`` of the top eigenpair of the Hessian, ``(n, k, C)``, at ``(n, k)`` of some samples."""
-        weights = self._at(self.weights[taken], positions)
+        at, of_loss = self._at(self.outputs, positions), self._at(self.weights, positions)
+        outputs, weights = wide(at).cpu().numpy(), wide(of_loss).cpu().numpy()
+        alike = _is_alike(outputs.reshape(len(outputs), -1), 8 * torch.finfo(self.outputs.dtype).eps)
         if not self.is_softmax:
-            return weights.sqrt()[..., None]
-        return softmax_pairs(self._at(self.outputs[taken], positions).exp(), weights)
+            return OutputsAt(None, weights, weights.sum(1), alike)
+        p = np.exp(outputs)  # 1 - p has no digits where p is near 1
+        return OutputsAt(p, weights, -(weights * (p * np.expm1(outputs)).min(-1)).sum(1), alike)
+
+    def pairs(self, outputs: OutputsAt, taken: Array, stands: Array) -> Tensor:
+        """Return ``sqrt(s) u`` of the top eigenpair of the Hessian of some samples, ``(n, k, C)``, times a factor."""
+        here, factor = self.outputs, stands[:, None, None]
+        if outputs.p is None:
+            pairs = outputs.weights[taken][..., None] ** 0.5
+        elif outputs.p.shape[-1] <= SQUARED:
+            pairs = pairs_of_few(outputs.p[taken], outputs.weights[taken])
+        else:
+            p, weights = (torch.from_numpy(t[taken]).to(here.device) for t in (outputs.p, outputs.weights))
+            return softmax_pairs(p, weights) * torch.from_numpy(factor).to(p)
+        scaled = torch.from_numpy(pairs * factor.astype(pairs.dtype))
+        return scaled if here.is_cpu else scaled.to(here.device)
 
     @staticmethod
     def _at(t: Tensor, positions: Tensor) -> Tensor:
@@ -98,10 +119,19 @@ class GraphCriterion:
 
 def _is_alike(outputs: Array, rounding: float) -> bool:
     """Return whether nine of ten samples may have the same outputs, to rounding."""
-    first, largest = outputs[:, 0], np.abs(outputs).max(1)
-    close = np.abs(first[:FEW, None] - first) <= rounding * largest.max()
-    if not (close.sum(1) >= MOST * len(outputs)).any():  # nearly always the first output tells them apart
+    first, most = outputs[:, 0].tolist(), rounding * float(max(outputs.max(), -outputs.min()))
+
+    def tells_apart(value: float) -> bool:
+        allowed = (1 - MOST) * len(first)
+        for other in first:
+            allowed -= not abs(other - value) <= most
+            if allowed < 0:
+                return True
         return False
+
+    if all(map(tells_apart, first[:FEW])):  # nearly always the first outputs of a dozen samples do
+        return False
+    largest = np.abs(outputs).max(1)
     same = np.abs(outputs[:FEW, None] - outputs).max(-1) <= rounding * largest
     return bool((same.sum(1) >= MOST * len(outputs)).any())
 
@@ -132,17 +162,18 @@ def read_criterion(nodes: list[Any], kinds: Sequence[str], samples: int, factor:
             raise UnknownGraph(f"the loss is not the value of one criterion: {kind}")
         if kind.startswith("NllLoss") and saved(above, "weight") is not None:
             raise UnknownGraph("classes have weights")
-    one = saved(node, "result" if kinds[place] == _LOG_SOFTMAX else "self").new_ones(())
-    slope = pull(nodes[:place], {nodes[0]: one}, None, summed)[node][0] * (samples / factor)
-    if kinds[place] == _LOG_SOFTMAX:
-        result = saved(node, "result")
+    is_softmax = kinds[place] == _LOG_SOFTMAX
+    result = saved(node, "result" if is_softmax else "self")
+    seed = result.new_full((), samples / factor)
+    slope = pull(nodes[:place], {nodes[0]: seed}, None, summed)[node][0]
+    if is_softmax:
         axis = _axis(saved(node, "dim"), result.ndim)
-        moved, t = result.movedim(axis, -1), -slope.sum(axis)
+        moved, t = result if axis == result.ndim - 1 else result.movedim(axis, -1), -slope.sum(axis)
         if result.ndim < 2 or len(result) % samples:
             raise UnknownGraph(f"outputs of shape {tuple(result.shape)} cannot be divided among {samples} samples")
         outputs = moved.reshape(samples, -1, result.shape[axis])
         return GraphCriterion(node, outputs, t.reshape(samples, -1), True, result.shape, axis)
-    f = saved(node, "self")
+    f = result
     if f.numel() != samples:
         raise UnknownGraph("several outputs have no eigenvector of their own")
     reduction = saved(node, "reduction")

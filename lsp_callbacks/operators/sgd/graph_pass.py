@@ -111,13 +111,7 @@ class GraphPass:
 
     def run(self, values: Tensor, position: Tensor) -> None:
         """Take one row of some samples back, ``(n, C)`` at ``(n,)``. Cost: at most a third of a gradient."""
-        child, k = self.criterion.node.next_functions[0]
-        taken = self.samples.taken
-        if k:
-            raise UnknownGraph("the outputs are one of several results")
-        if self.samples.by_rows:
-            self._run_rows(child, values.view(len(values), *self.criterion.shape[1:]))
-            return
+        child, taken = self._outputs, self.samples.taken
         head = self._linear_head(child)
         if head is None:
             start = {child: self.criterion.cotangent(values, position, taken)}
@@ -131,9 +125,16 @@ class GraphPass:
             start = {node.next_functions[-2][0]: whole.view(metadata(node.next_functions[-2][0])[0].shape)}
         pull(self.nodes, start, self._rule, self._reshape)
 
-    def _run_rows(self, child: Any, g: Tensor) -> None:
+    @property
+    def _outputs(self) -> Any:
+        child, k = self.criterion.node.next_functions[0]
+        if k:
+            raise UnknownGraph("the outputs are one of several results")
+        return child
+
+    def run_rows(self, values: Tensor) -> None:
         """Take rows back with the gradients of the samples that have rows alone: those of the others are zero."""
-        waiting = {child: g}
+        waiting = {self._outputs: values.view(len(values), *self.criterion.shape[1:])}
         for node in self.nodes:
             if node not in waiting:
                 continue
@@ -144,7 +145,7 @@ class GraphPass:
                     raise UnknownGraph("several tensors are handed on together")
             else:
                 ruled = self._rule(node, [g])
-                inputs = row_inputs(node, g, self.samples.taken) if ruled is None else ruled
+                inputs = row_inputs(node, g, self.samples.pick) if ruled is None else ruled
             for (child, _), back in zip(node.next_functions, inputs):
                 if child is not None and back is not None:
                     waiting[child] = waiting[child] + back if child in waiting else back
@@ -279,7 +280,8 @@ class GraphPass:
             for name, use in named_uses(both, head.names[-1], head.names[0] if len(head.names) == 3 else None).items():
                 uses.setdefault(name, []).append(use)
         for site in self.sites.values():
-            stacked = torch.stack(site.gradients, dim=1)
+            first, *others = site.gradients
+            stacked = torch.stack(site.gradients, dim=1) if others else first[:, None]
             site.gradients = []
             if passes > 1 and stacked.shape[1] != passes:
                 raise UnknownGraph("a layer that some rows do not reach")

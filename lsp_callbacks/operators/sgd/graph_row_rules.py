@@ -13,14 +13,15 @@ from lsp_callbacks.autograd._torch_internals import metadata, saved
 from lsp_callbacks.autograd.graph_pull import UnknownGraph
 
 aten = torch.ops.aten
+Pick = Callable[[Tensor], Tensor]
 
 
-def _reshaped(node: Any, g: Tensor, taken: Tensor) -> tuple[Tensor]:
+def _reshaped(node: Any, g: Tensor, pick: Pick) -> tuple[Tensor]:
     child, k = node.next_functions[0]
     return (g.reshape(len(g), *metadata(child)[k].shape[1:]),)
 
 
-def _mean(node: Any, g: Tensor, taken: Tensor) -> tuple[Tensor]:
+def _mean(node: Any, g: Tensor, pick: Pick) -> tuple[Tensor]:
     child, k = node.next_functions[0]
     shape = metadata(child)[k].shape[1:]
     if not saved(node, "keepdim"):
@@ -31,33 +32,33 @@ def _mean(node: Any, g: Tensor, taken: Tensor) -> tuple[Tensor]:
     return ((g / count).expand(len(g), *shape),)
 
 
-def _max_pool(node: Any, g: Tensor, taken: Tensor) -> tuple[Tensor]:
+def _max_pool(node: Any, g: Tensor, pick: Pick) -> tuple[Tensor]:
     how = [saved(node, name) for name in ("kernel_size", "stride", "padding", "dilation", "ceil_mode")]
-    x, places = saved(node, "self")[taken], saved(node, "result1")[taken]
+    x, places = pick(saved(node, "self")), pick(saved(node, "result1"))
     return (aten.max_pool2d_with_indices_backward(g, x, *how, places),)
 
 
-#: By the name of a node: from it, the gradients at its output, ``(n, ...)``, and the indices of those samples among the
-#: N of the batch, which come first in what it has saved, to the gradients at its inputs.
-ROW_RULES: dict[str, Callable[[Any, Tensor, Tensor], tuple[Tensor, ...]]] = {
-    "ReluBackward0": lambda node, g, taken: (aten.threshold_backward(g, saved(node, "result")[taken], 0),),
-    "TanhBackward0": lambda node, g, taken: (aten.tanh_backward(g, saved(node, "result")[taken]),),
-    "SigmoidBackward0": lambda node, g, taken: (aten.sigmoid_backward(g, saved(node, "result")[taken]),),
-    "SiluBackward0": lambda node, g, taken: (aten.silu_backward(g, saved(node, "self")[taken]),),
-    "GeluBackward0": lambda node, g, taken: (
-        aten.gelu_backward(g, saved(node, "self")[taken], approximate=saved(node, "approximate")),
+#: By the name of a node: from it, the gradients at its output, ``(n, ...)``, and what picks those samples from the N of
+#: the batch, which come first in what it has saved, to the gradients at its inputs.
+ROW_RULES: dict[str, Callable[[Any, Tensor, Pick], tuple[Tensor, ...]]] = {
+    "ReluBackward0": lambda node, g, pick: (aten.threshold_backward(g, pick(saved(node, "result")), 0),),
+    "TanhBackward0": lambda node, g, pick: (aten.tanh_backward(g, pick(saved(node, "result"))),),
+    "SigmoidBackward0": lambda node, g, pick: (aten.sigmoid_backward(g, pick(saved(node, "result"))),),
+    "SiluBackward0": lambda node, g, pick: (aten.silu_backward(g, pick(saved(node, "self"))),),
+    "GeluBackward0": lambda node, g, pick: (
+        aten.gelu_backward(g, pick(saved(node, "self")), approximate=saved(node, "approximate")),
     ),
-    "AddBackward0": lambda node, g, taken: (g, g if saved(node, "alpha") == 1 else g * saved(node, "alpha")),
+    "AddBackward0": lambda node, g, pick: (g, g if saved(node, "alpha") == 1 else g * saved(node, "alpha")),
     "MaxPool2DWithIndicesBackward0": _max_pool,
     "MeanBackward1": _mean,
     "ViewBackward0": _reshaped,
     "UnsafeViewBackward0": _reshaped,
-    "CloneBackward0": lambda node, g, taken: (g,),
+    "CloneBackward0": lambda node, g, pick: (g,),
 }
 
 
-def row_inputs(node: Any, g: Tensor, taken: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients at the inputs of a node for some samples.
+def row_inputs(node: Any, g: Tensor, pick: Pick) -> tuple[Tensor, ...]:
+    """Return the gradients at the inputs of a node for some samples, which ``pick`` takes from the batch.
 
     Raises:
         UnknownGraph: for a node without a rule.
@@ -65,4 +66,4 @@ def row_inputs(node: Any, g: Tensor, taken: Tensor) -> tuple[Tensor, ...]:
     rule = ROW_RULES.get(node.name())
     if rule is None:
         raise UnknownGraph(f"no rule for some samples of {node.name()}")
-    return rule(node, g, taken)
+    return rule(node, g, pick)

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd._torch_internals import saved
+from lsp_callbacks.autograd._torch_internals import saved, trained_parameters
 from lsp_callbacks.autograd.gathered_weights import GatheredWeights
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, outputs_first, require_plain
@@ -21,9 +22,10 @@ from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion, read_cri
 from lsp_callbacks.operators.sgd.graph_kind import GraphKind
 from lsp_callbacks.operators.sgd.graph_pass import GraphPass
 from lsp_callbacks.operators.sgd.graph_sites import Samples
-from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, wide
+from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, Squares, wide
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows, RowSketch
-from lsp_callbacks.operators.sgd.step_samples import sampled_rows
+from lsp_callbacks.operators.sgd.step_samples import random_fraction, sampled_rows
+from lsp_callbacks.operators.sgd.traces import Traces
 from lsp_callbacks.step.graph_reader import GraphReader
 
 #: From the name of a parameter to what `Part.of` makes its gradients from, for each micro-batch.
@@ -73,7 +75,7 @@ class GraphRows(GraphReader):
         scale: Mapping[str, Tensor | float] | None = None,
         recent: RecentRows | None = None,
     ):
-        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._parameters = trained_parameters(module)
         self._module, self._generator, self._rows, self._positions = module, generator, rows, positions
         self.kind, self._scale, self.dtype = known, scale, torch.float32
         self.failure: Exception | None = None
@@ -88,7 +90,7 @@ class GraphRows(GraphReader):
         self.is_sketched = False
         self._correction: float | None = None
         self.plain: dict[str, Tensor] = {}
-        self._behind: tuple[Mapping[str, Tensor | float], tuple[Tensor, dict[str, float]]] | None = None
+        self._behind: tuple[Mapping[str, Tensor | float], tuple[Tensor, Mapping[str, float]]] | None = None
 
     def saw_loss(self, loss: Tensor, *, samples: int | None, factor: float, micro_batches: int) -> None:
         if self.failure is not None:
@@ -169,7 +171,7 @@ class GraphRows(GraphReader):
         weights = c.to(pairs).view(pairs.shape[:2])
         self._pushed = c, graph.gradients(pairs * weights[..., None], chosen.positions[chosen.taken])
 
-    def _gram_so_far(self, scale: Mapping[str, Tensor | float]) -> tuple[Tensor, dict[str, float]]:
+    def _gram_so_far(self, scale: Mapping[str, Tensor | float]) -> tuple[Tensor, Mapping[str, float]]:
         """Return K, and the traces of the parameters' shares in it; what they are made from stays."""
         shares = {}
         for name in self._parts[0]:
@@ -178,11 +180,15 @@ class GraphRows(GraphReader):
         self._behind = scale, self._summed(shares)
         return self._behind[1]
 
-    def _summed(self, shares: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    def _summed(self, shares: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, float]]:
         """Return the sum of the parameters' shares, and their traces."""
-        every = torch.stack([*shares.values()])
-        total, traces = every.sum(0, dtype=torch.float64), every.diagonal(dim1=1, dim2=2).sum(1).tolist()
-        return (total + total.T).mul_(0.5).cpu(), dict.fromkeys(self._parameters, 0.0) | dict(zip(shares, traces))
+        if all([share.is_cpu for share in shares.values()]):  # few calls of numpy, and not of torch
+            total = np.zeros(next(iter(shares.values())).shape)
+            for share in shares.values():
+                total += share.numpy()
+        else:
+            total = torch.stack([*shares.values()]).sum(0, dtype=torch.float64).cpu().numpy()
+        return torch.from_numpy((total + total.T) * 0.5), Traces(self._parameters, shares)
 
     def _choose(self, criterion: GraphCriterion, total: int) -> tuple[Chosen, Tensor]:
         """Return what to look at, and the cotangents there, ``(n, k, C)`` of the samples that have rows."""
@@ -197,25 +203,24 @@ class GraphRows(GraphReader):
             self.recent = None
         self._length = length
         self._per_sample = positions.shape[1]
-        sizes, is_alike = criterion.sizes(positions)
-        self.alike |= is_alike
-        sizes = sizes if isinstance(stands, float) else sizes * stands.numpy()
+        outputs = criterion.at(positions)
+        self.alike |= outputs.alike
+        sizes = outputs.sizes if isinstance(stands, float) else outputs.sizes * stands.numpy()
         least, largest = float(sizes.min()), float(sizes.max())
         if not least >= -1e-4 * largest:
             raise UnknownGraph("the outputs are not finite, or the criterion is not convex in them")
         most = min(round(self._rows(total) * n / total), n)
-        offset = float(torch.rand((), generator=self._generator, dtype=torch.float64)) if most < n else 0.0
-        taken, chance = sampled_rows(sizes, most, offset)
-        pairs = criterion.pairs(positions[taken], taken.to(device))
-        factor = ((stands if isinstance(stands, float) else stands[taken]) / chance).sqrt()
-        return Chosen(positions, taken, chance, counted), pairs * factor.to(pairs)[:, None, None]
+        taken, chance = sampled_rows(sizes, most, random_fraction(self._generator.initial_seed() + len(self.chosen)))
+        places = taken.numpy()
+        factor = ((stands if isinstance(stands, float) else stands.numpy()[places]) / chance.numpy()) ** 0.5
+        pairs = criterion.pairs(outputs, places, factor)
+        return Chosen(positions, taken, chance, counted), pairs
 
     def release(self) -> None:
         """Let go of all that the rows are made from."""
         self._parts.clear()
         self._pushed = None
 
-    @torch.no_grad()
     def form(self, scale: Mapping[str, Tensor | float], *, plain: bool = False) -> None:
         """Form the Gram matrix behind the diagonal of D, by parameter name, and let go of what it is made from.
 
@@ -231,7 +236,8 @@ class GraphRows(GraphReader):
         if self._behind is None or not all(_is_same(scale[name], self._behind[0][name]) for name in self._parameters):
             if plain:
                 self.plain = self.plain_shares()
-            self._form(scale)
+            with torch.no_grad():
+                self._form(scale)
         else:
             self.gram, self.traces = self._behind[1]
         if self._pushed is not None:
@@ -242,12 +248,13 @@ class GraphRows(GraphReader):
 
     def _form(self, scale: Mapping[str, Tensor | float]) -> None:
         shares: dict[str, Tensor] = {}
+        squares: Squares = {}
         sketch: RowSketch | None = None
         begin = 0
         for name in [*self._parts[0]]:
             p, gram = self._parameters[name], ParameterGram.taken_from(self._parts, name)
             if self.recent is None and not self.is_sketched:
-                shares[name] = gram.gram(scale[name], HELD, p.numel())
+                shares[name] = gram.gram(scale[name], HELD, p.numel(), squares)
             else:
                 diagonal = torch.as_tensor(scale[name]).to(p.device, p.dtype)
                 sketch = sketch or RowSketch(gram.rows, wide(diagonal))
@@ -343,6 +350,8 @@ class GraphRows(GraphReader):
 
     def _joined(self) -> tuple[Tensor, Tensor]:
         """Indices of the samples that have rows, of all micro-batches, and by which chance they were taken."""
+        if len(self.chosen) == 1:
+            return self.chosen[0].taken, self.chosen[0].chance
         begins = [0]
         for chosen in self.chosen[:-1]:
             begins.append(begins[-1] + len(chosen.positions))
@@ -370,6 +379,9 @@ def _is_same(a: Tensor | float, b: Tensor | float) -> bool:
 def _passed(nodes: list[Any], criterion: GraphCriterion, samples: Samples, pairs: Tensor, chosen: Chosen) -> GraphPass:
     """Return the pass of all rows through a graph."""
     graph = GraphPass(nodes, criterion, samples)
+    if samples.by_rows:
+        graph.run_rows(pairs[:, 0])
+        return graph
     for values, position in zip(pairs.unbind(1), chosen.positions[chosen.taken].unbind(1)):
         graph.run(values, position)
     return graph

@@ -20,6 +20,7 @@ from lsp_callbacks.operators.sgd.layer_rules import (
     dense,
     layer_uses,
     linear_uses,
+    row_uses,
     table_use,
     uses_ahead_of_norm,
 )
@@ -52,6 +53,14 @@ class Samples:
     alone: int = 0
     by_rows: bool = False
     weights: GatheredWeights | None = None
+    _picked: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def pick(self, t: Tensor) -> Tensor:
+        """Return the samples that have rows of what the graph has saved, ``(n, ...)``; again the same tensor."""
+        key = t.data_ptr(), t.shape, t.stride(), t.dtype
+        if key not in self._picked:
+            self._picked[key] = t.index_select(0, self.taken)
+        return self._picked[key]
 
     @cached_property
     def layers(self) -> dict[int, nn.Module]:
@@ -154,6 +163,8 @@ class LinearSite(Site):
             )
             if uses is None or self.transposed or len(x) != samples.count:
                 raise UnknownGraph("a linear map ahead of a normalisation has several positions")
+        elif samples.by_rows and x.ndim == 2 and g.ndim == 4:
+            uses = row_uses(samples.pick(x), g[:, 0, 0], transposed=self.transposed)
         else:
             rows = samples.rows(x, self.axis)
             if rows.shape[1] == g.shape[2] == 1 and g.ndim == 4:

@@ -167,6 +167,23 @@ def at_positions(a: Tensor, g: Tensor, *, transposed: bool = False) -> Use:
     )  # fmt: skip
 
 
+def row_uses(a: Tensor, g: Tensor, *, transposed: bool = False) -> dict[str, Use]:
+    """Return how a linear map uses its weight and its bias, from one row of each sample, ``(n, i)`` and ``(n, o)``."""
+    order = "nro,nri->nrio" if transposed else "nro,nri->nroi"
+
+    def gradients(lo: int, hi: int) -> Tensor:
+        return torch.einsum(order, g[lo:hi, None], a[lo:hi, None]).flatten(2)
+
+    def entries(lo: int, hi: int) -> Tensor:
+        return _entries(order, a[:, None], g[:, None], transposed=transposed)(lo, hi)
+
+    width = (g if transposed else a).shape[-1]
+    return {
+        "weight": Use(gradients, 1, Outer(g, a, transposed), entries=entries, width=width),
+        "bias": dense(g[:, None]),
+    }
+
+
 def dense(values: Tensor) -> Use:
     """Return the use whose gradients, ``(N, R, ...)``, are held as they are."""
     flat = values.flatten(2)

@@ -14,6 +14,9 @@ from torch import Tensor
 from lsp_callbacks.operators.sgd.layer_rules import Outer, Table, Use, at_positions, dense
 from lsp_callbacks.operators.sgd.weighted_gram import weighted_gram
 
+#: Rows of outer products and their products, by their place in memory: weight and bias of a layer have the same.
+Squares = dict[Any, tuple[Tensor, Tensor]]
+_WIDE = (torch.float32, torch.float64)
 #: Numbers that are formed at once of gradients that can be divided.
 BLOCK = 2**20
 
@@ -98,28 +101,29 @@ class ParameterGram:
         """Return how the gradients are computed: "structured", "layer" or "rows"."""
         return max((use.path for part in self.parts for use in part.uses), key=len, default="structured")
 
-    def gram(self, scale: Tensor | float, memory: int, entries: int) -> Tensor:
+    def gram(self, scale: Tensor | float, memory: int, entries: int, squares: Squares | None = None) -> Tensor:
         """Return ``(N R, N R)``, sample by sample: the products of gradients behind the diagonal of D.
 
         Args:
             scale: the diagonal, a number or of the parameter's shape.
             memory: bound on the numbers held at once.
             entries: of the parameter.
+            squares: of other parameters; filled.
         """
         if isinstance(scale, Tensor) and scale.ndim:
-            return self._behind(wide(scale), memory, entries)
-        share = self._behind(None, memory, entries)
-        return share if scale == 1 else share.mul_(scale)
+            return self._behind(wide(scale), memory, entries, None)
+        share = self._behind(None, memory, entries, squares)
+        return share if scale == 1 else share * scale
 
-    def _behind(self, scale: Tensor | None, memory: int, entries: int) -> Tensor:
+    def _behind(self, scale: Tensor | None, memory: int, entries: int, squares: Squares | None) -> Tensor:
         alone = [part.uses[0] for part in self.parts if len(part.uses) == 1]
         if len(alone) == len(self.parts):
             outer = [use.outer for use in alone if use.outer is not None]
             if len(outer) == len(alone):
-                return _outer_gram(outer[0] if len(outer) == 1 else Outer.joined(outer), scale)
+                return _outer_gram(outer[0] if len(outer) == 1 else Outer.joined(outer), scale, squares)
             values = [use.values for use in alone if use.values is not None]
             if len(values) == len(alone):
-                return _held_gram(values[0] if len(values) == 1 else torch.cat(values), scale)
+                return _held_gram(values[0] if len(values) == 1 else torch.cat(values), scale, squares)
         if len(self.parts) == 1 and (split := _tied(self.parts[0].uses)) is not None:
             return _table_gram(*split, scale, memory)
         return self._dense(scale, memory, entries)
@@ -169,17 +173,27 @@ class ParameterGram:
         return square.tril() + square.tril(-1).T
 
 
-def _held_gram(values: Tensor, scale: Tensor | None) -> Tensor:
+def _held_gram(values: Tensor, scale: Tensor | None, squares: Squares | None) -> Tensor:
     rows = wide(values).flatten(0, 1)
-    rows = rows if scale is None else rows * scale.sqrt().reshape(-1)
+    if scale is not None:
+        rows = rows * scale.sqrt().reshape(-1)
+    elif squares and (known := squares.get(_place(rows))) is not None:
+        return known[1]
     return rows @ rows.T
 
 
-def _outer_gram(pair: Outer, scale: Tensor | None) -> Tensor:
+def _place(rows: Tensor) -> Any:
+    return rows.data_ptr(), rows.shape, rows.stride()
+
+
+def _outer_gram(pair: Outer, scale: Tensor | None, squares: Squares | None = None) -> Tensor:
     """Return ``sum_kl D_kl g_ik g_jk a_il a_jl``."""
     g, a = wide(pair.g), wide(pair.a)
     if scale is None:
-        return (g @ g.T).mul_(a @ a.T)
+        square = g @ g.T
+        if squares is not None:
+            squares[_place(g)] = g, square
+        return (a @ a.T).mul_(square)
     return weighted_gram(g, a, scale.T if pair.transposed else scale)
 
 
@@ -228,7 +242,7 @@ def _sent(t: Tensor | None) -> Tensor:
 
 def wide(t: Tensor) -> Tensor:
     """Return a tensor in at least float32: sums over many entries are never rounded to half precision."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t if t.dtype in _WIDE else t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _ranges(part: Part, memory: int, entries: int) -> Iterator[tuple[int, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +16,6 @@ from lsp_callbacks.operators.sgd.parameter_gram import wide
 SQUARED, SQUARINGS, POWER = 20, 5, 20
 #: The smallest number of float32 with all its digits.
 TINY = float(np.finfo(np.float32).tiny)
-Numbers = TypeVar("Numbers", Tensor, Array)
 
 
 def softmax_pairs(p: Tensor, weights: Tensor) -> Tensor:
@@ -36,37 +34,40 @@ def softmax_pairs(p: Tensor, weights: Tensor) -> Tensor:
     Cost: a dozen calls; ``10 C^3`` multiplications for up to 20 classes, ``100 C`` for more.
     """
     p = wide(p)
-    weights, start = weights.to(p)[..., None], _start(p.shape[-1])
+    weights = weights.to(p)
     if p.shape[-1] > SQUARED:
-        return _scaled(_by_products(p, start.to(p)), p, weights)
-    shares = p.cpu().numpy()
-    pairs = _scaled(_by_squares(shares, start.to(p.dtype).numpy()), shares, weights.cpu().numpy())
-    return torch.from_numpy(pairs).to(p.device)
+        return _scaled(_by_products(p, _start(p.shape[-1]).to(p)), p, weights[..., None])
+    return torch.from_numpy(pairs_of_few(p.cpu().numpy(), weights.cpu().numpy())).to(p.device)
 
 
-def _scaled(vector: Numbers, p: Numbers, weights: Numbers) -> Numbers:
+def pairs_of_few(p: Array, weights: Array) -> Array:
+    """Return the same for few classes: from ``A^32 v``, A over its largest diagonal entry, whose top is in [1, 2].
+
+    By numpy: of small matrices the time of a call counts.
+    """
+    matrix = p[..., None] * -p[..., None, :]
+    diagonal = matrix.reshape(*p.shape[:-1], -1)[..., :: p.shape[-1] + 1]
+    diagonal[...] = 0  # p (1 - p) from the others, as 1 - p has no digits where p is nearly 1
+    variances = -(matrix @ np.ones(p.shape[-1], p.dtype))
+    diagonal[...] = variances
+    largest = np.maximum(variances.max(-1), TINY)
+    matrix /= largest[..., None, None]
+    power = matrix
+    for _ in range(SQUARINGS):
+        power = power @ power
+    v = power @ _start(p.shape[-1]).numpy().astype(p.dtype)
+    top = weights * largest * (v * (matrix @ v[..., None])[..., 0]).sum(-1)
+    require_convex(float(top.min()), float(top.max()))
+    return v * (np.sqrt(np.maximum(top, 0)) / ((v * v).sum(-1) + TINY))[..., None]
+
+
+def _scaled(vector: Tensor, p: Tensor, weights: Tensor) -> Tensor:
     """Return the unit vectors u times the root of w times the variance of u under p."""
     u = vector / ((vector * vector).sum(-1)[..., None] ** 0.5 + TINY)
     beside = u - (p * u).sum(-1)[..., None]
     values = weights * (p * beside * beside).sum(-1)[..., None]
-    require_convex(float(values.min()), float(abs(values).max()))
+    require_convex(float(values.min()), float(values.max()))
     return u * values.clip(0) ** 0.5
-
-
-def _by_squares(p: Array, start: Array) -> Array:
-    """Return ``A^32 v``, A over its largest diagonal entry: its top eigenvalue is then between 1 and 2.
-
-    By numpy: of small matrices the time of a call counts.
-    """
-    power = p[..., None] * -p[..., None, :]
-    places = np.arange(power.shape[-1])
-    power[..., places, places] = 0  # p (1 - p) from the others, as 1 - p has no digits where p is nearly 1
-    diagonal = -power.sum(-1)
-    power[..., places, places] = diagonal
-    power /= np.maximum(diagonal.max(-1), TINY)[..., None, None]
-    for _ in range(SQUARINGS):
-        power = power @ power
-    return power @ start
 
 
 def _by_products(p: Tensor, start: Tensor) -> Tensor:

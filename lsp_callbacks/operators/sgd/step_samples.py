@@ -41,14 +41,26 @@ def sampled_rows(sizes: Array, count: int, offset: float) -> tuple[Tensor, Tenso
     size = sizes.astype(float)
     largest = float(size.max())
     size = np.maximum(size / largest, 1e-9) if largest > 0 else np.ones(n)
-    falling = np.sort(size)[::-1]
-    rest = falling[::-1].cumsum()[::-1]  # of each one, and of those that are smaller
-    left = count - np.arange(n)
-    sure = int((left * falling < rest).argmax())  # those that are sure leave less to share for the others
-    chance = np.minimum(size * ((count - sure) / rest[sure]), 1.0)
-    at = np.minimum(np.searchsorted(chance.cumsum(), np.arange(count) + offset, side="right"), n - 1)
-    taken = at[np.diff(at, prepend=-1) > 0]
+    rising = np.sort(size)
+    rest = rising.cumsum()  # of each one, and of those that are smaller
+    is_sure = np.arange(count - n + 1, count + 1) * rising > rest  # those leave less to share for the others
+    sure = n - 1 - int(is_sure[::-1].argmin())
+    chance = np.minimum(size * ((count - n + 1 + sure) / rest[sure]), 1.0)
+    last = np.minimum(
+        np.ceil(chance.cumsum() - offset), count
+    )  # of the places that lie in the part of each sample, or before it
+    before = np.empty(n)
+    before[0], before[1:] = 0, last[:-1]
+    taken = (last > before).nonzero()[0]
     return torch.from_numpy(taken), torch.from_numpy(chance[taken])
+
+
+def random_fraction(seed: int) -> float:
+    """Return a number in [0, 1) that looks random, by the mixing of SplitMix64 (Steele, Lea & Flood 2014)."""
+    value = ((seed + 1) * 0x9E3779B97F4A7C15) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        value = ((value ^ (value >> shift)) * factor) % 2**64
+    return ((value ^ (value >> 31)) >> 11) / 2**53
 
 
 def step_samples(snapshot: Snapshot, most: int | None = None) -> ProbeSet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,14 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, per_parameter
 from lsp_callbacks.operators.trajectory.optimizer_input import group_of, held_mask, require_optimizer
-from lsp_callbacks.operators.trajectory.update_rules import Formula, decoupled, descent, rule_with_edge
+from lsp_callbacks.operators.trajectory.update_rules import (
+    Formula,
+    Group,
+    ParameterStep,
+    decoupled,
+    descent,
+    rule_with_edge,
+)
 from lsp_callbacks.step.flat import flatten, split
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
@@ -95,13 +103,9 @@ def rule_ahead(
     factors = _clip_factors(snapshot)
     states = {name: optimizer.state.get(p, {}) for name, p in snapshot.parameters.items()}
     counts = {name: float(state.get("step", 0)) + 1 for name, state in states.items()}
-    each = {
-        name: rule.step_of(group, states[name], counts[name] + steps)
-        for name, group in groups.items()
-        if group is not None
-    }
+    each = _steps_of(rule, groups, states, counts, steps)
     # Adam's bias correction of the momentum; parameters that joined later have another one.
-    correction = max((of_one.correction for of_one in each.values()), default=1.0)
+    correction = max([of_one.correction for of_one in each.values()], default=1.0)
     scale: Scale = dict.fromkeys(groups, 0.0)
     decay: Scale = dict.fromkeys(groups, 0.0)
     buffer: Scale = dict.fromkeys(groups, 0.0)
@@ -141,10 +145,26 @@ def rule_ahead(
         correction=correction,
         # Larger for parameters that joined later. For the others stability errs on the early side, while these shares
         # come together.
-        direct=max((of_one.direct for of_one in each.values()), default=0.0),
+        direct=max([of_one.direct for of_one in each.values()], default=0.0),
         sign=-1.0 if maximize else 1.0,
         frozen=rule.second_moment is not None,
     )
+
+
+def _steps_of(
+    rule: Formula, groups: dict[str, Group | None], states: dict[str, Any], counts: dict[str, float], steps: int
+) -> dict[str, ParameterStep]:
+    """Return what each parameter's step is, by name; computed once for all that share options, age and state."""
+    each: dict[str, ParameterStep] = {}
+    known: dict[Any, ParameterStep] = {}
+    for name, group in groups.items():
+        if group is not None:
+            state = states[name]
+            key = (id(group), counts[name], *[float(state[number]) for number in rule.numbers if number in state])
+            if key not in known:
+                known[key] = rule.step_of(group, state, counts[name] + steps)
+            each[name] = known[key]
+    return each
 
 
 def _common(rule: Formula, optimizer: torch.optim.Optimizer) -> tuple[float, float, bool, bool]:

@@ -30,6 +30,8 @@ def collapse(alike: Tensor, since: Tensor, *, step: int, is_alike: bool) -> tupl
         step: of this reading.
         is_alike: whether they are.
     """
+    if not is_alike and not alike:
+        return 0.0, alike, since
     alike = alike + 1 if is_alike else scalar(0.0)
     since = since if float(alike) > 1 else scalar(float(step))
     lasting = float(alike) >= READINGS and step - float(since) >= STEPS

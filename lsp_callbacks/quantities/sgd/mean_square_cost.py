@@ -13,7 +13,7 @@ from lsp_callbacks.step.snapshot import Snapshot
 #: In every so many readings two positions of each sample are compared, to see how alike they are.
 COMPARED = 8
 #: Operations on small tensors, beside those of each layer.
-GRAPH_CALLS = 180
+GRAPH_CALLS = 90
 #: Nanoseconds of the critical rate from 64 rows.
 RATE = 6e5
 
@@ -54,19 +54,18 @@ def replay_price(
     if is_first and once.multiplications * share <= 1.5 * n * once.parameters:
         positions = 1
     rows = count * positions
-    parts = {
-        "rows of the batch": (1 + positions) / 3 * share + gram_cost(snapshot, rows, n / max(share, 1e-9)),
-        **rate_cost(snapshot, rows),
-    }
+    gram = gram_cost(snapshot, rows, n / max(share, 1e-9))
+    parts = {"rows of the batch": (1 + positions) / 3 * share + gram, **rate_cost(snapshot, rows)}
     if samples.batches and can_be_held(samples.module):
         parts["batch statistics"] = (1 / 3 + 1 / CORRECTED) * share
     elif samples.batches:
         parts["batch statistics"] = 2 / 3 * rows * share
     if checks:
         parts |= {"forward": forward_cost(snapshot), "gradient": 4 / 3, "check of the rows": 2 / 3 * share}
+        parts["rows of the graph"] = 2 / 3 + gram  # which it is to learn, by passes for one sample and for all
     return parts
 
 
 def rate_cost(snapshot: Snapshot, rows: int) -> dict[str, float]:
     """Return the gradients that the critical rate takes, from a Gram matrix of so many rows."""
-    return {"critical rate": beside(snapshot, calls=100, time=RATE * (rows / 64) ** 3)}
+    return {"critical rate": beside(snapshot, calls=50, time=RATE * (rows / 64) ** 3)}

@@ -196,7 +196,7 @@ class MeanSquareStability(OfShards):
 
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step; do nothing while its probes, where it has only those, are being collected."""
-        self.complete = False
+        vars(self)["complete"] = False
         try:
             if snapshot.held is not None and self.reads_shards(snapshot):
                 if self._measure_shards(snapshot):
@@ -282,7 +282,8 @@ class MeanSquareStability(OfShards):
         if checks:
             self._learn(snapshot, samples, sgd, rows, is_agreed=is_agreed)
         self._finish(snapshot, sgd, checks=checks)
-        self._scale = remembered_rule(snapshot).scale if rows is not None and rows.ties else None
+        if rows is not None and rows.ties:
+            self._scale = remembered_rule(snapshot).scale
         if corrects:
             self._corrections.add(sgd.kernel.correction)
 
@@ -302,11 +303,13 @@ class MeanSquareStability(OfShards):
         }
         # Each rank has looked at samples of its own.
         numbers, is_alike = snapshot.run.ranks.of_first((numbers, bool(sgd.kernel.alike)), self.name)
-        numbers["collapsed"], self.alike, self.alike_since = collapse(
+        numbers["collapsed"], alike, since = collapse(
             self.alike, self.alike_since, step=snapshot.step, is_alike=is_alike
         )
-        self.latest, self._mode = sgd, sgd.kernel.mode
-        self._checked = sgd.kernel if checks else self._checked
+        # As setattr does, after a dozen questions for each.
+        vars(self).update(alike=alike, alike_since=since, latest=sgd, _mode=sgd.kernel.mode)
+        if checks:
+            self._checked = sgd.kernel
         self.finish(numbers)
 
     def _rows_of_graph(self, snapshot: Snapshot) -> GraphRows | None:
