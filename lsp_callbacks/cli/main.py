@@ -19,6 +19,7 @@ TRAINING = {
 }
 MEASURING = {
     "demo": "two small runs to look at: a healthy one and, with --unstable, one that is ended; from any folder",
+    "suggest": "a learning rate and a batch size before training, from short trial runs",
     "diagram": "the largest stable rates, drawn before a step is taken",
     "cost": "what measuring takes: gradients, time, memory, cadence",
     "report": "a page of HTML from the logs of one run or several",
@@ -28,6 +29,7 @@ EXAMPLES = """\
   lsp-callbacks fit --config FILE --model.lr 0.2     any setting can be changed on the way
   lsp-callbacks fit --config FILE --print_config     all settings, and what they are now
   lsp-callbacks fit --help                           all options; each command has its own --help
+  lsp-callbacks suggest --config FILE                the largest stable learning rate, and what larger batches bear
   lsp-callbacks diagram --config FILE --ckpt FILE    at a checkpoint instead of the initial weights
   lsp-callbacks report runs/digits/version_0         verdict and figures of a run, in stability.html
 

@@ -81,6 +81,7 @@ from lsp_callbacks.functional.sgd import (
     SGDLawResult,
     StabilityDiagram,
     UpdateRule,
+    UsefulBatch,
     batch_variance,
     critical_lr,
     design_effect,
@@ -104,6 +105,7 @@ from lsp_callbacks.functional.sgd import (
     sgd_law,
     stability_diagram,
     sum_of_exponents,
+    useful_batch,
 )
 from lsp_callbacks.functional.trajectory import (
     Box,
@@ -180,6 +182,7 @@ __all__ = [
     "Tangents",
     "TrainingProfile",
     "UpdateRule",
+    "UsefulBatch",
     "activation_lipschitz",
     "activation_slope",
     "batch_means",
@@ -258,6 +261,7 @@ __all__ = [
     "sum_of_exponents",
     "training_exponent",
     "training_profile",
+    "useful_batch",
     "weight_norms",
     "weight_operators",
     "window_exponent",

@@ -27,6 +27,7 @@ from lsp_callbacks.functional.sgd.stability_diagram import (
     critical_lr,
     stability_diagram,
 )
+from lsp_callbacks.functional.sgd.useful_batch import UsefulBatch, useful_batch
 
 __all__ = [
     "CriticalRateResult",
@@ -40,6 +41,7 @@ __all__ = [
     "SGDLawResult",
     "StabilityDiagram",
     "UpdateRule",
+    "UsefulBatch",
     "batch_variance",
     "critical_lr",
     "design_effect",
@@ -63,4 +65,5 @@ __all__ = [
     "sgd_law",
     "stability_diagram",
     "sum_of_exponents",
+    "useful_batch",
 ]
