@@ -142,6 +142,12 @@ class Cadence:
         self.paces[name].postponed = step
         self.next_step = -math.inf
 
+    def want(self, step: float) -> None:
+        """Ask for one reading of the headline number from a step on, beside the budget; infinite asks for none."""
+        if step != self.account.wanted:
+            self.account.wanted = step
+            self._changed()
+
     def add(self, name: str, *, weight: float = 1.0, length: int = 1) -> None:
         """Begin to measure a quantity.
 
