@@ -207,7 +207,8 @@ def _of_term(node: Any, slope: Tensor, samples: int) -> GraphCriterion:
     is_softmax = node.name() == LOG_SOFTMAX
     result = saved(node, "result" if is_softmax else "self")
     if is_softmax:
-        axis = _axis(saved(node, "dim"), result.ndim)
+        dim = saved(node, "dim")  # torch keeps negative ones modulo 2^64
+        axis = (dim - 2**64 if dim >= 2**63 else dim) % result.ndim
         moved, t = result if axis == result.ndim - 1 else result.movedim(axis, -1), -slope.sum(axis)
         if result.ndim < 2 or len(result) % samples:
             raise UnknownGraph(f"outputs of shape {tuple(result.shape)} cannot be divided among {samples} samples")
@@ -266,7 +267,3 @@ def _of_terms(terms: list[Term], samples: int, factor: float) -> GraphCriterion:
         terms[0].node, joined(parts), joined(weights), True, shape, len(shape) - 1,
         squares=joined(squares) if squares else None, chunks=tuple(chunks),
     )  # fmt: skip
-
-
-def _axis(dim: int, ndim: int) -> int:
-    return (dim - 2**64 if dim >= 2**63 else dim) % ndim
