@@ -8,9 +8,10 @@ stands where the network has nothing to measure.
 
 ``--round`` instead takes the quantities of the default preset on models like those that people train, each with the
 optimizer that goes with it: what the first measurement of each takes and the later ones, predicted before each and
-measured; then all of them together, started at the same step, whose work they share. ``--memory`` takes the growth of
-the peak of a process, above what it was after its imports, in some steps of training with two measurements of each,
-beside that of training alone. ``cost_of_each.md`` has both tables.
+measured; then all of them together, started at the same step, whose work they share. ``--whole`` takes whole measured
+steps of a training run with Lightning, less as many that are not measured, see ``measured_step.py``. ``--memory`` takes
+the growth of the peak of a process, above what it was after its imports, in some steps of training with two
+measurements of each, beside that of training alone. ``cost_of_each.md`` has both tables.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from functools import partial
 from itertools import pairwise
 from statistics import median
 
+import measured_step
 import torch
 from models import Block
 from torch import Tensor, nn
@@ -301,12 +303,16 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
     parser.add_argument("--repetitions", type=int, default=5, help="at most")
     parser.add_argument("--round", action="store_true", help="of the default preset, on the models of the table")
+    parser.add_argument("--whole", action="store_true", help="whole measured steps of the MLP, by optimizer")
     parser.add_argument("--memory", action="store_true", help="of the same, as growth of the peak of a process")
     parser.add_argument("--grown", choices=MODELS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     if options.grown:
         print(grown(options.grown, ROUND[options.grown], options.quantities))
+        return
+    if options.whole:
+        measured_step.table(options.quantities or measured_step.QUANTITIES, "MLP", list(measured_step.OPTIMIZERS))
         return
     if options.memory:
         memory(options.models or list(ROUND))

@@ -2,12 +2,11 @@
 
 Found: on random quadratics in float32, where all windows coincide and Student's width is 0, and on small networks that
 are trained by gradient descent with and without momentum, each one-sided 90 % bound holds at least as often; where
-``|1 - courant_gd|`` is above ``sharpness_residual`` the sign is that of the truth, but for one network in 30 whose
-Hessian moves within the three windows that are averaged, against the truth that follows it.
+``|1 - courant_gd|`` is above ``sharpness_residual`` the sign is that of the truth.
 
 The truth of a quadratic is ``log rho`` of the companion matrix at its largest eigenvalue. That of a network is taken in
 float64: each step's dense Jacobian, over all parameters and the whole state, restricted to the plane of the exact
-sharpest mode of the step before the window; ``log rho`` of the product over the steps, averaged over the windows that
+sharpest mode of the first step of the window; ``log rho`` of the product over the steps, averaged over the windows that
 the quantity averages. Where the Hessian hardly moves (60 steps later) it is also compared with what knows of no mode at
 all: the product of the companion matrices at each step's own largest eigenvalue.
 
@@ -84,6 +83,12 @@ def steps(problem: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> I
         optimizer.step()
 
 
+def begin(problem: nn.Module, optimizer: torch.optim.Optimizer, count: int = 1) -> None:
+    """Take the first steps: before them there is no momentum."""
+    for _ in steps(problem, optimizer, count):
+        pass
+
+
 def companion(x: float, beta: float) -> float:
     matrix = [[1 + beta - x, -beta], [1, 0]] if beta else [[1 - x]]
     return math.log(np.abs(np.linalg.eigvals(matrix)).max())
@@ -101,9 +106,9 @@ def quadratic(seed: int, method: str) -> dict[str, float]:
     problem = Quadratic(H, torch.tensor(rng.normal(size=n), dtype=torch.float32))
     optimizer = torch.optim.SGD(problem.parameters(), lr=share * (2 + 2 * beta) / top, momentum=beta)
     exponent, sharpness = Lyapunov(method=method), Sharpness(method=method)
-    cycle = 1 + exponent.window
-    for snapshot in steps(problem, optimizer, WINDOWS * cycle):
-        if snapshot.step % cycle == 0:
+    begin(problem, optimizer)
+    for snapshot in steps(problem, optimizer, WINDOWS * exponent.window):
+        if snapshot.step % exponent.window == 0:
             sharpness.update(snapshot)
         exponent.update(snapshot)
     truth = companion(share * (2 + 2 * beta), beta)
@@ -119,25 +124,22 @@ def network(seed: int, method: str, *, late: bool = False) -> dict[str, float]:
     problem = Loss(net, torch.randn(12, 2), torch.randn(12, 2))
     share, first = rng.uniform(0.05, 1.3), float(torch.linalg.eigvalsh(dense(problem))[-1])
     optimizer = torch.optim.SGD(problem.parameters(), lr=0.5 / first, momentum=beta)
+    begin(problem, optimizer, 60 if late else 1)
     if late:
-        for _ in steps(problem, optimizer, 60):
-            pass
         first = float(torch.linalg.eigvalsh(dense(problem))[-1])
     lr = optimizer.param_groups[0]["lr"] = share * (2 + 2 * beta) / first
     exponent, sharpness = Lyapunov(method=method), Sharpness(method=method)
     truths: list[float] = []
     mode, product = torch.empty(0), torch.eye(1)
-    cycle = 1 + exponent.window
-    for snapshot in steps(problem, optimizer, WINDOWS * cycle):
+    for snapshot in steps(problem, optimizer, WINDOWS * exponent.window):
         H = dense(problem)
         values, vectors = torch.linalg.eigh(H)
-        if snapshot.step % cycle == 0:
+        if snapshot.step % exponent.window == 0:
             sharpness.update(snapshot)
             mode, product = vectors[:, -1], torch.eye(2 if beta else 1, dtype=torch.float64)
-        else:
-            x = lr * float(values[-1] if late else mode @ H @ mode)
-            product = step_along(x, beta) @ product
-        if snapshot.step % cycle == exponent.window:
+        x = lr * float(values[-1] if late else mode @ H @ mode)
+        product = step_along(x, beta) @ product
+        if snapshot.step % exponent.window == exponent.window - 1:
             truths.append(float(torch.linalg.eigvals(product).abs().max().log()) / exponent.window)
         exponent.update(snapshot)
     return told(exponent, sharpness) | {"truth": float(np.mean(truths))}

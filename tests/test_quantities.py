@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import Regression, close, f64, freeze, probes_of, random, same, seeded, trajectory
+from problems import Regression, close, f64, freeze, probes_of, random, same, seeded, take, trajectory
 from torch import nn
 from torchmetrics import MetricCollection
 
@@ -16,7 +16,7 @@ from lsp_callbacks.quantities import REGISTRY, Quantity
 SGD = torch.optim.SGD
 SETTINGS = {
     "batch_sharpness": {"rtol": 1e9, "most": 8},
-    "lyapunov": {"window": 2},
+    "lyapunov": {"window": 3},
     "sgd_stability": {"probes": 6, "chains": 4, "steps": 40},
     "lyapunov_trajectory": {"k": 2, "transient": 1, "window": 40},
     "sgd_law": {"probes": 6, "products": 8},
@@ -65,6 +65,7 @@ def steps(metric, n, start=problem):
     """Frozen steps of a real run, with what the metric wants to see of them."""
     task = start()
     optimizer = SGD(task.parameters(), lr=0.3, momentum=0.5)
+    take(optimizer, task())  # there is momentum
     keep = getattr(metric, "captures_inputs", lambda name, module: name == "net.1")
     return trajectory(task, optimizer, n, captures_inputs=keep, probes=probes_of(task), series=trace_of(task))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -21,13 +21,34 @@ from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor, monitor_
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.courant_source import COURANT, PREFERENCE
 from lsp_callbacks.monitor.history import Observation
-from lsp_callbacks.monitor.losses import ArrivedLoss
+from lsp_callbacks.monitor.losses import FALLEN, SMOOTHING, ArrivedLoss
 from lsp_callbacks.monitor.preview import preview
 from lsp_callbacks.operators.trajectory.update_rules import rule_with_edge
 
 CAP, SCHEDULED, APPLIED = (f"stability/lr_{which}" for which in ("cap", "scheduled", "applied"))
 #: Steps whose rates are kept, for readings that are complete some steps later.
 KEPT = 64
+
+
+class CappedStep(NamedTuple):
+    """Rates of one of the last updates.
+
+    Attributes:
+        step: its number.
+        rates: of the groups, by the schedule.
+        relative: the same, relative to the highest.
+        factor: by which all were multiplied.
+    """
+
+    step: int
+    rates: list[float]
+    relative: list[float]
+    factor: float
+
+    @property
+    def used(self) -> list[float]:
+        """The rates that the update has used."""
+        return [rate * self.factor for rate in self.rates]
 
 
 class CapLearningRate(Callback):
@@ -39,13 +60,18 @@ class CapLearningRate(Callback):
     after it, so that schedulers, checkpoints and ``LearningRateMonitor`` know only the user's own rate. As soon as
     schedule or readings allow it, the step is again the user's own, to the last bit.
 
+    It falls at once and rises step by step, begins at a tenth of the cap before the loss has fallen, and leaves a rate
+    alone at which the run was measured stable while its loss fell; see `RateCap` for these rules. So much healthy
+    training at the edge of stability is never capped.
+
     A cap holds from the step after a reading to the next one; none begins with a reading that is more than ``max_age``
-    steps old, as after a pause in which nothing could be measured. It then warns once. While a scheduled rate is near
-    the edge or beyond, the monitor measures as often as its budget allows. The first reading is taken twice, once
-    before the rate of its own update is set, so that the very first update is capped, too, where its number can be
-    told then. A measurement that failed (NaN), or one that stands in for the headline number, changes nothing;
-    one of a step whose loss has exploded (above three times the one at the start), or of a network that has
-    collapsed, can lower the cap and not lift it: a saturated softmax has no curvature.
+    steps old, as after a pause in which nothing could be measured. It then warns once. While a cap is on, or the
+    critical rate falls towards the rate, readings are wanted beside the monitor's budget: on a credit of 60 steps of
+    training, which comes back as the budget does. The first reading is taken twice, once before the rate of its own
+    update is set, so that the very first update is capped, too, where its number can be told then. A measurement that
+    failed (NaN), or one that stands in for the headline number, changes nothing; one of a step whose loss has exploded
+    (above three times the one at the start), or of a network that has collapsed, can lower the cap and not lift it: a
+    saturated softmax has no curvature.
 
     What is measured is the step at the rate that it really uses. Each reading says ``stability/lr_scheduled`` and
     ``stability/lr_applied``, the largest of the groups, and ``stability/lr_cap``, what the first of them was compared
@@ -89,9 +115,8 @@ class CapLearningRate(Callback):
         self.capped = 0
         self._since = 0  # capped updates since the last one that was logged
         self._received: list[Observation] = []
-        self._steps: deque[tuple[int, list[float], list[float], float]] = deque(maxlen=KEPT)
+        self._steps: deque[CappedStep] = deque(maxlen=KEPT)
         self._is_checked = self._is_warned = False
-        self._is_foreseen = False  # the first reading was taken in before its update
 
     # -- before training -----------------------------------------------------------------------------------------------
 
@@ -162,6 +187,7 @@ class CapLearningRate(Callback):
         source = monitor_among(trainer.callbacks)
         if source is not None and source.cap is self:
             source.cap = None
+            source.monitor.cadence.want(math.inf)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._lowered.close()
@@ -188,7 +214,8 @@ class CapLearningRate(Callback):
         rates = [scale * rate for rate in scheduled]
         factor, was_on = self._factor(rates), cap.is_on
         cap.is_on = factor < 1
-        self._steps.append((step, rates, _relative(optimizer, rates), factor))
+        cap.note(step, [rate * factor for rate in rates])
+        self._steps.append(CappedStep(step, rates, _relative(optimizer, rates), factor))
         if factor * scale != 1:
             self._lowered.multiply(optimizer, factor * scale)
         if cap.is_on:
@@ -216,7 +243,6 @@ class CapLearningRate(Callback):
         critical = critical_rate(values, used=max(rates), key=key)
         if not math.isnan(critical):
             self._cap.add(observer.step, critical=critical, relative=_relative(optimizer, rates))
-            self._is_foreseen = True
 
     def factor(self, optimizer: torch.optim.Optimizer) -> float:
         """Return by what the rates of the next update will be multiplied."""
@@ -242,12 +268,12 @@ class CapLearningRate(Callback):
 
     def rates_of(self, step: int) -> dict[str, float]:
         """Return the scheduled and the applied rate of one of the last steps, and the cap, by their keys."""
-        rates, factor = next(((rates, factor) for at, rates, _, factor in self._steps if at == step), ([], 1.0))
-        if not rates:
+        at = next((each for each in self._steps if each.step == step), None)
+        if at is None:
             return {}
-        largest = self._cap.largest(rates)
+        largest = self._cap.largest(at.rates)
         shown = {CAP: largest} if math.isfinite(largest) else {}
-        return shown | {SCHEDULED: max(rates), APPLIED: max(rates) * factor}
+        return shown | {SCHEDULED: max(at.rates), APPLIED: max(at.used)}
 
     def _show(self, trainer: Any, values: Mapping[str, float]) -> None:
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
@@ -267,24 +293,28 @@ class CapLearningRate(Callback):
             loss = next((each.loss for each in arrived if each.step == observation.step), None)
             if loss is None:
                 loss = losses.last if losses.count else 0.0
-            critical, relative = self._critical(observation)
-            if self._is_foreseen and observation.step == self._cap.step:
-                self._is_foreseen = False
-            elif not math.isnan(critical):
-                is_broken = not math.isfinite(loss) or losses.exploded(loss)
-                is_broken |= observation.values.get("stability/collapsed", 0.0) > 0
-                self._cap.add(observation.step, critical=critical, relative=relative, only_lower=is_broken)
+            at = next((each for each in self._steps if each.step == observation.step), None)
+            critical = math.nan if at is None else self._critical(observation, at)
+            if at is None or math.isnan(critical):
+                continue
+            is_broken = not math.isfinite(loss) or losses.exploded(loss)
+            is_broken |= observation.values.get("stability/collapsed", 0.0) > 0
+            has_fallen = losses.count >= SMOOTHING and losses.smoothed <= FALLEN * losses.start
+            self._cap.add(
+                at.step, critical=critical, relative=at.relative, used=at.used, only_lower=is_broken,
+                is_falling=has_fallen and losses.is_calm, has_risen=losses.risen or is_broken,
+            )  # fmt: skip
+        if received and self._steps:
+            self._source.monitor.cadence.want(self._cap.next_reading(self._steps[-1].rates))
 
-    def _critical(self, observation: Observation) -> tuple[float, list[float]]:
-        """Return the critical rate by the headline number of an observation, and the relative rates of its groups."""
+    def _critical(self, observation: Observation, at: CappedStep) -> float:
+        """Return the critical rate by the headline number of an observation; NaN if it has none."""
         values, key = observation.values, self._source.monitor.courant.key or ""
         courant = values.get(COURANT, math.nan)
-        at = next((each for each in self._steps if each[0] == observation.step), None)
         # A headline number may be that of an earlier step, at which it was not known that it would be this one.
-        if at is None or math.isnan(courant) or values.get(key) != courant:
-            return math.nan, []
-        _, rates, relative, factor = at
-        return critical_rate(values, used=max(rates) * factor, key=key), relative
+        if math.isnan(courant) or values.get(key) != courant:
+            return math.nan
+        return critical_rate(values, used=max(at.used), key=key)
 
     # -- afterwards ----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Caps on learning rates, from the critical rates of the last readings."""
+"""Caps on learning rates, from critical rates that were measured: a cap falls at once, and rises step by step."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: Readings in a mean, as everywhere.
+#: Readings of which the lowest counts.
 RECENT = 3
-#: How much larger than the latest a reading may be that is taken with it.
-FALLEN = 2.0
+#: A rate within so many times below its cap is near: readings are wanted.
+NEAR = 2.0
+#: How much higher a rate may be than one at which the run was measured stable while its loss fell.
+TOLERANCE = 1.1
+#: By what a capped rate grows at most: from one update to the next, and beyond the rate of the last reading.
+GROWTH, CONFIRMED = 1.03, 1.3
+#: Before the loss has fallen, a rate within so many times below its cap is capped, too, and begins at this share of it.
+EARLY, START = 4.0, 0.1
 
 
 class RateCap:
@@ -25,23 +31,34 @@ class RateCap:
     eigenvalues of ``(R P)^1/2 H (R P)^1/2`` are monotone in R, so that smaller rates are no less stable. A group that
     had no rate at the reading is not known, and sets no limit.
 
-    A reading scatters. The critical rate is that of the mean Courant number of the last three at one rate, so the
-    harmonic mean of theirs, which follows a fall; training is stopped by an arithmetic one, see `CriticalRate`. One
-    that is more than twice the latest is not scatter, and is left out: in the first steps of a run the critical rate
-    may fall to a tenth from one reading to the next, and a fall is followed at once.
+    - **A fall is followed at once.** The critical rate is the lowest of the last three readings, which scatter: what
+      was only scatter is over after three.
+    - **A rise has to be confirmed.** A capped rate grows by 3 % from one update to the next, and by 30 % beyond the
+      rate at which the last reading was taken: the critical rate itself depends on the rate, as a network moves to
+      places that are flat enough for it, which takes steps. So does a rate that was never used, after a jump.
+    - **Before the loss has fallen** nothing is known of any rate, and the critical one may fall to a tenth within a few
+      steps. There a rate that the run began with is capped from a quarter of its cap on, and begins at a tenth of the
+      cap: a warm-up whose length is decided by measurement. One that grows, as in a warm-up of the user's, grows by 3 %
+      from one update to the next.
+    - **A rate that was measured stable while the loss fell is trusted**, and no higher than by 10 % it is not capped,
+      until the loss rises while the Courant number is above ``1 / safety``: where the rate stays and the critical one
+      comes down to it, training goes on at the edge of stability, and is healthy. Nor does a cap fall below it, or each
+      lower rate would bring the critical one down further; but for one that began before the loss had fallen.
 
     Args:
         safety: share of the critical rates that is allowed.
         max_age: steps after which a reading is too old to begin with: what is capped stays so until the next one.
 
     Attributes:
-        limits: caps of the groups; none before a reading.
+        limits: of the groups; none before a reading.
+        trusted: rates of the groups at which the run was measured stable while its loss fell.
         step: of the last reading; -1 before it.
         is_on: whether the last update was capped.
+        is_proven: whether the loss had fallen at a reading.
 
     Example:
         >>> cap = RateCap(safety=0.9, max_age=100)
-        >>> cap.add(0, critical=1.0, relative=[1.0, 0.1])
+        >>> cap.add(0, critical=1.0, relative=[1.0, 0.1], is_falling=True)
         >>> [round(cap.factor(rates, step=1), 2) for rates in ([0.5, 0.05], [2.0, 0.2], [0.5, 0.18])]
         [1.0, 0.45, 0.5]
     """
@@ -53,27 +70,57 @@ class RateCap:
     def reset(self) -> None:
         """Forget all readings."""
         self._readings: list[list[float]] = []
+        self._latest: list[tuple[int, float]] = []  # steps of the last two readings, and their critical rates
         self.limits: list[float] = []
-        self.step, self.is_on = -1, False
+        self.trusted: list[float] = []
+        self._read_at: list[float] = []  # rates that the last measured step has used
+        self._used: list[float] = []  # rates of the last update
+        self._first: list[float] = []  # those of the first update
+        self._used_step = -1
+        self._is_warming = False  # since before the loss had fallen
+        self.step, self.is_on, self.is_proven = -1, False, False
 
-    def add(self, step: int, *, critical: float, relative: Sequence[float], only_lower: bool = False) -> None:
+    def add(
+        self,
+        step: int,
+        *,
+        critical: float,
+        relative: Sequence[float],
+        used: Sequence[float] = (),
+        only_lower: bool = False,
+        is_falling: bool = False,
+        has_risen: bool = False,
+    ) -> None:
         """Take in a reading.
 
         Args:
             step: that was measured.
             critical: the largest stable rate of the group with the highest one.
             relative: rates of all groups, relative to the highest.
+            used: rates of all groups that the step has used.
             only_lower: whether the reading is not to be trusted where it allows more than the last one, which is then
                 taken once more.
+            is_falling: whether the loss has fallen since the start, and has not risen since.
+            has_risen: whether it has risen.
         """
         reading = [critical * share if share > 0 else math.inf for share in relative]
         if self._readings and len(self._readings[-1]) != len(reading):  # groups have joined
             self._readings.clear()
         if only_lower and self._readings:
             reading = [min(pair) for pair in zip(reading, self._readings[-1])]
-        recent = [before for before in self._readings if not any(a > FALLEN * b for a, b in zip(before, reading))]
-        self._readings, self.step = [*recent, reading][-RECENT:], step
-        self.limits = [self.safety * _harmonic_mean(group) for group in zip(*self._readings)]
+        self._readings, self.step = [*self._readings, reading][-RECENT:], step
+        self._latest = [*(each for each in self._latest if each[0] < step), (step, critical)][-2:]
+        self._read_at, self.is_proven = list(used), self.is_proven or is_falling
+        if len(self.trusted) != len(reading):
+            self.trusted = [0.0] * len(reading)
+        is_stable = all(self.safety * rate <= limit for rate, limit in zip(used, reading))
+        if is_falling and is_stable and used:
+            self.trusted = [max(pair) for pair in zip(self.trusted, used)]
+        elif has_risen and not is_stable:
+            self.trusted = [0.0] * len(reading)
+        self.limits = [self.safety * min(group) for group in zip(*self._readings)]
+        if not self._is_warming:
+            self.limits = [max(pair) for pair in zip(self.limits, self.trusted)]
 
     def factor(self, rates: Sequence[float], *, step: int) -> float:
         """Return by what the rates of a coming update are to be multiplied: 1 where they may stay.
@@ -82,35 +129,65 @@ class RateCap:
             rates: of the groups, by the schedule.
             step: of the update.
         """
-        least = 1.0
-        for limit, rate in zip(self.limits, rates):
-            if rate > limit:
-                least = min(least, limit / rate)
-        return 1.0 if not self.is_on and step - self.step > self.max_age else least
+        if not self.is_on and step - self.step > self.max_age:
+            return 1.0
+        share = self._share(rates)
+        least = 1.0 if self._is_trusted(rates) else min(1.0, share)
+        is_early = not (self.is_on or self.is_proven) and share < EARLY
+        if is_early and all(rate <= first for rate, first in zip(rates, self._first)):
+            return min(1.0, START * share)
+        if least == 1 and not (self.is_on or is_early):
+            return 1.0
+        growth = GROWTH ** max(1, step - self._used_step)
+        least = min([least, *(growth * used / rate for used, rate in zip(self._used, rates) if used and rate)])
+        return min([least, *(CONFIRMED * used / rate for used, rate in zip(self._read_at, rates) if used and rate)])
+
+    def note(self, step: int, used: Sequence[float]) -> None:
+        """Note the rates that an update uses."""
+        self._used, self._used_step = list(used), step
+        self._first = self._first or self._used
+        self._is_warming = self.is_on and (self._is_warming or not self.is_proven)
+
+    def next_reading(self, rates: Sequence[float]) -> float:
+        """Return the step at which the next reading is wanted; infinite where that of the budget is early enough.
+
+        After half the time in which the critical rate, falling as it did between the last two readings, comes down to
+        that of these rates; and no later than after twice the last gap while a cap is on or within a factor of 2.
+        """
+        margin = math.log(share) if (share := self._share(rates)) < math.inf else math.inf
+        if not self._latest or margin == math.inf or (self._is_trusted(rates) and not self.is_on):
+            return math.inf
+        if len(self._latest) < 2:
+            return self.step + 1
+        (earlier, before), (later, now) = self._latest
+        gap = later - earlier
+        wanted = gap + 1 if self.is_on or margin < math.log(NEAR) else math.inf
+        if now < before < math.inf:
+            wanted = min(wanted, max(0.0, margin) / 2 * gap / math.log(before / now))
+        return later + max(1, math.floor(wanted)) if wanted < math.inf else math.inf
 
     def is_exceeded(self, rates: Sequence[float]) -> bool:
         """Return whether a rate is above the cap of its group, be it too old or not."""
-        return any(rate > limit for rate, limit in zip(rates, self.limits))
+        return self._share(rates) < 1 and not self._is_trusted(rates)
 
     def largest(self, rates: Sequence[float]) -> float:
         """Return to what the highest of these rates would be lowered, were it higher; NaN before a reading."""
         ratios = [limit / rate for limit, rate in zip(self.limits, rates) if rate > 0]
         return max(rates) * min(ratios) if ratios else math.nan
 
+    def _share(self, rates: Sequence[float]) -> float:
+        """Return by what all these rates may be multiplied; infinite before a reading."""
+        return min((limit / rate for limit, rate in zip(self.limits, rates) if rate > 0), default=math.inf)
+
+    def _is_trusted(self, rates: Sequence[float]) -> bool:
+        """Return whether no rate is well above one at which the run was measured stable while its loss fell."""
+        return bool(self.trusted) and all(rate <= TOLERANCE * trusted for rate, trusted in zip(rates, self.trusted))
+
     def state_dict(self) -> dict[str, Any]:
         """Return numbers only."""
-        return {
-            "readings": [list(reading) for reading in self._readings], "limits": list(self.limits),
-            "step": self.step, "is_on": self.is_on,
-        }  # fmt: skip
+        own = {name: value for name, value in vars(self).items() if name not in ("safety", "max_age")}
+        return {name: list(value) if isinstance(value, list) else value for name, value in own.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        self._readings, self.limits = [list(reading) for reading in state["readings"]], list(state["limits"])
-        self.step, self.is_on = state["step"], state["is_on"]
-
-
-def _harmonic_mean(rates: Sequence[float]) -> float:
-    """Return the harmonic mean of rates, of which some may be infinite."""
-    total = sum(1 / rate for rate in rates)
-    return len(rates) / total if total else math.inf
+        vars(self).update({name: list(value) if isinstance(value, list) else value for name, value in state.items()})

@@ -25,13 +25,17 @@ from lsp_callbacks.callbacks.stable_states import (
     roll_backs_of,
     write_record,
 )
-from lsp_callbacks.callbacks.stop_on_instability import StopOnInstability
+from lsp_callbacks.callbacks.stop_on_instability import SCHEDULED, StopOnInstability
 from lsp_callbacks.monitor.history import Observation
 from lsp_callbacks.monitor.losses import ArrivedLoss
 from lsp_callbacks.step.flat import largest_learning_rate
 
 #: Steps before the last one at which the loss was level, from which on batches are left out.
 MARGIN = 2
+#: By what the rate is multiplied at least where training begins anew: there it was measured stable at no rate.
+FROM_BEGINNING = 0.1
+#: Stable readings in a row, and steps since it was changed, after which the rate is raised again.
+STABLE_READINGS, STABLE_STEPS = 3, 50
 HOOK = ("on_train_batch_end",)
 
 
@@ -54,9 +58,13 @@ class RollBackOnInstability(StopOnInstability):
     return to. Before the first one, that is the beginning of the run. The folder holds two states at most, and those to
     which training has returned.
 
-    The rates of all updates are multiplied by one factor for the rest of the run, in the update alone: schedulers and
-    checkpoints know only the user's own rate. At each return it becomes at least ``factor`` times smaller, and so small
-    that the rate at which training was found unstable is ``safety`` times the critical one of the state.
+    The rates of all updates are multiplied by one factor, in the update alone: schedulers and checkpoints know only the
+    user's own rate. At each return it becomes at least ``factor`` times smaller, and so small that the rate at which
+    training was found unstable is ``safety`` times the critical one of the state; a tenth at most where training begins
+    anew, as there no rate was measured stable. After the first return it is raised again, by ``1 / factor``, 50
+    steps later at the earliest, when the loss is calm and three Courant numbers in a row would stay below ``safety`` at
+    the raised rate; and so on. What has failed
+    twice is not raised any more.
 
     Each return is printed, and logged as ``stability/roll_back`` (the step to which it leads) and
     ``stability/lr_scale``; `roll_backs` says when and why. It is written down in ``roll_backs.json`` before it is made.
@@ -111,6 +119,8 @@ class RollBackOnInstability(StopOnInstability):
         self._pending: RollBack | None = None  # decided, and not made yet
         self._data: Mapping[str, Any] | None = None  # where the state is in its data, while it is written or loaded
         self._folder: str | None = None
+        self._stable: list[float] = []  # Courant numbers since the rate was lowered or raised,
+        self._changed_step = 0  # which was at this step
         self._is_driven = self._is_wanted = False
         super().__init__(monitor, **settings)
 
@@ -219,7 +229,7 @@ class RollBackOnInstability(StopOnInstability):
     def _arrive(self, trainer: Any, roll_back: RollBack) -> None:
         """Go on from the state of a roll-back, whose checkpoint has been loaded."""
         self._pending = None
-        self.scale = roll_back.scale
+        self.scale, self._stable, self._changed_step = roll_back.scale, [], trainer.global_step
         self._states.return_to(roll_back.state)
         self._states.remove_unused(trainer, self.roll_backs)
         show_hooks(self, HOOK)
@@ -248,13 +258,17 @@ class RollBackOnInstability(StopOnInstability):
         last = self._states.candidate or self._states.confirmed
         if value <= self.threshold and trainer.global_step > (-1 if last is None else last.step):
             self._is_wanted = True
+        if self.scale < 1 and not math.isnan(value):
+            self._stable = [*self._stable, value][-STABLE_READINGS:]
 
     def end_step(self, trainer: Any, step: int, arrived: Sequence[ArrivedLoss]) -> None:
         super().end_step(trainer, step, arrived)
         if self.stop_step == step and self._pending is None:
             if len(self.roll_backs) < self.times and self._states.confirmed is not None:
                 self._decide(trainer, step, self._states.confirmed)
-        elif self._is_wanted:
+            return
+        self._raise(trainer, step)
+        if self._is_wanted:
             is_calm = self._losses.is_calm and not self._collapsed and not self._losses.exploded(self._losses.last)
             if not is_calm or not math.isnan(self._number.readings.above(self.threshold, step)):
                 self._is_wanted = False
@@ -266,6 +280,22 @@ class RollBackOnInstability(StopOnInstability):
             self._is_wanted = last is None or trainer.global_step - last.step >= min(self.every_n_steps, last.step)
             if self._is_wanted:
                 show_hooks(self, HOOK)
+
+    def _raise(self, trainer: Any, step: int) -> None:
+        """Raise the rate again if its Courant numbers say that it may be raised."""
+        if trainer.global_step - self._changed_step < STABLE_STEPS or len(self._stable) < STABLE_READINGS:
+            return
+        if len(self.roll_backs) != 1 or self.monitor not in SCHEDULED:
+            return
+        scale = min(1.0, self.scale / self.factor)
+        if scale == self.scale or not self._losses.is_calm or max(self._stable) * scale > self.safety * self.scale:
+            return
+        self._source.forecast.scale = self.scale = scale
+        self._stable, self._changed_step = [], trainer.global_step
+        self._say(f"stable at step {step}: from here on at {scale:.3g} times the scheduled rate again")
+        values = {"stability/lr_scale": scale}
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+        log(trainer, values)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         is_whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -309,6 +339,8 @@ class RollBackOnInstability(StopOnInstability):
         """Write down that training returns to a state; `fit` makes the return."""
         rate, _ = self._source.rates()
         scale = self.factor
+        if state.step == 0 and self.factor < 1:
+            scale = min(scale, FROM_BEGINNING)
         if state.critical > 0 and rate > 0:
             scale = min(scale, self.safety * state.critical / rate)
         skipped: tuple[int, ...] = ()
@@ -341,13 +373,15 @@ class RollBackOnInstability(StopOnInstability):
         made = self.roll_backs if self._pending is None else self.roll_backs[:-1]
         return super().state_dict() | {
             "roll_backs": [asdict(each) for each in made], "scale": self.scale, "folder": self._folder,
+            "stable": list(self._stable), "changed_step": self._changed_step,
             "states": self._states.state_dict(), "data": self._data,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        own = ("roll_backs", "scale", "folder", "states", "data")
+        own = ("roll_backs", "scale", "stable", "changed_step", "folder", "states", "data")
         super().load_state_dict({name: value for name, value in state_dict.items() if name not in own})
         self._folder, self._data = state_dict["folder"], state_dict["data"]
         self._states.load_state_dict(state_dict["states"])
         if self._pending is None:
             self.roll_backs, self.scale = roll_backs_of(state_dict["roll_backs"]), state_dict["scale"]
+            self._stable, self._changed_step = list(state_dict["stable"]), state_dict["changed_step"]

@@ -18,6 +18,9 @@ FULL = 2.0
 HEADLINE = 0.6
 #: Part of the others' budget that goes to the headline number near the edge.
 TAKEN = 0.5
+#: Steps of training whose cost may be spent, beside the budget, on readings that a cap wants; it comes back as the
+#: budget does.
+CREDIT = 60.0
 #: Errors of rounding that are let pass, in gradients.
 ROUNDING = 1e-7
 
@@ -170,12 +173,12 @@ class Balance:
         self.chosen: list[str] = []
         self.parts: dict[str, float] = {}
 
-    def pay(self, name: str, pace: Pace, *, is_headline: bool) -> float:
-        """Choose a measurement, and return what it costs beside the others."""
+    def pay(self, name: str, pace: Pace, *, is_headline: bool, is_lent: bool = False) -> float:
+        """Choose a measurement, and return what it costs beside the others; nothing if it is paid on credit."""
         self.chosen.append(name)
         if pace.every_n_steps is not None:
             return 0.0
-        price = pace.price_beside(self.parts)
+        price = 0.0 if is_lent else pace.price_beside(self.parts)
         saved = min(self.saved, price) if is_headline else 0.0
         self.saved, self.free = self.saved - saved, self.free - (price - saved)
         self.parts = union((self.parts, pace.parts or {}))
@@ -189,9 +192,10 @@ class Account:
 
         ``left = income * (steps since the first measurement) + advance - spent = saved + free``
 
-    Nothing of this ever becomes negative, so no more is spent than was there. Nobody else touches what is put by, at
-    a rate of its own, for the headline number: it holds the price after price over rate steps. All of this follows in
-    closed form, so that nothing has to be done at a step at which nothing is spent.
+    What is paid on credit adds to the advance. Nothing of this ever becomes negative, so no more is spent than was
+    there. Nobody else touches what is put by, at a rate of its own, for the headline number: it holds the price after
+    price over rate steps. All of this follows in closed form, so that nothing has to be done at a step at which nothing
+    is spent.
 
     Args:
         paces: of the quantities, by name; those of a fixed pace have no part in it.
@@ -204,6 +208,8 @@ class Account:
         headline: name of the quantity that comes first; None without one.
         near: nearness to the edge of stability.
         rates: gradients that each quantity may spend at each step.
+        wanted: step from which on a reading of the headline number is wanted, once, beside the budget; the credit of
+            `CREDIT` steps that pays for it comes back as the budget does. Infinite where none is.
     """
 
     def __init__(self, paces: Mapping[str, Pace], budget: float):
@@ -217,6 +223,18 @@ class Account:
         self.headline: str | None = None
         self.rates: dict[str, float] = {}
         self._saved, self._settled = 0.0, 0
+        self.wanted = math.inf
+        self._lent, self._lent_step = 0.0, 0
+
+    def credit(self, step: int) -> float:
+        """Return the gradients that readings of the headline number that are wanted may take beside the budget."""
+        return self.step_cost * CREDIT - max(0.0, self._lent - self.income * (step - self._lent_step))
+
+    def is_lent(self, name: str, step: int) -> bool:
+        """Return whether a reading of the headline number is wanted at this step, and the credit pays for it."""
+        pace = self.paces[name]
+        is_wanted = name == self.headline and step >= self.wanted > (-1 if pace.started is None else pace.started)
+        return is_wanted and pace.price_beside({}) <= self.credit(step)
 
     @property
     def income(self) -> float:
@@ -284,8 +302,13 @@ class Account:
         self.settle(step)
         balance = self.balance(step)
         for name in names:
-            self.spent += balance.pay(name, self.paces[name], is_headline=name == self.headline)
-            self.paces[name].start(step)
+            pace, is_lent = self.paces[name], self.is_lent(name, step)
+            price = pace.price_beside({}) if is_lent else 0.0
+            if is_lent:
+                self._lent, self._lent_step = self.step_cost * CREDIT - self.credit(step) + price, step
+                self.advance += price
+            self.spent += price + balance.pay(name, pace, is_headline=name == self.headline, is_lent=is_lent)
+            pace.start(step)
         self._saved = balance.saved
         self.settle(step)
         self.share_out(self.headline, self.near)
@@ -295,6 +318,7 @@ class Account:
         return {
             "origin": self.origin, "spent": self.spent, "advance": self.advance, "step_cost": self.step_cost,
             "near": self.near, "saved": self._saved, "settled": self._settled,
+            "wanted": self.wanted, "lent": self._lent, "lent_step": self._lent_step,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -302,3 +326,4 @@ class Account:
         self.origin, self.spent, self.advance = state["origin"], state["spent"], state["advance"]
         self.step_cost, self.near = state["step_cost"], state["near"]
         self._saved, self._settled = state["saved"], state["settled"]
+        self.wanted, self._lent, self._lent_step = state["wanted"], state["lent"], state["lent_step"]

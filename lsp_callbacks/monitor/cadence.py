@@ -142,6 +142,12 @@ class Cadence:
         self.paces[name].postponed = step
         self.next_step = -math.inf
 
+    def want(self, step: float) -> None:
+        """Ask for one reading of the headline number from a step on, beside the budget; infinite asks for none."""
+        if step != self.account.wanted:
+            self.account.wanted = step
+            self._changed()
+
     def add(self, name: str, *, weight: float = 1.0, length: int = 1) -> None:
         """Begin to measure a quantity.
 
@@ -307,10 +313,21 @@ class Cadence:
         names = self.starting(step)
         return names, [name for name in names if self.wants_price(name)]
 
-    def started(self, step: int, names: Iterable[str]) -> None:
-        """Charge the measurements that start at this step; what several of them spend on the same counts once."""
-        self.account.pay(step, [*names])
+    def started(self, step: int, names: Iterable[str], *, without: Collection[str] = ()) -> list[str]:
+        """Charge the measurements that start at this step; what several of them spend on the same counts once.
+
+        Args:
+            step: number of the optimizer step.
+            names: of the quantities.
+            without: those of them that are put off.
+
+        Returns:
+            The names of the others.
+        """
+        started = [name for name in names if name not in without]
+        self.account.pay(step, started)
         self.next_step = -math.inf
+        return started
 
     def restart(self, name: str) -> None:
         """Begin a measurement anew at the next step, as it was interrupted."""

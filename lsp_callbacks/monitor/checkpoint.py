@@ -10,7 +10,7 @@ from lsp_callbacks.step.known_scale import KnownScales
 if TYPE_CHECKING:
     from lsp_callbacks.monitor.monitor import Monitor
 
-VERSION = 4
+VERSION = 5
 
 
 def monitor_state(monitor: Monitor, *, vectors: bool, joined: bool) -> dict[str, Any]:

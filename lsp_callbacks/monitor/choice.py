@@ -48,7 +48,8 @@ class Choice:
                 pace = self.paces[name]
                 is_missed = name in missed and pace.every_n_steps is not None and pace.postponed is None
                 if is_missed or self._starts(name, step, balance, haste):
-                    balance.pay(name, pace, is_headline=name == account.headline)
+                    is_headline, is_lent = name == account.headline, account.is_lent(name, step)
+                    balance.pay(name, pace, is_headline=is_headline, is_lent=is_lent)
                 elif self._is_overdue(name, step):
                     haste = 1.0  # what is free is for those who wait for it
                     awaited.append(name)
@@ -148,12 +149,17 @@ class Choice:
             gap /= haste
             if account.headline is None and haste > 1:
                 gap = min(gap, pace.doubling)
-        return (pace.started or 0) + max(pace.length, math.ceil(gap - ROUNDING))
+        earliest = (pace.started or 0) + max(pace.length, math.ceil(gap - ROUNDING))
+        if name == account.headline and account.wanted > (pace.started or 0):
+            return int(min(earliest, account.wanted))
+        return earliest
 
     def _missing(self, name: str, step: int, balance: Balance) -> float:
         """Return the gradients that a quantity needs beside what it may take."""
         pace, account = self.paces[name], self.account
         price = pace.price_beside(balance.parts)
+        if account.is_lent(name, step):
+            return 0.0
         if name == account.headline:
             is_early = pace.started is not None and step - pace.started < min(account.period(name), pace.doubling)
             return price - balance.saved - (max(0.0, balance.free - account.round()) if is_early else balance.free)

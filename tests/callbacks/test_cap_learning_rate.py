@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoint_harness import STEPS, Once, Repeatable, stream
 from harness import BATCH, FEATURES, Losses, Model, Rows, bits, data, everything, fit, mlp
+from launch_ranks import launched
 from schedules import SCHEDULES, Scheduled
 from torch import nn
 from torch.nn import functional as F
@@ -15,6 +16,8 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from lsp_callbacks import CapLearningRate, SpectralNorm, StabilityMonitor, StopOnInstability
+from lsp_callbacks.callbacks.cap_learning_rate import CappedStep
+from lsp_callbacks.callbacks.rate_cap import GROWTH, START
 from lsp_callbacks.monitor.history import Observation
 
 KEY, CAP = "stability/courant", "stability/lr_cap"
@@ -150,12 +153,12 @@ def full_batch():
     return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=BATCH), x
 
 
-def heavy_ball(x, rate, momentum, steps):
-    """The losses of `Quadratic` at a constant rate, by the recursion for its error ``w - 1``."""
+def heavy_ball(x, rates, momentum):
+    """The losses of `Quadratic` at these rates, by the recursion for its error ``w - 1``."""
     torch.manual_seed(0)
     error = nn.Linear(FEATURES, 1, bias=False).double().weight.detach()[0] - 1
     velocity, losses = torch.zeros_like(error), []
-    for _ in range(steps):
+    for rate in rates:
         losses.append(float((x @ error).square().mean()))
         velocity = momentum * velocity + 2 / BATCH * x.T @ (x @ error)
         error = error - rate * velocity
@@ -167,13 +170,13 @@ def test_the_courant_number_of_a_capped_run_is_safety_and_its_rate_that_of_theor
     loader, x = full_batch()
     rates, monitor = Rates(), measuring(1, "sharpness")
     optimizer = partial(torch.optim.SGD, lr=lr, momentum=momentum)
-    fit(lambda: Quadratic(optimizer), rates, monitor, CapLearningRate(safety=0.9), loader=loader, max_steps=20)
+    fit(lambda: Quadratic(optimizer), rates, monitor, CapLearningRate(safety=0.9), loader=loader, max_steps=90)
     top = float(torch.linalg.eigvalsh(2 / BATCH * x.T @ x)[-1])
-    critical = 2 * (1 + momentum) / top
-    courant = monitor.history[KEY]
-    assert courant.values == pytest.approx([0.9] * 20, rel=1e-3)
-    assert [used for (used,) in rates.used] == pytest.approx([0.9 * critical] * 20, rel=1e-3)
-    assert rates.losses == pytest.approx(heavy_ball(x, 0.9 * critical, momentum, 20), rel=0.01)
+    cap = 0.9 * 2 * (1 + momentum) / top
+    theory = [cap * min(1, START * GROWTH**k) for k in range(90)]  # the warm-up that nobody has tuned
+    assert monitor.history[KEY].values == pytest.approx([0.9 * rate / cap for rate in theory], rel=1e-3)
+    assert [used for (used,) in rates.used] == pytest.approx(theory, rel=1e-3) and theory[-1] == cap
+    assert rates.losses == pytest.approx(heavy_ball(x, theory, momentum), rel=0.01, abs=1e-9)
     assert rates.losses[-1] < 0.2 * max(rates.losses)
 
 
@@ -184,7 +187,7 @@ def test_groups_keep_their_ratios():
 
     loader, x = full_batch()
     rates, monitor = Rates(), measuring(1, "sharpness")
-    fit(lambda: Quadratic(optimizer, split=True), rates, monitor, CapLearningRate(), loader=loader, max_steps=6)
+    fit(lambda: Quadratic(optimizer, split=True), rates, monitor, CapLearningRate(), loader=loader, max_steps=90)
     assert all(b == pytest.approx(a / 10) for a, b in rates.used)
     one = torch.cat([x, torch.ones_like(x[:, :1])], 1)
     scale = torch.tensor([1.0] * FEATURES + [0.1], dtype=x.dtype).sqrt()
@@ -204,7 +207,9 @@ def test_it_is_undone_with_the_danger_and_seen_in_the_logs(caplog):
     assert "capped at" in caplog.text and "7 updates" in caplog.text
     assert rows.curve(SCHEDULED) == {step: rate for step, (rate,) in enumerate(rates.between)}
     assert rows.curve(APPLIED) == pytest.approx({step: rate for step, (rate,) in enumerate(rates.used)})
-    assert all(rows.curve(CAP)[step] == pytest.approx(rates.used[step][0]) for step in range(5, 12))
+    growing = {step: 0.01 * GROWTH ** (step - 4) for step in range(5, 12)}  # a jump becomes a ramp
+    assert {step: rates.used[step][0] for step in growing} == pytest.approx(growing)
+    assert all(rates.used[step][0] < rows.curve(CAP)[step] < 10 for step in growing)
     ahead = monitor.history["stability/steps_to_edge"]  # of the schedule: none while that is above the edge
     assert (ahead.steps, ahead.values) == ([0, 1, 2, 3, 4], [5, 4, 3, 2, 1])
 
@@ -348,9 +353,13 @@ def after(*readings, losses=(), **settings):
     from lsp_callbacks.monitor.losses import ArrivedLoss, LossWatch
 
     monitor = SimpleNamespace(
-        losses=LossWatch(), invalidated=None, courant=SimpleNamespace(key="stability/courant_mean_square")
+        losses=LossWatch(),
+        invalidated=None,
+        courant=SimpleNamespace(key="stability/courant_mean_square"),
+        cadence=SimpleNamespace(want=lambda step: None),
     )
     cap = CapLearningRate(safety=0.5, **settings)
+    cap._cap.is_proven = True
     observer = SimpleNamespace(step=0, is_idle=False)
     forecast = SimpleNamespace(scale=1.0)
     cap._source = SimpleNamespace(monitor=monitor, has_same_rates=True, observer=observer, forecast=forecast)
@@ -358,7 +367,7 @@ def after(*readings, losses=(), **settings):
     for step, values in enumerate(readings):
         observer.step = step
         monitor.losses.add(ArrivedLoss(step, (losses or [1.0] * 99)[step]))
-        cap._steps.append((step, [1.0], [1.0], 1.0))
+        cap._steps.append(CappedStep(step, [1.0], [1.0], 1.0))
         cap.receive(None, Observation(step, {f"stability/{key}": value for key, value in values.items()}))
         cap.end_step(None, step, [ArrivedLoss(step, (losses or [1.0] * 99)[step])])
     observer.step = len(readings)
@@ -379,13 +388,13 @@ def test_the_reading_that_is_trusted_and_those_that_are_not():
     assert factor(headline(4.0), headline(math.nan)) == 0.125  # it holds
     assert factor({"courant": 9.0, "courant_gd": 9.0}) == 1.0  # not the headline number of this step
     # Of a step that has exploded, and of a network that has collapsed: it can lower the cap only.
-    assert factor(headline(4.0), headline(0.1), losses=[1.0, 9.0]) == 0.125
-    assert factor(headline(4.0), headline(0.1), losses=[1.0, math.nan]) == 0.125
-    assert factor(headline(4.0), headline(8.0), losses=[1.0, 9.0]) == pytest.approx(0.5 / 6)
-    assert factor(headline(4.0), headline(0.1, collapsed=0.5)) == 0.125
-    assert factor(headline(4.0), headline(0.1)) > 0.125
+    for broken in (9.0, math.nan):
+        assert factor(headline(4.0), *[headline(0.1)] * 3, losses=[1.0, *[broken] * 3]) == 0.125
+    assert factor(headline(4.0), headline(8.0), losses=[1.0, 9.0]) == pytest.approx(0.5 / 8)
+    assert factor(headline(4.0), *[headline(0.1, collapsed=0.5)] * 3) == 0.125
+    assert factor(headline(4.0), headline(0.1)) == 0.125 < factor(headline(4.0), *[headline(0.1)] * 3)
     # Infinitely large critical rates are not logged.
-    assert factor(headline(4.0), {"courant": 0.0, "courant_mean_square": 0.0}) == 0.25
+    assert factor(headline(4.0), {"courant": 0.0, "courant_mean_square": 0.0}) == 0.125
     assert after(headline(4.0), *[{"courant": 0.0, "courant_mean_square": 0.0}] * 3)[0]._cap.limits == [math.inf]
 
 
@@ -453,3 +462,15 @@ def test_two_of_them_are_refused():
 def test_bad_arguments(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         CapLearningRate(**settings)
+
+
+# -- two processes -----------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_cap_the_same_updates_at_the_same_rates(tmp_path):
+    here, there = launched("cap_ranks", tmp_path)
+    assert here["state"] == there["state"] and here["readings"] == there["readings"]
+    assert here["used"] == there["used"] and here["between"] == there["between"]
+    assert all(torch.equal(a, b) for a, b in zip(here["weights"], there["weights"]))
+    lower = [used < between for used, between in zip(here["used"], here["between"])]
+    assert lower[12] and not any(lower[:12]) and not any(lower[30:]) and here["state"]["capped"] == sum(lower)

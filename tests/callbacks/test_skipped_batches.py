@@ -87,10 +87,10 @@ def test_a_due_step_that_is_skipped_is_made_up_for():
 
 def test_gradients_of_zero_move_the_weights_and_cut_the_window():
     """With momentum the weights go on in a batch without a loss where gradients are zeros, not None."""
-    monitor = StabilityMonitor(["lyapunov"], every_n_steps=1, window=2)
+    monitor = StabilityMonitor(["lyapunov"], every_n_steps=1, window=3)
     fit(lambda: Returns(every(3, 2), zeros=True), monitor, max_steps=12)
     assert LYAPUNOV not in monitor.history
-    monitor = StabilityMonitor(["lyapunov"], every_n_steps=1, window=2)
+    monitor = StabilityMonitor(["lyapunov"], every_n_steps=1, window=3)
     fit(lambda: Returns(every(3, 2)), monitor, max_steps=12)
     assert len(monitor.history[LYAPUNOV].steps) == 2
 

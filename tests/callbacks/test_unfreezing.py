@@ -98,13 +98,13 @@ def test_sharpness_is_that_of_what_is_trained(callback, sizes, optimizer, waits,
 
 
 def test_windows_begin_anew_and_the_mean_is_over_new_ones_only():
-    every = 4  # a window of two steps after one of alignment
+    every = 4
     monitor, _ = run(Sets(backbone=range(9, 28)), steps=28, every=every)
-    # The window of steps 8, 9, 10 is cut by the change at 9.
-    assert monitor.history[LYAPUNOV].steps == [2, 6, 14, 18, 22, 26]
-    assert monitor.history[LOWER].steps == [22, 26]
+    # The window of steps 8 and 9 is cut by the change at 9.
+    assert monitor.history[LYAPUNOV].steps == [1, 5, 13, 17, 21, 25]
+    assert monitor.history[LOWER].steps == [21, 25]
     alone, _ = run(Sets(backbone=range(9, 16)), steps=16, every=every, quantities=["lyapunov"])
-    assert all(map(math.isfinite, monitor.history[LYAPUNOV].values)) and alone.history[LYAPUNOV].steps[2] == 14
+    assert all(map(math.isfinite, monitor.history[LYAPUNOV].values)) and alone.history[LYAPUNOV].steps[2] == 13
 
 
 def test_a_window_over_all_parameters_is_cut():

@@ -207,7 +207,7 @@ def test_differences_stay_in_the_bounds_of_the_exponent_where_the_last_step_took
     product, least = Differences.product, 2 * LEAST * torch.finfo(f64).eps ** 0.5
 
     def width(steps_with_differences):
-        problem, metric = Quadratic(sharp(8, 2.0, seed=3)), Lyapunov(window=2, method="auto")
+        problem, metric = Quadratic(sharp(8, 2.0, seed=3)), Lyapunov(window=3, method="auto")
         optimizer, taken = torch.optim.SGD(problem.parameters(), lr=0.1), []
         for step in range(3):
 
@@ -298,7 +298,7 @@ def test_a_mode_that_gradient_and_earlier_vector_do_not_know_of_is_found_by_nois
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_the_bounds_of_the_exponent_hold_what_the_alignment_has_missed(momentum):
-    """On a fixed quadratic whose top is close to its bulk; all windows fall on one side of the truth."""
+    """On a fixed quadratic whose top is close to its bulk; all windows miss the truth."""
     outside = 0
     for seed in range(3):
         problem, metric = Quadratic(sharp(200, 1.02, seed)), Lyapunov(window=1, average=3, method="exact")
@@ -312,7 +312,7 @@ def test_the_bounds_of_the_exponent_hold_what_the_alignment_has_missed(momentum)
         truth = float(torch.linalg.eigvals(plane).abs().max().log())
         lower, upper = (metric.compute()[f"stability/lyapunov_{end}"] for end in ("lower", "upper"))
         assert lower <= truth <= upper
-        outside += bool((metric.windows < truth - 0.005).all())
+        outside += bool(((metric.windows - truth).abs() > 0.005).all())
     assert outside >= 2
 
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.autograd.forward_ad as forward
-from problems import close, f64, freeze, random, regression, take, trajectory
+from problems import close, f64, freeze, matrix, random, regression, take, trajectory
 from test_step_jacobian import CLIPPINGS, GROUPS, MODES, OTHER_GROUPS, OTHERS, Small, two_groups
 from update_formulas import FORMULAS
 
@@ -14,10 +14,11 @@ from lsp_callbacks.functional import Box, exponent_bounds, plane_map, window_exp
 from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators import hessian
 from lsp_callbacks.operators.curvature.stability_threshold import stability_threshold
-from lsp_callbacks.operators.trajectory.formula_tangent import formula_tangent
+from lsp_callbacks.operators.trajectory.formula_tangent import formula_tangent, has_state
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.trajectory.step_on_plane import step_on_plane
 from lsp_callbacks.operators.trajectory.update_rules import descent
+from lsp_callbacks.quantities.curvature.sharpness import measured_mode
 from lsp_callbacks.step.clipping import Clipping
 
 SGD, Adam, AdamW, RMSprop = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop
@@ -170,14 +171,19 @@ def test_a_window_is_that_of_the_steps_taken_one_by_one(name):
         take(optimizer, problem())
     metric, maps, rest, frame = Lyapunov(window=3, average=1, method="exact"), [], None, {}
     for snapshot in trajectory(problem, optimizer, 4):
-        if snapshot.step:
-            plane = {"root": frame["root"], "buffer_scale": frame["buffer_scale"]}
-            step, rest = plane_map(
-                update_jacobian(snapshot, method="exact"), metric.vectors()["mode"], **plane, rest=rest
-            )
-            maps.append(step)
         metric.update(snapshot)
         frame = metric.vectors() if not snapshot.step else frame
+        if not snapshot.step and not has_state(snapshot):
+            continue  # it aligns, and is no step of the window
+        plane = {"root": frame["root"], "buffer_scale": frame["buffer_scale"]}
+        step, rest = plane_map(update_jacobian(snapshot, method="exact"), frame["mode"], **plane, rest=rest)
+        if name == "plain" and not snapshot.step:  # the first step takes the estimate of its eigenvalue
+            eigenvalue, _ = measured_mode(snapshot, None, None, "exact").eigenvalue
+            step = matrix([[1 - optimizer.param_groups[0]["lr"] * eigenvalue]])
+        maps.append(step)
+        if metric.complete:
+            break
+    assert len(maps) == 3
     close(metric.windows[0], window_exponent(maps, rest=bool(rest.any())), 1e-10)
 
 

@@ -20,8 +20,9 @@ from lsp_callbacks.step.known_scale import Scale
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Distances relative to the displaced tensors, in square roots of the machine epsilon: the smallest, the first (before
-#: the curvature is known), and the largest.
-NEAR, FIRST, FAR = 0.25, 3.0, 15.0
+#: the curvature is known), and the largest; and up to which they are lengthened so that the rounding of the parameters
+#: need not be looked at, which takes as long as a quarter of a product.
+NEAR, FIRST, FAR, CLEAR = 0.25, 3.0, 15.0, 1.0
 #: Accepted error, relative to the largest ``||H u||`` seen in the step, in the same units: 1 % in float32.
 TOLERANCE = 29.0
 #: Accepted error of ``u^T H u``, by the trapezoidal rule, in tolerances.
@@ -64,7 +65,8 @@ class Differences:
     (nearly) zeros has no length of its own. Distances are multiples of ``sqrt(eps) / sqrt(sum r_k^2)``: they scale with
     the parameters, so that ``theta = s phi`` changes nothing, and a tensor of another size does not affect the others.
     The multiple is 3 at first; once the curvature is known it makes rounding, see below, 0.3 % of the change (in
-    float32), between 1/4 and 15, so that the third derivative contributes as little as possible.
+    float32), between 1/4 and 15, so that the third derivative contributes as little as possible; up to 1 it is no
+    shorter than where the rounding of the parameters, at its worst, is nothing beside it.
 
     *Rounding.* The error of a gradient is ``b = eps (2 ||g|| + sqrt(2 lambda |L|))``: the second term bounds what has
     cancelled in g, ``||J^T r||^2 <= lambda ||r||^2`` for a sum of squares; both scale with the loss and the parameters.
@@ -100,6 +102,8 @@ class Differences:
         self.lengths = lengths(self.parameters, sizes)
         self.rows = [k for k, p in enumerate(self.parameters) if p.ndim <= 1]
         self.tolerance = min(TOLERANCE * self.eps**0.5, 0.01)
+        #: The distance below which the rounding of the parameters, at its worst, may change a product.
+        self.coarse = 0.5 * self.eps * self.theta / self.tolerance
         self.weight, self.least = weight, LEAST * self.eps**0.5 if not relative else 0.0
         self.amplified = float(norm(weight)) / len(gradient) ** 0.5 if isinstance(weight, Tensor) else abs(weight)
         self.seen, self.used, self.loss, self.rounding = 0.0, 0.0, 0.0, 0.0
@@ -127,8 +131,7 @@ class Differences:
         if reach is None:
             raise Untrusted("all parameters are 0: the distance of a difference has no scale")
         difference = self._resolved(v, size, reach)
-        coarse = not 0.5 * self.eps * self.theta <= self.tolerance * difference.distance
-        if coarse and not self._moves(v, difference.distance / size):
+        if not self.coarse <= difference.distance and not self._moves(v, difference.distance / size):
             raise Untrusted("the displacement is lost in the rounding of the parameters")
         if not self._consistent(difference) and difference.distance < 0.5 * FIRST * reach:
             self.nearest = FIRST  # the loss's own rounding is larger than thought
@@ -253,7 +256,8 @@ class Differences:
         unresolved = (
             6 * self.known.rounding / (ACCEPTED * self.tolerance * scale.seen)
         ) ** 0.5  # the loss, not the gradient
-        return min(FAR * reach, max(self.nearest * reach, 5 * self.eps * self.theta, rounded, unresolved))
+        fine = min(1.001 * self.coarse, CLEAR * reach)
+        return min(FAR * reach, max(self.nearest * reach, fine, 5 * self.eps * self.theta, rounded, unresolved))
 
     def _clear(self, difference: Difference) -> bool:
         if not difference.distance * self.seen < math.inf:

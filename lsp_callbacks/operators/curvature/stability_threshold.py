@@ -64,6 +64,8 @@ class SharpMode:
         buffer_scale: turns ``mode`` into the momentum buffer that displaces by ``root * mode``; None without momentum.
         accuracy: relative error of products: the quotient of ``mode`` may be above the largest eigenvalue by it.
         beyond: the largest eigenvalue may be above the quotient of ``mode`` by it, relatively.
+        eigenvalue: the estimate of the largest eigenvalue of H, and how far that may be from it, relatively, where
+            ``mode`` is the sharpest direction of H as well; None elsewhere.
     """
 
     mode: Tensor
@@ -71,6 +73,7 @@ class SharpMode:
     buffer_scale: Tensor | float | None
     accuracy: Tensor
     beyond: Tensor
+    eigenvalue: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +278,7 @@ def _threshold(
         limit=decayed / courant,
         top=plain.vector,
         products=steepest.products + (plain.products if plain is not steepest else 0),
+        eigenvalue=(plain.value, _relative(plain.error, plain.value)) if plain is steepest else None,
         recent=recent.with_values(plain.early, steepest.early / (rule.lr if scale == 1.0 and rule.lr else 1.0)),
         **_mode(snapshot, rule, steepest, root, value),
     )

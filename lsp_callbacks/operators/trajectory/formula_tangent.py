@@ -158,6 +158,22 @@ def formula_tangent(snapshot: Snapshot, *, initialised: bool = False) -> Formula
     return FormulaTangent(blocks, end, parts)
 
 
+def has_state(snapshot: Snapshot) -> bool:
+    """Return whether all state tensors exist that the step reads: without them it is another map than those after it.
+
+    Raises:
+        Unmeasurable: no optimizer, or one without a formula.
+    """
+    optimizer, groups = require_optimizer(snapshot), group_of(snapshot)
+    rule, gradient = formula(optimizer), snapshot.gradient
+    return all(
+        _state(optimizer, p).get(block) is not None
+        for name, p in snapshot.parameters.items()
+        if (group := groups[name]) is not None and (gradient is None or gradient[name] is not None)
+        for block in rule.blocks(group)
+    )
+
+
 def _existing(form: Linear, present: tuple[str, ...]) -> Linear:
     """Return a derivative without that by tensors which do not exist before the step."""
     return {name: value for name, value in form.items() if name in (THETA, GRADIENT, *present)}

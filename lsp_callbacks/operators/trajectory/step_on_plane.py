@@ -11,10 +11,10 @@ from torch import Tensor
 from lsp_callbacks.linalg import inner, unit
 from lsp_callbacks.operators.curvature.hessian import Method
 from lsp_callbacks.operators.trajectory.formula_tangent import GRADIENT, THETA, FormulaTangent, formula_tangent
-from lsp_callbacks.operators.trajectory.optimizer_input import clipped_change
+from lsp_callbacks.operators.trajectory.optimizer_input import clipped_change, require_optimizer
 from lsp_callbacks.operators.trajectory.proximal import proximal_jacobian
 from lsp_callbacks.operators.trajectory.step_jacobian import accurate_hessian
-from lsp_callbacks.operators.trajectory.update_rules import reciprocal
+from lsp_callbacks.operators.trajectory.update_rules import formula, reciprocal
 from lsp_callbacks.step.snapshot import Snapshot
 
 
@@ -46,6 +46,7 @@ def step_on_plane(
     buffer_scale: Tensor | float | None = None,
     rest: Tensor | None = None,
     method: Method = "auto",
+    eigenvalue: float | None = None,
 ) -> PlaneStep:
     """Return ``V^+ A V`` of one step of an optimizer with a formula, as `plane_map` of its `update_jacobian`.
 
@@ -60,18 +61,22 @@ def step_on_plane(
         buffer_scale: of the momentum buffer.
         rest: of the steps before in the same window; None finds it.
         method: of the Hessian product.
+        eigenvalue: of H, to which ``mode`` belongs: then there is no product; see `needs_product`.
 
     Raises:
         Unmeasurable: see `step_jacobian`; an optimizer without a formula.
 
-    Cost: one Hessian product; no gradient beside it.
+    Cost: one Hessian product, or none; no gradient beside it.
     """
     step = formula_tangent(snapshot)
     places = 1 if buffer_scale is None else 2
     names, others = (THETA, *step.blocks)[:places], step.blocks[places - 1 :]
-    change = clipped_change(snapshot, accurate_hessian(snapshot, method) @ (root * mode))
+    if eigenvalue is None:
+        change = _Scaled(1.0, clipped_change(snapshot, accurate_hessian(snapshot, method) @ (root * mode)))
+    else:
+        change = _scaled(eigenvalue * root, mode)
     if rest is None:
-        along = {THETA: root * mode, GRADIENT: change}
+        along = {THETA: root * mode, GRADIENT: change.product} if others else {}
         rest = unit(torch.cat([step.image(name, along) for name in others])) if others else mode[:0]
     scales = (root,) if buffer_scale is None else (root, buffer_scale)
     columns = [{name: _scaled(scale, mode)} for name, scale in zip(names, scales)]
@@ -84,8 +89,18 @@ def step_on_plane(
     read = _Reader(step)
     drift = read.entries(rows, columns)
     curvature = torch.zeros_like(drift)
-    curvature[:, :1] = read.entries(rows, [{GRADIENT: _Scaled(1.0, change)}])
+    curvature[:, :1] = read.entries(rows, [{GRADIENT: change}])
     return PlaneStep(drift, curvature, rest)
+
+
+def needs_product(snapshot: Snapshot) -> bool:
+    """Return whether more of ``H v`` enters a step on the plane than its share along the eigenvector v itself.
+
+    That is where the optimizer divides by second moments, where gradients are clipped, and before a prox.
+    """
+    rule = formula(require_optimizer(snapshot))
+    is_plain = rule.second_moment is None and not rule.couples
+    return not is_plain or snapshot.clipping is not None or snapshot.run.prox is not None
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from lsp_callbacks.functional.trajectory.statistics import student_bounds
 from lsp_callbacks.operators.cost import beside, products
 from lsp_callbacks.operators.curvature.finite_differences import LEAST
 from lsp_callbacks.operators.curvature.hessian import Method, decided, path_taken, products_so_far, resolved
-from lsp_callbacks.operators.curvature.stability_threshold import threshold_constant
+from lsp_callbacks.operators.curvature.stability_threshold import has_own_run, threshold_constant
 from lsp_callbacks.operators.footprint import footprint
+from lsp_callbacks.operators.trajectory.formula_tangent import has_state
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
-from lsp_callbacks.operators.trajectory.step_on_plane import step_on_plane
+from lsp_callbacks.operators.trajectory.step_on_plane import needs_product, step_on_plane
 from lsp_callbacks.quantities.base import scalar
 from lsp_callbacks.quantities.curvature.sharpness import alignment_memory, measured_mode, mode_cost
 from lsp_callbacks.quantities.key import NATS, PREFIX, Key
@@ -32,11 +33,13 @@ PLANE, FROZEN = 6, 32
 class Lyapunov(Windowed):
     """Exponent of the *sharp mode* under the real update map, in nats per optimizer step.
 
-    One step aligns a direction v with the top algebraic eigenvector of the (preconditioned) Hessian; the derivative of
-    the real update of each of the next ``window`` steps, on the same batches, masks, rates, momentum, clipping and
-    prox, is compressed onto it (with momentum: onto the plane of ``(v, 0)`` and ``(0, m)``, m the buffer that displaces
-    by v), and the exponent is that of the product, see `lsp_callbacks.functional.sharp_mode_exponent`. A mode that is
-    wrong by an angle phi makes an error of ``phi^2`` in the curvature, and no other. Second moments of Adam, AdamW,
+    The first step of a window aligns a direction v with the top algebraic eigenvector of its (preconditioned) Hessian;
+    the derivative of the real update of each of the ``window`` steps from this one on, on the same batches, masks,
+    rates, momentum, clipping and prox, is compressed onto it (with momentum: onto the plane of ``(v, 0)`` and ``(0,
+    m)``, m the buffer that displaces by v), and the exponent is that of the product, see
+    `lsp_callbacks.functional.sharp_mode_exponent`. A mode that is wrong by an angle phi makes an error of ``phi^2`` in
+    the curvature, and no other. In the first step under SGD the curvature is the estimate that ``sharpness`` is, which
+    costs no product; there the sign is that of ``courant_gd - 1``. Second moments of Adam, AdamW,
     RMSprop and Adagrad are not frozen: the direction in which v moves them is added to the plane. In the first twenty
     steps or so, while they change by large factors, the update has no such mode: read the Courant number there.
 
@@ -59,8 +62,8 @@ class Lyapunov(Windowed):
     Raises:
         ValueError: for a window or an average below 1.
 
-    Cost: the alignment shared with sharpness, then in each step of the window one Hessian product with any optimizer,
-    and the optimizer's formula in closed form on the plane alone.
+    Cost: the alignment shared with sharpness, then one Hessian product in each step of the window (none in the first
+    under SGD, unless gradients are clipped or a prox follows), and the optimizer's formula on the plane alone.
 
     Source: Chemnitz & Engel 2025 for the exponent; Benettin et al. 1980; docs/theory.md, section The exponent along
     the trajectory.
@@ -79,7 +82,6 @@ class Lyapunov(Windowed):
         "lyapunov_upper": Key("One-sided 90 % upper bound, from 3 windows on.", NATS),
     }
     key_states = False
-    prepare = 1
     windows: Tensor
     spans: Tensor
 
@@ -96,9 +98,10 @@ class Lyapunov(Windowed):
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         method, rule = resolved(snapshot, self.method), frozen_rule(snapshot)
-        vectors = PLANE + FROZEN * rule.frozen
-        step = products(snapshot, method, 1) + beside(snapshot, calls=90, vectors=vectors)
-        return {**mode_cost(snapshot, method, warm=self._mode is not None), "window": self.window * step}
+        steps = self.window - (not has_own_run(snapshot) and not needs_product(snapshot))
+        pushed = steps * (products(snapshot, method, 1) + beside(snapshot, vectors=PLANE + FROZEN * rule.frozen))
+        window = pushed + beside(snapshot, calls=90 * self.window)
+        return {**mode_cost(snapshot, method, warm=self._mode is not None), "window": window}
 
     def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
         """Take fewer steps in a window, down to one."""
@@ -113,28 +116,18 @@ class Lyapunov(Windowed):
         return {**alignment_memory(snapshot, method), "plane": plane * footprint(snapshot).parameters}
 
     def update(self, snapshot: Snapshot) -> None:
-        """Align, or push through one more step; a gap in the steps starts again."""
+        """Align in the first step of a window, and push through it and each one after it; a gap starts again.
+
+        The first step of a run, in which no momentum exists yet, is none of the window.
+        """
         self.complete = False
-        if not self._continues(snapshot):
-            aligned = measured_mode(snapshot, self._mode, self._top, self.method)
-            self._mode, self._top = aligned.mode, getattr(aligned, "top", self._top)
-            self._path = path_taken(snapshot, self.method)
-            self._frame = {
-                "root": aligned.root,
-                "buffer_scale": aligned.buffer_scale,
-                "below": float(aligned.accuracy),
-                "above": float(aligned.beyond),
-                "method": decided(snapshot, self.method),
-                "rest": None,
-                "maps": [],
-                "curvatures": [],
-                "rough": False,
-                "step": snapshot.step,
-            }
+        is_new = not self._continues(snapshot)
+        frame = self._aligned(snapshot) if is_new else self._frame
+        if is_new and not has_state(snapshot):
+            self._frame = frame
             return
-        frame = self._frame
         assert self._mode is not None
-        plane = {name: frame[name] for name in ("root", "buffer_scale", "rest", "method")}
+        plane = {name: frame[name] for name in ("root", "buffer_scale", "rest", "method", "eigenvalue")}
         taken = products_so_far(snapshot)
         before = taken.taken
         step = step_on_plane(snapshot, self._mode, **plane)
@@ -144,7 +137,7 @@ class Lyapunov(Windowed):
         rest = step.rest
         if len(maps) < self.window:
             window = {"maps": maps, "curvatures": curvatures, "rest": rest, "rough": rough, "step": snapshot.step}
-            self._frame = frame | window
+            self._frame = frame | window | {"eigenvalue": None}
             return
         self._frame = {}
         remembers = bool(rest.any())
@@ -163,6 +156,32 @@ class Lyapunov(Windowed):
         self.windows = torch.cat([self.windows, scalar(exponent)[None]])[-self.average :]
         self.spans = torch.cat([self.spans, torch.tensor([span], dtype=torch.float64)])[-self.average :]
         self.complete = True
+
+    def _aligned(self, snapshot: Snapshot) -> dict[str, Any]:
+        """Return a window that begins at a step, and follow the sharp mode to it.
+
+        Where a step on the plane knows nothing else of the curvature, it takes the estimate of its largest eigenvalue,
+        which lies nearer than the quotient of the mode, with its error bar on both sides.
+        """
+        aligned = measured_mode(snapshot, self._mode, self._top, self.method)
+        self._mode, self._top = aligned.mode, getattr(aligned, "top", self._top)
+        below, above, eigenvalue = float(aligned.accuracy), float(aligned.beyond), None
+        if aligned.eigenvalue is not None and not needs_product(snapshot) and has_state(snapshot):
+            eigenvalue, below = map(float, aligned.eigenvalue)
+            above = below if self.window == 1 else max(below, above)
+        return {
+            "root": aligned.root,
+            "buffer_scale": aligned.buffer_scale,
+            "below": below,
+            "above": above,
+            "method": decided(snapshot, self.method),
+            "eigenvalue": eigenvalue,
+            "rest": None,
+            "maps": [],
+            "curvatures": [],
+            "rough": False,
+            "step": snapshot.step,
+        }
 
     def path(self, snapshot: Snapshot) -> str:
         return self._path
