@@ -1,4 +1,4 @@
-"""Claim: under BatchNorm the headline number is that of the training step, its statistics included, within their scatter.
+"""Claim: under BatchNorm the headline number is that of the training step, its statistics included, within scatter.
 
 A residual network with BatchNorm on digits, batches of 64, 300 steps. Every tenth step the headline number is read with
 nothing set (32 rows from the step's own graph, statistics held, factors of `StatisticsFactors`), and beside it that of

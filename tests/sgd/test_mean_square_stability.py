@@ -14,6 +14,7 @@ from lsp_callbacks import MeanSquareStability, ProbeSet, StabilityMonitor
 from lsp_callbacks.functional import UpdateRule, mean_square_lr, reduced_modes
 from lsp_callbacks.operators.sgd import per_sample_gradients
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
+from lsp_callbacks.operators.sgd.graph_rows import GraphRows
 from lsp_callbacks.operators.sgd.output_directions import OutputDirections
 from lsp_callbacks.operators.sgd.output_hessian import output_curvature, output_hessian
 from lsp_callbacks.operators.sgd.statistics_factors import (
@@ -378,6 +379,18 @@ def test_factors_are_those_of_the_last_combinations_and_never_believe_a_chance_z
     assert factors.values["w"] == pytest.approx(2.6 / 5.1)
     factors.add(share, signs, {"w": math.nan})
     assert factors.values["w"] == pytest.approx(2.6 / 5.1)
+
+
+def test_rows_of_the_graph_take_their_factors():
+    net, x = seeded(two_norms()).double().train(), random(8, 4, seed=1)
+    rows = GraphRows(net, torch.Generator().manual_seed(0), lambda n: n, lambda n: 1, renews=True)
+    rows.saw_loss(F.cross_entropy(net(x), LABELS), samples=8, factor=1.0, micro_batches=1)
+    rows.form(dict.fromkeys(dict(net.named_parameters()), 1.0))
+    kernel = rows.kernel(None, StatisticsFactors())
+    held = shares_of(tied_probes(net, x, LABELS), holds=True, factors=StatisticsFactors(), renews=False)
+    assert kernel.factors["1.bias"] != pytest.approx(1, abs=1e-3)
+    mixed = sum(float(held[name].trace()) * factor for name, factor in kernel.factors.items())
+    assert float(kernel.gram.trace()) == pytest.approx(mixed, rel=1e-6)
 
 
 def test_held_statistics_leave_the_module_as_it_was():
