@@ -1,11 +1,11 @@
-"""Claim: the rate of ``lsp-callbacks suggest`` trains better than that of Lightning's ``Tuner.lr_find``.
+"""Claim: the rate of ``lsp-callbacks suggest`` mostly trains better than that of Lightning's ``Tuner.lr_find``.
 
 Six problems on scikit-learn's digits and diabetes, and a text where ``$MNIST`` has it (otherwise that one is left out).
 Each is trained for 400 steps at a constant rate: the one that ``suggest`` says, the one that ``lr_find`` says at its
 defaults, and the best of a grid of six rates, chosen with hindsight by the same loss. Printed are the rates, the mean
 of the last 50 losses, how many gradients each suggestion took, and how often each ends lower than the other.
 
-``MNIST=<folder> python benchmarks/suggest_against_lr_find.py seeds=4,5,6`` prints the table of
+``MNIST=<folder> python benchmarks/suggest_against_lr_find.py seeds=4,5`` prints the table of
 ``suggest_against_lr_find.md``; other words are beginnings of names. ``shares`` trains at shares of the largest stable
 rate instead.
 """

@@ -7,7 +7,7 @@ loss after every 20 steps), and with `StabilityPruner` beside `MedianPruner`. Pr
 share of those without a pruner, the best loss, how many trials were ended, and whether the best trial survived.
 Measuring costs `StabilityPruner` some per cent of a step beside that, see ``overhead.md``.
 
-``python benchmarks/sweeps.py seeds=0,1,2`` prints the table of ``sweeps.md``. Optuna comes with ``pip install
+``python benchmarks/sweeps.py seeds=0,1`` prints the table of ``sweeps.md``. Optuna comes with ``pip install
 'lsp-callbacks[sweeps]'``. The reporter for Ray Tune ends trials by the same rule, so its share is that of
 `StabilityPruner`.
 """

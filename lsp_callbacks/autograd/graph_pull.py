@@ -43,15 +43,18 @@ def outputs_first(root: Any) -> list[Any]:
     return nodes
 
 
-def require_plain(nodes: Iterable[Any]) -> None:
-    """Refuse nodes that run the user's code: it would run once more than in training.
+def plain_kinds(nodes: Iterable[Any]) -> tuple[str, ...]:
+    """Return the names of nodes, none of which runs the user's code: it would run once more than in training.
 
     Raises:
         UnknownGraph: for a custom function, or where saved tensors are unpacked by a hook (activation checkpoints).
     """
+    kinds = []
     for node in nodes:
+        kinds.append(node.name())
         if calls_users_code(node) and not is_identity(node):
-            raise UnknownGraph(f"{node.name()} runs code of the user's")
+            raise UnknownGraph(f"{kinds[-1]} runs code of the user's")
+    return tuple(kinds)
 
 
 def pull(

@@ -60,5 +60,5 @@ class StepNumbers:
         self._is_over = True
         observer = self._observer
         if not self._is_counted or observer.game is not None:
-            observer.count(moved=moved)
+            observer.previous, observer.step = observer.step if moved else observer.previous, observer.step + 1
         self._is_counted = True

@@ -147,16 +147,18 @@ def default_cap(training: Footprint, multiple: float = MULTIPLE) -> float:
     ``held + bytes <= multiple (held + activations)``: with 1.5 the peak of the process grows by half at most, against
     training alone. `FLOOR` at least, which on a small network is little beside the interpreter and its libraries.
     """
-    held = HELD * training.parameters
-    return max(FLOOR, multiple * (held + training.activations) - held)
+    return max(FLOOR, beside_training(training, multiple))
 
 
-def beside_training(training: Footprint, multiple: float) -> float:
-    """Return how many bytes beside training make its peak so many times as high, with what `LIBRARIES` take.
+def beside_training(training: Footprint, multiple: float, beside: float = 0.0) -> float:
+    """Return how many bytes beside training make its peak so many times as high.
 
-    As `default_cap`, but no more on a small network: what can be had in pieces need not take the floor.
+    Args:
+        training: what it holds.
+        multiple: how many times.
+        beside: bytes that the process holds beside training, and that count with it.
     """
-    held = HELD * training.parameters + LIBRARIES
+    held = HELD * training.parameters + beside
     return multiple * (held + training.activations) - held
 
 
@@ -326,7 +328,8 @@ class Budget:
             return Room(self.max_memory, self.max_memory)
         if self._training is None:
             return Room()
-        return Room(beside_training(self._training, MULTIPLE), self._cap(MULTIPLE))
+        # What can be had in pieces need not take the floor, which on a small network is more than there is in training.
+        return Room(beside_training(self._training, MULTIPLE, LIBRARIES), self._cap(MULTIPLE))
 
     def _cap(self, multiple: float) -> float:
         return math.inf if self._training is None else default_cap(self._training, multiple)

@@ -313,10 +313,21 @@ class Cadence:
         names = self.starting(step)
         return names, [name for name in names if self.wants_price(name)]
 
-    def started(self, step: int, names: Iterable[str]) -> None:
-        """Charge the measurements that start at this step; what several of them spend on the same counts once."""
-        self.account.pay(step, [*names])
+    def started(self, step: int, names: Iterable[str], *, without: Collection[str] = ()) -> list[str]:
+        """Charge the measurements that start at this step; what several of them spend on the same counts once.
+
+        Args:
+            step: number of the optimizer step.
+            names: of the quantities.
+            without: those of them that are put off.
+
+        Returns:
+            The names of the others.
+        """
+        started = [name for name in names if name not in without]
+        self.account.pay(step, started)
         self.next_step = -math.inf
+        return started
 
     def restart(self, name: str) -> None:
         """Begin a measurement anew at the next step, as it was interrupted."""

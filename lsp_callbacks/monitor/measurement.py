@@ -13,7 +13,7 @@ from lsp_callbacks.errors import NotApplicable, Unsupported
 from lsp_callbacks.monitor.budget import Budget
 from lsp_callbacks.monitor.cadence import Cadence
 from lsp_callbacks.monitor.selected_quantities import SelectedQuantities, Skips
-from lsp_callbacks.operators.curvature.hessian import release_graph
+from lsp_callbacks.operators.curvature.hessian import EXACT
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -97,7 +97,7 @@ class Measurement:
                 continue
             finally:
                 if not self.budget.graphs.intersection(waiting):
-                    release_graph(view)
+                    view.shared.pop(EXACT, None)
             self.budget.seconds.add(name, time.perf_counter() - began, complete=values is not None)
             if values is None:
                 self.cadence.under_way.add(name)
@@ -124,9 +124,7 @@ class Measurement:
                 prices.parts, named=self.quantities.named, counting=prices.counting, step_cost=self.budget.step
             )
             names = cadence.starting(step)
-        starts = [name for name in names if name not in waiting]
-        cadence.started(step, starts)
-        return {*starts}
+        return {*cadence.started(step, names, without=waiting)}
 
     def _values(
         self, quantity: Quantity, snapshot: Snapshot, view: Snapshot, begins: bool, headline: str | None

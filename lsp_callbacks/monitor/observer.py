@@ -197,12 +197,14 @@ class StepObserver:
         """
         if Numerics.name in self.monitor.quantities and self.loop.shows_losses:
             self.nan_finder.saw_loss(loss)
-        if self._pending is None and is_returned and self.monitor.trace is None:
+        pending, is_needed = self._pending, not is_returned or self.monitor.trace is not None
+        if pending is None and not is_needed:
             return
         factor = 1.0 if scale is None else scale()
-        if self._pending is not None:
-            self._pending.saw_loss(loss, scale=factor)
-        self.step_loss.add(loss if factor == 1.0 else loss.detach() / factor)
+        if pending is not None:
+            pending.saw_loss(loss, scale=factor)
+        if is_needed or (pending is not None and pending.can_replay):
+            self.step_loss.add(loss if factor == 1.0 else loss.detach() / factor)
 
     def before_update(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import saved
 from lsp_callbacks.autograd.chunked_outputs import chunk_places, linear_head
-from lsp_callbacks.autograd.graph_pull import UnknownGraph, outputs_first, require_plain
+from lsp_callbacks.autograd.graph_pull import UnknownGraph, outputs_first, plain_kinds
 from lsp_callbacks.autograd.loss_terms import LOG_SOFTMAX, Term, is_last_axis, read_terms
 
 
@@ -29,8 +29,7 @@ def composed(loss: Tensor, logits: Iterable[Tensor], samples: int | None) -> tup
         UnknownGraph: for other losses.
     """
     nodes = outputs_first(loss.grad_fn)
-    require_plain(nodes)
-    terms = read_terms(nodes, [node.name() for node in nodes])
+    terms = read_terms(nodes, plain_kinds(nodes))
     if any(term.node.name() != LOG_SOFTMAX or not is_last_axis(term.node) for term in terms):
         raise UnknownGraph("the loss is no cross-entropy over the last axis")
     known = {(t.grad_fn, t.output_nr): t for t in logits}

@@ -76,6 +76,7 @@ def test_a_quadratic_has_the_rate_of_its_curvature(momentum, lr):
         assert (radius < 1) == falls
 
 
+@pytest.mark.slow
 def test_a_linear_model_has_the_rate_of_its_second_moment():
     x, loader = points(256, 2, batch_size=32)
     found = look(Line(2, partial(torch.optim.SGD, lr=0.01)), loader, steps=60, probes=256)
@@ -89,6 +90,7 @@ def test_a_linear_model_has_the_rate_of_its_second_moment():
     assert len(found.batches) == 2 and found.batches[0].population == 256
 
 
+@pytest.mark.slow
 def test_a_warm_up_does_not_count_and_groups_keep_their_ratio():
     _, loader = points(24, 4)
 

@@ -109,7 +109,7 @@ def test_a_run_divides_its_batch_where_the_graph_would_not_fit(monkeypatch):
     """The numbers stay, and the price has the graphs that are made anew."""
     values, prices = [], []
     for room in (1e12, 1e3):
-        monkeypatch.setattr(budget, "beside_training", lambda training, multiple, room=room: room)
+        monkeypatch.setattr(budget, "beside_training", lambda training, multiple, beside=0.0, room=room: room)
         monitor = StabilityMonitor([Sharpness(method="exact")], budget=1.0)
         fit(Net, monitor, loader=loader(), max_steps=2)
         values.append(monitor.history["stability/sharpness"].values)

@@ -154,6 +154,10 @@ def _exact(snapshot: Snapshot) -> LinearOperator:
     return exact_hessian(snapshot, differences)
 
 
+#: Where `computed_once` keeps exact products, and the graph that they are made from; without it a further one is made.
+EXACT = (_exact.__wrapped__, ())  # type: ignore[attr-defined]
+
+
 @computed_once
 def _unweighted_difference(snapshot: Snapshot) -> LinearOperator:
     return _finite_difference(snapshot)
@@ -187,11 +191,6 @@ def _finite_difference(
         return image
 
     return difference_hessian(differences, products, None if alone else exact)
-
-
-def release_graph(snapshot: Snapshot) -> None:
-    """Let go of the graph of this step's exact products; a further product would compute it again."""
-    snapshot.shared.pop((_exact.__wrapped__, ()), None)  # type: ignore[attr-defined]
 
 
 def per_parameter(values: list[float], snapshot: Snapshot) -> Tensor | float:

@@ -28,6 +28,7 @@ class Top:
         beyond: the largest eigenvalue is at most this much above the quotient of the vector.
         products: how many were taken.
         early: the value after the first of them, to be compared with that of other steps.
+        pair: the same with its residual and an upper bound, where Lanczos was run until that was near.
     """
 
     value: Tensor
@@ -37,6 +38,7 @@ class Top:
     beyond: Tensor
     products: int
     early: Tensor
+    pair: Eigenpair | None = None
 
 
 def top_eigenvalue(
@@ -81,7 +83,9 @@ def top_eigenvalue(
         >>> float(top_eigenvalue(Snapshot(step=0, module=net, replay=lambda: 0.5 * net(x).square().sum())).value)
         9.0...
     """
-    return _bounded(hessian(snapshot, method=method), snapshot, start, steps, tol)[0]
+    pair = bounded_top(hessian(snapshot, method=method), snapshot, start, steps=steps, tol=tol).pair
+    assert pair is not None
+    return pair
 
 
 def bounded_top(
@@ -94,21 +98,6 @@ def bounded_top(
     root: Tensor | float = 1.0,
 ) -> Top:
     """Return the largest eigenpair of an operator, see `top_eigenvalue`; ``root``: see `gradient_behind`."""
-    pair, accuracy = _bounded(operator, snapshot, start, steps, tol, root)
-    assert pair.upper is not None
-    missed = pair.upper - pair.value
-    return Top(pair.value, pair.vector, missed, accuracy, missed, pair.products, pair.value)
-
-
-def _bounded(
-    operator: LinearOperator,
-    snapshot: Snapshot,
-    start: Tensor | None,
-    steps: int,
-    tol: float,
-    root: Tensor | float = 1.0,
-) -> tuple[Eigenpair, Tensor]:
-    """Run Lanczos from equal parts of ``start``, gradient and noise, until the error bar is small."""
     n = operator.shape[1]
     noise = torch.randn(n, generator=snapshot.generator("lanczos"), dtype=operator.dtype).to(operator.device)
     mixed = unit(noise)
@@ -123,7 +112,8 @@ def _bounded(
     # Some of them were differences, where exact products have taken over.
     accuracy = accuracy_of(snapshot, operator.dtype, products.taken > before) * ritz.values.abs().amax()
     upper = torch.maximum(spectrum_bounds(ritz, failure=FAILURE, share=share)[1], pair.value) + accuracy
-    return replace(pair, upper=upper), accuracy
+    missed = upper - pair.value
+    return Top(pair.value, pair.vector, missed, accuracy, missed, pair.products, pair.value, replace(pair, upper=upper))
 
 
 def gradient_behind(snapshot: Snapshot, root: Tensor | float) -> Tensor | None:

@@ -167,7 +167,8 @@ def read_criterion(nodes: list[Any], kinds: Sequence[str], samples: int, factor:
     seed = result.new_full((), samples / factor)
     slope = pull(nodes[:place], {nodes[0]: seed}, None, summed)[node][0]
     if is_softmax:
-        axis = _axis(saved(node, "dim"), result.ndim)
+        dim = saved(node, "dim")  # torch keeps negative ones modulo 2^64
+        axis = (dim - 2**64 if dim >= 2**63 else dim) % result.ndim
         moved, t = result if axis == result.ndim - 1 else result.movedim(axis, -1), -slope.sum(axis)
         if result.ndim < 2 or len(result) % samples:
             raise UnknownGraph(f"outputs of shape {tuple(result.shape)} cannot be divided among {samples} samples")
@@ -186,7 +187,3 @@ def read_criterion(nodes: list[Any], kinds: Sequence[str], samples: int, factor:
         p = f.sigmoid()
         w = w * p * (1 - p)
     return GraphCriterion(node, f.reshape(samples, 1, 1), w.reshape(samples, 1), False, f.shape, f.ndim - 1)
-
-
-def _axis(dim: int, ndim: int) -> int:
-    return (dim - 2**64 if dim >= 2**63 else dim) % ndim

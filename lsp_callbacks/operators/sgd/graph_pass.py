@@ -25,7 +25,7 @@ from lsp_callbacks.operators.sgd.graph_sites import (
     Site,
     named_uses,
 )
-from lsp_callbacks.operators.sgd.layer_rules import Use, at_positions, dense
+from lsp_callbacks.operators.sgd.layer_rules import at_positions, dense
 from lsp_callbacks.operators.sgd.parameter_gram import Part
 
 #: By the name of the node.
@@ -270,15 +270,15 @@ class GraphPass:
 
     def parts(self) -> dict[str, Part]:
         """Return the uses of each parameter, by name."""
-        uses: dict[str, list[Use]] = {}
-        passes = 1
+        parts: dict[str, Part] = {}
+        passes, count = 1, len(self.samples.taken)
         if self._head:
             (head, *_), passes = self._head[0], len(self._head)
             a = torch.stack([a for _, a, _ in self._head], dim=1)
             g = torch.stack([g for *_, g in self._head], dim=1)
             both = {"weight": at_positions(a, g.to(a), transposed=head.transposed), "bias": dense(g)}
             for name, use in named_uses(both, head.names[-1], head.names[0] if len(head.names) == 3 else None).items():
-                uses.setdefault(name, []).append(use)
+                parts.setdefault(name, Part(count, [])).uses.append(use)
         for site in self.sites.values():
             first, *others = site.gradients
             stacked = torch.stack(site.gradients, dim=1) if others else first[:, None]
@@ -286,5 +286,5 @@ class GraphPass:
             if passes > 1 and stacked.shape[1] != passes:
                 raise UnknownGraph("a layer that some rows do not reach")
             for name, use in site.uses(stacked, self.samples).items():
-                uses.setdefault(name, []).append(use)
-        return {name: Part(len(self.samples.taken), of_name) for name, of_name in uses.items()}
+                parts.setdefault(name, Part(count, [])).uses.append(use)
+        return parts

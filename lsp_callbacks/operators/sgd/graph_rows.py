@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lsp_callbacks.autograd._torch_internals import saved, trained_parameters
 from lsp_callbacks.autograd.gathered_weights import GatheredWeights
 from lsp_callbacks.autograd.graph import read
-from lsp_callbacks.autograd.graph_pull import UnknownGraph, outputs_first, require_plain
+from lsp_callbacks.autograd.graph_pull import UnknownGraph, outputs_first, plain_kinds
 from lsp_callbacks.functional.sgd.positions import design_effect
 from lsp_callbacks.operators.sgd.chosen_positions import Chosen, joined_counts, positions_of, rows_alone, stands_for
 from lsp_callbacks.operators.sgd.corrected_top import with_top
@@ -107,8 +107,7 @@ class GraphRows(GraphReader):
 
     def _read(self, loss: Tensor, samples: int, factor: float, micro_batches: int) -> None:
         nodes = outputs_first(loss.grad_fn)
-        require_plain(nodes)
-        kinds = tuple([node.name() for node in nodes])
+        kinds = plain_kinds(nodes)
         norms = [node for node, kind in zip(nodes, kinds) if kind == "NativeBatchNormBackward0"]
         self.ties = any(saved(node, "training") for node in norms)
         total = samples if self.ties else samples * micro_batches

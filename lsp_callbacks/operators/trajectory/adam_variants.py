@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.operators.trajectory.update_rules import (
-    Formula,
     Group,
     Linear,
     Moment,
@@ -22,6 +21,7 @@ from lsp_callbacks.operators.trajectory.update_rules import (
     decoupled,
     descent_at,
     itself,
+    like_adam,
     register,
     root,
     running_mean,
@@ -189,18 +189,12 @@ def _adamax(at: State, group: Group, t: float) -> dict[str, Linear]:
     return {"theta": theta, "exp_avg": by_mean, "exp_inf": by_size}
 
 
-def _first_beta(group: Group) -> float:
-    return float(group["betas"][0])
-
-
 register(
     torch.optim.NAdam,
-    Formula(
+    like_adam(
         blocks=lambda group: ("exp_avg", "exp_avg_sq"),
-        momentum=_first_beta,
         derivatives=_nadam,
         second_moment=_adam_denominator,
-        averages=True,
         correction=lambda group, t: _correction_and_direct(group, t)[0],
         direct=lambda group, t: _correction_and_direct(group, t)[1],
         numbers=("mu_product", "step"),
@@ -208,23 +202,11 @@ register(
 )
 register(
     torch.optim.RAdam,
-    Formula(
-        blocks=lambda group: ("exp_avg", "exp_avg_sq"),
-        momentum=_first_beta,
-        derivatives=_radam,
-        second_moment=_radam_denominator,
-        averages=True,
-        correction=bias_correction,
+    like_adam(
+        blocks=lambda group: ("exp_avg", "exp_avg_sq"), derivatives=_radam, second_moment=_radam_denominator,
     ),
-)
+)  # fmt: skip
 register(
     torch.optim.Adamax,
-    Formula(
-        blocks=lambda group: ("exp_avg", "exp_inf"),
-        momentum=_first_beta,
-        derivatives=_adamax,
-        second_moment=_adamax_denominator,
-        averages=True,
-        correction=bias_correction,
-    ),
+    like_adam(blocks=lambda group: ("exp_avg", "exp_inf"), derivatives=_adamax, second_moment=_adamax_denominator),
 )

@@ -12,12 +12,12 @@ from lsp_callbacks.operators.trajectory.update_rules import (
     Moment,
     State,
     averaged,
-    bias_correction,
     by_descent,
     combined,
     decoupled,
     descent_at,
     itself,
+    like_adam,
     register,
     root,
     running_mean,
@@ -123,13 +123,10 @@ register(
 )
 register(
     torch.optim.Adam,
-    Formula(
+    like_adam(
         blocks=lambda group: ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ())),
-        momentum=lambda group: float(group["betas"][0]),
         derivatives=_adam,
         second_moment=_adam_moment,
-        averages=True,
-        correction=bias_correction,
     ),
 )
 register(

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, singledispatch
+from functools import lru_cache, partial, singledispatch
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -173,6 +173,18 @@ class Formula:
         return ParameterStep(self.correction(options, t), self.direct(options, t), decay)
 
 
+def first_beta(group: Group) -> float:
+    """Return beta of Adam's running mean of gradients."""
+    return float(group["betas"][0])
+
+
+def bias_correction(group: Group, t: float) -> float:
+    """Return Adam's ``1 - beta1^t``, which an average of t gradients lacks."""
+    return 1 - first_beta(group) ** t
+
+
+#: The `Formula` of an optimizer that moves by Adam's running mean.
+like_adam = partial(Formula, momentum=first_beta, averages=True, correction=bias_correction)
 #: The optimizers whose formulas are implemented; AdamW is an Adam.
 _SUPPORTED: list[type] = []
 
@@ -313,8 +325,3 @@ def running_mean(before: Tensor | None, d: Tensor, keep: float) -> Tensor:
     """Return the running mean ``keep mean + (1 - keep) d``, a new tensor."""
     mean = (1 - keep) * d
     return mean if before is None else mean.add_(before, alpha=keep)
-
-
-def bias_correction(group: Group, t: float) -> float:
-    """Return Adam's ``1 - beta1^t``, which an average of t gradients lacks."""
-    return 1 - float(group["betas"][0]) ** t
