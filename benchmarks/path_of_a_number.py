@@ -21,10 +21,10 @@ and now
 
 | number | files entered | calls | changes of file | ways |
 |---|---|---|---|---|
-| sharpness | 56 | 967 | 189 | 178 |
-| mean_square_stability | 63 | 573 | 172 | 164 |
-| sgd_stability | 67 | 1,789 | 271 | 248 |
-| stability_profile | 86 | 53,288 | 9,217 | 451 |
+| sharpness | 56 | 927 | 191 | 180 |
+| mean_square_stability | 64 | 523 | 176 | 168 |
+| sgd_stability | 67 | 1,747 | 276 | 252 |
+| stability_profile | 86 | 53,231 | 9,229 | 454 |
 
 Small files of one idea each and few changes of file work against each other. Most of what is left is made once a step
 (how it is kept, whether it is due, the optimizer's rule, the checks afterwards); a Hessian product makes twelve. Of

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from harness import CLASSES, FEATURES, MOMENTUM, Model
-from model_zoo import CURVED, ROUNDED, UNCLEAR, Case, Language, LoRA, gpt2
+from model_zoo import CURVED, ROUNDED, UNCLEAR, Case, Language, LoRA, bert, gpt2
 from torch import nn
 from torch.nn import functional as F
 
@@ -32,6 +32,12 @@ def lora_gpt2(dropout=0.1):
         r=2, lora_alpha=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, lora_dropout=dropout
     )
     return Merged(peft.get_peft_model(trained(gpt2().net), config), partial(MOMENTUM, lr=0.5))
+
+
+def lora_bert(dora=False):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["query", "value"], use_dora=dora)
+    return Merged(peft.get_peft_model(trained(bert().net), config), partial(MOMENTUM, lr=0.5))
 
 
 def checkpointed(reentrant):
@@ -65,6 +71,7 @@ FLAT = {"critical_sharpness": "does not rise along"}
 
 FINE_TUNING = {
     "lora_gpt2": Case(lora_gpt2, CURVED, failed=FLAT, blocks=True),
+    "lora_bert": Case(lora_bert, CURVED, failed=FLAT, blocks=True),
     "gradient_checkpointing_gpt2": Case(partial(checkpointed, False), CURVED, blocks=True),
     "gradient_checkpointing_reentrant": Case(partial(checkpointed, True), CURVED, blocks=True),
     "quantised_frozen": Case(quantised, kernel="layer and structured"),

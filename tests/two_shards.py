@@ -184,6 +184,15 @@ class TensorParallel(Sharded):
             parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
 
 
+class BothWays(TensorParallel):
+    """Tensor parallel, and each part of the weights in shards."""
+
+    def configure_model(self):
+        super().configure_model()
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
 def wide():
     """Without what stands between columns and rows."""
     return nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Linear(4, CLASSES)).double()
@@ -366,6 +375,9 @@ def modes(rank):
     names = [name for name in NAMES if name != "residual_cfl"]  # there is no block
     both("tensor parallel", lambda: TensorParallel(net=wide()), names, everything,
          data_parallel_size=1, tensor_parallel_size=WORLD)  # fmt: skip
+    for name, sizes, loader in (("two by one", (WORLD, 1), {}), ("one by two", (1, WORLD), everything)):
+        both(name, lambda: BothWays(net=wide()), names, loader, data_parallel_size=sizes[0],
+             tensor_parallel_size=sizes[1])  # fmt: skip
     fabric = Fabric(
         accelerator="cpu", devices=WORLD,
         strategy=FabricModelParallel(parallel, data_parallel_size=WORLD, tensor_parallel_size=1),

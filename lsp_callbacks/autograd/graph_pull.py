@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -58,7 +58,7 @@ def plain_kinds(nodes: Iterable[Any]) -> tuple[str, ...]:
 
 
 def pull(
-    nodes: list[Any], cotangents: dict[Any, Tensor], rule: Rule | None, reshape: Reshape
+    nodes: list[Any], cotangents: Mapping[Any, Tensor | dict[int, Tensor]], rule: Rule | None, reshape: Reshape
 ) -> dict[Any, dict[int, Tensor]]:
     """Take cotangents back through a graph, by calling its nodes in their order; called where no graph is recorded.
 
@@ -67,7 +67,7 @@ def pull(
 
     Args:
         nodes: of the graph, outputs first, see `outputs_first`.
-        cotangents: at the first output of some nodes.
+        cotangents: at the first output of some nodes, or at several by their places.
         rule: is asked at each node that a gradient reaches; None calls all of them.
         reshape: is asked where a gradient has another shape than the output: something was broadcast.
 
@@ -76,7 +76,9 @@ def pull(
 
     Cost: a backward pass; without what ``rule`` leaves out.
     """
-    waiting: dict[Any, dict[int, Tensor]] = {node: {0: cotangent} for node, cotangent in cotangents.items()}
+    waiting: dict[Any, dict[int, Tensor]] = {
+        node: cotangent if isinstance(cotangent, dict) else {0: cotangent} for node, cotangent in cotangents.items()
+    }
     for node in nodes:
         slots = waiting.pop(node, None)
         if slots is None:

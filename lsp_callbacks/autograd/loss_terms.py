@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import saved
@@ -37,13 +38,16 @@ class Term(NamedTuple):
         slope: of the loss in what the node returns.
         squares: the factors of the squares of the outputs' log-sum-exp that the loss has beside it (z-loss), in the
             order of these; None where it has none.
+        log_sums: the log-sum-exps.
     """
 
     node: Any
     slope: Tensor
     squares: Tensor | None = None
+    log_sums: Tensor | None = None
 
 
+@torch.no_grad()
 def read_terms(nodes: list[Any], kinds: Sequence[str]) -> list[Term]:
     """Return the criteria that a loss is the sum of, in the order of the graph.
 
@@ -81,13 +85,15 @@ def read_terms(nodes: list[Any], kinds: Sequence[str]) -> list[Term]:
     first = saved(criteria[0], "result" if criteria[0].name() == LOG_SOFTMAX else "self")
     slopes = pull(above, {nodes[0]: first.new_ones(())}, None, summed)
     beside: dict[Any, Tensor] = {}
+    values: dict[Any, Tensor] = {}
     for node, log_sum in squares.items():
         factors = _in_order(slopes[node][0], log_sum)
         same = [criterion for criterion in criteria if _outputs(criterion) == _outputs(log_sum)]
         if len(same) != 1 or factors.numel() * saved(same[0], "result").shape[-1] != saved(same[0], "result").numel():
             raise UnknownGraph("the loss has the squares of a log-sum-exp of others than the outputs")
         beside[same[0]] = beside[same[0]] + factors if same[0] in beside else factors
-    return [Term(node, slopes[node][0], beside.get(node)) for node in criteria]
+        values[same[0]] = saved(log_sum, "result").detach().reshape(-1)
+    return [Term(node, slopes[node][0], beside.get(node), values.get(node)) for node in criteria]
 
 
 def is_last_axis(node: Any) -> bool:

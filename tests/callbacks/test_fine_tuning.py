@@ -2,11 +2,12 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from fine_tuning_zoo import lora_gpt2
+from fine_tuning_zoo import lora_bert, lora_gpt2
 from harness import BATCH, CLASSES, FEATURES, MOMENTUM, Model, data, fit, mlp, unchanged
 from torch import nn
 from torch.nn import functional as F
@@ -67,6 +68,20 @@ def test_dora_has_no_norm():
     net = peft.get_peft_model(nn.Sequential(nn.Linear(4, 5)), peft.LoraConfig(r=2, target_modules=["0"], use_dora=True))
     with pytest.raises(ValueError, match="is not a layer with a known linear part"):
         weight_norms(net.base_model.model[0])
+
+
+@pytest.mark.slow
+def test_dora_is_measured_but_for_second_derivatives():
+    """It holds the norm of each row fixed where it differentiates, so that they would not be those of its loss."""
+    pytest.importorskip("peft")
+    names = ["mean_square_stability", "courant_step", "spectral_norm", "sharpness", "lyapunov"]
+    monitor = StabilityMonitor(every_n_steps=1, quantities=names)
+    monitor.monitor.quantities.named.clear()
+    unchanged(partial(lora_bert, dora=True), monitor, max_steps=4)
+    assert {*monitor.skipped} == {"sharpness", "lyapunov"}
+    assert all("made by detach" in reason for reason in monitor.skipped.values())
+    for key in ("courant_mean_square", "courant_step", "spectral_norm_max"):
+        assert all(map(math.isfinite, monitor.history[f"stability/{key}"].values)), key
 
 
 class TwoLayers(Model):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lsp_callbacks import StabilityMonitor
 from lsp_callbacks.functional import mean_square_lr, reduced_modes
+from lsp_callbacks.operators.sgd.graph_rows import GraphRows
 
 N, T, WIDTH, WORDS = 8, 4, 5, 6
 POPULATION = 10**9
@@ -98,8 +99,8 @@ def batches():
     return DataLoader(TensorDataset(x, y), batch_size=N)
 
 
-def dense_rate(model, batch):
-    """The critical rate from every token, by its own Hessian in the outputs."""
+def dense_rows(model, batch):
+    """The gradient of each token along the top eigenvector of its own Hessian in the outputs."""
     outputs = model.logits(batch)
     f = outputs.detach().requires_grad_()
     (slope,) = torch.autograd.grad(N * model.criterion(f, batch), f, create_graph=True)
@@ -110,7 +111,12 @@ def dense_rate(model, batch):
         u = vectors[:, -1].float() * values[-1].clamp_min(0).sqrt()
         z = torch.autograd.grad(outputs[i, t] @ u, [*model.parameters()], retain_graph=True, materialize_grads=True)
         rows.append(torch.cat([g.flatten() for g in z]).double())
-    z = torch.stack(rows)
+    return torch.stack(rows)
+
+
+def dense_rate(model, batch):
+    """The critical rate from every token."""
+    z = dense_rows(model, batch)
     return mean_square_lr(reduced_modes(z @ z.T, T, tol=1e-9), batch_size=N, population=N)
 
 
@@ -122,6 +128,25 @@ def test_sums_of_terms_are_right_by_themselves(kind):
     fit(lambda: Words(kind), monitor, loader=batches(), max_steps=4)
     values = monitor.history["stability/mean_square_lr"].values
     assert values[0] == pytest.approx(expected, rel=0.1) and all(map(math.isfinite, values))
+    # Experts have other tokens at each step.
+    assert monitor.monitor.quantities["mean_square_stability"].needs_replay == (kind == "experts")
+
+
+@pytest.mark.parametrize("kind", ["z", "chunks"])
+def test_rows_of_sums_of_terms_are_those_of_every_token(kind):
+    """The Gram matrix from the graph, against the gradients of each token by its own Hessian in the outputs."""
+    torch.manual_seed(0)
+    model, batch = Words(kind), next(iter(batches()))
+    rows = GraphRows(model, torch.Generator().manual_seed(0), lambda samples: samples, lambda samples: T)
+    rows.saw_loss(model.loss(batch), samples=N, factor=1.0, micro_batches=1)
+    assert rows.failure is None
+    rows.form({name: 1.0 for name, _ in model.named_parameters()})
+    z, counted = dense_rows(model, batch), rows.chosen[0].positions
+    order = [i * T + int(t) for i in range(N) for t in counted[i]]
+    expected = (z @ z.T)[order][:, order]
+    # Eigenvectors have no sign of their own, and are known less well where two eigenvalues are close.
+    error = torch.linalg.norm(rows.gram.abs() - expected.abs()) / torch.linalg.norm(expected)
+    assert error < 0.02
 
 
 @pytest.mark.parametrize("kind", ["fused", "checkpointed chunks"])

@@ -5,7 +5,7 @@ import torch
 from problems import random
 
 from lsp_callbacks.functional import UpdateRule, mean_square_lr, reduced_modes
-from lsp_callbacks.functional.sgd import mean_square
+from lsp_callbacks.functional.sgd import low_rank_noise, mean_square
 from lsp_callbacks.functional.sgd.low_rank_noise import top_by_noise
 
 RULES = [UpdateRule(), UpdateRule(0.9), UpdateRule(0.9, weight_decay=0.05), UpdateRule(0.9, 0.9, correction=0.5)]
@@ -34,3 +34,13 @@ def test_the_top_of_a_dense_matrix():
     assert abs(float((root * vectors[:, -1]) @ (source * torch.from_numpy(solution)).flatten())) == pytest.approx(
         1, rel=1e-6
     )
+
+
+def test_many_rows_are_multiplied_anew_and_come_to_the_same(monkeypatch):
+    Y, h = random(30, 12, seed=4), torch.linspace(3, 0.1, 12, dtype=torch.float64)
+    source, fixed = h[:, None] + h, 0.3 * h[:, None] * h
+    few = low_rank_noise.top_by_noise(Y.numpy(), source.numpy(), fixed.numpy(), 1e-8, steps=1000)
+    monkeypatch.setattr(low_rank_noise, "SMALL", 1)
+    many = low_rank_noise.top_by_noise(Y.numpy(), source.numpy(), fixed.numpy(), 1e-8, steps=1000)
+    assert few[0] == pytest.approx(many[0], rel=1e-7)
+    assert abs(abs(few[1]) - abs(many[1])).max() <= 1e-3 * abs(many[1]).max()

@@ -14,8 +14,14 @@ from lsp_callbacks import MeanSquareStability, ProbeSet, StabilityMonitor
 from lsp_callbacks.functional import UpdateRule, mean_square_lr, reduced_modes
 from lsp_callbacks.operators.sgd import per_sample_gradients
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
-from lsp_callbacks.operators.sgd.held_statistics import RecentCorrections
+from lsp_callbacks.operators.sgd.graph_rows import GraphRows
+from lsp_callbacks.operators.sgd.output_directions import OutputDirections
 from lsp_callbacks.operators.sgd.output_hessian import output_curvature, output_hessian
+from lsp_callbacks.operators.sgd.statistics_factors import (
+    StatisticsFactors,
+    random_signs,
+    squares_through_statistics,
+)
 from lsp_callbacks.operators.sgd.step_samples import sampled_rows
 from lsp_callbacks.operators.sgd.weighted_gram import FEW, weighted_gram
 from lsp_callbacks.operators.trajectory.coming_preconditioner import REMEMBERED
@@ -309,7 +315,8 @@ def test_one_normalisation_is_exact_with_its_statistics_held(make, x):
     probes = tied_probes(net, x, LABELS)
     exact, held = tangent_kernel(probes), tangent_kernel(probes, holds=True)
     close(held.gram, exact.gram, 1e-9)
-    assert set(held.path.values()) == {"statistics"} and held.correction == pytest.approx(1, rel=1e-9)
+    assert set(held.path.values()) == {"statistics"}
+    assert all(factor == pytest.approx(1, rel=1e-9) for factor in held.factors.values())
     some = tangent_kernel(probes, holds=True, most=5)  # a part of it, times what each row stands for
     assert len(some.gram) == 5 and some.samples == 8
     rows = exact.gram.diagonal()
@@ -317,28 +324,78 @@ def test_one_normalisation_is_exact_with_its_statistics_held(make, x):
         some.gram.diagonal(), some.chance))  # fmt: skip
 
 
-def test_corrections_that_are_not_made_err_on_the_early_side():
-    recent = RecentCorrections()
-    recent.add(1.0)
-    assert recent.value is None  # nothing was held
-    recent.add(0.125)
-    assert recent.value == pytest.approx(0.25)
-    for factor in (0.1, 0.2, 0.3, 0.4, 0.5):  # the first is forgotten
-        recent.add(factor)
-    assert recent.value == pytest.approx(0.3 ** (2 / 3))
-    for _ in range(5):
-        recent.add(1.5)
-    assert recent.value == pytest.approx(1.5)
+def shares_of(probes, **settings):
+    """Return the share of each parameter in K, by name."""
+    every = tangent_kernel(probes, **settings).gram
+    return {name: tangent_kernel(probes, scale={name: 2.0}, **settings).gram - every for name in probes.parameters}
 
 
-def test_further_on_the_largest_eigenvalue_is_that_of_the_batch():
-    net = seeded(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), *normed_mlp()[0:0], nn.Linear(6, 6),
-                               nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))).double().train()  # fmt: skip
+def two_norms():
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(),
+                         nn.Linear(6, 3))  # fmt: skip
+
+
+def test_factors_are_ratios_of_what_a_batch_gives_and_what_held_statistics_give():
+    """From the rows of each parameter, taken back one by one, and the same random combination."""
+    probes = tied_probes(seeded(two_norms()).double().train(), random(8, 4, seed=1), LABELS)
+    exact, none = shares_of(probes), StatisticsFactors()
+    held = shares_of(probes, holds=True, factors=none, renews=False)
+    kernel = tangent_kernel(probes, holds=True)
+    signs = random_signs(8, torch.Generator().manual_seed(1))
+    for name, factor in kernel.factors.items():
+        if held[name].trace() > 1e-9:  # not of a bias ahead of a normalisation
+            through, fixed = (float(signs @ k[name] @ signs) / float(held[name].trace()) for k in (exact, held))
+            assert factor == pytest.approx((through + 0.1) / (fixed + 0.1), rel=1e-6)
+    close(kernel.gram, sum(factor * held[name] for name, factor in kernel.factors.items()), 1e-9)
+    assert kernel.factors["6.weight"] == pytest.approx(1, rel=1e-9)
+    assert kernel.factors["4.weight"] == pytest.approx(1, rel=1e-9)
+
+
+def test_the_mean_of_many_combinations_is_the_trace_through_the_statistics():
+    probes = tied_probes(seeded(two_norms()).double().train(), random(8, 4, seed=1), LABELS)
+    exact = shares_of(probes)
+    held = shares_of(probes, holds=True, factors=StatisticsFactors(), renews=False)
+    mean, generator = dict.fromkeys(exact, 0.0), torch.Generator().manual_seed(0)
+    directions = OutputDirections(
+        probes, dict.fromkeys(exact, 1.0), "top", 1, generator, None, checks=False, holds=True
+    )
+    directions.evaluate(0)
+    roots = {name: torch.ones_like(p) for name, p in probes.parameters.items()}
+    for _ in range(200):
+        squares = squares_through_statistics(probes, directions, roots, random_signs(8, generator))
+        mean = {name: value + squares[name] / 200 for name, value in mean.items()}
+    for name in ("0.weight", "1.weight", "1.bias"):
+        assert mean[name] == pytest.approx(float(exact[name].trace()), rel=0.25)
+    assert exact["1.bias"].trace() < 0.5 * held["1.bias"].trace()  # what a shift does, the next normalisation undoes
+
+
+def test_factors_are_those_of_the_last_combinations_and_never_believe_a_chance_zero():
+    factors, share = StatisticsFactors(), {"w": torch.eye(2, dtype=torch.float64), "dead": torch.zeros(2, 2)}
+    signs = torch.ones(2, dtype=torch.float64)
+    factors.add(share, signs, {"w": 0.0, "dead": 0.0})
+    assert factors.values == {"w": pytest.approx(0.1 / 1.1), "dead": 1.0}
+    for _ in range(5):  # the first is forgotten
+        factors.add(share, signs, {"w": 1.0})
+    assert factors.values["w"] == pytest.approx(2.6 / 5.1)
+    factors.add(share, signs, {"w": math.nan})
+    assert factors.values["w"] == pytest.approx(2.6 / 5.1)
+
+
+def test_rows_of_the_graph_take_their_factors():
+    net, x = seeded(two_norms()).double().train(), random(8, 4, seed=1)
+    rows = GraphRows(net, torch.Generator().manual_seed(0), lambda n: n, lambda n: 1, renews=True)
+    rows.saw_loss(F.cross_entropy(net(x), LABELS), samples=8, factor=1.0, micro_batches=1)
+    rows.form(dict.fromkeys(dict(net.named_parameters()), 1.0))
+    kernel = rows.kernel(None, StatisticsFactors())
+    held = shares_of(tied_probes(net, x, LABELS), holds=True, factors=StatisticsFactors(), renews=False)
+    assert kernel.factors["1.bias"] != pytest.approx(1, abs=1e-3)
+    mixed = sum(float(held[name].trace()) * factor for name, factor in kernel.factors.items())
+    assert float(kernel.gram.trace()) == pytest.approx(mixed, rel=1e-6)
+
+
+def test_held_statistics_leave_the_module_as_it_was():
+    net = seeded(two_norms()).double().train()
     probes = tied_probes(net, random(8, 4, seed=1), LABELS)
-    exact, held = tangent_kernel(probes), tangent_kernel(probes, holds=True)
-    c = torch.linalg.eigh(tangent_kernel(probes, holds=True, correction=1.0).gram)[1][:, -1]
-    assert held.correction != pytest.approx(1, abs=1e-3)
-    assert float(c @ held.gram @ c) == pytest.approx(float(c @ exact.gram @ c), rel=1e-9)
     state = {name: value.clone() for name, value in net.state_dict().items() if "num_batches" not in name}
     tangent_kernel(probes, holds=True)
     moved = [name for name, value in net.state_dict().items() if name in state and not torch.equal(value, state[name])]

@@ -197,7 +197,10 @@ ALIKE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*ALIKE, "tokens", "clipped", "accumulated", "mixed", "tensor parallel", "fabric"])
+@pytest.mark.parametrize(
+    "name",
+    [*ALIKE, "tokens", "clipped", "accumulated", "mixed", "tensor parallel", "two by one", "one by two", "fabric"],
+)
 def test_modes_are_untouched(modes, name):
     for own in modes:
         untouched(own[f"{name} plain"], own[name])
@@ -254,13 +257,14 @@ def test_whole_weights_are_refused_in_mixed_precision(modes):
 
 
 @pytest.mark.slow
-def test_tensor_parallel_is_measured_as_one_process(modes):
+@pytest.mark.parametrize("name", ["tensor parallel", "one by two"])
+def test_tensor_parallel_is_measured_as_one_process(modes, name):
     """Both processes take the same batch."""
     monitor = StabilityMonitor([name for name in NAMES if name != "residual_cfl"], every_n_steps=3)
     loader = DataLoader(dataset(), 2 * BATCH)
     fit(lambda: TensorParallel(net=wide()), monitor, loader=loader, max_steps=8)
     twin = {key: (curve.steps, curve.values) for key, curve in monitor.history.items()}
-    close(modes[0]["tensor parallel"]["history"], twin, 1e-4, but=ROWS)
+    close(modes[0][name]["history"], twin, 1e-4, but=ROWS)
 
 
 def test_rounded_weights_have_another_loss():

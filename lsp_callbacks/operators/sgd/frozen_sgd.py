@@ -17,6 +17,7 @@ from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduced_modes
 from lsp_callbacks.operators.sgd.chosen_positions import Chosen
 from lsp_callbacks.operators.sgd.gram_matrix import POSITIONS, TangentKernel, tangent_kernel
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
+from lsp_callbacks.operators.sgd.statistics_factors import StatisticsFactors
 from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule, probe_squares, remembered_rule
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
     FrozenRule,
@@ -125,7 +126,8 @@ def frozen_sgd(
     checked: TangentKernel | None = None,
     squares: Literal["probes", "batch"] = "probes",
     most: int | None = None,
-    correction: float | None = None,
+    factors: StatisticsFactors | None = None,
+    renews: bool = True,
     rows: GraphRows | None = None,
     chosen: Mapping[int, Chosen] | None = None,
 ) -> FrozenSGD:
@@ -150,7 +152,7 @@ def frozen_sgd(
         start: an earlier ``kernel.mode``.
         rows: formed from the step's own graph, which take the place of those of the probes.
         chosen: what rows of some parts look at, by the index of the part.
-        most_rows, positions, checked, most, correction: see `lsp_callbacks.operators.sgd.gram_matrix`.
+        most_rows, positions, checked, most, factors, renews: see `lsp_callbacks.operators.sgd.gram_matrix`.
         squares: of which samples the mean square of the coming gradients is taken for a preconditioner: of these, or
             of the step's batch while the optimizer has seen few (`remembered_rule`).
 
@@ -173,17 +175,19 @@ def frozen_sgd(
             else remembered_rule(snapshot)
         )
     if rows is not None:
-        kernel = rows.kernel(checked, correction)
+        kernel = rows.kernel(checked, factors)
     else:
         generator = generator or snapshot.generator("probes")
         kernel = tangent_kernel(
             probes, outputs=outputs, scale=rule.scale, generator=generator, start=start, most_rows=most_rows,
-            positions=positions, checked=checked, holds=squares == "batch", most=most, correction=correction,
-            given=chosen,
+            positions=positions, checked=checked, holds=squares == "batch", most=most, factors=factors,
+            renews=renews, given=chosen,
         )  # fmt: skip
 
+    names = [*kernel.traces]
+
     def mean(decay: Mapping[str, float | Tensor]) -> float:
-        values = [float(decay[name]) for name in kernel.traces]
+        values = [float(decay[name]) for name in names]
         if min(values) == max(values):
             return values[0]
         trace = sum(kernel.traces.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -16,12 +16,16 @@ from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.functional.sgd.positions import design_effect
 from lsp_callbacks.operators.sgd.chosen_positions import rows_alone
 from lsp_callbacks.operators.sgd.collapsed_outputs import FirstInputs, SameOutputs
-from lsp_callbacks.operators.sgd.corrected_top import corrected
 from lsp_callbacks.operators.sgd.held_statistics import can_be_held
 from lsp_callbacks.operators.sgd.output_directions import Chosen, OutputDirections
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram
 from lsp_callbacks.operators.sgd.per_sample_gradients import RowSeed, whole_seeds
 from lsp_callbacks.operators.sgd.rows_by_backward import TiedRows, add_rows
+from lsp_callbacks.operators.sgd.statistics_factors import (
+    StatisticsFactors,
+    random_signs,
+    squares_through_statistics,
+)
 from lsp_callbacks.step.criterion import HOW
 from lsp_callbacks.step.probe_set import ProbeSet
 
@@ -50,7 +54,7 @@ class TangentKernel:
         alike: share of the samples with the same outputs and gradients, if it is nine of ten; otherwise 0.
         samples: N, of which the gram matrix may be that of some.
         chance: by which probability each of those was taken; None where all were.
-        correction: factor of the largest eigenvalue that held statistics lack.
+        factors: by which the shares of the parameters were multiplied as statistics were held, see `StatisticsFactors`.
         positions: of each sample, of which the rows look at some.
         outputs: rows at each of these.
         design: how alike they are, see `lsp_callbacks.functional.design_effect`; None where only one was looked at.
@@ -70,7 +74,7 @@ class TangentKernel:
     alike: float = 0.0
     samples: int = 0
     chance: Tensor | None = None
-    correction: float = 1.0
+    factors: Mapping[str, float] = field(default_factory=dict)
     positions: int = 1
     outputs: int = 1
     design: float | None = None
@@ -90,7 +94,8 @@ def tangent_kernel(
     checked: TangentKernel | None = None,
     holds: bool = False,
     most: int | None = None,
-    correction: float | None = None,
+    factors: StatisticsFactors | None = None,
+    renews: bool = True,
     given: Mapping[int, Chosen] | None = None,
 ) -> TangentKernel:
     """Return ``K_ij = z_i D z_j^T``, ``z_i = R_i^T J_i``; ``R_i R_i^T = S_i`` is the output Hessian of sample i's loss.
@@ -122,10 +127,11 @@ def tangent_kernel(
             and not checked again.
 
         holds: whether the statistics of a batch are held fixed where they tie its samples together, with what they add
-            ahead of each normalisation, and the largest eigenvalue is then corrected, see `corrected`. Otherwise the
-            rows are formed one by one.
+            ahead of each normalisation, and what they leave further ahead is in ``factors``. Otherwise the rows are
+            formed one by one.
         most: how many samples have rows; None is all, see `sampled_rows`.
-        correction: of the largest eigenvalue with held statistics, from an earlier kernel; None finds it.
+        factors: of the parameters' shares with held statistics, from earlier kernels; None is none yet.
+        renews: whether a combination of these rows is added to them.
         given: what rows of some parts look at, by the index of the part.
 
     Raises:
@@ -215,15 +221,19 @@ def tangent_kernel(
                 check.forget()
             check.require(name, shares[name])
     device = next(iter(parameters.values())).device
+    factors = factors or StatisticsFactors()
+    if holds:
+        path = dict.fromkeys(path, "statistics")
+        if renews:
+            signs = random_signs(count, of_check)
+            factors.add(shares, signs, squares_through_statistics(probes, directions, roots, signs))
     gram = torch.zeros(count, count, dtype=torch.float64, device=device)
     traces = dict.fromkeys(parameters, 0.0)
     for name, share in shares.items():
-        gram += share
-        traces[name] = float(share.trace())
+        factor = factors.values.get(name, 1.0) if holds else 1.0
+        gram += factor * share
+        traces[name] = factor * float(share.trace())
     gram = (gram + gram.T).mul_(0.5).cpu()
-    if holds:
-        gram, correction = corrected(gram, probes, directions, roots, correction)
-        path = dict.fromkeys(path, "statistics")
     taken, chance = directions.joined_taken()
     rows, length = (
         len(directions.seeds[0]),
@@ -249,7 +259,7 @@ def tangent_kernel(
         alike=same_outputs.share(gram, tolerance(next(iter(parameters.values())).dtype), taken),
         samples=probes.samples,
         chance=chance,
-        correction=1.0 if correction is None else correction,
+        factors={**factors.values} if holds else {},
         positions=length,
         outputs=each,
         design=design,

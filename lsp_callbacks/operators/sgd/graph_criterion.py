@@ -11,22 +11,25 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import saved
+from lsp_callbacks.autograd.chunked_outputs import chunk_places, linear_head
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, pull, summed
+from lsp_callbacks.autograd.loss_terms import (
+    BILINEAR,
+    LINEAR,
+    LOG_SOFTMAX,
+    LOGISTIC,
+    SQUARE,
+    Term,
+    is_last_axis,
+    read_terms,
+)
 from lsp_callbacks.functional.sgd.low_rank_noise import Array
+from lsp_callbacks.operators.sgd.log_sum_pairs import log_sum_pairs
 from lsp_callbacks.operators.sgd.parameter_gram import wide
 from lsp_callbacks.operators.sgd.softmax_pairs import SQUARED, pairs_of_few, softmax_pairs
 
 #: How many samples the others are compared with: where nine of ten are the same, one of three is among them.
 FEW, MOST = 3, 0.9
-#: Nodes that are linear in what depends on the parameters, between a loss and its criterion. Of the second kind, where
-#: one factor alone depends on them.
-_LINEAR = {
-    "NllLossBackward0", "NllLoss2DBackward0", "AddBackward0", "SubBackward0", "NegBackward0", "SumBackward0",
-    "SumBackward1", "MeanBackward0", "MeanBackward1", "ViewBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0",
-    "SqueezeBackward0", "SqueezeBackward1", "ToCopyBackward0", "CloneBackward0", "MaskedFillBackward0",
-}  # fmt: skip
-_BILINEAR = {"MulBackward0", "DivBackward0", "MulBackward1", "DivBackward1"}
-_LOG_SOFTMAX, _SQUARE, _LOGISTIC = "LogSoftmaxBackward0", "MseLossBackward0", "BinaryCrossEntropyWithLogitsBackward0"
 
 
 class OutputsAt(NamedTuple):
@@ -38,12 +41,26 @@ class OutputsAt(NamedTuple):
         sizes: the top eigenvalue of the Hessian, up to a factor 2, summed over the positions, ``(N,)``. That of
             ``diag(p) - p p^T`` lies between its largest diagonal entry and, by Gershgorin's discs, twice that.
         alike: whether nine of ten samples may have the same outputs, to rounding.
+        squares: q, see `GraphCriterion`; None where it is 0.
     """
 
     p: Array | None
     weights: Array
     sizes: Array
     alike: bool
+    squares: Array | None = None
+
+
+class Chunk(NamedTuple):
+    """A last layer that computes some of the outputs.
+
+    Attributes:
+        head: its node.
+        at: which of its rows each of the ``N T`` outputs is; -1 where it is none.
+    """
+
+    head: Any
+    at: Tensor
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,8 @@ class GraphCriterion:
         is_softmax: whether p is the exponential of the outputs; otherwise the Hessian is w.
         shape: of the outputs as the criterion takes them.
         axis: of the classes in that.
+        squares: q, ``(N, T)``, where the Hessian is ``w (diag(p) - p p^T) + q p p^T``, see `log_sum_pairs`; None is 0.
+        chunks: of outputs that come from several calls of the last layer.
     """
 
     node: Any
@@ -65,6 +84,8 @@ class GraphCriterion:
     is_softmax: bool
     shape: torch.Size
     axis: int
+    squares: Tensor | None = None
+    chunks: tuple[Chunk, ...] = ()
 
     @property
     def counts(self) -> Tensor | None:
@@ -84,13 +105,22 @@ class GraphCriterion:
         if not self.is_softmax:
             return OutputsAt(None, weights, weights.sum(1), alike)
         p = np.exp(outputs)  # 1 - p has no digits where p is near 1
-        return OutputsAt(p, weights, -(weights * (p * np.expm1(outputs)).min(-1)).sum(1), alike)
+        sizes = -weights * (p * np.expm1(outputs)).min(-1)
+        if self.squares is None:
+            return OutputsAt(p, weights, sizes.sum(1), alike)
+        squares = wide(self._at(self.squares, positions)).cpu().numpy()
+        return OutputsAt(p, weights, (sizes + squares * (p * p).sum(-1)).sum(1), alike, squares)
 
     def pairs(self, outputs: OutputsAt, taken: Array, stands: Array) -> Tensor:
         """Return ``sqrt(s) u`` of the top eigenpair of the Hessian of some samples, ``(n, k, C)``, times a factor."""
         here, factor = self.outputs, stands[:, None, None]
         if outputs.p is None:
             pairs = outputs.weights[taken][..., None] ** 0.5
+        elif outputs.squares is not None:
+            p, w, q = (
+                torch.from_numpy(t[taken]).to(here.device) for t in (outputs.p, outputs.weights, outputs.squares)
+            )
+            return log_sum_pairs(p, w, q) * torch.from_numpy(factor).to(p)
         elif outputs.p.shape[-1] <= SQUARED:
             pairs = pairs_of_few(outputs.p[taken], outputs.weights[taken])
         else:
@@ -152,20 +182,30 @@ def read_criterion(nodes: list[Any], kinds: Sequence[str], samples: int, factor:
     Raises:
         UnknownGraph: for other losses, and for squares and logits with several outputs.
     """
-    place = next((k for k, kind in enumerate(kinds) if kind in (_LOG_SOFTMAX, _SQUARE, _LOGISTIC)), None)
+    place = next((k for k, kind in enumerate(kinds) if kind in (LOG_SOFTMAX, SQUARE, LOGISTIC)), None)
     if place is None:
         raise UnknownGraph("the loss is the value of no known criterion")
     node, inside = nodes[place], set(nodes[: place + 1])
-    for above, kind in zip(nodes[:place], kinds):
-        children = [child for child, _ in above.next_functions if child is not None]
-        if not (kind in _LINEAR or (kind in _BILINEAR and len(children) == 1)) or not inside.issuperset(children):
-            raise UnknownGraph(f"the loss is not the value of one criterion: {kind}")
-        if kind.startswith("NllLoss") and saved(above, "weight") is not None:
-            raise UnknownGraph("classes have weights")
-    is_softmax = kinds[place] == _LOG_SOFTMAX
+    is_single = all(
+        (kind in LINEAR or (kind in BILINEAR and sum(child is not None for child, _ in above.next_functions) == 1))
+        and inside.issuperset(child for child, _ in above.next_functions if child is not None)
+        and not (kind.startswith("NllLoss") and saved(above, "weight") is not None)
+        for above, kind in zip(nodes[:place], kinds)
+    )
+    if is_single:
+        result = saved(node, "result" if kinds[place] == LOG_SOFTMAX else "self")
+        seed = result.new_full((), samples / factor)
+        return _of_term(node, pull(nodes[:place], {nodes[0]: seed}, None, summed)[node][0], samples)
+    terms = read_terms(nodes, kinds)
+    if len(terms) == 1 and terms[0].squares is None:
+        return _of_term(terms[0].node, terms[0].slope * (samples / factor), samples)
+    return _of_terms(terms, samples, samples / factor)
+
+
+def _of_term(node: Any, slope: Tensor, samples: int) -> GraphCriterion:
+    """Return the criterion of a node, from N times the slope of the loss in it."""
+    is_softmax = node.name() == LOG_SOFTMAX
     result = saved(node, "result" if is_softmax else "self")
-    seed = result.new_full((), samples / factor)
-    slope = pull(nodes[:place], {nodes[0]: seed}, None, summed)[node][0]
     if is_softmax:
         dim = saved(node, "dim")  # torch keeps negative ones modulo 2^64
         axis = (dim - 2**64 if dim >= 2**63 else dim) % result.ndim
@@ -179,7 +219,7 @@ def read_criterion(nodes: list[Any], kinds: Sequence[str], samples: int, factor:
         raise UnknownGraph("several outputs have no eigenvector of their own")
     reduction = saved(node, "reduction")
     w = slope.expand_as(f) / (f.numel() if reduction == 1 else 1)
-    if kinds[place] == _SQUARE:
+    if node.name() == SQUARE:
         w = 2 * w
     elif saved(node, "weight") is not None or saved(node, "pos_weight") is not None:
         raise UnknownGraph("outputs have weights")
@@ -187,3 +227,43 @@ def read_criterion(nodes: list[Any], kinds: Sequence[str], samples: int, factor:
         p = f.sigmoid()
         w = w * p * (1 - p)
     return GraphCriterion(node, f.reshape(samples, 1, 1), w.reshape(samples, 1), False, f.shape, f.ndim - 1)
+
+
+def _of_terms(terms: list[Term], samples: int, factor: float) -> GraphCriterion:
+    """Return the criterion of cross-entropies in chunks, and of the squares of log-sum-exps beside them."""
+    results = [saved(term.node, "result") for term in terms]
+    classes = results[0].shape[-1]
+    if not all(map(is_last_axis, (term.node for term in terms))) or any(r.shape[-1] != classes for r in results):
+        raise UnknownGraph("chunks of other outputs, or not over the last axis")
+    parts = [result.reshape(-1, classes) for result in results]
+    weights = [-factor * term.slope.expand(r.shape).sum(-1).reshape(-1) for term, r in zip(terms, results)]
+    total, chunks = len(parts[0]), list[Chunk]()
+    order: Tensor | None = None
+    if len(terms) > 1:
+        heads = [linear_head(term.node.next_functions[0][0]) for term in terms]
+        places, total = chunk_places(heads)
+        for head, place in zip(heads, places):
+            at = torch.full((total,), -1)
+            at[place] = torch.arange(len(place))
+            chunks.append(Chunk(head, at.to(parts[0].device)))
+        order = torch.cat(places).to(parts[0].device)
+    if total % samples:
+        raise UnknownGraph(f"{total} outputs cannot be divided among {samples} samples")
+
+    def joined(pieces: list[Tensor]) -> Tensor:
+        if order is None:
+            return pieces[0].reshape(samples, -1, *pieces[0].shape[1:])
+        whole = pieces[0].new_zeros(total, *pieces[0].shape[1:])
+        return whole.index_copy_(0, order, torch.cat(pieces)).reshape(samples, -1, *pieces[0].shape[1:])
+
+    squares: list[Tensor] = []
+    if any(term.squares is not None for term in terms):
+        for k, term in enumerate(terms):
+            q = torch.zeros_like(weights[k]) if term.squares is None else 2 * factor * term.squares.to(weights[k])
+            squares.append(q)
+            weights[k] = weights[k] if term.log_sums is None else weights[k] + q * term.log_sums
+    shape = results[0].shape if order is None else torch.Size((total, classes))
+    return GraphCriterion(
+        terms[0].node, joined(parts), joined(weights), True, shape, len(shape) - 1,
+        squares=joined(squares) if squares else None, chunks=tuple(chunks),
+    )  # fmt: skip

@@ -111,7 +111,12 @@ class GraphPass:
 
     def run(self, values: Tensor, position: Tensor) -> None:
         """Take one row of some samples back, ``(n, C)`` at ``(n,)``. Cost: at most a third of a gradient."""
-        child, taken = self._outputs, self.samples.taken
+        taken = self.samples.taken
+        flat = taken * self.criterion.outputs.shape[1] + position
+        if self.criterion.chunks:
+            pull(self.nodes, self._into_chunks(values, flat), self._rule, self._reshape)
+            return
+        child = self._outputs
         head = self._linear_head(child)
         if head is None:
             start = {child: self.criterion.cotangent(values, position, taken)}
@@ -119,14 +124,38 @@ class GraphPass:
             node, site = head
             if self.samples.weights is not None:
                 self.samples.weights.need(node)
-            flat = taken * self.criterion.outputs.shape[1] + position
             whole, a = site.at_rows(values, flat)
             self._head.append((site, a, values))
             start = {node.next_functions[-2][0]: whole.view(metadata(node.next_functions[-2][0])[0].shape)}
         pull(self.nodes, start, self._rule, self._reshape)
 
+    def _into_chunks(self, values: Tensor, flat: Tensor) -> dict[Any, dict[int, Tensor]]:
+        """Return the cotangents at the inputs of the calls of the last layer, by node and place."""
+        start: dict[Any, dict[int, Tensor]] = {}
+        inputs: Tensor | None = None
+        last: LinearSite | None = None
+        for node, at in self.criterion.chunks:
+            site = site_of(node, self.samples)
+            child, place = node.next_functions[-2]
+            if not isinstance(site, LinearSite) or child is None or (last is not None and site.names != last.names):
+                raise UnknownGraph("chunks of several last layers, or of one without parameters")
+            last = site
+            if self.samples.weights is not None:
+                self.samples.weights.need(node)
+            rows = at[flat]
+            mine = rows >= 0
+            whole, a = site.at_rows(values[mine], rows[mine])
+            inputs = a.new_zeros(len(values), a.shape[1]) if inputs is None else inputs
+            inputs[mine] = a
+            start.setdefault(child, {})[place] = whole.view(metadata(child)[place].shape)
+        assert inputs is not None and last is not None
+        self._head.append((last, inputs, values))
+        return start
+
     @property
     def _outputs(self) -> Any:
+        if self.criterion.chunks:
+            raise UnknownGraph("the outputs come in chunks")
         child, k = self.criterion.node.next_functions[0]
         if k:
             raise UnknownGraph("the outputs are one of several results")
@@ -168,8 +197,7 @@ class GraphPass:
 
         Cost: a backward pass.
         """
-        child, _ = self.criterion.node.next_functions[0]
-        taken = self.samples.taken
+        child, taken = self._outputs, self.samples.taken
         parts = [self.criterion.cotangent(v, at, taken) for v, at in zip(values.unbind(1), positions.unbind(1))]
         whole = torch.stack(parts).sum(0)
         totals: dict[str, Tensor] = {}

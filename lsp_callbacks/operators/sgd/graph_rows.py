@@ -16,7 +16,6 @@ from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.autograd.graph_pull import UnknownGraph, outputs_first, plain_kinds
 from lsp_callbacks.functional.sgd.positions import design_effect
 from lsp_callbacks.operators.sgd.chosen_positions import Chosen, joined_counts, positions_of, rows_alone, stands_for
-from lsp_callbacks.operators.sgd.corrected_top import with_top
 from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion, read_criterion
 from lsp_callbacks.operators.sgd.graph_kind import GraphKind
@@ -24,6 +23,7 @@ from lsp_callbacks.operators.sgd.graph_pass import GraphPass
 from lsp_callbacks.operators.sgd.graph_sites import Samples
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, Squares, wide
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows, RowSketch
+from lsp_callbacks.operators.sgd.statistics_factors import StatisticsFactors, random_signs
 from lsp_callbacks.operators.sgd.step_samples import random_fraction, sampled_rows
 from lsp_callbacks.operators.sgd.traces import Traces
 from lsp_callbacks.operators.trajectory.coming_preconditioner import remembered_rule
@@ -46,8 +46,8 @@ class GraphRows(GraphReader):
         positions: likewise, to how many positions of each are looked at.
         known: the graph of an earlier step, which says where the samples are in each layer, and must be this one's;
             None finds out, by one more pass.
-        scale: the diagonal of D, by name, as it was last; where the statistics of a batch tie samples together,
-            the largest eigenvalue is then compared with what the batch itself gives, see `corrected`. None leaves it.
+        renews: whether a combination of the rows is taken back through the statistics of a batch that tie its samples
+            together, see `StatisticsFactors`.
         recent: the rows of the last readings, for samples with several positions; None is those of this step alone.
 
     Attributes:
@@ -74,12 +74,12 @@ class GraphRows(GraphReader):
         positions: Callable[[int], int],
         *,
         known: GraphKind | None = None,
-        scale: Mapping[str, Tensor | float] | None = None,
+        renews: bool = False,
         recent: RecentRows | None = None,
     ):
         self._parameters = trained_parameters(module)
         self._module, self._generator, self._rows, self._positions = module, generator, rows, positions
-        self.kind, self._scale, self.dtype = known, scale, torch.float32
+        self.kind, self._renews, self.dtype = known, renews, torch.float32
         self.failure: Exception | None = None
         self.chosen: list[Chosen] = []
         self.samples = self.batch = 0
@@ -90,10 +90,10 @@ class GraphRows(GraphReader):
         self.recent = recent
         self.weights: GatheredWeights | None = None
         self.is_sketched = False
-        self._correction: float | None = None
         self._is_formed, self._was_known = False, known is not None
+        self._shares: dict[str, Tensor] = {}
+        self._squares: dict[str, float] = {}
         self.plain: dict[str, Tensor] = {}
-        self._behind: tuple[Mapping[str, Tensor | float], tuple[Tensor, Mapping[str, float]]] | None = None
 
     def saw_loss(self, loss: Tensor, *, samples: int | None, factor: float, micro_batches: int) -> None:
         if self.failure is not None:
@@ -140,8 +140,8 @@ class GraphRows(GraphReader):
         if self.kind is None or not self.kind.has_length(lengths) or graph.uses != self.kind.sites:
             raise UnknownGraph("other uses of parameters than before")
         self._parts.append(graph.parts())
-        if self.ties and self._scale is not None:
-            self._push(graph, pairs, chosen, self._scale)
+        if self.ties and self._renews:
+            self._push(graph, pairs, chosen)
 
     def _learn(
         self, nodes: list[Any], criterion: GraphCriterion, known: Samples, pairs: Tensor, chosen: Chosen,
@@ -168,23 +168,18 @@ class GraphRows(GraphReader):
         self.kind = GraphKind(kinds, sites, known.axes, is_agreed, (*graph.lengths, length))
         return of_rows if is_agreed else graph
 
-    def _push(self, graph: GraphPass, pairs: Tensor, chosen: Chosen, scale: Mapping[str, Tensor | float]) -> None:
-        """Take the sharpest combination of rows back through the statistics of the batch, to the parameters."""
-        c = torch.linalg.eigh(self._gram_so_far(scale)[0])[1][:, -1]
-        weights = c.to(pairs).view(pairs.shape[:2])
-        self._pushed = c, graph.gradients(pairs * weights[..., None], chosen.positions[chosen.taken])
+    def _push(self, graph: GraphPass, pairs: Tensor, chosen: Chosen) -> None:
+        """Take a combination of rows back through the statistics of the batch, to the parameters."""
+        signs = random_signs(pairs.shape[:2].numel(), self._generator)
+        weights = signs.to(pairs).view(pairs.shape[:2])
+        self._pushed = signs, graph.gradients(pairs * weights[..., None], chosen.positions[chosen.taken])
 
-    def _gram_so_far(self, scale: Mapping[str, Tensor | float]) -> tuple[Tensor, Mapping[str, float]]:
-        """Return K, and the traces of the parameters' shares in it; what they are made from stays."""
-        shares = {}
-        for name in self._parts[0]:
-            p, gram = self._parameters[name], ParameterGram([part[name] for part in self._parts])
-            shares[name] = gram.gram(scale[name], HELD, p.numel())
-        self._behind = scale, self._summed(shares)
-        return self._behind[1]
-
-    def _summed(self, shares: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, float]]:
-        """Return the sum of the parameters' shares, and their traces."""
+    def _summed(
+        self, shares: Mapping[str, Tensor], factors: Mapping[str, float] | None = None
+    ) -> tuple[Tensor, Mapping[str, float]]:
+        """Return the sum of the parameters' shares, each times its factor, and their traces."""
+        if factors:
+            shares = {name: factors.get(name, 1.0) * share for name, share in shares.items()}
         if all([share.is_cpu for share in shares.values()]):  # few calls of numpy, and not of torch
             total = np.zeros(next(iter(shares.values())).shape)
             for share in shares.values():
@@ -242,17 +237,13 @@ class GraphRows(GraphReader):
             return
         if self.failure is not None or not self._parts:
             raise self.failure or UnknownGraph("no loss was seen before its backward pass")
-        if self._behind is None or not all(_is_same(scale[name], self._behind[0][name]) for name in self._parameters):
-            if plain:
-                self.plain = self.plain_shares()
-            with torch.no_grad():
-                self._form(scale)
-        else:
-            self.gram, self.traces = self._behind[1]
+        if plain:
+            self.plain = self.plain_shares()
+        with torch.no_grad():
+            self._form(scale)
         if self._pushed is not None:
-            c, pushed = self._pushed
-            squares = sum(float((scale[name] * g.square()).sum()) for name, g in pushed.items())
-            self._correction = squares / float(c @ self.gram @ c)
+            self._signs, pushed = self._pushed
+            self._squares = {name: float((scale[name] * g.square()).sum()) for name, g in pushed.items()}
         self._is_formed = True
         self.release()
 
@@ -271,6 +262,8 @@ class GraphRows(GraphReader):
                 shares[name] = sketch.share(gram, diagonal, begin, p.numel())
                 begin += p.numel()
         self.gram, self.traces = self._summed(shares)
+        if self.ties:
+            self._shares = shares
         if sketch is not None:
             self._sketch = sketch.values.unflatten(0, (-1, self._per_sample)) * self._per_sample**0.5
 
@@ -316,13 +309,17 @@ class GraphRows(GraphReader):
         self.chosen = [each for chosen, _, _ in looked for each in chosen]
         self.samples, self.batch = sum(samples for _, samples, _ in looked), sum(batch for *_, batch in looked)
 
-    def kernel(self, checked: TangentKernel | None, correction: float | None) -> TangentKernel:
+    def gram_times(self, factors: Mapping[str, float]) -> Tensor:
+        """Return K with the parameters' shares times their factors, where statistics of the batch were held."""
+        return self._summed(self._shares, factors)[0] if self.ties else self.gram
+
+    def kernel(self, checked: TangentKernel | None, factors: StatisticsFactors | None = None) -> TangentKernel:
         """Return K behind the diagonal of D, once it was formed, with the recent rows, to which it adds its own.
 
         Args:
             checked: a kernel of the same network, from a replay.
-            correction: of the largest eigenvalue where statistics of the batch were held; None takes what the batch
-                itself gives, see `corrected`.
+            factors: of the parameters' shares where statistics of the batch were held, to which a combination of these
+                rows is added that was taken back through them.
         """
         gram, traces, rows = self.gram, self.traces, self._per_sample
         taken, chance = self._joined()
@@ -335,9 +332,10 @@ class GraphRows(GraphReader):
             every = torch.full((len(taken), rows), float(length), dtype=torch.float64)
             self.recent.add(self._sketch, every if stands is None else stands)
             gram, rows, stands = self.recent.gram(), len(self.recent), self.recent.stands
-        if self.ties:
-            correction = self._correction if correction is None else correction
-            gram = with_top(gram, 1.0 if correction is None else correction)
+        if self.ties and factors is not None:
+            if self._squares:
+                factors.add(self._shares, self._signs, self._squares)
+            gram, traces = self._summed(self._shares, factors.values)
         return TangentKernel(
             gram=gram,
             rows=rows,
@@ -347,7 +345,7 @@ class GraphRows(GraphReader):
             stated="" if checked is None else checked.stated,
             samples=self.samples,
             chance=chance if len(taken) < self.samples else None,
-            correction=1.0 if correction is None else correction,
+            factors={**factors.values} if self.ties and factors is not None else {},
             positions=length,
             design=design,
             stands=stands,
@@ -380,10 +378,6 @@ def _alone(samples: int, length: int) -> tuple[int, int]:
 
     pairs = ((k, t) for t in reversed(range(length)) for k in range(samples))
     return next((pair for pair in pairs if is_clear(*pair)), (samples // 2, length - 1))
-
-
-def _is_same(a: Tensor | float, b: Tensor | float) -> bool:
-    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
 
 
 def _passed(nodes: list[Any], criterion: GraphCriterion, samples: Samples, pairs: Tensor, chosen: Chosen) -> GraphPass:

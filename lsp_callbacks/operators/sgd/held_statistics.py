@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Iterator
-from statistics import fmean
 from typing import Any
 
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import BatchNorm
 from lsp_callbacks.step.module_modes import is_handwritten
-
-#: The largest eigenvalue is corrected anew in every so many readings.
-CORRECTED = 4
-#: Corrections whose mean stands for those that are not made.
-LAST = 5
 
 
 def can_be_held(module: nn.Module) -> bool:
@@ -72,31 +65,3 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.mean(axes)
     centred = x - mean.view(-1, *[1] * (x.ndim - 2))
     return centred, mean, centred.square().mean(axes)
-
-
-class RecentCorrections:
-    """The last factors by which held statistics were found to make the largest eigenvalue too large.
-
-    They scatter from one batch to the next, without a trend, so that the mean of some stands for those that are not
-    made: ``benchmarks/corrections_scatter.py``.
-
-    Attributes:
-        value: what a reading is multiplied with that is not corrected anew: the mean to the power of 2/3, as what is
-            too large errs on the early side; None before the first.
-    """
-
-    def __init__(self) -> None:
-        self._last: deque[float] = deque(maxlen=LAST)
-        self.value: float | None = None
-
-    def add(self, factor: float) -> None:
-        """Add a factor that was found; 1 says that nothing was held."""
-        if factor != 1:
-            self._last.append(factor)
-            mean = fmean(self._last)
-            self.value = max(mean, mean ** (2 / 3))
-
-    @staticmethod
-    def is_due(reading: int) -> bool:
-        """Return whether a reading is corrected anew: the first two, and every fourth."""
-        return reading <= 2 or reading % CORRECTED == 0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lsp_callbacks.operators.cost import beside, forward_cost, work
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
-from lsp_callbacks.operators.sgd.held_statistics import CORRECTED, can_be_held
-from lsp_callbacks.operators.trajectory.coming_preconditioner import remembered_rule
+from lsp_callbacks.operators.sgd.held_statistics import can_be_held
+from lsp_callbacks.operators.sgd.statistics_factors import RENEWED
 from lsp_callbacks.quantities.sgd.probe_cost import gram_cost, probe_share
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.snapshot import Snapshot
@@ -30,9 +30,8 @@ def graph_price(snapshot: Snapshot, rows: GraphRows) -> dict[str, float]:
     through = count if rows.kind is not None and rows.kind.by_rows else rows.samples  # gradients that are taken back
     gram = gram_cost(snapshot, count, rows.batch, calls=GRAPH_CALLS)
     parts = {"rows of the graph": positions / 3 * through / rows.batch + gram, **rate_cost(snapshot, count)}
-    if rows.ties:  # now and then a backward pass for the largest eigenvalue, and products once more where D has moved
-        again = gram / 2 if remembered_rule(snapshot).frozen else 0.0
-        parts["batch statistics"] = (2 / 3 + again) / CORRECTED
+    if rows.ties:  # now and then a backward pass through them
+        parts["batch statistics"] = 2 / 3 / RENEWED
     return parts
 
 
@@ -57,7 +56,7 @@ def replay_price(
     gram = gram_cost(snapshot, rows, n / max(share, 1e-9))
     parts = {"rows of the batch": (1 + positions) / 3 * share + gram, **rate_cost(snapshot, rows)}
     if samples.batches and can_be_held(samples.module):
-        parts["batch statistics"] = (1 / 3 + 1 / CORRECTED) * share
+        parts["batch statistics"] = (1 / 3 + 1 / RENEWED) * share
     elif samples.batches:
         parts["batch statistics"] = 2 / 3 * rows * share
     if checks:

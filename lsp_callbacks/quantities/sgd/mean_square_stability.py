@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.operators.sgd.corrected_top import with_top
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
 from lsp_callbacks.operators.sgd.gram_matrix import tolerance
 from lsp_callbacks.operators.sgd.graph_check import unexplained_rows
 from lsp_callbacks.operators.sgd.graph_kind import GraphKind
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
-from lsp_callbacks.operators.sgd.held_statistics import RecentCorrections
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows
+from lsp_callbacks.operators.sgd.statistics_factors import StatisticsFactors
 from lsp_callbacks.operators.sgd.step_samples import LEAST, row_count, step_samples
 from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing, remembered_rule
 from lsp_callbacks.quantities.key import Key
@@ -123,7 +122,7 @@ class MeanSquareStability(OfShards):
         self.rows, self.outputs, self.replacement, self.most_rows = rows, outputs, replacement, most_rows
         self.latest: FrozenSGD | None = None
         self._most: int | None = None
-        self._corrections = RecentCorrections()
+        self._factors = StatisticsFactors()
         self._mode: Tensor | None = None
         self._forget_graph()
         for name, value in zip(("alike", "alike_since"), none_yet()):
@@ -133,7 +132,6 @@ class MeanSquareStability(OfShards):
         """Go back to replays: nothing is known of the graph of a step."""
         self._known: GraphKind | None = None
         self._population: int | None = None
-        self._scale: dict[str, float | Tensor] | None = None
         self._price: dict[str, float] = {}
         self._recent = RecentRows()
         self._designs: deque[float] = deque(maxlen=DESIGNS)
@@ -146,10 +144,9 @@ class MeanSquareStability(OfShards):
 
     def _rows(self, module: nn.Module, generator: torch.Generator, *, checks: bool) -> GraphRows:
         """Return what reads the rows of the coming measurement from a graph."""
-        corrects = self._corrections.is_due(self._update_count + 1)
         return GraphRows(
             module, generator, partial(row_count, wanted=self.rows), self._passes,
-            known=None if checks else self._known, scale=self._scale if corrects and not checks else None,
+            known=None if checks else self._known, renews=not checks and self._factors.is_due(self._update_count + 1),
             recent=self._recent,
         )  # fmt: skip
 
@@ -244,7 +241,6 @@ class MeanSquareStability(OfShards):
             samples = step_samples(snapshot, self._most)
         if not samples.full:
             return
-        corrects = checks or self._corrections.is_due(self._update_count)
         if checks and snapshot.gradient is not None:
             verify_gradient(snapshot)
         if checks and snapshot.loss is not None:
@@ -269,7 +265,8 @@ class MeanSquareStability(OfShards):
                 samples,
                 checked=None if checks else self._checked,
                 squares="batch",
-                correction=None if corrects else self._corrections.value,
+                factors=self._factors,
+                renews=checks or self._factors.is_due(self._update_count),
                 rows=rows if reads else None,
                 chosen=dict(enumerate(rows.chosen)) if checks and rows is not None else None,
                 **of_pass,
@@ -282,10 +279,6 @@ class MeanSquareStability(OfShards):
         if checks:
             self._learn(snapshot, samples, sgd, rows, is_agreed=is_agreed)
         self._finish(snapshot, sgd, checks=checks)
-        if rows is not None and rows.ties:
-            self._scale = remembered_rule(snapshot).scale
-        if corrects:
-            self._corrections.add(sgd.kernel.correction)
 
     def _finish(self, snapshot: Snapshot, sgd: FrozenSGD, *, checks: bool) -> None:
         """Complete a measurement with the critical rate of the linearised step."""
@@ -353,9 +346,7 @@ class MeanSquareStability(OfShards):
                 return False
             if rows is None or not {*sgd.kernel.path.values()} <= {"structured", "statistics"}:
                 return True
-            gram, known = rows.gram, sgd.kernel.gram
-            if rows.ties:
-                gram = with_top(gram, sgd.kernel.correction)
+            gram, known = rows.gram_times(sgd.kernel.factors), sgd.kernel.gram
             error = (gram - known).abs().amax() if gram.shape == known.shape else math.inf
             return not bool(error <= tolerance(rows.dtype) * known.abs().amax())
 
@@ -391,6 +382,6 @@ class MeanSquareStability(OfShards):
 
     def load_vectors(self, vectors: dict[str, Tensor]) -> None:
         self.latest, self._checked, self._mode = None, None, vectors.get("mode")
-        self._corrections = RecentCorrections()
+        self._factors = StatisticsFactors()
         self._gathers = False
         self._forget_graph()
