@@ -59,7 +59,14 @@ def mlp(outputs=4):
     )  # fmt: skip
 
 
+def norms_of_vectors():
+    return nn.Sequential(
+        nn.Linear(3, 6), nn.GroupNorm(2, 6), nn.Linear(6, 5), nn.BatchNorm1d(5).eval(), nn.ReLU(), nn.Linear(5, 4)
+    )
+
+
 CASES = {
+    "norms of vectors": (norms_of_vectors, (3,), cross_entropy),
     "mlp": (mlp, (3,), cross_entropy),
     "smoothed": (mlp, (3,), smoothed),
     "mixed": (mlp, (3,), mixed),
@@ -126,6 +133,25 @@ def test_agrees_with_the_dense_jacobian(name, some):
     assert (found - signs * expected).abs().amax() <= 2e-3 * sizes.amax() ** 2
     assert torch.allclose(found.diagonal(), expected.diagonal(), rtol=2e-3)
     loss.backward()  # the graph is whole
+
+
+def test_a_batch_norm_of_vectors_is_that_of_one_pixel():
+    torch.manual_seed(0)
+    x, y = torch.randn(N, 3), torch.randint(0, 4, (N,))
+    of_vectors = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4))
+    of_pixels = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(5, 4))
+    for p, q in zip(of_vectors.parameters(), of_pixels.parameters()):
+        p.data.mul_(2.0)  # outputs that are apart: eigenvectors are then clear
+        q.data.copy_(p.view_as(q))
+
+    def gram(net, x):
+        rows = GraphRows(net, torch.Generator().manual_seed(0), lambda n: n, lambda n: 1)
+        rows.saw_loss(F.cross_entropy(net(x), y), samples=N, factor=1.0, micro_batches=1)
+        assert rows.failure is None
+        rows.form({name: torch.ones_like(p) for name, p in net.named_parameters()})
+        return rows.kernel(None, None).gram.abs()
+
+    assert torch.allclose(gram(of_vectors, x), gram(of_pixels, x[..., None, None]), rtol=1e-3, atol=1e-4)
 
 
 def read_twice(net, x, y, some=()):

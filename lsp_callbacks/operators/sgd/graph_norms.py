@@ -27,7 +27,7 @@ class NormSite(Site):
 
     def summed(self, t: Tensor) -> Tensor:
         """Return the sum of ``(n, T, C, ...)`` over all but samples and channels."""
-        return t.sum(1).flatten(2).sum(2)
+        return torch.einsum("ntc...->nc", t)
 
     def uses(self, g: Tensor, samples: Samples) -> dict[str, Use]:
         return named_uses({"weight": dense(g[:, :, 0]), "bias": dense(g[:, :, 1])}, *self.names[1:])
