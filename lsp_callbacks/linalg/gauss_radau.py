@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg.norms import norm
 from lsp_callbacks.linalg.operator import LinearOperator
 
 #: A remainder this much shorter than its product has lost digits, and is made orthogonal again.
@@ -127,10 +126,10 @@ def top_node(
         raise ValueError(f"steps={steps!r} leaves nothing to estimate from: pass at least 1")
     n = operator.shape[1]
     most = min(max(most or steps, steps), n)
-    basis = [start / norm(start).to(start.dtype)]
+    basis = [start / operator.norm(start).to(start.dtype)]
     T = np.zeros((most + 1, most + 1))
     for k in range(most):
-        overlaps, size, w = _remainder(operator.apply(basis[k]), basis)
+        overlaps, size, w = _remainder(operator, operator.apply(basis[k]), basis)
         T[: k + 1, k] = T[k, : k + 1] = overlaps
         T[k, k + 1] = T[k + 1, k] = size
         if not math.isfinite(sum(overlaps) + size):
@@ -147,17 +146,17 @@ def top_node(
     return node
 
 
-def _remainder(w: Tensor, basis: list[Tensor]) -> tuple[list[float], float, Tensor]:
+def _remainder(operator: LinearOperator, w: Tensor, basis: list[Tensor]) -> tuple[list[float], float, Tensor]:
     """Return the overlaps of a vector with an orthonormal basis, and the norm of what is left, with that itself."""
     total = [0.0] * len(basis)
     for _ in range(2):
-        overlaps = torch.stack([torch.dot(q, w) for q in basis]).tolist()
+        overlaps = operator.dots(basis, w).tolist()
         w = torch.sub(w, basis[0], alpha=overlaps[0])
         for q, overlap in zip(basis[1:], overlaps[1:]):
             w.sub_(q, alpha=overlap)
         total = [a + b for a, b in zip(total, overlaps)]
         product = sum(x * x for x in overlaps) ** 0.5
-        size = float(norm(w))
+        size = float(operator.norm(w))
         if size >= LOST * product:
             break
     return total, size, w

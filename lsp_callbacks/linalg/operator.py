@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from lsp_callbacks.linalg.norms import norm
+from lsp_callbacks.linalg.vector_parts import VectorParts
 
 Product = Callable[[Tensor], Tensor]
 
@@ -26,6 +29,7 @@ class LinearOperator:
         dtype: of the vectors.
         device: of the vectors.
         matrix: A itself, where it is at hand.
+        parts: how vectors lie on several processes; None where this one holds all of each.
     """
 
     shape: tuple[int, int]
@@ -35,6 +39,16 @@ class LinearOperator:
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
     matrix: Tensor | None = None
+    parts: VectorParts | None = None
+
+    def dots(self, vectors: Sequence[Tensor], other: Tensor) -> Tensor:
+        """Return the inner products of some vectors of its domain with another one."""
+        values = torch.stack([torch.dot(v, other) for v in vectors])
+        return values if self.parts is None else self.parts.total(values)
+
+    def norm(self, v: Tensor) -> Tensor:
+        """Return the norm of a vector of its domain, in float64."""
+        return norm(v) if self.parts is None else self.parts.total(norm(v).square()[None])[0].sqrt()
 
     def __matmul__(self, other):
         if isinstance(other, Tensor):

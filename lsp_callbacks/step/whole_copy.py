@@ -115,13 +115,18 @@ def require_same_precision(module: nn.Module) -> None:
     Raises:
         Unsupported: if it does.
     """
-    lower = {computes_in(child) for child in sharded_modules(module)} - {p.dtype for p in module.parameters()} - {None}
-    if lower:
+    if (lower := rounded_to(module)) is not None:
         raise Unsupported(
-            f"MixedPrecisionPolicy rounds the weights to {lower.pop()} before each pass, and a copy with the whole "
+            f"MixedPrecisionPolicy rounds the weights to {lower} before each pass, and a copy with the whole "
             "weights has another loss than the step: look at courant_step, critical_sharpness and spectral_norm, or "
             "train without the policy"
         )
+
+
+def rounded_to(module: nn.Module) -> torch.dtype | None:
+    """Return the type to which ``fully_shard`` rounds weights before each pass; None where it does not."""
+    types = {p.dtype for p in module.parameters()}
+    return next((d for child in sharded_modules(module) if (d := computes_in(child)) not in {None, *types}), None)
 
 
 def _whole_parameter(p: nn.Parameter) -> nn.Parameter:

@@ -97,15 +97,15 @@ class Differences:
         self.snapshot, self.centre = snapshot, gradient
         self.parameters = list(snapshot.parameters.values())
         self.eps = float(torch.finfo(gradient.dtype).eps)
-        size, *sizes = _norms([gradient, *(p.detach() for p in self.parameters)])
+        size, *sizes = self._norms([gradient, *(p.detach() for p in self.parameters)])
         self.gradient, self.theta = size, math.hypot(*sizes)
-        self.lengths = lengths(self.parameters, sizes)
+        self.lengths = lengths(self._whole(), sizes)
         self.rows = [k for k, p in enumerate(self.parameters) if p.ndim <= 1]
         self.tolerance = min(TOLERANCE * self.eps**0.5, 0.01)
         #: The distance below which the rounding of the parameters, at its worst, may change a product.
         self.coarse = 0.5 * self.eps * self.theta / self.tolerance
         self.weight, self.least = weight, LEAST * self.eps**0.5 if not relative else 0.0
-        self.amplified = float(norm(weight)) / len(gradient) ** 0.5 if isinstance(weight, Tensor) else abs(weight)
+        self.amplified = self._norm(weight) / self._count() ** 0.5 if isinstance(weight, Tensor) else abs(weight)
         self.seen, self.used, self.loss, self.rounding = 0.0, 0.0, 0.0, 0.0
         self.nearest, self.referred = NEAR, False
         self.last: LastProduct | None = None
@@ -149,7 +149,8 @@ class Differences:
     def _require_symmetry(self, v: Tensor, size: float, product: Tensor) -> None:
         if self.last is not None and self.last.unchanged:
             other = self.last
-            defect = abs(float(torch.dot(other.v, product)) - float(torch.dot(v, other.image)))
+            there, here = self._dots((other.v, product), (v, other.image))
+            defect = abs(float(there) - float(here))
             if not defect <= self.tolerance * self.seen * size * other.size:
                 raise Untrusted("two products are not symmetric: the third derivative is too large")
         # A view may be overwritten with its base.
@@ -186,11 +187,11 @@ class Differences:
     def _extent(self, v: Tensor) -> tuple[float, float | None]:
         """Return the norm of a vector, and its `reach`."""
         parts = v.split([p.numel() for p in self.parameters])
-        moves = _norms(parts)
+        moves = self._norms(parts)
         size = math.hypot(*moves)
         if self.lengths is None or not size:
             return size, None
-        largest = dict(zip(self.rows, _norms([parts[k] for k in self.rows] or parts[:1], math.inf)))
+        largest = dict(zip(self.rows, self._norms([parts[k] for k in self.rows] or parts[:1], math.inf)))
         moved = math.hypot(*(largest.get(k, x) / length for k, (x, length) in enumerate(zip(moves, self.lengths))))
         return size, self.eps**0.5 * size / moved
 
@@ -198,9 +199,10 @@ class Differences:
         """Return the difference along ``v / size``, ``size`` being the norm of v."""
         rise, loss, moved = self._moved(v, distance / size)
         change = moved.sub_(self.centre)
-        slope = 2 * torch.dot(self.centre, v) + torch.dot(change, v)
+        of_centre, of_change = self._dots((self.centre, v), (change, v))
+        slope = 2 * of_centre + of_change
         rose, loss, slope = torch.stack([t.double() for t in (rise, loss, slope)]).tolist()
-        (length,) = _norms([change])
+        (length,) = self._norms([change])
         defect = rose - 0.5 * distance * slope / size
         self.loss = loss
         return Difference(change, distance, length / distance, defect)
@@ -231,7 +233,7 @@ class Differences:
         difference = self.difference(v, size, distance)
         self.seen = max(self.seen, difference.slope)
         uniform = self.amplified * difference.slope
-        used = float(norm(self.weight * difference.change)) / difference.distance if self._uneven else uniform
+        used = self._norm(self.weight * difference.change) / difference.distance if self._uneven else uniform
         self.used = max(self.used, used)
         return difference
 
@@ -268,15 +270,15 @@ class Differences:
         return self._amplified_where((self.centre != 0) | (difference.change != 0)) <= accepted
 
     @cached_property
-    def _touched(self) -> int:
+    def _touched(self) -> float:
         """How many numbers of the gradient are not exactly 0."""
-        return int(torch.count_nonzero(self.centre))
+        return self._number(self.centre)
 
     def _amplified_where(self, touched: Tensor) -> float:
         """Return the root mean square of the weight where a gradient is not exactly 0."""
-        if not self._uneven or self._touched == len(self.centre):
+        if not self._uneven or self._touched == self._count():
             return self.amplified
-        return float(norm(self.weight * touched)) / max(1.0, float(torch.count_nonzero(touched))) ** 0.5
+        return self._norm(self.weight * touched) / max(1.0, self._number(touched)) ** 0.5
 
     def _moves(self, v: Tensor, scale: float) -> bool:
         """Return whether the parameters move as they should, except for random rounding up or down."""
@@ -284,9 +286,10 @@ class Differences:
         for p, part in zip(self.parameters, split(v, self.parameters)):
             wanted = part.to(p.dtype) * scale
             missing = (p.detach() + wanted).sub_(p.detach()).sub_(wanted)
-            size = max(float(norm(part)), torch.finfo(torch.float64).tiny)
-            lost.append(inner(missing.reshape(-1), part.reshape(-1)) / size)
-        return math.hypot(*lost) <= self.tolerance * scale * float(norm(v))
+            lost.append(inner(missing.reshape(-1), part.reshape(-1)))
+        sizes = self._norms(split(v, self.parameters))
+        along = [x / max(size, torch.finfo(torch.float64).tiny) for x, size in zip(self._sums(lost), sizes)]
+        return math.hypot(*along) <= self.tolerance * scale * self._norm(v)
 
     def _consistent(self, difference: Difference) -> bool:
         """Return whether rounding of the loss explains the defect, or it is small against the curvature."""
@@ -310,7 +313,30 @@ class Differences:
         return small and not grows and abs(far.defect - 2 * near.defect) > 0.3 * abs(near.defect)
 
     def _gap(self, near: Difference, far: Difference) -> float:
-        return float(norm(self.weight * (near.change / near.distance - far.change / far.distance)))
+        return self._norm(self.weight * (near.change / near.distance - far.change / far.distance))
+
+    # What a process that holds a part of each vector computes together with the others, see `ShardDifferences`.
+
+    def _whole(self) -> Sequence[Tensor]:
+        return self.parameters
+
+    def _count(self) -> float:
+        return len(self.centre)
+
+    def _sums(self, values: list[float]) -> list[float]:
+        return values
+
+    def _dots(self, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
+        return [torch.dot(a, b) for a, b in pairs]
+
+    def _norms(self, parts: Sequence[Tensor], order: float = 2.0) -> list[float]:
+        return _norms([*parts], order)
+
+    def _norm(self, v: Tensor) -> float:
+        return float(norm(v))
+
+    def _number(self, mask: Tensor) -> float:
+        return self._sums([float(torch.count_nonzero(mask))])[0]
 
     @cached_property
     def start(self) -> list[Tensor]:

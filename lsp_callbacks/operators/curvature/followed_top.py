@@ -9,7 +9,7 @@ from operator import mul
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg import LinearOperator, TopNode, norm, top_node
+from lsp_callbacks.linalg import LinearOperator, TopNode, top_node
 from lsp_callbacks.operators.curvature.hessian import products_so_far
 from lsp_callbacks.operators.curvature.top_eigenvalue import Top, accuracy_of, gradient_behind
 from lsp_callbacks.step.snapshot import Snapshot
@@ -75,7 +75,8 @@ def followed_top(
     """
     n = operator.shape[1]
     products, generator = products_so_far(snapshot), snapshot.generator("lanczos")
-    length = float(torch.linalg.vector_norm(start)) if start is not None and len(start) == n else 0.0
+    held = n if operator.parts is None else operator.parts.size
+    length = float(operator.norm(start)) if start is not None and len(start) == held else 0.0
     fits = 0 < length < math.inf
     start = start.to(operator.dtype) if start is not None and fits else None
     steps = n if n <= FEW else WARM if fits else COLD
@@ -88,7 +89,8 @@ def followed_top(
         early.append(node.value)
         turned = 1.0
         if start is not None:
-            overlaps.extend(float(torch.dot(q, start)) for q in node.basis[len(overlaps) :])
+            if new := node.basis[len(overlaps) :]:
+                overlaps.extend(operator.dots(new, start).tolist())
             turned -= min(1.0, abs(sum(map(mul, node.weights.tolist(), overlaps))) / length)
         value, gain, hidden = float(node.value), float(node.gain), float(node.hidden(OVERLAP))
         left = LEFT[min(max(node.products - steps, 0), len(LEFT) - 1)]
@@ -124,12 +126,12 @@ def _mixed(
 ) -> Tensor:
     """Return a start of earlier vector, gradient and noise."""
     mixed = _noise(operator, generator)
-    size = float(norm(gradient)) if gradient is not None else 0.0
+    size = float(operator.norm(gradient)) if gradient is not None else 0.0
     sign = 1
     if gradient is not None and 0 < size < math.inf:
         gradient = gradient.to(mixed)
         mixed.add_(gradient, alpha=1 / size)
-        sign = -1 if start is not None and float(torch.dot(gradient, start)) < 0 else 1
+        sign = -1 if start is not None and float(operator.dots([gradient], start)) < 0 else 1
     return mixed if start is None else mixed.add_(start, alpha=sign)
 
 
@@ -143,4 +145,10 @@ def _noise(operator: LinearOperator, generator: torch.Generator) -> Tensor:
     block = torch.randn(min(n, _BLOCK), generator=generator, dtype=operator.dtype)
     signs = torch.randint(0, 2, (-(-n // len(block)), 1), generator=generator) * 2 - 1
     block *= NOISE / n**0.5
-    return (signs.to(block) * block).reshape(-1)[:n].to(operator.device)
+
+    def between(start: int, stop: int) -> Tensor:
+        rows = slice(start // len(block), -(-stop // len(block)))
+        return (signs[rows].to(block) * block).reshape(-1)[start - rows.start * len(block) :][: stop - start]
+
+    noise = between(0, n) if operator.parts is None else operator.parts.part(between)
+    return noise.to(operator.device)

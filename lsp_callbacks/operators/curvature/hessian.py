@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.exact_hessian import exact_hessian, vector_dtype
 from lsp_callbacks.operators.curvature.finite_differences import Differences, Products, difference_hessian
 from lsp_callbacks.operators.curvature.held_slopes import holds_kinks, with_held_slopes
+from lsp_callbacks.operators.curvature.shard_hessian import shard_hessian
 from lsp_callbacks.operators.divided_step import require_room
 from lsp_callbacks.step.flat import split
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
@@ -67,7 +68,13 @@ def hessian(
     parameters = list(snapshot.parameters.values())
     if not parameters:
         raise Unmeasurable("no parameter requires a gradient: unfreeze some, or leave this quantity out")
-    if decided(snapshot, method) == "exact" or snapshot.graph.stopped:
+    is_exact = decided(snapshot, method) == "exact" or bool(snapshot.graph.stopped)
+    if snapshot.held is not None and snapshot.run.ranks.any_true(is_exact, "exact products"):
+        raise Unsupported(
+            "of shards there are products by differences alone, and this loss has kinks that cannot be held, is "
+            "rounded to half precision or leaves its graph: allow a copy of the whole weights with max_memory=..."
+        )
+    if is_exact:
         return _exact(snapshot)
     if weight is not None:
         return _finite_difference(snapshot, weight=weight, relative=relative)
@@ -176,6 +183,9 @@ def _finite_difference(
     if gradient is None:
         raise Unmeasurable("finite differences start from the step's gradient: pass gradient=... or method='exact'")
     held = with_held_slopes(snapshot) if snapshot.graph.kinked else None
+    if snapshot.held is not None:
+        products_so_far(snapshot).differences = label("finite difference, shards", snapshot)
+        return shard_hessian(held or snapshot, products_so_far(snapshot), weight, relative=relative)
     differences = Differences(held or snapshot, gradient, weight, relative=relative)
     products = products_so_far(snapshot)
     path = label("finite difference, slopes held" if held else "finite difference", snapshot)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,55 +10,19 @@ from torch import Tensor
 from lsp_callbacks.autograd.gathered_weights import GatheredWeights
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.autograd.graph_pull import UnknownGraph
-from lsp_callbacks.autograd.spread_tensors import local, spread_like, whole
+from lsp_callbacks.autograd.spread_tensors import local, whole
 from lsp_callbacks.operators.sgd.gram_matrix import tolerance
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
 from lsp_callbacks.operators.sgd.output_directions import OutputDirections
 from lsp_callbacks.operators.sgd.per_sample_gradients import whole_seeds
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import FrozenRule
+from lsp_callbacks.operators.trajectory.spread_step import clip_factor, spread_step
 from lsp_callbacks.step.criterion import Criteria
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.sharded_replay import ShardedReplay
-from lsp_callbacks.step.snapshot import Snapshot, computed_once
+from lsp_callbacks.step.snapshot import Snapshot
 
 Scale = Mapping[str, "float | Tensor"]
-
-
-@computed_once
-def spread_step(snapshot: Snapshot) -> Snapshot:
-    """Return a step with shards as its optimizer sees it: parameters and gradients as spread tensors.
-
-    Clipping by norm is in the gradients already.
-
-    Args:
-        snapshot: any step; without shards it is returned itself.
-
-    Raises:
-        UnknownGraph: where numbers are clipped one by one.
-    """
-    if snapshot.held is None or snapshot.run.shards is None:
-        return snapshot
-    factor = clip_factor(snapshot)
-    originals = dict(snapshot.module.named_parameters())
-    gradient = None
-    if snapshot.gradient is not None:
-        gradient = {
-            name: None if g is None else spread_like(g if factor == 1 else factor * g, originals[name])
-            for name, g in snapshot.gradient.items()
-        }
-    return replace(snapshot, held=None, gradient=gradient, clipping=None)
-
-
-@computed_once
-def clip_factor(snapshot: Snapshot) -> float:
-    """Return by what the step's gradient is multiplied before the optimizer sees it. Cost: an all-reduce if any."""
-    if snapshot.clipping is None or snapshot.gradient is None or snapshot.run.shards is None:
-        return 1.0
-    if snapshot.clipping.kind == "value":
-        raise UnknownGraph("numbers of the gradient are clipped one by one")
-    squares = {name: g.double().square().sum() for name, g in snapshot.gradient.items() if g is not None}
-    size = snapshot.run.shards.total(squares, "the norm of the gradient").sqrt()
-    return float(snapshot.clipping.factor(size[None]))
 
 
 class WholeScale(Mapping):

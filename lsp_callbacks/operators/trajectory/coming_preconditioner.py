@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from lsp_callbacks.errors import Unsupported
-from lsp_callbacks.operators.trajectory.frozen_preconditioner import FrozenRule, frozen_rule, rule_ahead
+from lsp_callbacks.operators.trajectory.frozen_preconditioner import FrozenRule, frozen_rule, rule_ahead, rule_of_shards
+from lsp_callbacks.operators.trajectory.spread_step import spread_step
 from lsp_callbacks.operators.trajectory.update_rules import formula
 from lsp_callbacks.step.criterion import Criteria, Evaluation
 from lsp_callbacks.step.probe_set import ProbeSet
@@ -52,6 +55,8 @@ def coming_rule(snapshot: Snapshot, *, squares: dict[str, Tensor] | None = None)
     Cost: nothing without a preconditioner, and some passes over its numbers with one; while it holds one gradient only,
     1.7 gradients, once a step.
     """
+    if snapshot.held is not None:
+        return rule_of_shards(snapshot, coming_rule(spread_step(snapshot), squares=squares))
     rule = frozen_rule(snapshot)
     if not rule.frozen or snapshot.gradient is None:
         return rule
@@ -170,6 +175,7 @@ def gradients_held(snapshot: Snapshot) -> int:
     """
     if snapshot.optimizer is None or formula(snapshot.optimizer).second_moment is None:
         return REMEMBERED
+    snapshot = replace(snapshot, held=None)  # as the optimizer holds the parameters
     state, gradient = snapshot.optimizer.state, snapshot.gradient or {}
     moved = [p for name, p in snapshot.parameters.items() if gradient.get(name) is not None]
     held = {id(p) for group in snapshot.optimizer.param_groups for p in group["params"]}

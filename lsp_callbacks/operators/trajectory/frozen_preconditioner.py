@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd.spread_tensors import local
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, per_parameter
 from lsp_callbacks.operators.trajectory.optimizer_input import group_of, held_mask, require_optimizer
+from lsp_callbacks.operators.trajectory.spread_step import clip_factor, spread_step
 from lsp_callbacks.operators.trajectory.update_rules import (
     Formula,
     Group,
@@ -79,7 +81,30 @@ def frozen_rule(snapshot: Snapshot) -> FrozenRule:
 
     Cost: no gradient. Computed once a step.
     """
-    return rule_ahead(snapshot)
+    return (
+        rule_ahead(snapshot) if snapshot.held is None else rule_of_shards(snapshot, frozen_rule(spread_step(snapshot)))
+    )
+
+
+def rule_of_shards(snapshot: Snapshot, rule: FrozenRule) -> FrozenRule:
+    """Return the part of a rule that belongs to the shards of this process.
+
+    Args:
+        snapshot: a step with shards.
+        rule: that of its `spread_step`, whose gradients are clipped already.
+    """
+    factor = clip_factor(snapshot)
+
+    def own(values: Scale, factor: float = 1.0) -> Scale:
+        parts = {name: local(x) if isinstance(x, Tensor) else x for name, x in values.items()}
+        return parts if factor == 1 else {name: factor * x for name, x in parts.items()}
+
+    return replace(
+        rule,
+        scale=own(rule.scale, factor),
+        weight_decay=own(rule.weight_decay),
+        buffer_scale=own(rule.buffer_scale),
+    )
 
 
 def rule_ahead(
@@ -200,6 +225,8 @@ def _clip_factors(snapshot: Snapshot) -> Scale:
     """Return the factor kappa of each parameter; empty where nothing is clipped."""
     if snapshot.clipping is None or snapshot.flat_gradient is None:
         return {}
+    if snapshot.held is not None:
+        return dict.fromkeys(snapshot.parameters, clip_factor(snapshot))
     gradient = snapshot.flat_gradient
     held = held_mask(snapshot)
     factor = snapshot.clipping.factor(gradient if held is None else held * gradient)
@@ -292,7 +319,7 @@ def decayed_hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpe
     def product(v: Tensor) -> Tensor:
         return sign * (H @ v) + decay * v
 
-    return LinearOperator(H.shape, product, product, dtype=H.dtype, device=H.device)
+    return replace(H, apply=product, adjoint=product, matrix=None)
 
 
 def preconditioned_hessian(
@@ -305,4 +332,4 @@ def preconditioned_hessian(
     def product(v: Tensor) -> Tensor:
         return sign * root * (H @ (root * v)) + decay * v
 
-    return LinearOperator(H.shape, product, product, dtype=H.dtype, device=H.device)
+    return replace(H, apply=product, adjoint=product, matrix=None)

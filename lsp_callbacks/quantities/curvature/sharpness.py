@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import choice
-from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.operators.cost import followed_cost, forward_cost, lanczos_cost
 from lsp_callbacks.operators.curvature.followed_top import MOST, followed_top, products_taken
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
@@ -32,6 +32,7 @@ from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import CURVATURE, PREFIX, Key, relative_bar
 from lsp_callbacks.step.snapshot import Snapshot
+from lsp_callbacks.step.whole_copy import rounded_to
 
 #: Products at most where the error bar is a bound, with an earlier vector and without, and the bar at which they stop.
 _BOUNDED_WARM, _BOUNDED_COLD, _TOLERANCE = 7, 12, 0.1
@@ -210,9 +211,18 @@ class Sharpness(Quantity):
         self._recent: dict[str, Recent] = {}
         self._turn: dict[str, Readings] = {}
         self._first = 0
-        self._alone = False
+        self._alone = self._is_part = False
         self._names: list[str] = []
         self.add_state("players", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
+
+    def view(self, snapshot: Snapshot) -> Snapshot:
+        """Return a step on whole parameters, or the shards themselves where there is no room for these."""
+        try:
+            return super().view(snapshot)
+        except Unsupported:
+            if self.bounded or rounded_to(snapshot.module) is not None:
+                raise
+            return snapshot
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         warm = bool(self._starts)
@@ -248,6 +258,7 @@ class Sharpness(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step; with several players, the measurement is complete when each was measured."""
         self.complete, self._alone = False, self.unknown_update(snapshot) is not None
+        self._is_part = snapshot.held is not None
         if self._alone:
             self._without_update(snapshot)
             return
@@ -308,7 +319,7 @@ class Sharpness(Quantity):
         return values
 
     def vectors(self) -> dict[str, Any]:
-        if not self._starts:
+        if not self._starts or self._is_part:
             return {}
         recent = {name: (values.tops, values.modes) for name, values in self._recent.items()}
         return {"starts": dict(self._starts), "recent": recent, "turn": dict(self._turn), "first": self._first}

@@ -9,9 +9,10 @@ from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
 from lsp_callbacks.operators.sgd.recent_rows import SIZE
-from lsp_callbacks.operators.sgd.shard_rows import read_rows, spread_step, unexplained_shares
+from lsp_callbacks.operators.sgd.shard_rows import read_rows, unexplained_shares
 from lsp_callbacks.operators.sgd.step_samples import row_count, step_samples
 from lsp_callbacks.operators.trajectory.coming_preconditioner import remembered_rule
+from lsp_callbacks.operators.trajectory.spread_step import spread_step
 from lsp_callbacks.quantities.sgd.graph_checks import ChecksGraphs
 from lsp_callbacks.quantities.sgd.mean_square_cost import GRAPH_CALLS, rate_cost
 from lsp_callbacks.quantities.sgd.probe_cost import gram_cost

@@ -171,7 +171,7 @@ class MeanSquareStability(OfShards):
         if self.reads_shards(snapshot):
             return None
         samples = step_samples(snapshot, self._most).samples
-        fewer = max(LEAST, int(samples * (gradients / max(sum(self.cost(snapshot).values()), 1e-9))))
+        fewer = max(LEAST, round(samples * (gradients / max(sum(self.cost(snapshot).values()), 1e-9))))
         if fewer >= samples:
             return None
         self._most = fewer
