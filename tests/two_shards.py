@@ -14,7 +14,7 @@ from model_zoo import TransformerBlock
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
@@ -71,6 +71,12 @@ class AtOnce(Sharded):
     def configure_model(self):
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"], **self.settings)
+
+
+class Kinked(Sharded):
+    def __init__(self):
+        super().__init__()
+        self.net[1] = nn.ReLU()
 
 
 class Tokens(Sharded):
@@ -218,7 +224,7 @@ def trained(make, *callbacks, loader, max_steps=STEPS, **settings):
         "momentum": [whole(t) for s in run.optimizers[0].state.values() for t in s.values() if torch.is_tensor(t)],
         "losses": losses.losses, "random": torch.get_rng_state(), "memory": model.memory(), "steps": run.global_step,
         "history": monitor and {key: (c.steps, c.values) for key, c in monitor.history.items()},
-        "skipped": {} if monitor is None else dict(monitor.skipped),
+        "skipped": {} if monitor is None else dict(monitor.skipped), "paths": monitor and dict(monitor.paths),
         "said": [str(w.message) for w in caught if "lsp_callbacks" in str(w.message)],
         "stops": [(c.stop_step, c.event_step) for c in callbacks if isinstance(c, StopOnInstability)],
     }  # fmt: skip
@@ -280,11 +286,15 @@ def core(rank):
     plain, found = {"loader": shares(rank)}, {}
     found["plain"], found["sharded"] = pair(Sharded, StabilityMonitor(NAMES, every_n_steps=3), plain=plain)
     found["ddp"] = trained(Sharded, StabilityMonitor(NAMES, every_n_steps=3), **plain, **DDP)
-    with mock.patch.object(PendingStep, "whole", side_effect=Unsupported("no room")):
-        ours = StabilityMonitor(["mean_square_stability", "sharpness"], every_n_steps=3)
-        found["no room"] = trained(Sharded, ours, **plain, **plain_strategy())
+    found["no room"] = without_room(Sharded, ["mean_square_stability", "sharpness", "lyapunov"], plain)
     found["forward"] = failing("forward", plain)
     return found
+
+
+def without_room(make, names, plain, every=3):
+    """A run in which the whole weights do not fit."""
+    with mock.patch.object(PendingStep, "whole", side_effect=Unsupported("no room")):
+        return trained(make, StabilityMonitor(names, every_n_steps=every), **plain, **plain_strategy())
 
 
 class Collectives(Callback):
@@ -318,6 +328,8 @@ def more(rank):
     found["healthy"] = trained(partial(FailsOnce, "never"), **plain | {"max_steps": 8}, **plain_strategy())
     for place in ("before", "forward", "backward"):
         found[place] = failing(place, plain)
+    never = without_room(partial(FailsOnce, "backward"), ["sharpness"], plain | {"max_steps": 8}, every=2)
+    found["backward without room"] = never
     found["plain state"], found["state"] = pair(
         Remembers, StabilityMonitor(SHARDS_ALONE, every_n_steps=2), plain=plain | {"max_steps": 8}
     )
@@ -368,6 +380,11 @@ def modes(rank):
     both("checkpointed", Recomputes)
     both("at once", AtOnce)
     both("tokens", Tokens, [name for name in NAMES if name != "residual_cfl"])
+    both("offloaded", partial(Sharded, offload_policy=CPUOffloadPolicy(pin_memory=False)))
+    both("kinked", Kinked, ["sharpness"])
+    clipped = plain | {"gradient_clip_val": 0.05}
+    for name, make, settings in (("AdamW", adam, plain), ("clipped", Sharded, clipped), ("kinked", Kinked, plain)):
+        found[f"{name} without room"] = without_room(make, ["sharpness"], settings)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     both("mixed", lambda: Sharded(net=made(torch.float32), mp_policy=policy),
          settings={"loader": shares(rank, dtype=torch.float32)})  # fmt: skip

@@ -171,3 +171,72 @@ def test_it_is_left_out_with_the_reason_or_right_where_the_outputs_are_told(kind
 
 class _Nothing:
     values = ()
+
+
+class Sums(Model):
+    """Cross-entropy and a further term, by its kind."""
+
+    def __init__(self, kind=None):
+        super().__init__(nn.Sequential(nn.Linear(12, 24), nn.Tanh()))
+        self.kind, self.head, self.other, self.router = kind, nn.Linear(24, 7), nn.Linear(24, 5), nn.Linear(24, 3)
+        self.experts = nn.Parameter(torch.randn(3, 24, 24) / 5)
+
+    def terms(self, batch):
+        h = self.net(batch[0])
+        routed = self.router(h)
+        p = routed.softmax(-1)
+        h = h + torch.tanh((p[:, :, None] * torch.einsum("bn,knm->bkm", h, self.experts)).sum(1))
+        f, other = self.head(h), self.other(h)
+        return F.cross_entropy(f, batch[1]), {
+            None: lambda: 0.0,
+            "z-loss of a router": lambda: routed.logsumexp(-1).square().mean(),
+            "squares of its logits": lambda: routed.square().mean(),
+            "squares of its loads": lambda: 3 * p.mean(0).square().sum(),
+            "entropy of its probabilities": lambda: -(p * p.log()).sum(-1).mean(),
+            "two heads": lambda: F.cross_entropy(other, batch[1] % 5),
+            "a head of another loss": lambda: F.mse_loss(other, batch[0][:, :5]),
+            "squares of the outputs": lambda: f.square().mean(),
+            "squares of all weights": lambda: sum(w.square().sum() for w in self.parameters()),
+            "squares of one weight": lambda: self.net[0].weight.square().sum(),
+            "norm of a weight": lambda: self.head.weight.norm(),
+            "sizes of a weight": lambda: self.net[0].weight.abs().sum(),
+        }
+
+    def loss(self, batch):
+        first, others = self.terms(batch)
+        return first + others[self.kind]()
+
+
+KINDS = [kind for kind in Sums().terms((torch.zeros(5, 12), torch.zeros(5, dtype=torch.long)))[1] if kind]
+
+
+def vectors():
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(64, 12, generator=generator), torch.randint(0, 7, (64,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_further_terms_are_never_measured_as_if_they_were_not_there(kind):
+    """No headline number, with the reason; the sharpness is that of the whole loss."""
+    torch.manual_seed(0)
+    monitor = StabilityMonitor(["mean_square_stability", "sharpness"], every_n_steps=1)
+    with pytest.warns(UserWarning, match="the value of one criterion"):
+        fit(lambda: Sums(kind), monitor, loader=vectors(), max_steps=2)
+    assert not any(map(math.isfinite, monitor.history.get("stability/mean_square_lr", Empty).values))
+    assert all(map(math.isfinite, monitor.history["stability/sharpness"].values))
+
+
+class Empty:
+    values = ()
+
+
+def test_a_penalty_left_out_would_be_a_calm_number():
+    """What the refusal avoids: of ``CE + sum w^2`` the rows hold the curvature of the cross-entropy alone."""
+    sharpness = {}
+    for kind in (None, "squares of all weights"):
+        monitor = StabilityMonitor(["sharpness"], every_n_steps=1)
+        torch.manual_seed(0)
+        fit(lambda kind=kind: Sums(kind), monitor, loader=vectors(), max_steps=1)
+        sharpness[kind] = monitor.history["stability/sharpness"].values[0]
+    assert sharpness["squares of all weights"] > 1.5 * sharpness[None]

@@ -94,10 +94,35 @@ def test_the_headline_number_needs_no_copy_of_the_weights(core):
     """No room is left for one; the rows are those of the samples of both processes."""
     for own in core:
         untouched(own["plain"], own["no room"])
-        assert all(value != value for value in own["no room"]["history"]["stability/sharpness"][1])
         assert own["no room"]["history"]["stability/mean_square_rows"][1] == [2.0 * BATCH] * 6
     name = "stability/courant_mean_square"
     close(core[0]["no room"]["history"], {name: core[0]["sharded"]["history"][name]}, 1e-12)
+
+
+#: Keys of the sharpness.
+SHARP = ("sharpness", "sharpness_residual", "sharpness_limit", "courant_gd")
+
+
+def test_sharpness_needs_no_copy_of_the_weights(core):
+    """Products are passes of the sharded module, moved in place; the exponent, which needs the copy, is left out."""
+    keys = [f"stability/{key}" for key in SHARP]
+    for own in core:
+        assert own["no room"]["paths"]["sharpness"] == "finite difference, shards"
+        assert "shards" not in own["sharded"]["paths"]["sharpness"]
+        assert all(value != value for value in own["no room"]["history"]["stability/lyapunov"][1])
+    close(core[0]["no room"]["history"], {key: core[0]["sharded"]["history"][key] for key in keys}, 1e-6)
+    twin = alone(Sharded, ["sharpness"])
+    close(core[0]["no room"]["history"], {key: twin[key] for key in keys}, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["AdamW", "clipped", "kinked"])
+def test_sharpness_of_shards_is_that_of_the_whole_weights(modes, name):
+    for own in modes:
+        untouched(own[f"{name} plain"], own[f"{name} without room"])
+        found, whole = own[f"{name} without room"], own[name]["history"]
+        assert "shards" in found["paths"]["sharpness"] and not found["said"]
+        close(found["history"], {f"stability/{key}": whole[f"stability/{key}"] for key in SHARP}, 1e-6)
 
 
 def test_shards_are_measured_as_under_ddp(core):
@@ -132,6 +157,14 @@ def test_a_failure_on_one_process_is_nan_on_all_and_leaves_no_trace(more, place)
     fails_at_step_4(more, place)
     for own in more:
         untouched(own["healthy"], own[place])
+
+
+@pytest.mark.slow
+def test_a_failure_without_room_is_nan_on_all(more):
+    for own in more:
+        untouched(own["healthy"], own["backward without room"])
+        steps, values = own["backward without room"]["history"]["stability/sharpness"]
+        assert steps == [0, 2, 4, 6] and [value != value for value in values] == [False, False, True, False]
 
 
 @pytest.mark.slow
@@ -192,14 +225,25 @@ def test_state_and_hooks_of_the_user_in_shards(more):
 ALIKE = {
     "AdamW": partial(Sharded, partial(torch.optim.AdamW, lr=0.05)),
     "HSDP": Sharded, "HSDP one replica": Sharded, "not resharded": Sharded, "checkpointed": Recomputes,
-    "at once": AtOnce,
+    "at once": AtOnce, "offloaded": Sharded,
 }  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [*ALIKE, "tokens", "clipped", "accumulated", "mixed", "tensor parallel", "two by one", "one by two", "fabric"],
+    [
+        *ALIKE,
+        "tokens",
+        "kinked",
+        "clipped",
+        "accumulated",
+        "mixed",
+        "tensor parallel",
+        "two by one",
+        "one by two",
+        "fabric",
+    ],
 )
 def test_modes_are_untouched(modes, name):
     for own in modes:
@@ -250,7 +294,7 @@ def test_modes_that_are_measured(modes, name):
 def test_whole_weights_are_refused_in_mixed_precision(modes):
     own = modes[0]["mixed"]
     assert "MixedPrecisionPolicy rounds the weights to torch.bfloat16" in " ".join(own["said"])
-    for key in ("sharpness", "lyapunov"):
+    for key in ("sharpness", "lyapunov", "courant_mean_square"):
         assert all(value != value for value in own["history"][f"stability/{key}"][1]), key
     assert all(value == value for value in own["history"]["stability/spectral_norm_max"][1])
     assert own["history"]["stability/critical_sharpness"][1][0] > 0  # later its own reason is rounding

@@ -29,6 +29,7 @@ from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, frozen_rule
 from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer
+from lsp_callbacks.operators.trajectory.spread_step import clip_factor
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import CURVATURE, PREFIX, Key, relative_bar
 from lsp_callbacks.step.snapshot import Snapshot
@@ -220,8 +221,10 @@ class Sharpness(Quantity):
         try:
             return super().view(snapshot)
         except Unsupported:
-            if self.bounded or rounded_to(snapshot.module) is not None:
+            is_clipped_one_by_one = snapshot.clipping is not None and snapshot.clipping.kind == "value"
+            if self.bounded or is_clipped_one_by_one or rounded_to(snapshot.module) is not None:
                 raise
+            clip_factor(snapshot)  # while all processes are here: later the first one asks for it alone
             return snapshot
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
