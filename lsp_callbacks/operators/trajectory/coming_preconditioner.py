@@ -175,9 +175,9 @@ def gradients_held(snapshot: Snapshot) -> int:
     """
     if snapshot.optimizer is None or formula(snapshot.optimizer).second_moment is None:
         return REMEMBERED
-    snapshot = replace(snapshot, held=None)  # as the optimizer holds the parameters
+    parameters = replace(snapshot, held=None).parameters  # as the optimizer holds them
     state, gradient = snapshot.optimizer.state, snapshot.gradient or {}
-    moved = [p for name, p in snapshot.parameters.items() if gradient.get(name) is not None]
+    moved = [p for name, p in parameters.items() if gradient.get(name) is not None]
     held = {id(p) for group in snapshot.optimizer.param_groups for p in group["params"]}
     counts = [1 + int(state.get(p, {}).get("step", 0)) for p in moved if id(p) in held]
     return min(counts, default=REMEMBERED)
