@@ -9,11 +9,6 @@ from lsp_callbacks.quantities import PRESETS
 QUANTITIES = PRESETS["full"]
 
 
-def is_told(key, value):
-    """Whether a number is one: a step near ``eta lambda = 1`` removes the mode, and the bound from below is -inf."""
-    return math.isfinite(value) or (key.endswith("_lower") and value == -math.inf)
-
-
 def results(callback, failed):
     """What became of each quantity in a run.
 
@@ -23,19 +18,24 @@ def results(callback, failed):
     """
     found, skipped = {}, callback.skipped
     for name, quantity in callback.monitor.quantities.items():
-        curves = [(key, callback.history[key].values) for key in quantity.keys if key in callback.history]
-        are_told = [is_told(key, value) for key, values in curves for value in values]
+        keys = [key for key in quantity.keys if key in callback.history and not is_open_below(key)]
+        values = [v for key in keys for v in callback.history[key].values]
         lost = [key.removeprefix("stability/") for key in quantity.keys]
-        if are_told and all(are_told) and any(key in skipped and key != name for key in lost):
+        if values and all(map(math.isfinite, values)) and any(key in skipped and key != name for key in lost):
             found[name] = {"state": "partly", "reason": next(skipped[key] for key in lost if key in skipped)}
             continue
-        if are_told and all(are_told):
+        if values and all(map(math.isfinite, values)):
             found[name] = {"state": "measured"}
-        elif are_told:
+        elif values:
             found[name] = {"state": "nan", "reason": failed[name]}
     return found | {
         name: {"state": "left out", "reason": reason} for name, reason in skipped.items() if name in QUANTITIES
     }
+
+
+def is_open_below(key):
+    """Whether a value of -inf says something: of a step that may remove the mode, the exponent has no lower bound."""
+    return key == "stability/lyapunov_lower"
 
 
 def path(callback):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
@@ -14,7 +13,7 @@ from lsp_callbacks.autograd._torch_internals import base, foreach_norm, version
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, inner, norm, norms
 from lsp_callbacks.linalg.norms import HIGH, LOW
-from lsp_callbacks.operators.curvature.gradient_difference import Difference, Untrusted
+from lsp_callbacks.operators.curvature.gradient_difference import Difference, LastProduct, Products, Untrusted
 from lsp_callbacks.step.flat import displaced_gradient, split
 from lsp_callbacks.step.known_scale import Scale
 from lsp_callbacks.step.snapshot import Snapshot
@@ -33,28 +32,6 @@ LEAST = 0.3
 FADED = 0.9
 #: Bounds on the rounding of a gradient are this many times the rounding observed on networks of several kinds.
 SAFETY = 3.0
-
-
-@dataclass(frozen=True)
-class LastProduct:
-    """The product before, with which the next must be symmetric.
-
-    Attributes:
-        v: the vector.
-        size: its norm.
-        image: its product, which belongs to the caller.
-        versions: of both when the image was handed out.
-    """
-
-    v: Tensor
-    size: float
-    image: Tensor
-    versions: tuple[int, int]
-
-    @property
-    def unchanged(self) -> bool:
-        """Return whether neither was changed in place since then."""
-        return (version(self.v), version(self.image)) == self.versions
 
 
 class Differences:
@@ -350,23 +327,6 @@ class Differences:
         if snapshot.run.ranks.world == 1:
             return compute()
         return snapshot.run.ranks.mean(compute, "the displaced gradient")  # type: ignore[return-value]
-
-
-@dataclass
-class Products:
-    """How the Hessian products of one step were found so far.
-
-    Attributes:
-        exact: the path of exact products, see `path_taken`; empty before the first.
-        differences: the path of finite differences, which may have become that of exact products; likewise.
-        untrusted: whether a difference failed its checks, so that exact products have taken over.
-        taken: how many products were differences; those before exact ones took over stay part of what was measured.
-    """
-
-    exact: str = ""
-    differences: str = ""
-    untrusted: bool = False
-    taken: int = 0
 
 
 def difference_hessian(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lsp_callbacks.autograd._torch_internals import version
+
 
 class Untrusted(Exception):
     """A difference that may be wrong, by rounding or by a kink."""
@@ -26,3 +28,42 @@ class Difference:
     distance: float
     slope: float
     defect: float
+
+
+@dataclass(frozen=True)
+class LastProduct:
+    """The product before, with which the next must be symmetric.
+
+    Attributes:
+        v: the vector.
+        size: its norm.
+        image: its product, which belongs to the caller.
+        versions: of both when the image was handed out.
+    """
+
+    v: Tensor
+    size: float
+    image: Tensor
+    versions: tuple[int, int]
+
+    @property
+    def unchanged(self) -> bool:
+        """Return whether neither was changed in place since then."""
+        return (version(self.v), version(self.image)) == self.versions
+
+
+@dataclass
+class Products:
+    """How the Hessian products of one step were found so far.
+
+    Attributes:
+        exact: the path of exact products, see `path_taken`; empty before the first.
+        differences: the path of finite differences, which may have become that of exact products; likewise.
+        untrusted: whether a difference failed its checks, so that exact products have taken over.
+        taken: how many products were differences; those before exact ones took over stay part of what was measured.
+    """
+
+    exact: str = ""
+    differences: str = ""
+    untrusted: bool = False
+    taken: int = 0

@@ -14,7 +14,8 @@ from lsp_callbacks.autograd.spread_tensors import part_of_whole
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.linalg.vector_parts import VectorParts
-from lsp_callbacks.operators.curvature.finite_differences import Differences, Products, difference_hessian
+from lsp_callbacks.operators.curvature.finite_differences import Differences, difference_hessian
+from lsp_callbacks.operators.curvature.gradient_difference import Products
 from lsp_callbacks.step.flat import displaced_gradient
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -111,5 +112,6 @@ def shard_hessian(
     if gradient is None:
         raise Unmeasurable("finite differences start from the step's gradient: pass gradient=... to the Snapshot")
     differences = ShardDifferences(step, gradient, weight, relative=relative)
-    H, n = difference_hessian(differences, products, None), int(differences._count())
+    H = difference_hessian(differences, products, None)
+    n = sum(p.numel() for p in trained_parameters(step.module).values())
     return LinearOperator((n, n), H.apply, H.apply, dtype=H.dtype, device=H.device, parts=differences.parts)
