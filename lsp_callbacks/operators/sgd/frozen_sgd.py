@@ -165,9 +165,9 @@ def frozen_sgd(
     given = snapshot.probes if probes is None else probes
     if given is None:
         raise Unmeasurable("the snapshot has no probes: pass Snapshot(probes=ProbeSet(...))")
-    probes = given.trained
     rule = critical_rule(snapshot)
     require_gradient(snapshot)
+    probes = given.trained
     if rule.frozen:
         rule = (
             coming_rule(snapshot, squares=probe_squares(probes, snapshot.generator("signs")))

@@ -164,7 +164,7 @@ def tangent_kernel(
     directions = OutputDirections(
         probes, scale, outputs, positions, generator, start,
         checks=checked is None or "rows" in checked.path.values(), holds=holds, most=most, given=given,
-        parameters=parameters,
+        parameters=parameters, tied=tied_together,
     )  # fmt: skip
     for index in range(len(probes.parts)):
         evaluation, recorder, seeds = directions.evaluate(index)

@@ -45,7 +45,8 @@ class OutputDirections:
         holds: whether the statistics of a batch are held fixed where they tie samples together.
         most: how many samples have rows; None is all, see `sampled_rows`.
         given: what rows of some parts look at, by the index of the part.
-        parameters: those of the probes, if they are known.
+        parameters: those of the probes, where they are known.
+        tied: whether the statistics of a batch tie samples together, where that is known.
 
     Attributes:
         first_inputs: the arguments of the first layers in the last forward pass.
@@ -71,8 +72,9 @@ class OutputDirections:
         most: int | None = None,
         given: Mapping[int, Chosen] | None = None,
         parameters: dict[str, nn.Parameter] | None = None,
+        tied: bool | None = None,
     ):
-        self.tied = probes.tied
+        self.tied = probes.tied if tied is None else tied
         self.parameters = probes.parameters if parameters is None else parameters
         self.given = given or {}
         self.mode, self._checks, self._holds, self._most = mode, checks, holds, most
