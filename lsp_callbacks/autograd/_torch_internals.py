@@ -128,9 +128,14 @@ def least_precise(nodes: Iterable[Any], dtype: torch.dtype) -> torch.dtype:
     return min((kind for kind in dtypes if kind.is_floating_point), key=lambda kind: kind.itemsize)
 
 
-def saved(node: Any, name: str) -> Any:
-    """Return what a backward node of torch saved under a name, such as the argument ``alpha``."""
-    return getattr(node, f"_saved_{name}")
+class _Saved(dict[str, Callable[[Any], Any]]):
+    def __missing__(self, name: str) -> Callable[[Any], Any]:
+        self[name] = operator.attrgetter(f"_saved_{name}")
+        return self[name]
+
+
+#: By a name, such as that of the argument ``alpha``, what a backward node of torch saved under it.
+saved = _Saved()
 
 
 def call(node: Any, gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:

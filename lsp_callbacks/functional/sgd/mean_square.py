@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.functional.sgd.low_rank_noise import Array, top_by_noise
-from lsp_callbacks.functional.sgd.modes import PLAIN, Modes, UpdateRule, drawn_from, in_units
+from lsp_callbacks.functional.sgd.modes import PLAIN, Modes, UpdateRule, drawn_from, in_units, noise_share
 
 #: Tolerance of the first eigenvalues of a search.
 LOOSE = 1e-3
@@ -67,11 +67,6 @@ def _superoperator(modes: Modes, p: float, tied: float, diagonal: Tensor) -> Sup
         return torch.addmm(diagonal * x, rows.mT, weighted, alpha=p / n)
 
     return apply
-
-
-def noise_share(total: int, batch_size: int, replacement: bool) -> float:
-    """Return the weight p of the single samples in `second_moment`, of batches drawn from so many."""
-    return 1 / batch_size if replacement else (total - batch_size) / (batch_size * max(total - 1, 1))
 
 
 def _weights(modes: Modes, batch_size: int, p: float, weight_decay: float) -> tuple[float, float, Tensor]:
@@ -152,16 +147,14 @@ def mean_square_lr(
     frozen at the weights.
     """
     modes, rule, unit = in_units(modes, rule)
-    total = drawn_from(modes.samples, batch_size, population)
-    return rate_of_bounded_moments(modes, batch_size, total, rule, replacement, tol) / unit
+    share = noise_share(drawn_from(modes.samples, batch_size, population), batch_size, replacement)
+    return rate_of_bounded_moments(modes, batch_size, share, rule, tol) / unit
 
 
-def rate_of_bounded_moments(
-    modes: Modes, batch_size: int, total: int, rule: UpdateRule, replacement: bool, tol: float
-) -> float:
-    """Return `mean_square_lr` of modes as `in_units` gives them, of batches `drawn_from` so many samples."""
+def rate_of_bounded_moments(modes: Modes, batch_size: int, share: float, rule: UpdateRule, tol: float) -> float:
+    """Return `mean_square_lr` of modes as `in_units` gives them, by the `noise_share` of the batches."""
     h = modes.curvatures + rule.weight_decay
-    top_against = _top_against(modes, batch_size, noise_share(total, batch_size, replacement), rule.weight_decay)
+    top_against = _top_against(modes, batch_size, share, rule.weight_decay)
     if not len(h) or (rule.momentum and rule.dampening == 1 and not rule.direct):
         return math.inf
     if not (rule.nesterov or rule.direct or rule.decoupled_decay):

@@ -204,6 +204,11 @@ def drawn_from(samples: int, batch_size: int, population: int | None) -> int:
     return total
 
 
+def noise_share(total: int, batch_size: int, replacement: bool) -> float:
+    """Return the weight p of the single samples in `second_moment`, of batches drawn from so many."""
+    return 1 / batch_size if replacement else (total - batch_size) / (batch_size * max(total - 1, 1))
+
+
 def regularity(gram: Tensor, lr: float, outputs: int = 1) -> tuple[float, int]:
     """Return how far a minimum is from violating Chemnitz & Engel 2025, definition 2.2.
 

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.functional.sgd.mean_square import gd_critical_lr, rate_of_bounded_moments
-from lsp_callbacks.functional.sgd.modes import PLAIN, Modes, UpdateRule, drawn_from, in_single_precision, in_units
+from lsp_callbacks.functional.sgd.modes import (
+    PLAIN,
+    Modes,
+    UpdateRule,
+    drawn_from,
+    in_single_precision,
+    in_units,
+    noise_share,
+)
 
 Sampling = Literal["iid", "reshuffle"]
 Coefficients = tuple[Tensor, Tensor, float, Tensor, Tensor]
@@ -184,8 +192,8 @@ def critical_lr(
     modes, rule, unit = in_units(modes, rule)  # in which single precision suffices
     how: dict[str, Any] = {"batch_size": batch_size, "rule": rule, "replacement": replacement, "population": population}
     single = in_single_precision(modes)
-    total = drawn_from(len(modes.factor), batch_size, population)
-    edge = rate_of_bounded_moments(single if tol > 1e-6 else modes, batch_size, total, rule, replacement, tol)
+    share = noise_share(drawn_from(len(modes.factor), batch_size, population), batch_size, replacement)
+    edge = rate_of_bounded_moments(single if tol > 1e-6 else modes, batch_size, share, rule, tol)
     if math.isinf(edge):
         return CriticalRateResult(edge, 0.0, edge, none, none)
     if batch_size == (population or modes.samples) and not replacement:
