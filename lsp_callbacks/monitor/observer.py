@@ -103,11 +103,9 @@ class StepObserver:
         self.attach(loop)
         if losses is not None:
             self.game = Game(
-                optimizers,
-                losses,
-                lambda: players_step(loop, self.monitor, self.step),
+                optimizers, losses, lambda: players_step(loop, self.monitor, self.step),
                 self.monitor.errors.warn_instead_of_raise,
-            )
+            )  # fmt: skip
             for player in self.game.players():
                 self._require(player.optimizers[player.name], player=player)
         else:
@@ -183,9 +181,9 @@ class StepObserver:
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing of the step under way, which is over, waits for the next one to be looked at."""
-        checks = self._gradient_check.is_expected or self._update_check.is_awaited
-        return self.is_idle or not (checks or self.game is not None or self.monitor.cadence.under_way)
+        """Whether nothing of the step that ends is left to be looked at."""
+        is_checked = not (self._gradient_check.is_expected or self._update_check.is_awaited)
+        return self.is_idle or (is_checked and self.game is None and not self.monitor.cadence.under_way)
 
     @property
     def is_pending(self) -> bool:
@@ -324,18 +322,13 @@ class StepObserver:
 
         def seen(pending: PendingStep, optimizer: torch.optim.Optimizer) -> Snapshot:
             return pending.snapshot(
-                self.step,
-                optimizer,
+                self.step, optimizer, gradient_scale=gradient_scale, clipping=clipping, scale=scale, room=room,
+                previous=self.previous,
                 loss=self.step_loss.differentiated if is_shown else None,
-                gradient_scale=gradient_scale,
-                clipping=clipping,
                 probes=self.probes.probe_set(pending, loss, context=context) if self.probes.wanted else None,
                 samples_of_step=partial(self.probes.samples_of_step, pending, loss, context=context),
-                scale=scale,
-                previous=self.previous,
-                room=room,
                 other_loss=lambda source: pending.other_loss(source, loop.on_device),
-            )
+            )  # fmt: skip
 
         snapshot = seen(pending, optimizer)
         if loop.run.shards is not None and pending.can_replay:

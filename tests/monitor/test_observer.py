@@ -168,6 +168,23 @@ def test_a_gradient_that_is_changed_in_place_is_seen(change, by_some):
     assert check.is_changed(is_gone_allowed=False)
 
 
+@pytest.mark.parametrize("by_some", [False, True])
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_a_change_of_one_channel_or_row_of_large_gradients_is_seen(by_some, form):
+    """Of 64 rows of 784 numbers and of 16 kernels, beside a gradient that is gone."""
+    kernels = nn.Parameter(torch.ones(16, 32, 3, 3).to(memory_format=form))
+    parameters = [nn.Parameter(torch.ones(64, 784)), nn.Parameter(torch.ones(9)), kernels]
+    for changed in (None, (0, 5), (0, 63), (2, 0), (2, 11)):
+        check = GradientCheck(ErrorPolicy(strict=True))
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        check.expect(lambda: gradients_of(parameters), by_some=by_some)
+        parameters[1].grad = None
+        if changed is not None:
+            parameters[changed[0]].grad.data[changed[1]] *= 0.5
+        assert check.is_changed(is_gone_allowed=True) is (changed is not None)
+
+
 # -- the loss of a step --------------------------------------------------------------------------------------------
 
 
