@@ -66,7 +66,9 @@ def steps(metric, n, start=problem):
     """Frozen steps of a real run, with what the metric wants to see of them."""
     task = start()
     optimizer = SGD(task.parameters(), lr=0.3, momentum=0.5)
+    weights = copy.deepcopy(task.state_dict())
     take(optimizer, task())  # there is momentum
+    task.load_state_dict(weights)
     keep = getattr(metric, "captures_inputs", lambda name, module: name == "net.1")
     return trajectory(task, optimizer, n, captures_inputs=keep, probes=probes_of(task), series=trace_of(task))
 

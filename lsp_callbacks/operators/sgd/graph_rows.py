@@ -170,7 +170,8 @@ class GraphRows(GraphReader):
 
     def _push(self, graph: GraphPass, pairs: Tensor, chosen: Chosen) -> None:
         """Take a combination of rows back through the statistics of the batch, to the parameters."""
-        signs = random_signs(pairs.shape[:2].numel(), self._generator)
+        own = torch.Generator().manual_seed(self._generator.initial_seed() + 1)  # the signs of a replay
+        signs = random_signs(pairs.shape[:2].numel(), own)
         weights = signs.to(pairs).view(pairs.shape[:2])
         self._pushed = signs, graph.gradients(pairs * weights[..., None], chosen.positions[chosen.taken])
 
