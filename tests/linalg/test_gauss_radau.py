@@ -102,7 +102,7 @@ def test_more_products_are_taken_while_they_are_asked_for():
 
 
 def test_few_parameters_are_measured_to_the_end_in_single_precision():
-    """Orthogonal but for one digit more at each step, twelve vectors are none; the value was then wrong and called exact."""
+    """Vectors that lose a digit at each step are not orthogonal after twelve: the value was wrong and called exact."""
     for seed in range(40):
         spectrum = (1.0 + torch.arange(12, dtype=f64)) ** -0.3
         A = symmetric(spectrum.tolist(), seed=seed).float()
