@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.gram_rate import gram_mean_square_lr
-from lsp_callbacks.functional.sgd.mean_square import mean_square_lr, noise_share
-from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduced_modes
+from lsp_callbacks.functional.sgd.mean_square import mean_square_lr
+from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, noise_share, reduced_modes
 from lsp_callbacks.operators.sgd.chosen_positions import Chosen
 from lsp_callbacks.operators.sgd.gram_matrix import POSITIONS, TangentKernel, tangent_kernel
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
@@ -165,9 +165,9 @@ def frozen_sgd(
     given = snapshot.probes if probes is None else probes
     if given is None:
         raise Unmeasurable("the snapshot has no probes: pass Snapshot(probes=ProbeSet(...))")
-    probes = given.trained
     rule = critical_rule(snapshot)
     require_gradient(snapshot)
+    probes = given.trained
     if rule.frozen:
         rule = (
             coming_rule(snapshot, squares=probe_squares(probes, snapshot.generator("signs")))

@@ -185,7 +185,8 @@ class MeanSquareStability(OfShards):
 
     def warm_up(self, snapshot: Snapshot) -> int:
         """Return how many gradients the preconditioner still lacks: that of one batch says nothing of the next."""
-        return gradients_missing(replace(snapshot, held=None))  # the first rank asks alone: nothing may be sent
+        # The first rank asks alone: nothing may be sent.
+        return gradients_missing(snapshot if snapshot.held is None else replace(snapshot, held=None))
 
     def path(self, snapshot: Snapshot) -> str:
         """Return by which rules per-sample gradients were computed, see `TangentKernel`."""
@@ -258,6 +259,7 @@ class MeanSquareStability(OfShards):
                 "most_rows": self.most_rows,
                 "positions": max(2, self._positions(samples.samples)),
                 "most": row_count(samples.samples, self.rows),
+                "renews": checks or self._factors.is_due(self._update_count),
             }
         try:
             sgd = frozen_sgd(
@@ -266,7 +268,6 @@ class MeanSquareStability(OfShards):
                 checked=None if checks else self._checked,
                 squares="batch",
                 factors=self._factors,
-                renews=checks or self._factors.is_due(self._update_count),
                 rows=rows if reads else None,
                 chosen=dict(enumerate(rows.chosen)) if checks and rows is not None else None,
                 **of_pass,
