@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
@@ -317,6 +317,11 @@ class Differences:
         """Copies of the parameters before any product has moved them, to put every bit back."""
         return [p.detach().clone() for p in self.parameters]
 
+    def release(self) -> None:
+        """Forget the vectors that are kept from one product to the next: they are made again."""
+        self.last = None
+        self.__dict__.pop("start", None)
+
     def _moved(self, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """At the parameters moved by ``scale * v``: the rise of the loss, its size before, and the gradient."""
         snapshot = self.snapshot
@@ -341,6 +346,18 @@ class Products:
     differences: str = ""
     untrusted: bool = False
     taken: int = 0
+    _used: dict[int, Differences] = field(default_factory=dict, repr=False)
+
+    def note(self, differences: Differences) -> None:
+        """Count a product that differences have made."""
+        self.taken += 1
+        self._used[id(differences)] = differences
+
+    def end_run(self) -> None:
+        """Let go of the vectors that the products so far have left, once no further ones are made of the same start."""
+        for differences in self._used.values():
+            differences.release()
+        self._used.clear()
 
 
 def difference_hessian(
@@ -360,7 +377,7 @@ def difference_hessian(
             return exact(v)
         try:
             image = differences.product(v)
-            products.taken += 1
+            products.note(differences)
             return image
         except Untrusted:
             if exact is not None:
@@ -369,7 +386,7 @@ def difference_hessian(
                 return exact(v)
         try:
             image = differences.searched(v)
-            products.taken += 1
+            products.note(differences)
             return image
         except Untrusted as error:
             raise Unmeasurable(
