@@ -14,7 +14,7 @@ from lsp_callbacks.autograd._torch_internals import base, foreach_norm, version
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, inner, norm, norms
 from lsp_callbacks.linalg.norms import HIGH, LOW
-from lsp_callbacks.operators.curvature.gradient_difference import Difference, Untrusted
+from lsp_callbacks.operators.curvature.gradient_difference import Difference, LastProduct, Untrusted
 from lsp_callbacks.step.flat import displaced_gradient, split
 from lsp_callbacks.step.known_scale import Scale
 from lsp_callbacks.step.snapshot import Snapshot
@@ -33,28 +33,6 @@ LEAST = 0.3
 FADED = 0.9
 #: Bounds on the rounding of a gradient are this many times the rounding observed on networks of several kinds.
 SAFETY = 3.0
-
-
-@dataclass(frozen=True)
-class LastProduct:
-    """The product before, with which the next must be symmetric.
-
-    Attributes:
-        v: the vector.
-        size: its norm.
-        image: its product, which belongs to the caller.
-        versions: of both when the image was handed out.
-    """
-
-    v: Tensor
-    size: float
-    image: Tensor
-    versions: tuple[int, int]
-
-    @property
-    def unchanged(self) -> bool:
-        """Return whether neither was changed in place since then."""
-        return (version(self.v), version(self.image)) == self.versions
 
 
 class Differences:

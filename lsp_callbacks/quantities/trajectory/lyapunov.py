@@ -110,7 +110,7 @@ class Lyapunov(Windowed):
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         frozen = step_constants(snapshot).frozen
-        plane = 3 + 12 * frozen  # derivatives of the formula, which SGD has as numbers
+        plane = 3 + 2 * frozen  # derivatives of the formula, which SGD has as numbers
         # Behind a preconditioner products by differences are seldom accurate enough for an update's derivative.
         method = "exact" if frozen and self.method == "auto" else self.method
         return {**alignment_memory(snapshot, method), "plane": plane * footprint(snapshot).parameters}
