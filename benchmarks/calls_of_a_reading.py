@@ -1,11 +1,11 @@
 """Question: which part of a headline reading makes how many calls, and takes how many gradients?
 
 An MLP 784-256-256-10 on random data, batch 128, SGD with momentum (``adam``: AdamW, after 100 steps), under Lightning
-with a logger. `StabilityMonitor` reads `MeanSquareStability` at every second step; the readings of eight steps are
-counted after the first checks. A *call* is one of a function that is written in Python, whosever it is, by
-`sys.setprofile`, from the first of Lightning's hooks of ours to the last, less those of a step that is not measured. A
-gradient is the processor's time of a forward and a backward pass, one thread. The whole is the median difference of
-measured steps and others, timed without the profiler, whose share of each part divides it up.
+with a logger. `StabilityMonitor` reads `MeanSquareStability` at every fourth step; eight readings are counted after the
+first checks, with the step after each, at whose beginning there may be something left to do. A *call* is one of a
+function that is written in Python, whosever it is, by `sys.setprofile`, from the first of Lightning's hooks of ours to
+the last, less those of two other steps. A gradient is the processor's time of a forward and a backward pass, one
+thread. The whole is the difference of the medians, timed without the profiler, whose share of each part divides it up.
 
     python benchmarks/calls_of_a_reading.py [adam]
 """
@@ -50,7 +50,7 @@ PARTS = {
     ("collapsed_outputs.py", "add"): "equal outputs",
     ("collapsed_outputs.py", "share"): "equal outputs",
 }
-READ, FIRST, LAST = 2, 20, 36
+READ, FIRST, LAST = 4, 40, 72
 BATCH = 128
 
 
@@ -107,23 +107,23 @@ class Parts:
 class Steps(pl.Callback):
     """Stands before the monitor and behind it."""
 
-    def __init__(self, first: int, parts: dict[bool, Parts] | None):
+    def __init__(self, first: int, parts: list[Parts] | None):
         self.first, self.parts = first, parts
-        self.times: dict[bool, list[float]] = {True: [], False: []}
+        self.times: list[list[float]] = [[], [], []]  # of steps that are read, of those after them, of others
 
     def on_train_batch_start(self, trainer, *_) -> None:
         step = trainer.global_step
-        self._is_read = step % READ == 0
+        self._kind = min(step % READ, 2)
         gc.disable()
         self._began = time.process_time()
         if self.parts is not None and step >= self.first:
-            sys.setprofile(self.parts[self._is_read])
+            sys.setprofile(self.parts[self._kind])
 
     def end(self, step: int) -> None:
         sys.setprofile(None)
         gc.enable()
         if step >= self.first:
-            self.times[self._is_read].append(time.process_time() - self._began)
+            self.times[self._kind].append(time.process_time() - self._began)
 
 
 class End(pl.Callback):
@@ -139,7 +139,7 @@ class Logger(DummyLogger):
         self.last = metrics
 
 
-def trained(optimizer: str, parts: dict[bool, Parts] | None) -> tuple[Steps, Net]:
+def trained(optimizer: str, parts: list[Parts] | None) -> tuple[Steps, Net]:
     """Train with the profiler, or without."""
     torch.manual_seed(0)
     first = FIRST + (100 if optimizer == "adam" else 0)
@@ -171,12 +171,13 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     optimizer = "adam" if "adam" in sys.argv[1:] else "momentum"
     steps, net = trained(optimizer, None)
-    whole = (median(steps.times[True]) - median(steps.times[False])) / gradient(net)
-    parts = {True: Parts(), False: Parts()}
-    read = trained(optimizer, parts)[0].times
-    count, others = len(read[True]), len(read[False])
-    calls = {part: n / count - parts[False].calls[part] / others for part, n in parts[True].calls.items()}
-    spent = {part: n / count - parts[False].time[part] / others for part, n in parts[True].time.items()}
+    read, after, other = map(median, steps.times)
+    whole = (read + after - 2 * other) / gradient(net)
+    parts = [Parts(), Parts(), Parts()]
+    counts = [len(times) for times in trained(optimizer, parts)[0].times]
+    weights = [1 / counts[0], 1 / counts[1], -2 / counts[2]]
+    calls = {part: sum(w * p.calls[part] for w, p in zip(weights, parts)) for part in parts[0].calls}
+    spent = {part: sum(w * p.time[part] for w, p in zip(weights, parts)) for part in parts[0].calls}
     total = sum(spent.values())
     print(f"{optimizer}: {sum(calls.values()):,.0f} calls and {whole:.2f} gradients a reading\n")
     print("| part | calls | gradients |\n|---|---|---|")

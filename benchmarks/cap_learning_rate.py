@@ -33,6 +33,7 @@ HEALTHY = (
     "constant, SGD, ReLU MLP", "constant, momentum, ReLU MLP", "constant, momentum, 3 x higher, tanh MLP",
     "constant, AdamW, ReLU MLP", "cosine, momentum, ReLU MLP", "warm restarts, momentum, ReLU MLP",
     "full-batch GD at the edge, tanh MLP, squared loss", "constant, SGD 0.3, tanh MLP, digits",
+    "constant, RMS-like AdamW 0.01, tanh MLP", "warm-up, AdamW 0.03, ReLU MLP",
     "constant, SGD, BatchNorm CNN", "one cycle, AdamW, transformer",
 )  # fmt: skip
 #: At the rate 1, which the search replaces.

@@ -18,7 +18,8 @@ def results(callback, failed):
     """
     found, skipped = {}, callback.skipped
     for name, quantity in callback.monitor.quantities.items():
-        values = [v for key in quantity.keys if key in callback.history for v in callback.history[key].values]
+        keys = [key for key in quantity.keys if key in callback.history and not is_open_below(key)]
+        values = [v for key in keys for v in callback.history[key].values]
         lost = [key.removeprefix("stability/") for key in quantity.keys]
         if values and all(map(math.isfinite, values)) and any(key in skipped and key != name for key in lost):
             found[name] = {"state": "partly", "reason": next(skipped[key] for key in lost if key in skipped)}
@@ -30,6 +31,11 @@ def results(callback, failed):
     return found | {
         name: {"state": "left out", "reason": reason} for name, reason in skipped.items() if name in QUANTITIES
     }
+
+
+def is_open_below(key):
+    """Whether a value of -inf says something: of a step that may remove the mode, the exponent has no lower bound."""
+    return key == "stability/lyapunov_lower"
 
 
 def path(callback):

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from harness import Model, data, fit
 from problems import Regression, close, f64, freeze, probes_of, random, same, seeded, take, trajectory
 from torch import nn
 from torchmetrics import MetricCollection
 
-from lsp_callbacks import Lyapunov, Sharpness, Snapshot, Trace, Unmeasurable
+from lsp_callbacks import Lyapunov, Sharpness, Snapshot, SpectralNorm, Trace, Unmeasurable
 from lsp_callbacks.quantities import REGISTRY, Quantity
 
 SGD = torch.optim.SGD
@@ -65,7 +66,9 @@ def steps(metric, n, start=problem):
     """Frozen steps of a real run, with what the metric wants to see of them."""
     task = start()
     optimizer = SGD(task.parameters(), lr=0.3, momentum=0.5)
+    weights = copy.deepcopy(task.state_dict())
     take(optimizer, task())  # there is momentum
+    task.load_state_dict(weights)
     keep = getattr(metric, "captures_inputs", lambda name, module: name == "net.1")
     return trajectory(task, optimizer, n, captures_inputs=keep, probes=probes_of(task), series=trace_of(task))
 
@@ -138,13 +141,59 @@ def test_forward_is_an_update_that_returns_the_last_measurement(name):
 @pytest.mark.quick
 @every_quantity
 def test_one_key_is_a_metric_of_its_own(name):
-    """``self.log(name, metric[key])`` in a LightningModule."""
     metric = metric_of(name)
     key = metric.keys[0]
     top = metric[key]
     for snapshot in steps(metric, metric.prepare + metric.window):
         value = top(snapshot)
     assert same(value, metric.compute()[key]) and same(top.compute(), value) and same(top._forward_cache, value)
+    for twin in (pickle.loads(pickle.dumps(top)), top.clone()):
+        assert same(twin.compute(), value) and repr(twin) == repr(top)
+
+
+@pytest.mark.quick
+def test_one_key_is_nan_where_a_measurement_lacks_it():
+    """Sharpness under an optimizer without an edge has no Courant number: nobody's training may end for it."""
+    task, sharpness = problem(), Sharpness()
+    snapshot = freeze(task, torch.optim.Adadelta(task.parameters()))
+    courant, limit, misspelt = (sharpness[f"stability/{key}"] for key in ("courant_gd", "sharpness_limit", "sharpnes"))
+    assert courant(snapshot).isnan() and limit.compute().isnan() and sharpness["stability/sharpness"].compute() > 0
+    with pytest.raises(KeyError, match="sharpnes'"):
+        misspelt.compute()
+
+
+class Logs(Model):
+    """Logs a metric of its own, as torchmetrics' users do."""
+
+    def __init__(self):
+        super().__init__()
+        self.top = Sharpness()["stability/sharpness"]
+        self.both = MetricCollection([Sharpness(), SpectralNorm()])
+        self.told = []
+
+    def training_step(self, batch, batch_idx):
+        self.batch = batch
+        return super().training_step(batch, batch_idx)
+
+    def on_before_optimizer_step(self, optimizer):
+        step = self.global_step
+        snapshot = Snapshot(step=step, module=self.net, replay=lambda: self.loss(self.batch), optimizer=optimizer)
+        values = self.both(snapshot)
+        self.told.append((float(self.top(snapshot)), float(values["stability/spectral_norm_max"])))
+        self.log("top", self.top, on_step=True, on_epoch=True)
+        self.log_dict(values)
+
+    def on_train_batch_end(self, *_):
+        logged = self.trainer.callback_metrics
+        close(logged["top_step"], self.told[-1][0], 1e-6)
+        close(logged["stability/spectral_norm_max"], self.told[-1][1], 1e-6)
+
+
+def test_a_lightning_module_logs_one_key_and_a_collection():
+    model = Logs()
+    ended = fit(model, loader=data(24), max_epochs=2, max_steps=-1)  # at the end of an epoch Lightning resets them
+    assert len(model.told) == ended.global_step > 2 and min(min(pair) for pair in model.told) > 0
+    close(ended.callback_metrics["top_epoch"], model.told[-1][0], 1e-6)  # the last step of the epoch
 
 
 @every_quantity

@@ -62,7 +62,7 @@ class CapLearningRate(Callback):
 
     It falls at once and rises step by step, begins at a tenth of the cap before the loss has fallen, and leaves a rate
     alone at which the run was measured stable while its loss fell; see `RateCap` for these rules. So much healthy
-    training at the edge of stability is never capped.
+    training at the edge of stability is never capped; a run that was capped before its loss had fallen trusts no rate.
 
     A cap holds from the step after a reading to the next one; none begins with a reading that is more than ``max_age``
     steps old, as after a pause in which nothing could be measured. It then warns once. While a cap is on, or the

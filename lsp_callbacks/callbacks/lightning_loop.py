@@ -166,12 +166,13 @@ class LightningLoop(TrainingLoop):
     def clipped_gradients(self, optimizer: torch.optim.Optimizer) -> Gradients:
         """Return the gradients that the optimizer will be given, to the last bit, by torch's own code.
 
-        Parameters that the optimizer does not hold keep theirs.
+        Of parameters that it does not hold nothing is said.
         """
         clipped, self._clipped = self._clipped, {}
         if clipped:
             return clipped
-        rule, gradients = self.clipping, {p: p.grad for p in self.module.parameters() if p.grad is not None}
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        rule, gradients = self.clipping, {p: p.grad for p in held if p.grad is not None}
         if rule is not None:
             gradients = {p: gradient.clone() for p, gradient in gradients.items()}
             stand_ins = []

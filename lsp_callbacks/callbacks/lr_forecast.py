@@ -69,9 +69,11 @@ class CriticalRate:
         self.mean = sum(self.rates) / len(self.rates)
         return True
 
-    def crossing(self, rates: Sequence[float]) -> int | None:
-        """Return the index of the first rate above the critical one; None if there is none."""
-        return next((k for k, future in enumerate(rates) if future > self.mean), None)
+    def crossing(self, rates: Sequence[float], scale: float = 1.0) -> int | None:
+        """Return the index of the first rate, times a factor, above the critical one; None if there is none."""
+        if not scale * max(rates) > self.mean:  # nearly always, and at once
+            return None
+        return next((k for k, future in enumerate(rates) if scale * future > self.mean), None)
 
 
 class LRForecast:
@@ -145,7 +147,7 @@ class LRForecast:
             return observation
         assert self._schedule is not None
         left = max(1, min(HORIZON, steps_left(trainer, step)))
-        crossing = self.critical.crossing([self.scale * rate for rate in self._schedule.ahead(step, left)])
+        crossing = self.critical.crossing(self._schedule.ahead(step, left), self.scale)
         is_kept = self._schedule.confirmed and self._rate_scheduled == self._rate_before
         if self._is_overridden and not is_kept:  # ``optimizer_step`` sets rates of its own
             return observation
@@ -186,11 +188,15 @@ class Schedule:
         self.confirmed = bool(foreseen) and abs(foreseen[0] - now) <= 1e-6 * abs(now)
         if not foreseen or (not between and abs(foreseen[0] - now) > 1e-6 * abs(now)):  # somebody else set the rate
             self._restart(step, now)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "step of the optimizer was not called": it never will be
-            while len(self._rates) < step - self._origin + horizon:
-                self._advance()
-        return self._rates[step - self._origin : step - self._origin + horizon]
+        count = step - self._origin + horizon
+        if not self._copies:
+            self._rates += self._rates[-1:] * (count - len(self._rates))
+        if len(self._rates) < count:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # "step of the optimizer was not called": it never will be
+                while len(self._rates) < count:
+                    self._advance()
+        return self._rates[step - self._origin : count]
 
     def _restart(self, step: int, now: float) -> None:
         self._origin, self._copies = step, []

@@ -92,7 +92,7 @@ class Publisher:
     def _show(self, trainer: Any, values: Mapping[str, float]) -> None:
         """Show finite global values, and the headline metric in the progress bar."""
         shown, metrics = scalars(values), trainer.callback_metrics  # which is expensive to ask for
-        metrics.update({key: torch.tensor(value) for key, value in shown.items()})
+        metrics.update(zip(shown, torch.tensor([*shown.values()]).unbind()))
         metrics["stability/age"] = self._age
         if "stability/courant" in shown:
             trainer.progress_bar_metrics["courant"] = round(shown["stability/courant"], 3)

@@ -43,7 +43,8 @@ class RateCap:
     - **A rate that was measured stable while the loss fell is trusted**, and no higher than by 10 % it is not capped,
       until the loss rises while the Courant number is above ``1 / safety``: where the rate stays and the critical one
       comes down to it, training goes on at the edge of stability, and is healthy. Nor does a cap fall below it, or each
-      lower rate would bring the critical one down further; but for one that began before the loss had fallen.
+      lower rate would bring the critical one down further. A run that was capped before its loss had fallen trusts no
+      rate: its schedule is known to be too high, and the loss also falls at rates that train worse.
 
     Args:
         safety: share of the critical rates that is allowed.
@@ -77,7 +78,7 @@ class RateCap:
         self._used: list[float] = []  # rates of the last update
         self._first: list[float] = []  # those of the first update
         self._used_step = -1
-        self._is_warming = False  # since before the loss had fallen
+        self._was_early = False  # whether a cap was on before the loss had fallen
         self.step, self.is_on, self.is_proven = -1, False, False
 
     def add(
@@ -114,13 +115,12 @@ class RateCap:
         if len(self.trusted) != len(reading):
             self.trusted = [0.0] * len(reading)
         is_stable = all(self.safety * rate <= limit for rate, limit in zip(used, reading))
-        if is_falling and is_stable and used:
+        if is_falling and is_stable and used and not self._was_early:
             self.trusted = [max(pair) for pair in zip(self.trusted, used)]
         elif has_risen and not is_stable:
             self.trusted = [0.0] * len(reading)
-        self.limits = [self.safety * min(group) for group in zip(*self._readings)]
-        if not self._is_warming:
-            self.limits = [max(pair) for pair in zip(self.limits, self.trusted)]
+        limits = [self.safety * min(group) for group in zip(*self._readings)]
+        self.limits = [max(pair) for pair in zip(limits, self.trusted)]
 
     def factor(self, rates: Sequence[float], *, step: int) -> float:
         """Return by what the rates of a coming update are to be multiplied: 1 where they may stay.
@@ -146,7 +146,7 @@ class RateCap:
         """Note the rates that an update uses."""
         self._used, self._used_step = list(used), step
         self._first = self._first or self._used
-        self._is_warming = self.is_on and (self._is_warming or not self.is_proven)
+        self._was_early = self._was_early or (self.is_on and not self.is_proven)
 
     def next_reading(self, rates: Sequence[float]) -> float:
         """Return the step at which the next reading is wanted; infinite where that of the budget is early enough.

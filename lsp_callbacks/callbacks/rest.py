@@ -54,12 +54,14 @@ class Rest:
         self.end()
 
     def begin_after(self, trainer: Any) -> None:
-        """Begin to rest after a step, at its end, if it was a plain one at which nothing was measured."""
+        """Begin to rest after a step, at its end, if it was a plain one and nothing of it is still to be looked at."""
         observer = self._observer
-        if self._is_plain and observer.is_idle and observer.updates == 1 and observer.probes.full:
+        if self._is_plain and observer.updates == 1 and observer.is_settled and observer.probes.full:
+            self._ask(trainer)
             self._go_on(trainer)
             if self.is_on:
                 observer.forget_step()
+                observer.is_idle = True
                 hide_hooks(self._callback, HOOKS)
 
     def end(self) -> None:
@@ -102,6 +104,15 @@ class Rest:
         self._go_on(trainer)
         if not self.is_on:
             self.end()
+
+    def _ask(self, trainer: Any) -> None:
+        """Ask after a measurement what comes next, as the next step would, at once; not where rates may change between.
+
+        They are stepped with the batch by now, but with the epoch after its last batch.
+        """
+        loop = trainer.fit_loop.epoch_loop
+        if self._feed.has_same_rates and loop.batch_idx + 1 < trainer.num_training_batches:
+            self._cadence.due(self._observer.step, scheduled=self._forecast.scheduled_courant())
 
     def _go_on(self, trainer: Any) -> None:
         """Find out whether the next step may be passed over, and the least loss and rate that are looked at."""

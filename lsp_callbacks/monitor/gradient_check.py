@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd.spread_tensors import local_parts
 from lsp_callbacks.monitor.error_policy import ErrorPolicy
-from lsp_callbacks.step.fingerprint import identical, sums_of_rows
+from lsp_callbacks.step.fingerprint import identical, in_one, some_numbers
 from lsp_callbacks.step.ranks import Ranks
 
 #: By parameter, the gradient that it should have; those without one are not there.
@@ -38,23 +37,28 @@ class GradientCheck:
 
     def forget(self) -> None:
         """Compare nothing."""
-        self._expected: dict[nn.Parameter, Any] = {}
-        self._by_sums = self.is_expected = False
+        self._expected: dict[nn.Parameter, Tensor] = {}
+        self._counts: dict[nn.Parameter, int] = {}
+        self._some: Tensor | None = None
+        self.is_expected = False
 
-    def expect(self, gradients: Callable[[], Gradients], *, by_sums: bool = False) -> None:
+    def expect(self, gradients: Callable[[], Gradients], *, by_some: bool = False) -> None:
         """Remember what the gradients should be; called on every rank, also where ``gradients`` raises.
 
         Args:
             gradients: returns them; they are copied.
-            by_sums: whether sums over some rows of each are compared, which no usual change leaves as they are,
-                instead of copies.
+            by_some: whether some numbers of each are compared, see `some_numbers`, instead of all.
         """
-        self._expected, self._by_sums, self.is_expected = {}, by_sums, True
+        self.forget()
+        self.is_expected = True
         try:
             coming = gradients()
             parts = local_parts(coming.values())
-            kept: Sequence[Any] = sums_of_rows(parts) if by_sums else [*map(torch.clone, parts)]
-            self._expected = dict(zip(coming, kept))
+            if by_some:
+                numbers = some_numbers(parts)
+                self._counts, self._some = dict(zip(coming, map(len, numbers))), in_one(numbers)
+            else:
+                self._expected = dict(zip(coming, map(torch.clone, parts)))
         except Exception as error:
             self.errors.caught("the gradient could not be copied to be compared later", error)
 
@@ -66,18 +70,21 @@ class GradientCheck:
         """
         if not self.is_expected:
             return False
-        expected, by_sums = self._expected, self._by_sums
+        expected, counts, some = self._expected, self._counts, self._some
         self.forget()
 
         def differs() -> bool:
-            there = gradients_of(expected)
-            if len(there) < len(expected) and not is_gone_allowed:
+            there = gradients_of(counts or expected)
+            if len(there) < len(counts or expected) and not is_gone_allowed:
                 return True
-            values, parts = [expected[p] for p in there], local_parts(there.values())
-            if not by_sums:
-                return not identical(parts, values)
-            sums = sums_of_rows(parts)
-            return sums != values and any(a != b and not (a != a and b != b) for a, b in zip(sums, values))
+            parts = local_parts(there.values())
+            if some is None or not there:
+                return not identical(parts, [expected[p] for p in there])
+            values = some
+            if len(there) < len(counts):
+                values = torch.cat([part for p, part in zip(counts, some.split([*counts.values()])) if p in there])
+            numbers = in_one(some_numbers(parts))
+            return len(numbers) != len(values) or not identical([numbers], [values])
 
         try:
             if self.ranks.world == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,10 +101,11 @@ class History(dict[str, Curve]):
     def add(self, observation: Observation, values: Mapping[str, float]) -> Observation:
         """Return the observation with further values, which are appended to their curves, too."""
         for key, value in values.items():
-            curve = self.setdefault(key, Curve())
+            if (curve := self.get(key)) is None:
+                curve = self[key] = Curve()
             curve.steps.append(observation.step)
             curve.values.append(value)
-        return replace(observation, values=observation.values | dict(values))
+        return Observation(observation.step, observation.values | dict(values), observation.failures)
 
     def replace(self, curves: Mapping[str, Curve]) -> None:
         """Forget the curves, and take others."""

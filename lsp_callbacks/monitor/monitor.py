@@ -228,7 +228,7 @@ class Monitor:
             self.cadence.headline = self.headline
         if headline is not None:
             added = self.history.add(Observation(headline[0], {}), reported).values
-            observation = replace(observation, values=observation.values | added)
+            observation = Observation(observation.step, observation.values | added, observation.failures)
         return self.history.add(observation, values) if values or observation.values else None
 
     @property

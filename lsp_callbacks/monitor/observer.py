@@ -103,11 +103,9 @@ class StepObserver:
         self.attach(loop)
         if losses is not None:
             self.game = Game(
-                optimizers,
-                losses,
-                lambda: players_step(loop, self.monitor, self.step),
+                optimizers, losses, lambda: players_step(loop, self.monitor, self.step),
                 self.monitor.errors.warn_instead_of_raise,
-            )
+            )  # fmt: skip
             for player in self.game.players():
                 self._require(player.optimizers[player.name], player=player)
         else:
@@ -176,10 +174,16 @@ class StepObserver:
 
     def forget_step(self) -> None:
         """Forget the step before; `begin_batch` does so at the first micro-batch of the next one."""
-        self._pending, self.updates, self.replayed_loss, self._is_settled = None, 0, None, False
+        self._pending, self.updates, self.replayed_loss, self._has_moved = None, 0, None, False
         self.step_loss.begin()
         if self._gradient_check.is_expected:
             self._gradient_check.forget()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing of the step that ends is left to be looked at."""
+        is_checked = not (self._gradient_check.is_expected or self._update_check.is_awaited)
+        return self.is_idle or (is_checked and self.game is None and not self.monitor.cadence.under_way)
 
     @property
     def is_pending(self) -> bool:
@@ -239,7 +243,7 @@ class StepObserver:
         """Take the parameters as they are now for those of the step: its backward pass has moved them."""
         if self._pending is not None:
             self._pending.settle(self.loop.module.parameters())
-            self._is_settled = True
+            self._has_moved = True
 
     def skip_update(self) -> None:
         """Let go of a step that is not taken."""
@@ -290,7 +294,7 @@ class StepObserver:
             with self._untouched() if is_run else contextlib.nullcontext():
                 snapshot = self.snapshot(optimizer, tries_clipping=True)
                 self.sub_batch = None if pending.sub_batch is None else pending.samples
-                if snapshot.loss is None and pending.can_replay and not self._is_settled:
+                if snapshot.loss is None and pending.can_replay and not self._has_moved:
                     snapshot = verified(snapshot)
                     self.replayed_loss = snapshot.loss
                 self._observe(snapshot)
@@ -300,7 +304,7 @@ class StepObserver:
         except Exception as error:
             monitor.errors.caught(doing, error)
         if needs_update and coming_gradients is not None:
-            self._gradient_check.expect(coming_gradients, by_sums=not pending.can_replay)
+            self._gradient_check.expect(coming_gradients, by_some=not pending.can_replay)
 
     def snapshot(self, optimizer: torch.optim.Optimizer, *, tries_clipping: bool = False) -> Snapshot:
         """Return the step under way, whose forward and backward passes are over, before its update.
@@ -311,25 +315,20 @@ class StepObserver:
         """
         loop = self.loop
         assert self._pending is not None, "no step was begun that is to be measured"
-        pending, is_settled, room = self._pending, self._is_settled, self.monitor.budget.room
+        pending, is_settled, room = self._pending, self._has_moved, self.monitor.budget.room
         clipping = self._clipping = self._tried_clipping(pending, optimizer) if tries_clipping else loop.clipping
         (scale, gradient_scale), (loss, context) = loop.scales(optimizer), loop.evaluated()
         is_shown = loop.shows_losses and not (self.step_loss.is_ambiguous or is_settled)
 
         def seen(pending: PendingStep, optimizer: torch.optim.Optimizer) -> Snapshot:
             return pending.snapshot(
-                self.step,
-                optimizer,
+                self.step, optimizer, gradient_scale=gradient_scale, clipping=clipping, scale=scale, room=room,
+                previous=self.previous,
                 loss=self.step_loss.differentiated if is_shown else None,
-                gradient_scale=gradient_scale,
-                clipping=clipping,
                 probes=self.probes.probe_set(pending, loss, context=context) if self.probes.wanted else None,
                 samples_of_step=partial(self.probes.samples_of_step, pending, loss, context=context),
-                scale=scale,
-                previous=self.previous,
-                room=room,
                 other_loss=lambda source: pending.other_loss(source, loop.on_device),
-            )
+            )  # fmt: skip
 
         snapshot = seen(pending, optimizer)
         if loop.run.shards is not None and pending.can_replay:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.metric import CompositionalMetric
 
 from lsp_callbacks.operators.curvature.hessian import path_taken
 from lsp_callbacks.plots.figure import load
@@ -167,6 +168,16 @@ class Quantity(Metric):
         values = self.compute()
         self._forward_cache: Any = values
         return values
+
+    def __getitem__(self, key: str) -> CompositionalMetric:  # type: ignore[override]
+        """Return the metric of one key, NaN where it is not defined; unlike torchmetrics' own, it can be pickled.
+
+        Raises:
+            KeyError: from its ``compute``, for a key that the quantity does not have.
+        """
+        entry = functools.partial(_number, key, key in (*self.keys, *self.optional))
+        entry.__name__ = key  # type: ignore[attr-defined]  # for its repr
+        return CompositionalMetric(entry, self, None)
 
     @property
     def least_steps(self) -> int:
@@ -334,6 +345,10 @@ def _takes_a_snapshot(update: Callable[..., None]) -> Callable[..., None]:
         update(self, snapshot)
 
     return checked
+
+
+def _number(key: str, may_lack: bool, values: Mapping[str, Tensor]) -> Tensor:
+    return values.get(key, scalar(math.nan)) if may_lack else values[key]
 
 
 def _global(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -39,11 +39,12 @@ class LinearState:
 def linear_state(history: Mapping[str, Curve]) -> LinearState:
     """Return the linear stability of a run, from the stochastic Courant number if measured, else from the exponent.
 
-    The mean of 5 Courant numbers decides. By the exponent, a run is stable if its upper bound is not positive, unstable
-    if its value is (not its lower bound: windows scatter most when a run begins to fail), and the Courant number of one
-    batch separates the edge, where healthy training may stay, from instability. NaN is never stable, nor is a collapsed
-    network. "Since" counts back over measurements without a break. Where the bounds of the exponent and the Courant
-    number lie on opposite sides of their edges, they contradict each other.
+    The mean of 5 Courant numbers decides, and no positive exponent may stand beside it. By the exponent alone, a run is
+    stable if its upper bound is not positive, unstable if its value is (not its lower bound: windows scatter most when
+    a run begins to fail), and the Courant number of one batch separates the edge, where healthy training may stay, from
+    instability. NaN is never stable, nor is a collapsed network. "Since" counts back over measurements without a break.
+    Where the bounds of the exponent and the Courant number lie on opposite sides of their edges, they contradict each
+    other.
     """
     exponent, courants = (history.get(f"stability/{key}", Curve()) for key in ("lyapunov", "courant"))
     name = "courant"
@@ -88,7 +89,8 @@ def linear_state(history: Mapping[str, Curve]) -> LinearState:
         return LinearState("unstable", cause, evidence | {"since": since}, ask, ask)
     if failed:
         return LinearState("unknown", "failed", evidence, "look for the warning that names the reason", slower)
-    if since is not None or upper > 0 >= x or x > 0 or courant >= near[0]:
+    may_grow = x > 0 or (upper > 0 and not by_courant)  # bounds on both sides of 0 take nothing from a Courant number
+    if since is not None or may_grow or courant >= near[0]:
         return LinearState("edge", cause, evidence, f"healthy as long as the loss falls, otherwise {ask}", ask)
     beyond = [step for step, v in zip(deciding.steps, deciding.values) if v > edge]
     if beyond:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -37,14 +37,18 @@ def batch_size(batch: Any) -> int | None:
     Lightning's rule (``extract_batch_size``) except that a tensor without an axis is no batch of one.
     """
     if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else None
-    if is_dataclass(batch):
+        return batch.shape[0] if batch.ndim else None
+    parts: Iterable[Any] = ()
+    if isinstance(batch, list | tuple):
+        parts = batch
+    elif is_dataclass(batch):
         parts = [getattr(batch, field.name) for field in fields(batch)]
     elif isinstance(batch, Mapping):
-        parts = list(batch.values())
-    else:
-        parts = list(batch) if isinstance(batch, list | tuple) else []
-    return next((size for size in map(batch_size, parts) if size is not None), None)
+        parts = batch.values()
+    for part in parts:
+        if (size := batch_size(part)) is not None:
+            return size
+    return None
 
 
 def samples_between(batch: Any, begin: int, end: int) -> Any:

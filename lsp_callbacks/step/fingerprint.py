@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import plain_tensors
 
-#: Numbers of a tensor of which all are added up, and rows of a larger one, about.
-FEW, ROWS = 2**10, 4
+#: Numbers of a tensor that are looked at, about.
+SOME = 2**10
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -19,15 +19,20 @@ def fingerprint(tensors: Iterable[Tensor]) -> list[Tensor]:
         return [_sum(t if t.layout is torch.strided else t.to_dense()) for t in tensors]
 
 
-def sums_of_rows(tensors: Iterable[Tensor]) -> list[float]:
-    """Return sums of some rows of each tensor, which no change leaves as they are that is made to all of them."""
-    with torch.no_grad():
-        sums = [_sum(_some_rows(t) if t.layout is torch.strided else t.to_dense()) for t in tensors]
-        return torch.stack(sums).tolist() if len({t.device for t in sums}) == 1 else [float(t) for t in sums]
+def some_numbers(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return about a thousand numbers of each tensor, from all over it; of one that is contiguous a view.
+
+    No usual change leaves all of them as they are. The distance is odd, so that they are of several columns.
+    """
+    flat = [(t if t.layout is torch.strided else t.to_dense()).reshape(-1) for t in tensors]
+    return [t if len(t) <= SOME else t[:: len(t) // SOME | 1] for t in flat]
 
 
-def _some_rows(t: Tensor) -> Tensor:
-    return t if t.numel() <= FEW or len(t) < 2 * ROWS else t[:: len(t) // ROWS]
+def in_one(parts: Sequence[Tensor]) -> Tensor:
+    """Return a copy of vectors as one, on the CPU where they are on several devices."""
+    if any([t.device != parts[0].device for t in parts]):
+        parts = [t.cpu() for t in parts]
+    return torch.cat([*parts]) if parts else torch.empty(0)
 
 
 def identical(these: Sequence[Tensor], those: Sequence[Tensor]) -> bool:

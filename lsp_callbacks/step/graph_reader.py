@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from lsp_callbacks.step.snapshot import Snapshot
 
 
 class GraphReader(ABC):
-    """Takes from the graph of each loss of a step what a quantity needs; for those that do without a replay."""
+    """Takes from the graph of each loss of a step what a quantity needs; for those that do without a replay.
+
+    Attributes:
+        parameters: those that were trained when it saw the first loss, by name; none before it, or if nobody looked.
+    """
+
+    parameters: Mapping[str, nn.Parameter] = MappingProxyType({})
 
     @abstractmethod
     def saw_loss(self, loss: Tensor, *, samples: int | None, factor: float, micro_batches: int) -> None:

@@ -173,7 +173,8 @@ class PendingStep:
         held = self._held()
         module = self.module if failure or self.module_copy is None else self.module_copy.module
         replay = self._replay(self.parts, failure, held)
-        trained = trained_parameters(self.module)
+        read = next((reader.parameters for reader in self.readers.values() if reader.parameters), None)
+        trained = {**read} if read else trained_parameters(self.module)
         # Compiled code rounds in other places than the step. Copies are not compiled.
         tolerance = max(self.tolerance, 1e-4 if self.can_replay and is_compiled(self.module) else 0.0)
         # Properties of the graph that the step has differentiated, if a replay to the last bit can be compared with it.

@@ -182,7 +182,8 @@ def test_a_failure_that_is_kept_holds_no_frames():
     probes.add("no tensor")
     held = probes._failure
     with pytest.raises(Unmeasurable, match="holds no tensor") as caught:
-        probes.probe_set(SimpleNamespace(module=torch.nn.Linear(1, 1), module_copy=None), None).parts[0]()
+        pending = SimpleNamespace(module=torch.nn.Linear(1, 1), module_copy=None, micro_batches=1)
+        probes.probe_set(pending, None).parts[0]()
     assert held is not None and held is not caught.value and held.__traceback__ is None
 
 

@@ -80,17 +80,21 @@ def test_a_rate_at_which_the_loss_fell_is_trusted_until_the_loss_rises_above_the
     assert cap.trusted == [0.0]
 
 
-def test_a_cap_from_before_the_loss_has_fallen_falls_below_what_was_trusted():
+def test_a_run_that_was_capped_before_its_loss_had_fallen_trusts_no_rate():
     cap = RateCap(1.0, 1000)
-    apply(cap, 5.0, 0)
-    cap.add(0, critical=1.0, relative=[1.0], used=[5.0])
-    rate = apply(cap, 5.0, 1)
-    for step in (1, 2):
-        cap.add(step, critical=1.0, relative=[1.0], used=[rate], is_falling=True)
-        rate = apply(cap, 5.0, step + 1)
-    assert cap.trusted == [pytest.approx(START * GROWTH)] and cap.is_proven
-    cap.add(3, critical=0.01, relative=[1.0], used=[rate])
-    assert apply(cap, 5.0, 4) == pytest.approx(0.01)
+    apply(cap, 0.5, 0)
+    cap.add(0, critical=1.0, relative=[1.0], used=[0.5])
+    assert apply(cap, 0.5, 1) == pytest.approx(START)  # of a rate below its cap
+    for step in range(1, 80):
+        cap.add(step, critical=1.0, relative=[1.0], used=cap._used, is_falling=True)
+        rate = apply(cap, 0.5, step + 1)
+    assert rate == 0.5 and not cap.is_on and cap.is_proven and cap.trusted == [0.0]
+    cap.add(81, critical=0.2, relative=[1.0], used=[0.5], is_falling=True)
+    assert apply(cap, 0.5, 82) == pytest.approx(0.2) and cap.is_exceeded([0.5])
+    other = RateCap(1.0, 1000)
+    other.load_state_dict(cap.state_dict())
+    other.add(83, critical=9.0, relative=[1.0], used=[0.2], is_falling=True)
+    assert other.trusted == [0.0]  # nor after a checkpoint
 
 
 def test_readings_are_wanted_before_a_falling_critical_rate_comes_to_the_rate():

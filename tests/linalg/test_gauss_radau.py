@@ -99,3 +99,15 @@ def test_more_products_are_taken_while_they_are_asked_for():
     assert top_node(A, start, steps=2).products == 2
     assert top_node(A, start, steps=2, most=5, enough=lambda node: node.products == 4).products == 4
     assert top_node(A, start, steps=2, most=5, enough=lambda node: False).products == 5
+
+
+def test_few_parameters_are_measured_to_the_end_in_single_precision():
+    """Vectors that lose a digit at each step are not orthogonal after twelve: the value was wrong and called exact."""
+    for seed in range(40):
+        spectrum = (1.0 + torch.arange(12, dtype=f64)) ** -0.3
+        A = symmetric(spectrum.tolist(), seed=seed).float()
+        start = A @ random(12, seed=seed).float()
+        found = top_node(from_matrix(A), start, steps=12)
+        basis = torch.stack(found.basis).double()
+        assert found.complete and (basis @ basis.T - torch.eye(12, dtype=f64)).abs().max() < 1e-2
+        close(found.value, torch.linalg.eigvalsh(A.double())[-1], 1e-5)

@@ -144,28 +144,45 @@ def test_a_changed_gradient_invalidates_what_depends_on_the_update():
     assert math.isnan(completed[0].observations[0].values["stability/courant_gd"])
 
 
-@pytest.mark.parametrize("by_sums", [False, True])
-def test_gradients_are_compared_once(by_sums):
+@pytest.mark.parametrize("by_some", [False, True])
+def test_gradients_are_compared_once(by_some):
     p = nn.Parameter(torch.ones(2))
     p.grad, check = torch.tensor([1.0, math.nan]), GradientCheck(ErrorPolicy(strict=True))
     for gone, changed in ((True, False), (False, True)):
-        check.expect(lambda: gradients_of([p]), by_sums=by_sums)
+        check.expect(lambda: gradients_of([p]), by_some=by_some)
         assert not check.is_changed(is_gone_allowed=False)  # NaN equals NaN
-        check.expect(lambda: gradients_of([p]), by_sums=by_sums)
+        check.expect(lambda: gradients_of([p]), by_some=by_some)
         gradient, p.grad = p.grad, None
         assert check.is_changed(is_gone_allowed=gone) is changed
         assert not check.is_changed(is_gone_allowed=False)  # nothing is expected any more
         p.grad = gradient
 
 
-@pytest.mark.parametrize("by_sums", [False, True])
+@pytest.mark.parametrize("by_some", [False, True])
 @pytest.mark.parametrize("change", [lambda g: g.mul_(0.99), lambda g: g.data.clamp_(-0.5, 0.5), lambda g: g.neg_()])
-def test_a_gradient_that_is_changed_in_place_is_seen(change, by_sums):
+def test_a_gradient_that_is_changed_in_place_is_seen(change, by_some):
     p, check = nn.Parameter(torch.ones(20)), GradientCheck(ErrorPolicy(strict=True))
     p.grad = torch.randn(20, generator=torch.Generator().manual_seed(0))
-    check.expect(lambda: gradients_of([p]), by_sums=by_sums)
+    check.expect(lambda: gradients_of([p]), by_some=by_some)
     change(p.grad)
     assert check.is_changed(is_gone_allowed=False)
+
+
+@pytest.mark.parametrize("by_some", [False, True])
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_a_change_of_one_channel_or_row_of_large_gradients_is_seen(by_some, form):
+    """Of 64 rows of 784 numbers and of 16 kernels, beside a gradient that is gone."""
+    kernels = nn.Parameter(torch.ones(16, 32, 3, 3).to(memory_format=form))
+    parameters = [nn.Parameter(torch.ones(64, 784)), nn.Parameter(torch.ones(9)), kernels]
+    for changed in (None, (0, 5), (0, 63), (2, 0), (2, 11)):
+        check = GradientCheck(ErrorPolicy(strict=True))
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        check.expect(lambda: gradients_of(parameters), by_some=by_some)
+        parameters[1].grad = None
+        if changed is not None:
+            parameters[changed[0]].grad.data[changed[1]] *= 0.5
+        assert check.is_changed(is_gone_allowed=True) is (changed is not None)
 
 
 # -- the loss of a step --------------------------------------------------------------------------------------------

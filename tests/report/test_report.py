@@ -38,6 +38,7 @@ HISTORIES = {
     "recovered": history([0.5, 1.9, 0.6, 0.5], [-0.2, 0.1, 0.2, -0.2], 0.1),
     "edge by the courant number": history([1.0] * 4, [-0.05] * 4, 0.01),
     "edge by the band": history([0.8] * 4, [-0.05] * 4, 0.1),
+    "stable, an exponent that tells little": history([0.3] * 4, [-0.2] * 4, 0.5, courant_mean_square=[0.3] * 4),
     "edge: amplifies, as full-batch training does": history([1.185] * 4, [0.31] * 4, 0.01),
     "unstable": history([0.5, 1.5, 2.0, 4.0], [-0.2, 0.1, 0.2, 0.3], 0.05),
     "unstable, bound not yet positive": history([0.5, 1.0, 2.0, 4.0], [-0.2, -0.1, 0.2, 0.3], 1.0),
@@ -62,6 +63,7 @@ VERDICTS = {
     "recovered": ("stable at step 30", "not always between steps 10 and 20", "check that the loss has recovered"),
     "edge by the courant number": ("at the edge of stability", "healthy as long as the loss falls", "divide", "by 1.2"),
     "edge by the band": ("at the edge of stability", "-0.15 and +0.05", "otherwise halve the learning rate"),
+    "stable, an exponent that tells little": ("stable at step 30", "-0.7 and +0.3"),
     "edge: amplifies, as full-batch training does": ("at the edge of stability", "grows by e in 3.2 steps", "by 1.5"),
     "unstable": (
         "unstable since step 10",

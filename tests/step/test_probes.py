@@ -154,11 +154,16 @@ def test_a_model_that_returns_its_loss():
     assert torch.equal(found.criterion(found.outputs), value)
 
 
+def test_a_loss_times_a_number_has_its_factor(net):
+    found, value = found_in(lambda: 0.5 * F.cross_entropy(net(X), Y))
+    assert torch.allclose(found.criterion(found.outputs), value)
+    assert torch.allclose(value, 0.5 * F.cross_entropy(net(X), Y))
+
+
 # -- what is refused -----------------------------------------------------------------------------------------------
 
 REFUSED = {
     "auxiliary": lambda net: F.cross_entropy(net(X), Y) + 0.1 * net.weight.square().sum(),
-    "scaled": lambda net: 0.5 * F.cross_entropy(net(X), Y),
     "by_hand": lambda net: (net(X) - HOT).square().mean(),
     "class_weights": lambda net: F.cross_entropy(net(X), Y, weight=torch.arange(1.0, C + 1, dtype=f64)),
     "class_weights_positional": lambda net: F.cross_entropy(net(X), Y, torch.arange(1.0, C + 1, dtype=f64)),

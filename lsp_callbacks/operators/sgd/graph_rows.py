@@ -77,7 +77,7 @@ class GraphRows(GraphReader):
         renews: bool = False,
         recent: RecentRows | None = None,
     ):
-        self._parameters = trained_parameters(module)
+        self.parameters: dict[str, nn.Parameter] = {}
         self._module, self._generator, self._rows, self._positions = module, generator, rows, positions
         self.kind, self._renews, self.dtype = known, renews, torch.float32
         self.failure: Exception | None = None
@@ -109,6 +109,7 @@ class GraphRows(GraphReader):
             self.failure = error.with_traceback(None)
 
     def _read(self, loss: Tensor, samples: int, factor: float, micro_batches: int) -> None:
+        self.parameters = self.parameters or trained_parameters(self._module)
         nodes = outputs_first(loss.grad_fn)
         kinds = plain_kinds(nodes)
         norms = [node for node, kind in zip(nodes, kinds) if kind == "NativeBatchNormBackward0"]
@@ -121,7 +122,7 @@ class GraphRows(GraphReader):
         if self.kind is not None and self.kind.nodes != kinds:
             raise UnknownGraph("another graph than before")
         nodes = nodes[nodes.index(criterion.node) + 1 :]
-        names = {id(p): name for name, p in self._parameters.items()}
+        names = {id(p): name for name, p in self.parameters.items()}
         if self.weights is not None:
             names |= {whole: names[id(p)] for whole, p in self.weights.shards.items() if id(p) in names}
             if self.ties:
@@ -170,7 +171,8 @@ class GraphRows(GraphReader):
 
     def _push(self, graph: GraphPass, pairs: Tensor, chosen: Chosen) -> None:
         """Take a combination of rows back through the statistics of the batch, to the parameters."""
-        signs = random_signs(pairs.shape[:2].numel(), self._generator)
+        own = torch.Generator().manual_seed(self._generator.initial_seed() + 1)  # the signs of a replay
+        signs = random_signs(pairs.shape[:2].numel(), own)
         weights = signs.to(pairs).view(pairs.shape[:2])
         self._pushed = signs, graph.gradients(pairs * weights[..., None], chosen.positions[chosen.taken])
 
@@ -186,7 +188,7 @@ class GraphRows(GraphReader):
                 total += share.numpy()
         else:
             total = torch.stack([*shares.values()]).sum(0, dtype=torch.float64).cpu().numpy()
-        return torch.from_numpy((total + total.T) * 0.5), Traces(self._parameters, shares)
+        return torch.from_numpy((total + total.T) * 0.5), Traces(self.parameters, shares)
 
     def _choose(self, criterion: GraphCriterion, total: int) -> tuple[Chosen, Tensor]:
         """Return what to look at, and the cotangents there, ``(n, k, C)`` of the samples that have rows."""
@@ -253,7 +255,7 @@ class GraphRows(GraphReader):
         sketch: RowSketch | None = None
         begin = 0
         for name in [*self._parts[0]]:
-            p, gram = self._parameters[name], ParameterGram.taken_from(self._parts, name)
+            p, gram = self.parameters[name], ParameterGram.taken_from(self._parts, name)
             if self.recent is None and not self.is_sketched:
                 shares[name] = gram.gram(scale[name], HELD, p.numel(), squares)
             else:
@@ -270,7 +272,7 @@ class GraphRows(GraphReader):
     def plain_shares(self) -> dict[str, Tensor]:
         """Return the shares of the parameters without D, before they are formed."""
         return {
-            name: ParameterGram([part[name] for part in self._parts]).gram(1.0, HELD, self._parameters[name].numel())
+            name: ParameterGram([part[name] for part in self._parts]).gram(1.0, HELD, self.parameters[name].numel())
             for name in self._parts[0]
         }
 
@@ -281,7 +283,7 @@ class GraphRows(GraphReader):
 
     def join(self, tensors: Sequence[Tensors], looked: Sequence[Looked]) -> None:
         """Look at the rows of all processes as at those of further micro-batches; before they are formed."""
-        device = next(iter(self._parameters.values())).device
+        device = next(iter(self.parameters.values())).device
         self._parts = [
             {name: Part.of(part, device) for name, part in parts.items()} for sent in tensors for parts in sent
         ]

@@ -23,7 +23,7 @@ from lsp_callbacks.operators.sgd.output_hessian import (
 from lsp_callbacks.operators.sgd.per_sample_gradients import Recorder, RowSeed
 from lsp_callbacks.operators.sgd.sharpest_mode import sharpest_mode
 from lsp_callbacks.operators.sgd.softmax_pairs import softmax_pairs
-from lsp_callbacks.operators.sgd.step_samples import sampled_rows
+from lsp_callbacks.operators.sgd.step_samples import random_fraction, sampled_rows
 from lsp_callbacks.step.criterion import Evaluation
 from lsp_callbacks.step.probe_set import ProbeSet
 
@@ -179,7 +179,7 @@ class OutputDirections:
             self.taken[index] = self.given[index].taken, self.given[index].chance
         elif most < n:
             sizes = torch.stack([pair.square().flatten(1).sum(1) for pair in pairs]).sum(0)
-            offset = float(torch.rand((), generator=self.generator, dtype=torch.float64))
+            offset = random_fraction(self.generator.initial_seed() + index)
             self.taken[index] = sampled_rows(sizes.double().cpu().numpy(), most, offset)
         return pairs if index not in self.taken else [weighted(pair, *self.taken[index]) for pair in pairs]
 

@@ -185,7 +185,8 @@ class MeanSquareStability(OfShards):
 
     def warm_up(self, snapshot: Snapshot) -> int:
         """Return how many gradients the preconditioner still lacks: that of one batch says nothing of the next."""
-        return gradients_missing(replace(snapshot, held=None))  # the first rank asks alone: nothing may be sent
+        # The first rank asks alone: nothing may be sent.
+        return gradients_missing(snapshot if snapshot.held is None else replace(snapshot, held=None))
 
     def path(self, snapshot: Snapshot) -> str:
         """Return by which rules per-sample gradients were computed, see `TangentKernel`."""
