@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks import ProbeSet
 from lsp_callbacks.functional import UpdateRule, reduced_modes
-from lsp_callbacks.functional.sgd.stability_diagram import critical_lr
+from lsp_callbacks.functional.sgd.sgd_stability import critical_lr
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
 from lsp_callbacks.step.criterion import evaluation
 

@@ -19,18 +19,22 @@ Before the files were laid out in folders of five topics it printed
 
 and now
 
-| number | files entered | calls | changes of file | ways |
-|---|---|---|---|---|
-| sharpness | 56 | 927 | 191 | 180 |
-| mean_square_stability | 64 | 523 | 176 | 168 |
-| sgd_stability | 67 | 1,747 | 276 | 252 |
-| stability_profile | 86 | 53,231 | 9,229 | 454 |
+| number | files entered | calls | changes of file | before, in and after `update` | ways |
+|---|---|---|---|---|---|
+| sharpness | 54 | 949 | 184 | 81 + 63 + 40 | 174 |
+| mean_square_stability | 62 | 541 | 171 | 108 + 26 + 37 | 164 |
+| sgd_stability | 64 | 1,759 | 207 | 71 + 98 + 38 | 198 |
+| stability_profile | 85 | 53,409 | 8,702 | 63 + 8,600 + 39 | 448 |
 
-Small files of one idea each and few changes of file work against each other. Most of what is left is made once a step
-(how it is kept, whether it is due, the optimizer's rule, the checks afterwards); a Hessian product makes twelve. Of
-those of `sgd_stability` 120 are of its tangent kernel and of the exponents computed from it: the forward pass over
-the probes with hooks of its own at each layer, the outputs and their curvature, the check of the rows, and the search
-for the critical rate, which goes to and fro between the modes and the equations of the second moment.
+Small files of one idea each and few changes of file work against each other. Half of 344, 172, was asked of
+`sgd_stability`. More than half of what it makes are before and after its `update`, the same for every quantity that is
+measured on a copy of the step: whether it is due and can be paid, the copy, its fingerprint, the guards of a replay;
+the Courant number, history, checks of gradient and update, the look-ahead, the log. Of those in its `update` a fifth
+checks that a replay has the step's loss and gradient. A quarter is a pass over the probes as a step makes it (module,
+carried state, random state, batch, side effects, modes, and back), with some for each layer, where the search for the
+criterion and the guard against the original module look on. The others are the optimizer's rule, the curvature of the
+outputs, the Gram matrix with the backward pass that checks it, and three numbers from that: the edge of the second
+moment, the rate at which the exponent turns positive, looked for twice, and the exponent. `--where` shows them.
 """
 
 from __future__ import annotations
@@ -67,6 +71,15 @@ class Trace:
             self.calls.append(
                 (file.removeprefix(PACKAGE + "/"), getattr(frame.f_code, "co_qualname", frame.f_code.co_name))
             )
+
+    def parts(self) -> tuple[int, int, int]:
+        """Return how many changes of file there are before the quantity's ``update``, in it, and after it."""
+        of_quantities = [(k, name.split(".")[-1]) for k, (file, name) in enumerate(self.calls) if "quantities/" in file]
+        begin = next(k for k, name in of_quantities if name == "update")
+        end = max(k for k, name in of_quantities if name == "finish")
+        places = [k for k, (a, b) in enumerate(zip(self.calls, self.calls[1:]), 1) if a[0] != b[0]]
+        before, until = sum(k <= begin for k in places), sum(k <= end for k in places)
+        return before, until - before, len(places) - until
 
     @property
     def changes(self) -> Counter:
@@ -134,10 +147,12 @@ def last_measured(name: str) -> Trace:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    print("| number | files entered | calls | changes of file | ways |\n|---|---|---|---|---|")
+    print("| number | files entered | calls | changes of file | before, in and after `update` | ways |")
+    print("|---|---|---|---|---|---|")
     for name in STEPS:
         trace = last_measured(name)
         files, changes = {file for file, _ in trace.calls}, trace.changes
-        print(f"| {name} | {len(files)} | {len(trace.calls):,} | {changes.total():,} | {len(changes)} |")
+        parts = " + ".join(f"{part:,}" for part in trace.parts())
+        print(f"| {name} | {len(files)} | {len(trace.calls):,} | {changes.total():,} | {parts} | {len(changes)} |")
         for (a, b), count in changes.most_common(40) if "--where" in sys.argv else ():
             print(f"    {count} {':'.join(a)} -> {':'.join(b)}")

@@ -16,6 +16,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
+from torch.overrides import _get_current_function_mode as current_function_mode
+from torch.overrides import _pop_mode_temporarily as without_last_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import (
     keystr,
@@ -34,12 +36,14 @@ __all__ = [
     "Dropout",
     "InstanceNorm",
     "TorchDispatchMode",
+    "current_function_mode",
     "keystr",
     "tree_flatten",
     "tree_flatten_with_path",
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
+    "without_last_function_mode",
 ]
 
 # Base classes of layers, which torch does not export.
@@ -108,23 +112,30 @@ def is_identity(node: Any) -> bool:
     return function is not None and function.__module__.startswith("torch.distributed.fsdp.")
 
 
-def custom_functions(nodes: Iterable[Any]) -> list[type]:
-    """Return the ``torch.autograd.Function`` classes among the operations of some backward nodes."""
-    return [function for node in nodes if (function := custom_function(node)) is not None]
+def custom_functions(nodes: Iterable[Any]) -> set[str]:
+    """Return the names of classes of ``torch.autograd.Function``, not torch's own, among some backward nodes."""
+    functions = (custom_function(node) for node in nodes)
+    return {f.__name__ for f in functions if f is not None and not f.__module__.startswith("torch.")}
 
 
 #: Shape, dtype and device of each output of the operation that a backward node belongs to.
 metadata: Callable[[Any], Any] = operator.attrgetter("_input_metadata")
 
 
-def dtypes_of(nodes: Iterable[Any]) -> set[torch.dtype]:
-    """Return the types of the outputs of the operations that backward nodes belong to."""
-    return {entry.dtype for node in nodes for entry in node._input_metadata}
+def least_precise(nodes: Iterable[Any], dtype: torch.dtype) -> torch.dtype:
+    """Return the least precise floating-point type among one and the outputs of the operations of backward nodes."""
+    dtypes = {dtype, *(entry.dtype for node in nodes for entry in node._input_metadata)}
+    return min((kind for kind in dtypes if kind.is_floating_point), key=lambda kind: kind.itemsize)
 
 
-def saved(node: Any, name: str) -> Any:
-    """Return what a backward node of torch saved under a name, such as the argument ``alpha``."""
-    return getattr(node, f"_saved_{name}")
+class _Saved(dict[str, Callable[[Any], Any]]):
+    def __missing__(self, name: str) -> Callable[[Any], Any]:
+        self[name] = operator.attrgetter(f"_saved_{name}")
+        return self[name]
+
+
+#: By a name, such as that of the argument ``alpha``, what a backward node of torch saved under it.
+saved = _Saved()
 
 
 def call(node: Any, gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:

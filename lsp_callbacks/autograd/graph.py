@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsp_callbacks.autograd._torch_internals import custom_functions, dtypes_of
+from lsp_callbacks.autograd._torch_internals import custom_functions, least_precise
 
 # Backward nodes of functions whose derivative jumps.
 _KINKS = re.compile(
@@ -113,13 +113,8 @@ def read(loss: Tensor) -> Graph:
     loss = getattr(loss.grad_fn, "replayed", loss)
     nodes = list(walk([loss.grad_fn]))
     names = {node.name() for node in nodes}
-    dtypes, functions = {loss.dtype, *dtypes_of(nodes)}, custom_functions(nodes)
-    return Graph(
-        kinks=tuple(sorted(filter(_KINKS.match, names))),
-        fused=any(map(_FUSED.match, names)),
-        dtype=min((dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: dtype.itemsize),
-        custom=tuple(sorted({f.__name__ for f in functions if not f.__module__.startswith("torch.")})),
-    )
+    kinks, fused = tuple(sorted(filter(_KINKS.match, names))), any(map(_FUSED.match, names))
+    return Graph(kinks, fused, least_precise(nodes, loss.dtype), tuple(sorted(custom_functions(nodes))))
 
 
 def joined(graphs: Iterable[Graph]) -> Graph:

@@ -72,7 +72,7 @@ def read_terms(nodes: list[Any], kinds: Sequence[str]) -> list[Term]:
         elif (log_sum := _squared_log_sum(node, kind)) is not None:
             squares[node] = log_sum
         elif kind in LINEAR or (kind in BILINEAR and len(children) == 1):
-            if kind.startswith("NllLoss") and saved(node, "weight") is not None:
+            if kind.startswith("NllLoss") and saved["weight"](node) is not None:
                 raise UnknownGraph("classes have weights")
             above.append(node)
             reached.update(children)
@@ -82,27 +82,27 @@ def read_terms(nodes: list[Any], kinds: Sequence[str]) -> list[Term]:
         raise UnknownGraph("the loss is the value of no known criterion")
     if len(criteria) > 1 and any(node.name() != LOG_SOFTMAX for node in criteria):
         raise UnknownGraph("the loss is the sum of several criteria")
-    first = saved(criteria[0], "result" if criteria[0].name() == LOG_SOFTMAX else "self")
+    first = saved["result" if criteria[0].name() == LOG_SOFTMAX else "self"](criteria[0])
     slopes = pull(above, {nodes[0]: first.new_ones(())}, None, summed)
     beside: dict[Any, Tensor] = {}
     values: dict[Any, Tensor] = {}
     for node, log_sum in squares.items():
         factors = _in_order(slopes[node][0], log_sum)
         same = [criterion for criterion in criteria if _outputs(criterion) == _outputs(log_sum)]
-        if len(same) != 1 or factors.numel() * saved(same[0], "result").shape[-1] != saved(same[0], "result").numel():
+        if len(same) != 1 or factors.numel() * saved["result"](same[0]).shape[-1] != saved["result"](same[0]).numel():
             raise UnknownGraph("the loss has the squares of a log-sum-exp of others than the outputs")
         beside[same[0]] = beside[same[0]] + factors if same[0] in beside else factors
-        values[same[0]] = saved(log_sum, "result").detach().reshape(-1)
+        values[same[0]] = saved["result"](log_sum).detach().reshape(-1)
     return [Term(node, slopes[node][0], beside.get(node), values.get(node)) for node in criteria]
 
 
 def is_last_axis(node: Any) -> bool:
     """Return whether the classes of a softmax or log-sum-exp are in the last axis of its input."""
-    dim = saved(node, "dim")
+    dim = saved["dim"](node)
     (dim,) = dim if isinstance(dim, tuple | list) else (dim,)
     if dim >= 2**63:
         return dim == 2**64 - 1
-    return dim == saved(node, "self" if node.name() == LOG_SUM else "result").ndim - 1
+    return dim == saved["self" if node.name() == LOG_SUM else "result"](node).ndim - 1
 
 
 def same_entries(node: Any, place: int) -> tuple[Any, int]:
@@ -115,7 +115,7 @@ def same_entries(node: Any, place: int) -> tuple[Any, int]:
 def _squared_log_sum(node: Any, kind: str) -> Any:
     """Return the node of the log-sum-exp that a node squares; None if it does not."""
     children = [child for child, _ in node.next_functions if child is not None]
-    is_square = kind == "PowBackward0" and float(saved(node, "exponent")) == 2
+    is_square = kind == "PowBackward0" and float(saved["exponent"](node)) == 2
     if not is_square and not (kind == "MulBackward0" and len(children) == 2 and children[0] is children[1]):
         return None
     child, _ = same_entries(children[0], 0)
@@ -125,7 +125,7 @@ def _squared_log_sum(node: Any, kind: str) -> Any:
 def _in_order(slope: Tensor, log_sum: Any) -> Tensor:
     if not is_last_axis(log_sum):
         raise UnknownGraph("a log-sum-exp of another axis than the last one")
-    return slope.expand(saved(log_sum, "result").shape).reshape(-1) if slope.ndim == 0 else slope.reshape(-1)
+    return slope.expand(saved["result"](log_sum).shape).reshape(-1) if slope.ndim == 0 else slope.reshape(-1)
 
 
 def _outputs(node: Any) -> tuple[Any, int]:

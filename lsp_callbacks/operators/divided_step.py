@@ -8,7 +8,7 @@ import torch
 
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.footprint import TWICE, footprint, readable
-from lsp_callbacks.step.pieces import DividedReplay, Replay
+from lsp_callbacks.step.replay import DividedReplay, Replay
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 #: Part of the room beside training that a graph may take; vectors and copies take the rest.

@@ -61,7 +61,7 @@ class Composed:
     def __init__(self, terms: list[Term], places: list[Tensor]):
         self._parts = []
         for term, place in zip(terms, places):
-            shape = saved(term.node, "result").shape
+            shape = saved["result"](term.node).shape
             self._parts.append((term.slope.expand(shape).reshape(-1, shape[-1]).detach(), term.squares, place))
 
     def __call__(self, f: Tensor) -> Tensor:

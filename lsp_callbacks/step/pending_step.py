@@ -24,8 +24,7 @@ from lsp_callbacks.step.module_in_place import ModuleInPlace
 from lsp_callbacks.step.module_modes import evaluating
 from lsp_callbacks.step.moving_parameters import moved_together
 from lsp_callbacks.step.own_calls import OwnCalls
-from lsp_callbacks.step.pieces import DividedReplay
-from lsp_callbacks.step.replay import copied
+from lsp_callbacks.step.replay import DividedReplay, copied
 from lsp_callbacks.step.replay_checks import replayed_gradient, verify
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.sharded_replay import ShardedReplay, raising
@@ -199,7 +198,7 @@ class PendingStep:
             own_calls=None if self.own_calls is None else self.own_calls.taken(),
             **settings,
         )
-        if module is self.module and held is None and snapshot.player is None:
+        if held is None and snapshot.player is None:  # a copy shares them
             vars(snapshot)["parameters"] = trained
         if self.sub_batch is None:
             return snapshot

@@ -234,7 +234,7 @@ class Probes:
             # In full precision, also where training rounds to bfloat16.
             with (
                 muted(),
-                _naming_states(names),
+                _naming_states(names) if names else contextlib.nullcontext(),
                 context(),
                 torch.autocast(device.type, enabled=False),
                 as_trained(module, together=together),
@@ -247,7 +247,8 @@ class Probes:
             value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             return criteria.of(value, samples=size)
 
-        return pending.run.ranks.private(part)
+        ranks = pending.run.ranks
+        return part if ranks.world == 1 else ranks.private(part)
 
 
 @contextlib.contextmanager
@@ -258,8 +259,6 @@ def _naming_states(names: list[str]) -> Iterator[None]:
     except Unmeasurable:
         raise
     except Exception as error:
-        if not names:
-            raise
         raise Unsupported(
             f"{' and '.join(names)}, which the module carries from batch to batch, does not fit the probes "
             f"({type(error).__name__}: {error}): {HOW}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from threading import get_ident
 from typing import Any
 
@@ -15,11 +17,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from lsp_callbacks.autograd._torch_internals import checkpoints_without_reentrance, tree_map, without_hooks
 from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.step.batch import MicroBatch
+from lsp_callbacks.step.batch import MicroBatch, batch_size, samples_between
 from lsp_callbacks.step.module_copy import ModuleCopy
 from lsp_callbacks.step.module_in_place import ModuleInPlace
+from lsp_callbacks.step.module_modes import batch_norms
 from lsp_callbacks.step.side_effects import Muter, mutable, muted, muters
 from lsp_callbacks.step.whole_copy import WholeCopy
+
+Replay = Callable[[], Tensor]
 
 
 def copied(batch: Any) -> Any:
@@ -74,6 +79,52 @@ def replayer(module_copy: ModuleCopy | ModuleInPlace | WholeCopy, parts: Sequenc
         return total.reshape(()) if total.numel() == 1 else total  # backward() takes one number in any shape
 
     return replay
+
+
+@dataclass(frozen=True)
+class DividedReplay:
+    """``() -> loss`` of a step, as `replayer` has it, that can also be made piece by piece.
+
+    Args:
+        module_copy: made before the step.
+        parts: the micro-batches between two updates.
+    """
+
+    module_copy: ModuleCopy | ModuleInPlace | WholeCopy
+    parts: Sequence[MicroBatch]
+
+    def __call__(self) -> Tensor:
+        return replayer(self.module_copy, self.parts)()
+
+    def pieces(self, count: int) -> list[Replay]:
+        """Return replays of pieces of each micro-batch, each times its share of the samples: their sum is a loss.
+
+        It is the step's own loss where that is a mean over samples that do not depend on each other, and nothing is
+        drawn at random: the caller compares it, and its gradient. Empty where statistics of the batch tie samples
+        together, or the batch has no samples to be seen.
+
+        Args:
+            count: how many of each micro-batch, at most.
+        """
+        if batch_norms(self.module_copy.module):
+            return []
+        replays: list[Replay] = []
+        for part in self.parts:
+            size = batch_size(part.batch) or 0
+            if size < 2:
+                return []
+            bounds = [round(size * k / count) for k in range(count + 1)]
+            pairs = ((lo, hi) for lo, hi in pairwise(bounds) if lo < hi)
+            replays += [replayer(self.module_copy, [_piece(part, lo, hi, size)]) for lo, hi in pairs]
+        return replays
+
+
+def _piece(part: MicroBatch, lo: int, hi: int, size: int) -> MicroBatch:
+    def loss(module: nn.Module, batch: object) -> Tensor | None:
+        mean = part.loss(module, batch)
+        return None if mean is None else mean * ((hi - lo) / size)
+
+    return replace(part, batch=samples_between(part.batch, lo, hi), loss=loss)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from lsp_callbacks import ProbeSet, SGDStability, StabilityMonitor
 from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.functional import UpdateRule, gd_exponent, reduced_modes, sgd_exponent, sum_of_exponents
 from lsp_callbacks.functional.sgd.mean_square import mean_square_lr, second_moment
-from lsp_callbacks.functional.sgd.sgd_stability import _Draw
+from lsp_callbacks.functional.sgd.sgd_stability import Draw
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
 from lsp_callbacks.step.criterion import evaluation
 from lsp_callbacks.step.module_modes import as_trained, batch_norms
@@ -199,7 +199,7 @@ def test_the_second_moment_is_that_of_every_draw(batch_size, population):
 def test_what_is_drawn_has_the_moments_of_every_draw(batch_size):
     modes, _ = tied_modes()
     every = torch.stack(list(draws(batch_size)))
-    found = _Draw(modes, batch_size, "iid", False, 100, torch.Generator().manual_seed(0))._tied(400, 500).flatten(0, 1)
+    found = Draw(modes, batch_size, "iid", False, 100, torch.Generator().manual_seed(0))._tied(400, 500).flatten(0, 1)
     close(found.sum(-1), torch.full((len(found),), batch_size, dtype=f64), 1e-12)
     found = found / batch_size
     close(found.mean(0), every.mean(0), 3e-3)

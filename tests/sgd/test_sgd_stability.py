@@ -21,7 +21,8 @@ from lsp_callbacks.functional.sgd.mean_square import (
     second_moment,
     second_moment_exponent,
 )
-from lsp_callbacks.functional.sgd.stability_diagram import critical_lr, stability_diagram
+from lsp_callbacks.functional.sgd.sgd_stability import critical_lr
+from lsp_callbacks.functional.sgd.stability_diagram import stability_diagram
 
 torch.set_num_threads(1)
 

@@ -1,5 +1,6 @@
 """Stochastic gradient descent near a minimum: exponents, critical rates, noise."""
 
+from lsp_callbacks.functional.sgd.finite_products import finite_time_exponents, sum_of_exponents
 from lsp_callbacks.functional.sgd.gradient_noise import GradientNoise, batch_variance, gradient_noise
 from lsp_callbacks.functional.sgd.gram_rate import gram_mean_square_lr
 from lsp_callbacks.functional.sgd.mean_square import (
@@ -15,18 +16,13 @@ from lsp_callbacks.functional.sgd.rate_decay import RateDecay, rate_decay
 from lsp_callbacks.functional.sgd.robbins_monro import PowerLaw, RobbinsMonro, robbins_monro
 from lsp_callbacks.functional.sgd.sgd_law import NoiseFit, SGDLawResult, fit_noise, noise_gain, noise_lipschitz, sgd_law
 from lsp_callbacks.functional.sgd.sgd_stability import (
+    CriticalRateResult,
     Exponent,
-    finite_time_exponents,
+    critical_lr,
     gd_exponent,
     sgd_exponent,
-    sum_of_exponents,
 )
-from lsp_callbacks.functional.sgd.stability_diagram import (
-    CriticalRateResult,
-    StabilityDiagram,
-    critical_lr,
-    stability_diagram,
-)
+from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram, stability_diagram
 from lsp_callbacks.functional.sgd.useful_batch import UsefulBatch, useful_batch
 
 __all__ = [

@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from lsp_callbacks.functional.sgd.low_rank_noise import Array, eigenpairs, top_by_noise
-from lsp_callbacks.functional.sgd.mean_square import affine_in_rate, mean_square_lr, noise_share, stationary_factor
-from lsp_callbacks.functional.sgd.modes import PLAIN, UpdateRule, drawn_from, in_unit, reduced_modes
+from lsp_callbacks.functional.sgd.mean_square import affine_in_rate, mean_square_lr, stationary_factor
+from lsp_callbacks.functional.sgd.modes import PLAIN, UpdateRule, drawn_from, in_unit, noise_share, reduced_modes
 
 #: Eigenvalues below this share of the largest are rounding errors. What N rows lose with them is N times that at most.
 ROUNDING = 1e-6

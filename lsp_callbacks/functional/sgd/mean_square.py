@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.functional.sgd.low_rank_noise import Array, top_by_noise
-from lsp_callbacks.functional.sgd.modes import PLAIN, Modes, UpdateRule, drawn_from, in_units
+from lsp_callbacks.functional.sgd.modes import PLAIN, Modes, UpdateRule, drawn_from, in_units, noise_share
 
 #: Tolerance of the first eigenvalues of a search.
 LOOSE = 1e-3
@@ -40,7 +40,11 @@ def second_moment(
     Cost: ``O(N outputs r^2)`` a product. Source: Mulayoff & Michaeli 2024; docs/theory.md, section The exponent of SGD,
     frozen at the weights.
     """
-    p, tied, diagonal = _weights(modes, batch_size, replacement, population, weight_decay)
+    share = noise_share(drawn_from(modes.samples, batch_size, population), batch_size, replacement)
+    return _superoperator(modes, *_weights(modes, batch_size, share, weight_decay))
+
+
+def _superoperator(modes: Modes, p: float, tied: float, diagonal: Tensor) -> Superoperator:
     n, outputs, r = modes.factor.shape
     rows = modes.factor.flatten(0, 1)
     # What a sample stands for is in the square of its row: its fourth power would hold it twice.
@@ -65,16 +69,8 @@ def second_moment(
     return apply
 
 
-def noise_share(total: int, batch_size: int, replacement: bool) -> float:
-    """Return the weight p of the single samples in `second_moment`, of batches drawn from so many."""
-    return 1 / batch_size if replacement else (total - batch_size) / (batch_size * max(total - 1, 1))
-
-
-def _weights(
-    modes: Modes, batch_size: int, replacement: bool, population: int | None, weight_decay: float
-) -> tuple[float, float, Tensor]:
-    """Return the weights of both sums of `second_moment`, and all that is elementwise."""
-    p = noise_share(drawn_from(modes.samples, batch_size, population), batch_size, replacement)
+def _weights(modes: Modes, batch_size: int, p: float, weight_decay: float) -> tuple[float, float, Tensor]:
+    """Return the weights of both sums of `second_moment`, and all that is elementwise, by the `noise_share` p."""
     h, tied = modes.curvatures, 0.0
     if modes.together > 1:
         groups, share = modes.shares(batch_size)
@@ -83,19 +79,20 @@ def _weights(
     return p, tied, (h + weight_decay)[:, None] * (h + weight_decay) - (p + tied) * h[:, None] * h
 
 
-def _top_against(modes: Modes, batch_size: int, replacement: bool, population: int | None, decay: float) -> TopAgainst:
+def _top_against(modes: Modes, batch_size: int, share: float, decay: float) -> TopAgainst:
     """Return the function that finds the largest x at which ``x source + rest - D`` is singular, and the X.
 
     ``<X, source X> = 1``.
 
     Args:
         modes: of `reduced_modes`.
-        batch_size, replacement, population, decay: as in `second_moment`.
+        batch_size, decay: as in `second_moment`.
+        share: the `noise_share` of the batches.
     """
-    p, tied, diagonal = _weights(modes, batch_size, replacement, population, decay)
+    p, tied, diagonal = _weights(modes, batch_size, share, decay)
     chance = 1.0 if modes.chance is None else modes.chance.to(modes.factor)
     low_rank = modes.factor.shape[1] == 1 and p > 0 and not tied
-    rows = modes.factor[:, 0] * (p / modes.samples * chance) ** 0.25 if low_rank else modes.factor[:, 0]
+    rows = modes.factor[:, 0] * (p / len(modes.factor) * chance) ** 0.25 if low_rank else modes.factor[:, 0]
     rows = rows[rows.any(1)]
 
     def top(source: Tensor, rest: Tensor | None, start: Tensor, tol: float) -> tuple[float, Tensor]:
@@ -104,7 +101,7 @@ def _top_against(modes: Modes, batch_size: int, replacement: bool, population: i
             pair = top_by_noise(rows.numpy(), source.numpy(), fixed.numpy(), tol)
             if pair is not None:
                 return pair[0], torch.from_numpy(pair[1])
-        d, root = second_moment(modes, batch_size, replacement, population, weight_decay=decay), source.rsqrt()
+        d, root = _superoperator(modes, p, tied, diagonal), source.rsqrt()
         shift = None if rest is None else -rest * root**2
 
         def scaled(x: Tensor) -> Tensor:
@@ -150,22 +147,24 @@ def mean_square_lr(
     frozen at the weights.
     """
     modes, rule, unit = in_units(modes, rule)
-    top = _top_against(modes, batch_size, replacement, population, rule.weight_decay)
-    if not modes.rank or (rule.momentum and rule.dampening == 1 and not rule.direct):
-        return math.inf
-    return _mean_square_lr(modes, top, rule, tol) / unit
+    share = noise_share(drawn_from(modes.samples, batch_size, population), batch_size, replacement)
+    return rate_of_bounded_moments(modes, batch_size, share, rule, tol) / unit
 
 
-def _mean_square_lr(modes: Modes, top_against: TopAgainst, rule: UpdateRule, tol: float) -> float:
+def rate_of_bounded_moments(modes: Modes, batch_size: int, share: float, rule: UpdateRule, tol: float) -> float:
+    """Return `mean_square_lr` of modes as `in_units` gives them, by the `noise_share` of the batches."""
     h = modes.curvatures + rule.weight_decay
+    top_against = _top_against(modes, batch_size, share, rule.weight_decay)
+    if not len(h) or (rule.momentum and rule.dampening == 1 and not rule.direct):
+        return math.inf
     if not (rule.nesterov or rule.direct or rule.decoupled_decay):
-        top, _ = top_against(*affine_in_rate(h, rule), torch.eye(modes.rank, dtype=h.dtype), tol)
+        top, _ = top_against(*affine_in_rate(h, rule), torch.eye(len(h), dtype=h.dtype), tol)
         return rule.correction / top
     # Below the full-batch edge t is positive, and the mean-square edge lies below it. The quotient <X, D X> / <X, t X>
     # of a fixed X is at most the top eigenvalue: its rate is an upper bound, and of a top eigenvector at a rate that
     # is e off, one that is e^2 off. So the search comes down from above.
     high = gd_critical_lr(modes, rule)
-    most, x, accuracy = math.log(high) - tol, torch.eye(modes.rank, dtype=h.dtype), max(tol, LOOSE)
+    most, x, accuracy = math.log(high) - tol, torch.eye(len(h), dtype=h.dtype), max(tol, LOOSE)
     log_lr = most
     for k in range(100):
         source = stationary_factor(h.double(), math.exp(log_lr), rule).to(h)

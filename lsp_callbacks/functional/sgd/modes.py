@@ -54,6 +54,11 @@ class UpdateRule:
         gain = 1 - self.dampening
         return delta, -rate * beta, beta, -rate * (gain + self.direct), gain
 
+    def scaled_coefficients(self, lr: Tensor) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:
+        """Return the coefficients where ``m`` is multiplied by the rate, which has the units of ``v``."""
+        delta, _, beta, b1, b2 = self.coefficients(lr)
+        return delta, self.coefficients(torch.ones_like(lr))[1], beta, b1, lr * b2
+
 
 PLAIN = UpdateRule()
 
@@ -173,6 +178,11 @@ def in_units(modes: Modes, rule: UpdateRule) -> tuple[Modes, UpdateRule, float]:
     return scaled, in_unit(rule, unit), unit
 
 
+def in_single_precision(modes: Modes) -> Modes:
+    """Return the modes in float32, twice as fast and with a rounding far below the noise of a simulation."""
+    return replace(modes, factor=modes.factor.float(), curvatures=modes.curvatures.float())
+
+
 def in_unit(rule: UpdateRule, unit: float) -> UpdateRule:
     """Return the rule where curvatures are divided by ``unit``, and rates multiplied."""
     if not (rule.weight_decay or rule.decoupled_decay):
@@ -192,6 +202,11 @@ def drawn_from(samples: int, batch_size: int, population: int | None) -> int:
     if not 1 <= batch_size <= total:
         raise ValueError(f"batch_size={batch_size} must lie in 1 ... {total}, the number of training samples")
     return total
+
+
+def noise_share(total: int, batch_size: int, replacement: bool) -> float:
+    """Return the weight p of the single samples in `second_moment`, of batches drawn from so many."""
+    return 1 / batch_size if replacement else (total - batch_size) / (batch_size * max(total - 1, 1))
 
 
 def regularity(gram: Tensor, lr: float, outputs: int = 1) -> tuple[float, int]:

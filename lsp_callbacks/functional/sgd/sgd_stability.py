@@ -1,19 +1,31 @@
-"""Linear stability of SGD frozen at one point: exponents of products of random steps, from a Gram matrix alone."""
+"""SGD frozen at one point: the exponent of its random steps, and the rate at which that turns positive."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lsp_callbacks.functional.sgd.modes import PLAIN, Modes, UpdateRule, drawn_from
+from lsp_callbacks.functional.sgd.mean_square import gd_critical_lr, rate_of_bounded_moments
+from lsp_callbacks.functional.sgd.modes import (
+    PLAIN,
+    Modes,
+    UpdateRule,
+    drawn_from,
+    in_single_precision,
+    in_units,
+    noise_share,
+)
 
 Sampling = Literal["iid", "reshuffle"]
+Coefficients = tuple[Tensor, Tensor, float, Tensor, Tensor]
+
+#: Rates inside the cell in which lambda turns positive.
+FINE = 7
 
 
 @dataclass(frozen=True)
@@ -22,6 +34,25 @@ class Exponent:
 
     value: Tensor
     error: Tensor
+
+
+@dataclass(frozen=True)
+class CriticalRateResult:
+    """The smallest rate at which lambda turns positive.
+
+    Attributes:
+        value: inf where none was found.
+        error: standard error; 0 where the value is exact.
+        mean_square: the rate from which the search went up.
+        lrs: rates that were tried, ascending; empty where the value is exact.
+        exponents: lambda at them.
+    """
+
+    value: float
+    error: float
+    mean_square: float
+    lrs: Tensor
+    exponents: Tensor
 
 
 def gd_exponent(modes: Modes, lr: float | Tensor, *, rule: UpdateRule = PLAIN) -> Tensor:
@@ -96,7 +127,7 @@ def sgd_exponent(
         -0.11
     """
     lrs = torch.as_tensor(lr, dtype=torch.float64)
-    draw = _Draw(modes, batch_size, sampling, replacement, population, generator)
+    draw = Draw(modes, batch_size, sampling, replacement, population, generator)
     if not draw.noise or not modes.rank:
         exact = gd_exponent(modes, lrs, rule=rule)
         return Exponent(exact, torch.zeros_like(exact))
@@ -107,7 +138,8 @@ def sgd_exponent(
     labels = modes.owner.unique()
     groups = modes.owner == labels[:, None]
     start = start.expand(chains, -1)
-    means = _walk(modes, lrs.reshape(-1), start, groups, rule, draw, burn_in + steps)[burn_in:].mean(0)
+    step = rule.scaled_coefficients(lrs.reshape(-1, 1).to(modes.factor))
+    means = growths(modes, step, start, groups, rule.weight_decay, draw, burn_in + steps)[burn_in:].mean(0)
     value, top = means.mean(0).max(-1)
     spread = means.std(0) if chains > 1 else torch.full_like(means[0], math.nan)
     error = spread.gather(-1, top[:, None])[:, 0] / chains**0.5
@@ -116,84 +148,93 @@ def sgd_exponent(
     return Exponent(value.reshape(lrs.shape), error.reshape(lrs.shape))
 
 
-def finite_time_exponents(
+def critical_lr(
     modes: Modes,
-    lr: float | Tensor,
     *,
-    horizon: int,
     batch_size: int,
-    samples: int = 64,
     rule: UpdateRule = PLAIN,
     sampling: Sampling = "iid",
     replacement: bool = False,
     population: int | None = None,
+    chains: int = 8,
+    steps: int = 300,
+    burn_in: int = 50,
+    start: float | None = None,
+    grid: float = 1.1,
+    tol: float = 1e-8,
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """Return ``(1/n) log ||A_n ... A_1 v||`` of several runs from random unit v; see `sgd_exponent`.
+) -> CriticalRateResult:
+    """Return the smallest rate at which lambda turns positive, by which the stochastic Courant number divides.
+
+    That number is ``lr / critical_lr``. Scans upward on a geometric grid, because the stable set need not be an
+    interval, up to the first rate whose exponent exceeds its standard error, and interpolates back to zero. An unstable
+    interval narrower than ``grid`` can be missed.
 
     Args:
-        horizon: ``n``, steps.
+        start: where lambda is known to be negative, below every crossing; None computes `mean_square_lr`.
+        grid: ratio of neighbouring rates.
+        tol: of the mean-square rate.
+        modes, batch_size, rule, sampling, replacement, population: see `sgd_exponent`.
+        chains, steps, burn_in, generator: see `sgd_exponent`.
 
     Returns:
-        ``(samples, *lr.shape)``, nats per step. Their spread is what one training run of ``n`` steps can see.
-    """
-    lrs = torch.as_tensor(lr, dtype=torch.float64)
-    if not modes.rank:
-        return torch.full((samples, *lrs.shape), math.nan, dtype=torch.float64)
-    draw = _Draw(modes, batch_size, sampling, replacement, population, generator)
-    start = torch.randn(samples, modes.rank, generator=draw.generator, dtype=torch.float64)
-    logs = _walk(modes, lrs.reshape(-1), start, start.new_ones(1, modes.rank), rule, draw, horizon)
-    return logs.mean(0)[..., 0].reshape(samples, *lrs.shape)
-
-
-def sum_of_exponents(
-    modes: Modes,
-    lr: float,
-    *,
-    batch_size: int,
-    rule: UpdateRule = PLAIN,
-    replacement: bool = False,
-    generator: torch.Generator | None = None,
-    exact: int = 4096,
-    draws: int = 2048,
-) -> Exponent:
-    """Return ``E log |det(I - (lr/B) K_BB)|``, the sum of all exponents of plain SGD; lambda is at least its mean.
-
-    Args:
-        modes: of all samples.
-        lr: one rate.
-        batch_size: samples of a batch.
-        rule: the plain one.
-        replacement: within a batch.
-        generator: for the draws; None draws from a fixed seed.
-        exact: enumerate every batch up to this many.
-        draws: of batches, when there are more.
+        inf if lambda stays negative up to ``1000 start``, or at rank 0.
 
     Raises:
-        ValueError: for another rule, a batch larger than the samples, or samples that batch statistics tie together.
+        ValueError: if the batches cannot be drawn, or ``grid`` is not larger than 1.
+
+    Cost: one `mean_square_lr`, a dozen rates of `sgd_exponent` at once, one to three times, and seven more.
+    Source: docs/theory.md, section The exponent of SGD, frozen at the weights.
     """
-    if rule != PLAIN:
-        raise ValueError("the determinant of a step is known in this form for plain SGD only: pass UpdateRule()")
-    if modes.together > 1:
-        raise ValueError("batch statistics tie the samples of a batch together: batches cannot be enumerated")
-    n, draw = modes.samples, _Draw(modes, batch_size, "iid", replacement, None, generator)
-    count = n**batch_size if replacement else math.comb(n, batch_size)
-    if count <= exact:
-        batches = (
-            itertools.product(range(n), repeat=batch_size)
-            if replacement
-            else itertools.combinations(range(n), batch_size)
+    if not grid > 1:
+        raise ValueError(f"grid={grid} must be larger than 1, the ratio of neighbouring rates")
+    none = torch.empty(0, dtype=torch.float64)
+    modes, rule, unit = in_units(modes, rule)  # in which single precision suffices
+    how: dict[str, Any] = {"batch_size": batch_size, "rule": rule, "replacement": replacement, "population": population}
+    single = in_single_precision(modes)
+    share = noise_share(drawn_from(len(modes.factor), batch_size, population), batch_size, replacement)
+    edge = rate_of_bounded_moments(single if tol > 1e-6 else modes, batch_size, share, rule, tol)
+    if math.isinf(edge):
+        return CriticalRateResult(edge, 0.0, edge, none, none)
+    if batch_size == (population or modes.samples) and not replacement:
+        exact = gd_critical_lr(modes, rule)
+        return CriticalRateResult(exact / unit, 0.0, edge / unit, none, none)
+    lowest = low = start * unit if start else edge
+    rates = exponents = errors = none
+    draws = torch.Generator().manual_seed(0) if generator is None else generator
+    seed = draws.get_state()
+
+    def look(block: Tensor) -> None:
+        nonlocal rates, exponents, errors
+        draws.set_state(seed)  # the same batches for every rate: the curve is smooth in the rate
+        result = sgd_exponent(
+            single, block, sampling=sampling, chains=chains, steps=steps, burn_in=burn_in, generator=draws, **how
         )
-        index = torch.tensor(list(batches))
-    else:
-        index = draw.indices(1, draws)[0]
-    rows = modes.factor[index].flatten(1, 2)
-    step = torch.eye(rows.shape[1], dtype=rows.dtype) - lr / batch_size * rows @ rows.mT
-    logs = torch.linalg.slogdet(step).logabsdet
-    return Exponent(logs.mean(), logs.std() / len(logs) ** 0.5 if count > exact else torch.zeros_like(logs[0]))
+        rates, order = torch.cat([rates, block]).sort()
+        exponents = torch.cat([exponents, result.value])[order]
+        errors = torch.cat([errors, result.error])[order]
+
+    def first() -> int | None:
+        unstable = torch.nonzero(exponents > errors)[:, 0]
+        return int(unstable[0]) if len(unstable) else None
+
+    while low <= 1000 * lowest:
+        look(low * grid ** torch.arange(12, dtype=torch.float64))
+        above = first()
+        if above is not None:
+            if above:
+                # Below its zero lambda is flat, at the rate of the slowest mode, and only then rises: a straight line
+                # across a whole cell would lie too low. Look at the inside of the cell.
+                inside = torch.linspace(0, 1, FINE + 2, dtype=torch.float64)[1:-1]
+                look(rates[above - 1] * (rates[above] / rates[above - 1]) ** inside)
+                above = first() or above
+            value, error = _zero(rates, exponents, errors, above)
+            return CriticalRateResult(value / unit, error / unit, edge / unit, rates / unit, exponents)
+        low = float(rates[-1]) * grid
+    return CriticalRateResult(math.inf, 0.0, edge / unit, rates / unit, exponents)
 
 
-class _Draw:
+class Draw:
     """A way to draw batches from ``n`` samples; ``noise`` is ``f``: 0 where every batch is all of them."""
 
     def __init__(
@@ -259,35 +300,37 @@ class _Draw:
         return whole.scatter_add_(-1, samples, (weight * unit).expand(samples.shape))
 
 
-def _walk(
-    modes: Modes, lrs: Tensor, start: Tensor, groups: Tensor, rule: UpdateRule, draw: _Draw, steps: int
+def growths(
+    modes: Modes, coefficients: Coefficients, start: Tensor, groups: Tensor, decay: float, draw: Draw, steps: int
 ) -> Tensor:
     """Return log growths of ``sqrt(|v|^2 + lr^2 |m|^2)`` in each step, ``(steps, chains, rates, groups)``.
 
+    ``coefficients`` are the `UpdateRule.scaled_coefficients` of the rates, ``decay`` the coupled weight decay.
     ``groups`` are 0/1 rows over modes that no step mixes: each has a norm of its own, so that one run serves all.
     The dtype is that of the modes.
     """
     factor = modes.factor * math.sqrt(draw.noise / draw.batch_size)
     rows = factor.flatten(0, 1)
-    lrs, start, groups = lrs[:, None].to(rows), start.to(rows), groups.to(rows)
-    delta, _, beta, b1, b2 = rule.coefficients(lrs)
-    phi = rule.coefficients(torch.ones_like(lrs))[1]
+    start, groups = start.to(rows), groups.to(rows)
+    delta, phi, beta, b1, b2 = coefficients
+    count = len(delta)
     # H' v = mean v + u: all that is diagonal, of v+ = delta v + phi lr m + b1 (mean v + u) and
     # lr m+ = beta lr m + lr b2 (mean v + u). The state is v alone, or v and lr m.
-    mean = (1 - draw.noise) * modes.curvatures + rule.weight_decay
-    keep, feed, zero = delta + b1 * mean, lrs * b2 * mean, 0 * lrs * mean
+    mean = (1 - draw.noise) * modes.curvatures + decay
+    keep, feed = delta + b1 * mean, b2 * mean
+    zero = torch.zeros_like(keep)
     diagonal, cross = torch.stack([keep, zero + beta])[:, None], torch.stack([zero + phi, feed])[:, None]
-    push = torch.stack([b1, lrs * b2])[:, None]
+    push = torch.stack([b1, b2])[:, None]
     # A step that leaves less than this has left rounding errors only: the vector is dead.
     dead = (8 * torch.finfo(rows.dtype).eps) ** 2
-    v = start[:, None].expand(-1, len(lrs), -1)
+    v = start[:, None].expand(-1, count, -1)
     v = v * (torch.threshold((v * v) @ groups.mT, 0.0, math.inf).rsqrt() @ groups)
     state = torch.stack([v, 0 * v]) if beta else v[None]
     diagonal, push = diagonal[: len(state)], push[: len(state)]
-    squares = torch.empty(steps, len(start), len(lrs), len(groups), dtype=v.dtype)
+    squares = torch.empty(steps, len(start), count, len(groups), dtype=v.dtype)
     # To gather the rows of a batch is to move memory, once for all rates; to take all rows is to multiply more.
     moved = len(start) * draw.batch_size * factor[0].numel()
-    counted = draw.n * len(lrs) <= draw.batch_size * (len(lrs) + (10 if moved > 2**18 else 1)) or draw.together > 1
+    counted = draw.n * count <= draw.batch_size * (count + (10 if moved > 2**18 else 1)) or draw.together > 1
     for square, batch in zip(squares, draw.batches(steps, len(start), counted=counted)):
         if counted:
             outputs = (state[0] @ rows.mT).unflatten(-1, factor.shape[:2]) * batch.to(rows)[:, None, :, None]
@@ -304,3 +347,15 @@ def _walk(
             torch.matmul((state * state).sum(0), groups.mT, out=square)
             state *= torch.threshold(square, dead, math.inf).rsqrt_() @ groups
     return torch.threshold(squares, dead, 0.0).double().log_() / 2
+
+
+def _zero(rates: Tensor, exponents: Tensor, errors: Tensor, above: int) -> tuple[float, float]:
+    """Return the zero between rate ``above`` and its predecessor, linear in the log of the rate, and its error."""
+    while above and exponents[above - 1] >= 0:  # positive, but not beyond its error
+        above -= 1
+    if not above or exponents[above - 1] == -math.inf:  # nothing to interpolate with
+        return float(rates[above]), float(rates[above] - rates[above - 1]) if above else 0.0
+    top, below = float(exponents[above]), float(exponents[above - 1])
+    width = math.log(float(rates[above] / rates[above - 1]))
+    value = float(rates[above]) * math.exp(-width * top / (top - below))
+    return value, value * float(errors[above - 1 : above + 1].max()) * width / (top - below)

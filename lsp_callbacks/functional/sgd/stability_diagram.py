@@ -1,39 +1,15 @@
-"""Where lambda changes sign: the critical rate of a batch size, and the diagram over both."""
+"""The diagram of exponents and edges over learning rate and batch size."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lsp_callbacks.functional.sgd.mean_square import gd_critical_lr, mean_square_lr
-from lsp_callbacks.functional.sgd.modes import PLAIN, Modes, UpdateRule, in_units
-from lsp_callbacks.functional.sgd.sgd_stability import Sampling, sgd_exponent
-
-#: Rates inside the cell in which lambda turns positive.
-FINE = 7
-
-
-@dataclass(frozen=True)
-class CriticalRateResult:
-    """The smallest rate at which lambda turns positive.
-
-    Attributes:
-        value: inf where none was found.
-        error: standard error; 0 where the value is exact.
-        mean_square: the rate from which the search went up.
-        lrs: rates that were tried, ascending; empty where the value is exact.
-        exponents: lambda at them.
-    """
-
-    value: float
-    error: float
-    mean_square: float
-    lrs: Tensor
-    exponents: Tensor
+from lsp_callbacks.functional.sgd.modes import PLAIN, Modes, UpdateRule, in_single_precision, in_units
+from lsp_callbacks.functional.sgd.sgd_stability import Sampling, critical_lr, sgd_exponent
 
 
 @dataclass(frozen=True)
@@ -57,91 +33,6 @@ class StabilityDiagram:
     critical_lr: Tensor
     critical_error: Tensor
     mean_square_lr: Tensor
-
-
-def critical_lr(
-    modes: Modes,
-    *,
-    batch_size: int,
-    rule: UpdateRule = PLAIN,
-    sampling: Sampling = "iid",
-    replacement: bool = False,
-    population: int | None = None,
-    chains: int = 8,
-    steps: int = 300,
-    burn_in: int = 50,
-    start: float | None = None,
-    grid: float = 1.1,
-    tol: float = 1e-8,
-    generator: torch.Generator | None = None,
-) -> CriticalRateResult:
-    """Return the smallest rate at which lambda turns positive, by which the stochastic Courant number divides.
-
-    That number is ``lr / critical_lr``. Scans upward on a geometric grid, because the stable set need not be an
-    interval, up to the first rate whose exponent exceeds its standard error, and interpolates back to zero. An unstable
-    interval narrower than ``grid`` can be missed.
-
-    Args:
-        start: where lambda is known to be negative, below every crossing; None computes `mean_square_lr`.
-        grid: ratio of neighbouring rates.
-        tol: of the mean-square rate.
-        modes, batch_size, rule, sampling, replacement, population: see `sgd_exponent`.
-        chains, steps, burn_in, generator: see `sgd_exponent`.
-
-    Returns:
-        inf if lambda stays negative up to ``1000 start``, or at rank 0.
-
-    Raises:
-        ValueError: if the batches cannot be drawn, or ``grid`` is not larger than 1.
-
-    Cost: one `mean_square_lr`, a dozen rates of `sgd_exponent` at once, one to three times, and seven more.
-    Source: docs/theory.md, section The exponent of SGD, frozen at the weights.
-    """
-    if not grid > 1:
-        raise ValueError(f"grid={grid} must be larger than 1, the ratio of neighbouring rates")
-    none = torch.empty(0, dtype=torch.float64)
-    modes, rule, unit = in_units(modes, rule)  # in which single precision suffices
-    how: dict[str, Any] = {"batch_size": batch_size, "rule": rule, "replacement": replacement, "population": population}
-    single = _single(modes)
-    edge = mean_square_lr(single if tol > 1e-6 else modes, tol=tol, **how)
-    if math.isinf(edge):
-        return CriticalRateResult(edge, 0.0, edge, none, none)
-    if batch_size == (population or modes.samples) and not replacement:
-        exact = gd_critical_lr(modes, rule)
-        return CriticalRateResult(exact / unit, 0.0, edge / unit, none, none)
-    lowest = low = start * unit if start else edge
-    rates = exponents = errors = none
-    draws = torch.Generator().manual_seed(0) if generator is None else generator
-    seed = draws.get_state()
-
-    def look(block: Tensor) -> None:
-        nonlocal rates, exponents, errors
-        draws.set_state(seed)  # the same batches for every rate: the curve is smooth in the rate
-        result = sgd_exponent(
-            single, block, sampling=sampling, chains=chains, steps=steps, burn_in=burn_in, generator=draws, **how
-        )
-        rates, order = torch.cat([rates, block]).sort()
-        exponents = torch.cat([exponents, result.value])[order]
-        errors = torch.cat([errors, result.error])[order]
-
-    def first() -> int | None:
-        unstable = torch.nonzero(exponents > errors)[:, 0]
-        return int(unstable[0]) if len(unstable) else None
-
-    while low <= 1000 * lowest:
-        look(low * grid ** torch.arange(12, dtype=torch.float64))
-        above = first()
-        if above is not None:
-            if above:
-                # Below its zero lambda is flat, at the rate of the slowest mode, and only then rises: a straight line
-                # across a whole cell would lie too low. Look at the inside of the cell.
-                inside = torch.linspace(0, 1, FINE + 2, dtype=torch.float64)[1:-1]
-                look(rates[above - 1] * (rates[above] / rates[above - 1]) ** inside)
-                above = first() or above
-            value, error = _zero(rates, exponents, errors, above)
-            return CriticalRateResult(value / unit, error / unit, edge / unit, rates / unit, exponents)
-        low = float(rates[-1]) * grid
-    return CriticalRateResult(math.inf, 0.0, edge / unit, rates / unit, exponents)
 
 
 def stability_diagram(
@@ -192,8 +83,8 @@ def stability_diagram(
             float((finite.min() / 2).log10()), float((finite.max() * 2).log10()), 24, dtype=torch.float64
         )
     scaled, draw["rule"], unit = in_units(modes, rule)
-    single = _single(scaled)
-    rows = [sgd_exponent(single, lrs * unit, batch_size=size, **draw) for size in batch_sizes]
+    modes = in_single_precision(scaled)
+    rows = [sgd_exponent(modes, lrs * unit, batch_size=size, **draw) for size in batch_sizes]
     return StabilityDiagram(
         lrs=lrs,
         batch_sizes=torch.tensor(batch_sizes),
@@ -203,20 +94,3 @@ def stability_diagram(
         critical_error=errors,
         mean_square_lr=mean_square,
     )
-
-
-def _single(modes: Modes) -> Modes:
-    """Return the modes in float32, twice as fast and with a rounding far below the noise of the chains."""
-    return replace(modes, factor=modes.factor.float(), curvatures=modes.curvatures.float())
-
-
-def _zero(rates: Tensor, exponents: Tensor, errors: Tensor, above: int) -> tuple[float, float]:
-    """Return the zero between rate ``above`` and its predecessor, linear in the log of the rate, and its error."""
-    while above and exponents[above - 1] >= 0:  # positive, but not beyond its error
-        above -= 1
-    if not above or exponents[above - 1] == -math.inf:  # nothing to interpolate with
-        return float(rates[above]), float(rates[above] - rates[above - 1]) if above else 0.0
-    top, below = float(exponents[above]), float(exponents[above - 1])
-    width = math.log(float(rates[above] / rates[above - 1]))
-    value = float(rates[above]) * math.exp(-width * top / (top - below))
-    return value, value * float(errors[above - 1 : above + 1].max()) * width / (top - below)

@@ -9,7 +9,7 @@ from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.divided_step import path_tolerance, pieces_of
 from lsp_callbacks.step.flat import flatten
-from lsp_callbacks.step.pieces import Replay
+from lsp_callbacks.step.replay import Replay
 from lsp_callbacks.step.replay_checks import check_gradient, check_loss
 from lsp_callbacks.step.snapshot import Snapshot
 

@@ -16,8 +16,8 @@ from lsp_callbacks.functional.network.activations import GELU_TANH, MISH, SILU
 
 
 def _elu(node: Any) -> float:
-    scale, alpha = saved(node, "scale"), saved(node, "alpha")
-    return max(abs(float(scale)), abs(float(alpha * scale * saved(node, "input_scale"))))
+    scale, alpha = saved["scale"](node), saved["alpha"](node)
+    return max(abs(float(scale)), abs(float(alpha * scale * saved["input_scale"](node))))
 
 
 #: ``sup |phi'|`` from the backward node of an elementwise activation; None where phi may jump.
@@ -28,7 +28,7 @@ NODES: dict[str, Callable[[Any], float | None]] = {
     "HardsigmoidBackward": lambda node: 1 / 6,
     "HardswishBackward": lambda node: 1.5,
     "HardtanhBackward": lambda node: 1.0,
-    "LeakyReluBackward": lambda node: max(1.0, abs(float(saved(node, "negative_slope")))),
+    "LeakyReluBackward": lambda node: max(1.0, abs(float(saved["negative_slope"](node)))),
     "LogSigmoidBackward": lambda node: 1.0,
     "MishBackward": lambda node: MISH,
     "ReluBackward": lambda node: 1.0,

@@ -116,7 +116,7 @@ class _Walk:
         return bound
 
     def _add(self, node: Any, below: list[float]) -> float:
-        scales = (1.0, abs(float(saved(node, "alpha"))))
+        scales = (1.0, abs(float(saved["alpha"](node))))
         return sum(s * b * self._spread(node, i) for i, (s, b) in enumerate(zip(scales, below)))
 
     _sub = _add
@@ -125,13 +125,13 @@ class _Walk:
         if all(below):
             return None
         signal = 0 if below[0] else 1
-        factor = saved(node, "other") if signal == 0 else saved(node, "self")
+        factor = saved["other"](node) if signal == 0 else saved["self"](node)
         return _largest(factor) * below[signal] * self._spread(node, signal)
 
     def _div(self, node: Any, below: list[float]) -> float | None:
         if len(below) > 1 and below[1]:
             return None
-        return _largest(1 / torch.as_tensor(saved(node, "other"))) * below[0] * self._spread(node, 0)
+        return _largest(1 / torch.as_tensor(saved["other"](node))) * below[0] * self._spread(node, 0)
 
     def _mean(self, node: Any, below: list[float]) -> float:
         return below[0] * math.sqrt(self._ratio(node, 0))
@@ -146,16 +146,16 @@ class _Walk:
         return math.hypot(*below)
 
     def _maxpool2dwithindices(self, node: Any, below: list[float]) -> float | None:
-        if any(step != 1 for step in saved(node, "dilation")):
+        if any(step != 1 for step in saved["dilation"](node)):
             return None
-        return below[0] * overlap(saved(node, "kernel_size"), saved(node, "stride") or saved(node, "kernel_size"))
+        return below[0] * overlap(saved["kernel_size"](node), saved["stride"](node) or saved["kernel_size"](node))
 
     def _avgpool2d(self, node: Any, below: list[float]) -> float | None:
-        size = saved(node, "kernel_size")
-        cut = saved(node, "ceil_mode") or (any(saved(node, "padding")) and not saved(node, "count_include_pad"))
-        if saved(node, "divisor_override") is not None or cut:  # a window that is cut is divided by less
+        size = saved["kernel_size"](node)
+        cut = saved["ceil_mode"](node) or (any(saved["padding"](node)) and not saved["count_include_pad"](node))
+        if saved["divisor_override"](node) is not None or cut:  # a window that is cut is divided by less
             return None
-        return below[0] * overlap(size, saved(node, "stride") or size) / math.sqrt(math.prod(size))
+        return below[0] * overlap(size, saved["stride"](node) or size) / math.sqrt(math.prod(size))
 
     def _ratio(self, node: Any, i: int) -> float:
         """Return the number of outputs over the number of inputs."""

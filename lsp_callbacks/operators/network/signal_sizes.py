@@ -81,7 +81,7 @@ def signal_sizes(snapshot: Snapshot) -> SignalSizes:
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         with record_calls(snapshot.module, enter=_enter, leave=_leave) as root:
             loss = snapshot.replay()
-        check_loss(snapshot, loss, tolerance=1e-4 if snapshot.compiled else 0.0)
+        check_loss(snapshot, loss)
         repeats = _repeats([call.name for call in leaves(root)])
         slopes = activation_slopes(root, repeats)
         parameters = list(snapshot.parameters.values())

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lsp_callbacks.autograd._torch_internals import tree_flatten
 from lsp_callbacks.step.criterion import Evaluation
 
-#: How many samples the others are compared with, and layers whose inputs are: if nine of ten samples are the same, one
-#: of three is among them.
+#: How many samples the others are compared with: if nine of ten samples are the same, one of three is among them.
 FEW = 3
 #: Share of the samples that must be the same.
 MOST = 0.9
@@ -21,31 +17,6 @@ USE = 0.99
 FIRST = 64
 #: Relative change of the outputs whose effect on the loss's slopes counts as noise.
 WANTED = 1e-3
-
-
-class FirstInputs:
-    """The arguments of the first layers with parameters that are called while it is entered."""
-
-    def __init__(self, module: nn.Module):
-        self._module = module
-        self._handles: list[Any] = []
-        self._calls = 0
-        self.tensors: list[Tensor] = []
-
-    def __enter__(self) -> FirstInputs:
-        for module in self._module.modules():
-            if not isinstance(module, torch.jit.ScriptModule) and any(True for _ in module.parameters(recurse=False)):
-                self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._calls += 1
-        if self._calls <= FEW:
-            self.tensors += [leaf.detach() for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
 
 
 class SameOutputs:
@@ -72,7 +43,7 @@ class SameOutputs:
 
         Args:
             evaluation: their outputs, with the criterion.
-            inputs: the `FirstInputs` of its forward pass.
+            inputs: the `Recorder.first_inputs` of its forward pass.
         """
         outputs = evaluation.outputs.detach()
         by_sample = [_by_sample(tensor, len(outputs)) for tensor in inputs]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.gram_rate import gram_mean_square_lr
-from lsp_callbacks.functional.sgd.mean_square import mean_square_lr, noise_share
-from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, reduced_modes
+from lsp_callbacks.functional.sgd.mean_square import mean_square_lr
+from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, noise_share, reduced_modes
 from lsp_callbacks.operators.sgd.chosen_positions import Chosen
 from lsp_callbacks.operators.sgd.gram_matrix import POSITIONS, TangentKernel, tangent_kernel
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
@@ -166,9 +166,9 @@ def frozen_sgd(
     given = snapshot.probes if probes is None else probes
     if given is None:
         raise Unmeasurable("the snapshot has no probes: pass Snapshot(probes=ProbeSet(...))")
-    probes = given.trained
     is_frozen = critical_rule(snapshot).frozen
     require_gradient(snapshot)
+    probes = given.trained
     if not is_frozen:
         rule = frozen_rule(snapshot)
     elif squares == "probes":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,10 +16,10 @@ from lsp_callbacks.autograd.graph import leaves_of, read
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.functional.sgd.positions import design_effect
 from lsp_callbacks.operators.sgd.chosen_positions import rows_alone
-from lsp_callbacks.operators.sgd.collapsed_outputs import FirstInputs, SameOutputs
+from lsp_callbacks.operators.sgd.collapsed_outputs import SameOutputs
 from lsp_callbacks.operators.sgd.held_statistics import can_be_held
 from lsp_callbacks.operators.sgd.output_directions import Chosen, OutputDirections
-from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram
+from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, shares_of
 from lsp_callbacks.operators.sgd.per_sample_gradients import RowSeed, whole_seeds
 from lsp_callbacks.operators.sgd.rows_by_backward import TiedRows, add_rows
 from lsp_callbacks.operators.sgd.statistics_factors import (
@@ -31,6 +32,8 @@ from lsp_callbacks.step.probe_set import ProbeSet
 
 #: How many numbers are held at once, at most.
 HELD = 2**26
+#: Of a type.
+BYTES = operator.attrgetter("itemsize")
 #: Positions (tokens, pixels) of a sample that are looked at; the others are taken to be like them.
 POSITIONS = 4
 
@@ -143,28 +146,31 @@ def tangent_kernel(
     Source: Chemnitz & Engel 2025, (2.18).
     """
     generator = generator or torch.Generator().manual_seed(0)
-    parameters = probes.parameters
+    tied_together, parameters = probes.tied, probes.parameters
     scale = dict.fromkeys(parameters, 1.0) | dict(scale or {})
-    holds = holds and probes.tied and can_be_held(probes.module)
-    if probes.tied and not holds:  # a pass for each row
+    holds = holds and tied_together and can_be_held(probes.module)
+    if tied_together and not holds:  # a pass for each row
         positions = max(1, min(positions, most_rows // probes.samples))
-    directions = OutputDirections(
-        probes, scale, outputs, positions, generator, start,
-        checks=checked is None or "rows" in checked.path.values(), holds=holds, most=most, given=given,
-    )  # fmt: skip
     grams = {name: ParameterGram() for name in parameters}
+    sizes = {name: p.numel() for name, p in parameters.items()}
     diagonal = {name: torch.as_tensor(scale[name]).to(p) for name, p in parameters.items()}
     roots = {name: values.sqrt() for name, values in diagonal.items()}
     of_check = torch.Generator().manual_seed(generator.initial_seed() + 1)
     check = Check(parameters, roots, of_check) if checked is None and not holds else None
     tied: TiedRows | None = None
-    loss, count, same_outputs = 0.0, 0, SameOutputs(probes.samples)
+    loss, count = 0.0, 0
+    same_outputs: SameOutputs | None = None
     reached: set[int] = set()
+    directions = OutputDirections(
+        probes, scale, outputs, positions, generator, start,
+        checks=checked is None or "rows" in checked.path.values(), holds=holds, most=most, given=given,
+        parameters=parameters, tied=tied_together,
+    )  # fmt: skip
     for index in range(len(probes.parts)):
-        with FirstInputs(probes.module) as first:
-            evaluation, recorder, seeds = directions.evaluate(index)
+        evaluation, recorder, seeds = directions.evaluate(index)
         samples = len(evaluation.outputs)
-        same_outputs.add(evaluation, first.tensors)
+        same_outputs = same_outputs or SameOutputs(probes.samples)
+        same_outputs.add(evaluation, directions.first_inputs)
         loss += float(evaluation.criterion(evaluation.outputs.detach())) * samples / probes.samples
         if not math.isfinite(loss):
             raise Unmeasurable("the loss of the probes is not finite: the weights or the outputs have overflowed")
@@ -183,8 +189,8 @@ def tangent_kernel(
             check.add(evaluation.outputs, seeds, taken)
     if tied is None:
         complete = {name: part for name, part in grams.items() if len(part.parts) == len(probes.parts)}
-        shares = {name: part.gram(diagonal[name], memory, parameters[name].numel()) for name, part in complete.items()}
-        path = {name: grams[name].path for name in grams}
+        shares, path = shares_of(complete, diagonal, memory, sizes)
+        path |= {name: part.path for name, part in grams.items() if name not in complete}
     else:
         shares, path = tied.grams(), dict.fromkeys(grams, "sketched rows" if tied.defect else "rows")
     if check is None:
@@ -220,9 +226,10 @@ def tangent_kernel(
             if check.plain.pop(name, None) is not None:
                 check.forget()
             check.require(name, shares[name])
-    device = next(iter(parameters.values())).device
-    factors = factors or StatisticsFactors()
+    first = next(iter(parameters.values()))
+    device, precision = first.device, tolerance(first.dtype)
     if holds:
+        factors = factors or StatisticsFactors()
         path = dict.fromkeys(path, "statistics")
         if renews:
             signs = random_signs(count, of_check)
@@ -230,11 +237,11 @@ def tangent_kernel(
     gram = torch.zeros(count, count, dtype=torch.float64, device=device)
     traces = dict.fromkeys(parameters, 0.0)
     for name, share in shares.items():
-        factor = factors.values.get(name, 1.0) if holds else 1.0
+        factor = factors.values.get(name, 1.0) if holds and factors is not None else 1.0
         gram += factor * share
         traces[name] = factor * float(share.trace())
     gram = (gram + gram.T).mul_(0.5).cpu()
-    taken, chance = directions.joined_taken()
+    taken, chance = directions.joined_taken() if directions.taken else (None, None)
     rows, length = (
         len(directions.seeds[0]),
         directions.length if outputs != "loss" and tied is None and not holds else 1,
@@ -251,15 +258,15 @@ def tangent_kernel(
         rows=rows,
         path=path,
         traces=traces,
-        defect=check.defect(shares) if check else checked.defect if checked else 0.0,
+        defect=check.defect if check else checked.defect if checked else 0.0,
         loss=loss,
         stated=directions.description,
         mode=directions.mode,
         passes=count if unexplained or tied is not None else 0,
-        alike=same_outputs.share(gram, tolerance(next(iter(parameters.values())).dtype), taken),
+        alike=0.0 if same_outputs is None else same_outputs.share(gram, precision, taken),
         samples=probes.samples,
         chance=chance,
-        factors={**factors.values} if holds else {},
+        factors={**factors.values} if holds and factors is not None else {},
         positions=length,
         outputs=each,
         design=design,
@@ -287,13 +294,14 @@ class Check:
         self._backward = {name: torch.zeros_like(p) for name, p in parameters.items()}
         #: The least precise type that the forward pass goes through: a module may cast by itself.
         self._least = next(iter(parameters.values())).dtype
+        self._errors: dict[str, float] = {}
 
     def add(self, outputs: Tensor, seeds: list[RowSeed], taken: Tensor | None) -> None:
         """Add a part of the samples. Cost: a backward pass, with gradients of the weights."""
-        self._least = min(self._least, read(outputs).dtype, key=lambda dtype: dtype.itemsize)
         c = torch.randn(len(outputs), len(seeds), generator=self._generator).to(outputs)
         self._weights.append((c if taken is None else c[taken]).reshape(-1))
-        total = whole_seeds([seed.scaled(c[:, r]) for r, seed in enumerate(seeds)], outputs)
+        total = whole_seeds(seeds, c, outputs)
+        self._least = min(self._least, read(outputs).dtype, key=BYTES)
         whole = torch.autograd.grad(outputs, list(self._parameters.values()), total, allow_unused=True)
         if all(g is None for g in whole):  # a copy of them, made inside a custom function
             raise Unsupported(f"the outputs that the criterion takes do not reach the parameters: {HOW}")
@@ -335,10 +343,11 @@ class Check:
         """Return the parameters whose share is not that of their gradient."""
         self.rounding = self._rounding(tied=tied is not None)
         allowed = 10 * tied.defect if tied is not None else 0.0
+        self._errors = {name: self._wrong(name, shares, self.rounding) for name in self._backward}
         return [
             name
             for name, g in self._backward.items()
-            if not self._wrong(name, shares, self.rounding) <= max(tolerance(g.dtype), tolerance(self._least), allowed)
+            if not self._errors[name] <= max(tolerance(g.dtype), tolerance(self._least), allowed)
         ]
 
     def require(self, name: str, share: Tensor) -> None:
@@ -346,14 +355,16 @@ class Check:
         dtype = self._backward[name].dtype
         if not math.isfinite(self._expected[name]) or not bool(share.isfinite().all()):
             raise Unmeasurable(f"the per-sample gradients of {name} leave the range of {dtype}")
-        if not self._wrong(name, {name: share}, self.rounding) <= max(tolerance(dtype), tolerance(self._least)):
+        self._errors[name] = self._wrong(name, {name: share}, self.rounding)
+        if not self._errors[name] <= max(tolerance(dtype), tolerance(self._least)):
             raise Unmeasurable(
                 f"the per-sample gradients of {name} do not add up to its gradient: the forward pass is random"
             )
 
-    def defect(self, shares: dict[str, Tensor]) -> float:
-        """Return the largest error over the parameters."""
-        return max((self._wrong(name, shares, self.rounding) for name in self._backward), default=0.0)
+    @property
+    def defect(self) -> float:
+        """The largest error over the parameters."""
+        return max(self._errors.values(), default=0.0)
 
 
 def tolerance(dtype: torch.dtype) -> float:

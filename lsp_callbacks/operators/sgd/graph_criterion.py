@@ -189,11 +189,11 @@ def read_criterion(nodes: list[Any], kinds: Sequence[str], samples: int, factor:
     is_single = all(
         (kind in LINEAR or (kind in BILINEAR and sum(child is not None for child, _ in above.next_functions) == 1))
         and inside.issuperset(child for child, _ in above.next_functions if child is not None)
-        and not (kind.startswith("NllLoss") and saved(above, "weight") is not None)
+        and not (kind.startswith("NllLoss") and saved["weight"](above) is not None)
         for above, kind in zip(nodes[:place], kinds)
     )
     if is_single:
-        result = saved(node, "result" if kinds[place] == LOG_SOFTMAX else "self")
+        result = saved["result" if kinds[place] == LOG_SOFTMAX else "self"](node)
         seed = result.new_full((), samples / factor)
         return _of_term(node, pull(nodes[:place], {nodes[0]: seed}, None, summed)[node][0], samples)
     terms = read_terms(nodes, kinds)
@@ -205,9 +205,9 @@ def read_criterion(nodes: list[Any], kinds: Sequence[str], samples: int, factor:
 def _of_term(node: Any, slope: Tensor, samples: int) -> GraphCriterion:
     """Return the criterion of a node, from N times the slope of the loss in it."""
     is_softmax = node.name() == LOG_SOFTMAX
-    result = saved(node, "result" if is_softmax else "self")
+    result = saved["result" if is_softmax else "self"](node)
     if is_softmax:
-        dim = saved(node, "dim")  # torch keeps negative ones modulo 2^64
+        dim = saved["dim"](node)  # torch keeps negative ones modulo 2^64
         axis = (dim - 2**64 if dim >= 2**63 else dim) % result.ndim
         moved, t = result if axis == result.ndim - 1 else result.movedim(axis, -1), -slope.sum(axis)
         if result.ndim < 2 or len(result) % samples:
@@ -217,11 +217,11 @@ def _of_term(node: Any, slope: Tensor, samples: int) -> GraphCriterion:
     f = result
     if f.numel() != samples:
         raise UnknownGraph("several outputs have no eigenvector of their own")
-    reduction = saved(node, "reduction")
+    reduction = saved["reduction"](node)
     w = slope.expand_as(f) / (f.numel() if reduction == 1 else 1)
     if node.name() == SQUARE:
         w = 2 * w
-    elif saved(node, "weight") is not None or saved(node, "pos_weight") is not None:
+    elif saved["weight"](node) is not None or saved["pos_weight"](node) is not None:
         raise UnknownGraph("outputs have weights")
     else:
         p = f.sigmoid()
@@ -231,7 +231,7 @@ def _of_term(node: Any, slope: Tensor, samples: int) -> GraphCriterion:
 
 def _of_terms(terms: list[Term], samples: int, factor: float) -> GraphCriterion:
     """Return the criterion of cross-entropies in chunks, and of the squares of log-sum-exps beside them."""
-    results = [saved(term.node, "result") for term in terms]
+    results = [saved["result"](term.node) for term in terms]
     classes = results[0].shape[-1]
     if not all(map(is_last_axis, (term.node for term in terms))) or any(r.shape[-1] != classes for r in results):
         raise UnknownGraph("chunks of other outputs, or not over the last axis")

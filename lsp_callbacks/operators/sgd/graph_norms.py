@@ -38,16 +38,16 @@ class LayerNormSite(NormSite):
 
     @property
     def normalised(self) -> Tensor:
-        return (saved(self.node, "input") - saved(self.node, "result1")) * saved(self.node, "result2")
+        return (saved["input"](self.node) - saved["result1"](self.node)) * saved["result2"](self.node)
 
     def flat(self, t: Tensor) -> Tensor:
-        return t.flatten(0, -1 - len(saved(self.node, "normalized_shape")))
+        return t.flatten(0, -1 - len(saved["normalized_shape"](self.node)))
 
     def summed(self, t: Tensor) -> Tensor:
         return t.sum(1)
 
     def pulled(self, g: Tensor) -> list[Tensor | None]:
-        what = [saved(self.node, k) for k in ("input", "normalized_shape", "result1", "result2", "weight", "bias")]
+        what = [saved[k](self.node) for k in ("input", "normalized_shape", "result1", "result2", "weight", "bias")]
         return [torch.ops.aten.native_layer_norm_backward(g.contiguous(), *what, INPUT_ALONE)[0], None, None]
 
 
@@ -56,14 +56,14 @@ class GroupNormSite(NormSite):
 
     @property
     def normalised(self) -> Tensor:
-        x = saved(self.node, "input")
-        groups = x.reshape(len(x), saved(self.node, "group"), -1)
-        mean, rstd = (saved(self.node, k).view(len(x), -1, 1) for k in ("result1", "result2"))
+        x = saved["input"](self.node)
+        groups = x.reshape(len(x), saved["group"](self.node), -1)
+        mean, rstd = (saved[k](self.node).view(len(x), -1, 1) for k in ("result1", "result2"))
         return ((groups - mean) * rstd).view_as(x)
 
     def pulled(self, g: Tensor) -> list[Tensor | None]:
         names = ("input", "result1", "result2", "weight", "N", "C", "HxW", "group")
-        what = [saved(self.node, name) for name in names]
+        what = [saved[name](self.node) for name in names]
         return [torch.ops.aten.native_group_norm_backward(g.contiguous(), *what, INPUT_ALONE)[0], None, None]
 
 
@@ -73,22 +73,22 @@ class BatchNormSite(NormSite):
     @property
     def ties(self) -> bool:
         """Whether the statistics are those of the batch."""
-        return bool(saved(self.node, "training"))
+        return bool(saved["training"](self.node))
 
     @cached_property
     def _statistics(self) -> tuple[Tensor, Tensor]:
         if self.ties:
-            return saved(self.node, "result1"), saved(self.node, "result2")
-        return saved(self.node, "running_mean"), (saved(self.node, "running_var") + saved(self.node, "eps")).rsqrt()
+            return saved["result1"](self.node), saved["result2"](self.node)
+        return saved["running_mean"](self.node), (saved["running_var"](self.node) + saved["eps"](self.node)).rsqrt()
 
     @cached_property
     def normalised(self) -> Tensor:  # type: ignore[override]
         """The normalised input of the whole batch."""
-        x = saved(self.node, "input")
+        x = saved["input"](self.node)
         mean, rstd = (t.view(1, -1, *[1] * (x.ndim - 2)) for t in self._statistics)
         return (x - mean).mul_(rstd)
 
     def pulled(self, g: Tensor) -> list[Tensor | None]:
-        weight, rstd = saved(self.node, "weight"), self._statistics[1]
+        weight, rstd = saved["weight"](self.node), self._statistics[1]
         factor = rstd if weight is None else rstd * weight
         return [g * factor.view(1, -1, *[1] * (g.ndim - 2)), None, None]

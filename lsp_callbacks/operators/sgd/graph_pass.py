@@ -71,11 +71,11 @@ def site_of(node: Any, samples: Samples) -> Site | None:
         layer = samples.layers.get(weight)
         if (
             not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-            or saved(node, "transposed")
+            or saved["transposed"](node)
             or layer.padding_mode != "zeros"
         ):
             raise UnknownGraph("a convolution of another kind")
-        if [*padding_amounts(layer)][::-2] != [*saved(node, "padding")]:
+        if [*padding_amounts(layer)][::-2] != [*saved["padding"](node)]:
             raise UnknownGraph("a convolution with another padding than its layer")
         site.layer = layer
     return site

@@ -24,8 +24,8 @@ def _reshaped(node: Any, g: Tensor, pick: Pick) -> tuple[Tensor]:
 def _mean(node: Any, g: Tensor, pick: Pick) -> tuple[Tensor]:
     child, k = node.next_functions[0]
     shape = metadata(child)[k].shape[1:]
-    if not saved(node, "keepdim"):
-        axes = sorted((axis - 2**64 if axis >= 2**63 else axis) % (len(shape) + 1) for axis in saved(node, "dim"))
+    if not saved["keepdim"](node):
+        axes = sorted((axis - 2**64 if axis >= 2**63 else axis) % (len(shape) + 1) for axis in saved["dim"](node))
         for axis in axes:
             g = g.unsqueeze(axis)
     count = math.prod(shape) / max(g[0].numel(), 1)
@@ -33,22 +33,22 @@ def _mean(node: Any, g: Tensor, pick: Pick) -> tuple[Tensor]:
 
 
 def _max_pool(node: Any, g: Tensor, pick: Pick) -> tuple[Tensor]:
-    how = [saved(node, name) for name in ("kernel_size", "stride", "padding", "dilation", "ceil_mode")]
-    x, places = pick(saved(node, "self")), pick(saved(node, "result1"))
+    how = [saved[name](node) for name in ("kernel_size", "stride", "padding", "dilation", "ceil_mode")]
+    x, places = pick(saved["self"](node)), pick(saved["result1"](node))
     return (aten.max_pool2d_with_indices_backward(g, x, *how, places),)
 
 
 #: By the name of a node: from it, the gradients at its output, ``(n, ...)``, and what picks those samples from the N of
 #: the batch, which come first in what it has saved, to the gradients at its inputs.
 ROW_RULES: dict[str, Callable[[Any, Tensor, Pick], tuple[Tensor, ...]]] = {
-    "ReluBackward0": lambda node, g, pick: (aten.threshold_backward(g, pick(saved(node, "result")), 0),),
-    "TanhBackward0": lambda node, g, pick: (aten.tanh_backward(g, pick(saved(node, "result"))),),
-    "SigmoidBackward0": lambda node, g, pick: (aten.sigmoid_backward(g, pick(saved(node, "result"))),),
-    "SiluBackward0": lambda node, g, pick: (aten.silu_backward(g, pick(saved(node, "self"))),),
+    "ReluBackward0": lambda node, g, pick: (aten.threshold_backward(g, pick(saved["result"](node)), 0),),
+    "TanhBackward0": lambda node, g, pick: (aten.tanh_backward(g, pick(saved["result"](node))),),
+    "SigmoidBackward0": lambda node, g, pick: (aten.sigmoid_backward(g, pick(saved["result"](node))),),
+    "SiluBackward0": lambda node, g, pick: (aten.silu_backward(g, pick(saved["self"](node))),),
     "GeluBackward0": lambda node, g, pick: (
-        aten.gelu_backward(g, pick(saved(node, "self")), approximate=saved(node, "approximate")),
+        aten.gelu_backward(g, pick(saved["self"](node)), approximate=saved["approximate"](node)),
     ),
-    "AddBackward0": lambda node, g, pick: (g, g if saved(node, "alpha") == 1 else g * saved(node, "alpha")),
+    "AddBackward0": lambda node, g, pick: (g, g if saved["alpha"](node) == 1 else g * saved["alpha"](node)),
     "MaxPool2DWithIndicesBackward0": _max_pool,
     "MeanBackward1": _mean,
     "ViewBackward0": _reshaped,

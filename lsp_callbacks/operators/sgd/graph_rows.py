@@ -113,7 +113,7 @@ class GraphRows(GraphReader):
         nodes = outputs_first(loss.grad_fn)
         kinds = plain_kinds(nodes)
         norms = [node for node, kind in zip(nodes, kinds) if kind == "NativeBatchNormBackward0"]
-        self.ties = any(saved(node, "training") for node in norms)
+        self.ties = any(saved["training"](node) for node in norms)
         total = samples if self.ties else samples * micro_batches
         criterion = read_criterion(nodes, kinds, samples, factor)
         chosen, pairs = self._choose(criterion, total)

@@ -155,11 +155,11 @@ class LinearSite(Site):
     @property
     def x(self) -> Tensor:
         """Its input."""
-        return saved(self.node, "mat1" if len(self.names) == 3 else "self")
+        return saved["mat1" if len(self.names) == 3 else "self"](self.node)
 
     def pulled(self, g: Tensor) -> list[Tensor | None]:
         x_edge = self.node.next_functions[-2][0]
-        back = None if x_edge is None else g @ saved(self.node, "mat2").T
+        back = None if x_edge is None else g @ saved["mat2"](self.node).T
         return [*[None] * (len(self.names) - 2), back, None]
 
     def rows_of(self, g: Tensor, samples: Samples) -> Any:
@@ -200,7 +200,7 @@ class LinearSite(Site):
         """Return the cotangent of the input for some rows of the output, and those rows of the input, ``(n, i)``."""
         x = self.x
         whole = torch.zeros_like(x)
-        whole[flat] = values.to(x.dtype) @ saved(self.node, "mat2").T
+        whole[flat] = values.to(x.dtype) @ saved["mat2"](self.node).T
         return whole, x[flat]
 
 
@@ -215,14 +215,14 @@ class ConvolutionSite(Site):
         if node.next_functions[0][0] is None:
             return [None, None, None]
         how = [
-            saved(node, name) for name in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+            saved[name](node) for name in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
         ]
-        x, weight = saved(node, "input")[: len(g)], saved(node, "weight")  # its shape is enough
+        x, weight = saved["input"](node)[: len(g)], saved["weight"](node)  # its shape is enough
         back = torch.ops.aten.convolution_backward(g, x, weight, None, *how, INPUT_ALONE)[0]
         return [back, None, None]
 
     def uses(self, g: Tensor, samples: Samples) -> dict[str, Use]:
-        x, g = saved(self.node, "input"), g[:, :, 0]
+        x, g = saved["input"](self.node), g[:, :, 0]
         if len(x) != samples.count:
             raise UnknownGraph("a convolution has several pictures of a sample")
         if self.norm is None:
@@ -245,16 +245,16 @@ class EmbeddingSite(Site):
 
     def index(self, samples: Samples) -> Tensor:
         """Return which entries each sample looks up, ``(n, T)``."""
-        return samples.rows(saved(self.node, "indices").flatten(), self.axis)
+        return samples.rows(saved["indices"](self.node).flatten(), self.axis)
 
     def uses(self, g: Tensor, samples: Samples) -> dict[str, Use]:
-        if saved(self.node, "scale_grad_by_freq"):
+        if saved["scale_grad_by_freq"](self.node):
             raise UnknownGraph("an embedding scales its gradient by frequency")
-        index, padding = self.index(samples), saved(self.node, "padding_idx")
+        index, padding = self.index(samples), saved["padding_idx"](self.node)
         if 0 <= padding < 2**63:
             g = g * (index != padding)[:, None, :, None]
         return named_uses(
-            {"weight": table_use(Table(index, g), saved(self.node, "weight_sym_argsize_0"))}, self.names[0]
+            {"weight": table_use(Table(index, g), saved["weight_sym_argsize_0"](self.node))}, self.names[0]
         )
 
 
@@ -270,7 +270,7 @@ class SharedTableSite(EmbeddingSite):
         return _shared(super().rows_of(g, samples), self.shape).flatten(1, -2)
 
     def index(self, samples: Samples) -> Tensor:
-        return saved(self.node, "indices").flatten().expand(len(samples.taken), -1)
+        return saved["indices"](self.node).flatten().expand(len(samples.taken), -1)
 
 
 class SharedSite(Site):

@@ -96,9 +96,9 @@ def layer_uses(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Use] | None:
     return linear_uses(x, g, transposed=True) if transposed(layer) else None
 
 
-def has_rule(layer: nn.Module) -> bool:
-    """Return whether `layer_uses` knows this kind of layer."""
-    return layer_uses.dispatch(type(layer)) is not layer_uses.dispatch(object) or transposed(layer)
+def uses_of_layers(calls: list[tuple[nn.Module, Tensor, Tensor]]) -> list[dict[str, Use] | None]:
+    """Return the `layer_uses` of several layers."""
+    return [layer_uses(*call) for call in calls]
 
 
 def is_linear(layer: nn.Module) -> bool:

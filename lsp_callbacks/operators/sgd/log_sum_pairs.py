@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lsp_callbacks.operators.sgd.output_hessian import require_convex
 from lsp_callbacks.operators.sgd.parameter_gram import wide
-from lsp_callbacks.operators.sgd.softmax_pairs import POWER, SQUARED, SQUARINGS
+from lsp_callbacks.operators.sgd.softmax_pairs import POWER, SQUARED, SQUARINGS, require_convex
 
 
 def log_sum_pairs(p: Tensor, weights: Tensor, squares: Tensor) -> Tensor:

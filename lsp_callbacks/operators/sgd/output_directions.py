@@ -45,8 +45,11 @@ class OutputDirections:
         holds: whether the statistics of a batch are held fixed where they tie samples together.
         most: how many samples have rows; None is all, see `sampled_rows`.
         given: what rows of some parts look at, by the index of the part.
+        parameters: those of the probes, where they are known.
+        tied: whether the statistics of a batch tie samples together, where that is known.
 
     Attributes:
+        first_inputs: the arguments of the first layers in the last forward pass.
         description: in words, which outputs the rows stand for.
         mode: the sharpest mode, where it was needed.
         length: how many positions a sample has.
@@ -68,7 +71,11 @@ class OutputDirections:
         holds: bool = False,
         most: int | None = None,
         given: Mapping[int, Chosen] | None = None,
+        parameters: dict[str, nn.Parameter] | None = None,
+        tied: bool | None = None,
     ):
+        self.tied = probes.tied if tied is None else tied
+        self.parameters = probes.parameters if parameters is None else parameters
         self.given = given or {}
         self.mode, self._checks, self._holds, self._most = mode, checks, holds, most
         self.probes, self.scale, self.which, self.generator = probes, scale, which, generator
@@ -80,6 +87,7 @@ class OutputDirections:
         self.seeds: dict[int, list[RowSeed]] = {}
         self.taken: dict[int, tuple[Tensor, Tensor]] = {}
         self.counted: dict[int, Tensor | None] = {}
+        self.first_inputs: list[Tensor] = []
         self._spread = True
 
     def evaluate(self, index: int) -> tuple[Evaluation, Recorder | None, list[RowSeed]]:
@@ -92,17 +100,21 @@ class OutputDirections:
 
     def _record(self, index: int) -> tuple[Evaluation, Recorder | None]:
         probes = self.probes
-        if probes.tied and self._holds:
+        if self.tied and self._holds:
             with (
                 held_statistics(probes.module) as held,
-                Recorder(probes.module, probes.parameters, held=held) as recorder,
+                Recorder(probes.module, self.parameters, held=held) as recorder,
             ):
+                self.first_inputs = recorder.first_inputs
                 return probes.parts[index](), recorder
-        if probes.tied:
-            return probes.parts[index](), None
+        if self.tied:
+            with Recorder(probes.module, {}) as recorder:
+                self.first_inputs = recorder.first_inputs
+                return probes.parts[index](), None
         if self._spread and len(probes.parts) == 1:
             try:
-                with Recorder(probes.module, probes.parameters, samples=probes.samples) as recorder:
+                with Recorder(probes.module, self.parameters, samples=probes.samples) as recorder:
+                    self.first_inputs = recorder.first_inputs
                     evaluation = probes.parts[index]()
                 if not (self._checks and recorder.spread) or _nearly_equal(
                     evaluation.outputs, probes.parts[index]().outputs
@@ -111,7 +123,8 @@ class OutputDirections:
             except (RuntimeError, ValueError, IndexError):  # a shared embedding that cannot be given to each sample
                 pass
             self._spread = False
-        with Recorder(probes.module, probes.parameters) as recorder:
+        with Recorder(probes.module, self.parameters) as recorder:
+            self.first_inputs = recorder.first_inputs
             return probes.parts[index](), recorder
 
     def choose(self, evaluation: Evaluation, index: int) -> list[RowSeed]:
@@ -133,6 +146,7 @@ class OutputDirections:
             counts = counted_positions(evaluation) if self._count < shape[1] else None
             chosen = positions_of(shape[:2], self._count, self.generator, counts)
             self.counted[index] = None if counts is None else counts.sum(1)
+        stands = torch.as_tensor(stands_for(self.counted[index], shape[1], chosen.shape[1]), dtype=torch.float64)
         chosen = chosen.to(evaluation.outputs.device)
         self.looked = chosen.shape[1]
         where = f" at {chosen.shape[1]} of {shape[1]} positions" if shape[1] > 1 else ""
@@ -143,7 +157,6 @@ class OutputDirections:
             pairs = all_pairs(curvature.matrices(here.shape).to(here))
         else:
             pairs = [self._top(curvature, here, index, chosen)]
-        stands = torch.as_tensor(stands_for(self.counted[index], shape[1], chosen.shape[1]), dtype=torch.float64)
         weight = stands.sqrt().to(here).view(-1, 1)
         pairs = self._sampled(pairs, index)
         return [RowSeed(weight * pair[:, k], position) for pair in pairs for k, position in enumerate(chosen.unbind(1))]

@@ -12,6 +12,7 @@ from lsp_callbacks.autograd.double_backward import once_differentiable
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.curvature.second_derivative_check import criterion_agrees
+from lsp_callbacks.operators.sgd.softmax_pairs import require_convex
 from lsp_callbacks.step.criterion import Evaluation
 
 Product = Callable[[Tensor], Tensor]
@@ -173,16 +174,3 @@ def root(values: Tensor, scale: Tensor) -> Tensor:
     """
     require_convex(float(values.min()), float(scale.abs().max()))
     return values.clamp_min(0) ** 0.5
-
-
-def require_convex(least: float, largest: float) -> None:
-    """Raise an error if the least eigenvalue of an output Hessian is negative, beyond rounding of the largest.
-
-    Raises:
-        Unmeasurable: if so.
-    """
-    if least < -1e-4 * largest:
-        raise Unmeasurable(
-            "the criterion is not convex in the outputs: its Gauss-Newton matrix is not positive semidefinite, and the "
-            "exponents of SGD do not follow from a Gram matrix"
-        )

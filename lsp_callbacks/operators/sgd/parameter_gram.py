@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,6 +172,14 @@ class ParameterGram:
         size = lower[-1].shape[1]
         square = torch.cat([F.pad(row, (0, size - row.shape[1])) for row in lower])
         return square.tril() + square.tril(-1).T
+
+
+def shares_of(
+    grams: Mapping[str, ParameterGram], scales: Mapping[str, Tensor], memory: int, entries: Mapping[str, int]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the share of each parameter, see `ParameterGram.gram`, and how it was computed, by name."""
+    shares = {name: gram.gram(scales[name], memory, entries[name]) for name, gram in grams.items()}
+    return shares, {name: gram.path for name, gram in grams.items()}
 
 
 def _held_gram(values: Tensor, scale: Tensor | None, squares: Squares | None) -> Tensor:

@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from lsp_callbacks.autograd._torch_internals import tree_flatten, tree_map, tree_unflatten
+from lsp_callbacks.autograd._torch_internals import (
+    current_function_mode,
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
+    without_last_function_mode,
+)
 from lsp_callbacks.operators.sgd.attention_projections import projected
 from lsp_callbacks.operators.sgd.held_statistics import normalised
+from lsp_callbacks.operators.sgd.layer_alone import layer_alone
 from lsp_callbacks.operators.sgd.layer_rules import (
-    Gradients,
     Use,
     at_positions,
     channel_uses,
     dense,
-    has_rule,
     is_linear,
     is_pointwise,
     layer_uses,
     transposed,
     uses_ahead_of_norm,
+    uses_of_layers,
 )
 from lsp_callbacks.operators.sgd.parameter_gram import Part
 from lsp_callbacks.operators.sgd.shared_parameters import SharedParameters, gradients_at
+from lsp_callbacks.step.criterion import Criteria
 
-#: Numbers of per-sample gradients that are held of a layer that is run again on one sample at a time.
-HELD_ALONE = 2**25
+#: Of so many calls of layers with parameters, the first ones, the arguments are kept.
+FEW = 3
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,16 @@ class RowSeed:
         return RowSeed(self.values * weights.view(-1, *[1] * (self.values.ndim - 1)), self.position)
 
 
-def whole_seeds(seeds: list[RowSeed], outputs: Tensor) -> Tensor:
-    """Return the sum of several seeds as one tensor of the outputs' shape."""
-    return sum((seed.whole(outputs) for seed in seeds[1:]), seeds[0].whole(outputs))
+def whole_seeds(seeds: list[RowSeed], weights: Tensor, outputs: Tensor) -> Tensor:
+    """Return the sum of several seeds, times one number for each sample ``(N, R)``, of the outputs' shape."""
+    first, *others = (seed.scaled(w).whole(outputs) for seed, w in zip(seeds, weights.unbind(1)))
+    return sum(others, first)
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
+    """One call of a layer with parameters."""
+
     module: nn.Module
     modes: list[tuple[nn.Module, bool]]  # training or not, as it was called
     args: tuple[Any, ...]
@@ -88,6 +96,10 @@ class _Call:
         return [t for t in self.outputs if isinstance(t, Tensor) and t.requires_grad]
 
 
+#: The module, input and gradients of `layer_uses`, or what such a rule returns.
+Ruled = tuple[nn.Module, Tensor, Tensor] | dict[str, Use] | None
+
+
 class Recorder:
     """Records inputs and outputs of every layer with parameters during forward passes.
 
@@ -100,6 +112,9 @@ class Recorder:
         parameters: the trainable ones, by name.
         samples: how many there are, where each can be given a copy; None gives none.
         held: normalisations over the batch whose statistics are held fixed, see `held_statistics`.
+
+    Attributes:
+        first_inputs: the arguments of the first calls of layers with parameters of their own, trainable or not.
     """
 
     def __init__(
@@ -117,7 +132,9 @@ class Recorder:
         self._of_module: dict[nn.Module, dict[str, nn.Parameter]] = {}
         layers = [m for m in module.modules() if self._parameters_of(m)] if samples else []
         self._shared = SharedParameters(self._names, samples) if samples and not all(map(has_rule, layers)) else None
-        self.calls: list[_Call] = []
+        self.calls: list[Call] = []
+        self.first_inputs: list[Tensor] = []
+        self._seen = 0
         self._handles: list[Any] = []
 
     def __enter__(self) -> Recorder:
@@ -136,8 +153,16 @@ class Recorder:
             handle.remove()
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        if not self._parameters_of(module):
-            return None
+        # What is done here is none of the operations among which the criterion is looked for.
+        is_watched = isinstance(current_function_mode(), Criteria)
+        with without_last_function_mode() if is_watched else contextlib.nullcontext():
+            if self._seen < FEW and any(True for _ in module.parameters(recurse=False)):
+                self._seen += 1
+                leaves = tree_flatten((args, kwargs))[0]
+                self.first_inputs += [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+            return self._record(module, args, kwargs, output) if self._parameters_of(module) else None
+
+    def _record(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if self._samples and isinstance(module, nn.Embedding) and args and len(args[0]) != self._samples:
             args, output = (_copies(args[0], self._samples),), _copies(output, self._samples)
             self.spread = True
@@ -149,7 +174,7 @@ class Recorder:
         source = args[0] if args else None
         args, kwargs = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         modes = [(m, m.training) for m in module.modules()]
-        self.calls.append(_Call(module, modes, args, kwargs, leaves, source, clones[0] if clones else None))
+        self.calls.append(Call(module, modes, args, kwargs, leaves, source, clones[0] if clones else None))
         return tree_unflatten(clones, spec)
 
     def _attention(self, module: nn.MultiheadAttention, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -162,7 +187,7 @@ class Recorder:
         if not bool(close):  # a subclass, or NaN
             return None
         for layer, x, result in calls:
-            self.calls.append(_Call(layer, [(layer, False)], (x.detach(),), {}, [result], x))
+            self.calls.append(Call(layer, [(layer, False)], (x.detach(),), {}, [result], x))
         return (out, *output[1:])
 
     def _parameters_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -200,19 +225,27 @@ class Recorder:
             for name, use in _head_uses(head, seeds, taken).items():
                 uses.setdefault(self._names[id(getattr(head.module, name))], []).append(use)
         position = 0
+        waiting: list[tuple[Ruled, Call, list[tuple[Tensor, ...]], dict[str, str]]] = []
         for call in calls:
             kept = call.differentiable
             of_call = [
                 tuple(torch.zeros_like(t) if g is None else g for g, t in zip(grads[position:], kept))
                 for grads in passes
             ]
-            for grads in passes:  # of several rows they are stacked: both are held for one layer at a time
+            for grads in passes:  # they are stacked: both are held for one layer at a time
                 grads[position : position + len(kept)] = [None] * len(kept)
             position += len(kept)
             names = {name: self._names[id(p)] for name, p in self._parameters_of(call.module).items()}
             names = {name: whole for name, whole in names.items() if whole not in copies}
             after = self._norm_after(call) if self._held else None
-            for name, use in (_uses(call, of_call, samples, list(names), after, taken) if names else {}).items():
+            if names:
+                waiting.append((*_by_rule(call, of_call, samples, after, taken), names))
+        ruled = iter(uses_of_layers([given for given, *_ in waiting if isinstance(given, tuple)]))
+        for given, call, of_call, names in waiting:
+            of_layer = next(ruled) if isinstance(given, tuple) else given
+            if of_layer is None:
+                of_layer = layer_alone(call, of_call, samples, list(names), taken)
+            for name, use in of_layer.items():
                 if name in names:
                     uses.setdefault(names[name], []).append(use)
         for name, of_name in copies.items():
@@ -225,14 +258,14 @@ class Recorder:
         held = samples if taken is None else len(taken)
         return {name: Part(held, of_name) for name, of_name in uses.items()}
 
-    def _norm_after(self, call: _Call) -> _Call | None:
+    def _norm_after(self, call: Call) -> Call | None:
         """Return the normalisation over the batch that takes what a call returns, or that the call itself is."""
         if call.module in self._held:
             return call
         takes = (other for other in self.calls if other.module in self._held)
         return next((other for other in takes if other.source is call.passed_on), None)
 
-    def _head(self, outputs: Tensor, seeds: list[RowSeed]) -> _Call | None:
+    def _head(self, outputs: Tensor, seeds: list[RowSeed]) -> Call | None:
         """Return the call of a linear layer whose outputs are those of the network, if rows look at few of them."""
         if outputs.shape[1] == 1 or any(seed.position is None for seed in seeds):
             return None
@@ -251,7 +284,7 @@ class Recorder:
         return None
 
 
-def _into(head: _Call, seed: RowSeed) -> tuple[Tensor, Tensor]:
+def _into(head: Call, seed: RowSeed) -> tuple[Tensor, Tensor]:
     """Return the input of the last layer, and its cotangent."""
     weight: Tensor = head.module.weight.detach()  # type: ignore[assignment, operator]
     if transposed(head.module):
@@ -266,7 +299,7 @@ def _some(tensor: Tensor, taken: Tensor | None) -> Tensor:
     return tensor if taken is None else tensor[taken.to(tensor.device)]
 
 
-def _head_uses(head: _Call, seeds: list[RowSeed], taken: Tensor | None) -> dict[str, Use]:
+def _head_uses(head: Call, seeds: list[RowSeed], taken: Tensor | None) -> dict[str, Use]:
     x = head.args[0]
     places = torch.arange(len(x))
     g = _some(torch.stack([seed.values for seed in seeds], dim=1).to(x), taken)
@@ -281,95 +314,32 @@ def _copies(shared: Tensor, samples: int) -> Tensor:
     return whole.expand(samples, *whole.shape[1:]).clone()
 
 
-def _uses(
-    call: _Call,
-    passes: list[tuple[Tensor, ...]],
-    samples: int,
-    names: list[str],
-    norm: _Call | None = None,
-    taken: Tensor | None = None,
-) -> dict[str, Use]:
+def has_rule(layer: nn.Module) -> bool:
+    """Return whether `layer_uses` knows this kind of layer."""
+    return layer_uses.dispatch(type(layer)) is not layer_uses.dispatch(object) or transposed(layer)
+
+
+def _by_rule(
+    call: Call, passes: list[tuple[Tensor, ...]], samples: int, norm: Call | None, taken: Tensor | None
+) -> tuple[Ruled, Call, list[tuple[Tensor, ...]]]:
+    """Return what `layer_uses` is to be called with, or uses by another rule; with the samples in the first axis."""
     single = len(call.args) == 1 and not call.kwargs and isinstance(call.args[0], Tensor) and len(passes[0]) == 1
     shape = tuple(call.args[0].shape) if single else ()
     if shape[2:] and shape[1] == samples != shape[0] and is_pointwise(call.module):  # the samples come second
         call = replace(call, args=(call.args[0].transpose(0, 1),))
         passes = [(grads[0].transpose(0, 1),) for grads in passes]
-    structured: dict[str, Use] | None = None
-    if single and call.args[0].ndim and len(call.args[0]) and call.args[0].shape[0] % samples == 0:
-        g = torch.stack([grads[0] for grads in passes], dim=1)  # (N, R, ...)
-        if g.shape[0] == samples:
-            structured = _structured(call, g, norm, taken)
-    if structured is not None:
-        return structured
-    return _layer_alone(call, passes, samples, names, taken)
-
-
-def _structured(call: _Call, g: Tensor, norm: _Call | None, taken: Tensor | None) -> dict[str, Use] | None:
-    x, g = _some(call.args[0], taken), _some(g, taken)
-    if norm is None:
-        return layer_uses(call.module, x, g)
-    y = norm.normalised
+        shape = tuple(call.args[0].shape)
+    if not shape or not shape[0] or shape[0] % samples:
+        return None, call, passes
+    g = torch.stack([grads[0] for grads in passes], dim=1)  # (N, R, ...)
+    passes = [(row,) for row in g.unbind(1)]
+    if len(g) != samples:
+        return None, call, passes
+    some = _some(g, taken)
     if norm is call:
-        return channel_uses(_some(y, taken), g)
-    through = uses_ahead_of_norm(call.module, call.args[0], g, y, taken)
-    return layer_uses(call.module, x, g) if through is None else through
-
-
-def _layer_alone(
-    call: _Call, passes: list[tuple[Tensor, ...]], samples: int, names: list[str], taken: Tensor | None
-) -> dict[str, Use]:
-    """Run the layer again on one sample at a time, and differentiate it with respect to its parameters alone."""
-    module = call.module
-    first = 1 if getattr(module, "batch_first", True) is False else 0
-
-    def axis(t: Any) -> int | None:
-        """Return the axis of the samples: recurrent layers have them first in some tensors, second in others."""
-        axes = (a for a in (first, 1 - first) if isinstance(t, Tensor) and t.ndim > a and t.shape[a] == samples)
-        return next(axes, None)
-
-    def at(t: Any, i: int) -> Any:
-        a = axis(t)
-        return t if a is None else t.narrow(a, i, 1)
-
-    leaves, spec = tree_flatten((call.args, call.kwargs))
-    differentiable = [isinstance(t, Tensor) and t.requires_grad for t in call.outputs]
-    if all(axis(t) is None for t in leaves) or any(axis(g) is None for g in passes[0]):
-        return {}
-    parameters = {name: p for name, p in module.named_parameters() if name in names}
-
-    numbers = samples * len(passes) * sum(p.numel() for p in parameters.values())
-
-    # All are held where there is room: otherwise each parameter of the layer needs them anew.
-    @functools.lru_cache(maxsize=samples if numbers <= HELD_ALONE else 1)
-    def sample_gradients(i: int) -> list[Tensor]:
-        """Return the gradients of sample i, ``(R, P)`` by parameter."""
-        args, kwargs = tree_unflatten([at(t, i) for t in leaves], spec)
-        with torch.enable_grad(), _in_modes(call.modes):
-            out = tree_flatten(functional_call(module, dict[str, Tensor](parameters), args, kwargs))[0]
-            outputs = [t for t, d in zip(out, differentiable) if d]
-        rows = []
-        for grads in passes:
-            parts = torch.autograd.grad(
-                outputs, list(parameters.values()), [at(t, i) for t in grads], retain_graph=True, materialize_grads=True
-            )
-            rows.append([p.reshape(-1) for p in parts])
-        return [torch.stack(column) for column in zip(*rows)]
-
-    def gradients(k: int) -> Gradients:
-        indices = range(samples) if taken is None else taken.tolist()
-        return lambda lo, hi: torch.stack([sample_gradients(i)[k] for i in indices[lo:hi]])
-
-    return {name: Use(gradients(k), len(passes), path="layer") for k, name in enumerate(parameters)}
-
-
-@contextlib.contextmanager
-def _in_modes(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Put modules in training or eval mode as given, and back at the end."""
-    now = [module.training for module, _ in modes]
-    try:
-        for module, training in modes:
-            module.training = training
-        yield
-    finally:
-        for (module, _), training in zip(modes, now):
-            module.training = training
+        return channel_uses(_some(norm.normalised, taken), some), call, passes
+    if norm is not None:
+        through = uses_ahead_of_norm(call.module, call.args[0], some, norm.normalised, taken)
+        if through is not None:
+            return through, call, passes
+    return (call.module, _some(call.args[0], taken), some), call, passes

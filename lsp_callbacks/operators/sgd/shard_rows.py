@@ -170,7 +170,7 @@ def unexplained_shares(snapshot: Snapshot, rows: GraphRows, plain: Mapping[str, 
             directions = OutputDirections(probes, {}, "top", chosen.positions.shape[1], generator, given={0: chosen})
             seeds = directions.choose(evaluation, 0)
             c = torch.randn(n, len(seeds), generator=generator).to(outputs)
-            total = whole_seeds([seed.scaled(c[:, r]) for r, seed in enumerate(seeds)], outputs)
+            total = whole_seeds(seeds, c, outputs)
             gradients = replay.pulled(outputs, total * float(ranks.rank == 0))
             return c[chosen.taken].reshape(-1), gradients, read(outputs).dtype
 

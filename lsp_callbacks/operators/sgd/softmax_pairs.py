@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.low_rank_noise import Array
-from lsp_callbacks.operators.sgd.output_hessian import require_convex
-from lsp_callbacks.operators.sgd.parameter_gram import wide
 
 #: Up to so many classes the matrix itself is squared, to the power 2^k; for more its products, which are linear.
 SQUARED, SQUARINGS, POWER = 20, 5, 20
@@ -33,7 +32,7 @@ def softmax_pairs(p: Tensor, weights: Tensor) -> Tensor:
 
     Cost: a dozen calls; ``10 C^3`` multiplications for up to 20 classes, ``100 C`` for more.
     """
-    p = wide(p)
+    p = p.to(torch.promote_types(p.dtype, torch.float32))
     weights = weights.to(p)
     if p.shape[-1] > SQUARED:
         return _scaled(_by_products(p, _start(p.shape[-1]).to(p)), p, weights[..., None])
@@ -84,3 +83,16 @@ def _by_products(p: Tensor, start: Tensor) -> Tensor:
 @lru_cache(maxsize=4)
 def _start(classes: int) -> Tensor:
     return torch.randn(classes, generator=torch.Generator().manual_seed(0))
+
+
+def require_convex(least: float, largest: float) -> None:
+    """Raise an error if the least eigenvalue of an output Hessian is negative, beyond rounding of the largest.
+
+    Raises:
+        Unmeasurable: if so.
+    """
+    if least < -1e-4 * largest:
+        raise Unmeasurable(
+            "the criterion is not convex in the outputs: its Gauss-Newton matrix is not positive semidefinite, and the "
+            "exponents of SGD do not follow from a Gram matrix"
+        )

@@ -87,7 +87,7 @@ def squares_through_statistics(
         weights = torch.zeros(len(outputs), len(seeds), dtype=signs.dtype)
         weights[taken] = signs[lo : lo + len(taken) * len(seeds)].view(-1, len(seeds))
         lo += len(taken) * len(seeds)
-        total = whole_seeds([seed.scaled(w) for seed, w in zip(seeds, weights.to(outputs).unbind(1))], outputs)
+        total = whole_seeds(seeds, weights.to(outputs), outputs)
         whole = torch.autograd.grad(outputs, list(probes.parameters.values()), total, allow_unused=True)
         for name, g in zip(probes.parameters, whole):
             if g is not None:

@@ -205,8 +205,8 @@ def _steps_of(
 def _common(rule: Formula, optimizer: torch.optim.Optimizer) -> tuple[float, float, bool, bool]:
     betas = {
         (
-            rule.momentum(group),
-            rule.momentum(group) if rule.averages else float(group.get("dampening", 0.0)),
+            beta := float(rule.momentum(group)),
+            beta if rule.averages else float(group.get("dampening", 0.0)),
             bool(group.get("nesterov", False)),
             bool(group.get("maximize", False)),
         )

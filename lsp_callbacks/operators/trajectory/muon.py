@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ register(
     torch.optim.Muon,
     Formula(
         blocks=lambda group: ("momentum_buffer",),
-        momentum=lambda group: float(group["momentum"]),
+        momentum=itemgetter("momentum"),
         derivatives=_muon,
         couples=True,
         rounding=0.05,  # bfloat16, where an iterate stretches small singular values: 0.007 was seen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 import torch
 from torch import Tensor
 
@@ -117,7 +119,7 @@ register(
     torch.optim.SGD,
     Formula(
         blocks=lambda group: ("momentum_buffer",) if group["momentum"] else (),
-        momentum=lambda group: float(group["momentum"]),
+        momentum=itemgetter("momentum"),
         derivatives=_sgd,
     ),
 )
@@ -137,7 +139,7 @@ register(
             "square_avg",
             *(("grad_avg",) if group["centered"] else ()),
         ),
-        momentum=lambda group: float(group["momentum"]),
+        momentum=itemgetter("momentum"),
         derivatives=_rmsprop,
         second_moment=_rmsprop_moment,
     ),

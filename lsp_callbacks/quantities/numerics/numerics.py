@@ -190,5 +190,5 @@ def range_of_step(snapshot: Snapshot) -> NumericRange:
         snapshot.module,
         parameters=snapshot.parameters,
         scale=snapshot.scale,
-        check=lambda loss: check_loss(snapshot, loss, tolerance=1e-4 if snapshot.compiled else 0.0),
+        check=lambda loss: check_loss(snapshot, loss),
     )

@@ -9,17 +9,11 @@ from typing import Any
 import torch
 
 from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.functional.sgd.finite_products import finite_time_exponents, sum_of_exponents
 from lsp_callbacks.functional.sgd.mean_square import second_moment_exponent
 from lsp_callbacks.functional.sgd.modes import UpdateRule, regularity
 from lsp_callbacks.functional.sgd.moment_exponent import moment_exponent
-from lsp_callbacks.functional.sgd.sgd_stability import (
-    Sampling,
-    finite_time_exponents,
-    gd_exponent,
-    sgd_exponent,
-    sum_of_exponents,
-)
-from lsp_callbacks.functional.sgd.stability_diagram import critical_lr
+from lsp_callbacks.functional.sgd.sgd_stability import Sampling, critical_lr, gd_exponent, sgd_exponent
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD
 
 
@@ -54,9 +48,10 @@ def exponents(sgd: FrozenSGD, product: RandomProduct, generator: torch.Generator
     """
     settings = batches_of(sgd, replacement=product.replacement)
     settings |= {"sampling": product.sampling, "chains": product.chains, "generator": generator}
-    critical = critical_lr(sgd.modes, steps=product.steps, tol=1e-4, **settings)
-    half = product.steps // 2
-    exponent = sgd_exponent(sgd.modes, sgd.lr, steps=half, burn_in=half, **settings)
+    modes, half = sgd.modes, product.steps // 2
+    critical = critical_lr(modes, steps=product.steps, tol=1e-4, **settings)
+    exponent = sgd_exponent(modes, sgd.lr, steps=half, burn_in=half, **settings)
+    full_batch = gd_exponent(modes, sgd.lr, rule=sgd.rule)
     if math.isnan(critical.value):
         raise Unmeasurable("the Gram matrix is not finite: the weights or the outputs have overflowed")
     return {
@@ -65,9 +60,9 @@ def exponents(sgd: FrozenSGD, product: RandomProduct, generator: torch.Generator
         "critical_lr_error": critical.error,
         "sgd_lyapunov": float(exponent.value),
         "sgd_lyapunov_error": float(exponent.error),
-        "kernel_rank": float(sgd.modes.rank),
-        "kernel_trace": float(sgd.modes.trace),
-        "gd_lyapunov": float(gd_exponent(sgd.modes, sgd.lr, rule=sgd.rule)),
+        "kernel_rank": float(modes.rank),
+        "kernel_trace": float(modes.trace),
+        "gd_lyapunov": float(full_batch),
     }
 
 

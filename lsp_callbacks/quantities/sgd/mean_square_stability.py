@@ -259,6 +259,7 @@ class MeanSquareStability(OfShards):
                 "most_rows": self.most_rows,
                 "positions": max(2, self._positions(samples.samples)),
                 "most": row_count(samples.samples, self.rows),
+                "renews": checks or self._factors.is_due(self._update_count),
             }
         try:
             sgd = frozen_sgd(
@@ -267,7 +268,6 @@ class MeanSquareStability(OfShards):
                 checked=None if checks else self._checked,
                 squares="batch",
                 factors=self._factors,
-                renews=checks or self._factors.is_due(self._update_count),
                 rows=rows if reads else None,
                 chosen=dict(enumerate(rows.chosen)) if checks and rows is not None else None,
                 **of_pass,

@@ -11,8 +11,9 @@ from lsp_callbacks.operators.cost import ELEMENT, MULTIPLICATION, beside, forwar
 from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.memory import unfolded
 from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel
-from lsp_callbacks.operators.sgd.layer_rules import has_few_channels, has_rule
-from lsp_callbacks.operators.sgd.per_sample_gradients import HELD_ALONE
+from lsp_callbacks.operators.sgd.layer_alone import HELD_ALONE
+from lsp_callbacks.operators.sgd.layer_rules import has_few_channels
+from lsp_callbacks.operators.sgd.per_sample_gradients import has_rule
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import step_constants
 from lsp_callbacks.step.probe_set import ProbeSet

@@ -160,10 +160,6 @@ class SGDStability(Quantity):
     def check(self, snapshot: Snapshot) -> None:
         critical_rule(snapshot)
 
-    @property
-    def _product(self) -> RandomProduct:
-        return RandomProduct(self.sampling, self.replacement, self.chains, self.steps)
-
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         if snapshot.probes is None:
             return {}
@@ -191,25 +187,26 @@ class SGDStability(Quantity):
         if snapshot.probes is not None and not snapshot.probes.full:
             return
         if snapshot.gradient is not None:
-            verify_gradient(snapshot)
-        if snapshot.loss is not None:
-            verify(snapshot)  # nothing more where the gradient was checked
+            verify_gradient(snapshot)  # and with it the loss, where there is one
+        elif snapshot.loss is not None:
+            verify(snapshot)
+        draws = snapshot.run.generator(snapshot.step, self.name)
         generator = torch.Generator().manual_seed(snapshot.run.seed)  # the same outputs at each step
         sgd = frozen_sgd(
             snapshot, outputs=self.outputs, generator=generator, start=self._mode, most_rows=self.most_rows
         )
-        generator = snapshot.generator(self.name)
-        values = exponents(sgd, self._product, generator)
+        product = RandomProduct(self.sampling, self.replacement, self.chains, self.steps)
+        values = exponents(sgd, product, draws)
         if self.horizon is not None:
-            values |= details(sgd, self._product, self.horizon, generator)
+            values |= details(sgd, product, self.horizon, draws)
         for p in self.moments:
-            values[f"sgd_moment_{p}"] = self._moment(sgd, p, snapshot)
+            values[f"sgd_moment_{p}"] = self._moment(sgd, product, p, snapshot)
         self.latest, self._shown, self._mode = sgd, sgd, sgd.kernel.mode
         self.finish(values)
 
-    def _moment(self, sgd: FrozenSGD, p: int, snapshot: Snapshot) -> float:
+    def _moment(self, sgd: FrozenSGD, product: RandomProduct, p: int, snapshot: Snapshot) -> float:
         """Return NaN with one warning where a moment is refused: the headline number does not depend on it."""
-        value, reason = moment(sgd, self._product, p)
+        value, reason = moment(sgd, product, p)
         if reason and not self.without and snapshot.run.ranks.rank == 0:
             warnings.warn(f"sgd_stability leaves out {PREFIX}sgd_moment_{p}: {reason}", stacklevel=2)
         self.without = reason or self.without
