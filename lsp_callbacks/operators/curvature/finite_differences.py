@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
@@ -14,7 +14,7 @@ from lsp_callbacks.autograd._torch_internals import base, foreach_norm, version
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, inner, norm, norms
 from lsp_callbacks.linalg.norms import HIGH, LOW
-from lsp_callbacks.operators.curvature.gradient_difference import Difference, Untrusted
+from lsp_callbacks.operators.curvature.gradient_difference import Difference, LastProduct, Untrusted
 from lsp_callbacks.step.flat import displaced_gradient, split
 from lsp_callbacks.step.known_scale import Scale
 from lsp_callbacks.step.snapshot import Snapshot
@@ -33,28 +33,6 @@ LEAST = 0.3
 FADED = 0.9
 #: Bounds on the rounding of a gradient are this many times the rounding observed on networks of several kinds.
 SAFETY = 3.0
-
-
-@dataclass(frozen=True)
-class LastProduct:
-    """The product before, with which the next must be symmetric.
-
-    Attributes:
-        v: the vector.
-        size: its norm.
-        image: its product, which belongs to the caller.
-        versions: of both when the image was handed out.
-    """
-
-    v: Tensor
-    size: float
-    image: Tensor
-    versions: tuple[int, int]
-
-    @property
-    def unchanged(self) -> bool:
-        """Return whether neither was changed in place since then."""
-        return (version(self.v), version(self.image)) == self.versions
 
 
 class Differences:
@@ -317,6 +295,11 @@ class Differences:
         """Copies of the parameters before any product has moved them, to put every bit back."""
         return [p.detach().clone() for p in self.parameters]
 
+    def release(self) -> None:
+        """Forget the vectors that are kept from one product to the next: they are made again."""
+        self.last = None
+        self.__dict__.pop("start", None)
+
     def _moved(self, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """At the parameters moved by ``scale * v``: the rise of the loss, its size before, and the gradient."""
         snapshot = self.snapshot
@@ -341,6 +324,18 @@ class Products:
     differences: str = ""
     untrusted: bool = False
     taken: int = 0
+    _used: dict[int, Differences] = field(default_factory=dict, repr=False)
+
+    def note(self, differences: Differences) -> None:
+        """Count a product that differences have made."""
+        self.taken += 1
+        self._used[id(differences)] = differences
+
+    def end_run(self) -> None:
+        """Let go of the vectors that the products so far have left, once no further ones are made of the same start."""
+        for differences in self._used.values():
+            differences.release()
+        self._used.clear()
 
 
 def difference_hessian(
@@ -360,7 +355,7 @@ def difference_hessian(
             return exact(v)
         try:
             image = differences.product(v)
-            products.taken += 1
+            products.note(differences)
             return image
         except Untrusted:
             if exact is not None:
@@ -369,7 +364,7 @@ def difference_hessian(
                 return exact(v)
         try:
             image = differences.searched(v)
-            products.taken += 1
+            products.note(differences)
             return image
         except Untrusted as error:
             raise Unmeasurable(

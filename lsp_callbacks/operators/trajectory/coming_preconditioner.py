@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.errors import Unsupported
-from lsp_callbacks.operators.trajectory.frozen_preconditioner import FrozenRule, frozen_rule, rule_ahead
+from lsp_callbacks.operators.trajectory.frozen_preconditioner import FrozenRule, frozen_rule, rule_ahead, step_constants
 from lsp_callbacks.operators.trajectory.update_rules import formula
 from lsp_callbacks.step.criterion import Criteria, Evaluation
 from lsp_callbacks.step.probe_set import ProbeSet
@@ -52,10 +52,10 @@ def coming_rule(snapshot: Snapshot, *, squares: dict[str, Tensor] | None = None)
     Cost: nothing without a preconditioner, and some passes over its numbers with one; while it holds one gradient only,
     1.7 gradients, once a step.
     """
-    rule = frozen_rule(snapshot)
-    if not rule.frozen or snapshot.gradient is None:
-        return rule
-    steps = max(AHEAD, round(1 / (1 - rule.momentum)))
+    constants = step_constants(snapshot)
+    if not constants.frozen or snapshot.gradient is None:
+        return frozen_rule(snapshot)
+    steps = max(AHEAD, round(1 / (1 - constants.momentum)))
     if squares is not None:
         return rule_ahead(snapshot, steps, squares)
     if gradients_held(snapshot) < GRADIENTS:
