@@ -66,14 +66,16 @@ def problem(name: str) -> tuple[nn.Module, Tensor, int]:
 
 
 class Classifier(pl.LightningModule):
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: nn.Module, *, adam: bool):
         super().__init__()
-        self.net = net
+        self.net, self.adam = net, adam
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.adam:
+            return torch.optim.AdamW(self.parameters(), lr=3e-4)
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
@@ -87,8 +89,8 @@ def peak(prof: Any) -> int:
     return most
 
 
-def compare(name: str, quantities: list[str] | str) -> tuple[float, int]:
-    """Bytes predicted and measured, the most over the steps of one measurement."""
+def compare(name: str, quantities: list[str] | str, *, adam: bool = False) -> tuple[float, int]:
+    """Bytes predicted and measured, the most over the steps of one measurement; ``adam``: under AdamW, not SGD."""
     predicted: list[float] = []
     measured: list[int] = []
     long = quantities == ["lyapunov_trajectory"]  # its default window is longer than these runs
@@ -113,7 +115,7 @@ def compare(name: str, quantities: list[str] | str) -> tuple[float, int]:
         max_steps=60 if long else 12, max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu",
         enable_progress_bar=False, enable_model_summary=False, callbacks=[monitor],
     )  # fmt: skip
-    trainer.fit(Classifier(net), DataLoader(TensorDataset(inputs, labels), batch_size=batch))
+    trainer.fit(Classifier(net, adam=adam), DataLoader(TensorDataset(inputs, labels), batch_size=batch))
     return max(predicted), max(measured)
 
 

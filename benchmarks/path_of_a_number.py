@@ -21,10 +21,10 @@ and now
 
 | number | files entered | calls | changes of file | before, in and after `update` | ways |
 |---|---|---|---|---|---|
-| sharpness | 54 | 949 | 184 | 81 + 63 + 40 | 174 |
-| mean_square_stability | 62 | 541 | 171 | 108 + 26 + 37 | 164 |
-| sgd_stability | 64 | 1,759 | 207 | 71 + 98 + 38 | 198 |
-| stability_profile | 85 | 53,409 | 8,702 | 63 + 8,600 + 39 | 448 |
+| sharpness | 54 | 959 | 192 | 77 + 63 + 52 | 181 |
+| mean_square_stability | 62 | 540 | 177 | 103 + 26 + 48 | 169 |
+| sgd_stability | 64 | 1,769 | 215 | 67 + 98 + 50 | 205 |
+| stability_profile | 85 | 53,411 | 8,705 | 63 + 8,599 + 43 | 451 |
 
 Small files of one idea each and few changes of file work against each other. Half of 344, 172, was asked of
 `sgd_stability`. More than half of what it makes are before and after its `update`, the same for every quantity that is

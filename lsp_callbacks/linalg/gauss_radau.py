@@ -127,7 +127,8 @@ def top_node(
         raise ValueError(f"steps={steps!r} leaves nothing to estimate from: pass at least 1")
     n = operator.shape[1]
     most = min(max(most or steps, steps), n)
-    basis = [start / operator.norm(start).to(start.dtype)]
+    start = start / operator.norm(start).to(start.dtype)  # the caller may have let go of the other
+    basis = [start]
     T = np.zeros((most + 1, most + 1))
     for k in range(most):
         overlaps, size, w = _remainder(operator, operator.apply(basis[k]), basis)

@@ -320,6 +320,11 @@ class Differences:
         """Copies of the parameters before any product has moved them, to put every bit back."""
         return [p.detach().clone() for p in self.parameters]
 
+    def release(self) -> None:
+        """Forget the vectors that are kept from one product to the next: they are made again."""
+        self.last = None
+        self.__dict__.pop("start", None)
+
     def _moved(self, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """At the parameters moved by ``scale * v``: the rise of the loss, its size before, and the gradient."""
         snapshot = self.snapshot
@@ -346,7 +351,7 @@ def difference_hessian(
             return exact(v)
         try:
             image = differences.product(v)
-            products.taken += 1
+            products.note(differences)
             return image
         except Untrusted:
             if exact is not None:
@@ -355,7 +360,7 @@ def difference_hessian(
                 return exact(v)
         try:
             image = differences.searched(v)
-            products.taken += 1
+            products.note(differences)
             return image
         except Untrusted as error:
             raise Unmeasurable(

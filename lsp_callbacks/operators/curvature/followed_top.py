@@ -98,8 +98,15 @@ def followed_top(
         bars.append(LEAST + HIDDEN * hidden / max(abs(value), _TINY) + left * rest)
         return node.products >= steps and bars[-1] <= WIDE
 
-    before, mixed = products.taken, _mixed(operator, start, gradient_behind(snapshot, root), generator)
-    node = top_node(operator, mixed, steps=min(WARM, n), most=max(steps, MOST), enough=enough)
+    before = products.taken
+    node = top_node(
+        operator,
+        _mixed(operator, start, gradient_behind(snapshot, root), generator),  # which nobody else holds
+        steps=min(WARM, n),
+        most=max(steps, MOST),
+        enough=enough,
+    )
+    products.end_run()
     first = early[0] if early else node.value
     vector, gain = node.vector, node.gain.clamp_max(MOST_GAIN)
     accuracy = accuracy_of(snapshot, operator.dtype, products.taken > before) * node.scale

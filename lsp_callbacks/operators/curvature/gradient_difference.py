@@ -1,8 +1,9 @@
-"""A difference of two gradients of one step's loss, and why it may not be trusted."""
+"""A difference of two gradients of one step's loss, the product that is made of it, and why it may not be trusted."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -67,3 +68,15 @@ class Products:
     differences: str = ""
     untrusted: bool = False
     taken: int = 0
+    _used: dict[int, Any] = field(default_factory=dict, repr=False)
+
+    def note(self, differences: Any) -> None:
+        """Count a product that differences have made."""
+        self.taken += 1
+        self._used[id(differences)] = differences
+
+    def end_run(self) -> None:
+        """Let go of the vectors that the products so far have left, once no further ones are made of the same start."""
+        for differences in self._used.values():
+            differences.release()
+        self._used.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +19,16 @@ from lsp_callbacks.operators.curvature.top_eigenvalue import Top, bounded_top
 from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
     FrozenRule,
+    StepConstants,
     buffer_rates,
     coupled_decay,
     decay_rates,
     decayed_hessian,
-    frozen_rule,
     preconditioned_hessian,
     rates,
     require_gradient,
+    root_rates,
+    step_constants,
 )
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -61,7 +64,7 @@ class SharpMode:
     Attributes:
         mode: unit eigenvector of ``R^1/2 H' R^1/2``, flat.
         root: ``sqrt(R)`` of each parameter, which turns ``mode`` into a displacement of the parameters.
-        buffer_scale: turns ``mode`` into the momentum buffer that displaces by ``root * mode``; None without momentum.
+        buffer: ``() ->`` `buffer_rates` of the step; None without momentum.
         accuracy: relative error of products: the quotient of ``mode`` may be above the largest eigenvalue by it.
         beyond: the largest eigenvalue may be above the quotient of ``mode`` by it, relatively.
         eigenvalue: the estimate of the largest eigenvalue of H, and how far that may be from it, relatively, where
@@ -70,10 +73,23 @@ class SharpMode:
 
     mode: Tensor
     root: Tensor | float
-    buffer_scale: Tensor | float | None
+    buffer: Callable[[], Tensor | float] | None
     accuracy: Tensor
     beyond: Tensor
     eigenvalue: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def buffer_scale(self) -> Tensor | float | None:
+        """Return what turns ``mode`` into the buffer that displaces by ``root * mode``; None without momentum.
+
+        It is 0 where the buffer moves nothing.
+        """
+        if self.buffer is None:
+            return None
+        buffer = self.buffer()
+        if isinstance(buffer, Tensor):
+            return torch.where(buffer > 0, self.root / buffer, 0.0)
+        return self.root / buffer if buffer else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +117,7 @@ class StabilityThreshold(SharpMode):
     recent: Recent
 
 
-def threshold_constant(rule: FrozenRule) -> float:
+def threshold_constant(rule: StepConstants) -> float:
     """Return the `stability_constant` of a rule; decoupled weight decay multiplies it by ``1 - lr wd / 2``.
 
     With ``v+ = (1 - lr wd) v - R m+``, ``m+ = beta m + (1 - tau) h v`` an eigenvalue is -1 where ``R h (1 - tau) =
@@ -202,14 +218,16 @@ def followed_mode(snapshot: Snapshot, *, start: Tensor | None = None, method: Me
     """
     rule = coming_rule(snapshot)
     threshold_constant(rule)
-    root = rates(snapshot, rule) ** 0.5 if rule.lr else 1.0
-    steepest = followed_top(preconditioned_hessian(snapshot, method=method, rule=rule), snapshot, start, (), root)
+    scale = root_rates(snapshot, rule)
+    root = scale if rule.lr else 1.0
+    operator = preconditioned_hessian(snapshot, method=method, rule=rule, root=scale)
+    steepest = followed_top(operator, snapshot, start, (), root)
     return SharpMode(**_mode(snapshot, rule, steepest, root, steepest.value))
 
 
 def has_own_run(snapshot: Snapshot) -> bool:
     """Return whether ``R^1/2 H' R^1/2`` has other eigenvectors than H."""
-    if frozen_rule(snapshot).frozen:
+    if step_constants(snapshot).frozen:
         require_gradient(snapshot)
         return True
     return isinstance(rates(snapshot), Tensor) or isinstance(decay_rates(snapshot), Tensor)
@@ -220,7 +238,7 @@ def _mode(snapshot: Snapshot, rule: FrozenRule, steepest: Top, root: Tensor | fl
     return {
         "mode": steepest.vector,
         "root": root,
-        "buffer_scale": _buffer_scale(root, buffer_rates(snapshot, rule)) if rule.momentum else None,
+        "buffer": partial(buffer_rates, snapshot, rule) if rule.momentum else None,
         "accuracy": _relative(steepest.accuracy, value),
         "beyond": _relative(steepest.beyond, value),
     }
@@ -246,16 +264,18 @@ def _threshold(
     """
     rule = coming_rule(snapshot)
     constant, maximize = threshold_constant(rule), rule.sign < 0
-    rate, decay = rates(snapshot, rule), decay_rates(snapshot, rule)
-    root = rate**0.5 if rule.lr else 1.0
+    scales, decay = root_rates(snapshot, rule), decay_rates(snapshot, rule)
+    root = scales if rule.lr else 1.0
     added = coupled_decay(snapshot)
 
     def preconditioned(start: Tensor | None) -> Top:
         values = [value * rule.lr for value in recent.modes]
-        return find(preconditioned_hessian(snapshot, method=method, rule=rule), start, values, root)
+        operator = preconditioned_hessian(snapshot, method=method, rule=rule, root=scales)
+        return find(operator, start, values, root)
 
+    scale: Tensor | float
     shift: Tensor | float
-    if isinstance(rate, Tensor) or isinstance(decay, Tensor):
+    if isinstance(scales, Tensor) or isinstance(decay, Tensor):
         plain, steepest = find(hessian(snapshot, method=method), top, recent.tops), preconditioned(start)
         if maximize or isinstance(added, Tensor):
             decayed = find(decayed_hessian(snapshot, method=method), plain.vector, ()).value
@@ -263,6 +283,7 @@ def _threshold(
             decayed = plain.value + added
         scale, shift = 1.0, 0.0
     else:
+        rate = rates(snapshot, rule)
         plain = steepest = find(hessian(snapshot, method=method), top if maximize else start, recent.tops)
         if maximize:
             steepest = find(decayed_hessian(snapshot, method=method), start, recent.modes)
@@ -287,10 +308,3 @@ def _threshold(
 def _relative(error: Tensor, value: Tensor) -> Tensor:
     """Return an error relative to a value; 0 where both are 0."""
     return error / value.abs().clamp_min(torch.finfo(torch.float64).tiny)
-
-
-def _buffer_scale(root: Tensor | float, buffer: Tensor | float) -> Tensor | float:
-    """Return ``root / buffer``, and 0 where the buffer moves nothing."""
-    if isinstance(buffer, Tensor):
-        return torch.where(buffer > 0, root / buffer, 0.0)
-    return root / buffer if buffer else 1.0

@@ -108,6 +108,7 @@ def bounded_top(
     products = products_so_far(snapshot)
     before = products.taken
     ritz = lanczos(operator, mixed, steps=steps, tol=tol if steps < n else 0.0, failure=FAILURE, share=share)
+    products.end_run()
     pair = ritz.pair(-1)
     # Some of them were differences, where exact products have taken over.
     accuracy = accuracy_of(snapshot, operator.dtype, products.taken > before) * ritz.values.abs().amax()

@@ -20,10 +20,11 @@ from lsp_callbacks.operators.sgd.graph_rows import GraphRows
 from lsp_callbacks.operators.sgd.statistics_factors import StatisticsFactors
 from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule, probe_squares, remembered_rule
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
-    FrozenRule,
+    StepConstants,
     coupled_decay,
     frozen_rule,
     require_gradient,
+    step_constants,
 )
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.snapshot import Snapshot
@@ -165,15 +166,15 @@ def frozen_sgd(
     given = snapshot.probes if probes is None else probes
     if given is None:
         raise Unmeasurable("the snapshot has no probes: pass Snapshot(probes=ProbeSet(...))")
-    rule = critical_rule(snapshot)
+    is_frozen = critical_rule(snapshot).frozen
     require_gradient(snapshot)
     probes = given.trained
-    if rule.frozen:
-        rule = (
-            coming_rule(snapshot, squares=probe_squares(probes, snapshot.generator("signs")))
-            if squares == "probes"
-            else remembered_rule(snapshot)
-        )
+    if not is_frozen:
+        rule = frozen_rule(snapshot)
+    elif squares == "probes":
+        rule = coming_rule(snapshot, squares=probe_squares(probes, snapshot.generator("signs")))
+    else:
+        rule = remembered_rule(snapshot)
     if rows is not None:
         kernel = rows.kernel(checked, factors)
     else:
@@ -216,14 +217,14 @@ def frozen_sgd(
     )
 
 
-def critical_rule(snapshot: Snapshot) -> FrozenRule:
-    """Return the step's `FrozenRule` if it has a critical rate on a Gauss-Newton matrix.
+def critical_rule(snapshot: Snapshot) -> StepConstants:
+    """Return the numbers of the step's rule if it has a critical rate on a Gauss-Newton matrix.
 
     Raises:
         Unmeasurable: see `frozen_rule`; for ``maximize``, with a prox, and for coupled weight decay behind a
             preconditioner.
     """
-    rule = frozen_rule(snapshot)
+    rule = step_constants(snapshot)
     if snapshot.run.prox is not None:
         raise Unmeasurable("the map that prox applies after the step is not supported: use lyapunov instead")
     if rule.sign < 0:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.errors import Unsupported
-from lsp_callbacks.operators.trajectory.frozen_preconditioner import FrozenRule, frozen_rule, rule_ahead, rule_of_shards
+from lsp_callbacks.operators.trajectory.frozen_preconditioner import (
+    FrozenRule,
+    frozen_rule,
+    rule_ahead,
+    rule_of_shards,
+    step_constants,
+)
 from lsp_callbacks.operators.trajectory.spread_step import spread_step
 from lsp_callbacks.operators.trajectory.update_rules import formula
 from lsp_callbacks.step.criterion import Criteria, Evaluation
@@ -57,10 +63,10 @@ def coming_rule(snapshot: Snapshot, *, squares: dict[str, Tensor] | None = None)
     """
     if snapshot.held is not None:
         return rule_of_shards(snapshot, coming_rule(spread_step(snapshot), squares=squares))
-    rule = frozen_rule(snapshot)
-    if not rule.frozen or snapshot.gradient is None:
-        return rule
-    steps = max(AHEAD, round(1 / (1 - rule.momentum)))
+    constants = step_constants(snapshot)
+    if not constants.frozen or snapshot.gradient is None:
+        return frozen_rule(snapshot)
+    steps = max(AHEAD, round(1 / (1 - constants.momentum)))
     if squares is not None:
         return rule_ahead(snapshot, steps, squares)
     if gradients_held(snapshot) < GRADIENTS:

@@ -28,8 +28,35 @@ from lsp_callbacks.step.snapshot import Snapshot, computed_once
 Scale = dict[str, float | Tensor]
 
 
-@dataclass(frozen=True)
-class FrozenRule:
+@dataclass(frozen=True, kw_only=True)
+class StepConstants:
+    """The numbers of a `FrozenRule`, without its diagonals.
+
+    Attributes:
+        lr: the largest rate of the groups.
+        momentum: beta, or Adam's beta1.
+        dampening: tau; beta1 for Adam, which averages.
+        nesterov: whether the update is ``d + beta m+`` instead of ``m+``.
+        decoupled_decay: wd' of each parameter, as in AdamW, times its relative rate.
+        correction: c, Adam's bias correction ``1 - beta1^t``.
+        direct: a, what a step takes of the gradient itself beside the momentum: that of NAdam; 0 elsewhere.
+        sign: of ``grad L``: -1 under ``maximize``.
+        frozen: whether D is a preconditioner held fixed.
+    """
+
+    lr: float
+    momentum: float
+    dampening: float
+    nesterov: bool
+    decoupled_decay: dict[str, float]
+    correction: float = 1.0
+    direct: float = 0.0
+    sign: float = 1.0
+    frozen: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenRule(StepConstants):
     """``m+ = beta m + (1 - tau) d``, ``theta+ = (1 - lr wd') theta - (lr / c) D (m+ + a d)``, d the descent direction.
 
     One step of an optimizer whose preconditioner D is held fixed: SGD (D is 1), Adam and AdamW, NAdam, RAdam, Adamax,
@@ -41,32 +68,60 @@ class FrozenRule:
     ``D m`` in its buffer.
 
     Attributes:
-        lr: the largest rate of the groups.
         scale: the diagonal of ``kappa D`` times each parameter's rate relative to ``lr``; 0 where nothing moves.
-        momentum: beta, or Adam's beta1.
-        dampening: tau; beta1 for Adam, which averages.
-        nesterov: whether the update is ``d + beta m+`` instead of ``m+``.
         weight_decay: wd of each parameter, coupled, times the diagonal of D and its relative rate.
-        decoupled_decay: wd' of each parameter, as in AdamW, times its relative rate.
         buffer_scale: how far a unit of the momentum buffer moves each parameter, in units of ``lr / c``.
-        correction: c, Adam's bias correction ``1 - beta1^t``.
-        direct: a, what a step takes of the gradient itself beside the momentum: that of NAdam; 0 elsewhere.
-        sign: of ``grad L``: -1 under ``maximize``.
-        frozen: whether D is a preconditioner held fixed.
     """
 
-    lr: float
     scale: Scale
-    momentum: float
-    dampening: float
-    nesterov: bool
     weight_decay: Scale
-    decoupled_decay: dict[str, float]
     buffer_scale: Scale
-    correction: float = 1.0
-    direct: float = 0.0
-    sign: float = 1.0
-    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What the step of each parameter is made from, by name, and each rate relative to the largest."""
+
+    states: dict[str, Any]
+    counts: dict[str, float]
+    each: dict[str, ParameterStep]
+    relative: dict[str, float]
+    constants: StepConstants
+
+
+def step_constants(snapshot: Snapshot) -> StepConstants:
+    """Return the numbers of the step's rule: no vector over the parameters is made.
+
+    Raises:
+        Unmeasurable: see `frozen_rule`.
+    """
+    return _steps_ahead(snapshot if snapshot.held is None else replace(snapshot, held=None), 0).constants
+
+
+@computed_once
+def _steps_ahead(snapshot: Snapshot, steps: int) -> _Steps:
+    optimizer, groups = require_optimizer(snapshot), group_of(snapshot)
+    rule = rule_with_edge(optimizer)
+    momentum, dampening, nesterov, maximize = _common(rule, optimizer)
+    lr, relative = _relative(optimizer, snapshot)
+    states = {name: optimizer.state.get(p, {}) for name, p in snapshot.parameters.items()}
+    counts = {name: float(state.get("step", 0)) + 1 for name, state in states.items()}
+    each = _steps_of(rule, groups, states, counts, steps)
+    constants = StepConstants(
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening if momentum else 0.0,
+        nesterov=nesterov,
+        decoupled_decay={name: relative[name] * each[name].decoupled_decay if name in each else 0.0 for name in groups},
+        # Adam's bias correction of the momentum; parameters that joined later have another one.
+        correction=max([of_one.correction for of_one in each.values()], default=1.0),
+        # Larger for parameters that joined later. For the others stability errs on the early side, while these shares
+        # come together.
+        direct=max([of_one.direct for of_one in each.values()], default=0.0),
+        sign=-1.0 if maximize else 1.0,
+        frozen=rule.second_moment is not None,
+    )
+    return _Steps(states, counts, each, relative, constants)
 
 
 @computed_once
@@ -123,14 +178,9 @@ def rule_ahead(
     """
     optimizer, groups = require_optimizer(snapshot), group_of(snapshot)
     rule = rule_with_edge(optimizer)
-    momentum, dampening, nesterov, maximize = _common(rule, optimizer)
-    lr, relative = _relative(optimizer, snapshot)
-    factors = _clip_factors(snapshot)
-    states = {name: optimizer.state.get(p, {}) for name, p in snapshot.parameters.items()}
-    counts = {name: float(state.get("step", 0)) + 1 for name, state in states.items()}
-    each = _steps_of(rule, groups, states, counts, steps)
-    # Adam's bias correction of the momentum; parameters that joined later have another one.
-    correction = max([of_one.correction for of_one in each.values()], default=1.0)
+    ahead = _steps_ahead(snapshot, steps)
+    states, counts, each, relative = ahead.states, ahead.counts, ahead.each, ahead.relative
+    correction, factors = ahead.constants.correction, _clip_factors(snapshot)
     scale: Scale = dict.fromkeys(groups, 0.0)
     decay: Scale = dict.fromkeys(groups, 0.0)
     buffer: Scale = dict.fromkeys(groups, 0.0)
@@ -151,29 +201,14 @@ def rule_ahead(
             square = None
             if squares is not None and name in squares:  # d has the mean of g, and coupled decay that is in d only
                 square = d * d + (_clipped(snapshot, squares[name].sqrt(), factor).square() - g * g)
-            ahead = moment.ahead(counts[name], steps, square, prior) if steps else moment.now(counts[name])
-            inner = ahead.reciprocal_()
+            divisor = moment.ahead(counts[name], steps, square, prior) if steps else moment.now(counts[name])
+            inner = divisor.reciprocal_()
         moves = inner if rate == 1.0 else inner * rate
         scale[name] = moves if isinstance(factor, float) and factor == 1.0 else factor * moves
         if group["weight_decay"] and not decoupled(group):
             decay[name] = float(group["weight_decay"]) * moves
         buffer[name] = rate if isinstance(optimizer, torch.optim.RMSprop) else moves
-    return FrozenRule(
-        lr=lr,
-        scale=scale,
-        momentum=momentum,
-        dampening=dampening if momentum else 0.0,
-        nesterov=nesterov,
-        weight_decay=decay,
-        decoupled_decay={name: relative[name] * each[name].decoupled_decay if name in each else 0.0 for name in groups},
-        buffer_scale=buffer,
-        correction=correction,
-        # Larger for parameters that joined later. For the others stability errs on the early side, while these shares
-        # come together.
-        direct=max([of_one.direct for of_one in each.values()], default=0.0),
-        sign=-1.0 if maximize else 1.0,
-        frozen=rule.second_moment is not None,
-    )
+    return FrozenRule(**vars(ahead.constants), scale=scale, weight_decay=decay, buffer_scale=buffer)
 
 
 def _steps_of(
@@ -277,7 +312,7 @@ def require_gradient(snapshot: Snapshot) -> None:
     Raises:
         Unmeasurable: if so.
     """
-    if snapshot.gradient is None and (frozen_rule(snapshot).frozen or snapshot.clipping is not None):
+    if snapshot.gradient is None and (step_constants(snapshot).frozen or snapshot.clipping is not None):
         raise Unmeasurable(
             "the preconditioner and the clipping of a step depend on its gradient: pass gradient=... to the Snapshot"
         )
@@ -314,7 +349,7 @@ def decayed_hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpe
 
     Under clipping by norm wd is divided by kappa, as it is added after the clipping.
     """
-    H, sign, decay = hessian(snapshot, method=method), frozen_rule(snapshot).sign, coupled_decay(snapshot)
+    H, sign, decay = hessian(snapshot, method=method), step_constants(snapshot).sign, coupled_decay(snapshot)
 
     def product(v: Tensor) -> Tensor:
         return sign * (H @ v) + decay * v
@@ -322,14 +357,34 @@ def decayed_hessian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpe
     return replace(H, apply=product, adjoint=product, matrix=None)
 
 
+def root_rates(snapshot: Snapshot, rule: FrozenRule | None = None) -> Tensor | float:
+    """Return ``R^(1/2)``, see `rates`."""
+    rate = rates(snapshot, rule)
+    return rate.sqrt_() if isinstance(rate, Tensor) else rate**0.5
+
+
 def preconditioned_hessian(
-    snapshot: Snapshot, *, method: Method = "auto", rule: FrozenRule | None = None
+    snapshot: Snapshot,
+    *,
+    method: Method = "auto",
+    rule: FrozenRule | None = None,
+    root: Tensor | float | None = None,
 ) -> LinearOperator:
-    """Return ``R^(1/2) H' R^(1/2)`` with R the effective `rates`: symmetric, with the eigenvalues of ``R H'``."""
-    sign, decay, root = frozen_rule(snapshot).sign, decay_rates(snapshot, rule), rates(snapshot, rule) ** 0.5
-    H = hessian(snapshot, method=method, weight=root)
+    """Return ``R^(1/2) H' R^(1/2)`` with R the effective `rates`: symmetric, with the eigenvalues of ``R H'``.
+
+    Args:
+        snapshot: a step with its optimizer.
+        method: of the Hessian products.
+        rule: None takes the `frozen_rule` of the step.
+        root: its `root_rates`, where they are at hand.
+    """
+    sign, decay = step_constants(snapshot).sign, decay_rates(snapshot, rule)
+    scale = root_rates(snapshot, rule) if root is None else root
+    H = hessian(snapshot, method=method, weight=scale)
 
     def product(v: Tensor) -> Tensor:
-        return sign * root * (H @ (root * v)) + decay * v
+        image = H @ (scale * v)  # which the operator may still compare with the next: it is not overwritten
+        image = (scale * image).mul_(sign)
+        return image if isinstance(decay, float) and not decay else image.add_(decay * v)
 
     return replace(H, apply=product, adjoint=product, matrix=None)

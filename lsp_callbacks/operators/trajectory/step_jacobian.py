@@ -20,7 +20,7 @@ from lsp_callbacks.operators.trajectory.optimizer_input import (
 from lsp_callbacks.operators.trajectory.step_by_differences import difference_tangent, require_smooth
 from lsp_callbacks.operators.trajectory.update_rules import formula, formula_of
 from lsp_callbacks.step.players import require_one
-from lsp_callbacks.step.snapshot import Snapshot, computed_once
+from lsp_callbacks.step.snapshot import Snapshot
 
 Path = Literal["exact", "finite_difference_of_step"]
 
@@ -100,7 +100,6 @@ def accurate_hessian(snapshot: Snapshot, method: Method) -> LinearOperator:
     return hessian(snapshot, method=method, weight=weight, relative=False)
 
 
-@computed_once
 def _response(snapshot: Snapshot) -> Tensor:
     """Return ``|d theta' / d g|`` of each parameter, without clipping."""
     like = clipped_gradient(snapshot)

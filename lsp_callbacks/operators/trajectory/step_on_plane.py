@@ -10,7 +10,13 @@ from torch import Tensor
 
 from lsp_callbacks.linalg import inner, unit
 from lsp_callbacks.operators.curvature.hessian import Method
-from lsp_callbacks.operators.trajectory.formula_tangent import GRADIENT, THETA, FormulaTangent, formula_tangent
+from lsp_callbacks.operators.trajectory.formula_tangent import (
+    GRADIENT,
+    THETA,
+    FormulaTangent,
+    formula_tangent,
+    state_blocks,
+)
 from lsp_callbacks.operators.trajectory.optimizer_input import clipped_change, require_optimizer
 from lsp_callbacks.operators.trajectory.proximal import proximal_jacobian
 from lsp_callbacks.operators.trajectory.step_jacobian import accurate_hessian
@@ -68,19 +74,18 @@ def step_on_plane(
 
     Cost: one Hessian product, or none; no gradient beside it.
     """
-    step = formula_tangent(snapshot)
-    places = 1 if buffer_scale is None else 2
-    names, others = (THETA, *step.blocks)[:places], step.blocks[places - 1 :]
+    places, blocks = 1 if buffer_scale is None else 2, state_blocks(snapshot)
+    names, others = (THETA, *blocks)[:places], blocks[places - 1 :]
     if eigenvalue is None:
         change = _Scaled(1.0, clipped_change(snapshot, accurate_hessian(snapshot, method) @ (root * mode)))
     else:
-        change = _scaled(eigenvalue * root, mode)
+        change = _Scaled(eigenvalue * root, mode)
+    step = formula_tangent(snapshot)
     if rest is None:
-        along = {THETA: root * mode, GRADIENT: change.product} if others else {}
-        rest = unit(torch.cat([step.image(name, along) for name in others])) if others else mode[:0]
+        rest = _rest(step, others, {THETA: _Scaled(root, mode), GRADIENT: change}) if others else mode[:0]
     scales = (root,) if buffer_scale is None else (root, buffer_scale)
-    columns = [{name: _scaled(scale, mode)} for name, scale in zip(names, scales)]
-    rows = [{name: _scaled(_inverse(scale), mode)} for name, scale in zip(names, scales)]
+    columns = [{name: _Scaled(scale, mode)} for name, scale in zip(names, scales)]
+    rows = [{name: _Scaled(scale, mode, inverse=True)} for name, scale in zip(names, scales)]
     if snapshot.run.prox is not None:
         rows[0] = {THETA: _Scaled(1.0, (proximal_jacobian(snapshot).T @ rows[0][THETA].product).to(mode))}
     if bool(rest.any()):
@@ -105,19 +110,41 @@ def needs_product(snapshot: Snapshot) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Scaled:
-    """A vector times a number."""
+    """A vector times a number, or times another vector, number by number: that product is made when it is read."""
 
-    scale: float
-    vector: Tensor
+    scale: Tensor | float
+    base: Tensor
+    inverse: bool = False
+
+    @property
+    def number(self) -> float:
+        """The number."""
+        if isinstance(self.scale, Tensor):
+            return 1.0
+        return 1 / self.scale if self.inverse else self.scale
+
+    @property
+    def vector(self) -> Tensor:
+        """What the number multiplies."""
+        if not isinstance(self.scale, Tensor):
+            return self.base
+        return (reciprocal(self.scale) if self.inverse else self.scale) * self.base
 
     @property
     def product(self) -> Tensor:
-        return self.scale * self.vector
+        """Both."""
+        return self.vector if self.number == 1 else self.number * self.vector
+
+    @property
+    def key(self) -> int:
+        """The same for equal vectors, as long as this exists."""
+        return id(self if isinstance(self.scale, Tensor) else self.base)
 
 
-def _scaled(scale: Tensor | float, vector: Tensor) -> _Scaled:
-    """Return a vector times a number, or number by number times another vector, which is multiplied at once."""
-    return _Scaled(1.0, scale * vector) if isinstance(scale, Tensor) else _Scaled(scale, vector)
+def _rest(step: FormulaTangent, blocks: Sequence[str], along: Mapping[str, _Scaled]) -> Tensor:
+    """Return the direction in which blocks of the optimizer's state move along a change."""
+    products = {name: part.product for name, part in along.items()}
+    return unit(torch.cat([step.image(name, products) for name in blocks]))
 
 
 class _Reader:
@@ -129,26 +156,26 @@ class _Reader:
 
     def entries(self, rows: Sequence[Mapping[str, _Scaled]], columns: Sequence[Mapping[str, _Scaled]]) -> Tensor:
         """Return ``<row, A column>`` of each pair, ``(rows, columns)``."""
-        return torch.tensor([[self._entry(row, column) for column in columns] for row in rows], dtype=torch.float64)
+        return torch.tensor([self._entries(row, columns) for row in rows], dtype=torch.float64)
 
-    def _entry(self, row: Mapping[str, _Scaled], column: Mapping[str, _Scaled]) -> float:
-        total = 0.0
+    def _entries(self, row: Mapping[str, _Scaled], columns: Sequence[Mapping[str, _Scaled]]) -> list[float]:
+        readers = {block: reader.vector for block, reader in row.items()}
+        return [self._entry(row, readers, column) for column in columns]
+
+    def _entry(self, row: Mapping[str, _Scaled], readers: Mapping[str, Tensor], column: Mapping[str, _Scaled]) -> float:
+        total, sources = 0.0, {name: source.vector for name, source in column.items()}
         for k, part in enumerate(self.step.parts):
             for block, reader in row.items():
                 for name, derivative in part.derivatives.get(block, {}).items():
-                    if name in column:
-                        total += self._product(k, reader, derivative, column[name])
+                    if name not in column:
+                        continue
+                    factor = reader.number * column[name].number
+                    if isinstance(derivative, Tensor):
+                        weighted = part.of(readers[block]) * derivative
+                        total += factor * inner(weighted, part.of(sources[name]))
+                        continue
+                    key = (k, reader.key, column[name].key)
+                    if key not in self.known:
+                        self.known[key] = inner(part.of(readers[block]), part.of(sources[name]))
+                    total += factor * derivative * self.known[key]
         return total
-
-    def _product(self, k: int, reader: _Scaled, derivative: Tensor | float, source: _Scaled) -> float:
-        of, factor = self.step.parts[k].of, reader.scale * source.scale
-        if isinstance(derivative, Tensor):
-            return factor * inner(of(reader.vector) * derivative, of(source.vector))
-        key = (k, id(reader.vector), id(source.vector))
-        if key not in self.known:
-            self.known[key] = inner(of(reader.vector), of(source.vector))
-        return factor * derivative * self.known[key]
-
-
-def _inverse(root: Tensor | float) -> Tensor | float:
-    return reciprocal(root) if isinstance(root, Tensor) else 1 / root

@@ -27,7 +27,7 @@ from lsp_callbacks.operators.curvature.stability_threshold import (
 from lsp_callbacks.operators.curvature.top_eigenvalue import bounded_top
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing
-from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, frozen_rule
+from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, step_constants
 from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer
 from lsp_callbacks.operators.trajectory.spread_step import clip_factor
 from lsp_callbacks.quantities.base import Quantity, scalar
@@ -84,7 +84,7 @@ def _unknown_edge(snapshot: Snapshot) -> str | None:
     """Return why the optimizer of a step has no edge of stability that is known; None where it has."""
     require_optimizer(snapshot)
     try:
-        threshold_constant(frozen_rule(snapshot))
+        threshold_constant(step_constants(snapshot))
     except Unmeasurable as error:
         return str(error)
     return None
@@ -93,7 +93,7 @@ def _unknown_edge(snapshot: Snapshot) -> str | None:
 def alignment_cost(snapshot: Snapshot, method: Method, *, warm: bool = True, bounded: bool = False) -> dict[str, float]:
     """Return the cost, in gradients, of the edge of stability, with an earlier mode or without: see `mode_cost`."""
     method = resolved(snapshot, method)
-    maximize = frozen_rule(snapshot).sign < 0
+    maximize = step_constants(snapshot).sign < 0
     parts = mode_cost(snapshot, method, warm=warm, bounded=bounded)
     if not has_own_run(snapshot):
         return parts
@@ -104,7 +104,7 @@ def alignment_cost(snapshot: Snapshot, method: Method, *, warm: bool = True, bou
 def mode_cost(snapshot: Snapshot, method: Method, *, warm: bool = True, bounded: bool = False) -> dict[str, float]:
     """Return the cost, in gradients, of the sharp mode that sharpness and exponent share."""
     method = resolved(snapshot, method)
-    runs = 1 if has_own_run(snapshot) else 1 + (frozen_rule(snapshot).sign < 0)
+    runs = 1 if has_own_run(snapshot) else 1 + (step_constants(snapshot).sign < 0)
     scatter = {"signs": (1 + 2 * DRAWS) / 3} if gradients_missing(snapshot) else {}
     slopes = {"slopes": 1 / 3} if method == "finite_difference" and snapshot.kinked else {}
     edge = _top_cost(snapshot, method, warm, bounded, runs)
@@ -246,7 +246,7 @@ class Sharpness(Quantity):
 
     def check(self, snapshot: Snapshot) -> None:
         if snapshot.player is not None:
-            threshold_constant(frozen_rule(snapshot))
+            threshold_constant(step_constants(snapshot))
         elif not snapshot.run.invalidated:
             require_optimizer(snapshot)
 

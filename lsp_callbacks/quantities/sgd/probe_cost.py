@@ -15,7 +15,7 @@ from lsp_callbacks.operators.sgd.layer_alone import HELD_ALONE
 from lsp_callbacks.operators.sgd.layer_rules import has_few_channels
 from lsp_callbacks.operators.sgd.per_sample_gradients import has_rule
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS
-from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
+from lsp_callbacks.operators.trajectory.frozen_preconditioner import step_constants
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -61,7 +61,7 @@ def kernel_cost(
     }
     if checks:
         parts |= {"forward": forward_cost(snapshot), "gradient": 1.0, "check of the kernel": 2 / 3 * share}
-    if frozen_rule(snapshot).frozen:
+    if step_constants(snapshot).frozen:
         parts["signs of the probes"] = (3 + 2 * DRAWS) / 3 * share
     return parts
 
@@ -81,7 +81,7 @@ def gram_cost(
         calls: operations on small tensors, beside those of each layer.
         path: by which rules an earlier matrix was computed, see `TangentKernel`; None asks the layers.
     """
-    once, frozen = work(snapshot), frozen_rule(snapshot).frozen
+    once, frozen = work(snapshot), step_constants(snapshot).frozen
     numbers = float(rows * once.parameters)
     time, formed = 0.0, 0.0
     if once.multiplications > 1.5 * batch * once.parameters:  # several positions

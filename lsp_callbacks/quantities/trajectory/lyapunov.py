@@ -18,7 +18,7 @@ from lsp_callbacks.operators.curvature.hessian import Method, decided, path_take
 from lsp_callbacks.operators.curvature.stability_threshold import has_own_run, threshold_constant
 from lsp_callbacks.operators.footprint import footprint
 from lsp_callbacks.operators.trajectory.formula_tangent import has_state
-from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
+from lsp_callbacks.operators.trajectory.frozen_preconditioner import step_constants
 from lsp_callbacks.operators.trajectory.step_on_plane import needs_product, step_on_plane
 from lsp_callbacks.quantities.base import scalar
 from lsp_callbacks.quantities.curvature.sharpness import alignment_memory, measured_mode, mode_cost
@@ -94,10 +94,10 @@ class Lyapunov(Windowed):
         self.add_state("spans", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
-        threshold_constant(frozen_rule(snapshot))  # the alignment needs an edge
+        threshold_constant(step_constants(snapshot))  # the alignment needs an edge
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        method, rule = resolved(snapshot, self.method), frozen_rule(snapshot)
+        method, rule = resolved(snapshot, self.method), step_constants(snapshot)
         steps = self.window - (not has_own_run(snapshot) and not needs_product(snapshot))
         pushed = steps * (products(snapshot, method, 1) + beside(snapshot, vectors=PLANE + FROZEN * rule.frozen))
         window = pushed + beside(snapshot, calls=90 * self.window)
@@ -109,8 +109,8 @@ class Lyapunov(Windowed):
         return None if lowered is None else f"{lowered} steps in a window"
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
-        frozen = frozen_rule(snapshot).frozen
-        plane = 3 + 12 * frozen  # derivatives of the formula, which SGD has as numbers
+        frozen = step_constants(snapshot).frozen
+        plane = 3 + 2 * frozen  # derivatives of the formula, which SGD has as numbers
         # Behind a preconditioner products by differences are seldom accurate enough for an update's derivative.
         method = "exact" if frozen and self.method == "auto" else self.method
         return {**alignment_memory(snapshot, method), "plane": plane * footprint(snapshot).parameters}

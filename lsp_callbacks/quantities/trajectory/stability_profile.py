@@ -19,7 +19,7 @@ from lsp_callbacks.operators.curvature.stability_threshold import threshold_cons
 from lsp_callbacks.operators.footprint import TWICE, footprint
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
-from lsp_callbacks.operators.trajectory.frozen_preconditioner import frozen_rule
+from lsp_callbacks.operators.trajectory.frozen_preconditioner import step_constants
 from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.trajectory.step_jacobian import tangent_path
@@ -314,7 +314,7 @@ class StabilityProfile(Windowed):
 
 def _has_threshold(snapshot: Snapshot) -> bool:
     try:
-        threshold_constant(frozen_rule(snapshot))
+        threshold_constant(step_constants(snapshot))
     except Unmeasurable:
         return False
     return True
