@@ -21,10 +21,10 @@ and now
 
 | number | files entered | calls | changes of file | before, in and after `update` | ways |
 |---|---|---|---|---|---|
-| sharpness | 54 | 959 | 192 | 77 + 63 + 52 | 181 |
-| mean_square_stability | 62 | 540 | 177 | 103 + 26 + 48 | 169 |
-| sgd_stability | 64 | 1,769 | 215 | 67 + 98 + 50 | 205 |
-| stability_profile | 85 | 53,411 | 8,705 | 63 + 8,599 + 43 | 451 |
+| sharpness | 55 | 986 | 203 | 78 + 73 + 52 | 189 |
+| mean_square_stability | 62 | 552 | 183 | 107 + 28 + 48 | 173 |
+| sgd_stability | 64 | 1,781 | 222 | 67 + 105 + 50 | 211 |
+| stability_profile | 86 | 53,931 | 9,729 | 63 + 9,623 + 43 | 450 |
 
 Small files of one idea each and few changes of file work against each other. Half of 344, 172, was asked of
 `sgd_stability`. More than half of what it makes are before and after its `update`, the same for every quantity that is
