@@ -4,7 +4,7 @@ Growth is the peak of the resident memory (``VmHWM`` of Linux) after some steps 
 after its imports. Each run is a process of its own: training alone, and training with ``StabilityMonitor()``, whose
 default quantities are each measured every ten steps, so that all of them are within few steps, again and again. What
 does not fit into the cap of memory is left out, as in any run at the defaults, and printed with the number. On a small
-network the cap is 80 MB, which may be more than half of what training takes. Code pages are those of libraries that
+network the cap is 256 MB, which may be more than half of what training takes. Code pages are those of libraries that
 are read from their files when they are first used: they are clean, and shared by all processes. Each number is the
 median of three runs. Names of networks choose some.
 """

@@ -102,7 +102,7 @@ class StabilityMonitor(RunResults, Callback):
         strict: raise where a measurement fails, instead of recording NaN with one warning.
         max_memory: bytes, or "2GB", that a measurement may take beside training; a quantity that is predicted to take
             more is skipped. None is what is free on a CUDA device, and elsewhere what lets the peak be 1.5
-            times that of training alone (weights, gradient, two moments and activations), or 80 MB if that is more;
+            times that of training alone (weights, gradient, two moments and activations), or 256 MB if that is more;
             the headline number may take it to 3 times.
         time_limit: seconds that a measurement may take: its longest parts are skipped until the rest fits. The clock
             decides, so two runs may measure different things. None is no limit.

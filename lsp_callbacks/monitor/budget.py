@@ -28,7 +28,7 @@ LIMIT = 20.0
 COUNTING = 6.0
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 #: On the CPU, where nothing is said, the peak may be so many times that of training, or so many bytes beside training.
-MULTIPLE, FLOOR = 1.5, 8e7
+MULTIPLE, FLOOR = 1.5, 256e6
 #: Bytes that a process grows by beyond its imports when a small network is trained: code that is loaded when used.
 LIBRARIES = 2e7
 #: Likewise while the headline number is measured, which comes first.

@@ -43,7 +43,7 @@ class Monitor:
         strict: raise where a measurement fails, instead of recording NaN.
         max_memory: bytes, or "2GB", that a measurement may take beside training. It is predicted before the first one,
             by one more forward pass; what would take more is skipped. None is what is free on a CUDA device at the
-            time, and elsewhere what lets the peak be 1.5 times that of training, at least 80 MB.
+            time, and elsewhere what lets the peak be 1.5 times that of training, at least 256 MB.
         time_limit: seconds that a measurement may take. Its parts are skipped, the longest first, until the rest
             fits; a measurement under way is never interrupted. The clock decides: two runs may measure different
             things. None is no limit.

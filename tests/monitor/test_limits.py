@@ -119,7 +119,7 @@ def test_what_fits_is_measured_as_without_a_cap():
 def test_the_cap_on_the_cpu_lets_the_peak_be_half_as_much_again():
     training = Footprint(parameters=1e8, activations=2e9, buffers=0.0)
     cap = 1.5 * (4 * 1e8 + 2e9) - 4 * 1e8  # weights, gradient and moments are there all the time
-    assert default_cap(training) == cap and default_cap(Footprint(1e3, 1e4, 0.0)) == 8e7
+    assert default_cap(training) == cap and default_cap(Footprint(1e3, 1e4, 0.0)) == 256e6
     assert default_cap(training, 3.0) == 3 * (4 * 1e8 + 2e9) - 4 * 1e8
     check_memory(cap, None, CPU, default=cap)
     with pytest.raises(Unsupported, match=r"it would take 3\.3 GB beside training, more than 3\.2 GB.*max_memory"):
