@@ -13,7 +13,7 @@ from lsp_callbacks.step.snapshot import Snapshot
 #: In every so many readings two positions of each sample are compared, to see how alike they are.
 COMPARED = 8
 #: Operations on small tensors, beside those of each layer.
-GRAPH_CALLS = 90
+GRAPH_CALLS = 60
 #: Nanoseconds of the critical rate from 64 rows.
 RATE = 6e5
 
@@ -67,4 +67,4 @@ def replay_price(
 
 def rate_cost(snapshot: Snapshot, rows: int) -> dict[str, float]:
     """Return the gradients that the critical rate takes, from a Gram matrix of so many rows."""
-    return {"critical rate": beside(snapshot, calls=50, time=RATE * (rows / 64) ** 3)}
+    return {"critical rate": beside(snapshot, calls=30, time=RATE * (rows / 64) ** 3)}
