@@ -89,7 +89,7 @@ START, OPERATION, ELEMENT, MULTIPLICATION, PARAMETER = 1.6e5, 4e4, 2.8, 0.028, 0
 #: (``benchmarks/step_in_gradients.py``).
 LOOP = 3e6
 #: Nanoseconds that a measured step takes beside what its quantities do: hooks, copies, the snapshot, what is logged.
-HOOKS = 1e6
+HOOKS = 1.5e6
 #: Gradients of an exact product that is summed over pieces of the batch, each of which makes its graph anew.
 PIECES = 3.3
 #: Nanoseconds of an operation of the package, and of each number of a vector that is read and written once.
