@@ -25,6 +25,7 @@ from dataclasses import replace
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from models import Residual
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -36,26 +37,14 @@ RUNS = [("SGD", 0.05), ("SGD", 0.3), ("AdamW", 0.002)]
 STEPS, READ, BATCH = 300, 10, 64
 
 
-class Block(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.inner = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels),
-        )  # fmt: skip
-
-    def forward(self, x):
-        return torch.relu(x + self.inner(x))
-
-
 class Net(pl.LightningModule):
     def __init__(self, optimizer: str, lr: float):
         super().__init__()
         self.optimizer, self.lr = optimizer, lr
         self.net = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), Block(16), Block(16),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(), Block(32),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+            nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), Residual(16), nn.ReLU(), Residual(16),
+            nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(), Residual(32),
+            nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
         )  # fmt: skip
 
     def training_step(self, batch, _):

@@ -214,6 +214,7 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that are trained, as ``named_parameters`` names and orders them, in one call."""
     trained: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
+    is_usual = type(module).named_parameters is nn.Module.named_parameters
     stack: list[tuple[str, Any]] = [("", module)]
     while stack:
         prefix, each = stack.pop()
@@ -221,10 +222,8 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
             continue
         seen.add(id(each))
         inside = vars(each)
-        if PARAMETERS not in inside or type(module).named_parameters is not nn.Module.named_parameters:
-            return {
-                name: p for name, p in module.named_parameters() if p.requires_grad
-            }  # a script keeps them elsewhere
+        if not is_usual or PARAMETERS not in inside:  # a script keeps them elsewhere
+            return {name: p for name, p in module.named_parameters() if p.requires_grad}
         for name, p in inside[PARAMETERS].items():
             if p is not None and id(p) not in seen:
                 seen.add(id(p))

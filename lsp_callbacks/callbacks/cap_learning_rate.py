@@ -268,12 +268,14 @@ class CapLearningRate(Callback):
 
     def rates_of(self, step: int) -> dict[str, float]:
         """Return the scheduled and the applied rate of one of the last steps, and the cap, by their keys."""
-        at = next((each for each in self._steps if each.step == step), None)
-        if at is None:
+        if (at := self._step_at(step)) is None:
             return {}
         largest = self._cap.largest(at.rates)
         shown = {CAP: largest} if math.isfinite(largest) else {}
         return shown | {SCHEDULED: max(at.rates), APPLIED: max(at.used)}
+
+    def _step_at(self, step: int) -> CappedStep | None:
+        return next((each for each in self._steps if each.step == step), None)
 
     def _show(self, trainer: Any, values: Mapping[str, float]) -> None:
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
@@ -293,7 +295,7 @@ class CapLearningRate(Callback):
             loss = next((each.loss for each in arrived if each.step == observation.step), None)
             if loss is None:
                 loss = losses.last if losses.count else 0.0
-            at = next((each for each in self._steps if each.step == observation.step), None)
+            at = self._step_at(observation.step)
             critical = math.nan if at is None else self._critical(observation, at)
             if at is None or math.isnan(critical):
                 continue

@@ -21,6 +21,12 @@ def hide_hooks(callback: Any, names: Iterable[str]) -> None:
             callback.__dict__.setdefault(name, None)
 
 
+def call_hook(callback: Any, name: str, *arguments: Any) -> None:
+    """Call a hook of a callback as Lightning does: not while it is hidden."""
+    if callable(hook := getattr(callback, name)):
+        hook(*arguments)
+
+
 def show_hooks(callback: Any, names: Iterable[str] = BATCH_HOOKS) -> None:
     """Show hooks again that were hidden."""
     for name in names:

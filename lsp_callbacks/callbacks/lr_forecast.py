@@ -227,7 +227,7 @@ class Schedule:
             if config.interval == "step" and self._done % config.frequency == 0:
                 scheduler.step()
         self._end_epoch()
-        self._rates.append(largest_learning_rate(self._optimizer) if self._copies else self._rates[-1])
+        self._rates.append(largest_learning_rate(self._optimizer))
 
     def _end_epoch(self) -> None:
         if self._done < self._trainer.num_training_batches:

@@ -172,8 +172,7 @@ class RateCap:
 
     def largest(self, rates: Sequence[float]) -> float:
         """Return to what the highest of these rates would be lowered, were it higher; NaN before a reading."""
-        ratios = [limit / rate for limit, rate in zip(self.limits, rates) if rate > 0]
-        return max(rates) * min(ratios) if ratios else math.nan
+        return max(rates) * self._share(rates) if self.limits else math.nan
 
     def _share(self, rates: Sequence[float]) -> float:
         """Return by what all these rates may be multiplied; infinite before a reading."""

@@ -9,6 +9,14 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set the rate of a parameter group: in place, where it is a tensor."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
 class RatesOfUpdate:
     """Sets the rates of parameter groups before the optimizer's step, and puts them back as soon as it is over.
 
@@ -34,10 +42,7 @@ class RatesOfUpdate:
             for group, rate in zip(optimizer.param_groups, rates)
         ]
         for group, _, rate in self._replaced:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+            set_rate(group, rate)
 
     def put_back(self) -> None:
         """Give the groups their own rates again, if they have others; what somebody else has set since stays."""

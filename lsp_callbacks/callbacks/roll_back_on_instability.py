@@ -63,8 +63,7 @@ class RollBackOnInstability(StopOnInstability):
     training was found unstable is ``safety`` times the critical one of the state; a tenth at most where training begins
     anew, as there no rate was measured stable. After the first return it is raised again, by ``1 / factor``, 50
     steps later at the earliest, when the loss is calm and three Courant numbers in a row would stay below ``safety`` at
-    the raised rate; and so on. What has failed
-    twice is not raised any more.
+    the raised rate; and so on. What has failed twice is not raised any more.
 
     Each return is printed, and logged as ``stability/roll_back`` (the step to which it leads) and
     ``stability/lr_scale``; `roll_backs` says when and why. It is written down in ``roll_backs.json`` before it is made.

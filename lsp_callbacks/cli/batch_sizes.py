@@ -29,7 +29,7 @@ class BatchSizes:
     samples: int
 
     @classmethod
-    def at(cls, snapshot: Snapshot, *, most_rows: int = SGDStability().most_rows) -> BatchSizes:
+    def at(cls, snapshot: Snapshot) -> BatchSizes:
         """Compare batch sizes at a step, by its probes.
 
         Raises:
@@ -37,6 +37,7 @@ class BatchSizes:
 
         Cost: as `SGDStability` without its random products.
         """
+        most_rows = SGDStability().most_rows
         sgd = frozen_sgd(snapshot, generator=snapshot.generator("batch sizes"), most_rows=most_rows)
         size, population, samples = min(sgd.batch_size, sgd.population), sgd.population, sgd.kernel.samples
 

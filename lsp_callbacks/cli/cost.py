@@ -15,6 +15,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lsp_callbacks import report
 from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.callbacks.hidden_hooks import call_hook
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.cli.configured import (
     Done,
@@ -195,28 +196,23 @@ class _Meter(Callback):
     def measuring(self) -> bool:
         return len(self.steps) >= WARM_UP + TIMED
 
-    def _pass_on(self, hook: str, *arguments: Any) -> None:
-        """Call a hook of the monitor as Lightning does: not while it is hidden."""
-        if callable(call := getattr(self.inner, hook)):
-            call(*arguments)
-
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()
         if self._began is not None and not self.measuring:
             self.steps.append(now - self._began)
         self._began = now
         if self.measuring:
-            self._pass_on("on_train_batch_start", trainer, pl_module, batch, batch_idx)
+            call_hook(self.inner, "on_train_batch_start", trainer, pl_module, batch, batch_idx)
         else:
             self.inner.observer.probes.add(batch)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         if self.measuring:
-            self._pass_on("on_before_backward", trainer, pl_module, loss)
+            call_hook(self.inner, "on_before_backward", trainer, pl_module, loss)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if self.measuring:
-            self._pass_on("on_before_optimizer_step", trainer, pl_module, optimizer)
+            call_hook(self.inner, "on_before_optimizer_step", trainer, pl_module, optimizer)
 
     def count_measurement(self, snapshot: Snapshot) -> None:
         """Look at the costs after a step that has completed the second measurement of everything."""
@@ -252,6 +248,6 @@ class _Meter(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.measuring:
-            self._pass_on("on_train_batch_end", trainer, pl_module, outputs, batch, batch_idx)
+            call_hook(self.inner, "on_train_batch_end", trainer, pl_module, outputs, batch, batch_idx)
         if self.is_complete or (self.measuring and not self.inner.monitor.quantities):
             raise Done

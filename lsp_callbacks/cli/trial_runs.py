@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lsp_callbacks.callbacks.base import Callback
+from lsp_callbacks.callbacks.hidden_hooks import call_hook
 from lsp_callbacks.callbacks.lr_forecast import critical_rate
+from lsp_callbacks.callbacks.rates_of_update import set_rate
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.cli.batch_sizes import BatchSizes
 from lsp_callbacks.cli.configured import Done, train_without_end
@@ -116,33 +117,26 @@ class TrialRuns(Callback):
 
     def _set_rates(self) -> None:
         for group, relative in zip(self._optimizer.param_groups, self._relative):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(self._rate * relative)
-            else:
-                group["lr"] = self._rate * relative
+            set_rate(group, self._rate * relative)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def _pass_on(self, hook: str, *args: Any) -> None:
-        if callable(method := getattr(self.inner, hook)):  # those of a callback that rests are None
-            method(*args)
-
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self._pass_on("on_train_epoch_start", trainer, pl_module)
+        call_hook(self.inner, "on_train_epoch_start", trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._headline.keeps = self._is_candidate and self._compares(len(self._losses))
-        self._pass_on("on_train_batch_start", trainer, pl_module, batch, batch_idx)
+        call_hook(self.inner, "on_train_batch_start", trainer, pl_module, batch, batch_idx)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
-        self._pass_on("on_before_backward", trainer, pl_module, loss)
+        call_hook(self.inner, "on_before_backward", trainer, pl_module, loss)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self._pass_on("on_before_optimizer_step", trainer, pl_module, optimizer)
+        call_hook(self.inner, "on_before_optimizer_step", trainer, pl_module, optimizer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         before = len(self._losses)
-        self._pass_on("on_train_batch_end", trainer, pl_module, outputs, batch, batch_idx)
+        call_hook(self.inner, "on_train_batch_end", trainer, pl_module, outputs, batch, batch_idx)
         if len(self._losses) == before:
             self._waited += 1
             if self._waited > PATIENCE * trainer.accumulate_grad_batches:

@@ -74,8 +74,9 @@ class GradientCheck:
         self.forget()
 
         def differs() -> bool:
-            there = gradients_of(counts or expected)
-            if len(there) < len(counts or expected) and not is_gone_allowed:
+            compared = counts or expected
+            there = gradients_of(compared)
+            if len(there) < len(compared) and not is_gone_allowed:
                 return True
             parts = local_parts(there.values())
             if some is None or not there:

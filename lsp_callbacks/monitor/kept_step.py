@@ -68,7 +68,7 @@ def whole_step(
     loop: TrainingLoop,
     room: Callable[[], Room],
     *,
-    is_settled: bool,
+    has_moved: bool,
 ) -> Snapshot:
     """Return a step of a module with shards on a plain copy with the whole parameters, see `Snapshot.whole`.
 
@@ -78,9 +78,9 @@ def whole_step(
         optimizer: that makes its update.
         loop: that trains.
         room: returns how many bytes the copy may take.
-        is_settled: whether the step's own backward pass has moved the parameters.
+        has_moved: whether the step's own backward pass has moved the parameters.
     """
     step = seen(*pending.whole(optimizer, room().most))
     if loop.moves_parameters:
         step = replace(step, mismatch=step.mismatch or MOVED)
-    return verified(step) if step.loss is None and not is_settled else step
+    return verified(step) if step.loss is None and not has_moved else step

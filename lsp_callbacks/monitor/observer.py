@@ -315,10 +315,10 @@ class StepObserver:
         """
         loop = self.loop
         assert self._pending is not None, "no step was begun that is to be measured"
-        pending, is_settled, room = self._pending, self._has_moved, self.monitor.budget.room
+        pending, room = self._pending, self.monitor.budget.room
         clipping = self._clipping = self._tried_clipping(pending, optimizer) if tries_clipping else loop.clipping
         (scale, gradient_scale), (loss, context) = loop.scales(optimizer), loop.evaluated()
-        is_shown = loop.shows_losses and not (self.step_loss.is_ambiguous or is_settled)
+        is_shown = loop.shows_losses and not (self.step_loss.is_ambiguous or self._has_moved)
 
         def seen(pending: PendingStep, optimizer: torch.optim.Optimizer) -> Snapshot:
             return pending.snapshot(
@@ -332,7 +332,7 @@ class StepObserver:
 
         snapshot = seen(pending, optimizer)
         if loop.run.shards is not None and pending.can_replay:
-            whole = partial(whole_step, seen, pending, optimizer, loop, room, is_settled=is_settled)
+            whole = partial(whole_step, seen, pending, optimizer, loop, room, has_moved=self._has_moved)
             snapshot = replace(snapshot, whole_step=whole)
         return snapshot
 

@@ -114,6 +114,11 @@ class Snapshot:
             return trained
         return {name: p for name, p in trained.items() if self.player.holds(p)}
 
+    @property
+    def unsplit(self) -> Snapshot:
+        """The same step with the parameters that the optimizer holds, where they are spread; otherwise itself."""
+        return self if self.held is None else _unsplit(self)
+
     @cached_property
     def layout(self) -> list[tuple[str, torch.Size]]:
         """Names and shapes of the parameters."""
@@ -204,6 +209,11 @@ def computed_once(compute: Callable[Concatenate[Snapshot, P], T]) -> Callable[Co
 @computed_once
 def _joint(snapshot: Snapshot, player: Player) -> Snapshot:
     return replace(snapshot, player=replace(player, joint=True))
+
+
+@computed_once
+def _unsplit(snapshot: Snapshot) -> Snapshot:
+    return replace(snapshot, held=None)
 
 
 @computed_once

@@ -228,16 +228,18 @@ def tangent_kernel(
             check.require(name, shares[name])
     first = next(iter(parameters.values()))
     device, precision = first.device, tolerance(first.dtype)
+    held: Mapping[str, float] = {}
     if holds:
         factors = factors or StatisticsFactors()
         path = dict.fromkeys(path, "statistics")
         if renews:
             signs = random_signs(count, of_check)
             factors.add(shares, signs, squares_through_statistics(probes, directions, roots, signs))
+        held = {**factors.values}
     gram = torch.zeros(count, count, dtype=torch.float64, device=device)
     traces = dict.fromkeys(parameters, 0.0)
     for name, share in shares.items():
-        factor = factors.values.get(name, 1.0) if holds and factors is not None else 1.0
+        factor = held.get(name, 1.0)
         gram += factor * share
         traces[name] = factor * float(share.trace())
     gram = (gram + gram.T).mul_(0.5).cpu()
@@ -266,7 +268,7 @@ def tangent_kernel(
         alike=0.0 if same_outputs is None else same_outputs.share(gram, precision, taken),
         samples=probes.samples,
         chance=chance,
-        factors={**factors.values} if holds and factors is not None else {},
+        factors=held,
         positions=length,
         outputs=each,
         design=design,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.low_rank_noise import Array
+from lsp_callbacks.operators.sgd.parameter_gram import wide
 
 #: Up to so many classes the matrix itself is squared, to the power 2^k; for more its products, which are linear.
 SQUARED, SQUARINGS, POWER = 20, 5, 20
@@ -32,7 +33,7 @@ def softmax_pairs(p: Tensor, weights: Tensor) -> Tensor:
 
     Cost: a dozen calls; ``10 C^3`` multiplications for up to 20 classes, ``100 C`` for more.
     """
-    p = p.to(torch.promote_types(p.dtype, torch.float32))
+    p = wide(p)
     weights = weights.to(p)
     if p.shape[-1] > SQUARED:
         return _scaled(_by_products(p, _start(p.shape[-1]).to(p)), p, weights[..., None])

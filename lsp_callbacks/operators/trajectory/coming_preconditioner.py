@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -181,7 +179,7 @@ def gradients_held(snapshot: Snapshot) -> int:
     """
     if snapshot.optimizer is None or formula(snapshot.optimizer).second_moment is None:
         return REMEMBERED
-    parameters = replace(snapshot, held=None).parameters  # as the optimizer holds them
+    parameters = snapshot.unsplit.parameters
     state, gradient = snapshot.optimizer.state, snapshot.gradient or {}
     moved = [p for name, p in parameters.items() if gradient.get(name) is not None]
     held = {id(p) for group in snapshot.optimizer.param_groups for p in group["params"]}

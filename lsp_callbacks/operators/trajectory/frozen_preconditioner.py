@@ -95,7 +95,7 @@ def step_constants(snapshot: Snapshot) -> StepConstants:
     Raises:
         Unmeasurable: see `frozen_rule`.
     """
-    return _steps_ahead(snapshot if snapshot.held is None else replace(snapshot, held=None), 0).constants
+    return _steps_ahead(snapshot.unsplit, 0).constants
 
 
 @computed_once

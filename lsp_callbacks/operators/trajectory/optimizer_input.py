@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ def group_of(snapshot: Snapshot) -> dict[str, Group | None]:
     """Return the options of each trainable parameter in this step; None if the optimizer does not hold it."""
     optimizer = require_optimizer(snapshot)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    return {name: groups.get(id(p)) for name, p in replace(snapshot, held=None).parameters.items()}
+    return {name: groups.get(id(p)) for name, p in snapshot.unsplit.parameters.items()}
 
 
 def held_mask(snapshot: Snapshot) -> Tensor | None:

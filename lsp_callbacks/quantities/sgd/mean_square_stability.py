@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any, ClassVar, Literal
@@ -186,7 +185,7 @@ class MeanSquareStability(OfShards):
     def warm_up(self, snapshot: Snapshot) -> int:
         """Return how many gradients the preconditioner still lacks: that of one batch says nothing of the next."""
         # The first rank asks alone: nothing may be sent.
-        return gradients_missing(snapshot if snapshot.held is None else replace(snapshot, held=None))
+        return gradients_missing(snapshot.unsplit)
 
     def path(self, snapshot: Snapshot) -> str:
         """Return by which rules per-sample gradients were computed, see `TangentKernel`."""
