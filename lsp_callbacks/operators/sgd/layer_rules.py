@@ -255,10 +255,11 @@ def table_use(table: Table, entries: int) -> Use:
     def some_entries(lo: int, hi: int) -> Tensor:
         n, rows, _, width = g.shape
         first, last = lo // width, hi // width
-        inside = (index >= first) & (index < last)
-        place = torch.where(inside, index - first, 0)[:, None, :, None].expand(g.shape)
+        sample, place = ((index >= first) & (index < last)).nonzero(as_tuple=True)
         part = g.new_zeros(n, rows, last - first, width)
-        return part.scatter_add_(2, place, g * inside[:, None, :, None]).flatten(2)
+        at = sample, index[sample, place] - first
+        part.transpose(1, 2).index_put_(at, g.transpose(1, 2)[sample, place], accumulate=True)
+        return part.flatten(2)
 
     return Use(gradients, g.shape[1], table=table, entries=some_entries, width=g.shape[-1])
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lsp_callbacks.operators.sgd.layer_rules import Outer, Table, Use, at_positions, dense
-from lsp_callbacks.operators.sgd.some_units import TakenUnits, take_units
-from lsp_callbacks.operators.sgd.weighted_gram import FEW, weighted_gram
+from lsp_callbacks.operators.sgd.some_units import FEW_ENTRIES, TakenUnits, take_units
+from lsp_callbacks.operators.sgd.weighted_gram import weighted_gram
 
 #: Rows of outer products and their products, by their place in memory: weight and bias of a layer have the same.
 Squares = dict[Any, tuple[Tensor, Tensor]]
@@ -135,7 +135,7 @@ class ParameterGram:
         if len(self.parts) == 1 and (split := _tied(self.parts[0].uses)) is not None:
             return _table_gram(*split, scale, memory)
         units = [use.units for use in alone if use.units is not None]
-        if fraction is not None and entries > FEW and len(units) == len(self.parts):
+        if fraction is not None and entries > FEW_ENTRIES and len(units) == len(self.parts):
             taken = take_units(units, scale, fraction)
             if taken is not None:
                 return self._of_units(taken)
@@ -154,12 +154,11 @@ class ParameterGram:
         assert share is not None
         return share
 
-    def blocks(self, scale: Tensor | None, entries: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield some entries of all gradients after the other, ``(N R, b)`` times the root of D, and where they begin.
+    def blocks(self, root: Tensor | None, entries: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield some entries of all gradients after the other, ``(N R, b)`` times the root, and where they begin.
 
         No more is held at once than stays in the processor's cache; what cannot be divided comes in one piece.
         """
-        root = None if scale is None else scale.sqrt().reshape(-1)
         widths = [part.width for part in self.parts]
         size = math.lcm(*(width or entries for width in widths))
         step = max(1, BLOCK // max(self.rows * size, 1)) * size
@@ -173,13 +172,13 @@ class ParameterGram:
             yield lo, block if root is None else block * root[lo:hi]
 
     def _dense(self, scale: Tensor | None, memory: int, entries: int) -> Tensor:
+        root = None if scale is None else scale.sqrt().reshape(-1)
         if all(part.width is not None for part in self.parts):
             share: Tensor | None = None
-            for _, some in self.blocks(scale, entries):
+            for _, some in self.blocks(root, entries):
                 share = some @ some.T if share is None else share.addmm_(some, some.T)
             if share is not None:
                 return share
-        root = None if scale is None else scale.sqrt().reshape(-1)
         blocks = [(part, lo, hi) for part in self.parts for lo, hi in _ranges(part, memory, entries)]
 
         def rows(part: Part, lo: int, hi: int) -> Tensor:

@@ -11,6 +11,8 @@ from lsp_callbacks.operators.sgd.step_samples import sampled_rows
 
 #: Of so many units of a layer, and of one in so many, gradients are formed at least.
 FEWEST, ONE_IN = 32, 4
+#: Weights of a layer up to which all of its units are.
+FEW_ENTRIES = 2**13
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,14 @@ from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_m
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.quantities.sgd.collapse import COLLAPSED, collapse, none_yet
 from lsp_callbacks.quantities.sgd.frozen_exponents import courant_of
-from lsp_callbacks.quantities.sgd.mean_square_cost import COMPARED, graph_price, replay_price
+from lsp_callbacks.quantities.sgd.mean_square_cost import (
+    COMPARED,
+    checked_price,
+    graph_price,
+    has_positions,
+    replay_price,
+    rule_cost,
+)
 from lsp_callbacks.quantities.sgd.mean_square_shards import OfShards, shards_memory, shards_price
 from lsp_callbacks.quantities.sgd.probe_cost import kernel_memory
 from lsp_callbacks.step.graph_reader import GraphReader
@@ -155,15 +162,21 @@ class MeanSquareStability(OfShards):
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         if self.reads_shards(snapshot):
             return shards_price(snapshot, self.rows, checks=self._checks_next or self._known is None)
+        rule = rule_cost(snapshot)
         if self._price and not self.needs_replay:
-            return self._price
+            return self._price | rule
         if self._price and self._checks_next and "batch statistics" not in self._price:
-            return self._price | {"gradient": 1.0, "check of the rows": 1.0, "places of the samples": 1 / 3}
+            return self._price | rule | {"gradient": 1.0, "check of the rows": 1.0, "places of the samples": 1 / 3}
         samples = step_samples(snapshot, self._most)
         n = samples.samples
+        rows = self._rows_of_graph(snapshot)
+        if self._checks_next and rows is not None and has_positions(rows) and not rows.ties:
+            return checked_price(snapshot, rows) | rule
         positions = max(2, self._positions(n)) if self.latest is None else self.latest.kernel.rows
         count = row_count(n, self.rows)
-        return replay_price(snapshot, samples, count, positions, is_first=self.latest is None, checks=self._checks_next)
+        is_first = self.latest is None
+        price = replay_price(snapshot, samples, count, positions, is_first=is_first, checks=self._checks_next)
+        return price | rule
 
     def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
         """Look at fewer samples of the batch, 32 at least."""
