@@ -28,8 +28,8 @@ from lsp_callbacks.callbacks.setting_checks import (
 )
 from lsp_callbacks.callbacks.step_numbers import StepNumbers
 from lsp_callbacks.monitor.configure import configured
+from lsp_callbacks.monitor.history import NOTHING, Completed
 from lsp_callbacks.monitor.observer import StepObserver
-from lsp_callbacks.monitor.step_results import NOTHING, Completed
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.module_filter import Selection
 from lsp_callbacks.quantities.numerics.numerics import Numerics

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from lsp_callbacks.autograd.side_effects import muted
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.step.batch import batch_size, samples_between
 from lsp_callbacks.step.carried_state import Carried, belongs, carried, give_back, kept
@@ -20,7 +21,6 @@ from lsp_callbacks.step.pending_step import PendingStep
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.replay import copied
-from lsp_callbacks.step.side_effects import muted
 
 ForwardFn = Callable[[nn.Module, Any], Tensor]
 Criterion = Callable[[Tensor, Any], Tensor]
