@@ -27,6 +27,7 @@ from lsp_callbacks.callbacks.setting_checks import (
     warn_of_unseen_steps,
 )
 from lsp_callbacks.callbacks.step_numbers import StepNumbers
+from lsp_callbacks.monitor.cadence import Scheduled
 from lsp_callbacks.monitor.configure import configured
 from lsp_callbacks.monitor.history import NOTHING, Completed
 from lsp_callbacks.monitor.observer import StepObserver
@@ -239,13 +240,13 @@ class StabilityMonitor(RunResults, Callback):
             return
         began, observer = time.perf_counter(), self.observer
         first = self._numbers.begin_batch(trainer, batch_idx)
-        scheduled = math.nan
+        scheduled: Scheduled = math.nan
         if first:
             self._has_loss = self._is_overflowed = False
             if self._loop.overrides_step:
                 self.forecast.begin_step(trainer)
             if self._loss_feed.has_same_rates:
-                scheduled = self.forecast.scheduled_courant()
+                scheduled = self.forecast.scheduled_courant
         if not observer.is_idle:  # of the step before
             observer.check_update()
         observer.begin_batch(batch, partial(self._loop.loss, batch_idx, None), first=first, scheduled=scheduled)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lsp_callbacks.autograd.side_effects import untouched
 from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.monitor.cadence import Scheduled
 from lsp_callbacks.monitor.gradient_check import GradientCheck, Gradients
 from lsp_callbacks.monitor.history import Completed, StepResults
 from lsp_callbacks.monitor.kept_step import kept_step, players_step, whole_step
@@ -140,7 +141,7 @@ class StepObserver:
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def begin_batch(self, batch: Any, loss: MicroBatchLoss, *, first: bool, scheduled: float = math.nan) -> None:
+    def begin_batch(self, batch: Any, loss: MicroBatchLoss, *, first: bool, scheduled: Scheduled = math.nan) -> None:
         """Take in a batch whose forward pass comes next.
 
         Args:
