@@ -185,9 +185,11 @@ class LightningLoop(TrainingLoop):
         return gradients
 
     def evaluated(self) -> tuple[Callable[[Any, Any], Any], Callable[[], contextlib.AbstractContextManager]]:
-        """Return ``training_step``, from which outputs are taken where the user has not named them."""
+        """Return ``loss_fn`` or ``training_step``, from which outputs are taken where the user has not named them."""
 
         def loss(module: Any, batch: Any) -> Any:
+            if self._loss_fn is not None:
+                return self._loss_fn(module, batch)
             if not getattr(module, "automatic_optimization", True):  # it would step the optimizer
                 raise Unsupported(f"automatic_optimization=False: training_step cannot be asked for outputs; {HOW}")
             return module.training_step(*self._arguments(batch, 0))
