@@ -337,7 +337,7 @@ def monitor_beside(name: str, trainer: Any) -> StabilityMonitor:
     Raises:
         ValueError: if there is none.
     """
-    found = monitor_among(trainer.callbacks)
-    if found is None:
+    monitor = monitor_among(trainer.callbacks)
+    if monitor is None:
         raise ValueError(f"{name} needs a StabilityMonitor: add one to Trainer(callbacks=[...])")
-    return found
+    return monitor

@@ -162,8 +162,8 @@ def _verify(snapshot: Snapshot, losses: list[Tensor] | None = None) -> Graph:
 
     Where the graph is known, see `KnownGraph`, the loss alone is looked at.
     """
-    known = snapshot.run.known_graph
-    expected = known.expected(snapshot.own_graph)
+    known_graph = snapshot.run.known_graph
+    expected = known_graph.expected(snapshot.own_graph)
 
     def rank_graph() -> Graph:
         # With a graph, as in training: some kernels are chosen by whether a gradient is wanted. Hooks do not fire
@@ -181,10 +181,10 @@ def _verify(snapshot: Snapshot, losses: list[Tensor] | None = None) -> Graph:
     try:
         graph = joined(snapshot.run.ranks.gather(rank_graph, "the replay"))
     except Exception:
-        known.failed()
+        known_graph.failed()
         raise
     if expected is None:
-        known.verified(snapshot.own_graph, graph)
+        known_graph.verified(snapshot.own_graph, graph)
     snapshot.verified.loss = True
     return graph
 
