@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -155,6 +156,29 @@ def recording_calls(module: nn.Module, captures_inputs: Callable[[str, nn.Module
             stack.callback(part.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
             stack.callback(part.register_forward_hook(hook.after).remove)
         yield calls
+
+
+def captures_nothing(name: str, module: nn.Module) -> bool:
+    """Return False: no quantity wants the inputs of this module."""
+    return False
+
+
+class OwnCalls:
+    """The first call of each module from now on, by hooks that go with this object.
+
+    Args:
+        module: that is trained; not a compiled one, which hooks would compile anew.
+    """
+
+    def __init__(self, module: nn.Module):
+        with contextlib.ExitStack() as stack:
+            self._calls = stack.enter_context(recording_calls(module, captures_nothing))
+            self._remove = weakref.finalize(self, stack.pop_all().close)
+
+    def taken(self) -> dict[str, Call]:
+        """Return the calls so far, by name, and record no more."""
+        self._remove()
+        return self._calls
 
 
 def _verify(snapshot: Snapshot, losses: list[Tensor] | None = None) -> Graph:
