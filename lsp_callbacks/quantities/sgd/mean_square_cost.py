@@ -59,13 +59,16 @@ def has_positions(rows: GraphRows) -> bool:
     return rows.kind is not None and max(rows.kind.lengths[:-1], default=1) > 1
 
 
-def checked_price(snapshot: Snapshot, rows: GraphRows) -> dict[str, float]:
+def checked_price(snapshot: Snapshot, rows: GraphRows | None) -> dict[str, float]:
     """Return the gradients of a reading whose rows, from the graph, are compared with a replay, by purpose.
 
     Args:
         snapshot: a step.
-        rows: that were read from its graph, of samples with several positions inside of the network.
+        rows: that were read from its graph; nothing is returned where none were, or statistics of the batch tie the
+            samples together, or layers are called with one position of each sample.
     """
+    if rows is None or rows.ties or not has_positions(rows):
+        return {}
     positions, taken = rows.chosen[0].positions.shape[1], sum(len(chosen.taken) for chosen in rows.chosen)
     # A pass finds out where the samples are; what is compared is formed without the preconditioner.
     spent = (1 + positions) * _pass_time(snapshot, rows)

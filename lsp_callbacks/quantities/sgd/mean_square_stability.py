@@ -25,14 +25,7 @@ from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_m
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.quantities.sgd.collapse import COLLAPSED, collapse, none_yet
 from lsp_callbacks.quantities.sgd.frozen_exponents import courant_of
-from lsp_callbacks.quantities.sgd.mean_square_cost import (
-    COMPARED,
-    checked_price,
-    graph_price,
-    has_positions,
-    replay_price,
-    rule_cost,
-)
+from lsp_callbacks.quantities.sgd.mean_square_cost import COMPARED, checked_price, graph_price, replay_price, rule_cost
 from lsp_callbacks.quantities.sgd.mean_square_shards import OfShards, shards_memory, shards_price
 from lsp_callbacks.quantities.sgd.probe_cost import kernel_memory
 from lsp_callbacks.step.graph_reader import GraphReader
@@ -170,14 +163,12 @@ class MeanSquareStability(OfShards):
             return self._price | rule
         if self._price and self._checks_next and "batch statistics" not in self._price:
             return self._price | rule | {"gradient": 1.0, "check of the rows": 1.0, "places of the samples": 1 / 3}
+        if self._checks_next and (price := checked_price(snapshot, self._rows_of_graph(snapshot))):
+            return price | rule
         samples = step_samples(snapshot, self._most)
-        n = samples.samples
-        rows = self._rows_of_graph(snapshot)
-        if self._checks_next and rows is not None and has_positions(rows) and not rows.ties:
-            return checked_price(snapshot, rows) | rule
+        n, is_first = samples.samples, self.latest is None
         positions = max(2, self._positions(n)) if self.latest is None else self.latest.kernel.rows
         count = row_count(n, self.rows)
-        is_first = self.latest is None
         price = replay_price(snapshot, samples, count, positions, is_first=is_first, checks=self._checks_next)
         return price | rule
 
