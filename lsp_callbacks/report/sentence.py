@@ -93,8 +93,9 @@ def _opening(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
             age = f"the last reading is {evidence['age']:,} steps old"
             return f"stability is unknown since step {step}: {age} ({numbers}{against})"
         case "unknown", "rate":
-            now = f"at today's the Courant number is {evidence['scheduled']:.2g}" if "scheduled" in evidence else ""
-            why = f"the learning rate has grown: {now}" if now else "a Courant number of 0 says nothing of larger rates"
+            why, now = "a Courant number of 0 says nothing of larger rates", evidence.get("scheduled", 0.0)
+            if now > evidence["courant"]:
+                why = f"the learning rate has grown: at today's the Courant number is {now:.2g}"
             return f"stability is unknown since step {step}: {why} ({numbers})"
         case "unknown", _:
             return _not_measured(evidence)
