@@ -60,8 +60,8 @@ class MeanSquareStability(OfShards):
     Of samples with many positions the rows are at a few. Each position then counts as a sample of its own, and a batch
     as that many positions over their design effect, see `lsp_callbacks.functional.design_effect`: few positions that
     stood for all would have many times the noise of the batch. In large layers a quarter of the units, taken by size,
-    stands for all (`some_units`), but for readings that are checked. From 32 rows the number is within a factor of about two
-    of that from all positions, and low where a batch has few sharp ones, which 32 rows mostly miss.
+    stands for all (`some_units`), but for readings that are checked. From 32 rows the number is within a factor of
+    about two of that from all positions, and low where a batch has few sharp ones, which 32 rows mostly miss.
 
     The network has *collapsed* where its outputs no longer depend on its inputs: nine of ten samples, of different
     inputs, have the same outputs to the last digits and the same gradient (dead ReLUs, saturated units), though their
