@@ -293,7 +293,7 @@ class Check:
         self._weights: list[Tensor] = []
         #: Shares without a preconditioner, whose weights K takes by rows and columns, see `weighted_gram`.
         self.plain: dict[str, Tensor] = {}
-        self._backward = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        self._backward: dict[str, Tensor] = {}
         #: The least precise type that the forward pass goes through: a module may cast by itself.
         self._least = next(iter(parameters.values())).dtype
         self._errors: dict[str, float] = {}
@@ -309,7 +309,8 @@ class Check:
             raise Unsupported(f"the outputs that the criterion takes do not reach the parameters: {HOW}")
         for name, g in zip(self._parameters, whole):
             if g is not None:
-                self._backward[name] += g.to_dense()
+                total = self._backward.get(name)
+                self._backward[name] = g.to_dense() if total is None else total + g.to_dense()
 
     def forget(self) -> None:
         """Compute anew what is expected."""
@@ -327,7 +328,7 @@ class Check:
 
     def _wrong(self, name: str, shares: dict[str, Tensor], rounding: float) -> float:
         """Return the error of ``c^T K c``, relative to its value, to its mean over c (the trace), or to rounding."""
-        expected = self._expected[name]
+        expected = self._expected.get(name, 0.0)
         if name not in shares:  # never reached, or not through a layer
             return math.inf if expected else 0.0
         share = self.plain.get(name, shares[name])
@@ -345,17 +346,17 @@ class Check:
         """Return the parameters whose share is not that of their gradient."""
         self.rounding = self._rounding(tied=tied is not None)
         allowed = 10 * tied.defect if tied is not None else 0.0
-        self._errors = {name: self._wrong(name, shares, self.rounding) for name in self._backward}
+        self._errors = {name: self._wrong(name, shares, self.rounding) for name in self._parameters}
         return [
             name
-            for name, g in self._backward.items()
-            if not self._errors[name] <= max(tolerance(g.dtype), tolerance(self._least), allowed)
+            for name, p in self._parameters.items()
+            if not self._errors[name] <= max(tolerance(p.dtype), tolerance(self._least), allowed)
         ]
 
     def require(self, name: str, share: Tensor) -> None:
         """Raise an error where the rows of a parameter, formed one by one, do not add up to its gradient."""
-        dtype = self._backward[name].dtype
-        if not math.isfinite(self._expected[name]) or not bool(share.isfinite().all()):
+        dtype = self._parameters[name].dtype
+        if not math.isfinite(self._expected.get(name, 0.0)) or not bool(share.isfinite().all()):
             raise Unmeasurable(f"the per-sample gradients of {name} leave the range of {dtype}")
         self._errors[name] = self._wrong(name, {name: share}, self.rounding)
         if not self._errors[name] <= max(tolerance(dtype), tolerance(self._least)):

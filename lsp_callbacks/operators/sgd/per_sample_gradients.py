@@ -70,8 +70,13 @@ class RowSeed:
 
 def whole_seeds(seeds: list[RowSeed], weights: Tensor, outputs: Tensor) -> Tensor:
     """Return the sum of several seeds, times one number for each sample ``(N, R)``, of the outputs' shape."""
-    first, *others = (seed.scaled(w).whole(outputs) for seed, w in zip(seeds, weights.unbind(1)))
-    return sum(others, first)
+    if outputs.shape[1] == 1 or any(seed.position is None for seed in seeds):
+        first, *others = (seed.scaled(w).whole(outputs) for seed, w in zip(seeds, weights.unbind(1)))
+        return sum(others, first)
+    total, samples = torch.zeros_like(outputs), torch.arange(len(outputs))  # one for all: there may be a vocabulary
+    for seed, w in zip(seeds, weights.unbind(1)):
+        total[samples, seed.position] += seed.scaled(w).values
+    return total
 
 
 @dataclass(frozen=True)
