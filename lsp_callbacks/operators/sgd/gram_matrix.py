@@ -309,8 +309,8 @@ class Check:
             raise Unsupported(f"the outputs that the criterion takes do not reach the parameters: {HOW}")
         for name, g in zip(self._parameters, whole):
             if g is not None:
-                total = self._backward.get(name)
-                self._backward[name] = g.to_dense() if total is None else total + g.to_dense()
+                before = self._backward.get(name)
+                self._backward[name] = g.to_dense() if before is None else before + g.to_dense()
 
     def forget(self) -> None:
         """Compute anew what is expected."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import padding_amounts
+from lsp_callbacks.operators.sgd.reused_block import Block
 
 #: Of the samples of a batch every so many, at most, show how outputs and inputs of a convolution go together, and so
 #: many positions at least.
@@ -20,8 +21,6 @@ SPARSE, POSITIONS = 4, 1024
 FEW_CHANNELS = 0.5
 #: Per-sample gradients of samples lo to hi, ``(hi - lo, R, P)``: R output directions, P entries of the parameter.
 Gradients = Callable[[int, int], Tensor]
-#: Entries lo to hi of the per-sample gradients of all samples, ``(N, R, hi - lo)``.
-Entries = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,10 @@ class Table:
 
     index: Tensor
     g: Tensor
+
+
+#: Entries lo to hi of the per-sample gradients of all samples, ``(N, R, hi - lo)``, which a block may hold.
+Entries = Callable[[int, int, Block], Tensor]
 
 
 @dataclass(frozen=True)
@@ -144,9 +147,9 @@ def _entries(order: str, a: Tensor, g: Tensor, *, transposed: bool) -> Entries:
     outer, inner = (a, g) if transposed else (g, a)
     width = inner.shape[-1]
 
-    def entries(lo: int, hi: int) -> Tensor:
+    def entries(lo: int, hi: int, block: Block) -> Tensor:
         some = outer[..., lo // width : hi // width]
-        return torch.einsum(order, *((g, some) if transposed else (some, a))).flatten(2)
+        return block.product(order, *((g, some) if transposed else (some, a)))
 
     return entries
 
@@ -174,8 +177,8 @@ def row_uses(a: Tensor, g: Tensor, *, transposed: bool = False) -> dict[str, Use
     def gradients(lo: int, hi: int) -> Tensor:
         return torch.einsum(order, g[lo:hi, None], a[lo:hi, None]).flatten(2)
 
-    def entries(lo: int, hi: int) -> Tensor:
-        return _entries(order, a[:, None], g[:, None], transposed=transposed)(lo, hi)
+    def entries(lo: int, hi: int, block: Block) -> Tensor:
+        return _entries(order, a[:, None], g[:, None], transposed=transposed)(lo, hi, block)
 
     width = (g if transposed else a).shape[-1]
     return {
@@ -187,7 +190,7 @@ def row_uses(a: Tensor, g: Tensor, *, transposed: bool = False) -> dict[str, Use
 def dense(values: Tensor) -> Use:
     """Return the use whose gradients, ``(N, R, ...)``, are held as they are."""
     flat = values.flatten(2)
-    return Use(lambda lo, hi: flat[lo:hi], flat.shape[1], entries=lambda lo, hi: flat[:, :, lo:hi], values=flat)
+    return Use(lambda lo, hi: flat[lo:hi], flat.shape[1], entries=lambda lo, hi, _: flat[:, :, lo:hi], values=flat)
 
 
 @layer_uses.register(nn.Conv1d)
@@ -236,7 +239,7 @@ def table_use(table: Table, entries: int) -> Use:
         place = index[lo:hi, None, :, None].expand(n, rows, -1, width)
         return whole.scatter_add_(2, place, g[lo:hi]).flatten(2)
 
-    def some_entries(lo: int, hi: int) -> Tensor:
+    def some_entries(lo: int, hi: int, block: Block) -> Tensor:
         n, rows, _, width = g.shape
         first, last = lo // width, hi // width
         inside = (index >= first) & (index < last)
