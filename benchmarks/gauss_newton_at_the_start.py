@@ -12,8 +12,10 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,13 +64,15 @@ def dense(net: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     ]
     z = torch.stack(rows)
     slope = torch.autograd.grad(F.cross_entropy(f, y), parameters, create_graph=True)
-    v, size = torch.randn(z.shape[1], dtype=torch.float64), 0.0
-    for _ in range(300):  # power iteration: the largest eigenvalue is also the largest in size here
-        parts = v.split([q.numel() for q in parameters])
-        product = sum((g * part.view_as(g)).sum() for g, part in zip(slope, parts))
-        hv = torch.cat([h.reshape(-1) for h in torch.autograd.grad(product, parameters, retain_graph=True)])
-        size, v = float(v @ hv / (v @ v)), hv / hv.norm()
-    return float(torch.linalg.eigvalsh(z @ z.T)[-1]), size
+
+    def product(v: np.ndarray) -> np.ndarray:
+        parts = torch.from_numpy(v.reshape(-1)).split([q.numel() for q in parameters])
+        along = sum((g * part.view_as(g)).sum() for g, part in zip(slope, parts))
+        return torch.cat([h.reshape(-1) for h in torch.autograd.grad(along, parameters, retain_graph=True)]).numpy()
+
+    hessian = LinearOperator((z.shape[1],) * 2, matvec=product, dtype=np.float64)
+    largest = eigsh(hessian, 1, which="LA", return_eigenvectors=False)[0]
+    return float(torch.linalg.eigvalsh(z @ z.T)[-1]), float(largest)
 
 
 def main() -> None:

@@ -42,7 +42,8 @@ class Watch:
         accumulate: batches in an update, by which the loop divides each loss.
         forward_fn: ``(module, batch) -> outputs`` of shape ``(samples, ..., classes)``, and
         criterion: ``(outputs, batch) -> loss``, the mean over the samples: needed together, and only where ``loss_fn``
-            does not return the value of one criterion of ``torch.nn.functional``.
+            does not return the value of one criterion of ``torch.nn.functional``. The gradient of the two is compared
+            with that of ``loss_fn`` now and then: it has to be all of it.
         log: called with new values and the number of the update.
         clipping: how the loop clips before each update; where it is by norm, the optimizer holds all parameters.
         prox: what the loop makes of each parameter after ``optimizer.step()`` and before the next batch,
