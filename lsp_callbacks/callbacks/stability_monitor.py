@@ -15,7 +15,7 @@ from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.hidden_hooks import hide_hooks, show_hooks
 from lsp_callbacks.callbacks.lightning_loop import LightningLoop
 from lsp_callbacks.callbacks.loss_feed import LossFeed
-from lsp_callbacks.callbacks.lr_forecast import LRForecast, steps_left
+from lsp_callbacks.callbacks.lr_forecast import steps_left
 from lsp_callbacks.callbacks.publisher import Publisher
 from lsp_callbacks.callbacks.rest import Rest
 from lsp_callbacks.callbacks.run_results import RunResults
@@ -27,12 +27,12 @@ from lsp_callbacks.callbacks.setting_checks import (
     warn_of_unseen_steps,
 )
 from lsp_callbacks.callbacks.step_numbers import StepNumbers
+from lsp_callbacks.monitor.cadence import Scheduled
 from lsp_callbacks.monitor.configure import configured
+from lsp_callbacks.monitor.history import NOTHING
 from lsp_callbacks.monitor.observer import StepObserver
-from lsp_callbacks.monitor.step_results import NOTHING, Completed
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.module_filter import Selection
-from lsp_callbacks.quantities.numerics.numerics import Numerics
 from lsp_callbacks.report import sentence
 from lsp_callbacks.step.pending_step import LossFn
 from lsp_callbacks.step.probes import Criterion, ForwardFn, population
@@ -145,39 +145,17 @@ class StabilityMonitor(RunResults, Callback):
             quantities, every_n_steps=every_n_steps, budget=budget, window=window, average=average, layers=layers,
             blocks=blocks, strict=strict, max_memory=max_memory, time_limit=time_limit,
         )  # fmt: skip
-        self.forecast, self._publisher = LRForecast(), Publisher(log_layers)
         observer = StepObserver(monitor, forward_fn=forward_fn, criterion=criterion)
-        super().__init__(monitor, observer, self._publisher.stopwatch)
+        super().__init__(monitor, observer, Publisher(log_layers))
         self.sub_batch, self.accumulate, self.loss_fn, self.prox = sub_batch, accumulate, loss_fn, prox
         self.save_vectors, self.seed = save_vectors, seed
         self._numbers = StepNumbers(self.observer, accumulate)
         self._has_loss = self._is_overflowed = False
 
-    def scheduled_courant(self, trainer: Any) -> float:
-        """Return the rate that the schedule brings next over the critical rate; NaN if not known."""
-        feed = getattr(self, "_loss_feed", None)  # there is none before training
-        return self.forecast.scheduled_courant() if feed is not None and feed.has_same_rates else math.nan
-
-    def coming_courant(self, trainer: Any) -> float:
-        """Return the same of the rate that the next update will use, which a `CapLearningRate` may lower."""
-        return self.forecast.factor(self.cap) * self.scheduled_courant(trainer)
-
-    def rates(self) -> tuple[float, float]:
-        """Return the rates that the next update will use, and the last measured one has used; NaN if not known."""
-        if not self._loss_feed.has_same_rates:
-            return math.nan, math.nan
-        coming, used = self.forecast.rates()
-        return self.forecast.factor(self.cap) * coming, used
-
     @property
     def rests(self) -> bool:
         """Whether nothing is measured at this step, so that Lightning passes over most hooks."""
         return self._rest.is_on
-
-    @property
-    def has_same_rates(self) -> bool:
-        """Whether all processes have had the same learning rates, as far as that is known."""
-        return self._loss_feed.has_same_rates
 
     # -- before training -------------------------------------------------------------------------------------------
 
@@ -213,10 +191,8 @@ class StabilityMonitor(RunResults, Callback):
         told = self.subscribers if self.cap is None else [self.cap, *self.subscribers]  # which ask for its next rate
         self._loss_feed = LossFeed(self.monitor, ranks, told, self.loss_listeners, is_automatic=loop.is_automatic)
         self._numbers.begin_run(trainer, is_game=losses is not None)
-        is_one = len(trainer.optimizers) == 1 and losses is None and self.accumulate is None and loop.is_automatic
-        is_watched = self.monitor.trace is not None or Numerics.name in self.monitor.quantities
-        is_plain = is_one and not is_watched and loop.scaler is None and not loop.overrides_step
-        self._rest = Rest(self, observer, self.forecast, self._loss_feed, is_plain=is_plain)
+        is_one = len(trainer.optimizers) == 1 and losses is None and self.accumulate is None
+        self._rest = Rest(self, observer, self.forecast, self._loss_feed, loop, is_one=is_one)
         # The sum of several players' losses need not fall.
         self.monitor.losses.comparable = len(trainer.optimizers) <= 1
         observer.begin_run(
@@ -240,13 +216,13 @@ class StabilityMonitor(RunResults, Callback):
             return
         began, observer = time.perf_counter(), self.observer
         first = self._numbers.begin_batch(trainer, batch_idx)
-        scheduled = math.nan
+        scheduled: Scheduled = math.nan
         if first:
             self._has_loss = self._is_overflowed = False
             if self._loop.overrides_step:
                 self.forecast.begin_step(trainer)
             if self._loss_feed.has_same_rates:
-                scheduled = self.forecast.scheduled_courant()
+                scheduled = self.forecast.scheduled_courant
         if not observer.is_idle:  # of the step before
             observer.check_update()
         observer.begin_batch(batch, partial(self._loop.loss, batch_idx, None), first=first, scheduled=scheduled)
@@ -317,26 +293,6 @@ class StabilityMonitor(RunResults, Callback):
         self._rest.begin_after(trainer)
         self.stopwatch.spent += time.perf_counter() - began
 
-    def _publish(self, trainer: Any, completed: Completed) -> None:
-        """Show what a step has completed."""
-        sub_batch = None if self.sub_batch is None else self.observer.sub_batch or 0
-        for observation in completed.observations:
-            self._publisher.measured_at = observation.step
-            try:
-                observation = self.forecast.look_ahead(trainer, self.monitor, observation, self.observer.step)
-            except Exception as error:
-                self.monitor.errors.caught("the coming learning rates could not be computed", error)
-            if self.cap is not None:
-                observation = self.monitor.history.add(observation, self.cap.rates_of(observation.step))
-                self.cap.receive(trainer, observation)
-            self._publisher.publish(trainer, observation, sub_batch=sub_batch)
-            for subscriber in self.subscribers:
-                subscriber.receive(trainer, observation)
-            for listener in self.reading_listeners:
-                listener(observation)
-        if completed.fault is not None:
-            self._publisher.publish(trainer, completed.fault, sub_batch=sub_batch)
-
     # -- afterwards ------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -358,15 +314,6 @@ class StabilityMonitor(RunResults, Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.observer.close()
 
-    def state_dict(self) -> dict[str, Any]:
-        monitor = self.monitor.state_dict(vectors=self.save_vectors)
-        return {"step": self.observer.step, **self.forecast.state_dict(), "monitor": monitor}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.observer.step = int(state_dict.get("step", 0))  # 0 is taken from the trainer
-        self.forecast.load_state_dict(state_dict)
-        self.monitor.load_state_dict(state_dict.get("monitor", {}))
-
 
 def monitor_among(callbacks: Iterable[Any]) -> StabilityMonitor | None:
     """Return the first `StabilityMonitor` of some callbacks; None if there is none."""
@@ -379,7 +326,7 @@ def monitor_beside(name: str, trainer: Any) -> StabilityMonitor:
     Raises:
         ValueError: if there is none.
     """
-    found = monitor_among(trainer.callbacks)
-    if found is None:
+    monitor = monitor_among(trainer.callbacks)
+    if monitor is None:
         raise ValueError(f"{name} needs a StabilityMonitor: add one to Trainer(callbacks=[...])")
-    return found
+    return monitor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable
@@ -26,7 +27,6 @@ from lsp_callbacks.autograd._torch_internals import (
     buffers,
     foreach_copy,
 )
-from lsp_callbacks.autograd.spread_tensors import process_groups
 from lsp_callbacks.step.moving_parameters import MovingParameter
 
 #: What cannot be changed in place, or is shared.
@@ -117,8 +117,8 @@ class StandingCopy:
 
     def move(self, parameters: Iterable[nn.Parameter]) -> None:
         """Copy these parameters from now on, and put them back as buffers are: steps move them before their update."""
-        known = {id(p) for p in self._moving}
-        self._moving += [p for p in parameters if id(p) not in known]
+        moving = {id(p) for p in self._moving}
+        self._moving += [p for p in parameters if id(p) not in moving]
         self._twin = None
 
     def __reduce__(self) -> tuple[type, tuple]:
@@ -130,9 +130,9 @@ class _Twin:
 
     def __init__(self, module: nn.Module, shared: Iterable[Any], moving: Iterable[nn.Parameter] = ()):
         self._moving = [MovingParameter(p) for p in moving]
-        own = {id(moved.original): moved.copy for moved in self._moving}
-        parameters = [own.get(id(p), p) for p in module.parameters()]
-        self.parameters = [p for p in module.parameters() if id(p) not in own]
+        copies = {id(moved.original): moved.copy for moved in self._moving}
+        parameters = [copies.get(id(p), p) for p in module.parameters()]
+        self.parameters = [p for p in module.parameters() if id(p) not in copies]
         memo: dict[int, Any] = {}
         self._shared = self._kept_apart(shared)
         originals, held_in_common = list(module.modules()), shared_kinds()
@@ -339,8 +339,10 @@ def is_users_hook(hook: Any) -> bool:
 
 
 def shared_kinds() -> tuple[type, ...]:
-    """Return the classes of what a copy shares: data, and groups of processes, which cannot be copied."""
-    return (Dataset, DataLoader, *process_groups())
+    """Return the classes of what a copy shares: data, and meshes and groups of processes, which cannot be copied."""
+    meshes, groups = (sys.modules.get(f"torch.distributed{name}") for name in (".device_mesh", ""))
+    kinds = (getattr(meshes, "DeviceMesh", None), getattr(groups, "ProcessGroup", None))  # as far as they are imported
+    return (Dataset, DataLoader, *(kind for kind in kinds if kind is not None))
 
 
 def find_special(

@@ -17,6 +17,7 @@ from lsp_callbacks.autograd._torch_internals import (
     tree_map,
     tree_unflatten,
 )
+from lsp_callbacks.autograd.side_effects import muted
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.step.batch import batch_size, samples_between
 from lsp_callbacks.step.carried_state import Carried, belongs, carried, give_back, kept
@@ -27,7 +28,6 @@ from lsp_callbacks.step.pending_step import PendingStep
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.replay import copied
-from lsp_callbacks.step.side_effects import muted
 from lsp_callbacks.step.step_loss import loss_of
 
 ForwardFn = Callable[[nn.Module, Any], Tensor]
@@ -290,7 +290,7 @@ class Probes:
         together = bool(batch_norms(module))
         kept: list[Tensor] = []
 
-        def own() -> Tensor:
+        def loss_of_step() -> Tensor:
             with self._running(pending, context, batch, together=together) as (copy, of_step):
                 return loss_of(loss(copy, of_step))
 
@@ -301,7 +301,7 @@ class Probes:
 
         with torch.enable_grad(), torch.autocast(next(module.parameters()).device.type, enabled=False):
             parameters = [*trained_parameters(module).values()]
-            reason = why_other(own, outputs, lambda f: criterion(f, copied(batch)), parameters)
+            reason = why_other(loss_of_step, outputs, lambda f: criterion(f, copied(batch)), parameters)
             return reason or (SUMS if kept and is_sum(criterion, kept[0].detach(), copied(batch)) else "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 #: Relative difference of a loss of compiled code from that of the same operations one by one.
 COMPILED = 1e-4
+#: Steps in a row that must have been replayed to the last bit, before a step is not replayed for its graph alone; and
+#: how many such steps may follow each other.
+PASSED, SELDOM = 3, 8
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,50 @@ class Verified:
     calls: dict[str, Call] | None = None
     loss: bool = False
     gradient: bool = False
+
+
+@dataclass
+class KnownGraph:
+    """The graph of a run's loss, as verified replays have shown it.
+
+    A replay of a step that is to show its graph alone costs a forward pass, and shows the same as at the step before:
+    the graph is a property of the code. It is left out where the graph that the step itself has differentiated has the
+    same properties as that of the steps that were replayed. What is measured with such a graph checks each of its
+    replays by itself: a difference of gradients against the loss and the gradient of the step, the first exact product
+    against both; so a ``training_step`` that begins to depend on something outside of it is found there.
+
+    Attributes:
+        of_step: properties of the graph that the last verified step itself has differentiated.
+        of_replay: those of its replay, which shows what re-entrant checkpoints and the like hide.
+        passed: verified steps in a row.
+        used: steps that were not replayed since the last one that was.
+    """
+
+    of_step: Graph | None = None
+    of_replay: Graph | None = None
+    passed: int = 0
+    used: int = 0
+
+    def expected(self, of_step: Graph | None) -> Graph | None:
+        """Return the graph of a step's replay; None where that has to be replayed.
+
+        Args:
+            of_step: properties of the graph that the step itself has differentiated; None if they were not seen.
+        """
+        if of_step is None or of_step != self.of_step or self.passed < PASSED or self.used >= SELDOM:
+            return None
+        self.used += 1
+        return self.of_replay
+
+    def verified(self, of_step: Graph | None, of_replay: Graph) -> None:
+        """Note a step whose replay was right."""
+        is_same = of_step == self.of_step and of_replay == self.of_replay
+        self.passed = self.passed + 1 if is_same else 1
+        self.of_step, self.of_replay, self.used = of_step, of_replay, 0
+
+    def failed(self) -> None:
+        """Note a step whose replay was wrong, or failed."""
+        self.of_step, self.of_replay, self.passed, self.used = None, None, 0, 0
 
 
 def verified_graph(snapshot: Snapshot) -> Graph:
@@ -110,13 +158,36 @@ def recording_calls(module: nn.Module, captures_inputs: Callable[[str, nn.Module
         yield calls
 
 
+def captures_nothing(name: str, module: nn.Module) -> bool:
+    """Return False: no quantity wants the inputs of this module."""
+    return False
+
+
+class OwnCalls:
+    """The first call of each module from now on, by hooks that go with this object.
+
+    Args:
+        module: that is trained; not a compiled one, which hooks would compile anew.
+    """
+
+    def __init__(self, module: nn.Module):
+        with contextlib.ExitStack() as stack:
+            self._calls = stack.enter_context(recording_calls(module, captures_nothing))
+            self._remove = weakref.finalize(self, stack.pop_all().close)
+
+    def taken(self) -> dict[str, Call]:
+        """Return the calls so far, by name, and record no more."""
+        self._remove()
+        return self._calls
+
+
 def _verify(snapshot: Snapshot, losses: list[Tensor] | None = None) -> Graph:
     """Return the graph of a replay that has the step's own loss; the replayed loss of this rank goes to ``losses``.
 
     Where the graph is known, see `KnownGraph`, the loss alone is looked at.
     """
-    known = snapshot.run.known_graph
-    expected = known.expected(snapshot.own_graph)
+    known_graph = snapshot.run.known_graph
+    expected = known_graph.expected(snapshot.own_graph)
 
     def rank_graph() -> Graph:
         # With a graph, as in training: some kernels are chosen by whether a gradient is wanted. Hooks do not fire
@@ -134,10 +205,10 @@ def _verify(snapshot: Snapshot, losses: list[Tensor] | None = None) -> Graph:
     try:
         graph = joined(snapshot.run.ranks.gather(rank_graph, "the replay"))
     except Exception:
-        known.failed()
+        known_graph.failed()
         raise
     if expected is None:
-        known.verified(snapshot.own_graph, graph)
+        known_graph.verified(snapshot.own_graph, graph)
     snapshot.verified.loss = True
     return graph
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.autograd.shifted_parameters import loss_rounding, restored, shift
+from lsp_callbacks.autograd.side_effects import RandomState
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.flat import largest_learning_rate
 from lsp_callbacks.step.snapshot import OtherLoss, Snapshot
@@ -140,17 +140,17 @@ class TakenStep:
         """Return a loss at the parameters before the update, and by how much its replays differ from it, relative."""
         if not is_own or self._loss is None:
             return loss(0.0)[0], 0.0
-        own = self._loss.detach().double()
+        before = self._loss.detach().double()
         if not (self._check or is_replayed):
-            return own, self._tolerance
+            return before, self._tolerance
         again, rounding = loss(0.0)
-        if not bool((again - own).abs() <= (rounding + self._tolerance) * own.abs()):
+        if not bool((again - before).abs() <= (rounding + self._tolerance) * before.abs()):
             raise Unmeasurable(
                 f"the loss of step {self.step} is another one after its update, at the same parameters: something "
                 "outside the batch, the module and the random state changes it from step to step (a counter, a "
                 "global variable): keep it in the module"
             )
-        return (again, 0.0) if is_replayed else (own, self._tolerance)
+        return (again, 0.0) if is_replayed else (before, self._tolerance)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

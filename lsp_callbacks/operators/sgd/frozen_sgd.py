@@ -188,13 +188,12 @@ def frozen_sgd(
             renews=renews, given=chosen,
         )  # fmt: skip
 
-    names = [*kernel.traces]
-
     def mean(decay: Mapping[str, float | Tensor]) -> float:
-        values = [float(decay[name]) for name in names]
+        if len({*map(float, decay.values())}) == 1:  # then no trace is asked for
+            return float(next(iter(decay.values())))
+        values, trace = [float(decay[name]) for name in kernel.traces], sum(kernel.traces.values())
         if min(values) == max(values):
             return values[0]
-        trace = sum(kernel.traces.values())
         if not trace:
             return 0.0
         return sum(value * share for value, share in zip(values, kernel.traces.values())) / trace

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,33 @@ _WIDE = (torch.float32, torch.float64)
 #: Numbers that are formed at once of gradients that can be divided: larger blocks are no faster, and leave the heap of
 #: a process in pieces.
 BLOCK = 2**18
+
+
+@dataclass(frozen=True)
+class Traces(Mapping[str, float]):
+    """The trace of each parameter's share in K, by name; computed where somebody asks, as where decays differ.
+
+    Args:
+        names: of all parameters.
+        shares: of those that have one.
+    """
+
+    names: Sequence[str]
+    shares: Mapping[str, Tensor]
+
+    @cached_property
+    def _values(self) -> dict[str, float]:
+        traces = torch.stack([share.trace() for share in self.shares.values()]).tolist()
+        return dict.fromkeys(self.names, 0.0) | dict(zip(self.shares, traces))
+
+    def __getitem__(self, name: str) -> float:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 @dataclass(frozen=True)
@@ -186,8 +214,8 @@ def _held_gram(values: Tensor, scale: Tensor | None, squares: Squares | None) ->
     rows = wide(values).flatten(0, 1)
     if scale is not None:
         rows = rows * scale.sqrt().reshape(-1)
-    elif squares and (known := squares.get(_place(rows))) is not None:
-        return known[1]
+    elif squares and (rows_and_products := squares.get(_place(rows))) is not None:
+        return rows_and_products[1]
     return rows @ rows.T
 
 

@@ -17,7 +17,7 @@ from lsp_callbacks.operators.trajectory.formula_tangent import (
     formula_tangent,
     state_blocks,
 )
-from lsp_callbacks.operators.trajectory.optimizer_input import clipped_change, require_optimizer
+from lsp_callbacks.operators.trajectory.optimizer_input import clipped_change
 from lsp_callbacks.operators.trajectory.proximal import proximal_jacobian
 from lsp_callbacks.operators.trajectory.step_jacobian import accurate_hessian
 from lsp_callbacks.operators.trajectory.update_rules import formula, reciprocal
@@ -103,7 +103,7 @@ def needs_product(snapshot: Snapshot) -> bool:
 
     That is where the optimizer divides by second moments, where gradients are clipped, and before a prox.
     """
-    rule = formula(require_optimizer(snapshot))
+    rule = formula(snapshot.require_optimizer())
     is_plain = rule.second_moment is None and not rule.couples
     return not is_plain or snapshot.clipping is not None or snapshot.run.prox is not None
 
@@ -152,7 +152,7 @@ class _Reader:
 
     def __init__(self, step: FormulaTangent):
         self.step = step
-        self.known: dict[tuple[int, int, int], float] = {}
+        self.products: dict[tuple[int, int, int], float] = {}
 
     def entries(self, rows: Sequence[Mapping[str, _Scaled]], columns: Sequence[Mapping[str, _Scaled]]) -> Tensor:
         """Return ``<row, A column>`` of each pair, ``(rows, columns)``."""
@@ -175,7 +175,7 @@ class _Reader:
                         total += factor * inner(weighted, part.of(sources[name]))
                         continue
                     key = (k, reader.key, column[name].key)
-                    if key not in self.known:
-                        self.known[key] = inner(part.of(readers[block]), part.of(sources[name]))
-                    total += factor * derivative * self.known[key]
+                    if key not in self.products:
+                        self.products[key] = inner(part.of(readers[block]), part.of(sources[name]))
+                    total += factor * derivative * self.products[key]
         return total

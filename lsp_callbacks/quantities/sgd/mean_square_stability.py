@@ -16,7 +16,7 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd, require_curvature
 from lsp_callbacks.operators.sgd.gram_matrix import tolerance
 from lsp_callbacks.operators.sgd.graph_check import unexplained_rows
-from lsp_callbacks.operators.sgd.graph_kind import GraphKind
+from lsp_callbacks.operators.sgd.graph_pass import GraphKind
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows
 from lsp_callbacks.operators.sgd.statistics_factors import StatisticsFactors
@@ -188,7 +188,7 @@ class MeanSquareStability(OfShards):
     def warm_up(self, snapshot: Snapshot) -> int:
         """Return how many gradients the preconditioner still lacks: that of one batch says nothing of the next."""
         # The first rank asks alone: nothing may be sent.
-        return gradients_missing(snapshot.unsplit)
+        return gradients_missing(snapshot)
 
     def path(self, snapshot: Snapshot) -> str:
         """Return by which rules per-sample gradients were computed, see `TangentKernel`."""
