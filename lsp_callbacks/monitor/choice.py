@@ -164,4 +164,5 @@ class Choice:
             is_early = pace.started is not None and step - pace.started < min(account.period(name), pace.doubling)
             return price - balance.saved - (max(0.0, balance.free - account.round()) if is_early else balance.free)
         is_paid_now = pace.is_promised if pace.started is None else step - pace.started >= account.period(name)
-        return price - (balance.free if is_paid_now else balance.free - account.reserve())
+        kept = 0.0 if is_paid_now else account.reserve()
+        return price - balance.free + max(kept, account.first() if pace.count else 0.0)
