@@ -15,9 +15,11 @@ ADVANCE = 15.0
 #: Readings of the headline number that are put by at most; what comes then is free.
 FULL = 2.0
 #: Share of the headline number in the advance, and at each step as long as it is not measured once in `SLOWEST` steps.
-HEADLINE = 0.6
+HEADLINE = 0.64
 #: Steps between two measurements, which the budget pays for before anything else: of the headline number, and of others.
-SLOWEST, ROUND = 28, 330
+SLOWEST, ROUND = 29, 250
+#: Steps of the others' rates that a first measurement is waited for, before which none of them is measured again.
+PATIENCE = 500
 #: Part of the rates of others that goes to the headline number near the edge, once they were measured.
 TAKEN = 0.5
 #: Steps of training whose cost may be spent, beside the budget, on readings that a cap wants; it comes back as the
@@ -150,11 +152,16 @@ def rates(
     rest = {name: need * min(1.0, free / least) + more * roots[name] / total for name, need in needs.items()}
     if headline is None:
         return rest
-    for name in rest:
-        if paces[name].count:
-            taken = near * TAKEN * rest[name]
-            rest[name], whole = rest[name] - taken, whole + taken
-    return rest | {headline: whole if rest else (1 - near) * whole + near * income}
+    if awaited(paces, needs, free):
+        near = 0.0
+    taken = near * (TAKEN if rest else 1.0)
+    return {name: (1 - taken) * rate for name, rate in rest.items()} | {headline: whole + taken * free}
+
+
+def awaited(paces: Mapping[str, Pace], names: Iterable[str], rate: float) -> float:
+    """Return the most that a first measurement still costs, of those that a rate pays within `PATIENCE` steps; else 0."""
+    prices = [paces[name].price for name in names if not paces[name].count]
+    return max((price for price in prices if price <= PATIENCE * rate), default=0.0)
 
 
 def fair_price(name: str, paces: Mapping[str, Pace], headline: str | None) -> float:
@@ -290,10 +297,9 @@ class Account:
         return fair_price(name, self.paces, self.headline) / self.rates[name]
 
     def first(self) -> float:
-        """Return what measurements that are not the first of their quantity leave free, where `ROUND` steps pay it."""
-        prices = [self.paces[name].price for name in self.rates if not self.paces[name].count]
-        most = ROUND * (self.income - self.saving)
-        return max((price for price in prices if price <= most), default=0.0)
+        """Return what measurements that are not the first of their quantity leave free for those that are."""
+        others = [name for name in self.rates if name != self.headline]
+        return awaited(self.paces, others, self.income - self.saving)
 
     def round(self) -> float:
         """Return what one measurement of all others costs."""
