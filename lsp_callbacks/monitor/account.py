@@ -14,9 +14,9 @@ SECOND = 0.5
 ADVANCE = 15.0
 #: Readings of the headline number that are put by at most; what comes then is free.
 FULL = 2.0
-#: Share of the headline number in the advance, and at each step as long as it is not measured once in `SLOWEST` steps.
+#: Share of the headline number in the advance, and at most at each step where it takes what others need.
 HEADLINE = 0.64
-#: Steps between two measurements, which the budget pays for before anything else: of the headline number, and of others.
+#: Steps between two measurements, for which the budget pays before anything else: of the headline number, and others.
 SLOWEST, ROUND = 29, 250
 #: Steps of the others' rates that a first measurement is waited for, before which none of them is measured again.
 PATIENCE = 500
@@ -122,17 +122,17 @@ def rates(
 ) -> dict[str, float]:
     """Return the gradients that each quantity without a fixed pace may spend at each step; a period is price over rate.
 
-    Far from the edge one measurement of the headline number in ``1 / budget`` steps is enough. It gets what the others
-    leave of that who are measured once in `ROUND` steps, and no less than one measurement in `SLOWEST` steps takes.
-    What is left then is shared out in proportion to ``sqrt(weight * price)``: of all paces that cost the same these
-    have the least sum of ``weight * period``. Where there is not enough for one measurement in `ROUND` steps, all of
-    the others wait equally long. A price is the `fair_price`.
+    Far from the edge one measurement of the headline number in ``1 / budget`` steps is enough. Of that it gets what is
+    left where each of the others is measured once in `ROUND` steps, and at least one measurement in `SLOWEST` steps, as
+    far as its share pays for that. What nobody needs is shared out among the others in proportion to ``sqrt(weight *
+    price)``: of all paces that cost the same these have the least sum of ``weight * period``. Where one measurement in
+    `ROUND` steps is too much, all of them wait equally long. A price is the `fair_price`.
 
     Args:
         paces: of all quantities that are measured, by name.
         income: gradients at each step, for all of them.
         headline: name of the quantity that comes first.
-        near: a `nearness`, by which part of what others have, that were measured before, goes to the headline number.
+        near: a `nearness`: part of what the others have goes to the headline number, once they were measured.
         step_cost: gradients that a step of training takes.
     """
     prices = {
@@ -159,7 +159,7 @@ def rates(
 
 
 def awaited(paces: Mapping[str, Pace], names: Iterable[str], rate: float) -> float:
-    """Return the most that a first measurement still costs, of those that a rate pays within `PATIENCE` steps; else 0."""
+    """Return what the dearest first measurement costs that a rate pays within `PATIENCE` steps; 0 without one."""
     prices = [paces[name].price for name in names if not paces[name].count]
     return max((price for price in prices if price <= PATIENCE * rate), default=0.0)
 
