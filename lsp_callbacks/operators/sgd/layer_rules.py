@@ -294,7 +294,7 @@ def uses_ahead_of_norm(
         taken: indices of the samples that have rows; None is all.
         sums: over positions of g and of ``g y``, ``(N, R, C)``, where they are known.
     """
-    own = x if taken is None else x[taken]
+    inputs = x if taken is None else x[taken]
     if is_linear(layer) and x.ndim == 2:
         every, groups = normalised(1), 1
         mean, slope = x.mean(0)[None], (every.T @ x)[None] / len(x)
@@ -317,9 +317,9 @@ def uses_ahead_of_norm(
 
     def gradients(lo: int, hi: int) -> Tensor:
         if is_linear(layer):
-            rows = torch.einsum("nrgol,ngkl->nrgok", split[lo:hi], own[lo:hi, None, :, None])
+            rows = torch.einsum("nrgol,ngkl->nrgok", split[lo:hi], inputs[lo:hi, None, :, None])
         else:
-            rows = _each_weight_gradient(layer, own[lo:hi], g[lo:hi])  # type: ignore[arg-type]
+            rows = _each_weight_gradient(layer, inputs[lo:hi], g[lo:hi])  # type: ignore[arg-type]
         rows.addcmul_(shift[lo:hi, ..., None], mean[:, None], value=-1)
         rows.addcmul_(scale[lo:hi, ..., None], slope, value=-1)
         return (rows.flatten(2, 3).transpose(2, 3) if transposed(layer) else rows).flatten(2)
