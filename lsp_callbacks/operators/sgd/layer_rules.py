@@ -313,9 +313,8 @@ def uses_ahead_of_norm(
     """
     inputs = x if taken is None else x[taken]
     if is_linear(layer) and x.ndim == 2:
-        every, groups = normalised(1), 1
-        mean, slope = x.mean(0)[None], (every.T @ x)[None] / len(x)
-        split = g[:, :, None, :, None]
+        groups, split = 1, g[:, :, None, :, None]
+        mean, slope = x.mean(0)[None], (normalised(1).T @ x)[None] / len(x)
     elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and x.ndim == len(layer.kernel_size) + 2:
         groups, count = layer.groups, len(x) * g.shape[3:].numel()
         split = g.flatten(3).unflatten(2, (groups, -1))
