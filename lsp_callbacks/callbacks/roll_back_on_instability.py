@@ -60,10 +60,12 @@ class RollBackOnInstability(StopOnInstability):
 
     The rates of all updates are multiplied by one factor, in the update alone: schedulers and checkpoints know only the
     user's own rate. At each return it becomes at least ``factor`` times smaller, and so small that the rate at which
-    training was found unstable is ``safety`` times the critical one of the state; a tenth at most where training begins
-    anew, as there no rate was measured stable. After the first return it is raised again, by ``1 / factor``, 50
-    steps later at the earliest, when the loss is calm and three Courant numbers in a row would stay below ``safety`` at
-    the raised rate; and so on. What has failed twice is not raised any more.
+    training was found unstable is ``safety`` times the least critical one from the state on, before the loss rose; a
+    tenth at most where training begins anew, as there no rate was measured stable. After the first return it is raised
+    again, by ``1 / factor``, 50 steps later at the earliest, when the loss is calm and three Courant numbers in a row
+    would stay below ``safety`` at the raised rate; and so on. It is not raised above that share of the least critical
+    rate before the step is passed at which training was found unstable. The readings that it takes are asked for beside
+    the monitor's budget. What has failed twice is not raised any more.
 
     Each return is printed, and logged as ``stability/roll_back`` (the step to which it leads) and
     ``stability/lr_scale``; `roll_backs` says when and why. It is written down in ``roll_backs.json`` before it is made.
@@ -120,6 +122,7 @@ class RollBackOnInstability(StopOnInstability):
         self._folder: str | None = None
         self._stable: list[float] = []  # Courant numbers since the rate was lowered or raised,
         self._changed_step = 0  # which was at this step
+        self._critical = math.inf  # the least critical rate since the confirmed state, before the loss rose
         self._is_driven = self._is_wanted = False
         super().__init__(monitor, **settings)
 
@@ -175,6 +178,8 @@ class RollBackOnInstability(StopOnInstability):
         self._rates_of_update.close()
         if stage == "fit" and getattr(self, "_source", None) is not None:
             self._source.roll_back = None
+            if self._source.cap is None:
+                self._source.monitor.cadence.want(math.inf)
         super().teardown(trainer, pl_module, stage)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -229,8 +234,10 @@ class RollBackOnInstability(StopOnInstability):
         """Go on from the state of a roll-back, whose checkpoint has been loaded."""
         self._pending = None
         self.scale, self._stable, self._changed_step = roll_back.scale, [], trainer.global_step
+        self._critical = math.inf
         self._states.return_to(roll_back.state)
         self._states.remove_unused(trainer, self.roll_backs)
+        self._want_reading(trainer)
         show_hooks(self, HOOK)
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -254,11 +261,15 @@ class RollBackOnInstability(StopOnInstability):
     def receive(self, trainer: Any, observation: Observation) -> None:
         super().receive(trainer, observation)
         value = observation.values.get(self.monitor, math.nan)
+        critical = self._source.forecast.critical.mean
+        if self._losses.is_calm and critical < self._critical:
+            self._critical = critical
         last = self._states.candidate or self._states.confirmed
         if value <= self.threshold and trainer.global_step > (-1 if last is None else last.step):
             self._is_wanted = True
         if self.scale < 1 and not math.isnan(value):
             self._stable = [*self._stable, value][-STABLE_READINGS:]
+            self._want_reading(trainer)
 
     def end_step(self, trainer: Any, step: int, arrived: Sequence[ArrivedLoss]) -> None:
         super().end_step(trainer, step, arrived)
@@ -272,6 +283,8 @@ class RollBackOnInstability(StopOnInstability):
             if not is_calm or not math.isnan(self._number.readings.above(self.threshold, step)):
                 self._is_wanted = False
                 return
+            if self._states.candidate is not None:
+                self._critical = math.inf
             self._states.confirm()
             self._states.remove_unused(trainer, self.roll_backs)
             last = self._states.confirmed
@@ -280,17 +293,33 @@ class RollBackOnInstability(StopOnInstability):
             if self._is_wanted:
                 show_hooks(self, HOOK)
 
+    def _raised(self, trainer: Any) -> float:
+        """Return to what the factor of the rates may be raised next: the same where it may not."""
+        if len(self.roll_backs) != 1 or self.monitor not in SCHEDULED:
+            return self.scale
+        (last,) = self.roll_backs
+        limit = last.limit if trainer.global_step <= last.at else 1.0
+        return max(self.scale, min(1.0, limit, self.scale / self.factor))
+
+    def _want_reading(self, trainer: Any) -> None:
+        """Ask for the readings that raise the rate: as many as it takes by the time at which it may be raised.
+
+        Where they do not allow it then, each one comes after a third of the time that has passed by then.
+        """
+        if self._raised(trainer) > self.scale and self._source.cap is None:  # which asks for its own
+            gap = max(STABLE_STEPS, trainer.global_step - self._changed_step) // STABLE_READINGS
+            self._source.monitor.cadence.want(self._source.observer.step + gap)
+
     def _raise(self, trainer: Any, step: int) -> None:
         """Raise the rate again if its Courant numbers say that it may be raised."""
         if trainer.global_step - self._changed_step < STABLE_STEPS or len(self._stable) < STABLE_READINGS:
             return
-        if len(self.roll_backs) != 1 or self.monitor not in SCHEDULED:
-            return
-        scale = min(1.0, self.scale / self.factor)
+        scale = self._raised(trainer)
         if scale == self.scale or not self._losses.is_calm or max(self._stable) * scale > self.safety * self.scale:
             return
         self._source.forecast.scale = self.scale = scale
         self._stable, self._changed_step = [], trainer.global_step
+        self._want_reading(trainer)
         self._say(f"stable at step {step}: from here on at {scale:.3g} times the scheduled rate again")
         values = {"stability/lr_scale": scale}
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
@@ -340,15 +369,16 @@ class RollBackOnInstability(StopOnInstability):
         scale = self.factor
         if state.step == 0 and self.factor < 1:
             scale = min(scale, FROM_BEGINNING)
-        if state.critical > 0 and rate > 0:
-            scale = min(scale, self.safety * state.critical / rate)
+        critical = min((each for each in (state.critical, self._critical) if each > 0), default=math.inf)
+        limit = self.safety * critical / rate if rate > 0 else math.inf
+        scale = min(scale, limit)
         skipped: tuple[int, ...] = ()
         if self.skip_batches:
             end = self._position.index(trainer)
             first = (self._losses.level_step if self._losses.finite else step - 1) - MARGIN
             skipped = (trainer.current_epoch, max(0, end - (step - first) * trainer.accumulate_grad_batches), end)
         assert self.reason is not None and self._folder is not None
-        roll_back = RollBack(trainer.global_step, state, self.scale * scale, self.reason, skipped)
+        roll_back = RollBack(trainer.global_step, state, self.scale * scale, self.reason, skipped, self.scale * limit)
         self.roll_backs = [*self.roll_backs, roll_back]
         if trainer.is_global_zero:
             write_record(self._folder, self.roll_backs)
@@ -372,15 +402,16 @@ class RollBackOnInstability(StopOnInstability):
         made = self.roll_backs if self._pending is None else self.roll_backs[:-1]
         return super().state_dict() | {
             "roll_backs": [asdict(each) for each in made], "scale": self.scale, "folder": self._folder,
-            "stable": list(self._stable), "changed_step": self._changed_step,
+            "stable": list(self._stable), "changed_step": self._changed_step, "critical": self._critical,
             "states": self._states.state_dict(), "data": self._data,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        own = ("roll_backs", "scale", "stable", "changed_step", "folder", "states", "data")
+        own = ("roll_backs", "scale", "stable", "changed_step", "critical", "folder", "states", "data")
         super().load_state_dict({name: value for name, value in state_dict.items() if name not in own})
         self._folder, self._data = state_dict["folder"], state_dict["data"]
         self._states.load_state_dict(state_dict["states"])
         if self._pending is None:
             self.roll_backs, self.scale = roll_backs_of(state_dict["roll_backs"]), state_dict["scale"]
             self._stable, self._changed_step = list(state_dict["stable"]), state_dict["changed_step"]
+            self._critical = state_dict["critical"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,6 +39,8 @@ class RollBack:
         scale: by which all rates of the schedule are multiplied from there on.
         reason: why it was found unstable.
         skipped: epoch, first and last batch (not included) of the batches that are left out; empty if none are.
+        limit: above which that factor is not raised before step ``at`` is passed: ``safety`` times the least critical
+            rate since the state, before the loss rose, over the rate that was found unstable.
     """
 
     at: int
@@ -45,6 +48,7 @@ class RollBack:
     scale: float
     reason: str
     skipped: tuple[int, ...] = ()
+    limit: float = math.inf
 
 
 @dataclass
