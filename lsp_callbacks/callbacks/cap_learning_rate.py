@@ -303,8 +303,8 @@ class CapLearningRate(Callback):
             is_broken |= observation.values.get("stability/collapsed", 0.0) > 0
             has_fallen = losses.count >= SMOOTHING and losses.smoothed <= FALLEN * losses.start
             self._cap.add(
-                at.step, critical=critical, relative=at.relative, used=at.used, only_lower=is_broken,
-                is_falling=has_fallen and losses.is_calm, has_risen=losses.risen or is_broken,
+                at.step, critical=critical, relative=at.relative, used=at.used, was_capped=at.factor < 1,
+                only_lower=is_broken, is_falling=has_fallen and losses.is_calm, has_risen=losses.risen or is_broken,
             )  # fmt: skip
         if received and self._steps:
             self._source.monitor.cadence.want(self._cap.next_reading(self._steps[-1].rates))

@@ -88,6 +88,7 @@ class RateCap:
         critical: float,
         relative: Sequence[float],
         used: Sequence[float] = (),
+        was_capped: bool = False,
         only_lower: bool = False,
         is_falling: bool = False,
         has_risen: bool = False,
@@ -99,6 +100,7 @@ class RateCap:
             critical: the largest stable rate of the group with the highest one.
             relative: rates of all groups, relative to the highest.
             used: rates of all groups that the step has used.
+            was_capped: whether these are lower than the schedule's.
             only_lower: whether the reading is not to be trusted where it allows more than the last one, which is then
                 taken once more.
             is_falling: whether the loss has fallen since the start, and has not risen since.
@@ -115,11 +117,12 @@ class RateCap:
         if len(self.trusted) != len(reading):
             self.trusted = [0.0] * len(reading)
         is_stable = all(self.safety * rate <= limit for rate, limit in zip(used, reading))
-        if is_falling and is_stable and used and not self._was_early:
+        if is_falling and is_stable and used and not (self._was_early and was_capped):
             self.trusted = [max(pair) for pair in zip(self.trusted, used)]
         elif has_risen and not is_stable:
             self.trusted = [0.0] * len(reading)
-        limits = [self.safety * min(group) for group in zip(*self._readings)]
+        middle = (len(self._readings) - 1) // 2 if self.is_proven else 0
+        limits = [self.safety * sorted(group)[middle] for group in zip(*self._readings)]
         self.limits = [max(pair) for pair in zip(limits, self.trusted)]
 
     def factor(self, rates: Sequence[float], *, step: int) -> float:
