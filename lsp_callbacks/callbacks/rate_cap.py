@@ -80,7 +80,6 @@ class RateCap:
         self._used: list[float] = []  # rates of the last update
         self._first: list[float] = []  # those of the first update
         self._used_step = -1
-        self._was_early = False  # whether a cap was on before the loss had fallen
         self.step, self.is_on, self.is_proven = -1, False, False
 
     def add(
@@ -118,13 +117,14 @@ class RateCap:
         self._read_at, self.is_proven = list(used), self.is_proven or is_falling
         if len(self.trusted) != len(reading):
             self.trusted = [0.0] * len(reading)
-        is_stable = all(self.safety * rate <= limit for rate, limit in zip(used, reading))
-        if is_falling and is_stable and used and not (self._was_early and was_capped):
-            self.trusted = [max(pair) for pair in zip(self.trusted, used)]
-        elif has_risen and not is_stable:
-            self.trusted = [0.0] * len(reading)
+        # One reading alone would trust any rate: they scatter.
         middle = (len(self._readings) - 1) // 2 if self.is_proven and not has_risen else 0
-        limits = [self.safety * sorted(group)[middle] for group in zip(*self._readings)]
+        criticals = [sorted(group)[middle] for group in zip(*self._readings)]
+        limits = [self.safety * critical for critical in criticals]
+        if is_falling and used and not was_capped and all(rate <= limit for rate, limit in zip(used, limits)):
+            self.trusted = [max(pair) for pair in zip(self.trusted, used)]
+        elif has_risen and any(self.safety * rate > critical for rate, critical in zip(used, criticals)):
+            self.trusted = [0.0] * len(reading)
         self.limits = [max(pair) for pair in zip(limits, self.trusted)]
 
     def factor(self, rates: Sequence[float], *, step: int) -> float:
@@ -151,7 +151,6 @@ class RateCap:
         """Note the rates that an update uses."""
         self._used, self._used_step = list(used), step
         self._first = self._first or self._used
-        self._was_early = self._was_early or (self.is_on and not self.is_proven)
 
     def next_reading(self, rates: Sequence[float]) -> float:
         """Return the step at which the next reading is wanted; infinite where that of the budget is early enough.
