@@ -32,9 +32,8 @@ class RateCap:
     had no rate at the reading is not known, and sets no limit.
 
     - **A fall is followed at once** before the loss has fallen, and when it rises: the critical rate is the lowest of
-      the last three readings. While the loss falls it is the middle one. Single readings scatter, to a tenth at times,
-      and the lowest of three is as low as the lowest of them all for a third of the run; where a fall is true, the next
-      reading, which is asked for at the next steps, says so, too.
+      the last three readings. While the loss falls it is the middle one: single readings scatter, at times to a tenth,
+      and where a fall is true, the next reading, which is wanted some steps later, says so, too.
     - **A rise has to be confirmed.** A capped rate grows by 3 % from one update to the next, and by 30 % beyond the
       rate at which the last reading was taken: the critical rate itself depends on the rate, as a network moves to
       places that are flat enough for it, which takes steps. So does a rate that was never used, after a jump.
@@ -42,11 +41,11 @@ class RateCap:
       steps. There a rate that the run began with is capped from a quarter of its cap on, and begins at a tenth of the
       cap: a warm-up whose length is decided by measurement. One that grows, as in a warm-up of the user's, grows by 3 %
       from one update to the next.
-    - **A rate that was measured stable while the loss fell is trusted**, and no higher than by 10 % it is not capped,
-      until the loss rises while the Courant number is above ``1 / safety``: where the rate stays and the critical one
-      comes down to it, training goes on at the edge of stability, and is healthy. Nor does a cap fall below it, or each
-      lower rate would bring the critical one down further. A run that was capped before its loss had fallen trusts no
-      capped rate, as the loss also falls at rates that train worse: only the schedule's own, when it has come to that.
+    - **A rate of the schedule that was measured stable while the loss fell is trusted**: one that was below its cap, and
+      not lowered. No higher than by 10 % it is not capped, until the loss rises while the Courant number is above
+      ``1 / safety``: where the rate stays and the critical one comes down to it, training goes on at the edge of
+      stability, and is healthy. A lowered rate is never trusted: the cap has chosen it, and the loss also falls at
+      rates that train worse.
 
     Args:
         safety: share of the critical rates that is allowed.
@@ -117,15 +116,13 @@ class RateCap:
         self._read_at, self.is_proven = list(used), self.is_proven or is_falling
         if len(self.trusted) != len(reading):
             self.trusted = [0.0] * len(reading)
-        # One reading alone would trust any rate: they scatter.
         middle = (len(self._readings) - 1) // 2 if self.is_proven and not has_risen else 0
-        criticals = [sorted(group)[middle] for group in zip(*self._readings)]
-        limits = [self.safety * critical for critical in criticals]
-        if is_falling and used and not was_capped and all(rate <= limit for rate, limit in zip(used, limits)):
+        self.limits = [self.safety * sorted(group)[middle] for group in zip(*self._readings)]
+        is_below = all(rate <= limit for rate, limit in zip(used, self.limits))
+        if is_falling and used and is_below and not was_capped:
             self.trusted = [max(pair) for pair in zip(self.trusted, used)]
-        elif has_risen and any(self.safety * rate > critical for rate, critical in zip(used, criticals)):
+        elif has_risen and any(self.safety * rate > critical for rate, critical in zip(used, reading)):
             self.trusted = [0.0] * len(reading)
-        self.limits = [max(pair) for pair in zip(limits, self.trusted)]
 
     def factor(self, rates: Sequence[float], *, step: int) -> float:
         """Return by what the rates of a coming update are to be multiplied: 1 where they may stay.
