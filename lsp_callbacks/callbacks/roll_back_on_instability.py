@@ -15,19 +15,19 @@ from lsp_callbacks._validation import number, whole
 from lsp_callbacks.callbacks._lightning_internals import is_launched_elsewhere
 from lsp_callbacks.callbacks.data_position import DataPosition
 from lsp_callbacks.callbacks.hidden_hooks import hide_hooks, show_hooks
-from lsp_callbacks.callbacks.publisher import log
-from lsp_callbacks.callbacks.rates_of_update import RatesOfUpdate
+from lsp_callbacks.callbacks.publisher import show
 from lsp_callbacks.callbacks.stable_states import (
     RollBack,
     StableState,
     StableStates,
-    read_record,
+    missing_from,
     roll_backs_of,
     write_record,
 )
 from lsp_callbacks.callbacks.stop_on_instability import SCHEDULED, StopOnInstability
 from lsp_callbacks.monitor.history import Observation
 from lsp_callbacks.monitor.losses import ArrivedLoss
+from lsp_callbacks.monitor.rates_of_update import RatesOfUpdate
 from lsp_callbacks.step.flat import largest_learning_rate
 
 #: Steps before the last one at which the loss was level, from which on batches are left out.
@@ -203,7 +203,7 @@ class RollBackOnInstability(StopOnInstability):
         if self._pending is not None:
             self._arrive(trainer, self._pending)
         if self._data is not None:
-            self._skip(trainer, self._position.return_to_batch(trainer, self._data))
+            self._position.leave_out(trainer, self.roll_backs, self._position.return_to_batch(trainer, self._data))
             self._data = None
         self._source.forecast.scale = self.scale
         if self.scale != 1:
@@ -218,11 +218,8 @@ class RollBackOnInstability(StopOnInstability):
     def _is_abandoned(self, trainer: Any) -> bool:
         """Return True if the run was resumed on a way that was left before: the return is then made again."""
         assert self._folder is not None
-        record = read_record(self._folder) if trainer.global_step else []
-        missing = record[len(self.roll_backs) :]
-        if record[: len(self.roll_backs)] != self.roll_backs or not missing:
-            return False
-        if not missing[0].state.step <= trainer.global_step <= missing[0].at:
+        record = missing_from(self.roll_backs, self._folder, trainer.global_step)
+        if not record:
             return False
         if not os.path.exists(record[-1].state.path):
             rank_zero_warn(f"{type(self).__name__} cannot return to {record[-1].state.path}, which is gone")
@@ -321,9 +318,7 @@ class RollBackOnInstability(StopOnInstability):
         self._stable, self._changed_step = [], trainer.global_step
         self._want_reading(trainer)
         self._say(f"stable at step {step}: from here on at {scale:.3g} times the scheduled rate again")
-        values = {"stability/lr_scale": scale}
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
-        log(trainer, values)
+        show(trainer, {"stability/lr_scale": scale})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         is_whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -332,7 +327,7 @@ class RollBackOnInstability(StopOnInstability):
         validates = bool(trainer.enable_validation) and every not in (None, math.inf) and not (batch_idx + 1) % every
         if self._is_wanted and is_whole and not validates and not trainer.should_stop:
             self._save(trainer, batch, is_between=trainer.is_last_batch)
-        self._skip(trainer, self._position.index(trainer))
+        self._position.leave_out(trainer, self.roll_backs, self._position.index(trainer))
         if not (self._is_wanted or self.roll_backs):
             hide_hooks(self, HOOK)
 
@@ -352,14 +347,6 @@ class RollBackOnInstability(StopOnInstability):
             self._data = None
         self._states.add(state)
         self._states.remove_unused(trainer, self.roll_backs)
-
-    def _skip(self, trainer: Any, index: int) -> None:
-        """Leave out the batches that come next, if they were those at which training became unstable."""
-        for roll_back in self.roll_backs:
-            epoch, first, last = roll_back.skipped or (-1, 0, 0)
-            if trainer.current_epoch == epoch and first <= index < last:
-                self._position.leave_out(trainer, last - index)
-                index = last
 
     # -- a roll-back --------------------------------------------------------------------------------------------------
 
@@ -388,9 +375,7 @@ class RollBackOnInstability(StopOnInstability):
             f"unstable at step {step}: {self.reason}. Training goes on from step {state.step} at "
             f"{roll_back.scale:.3g} times the scheduled rate{batches} (return {len(self.roll_backs)} of {self.times})"
         )
-        values = {"stability/roll_back": float(state.step), "stability/lr_scale": roll_back.scale}
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
-        log(trainer, values)
+        show(trainer, {"stability/roll_back": float(state.step), "stability/lr_scale": roll_back.scale})
 
     def announce(self, trainer: Any, step: int, why: str) -> None:
         if len(self.roll_backs) >= self.times or self._states.confirmed is None:

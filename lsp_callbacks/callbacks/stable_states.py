@@ -124,6 +124,20 @@ def read_record(folder: str) -> list[RollBack]:
     return roll_backs_of(json.loads(path.read_text())) if path.is_file() else []
 
 
+def missing_from(made: Sequence[RollBack], folder: str, step: int) -> list[RollBack]:
+    """Return the record of a run that is on a way that was left before, by a return that is not made; empty otherwise.
+
+    Args:
+        made: the returns that the run knows of.
+        folder: of the record.
+        step: at which the run is.
+    """
+    record = read_record(folder) if step else []
+    missing = record[len(made) :]
+    is_left = record[: len(made)] == list(made) and bool(missing) and missing[0].state.step <= step <= missing[0].at
+    return record if is_left else []
+
+
 def roll_backs_of(listed: Sequence[Mapping[str, Any]]) -> list[RollBack]:
     """Return roll-backs from what ``dataclasses.asdict`` made of them."""
     return [

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from lsp_callbacks.callbacks.lr_forecast import CriticalRate, critical_rate
-from lsp_callbacks.callbacks.rate_cap import RateCap
-from lsp_callbacks.callbacks.rates_of_update import RatesOfUpdate
+from lsp_callbacks.callbacks.lr_forecast import CriticalRate
+from lsp_callbacks.monitor.critical_rate import critical_rate
+from lsp_callbacks.monitor.rate_cap import RateCap
+from lsp_callbacks.monitor.rates_of_update import RatesOfUpdate
 
 
 def read(*criticals, safety=0.5, max_age=10, relative=(1.0,), **settings):

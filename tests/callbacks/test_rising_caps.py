@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lsp_callbacks.callbacks.rate_cap import CONFIRMED, EARLY, GROWTH, START, TOLERANCE, RateCap
+from lsp_callbacks.monitor.rate_cap import CONFIRMED, EARLY, GROWTH, START, TOLERANCE, RateCap
 
 
 def apply(cap, rate, step):

@@ -41,7 +41,7 @@ class RateCap:
       steps. There a rate that the run began with is capped from a quarter of its cap on, and begins at a tenth of the
       cap: a warm-up whose length is decided by measurement. One that grows, as in a warm-up of the user's, grows by 3 %
       from one update to the next.
-    - **A rate of the schedule that was measured stable while the loss fell is trusted**: one that was below its cap, and
+    - **A rate of the schedule that was measured stable while the loss fell is trusted**: one that was below its cap and
       not lowered. No higher than by 10 % it is not capped, until the loss rises while the Courant number is above
       ``1 / safety``: where the rate stays and the critical one comes down to it, training goes on at the edge of
       stability, and is healthy. A lowered rate is never trusted: the cap has chosen it, and the loss also falls at
