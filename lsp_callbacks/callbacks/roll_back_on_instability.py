@@ -55,8 +55,7 @@ class RollBackOnInstability(StopOnInstability):
 
     A state is written at the end of a step with a stable reading and a calm loss, once in ``every_n_steps`` steps, and
     before that whenever the run has become twice as long; the next stable reading confirms it, and it is the one to
-    return to. Before the first one, that is the beginning of the run. The folder holds two states at most, and those to
-    which training has returned.
+    return to. Before the first one, that is the beginning of the run.
 
     The rates of all updates are multiplied by one factor, in the update alone: schedulers and checkpoints know only the
     user's own rate. At each return it becomes at least ``factor`` times smaller, and so small that the rate at which
@@ -353,12 +352,10 @@ class RollBackOnInstability(StopOnInstability):
     def _decide(self, trainer: Any, step: int, state: StableState) -> None:
         """Write down that training returns to a state; `fit` makes the return."""
         rate, _ = self._source.rates()
-        scale = self.factor
-        if state.step == 0 and self.factor < 1:
-            scale = min(scale, FROM_BEGINNING)
         critical = min((each for each in (state.critical, self._critical) if each > 0), default=math.inf)
         limit = self.safety * critical / rate if rate > 0 else math.inf
-        scale = min(scale, limit)
+        most = FROM_BEGINNING if state.step == 0 and self.factor < 1 else 1.0
+        scale = min(self.factor, most, limit)
         skipped: tuple[int, ...] = ()
         if self.skip_batches:
             end = self._position.index(trainer)
