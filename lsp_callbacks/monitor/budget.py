@@ -310,8 +310,8 @@ class Budget:
         if name not in self.predicted:
             with contextlib.suppress(Exception):  # whatever a replay raises
                 self._training = footprint(snapshot)  # first: what is done in pieces depends on the room
-            own = _memory_parts(quantities, snapshot), self._training
-            parts_of, self._training = snapshot.run.ranks.of_first(own, "the memory")  # so that all skip the same
+            of_rank = _memory_parts(quantities, snapshot), self._training
+            parts_of, self._training = snapshot.run.ranks.of_first(of_rank, "the memory")  # so that all skip the same
             self.predicted |= _peaks(parts_of) | self.predicted
             self.graphs |= {name for name, parts in parts_of.items() if "graph" in parts}
         multiple = HEADLINE if is_headline else MULTIPLE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -272,12 +271,4 @@ class Monitor:
         hold their vectors. A state that cannot be read, as that of another version, is ignored with a warning: the
         monitor measures as in a first run.
         """
-        try:
-            load_monitor_state(self, state)
-        except Exception as error:
-            self.reset()
-            warnings.warn(
-                f"lsp_callbacks begins anew: the checkpoint's state of version {state.get('version')} cannot be read "
-                f"({type(error).__name__}: {error})",
-                stacklevel=2,
-            )
+        load_monitor_state(self, state)

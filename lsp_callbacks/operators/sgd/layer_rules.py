@@ -288,7 +288,7 @@ def uses_ahead_of_norm(
         normalised: y, of the whole batch.
         taken: indices of the samples that have rows; None is all.
     """
-    own = x if taken is None else x[taken]
+    inputs = x if taken is None else x[taken]
     if is_linear(layer) and x.ndim == 2:
         split, y = g[:, :, None, :, None], normalised[:, None, :, None]
         mean, slope = x.mean(0)[None], (normalised.T @ x)[None] / len(x)
@@ -309,9 +309,9 @@ def uses_ahead_of_norm(
 
     def gradients(lo: int, hi: int) -> Tensor:
         if is_linear(layer):
-            rows = torch.einsum("nrgol,ngkl->nrgok", split[lo:hi], own[lo:hi, None, :, None])
+            rows = torch.einsum("nrgol,ngkl->nrgok", split[lo:hi], inputs[lo:hi, None, :, None])
         else:
-            rows = _each_weight_gradient(layer, own[lo:hi], g[lo:hi])  # type: ignore[arg-type]
+            rows = _each_weight_gradient(layer, inputs[lo:hi], g[lo:hi])  # type: ignore[arg-type]
         rows.addcmul_(shift[lo:hi, ..., None], mean[:, None], value=-1)
         rows.addcmul_(scale[lo:hi, ..., None], slope, value=-1)
         return (rows.flatten(2, 3).transpose(2, 3) if transposed(layer) else rows).flatten(2)

@@ -214,8 +214,8 @@ def _held_gram(values: Tensor, scale: Tensor | None, squares: Squares | None) ->
     rows = wide(values).flatten(0, 1)
     if scale is not None:
         rows = rows * scale.sqrt().reshape(-1)
-    elif squares and (known := squares.get(_place(rows))) is not None:
-        return known[1]
+    elif squares and (rows_and_products := squares.get(_place(rows))) is not None:
+        return rows_and_products[1]
     return rows @ rows.T
 
 

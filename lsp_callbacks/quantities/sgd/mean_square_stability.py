@@ -188,7 +188,7 @@ class MeanSquareStability(OfShards):
     def warm_up(self, snapshot: Snapshot) -> int:
         """Return how many gradients the preconditioner still lacks: that of one batch says nothing of the next."""
         # The first rank asks alone: nothing may be sent.
-        return gradients_missing(snapshot.unsplit)
+        return gradients_missing(snapshot)
 
     def path(self, snapshot: Snapshot) -> str:
         """Return by which rules per-sample gradients were computed, see `TangentKernel`."""
