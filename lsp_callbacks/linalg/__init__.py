@@ -2,7 +2,7 @@
 
 from lsp_callbacks.linalg.cocycle import lyapunov_exponents, orthonormalise, push, spectral_radius
 from lsp_callbacks.linalg.followed_norm import FollowedNorm, followed_norm
-from lsp_callbacks.linalg.gauss_radau import TopNode, top_node
+from lsp_callbacks.linalg.gauss_radau import Images, TopNode
 from lsp_callbacks.linalg.lanczos import lanczos
 from lsp_callbacks.linalg.norms import inner, norm, norms, power_iteration, unit
 from lsp_callbacks.linalg.operator import LinearOperator, from_matrix, identity_like
@@ -15,6 +15,7 @@ from lsp_callbacks.linalg.spectrum_bounds import spectrum_bounds
 __all__ = [
     "Eigenpair",
     "FollowedNorm",
+    "Images",
     "LinearOperator",
     "Quadrature",
     "Ritz",
@@ -37,6 +38,5 @@ __all__ = [
     "spectral_radius",
     "spectrum_bounds",
     "top_between",
-    "top_node",
     "unit",
 ]

@@ -65,12 +65,21 @@ class Differences:
         weight: what products are multiplied by, one number or one for each parameter.
         relative: False where ``weight * H u`` is added to the unit vector u: then an error that is small against 1 is
             accepted.
+        both: whether products are also used without the weight: then both have to be accurate.
 
     Cost: one gradient for each product, on the path that training took, uncompiled; one more in a step whose curvature
     is larger than the first distance can resolve, and one where the loss is not resolved.
     """
 
-    def __init__(self, snapshot: Snapshot, gradient: Tensor, weight: Tensor | float = 1.0, *, relative: bool = True):
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        gradient: Tensor,
+        weight: Tensor | float = 1.0,
+        *,
+        relative: bool = True,
+        both: bool = False,
+    ):
         self.snapshot, self.centre = snapshot, gradient
         self.parameters = list(snapshot.parameters.values())
         self.eps = float(torch.finfo(gradient.dtype).eps)
@@ -83,11 +92,11 @@ class Differences:
         self.coarse = 0.5 * self.eps * self.theta / self.tolerance
         self.weight, self.least = weight, LEAST * self.eps**0.5 if not relative else 0.0
         self.amplified = self._norm(weight) / self._count() ** 0.5 if isinstance(weight, Tensor) else abs(weight)
-        self.seen, self.used, self.loss, self.rounding = 0.0, 0.0, 0.0, 0.0
+        self.both, self.seen, self.used, self.loss, self.rounding = both, 0.0, 0.0, 0.0, 0.0
         self.nearest, self.referred = NEAR, False
         self.last: LastProduct | None = None
         self._noted: tuple[float, ...] = ()
-        self.key = (None if snapshot.player is None else snapshot.player.name, self._uneven, relative)
+        self.key = (None if snapshot.player is None else snapshot.player.name, self._uneven, relative, both)
         self.known = snapshot.run.known_scales.before(snapshot.step, self.key)
 
     def product(self, v: Tensor) -> Tensor:
@@ -235,11 +244,15 @@ class Differences:
         unresolved = (
             6 * self.known.rounding / (ACCEPTED * self.tolerance * scale.seen)
         ) ** 0.5  # the loss, not the gradient
+        if self.both and scale.seen:
+            rounded = max(rounded, SAFETY * bound / (0.3 * self.tolerance * scale.seen))
         fine = min(1.001 * self.coarse, CLEAR * reach)
         return min(FAR * reach, max(self.nearest * reach, fine, 5 * self.eps * self.theta, rounded, unresolved))
 
     def _clear(self, difference: Difference) -> bool:
         if not difference.distance * self.seen < math.inf:
+            return False
+        if self.both and SAFETY * self.bound() > difference.distance * self.tolerance * self.seen:
             return False
         accepted = difference.distance * self._accepted / (SAFETY * self.bound()) if self.bound() else math.inf
         if self.amplified <= accepted or not self._uneven:
@@ -277,7 +290,10 @@ class Differences:
     def _compare(self, v: Tensor, size: float, near: Difference) -> None:
         """Raise an error unless a difference twice as far agrees: then only the loss is rounded."""
         far = self.difference(v, size, 2 * near.distance)
-        if not (self._gap(near, far) <= self._accepted and self._rounded(near, far)):
+        is_near = self._gap(near, far) <= self._accepted
+        if self.both and is_near:
+            is_near = self._gap(near, far, 1.0) <= self.tolerance * self.seen
+        if not (is_near and self._rounded(near, far)):
             raise Untrusted("the change of the loss is not that of its gradient")
         self.rounding = 2 * max(abs(near.defect), abs(far.defect))
 
@@ -289,8 +305,8 @@ class Differences:
         grows = abs(far.defect) > 4 * abs(near.defect)
         return small and not grows and abs(far.defect - 2 * near.defect) > 0.3 * abs(near.defect)
 
-    def _gap(self, near: Difference, far: Difference) -> float:
-        return self._norm(self.weight * (near.change / near.distance - far.change / far.distance))
+    def _gap(self, near: Difference, far: Difference, weight: Tensor | float | None = None) -> float:
+        return self._norm((self.weight if weight is None else weight) * (near.change / near.distance - far.change / far.distance))
 
     # What a process that holds a part of each vector computes together with the others, see `ShardDifferences`.
 

@@ -278,7 +278,7 @@ class Sharpness(Quantity):
             result = measured_threshold(snapshot, start, top, self.method, recent, bounded=self.bounded)
             self._recent[name] = result.recent
             numbers = (result.sharpness, result.limit, result.courant, result.error, result.courant_error)
-            self._starts[name], turn = (result.mode, result.top), {**turn, name: tuple(map(float, numbers))}
+            self._starts[name], turn = (result.carried, result.carried_top), {**turn, name: tuple(map(float, numbers))}
         self._turn, self._first = turn, first
         if turn.keys() != set(names):
             return
@@ -306,7 +306,7 @@ class Sharpness(Quantity):
             found = bounded_top(H, snapshot, top, steps=steps, tol=_TOLERANCE)
         else:
             found = followed_top(H, snapshot, top, recent.tops)
-        self._starts[""] = (found.vector, found.vector)
+        self._starts[""] = (found.carried, found.carried)
         self._recent[""] = recent.with_values(found.early, found.early)
         error = found.error / found.value.abs().clamp_min(torch.finfo(torch.float64).tiny)
         self.finish({"sharpness": found.value, "sharpness_residual": error})
