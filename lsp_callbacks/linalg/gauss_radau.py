@@ -136,8 +136,8 @@ class Images:
         makes it singular. Most eigenvalues of a large Hessian are near 0, so a rule with nodes there and k others knows
         more than one with k alone: see ``benchmarks/sharpness_error_bars.md``. The top node is below the largest
         eigenvalue of a positive semidefinite A, and above the largest Ritz value; if A also has negative eigenvalues,
-        the corner is kept between 0 and the largest Ritz value, and the node may be on either side. Where no Ritz value
-        is positive, that is all that is told.
+        the corner is kept between 0 and the largest Ritz value, and from three directions on nearer to the quotient of
+        the last one, and the node may be on either side. Where no Ritz value is positive, that is all that is told.
 
         Cost: some products of matrices of k rows. Source: Golub & Meurant 2010, sections 6.2 and 6.3.
         """
@@ -158,8 +158,9 @@ class Images:
             sizes, turned = sizes[kept] ** 0.5, turned[:, kept]
             B, small = sizes[:, None] * turned.T, np.finfo(float).eps * scale
             corner = (B @ columns) / np.where(np.abs(values) > small, values, small) @ (B @ columns).T
+            limit = least if len(T) < 3 else (least + 2 * min(max(0.0, float(T[-1, -1])), least)) / 3
             nodes, axes = np.linalg.eigh((corner + corner.T) / 2)
-            corner = (axes * nodes.clip(0.0, least)) @ axes.T
+            corner = (axes * nodes.clip(0.0, limit)) @ axes.T
             nodes, axes = np.linalg.eigh(np.block([[(T + T.T) / 2, B.T], [B, corner]]))
             value, inside, outside = float(nodes[-1]), axes[: len(T), -1], turned / sizes @ axes[len(T) :, -1]
         return TopNode(value, least, scale, P @ (inside - T @ outside), P @ outside, k, (T, left), start)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,14 +24,16 @@ USUAL = {1: (2.35, 3.1), 2: (3.5, 5.1)}
 NOISE = 0.1
 #: Weight of the earlier vectors in what is carried on to the next step, beside one vector, where they agree with it.
 CARRIED = 4.0
-#: How much of the gain the value is raised by, of a gain of at most so much.
-RAISED, MOST_GAIN = 0.5, 0.3
-#: The error bar: multiples of what is hidden behind an overlap, and a least number; multiples of the gain, of the fall
-#: and of what has turned, and the part of these that is left after the first products, and each further one. Chosen on
-#: seeds 0 to 3 of ``benchmarks/sharpness_error_bars.py``.
-HIDDEN, OVERLAP, LEAST, GAIN, FALL, TURNED, LEFT = 0.36, 0.05, 0.15, 0.2, 0.66, 0.17, (1.0, 0.35, 0.16)
+#: How much of the gain the value is raised by, after the first products and each further one, of a gain of at most so
+#: much.
+RAISED, MOST_GAIN = (0.5, 0.25, 0.25), 0.3
+#: The error bar: a least number, and multiples of what is hidden behind an overlap; multiples of the gain, of the fall
+#: and of what has turned, after the first products and each further one. Chosen on seeds 0 and 1 of
+#: ``benchmarks/sharpness_error_bars.py``.
+LEAST, HIDDEN, OVERLAP = 0.06, 0.85, 0.15
+GAIN, FALL, TURNED = (0.2, 0.9, 0.6), (0.4, 0.4, 0.1), (0.2, 0.0, 0.0)
 #: Error bar from which on a further product is taken.
-WIDE = 0.8
+WIDE = 0.55
 #: How many earlier values are compared.
 RECENT = 3
 #: Random numbers that are repeated, with random signs, to form noise.
@@ -75,7 +77,8 @@ def followed_top(
     Cost: see `products_taken`.
     """
     if operator.shape[1] <= FEW:
-        return bounded_top(operator, snapshot, start, steps=operator.shape[1], tol=0.0, root=root)
+        exact = bounded_top(operator, snapshot, start, steps=operator.shape[1], tol=0.0, root=root)
+        return replace(exact, error=exact.accuracy, beyond=exact.accuracy)
     return followed_tops(operator, snapshot, [Earlier(start, recent)], gradient_behind(snapshot, root))[0]
 
 
@@ -93,12 +96,12 @@ def followed_tops(
 
     Such a value is low rather than high: it is raised by half of the gain, which is by how much the rule exceeds the
     Ritz value, relatively. The error bar is an estimate, too: a least number, and multiples of hidden, gain, fall and
-    turned. Hidden is how far above the value an eigenvalue may be whose eigenvector overlaps by 5 % with the start
+    turned. Hidden is how far above the value an eigenvalue may be whose eigenvector overlaps by 15 % with the start
     (`lsp_callbacks.linalg.TopNode`). Fall is the logarithm of how far the value lies below the highest of the last
     three: from one mini-batch to the next sharpness often halves or doubles, and a low reading may also have missed the
     mode that is still there. Turned is 1 less the overlap of the vector with the earlier ones: another mode has become
     the sharpest, and there may be a third. While a bar exceeds `WIDE`, a further product is taken in its metric, which
-    leaves less to be hidden and a part of the last three. Without an earlier vector there is one more for each metric.
+    leaves less to be hidden. Without an earlier vector there is one more for each metric.
 
     The form follows from what can go wrong; its numbers were chosen such that it holds along ten runs, see
     ``benchmarks/sharpness_error_bars.md``. The least number is for what no product tells of: the mini-batch has a mode
@@ -147,7 +150,7 @@ class _Estimate:
     def __init__(self, images: Images, metric: int, earlier: Earlier, length: float):
         self.images, self.metric, self.earlier, self.length = images, metric, earlier, length
         self.node: TopNode = None  # type: ignore[assignment]
-        self.bar, self.early, self.turns, self.is_complete = math.inf, math.nan, 0, False
+        self.bar, self.early, self.turns, self.further, self.is_complete = math.inf, math.nan, 0, 0, False
 
     def judge(self, steps: int) -> None:
         """Look at the products after one more; ``steps`` come in any case."""
@@ -156,12 +159,13 @@ class _Estimate:
             self.early = node.value  # values of fewer products are lower: those of as many are told to the next step
         self._vector: Tensor | None = None
         if node.products >= steps:
-            self.bar = error_bar(node, _fall(node.value, self.earlier.values), self._turned(), node.products - steps)
+            self.further = min(node.products - steps, len(RAISED) - 1)
+            self.bar = error_bar(node, _fall(node.value, self.earlier.values), self._turned(), self.further)
 
     def _turned(self) -> float:
-        """Return 1 less the overlap of the vector with the earlier ones."""
+        """Return 1 less the overlap of the vector with the earlier ones; 2 without any."""
         if not self.length or not math.isfinite(self.node.value):
-            return 1.0
+            return 2.0
         start = self.earlier.vector
         assert start is not None
         return 1.0 - min(1.0, abs(float(self.images.operator.dots([self.vector], start.to(self.vector)))) / self.length)
@@ -183,7 +187,7 @@ class _Estimate:
     def top(self, relative: float, products: int) -> Top:
         """Return the estimate, with the relative accuracy of products."""
         node, vector = self.node, self.vector
-        value = node.value * (1 + RAISED * min(node.gain, MOST_GAIN))
+        value = node.value * (1 + RAISED[self.further] * min(node.gain, MOST_GAIN))
         accuracy = relative * node.scale
         error = accuracy if self.is_complete else max(accuracy, self.bar * abs(value))
         numbers = (value, error, accuracy, error + value - node.least, node.value if self.is_complete else self.early)
@@ -209,9 +213,8 @@ def error_bar(node: TopNode, fall: float, turned: float, further: int) -> float:
         turned: 1 less the overlap with the earlier vector.
         further: products beyond those that come in any case.
     """
-    rest = GAIN * node.gain + FALL * fall + TURNED * turned
-    hidden = node.hidden(OVERLAP) / max(abs(node.value), _TINY)
-    return LEAST + HIDDEN * hidden + LEFT[min(further, len(LEFT) - 1)] * rest
+    hidden = HIDDEN * node.hidden(OVERLAP) / max(abs(node.value), _TINY)
+    return LEAST + hidden + GAIN[further] * node.gain + FALL[further] * fall + TURNED[further] * turned
 
 
 def products_taken(n: int, warm: bool, metrics: int = 1) -> float:
