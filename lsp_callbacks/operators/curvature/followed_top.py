@@ -19,7 +19,7 @@ from lsp_callbacks.step.snapshot import Snapshot
 WARM, COLD, MOST, FEW = 2, 3, 4, 12
 #: Products that readings take in the mean, with an earlier vector and without, of one metric and of two:
 #: ``benchmarks/sharpness_error_bars.py``.
-USUAL = {1: (2.35, 3.1), 2: (3.5, 5.1)}
+USUAL = {1: (2.5, 3.1), 2: (3.4, 5.5)}
 #: Norm of the noise in a start, in units of that of the earlier vector, or of the gradient.
 NOISE = 0.1
 #: Weight of the earlier vectors in what is carried on to the next step, beside one vector, where they agree with it.
@@ -28,9 +28,11 @@ CARRIED = 4.0
 #: much.
 RAISED, MOST_GAIN = (0.5, 0.25, 0.25), 0.3
 #: The error bar: a least number, and multiples of what is hidden behind an overlap; multiples of the gain, of the fall
-#: and of what has turned, after the first products and each further one. Chosen on seeds 0 and 1 of
+#: and of what has turned, after the first products and each further one. ``UNKNOWN`` is there without an earlier vector.
+#: Chosen on seeds 0 and 1 of
 #: ``benchmarks/sharpness_error_bars.py``.
 LEAST, HIDDEN, OVERLAP = 0.06, 0.85, 0.15
+UNKNOWN = 0.25
 GAIN, FALL, TURNED = (0.2, 0.9, 0.6), (0.4, 0.4, 0.1), (0.2, 0.0, 0.0)
 #: Error bar from which on a further product is taken.
 WIDE = 0.55
@@ -162,10 +164,10 @@ class _Estimate:
             self.further = min(node.products - steps, len(RAISED) - 1)
             self.bar = error_bar(node, _fall(node.value, self.earlier.values), self._turned(), self.further)
 
-    def _turned(self) -> float:
-        """Return 1 less the overlap of the vector with the earlier ones; 2 without any."""
+    def _turned(self) -> float | None:
+        """Return 1 less the overlap of the vector with the earlier ones; None without any."""
         if not self.length or not math.isfinite(self.node.value):
-            return 2.0
+            return None
         start = self.earlier.vector
         assert start is not None
         return 1.0 - min(1.0, abs(float(self.images.operator.dots([self.vector], start.to(self.vector)))) / self.length)
@@ -204,17 +206,18 @@ class _Estimate:
         return torch.add(vector, start, alpha=CARRIED * overlap * abs(overlap) / self.length)
 
 
-def error_bar(node: TopNode, fall: float, turned: float, further: int) -> float:
+def error_bar(node: TopNode, fall: float, turned: float | None, further: int) -> float:
     """Return the relative error bar of an estimate.
 
     Args:
         node: the estimate.
         fall: logarithm of how far it lies below earlier ones.
-        turned: 1 less the overlap with the earlier vector.
+        turned: 1 less the overlap with the earlier vector; None without any.
         further: products beyond those that come in any case.
     """
     hidden = HIDDEN * node.hidden(OVERLAP) / max(abs(node.value), _TINY)
-    return LEAST + hidden + GAIN[further] * node.gain + FALL[further] * fall + TURNED[further] * turned
+    new = UNKNOWN if turned is None else TURNED[further] * turned
+    return LEAST + hidden + GAIN[further] * node.gain + FALL[further] * fall + new
 
 
 def products_taken(n: int, warm: bool, metrics: int = 1) -> float:

@@ -240,15 +240,22 @@ def has_own_run(snapshot: Snapshot) -> bool:
     return isinstance(rates(snapshot), Tensor) or isinstance(decay_rates(snapshot), Tensor)
 
 
-def shares_products(snapshot: Snapshot, root: Root, decay: Root) -> bool:
-    """Return whether products of H are those of ``R^1/2 H' R^1/2``, too: see `followed_tops`.
+def may_share_products(snapshot: Snapshot) -> bool:
+    """Return whether products of H are those of ``R^1/2 H' R^1/2``, too, if each parameter moves: see `followed_tops`.
 
-    H' has to be H, and each parameter to move; of few parameters each operator is measured to the end.
+    Then H' is H: nothing is maximized, and no decay is coupled. Of few parameters each operator is measured to the end.
+
+    Cost: nothing.
     """
-    if not isinstance(root, Tensor) or isinstance(decay, Tensor) or decay or len(root) <= FEW:
+    if step_constants(snapshot).sign < 0 or snapshot.held is not None or snapshot.gradient is None:
         return False
-    is_plain = step_constants(snapshot).sign > 0 and snapshot.held is None and snapshot.gradient is not None
-    return is_plain and bool((root > 0).all()) and bool(root.isfinite().all())
+    decay = coupled_decay(snapshot)
+    return not isinstance(decay, Tensor) and not decay and sum(p.numel() for p in snapshot.parameters.values()) > FEW
+
+
+def _shares_products(snapshot: Snapshot, root: Root) -> bool:
+    is_tensor = isinstance(root, Tensor) and may_share_products(snapshot)
+    return is_tensor and bool((root > 0).all()) and bool(root.isfinite().all())  # type: ignore[union-attr]
 
 
 def _mode(snapshot: Snapshot, rule: FrozenRule, steepest: Top, root: Tensor | float, value: Tensor) -> dict[str, Any]:
@@ -296,7 +303,7 @@ def _threshold(
 
     scale: Tensor | float
     shift: Tensor | float
-    is_shared = both is not None and shares_products(snapshot, scales, decay)
+    is_shared = both is not None and _shares_products(snapshot, scales)
     if isinstance(scales, Tensor) or isinstance(decay, Tensor):
         if both is not None and is_shared:
             operator = hessian(snapshot, method=method, weight=scales, both=True)

@@ -21,6 +21,7 @@ from lsp_callbacks.operators.curvature.stability_threshold import (
     followed_mode,
     followed_threshold,
     has_own_run,
+    may_share_products,
     stability_threshold,
     threshold_constant,
 )
@@ -97,6 +98,9 @@ def alignment_cost(snapshot: Snapshot, method: Method, *, warm: bool = True, bou
     parts = mode_cost(snapshot, method, warm=warm, bounded=bounded)
     if not has_own_run(snapshot):
         return parts
+    if not bounded and may_share_products(snapshot):
+        shared = followed_cost(snapshot, method, products_taken(_size(snapshot), warm, metrics=2))
+        return parts | {"sharpness": shared - parts["edge"]}
     runs = 2 + (maximize or isinstance(coupled_decay(snapshot), Tensor))
     return parts | {"sharpness": _top_cost(snapshot, method, warm, bounded, runs) - parts["edge"]}
 
@@ -162,8 +166,9 @@ class Sharpness(Quantity):
 
     Cost: two products, shared with the exponent, a third or a fourth where the error bar is wide, three at the first
     reading. A product is one gradient, on a small network with nearly as much again for its vectors, and at kinks one
-    forward pass more, see `lsp_callbacks.operators.hessian`. With rates that differ, as with every preconditioner, H
-    has products of its own: twice as many.
+    forward pass more, see `lsp_callbacks.operators.hessian`. With rates that differ, as with every preconditioner, it
+    is one product more, which tell of both operators; with coupled weight decay or ``maximize`` H has products of its
+    own: twice as many.
 
     Source: Cohen et al. 2021, 2022; docs/theory.md, section Edges of stability.
 
